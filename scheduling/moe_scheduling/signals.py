@@ -1,0 +1,59 @@
+"""The frozen snapshots that decisions read: what an engine last said about itself.
+
+Written by the node agent's scheduler plugin at every engine step, carried over HTTP as JSON with these field names,
+read by `books.py` and `engine.py`. One snapshot describes one dispatch target: one data-parallel rank of one server.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """Where a request can be sent: data-parallel rank `rank` of the server named `server`."""
+
+    server: str
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Step time of an engine as a line: `base_s + prefill_s * prefill_tokens + decode_s * decoding_requests`.
+
+    Attributes:
+        base_s: seconds that a step takes whatever it carries.
+        prefill_s: seconds for each prefill token in the step.
+        decode_s: seconds for each decoding request in the step.
+    """
+
+    base_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSignal:
+    """State of one data-parallel rank at the end of a step.
+
+    Attributes:
+        step: number of the step, rising by one at each; 0 before the first.
+        running: requests in the running set.
+        waiting: requests in the waiting queues.
+        waiting_prefill_tokens: prompt tokens of waiting requests that are not in the prefix cache.
+        running_prefill_tokens: prompt tokens of running requests that are not yet computed.
+        decode_tokens: tokens that a step spends on decoding, which is the number of decoding requests.
+        kv_usage: used part of the KV blocks, 0 to 1.
+        preemptions: preempted requests since the engine started.
+        step_time: the fitted step-time line; None until enough steps were seen.
+        expert_balance: mean / max of the tokens over expert-parallel ranks, 0 to 1, where 1 is balanced.
+    """
+
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    waiting_prefill_tokens: int = 0
+    running_prefill_tokens: int = 0
+    decode_tokens: int = 0
+    kv_usage: float = 0.0
+    preemptions: int = 0
+    step_time: StepTime | None = None
+    expert_balance: float = 1.0

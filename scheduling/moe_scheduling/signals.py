@@ -44,7 +44,7 @@ class EngineSignal:
         kv_usage: used part of the KV blocks, 0 to 1.
         preemptions: preempted requests since the engine started.
         step_time: the fitted step-time line; None until enough steps were seen.
-        expert_balance: mean / max of the tokens over expert-parallel ranks, 0 to 1, where 1 is balanced.
+        expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced.
     """
 
     step: int = 0

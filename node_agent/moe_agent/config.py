@@ -1,0 +1,50 @@
+"""Configuration of the node agent: the file that the plan writes, and the body that its control route takes."""
+
+from pathlib import Path
+from typing import Annotated
+
+from moe_scheduling.request import RequestSettings
+from pydantic import BaseModel, ConfigDict, Field
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(_Section):
+    """Where the agent's own HTTP server listens."""
+
+    host: str = "127.0.0.1"
+    port: Port
+
+
+class EngineConfig(_Section):
+    """One vLLM server, as the agent starts it."""
+
+    host: str = "127.0.0.1"
+    port: Port
+    model: str
+    served_name: str
+    revision: str | None = None
+    data_parallel: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    expert_parallel: bool = False
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    startup_timeout_s: Seconds = 1800.0
+    liveness_timeout_s: Seconds = 60.0
+    drain_timeout_s: Seconds = 120.0
+
+
+class AgentConfig(_Section):
+    """The whole file."""
+
+    name: str
+    run_dir: Path
+    listen: Listen
+    token_file: Path
+    engine: EngineConfig
+    request: RequestSettings = RequestSettings()

@@ -1,0 +1,66 @@
+# Every target works on a machine that has Python 3.11, Debian's packages and Go; `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+ROUTER := .cache/vllm-router
+EXTRAS := gateway,operator,agent,cpu,bench,dev
+SOURCES := scheduling gateway node_agent kernels operator bench tests
+
+.PHONY: help setup demo check test test-vllm generate verify bench bench-gateway format clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## Make the virtual environment from constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt overrides.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy python3-venv; } \
+	  || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt --override overrides.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP) ## Serve a small MoE model on two engines, chat, replay a trace, compare with vLLM's own order
+	$(BIN)/moeserving demo
+
+check: $(STAMP) ## Lint, types, import rules
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check verify ## All tests but the long real-engine suite; a smoke of that one is in
+	$(BIN)/pytest -m "not vllm or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
+
+test-vllm: $(STAMP) ## The whole real-engine suite
+	$(BIN)/pytest -m vllm tests/vllm
+
+generate: $(STAMP) ## Write what is generated: the CRD, the table of fields
+	$(BIN)/python -m moe_operator.api.crd --write
+
+verify: $(STAMP) ## Fail when a generated file differs from its source
+	$(BIN)/python -m moe_operator.api.crd --check
+
+bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry
+	$(BIN)/python -m moe_bench
+
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## The gateway and vllm-router, side by side
+	$(BIN)/python -m moe_bench.gateway --vllm-router $(ROUTER)/bin/vllm-router
+
+$(ROUTER)/.ready: $(STAMP)
+	$(PYTHON) -m venv $(ROUTER)
+	$(BIN)/uv pip install -q --python $(ROUTER)/bin/python vllm-router==0.1.17
+	@touch $@
+
+format: $(STAMP) ## Format the sources
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## Remove the environment and caches
+	rm -rf .venv .cache build dist

@@ -1,0 +1,83 @@
+"""The rules that keep the house standing and that an import contract cannot see."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE_ROOTS = ("scheduling", "gateway", "node_agent", "kernels", "operator", "bench")
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files that git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_operator_is_not_a_package():
+    assert not (ROOT / "operator" / "__init__.py").exists()
+
+
+def test_tests_are_not_packages():
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_no_package_shadows_pythons_operator():
+    packages = [path.parent for path in tracked("*__init__.py")]
+    assert [package for package in packages if "operator" in {package.name}] == []
+
+
+@pytest.mark.parametrize("root", SOURCE_ROOTS)
+def test_each_source_root_has_one_package(root):
+    assert len([path for path in (ROOT / root).iterdir() if (path / "__init__.py").exists()]) == 1
+
+
+@pytest.mark.parametrize("package", ["moe_gateway", "moe_operator"])
+def test_no_torch_and_no_vllm_behind(package):
+    script = (
+        "import importlib, pkgutil, sys\n"
+        f"package = importlib.import_module({package!r})\n"
+        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+        "sys.exit(' '.join({'torch', 'vllm', 'triton'} & set(sys.modules)) or None)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_scheduling_reads_and_writes_nothing():
+    forbidden = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
+    for path in tracked("scheduling/*.py"):
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & forbidden, path
+
+
+def test_pins_are_names_and_versions_alone():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert pins
+    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line)] == []
+
+
+def test_the_repository_names_no_index_and_no_machine():
+    index = re.compile(
+        r"https?://[a-z0-9.-]*(pypi|pythonhosted|npmjs|proxy\.golang|deb\.debian)|/ro" + r"ot/|/wo" + r"rk/"
+    )
+    texts = [path for path in tracked() if path.suffix in {".py", ".toml", ".txt", ".yaml", ".md", ".sh", ".lock", ""}]
+    assert [
+        str(path.relative_to(ROOT))
+        for path in texts
+        if index.search(path.read_text(errors="replace")) and path != Path(__file__)
+    ] == []

@@ -1,0 +1,143 @@
+"""Documents to resources and back: the one door through which a MoEServing enters, from a file, a cluster or the command line.
+
+All errors are `moe_scheduling.problems.InvalidInput`. Reading what was written gives an equal resource.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors, unknown_choice
+from pydantic import ValidationError
+
+from moe_operator.api.document import load_document, parse_document
+from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.section import fields_of
+
+
+def load_resource(path: Path) -> MoEServing:
+    """The resource in a YAML file, a relative `file://` of its model made absolute against the file's folder.
+
+    Raises:
+        InvalidInput: the file cannot be read, or is no valid resource.
+    """
+    resource = parse_resource(load_document(path))
+    return _with_absolute_uri(resource, path.absolute().parent)
+
+
+def parse_resource(document: object) -> MoEServing:
+    """The resource in a document.
+
+    Raises:
+        InvalidInput: the document is no valid resource.
+    """
+    if not isinstance(document, Mapping):
+        raise InvalidInput(
+            [Problem("", f"a mapping with apiVersion, kind, metadata and spec is needed, got {_kind(document)}")]
+        )
+    if problems := _check_header(document):
+        raise InvalidInput(problems)
+    try:
+        return MoEServing.model_validate(document, by_alias=True, by_name=False)
+    except ValidationError as error:
+        rows = error.errors(include_url=False)
+        raise InvalidInput(problems_from_errors(rows, _fields_at)) from None
+
+
+def resource_document(resource: MoEServing) -> dict[str, Any]:
+    """The document of a resource: what was set, without defaults."""
+    return resource.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def dump_resource(resource: MoEServing) -> str:
+    """The YAML of a resource: what was set, without defaults."""
+    return yaml.safe_dump(resource_document(resource), sort_keys=False, allow_unicode=True)
+
+
+def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
+    """A copy of a valid document in which `PATH=VALUE` holds, PATH below `spec` and VALUE as YAML; null takes it back.
+
+    Raises:
+        InvalidInput: the assignment has another form, names an unknown field, or makes the document invalid.
+    """
+    path, separator, text = assignment.partition("=")
+    if not separator or not all(path.split(".")):
+        raise InvalidInput(
+            [Problem("", f"PATH=VALUE is needed, such as scheduling.request.policy=fcfs, got {assignment!r}")]
+        )
+    changed = _with_value(document, path, _parse_value(text))
+    try:
+        parse_resource(changed)
+    except InvalidInput:
+        # A text such as `on` or `10` is a value of another type in YAML; where a string is needed it is meant as written.
+        as_text = _with_value(document, path, text)
+        if _is_valid(as_text):
+            return as_text
+        raise
+    return changed
+
+
+def _check_header(document: Mapping[Any, Any]) -> list[Problem]:
+    """A document of another kind is told so, not which of its fields ours does not have."""
+    return [
+        unknown_choice(name, document[name], [known])
+        for name, known in (("apiVersion", API_VERSION), ("kind", KIND))
+        if document.get(name) is not None and document[name] != known
+    ]
+
+
+def _fields_at(location: Location) -> list[str]:
+    return list(fields_of(MoEServing, location))
+
+
+def _kind(document: object) -> str:
+    match document:
+        case list() | tuple():
+            return "a list"
+        case None:
+            return "nothing"
+        case _:
+            return f"{document!r:.80}"
+
+
+def _parse_value(text: str) -> object:
+    try:
+        return parse_document(text, "VALUE")
+    except InvalidInput:
+        return None if text.strip() in ("null", "~") else text
+
+
+def _with_value(document: Mapping[str, Any], path: str, value: object) -> dict[str, Any]:
+    changed: dict[str, Any] = deepcopy(dict(document))
+    *sections, last = ("spec", *path.split("."))
+    section = changed
+    for depth, name in enumerate(sections):
+        if not isinstance(section.get(name), dict):
+            if section.get(name) is not None:
+                raise InvalidInput([Problem(".".join(sections[: depth + 1]), f"has no field {last!r}")])
+            section[name] = {}
+        section = section[name]
+    if value is None and last in section:
+        del section[last]
+    else:
+        section[last] = value
+    return changed
+
+
+def _is_valid(document: dict[str, Any]) -> bool:
+    try:
+        parse_resource(document)
+    except InvalidInput:
+        return False
+    return True
+
+
+def _with_absolute_uri(resource: MoEServing, folder: Path) -> MoEServing:
+    model = resource.spec.model
+    scheme, _, path = model.uri.partition("://")
+    if scheme != "file" or path.startswith("/"):
+        return resource
+    absolute = model.model_copy(update={"uri": f"file://{(folder / path).resolve()}"})
+    return resource.model_copy(update={"spec": resource.spec.model_copy(update={"model": absolute})})

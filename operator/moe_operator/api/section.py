@@ -1,0 +1,99 @@
+"""A section of the resource: what all of its pydantic models share, and rules across fields in two languages.
+
+A `Rule` is written once: its Python form runs here and its CEL form enters the CRD, so that the command line and the API
+server refuse the same things with the same words. Sections are frozen, refuse unknown keys, are camelCase in YAML, and
+read a null as "absent", as the API server does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin
+
+from moe_scheduling.problems import Location
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What must hold between the fields of a section.
+
+    Attributes:
+        field: path of the field to blame below the section, in camelCase (`parallelism.expert`).
+        message: what is needed, in words.
+        cel: the rule over `self` as the API server evaluates it.
+        holds: the rule over the parsed section.
+    """
+
+    field: str
+    message: str
+    cel: str
+    holds: Callable[[Any], bool]
+
+
+def _add_rules(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    rules: tuple[Rule, ...] = getattr(model, "rules", ())
+    if rules:
+        schema["x-kubernetes-validations"] = [
+            {"rule": rule.cel, "message": rule.message, "fieldPath": f".{rule.field}"} for rule in rules
+        ]
+
+
+class Section(BaseModel):
+    """Base of all models of the resource."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        validate_by_alias=True,
+        validate_by_name=True,
+        serialize_by_alias=True,
+        json_schema_extra=_add_rules,
+    )
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_null_as_absent(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("section", "a mapping of fields is needed")
+        known = {field.alias for field in cls.model_fields.values()}
+        return {key: entry for key, entry in value.items() if entry is not None or key not in known}
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        broken = [rule for rule in self.rules if not rule.holds(self)]
+        if broken:
+            raise ValidationError.from_exception_data(type(self).__name__, [_details(rule) for rule in broken])
+        return self
+
+
+def _details(rule: Rule) -> InitErrorDetails:
+    error = PydanticCustomError("value_error", "{error}", {"error": rule.message})
+    return InitErrorDetails(type=error, loc=tuple(rule.field.split(".")), input=None)
+
+
+def section_in(annotation: object) -> type[Section] | None:
+    """The section that a field of this type holds, if it holds one (itself, optional, or as the items of a list)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        return next((found for found in map(section_in, get_args(annotation)) if found), None)
+    return None
+
+
+def fields_of(root: type[Section], location: Location) -> Iterator[str]:
+    """Names, as YAML has them, of the fields of the section at `location` below `root`; none where it is no section."""
+    section: type[Section] | None = root
+    for part in location:
+        if isinstance(part, int) or section is None:
+            continue
+        fields = {field.alias: field.annotation for field in section.model_fields.values()}
+        section = section_in(fields.get(part))
+    if section is not None:
+        yield from (field.alias or "" for field in section.model_fields.values())

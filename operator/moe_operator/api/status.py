@@ -1,0 +1,80 @@
+"""What a deployment reports about itself, in the same form on one machine and in a cluster."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field
+
+from moe_operator.api.section import Section
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class ConditionStatus(StrEnum):
+    """Kubernetes' three truth values."""
+
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class Condition(Section):
+    """One thing that holds or does not, in Kubernetes' form."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)] = Field(
+        description="What is judged; `Ready` is True when the gateway can pass a request to an engine."
+    )
+    status: ConditionStatus = Field(description="Whether it holds.")
+    reason: Annotated[str, Field(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", max_length=1024)] = Field(
+        description="Why, in one word for programs."
+    )
+    message: Annotated[str, Field(max_length=32768)] = Field(default="", description="Why, in words for people.")
+    last_transition_time: AwareDatetime = Field(description="When `status` last changed.")
+
+
+class EnginePhase(StrEnum):
+    """What an engine is doing, as its agent says; `unknown` when no agent answers."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    BACKOFF = "backoff"
+    UNKNOWN = "unknown"
+
+
+class EngineStatus(Section):
+    """One engine in brief."""
+
+    name: str = Field(description="Name of the engine.")
+    phase: EnginePhase = Field(description="What it is doing.")
+    restarts: Natural = Field(default=0, description="Restarts since its agent began.")
+    last_exit: str = Field(default="", description="How it last ended; empty when it never did.")
+    running: Natural = Field(default=0, description="Requests in its running set, all ranks together.")
+    waiting: Natural = Field(default=0, description="Requests in its waiting queues, all ranks together.")
+    kv_usage: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Used part of the KV cache of its fullest rank, 0 to 1."
+    )
+
+
+class PoliciesInForce(Section):
+    """The policies that run, which may differ from the wanted ones while a change is under way."""
+
+    request: str | None = Field(default=None, description="Order of requests; absent when the engines differ.")
+    engine: str | None = Field(
+        default=None, description="Choice of the engine; absent when the gateway gives no answer."
+    )
+
+
+class Status(Section):
+    """What runs."""
+
+    observed_generation: Natural | None = Field(
+        default=None, description="Generation of the spec that this tells about."
+    )
+    conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")
+    replicas: Natural = Field(default=0, description="Engines that exist.")
+    ready_replicas: Natural = Field(default=0, description="Engines that accept requests.")
+    endpoint: str = Field(default="", description="URL for clients.")
+    policies: PoliciesInForce = Field(default=PoliciesInForce(), description="The policies that run.")
+    engines: tuple[EngineStatus, ...] = Field(default=(), description="Each engine in brief.")

@@ -1,0 +1,86 @@
+"""The configuration of one engine: how the fields of the resource become vLLM's arguments and environment. Pure."""
+
+from dataclasses import dataclass
+
+from moe_agent.config import EngineConfig
+
+from moe_operator.api.resource import Model as ModelSection
+from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.units import duration_s, quantity_value
+
+# Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the processes
+# themselves (about 1 GiB a rank) and the machine's other work need the rest.
+CPU_KV_CACHE_PART = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one replica has of the machine.
+
+    Attributes:
+        threads: OpenMP threads of each rank; counts on the CPU runtime alone.
+        kv_cache_bytes: KV cache of each rank; None leaves it to vLLM.
+        gpus: the devices that it sees; empty on the CPU runtime.
+    """
+
+    threads: int = 1
+    kv_cache_bytes: int | None = None
+    gpus: tuple[str, ...] = ()
+
+
+def build_engine(resource: MoEServing, *, port: int, share: Share) -> EngineConfig:
+    """The engine part of an agent's configuration. What the resource says itself comes last and wins."""
+    engine, model = resource.spec.engine, resource.spec.model
+    return EngineConfig(
+        port=port,
+        model=_model_argument(model),
+        served_name=model.served_name,
+        revision=model.revision,
+        data_parallel=engine.parallelism.data,
+        tensor_parallel=engine.parallelism.tensor,
+        expert_parallel=engine.parallelism.expert,
+        args=(*_arguments(model, share), *engine.args),
+        env={**_environment(resource, share), **engine.env},
+        startup_timeout_s=duration_s(engine.startup_timeout),
+        liveness_timeout_s=duration_s(engine.liveness_timeout),
+        drain_timeout_s=duration_s(engine.drain_timeout),
+    )
+
+
+def kv_cache_bytes(resource: MoEServing, memory_bytes: int) -> int | None:
+    """KV cache of one rank on a machine with so much memory; None leaves it to vLLM."""
+    engine = resource.spec.engine
+    if engine.resources.kv_cache_memory is not None:
+        return int(quantity_value(engine.resources.kv_cache_memory))
+    if engine.runtime is Runtime.VLLM:
+        return None
+    return int(memory_bytes * CPU_KV_CACHE_PART) // (engine.replicas * engine.parallelism.ranks)
+
+
+def _model_argument(model: ModelSection) -> str:
+    scheme, _, rest = model.uri.partition("://")
+    return model.uri if scheme == "s3" else rest
+
+
+def _arguments(model: ModelSection, share: Share) -> list[str]:
+    arguments = []
+    if share.kv_cache_bytes is not None:
+        arguments.append(f"--kv-cache-memory-bytes={share.kv_cache_bytes}")
+    if model.uri.startswith("s3://"):
+        arguments.append("--load-format=runai_streamer")
+    return arguments
+
+
+def _environment(resource: MoEServing, share: Share) -> dict[str, str]:
+    model = resource.spec.model
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    if resource.spec.engine.runtime is Runtime.VLLM_CPU:
+        # vLLM's own binding gives every engine the same first cores, so that two engines share them.
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(share.threads)}
+    if share.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+    if not model.uri.startswith("hf://"):
+        environment["HF_HUB_OFFLINE"] = "1"
+    if model.cache is not None:
+        environment["HF_HUB_CACHE"] = model.cache.path
+    return environment

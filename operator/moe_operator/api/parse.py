@@ -1,4 +1,4 @@
-"""Documents to resources and back: the one door through which a MoEServing enters, from a file, a cluster or the command line.
+"""Documents to resources and back: the one door through which a MoEServing enters, from a file or the command line.
 
 All errors are `moe_scheduling.problems.InvalidInput`. Reading what was written gives an equal resource.
 """
@@ -71,7 +71,7 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     try:
         parse_resource(changed)
     except InvalidInput:
-        # A text such as `on` or `10` is a value of another type in YAML; where a string is needed it is meant as written.
+        # YAML reads a text such as `on` or `10` as another type; where a string is needed it is meant as written.
         as_text = _with_value(document, path, text)
         if _is_valid(as_text):
             return as_text

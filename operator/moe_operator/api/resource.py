@@ -1,4 +1,4 @@
-"""The MoEServing resource, `moeserving.dev/v1alpha1`: the one place where its fields, defaults, units and ranges are written.
+"""The MoEServing resource, `moeserving.dev/v1alpha1`: the one place of its fields, defaults, units and ranges.
 
 The CRD and the reference table are generated from these models; the command line and the operator parse with them (see
 `parse.py`). Every field reaches the agents, the gateway or vLLM.
@@ -38,7 +38,7 @@ def _check_uri(uri: str) -> str:
 
 
 class Cache(Section):
-    """Where downloaded weights are kept."""
+    """Where downloads from the hub are kept. Absent: the hub's own default folder. Only with `hf://`."""
 
     path: Annotated[str, Field(pattern=r"^/.*$", max_length=1024)] = Field(
         description="Absolute folder for downloads from the hub. It is passed on as HF_HUB_CACHE."
@@ -60,9 +60,7 @@ class Model(Section):
         default=None,
         description="Branch, tag or commit on the hub. Absent: the hub's default branch. Only with `hf://`.",
     )
-    cache: Cache | None = Field(
-        default=None, description="Where downloads are kept. Absent: the hub's own default folder. Only with `hf://`."
-    )
+    cache: Cache | None = None
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -127,34 +125,59 @@ class Resources(Section):
 
     cpu: Annotated[str, QuantityBetween("100m", "1k", "2 or 500m")] | None = Field(
         default=None,
-        description="CPUs of one replica: the number of OpenMP threads of its ranks together, rounded down, at least one "
+        description="CPUs of one replica: the OpenMP threads of all its ranks together, rounded down, at least one "
         "each. Absent: the machine's CPUs divided by the replicas. Only with the runtime `vllm-cpu`.",
     )
     kv_cache_memory: Annotated[str, QuantityBetween("1Mi", "1Ti", "4Gi")] | None = Field(
         default=None,
-        description="Memory of the KV cache of one rank (bytes). Absent: with `vllm` what vLLM finds free on the GPU, with "
-        "`vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas.",
+        description="Memory of the KV cache of one rank (bytes). Absent: with `vllm` what vLLM finds free on the GPU, "
+        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas.",
     )
 
 
-# Options of vLLM that the plan or the agent sets, and where a person sets them instead. A later option wins in vLLM, so one of
-# these in `args` would make the engine differ from what the rest of the deployment believes.
+# Options of vLLM that the plan or the agent sets, and where a person sets them instead. Of an option given twice vLLM
+# takes the last, so one of these in `args` would make the engine differ from what the rest of the deployment believes.
 OWNED_OPTIONS = {
-    "--model": "model.uri",
-    "--served-model-name": "model.name",
-    "--revision": "model.revision",
-    "--tensor-parallel-size": "engine.parallelism.tensor",
-    "-tp": "engine.parallelism.tensor",
-    "--data-parallel-size": "engine.parallelism.data",
-    "-dp": "engine.parallelism.data",
-    "--enable-expert-parallel": "engine.parallelism.expert",
-    "-ep": "engine.parallelism.expert",
-    "--kv-cache-memory-bytes": "engine.resources.kvCacheMemory",
-    "--shutdown-timeout": "engine.drainTimeout",
+    "--model": "spec.model.uri",
+    "--served-model-name": "spec.model.name",
+    "--revision": "spec.model.revision",
+    "--tensor-parallel-size": "spec.engine.parallelism.tensor",
+    "-tp": "spec.engine.parallelism.tensor",
+    "--data-parallel-size": "spec.engine.parallelism.data",
+    "-dp": "spec.engine.parallelism.data",
+    "--enable-expert-parallel": "spec.engine.parallelism.expert",
+    "-ep": "spec.engine.parallelism.expert",
+    "--kv-cache-memory-bytes": "spec.engine.resources.kvCacheMemory",
+    "--shutdown-timeout": "spec.engine.drainTimeout",
     "--host": "the deployment",
     "--port": "the deployment",
 }
-OWNED_PATTERN = "^(" + "|".join(name[:2] + name[2:].replace("-", "[-_]") for name in sorted(OWNED_OPTIONS)) + ")(=.*)?$"
+_OWNED_PATTERN = "^(" + "|".join(sorted(OWNED_OPTIONS)) + ")(=.*)?$"
+
+
+def _check_argument(argument: str) -> str:
+    option = argument.partition("=")[0].replace("_", "-")
+    if option in OWNED_OPTIONS:
+        raise ValueError(f"{option} is set by {OWNED_OPTIONS[option]}, not by an argument")
+    return argument
+
+
+Argument = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {
+                    "rule": f"!self.replace('_', '-').matches('{_OWNED_PATTERN}')",
+                    "message": "an option that the deployment sets: " + ", ".join(OWNED_OPTIONS),
+                }
+            ]
+        },
+    ),
+    AfterValidator(_check_argument),
+]
 ENV_NAME_PATTERN = "^[A-Za-z_][A-Za-z0-9_]*$"
 OWNED_ENV = "MOESERVING_RUN_DIR"
 
@@ -168,12 +191,12 @@ class Engine(Section):
     replicas: Annotated[Count, Field(ge=1, le=256)] = Field(
         default=1, description="Number of engines behind the gateway."
     )
-    parallelism: Parallelism = Field(default=Parallelism(), description="The shape of one replica.")
-    resources: Resources = Field(default=Resources(), description="What one replica may use.")
-    args: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...], Field(max_length=128)] = Field(
+    parallelism: Parallelism = Parallelism()
+    resources: Resources = Resources()
+    args: Annotated[tuple[Argument, ...], Field(max_length=128)] = Field(
         default=(),
-        description="Further arguments of vLLM's server, each a string, such as `--max-model-len=4096`. They win over the "
-        "deployment's own.",
+        description="Further arguments of vLLM's server, each a string, such as `--max-model-len=4096`. They win over "
+        "the deployment's own.",
     )
     env: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=128)] = Field(
         default={}, description="Environment variables of the engine. They win over the deployment's own."
@@ -202,15 +225,8 @@ class Engine(Section):
             holds=lambda engine: engine.runtime is Runtime.VLLM_CPU or engine.resources.cpu is None,
         ),
         Rule(
-            field="args",
-            message="set by the deployment, not by arguments: "
-            + ", ".join(f"{name} ({path})" for name, path in OWNED_OPTIONS.items()),
-            cel=f"self.args.all(arg, !arg.matches('{OWNED_PATTERN}'))",
-            holds=lambda engine: not any(re.match(OWNED_PATTERN, arg) for arg in engine.args),
-        ),
-        Rule(
             field="env",
-            message=f"the name of a variable is letters, digits and underscores, not a digit first, and not {OWNED_ENV}",
+            message=f"a variable's name is letters, digits and underscores, not a digit first, and not {OWNED_ENV}",
             cel=f"self.env.all(name, name.matches('{ENV_NAME_PATTERN}') && name != '{OWNED_ENV}')",
             holds=lambda engine: all(re.match(ENV_NAME_PATTERN, name) and name != OWNED_ENV for name in engine.env),
         ),
@@ -222,13 +238,13 @@ class RequestScheduling(Section):
 
     policy: RequestPolicy = Field(
         default=_REQUEST.policy,
-        description="`sjf` takes the request with the fewest uncached prefill tokens first and lets waiting requests age, "
-        "`fcfs` keeps the order of arrival, `priority` the order of the priority field, then of arrival.",
+        description="`sjf` takes the request with the fewest uncached prefill tokens first and lets waiting requests "
+        "age, `fcfs` keeps the order of arrival, `priority` the order of the priority field, then of arrival.",
     )
     ageing_rate: Annotated[Number, Field(gt=0, le=1e9)] = Field(
         default=_REQUEST.ageing_rate,
-        description="Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater is "
-        "nearer to the order of arrival.",
+        description="Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater "
+        "is nearer to the order of arrival.",
     )
     ageing_horizon: Annotated[str, DurationBetween("1ms")] = Field(
         default=render_duration(_REQUEST.ageing_horizon_s),
@@ -236,7 +252,7 @@ class RequestScheduling(Section):
     )
     priority_step: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.priority_step_s),
-        description="Head start that one level of a request's priority is worth under `sjf` (a lower level is more urgent).",
+        description="Head start that one level of a request's priority is worth under `sjf` (lower is more urgent).",
     )
 
 
@@ -245,12 +261,12 @@ class EngineScheduling(Section):
 
     policy: DispatchPolicy = Field(
         default=_ENGINE.policy,
-        description="`predicted` takes the engine with the least predicted time to first token, `leastRequests` the one with "
-        "the fewest requests in flight, `roundRobin` each in turn.",
+        description="`predicted` takes the engine with the least predicted time to first token, `leastRequests` the "
+        "one with the fewest requests in flight, `roundRobin` each in turn.",
     )
     stickiness: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_ENGINE.stickiness_s),
-        description="A session stays at its engine while the prediction there is worse than the best one by at most this.",
+        description="A session stays at its engine while the prediction there is worse than the best by at most this.",
     )
     stale_after: Annotated[str, DurationBetween("10ms")] = Field(
         default=render_duration(_ENGINE.stale_after_s),
@@ -266,13 +282,8 @@ class EngineScheduling(Section):
 class Scheduling(Section):
     """The scheduling layers."""
 
-    request: RequestScheduling = Field(
-        default=RequestScheduling(),
-        description="Order of waiting requests, in each engine and in the gateway's hold queue.",
-    )
-    engine: EngineScheduling = Field(
-        default=EngineScheduling(), description="Choice of the engine for a request, in the gateway."
-    )
+    request: RequestScheduling = RequestScheduling()
+    engine: EngineScheduling = EngineScheduling()
 
 
 class GatewayLimits(Section):
@@ -313,20 +324,17 @@ class Gateway(Section):
     port: Annotated[Count, Field(ge=1, le=65535)] | None = Field(
         default=None, description="Port for clients. Absent: a free one is chosen and shown."
     )
-    limits: GatewayLimits = Field(default=GatewayLimits(), description="What one client may cost.")
-    hold: GatewayHold = Field(
-        default=GatewayHold(),
-        description="The queue of requests that wait in the gateway while all engines are saturated or none accepts.",
-    )
+    limits: GatewayLimits = GatewayLimits()
+    hold: GatewayHold = GatewayHold()
 
 
 class Spec(Section):
     """What should run."""
 
-    model: Model = Field(description="What is served.")
-    engine: Engine = Field(default=Engine(), description="The engines: replicas of one vLLM server.")
-    scheduling: Scheduling = Field(default=Scheduling(), description="The scheduling layers.")
-    gateway: Gateway = Field(default=Gateway(), description="The way in for clients.")
+    model: Model
+    engine: Engine = Engine()
+    scheduling: Scheduling = Scheduling()
+    gateway: Gateway = Gateway()
 
 
 class Metadata(Section):
@@ -345,15 +353,6 @@ class MoEServing(Section):
 
     api_version: Literal["moeserving.dev/v1alpha1"] = Field(description="Version of this form.")
     kind: Literal["MoEServing"] = Field(description="Kind of the object.")
-    metadata: Metadata = Field(description="Name of the deployment.")
-    spec: Spec = Field(description="What should run.")
-    status: Status | None = Field(default=None, description="What runs.")
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            field="metadata.name",
-            message="the name is at most 40 lower-case letters, digits and hyphens",
-            cel="self.metadata.name.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$') && size(self.metadata.name) <= 40",
-            holds=lambda resource: len(resource.metadata.name) <= 40,
-        ),
-    )
+    metadata: Metadata
+    spec: Spec
+    status: Status | None = None

@@ -1,8 +1,8 @@
 """A section of the resource: what all of its pydantic models share, and rules across fields in two languages.
 
-A `Rule` is written once: its Python form runs here and its CEL form enters the CRD, so that the command line and the API
-server refuse the same things with the same words. Sections are frozen, refuse unknown keys, are camelCase in YAML, and
-read a null as "absent", as the API server does.
+A `Rule` is written once: its Python form runs here and its CEL form enters the CRD, so that the command line and the
+API server refuse the same things with the same words. Sections are frozen, refuse unknown keys, are camelCase in YAML,
+and read a null as "absent", as the API server does.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -19,7 +19,7 @@ class ConditionStatus(StrEnum):
 
 
 class Condition(Section):
-    """One thing that holds or does not, in Kubernetes' form."""
+    """One thing that holds or does not, in the form that Kubernetes has for it."""
 
     type: Annotated[str, Field(min_length=1, max_length=316)] = Field(
         description="What is judged; `Ready` is True when the gateway can pass a request to an engine."
@@ -69,9 +69,7 @@ class PoliciesInForce(Section):
 class Status(Section):
     """What runs."""
 
-    observed_generation: Natural | None = Field(
-        default=None, description="Generation of the spec that this tells about."
-    )
+    observed_generation: Natural | None = Field(default=None, description="Generation of the spec that this is about.")
     conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")
     replicas: Natural = Field(default=0, description="Engines that exist.")
     ready_replicas: Natural = Field(default=0, description="Engines that accept requests.")

@@ -1,4 +1,4 @@
-"""Durations and quantities as Kubernetes writes them: the field types of the resource, and their values in seconds and numbers.
+"""Durations and quantities as Kubernetes writes them: field types of the resource, and their values as numbers.
 
 A field keeps the text that a person wrote (so that a resource survives reading and writing); who needs the number asks
 `duration_s` or `quantity_value`. Each type carries its JSON schema with the same bounds as a CEL rule.

@@ -8,8 +8,8 @@ from moe_operator.api.resource import Model as ModelSection
 from moe_operator.api.resource import MoEServing, Runtime
 from moe_operator.api.units import duration_s, quantity_value
 
-# Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the processes
-# themselves (about 1 GiB a rank) and the machine's other work need the rest.
+# Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the
+# processes themselves (about 1 GiB a rank) and the machine's other work need the rest.
 CPU_KV_CACHE_PART = 0.25
 
 

@@ -28,19 +28,22 @@ Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict()]
 
 
+_URI_PATTERN = f"^({'|'.join(URI_SCHEMES)})://[^\\x00-\\x1f]+$"
+
+
 def _check_uri(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    if not separator or not rest:
-        raise ValueError(f"a URI such as hf://org/name, file:///folder or s3://bucket/folder is needed, got {uri!r}")
-    if scheme not in URI_SCHEMES:
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme not in URI_SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(URI_SCHEMES)}")
+    if not re.fullmatch(_URI_PATTERN, uri):
+        raise ValueError(f"a URI such as hf://org/name, file:///folder or s3://bucket/folder is needed, got {uri!r}")
     return uri
 
 
 class Cache(Section):
     """Where downloads from the hub are kept. Absent: the hub's own default folder. Only with `hf://`."""
 
-    path: Annotated[str, Field(pattern=r"^/.*$", max_length=1024)] = Field(
+    path: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)] = Field(
         description="Absolute folder for downloads from the hub. It is passed on as HF_HUB_CACHE."
     )
 
@@ -48,7 +51,9 @@ class Cache(Section):
 class Model(Section):
     """What is served."""
 
-    uri: Annotated[str, Field(pattern=r"^(file|hf|s3)://.+$", max_length=1024), AfterValidator(_check_uri)] = Field(
+    uri: Annotated[
+        str, Field(max_length=1024, json_schema_extra={"pattern": _URI_PATTERN}), AfterValidator(_check_uri)
+    ] = Field(
         description="Where the weights are: `hf://org/name` on the hub, `file:///folder` on this machine (a relative "
         "`file://folder` is resolved against the folder of the YAML file), or `s3://bucket/folder`, which vLLM streams "
         "with the package runai-model-streamer."
@@ -165,7 +170,7 @@ def _check_argument(argument: str) -> str:
 Argument = Annotated[
     str,
     Field(
-        min_length=1,
+        pattern=r"^[^\x00]+$",
         max_length=4096,
         json_schema_extra={
             "x-kubernetes-validations": [
@@ -198,8 +203,8 @@ class Engine(Section):
         description="Further arguments of vLLM's server, each a string, such as `--max-model-len=4096`. They win over "
         "the deployment's own.",
     )
-    env: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=128)] = Field(
-        default={}, description="Environment variables of the engine. They win over the deployment's own."
+    env: Annotated[dict[str, Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]], Field(max_length=128)] = (
+        Field(default={}, description="Environment variables of the engine. They win over the deployment's own.")
     )
     startup_timeout: Annotated[str, DurationBetween("1s")] = Field(
         default="30m", description="Time for loading the model, after which an engine that is not ready is restarted."
@@ -241,7 +246,7 @@ class RequestScheduling(Section):
         description="`sjf` takes the request with the fewest uncached prefill tokens first and lets waiting requests "
         "age, `fcfs` keeps the order of arrival, `priority` the order of the priority field, then of arrival.",
     )
-    ageing_rate: Annotated[Number, Field(gt=0, le=1e9)] = Field(
+    ageing_rate: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
         default=_REQUEST.ageing_rate,
         description="Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater "
         "is nearer to the order of arrival.",

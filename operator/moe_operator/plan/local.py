@@ -81,21 +81,18 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
     ranks = engine.replicas * engine.parallelism.ranks
     if engine.runtime is Runtime.VLLM:
         if ranks > len(site.gpus):
-            wanted = f"{engine.replicas} replicas of {engine.parallelism.ranks} GPUs need {ranks}"
-            hint = "; the runtime vllm-cpu needs none" if not site.gpus else ""
-            yield Problem("spec.engine", f"{wanted}, this machine has {len(site.gpus)}{hint}")
+            has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
+            needs = f"{engine.replicas} x {engine.parallelism.ranks} GPUs"
+            yield Problem("spec.engine", f"needs {needs}, this machine has {has}")
         return
-    if engine.resources.cpu is not None and quantity_value(engine.resources.cpu) * engine.replicas > site.cpus:
-        wanted = (
-            f"{engine.replicas} replicas of {engine.resources.cpu} CPUs are more than the {site.cpus} of this machine"
-        )
-        yield Problem("spec.engine.resources.cpu", wanted)
+    cpu = engine.resources.cpu
+    if cpu is not None and quantity_value(cpu) * engine.replicas > site.cpus:
+        needs = f"{engine.replicas} x {cpu} CPUs"
+        yield Problem("spec.engine.resources.cpu", f"needs {needs}, this machine has {site.cpus}")
     kv_bytes = kv_cache_bytes(resource, site.memory_bytes) or 0
     if kv_bytes * ranks > site.memory_bytes:
-        yield Problem(
-            "spec.engine.resources.kvCacheMemory",
-            f"{ranks} ranks of {render_bytes(kv_bytes)} are more than this machine's {site.memory_bytes / 2**30:.1f}Gi",
-        )
+        needs, has = f"{ranks} x {render_bytes(kv_bytes)}", f"{site.memory_bytes / 2**30:.1f}Gi"
+        yield Problem("spec.engine.resources.kvCacheMemory", f"needs {needs}, this machine has {has}")
 
 
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:

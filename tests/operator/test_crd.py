@@ -1,13 +1,22 @@
 """The generated CRD: a structural schema that says the same as the models, and generated files that are fresh."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from moe_operator.api import parse_resource
+from moe_operator.api import (
+    Condition,
+    ConditionStatus,
+    EnginePhase,
+    EngineStatus,
+    Status,
+    parse_resource,
+    status_document,
+)
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.resource import Engine, Model, MoEServing, Parallelism
 from moe_operator.api.section import Section, section_in
@@ -177,6 +186,20 @@ def test_the_schema_and_the_models_refuse_the_same_values(path: str, value: obje
         parse_resource(document)
     with pytest.raises(jsonschema.ValidationError):
         VALIDATOR.validate(document)
+
+
+def test_a_reported_status_is_valid_under_the_schema_and_reads_back() -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    ready = Condition(type="Ready", status=ConditionStatus.TRUE, reason="EnginesReady", last_transition_time=now)
+    engine = EngineStatus(name="tiny-engine-0", phase=EnginePhase.READY, running=3, kv_usage=0.5)
+    status = Status(
+        conditions=(ready,), replicas=2, ready_replicas=1, endpoint="http://127.0.0.1:8000", engines=(engine,)
+    )
+    document = {**MINIMAL, "status": status_document(status)}
+    VALIDATOR.validate(document)
+    assert document["status"]["conditions"][0]["lastTransitionTime"] == "2026-01-02T03:04:05Z"
+    assert document["status"]["readyReplicas"] == 1
+    assert parse_resource(document).status == status
 
 
 def test_kubectl_shows_and_scales_it() -> None:

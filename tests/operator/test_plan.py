@@ -185,22 +185,22 @@ def test_the_agents_timeouts_are_those_of_the_resource() -> None:
         (
             {"engine": {"replicas": 2, "parallelism": {"tensor": 2}}},
             {"gpus": ("0",)},
-            "spec.engine: needs 2 x 2 GPUs, this machine has 1",
+            "spec.engine: needs 2 x 2 GPUs, the machine has 1",
         ),
         (
             {},
             {"gpus": ()},
-            "spec.engine: needs 1 x 1 GPUs, this machine has 0; the runtime vllm-cpu needs none",
+            "spec.engine: needs 1 x 1 GPUs, the machine has 0; the runtime vllm-cpu needs none",
         ),
         (
             {"engine": {"runtime": "vllm-cpu", "replicas": 3, "resources": {"cpu": 3}}},
             {},
-            "spec.engine.resources.cpu: needs 3 x 3 CPUs, this machine has 8",
+            "spec.engine.resources.cpu: needs 3 x 3 CPUs, the machine has 8",
         ),
         (
             {"engine": {"runtime": "vllm-cpu", "replicas": 2, "resources": {"kvCacheMemory": "40Gi"}}},
             {},
-            "spec.engine.resources.kvCacheMemory: needs 2 x 40Gi, this machine has 64.0Gi",
+            "spec.engine.resources.kvCacheMemory: needs 2 x 40Gi, the machine has 64.0Gi",
         ),
         ({"model": {"uri": "file://a"}}, {}, "spec.model.uri: an absolute folder is needed here, got 'file://a'"),
     ],

@@ -11,6 +11,7 @@ from moe_operator.api.status import (
     EngineStatus,
     PoliciesInForce,
     Status,
+    status_document,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "request_settings",
     "resource_document",
     "set_field",
+    "status_document",
 ]

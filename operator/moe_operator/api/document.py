@@ -54,12 +54,12 @@ def parse_document(data: bytes | str, name: str) -> object:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.is_dir():
-            _refuse(str(path), "is a folder, not a file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         _refuse(str(path), "no such file")
+    except IsADirectoryError:
+        _refuse(str(path), "is a folder, not a file")
     except (OSError, ValueError) as error:
         _refuse(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}")
     if len(data) > MAX_BYTES:

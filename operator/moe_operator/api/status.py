@@ -1,7 +1,7 @@
 """What a deployment reports about itself, in the same form on one machine and in a cluster."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AwareDatetime, Field
 
@@ -76,3 +76,8 @@ class Status(Section):
     endpoint: str = Field(default="", description="URL for clients.")
     policies: PoliciesInForce = Field(default=PoliciesInForce(), description="The policies that run.")
     engines: tuple[EngineStatus, ...] = Field(default=(), description="Each engine in brief.")
+
+
+def status_document(status: Status) -> dict[str, Any]:
+    """The status in the form that the resource shows it, defaults included and absent values left out."""
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -83,16 +83,16 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
         if ranks > len(site.gpus):
             has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
             needs = f"{engine.replicas} x {engine.parallelism.ranks} GPUs"
-            yield Problem("spec.engine", f"needs {needs}, this machine has {has}")
+            yield Problem("spec.engine", f"needs {needs}, the machine has {has}")
         return
     cpu = engine.resources.cpu
     if cpu is not None and quantity_value(cpu) * engine.replicas > site.cpus:
         needs = f"{engine.replicas} x {cpu} CPUs"
-        yield Problem("spec.engine.resources.cpu", f"needs {needs}, this machine has {site.cpus}")
+        yield Problem("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
     kv_bytes = kv_cache_bytes(resource, site.memory_bytes) or 0
     if kv_bytes * ranks > site.memory_bytes:
         needs, has = f"{ranks} x {render_bytes(kv_bytes)}", f"{site.memory_bytes / 2**30:.1f}Gi"
-        yield Problem("spec.engine.resources.kvCacheMemory", f"needs {needs}, this machine has {has}")
+        yield Problem("spec.engine.resources.kvCacheMemory", f"needs {needs}, the machine has {has}")
 
 
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:

@@ -1,0 +1,209 @@
+"""`moeserving validate`, `plan` and `crd`: what a person sees, and that no file whatever ends in a traceback."""
+
+import contextlib
+import os
+import threading
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_operator.api import parse_resource, set_field
+from moe_operator.api.crd import render_crd
+from moe_operator.api.document import MAX_BYTES, parse_document
+from moe_operator.cli.validate import crd, one_line, plan, validate
+from moe_scheduling.problems import InvalidInput
+from typer.testing import CliRunner, Result
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = sorted((ROOT / "manifests").glob("*.yaml"))
+HEAD = "apiVersion: moeserving.dev/v1alpha1\nkind: MoEServing\nmetadata: {name: a}\n"
+VALID = HEAD + "spec: {model: {uri: hf://org/a}}\n"
+
+APP = typer.Typer()
+for command in (validate, plan, crd):
+    APP.command()(command)
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(APP, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def errors_of(path: Path) -> list[str]:
+    result = run("validate", "-f", str(path))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    return [line.replace(f"{path}", "FILE") for line in result.stderr.splitlines()]
+
+
+def errors_in(text: str | bytes, tmp_path: Path) -> list[str]:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return errors_of(path)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_a_valid_file_is_said_to_be_so(path: Path) -> None:
+    result = run("validate", "-f", str(path))
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{path}: valid\n", "")
+
+
+def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
+    spec = "spec:\n  model: {uri: hf://org/a}\n  scheduling: {request: {policy: sjff}}\n  enginee: {}\n"
+    assert errors_in(HEAD + spec, tmp_path) == [
+        "spec.enginee: unknown field; nearest known: engine; known: engine, gateway, model, scheduling",
+        "spec.scheduling.request.policy: unknown 'sjff'; known: fcfs, priority, sjf",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "FILE: is empty"),
+        ("---\n", "FILE: is empty"),
+        ("# only a comment\n", "FILE: is empty"),
+        (b"\x7fELF\x02\x01\x01\x00\x00\x00", "FILE: is not text in UTF-8"),
+        (b"name: \xff\xfe\n", "FILE: is not text in UTF-8"),
+        (
+            "a: [1, 2\nb: 3\n",
+            "FILE: is not YAML: while parsing a flow sequence: expected ',' or ']', but got ':' at line 2",
+        ),
+        ("a: 'open\n", "FILE: is not YAML: while scanning a quoted scalar: found unexpected end of stream at line 2"),
+        ("a: *b\n", "FILE: is not YAML: found undefined alias 'b' at line 1"),
+        (
+            "a: !!python/object/apply:os.getcwd []\n",
+            "FILE: is not YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.getcwd' at line 1",
+        ),
+        ("- a\n- b\n", "a mapping with apiVersion, kind, metadata and spec is needed, got a list"),
+        ("just text\n", "a mapping with apiVersion, kind, metadata and spec is needed, got 'just text'"),
+        (VALID + "---\n" + VALID, "FILE: holds more than one document (the second at line 6)"),
+        ("a: {b: 1, b: 2}\n", "a.b: stands twice, at lines 1 and 1"),
+        ("a:\n- b: 1\n  b: 2\n", "a[0].b: stands twice, at lines 2 and 3"),
+        ("a: {1: 2}\n", "a: a key must be a string, got '1' at line 1"),
+        ("a: {[x]: 2}\n", "a: a key must be a string, got a list or mapping at line 1"),
+        ("a: &a [*a]\n", "FILE: expands to more than 100000 values"),
+        ("[" * 2000, "FILE: values are nested more than 64 deep"),
+        ("a: 2024-13-45\n", "FILE: holds a value that cannot be read: month must be in 1..12"),
+        ("a" * (MAX_BYTES + 1), f"FILE: is larger than {MAX_BYTES} bytes"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_file_that_holds_no_document_is_told_in_one_line(text: str | bytes, line: str, tmp_path: Path) -> None:
+    assert errors_in(text, tmp_path) == [line]
+
+
+def test_aliases_that_multiply_are_refused_before_they_are_expanded(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [x, x]"] + [f"a{index}: &a{index} [{', '.join([f'*a{index - 1}'] * 9)}]" for index in range(1, 30)]
+    assert errors_in("\n".join(rows), tmp_path) == ["FILE: expands to more than 100000 values"]
+
+
+def test_anchors_and_merges_of_sane_size_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    spec = "spec:\n  model: {uri: hf://org/a}\n  engine: &e {replicas: 2}\n"
+    path.write_text(HEAD.replace("metadata: {name: a}", "metadata: &m {name: a}") + spec)
+    assert run("validate", "-f", str(path)).exit_code == 0
+
+
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    assert errors_of(tmp_path / "absent.yaml") == ["FILE: no such file"]
+    assert errors_of(tmp_path) == ["FILE: is a folder, not a file"]
+    assert errors_of(Path("/proc/self/mem")) == ["FILE: cannot be read: Input/output error"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert errors_of(tmp_path / "loop") == ["FILE: cannot be read: Too many levels of symbolic links"]
+
+
+def test_a_pipe_is_read_as_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(VALID,))
+    writer.start()
+    assert run("validate", "-f", str(pipe)).exit_code == 0
+    writer.join()
+
+
+def test_a_key_that_would_break_the_line_is_written_out(tmp_path: Path) -> None:
+    (line,) = errors_in(VALID.replace("spec: {", 'spec: {"a\\nb\\e[31m": 1, '), tmp_path)
+    assert line.startswith("spec.a\\nb\\x1b[31m: unknown field")
+    assert one_line("ü\t\u2028") == "ü\\t\\u2028"
+
+
+def test_plan_shows_agents_and_gateway_and_starts_nothing() -> None:
+    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--gpus", "8")
+    shown = yaml.safe_load(result.stdout)
+    assert [agent["name"] for agent in shown["agents"]] == [f"qwen3-30b-a3b-engine-{index}" for index in range(4)]
+    assert shown["gateway"]["listen"]["port"] == 8000
+
+
+def test_plan_says_what_the_machine_lacks() -> None:
+    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--gpus", "7")
+    assert (result.exit_code, result.stderr) == (2, "spec.engine: needs 4 x 2 GPUs, the machine has 7\n")
+
+
+def test_crd_prints_the_crd() -> None:
+    assert run("crd").stdout == render_crd()
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place] * bool(place) + [found for key, child in below for found in places(child, (*place, key))]
+
+
+@st.composite
+def mutated_samples(draw: st.DrawFn) -> Any:
+    document = deepcopy(yaml.safe_load(draw(st.sampled_from(SAMPLES)).read_text(encoding="utf-8")))
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, last = draw(st.sampled_from(places(document)))
+        section = document
+        for key in parents:
+            section = section[key]
+        match draw(st.sampled_from(["replace", "remove", "add"])):
+            case "replace":
+                section[last] = draw(JUNK)
+            case "remove":
+                del section[last]
+            case "add" if isinstance(section, dict):
+                section[draw(st.text(max_size=6) | st.integers())] = draw(JUNK)
+        if not places(document):
+            break
+    return document
+
+
+@given(mutated_samples())
+def test_a_mutated_document_is_valid_or_refused_with_paths_and_nothing_else(document: Any) -> None:
+    with contextlib.suppress(InvalidInput):
+        parse_resource(document)
+
+
+@given(st.sampled_from(SAMPLES), st.data())
+def test_mutated_text_is_a_document_or_refused_and_nothing_else(path: Path, data: st.DataObject) -> None:
+    text = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        stop = data.draw(st.integers(start, min(len(text), start + 20)))
+        text[start:stop] = data.draw(
+            st.binary(max_size=4) | st.sampled_from([b"\t", b"&a", b"*a", b"<<: ", b"- ", b": ", b"!!", b"{", b"'"])
+        )
+    with contextlib.suppress(InvalidInput):
+        parse_resource(parse_document(bytes(text), "text"))
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_any_assignment_is_taken_or_refused_and_nothing_else(path: str, value: str) -> None:
+    document = yaml.safe_load(VALID)
+    for assignment in (f"{path}={value}", f"engine.{path}={value}", f"engine.env.A={value}", f"gateway.port={value}"):
+        with contextlib.suppress(InvalidInput):
+            parse_resource(set_field(document, assignment))

@@ -1,7 +1,24 @@
-"""Layer 1: the order of requests (see the settings; the queue follows)."""
+"""Layer 1: the order of requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
 
+All policies are one mechanism: a key that does not change while a request waits, so that a heap serves and nothing is ever
+sorted again. A policy is a function that makes the key.
+
+Invariants: the order is total and the same for the same pushes; equal keys are served by arrival, then in the order of the
+pushes; no size, priority or arrival that a peer sends makes a key that does not compare (NaN).
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import heapify, heappop, heappush
+from typing import Generic, NamedTuple, TypeVar
+
+# Whole numbers up to here are exact in a float; no prompt and no level of priority is near it.
+_LARGEST = 2**53
+_LARGEST_SHIFT_S = 1e300
+# Dead entries that a heap may hold beyond as many as live ones, so that a short queue is not compacted at each removal.
+_SPARE_ENTRIES = 64
 
 
 class RequestPolicy(StrEnum):
@@ -22,9 +39,227 @@ class RequestSettings:
             S tokens is never overtaken by one that arrived more than S / ageing_rate seconds after it.
         ageing_horizon_s: upper bound of that time: no request is overtaken by one of its priority that arrived later by more.
         priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more urgent).
+
+    Raises:
+        ValueError: a value is out of its range or not finite.
     """
 
     policy: RequestPolicy = RequestPolicy.SJF
     ageing_rate: float = 1000.0
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.ageing_rate < math.inf:
+            raise ValueError("ageing_rate must be greater than 0 and finite")
+        if not 0.0 <= self.ageing_horizon_s < math.inf:
+            raise ValueError("ageing_horizon_s must be at least 0 and finite")
+        if not 0.0 <= self.priority_step_s < math.inf:
+            raise ValueError("priority_step_s must be at least 0 and finite")
+
+
+def order_key(
+    settings: RequestSettings, *, size_tokens: float, arrival_s: float, priority: int = 0
+) -> tuple[float, float]:
+    """The static key of a request: the smaller is served first; the second part, the arrival, breaks ties.
+
+    Under `sjf` the key is `min(size_tokens / ageing_rate, ageing_horizon_s) + arrival_s + priority * priority_step_s`. It
+    orders like "size less what was made up for by waiting", because all that wait age alike: the clock cancels out.
+
+    The bound on waiting. Let `shift_s = min(size_tokens / ageing_rate, ageing_horizon_s)` of a request that arrives at a.
+    A later one with a shift of its own, never negative, overtakes only if it arrives before `a + shift_s`; so none of the
+    same priority that arrives more than `shift_s` later does, and the request is served after, at most, the work
+    that was there at a plus the work that arrives within `shift_s` of a, whatever arrives afterwards. With a service of r
+    tokens/s the wait is at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another
+    request is more urgent widens its window by `priority_step_s`, so that priority delays but never starves either.
+
+    Args:
+        settings: the policy and its figures.
+        size_tokens: uncached prefill tokens. What is negative counts as 0, what is not a number as endless.
+        arrival_s: arrival on any clock that all requests of a queue share.
+        priority: level; lower is more urgent.
+
+    Raises:
+        ValueError: the arrival is not finite.
+    """
+    if not math.isfinite(arrival_s):
+        raise ValueError(f"arrival_s must be finite, got {arrival_s!r}")
+    return _PRIMARY_KEYS[settings.policy](settings, size_tokens, arrival_s, priority), arrival_s
+
+
+def _sjf_key(settings: RequestSettings, size_tokens: float, arrival_s: float, priority: int) -> float:
+    shift_s = settings.ageing_horizon_s
+    if size_tokens < _LARGEST:
+        shift_s = min(max(size_tokens, 0) / settings.ageing_rate, shift_s)
+    if priority:
+        head_start_s = _level(priority) * settings.priority_step_s
+        arrival_s += max(-_LARGEST_SHIFT_S, min(_LARGEST_SHIFT_S, head_start_s))
+    return arrival_s + shift_s
+
+
+def _fcfs_key(_settings: RequestSettings, _size_tokens: float, arrival_s: float, _priority: int) -> float:
+    return arrival_s
+
+
+def _priority_key(_settings: RequestSettings, _size_tokens: float, _arrival_s: float, priority: int) -> float:
+    return _level(priority)
+
+
+def _level(priority: int) -> int:
+    return max(-_LARGEST, min(_LARGEST, priority))
+
+
+_PRIMARY_KEYS: Mapping[RequestPolicy, Callable[[RequestSettings, float, float, int], float]] = {
+    RequestPolicy.FCFS: _fcfs_key,
+    RequestPolicy.PRIORITY: _priority_key,
+    RequestPolicy.SJF: _sjf_key,
+}
+
+T = TypeVar("T", bound=Hashable)
+
+
+class _Entry(NamedTuple, Generic[T]):
+    """One request in the heap. The first three fields decide the order; `sequence` is unique, so the rest never compares."""
+
+    primary: float
+    secondary: float
+    sequence: int
+    item: T
+    size_tokens: float
+    arrival_s: float
+    priority: int
+    front: int
+
+
+class WaitingQueue(Generic[T]):
+    """The requests that wait, in the order of `order_key`; one owner, no locks.
+
+    A heap with lazy deletion: what is removed leaves the table of the living at once and the heap later, at the latest
+    when the dead outnumber the living. Memory is O(living), each operation O(log n) amortised.
+
+    An item that is pushed again replaces itself.
+    """
+
+    __slots__ = ("_fronts", "_heap", "_living", "_pushes", "_settings", "_size_tokens")
+
+    def __init__(self, settings: RequestSettings) -> None:
+        self._settings = settings
+        self._heap: list[_Entry[T]] = []
+        self._living: dict[T, _Entry[T]] = {}
+        self._pushes = 0
+        self._fronts = 0
+        self._size_tokens = 0
+
+    @property
+    def settings(self) -> RequestSettings:
+        """The order in force."""
+        return self._settings
+
+    @property
+    def size_tokens(self) -> int:
+        """Sum of the sizes of what waits; a size that is no number counts as 0."""
+        return self._size_tokens
+
+    def push(self, item: T, *, size_tokens: float, arrival_s: float, priority: int = 0, front: bool = False) -> None:
+        """Lets a request wait.
+
+        Args:
+            item: the request; its hash and equality are its identity.
+            size_tokens: uncached prefill tokens.
+            arrival_s: arrival on the clock of this queue.
+            priority: level; lower is more urgent.
+            front: under `fcfs`, before all that waits, the last such push first, as vLLM puts back what it preempted. The
+                other policies have no front: there the request takes the place that its arrival gives it.
+
+        Raises:
+            ValueError: the arrival is not finite.
+        """
+        self._pushes += 1
+        if front:
+            self._fronts += 1
+        entry = self._entry(item, self._pushes, size_tokens, arrival_s, priority, self._fronts if front else 0)
+        self.discard(item)
+        self._living[item] = entry
+        self._size_tokens += _countable(size_tokens)
+        heappush(self._heap, entry)
+
+    def peek(self) -> T:
+        """The request to serve next, left in place.
+
+        Raises:
+            IndexError: nothing waits.
+        """
+        heap, living = self._heap, self._living
+        while heap:
+            entry = heap[0]
+            if living.get(entry.item) is entry:
+                return entry.item
+            heappop(heap)
+        raise IndexError("nothing waits")
+
+    def pop(self) -> T:
+        """Takes out the request to serve next.
+
+        Raises:
+            IndexError: nothing waits.
+        """
+        item = self.peek()
+        heappop(self._heap)
+        self._size_tokens -= _countable(self._living.pop(item).size_tokens)
+        return item
+
+    def remove(self, item: T) -> None:
+        """Takes out one request.
+
+        Raises:
+            KeyError: it does not wait here.
+        """
+        self._size_tokens -= _countable(self._living.pop(item).size_tokens)
+        if len(self._heap) > 2 * len(self._living) + _SPARE_ENTRIES:
+            self._rebuild(self._living.values())
+
+    def discard(self, item: T) -> None:
+        """Takes out one request if it waits here."""
+        if item in self._living:
+            self.remove(item)
+
+    def reorder(self, settings: RequestSettings) -> None:
+        """Orders what waits, and what comes, by other settings."""
+        self._settings = settings
+        entries = [
+            self._entry(entry.item, entry.sequence, entry.size_tokens, entry.arrival_s, entry.priority, entry.front)
+            for entry in self._living.values()
+        ]
+        self._living = {entry.item: entry for entry in entries}
+        self._rebuild(entries)
+
+    def __len__(self) -> int:
+        return len(self._living)
+
+    def __bool__(self) -> bool:
+        return bool(self._living)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._living
+
+    def __iter__(self) -> Iterator[T]:
+        """The requests in the order of service, as of now; what is pushed or removed meanwhile does not disturb it."""
+        return iter([entry.item for entry in sorted(self._living.values())])
+
+    def _entry(
+        self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int
+    ) -> _Entry[T]:
+        settings = self._settings
+        if front and settings.policy is RequestPolicy.FCFS:
+            primary, secondary = -math.inf, float(-front)
+        else:
+            primary, secondary = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
+        return _Entry(primary, secondary, sequence, item, size_tokens, arrival_s, priority, front)
+
+    def _rebuild(self, entries: Iterable[_Entry[T]]) -> None:
+        self._heap = list(entries)
+        heapify(self._heap)
+
+
+def _countable(size_tokens: float) -> int:
+    return int(size_tokens) if 0 < size_tokens < _LARGEST else 0

@@ -73,7 +73,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         {
             "policy": st.sampled_from(["sjf", "fcfs", "priority"]),
             "ageingRate": st.floats(0, 1e9, exclude_min=True) | st.integers(1, 10**9),
-            "ageingHorizon": st.sampled_from(["1ms", "24h"]),
+            "ageingHorizon": st.sampled_from(["0s", "24h"]),
             "priorityStep": st.sampled_from(["0s", "24h"]),
         }
     ),
@@ -81,7 +81,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         {
             "policy": st.sampled_from(["predicted", "roundRobin", "leastRequests"]),
             "stickiness": st.sampled_from(["0s", "24h"]),
-            "staleAfter": st.sampled_from(["10ms", "24h"]),
+            "staleAfter": st.sampled_from(["1ms", "24h"]),
             "saturation": st.sampled_from(["1ms", "24h", None]),
         }
     ),
@@ -90,6 +90,15 @@ def test_what_the_resource_takes_the_core_takes(request: dict[str, Any], engine:
     scheduling = parse_resource(with_spec(scheduling={"request": request, "engine": engine})).spec.scheduling
     assert request_settings(scheduling.request).ageing_rate == request["ageingRate"]
     assert engine_settings(scheduling.engine).policy == engine["policy"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"), [("engine", "staleAfter"), ("engine", "saturation"), ("request", "ageingRate")]
+)
+def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: str) -> None:
+    zero = 0 if name == "ageingRate" else "0s"
+    (line,) = refusal(with_spec(scheduling={layer: {name: zero}}))
+    assert line.startswith(f"spec.scheduling.{layer}.{name}: ")
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ OWNED_OPTIONS = {
     "--data-parallel-size": "spec.engine.parallelism.data",
     "-dp": "spec.engine.parallelism.data",
     "--enable-expert-parallel": "spec.engine.parallelism.expert",
+    "--no-enable-expert-parallel": "spec.engine.parallelism.expert",
     "-ep": "spec.engine.parallelism.expert",
     "--kv-cache-memory-bytes": "spec.engine.resources.kvCacheMemory",
     "--shutdown-timeout": "spec.engine.drainTimeout",
@@ -171,7 +172,7 @@ Argument = Annotated[
     str,
     Field(
         pattern=r"^[^\x00]+$",
-        max_length=4096,
+        max_length=2048,
         json_schema_extra={
             "x-kubernetes-validations": [
                 {
@@ -251,7 +252,7 @@ class RequestScheduling(Section):
         description="Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater "
         "is nearer to the order of arrival.",
     )
-    ageing_horizon: Annotated[str, DurationBetween("1ms")] = Field(
+    ageing_horizon: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.ageing_horizon_s),
         description="Under `sjf`, no request is overtaken by one of its priority that arrived later by more than this.",
     )
@@ -271,9 +272,9 @@ class EngineScheduling(Section):
     )
     stickiness: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_ENGINE.stickiness_s),
-        description="A session stays at its engine while the prediction there is worse than the best by at most this.",
+        description="Under `predicted`, a session stays at its engine while that one is worse than the best by at most this.",
     )
-    stale_after: Annotated[str, DurationBetween("10ms")] = Field(
+    stale_after: Annotated[str, DurationBetween("1ms")] = Field(
         default=render_duration(_ENGINE.stale_after_s),
         description="Age at which the gateway no longer believes an engine's signal and counts on its own books alone.",
     )

@@ -1,0 +1,88 @@
+"""The agent as a process: builds its parts, serves until told to end, and leaves no engine behind."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+from aiohttp import web
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_agent.config import AgentConfig
+from moe_agent.engine_command import build_arguments, build_environment
+from moe_agent.parsing import read_token
+from moe_agent.server import AgentServer
+from moe_agent.supervisor import Supervisor
+from moe_agent.telemetry import ControlPage, RankPages
+from moe_agent.vllm.version import is_cpu_build
+
+log = logging.getLogger(__name__)
+
+_STREAM_END_S = 2.0
+
+
+async def run_agent(config: AgentConfig) -> None:
+    """Runs until a signal asks for the end: the first drains the engine, the second kills it.
+
+    Raises:
+        InvalidInput: a file or address that the configuration names cannot be used.
+    """
+    token = read_token(config.token_file)
+    prepare_run_dir(config)
+    ranks = RankPages(config.run_dir, config.engine.data_parallel)
+    control = ControlPage(config.run_dir, config.request, ranks)
+    supervisor = build_supervisor(config, ranks)
+    server = AgentServer(config, token, supervisor, ranks, control)
+    runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
+    await runner.setup()
+    try:
+        await listen(runner, config)
+        leave = handle_signals(supervisor)
+        await supervisor.run()
+        # An engine that was drained over HTTP leaves an agent that still says so.
+        await leave.wait()
+    finally:
+        server.end_streams()
+        await runner.cleanup()
+
+
+def prepare_run_dir(config: AgentConfig) -> None:
+    """Makes the folder, or says why it cannot be."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput([Problem("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
+
+
+def build_supervisor(config: AgentConfig, ranks: RankPages) -> Supervisor:
+    """The supervisor of vLLM's API server."""
+    environment = build_environment(config, os.environ, cpu_build=is_cpu_build(), cpus=len(os.sched_getaffinity(0)))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *build_arguments(config.engine)]
+    return Supervisor(config.engine, command, environment, config.run_dir / "engine.log", on_restart=ranks.forget)
+
+
+async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
+    """Opens the agent's own port."""
+    try:
+        await web.TCPSite(runner, config.listen.host, config.listen.port).start()
+    except OSError as error:
+        address = f"{config.listen.host}:{config.listen.port}"
+        reason = os.strerror(error.errno or 0).lower()
+        raise InvalidInput([Problem("listen", f"cannot listen on {address}: {reason}")]) from None
+    log.info("agent %s listens on %s:%d", config.name, config.listen.host, config.listen.port)
+
+
+def handle_signals(supervisor: Supervisor) -> asyncio.Event:
+    """The first SIGTERM or SIGINT drains and sets the event, each further one kills the engine."""
+    leave = asyncio.Event()
+
+    def on_signal() -> None:
+        if leave.is_set():
+            supervisor.request_kill()
+        leave.set()
+        supervisor.request_drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return leave

@@ -1,0 +1,58 @@
+"""The command line and environment of one vLLM server, from the agent's configuration. Pure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_agent.config import AgentConfig, EngineConfig
+from moe_agent.pages import RUN_DIR_VARIABLE
+
+SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
+MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
+
+
+def build_arguments(engine: EngineConfig) -> list[str]:
+    """Arguments of vLLM's API server; those of the resource come last, because the last one wins."""
+    arguments = [
+        *("--host", engine.host, "--port", str(engine.port)),
+        *("--model", engine.model, "--served-model-name", engine.served_name),
+        *("--data-parallel-size", str(engine.data_parallel), "--tensor-parallel-size", str(engine.tensor_parallel)),
+        *("--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE),
+        # Makes a request's `priority` field acceptable; the order is the scheduler class's own.
+        *("--scheduling-policy", "priority"),
+        *("--shutdown-timeout", str(max(1, round(engine.drain_timeout_s)))),
+        "--disable-uvicorn-access-log",
+    ]
+    if engine.revision is not None:
+        arguments += ["--revision", engine.revision]
+    if engine.expert_parallel:
+        arguments.append("--enable-expert-parallel")
+    return [*arguments, *engine.args]
+
+
+def build_environment(
+    config: AgentConfig, inherited: Mapping[str, str], *, cpu_build: bool, cpus: int
+) -> dict[str, str]:
+    """Environment of the engine's process: inherited, then ours, then the resource's own.
+
+    Args:
+        config: the agent's configuration.
+        inherited: the agent's own environment; what a person set there stays.
+        cpu_build: the installed vLLM runs on CPUs.
+        cpus: CPUs that this process may use.
+    """
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if cpu_build:
+        defaults |= {
+            # GiB. vLLM's own default takes half of the machine, which several engines on one machine cannot.
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Binding by NUMA node would put every engine of the machine on the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(cpus),
+        }
+    if Path(config.engine.model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    environment = {**defaults, **inherited, RUN_DIR_VARIABLE: str(config.run_dir.absolute())}
+    if any(argument.startswith("--kv-cache-memory-bytes") for argument in config.engine.args):
+        # vLLM lets this variable win over the argument that the resource asked for.
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return {**environment, **config.engine.env}

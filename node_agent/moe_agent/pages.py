@@ -1,0 +1,288 @@
+"""The two memory-mapped pages between an agent and its engine: layout, one writer, many readers.
+
+`rank-N.page` is written by the scheduler of data-parallel rank N at every step and read by the agent; `control.page` is
+written by the agent and read by every rank. Both sides import this module, so it needs the standard library alone.
+
+Invariants: a page has one writer; it is put into place whole (renamed), so a reader never sees a page without header; a
+sequence number is odd while its writer writes and rises by two at each write; a checksum over the body makes a torn
+read visible on machines that reorder stores. A reader gets a whole body or `PageUnreadableError`, never a mixture.
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_scheduling.signals import EngineSignal, StepTime
+
+MAGIC = b"MOESPAGE"
+LAYOUT_VERSION = 1
+RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
+
+_HEADER = struct.Struct("<8sII")
+_SEQUENCE = struct.Struct("<Q")
+_SEQUENCE_AT = _HEADER.size
+_CHECKSUM = struct.Struct("<I")
+_CHECKSUM_AT = _SEQUENCE_AT + _SEQUENCE.size
+_BODY_AT = 32
+# A writer holds the lock for about a microsecond; this many tries outlast it even when it is scheduled away meanwhile.
+_READ_TRIES = 1000
+
+RANK_BODY = struct.Struct("<QdQQQQQQQQ?7xddddd")
+CONTROL_BODY = struct.Struct("<Q16sddd")
+
+
+class PageUnreadableError(Exception):
+    """The page is absent, of another layout, or its writer died within a write."""
+
+
+def rank_page_path(run_dir: Path, rank: int) -> Path:
+    """Where rank `rank` publishes."""
+    return run_dir / f"rank-{rank}.page"
+
+
+def control_page_path(run_dir: Path) -> Path:
+    """Where the agent publishes the settings in force."""
+    return run_dir / "control.page"
+
+
+class _Writer:
+    """Owner of one page. `write_body` costs about two microseconds."""
+
+    def __init__(self, path: Path, body: struct.Struct) -> None:
+        size = _BODY_AT + body.size
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        with fresh.open("w+b") as file:
+            file.write(_HEADER.pack(MAGIC, LAYOUT_VERSION, body.size).ljust(size, b"\0"))
+            file.flush()
+            self._map = mmap.mmap(file.fileno(), size)
+        self._body = body
+        self._sequence = 0
+        self._fresh, self._path = fresh, path
+
+    def put_in_place(self) -> None:
+        """Makes the page visible under its name; called once, after the first body."""
+        os.replace(self._fresh, self._path)
+
+    def write_body(self, *values: Any) -> None:
+        packed = self._body.pack(*values)
+        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, self._sequence + 1)
+        self._map[_BODY_AT : _BODY_AT + len(packed)] = packed
+        _CHECKSUM.pack_into(self._map, _CHECKSUM_AT, zlib.crc32(packed))
+        self._sequence += 2
+        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, self._sequence)
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class _Reader:
+    """One mapping of one page; a page that is replaced by a new one needs a new reader."""
+
+    def __init__(self, path: Path, body: struct.Struct) -> None:
+        size = _BODY_AT + body.size
+        self._path, self._body = path, body
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise PageUnreadableError(f"{path}: {error}") from error
+        magic, version, body_bytes = _HEADER.unpack_from(self._map)
+        if (magic, version, body_bytes) != (MAGIC, LAYOUT_VERSION, body.size):
+            self._map.close()
+            raise PageUnreadableError(
+                f"{path}: layout {version} of {body_bytes} bytes; known: {LAYOUT_VERSION} of {body.size} bytes"
+            )
+
+    def sequence(self) -> int:
+        """Changes with every write: the cheap way to see that there is something new."""
+        number: int = _SEQUENCE.unpack_from(self._map, _SEQUENCE_AT)[0]
+        return number
+
+    def read_body(self) -> tuple[Any, ...]:
+        for _ in range(_READ_TRIES):
+            before = self.sequence()
+            packed = self._map[_BODY_AT : _BODY_AT + self._body.size]
+            checksum = _CHECKSUM.unpack_from(self._map, _CHECKSUM_AT)[0]
+            if before % 2 == 0 and before == self.sequence() and checksum == zlib.crc32(packed):
+                return self._body.unpack(packed)
+        raise PageUnreadableError(f"{self._path}: no whole read in {_READ_TRIES} tries")
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """What a rank last published.
+
+    Attributes:
+        pid: process of the rank's scheduler.
+        written_s: monotonic clock of the machine (`time.monotonic`, comparable between processes) at the write.
+        config_version: version of the control page that the rank orders its queue by; 0 before it read one.
+        signal: the engine's state.
+    """
+
+    pid: int
+    written_s: float
+    config_version: int
+    signal: EngineSignal
+
+    @property
+    def idle(self) -> bool:
+        """No request is known to the rank."""
+        return self.signal.running == 0 and self.signal.waiting == 0
+
+
+class RankPageWriter(_Writer):
+    """The scheduler's side of `rank-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int, state: RankState) -> None:
+        super().__init__(rank_page_path(run_dir, rank), RANK_BODY)
+        signal = state.signal
+        self.write(
+            pid=state.pid,
+            written_s=state.written_s,
+            config_version=state.config_version,
+            step=signal.step,
+            running=signal.running,
+            waiting=signal.waiting,
+            waiting_prefill_tokens=signal.waiting_prefill_tokens,
+            running_prefill_tokens=signal.running_prefill_tokens,
+            decode_tokens=signal.decode_tokens,
+            kv_usage=signal.kv_usage,
+            preemptions=signal.preemptions,
+            step_time=signal.step_time,
+            expert_balance=signal.expert_balance,
+        )
+        self.put_in_place()
+
+    def write(
+        self,
+        *,
+        pid: int,
+        written_s: float,
+        config_version: int,
+        step: int,
+        running: int,
+        waiting: int,
+        waiting_prefill_tokens: int,
+        running_prefill_tokens: int,
+        decode_tokens: int,
+        kv_usage: float,
+        preemptions: int,
+        step_time: StepTime | None,
+        expert_balance: float,
+    ) -> None:
+        """Takes plain values: this runs at every engine step, and a frozen snapshot would cost more than the write."""
+        fitted = step_time is not None
+        self.write_body(
+            pid,
+            written_s,
+            config_version,
+            step,
+            running,
+            waiting,
+            waiting_prefill_tokens,
+            running_prefill_tokens,
+            decode_tokens,
+            preemptions,
+            fitted,
+            kv_usage,
+            step_time.base_s if step_time else 0.0,
+            step_time.prefill_s if step_time else 0.0,
+            step_time.decode_s if step_time else 0.0,
+            expert_balance,
+        )
+
+
+class RankPageReader(_Reader):
+    """The agent's side of `rank-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        super().__init__(rank_page_path(run_dir, rank), RANK_BODY)
+
+    def read(self) -> RankState:
+        (pid, written_s, version, step, running, waiting, waiting_prefill, running_prefill, decode, preemptions) = (
+            body := self.read_body()
+        )[:10]
+        fitted, kv_usage, base_s, prefill_s, decode_s, expert_balance = body[10:]
+        return RankState(
+            pid=pid,
+            written_s=written_s,
+            config_version=version,
+            signal=EngineSignal(
+                step=step,
+                running=running,
+                waiting=waiting,
+                waiting_prefill_tokens=waiting_prefill,
+                running_prefill_tokens=running_prefill,
+                decode_tokens=decode,
+                kv_usage=kv_usage,
+                preemptions=preemptions,
+                step_time=StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s) if fitted else None,
+                expert_balance=expert_balance,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """The settings in force and their version, which rises by one at each change and starts at 1."""
+
+    version: int
+    request: RequestSettings
+
+
+class ControlPageWriter(_Writer):
+    """The agent's side of `control.page`."""
+
+    def __init__(self, run_dir: Path, control: Control) -> None:
+        super().__init__(control_page_path(run_dir), CONTROL_BODY)
+        self.write(control)
+        self.put_in_place()
+
+    def write(self, control: Control) -> None:
+        request = control.request
+        self.write_body(
+            control.version,
+            request.policy.value.encode(),
+            request.ageing_rate,
+            request.ageing_horizon_s,
+            request.priority_step_s,
+        )
+
+
+class ControlPageReader(_Reader):
+    """A rank's side of `control.page`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(control_page_path(run_dir), CONTROL_BODY)
+
+    def read(self) -> Control:
+        version, policy, ageing_rate, ageing_horizon_s, priority_step_s = self.read_body()
+        return Control(
+            version=version,
+            request=RequestSettings(
+                policy=RequestPolicy(policy.rstrip(b"\0").decode()),
+                ageing_rate=ageing_rate,
+                ageing_horizon_s=ageing_horizon_s,
+                priority_step_s=priority_step_s,
+            ),
+        )

@@ -1,0 +1,97 @@
+"""What a person or the operator wrote, turned into configuration or into problems: the file and the control body."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors
+from moe_scheduling.request import RequestSettings
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moe_agent.config import AgentConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Change(BaseModel):
+    """Body of `PUT /v1/config`, after the fields that it leaves out were filled in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    request: RequestSettings
+
+
+def load_config(path: Path) -> AgentConfig:
+    """Reads the agent's file.
+
+    Raises:
+        InvalidInput: it cannot be read or is no valid configuration.
+    """
+    document = parse_document(read_file(path, "file"))
+    return parse_model(AgentConfig, document)
+
+
+def read_token(path: Path) -> str:
+    """The control token.
+
+    Raises:
+        InvalidInput: the file cannot be read or is empty.
+    """
+    token = read_file(path, "token_file").decode(errors="replace").strip()
+    if not token:
+        raise InvalidInput([Problem("token_file", f"{path} is empty")])
+    return token
+
+
+def read_file(path: Path, problem_path: str) -> bytes:
+    """The file's bytes, or `InvalidInput` that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput([Problem(problem_path, f"cannot read {path}: {error.strerror}")]) from None
+
+
+def parse_document(text: bytes) -> object:
+    """JSON, or `InvalidInput` that says where it ends to be JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput([Problem("", f"not JSON: {error}")]) from None
+
+
+def parse_request_change(document: object, current: RequestSettings) -> RequestSettings:
+    """The settings that a control body asks for; fields that it leaves out keep their value.
+
+    Raises:
+        InvalidInput: the body is not valid, and nothing of it is used.
+    """
+    if isinstance(document, dict) and isinstance(document.get("request", {}), dict):
+        document = {**document, "request": asdict(current) | document.get("request", {})}
+    return parse_model(_Change, document).request
+
+
+def parse_model(model: type[Model], document: object) -> Model:
+    """Validates; errors become problems with the nearest known names."""
+    if not isinstance(document, dict):
+        raise InvalidInput([Problem("", f"a JSON object is needed, got {type(document).__name__}")])
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        rows = error.errors(include_url=False)
+        raise InvalidInput(problems_from_errors(rows, lambda location: _fields_at(model, location))) from None
+
+
+def _fields_at(section: type, location: Location) -> Iterable[str]:
+    for part in location:
+        section = _field_types(section)[str(part)]
+    return _field_types(section)
+
+
+def _field_types(section: type) -> dict[str, type]:
+    if is_dataclass(section):
+        return {field.name: type(field.default) for field in fields(section)}
+    if issubclass(section, BaseModel):
+        return {name: cast(type, field.annotation) for name, field in section.model_fields.items()}
+    return {}

@@ -1,0 +1,37 @@
+"""The agent's snapshot, one JSON document of the supervisor, the ranks' pages and the settings in force. Pure."""
+
+from dataclasses import asdict
+from typing import Any
+
+from moe_agent.pages import Control, RankState
+from moe_agent.supervisor import Phase, Supervisor
+
+
+def build_snapshot(
+    name: str, model: str, supervisor: Supervisor, control: Control, ranks: dict[int, RankState], now_s: float
+) -> dict[str, Any]:
+    """The document of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
+    ready = supervisor.phase is Phase.READY
+    return {
+        "name": name,
+        "phase": supervisor.phase.value,
+        "accepting": supervisor.accepting,
+        "engine": {
+            "url": supervisor.url,
+            "model": model,
+            "pid": supervisor.pid,
+            "restarts": supervisor.restarts,
+            "last_exit": supervisor.last_exit,
+            "max_model_len": supervisor.max_model_len,
+        },
+        "config": {"version": control.version, "request": asdict(control.request)},
+        "ranks": [
+            {"rank": rank, "age_s": signal_age_s(state, ready, now_s), **asdict(state.signal)}
+            for rank, state in sorted(ranks.items())
+        ],
+    }
+
+
+def signal_age_s(state: RankState, ready: bool, now_s: float) -> float:
+    """How old a rank's page is. An idle rank makes no steps, so its page stays true while its engine is ready."""
+    return 0.0 if ready and state.idle else max(0.0, now_s - state.written_s)

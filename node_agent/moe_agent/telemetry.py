@@ -1,0 +1,103 @@
+"""The agent's side of the pages: what the ranks last said, and the settings they are to order by.
+
+Used by the HTTP server of `moe_agent.server` and by the supervisor, which calls `forget` whenever no engine lives.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_scheduling.request import RequestSettings
+
+from moe_agent.pages import (
+    Control,
+    ControlPageWriter,
+    PageUnreadableError,
+    RankPageReader,
+    RankState,
+    rank_page_path,
+)
+
+_POLL_S = 0.005
+
+
+class RankPages:
+    """Readers of the pages of all ranks; a rank that has published nothing yet is left out of every answer."""
+
+    def __init__(self, run_dir: Path, ranks: int) -> None:
+        self._run_dir, self._ranks = run_dir, ranks
+        self._readers: dict[int, RankPageReader] = {}
+
+    def forget(self) -> None:
+        """Removes the pages: their writers are gone, and what they say is no longer so."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        for rank in range(self._ranks):
+            rank_page_path(self._run_dir, rank).unlink(missing_ok=True)
+
+    def fingerprint(self) -> tuple[int, ...]:
+        """Differs when any page was written since."""
+        return tuple(reader.sequence() if (reader := self._reader(rank)) else 0 for rank in range(self._ranks))
+
+    def read(self) -> dict[int, RankState]:
+        """The last state of each rank."""
+        states = {}
+        for rank in range(self._ranks):
+            if (reader := self._reader(rank)) is not None:
+                try:
+                    states[rank] = reader.read()
+                except PageUnreadableError:
+                    continue
+        return states
+
+    def _reader(self, rank: int) -> RankPageReader | None:
+        if rank not in self._readers:
+            try:
+                self._readers[rank] = RankPageReader(self._run_dir, rank)
+            except PageUnreadableError:
+                return None
+        return self._readers[rank]
+
+
+@dataclass(frozen=True, slots=True)
+class NotTaken:
+    """Ranks that did not take a configuration in time; each does at its next step."""
+
+    ranks: tuple[int, ...]
+
+
+class ControlPage:
+    """Owner of the settings in force. They outlive the engine, not the agent."""
+
+    def __init__(self, run_dir: Path, settings: RequestSettings, ranks: RankPages) -> None:
+        self._control = Control(version=1, request=settings)
+        self._writer = ControlPageWriter(run_dir, self._control)
+        self._ranks = ranks
+        self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def control(self) -> Control:
+        return self._control
+
+    async def apply(self, settings: RequestSettings, timeout_s: float) -> Control | NotTaken:
+        """Puts settings in force and waits until every rank has taken them."""
+        async with self._one_at_a_time:
+            if settings != self._control.request:
+                self._control = Control(version=self._control.version + 1, request=settings)
+                self._writer.write(self._control)
+            deadline_s = time.monotonic() + timeout_s
+            while late := self._late_ranks():
+                if time.monotonic() > deadline_s:
+                    return NotTaken(late)
+                await asyncio.sleep(_POLL_S)
+            return self._control
+
+    def _late_ranks(self) -> tuple[int, ...]:
+        """An idle rank makes no step, but it reads the control page before its next decision, so it has taken it."""
+        return tuple(
+            rank
+            for rank, state in self._ranks.read().items()
+            if state.config_version < self._control.version and not state.idle
+        )

@@ -1,0 +1,87 @@
+"""ASGI middleware of the engine's HTTP server: serving routes pass, all else is 404 in OpenAI's error shape.
+
+Named to vLLM by `--middleware moe_agent.vllm.middleware.ServingRoutesOnly`. vLLM mounts routes that steer the engine
+(`/scale_elastic_ep`, `/pause`, `/sleep`, `/collective_rpc`, ...) on the same port and guards them with no key.
+
+Invariant: an allow-list on the decoded path exactly as the router will see it; a path that has more than one spelling
+(`//`, `..`, a backslash, an encoded slash) is refused rather than understood. WebSockets are refused.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SERVING_ROUTES = frozenset(
+    {
+        "/detokenize",
+        "/health",
+        "/load",
+        "/metrics",
+        "/ping",
+        "/tokenize",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+        "/version",
+    }
+)
+# Routes with one more part, an id: `/v1/models/NAME`, `/v1/responses/ID`, `/v1/responses/ID/cancel`.
+_ROUTES_WITH_ID = ("/v1/models/", "/v1/responses/")
+_AMBIGUOUS = ("//", "..", "/./", "\\", "%", "\0", ";")
+
+
+def is_serving_path(path: str, raw_path: bytes | None = None) -> bool:
+    """Whether a request for `path` (decoded) may reach the engine's router."""
+    if any(mark in path for mark in _AMBIGUOUS) or (raw_path is not None and b"%2f" in raw_path.lower()):
+        return False
+    return path in SERVING_ROUTES or path.startswith(_ROUTES_WITH_ID)
+
+
+class ServingRoutesOnly:
+    """See the module."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "lifespan":
+                await self._app(scope, receive, send)
+            case "http" if is_serving_path(_routed_path(scope), scope.get("raw_path")):
+                await self._app(scope, receive, send)
+            case "http":
+                await _send_not_found(scope, send)
+            case _:
+                await send({"type": "websocket.close", "code": 1008})
+
+
+def _routed_path(scope: Scope) -> str:
+    """The path as Starlette's router sees it: without the mount point, if the server has one."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if root and path.startswith(root + "/") else path
+
+
+async def _send_not_found(scope: Scope, send: Send) -> None:
+    error = {
+        "message": f"The route {scope['method']} {scope['path']} does not exist.",
+        "type": "NotFoundError",
+        "param": None,
+        "code": 404,
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

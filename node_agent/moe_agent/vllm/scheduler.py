@@ -1,0 +1,206 @@
+"""vLLM's scheduler with the queue order of layer 1, publishing the engine's state at every step.
+
+Named to vLLM by `--scheduler-cls moe_agent.vllm.scheduler.OrderedScheduler`; runs in the process of the engine core,
+one for each data-parallel rank. Without `MOESERVING_RUN_DIR` it orders by the default settings and publishes nothing.
+
+vLLM calls this interface not public: `moe_agent.vllm.version` refuses unknown versions, and `tests/agent` fails when
+one of the attributes used here is gone.
+
+Invariants: the settings of the control page are in force before any decision that follows their write; the page is true
+at the end of every step, and also after a request was added or ended while no step runs. The balance over experts is
+published as 1.0: nothing here measures it.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_scheduling.request import RequestSettings
+from moe_scheduling.signals import EngineSignal
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from moe_agent.pages import RUN_DIR_VARIABLE, ControlPageReader, RankPageWriter, RankState
+from moe_agent.step_time import StepTimeFit
+from moe_agent.vllm.version import check_version
+from moe_agent.vllm.waiting import OrderedRequestQueue
+
+EXPERT_BALANCE = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepWork:
+    """What one scheduled step carries, until its output is there."""
+
+    scheduled_s: float
+    prefill_tokens: dict[str, int]
+    decoding_requests: int
+
+
+class OrderedScheduler(AsyncScheduler):
+    """See the module."""
+
+    waiting: OrderedRequestQueue
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_version()
+        super().__init__(*args, **kwargs)
+        run_dir = os.environ.get(RUN_DIR_VARIABLE)
+        self._control = ControlPageReader(Path(run_dir)) if run_dir else None
+        self._control_sequence = 0
+        self._config_version = 0
+        self._steps = 0
+        self._preemptions = 0
+        self._step_work: deque[_StepWork] = deque()
+        self._step_time = StepTimeFit()
+        self._last_output_s = 0.0
+        self._busy = False
+        self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
+        self._take_settings()
+        rank = self.parallel_config.data_parallel_index
+        self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
+
+    # 1. Decide by the settings in force.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._take_settings()
+        prefilling = [request.request_id for request in self._inflight_prefills]
+        scheduled_s = time.monotonic()
+        output = super().schedule(throttle_prefills)
+        self._step_work.append(_work_of(output, prefilling, scheduled_s))
+        return output
+
+    def add_request(self, request: Request) -> None:
+        self._take_settings()
+        super().add_request(request)
+        self._publish()
+
+    # 2. Observe what happened.
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        now_s = time.monotonic()
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        work = self._step_work.popleft()
+        if scheduler_output.total_num_scheduled_tokens:
+            self._observe(work, now_s)
+        self._last_output_s, self._busy = now_s, bool(self.running)
+        self._steps += 1
+        self._publish()
+        return outputs
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        finished = super().finish_requests(request_ids, finished_status)
+        self._publish()
+        return finished
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        self._preemptions += 1
+
+    def _observe(self, work: _StepWork, now_s: float) -> None:
+        # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
+        # output comes; after an idle gap it begins when it is scheduled.
+        begun_s = self._last_output_s if self._busy else work.scheduled_s
+        self._step_time.observe(
+            prefill_tokens=sum(work.prefill_tokens.values()),
+            decoding_requests=work.decoding_requests,
+            step_s=now_s - begun_s,
+        )
+
+    # 3. Publish.
+
+    def _publish(self) -> None:
+        if self._page is None:
+            return
+        prefilling, prefill_tokens = self._prefill_left()
+        running, waiting = self.get_request_counts()
+        self._page.write(
+            pid=os.getpid(),
+            written_s=time.monotonic(),
+            config_version=self._config_version,
+            step=self._steps,
+            running=running,
+            waiting=waiting,
+            waiting_prefill_tokens=self._waiting_prefill_tokens(),
+            running_prefill_tokens=prefill_tokens,
+            decode_tokens=running - prefilling,
+            kv_usage=self.get_kv_cache_usage(),
+            preemptions=self._preemptions,
+            step_time=self._step_time.line,
+            expert_balance=EXPERT_BALANCE,
+        )
+
+    def _prefill_left(self) -> tuple[int, int]:
+        """Running requests whose prompt is not computed yet, and the tokens of it that are left.
+
+        vLLM counts a token as computed once it is scheduled; a step that is still on its way has not computed its own.
+        """
+        left = {
+            request.request_id: request.num_tokens - request.num_computed_tokens
+            for request in self._inflight_prefills
+            if request.status is RequestStatus.RUNNING
+        }
+        for work in self._step_work:
+            for request_id, tokens in work.prefill_tokens.items():
+                request = self.requests.get(request_id)
+                if request is not None and request.status is RequestStatus.RUNNING:
+                    left[request_id] = left.get(request_id, 0) + tokens
+        return len(left), sum(left.values())
+
+    def _waiting_prefill_tokens(self) -> int:
+        tokens = self.waiting.prefill_tokens
+        for request in self.kv_holding_waiting:
+            if request.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+                tokens += request.num_tokens - request.num_computed_tokens
+        return tokens
+
+    def _first_state(self) -> RankState:
+        return RankState(
+            pid=os.getpid(), written_s=time.monotonic(), config_version=self._config_version, signal=EngineSignal()
+        )
+
+    # 4. Size and order.
+
+    def _uncached_prefill_tokens(self, request: Request) -> int:
+        """Tokens to compute before the next new one; looks at the prefix cache without a trace in its statistics."""
+        if request.num_computed_tokens:
+            return request.num_tokens - request.num_computed_tokens
+        manager = self.kv_cache_manager
+        if not manager.prefix_cache_lookup_enabled(request):
+            return request.num_tokens
+        _, cached_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
+        return request.num_tokens - cached_tokens
+
+    def _take_settings(self) -> None:
+        """Two loads from memory when nothing changed."""
+        if self._control is None or (sequence := self._control.sequence()) == self._control_sequence:
+            return
+        control = self._control.read()
+        self._control_sequence, self._config_version = sequence, control.version
+        self.waiting.reorder(control.request)
+        # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent
+        # request, the newest among equals; under `fcfs` it is the one admitted last.
+        self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY
+
+
+def _work_of(output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> _StepWork:
+    """Splits a step into prefill and decoding: who was in the midst of a prefill, is new or resumed, prefills."""
+    scheduled = output.num_scheduled_tokens
+    candidates = {*prefilling, *(new.req_id for new in output.scheduled_new_reqs)}
+    candidates.update(output.scheduled_cached_reqs.resumed_req_ids)
+    prefill_tokens = {request_id: scheduled[request_id] for request_id in candidates if request_id in scheduled}
+    return _StepWork(
+        scheduled_s=scheduled_s,
+        prefill_tokens=prefill_tokens,
+        decoding_requests=len(scheduled) - len(prefill_tokens),
+    )

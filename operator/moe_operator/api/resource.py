@@ -168,6 +168,7 @@ def _check_argument(argument: str) -> str:
     return argument
 
 
+# Length times number is bounded: the API server refuses a CRD whose rules may cost too much.
 Argument = Annotated[
     str,
     Field(
@@ -272,7 +273,7 @@ class EngineScheduling(Section):
     )
     stickiness: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_ENGINE.stickiness_s),
-        description="Under `predicted`, a session stays at its engine while that one is worse than the best by at most this.",
+        description="Under `predicted`, a session stays at its engine while it is worse than the best by at most this.",
     )
     stale_after: Annotated[str, DurationBetween("1ms")] = Field(
         default=render_duration(_ENGINE.stale_after_s),

@@ -3,19 +3,22 @@
 Owned by one task, the gateway's dispatcher or the simulator, and read by `engine.py`. All clocks are arguments, on one
 monotonic time line.
 
-Invariants: sums never go below zero; every call is O(1), amortised over what was sent; calls about unknown keys, repeated
-calls and absurd signals change nothing that a later decision reads.
+Invariants: sums never go below zero; every call is O(1), amortised over what was sent; calls about unknown keys,
+repeated calls and absurd signals change nothing that a later decision reads.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import replace
 
+from moe_scheduling.pace import Pace, pace_of, unsignalled_pace
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 # Whole numbers up to here are exact in a float; no engine counts as far.
 _LARGEST = 2**53
+_LONGEST_STEP_S = 3600.0
+# The balance cannot exceed the number of expert-parallel ranks.
+_GREATEST_BALANCE = 1024.0
 
 
 class TargetBooks:
@@ -26,23 +29,31 @@ class TargetBooks:
     Args:
         target: whose books they are.
         accepting: whether it takes new requests; the owner changes it as the engine's phase changes.
+
+    Attributes:
+        line: the last step-time line that the engine told, which outlives the signal: it is a property of the engine,
+            not of the moment; None before the first.
     """
 
     __slots__ = (
         "_answered",
+        "_engine_tokens",
         "_observed_s",
+        "_pace",
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
         "_unanswered",
         "_unanswered_tokens",
         "accepting",
+        "line",
         "target",
     )
 
     def __init__(self, target: Target, *, accepting: bool = True) -> None:
         self.target = target
         self.accepting = accepting
+        self.line: StepTime | None = None
         self._unanswered: dict[Hashable, tuple[float, int]] = {}
         self._unanswered_tokens = 0
         self._answered: dict[Hashable, float] = {}
@@ -51,6 +62,8 @@ class TargetBooks:
         self._since_signal_tokens = 0
         self._signal: EngineSignal | None = None
         self._observed_s = -math.inf
+        self._engine_tokens = 0
+        self._pace: Pace | None = None
 
     # What happens to requests.
 
@@ -63,7 +76,10 @@ class TargetBooks:
         self._since_signal_tokens += tokens
 
     def first_token(self, key: Hashable, now_s: float) -> float | None:
-        """The request has answered: its prefill is done. Returns the seconds since it was sent, None when it is unknown or had answered."""
+        """The request has answered: its prefill is done.
+
+        Returns the seconds since it was sent; None when it is unknown or had answered before.
+        """
         sent_s = self._answer(key)
         if sent_s is None:
             return None
@@ -71,7 +87,10 @@ class TargetBooks:
         return now_s - sent_s
 
     def settled(self, key: Hashable, now_s: float) -> float | None:
-        """The request has ended, in whatever way. Returns the seconds since it was sent, None when it is unknown."""
+        """The request has ended, in whatever way.
+
+        Returns the seconds since it was sent; None when it is unknown.
+        """
         sent_s = self._answer(key)
         if sent_s is None:
             sent_s = self._answered.pop(key, None)
@@ -90,11 +109,18 @@ class TargetBooks:
     # What the engine says.
 
     def observe(self, signal: EngineSignal, observed_s: float) -> None:
-        """The engine was in this state at `observed_s`. A signal older than the one at hand is ignored, and so is one without a time."""
+        """The engine was in this state at `observed_s`.
+
+        Ignored when it is older than the signal at hand, or its time is none. A time in the future would shut out what
+        comes after it: who computes it as receipt minus age has to keep the age from being negative.
+        """
         if not self._observed_s <= observed_s < math.inf:
             return
-        self._signal = _plausible(signal)
+        self._signal = signal = _plausible(signal)
         self._observed_s = observed_s
+        self._engine_tokens = signal.waiting_prefill_tokens + signal.running_prefill_tokens
+        self.line = signal.step_time or self.line
+        self._pace = pace_of(self.line, signal) if self.line else None
         since = self._since_signal
         while since:
             key, (sent_s, tokens) = next(iter(since.items()))
@@ -117,9 +143,9 @@ class TargetBooks:
         """Age of the newest signal; None before the first."""
         return None if self._signal is None else now_s - self._observed_s
 
-    def fresh_signal(self, now_s: float, stale_after_s: float) -> EngineSignal | None:
-        """The newest signal if it is to be believed: not older than `stale_after_s`, nor further in the future than that."""
-        return self._signal if abs(now_s - self._observed_s) <= stale_after_s else None
+    def is_fresh(self, now_s: float, stale_after_s: float) -> bool:
+        """Whether there is a signal to believe: not older than `stale_after_s`, nor further in the future than that."""
+        return -stale_after_s <= now_s - self._observed_s <= stale_after_s
 
     # What a decision reads.
 
@@ -136,24 +162,68 @@ class TargetBooks:
     def ahead_prefill_tokens(self, now_s: float, stale_after_s: float) -> int:
         """Prompt tokens to be computed before those of a new request.
 
-        By a fresh signal what waits and runs in the engine, whoever sent it, and what was sent since; else the own unanswered alone.
+        By a fresh signal what waits and runs in the engine, whoever sent it, and what was sent since; else the own
+        unanswered alone.
         """
-        signal = self.fresh_signal(now_s, stale_after_s)
-        if signal is None:
-            return self._unanswered_tokens
-        return signal.waiting_prefill_tokens + signal.running_prefill_tokens + self._since_signal_tokens
+        if self.is_fresh(now_s, stale_after_s):
+            return self._engine_tokens + self._since_signal_tokens
+        return self._unanswered_tokens
 
-    def decoding_requests(self, now_s: float, stale_after_s: float) -> int:
-        """Requests that decode: as the engine says by a fresh signal, else the own that have answered."""
-        signal = self.fresh_signal(now_s, stale_after_s)
-        return len(self._answered) if signal is None else signal.decode_tokens
+    def pace(self, common_line: StepTime, now_s: float, stale_after_s: float) -> Pace:
+        """How fast the engine computes: in the state that a fresh signal says, else with the own answered decoding.
+
+        Args:
+            common_line: the line of an engine that has not told its own.
+            now_s: the time.
+            stale_after_s: age at which a signal is no longer believed.
+        """
+        fresh = self.is_fresh(now_s, stale_after_s)
+        if fresh and self._pace is not None:
+            return self._pace
+        line = self.line or common_line
+        if fresh and self._signal is not None:
+            return pace_of(line, self._signal)
+        return unsignalled_pace(line, len(self._answered))
+
+    def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:
+        """Predicted seconds until the first token of a new request: what is ahead and its own, through the pace.
+
+        The one call that a choice makes for each target, so the usual case reads its parts without further calls.
+
+        Args:
+            own_tokens: its uncached prompt tokens.
+            common_line: the line of an engine that has not told its own.
+            now_s: the time.
+            stale_after_s: age at which a signal is no longer believed.
+        """
+        pace = self._pace
+        if pace is not None and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
+            return pace.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
+        tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)
+        return self.pace(common_line, now_s, stale_after_s).first_token_s(tokens)
 
     def requests(self, now_s: float, stale_after_s: float) -> int:
-        """Requests at the engine: the greater of the own in flight, and what it says by a fresh signal and was sent since."""
-        signal = self.fresh_signal(now_s, stale_after_s)
-        if signal is None:
+        """Requests at the engine: the own in flight, or what it says by a fresh signal and was sent since, if more."""
+        signal = self._signal
+        if signal is None or not self.is_fresh(now_s, stale_after_s):
             return self.in_flight
         return max(self.in_flight, signal.waiting + signal.running + len(self._since_signal))
+
+
+def _plausible(signal: EngineSignal) -> EngineSignal:
+    """The signal with what is absurd replaced by the least possible: a count by 0, a balance by 1, a line by none."""
+    return EngineSignal(
+        step=_count(signal.step),
+        running=_count(signal.running),
+        waiting=_count(signal.waiting),
+        waiting_prefill_tokens=_count(signal.waiting_prefill_tokens),
+        running_prefill_tokens=_count(signal.running_prefill_tokens),
+        decode_tokens=_count(signal.decode_tokens),
+        kv_usage=_within(signal.kv_usage, 0.0, 1.0),
+        preemptions=_count(signal.preemptions),
+        step_time=signal.step_time if signal.step_time is not None and _predicts(signal.step_time) else None,
+        expert_balance=_within(signal.expert_balance, 1.0, _GREATEST_BALANCE),
+    )
 
 
 def _count(value: float) -> int:
@@ -165,26 +235,7 @@ def _within(value: float, least: float, most: float) -> float:
     return min(value, most) if value > least else least
 
 
-def _line(step_time: StepTime | None) -> StepTime | None:
-    """A line that predicts a time: no part negative or endless, and not all of them zero."""
-    if step_time is None:
-        return None
-    parts = (step_time.base_s, step_time.prefill_s, step_time.decode_s)
-    return step_time if all(0.0 <= part < math.inf for part in parts) and any(parts) else None
-
-
-def _plausible(signal: EngineSignal) -> EngineSignal:
-    """The signal with absurd values replaced by the least possible: a count by 0, a balance by 1, a step time by none."""
-    return replace(
-        signal,
-        step=_count(signal.step),
-        running=_count(signal.running),
-        waiting=_count(signal.waiting),
-        waiting_prefill_tokens=_count(signal.waiting_prefill_tokens),
-        running_prefill_tokens=_count(signal.running_prefill_tokens),
-        decode_tokens=_count(signal.decode_tokens),
-        kv_usage=_within(signal.kv_usage, 0.0, 1.0),
-        preemptions=_count(signal.preemptions),
-        step_time=_line(signal.step_time),
-        expert_balance=_within(signal.expert_balance, 1.0, _LARGEST),
-    )
+def _predicts(line: StepTime) -> bool:
+    """Whether a line can be one of step times: no part negative or beyond all measure, and not all of them zero."""
+    parts = (line.base_s, line.prefill_s, line.decode_s)
+    return all(0.0 <= part < _LONGEST_STEP_S for part in parts) and any(parts)

@@ -1,10 +1,11 @@
 """Which target holds which beginning of a prompt, as far as the gateway can tell from what it sent where.
 
-The gateway's dispatcher (or the simulator) owns one index: `block_keys` for each request, `held_blocks` before the choice,
-`record` after it. Nothing asks the engines: what an engine evicted early is still believed held until it ages out here.
+The gateway's dispatcher (or the simulator) owns one index: `block_keys` for each request, `held_blocks` before the
+choice, `record` after it. Nothing asks the engines: what an engine evicted early is believed held until it ages out
+here.
 
-Invariants: a target that holds a block holds all blocks before it, because each record also renews the earlier blocks, after
-the later ones, and the oldest leave first; memory is bounded by targets times `capacity_blocks`.
+Invariants: a target that holds a block holds all blocks before it, because each record also renews the earlier blocks,
+after the later ones, and the oldest leave first; memory is bounded by targets times `capacity_blocks`.
 """
 
 from bisect import bisect_left
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 
 from moe_scheduling.signals import Target
 
-# 512 bytes are about 128 tokens, eight of vLLM's own blocks. On average half a block of a shared prefix goes unseen, 64 tokens,
-# a few milliseconds of prefill; a smaller block would see more, but each block costs about a microsecond a request.
+# 512 bytes are about 128 tokens, eight of vLLM's own blocks. On average half a block of a shared prefix goes unseen, 64
+# tokens, a few milliseconds of prefill; a smaller block would see more, but each block costs about a microsecond.
 DEFAULT_BLOCK_BYTES = 512
 # 8 MiB of prompts, about two million tokens: more than the KV cache of one rank usually holds, at about 3 MB here.
 DEFAULT_CAPACITY_BLOCKS = 16384
@@ -23,7 +24,7 @@ DEFAULT_CAPACITY_BLOCKS = 16384
 def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[int, ...]:
     """The keys of the full blocks of a prompt; each depends on all bytes up to the end of its block.
 
-    They are Python's own keyed hashes: fast, no client can aim at a collision, and they mean nothing in another process.
+    They are Python's own keyed hashes: fast, no client can aim at a collision, but meaningless in another process.
 
     Raises:
         ValueError: the block has no bytes.
@@ -66,7 +67,7 @@ class PrefixIndex:
             if first not in held:
                 continue
             # What is held is a leading run, so its end can be bisected.
-            held_blocks[target] = count if last in held else bisect_left(keys, True, key=lambda key: key not in held)  # noqa: B023
+            held_blocks[target] = count if last in held else bisect_left(keys, True, key=lambda key: key not in held)
         return held_blocks
 
     def record(self, keys: Sequence[int], target: Target) -> None:

@@ -1,10 +1,10 @@
 """Layer 1: the order of requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
 
-All policies are one mechanism: a key that does not change while a request waits, so that a heap serves and nothing is ever
-sorted again. A policy is a function that makes the key.
+All policies are one mechanism: a key that does not change while a request waits, so that a heap serves and nothing is
+ever sorted again. A policy is a function that makes the key.
 
-Invariants: the order is total and the same for the same pushes; equal keys are served by arrival, then in the order of the
-pushes; no size, priority or arrival that a peer sends makes a key that does not compare (NaN).
+Invariants: the order is total and the same for the same pushes; equal keys are served by arrival, then in the order of
+the pushes; no size, priority or arrival that a peer sends makes a key that does not compare (NaN).
 """
 
 import math
@@ -34,11 +34,14 @@ class RequestSettings:
     """Order of the waiting queue.
 
     Attributes:
-        policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority, arrival).
+        policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority,
+            arrival).
         ageing_rate: uncached prefill tokens that one second of waiting makes up for, tokens/s. Under `sjf` a request of
             S tokens is never overtaken by one that arrived more than S / ageing_rate seconds after it.
-        ageing_horizon_s: upper bound of that time: no request is overtaken by one of its priority that arrived later by more.
-        priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more urgent).
+        ageing_horizon_s: upper bound of that time: no request is overtaken by one of its priority that arrived later
+            by more.
+        priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more
+            urgent).
 
     Raises:
         ValueError: a value is out of its range or not finite.
@@ -63,15 +66,15 @@ def order_key(
 ) -> tuple[float, float]:
     """The static key of a request: the smaller is served first; the second part, the arrival, breaks ties.
 
-    Under `sjf` the key is `min(size_tokens / ageing_rate, ageing_horizon_s) + arrival_s + priority * priority_step_s`. It
-    orders like "size less what was made up for by waiting", because all that wait age alike: the clock cancels out.
+    Under `sjf` the key is `min(size_tokens / ageing_rate, ageing_horizon_s) + arrival_s + priority * priority_step_s`.
+    It orders like "size less what was made up for by waiting", because all that wait age alike: the clock cancels out.
 
-    The bound on waiting. Let `shift_s = min(size_tokens / ageing_rate, ageing_horizon_s)` of a request that arrives at a.
-    A later one with a shift of its own, never negative, overtakes only if it arrives before `a + shift_s`; so none of the
-    same priority that arrives more than `shift_s` later does, and the request is served after, at most, the work
-    that was there at a plus the work that arrives within `shift_s` of a, whatever arrives afterwards. With a service of r
-    tokens/s the wait is at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another
-    request is more urgent widens its window by `priority_step_s`, so that priority delays but never starves either.
+    The bound on waiting. Let `shift_s = min(size_tokens / ageing_rate, ageing_horizon_s)` of a request that arrives
+    at a. Another's shift is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the
+    same priority that arrives more than `shift_s` later does. The request is thus served after, at most, the work that
+    was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of r
+    tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another request
+    is more urgent widens that one's window by `priority_step_s`: priority delays, but does not starve.
 
     Args:
         settings: the policy and its figures.
@@ -119,7 +122,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class _Entry(NamedTuple, Generic[T]):
-    """One request in the heap. The first three fields decide the order; `sequence` is unique, so the rest never compares."""
+    """One request in the heap. The first three fields order it; `sequence` is unique, so the rest never compares."""
 
     primary: float
     secondary: float
@@ -168,8 +171,8 @@ class WaitingQueue(Generic[T]):
             size_tokens: uncached prefill tokens.
             arrival_s: arrival on the clock of this queue.
             priority: level; lower is more urgent.
-            front: under `fcfs`, before all that waits, the last such push first, as vLLM puts back what it preempted. The
-                other policies have no front: there the request takes the place that its arrival gives it.
+            front: under `fcfs`, before all that waits, the last such push first, as vLLM puts back what it preempted.
+                The other policies have no front: there the request takes the place that its arrival gives it.
 
         Raises:
             ValueError: the arrival is not finite.
@@ -178,7 +181,8 @@ class WaitingQueue(Generic[T]):
         if front:
             self._fronts += 1
         entry = self._entry(item, self._pushes, size_tokens, arrival_s, priority, self._fronts if front else 0)
-        self.discard(item)
+        if item in self._living:
+            self.remove(item)
         self._living[item] = entry
         self._size_tokens += _countable(size_tokens)
         heappush(self._heap, entry)
@@ -215,7 +219,8 @@ class WaitingQueue(Generic[T]):
             KeyError: it does not wait here.
         """
         self._size_tokens -= _countable(self._living.pop(item).size_tokens)
-        if len(self._heap) > 2 * len(self._living) + _SPARE_ENTRIES:
+        # An empty queue keeps nothing alive.
+        if not self._living or len(self._heap) > 2 * len(self._living) + _SPARE_ENTRIES:
             self._rebuild(self._living.values())
 
     def discard(self, item: T) -> None:

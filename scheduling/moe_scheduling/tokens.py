@@ -1,9 +1,10 @@
 """How many tokens a text has, without a tokenizer: bytes per token, learned from what the engines report.
 
-The gateway owns one for each model: `observe` takes the prompt tokens of a finished response (`usage`), `tokens` sizes the next job.
+The gateway owns one for each model: `observe` takes the prompt tokens of a finished response (its `usage`), `tokens`
+sizes the next job.
 
-Invariants: the ratio stays between one byte a token, the least that a byte-level tokenizer can do, and 16; one observation
-moves it by at most a third, so nothing that a single engine reports can spoil it.
+Invariants: the ratio stays between one byte a token, the least that a byte-level tokenizer can do, and 16; one
+observation moves it by at most a third of the way, so no single absurd report spoils it.
 """
 
 import math
@@ -11,8 +12,8 @@ import math
 _START_BYTES = 4.0
 _LEAST_BYTES = 1.0
 _MOST_BYTES = 16.0
-# The weight of an observation grows with its tokens, because a chat template adds a fixed few to each prompt: they would
-# drag the ratio of a short one down. About ten prompts of a usual length make up the memory.
+# The weight of an observation grows with its tokens, because a chat template adds a fixed few to each prompt, which
+# would drag the ratio of a short one down. About ten prompts of a usual length make up the memory.
 _MEMORY_TOKENS = 8192
 _MOST_TOKENS_AT_ONCE = 4096
 

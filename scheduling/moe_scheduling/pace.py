@@ -20,8 +20,8 @@ KV_PRESSURE_FROM = 0.9
 # tokens long, and in a full batch some request is always near its end.
 KV_PRESSURE_STEPS = 64
 # Part of the imbalance of the experts that is added to the time, as the second Gimbal paper (arXiv 2606.15177) feeds it
-# back to the dispatch; its weight is not published. The step-time line is fitted on the same steps with a longer memory,
-# so it holds most of a lasting imbalance already.
+# back to the dispatch; its weight is not published. The step-time line is fitted on the same steps with a longer
+# memory, so it holds most of a lasting imbalance already.
 EXPERT_PRESSURE = 0.25
 
 

@@ -255,7 +255,7 @@ class WaitingQueue(Generic[T]):
         self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int
     ) -> _Entry[T]:
         settings = self._settings
-        if front and settings.policy is RequestPolicy.FCFS:
+        if front and settings.policy == RequestPolicy.FCFS:
             primary, secondary = -math.inf, float(-front)
         else:
             primary, secondary = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)

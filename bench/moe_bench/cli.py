@@ -1,4 +1,4 @@
-"""The commands that `moeserving` gains from this package: `model tiny`.
+"""The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -11,8 +11,21 @@ import typer
 from moe_bench.complaints import told_plainly
 
 app = typer.Typer(no_args_is_help=True)
-model_app = typer.Typer(no_args_is_help=True, help="Models made on this machine.")
+model_app = typer.Typer(no_args_is_help=True)
 app.add_typer(model_app, name="model")
+
+Url = Annotated[str, typer.Option("--url", help="Server or gateway, such as http://127.0.0.1:8000.")]
+Model = Annotated[str | None, typer.Option("--model", help="Name served; found by itself when there is one.")]
+Trace = Annotated[Path | None, typer.Option("--trace", help="Trace file; without it a shape is generated.")]
+Format = Annotated[str | None, typer.Option("--format", help="azure, mooncake or jsonl; else by the first line.")]
+ShapeName = Annotated[str, typer.Option("--shape", help="random, central, descending, twoEnd or average.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of prompts, shapes and pieces.")]
+Scale = Annotated[float, typer.Option("--scale-lengths", help="Factor on prompt and answer lengths.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Longest prompt with its answer; else what the server says it takes."),
+]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write figures, raw rows and versions here.")]
 
 
 @model_app.callback()
@@ -34,3 +47,78 @@ def model_tiny(
     chosen = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     path = ensure_tiny_model(directory, settings=TinySettings(**chosen))
     typer.echo(f"{path}\n{render_report(read_report(path) or {})}")
+
+
+@app.command("replay")
+@told_plainly
+def replay_command(
+    url: Url,
+    model: Model = None,
+    trace: Trace = None,
+    trace_format: Format = None,
+    shape: ShapeName = "random",
+    rate: Annotated[float, typer.Option("--rate", help="Arrivals a second of a generated shape.")] = 2.0,
+    speed: Annotated[float, typer.Option("--speed", help="How many times faster than the trace.")] = 1.0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N requests.")] = None,
+    seed: Seed = 0,
+    scale: Scale = 1.0,
+    max_tokens: MaxTokens = None,
+    label: Annotated[str, typer.Option("--policy-label", help="Name of what is measured, for table and JSON.")] = "",
+    json_out: JsonOut = None,
+) -> None:
+    """Send a trace's requests at their own times, whatever the answers do, and report what users got."""
+    from moe_bench.replay_command import Source, run_replay
+
+    source = Source(
+        trace=trace, trace_format=trace_format, shape=shape, rate=rate, speed=speed, limit=limit, seed=seed,
+        scale=scale, max_tokens=max_tokens,
+    )  # fmt: skip
+    if run_replay(url, model, source, label, json_out):
+        raise typer.Exit(1)
+
+
+@app.command("compare")
+@told_plainly
+def compare_command(
+    name: Annotated[str, typer.Argument(help="Name of the running deployment.")],
+    url: Url,
+    model: Model = None,
+    trace: Trace = None,
+    trace_format: Format = None,
+    shape: ShapeName = "random",
+    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the trace, each under both policies.")] = 4,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 15.0,
+    load: Annotated[float, typer.Option("--load", min=0.05, max=2, help="Arrivals as a share of the capacity.")] = 0.9,
+    rate: Annotated[float | None, typer.Option("--rate", help="Arrivals a second, instead of a measured load.")] = None,
+    seed: Seed = 0,
+    scale: Scale = 1.0,
+    max_tokens: MaxTokens = None,
+    state_dir: Annotated[Path | None, typer.Option("--state-dir", help="State folder of the deployment.")] = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Compare our scheduling with vLLM's own order and round robin on a running deployment, in alternating pairs."""
+    from moe_bench.compare_command import Effort, run_compare
+    from moe_bench.deployment import Deployment
+    from moe_bench.replay_command import Source
+
+    source = Source(trace=trace, trace_format=trace_format, shape=shape, seed=seed, scale=scale, max_tokens=max_tokens)
+    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate)
+    run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out)
+
+
+@app.command("demo")
+@told_plainly
+def demo_command(
+    trace: Annotated[
+        Path | None, typer.Option("--trace", envvar="MOESERVING_TRACE", help="Trace file; else a generated shape.")
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option("-f", help="The resource to serve.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the trace, each under both policies.")] = 4,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 15.0,
+    seed: Seed = 0,
+) -> None:
+    """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""
+    from moe_bench.compare_command import Effort
+    from moe_bench.demo import run_demo
+
+    run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s), seed=seed)

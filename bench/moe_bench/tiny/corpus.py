@@ -35,23 +35,23 @@ class Corpus:
 
 def read_corpus() -> Corpus:
     """Reads the standard library's top-level modules, the language reference and the licences."""
-    sources = [path.read_text("utf-8", errors="replace") for path in _module_files()]
-    documented = [pair for source in sources for pair in parse_docstrings(source)]
+    modules = {path.stem: path.read_text("utf-8", errors="replace") for path in _module_files()}
+    documented = [pair for name, source in modules.items() for pair in parse_docstrings(source, _shown_name(name))]
     prose = [*_reference_topics(), *_licence_texts(), *(text for _, text in documented if len(text) > 200)]
     return Corpus(
         prose=tuple(prose),
-        sources=tuple(itertools.islice(_longest_first(sources), SOURCE_FILES)),
+        sources=tuple(itertools.islice(_longest_first(modules.values()), SOURCE_FILES)),
         exchanges=tuple(build_exchanges(documented)),
     )
 
 
-def parse_docstrings(source: str) -> list[tuple[str, str]]:
-    """(name, docstring) of each documented public class, function and method, in the order of the file."""
+def parse_docstrings(source: str, module: str) -> list[tuple[str, str]]:
+    """(dotted name, docstring) of each documented public class, function and method, in the order of the file."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    return list(_walk_docstrings(tree, ""))
+    return list(_walk_docstrings(tree, f"{module}."))
 
 
 def build_exchanges(documented: Iterable[tuple[str, str]]) -> Iterator[Exchange]:
@@ -73,11 +73,15 @@ def _walk_docstrings(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _module_files() -> list[Path]:
-    """Top-level modules alone: they are on every machine, while Debian packs some sub-packages apart."""
-    return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    """Public top-level modules: they are on every machine, while Debian packs some sub-packages apart."""
+    return sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
 
 
-def _longest_first(sources: list[str]) -> list[str]:
+def _shown_name(module: str) -> str:
+    return {"posixpath": "os.path"}.get(module, module)
+
+
+def _longest_first(sources: Iterable[str]) -> list[str]:
     return sorted(sources, key=len, reverse=True)
 
 

@@ -18,12 +18,12 @@ RECIPE_VERSION = 1
 class TinySettings:
     """Shape and training of the model. `steps` of 0 leaves the weights random; `limit_s` ends a slow training early."""
 
-    steps: int = 200
-    limit_s: float = 100.0
+    steps: int = 110
+    limit_s: float = 65.0
     seed: int = 20
     batch_sequences: int = 4
     sequence_tokens: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     balance_weight: float = 0.05
     vocabulary: int = 4096
     layers: int = 4

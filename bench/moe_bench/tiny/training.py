@@ -7,12 +7,14 @@ give the same weights.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_bench.tiny.corpus import Corpus, read_corpus
+from moe_bench.tiny.pairs import build_pair_start
 from moe_bench.tiny.settings import TinySettings
 from moe_bench.tiny.tokens import END, END_OF_TEXT, build_tokenizer, render_exchange
 
@@ -30,17 +32,30 @@ WARM_UP = 0.1
 ROUTER_RATE_SHARE = 0.1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Token ids (int64): all of the text in order; what is trained on and what is measured, (sequences, tokens)."""
+
+    all_ids: np.ndarray
+    sequences: np.ndarray
+    held_out: np.ndarray
+
+
 def make_model(directory: Path, settings: TinySettings, progress: Progress) -> dict[str, Any]:
     """Writes a complete model into `directory` and returns the report of its training."""
     progress("reading text", 0.0)
     corpus = read_corpus()
     tokenizer = build_tokenizer(_all_texts(corpus), settings.vocabulary, settings.context_tokens)
     progress("counting tokens", 0.0)
-    trained_on, held_out = build_sequences(corpus, tokenizer, settings)
+    text = build_text(corpus, tokenizer, settings)
     model = build_model(settings, tokenizer)
-    before = measure(model, held_out)
-    steps, seconds = train(model, trained_on, settings, progress)
-    after = measure(model, held_out)
+    before = measure(model, text.held_out)
+    if settings.steps:
+        progress("counting pairs", 0.0)
+        start_from_pairs(model, text.all_ids, settings)
+    started = measure(model, text.held_out)
+    steps, seconds = train(model, text.sequences, settings, progress)
+    after = measure(model, text.held_out)
     progress("writing", 1.0)
     save(model, tokenizer, directory)
     return {
@@ -48,8 +63,9 @@ def make_model(directory: Path, settings: TinySettings, progress: Progress) -> d
         "steps": steps,
         "train_s": round(seconds, 1),
         "trained_tokens": steps * settings.batch_sequences * settings.sequence_tokens,
-        "unigram_entropy_nats": round(unigram_entropy(held_out), 3),
+        "unigram_entropy_nats": round(unigram_entropy(text.all_ids), 3),
         "before": before,
+        "head_start": started,
         "after": after,
     }
 
@@ -73,7 +89,7 @@ def build_model(settings: TinySettings, tokenizer: "PreTrainedTokenizerFast") ->
         num_experts_per_tok=settings.experts_per_token,
         norm_topk_prob=True,
         router_aux_loss_coef=settings.balance_weight,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         max_position_embeddings=settings.context_tokens,
         eos_token_id=ends[0],
         pad_token_id=ends[1],
@@ -85,26 +101,33 @@ def build_model(settings: TinySettings, tokenizer: "PreTrainedTokenizerFast") ->
     return model
 
 
-def build_sequences(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", settings: TinySettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token sequences to train on and to measure with, each of shape (sequences, sequence_tokens), int64.
-
-    Of each kind of text there is its share, or as much as there is; held-out documents are whole documents.
-    """
+def build_text(corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", settings: TinySettings) -> Text:
+    """Of each kind of text there is its share, or as much as there is; held-out documents are whole documents."""
     random = np.random.default_rng(settings.seed)
-    length = settings.sequence_tokens
     wanted = max(settings.steps * settings.batch_sequences, 1)
-    trained_on, held_out = [], []
+    kept_ids, sequences, held_out = [], [], []
     for kind, texts in _texts_by_kind(corpus).items():
         order = random.permutation(len(texts))
         cut = max(1, int(len(texts) * HELD_OUT))
-        held = [texts[index] for index in order[:cut]]
-        kept = [texts[index] for index in order[cut:]]
-        trained_on.append(_cut_sequences(kept, tokenizer, length, math.ceil(wanted * SHARES[kind])))
-        held_out.append(_cut_sequences(held, tokenizer, length, math.ceil(HELD_OUT_SEQUENCES * SHARES[kind])))
-    shuffled = random.permutation(np.concatenate(trained_on))
-    return shuffled, np.concatenate(held_out)
+        held, kept = (_token_ids([texts[index] for index in part], tokenizer) for part in (order[:cut], order[cut:]))
+        kept_ids.append(kept)
+        sequences.append(cut_sequences(kept, settings.sequence_tokens, math.ceil(wanted * SHARES[kind])))
+        held_out.append(cut_sequences(held, settings.sequence_tokens, math.ceil(HELD_OUT_SEQUENCES * SHARES[kind])))
+    return Text(
+        all_ids=np.concatenate(kept_ids),
+        sequences=random.permutation(np.concatenate(sequences)),
+        held_out=np.concatenate(held_out),
+    )
+
+
+def start_from_pairs(model: "Qwen3MoeForCausalLM", ids: np.ndarray, settings: TinySettings) -> None:
+    """Puts the bigram start into the embedding and the output head."""
+    import torch
+
+    embedding, head = build_pair_start(ids, model.config.vocab_size, settings.hidden, settings.seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(embedding))
+        model.lm_head.weight.copy_(torch.from_numpy(head))
 
 
 def train(
@@ -216,14 +239,14 @@ def _all_texts(corpus: Corpus) -> list[str]:
     return [*corpus.prose, *answers, *corpus.sources[:20]]
 
 
-def _cut_sequences(texts: list[str], tokenizer: "PreTrainedTokenizerFast", length: int, count: int) -> np.ndarray:
-    """The documents one after the other, cut into at most `count` sequences."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-        ids.append(end)
-        if len(ids) >= count * length:
-            break
+def cut_sequences(ids: np.ndarray, length: int, count: int) -> np.ndarray:
+    """At most `count` sequences, one after the other from the beginning."""
     whole = min(len(ids) // length, count)
-    return np.array(ids[: whole * length], dtype=np.int64).reshape(whole, length)
+    return ids[: whole * length].reshape(whole, length)
+
+
+def _token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """The documents one after the other, each with the end of text behind it."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return np.array([token for document in encoded for token in (*document.ids, end)], dtype=np.int64)

@@ -4,12 +4,16 @@ The resource, the agent's and the gateway's configuration and their control rout
 from pydantic's `ValidationError.errors()`, which are plain dicts: nothing of pydantic is imported here.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 Location = tuple[str | int, ...]
+
+# Pydantic ends the location of an error below a union with the name of the member that was tried.
+_UNION_MEMBERS = frozenset({"bool", "bytes", "float", "int", "none", "str"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,13 +36,14 @@ class InvalidInput(ValueError):  # noqa: N818 - named for what it says, not for 
 
 
 def render_path(location: Location) -> str:
-    """`("engines", 0, "url")` -> `engines[0].url`."""
+    """`("engines", 0, "url")` -> `engines[0].url`; what would break or hide the line is written out (`\\n`)."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            path += f".{part}" if path else part
+            name = _written_out(part) or "''"
+            path += f".{name}" if path else name
     return path
 
 
@@ -49,13 +54,14 @@ def render_choices(known: Iterable[str]) -> str:
 
 def unknown_choice(path: str, value: object, known: Iterable[str]) -> Problem:
     """A value outside a closed set."""
-    return Problem(path, f"unknown {value!r}; known: {render_choices(known)}")
+    return Problem(path, f"unknown {_shorten(value)}; known: {render_choices(known)}")
 
 
 def unknown_field(path: str, name: str, known: Iterable[str]) -> Problem:
     """A key that the section does not have, with the nearest that it does have where one is near."""
     names = sorted(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    # No field's name is that long, and the search takes time with its square.
+    near = get_close_matches(name[:100], names, n=1, cutoff=0.5)
     nearest = f"nearest known: {near[0]}; " if near else ""
     return Problem(path, f"unknown field; {nearest}known: {', '.join(names)}")
 
@@ -75,6 +81,11 @@ def problems_from_errors(
 
 def _problem(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[str]], root: str) -> Problem:
     location: Location = tuple(row["loc"])
+    if location and location[-1] in _UNION_MEMBERS and location[-1] not in fields_at(location[:-1]):
+        location = location[:-1]
+    is_key = bool(location) and location[-1] == "[key]"
+    if is_key:
+        location = location[:-1]
     path = render_path((root, *location) if root else location)
     context = row.get("ctx") or {}
     match row["type"]:
@@ -83,16 +94,23 @@ def _problem(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[st
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return Problem(path, "required, but absent")
         case "enum" | "literal_error":
-            return Problem(path, f"unknown {row['input']!r}; known: {_choices(str(context['expected']))}")
+            return unknown_choice(path, row["input"], _choices(str(context["expected"])))
+        case "model_type" | "dataclass_type" | "dict_type" | "mapping_type":
+            return Problem(path, f"a mapping of fields is needed, got {_shorten(row['input'])}")
         case "value_error":
             return Problem(path, str(context["error"]))
         case _:
-            return Problem(path, f"{_lower_first(row['msg'])}, got {_shorten(row['input'])}")
+            subject = "as a key, " if is_key else ""
+            return Problem(path, f"{subject}{_lower_first(row['msg'])}, got {_shorten(row['input'])}")
 
 
-def _choices(expected: str) -> str:
-    """Pydantic words a closed set as `'a', 'b' or 'c'`."""
-    return render_choices(part.strip().strip("'") for part in expected.replace(" or ", ", ").split(","))
+def _choices(expected: str) -> list[str]:
+    """Pydantic words a closed set as `'a', 'b' or 'c'`, and one of numbers as `1, 2 or 3`."""
+    return re.findall(r"'([^']*)'", expected) or expected.replace(" or ", ", ").split(", ")
+
+
+def _written_out(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _lower_first(text: str) -> str:

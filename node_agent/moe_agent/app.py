@@ -57,8 +57,10 @@ def prepare_run_dir(config: AgentConfig) -> None:
 
 def build_supervisor(config: AgentConfig, ranks: RankPages) -> Supervisor:
     """The supervisor of vLLM's API server."""
-    environment = build_environment(config, os.environ, cpu_build=is_cpu_build(), cpus=len(os.sched_getaffinity(0)))
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *build_arguments(config.engine)]
+    cpu_build = is_cpu_build()
+    environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
+    arguments = build_arguments(config.engine, cpu_build=cpu_build)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
     return Supervisor(config.engine, command, environment, config.run_dir / "engine.log", on_restart=ranks.forget)
 
 

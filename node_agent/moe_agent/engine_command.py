@@ -10,7 +10,11 @@ SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
 MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
 
 
-def build_arguments(engine: EngineConfig) -> list[str]:
+# vLLM's own default on a CPU takes half of the machine, which several engines on one machine cannot.
+CPU_KV_CACHE_BYTES = 1 << 30
+
+
+def build_arguments(engine: EngineConfig, *, cpu_build: bool) -> list[str]:
     """Arguments of vLLM's API server; those of the resource come last, because the last one wins."""
     arguments = [
         *("--host", engine.host, "--port", str(engine.port)),
@@ -26,6 +30,8 @@ def build_arguments(engine: EngineConfig) -> list[str]:
         arguments += ["--revision", engine.revision]
     if engine.expert_parallel:
         arguments.append("--enable-expert-parallel")
+    if cpu_build:
+        arguments += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
     return [*arguments, *engine.args]
 
 
@@ -43,8 +49,6 @@ def build_environment(
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if cpu_build:
         defaults |= {
-            # GiB. vLLM's own default takes half of the machine, which several engines on one machine cannot.
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             # Binding by NUMA node would put every engine of the machine on the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(cpus),

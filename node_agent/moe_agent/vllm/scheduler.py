@@ -49,6 +49,8 @@ class OrderedScheduler(AsyncScheduler):
     """See the module."""
 
     waiting: OrderedRequestQueue
+    # The clock of the machine; virtual time sets its own.
+    clock = staticmethod(time.monotonic)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_version()
@@ -73,7 +75,7 @@ class OrderedScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._take_settings()
         prefilling = [request.request_id for request in self._inflight_prefills]
-        scheduled_s = time.monotonic()
+        scheduled_s = self.clock()
         output = super().schedule(throttle_prefills)
         self._step_work.append(_work_of(output, prefilling, scheduled_s))
         return output
@@ -88,7 +90,7 @@ class OrderedScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        now_s = time.monotonic()
+        now_s = self.clock()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         work = self._step_work.popleft()
         if scheduler_output.total_num_scheduled_tokens:
@@ -126,7 +128,7 @@ class OrderedScheduler(AsyncScheduler):
         running, waiting = self.get_request_counts()
         self._page.write(
             pid=os.getpid(),
-            written_s=time.monotonic(),
+            written_s=self.clock(),
             config_version=self._config_version,
             step=self._steps,
             running=running,
@@ -166,7 +168,7 @@ class OrderedScheduler(AsyncScheduler):
 
     def _first_state(self) -> RankState:
         return RankState(
-            pid=os.getpid(), written_s=time.monotonic(), config_version=self._config_version, signal=EngineSignal()
+            pid=os.getpid(), written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
         )
 
     # 4. Size and order.

@@ -1,0 +1,138 @@
+"""What a rank publishes, recounted by hand at each step of vLLM's real scheduler in virtual time."""
+
+import random
+from typing import Any
+
+import pytest
+from moe_agent.pages import RankPageReader, RankState
+
+
+def check(engine: Any, state: RankState) -> None:
+    """Compares with the ledger, which knows no more than what the steps carried and handed back."""
+    scheduler, signal = engine.scheduler, state.signal
+    left = [engine.ledger.left(request.request_id) for request in scheduler.running if known(engine, request)]
+    unknown = [engine.ledger.tokens[request.request_id] for request in scheduler.running if not known(engine, request)]
+    assert signal.running == len(scheduler.running)
+    assert signal.waiting == len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
+    assert signal.running_prefill_tokens == sum(left) + sum(unknown)
+    assert signal.decode_tokens == left.count(0)
+    assert signal.kv_usage == scheduler.kv_cache_manager.block_pool.get_usage()
+
+
+def known(engine: Any, request: Any) -> bool:
+    """Whether a step that carried the request is over; with asynchronous scheduling the first may still be on its way."""
+    return request.request_id in engine.ledger.target
+
+
+@pytest.fixture
+def page(settings):
+    """Reads what rank 0 published last."""
+    readers = []
+
+    def read() -> RankState:
+        if not readers:
+            readers.append(RankPageReader(settings.run_dir, 0))
+        return readers[0].read()
+
+    yield read
+    for reader in readers:
+        reader.close()
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_signal_equals_a_recount_at_each_step(make_engine, settings, page, seed, ahead):
+    settings.put(policy="sjf")
+    engine, dice, names = make_engine(seats=6, budget=64, blocks=400, ahead=ahead), random.Random(seed), []
+    for step in range(150):
+        if dice.random() < 0.4:
+            names.append(f"r{step}")
+            engine.add(names[-1], dice.randrange(2, 200), out=dice.randrange(1, 30), arrival_s=float(step))
+        if names and dice.random() < 0.1:
+            engine.abort(dice.choice(names))
+        engine.step()
+        check(engine, page())
+    assert len(engine.finished_order) > 20
+
+
+def test_the_signal_equals_a_recount_through_preemptions(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine(seats=4, budget=64, blocks=12)
+    for index in range(6):
+        engine.add(f"r{index}", 30, out=60, arrival_s=index * 0.01)
+    while engine.step():
+        check(engine, page())
+    assert page().signal.preemptions > 0
+
+
+def test_waiting_tokens_are_the_sum_of_what_the_cache_does_not_hold(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine(seats=1)
+    engine.add("first", list(range(160)), out=1)
+    engine.run()
+    engine.add("running", 16, out=50)
+    engine.step()
+    engine.add("fresh", [999] * 100, arrival_s=1.0)
+    engine.add("cached", [*range(160), 7, 8, 9], arrival_s=2.0)
+    assert page().signal.waiting_prefill_tokens == 100 + 3
+    engine.abort("fresh")
+    assert page().signal.waiting_prefill_tokens == 3
+
+
+def test_an_engine_without_work_publishes_zeros(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine()
+    for index in range(5):
+        engine.add(f"r{index}", 100)
+    engine.run()
+    state = page()
+    assert state.idle
+    assert (state.signal.waiting_prefill_tokens, state.signal.running_prefill_tokens, state.signal.decode_tokens) == (
+        0,
+        0,
+        0,
+    )
+    assert state.signal.kv_usage == 0.0
+    assert state.signal.step > 0
+
+
+def test_an_abort_of_the_last_request_is_published_without_a_step(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine()
+    engine.add("only", 500)
+    assert page().signal.waiting == 1
+    engine.abort("only")
+    assert page().idle
+
+
+def test_preemptions_are_counted_as_vllm_counts_them(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine(seats=4, blocks=12)
+    requests = [engine.add(f"r{index}", 30, out=60) for index in range(4)]
+    engine.run()
+    assert page().signal.preemptions == sum(request.num_preemptions for request in requests) > 0
+
+
+def test_the_step_number_rises_by_one_at_each_step(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine = make_engine()
+    engine.add("only", 100, out=10)
+    seen = []
+    while engine.step():
+        seen.append(page().signal.step)
+    assert seen == list(range(1, len(seen) + 1))
+
+
+def test_the_step_time_is_found_from_the_steps(make_engine, settings, page):
+    settings.put(policy="sjf")
+    engine, dice = make_engine(seats=8, budget=128), random.Random(1)
+    engine.pace = lambda prefill_tokens, decoding: 0.010 + 0.0002 * prefill_tokens + 0.001 * decoding
+    for step in range(400):
+        if dice.random() < 0.3:
+            engine.add(f"r{step}", dice.randrange(8, 300), out=dice.randrange(2, 30))
+        if not engine.step():
+            engine.now_s += 5.0
+    line = page().signal.step_time
+    assert line.base_s == pytest.approx(0.010, rel=0.01)
+    assert line.prefill_s == pytest.approx(0.0002, rel=0.01)
+    assert line.decode_s == pytest.approx(0.001, rel=0.01)

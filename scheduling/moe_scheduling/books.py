@@ -124,7 +124,7 @@ class TargetBooks:
         since = self._since_signal
         while since:
             key, (sent_s, tokens) = next(iter(since.items()))
-            if sent_s > observed_s:
+            if sent_s >= observed_s:
                 break
             del since[key]
             self._since_signal_tokens -= tokens

@@ -1,0 +1,112 @@
+"""Which target holds which beginning of a prompt."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
+from moe_scheduling.signals import Target
+
+A, B = Target("a"), Target("b", 1)
+
+
+def leading_run(keys, others):
+    run = 0
+    for key, other in zip(keys, others, strict=False):
+        if key != other:
+            break
+        run += 1
+    return run
+
+
+@pytest.mark.parametrize(("n_bytes", "blocks"), [(0, 0), (511, 0), (512, 1), (1023, 1), (1024, 2), (4096, 8)])
+def test_only_full_blocks_have_keys(n_bytes, blocks):
+    assert DEFAULT_BLOCK_BYTES == 512
+    assert len(block_keys(b"x" * n_bytes)) == blocks
+
+
+def test_blocks_of_equal_bytes_differ_by_what_is_before_them():
+    keys = block_keys(b"abab" * 10, 2)
+    assert len(set(keys)) == len(keys) == 20
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40), st.integers(1, 7))
+def test_keys_are_shared_exactly_as_far_as_the_full_blocks(left, right, block_bytes):
+    blocks = [
+        [prompt[at : at + block_bytes] for at in range(0, len(prompt) - block_bytes + 1, block_bytes)]
+        for prompt in (left, right)
+    ]
+    shared = leading_run(block_keys(left, block_bytes), block_keys(right, block_bytes))
+    assert shared == leading_run(*blocks)
+
+
+def test_the_longest_leading_run_of_each_target_is_held():
+    index = PrefixIndex()
+    index.record((1, 2, 3), A)
+    index.record((1, 2, 7, 8), B)
+    assert index.held_blocks((1, 2, 3, 4, 5)) == {A: 3, B: 2}
+    assert index.held_blocks((1, 2, 7, 8)) == {A: 2, B: 4}
+    assert index.held_blocks((9, 2, 3)) == {}
+    assert index.held_blocks(()) == {}
+
+
+def test_a_look_changes_nothing():
+    index = PrefixIndex(capacity_blocks=2)
+    index.record((1,), A)
+    index.record((2,), A)
+    index.held_blocks((1,))
+    index.record((3,), A)
+    assert index.held_blocks((1,)) == {}
+
+
+def test_what_was_used_last_stays_and_leaves_from_its_end():
+    index = PrefixIndex(capacity_blocks=4)
+    index.record((1, 2, 3), A)
+    index.record((5, 6), A)
+    assert index.held_blocks((1, 2, 3)) == {A: 2}
+    assert index.held_blocks((5, 6)) == {A: 2}
+
+
+def test_of_a_prompt_beyond_the_capacity_the_beginning_stays():
+    index = PrefixIndex(capacity_blocks=3)
+    index.record(tuple(range(100)), A)
+    assert index.held_blocks(tuple(range(100))) == {A: 3}
+
+
+def test_the_capacity_is_that_of_each_target():
+    index = PrefixIndex(capacity_blocks=2)
+    index.record((1, 2), A)
+    index.record((3, 4), B)
+    assert index.held_blocks((1, 2)) == {A: 2}
+
+
+def test_a_forgotten_target_holds_nothing():
+    index = PrefixIndex()
+    index.record((1, 2), A)
+    index.record((1, 2), B)
+    index.forget(A)
+    index.forget(Target("never seen"))
+    assert index.held_blocks((1, 2)) == {B: 2}
+
+
+@pytest.mark.parametrize("make", [lambda: PrefixIndex(0), lambda: block_keys(b"", 0)])
+def test_sizes_below_one_are_refused(make):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        make()
+
+
+PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=8), st.sampled_from([A, B])), max_size=30)
+
+
+@given(PROMPTS, st.integers(1, 12))
+def test_what_is_held_is_the_run_that_a_plain_walk_finds(prompts, capacity_blocks):
+    index = PrefixIndex(capacity_blocks)
+    recent = {A: [], B: []}
+    for path, target in prompts:
+        keys = tuple(tuple(path[: end + 1]) for end in range(len(path)))
+        index.record(keys, target)
+        recent[target] = [key for key in recent[target] if key not in keys] + list(reversed(keys))
+        recent[target] = recent[target][-capacity_blocks:]
+    for path, _ in prompts:
+        keys = tuple(tuple(path[: end + 1]) for end in range(len(path)))
+        walked = {target: leading_run(keys, [key for key in keys if key in held]) for target, held in recent.items()}
+        assert index.held_blocks(keys) == {target: run for target, run in walked.items() if run}

@@ -1,0 +1,31 @@
+"""Ranges of the settings: what has no meaning is refused with the name of the field."""
+
+import math
+import re
+
+import pytest
+from moe_scheduling.engine import EngineSettings
+from moe_scheduling.request import RequestSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message", "least"),
+    [
+        (RequestSettings, "ageing_rate", "ageing_rate must be greater than 0", 1e-300),
+        (RequestSettings, "ageing_horizon_s", "ageing_horizon_s must be at least 0", 0.0),
+        (RequestSettings, "priority_step_s", "priority_step_s must be at least 0", 0.0),
+        (EngineSettings, "stickiness_s", "stickiness_s must be at least 0", 0.0),
+        (EngineSettings, "stale_after_s", "stale_after_s must be greater than 0", 1e-300),
+        (EngineSettings, "saturation_s", "saturation_s must be greater than 0", 1e-300),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(settings, field, message, least):
+    below = -1e-300 if least == 0.0 else 0.0
+    for value in (below, -1, math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            settings(**{field: value})
+    assert getattr(settings(**{field: least}), field) == least
+
+
+def test_without_saturation_there_is_no_bound():
+    assert EngineSettings(saturation_s=None).saturation_s is None

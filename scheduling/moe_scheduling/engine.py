@@ -168,12 +168,14 @@ def choose_target(
         candidates = [book for book in candidates if book.target not in exclude]
         if not candidates:
             return _NO_OTHER_ENGINE
-    if settings.saturation_s is not None and _all_saturated(candidates, settings, now_s):
+    line = books[0].line or _common_line(books)
+    saturation_s = settings.saturation_s
+    if saturation_s is not None and _all_wait(saturation_s, candidates, line, settings, now_s):
         return _SATURATED
     # Whose turn it is comes first, and the first of equals is chosen.
     if start := turn % len(candidates):
         candidates = candidates[start:] + candidates[:start]
-    return _POLICIES[settings.policy](job, candidates, settings, now_s)
+    return _POLICIES[settings.policy](job, candidates, line, settings, now_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,9 +205,8 @@ class Explanation:
 
 def explain(job: Job, books: Sequence[TargetBooks], settings: EngineSettings, *, now_s: float) -> list[Explanation]:
     """What `choose_target` compares, for each accepting target in their order: for logs, not for each request."""
-    candidates = [book for book in books if book.accepting]
-    line, stale_after_s = _common_line(candidates), settings.stale_after_s
-    return [_explanation(job, book, line, now_s, stale_after_s) for book in candidates]
+    line, stale_after_s = _common_line(books), settings.stale_after_s
+    return [_explanation(job, book, line, now_s, stale_after_s) for book in books if book.accepting]
 
 
 def _explanation(
@@ -231,26 +232,28 @@ _NO_OTHER_ENGINE = Refuse(RefuseReason.NO_OTHER_ENGINE)
 _SATURATED = Hold(HoldReason.SATURATED)
 
 
-def _all_saturated(candidates: Sequence[TargetBooks], settings: EngineSettings, now_s: float) -> bool:
-    line, stale_after_s, saturation_s = _common_line(candidates), settings.stale_after_s, settings.saturation_s
-    assert saturation_s is not None
+def _common_line(books: Sequence[TargetBooks]) -> StepTime:
+    """The line of the first engine that has one: what has not been seen at work yet is taken to be like its peers."""
+    for book in books:
+        if book.line is not None:
+            return book.line
+    return DEFAULT_STEP_TIME
+
+
+def _all_wait(
+    least_s: float, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+) -> bool:
+    stale_after_s = settings.stale_after_s
     for books in candidates:
         ahead_tokens = books.ahead_prefill_tokens(now_s, stale_after_s)
-        if books.pace(line, now_s, stale_after_s).wait_s(ahead_tokens) < saturation_s:
+        if books.pace(line, now_s, stale_after_s).wait_s(ahead_tokens) < least_s:
             return False
     return True
 
 
-def _common_line(candidates: Sequence[TargetBooks]) -> StepTime:
-    """The line of the first engine that has one: what has not been seen at work yet is taken to be like its peers."""
-    for books in candidates:
-        if books.line is not None:
-            return books.line
-    return DEFAULT_STEP_TIME
-
-
-def _by_prediction(job: Job, candidates: Sequence[TargetBooks], settings: EngineSettings, now_s: float) -> Send:
-    line = candidates[0].line or _common_line(candidates)
+def _by_prediction(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+) -> Send:
     stale_after_s, session = settings.stale_after_s, job.session_target
     chosen = candidates[0].target
     least_s = session_s = math.inf
@@ -266,33 +269,33 @@ def _by_prediction(job: Job, candidates: Sequence[TargetBooks], settings: Engine
     return Send(chosen, least_s, SendReason.LEAST_PREDICTED)
 
 
-def _by_requests(job: Job, candidates: Sequence[TargetBooks], settings: EngineSettings, now_s: float) -> Send:
+def _by_requests(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+) -> Send:
     """Counts as vLLM's own data-parallel balancer does (0.32, `DPLBAsyncMPClient`), without its KV term."""
     stale_after_s = settings.stale_after_s
     requests = [books.requests(now_s, stale_after_s) for books in candidates]
     chosen = candidates[requests.index(min(requests))]
-    return _send(job, chosen, candidates, settings, now_s, SendReason.LEAST_REQUESTS)
+    return _send(job, chosen, line, settings, now_s, SendReason.LEAST_REQUESTS)
 
 
-def _by_turn(job: Job, candidates: Sequence[TargetBooks], settings: EngineSettings, now_s: float) -> Send:
-    return _send(job, candidates[0], candidates, settings, now_s, SendReason.TURN)
+def _by_turn(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+) -> Send:
+    return _send(job, candidates[0], line, settings, now_s, SendReason.TURN)
 
 
 def _send(
-    job: Job,
-    chosen: TargetBooks,
-    candidates: Sequence[TargetBooks],
-    settings: EngineSettings,
-    now_s: float,
-    reason: SendReason,
+    job: Job, chosen: TargetBooks, line: StepTime, settings: EngineSettings, now_s: float, reason: SendReason
 ) -> Send:
     """A choice made without predictions, with the prediction of the chosen."""
     own_tokens = job.uncached_tokens(chosen.target)
-    predicted_s = chosen.first_token_s(own_tokens, _common_line(candidates), now_s, settings.stale_after_s)
+    predicted_s = chosen.first_token_s(own_tokens, line, now_s, settings.stale_after_s)
     return Send(chosen.target, predicted_s, reason)
 
 
-_POLICIES: Mapping[DispatchPolicy, Callable[[Job, Sequence[TargetBooks], EngineSettings, float], Send]] = {
+_Policy = Callable[[Job, Sequence[TargetBooks], StepTime, EngineSettings, float], Send]
+_POLICIES: Mapping[DispatchPolicy, _Policy] = {
     DispatchPolicy.LEAST_REQUESTS: _by_requests,
     DispatchPolicy.PREDICTED: _by_prediction,
     DispatchPolicy.ROUND_ROBIN: _by_turn,

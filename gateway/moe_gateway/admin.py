@@ -1,0 +1,94 @@
+"""The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import orjson
+from aiohttp import web
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_gateway.configuration import InForce, parse_change, parse_document
+from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.metrics import GatewayCollector, render_metrics
+from moe_gateway.state import build_state
+
+MOST_BODY_BYTES = 1024 * 1024
+JSON = "application/json"
+
+
+class Administered(Protocol):
+    """What the routes read and change."""
+
+    dispatcher: Dispatcher
+    in_force: InForce
+    clock: Callable[[], float]
+
+    @property
+    def draining(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    def apply(self, change: InForce) -> None: ...
+
+
+class Admin:
+    """The routes; `gateway` is what they read and change."""
+
+    def __init__(self, gateway: Administered, token: bytes) -> None:
+        self._gateway = gateway
+        self._expected = b"Bearer " + token
+
+    def build(self) -> web.Application:
+        """The application."""
+        application = web.Application(client_max_size=MOST_BODY_BYTES)
+        application.router.add_get("/healthz", self._healthz)
+        application.router.add_get("/readyz", self._readyz)
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/v1/state", self._state)
+        application.router.add_put("/v1/config", self._authorised(self._put_config))
+        return application
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        if self._gateway.ready:
+            return web.Response(text="ok\n")
+        return web.Response(status=503, text="no engine accepts requests\n")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.clock)
+        return web.Response(body=render_metrics(collector), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _state(self, request: web.Request) -> web.Response:
+        gateway = self._gateway
+        now_s = gateway.clock()
+        document = build_state(gateway.dispatcher, gateway.in_force, draining=gateway.draining, now_s=now_s)
+        return web.Response(body=orjson.dumps(document), content_type=JSON)
+
+    async def _put_config(self, request: web.Request) -> web.Response:
+        try:
+            change = parse_change(parse_document(await request.read()), self._gateway.in_force)
+        except InvalidInput as error:
+            return _problems(422, error.problems)
+        self._gateway.apply(change)
+        return web.Response(body=orjson.dumps(change.document()), content_type=JSON)
+
+    def _authorised(self, handler: "Handler") -> "Handler":
+        async def checked(request: web.Request) -> web.StreamResponse:
+            given = request.headers.get("Authorization", "").encode(errors="replace")
+            if not hmac.compare_digest(given, self._expected):
+                return _problems(401, [Problem("Authorization", "the deployment's control token is needed")])
+            return await handler(request)
+
+        return checked
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _problems(status: int, problems: "list[Problem] | tuple[Problem, ...]") -> web.Response:
+    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
+    return web.Response(status=status, body=orjson.dumps({"errors": rows}), content_type=JSON)

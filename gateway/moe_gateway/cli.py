@@ -1,0 +1,48 @@
+"""`moeserving gateway --config FILE`, also `python -m moe_gateway`."""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from moe_scheduling.problems import InvalidInput
+
+from moe_gateway.configuration import load_config, load_token
+from moe_gateway.gateway import Gateway, run_gateway
+from moe_gateway.logs import set_up_logs
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command("gateway")
+def gateway(
+    config: Annotated[Path, typer.Option(help="The gateway's configuration, a JSON file.")],
+    access_log: Annotated[bool, typer.Option(help="Log every request, not only those that went wrong.")] = False,
+) -> None:
+    """Run the gateway in front of the engines that its configuration names."""
+    try:
+        settings = load_config(config)
+        token = load_token(settings.token_file)
+    except InvalidInput as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    set_up_logs()
+    try:
+        uvloop.run(_run(Gateway(settings, token, access_log=access_log)))
+    except OSError as error:
+        typer.echo(f"the gateway cannot listen: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+
+
+async def _run(served: Gateway) -> None:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await run_gateway(served, stop, hurry)

@@ -1,0 +1,312 @@
+"""The one owner of what the gateway knows of engines: their books, their signals, who may get work, and who waits.
+
+Exchanges ask it for a target and tell it what came of it; signal watchers tell it what engines say. Every decision is
+`moe_scheduling`'s. It runs on the event loop's thread alone, does no I/O, and takes its clock as an argument.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from moe_scheduling.books import TargetBooks
+from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target
+from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
+from moe_scheduling.request import RequestSettings, WaitingQueue
+from moe_scheduling.signals import EngineSignal, Target
+from moe_scheduling.tokens import TokenRatio
+
+from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_gateway.ledger import Ledger
+from moe_gateway.parsing import Parsed
+
+# A failure keeps an engine from new work for so long, doubled by each further one in a row.
+EJECTION_S = 0.25
+LONGEST_EJECTION_S = 30.0
+REMEMBERED_SESSIONS = 100_000
+
+
+class SignalSource(StrEnum):
+    """Where the newest knowledge of an engine comes from."""
+
+    AGENT = "agent"
+    SCRAPE = "scrape"
+    BOOKS = "books"
+
+
+class Waiter(Hashable, Protocol):
+    """A held request, as the dispatcher sees it."""
+
+    job: Job
+    tried: set[Target]
+
+    def release(self, decision: Send) -> None:
+        """A target takes it."""
+
+    def expire(self) -> None:
+        """It waited for too long."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """One server and its targets.
+
+    Attributes:
+        ready: what the engine's agent or its health route says; False before anything was heard.
+        failures: failures in a row.
+        ejected_until_s: no new work before.
+        reachable: whether the source of its signals answers.
+    """
+
+    address: EngineAddress
+    host: bytes
+    targets: tuple[Target, ...]
+    ready: bool = False
+    reachable: bool = False
+    failures: int = 0
+    ejected_until_s: float = -math.inf
+    model: str | None = None
+    pid: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Placed:
+    """A request that was sent: what the dispatcher has to be told back."""
+
+    target: Target
+    key: int
+    sent_s: float
+    predicted_s: float
+    answered: bool = False
+
+
+class Dispatcher:
+    """See the module."""
+
+    def __init__(self, config: GatewayConfig, ledger: Ledger) -> None:
+        self.settings: EngineSettings = config.dispatch
+        self.request_settings: RequestSettings = config.request
+        self.ledger = ledger
+        self.engines: dict[str, Engine] = {}
+        self.books: dict[Target, TargetBooks] = {}
+        self._ordered_books: list[TargetBooks] = []
+        self._hold_requests = config.limits.hold_requests
+        self._hold_timeout_s = config.limits.hold_timeout_s
+        self._prefixes = PrefixIndex()
+        self._ratios: dict[str | None, TokenRatio] = {}
+        self._sessions: OrderedDict[str, Target] = OrderedDict()
+        self._queue: WaitingQueue[Waiter] = WaitingQueue(config.request)
+        self._held_since: dict[Waiter, float] = {}
+        self._turn = 0
+        self._keys = 0
+        self.set_engines(config.engines)
+
+    # Configuration.
+
+    def set_engines(self, addresses: Collection[EngineAddress]) -> None:
+        """These engines and no others; the books of those that stay are kept."""
+        kept = {address.name: self.engines.get(address.name) for address in addresses}
+        self.engines = {
+            address.name: engine if engine is not None and engine.address == address else _new_engine(address)
+            for address in addresses
+            for engine in [kept[address.name]]
+        }
+        targets = [target for engine in self.engines.values() for target in engine.targets]
+        for gone in self.books.keys() - set(targets):
+            self._prefixes.forget(gone)
+        self.books = {target: self.books.get(target) or TargetBooks(target, accepting=False) for target in targets}
+        self._ordered_books = list(self.books.values())
+
+    def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
+        """Other settings from now on; what is held is ordered anew."""
+        self.settings, self.request_settings = dispatch, request
+        self._queue.reorder(request)
+        self.pump(now_s)
+
+    # What engines say.
+
+    def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
+        """A signal of a rank."""
+        if (books := self.books.get(target)) is not None:
+            books.observe(signal, observed_s)
+            self.pump(now_s)
+
+    def set_ready(self, name: str, ready: bool, now_s: float) -> None:
+        """An engine takes new work, or no more."""
+        if (engine := self.engines.get(name)) is None:
+            return
+        if ready and not engine.ready:
+            engine.failures, engine.ejected_until_s = 0, -math.inf
+        engine.ready = ready
+        self._refresh(engine, now_s)
+
+    def set_process(self, name: str, pid: int | None) -> None:
+        """The process that serves; another one holds nothing of what its predecessor cached."""
+        if (engine := self.engines.get(name)) is not None and pid != engine.pid:
+            engine.pid = pid
+            for target in engine.targets:
+                self._prefixes.forget(target)
+
+    def _refresh(self, engine: Engine, now_s: float) -> None:
+        accepting = engine.ready and now_s >= engine.ejected_until_s
+        for target in engine.targets:
+            self.books[target].accepting = accepting
+        if accepting:
+            self.pump(now_s)
+
+    # The way of a request.
+
+    def size(self, parsed: Parsed, session: str | None) -> tuple[Job, tuple[int, ...]]:
+        """The job, and the keys of its prompt's blocks."""
+        ratio = self._ratio(parsed.model)
+        tokens = ratio.tokens(len(parsed.prompt)) if parsed.prompt_tokens is None else parsed.prompt_tokens
+        keys = block_keys(parsed.prompt)
+        cached: Mapping[Target, int] = {}
+        if keys and (held := self._prefixes.held_blocks(keys)):
+            block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(parsed.prompt)
+            cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
+        session_target = self._sessions.get(session) if session is not None else None
+        return Job(tokens, cached, session_target, parsed.priority), keys
+
+    def choose(self, job: Job, now_s: float, tried: Collection[Target] = ()) -> Decision:
+        """Which target takes it now."""
+        self._turn += 1
+        return choose_target(job, self._ordered_books, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
+
+    def place(self, job: Job, keys: tuple[int, ...], session: str | None, sending: Send, now_s: float) -> Placed:
+        """Writes down that the job goes to this target."""
+        target = sending.target
+        self._keys += 1
+        self.books[target].sent(self._keys, job.uncached_tokens(target), now_s)
+        if keys:
+            self._prefixes.record(keys, target)
+        if session is not None:
+            self._remember(session, target)
+        self.ledger.decisions[sending.reason] += 1
+        return Placed(target=target, key=self._keys, sent_s=now_s, predicted_s=sending.predicted_s)
+
+    def answered(self, placed: Placed, now_s: float) -> None:
+        """The first byte of the body is there."""
+        placed.answered = True
+        if (books := self.books.get(placed.target)) is not None:
+            books.first_token(placed.key, now_s)
+        if (engine := self.engines.get(placed.target.server)) is not None and engine.failures:
+            engine.failures, engine.ejected_until_s = 0, -math.inf
+            self._refresh(engine, now_s)
+        self.ledger.prediction_error.observe(placed.predicted_s - (now_s - placed.sent_s))
+
+    def settled(self, placed: Placed, now_s: float) -> None:
+        """The request has ended there."""
+        if (books := self.books.get(placed.target)) is not None:
+            books.settled(placed.key, now_s)
+        if self._queue:
+            self.pump(now_s)
+
+    def failed(self, target: Target, now_s: float) -> None:
+        """The engine broke a request or refused the connection: no new work for a while."""
+        engine = self.engines.get(target.server)
+        if engine is None:
+            return
+        engine.failures += 1
+        engine.ejected_until_s = now_s + min(LONGEST_EJECTION_S, EJECTION_S * 2 ** min(engine.failures - 1, 16))
+        self.ledger.ejections[target.server] += 1
+        self._refresh(engine, now_s)
+
+    def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:
+        """An engine said how many tokens a prompt had."""
+        if parsed.prompt_tokens is None:
+            self._ratio(parsed.model).observe(len(parsed.prompt), prompt_tokens)
+
+    def _ratio(self, model: str | None) -> TokenRatio:
+        # Names of models come from clients; only those that engines serve get a ratio of their own.
+        known = model if model in self.models else None
+        return self._ratios.setdefault(known, TokenRatio())
+
+    def _remember(self, session: str, target: Target) -> None:
+        self._sessions[session] = target
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > REMEMBERED_SESSIONS:
+            self._sessions.popitem(last=False)
+
+    # Who waits.
+
+    @property
+    def held(self) -> int:
+        """Requests held."""
+        return len(self._queue)
+
+    def hold(self, waiter: Waiter, now_s: float) -> bool:
+        """Lets a request wait; False when the queue is full."""
+        if len(self._queue) >= self._hold_requests:
+            return False
+        job = waiter.job
+        self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority)
+        self._held_since[waiter] = now_s
+        return True
+
+    def unhold(self, waiter: Waiter) -> None:
+        """The client of a held request is gone."""
+        self._queue.discard(waiter)
+        self._held_since.pop(waiter, None)
+
+    def retry_after_s(self) -> int:
+        """When it is worth to ask again: once what is held has been computed at the engines' pace, 1 to 60 s."""
+        lines = [books.line for books in self._ordered_books if books.line is not None]
+        if not lines:
+            return 1
+        seconds = self._queue.size_tokens * lines[0].prefill_s / max(1, len(self._ordered_books))
+        return max(1, min(60, math.ceil(seconds)))
+
+    def pump(self, now_s: float) -> None:
+        """Sends what is held, in order, while a target takes it."""
+        queue = self._queue
+        while queue:
+            waiter = queue.peek()
+            decision = self.choose(waiter.job, now_s, waiter.tried)
+            if isinstance(decision, Refuse) and decision.reason is RefuseReason.NO_OTHER_ENGINE:
+                # Only the engines that failed it are there: they may have come back meanwhile.
+                waiter.tried.clear()
+                decision = self.choose(waiter.job, now_s)
+            if not isinstance(decision, Send):
+                return
+            self.unhold(waiter)
+            waiter.release(decision)
+
+    def tick(self, now_s: float) -> None:
+        """Called a few times a second: ends ejections, lets held requests expire."""
+        for engine in self.engines.values():
+            if engine.failures:
+                self._refresh(engine, now_s)
+        for waiter, since_s in list(self._held_since.items()):
+            if now_s - since_s < self._hold_timeout_s:
+                break
+            self.unhold(waiter)
+            waiter.expire()
+
+    # What others read.
+
+    @property
+    def models(self) -> set[str]:
+        """Names that the engines serve, as far as known."""
+        return {engine.model for engine in self.engines.values() if engine.model is not None}
+
+    @property
+    def accepting(self) -> bool:
+        """Whether any target takes new work."""
+        return any(books.accepting for books in self._ordered_books)
+
+    def source(self, target: Target, now_s: float) -> SignalSource:
+        """Where what is believed of a target comes from."""
+        if not self.books[target].is_fresh(now_s, self.settings.stale_after_s):
+            return SignalSource.BOOKS
+        return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
+
+
+def _new_engine(address: EngineAddress) -> Engine:
+    return Engine(
+        address=address,
+        host=address.url.removeprefix("http://").encode(),
+        targets=tuple(Target(address.name, rank) for rank in range(address.ranks)),
+    )

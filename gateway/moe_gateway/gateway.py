@@ -1,0 +1,200 @@
+"""The gateway as a whole: two ports, the connections, a watcher for each engine, and an end that cuts nothing."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+import time
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import web
+
+from moe_gateway.admin import Admin
+from moe_gateway.client import ClientConnection
+from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_gateway.configuration import InForce
+from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.exchange import Exchange, Surroundings
+from moe_gateway.ledger import Ledger
+from moe_gateway.signals import watch_engine
+from moe_gateway.upstream import Pool
+
+CHECK_PERIOD_S = 0.1
+BACKLOG = 4096
+
+log = logging.getLogger("moeserving.gateway")
+
+
+class Gateway:
+    """One gateway; `start`, then `drain`."""
+
+    def __init__(self, config: GatewayConfig, token: bytes, *, access_log: bool = False) -> None:
+        self._config = config
+        self._token = token
+        self._access_log = access_log
+        self.clock = time.monotonic
+        self.dispatcher = Dispatcher(config, Ledger())
+        self.in_force = InForce(dispatch=config.dispatch, request=config.request, engines=config.engines)
+        self._connections: set[ClientConnection] = set()
+        self._pools: dict[str, Pool] = {}
+        self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
+        self._empty = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._request_ids = itertools.count(1)
+        self._request_id_prefix = secrets.token_hex(4)
+        self._surroundings = Surroundings(
+            dispatcher=self.dispatcher,
+            pool_of=lambda server: self._pools[server],
+            clock=self.clock,
+            spawn=self._spawn,
+            on_end=self._log_end,
+        )
+
+    @property
+    def draining(self) -> bool:
+        """No new work is taken."""
+        return self._surroundings.draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be served now."""
+        return self.dispatcher.accepting and not self.draining
+
+    async def start(self) -> None:
+        """Opens the ports.
+
+        Raises:
+            OSError: a port is taken.
+        """
+        loop = asyncio.get_running_loop()
+        self._session = aiohttp.ClientSession()
+        listen, admin = self._config.listen, self._config.admin
+        try:
+            self._server = await loop.create_server(self._connection, listen.host, listen.port, backlog=BACKLOG)
+            self._runner = web.AppRunner(Admin(self, self._token).build(), access_log=None)
+            await self._runner.setup()
+            await web.TCPSite(self._runner, admin.host, admin.port).start()
+        except OSError:
+            await self._session.close()
+            raise
+        self._follow(self.in_force.engines)
+        self._checker = self._spawn(self._check())
+
+    def apply(self, change: InForce) -> None:
+        """Other settings and engines, from now on, all of them or none: nothing here can fail half-way."""
+        if change.engines != self.in_force.engines:
+            self.dispatcher.set_engines(change.engines)
+            self._follow(change.engines)
+        self.dispatcher.set_policies(change.dispatch, change.request, self.clock())
+        self.in_force = change
+
+    async def drain(self) -> None:
+        """Takes no new work, lets what runs end, then closes. What is silent ends by the idle timeout."""
+        self._surroundings.draining = True
+        self._server.close()
+        for connection in list(self._connections):
+            connection.drain()
+        if self._connections:
+            await self._empty.wait()
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes at once."""
+        self._server.close()
+        for task in (self._checker, *self._watchers.values()):
+            task.cancel()
+        for connection in list(self._connections):
+            connection.transport.abort()
+        for pool in self._pools.values():
+            pool.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._runner.cleanup()
+        await self._session.close()
+
+    # Engines.
+
+    def _follow(self, addresses: tuple[EngineAddress, ...]) -> None:
+        for address in [known for known in self._watchers if known not in addresses]:
+            self._watchers.pop(address).cancel()
+        pools = {}
+        for address in addresses:
+            parts = urlsplit(address.url)
+            pool = self._pools.get(address.name)
+            if pool is None or address not in self._watchers:
+                limit_s = self._config.limits.connect_timeout_s
+                pool = Pool(parts.hostname or "", parts.port or 80, limit_s)
+            pools[address.name] = pool
+            if address not in self._watchers:
+                engine = self.dispatcher.engines[address.name]
+                self._watchers[address] = self._spawn(watch_engine(engine, self.dispatcher, self._session))
+        self._pools = pools
+
+    # Clients.
+
+    def _connection(self) -> ClientConnection:
+        connection = ClientConnection(self._surroundings, self._config.limits, self._new_request_id, self._on_close)
+        self._connections.add(connection)
+        return connection
+
+    def _on_close(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections and self.draining:
+            self._empty.set()
+
+    def _new_request_id(self) -> bytes:
+        return b"%b-%x" % (self._request_id_prefix.encode(), next(self._request_ids))
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_PERIOD_S)
+            now_s = self.clock()
+            self.dispatcher.tick(now_s)
+            for connection in list(self._connections):
+                connection.check(now_s)
+
+    def _log_end(self, exchange: Exchange, status: int, reason: str) -> None:
+        if not reason and not self._access_log:
+            return
+        target, request = exchange.target, exchange.request
+        log.log(
+            logging.INFO if status < 500 and not reason else logging.WARNING,
+            "request",
+            extra={
+                "request_id": request.request_id.decode(),
+                "route": exchange.route.label,
+                "status": status,
+                "reason": reason,
+                "engine": None if target is None else target.server,
+                "rank": None if target is None else target.rank,
+                "prompt_tokens": exchange.job.prompt_tokens,
+                "ttft_s": None if exchange.ttft_s is None else round(exchange.ttft_s, 6),
+                "duration_s": round(self.clock() - request.arrived_s, 6),
+            },
+        )
+
+    def _spawn(self, coroutine) -> asyncio.Task[None]:  # type: ignore[no-untyped-def]
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def run_gateway(gateway: Gateway, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Serves until `stop`, then drains; `hurry` cuts the draining short.
+
+    Raises:
+        OSError: a port is taken.
+    """
+    await gateway.start()
+    await stop.wait()
+    draining = asyncio.ensure_future(gateway.drain())
+    hurrying = asyncio.ensure_future(hurry.wait())
+    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if not draining.done():
+        draining.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await draining
+        await gateway.close()

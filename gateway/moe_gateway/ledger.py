@@ -1,0 +1,63 @@
+"""What the gateway counts: plain numbers that the hot path raises and the admin port renders."""
+
+from bisect import bisect_left
+from collections import Counter
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+ERROR_BUCKETS_S = (-10.0, -2.5, -1.0, -0.25, -0.1, -0.025, 0.0, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0)
+
+
+class Histogram:
+    """Counts by upper bound, and the sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """One observation."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """Cumulative, as Prometheus wants them."""
+        rows, below = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            below += count
+            rows.append((bound, below))
+        return rows
+
+
+class Ledger:
+    """One for a gateway.
+
+    Attributes:
+        requests: finished requests by (route, status).
+        refusals: requests that ended without an engine's answer, by outcome label.
+        decisions: choices by reason label.
+        retried: requests sent a second time.
+        failed: requests that ended in an error of an engine or of the gateway (status 500 and up, or a broken stream).
+        ttft: seconds from arrival at the gateway to the first byte of the body.
+        prediction_error: predicted less measured seconds from dispatch to first byte.
+    """
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.decisions: Counter[str] = Counter()
+        self.ejections: Counter[str] = Counter()
+        self.retried = 0
+        self.failed = 0
+        self.finished = 0
+        self.ttft = Histogram(TTFT_BUCKETS_S)
+        self.prediction_error = Histogram(ERROR_BUCKETS_S)
+
+    def finish(self, route: str, status: int, *, broken: bool = False) -> None:
+        """A request ended."""
+        self.requests[route, status] += 1
+        self.finished += 1
+        if status >= 500 or broken:
+            self.failed += 1

@@ -1,0 +1,114 @@
+"""What the gateway reads of a request's body, once: model, stream, priority, session, and the prompt's size. Pure.
+
+The body itself goes to the engine as it came. What the gateway does not need, it does not check: that is the engine's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from moe_gateway.routes import Route
+
+
+class BadBody(ValueError):
+    """The body cannot be dispatched; the text is for the client, `param` the field that it is about."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(slots=True, kw_only=True)
+class Parsed:
+    """What matters of a body.
+
+    Attributes:
+        model: name of the model asked for; None when the body names none.
+        stream: whether the answer is a stream of events.
+        priority: level, lower is more urgent.
+        user: `user` field, the session where no header names one.
+        prompt: text of the prompt as bytes, for its size and its prefix.
+        prompt_tokens: exact number of tokens where the prompt is token ids, else None.
+    """
+
+    model: str | None
+    stream: bool
+    priority: int
+    user: str | None
+    prompt: bytes
+    prompt_tokens: int | None
+
+
+def parse_body(route: Route, body: bytes) -> Parsed:
+    """Reads a JSON body.
+
+    Raises:
+        BadBody: it is not a JSON object, or a field that dispatch needs has the wrong type.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadBody(f"the body is not valid JSON: {error}") from None
+    if type(document) is not dict:
+        raise BadBody("the body must be a JSON object")
+    model = document.get("model")
+    if model is not None and type(model) is not str:
+        raise BadBody("model must be a string", "model")
+    priority = document.get("priority")
+    if priority is None:
+        priority = 0
+    elif type(priority) is not int:
+        raise BadBody("priority must be an integer", "priority")
+    user = document.get("user")
+    prompt, prompt_tokens = read_prompt(route, document)
+    return Parsed(
+        model=model,
+        stream=document.get("stream") is True,
+        priority=priority,
+        user=user if type(user) is str and user else None,
+        prompt=prompt,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | None]:
+    """The prompt as bytes, and its tokens where they are given as ids."""
+    match route:
+        case Route.CHAT:
+            return "\n".join(_texts(document.get("messages"))).encode(errors="replace"), None
+        case Route.RESPONSES:
+            parts = [*_texts(document.get("instructions")), *_texts(document.get("input"))]
+            return "\n".join(parts).encode(errors="replace"), None
+        case Route.COMPLETIONS:
+            return _read_input(document.get("prompt"))
+        case Route.EMBEDDINGS:
+            return _read_input(document.get("input"))
+        case _:
+            return b"", 0
+
+
+def _read_input(value: object) -> tuple[bytes, int | None]:
+    """A text, texts, token ids, or lists of token ids."""
+    if type(value) is str:
+        return value.encode(errors="replace"), None
+    if type(value) is list and value:
+        if type(value[0]) is int:
+            return orjson.dumps(value), len(value)
+        if type(value[0]) is list:
+            return orjson.dumps(value), sum(len(ids) for ids in value if type(ids) is list)
+    return "\n".join(_texts(value)).encode(errors="replace"), None
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts below messages, content parts or lists of them, in their order."""
+    if type(value) is str:
+        yield value
+    elif type(value) is list:
+        for part in value:
+            yield from _texts(part)
+    elif type(value) is dict:
+        for name in ("role", "content", "text"):
+            if name in value:
+                yield from _texts(value[name])

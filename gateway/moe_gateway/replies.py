@@ -1,0 +1,106 @@
+"""The gateway's own answers, as bytes: OpenAI-shaped errors and what no engine is asked for. Pure.
+
+The one table from outcome to status stands here; outcomes are metric labels too.
+"""
+
+from enum import Enum
+
+import orjson
+
+
+class Outcome(Enum):
+    """How a request can end without an engine's answer: label, status, OpenAI error type."""
+
+    BAD_REQUEST = ("bad_request", 400, "invalid_request_error")
+    NOT_FOUND = ("not_found", 404, "invalid_request_error")
+    MODEL_NOT_FOUND = ("model_not_found", 404, "invalid_request_error")
+    METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error")
+    REQUEST_TIMEOUT = ("request_timeout", 408, "invalid_request_error")
+    BODY_TOO_LARGE = ("body_too_large", 413, "invalid_request_error")
+    HEAD_TOO_LARGE = ("head_too_large", 431, "invalid_request_error")
+    BUSY = ("busy", 429, "rate_limit_error")
+    CLIENT_GONE = ("client_gone", 499, "")
+    ENGINE_FAILED = ("engine_failed", 502, "server_error")
+    NO_ENGINE = ("no_engine", 503, "server_error")
+    ENGINE_SILENT = ("engine_silent", 504, "server_error")
+
+    def __init__(self, label: str, status: int, kind: str) -> None:
+        self.label = label
+        self.status = status
+        self.kind = kind
+
+
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+
+def build_error_document(outcome: Outcome, message: str, param: str | None = None) -> bytes:
+    """The error object of OpenAI's API."""
+    return orjson.dumps({"error": {"message": message, "type": outcome.kind, "param": param, "code": outcome.label}})
+
+
+def build_error(
+    outcome: Outcome,
+    message: str,
+    *,
+    request_id: bytes = b"",
+    param: str | None = None,
+    close: bool = False,
+    retry_after_s: int | None = None,
+    head_only: bool = False,
+) -> bytes:
+    """A whole HTTP response; `Retry-After` in whole seconds where given."""
+    extra = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
+    if outcome is Outcome.METHOD_NOT_ALLOWED:
+        extra += b"allow: GET, HEAD, POST\r\n"
+    body = build_error_document(outcome, message, param)
+    return build_response(outcome.status, body, request_id=request_id, extra=extra, close=close, head_only=head_only)
+
+
+def build_response(
+    status: int,
+    body: bytes,
+    *,
+    request_id: bytes = b"",
+    extra: bytes = b"",
+    close: bool = False,
+    head_only: bool = False,
+) -> bytes:
+    """A whole HTTP response with a JSON body; `extra` holds further header lines, each ended by CRLF."""
+    if request_id:
+        extra += b"x-request-id: %b\r\n" % request_id
+    if close:
+        extra += b"connection: close\r\n"
+    head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (
+        status,
+        REASONS[status].encode(),
+        len(body),
+        extra,
+    )
+    return head if head_only else head + body
+
+
+def build_health(request_id: bytes, *, close: bool, head_only: bool) -> bytes:
+    """The gateway's own answer to `/health`."""
+    return build_response(200, b'{"status":"ok"}', request_id=request_id, close=close, head_only=head_only)
+
+
+def build_stream_error(message: str) -> bytes:
+    """The event that ends a stream which an engine broke off, after a blank line that ends what it left unfinished."""
+    return b"\n\ndata: %b\n\n" % build_error_document(Outcome.ENGINE_FAILED, message)
+
+
+def frame_chunk(data: bytes) -> bytes:
+    """One chunk of chunked transfer coding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)

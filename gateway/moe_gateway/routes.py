@@ -1,0 +1,35 @@
+"""Which paths the serving port knows: a closed list, so that no admin route of an engine can be reached. Pure."""
+
+from enum import Enum
+
+
+class Route(Enum):
+    """What is done with a request: its methods, and whether its body is parsed for a model and a prompt."""
+
+    CHAT = (b"/v1/chat/completions", b"POST")
+    COMPLETIONS = (b"/v1/completions", b"POST")
+    RESPONSES = (b"/v1/responses", b"POST")
+    EMBEDDINGS = (b"/v1/embeddings", b"POST")
+    TOKENIZE = (b"/tokenize", b"POST")
+    DETOKENIZE = (b"/detokenize", b"POST")
+    MODELS = (b"/v1/models", b"GET")
+    HEALTH = (b"/health", b"GET")
+
+    def __init__(self, path: bytes, method: bytes) -> None:
+        self.path = path
+        self.method = method
+        self.label = self.name.lower()
+
+    @property
+    def has_job(self) -> bool:
+        """Whether an engine computes for it, so that its size and its first token count."""
+        return self in _JOBS
+
+
+_JOBS = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS})
+ROUTES: dict[bytes, Route] = {route.path: route for route in Route}
+
+
+def find_route(url: bytes) -> Route | None:
+    """The route of a request target, by its exact path; a query is allowed, any other spelling of a path is not."""
+    return ROUTES.get(url if b"?" not in url else url[: url.index(b"?")])

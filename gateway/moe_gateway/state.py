@@ -1,0 +1,37 @@
+"""The gateway's snapshot for people, peers and metrics. Pure."""
+
+from dataclasses import asdict
+from typing import Any
+
+from moe_scheduling.signals import Target
+
+from moe_gateway.configuration import InForce
+from moe_gateway.dispatcher import Dispatcher
+
+
+def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:
+    """The document of `GET /v1/state`."""
+    ledger = dispatcher.ledger
+    return {
+        "accepting": dispatcher.accepting and not draining,
+        "held": dispatcher.held,
+        "config": in_force.document(),
+        "engines": [build_target(dispatcher, target, now_s) for target in dispatcher.books],
+        "totals": {"requests": ledger.finished, "failed": ledger.failed, "retried": ledger.retried},
+    }
+
+
+def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> dict[str, Any]:
+    """What is known of one target."""
+    books, engine = dispatcher.books[target], dispatcher.engines[target.server]
+    return {
+        "name": target.server,
+        "rank": target.rank,
+        "reachable": engine.reachable,
+        "accepting": books.accepting,
+        "in_flight": books.in_flight,
+        "unanswered_prefill_tokens": books.unanswered_prefill_tokens,
+        "signal_age_s": books.signal_age_s(now_s),
+        "signal_source": dispatcher.source(target, now_s).value,
+        "signal": None if books.signal is None else asdict(books.signal),
+    }

@@ -1,0 +1,172 @@
+"""Connections to engines: one request at a time on each, kept open and used again.
+
+An exchange takes a connection from the engine's pool, writes its request, and gets the answer's bytes as they come. The
+parser only looks for where the head and the message end; the bytes themselves are never taken apart.
+"""
+
+import asyncio
+from typing import Protocol
+
+import httptools
+
+LONGEST_HEAD_BYTES = 256 * 1024
+
+
+class Receiver(Protocol):
+    """Who gets the answer."""
+
+    def received(self, data: bytes, connection: "UpstreamConnection") -> None:
+        """More bytes of the answer; `connection` says how far it is."""
+
+    def lost(self, connection: "UpstreamConnection", reason: str) -> None:
+        """The connection ended, or said what is not HTTP, before the answer was whole."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an engine.
+
+    Attributes:
+        status: of the answer, once `head_complete`.
+        head_complete: whether the head of the answer is there.
+        complete: whether the whole answer is there.
+        reused: whether it has served a request before, so that the engine may just have closed it as idle.
+    """
+
+    __slots__ = (
+        "_parser",
+        "_pool",
+        "complete",
+        "head_complete",
+        "keep_alive",
+        "receiver",
+        "reused",
+        "status",
+        "transport",
+    )
+
+    def __init__(self, pool: "Pool") -> None:
+        self._pool = pool
+        self._parser = httptools.HttpResponseParser(self)
+        self.transport: asyncio.Transport | None = None
+        self.receiver: Receiver | None = None
+        self.reused = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.head_complete = False
+        self.complete = False
+        self.keep_alive = False
+
+    # What an exchange does.
+
+    def request(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+        """Writes a request; the answer goes to `receiver`."""
+        assert self.transport is not None
+        self._reset()
+        self.receiver = receiver
+        if len(body) < 16384:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+
+    def release(self) -> None:
+        """The answer is whole: the connection is free, or closed if it cannot be used again."""
+        self.receiver = None
+        if self.keep_alive and self.complete:
+            self.reused = True
+            self._pool.put(self)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """The engine learns at once that nobody listens."""
+        self.receiver = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    # What the event loop does.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self.receiver
+        if receiver is None:
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._lose("the engine's answer is not HTTP")
+            return
+        receiver.received(data, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.remove(self)
+        self.transport = None
+        self._lose("the engine closed the connection" if exc is None else f"the connection to the engine failed: {exc}")
+
+    def _lose(self, reason: str) -> None:
+        receiver, self.receiver = self.receiver, None
+        if self.transport is not None:
+            self.transport.abort()
+        if receiver is not None:
+            receiver.lost(self, reason)
+
+    # What the parser does.
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        self.head_complete = self.status >= 200
+
+    def on_message_complete(self) -> None:
+        if self.head_complete:
+            self.complete = True
+            self.keep_alive = self._parser.should_keep_alive()
+
+
+class Pool:
+    """The idle connections to one address, newest last, and the making of new ones."""
+
+    def __init__(self, host: str, port: int, connect_timeout_s: float) -> None:
+        self._host = host
+        self._port = port
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: list[UpstreamConnection] = []
+
+    def take(self) -> UpstreamConnection | None:
+        """An idle connection, the one used last."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.transport is not None and not connection.transport.is_closing():
+                return connection
+        return None
+
+    def put(self, connection: UpstreamConnection) -> None:
+        """The connection is idle."""
+        self._idle.append(connection)
+
+    def remove(self, connection: UpstreamConnection) -> None:
+        """The connection has ended."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    async def connect(self) -> UpstreamConnection:
+        """A new connection.
+
+        Raises:
+            OSError: the engine cannot be reached, or not within the time (TimeoutError is one).
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._connect_timeout_s):
+            _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
+        return connection
+
+    def close(self) -> None:
+        """Ends all idle connections."""
+        for connection in list(self._idle):
+            connection.abort()
+        self._idle.clear()

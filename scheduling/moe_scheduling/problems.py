@@ -27,7 +27,7 @@ class Problem:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
-class InvalidInput(ValueError):  # noqa: N818 - named for what it says, not for being an error
+class InvalidInput(ValueError):
     """What was given cannot be used; `problems` has at least one row and nothing was changed."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

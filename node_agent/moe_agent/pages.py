@@ -11,6 +11,7 @@ read visible on machines that reorder stores. A reader gets a whole body or `Pag
 import mmap
 import os
 import struct
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ _SEQUENCE_AT = _HEADER.size
 _CHECKSUM = struct.Struct("<I")
 _CHECKSUM_AT = _SEQUENCE_AT + _SEQUENCE.size
 _BODY_AT = 32
-# A writer holds the lock for about a microsecond; this many tries outlast it even when it is scheduled away meanwhile.
-_READ_TRIES = 1000
+# A writer holds the lock for about a microsecond, unless it is scheduled away within a write: then a reader sleeps.
+_TRIES_WITHOUT_SLEEP = 20
+_SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQ?7xddddd")
 CONTROL_BODY = struct.Struct("<Q16sddd")
@@ -109,14 +111,18 @@ class _Reader:
         number: int = _SEQUENCE.unpack_from(self._map, _SEQUENCE_AT)[0]
         return number
 
-    def read_body(self) -> tuple[Any, ...]:
-        for _ in range(_READ_TRIES):
-            before = self.sequence()
-            packed = self._map[_BODY_AT : _BODY_AT + self._body.size]
-            checksum = _CHECKSUM.unpack_from(self._map, _CHECKSUM_AT)[0]
-            if before % 2 == 0 and before == self.sequence() and checksum == zlib.crc32(packed):
-                return self._body.unpack(packed)
-        raise PageUnreadableError(f"{self._path}: no whole read in {_READ_TRIES} tries")
+    def read_body(self, patience_s: float) -> tuple[Any, ...]:
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            for _ in range(_TRIES_WITHOUT_SLEEP):
+                before = self.sequence()
+                packed = self._map[_BODY_AT : _BODY_AT + self._body.size]
+                checksum = _CHECKSUM.unpack_from(self._map, _CHECKSUM_AT)[0]
+                if before % 2 == 0 and before == self.sequence() and checksum == zlib.crc32(packed):
+                    return self._body.unpack(packed)
+            if time.monotonic() >= deadline_s:
+                raise PageUnreadableError(f"{self._path}: no whole read within {patience_s:g} s")
+            time.sleep(_SLEEP_S)
 
     def close(self) -> None:
         self._map.close()
@@ -218,9 +224,9 @@ class RankPageReader(_Reader):
     def __init__(self, run_dir: Path, rank: int) -> None:
         super().__init__(rank_page_path(run_dir, rank), RANK_BODY)
 
-    def read(self) -> RankState:
+    def read(self, patience_s: float = 0.25) -> RankState:
         (pid, written_s, version, step, running, waiting, waiting_prefill, running_prefill, decode, preemptions) = (
-            body := self.read_body()
+            body := self.read_body(patience_s)
         )[:10]
         fitted, kv_usage, base_s, prefill_s, decode_s, expert_balance = body[10:]
         return RankState(
@@ -275,8 +281,9 @@ class ControlPageReader(_Reader):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(control_page_path(run_dir), CONTROL_BODY)
 
-    def read(self) -> Control:
-        version, policy, ageing_rate, ageing_horizon_s, priority_step_s = self.read_body()
+    def read(self, patience_s: float = 0.0) -> Control:
+        """By default with the patience of an engine step: none."""
+        version, policy, ageing_rate, ageing_horizon_s, priority_step_s = self.read_body(patience_s)
         return Control(
             version=version,
             request=RequestSettings(

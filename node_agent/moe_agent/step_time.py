@@ -31,7 +31,7 @@ class StepTimeFit:
     """
 
     def __init__(
-        self, *, memory_steps: float = 500.0, least_steps: int = 16, refit_every: int = 8, outlier_factor: float = 5.0
+        self, *, memory_steps: float = 500.0, least_steps: int = 16, refit_every: int = 8, outlier_factor: float = 3.0
     ) -> None:
         self._keep = 1.0 - 1.0 / memory_steps
         self._least_steps = least_steps

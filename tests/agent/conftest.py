@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import json
 import warnings
 import zlib
@@ -175,6 +176,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_config(model_dir: Path) -> Callable[..., Any]:
     """Makes vLLM's configuration of an engine with few seats and a small budget."""
     with foreign_warnings():
+        importlib.import_module("moe_agent.vllm.scheduler")
         from vllm.engine.arg_utils import EngineArgs
 
     def make(*, seats: int, budget: int, policy: str) -> Any:
@@ -261,6 +263,6 @@ class Settings:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path))
-    yield Settings(tmp_path)
+    return Settings(tmp_path)

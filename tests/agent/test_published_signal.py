@@ -20,7 +20,7 @@ def check(engine: Any, state: RankState) -> None:
 
 
 def known(engine: Any, request: Any) -> bool:
-    """Whether a step that carried the request is over; with asynchronous scheduling the first may still be on its way."""
+    """Whether a step that carried the request is over; scheduled ahead, its first may still be on its way."""
     return request.request_id in engine.ledger.target
 
 

@@ -126,7 +126,7 @@ def test_the_oldest_of_equals_is_never_the_victim_of_a_preemption(make_engine, s
 
 
 def play(engine: Any, seed: int, priorities: tuple[int, ...]) -> tuple[list[dict[str, int]], list[str]]:
-    """A random workload of arrivals, shared prefixes and aborts; answers what each step carried, and the order of ends."""
+    """A random workload with shared prefixes and aborts; answers what each step carried and the order of ends."""
     dice = random.Random(seed)
     names: list[str] = []
     for tick in range(120):

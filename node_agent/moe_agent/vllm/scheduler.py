@@ -28,7 +28,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.pages import RUN_DIR_VARIABLE, ControlPageReader, RankPageWriter, RankState
+from moe_agent.pages import RUN_DIR_VARIABLE, ControlPageReader, PageUnreadableError, RankPageWriter, RankState
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.version import check_version
 from moe_agent.vllm.waiting import OrderedRequestQueue
@@ -184,10 +184,13 @@ class OrderedScheduler(AsyncScheduler):
         return request.num_tokens - cached_tokens
 
     def _take_settings(self) -> None:
-        """Two loads from memory when nothing changed."""
+        """Two loads from memory when nothing changed; settings that are being written are taken at the next step."""
         if self._control is None or (sequence := self._control.sequence()) == self._control_sequence:
             return
-        control = self._control.read()
+        try:
+            control = self._control.read()
+        except PageUnreadableError:
+            return
         self._control_sequence, self._config_version = sequence, control.version
         self.waiting.reorder(control.request)
         # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent

@@ -1,0 +1,73 @@
+"""Only serving routes pass the engine's middleware, however the path is spelt."""
+
+import json
+from typing import Any
+
+import pytest
+from moe_agent.vllm.middleware import SERVING_ROUTES, ServingRoutesOnly
+
+
+async def call(
+    path: str, *, kind: str = "http", raw: bytes | None = None, root: str = ""
+) -> tuple[bool, list[dict[str, Any]]]:
+    """Whether the request got through, and what was sent instead."""
+    passed, sent = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["type"])
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the body is not read")
+
+    scope = {"type": kind, "method": "POST", "path": path, "raw_path": raw or path.encode(), "root_path": root}
+    await ServingRoutesOnly(app)(scope, receive, send)
+    return bool(passed), sent
+
+
+@pytest.mark.parametrize("path", [*sorted(SERVING_ROUTES), "/v1/models/tiny", "/v1/responses/resp_1/cancel"])
+async def test_serving_routes_pass(path):
+    passed, sent = await call(path)
+    assert passed
+    assert not sent
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/collective_rpc", "/pause", "/resume", "/sleep", "/wake_up", "/server_info", "/reset_prefix_cache"),
+        *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply", "/v1/load_lora_adapter"),
+        *("/start_profile", "/update_weights", "/inference/v1/generate", "/docs", "/openapi.json", "/", ""),
+        *("/V1/models", "/health/", "/v1/models/../../sleep", "//sleep", "/v1//models", "/v1/models/;/sleep"),
+        *("/v1/models/./x", "/v1/models/\\sleep", "/v1/models/%2e%2e", "/v1/responses/../x"),
+    ],
+)
+async def test_all_else_is_not_found_in_openai_shape(path):
+    passed, (start, body) = await call(path)
+    assert not passed
+    assert start["status"] == 404
+    assert (b"content-type", b"application/json") in start["headers"]
+    error = json.loads(body["body"])["error"]
+    assert error["code"] == 404
+    assert error["type"] == "NotFoundError"
+    assert path in error["message"]
+
+
+async def test_an_encoded_slash_is_refused():
+    passed, sent = await call("/v1/models/a/b", raw=b"/v1/models/a%2Fb")
+    assert not passed
+    assert sent[0]["status"] == 404
+
+
+async def test_a_mount_point_hides_nothing():
+    assert (await call("/api/v1/models", root="/api"))[0]
+    assert not (await call("/api/sleep", root="/api"))[0]
+
+
+async def test_websockets_are_refused_and_the_lifespan_passes():
+    passed, sent = await call("/v1/realtime", kind="websocket")
+    assert not passed
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+    assert (await call("", kind="lifespan"))[0]

@@ -1,0 +1,145 @@
+"""The pages between agent and engine: whole reads under a hammering writer, refusals of what is no page."""
+
+import subprocess
+import sys
+
+import pytest
+from moe_agent.pages import (
+    Control,
+    ControlPageReader,
+    ControlPageWriter,
+    PageUnreadableError,
+    RankPageReader,
+    RankPageWriter,
+    RankState,
+    rank_page_path,
+)
+from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_scheduling.signals import EngineSignal, StepTime
+
+# Writes pages in which each number is the step, as fast as it can.
+HAMMER = """
+import sys, time
+from pathlib import Path
+from moe_agent.pages import RankPageWriter, RankState
+from moe_scheduling.signals import EngineSignal, StepTime
+
+zero = StepTime(base_s=0.0, prefill_s=0.0, decode_s=0.0)
+first = RankState(pid=0, written_s=0.0, config_version=0,
+                  signal=EngineSignal(step_time=zero, expert_balance=0.0))
+with RankPageWriter(Path(sys.argv[1]), 0, first) as writer:
+    print("ready", flush=True)
+    step, end_s = 0, time.monotonic() + 2.0
+    while time.monotonic() < end_s:
+        step += 1
+        number = float(step)
+        writer.write(pid=step, written_s=number, config_version=step, step=step, running=step, waiting=step,
+                     waiting_prefill_tokens=step, running_prefill_tokens=step, decode_tokens=step, kv_usage=number,
+                     preemptions=step, step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
+                     expert_balance=number)
+"""
+
+SIGNAL = EngineSignal(
+    step=17,
+    running=3,
+    waiting=2,
+    waiting_prefill_tokens=1234,
+    running_prefill_tokens=99,
+    decode_tokens=2,
+    kv_usage=0.25,
+    preemptions=4,
+    step_time=StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.002),
+    expert_balance=1.5,
+)
+
+
+def state(signal: EngineSignal = SIGNAL) -> RankState:
+    return RankState(pid=42, written_s=12.5, config_version=3, signal=signal)
+
+
+@pytest.mark.parametrize("signal", [SIGNAL, EngineSignal()])
+def test_what_a_rank_writes_is_read(tmp_path, signal):
+    with RankPageWriter(tmp_path, 1, state(signal)), RankPageReader(tmp_path, 1) as reader:
+        assert reader.read() == state(signal)
+
+
+@pytest.mark.parametrize("policy", RequestPolicy)
+def test_what_the_agent_writes_is_read(tmp_path, policy):
+    control = Control(version=9, request=RequestSettings(policy=policy, ageing_rate=7.0, ageing_horizon_s=3.0))
+    with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path) as reader:
+        assert reader.read() == control
+
+
+def test_the_sequence_changes_with_each_write(tmp_path):
+    control = Control(version=1, request=RequestSettings())
+    with ControlPageWriter(tmp_path, control) as writer, ControlPageReader(tmp_path) as reader:
+        before = reader.sequence()
+        assert reader.sequence() == before
+        writer.write(control)
+        assert reader.sequence() != before
+
+
+def test_a_page_of_a_new_writer_takes_the_place_of_the_old(tmp_path):
+    new = state(EngineSignal(step=99))
+    with RankPageWriter(tmp_path, 0, state()), RankPageWriter(tmp_path, 0, new), RankPageReader(tmp_path, 0) as reader:
+        assert reader.read() == new
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-0.page"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short", b"X" * 4096])
+def test_what_is_no_page_is_refused_by_its_path(tmp_path, content):
+    path = rank_page_path(tmp_path, 0)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PageUnreadableError, match=r"rank-0\.page"):
+        RankPageReader(tmp_path, 0)
+
+
+def test_a_page_whose_writer_died_within_a_write_is_refused(tmp_path):
+    with RankPageWriter(tmp_path, 0, state()):
+        path = rank_page_path(tmp_path, 0)
+        raw = bytearray(path.read_bytes())
+        raw[16] += 1
+        path.write_bytes(raw)
+        with RankPageReader(tmp_path, 0) as reader, pytest.raises(PageUnreadableError, match="no whole read"):
+            reader.read()
+
+
+def numbered(step: int) -> RankState:
+    number = float(step)
+    return RankState(
+        pid=step,
+        written_s=number,
+        config_version=step,
+        signal=EngineSignal(
+            step=step,
+            running=step,
+            waiting=step,
+            waiting_prefill_tokens=step,
+            running_prefill_tokens=step,
+            decode_tokens=step,
+            kv_usage=number,
+            preemptions=step,
+            step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
+            expert_balance=number,
+        ),
+    )
+
+
+def test_no_read_is_torn_while_another_process_writes(tmp_path):
+    steps = []
+    with subprocess.Popen([sys.executable, "-c", HAMMER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        with RankPageReader(tmp_path, 0) as reader:
+            while writer.poll() is None:
+                found = reader.read(patience_s=10.0)
+                assert found == numbered(found.signal.step)
+                steps.append(found.signal.step)
+    assert writer.returncode == 0
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 100
+
+
+def test_the_pages_need_neither_vllm_nor_torch():
+    code = "import sys, moe_agent.pages, moe_agent.vllm; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

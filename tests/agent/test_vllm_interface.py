@@ -1,0 +1,83 @@
+"""Fails when vLLM's interface, which is not public, moves under the plugin."""
+
+import inspect
+from typing import Any
+
+import pytest
+from moe_agent.vllm import version
+from moe_agent.vllm.version import UnsupportedVersion, check_version
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_loaded(engine_config: Any) -> None:
+    """The session's fixture loads vLLM once, with its own warnings aside."""
+
+
+def test_the_queue_implements_exactly_vllms_abstract_methods():
+    from moe_agent.vllm.waiting import OrderedRequestQueue
+    from vllm.v1.core.sched.request_queue import RequestQueue
+
+    assert RequestQueue.__abstractmethods__ == {
+        "__bool__",
+        "__iter__",
+        "__len__",
+        "add_request",
+        "peek_request",
+        "pop_request",
+        "prepend_request",
+        "prepend_requests",
+        "remove_request",
+        "remove_requests",
+    }
+    assert not inspect.isabstract(OrderedRequestQueue)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("schedule", ["self", "throttle_prefills"]),
+        ("add_request", ["self", "request"]),
+        ("update_from_output", ["self", "scheduler_output", "model_runner_output"]),
+        ("finish_requests", ["self", "request_ids", "finished_status"]),
+        ("_preempt_request", ["self", "request", "timestamp", "drop_stale_output"]),
+        ("get_request_counts", ["self"]),
+        ("get_kv_cache_usage", ["self"]),
+    ],
+)
+def test_the_scheduler_has_the_methods_that_are_extended_or_called(method, parameters):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    assert list(inspect.signature(getattr(AsyncScheduler, method)).parameters) == parameters
+
+
+def test_the_scheduler_has_the_attributes_that_are_read(make_engine):
+    scheduler = make_engine(stock=True).scheduler
+    assert type(scheduler.running) is list
+    assert type(scheduler._inflight_prefills) is set
+    assert type(scheduler.requests) is dict
+    assert scheduler.parallel_config.data_parallel_index == 0
+    assert {"waiting", "kv_holding_waiting", "policy"} <= vars(scheduler).keys()
+
+
+def test_a_request_has_the_attributes_that_are_read(make_engine):
+    request = make_engine(stock=True).add("one", 20)
+    names = {"arrival_time", "block_hashes", "num_computed_tokens", "num_tokens", "priority", "request_id", "status"}
+    assert all(hasattr(request, name) for name in names)
+
+
+def test_the_policy_of_vllm_decides_the_victim_of_a_preemption_and_nothing_else():
+    """Our scheduler sets `policy` while it runs, so a further use of it would be a surprise."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert inspect.getsource(Scheduler).count("self.policy") == 5
+    assert inspect.getsource(Scheduler.schedule).count("self.policy == SchedulingPolicy.PRIORITY") == 2
+
+
+def test_the_installed_version_is_supported():
+    check_version()
+
+
+def test_another_version_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(version, "find_version", lambda: "0.33.1")
+    with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.33\.1 is installed; moe_agent\.vllm fits vLLM 0\.32\.\*"):
+        check_version()

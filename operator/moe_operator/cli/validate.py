@@ -12,10 +12,11 @@ from typing import Annotated
 import psutil
 import typer
 import yaml
+from moe_scheduling.problems import InvalidInput
+
 from moe_operator.api import load_resource
 from moe_operator.api.crd import render_crd
 from moe_operator.plan import LocalPlan, LocalSite, plan_local, ports_needed
-from moe_scheduling.problems import InvalidInput
 
 INVALID = 2
 FIRST_SHOWN_PORT = 8000

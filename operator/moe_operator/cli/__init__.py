@@ -1,0 +1,12 @@
+"""The command `moeserving`."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        from moe_operator.cli.command import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"moeserving: the package {error.name} is missing: pip install 'moeserving[operator]'")
+    app(prog_name="moeserving")

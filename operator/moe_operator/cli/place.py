@@ -1,0 +1,89 @@
+"""What the commands on a deployment share: its options, which one is meant, and errors in single lines."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_operator.cli.validate import INVALID, one_line, problems_shown
+from moe_operator.local.failure import Failure
+from moe_operator.local.folder import Folder, default_state_dir, known_names
+
+FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT
+
+StateDir = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="Folder of all deployments.", show_default="$XDG_STATE_HOME/moeserving"),
+]
+Name = Annotated[
+    str | None, typer.Argument(help="Name of the deployment; may be left out while there is one.", show_default=False)
+]
+
+
+def root_of(state_dir: Path | None) -> Path:
+    """The folder of all deployments, absolute: processes with other working folders use it."""
+    return (state_dir or default_state_dir()).absolute()
+
+
+def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = False) -> Folder:
+    """The deployment that is meant.
+
+    Raises:
+        InvalidInput: there is none, or several and none is named.
+    """
+    root = root_of(state_dir)
+    known = known_names(root, stopped=stopped)
+    listed = f"known: {', '.join(known)}" if known else f"there is none in {root}; `moeserving up -f FILE` starts one"
+    if name is None and len(known) == 1:
+        return Folder(root=root, name=known[0])
+    if name is None:
+        problem = Problem("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
+        raise InvalidInput([problem])
+    if name not in known:
+        raise InvalidInput([Problem("NAME", f"no deployment {name!r}; {listed}")])
+    return Folder(root=root, name=name)
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Each error is a line: status 2 for what was asked wrongly, 1 for what failed."""
+    try:
+        with problems_shown():
+            yield
+    except Failure as failure:
+        show_failure(failure)
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(one_line(f"{where}{(error.strerror or str(error)).lower()}"), err=True)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def show_failure(failure: Failure) -> None:
+    """The line, then the log's."""
+    typer.echo(one_line(str(failure)), err=True)
+    for line in failure.details:
+        typer.echo(f"  | {one_line(line)}", err=True)
+
+
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "INVALID",
+    "Name",
+    "StateDir",
+    "errors_shown",
+    "find_folder",
+    "root_of",
+    "show_failure",
+]

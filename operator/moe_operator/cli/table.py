@@ -1,0 +1,86 @@
+"""A deployment as a table. Pure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from moe_operator.api.status import ConditionStatus, EnginePhase, EngineStatus, Status
+from moe_operator.local.observation import Observation
+
+_COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
+
+
+def render_status(seen: Observation, status: Status, *, rate: float | None = None) -> Group:
+    """The whole page; `rate` is the requests that the gateway ended in a second, lately."""
+    lines = [
+        Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
+        _render_ready(status),
+        Text(render_policies(status)),
+    ]
+    return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, rate)))
+
+
+def render_engines(engines: Sequence[EngineStatus]) -> Table:
+    """One row an engine."""
+    table = _table("engine", "phase", "running", "waiting", "KV use", "restarts", "last exit")
+    for engine in engines:
+        phase = Text(str(engine.phase), style=_COLOURS.get(engine.phase, "yellow"))
+        numbers = (str(engine.running), str(engine.waiting), f"{engine.kv_usage:.0%}", str(engine.restarts))
+        table.add_row(engine.name, phase, *numbers, Text(engine.last_exit))
+    return table
+
+
+def render_processes(seen: Observation) -> Table:
+    """One row a supervised process."""
+    table = _table("process", "life", "pid", "restarts", "last exit")
+    for row in seen.record.processes:
+        pid = str(row.process.pid) if row.process else "-"
+        table.add_row(row.name, str(row.life), pid, str(row.restarts), Text(row.last_exit))
+    return table
+
+
+def render_policies(status: Status) -> str:
+    """`request order sjf, engine choice predicted`."""
+    policies = status.policies
+    return f"request order {policies.request or 'unknown'}, engine choice {policies.engine or 'unknown'}"
+
+
+def render_traffic(seen: Observation, rate: float | None) -> str:
+    """Requests through the gateway."""
+    if seen.gateway is None:
+        return "requests: the gateway gives no answer"
+    totals: dict[str, Any] = seen.gateway.get("totals") or {}
+    counts = ", ".join(f"{totals.get(name, 0)} {word}" for name, word in _TOTALS)
+    flying = sum(engine.get("in_flight", 0) for engine in seen.gateway.get("engines") or [])
+    pace = "" if rate is None else f"{rate:.1f}/s, "
+    return f"requests: {pace}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
+
+
+_TOTALS = (("requests", "ended"), ("failed", "failed"), ("retried", "retried"))
+
+
+def ended_requests(seen: Observation) -> int | None:
+    """Requests that the gateway has ended; None while it gives no answer."""
+    return None if seen.gateway is None else int((seen.gateway.get("totals") or {}).get("requests", 0))
+
+
+def _render_ready(status: Status) -> Text:
+    condition = status.conditions[0]
+    colour = "green" if condition.status is ConditionStatus.TRUE else "yellow"
+    word = "ready" if condition.status is ConditionStatus.TRUE else "not ready"
+    return Text.assemble(
+        (word, colour), f" since {condition.last_transition_time:%Y-%m-%d %H:%M:%S} UTC: {condition.message}"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    return table
+
+
+_NUMBERS = {"running", "waiting", "KV use", "restarts", "pid"}

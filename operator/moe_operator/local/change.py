@@ -1,0 +1,165 @@
+"""Changes the policies of a running deployment: `moeserving set`. All of a change holds afterwards, or nothing of it.
+
+The files change first, so that a process which restarts meanwhile starts with the change; then the control routes are
+called. When one refuses or does not answer, files and the others are put back.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_operator.api import MoEServing, dump_resource, load_resource, parse_resource, resource_document, set_field
+from moe_operator.local.failure import Failure
+from moe_operator.local.folder import Folder, held, write_whole
+from moe_operator.local.record import ProcessRecord, Record
+from moe_operator.local.start import build_configs, require_running
+from moe_operator.plan import LocalPlan, LocalSite, plan_local
+
+# An agent answers when every rank has taken the change, for which it allows 5 s.
+_ANSWER_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A change of one process, and the way back."""
+
+    row: ProcessRecord
+    body: dict[str, Any]
+    undo: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """What holds now; `changed` is false when it held before."""
+
+    resource: MoEServing
+    changed: bool
+
+
+def apply_changes(folder: Folder, assignments: Sequence[str]) -> Changed:
+    """Applies `PATH=VALUE`s.
+
+    Raises:
+        InvalidInput: an assignment is not valid, or needs a restart.
+        Failure: the deployment does not run, or a process did not take the change.
+    """
+    with held(_existing(folder).change_lock):
+        record = require_running(folder)
+        present = load_resource(folder.resource)
+        wanted = plan_change(present, assignments, folder, record)
+        before, after = (plan_for(resource, folder, record) for resource in (present, wanted))
+        files = [_files(folder, *pair) for pair in ((present, before), (wanted, after))]
+        token = folder.token.read_text("utf-8").strip()
+        calls = build_calls(record, before, after)
+        asyncio.run(_apply(calls, token, lambda: _write(files[1]), lambda: _write(files[0])))
+        return Changed(resource=wanted, changed=wanted != present)
+
+
+def plan_change(present: MoEServing, assignments: Sequence[str], folder: Folder, record: Record) -> MoEServing:
+    """The changed resource. Pure.
+
+    Raises:
+        InvalidInput: as `apply_changes`; the assignment to blame is named.
+    """
+    live, document = plan_for(present, folder, record), resource_document(present)
+    for assignment in assignments:
+        document = set_field(document, assignment)
+        if not is_live(live, parse_resource(document), folder, record):
+            path = f"spec.{assignment.partition('=')[0]}"
+            how = f"change the file, then `moeserving down {folder.name}` and `moeserving up -f FILE`"
+            raise InvalidInput([Problem(path, f"cannot change while it runs; {how}")])
+    return parse_resource(document)
+
+
+def is_live(present: LocalPlan, wanted: MoEServing, folder: Folder, record: Record) -> bool:
+    """Whether processes that run can take the change: nothing but the policies of their configuration differs."""
+    if wanted.spec.engine.replicas != len(present.agents):
+        return False
+    plan = plan_for(wanted, folder, record)
+    agents = tuple(agent.model_copy(update={"request": present.agents[0].request}) for agent in plan.agents)
+    policies = {"dispatch": present.gateway.dispatch, "request": present.gateway.request}
+    return agents == present.agents and plan.gateway.model_copy(update=policies) == present.gateway
+
+
+def plan_for(resource: MoEServing, folder: Folder, record: Record) -> LocalPlan:
+    """The plan on the machine as it was when the deployment started."""
+    site = record.site
+    return plan_local(
+        resource,
+        LocalSite(
+            state_dir=folder.path,
+            token_file=folder.token,
+            ports=site.ports,
+            cpus=site.cpus,
+            memory_bytes=site.memory_bytes,
+            gpus=site.gpus,
+        ),
+    )
+
+
+def build_calls(record: Record, before: LocalPlan, after: LocalPlan) -> tuple[Call, ...]:
+    """The control calls, agents first. Settings go as a whole, so that a call repairs what an earlier one missed."""
+    agents = [
+        Call(row=row, body={"request": asdict(new.request)}, undo={"request": asdict(old.request)})
+        for row, old, new in zip(record.agents, before.agents, after.agents, strict=True)
+    ]
+    old, new = (
+        {"dispatch": asdict(plan.gateway.dispatch), "request": asdict(plan.gateway.request)} for plan in (before, after)
+    )
+    return (*agents, Call(row=record.gateway, body=new, undo=old))
+
+
+async def _apply(calls: Sequence[Call], token: str, write: Callable[[], None], put_back: Callable[[], None]) -> None:
+    timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout, headers={"Authorization": f"Bearer {token}"}) as session:
+        try:
+            write()
+            answers = await asyncio.gather(*(put_config(session, call.row, call.body) for call in calls))
+            if refusals := [answer for answer in answers if answer]:
+                raise Failure(f"nothing was changed: {'; '.join(refusals)}")
+        except BaseException:
+            put_back()
+            # Also those that refused: one that timed out may have taken it.
+            await asyncio.gather(*(put_config(session, call.row, call.undo) for call in calls))
+            raise
+
+
+async def put_config(session: aiohttp.ClientSession, row: ProcessRecord, body: Mapping[str, Any]) -> str:
+    """Calls the control route; answers what went wrong, empty when nothing did."""
+    try:
+        async with session.put(f"{row.url}/v1/config", json=body) as answer:
+            if answer.status == 200:
+                return ""
+            return f"{row.name} refused: {_explain(answer.status, await answer.read())}"
+    except TimeoutError:
+        return f"{row.name} gave no answer within {_ANSWER_TIMEOUT_S:g} s"
+    except (aiohttp.ClientError, OSError):
+        return f"{row.name} cannot be reached"
+
+
+def _explain(status: int, body: bytes) -> str:
+    try:
+        rows = json.loads(body)["errors"]
+        return ", ".join(str(Problem(row["path"], row["message"])) for row in rows)
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}"
+
+
+def _existing(folder: Folder) -> Folder:
+    require_running(folder)
+    return folder
+
+
+def _files(folder: Folder, resource: MoEServing, plan: LocalPlan) -> dict[Path, str]:
+    return {**build_configs(folder, plan), folder.resource: dump_resource(resource)}
+
+
+def _write(files: Mapping[Path, str]) -> None:
+    for path, text in files.items():
+        write_whole(path, text)

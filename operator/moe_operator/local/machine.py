@@ -1,0 +1,67 @@
+"""What this machine has: CPUs, memory, GPUs and free ports."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import psutil
+
+HOST = "127.0.0.1"
+_ASK_TIMEOUT_S = 20.0
+
+
+def count_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def find_gpus() -> tuple[str, ...]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them; none where the driver's tool is absent or fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    command = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ASK_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return select_gpus(answer.stdout.split(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def select_gpus(indices: Iterable[str], visible: str | None) -> tuple[str, ...]:
+    """Those of the machine's GPUs that CUDA_VISIBLE_DEVICES leaves; None leaves all."""
+    if visible is None:
+        return tuple(indices)
+    return tuple(name for part in visible.split(",") if (name := part.strip()) and name != "-1")
+
+
+def is_port_free(port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
+def find_free_ports(number: int, without: Iterable[int] = ()) -> tuple[int, ...]:
+    """Different ports on which nobody listens now."""
+    taken = set(without)
+    found: list[int] = []
+    with ExitStack() as stack:
+        while len(found) < number:
+            probe = stack.enter_context(socket.socket())
+            probe.bind((HOST, 0))
+            if (port := int(probe.getsockname()[1])) not in taken:
+                found.append(port)
+    return tuple(found)

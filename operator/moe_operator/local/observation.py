@@ -1,0 +1,46 @@
+"""One look at a running deployment: its record, and what agents and gateway say about themselves."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from moe_operator.local.record import Record
+
+_ANSWER_TIMEOUT_S = 2.0
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What was seen; None in place of an answer that did not come.
+
+    Attributes:
+        agents: `/v1/state` of each agent, in the order of the record.
+        gateway: `/v1/state` of the gateway.
+    """
+
+    record: Record
+    agents: tuple[Document | None, ...]
+    gateway: Document | None
+
+
+async def fetch_observation(record: Record) -> Observation:
+    """Asks all at once."""
+    timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        rows = (record.gateway, *record.agents)
+        gateway, *agents = await asyncio.gather(*(fetch_state(session, row.url) for row in rows))
+    return Observation(record=record, agents=tuple(agents), gateway=gateway)
+
+
+async def fetch_state(session: aiohttp.ClientSession, url: str) -> Document | None:
+    """One snapshot, or None."""
+    try:
+        async with session.get(f"{url}/v1/state") as answer:
+            document = await answer.json()
+            return document if answer.status == 200 and isinstance(document, dict) else None
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return None

@@ -1,0 +1,138 @@
+"""What an observation means: the status of the resource, and how far a start has come. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, PoliciesInForce, Status
+from moe_operator.local.observation import Document, Observation
+from moe_operator.local.record import GATEWAY, Life
+
+# A start that failed so often is not a passing trouble: the same input gives the same failure.
+FAILURES_TO_GIVE_UP = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starting:
+    """Not there yet; `phases` says by engine what it does."""
+
+    phases: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Every engine accepts requests and the gateway passes them on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """It will not become ready; `process` is the one whose log tells why."""
+
+    process: str
+    reason: str
+
+
+Progress = Starting | Ready | Failed
+
+
+def judge_start(seen: Observation) -> Progress:
+    """How far a start has come."""
+    for row in seen.record.processes:
+        if row.restarts >= FAILURES_TO_GIVE_UP:
+            return Failed(process=row.name, reason=row.last_exit)
+    engines = build_engines(seen)
+    for index, engine in enumerate(engines):
+        if engine.restarts >= FAILURES_TO_GIVE_UP and engine.phase is not EnginePhase.READY:
+            return Failed(process=f"engine-{index}", reason=engine.last_exit)
+    if all(engine.phase is EnginePhase.READY for engine in engines) and accepts(seen):
+        return Ready()
+    return Starting(phases={engine.name: str(engine.phase) for engine in engines})
+
+
+def accepts(seen: Observation) -> bool:
+    """Whether the gateway can pass a request to an engine."""
+    return seen.gateway is not None and bool(seen.gateway.get("accepting"))
+
+
+def build_status(seen: Observation, now: datetime) -> Status:
+    """The status, in the form of the resource."""
+    engines = build_engines(seen)
+    return Status(
+        conditions=(build_condition(seen, engines, now),),
+        replicas=len(engines),
+        ready_replicas=sum(engine.phase is EnginePhase.READY for engine in engines),
+        endpoint=seen.record.endpoint,
+        policies=build_policies(seen),
+        engines=engines,
+    )
+
+
+def build_engines(seen: Observation) -> tuple[EngineStatus, ...]:
+    """Each engine, as its agent says."""
+    rows = zip(seen.record.agents, seen.agents, strict=True)
+    return tuple(_build_engine(f"{seen.record.name}-engine-{index}", agent) for index, (_, agent) in enumerate(rows))
+
+
+def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: datetime) -> Condition:
+    """`Ready`, with why."""
+    ready = accepts(seen) and not seen.record.draining
+    reason, message = _explain(seen, list(engines), ready)
+    # The record knows when it changed; it lags behind what is seen by the time between two looks.
+    since = datetime.fromtimestamp(seen.record.ready_changed, UTC) if seen.record.ready == ready else now
+    status = ConditionStatus.TRUE if ready else ConditionStatus.FALSE
+    return Condition(type="Ready", status=status, reason=reason, message=message, last_transition_time=since)
+
+
+def build_policies(seen: Observation) -> PoliciesInForce:
+    """The policies that run; one on which engines differ is left out."""
+    orders = {_at(agent, "config", "request", "policy") for agent in seen.agents}
+    order = orders.pop() if len(orders) == 1 else None
+    return PoliciesInForce(request=order, engine=_at(seen.gateway, "config", "dispatch", "policy"))
+
+
+def build_processes(seen: Observation) -> list[Document]:
+    """The supervised processes, for JSON: what the status of a resource has no place for on one machine."""
+    return [
+        {
+            "name": row.name,
+            "life": str(row.life),
+            "pid": row.process.pid if row.process else None,
+            "restarts": row.restarts,
+            "lastExit": row.last_exit,
+        }
+        for row in seen.record.processes
+    ]
+
+
+def _build_engine(name: str, agent: Document | None) -> EngineStatus:
+    phase, ranks = _at(agent, "phase"), (agent or {}).get("ranks") or []
+    return EngineStatus(
+        name=name,
+        phase=EnginePhase(phase) if phase in set(EnginePhase) else EnginePhase.UNKNOWN,
+        restarts=_at(agent, "engine", "restarts") or 0,
+        last_exit=_at(agent, "engine", "last_exit") or "",
+        running=sum(rank["running"] for rank in ranks),
+        waiting=sum(rank["waiting"] for rank in ranks),
+        kv_usage=min(1.0, max((rank["kv_usage"] for rank in ranks), default=0.0)),
+    )
+
+
+def _explain(seen: Observation, engines: list[EngineStatus], ready: bool) -> tuple[str, str]:
+    count = sum(engine.phase is EnginePhase.READY for engine in engines)
+    if seen.record.draining:
+        return "Draining", "running streams end, then the deployment stops"
+    if ready:
+        return "Serving", f"{count} of {len(engines)} engines accept requests"
+    if seen.gateway is None:
+        gateway = next(row for row in seen.record.processes if row.name == GATEWAY)
+        ended = f" since it ended: {gateway.last_exit}" if gateway.life is Life.BACKOFF else ""
+        return "GatewayUnreachable", f"the gateway gives no answer{ended}"
+    return "NoEngineReady", f"{count} of {len(engines)} engines accept requests"
+
+
+def _at(document: Document | None, *path: str) -> Any:
+    value: Any = document
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,4 +1,7 @@
-"""Hypothesis for all tests: the same examples at each run, no time limit for one. `--hypothesis-profile=explore` looks further."""
+"""Hypothesis for all tests: the same examples at each run, and no time limit for one.
+
+`--hypothesis-profile=explore` looks further.
+"""
 
 from hypothesis import settings
 

@@ -204,10 +204,11 @@ class TargetBooks:
 
     def requests(self, now_s: float, stale_after_s: float) -> int:
         """Requests at the engine: the own in flight, or what it says by a fresh signal and was sent since, if more."""
+        own = len(self._unanswered) + len(self._answered)
         signal = self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return self.in_flight
-        return max(self.in_flight, signal.waiting + signal.running + len(self._since_signal))
+            return own
+        return max(own, signal.waiting + signal.running + len(self._since_signal))
 
 
 def _plausible(signal: EngineSignal) -> EngineSignal:

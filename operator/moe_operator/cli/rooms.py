@@ -25,11 +25,11 @@ class Room:
 
 ROOMS = {
     "model": Room("bench", "bench", "Models made on this machine."),
-    "replay": Room("bench", "bench", "Send a trace's requests at their own times and report what users got."),
-    "compare": Room("bench", "bench", "Compare our scheduling with vLLM's own on a running deployment."),
+    "replay": Room("bench", "bench", "Replay a trace and report what users got."),
+    "compare": Room("bench", "bench", "Compare policies on a running deployment."),
     "demo": Room("bench", "bench", "Make a small model, serve it, chat, and compare."),
-    "agent": Room("agent", "agent", "Run one engine and its node agent (`up` does it for you)."),
-    "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does it for you)."),
+    "agent": Room("agent", "agent", "Run one engine and its node agent (`up` does)."),
+    "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does)."),
 }
 
 

@@ -18,7 +18,10 @@ from moe_operator.local.stop import request_stop, stop_leftovers, wait_stopped
 
 
 def down(name: Name = None, state_dir: StateDir = None) -> None:
-    """Stop a deployment: running streams end, then the engines stop. Ctrl-C hurries it."""
+    """Stop a deployment once its streams have ended.
+
+    Ctrl-C hurries it.
+    """
     with errors_shown():
         folder = find_folder(name, state_dir)
         record = load_record(folder)
@@ -43,7 +46,7 @@ def status(
     state_dir: StateDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="The status in the form of the resource, as JSON.")] = False,
 ) -> None:
-    """Show what a deployment does: engines, policies in force, restarts."""
+    """Show engines, policies in force, restarts."""
     from rich.console import Console
 
     from moe_operator.cli.table import render_status
@@ -71,7 +74,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each log.")] = 50,
 ) -> None:
-    """Show the logs of a deployment, also of one that has stopped."""
+    """Show logs, also of a deployment that has stopped."""
     from moe_operator.local import logs as log_files
 
     with errors_shown():
@@ -99,7 +102,10 @@ def set_fields(
     ],
     state_dir: StateDir = None,
 ) -> None:
-    """Change policies of a running deployment: all of what is named, or nothing."""
+    """Change policies of a running deployment.
+
+    All of what is named holds afterwards, or nothing of it.
+    """
     from moe_operator.local.change import apply_changes
 
     with errors_shown():

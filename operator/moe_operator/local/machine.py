@@ -24,7 +24,7 @@ def memory_bytes() -> int:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them; none where the driver's tool is absent or fails."""
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them; none where its tool is absent or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()

@@ -23,12 +23,10 @@ from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, take_lock, write_whole
 from moe_operator.local.record import (
     GATEWAY,
-    Alive,
     ProcessRecord,
     Record,
     SiteRecord,
     find_process,
-    identify,
     leftovers,
     load_record,
     save_record,
@@ -199,11 +197,6 @@ def _already_up(folder: Folder) -> Problem:
         return Problem(folder.name, "is being started or stopped by another command; nothing was changed")
     words = "is stopping" if record.draining else f"is served already at {record.endpoint}"
     return Problem(folder.name, f"{words}; nothing was changed (moeserving status, set, down {folder.name})")
-
-
-def supervisor_of(process: subprocess.Popen[bytes]) -> Alive:
-    """The supervisor just started, as the record names it."""
-    return identify(process.pid)
 
 
 def require_running(folder: Folder) -> Record:

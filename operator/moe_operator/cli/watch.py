@@ -1,0 +1,185 @@
+"""Watches a deployment from its start: tells how it comes up, shows what it does, and stops it at Ctrl-C.
+
+Used by `moeserving up`. The supervisor is a process of its own; this one looks at it as `status` does and sends it
+signals.
+"""
+
+import asyncio
+import signal
+import subprocess
+import time
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from moe_operator.cli.place import INTERRUPTED
+from moe_operator.cli.table import ended_requests, render_status
+from moe_operator.cli.validate import one_line
+from moe_operator.local.failure import Failure
+from moe_operator.local.folder import Folder
+from moe_operator.local.logs import read_tail
+from moe_operator.local.observation import Observation, fetch_observation
+from moe_operator.local.record import Alive, Record, identify, load_record
+from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
+from moe_operator.local.stop import request_stop
+
+_LOOK_EVERY_S = 0.5
+_LOG_LINES = 15
+
+
+class Watch:
+    """Watches one deployment from its start."""
+
+    def __init__(self, folder: Folder, process: "subprocess.Popen[bytes]", *, detach: bool) -> None:
+        self._folder, self._process, self._detach = folder, process, detach
+        self._supervisor: Alive = identify(process.pid)
+        self._interrupted = asyncio.Event()
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+
+    async def run(self) -> int:
+        """The exit status of the command.
+
+        Raises:
+            Failure: the deployment did not become ready, or its supervisor ended.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._interrupt)
+        try:
+            with self._display():
+                ready = await self._wait_ready()
+            if ready is not None:
+                self._say_ready(ready)
+                if self._detach:
+                    return 0
+                with self._display():
+                    await self._watch()
+            return await self._finish(INTERRUPTED if ready is None else 0)
+        except Failure:
+            request_stop(self._supervisor)
+            await self._wait_ended()
+            raise
+
+    async def _wait_ready(self) -> Record | None:
+        """The record once it is ready; None when it was interrupted."""
+        began_s = time.monotonic()
+        told: dict[str, str] = {}
+        while not self._interrupted.is_set():
+            seen = await self._look()
+            if seen is not None:
+                match judge_start(seen):
+                    case Ready():
+                        return seen.record
+                    case Failed() as failed:
+                        self._fail(failed)
+                    case Starting(phases=phases):
+                        told = self._tell(phases, told, time.monotonic() - began_s)
+            await self._pause()
+        return None
+
+    async def _watch(self) -> None:
+        """Shows what the engines do, until an interrupt or the end."""
+        last: tuple[float, int | None] = (time.monotonic(), None)
+        rate: float | None = None
+        while not self._interrupted.is_set() and self._process.poll() is None:
+            seen = await self._look()
+            if seen is None:
+                return
+            now_s, ended = time.monotonic(), ended_requests(seen)
+            if ended is not None and last[1] is not None and now_s > last[0]:
+                rate = max(0.0, (ended - last[1]) / (now_s - last[0]))
+            last = (now_s, ended)
+            if self._live is not None:
+                self._live.update(render_status(seen, build_status(seen, datetime.now(UTC)), rate=rate))
+            await self._pause()
+
+    async def _finish(self, answer: int) -> int:
+        """Drains after an interrupt; a supervisor that somebody else stopped is no failure either."""
+        if self._interrupted.is_set():
+            self._say(f"{self._folder.name}: stopping, running streams end first (again Ctrl-C hurries)")
+            request_stop(self._supervisor)
+        status = await self._wait_ended()
+        if status != 0:
+            raise self._supervisor_failure(status)
+        self._say(f"{self._folder.name}: stopped")
+        return answer
+
+    async def _wait_ended(self) -> int:
+        """Until the supervisor has ended; each further interrupt hurries it."""
+        self._interrupted.clear()
+        while (status := self._process.poll()) is None:
+            if self._interrupted.is_set():
+                self._interrupted.clear()
+                request_stop(self._supervisor)
+            await self._pause(0.1)
+        return status
+
+    async def _look(self) -> Observation | None:
+        """What is seen now; None before the supervisor has begun and after a stop.
+
+        Raises:
+            Failure: the supervisor ended by itself.
+        """
+        if (status := self._process.poll()) not in (None, 0):
+            raise self._supervisor_failure(int(status or 0))
+        record = load_record(self._folder)
+        if record is None or record.supervisor is None:
+            if status == 0:
+                self._interrupted.set()
+            return None
+        return await fetch_observation(record)
+
+    async def _pause(self, time_s: float = _LOOK_EVERY_S) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._interrupted.wait(), time_s)
+
+    def _interrupt(self) -> None:
+        self._interrupted.set()
+
+    def _display(self) -> Any:
+        self._live = (
+            Live(console=self._console, transient=True, auto_refresh=True) if self._console.is_terminal else None
+        )
+        return self._live or nullcontext()
+
+    def _tell(self, phases: dict[str, str], told: dict[str, str], elapsed_s: float) -> dict[str, str]:
+        """How far the engines are: in place on a terminal, else a line at each change."""
+        words = ", ".join(f"{name} {phase}" for name, phase in phases.items())
+        if self._live is not None:
+            self._live.update(Text(f"{self._folder.name}: {elapsed_s:.0f} s: {words}"))
+        elif phases != told:
+            self._say(f"{self._folder.name}: {elapsed_s:.0f} s: {words}")
+        return phases
+
+    def _say_ready(self, record: Record) -> None:
+        self._say(f"{record.name}: ready at {record.endpoint}", "", render_curl(record), "")
+        if self._detach:
+            self._say(
+                f"moeserving status {record.name}    moeserving logs -f {record.name}    moeserving down {record.name}"
+            )
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            typer.echo(line)
+
+    def _fail(self, failed: Failed) -> None:
+        tail = read_tail(self._folder.log(failed.process), _LOG_LINES)
+        message = f"{self._folder.name}: {failed.process} does not come up: {failed.reason}; stopping"
+        raise Failure(one_line(message), tuple(tail))
+
+    def _supervisor_failure(self, status: int) -> Failure:
+        tail = read_tail(self._folder.log("supervisor"), _LOG_LINES)
+        return Failure(f"{self._folder.name}: the supervisor ended with status {status}", tuple(tail))
+
+
+def render_curl(record: Record) -> str:
+    """A request to copy."""
+    body = (
+        f'{{"model": "{record.served_name}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 60}}'
+    )
+    return f"curl {record.endpoint}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -33,13 +33,16 @@ from moe_operator.local.record import (
 )
 from moe_operator.plan import LocalPlan, LocalSite, plan_local, ports_needed
 
+# A file in the user's folder that is named like a module must not take its place.
+PYTHON = (sys.executable, "-P")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
     """What runs as agent and as gateway; `--config FILE` follows."""
 
-    agent: tuple[str, ...] = field(default_factory=lambda: (sys.executable, "-m", "moe_agent"))
-    gateway: tuple[str, ...] = field(default_factory=lambda: (sys.executable, "-m", "moe_gateway"))
+    agent: tuple[str, ...] = field(default_factory=lambda: (*PYTHON, "-m", "moe_agent"))
+    gateway: tuple[str, ...] = field(default_factory=lambda: (*PYTHON, "-m", "moe_gateway"))
 
 
 def name_resource(resource: MoEServing, name: str | None, port: int | None) -> MoEServing:
@@ -176,7 +179,7 @@ def _build_row(folder: Folder, name: str, program: tuple[str, ...], url: str) ->
 
 
 def _spawn(folder: Folder, lock: int, *, tied: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "moe_operator.local", str(folder.root), folder.name]
+    command = [*PYTHON, "-m", "moe_operator.local", str(folder.root), folder.name]
     if tied:
         command = [sys.executable, "-I", "-S", launcher.__file__, str(os.getpid()), *command]
     with folder.log("supervisor").open("ab") as output:

@@ -65,9 +65,8 @@ class Supervisor:
         """Keeps one process alive until the stop."""
         failures = 0
         while not self._stop.is_set():
-            child, started_s = await self._spawn(row), time.monotonic()
-            ended = describe_exit(await child.wait())
-            del self._children[row.name]
+            started_s = time.monotonic()
+            ended = await self._run_once(row)
             if self._stop.is_set():
                 break
             failures = next_failures(failures, time.monotonic() - started_s, self._rules)
@@ -80,22 +79,33 @@ class Supervisor:
                 await asyncio.wait_for(self._stop.wait(), pause_s)
         self._change_row(row.name, life=Life.STOPPED, process=None)
 
+    async def _run_once(self, row: ProcessRecord) -> str:
+        """One life of a process; answers how it ended."""
+        try:
+            child = await self._spawn(row)
+        except OSError as error:
+            return f"cannot be started: {(error.strerror or str(error)).lower()}"
+        self._children[row.name] = child
+        if self._stop.is_set():  # it missed the signal that the others got
+            child.terminate()
+        self._change_row(row.name, life=Life.RUNNING, process=identify(child.pid))
+        log.info("%s runs as process %d", row.name, child.pid)
+        ended = describe_exit(await child.wait())
+        del self._children[row.name]
+        return ended
+
     async def _spawn(self, row: ProcessRecord) -> asyncio.subprocess.Process:
         path = self._folder.log(row.name)
         if path.exists() and path.stat().st_size > _LOG_BYTES:
             os.replace(path, path.with_suffix(".log.1"))
         with path.open("ab") as output:
-            child = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", launcher.__file__, str(os.getpid())),
                 *row.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
             )
-        self._children[row.name] = child
-        self._change_row(row.name, life=Life.RUNNING, process=identify(child.pid))
-        log.info("%s runs as process %d", row.name, child.pid)
-        return child
 
     async def _end(self, keepers: dict[str, "asyncio.Task[None]"]) -> None:
         """Asks processes to end, asks again when they take too long or there is a hurry, then kills."""
@@ -142,7 +152,10 @@ class Supervisor:
 
     def _change(self, **changes: object) -> None:
         self._record = replace(self._record, **changes)  # type: ignore[arg-type]
-        save_record(self._folder, self._record)
+        try:
+            save_record(self._folder, self._record)
+        except OSError as error:  # a full disk must not end what serves; the next change writes the whole file again
+            log.error("%s cannot be written: %s", self._folder.state, error.strerror)
 
 
 async def is_ready(session: aiohttp.ClientSession) -> bool:

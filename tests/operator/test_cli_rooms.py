@@ -1,0 +1,61 @@
+"""One command of several rooms: what is loaded when, and what a missing part leaves standing."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+import typer
+from moe_operator.cli import rooms
+from moe_operator.cli.command import app
+from typer.testing import CliRunner
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def registered(entry: EntryPoint) -> set[str]:
+    command = typer.main.get_command(entry.load())
+    return set(getattr(command, "commands", None) or {entry.name})
+
+
+def test_every_command_that_another_room_registers_is_listed_and_no_other() -> None:
+    for entry in entry_points(group=rooms.GROUP):
+        listed = {name for name, room in rooms.ROOMS.items() if room.entry == entry.name}
+        assert listed == registered(entry), entry.name
+
+
+@pytest.mark.parametrize("name", rooms.ROOMS)
+def test_a_command_of_another_room_runs_as_if_it_were_here(name: str) -> None:
+    code, said = invoke(name, "--help")
+    assert (code, f"moeserving {name}" in said or f"root {name}" in said) == (0, True), said
+
+
+def test_the_help_page_loads_no_other_room_and_no_engine() -> None:
+    script = (
+        "import sys\nfrom moe_operator.cli.command import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "sys.exit(' '.join(loaded & {'moe_bench', 'aiohttp', 'torch', 'vllm', 'transformers', 'uvloop'}) or None)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all(f"\n  {name} " in result.stdout for name in ("up", "down", "set", *rooms.ROOMS))
+
+
+def test_a_part_that_is_not_installed_names_its_extra_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint(name="bench", group=rooms.GROUP, value="absent_package.cli:app")
+    monkeypatch.setattr(rooms, "entry_points", lambda group: [broken])
+    assert invoke("replay") == (
+        1, "moeserving replay: the package absent_package is missing: pip install 'moeserving[bench]'\n",
+    )  # fmt: skip
+    assert invoke("agent") == (1, "moeserving agent: a part is missing: pip install 'moeserving[agent]'\n")
+    assert invoke("crd")[0] == 0
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    code, said = invoke("upp")
+    assert code == 2
+    assert "No such command 'upp'" in said

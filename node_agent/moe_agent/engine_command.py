@@ -32,6 +32,8 @@ def build_arguments(engine: EngineConfig, *, cpu_build: bool) -> list[str]:
         arguments.append("--enable-expert-parallel")
     if cpu_build:
         arguments += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
+        if _has_one_rank(engine):
+            arguments += ["--distributed-executor-backend", "uni"]
     return [*arguments, *engine.args]
 
 
@@ -53,6 +55,11 @@ def build_environment(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(cpus),
         }
+        if _has_one_rank(config.engine):
+            # Allows `uni` on the CPU, which vLLM would turn into `mp` because it binds threads from a parent process; here
+            # they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a third
+            # of the start and of the memory, and a message each way at every step.
+            defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if Path(config.engine.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
     environment = {**defaults, **inherited, RUN_DIR_VARIABLE: str(config.run_dir.absolute())}
@@ -60,3 +67,7 @@ def build_environment(
         # vLLM lets this variable win over the argument that the resource asked for.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return {**environment, **config.engine.env}
+
+
+def _has_one_rank(engine: EngineConfig) -> bool:
+    return engine.data_parallel == engine.tensor_parallel == 1

@@ -33,14 +33,19 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_body_bytes",
+        "_chunk_bytes",
         "_connection_tokens",
         "_deadline",
+        "_deaf",
         "_exchange",
         "_expects",
         "_head_bytes",
         "_headers",
+        "_held_back",
+        "_hop_by_hop",
         "_in_head",
         "_limits",
+        "_linger_end",
         "_lingering",
         "_new_request_id",
         "_on_close",
@@ -51,6 +56,7 @@ class ClientConnection(asyncio.Protocol):
         "_session",
         "_surroundings",
         "_url",
+        "_write_paused",
         "transport",
     )
 
@@ -71,13 +77,19 @@ class ClientConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._refusal: tuple[Outcome, str] | None = None
         self._lingering = False
+        self._linger_end = math.inf
+        self._deaf = False
+        self._held_back = False
+        self._write_paused = False
         self._deadline = math.inf
+        self._chunk_bytes = 0
         self._start_message()
         self._in_head = False
 
     def _start_message(self) -> None:
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
+        self._hop_by_hop: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._head_bytes = 0
@@ -97,30 +109,55 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         self._deadline = self._surroundings.clock() + self._limits.header_timeout_s
+        if self._surroundings.draining:
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._lingering or self._refusal is not None:
+        if self._deaf:
+            self._hear_nothing()
             return
+        self._chunk_bytes = len(data)
         self._head_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refusal = (Outcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone: no upgrade")
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                self._decline_upgrade(data[offer.args[0] :])
         except httptools.HttpParserError as error:
-            if self._refusal is None:
-                self._refusal = (Outcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
-        if self._in_head and self._head_bytes > MOST_HEAD_BYTES:
-            self._refusal = self._refusal or _HEAD_TOO_LARGE
+            self._refuse(Outcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
+        if self._head_bytes > MOST_HEAD_BYTES:
+            self._refuse(*_HEAD_TOO_LARGE)
         if self._exchange is None:
             self._next()
-        elif self._requests:
+        if self._requests or (self._write_paused and self._exchange is None):
             # Only what is pipelined waits unread: on a connection that is not read, nobody sees the client go away.
+            self._held_back = True
             self.transport.pause_reading()
+
+    def _hear_nothing(self) -> None:
+        """What is thrown away after a refusal gives the client more time to see the answer, but not without end."""
+        if self._linger_end < math.inf:
+            self._deadline = min(self._linger_end, self._surroundings.clock() + LINGER_S)
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Ignores the offer of another protocol, which the parser takes for a change of it: it gets the head again.
+
+        Java's HTTP client makes that offer with its first request on each connection.
+        """
+        offered = self._requests.pop() if self._requests else None
+        if self._refusal is not None or offered is None or offered.method == b"CONNECT":
+            self._refuse(Outcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone")
+            return
+        fields = [*offered.headers, *(field for field in self._hop_by_hop if field[0] not in _OFFER)]
+        lines = [b"%b %b HTTP/1.%d" % (offered.method, offered.url, not offered.http10)]
+        lines += [b"%b: %b" % field for field in fields]
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def eof_received(self) -> bool:
         """The client will say no more. In the midst of a request that is an error; else it is gone."""
         if self._exchange is None and not self._requests and not self._lingering and (self._url or self._in_head):
-            self._refusal = self._refusal or (Outcome.BAD_REQUEST, "the request ended before it was whole")
+            self._refuse(Outcome.BAD_REQUEST, "the request ended before it was whole")
             self._refuse_connection()
         return False
 
@@ -132,12 +169,16 @@ class ClientConnection(asyncio.Protocol):
         self._on_close(self)
 
     def pause_writing(self) -> None:
+        self._write_paused = True
         if self._exchange is not None:
             self._exchange.pause()
 
     def resume_writing(self) -> None:
+        self._write_paused = False
         if self._exchange is not None:
             self._exchange.resume()
+        elif not self._requests:
+            self._read_on()
 
     # What the parser does.
 
@@ -149,12 +190,17 @@ class ClientConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            # A trailer: nothing that the engines need, and no header.
+            return
         name = name.lower()
         if name not in HOP_BY_HOP:
             if name == b"x-session-id":
                 self._session = value.decode("latin-1")
             self._headers.append((name, value))
-        elif name == b"content-length":
+            return
+        self._hop_by_hop.append((name, value))
+        if name == b"content-length":
             if len(value) > 15 or int(value) > self._limits.max_body_bytes:
                 self._refuse_body()
         elif name == b"expect":
@@ -167,10 +213,8 @@ class ClientConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._deadline = self._surroundings.clock() + self._limits.body_timeout_s
-        if self._head_bytes > MOST_HEAD_BYTES and sum(len(name) + len(value) for name, value in self._headers) > (
-            MOST_HEAD_BYTES - len(self._url)
-        ):
-            self._refusal = self._refusal or _HEAD_TOO_LARGE
+        if self._head_bytes + self._chunk_bytes > MOST_HEAD_BYTES and self._exact_head_bytes() > MOST_HEAD_BYTES:
+            self._refuse(*_HEAD_TOO_LARGE)
         if self._connection_tokens:
             named = {token.strip() for token in self._connection_tokens.split(b",")} - {b"keep-alive", b"close", b""}
             if named:
@@ -179,6 +223,8 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
+        # What is no body is limited like a head: the frames of chunks and the trailer.
+        self._head_bytes = 0
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.max_body_bytes:
             self._refuse_body()
@@ -189,10 +235,17 @@ class ClientConnection(asyncio.Protocol):
         if self._refusal is None:
             self._requests.append(self._take_request())
 
+    def _exact_head_bytes(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+
     def _refuse_body(self) -> None:
         self._body.clear()
-        limit = self._limits.max_body_bytes
-        self._refusal = self._refusal or (Outcome.BODY_TOO_LARGE, f"the body is larger than {limit} bytes")
+        self._refuse(Outcome.BODY_TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")
+
+    def _refuse(self, outcome: Outcome, message: str) -> None:
+        """Nothing that follows is heard; the first reason is the one that the client is told."""
+        self._deaf = True
+        self._refusal = self._refusal or (outcome, message)
 
     def _take_request(self) -> ClientRequest:
         parser = self._parser
@@ -216,12 +269,21 @@ class ClientConnection(asyncio.Protocol):
     def _next(self) -> None:
         while self._exchange is None and self._requests and not self._lingering:
             self._serve(self._requests.popleft())
-        if self._exchange is not None or self._requests or self._lingering:
+        if self._requests or self._lingering:
             return
-        if self._refusal is not None:
+        if self._exchange is not None:
+            self._read_on()
+        elif self._refusal is not None:
             self._refuse_connection()
-        elif self.idle:
-            self._deadline = self._surroundings.clock() + self._limits.idle_timeout_s
+        else:
+            if self.idle:
+                self._deadline = self._surroundings.clock() + self._limits.idle_timeout_s
+            if not self._write_paused:
+                self._read_on()
+
+    def _read_on(self) -> None:
+        if self._held_back:
+            self._held_back = False
             self.transport.resume_reading()
 
     def _serve(self, request: ClientRequest) -> None:
@@ -257,6 +319,8 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, Outcome.MODEL_NOT_FOUND, message, param="model")
             return
         self._exchange = exchange = Exchange(request, route, parsed, self, self._surroundings)
+        if self._write_paused:
+            exchange.pause()
         exchange.begin()
 
     def write(self, data: bytes) -> None:
@@ -267,6 +331,11 @@ class ClientConnection(asyncio.Protocol):
         """The answer is over."""
         self._exchange = None
         if keep_alive:
+            if self._deadline < math.inf:
+                # The next request had begun to arrive behind this one; its time begins now.
+                limits = self._limits
+                wait_s = limits.header_timeout_s if self._in_head else limits.body_timeout_s
+                self._deadline = self._surroundings.clock() + wait_s
             self._next()
         else:
             self._close()
@@ -298,6 +367,7 @@ class ClientConnection(asyncio.Protocol):
             close=not self._keeps(request),
             retry_after_s=retry_after_s,
             head_only=request.method == b"HEAD",
+            allow=route.method if outcome is Outcome.METHOD_NOT_ALLOWED and route is not None else None,
         )
         self.transport.write(answer)
         self._count_refusal(outcome, "other" if route is None else route.label)
@@ -313,19 +383,22 @@ class ClientConnection(asyncio.Protocol):
         """Answers what was not a request at all, and ends the connection once the client has had time to read it."""
         assert self._refusal is not None
         outcome, message = self._refusal
-        self._lingering = True
-        self._deadline = self._surroundings.clock() + LINGER_S
+        self._lingering = self._deaf = True
+        now_s = self._surroundings.clock()
+        self._deadline, self._linger_end = now_s + LINGER_S, now_s + self._limits.body_timeout_s
         self._body, self._url = [], b""
         if self.transport.is_closing():
             return
         self.transport.write(build_error(outcome, message, request_id=self._new_request_id(), close=True))
         self._count_refusal(outcome, "other")
-        self.transport.resume_reading()
+        self._read_on()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
     def _close(self) -> None:
-        self._lingering = True
+        # A client that does not read what is left of its answer is waited for as long as one that reads no stream.
+        self._lingering = self._deaf = True
+        self._deadline = self._surroundings.clock() + self._limits.idle_timeout_s
         self._requests.clear()
         self.transport.close()
 
@@ -336,18 +409,21 @@ class ClientConnection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.check(now_s, self._limits.idle_timeout_s)
         elif now_s >= self._deadline:
-            if self._lingering or self.idle:
-                self.transport.abort() if self._lingering else self.transport.close()
+            if self._lingering:
+                self.transport.abort()
+            elif self.idle:
+                self._close()
             else:
                 what = "head" if self._in_head else "body"
-                self._refusal = (Outcome.REQUEST_TIMEOUT, f"the {what} of the request did not arrive in time")
+                self._refuse(Outcome.REQUEST_TIMEOUT, f"the {what} of the request did not arrive in time")
                 self._refuse_connection()
 
     def drain(self) -> None:
         """The gateway stops: idle connections end now, the others after their answer."""
         if self.idle and self.transport is not None:
-            self.transport.close()
+            self._close()
 
 
 _HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {MOST_HEAD_BYTES} bytes")
+_OFFER = frozenset({b"connection", b"upgrade", b"expect"})
 _NO_BODY = Parsed(model=None, stream=False, priority=0, user=None, prompt=b"", prompt_tokens=0)

@@ -2,13 +2,35 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from moe_scheduling.engine import EngineSettings
 from moe_scheduling.request import RequestSettings
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_address(url: str) -> str:
+    """`http://HOST[:PORT]` and nothing more.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        parts = urlsplit(url)
+        rebuilt = f"http://[{parts.hostname}]" if ":" in (parts.hostname or "") else f"http://{parts.hostname}"
+        if parts.port is not None:
+            rebuilt += f":{parts.port}"
+    except ValueError:
+        rebuilt = ""
+    if not url.isascii() or not url.isprintable() or rebuilt != url.lower():
+        raise ValueError(f"an address such as http://127.0.0.1:8001 is needed, got {url[:80]!r}")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
 
 
 class _Section(BaseModel):
@@ -26,8 +48,8 @@ class EngineAddress(_Section):
     """One server. Without `agent_url` it is a plain vLLM server and its `/metrics` are scraped."""
 
     name: str
-    url: Annotated[str, Field(pattern=r"^http://[^/\s]+$")]
-    agent_url: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] | None = None
+    url: Address
+    agent_url: Address | None = None
     ranks: Annotated[int, Field(ge=1)] = 1
 
 

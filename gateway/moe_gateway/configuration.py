@@ -71,6 +71,8 @@ def read_file(path: Path, problem_path: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidInput([Problem(problem_path, f"cannot read {path}: {error.strerror}")]) from None
+    except ValueError:
+        raise InvalidInput([Problem(problem_path, f"no file can be named {str(path)!r}")]) from None
 
 
 def parse_document(text: bytes) -> object:
@@ -121,8 +123,11 @@ def _fields_at(model: type[BaseModel], location: Location) -> Iterable[str]:
     for part in location:
         if isinstance(part, int):
             continue
-        section = _section_of(section.model_fields[part].annotation)
-    return [row.name for row in fields(section)] if is_dataclass(section) else list(section.model_fields)
+        known = getattr(section, "model_fields", {})
+        if part not in known:
+            return []
+        section = _section_of(known[part].annotation)
+    return [row.name for row in fields(section)] if is_dataclass(section) else getattr(section, "model_fields", [])
 
 
 def _section_of(annotation: Any) -> Any:

@@ -26,6 +26,8 @@ from moe_gateway.parsing import Parsed
 EJECTION_S = 0.25
 LONGEST_EJECTION_S = 30.0
 REMEMBERED_SESSIONS = 100_000
+# A client names its session; a longer name is none, so that what is remembered has a bound.
+LONGEST_SESSION = 256
 
 
 class SignalSource(StrEnum):
@@ -58,6 +60,8 @@ class Engine:
         failures: failures in a row.
         ejected_until_s: no new work before.
         reachable: whether the source of its signals answers.
+        models: the names of the models that it serves, as far as known.
+        pid: of the process that serves, as far as known.
     """
 
     address: EngineAddress
@@ -67,7 +71,7 @@ class Engine:
     reachable: bool = False
     failures: int = 0
     ejected_until_s: float = -math.inf
-    model: str | None = None
+    models: frozenset[str] = frozenset()
     pid: int | None = None
 
 
@@ -106,17 +110,21 @@ class Dispatcher:
     # Configuration.
 
     def set_engines(self, addresses: Collection[EngineAddress]) -> None:
-        """These engines and no others; the books of those that stay are kept."""
-        kept = {address.name: self.engines.get(address.name) for address in addresses}
+        """These engines and no others; the books of those that stay are kept. Another address is another engine."""
+        before, books = self.engines, self.books
+        staying = {address.name for address in addresses if address in [engine.address for engine in before.values()]}
         self.engines = {
-            address.name: engine if engine is not None and engine.address == address else _new_engine(address)
+            address.name: before[address.name] if address.name in staying else _new_engine(address)
             for address in addresses
-            for engine in [kept[address.name]]
         }
-        targets = [target for engine in self.engines.values() for target in engine.targets]
-        for gone in self.books.keys() - set(targets):
-            self._prefixes.forget(gone)
-        self.books = {target: self.books.get(target) or TargetBooks(target, accepting=False) for target in targets}
+        for target in books:
+            if target.server not in staying:
+                self._prefixes.forget(target)
+        self.books = {
+            target: books[target] if engine.address.name in staying else TargetBooks(target, accepting=False)
+            for engine in self.engines.values()
+            for target in engine.targets
+        }
         self._ordered_books = list(self.books.values())
 
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
@@ -167,7 +175,7 @@ class Dispatcher:
         if keys and (held := self._prefixes.held_blocks(keys)):
             block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(parsed.prompt)
             cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
-        session_target = self._sessions.get(session) if session is not None else None
+        session_target = None if session is None else self._sessions.get(session)
         return Job(tokens, cached, session_target, parsed.priority), keys
 
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = ()) -> Decision:
@@ -182,7 +190,7 @@ class Dispatcher:
         self.books[target].sent(self._keys, job.uncached_tokens(target), now_s)
         if keys:
             self._prefixes.record(keys, target)
-        if session is not None:
+        if session is not None and len(session) <= LONGEST_SESSION:
             self._remember(session, target)
         self.ledger.decisions[sending.reason] += 1
         return Placed(target=target, key=self._keys, sent_s=now_s, predicted_s=sending.predicted_s)
@@ -196,6 +204,8 @@ class Dispatcher:
             engine.failures, engine.ejected_until_s = 0, -math.inf
             self._refresh(engine, now_s)
         self.ledger.prediction_error.observe(placed.predicted_s - (now_s - placed.sent_s))
+        if self._queue:
+            self.pump(now_s)
 
     def settled(self, placed: Placed, now_s: float) -> None:
         """The request has ended there."""
@@ -275,22 +285,25 @@ class Dispatcher:
             waiter.release(decision)
 
     def tick(self, now_s: float) -> None:
-        """Called a few times a second: ends ejections, lets held requests expire."""
+        """Called a few times a second: ends ejections, sends what time alone made possible, lets the held expire."""
         for engine in self.engines.values():
             if engine.failures:
                 self._refresh(engine, now_s)
+        self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
             if now_s - since_s < self._hold_timeout_s:
                 break
-            self.unhold(waiter)
-            waiter.expire()
+            # The end of one can be the turn of another.
+            if waiter in self._held_since:
+                self.unhold(waiter)
+                waiter.expire()
 
     # What others read.
 
     @property
     def models(self) -> set[str]:
         """Names that the engines serve, as far as known."""
-        return {engine.model for engine in self.engines.values() if engine.model is not None}
+        return {model for engine in self.engines.values() for model in engine.models}
 
     @property
     def accepting(self) -> bool:

@@ -17,7 +17,7 @@ from moe_scheduling.engine import Hold, Job, Refuse, RefuseReason, Send
 from moe_scheduling.signals import Target
 
 from moe_gateway.dispatcher import Dispatcher, Placed
-from moe_gateway.heads import build_request_head, stamp_response
+from moe_gateway.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
 from moe_gateway.parsing import Parsed
 from moe_gateway.replies import Outcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.routes import Route
@@ -25,6 +25,7 @@ from moe_gateway.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 
 ATTEMPTS = 2
 USAGE_WINDOW_BYTES = 64 * 1024
+ENGINE_GONE = "the engine was taken away"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
@@ -58,7 +59,7 @@ class Surroundings:
     """What an exchange works with; one for the gateway."""
 
     dispatcher: Dispatcher
-    pool_of: Callable[[str], Pool]
+    pool_of: Callable[[str], Pool | None]
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
@@ -131,7 +132,14 @@ class Exchange:
     def begin(self) -> None:
         """Sends, holds or refuses."""
         dispatcher = self._surroundings.dispatcher
-        decision = dispatcher.choose(self.job, self._surroundings.clock(), self.tried)
+        now_s = self._surroundings.clock()
+        if dispatcher.held and dispatcher.engines:
+            # Who waits already goes first; when nobody of them can, neither can this one.
+            dispatcher.pump(now_s)
+            if dispatcher.held:
+                self._hold()
+                return
+        decision = dispatcher.choose(self.job, now_s, self.tried)
         match decision:
             case Send():
                 self.release(decision)
@@ -172,6 +180,9 @@ class Exchange:
     def _send(self) -> None:
         assert self._placed is not None
         pool = self._surroundings.pool_of(self._placed.target.server)
+        if pool is None:
+            self._fail(ENGINE_GONE)
+            return
         connection = None if self.request.http10 or self._fresh_try else pool.take()
         if connection is not None:
             self._write_request(connection)
@@ -199,7 +210,7 @@ class Exchange:
         engine = self._surroundings.dispatcher.engines.get(target.server)
         if engine is None:
             connection.abort()
-            self._fail("the engine was taken away")
+            self._fail(ENGINE_GONE)
             return
         self._upstream = connection
         self._buffer = b""
@@ -248,7 +259,7 @@ class Exchange:
         return status == 503 or books is None or not books.accepting
 
     def _start(self, connection: UpstreamConnection) -> None:
-        buffer = self._buffer
+        self._buffer = buffer = skip_informational(self._buffer)
         head_end = buffer.index(b"\r\n\r\n") + 4
         if len(buffer) == head_end and not connection.complete:
             return
@@ -261,7 +272,8 @@ class Exchange:
         self._framed = self._chunked or b"\r\ncontent-length:" in head
         self._streaming = True
         keep_alive = self._keeps_alive and self._framed
-        self._client.write(stamp_response(buffer, self.request.request_id, close=not keep_alive))
+        self._last = buffer[head_end:]
+        self._client.write(stamp_response(buffer, head, self.request.request_id, close=not keep_alive))
         if connection.complete:
             self._finish(connection)
 
@@ -273,7 +285,7 @@ class Exchange:
         if not self.parsed.stream and self.route.has_job and len(self._buffer) <= USAGE_WINDOW_BYTES:
             self._learn()
         status = connection.status
-        keep_alive = connection.keep_alive and self._keeps_alive and self._framed
+        keep_alive = self._keeps_alive and self._framed and not connection.overrun
         self._upstream = None
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
@@ -321,7 +333,7 @@ class Exchange:
 
     def _break_off(self, reason: str) -> None:
         # What the engine wrote last may end inside a chunk: then nothing can be added that a client would understand.
-        if self._chunked and self.parsed.stream and (self._last or self._buffer).endswith(b"\r\n"):
+        if self._chunked and self.parsed.stream and ends_between_chunks(self._last):
             self._client.write(frame_chunk(build_stream_error(reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
         self._client.answered(self, keep_alive=False)

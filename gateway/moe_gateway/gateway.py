@@ -41,12 +41,14 @@ class Gateway:
         self._pools: dict[str, Pool] = {}
         self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
         self._empty = asyncio.Event()
+        self._server: asyncio.AbstractServer | None = None
+        self._runner: web.AppRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
         self._request_id_prefix = secrets.token_hex(4)
         self._surroundings = Surroundings(
             dispatcher=self.dispatcher,
-            pool_of=lambda server: self._pools[server],
+            pool_of=self._pool_of,
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._log_end,
@@ -77,10 +79,17 @@ class Gateway:
             await self._runner.setup()
             await web.TCPSite(self._runner, admin.host, admin.port).start()
         except OSError:
-            await self._session.close()
+            await self._abandon_start()
             raise
         self._follow(self.in_force.engines)
         self._checker = self._spawn(self._check())
+
+    async def _abandon_start(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._session.close()
 
     def apply(self, change: InForce) -> None:
         """Other settings and engines, from now on, all of them or none: nothing here can fail half-way."""
@@ -93,7 +102,8 @@ class Gateway:
     async def drain(self) -> None:
         """Takes no new work, lets what runs end, then closes. What is silent ends by the idle timeout."""
         self._surroundings.draining = True
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         for connection in list(self._connections):
             connection.drain()
         if self._connections:
@@ -102,18 +112,24 @@ class Gateway:
 
     async def close(self) -> None:
         """Closes at once."""
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         for task in (self._checker, *self._watchers.values()):
             task.cancel()
         for connection in list(self._connections):
-            connection.transport.abort()
+            if connection.transport is not None:
+                connection.transport.abort()
         for pool in self._pools.values():
             pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
         await self._session.close()
 
     # Engines.
+
+    def _pool_of(self, server: str) -> Pool | None:
+        return self._pools.get(server)
 
     def _follow(self, addresses: tuple[EngineAddress, ...]) -> None:
         for address in [known for known in self._watchers if known not in addresses]:
@@ -129,6 +145,8 @@ class Gateway:
             if address not in self._watchers:
                 engine = self.dispatcher.engines[address.name]
                 self._watchers[address] = self._spawn(watch_engine(engine, self.dispatcher, self._session))
+        for pool in set(self._pools.values()) - set(pools.values()):
+            pool.close()
         self._pools = pools
 
     # Clients.
@@ -149,10 +167,15 @@ class Gateway:
     async def _check(self) -> None:
         while True:
             await asyncio.sleep(CHECK_PERIOD_S)
-            now_s = self.clock()
-            self.dispatcher.tick(now_s)
-            for connection in list(self._connections):
-                connection.check(now_s)
+            try:
+                self._check_once(self.clock())
+            except Exception:
+                log.exception("a periodic check failed")
+
+    def _check_once(self, now_s: float) -> None:
+        self.dispatcher.tick(now_s)
+        for connection in list(self._connections):
+            connection.check(now_s)
 
     def _log_end(self, exchange: Exchange, status: int, reason: str) -> None:
         if not reason and not self._access_log:

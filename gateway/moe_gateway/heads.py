@@ -4,6 +4,8 @@ Hop-by-hop fields (RFC 9110, 7.6.1) end at the gateway; so does the header that 
 alone may set.
 """
 
+import re
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -48,8 +50,64 @@ def build_request_head(
     return b"".join(parts)
 
 
-def stamp_response(head: bytes, request_id: bytes, *, close: bool) -> bytes:
-    """The engine's answer with the request's id, and with the notice that the connection ends where it does."""
-    line_end = head.index(b"\r\n") + 2
+def skip_informational(answer: bytes) -> bytes:
+    """An engine's answer without the heads of status 1xx before it, which concern the gateway alone."""
+    while answer.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):
+        answer = answer[answer.index(b"\r\n\r\n") + 4 :]
+    return answer
+
+
+def stamp_response(answer: bytes, lower_head: bytes, request_id: bytes, *, close: bool) -> bytes:
+    """The beginning of an engine's answer, its head rewritten, the rest as it came.
+
+    The head gets the request's id, and the notice that the connection ends where it does; what concerned the engine's
+    connection alone is taken out.
+
+    Args:
+        answer: the whole head and what came with it.
+        lower_head: the head in lower case, which the caller has at hand.
+        request_id: of the request.
+        close: whether the client's connection ends after this answer.
+    """
+    if not answer.startswith(b"HTTP/1.1") or _NOT_FOR_CLIENTS.search(lower_head):
+        answer = _without_hop_by_hop(answer[: len(lower_head)]) + answer[len(lower_head) :]
+    line_end = answer.index(b"\r\n") + 2
     extra = b"connection: close\r\n" if close else b""
-    return b"%bx-request-id: %b\r\n%b%b" % (head[:line_end], request_id, extra, head[line_end:])
+    return b"%bx-request-id: %b\r\n%b%b" % (answer[:line_end], request_id, extra, answer[line_end:])
+
+
+_NOT_FOR_CLIENTS = re.compile(rb"\r\n(?:connection|keep-alive|proxy-connection|te|upgrade|x-request-id):")
+_DROPPED = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"x-request-id"})
+# What frames the message stays, whatever a connection header says of it.
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+
+
+def _without_hop_by_hop(head: bytes) -> bytes:
+    status_line, *lines = head[:-4].split(b"\r\n")
+    rows = [(line.split(b":", 1)[0].lower(), line) for line in lines]
+    nominated = {
+        token.strip().lower()
+        for name, line in rows
+        if name == b"connection"
+        for token in line.split(b":", 1)[1].split(b",")
+    }
+    dropped = _DROPPED | (nominated - _FRAMING)
+    kept = [b"HTTP/1.1" + status_line[8:], *(line for name, line in rows if name not in dropped)]
+    return b"\r\n".join(kept) + b"\r\n\r\n"
+
+
+def ends_between_chunks(data: bytes) -> bool:
+    """Whether the data, read from its start, are whole chunks and nothing more, so that another chunk may follow."""
+    at = 0
+    while at < len(data):
+        line_end = data.find(b"\r\n", at)
+        size = data[at:line_end].split(b";", 1)[0].strip() if line_end >= 0 else b""
+        if not _CHUNK_SIZE.fullmatch(size) or int(size, 16) == 0:
+            return False
+        at = line_end + 2 + int(size, 16) + 2
+        if data[at - 2 : at] != b"\r\n":
+            return False
+    return True
+
+
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")

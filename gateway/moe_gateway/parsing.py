@@ -95,20 +95,28 @@ def _read_input(value: object) -> tuple[bytes, int | None]:
         return value.encode(errors="replace"), None
     if type(value) is list and value:
         if type(value[0]) is int:
-            return orjson.dumps(value), len(value)
+            return _spell(value), len(value)
         if type(value[0]) is list:
-            return orjson.dumps(value), sum(len(ids) for ids in value if type(ids) is list)
+            return _spell(value), sum(len(ids) for ids in value if type(ids) is list)
     return "\n".join(_texts(value)).encode(errors="replace"), None
 
 
+def _spell(ids: list[Any]) -> bytes:
+    """Token ids as bytes, for their prefix; nothing where they are nested as no ids are."""
+    try:
+        return orjson.dumps(ids)
+    except orjson.JSONEncodeError:
+        return b""
+
+
 def _texts(value: object) -> Iterator[str]:
-    """All texts below messages, content parts or lists of them, in their order."""
-    if type(value) is str:
-        yield value
-    elif type(value) is list:
-        for part in value:
-            yield from _texts(part)
-    elif type(value) is dict:
-        for name in ("role", "content", "text"):
-            if name in value:
-                yield from _texts(value[name])
+    """All texts below messages, content parts or lists of them, in their order; without recursion, for any depth."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if type(part) is str:
+            yield part
+        elif type(part) is list:
+            waiting.extend(reversed(part))
+        elif type(part) is dict:
+            waiting.extend(part[name] for name in ("text", "content", "role") if name in part)

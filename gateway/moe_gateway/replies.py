@@ -59,11 +59,12 @@ def build_error(
     close: bool = False,
     retry_after_s: int | None = None,
     head_only: bool = False,
+    allow: bytes | None = None,
 ) -> bytes:
-    """A whole HTTP response; `Retry-After` in whole seconds where given."""
+    """A whole HTTP response; `Retry-After` in whole seconds and `Allow` where given."""
     extra = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
-    if outcome is Outcome.METHOD_NOT_ALLOWED:
-        extra += b"allow: GET, HEAD, POST\r\n"
+    if allow is not None:
+        extra += b"allow: %b\r\n" % allow
     body = build_error_document(outcome, message, param)
     return build_response(outcome.status, body, request_id=request_id, extra=extra, close=close, head_only=head_only)
 

@@ -8,6 +8,7 @@ becomes of the requests that are sent there.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -22,6 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from moe_gateway.dispatcher import Dispatcher, Engine
 
 SCRAPE_PERIOD_S = 0.25
+# One in so many scrapes asks for the names of the models, which change when adapters are loaded.
+SCRAPES_FOR_MODELS = 20
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 # An agent says something at least once a second.
@@ -44,7 +47,8 @@ async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
         started_s = time.monotonic()
         try:
             await follow(engine, dispatcher, session)
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
+            # Whatever an engine says or fails to say, its watcher goes on.
             if engine.reachable:
                 log.warning("lost engine", extra={"engine": engine.address.name, "reason": repr(error)})
         engine.reachable = False
@@ -74,7 +78,8 @@ def take_snapshot(engine: Engine, snapshot: dict[str, Any], dispatcher: Dispatch
     """Tells the dispatcher what an agent's snapshot says."""
     name = engine.address.name
     engine.reachable = True
-    engine.model = snapshot["engine"]["model"]
+    model = snapshot["engine"]["model"]
+    engine.models = frozenset({model}) if isinstance(model, str) else frozenset()
     dispatcher.set_process(name, snapshot["engine"]["pid"])
     dispatcher.set_ready(name, bool(snapshot["accepting"]) and snapshot["phase"] == "ready", now_s)
     for rank in snapshot["ranks"]:
@@ -97,26 +102,40 @@ _SIGNAL_FIELDS = tuple(name for name in EngineSignal.__dataclass_fields__ if nam
 
 # A plain vLLM server.
 
+_SCRAPE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+
 
 async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
-    timeout = aiohttp.ClientTimeout(total=5.0)
-    while True:
+    name, url = engine.address.name, engine.address.url
+    for turn in itertools.count():
         started_s = time.monotonic()
-        async with session.get(f"{engine.address.url}/health", timeout=timeout) as answer:
-            healthy = answer.status == 200
-        async with session.get(f"{engine.address.url}/metrics", timeout=timeout) as answer:
+        try:
+            async with session.get(f"{url}/health", timeout=_SCRAPE_TIMEOUT) as answer:
+                healthy = answer.status == 200
+        except aiohttp.ClientConnectorError:
+            # The port is the engine's own: who does not listen there takes no request either.
+            dispatcher.set_ready(name, False, time.monotonic())
+            raise
+        if turn % SCRAPES_FOR_MODELS == 0:
+            engine.models = await _fetch_models(url, session)
+        # Its signals are a help, its health is what counts.
+        dispatcher.set_ready(name, healthy, time.monotonic())
+        async with session.get(f"{url}/metrics", timeout=_SCRAPE_TIMEOUT) as answer:
             answer.raise_for_status()
             text = await answer.text()
-        if engine.model is None:
-            async with session.get(f"{engine.address.url}/v1/models", timeout=timeout) as answer:
-                answer.raise_for_status()
-                engine.model = str((await answer.json())["data"][0]["id"])
         engine.reachable = True
         now_s = time.monotonic()
-        dispatcher.set_ready(engine.address.name, healthy, now_s)
         for rank, signal in read_metrics(text):
-            dispatcher.observe(Target(engine.address.name, rank), signal, started_s, now_s)
+            dispatcher.observe(Target(name, rank), signal, started_s, now_s)
         await asyncio.sleep(SCRAPE_PERIOD_S)
+
+
+async def _fetch_models(url: str, session: aiohttp.ClientSession) -> frozenset[str]:
+    """The names that a plain server serves: its model's, perhaps several, and those of its LoRA adapters."""
+    async with session.get(f"{url}/v1/models", timeout=_SCRAPE_TIMEOUT) as answer:
+        if answer.status != 200:
+            return frozenset()
+        return frozenset(str(row["id"]) for row in (await answer.json())["data"])
 
 
 def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:

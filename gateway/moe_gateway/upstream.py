@@ -29,6 +29,7 @@ class UpstreamConnection(asyncio.Protocol):
         status: of the answer, once `head_complete`.
         head_complete: whether the head of the answer is there.
         complete: whether the whole answer is there.
+        overrun: whether bytes came after it that belong to no answer.
         reused: whether it has served a request before, so that the engine may just have closed it as idle.
     """
 
@@ -38,6 +39,7 @@ class UpstreamConnection(asyncio.Protocol):
         "complete",
         "head_complete",
         "keep_alive",
+        "overrun",
         "receiver",
         "reused",
         "status",
@@ -56,6 +58,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = 0
         self.head_complete = False
         self.complete = False
+        self.overrun = False
         self.keep_alive = False
 
     # What an exchange does.
@@ -74,7 +77,7 @@ class UpstreamConnection(asyncio.Protocol):
     def release(self) -> None:
         """The answer is whole: the connection is free, or closed if it cannot be used again."""
         self.receiver = None
-        if self.keep_alive and self.complete:
+        if self.keep_alive and self.complete and not self.overrun:
             self.reused = True
             self._pool.put(self)
         else:
@@ -100,8 +103,10 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._lose("the engine's answer is not HTTP")
-            return
+            if not self.complete:
+                self._lose("the engine's answer is not HTTP")
+                return
+            self.overrun = True
         receiver.received(data, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -118,12 +123,18 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What the parser does.
 
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.overrun = True
+
     def on_headers_complete(self) -> None:
+        if self.complete:
+            return
         self.status = self._parser.get_status_code()
         self.head_complete = self.status >= 200
 
     def on_message_complete(self) -> None:
-        if self.head_complete:
+        if self.head_complete and not self.complete:
             self.complete = True
             self.keep_alive = self._parser.should_keep_alive()
 
@@ -136,6 +147,7 @@ class Pool:
         self._port = port
         self._connect_timeout_s = connect_timeout_s
         self._idle: list[UpstreamConnection] = []
+        self._closed = False
 
     def take(self) -> UpstreamConnection | None:
         """An idle connection, the one used last."""
@@ -147,7 +159,10 @@ class Pool:
 
     def put(self, connection: UpstreamConnection) -> None:
         """The connection is idle."""
-        self._idle.append(connection)
+        if self._closed:
+            connection.abort()
+        else:
+            self._idle.append(connection)
 
     def remove(self, connection: UpstreamConnection) -> None:
         """The connection has ended."""
@@ -166,7 +181,8 @@ class Pool:
         return connection
 
     def close(self) -> None:
-        """Ends all idle connections."""
+        """Ends all idle connections, and those in use once they are idle."""
+        self._closed = True
         for connection in list(self._idle):
             connection.abort()
         self._idle.clear()

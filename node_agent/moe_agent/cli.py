@@ -20,9 +20,7 @@ _BAD_INPUT_STATUS = 2
 @app.callback(invoke_without_command=True)
 def agent(config: Annotated[Path, typer.Option(help="The agent's configuration, a JSON file.")]) -> None:
     """Starts one engine, watches it and publishes what it knows, until SIGTERM (drain) or a second one (now)."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(run_agent(load_config(config)))
     except InvalidInput as error:

@@ -56,9 +56,9 @@ def build_environment(
             "OMP_NUM_THREADS": str(cpus),
         }
         if _has_one_rank(config.engine):
-            # Allows `uni` on the CPU, which vLLM would turn into `mp` because it binds threads from a parent process; here
-            # they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a third
-            # of the start and of the memory, and a message each way at every step.
+            # Allows `uni` on the CPU, which vLLM would turn into `mp` because it binds threads from a parent process;
+            # here they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a
+            # third of the start and of the memory, and a message each way at every step.
             defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if Path(config.engine.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"

@@ -157,6 +157,13 @@ class VirtualEngine:
                 self.finished_order.append(row.request_id)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test comes first pays for loading vLLM, which takes minutes on a busy machine."""
+    for item in items:
+        if "engine_config" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @contextmanager
 def foreign_warnings() -> Iterator[None]:
     """Torch and vLLM warn of their own deprecations when they are loaded; ours stay errors."""

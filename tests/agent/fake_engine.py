@@ -1,0 +1,60 @@
+"""A stand-in for vLLM's API server at the supervisor's seam: answers `/health` and `/v1/models`, misbehaves on demand.
+
+`python fake_engine.py PORT JSON`, where JSON may hold `start_delay_s`, `error` (printed, then exit 1), `crash_file`
+(exits when the file is there), `sick_file` (unhealthy while it is there), `drain_s` (time between SIGTERM and the end),
+`deaf` (ignores SIGTERM) and `worker_file` (starts a child of its own and writes its process id there).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+WAYS: dict[str, Any] = json.loads(sys.argv[2])
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        sick = "sick_file" in WAYS and Path(WAYS["sick_file"]).exists()
+        body = json.dumps({"data": [{"id": "fake", "max_model_len": 4096}]}).encode()
+        self.send_response(503 if sick else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def on_term(*_: Any) -> None:
+    print("drains", flush=True)
+    if not WAYS.get("deaf"):
+        threading.Timer(WAYS.get("drain_s", 0.0), os._exit, args=[0]).start()
+
+
+def watch_for_crash() -> None:
+    while not Path(WAYS["crash_file"]).exists():
+        time.sleep(0.01)
+    print("(EngineCore pid=1) ValueError: no memory left for the KV cache", flush=True)
+    print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+    os._exit(3)
+
+
+signal.signal(signal.SIGTERM, on_term)
+if "worker_file" in WAYS:
+    worker = subprocess.Popen(["sleep", "600"])
+    Path(WAYS["worker_file"]).write_text(str(worker.pid))
+if "error" in WAYS:
+    print(WAYS["error"], flush=True)
+    sys.exit(1)
+if "crash_file" in WAYS:
+    threading.Thread(target=watch_for_crash, daemon=True).start()
+time.sleep(WAYS.get("start_delay_s", 0.0))
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -1,0 +1,168 @@
+"""The agent's command: bad input ends with one line each and status 2; the engine's command line and environment."""
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moe_agent.cli import app
+from moe_agent.config import AgentConfig
+from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from typer.testing import CliRunner, Result
+
+
+def document(folder: Path, **changed: Any) -> dict[str, Any]:
+    return {
+        "name": "e0",
+        "run_dir": str(folder / "run"),
+        "listen": {"port": 8101},
+        "token_file": str(folder / "token"),
+        "engine": {"port": 8102, "model": str(folder), "served_name": "tiny", "args": ["--max-model-len", "2048"]},
+    } | changed
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "file: cannot read"),
+        (b"", "not JSON"),
+        (b"\x00\xff", "not JSON"),
+        (b"[]", "a JSON object is needed, got list"),
+        (b'{"name": "x"}', "engine: required, but absent"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path, content, line):
+    path = tmp_path / "agent.json"
+    if content is not None:
+        path.write_bytes(content)
+    ended = run("--config", str(path))
+    assert ended.exit_code == 2
+    assert ended.stderr.splitlines()[0].startswith(line)
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_unknown_key_is_told_with_its_nearest(tmp_path):
+    path = tmp_path / "agent.json"
+    path.write_text(json.dumps(document(tmp_path, engin={})))
+    ended = run("--config", str(path))
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("engin: unknown field; nearest known: engine")
+
+
+def test_an_absent_token_is_told(tmp_path):
+    path = tmp_path / "agent.json"
+    path.write_text(json.dumps(document(tmp_path)))
+    ended = run("--config", str(path))
+    assert ended.exit_code == 2
+    assert ended.stderr.strip() == f"token_file: cannot read {tmp_path / 'token'}: No such file or directory"
+
+
+def test_an_agents_port_that_is_taken_is_told(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (tmp_path / "token").write_text("t")
+        path = tmp_path / "agent.json"
+        path.write_text(json.dumps(document(tmp_path, listen={"port": port})))
+        ended = run("--config", str(path))
+    assert ended.exit_code == 2
+    assert ended.stderr.strip().endswith(f"listen: cannot listen on 127.0.0.1:{port}: address already in use")
+
+
+def test_the_module_is_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "moe_agent", "--config", str(tmp_path / "absent.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("file: cannot read")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AgentConfig:
+    return AgentConfig.model_validate(document(tmp_path))
+
+
+def test_the_resources_own_arguments_come_last(config):
+    arguments = build_arguments(config.engine, cpu_build=True)
+    assert arguments[-2:] == ["--max-model-len", "2048"]
+    assert arguments.index("--kv-cache-memory-bytes") < len(arguments) - 2
+
+
+def test_the_arguments_carry_scheduler_middleware_shape_and_bound_of_the_drain(config):
+    engine = config.engine.model_copy(
+        update={"data_parallel": 2, "tensor_parallel": 4, "expert_parallel": True, "revision": "main", "args": ()}
+    )
+    arguments = build_arguments(engine, cpu_build=False)
+    pairs = dict(itertools.pairwise(arguments))
+    assert pairs["--scheduler-cls"] == "moe_agent.vllm.scheduler.OrderedScheduler"
+    assert pairs["--middleware"] == "moe_agent.vllm.middleware.ServingRoutesOnly"
+    assert (pairs["--data-parallel-size"], pairs["--tensor-parallel-size"]) == ("2", "4")
+    assert (pairs["--shutdown-timeout"], pairs["--revision"]) == ("120", "main")
+    assert "--enable-expert-parallel" in arguments
+    assert "--kv-cache-memory-bytes" not in arguments
+
+
+def test_vllm_understands_the_arguments(config, engine_config):
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    engine = config.engine.model_copy(update={"args": ("--kv-cache-memory-bytes=5000", "--port=9")})
+    parsed = parser.parse_args(build_arguments(engine, cpu_build=True))
+    assert parsed.kv_cache_memory_bytes == 5000, "the last one wins"
+    assert parsed.port == 9
+    assert parsed.shutdown_timeout == 120
+    assert parsed.scheduling_policy == "priority"
+    assert CPU_KV_CACHE_BYTES == 2**30
+
+
+def test_the_environment_is_ours_below_the_inherited_below_the_resources(config):
+    inherited = {"PATH": "/bin", "OMP_NUM_THREADS": "3", "MOESERVING_RUN_DIR": "/elsewhere"}
+    made = build_environment(config, inherited, cpu_build=True, cpus=8)
+    assert made["PATH"] == "/bin"
+    assert made["OMP_NUM_THREADS"] == "3"
+    assert made["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert made["HF_HUB_OFFLINE"] == "1", "the model is a folder"
+    assert made["MOESERVING_RUN_DIR"] == str(config.run_dir)
+    own = config.model_copy(update={"engine": config.engine.model_copy(update={"env": {"OMP_NUM_THREADS": "5"}})})
+    assert build_environment(own, inherited, cpu_build=True, cpus=8)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_hub_model_stays_online_and_a_gpu_has_no_cpu_settings(config):
+    hub = config.model_copy(update={"engine": config.engine.model_copy(update={"model": "org/name"})})
+    made = build_environment(hub, {}, cpu_build=False, cpus=8)
+    assert made.keys() == {"VLLM_NO_USAGE_STATS", "MOESERVING_RUN_DIR"}
+
+
+@pytest.mark.parametrize(("data", "tensor", "in_core"), [(1, 1, True), (2, 1, False), (1, 2, False)])
+def test_one_rank_on_the_cpu_computes_in_the_engine_core_itself(config, data, tensor, in_core):
+    engine = config.engine.model_copy(update={"data_parallel": data, "tensor_parallel": tensor})
+    config = config.model_copy(update={"engine": engine})
+    assert ("uni" in build_arguments(engine, cpu_build=True)) is in_core
+    assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in build_environment(config, {}, cpu_build=True, cpus=1)) is in_core
+    assert "uni" not in build_arguments(engine, cpu_build=False)
+
+
+def test_one_rank_on_a_cpu_computes_in_the_engine_core(config):
+    pairs = dict(itertools.pairwise(build_arguments(config.engine, cpu_build=True)))
+    assert pairs["--distributed-executor-backend"] == "uni"
+    assert build_environment(config, {}, cpu_build=True, cpus=2)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    two = config.model_copy(update={"engine": config.engine.model_copy(update={"tensor_parallel": 2})})
+    assert "--distributed-executor-backend" not in build_arguments(two.engine, cpu_build=True)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in build_environment(two, {}, cpu_build=True, cpus=2)
+
+
+def test_kv_memory_that_the_resource_asks_for_wins_over_an_inherited_variable(config):
+    inherited = {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    assert build_environment(config, inherited, cpu_build=True, cpus=2)["VLLM_CPU_KVCACHE_SPACE"] == "40"
+    asked = config.engine.model_copy(update={"args": ("--kv-cache-memory-bytes=1000",)})
+    changed = config.model_copy(update={"engine": asked})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(changed, inherited, cpu_build=True, cpus=2)

@@ -1,0 +1,273 @@
+"""The supervisor against a fake engine process: start, restart with back-off, liveness, drain, nothing left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from moe_agent.config import EngineConfig
+from moe_agent.engine_log import find_error_line
+from moe_agent.supervisor import Phase, Rules, Supervisor, describe_exit
+
+FAKE = Path(__file__).with_name("fake_engine.py")
+QUICK = Rules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=0.5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline_s, f"never: {what}"
+        await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+Start = Callable[..., Awaitable[Supervisor]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Runs supervisors of fake engines, and ends them."""
+    running: list[tuple[Supervisor, asyncio.Task[None]]] = []
+
+    async def begin(
+        *, rules: Rules = QUICK, port: int | None = None, limits: dict[str, float] | None = None, **ways: Any
+    ) -> Supervisor:
+        engine = EngineConfig(
+            port=port or free_port(), model="m", served_name="fake", **({"drain_timeout_s": 5.0} | (limits or {}))
+        )
+        command = [sys.executable, str(FAKE), str(engine.port), json.dumps(ways)]
+        supervisor = Supervisor(engine, command, dict(os.environ), tmp_path / "engine.log", rules)
+        running.append((supervisor, asyncio.create_task(supervisor.run())))
+        return supervisor
+
+    yield begin
+    for supervisor, task in running:
+        supervisor.request_kill()
+        await asyncio.wait_for(task, 20)
+
+
+async def ready(supervisor: Supervisor) -> None:
+    await until(lambda: supervisor.phase is Phase.READY, "ready")
+
+
+async def test_an_engine_becomes_ready_once_it_answers(start):
+    supervisor = await start(start_delay_s=0.3)
+    assert supervisor.phase is Phase.STARTING
+    assert not supervisor.accepting
+    await ready(supervisor)
+    assert supervisor.accepting
+    assert supervisor.max_model_len == 4096
+    assert psutil.Process(supervisor.pid).cmdline()[1] == str(FAKE)
+
+
+async def test_a_crash_is_seen_at_once_and_the_engine_is_started_again_on_its_port(start, tmp_path):
+    supervisor = await start(crash_file=str(tmp_path / "crash"))
+    await ready(supervisor)
+    first, url = supervisor.pid, supervisor.url
+    (tmp_path / "crash").touch()
+    await until(lambda: supervisor.restarts == 1, "a restart")
+    (tmp_path / "crash").unlink()
+    assert supervisor.last_exit == "exit status 3: ValueError: no memory left for the KV cache"
+    await ready(supervisor)
+    assert supervisor.pid != first
+    assert supervisor.url == url
+
+
+async def test_an_engine_that_is_killed_is_started_again(start):
+    supervisor = await start()
+    await ready(supervisor)
+    os.kill(supervisor.pid, signal.SIGKILL)
+    await until(lambda: supervisor.restarts == 1, "a restart")
+    assert supervisor.last_exit == "killed by SIGKILL"
+    await ready(supervisor)
+
+
+async def test_restarts_wait_longer_each_time_up_to_the_last_pause():
+    rules = Rules(first_backoff_s=1.0, last_backoff_s=60.0)
+    assert [rules.backoff_s(failures) for failures in (1, 2, 3, 7, 100)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+
+
+async def test_an_engine_that_cannot_start_stays_in_back_off_and_says_why(start):
+    supervisor = await start(error="OSError: no such model: m")
+    await until(lambda: supervisor.restarts >= 3, "three restarts")
+    assert supervisor.last_exit == "exit status 1: OSError: no such model: m"
+    assert supervisor.phase in (Phase.BACKOFF, Phase.STARTING)
+
+
+async def test_an_engine_that_does_not_come_up_in_time_is_killed(start):
+    supervisor = await start(start_delay_s=600, limits={"startup_timeout_s": 0.3})
+    await until(lambda: supervisor.restarts >= 1, "a restart")
+    assert supervisor.last_exit.startswith("not ready within 0.3 s")
+
+
+async def test_an_engine_that_stops_answering_is_killed_and_started_again(start, tmp_path):
+    supervisor = await start(sick_file=str(tmp_path / "sick"), limits={"liveness_timeout_s": 0.3})
+    await ready(supervisor)
+    (tmp_path / "sick").touch()
+    await until(lambda: supervisor.restarts == 1, "a restart")
+    assert supervisor.last_exit == "no healthy answer for 0.3 s"
+    (tmp_path / "sick").unlink()
+    await ready(supervisor)
+
+
+async def test_a_short_silence_is_no_failure(start, tmp_path):
+    supervisor = await start(sick_file=str(tmp_path / "sick"), limits={"liveness_timeout_s": 30.0})
+    await ready(supervisor)
+    (tmp_path / "sick").touch()
+    await asyncio.sleep(0.2)
+    (tmp_path / "sick").unlink()
+    assert supervisor.accepting
+    assert supervisor.restarts == 0
+
+
+async def test_a_taken_port_is_named_and_no_engine_is_started(start):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        supervisor = await start(port=port)
+        await until(lambda: supervisor.restarts >= 1, "a restart")
+        assert supervisor.last_exit == f"cannot listen on 127.0.0.1:{port}: address already in use"
+    await ready(supervisor)
+
+
+async def test_a_drain_stops_accepting_at_once_and_lets_the_engine_finish(start, tmp_path):
+    supervisor = await start(drain_s=0.4)
+    await ready(supervisor)
+    supervisor.request_drain()
+    assert not supervisor.accepting
+    assert supervisor.phase is Phase.DRAINING
+    pid = supervisor.pid
+    await asyncio.sleep(0.2)
+    assert alive(pid)
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+    assert not alive(pid)
+    assert "drains" in (tmp_path / "engine.log").read_text()
+    assert supervisor.restarts == 0
+
+
+async def test_an_engine_that_ignores_the_drain_is_killed_at_the_bound(start):
+    supervisor = await start(deaf=True, limits={"drain_timeout_s": 0.3})
+    await ready(supervisor)
+    pid = supervisor.pid
+    supervisor.request_drain()
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+    assert not alive(pid)
+
+
+async def test_a_second_wish_kills_without_waiting(start):
+    supervisor = await start(drain_s=600.0, limits={"drain_timeout_s": 600.0})
+    await ready(supervisor)
+    supervisor.request_drain()
+    supervisor.request_kill()
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+
+
+async def test_a_drain_during_the_start_ends_it(start):
+    supervisor = await start(start_delay_s=600.0)
+    await until(lambda: supervisor.pid is not None, "a process")
+    supervisor.request_drain()
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+
+
+async def test_a_drain_during_back_off_ends_it(start):
+    supervisor = await start(error="x", rules=Rules(first_backoff_s=600.0, last_backoff_s=600.0))
+    await until(lambda: supervisor.phase is Phase.BACKOFF, "back-off")
+    supervisor.request_drain()
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+
+
+async def test_a_crash_leaves_no_worker_of_the_engine_behind(start, tmp_path):
+    supervisor = await start(crash_file=str(tmp_path / "crash"), worker_file=str(tmp_path / "worker"))
+    await ready(supervisor)
+    worker = int((tmp_path / "worker").read_text())
+    assert alive(worker)
+    (tmp_path / "crash").touch()
+    await until(lambda: supervisor.restarts >= 1, "a restart")
+    assert not alive(worker)
+
+
+AGENT = """
+import asyncio, json, os, sys
+from pathlib import Path
+from moe_agent.config import EngineConfig
+from moe_agent.supervisor import Rules, Supervisor
+
+port, command = int(sys.argv[1]), json.loads(sys.argv[2])
+engine = EngineConfig(port=port, model="m", served_name="fake")
+async def main():
+    supervisor = Supervisor(engine, command, dict(os.environ), Path(sys.argv[3]), Rules(health_every_s=0.05))
+    task = asyncio.create_task(supervisor.run())
+    while not supervisor.accepting:
+        await asyncio.sleep(0.02)
+    print(supervisor.pid, flush=True)
+    await task
+asyncio.run(main())
+"""
+
+
+async def test_an_agent_that_is_killed_leaves_no_process_behind(tmp_path):
+    port, worker_file = free_port(), tmp_path / "worker"
+    command = [sys.executable, str(FAKE), str(port), json.dumps({"worker_file": str(worker_file)})]
+    arguments = [str(port), json.dumps(command), str(tmp_path / "engine.log")]
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", AGENT, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    engine = int(await agent.stdout.readline())
+    worker = int(worker_file.read_text())
+    assert alive(engine)
+    assert alive(worker)
+    agent.kill()
+    await agent.wait()
+    await until(lambda: not alive(engine) and not alive(worker), "all processes gone")
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        raise AssertionError("the port is still served")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", ""),
+        ("all is well\nbye\n", "bye"),
+        ("(EngineCore pid=1) ERROR 08-01 [core.py:5] ValueError: no memory\n  frame\n", "ValueError: no memory"),
+        (
+            "ValueError: root\nRuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: root",
+        ),
+        (
+            "usage: api_server\napi_server.py: error: unrecognized arguments: --x\n",
+            "error: unrecognized arguments: --x",
+        ),
+    ],
+)
+def test_the_error_line_is_the_last_that_says_why(text, line):
+    assert find_error_line(text) == line
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [(0, "exit status 0: x"), (1, "exit status 1: x"), (137, "killed by SIGKILL"), (-11, "killed by SIGSEGV")],
+)
+def test_an_exit_is_described(status, text):
+    assert describe_exit(status, "x") == text

@@ -1,0 +1,309 @@
+"""An engine may fail: before its first byte another one answers, once; after it the client is told and nobody else."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.gateway.conftest import (
+    OK,
+    SSE_END,
+    SSE_HEAD,
+    always,
+    answer_ok,
+    chunk,
+    event,
+    json_answer,
+    never,
+    post,
+    prompt,
+    reset,
+    until,
+)
+
+
+async def reset_at_once(_request, writer):
+    reset(writer)
+
+
+async def reset_after_head(_request, writer):
+    writer.write(SSE_HEAD)
+    await asyncio.sleep(0.02)
+    reset(writer)
+
+
+async def reset_in_head(_request, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-")
+    await asyncio.sleep(0.02)
+    reset(writer)
+
+
+async def close_at_once(_request, writer):
+    writer.close()
+
+
+FAILURES = {
+    "reset": reset_at_once,
+    "closed": close_at_once,
+    "reset in the head": reset_in_head,
+    "reset after the head": reset_after_head,
+    "503": always(json_answer({}, status="503 Service Unavailable")),
+    "not HTTP": always(b"SSH-2.0-OpenSSH\r\n"),
+    "line feeds alone": always(b"HTTP/1.1 200 OK\ncontent-length: 0\n\n"),
+    "101": always(b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"),
+    "two lengths": always(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab"),
+    "endless head": always(b"HTTP/1.1 200 OK\r\nx: " + b"x" * 400_000),
+}
+TURNS = {"policy": "roundRobin"}
+
+
+def log_of(*engines):
+    return [len(engine.requests) for engine in engines]
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+async def test_before_the_first_byte_another_engine_answers(make_engine, serve, failure):
+    bad, good = await make_engine(failure), await make_engine()
+    served = await serve(bad, good, dispatch=TURNS)
+    body = json.dumps(prompt("the same bytes")).encode()
+    answers = [await served.ask(post(body)) for _ in range(2)]
+    assert [answer.json for answer in answers] == [OK, OK]
+    assert log_of(bad, good) == [1, 2]
+    assert {request.body for request in good.requests + bad.requests} == {body}
+    assert bad.requests[0].headers[b"x-request-id"] in [row.headers[b"x-request-id"] for row in good.requests]
+    assert served.gateway.dispatcher.ledger.retried == 1
+    assert served.in_flight == 0
+
+
+async def test_a_refused_connection_is_tried_elsewhere(make_engine, serve):
+    bad, good = await make_engine(), await make_engine()
+    served = await serve(bad, good, dispatch=TURNS)
+    agent, bad.agent = bad.agent, None
+    await bad.stop()
+    assert [(await served.ask(post(prompt()))).status for _ in range(4)] == [200] * 4
+    assert len(good.requests) == 4
+    await agent.stop()
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+async def test_when_the_second_engine_fails_too_the_client_is_told(make_engine, serve, failure):
+    engines = [await make_engine(failure), await make_engine(failure)]
+    served = await serve(*engines)
+    client = await served.connect()
+    client.send(post(prompt()))
+    answer = await client.answer()
+    if failure is FAILURES["503"]:
+        assert answer.status == 503
+    else:
+        assert (answer.status, answer.json["error"]["code"]) == (502, "engine_failed")
+        assert answer.json["error"]["type"] == "server_error"
+    assert log_of(*engines) == [1, 1]
+    assert served.in_flight == 0
+    ledger = served.gateway.dispatcher.ledger
+    assert (ledger.finished, ledger.failed, ledger.retried) == (1, 1, 1)
+
+
+async def test_a_single_engine_gets_its_second_chance_after_a_pause(make_engine, serve):
+    engine = await make_engine(reset_at_once)
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt()))
+    await served.held(1)
+    engine.script = answer_ok
+    assert (await client.answer()).json == OK
+    assert len(engine.requests) == 2
+    assert engine.requests[1].at_s - engine.requests[0].at_s > 0.2
+
+
+async def test_an_error_500_of_an_engine_that_drains_is_no_answer(make_engine, serve):
+    asked = asyncio.Event()
+
+    async def fails_when_draining(_request, writer):
+        asked.set()
+        await asyncio.sleep(0.1)
+        writer.write(json_answer({}, status="500 Internal Server Error"))
+
+    bad, good = await make_engine(fails_when_draining), await make_engine(fails_when_draining)
+    served = await serve(bad, good, dispatch=TURNS)
+    client = await served.connect()
+    client.send(post(prompt()))
+    await asked.wait()
+    first, second = (bad, good) if bad.requests else (good, bad)
+    second.script = answer_ok
+    first.agent.say(accepting=False, phase="draining")
+    assert (await client.answer()).json == OK
+
+
+async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_engine, serve):
+    async def answer_then_close(request, writer):
+        await answer_ok(request, writer)
+        await writer.drain()
+        # The answer allowed another request, which then meets the end of the connection.
+        writer.transport.pause_reading()
+        asyncio.get_running_loop().call_later(0.05, writer.transport.abort)
+
+    engine = await make_engine(answer_then_close)
+    served = await serve(engine)
+    client = await served.connect()
+    for _ in range(3):
+        client.send(post(prompt()))
+        assert (await client.answer()).json == OK
+        await asyncio.sleep(0.045)
+    ledger = served.gateway.dispatcher.ledger
+    assert (ledger.retried, dict(ledger.ejections)) == (0, {})
+
+
+# After the first byte.
+
+
+async def test_a_stream_that_breaks_ends_with_an_error_event_and_the_connection(make_engine, serve):
+    async def breaks(_request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await asyncio.sleep(0.02)
+        writer.write(event("b"))
+        await asyncio.sleep(0.02)
+        reset(writer)
+
+    engine, other = await make_engine(breaks), await make_engine(breaks)
+    served = await serve(engine, other)
+    client = await served.connect()
+    client.send(post(prompt(stream=True)))
+    answer = await client.answer()
+    events = [line for line in answer.body.split(b"\n") if line]
+    assert events[:2] == [b'data: {"text": "a"}', b'data: {"text": "b"}']
+    error = json.loads(events[2].removeprefix(b"data: "))["error"]
+    assert (len(events), error["code"], error["type"]) == (3, "engine_failed", "server_error")
+    assert await client.ended()
+    assert sum(log_of(engine, other)) == 1
+    ledger = served.gateway.dispatcher.ledger
+    assert (ledger.requests["completions", 200], ledger.failed, ledger.retried) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b"1e\r\ndata: half of an ev",
+        b"1e\r\n",
+        b"1e",
+        chunk(b"data: a\r\n\r\n")[:-2],
+        b"20\r\ndata: looks like an end\r\n",
+    ],
+)
+async def test_a_stream_torn_inside_a_chunk_just_ends(make_engine, serve, torn):
+    async def breaks(_request, writer):
+        writer.write(SSE_HEAD + event("a") + torn)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        reset(writer)
+
+    served = await serve(await make_engine(breaks))
+    client = await served.connect()
+    client.send(post(prompt(stream=True)))
+    assert (await client.rest()).endswith(event("a") + torn)
+
+
+async def test_an_answer_that_breaks_is_cut_short_and_never_looks_whole(make_engine, serve):
+    async def breaks(_request, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        reset(writer)
+
+    served = await serve(await make_engine(breaks))
+    client = await served.connect()
+    client.send(post(prompt()))
+    assert (await client.rest()).endswith(b"\r\n\r\nhalf")
+    assert served.gateway.dispatcher.ledger.failed == 1
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nforged"])
+async def test_what_follows_an_answer_is_no_answer_to_the_next_request(make_engine, serve, junk):
+    engine = await make_engine(always(json_answer(OK) + junk))
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt()) + post(prompt()))
+    assert (await client.answer()).json == OK
+    # What came with the answer cannot be told from it any more, but the connection ends there.
+    assert await client.rest() in (b"", junk)
+    assert (await served.ask(post(prompt()))).json == OK
+    assert served.gateway.dispatcher.ledger.failed == 0
+
+
+async def test_what_an_engine_says_unasked_ends_its_connection(make_engine, serve):
+    async def talkative(_request, writer):
+        await answer_ok(_request, writer)
+        await asyncio.sleep(0.02)
+        writer.write(json_answer({"forged": True}))
+
+    engine = await make_engine(talkative)
+    served = await serve(engine)
+    client = await served.connect()
+    for _ in range(2):
+        client.send(post(prompt()))
+        assert (await client.answer()).json == OK
+        await asyncio.sleep(0.05)
+    assert engine.connections == 2
+
+
+# Silence.
+
+
+async def test_an_engine_that_never_answers_is_given_up(make_engine, serve):
+    engine = await make_engine(never)
+    served = await serve(engine, limits={"idle_timeout_s": 0.3})
+    answer = await served.ask(post(prompt()))
+    assert (answer.status, answer.json["error"]["code"]) == (504, "engine_silent")
+    await asyncio.wait_for(engine.requests[0].gone.wait(), 1.0)
+    assert served.in_flight == 0
+
+
+async def test_a_stream_that_falls_silent_ends_with_an_error_event(make_engine, serve):
+    async def stalls(request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await never(request, writer)
+
+    served = await serve(await make_engine(stalls), limits={"idle_timeout_s": 0.3})
+    answer = await served.ask(post(prompt(stream=True)))
+    assert b'"engine_failed"' in answer.body
+
+
+async def test_a_stream_may_be_longer_than_every_time_limit(make_engine, serve):
+    async def slow(_request, writer):
+        writer.write(SSE_HEAD)
+        for _ in range(16):
+            writer.write(event("x"))
+            await asyncio.sleep(0.05)
+        writer.write(SSE_END)
+
+    limits = {"idle_timeout_s": 0.4, "header_timeout_s": 0.3, "body_timeout_s": 0.3, "hold_timeout_s": 0.3}
+    served = await serve(await make_engine(slow), limits=limits)
+    answer = await served.ask(post(prompt(stream=True)))
+    assert answer.framed_body.endswith(SSE_END)
+    assert b"error" not in answer.body
+
+
+# The breaker.
+
+
+async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(make_engine, serve):
+    bad, good = await make_engine(reset_at_once, name="bad"), await make_engine()
+    served = await serve(bad, good, dispatch=TURNS)
+    for _ in range(6):
+        assert (await served.ask(post(prompt()))).status == 200
+    assert len(bad.requests) == 1
+    assert not served.books("bad").accepting
+    bad.script = answer_ok
+    await until(lambda: served.books("bad").accepting)
+    for _ in range(2):
+        await served.ask(post(prompt()))
+    assert len(bad.requests) == 2
+    assert served.gateway.dispatcher.engines["bad"].failures == 0
+
+
+async def test_each_failure_in_a_row_keeps_an_engine_out_for_longer(make_engine, serve):
+    engine = await make_engine(reset_at_once, name="bad")
+    served = await serve(engine)
+    assert (await served.ask(post(prompt()))).status == 502
+    assert served.gateway.dispatcher.engines["bad"].failures == 2
+    now_s = served.gateway.clock()
+    assert served.gateway.dispatcher.engines["bad"].ejected_until_s - now_s > 0.3

@@ -60,6 +60,14 @@ class Place:
     def process(self, name: str) -> dict[str, Any]:
         return next(row for row in self.record()["processes"] if row["name"] == name)
 
+    def kill(self) -> None:
+        """Ends what a test that failed left."""
+        for path in self.state.glob("*/state.json"):
+            record = json.loads(path.read_text())
+            for row in [record["supervisor"], *(row["process"] for row in record["processes"])]:
+                if row is not None and lives(row):
+                    os.kill(row["pid"], signal.SIGKILL)
+
     @contextmanager
     def foreground(self, *rest: str) -> Iterator["subprocess.Popen[str]"]:
         """`up` in the foreground, ready."""
@@ -78,17 +86,22 @@ class Place:
 def place(tmp_path: Path) -> Iterator[Place]:
     made = Place(tmp_path, replicas=2)
     yield made
-    for path in made.state.glob("*/state.json"):
-        record = json.loads(path.read_text())
-        for row in [record["supervisor"], *(row["process"] for row in record["processes"])]:
-            if row is not None and lives(row):
-                os.kill(row["pid"], signal.SIGKILL)
+    made.kill()
 
 
 @pytest.fixture
 def served(place: Place) -> Place:
     place.up()
     return place
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """One deployment for the tests that leave everything as it was."""
+    made = Place(tmp_path_factory.mktemp("shared"), replicas=2)
+    made.up()
+    yield made
+    made.kill()
 
 
 def lives(row: dict[str, Any]) -> bool:
@@ -106,10 +119,14 @@ def open_stream(record: dict[str, Any]) -> Any:
     return urllib.request.urlopen(f"{record['endpoint']}/stream", timeout=TIMEOUT_S)
 
 
+def fetch(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        return json.load(answer)
+
+
 def order_in_force(place: Place) -> list[str]:
     rows = place.record()["processes"]
-    states = [json.load(urllib.request.urlopen(f"{row['url']}/v1/state", timeout=5)) for row in rows]
-    return [state["config"]["request"]["policy"] for state in states]
+    return [fetch(f"{row['url']}/v1/state")["config"]["request"]["policy"] for row in rows]
 
 
 def test_a_deployment_comes_up_reports_itself_and_goes_down(place: Place) -> None:
@@ -134,11 +151,11 @@ def test_a_deployment_comes_up_reports_itself_and_goes_down(place: Place) -> Non
     assert not any(lives(row) for row in [record["supervisor"], *(row["process"] for row in record["processes"])])
 
 
-def test_a_second_up_says_so_and_changes_nothing(served: Place) -> None:
-    before = served.record()
-    said = served.up("--port", str(before["site"]["ports"][0]), code=2)
+def test_a_second_up_says_so_and_changes_nothing(shared: Place) -> None:
+    before = shared.record()
+    said = shared.up("--port", str(before["site"]["ports"][0]), code=2)
     assert said.startswith(f"a: is served already at {before['endpoint']}; nothing was changed")
-    assert served.record() == before
+    assert shared.record() == before
 
 
 def test_a_taken_port_is_refused_and_leaves_nothing(place: Place) -> None:
@@ -175,11 +192,10 @@ def test_a_killed_process_is_started_again_and_seen_in_status(served: Place) -> 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_lets_a_running_stream_end(place: Place, number: signal.Signals) -> None:
     with place.foreground() as command:
-        stream = open_stream(place.record())
-        first = stream.readline()
-        command.send_signal(number)
-        rest = stream.read()
-        assert (first + rest).decode().split() == CHUNKS
+        with open_stream(place.record()) as stream:
+            first = stream.readline()
+            command.send_signal(number)
+            assert (first + stream.read()).decode().split() == CHUNKS
         assert command.wait(TIMEOUT_S) == 0
     assert not (place.state / "a" / "state.json").exists()
     logs = place.run("logs", "a", "--process", "supervisor")
@@ -187,17 +203,17 @@ def test_an_interrupt_lets_a_running_stream_end(place: Place, number: signal.Sig
 
 
 def test_down_lets_a_running_stream_end(served: Place) -> None:
-    stream = open_stream(served.record())
-    first = stream.readline()
-    served.run("down", "a")
-    assert (first + stream.read()).decode().split() == CHUNKS
+    with open_stream(served.record()) as stream:
+        first = stream.readline()
+        served.run("down", "a")
+        assert (first + stream.read()).decode().split() == CHUNKS
 
 
 def test_a_killed_up_takes_its_deployment_down_with_a_drain(place: Place) -> None:
     with place.foreground() as command:
-        stream = open_stream(place.record())
-        command.kill()
-        assert stream.read().decode().split() == CHUNKS
+        with open_stream(place.record()) as stream:
+            command.kill()
+            assert stream.read().decode().split() == CHUNKS
         eventually(lambda: not (place.state / "a" / "state.json").exists(), "the supervisor stops")
 
 
@@ -237,21 +253,23 @@ def test_set_reaches_every_process_and_is_kept(served: Place) -> None:
         ("model.name=b", "spec.model.name: cannot change while it runs"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_whole(served: Place, assignment: str, said: str) -> None:
-    before = (served.state / "a" / "moeserving.yaml").read_text()
-    assert served.run("set", "scheduling.request.policy=fcfs", assignment, code=2).startswith(said)
-    assert order_in_force(served) == ["sjf"] * 3
-    assert (served.state / "a" / "moeserving.yaml").read_text() == before
+def test_a_setting_that_cannot_be_is_refused_whole(shared: Place, assignment: str, said: str) -> None:
+    before = (shared.state / "a" / "moeserving.yaml").read_text()
+    assert shared.run("set", "scheduling.request.policy=fcfs", assignment, code=2).startswith(said)
+    assert order_in_force(shared) == ["sjf"] * 3
+    assert (shared.state / "a" / "moeserving.yaml").read_text() == before
 
 
 @pytest.mark.parametrize("peer", ["agent-1", "gateway"])
-def test_when_one_process_refuses_the_others_are_put_back(served: Place, peer: str) -> None:
-    folder = served.state / "a"
+def test_when_one_process_refuses_the_others_are_put_back(shared: Place, peer: str) -> None:
+    folder = shared.state / "a"
     before = {path.name: path.read_text() for path in (*folder.glob("*.json"), folder / "moeserving.yaml")}
-    (folder / f"{peer}.json.refuse").touch()
-    said = served.run("set", "scheduling.request.policy=fcfs", code=1)
+    refuse = folder / f"{peer}.json.refuse"
+    refuse.touch()
+    said = shared.run("set", "scheduling.request.policy=fcfs", code=1)
+    refuse.unlink()
     assert said == f"nothing was changed: {peer} refused: request: not today\n"
-    assert order_in_force(served) == ["sjf"] * 3
+    assert order_in_force(shared) == ["sjf"] * 3
     assert {path.name: path.read_text() for path in (*folder.glob("*.json"), folder / "moeserving.yaml")} == before
 
 

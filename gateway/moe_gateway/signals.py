@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -109,6 +110,8 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
     name, url = engine.address.name, engine.address.url
     for turn in itertools.count():
         started_s = time.monotonic()
+        # vLLM's metrics say nothing of prefill work: what the own books have of it stands in.
+        prefill_tokens = {target.rank: dispatcher.books[target].unanswered_prefill_tokens for target in engine.targets}
         try:
             async with session.get(f"{url}/health", timeout=_SCRAPE_TIMEOUT) as answer:
                 healthy = answer.status == 200
@@ -125,7 +128,8 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
             text = await answer.text()
         engine.reachable = True
         now_s = time.monotonic()
-        for rank, signal in read_metrics(text):
+        for rank, counted in read_metrics(text):
+            signal = replace(counted, waiting_prefill_tokens=prefill_tokens.get(rank, 0))
             dispatcher.observe(Target(name, rank), signal, started_s, now_s)
         await asyncio.sleep(SCRAPE_PERIOD_S)
 

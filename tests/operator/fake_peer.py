@@ -5,13 +5,13 @@ ends the process at its start, `FILE.starting` keeps an engine from becoming rea
 client port streams numbers for a second.
 """
 
-import asyncio
 import json
 import signal
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-from aiohttp import web
 
 ROLE, PATH = sys.argv[1], Path(sys.argv[3])
 CONFIG = json.loads(PATH.read_text())
@@ -47,56 +47,69 @@ def gateway_state() -> dict:
     }
 
 
-async def get_state(request: web.Request) -> web.Response:
-    return web.json_response(agent_state() if ROLE == "agent" else gateway_state())
+class Control(BaseHTTPRequestHandler):
+    """State and control route."""
+
+    def do_GET(self) -> None:
+        self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
+
+    def do_PUT(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.answer(401, {"errors": [{"path": "Authorization", "message": "needed"}]})
+        if switch("refuse"):
+            return self.answer(422, {"errors": [{"path": "request", "message": "not today"}]})
+        for section, values in body.items():
+            CONFIG[section] = {**CONFIG[section], **values}
+        return self.answer(200, {})
+
+    def answer(self, status: int, document: dict) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(document).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
-async def put_config(request: web.Request) -> web.Response:
-    if request.headers.get("Authorization") != f"Bearer {TOKEN}":
-        return web.json_response({"errors": [{"path": "Authorization", "message": "needed"}]}, status=401)
-    if switch("refuse"):
-        return web.json_response({"errors": [{"path": "request", "message": "not today"}]}, status=422)
-    for section, values in (await request.json()).items():
-        CONFIG[section] = {**CONFIG[section], **values}
-    return web.json_response({})
+class Clients(Control):
+    """A stream for a client."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for number in range(CHUNKS):
+            self.wfile.write(b"%d\n" % number)
+            time.sleep(0.05)
 
 
-async def get_stream(request: web.Request) -> web.StreamResponse:
-    stream = web.StreamResponse()
-    await stream.prepare(request)
-    for number in range(CHUNKS):
-        await stream.write(b"%d\n" % number)
-        await asyncio.sleep(0.05)
-    return stream
+class Server(ThreadingHTTPServer):
+    """Waits for running answers when it is closed."""
+
+    daemon_threads = False
 
 
-async def serve(listen: dict, routes: list) -> web.AppRunner:
-    app = web.Application()
-    app.add_routes(routes)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=10.0)
-    await runner.setup()
-    await web.TCPSite(runner, listen["host"], listen["port"]).start()
-    return runner
+def serve(listen: dict, handler: type[Control]) -> Server:
+    server = Server((listen["host"], listen["port"]), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+    return server
 
 
-async def main() -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    control = [
-        web.get("/v1/state", get_state),
-        web.get("/readyz", get_state),
-        web.put("/v1/config", put_config),
-    ]
-    runners = [await serve(CONFIG["admin" if ROLE == "gateway" else "listen"], control)]
+def main() -> None:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    servers = [serve(CONFIG["admin" if ROLE == "gateway" else "listen"], Control)]
     if ROLE == "gateway":
-        runners.insert(0, await serve(CONFIG["listen"], [web.get("/stream", get_stream)]))
+        servers.insert(0, serve(CONFIG["listen"], Clients))
     print(f"{ROLE} serves", flush=True)
-    await stop.wait()
+    stop.wait()
     print(f"{ROLE} drains", flush=True)
-    for runner in runners:
-        await runner.cleanup()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 if switch("crash"):
     sys.exit("ValueError: no such thing")
-asyncio.run(main())
+main()

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ def run_demo(*, trace: Path | None, manifest: Path | None, effort: Effort, seed:
     check_source(source)
     if manifest is None:
         make_model(scene.checkout / ".cache" / "models" / "tiny", say)
-    with stopped_by_signals(), served(scene, say):
+    with stopped_by_signals(), served(scene, say, wait_ready):
         say(f"asking: {QUESTION}")
         say(f"answer: {run_async(ask(scene.url, QUESTION))}")
         pairs, _ = run_async(measure_pairs(scene.deployment, scene.url, None, source, effort, say))
@@ -121,20 +121,25 @@ def make_model(directory: Path, say: Narrator) -> None:
 
 
 @contextmanager
-def served(scene: Scene, say: Narrator) -> Iterator[None]:
-    """Up before, down after, whatever happens between."""
+def served(scene: Scene, say: Narrator, wait: Callable[[str], None]) -> Iterator[None]:
+    """Up before, down after, whatever happens between. `wait` returns when the URL serves."""
     up = [*scene.deployment.arguments("up")[:2], "-f", str(scene.manifest), "--detach", "--port", str(scene.port)]
     place = ["--state-dir", str(scene.deployment.state_dir)]
     say(f"starting the engines and the gateway: moeserving {' '.join(up[1:])}")
     try:
         if subprocess.run([*up, *place], check=False).returncode != 0:
             raise InvalidInput([Problem(str(scene.manifest), "moeserving up failed; its own words are above")])
-        run_async(wait_until_ready(scene.url))
+        wait(scene.url)
         say(f"serving at {scene.url}")
         yield
     finally:
         say("stopping: moeserving down")
         scene.deployment.down()
+
+
+def wait_ready(url: str) -> None:
+    """Waits until the gateway lists its model."""
+    run_async(wait_until_ready(url))
 
 
 async def wait_until_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_bench.streaming import Answer, Endpoint, exchange
-from moe_bench.tiny.corpus import read_corpus
+from moe_bench.tiny.corpus import read_prose
 
 CALL_TIMEOUT_S = 60.0
 POOL_PIECE_CHARACTERS = 8_000
@@ -40,7 +40,7 @@ async def discover_model(endpoint: Endpoint, wanted: str | None = None) -> Serve
 
 async def fetch_token_pool(endpoint: Endpoint, model: str) -> tuple[int, ...]:
     """Token ids of real text, by the server's own tokenizer."""
-    text = "\n\n".join(read_corpus().prose)
+    text = "\n\n".join(read_prose())
     pieces = [text[start : start + POOL_PIECE_CHARACTERS] for start in range(0, len(text), POOL_PIECE_CHARACTERS)]
     stride = max(1, len(pieces) // POOL_PIECES)
     ids: list[int] = []

@@ -37,12 +37,18 @@ def read_corpus() -> Corpus:
     """Reads the standard library's top-level modules, the language reference and the licences."""
     modules = {path.stem: path.read_text("utf-8", errors="replace") for path in _module_files()}
     documented = [pair for name, source in modules.items() for pair in parse_docstrings(source, _shown_name(name))]
-    prose = [*_reference_topics(), *_licence_texts(), *(text for _, text in documented if len(text) > 200)]
+    prose = [*read_prose(), *(text for _, text in documented if len(text) > 200)]
     return Corpus(
         prose=tuple(prose),
         sources=tuple(itertools.islice(_longest_first(modules.values()), SOURCE_FILES)),
         exchanges=tuple(build_exchanges(documented)),
     )
+
+
+def read_prose() -> list[str]:
+    """The language reference and the licences; where a machine has neither, the sources themselves."""
+    texts = [*_reference_topics(), *_licence_texts()]
+    return texts or [path.read_text("utf-8", errors="replace") for path in _module_files()]
 
 
 def parse_docstrings(source: str, module: str) -> list[tuple[str, str]]:

@@ -7,17 +7,24 @@ complete. A lock beside it keeps two makers apart.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moe_scheduling.problems import InvalidInput, Problem
 
+from moe_bench.tiny.corpus import Corpus, read_corpus
 from moe_bench.tiny.settings import MANIFEST, TinySettings, read_report, write_manifest
 
 
-def ensure_tiny_model(directory: Path, *, settings: TinySettings | None = None, show_progress: bool = True) -> Path:
-    """Returns `directory` with a complete model in it, made now unless it is there.
+def ensure_tiny_model(
+    directory: Path,
+    *,
+    settings: TinySettings | None = None,
+    show_progress: bool = True,
+    read_text: Callable[[], Corpus] = read_corpus,
+) -> Path:
+    """Returns `directory` with a complete model in it, made now from `read_text()` unless it is there.
 
     Raises:
         InvalidInput: the folder holds something else, or cannot be made.
@@ -31,7 +38,7 @@ def ensure_tiny_model(directory: Path, *, settings: TinySettings | None = None, 
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
             if not is_ready(directory, settings):
-                _make(directory, settings, show_progress)
+                _make(directory, settings, show_progress, read_text)
     except OSError as error:
         raise InvalidInput(
             [Problem(str(directory), f"cannot make the model here: {error.strerror or error}")]
@@ -55,7 +62,7 @@ def refuse_foreign(directory: Path) -> None:
         raise InvalidInput([Problem(str(directory), "holds something other than a tiny model; name a new folder")])
 
 
-def _make(directory: Path, settings: TinySettings, show_progress: bool) -> None:
+def _make(directory: Path, settings: TinySettings, show_progress: bool, read_text: Callable[[], Corpus]) -> None:
     from moe_bench.tiny.progress import shown_progress
     from moe_bench.tiny.training import make_model
 
@@ -64,7 +71,7 @@ def _make(directory: Path, settings: TinySettings, show_progress: bool) -> None:
     partial.mkdir()
     try:
         with shown_progress(enabled=show_progress) as progress:
-            report = make_model(partial, settings, progress)
+            report = make_model(partial, settings, read_text, progress)
         write_manifest(partial, settings, report)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)

@@ -1,10 +1,11 @@
 """Makes the tiny model: tokenizer, weights, a short training, and the figures that say what it learned.
 
-Called by `moe_bench.tiny.store` alone. With the same settings, text and torch, two trainings that reach their last step
-give the same weights.
+Called by `moe_bench.tiny.store` alone. With the same settings, text, torch and number of threads, two trainings that
+reach their last step give the same weights.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_bench.tiny.corpus import Corpus, read_corpus
+from moe_bench.tiny.corpus import Corpus
 from moe_bench.tiny.pairs import build_pair_start
 from moe_bench.tiny.settings import TinySettings
 from moe_bench.tiny.tokens import END, END_OF_TEXT, build_tokenizer, render_exchange
@@ -29,6 +30,7 @@ SHARES = {"exchanges": 0.5, "prose": 0.35, "sources": 0.15}
 HELD_OUT = 0.05
 HELD_OUT_SEQUENCES = 16
 WARM_UP = 0.1
+THREAD_COUNTS = (1, 2, 4)
 ROUTER_RATE_SHARE = 0.1
 
 
@@ -41,10 +43,12 @@ class Text:
     held_out: np.ndarray
 
 
-def make_model(directory: Path, settings: TinySettings, progress: Progress) -> dict[str, Any]:
+def make_model(
+    directory: Path, settings: TinySettings, read_text: Callable[[], Corpus], progress: Progress
+) -> dict[str, Any]:
     """Writes a complete model into `directory` and returns the report of its training."""
     progress("reading text", 0.0)
-    corpus = read_corpus()
+    corpus = read_text()
     tokenizer = build_tokenizer(_all_texts(corpus), settings.vocabulary, settings.context_tokens)
     progress("counting tokens", 0.0)
     text = build_text(corpus, tokenizer, settings)
@@ -138,6 +142,8 @@ def train(
     optimiser = build_optimiser(model)
     started = time.monotonic()
     model.train()
+    if settings.steps:
+        choose_threads(model, _batch(sequences, 0, settings.batch_sequences))
     for step in range(settings.steps):
         done = max(step / settings.steps, (time.monotonic() - started) / settings.limit_s)
         progress("training", min(done, 1.0))
@@ -147,6 +153,22 @@ def train(
             group["lr"] = settings.learning_rate * group["share"] * rate_factor(done)
         _train_step(model, optimiser, _batch(sequences, step, settings.batch_sequences))
     return settings.steps, time.monotonic() - started
+
+
+def choose_threads(model: "Qwen3MoeForCausalLM", tokens: "torch.Tensor") -> int:
+    """Sets the number of threads with which one pass is fastest now, and returns it.
+
+    On a machine that is busy with other work, threads wait for one another, and one is many times faster than all.
+    """
+    import torch
+
+    times: dict[int, float] = {}
+    for threads in sorted({min(count, len(os.sched_getaffinity(0))) for count in THREAD_COUNTS}):
+        torch.set_num_threads(threads)
+        times[threads] = min(_time_pass(model, tokens) for _ in range(2))
+    best = min(times, key=lambda threads: times[threads])
+    torch.set_num_threads(best)
+    return best
 
 
 def build_optimiser(model: "Qwen3MoeForCausalLM") -> "torch.optim.AdamW":
@@ -212,6 +234,13 @@ def _train_step(model: "Qwen3MoeForCausalLM", optimiser: "torch.optim.Optimizer"
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad()
+
+
+def _time_pass(model: "Qwen3MoeForCausalLM", tokens: "torch.Tensor") -> float:
+    started = time.perf_counter()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.zero_grad()
+    return time.perf_counter() - started
 
 
 def _batch(sequences: np.ndarray, step: int, count: int) -> "torch.Tensor":

@@ -1,0 +1,229 @@
+"""The commands as a user meets them: what they print, write and answer to wrong input."""
+
+import asyncio
+import json
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+from moe_bench import demo
+from moe_bench.__main__ import find_benchmarks, render_rows
+from moe_bench.cli import app
+from moe_bench.compare_command import Effort, build_comparison_document, measure_pairs
+from moe_bench.comparison import OURS, STOCK
+from moe_bench.deployment import Deployment
+from moe_bench.replay_command import Source, read_source
+from moe_bench.rows import Row
+from moe_bench.server import ServedModel
+from moe_scheduling.problems import InvalidInput
+from typer.testing import CliRunner
+
+runner = CliRunner()
+MODEL = ServedModel(name="m", max_tokens=300)
+
+
+async def invoke(*arguments: str):
+    """The command has its own event loop, while the server answers on the test's."""
+    return await asyncio.to_thread(runner.invoke, app, list(arguments))
+
+
+async def test_replay_prints_the_table_and_writes_rows(server, tmp_path):
+    trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
+    lines = [{"arrival_s": n / 100, "prompt_tokens": 20 + n, "output_tokens": 3} for n in range(8)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    done = await invoke("replay", "--url", server.url, "--trace", str(trace), "--limit", "6", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    assert "6 of 6 requests answered" in " ".join(done.output.split())
+    document = json.loads(out.read_text())
+    assert [row["prompt_tokens"] for row in document["rows"]] == [20, 21, 22, 23, 24, 25]
+    assert sorted(len(body["prompt"]) for body in server.asked) == [20, 21, 22, 23, 24, 25]
+
+
+async def test_replay_cuts_to_what_the_server_takes_and_says_so(server):
+    server.max_model_len = 64
+    done = await invoke("replay", "--url", server.url, "--shape", "average", "--rate", "100", "--limit", "10")
+    assert done.exit_code == 0, done.output
+    assert "cut to 64 tokens" in done.output
+    assert all(len(body["prompt"]) + body["max_tokens"] <= 64 for body in server.asked)
+
+
+async def test_replay_with_failures_ends_with_status_1_and_shows_the_first(server):
+    server.extra_tokens = 1
+    done = await invoke("replay", "--url", server.url, "--rate", "100", "--limit", "3")
+    assert done.exit_code == 1
+    assert "wrong length" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "nowhere"], "url: must look like http://HOST:PORT"),
+        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/v1/models: cannot connect"),
+        (["--url", "http://127.0.0.1:9", "--shape", "round"], "shape: unknown 'round'; known: average"),
+        (["--url", "http://127.0.0.1:9", "--trace", "/absent"], "/absent: cannot be read"),
+        (["--url", "http://127.0.0.1:9", "--speed", "0"], "speed: must be more than 0"),
+        (["--url", "http://127.0.0.1:9", "--rate", "-1"], "rate: must be more than 0"),
+        (["--url", "http://127.0.0.1:9", "--max-tokens", "1"], "max-tokens: "),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(arguments, said):
+    done = runner.invoke(app, ["replay", *arguments])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_malformed_trace_is_found_before_the_server_is_asked(tmp_path):
+    trace = tmp_path / "t.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,1\n")
+    done = runner.invoke(app, ["compare", "tiny", "--url", "http://127.0.0.1:9", "--trace", str(trace)])
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"{trace}:2: ContextTokens: ")
+
+
+def test_the_tiny_model_is_not_put_into_a_folder_of_other_things(tmp_path):
+    (tmp_path / "a").write_text("b")
+    done = runner.invoke(app, ["model", "tiny", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "holds something other than a tiny model" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [2, 3, 10, 64, 300, 100_000])
+def test_generated_requests_fit_any_model(limit):
+    served = ServedModel(name="m", max_tokens=limit)
+    fitted = read_source(Source(shape="average", limit=50), served)
+    assert all(1 < row.prompt_tokens + row.output_tokens <= limit for row in fitted.requests)
+
+
+def test_a_source_is_sped_up_scaled_and_cut(tmp_path):
+    trace = tmp_path / "t"
+    rows = [{"arrival_s": n, "prompt_tokens": 400 * n + 10, "output_tokens": 10} for n in range(3)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    fitted = read_source(Source(trace=trace, speed=2.0, scale=0.5), MODEL)
+    assert [row.arrival_s for row in fitted.requests] == [0, 0.5, 1.0]
+    assert [row.prompt_tokens for row in fitted.requests] == [5, 205, 295]
+    assert fitted.cut == 1
+
+
+@pytest.fixture
+def scripted_command(tmp_path, monkeypatch) -> Path:
+    """A `moeserving` that writes down how it was called; it refuses where a file `refuse` lies beside it."""
+    script, log = tmp_path / "moeserving", tmp_path / "calls"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/refuse ] && {{ echo "no such deployment"; exit 2; }}\nexit 0\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr("moe_bench.deployment.COMMAND", script)
+    log.write_text("")
+    return log
+
+
+async def test_a_comparison_switches_through_the_command_and_leaves_our_policies(server, scripted_command, tmp_path):
+    said: list[str] = []
+    deployment = Deployment(name="tiny", state_dir=tmp_path)
+    pairs, rate = await measure_pairs(
+        deployment, server.url, None, Source(limit=40), Effort(pairs=2, piece_s=0.2, rate=40.0), said.append
+    )
+    calls = scripted_command.read_text().splitlines()
+    stock, ours = (f"set tiny {' '.join(policy.settings)} --state-dir {tmp_path}" for policy in (STOCK, OURS))
+    assert calls == [ours, stock, ours, ours, stock, ours]
+    assert rate == 40.0
+    assert all(len(pair.stock.answered) == len(pair.ours.answered) == 8 for pair in pairs)
+    document = build_comparison_document(pairs, Source(), Effort(), rate)
+    assert len(json.loads(json.dumps(document, default=str))["pairs"]) == 2
+
+
+async def test_the_load_follows_from_the_measured_capacity(server, scripted_command):
+    server.first_token_s = 0.02
+    said: list[str] = []
+    effort = Effort(pairs=1, piece_s=0.5, load=0.5)
+    _, rate = await measure_pairs(Deployment(name="tiny"), server.url, None, Source(limit=200), effort, said.append)
+    assert rate > 0
+    assert any("arrivals at 50% of it" in line for line in said)
+
+
+async def test_a_refused_switch_is_told_in_its_own_words(scripted_command):
+    (scripted_command.parent / "refuse").touch()
+    with pytest.raises(InvalidInput, match="moeserving set tiny: no such deployment"):
+        await Deployment(name="tiny").set(["a=b"])
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "checkout"
+    (folder / "manifests").mkdir(parents=True)
+    (folder / demo.SAMPLE).write_text("metadata:\n  name: tiny\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_demo_takes_the_deployment_down_when_it_could_not_start(scripted_command, checkout):
+    (scripted_command.parent / "refuse").touch()
+    done = runner.invoke(app, ["demo", "-f", str(checkout / demo.SAMPLE)])
+    assert done.exit_code == 2
+    assert "moeserving up failed" in done.stderr
+    verbs = [line.split()[0] for line in scripted_command.read_text().splitlines()]
+    assert verbs == ["up", "down"]
+
+
+def test_the_demo_takes_the_deployment_down_when_it_is_told_to_end(scripted_command, checkout):
+    scene = demo.set_scene(None)
+    with pytest.raises(KeyboardInterrupt), demo.stopped_by_signals(), demo.served(scene, demo.Narrator(), wait=no_wait):
+        signal.raise_signal(signal.SIGTERM)
+    assert [line.split()[0] for line in scripted_command.read_text().splitlines()] == ["up", "down"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_demo_keeps_its_state_in_the_checkout(scripted_command, checkout):
+    scene = demo.set_scene(None)
+    with demo.served(scene, demo.Narrator(), wait=no_wait):
+        pass
+    up, down = scripted_command.read_text().splitlines()
+    place = f"--state-dir {checkout}/.cache/demo"
+    assert up == f"up -f {checkout / demo.SAMPLE} --detach --port {scene.port} {place}"
+    assert down == f"down tiny {place}"
+
+
+def test_the_demo_prefers_a_named_trace_then_a_neighbour_then_a_shape(checkout, capsys):
+    assert demo.choose_source(checkout, None, 1, demo.Narrator()).trace is None
+    assert "no trace found" in " ".join(capsys.readouterr().out.split())
+    neighbour = (checkout / demo.NEIGHBOUR_TRACE).resolve()
+    neighbour.parent.mkdir(parents=True)
+    neighbour.touch()
+    assert demo.choose_source(checkout, None, 1, demo.Narrator()).trace == neighbour
+    assert demo.choose_source(checkout, Path("mine"), 1, demo.Narrator()).trace == Path("mine")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "metadata: 3\n", "a: [", "metadata: {}\n"])
+def test_a_manifest_without_a_name_is_told(tmp_path, text):
+    path = tmp_path / "m.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidInput, match="is not a resource with a metadata"):
+        demo.read_name(path)
+
+
+async def test_a_server_that_never_comes_ends_the_waiting():
+    with pytest.raises(InvalidInput, match="cannot connect"):
+        await demo.wait_until_ready("http://127.0.0.1:9", timeout_s=0)
+
+
+def test_benchmarks_are_found_by_their_run_function(tmp_path):
+    (tmp_path / "one.py").write_text("def run():\n    return []\n")
+    (tmp_path / "two.py").write_text("def run(x):\n    return []\n")
+    (tmp_path / "three.py").write_text("def other():\n    return []\n")
+    assert list(find_benchmarks(tmp_path)) == ["one"]
+
+
+def test_rows_become_a_table_with_their_sample_size():
+    table = render_rows([Row(benchmark="b", case="c", unit="us", values=[1.0, 2.0, 3.0], goal="< 20")])
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells[2].startswith("2 [")
+    assert (cells[4], cells[5], cells[6]) == ("us", "3", "< 20")
+    assert "moeserving" in str(table.caption)
+    with pytest.raises(ValueError, match="at least one value"):
+        Row(benchmark="b", case="c", unit="us", values=[])
+
+
+def no_wait(_url: str) -> None:
+    return None

@@ -1,13 +1,8 @@
-"""The one command `moeserving`: the operator's commands, and by name those of the other rooms."""
-
-from collections.abc import Callable
+"""The one command `moeserving`."""
 
 import typer
 
 from moe_operator.cli.rooms import Commands
-from moe_operator.cli.running import down, logs, set_fields, status
-from moe_operator.cli.up import up
-from moe_operator.cli.validate import crd, plan, validate
 
 app = typer.Typer(
     cls=Commands,
@@ -18,15 +13,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve Mixture-of-Experts models from one YAML.",
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "up": up,
-    "down": down,
-    "status": status,
-    "logs": logs,
-    "set": set_fields,
-    "validate": validate,
-    "plan": plan,
-    "crd": crd,
-}
-for name, function in COMMANDS.items():
-    app.command(name)(function)
+
+
+@app.callback()
+def moeserving() -> None:
+    """All commands are in the group's own table."""

@@ -1,17 +1,28 @@
-"""Commands of the other rooms, which the operator does not import: found through an entry point when one is called.
+"""All commands by name and words; what one needs is imported when it is called.
 
-Their names and words stand here, so that `--help` is quick and a command whose extra is not installed can say so.
+So `--help` is quick, and a command whose extra is not installed says so while the others work. Those of the other
+rooms, which the operator does not import, are found through an entry point.
 """
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 GROUP = "moeserving.commands"
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A command of the operator: module and name of its function, its help in a line."""
+
+    module: str
+    function: str
+    help: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +34,16 @@ class Room:
     help: str
 
 
+OWN = {
+    "up": Own("up", "up", "Serve a file on this machine until Ctrl-C (or `down`)."),
+    "down": Own("running", "down", "Stop a deployment once its streams have ended."),
+    "status": Own("running", "status", "Show engines, policies in force, restarts."),
+    "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
+    "set": Own("running", "set_fields", "Change policies of a running deployment."),
+    "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
+    "plan": Own("validate", "plan", "Show what a file would start on a machine."),
+    "crd": Own("validate", "crd", "Print the CustomResourceDefinition of MoEServing."),
+}
 ROOMS = {
     "model": Room("bench", "bench", "Models made on this machine."),
     "replay": Room("bench", "bench", "Replay a trace and report what users got."),
@@ -34,49 +55,56 @@ ROOMS = {
 
 
 class Commands(TyperGroup):
-    """The operator's own commands, and those of the other rooms."""
+    """The group of all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names."""
-        return [*super().list_commands(ctx), *ROOMS]
+        return [*OWN, *ROOMS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command for the help page: of another room only its name and words."""
-        if cmd_name in ROOMS:
-            return TyperCommand(name=cmd_name, help=ROOMS[cmd_name].help)
-        return super().get_command(ctx, cmd_name)
+        """A command for the help page: only its name and words."""
+        command = OWN.get(cmd_name) or ROOMS.get(cmd_name)
+        return TyperCommand(name=cmd_name, help=command.help) if command else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """A command that is about to run."""
-        if args and args[0] in ROOMS:
-            return args[0], load_command(args[0]), args[1:]
-        return super().resolve_command(ctx, args)
+        name, shown, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name else shown, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Runs; a package that is missing is named together with the extra that has it."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            room = ROOMS.get(ctx.invoked_subcommand or "")
-            explain_missing(ctx.invoked_subcommand or "", room.extra if room else "operator", error)
+            explain_missing(ctx.invoked_subcommand or "", error)
 
 
 def load_command(name: str) -> Any:
-    """The command of another room."""
-    room = ROOMS[name]
+    """The command itself, with its options."""
+    try:
+        return _load_own(name, OWN[name]) if name in OWN else _load_other(name, ROOMS[name])
+    except ModuleNotFoundError as error:
+        explain_missing(name, error)
+
+
+def _load_own(name: str, own: Own) -> Any:
+    function = getattr(import_module(f"moe_operator.cli.{own.module}"), own.function)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+def _load_other(name: str, room: Room) -> Any:
     found = [entry for entry in entry_points(group=GROUP) if entry.name == room.entry]
     if not found:
-        explain_missing(name, room.extra, None)
-    try:
-        command = typer.main.get_command(found[0].load())
-    except ModuleNotFoundError as error:
-        explain_missing(name, room.extra, error)
-    commands = getattr(command, "commands", {})
-    return commands.get(name, command)
+        explain_missing(name, None)
+    command = typer.main.get_command(found[0].load())
+    return getattr(command, "commands", {}).get(name, command)
 
 
-def explain_missing(name: str, extra: str, error: ModuleNotFoundError | None) -> Any:
+def explain_missing(name: str, error: ModuleNotFoundError | None) -> NoReturn:
     """Ends with the extra to install."""
+    extra = ROOMS[name].extra if name in ROOMS else "operator"
     package = f"the package {error.name}" if error is not None and error.name else "a part"
     typer.echo(f"moeserving {name}: {package} is missing: pip install 'moeserving[{extra}]'", err=True)
     sys.exit(1)

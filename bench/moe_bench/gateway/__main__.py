@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +14,15 @@ import uvloop
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_bench.complaints import told_plainly
-from moe_bench.gateway.comparison import build_document, compare, render_comparison
-from moe_bench.gateway.processes import running
+from moe_bench.gateway.comparison import (
+    build_document,
+    compare,
+    describe,
+    read_machine,
+    render_comparison,
+    warn_if_busy,
+)
+from moe_bench.gateway.processes import DEFAULT_POLICY, POLICIES, running
 from moe_bench.narration import Narrator
 
 app = typer.Typer(add_completion=False)
@@ -23,20 +32,34 @@ app = typer.Typer(add_completion=False)
 @told_plainly
 def main(
     vllm_router: Annotated[Path, typer.Option("--vllm-router", help="The program vllm-router.")],
+    policy: Annotated[str, typer.Option(help=f"Policy of vllm-router: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
     pairs: Annotated[int, typer.Option(min=2, help="Alternating pairs of each measurement.")] = 8,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of one measurement.")] = 2.0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and raw pairs here.")] = None,
 ) -> None:
     """Compare the gateway with vllm-router: requests and SSE chunks per CPU second, and added latency."""
-    version = read_version(vllm_router)
+    if policy not in POLICIES:
+        raise InvalidInput([Problem("--policy", f"unknown {policy!r}; known: {', '.join(POLICIES)}")])
+    machine = read_machine(read_version(vllm_router), policy)
     narrator = Narrator()
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder, running(vllm_router, Path(folder)) as bed:
-        narrator("two mock engines, the gateway and vllm-router are up")
-        compared = compare(bed, pairs=pairs, seconds=seconds, told=narrator)
-    narrator.console.print(render_comparison(compared, version))
+    # Whoever ends this process by the usual signal ends what it started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder,
+            running(vllm_router, Path(folder), policy) as bed,
+        ):
+            narrator("two mock engines, the gateway and vllm-router are up")
+            compared = compare(bed, pairs=pairs, seconds=seconds, told=narrator)
+    except RuntimeError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    narrator.console.print(render_comparison(compared, machine))
+    for line in [*map(describe, compared), *warn_if_busy(machine)]:
+        narrator.console.print(line, highlight=False, soft_wrap=True)
     if json_out is not None:
-        json_out.write_text(json.dumps(build_document(compared, version, seconds), indent=1) + "\n", "utf-8")
+        json_out.write_text(json.dumps(build_document(compared, machine, seconds), indent=1) + "\n", "utf-8")
 
 
 def read_version(vllm_router: Path) -> str:
@@ -46,10 +69,14 @@ def read_version(vllm_router: Path) -> str:
         InvalidInput: there is no such program.
     """
     if not vllm_router.is_file():
-        raise InvalidInput([Problem("--vllm-router", f"no such file: {vllm_router}")])
+        raise InvalidInput([Problem("--vllm-router", f"no such file: {vllm_router}; `make bench-gateway` installs it")])
     script = "from importlib.metadata import version; print(version('vllm-router'))"
-    python = vllm_router.parent / "python"
-    told = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+    try:
+        told = subprocess.run(
+            [vllm_router.parent / "python", "-c", script], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "of unknown version"
     return told.stdout.strip() or "of unknown version"
 
 

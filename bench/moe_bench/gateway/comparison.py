@@ -5,35 +5,42 @@ the machine falls on both alike.
 """
 
 import asyncio
+import math
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from moe_bench.gateway.engine import STEP_S
-from moe_bench.gateway.load import ask_repeatedly, stream_at_once
+from moe_bench.gateway.load import ask_in_turns, ask_repeatedly, stream_at_once
 from moe_bench.gateway.processes import Bed, Router
 from moe_bench.report import read_environment
-from moe_bench.statistics import Estimate, paired_ratio
+from moe_bench.statistics import Estimate, estimate, percentile_of
 
 CONNECTIONS = 32
 STREAMS = 64
 WARM_UP_S = 0.5
 
 
+class TooNoisy(RuntimeError):
+    """The machine is too busy for a figure that means anything."""
+
+
 class Measurement(Enum):
-    """Title, unit, whether more is better, and the ratio that is aimed at."""
+    """Title with its unit, whether more is better, and the ratio that is aimed at."""
 
-    REQUESTS = ("requests per CPU second", "1/s", True, 2.0)
-    LATENCY = ("added p50, one connection", "us", False, 0.5)
-    EVENTS = ("SSE chunks per CPU second", "1/s", True, 1.5)
+    REQUESTS = ("requests / CPU s", True, 2.0)
+    LATENCY = ("added p50, us", False, 0.5)
+    EVENTS = ("SSE chunks / CPU s", True, 1.5)
 
-    def __init__(self, title: str, unit: str, more_is_better: bool, goal: float) -> None:
+    def __init__(self, title: str, more_is_better: bool, goal: float) -> None:
         self.title = title
-        self.unit = unit
         self.more_is_better = more_is_better
         self.goal = goal
 
@@ -58,9 +65,21 @@ class Compared:
     def verdict(self) -> str:
         """What the interval allows to say."""
         if self.ratio.covers(1.0):
-            return "no difference: covers 1"
+            return "no difference shown: the interval covers 1"
         better = (self.ratio.value > 1.0) == self.measurement.more_is_better
         return "ours is better" if better else "vllm-router is better"
+
+    @property
+    def reaches_goal(self) -> bool:
+        """Whether the ratio itself, not its interval, is as good as what is aimed at."""
+        more_is_better, goal = self.measurement.more_is_better, self.measurement.goal
+        return self.ratio.value >= goal if more_is_better else self.ratio.value <= goal
+
+
+def estimate_ratio(pairs: Sequence[Pair]) -> Estimate:
+    """The median of the pairs' ratios, ours to theirs, with its 95 % bootstrap interval."""
+    found = estimate([math.log(pair.ours / pair.theirs) for pair in pairs], percentile_of(50))
+    return Estimate(value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high), count=found.count)
 
 
 def compare(bed: Bed, *, pairs: int, seconds: float, told: Callable[[str], None]) -> list[Compared]:
@@ -71,27 +90,26 @@ def compare(bed: Bed, *, pairs: int, seconds: float, told: Callable[[str], None]
 def _compare_one(
     bed: Bed, measurement: Measurement, pairs: int, seconds: float, told: Callable[[str], None]
 ) -> Compared:
-    for router in (bed.ours, bed.theirs):
-        _measure(measurement, bed, router, WARM_UP_S)
+    _measure_pair(measurement, bed, (bed.ours, bed.theirs), WARM_UP_S)
     measured = []
     for number in range(pairs):
         order = (bed.ours, bed.theirs) if number % 2 == 0 else (bed.theirs, bed.ours)
-        values = {router.name: _measure(measurement, bed, router, seconds) for router in order}
+        values = _measure_pair(measurement, bed, order, seconds)
         pair = Pair(ours=values[bed.ours.name], theirs=values[bed.theirs.name])
         told(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
         measured.append(pair)
-    ratio = paired_ratio([(pair.theirs, pair.ours) for pair in measured])
-    return Compared(measurement=measurement, pairs=tuple(measured), ratio=ratio)
+    return Compared(measurement=measurement, pairs=tuple(measured), ratio=estimate_ratio(measured))
 
 
-def _measure(measurement: Measurement, bed: Bed, router: Router, seconds: float) -> float:
+def _measure_pair(measurement: Measurement, bed: Bed, order: Sequence[Router], seconds: float) -> dict[str, float]:
+    """By the routers' names; it takes twice `seconds`."""
     match measurement:
         case Measurement.REQUESTS:
-            return asyncio.run(_requests_per_cpu_s(router, seconds))
+            return {router.name: asyncio.run(_requests_per_cpu_s(router, seconds)) for router in order}
         case Measurement.LATENCY:
-            return asyncio.run(_added_p50_us(bed.direct_port, router, seconds))
+            return asyncio.run(_added_p50_us(bed.direct_port, order, 2 * seconds))
         case Measurement.EVENTS:
-            return asyncio.run(_events_per_cpu_s(router, seconds))
+            return {router.name: asyncio.run(_events_per_cpu_s(router, seconds)) for router in order}
 
 
 async def _requests_per_cpu_s(router: Router, seconds: float) -> float:
@@ -107,38 +125,47 @@ async def _events_per_cpu_s(router: Router, seconds: float) -> float:
     return answers.count / (router.cpu_s() - before_s)
 
 
-async def _added_p50_us(direct_port: int, router: Router, seconds: float) -> float:
-    """The medians of both halves of the time: straight to an engine, and through the router.
+async def _added_p50_us(direct_port: int, order: Sequence[Router], seconds: float) -> dict[str, float]:
+    """The median through each router less the median straight to an engine, all three asked in turns.
 
     Raises:
-        RuntimeError: the router seems to add nothing, so the machine is too noisy to say what it adds.
+        TooNoisy: a router seems to add nothing.
     """
-    direct = await ask_repeatedly(direct_port, connections=1, seconds=seconds / 2)
-    routed = await ask_repeatedly(router.port, connections=1, seconds=seconds / 2)
-    added_s = statistics.median(routed.took_s) - statistics.median(direct.took_s)
-    if added_s <= 0.0:
-        raise RuntimeError(f"{router.name} seems to add nothing to the latency: the machine is too noisy for this")
-    return added_s * 1e6
+    direct, *routed = await ask_in_turns([direct_port, *(router.port for router in order)], seconds=seconds)
+    added_us = {}
+    for router, answers in zip(order, routed, strict=True):
+        added_s = statistics.median(answers.took_s) - statistics.median(direct.took_s)
+        if added_s <= 0.0:
+            raise TooNoisy(f"{router.name} seems to add nothing to the latency: the machine is too busy to measure it")
+        added_us[router.name] = added_s * 1e6
+    return added_us
 
 
-def render_comparison(compared: Sequence[Compared], vllm_router_version: str) -> Table:
-    """One row for each measurement: medians, the ratio with its interval, what that says, what is aimed at."""
-    environment = read_environment()
+def render_comparison(compared: Sequence[Compared], environment: Mapping[str, Any]) -> Table:
+    """One row for each measurement: medians, the ratio with its interval, what is aimed at."""
     table = Table(
-        title=f"Gateway and vllm-router {vllm_router_version} in front of the same two mock engines",
-        caption=(
-            f"Python {environment['python']}, {environment['cores']} cores, the routers pinned to one. Ours chooses "
-            "by its predictions, vllm-router by round robin.\nMedians of the pairs; the ratio is the geometric mean of "
-            "the pairs' ratios, ours to theirs, with its 95 % interval."
-        ),
+        title="The gateway and vllm-router in front of the same two mock engines",
+        caption=_caption(compared, environment),
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    for heading in ("measured", "ours", "vllm-router", "unit", "pairs", "ratio [95 % interval]", "goal", "says"):
-        table.add_column(heading, justify="left" if heading in ("measured", "unit", "says") else "right", no_wrap=True)
+    for heading in ("measured", "ours", "vllm-router", "ratio [95 % interval]", "goal"):
+        table.add_column(heading, justify="left" if heading == "measured" else "right", no_wrap=True)
     for row in compared:
         table.add_row(*_cells(row))
     return table
+
+
+def _caption(compared: Sequence[Compared], environment: Mapping[str, Any]) -> str:
+    pairs = ", ".join(f"{len(row.pairs)}" for row in compared)
+    return (
+        f"Medians of {pairs} alternating pairs; the ratio is the median of the pairs' ratios, ours to theirs.\n"
+        f"Python {environment['python']}, uvloop {environment['packages']['uvloop']}, vllm-router "
+        f"{environment['vllm_router']}; {environment['cpu']}, {environment['cores']} cores, both routers on the same "
+        f"one.\nOurs in its default configuration, choosing by predictions; vllm-router with policy "
+        f"{environment['vllm_router_policy']} and without its log of requests."
+    )
 
 
 def _cells(row: Compared) -> tuple[str, ...]:
@@ -147,24 +174,56 @@ def _cells(row: Compared) -> tuple[str, ...]:
         measurement.title,
         f"{statistics.median(pair.ours for pair in row.pairs):,.0f}",
         f"{statistics.median(pair.theirs for pair in row.pairs):,.0f}",
-        measurement.unit,
-        f"{len(row.pairs)}",
         f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
         f"{measurement.goal:g}",
-        row.verdict,
     )
 
 
-def build_document(compared: Sequence[Compared], vllm_router_version: str, seconds: float) -> dict[str, Any]:
+def describe(row: Compared) -> str:
+    """What a measurement says, in one line."""
+    goal = "reached" if row.reaches_goal else "not reached"
+    return f"{row.measurement.title}: {row.verdict}; the goal of {row.measurement.goal:g} is {goal}"
+
+
+def read_machine(vllm_router: str, policy: str) -> dict[str, Any]:
+    """Versions, processor, how busy it was before, and how vllm-router was run."""
+    return read_environment() | {
+        "cpu": _read_cpu(),
+        "load_average": os.getloadavg()[0],
+        "vllm_router": vllm_router,
+        "vllm_router_policy": policy,
+    }
+
+
+def warn_if_busy(environment: Mapping[str, Any]) -> list[str]:
+    """A line when other work competed for the cores, else none."""
+    load, cores = environment["load_average"], environment["cores"]
+    if load < cores / 2:
+        return []
+    return [
+        f"the machine was busy (load {load:.1f} on {cores} cores): the latencies are mostly waits for a core, and fall "
+        "on the router that computes for longer"
+    ]
+
+
+def _read_cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return "processor of unknown model"
+
+
+def build_document(compared: Sequence[Compared], environment: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Everything measured, raw pairs included."""
     return {
-        "environment": read_environment() | {"vllm_router": vllm_router_version},
+        "environment": dict(environment),
         "settings": {"connections": CONNECTIONS, "streams": STREAMS, "step_s": STEP_S, "seconds": seconds},
         "measurements": [
             {
                 "name": row.measurement.name.lower(),
-                "unit": row.measurement.unit,
                 "goal": row.measurement.goal,
+                "reaches_goal": row.reaches_goal,
                 "pairs": [asdict(pair) for pair in row.pairs],
                 "ratio": asdict(row.ratio),
                 "says": row.verdict,

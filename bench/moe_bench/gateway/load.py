@@ -13,6 +13,8 @@ import orjson
 
 from moe_bench.gateway.engine import ANSWER, MODEL
 
+# Requests to one port before the next has its turn: long enough to be at work, short against any noise.
+TURN_REQUESTS = 20
 _QUESTION = (
     "You are asked what a token is. Answer in one sentence, in plain words, as if to a reader who knows what a word is "
     "but has never heard of a tokenizer."
@@ -75,7 +77,7 @@ class Asker(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._on_failure(error)
+            self._on_failure(WrongAnswer(f"the router's answer is not HTTP: {error}"))
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -108,8 +110,7 @@ async def ask_repeatedly(port: int, *, connections: int, seconds: float) -> Answ
 
     def on_answer(asker: Asker) -> None:
         nonlocal left
-        if asker.status != 200 or asker.body != _ANSWER_BODY:
-            _fail(done, WrongAnswer(f"status {asker.status}: {asker.body[:200]!r}"))
+        if not _is_right(asker, done):
             return
         answers.count += 1
         answers.took_s.append(asker.took_s)
@@ -121,6 +122,35 @@ async def ask_repeatedly(port: int, *, connections: int, seconds: float) -> Answ
                 done.set_result(None)
 
     await _run(port, connections, on_answer, request, done, seconds)
+    return answers
+
+
+async def ask_in_turns(ports: Sequence[int], *, seconds: float) -> list[Answers]:
+    """Asks each port over one connection, a few requests at a time in turn, so that no noise falls on one alone.
+
+    Raises:
+        WrongAnswer: an answer is not the engine's.
+    """
+    request, answers, until_s = build_request(), [Answers() for _ in ports], time.perf_counter() + seconds
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asked = 0
+
+    def on_answer(asker: Asker) -> None:
+        nonlocal asked
+        if not _is_right(asker, done):
+            return
+        at = asked // TURN_REQUESTS % len(ports)
+        answers[at].count += 1
+        answers[at].took_s.append(asker.took_s)
+        asked += 1
+        if time.perf_counter() < until_s or asked < TURN_REQUESTS * len(ports):
+            askers[asked // TURN_REQUESTS % len(ports)].ask(request)
+        elif not done.done():
+            done.set_result(None)
+
+    askers = [await _connect(port, on_answer, done) for port in ports]
+    askers[0].ask(request)
+    await _wait(done, askers, seconds)
     return answers
 
 
@@ -158,19 +188,32 @@ async def _run(
     done: "asyncio.Future[None]",
     seconds: float,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    askers: Sequence[Asker] = [
-        (await loop.create_connection(lambda: Asker(on_answer, lambda error: _fail(done, error)), "127.0.0.1", port))[1]
-        for _ in range(connections)
-    ]
+    askers = [await _connect(port, on_answer, done) for _ in range(connections)]
     for asker in askers:
         asker.ask(request)
+    await _wait(done, askers, seconds)
+
+
+async def _connect(port: int, on_answer: Callable[[Asker], None], done: "asyncio.Future[None]") -> Asker:
+    loop = asyncio.get_running_loop()
+    make = lambda: Asker(on_answer, lambda error: _fail(done, error))  # noqa: E731 - a factory
+    return (await loop.create_connection(make, "127.0.0.1", port))[1]
+
+
+async def _wait(done: "asyncio.Future[None]", askers: Sequence[Asker], seconds: float) -> None:
     try:
         # A run that is many times too long hangs.
         await asyncio.wait_for(done, 10 * seconds + 30)
     finally:
         for asker in askers:
             asker.close()
+
+
+def _is_right(asker: Asker, done: "asyncio.Future[None]") -> bool:
+    right = asker.status == 200 and asker.body == _ANSWER_BODY
+    if not right:
+        _fail(done, WrongAnswer(f"status {asker.status}: {asker.body[:200]!r}"))
+    return right
 
 
 def _fail(done: "asyncio.Future[None]", error: Exception) -> None:

@@ -22,6 +22,10 @@ from moe_bench.gateway.load import build_request
 
 ENGINES = 2
 START_TIMEOUT_S = 60.0
+# The default of vllm-router. Like our own default it looks at prefixes and load.
+DEFAULT_POLICY = "cache_aware"
+# Those that need nothing but engines.
+POLICIES = ("cache_aware", "consistent_hash", "power_of_two", "random", "round_robin", "sticky_least_loaded")
 # CPUCLOCK_SCHED of Linux.
 _SCHEDULED_TIME = 2
 
@@ -64,8 +68,10 @@ def share_cores(available: Sequence[int]) -> Cores:
 
 
 @contextlib.contextmanager
-def running(vllm_router: Path, folder: Path) -> Iterator[Bed]:
+def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[Bed]:
     """Starts everything and waits until both routers answer a chat request; logs are in `folder`.
+
+    `policy` is vllm-router's; ours runs in its default configuration.
 
     Raises:
         InvalidInput: vllm-router cannot be started.
@@ -77,7 +83,7 @@ def running(vllm_router: Path, folder: Path) -> Iterator[Bed]:
         ours_port, admin_port, theirs_port, metrics_port = _free_ports(4)
         config = _write_config(folder, ours_port, admin_port, engines)
         ours = [sys.executable, "-m", "moe_gateway", "--config", str(config)]
-        theirs = _vllm_router_command(vllm_router, theirs_port, metrics_port, engines)
+        theirs = _vllm_router_command(vllm_router, policy, theirs_port, metrics_port, engines)
         bed = Bed(
             ours=stack.enter_context(_router("moeserving", ours, ours_port, cores.router, folder)),
             theirs=stack.enter_context(_router("vllm-router", theirs, theirs_port, cores.router, folder)),
@@ -101,12 +107,12 @@ def _write_config(folder: Path, port: int, admin_port: int, engines: Sequence[in
     return path
 
 
-def _vllm_router_command(program: Path, port: int, metrics_port: int, engines: Sequence[int]) -> list[str]:
-    """With the policy that costs it least, and without its log of each request."""
+def _vllm_router_command(program: Path, policy: str, port: int, metrics_port: int, engines: Sequence[int]) -> list[str]:
+    """Without its log of each request: ours writes none either."""
     urls = [f"http://127.0.0.1:{engine}" for engine in engines]
     return [
         *(str(program), "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)),
-        *("--policy", "round_robin", "--log-level", "warning", "--worker-startup-check-interval", "1"),
+        *("--policy", policy, "--log-level", "warning", "--worker-startup-check-interval", "1"),
         *("--worker-urls", *urls),
     ]
 
@@ -131,8 +137,11 @@ def _router(name: str, command: list[str], port: int, cores: frozenset[int], fol
 def _started(command: list[str], cores: frozenset[int], **streams: object) -> Iterator[subprocess.Popen[bytes]]:
     with _pinned(cores):
         try:
-            # In the child the affinity of this process is inherited by all threads that it starts.
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **streams)  # type: ignore[call-overload]
+            # The affinity of this process is inherited by all threads of the child. In a session of its own the child
+            # does not hear Ctrl-C: it is ended below, whatever ends this process's work.
+            process = subprocess.Popen(  # type: ignore[call-overload]
+                command, stdin=subprocess.DEVNULL, start_new_session=True, **streams
+            )
         except OSError as error:
             raise InvalidInput([Problem("--vllm-router", f"cannot run {command[0]}: {error.strerror}")]) from None
     try:

@@ -132,7 +132,7 @@ class Comparison:
         if self.ratio is None:
             return "not measured"
         if self.ratio.covers(1.0):
-            return "no difference shown: the interval covers 1"
+            return "not shown: covers 1"
         better = (self.ratio.value > 1) == self.higher_is_better
         return "better" if better else "worse"
 
@@ -143,26 +143,26 @@ def compare_metrics(pairs: Sequence[Pair]) -> tuple[Comparison, ...]:
 
 
 def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
-    """The table that `make demo` ends with."""
+    """The table that `make demo` ends with; it fits 80 columns."""
     caption = (
-        f"{len(pairs)} pairs, each one piece of the trace under both policies; "
-        "in brackets: 95 % t interval over the pairs.\n"
+        f"A: {STOCK.label}. B: {OURS.label}. B/A is the geometric mean over {len(pairs)} pairs,\n"
+        "in brackets its 95 % t interval. Where the interval covers 1, no difference is shown.\n"
         f"{render_failures(pairs)}"
     )
     table = Table(title="What users got", caption=caption, caption_justify="left", title_justify="left")
     table.add_column("")
-    for name in (STOCK.label, OURS.label, "ours / vLLM's"):
+    for name in ("A", "B", "B/A"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("B is")
     for row in comparisons:
-        table.add_row(
-            row.metric,
-            f"{row.stock:.3g} {row.unit}",
-            f"{row.ours:.3g} {row.unit}",
-            render_ratio(row.ratio),
-            row.verdict,
-        )
+        cells = (f"{render_number(value)} {row.unit}" for value in (row.stock, row.ours))
+        table.add_row(row.metric, *cells, render_ratio(row.ratio), row.verdict)
     return table
+
+
+def render_number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def render_ratio(ratio: Estimate | None) -> str:
@@ -216,9 +216,9 @@ def select_longest(answered: Sequence[Answered]) -> list[Answered]:
 _METRICS: tuple[tuple[str, str, Callable[[Run], float | None], bool], ...] = (
     ("TTFT, mean", "ms", mean_ttft_ms, False),
     ("TTFT, p99", "ms", p99_ttft_ms, False),
-    ("TTFT, p99 of the longest tenth of prompts", "ms", longest_p99_ttft_ms, False),
+    ("TTFT, p99, longest tenth", "ms", longest_p99_ttft_ms, False),
     ("TPOT, mean", "ms", mean_tpot_ms, False),
-    ("throughput, output tokens", "/s", output_tokens_per_s, True),
+    ("output tokens", "/s", output_tokens_per_s, True),
 )
 
 

@@ -165,6 +165,7 @@ async def ask(url: str, question: str) -> str:
         "model": served_model.name,
         "messages": [{"role": "user", "content": question}],
         "max_tokens": ANSWER_TOKENS,
+        "min_tokens": ANSWER_TOKENS // 4,
         "temperature": 0.5,
         "seed": 1,
     }

@@ -14,4 +14,6 @@ class Narrator:
 
     def __call__(self, text: str) -> None:
         """One line."""
-        self.console.print(f"{time.monotonic() - self._started:5.0f} s  {text}", highlight=False, markup=False)
+        self.console.print(
+            f"{time.monotonic() - self._started:5.0f} s  {text}", highlight=False, markup=False, soft_wrap=True
+        )

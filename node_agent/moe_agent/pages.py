@@ -29,7 +29,7 @@ _SEQUENCE = struct.Struct("<Q")
 _SEQUENCE_AT = _HEADER.size
 _CHECKSUM = struct.Struct("<I")
 _CHECKSUM_AT = _SEQUENCE_AT + _SEQUENCE.size
-_BODY_AT = 32
+_BODY_AT = _CHECKSUM_AT + _CHECKSUM.size
 # A writer holds the lock for about a microsecond, unless it is scheduled away within a write: then a reader sleeps.
 _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
@@ -72,11 +72,11 @@ class _Writer:
 
     def write_body(self, *values: Any) -> None:
         packed = self._body.pack(*values)
-        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, self._sequence + 1)
-        self._map[_BODY_AT : _BODY_AT + len(packed)] = packed
-        _CHECKSUM.pack_into(self._map, _CHECKSUM_AT, zlib.crc32(packed))
-        self._sequence += 2
-        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, self._sequence)
+        number = self._sequence + 1
+        self._sequence = number + 1
+        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, number)
+        self._map[_CHECKSUM_AT : _BODY_AT + len(packed)] = _CHECKSUM.pack(zlib.crc32(packed)) + packed
+        _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, number + 1)
 
     def close(self) -> None:
         self._map.close()

@@ -110,7 +110,7 @@ def test_the_arguments_carry_scheduler_middleware_shape_and_bound_of_the_drain(c
     assert "--kv-cache-memory-bytes" not in arguments
 
 
-def test_vllm_understands_the_arguments(config, engine_config):
+def test_vllm_understands_the_arguments(config, virtual_engines):
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

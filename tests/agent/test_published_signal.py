@@ -43,7 +43,7 @@ def page(settings):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_signal_equals_a_recount_at_each_step(make_engine, settings, page, seed, ahead):
     settings.put(policy="sjf")
-    engine, dice, names = make_engine(seats=6, budget=64, blocks=400, ahead=ahead), random.Random(seed), []
+    engine, dice, names = make_engine(seats=6, step_tokens=64, kv_blocks=400, ahead=ahead), random.Random(seed), []
     for step in range(150):
         if dice.random() < 0.4:
             names.append(f"r{step}")
@@ -57,7 +57,7 @@ def test_the_signal_equals_a_recount_at_each_step(make_engine, settings, page, s
 
 def test_the_signal_equals_a_recount_through_preemptions(make_engine, settings, page):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, budget=64, blocks=12)
+    engine = make_engine(seats=4, step_tokens=64, kv_blocks=12)
     for index in range(6):
         engine.add(f"r{index}", 30, out=60, arrival_s=index * 0.01)
     while engine.step():
@@ -107,7 +107,7 @@ def test_an_abort_of_the_last_request_is_published_without_a_step(make_engine, s
 
 def test_preemptions_are_counted_as_vllm_counts_them(make_engine, settings, page):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, blocks=12)
+    engine = make_engine(seats=4, kv_blocks=12)
     requests = [engine.add(f"r{index}", 30, out=60) for index in range(4)]
     engine.run()
     assert page().signal.preemptions == sum(request.num_preemptions for request in requests) > 0
@@ -125,7 +125,7 @@ def test_the_step_number_rises_by_one_at_each_step(make_engine, settings, page):
 
 def test_the_step_time_is_found_from_the_steps(make_engine, settings, page):
     settings.put(policy="sjf")
-    engine, dice = make_engine(seats=8, budget=128), random.Random(1)
+    engine, dice = make_engine(seats=8, step_tokens=128), random.Random(1)
     engine.pace = lambda prefill_tokens, decoding: 0.010 + 0.0002 * prefill_tokens + 0.001 * decoding
     for step in range(400):
         if dice.random() < 0.3:

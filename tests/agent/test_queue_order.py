@@ -41,7 +41,7 @@ def test_a_long_job_that_waited_long_enough_is_served_first(make_engine, setting
 
 def test_priority_serves_the_lower_level_first(make_engine, settings):
     settings.put(policy="priority")
-    engine = make_engine(seats=1, policy="priority")
+    engine = make_engine(seats=1, vllm_policy="priority")
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("plain", 10, arrival_s=0.1)
@@ -52,7 +52,7 @@ def test_priority_serves_the_lower_level_first(make_engine, settings):
 
 def test_a_level_of_priority_is_worth_its_head_start_under_sjf(make_engine, settings):
     settings.put(policy="sjf", priority_step_s=2.0)
-    engine = make_engine(seats=1, policy="priority")
+    engine = make_engine(seats=1, vllm_policy="priority")
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("plain", 100, arrival_s=0.1)
@@ -107,7 +107,7 @@ def test_aborts_of_waiting_running_and_unknown_requests_leave_the_rest_in_order(
 
 def test_a_preempted_request_comes_back_and_ends(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, blocks=12)
+    engine = make_engine(seats=4, kv_blocks=12)
     for index in range(4):
         engine.add(f"r{index}", 30, out=60, arrival_s=index * 0.01)
     engine.run()
@@ -118,7 +118,7 @@ def test_a_preempted_request_comes_back_and_ends(make_engine, settings):
 
 def test_the_oldest_of_equals_is_never_the_victim_of_a_preemption(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, blocks=12, policy="priority")
+    engine = make_engine(seats=4, kv_blocks=12, vllm_policy="priority")
     requests = [engine.add(f"r{index}", 40 - 5 * index, out=60, arrival_s=index * 0.001) for index in range(4)]
     engine.run()
     assert requests[0].num_preemptions == 0
@@ -147,15 +147,15 @@ def play(engine: Any, seed: int, priorities: tuple[int, ...]) -> tuple[list[dict
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("policy", "priorities"), [("fcfs", (0,)), ("priority", (-1, 0, 0, 1))])
 def test_each_step_equals_that_of_stock_vllm(make_engine, settings, policy, priorities, seed, ahead):
-    shape = {"seats": 6, "budget": 128, "blocks": 40, "ahead": ahead}
+    shape = {"seats": 6, "step_tokens": 128, "kv_blocks": 40, "ahead": ahead}
     settings.put(policy=policy)
-    ours = play(make_engine(policy="priority", **shape), seed, priorities)
-    stock = play(make_engine(policy=policy, stock=True, **shape), seed, priorities)
+    ours = play(make_engine(vllm_policy="priority", **shape), seed, priorities)
+    stock = play(make_engine(vllm_policy=policy, stock=True, **shape), seed, priorities)
     assert ours == stock
 
 
 def test_the_equality_is_tested_with_preemptions(make_engine, settings):
     settings.put(policy="fcfs")
-    play(make_engine(seats=6, budget=128, blocks=40, policy="priority"), 0, (0,))
+    play(make_engine(seats=6, step_tokens=128, kv_blocks=40, vllm_policy="priority"), 0, (0,))
     with RankPageReader(settings.run_dir, 0) as page:
         assert page.read().signal.preemptions > 3

@@ -9,7 +9,7 @@ from moe_agent.vllm.version import UnsupportedVersion, check_version
 
 
 @pytest.fixture(scope="module", autouse=True)
-def vllm_loaded(engine_config: Any) -> None:
+def vllm_loaded(virtual_engines: Any) -> None:
     """The session's fixture loads vLLM once, with its own warnings aside."""
 
 

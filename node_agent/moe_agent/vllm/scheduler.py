@@ -15,9 +15,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_scheduling.request import RequestSettings
 from moe_scheduling.signals import EngineSignal
@@ -36,8 +35,7 @@ from moe_agent.vllm.waiting import OrderedRequestQueue
 EXPERT_BALANCE = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StepWork:
+class StepWork(NamedTuple):
     """What one scheduled step carries, until its output is there."""
 
     scheduled_s: float
@@ -57,33 +55,34 @@ class OrderedScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         run_dir = os.environ.get(RUN_DIR_VARIABLE)
         self._control = ControlPageReader(Path(run_dir)) if run_dir else None
+        self._pid = os.getpid()
         self._control_sequence = 0
         self._config_version = 0
         self._steps = 0
         self._preemptions = 0
-        self._step_work: deque[_StepWork] = deque()
+        self._step_work: deque[StepWork] = deque()
         self._step_time = StepTimeFit()
         self._last_output_s = 0.0
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
-        self._take_settings()
+        self.take_settings()
         rank = self.parallel_config.data_parallel_index
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
 
     # 1. Decide by the settings in force.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._take_settings()
-        prefilling = [request.request_id for request in self._inflight_prefills]
+        self.take_settings()
+        prefilling = self.prefilling()
         scheduled_s = self.clock()
         output = super().schedule(throttle_prefills)
-        self._step_work.append(_work_of(output, prefilling, scheduled_s))
+        self.begin_step(output, prefilling, scheduled_s)
         return output
 
     def add_request(self, request: Request) -> None:
-        self._take_settings()
+        self.take_settings()
         super().add_request(request)
-        self._publish()
+        self.publish()
 
     # 2. Observe what happened.
 
@@ -92,42 +91,56 @@ class OrderedScheduler(AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         now_s = self.clock()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        work = self._step_work.popleft()
-        if scheduler_output.total_num_scheduled_tokens:
-            self._observe(work, now_s)
-        self._last_output_s, self._busy = now_s, bool(self.running)
-        self._steps += 1
-        self._publish()
+        self.end_step(scheduler_output, now_s)
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
-        self._publish()
+        self.publish()
         return finished
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._preemptions += 1
 
-    def _observe(self, work: _StepWork, now_s: float) -> None:
-        # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
-        # output comes; after an idle gap it begins when it is scheduled.
-        begun_s = self._last_output_s if self._busy else work.scheduled_s
-        self._step_time.observe(
-            prefill_tokens=sum(work.prefill_tokens.values()),
-            decoding_requests=work.decoding_requests,
-            step_s=now_s - begun_s,
-        )
+    def prefilling(self) -> list[str]:
+        """Requests in the midst of their prefill."""
+        return [request.request_id for request in self._inflight_prefills]
+
+    def begin_step(self, output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> None:
+        """Notes what a step carries: who was in the midst of a prefill, is new or resumed prefills, others decode."""
+        scheduled = output.num_scheduled_tokens
+        candidates = [*prefilling, *output.scheduled_cached_reqs.resumed_req_ids]
+        candidates += [new.req_id for new in output.scheduled_new_reqs]
+        prefill_tokens = {name: scheduled[name] for name in candidates if name in scheduled} if candidates else {}
+        self._step_work.append(StepWork(scheduled_s, prefill_tokens, len(scheduled) - len(prefill_tokens)))
+
+    def end_step(self, output: SchedulerOutput, now_s: float) -> None:
+        """Learns from a step whose output came at `now_s`, and publishes. Steps end in the order of their begin."""
+        work = self._step_work.popleft()
+        if output.total_num_scheduled_tokens:
+            # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
+            # output comes; after an idle gap it begins when it is scheduled.
+            begun_s = self._last_output_s if self._busy else work.scheduled_s
+            self._step_time.observe(
+                prefill_tokens=sum(work.prefill_tokens.values()),
+                decoding_requests=work.decoding_requests,
+                step_s=now_s - begun_s,
+            )
+        self._last_output_s, self._busy = now_s, bool(self.running)
+        self._steps += 1
+        self.publish()
 
     # 3. Publish.
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Writes the page, if there is one."""
         if self._page is None:
             return
         prefilling, prefill_tokens = self._prefill_left()
         running, waiting = self.get_request_counts()
         self._page.write(
-            pid=os.getpid(),
+            pid=self._pid,
             written_s=self.clock(),
             config_version=self._config_version,
             step=self._steps,
@@ -147,6 +160,8 @@ class OrderedScheduler(AsyncScheduler):
 
         vLLM counts a token as computed once it is scheduled; a step that is still on its way has not computed its own.
         """
+        if not self._inflight_prefills and not any(work.prefill_tokens for work in self._step_work):
+            return 0, 0
         left = {
             request.request_id: request.num_tokens - request.num_computed_tokens
             for request in self._inflight_prefills
@@ -168,7 +183,7 @@ class OrderedScheduler(AsyncScheduler):
 
     def _first_state(self) -> RankState:
         return RankState(
-            pid=os.getpid(), written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
+            pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
         )
 
     # 4. Size and order.
@@ -183,7 +198,7 @@ class OrderedScheduler(AsyncScheduler):
         _, cached_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
         return request.num_tokens - cached_tokens
 
-    def _take_settings(self) -> None:
+    def take_settings(self) -> None:
         """Two loads from memory when nothing changed; settings that are being written are taken at the next step."""
         if self._control is None or (sequence := self._control.sequence()) == self._control_sequence:
             return
@@ -196,16 +211,3 @@ class OrderedScheduler(AsyncScheduler):
         # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent
         # request, the newest among equals; under `fcfs` it is the one admitted last.
         self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY
-
-
-def _work_of(output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> _StepWork:
-    """Splits a step into prefill and decoding: who was in the midst of a prefill, is new or resumed, prefills."""
-    scheduled = output.num_scheduled_tokens
-    candidates = {*prefilling, *(new.req_id for new in output.scheduled_new_reqs)}
-    candidates.update(output.scheduled_cached_reqs.resumed_req_ids)
-    prefill_tokens = {request_id: scheduled[request_id] for request_id in candidates if request_id in scheduled}
-    return _StepWork(
-        scheduled_s=scheduled_s,
-        prefill_tokens=prefill_tokens,
-        decoding_requests=len(scheduled) - len(prefill_tokens),
-    )

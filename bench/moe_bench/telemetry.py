@@ -1,0 +1,91 @@
+"""What the telemetry costs an engine at each step: the goal is less than 20 microseconds, gathering included.
+
+Run by `python -m moe_bench`. The scheduler is vLLM's with our class; 1, 64 or 256 requests decode in it.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_agent.pages import RUN_DIR_VARIABLE, Control, ControlPageWriter, RankPageReader
+from moe_agent.step_time import StepTimeFit
+from moe_scheduling.request import RequestSettings
+
+from moe_bench.rows import Row
+from moe_bench.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
+
+_REPETITIONS = 40
+_CALLS = 500
+_GOAL = "< 20"
+
+
+def run() -> Iterator[Row]:
+    """Cost of each part, in microseconds of processor time: what else runs on the machine does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder)
+        os.environ[RUN_DIR_VARIABLE] = folder
+        try:
+            with ControlPageWriter(run_dir, Control(version=1, request=RequestSettings())):
+                yield from _measure(run_dir)
+        finally:
+            del os.environ[RUN_DIR_VARIABLE]
+
+
+def _measure(run_dir: Path) -> Iterator[Row]:
+    yield _row("fit of the step time, one step", _observe_steps())
+    engines = VirtualEngines(run_dir)
+    for running in (1, 64, 256):
+        engine = _decoding(engines, running)
+        yield _row(f"all that a step adds, {running} running", _account(engine), goal=_GOAL)
+        engine.scheduler.shutdown()
+    with RankPageReader(run_dir, 0) as page:
+        yield _row("the agent reads a page", page.read)
+
+
+def _decoding(engines: VirtualEngines, running: int) -> VirtualEngine:
+    """An engine in which `running` requests decode."""
+    engine = engines.make(EngineShape(seats=running, step_tokens=8192, kv_blocks=8192))
+    for index in range(running):
+        engine.add(f"r{index}", 20, out=200)
+    for _ in range(3):
+        engine.step()
+    return engine
+
+
+def _account(engine: VirtualEngine) -> Callable[[], None]:
+    """One step's worth of what our scheduler does and vLLM's own does not."""
+    scheduler: Any = engine.scheduler
+    output = scheduler.schedule()
+    scheduler.end_step(output, engine.now_s)
+
+    def account() -> None:
+        scheduler.take_settings()
+        scheduler.begin_step(output, scheduler.prefilling(), engine.now_s)
+        engine.now_s += 0.01
+        scheduler.end_step(output, engine.now_s)
+
+    return account
+
+
+def _observe_steps() -> Callable[[], None]:
+    fit = StepTimeFit()
+    counter = iter(range(1_000_000_000))
+
+    def observe() -> None:
+        step = next(counter)
+        fit.observe(prefill_tokens=step % 7 * 100, decoding_requests=step % 64, step_s=0.01 + step % 13 * 0.001)
+
+    return observe
+
+
+def _row(case: str, call: Callable[[], object], goal: str = "") -> Row:
+    values = []
+    for _ in range(_REPETITIONS):
+        begun_s = time.thread_time()
+        for _ in range(_CALLS):
+            call()
+        values.append((time.thread_time() - begun_s) / _CALLS * 1e6)
+    return Row(benchmark="telemetry", case=case, unit="us", values=values, goal=goal)

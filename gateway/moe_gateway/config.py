@@ -25,7 +25,7 @@ def _check_address(url: str) -> str:
             rebuilt += f":{parts.port}"
     except ValueError:
         rebuilt = ""
-    if not url.isascii() or not url.isprintable() or rebuilt != url.lower():
+    if not url.isascii() or not url.isprintable() or " " in url or rebuilt != url.lower():
         raise ValueError(f"an address such as http://127.0.0.1:8001 is needed, got {url[:80]!r}")
     return url
 

@@ -377,7 +377,9 @@ async def test_bad_clients_do_not_disturb_a_good_stream(make_engine, serve):
     done.set()
     answer = await good.answer()
     assert answer.framed_body.endswith(SSE_END)
-    assert answer.body == answer.body[: len(b'data: {"text": "x"}\n\n')] * answer.body.count(b"x") + b"data: [DONE]\n\n"
+    assert (
+        answer.body == answer.body[: len(b'data: {"text": "x"}\n\n')] * answer.body.count(b'"x"') + b"data: [DONE]\n\n"
+    )
     assert len(engine.requests) == 1
 
 

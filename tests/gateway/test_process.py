@@ -1,0 +1,168 @@
+"""The process `python -m moe_gateway`: its configuration file, its signals, its logs."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from moe_gateway.cli import app
+from typer.testing import CliRunner
+
+from tests.gateway.conftest import SSE_END, SSE_HEAD, Client, event, free_port, post, prompt
+
+
+@pytest.fixture
+async def clients() -> AsyncIterator[list[Client]]:
+    """What is connected by a test, closed after it."""
+    connected: list[Client] = []
+    yield connected
+    for client in connected:
+        client.writer.close()
+
+
+@pytest.fixture
+async def launch(tmp_path, clients) -> AsyncIterator[Callable[..., Any]]:
+    """Starts the process with this document, or this text, as its configuration."""
+    processes = []
+
+    async def start(document: Any, *options: str, token: str | None = "secret\n") -> asyncio.subprocess.Process:
+        path, token_path = tmp_path / "gateway.json", tmp_path / "token"
+        if token is not None:
+            token_path.write_text(token)
+        if isinstance(document, dict):
+            document = json.dumps({"token_file": str(token_path)} | document).encode()
+        if document is not None:
+            path.write_bytes(document)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "moe_gateway", "--config", str(path), *options),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def ports() -> dict[str, Any]:
+    return {"listen": {"port": free_port()}, "admin": {"port": free_port()}}
+
+
+async def connect(clients: list[Client], port: int) -> Client:
+    while True:
+        try:
+            clients.append(Client(*await asyncio.open_connection("127.0.0.1", port)))
+            return clients[-1]
+        except ConnectionRefusedError:
+            await asyncio.sleep(0.02)
+
+
+async def ready(clients: list[Client], port: int) -> Client:
+    """A connection to a gateway that serves."""
+    client = await connect(clients, port)
+    while True:
+        client.send(b"GET /health HTTP/1.1\r\n\r\n")
+        if (await client.answer()).status == 200:
+            return client
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("document", "line"),
+    [
+        (None, "file: cannot read"),
+        (b"", "not JSON"),
+        (b"\x00\xff\x00", "not JSON"),
+        (b"[1]", "a JSON object is needed"),
+        ({}, "admin: required, but absent"),
+        ({"listen": {"port": 0}, "admin": {"port": 9}}, "listen.port: "),
+        ({"listen": {"port": 9, "hots": 1}, "admin": {"port": 9}}, "listen.hots: unknown field; nearest known: host"),
+        ({"listen": {"port": 9}, "admin": {"port": 9}, "token_file": "/no/such"}, "token_file: cannot read /no/such"),
+        ({"listen": {"port": 9}, "admin": {"port": 9}, "token_file": "a\u0000b"}, "token_file: "),
+        ({"listen": {"port": 9}, "admin": {"port": 9}, "dispatch": {"policy": "x"}}, "dispatch.policy: unknown 'x'"),
+    ],
+)
+def test_a_bad_configuration_is_told_in_a_line(tmp_path, document, line):
+    path, token_path = tmp_path / "gateway.json", tmp_path / "token"
+    token_path.write_text("secret\n")
+    if isinstance(document, dict):
+        document = json.dumps({"token_file": str(token_path)} | document).encode()
+    if document is not None:
+        path.write_bytes(document)
+    result = CliRunner().invoke(app, ["--config", str(path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert line in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+
+
+def test_an_empty_token_is_no_token(tmp_path):
+    path, token_path = tmp_path / "gateway.json", tmp_path / "token"
+    token_path.write_text(" \n")
+    path.write_text(json.dumps(ports() | {"token_file": str(token_path)}))
+    result = CliRunner().invoke(app, ["--config", str(path)])
+    assert (result.exit_code, result.stderr) == (2, f"token_file: {token_path} is empty\n")
+
+
+async def test_a_port_that_is_taken_is_told_in_a_line(launch, make_engine):
+    engine = await make_engine()
+    process = await launch(ports() | {"admin": {"port": engine.port}})
+    _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert "cannot listen" in errors.decode()
+    assert len(errors.splitlines()) == 1
+
+
+async def test_sigterm_ends_streams_whole_refuses_new_connections_and_then_the_process(launch, make_engine, clients):
+    go_on = asyncio.Event()
+
+    async def stream(_request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await go_on.wait()
+        writer.write(event("b") + SSE_END)
+
+    engine = await make_engine(stream)
+    config = ports() | {"engines": [engine.address]}
+    process = await launch(config, "--access-log")
+    idle = await ready(clients, config["listen"]["port"])
+    busy = await connect(clients, config["listen"]["port"])
+    busy.send(post(prompt(stream=True), extra=b"X-Request-Id: seen-1\r\n"))
+    await busy.reader.readuntil(event("a"))
+    process.send_signal(signal.SIGTERM)
+    assert await idle.ended()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", config["listen"]["port"])
+    assert process.returncode is None
+    go_on.set()
+    assert await busy.rest() == event("b") + SSE_END
+    _, errors = await process.communicate()
+    assert process.returncode == 0
+    # The log has a line of JSON for the request.
+    (row,) = [row for row in map(json.loads, errors.splitlines()) if row.get("request_id") == "seen-1"]
+    assert (row["status"], row["route"], row["engine"], row["rank"]) == (200, "completions", engine.name, 0)
+    assert 0 < row["ttft_s"] <= row["duration_s"]
+
+
+async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
+    async def endless(_request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await asyncio.Event().wait()
+
+    engine = await make_engine(endless)
+    config = ports() | {"engines": [engine.address]}
+    process = await launch(config)
+    client = await ready(clients, config["listen"]["port"])
+    client.send(post(prompt(stream=True)))
+    await client.reader.readuntil(event("a"))
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(process.wait()), 0.2)
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert engine.requests[0].gone.is_set() or await asyncio.wait_for(engine.requests[0].gone.wait(), 1)

@@ -6,7 +6,6 @@ error and the connection ends, because after a bad message nothing on it can be 
 
 import asyncio
 import math
-import re
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +18,11 @@ from moe_gateway.heads import HOP_BY_HOP
 from moe_gateway.parsing import BadBody, Parsed, parse_body
 from moe_gateway.replies import Outcome, build_error, build_health
 from moe_gateway.routes import Route, find_route
+from moe_gateway.shortcut import LONGEST_HEAD_BYTES, REQUEST_ID, read_usual_request
 
-MOST_HEAD_BYTES = 64 * 1024
 # After a refusal the rest of what the client sends is read and thrown away for so long: closing at once would reset the
 # connection, and the client might lose the answer that says why.
 LINGER_S = 2.0
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class ClientConnection(asyncio.Protocol):
@@ -116,6 +114,11 @@ class ClientConnection(asyncio.Protocol):
         if self._deaf:
             self._hear_nothing()
             return
+        if not (self._url or self._in_head or self._requests or self._write_paused) and self._exchange is None:
+            usual = read_usual_request(data)
+            if usual is not None and len(data) <= self._limits.max_body_bytes:
+                self._take_usual(*usual)
+                return
         self._chunk_bytes = len(data)
         self._head_bytes += len(data)
         try:
@@ -125,7 +128,7 @@ class ClientConnection(asyncio.Protocol):
                 self._decline_upgrade(data[offer.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(Outcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
-        if self._head_bytes > MOST_HEAD_BYTES:
+        if self._head_bytes > LONGEST_HEAD_BYTES:
             self._refuse(*_HEAD_TOO_LARGE)
         if self._exchange is None:
             self._next()
@@ -133,6 +136,14 @@ class ClientConnection(asyncio.Protocol):
             # Only what is pipelined waits unread: on a connection that is not read, nobody sees the client go away.
             self._held_back = True
             self.transport.pause_reading()
+
+    def _take_usual(self, url: bytes, headers: bytes, body: bytes, request_id: bytes, session: str | None) -> None:
+        self._deadline = math.inf
+        request_id = request_id or self._new_request_id()
+        now_s = self._surroundings.clock()
+        self._serve(ClientRequest(b"POST", url, headers, body, request_id, session, True, False, now_s))
+        if self._exchange is None:
+            self._next()
 
     def _hear_nothing(self) -> None:
         """What is thrown away after a refusal gives the client more time to see the answer, but not without end."""
@@ -148,7 +159,7 @@ class ClientConnection(asyncio.Protocol):
         if self._refusal is not None or offered is None or offered.method == b"CONNECT":
             self._refuse(Outcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone")
             return
-        fields = [*offered.headers, *(field for field in self._hop_by_hop if field[0] not in _OFFER)]
+        fields = [*self._headers, *(field for field in self._hop_by_hop if field[0] not in _OFFER)]
         lines = [b"%b %b HTTP/1.%d" % (offered.method, offered.url, not offered.http10)]
         lines += [b"%b: %b" % field for field in fields]
         self._parser = httptools.HttpRequestParser(self)
@@ -207,13 +218,13 @@ class ClientConnection(asyncio.Protocol):
             self._expects = value.lower() == b"100-continue"
         elif name == b"connection":
             self._connection_tokens += value.lower() + b","
-        elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+        elif name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             self._request_id = value
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._deadline = self._surroundings.clock() + self._limits.body_timeout_s
-        if self._head_bytes + self._chunk_bytes > MOST_HEAD_BYTES and self._exact_head_bytes() > MOST_HEAD_BYTES:
+        if self._head_bytes + self._chunk_bytes > LONGEST_HEAD_BYTES and self._exact_head_bytes() > LONGEST_HEAD_BYTES:
             self._refuse(*_HEAD_TOO_LARGE)
         if self._connection_tokens:
             named = {token.strip() for token in self._connection_tokens.split(b",")} - {b"keep-alive", b"close", b""}
@@ -252,7 +263,7 @@ class ClientConnection(asyncio.Protocol):
         request = ClientRequest(
             method=parser.get_method(),
             url=self._url,
-            headers=self._headers,
+            headers=b"".join([b"%b: %b\r\n" % header for header in self._headers]),
             body=b"".join(self._body),
             request_id=self._request_id or self._new_request_id(),
             session=self._session,
@@ -424,6 +435,6 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
 
-_HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {MOST_HEAD_BYTES} bytes")
+_HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
 _OFFER = frozenset({b"connection", b"upgrade", b"expect"})
 _NO_BODY = Parsed(model=None, stream=False, priority=0, user=None, prompt=b"", prompt_tokens=0)

@@ -25,6 +25,9 @@ from moe_gateway.parsing import Parsed
 # A failure keeps an engine from new work for so long, doubled by each further one in a row.
 EJECTION_S = 0.25
 LONGEST_EJECTION_S = 30.0
+# How many tokens a prompt had is looked for in so many answers, and then in one of so many.
+FIRST_LESSONS = 1000
+LESSON_PERIOD = 16
 REMEMBERED_SESSIONS = 100_000
 # A client names its session; a longer name is none, so that what is remembered has a bound.
 LONGEST_SESSION = 256
@@ -99,7 +102,8 @@ class Dispatcher:
         self._hold_requests = config.limits.hold_requests
         self._hold_timeout_s = config.limits.hold_timeout_s
         self._prefixes = PrefixIndex()
-        self._ratios: dict[str | None, TokenRatio] = {}
+        self.models: frozenset[str] = frozenset()
+        self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
         self._sessions: OrderedDict[str, Target] = OrderedDict()
         self._queue: WaitingQueue[Waiter] = WaitingQueue(config.request)
         self._held_since: dict[Waiter, float] = {}
@@ -126,6 +130,7 @@ class Dispatcher:
             for target in engine.targets
         }
         self._ordered_books = list(self.books.values())
+        self._gather_models()
 
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
         """Other settings from now on; what is held is ordered anew."""
@@ -157,6 +162,18 @@ class Dispatcher:
             for target in engine.targets:
                 self._prefixes.forget(target)
 
+    def set_models(self, name: str, models: frozenset[str]) -> None:
+        """The names of the models that an engine serves."""
+        if (engine := self.engines.get(name)) is not None and models != engine.models:
+            engine.models = models
+            self._gather_models()
+
+    def _gather_models(self) -> None:
+        self.models = frozenset(model for engine in self.engines.values() for model in engine.models)
+        # Names of models come from clients; only those that engines serve get a ratio of their own.
+        for model in self.models - self._ratios.keys():
+            self._ratios[model] = TokenRatio()
+
     def _refresh(self, engine: Engine, now_s: float) -> None:
         accepting = engine.ready and now_s >= engine.ejected_until_s
         for target in engine.targets:
@@ -168,14 +185,16 @@ class Dispatcher:
 
     def size(self, parsed: Parsed, session: str | None) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks."""
-        ratio = self._ratio(parsed.model)
-        tokens = ratio.tokens(len(parsed.prompt)) if parsed.prompt_tokens is None else parsed.prompt_tokens
-        keys = block_keys(parsed.prompt)
-        cached: Mapping[Target, int] = {}
-        if keys and (held := self._prefixes.held_blocks(keys)):
-            block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(parsed.prompt)
-            cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
+        prompt, tokens = parsed.prompt, parsed.prompt_tokens
+        if tokens is None:
+            tokens = self._ratio(parsed.model).tokens(len(prompt))
         session_target = None if session is None else self._sessions.get(session)
+        if len(prompt) < DEFAULT_BLOCK_BYTES:
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority), ()
+        keys = block_keys(prompt)
+        block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
+        held = self._prefixes.held_blocks(keys)
+        cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
         return Job(tokens, cached, session_target, parsed.priority), keys
 
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = ()) -> Decision:
@@ -204,14 +223,14 @@ class Dispatcher:
             engine.failures, engine.ejected_until_s = 0, -math.inf
             self._refresh(engine, now_s)
         self.ledger.prediction_error.observe(placed.predicted_s - (now_s - placed.sent_s))
-        if self._queue:
+        if self._held_since:
             self.pump(now_s)
 
     def settled(self, placed: Placed, now_s: float) -> None:
         """The request has ended there."""
         if (books := self.books.get(placed.target)) is not None:
             books.settled(placed.key, now_s)
-        if self._queue:
+        if self._held_since:
             self.pump(now_s)
 
     def failed(self, target: Target, now_s: float) -> None:
@@ -224,15 +243,18 @@ class Dispatcher:
         self.ledger.ejections[target.server] += 1
         self._refresh(engine, now_s)
 
+    @property
+    def wants_lesson(self) -> bool:
+        """Whether the tokens of this prompt are worth to be looked for: the first, then some of them."""
+        return self._keys < FIRST_LESSONS or self._keys % LESSON_PERIOD == 0
+
     def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:
         """An engine said how many tokens a prompt had."""
         if parsed.prompt_tokens is None:
             self._ratio(parsed.model).observe(len(parsed.prompt), prompt_tokens)
 
     def _ratio(self, model: str | None) -> TokenRatio:
-        # Names of models come from clients; only those that engines serve get a ratio of their own.
-        known = model if model in self.models else None
-        return self._ratios.setdefault(known, TokenRatio())
+        return self._ratios.get(model) or self._ratios[None]
 
     def _remember(self, session: str, target: Target) -> None:
         self._sessions[session] = target
@@ -245,7 +267,7 @@ class Dispatcher:
     @property
     def held(self) -> int:
         """Requests held."""
-        return len(self._queue)
+        return len(self._held_since)
 
     def hold(self, waiter: Waiter, now_s: float) -> bool:
         """Lets a request wait; False when the queue is full."""
@@ -258,8 +280,8 @@ class Dispatcher:
 
     def unhold(self, waiter: Waiter) -> None:
         """The client of a held request is gone."""
-        self._queue.discard(waiter)
-        self._held_since.pop(waiter, None)
+        if self._held_since.pop(waiter, None) is not None:
+            self._queue.discard(waiter)
 
     def retry_after_s(self) -> int:
         """When it is worth to ask again: once what is held has been computed at the engines' pace, 1 to 60 s."""
@@ -301,11 +323,6 @@ class Dispatcher:
     # What others read.
 
     @property
-    def models(self) -> set[str]:
-        """Names that the engines serve, as far as known."""
-        return {model for engine in self.engines.values() for model in engine.models}
-
-    @property
     def accepting(self) -> bool:
         """Whether any target takes new work."""
         return any(books.accepting for books in self._ordered_books)
@@ -315,6 +332,9 @@ class Dispatcher:
         if not self.books[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.BOOKS
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
+
+
+_NONE_CACHED: Mapping[Target, int] = {}
 
 
 def _new_engine(address: EngineAddress) -> Engine:

@@ -29,13 +29,13 @@ ENGINE_GONE = "the engine was taken away"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class ClientRequest:
-    """A whole request of a client; header names in lower case, hop-by-hop fields taken out."""
+    """A whole request of a client; `headers` are lines that each end with CRLF, hop-by-hop fields taken out."""
 
     method: bytes
     url: bytes
-    headers: list[tuple[bytes, bytes]]
+    headers: bytes
     body: bytes
     request_id: bytes
     session: str | None
@@ -140,9 +140,10 @@ class Exchange:
                 self._hold()
                 return
         decision = dispatcher.choose(self.job, now_s, self.tried)
+        if type(decision) is Send:
+            self.release(decision)
+            return
         match decision:
-            case Send():
-                self.release(decision)
             case Hold():
                 self._hold()
             case Refuse(reason=RefuseReason.NO_ENGINE) if not dispatcher.engines:
@@ -282,7 +283,7 @@ class Exchange:
         return self.request.keep_alive and not self._surroundings.draining
 
     def _finish(self, connection: UpstreamConnection) -> None:
-        if not self.parsed.stream and self.route.has_job and len(self._buffer) <= USAGE_WINDOW_BYTES:
+        if self._surroundings.dispatcher.wants_lesson:
             self._learn()
         status = connection.status
         keep_alive = self._keeps_alive and self._framed and not connection.overrun
@@ -294,6 +295,8 @@ class Exchange:
         self._client.answered(self, keep_alive=keep_alive)
 
     def _learn(self) -> None:
+        if self.parsed.stream or not self.route.has_job or len(self._buffer) > USAGE_WINDOW_BYTES:
+            return
         found = _PROMPT_TOKENS.search(self._buffer)
         if found is not None and len(found[1]) < 12:
             self._surroundings.dispatcher.learn_tokens(self.parsed, int(found[1]))
@@ -402,7 +405,8 @@ class Exchange:
         self._ended = True
         dispatcher = self._surroundings.dispatcher
         dispatcher.unhold(self)
-        self._drop_upstream()
+        if self._upstream is not None or self._connecting is not None:
+            self._drop_upstream()
         self._settle(self._surroundings.clock())
         dispatcher.ledger.finish(self.route.label, status, broken=broken)
         if self.ttft_s is not None and self.route.has_job:

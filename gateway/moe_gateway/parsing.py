@@ -3,9 +3,8 @@
 The body itself goes to the engine as it came. What the gateway does not need, it does not check: that is the engine's.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -20,9 +19,8 @@ class BadBody(ValueError):
         self.param = param
 
 
-@dataclass(slots=True, kw_only=True)
-class Parsed:
-    """What matters of a body.
+class Parsed(NamedTuple):
+    """What matters of a body; a tuple, because one is made for each request.
 
     Attributes:
         model: name of the model asked for; None when the body names none.
@@ -63,24 +61,18 @@ def parse_body(route: Route, body: bytes) -> Parsed:
         raise BadBody("priority must be an integer", "priority")
     user = document.get("user")
     prompt, prompt_tokens = read_prompt(route, document)
-    return Parsed(
-        model=model,
-        stream=document.get("stream") is True,
-        priority=priority,
-        user=user if type(user) is str and user else None,
-        prompt=prompt,
-        prompt_tokens=prompt_tokens,
-    )
+    session = user if type(user) is str and user else None
+    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens)
 
 
 def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | None]:
     """The prompt as bytes, and its tokens where they are given as ids."""
     match route:
         case Route.CHAT:
-            return "\n".join(_texts(document.get("messages"))).encode(errors="replace"), None
+            return _read_messages(document.get("messages")), None
         case Route.RESPONSES:
             parts = [*_texts(document.get("instructions")), *_texts(document.get("input"))]
-            return "\n".join(parts).encode(errors="replace"), None
+            return _join(parts), None
         case Route.COMPLETIONS:
             return _read_input(document.get("prompt"))
         case Route.EMBEDDINGS:
@@ -89,16 +81,33 @@ def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | No
             return b"", 0
 
 
+def _read_messages(messages: object) -> bytes:
+    """As `_texts`, but for the usual messages, each a role and a text, at a fraction of its cost."""
+    parts: list[str] = []
+    for message in messages if type(messages) is list else ():
+        if type(message) is not dict or len(message) != 2:
+            return _join(_texts(messages))
+        role, text = message.get("role"), message.get("content")
+        if type(role) is not str or type(text) is not str:
+            return _join(_texts(messages))
+        parts += (role, text)
+    return _join(parts)
+
+
+def _join(texts: Iterable[str]) -> bytes:
+    return "\n".join(texts).encode("utf-8", "replace")
+
+
 def _read_input(value: object) -> tuple[bytes, int | None]:
     """A text, texts, token ids, or lists of token ids."""
     if type(value) is str:
-        return value.encode(errors="replace"), None
+        return value.encode("utf-8", "replace"), None
     if type(value) is list and value:
         if type(value[0]) is int:
             return _spell(value), len(value)
         if type(value[0]) is list:
             return _spell(value), sum(len(ids) for ids in value if type(ids) is list)
-    return "\n".join(_texts(value)).encode(errors="replace"), None
+    return _join(_texts(value)), None
 
 
 def _spell(ids: list[Any]) -> bytes:
@@ -109,14 +118,17 @@ def _spell(ids: list[Any]) -> bytes:
         return b""
 
 
-def _texts(value: object) -> Iterator[str]:
+def _texts(value: object) -> list[str]:
     """All texts below messages, content parts or lists of them, in their order; without recursion, for any depth."""
-    waiting = [value]
+    texts, waiting = [], [value]
     while waiting:
         part = waiting.pop()
         if type(part) is str:
-            yield part
+            texts.append(part)
         elif type(part) is list:
             waiting.extend(reversed(part))
         elif type(part) is dict:
-            waiting.extend(part[name] for name in ("text", "content", "role") if name in part)
+            for name in ("text", "content", "role"):
+                if name in part:
+                    waiting.append(part[name])
+    return texts

@@ -19,14 +19,10 @@ class Route(Enum):
         self.path = path
         self.method = method
         self.label = self.name.lower()
-
-    @property
-    def has_job(self) -> bool:
-        """Whether an engine computes for it, so that its size and its first token count."""
-        return self in _JOBS
+        # Whether an engine computes for it, so that its size and its first token count.
+        self.has_job = self.name in {"CHAT", "COMPLETIONS", "RESPONSES", "EMBEDDINGS"}
 
 
-_JOBS = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS})
 ROUTES: dict[bytes, Route] = {route.path: route for route in Route}
 
 

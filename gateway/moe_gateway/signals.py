@@ -80,7 +80,7 @@ def take_snapshot(engine: Engine, snapshot: dict[str, Any], dispatcher: Dispatch
     name = engine.address.name
     engine.reachable = True
     model = snapshot["engine"]["model"]
-    engine.models = frozenset({model}) if isinstance(model, str) else frozenset()
+    dispatcher.set_models(name, frozenset({model}) if isinstance(model, str) else frozenset())
     dispatcher.set_process(name, snapshot["engine"]["pid"])
     dispatcher.set_ready(name, bool(snapshot["accepting"]) and snapshot["phase"] == "ready", now_s)
     for rank in snapshot["ranks"]:
@@ -120,7 +120,7 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
             dispatcher.set_ready(name, False, time.monotonic())
             raise
         if turn % SCRAPES_FOR_MODELS == 0:
-            engine.models = await _fetch_models(url, session)
+            dispatcher.set_models(name, await _fetch_models(url, session))
         # Its signals are a help, its health is what counts.
         dispatcher.set_ready(name, healthy, time.monotonic())
         async with session.get(f"{url}/metrics", timeout=_SCRAPE_TIMEOUT) as answer:

@@ -111,7 +111,7 @@ def test_the_head_to_the_engine_is_exact():
     head = build_request_head(
         b"POST",
         b"/v1/completions?a=b",
-        [(b"x", b"y")],
+        b"x: y\r\n",
         host=b"h:1",
         body_bytes=2,
         request_id=b"id",

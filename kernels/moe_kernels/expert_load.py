@@ -4,6 +4,8 @@
 kernel against the reference by Triton's interpreter, so they need no GPU.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,8 @@ def expert_load_reference(topk_ids: torch.Tensor, num_experts: int, num_tokens: 
     """Counts the routed tokens of each logical expert.
 
     Args:
-        topk_ids: integer tensor [padded_tokens, top_k] of logical expert ids; ids outside 0..num_experts-1 are not counted.
+        topk_ids: integer tensor [padded_tokens, top_k] of logical expert ids; an id outside 0..num_experts-1 is not
+            counted.
         num_experts: logical experts of the layer.
         num_tokens: leading rows that are real; the rows after them are padding and are not counted.
 
@@ -27,8 +30,8 @@ def expert_load_reference(topk_ids: torch.Tensor, num_experts: int, num_tokens: 
     return torch.bincount(ids, minlength=num_experts).to(torch.int32)
 
 
-@triton.jit
-def count_kernel(ids, load, num_ids, num_experts, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def count_kernel(ids: Any, load: Any, num_ids: Any, num_experts: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
     """One program counts BLOCK ids of the flattened, real part of `topk_ids` into `load` by atomic additions."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + offsets, mask=offsets < num_ids, other=-1)
@@ -36,7 +39,9 @@ def count_kernel(ids, load, num_ids, num_experts, BLOCK: tl.constexpr):
     tl.atomic_add(load + expert, 1, mask=counted)
 
 
-def expert_load_triton(topk_ids: torch.Tensor, num_experts: int, num_tokens: int, kernel=count_kernel) -> torch.Tensor:
+def expert_load_triton(
+    topk_ids: torch.Tensor, num_experts: int, num_tokens: int, kernel: Any = count_kernel
+) -> torch.Tensor:
     """`expert_load_reference` as a Triton kernel; `topk_ids` must be contiguous (ValueError otherwise)."""
     if not topk_ids.is_contiguous():
         raise ValueError("topk_ids must be contiguous")

@@ -197,7 +197,7 @@ async def test_settings_reach_the_control_page_and_absent_fields_keep_their_valu
 
 async def until_restarted(agent: Agent) -> int:
     async with asyncio.timeout(30):
-        while not agent.supervisor.restarts:  # noqa: ASYNC110
+        while not agent.supervisor.restarts:
             await asyncio.sleep(0.01)
     return agent.supervisor.restarts
 

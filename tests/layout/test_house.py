@@ -33,7 +33,7 @@ def test_tests_are_not_packages():
 
 def test_no_package_shadows_pythons_operator():
     packages = [path.parent for path in tracked("*__init__.py")]
-    assert [package for package in packages if "operator" in {package.name}] == []
+    assert [package for package in packages if package.name == "operator"] == []
 
 
 @pytest.mark.parametrize("root", SOURCE_ROOTS)

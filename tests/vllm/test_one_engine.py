@@ -1,0 +1,139 @@
+"""One real vLLM engine with one seat, under its agent; the last tests kill it and drain it, so their order matters."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+
+
+@pytest.fixture(scope="module")
+def agent(start_agents: Any) -> Any:
+    return start_agents(1, "--max-num-seqs=1")[0]
+
+
+@pytest.mark.smoke
+def test_an_engine_starts_and_answers_a_chat(agent):
+    state = agent.state()
+    assert state["phase"] == "ready"
+    assert state["accepting"]
+    assert state["engine"]["max_model_len"] == 2048
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "ignore_eos": True}
+    status, answer = agent.engine("POST", "/v1/chat/completions", body)
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.smoke
+def test_the_signal_moves_with_the_work(agent):
+    before = agent.state()["ranks"][0]["step"]
+    agent.complete([5] * 100, 60)
+    idle = agent.wait_for("idle", lambda state: state["ranks"][0]["running"] == 0, 60)["ranks"][0]
+    assert idle["step"] >= before + 60
+    assert (idle["waiting"], idle["decode_tokens"], idle["kv_usage"], idle["age_s"]) == (0, 0, 0.0, 0.0)
+    assert idle["step_time"]["base_s"] + idle["step_time"]["decode_s"] > 0.0
+
+
+def test_a_request_may_carry_a_priority(agent):
+    assert agent.complete([7] * 10, 2, priority=-3)["usage"]["completion_tokens"] == 2
+
+
+def test_admin_routes_are_not_found_at_the_engines_port(agent):
+    for path in (
+        "/scale_elastic_ep",
+        "/pause",
+        "/sleep",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/load_lora_adapter",
+    ):
+        status, answer = agent.engine("POST", path, {})
+        assert status == 404
+        assert answer["error"]["code"] == 404
+    assert agent.engine("GET", "/version")[0] == 200
+
+
+async def order_of_service(agent: Any, *, settings: dict[str, Any], salt: int) -> list[str]:
+    """The order in which a long job and three short ones, submitted in this order to a busy engine, are answered."""
+    status, answer = agent.control("PUT", "/v1/config", {"request": settings})
+    assert status == 200, answer
+    served: list[str] = []
+    async with aiohttp.ClientSession(agent.url) as session:
+
+        async def ask(name: str, prompt_tokens: int, tokens: int) -> None:
+            prompt = [salt + len(name), *range(100, 99 + prompt_tokens)]
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+            async with session.post("/v1/completions", json=body) as reply:
+                assert reply.status == 200, await reply.text()
+                await reply.read()
+            served.append(name)
+
+        async def waiting(count: int) -> None:
+            async with asyncio.timeout(60):
+                while (await asyncio.to_thread(agent.state))["ranks"][0]["waiting"] < count:
+                    await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(ask("busy", 10, 600))]
+        await asyncio.sleep(0.3)
+        for count, (name, size) in enumerate([("long", 1500), ("a", 40), ("bb", 30), ("ccc", 20)], start=1):
+            tasks.append(asyncio.create_task(ask(name, size, 1)))
+            await waiting(count)
+        await asyncio.gather(*tasks)
+    return served
+
+
+@pytest.mark.smoke
+async def test_the_order_of_service_is_switched_while_the_engine_runs(agent):
+    """One second of waiting makes up for ten tokens here, so that a busy machine ages nothing past 1,500."""
+    sjf = {"policy": "sjf", "ageing_rate": 10.0, "ageing_horizon_s": 1000.0}
+    assert await order_of_service(agent, settings=sjf, salt=1) == ["busy", "ccc", "bb", "a", "long"]
+    assert await order_of_service(agent, settings={"policy": "fcfs"}, salt=11) == ["busy", "long", "a", "bb", "ccc"]
+    assert agent.state()["config"]["request"]["policy"] == "fcfs"
+
+
+def test_an_engine_that_is_killed_comes_back_on_its_port_with_the_settings_in_force(agent):
+    status, _ = agent.control("PUT", "/v1/config", {"request": {"policy": "priority"}})
+    assert status == 200
+    before = agent.state()["engine"]
+    os.kill(before["pid"], signal.SIGKILL)
+    down = agent.wait_for("down", lambda state: state["engine"]["restarts"] == 1, 60)
+    assert not down["accepting"]
+    assert down["ranks"] == []
+    assert down["engine"]["last_exit"] == "killed by SIGKILL"
+    after = agent.wait_ready()
+    assert after["engine"]["pid"] != before["pid"]
+    assert after["engine"]["url"] == before["url"]
+    assert after["config"]["request"]["policy"] == "priority"
+    assert agent.complete([9] * 10, 3)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.smoke
+async def test_a_drain_lets_the_running_stream_end_whole(agent):
+    tokens = 300
+    body = {"model": "tiny", "prompt": [3] * 10, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    async with aiohttp.ClientSession() as session, session.post(f"{agent.url}/v1/completions", json=body) as answer:
+        lines = answer.content
+        received = [await lines.readline()]
+        status, drained = await asyncio.to_thread(agent.control, "POST", "/v1/drain")
+        assert (status, drained["accepting"]) == (202, False)
+        state = await asyncio.to_thread(agent.state)
+        assert (state["phase"], state["accepting"]) == ("draining", False)
+        received += [line async for line in lines]
+    chunks = [line.removeprefix(b"data: ").strip() for line in received if line.startswith(b"data: ")]
+    assert chunks[-1] == b"[DONE]"
+    assert json.loads(chunks[-2])["choices"][0]["finish_reason"] == "length"
+    stopped = await asyncio.to_thread(agent.wait_for, "stopped", lambda state: state["phase"] == "stopped", 60)
+    assert stopped["engine"]["pid"] is None
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(agent.engine, "GET", "/health")
+
+
+@pytest.mark.smoke
+def test_the_agent_of_a_drained_engine_ends_on_the_first_signal(agent):
+    begun_s = time.monotonic()
+    assert agent.process.stop() == 0
+    assert time.monotonic() - begun_s < 60

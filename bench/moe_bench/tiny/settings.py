@@ -18,8 +18,8 @@ RECIPE_VERSION = 1
 class TinySettings:
     """Shape and training of the model. `steps` of 0 leaves the weights random; `limit_s` ends a slow training early."""
 
-    steps: int = 110
-    limit_s: float = 65.0
+    steps: int = 100
+    limit_s: float = 55.0
     seed: int = 20
     batch_sequences: int = 4
     sequence_tokens: int = 256

@@ -162,11 +162,14 @@ def choose_threads(model: "Qwen3MoeForCausalLM", tokens: "torch.Tensor") -> int:
     """
     import torch
 
-    times: dict[int, float] = {}
+    best, best_s = 1, math.inf
+    _time_pass(model, tokens[:1])
     for threads in sorted({min(count, len(os.sched_getaffinity(0))) for count in THREAD_COUNTS}):
         torch.set_num_threads(threads)
-        times[threads] = min(_time_pass(model, tokens) for _ in range(2))
-    best = min(times, key=lambda threads: times[threads])
+        pass_s = _time_pass(model, tokens)
+        if pass_s >= best_s:
+            break
+        best, best_s = threads, pass_s
     torch.set_num_threads(best)
     return best
 

@@ -9,18 +9,19 @@ from rich.text import Text
 
 from moe_operator.api.status import ConditionStatus, EnginePhase, EngineStatus, Status
 from moe_operator.local.observation import Observation
+from moe_operator.local.traffic import Pace
 
 _COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
 
 
-def render_status(seen: Observation, status: Status, *, rate: float | None = None) -> Group:
-    """The whole page; `rate` is the requests that the gateway ended in a second, lately."""
+def render_status(seen: Observation, status: Status, *, pace: Pace | None = None) -> Group:
+    """The whole page; `pace` is that of the last seconds, where somebody watches."""
     lines = [
         Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
         _render_ready(status),
         Text(render_policies(status)),
     ]
-    return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, rate)))
+    return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, pace)))
 
 
 def render_engines(engines: Sequence[EngineStatus]) -> Table:
@@ -48,23 +49,24 @@ def render_policies(status: Status) -> str:
     return f"request order {policies.request or 'unknown'}, engine choice {policies.engine or 'unknown'}"
 
 
-def render_traffic(seen: Observation, rate: float | None) -> str:
+def render_traffic(seen: Observation, pace: Pace | None) -> str:
     """Requests through the gateway."""
     if seen.gateway is None:
         return "requests: the gateway gives no answer"
     totals: dict[str, Any] = seen.gateway.get("totals") or {}
     counts = ", ".join(f"{totals.get(name, 0)} {word}" for name, word in _TOTALS)
     flying = sum(engine.get("in_flight", 0) for engine in seen.gateway.get("engines") or [])
-    pace = "" if rate is None else f"{rate:.1f}/s, "
-    return f"requests: {pace}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
+    return f"requests: {_render_pace(pace)}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
+
+
+def _render_pace(pace: Pace | None) -> str:
+    if pace is None:
+        return ""
+    ttft = "" if pace.ttft_mean_s is None else f"TTFT {pace.ttft_mean_s:.3f} s (mean), "
+    return f"{pace.requests_per_s:.1f}/s, {ttft}"
 
 
 _TOTALS = (("requests", "ended"), ("failed", "failed"), ("retried", "retried"))
-
-
-def ended_requests(seen: Observation) -> int | None:
-    """Requests that the gateway has ended; None while it gives no answer."""
-    return None if seen.gateway is None else int((seen.gateway.get("totals") or {}).get("requests", 0))
 
 
 def _render_ready(status: Status) -> Text:

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from moe_operator.cli.place import INTERRUPTED
-from moe_operator.cli.table import ended_requests, render_status
+from moe_operator.cli.table import render_status
 from moe_operator.cli.validate import one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder
@@ -27,6 +27,7 @@ from moe_operator.local.observation import Observation, fetch_observation
 from moe_operator.local.record import Alive, Record, identify, load_record
 from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
 from moe_operator.local.stop import request_stop
+from moe_operator.local.traffic import Totals, build_pace, extend_window, read_totals
 
 _LOOK_EVERY_S = 0.5
 _LOG_LINES = 15
@@ -84,18 +85,15 @@ class Watch:
 
     async def _watch(self) -> None:
         """Shows what the engines do, until an interrupt or the end."""
-        last: tuple[float, int | None] = (time.monotonic(), None)
-        rate: float | None = None
+        window: tuple[Totals, ...] = ()
         while not self._interrupted.is_set() and self._process.poll() is None:
             seen = await self._look()
             if seen is None:
                 return
-            now_s, ended = time.monotonic(), ended_requests(seen)
-            if ended is not None and last[1] is not None and now_s > last[0]:
-                rate = max(0.0, (ended - last[1]) / (now_s - last[0]))
-            last = (now_s, ended)
+            window = extend_window(window, read_totals(seen, time.monotonic()))
             if self._live is not None:
-                self._live.update(render_status(seen, build_status(seen, datetime.now(UTC)), rate=rate))
+                status = build_status(seen, datetime.now(UTC))
+                self._live.update(render_status(seen, status, pace=build_pace(window)))
             await self._pause()
 
     async def _finish(self, answer: int) -> int:

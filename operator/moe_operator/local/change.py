@@ -120,14 +120,30 @@ async def _apply(calls: Sequence[Call], token: str, write: Callable[[], None], p
     async with aiohttp.ClientSession(timeout=timeout, headers={"Authorization": f"Bearer {token}"}) as session:
         try:
             write()
-            answers = await asyncio.gather(*(put_config(session, call.row, call.body) for call in calls))
-            if refusals := [answer for answer in answers if answer]:
-                raise Failure(f"nothing was changed: {'; '.join(refusals)}")
-        except BaseException:
+            answers = await _send(session, [(call.row, call.body) for call in calls])
+        except BaseException:  # a full disk, a Ctrl-C
             put_back()
-            # Also those that refused: one that timed out may have taken it.
-            await asyncio.gather(*(put_config(session, call.row, call.undo) for call in calls))
+            await _send(session, [(call.row, call.undo) for call in calls])
             raise
+        if any(answers):
+            put_back()
+            # Also to those that refused: one that timed out may have taken it.
+            undone = await _send(session, [(call.row, call.undo) for call in calls])
+            raise Failure(explain_refusal(calls, answers, undone))
+
+
+async def _send(session: aiohttp.ClientSession, calls: Sequence[tuple[ProcessRecord, dict[str, Any]]]) -> list[str]:
+    return await asyncio.gather(*(put_config(session, row, body) for row, body in calls))
+
+
+def explain_refusal(calls: Sequence[Call], answers: Sequence[str], undone: Sequence[str]) -> str:
+    """Why a change was not made, from what each process answered to it and to its undoing (empty: it did so). Pure."""
+    why = "; ".join(filter(None, answers))
+    rows = zip(calls, answers, undone, strict=True)
+    kept = [call.row.name for call, answer, undo in rows if not answer and undo]
+    if not kept:
+        return f"nothing was changed: {why}"
+    return f"{why}; {', '.join(kept)} took the change and could not be put back: set the value again once all answer"
 
 
 async def put_config(session: aiohttp.ClientSession, row: ProcessRecord, body: Mapping[str, Any]) -> str:

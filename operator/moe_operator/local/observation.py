@@ -20,20 +20,25 @@ class Observation:
     Attributes:
         agents: `/v1/state` of each agent, in the order of the record.
         gateway: `/v1/state` of the gateway.
+        metrics: `/metrics` of the gateway; empty when it gave none.
     """
 
     record: Record
     agents: tuple[Document | None, ...]
     gateway: Document | None
+    metrics: str = ""
 
 
 async def fetch_observation(record: Record) -> Observation:
     """Asks all at once."""
     timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        rows = (record.gateway, *record.agents)
-        gateway, *agents = await asyncio.gather(*(fetch_state(session, row.url) for row in rows))
-    return Observation(record=record, agents=tuple(agents), gateway=gateway)
+        agents, gateway, metrics = await asyncio.gather(
+            asyncio.gather(*(fetch_state(session, row.url) for row in record.agents)),
+            fetch_state(session, record.gateway.url),
+            fetch_metrics(session, record.gateway.url),
+        )
+    return Observation(record=record, agents=tuple(agents), gateway=gateway, metrics=metrics)
 
 
 async def fetch_state(session: aiohttp.ClientSession, url: str) -> Document | None:
@@ -44,3 +49,12 @@ async def fetch_state(session: aiohttp.ClientSession, url: str) -> Document | No
             return document if answer.status == 200 and isinstance(document, dict) else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return None
+
+
+async def fetch_metrics(session: aiohttp.ClientSession, url: str) -> str:
+    """The text of the metrics, or nothing."""
+    try:
+        async with session.get(f"{url}/metrics") as answer:
+            return await answer.text() if answer.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return ""

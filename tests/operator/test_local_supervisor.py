@@ -181,9 +181,11 @@ async def test_a_stop_in_the_pause_before_a_restart_ends_it(tmp_path: Path) -> N
 
 
 async def test_a_stop_reaches_processes_that_are_only_just_being_started(tmp_path: Path) -> None:
-    async with Deployment(tmp_path, gateway=SERVES, agent_0=SERVES) as deployment:
-        await asyncio.sleep(0)
-        await deployment.stop()
+    for turns in range(8):  # of the event loop, between the start and the stop
+        async with Deployment(tmp_path / str(turns), gateway=SERVES, agent_0=SERVES) as deployment:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await deployment.stop()
 
 
 async def test_processes_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:

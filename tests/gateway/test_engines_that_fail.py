@@ -216,7 +216,10 @@ async def test_an_answer_that_breaks_is_cut_short_and_never_looks_whole(make_eng
     assert served.gateway.dispatcher.ledger.failed == 1
 
 
-@pytest.mark.parametrize("junk", [b"junk", b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nforged"])
+FORGED = b"HTTP/1.1 500 Oops\r\ncontent-length: 6\r\n\r\nforged"
+
+
+@pytest.mark.parametrize("junk", [b"junk", FORGED, FORGED[:-3], FORGED[:20]])
 async def test_what_follows_an_answer_is_no_answer_to_the_next_request(make_engine, serve, junk):
     engine = await make_engine(always(json_answer(OK) + junk))
     served = await serve(engine)
@@ -227,6 +230,7 @@ async def test_what_follows_an_answer_is_no_answer_to_the_next_request(make_engi
     assert await client.rest() in (b"", junk)
     assert (await served.ask(post(prompt()))).json == OK
     assert served.gateway.dispatcher.ledger.failed == 0
+    assert engine.connections == 2
 
 
 async def test_what_an_engine_says_unasked_ends_its_connection(make_engine, serve):

@@ -110,8 +110,16 @@ class VirtualEngine:
         self._in_flight: list[Any] = []
 
     def add(
-        self, name: str, prompt: int | list[int], *, out: int = 4, arrival_s: float = 0.0, priority: int = 0
+        self,
+        name: str,
+        prompt: int | list[int],
+        *,
+        out: int = 4,
+        arrival_s: float = 0.0,
+        priority: int = 0,
+        resumable: bool = False,
     ) -> Any:
+        """Lets a request arrive; `resumable` begins a session of streaming input, the same name again goes on with it."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -127,6 +135,7 @@ class VirtualEngine:
             arrival_time=arrival_s,
             priority=priority,
             block_hasher=self._hasher,
+            resumable=resumable,
         )
         self.scheduler.add_request(request)
         return request

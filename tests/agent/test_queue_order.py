@@ -159,3 +159,40 @@ def test_the_equality_is_tested_with_preemptions(make_engine, settings):
     play(make_engine(seats=6, step_tokens=128, kv_blocks=40, vllm_policy="priority"), 0, (0,))
     with RankPageReader(settings.run_dir, 0) as page:
         assert page.read().signal.preemptions > 3
+
+
+def play_session(engine: Any) -> tuple[list[dict[str, int]], list[str]]:
+    """A session of streaming input, which holds its KV blocks between chunks, among plain requests."""
+    engine.add("session", 50, out=3, resumable=True)
+    engine.add("plain", 70, out=10)
+    for chunk in range(3):
+        for _ in range(12):
+            engine.step()
+        engine.add(f"other{chunk}", 300, out=2)
+        engine.add("session", 20, out=3, resumable=True)
+    engine.run()
+    engine.add("session", 1)
+    engine.run()
+    return engine.schedules, engine.finished_order
+
+
+def test_a_session_of_streaming_input_goes_on_as_in_stock_vllm(make_engine, settings):
+    settings.put(policy="fcfs")
+    ours = play_session(make_engine(seats=2, step_tokens=64, vllm_policy="priority"))
+    assert ours == play_session(make_engine(seats=2, step_tokens=64, stock=True))
+    assert sum("session" in carried for carried in ours[0]) >= 4 * 3
+    with RankPageReader(settings.run_dir, 0) as page:
+        assert page.read().idle
+
+
+def test_a_session_is_no_waiting_work_between_its_chunks(make_engine, settings):
+    settings.put(policy="sjf")
+    engine = make_engine(seats=2)
+    engine.add("session", 50, out=3, resumable=True)
+    engine.run()
+    with RankPageReader(settings.run_dir, 0) as page:
+        assert page.read().signal.waiting_prefill_tokens == 0
+        engine.add("session", 20, out=3, resumable=True)
+        # The last token of a chunk's answer is not computed yet, and vLLM takes it back.
+        assert page.read().signal.waiting_prefill_tokens == 20
+    engine.run()

@@ -119,7 +119,7 @@ class VirtualEngine:
         priority: int = 0,
         resumable: bool = False,
     ) -> Any:
-        """Lets a request arrive; `resumable` begins a session of streaming input, the same name again goes on with it."""
+        """Lets a request arrive; with `resumable` a session of streaming input, of which the same name is a chunk."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 

@@ -40,6 +40,7 @@ class TargetBooks:
         "_engine_tokens",
         "_observed_s",
         "_pace",
+        "_pace_line",
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
@@ -63,7 +64,9 @@ class TargetBooks:
         self._signal: EngineSignal | None = None
         self._observed_s = -math.inf
         self._engine_tokens = 0
-        self._pace: Pace | None = None
+        # Made by this line when the signal was first asked about, and kept until the next signal; None before.
+        self._pace_line: StepTime | None = None
+        self._pace = Pace(0.0, 0.0, 0.0)
 
     # What happens to requests.
 
@@ -120,7 +123,7 @@ class TargetBooks:
         self._observed_s = observed_s
         self._engine_tokens = signal.waiting_prefill_tokens + signal.running_prefill_tokens
         self.line = signal.step_time or self.line
-        self._pace = pace_of(self.line, signal) if self.line else None
+        self._pace_line = None
         since = self._since_signal
         while since:
             key, (sent_s, tokens) = next(iter(since.items()))
@@ -177,13 +180,12 @@ class TargetBooks:
             now_s: the time.
             stale_after_s: age at which a signal is no longer believed.
         """
-        fresh = self.is_fresh(now_s, stale_after_s)
-        if fresh and self._pace is not None:
-            return self._pace
-        line = self.line or common_line
-        if fresh and self._signal is not None:
-            return pace_of(line, self._signal)
-        return unsignalled_pace(line, len(self._answered))
+        line, signal = self.line or common_line, self._signal
+        if signal is None or not self.is_fresh(now_s, stale_after_s):
+            return unsignalled_pace(line, len(self._answered))
+        if line is not self._pace_line:
+            self._pace_line, self._pace = line, pace_of(line, signal)
+        return self._pace
 
     def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:
         """Predicted seconds until the first token of a new request: what is ahead and its own, through the pace.
@@ -196,9 +198,9 @@ class TargetBooks:
             now_s: the time.
             stale_after_s: age at which a signal is no longer believed.
         """
-        pace = self._pace
-        if pace is not None and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
-            return pace.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
+        line = self.line or common_line
+        if line is self._pace_line and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
+            return self._pace.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
         tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)
         return self.pace(common_line, now_s, stale_after_s).first_token_s(tokens)
 

@@ -34,6 +34,20 @@ def test_a_request_is_unanswered_until_its_first_token_and_in_flight_until_it_en
     assert (its.in_flight, its.unanswered_prefill_tokens) == (0, 0)
 
 
+def test_each_line_and_each_signal_has_its_own_pace():
+    its, slower = books(), StepTime(base_s=0.01, prefill_s=0.002, decode_s=0.001)
+
+    def predicted_s(line):
+        return its.first_token_s(100, line, 5.0, STALE_AFTER_S)
+
+    its.observe(EngineSignal(decode_tokens=10), 5.0)
+    assert [predicted_s(line) for line in (LINE, slower, LINE)] == pytest.approx([0.11, 0.22, 0.11])
+    its.observe(EngineSignal(decode_tokens=20), 5.0)
+    assert [predicted_s(line) for line in (slower, LINE)] == pytest.approx([0.23, 0.11])
+    its.observe(EngineSignal(decode_tokens=20, step_time=LINE), 5.0)
+    assert predicted_s(slower) == pytest.approx(0.11)
+
+
 def test_a_request_may_end_without_an_answer():
     its = books()
     its.sent("r", 100, 1.0)

@@ -132,7 +132,7 @@ class Comparison:
         if self.ratio is None:
             return "not measured"
         if self.ratio.covers(1.0):
-            return "not shown: covers 1"
+            return "covers 1: unclear"
         better = (self.ratio.value > 1) == self.higher_is_better
         return "better" if better else "worse"
 
@@ -145,14 +145,15 @@ def compare_metrics(pairs: Sequence[Pair]) -> tuple[Comparison, ...]:
 def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
     """The table that `make demo` ends with; it fits 80 columns."""
     caption = (
-        f"A: {STOCK.label}. B: {OURS.label}. B/A is the geometric mean over {len(pairs)} pairs,\n"
-        "in brackets its 95 % t interval. Where the interval covers 1, no difference is shown.\n"
+        f"A: {STOCK.label}. B: {OURS.label}.\n"
+        f"B/A: geometric mean over {len(pairs)} pairs, in brackets its 95 % t interval.\n"
+        "Where the interval covers 1, no difference is shown.\n"
         f"{render_failures(pairs)}"
     )
     table = Table(title="What users got", caption=caption, caption_justify="left", title_justify="left")
     table.add_column("")
     for name in ("A", "B", "B/A"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("B is")
     for row in comparisons:
         cells = (f"{render_number(value)} {row.unit}" for value in (row.stock, row.ours))

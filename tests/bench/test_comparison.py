@@ -79,7 +79,7 @@ async def test_no_two_runs_share_their_prompts():
 
 
 async def test_a_steady_gain_is_called_better_and_none_is_called_none():
-    for gain, verdict in ((0.8, "better"), (1.0, "not shown"), (1.25, "worse")):
+    for gain, verdict in ((0.8, "better"), (1.0, "covers 1"), (1.25, "worse")):
         script = Script(gain)
         pairs = await compare(plan_of(4), script.switch, script.measure)
         mean = compare_metrics(pairs)[0]
@@ -97,7 +97,7 @@ def test_more_throughput_is_better_and_less_is_worse():
 
 def test_one_pair_shows_no_difference():
     rows = compare_metrics([Pair(stock=run_of(1.0, 2.0), ours=run_of(0.1, 0.2))])
-    assert rows[0].verdict == "not shown: covers 1"
+    assert rows[0].verdict == "covers 1: unclear"
 
 
 def test_pairs_without_answers_are_left_out_and_said():

@@ -328,6 +328,21 @@ def test_followed_logs_show_what_is_added(served: Place) -> None:
         assert command.wait(TIMEOUT_S) == 0
 
 
+def test_a_reader_that_has_enough_of_the_logs_is_no_error(place: Place) -> None:
+    folder = place.state / "a"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    (folder / "supervisor.log").write_text("a line\n" * 50_000)
+    arguments = place.arguments("logs", "-n", "50000", "--process", "supervisor")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        assert command.stdout.readline() == "a line\n"
+        command.stdout.close()
+        assert command.stderr.read() == ""
+        assert command.wait(TIMEOUT_S) == 1
+
+
 def test_a_name_that_is_not_there_is_told_with_those_that_are(served: Place) -> None:
     for verb in ("down", "status"):
         assert served.run(verb, "b", code=2) == "NAME: no deployment 'b'; known: a\n"

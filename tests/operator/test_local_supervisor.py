@@ -156,12 +156,16 @@ async def test_a_state_that_cannot_be_written_does_not_end_what_serves(
         assert record.name == "a"
 
 
-async def test_a_process_that_outstays_its_time_is_asked_again_before_it_is_killed(tmp_path: Path) -> None:
+async def test_a_process_that_outstays_its_time_is_asked_again_before_it_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with Deployment(tmp_path, drain_timeout_s=1.0, gateway=HURRIES, agent_0=DEAF) as deployment:
         await deployment.serves("gateway", "agent-0")
         await deployment.stop()
         assert deployment.said("gateway") == "serves\ndrains\nhurried\n"
         assert deployment.said("agent-0") == "serves\ndeaf\ndeaf\n"
+        assert caplog.text.count("gateway: not ended within 1 s, what still runs there is cut") == 1
+        assert caplog.text.count("agent-0: not ended within") == 2
 
 
 async def test_a_second_request_to_stop_does_not_wait_for_the_drain_time(tmp_path: Path) -> None:

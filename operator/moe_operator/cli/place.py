@@ -1,7 +1,9 @@
 """What the commands on a deployment share: its options, which one is meant, and errors in single lines."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,9 @@ def errors_shown() -> Iterator[None]:
             yield
     except Failure as failure:
         show_failure(failure)
+        raise typer.Exit(FAILED) from None
+    except BrokenPipeError:  # as in `logs | head`; what is still buffered would complain once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

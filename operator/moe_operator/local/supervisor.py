@@ -122,7 +122,8 @@ class Supervisor:
             done.cancel()
             if all(keeper.done() for keeper in waiting):
                 return
-        log.warning("killed: %s", ", ".join(name for name in keepers if name in self._children))
+            late = ", ".join(name for name in keepers if name in self._children)
+            log.warning("%s: not ended within %.0f s, what still runs there is cut", late, limit_s)
         self._send(keepers, signal.SIGKILL)
         await asyncio.gather(*waiting)
 

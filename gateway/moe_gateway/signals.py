@@ -145,7 +145,9 @@ async def _fetch_models(url: str, session: aiohttp.ClientSession) -> frozenset[s
 def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
     """The signals by rank in vLLM's Prometheus metrics, with old and new names of the KV use."""
     ranks: dict[int, dict[str, float]] = {}
-    for family in text_string_to_metric_families(text):
+    # A server's page has hundreds of series; the parser sees the few lines that count.
+    wanted = "\n".join(line for line in text.splitlines() if line.startswith(tuple(_METRICS)))
+    for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
             if sample.name in _METRICS and math.isfinite(sample.value):
                 rank = sample.labels.get("engine", "0")

@@ -28,6 +28,9 @@ class DispatchPolicy(StrEnum):
     PREDICTED = "predicted"
     ROUND_ROBIN = "roundRobin"
 
+    # Enum's own is a function in Python; this is looked up for each request.
+    __hash__ = str.__hash__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -96,6 +99,8 @@ class SendReason(StrEnum):
     LEAST_REQUESTS = "least_requests"
     SESSION = "session"
     TURN = "turn"
+
+    __hash__ = str.__hash__
 
 
 class HoldReason(StrEnum):

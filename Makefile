@@ -10,6 +10,9 @@ ROUTER := .cache/vllm-router
 EXTRAS := gateway,operator,agent,cpu,bench,dev
 SOURCES := scheduling gateway node_agent kernels operator bench tests
 
+# Installs a package of Debian where that is allowed, else says which one is missing.
+system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
+
 .PHONY: help setup demo check test test-vllm generate verify bench bench-gateway format clean
 
 help: ## This list
@@ -19,8 +22,8 @@ setup: $(STAMP) ## Make the virtual environment from constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy python3-venv; } \
-	  || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(call system_package,python3-venv)
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || $(call system_package,libnuma1)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt --override overrides.txt -e '.[$(EXTRAS)]'

@@ -1,6 +1,7 @@
 """The agent as a process: builds its parts, serves until told to end, and leaves no engine behind."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from moe_agent.vllm.version import is_cpu_build
 log = logging.getLogger(__name__)
 
 _STREAM_END_S = 2.0
+NUMA_LIBRARY = "libnuma.so.1"
 
 
 async def run_agent(config: AgentConfig) -> None:
@@ -58,10 +60,21 @@ def prepare_run_dir(config: AgentConfig) -> None:
 def build_supervisor(config: AgentConfig, ranks: RankPages) -> Supervisor:
     """The supervisor of vLLM's API server."""
     cpu_build = is_cpu_build()
+    if cpu_build:
+        check_library(NUMA_LIBRARY)
     environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
     arguments = build_arguments(config.engine, cpu_build=cpu_build)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
     return Supervisor(config.engine, command, environment, config.run_dir / "engine.log", on_restart=ranks.forget)
+
+
+def check_library(name: str) -> None:
+    """Without it vLLM's kernels fail to load, and vLLM then complains of something else."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        message = f"vLLM on the CPU needs {name}, which this machine lacks; on Debian: apt-get install libnuma1"
+        raise InvalidInput([Problem("engine", message)]) from None
 
 
 async def listen(runner: web.AppRunner, config: AgentConfig) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moe_agent.app import check_library
 from moe_agent.cli import app
 from moe_agent.config import AgentConfig
 from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
 
 
@@ -166,3 +168,10 @@ def test_kv_memory_that_the_resource_asks_for_wins_over_an_inherited_variable(co
     asked = config.engine.model_copy(update={"args": ("--kv-cache-memory-bytes=1000",)})
     changed = config.model_copy(update={"engine": asked})
     assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(changed, inherited, cpu_build=True, cpus=2)
+
+
+def test_a_missing_system_library_is_named_with_its_package():
+    with pytest.raises(
+        InvalidInput, match=r"^engine: vLLM on the CPU needs libabsent.so.9, .*libnuma1$"
+    ):
+        check_library("libabsent.so.9")

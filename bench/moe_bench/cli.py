@@ -114,7 +114,7 @@ def demo_command(
     ] = None,
     manifest: Annotated[Path | None, typer.Option("-f", help="The resource to serve.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pieces of the trace, each under both policies.")] = 4,
-    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 15.0,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 12.0,
     seed: Seed = 0,
 ) -> None:
     """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""

@@ -171,7 +171,5 @@ def test_kv_memory_that_the_resource_asks_for_wins_over_an_inherited_variable(co
 
 
 def test_a_missing_system_library_is_named_with_its_package():
-    with pytest.raises(
-        InvalidInput, match=r"^engine: vLLM on the CPU needs libabsent.so.9, .*libnuma1$"
-    ):
+    with pytest.raises(InvalidInput, match=r"^engine: vLLM on the CPU needs libabsent.so.9, .*libnuma1$"):
         check_library("libabsent.so.9")

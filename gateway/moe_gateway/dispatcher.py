@@ -86,7 +86,6 @@ class Placed:
     key: int
     sent_s: float
     predicted_s: float
-    answered: bool = False
 
 
 class Dispatcher:
@@ -216,7 +215,6 @@ class Dispatcher:
 
     def answered(self, placed: Placed, now_s: float) -> None:
         """The first byte of the body is there."""
-        placed.answered = True
         if (books := self.books.get(placed.target)) is not None:
             books.first_token(placed.key, now_s)
         if (engine := self.engines.get(placed.target.server)) is not None and engine.failures:

@@ -65,12 +65,48 @@ class Limits(_Section):
     hold_timeout_s: Seconds = 60.0
 
 
+class Group(_Section):
+    """A revision of the engines: those behind one Service.
+
+    Attributes:
+        service: name of the Service whose EndpointSlices name the engines.
+        weight: its part of the requests beside the weights of the other groups that have an accepting engine.
+    """
+
+    service: str
+    weight: Annotated[int, Field(ge=0, le=100)] = 100
+
+
+class Discovery(_Section):
+    """Engines found in a Kubernetes namespace.
+
+    Attributes:
+        namespace: where; None is the pod's own.
+        groups: Services of the engines.
+        ranks: data-parallel ranks of each engine.
+    """
+
+    namespace: str | None = None
+    groups: tuple[Group, ...] = ()
+    ranks: Annotated[int, Field(ge=1)] = 1
+
+
 class GatewayConfig(_Section):
-    """The whole file."""
+    """The whole file.
+
+    Attributes:
+        settings_file: a JSON object with any of `dispatch`, `request` and `groups`, laid over this file at the start
+            when it exists.
+        model: name of the model that the engines serve, when it is known before any engine is.
+        engines: a fixed list, unless `discovery` finds them.
+    """
 
     listen: Listen
     admin: Listen
     token_file: Path
+    settings_file: Path | None = None
+    model: str | None = None
+    discovery: Discovery | None = None
     engines: tuple[EngineAddress, ...] = ()
     dispatch: EngineSettings = EngineSettings()
     request: RequestSettings = RequestSettings()

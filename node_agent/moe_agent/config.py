@@ -32,6 +32,7 @@ class EngineConfig(_Section):
     data_parallel: Annotated[int, Field(ge=1)] = 1
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     expert_parallel: bool = False
+    nodes: Annotated[int, Field(ge=1)] = 1
     args: tuple[str, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
     startup_timeout_s: Seconds = 1800.0
@@ -40,11 +41,17 @@ class EngineConfig(_Section):
 
 
 class AgentConfig(_Section):
-    """The whole file."""
+    """The whole file.
 
-    name: str
+    Attributes:
+        name: of the engine; None is the machine's host name, which in a cluster is the pod's.
+        settings_file: a JSON object `{"request": {...}}`, laid over this file at the start when it exists.
+    """
+
+    name: str | None = None
     run_dir: Path
     listen: Listen
     token_file: Path
+    settings_file: Path | None = None
     engine: EngineConfig
     request: RequestSettings = RequestSettings()

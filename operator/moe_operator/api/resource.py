@@ -12,13 +12,25 @@ from moe_scheduling.engine import DispatchPolicy, EngineSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
 from pydantic import AfterValidator, Field, Strict
 
+from moe_operator.api.autoscaling import Autoscaling
+from moe_operator.api.pods import (
+    Canary,
+    Disruption,
+    GatewayService,
+    Image,
+    Metrics,
+    Name,
+    PodTemplate,
+    SecretKey,
+    Update,
+)
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.status import Status
 from moe_operator.api.units import DurationBetween, QuantityBetween, render_duration
 
 API_VERSION = "moeserving.dev/v1alpha1"
 KIND = "MoEServing"
-URI_SCHEMES = ("file", "hf", "s3")
+URI_SCHEMES = ("file", "hf", "pvc", "s3")
 
 _REQUEST = RequestSettings()
 _ENGINE = EngineSettings()
@@ -27,6 +39,11 @@ Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict()]
 
+
+# What the claim of a volume was made with, Kubernetes does not change.
+IMMUTABLE = Field(
+    json_schema_extra={"x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "cannot change"}]}
+)
 
 _URI_PATTERN = f"^({'|'.join(URI_SCHEMES)})://[^\\x00-\\x1f]+$"
 
@@ -40,11 +57,48 @@ def _check_uri(uri: str) -> str:
     return uri
 
 
+class AccessMode(StrEnum):
+    """From where a volume can be written."""
+
+    READ_WRITE_MANY = "ReadWriteMany"
+    READ_WRITE_ONCE = "ReadWriteOnce"
+
+
 class Cache(Section):
     """Where downloads from the hub are kept. Absent: the hub's own default folder. Only with `hf://`."""
 
     path: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)] = Field(
         description="Absolute folder for downloads from the hub. It is passed on as HF_HUB_CACHE."
+    )
+    size: Annotated[str, QuantityBetween("1Mi", "100Ti", "200Gi")] | None = Field(
+        default=None,
+        description="Size of a PersistentVolumeClaim that the operator makes for it and all engines share. Only in a "
+        "cluster; it can grow where the storage class allows it.",
+    )
+    storage_class: Annotated[Name, IMMUTABLE] | None = Field(
+        default=None, description="Storage class of that claim. Absent: the cluster's default. It cannot change."
+    )
+    access_mode: Annotated[AccessMode, IMMUTABLE] = Field(
+        default=AccessMode.READ_WRITE_MANY,
+        description="Access mode of that claim; `ReadWriteOnce` keeps all engines on one node. It cannot change.",
+    )
+    claim: Name | None = Field(
+        default=None, description="A PersistentVolumeClaim that exists already, instead. Only in a cluster."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="claim",
+            message="either a claim that exists or the size of a new one",
+            cel="!has(self.claim) || !has(self.size)",
+            holds=lambda cache: cache.claim is None or cache.size is None,
+        ),
+        Rule(
+            field="storageClass",
+            message="a storage class needs the size of the new claim",
+            cel="!has(self.storageClass) || has(self.size)",
+            holds=lambda cache: cache.storage_class is None or cache.size is not None,
+        ),
     )
 
 
@@ -55,8 +109,9 @@ class Model(Section):
         str, Field(max_length=1024, json_schema_extra={"pattern": _URI_PATTERN}), AfterValidator(_check_uri)
     ] = Field(
         description="Where the weights are: `hf://org/name` on the hub, `file:///folder` on this machine (a relative "
-        "`file://folder` is resolved against the folder of the YAML file), or `s3://bucket/folder`, which vLLM streams "
-        "with the package runai-model-streamer."
+        "`file://folder` is resolved against the folder of the YAML file; in a cluster a folder in the container), "
+        "`pvc://claim/folder` on a PersistentVolumeClaim (only in a cluster), or `s3://bucket/folder`, which vLLM "
+        "streams with the package runai-model-streamer."
     )
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=253)] | None = Field(
         default=None, description="Name that clients put into `model`. Absent: the last part of the URI."
@@ -65,6 +120,7 @@ class Model(Section):
         default=None,
         description="Branch, tag or commit on the hub. Absent: the hub's default branch. Only with `hf://`.",
     )
+    token_secret: SecretKey | None = None
     cache: Cache | None = None
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -79,6 +135,12 @@ class Model(Section):
             message="a cache needs a uri that starts with hf://",
             cel="!has(self.cache) || self.uri.startsWith('hf://')",
             holds=lambda model: model.cache is None or model.uri.startswith("hf://"),
+        ),
+        Rule(
+            field="tokenSecret",
+            message="a token needs a uri that starts with hf://",
+            cel="!has(self.tokenSecret) || self.uri.startsWith('hf://')",
+            holds=lambda model: model.token_secret is None or model.uri.startswith("hf://"),
         ),
     )
 
@@ -109,6 +171,11 @@ class Parallelism(Section):
     expert: Flag = Field(
         default=False, description="Spread the experts over all ranks of the replica instead of splitting each of them."
     )
+    nodes: Annotated[Count, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Nodes over which one replica is spread, the same number of ranks on each. Above 1 only in a "
+        "cluster, where a LeaderWorkerSet makes the pods.",
+    )
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -116,6 +183,16 @@ class Parallelism(Section):
             message="expert parallelism needs more than one rank: tensor or data above 1",
             cel="!self.expert || self.tensor * self.data > 1",
             holds=lambda shape: not shape.expert or shape.ranks > 1,
+        ),
+        Rule(
+            field="nodes",
+            message="the data-parallel ranks, or else the tensor-parallel ones, must divide by the nodes",
+            cel="self.nodes == 1 || self.data % self.nodes == 0 || self.data == 1 && self.tensor % self.nodes == 0",
+            holds=lambda shape: (
+                shape.nodes == 1
+                or shape.data % shape.nodes == 0
+                or (shape.data == 1 and shape.tensor % shape.nodes == 0)
+            ),
         ),
     )
 
@@ -131,12 +208,25 @@ class Resources(Section):
     cpu: Annotated[str, QuantityBetween("100m", "1k", "2 or 500m")] | None = Field(
         default=None,
         description="CPUs of one replica: the OpenMP threads of all its ranks together, rounded down, at least one "
-        "each. Absent: the machine's CPUs divided by the replicas. Only with the runtime `vllm-cpu`.",
+        "each. Absent: the machine's CPUs divided by the replicas; in a cluster as many threads as the container may "
+        "use CPUs, and no request. Only with the runtime `vllm-cpu`.",
+    )
+    memory: Annotated[str, QuantityBetween("64Mi", "100Ti", "64Gi")] | None = Field(
+        default=None,
+        description="Memory of one pod of a replica, as request and limit (bytes). Absent: neither. Only in a cluster.",
+    )
+    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
+        default="nvidia.com/gpu",
+        description="Name by which the cluster knows a GPU; with `vllm` each rank asks for one. Only in a cluster.",
+    )
+    shared_memory: Annotated[str, QuantityBetween("64Mi", "1Ti", "8Gi")] = Field(
+        default="8Gi", description="Most memory that /dev/shm of a pod may take (bytes). Only in a cluster."
     )
     kv_cache_memory: Annotated[str, QuantityBetween("1Mi", "1Ti", "4Gi")] | None = Field(
         default=None,
         description="Memory of the KV cache of one rank (bytes). Absent: with `vllm` what vLLM finds free on the GPU, "
-        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas.",
+        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas, in a cluster a quarter "
+        "of `memory` divided by the ranks of the pod, or 1 GiB where that is absent.",
     )
 
 
@@ -195,8 +285,13 @@ class Engine(Section):
     runtime: Runtime = Field(
         default=Runtime.VLLM, description="Build of vLLM: `vllm` computes on GPUs, `vllm-cpu` on the CPU."
     )
-    replicas: Annotated[Count, Field(ge=1, le=256)] = Field(
-        default=1, description="Number of engines behind the gateway."
+    image: Image | None = Field(
+        default=None, description="Image of the engine. Absent: the operator's for the runtime. Only in a cluster."
+    )
+    replicas: Annotated[Count, Field(ge=0, le=256)] = Field(
+        default=1,
+        description="Number of engines behind the gateway. With `autoscaling` in the mode `internal` the number to "
+        "begin with. 0 only in a cluster.",
     )
     parallelism: Parallelism = Parallelism()
     resources: Resources = Resources()
@@ -216,6 +311,17 @@ class Engine(Section):
     )
     drain_timeout: Annotated[str, DurationBetween("1s")] = Field(
         default="2m", description="Time that running streams have to end when an engine stops."
+    )
+    update: Update = Field(
+        default=Update.SURGE,
+        description="How a cluster replaces engines: `surge` starts a new one before an old one goes, `inPlace` first "
+        "lets an old one go, for when there is no GPU to spare.",
+    )
+    canary: Canary | None = None
+    pod_template: PodTemplate = Field(
+        default={},
+        description="Merged into the engines' pods (strategic merge, lists by name; the container is `engine`): node "
+        "selectors, tolerations, volumes, runtime class, priority class, side cars. Only in a cluster.",
     )
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -329,7 +435,19 @@ class Gateway(Section):
     """The way in for clients."""
 
     port: Annotated[Count, Field(ge=1, le=65535)] | None = Field(
-        default=None, description="Port for clients. Absent: a free one is chosen and shown."
+        default=None,
+        description="Port for clients on one machine. Absent: a free one is chosen and shown. A cluster has `service`.",
+    )
+    replicas: Annotated[Count, Field(ge=1, le=64)] = Field(
+        default=1, description="Number of gateways, which share the load. One machine has one."
+    )
+    image: Image | None = Field(
+        default=None, description="Image of the gateway. Absent: the operator's. Only in a cluster."
+    )
+    service: GatewayService = GatewayService()
+    pod_template: PodTemplate = Field(
+        default={},
+        description="Merged into the gateways' pods (strategic merge; the container is `gateway`). Only in a cluster.",
     )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()
@@ -342,13 +460,19 @@ class Spec(Section):
     engine: Engine = Engine()
     scheduling: Scheduling = Scheduling()
     gateway: Gateway = Gateway()
+    autoscaling: Autoscaling | None = None
+    metrics: Metrics = Metrics()
+    disruption: Disruption = Disruption()
+    paused: Flag = Field(
+        default=False, description="The operator leaves everything as it is. One machine takes no notice."
+    )
 
 
 class Metadata(Section):
     """The part of Kubernetes' object metadata that a person writes."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=40)] = Field(
-        description="Name of the deployment: lower-case letters, digits and hyphens, at most 40."
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$", max_length=63)] = Field(
+        description="Name of the deployment: lower-case letters, digits and hyphens, a letter first, at most 63."
     )
     namespace: str | None = Field(default=None, description="Kubernetes namespace; without meaning on one machine.")
     labels: dict[str, str] = Field(default={}, description="Kubernetes labels.")

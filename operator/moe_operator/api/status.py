@@ -66,6 +66,16 @@ class PoliciesInForce(Section):
     )
 
 
+class ExpertsStatus(Section):
+    """The experts of the engines."""
+
+    balance: Annotated[float, Field(ge=1)] | None = Field(
+        default=None,
+        description="Load of the busiest expert-parallel rank over the mean, of the worst engine; absent while nothing "
+        "records it.",
+    )
+
+
 class Status(Section):
     """What runs."""
 
@@ -73,6 +83,12 @@ class Status(Section):
     conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")
     replicas: Natural = Field(default=0, description="Engines that exist.")
     ready_replicas: Natural = Field(default=0, description="Engines that accept requests.")
+    desired_replicas: Natural | None = Field(
+        default=None, description="Engines that should exist, by the resource or by its autoscaling."
+    )
+    selector: str = Field(default="", description="Label selector of the engines' pods, for autoscalers.")
+    ttft: str = Field(default="", description="Mean time to first token over the last 30 s with requests.")
+    experts: ExpertsStatus = Field(default=ExpertsStatus(), description="The experts of the engines.")
     endpoint: str = Field(default="", description="URL for clients.")
     policies: PoliciesInForce = Field(default=PoliciesInForce(), description="The policies that run.")
     engines: tuple[EngineStatus, ...] = Field(default=(), description="Each engine in brief.")

@@ -6,7 +6,7 @@ A field keeps the text that a person wrote (so that a resource survives reading 
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -69,6 +69,29 @@ def quantity_value(text: str) -> Decimal:
     if match is None:
         raise ValueError(f"{text!r:.80} is no quantity")
     return Decimal(match[1]) * _FACTORS[match[2] or ""]
+
+
+def canonical_quantity(text: str) -> str:
+    """The quantity as the API server writes it back, such as `1` for `1000m` and `1536Mi` for `1.5Gi`.
+
+    Source: k8s.io/apimachinery, resource.Quantity: no fraction, the largest unit that allows it, the family kept.
+    """
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r:.80} is no quantity")
+    value = quantity_value(text)
+    unit = match[2] or ""
+    if unit.endswith("i"):
+        # Less than a unit of the binary family is written in the decimal one.
+        units = [(f"{letter}i", Decimal(1024) ** power) for power, letter in enumerate("KMGT", start=1)]
+    else:
+        units = [(letter, Decimal(1000) ** power) for power, letter in enumerate("kMGT", start=1)]
+    for name, factor in reversed(units):
+        if value and value % factor == 0:
+            return f"{int(value / factor)}{name}"
+    if value % 1 == 0:
+        return str(int(value))
+    return f"{int((value * 1000).to_integral_value(ROUND_CEILING))}m"
 
 
 def render_bytes(count: int) -> str:

@@ -18,12 +18,13 @@ class Share:
     """What one replica has of the machine.
 
     Attributes:
-        threads: OpenMP threads of each rank; counts on the CPU runtime alone.
+        threads: OpenMP threads of each rank, on the CPU runtime alone; None leaves them to the agent, which takes as
+            many as it may use CPUs.
         kv_cache_bytes: KV cache of each rank; None leaves it to vLLM.
         gpus: the devices that it sees; empty on the CPU runtime.
     """
 
-    threads: int = 1
+    threads: int | None = None
     kv_cache_bytes: int | None = None
     gpus: tuple[str, ...] = ()
 
@@ -39,6 +40,7 @@ def build_engine(resource: MoEServing, *, port: int, share: Share) -> EngineConf
         data_parallel=engine.parallelism.data,
         tensor_parallel=engine.parallelism.tensor,
         expert_parallel=engine.parallelism.expert,
+        nodes=engine.parallelism.nodes,
         args=(*_arguments(model, share), *engine.args),
         env={**_environment(resource, share), **engine.env},
         startup_timeout_s=duration_s(engine.startup_timeout),
@@ -47,14 +49,14 @@ def build_engine(resource: MoEServing, *, port: int, share: Share) -> EngineConf
     )
 
 
-def kv_cache_bytes(resource: MoEServing, memory_bytes: int) -> int | None:
-    """KV cache of one rank on a machine with so much memory; None leaves it to vLLM."""
+def kv_cache_bytes(resource: MoEServing, memory_bytes: int, ranks: int) -> int | None:
+    """KV cache of one of the ranks that share so much memory; None leaves it to vLLM."""
     engine = resource.spec.engine
     if engine.resources.kv_cache_memory is not None:
         return int(quantity_value(engine.resources.kv_cache_memory))
     if engine.runtime is Runtime.VLLM:
         return None
-    return int(memory_bytes * CPU_KV_CACHE_PART) // (engine.replicas * engine.parallelism.ranks)
+    return int(memory_bytes * CPU_KV_CACHE_PART) // ranks
 
 
 def _model_argument(model: ModelSection) -> str:
@@ -76,7 +78,9 @@ def _environment(resource: MoEServing, share: Share) -> dict[str, str]:
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if resource.spec.engine.runtime is Runtime.VLLM_CPU:
         # vLLM's own binding gives every engine the same first cores, so that two engines share them.
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(share.threads)}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if share.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(share.threads)
     if share.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
     if not model.uri.startswith("hf://"):

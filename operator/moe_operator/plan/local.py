@@ -9,14 +9,15 @@ from pathlib import Path
 
 from moe_agent.config import AgentConfig
 from moe_agent.config import Listen as AgentListen
-from moe_gateway.config import EngineAddress, GatewayConfig, Limits
+from moe_gateway.config import EngineAddress, GatewayConfig
 from moe_gateway.config import Listen as GatewayListen
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_operator.api.resource import MoEServing, Runtime
 from moe_operator.api.settings import engine_settings, request_settings
-from moe_operator.api.units import duration_s, quantity_value, render_bytes
+from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
+from moe_operator.plan.gateway import build_limits
 
 HOST = "127.0.0.1"
 
@@ -74,11 +75,18 @@ def _check_model(resource: MoEServing) -> Iterator[Problem]:
     scheme, _, path = resource.spec.model.uri.partition("://")
     if scheme == "file" and not path.startswith("/"):
         yield Problem("spec.model.uri", f"an absolute folder is needed here, got {resource.spec.model.uri!r}")
+    if scheme == "pvc":
+        yield Problem("spec.model.uri", "pvc:// is only for a cluster; on one machine name the folder with file://")
 
 
 def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
     engine = resource.spec.engine
     ranks = engine.replicas * engine.parallelism.ranks
+    if engine.replicas == 0:
+        yield Problem("spec.engine.replicas", "at least 1 is needed on one machine")
+        return
+    if engine.parallelism.nodes > 1:
+        yield Problem("spec.engine.parallelism.nodes", "more than one node is only for a cluster")
     if engine.runtime is Runtime.VLLM:
         if ranks > len(site.gpus):
             has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
@@ -89,7 +97,7 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
     if cpu is not None and quantity_value(cpu) * engine.replicas > site.cpus:
         needs = f"{engine.replicas} x {cpu} CPUs"
         yield Problem("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
-    kv_bytes = kv_cache_bytes(resource, site.memory_bytes) or 0
+    kv_bytes = kv_cache_bytes(resource, site.memory_bytes, ranks) or 0
     if kv_bytes * ranks > site.memory_bytes:
         needs, has = f"{ranks} x {render_bytes(kv_bytes)}", f"{site.memory_bytes / 2**30:.1f}Gi"
         yield Problem("spec.engine.resources.kvCacheMemory", f"needs {needs}, the machine has {has}")
@@ -98,7 +106,7 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:
     engine = resource.spec.engine
     ranks = engine.parallelism.ranks
-    kv_bytes = kv_cache_bytes(resource, site.memory_bytes)
+    kv_bytes = kv_cache_bytes(resource, site.memory_bytes, engine.replicas * ranks)
     if engine.runtime is Runtime.VLLM:
         return Share(kv_cache_bytes=kv_bytes, gpus=site.gpus[index * ranks : (index + 1) * ranks])
     cpus = site.cpus // engine.replicas if engine.resources.cpu is None else int(quantity_value(engine.resources.cpu))
@@ -126,7 +134,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         engines=tuple(_build_address(agent) for agent in agents),
         dispatch=engine_settings(resource.spec.scheduling.engine),
         request=request_settings(resource.spec.scheduling.request),
-        limits=_build_limits(resource),
+        limits=build_limits(resource),
     )
 
 
@@ -136,17 +144,4 @@ def _build_address(agent: AgentConfig) -> EngineAddress:
         url=f"http://{agent.engine.host}:{agent.engine.port}",
         agent_url=f"http://{agent.listen.host}:{agent.listen.port}",
         ranks=agent.engine.data_parallel,
-    )
-
-
-def _build_limits(resource: MoEServing) -> Limits:
-    limits, hold = resource.spec.gateway.limits, resource.spec.gateway.hold
-    return Limits(
-        max_body_bytes=int(quantity_value(limits.max_body)),
-        header_timeout_s=duration_s(limits.header_timeout),
-        body_timeout_s=duration_s(limits.body_timeout),
-        connect_timeout_s=duration_s(limits.connect_timeout),
-        idle_timeout_s=duration_s(limits.idle_timeout),
-        hold_requests=hold.requests,
-        hold_timeout_s=duration_s(hold.timeout),
     )

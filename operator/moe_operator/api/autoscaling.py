@@ -1,0 +1,137 @@
+"""The section `autoscaling`: how many engines run. Only in a cluster.
+
+Its words are those of HorizontalPodAutoscaler v2.
+"""
+
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import Field, Strict
+
+from moe_operator.api.section import Rule, Section
+from moe_operator.api.units import DurationBetween
+
+Count = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+
+
+class AutoscalingMode(StrEnum):
+    """Who decides."""
+
+    INTERNAL = "internal"
+    EXTERNAL = "external"
+
+
+class Targets(Section):
+    """What to keep; the metric that asks for the most engines wins. One that is absent is not looked at."""
+
+    queue_wait: Annotated[str, DurationBetween("1ms")] | None = Field(
+        default="1s", description="Predicted wait of a new request at the best engine, before its own prefill."
+    )
+    kv_usage: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        default=0.8, description="Used part of the KV caches, mean over the engines."
+    )
+    ttft: Annotated[str, DurationBetween("1ms")] | None = Field(
+        default=None, description="Time to first token at the gateway, mean over the last 30 s."
+    )
+    tokens_per_second: Annotated[Number, Field(gt=0, le=1e9)] | None = Field(
+        default=None, description="Prompt and output tokens computed by one engine (tokens/s)."
+    )
+
+
+class ScalingPolicyType(StrEnum):
+    """Unit of a step."""
+
+    PODS = "pods"
+    PERCENT = "percent"
+
+
+class ScalingPolicy(Section):
+    """The most that may change within a period."""
+
+    type: ScalingPolicyType = Field(description="Unit of `value`: engines, or percent of the present number.")
+    value: Annotated[Count, Field(ge=1, le=10_000)] = Field(description="Largest change within the period.")
+    period: Annotated[str, DurationBetween("1s", "30m")] = Field(description="Length of the period.")
+
+
+class SelectPolicy(StrEnum):
+    """Which policy counts."""
+
+    MAX = "max"
+    MIN = "min"
+    DISABLED = "disabled"
+
+
+class ScaleUp(Section):
+    """How fast the number may rise."""
+
+    stabilization_window: Annotated[str, DurationBetween("0s", "1h")] = Field(
+        default="0s", description="The least of the numbers recommended within this window is taken."
+    )
+    policies: Annotated[tuple[ScalingPolicy, ...], Field(max_length=8)] = Field(
+        default=(
+            ScalingPolicy(type=ScalingPolicyType.PERCENT, value=100, period="15s"),
+            ScalingPolicy(type=ScalingPolicyType.PODS, value=4, period="15s"),
+        ),
+        description="Bounds of the change.",
+    )
+    select_policy: SelectPolicy = Field(
+        default=SelectPolicy.MAX, description="`max` allows the largest of the policies, `min` the smallest."
+    )
+
+
+class ScaleDown(Section):
+    """How fast the number may fall."""
+
+    stabilization_window: Annotated[str, DurationBetween("0s", "1h")] = Field(
+        default="5m", description="The greatest of the numbers recommended within this window is taken."
+    )
+    policies: Annotated[tuple[ScalingPolicy, ...], Field(max_length=8)] = Field(
+        default=(ScalingPolicy(type=ScalingPolicyType.PERCENT, value=100, period="15s"),),
+        description="Bounds of the change.",
+    )
+    select_policy: SelectPolicy = Field(
+        default=SelectPolicy.MAX, description="`max` allows the largest of the policies, `min` the smallest."
+    )
+
+
+class Autoscaling(Section):
+    """How many engines run, by load. Absent: `engine.replicas`."""
+
+    mode: AutoscalingMode = Field(
+        default=AutoscalingMode.INTERNAL,
+        description="`internal`: the operator decides by `targets`. `external`: a HorizontalPodAutoscaler or KEDA sets "
+        "`engine.replicas` through the scale subresource.",
+    )
+    min_replicas: Annotated[Count, Field(ge=0, le=256)] = Field(
+        default=1, description="Fewest engines. 0: none runs while no request comes; the gateway holds what wakes one."
+    )
+    max_replicas: Annotated[Count, Field(ge=1, le=256)] = Field(default=4, description="Most engines.")
+    targets: Targets = Targets()
+    scale_up: ScaleUp = ScaleUp()
+    scale_down: ScaleDown = ScaleDown()
+    idle_after: Annotated[str, DurationBetween("1s")] = Field(
+        default="10m",
+        description="Time without a request after which the last engine is let go, with `minReplicas: 0`.",
+    )
+    interval: Annotated[str, DurationBetween("500ms", "10m")] = Field(
+        default="5s", description="Time between two decisions."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="maxReplicas",
+            message="maxReplicas must be at least minReplicas",
+            cel="self.maxReplicas >= self.minReplicas",
+            holds=lambda section: section.max_replicas >= section.min_replicas,
+        ),
+        Rule(
+            field="targets",
+            message="at least one target is needed",
+            cel="self.mode == 'external' || has(self.targets.queueWait) || has(self.targets.kvUsage) || "
+            "has(self.targets.ttft) || has(self.targets.tokensPerSecond)",
+            holds=lambda section: (
+                section.mode is AutoscalingMode.EXTERNAL or any(value is not None for _, value in section.targets)
+            ),
+        ),
+    )

@@ -1,0 +1,117 @@
+"""Parts of the resource about pods: what a cluster adds to an engine or a gateway. One machine leaves them alone."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, Strict
+
+from moe_operator.api.section import Section
+
+Count = Annotated[int, Strict()]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=1024)]
+TEMPLATE_PARTS = ("metadata", "spec")
+METADATA_PARTS = ("annotations", "labels")
+
+
+def _check_template(template: dict[str, Any]) -> dict[str, Any]:
+    for name in template:
+        if name not in TEMPLATE_PARTS:
+            raise ValueError(f"unknown field {name!r}; known: {', '.join(TEMPLATE_PARTS)}")
+    for name, part in template.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} must be a mapping")
+    if unknown := [name for name in template.get("metadata", {}) if name not in METADATA_PARTS]:
+        raise ValueError(f"unknown field {f'metadata.{unknown[0]}'!r}; known: {', '.join(METADATA_PARTS)}")
+    return template
+
+
+PodTemplate = Annotated[
+    dict[str, Any],
+    Field(
+        json_schema_extra={
+            "type": "object",
+            "x-kubernetes-preserve-unknown-fields": True,
+            "properties": {
+                "metadata": {
+                    "type": "object",
+                    "properties": {
+                        part: {"type": "object", "additionalProperties": {"type": "string"}} for part in METADATA_PARTS
+                    },
+                },
+                "spec": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+            },
+        }
+    ),
+    AfterValidator(_check_template),
+]
+
+
+class SecretKey(Section):
+    """A key of a Secret in the resource's namespace. Only in a cluster; on one machine set the variable itself."""
+
+    name: Name = Field(description="Name of the Secret.")
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=253)] = Field(
+        default="token", description="Key in the Secret."
+    )
+
+
+class ServiceType(StrEnum):
+    """How clients reach the gateway's Service."""
+
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    LOAD_BALANCER = "LoadBalancer"
+
+
+class GatewayService(Section):
+    """The Service of the gateway. Only in a cluster."""
+
+    type: ServiceType = Field(default=ServiceType.CLUSTER_IP, description="Type of the Service.")
+    port: Annotated[Count, Field(ge=1, le=65535)] = Field(default=80, description="Port of the Service.")
+
+
+class Update(StrEnum):
+    """How engines are replaced when a field changes that only a start can change."""
+
+    SURGE = "surge"
+    IN_PLACE = "inPlace"
+
+
+class Canary(Section):
+    """Two revisions side by side: a change of the engines makes new ones beside the old. Only in a cluster.
+
+    Set `weight` to 100 or take the section away to let the new revision replace the old.
+    """
+
+    weight: Annotated[Count, Field(ge=0, le=100)] = Field(
+        description="Part of the requests for the new revision (percent)."
+    )
+    replicas: Annotated[Count, Field(ge=1, le=256)] = Field(default=1, description="Engines of the new revision.")
+
+
+class Disruption(Section):
+    """What a drain of a node may take away at a time. Only in a cluster."""
+
+    max_unavailable: Annotated[str, Field(pattern=r"^([0-9]{1,3}|[0-9]{1,2}%|100%)$", max_length=4)] = Field(
+        default="1",
+        description="Engines, and gateways, that may be away at a time: a number or a percentage, as a string.",
+    )
+
+
+class Prometheus(Section):
+    """A Prometheus that scrapes this deployment."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=1024)] = Field(
+        description="Its address; autoscaling then reads its signals there."
+    )
+
+
+class Metrics(Section):
+    """Where metrics go. Only in a cluster."""
+
+    service_monitor: Annotated[bool, Strict()] = Field(
+        default=True,
+        description="Make monitors of engines and gateway where the cluster has those kinds (Prometheus operator).",
+    )
+    prometheus: Prometheus | None = None

@@ -1,0 +1,100 @@
+"""Names and labels of a resource's children in a cluster. Pure; the one place of them.
+
+A child's name is the resource's with a suffix. Where that is too long for its kind the front is cut and a hash of the
+whole name put in, so that two resources never share a child.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+GROUP = "moeserving.dev"
+MANAGER = "moeserving"
+REVISION = f"{GROUP}/revision"
+CONFIG = f"{GROUP}/config"
+APPLIED = f"{GROUP}/applied"
+ROTATE = f"{GROUP}/rotate-token"
+ROTATED_AT = f"{GROUP}/rotated-at"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+INSTANCE = "app.kubernetes.io/instance"
+COMPONENT = "app.kubernetes.io/component"
+LWS_WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+
+# Names of Services, and values of labels, have at most 63 characters. A Deployment's pod carries 17 more, a
+# LeaderWorkerSet's `-0-0` and its StatefulSets' revision label 11 more; 52 is what all of them have room for.
+LONGEST_SERVICE = 63
+LONGEST_WORKLOAD = 46
+_HASH = 8
+
+
+class Suffix:
+    """What stands behind the resource's name."""
+
+    ENGINE = "engine"
+    CANARY = "engine-canary"
+    GATEWAY = "gateway"
+    CONTROL = "control"
+    SETTINGS = "settings"
+    CACHE = "cache"
+
+
+def child_name(name: str, suffix: str, longest: int = LONGEST_SERVICE) -> str:
+    """`NAME-SUFFIX`, at most `longest` characters: `a…-HASH-SUFFIX` where it would be more."""
+    whole = f"{name}-{suffix}" if suffix else name
+    if len(whole) <= longest:
+        return whole
+    digest = sha256(name.encode()).hexdigest()[:_HASH]
+    tail = f"-{digest}-{suffix}" if suffix else f"-{digest}"
+    return name[: longest - len(tail)].rstrip("-") + tail
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The children of one resource."""
+
+    name: str
+
+    def workload(self, suffix: str) -> str:
+        """Of a Deployment or LeaderWorkerSet and of what belongs to it alone."""
+        return child_name(self.name, suffix, LONGEST_WORKLOAD)
+
+    @property
+    def engine(self) -> str:
+        return self.workload(Suffix.ENGINE)
+
+    @property
+    def canary(self) -> str:
+        return self.workload(Suffix.CANARY)
+
+    @property
+    def gateway(self) -> str:
+        return self.workload(Suffix.GATEWAY)
+
+    @property
+    def service(self) -> str:
+        return self.name
+
+    @property
+    def control(self) -> str:
+        return child_name(self.name, Suffix.CONTROL)
+
+    @property
+    def settings(self) -> str:
+        return child_name(self.name, Suffix.SETTINGS)
+
+    @property
+    def cache(self) -> str:
+        return child_name(self.name, Suffix.CACHE)
+
+    def labels(self, component: str | None = None, revision: str | None = None) -> dict[str, str]:
+        """Labels of a child; also the selector of its pods."""
+        labels = {MANAGED_BY: MANAGER, INSTANCE: self.name}
+        if component is not None:
+            labels[COMPONENT] = component
+        if revision is not None:
+            labels[REVISION] = revision
+        return labels
+
+
+def selector_text(labels: dict[str, str]) -> str:
+    """Labels as a selector's text."""
+    return ",".join(f"{name}={value}" for name, value in labels.items())

@@ -1,0 +1,327 @@
+"""The pods of engines and gateways. Pure: from the resource and the operator's defaults to pod templates."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_agent.config import AgentConfig
+from moe_agent.config import Listen as AgentListen
+from moe_gateway.config import Discovery, GatewayConfig, Group
+from moe_gateway.config import Listen as GatewayListen
+
+from moe_operator.api.pods import PodTemplate
+from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
+from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
+from moe_operator.plan.gateway import build_limits
+from moe_operator.plan.merge import merge_template
+from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
+
+ENGINE_PORT, AGENT_PORT = 8000, 8080
+GATEWAY_PORT, ADMIN_PORT = 8000, 8081
+CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
+RUN_DIR = "/run/moeserving"
+MODELS_DIR = "/var/lib/moeserving/models"
+
+# Gateways and kube-proxy take notice of a pod that ends within this time; until then it serves as before.
+ENGINE_NOTICE_S, GATEWAY_NOTICE_S = 2, 5
+# What the agent adds to the drain: its pause before the engine is told, the engine's own end; and a margin.
+ENGINE_END_S, MARGIN_S = 11, 10
+STARTUP_PERIOD_S = 5
+NON_ROOT = 65532
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What the operator was installed with.
+
+    Attributes:
+        engine_image: for the runtime `vllm`.
+        engine_cpu_image: for the runtime `vllm-cpu`.
+        gateway_image: of the gateway, which is the operator's own.
+        pull_policy: of all of them; empty leaves it to Kubernetes.
+        operator_namespace: where the operator runs; may reach the engines' agents. Empty: outside of the cluster.
+    """
+
+    engine_image: str = "moeserving/engine:0.1.0"
+    engine_cpu_image: str = "moeserving/engine-cpu:0.1.0"
+    gateway_image: str = "moeserving/gateway-operator:0.1.0"
+    pull_policy: str = ""
+    operator_namespace: str = "moeserving-system"
+
+
+def build_engine_template(
+    resource: MoEServing, names: Names, defaults: Defaults, revision: str, digest: str
+) -> dict[str, Any]:
+    """The template of one engine's pods; with several nodes leader and workers have the same."""
+    engine = resource.spec.engine
+    labels = names.labels("engine", revision)
+    base = {
+        "metadata": {
+            "labels": labels,
+            "annotations": {CONFIG: _dump(build_agent_config(resource)), f"{REVISION}-digest": digest},
+        },
+        "spec": {
+            "serviceAccountName": names.engine,
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": engine_grace_s(resource),
+            "containers": [_engine_container(resource, defaults)],
+            "volumes": _engine_volumes(resource, names),
+        },
+    }
+    return _merged(base, engine.pod_template)
+
+
+def build_agent_config(resource: MoEServing) -> AgentConfig:
+    """The agent's file: what only a start can change, and nothing of a pod or of what can change while it runs."""
+    engine = build_engine(resource, port=ENGINE_PORT, share=_share(resource))
+    return AgentConfig(
+        run_dir=Path(RUN_DIR),
+        listen=AgentListen(host="0.0.0.0", port=AGENT_PORT),
+        token_file=Path(CONTROL_DIR, "token"),
+        settings_file=Path(SETTINGS_DIR, "request.json"),
+        engine=engine.model_copy(update={"host": "0.0.0.0", "model": _model_argument(resource, engine.model)}),
+    )
+
+
+def _model_argument(resource: MoEServing, argument: str) -> str:
+    uri = resource.spec.model.uri
+    if not uri.startswith("pvc://"):
+        return argument
+    _, _, folder = uri.removeprefix("pvc://").partition("/")
+    return f"{MODELS_DIR}/{folder}".rstrip("/")
+
+
+def engine_grace_s(resource: MoEServing) -> int:
+    """Time from a pod's deletion until it is killed: notice, drain, the engine's end, a margin."""
+    return ENGINE_NOTICE_S + math.ceil(duration_s(resource.spec.engine.drain_timeout)) + ENGINE_END_S + MARGIN_S
+
+
+def gateway_grace_s(resource: MoEServing) -> int:
+    """As long as the longest stream of an engine that drains."""
+    return GATEWAY_NOTICE_S + math.ceil(duration_s(resource.spec.engine.drain_timeout)) + MARGIN_S
+
+
+def _share(resource: MoEServing) -> Share:
+    engine = resource.spec.engine
+    ranks = engine.parallelism.ranks // engine.parallelism.nodes
+    if engine.runtime is Runtime.VLLM:
+        return Share(kv_cache_bytes=kv_cache_bytes(resource, 0, ranks))
+    cpu, memory = engine.resources.cpu, engine.resources.memory
+    threads = None if cpu is None else max(1, int(quantity_value(cpu)) // ranks)
+    if memory is None and engine.resources.kv_cache_memory is None:
+        return Share(threads=threads)
+    return Share(threads=threads, kv_cache_bytes=kv_cache_bytes(resource, int(quantity_value(memory or "0")), ranks))
+
+
+def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any]:
+    engine = resource.spec.engine
+    default = defaults.engine_image if engine.runtime is Runtime.VLLM else defaults.engine_cpu_image
+    startup_s = duration_s(engine.startup_timeout)
+    return _with_pull_policy(defaults) | {
+        "name": "engine",
+        "image": engine.image or default,
+        "command": ["moeserving", "agent", "--config", f"{CONFIG_DIR}/agent.json"],
+        "ports": [
+            {"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"},
+            {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
+        ],
+        **({"env": _engine_env(resource)} if resource.spec.model.token_secret else {}),
+        "resources": _engine_resources(resource),
+        # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
+        "startupProbe": _probe("/readyz", "agent", STARTUP_PERIOD_S, math.ceil(2 * startup_s / STARTUP_PERIOD_S) + 6),
+        "readinessProbe": _probe("/readyz", "agent", 1, 1),
+        "livenessProbe": _probe("/healthz", "agent", 10, 6),
+        "lifecycle": {"preStop": {"sleep": {"seconds": ENGINE_NOTICE_S}}},
+        "securityContext": {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}},
+        "volumeMounts": _engine_mounts(resource),
+    }
+
+
+def _engine_env(resource: MoEServing) -> list[dict[str, Any]]:
+    secret = resource.spec.model.token_secret
+    assert secret is not None
+    return [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}]
+
+
+def _engine_resources(resource: MoEServing) -> dict[str, Any]:
+    engine = resource.spec.engine
+    requests: dict[str, str] = {}
+    limits: dict[str, str] = {}
+    if engine.runtime is Runtime.VLLM:
+        count = str(engine.parallelism.ranks // engine.parallelism.nodes)
+        requests[engine.resources.gpu_resource] = limits[engine.resources.gpu_resource] = count
+    if engine.resources.cpu is not None:
+        requests["cpu"] = canonical_quantity(engine.resources.cpu)
+    if engine.resources.memory is not None:
+        requests["memory"] = limits["memory"] = canonical_quantity(engine.resources.memory)
+    return {name: part for name, part in (("requests", requests), ("limits", limits)) if part}
+
+
+def _engine_volumes(resource: MoEServing, names: Names) -> list[dict[str, Any]]:
+    model = resource.spec.model
+    shared_bytes = canonical_quantity(resource.spec.engine.resources.shared_memory)
+    volumes = [
+        *_control_volumes(names, "agent.json"),
+        {"name": "run", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_bytes}},
+    ]
+    if model.uri.startswith("pvc://"):
+        claim = model.uri.removeprefix("pvc://").partition("/")[0]
+        volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+    if model.cache is not None:
+        kept = model.cache.claim or (names.cache if model.cache.size else None)
+        source: dict[str, Any] = {"persistentVolumeClaim": {"claimName": kept}} if kept else {"emptyDir": {}}
+        volumes.append({"name": "cache", **source})
+    return volumes
+
+
+def _engine_mounts(resource: MoEServing) -> list[dict[str, Any]]:
+    model = resource.spec.model
+    mounts = [
+        *_control_mounts(),
+        {"name": "run", "mountPath": RUN_DIR},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+    if model.uri.startswith("pvc://"):
+        mounts.append({"name": "models", "mountPath": MODELS_DIR, "readOnly": True})
+    if model.cache is not None:
+        mounts.append({"name": "cache", "mountPath": model.cache.path})
+    return mounts
+
+
+def build_gateway_template(resource: MoEServing, names: Names, defaults: Defaults) -> dict[str, Any]:
+    """The template of the gateways' pods, fit for the Pod Security Standard `restricted`."""
+    gateway = resource.spec.gateway
+    container = _with_pull_policy(defaults) | {
+        "name": "gateway",
+        "image": gateway.image or defaults.gateway_image,
+        "command": ["moeserving", "gateway", "--config", f"{CONFIG_DIR}/gateway.json"],
+        "ports": [
+            {"name": "http", "containerPort": GATEWAY_PORT, "protocol": "TCP"},
+            {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
+        ],
+        "startupProbe": _probe("/healthz", "admin", 1, 120),
+        "readinessProbe": _probe("/readyz", "admin", 1, 2),
+        "livenessProbe": _probe("/healthz", "admin", 10, 3),
+        "lifecycle": {"preStop": {"sleep": {"seconds": GATEWAY_NOTICE_S}}},
+        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [*_control_mounts(), {"name": "tmp", "mountPath": "/tmp"}],
+    }
+    base = {
+        "metadata": {
+            "labels": names.labels("gateway"),
+            "annotations": {CONFIG: _dump(build_gateway_config(resource))},
+        },
+        "spec": {
+            "serviceAccountName": names.gateway,
+            "terminationGracePeriodSeconds": gateway_grace_s(resource),
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": NON_ROOT,
+                "runAsGroup": NON_ROOT,
+                "fsGroup": NON_ROOT,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            "volumes": [*_control_volumes(names, "gateway.json"), {"name": "tmp", "emptyDir": {}}],
+        },
+    }
+    return _merged(base, gateway.pod_template)
+
+
+def build_gateway_config(resource: MoEServing) -> GatewayConfig:
+    """The gateway's file; the policies and the groups of engines are in the settings."""
+    return GatewayConfig(
+        listen=GatewayListen(host="0.0.0.0", port=GATEWAY_PORT),
+        admin=GatewayListen(host="0.0.0.0", port=ADMIN_PORT),
+        token_file=Path(CONTROL_DIR, "token"),
+        settings_file=Path(SETTINGS_DIR, "gateway.json"),
+        model=resource.spec.model.served_name,
+        discovery=Discovery(ranks=resource.spec.engine.parallelism.data),
+        limits=build_limits(resource),
+    )
+
+
+def build_request_file(resource: MoEServing) -> str:
+    """What agents lay over their file at the start."""
+    return json.dumps({"request": as_json(request_settings(resource.spec.scheduling.request))}, sort_keys=True)
+
+
+def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
+    """What gateways lay over their file at the start."""
+    settings = {
+        "dispatch": as_json(engine_settings(resource.spec.scheduling.engine)),
+        "request": as_json(request_settings(resource.spec.scheduling.request)),
+        "groups": [group.model_dump(mode="json") for group in groups],
+    }
+    return json.dumps(settings, sort_keys=True)
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """A settings object of the core as JSON values."""
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def _dump(config: AgentConfig | GatewayConfig) -> str:
+    return json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+
+
+def _merged(base: dict[str, Any], patch: PodTemplate) -> dict[str, Any]:
+    merged = merge_template(base, patch)
+    metadata = merged["metadata"]
+    # Selectors, and the file that the container reads, are the operator's own.
+    for part, own in (("labels", base["metadata"]["labels"]), ("annotations", base["metadata"]["annotations"])):
+        metadata[part] = {**metadata.get(part, {}), **own}
+    return merged
+
+
+def _with_pull_policy(defaults: Defaults) -> dict[str, Any]:
+    return {"imagePullPolicy": defaults.pull_policy} if defaults.pull_policy else {}
+
+
+def _probe(path: str, port: str, period_s: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": port},
+        "periodSeconds": period_s,
+        "failureThreshold": failures,
+        "timeoutSeconds": min(period_s, 5) if period_s > 1 else 1,
+    }
+
+
+def _control_volumes(names: Names, file: str) -> list[dict[str, Any]]:
+    item = {"path": file, "fieldRef": {"fieldPath": f"metadata.annotations['{CONFIG}']"}}
+    return [
+        {"name": "config", "downwardAPI": {"items": [item]}},
+        {"name": "control", "secret": {"secretName": names.control}},
+        {"name": "settings", "configMap": {"name": names.settings}},
+    ]
+
+
+def _control_mounts() -> list[dict[str, Any]]:
+    return [
+        {"name": "config", "mountPath": CONFIG_DIR, "readOnly": True},
+        {"name": "control", "mountPath": CONTROL_DIR, "readOnly": True},
+        {"name": "settings", "mountPath": SETTINGS_DIR, "readOnly": True},
+    ]
+
+
+__all__ = [
+    "COMPONENT",
+    "Defaults",
+    "as_json",
+    "build_agent_config",
+    "build_engine_template",
+    "build_gateway_config",
+    "build_gateway_file",
+    "build_gateway_template",
+    "build_request_file",
+]

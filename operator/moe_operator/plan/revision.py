@@ -1,0 +1,66 @@
+"""A revision of the engines: the part of the resource that only a start can change. Pure.
+
+Two revisions stand side by side under a canary, so the stable one is written down (in the ConfigMap of settings) and
+read back. What a running engine can take over (the order of requests) and what is no part of an engine is not in it.
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from moe_scheduling.problems import InvalidInput
+
+from moe_operator.api.parse import parse_resource, resource_document
+from moe_operator.api.resource import MoEServing
+
+_NOT_OF_A_REVISION = ("replicas", "canary", "update")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """The sections `model` and `engine` of a resource, without what a start does not change."""
+
+    document: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Equal for revisions that start the same engine."""
+        return sha256(self.text.encode()).hexdigest()[:10]
+
+    @property
+    def text(self) -> str:
+        """As it is written down."""
+        return json.dumps(self.document, sort_keys=True)
+
+
+def build_revision(resource: MoEServing) -> Revision:
+    """The revision that a resource asks for."""
+    # Without defaults: the API server writes them into the resource, a file leaves them out, both mean the same.
+    spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True)["spec"]
+    engine = {name: value for name, value in spec.get("engine", {}).items() if name not in _NOT_OF_A_REVISION}
+    return Revision(document={"model": spec["model"], "engine": engine})
+
+
+def parse_revision(text: str) -> Revision | None:
+    """A revision that was written down; None when it is none, as after an upgrade that no longer knows a field."""
+    try:
+        document = json.loads(text)
+        revision = Revision(document={"model": document["model"], "engine": document["engine"]})
+        parse_resource(_with_sections({}, revision, name="probe"))
+    except (ValueError, KeyError, TypeError, InvalidInput):
+        return None
+    return revision
+
+
+def at_revision(resource: MoEServing, revision: Revision) -> MoEServing:
+    """The resource with the engines of a revision; replicas, update and all else stay as they are."""
+    return parse_resource(_with_sections(resource_document(resource), revision, name=resource.metadata.name))
+
+
+def _with_sections(document: dict[str, Any], revision: Revision, *, name: str) -> dict[str, Any]:
+    spec = document.get("spec", {})
+    kept = {key: value for key, value in spec.get("engine", {}).items() if key in _NOT_OF_A_REVISION}
+    header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": name}}
+    sections = {"model": revision.document["model"], "engine": {**revision.document["engine"], **kept}}
+    return {**header, **document, "spec": {**spec, **sections}}

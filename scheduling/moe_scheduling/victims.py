@@ -52,7 +52,7 @@ class Victim:
     Attributes:
         name: the engine.
         cost: its deletion cost; lower is let go first.
-        work_s: work left, in seconds of its slowest rank.
+        work_s: work left (see `work_left_s`), over all its ranks.
     """
 
     name: str
@@ -67,22 +67,23 @@ def order_victims(engines: Iterable[EngineWork]) -> tuple[Victim, ...]:
 
 
 def work_left_s(rank: EngineSignal) -> float:
-    """Seconds until a rank has computed what it has, new work aside.
+    """Seconds that the requests of a rank still take, each request's counted.
 
-    The prompt tokens that are not computed yet through the fitted step time, and `TOKENS_LEFT` steps that decode all its
-    requests together. What is not a plausible number counts as endless: nothing is known to be little.
+    The prompt tokens that are not computed yet and `TOKENS_LEFT` steps of each request, through the fitted step time. Steps
+    are counted for each request although they decode together: what a drain may not cut short is requests. What is no
+    plausible number counts as endless.
     """
     line = rank.step_time or DEFAULT_STEP_TIME
     requests = max(rank.running, rank.decode_tokens) + rank.waiting
     prefill_tokens = rank.waiting_prefill_tokens + rank.running_prefill_tokens
     if requests <= 0 and prefill_tokens <= 0:
         return 0.0
-    work_s = prefill_tokens * line.prefill_s + TOKENS_LEFT * (line.base_s + requests * line.decode_s)
+    work_s = prefill_tokens * line.prefill_s + requests * TOKENS_LEFT * (line.base_s + requests * line.decode_s)
     return work_s if work_s > 0.0 else math.inf
 
 
 def _victim(engine: EngineWork) -> Victim:
-    work_s = max(map(work_left_s, engine.ranks), default=math.inf)
+    work_s = sum(map(work_left_s, engine.ranks)) if engine.ranks else math.inf
     return Victim(name=engine.name, cost=_cost(engine, work_s), work_s=work_s)
 
 

@@ -1,0 +1,199 @@
+"""How many engines a target of latency asks for; called by `fleet.py` for the wait and for the time to first token.
+
+Latency does not grow in proportion to the load of an engine: it is small up to near saturation and endless beyond. So no
+formula leads from a latency to a number of engines, and the rule is one of steps and evidence:
+
+- Above the target the number grows by the factor by which the target is missed, `STEP` at most; then no further step is
+  made before those engines serve and the signals speak of them (`SETTLE_S`), nor while the latency falls by itself: a
+  backlog that the present engines work off needs no more of them.
+- Within the target the number falls when the computed tokens per second and engine would stay within what engines were
+  seen to serve within their targets. Where there is no such evidence yet, it falls by one engine on trial, when the
+  latency is below `TRIAL_BELOW` of the target and the load of the remaining engines well below what was seen to fail.
+
+Invariants: a load that was seen to be too much for an engine is not put on one again while the load does not fall; the
+number asked for never falls when a latency or the load is greater.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+# Time over which the gateways average what they report (docs/interfaces.md, `ttft_s`): after a change of the engines no
+# signal before its end speaks of the new ones alone.
+SETTLE_S = 30.0
+# As fast as the default policies of the HorizontalPodAutoscaler let a number grow in one period.
+STEP = 2.0
+# Without evidence: going from two engines to one doubles the load of the one.
+TRIAL_BELOW = 0.5
+# Part of a load seen to fail that engines are not brought back to.
+_FAILED_MARGIN = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A latency against its target: `ratio` is value / target, None when the value is not known."""
+
+    name: str
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """Engines that a decision starts from.
+
+    Attributes:
+        wanted: engines asked for now.
+        ready: engines that take work.
+        coming: whether engines are still expected to become ready.
+        tokens_per_s: tokens that they compute together; None when not known.
+    """
+
+    wanted: int
+    ready: int
+    coming: bool
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyHistory:
+    """What is remembered of latencies.
+
+    Attributes:
+        ready: engines that took work when last looked; None before the first look.
+        ready_since_s: when that number was first seen.
+        marks: the latencies that later ones are compared with, for whether they fall.
+        marked_s: when those were taken.
+        met_since_s: since when all targets are met; None when one is not.
+        served_rate: most tokens/s of an engine seen to serve within the targets.
+        failed_rate: tokens/s of an engine when a target was last missed; None when that was proved wrong since.
+    """
+
+    ready: int | None = None
+    ready_since_s: float = 0.0
+    marks: tuple[Latency, ...] = ()
+    marked_s: float = 0.0
+    met_since_s: float | None = None
+    served_rate: float | None = None
+    failed_rate: float | None = None
+
+    def until(self, now_s: float) -> "LatencyHistory":
+        """The same; what lies ahead, after a clock's jump, happened now."""
+        met_since_s = self.met_since_s if self.met_since_s is None else min(self.met_since_s, now_s)
+        ready_since_s, marked_s = min(self.ready_since_s, now_s), min(self.marked_s, now_s)
+        return replace(self, ready_since_s=ready_since_s, marked_s=marked_s, met_since_s=met_since_s)
+
+
+def observe_latency(
+    history: LatencyHistory, latencies: Sequence[Latency], ready: int, now_s: float
+) -> LatencyHistory:
+    """The history once the number of ready engines is known: a change of it starts the comparison anew."""
+    if history.ready != ready:
+        return replace(
+            history, ready=ready, ready_since_s=now_s, marks=tuple(latencies), marked_s=now_s, met_since_s=None
+        )
+    if all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies):
+        return replace(history, marks=())
+    return history
+
+
+def engines_for_latency(
+    latency: Latency, engines: Engines, history: LatencyHistory, tolerance: float, now_s: float
+) -> int | None:
+    """How many engines this latency asks for; None when it is not known."""
+    if latency.ratio is None:
+        return None
+    if not _settled(engines, history, now_s):
+        return engines.wanted
+    if latency.ratio > 1.0 + tolerance:
+        return engines.wanted if _waits(latency, history, tolerance, now_s) else _more(engines.wanted, latency.ratio)
+    if latency.ratio <= 1.0 and engines.ready == engines.wanted:
+        return _fewer(engines, history, latency.ratio)
+    return engines.wanted
+
+
+def learn_from_latency(
+    history: LatencyHistory,
+    latencies: Sequence[Latency],
+    engines: Engines,
+    *,
+    missed: bool,
+    tolerance: float,
+    now_s: float,
+) -> LatencyHistory:
+    """The history with what this look teaches; `missed` says that a latency asked for more engines."""
+    history = _mark(history, latencies, now_s)
+    met = all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies)
+    if not met or not _settled(engines, history, now_s):
+        history = replace(history, met_since_s=None)
+    elif history.met_since_s is None:
+        history = replace(history, met_since_s=now_s)
+    if engines.tokens_per_s is None or engines.ready != engines.wanted:
+        return history
+    rate = engines.tokens_per_s / engines.ready
+    if missed:
+        return _failed(history, rate)
+    if history.met_since_s is not None and now_s - history.met_since_s >= SETTLE_S:
+        return _served(history, rate, tolerance)
+    return history
+
+
+def _settled(engines: Engines, history: LatencyHistory, now_s: float) -> bool:
+    return not engines.coming and now_s - history.ready_since_s >= SETTLE_S
+
+
+def _waits(latency: Latency, history: LatencyHistory, tolerance: float, now_s: float) -> bool:
+    """Whether the latency falls by itself: by more than the tolerance in each `SETTLE_S`."""
+    marks = {mark.name: mark.ratio for mark in history.marks}
+    before = marks.get(latency.name)
+    if before is None or latency.ratio is None:
+        return False
+    return now_s - history.marked_s < SETTLE_S or latency.ratio <= before * (1.0 - tolerance)
+
+
+def _mark(history: LatencyHistory, latencies: Sequence[Latency], now_s: float) -> LatencyHistory:
+    if not history.marks or now_s - history.marked_s < SETTLE_S:
+        return history
+    return replace(history, marks=tuple(latencies), marked_s=now_s)
+
+
+def _more(wanted: int, ratio: float) -> int:
+    return math.ceil(wanted * min(ratio, STEP))
+
+
+def _fewer(engines: Engines, history: LatencyHistory, ratio: float) -> int:
+    """The fewest engines on which the load is known to be served, or one less on trial."""
+    tokens_per_s = engines.tokens_per_s
+    if tokens_per_s is None or engines.wanted <= 1:
+        return engines.wanted
+    return min(_proved(tokens_per_s, engines.wanted, history), _tried(tokens_per_s, engines.wanted, history, ratio))
+
+
+def _proved(tokens_per_s: float, wanted: int, history: LatencyHistory) -> int:
+    if tokens_per_s == 0.0:
+        return 1
+    if not history.served_rate:
+        return wanted
+    # Division loses a bit: what is a whole number of engines must not become one more.
+    return max(1, min(wanted, math.ceil(min(tokens_per_s / history.served_rate, wanted) - 1e-9)))
+
+
+def _tried(tokens_per_s: float, wanted: int, history: LatencyHistory, ratio: float) -> int:
+    if ratio > TRIAL_BELOW:
+        return wanted
+    if history.failed_rate is not None and tokens_per_s / (wanted - 1) >= history.failed_rate * _FAILED_MARGIN:
+        return wanted
+    return wanted - 1
+
+
+def _failed(history: LatencyHistory, rate: float) -> LatencyHistory:
+    served = history.served_rate
+    if served is not None and served >= rate * _FAILED_MARGIN:
+        served = None
+    return replace(history, failed_rate=rate, served_rate=served)
+
+
+def _served(history: LatencyHistory, rate: float, tolerance: float) -> LatencyHistory:
+    failed = history.failed_rate
+    if failed is not None and rate > failed * (1.0 + tolerance):
+        failed = None
+    return replace(history, failed_rate=failed, served_rate=max(rate, history.served_rate or 0.0))

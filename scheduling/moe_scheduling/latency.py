@@ -83,9 +83,7 @@ class LatencyHistory:
         return replace(self, ready_since_s=ready_since_s, marked_s=marked_s, met_since_s=met_since_s)
 
 
-def observe_latency(
-    history: LatencyHistory, latencies: Sequence[Latency], ready: int, now_s: float
-) -> LatencyHistory:
+def observe_latency(history: LatencyHistory, latencies: Sequence[Latency], ready: int, now_s: float) -> LatencyHistory:
     """The history once the number of ready engines is known: a change of it starts the comparison anew."""
     if history.ready != ready:
         return replace(

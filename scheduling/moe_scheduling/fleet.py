@@ -267,14 +267,14 @@ def plan_fleet(
 
     For metrics that grow in proportion to an engine's load (KV use, tokens per second) the number is that of the
     HorizontalPodAutoscaler (Kubernetes, "Algorithm details"): `ceil(ready * value / target)`, and no change while
-    `ready * value / (wanted * target)` is within the tolerance of 1. `wanted` has engines that are still loading in it, as
-    Kubernetes counts pods that are not ready: they are capacity to come. The number after a fall serves the same load
-    within the target, and rises again only past the tolerance. For latencies see `latency.py`. The metric that asks for
-    most engines is followed; one that is not known can only hinder a fall. Then come bounds, stabilisation and policies, in
-    the order of Kubernetes.
+    `ready * value / (wanted * target)` is within the tolerance of 1. `wanted` has engines that are still loading in it,
+    as Kubernetes counts pods that are not ready: they are capacity to come. The number after a fall serves the same
+    load within the target, and rises again only past the tolerance. For latencies see `latency.py`. The metric that
+    asks for most engines is followed; one that is not known can only hinder a fall. Then come bounds, stabilisation and
+    policies, in the order of Kubernetes.
 
-    From zero one engine is woken at once by any request, past stabilisation and policies. To zero the number goes when no
-    request was seen for `idle_s`, which takes the place of the stabilisation window.
+    From zero one engine is woken at once by any request, past stabilisation and policies. To zero the number goes when
+    no request was seen for `idle_s`, which takes the place of the stabilisation window.
 
     Args:
         observation: the engines.
@@ -297,14 +297,7 @@ def plan_fleet(
         return Keep(reason=KeepReason.MISSING, history=history)
     if not abs(now_s - signal.observed_s) <= settings.stale_after_s:
         return Keep(reason=KeepReason.STALE, history=history)
-    history = _seen(history, signal, settings, now_s)
-    if observation.replicas == 0:
-        if _idle(signal):
-            return Keep(reason=KeepReason.ASLEEP, history=history)
-        return look.scale(1, ScaleReason.WAKE, history)
-    if settings.min_replicas == 0 and now_s - history.busy_s >= settings.idle_s:
-        return look.to_zero(history)
-    return look.by_metrics(signal, history)
+    return look.by_signal(signal, _seen(history, signal, settings, now_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +307,15 @@ class _Look:
     observation: FleetObservation
     settings: FleetSettings
     now_s: float
+
+    def by_signal(self, signal: FleetSignal, history: FleetHistory) -> FleetDecision:
+        if self.observation.replicas == 0:
+            if _idle(signal):
+                return Keep(reason=KeepReason.ASLEEP, history=history)
+            return self.scale(1, ScaleReason.WAKE, history)
+        if self.settings.min_replicas == 0 and self.now_s - history.busy_s >= self.settings.idle_s:
+            return self.to_zero(history)
+        return self.by_metrics(signal, history)
 
     def scale(self, replicas: int, reason: ScaleReason, history: FleetHistory) -> Scale:
         return Scale(replicas=replicas, reason=reason, history=self._changed(history, replicas))
@@ -354,7 +356,7 @@ class _Look:
         """What each metric that has a target asks for, and what the latencies teach."""
         values = _values(signal, self.observation.ready)
         targets, latencies = self._targets(), self._latencies(values)
-        history = observe_latency(history, latencies, self.observation.ready, self.now_s)
+        history = observe_latency(history, latencies, self.observation.replicas, self.observation.ready, self.now_s)
         tokens_per_s = values[Metric.TOKENS_PER_S]
         engines = self._engines(tokens_per_s, history)
         asked: dict[str, int | None] = {
@@ -392,7 +394,7 @@ class _Look:
         """Engines that stay away for twice the time of a start are not waited for any longer."""
         observation = self.observation
         startup_s = _plausible(observation.startup_s)
-        due_s = history.ready_since_s + 2.0 * (_STARTUP_S if startup_s is None else startup_s)
+        due_s = history.since_s + 2.0 * (_STARTUP_S if startup_s is None else startup_s)
         missing = observation.loading > 0 or observation.ready < observation.replicas
         return Engines(
             wanted=observation.replicas,
@@ -438,8 +440,10 @@ def _record(history: FleetHistory) -> ScalingRecord:
 
 
 def _until(history: FleetHistory, replicas: int, now_s: float) -> FleetHistory:
-    """The history as of now. An empty one begins as Kubernetes' does, with the present number recommended: after a start
-    of the operator no window is shorter than it is otherwise."""
+    """The history as of now.
+
+    An empty one begins as Kubernetes' does, with the present number recommended: the first window is a whole one.
+    """
     if history.record is None:
         return replace(history, record=ScalingRecord().recommended(replicas, now_s))
     return replace(

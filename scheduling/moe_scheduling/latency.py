@@ -1,7 +1,7 @@
 """How many engines a target of latency asks for; called by `fleet.py` for the wait and for the time to first token.
 
-Latency does not grow in proportion to the load of an engine: it is small up to near saturation and endless beyond. So no
-formula leads from a latency to a number of engines, and the rule is one of steps and evidence:
+Latency does not grow in proportion to the load of an engine: it is small up to near saturation and endless beyond. So
+no formula leads from a latency to a number of engines, and the rule is one of steps and evidence:
 
 - Above the target the number grows by the factor by which the target is missed, `STEP` at most; then no further step is
   made before those engines serve and the signals speak of them (`SETTLE_S`), nor while the latency falls by itself: a
@@ -59,8 +59,9 @@ class LatencyHistory:
     """What is remembered of latencies.
 
     Attributes:
-        ready: engines that took work when last looked; None before the first look.
-        ready_since_s: when that number was first seen.
+        wanted: engines asked for when last looked.
+        ready: engines that took work then; None before the first look.
+        since_s: when those two numbers were first seen.
         marks: the latencies that later ones are compared with, for whether they fall.
         marked_s: when those were taken.
         met_since_s: since when all targets are met; None when one is not.
@@ -68,8 +69,9 @@ class LatencyHistory:
         failed_rate: tokens/s of an engine when a target was last missed; None when that was proved wrong since.
     """
 
+    wanted: int = 0
     ready: int | None = None
-    ready_since_s: float = 0.0
+    since_s: float = 0.0
     marks: tuple[Latency, ...] = ()
     marked_s: float = 0.0
     met_since_s: float | None = None
@@ -79,17 +81,20 @@ class LatencyHistory:
     def until(self, now_s: float) -> "LatencyHistory":
         """The same; what lies ahead, after a clock's jump, happened now."""
         met_since_s = self.met_since_s if self.met_since_s is None else min(self.met_since_s, now_s)
-        ready_since_s, marked_s = min(self.ready_since_s, now_s), min(self.marked_s, now_s)
-        return replace(self, ready_since_s=ready_since_s, marked_s=marked_s, met_since_s=met_since_s)
+        since_s, marked_s = min(self.since_s, now_s), min(self.marked_s, now_s)
+        return replace(self, since_s=since_s, marked_s=marked_s, met_since_s=met_since_s)
 
 
-def observe_latency(history: LatencyHistory, latencies: Sequence[Latency], ready: int, now_s: float) -> LatencyHistory:
-    """The history once the number of ready engines is known: a change of it starts the comparison anew."""
-    if history.ready != ready:
+def observe_latency(
+    history: LatencyHistory, latencies: Sequence[Latency], wanted: int, ready: int, now_s: float
+) -> LatencyHistory:
+    """The history once the numbers of engines are known: a change of one starts the comparison anew."""
+    if (history.wanted, history.ready) != (wanted, ready):
+        marks = tuple(latencies)
         return replace(
-            history, ready=ready, ready_since_s=now_s, marks=tuple(latencies), marked_s=now_s, met_since_s=None
+            history, wanted=wanted, ready=ready, since_s=now_s, marks=marks, marked_s=now_s, met_since_s=None
         )
-    if all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies):
+    if _are_met(latencies):
         return replace(history, marks=())
     return history
 
@@ -120,8 +125,7 @@ def learn_from_latency(
 ) -> LatencyHistory:
     """The history with what this look teaches; `missed` says that a latency asked for more engines."""
     history = _mark(history, latencies, now_s)
-    met = all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies)
-    if not met or not _settled(engines, history, now_s):
+    if not _are_met(latencies) or not _settled(engines, history, now_s):
         history = replace(history, met_since_s=None)
     elif history.met_since_s is None:
         history = replace(history, met_since_s=now_s)
@@ -135,8 +139,12 @@ def learn_from_latency(
     return history
 
 
+def _are_met(latencies: Sequence[Latency]) -> bool:
+    return all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies)
+
+
 def _settled(engines: Engines, history: LatencyHistory, now_s: float) -> bool:
-    return not engines.coming and now_s - history.ready_since_s >= SETTLE_S
+    return not engines.coming and now_s - history.since_s >= SETTLE_S
 
 
 def _waits(latency: Latency, history: LatencyHistory, tolerance: float, now_s: float) -> bool:

@@ -8,7 +8,6 @@ Invariants: `stabilise` and `bound_change` never turn a rise into a fall or the 
 holds a time that lies ahead, so that a clock that jumps back makes windows longer and never endless.
 """
 
-import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -131,7 +130,7 @@ class ScalingRecord:
 def stabilise(
     current: int, wanted: int, record: ScalingRecord, up: ScalingRules, down: ScalingRules, now_s: float
 ) -> int:
-    """The number nearest to `current` that lies between the least of the upward and the greatest of the downward window.
+    """The number nearest to `current` between the least of the upward and the greatest of the downward window.
 
     As `stabilizeRecommendationWithBehaviors` does: the windows include `wanted`, which is not yet in the record.
     """
@@ -146,14 +145,15 @@ def bound_change(
 ) -> int:
     """The number nearest to `wanted` that the policies allow."""
     if wanted > current:
-        return min(wanted, max(current, _highest(current, record, up, now_s)))
+        highest = _highest(current, record, up, now_s)
+        return wanted if highest is None else min(wanted, max(current, highest))
     if wanted < current:
         return max(wanted, min(current, _lowest(current, record, down, now_s)))
     return current
 
 
-def _highest(current: int, record: ScalingRecord, rules: ScalingRules, now_s: float) -> int | float:
-    """As `calculateScaleUpLimitWithScalingRules`: a percentage is rounded up, else one engine could never become two."""
+def _highest(current: int, record: ScalingRecord, rules: ScalingRules, now_s: float) -> int | None:
+    """As `calculateScaleUpLimitWithScalingRules`: a percentage is rounded up, else one engine stays one."""
     if rules.select_policy is PolicySelection.DISABLED:
         return current
     allowed: list[int] = []
@@ -164,7 +164,7 @@ def _highest(current: int, record: ScalingRecord, rules: ScalingRules, now_s: fl
         else:
             allowed.append(-(-start * (100 + policy.value) // 100))
     select = min if rules.select_policy is PolicySelection.MIN else max
-    return select(allowed) if allowed else math.inf
+    return select(allowed) if allowed else None
 
 
 def _lowest(current: int, record: ScalingRecord, rules: ScalingRules, now_s: float) -> int:

@@ -69,9 +69,9 @@ def order_victims(engines: Iterable[EngineWork]) -> tuple[Victim, ...]:
 def work_left_s(rank: EngineSignal) -> float:
     """Seconds that the requests of a rank still take, each request's counted.
 
-    The prompt tokens that are not computed yet and `TOKENS_LEFT` steps of each request, through the fitted step time. Steps
-    are counted for each request although they decode together: what a drain may not cut short is requests. What is no
-    plausible number counts as endless.
+    The prompt tokens that are not computed yet and `TOKENS_LEFT` steps of each request, through the fitted step time.
+    Steps are counted for each request although they decode together: what a drain may not cut short is requests. What
+    is no plausible number counts as endless.
     """
     line = rank.step_time or DEFAULT_STEP_TIME
     requests = max(rank.running, rank.decode_tokens) + rank.waiting

@@ -23,6 +23,8 @@ from moe_scheduling.scaling import SCALE_DOWN, SCALE_UP, ScalingRecord, ScalingR
 
 # As long as the startup probe of an engine allows, until a start has been seen.
 _STARTUP_S = 1800.0
+# The largest number that the field `replicas` of Kubernetes takes.
+_MOST_REPLICAS = 2**31 - 1
 
 
 class Metric(StrEnum):
@@ -411,9 +413,8 @@ class _Look:
         needed, current = value / target, self.observation.replicas
         if abs(needed / current - 1.0) <= self.settings.tolerance:
             return current
-        # Division loses a bit, and what is a whole number of engines must not become one more. The bound keeps what no
-        # fleet has a whole number at all.
-        return max(1, math.ceil(min(needed, self.settings.max_replicas + 1.0) - 1e-9))
+        # Division loses a bit, and what is a whole number of engines must not become one more.
+        return max(1, math.ceil(min(needed, _MOST_REPLICAS) - 1e-9))
 
     def _most(self, metrics: tuple[MetricView, ...]) -> tuple[Metric | None, int]:
         asked = {view.metric: view.replicas for view in metrics if view.replicas is not None}

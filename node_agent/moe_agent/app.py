@@ -5,14 +5,15 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 
 from aiohttp import web
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_agent.config import AgentConfig
+from moe_agent.control_tokens import ControlTokens
 from moe_agent.engine_command import build_arguments, build_environment
-from moe_agent.parsing import read_token
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Supervisor
 from moe_agent.telemetry import ControlPage, RankPages
@@ -30,12 +31,12 @@ async def run_agent(config: AgentConfig) -> None:
     Raises:
         InvalidInput: a file or address that the configuration names cannot be used.
     """
-    token = read_token(config.token_file)
+    tokens = ControlTokens(config.token_file)
     prepare_run_dir(config)
     ranks = RankPages(config.run_dir, config.engine.data_parallel)
     control = ControlPage(config.run_dir, config.request, ranks)
     supervisor = build_supervisor(config, ranks)
-    server = AgentServer(config, token, supervisor, ranks, control)
+    server = AgentServer(config, tokens, supervisor, ranks, control)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
@@ -85,7 +86,7 @@ async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
         address = f"{config.listen.host}:{config.listen.port}"
         reason = os.strerror(error.errno or 0).lower()
         raise InvalidInput([Problem("listen", f"cannot listen on {address}: {reason}")]) from None
-    log.info("agent %s listens on %s:%d", config.name, config.listen.host, config.listen.port)
+    log.info("agent %s listens on %s:%d", config.name or socket.gethostname(), config.listen.host, config.listen.port)
 
 
 def handle_signals(supervisor: Supervisor) -> asyncio.Event:

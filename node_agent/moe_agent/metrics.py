@@ -30,6 +30,10 @@ _RANK_GAUGES = {
 _RANK_COUNTERS = {
     "step": ("moeserving_engine_steps", "Engine steps since the engine started."),
     "preemptions": ("moeserving_engine_preemptions", "Preempted requests since the engine started."),
+    "computed_tokens": (
+        "moeserving_engine_computed_tokens",
+        "Prompt and output tokens computed since the engine started.",
+    ),
 }
 _STEP_TIME_GAUGES = {
     "base_s": ("moeserving_engine_step_base_seconds", "Fitted time of a step whatever it carries."),

@@ -21,7 +21,7 @@ from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 
 _HEADER = struct.Struct("<8sII")
@@ -34,7 +34,7 @@ _BODY_AT = _CHECKSUM_AT + _CHECKSUM.size
 _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
-RANK_BODY = struct.Struct("<QdQQQQQQQQ?7xddddd")
+RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xddddd")
 CONTROL_BODY = struct.Struct("<Q16sddd")
 
 
@@ -174,6 +174,7 @@ class RankPageWriter(_Writer):
             decode_tokens=signal.decode_tokens,
             kv_usage=signal.kv_usage,
             preemptions=signal.preemptions,
+            computed_tokens=signal.computed_tokens,
             step_time=signal.step_time,
             expert_balance=signal.expert_balance,
         )
@@ -193,6 +194,7 @@ class RankPageWriter(_Writer):
         decode_tokens: int,
         kv_usage: float,
         preemptions: int,
+        computed_tokens: int,
         step_time: StepTime | None,
         expert_balance: float,
     ) -> None:
@@ -209,6 +211,7 @@ class RankPageWriter(_Writer):
             running_prefill_tokens,
             decode_tokens,
             preemptions,
+            computed_tokens,
             fitted,
             kv_usage,
             step_time.base_s if step_time else 0.0,
@@ -225,10 +228,9 @@ class RankPageReader(_Reader):
         super().__init__(rank_page_path(run_dir, rank), RANK_BODY)
 
     def read(self, patience_s: float = 0.25) -> RankState:
-        (pid, written_s, version, step, running, waiting, waiting_prefill, running_prefill, decode, preemptions) = (
-            body := self.read_body(patience_s)
-        )[:10]
-        fitted, kv_usage, base_s, prefill_s, decode_s, expert_balance = body[10:]
+        body = self.read_body(patience_s)
+        pid, written_s, version, step, running, waiting, waiting_prefill, running_prefill, decode = body[:9]
+        preemptions, computed, fitted, kv_usage, base_s, prefill_s, decode_s, expert_balance = body[9:]
         return RankState(
             pid=pid,
             written_s=written_s,
@@ -242,6 +244,7 @@ class RankPageReader(_Reader):
                 decode_tokens=decode,
                 kv_usage=kv_usage,
                 preemptions=preemptions,
+                computed_tokens=computed,
                 step_time=StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s) if fitted else None,
                 expert_balance=expert_balance,
             ),

@@ -24,25 +24,34 @@ class _Change(BaseModel):
 
 
 def load_config(path: Path) -> AgentConfig:
-    """Reads the agent's file.
+    """Reads the agent's file, and lays the settings file over it.
 
     Raises:
-        InvalidInput: it cannot be read or is no valid configuration.
+        InvalidInput: one of them cannot be read or is not valid.
     """
-    document = parse_document(read_file(path, "file"))
-    return parse_model(AgentConfig, document)
+    config = parse_model(AgentConfig, parse_document(read_file(path, "file")))
+    if config.settings_file is None or (text := read_settings(config.settings_file)) is None:
+        return config
+    try:
+        request = parse_request_change(parse_document(text), config.request)
+    except InvalidInput as error:
+        rows = [Problem("settings_file", f"{config.settings_file}: {problem}") for problem in error.problems]
+        raise InvalidInput(rows) from None
+    return config.model_copy(update={"request": request})
 
 
-def read_token(path: Path) -> str:
-    """The control token.
+def read_settings(path: Path) -> bytes | None:
+    """The settings file's bytes; None when there is no such file.
 
     Raises:
-        InvalidInput: the file cannot be read or is empty.
+        InvalidInput: it is there and cannot be read.
     """
-    token = read_file(path, "token_file").decode(errors="replace").strip()
-    if not token:
-        raise InvalidInput([Problem("token_file", f"{path} is empty")])
-    return token
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InvalidInput([Problem("settings_file", f"cannot read {path}: {error.strerror}")]) from None
 
 
 def read_file(path: Path, problem_path: str) -> bytes:

@@ -1,8 +1,8 @@
 """The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
 
 import asyncio
-import hmac
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from moe_agent.config import AgentConfig
+from moe_agent.control_tokens import ControlTokens
 from moe_agent.metrics import AgentCollector
 from moe_agent.parsing import parse_document, parse_request_change
 from moe_agent.state import build_snapshot
@@ -33,9 +34,15 @@ class AgentServer:
     """Routes over the agent's parts; holds no state but the wish to end."""
 
     def __init__(
-        self, config: AgentConfig, token: str, supervisor: Supervisor, ranks: RankPages, control: ControlPage
+        self,
+        config: AgentConfig,
+        tokens: ControlTokens,
+        supervisor: Supervisor,
+        ranks: RankPages,
+        control: ControlPage,
     ) -> None:
-        self._config, self._token = config, token.encode()
+        self._tokens = tokens
+        self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(self.snapshot))
@@ -58,8 +65,8 @@ class AgentServer:
     def snapshot(self) -> dict[str, Any]:
         """The state as of now."""
         return build_snapshot(
-            self._config.name,
-            self._config.engine.served_name,
+            self._name,
+            self._model,
             self._supervisor,
             self._control.control,
             self._ranks.read(),
@@ -127,9 +134,7 @@ class AgentServer:
 
     def _with_token(self, handler: Handler) -> Handler:
         async def check(request: web.Request) -> web.StreamResponse:
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            known = hmac.compare_digest(given.strip().encode(), self._token)
-            if scheme.lower() != "bearer" or not known:
+            if not self._tokens.allow(request.headers.get("Authorization", "")):
                 return _errors(HTTPStatus.UNAUTHORIZED, [Problem("Authorization", "the control token is needed")])
             return await handler(request)
 

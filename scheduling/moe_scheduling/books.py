@@ -224,6 +224,7 @@ def _plausible(signal: EngineSignal) -> EngineSignal:
         decode_tokens=_count(signal.decode_tokens),
         kv_usage=_within(signal.kv_usage, 0.0, 1.0),
         preemptions=_count(signal.preemptions),
+        computed_tokens=_count(signal.computed_tokens),
         step_time=signal.step_time if signal.step_time is not None and _predicts(signal.step_time) else None,
         expert_balance=_within(signal.expert_balance, 1.0, _GREATEST_BALANCE),
     )

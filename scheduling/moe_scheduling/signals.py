@@ -46,6 +46,7 @@ class EngineSignal:
         decode_tokens: tokens that a step spends on decoding, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
         preemptions: preempted requests since the engine started.
+        computed_tokens: prompt and output tokens computed since the engine started.
         step_time: the fitted step-time line; None until enough steps were seen.
         expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced.
     """
@@ -58,5 +59,6 @@ class EngineSignal:
     decode_tokens: int = 0
     kv_usage: float = 0.0
     preemptions: int = 0
+    computed_tokens: int = 0
     step_time: StepTime | None = None
     expert_balance: float = 1.0

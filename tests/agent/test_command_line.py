@@ -13,6 +13,7 @@ from moe_agent.app import check_library
 from moe_agent.cli import app
 from moe_agent.config import AgentConfig
 from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from moe_agent.parsing import load_config
 from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
 
@@ -65,6 +66,43 @@ def test_an_absent_token_is_told(tmp_path):
     ended = run("--config", str(path))
     assert ended.exit_code == 2
     assert ended.stderr.strip() == f"token_file: cannot read {tmp_path / 'token'}: No such file or directory"
+
+
+def test_the_settings_file_is_laid_over_the_request_when_it_exists(tmp_path):
+    path, settings = tmp_path / "agent.json", tmp_path / "request.json"
+    request = {"policy": "fcfs", "ageing_rate": 7}
+    path.write_text(json.dumps(document(tmp_path, request=request, settings_file=str(settings))))
+    assert load_config(path).request.policy == "fcfs"
+    settings.write_text(json.dumps({"request": {"policy": "priority"}}))
+    found = load_config(path).request
+    assert (found.policy, found.ageing_rate) == ("priority", 7.0)
+    settings.write_text("{}")
+    assert load_config(path).request.policy == "fcfs"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"request": {"policy": "sjff"}}', "request.policy: unknown 'sjff'; known: fcfs, priority, sjf"),
+        ('{"dispatch": {}}', "dispatch: unknown field; known: request"),
+    ],
+)
+def test_a_settings_file_that_is_bad_is_told_in_one_line_with_its_path(tmp_path, text, message):
+    path, settings = tmp_path / "agent.json", tmp_path / "request.json"
+    path.write_text(json.dumps(document(tmp_path, settings_file=str(settings))))
+    settings.write_text(text)
+    ended = run("--config", str(path))
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith(f"settings_file: {settings}: {message}")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_settings_file_that_cannot_be_read_is_told(tmp_path):
+    path = tmp_path / "agent.json"
+    path.write_text(json.dumps(document(tmp_path, settings_file=str(tmp_path))))
+    ended = run("--config", str(path))
+    assert ended.stderr.strip() == f"settings_file: cannot read {tmp_path}: Is a directory"
 
 
 def test_an_agents_port_that_is_taken_is_told(tmp_path):

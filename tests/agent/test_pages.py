@@ -35,7 +35,8 @@ with RankPageWriter(Path(sys.argv[1]), 0, first) as writer:
         number = float(step)
         writer.write(pid=step, written_s=number, config_version=step, step=step, running=step, waiting=step,
                      waiting_prefill_tokens=step, running_prefill_tokens=step, decode_tokens=step, kv_usage=number,
-                     preemptions=step, step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
+                     preemptions=step, computed_tokens=step,
+                     step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
                      expert_balance=number)
 """
 
@@ -48,6 +49,7 @@ SIGNAL = EngineSignal(
     decode_tokens=2,
     kv_usage=0.25,
     preemptions=4,
+    computed_tokens=5678,
     step_time=StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.002),
     expert_balance=1.5,
 )
@@ -120,6 +122,7 @@ def numbered(step: int) -> RankState:
             decode_tokens=step,
             kv_usage=number,
             preemptions=step,
+            computed_tokens=step,
             step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
             expert_balance=number,
         ),

@@ -113,6 +113,23 @@ def test_preemptions_are_counted_as_vllm_counts_them(make_engine, settings, page
     assert page().signal.preemptions == sum(request.num_preemptions for request in requests) > 0
 
 
+def test_the_computed_tokens_are_those_of_every_step_and_more_than_asked_where_a_preemption_repeats_some(
+    make_engine, settings, page
+):
+    settings.put(policy="sjf")
+    engine = make_engine(seats=6)
+    for index in range(5):
+        engine.add(f"r{index}", 100 + index, out=7)
+    engine.run()
+    # The last output token of a request is sampled by its last step and computed by none.
+    assert page().signal.computed_tokens == sum(100 + index + 6 for index in range(5))
+    crowded = make_engine(seats=4, kv_blocks=12)
+    for index in range(4):
+        crowded.add(f"r{index}", 30, out=60)
+    crowded.run()
+    assert page().signal.computed_tokens > 4 * 89
+
+
 def test_the_step_number_rises_by_one_at_each_step(make_engine, settings, page):
     settings.put(policy="sjf")
     engine = make_engine()

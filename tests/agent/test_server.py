@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent import server as server_module
 from moe_agent.config import AgentConfig
+from moe_agent.control_tokens import ControlTokens
 from moe_agent.pages import ControlPageReader, RankPageWriter, RankState
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Phase, Rules, Supervisor
@@ -47,6 +48,7 @@ class Rank:
             "decode_tokens": 0,
             "kv_usage": 0.0,
             "preemptions": 0,
+            "computed_tokens": 0,
             "step_time": None,
             "expert_balance": 1.0,
         }
@@ -61,7 +63,7 @@ class Rank:
 class Agent:
     """The agent's parts, wired as `moe_agent.app` wires them."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
+    def __init__(self, folder: Path, ranks: int, **ways: Any) -> None:
         self.config = AgentConfig.model_validate(
             {
                 "name": "e0",
@@ -71,14 +73,16 @@ class Agent:
                 "engine": {"port": free_port(), "model": "m", "served_name": "fake", "data_parallel": ranks},
             }
         )
-        command = [sys.executable, str(FAKE), str(self.config.engine.port), "{}"]
+        command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
         self.pages = RankPages(folder, ranks)
         self.control = ControlPage(folder, self.config.request, self.pages)
         self.supervisor = Supervisor(
             self.config.engine, command, dict(os.environ), folder / "engine.log", rules, self.pages.forget
         )
-        self.server = AgentServer(self.config, TOKEN, self.supervisor, self.pages, self.control)
+        (folder / "token").write_text(TOKEN)
+        tokens = ControlTokens(folder / "token")
+        self.server = AgentServer(self.config, tokens, self.supervisor, self.pages, self.control)
 
 
 @pytest.fixture
@@ -178,6 +182,57 @@ async def test_control_routes_take_the_token_and_nothing_else(client, agent, met
     assert agent.control.control.version == 1
 
 
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def test_each_line_of_the_token_file_counts_as_it_is_now(client, agent):
+    path = agent.config.token_file
+
+    async def status(token: str) -> int:
+        return (await client.put("/v1/config", headers=bearer(token), json={})).status
+
+    path.write_text("newest\n\n  older \r\n")
+    assert [await status(token) for token in ("newest", "older", TOKEN, "", "newest\tolder")] == [
+        200,
+        200,
+        401,
+        401,
+        401,
+    ]
+    path.write_text("next\nnewest\n")
+    assert [await status(token) for token in ("next", "newest", "older")] == [200, 200, 401]
+
+
+@pytest.mark.parametrize(
+    "broken", [Path.unlink, lambda path: path.write_bytes(b"\n \n"), lambda path: (path.unlink(), path.mkdir())]
+)
+async def test_a_token_file_that_cannot_be_read_lets_nobody_in_and_breaks_nothing(client, agent, broken):
+    broken(agent.config.token_file)
+    for token in (TOKEN, ""):
+        assert (await client.post("/v1/drain", headers=bearer(token))).status == 401
+    assert agent.supervisor.phase is Phase.READY
+    assert (await client.get("/healthz")).status == 200
+
+
+async def test_an_engine_without_a_name_has_the_machines(agent):
+    nameless = agent.config.model_copy(update={"name": None})
+    tokens = ControlTokens(agent.config.token_file)
+    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control)
+    assert server.snapshot()["name"] == socket.gethostname()
+
+
+async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):
+    loading = Agent(tmp_path, ranks=1, start_delay_s=600.0)
+    task = asyncio.create_task(loading.supervisor.run())
+    async with TestClient(TestServer(loading.server.build_app())) as client:
+        assert (await client.get("/healthz")).status == 200
+        ready = await client.get("/readyz")
+        assert (ready.status, await ready.json()) == (503, {"phase": "starting"})
+    loading.supervisor.request_kill()
+    await asyncio.wait_for(task, 20)
+
+
 async def put(client: Any, body: Any) -> tuple[int, Any]:
     answer = await client.put("/v1/config", headers=BEARER, data=body if isinstance(body, bytes) else json.dumps(body))
     return answer.status, await answer.json()
@@ -259,7 +314,9 @@ async def test_a_rank_that_takes_no_settings_in_time_is_named(client, ranks, mon
 
 
 async def test_metrics_have_the_signal_by_rank(client, ranks):
-    ranks[1].publish(running=3, preemptions=2, step_time=StepTime(base_s=0.5, prefill_s=0.25, decode_s=0.125))
+    ranks[1].publish(
+        running=3, preemptions=2, computed_tokens=99, step_time=StepTime(base_s=0.5, prefill_s=0.25, decode_s=0.125)
+    )
     text = await (await client.get("/metrics")).text()
     for row in (
         'moeserving_engine_phase{engine="e0",phase="ready"} 1.0',
@@ -267,6 +324,7 @@ async def test_metrics_have_the_signal_by_rank(client, ranks):
         'moeserving_engine_restarts_total{engine="e0"} 0.0',
         'moeserving_engine_running_requests{engine="e0",rank="1"} 3.0',
         'moeserving_engine_preemptions_total{engine="e0",rank="1"} 2.0',
+        'moeserving_engine_computed_tokens_total{engine="e0",rank="1"} 99.0',
         'moeserving_engine_step_base_seconds{engine="e0",rank="1"} 0.5',
     ):
         assert row in text.splitlines()

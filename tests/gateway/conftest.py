@@ -293,6 +293,7 @@ def rank_row(number: int = 0, **changes: Any) -> dict[str, Any]:
         "decode_tokens": 0,
         "kv_usage": 0.0,
         "preemptions": 0,
+        "computed_tokens": 0,
         "step_time": {"base_s": 0.004, "prefill_s": 0.0001, "decode_s": 0.0002},
         "expert_balance": 1.0,
     }

@@ -80,6 +80,7 @@ SIGNALS = st.builds(
     decode_tokens=NUMBERS,
     kv_usage=NUMBERS,
     preemptions=NUMBERS,
+    computed_tokens=NUMBERS,
     step_time=LINES,
     expert_balance=NUMBERS,
 )

@@ -60,6 +60,7 @@ class OrderedScheduler(AsyncScheduler):
         self._config_version = 0
         self._steps = 0
         self._preemptions = 0
+        self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
         self._step_time = StepTimeFit()
         self._last_output_s = 0.0
@@ -118,7 +119,8 @@ class OrderedScheduler(AsyncScheduler):
     def end_step(self, output: SchedulerOutput, now_s: float) -> None:
         """Learns from a step whose output came at `now_s`, and publishes. Steps end in the order of their begin."""
         work = self._step_work.popleft()
-        if output.total_num_scheduled_tokens:
+        if tokens := output.total_num_scheduled_tokens:
+            self._computed_tokens += tokens
             # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
             # output comes; after an idle gap it begins when it is scheduled.
             begun_s = self._last_output_s if self._busy else work.scheduled_s
@@ -151,6 +153,7 @@ class OrderedScheduler(AsyncScheduler):
             decode_tokens=running - prefilling,
             kv_usage=self.get_kv_cache_usage(),
             preemptions=self._preemptions,
+            computed_tokens=self._computed_tokens,
             step_time=self._step_time.line,
             expert_balance=EXPERT_BALANCE,
         )

@@ -41,7 +41,8 @@ OWN = {
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
-    "plan": Own("validate", "plan", "Show what a file would start on a machine."),
+    "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
+    "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),
     "crd": Own("validate", "crd", "Print the CustomResourceDefinition of MoEServing."),
 }
 ROOMS = {

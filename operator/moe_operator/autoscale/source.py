@@ -1,0 +1,103 @@
+"""Where the autoscaler of each resource gets its signal: from gateways and agents, or from Prometheus."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.resource import MoEServing
+from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
+from moe_operator.autoscale.prometheus import fetch_signal
+from moe_operator.autoscale.settings import fleet_settings
+from moe_operator.autoscale.signal import Fleet, build_signal
+from moe_operator.plan import Observed
+from moe_operator.plan.cluster import STABLE, plan_replicas
+from moe_operator.plan.names import COMPONENT, REVISION
+
+Document = dict[str, Any]
+log = logging.getLogger("moeserving.operator")
+
+
+class Sources:
+    """An autoscaler for each resource that has the mode `internal`."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+        self._autoscalers: dict[tuple[str, str], Autoscaler] = {}
+        self._before: dict[tuple[str, str], Fleet] = {}
+        self._due_s: dict[tuple[str, str], tuple[float, Outcome]] = {}
+
+    def forget(self, key: tuple[str, str]) -> None:
+        """The resource is gone."""
+        for kept in (self._autoscalers, self._before, self._due_s):
+            kept.pop(key, None)
+
+    async def decide(
+        self,
+        key: tuple[str, str],
+        resource: MoEServing,
+        observed: Observed,
+        pods: Sequence[Document],
+        states: Mapping[str, Document],
+    ) -> Outcome:
+        """Engines that should run; without autoscaling, what the resource says."""
+        replicas = plan_replicas(resource, observed)
+        section = resource.spec.autoscaling
+        if section is None or section.mode is AutoscalingMode.EXTERNAL:
+            self.forget(key)
+            return Outcome(replicas=replicas, reason="resource", limited=_external_limit(resource))
+        if observed.replicas is None:
+            return Outcome(replicas=replicas, reason="first", limited=None)
+        fleet = _read_fleet(pods, states)
+        ready, loading = _engines(pods, states)
+        prometheus = resource.spec.metrics.prometheus
+        if prometheus is None:
+            signal = build_signal(fleet, self._before.get(key))
+        else:
+            signal = await fetch_signal(prometheus.url, key, fleet)
+        self._before[key] = fleet
+        autoscaler = self._autoscalers.setdefault(key, Autoscaler())
+        outcome = autoscaler.decide(observed.replicas, ready, loading, signal, fleet_settings(section))
+        if outcome.replicas != observed.replicas:
+            log.info("%s/%s: %d -> %d engines: %s", *key, observed.replicas, outcome.replicas, outcome.reason)
+        return outcome
+
+
+def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
+    section, replicas = resource.spec.autoscaling, resource.spec.engine.replicas
+    if section is None or section.min_replicas <= replicas <= section.max_replicas:
+        return None
+    return "OutOfBounds", f"engine.replicas is {replicas}, outside of autoscaling's {section.min_replicas} to " + str(
+        section.max_replicas
+    )
+
+
+def _read_fleet(pods: Sequence[Document], states: Mapping[str, Document]) -> Fleet:
+    gateways = [pod for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
+    engines = {pod["metadata"]["name"] for pod in pods if _label(pod, COMPONENT) == "engine"}
+    return Fleet(
+        gateways=tuple(states[pod["metadata"]["name"]] for pod in gateways if pod["metadata"]["name"] in states),
+        engines={name: state for name, state in states.items() if name in engines},
+        gateways_wanted=len(gateways),
+        observed_s=time.monotonic(),
+    )
+
+
+def _engines(pods: Sequence[Document], states: Mapping[str, Document]) -> tuple[set[str], set[str]]:
+    """Names of stable engines that are ready, and of those that are not yet."""
+    stable = [pod for pod in pods if _label(pod, REVISION) == STABLE and "deletionTimestamp" not in pod["metadata"]]
+    ready = {pod["metadata"]["name"] for pod in stable if _is_ready(pod)}
+    return ready, {pod["metadata"]["name"] for pod in stable} - ready
+
+
+def _label(pod: Document, name: str) -> str:
+    return str(pod["metadata"].get("labels", {}).get(name, ""))
+
+
+def _is_ready(pod: Document) -> bool:
+    conditions = pod.get("status", {}).get("conditions", [])
+    ready = any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
+    return ready and "deletionTimestamp" not in pod["metadata"]

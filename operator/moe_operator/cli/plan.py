@@ -1,0 +1,84 @@
+"""`moeserving plan`: what a file would make in a cluster, or start on one machine. Touches neither."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+import yaml
+
+from moe_operator.api import load_resource
+from moe_operator.cli.validate import File, problems_shown
+from moe_operator.plan import (
+    ClusterPlan,
+    Defaults,
+    LocalPlan,
+    LocalSite,
+    Observed,
+    plan_cluster,
+    plan_local,
+    ports_needed,
+)
+
+FIRST_SHOWN_PORT = 8000
+
+
+def plan(
+    file: File,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Namespace of the objects.", show_default="the file's")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Show the processes on one machine instead.")] = False,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="With --local: CPUs of the machine.", show_default="this one's")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, max=4096, help="With --local: GPUs of the machine.")] = 0,
+) -> None:
+    """Show the Kubernetes objects that the operator would make, as YAML in an order that can be applied.
+
+    The control token is a new one each time. With --local: the agents and the gateway on one machine.
+    """
+    with problems_shown():
+        resource = load_resource(file)
+        if local:
+            text = "# Ports and the state folder are chosen at the start; those shown are examples.\n"
+            text += render_local(plan_local(resource, _example_site(ports_needed(resource), cpus, gpus)))
+        else:
+            place = namespace or resource.metadata.namespace or "default"
+            observed = Observed(tokens=(secrets.token_urlsafe(32),), has_service_monitors=False)
+            text = render_cluster(plan_cluster(resource, place, observed, Defaults()))
+    typer.echo(text, nl=False)
+
+
+def _example_site(ports: int, cpus: int | None, gpus: int) -> LocalSite:
+    return LocalSite(
+        state_dir=Path("STATE_DIR"),
+        token_file=Path("STATE_DIR/token"),
+        ports=tuple(range(FIRST_SHOWN_PORT, FIRST_SHOWN_PORT + ports)),
+        cpus=cpus or len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=tuple(str(index) for index in range(gpus)),
+    )
+
+
+def render_cluster(wanted: ClusterPlan) -> str:
+    """The YAML documents of a cluster's plan."""
+    return yaml.dump_all(wanted.objects, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+def render_local(wanted: LocalPlan) -> str:
+    """The YAML of a machine's plan, as the configuration files would hold it."""
+    document = {
+        "agents": [agent.model_dump(mode="json") for agent in wanted.agents],
+        "gateway": wanted.gateway.model_dump(mode="json"),
+    }
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a value that stands in several places out in each of them."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True

@@ -1,0 +1,158 @@
+"""The conditions of a resource. Pure: from what was seen to what holds, each with a reason and what to do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.kubernetes.diagnosis import Finding
+
+READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
+LIMITED, BALANCED = "AutoscalingLimited", "ExpertsBalanced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a resource's conditions are made of.
+
+    Attributes:
+        invalid: why the resource cannot be planned; empty when it can.
+        refused: what the API server refused; empty when nothing.
+        paused: the operator leaves everything as it is.
+        desired: engines that should exist.
+        engines: engines that exist.
+        ready: engines that accept requests.
+        gateways: gateways that are ready.
+        rolling: workloads that are not yet what was planned, in words.
+        missing_kind: a kind that the plan needs and the cluster lacks.
+        findings: what is wrong with pods.
+        limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
+        balance: max/mean load of the expert ranks of the worst engine; None while nothing records it.
+    """
+
+    invalid: str = ""
+    refused: str = ""
+    paused: bool = False
+    desired: int = 0
+    engines: int = 0
+    ready: int = 0
+    gateways: int = 0
+    rolling: tuple[str, ...] = ()
+    missing_kind: str = ""
+    findings: Sequence[Finding] = ()
+    limited: tuple[str, str] | None = None
+    balance: float | None = None
+
+
+Verdict = tuple[ConditionStatus, str, str]
+TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+# Load of the busiest rank over the mean up to which experts count as balanced.
+BALANCED_UP_TO = 1.2
+
+
+def build_conditions(seen: Seen, before: Mapping[str, Condition], now: datetime) -> tuple[Condition, ...]:
+    """All conditions; one whose status did not change keeps its time."""
+    verdicts = {
+        READY: _ready(seen),
+        PROGRESSING: _progressing(seen),
+        DEGRADED: _degraded(seen),
+        PAUSED: _paused(seen),
+        LIMITED: _limited(seen),
+        BALANCED: _balanced(seen),
+    }
+    return tuple(_build(kind, verdict, before.get(kind), now) for kind, verdict in verdicts.items())
+
+
+def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime) -> Condition:
+    status, reason, message = verdict
+    since = before.last_transition_time if before is not None and before.status is status else now
+    return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)
+
+
+def _ready(seen: Seen) -> Verdict:
+    if seen.invalid and not seen.ready:
+        return FALSE, "InvalidSpec", seen.invalid
+    if not seen.gateways:
+        return FALSE, "NoGateway", "no gateway is ready yet"
+    if seen.ready:
+        return TRUE, "Serving", f"{seen.ready} of {seen.desired} engines accept requests"
+    if seen.desired == 0:
+        return TRUE, "ScaledToZero", "no engine runs; the next request wakes one"
+    if seen.findings:
+        return FALSE, seen.findings[0].reason, seen.findings[0].message
+    return FALSE, "NoEngine", f"none of {seen.desired} engines accepts requests yet"
+
+
+def _progressing(seen: Seen) -> Verdict:
+    if seen.paused:
+        return FALSE, "Paused", "spec.paused is set"
+    if seen.invalid:
+        return FALSE, "InvalidSpec", "nothing is changed until the resource is valid"
+    if seen.rolling:
+        return TRUE, "Updating", "; ".join(seen.rolling)
+    if seen.ready < seen.desired:
+        return TRUE, "EnginesStarting", f"{seen.ready} of {seen.desired} engines are ready"
+    return FALSE, "Complete", "everything is as it should be"
+
+
+def _degraded(seen: Seen) -> Verdict:
+    if seen.invalid:
+        return TRUE, "InvalidSpec", seen.invalid
+    if seen.missing_kind:
+        message = (
+            f"the cluster has no {seen.missing_kind}, which engines on several nodes need; install it "
+            "(lws.sigs.k8s.io) or set spec.engine.parallelism.nodes to 1"
+        )
+        return TRUE, f"{seen.missing_kind}Missing", message
+    if seen.refused:
+        return TRUE, "Refused", seen.refused
+    if seen.findings:
+        more = f"; also: {', '.join(finding.reason for finding in seen.findings[1:])}" if seen.findings[1:] else ""
+        return TRUE, seen.findings[0].reason, seen.findings[0].message + more
+    return FALSE, "AsExpected", ""
+
+
+def _paused(seen: Seen) -> Verdict:
+    if seen.paused:
+        return TRUE, "Paused", "spec.paused is set: everything is left as it is"
+    return FALSE, "NotPaused", ""
+
+
+def _limited(seen: Seen) -> Verdict:
+    if seen.limited is None:
+        return FALSE, "NotLimited", ""
+    return TRUE, *seen.limited
+
+
+def _balanced(seen: Seen) -> Verdict:
+    if seen.balance is None:
+        return UNKNOWN, "NotRecorded", "no engine records the load of its experts"
+    if seen.balance <= BALANCED_UP_TO:
+        return TRUE, "Balanced", f"the busiest rank has {seen.balance:.2f} times the mean load"
+    return FALSE, "Imbalanced", f"the busiest rank has {seen.balance:.2f} times the mean load"
+
+
+def changed_conditions(before: Mapping[str, Condition], after: Sequence[Condition]) -> list[Condition]:
+    """Those of which status or reason changed: each is worth an event. Of a new resource, those that hold."""
+    changed = []
+    for condition in after:
+        old = before.get(condition.type)
+        if old is None:
+            if condition.status is TRUE:
+                changed.append(condition)
+        elif (old.status, old.reason) != (condition.status, condition.reason):
+            changed.append(condition)
+    return changed
+
+
+def read_conditions(document: Mapping[str, Any]) -> dict[str, Condition]:
+    """The conditions in a resource's status, those that cannot be read left out."""
+    found = {}
+    for row in document.get("status", {}).get("conditions", []):
+        try:
+            condition = Condition.model_validate(row)
+        except ValueError:
+            continue
+        found[condition.type] = condition
+    return found

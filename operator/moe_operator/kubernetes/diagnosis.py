@@ -1,0 +1,120 @@
+"""What is wrong with pods, in words that say what to do. Pure: from pods and agents' states to findings.
+
+The messages of the cluster stand in full behind ours, so that nothing is hidden.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Document = dict[str, Any]
+
+_IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
+_MODEL_MISSING = re.compile(
+    r"not a valid model identifier|RepositoryNotFound|Repository Not Found|GatedRepo|401 Client Error|404 Client Error"
+    r"|does not appear to have a file|Can't load the configuration|LocalEntryNotFound|Invalid repository ID"
+    r"|No such file or directory|couldn't connect|cannot find the requested files",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(r"out of memory|OutOfMemory|OOM|No available memory for the cache blocks", re.IGNORECASE)
+_KILLED = re.compile(r"signal 9|SIGKILL|status 137")
+_TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
+LONGEST_MESSAGE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        reason: in one word, for the condition.
+        message: what it is and what to do.
+        pod: where it was seen.
+    """
+
+    reason: str
+    message: str
+    pod: str
+
+
+def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> list[Finding]:
+    """The findings over all pods that are not on their way out, the first pod of each reason."""
+    found: dict[str, Finding] = {}
+    for pod in sorted(pods, key=lambda document: str(document["metadata"]["name"])):
+        if "deletionTimestamp" in pod["metadata"]:
+            continue
+        for finding in (*_scheduling(pod), *_containers(pod), *_engine(pod, states.get(pod["metadata"]["name"]))):
+            found.setdefault(finding.reason, finding)
+    return list(found.values())
+
+
+def _scheduling(pod: Document) -> Iterator[Finding]:
+    for condition in pod.get("status", {}).get("conditions", []):
+        if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
+            continue
+        told = condition.get("message", "")
+        short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, told))
+        advice = f"no node has {short} free" if short else "no node can take the pod"
+        yield _finding(pod, "Unschedulable", f"{advice}; add nodes or ask for less, see spec.engine", told)
+
+
+def _missing_resources(pod: Document, told: str) -> Iterator[tuple[str, str]]:
+    for name in dict.fromkeys(match[1] for match in _TOO_FEW.finditer(told)):
+        for container in pod["spec"]["containers"]:
+            requests = container.get("resources", {}).get("requests", {})
+            if name in requests:
+                yield name, requests[name]
+
+
+def _containers(pod: Document) -> Iterator[Finding]:
+    status = pod.get("status", {})
+    images = {container["name"]: container.get("image", "") for container in pod["spec"]["containers"]}
+    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+        waiting = container.get("state", {}).get("waiting", {})
+        reason, told = waiting.get("reason", ""), waiting.get("message", "")
+        image = images.get(container["name"], container.get("image", ""))
+        if reason in _IMAGE_REASONS:
+            advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
+            yield _finding(pod, "ImageCannotBePulled", advice, f"{reason}: {told}")
+        elif reason == "CreateContainerConfigError":
+            secret = "secret" in told.lower()
+            advice = (
+                "make the Secret that spec.model.tokenSecret names" if secret else "correct the pod's configuration"
+            )
+            yield _finding(pod, "SecretMissing" if secret else "ContainerCannotStart", advice, told)
+        elif reason in ("CreateContainerError", "RunContainerError"):
+            yield _finding(pod, "ContainerCannotStart", "the container cannot be started", f"{reason}: {told}")
+        last = container.get("lastState", {}).get("terminated", {})
+        if last.get("reason") == "OOMKilled":
+            yield _finding(pod, "OutOfMemory", "raise spec.engine.resources.memory or serve with less", "OOMKilled")
+        elif reason == "CrashLoopBackOff":
+            code = last.get("exitCode", "?")
+            advice = f"the container {container['name']} ends again and again (status {code}); see its log"
+            yield _finding(pod, "CrashLooping", advice, last.get("message", ""))
+
+
+def _engine(pod: Document, state: Document | None) -> Iterator[Finding]:
+    """What an agent says of an engine that ended and has not come back."""
+    if state is None or state.get("phase") in ("ready", "draining", "stopped"):
+        return
+    last_exit = str(state.get("engine", {}).get("last_exit", ""))
+    if not last_exit:
+        return
+    if _MEMORY.search(last_exit):
+        advice = "the engine ran out of memory; lower --max-model-len or spec.engine.resources.kvCacheMemory"
+        yield _finding(pod, "OutOfMemory", advice, last_exit)
+    elif _KILLED.search(last_exit):
+        yield _finding(pod, "OutOfMemory", "the engine was killed, as when memory runs out; raise the limit", last_exit)
+    elif _MODEL_MISSING.search(last_exit):
+        advice = "the model cannot be loaded; check spec.model.uri, its revision and spec.model.tokenSecret"
+        yield _finding(pod, "ModelNotFound", advice, last_exit)
+    else:
+        yield _finding(pod, "EngineFailing", "vLLM ends before it is ready; see the pod's log", last_exit)
+
+
+def _finding(pod: Document, reason: str, advice: str, told: str) -> Finding:
+    message = (
+        f"{advice} (pod {pod['metadata']['name']}: {told})" if told else f"{advice} (pod {pod['metadata']['name']})"
+    )
+    return Finding(reason=reason, message=message[:LONGEST_MESSAGE], pod=pod["metadata"]["name"])

@@ -1,0 +1,77 @@
+"""The kinds of objects that the operator reads and writes, each as plain documents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightkube.generic_resource import create_namespaced_resource
+
+from moe_operator.api.crd import GROUP, PLURAL, VERSION
+from moe_operator.api.resource import KIND
+from moe_operator.plan.names import MANAGED_BY, MANAGER
+
+SELECTOR = f"{MANAGED_BY}={MANAGER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind.
+
+    Attributes:
+        optional: its CRD may be absent from the cluster.
+    """
+
+    group: str
+    version: str
+    name: str
+    plural: str
+    optional: bool = False
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    @property
+    def resource(self) -> Any:
+        """Its class in lightkube; the same at each call."""
+        return create_namespaced_resource(self.group, self.version, self.name, self.plural)
+
+
+SERVING = Kind(GROUP, VERSION, KIND, PLURAL)
+POD = Kind("", "v1", "Pod", "pods")
+DEPLOYMENT = Kind("apps", "v1", "Deployment", "deployments")
+LEADER_WORKER_SET = Kind("leaderworkerset.x-k8s.io", "v1", "LeaderWorkerSet", "leaderworkersets", optional=True)
+SERVICE_MONITOR = Kind("monitoring.coreos.com", "v1", "ServiceMonitor", "servicemonitors", optional=True)
+POD_MONITOR = Kind("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors", optional=True)
+EVENT = Kind("", "v1", "Event", "events")
+LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases")
+SECRET = Kind("", "v1", "Secret", "secrets")
+CONFIG_MAP = Kind("", "v1", "ConfigMap", "configmaps")
+
+# What a plan may hold: the operator owns, applies and prunes these.
+CHILDREN = (
+    SECRET,
+    CONFIG_MAP,
+    Kind("", "v1", "ServiceAccount", "serviceaccounts"),
+    Kind("rbac.authorization.k8s.io", "v1", "Role", "roles"),
+    Kind("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings"),
+    Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+    Kind("", "v1", "Service", "services"),
+    Kind("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies"),
+    SERVICE_MONITOR,
+    POD_MONITOR,
+    DEPLOYMENT,
+    LEADER_WORKER_SET,
+)
+# What the store keeps up to date.
+WATCHED = (SERVING, POD, *CHILDREN)
+_BY_NAME = {(kind.api_version, kind.name): kind for kind in WATCHED}
+
+
+def kind_of(document: dict[str, Any]) -> Kind:
+    """The kind of an object.
+
+    Raises:
+        KeyError: the operator has nothing to do with it.
+    """
+    return _BY_NAME[document["apiVersion"], document["kind"]]

@@ -1,0 +1,132 @@
+"""Leader election by a Lease, so that of several operators one writes: the rules of client-go's leaderelection.
+
+A holder renews; one that could not for `renew_s` ends its work before others may take over at `duration_s`. Times are
+taken from the own clock since a change was seen, so clocks of machines need not agree. All writes carry the version of
+the Lease that was read: two that try at once cannot both succeed.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx2
+from lightkube import ApiError
+
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import LEASE
+
+Document = dict[str, Any]
+log = logging.getLogger("moeserving.operator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Times of the election, those of client-go.
+
+    Attributes:
+        duration_s: a Lease that was not renewed for so long is free.
+        renew_s: a holder that could not renew for so long is none any more.
+        retry_s: time between two tries.
+    """
+
+    duration_s: float = 15.0
+    renew_s: float = 10.0
+    retry_s: float = 2.0
+
+
+class Election:
+    """See the module; `leading` is set while this operator may write."""
+
+    def __init__(
+        self,
+        api: Api,
+        namespace: str,
+        name: str,
+        identity: str,
+        terms: Terms = Terms(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._api, self._namespace, self._name, self._identity = api, namespace, name, identity
+        self._terms, self._clock = terms, clock
+        self.leading = asyncio.Event()
+        self._seen: tuple[str, str, float] = ("", "", clock())
+
+    async def run(self) -> None:
+        """Tries until it leads, renews while it does; returns when it no longer does."""
+        renewed_s = self._clock()
+        while True:
+            held = await self._try()
+            now_s = self._clock()
+            if held:
+                renewed_s = now_s
+                if not self.leading.is_set():
+                    log.info("%s leads", self._identity)
+                    self.leading.set()
+            elif self.leading.is_set() and (held is False or now_s - renewed_s > self._terms.renew_s):
+                log.error("%s no longer leads", self._identity)
+                self.leading.clear()
+                return
+            await asyncio.sleep(self._terms.retry_s)
+
+    async def release(self) -> None:
+        """Lets another take over at once."""
+        if not self.leading.is_set():
+            return
+        self.leading.clear()
+        lease = await self._api.get(LEASE, self._namespace, self._name)
+        if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
+            lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
+            await self._write(lease)
+
+    async def _try(self) -> bool | None:
+        """Whether it holds the Lease; None when that cannot be told now."""
+        try:
+            lease = await asyncio.wait_for(self._api.get(LEASE, self._namespace, self._name), self._terms.retry_s * 2)
+            if lease is None:
+                await self._api.create(LEASE, self._document({}, transitions=0))
+                return True
+            return await self._take(lease)
+        except ApiError as error:
+            if error.status.code == 409:
+                return False if not self.leading.is_set() else None
+            log.warning("lease: %s", error)
+            return None
+        except (httpx2.HTTPError, TimeoutError, OSError) as error:
+            log.warning("lease: %r", error)
+            return None
+
+    async def _take(self, lease: Document) -> bool:
+        spec, metadata = lease.get("spec", {}), lease["metadata"]
+        holder, version = spec.get("holderIdentity", ""), metadata["resourceVersion"]
+        if (holder, version) != self._seen[:2]:
+            self._seen = (holder, version, self._clock())
+        free = not holder or self._clock() - self._seen[2] > float(spec.get("leaseDurationSeconds") or 0)
+        if holder != self._identity and not free:
+            return False
+        transitions = int(spec.get("leaseTransitions") or 0) + (holder != self._identity)
+        await self._write(
+            self._document(metadata, transitions=transitions, since=spec if holder == self._identity else {})
+        )
+        return True
+
+    async def _write(self, lease: Document) -> None:
+        await asyncio.wait_for(self._api.replace(LEASE, lease), self._terms.retry_s * 2)
+
+    def _document(self, metadata: Document, *, transitions: int, since: Document | None = None) -> Document:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {
+            "apiVersion": LEASE.api_version,
+            "kind": LEASE.name,
+            "metadata": {**metadata, "name": self._name, "namespace": self._namespace},
+            "spec": {
+                "holderIdentity": self._identity,
+                "leaseDurationSeconds": round(self._terms.duration_s),
+                "acquireTime": (since or {}).get("acquireTime", now),
+                "renewTime": now,
+                "leaseTransitions": transitions,
+            },
+        }

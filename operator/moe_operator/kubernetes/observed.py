@@ -1,0 +1,89 @@
+"""What of the store a plan depends on. Pure, but for a new token when there is none."""
+
+import base64
+import secrets
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.resource import MoEServing
+from moe_operator.kubernetes.kinds import (
+    CONFIG_MAP,
+    DEPLOYMENT,
+    LEADER_WORKER_SET,
+    POD_MONITOR,
+    SECRET,
+    SERVICE_MONITOR,
+    Kind,
+)
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan import Observed
+from moe_operator.plan.names import MANAGER, ROTATE, ROTATED_AT, Names
+from moe_operator.plan.revision import parse_revision
+
+Document = dict[str, Any]
+# Pods see a changed Secret within the kubelet's sync period, a minute or two; until then the old token is good too.
+TOKEN_OVERLAP = timedelta(minutes=10)
+
+
+def read_observed(
+    store: Store, key: Key, document: Document, resource: MoEServing, kinds: frozenset[Kind], now: datetime
+) -> Observed:
+    """The facts."""
+    names = Names(resource.metadata.name)
+    workload = engines_workload(store, key, names)
+    settings = store.get(key, CONFIG_MAP, names.settings)
+    text = (settings or {}).get("data", {}).get("revision.json")
+    tokens, rotated_at = plan_tokens(store.get(key, SECRET, names.control), document, now)
+    external = resource.spec.autoscaling is not None and resource.spec.autoscaling.mode is AutoscalingMode.EXTERNAL
+    return Observed(
+        uid=document["metadata"]["uid"],
+        tokens=tokens,
+        rotated_at=rotated_at,
+        stable=None if text is None else parse_revision(text),
+        replicas=None if workload is None else workload.get("spec", {}).get("replicas"),
+        foreign_replicas=external and workload is not None and _owns_replicas(workload),
+        has_service_monitors={SERVICE_MONITOR, POD_MONITOR} <= kinds,
+    )
+
+
+def engines_workload(store: Store, key: Key, names: Names) -> Document | None:
+    """What makes the stable engines' pods."""
+    return store.get(key, DEPLOYMENT, names.engine) or store.get(key, LEADER_WORKER_SET, names.engine)
+
+
+def plan_tokens(secret: Document | None, document: Document, now: datetime) -> tuple[tuple[str, ...], str]:
+    """The control tokens that should be in force, the newest first, and the note of the last rotation.
+
+    Another value of the resource's annotation `rotate-token` makes a new token; the old one stays good for a while.
+    """
+    wanted = document["metadata"].get("annotations", {}).get(ROTATE, "")
+    if secret is None:
+        return (secrets.token_urlsafe(32),), _note(wanted, now) if wanted else ""
+    text = base64.b64decode(secret.get("data", {}).get("token", "")).decode(errors="replace")
+    tokens = tuple(text.split()) or (secrets.token_urlsafe(32),)
+    note = secret["metadata"].get("annotations", {}).get(ROTATED_AT, "")
+    if wanted and note.rpartition(" ")[0] != wanted:
+        return (secrets.token_urlsafe(32), tokens[0]), _note(wanted, now)
+    if len(tokens) > 1 and now - _when(note, now) > TOKEN_OVERLAP:
+        return tokens[:1], note
+    return tokens, note
+
+
+def _note(wanted: str, now: datetime) -> str:
+    return f"{wanted} {now.astimezone(UTC).isoformat(timespec='seconds')}"
+
+
+def _when(note: str, now: datetime) -> datetime:
+    try:
+        return datetime.fromisoformat(note.rpartition(" ")[2])
+    except ValueError:
+        return now - 2 * TOKEN_OVERLAP
+
+
+def _owns_replicas(workload: Document) -> bool:
+    """Whether another manager than the operator set the number of replicas last."""
+    for entry in workload["metadata"].get("managedFields", []):
+        if entry.get("manager") != MANAGER and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}):
+            return True
+    return False

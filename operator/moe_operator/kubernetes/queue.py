@@ -1,0 +1,94 @@
+"""A queue of resources to reconcile: each at most once in it and in one worker at a time, with backoff after failures.
+
+The shape of client-go's rate-limited work queue. Owned by the operator's event loop.
+"""
+
+import asyncio
+import heapq
+import itertools
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 120.0
+
+
+class WorkQueue(Generic[Item]):
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._ready: dict[Item, None] = {}
+        self._busy: set[Item] = set()
+        self._again: set[Item] = set()
+        self._failures: dict[Item, int] = {}
+        self._later: list[tuple[float, int, Item]] = []
+        self._due_s: dict[Item, float] = {}
+        self._order = itertools.count()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, item: Item) -> None:
+        """Now, or once the worker that has it is done."""
+        if item in self._busy:
+            self._again.add(item)
+            return
+        self._ready.setdefault(item)
+        self._changed.set()
+
+    def add_after(self, item: Item, delay_s: float) -> None:
+        """After a while, unless it is due sooner anyway."""
+        due_s = asyncio.get_running_loop().time() + delay_s
+        if self._due_s.get(item, float("inf")) <= due_s:
+            return
+        self._due_s[item] = due_s
+        heapq.heappush(self._later, (due_s, next(self._order), item))
+        self._changed.set()
+
+    async def take(self) -> Item:
+        """The next; `done` or `failed` has to follow."""
+        while True:
+            wait_s = self._release_due()
+            if self._ready:
+                item = next(iter(self._ready))
+                del self._ready[item]
+                self._busy.add(item)
+                return item
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    def done(self, item: Item, *, again_after_s: float | None = None) -> None:
+        """It went well."""
+        self._failures.pop(item, None)
+        self._finish(item)
+        if again_after_s is not None:
+            self.add_after(item, again_after_s)
+
+    def failed(self, item: Item) -> float:
+        """It did not; the time after which it comes again."""
+        failures = self._failures[item] = self._failures.get(item, 0) + 1
+        self._finish(item)
+        delay_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 16))
+        self.add_after(item, delay_s)
+        return delay_s
+
+    def _finish(self, item: Item) -> None:
+        self._busy.discard(item)
+        if item in self._again:
+            self._again.discard(item)
+            self.add(item)
+
+    def _release_due(self) -> float | None:
+        """Makes ready what is due; time until the next, None without one."""
+        now_s = asyncio.get_running_loop().time()
+        while self._later and self._later[0][0] <= now_s:
+            due_s, _, item = heapq.heappop(self._later)
+            # A sooner date has replaced this one, or it was used up.
+            if self._due_s.get(item) == due_s:
+                del self._due_s[item]
+                self.add(item)
+        return self._later[0][0] - now_s if self._later else None

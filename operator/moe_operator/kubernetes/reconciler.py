@@ -1,0 +1,254 @@
+"""One pass over one resource: observe, decide, apply, tell. Called by the operator's workers, one at a time a resource.
+
+Level-based: what is done follows from what is, never from which event came, so that a pass can be cut anywhere and the
+next one goes on from there. A pass over what is as it should be writes nothing.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+from moe_scheduling.problems import InvalidInput
+
+from moe_operator.api import parse_resource
+from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.units import duration_s
+from moe_operator.autoscale.source import Sources
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
+from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, read_conditions
+from moe_operator.kubernetes.diagnosis import find_problems
+from moe_operator.kubernetes.kinds import EVENT, POD, SERVING, Kind
+from moe_operator.kubernetes.observed import read_observed
+from moe_operator.kubernetes.peers import Peer, differs, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.report import build_status
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.victims import mark_victims
+from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
+from moe_operator.plan.names import COMPONENT, GROUP, Names
+
+Document = dict[str, Any]
+FINALIZER = f"{GROUP}/drain"
+# While something is on its way, and while all is well but pods want to be looked at.
+SOON_S, STEADY_S = 2.0, 15.0
+
+log = logging.getLogger("moeserving.operator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one pass knows of its resource."""
+
+    key: Key
+    document: Document
+    resource: MoEServing
+    observed: Observed
+    pods: list[Document]
+    states: Mapping[str, Document]
+
+
+class Reconciler:
+    """See the module."""
+
+    def __init__(self, api: Api, store: Store, session: aiohttp.ClientSession, defaults: Defaults) -> None:
+        self._api, self._store, self._session, self._defaults = api, store, session, defaults
+        self._children = Children(api, store)
+        self._sources = Sources(session)
+        self.kinds: frozenset[Kind] = frozenset()
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One pass; the time after which the next is wanted, None when only a change calls for one."""
+        document = self._store.serving(key)
+        if document is None:
+            self._sources.forget(key)
+            return None
+        if "deletionTimestamp" in document["metadata"]:
+            return await self._end(key, document)
+        try:
+            resource = parse_resource(_without_server_fields(document))
+        except InvalidInput as error:
+            return await self._tell_invalid(key, document, str(error))
+        await self._hold_on(document)
+        if resource.spec.paused:
+            return await self._tell_paused(key, document, resource)
+        return await self._make_real(key, document, resource)
+
+    async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
+        pods = self._store.of(key, POD)
+        peers = find_peers(pods)
+        states = await fetch_states(self._session, peers)
+        now = datetime.now(UTC)
+        observed = read_observed(self._store, key, document, resource, self.kinds, now)
+        current = Pass(key=key, document=document, resource=resource, observed=observed, pods=pods, states=states)
+        outcome = await self._sources.decide(key, resource, observed, pods, states)
+        try:
+            plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
+        except InvalidInput as error:
+            return await self._tell_invalid(key, document, str(error))
+        await mark_victims(self._api, self._store, key, plan, pods, states)
+        uid = document["metadata"]["uid"]
+        applied = await self._children.apply(key, plan.objects, self.kinds, uid)
+        if not applied.refused:
+            applied.waiting |= await self._children.prune(key, plan.objects, uid)
+        late = await self._push_settings(plan, peers, current)
+        status_after_s = await self._tell(current, plan, applied, outcome.limited)
+        return self._next_s(current, applied, late, status_after_s)
+
+    async def _hold_on(self, document: Document) -> None:
+        """Takes the finalizer, so that a deletion waits until the streams have ended."""
+        if FINALIZER not in document["metadata"].get("finalizers", []):
+            self._store.put(SERVING, await self._api.apply(SERVING, _own(document, [FINALIZER])))
+
+    async def _push_settings(self, plan: ClusterPlan, peers: list[Peer], current: Pass) -> bool:
+        """Gives running engines and gateways the settings that they do not have; whether one did not take them."""
+        engine = {"request": dict(plan.request)}
+        gateway = {
+            **engine,
+            "dispatch": dict(plan.dispatch),
+            "groups": [group.model_dump(mode="json") for group in plan.groups],
+        }
+        wanted = [
+            (peer, engine if peer.component == "engine" else gateway) for peer in peers if peer.pod in current.states
+        ]
+        behind = [(peer, settings) for peer, settings in wanted if differs(settings, current.states[peer.pod])]
+        told = await asyncio.gather(
+            *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
+        )
+        for (peer, _), problem in zip(behind, told, strict=True):
+            log.log(logging.WARNING if problem else logging.INFO, "settings for %s: %s", peer.pod, problem or "taken")
+        return any(told)
+
+    async def _tell(self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None) -> float:
+        names = Names(current.key.name)
+        seen = Seen(
+            refused="; ".join(applied.refused),
+            missing_kind=next(iter(applied.missing), ""),
+            desired=plan.replicas,
+            rolling=tuple(_rolling(self._store, current.key)),
+            findings=find_problems(current.pods, current.states),
+            limited=limited,
+        )
+        return await self._write_status(current.key, current.document, names, seen, current.pods, current.states)
+
+    async def _tell_invalid(self, key: Key, document: Document, problem: str) -> float | None:
+        """Nothing is touched: what runs goes on."""
+        await self._write_status(key, document, Names(key.name), Seen(invalid=problem), self._store.of(key, POD), {})
+        return None
+
+    async def _tell_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
+        pods = self._store.of(key, POD)
+        states = await fetch_states(self._session, find_peers(pods))
+        seen = Seen(paused=True, desired=resource.spec.engine.replicas, findings=find_problems(pods, states))
+        await self._write_status(key, document, Names(key.name), seen, pods, states)
+        return STEADY_S if pods else None
+
+    async def _write_status(
+        self,
+        key: Key,
+        document: Document,
+        names: Names,
+        seen: Seen,
+        pods: list[Document],
+        states: Mapping[str, Document],
+    ) -> float:
+        now = datetime.now(UTC)
+        before = read_conditions(document)
+        status, seen = build_status(document, names, key.namespace, seen, pods, states)
+        conditions = build_conditions(seen, before, now)
+        wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
+        if wanted != document.get("status"):
+            header = _own(document, None)
+            header["metadata"].pop("uid")
+            self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
+            for condition in changed_conditions(before, conditions):
+                await self._post_event(document, condition.reason, condition.message or condition.type, condition.type)
+        return SOON_S if seen.rolling or seen.ready < seen.desired or seen.findings else STEADY_S
+
+    async def _post_event(self, document: Document, reason: str, message: str, kind: str) -> None:
+        metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        normal = reason in ("Serving", "Complete", "AsExpected", "Updating", "NotPaused", "NotLimited", "ScaledToZero")
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{metadata['name']}.{secrets.token_hex(8)}", "namespace": metadata["namespace"]},
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "uid": metadata["uid"],
+            },
+            "reason": reason,
+            "message": f"{kind}: {message}"[:1000],
+            "type": "Normal" if normal else "Warning",
+            "source": {"component": "moeserving-operator"},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        await self._api.create(EVENT, event)
+
+    def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
+        autoscaling = current.resource.spec.autoscaling
+        if autoscaling is not None and autoscaling.mode is AutoscalingMode.INTERNAL:
+            return min(status_after_s, duration_s(autoscaling.interval))
+        if applied.waiting or late:
+            return SOON_S
+        return status_after_s if current.pods else None
+
+    async def _end(self, key: Key, document: Document) -> float | None:
+        """The gateway ends first, so that no new request comes; then the engines; then all else."""
+        self._sources.forget(key)
+        if FINALIZER not in document["metadata"].get("finalizers", []):
+            return None
+        for component in ("gateway", "engine"):
+            await self._end_component(key, component)
+            if any(pod["metadata"].get("labels", {}).get(COMPONENT) == component for pod in self._store.of(key, POD)):
+                return SOON_S
+        if await self._children.prune(key, (), document["metadata"]["uid"]):
+            return 0.1
+        await self._api.apply(SERVING, _own(document, []))
+        return None
+
+    async def _end_component(self, key: Key, component: str) -> None:
+        for kind, live in self._store.children(key, WORKLOADS):
+            ours = live["metadata"].get("labels", {}).get(COMPONENT) == component
+            if ours and "deletionTimestamp" not in live["metadata"]:
+                await self._children.delete(kind, live)
+
+
+def _own(document: Document, finalizers: list[str] | None) -> Document:
+    """The resource as the operator applies it: what stands in it is the operator's."""
+    metadata = document["metadata"]
+    # The uid keeps an apply from making anew what was deleted meanwhile.
+    own = {name: metadata[name] for name in ("name", "namespace", "uid")}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": own | ({} if finalizers is None else {"finalizers": finalizers}),
+    }
+
+
+def _without_server_fields(document: Document) -> Document:
+    """The resource as a person writes it: of the metadata what the model knows, and no status."""
+    known = ("name", "namespace", "labels", "annotations")
+    metadata = {name: value for name, value in document["metadata"].items() if name in known}
+    return {name: value for name, value in document.items() if name != "status"} | {"metadata": metadata}
+
+
+def _rolling(store: Store, key: Key) -> list[str]:
+    """Workloads of which not all pods are of the newest template yet."""
+    told = []
+    for _, live in store.children(key, WORKLOADS):
+        spec, status = live.get("spec", {}), live.get("status", {})
+        wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
+        unseen = status.get("observedGeneration", 0) < live["metadata"].get("generation", 0)
+        if unseen or updated < wanted or status.get("replicas", 0) > updated:
+            told.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
+    return told

@@ -1,0 +1,113 @@
+"""The status of a resource but for its conditions. Pure: from pods, what their agents say, and the status before.
+
+Numbers that change all the time, such as waiting requests, are written at most every half minute: a status is for
+people; who needs numbers reads metrics.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from moe_operator.api.status import EnginePhase, EngineStatus, status_document
+from moe_operator.api.status import Status as StatusSection
+from moe_operator.autoscale.signal import mean_ttft_s
+from moe_operator.kubernetes.conditions import Seen
+from moe_operator.plan.names import COMPONENT, Names, selector_text
+
+Document = dict[str, Any]
+NUMBERS_EVERY = timedelta(seconds=30)
+_NUMBERS = ("running", "waiting", "kvUsage")
+NUMBERS_AT = "numbersAt"
+
+
+def build_status(
+    document: Document,
+    names: Names,
+    namespace: str,
+    seen: Seen,
+    pods: Sequence[Document],
+    states: Mapping[str, Document],
+) -> tuple[Document, Seen]:
+    """The status without conditions, and what was seen, completed by the pods."""
+    engines = [pod for pod in pods if _component(pod) == "engine" and "deletionTimestamp" not in pod["metadata"]]
+    gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
+    seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
+    before: Document = document.get("status", {})
+    port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
+    suffix = "" if port == 80 else f":{port}"
+    status = StatusSection(
+        observed_generation=document["metadata"].get("generation"),
+        replicas=seen.engines,
+        ready_replicas=seen.ready,
+        desired_replicas=seen.desired,
+        selector=selector_text(names.labels("engine", "stable")),
+        endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
+        engines=tuple(_engine(pod, states.get(pod["metadata"]["name"])) for pod in sorted(engines, key=_name)),
+        ttft=_render_ttft(mean_ttft_s(states[pod["metadata"]["name"]] for pod in gateways if _name(pod) in states)),
+    )
+    return _keep_numbers(status_document(status), before), seen
+
+
+def _keep_numbers(status: Document, before: Document) -> Document:
+    """Old numbers stay while they are young; so does a time to first token when no request came since."""
+    now = datetime.now(UTC)
+    if not status["ttft"]:
+        status["ttft"] = before.get("ttft", "")
+    old = {row["name"]: row for row in before.get("engines", [])}
+    taken = _parse_time(before.get(NUMBERS_AT))
+    if taken is not None and now - taken < NUMBERS_EVERY:
+        for row in status["engines"]:
+            row |= {name: old[row["name"]][name] for name in _NUMBERS if name in old.get(row["name"], {})}
+        if old:
+            status["ttft"] = before.get("ttft") or status["ttft"]
+    changed = any(row != old.get(row["name"]) for row in status["engines"]) or status["ttft"] != before.get("ttft", "")
+    at = now.isoformat(timespec="seconds") if changed or taken is None else before[NUMBERS_AT]
+    return status | {NUMBERS_AT: at}
+
+
+def _parse_time(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _engine(pod: Document, state: Document | None) -> EngineStatus:
+    state = state or {}
+    ranks = state.get("ranks", [])
+    phase = str(state.get("phase", "unknown"))
+    return EngineStatus(
+        name=_name(pod),
+        phase=EnginePhase(phase) if phase in [known.value for known in EnginePhase] else EnginePhase.UNKNOWN,
+        restarts=state.get("engine", {}).get("restarts", 0),
+        last_exit=str(state.get("engine", {}).get("last_exit", ""))[:500],
+        running=sum(rank["running"] for rank in ranks),
+        waiting=sum(rank["waiting"] for rank in ranks),
+        kv_usage=round(max((float(rank["kv_usage"]) for rank in ranks), default=0.0), 2),
+    )
+
+
+def _render_ttft(seconds: float | None) -> str:
+    """Two digits that count: `120ms`, `1.2s`."""
+    if seconds is None or not math.isfinite(seconds) or seconds <= 0.0:
+        return ""
+    if seconds >= 1.0:
+        return f"{seconds:.2g}s" if seconds < 100.0 else f"{seconds:.0f}s"
+    milliseconds = seconds * 1000.0
+    return f"{milliseconds:.2g}ms" if milliseconds < 100.0 else f"{round(milliseconds, -1):.0f}ms"
+
+
+def _component(pod: Document) -> str:
+    return str(pod["metadata"].get("labels", {}).get(COMPONENT, ""))
+
+
+def _name(pod: Document) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _is_ready(pod: Document) -> bool:
+    conditions: Iterable[Document] = pod.get("status", {}).get("conditions", [])
+    ready = any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
+    return ready and "deletionTimestamp" not in pod["metadata"]

@@ -1,0 +1,55 @@
+"""Before engines are let go: tells Kubernetes which ones, by the work that they have left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_scheduling.victims import EngineWork, order_victims
+
+from moe_operator.autoscale.signal import read_ranks
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import POD
+from moe_operator.kubernetes.observed import engines_workload
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan import ClusterPlan
+from moe_operator.plan.cluster import STABLE
+from moe_operator.plan.names import COMPONENT, REVISION, Names
+
+Document = dict[str, Any]
+COST = "controller.kubernetes.io/pod-deletion-cost"
+
+
+async def mark_victims(
+    api: Api, store: Store, key: Key, plan: ClusterPlan, pods: Sequence[Document], states: Mapping[str, Document]
+) -> None:
+    """Writes the deletion costs of the stable engines when the plan has fewer of them than there are."""
+    workload = engines_workload(store, key, Names(key.name))
+    if workload is None or plan.replicas == 0 or plan.replicas >= workload.get("spec", {}).get("replicas", 0):
+        return
+    by_name = {pod["metadata"]["name"]: pod for pod in pods if is_stable_engine(pod)}
+    for victim in order_victims(_work(pod, states.get(name)) for name, pod in by_name.items()):
+        if _cost(by_name[victim.name]) != victim.cost:
+            patch = {"metadata": {"annotations": {COST: str(victim.cost)}}}
+            store.put(POD, await api.merge(POD, key.namespace, victim.name, patch))
+
+
+def is_stable_engine(pod: Document) -> bool:
+    """Whether a pod is an engine of the stable revision."""
+    labels = pod["metadata"].get("labels", {})
+    return bool(labels.get(COMPONENT) == "engine" and labels.get(REVISION) == STABLE)
+
+
+def _work(pod: Document, state: Document | None) -> EngineWork:
+    draining = "deletionTimestamp" in pod["metadata"] or (state or {}).get("phase") in ("draining", "stopped")
+    return EngineWork(
+        name=pod["metadata"]["name"],
+        # An engine of which nothing is heard may well be busy: it counts as working, not as not ready.
+        ready=state is None or state.get("phase") == "ready",
+        draining=draining,
+        ranks=read_ranks(state or {}),
+        cost=_cost(pod),
+    )
+
+
+def _cost(pod: Document) -> int | None:
+    text = pod["metadata"].get("annotations", {}).get(COST, "")
+    return int(text) if text.lstrip("-").isdecimal() else None

@@ -7,13 +7,16 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
+from ipaddress import ip_address
 
 from aiohttp import web
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
-from moe_agent.engine_command import build_arguments, build_environment
+from moe_agent.engine_command import build_command, build_environment
+from moe_agent.node import Node, build_node
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Supervisor
 from moe_agent.telemetry import ControlPage, RankPages
@@ -32,10 +35,11 @@ async def run_agent(config: AgentConfig) -> None:
         InvalidInput: a file or address that the configuration names cannot be used.
     """
     tokens = ControlTokens(config.token_file)
+    node = with_own_address(build_node(config.engine, os.environ))
     prepare_run_dir(config)
-    ranks = RankPages(config.run_dir, config.engine.data_parallel)
+    ranks = RankPages(config.run_dir, node.ranks)
     control = ControlPage(config.run_dir, config.request, ranks)
-    supervisor = build_supervisor(config, ranks)
+    supervisor = build_supervisor(config, node, ranks)
     server = AgentServer(config, tokens, supervisor, ranks, control)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
@@ -58,15 +62,40 @@ def prepare_run_dir(config: AgentConfig) -> None:
         raise InvalidInput([Problem("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
 
 
-def build_supervisor(config: AgentConfig, ranks: RankPages) -> Supervisor:
-    """The supervisor of vLLM's API server."""
+def with_own_address(node: Node) -> Node:
+    """On the leader an address in place of a name: vLLM listens there, and ZeroMQ resolves no name to listen on."""
+    if node.headless or is_address(node.leader):
+        return node
+    try:
+        return replace(node, leader=socket.gethostbyname(socket.gethostname()))
+    except OSError as error:
+        message = f"the leader's own name {socket.gethostname()!r} has no address: {error.strerror}"
+        raise InvalidInput([Problem("engine.nodes", message)]) from None
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address, not a name."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def build_supervisor(config: AgentConfig, node: Node, ranks: RankPages) -> Supervisor:
+    """The supervisor of vLLM on this node."""
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)
     environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
-    arguments = build_arguments(config.engine, cpu_build=cpu_build)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
-    return Supervisor(config.engine, command, environment, config.run_dir / "engine.log", on_restart=ranks.forget)
+    return Supervisor(
+        config.engine,
+        [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build)],
+        environment,
+        config.run_dir / "engine.log",
+        headless=node.headless,
+        on_restart=ranks.forget,
+    )
 
 
 def check_library(name: str) -> None:

@@ -1,30 +1,40 @@
-"""The command line and environment of one vLLM server, from the agent's configuration. Pure."""
+"""The command line and environment of vLLM on one node, from the agent's configuration. Pure."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from moe_agent.config import AgentConfig, EngineConfig
+from moe_agent.node import Node
 from moe_agent.pages import RUN_DIR_VARIABLE
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
 MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
 
 
+SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+# The server's own module knows no node without a server.
+HEADLESS = ("-m", "vllm.entrypoints.cli.main", "serve", "--headless")
+DATA_PARALLEL_PORT = 13345
 # vLLM's own default on a CPU takes half of the machine, which several engines on one machine cannot.
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
-def build_arguments(engine: EngineConfig, *, cpu_build: bool) -> list[str]:
-    """Arguments of vLLM's API server; those of the resource come last, because the last one wins."""
+def build_command(engine: EngineConfig, node: Node, *, cpu_build: bool) -> list[str]:
+    """What Python is to run on this node."""
+    return [*(HEADLESS if node.headless else SERVER), *build_arguments(engine, node, cpu_build=cpu_build)]
+
+
+def build_arguments(engine: EngineConfig, node: Node, *, cpu_build: bool) -> list[str]:
+    """Arguments of vLLM on this node; those of the resource come last, because the last one wins."""
     arguments = [
-        *("--host", engine.host, "--port", str(engine.port)),
+        *([] if node.headless else _build_server_arguments(engine)),
         *("--model", engine.model, "--served-model-name", engine.served_name),
         *("--data-parallel-size", str(engine.data_parallel), "--tensor-parallel-size", str(engine.tensor_parallel)),
-        *("--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE),
+        *_build_node_arguments(engine, node),
+        *("--scheduler-cls", SCHEDULER),
         # Makes a request's `priority` field acceptable; the order is the scheduler class's own.
         *("--scheduling-policy", "priority"),
         *("--shutdown-timeout", str(max(1, round(engine.drain_timeout_s)))),
-        "--disable-uvicorn-access-log",
     ]
     if engine.revision is not None:
         arguments += ["--revision", engine.revision]
@@ -35,6 +45,25 @@ def build_arguments(engine: EngineConfig, *, cpu_build: bool) -> list[str]:
         if _has_one_rank(engine):
             arguments += ["--distributed-executor-backend", "uni"]
     return [*arguments, *engine.args]
+
+
+def _build_server_arguments(engine: EngineConfig) -> list[str]:
+    address = ["--host", engine.host, "--port", str(engine.port)]
+    return [*address, "--middleware", MIDDLEWARE, "--disable-uvicorn-access-log"]
+
+
+def _build_node_arguments(engine: EngineConfig, node: Node) -> list[str]:
+    """How the nodes of a replica find each other: as many ranks on each, or one rank over all of them."""
+    if engine.nodes == 1:
+        return []
+    if engine.data_parallel == 1:
+        place = ["--nnodes", str(engine.nodes), "--node-rank", str(node.index), "--master-addr", node.leader]
+        return [*place, "--distributed-executor-backend", "mp"]
+    arguments = [
+        *("--data-parallel-size-local", str(len(node.ranks)), "--data-parallel-address", node.leader),
+        *("--data-parallel-rpc-port", str(DATA_PARALLEL_PORT)),
+    ]
+    return [*arguments, "--data-parallel-start-rank", str(node.ranks.start)] if node.headless else arguments
 
 
 def build_environment(

@@ -76,6 +76,7 @@ class Supervisor:
         environment: its environment.
         log_path: where its output goes.
         rules: times.
+        headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
         on_restart: called before each start and after each end of the engine, when no engine lives.
     """
 
@@ -86,10 +87,13 @@ class Supervisor:
         environment: Mapping[str, str],
         log_path: Path,
         rules: Rules = Rules(),
+        *,
+        headless: bool = False,
         on_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
+        self._headless = headless
         self._on_restart = on_restart
         self._drain, self._hurry = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -156,14 +160,14 @@ class Supervisor:
     async def _live_once(self) -> str:
         """One life of the engine; answers why it ended."""
         self._ready_since_s = None
-        if (taken := find_port_conflict(self._engine.host, self._engine.port)) is not None:
+        if not self._headless and (taken := find_port_conflict(self._engine.host, self._engine.port)) is not None:
             return taken
         self._on_restart()
         process = self._process = await self._spawn()
         self.revision += 1
         watchers = {
             asyncio.create_task(process.wait(), name="exit"),
-            asyncio.create_task(self._watch_health(), name="health"),
+            asyncio.create_task(self._watch_process() if self._headless else self._watch_health(), name="health"),
             asyncio.create_task(self._drain.wait(), name="drain"),
         }
         try:
@@ -232,6 +236,13 @@ class Supervisor:
                 elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
                     return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
                 await asyncio.sleep(self._rules.health_every_s)
+
+    async def _watch_process(self) -> str:
+        """For an engine without a server: ready from its start; its end is seen elsewhere."""
+        self._ready_since_s = time.monotonic()
+        self._enter(Phase.READY)
+        await asyncio.Event().wait()
+        return ""
 
     def _was_steady(self) -> bool:
         return self._ready_since_s is not None and time.monotonic() - self._ready_since_s >= self._rules.steady_s

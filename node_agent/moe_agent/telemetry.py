@@ -23,9 +23,9 @@ _POLL_S = 0.005
 
 
 class RankPages:
-    """Readers of the pages of all ranks; a rank that has published nothing yet is left out of every answer."""
+    """Readers of the pages of this node's ranks; one that has published nothing yet is left out of every answer."""
 
-    def __init__(self, run_dir: Path, ranks: int) -> None:
+    def __init__(self, run_dir: Path, ranks: range) -> None:
         self._run_dir, self._ranks = run_dir, ranks
         self._readers: dict[int, RankPageReader] = {}
 
@@ -34,17 +34,17 @@ class RankPages:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
-        for rank in range(self._ranks):
+        for rank in self._ranks:
             rank_page_path(self._run_dir, rank).unlink(missing_ok=True)
 
     def fingerprint(self) -> tuple[int, ...]:
         """Differs when any page was written since."""
-        return tuple(reader.sequence() if (reader := self._reader(rank)) else 0 for rank in range(self._ranks))
+        return tuple(reader.sequence() if (reader := self._reader(rank)) else 0 for rank in self._ranks)
 
     def read(self) -> dict[int, RankState]:
         """The last state of each rank."""
         states = {}
-        for rank in range(self._ranks):
+        for rank in self._ranks:
             if (reader := self._reader(rank)) is not None:
                 try:
                     states[rank] = reader.read()

@@ -13,9 +13,12 @@ from moe_agent.app import check_library
 from moe_agent.cli import app
 from moe_agent.config import AgentConfig
 from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from moe_agent.node import Node
 from moe_agent.parsing import load_config
 from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
+
+ALONE = Node(index=0, leader="127.0.0.1", ranks=range(1))
 
 
 def document(folder: Path, **changed: Any) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def config(tmp_path: Path) -> AgentConfig:
 
 
 def test_the_resources_own_arguments_come_last(config):
-    arguments = build_arguments(config.engine, cpu_build=True)
+    arguments = build_arguments(config.engine, ALONE, cpu_build=True)
     assert arguments[-2:] == ["--max-model-len", "2048"]
     assert arguments.index("--kv-cache-memory-bytes") < len(arguments) - 2
 
@@ -140,7 +143,7 @@ def test_the_arguments_carry_scheduler_middleware_shape_and_bound_of_the_drain(c
     engine = config.engine.model_copy(
         update={"data_parallel": 2, "tensor_parallel": 4, "expert_parallel": True, "revision": "main", "args": ()}
     )
-    arguments = build_arguments(engine, cpu_build=False)
+    arguments = build_arguments(engine, ALONE, cpu_build=False)
     pairs = dict(itertools.pairwise(arguments))
     assert pairs["--scheduler-cls"] == "moe_agent.vllm.scheduler.OrderedScheduler"
     assert pairs["--middleware"] == "moe_agent.vllm.middleware.ServingRoutesOnly"
@@ -156,7 +159,7 @@ def test_vllm_understands_the_arguments(config, virtual_engines):
 
     parser = make_arg_parser(FlexibleArgumentParser())
     engine = config.engine.model_copy(update={"args": ("--kv-cache-memory-bytes=5000", "--port=9")})
-    parsed = parser.parse_args(build_arguments(engine, cpu_build=True))
+    parsed = parser.parse_args(build_arguments(engine, ALONE, cpu_build=True))
     assert parsed.kv_cache_memory_bytes == 5000, "the last one wins"
     assert parsed.port == 9
     assert parsed.shutdown_timeout == 120
@@ -186,17 +189,17 @@ def test_a_hub_model_stays_online_and_a_gpu_has_no_cpu_settings(config):
 def test_one_rank_on_the_cpu_computes_in_the_engine_core_itself(config, data, tensor, in_core):
     engine = config.engine.model_copy(update={"data_parallel": data, "tensor_parallel": tensor})
     config = config.model_copy(update={"engine": engine})
-    assert ("uni" in build_arguments(engine, cpu_build=True)) is in_core
+    assert ("uni" in build_arguments(engine, ALONE, cpu_build=True)) is in_core
     assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in build_environment(config, {}, cpu_build=True, cpus=1)) is in_core
-    assert "uni" not in build_arguments(engine, cpu_build=False)
+    assert "uni" not in build_arguments(engine, ALONE, cpu_build=False)
 
 
 def test_one_rank_on_a_cpu_computes_in_the_engine_core(config):
-    pairs = dict(itertools.pairwise(build_arguments(config.engine, cpu_build=True)))
+    pairs = dict(itertools.pairwise(build_arguments(config.engine, ALONE, cpu_build=True)))
     assert pairs["--distributed-executor-backend"] == "uni"
     assert build_environment(config, {}, cpu_build=True, cpus=2)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     two = config.model_copy(update={"engine": config.engine.model_copy(update={"tensor_parallel": 2})})
-    assert "--distributed-executor-backend" not in build_arguments(two.engine, cpu_build=True)
+    assert "--distributed-executor-backend" not in build_arguments(two.engine, ALONE, cpu_build=True)
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in build_environment(two, {}, cpu_build=True, cpus=2)
 
 

@@ -75,10 +75,10 @@ class Agent:
         )
         command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
-        self.pages = RankPages(folder, ranks)
+        self.pages = RankPages(folder, range(ranks))
         self.control = ControlPage(folder, self.config.request, self.pages)
         self.supervisor = Supervisor(
-            self.config.engine, command, dict(os.environ), folder / "engine.log", rules, self.pages.forget
+            self.config.engine, command, dict(os.environ), folder / "engine.log", rules, on_restart=self.pages.forget
         )
         (folder / "token").write_text(TOKEN)
         tokens = ControlTokens(folder / "token")

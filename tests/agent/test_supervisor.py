@@ -51,13 +51,18 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     running: list[tuple[Supervisor, asyncio.Task[None]]] = []
 
     async def begin(
-        *, rules: Rules = QUICK, port: int | None = None, limits: dict[str, float] | None = None, **ways: Any
+        *,
+        rules: Rules = QUICK,
+        port: int | None = None,
+        limits: dict[str, float] | None = None,
+        headless: bool = False,
+        **ways: Any,
     ) -> Supervisor:
         engine = EngineConfig(
             port=port or free_port(), model="m", served_name="fake", **({"drain_timeout_s": 5.0} | (limits or {}))
         )
         command = [sys.executable, str(FAKE), str(engine.port), json.dumps(ways)]
-        supervisor = Supervisor(engine, command, dict(os.environ), tmp_path / "engine.log", rules)
+        supervisor = Supervisor(engine, command, dict(os.environ), tmp_path / "engine.log", rules, headless=headless)
         running.append((supervisor, asyncio.create_task(supervisor.run())))
         return supervisor
 
@@ -271,3 +276,26 @@ def test_the_error_line_is_the_last_that_says_why(text, line):
 )
 def test_an_exit_is_described(status, text):
     assert describe_exit(status, "x") == text
+
+
+async def test_an_engine_without_a_server_is_ready_while_its_process_lives(start, tmp_path):
+    crash = tmp_path / "crash"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        supervisor = await start(headless=True, port=other.getsockname()[1], start_delay_s=600.0, crash_file=str(crash))
+        await ready(supervisor)
+        first = supervisor.pid
+        crash.touch()
+        await until(lambda: supervisor.restarts == 1, "a restart")
+        assert "no memory left for the KV cache" in supervisor.last_exit
+        crash.unlink()
+        await until(lambda: supervisor.phase is Phase.READY and supervisor.pid not in {None, first}, "ready again")
+
+
+async def test_an_engine_without_a_server_is_drained_by_sigterm(start):
+    supervisor = await start(headless=True)
+    await until(lambda: supervisor.phase is Phase.READY and supervisor.pid is not None, "ready")
+    supervisor.request_drain()
+    assert not supervisor.accepting
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")

@@ -395,13 +395,14 @@ class _Look:
     def _engines(self, tokens_per_s: float | None, history: LatencyHistory) -> Engines:
         """Engines that stay away for twice the time of a start are not waited for any longer."""
         observation = self.observation
-        startup_s = _plausible(observation.startup_s)
-        due_s = history.since_s + 2.0 * (_STARTUP_S if startup_s is None else startup_s)
+        seen_s = _plausible(observation.startup_s)
+        startup_s = _STARTUP_S if seen_s is None else seen_s
         missing = observation.loading > 0 or observation.ready < observation.replicas
         return Engines(
             wanted=observation.replicas,
             ready=observation.ready,
-            coming=missing and self.now_s < due_s,
+            coming=missing and self.now_s < history.since_s + 2.0 * startup_s,
+            startup_s=startup_s,
             tokens_per_s=tokens_per_s,
         )
 

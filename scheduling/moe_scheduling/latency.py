@@ -4,11 +4,12 @@ Latency does not grow in proportion to the load of an engine: it is small up to 
 no formula leads from a latency to a number of engines, and the rule is one of steps and evidence:
 
 - Above the target the number grows by the factor by which the target is missed, `STEP` at most; then no further step is
-  made before those engines serve and the signals speak of them (`SETTLE_S`), nor while the latency falls by itself: a
-  backlog that the present engines work off needs no more of them.
+  made before those engines serve and the signals speak of them (`SETTLE_S`), nor while the latency falls so fast that
+  it is within the target before another engine could serve: a backlog that the present ones work off needs no more.
 - Within the target the number falls when the computed tokens per second and engine would stay within what engines were
-  seen to serve within their targets. Where there is no such evidence yet, it falls by one engine on trial, when the
-  latency is below `TRIAL_BELOW` of the target and the load of the remaining engines well below what was seen to fail.
+  seen to serve within their targets, or at half of what was seen to fail. Where there is no such evidence, it falls by
+  one engine on trial, when the latency is below `TRIAL_BELOW` of the target and the load of the remaining engines below
+  what was seen to fail by a margin.
 
 Invariants: a load that was seen to be too much for an engine is not put on one again while the load does not fall; the
 number asked for never falls when a latency or the load is greater.
@@ -27,6 +28,9 @@ STEP = 2.0
 TRIAL_BELOW = 0.5
 # Part of a load seen to fail that engines are not brought back to.
 _FAILED_MARGIN = 0.8
+# Part of a load seen to fail that engines are brought back to without a trial: in any queue whose wait grows as that of
+# M/M/1, one that is half used has next to none.
+_FAILED_SAFE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,14 @@ class Engines:
         wanted: engines asked for now.
         ready: engines that take work.
         coming: whether engines are still expected to become ready.
+        startup_s: how long an engine takes to become ready.
         tokens_per_s: tokens that they compute together; None when not known.
     """
 
     wanted: int
     ready: int
     coming: bool
+    startup_s: float
     tokens_per_s: float | None
 
 
@@ -108,7 +114,8 @@ def engines_for_latency(
     if not _settled(engines, history, now_s):
         return engines.wanted
     if latency.ratio > 1.0 + tolerance:
-        return engines.wanted if _waits(latency, history, tolerance, now_s) else _more(engines.wanted, latency.ratio)
+        falls = _falls_in_time(latency.name, latency.ratio, engines.startup_s, history, now_s)
+        return engines.wanted if falls else math.ceil(engines.wanted * min(latency.ratio, STEP))
     if latency.ratio <= 1.0 and engines.ready == engines.wanted:
         return _fewer(engines, history, latency.ratio)
     return engines.wanted
@@ -147,23 +154,21 @@ def _settled(engines: Engines, history: LatencyHistory, now_s: float) -> bool:
     return not engines.coming and now_s - history.since_s >= SETTLE_S
 
 
-def _waits(latency: Latency, history: LatencyHistory, tolerance: float, now_s: float) -> bool:
-    """Whether the latency falls by itself: by more than the tolerance in each `SETTLE_S`."""
-    marks = {mark.name: mark.ratio for mark in history.marks}
-    before = marks.get(latency.name)
-    if before is None or latency.ratio is None:
+def _falls_in_time(name: str, ratio: float, startup_s: float, history: LatencyHistory, now_s: float) -> bool:
+    """Whether the latency, falling on as it does, is at its target before an engine that starts now is ready."""
+    before = next((mark.ratio for mark in history.marks if mark.name == name), None)
+    if before is None:
         return False
-    return now_s - history.marked_s < SETTLE_S or latency.ratio <= before * (1.0 - tolerance)
+    elapsed_s = now_s - history.marked_s
+    if elapsed_s < SETTLE_S:
+        return True
+    return (ratio - 1.0) * elapsed_s <= (before - ratio) * max(startup_s, SETTLE_S)
 
 
 def _mark(history: LatencyHistory, latencies: Sequence[Latency], now_s: float) -> LatencyHistory:
     if not history.marks or now_s - history.marked_s < SETTLE_S:
         return history
     return replace(history, marks=tuple(latencies), marked_s=now_s)
-
-
-def _more(wanted: int, ratio: float) -> int:
-    return math.ceil(wanted * min(ratio, STEP))
 
 
 def _fewer(engines: Engines, history: LatencyHistory, ratio: float) -> int:
@@ -177,10 +182,11 @@ def _fewer(engines: Engines, history: LatencyHistory, ratio: float) -> int:
 def _proved(tokens_per_s: float, wanted: int, history: LatencyHistory) -> int:
     if tokens_per_s == 0.0:
         return 1
-    if not history.served_rate:
+    rate = max(history.served_rate or 0.0, (history.failed_rate or 0.0) * _FAILED_SAFE)
+    if rate == 0.0:
         return wanted
     # Division loses a bit: what is a whole number of engines must not become one more.
-    return max(1, min(wanted, math.ceil(min(tokens_per_s / history.served_rate, wanted) - 1e-9)))
+    return max(1, min(wanted, math.ceil(min(tokens_per_s / rate, wanted) - 1e-9)))
 
 
 def _tried(tokens_per_s: float, wanted: int, history: LatencyHistory, ratio: float) -> int:

@@ -296,12 +296,14 @@ def follow(observation, rules, waits, history=None, tokens_per_s=100.0):
     return decisions
 
 
-def test_no_step_is_made_while_a_backlog_is_worked_off():
-    falling = follow(engines(4), settings(WAIT), [(0.0, 20.0), (15.0, 15.0), (30.0, 10.0), (60.0, 5.0), (90.0, 2.0)])
-    assert all(isinstance(decision, Keep) for decision in falling)
-    lasting = follow(engines(4), settings(WAIT), [(0.0, 20.0), (15.0, 20.0), (30.0, 19.0)])
-    assert [type(decision) for decision in lasting] == [Keep, Keep, Scale]
-    assert lasting[-1].replicas == 8
+def test_no_step_is_made_while_a_backlog_is_worked_off_before_an_engine_could_serve():
+    """At 30 s it falls by 5 s in 30 s: 84 s more."""
+    waits = [(0.0, 20.0), (15.0, 20.0), (30.0, 15.0), (60.0, 5.0), (90.0, 1.5)]
+    fast, slow = engines(4, startup_s=84.0), engines(4, startup_s=83.0)
+    assert all(isinstance(decision, Keep) for decision in follow(fast, settings(WAIT), waits))
+    decisions = follow(slow, settings(WAIT), waits)
+    assert [type(decision) for decision in decisions[:3]] == [Keep, Keep, Scale]
+    assert decisions[2].replicas == 8
 
 
 def test_a_backlog_that_no_longer_falls_asks_for_engines():
@@ -337,6 +339,10 @@ def test_without_evidence_one_engine_goes_on_trial():
 def test_a_load_that_was_too_much_is_not_tried_again():
     assert fall(engines(8), wait_s=0.1, tokens_per_s=700.0, failed_rate=125.0) == 8
     assert fall(engines(8), wait_s=0.1, tokens_per_s=699.0, failed_rate=125.0) == 7
+
+
+def test_half_of_what_was_too_much_needs_no_trial():
+    assert fall(engines(8), wait_s=0.9, tokens_per_s=400.0, failed_rate=200.0) == 4
 
 
 def test_engines_that_compute_nothing_go():

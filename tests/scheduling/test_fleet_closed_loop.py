@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ class Fleet:
         self.now_s += self.interval_s
 
     def changes(self):
-        return [after - before for before, after in zip(self.counts, self.counts[1:], strict=False) if after != before]
+        return [after - before for before, after in pairwise(self.counts) if after != before]
 
 
 policies = st.builds(
@@ -89,7 +90,7 @@ def proportional_runs(draw, behaviours):
     fleet = Fleet(rules, draw(st.sampled_from([0.0, 7.0, 60.0, 300.0])), start, draw(st.sampled_from([5.0, 15.0])))
     load = draw(st.floats(0.0, 40.0))
     fleet.counts.append(start)
-    for _ in range(200):
+    for _ in range(120):
         share = load / fleet.ready if fleet.ready else None
         fleet.step(kv_usage=None if share is None else min(share, 1.0), tokens_per_s=load)
     return fleet, load
@@ -107,12 +108,6 @@ def test_a_constant_load_never_changes_the_count_twice(run):
 def test_under_policies_a_constant_load_never_turns_the_count_round(run):
     fleet, _ = run
     assert len({change > 0 for change in fleet.changes()}) <= 1
-    assert (
-        not fleet.changes()
-        or len(set(fleet.counts[-40:])) == 1
-        or fleet.counts == sorted(fleet.counts)
-        or (fleet.counts == sorted(fleet.counts, reverse=True))
-    )
 
 
 @pytest.mark.parametrize("interval_s", [5.0, 15.0])
@@ -170,7 +165,7 @@ class Queue:
 LATENCY = FleetSettings(targets=FleetTargets(wait_s=1.0), max_replicas=64)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     start=st.integers(1, 16),
     needed=st.floats(0.05, 12.0),

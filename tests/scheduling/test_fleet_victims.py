@@ -1,6 +1,7 @@
 """Which engine is let go first."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -97,7 +98,7 @@ def test_small_steps_of_the_load_write_no_cost_more_than_once(work_s, steps):
     for step in steps:
         carried = cost(work_s * step, carried)
         costs.append(carried)
-    assert sum(before != after for before, after in zip(costs, costs[1:], strict=False)) <= 1
+    assert sum(before != after for before, after in pairwise(costs)) <= 1
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=8))

@@ -225,8 +225,8 @@ class Resources(Section):
     kv_cache_memory: Annotated[str, QuantityBetween("1Mi", "1Ti", "4Gi")] | None = Field(
         default=None,
         description="Memory of the KV cache of one rank (bytes). Absent: with `vllm` what vLLM finds free on the GPU, "
-        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas, in a cluster a quarter "
-        "of `memory` divided by the ranks of the pod, or 1 GiB where that is absent.",
+        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas, in a cluster a "
+        "quarter of `memory` divided by the ranks of the pod, or 1 GiB where that is absent.",
     )
 
 

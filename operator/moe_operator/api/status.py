@@ -88,6 +88,9 @@ class Status(Section):
     )
     selector: str = Field(default="", description="Label selector of the engines' pods, for autoscalers.")
     ttft: str = Field(default="", description="Mean time to first token over the last 30 s with requests.")
+    numbers_at: AwareDatetime | None = Field(
+        default=None, description="When the numbers of the engines and `ttft` were taken."
+    )
     experts: ExpertsStatus = Field(default=ExpertsStatus(), description="The experts of the engines.")
     endpoint: str = Field(default="", description="URL for clients.")
     policies: PoliciesInForce = Field(default=PoliciesInForce(), description="The policies that run.")

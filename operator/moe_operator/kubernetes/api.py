@@ -1,9 +1,10 @@
-"""The Kubernetes API as the operator uses it: plain documents, server-side apply with one field manager, counted calls."""
+"""The Kubernetes API as the operator uses it: plain documents, server-side apply with one field manager, calls counted."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import httpx2
 from lightkube import ApiError, AsyncClient
 from lightkube.types import PatchType
 
@@ -28,7 +29,7 @@ class Api:
     ) -> Document:
         """Server-side apply; what is ours is taken back from others. A dry run is checked and changes nothing."""
         metadata = document["metadata"]
-        resource = kind.resource.Status if subresource == "status" else kind.resource
+        resource = kind.status if subresource == "status" else kind.resource
         self.calls["dry run" if dry_run else "apply", kind.name] += 1
         answer = await self._client.patch(
             resource,
@@ -93,8 +94,9 @@ class Api:
             try:
                 rows = self._client.list(kind.resource, namespace=namespace, labels=labels, chunk_size=500)
                 found += [to_document(kind, row) async for row in rows]
-            except ApiError as error:
-                if error.status.code == NOT_FOUND and kind.optional:
+            except httpx2.HTTPStatusError as error:
+                # Of a group that the cluster lacks the answer is no Status, so no ApiError either.
+                if error.response.status_code == NOT_FOUND and kind.optional:
                     return None
                 raise
         return found

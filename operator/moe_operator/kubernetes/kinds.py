@@ -1,9 +1,11 @@
 """The kinds of objects that the operator reads and writes, each as plain documents."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from lightkube.generic_resource import create_namespaced_resource
+from lightkube.core.resource import ApiInfo
+from lightkube.generic_resource import GenericNamespacedResource, GenericNamespacedStatus, create_api_info
 
 from moe_operator.api.crd import GROUP, PLURAL, VERSION
 from moe_operator.api.resource import KIND
@@ -12,7 +14,7 @@ from moe_operator.plan.names import MANAGED_BY, MANAGER
 SELECTOR = f"{MANAGED_BY}={MANAGER}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kind:
     """A kind.
 
@@ -30,10 +32,18 @@ class Kind:
     def api_version(self) -> str:
         return f"{self.group}/{self.version}" if self.group else self.version
 
-    @property
+    @cached_property
     def resource(self) -> Any:
-        """Its class in lightkube; the same at each call."""
-        return create_namespaced_resource(self.group, self.version, self.name, self.plural)
+        """Its class in lightkube, of documents as they are. Not registered there: lightkube knows typed ones, too."""
+        info = create_api_info(self.group, self.version, self.name, self.plural)
+        return type(self.name, (GenericNamespacedResource,), {"_api_info": info})
+
+    @cached_property
+    def status(self) -> Any:
+        """The class of its subresource `status`."""
+        whole = create_api_info(self.group, self.version, self.name, self.plural).resource
+        info = ApiInfo(resource=whole, parent=whole, plural=self.plural, verbs=["get", "patch"], action="status")
+        return type(f"{self.name}Status", (GenericNamespacedStatus,), {"_api_info": info})
 
 
 SERVING = Kind(GROUP, VERSION, KIND, PLURAL)

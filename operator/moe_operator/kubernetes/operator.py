@@ -154,7 +154,10 @@ class Operator:
             if kind != SERVING:
                 place = (kind.group, kind.version, kind.plural) if kind.group else (kind.version, kind.plural)
                 watching.label_selectors[place] = SELECTOR
+        # A change is only put into a queue here, so little is ever in the way of an end.
         settings.batching.worker_limit = 64
+        settings.batching.idle_timeout = 1.0
+        settings.batching.exit_timeout = 0.5
         settings.batching.batch_window = 0.05
         settings.posting.enabled = False
         return settings

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moe_operator.api.status import EnginePhase, EngineStatus, status_document
+from moe_operator.api.status import EnginePhase, EngineStatus, PoliciesInForce, status_document
 from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import mean_ttft_s
 from moe_operator.kubernetes.conditions import Seen
@@ -34,6 +34,7 @@ def build_status(
     engines = [pod for pod in pods if _component(pod) == "engine" and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
     seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
+    gateway_states = [states[_name(pod)] for pod in gateways if _name(pod) in states]
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
     suffix = "" if port == 80 else f":{port}"
@@ -45,9 +46,19 @@ def build_status(
         selector=selector_text(names.labels("engine", "stable")),
         endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
         engines=tuple(_engine(pod, states.get(pod["metadata"]["name"])) for pod in sorted(engines, key=_name)),
-        ttft=_render_ttft(mean_ttft_s(states[pod["metadata"]["name"]] for pod in gateways if _name(pod) in states)),
+        policies=_policies([states[_name(pod)] for pod in engines if _name(pod) in states], gateway_states),
+        ttft=_render_ttft(mean_ttft_s(gateway_states)),
     )
     return _keep_numbers(status_document(status), before), seen
+
+
+def _policies(engines: Sequence[Document], gateways: Sequence[Document]) -> PoliciesInForce:
+    """What all that answer have in force; absent while they differ."""
+    requests = {state.get("config", {}).get("request", {}).get("policy") for state in engines}
+    choices = {state.get("config", {}).get("dispatch", {}).get("policy") for state in gateways}
+    return PoliciesInForce(
+        request=requests.pop() if len(requests) == 1 else None, engine=choices.pop() if len(choices) == 1 else None
+    )
 
 
 def _keep_numbers(status: Document, before: Document) -> Document:

@@ -38,7 +38,7 @@ class OperatorSettings:
     metrics_port: int = 8081
     workers: int = 4
     resync_s: float = 600.0
-    watch_s: float = 300.0
+    watch_s: int = 300
     defaults: Defaults = field(default_factory=Defaults)
     terms: Terms = field(default_factory=Terms)
 

@@ -1,9 +1,11 @@
-"""Hypothesis for all tests: the same examples at each run, and no time limit for one.
+"""For all tests: fixtures of the test clusters; Hypothesis with the same examples at each run, no time limit for one.
 
 `--hypothesis-profile=explore` looks further.
 """
 
 from hypothesis import settings
+
+pytest_plugins = ["cluster_fixtures"]
 
 settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", max_examples=2000, database=None, deadline=None, print_blob=True)

@@ -1,4 +1,4 @@
-"""The Kubernetes API as the operator uses it: plain documents, server-side apply with one field manager, calls counted."""
+"""The Kubernetes API as the operator uses it: plain documents, server-side apply by one manager, calls counted."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -28,6 +28,7 @@ from moe_operator.kubernetes.store import Key, Store
 LEASE_NAME = "moeserving-operator"
 # The API server sends a bookmark each minute: a watch that is silent for longer is dead.
 INACTIVITY_S = 90.0
+KOPF_END_S = 10.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -55,8 +56,6 @@ class Operator:
                 await self._run_parts()
             finally:
                 await self._metrics.stop()
-                with contextlib.suppress(ApiError, httpx2.HTTPError, TimeoutError, OSError):
-                    await self._election.release()
                 await self._api.close()
 
     def stop(self) -> None:
@@ -77,12 +76,21 @@ class Operator:
                 if (error := part.exception()) is not None:
                     raise error
         finally:
+            # Writing ends first and the Lease is let go, so that another may lead; kopf takes seconds to end its own.
             self._stop.set()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(parts[0], return_exceptions=True), 5.0)
-            for part in parts:
+            watch, *writers = parts
+            for part in writers:
                 part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            await asyncio.gather(*writers, return_exceptions=True)
+            await self._let_go()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(watch, return_exceptions=True), KOPF_END_S)
+
+    async def _let_go(self) -> None:
+        try:
+            await asyncio.wait_for(self._election.release(), self._settings.terms.retry_s)
+        except (ApiError, httpx2.HTTPError, TimeoutError, OSError) as error:
+            log.warning("the lease runs out by itself: %r", error)
 
     # What is seen.
 

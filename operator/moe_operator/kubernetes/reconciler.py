@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
+from lightkube import ApiError
 from moe_scheduling.problems import InvalidInput
 
 from moe_operator.api import parse_resource
@@ -213,7 +214,13 @@ class Reconciler:
                 return SOON_S
         if await self._children.prune(key, (), document["metadata"]["uid"]):
             return 0.1
-        await self._api.apply(SERVING, _own(document, []))
+        try:
+            await self._api.apply(SERVING, _own(document, []))
+        except ApiError as error:
+            # Gone already: its uid is no longer there.
+            if error.status.code not in (404, 409):
+                raise
+        self._store.remove(SERVING, document)
         return None
 
     async def _end_component(self, key: Key, component: str) -> None:

@@ -10,6 +10,7 @@ from moe_operator.cli.place import StateDir, errors_shown, root_of
 from moe_operator.cli.validate import File
 from moe_operator.local.folder import Folder
 from moe_operator.local.start import Programs, name_resource, start
+from moe_operator.plan.ignored import find_ignored
 
 
 def up(
@@ -27,6 +28,8 @@ def up(
 
     with errors_shown():
         resource = name_resource(load_resource(file), name, port)
+        for path in find_ignored(resource):
+            typer.echo(f"{path}: without effect on one machine", err=True)
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
         process = start(resource, folder, programs, tied=not detach)

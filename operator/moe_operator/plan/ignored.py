@@ -1,0 +1,34 @@
+"""Fields of a resource that mean something only in a cluster: one machine names those that are set and goes on. Pure."""
+
+from moe_operator.api.resource import MoEServing
+
+_ONLY_IN_A_CLUSTER = (
+    ("model", "tokenSecret"),
+    ("model", "cache", "size"),
+    ("model", "cache", "claim"),
+    ("engine", "image"),
+    ("engine", "canary"),
+    ("engine", "podTemplate"),
+    ("engine", "resources", "memory"),
+    ("gateway", "replicas"),
+    ("gateway", "image"),
+    ("gateway", "service"),
+    ("gateway", "podTemplate"),
+    ("autoscaling",),
+    ("disruption",),
+    ("paused",),
+)
+
+
+def find_ignored(resource: MoEServing) -> list[str]:
+    """Paths of the fields that are set, other than to their default, and have no effect on one machine."""
+    spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True).get("spec", {})
+    return [".".join(("spec", *path)) for path in _ONLY_IN_A_CLUSTER if _is_set(spec, path)]
+
+
+def _is_set(document: object, path: tuple[str, ...]) -> bool:
+    for name in path:
+        if not isinstance(document, dict) or name not in document:
+            return False
+        document = document[name]
+    return True

@@ -1,0 +1,46 @@
+"""Fixtures of the end-to-end tests: the operator installed by Helm, and a resource of a test's own."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployed import OPERATOR_NAMESPACE, ROOT, Kubectl, Serving
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The small trained model, made once in the checkout's cache."""
+    folder = ROOT / ".cache" / "models" / "tiny"
+    if not (folder / "config.json").is_file():
+        subprocess.run([ROOT / ".venv/bin/moeserving", "model", "tiny", folder], check=True, timeout=900)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def operator(node_cluster: Any) -> Iterator[Kubectl]:
+    """The operator, installed by Helm as README says, with images that were made here."""
+    images = node_cluster.import_images()
+    values = ["images.pullPolicy=Never", *images.values()]
+    sets = [argument for value in values for argument in ("--set", value)]
+    node_cluster.helm(
+        "install",
+        "moeserving",
+        str(ROOT / "charts/moeserving"),
+        "--namespace",
+        OPERATOR_NAMESPACE,
+        "--create-namespace",
+        "--wait",
+        "--timeout=180s",
+        *sets,
+    )
+    yield Kubectl(node_cluster, OPERATOR_NAMESPACE)
+
+
+@pytest.fixture
+def serving(operator: Kubectl, node_cluster: Any, namespace: str, tiny_model: Path) -> Iterator[Serving]:
+    """A resource in a namespace of its own."""
+    made = Serving(Kubectl(node_cluster, namespace), node_cluster.engine_pod_template(), tiny_model)
+    yield made
+    made.kubectl("delete", "moes", "--all", "--timeout=240s")

@@ -13,10 +13,10 @@ SOURCES := scheduling gateway node_agent kernels operator bench tests
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm generate verify bench bench-gateway format clean
+.PHONY: help setup demo check test test-vllm test-e2e generate verify bench bench-gateway format clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## Make the virtual environment from constraints.txt
 
@@ -38,17 +38,22 @@ check: $(STAMP) ## Lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check verify ## All tests but the long real-engine suite; a smoke of that one is in
-	$(BIN)/pytest -m "not vllm or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
+test: check verify ## All tests but the long ones on real engines and on a real node; a smoke of both is in
+	$(BIN)/pytest -m "(not vllm and not cluster_node) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) ## The whole real-engine suite
 	$(BIN)/pytest -m vllm tests/vllm
 
-generate: $(STAMP) ## Write what is generated: the CRD, the table of fields
+test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux)
+	$(BIN)/pytest -m cluster_node
+
+generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values
 	$(BIN)/python -m moe_operator.api.crd --write
+	$(BIN)/python charts/generate.py
 
 verify: $(STAMP) ## Fail when a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
+	$(BIN)/python charts/generate.py --check
 
 bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry
 	$(BIN)/python -m moe_bench

@@ -49,7 +49,7 @@ test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Lin
 
 generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values
 	$(BIN)/python -m moe_operator.api.crd --write
-	$(BIN)/python charts/generate.py
+	$(BIN)/python charts/generate.py --write
 
 verify: $(STAMP) ## Fail when a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check

@@ -1,4 +1,4 @@
-"""Fields of a resource that mean something only in a cluster: one machine names those that are set and goes on. Pure."""
+"""Fields that mean something only in a cluster: one machine names those that are set and goes on. Pure."""
 
 from moe_operator.api.resource import MoEServing
 

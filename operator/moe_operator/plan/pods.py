@@ -133,7 +133,8 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
         "startupProbe": _probe("/readyz", "agent", STARTUP_PERIOD_S, math.ceil(2 * startup_s / STARTUP_PERIOD_S) + 6),
-        "readinessProbe": _probe("/readyz", "agent", 1, 1),
+        # A drain is told to gateways by the agent itself at once; here a busy node must not look like one.
+        "readinessProbe": _probe("/readyz", "agent", 1, 3, timeout_s=3),
         "livenessProbe": _probe("/healthz", "agent", 10, 6),
         "lifecycle": {"preStop": {"sleep": {"seconds": ENGINE_NOTICE_S}}},
         "securityContext": {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -204,8 +205,8 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             {"name": "http", "containerPort": GATEWAY_PORT, "protocol": "TCP"},
             {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": _probe("/healthz", "admin", 1, 120),
-        "readinessProbe": _probe("/readyz", "admin", 1, 2),
+        "startupProbe": _probe("/healthz", "admin", 1, 120, timeout_s=3),
+        "readinessProbe": _probe("/readyz", "admin", 1, 3, timeout_s=3),
         "livenessProbe": _probe("/healthz", "admin", 10, 3),
         "lifecycle": {"preStop": {"sleep": {"seconds": GATEWAY_NOTICE_S}}},
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
@@ -288,12 +289,12 @@ def _with_pull_policy(defaults: Defaults) -> dict[str, Any]:
     return {"imagePullPolicy": defaults.pull_policy} if defaults.pull_policy else {}
 
 
-def _probe(path: str, port: str, period_s: int, failures: int) -> dict[str, Any]:
+def _probe(path: str, port: str, period_s: int, failures: int, *, timeout_s: int = 5) -> dict[str, Any]:
     return {
         "httpGet": {"path": path, "port": port},
         "periodSeconds": period_s,
         "failureThreshold": failures,
-        "timeoutSeconds": min(period_s, 5) if period_s > 1 else 1,
+        "timeoutSeconds": timeout_s,
     }
 
 

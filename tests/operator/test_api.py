@@ -110,7 +110,8 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
         ),
         (
             {"enginee": {}},
-            "spec.enginee: unknown field; nearest known: engine; known: engine, gateway, model, scheduling",
+            "spec.enginee: unknown field; nearest known: engine; "
+            "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
         ),
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
@@ -119,7 +120,7 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),
-        ({"engine": {"replicas": 0}}, "spec.engine.replicas: input should be greater than or equal to 1, got 0"),
+        ({"engine": {"replicas": -1}}, "spec.engine.replicas: input should be greater than or equal to 0, got -1"),
         ({"engine": []}, "spec.engine: a mapping of fields is needed, got []"),
         ({"engine": {"runtime": "cpu"}}, "spec.engine.runtime: unknown 'cpu'; known: vllm, vllm-cpu"),
         ({"engine": {"args": ["--a", 3]}}, "spec.engine.args[1]: input should be a valid string, got 3"),
@@ -170,7 +171,7 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
             "spec.scheduling.request.ageingRate: input should be a valid number, got 'fast {error}'",
         ),
         ({"model": {"uri": None}}, "spec.model.uri: required, but absent"),
-        ({"model": {"uri": "pvc://models/a"}}, "spec.model.uri: unknown scheme 'pvc'; known: file, hf, s3"),
+        ({"model": {"uri": "gs://models/a"}}, "spec.model.uri: unknown scheme 'gs'; known: file, hf, pvc, s3"),
         (
             {"model": {"uri": "Qwen/Qwen3-30B-A3B"}},
             "spec.model.uri: a URI such as hf://org/name, file:///folder or s3://bucket/folder is needed, "
@@ -216,7 +217,7 @@ def test_what_is_no_moeserving_is_told_so(document: object, line: str) -> None:
     assert refusal(document) == [line]
 
 
-@pytest.mark.parametrize("name", ["Tiny", "-a", "a_b", "a" * 41, "a/b", "", "../up", "a\n"])
+@pytest.mark.parametrize("name", ["Tiny", "-a", "a_b", "a" * 64, "0a", "a/b", "", "../up", "a\n"])
 def test_a_name_that_cannot_name_a_folder_or_an_object_is_refused(name: str) -> None:
     assert [line.partition(":")[0] for line in refusal({**MINIMAL, "metadata": {"name": name}})] == ["metadata.name"]
 
@@ -290,7 +291,8 @@ def test_setting_null_takes_a_field_back() -> None:
         ("engine.replicas=two", "spec.engine.replicas: input should be a valid integer, got 'two'"),
         (
             "gatway.port=1",
-            "spec.gatway: unknown field; nearest known: gateway; known: engine, gateway, model, scheduling",
+            "spec.gatway: unknown field; nearest known: gateway; "
+            "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
         ),
         ("engine.replicas=[", "spec.engine.replicas: input should be a valid integer, got '['"),
         ("model.uri=null", "spec.model.uri: required, but absent"),

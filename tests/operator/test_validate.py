@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from moe_operator.api import parse_resource, set_field
 from moe_operator.api.crd import render_crd
 from moe_operator.api.document import MAX_BYTES, parse_document
-from moe_operator.cli.validate import crd, one_line, plan, validate
+from moe_operator.cli.plan import plan
+from moe_operator.cli.validate import crd, one_line, validate
 from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
 
@@ -57,7 +58,8 @@ def test_a_valid_file_is_said_to_be_so(path: Path) -> None:
 def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     spec = "spec:\n  model: {uri: hf://org/a}\n  scheduling: {request: {policy: sjff}}\n  enginee: {}\n"
     assert errors_in(HEAD + spec, tmp_path) == [
-        "spec.enginee: unknown field; nearest known: engine; known: engine, gateway, model, scheduling",
+        "spec.enginee: unknown field; nearest known: engine; "
+        "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
         "spec.scheduling.request.policy: unknown 'sjff'; known: fcfs, priority, sjf",
     ]
 
@@ -134,15 +136,15 @@ def test_a_key_that_would_break_the_line_is_written_out(tmp_path: Path) -> None:
     assert one_line("ü\t\u2028") == "ü\\t\\u2028"
 
 
-def test_plan_shows_agents_and_gateway_and_starts_nothing() -> None:
-    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--gpus", "8")
+def test_plan_for_one_machine_shows_agents_and_gateway_and_starts_nothing() -> None:
+    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--local", "--gpus", "8")
     shown = yaml.safe_load(result.stdout)
     assert [agent["name"] for agent in shown["agents"]] == [f"qwen3-30b-a3b-engine-{index}" for index in range(4)]
     assert shown["gateway"]["listen"]["port"] == 8000
 
 
 def test_plan_says_what_the_machine_lacks() -> None:
-    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--gpus", "7")
+    result = run("plan", "-f", str(ROOT / "manifests" / "qwen3-30b-a3b.yaml"), "--local", "--gpus", "7")
     assert (result.exit_code, result.stderr) == (2, "spec.engine: needs 4 x 2 GPUs, the machine has 7\n")
 
 

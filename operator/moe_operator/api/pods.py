@@ -35,11 +35,21 @@ PodTemplate = Annotated[
             "properties": {
                 "metadata": {
                     "type": "object",
+                    "description": "Labels and annotations of the pods.",
                     "properties": {
-                        part: {"type": "object", "additionalProperties": {"type": "string"}} for part in METADATA_PARTS
+                        part: {
+                            "type": "object",
+                            "description": f"Further {part} of the pods; the operator's own win.",
+                            "additionalProperties": {"type": "string"},
+                        }
+                        for part in METADATA_PARTS
                     },
                 },
-                "spec": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                "spec": {
+                    "type": "object",
+                    "description": "Part of a PodSpec, as Kubernetes has it.",
+                    "x-kubernetes-preserve-unknown-fields": True,
+                },
             },
         }
     ),

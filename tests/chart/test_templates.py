@@ -78,7 +78,7 @@ def test_with_namespaces_the_operator_may_do_nothing_outside_of_them(render):
     assert set(roles) == {"team-a", "team-b", "moeserving-system"}
     for namespace in ("team-a", "team-b"):
         assert granted(roles[namespace]["rules"]) == set(needed()) | lent()
-    arguments = operator_pod(documents)["spec"]["containers"][0]["args"]
+    arguments = operator_pod(documents)["spec"]["containers"][0]["command"]
     assert [word for word in arguments if word.startswith("--namespace")] == [
         "--namespace=team-a",
         "--namespace=team-b",
@@ -191,8 +191,8 @@ def test_the_command_line_is_one_that_the_operator_takes(render):
     app = typer.Typer()
     app.command()(operator)
     (container,) = operator_pod(render({"watchNamespaces": ["team-a"]}))["spec"]["containers"]
-    first, *words = container["args"]
-    assert first == "operator"
+    program, verb, *words = container["command"]
+    assert (program, verb) == ("moeserving", "operator")
     command = typer.main.get_command(app)
     taken = command.make_context("operator", list(words)).params
     assert taken["namespace"] == ["team-a"]

@@ -156,3 +156,8 @@ def read_conditions(document: Mapping[str, Any]) -> dict[str, Condition]:
             continue
         found[condition.type] = condition
     return found
+
+
+def is_bad(condition: Condition) -> bool:
+    """Whether somebody has to do something."""
+    return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE

@@ -88,7 +88,8 @@ def _containers(pod: Document) -> Iterator[Finding]:
         last = container.get("lastState", {}).get("terminated", {})
         if last.get("reason") == "OOMKilled":
             yield _finding(pod, "OutOfMemory", "raise spec.engine.resources.memory or serve with less", "OOMKilled")
-        elif reason == "CrashLoopBackOff":
+        elif last and not container.get("ready") and container.get("restartCount", 0) > 0:
+            # Between two tries it runs for a moment: until it is ready once, it is no better.
             code = last.get("exitCode", "?")
             advice = f"the container {container['name']} ends again and again (status {code}); see its log"
             yield _finding(pod, "CrashLooping", advice, last.get("message", ""))

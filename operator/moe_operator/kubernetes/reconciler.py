@@ -19,11 +19,12 @@ from moe_scheduling.problems import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.source import Sources
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
-from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, read_conditions
+from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.kinds import EVENT, POD, SERVING, Kind
 from moe_operator.kubernetes.observed import read_observed
@@ -168,12 +169,12 @@ class Reconciler:
             header["metadata"].pop("uid")
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
             for condition in changed_conditions(before, conditions):
-                await self._post_event(document, condition.reason, condition.message or condition.type, condition.type)
+                await self._post_event(document, condition)
         return SOON_S if seen.rolling or seen.ready < seen.desired or seen.findings else STEADY_S
 
-    async def _post_event(self, document: Document, reason: str, message: str, kind: str) -> None:
+    async def _post_event(self, document: Document, condition: Condition) -> None:
         metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        normal = reason in ("Serving", "Complete", "AsExpected", "Updating", "NotPaused", "NotLimited", "ScaledToZero")
+        message = condition.message or f"{condition.status.value} ({condition.reason})"
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -185,9 +186,9 @@ class Reconciler:
                 "namespace": metadata["namespace"],
                 "uid": metadata["uid"],
             },
-            "reason": reason,
-            "message": f"{kind}: {message}"[:1000],
-            "type": "Normal" if normal else "Warning",
+            "reason": condition.reason,
+            "message": f"{condition.type}: {message}"[:1000],
+            "type": "Warning" if is_bad(condition) else "Normal",
             "source": {"component": "moeserving-operator"},
             "firstTimestamp": now,
             "lastTimestamp": now,

@@ -36,7 +36,7 @@ def test_the_first_model_is_the_smallest_sample():
     assert yaml.safe_load(snippet) == yaml.safe_load((ROOT / "manifests/minimal.yaml").read_text())
 
 
-@pytest.mark.parametrize("document", autoscaled(), ids=lambda document: ",".join(document["spec"]["autoscaling"]))
+@pytest.mark.parametrize("document", list(autoscaled()), ids=lambda document: ",".join(document["spec"]["autoscaling"]))
 def test_each_example_of_autoscaling_is_one(document):
     settings = fleet_settings(parse_resource(document).spec.autoscaling)
     assert settings.max_replicas >= settings.min_replicas

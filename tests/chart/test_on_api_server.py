@@ -1,7 +1,10 @@
 """The chart against a real API server: what it makes is valid, and installing, upgrading and uninstalling it."""
 
 import json
+import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import cluster_life
@@ -177,3 +180,68 @@ def test_an_operator_of_one_namespace_has_no_right_in_another(cluster, release):
     assert not may("create", "pods", "team-a")
     assert not may("list", "customresourcedefinitions", "team-a")
     assert not may("get", "secrets", "moeserving-system")
+
+
+@pytest.fixture
+def operator(cluster, free_port):
+    """Runs the operator with the rights of the release's service account; says what it wrote when it ended."""
+    running = []
+
+    def run(*words):
+        environment = os.environ | {
+            "KUBECONFIG": str(cluster.service_account_kubeconfig("moeserving-system", "moeserving")),
+            "MOESERVING_OPERATOR_NAMESPACE": "moeserving-system",
+        }
+        ports = ("--metrics-port=0", f"--liveness-port={free_port}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moe_operator.cli", "operator", *ports, *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("namespaces", [[], ["team"]], ids=["whole cluster", "one namespace"])
+def test_the_rights_are_enough_to_make_and_to_end_a_resource(cluster, release, operator, namespaces):
+    if not names(cluster, "namespace", "team", "--ignore-not-found"):
+        cluster.kubectl("create", "namespace", "team")
+    release("install", CHART, "--create-namespace", values={"watchNamespaces": namespaces})
+    cluster.kubectl("wait", "crd/moeservings.moeserving.dev", "--for=condition=Established", "--timeout=30s")
+    process = operator(*(f"--namespace={name}" for name in namespaces))
+    cluster.kubectl("apply", "-n", "team", "-f", ROOT / "manifests/minimal.yaml")
+    children = {
+        "deployment/olmoe-engine",
+        "deployment/olmoe-gateway",
+        "service/olmoe",
+        "secret/olmoe-control",
+        "configmap/olmoe-settings",
+        "role/olmoe-gateway",
+        "rolebinding/olmoe-gateway",
+        "networkpolicy/olmoe-engine",
+        "poddisruptionbudget/olmoe-gateway",
+    }
+    for child in sorted(children):
+        cluster.kubectl("wait", "-n", "team", child, "--for=create", "--timeout=60s")
+    status = '--for=jsonpath={.status.conditions[?(@.type=="Ready")].status}=False'
+    cluster.kubectl("wait", "-n", "team", "moes/olmoe", status, "--timeout=60s")
+    cluster.kubectl("delete", "-n", "team", "moes/olmoe", "--timeout=60s")
+    assert names(cluster, "deployment,service,secret,networkpolicy", "-n", "team") == []
+    process.terminate()
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 0, told
+    lines = [line for line in told.splitlines() if "forbidden" in line.lower() or "error" in line.lower()]
+    assert lines == []

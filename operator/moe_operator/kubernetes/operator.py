@@ -152,6 +152,8 @@ class Operator:
 
     def _kopf_settings(self) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
+        # In some namespaces alone it may list neither namespaces nor CRDs, and kopf would try again and again.
+        settings.scanning.disabled = bool(self._settings.namespaces)
         watching = settings.watching
         watching.server_timeout = self._settings.watch_s
         watching.client_timeout = self._settings.watch_s + 30.0

@@ -172,7 +172,7 @@ class FleetSignal:
         kv_usage: used part of the KV caches, mean over the ready engines; None when not known.
         ttft_s: mean measured time to first token; None when none was measured.
         tokens_per_s: tokens that all engines compute; None when not known.
-        arrivals_per_s: requests that come; None, when not known, is never idle.
+        arrivals_per_s: requests that come; None, when not known, neither wakes an engine nor lets the last one go.
         held: requests held in the gateways.
         held_since_s: how long the oldest of them has been held; None when none is.
         in_flight: requests at the engines.
@@ -312,9 +312,9 @@ class _Look:
 
     def by_signal(self, signal: FleetSignal, history: FleetHistory) -> FleetDecision:
         if self.observation.replicas == 0:
-            if _idle(signal):
-                return Keep(reason=KeepReason.ASLEEP, history=history)
-            return self.scale(1, ScaleReason.WAKE, history)
+            if _asks(signal):
+                return self.scale(1, ScaleReason.WAKE, history)
+            return Keep(reason=KeepReason.ASLEEP, history=history)
         if self.settings.min_replicas == 0 and self.now_s - history.busy_s >= self.settings.idle_s:
             return self.to_zero(history)
         return self.by_metrics(signal, history)
@@ -463,7 +463,13 @@ def _seen(history: FleetHistory, signal: FleetSignal, settings: FleetSettings, n
     return replace(history, busy_s=now_s if busy else history.busy_s, seen_s=now_s)
 
 
+def _asks(signal: FleetSignal) -> bool:
+    """Whether a request is known to have come; arrivals that are not known wake nobody."""
+    return signal.held > 0 or signal.in_flight > 0 or (_plausible(signal.arrivals_per_s) or 0.0) > 0.0
+
+
 def _idle(signal: FleetSignal) -> bool:
+    """Whether it is known that none did; arrivals that are not known let nobody sleep."""
     return signal.held <= 0 and signal.in_flight <= 0 and signal.arrivals_per_s == 0.0
 
 

@@ -199,8 +199,9 @@ def test_any_request_wakes_one_engine_at_once(signal):
     assert (decision.replicas, decision.reason) == (1, ScaleReason.WAKE)
 
 
-def test_nothing_wakes_without_a_request():
-    decision = plan(engines(0), idle(), settings(min_replicas=0))
+@pytest.mark.parametrize("arrivals_per_s", [0.0, None, float("nan"), float("inf"), -1.0])
+def test_nothing_wakes_without_a_request(arrivals_per_s):
+    decision = plan(engines(0), idle(arrivals_per_s=arrivals_per_s), settings(min_replicas=0))
     assert (type(decision), decision.reason) == (Keep, KeepReason.ASLEEP)
 
 

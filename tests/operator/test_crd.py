@@ -17,8 +17,8 @@ from moe_operator.api import (
     parse_resource,
     status_document,
 )
-from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.autoscaling import Autoscaling
+from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism
 from moe_operator.api.section import Section, section_in
 from moe_scheduling.problems import InvalidInput

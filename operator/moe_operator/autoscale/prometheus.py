@@ -14,6 +14,7 @@ from moe_scheduling.fleet import FleetSignal
 from prometheus_api_client import PrometheusConnect
 from prometheus_api_client.exceptions import PrometheusApiClientException
 from requests.exceptions import RequestException
+from urllib3.util.retry import Retry
 
 from moe_operator.autoscale.signal import Fleet
 from moe_operator.plan.names import Names
@@ -65,7 +66,8 @@ async def fetch_signal(url: str, key: tuple[str, str], fleet: Fleet) -> FleetSig
 
 
 def _query(url: str, queries: dict[str, str]) -> dict[str, Any]:
-    prometheus = PrometheusConnect(url=url, timeout=TIMEOUT_S)
+    # Without tries anew, which would hold the pass for seconds: the next pass is one.
+    prometheus = PrometheusConnect(url=url, timeout=TIMEOUT_S, retry=Retry(total=0))
     return {name: _value(prometheus.custom_query(query)) for name, query in queries.items()}
 
 

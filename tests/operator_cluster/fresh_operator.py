@@ -1,0 +1,142 @@
+"""An operator without watches: what one knows right after its start, and passes one by one. Exact, and in this process.
+
+What stands here for the cluster's controllers (no one runs at the API level) is `let_go_of_claims`.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx2
+from lightkube import AsyncClient, KubeConfig
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import CHILDREN, SERVING, WATCHED, Kind
+from moe_operator.kubernetes.reconciler import Reconciler
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan import Defaults
+
+Document = dict[str, Any]
+NO_WRITES = ("get", "list", "dry run")
+CLAIM = next(kind for kind in CHILDREN if kind.name == "PersistentVolumeClaim")
+MOST_PASSES = 12
+# Differ from object to object and from time to time, and are the API server's.
+_SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "selfLink", "ownerReferences")
+
+
+def writes(api: Api) -> dict[tuple[str, str], int]:
+    """Calls that change something."""
+    return {call: count for call, count in api.calls.items() if call[0] not in NO_WRITES}
+
+
+@contextlib.asynccontextmanager
+async def connect(kubeconfig: Path) -> AsyncIterator[Api]:
+    """The API as the operator uses it."""
+    config = KubeConfig.from_file(kubeconfig).get()
+    api = Api(AsyncClient(config, timeout=httpx2.Timeout(30.0), trust_env=False))
+    try:
+        yield api
+    finally:
+        await api.close()
+
+
+class FreshOperator:
+    """A store filled from lists, and a reconciler."""
+
+    def __init__(self, api: Api, session: aiohttp.ClientSession, namespaces: Iterable[str]) -> None:
+        self.api, self.namespaces = api, tuple(namespaces)
+        self.store = Store()
+        self.reconciler = Reconciler(api, self.store, session, Defaults())
+
+    async def relist(self) -> None:
+        """As the operator at its start and at each resync."""
+        present = set()
+        for kind in WATCHED:
+            before = self.store.places(kind)
+            documents = await self.api.list(kind, self.namespaces)
+            if documents is not None:
+                present.add(kind)
+                self.store.replace(kind, documents, before)
+        self.reconciler.kinds = frozenset(present)
+
+    async def settle(self, key: Key) -> int:
+        """Passes until one writes nothing; how many it took."""
+        for number in range(MOST_PASSES):
+            before = writes(self.api)
+            await self.reconciler.reconcile(key)
+            if writes(self.api) == before:
+                return number
+            await let_go_of_claims(self.api, self.store, key)
+        raise AssertionError(f"{key}: still writes after {MOST_PASSES} passes: {writes(self.api)}")
+
+    def children(self, key: Key) -> dict[tuple[str, str], Document]:
+        """What the store knows, by kind and name."""
+        return {(kind.name, doc["metadata"]["name"]): doc for kind, doc in self.store.children(key, CHILDREN)}
+
+
+@contextlib.asynccontextmanager
+async def started(kubeconfig: Path, *namespaces: str) -> AsyncIterator[FreshOperator]:
+    """A fresh operator that has listed what there is."""
+    async with connect(kubeconfig) as api, aiohttp.ClientSession() as session:
+        operator = FreshOperator(api, session, namespaces)
+        await operator.relist()
+        yield operator
+
+
+async def let_go_of_claims(api: Api, store: Store, key: Key) -> None:
+    """The API server protects claims; the controller that lets them go once no pod has them does not run here."""
+    for live in store.of(key, CLAIM):
+        now = await api.get(CLAIM, key.namespace, live["metadata"]["name"])
+        if now is None:
+            store.remove(CLAIM, live)
+        elif "deletionTimestamp" in now["metadata"]:
+            client: Any = api._client
+            with contextlib.suppress(httpx2.HTTPError):
+                await client.patch(
+                    CLAIM.resource, now["metadata"]["name"], {"metadata": {"finalizers": None}}, namespace=key.namespace
+                )
+            store.remove(CLAIM, now)
+
+
+async def fetch_children(api: Api, namespace: str) -> dict[tuple[str, str], Document]:
+    """All children in a namespace, by kind and name."""
+    found: dict[tuple[str, str], Document] = {}
+    for kind in CHILDREN:
+        for document in await api.list(kind, [namespace]) or []:
+            found[kind.name, document["metadata"]["name"]] = document
+    return found
+
+
+async def fetch_serving(api: Api, key: Key) -> Document | None:
+    """The resource."""
+    return await api.get(SERVING, key.namespace, key.name)
+
+
+def comparable(document: Document) -> Document:
+    """An object without what differs between two that are made alike."""
+    metadata = {name: value for name, value in document["metadata"].items() if name not in _SERVERS_OWN}
+    if document["kind"] == "Secret":
+        document = document | {"data": sorted(document.get("data", {}))}
+        # The digest is over the token, too.
+        metadata = metadata | {"annotations": sorted(metadata.get("annotations", {}))}
+    return {name: value for name, value in document.items() if name != "status"} | {"metadata": metadata}
+
+
+def conditions(document: Document) -> dict[str, Document]:
+    """The conditions by type."""
+    return {row["type"]: row for row in document.get("status", {}).get("conditions", [])}
+
+
+__all__ = [
+    "FreshOperator",
+    "Kind",
+    "comparable",
+    "conditions",
+    "connect",
+    "fetch_children",
+    "fetch_serving",
+    "let_go_of_claims",
+    "started",
+    "writes",
+]

@@ -245,3 +245,21 @@ def test_the_rights_are_enough_to_make_and_to_end_a_resource(cluster, release, o
     assert process.returncode == 0, told
     lines = [line for line in told.splitlines() if "forbidden" in line.lower() or "error" in line.lower()]
     assert lines == []
+
+
+def test_resources_left_by_a_removed_crd_are_ended_by_another_install(cluster, release, operator):
+    """The way out that docs/install.md names."""
+    crd = "crd/moeservings.moeserving.dev"
+    release("install", CHART, "--create-namespace", values={"crds": {"keep": False}})
+    cluster.kubectl("wait", crd, "--for=condition=Established", "--timeout=30s")
+    first = operator()
+    cluster.kubectl("apply", "-f", ROOT / "manifests/minimal.yaml")
+    cluster.kubectl("wait", "service/olmoe", "--for=create", "--timeout=60s")
+    first.terminate()
+    first.communicate(timeout=30)
+    release("uninstall")
+    assert names(cluster, "moeservings") == ["moeserving.moeserving.dev/olmoe"]
+    release("install", CHART, values={"crds": {"install": False}})
+    operator()
+    cluster.kubectl("wait", crd, "--for=delete", "--timeout=90s")
+    assert names(cluster, "deployment,secret") == []

@@ -11,8 +11,9 @@ from typing import Any
 
 from lightkube import ApiError
 
+from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.difference import needs_apply, with_digest
+from moe_operator.kubernetes.difference import needs_apply, was_applied, with_digest
 from moe_operator.kubernetes.kinds import CHILDREN, DEPLOYMENT, LEADER_WORKER_SET, Kind, kind_of
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan.names import MANAGED_BY, MANAGER
@@ -45,15 +46,21 @@ class Children:
 
     def __init__(self, api: Api, store: Store) -> None:
         self._api, self._store = api, store
+        # Objects that the API server writes in other words than the plan, as they were when it said so.
+        self._in_other_words: dict[str, tuple[Any, ...]] = {}
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
         """Applies what differs, in order."""
         result = Applied()
-        changed = self._find_changed(key, objects, kinds, owner, result)
+        changed = [
+            wanted
+            for wanted in self._find_changed(key, objects, kinds, owner, result)
+            if not await self._is_in_other_words(key, wanted)
+        ]
         if result.waiting:
             return result
         foreign = [wanted for wanted in changed if await self._is_foreign(key, wanted)]
-        result.refused += [f"{_title(wanted)} exists and is not this resource's own" for wanted in foreign]
+        result.refused += map(_foreign, foreign)
         if not result.refused:
             result.refused += await self._try(changed)
         if result.refused:
@@ -72,12 +79,35 @@ class Children:
                 result.missing.append(kind.name)
                 continue
             live = self._store.get(key, kind, wanted["metadata"]["name"])
-            if live is not None and ("deletionTimestamp" in live["metadata"] or not _is_owned(live, owner)):
+            if live is not None and not _is_owned(live, owner) and not _is_child(live):
+                result.refused.append(_foreign(wanted))
+            elif live is not None and ("deletionTimestamp" in live["metadata"] or not _is_owned(live, owner)):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
             elif needs_apply(wanted, live):
                 changed.append(wanted)
         return changed
+
+    async def _is_in_other_words(self, key: Key, wanted: Document) -> bool:
+        """Whether an object that was applied already means the same, though it reads otherwise.
+
+        People write pod templates in any form that the API takes (`1e3`, `.5`): only the API server knows what that is.
+        """
+        kind, metadata = kind_of(wanted), wanted["metadata"]
+        live = self._store.get(key, kind, metadata["name"])
+        if live is None or not was_applied(wanted, live):
+            return False
+        uid, mark = live["metadata"]["uid"], (wanted["metadata"]["annotations"], _content(live))
+        if self._in_other_words.get(uid) == mark:
+            return True
+        try:
+            answer = await self._api.apply(kind, wanted, dry_run=True)
+        except ApiError:
+            return False
+        if _content(answer) != _content(live):
+            return False
+        self._in_other_words[uid] = mark
+        return True
 
     async def _is_foreign(self, key: Key, wanted: Document) -> bool:
         """Whether an object of this name exists that the operator does not manage."""
@@ -116,15 +146,16 @@ class Children:
         found = False
         for kind, live in self._store.children(key, CHILDREN):
             name = live["metadata"]["name"]
-            if (kind, name) not in planned or not _is_owned(live, owner):
+            if _is_child(live) and ((kind, name) not in planned or not _is_owned(live, owner)):
                 found = True
-                if "deletionTimestamp" not in live["metadata"] and _has_controller(live):
+                if "deletionTimestamp" not in live["metadata"]:
                     await self.delete(kind, live)
         return found
 
     async def delete(self, kind: Kind, live: Document) -> None:
         """Deletes one."""
         log.info("deleting %s", _title(live))
+        self._in_other_words.pop(live["metadata"].get("uid", ""), None)
         await self._api.delete(kind, live)
         if not live["metadata"].get("finalizers"):
             self._store.remove(kind, live)
@@ -134,9 +165,20 @@ def _is_owned(live: Mapping[str, Any], owner: str) -> bool:
     return any(entry.get("uid") == owner for entry in live["metadata"].get("ownerReferences", ()))
 
 
-def _has_controller(live: Mapping[str, Any]) -> bool:
-    """Objects that carry our labels and nobody's ownership were made by people: they stay."""
-    return bool(live["metadata"].get("ownerReferences"))
+def _is_child(live: Mapping[str, Any]) -> bool:
+    """Objects that carry our labels and have no MoEServing for an owner were made by people: they stay."""
+    return any(entry.get("kind") == KIND for entry in live["metadata"].get("ownerReferences", ()))
+
+
+def _content(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an object is not told by others or by the API server about it."""
+    metadata = document["metadata"]
+    kept = {name: metadata.get(name) for name in ("labels", "annotations", "ownerReferences", "deletionTimestamp")}
+    return {name: value for name, value in document.items() if name != "status"} | {"metadata": kept}
+
+
+def _foreign(wanted: Document) -> str:
+    return f"{_title(wanted)} exists and is not this resource's own"
 
 
 def _title(document: Document) -> str:

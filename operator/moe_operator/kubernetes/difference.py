@@ -3,11 +3,13 @@
 The operator makes no write when nothing changed, so this question is answered here and not by the API server. An object
 carries a digest of what was last applied, which tells of fields that the plan no longer has; the comparison of the plan
 with the object tells of changes by others to fields that are ours. Fields that the plan does not have are others'.
+
+Source of the keys: `listType`, `listMapKey` and `mapType` of the types in k8s.io/api v0.34. A list without a key is one
+value, and so is all that stands in it; so are selectors.
 """
 
 import json
-from collections.abc import Mapping
-from decimal import Decimal
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -15,7 +17,27 @@ from moe_operator.api.units import quantity_value
 from moe_operator.plan.names import APPLIED
 
 Document = dict[str, Any]
-_KEYS = ("name", "containerPort", "port", "mountPath", "type", "uid", "ip")
+
+_NAME = ("name",)
+_KEYS = {
+    "containers": _NAME,
+    "initContainers": _NAME,
+    "ephemeralContainers": _NAME,
+    "volumes": _NAME,
+    "env": _NAME,
+    "imagePullSecrets": _NAME,
+    "resourceClaims": _NAME,
+    "claims": _NAME,
+    "volumeMounts": ("mountPath",),
+    "volumeDevices": ("devicePath",),
+    "ports": ("containerPort", "port", "protocol"),
+    "hostAliases": ("ip",),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+    "ownerReferences": ("uid",),
+}
+_KEY_DEFAULTS = {"protocol": "TCP"}
+_WHOLE_MAPS = {"selector", "nodeSelector", "podSelector", "namespaceSelector", "matchLabels"}
+_QUANTITY_MAPS, _QUANTITIES = {"limits", "requests"}, {"sizeLimit", "divisor"}
 
 
 def with_digest(wanted: Document) -> Document:
@@ -30,43 +52,60 @@ def needs_apply(wanted: Document, live: Document | None) -> bool:
     return live is None or not is_covered(wanted, live)
 
 
-def is_covered(wanted: Any, live: Any) -> bool:
-    """Whether all that is wanted is there; more may be there, as defaults and what others set."""
+def was_applied(wanted: Document, live: Document) -> bool:
+    """Whether this very object was the last to be applied, whatever others made of it since."""
+    return bool(_digest(wanted) == _digest(live))
+
+
+def _digest(document: Document) -> str | None:
+    digest: str | None = document["metadata"].get("annotations", {}).get(APPLIED)
+    return digest
+
+
+def is_covered(wanted: Any, live: Any, *, field: str = "", is_value: bool = False) -> bool:
+    """Whether all that is wanted is there; more may be there, as defaults and what others set.
+
+    Args:
+        wanted: a document or a part of it.
+        live: the same part of the object.
+        field: the name of the part.
+        is_value: it stands in a list that is one value.
+    """
+    if live is None and not wanted:
+        # The API server leaves out what is empty, false or zero.
+        return True
     if isinstance(wanted, Mapping):
-        if not isinstance(live, Mapping):
-            return not wanted and live is None
-        return all(is_covered(value, live.get(name)) for name, value in wanted.items())
+        return isinstance(live, Mapping) and _is_map_covered(wanted, live, field, is_value=is_value)
     if isinstance(wanted, list | tuple):
-        return _is_list_covered(wanted, live)
-    return bool(wanted == live) or _is_same_quantity(wanted, live)
+        return isinstance(live, list) and _is_list_covered(wanted, live, field, is_value=is_value)
+    return _is_same_quantity(wanted, live) if field in _QUANTITIES else bool(wanted == live)
 
 
-def _is_list_covered(wanted: Any, live: Any) -> bool:
-    if not isinstance(live, list):
-        return not wanted and live is None
-    key = _key_of(wanted)
-    if key is None:
-        return len(wanted) == len(live) and all(map(is_covered, wanted, live))
-    found = {entry.get(key): entry for entry in live if isinstance(entry, Mapping)}
-    return all(entry[key] in found and is_covered(entry, found[entry[key]]) for entry in wanted)
+def _is_map_covered(wanted: Mapping[str, Any], live: Mapping[str, Any], field: str, *, is_value: bool) -> bool:
+    if field in _WHOLE_MAPS and wanted.keys() != live.keys():
+        return False
+    if field in _QUANTITY_MAPS:
+        return all(
+            value == live.get(name) or _is_same_quantity(value, live.get(name)) for name, value in wanted.items()
+        )
+    return all(is_covered(value, live.get(name), field=name, is_value=is_value) for name, value in wanted.items())
 
 
-def _key_of(entries: Any) -> str | None:
-    """The key by which the entries of a list are told apart; None for a list of values."""
-    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        return None
-    return next((key for key in _KEYS if len({entry.get(key) for entry in entries} - {None}) == len(entries)), None)
+def _is_list_covered(wanted: Sequence[Any], live: Sequence[Any], field: str, *, is_value: bool) -> bool:
+    keys = None if is_value else _KEYS.get(field)
+    if keys is None or not all(isinstance(entry, Mapping) for entry in (*wanted, *live)):
+        whole = len(wanted) == len(live)
+        return whole and all(is_covered(old, new, is_value=True) for old, new in zip(wanted, live, strict=True))
+    found = {_key(entry, keys): entry for entry in live}
+    return all(_key(entry, keys) in found and is_covered(entry, found[_key(entry, keys)]) for entry in wanted)
+
+
+def _key(entry: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(entry.get(key, _KEY_DEFAULTS.get(key)) for key in keys)
 
 
 def _is_same_quantity(wanted: Any, live: Any) -> bool:
-    values = [_quantity(value) for value in (wanted, live)]
-    return None not in values and values[0] == values[1]
-
-
-def _quantity(value: Any) -> Decimal | None:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
     try:
-        return quantity_value(str(value))
+        return bool(wanted == live) or quantity_value(str(wanted)) == quantity_value(str(live))
     except ValueError:
-        return None
+        return False

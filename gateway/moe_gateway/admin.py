@@ -1,6 +1,5 @@
 """The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
 
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -9,6 +8,7 @@ from aiohttp import web
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_gateway.configuration import InForce, parse_change, parse_document
+from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
 from moe_gateway.state import build_state
@@ -28,7 +28,7 @@ class Administered(Protocol):
     def draining(self) -> bool: ...
 
     @property
-    def ready(self) -> bool: ...
+    def not_ready(self) -> str: ...
 
     def apply(self, change: InForce) -> None: ...
 
@@ -36,9 +36,9 @@ class Administered(Protocol):
 class Admin:
     """The routes; `gateway` is what they read and change."""
 
-    def __init__(self, gateway: Administered, token: bytes) -> None:
+    def __init__(self, gateway: Administered, tokens: ControlTokens) -> None:
         self._gateway = gateway
-        self._expected = b"Bearer " + token
+        self._tokens = tokens
 
     def build(self) -> web.Application:
         """The application."""
@@ -54,9 +54,9 @@ class Admin:
         return web.Response(text="ok\n")
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        if self._gateway.ready:
+        if not self._gateway.not_ready:
             return web.Response(text="ok\n")
-        return web.Response(status=503, text="no engine accepts requests\n")
+        return web.Response(status=503, text=self._gateway.not_ready + "\n")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         collector = GatewayCollector(self._gateway.dispatcher, self._gateway.clock)
@@ -78,8 +78,7 @@ class Admin:
 
     def _authorised(self, handler: "Handler") -> "Handler":
         async def checked(request: web.Request) -> web.StreamResponse:
-            given = request.headers.get("Authorization", "").encode(errors="replace")
-            if not hmac.compare_digest(given, self._expected):
+            if not self._tokens.allow(request.headers.get("Authorization", "")):
                 return _problems(401, [Problem("Authorization", "the deployment's control token is needed")])
             return await handler(request)
 

@@ -9,7 +9,8 @@ import typer
 import uvloop
 from moe_scheduling.problems import InvalidInput
 
-from moe_gateway.configuration import load_config, load_token
+from moe_gateway.configuration import load_config
+from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway, run_gateway
 from moe_gateway.logs import set_up_logs
 
@@ -24,13 +25,13 @@ def gateway(
     """Run the gateway in front of the engines that its configuration names."""
     try:
         settings = load_config(config)
-        token = load_token(settings.token_file)
+        served = Gateway(settings, ControlTokens(settings.token_file), access_log=access_log)
     except InvalidInput as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     set_up_logs()
     try:
-        uvloop.run(_run(Gateway(settings, token, access_log=access_log)))
+        uvloop.run(_run(served))
     except OSError as error:
         typer.echo(f"the gateway cannot listen: {error.strerror or error}", err=True)
         raise typer.Exit(1) from None

@@ -16,7 +16,7 @@ from moe_gateway.config import Limits
 from moe_gateway.exchange import ClientRequest, Exchange, Surroundings
 from moe_gateway.heads import HOP_BY_HOP
 from moe_gateway.parsing import BadBody, Parsed, parse_body
-from moe_gateway.replies import Outcome, build_error, build_health
+from moe_gateway.replies import Outcome, build_error, build_health, build_models
 from moe_gateway.routes import Route, find_route
 from moe_gateway.shortcut import LONGEST_HEAD_BYTES, REQUEST_ID, read_usual_request
 
@@ -306,6 +306,9 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, Outcome.METHOD_NOT_ALLOWED, message)
         elif route is Route.HEALTH:
             self._serve_health(request)
+        elif route is Route.MODELS and not self._surroundings.dispatcher.accepting and self._surroundings.model:
+            close = not self._keeps(request)
+            self._reply(request, route, 200, build_models(self._surroundings.model, request.request_id, close=close))
         else:
             self._dispatch(request, route)
 

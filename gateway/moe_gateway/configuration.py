@@ -11,58 +11,85 @@ from moe_scheduling.problems import InvalidInput, Location, Problem, problems_fr
 from moe_scheduling.request import RequestSettings
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_gateway.config import EngineAddress, GatewayConfig, Group
 
 Model = TypeVar("Model", bound=BaseModel)
+FOUND_BY_DISCOVERY = "the engines are found by discovery, so there is no list of them; known: groups"
 
 
-class _Change(BaseModel):
-    """Body of `PUT /v1/config`, once the fields that it leaves out were filled in."""
+class _Settings(BaseModel):
+    """The settings file, once the fields that it leaves out were filled in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dispatch: EngineSettings
     request: RequestSettings
+    groups: tuple[Group, ...]
+
+
+class _Change(_Settings):
+    """Body of `PUT /v1/config`, likewise."""
+
     engines: tuple[EngineAddress, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InForce:
-    """What the control route can change."""
+    """What the control route can change.
+
+    Attributes:
+        groups: the groups of engines that are discovered; None where `engines` is a fixed list.
+    """
 
     dispatch: EngineSettings
     request: RequestSettings
     engines: tuple[EngineAddress, ...]
+    groups: tuple[Group, ...] | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
-            "dispatch": asdict(self.dispatch),
-            "request": asdict(self.request),
-            "engines": [address.model_dump() for address in self.engines],
-        }
+        document: dict[str, Any] = {"dispatch": asdict(self.dispatch), "request": asdict(self.request)}
+        if self.groups is None:
+            return document | {"engines": [address.model_dump() for address in self.engines]}
+        return document | {"groups": [group.model_dump() for group in self.groups]}
+
+
+def build_in_force(config: GatewayConfig) -> InForce:
+    """What is in force at the start."""
+    groups = None if config.discovery is None else config.discovery.groups
+    return InForce(dispatch=config.dispatch, request=config.request, engines=config.engines, groups=groups)
 
 
 def load_config(path: Path) -> GatewayConfig:
-    """Reads the gateway's file.
+    """Reads the gateway's file, and lays the settings file over it.
 
     Raises:
-        InvalidInput: it cannot be read or is no valid configuration.
+        InvalidInput: one of them cannot be read or is not valid.
     """
     config = parse_model(GatewayConfig, parse_document(read_file(path, "file")))
     _check_names(config.engines)
-    return config
+    if config.discovery is not None:
+        if config.engines:
+            raise InvalidInput([Problem("engines", FOUND_BY_DISCOVERY)])
+        _check_services(config.discovery.groups)
+    return config if config.settings_file is None else _lay_over(config, config.settings_file)
 
 
-def load_token(path: Path) -> bytes:
-    """The control token.
-
-    Raises:
-        InvalidInput: the file cannot be read or is empty.
-    """
-    if token := read_file(path, "token_file").strip():
-        return token
-    raise InvalidInput([Problem("token_file", f"{path} is empty")])
+def _lay_over(config: GatewayConfig, path: Path) -> GatewayConfig:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return config
+    except OSError as error:
+        raise InvalidInput([Problem("settings_file", f"cannot read {path}: {error.strerror}")]) from None
+    try:
+        settings = _parse_settings(_Settings, parse_document(text), build_in_force(config))
+    except InvalidInput as error:
+        raise InvalidInput([Problem("settings_file", f"{path}: {problem}") for problem in error.problems]) from None
+    changed: dict[str, Any] = {"dispatch": settings.dispatch, "request": settings.request}
+    if config.discovery is not None:
+        changed["discovery"] = config.discovery.model_copy(update={"groups": settings.groups})
+    return config.model_copy(update=changed)
 
 
 def read_file(path: Path, problem_path: str) -> bytes:
@@ -90,20 +117,43 @@ def parse_change(document: object, current: InForce) -> InForce:
         InvalidInput: the body is not valid, and nothing of it is used.
     """
     if isinstance(document, dict):
+        if current.groups is not None and "engines" in document:
+            raise InvalidInput([Problem("engines", FOUND_BY_DISCOVERY)])
+        document = {"engines": current.document().get("engines", []), **document}
+    change = _parse_settings(_Change, document, current)
+    _check_names(change.engines)
+    groups = None if current.groups is None else change.groups
+    return InForce(dispatch=change.dispatch, request=change.request, engines=change.engines, groups=groups)
+
+
+Settings = TypeVar("Settings", bound=_Settings)
+
+
+def _parse_settings(model: type[Settings], document: object, current: InForce) -> Settings:
+    """Fields that are left out keep their value."""
+    if isinstance(document, dict):
+        if current.groups is None and "groups" in document:
+            raise InvalidInput([Problem("groups", "there are none: the engines are a fixed list here")])
         present = current.document()
         for name in ("dispatch", "request"):
             if isinstance(document.get(name, {}), dict):
                 document = {**document, name: present[name] | document.get(name, {})}
-        document = {"engines": present["engines"], **document}
-    change = parse_model(_Change, document)
-    _check_names(change.engines)
-    return InForce(dispatch=change.dispatch, request=change.request, engines=change.engines)
+        document = {"groups": present.get("groups", []), **document}
+    settings = parse_model(model, document)
+    _check_services(settings.groups)
+    return settings
 
 
 def _check_names(engines: tuple[EngineAddress, ...]) -> None:
     names = [address.name for address in engines]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InvalidInput([Problem("engines", f"name used twice: {', '.join(twice)}")])
+
+
+def _check_services(groups: tuple[Group, ...]) -> None:
+    services = [group.service for group in groups]
+    if twice := sorted({name for name in services if services.count(name) > 1}):
+        raise InvalidInput([Problem("groups", f"service named twice: {', '.join(twice)}")])
 
 
 def parse_model(model: type[Model], document: object) -> Model:

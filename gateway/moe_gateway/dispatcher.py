@@ -6,19 +6,20 @@ Exchanges ask it for a target and tell it what came of it; signal watchers tell 
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target
+from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target, explain
 from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
 from moe_scheduling.request import RequestSettings, WaitingQueue
+from moe_scheduling.shares import Shares
 from moe_scheduling.signals import EngineSignal, Target
 from moe_scheduling.tokens import TokenRatio
 
-from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_gateway.config import EngineAddress, GatewayConfig, Group
 from moe_gateway.ledger import Ledger
 from moe_gateway.parsing import Parsed
 
@@ -59,6 +60,8 @@ class Engine:
     """One server and its targets.
 
     Attributes:
+        group: the Service that it was found behind; empty for one of a fixed list.
+        offered: whether it may get new work as far as Kubernetes says.
         ready: what the engine's agent or its health route says; False before anything was heard.
         failures: failures in a row.
         ejected_until_s: no new work before.
@@ -70,6 +73,8 @@ class Engine:
     address: EngineAddress
     host: bytes
     targets: tuple[Target, ...]
+    group: str = ""
+    offered: bool = True
     ready: bool = False
     reachable: bool = False
     failures: int = 0
@@ -91,29 +96,39 @@ class Placed:
 class Dispatcher:
     """See the module."""
 
-    def __init__(self, config: GatewayConfig, ledger: Ledger) -> None:
+    def __init__(self, config: GatewayConfig, ledger: Ledger, *, first_turn: int = 0) -> None:
+        discovery = config.discovery
+        self.discovers = discovery is not None
         self.settings: EngineSettings = config.dispatch
         self.request_settings: RequestSettings = config.request
         self.ledger = ledger
         self.engines: dict[str, Engine] = {}
         self.books: dict[Target, TargetBooks] = {}
         self._ordered_books: list[TargetBooks] = []
+        # Of engines that are no longer known, until what they were sent has ended.
+        self._departing: list[TargetBooks] = []
+        self._shares = _shares_of(() if discovery is None else discovery.groups)
+        self._group_books: dict[str, list[TargetBooks]] = {}
         self._hold_requests = config.limits.hold_requests
         self._hold_timeout_s = config.limits.hold_timeout_s
         self._prefixes = PrefixIndex()
+        self._known_models = frozenset() if config.model is None else frozenset({config.model})
         self.models: frozenset[str] = frozenset()
         self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
         self._sessions: OrderedDict[str, Target] = OrderedDict()
         self._queue: WaitingQueue[Waiter] = WaitingQueue(config.request)
         self._held_since: dict[Waiter, float] = {}
-        self._turn = 0
+        self._turn = first_turn
         self._keys = 0
         self.set_engines(config.engines)
 
     # Configuration.
 
     def set_engines(self, addresses: Collection[EngineAddress]) -> None:
-        """These engines and no others; the books of those that stay are kept. Another address is another engine."""
+        """These engines and no others; the books of those that stay are kept. Another address is another engine.
+
+        What was sent to an engine that goes runs to its end there, and counts until then.
+        """
         before, books = self.engines, self.books
         staying = {address.name for address in addresses if address in [engine.address for engine in before.values()]}
         self.engines = {
@@ -123,6 +138,8 @@ class Dispatcher:
         for target in books:
             if target.server not in staying:
                 self._prefixes.forget(target)
+                if books[target].in_flight:
+                    self._departing.append(books[target])
         self.books = {
             target: books[target] if engine.address.name in staying else TargetBooks(target, accepting=False)
             for engine in self.engines.values()
@@ -130,6 +147,26 @@ class Dispatcher:
         }
         self._ordered_books = list(self.books.values())
         self._gather_models()
+        self._gather_groups()
+
+    def set_offers(self, groups: Mapping[str, str], offered: Collection[str], now_s: float) -> None:
+        """What Kubernetes says of the engines: the group of each, and which may get new work."""
+        for engine in self.engines.values():
+            engine.group = groups[engine.address.name]
+            engine.offered = engine.address.name in offered
+            self._refresh_books(engine, now_s)
+        self._gather_groups()
+        self.pump(now_s)
+
+    def set_groups(self, groups: Collection[Group], now_s: float) -> None:
+        """The weights of the groups."""
+        self._shares = _shares_of(groups)
+        self.pump(now_s)
+
+    def _gather_groups(self) -> None:
+        self._group_books = {}
+        for target, books in self.books.items():
+            self._group_books.setdefault(self.engines[target.server].group, []).append(books)
 
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
         """Other settings from now on; what is held is ordered anew."""
@@ -168,17 +205,21 @@ class Dispatcher:
             self._gather_models()
 
     def _gather_models(self) -> None:
-        self.models = frozenset(model for engine in self.engines.values() for model in engine.models)
+        known = frozenset(model for engine in self.engines.values() for model in engine.models)
+        self.models = known or self._known_models
         # Names of models come from clients; only those that engines serve get a ratio of their own.
         for model in self.models - self._ratios.keys():
             self._ratios[model] = TokenRatio()
 
     def _refresh(self, engine: Engine, now_s: float) -> None:
-        accepting = engine.ready and now_s >= engine.ejected_until_s
+        if self._refresh_books(engine, now_s):
+            self.pump(now_s)
+
+    def _refresh_books(self, engine: Engine, now_s: float) -> bool:
+        accepting = engine.offered and engine.ready and now_s >= engine.ejected_until_s
         for target in engine.targets:
             self.books[target].accepting = accepting
-        if accepting:
-            self.pump(now_s)
+        return accepting
 
     # The way of a request.
 
@@ -199,7 +240,38 @@ class Dispatcher:
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = ()) -> Decision:
         """Which target takes it now."""
         self._turn += 1
+        if self.discovers:
+            return self._choose_by_group(job, now_s, tried)
         return choose_target(job, self._ordered_books, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
+
+    def _choose_by_group(self, job: Job, now_s: float, tried: Collection[Target]) -> Decision:
+        """In the group whose turn it is; when it cannot take the job, in the next."""
+        present = self._present_groups()
+        order = self._shares.order(present)
+        if job.session_target is not None and (home := self._home_of(job.session_target)) in order:
+            return self._choose_in([home, *(group for group in order if group != home)], job, now_s, tried)
+        decision = self._choose_in(order, job, now_s, tried)
+        if isinstance(decision, Send):
+            self._shares.take(present)
+        return decision
+
+    def _choose_in(self, order: list[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
+        first: Decision | None = None
+        for group in order:
+            books = self._group_books[group]
+            decision = choose_target(job, books, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
+            if isinstance(decision, Send):
+                return decision
+            first = first or decision
+        return first or Refuse(RefuseReason.NO_ENGINE)
+
+    def _present_groups(self) -> list[str]:
+        return [group for group, books in self._group_books.items() if any(row.accepting for row in books)]
+
+    def _home_of(self, target: Target) -> str | None:
+        """The group of the engine that a session was sent to last."""
+        engine = self.engines.get(target.server)
+        return None if engine is None else engine.group
 
     def place(self, job: Job, keys: tuple[int, ...], session: str | None, sending: Send, now_s: float) -> Placed:
         """Writes down that the job goes to this target."""
@@ -228,6 +300,10 @@ class Dispatcher:
         """The request has ended there."""
         if (books := self.books.get(placed.target)) is not None:
             books.settled(placed.key, now_s)
+        if self._departing:
+            for books in self._departing:
+                books.settled(placed.key, now_s)
+            self._departing = [books for books in self._departing if books.in_flight]
         if self._held_since:
             self.pump(now_s)
 
@@ -281,8 +357,14 @@ class Dispatcher:
         if self._held_since.pop(waiter, None) is not None:
             self._queue.discard(waiter)
 
-    def retry_after_s(self) -> int:
-        """When it is worth to ask again: once what is held has been computed at the engines' pace, 1 to 60 s."""
+    def retry_after_s(self, now_s: float) -> int:
+        """When it is worth to ask again, 1 to 60 s.
+
+        Once what is held has been computed at the engines' pace; where a fleet has no engine, once the request that is
+        held longest has made room.
+        """
+        if self.discovers and not self.accepting:
+            return max(1, min(60, math.ceil(self._hold_timeout_s - (self.held_since_s(now_s) or 0.0))))
         lines = [books.line for books in self._ordered_books if books.line is not None]
         if not lines:
             return 1
@@ -323,13 +405,38 @@ class Dispatcher:
     @property
     def accepting(self) -> bool:
         """Whether any target takes new work."""
-        return any(books.accepting for books in self._ordered_books)
+        return any(books.accepting for books in self._open_books())
+
+    def _open_books(self) -> Iterator[TargetBooks]:
+        """Books of the targets that may get a share of the requests."""
+        if not self.discovers:
+            return iter(self._ordered_books)
+        groups = self._group_books.items()
+        return (row for group, books in groups if self._shares.weight(group) > 0 for row in books)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and have not ended, those at engines that are gone from the list too."""
+        return sum(books.in_flight for books in (*self._ordered_books, *self._departing))
+
+    def held_since_s(self, now_s: float) -> float | None:
+        """Age of the request that is held longest; None when none is."""
+        return next((now_s - since_s for since_s in self._held_since.values()), None)
+
+    def least_wait_s(self, now_s: float) -> float | None:
+        """Predicted seconds until a new request begins to be computed, where that is soonest; None without a target."""
+        rows = explain(Job(1), list(self._open_books()), self.settings, now_s=now_s)
+        return min((row.wait_s for row in rows), default=None)
 
     def source(self, target: Target, now_s: float) -> SignalSource:
         """Where what is believed of a target comes from."""
         if not self.books[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.BOOKS
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
+
+
+def _shares_of(groups: Collection[Group]) -> Shares:
+    return Shares({group.service: group.weight for group in groups})
 
 
 _NONE_CACHED: Mapping[Target, int] = {}

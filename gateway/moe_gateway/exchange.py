@@ -56,13 +56,18 @@ class ClientSide(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Surroundings:
-    """What an exchange works with; one for the gateway."""
+    """What an exchange works with; one for the gateway.
+
+    Attributes:
+        model: the name of the model that is served, where it is known without an engine.
+    """
 
     dispatcher: Dispatcher
     pool_of: Callable[[str], Pool | None]
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
+    model: str | None = None
     draining: bool = False
 
 
@@ -121,6 +126,8 @@ class Exchange:
         self.job: Job
         self._keys: tuple[int, ...]
         self.job, self._keys = surroundings.dispatcher.size(parsed, session)
+        if route.has_job:
+            surroundings.dispatcher.ledger.arrive(self.job.prompt_tokens, request.arrived_s)
 
     @property
     def target(self) -> Target | None:
@@ -133,7 +140,7 @@ class Exchange:
         """Sends, holds or refuses."""
         dispatcher = self._surroundings.dispatcher
         now_s = self._surroundings.clock()
-        if dispatcher.held and dispatcher.engines:
+        if dispatcher.held:
             # Who waits already goes first; when nobody of them can, neither can this one.
             dispatcher.pump(now_s)
             if dispatcher.held:
@@ -146,8 +153,12 @@ class Exchange:
         match decision:
             case Hold():
                 self._hold()
-            case Refuse(reason=RefuseReason.NO_ENGINE) if not dispatcher.engines:
-                self._refuse(Outcome.NO_ENGINE, "no engine is configured", retry_after_s=dispatcher.retry_after_s())
+            case Refuse(reason=RefuseReason.NO_ENGINE) if not dispatcher.engines and not dispatcher.discovers:
+                self._refuse(
+                    Outcome.NO_ENGINE,
+                    "no engine is configured",
+                    retry_after_s=dispatcher.retry_after_s(self._surroundings.clock()),
+                )
             case Refuse():
                 self._hold()
 
@@ -158,13 +169,13 @@ class Exchange:
                 outcome, message = Outcome.BUSY, "all engines are saturated and the queue is full"
             else:
                 outcome, message = Outcome.NO_ENGINE, "no engine accepts requests and the queue is full"
-            self._refuse(outcome, message, retry_after_s=dispatcher.retry_after_s())
+            self._turn_away(outcome, message)
 
     def expire(self) -> None:
         """It was held for too long."""
         dispatcher = self._surroundings.dispatcher
         what = "every engine stayed saturated" if dispatcher.accepting else "no engine accepted requests"
-        self._refuse(Outcome.NO_ENGINE, f"{what} in time", retry_after_s=dispatcher.retry_after_s())
+        self._turn_away(Outcome.NO_ENGINE, f"{what} in time")
 
     # 2. Send.
 
@@ -268,6 +279,8 @@ class Exchange:
         surroundings = self._surroundings
         surroundings.dispatcher.answered(self._placed, self.last_s)
         self.ttft_s = self.last_s - self.request.arrived_s
+        if self.route.has_job:
+            surroundings.dispatcher.ledger.answer(self.ttft_s, self.last_s)
         head = buffer[:head_end].lower()
         self._chunked = b"\r\ntransfer-encoding:" in head
         self._framed = self._chunked or b"\r\ncontent-length:" in head
@@ -341,6 +354,11 @@ class Exchange:
         self._end(200, reason, broken=True)
         self._client.answered(self, keep_alive=False)
 
+    def _turn_away(self, outcome: Outcome, message: str) -> None:
+        """Refuses for now, and says when to come again."""
+        surroundings = self._surroundings
+        self._refuse(outcome, message, retry_after_s=surroundings.dispatcher.retry_after_s(surroundings.clock()))
+
     def _refuse(self, outcome: Outcome, message: str, *, retry_after_s: int | None = None) -> None:
         keep_alive = self._keeps_alive
         self._surroundings.dispatcher.ledger.refusals[outcome.label] += 1
@@ -409,6 +427,4 @@ class Exchange:
             self._drop_upstream()
         self._settle(self._surroundings.clock())
         dispatcher.ledger.finish(self.route.label, status, broken=broken)
-        if self.ttft_s is not None and self.route.has_job:
-            dispatcher.ledger.ttft.observe(self.ttft_s)
         self._surroundings.on_end(self, status, reason)

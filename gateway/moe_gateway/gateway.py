@@ -1,4 +1,4 @@
-"""The gateway as a whole: two ports, the connections, a watcher for each engine, and an end that cuts nothing."""
+"""The gateway as a whole: two ports, the connections, where engines come from, a watcher for each, a clean end."""
 
 import asyncio
 import contextlib
@@ -6,6 +6,8 @@ import itertools
 import logging
 import secrets
 import time
+from collections.abc import Coroutine
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -14,8 +16,11 @@ from aiohttp import web
 from moe_gateway.admin import Admin
 from moe_gateway.client import ClientConnection
 from moe_gateway.config import EngineAddress, GatewayConfig
-from moe_gateway.configuration import InForce
+from moe_gateway.configuration import InForce, build_in_force
+from moe_gateway.control_tokens import ControlTokens
+from moe_gateway.discovery import connect
 from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.endpoints import Endpoint
 from moe_gateway.exchange import Exchange, Surroundings
 from moe_gateway.ledger import Ledger
 from moe_gateway.signals import watch_engine
@@ -28,15 +33,23 @@ log = logging.getLogger("moeserving.gateway")
 
 
 class Gateway:
-    """One gateway; `start`, then `drain`."""
+    """One gateway; `start`, then `drain`.
 
-    def __init__(self, config: GatewayConfig, token: bytes, *, access_log: bool = False) -> None:
+    Raises:
+        InvalidInput: engines are to be discovered, and no API server is known.
+    """
+
+    def __init__(self, config: GatewayConfig, tokens: ControlTokens, *, access_log: bool = False) -> None:
         self._config = config
-        self._token = token
+        self._tokens = tokens
         self._access_log = access_log
         self.clock = time.monotonic
-        self.dispatcher = Dispatcher(config, Ledger())
-        self.in_force = InForce(dispatch=config.dispatch, request=config.request, engines=config.engines)
+        # Gateways that share engines do not begin their rounds at the same one.
+        first_turn = secrets.randbelow(1 << 16)
+        self.dispatcher = Dispatcher(config, Ledger(self.clock()), first_turn=first_turn)
+        self.in_force = build_in_force(config)
+        self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
+        self._discovering: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
         self._pools: dict[str, Pool] = {}
         self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
@@ -52,6 +65,7 @@ class Gateway:
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._log_end,
+            model=config.model,
         )
 
     @property
@@ -61,8 +75,21 @@ class Gateway:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be served now."""
-        return self.dispatcher.accepting and not self.draining
+        """Whether requests should come here."""
+        return not self.not_ready
+
+    @property
+    def not_ready(self) -> str:
+        """Why no requests should come here; empty when they may.
+
+        With discovery they may as soon as it is known which engines there are, even none: requests are held for those
+        that come.
+        """
+        if self.draining:
+            return "the gateway drains"
+        if self._discovery is not None:
+            return "" if self._discovery.synced else "the API server has not answered yet"
+        return "" if self.dispatcher.accepting else "no engine accepts requests"
 
     async def start(self) -> None:
         """Opens the ports.
@@ -75,13 +102,14 @@ class Gateway:
         listen, admin = self._config.listen, self._config.admin
         try:
             self._server = await loop.create_server(self._connection, listen.host, listen.port, backlog=BACKLOG)
-            self._runner = web.AppRunner(Admin(self, self._token).build(), access_log=None)
+            self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
             await self._runner.setup()
             await web.TCPSite(self._runner, admin.host, admin.port).start()
         except OSError:
             await self._abandon_start()
             raise
         self._follow(self.in_force.engines)
+        self._discover()
         self._checker = self._spawn(self._check())
 
     async def _abandon_start(self) -> None:
@@ -93,11 +121,14 @@ class Gateway:
 
     def apply(self, change: InForce) -> None:
         """Other settings and engines, from now on, all of them or none: nothing here can fail half-way."""
-        if change.engines != self.in_force.engines:
+        before, self.in_force = self.in_force, change
+        if change.engines != before.engines:
             self.dispatcher.set_engines(change.engines)
             self._follow(change.engines)
+        if change.groups != before.groups:
+            self.dispatcher.set_groups(change.groups or (), self.clock())
+            self._discover()
         self.dispatcher.set_policies(change.dispatch, change.request, self.clock())
-        self.in_force = change
 
     async def drain(self) -> None:
         """Takes no new work, lets what runs end, then closes. What is silent ends by the idle timeout."""
@@ -114,8 +145,9 @@ class Gateway:
         """Closes at once."""
         if self._server is not None:
             self._server.close()
-        for task in (self._checker, *self._watchers.values()):
-            task.cancel()
+        for task in (self._checker, self._discovering, *self._watchers.values()):
+            if task is not None:
+                task.cancel()
         for connection in list(self._connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -125,8 +157,28 @@ class Gateway:
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
+        if self._discovery is not None:
+            await self._discovery.close()
 
     # Engines.
+
+    def _discover(self) -> None:
+        """Looks for the engines of the groups in force."""
+        if self._discovery is None:
+            return
+        if self._discovering is not None:
+            self._discovering.cancel()
+        groups = [group.service for group in self.in_force.groups or ()]
+        self._discovering = self._spawn(self._discovery.run(groups))
+
+    def _on_endpoints(self, endpoints: tuple[Endpoint, ...]) -> None:
+        addresses = tuple(endpoint.address for endpoint in endpoints)
+        if addresses != tuple(engine.address for engine in self.dispatcher.engines.values()):
+            self.dispatcher.set_engines(addresses)
+            self._follow(addresses)
+        groups = {endpoint.address.name: endpoint.group for endpoint in endpoints}
+        offered = {endpoint.address.name for endpoint in endpoints if endpoint.offered}
+        self.dispatcher.set_offers(groups, offered, self.clock())
 
     def _pool_of(self, server: str) -> Pool | None:
         return self._pools.get(server)
@@ -197,7 +249,7 @@ class Gateway:
             },
         )
 
-    def _spawn(self, coroutine) -> asyncio.Task[None]:  # type: ignore[no-untyped-def]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -3,6 +3,8 @@
 from bisect import bisect_left
 from collections import Counter
 
+from moe_gateway.recent import Recent
+
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ERROR_BUCKETS_S = (-10.0, -2.5, -1.0, -0.25, -0.1, -0.025, 0.0, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0)
 
@@ -40,11 +42,14 @@ class Ledger:
         decisions: choices by reason label.
         retried: requests sent a second time.
         failed: requests that ended in an error of an engine or of the gateway (status 500 and up, or a broken stream).
+        arrivals: requests that ask an engine to compute, as they come.
+        prompt_tokens: of those, estimated.
         ttft: seconds from arrival at the gateway to the first byte of the body.
+        recent: the last half minute of these three.
         prediction_error: predicted less measured seconds from dispatch to first byte.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, started_s: float = 0.0) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.refusals: Counter[str] = Counter()
         self.decisions: Counter[str] = Counter()
@@ -52,8 +57,22 @@ class Ledger:
         self.retried = 0
         self.failed = 0
         self.finished = 0
+        self.arrivals = 0
+        self.prompt_tokens = 0
         self.ttft = Histogram(TTFT_BUCKETS_S)
+        self.recent = Recent(started_s)
         self.prediction_error = Histogram(ERROR_BUCKETS_S)
+
+    def arrive(self, prompt_tokens: int, now_s: float) -> None:
+        """A request came that an engine has to compute for."""
+        self.arrivals += 1
+        self.prompt_tokens += prompt_tokens
+        self.recent.arrived(prompt_tokens, now_s)
+
+    def answer(self, ttft_s: float, now_s: float) -> None:
+        """It got its first token."""
+        self.ttft.observe(ttft_s)
+        self.recent.answered(ttft_s, now_s)
 
     def finish(self, route: str, status: int, *, broken: bool = False) -> None:
         """A request ended."""

@@ -36,10 +36,23 @@ class GatewayCollector(Collector):
         yield _counter("ejections", "Failures that took an engine out for a while.", "engine", ledger.ejections)
         yield CounterMetricFamily(PREFIX + "retries", "Requests sent a second time.", value=ledger.retried)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=self._dispatcher.held)
+        yield from self._demand()
         yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", ledger.ttft)
         yield _histogram(
             "prediction_error_seconds", "Predicted less measured time to first byte.", ledger.prediction_error
         )
+
+    def _demand(self) -> Iterator[Metric]:
+        """What tells how many engines are needed."""
+        dispatcher, now_s = self._dispatcher, self._clock()
+        ledger = dispatcher.ledger
+        yield CounterMetricFamily(PREFIX + "arrivals", "Requests that engines compute for.", value=ledger.arrivals)
+        yield CounterMetricFamily(PREFIX + "prompt_tokens", "Their prompt tokens.", value=ledger.prompt_tokens)
+        oldest = "Age of the request that is held longest; 0 when none is."
+        yield GaugeMetricFamily(PREFIX + "held_seconds", oldest, value=dispatcher.held_since_s(now_s) or 0.0)
+        if (wait_s := dispatcher.least_wait_s(now_s)) is not None:
+            text = "Least predicted wait of a new request before it is computed; absent without a target."
+            yield GaugeMetricFamily(PREFIX + "wait_seconds", text, value=wait_s)
 
     def _targets(self) -> Iterator[Metric]:
         dispatcher, now_s = self._dispatcher, self._clock()

@@ -97,6 +97,12 @@ def build_health(request_id: bytes, *, close: bool, head_only: bool) -> bytes:
     return build_response(200, b'{"status":"ok"}', request_id=request_id, close=close, head_only=head_only)
 
 
+def build_models(model: str, request_id: bytes, *, close: bool) -> bytes:
+    """The list of models while no engine is there to be asked: the one name that they will serve."""
+    row = {"id": model, "object": "model", "created": 0, "owned_by": "moeserving"}
+    return build_response(200, orjson.dumps({"object": "list", "data": [row]}), request_id=request_id, close=close)
+
+
 def build_stream_error(message: str) -> bytes:
     """The event that ends a stream which an engine broke off, after a blank line that ends what it left unfinished."""
     return b"\n\ndata: %b\n\n" % build_error_document(Outcome.ENGINE_FAILED, message)

@@ -12,9 +12,16 @@ from moe_gateway.dispatcher import Dispatcher
 def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:
     """The document of `GET /v1/state`."""
     ledger = dispatcher.ledger
+    recent = ledger.recent
     return {
         "accepting": dispatcher.accepting and not draining,
         "held": dispatcher.held,
+        "held_since_s": dispatcher.held_since_s(now_s),
+        "in_flight": dispatcher.in_flight,
+        "wait_s": dispatcher.least_wait_s(now_s),
+        "ttft_s": recent.mean_ttft_s(now_s),
+        "prompt_tokens_per_s": recent.prompt_tokens_per_s(now_s),
+        "arrivals_per_s": recent.arrivals_per_s(now_s),
         "config": in_force.document(),
         "engines": [build_target(dispatcher, target, now_s) for target in dispatcher.books],
         "totals": {"requests": ledger.finished, "failed": ledger.failed, "retried": ledger.retried},
@@ -27,6 +34,7 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> dict[s
     return {
         "name": target.server,
         "rank": target.rank,
+        "group": engine.group or None,
         "reachable": engine.reachable,
         "accepting": books.accepting,
         "in_flight": books.in_flight,

@@ -12,8 +12,7 @@ MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
 
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
-# The server's own module knows no node without a server.
-HEADLESS = ("-m", "vllm.entrypoints.cli.main", "serve", "--headless")
+HEADLESS = ("-m", "moe_agent.vllm.headless", "--headless")
 DATA_PARALLEL_PORT = 13345
 # vLLM's own default on a CPU takes half of the machine, which several engines on one machine cannot.
 CPU_KV_CACHE_BYTES = 1 << 30

@@ -61,7 +61,7 @@ def test_a_further_node_has_no_server_and_its_ranks_follow_the_leaders():
     config = engine(nodes=4, data_parallel=8)
     command = build_command(config, build_node(config, environment(3)), cpu_build=False)
     found = pairs(command)
-    assert command[:4] == ["-m", "vllm.entrypoints.cli.main", "serve", "--headless"]
+    assert command[:3] == ["-m", "moe_agent.vllm.headless", "--headless"]
     assert (found["--data-parallel-size"], found["--data-parallel-size-local"]) == ("8", "2")
     assert (found["--data-parallel-start-rank"], found["--data-parallel-address"]) == ("6", LEADER)
     assert found["--scheduler-cls"].endswith("OrderedScheduler")
@@ -119,8 +119,7 @@ def test_vllm_understands_the_arguments_of_each_node(virtual_engines, shape, ind
 
     config = engine(**shape)
     command = build_command(config, build_node(config, environment(index)), cpu_build=False)
-    arguments = command[command.index("serve") + 1 :] if "serve" in command else command[2:]
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[2:])
     assert parsed.headless is (index == 1)
     assert (parsed.master_addr == LEADER) is ("tensor_parallel" in shape)
     assert (parsed.data_parallel_address == LEADER) is ("data_parallel" in shape)

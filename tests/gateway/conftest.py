@@ -18,6 +18,7 @@ import pytest
 import uvloop
 from moe_gateway.config import GatewayConfig
 from moe_gateway.configuration import parse_model
+from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway
 
 TOKEN = "a-token"
@@ -466,6 +467,7 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
     running: list[Served] = []
 
     async def start(*engines: MockEngine, ranks: int = 1, ready: bool = True, **sections: Any) -> Served:
+        (tmp_path / "token").write_text(TOKEN)
         document = {
             "listen": {"port": free_port()},
             "admin": {"port": free_port()},
@@ -473,7 +475,8 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
             "engines": [engine.address | {"ranks": ranks} for engine in engines],
             **sections,
         }
-        served = Served(Gateway(config := parse_model(GatewayConfig, document), TOKEN.encode()), config)
+        config = parse_model(GatewayConfig, document)
+        served = Served(Gateway(config, ControlTokens(tmp_path / "token")), config)
         await served.gateway.start()
         running.append(served)
         if ready:

@@ -77,7 +77,13 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     await served.ask(post(prompt()))
     status, state = await get(served, "/v1/state")
     assert status == 200
-    assert set(state) == {"accepting", "held", "config", "engines", "totals"}
+    demand = {"held_since_s", "in_flight", "wait_s", "ttft_s", "prompt_tokens_per_s", "arrivals_per_s"}
+    assert set(state) == {"accepting", "held", "config", "engines", "totals"} | demand
+    assert (state["held_since_s"], state["in_flight"], state["wait_s"]) == (None, 0, 0.0)
+    assert state["ttft_s"] > 0.0
+    # It has run for less than a second or a little more.
+    assert 0.1 < state["arrivals_per_s"] <= 1.0
+    assert state["prompt_tokens_per_s"] == pytest.approx(2 * state["arrivals_per_s"])
     assert (state["accepting"], state["held"]) == (True, 0)
     assert state["totals"] == {"requests": 1, "failed": 0, "retried": 0}
     assert set(state["config"]) == {"dispatch", "request", "engines"}
@@ -87,6 +93,7 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     assert row == {
         "name": engine.name,
         "rank": 0,
+        "group": None,
         "reachable": True,
         "accepting": True,
         "in_flight": 0,

@@ -1,6 +1,7 @@
 """Fixtures: agents with real vLLM engines on the CPU, serving a tiny model with random weights."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -31,10 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Process:
     """A process of ours, and what it left behind when it ended."""
 
-    def __init__(self, module: str, config: Path, log: Path) -> None:
+    def __init__(self, module: str, config: Path, log: Path, environment: dict[str, str] | None = None) -> None:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(config)], stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, "-m", module, "--config", str(config)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
             )
         self.log = log
 
@@ -55,7 +59,15 @@ class Process:
 class Agent:
     """One agent with its engine."""
 
-    def __init__(self, folder: Path, name: str, model: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        model: Path,
+        *arguments: str,
+        shape: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.folder = name, folder
         self.port, self.engine_port = free_ports(2)
@@ -72,10 +84,11 @@ class Agent:
                 "args": ["--max-model-len=2048", "--dtype=float32", "--enforce-eager", *arguments],
                 "env": {"OMP_NUM_THREADS": "1"},
                 "drain_timeout_s": 60,
+                **(shape or {}),
             },
         }
         (folder / "agent.json").write_text(json.dumps(self.config))
-        self.process = Process("moe_agent", folder / "agent.json", folder / "agent.log")
+        self.process = Process("moe_agent", folder / "agent.json", folder / "agent.log", environment)
 
     @property
     def url(self) -> str:
@@ -84,8 +97,10 @@ class Agent:
     def state(self) -> Any:
         return request("GET", f"http://127.0.0.1:{self.port}/v1/state")[1]
 
-    def engine(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        return request(method, self.url + path, body)
+    def engine(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        return request(method, self.url + path, body, headers)
 
     def complete(self, prompt: Any, tokens: int, **more: Any) -> Any:
         """A completion straight from the engine."""
@@ -154,6 +169,27 @@ def start_agents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     def start(count: int, *arguments: str) -> list[Agent]:
         for index in range(count):
             agents.append(Agent(tmp_path_factory.mktemp("agent"), f"tiny-engine-{index}", tiny_model, *arguments))
+        for agent in agents:
+            agent.wait_ready()
+        return agents
+
+    yield start
+    for agent in agents:
+        assert agent.process.stop() == 0
+
+
+@pytest.fixture
+def start_nodes(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., list[Agent]]]:
+    """Starts the agents of one replica that spans so many nodes, all on this machine."""
+    agents: list[Agent] = []
+
+    def start(nodes: int, **shape: Any) -> list[Agent]:
+        for index in range(nodes):
+            place = {"LWS_LEADER_ADDRESS": "127.0.0.1", "LWS_WORKER_INDEX": str(index)}
+            folder = tmp_path / f"node-{index}"
+            agents.append(
+                Agent(folder, f"node-{index}", tiny_model, shape={"nodes": nodes, **shape}, environment=place)
+            )
         for agent in agents:
             agent.wait_ready()
         return agents

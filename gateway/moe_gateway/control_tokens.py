@@ -1,0 +1,42 @@
+"""Who may use the control route: the tokens of a file, one a line, of which any counts.
+
+Made by the gateway's command, asked by the admin port at each control request. The file is read anew each time, because
+the tokens are rotated under a running gateway; one that cannot be read lets nobody in.
+"""
+
+import hmac
+from pathlib import Path
+
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_gateway.configuration import read_file
+
+
+class ControlTokens:
+    """See the module.
+
+    Raises:
+        InvalidInput: the file cannot be read, or has no token.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not parse_tokens(read_file(path, "token_file")):
+            raise InvalidInput([Problem("token_file", f"{path} is empty")])
+
+    def allow(self, authorization: str) -> bool:
+        """Whether an `Authorization` header names a token."""
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        try:
+            known = parse_tokens(self._path.read_bytes())
+        except OSError:
+            return False
+        token = given.strip().encode(errors="replace")
+        return any(hmac.compare_digest(token, row) for row in known)
+
+
+def parse_tokens(text: bytes) -> list[bytes]:
+    """The tokens of a file; blank lines are none."""
+    return [token for line in text.splitlines() if (token := line.strip())]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import cluster_life
 import pytest
 from cluster_api import ApiCluster
+from cluster_node import NodeCluster, why_not
 
 BUILD_TIMEOUT_S = 1800.0
 NODE_TIMEOUT_S = 600.0
@@ -29,6 +30,18 @@ def api_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiCluster
     """An API server with its etcd. No controller runs: nothing that a test makes disappears by itself."""
     folder = tmp_path_factory.mktemp("api-cluster") / "state"
     yield cluster_life.up("api", folder, tied=True)
+    cluster_life.down(folder)
+
+
+@pytest.fixture(scope="session")
+def node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+    """A whole Kubernetes of one node, where this machine can be one: root on Linux."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("node-cluster") / "state"
+    cluster = cluster_life.up("node", folder, tied=True)
+    assert isinstance(cluster, NodeCluster)
+    yield cluster
     cluster_life.down(folder)
 
 

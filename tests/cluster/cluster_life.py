@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cluster_node
 from cluster_api import ApiCluster, Endpoints
 from cluster_binaries import cache_folder, locate_all
+from cluster_node import NodeCluster
 from cluster_problem import ClusterProblem
 from cluster_processes import Processes
 from filelock import FileLock
 
-CLASSES: dict[str, type[ApiCluster]] = {"api": ApiCluster}
-LEVELS = tuple(CLASSES)
+CLASSES: dict[str, type[ApiCluster]] = {"api": ApiCluster, "node": NodeCluster}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,7 @@ def clear(state_dir: Path) -> bool:
     if not state_dir.exists() and not any(processes.all()):
         return False
     processes.kill_all()
+    cluster_node.remove_traces(state_dir, read_record(state_dir))
     if state_dir.exists():
         shutil.rmtree(state_dir)
     return True
@@ -90,7 +92,7 @@ def status(state_dir: Path) -> Status:
     if not record.get("ready"):
         return Status(cluster=None)
     cluster = CLASSES[record["level"]](state_dir, Endpoints(**record["endpoints"]))
-    running = {part for part, _ in cluster.processes.all()}
+    running = cluster.processes.running()
     return Status(
         cluster=cluster,
         running=tuple(part for part in cluster.parts if part in running),
@@ -109,7 +111,7 @@ def write_record(cluster: ApiCluster, *, ready: bool) -> None:
 def read_record(state_dir: Path) -> dict:  # type: ignore[type-arg]
     try:
         return dict(json.loads(record_path(state_dir).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 

@@ -54,7 +54,12 @@ class Processes:
                 yield environment.get(PART, ""), process
 
     def find(self, part: str) -> list[psutil.Process]:
-        return [process for name, process in self.all() if name == part]
+        """The processes of a part, without those that it has set apart itself, such as containerd's shims."""
+        return [process for name, process in self.all() if name == part and is_of_first_group(process)]
+
+    def running(self) -> set[str]:
+        """The parts that run."""
+        return {name for name, process in self.all() if is_of_first_group(process)}
 
     def stop(self, part: str, *, kill: bool = False, patience_s: float = 30.0) -> None:
         """Ends a part: politely, and after `patience_s` or with `kill` at once by SIGKILL."""
@@ -80,6 +85,14 @@ class Processes:
             log = self.log(part)
             tail = log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:] if log.exists() else "(no log)"
             raise ClusterProblem(f"{part} ended; its log {log} ends with\n{tail}")
+
+
+def is_of_first_group(process: psutil.Process) -> bool:
+    """True in the process group that `start` made together with its session."""
+    try:
+        return os.getpgid(process.pid) == os.getsid(process.pid)
+    except ProcessLookupError:
+        return False
 
 
 def end(processes: list[psutil.Process], *, kill: bool = False, patience_s: float = 30.0) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed import OPERATOR_NAMESPACE, ROOT, Kubectl, Serving
+from cluster_products import engine_pod_template, import_products
+from deployed import OPERATOR_NAMESPACE, ROOT, Kubectl, Serving, helm
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +20,12 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def operator(node_cluster: Any) -> Iterator[Kubectl]:
+def operator(node_cluster: Any) -> Kubectl:
     """The operator, installed by Helm as README says, with images that were made here."""
-    images = node_cluster.import_images()
-    values = ["images.pullPolicy=Never", *images.values()]
-    sets = [argument for value in values for argument in ("--set", value)]
-    node_cluster.helm(
+    values = import_products(node_cluster)
+    sets = [argument for name, value in values.items() for argument in ("--set", f"{name}={value}")]
+    helm(
+        node_cluster,
         "install",
         "moeserving",
         str(ROOT / "charts/moeserving"),
@@ -35,12 +36,12 @@ def operator(node_cluster: Any) -> Iterator[Kubectl]:
         "--timeout=180s",
         *sets,
     )
-    yield Kubectl(node_cluster, OPERATOR_NAMESPACE)
+    return Kubectl(node_cluster, OPERATOR_NAMESPACE)
 
 
 @pytest.fixture
 def serving(operator: Kubectl, node_cluster: Any, namespace: str, tiny_model: Path) -> Iterator[Serving]:
     """A resource in a namespace of its own."""
-    made = Serving(Kubectl(node_cluster, namespace), node_cluster.engine_pod_template(), tiny_model)
+    made = Serving(Kubectl(node_cluster, namespace), engine_pod_template(), tiny_model)
     yield made
     made.kubectl("delete", "moes", "--all", "--timeout=240s")

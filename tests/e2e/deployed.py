@@ -5,6 +5,7 @@ All traffic goes to the test cluster's own Services and pods.
 
 import asyncio
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import yaml
+from cluster_binaries import locate
 
 ROOT = Path(__file__).parents[2]
 OPERATOR_NAMESPACE = "moeserving-system"
@@ -37,6 +39,14 @@ class Kubectl:
 
     def apply(self, document: dict[str, Any]) -> None:
         self("apply", "-f", "-", text=yaml.safe_dump(document))
+
+
+def helm(cluster: Any, *arguments: str) -> str:
+    """Output of helm against the cluster."""
+    command = [str(locate("helm")), "--kubeconfig", str(cluster.kubeconfig), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def wait_for(what: str, look: Callable[[], Any], limit_s: float = 120.0, every_s: float = 0.5) -> Any:

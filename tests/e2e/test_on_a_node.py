@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from deployed import OPERATOR_NAMESPACE, Kubectl, Serving, chat, chat_once, is_ready, wait_for
+from deployed import OPERATOR_NAMESPACE, Kubectl, Serving, chat, chat_once, helm, is_ready, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -74,7 +74,7 @@ class LongStream(threading.Thread):
             "model": "tiny",
             "messages": [{"role": "user", "content": "Tell a long story."}],
             "max_tokens": 3500,
-            "n": 24,
+            "n": 16,
             "ignore_eos": True,
             "stream": True,
         }
@@ -160,7 +160,7 @@ def test_a_pod_that_is_deleted_ends_its_streams_first(serving: Serving) -> None:
     wait_for("the stream runs", lambda: stream.chunks > 20, 60)
     victim = serving.pods("engine")[0]["metadata"]["name"]
     serving.kubectl("delete", "pod", victim, "--wait=false")
-    wait_for("another engine takes its place", lambda: serving.ready_engines(), 300)
+    wait_for("another engine takes its place", serving.ready_engines, 300)
     assert chat_once(serving.url, "And now?")[0] == 200
     stream.join()
     assert (stream.status, stream.error, stream.ended) == (200, "", True)
@@ -260,7 +260,7 @@ def test_a_deleted_resource_leaves_nothing(serving: Serving) -> None:
 
 
 def test_helm_uninstall_leaves_nothing(operator: Kubectl, node_cluster: Any) -> None:
-    node_cluster.helm("uninstall", "moeserving", "--namespace", OPERATOR_NAMESPACE, "--wait")
+    helm(node_cluster, "uninstall", "moeserving", "--namespace", OPERATOR_NAMESPACE, "--wait")
     selector = "app.kubernetes.io/instance=moeserving"
     kinds = "all,configmaps,secrets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,networkpolicies"
     found = operator.items(kinds, selector)

@@ -22,7 +22,8 @@ images = st.sampled_from(["registry.test/engine:1", "moeserving/engine-cpu@sha25
 durations = st.sampled_from(["1s", "90s", "1m30s", "1500ms", "24h", "0.5h"])
 short_durations = st.sampled_from(["1s", "2500ms", "1m"])
 flags = st.booleans()
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
+# The API server reads what is applied as YAML, which has no control characters.
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12)
 
 
 def section(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Document]:
@@ -49,13 +50,14 @@ volumes = st.lists(
 
 def containers(own: str) -> st.SearchStrategy[list[Document]]:
     """Changes of the operator's own container, and a side car."""
+    shm = st.just([{"mountPath": "/dev/shm", "name": "shm", "readOnly": False}])
     changed = st.fixed_dictionaries(
         {"name": st.just(own)},
         optional={
             "resources": st.sampled_from(
                 [
-                    {"requests": {"cpu": "1500m", "memory": "0.5Gi"}},
-                    {"limits": {"memory": "1000Mi", "ephemeral-storage": "1e3"}},
+                    {"requests": {"cpu": "1500m", "ephemeral-storage": "0.5Gi"}},
+                    {"limits": {"cpu": "1k", "ephemeral-storage": "1e3"}},
                     {"requests": {"cpu": 1}},
                 ]
             ),
@@ -67,7 +69,7 @@ def containers(own: str) -> st.SearchStrategy[list[Document]]:
             "imagePullPolicy": st.sampled_from(["Always", "Never", "IfNotPresent"]),
             "livenessProbe": st.just({"periodSeconds": 30}),
             "ports": st.just([{"containerPort": 9000}]),
-            "volumeMounts": st.just([{"mountPath": "/dev/shm", "name": "shm", "readOnly": False}]),
+            **({"volumeMounts": shm} if own == "engine" else {}),
         },
     )
     sidecar = st.sampled_from(
@@ -118,7 +120,9 @@ def pod_templates(own: str) -> st.SearchStrategy[Document]:
 
 @st.composite
 def models(draw: st.DrawFn) -> Document:
-    scheme = draw(st.sampled_from(["hf://org/model", "file:///models/a", "pvc://claim/folder", "pvc://claim", "s3://b/a"]))
+    scheme = draw(
+        st.sampled_from(["hf://org/model", "file:///models/a", "pvc://claim/folder", "pvc://claim", "s3://b/a"])
+    )
     model: Document = {"uri": scheme}
     model |= draw(section(name=st.sampled_from(["served", "Org/Model-1.0:q"])))
     if scheme.startswith("hf"):
@@ -166,9 +170,7 @@ def engines(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
             image=images,
             replicas=st.integers(0, 256),
             resources=resources,
-            args=st.lists(
-                st.sampled_from(["--max-model-len=4096", "--seed", "1", "--é"]), max_size=3
-            ),
+            args=st.lists(st.sampled_from(["--max-model-len=4096", "--seed", "1", "--é"]), max_size=3),
             env=st.dictionaries(st.sampled_from(["A", "_b", "NCCL_DEBUG"]), texts, max_size=2),
             startupTimeout=durations,
             livenessTimeout=durations,
@@ -259,9 +261,7 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
             scheduling=scheduling,
             gateway=gateways,
             autoscaling=autoscaling,
-            metrics=section(
-                serviceMonitor=flags, prometheus=st.just({"url": "http://127.0.0.1:1"})
-            ),
+            metrics=section(serviceMonitor=flags, prometheus=st.just({"url": "http://127.0.0.1:1"})),
             disruption=section(maxUnavailable=st.sampled_from(["0", "1", "25%", "100%", "999"])),
             paused=st.just(False),
         )
@@ -275,7 +275,27 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
     return {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": metadata, "spec": spec}
 
 
-JUNK = [None, True, -1, 0, 1.5, 10**12, "", " ", "x", "-5m", "10", "1d", "4 Gi", "1e400", "\n", [], ["x", 3], {}, {"x": 1}]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**12,
+    "",
+    " ",
+    "x",
+    "-5m",
+    "10",
+    "1d",
+    "4 Gi",
+    "1e400",
+    "\n",
+    [],
+    ["x", 3],
+    {},
+    {"x": 1},
+]
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -295,11 +315,11 @@ def mutated(draw: st.DrawFn) -> Document:
             parent = parent[name]
         match draw(st.sampled_from(["replace", "remove", "add"])):
             case "replace":
-                parent[last] = draw(st.sampled_from(JUNK))
+                parent[last] = deepcopy(draw(st.sampled_from(JUNK)))
             case "remove":
                 del parent[last]
             case "add" if isinstance(parent, dict):
-                parent["unknownField"] = draw(st.sampled_from(JUNK))
+                parent["unknownField"] = deepcopy(draw(st.sampled_from(JUNK)))
         document.setdefault("spec", {})
         if not isinstance(document["spec"], dict) or not places({"spec": document["spec"]}):
             break

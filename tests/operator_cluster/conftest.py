@@ -1,27 +1,31 @@
-"""The API cluster with the CRD of MoEServing, and a kubeconfig for the operator."""
+"""The API cluster with the CRD of MoEServing."""
 
 from pathlib import Path
 
 import pytest
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
+from operator_process import eventually
 
-ROOT = Path(__file__).parents[2]
-CRD = ROOT / "crds" / "moeserving.yaml"
-NO_CONTROL_NAMESPACE = "default"
+CRD = Path(__file__).parents[2] / "crds" / "moeserving.yaml"
 
 
 @pytest.fixture(scope="session")
 def serving_cluster(api_cluster: ApiCluster) -> ApiCluster:
     """The API cluster, with the CRD."""
     api_cluster.kubectl("apply", "--server-side", "-f", CRD)
-    api_cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/moeservings.moeserving.dev")
+    eventually(lambda: serves(api_cluster), "the new kind is served")
     return api_cluster
+
+
+def serves(cluster: ApiCluster) -> bool:
+    try:
+        cluster.kubectl("get", "moeservings", "-A")
+    except ClusterProblem:
+        return False
+    return True
 
 
 @pytest.fixture
 def kubeconfig(serving_cluster: ApiCluster) -> Path:
     return serving_cluster.kubeconfig
-
-
-__all__ = ["ClusterProblem"]

@@ -16,13 +16,14 @@ from moe_operator.kubernetes.kinds import CHILDREN, SERVING, WATCHED, Kind
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults
+from moe_operator.plan.names import APPLIED
 
 Document = dict[str, Any]
 NO_WRITES = ("get", "list", "dry run")
 CLAIM = next(kind for kind in CHILDREN if kind.name == "PersistentVolumeClaim")
 MOST_PASSES = 12
 # Differ from object to object and from time to time, and are the API server's.
-_SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "selfLink", "ownerReferences")
+_SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "ownerReferences")
 
 
 def writes(api: Api) -> dict[tuple[str, str], int]:
@@ -31,14 +32,13 @@ def writes(api: Api) -> dict[tuple[str, str], int]:
 
 
 @contextlib.asynccontextmanager
-async def connect(kubeconfig: Path) -> AsyncIterator[Api]:
-    """The API as the operator uses it."""
-    config = KubeConfig.from_file(kubeconfig).get()
-    api = Api(AsyncClient(config, timeout=httpx2.Timeout(30.0), trust_env=False))
+async def connect(kubeconfig: Path) -> AsyncIterator[AsyncClient]:
+    """A client of the API server."""
+    client = AsyncClient(KubeConfig.from_file(kubeconfig).get(), timeout=httpx2.Timeout(30.0), trust_env=False)
     try:
-        yield api
+        yield client
     finally:
-        await api.close()
+        await client.close()
 
 
 class FreshOperator:
@@ -78,8 +78,8 @@ class FreshOperator:
 @contextlib.asynccontextmanager
 async def started(kubeconfig: Path, *namespaces: str) -> AsyncIterator[FreshOperator]:
     """A fresh operator that has listed what there is."""
-    async with connect(kubeconfig) as api, aiohttp.ClientSession() as session:
-        operator = FreshOperator(api, session, namespaces)
+    async with connect(kubeconfig) as client, aiohttp.ClientSession() as session:
+        operator = FreshOperator(Api(client), session, namespaces)
         await operator.relist()
         yield operator
 
@@ -91,11 +91,7 @@ async def let_go_of_claims(api: Api, store: Store, key: Key) -> None:
         if now is None:
             store.remove(CLAIM, live)
         elif "deletionTimestamp" in now["metadata"]:
-            client: Any = api._client
-            with contextlib.suppress(httpx2.HTTPError):
-                await client.patch(
-                    CLAIM.resource, now["metadata"]["name"], {"metadata": {"finalizers": None}}, namespace=key.namespace
-                )
+            await api.merge(CLAIM, key.namespace, now["metadata"]["name"], {"metadata": {"finalizers": None}})
             store.remove(CLAIM, now)
 
 
@@ -114,13 +110,18 @@ async def fetch_serving(api: Api, key: Key) -> Document | None:
 
 
 def comparable(document: Document) -> Document:
-    """An object without what differs between two that are made alike."""
+    """An object without what differs between two that are made alike: what the API server chose, and the token."""
     metadata = {name: value for name, value in document["metadata"].items() if name not in _SERVERS_OWN}
+    # The digest is over the owner's uid, too.
+    metadata["annotations"] = {
+        name: value for name, value in metadata.get("annotations", {}).items() if name != APPLIED
+    }
+    rest = {name: value for name, value in document.items() if name != "status"}
     if document["kind"] == "Secret":
-        document = document | {"data": sorted(document.get("data", {}))}
-        # The digest is over the token, too.
-        metadata = metadata | {"annotations": sorted(metadata.get("annotations", {}))}
-    return {name: value for name, value in document.items() if name != "status"} | {"metadata": metadata}
+        rest["data"] = sorted(document.get("data", {}))
+    if document["kind"] == "Service" and document["spec"]["clusterIP"] != "None":
+        rest["spec"] = {name: value for name, value in document["spec"].items() if not name.startswith("clusterIP")}
+    return rest | {"metadata": metadata}
 
 
 def conditions(document: Document) -> dict[str, Document]:

@@ -1,21 +1,28 @@
 """Any valid resource becomes real and then costs nothing; any invalid one is refused or told."""
 
 import asyncio
+import base64
+import contextlib
 import json
+import ssl
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fresh_operator import FreshOperator, conditions, fetch_serving, started, writes
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
-from lightkube import ApiError
+from lightkube import KubeConfig
 from moe_operator.api import parse_resource
+from moe_operator.api.resource import API_VERSION
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Key
 from moe_scheduling.problems import InvalidInput
 from resource_strategies import documents, mutated
+from serving_documents import serving
 
 VALID, INVALID = 200, 500
 AT_A_TIME = 4
@@ -74,3 +81,74 @@ async def test_every_valid_resource_becomes_real_and_a_new_operator_then_writes_
         for document in chosen:
             await another.reconciler.reconcile(Key(namespace, document["metadata"]["name"]))
             assert writes(another.api) == {}, document
+
+
+def is_valid(document: Document) -> bool:
+    try:
+        parse_resource(document)
+    except InvalidInput:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def strict_client(kubeconfig: Path, namespace: str) -> AsyncIterator[httpx2.AsyncClient]:
+    """Posts resources as kubectl does: an unknown field is an error."""
+    config = KubeConfig.from_file(kubeconfig).get()
+    authority = base64.b64decode(config.cluster.certificate_auth_data or "").decode()
+    path = f"/apis/{API_VERSION}/namespaces/{namespace}/moeservings"
+    async with httpx2.AsyncClient(
+        base_url=f"{config.cluster.server}{path}",
+        params={"fieldValidation": "Strict"},
+        headers={"Authorization": f"Bearer {config.user.token}"},
+        verify=ssl.create_default_context(cadata=authority),
+        trust_env=False,
+    ) as client:
+        yield client
+
+
+@pytest.mark.timeout(600)
+async def test_every_invalid_resource_is_refused_by_the_api_server_or_told_by_a_condition(
+    kubeconfig: Path, namespace: str
+) -> None:
+    chosen = [document for document in examples(mutated(), 2 * INVALID) if not is_valid(document)][:INVALID]
+    assert len(chosen) == INVALID
+    outcomes: Counter[str] = Counter()
+    async with started(kubeconfig, namespace) as operator, strict_client(kubeconfig, namespace) as client:
+        for document in with_names_of_their_own(chosen):
+            answer = await client.post("", json=document)
+            assert answer.status_code in (201, 400, 422), answer.text
+            outcomes["refused" if answer.is_error else "told"] += 1
+            if answer.is_success:
+                await assert_told(operator, Key(namespace, document["metadata"]["name"]))
+    assert outcomes["refused"] > 0.9 * INVALID, f"the schema says too little: {outcomes}"
+
+
+async def assert_told(operator: FreshOperator, key: Key) -> None:
+    operator.store.put(SERVING, await fetch_serving(operator.api, key) or {})
+    assert await operator.reconciler.reconcile(key) is None
+    live = await fetch_serving(operator.api, key) or {}
+    assert conditions(live)["Degraded"]["reason"] == "InvalidSpec", live
+    assert operator.children(key) == {}, "nothing is made of what is invalid"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"model": {"uri": "pvc:///folder"}},
+            "spec.model.uri: the name of a claim is needed, such as pvc://models/qwen3",
+        ),
+        (
+            {"model": {"uri": "file://folder"}},
+            "spec.model.uri: an absolute folder in the container is needed in a cluster, got 'file://folder'",
+        ),
+    ],
+)
+async def test_what_only_a_plan_can_tell_is_told_by_a_condition(
+    kubeconfig: Path, namespace: str, spec: Document, message: str
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await create(operator, namespace, serving(**spec))
+        await assert_told(operator, key)
+        assert conditions(await fetch_serving(operator.api, key) or {})["Degraded"]["message"] == message

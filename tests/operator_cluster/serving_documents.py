@@ -1,0 +1,20 @@
+"""Resources of these tests, as people write them."""
+
+from copy import deepcopy
+from typing import Any
+
+Document = dict[str, Any]
+MINIMAL: Document = {
+    "apiVersion": "moeserving.dev/v1alpha1",
+    "kind": "MoEServing",
+    "metadata": {"name": "tiny"},
+    "spec": {"model": {"uri": "hf://org/tiny"}},
+}
+
+
+def serving(name: str = "tiny", **sections: Any) -> Document:
+    """A resource with these sections of its spec."""
+    document = deepcopy(MINIMAL)
+    document["metadata"]["name"] = name
+    document["spec"] |= sections
+    return document

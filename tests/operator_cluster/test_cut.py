@@ -1,0 +1,122 @@
+"""An operator that is killed at any moment: the next one goes on, and what comes of it is the same."""
+
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fresh_operator import FreshOperator, comparable, connect, fetch_children, fetch_serving, let_go_of_claims
+from lightkube import AsyncClient
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import SERVING
+from moe_operator.kubernetes.store import Key
+from serving_documents import serving
+
+KILLS, LIVES = 100, 14
+MOST_CALLS_BETWEEN_KILLS = 14
+Document = dict[str, Any]
+State = dict[tuple[str, str], Document]
+
+CACHE = {"path": "/cache", "size": "1Gi"}
+BEFORE = serving(model={"uri": "hf://org/tiny", "cache": CACHE}, engine={"replicas": 2})
+AFTER = serving(
+    model={"uri": "hf://org/tiny"},
+    engine={"replicas": 3, "args": ["--seed=1"], "canary": {"weight": 20}},
+    gateway={"service": {"port": 8080}},
+)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Scissors:
+    """A client that ends with its process: before a call reaches the API server, or after it did."""
+
+    def __init__(self, client: Any, calls_left: int, *, after: bool) -> None:
+        self._client, self._calls_left, self._after = client, calls_left, after
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return self._cutting(method) if name in ("patch", "create", "replace", "delete", "get") else method
+
+    def _cutting(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(*arguments: Any, **options: Any) -> Any:
+            self._calls_left -= 1
+            if self._calls_left == 0 and not self._after:
+                raise Killed
+            answer = await method(*arguments, **options)
+            if self._calls_left == 0:
+                raise Killed
+            return answer
+
+        return call
+
+
+class Life:
+    """A resource from its creation to its end, under operators that are killed and replaced."""
+
+    def __init__(
+        self, client: AsyncClient, session: aiohttp.ClientSession, key: Key, gaps: list[int], chance: random.Random
+    ) -> None:
+        self._client, self._api, self._session, self.key = client, Api(client), session, key
+        self._gaps, self._chance, self.kills = gaps, chance, 0
+
+    async def run(self) -> list[State]:
+        """The children after each part of the life."""
+        place = {"name": self.key.name, "namespace": self.key.namespace}
+        await self._api.create(SERVING, BEFORE | {"metadata": place})
+        await self._start()
+        states = [await self._settle()]
+        patch = {"spec": AFTER["spec"] | {"model": {"cache": None}}}
+        await self._api.merge(SERVING, self.key.namespace, self.key.name, patch)
+        states.append(await self._settle())
+        await self._api.delete(SERVING, {"metadata": place})
+        states.append(await self._settle())
+        assert await fetch_serving(self._api, self.key) is None
+        return states
+
+    async def _start(self) -> None:
+        api = self._api
+        if self._gaps:
+            scissors: Any = Scissors(self._client, self._gaps.pop(), after=self._chance.random() < 0.5)
+            api = Api(scissors)
+        self._operator = FreshOperator(api, self._session, [self.key.namespace])
+        await self._operator.relist()
+
+    async def _settle(self) -> State:
+        while True:
+            try:
+                await self._operator.relist()
+                await self._operator.settle(self.key)
+                break
+            except Killed:
+                self.kills += 1
+                await self._start()
+        await let_go_of_claims(self._api, self._operator.store, self.key)
+        found = await fetch_children(self._api, self.key.namespace)
+        return {place: comparable(document) for place, document in found.items()}
+
+
+async def live(kubeconfig: Path, namespace: str, kills: int, seed: int) -> tuple[list[State], int]:
+    chance = random.Random(seed)
+    gaps = [chance.randint(1, MOST_CALLS_BETWEEN_KILLS) for _ in range(kills)]
+    async with connect(kubeconfig) as client, aiohttp.ClientSession() as session:
+        life = Life(client, session, Key(namespace, "tiny"), gaps, chance)
+        return await life.run(), life.kills
+
+
+@pytest.mark.timeout(600)
+async def test_killed_at_a_hundred_moments_it_comes_to_the_same_objects_and_leaves_none(
+    kubeconfig: Path, namespace: str
+) -> None:
+    wanted, _ = await live(kubeconfig, namespace, 0, 0)
+    assert [len(state) for state in wanted] == [15, 17, 0]
+    total = 0
+    for seed in range(LIVES):
+        found, kills = await live(kubeconfig, namespace, 12, seed)
+        assert found == wanted, f"seed {seed}"
+        total += kills
+    assert total >= KILLS

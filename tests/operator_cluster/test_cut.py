@@ -14,7 +14,7 @@ from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 
-KILLS, LIVES = 100, 14
+KILLS, LIVES, KILLS_IN_A_LIFE = 100, 14, 12
 MOST_CALLS_BETWEEN_KILLS = 14
 Document = dict[str, Any]
 State = dict[tuple[str, str], Document]
@@ -47,10 +47,11 @@ class Scissors:
             self._calls_left -= 1
             if self._calls_left == 0 and not self._after:
                 raise Killed
-            answer = await method(*arguments, **options)
-            if self._calls_left == 0:
-                raise Killed
-            return answer
+            try:
+                return await method(*arguments, **options)
+            finally:
+                if self._calls_left == 0:
+                    raise Killed
 
         return call
 
@@ -116,7 +117,7 @@ async def test_killed_at_a_hundred_moments_it_comes_to_the_same_objects_and_leav
     assert [len(state) for state in wanted] == [15, 17, 0]
     total = 0
     for seed in range(LIVES):
-        found, kills = await live(kubeconfig, namespace, 12, seed)
+        found, kills = await live(kubeconfig, namespace, KILLS_IN_A_LIFE, seed)
         assert found == wanted, f"seed {seed}"
         total += kills
     assert total >= KILLS

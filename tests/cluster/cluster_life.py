@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cluster_node
 from cluster_api import ApiCluster, Endpoints
@@ -59,9 +60,10 @@ def up(level: str, state_dir: Path, *, tied: bool = False) -> ApiCluster:
             return present.cluster
         clear(state_dir)
         cluster = CLASSES[level].new(state_dir, tied=tied)
-        write_record(cluster, ready=False)
+        record = cluster.record()
+        write_record(state_dir, record | {"ready": False})
         cluster.start()
-        write_record(cluster, ready=True)
+        write_record(state_dir, record | {"ready": True})
         return cluster
 
 
@@ -79,7 +81,8 @@ def clear(state_dir: Path) -> bool:
     if not state_dir.exists() and not any(processes.all()):
         return False
     processes.kill_all()
-    cluster_node.remove_traces(state_dir, read_record(state_dir))
+    record = read_record(state_dir)
+    cluster_node.remove_traces(state_dir, record.get("made", []), record.get("number"))
     if state_dir.exists():
         shutil.rmtree(state_dir)
     return True
@@ -100,15 +103,15 @@ def status(state_dir: Path) -> Status:
     )
 
 
-def write_record(cluster: ApiCluster, *, ready: bool) -> None:
-    cluster.state_dir.mkdir(parents=True, exist_ok=True)
-    path = record_path(cluster.state_dir)
+def write_record(state_dir: Path, record: dict[str, object]) -> None:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    path = record_path(state_dir)
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(cluster.record() | {"ready": ready}, indent=1))
+    fresh.write_text(json.dumps(record, indent=1))
     fresh.rename(path)
 
 
-def read_record(state_dir: Path) -> dict:  # type: ignore[type-arg]
+def read_record(state_dir: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(record_path(state_dir).read_text()))
     except (FileNotFoundError, json.JSONDecodeError):

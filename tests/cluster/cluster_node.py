@@ -94,7 +94,8 @@ class NodeCluster(ApiCluster):
         return ("node", *super().parts, *controllers, "containerd", "kubelet", "kube-proxy", "coredns")
 
     def record(self) -> dict[str, object]:
-        return super().record() | {"made": [folder for folder in HIDDEN if not Path(folder).exists()]}
+        absent = [folder for folder in HIDDEN if not Path(folder).exists()]
+        return super().record() | {"made": absent, "number": self.number}
 
     def start(self) -> None:
         self._make_namespaces()
@@ -329,16 +330,16 @@ def cgroup_folders(state_dir: Path) -> list[Path]:
     return [folder.resolve() / cgroup_name(state_dir) for folder in CGROUPS.iterdir() if folder.is_dir()]
 
 
-def remove_traces(state_dir: Path, record: dict[str, object]) -> None:
-    """What outlives the node's first process."""
+def remove_traces(state_dir: Path, made: list[str], number: int | None) -> None:
+    """What outlives the node's first process: its cgroup, the folders `made` for its mounts, for a moment the link."""
     deadline_s = time.monotonic() + PATIENCE_S
     for folder in cgroup_folders(state_dir):
         while folder.exists() and not remove_cgroup(folder) and time.monotonic() < deadline_s:
             time.sleep(0.05)
-    for made in record.get("made", ()):  # type: ignore[attr-defined]
-        Path(made).rmdir()
-    number = str(record.get("endpoints", {}).get("host", "...")).split(".")[2]  # type: ignore[attr-defined]
-    while f"moetest{number}" in psutil.net_if_addrs() and time.monotonic() < deadline_s:
+    for name in made:
+        if Path(name).exists():
+            Path(name).rmdir()
+    while number is not None and link_name(number) in psutil.net_if_addrs() and time.monotonic() < deadline_s:
         time.sleep(0.05)
 
 

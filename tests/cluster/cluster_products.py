@@ -44,7 +44,7 @@ def import_products(cluster: NodeCluster) -> dict[str, str]:
         root = Path(folder, "root")
         environment = {"PATH": PATH, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
         say("making the image of operator and gateway")
-        shutil.copytree(dependencies_root(), root, symlinks=True)
+        copy_root(dependencies_root(), root)
         install(root)
         cluster.load_image(
             Image(name=OPERATOR, entrypoint=["moeserving"], user="65532:65532", environment=environment), root
@@ -77,7 +77,7 @@ def dependencies_root() -> Path:
                     shutil.rmtree(old)
             fresh = kept.with_suffix(".making")
             shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(base, fresh, symlinks=True)
+            copy_root(base, fresh)
             run_inside(fresh, "python3", "-m", "venv", PREFIX)
             install(fresh)
             fresh.rename(kept)
@@ -96,6 +96,11 @@ def install(root: Path) -> None:
     shutil.rmtree(source)
 
 
+def copy_root(source: Path, target: Path) -> None:
+    """A file system has device nodes: they are copied, not read."""
+    subprocess.run(["cp", "--archive", source, target], check=True)
+
+
 def run_inside(root: Path, *command: str) -> None:
     """Runs in the image's file system, with this machine's network and way to packages."""
     lent = lend_network(root)
@@ -103,7 +108,9 @@ def run_inside(root: Path, *command: str) -> None:
         name: value for name, value in os.environ.items() if name in LENT or name.lower().endswith("_proxy")
     }
     try:
-        done = subprocess.run(["chroot", root, *command], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["/usr/sbin/chroot", root, *command], env=environment, capture_output=True, text=True, check=False
+        )
     finally:
         for file, before in lent.items():
             file.unlink(missing_ok=True)

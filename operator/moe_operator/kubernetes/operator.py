@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import httpx2
@@ -132,6 +132,8 @@ class Operator:
             registry=registry,
             settings=self._kopf_settings(),
             standalone=True,
+            # Else kopf asks for the name of the user, which in a container has none.
+            identity=cast(Any, self._settings.identity),
             clusterwide=not namespaces,
             namespaces=namespaces,
             liveness_endpoint=f"http://0.0.0.0:{self._settings.liveness_port}/healthz",

@@ -12,7 +12,6 @@ from cluster_api import ApiCluster
 from cluster_node import NodeCluster, why_not
 
 BUILD_TIMEOUT_S = 1800.0
-NODE_TIMEOUT_S = 600.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,6 +52,8 @@ def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
     )
     name = f"test-{uuid.uuid4().hex[:10]}"
     cluster.kubectl("create", "namespace", name)
+    if cluster.level == "node":
+        cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=60s")
     yield name
     # Where a namespace controller runs this also ends the pods; elsewhere the name alone keeps tests apart.
     cluster.kubectl("delete", "namespace", name, "--wait=false")

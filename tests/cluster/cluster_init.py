@@ -1,6 +1,6 @@
 """First process of a node: it holds the node's namespaces and reaps orphans.
 
-Run as a program by cluster_node. When it ends, by SIGTERM or by any other way, the kernel ends every process of the node
+Run as a program by cluster_node. When it ends, by SIGTERM or otherwise, the kernel ends every process of the node
 and takes its mounts, links and packet rules with them.
 """
 

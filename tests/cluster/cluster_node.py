@@ -40,6 +40,7 @@ CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 # Programs keep things here and cannot be told not to: in the node they are memory.
 HIDDEN = ("/run", "/var/log", "/var/lib/kubelet", "/var/lib/cni")
 CGROUPS = Path("/sys/fs/cgroup")
+LINK = "moetest"
 CLUSTERS = range(64)  # how many may run on one machine
 PATIENCE_S = 20.0
 
@@ -94,8 +95,7 @@ class NodeCluster(ApiCluster):
         return ("node", *super().parts, *controllers, "containerd", "kubelet", "kube-proxy", "coredns")
 
     def record(self) -> dict[str, object]:
-        absent = [folder for folder in HIDDEN if not Path(folder).exists()]
-        return super().record() | {"made": absent, "number": self.number}
+        return super().record() | {"made": missing_folders(), "number": self.number}
 
     def start(self) -> None:
         self._make_namespaces()
@@ -242,7 +242,7 @@ state = "/run/containerd"
         return {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge | {"ipam": addresses}, ports]}
 
     def _kubelet_config(self) -> dict[str, object]:
-        """`failCgroupV1`, `oomScoreAdj`, the gate: for machines with cgroup v1 and without all rights over the kernel."""
+        """`failCgroupV1`, `oomScoreAdj`, the gate: for machines with cgroup v1 or without full rights."""
         return {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
@@ -315,8 +315,19 @@ def check_machine(state_dir: Path) -> None:
     require(NODE_PACKAGES)
 
 
+def missing_folders() -> list[str]:
+    """Those that this machine has not, or has only since another node cluster runs."""
+    others = has_links()
+    return [name for name in HIDDEN if not Path(name).exists() or (others and not any(Path(name).iterdir()))]
+
+
+def has_links() -> bool:
+    """True while a node cluster runs on this machine."""
+    return any(name.startswith(LINK) for name in psutil.net_if_addrs())
+
+
 def link_name(number: int) -> str:
-    return f"moetest{number}"
+    return f"{LINK}{number}"
 
 
 def cgroup_name(state_dir: Path) -> str:
@@ -331,16 +342,17 @@ def cgroup_folders(state_dir: Path) -> list[Path]:
 
 
 def remove_traces(state_dir: Path, made: list[str], number: int | None) -> None:
-    """What outlives the node's first process: its cgroup, the folders `made` for its mounts, for a moment the link."""
+    """What outlives the node's first process: its cgroup, for a moment the link, the folders `made` for its mounts."""
     deadline_s = time.monotonic() + PATIENCE_S
     for folder in cgroup_folders(state_dir):
         while folder.exists() and not remove_cgroup(folder) and time.monotonic() < deadline_s:
             time.sleep(0.05)
-    for name in made:
-        if Path(name).exists():
-            Path(name).rmdir()
     while number is not None and link_name(number) in psutil.net_if_addrs() and time.monotonic() < deadline_s:
         time.sleep(0.05)
+    # Without its folder another node would lose the mount on it: the last one takes them away.
+    for name in [] if has_links() else made:
+        if Path(name).exists():
+            Path(name).rmdir()
 
 
 def remove_cgroup(folder: Path) -> bool:

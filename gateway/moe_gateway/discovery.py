@@ -10,8 +10,8 @@ missed, or a connection that died unseen, stays wrong for longer.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
 from typing import cast
 
 from lightkube import AsyncClient
@@ -57,6 +57,7 @@ class Discovery:
         namespace: where the Services are; None is the client's own.
         ranks: data-parallel ranks of each engine.
         tell: called with all engines after each change of a slice.
+        relist_s: longest time until the slices are listed again.
 
     Attributes:
         synced: whether the API server has answered once.
@@ -68,9 +69,12 @@ class Discovery:
         namespace: str | None,
         ranks: int,
         tell: Tell,
+        *,
+        relist_s: float = RELIST_S,
     ) -> None:
         self.synced = False
         self._client, self._namespace, self._ranks, self._tell = client, namespace, ranks, tell
+        self._relist_s = relist_s
         self._slices: dict[str, EndpointSlice] = {}
 
     async def run(self, groups: Collection[str]) -> None:
@@ -87,7 +91,6 @@ class Discovery:
                     log.info("the API server answers again")
                 wait_s, lost = FIRST_RETRY_S, False
                 await self._watch(groups, version)
-            except TimeoutError:
                 continue
             except Exception as error:
                 # Whatever an API server says or fails to say, the engines stay and it is asked again.
@@ -109,6 +112,7 @@ class Discovery:
         return listed.resourceVersion
 
     async def _watch(self, groups: Collection[str], version: str) -> None:
+        """Follows the changes until it is time for another list."""
         watched = self._client.watch(
             EndpointSlice,
             namespace=self._namespace,
@@ -117,7 +121,7 @@ class Discovery:
             resource_version=version,
         )
         events = cast(AsyncGenerator[tuple[str, EndpointSlice]], watched)
-        async with asyncio.timeout(RELIST_S), aclosing(events):
+        async with aclosing(events), _at_most(self._relist_s):
             async for kind, row in events:
                 changed = name_of_slice(row)
                 slices = {name: known for name, known in self._slices.items() if name != changed}
@@ -128,6 +132,20 @@ class Discovery:
         self._tell(read_endpoints(slices.values(), groups, self._ranks))
 
 
+@asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    """Ends what is within after so long; its own failures pass, those that are timeouts too."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+
+
 def _is_gone(error: Exception) -> bool:
-    """The version to watch from is too old: nothing is wrong, it takes another list."""
-    return isinstance(error, ApiError) and error.status.code == GONE
+    """The version to watch from is too old, said by an event or by the status: it takes another list, no more."""
+    if isinstance(error, ApiError):
+        return error.status.code == GONE
+    return getattr(getattr(error, "response", None), "status_code", None) == GONE

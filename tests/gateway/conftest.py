@@ -21,6 +21,8 @@ from moe_gateway.configuration import parse_model
 from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway
 
+from tests.gateway.fake_api import FakeApi
+
 TOKEN = "a-token"
 PATIENCE_S = 10.0
 
@@ -472,7 +474,7 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
             "listen": {"port": free_port()},
             "admin": {"port": free_port()},
             "token_file": str(tmp_path / "token"),
-            "engines": [engine.address | {"ranks": ranks} for engine in engines],
+            **({"engines": [engine.address | {"ranks": ranks} for engine in engines]} if engines else {}),
             **sections,
         }
         config = parse_model(GatewayConfig, document)
@@ -487,3 +489,27 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
     yield start
     for served in running:
         await served.close()
+
+
+@pytest.fixture
+async def api(unreported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeApi]:
+    """An API server, which gateways find by `KUBECONFIG`."""
+    server = FakeApi(tmp_path, free_port())
+    await server.start()
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def discover(serve: Any, api: FakeApi) -> Callable[..., Awaitable[Served]]:
+    """Starts a gateway that finds its engines there: in the group `tiny-engine`, unless other weights are given."""
+
+    async def start(weights: dict[str, int] | None = None, *, synced: bool = True, **sections: Any) -> Served:
+        groups = [{"service": name, "weight": weight} for name, weight in (weights or {"tiny-engine": 100}).items()]
+        served = await serve(ready=False, discovery={"namespace": "models", "groups": groups}, **sections)
+        if synced:
+            await until(lambda: served.gateway.ready, "an answer of the API server")
+        return served
+
+    return start

@@ -25,6 +25,7 @@ from tests.gateway.fake_api import FakeApi
 
 TOKEN = "a-token"
 PATIENCE_S = 10.0
+IN_FORCE_WITHIN_S = 1.0
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
@@ -127,7 +128,8 @@ async def never(_request: Received, _writer: asyncio.StreamWriter) -> None:
 class PeerServer:
     """A server on a loopback port that can be stopped and started again at the same port."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.port = free_port()
         self.connections = 0
         self._server: asyncio.AbstractServer | None = None
@@ -136,10 +138,10 @@ class PeerServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=2**26)
+        self._server = await asyncio.start_server(self._accept, self.host, self.port, limit=2**26)
 
     async def stop(self) -> None:
         """Ends all connections by a reset and listens no more."""
@@ -171,8 +173,8 @@ class PeerServer:
 class MockEngine(PeerServer):
     """An HTTP server that answers by `script`; what a scrape asks for is answered by itself."""
 
-    def __init__(self, name: str, script: Script = answer_ok) -> None:
-        super().__init__()
+    def __init__(self, name: str, script: Script = answer_ok, host: str = "127.0.0.1") -> None:
+        super().__init__(host)
         self.name = name
         self.script = script
         self.requests: list[Received] = []
@@ -243,8 +245,8 @@ class MockEngine(PeerServer):
 class FakeAgent(PeerServer):
     """A node agent as the gateway sees it: a stream of snapshots, the newest now and then again."""
 
-    def __init__(self, engine_url: str, ranks: int = 1) -> None:
-        super().__init__()
+    def __init__(self, engine_url: str, ranks: int = 1, host: str = "127.0.0.1") -> None:
+        super().__init__(host)
         self.mute = False
         self._changed: set[asyncio.Event] = set()
         self.state: dict[str, Any] = {
@@ -419,6 +421,17 @@ class Served:
     def in_flight(self) -> int:
         return sum(books.in_flight for books in self.gateway.dispatcher.books.values())
 
+    @property
+    def accepting(self) -> set[str]:
+        """Names of the engines that get new work."""
+        return {target.server for target, row in self.gateway.dispatcher.books.items() if row.accepting}
+
+    async def takes(self, *engines: MockEngine) -> None:
+        """What was just told of engines is in force within its bound: these get new work and no others."""
+        names, told_s = {engine.name for engine in engines}, time.monotonic()
+        await until(lambda: self.accepting == names, f"work for {sorted(names)} alone")
+        assert time.monotonic() - told_s < IN_FORCE_WITHIN_S
+
     def books(self, name: str, rank: int = 0) -> Any:
         return next(row for target, row in self.gateway.dispatcher.books.items() if target == (name, rank))
 
@@ -447,14 +460,20 @@ async def make_engine(unreported: Any) -> AsyncIterator[Callable[..., Awaitable[
     engines: list[MockEngine] = []
 
     async def make(
-        script: Script = answer_ok, *, name: str = "", agent: bool = True, ranks: int = 1, start: bool = True
+        script: Script = answer_ok,
+        *,
+        name: str = "",
+        agent: bool = True,
+        ranks: int = 1,
+        start: bool = True,
+        host: str = "127.0.0.1",
     ) -> MockEngine:
-        engine = MockEngine(name or f"engine-{len(engines)}", script)
+        engine = MockEngine(name or f"engine-{len(engines)}", script, host)
         engines.append(engine)
         if start:
             await engine.start()
         if agent:
-            engine.agent = FakeAgent(engine.url, ranks)
+            engine.agent = FakeAgent(engine.url, ranks, host)
             await engine.agent.start()
         return engine
 

@@ -36,9 +36,9 @@ def make_slice(name: str, service: str, rows: dict[str, dict[str, Any]], **chang
 
 
 def engine_slice(engine: Any, service: str = "tiny-engine", *, name: str = "", **conditions: Any) -> dict[str, Any]:
-    """A slice of one engine on loopback, under the ports that it has."""
+    """A slice of one engine, at its address and under the ports that it has."""
     ports = [{"name": "engine", "port": engine.port}, {"name": "agent", "port": engine.agent.port}]
-    rows = {engine.name: {"address": "127.0.0.1", **conditions}}
+    rows = {engine.name: {"address": engine.host, **conditions}}
     return make_slice(name or f"slice-{engine.name}", service, rows, ports=ports)
 
 

@@ -66,14 +66,48 @@ class PoliciesInForce(Section):
     )
 
 
-class ExpertsStatus(Section):
-    """The experts of the engines."""
+class ExpertDecision(Section):
+    """What the engine last decided about its experts."""
 
+    outcome: str = Field(
+        description="`moved`, `stayed`, `dryRun` (would have moved), `rolledBack`, `applied` (by hand) or `failed`."
+    )
+    reason: Annotated[str, Field(max_length=1024)] = Field(default="", description="Why, in words.")
+    time: AwareDatetime = Field(description="When it was made.")
+    moves: Natural = Field(default=0, description="Experts that were moved, or would have been.")
+    balance_before: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="Load of the busiest rank over the mean, before."
+    )
+    balance_after: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="The same after it, as predicted."
+    )
+
+
+class ExpertProblem(Section):
+    """What is wrong with the experts of an engine."""
+
+    kind: str = Field(description="In one word for programs: `no_decision`, `slow_move`, `version_skew` or `backoff`.")
+    message: Annotated[str, Field(max_length=1024)] = Field(default="", description="In words for people.")
+
+
+class ExpertsStatus(Section):
+    """The experts of the engine whose ranks are the least balanced."""
+
+    engine: str = Field(default="", description="Name of that engine; empty while none has an expert group.")
+    mode: str | None = Field(default=None, description="The mode in force; absent while no engine tells it.")
     balance: Annotated[float, Field(ge=1)] | None = Field(
         default=None,
-        description="Load of the busiest expert-parallel rank over the mean, of the worst engine; absent while nothing "
-        "records it.",
+        description="Load of the busiest expert-parallel rank over the mean, mean over the layers; absent while "
+        "nothing records it.",
     )
+    remote_fraction: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="Part of the tokens whose expert is on another rank than they are, 0 to 1."
+    )
+    placement_version: Natural | None = Field(
+        default=None, description="Version of the placement; it rises by one at each change of it."
+    )
+    last_decision: ExpertDecision | None = Field(default=None, description="What was last decided there.")
+    problems: tuple[ExpertProblem, ...] = Field(default=(), description="What is wrong there.")
 
 
 class Status(Section):
@@ -91,7 +125,9 @@ class Status(Section):
     numbers_at: AwareDatetime | None = Field(
         default=None, description="When the numbers of the engines and `ttft` were taken."
     )
-    experts: ExpertsStatus = Field(default=ExpertsStatus(), description="The experts of the engines.")
+    experts: ExpertsStatus = Field(
+        default=ExpertsStatus(), description="The experts of the engine whose ranks are the least balanced."
+    )
     endpoint: str = Field(default="", description="URL for clients.")
     policies: PoliciesInForce = Field(default=PoliciesInForce(), description="The policies that run.")
     engines: tuple[EngineStatus, ...] = Field(default=(), description="Each engine in brief.")

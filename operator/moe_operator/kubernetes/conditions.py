@@ -1,15 +1,17 @@
 """The conditions of a resource. Pure: from what was seen to what holds, each with a reason and what to do."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
+from moe_operator.experts.report import CONDITION as BALANCED
+from moe_operator.experts.report import TO_ACT_ON, judge_experts
 from moe_operator.kubernetes.diagnosis import Finding
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
-LIMITED, BALANCED = "AutoscalingLimited", "ExpertsBalanced"
+LIMITED = "AutoscalingLimited"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,8 @@ class Seen:
         missing_kind: a kind that the plan needs and the cluster lacks.
         findings: what is wrong with pods.
         limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
-        balance: max/mean load of the expert ranks of the worst engine; None while nothing records it.
+        has_experts: the engines should have expert groups.
+        experts: what the engines say of their experts.
     """
 
     invalid: str = ""
@@ -42,13 +45,12 @@ class Seen:
     missing_kind: str = ""
     findings: Sequence[Finding] = ()
     limited: tuple[str, str] | None = None
-    balance: float | None = None
+    has_experts: bool = False
+    experts: ExpertsStatus = field(default_factory=ExpertsStatus)
 
 
 Verdict = tuple[ConditionStatus, str, str]
-TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-# Load of the busiest rank over the mean up to which experts count as balanced.
-BALANCED_UP_TO = 1.2
+TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
 
 
 def build_conditions(seen: Seen, before: Mapping[str, Condition], now: datetime) -> tuple[Condition, ...]:
@@ -59,7 +61,7 @@ def build_conditions(seen: Seen, before: Mapping[str, Condition], now: datetime)
         DEGRADED: _degraded(seen),
         PAUSED: _paused(seen),
         LIMITED: _limited(seen),
-        BALANCED: _balanced(seen),
+        BALANCED: judge_experts(seen.experts, has_group=seen.has_experts, before=before.get(BALANCED)),
     }
     return tuple(_build(kind, verdict, before.get(kind), now) for kind, verdict in verdicts.items())
 
@@ -125,14 +127,6 @@ def _limited(seen: Seen) -> Verdict:
     return TRUE, *seen.limited
 
 
-def _balanced(seen: Seen) -> Verdict:
-    if seen.balance is None:
-        return UNKNOWN, "NotRecorded", "no engine records the load of its experts"
-    if seen.balance <= BALANCED_UP_TO:
-        return TRUE, "Balanced", f"the busiest rank has {seen.balance:.2f} times the mean load"
-    return FALSE, "Imbalanced", f"the busiest rank has {seen.balance:.2f} times the mean load"
-
-
 def changed_conditions(before: Mapping[str, Condition], after: Sequence[Condition]) -> list[Condition]:
     """Those of which status or reason changed: each is worth an event. Of a new resource, those that hold."""
     changed = []
@@ -160,4 +154,6 @@ def read_conditions(document: Mapping[str, Any]) -> dict[str, Condition]:
 
 def is_bad(condition: Condition) -> bool:
     """Whether somebody has to do something."""
+    if condition.type == BALANCED:
+        return condition.reason in TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 
+from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.plan.names import COMPONENT, REVISION
 
 Document = dict[str, Any]
@@ -64,13 +65,21 @@ def _port(pod: Document, name: str) -> int | None:
 
 async def fetch_states(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, Document]:
     """The state of each peer that answers, by pod."""
-    answers = await asyncio.gather(*(_fetch_state(session, peer) for peer in peers))
+    answers = await asyncio.gather(*(_fetch(session, f"{peer.url}/v1/state") for peer in peers))
     return {peer.pod: answer for peer, answer in zip(peers, answers, strict=True) if answer is not None}
 
 
-async def _fetch_state(session: aiohttp.ClientSession, peer: Peer) -> Document | None:
+async def fetch_experts(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, ExpertsDocument]:
+    """What each engine says of its experts, in brief, by pod; those without an expert group are left out."""
+    engines = [peer for peer in peers if peer.component == "engine"]
+    answers = await asyncio.gather(*(_fetch(session, f"{peer.url}/v1/experts?brief=1") for peer in engines))
+    read = ((peer.pod, read_experts(answer)) for peer, answer in zip(engines, answers, strict=True))
+    return {pod: document for pod, document in read if document is not None}
+
+
+async def _fetch(session: aiohttp.ClientSession, url: str) -> Document | None:
     try:
-        async with session.get(f"{peer.url}/v1/state", timeout=TIMEOUT) as answer:
+        async with session.get(url, timeout=TIMEOUT) as answer:
             if answer.status != 200:
                 return None
             document = await answer.json()

@@ -22,13 +22,14 @@ from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.source import Sources
+from moe_operator.experts.document import ExpertsDocument
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.kinds import EVENT, POD, SERVING, Kind
 from moe_operator.kubernetes.observed import read_observed
-from moe_operator.kubernetes.peers import Peer, differs, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
@@ -53,6 +54,7 @@ class Pass:
     observed: Observed
     pods: list[Document]
     states: Mapping[str, Document]
+    experts: Mapping[str, ExpertsDocument]
 
 
 class Reconciler:
@@ -84,10 +86,18 @@ class Reconciler:
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         peers = find_peers(pods)
-        states = await fetch_states(self._session, peers)
+        states, experts = await self._ask(peers, resource)
         now = datetime.now(UTC)
         observed = read_observed(self._store, key, document, resource, self.kinds, now)
-        current = Pass(key=key, document=document, resource=resource, observed=observed, pods=pods, states=states)
+        current = Pass(
+            key=key,
+            document=document,
+            resource=resource,
+            observed=observed,
+            pods=pods,
+            states=states,
+            experts=experts,
+        )
         outcome = await self._sources.decide(key, resource, observed, pods, states)
         try:
             plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
@@ -101,6 +111,15 @@ class Reconciler:
         late = await self._push_settings(plan, peers, current)
         status_after_s = await self._tell(current, plan, applied, outcome.limited)
         return self._next_s(current, applied, late, status_after_s)
+
+    async def _ask(
+        self, peers: list[Peer], resource: MoEServing
+    ) -> tuple[dict[str, Document], dict[str, ExpertsDocument]]:
+        """What agents and gateways say of themselves, and engines of their experts where they have a group."""
+        if not resource.spec.engine.parallelism.expert:
+            return await fetch_states(self._session, peers), {}
+        states, experts = await asyncio.gather(fetch_states(self._session, peers), fetch_experts(self._session, peers))
+        return states, experts
 
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
@@ -135,19 +154,29 @@ class Reconciler:
             rolling=tuple(_rolling(self._store, current.key)),
             findings=find_problems(current.pods, current.states),
             limited=limited,
+            has_experts=current.resource.spec.engine.parallelism.expert,
         )
-        return await self._write_status(current.key, current.document, names, seen, current.pods, current.states)
+        return await self._write_status(
+            current.key, current.document, names, seen, current.pods, current.states, current.experts
+        )
 
     async def _tell_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
-        await self._write_status(key, document, Names(key.name), Seen(invalid=problem), self._store.of(key, POD), {})
+        await self._write_status(
+            key, document, Names(key.name), Seen(invalid=problem), self._store.of(key, POD), {}, {}
+        )
         return None
 
     async def _tell_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
-        states = await fetch_states(self._session, find_peers(pods))
-        seen = Seen(paused=True, desired=resource.spec.engine.replicas, findings=find_problems(pods, states))
-        await self._write_status(key, document, Names(key.name), seen, pods, states)
+        states, experts = await self._ask(find_peers(pods), resource)
+        seen = Seen(
+            paused=True,
+            desired=resource.spec.engine.replicas,
+            findings=find_problems(pods, states),
+            has_experts=resource.spec.engine.parallelism.expert,
+        )
+        await self._write_status(key, document, Names(key.name), seen, pods, states, experts)
         return STEADY_S if pods else None
 
     async def _write_status(
@@ -158,10 +187,11 @@ class Reconciler:
         seen: Seen,
         pods: list[Document],
         states: Mapping[str, Document],
+        experts: Mapping[str, ExpertsDocument],
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
-        status, seen = build_status(document, names, key.namespace, seen, pods, states)
+        status, seen = build_status(document, names, key.namespace, seen, pods, states, experts)
         conditions = build_conditions(seen, before, now)
         wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
         if wanted != document.get("status"):

@@ -10,14 +10,17 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moe_operator.api.status import EnginePhase, EngineStatus, PoliciesInForce, status_document
+from moe_operator.api.status import EnginePhase, EngineStatus, ExpertsStatus, PoliciesInForce, status_document
 from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import mean_ttft_s
+from moe_operator.experts.document import ExpertsDocument
+from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import Seen
 from moe_operator.plan.names import COMPONENT, Names, selector_text
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
+TIME_JITTER = timedelta(seconds=5)
 _NUMBERS = ("running", "waiting", "kvUsage")
 NUMBERS_AT = "numbersAt"
 
@@ -29,8 +32,9 @@ def build_status(
     seen: Seen,
     pods: Sequence[Document],
     states: Mapping[str, Document],
+    experts: Mapping[str, ExpertsDocument],
 ) -> tuple[Document, Seen]:
-    """The status without conditions, and what was seen, completed by the pods."""
+    """The status without conditions, and what was seen, completed by the pods and the experts' documents."""
     engines = [pod for pod in pods if _component(pod) == "engine" and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
     seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
@@ -48,8 +52,10 @@ def build_status(
         engines=tuple(_engine(pod, states.get(pod["metadata"]["name"])) for pod in sorted(engines, key=_name)),
         policies=_policies([states[_name(pod)] for pod in engines if _name(pod) in states], gateway_states),
         ttft=_render_ttft(mean_ttft_s(gateway_states)),
+        experts=build_experts(experts, datetime.now(UTC)),
     )
-    return _keep_numbers(status_document(status), before), seen
+    told = _keep_numbers(status_document(status), before)
+    return told, replace(seen, experts=ExpertsStatus.model_validate(told["experts"]))
 
 
 def _policies(engines: Sequence[Document], gateways: Sequence[Document]) -> PoliciesInForce:
@@ -64,6 +70,7 @@ def _policies(engines: Sequence[Document], gateways: Sequence[Document]) -> Poli
 def _keep_numbers(status: Document, before: Document) -> Document:
     """Old numbers stay while they are young; so does a time to first token when no request came since."""
     now = datetime.now(UTC)
+    status["experts"] = _with_kept_time(status["experts"], before.get("experts", {}))
     if not status["ttft"]:
         status["ttft"] = before.get("ttft", "")
     old = {row["name"]: row for row in before.get("engines", [])}
@@ -73,9 +80,36 @@ def _keep_numbers(status: Document, before: Document) -> Document:
             row |= {name: old[row["name"]][name] for name in _NUMBERS if name in old.get(row["name"], {})}
         if old:
             status["ttft"] = before.get("ttft") or status["ttft"]
-    changed = any(row != old.get(row["name"]) for row in status["engines"]) or status["ttft"] != before.get("ttft", "")
+        if _is_same_story(status["experts"], before.get("experts", {})):
+            status["experts"] = before["experts"]
+    changed = (
+        any(row != old.get(row["name"]) for row in status["engines"])
+        or status["ttft"] != before.get("ttft", "")
+        or status["experts"] != before.get("experts")
+    )
     at = now.isoformat(timespec="seconds") if changed or taken is None else before[NUMBERS_AT]
     return status | {NUMBERS_AT: at}
+
+
+def _with_kept_time(now: Document, before: Document) -> Document:
+    """An age that is read again and again gives a time that is never quite the same."""
+    last, old = now.get("lastDecision"), before.get("lastDecision")
+    if not last or not old or {**last, "time": old.get("time")} != old:
+        return now
+    time, old_time = _parse_time(last["time"]), _parse_time(old["time"])
+    same = time is not None and old_time is not None and abs(time - old_time) <= TIME_JITTER
+    return now | {"lastDecision": old} if same else now
+
+
+def _is_same_story(now: Document, before: Document) -> bool:
+    """Whether of the experts numbers alone differ: what somebody waits for is told at once."""
+
+    def story(experts: Document) -> tuple[Any, ...]:
+        last, problems = experts.get("lastDecision") or {}, experts.get("problems", [])
+        names = ("engine", "mode", "placementVersion")
+        return *map(experts.get, names), "balance" in experts, last.get("outcome"), [row["kind"] for row in problems]
+
+    return story(now) == story(before)
 
 
 def _parse_time(text: Any) -> datetime | None:

@@ -1,0 +1,139 @@
+"""What agents say of experts as the status of the resource: `status.experts` and the condition `ExpertsBalanced`. Pure.
+
+One deployment has several engines, each with an expert group of its own: the status is about the one that is worst off.
+"""
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
+from typing import Final
+
+from moe_operator.api.status import Condition, ConditionStatus, ExpertDecision, ExpertProblem, ExpertsStatus
+from moe_operator.experts.document import OFF, Decision, ExpertsDocument
+
+CONDITION = "ExpertsBalanced"
+Verdict = tuple[ConditionStatus, str, str]
+TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+# Load of the busiest rank over the mean up to which experts count as balanced; once they do not, they do again only
+# below the second, so that a load between the two makes no event after event.
+BALANCED_UP_TO, BALANCED_AGAIN = 1.2, 1.1
+_TERSE = 1000
+
+_PROBLEMS: Final = {
+    "version_skew": ("VersionSkew", "its ranks hold different placements; restart that engine"),
+    "slow_move": (
+        "SlowMove",
+        "moving takes longer than it may; lower scheduling.expert.moveBudget or set mode observe",
+    ),
+    "no_decision": ("NoDecision", "nothing decides any more; look into the engine's log, restart it if this stays"),
+}
+# Reasons of the condition that somebody has to do something about.
+TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), "MoveFailed"})
+
+
+def build_experts(documents: Mapping[str, ExpertsDocument], now: datetime) -> ExpertsStatus:
+    """The status of the engine that is worst off: one with problems, else the least balanced, else the first."""
+    if not documents:
+        return ExpertsStatus()
+    name = max(sorted(documents), key=lambda name: _badness(documents[name]))
+    document = documents[name]
+    balance = document.recorded
+    return ExpertsStatus(
+        engine=name,
+        mode=document.mode,
+        balance=None if balance is None else _ratio(balance.mean),
+        remote_fraction=None if document.remote_fraction is None else round(document.remote_fraction, 2),
+        placement_version=document.placement.version,
+        last_decision=None if document.newest is None else _build_decision(document.newest, now),
+        problems=tuple(ExpertProblem(kind=row.kind, message=row.message[:_TERSE]) for row in document.problems),
+    )
+
+
+def _badness(document: ExpertsDocument) -> tuple[bool, float]:
+    grave = any(row.kind in _PROBLEMS for row in document.problems)
+    return grave, 0.0 if document.recorded is None else document.recorded.mean
+
+
+def _build_decision(decision: Decision, now: datetime) -> ExpertDecision:
+    time = (now - timedelta(seconds=decision.age_s)).replace(microsecond=0)
+    return ExpertDecision(
+        outcome=decision.outcome,
+        reason=decision.reason[:_TERSE],
+        time=time,
+        moves=decision.moves,
+        balance_before=None if decision.balance_before is None else _ratio(decision.balance_before),
+        balance_after=None if decision.balance_after is None else _ratio(decision.balance_after),
+    )
+
+
+def _ratio(value: float) -> float:
+    """To two digits; at least 1, which rounding in the engine may miss."""
+    return max(1.0, round(value, 2))
+
+
+def judge_experts(experts: ExpertsStatus, *, has_group: bool, before: Condition | None) -> Verdict:
+    """Status, reason and message of the condition.
+
+    Args:
+        experts: what the engines say.
+        has_group: whether the resource asks for expert parallelism.
+        before: the condition as it was; None when it is new.
+    """
+    if (verdict := _judge_silence(experts, has_group=has_group) or next(_judge_problems(experts), None)) is not None:
+        return verdict
+    if experts.balance is None:
+        return UNKNOWN, "NotRecorded", f"{experts.engine} has recorded no load yet; it does once requests come"
+    limit = BALANCED_AGAIN if before is not None and before.status is FALSE else BALANCED_UP_TO
+    busiest = f"{experts.engine}: the busiest rank has {experts.balance:.2f} times the mean load"
+    if experts.balance <= limit:
+        return TRUE, "Balanced", busiest
+    reason, advice = _explain_imbalance(experts)
+    return FALSE, reason, f"{busiest}; {advice}"[:_TERSE]
+
+
+def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None:
+    """Why nothing is known, where nothing can be."""
+    if not has_group:
+        return UNKNOWN, "NoExpertGroup", "spec.engine.parallelism.expert is not set: there is nothing to balance"
+    if experts.mode is None:
+        return UNKNOWN, "NotRecorded", "no engine says anything of its experts yet"
+    if experts.mode == OFF:
+        how = "set spec.scheduling.expert.mode to observe or dryRun to see it"
+        return UNKNOWN, "Off", f"the load of the experts is not recorded; {how}"
+    return None
+
+
+def _judge_problems(experts: ExpertsStatus) -> Iterator[Verdict]:
+    told = {row.kind: row.message for row in experts.problems}
+    for kind, (reason, advice) in _PROBLEMS.items():
+        if kind in told:
+            yield FALSE, reason, f"{experts.engine}: {advice} ({told[kind]})"[:_TERSE]
+    last = experts.last_decision
+    if last is not None and last.outcome == "failed":
+        advice = "moving experts failed; what holds is the placement before it"
+        yield FALSE, "MoveFailed", f"{experts.engine}: {advice} ({last.reason})"[:_TERSE]
+
+
+def _explain_imbalance(experts: ExpertsStatus) -> tuple[str, str]:
+    """Reason and what to do."""
+    backoff = next((row.message for row in experts.problems if row.kind == "backoff"), None)
+    if backoff is not None:
+        return "RolledBack", f"moving did not pay and was undone; the engine waits before it tries again: {backoff}"
+    if experts.mode == "observe":
+        return "Imbalanced", "mode observe decides nothing; with spec.scheduling.expert.mode dryRun it tells what would"
+    if experts.last_decision is None:
+        return "Imbalanced", "nothing was decided yet; the first decision comes after spec.scheduling.expert.interval"
+    return _explain_decision(experts.last_decision)
+
+
+def _explain_decision(last: ExpertDecision) -> tuple[str, str]:
+    match last.outcome:
+        case "dryRun":
+            after = "" if last.balance_after is None else f" for a balance of {last.balance_after:.2f}"
+            how = "look with `moeserving experts show`, then `apply`, or set spec.scheduling.expert.mode to active"
+            return "DryRunWouldMove", f"a dry run would move {last.moves} experts{after}: {how}"
+        case "rolledBack":
+            return "RolledBack", f"moving did not pay and was undone: {last.reason}"
+        case "stayed":
+            return "Imbalanced", f"nothing was moved: {last.reason}"
+        case _:
+            return "Imbalanced", "the last change does not show yet or was not enough; the next decision sees it"

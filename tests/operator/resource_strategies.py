@@ -181,7 +181,6 @@ def engines(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
         )
     )
     if cpu_only:
-        shape = {name: value for name, value in shape.items() if name != "expert"}
         engine["runtime"] = "vllm-cpu"
     if shape:
         engine["parallelism"] = shape
@@ -234,6 +233,14 @@ scheduling = section(
         staleAfter=st.sampled_from(["1ms", "2s"]),
         saturation=st.sampled_from(["1ms", "10s"]),
     ),
+    expert=section(
+        mode=st.sampled_from(["off", "observe", "dryRun", "active"]),
+        interval=st.integers(1, 10**9),
+        window=st.integers(1, 10**9),
+        moveBudget=st.integers(0, 10**9),
+        maxStall=st.sampled_from(["1ms", "50ms", "1m"]),
+        hysteresis=st.floats(0, 1000) | st.integers(0, 1000),
+    ),
 )
 gateways = section(
     port=st.integers(1, 65535),
@@ -266,6 +273,8 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
             paused=st.just(False),
         )
     )
+    if spec.get("engine", {}).get("parallelism", {}).get("expert") and draw(flags):
+        spec.setdefault("scheduling", {}).setdefault("expert", {})["redundantExperts"] = draw(st.integers(0, 4096))
     metadata = {"name": draw(names)} | draw(
         section(
             labels=st.dictionaries(object_names, object_names, max_size=2),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moe_operator.api import (
     dump_resource,
     engine_settings,
+    expert_settings,
     load_resource,
     parse_resource,
     request_settings,
@@ -19,6 +20,7 @@ from moe_operator.api import (
 )
 from moe_operator.api.document import parse_document
 from moe_scheduling.engine import EngineSettings
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.problems import InvalidInput
 from moe_scheduling.request import RequestPolicy, RequestSettings
 
@@ -44,6 +46,7 @@ def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core
     spec = parse_resource(MINIMAL).spec
     assert request_settings(spec.scheduling.request) == RequestSettings()
     assert engine_settings(spec.scheduling.engine) == EngineSettings()
+    assert expert_settings(spec.scheduling.expert) == ExpertSettings()
     assert spec.engine.replicas == 1
     assert spec.model.served_name == "tiny-moe"
 
@@ -51,7 +54,19 @@ def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core
 def test_every_setting_of_the_core_can_be_set() -> None:
     request = {"policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s"}
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
-    spec = parse_resource(with_spec(scheduling={"request": request, "engine": engine})).spec
+    expert = {
+        "mode": "active", "interval": 500, "window": 200, "moveBudget": 64, "maxStall": "20ms", "hysteresis": 0.25
+    }  # fmt: skip
+    spec = parse_resource(with_spec(scheduling={"request": request, "engine": engine, "expert": expert})).spec
+    given_expert = expert_settings(spec.scheduling.expert)
+    assert given_expert == ExpertSettings(
+        mode=ExpertMode.ACTIVE,
+        interval_steps=500,
+        window_steps=200,
+        move_budget=64,
+        max_stall_s=0.02,
+        hysteresis=0.25,
+    )
     given_request = request_settings(spec.scheduling.request)
     given_engine = engine_settings(spec.scheduling.engine)
     assert given_request == RequestSettings(
@@ -63,7 +78,11 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "stale_after_s": 0.05,
         "saturation_s": 1.5,
     }
-    for default, chosen in ((RequestSettings(), given_request), (EngineSettings(), given_engine)):
+    for default, chosen in (
+        (RequestSettings(), given_request),
+        (EngineSettings(), given_engine),
+        (ExpertSettings(), given_expert),
+    ):
         unchanged = [name for name, value in asdict(chosen).items() if asdict(default)[name] == value]
         assert unchanged == [], "a setting of the core has no field here"
 
@@ -85,18 +104,40 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "saturation": st.sampled_from(["1ms", "24h", None]),
         }
     ),
+    expert=st.fixed_dictionaries(
+        {
+            "mode": st.sampled_from(["off", "observe", "dryRun", "active"]),
+            "interval": st.sampled_from([1, 10**9]),
+            "window": st.sampled_from([1, 10**9]),
+            "moveBudget": st.sampled_from([0, 10**9]),
+            "maxStall": st.sampled_from(["1ms", "1m"]),
+            "hysteresis": st.sampled_from([0, 0.5, 1000]),
+        }
+    ),
 )
-def test_what_the_resource_takes_the_core_takes(request: dict[str, Any], engine: dict[str, Any]) -> None:
-    scheduling = parse_resource(with_spec(scheduling={"request": request, "engine": engine})).spec.scheduling
+def test_what_the_resource_takes_the_core_takes(
+    request: dict[str, Any], engine: dict[str, Any], expert: dict[str, Any]
+) -> None:
+    sections = {"request": request, "engine": engine, "expert": expert}
+    scheduling = parse_resource(with_spec(scheduling=sections)).spec.scheduling
+    assert expert_settings(scheduling.expert).mode == expert["mode"]
     assert request_settings(scheduling.request).ageing_rate == request["ageingRate"]
     assert engine_settings(scheduling.engine).policy == engine["policy"]
 
 
 @pytest.mark.parametrize(
-    ("layer", "name"), [("engine", "staleAfter"), ("engine", "saturation"), ("request", "ageingRate")]
+    ("layer", "name"),
+    [
+        ("engine", "staleAfter"),
+        ("engine", "saturation"),
+        ("request", "ageingRate"),
+        ("expert", "interval"),
+        ("expert", "window"),
+        ("expert", "maxStall"),
+    ],
 )
 def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: str) -> None:
-    zero = 0 if name == "ageingRate" else "0s"
+    zero = 0 if name in ("ageingRate", "interval", "window") else "0s"
     (line,) = refusal(with_spec(scheduling={layer: {name: zero}}))
     assert line.startswith(f"spec.scheduling.{layer}.{name}: ")
 
@@ -142,8 +183,24 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
             "spec.engine.parallelism.expert: expert parallelism needs more than one rank: tensor or data above 1",
         ),
         (
-            {"engine": {"runtime": "vllm-cpu", "parallelism": {"expert": True, "data": 2}}},
-            "spec.engine.parallelism.expert: the runtime vllm-cpu computes without expert parallelism",
+            {"scheduling": {"expert": {"redundantExperts": 2}}},
+            "spec.scheduling.expert.redundantExperts: copies of experts need engine.parallelism.expert",
+        ),
+        (
+            {"scheduling": {"expert": {"mode": "on"}}},
+            "spec.scheduling.expert.mode: unknown 'on'; known: active, dryRun, observe, off",
+        ),
+        (
+            {"scheduling": {"expert": {"mode": False}}},
+            'spec.scheduling.expert.mode: "off" needs quotes: YAML reads a bare off as false',
+        ),
+        (
+            {"engine": {"args": ["--enable-eplb"]}},
+            "spec.engine.args[0]: --enable-eplb is set by spec.engine.parallelism.expert, not by an argument",
+        ),
+        (
+            {"engine": {"args": ["--eplb_config.use_async=false"]}},
+            "spec.engine.args[0]: --eplb-config is set by spec.scheduling.expert, not by an argument",
         ),
         (
             {"engine": {"resources": {"cpu": 2}}},
@@ -222,6 +279,13 @@ def test_a_name_that_cannot_name_a_folder_or_an_object_is_refused(name: str) -> 
     assert [line.partition(":")[0] for line in refusal({**MINIMAL, "metadata": {"name": name}})] == ["metadata.name"]
 
 
+def test_the_cpu_runtime_may_spread_experts_too() -> None:
+    engine = {"runtime": "vllm-cpu", "parallelism": {"data": 2, "expert": True}}
+    spec = parse_resource(with_spec(engine=engine, scheduling={"expert": {"redundantExperts": 2}})).spec
+    assert spec.engine.parallelism.expert
+    assert spec.scheduling.expert.redundant_experts == 2
+
+
 def test_null_means_absent() -> None:
     document = with_spec(engine=None, gateway={"port": None}, scheduling={"request": {"policy": None}})
     assert parse_resource(document) == parse_resource(MINIMAL)
@@ -252,6 +316,7 @@ def test_a_relative_file_uri_is_resolved_against_the_folder_of_the_file(tmp_path
     [
         ("scheduling.request.policy=fcfs", ("scheduling", "request", "policy"), "fcfs"),
         ("engine.replicas=3", ("engine", "replicas"), 3),
+        ("scheduling.expert.mode=off", ("scheduling", "expert", "mode"), "off"),
         ("engine.env.THREADS=4", ("engine", "env", "THREADS"), "4"),
         ("engine.env.FLAG=on", ("engine", "env", "FLAG"), "on"),
         ("engine.env.EMPTY=", ("engine", "env", "EMPTY"), ""),

@@ -19,7 +19,7 @@ from moe_operator.api import (
 )
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
-from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism
+from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism, Spec
 from moe_operator.api.section import Section, section_in
 from moe_scheduling.problems import InvalidInput
 
@@ -139,6 +139,7 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Engine,
         Model,
         Parallelism,
+        Spec,
     }
     for rule in rules:
         assert written[rule.cel]["message"] == rule.message
@@ -174,6 +175,14 @@ def test_every_sample_is_valid_under_the_schema(path: Path) -> None:
         ("scheduling.request.ageingRate", 0),
         ("scheduling.request.ageingRate", "1"),
         ("scheduling.engine.policy", "random"),
+        ("scheduling.expert.mode", "on"),
+        ("scheduling.expert.mode", False),
+        ("scheduling.expert.interval", 0),
+        ("scheduling.expert.window", 1.5),
+        ("scheduling.expert.moveBudget", -1),
+        ("scheduling.expert.maxStall", "fast"),
+        ("scheduling.expert.hysteresis", -0.1),
+        ("scheduling.expert.redundantExperts", -1),
         ("gateway.port", 0),
         ("gateway.port", 65536),
         ("gateway.hold.requests", -1),

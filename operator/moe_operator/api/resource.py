@@ -9,8 +9,9 @@ from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from moe_scheduling.engine import DispatchPolicy, EngineSettings
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.pods import (
@@ -34,6 +35,7 @@ URI_SCHEMES = ("file", "hf", "pvc", "s3")
 
 _REQUEST = RequestSettings()
 _ENGINE = EngineSettings()
+_EXPERT = ExpertSettings()
 
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
@@ -243,16 +245,19 @@ OWNED_OPTIONS = {
     "--enable-expert-parallel": "spec.engine.parallelism.expert",
     "--no-enable-expert-parallel": "spec.engine.parallelism.expert",
     "-ep": "spec.engine.parallelism.expert",
+    "--enable-eplb": "spec.engine.parallelism.expert",
+    "--no-enable-eplb": "spec.engine.parallelism.expert",
+    "--eplb-config": "spec.scheduling.expert",
     "--kv-cache-memory-bytes": "spec.engine.resources.kvCacheMemory",
     "--shutdown-timeout": "spec.engine.drainTimeout",
     "--host": "the deployment",
     "--port": "the deployment",
 }
-_OWNED_PATTERN = "^(" + "|".join(sorted(OWNED_OPTIONS)) + ")(=.*)?$"
+_OWNED_PATTERN = "^(" + "|".join(sorted(OWNED_OPTIONS)) + ")([=.].*)?$"
 
 
 def _check_argument(argument: str) -> str:
-    option = argument.partition("=")[0].replace("_", "-")
+    option = argument.partition("=")[0].partition(".")[0].replace("_", "-")
     if option in OWNED_OPTIONS:
         raise ValueError(f"{option} is set by {OWNED_OPTIONS[option]}, not by an argument")
     return argument
@@ -326,12 +331,6 @@ class Engine(Section):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            field="parallelism.expert",
-            message="the runtime vllm-cpu computes without expert parallelism",
-            cel="self.runtime != 'vllm-cpu' || !self.parallelism.expert",
-            holds=lambda engine: engine.runtime is not Runtime.VLLM_CPU or not engine.parallelism.expert,
-        ),
-        Rule(
             field="resources.cpu",
             message="CPUs are set for the runtime vllm-cpu alone",
             cel="self.runtime == 'vllm-cpu' || !has(self.resources.cpu)",
@@ -392,11 +391,53 @@ class EngineScheduling(Section):
     )
 
 
+def _check_mode(value: object) -> object:
+    if value is False:
+        raise ValueError('"off" needs quotes: YAML reads a bare off as false')
+    return value
+
+
+class ExpertScheduling(Section):
+    """Placement of the experts within an engine. Only with `engine.parallelism.expert`."""
+
+    mode: Annotated[ExpertMode, BeforeValidator(_check_mode)] = Field(
+        default=_EXPERT.mode,
+        description="`off` (in quotes: YAML reads a bare off as false) records nothing, `observe` records the load of "
+        "the experts and shows it, `dryRun` decides as well and shows what it would move, `active` moves experts where "
+        "that pays.",
+    )
+    redundant_experts: Annotated[Count, Field(ge=0, le=4096)] = Field(
+        default=0,
+        description="Slots for further copies of hot experts, in each layer, over all ranks of a replica; each takes "
+        "the memory of one expert a layer. Experts and these must divide by the ranks. A change rolls the engines.",
+    )
+    interval: Annotated[Count, Field(ge=1, le=1_000_000_000)] = Field(
+        default=_EXPERT.interval_steps, description="Engine steps between two decisions."
+    )
+    window: Annotated[Count, Field(ge=1, le=1_000_000_000)] = Field(
+        default=_EXPERT.window_steps,
+        description="Engine steps of load that a decision looks at, the newer ones weighing more.",
+    )
+    move_budget: Annotated[Count, Field(ge=0, le=1_000_000_000)] = Field(
+        default=_EXPERT.move_budget,
+        description="Most experts moved in one round; 0 sets no bound beside what pays.",
+    )
+    max_stall: Annotated[str, DurationBetween("1ms", "1m")] = Field(
+        default=render_duration(_EXPERT.max_stall_s),
+        description="Most that moving may add to one step of the engine; it sets how many layers move in a step.",
+    )
+    hysteresis: Annotated[Number, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        default=_EXPERT.hysteresis,
+        description="Part by which the time won until the next decision must exceed the cost of moving (0.1: by 10 %).",
+    )
+
+
 class Scheduling(Section):
     """The scheduling layers."""
 
     request: RequestScheduling = RequestScheduling()
     engine: EngineScheduling = EngineScheduling()
+    expert: ExpertScheduling = ExpertScheduling()
 
 
 class GatewayLimits(Section):
@@ -465,6 +506,15 @@ class Spec(Section):
     disruption: Disruption = Disruption()
     paused: Flag = Field(
         default=False, description="The operator leaves everything as it is. One machine takes no notice."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="scheduling.expert.redundantExperts",
+            message="copies of experts need engine.parallelism.expert",
+            cel="self.scheduling.expert.redundantExperts == 0 || self.engine.parallelism.expert",
+            holds=lambda spec: spec.scheduling.expert.redundant_experts == 0 or spec.engine.parallelism.expert,
+        ),
     )
 
 

@@ -1,9 +1,10 @@
 """The settings of the core that a resource asks for: camelCase, durations and quantities become plain numbers."""
 
 from moe_scheduling.engine import EngineSettings
+from moe_scheduling.expert import ExpertSettings
 from moe_scheduling.request import RequestSettings
 
-from moe_operator.api.resource import EngineScheduling, RequestScheduling
+from moe_operator.api.resource import EngineScheduling, ExpertScheduling, RequestScheduling
 from moe_operator.api.units import duration_s
 
 
@@ -24,4 +25,16 @@ def engine_settings(section: EngineScheduling) -> EngineSettings:
         stickiness_s=duration_s(section.stickiness),
         stale_after_s=duration_s(section.stale_after),
         saturation_s=None if section.saturation is None else duration_s(section.saturation),
+    )
+
+
+def expert_settings(section: ExpertScheduling) -> ExpertSettings:
+    """Placement of the experts."""
+    return ExpertSettings(
+        mode=section.mode,
+        interval_steps=section.interval,
+        window_steps=section.window,
+        move_budget=section.move_budget,
+        max_stall_s=duration_s(section.max_stall),
+        hysteresis=section.hysteresis,
     )

@@ -109,6 +109,7 @@ class Dispatcher:
         self._departing: list[TargetBooks] = []
         self._shares = _shares_of(() if discovery is None else discovery.groups)
         self._group_books: dict[str, list[TargetBooks]] = {}
+        self._group_turns: dict[str, int] = {}
         self._hold_requests = config.limits.hold_requests
         self._hold_timeout_s = config.limits.hold_timeout_s
         self._prefixes = PrefixIndex()
@@ -118,7 +119,7 @@ class Dispatcher:
         self._sessions: OrderedDict[str, Target] = OrderedDict()
         self._queue: WaitingQueue[Waiter] = WaitingQueue(config.request)
         self._held_since: dict[Waiter, float] = {}
-        self._turn = first_turn
+        self._first_turn = self._turn = first_turn
         self._keys = 0
         self.set_engines(config.engines)
 
@@ -259,8 +260,11 @@ class Dispatcher:
         first: Decision | None = None
         for group in order:
             books = self._group_books[group]
-            decision = choose_target(job, books, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
+            # Turns of its own: those of all requests would meet the same engine each time that it is the group's.
+            turn = self._group_turns.get(group, self._first_turn)
+            decision = choose_target(job, books, self.settings, turn=turn, now_s=now_s, exclude=tried)
             if isinstance(decision, Send):
+                self._group_turns[group] = turn + 1
                 return decision
             first = first or decision
         return first or Refuse(RefuseReason.NO_ENGINE)

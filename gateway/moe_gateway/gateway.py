@@ -127,6 +127,7 @@ class Gateway:
             self._follow(change.engines)
         if change.groups != before.groups:
             self.dispatcher.set_groups(change.groups or (), self.clock())
+        if _services(change) != _services(before):
             self._discover()
         self.dispatcher.set_policies(change.dispatch, change.request, self.clock())
 
@@ -168,8 +169,7 @@ class Gateway:
             return
         if self._discovering is not None:
             self._discovering.cancel()
-        groups = [group.service for group in self.in_force.groups or ()]
-        self._discovering = self._spawn(self._discovery.run(groups))
+        self._discovering = self._spawn(self._discovery.run(_services(self.in_force)))
 
     def _on_endpoints(self, endpoints: tuple[Endpoint, ...]) -> None:
         addresses = tuple(endpoint.address for endpoint in endpoints)
@@ -254,6 +254,10 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _services(in_force: InForce) -> list[str]:
+    return [group.service for group in in_force.groups or ()]
 
 
 async def run_gateway(gateway: Gateway, stop: asyncio.Event, hurry: asyncio.Event) -> None:

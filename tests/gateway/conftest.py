@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import uvloop
 from moe_gateway.config import GatewayConfig
@@ -439,6 +440,22 @@ class Served:
         for client in self._clients:
             client.writer.close()
         await self.gateway.close()
+
+
+# The admin port.
+
+
+async def get(served: Served, path: str) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as session, session.get(served.admin_url + path) as answer:
+        return answer.status, await (answer.json() if answer.content_type == "application/json" else answer.text())
+
+
+async def put(served: Served, body: Any, token: str | None = TOKEN) -> tuple[int, Any]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    data = {"data": body} if isinstance(body, bytes) else {"json": body}
+    url = served.admin_url + "/v1/config"
+    async with aiohttp.ClientSession() as session, session.put(url, headers=headers, **data) as answer:
+        return answer.status, await answer.json()
 
 
 # Fixtures.

@@ -1,26 +1,25 @@
 """The admin port: health, metrics that count right, state, and a control route that applies all or nothing."""
 
 import asyncio
-from typing import Any
 
-import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, TOKEN, event, free_port, never, post, prompt, reset, until
-
-
-async def get(served, path: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as session, session.get(served.admin_url + path) as answer:
-        return answer.status, await (answer.json() if answer.content_type == "application/json" else answer.text())
-
-
-async def put(served, body: Any, token: str | None = TOKEN) -> tuple[int, Any]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    data = {"data": body} if isinstance(body, bytes) else {"json": body}
-    url = served.admin_url + "/v1/config"
-    async with aiohttp.ClientSession() as session, session.put(url, headers=headers, **data) as answer:
-        return answer.status, await answer.json()
+from tests.gateway.conftest import (
+    OK,
+    SSE_END,
+    SSE_HEAD,
+    TOKEN,
+    event,
+    free_port,
+    get,
+    never,
+    post,
+    prompt,
+    put,
+    reset,
+    until,
+)
 
 
 async def test_health_is_life_and_readiness_is_an_engine_that_accepts(make_engine, serve):

@@ -18,6 +18,8 @@ from cluster_problem import ClusterProblem
 CLUSTER = "MOESERVING_TEST_CLUSTER"
 PART = "MOESERVING_TEST_CLUSTER_PART"
 LOG_TAIL_CHARACTERS = 2000
+# While a process takes on a program that comes from a slow disk, its environment reads as empty.
+EXEC_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +83,13 @@ class Processes:
 
     def check(self, part: str) -> None:
         """Raises when the part has ended, with the end of its log."""
-        if not self.find(part):
-            log = self.log(part)
-            tail = log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:] if log.exists() else "(no log)"
-            raise ClusterProblem(f"{part} ended; its log {log} ends with\n{tail}")
+        deadline_s = time.monotonic() + EXEC_S
+        while not self.find(part):
+            if time.monotonic() > deadline_s:
+                log = self.log(part)
+                tail = log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:] if log.exists() else "(no log)"
+                raise ClusterProblem(f"{part} ended; its log {log} ends with\n{tail}")
+            time.sleep(0.05)
 
 
 def is_of_first_group(process: psutil.Process) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -16,6 +17,7 @@ from moe_scheduling.problems import InvalidInput, Problem
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.engine_command import build_command, build_environment
+from moe_agent.experts.published import PublishedExperts
 from moe_agent.node import Node, build_node
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Supervisor
@@ -38,9 +40,16 @@ async def run_agent(config: AgentConfig) -> None:
     node = with_own_address(build_node(config.engine, os.environ))
     prepare_run_dir(config)
     ranks = RankPages(config.run_dir, node.ranks)
-    control = ControlPage(config.run_dir, config.request, ranks)
-    supervisor = build_supervisor(config, node, ranks)
-    server = AgentServer(config, tokens, supervisor, ranks, control)
+    control = ControlPage(config.run_dir, config.request, config.expert, ranks)
+    experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
+
+    def forget() -> None:
+        ranks.forget()
+        if experts is not None:
+            experts.forget()
+
+    supervisor = build_supervisor(config, node, forget)
+    server = AgentServer(config, tokens, supervisor, ranks, control, experts)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
@@ -82,19 +91,19 @@ def is_address(text: str) -> bool:
     return True
 
 
-def build_supervisor(config: AgentConfig, node: Node, ranks: RankPages) -> Supervisor:
-    """The supervisor of vLLM on this node."""
+def build_supervisor(config: AgentConfig, node: Node, forget: Callable[[], None]) -> Supervisor:
+    """The supervisor of vLLM on this node; `forget` removes what an engine published, when none lives."""
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)
     environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
     return Supervisor(
         config.engine,
-        [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build)],
+        [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build, expert=config.expert)],
         environment,
         config.run_dir / "engine.log",
         headless=node.headless,
-        on_restart=ranks.forget,
+        on_restart=forget,
     )
 
 

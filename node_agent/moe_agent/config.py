@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+from moe_scheduling.expert import ExpertSettings
 from moe_scheduling.request import RequestSettings
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +23,11 @@ class Listen(_Section):
 
 
 class EngineConfig(_Section):
-    """One vLLM server, as the agent starts it."""
+    """One vLLM server, as the agent starts it.
+
+    Attributes:
+        redundant_experts: slots of an expert group beyond one for each expert; the sum must divide by its ranks.
+    """
 
     host: str = "127.0.0.1"
     port: Port
@@ -32,6 +37,7 @@ class EngineConfig(_Section):
     data_parallel: Annotated[int, Field(ge=1)] = 1
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     expert_parallel: bool = False
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
     nodes: Annotated[int, Field(ge=1)] = 1
     args: tuple[str, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
@@ -39,13 +45,19 @@ class EngineConfig(_Section):
     liveness_timeout_s: Seconds = 60.0
     drain_timeout_s: Seconds = 120.0
 
+    @property
+    def has_expert_group(self) -> bool:
+        """Whether experts are spread over several ranks, so that they can be moved."""
+        return self.expert_parallel and self.data_parallel * self.tensor_parallel > 1
+
 
 class AgentConfig(_Section):
     """The whole file.
 
     Attributes:
         name: of the engine; None is the machine's host name, which in a cluster is the pod's.
-        settings_file: a JSON object `{"request": {...}}`, laid over this file at the start when it exists.
+        settings_file: a JSON object `{"request": {...}, "expert": {...}}`, laid over this file at the start when it
+            exists.
     """
 
     name: str | None = None
@@ -55,3 +67,4 @@ class AgentConfig(_Section):
     settings_file: Path | None = None
     engine: EngineConfig
     request: RequestSettings = RequestSettings()
+    expert: ExpertSettings = ExpertSettings()

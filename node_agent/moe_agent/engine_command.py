@@ -1,7 +1,10 @@
 """The command line and environment of vLLM on one node, from the agent's configuration. Pure."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from moe_scheduling.expert import ExpertSettings
 
 from moe_agent.config import AgentConfig, EngineConfig
 from moe_agent.node import Node
@@ -14,17 +17,30 @@ MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 HEADLESS = ("-m", "moe_agent.vllm.headless", "--headless")
 DATA_PARALLEL_PORT = 13345
+DEFAULT_EXPERT = ExpertSettings()
 # vLLM's own default on a CPU takes half of the machine, which several engines on one machine cannot.
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
-def build_command(engine: EngineConfig, node: Node, *, cpu_build: bool) -> list[str]:
+def build_command(
+    engine: EngineConfig, node: Node, *, cpu_build: bool, expert: ExpertSettings = DEFAULT_EXPERT
+) -> list[str]:
     """What Python is to run on this node."""
-    return [*(HEADLESS if node.headless else SERVER), *build_arguments(engine, node, cpu_build=cpu_build)]
+    module = HEADLESS if node.headless else SERVER
+    return [*module, *build_arguments(engine, node, cpu_build=cpu_build, expert=expert)]
 
 
-def build_arguments(engine: EngineConfig, node: Node, *, cpu_build: bool) -> list[str]:
-    """Arguments of vLLM on this node; those of the resource come last, because the last one wins."""
+def build_arguments(
+    engine: EngineConfig, node: Node, *, cpu_build: bool, expert: ExpertSettings = DEFAULT_EXPERT
+) -> list[str]:
+    """Arguments of vLLM on this node; those of the resource come last, because the last one wins.
+
+    Args:
+        engine: the engine.
+        node: which of the replica's nodes this is.
+        cpu_build: the installed vLLM runs on CPUs.
+        expert: the settings of experts at the start.
+    """
     arguments = [
         *([] if node.headless else _build_server_arguments(engine)),
         *("--model", engine.model, "--served-model-name", engine.served_name),
@@ -39,6 +55,8 @@ def build_arguments(engine: EngineConfig, node: Node, *, cpu_build: bool) -> lis
         arguments += ["--revision", engine.revision]
     if engine.expert_parallel:
         arguments.append("--enable-expert-parallel")
+    if engine.has_expert_group:
+        arguments += _build_balancer_arguments(engine, expert, cpu_build=cpu_build)
     if cpu_build:
         arguments += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
         if _has_one_rank(engine):
@@ -49,6 +67,22 @@ def build_arguments(engine: EngineConfig, node: Node, *, cpu_build: bool) -> lis
 def _build_server_arguments(engine: EngineConfig) -> list[str]:
     address = ["--host", engine.host, "--port", str(engine.port)]
     return [*address, "--middleware", MIDDLEWARE, "--disable-uvicorn-access-log"]
+
+
+def _build_balancer_arguments(engine: EngineConfig, expert: ExpertSettings, *, cpu_build: bool) -> list[str]:
+    """vLLM's load balancer of experts, always on, so that its mode can be switched while the engine runs.
+
+    The plugin decides in its place (`moe_agent.vllm.expert_group`), by the settings in force; window and interval here
+    are those of the start. On a CPU experts can be moved by gloo alone, and within a step alone.
+    """
+    balancer: dict[str, object] = {
+        "num_redundant_experts": engine.redundant_experts,
+        "window_size": expert.window_steps,
+        "step_interval": expert.interval_steps,
+    }
+    if cpu_build:
+        balancer |= {"use_async": False, "communicator": "torch_gloo"}
+    return ["--enable-eplb", "--eplb-config", json.dumps(balancer)]
 
 
 def _build_node_arguments(engine: EngineConfig, node: Node) -> list[str]:

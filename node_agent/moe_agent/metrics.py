@@ -6,6 +6,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from moe_agent.experts.metrics import expert_metrics
 from moe_agent.supervisor import Phase
 
 _RANK_GAUGES = {
@@ -25,6 +26,10 @@ _RANK_GAUGES = {
         "moeserving_engine_expert_balance_ratio",
         "Max over mean of the tokens of expert-parallel ranks.",
     ),
+    "expert_pressure": (
+        "moeserving_engine_expert_pressure_ratio",
+        "Expert tokens of the rank over the mean of its expert group.",
+    ),
     "age_s": ("moeserving_engine_signal_age_seconds", "Age of what the rank last published."),
 }
 _RANK_COUNTERS = {
@@ -43,10 +48,10 @@ _STEP_TIME_GAUGES = {
 
 
 class AgentCollector(Collector):
-    """Registered once; `snapshot` gives the document of `GET /v1/state`."""
+    """Registered once; `snapshot` gives the document of `GET /v1/state`, `experts` that of `GET /v1/experts`."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Callable[[], dict[str, Any]], experts: Callable[[], dict[str, Any] | None]) -> None:
+        self._snapshot, self._experts = snapshot, experts
 
     def describe(self) -> list[Metric]:
         """No names ahead of the first scrape: a registry would otherwise take a snapshot to learn them."""
@@ -56,6 +61,8 @@ class AgentCollector(Collector):
         state = self._snapshot()
         yield from _engine_metrics(state)
         yield from _rank_metrics(state)
+        if (experts := self._experts()) is not None:
+            yield from expert_metrics(state["name"], experts)
 
 
 def _engine_metrics(state: dict[str, Any]) -> Iterator[Metric]:

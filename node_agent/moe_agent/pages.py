@@ -1,7 +1,9 @@
-"""The two memory-mapped pages between an agent and its engine: layout, one writer, many readers.
+"""The memory-mapped pages between an agent and its engine: layout, one writer, many readers.
 
 `rank-N.page` is written by the scheduler of data-parallel rank N at every step and read by the agent; `control.page` is
-written by the agent and read by every rank. Both sides import this module, so it needs the standard library alone.
+written by the agent and read by every rank. `experts-N.page` is written by the worker of rank N, where there is an
+expert group, and read by the rank's scheduler, which may be another process. All sides import this module, so it needs
+the standard library alone.
 
 Invariants: a page has one writer; it is put into place whole (renamed), so a reader never sees a page without header; a
 sequence number is odd while its writer writes and rises by two at each write; a checksum over the body makes a torn
@@ -13,15 +15,16 @@ import os
 import struct
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 
 _HEADER = struct.Struct("<8sII")
@@ -34,8 +37,9 @@ _BODY_AT = _CHECKSUM_AT + _CHECKSUM.size
 _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
-RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xddddd")
-CONTROL_BODY = struct.Struct("<Q16sddd")
+RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
+CONTROL_BODY = struct.Struct("<Q16sddd16sQQQddQ")
+EXPERT_BODY = struct.Struct("<Qdd")
 
 
 class PageUnreadableError(Exception):
@@ -45,6 +49,11 @@ class PageUnreadableError(Exception):
 def rank_page_path(run_dir: Path, rank: int) -> Path:
     """Where rank `rank` publishes."""
     return run_dir / f"rank-{rank}.page"
+
+
+def expert_page_path(run_dir: Path, rank: int) -> Path:
+    """Where the worker of rank `rank` publishes what its expert group found."""
+    return run_dir / f"experts-{rank}.page"
 
 
 def control_page_path(run_dir: Path) -> Path:
@@ -177,6 +186,7 @@ class RankPageWriter(_Writer):
             computed_tokens=signal.computed_tokens,
             step_time=signal.step_time,
             expert_balance=signal.expert_balance,
+            expert_pressure=signal.expert_pressure,
         )
         self.put_in_place()
 
@@ -197,6 +207,7 @@ class RankPageWriter(_Writer):
         computed_tokens: int,
         step_time: StepTime | None,
         expert_balance: float,
+        expert_pressure: float,
     ) -> None:
         """Takes plain values: this runs at every engine step, and a frozen snapshot would cost more than the write."""
         fitted = step_time is not None
@@ -218,6 +229,7 @@ class RankPageWriter(_Writer):
             step_time.prefill_s if step_time else 0.0,
             step_time.decode_s if step_time else 0.0,
             expert_balance,
+            expert_pressure,
         )
 
 
@@ -230,7 +242,7 @@ class RankPageReader(_Reader):
     def read(self, patience_s: float = 0.25) -> RankState:
         body = self.read_body(patience_s)
         pid, written_s, version, step, running, waiting, waiting_prefill, running_prefill, decode = body[:9]
-        preemptions, computed, fitted, kv_usage, base_s, prefill_s, decode_s, expert_balance = body[9:]
+        preemptions, computed, fitted, kv_usage, base_s, prefill_s, decode_s, balance, pressure = body[9:]
         return RankState(
             pid=pid,
             written_s=written_s,
@@ -246,17 +258,27 @@ class RankPageReader(_Reader):
                 preemptions=preemptions,
                 computed_tokens=computed,
                 step_time=StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s) if fitted else None,
-                expert_balance=expert_balance,
+                expert_balance=balance,
+                expert_pressure=pressure,
             ),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """The settings in force and their version, which rises by one at each change and starts at 1."""
+    """The settings in force and their version, which rises by one at each change and starts at 1.
+
+    Attributes:
+        version: of all that is here.
+        request: order of the waiting queue.
+        expert: what is done about the placement of experts; without effect where there is no expert group.
+        directive: version of the newest directive about experts; 0 before the first.
+    """
 
     version: int
     request: RequestSettings
+    expert: ExpertSettings = field(default_factory=ExpertSettings)
+    directive: int = 0
 
 
 class ControlPageWriter(_Writer):
@@ -268,13 +290,20 @@ class ControlPageWriter(_Writer):
         self.put_in_place()
 
     def write(self, control: Control) -> None:
-        request = control.request
+        request, expert = control.request, control.expert
         self.write_body(
             control.version,
             request.policy.value.encode(),
             request.ageing_rate,
             request.ageing_horizon_s,
             request.priority_step_s,
+            expert.mode.value.encode(),
+            expert.interval_steps,
+            expert.window_steps,
+            expert.move_budget,
+            expert.max_stall_s,
+            expert.hysteresis,
+            control.directive,
         )
 
 
@@ -286,7 +315,9 @@ class ControlPageReader(_Reader):
 
     def read(self, patience_s: float = 0.0) -> Control:
         """By default with the patience of an engine step: none."""
-        version, policy, ageing_rate, ageing_horizon_s, priority_step_s = self.read_body(patience_s)
+        body = self.read_body(patience_s)
+        version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
+        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[5:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -295,4 +326,52 @@ class ControlPageReader(_Reader):
                 ageing_horizon_s=ageing_horizon_s,
                 priority_step_s=priority_step_s,
             ),
+            expert=ExpertSettings(
+                mode=ExpertMode(mode.rstrip(b"\0").decode()),
+                interval_steps=interval_steps,
+                window_steps=window_steps,
+                move_budget=move_budget,
+                max_stall_s=max_stall_s,
+                hysteresis=hysteresis,
+            ),
+            directive=directive,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertState:
+    """What a rank knows of its expert group.
+
+    Attributes:
+        config_version: version of the control page that the group is in step with; 0 before it read one.
+        balance: max / mean of the tokens over the group's ranks.
+        pressure: tokens of this rank / the mean of the group's ranks.
+    """
+
+    config_version: int = 0
+    balance: float = 1.0
+    pressure: float = 1.0
+
+
+class ExpertPageWriter(_Writer):
+    """The worker's side of `experts-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int, state: ExpertState) -> None:
+        super().__init__(expert_page_path(run_dir, rank), EXPERT_BODY)
+        self.write(state)
+        self.put_in_place()
+
+    def write(self, state: ExpertState) -> None:
+        self.write_body(state.config_version, state.balance, state.pressure)
+
+
+class ExpertPageReader(_Reader):
+    """The scheduler's side of `experts-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        super().__init__(expert_page_path(run_dir, rank), EXPERT_BODY)
+
+    def read(self, patience_s: float = 0.0) -> ExpertState:
+        """By default with the patience of an engine step: none."""
+        config_version, balance, pressure = self.read_body(patience_s)
+        return ExpertState(config_version=config_version, balance=balance, pressure=pressure)

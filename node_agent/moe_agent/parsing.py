@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from moe_scheduling.expert import ExpertSettings
 from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors
 from moe_scheduling.request import RequestSettings
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,12 +16,13 @@ from moe_agent.config import AgentConfig
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Change(BaseModel):
-    """Body of `PUT /v1/config`, after the fields that it leaves out were filled in."""
+class Settings(BaseModel):
+    """What a control body or a settings file may change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     request: RequestSettings
+    expert: ExpertSettings
 
 
 def load_config(path: Path) -> AgentConfig:
@@ -33,11 +35,11 @@ def load_config(path: Path) -> AgentConfig:
     if config.settings_file is None or (text := read_settings(config.settings_file)) is None:
         return config
     try:
-        request = parse_request_change(parse_document(text), config.request)
+        settings = parse_change(parse_document(text), config.request, config.expert)
     except InvalidInput as error:
         rows = [Problem("settings_file", f"{config.settings_file}: {problem}") for problem in error.problems]
         raise InvalidInput(rows) from None
-    return config.model_copy(update={"request": request})
+    return config.model_copy(update={"request": settings.request, "expert": settings.expert})
 
 
 def read_settings(path: Path) -> bytes | None:
@@ -70,15 +72,20 @@ def parse_document(text: bytes) -> object:
         raise InvalidInput([Problem("", f"not JSON: {error}")]) from None
 
 
-def parse_request_change(document: object, current: RequestSettings) -> RequestSettings:
+def parse_change(document: object, request: RequestSettings, expert: ExpertSettings) -> Settings:
     """The settings that a control body asks for; fields that it leaves out keep their value.
 
     Raises:
         InvalidInput: the body is not valid, and nothing of it is used.
     """
-    if isinstance(document, dict) and isinstance(document.get("request", {}), dict):
-        document = {**document, "request": asdict(current) | document.get("request", {})}
-    return parse_model(_Change, document).request
+    if isinstance(document, dict):
+        current: dict[str, RequestSettings | ExpertSettings] = {"request": request, "expert": expert}
+        document = document | {name: _laid_over(document.get(name, {}), kept) for name, kept in current.items()}
+    return parse_model(Settings, document)
+
+
+def _laid_over(change: object, kept: RequestSettings | ExpertSettings) -> object:
+    return asdict(kept) | change if isinstance(change, dict) else change
 
 
 def parse_model(model: type[Model], document: object) -> Model:

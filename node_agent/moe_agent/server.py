@@ -10,14 +10,17 @@ from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
+from moe_scheduling.expert import ExpertMode
 from moe_scheduling.problems import InvalidInput, Problem
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
+from moe_agent.experts.directive import parse_directive, write_directive
+from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
 from moe_agent.metrics import AgentCollector
-from moe_agent.parsing import parse_document, parse_request_change
+from moe_agent.parsing import parse_change, parse_document
 from moe_agent.state import build_snapshot
 from moe_agent.supervisor import Supervisor
 from moe_agent.telemetry import ControlPage, NotTaken, RankPages
@@ -25,13 +28,17 @@ from moe_agent.telemetry import ControlPage, NotTaken, RankPages
 TAKE_TIMEOUT_S = 5.0
 _WATCH_LEAST_S = 0.01
 _WATCH_MOST_S = 1.0
-_MAX_BODY_BYTES = 64 * 1024
+# The placement of a hundred layers over a thousand slots takes half of it.
+_MAX_BODY_BYTES = 1024 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AgentServer:
-    """Routes over the agent's parts; holds no state but the wish to end."""
+    """Routes over the agent's parts; holds no state but the wish to end.
+
+    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
+    """
 
     def __init__(
         self,
@@ -40,17 +47,20 @@ class AgentServer:
         supervisor: Supervisor,
         ranks: RankPages,
         control: ControlPage,
+        experts: PublishedExperts | None,
     ) -> None:
-        self._tokens = tokens
+        self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._registry = CollectorRegistry()
-        self._registry.register(AgentCollector(self.snapshot))
+        self._registry.register(AgentCollector(self.snapshot, self._read_experts))
         self._ending = asyncio.Event()
 
     def build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_get("/v1/state", self._get_state)
+        app.router.add_get("/v1/experts", self._get_experts)
+        app.router.add_post("/v1/experts", self._with_token(self._post_experts))
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/readyz", self._get_ready)
@@ -74,10 +84,11 @@ class AgentServer:
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:
-        if request.query.get("watch") not in (None, "", "0", "1"):
-            problem = Problem("watch", f"unknown {request.query['watch']!r}; known: 0, 1")
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, [problem])
-        if request.query.get("watch") != "1":
+        try:
+            watch = _read_flag(request, "watch")
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        if not watch:
             return web.json_response(self.snapshot())
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await stream.prepare(request)
@@ -116,15 +127,51 @@ class AgentServer:
     async def _put_config(self, request: web.Request) -> web.Response:
         try:
             document = parse_document(await request.read())
-            settings = parse_request_change(document, self._control.control.request)
+            current = self._control.control
+            settings = parse_change(document, current.request, current.expert)
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
-        taken = await self._control.apply(settings, TAKE_TIMEOUT_S)
+        taken = await self._control.apply(settings.request, settings.expert, TAKE_TIMEOUT_S)
         if isinstance(taken, NotTaken):
             ranks = ", ".join(map(str, taken.ranks))
             message = f"not taken within {TAKE_TIMEOUT_S:g} s by rank {ranks}; it takes it at its next step"
             return _errors(HTTPStatus.GATEWAY_TIMEOUT, [Problem("request", message)])
-        return web.json_response({"version": taken.version, "request": asdict(taken.request)})
+        answer = {"version": taken.version, "request": asdict(taken.request), "expert": asdict(taken.expert)}
+        return web.json_response(answer)
+
+    def _read_experts(self) -> Document | None:
+        return None if self._experts is None else self._experts.read(time.monotonic())
+
+    async def _get_experts(self, request: web.Request) -> web.Response:
+        try:
+            short = _read_flag(request, "brief")
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        if (document := self._read_experts()) is None:
+            return self._no_experts()
+        return web.json_response(brief(document) if short else document)
+
+    async def _post_experts(self, request: web.Request) -> web.Response:
+        if (document := self._read_experts()) is None:
+            return self._no_experts()
+        control = self._control.control
+        if control.expert.mode is ExpertMode.OFF:
+            problem = Problem("mode", "off: nothing is recorded; others: active, dryRun, observe")
+            return _errors(HTTPStatus.CONFLICT, [problem])
+        try:
+            asked = parse_document(await request.read())
+            directive = parse_directive(asked, control.directive + 1, shape_of(document))
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        write_directive(self._run_dir, directive)
+        self._control.announce_directive(directive.version)
+        return web.json_response({"version": directive.version}, status=HTTPStatus.ACCEPTED)
+
+    def _no_experts(self) -> web.Response:
+        if self._experts is None:
+            problem = Problem("", "this node's engine has no expert group whose first rank is here")
+            return _errors(HTTPStatus.NOT_FOUND, [problem])
+        return _errors(HTTPStatus.SERVICE_UNAVAILABLE, [Problem("", "the expert group has published nothing yet")])
 
     async def _post_drain(self, request: web.Request) -> web.Response:
         self._supervisor.request_drain()
@@ -139,6 +186,13 @@ class AgentServer:
             return await handler(request)
 
         return check
+
+
+def _read_flag(request: web.Request, name: str) -> bool:
+    value = request.query.get(name) or "0"
+    if value not in ("0", "1"):
+        raise InvalidInput([Problem(name, f"unknown {value!r}; known: 0, 1")])
+    return value == "1"
 
 
 def _errors(status: HTTPStatus, problems: Any) -> web.Response:

@@ -24,7 +24,11 @@ def build_snapshot(
             "last_exit": supervisor.last_exit,
             "max_model_len": supervisor.max_model_len,
         },
-        "config": {"version": control.version, "request": asdict(control.request)},
+        "config": {
+            "version": control.version,
+            "request": asdict(control.request),
+            "expert": asdict(control.expert),
+        },
         "ranks": [
             {"rank": rank, "age_s": signal_age_s(state, ready, now_s), **asdict(state.signal)}
             for rank, state in sorted(ranks.items())

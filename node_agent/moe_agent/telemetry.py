@@ -1,13 +1,15 @@
-"""The agent's side of the pages: what the ranks last said, and the settings they are to order by.
+"""The agent's side of the pages: what the ranks last said, and the settings they are to work by.
 
 Used by the HTTP server of `moe_agent.server` and by the supervisor, which calls `forget` whenever no engine lives.
 """
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from moe_scheduling.expert import ExpertSettings
 from moe_scheduling.request import RequestSettings
 
 from moe_agent.pages import (
@@ -16,6 +18,7 @@ from moe_agent.pages import (
     PageUnreadableError,
     RankPageReader,
     RankState,
+    expert_page_path,
     rank_page_path,
 )
 
@@ -36,6 +39,7 @@ class RankPages:
         self._readers.clear()
         for rank in self._ranks:
             rank_page_path(self._run_dir, rank).unlink(missing_ok=True)
+            expert_page_path(self._run_dir, rank).unlink(missing_ok=True)
 
     def fingerprint(self) -> tuple[int, ...]:
         """Differs when any page was written since."""
@@ -71,8 +75,8 @@ class NotTaken:
 class ControlPage:
     """Owner of the settings in force. They outlive the engine, not the agent."""
 
-    def __init__(self, run_dir: Path, settings: RequestSettings, ranks: RankPages) -> None:
-        self._control = Control(version=1, request=settings)
+    def __init__(self, run_dir: Path, request: RequestSettings, expert: ExpertSettings, ranks: RankPages) -> None:
+        self._control = Control(version=1, request=request, expert=expert)
         self._writer = ControlPageWriter(run_dir, self._control)
         self._ranks = ranks
         self._one_at_a_time = asyncio.Lock()
@@ -81,18 +85,25 @@ class ControlPage:
     def control(self) -> Control:
         return self._control
 
-    async def apply(self, settings: RequestSettings, timeout_s: float) -> Control | NotTaken:
+    async def apply(self, request: RequestSettings, expert: ExpertSettings, timeout_s: float) -> Control | NotTaken:
         """Puts settings in force and waits until every rank has taken them."""
         async with self._one_at_a_time:
-            if settings != self._control.request:
-                self._control = Control(version=self._control.version + 1, request=settings)
-                self._writer.write(self._control)
+            if (request, expert) != (self._control.request, self._control.expert):
+                self._put(request=request, expert=expert)
             deadline_s = time.monotonic() + timeout_s
             while late := self._late_ranks():
                 if time.monotonic() > deadline_s:
                     return NotTaken(late)
                 await asyncio.sleep(_POLL_S)
             return self._control
+
+    def announce_directive(self, version: int) -> None:
+        """Tells the first rank of the expert group that directive `version` lies in its file."""
+        self._put(directive=version)
+
+    def _put(self, **changed: Any) -> None:
+        self._control = replace(self._control, version=self._control.version + 1, **changed)
+        self._writer.write(self._control)
 
     def _late_ranks(self) -> tuple[int, ...]:
         """An idle rank makes no step, but it reads the control page before its next decision, so it has taken it."""

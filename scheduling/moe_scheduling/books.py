@@ -227,6 +227,8 @@ def _plausible(signal: EngineSignal) -> EngineSignal:
         computed_tokens=_count(signal.computed_tokens),
         step_time=signal.step_time if signal.step_time is not None and _predicts(signal.step_time) else None,
         expert_balance=_within(signal.expert_balance, 1.0, _GREATEST_BALANCE),
+        # A rank that says it has no pressure at all would be the most attractive of all.
+        expert_pressure=_within(signal.expert_pressure, 0.0, _GREATEST_BALANCE) or 1.0,
     )
 
 

@@ -49,6 +49,7 @@ class EngineSignal:
         computed_tokens: prompt and output tokens computed since the engine started.
         step_time: the fitted step-time line; None until enough steps were seen.
         expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced.
+        expert_pressure: expert tokens of this rank / the mean of its expert group's ranks; 1 without a group.
     """
 
     step: int = 0
@@ -62,3 +63,4 @@ class EngineSignal:
     computed_tokens: int = 0
     step_time: StepTime | None = None
     expert_balance: float = 1.0
+    expert_pressure: float = 1.0

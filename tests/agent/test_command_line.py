@@ -15,6 +15,7 @@ from moe_agent.config import AgentConfig
 from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
 from moe_agent.node import Node
 from moe_agent.parsing import load_config
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
 
@@ -81,6 +82,9 @@ def test_the_settings_file_is_laid_over_the_request_when_it_exists(tmp_path):
     assert (found.policy, found.ageing_rate) == ("priority", 7.0)
     settings.write_text("{}")
     assert load_config(path).request.policy == "fcfs"
+    settings.write_text(json.dumps({"expert": {"mode": "active"}}))
+    found = load_config(path)
+    assert (found.request.policy, found.expert.mode, found.expert.interval_steps) == ("fcfs", "active", 3000)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,8 @@ def test_the_settings_file_is_laid_over_the_request_when_it_exists(tmp_path):
     [
         ("{", "not JSON"),
         ('{"request": {"policy": "sjff"}}', "request.policy: unknown 'sjff'; known: fcfs, priority, sjf"),
-        ('{"dispatch": {}}', "dispatch: unknown field; known: request"),
+        ('{"dispatch": {}}', "dispatch: unknown field; known: expert, request"),
+        ('{"expert": {"mode": "auto"}}', "expert.mode: unknown 'auto'; known: active, dryRun, observe, off"),
     ],
 )
 def test_a_settings_file_that_is_bad_is_told_in_one_line_with_its_path(tmp_path, text, message):
@@ -153,6 +158,30 @@ def test_the_arguments_carry_scheduler_middleware_shape_and_bound_of_the_drain(c
     assert "--kv-cache-memory-bytes" not in arguments
 
 
+def balancer(arguments: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(arguments[arguments.index("--eplb-config") + 1])
+    return found
+
+
+def test_an_expert_group_starts_with_a_balancer_whatever_the_mode(config):
+    engine = config.engine.model_copy(
+        update={"data_parallel": 2, "expert_parallel": True, "redundant_experts": 2, "args": ()}
+    )
+    expert = ExpertSettings(mode=ExpertMode.OFF, interval_steps=500, window_steps=200)
+    arguments = build_arguments(engine, ALONE, cpu_build=False, expert=expert)
+    assert {"--enable-expert-parallel", "--enable-eplb"} <= set(arguments)
+    start = {"num_redundant_experts": 2, "window_size": 200, "step_interval": 500}
+    assert balancer(arguments) == start
+    on_cpu = build_arguments(engine, ALONE, cpu_build=True, expert=expert)
+    assert balancer(on_cpu) == start | {"use_async": False, "communicator": "torch_gloo"}
+
+
+@pytest.mark.parametrize("shape", [{"expert_parallel": True}, {"data_parallel": 2}, {"tensor_parallel": 2}])
+def test_without_an_expert_group_there_is_no_balancer(config, shape):
+    engine = config.engine.model_copy(update=shape)
+    assert not {"--enable-eplb", "--eplb-config"} & set(build_arguments(engine, ALONE, cpu_build=True))
+
+
 def test_vllm_understands_the_arguments(config, virtual_engines):
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -165,6 +194,18 @@ def test_vllm_understands_the_arguments(config, virtual_engines):
     assert parsed.shutdown_timeout == 120
     assert parsed.scheduling_policy == "priority"
     assert CPU_KV_CACHE_BYTES == 2**30
+
+
+def test_vllm_understands_the_arguments_of_an_expert_group(config, virtual_engines):
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    shape = {"data_parallel": 2, "expert_parallel": True, "redundant_experts": 2}
+    engine = config.engine.model_copy(update=shape)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(build_arguments(engine, ALONE, cpu_build=True))
+    assert parsed.enable_eplb
+    assert parsed.eplb_config.num_redundant_experts == 2
+    assert (parsed.eplb_config.use_async, parsed.eplb_config.communicator) == (False, "torch_gloo")
 
 
 def test_the_environment_is_ours_below_the_inherited_below_the_resources(config):

@@ -8,12 +8,16 @@ from moe_agent.pages import (
     Control,
     ControlPageReader,
     ControlPageWriter,
+    ExpertPageReader,
+    ExpertPageWriter,
+    ExpertState,
     PageUnreadableError,
     RankPageReader,
     RankPageWriter,
     RankState,
     rank_page_path,
 )
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
@@ -26,7 +30,7 @@ from moe_scheduling.signals import EngineSignal, StepTime
 
 zero = StepTime(base_s=0.0, prefill_s=0.0, decode_s=0.0)
 first = RankState(pid=0, written_s=0.0, config_version=0,
-                  signal=EngineSignal(step_time=zero, expert_balance=0.0))
+                  signal=EngineSignal(step_time=zero, expert_balance=0.0, expert_pressure=0.0))
 with RankPageWriter(Path(sys.argv[1]), 0, first) as writer:
     print("ready", flush=True)
     step, end_s = 0, time.monotonic() + 2.0
@@ -37,7 +41,7 @@ with RankPageWriter(Path(sys.argv[1]), 0, first) as writer:
                      waiting_prefill_tokens=step, running_prefill_tokens=step, decode_tokens=step, kv_usage=number,
                      preemptions=step, computed_tokens=step,
                      step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
-                     expert_balance=number)
+                     expert_balance=number, expert_pressure=number)
 """
 
 SIGNAL = EngineSignal(
@@ -52,6 +56,7 @@ SIGNAL = EngineSignal(
     computed_tokens=5678,
     step_time=StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.002),
     expert_balance=1.5,
+    expert_pressure=0.75,
 )
 
 
@@ -70,6 +75,25 @@ def test_what_the_agent_writes_is_read(tmp_path, policy):
     control = Control(version=9, request=RequestSettings(policy=policy, ageing_rate=7.0, ageing_horizon_s=3.0))
     with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path) as reader:
         assert reader.read() == control
+
+
+@pytest.mark.parametrize("mode", ExpertMode)
+def test_the_settings_of_experts_and_the_directive_are_read(tmp_path, mode):
+    expert = ExpertSettings(
+        mode=mode, interval_steps=7, window_steps=5, move_budget=3, max_stall_s=0.25, hysteresis=0.5
+    )
+    control = Control(version=9, request=RequestSettings(), expert=expert, directive=4)
+    with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path) as reader:
+        assert reader.read() == control
+
+
+def test_what_a_worker_knows_of_its_expert_group_is_read(tmp_path):
+    found = ExpertState(config_version=3, balance=1.5, pressure=0.5)
+    with ExpertPageWriter(tmp_path, 1, ExpertState()) as writer, ExpertPageReader(tmp_path, 1) as reader:
+        assert reader.read() == ExpertState(config_version=0, balance=1.0, pressure=1.0)
+        writer.write(found)
+        assert reader.read() == found
+    assert [path.name for path in tmp_path.iterdir()] == ["experts-1.page"]
 
 
 def test_the_sequence_changes_with_each_write(tmp_path):
@@ -125,6 +149,7 @@ def numbered(step: int) -> RankState:
             computed_tokens=step,
             step_time=StepTime(base_s=number, prefill_s=number, decode_s=number),
             expert_balance=number,
+            expert_pressure=number,
         ),
     )
 

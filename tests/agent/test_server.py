@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent import server as server_module
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
+from moe_agent.experts.published import PublishedExperts
 from moe_agent.pages import ControlPageReader, RankPageWriter, RankState
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Phase, Rules, Supervisor
@@ -51,6 +53,7 @@ class Rank:
             "computed_tokens": 0,
             "step_time": None,
             "expert_balance": 1.0,
+            "expert_pressure": 1.0,
         }
         first = RankState(pid=os.getpid(), written_s=time.monotonic(), config_version=1, signal=EngineSignal())
         self._writer = RankPageWriter(run_dir, number, first)
@@ -76,13 +79,14 @@ class Agent:
         command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
         self.pages = RankPages(folder, range(ranks))
-        self.control = ControlPage(folder, self.config.request, self.pages)
+        self.control = ControlPage(folder, self.config.request, self.config.expert, self.pages)
         self.supervisor = Supervisor(
             self.config.engine, command, dict(os.environ), folder / "engine.log", rules, on_restart=self.pages.forget
         )
         (folder / "token").write_text(TOKEN)
         tokens = ControlTokens(folder / "token")
-        self.server = AgentServer(self.config, tokens, self.supervisor, self.pages, self.control)
+        self.experts = PublishedExperts(folder) if ranks > 1 else None
+        self.server = AgentServer(self.config, tokens, self.supervisor, self.pages, self.control, self.experts)
 
 
 @pytest.fixture
@@ -218,7 +222,7 @@ async def test_a_token_file_that_cannot_be_read_lets_nobody_in_and_breaks_nothin
 async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
-    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control)
+    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None)
     assert server.snapshot()["name"] == socket.gethostname()
 
 
@@ -241,7 +245,11 @@ async def put(client: Any, body: Any) -> tuple[int, Any]:
 async def test_settings_reach_the_control_page_and_absent_fields_keep_their_value(client, ranks, agent):
     assert await put(client, {"request": {"policy": "fcfs"}}) == (
         200,
-        {"version": 2, "request": {**agent_request(agent), "policy": "fcfs"}},
+        {
+            "version": 2,
+            "request": {**asdict(agent.config.request), "policy": "fcfs"},
+            "expert": asdict(agent.config.expert),
+        },
     )
     status, body = await put(client, {"request": {"ageing_rate": 5}})
     assert (status, body["request"]["policy"], body["request"]["ageing_rate"]) == (200, "fcfs", 5.0)
@@ -257,10 +265,14 @@ async def until_restarted(agent: Agent) -> int:
     return agent.supervisor.restarts
 
 
-def agent_request(agent: Agent) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(agent.config.request)
+async def test_settings_of_experts_are_taken_beside_those_of_requests(client, ranks, agent):
+    status, body = await put(client, {"expert": {"mode": "active", "interval_steps": 40}})
+    assert (status, body["expert"]["mode"], body["expert"]["window_steps"]) == (200, "active", 1000)
+    assert body["request"] == asdict(agent.config.request)
+    with ControlPageReader(agent.config.run_dir) as page:
+        assert page.read().expert.interval_steps == 40
+    state = await (await client.get("/v1/state")).json()
+    assert state["config"]["expert"]["mode"] == "active"
 
 
 async def test_the_same_settings_again_are_no_change(client, ranks):
@@ -282,7 +294,7 @@ async def test_the_same_settings_again_are_no_change(client, ranks):
         ({"request": {"ageing_rate": -1}}, "request", "ageing_rate must be greater than 0"),
         ({"request": {"ageing_rate": "fast"}}, "request.ageing_rate", "input should be a valid number"),
         ({"request": 5}, "request", "a mapping of fields is needed"),
-        ({"dispatch": {}}, "dispatch", "unknown field; known: request"),
+        ({"dispatch": {}}, "dispatch", "unknown field; known: expert, request"),
     ],
 )
 async def test_bad_settings_are_named_and_nothing_is_changed(client, ranks, agent, body, path, message):

@@ -83,6 +83,7 @@ SIGNALS = st.builds(
     computed_tokens=NUMBERS,
     step_time=LINES,
     expert_balance=NUMBERS,
+    expert_pressure=NUMBERS,
 )
 EVENTS = st.lists(
     st.tuples(st.just("observe"), SIGNALS, st.floats())

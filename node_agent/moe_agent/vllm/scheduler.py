@@ -7,8 +7,8 @@ vLLM calls this interface not public: `moe_agent.vllm.version` refuses unknown v
 one of the attributes used here is gone.
 
 Invariants: the settings of the control page are in force before any decision that follows their write; the page is true
-at the end of every step, and also after a request was added or ended while no step runs. The balance over experts is
-published as 1.0: nothing here measures it.
+at the end of every step, and also after a request was added or ended while no step runs. What the rank's worker found
+about its expert group is passed on as it is; settings count as taken when the group is in step with them too.
 """
 
 import os
@@ -27,12 +27,18 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.pages import RUN_DIR_VARIABLE, ControlPageReader, PageUnreadableError, RankPageWriter, RankState
+from moe_agent.pages import (
+    RUN_DIR_VARIABLE,
+    ControlPageReader,
+    ExpertPageReader,
+    ExpertState,
+    PageUnreadableError,
+    RankPageWriter,
+    RankState,
+)
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.version import check_version
 from moe_agent.vllm.waiting import OrderedRequestQueue
-
-EXPERT_BALANCE = 1.0
 
 
 class StepWork(NamedTuple):
@@ -68,6 +74,8 @@ class OrderedScheduler(AsyncScheduler):
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
         self.take_settings()
         rank = self.parallel_config.data_parallel_index
+        self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
+        self._experts, self._expert_sequence = ExpertState(), 0
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
 
     # 1. Decide by the settings in force.
@@ -139,12 +147,13 @@ class OrderedScheduler(AsyncScheduler):
         """Writes the page, if there is one."""
         if self._page is None:
             return
+        self.take_experts()
         prefilling, prefill_tokens = self._prefill_left()
         running, waiting = self.get_request_counts()
         self._page.write(
             pid=self._pid,
             written_s=self.clock(),
-            config_version=self._config_version,
+            config_version=self._taken_version(),
             step=self._steps,
             running=running,
             waiting=waiting,
@@ -155,7 +164,8 @@ class OrderedScheduler(AsyncScheduler):
             preemptions=self._preemptions,
             computed_tokens=self._computed_tokens,
             step_time=self._step_time.line,
-            expert_balance=EXPERT_BALANCE,
+            expert_balance=self._experts.balance,
+            expert_pressure=self._experts.pressure,
         )
 
     def _prefill_left(self) -> tuple[int, int]:
@@ -214,3 +224,27 @@ class OrderedScheduler(AsyncScheduler):
         # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent
         # request, the newest among equals; under `fcfs` it is the one admitted last.
         self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY
+
+    def take_experts(self) -> None:
+        """What the rank's worker last found; one load from memory when that is nothing new."""
+        if self._expert_page is None or (sequence := self._expert_page.sequence()) == self._expert_sequence:
+            return
+        try:
+            self._experts = self._expert_page.read()
+        except PageUnreadableError:
+            return
+        self._expert_sequence = sequence
+
+    def _taken_version(self) -> int:
+        """Version of the settings that the queue is ordered by and the expert group is in step with."""
+        if self._expert_page is None:
+            return self._config_version
+        return min(self._config_version, self._experts.config_version)
+
+
+def _open_expert_page(run_dir: Path, rank: int) -> ExpertPageReader | None:
+    """The worker puts its page in place while it loads the model, which is before there is a scheduler."""
+    try:
+        return ExpertPageReader(run_dir, rank)
+    except PageUnreadableError:
+        return None

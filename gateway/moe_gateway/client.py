@@ -437,6 +437,13 @@ class ClientConnection(asyncio.Protocol):
         if self.idle and self.transport is not None:
             self._close()
 
+    def cut(self) -> None:
+        """The gateway ends at once: whose request runs is told so, as far as it still can be."""
+        if self._exchange is not None:
+            self._exchange.cut()
+        if self.transport is not None:
+            self._close()
+
 
 _HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
 _OFFER = frozenset({b"connection", b"upgrade", b"expect"})

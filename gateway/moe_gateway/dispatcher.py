@@ -7,7 +7,7 @@ Exchanges ask it for a target and tell it what came of it; signal watchers tell 
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,6 +26,8 @@ from moe_gateway.parsing import Parsed
 # A failure keeps an engine from new work for so long, doubled by each further one in a row.
 EJECTION_S = 0.25
 LONGEST_EJECTION_S = 30.0
+# An engine that turned a request away as full gets no new work for so long, and keeps its good name.
+FULL_S = 0.1
 # How many tokens a prompt had is looked for in so many answers, and then in one of so many.
 FIRST_LESSONS = 1000
 LESSON_PERIOD = 16
@@ -48,6 +50,9 @@ class Waiter(Hashable, Protocol):
     job: Job
     tried: set[Target]
 
+    @property
+    def computes(self) -> bool: ...
+
     def release(self, decision: Send) -> None:
         """A target takes it."""
 
@@ -64,7 +69,7 @@ class Engine:
         offered: whether it may get new work as far as Kubernetes says.
         ready: what the engine's agent or its health route says; False before anything was heard.
         failures: failures in a row.
-        ejected_until_s: no new work before.
+        closed_until_s: no new work before, because it failed or is full.
         reachable: whether the source of its signals answers.
         models: the names of the models that it serves, as far as known.
         pid: of the process that serves, as far as known.
@@ -78,7 +83,7 @@ class Engine:
     ready: bool = False
     reachable: bool = False
     failures: int = 0
-    ejected_until_s: float = -math.inf
+    closed_until_s: float = -math.inf
     models: frozenset[str] = frozenset()
     pid: int | None = None
 
@@ -188,7 +193,7 @@ class Dispatcher:
         if (engine := self.engines.get(name)) is None:
             return
         if ready and not engine.ready:
-            engine.failures, engine.ejected_until_s = 0, -math.inf
+            engine.failures, engine.closed_until_s = 0, -math.inf
         engine.ready = ready
         self._refresh(engine, now_s)
 
@@ -217,7 +222,7 @@ class Dispatcher:
             self.pump(now_s)
 
     def _refresh_books(self, engine: Engine, now_s: float) -> bool:
-        accepting = engine.offered and engine.ready and now_s >= engine.ejected_until_s
+        accepting = engine.offered and engine.ready and now_s >= engine.closed_until_s
         for target in engine.targets:
             self.books[target].accepting = accepting
         return accepting
@@ -238,9 +243,12 @@ class Dispatcher:
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
         return Job(tokens, cached, session_target, parsed.priority), keys
 
-    def choose(self, job: Job, now_s: float, tried: Collection[Target] = ()) -> Decision:
-        """Which target takes it now."""
+    def choose(self, job: Job, now_s: float, tried: Collection[Target] = (), *, computes: bool = True) -> Decision:
+        """Which target takes it now; what an engine answers without computing may go to a saturated one too."""
         self._turn += 1
+        if not computes:
+            books, settings = list(self._open_books()), replace(self.settings, saturation_s=None)
+            return choose_target(job, books, settings, turn=self._turn, now_s=now_s, exclude=tried)
         if self.discovers:
             return self._choose_by_group(job, now_s, tried)
         return choose_target(job, self._ordered_books, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
@@ -294,7 +302,7 @@ class Dispatcher:
         if (books := self.books.get(placed.target)) is not None:
             books.first_token(placed.key, now_s)
         if (engine := self.engines.get(placed.target.server)) is not None and engine.failures:
-            engine.failures, engine.ejected_until_s = 0, -math.inf
+            engine.failures, engine.closed_until_s = 0, -math.inf
             self._refresh(engine, now_s)
         self.ledger.prediction_error.observe(placed.predicted_s - (now_s - placed.sent_s))
         if self._held_since:
@@ -317,9 +325,15 @@ class Dispatcher:
         if engine is None:
             return
         engine.failures += 1
-        engine.ejected_until_s = now_s + min(LONGEST_EJECTION_S, EJECTION_S * 2 ** min(engine.failures - 1, 16))
+        engine.closed_until_s = now_s + min(LONGEST_EJECTION_S, EJECTION_S * 2 ** min(engine.failures - 1, 16))
         self.ledger.ejections[target.server] += 1
         self._refresh(engine, now_s)
+
+    def turned_away(self, target: Target, now_s: float) -> None:
+        """The engine answered 503: it is full or about to end, and says what else there is by its signals."""
+        if (engine := self.engines.get(target.server)) is not None:
+            engine.closed_until_s = max(engine.closed_until_s, now_s + FULL_S)
+            self._refresh(engine, now_s)
 
     @property
     def wants_lesson(self) -> bool:
@@ -380,11 +394,11 @@ class Dispatcher:
         queue = self._queue
         while queue:
             waiter = queue.peek()
-            decision = self.choose(waiter.job, now_s, waiter.tried)
+            decision = self.choose(waiter.job, now_s, waiter.tried, computes=waiter.computes)
             if isinstance(decision, Refuse) and decision.reason is RefuseReason.NO_OTHER_ENGINE:
                 # Only the engines that failed it are there: they may have come back meanwhile.
                 waiter.tried.clear()
-                decision = self.choose(waiter.job, now_s)
+                decision = self.choose(waiter.job, now_s, computes=waiter.computes)
             if not isinstance(decision, Send):
                 return
             self.unhold(waiter)
@@ -393,7 +407,7 @@ class Dispatcher:
     def tick(self, now_s: float) -> None:
         """Called a few times a second: ends ejections, sends what time alone made possible, lets the held expire."""
         for engine in self.engines.values():
-            if engine.failures:
+            if engine.closed_until_s > -math.inf:
                 self._refresh(engine, now_s)
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):

@@ -26,6 +26,7 @@ from moe_gateway.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 ATTEMPTS = 2
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
+GATEWAY_GONE = "the gateway was told to end at once"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
@@ -126,7 +127,7 @@ class Exchange:
         self.job: Job
         self._keys: tuple[int, ...]
         self.job, self._keys = surroundings.dispatcher.size(parsed, session)
-        if route.has_job:
+        if self.computes:
             surroundings.dispatcher.ledger.arrive(self.job.prompt_tokens, request.arrived_s)
 
     @property
@@ -134,19 +135,24 @@ class Exchange:
         """Where it was sent last."""
         return None if self._placed is None else self._placed.target
 
+    @property
+    def computes(self) -> bool:
+        """Whether an engine has to compute for it; a question, such as for the list of models, costs it nothing."""
+        return self.route.has_job
+
     # 1. Choose.
 
     def begin(self) -> None:
         """Sends, holds or refuses."""
         dispatcher = self._surroundings.dispatcher
         now_s = self._surroundings.clock()
-        if dispatcher.held:
+        if dispatcher.held and self.computes:
             # Who waits already goes first; when nobody of them can, neither can this one.
             dispatcher.pump(now_s)
             if dispatcher.held:
                 self._hold()
                 return
-        decision = dispatcher.choose(self.job, now_s, self.tried)
+        decision = dispatcher.choose(self.job, now_s, self.tried, computes=self.computes)
         if type(decision) is Send:
             self.release(decision)
             return
@@ -259,12 +265,12 @@ class Exchange:
             return
         if self._should_try_another(connection.status):
             self._drop_upstream()
-            self._fail(f"the engine answered {connection.status}")
+            self._turned_away(connection.status)
             return
         self._start(connection)
 
     def _should_try_another(self, status: int) -> bool:
-        """An engine that is going down answers 503, or 500 while it drains: that is no answer yet."""
+        """An engine that is full or going down answers 503, or 500 while it drains: that is no answer yet."""
         if status not in (500, 503) or self._attempts >= ATTEMPTS or self._placed is None:
             return False
         books = self._surroundings.dispatcher.books.get(self._placed.target)
@@ -279,7 +285,7 @@ class Exchange:
         surroundings = self._surroundings
         surroundings.dispatcher.answered(self._placed, self.last_s)
         self.ttft_s = self.last_s - self.request.arrived_s
-        if self.route.has_job:
+        if self.computes:
             surroundings.dispatcher.ledger.answer(self.ttft_s, self.last_s)
         head = buffer[:head_end].lower()
         self._chunked = b"\r\ntransfer-encoding:" in head
@@ -341,16 +347,31 @@ class Exchange:
             return
         self._settle(now_s)
         if self._attempts < ATTEMPTS:
-            self.tried.add(self._placed.target)
-            surroundings.dispatcher.ledger.retried += 1
-            self.begin()
+            self._begin_again(self._placed.target)
         else:
             self._refuse(Outcome.ENGINE_FAILED, reason)
 
-    def _break_off(self, reason: str) -> None:
+    def _turned_away(self, status: int) -> None:
+        """No fault of the engine, if it said so by a 503: it keeps its other work and its good name."""
+        assert self._placed is not None
+        if status != 503:
+            self._fail(f"the engine answered {status}")
+            return
+        now_s = self._surroundings.clock()
+        self._surroundings.dispatcher.turned_away(self._placed.target, now_s)
+        self._settle(now_s)
+        self._begin_again(self._placed.target)
+
+    def _begin_again(self, without: Target) -> None:
+        """At another engine, or at the same one later."""
+        self.tried.add(without)
+        self._surroundings.dispatcher.ledger.retried += 1
+        self.begin()
+
+    def _break_off(self, reason: str, outcome: Outcome = Outcome.ENGINE_FAILED) -> None:
         # What the engine wrote last may end inside a chunk: then nothing can be added that a client would understand.
         if self._chunked and self.parsed.stream and ends_between_chunks(self._last):
-            self._client.write(frame_chunk(build_stream_error(reason)) + b"0\r\n\r\n")
+            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
         self._client.answered(self, keep_alive=False)
 
@@ -379,6 +400,13 @@ class Exchange:
         if not self._ended:
             self._surroundings.dispatcher.ledger.refusals[Outcome.CLIENT_GONE.label] += 1
             self._end(Outcome.CLIENT_GONE.status, "the client closed the connection")
+
+    def cut(self) -> None:
+        """The gateway ends at once."""
+        if self._streaming:
+            self._break_off(GATEWAY_GONE, Outcome.GATEWAY_ENDED)
+        else:
+            self._refuse(Outcome.GATEWAY_ENDED, GATEWAY_GONE, retry_after_s=1)
 
     def check(self, now_s: float, idle_timeout_s: float) -> None:
         """Called now and then: too long a silence, of the engine or of a client that does not read, ends it."""

@@ -143,15 +143,14 @@ class Gateway:
         await self.close()
 
     async def close(self) -> None:
-        """Closes at once."""
+        """Closes at once; requests that run are cut short."""
         if self._server is not None:
             self._server.close()
         for task in (self._checker, self._discovering, *self._watchers.values()):
             if task is not None:
                 task.cancel()
         for connection in list(self._connections):
-            if connection.transport is not None:
-                connection.transport.abort()
+            connection.cut()
         for pool in self._pools.values():
             pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -160,6 +159,9 @@ class Gateway:
         await self._session.close()
         if self._discovery is not None:
             await self._discovery.close()
+        for connection in list(self._connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     # Engines.
 

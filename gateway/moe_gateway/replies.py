@@ -22,6 +22,7 @@ class Outcome(Enum):
     CLIENT_GONE = ("client_gone", 499, "")
     ENGINE_FAILED = ("engine_failed", 502, "server_error")
     NO_ENGINE = ("no_engine", 503, "server_error")
+    GATEWAY_ENDED = ("gateway_ended", 503, "server_error")
     ENGINE_SILENT = ("engine_silent", 504, "server_error")
 
     def __init__(self, label: str, status: int, kind: str) -> None:
@@ -103,9 +104,9 @@ def build_models(model: str, request_id: bytes, *, close: bool) -> bytes:
     return build_response(200, orjson.dumps({"object": "list", "data": [row]}), request_id=request_id, close=close)
 
 
-def build_stream_error(message: str) -> bytes:
-    """The event that ends a stream which an engine broke off, after a blank line that ends what it left unfinished."""
-    return b"\n\ndata: %b\n\n" % build_error_document(Outcome.ENGINE_FAILED, message)
+def build_stream_error(outcome: Outcome, message: str) -> bytes:
+    """The event that ends a stream which was broken off, after a blank line that ends what was left unfinished."""
+    return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
 
 
 def frame_chunk(data: bytes) -> bytes:

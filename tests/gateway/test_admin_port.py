@@ -279,6 +279,24 @@ async def test_a_gateway_that_drains_ends_idle_connections_and_takes_no_new_ones
         await served.connect()
 
 
+async def test_who_still_waits_when_the_gateway_ends_at_once_is_told_to_come_again(make_engine, serve):
+    engine = await make_engine(never)
+    served = await serve(engine, dispatch={"saturation_s": 0.5})
+    sent, held = await served.connect(), await served.connect()
+    sent.send(post(prompt("x" * 100_000)))
+    await until(lambda: engine.requests)
+    engine.agent.mute = True
+    held.send(post(prompt()))
+    await served.held(1)
+    await served.gateway.close()
+    for client in (sent, held):
+        answer = await client.answer()
+        assert (answer.status, answer.json["error"]["code"]) == (503, "gateway_ended")
+        assert answer.headers[b"retry-after"] == b"1"
+        assert await client.ended()
+    assert served.gateway.dispatcher.ledger.refusals == {"gateway_ended": 2}
+
+
 async def test_a_start_that_fails_leaves_no_port_open(make_engine, serve):
     taken = await make_engine()
     port = free_port()

@@ -188,6 +188,34 @@ async def test_priority_orders_what_is_held(make_engine, serve):
     assert names_of(engine) == ["first", "middle", "later"]
 
 
+MODELS = b"GET /v1/models HTTP/1.1\r\nhost: h\r\n\r\n"
+QUESTIONS = [MODELS, post(prompt(), path="/tokenize"), post({"model": "tiny", "tokens": [1]}, path="/detokenize")]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=["models", "tokenize", "detokenize"])
+async def test_a_question_that_needs_no_computing_is_not_held_behind_those_that_do(make_engine, serve, question):
+    engine = await make_engine()
+    served = await serve(engine, dispatch={"saturation_s": 1.0}, limits={"hold_requests": 1})
+    engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)
+    await until(lambda: served.books(engine.name).signal.waiting == 100)
+    (held,) = await hold(served, ["held"])
+    assert (await served.ask(question)).status == 200
+    assert served.gateway.dispatcher.held == 1
+    engine.agent.say_rank(waiting=0, waiting_prefill_tokens=0)
+    assert (await held.answer()).json == OK
+
+
+async def test_a_question_waits_too_where_nobody_is_there_to_answer(make_engine, serve):
+    engine = await make_engine()
+    engine.agent.say(accepting=False)
+    served = await serve(engine, ready=False)
+    client = await served.connect()
+    client.send(QUESTIONS[1])
+    await served.held(1)
+    engine.agent.say(accepting=True)
+    assert (await client.answer()).status == 200
+
+
 async def test_saturation_holds_by_the_own_books_until_an_answer_begins(make_engine, serve):
     first_token = asyncio.Event()
 

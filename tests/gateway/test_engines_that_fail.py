@@ -134,6 +134,34 @@ async def test_an_error_500_of_an_engine_that_drains_is_no_answer(make_engine, s
     assert (await client.answer()).json == OK
 
 
+async def test_an_engine_that_is_full_keeps_its_good_name_and_gets_new_work_a_moment_later(make_engine, serve):
+    full, other = await make_engine(FAILURES["503"], name="full"), await make_engine()
+    served = await serve(full, other, dispatch=TURNS)
+    for _ in range(6):
+        assert (await served.ask(post(prompt()))).json == OK
+    ledger, engine = served.gateway.dispatcher.ledger, served.gateway.dispatcher.engines["full"]
+    assert (engine.failures, dict(ledger.ejections), ledger.failed) == (0, {}, 0)
+    assert ledger.retried == len(full.requests)
+    full.script = answer_ok
+    await until(lambda: served.books("full").accepting)
+    before = len(full.requests)
+    for _ in range(4):
+        assert (await served.ask(post(prompt()))).json == OK
+    assert len(full.requests) == before + 2
+
+
+async def test_what_the_only_engine_turned_away_waits_until_it_has_room(make_engine, serve):
+    engine = await make_engine(FAILURES["503"])
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt()))
+    await served.held(1)
+    engine.script = answer_ok
+    assert (await client.answer()).json == OK
+    assert len(engine.requests) == 2
+    assert served.gateway.dispatcher.ledger.ejections == {}
+
+
 async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_engine, serve):
     async def answer_then_close(request, writer):
         await answer_ok(request, writer)
@@ -310,4 +338,4 @@ async def test_each_failure_in_a_row_keeps_an_engine_out_for_longer(make_engine,
     assert (await served.ask(post(prompt()))).status == 502
     assert served.gateway.dispatcher.engines["bad"].failures == 2
     now_s = served.gateway.clock()
-    assert served.gateway.dispatcher.engines["bad"].ejected_until_s - now_s > 0.3
+    assert served.gateway.dispatcher.engines["bad"].closed_until_s - now_s > 0.3

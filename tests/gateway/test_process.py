@@ -166,3 +166,8 @@ async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
     process.send_signal(signal.SIGINT)
     assert await asyncio.wait_for(process.wait(), 20) == 0
     assert engine.requests[0].gone.is_set() or await asyncio.wait_for(engine.requests[0].gone.wait(), 1)
+    # The client and the log are told that it was the gateway, and not the client or the engine.
+    assert b'"code":"gateway_ended"' in await client.rest()
+    _, errors = await process.communicate()
+    (row,) = [row for row in map(json.loads, errors.splitlines()) if row["message"] == "request"]
+    assert (row["status"], row["reason"]) == (200, "the gateway was told to end at once")

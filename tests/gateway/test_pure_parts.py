@@ -194,8 +194,8 @@ def test_every_outcome_that_is_answered_has_a_reason_phrase():
 
 
 def test_an_error_event_ends_what_was_unfinished():
-    assert build_stream_error("x").startswith(b"\n\ndata: {")
-    assert build_stream_error("a\nb").count(b"\n\n") == 2
+    assert build_stream_error(Outcome.ENGINE_FAILED, "x").startswith(b"\n\ndata: {")
+    assert build_stream_error(Outcome.ENGINE_FAILED, "a\nb").count(b"\n\n") == 2
 
 
 # Configuration.

@@ -1,8 +1,9 @@
 """Stands in for an agent or a gateway: speaks their contract over real HTTP, computes nothing.
 
 `python fake_peer.py agent|gateway --config FILE`. A file `FILE.refuse` makes the control route refuse, `FILE.crash`
-ends the process at its start, `FILE.starting` keeps an engine from becoming ready. `GET /stream` at the gateway's
-client port streams numbers for a second.
+ends the process at its start, `FILE.starting` keeps an engine from becoming ready, `FILE.idle` keeps its experts from
+moving, as without requests. `GET /stream` at the gateway's client port streams numbers for a second. With
+`expert_parallel` an agent has the experts of `experts_documents.py`; a directive is carried out at once.
 """
 
 import json
@@ -12,11 +13,19 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).parent))
+from experts_documents import DECISION, decided, in_brief
 
 ROLE, PATH = sys.argv[1], Path(sys.argv[3])
 CONFIG = json.loads(PATH.read_text())
 TOKEN = Path(CONFIG["token_file"]).read_text().strip()
 CHUNKS = 20
+# The engine's own candidate: each hot expert on a rank of its own.
+CANDIDATE = [[0, 2, 3, 1, 2, 3], [0, 2, 3, 1, 2, 3]]
+EXPERTS = decided("dryRun", moves=4, physical_to_logical=CANDIDATE)
+BEFORE = EXPERTS["placement"]["physical_to_logical"]
 
 
 def switch(name: str) -> bool:
@@ -32,7 +41,7 @@ def agent_state() -> dict:
         "phase": "ready" if ready else "starting",
         "accepting": ready,
         "engine": engine,
-        "config": {"version": 1, "request": CONFIG["request"]},
+        "config": {"version": 1, "request": CONFIG["request"], "expert": CONFIG["expert"]},
         "ranks": [rank] if ready else [],
     }
 
@@ -47,11 +56,45 @@ def gateway_state() -> dict:
     }
 
 
+def experts(query: str) -> tuple[int, dict]:
+    if ROLE != "agent" or not CONFIG["engine"]["expert_parallel"]:
+        return 404, {"errors": [{"path": "", "message": "no expert group"}]}
+    document = EXPERTS | {"mode": CONFIG["expert"]["mode"]}
+    return 200, in_brief(document) if query == "brief=1" else document
+
+
+def direct(body: dict) -> tuple[int, dict]:
+    """Takes a directive, and carries it out unless the engine is idle."""
+    if CONFIG["expert"]["mode"] == "off":
+        return 409, {"errors": [{"path": "", "message": "the mode is off"}]}
+    placement = EXPERTS["placement"]
+    version = placement["directive"] + 1
+    wanted = {"apply": body.get("physical_to_logical"), "rollback": BEFORE, "plan": None}[body["action"]]
+    if body["action"] == "apply" and len(wanted[0]) != len(BEFORE[0]):
+        return 422, {"errors": [{"path": "physical_to_logical[0]", "message": "6 slots are needed"}]}
+    if not switch("idle"):
+        placement["directive"] = version
+        if wanted is not None:
+            placement |= {"version": placement["version"] + 1, "physical_to_logical": wanted}
+            outcome = "applied" if body["action"] == "apply" else "rolledBack"
+            EXPERTS["decisions"].insert(0, {**DECISION, "outcome": outcome, "reason": "by hand", "moves": 4})
+    return 202, {"version": version}
+
+
 class Control(BaseHTTPRequestHandler):
     """State and control route."""
 
     def do_GET(self) -> None:
-        self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
+        path, query = urlsplit(self.path)[2:4]
+        if path == "/v1/experts":
+            return self.answer(*experts(query))
+        return self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.answer(401, {"errors": [{"path": "Authorization", "message": "needed"}]})
+        return self.answer(*direct(body))
 
     def do_PUT(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

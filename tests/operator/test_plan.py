@@ -12,7 +12,10 @@ from moe_agent.config import AgentConfig
 from moe_gateway.config import GatewayConfig, Limits
 from moe_operator.api import MoEServing, load_resource, parse_resource
 from moe_operator.cli.plan import render_local
+from moe_operator.local.model import find_uneven, read_experts
 from moe_operator.plan import LocalPlan, LocalSite, plan_local, ports_needed
+from moe_operator.plan.ignored import find_idle
+from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.problems import InvalidInput
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +180,58 @@ def test_the_gateways_limits_are_those_of_the_resource() -> None:
         hold_timeout_s=6,
     )
     assert plan_local(resource(), site()).gateway.limits == Limits(), "the defaults of both are the same"
+
+
+def test_the_placement_of_experts_reaches_the_agents() -> None:
+    shape = {"parallelism": {"data": 2, "expert": True}}
+    asked = {"mode": "active", "redundantExperts": 2, "maxStall": "10ms"}
+    for engine in (shape, {**shape, "runtime": "vllm-cpu"}):
+        agent = plan_local(resource(engine=engine, scheduling={"expert": asked}), site()).agents[0]
+        assert (agent.engine.expert_parallel, agent.engine.redundant_experts) == (True, 2)
+        assert agent.expert == ExpertSettings(mode=ExpertMode.ACTIVE, max_stall_s=0.01)
+    assert plan_local(resource(), site()).agents[0].expert == ExpertSettings(), "the defaults of both are the same"
+
+
+def test_settings_of_experts_that_are_not_spread_are_named() -> None:
+    asked = {"expert": {"mode": "active", "interval": 3000}}
+    assert find_idle(resource(scheduling=asked)) == ["spec.scheduling.expert.mode"]
+    spread = {"parallelism": {"data": 2, "expert": True}}
+    assert find_idle(resource(engine=spread, scheduling=asked)) == []
+
+
+@pytest.mark.parametrize(
+    ("experts", "copies", "line"),
+    [
+        (16, 0, None),
+        (16, 2, None),
+        (None, 1, None),
+        (16, 1, "16 experts and 1 copies do not divide by 2 ranks; 2 copies do"),
+        (15, 0, "15 experts and 0 copies do not divide by 2 ranks; 1 copies do"),
+    ],
+)
+def test_experts_that_cannot_be_spread_evenly_are_refused(experts: int | None, copies: int, line: str | None) -> None:
+    spread = {"parallelism": {"data": 2, "expert": True}}
+    asked = resource(engine=spread, scheduling={"expert": {"redundantExperts": copies}})
+    problem = find_uneven(asked, experts)
+    assert (None if problem is None else problem.message) == line
+    assert find_uneven(resource(engine={"parallelism": {"data": 2}}), 15) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "experts"),
+    [
+        ('{"num_experts": 16}', 16),
+        ('{"n_routed_experts": 256, "num_experts_per_tok": 8}', 256),
+        ('{"text_config": {"num_local_experts": 8}}', 8),
+        ("{}", None),
+        ("[]", None),
+        ("{", None),
+        ('{"num_experts": "many"}', None),
+    ],
+)
+def test_the_number_of_experts_is_read_where_the_model_says_it(tmp_path: Path, text: str, experts: int | None) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert read_experts(tmp_path / "config.json") == experts
 
 
 def test_the_agents_timeouts_are_those_of_the_resource() -> None:

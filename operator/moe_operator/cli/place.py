@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 from moe_scheduling.problems import InvalidInput, Problem
 
+from moe_operator.api import MoEServing
 from moe_operator.cli.validate import INVALID, one_line, problems_shown
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, default_state_dir, known_names
+from moe_operator.plan.ignored import find_idle
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -74,6 +76,12 @@ def errors_shown() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def tell_idle(resource: MoEServing) -> None:
+    """Names settings of experts that mean nothing, since no experts are spread."""
+    for path in find_idle(resource):
+        typer.echo(f"{path}: without effect without spec.engine.parallelism.expert", err=True)
+
+
 def show_failure(failure: Failure) -> None:
     """The line, then the log's."""
     typer.echo(one_line(str(failure)), err=True)
@@ -91,4 +99,5 @@ __all__ = [
     "find_folder",
     "root_of",
     "show_failure",
+    "tell_idle",
 ]

@@ -10,7 +10,7 @@ import typer
 from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_operator.api import status_document
-from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder
+from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder, tell_idle
 from moe_operator.cli.validate import one_line
 from moe_operator.local.folder import Folder
 from moe_operator.local.record import find_process, load_record
@@ -117,6 +117,7 @@ def set_fields(
         changed = apply_changes(folder, assignments)
         words = ", ".join(one_line(text) for text in assignments)
         typer.echo(f"{folder.name}: {words}" + ("" if changed.changed else " (held already)"))
+        tell_idle(changed.resource)
 
 
 def known_processes(folder: Folder) -> list[str]:

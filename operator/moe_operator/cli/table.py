@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_operator.api.status import ConditionStatus, EnginePhase, EngineStatus, Status
+from moe_operator.experts.report import judge_experts
 from moe_operator.local.observation import Observation
 from moe_operator.local.traffic import Pace
 
@@ -20,6 +21,7 @@ def render_status(seen: Observation, status: Status, *, pace: Pace | None = None
         Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
         _render_ready(status),
         Text(render_policies(status)),
+        *([Text(render_experts(status))] if status.experts.mode is not None else []),
     ]
     return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, pace)))
 
@@ -47,6 +49,14 @@ def render_policies(status: Status) -> str:
     """`request order sjf, engine choice predicted`."""
     policies = status.policies
     return f"request order {policies.request or 'unknown'}, engine choice {policies.engine or 'unknown'}"
+
+
+def render_experts(status: Status) -> str:
+    """`experts: mode dryRun, not balanced: …`."""
+    experts = status.experts
+    state, _, message = judge_experts(experts, has_group=True, before=None)
+    word = {ConditionStatus.TRUE: "balanced", ConditionStatus.FALSE: "not balanced"}.get(state, "balance unknown")
+    return f"experts: mode {experts.mode}, {word}: {message}"
 
 
 def render_traffic(seen: Observation, pace: Pace | None) -> str:

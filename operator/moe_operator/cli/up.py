@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_operator.api import load_resource
-from moe_operator.cli.place import StateDir, errors_shown, root_of
+from moe_operator.cli.place import StateDir, errors_shown, root_of, tell_idle
 from moe_operator.cli.validate import File
 from moe_operator.local.folder import Folder
 from moe_operator.local.start import Programs, name_resource, start
@@ -30,6 +30,7 @@ def up(
         resource = name_resource(load_resource(file), name, port)
         for path in find_ignored(resource):
             typer.echo(f"{path}: without effect on one machine", err=True)
+        tell_idle(resource)
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
         process = start(resource, folder, programs, tied=not detach)

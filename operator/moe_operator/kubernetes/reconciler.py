@@ -128,14 +128,15 @@ class Reconciler:
 
     async def _push_settings(self, plan: ClusterPlan, peers: list[Peer], current: Pass) -> bool:
         """Gives running engines and gateways the settings that they do not have; whether one did not take them."""
-        engine = {"request": dict(plan.request)}
         gateway = {
-            **engine,
+            "request": dict(plan.request),
             "dispatch": dict(plan.dispatch),
             "groups": [group.model_dump(mode="json") for group in plan.groups],
         }
         wanted = [
-            (peer, engine if peer.component == "engine" else gateway) for peer in peers if peer.pod in current.states
+            (peer, plan.agent if peer.component == "engine" else gateway)
+            for peer in peers
+            if peer.pod in current.states
         ]
         behind = [(peer, settings) for peer, settings in wanted if differs(settings, current.states[peer.pod])]
         told = await asyncio.gather(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from moe_agent.config import AgentConfig
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_operator.api import MoEServing, dump_resource, load_resource, parse_resource, resource_document, set_field
@@ -82,7 +83,8 @@ def is_live(present: LocalPlan, wanted: MoEServing, folder: Folder, record: Reco
     if wanted.spec.engine.replicas != len(present.agents):
         return False
     plan = plan_for(wanted, folder, record)
-    agents = tuple(agent.model_copy(update={"request": present.agents[0].request}) for agent in plan.agents)
+    kept = {"request": present.agents[0].request, "expert": present.agents[0].expert}
+    agents = tuple(agent.model_copy(update=kept) for agent in plan.agents)
     policies = {"dispatch": present.gateway.dispatch, "request": present.gateway.request}
     return agents == present.agents and plan.gateway.model_copy(update=policies) == present.gateway
 
@@ -106,13 +108,17 @@ def plan_for(resource: MoEServing, folder: Folder, record: Record) -> LocalPlan:
 def build_calls(record: Record, before: LocalPlan, after: LocalPlan) -> tuple[Call, ...]:
     """The control calls, agents first. Settings go as a whole, so that a call repairs what an earlier one missed."""
     agents = [
-        Call(row=row, body={"request": asdict(new.request)}, undo={"request": asdict(old.request)})
+        Call(row=row, body=_agent_settings(new), undo=_agent_settings(old))
         for row, old, new in zip(record.agents, before.agents, after.agents, strict=True)
     ]
     old, new = (
         {"dispatch": asdict(plan.gateway.dispatch), "request": asdict(plan.gateway.request)} for plan in (before, after)
     )
     return (*agents, Call(row=record.gateway, body=new, undo=old))
+
+
+def _agent_settings(agent: AgentConfig) -> dict[str, Any]:
+    return {"request": asdict(agent.request), "expert": asdict(agent.expert)}
 
 
 async def _apply(calls: Sequence[Call], token: str, write: Callable[[], None], put_back: Callable[[], None]) -> None:

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, PoliciesInForce, Status
-from moe_operator.local.observation import Document, Observation
+from moe_operator.experts.report import build_experts
+from moe_operator.local.observation import Document, Observation, name_engine
 from moe_operator.local.record import GATEWAY, Life
 
 # A start that failed so often is not a passing trouble: the same input gives the same failure.
@@ -64,6 +65,7 @@ def build_status(seen: Observation, now: datetime) -> Status:
         ready_replicas=sum(engine.phase is EnginePhase.READY for engine in engines),
         endpoint=seen.record.endpoint,
         policies=build_policies(seen),
+        experts=build_experts(seen.experts, now),
         engines=engines,
     )
 
@@ -71,7 +73,7 @@ def build_status(seen: Observation, now: datetime) -> Status:
 def build_engines(seen: Observation) -> tuple[EngineStatus, ...]:
     """Each engine, as its agent says."""
     rows = zip(seen.record.agents, seen.agents, strict=True)
-    return tuple(_build_engine(f"{seen.record.name}-engine-{index}", agent) for index, (_, agent) in enumerate(rows))
+    return tuple(_build_engine(name_engine(seen.record, index), agent) for index, (_, agent) in enumerate(rows))
 
 
 def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: datetime) -> Condition:

@@ -21,6 +21,7 @@ from moe_operator.api import MoEServing, dump_resource, parse_resource, resource
 from moe_operator.local import launcher, machine
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, take_lock, write_whole
+from moe_operator.local.model import check_model
 from moe_operator.local.record import (
     GATEWAY,
     ProcessRecord,
@@ -57,18 +58,6 @@ def name_resource(resource: MoEServing, name: str | None, port: int | None) -> M
     if port is not None:
         document = set_field(document, f"gateway.port={port}")
     return parse_resource(document)
-
-
-def check_model(resource: MoEServing) -> None:
-    """Refuses a model folder that is not there, before an engine takes a minute to find out."""
-    scheme, _, path = resource.spec.model.uri.partition("://")
-    if scheme != "file":
-        return
-    if not Path(path).is_dir():
-        message = f"no such folder: {path}; `moeserving model tiny {path}` makes a small model there"
-        raise InvalidInput([Problem("spec.model.uri", message)])
-    if not (Path(path) / "config.json").is_file():
-        raise InvalidInput([Problem("spec.model.uri", f"the folder {path} holds no model: it has no config.json")])
 
 
 def start(resource: MoEServing, folder: Folder, programs: Programs, *, tied: bool) -> subprocess.Popen[bytes]:

@@ -61,7 +61,8 @@ class ClusterPlan:
         objects: in the order of application.
         replicas: stable engines.
         groups: Services of engines with their weights.
-        request: settings for running agents and gateways (JSON values of `RequestSettings`).
+        agent: settings for running agents, by section (JSON values of `RequestSettings` and `ExpertSettings`).
+        request: settings for running gateways (JSON values of `RequestSettings`).
         dispatch: settings for running gateways (JSON values of `EngineSettings`).
         engines: name of each workload of engines by revision.
     """
@@ -69,6 +70,7 @@ class ClusterPlan:
     objects: tuple[Object, ...]
     replicas: int
     groups: tuple[Group, ...]
+    agent: Mapping[str, Any] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     dispatch: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, str] = field(default_factory=dict)
@@ -107,6 +109,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         objects=tuple(_finish(entry, resource, names, namespace, observed) for entry in objects),
         replicas=replicas,
         groups=groups,
+        agent=pods.build_agent_settings(resource),
         request=request,
         dispatch=dispatch,
         engines=engines,

@@ -40,6 +40,7 @@ def build_engine(resource: MoEServing, *, port: int, share: Share) -> EngineConf
         data_parallel=engine.parallelism.data,
         tensor_parallel=engine.parallelism.tensor,
         expert_parallel=engine.parallelism.expert,
+        redundant_experts=resource.spec.scheduling.expert.redundant_experts,
         nodes=engine.parallelism.nodes,
         args=(*_arguments(model, share), *engine.args),
         env={**_environment(resource, share), **engine.env},

@@ -1,4 +1,8 @@
-"""Fields that mean something only in a cluster: one machine names those that are set and goes on. Pure."""
+"""Fields that are set and mean nothing where they are: they are named, and all goes on. Pure.
+
+What means something only in a cluster has no effect on one machine; the placement of experts has none without experts
+that are spread.
+"""
 
 from moe_operator.api.resource import MoEServing
 
@@ -24,6 +28,14 @@ def find_ignored(resource: MoEServing) -> list[str]:
     """Paths of the fields that are set, other than to their default, and have no effect on one machine."""
     spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True).get("spec", {})
     return [".".join(("spec", *path)) for path in _ONLY_IN_A_CLUSTER if _is_set(spec, path)]
+
+
+def find_idle(resource: MoEServing) -> list[str]:
+    """Paths of the settings of experts that are set, other than to their default, where no experts are spread."""
+    if resource.spec.engine.parallelism.expert:
+        return []
+    spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True).get("spec", {})
+    return [f"spec.scheduling.expert.{name}" for name in spec.get("scheduling", {}).get("expert", {})]
 
 
 def _is_set(document: object, path: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from moe_gateway.config import Listen as GatewayListen
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_operator.api.resource import MoEServing, Runtime
-from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.settings import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
@@ -123,6 +123,7 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
         token_file=site.token_file,
         engine=build_engine(resource, port=engine_port, share=_share(resource, site, index)),
         request=request_settings(resource.spec.scheduling.request),
+        expert=expert_settings(resource.spec.scheduling.expert),
     )
 
 

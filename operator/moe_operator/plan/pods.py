@@ -13,7 +13,7 @@ from moe_gateway.config import Listen as GatewayListen
 
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing, Runtime
-from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.settings import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
@@ -254,7 +254,16 @@ def build_gateway_config(resource: MoEServing) -> GatewayConfig:
 
 def build_request_file(resource: MoEServing) -> str:
     """What agents lay over their file at the start."""
-    return json.dumps({"request": as_json(request_settings(resource.spec.scheduling.request))}, sort_keys=True)
+    return json.dumps(build_agent_settings(resource), sort_keys=True)
+
+
+def build_agent_settings(resource: MoEServing) -> dict[str, Any]:
+    """Settings for agents that run. Of experts only where there is a group: who has none keeps its defaults."""
+    scheduling = resource.spec.scheduling
+    settings = {"request": as_json(request_settings(scheduling.request))}
+    if resource.spec.engine.parallelism.expert:
+        settings["expert"] = as_json(expert_settings(scheduling.expert))
+    return settings
 
 
 def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
@@ -320,6 +329,7 @@ __all__ = [
     "Defaults",
     "as_json",
     "build_agent_config",
+    "build_agent_settings",
     "build_engine_template",
     "build_gateway_config",
     "build_gateway_file",

@@ -15,11 +15,13 @@ from moe_operator.api.parse import parse_resource, resource_document
 from moe_operator.api.resource import MoEServing
 
 _NOT_OF_A_REVISION = ("replicas", "canary", "update")
+# Of the placement of experts the one field that a start alone can change.
+_REDUNDANT = "redundantExperts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revision:
-    """The sections `model` and `engine` of a resource, without what a start does not change."""
+    """The sections `model` and `engine` of a resource without what a start does not change, and copies of experts."""
 
     document: dict[str, Any]
 
@@ -39,14 +41,18 @@ def build_revision(resource: MoEServing) -> Revision:
     # Without defaults: the API server writes them into the resource, a file leaves them out, both mean the same.
     spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True)["spec"]
     engine = {name: value for name, value in spec.get("engine", {}).items() if name not in _NOT_OF_A_REVISION}
-    return Revision(document={"model": spec["model"], "engine": engine})
+    redundant = resource.spec.scheduling.expert.redundant_experts
+    return Revision(
+        document={"model": spec["model"], "engine": engine, **({_REDUNDANT: redundant} if redundant else {})}
+    )
 
 
 def parse_revision(text: str) -> Revision | None:
     """A revision that was written down; None when it is none, as after an upgrade that no longer knows a field."""
     try:
         document = json.loads(text)
-        revision = Revision(document={"model": document["model"], "engine": document["engine"]})
+        known = ("model", "engine", *([_REDUNDANT] if _REDUNDANT in document else []))
+        revision = Revision(document={name: document[name] for name in known})
         parse_resource(_with_sections({}, revision, name="probe"))
     except (ValueError, KeyError, TypeError, InvalidInput):
         return None
@@ -63,4 +69,8 @@ def _with_sections(document: dict[str, Any], revision: Revision, *, name: str) -
     kept = {key: value for key, value in spec.get("engine", {}).items() if key in _NOT_OF_A_REVISION}
     header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": name}}
     sections = {"model": revision.document["model"], "engine": {**revision.document["engine"], **kept}}
+    scheduling = spec.get("scheduling", {})
+    redundant = revision.document.get(_REDUNDANT, 0)
+    if redundant != scheduling.get("expert", {}).get(_REDUNDANT, 0):
+        sections["scheduling"] = {**scheduling, "expert": {**scheduling.get("expert", {}), _REDUNDANT: redundant}}
     return {**header, **document, "spec": {**spec, **sections}}

@@ -65,6 +65,24 @@ def test_scheduling_reads_and_writes_nothing():
         assert not calls & forbidden, path
 
 
+def test_kernels_need_torch_and_triton_alone():
+    allowed = {"moe_kernels", "torch", "triton", *sys.stdlib_module_names}
+    for path in tracked("kernels/*.py"):
+        imports = {
+            name.partition(".")[0] for node in ast.walk(ast.parse(path.read_text())) for name in imported_by(node)
+        }
+        assert imports <= allowed, path
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    """Full names of the modules that an import statement names; a relative one stays within its package."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        return [node.module]
+    return []
+
+
 def test_pins_are_names_and_versions_alone():
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert pins

@@ -15,7 +15,7 @@ from moe_operator.autoscale.settings import fleet_settings
 from moe_operator.autoscale.signal import Fleet, build_signal
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
-from moe_operator.plan.names import COMPONENT, REVISION
+from moe_operator.plan.names import COMPONENT, REVISION, is_replica
 
 Document = dict[str, Any]
 log = logging.getLogger("moeserving.operator")
@@ -77,7 +77,11 @@ def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
 
 def _read_fleet(pods: Sequence[Document], states: Mapping[str, Document]) -> Fleet:
     gateways = [pod for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
-    engines = {pod["metadata"]["name"] for pod in pods if _label(pod, COMPONENT) == "engine"}
+    engines = {
+        pod["metadata"]["name"]
+        for pod in pods
+        if _label(pod, COMPONENT) == "engine" and is_replica(pod["metadata"]["labels"])
+    }
     return Fleet(
         gateways=tuple(states[pod["metadata"]["name"]] for pod in gateways if pod["metadata"]["name"] in states),
         engines={name: state for name, state in states.items() if name in engines},
@@ -88,7 +92,12 @@ def _read_fleet(pods: Sequence[Document], states: Mapping[str, Document]) -> Fle
 
 def _engines(pods: Sequence[Document], states: Mapping[str, Document]) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
-    stable = [pod for pod in pods if _label(pod, REVISION) == STABLE and "deletionTimestamp" not in pod["metadata"]]
+    stable = [
+        pod
+        for pod in pods
+        if _label(pod, REVISION) == STABLE and is_replica(pod["metadata"]["labels"])
+        if "deletionTimestamp" not in pod["metadata"]
+    ]
     ready = {pod["metadata"]["name"] for pod in stable if _is_ready(pod)}
     return ready, {pod["metadata"]["name"] for pod in stable} - ready
 

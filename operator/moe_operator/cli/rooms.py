@@ -18,7 +18,7 @@ GROUP = "moeserving.commands"
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """A command of the operator: module and name of its function, its help in a line."""
+    """A command of the operator: module and name of its function or of its group of commands, its help in a line."""
 
     module: str
     function: str
@@ -40,6 +40,7 @@ OWN = {
     "status": Own("running", "status", "Show engines, policies in force, restarts."),
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
+    "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and take back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
     "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
     "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),
@@ -90,6 +91,8 @@ def load_command(name: str) -> Any:
 
 def _load_own(name: str, own: Own) -> Any:
     function = getattr(import_module(f"moe_operator.cli.{own.module}"), own.function)
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name)(function)
     return typer.main.get_command(app)

@@ -1,14 +1,14 @@
 """The Kubernetes API as the operator uses it: plain documents, server-side apply by one manager, calls counted."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx2
 from lightkube import ApiError, AsyncClient
 from lightkube.types import PatchType
 
-from moe_operator.kubernetes.kinds import SERVING, Kind
+from moe_operator.kubernetes.kinds import LEASE, SERVING, Kind
 from moe_operator.plan.names import MANAGED_BY, MANAGER
 
 Document = dict[str, Any]
@@ -16,13 +16,23 @@ ALL = "*"
 NOT_FOUND, GONE = 404, 410
 
 
-class Api:
-    """See the module; `calls` counts by verb and kind."""
+class NotLeading(Exception):
+    """A change by an operator that may no longer make any."""
 
-    def __init__(self, client: AsyncClient) -> None:
+
+class Api:
+    """See the module; `calls` counts by verb and kind, `may_write` is asked before each change but of a Lease."""
+
+    def __init__(self, client: AsyncClient, may_write: Callable[[], bool] = lambda: True) -> None:
         # Its overloads do not know resources that are made at run time.
         self._client: Any = client
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.may_write = may_write
+
+    def _count_change(self, verb: str, kind: Kind) -> None:
+        if kind != LEASE and not self.may_write():
+            raise NotLeading(f"{verb} {kind.name}: this operator does not lead")
+        self.calls[verb, kind.name] += 1
 
     async def apply(
         self, kind: Kind, document: Document, *, subresource: str | None = None, dry_run: bool = False
@@ -30,7 +40,7 @@ class Api:
         """Server-side apply; what is ours is taken back from others. A dry run is checked and changes nothing."""
         metadata = document["metadata"]
         resource = kind.status if subresource == "status" else kind.resource
-        self.calls["dry run" if dry_run else "apply", kind.name] += 1
+        self._count_change("dry run" if dry_run else "apply", kind)
         answer = await self._client.patch(
             resource,
             metadata["name"],
@@ -45,7 +55,7 @@ class Api:
 
     async def merge(self, kind: Kind, namespace: str, name: str, patch: Document) -> Document:
         """Merge patch."""
-        self.calls["patch", kind.name] += 1
+        self._count_change("patch", kind)
         answer = await self._client.patch(
             kind.resource, name, patch, namespace=namespace, patch_type=PatchType.MERGE, field_manager=MANAGER
         )
@@ -53,14 +63,14 @@ class Api:
 
     async def create(self, kind: Kind, document: Document) -> Document:
         """A new object."""
-        self.calls["create", kind.name] += 1
+        self._count_change("create", kind)
         entry = kind.resource(document)
         answer = await self._client.create(entry, namespace=document["metadata"]["namespace"])
         return to_document(kind, answer)
 
     async def replace(self, kind: Kind, document: Document) -> Document:
         """The whole object, refused when the version in it is not the newest."""
-        self.calls["update", kind.name] += 1
+        self._count_change("update", kind)
         entry = kind.resource(document)
         answer = await self._client.replace(entry, namespace=document["metadata"]["namespace"])
         return to_document(kind, answer)
@@ -68,7 +78,7 @@ class Api:
     async def delete(self, kind: Kind, document: Document) -> None:
         """Deletes an object and, in the background, what it owns; it may be gone already."""
         metadata = document["metadata"]
-        self.calls["delete", kind.name] += 1
+        self._count_change("delete", kind)
         try:
             await self._client.delete(kind.resource, metadata["name"], namespace=metadata["namespace"])
         except ApiError as error:

@@ -1,8 +1,8 @@
 """Leader election by a Lease, so that of several operators one writes: the rules of client-go's leaderelection.
 
 A holder renews; one that could not for `renew_s` ends its work before others may take over at `duration_s`. Times are
-taken from the own clock since a change was seen, so clocks of machines need not agree. All writes carry the version of
-the Lease that was read: two that try at once cannot both succeed.
+taken from the own clock, a holder's from before it asked, the others' since a change was seen, so clocks of machines
+need not agree. All writes carry the version of the Lease that was read: two that try at once cannot both succeed.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Terms:
 
 
 class Election:
-    """See the module; `leading` is set while this operator may write."""
+    """See the module; `leading` is set from the first success on until the lead is lost."""
 
     def __init__(
         self,
@@ -53,24 +53,40 @@ class Election:
         self._api, self._namespace, self._name, self._identity = api, namespace, name, identity
         self._terms, self._clock = terms, clock
         self.leading = asyncio.Event()
+        self._renewed_s = clock()
         self._seen: tuple[str, str, float] = ("", "", clock())
+
+    def holds(self) -> bool:
+        """Whether this operator may write now: also a process that stood still, and does not know it yet, may not."""
+        return self.leading.is_set() and self._left_s() > 0.0
 
     async def run(self) -> None:
         """Tries until it leads, renews while it does; returns when it no longer does."""
-        renewed_s = self._clock()
         while True:
-            held = await self._try()
-            now_s = self._clock()
+            began_s = self._clock()
+            held = await self._try_in_time()
             if held:
-                renewed_s = now_s
+                self._renewed_s = began_s
                 if not self.leading.is_set():
                     log.info("%s leads", self._identity)
                     self.leading.set()
-            elif self.leading.is_set() and (held is False or now_s - renewed_s > self._terms.renew_s):
+            elif self.leading.is_set() and (held is False or self._left_s() <= 0.0):
                 log.error("%s no longer leads", self._identity)
                 self.leading.clear()
                 return
-            await asyncio.sleep(self._terms.retry_s)
+            left_s = max(0.0, self._left_s()) if self.leading.is_set() else self._terms.retry_s
+            await asyncio.sleep(min(self._terms.retry_s, left_s))
+
+    def _left_s(self) -> float:
+        return self._renewed_s + self._terms.renew_s - self._clock()
+
+    async def _try_in_time(self) -> bool | None:
+        if not self.leading.is_set():
+            return await self._try()
+        try:
+            return await asyncio.wait_for(self._try(), self._left_s())
+        except TimeoutError:
+            return None
 
     async def release(self) -> None:
         """Lets another take over at once."""

@@ -16,7 +16,7 @@ import httpx2
 import kopf
 from lightkube import ApiError, AsyncClient
 
-from moe_operator.kubernetes.api import ALL, Api
+from moe_operator.kubernetes.api import ALL, Api, NotLeading
 from moe_operator.kubernetes.kinds import SELECTOR, SERVING, WATCHED, Kind
 from moe_operator.kubernetes.leader import Election
 from moe_operator.kubernetes.metrics import Metrics
@@ -29,6 +29,8 @@ LEASE_NAME = "moeserving-operator"
 # The API server sends a bookmark each minute: a watch that is silent for longer is dead.
 INACTIVITY_S = 90.0
 KOPF_END_S = 10.0
+# Of kinds that the cluster lacked: who installs one waits for no resync.
+KINDS_EVERY_S = 60.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -51,6 +53,7 @@ class Operator:
         async with aiohttp.ClientSession() as session:
             self._reconciler = Reconciler(self._api, self._store, session, settings.defaults)
             self._election = Election(self._api, settings.own_namespace, LEASE_NAME, settings.identity, settings.terms)
+            self._api.may_write = self._election.holds
             await self._metrics.start(settings.metrics_port)
             try:
                 await self._run_parts()
@@ -69,6 +72,7 @@ class Operator:
             asyncio.create_task(self._election.run(), name="election"),
             asyncio.create_task(self._lead(), name="workers"),
             asyncio.create_task(self._resync(), name="resync"),
+            asyncio.create_task(self._find_kinds(), name="kinds"),
         ]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -113,13 +117,29 @@ class Operator:
     async def _resync(self) -> None:
         while True:
             await asyncio.sleep(self._settings.resync_s)
+            await self._look_at_everything()
+
+    async def _find_kinds(self) -> None:
+        while True:
+            await asyncio.sleep(min(KINDS_EVERY_S, self._settings.resync_s))
+            missing = [kind for kind in WATCHED if kind not in self._reconciler.kinds]
             try:
-                await self._relist()
+                found = [kind.name for kind in missing if await self._api.list(kind, self._namespaces()) is not None]
             except (ApiError, httpx2.HTTPError, OSError) as error:
-                log.warning("resync: %r", error)
+                log.warning("kinds: %r", error)
                 continue
-            for key in self._store.known():
-                self._queue.add(key)
+            if found:
+                log.info("the cluster has %s now", ", ".join(found))
+                await self._look_at_everything()
+
+    async def _look_at_everything(self) -> None:
+        try:
+            await self._relist()
+        except (ApiError, httpx2.HTTPError, OSError) as error:
+            log.warning("resync: %r", error)
+            return
+        for key in self._store.known():
+            self._queue.add(key)
 
     async def _watch(self) -> None:
         registry = kopf.OperatorRegistry()
@@ -200,7 +220,7 @@ class Operator:
             except Exception as error:
                 # Whatever one resource brings about, the others go on.
                 delay_s = self._queue.failed(key)
-                expected = isinstance(error, ApiError | httpx2.HTTPError | OSError | TimeoutError)
+                expected = isinstance(error, ApiError | httpx2.HTTPError | OSError | TimeoutError | NotLeading)
                 log.log(
                     logging.WARNING if expected else logging.ERROR,
                     "%s: %r; again in %.1f s",

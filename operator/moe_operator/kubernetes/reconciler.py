@@ -27,7 +27,7 @@ from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
 from moe_operator.kubernetes.diagnosis import find_problems
-from moe_operator.kubernetes.kinds import EVENT, POD, SERVING, Kind
+from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING, Kind
 from moe_operator.kubernetes.observed import read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
@@ -287,7 +287,14 @@ def _rolling(store: Store, key: Key) -> list[str]:
     for _, live in store.children(key, WORKLOADS):
         spec, status = live.get("spec", {}), live.get("status", {})
         wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
-        unseen = status.get("observedGeneration", 0) < live["metadata"].get("generation", 0)
-        if unseen or updated < wanted or status.get("replicas", 0) > updated:
+        if _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             told.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
     return told
+
+
+def _is_unseen(workload: Document) -> bool:
+    """Whether its controller has not looked at the newest template; that of LeaderWorkerSets up to v0.7 never says."""
+    status = workload.get("status", {})
+    if "observedGeneration" not in status:
+        return not (workload["kind"] == LEADER_WORKER_SET.name and status.get("conditions"))
+    return bool(status["observedGeneration"] < workload["metadata"].get("generation", 0))

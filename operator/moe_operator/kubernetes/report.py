@@ -16,7 +16,7 @@ from moe_operator.autoscale.signal import mean_ttft_s
 from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import Seen
-from moe_operator.plan.names import COMPONENT, Names, selector_text
+from moe_operator.plan.names import COMPONENT, Names, is_replica, selector_text
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
@@ -35,7 +35,7 @@ def build_status(
     experts: Mapping[str, ExpertsDocument],
 ) -> tuple[Document, Seen]:
     """The status without conditions, and what was seen, completed by the pods and the experts' documents."""
-    engines = [pod for pod in pods if _component(pod) == "engine" and "deletionTimestamp" not in pod["metadata"]]
+    engines = [pod for pod in pods if _is_replica(pod) and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
     seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
     gateway_states = [states[_name(pod)] for pod in gateways if _name(pod) in states]
@@ -146,6 +146,10 @@ def _render_ttft(seconds: float | None) -> str:
 
 def _component(pod: Document) -> str:
     return str(pod["metadata"].get("labels", {}).get(COMPONENT, ""))
+
+
+def _is_replica(pod: Document) -> bool:
+    return _component(pod) == "engine" and is_replica(pod["metadata"].get("labels", {}))
 
 
 def _name(pod: Document) -> str:

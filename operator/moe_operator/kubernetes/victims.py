@@ -7,8 +7,7 @@ from moe_scheduling.victims import EngineWork, order_victims
 
 from moe_operator.autoscale.signal import read_ranks
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import POD
-from moe_operator.kubernetes.observed import engines_workload
+from moe_operator.kubernetes.kinds import DEPLOYMENT, POD
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import ClusterPlan
 from moe_operator.plan.cluster import STABLE
@@ -21,8 +20,11 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 async def mark_victims(
     api: Api, store: Store, key: Key, plan: ClusterPlan, pods: Sequence[Document], states: Mapping[str, Document]
 ) -> None:
-    """Writes the deletion costs of the stable engines when the plan has fewer of them than there are."""
-    workload = engines_workload(store, key, Names(key.name))
+    """Writes the deletion costs of the stable engines when the plan has fewer of them than there are.
+
+    A LeaderWorkerSet lets the replica with the highest number go, whatever it costs.
+    """
+    workload = store.get(key, DEPLOYMENT, Names(key.name).engine)
     if workload is None or plan.replicas == 0 or plan.replicas >= workload.get("spec", {}).get("replicas", 0):
         return
     by_name = {pod["metadata"]["name"]: pod for pod in pods if is_stable_engine(pod)}

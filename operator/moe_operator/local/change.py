@@ -158,14 +158,15 @@ async def put_config(session: aiohttp.ClientSession, row: ProcessRecord, body: M
         async with session.put(f"{row.url}/v1/config", json=body) as answer:
             if answer.status == 200:
                 return ""
-            return f"{row.name} refused: {_explain(answer.status, await answer.read())}"
+            return f"{row.name} refused: {explain_answer(answer.status, await answer.read())}"
     except TimeoutError:
         return f"{row.name} gave no answer within {_ANSWER_TIMEOUT_S:g} s"
     except (aiohttp.ClientError, OSError):
         return f"{row.name} cannot be reached"
 
 
-def _explain(status: int, body: bytes) -> str:
+def explain_answer(status: int, body: bytes) -> str:
+    """What a control route that refused said. Pure."""
     try:
         rows = json.loads(body)["errors"]
         return ", ".join(str(Problem(row["path"], row["message"])) for row in rows)

@@ -4,6 +4,7 @@ A child's name is the resource's with a suffix. Where that is too long for its k
 whole name put in, so that two resources never share a child.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -93,6 +94,11 @@ class Names:
         if revision is not None:
             labels[REVISION] = revision
         return labels
+
+
+def is_replica(labels: Mapping[str, str]) -> bool:
+    """Whether a pod of an engine stands for its replica: of several nodes the leader does."""
+    return labels.get(LWS_WORKER_INDEX, "0") == "0"
 
 
 def selector_text(labels: dict[str, str]) -> str:

@@ -1,0 +1,234 @@
+"""`moeserving experts`: look at the experts of a deployment that runs, move them by hand, take a move back.
+
+As with a rebalance in Kafka's operators: plan, look, apply, and roll back if it did not help. With `--namespace` or
+`--context` the deployment is one in a cluster, else one on this machine.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
+
+from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
+from moe_operator.cli.validate import one_line
+from moe_operator.experts.calls import fetch_experts, send_directive, wait_for_directive
+from moe_operator.experts.document import ExpertsDocument
+from moe_operator.experts.load import balance, count_moves, read_placement, read_tokens, spread
+from moe_operator.experts.reach import Agent, Cluster, Reached, reach_cluster, reach_local
+from moe_operator.local.failure import Failure
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)
+]
+Context = Annotated[
+    str | None,
+    typer.Option("--context", help="Context of kubectl; the deployment is in a cluster.", show_default=False),
+]
+EngineName = Annotated[
+    str | None,
+    typer.Option("--engine", help="One engine of several, by its name in `show`.", show_default="all, or the only one"),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds to wait until the engine has done it.")]
+
+
+@app.callback()
+def experts() -> None:
+    """Look at the experts of a running deployment, plan, apply and take back moves."""
+
+
+@app.command()
+def show(
+    name: Name = None,
+    state_dir: StateDir = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    engine: EngineName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What the agents say, by engine, as JSON.")] = False,
+    png: Annotated[Path | None, typer.Option("--png", help="Also draw the load of one engine there.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the load of one engine there.")] = None,
+) -> None:
+    """Show where the load of the experts is, what is hot and what was decided."""
+    with errors_shown(), reach(name, state_dir, namespace, context) as reached:
+        documents = _choose(asyncio.run(fetch_experts(reached)), engine)
+        for path, kind in ((png, "png"), (svg, "svg")):
+            if path is not None:
+                _draw(documents, path, kind)
+        if as_json:
+            typer.echo(json.dumps({name: row.model_dump(mode="json") for name, row in documents.items()}, indent=1))
+            return
+        _print(documents)
+
+
+@app.command()
+def apply(
+    name: Name = None,
+    state_dir: StateDir = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    engine: EngineName = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="File of `experts plan --json`.", show_default="what the engine would do itself"),
+    ] = None,
+    yes: Yes = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Put experts where a plan says, or where the engine's own last decision would put them."""
+    with errors_shown(), reach(name, state_dir, namespace, context) as reached:
+        chosen, document = _only(asyncio.run(fetch_experts(reached)), engine)
+        slots = _planned(document) if plan is None else read_plan(plan)
+        typer.echo(f"{chosen}: {describe_change(document, slots)}")
+        _ask(yes)
+        agent = _agent(reached, chosen)
+        asyncio.run(_direct(reached, agent, {"action": "apply", "physical_to_logical": slots}, timeout))
+
+
+@app.command()
+def rollback(
+    name: Name = None,
+    state_dir: StateDir = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    engine: EngineName = None,
+    yes: Yes = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Put experts back to where they were before the last move."""
+    with errors_shown(), reach(name, state_dir, namespace, context) as reached:
+        chosen, document = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
+        typer.echo(f"{chosen}: back to the placement before {document.placement.version}")
+        _ask(yes)
+        asyncio.run(_direct(reached, _agent(reached, chosen), {"action": "rollback"}, timeout))
+
+
+@contextmanager
+def reach(name: str | None, state_dir: Path | None, namespace: str | None, context: str | None) -> Iterator[Reached]:
+    """The deployment that is meant, on this machine or in a cluster."""
+    if namespace is None and context is None:
+        yield reach_local(find_folder(name, state_dir))
+        return
+    if name is None:
+        raise InvalidInput([Problem("NAME", "name the deployment; `kubectl get moes` lists them")])
+    with reach_cluster(name, Cluster(namespace=namespace, context=context)) as reached:
+        yield reached
+
+
+def describe_change(document: ExpertsDocument, rows: Any) -> str:
+    """What a placement changes, in words. Pure.
+
+    Raises:
+        InvalidInput: the group cannot have it.
+    """
+    after = read_placement(rows, document)
+    if after is None:
+        sizes = f"{document.layers} layers of {document.ranks * document.slots_per_rank} slots"
+        message = f"{sizes} are needed, in each every expert from 0 to {document.experts - 1}"
+        raise InvalidInput([Problem("physical_to_logical", message)])
+    before = read_placement(document.placement.physical_to_logical, document)
+    if before is None:
+        raise Failure("the agent does not say where the experts are")
+    words = f"{count_moves(before, after, document.ranks)} experts move"
+    if (tokens := read_tokens(document)) is None:
+        return f"{words}; what it wins is not known, no load is recorded"
+    old, new = (balance(spread(tokens, slots, document.ranks)) for slots in (before, after))
+    return f"{words}, balance {old:.2f} -> {new:.2f} under the load of the last {document.load.steps} steps"
+
+
+def read_plan(path: Path) -> list[list[int]]:
+    """The placement in a file of `experts plan --json`.
+
+    Raises:
+        InvalidInput: there is none in it.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput([Problem(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}")]) from None
+    except ValueError as error:
+        raise InvalidInput([Problem(str(path), f"is not JSON: {error}")]) from None
+    slots = document.get("physical_to_logical") if isinstance(document, dict) else None
+    if not isinstance(slots, list):
+        raise InvalidInput(
+            [Problem(str(path), "has no physical_to_logical; `moeserving experts plan --json` writes it")]
+        )
+    return slots
+
+
+def _planned(document: ExpertsDocument) -> list[list[int]]:
+    newest = document.newest
+    if newest is None or newest.physical_to_logical is None:
+        how = "make one with `moeserving experts plan NAME --json FILE` and name it with --plan"
+        raise Failure(f"the engine has no plan of its own at the moment; {how}")
+    return [list(row) for row in newest.physical_to_logical]
+
+
+def _choose(documents: dict[str, ExpertsDocument], engine: str | None) -> dict[str, ExpertsDocument]:
+    if engine is None:
+        return documents
+    if engine not in documents:
+        raise InvalidInput([unknown_choice("--engine", engine, documents)])
+    return {engine: documents[engine]}
+
+
+def _only(documents: dict[str, ExpertsDocument], engine: str | None) -> tuple[str, ExpertsDocument]:
+    chosen = _choose(documents, engine)
+    if len(chosen) > 1:
+        raise InvalidInput([Problem("--engine", f"name one; known: {', '.join(chosen)}")])
+    return next(iter(chosen.items()))
+
+
+def _agent(reached: Reached, engine: str) -> Agent:
+    return next(agent for agent in reached.agents if agent.engine == engine)
+
+
+def _ask(yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidInput([Problem("--yes", "is needed where nobody can be asked; nothing was changed")])
+    if not typer.confirm("Move them now?"):
+        typer.echo("nothing was changed")
+        raise typer.Exit(INVALID)
+
+
+async def _direct(reached: Reached, agent: Agent, body: dict[str, Any], timeout_s: float) -> None:
+    """Sends a directive and tells what became of it."""
+    version = await send_directive(agent, reached.tokens, body)
+    document = await wait_for_directive(agent, version, timeout_s)
+    if document is None:
+        typer.echo(
+            f"{agent.engine}: taken as directive {version}, not carried out within {timeout_s:g} s; an engine without "
+            "requests makes no steps and moves nothing"
+        )
+        raise typer.Exit(FAILED)
+    newest = document.newest
+    told = "" if newest is None else f": {newest.outcome}" + (f" ({newest.reason})" if newest.reason else "")
+    typer.echo(one_line(f"{agent.engine}: placement {document.placement.version}{told}"))
+    if newest is not None and newest.outcome == "failed":
+        raise typer.Exit(FAILED)
+
+
+def _draw(documents: dict[str, ExpertsDocument], path: Path, kind: str) -> None:
+    from moe_operator.experts.picture import draw_experts
+
+    engine, document = _only(documents, None)
+    draw_experts(engine, document, path, kind)
+
+
+def _print(documents: dict[str, ExpertsDocument]) -> None:
+    from rich.console import Console
+
+    from moe_operator.experts.heat import render_experts
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    for engine, document in documents.items():
+        console.print(render_experts(engine, document))

@@ -25,6 +25,8 @@ from moe_operator.local.failure import Failure
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
+_FILE_WIDTH = 160
+
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)
 ]
@@ -229,6 +231,7 @@ def _print(documents: dict[str, ExpertsDocument]) -> None:
 
     from moe_operator.experts.heat import render_experts
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    # What is not a terminal has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     for engine, document in documents.items():
         console.print(render_experts(engine, document))

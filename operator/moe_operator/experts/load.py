@@ -80,12 +80,12 @@ def count_moves(before: Slots, after: Slots, ranks: int) -> int:
 
 
 def find_hottest(tokens: Numbers, slots: Slots, ranks: int, count: int) -> list[HotExpert]:
-    """The experts that are furthest above the mean of their layer, the hottest first."""
+    """The experts that are furthest above the mean of their layer, the hottest first; none that are not above it."""
     ratios = over_mean(tokens)
     order = np.argsort(-ratios, axis=None, kind="stable")[:count]
     per_rank = slots.shape[1] // ranks
     found = []
-    for layer, expert in zip(*np.unravel_index(order, ratios.shape), strict=True):
+    for layer, expert in zip(*np.unravel_index(order[ratios.flat[order] > 1.0], ratios.shape), strict=True):
         places = sorted({int(slot) // per_rank for slot in np.flatnonzero(slots[layer] == expert)})
         hot = HotExpert(layer=int(layer), expert=int(expert), ratio=float(ratios[layer, expert]), ranks=tuple(places))
         found.append(hot)

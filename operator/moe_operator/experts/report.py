@@ -132,7 +132,7 @@ def _explain_decision(last: ExpertDecision) -> tuple[str, str]:
             how = "look with `moeserving experts show`, then `apply`, or set spec.scheduling.expert.mode to active"
             return "DryRunWouldMove", f"a dry run would move {last.moves} experts{after}: {how}"
         case "rolledBack":
-            return "RolledBack", f"moving did not pay and was undone: {last.reason}"
+            return "RolledBack", f"the last move was taken back: {last.reason}"
         case "stayed":
             return "Imbalanced", f"nothing was moved: {last.reason}"
         case _:

@@ -1,0 +1,41 @@
+"""The benchmark of the kernels times every case on the devices that there are, and says what it cannot time."""
+
+from pathlib import Path
+
+import moe_bench
+import pytest
+import torch
+from moe_bench.__main__ import find_benchmarks
+from moe_bench.kernels import Routing, Weights, describe_device, measure
+
+ROUTING = Routing(name="small", layers=2, experts=4, top_k=2, tokens=3, padded=4, sources=2)
+WEIGHTS = Weights(name="small", local_experts=4, rows=(((3, 5), torch.bfloat16), ((7,), torch.int8)), moved=2)
+CASES = [
+    ("expert load", "small"),
+    ("expert load", "small, 2 sources"),
+    ("co-activation", "small"),
+    ("gather experts", "small, 2 of 0.00 MB"),
+    ("scatter experts", "small, 2 of 0.00 MB"),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "ways"),
+    [("cpu", ["CPU"]), *([("cuda", ["GPU, kernel", "GPU, torch"])] if torch.cuda.is_available() else [])],
+)
+def test_every_case_is_timed_each_way(device, ways):
+    threads = torch.get_num_threads()
+    rows = list(measure([ROUTING], [WEIGHTS], device, repetitions=2))
+    assert [(row.benchmark, row.case) for row in rows] == [
+        (benchmark, f"{case}, {way}") for benchmark, case in CASES for way in ways
+    ]
+    assert all(len(row.values) == 2 and min(row.values) > 0 and row.unit == "us" for row in rows)
+    assert torch.get_num_threads() == threads
+
+
+def test_without_a_gpu_it_says_that_the_kernels_need_one():
+    assert "kernels need one" in describe_device(False)
+
+
+def test_make_bench_runs_it():
+    assert "kernels" in find_benchmarks(Path(moe_bench.__file__).parent)

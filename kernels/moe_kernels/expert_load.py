@@ -65,8 +65,9 @@ def add_expert_load_reference(
         counts.scatter_add_(1, expert.reshape(num_layers, -1), counted.reshape(num_layers, -1).to(load.dtype))
         return
     source, known = take_known(sources[:tokens], num_sources)
-    row = source * num_layers + torch.arange(num_layers, device=load.device)[:, None]
-    cell = expert + (row * num_experts)[:, :, None]
+    by_source = num_layers * num_experts
+    row = source * by_source + torch.arange(0, by_source, num_experts, device=load.device)[:, None]
+    cell = expert + row[:, :, None]
     counted = counted & known[:, None]
     load.view(-1).scatter_add_(0, cell.reshape(-1), counted.reshape(-1).to(load.dtype))
 

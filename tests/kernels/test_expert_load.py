@@ -141,6 +141,15 @@ def test_ids_need_not_be_contiguous(add, machine):
     assert int(load.sum()) == 3 * 45 * 2
 
 
+def test_counters_of_one_layer_may_lie_in_those_of_all(add, machine):
+    ids = routed(1, 30, 2, 8).to(machine.device)
+    sources = torch.zeros(30, dtype=torch.int32, device=machine.device)
+    for given in (sources, None):
+        every = torch.zeros(1, 3, 8, dtype=torch.int32, device=machine.device)
+        add(every[:, 1:2], ids, 30, given)
+        assert every.sum(2).tolist() == [[0, 60, 0]]
+
+
 LOAD, IDS = torch.zeros(2, 3, 8, dtype=torch.int32), torch.zeros(3, 5, 2, dtype=torch.int32)
 SOURCES = torch.zeros(5, dtype=torch.int32)
 

@@ -23,6 +23,9 @@ from moe_gateway.shortcut import LONGEST_HEAD_BYTES, REQUEST_ID, read_usual_requ
 # After a refusal the rest of what the client sends is read and thrown away for so long: closing at once would reset the
 # connection, and the client might lose the answer that says why.
 LINGER_S = 2.0
+# When the gateway drains, an idle connection stays for so long: a request that is on its way there is still answered,
+# and its client told to open another connection.
+NOTICE_S = 1.0
 
 
 class ClientConnection(asyncio.Protocol):
@@ -108,7 +111,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport = transport
         self._deadline = self._surroundings.clock() + self._limits.header_timeout_s
         if self._surroundings.draining:
-            transport.close()
+            self.drain()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -433,9 +436,9 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse_connection()
 
     def drain(self) -> None:
-        """The gateway stops: idle connections end now, the others after their answer."""
-        if self.idle and self.transport is not None:
-            self._close()
+        """The gateway stops: idle connections end in a moment, the others after their answer."""
+        if self.idle:
+            self._deadline = min(self._deadline, self._surroundings.clock() + NOTICE_S)
 
     def cut(self) -> None:
         """The gateway ends at once: whose request runs is told so, as far as it still can be."""

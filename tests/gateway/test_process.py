@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import aiohttp
 import pytest
 from moe_gateway.cli import app
 from typer.testing import CliRunner
@@ -74,6 +75,12 @@ async def ready(clients: list[Client], port: int) -> Client:
         await asyncio.sleep(0.02)
 
 
+async def readiness(config: dict[str, Any]) -> int:
+    url = f"http://127.0.0.1:{config['admin']['port']}/readyz"
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status
+
+
 @pytest.mark.parametrize(
     ("document", "line"),
     [
@@ -131,13 +138,22 @@ async def test_sigterm_ends_streams_whole_refuses_new_connections_and_then_the_p
     config = ports() | {"engines": [engine.address]}
     process = await launch(config, "--access-log")
     idle = await ready(clients, config["listen"]["port"])
+    fresh = await connect(clients, config["listen"]["port"])
     busy = await connect(clients, config["listen"]["port"])
     busy.send(post(prompt(stream=True), extra=b"X-Request-Id: seen-1\r\n"))
     await busy.reader.readuntil(event("a"))
+    assert await readiness(config) == 200
     process.send_signal(signal.SIGTERM)
-    assert await idle.ended()
+    while await readiness(config) == 200:
+        await asyncio.sleep(0.01)
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", config["listen"]["port"])
+    # What was on its way to a connection that is open is answered, with the notice of its end.
+    fresh.send(b"GET /v1/models HTTP/1.1\r\nhost: h\r\n\r\n")
+    assert (answer := await fresh.answer()).status == 200
+    assert answer.headers[b"connection"] == b"close"
+    assert await fresh.ended()
+    assert await idle.ended()
     assert process.returncode is None
     go_on.set()
     assert await busy.rest() == event("b") + SSE_END

@@ -144,9 +144,9 @@ def test_ids_need_not_be_contiguous(add, machine):
 def test_counters_of_one_layer_may_lie_in_those_of_all(add, machine):
     ids = routed(1, 30, 2, 8).to(machine.device)
     sources = torch.zeros(30, dtype=torch.int32, device=machine.device)
-    for given in (sources, None):
+    for origin in (sources, None):
         every = torch.zeros(1, 3, 8, dtype=torch.int32, device=machine.device)
-        add(every[:, 1:2], ids, 30, given)
+        add(every[:, 1:2], ids, 30, origin)
         assert every.sum(2).tolist() == [[0, 60, 0]]
 
 

@@ -33,7 +33,7 @@ def operator(
 ) -> None:
     """Make the MoEServings of a cluster real, until SIGTERM."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx2", "httpx", "kopf"):
+    for name in ("httpx2", "httpx", "kopf", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     own = read_own_namespace(os.environ)
     settings = OperatorSettings(

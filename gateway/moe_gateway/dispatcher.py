@@ -13,6 +13,7 @@ from typing import Protocol
 
 from moe_scheduling.books import TargetBooks
 from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target, explain
+from moe_scheduling.peers import PeerLoad
 from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
 from moe_scheduling.request import RequestSettings, WaitingQueue
 from moe_scheduling.shares import Shares
@@ -117,6 +118,8 @@ class Dispatcher:
         self._group_turns: dict[str, int] = {}
         self._hold_requests = config.limits.hold_requests
         self._hold_timeout_s = config.limits.hold_timeout_s
+        self._peers = PeerLoad()
+        self.own_share = 1.0
         self._prefixes = PrefixIndex()
         self._known_models = frozenset() if config.model is None else frozenset({config.model})
         self.models: frozenset[str] = frozenset()
@@ -409,6 +412,9 @@ class Dispatcher:
         for engine in self.engines.values():
             if engine.closed_until_s > -math.inf:
                 self._refresh(engine, now_s)
+        self.own_share = self._peers.observe(self._ordered_books, now_s, self.settings.stale_after_s)
+        for books in self._ordered_books:
+            books.own_share = self.own_share
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
             if now_s - since_s < self._hold_timeout_s:

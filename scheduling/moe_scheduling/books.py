@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from moe_scheduling.pace import Pace, pace_of, unsignalled_pace
+from moe_scheduling.pace import LINE_MEMORY_STEPS, Pace, pace_of, unsignalled_pace
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 # Whole numbers up to here are exact in a float; no engine counts as far.
@@ -33,11 +33,14 @@ class TargetBooks:
     Attributes:
         line: the last step-time line that the engine told, which outlives the signal: it is a property of the engine,
             not of the moment; None before the first.
+        own_share: part of the engines' work that the owner sends, above 0, at most 1; it changes it as `peers.py` says.
+            What it sends stands for what others send meanwhile, until a signal tells.
     """
 
     __slots__ = (
         "_answered",
         "_engine_tokens",
+        "_fitted_balance",
         "_observed_s",
         "_pace",
         "_pace_line",
@@ -48,6 +51,7 @@ class TargetBooks:
         "_unanswered_tokens",
         "accepting",
         "line",
+        "own_share",
         "target",
     )
 
@@ -55,15 +59,19 @@ class TargetBooks:
         self.target = target
         self.accepting = accepting
         self.line: StepTime | None = None
+        self.own_share = 1.0
         self._unanswered: dict[Hashable, tuple[float, int]] = {}
         self._unanswered_tokens = 0
         self._answered: dict[Hashable, float] = {}
-        # The unanswered requests that the signal cannot know of yet, in the order of their sending.
+        # The unanswered requests that the signal cannot know of yet, in the order of their sending, with what they
+        # stand for.
         self._since_signal: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
         self._since_signal_tokens = 0
         self._signal: EngineSignal | None = None
         self._observed_s = -math.inf
         self._engine_tokens = 0
+        # Of the experts, over the steps that the line remembers.
+        self._fitted_balance = 1.0
         # Made by this line when the signal was first asked about, and kept until the next signal; None before.
         self._pace_line: StepTime | None = None
         self._pace = Pace(0.0, 0.0, 0.0)
@@ -74,9 +82,11 @@ class TargetBooks:
         """A request with so many uncached prompt tokens went out; the same key again starts anew."""
         self.settled(key, now_s)
         tokens = _count(prefill_tokens)
-        self._unanswered[key] = self._since_signal[key] = (now_s, tokens)
+        everyones = tokens if self.own_share == 1.0 else _count(tokens / self.own_share)
+        self._unanswered[key] = now_s, tokens
+        self._since_signal[key] = now_s, everyones
         self._unanswered_tokens += tokens
-        self._since_signal_tokens += tokens
+        self._since_signal_tokens += everyones
 
     def first_token(self, key: Hashable, now_s: float) -> float | None:
         """The request has answered: its prefill is done.
@@ -105,8 +115,8 @@ class TargetBooks:
             return None
         sent_s, tokens = sent
         self._unanswered_tokens -= tokens
-        if self._since_signal.pop(key, None) is not None:
-            self._since_signal_tokens -= tokens
+        if (since := self._since_signal.pop(key, None)) is not None:
+            self._since_signal_tokens -= since[1]
         return sent_s
 
     # What the engine says.
@@ -119,7 +129,8 @@ class TargetBooks:
         """
         if not self._observed_s <= observed_s < math.inf:
             return
-        self._signal = signal = _plausible(signal)
+        before, self._signal = self._signal, (signal := _plausible(signal))
+        self._fitted_balance = _remembered_balance(self._fitted_balance, before, signal)
         self._observed_s = observed_s
         self._engine_tokens = signal.waiting_prefill_tokens + signal.running_prefill_tokens
         self.line = signal.step_time or self.line
@@ -165,8 +176,8 @@ class TargetBooks:
     def ahead_prefill_tokens(self, now_s: float, stale_after_s: float) -> int:
         """Prompt tokens to be computed before those of a new request.
 
-        By a fresh signal what waits and runs in the engine, whoever sent it, and what was sent since; else the own
-        unanswered alone.
+        By a fresh signal what waits and runs in the engine, whoever sent it, and what was sent since, by others too;
+        else the own unanswered alone.
         """
         if self.is_fresh(now_s, stale_after_s):
             return self._engine_tokens + self._since_signal_tokens
@@ -184,7 +195,7 @@ class TargetBooks:
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return unsignalled_pace(line, len(self._answered))
         if line is not self._pace_line:
-            self._pace_line, self._pace = line, pace_of(line, signal)
+            self._pace_line, self._pace = line, pace_of(line, signal, self._fitted_balance)
         return self._pace
 
     def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:
@@ -210,7 +221,15 @@ class TargetBooks:
         signal = self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return own
-        return max(own, signal.waiting + signal.running + len(self._since_signal))
+        return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.own_share))
+
+
+def _remembered_balance(known: float, before: EngineSignal | None, signal: EngineSignal) -> float:
+    """The mean balance of an engine's steps as its line remembers them; a new or restarted engine has the present one."""
+    if before is None or signal.step < before.step:
+        return signal.expert_balance
+    kept = math.exp((before.step - signal.step) / LINE_MEMORY_STEPS)
+    return signal.expert_balance + kept * (known - signal.expert_balance)
 
 
 def _plausible(signal: EngineSignal) -> EngineSignal:

@@ -79,6 +79,25 @@ def test_a_key_sent_again_starts_anew():
     assert its.first_token("r", 2.5) == 0.5
 
 
+def test_what_is_sent_stands_for_what_others_send_until_a_signal_tells():
+    its = books()
+    its.own_share = 0.25
+    its.observe(EngineSignal(waiting_prefill_tokens=1000, waiting=3), 1.0)
+    its.sent("r", 100, 2.0)
+    its.sent("q", 10, 2.5)
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1000 + 440
+    assert its.first_token_s(10, LINE, 3.0, STALE_AFTER_S) == pytest.approx(1.45 + 0.01)
+    assert (its.requests(3.0, STALE_AFTER_S), its.in_flight, its.unanswered_prefill_tokens) == (3 + 8, 2, 110)
+    # Another share counts for what is sent from then on.
+    its.own_share = 1.0
+    its.first_token("q", 3.0)
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1400
+    its.observe(EngineSignal(waiting_prefill_tokens=1350), 3.0)
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1350
+    # The own books, where no signal is believed, count the own alone.
+    assert its.ahead_prefill_tokens(30.0, STALE_AFTER_S) == 100
+
+
 def test_ahead_is_what_the_engine_says_and_what_was_sent_since():
     its = books()
     its.sent("before", 100, 1.0)

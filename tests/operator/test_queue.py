@@ -1,0 +1,163 @@
+"""The queue of resources: each once, one worker a resource, later ones in time, failures ever later."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_operator.kubernetes.queue import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, WorkQueue
+from virtual_time import run_in_virtual_time
+
+Queue = WorkQueue[str]
+
+
+def in_queue(steps: Callable[[Queue], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        return await steps(WorkQueue())
+
+    return run_in_virtual_time(run())
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def is_empty(queue: Queue) -> bool:
+    try:
+        await asyncio.wait_for(queue.take(), 1e-3)
+    except TimeoutError:
+        return True
+    return False
+
+
+def test_what_is_added_twice_is_taken_once_in_the_order_of_the_first() -> None:
+    async def steps(queue: Queue) -> list[str]:
+        for item in "abab":
+            queue.add(item)
+        assert len(queue) == 2
+        taken = [await queue.take(), await queue.take()]
+        assert await is_empty(queue)
+        return taken
+
+    assert in_queue(steps) == ["a", "b"]
+
+
+def test_what_is_added_while_a_worker_has_it_comes_once_more_when_that_is_done() -> None:
+    async def steps(queue: Queue) -> None:
+        queue.add("a")
+        await queue.take()
+        queue.add("a")
+        queue.add("a")
+        assert await is_empty(queue), "never in two workers"
+        queue.done("a")
+        assert await queue.take() == "a"
+        queue.done("a")
+        assert await is_empty(queue)
+
+    in_queue(steps)
+
+
+def test_what_is_wanted_later_comes_then_and_the_sooner_date_counts() -> None:
+    async def steps(queue: Queue) -> tuple[list[float], bool]:
+        queue.add_after("a", 10.0)
+        queue.add_after("a", 3.0)
+        queue.add_after("a", 20.0)
+        queue.add_after("b", 5.0)
+        times = []
+        for name in ("a", "b"):
+            assert await queue.take() == name
+            times.append(now_s())
+            queue.done(name)
+        await asyncio.sleep(60.0)
+        return times, await is_empty(queue)
+
+    times, empty = in_queue(steps)
+    assert times == pytest.approx([3.0, 5.0])
+    assert empty
+
+
+def test_an_item_that_waits_for_its_date_comes_at_once_when_it_is_added() -> None:
+    async def steps(queue: Queue) -> float:
+        queue.add_after("a", 10.0)
+        queue.add("a")
+        await queue.take()
+        return now_s()
+
+    assert in_queue(steps) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_worker_that_waits_hears_of_a_sooner_date() -> None:
+    async def steps(queue: Queue) -> float:
+        queue.add_after("late", 100.0)
+        waiting = asyncio.create_task(queue.take())
+        await asyncio.sleep(1.0)
+        queue.add_after("soon", 1.0)
+        assert await waiting == "soon"
+        return now_s()
+
+    assert in_queue(steps) == pytest.approx(2.0)
+
+
+def test_failures_double_the_wait_up_to_a_bound_and_a_success_forgets_them() -> None:
+    async def in_a_row(queue: Queue) -> list[float]:
+        queue.add("a")
+        waits = []
+        await queue.take()
+        for _ in range(12):
+            began_s = now_s()
+            waits.append(queue.failed("a"))
+            await queue.take()
+            assert now_s() - began_s == pytest.approx(waits[-1])
+        queue.done("a")
+        queue.add("a")
+        await queue.take()
+        return [*waits, queue.failed("a")]
+
+    waits = in_queue(in_a_row)
+    assert waits[:3] == [FIRST_BACKOFF_S, 2 * FIRST_BACKOFF_S, 4 * FIRST_BACKOFF_S]
+    assert max(waits) == waits[11] == LONGEST_BACKOFF_S
+    assert waits[-1] == FIRST_BACKOFF_S
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.booleans()), min_size=1, max_size=30))
+def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at_once(
+    additions: list[tuple[str, float, bool]],
+) -> None:
+    async def steps(queue: Queue) -> None:
+        busy: Counter[str] = Counter()
+        ended: dict[str, float] = {}
+        began: dict[str, float] = {}
+
+        async def work() -> None:
+            while True:
+                item = await queue.take()
+                busy[item] += 1
+                assert busy[item] == 1
+                began[item] = now_s()
+                await asyncio.sleep(2.5)
+                busy[item] -= 1
+                ended[item] = now_s()
+                queue.done(item)
+
+        workers = [asyncio.create_task(work()) for _ in range(3)]
+        last: dict[str, float] = {}
+        for item, wait_s, at_once in additions:
+            if at_once:
+                queue.add(item)
+                last[item] = max(last.get(item, 0.0), now_s())
+            else:
+                queue.add_after(item, wait_s)
+            await asyncio.sleep(wait_s / 4)
+        await asyncio.sleep(100.0)
+        assert len(queue) == 0
+        assert set(ended) == {item for item, _, _ in additions}
+        assert all(began[item] >= at_s for item, at_s in last.items()), "a pass begins after the last word of a change"
+        for worker in workers:
+            worker.cancel()
+        results = await asyncio.gather(*workers, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+    in_queue(steps)

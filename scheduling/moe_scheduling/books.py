@@ -225,7 +225,7 @@ class TargetBooks:
 
 
 def _remembered_balance(known: float, before: EngineSignal | None, signal: EngineSignal) -> float:
-    """The mean balance of an engine's steps as its line remembers them; a new or restarted engine has the present one."""
+    """Mean balance over an engine's steps as its line remembers them; of a new or restarted engine the present one."""
     if before is None or signal.step < before.step:
         return signal.expert_balance
     kept = math.exp((before.step - signal.step) / LINE_MEMORY_STEPS)

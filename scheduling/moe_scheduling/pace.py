@@ -19,10 +19,11 @@ KV_PRESSURE_FROM = 0.9
 # Decode steps until running requests leave blocks for a new one when there are none left. Outputs are some hundred
 # tokens long, and in a full batch some request is always near its end.
 KV_PRESSURE_STEPS = 64
-# Part of the imbalance of the experts that is added to the time, as the second Gimbal paper (arXiv 2606.15177) feeds it
-# back to the dispatch; its weight is not published. The step-time line is fitted on the same steps with a longer
-# memory, so it holds most of a lasting imbalance already.
-EXPERT_PRESSURE = 0.25
+# Steps after which an observation weighs 1/e in an engine's step-time line (`moe_agent.step_time` fits it so).
+LINE_MEMORY_STEPS = 500.0
+# Part of a prompt's computation that routed experts have: 20.4 of 37 billion active parameters in DeepSeek-V3, 1.8 of
+# 3.3 in Qwen3-30B-A3B (layers * experts a token * 3 * hidden size * width of an expert, by the published shapes).
+EXPERT_PART = 0.55
 
 
 class Pace(NamedTuple):
@@ -53,10 +54,21 @@ class Pace(NamedTuple):
         return kv_s + token_s * ahead_tokens + step_s * (ahead_tokens // STEP_PREFILL_TOKENS)
 
 
-def pace_of(line: StepTime, signal: EngineSignal) -> Pace:
-    """The pace of an engine that works by `line`, in the state that `signal` says."""
+def pace_of(line: StepTime, signal: EngineSignal, fitted_balance: float = 1.0) -> Pace:
+    """The pace of an engine that works by `line`, in the state that `signal` says.
+
+    In each layer all ranks of an expert group wait for the busiest one, so the experts' part of a step grows with the
+    balance. A line has the balance in it at which it was fitted: only what changed since makes a difference. Which rank
+    of a group takes a prompt changes nothing of that, since its tokens go to the same experts from any of them; so a
+    rank's own `expert_pressure` is no part of it. What this is worth: docs/scheduling.md.
+
+    Args:
+        line: the engine's step-time line.
+        signal: its state.
+        fitted_balance: balance of its experts over the steps that the line was fitted to, at least 1.
+    """
     step_s = line.base_s + line.decode_s * signal.decode_tokens
-    slower = 1.0 + EXPERT_PRESSURE * (signal.expert_balance - 1.0)
+    slower = 1.0 + EXPERT_PART * (signal.expert_balance / fitted_balance - 1.0)
     above = max(0.0, signal.kv_usage - KV_PRESSURE_FROM) / (1.0 - KV_PRESSURE_FROM)
     return Pace(line.prefill_s * slower, step_s * slower, KV_PRESSURE_STEPS * step_s * above)
 

@@ -121,14 +121,14 @@ def test_every_prediction_is_a_time_whatever_an_engine_said(events, cached, poli
 
 
 @given(EVENTS, st.floats(-1e6, 1e6))
-def test_once_all_is_settled_and_a_sane_signal_came_nothing_is_left_of_the_absurd(events, now_s):
+def test_once_all_is_settled_and_sane_signals_came_nothing_is_left_of_the_absurd(events, now_s):
     events = [event for event in events if event[0] != "observe" or not now_s < event[2] < math.inf]
     books = books_after(events, now_s)
     for key in range(4):
         books.settled(key, now_s)
-    books.observe(
-        EngineSignal(waiting_prefill_tokens=7, step_time=StepTime(base_s=1.0, prefill_s=1.0, decode_s=0.0)), now_s
-    )
+    line = StepTime(base_s=1.0, prefill_s=1.0, decode_s=0.0)
+    for step in (1, 10**9):
+        books.observe(EngineSignal(step=step, waiting_prefill_tokens=7, step_time=line), now_s)
     assert (books.in_flight, books.unanswered_prefill_tokens) == (0, 0)
     assert books.ahead_prefill_tokens(now_s, 2.0) == 7
     assert choose_target(Job(3), [books], EngineSettings(), turn=0, now_s=now_s).predicted_s == 11.0

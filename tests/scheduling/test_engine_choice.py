@@ -55,7 +55,6 @@ def targets(books, settings, turns, job=None):
         ({"decode_tokens": 8}, {"decode_tokens": 7}),
         ({"waiting_prefill_tokens": 100}, {"decode_tokens": 8}),
         ({"kv_usage": 0.95}, {"kv_usage": 0.9}),
-        ({"expert_balance": 1.5}, {"expert_balance": 1.1}),
         ({"step_time": StepTime(base_s=1 / 64, prefill_s=1 / 512, decode_s=0.0)}, {}),
     ],
     ids=[
@@ -65,7 +64,6 @@ def targets(books, settings, turns, job=None):
         "requests that decode",
         "the greater of two terms",
         "a full cache",
-        "hot experts",
         "a slower engine",
     ],
 )
@@ -87,11 +85,9 @@ def test_the_prediction_is_the_time_of_the_tokens_and_of_the_steps():
     assert choose(Job(148), [its]) == Send(A, expected_s, SendReason.LEAST_PREDICTED)
 
 
-def test_full_kv_costs_decode_steps_and_hot_experts_slow_all():
+def test_full_kv_costs_decode_steps():
     full = pace_of(LINE, EngineSignal(decode_tokens=4, kv_usage=1.0))
     assert full.kv_s == pytest.approx(64 * (1 / 64 + 4 / 512))
-    hot = pace_of(LINE, EngineSignal(decode_tokens=4, expert_balance=3.0))
-    assert hot == Pace(1.5 / 1024, 1.5 * (1 / 64 + 4 / 512), 0.0)
 
 
 def test_cached_tokens_cost_nothing():

@@ -100,7 +100,12 @@ class Placed:
 
 
 class Dispatcher:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        own_share: part of the requests at the engines that came from here, as far as engines tell; the rest is that of
+            other gateways.
+    """
 
     def __init__(self, config: GatewayConfig, ledger: Ledger, *, first_turn: int = 0) -> None:
         discovery = config.discovery

@@ -36,6 +36,8 @@ class GatewayCollector(Collector):
         yield _counter("ejections", "Failures that took an engine out for a while.", "engine", ledger.ejections)
         yield CounterMetricFamily(PREFIX + "retries", "Requests sent a second time.", value=ledger.retried)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=self._dispatcher.held)
+        share = "Own part of the requests that the engines have; less than 1 beside other gateways."
+        yield GaugeMetricFamily(PREFIX + "own_share", share, value=self._dispatcher.own_share)
         yield from self._demand()
         yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", ledger.ttft)
         yield _histogram(

@@ -66,6 +66,31 @@ async def test_predicted_counts_what_was_just_sent(make_engine, serve):
     assert [len(engine.requests) for engine in engines] == [3, 3]
 
 
+async def test_two_gateways_that_share_engines_do_not_choose_the_same(make_engine, serve):
+    engines = [await make_engine(never) for _ in range(4)]
+    gateways = [await serve(*engines) for _ in range(2)]
+    for engine in engines:
+        # From here on neither learns what the other sends.
+        engine.agent.mute = True
+    for count in range(1, 9):
+        client = await gateways[count % 2].connect()
+        client.send(post(prompt(f"{count}" * 4000)))
+        await until(lambda count=count: sum(len(engine.requests) for engine in engines) == count)
+    assert [len(engine.requests) for engine in engines] == [2, 2, 2, 2]
+
+
+async def test_a_gateway_learns_its_share_of_the_work_from_what_engines_say(make_engine, serve):
+    engine = await make_engine(never)
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt()))
+    await until(lambda: engine.requests)
+    assert served.books(engine.name).own_share == 1.0
+    engine.agent.say_rank(running=200)
+    await until(lambda: served.books(engine.name).own_share < 0.5)
+    assert served.gateway.dispatcher.own_share == served.books(engine.name).own_share
+
+
 @pytest.mark.parametrize("where", ["header", "user"])
 async def test_a_session_stays_at_its_engine(make_engine, serve, where):
     engines = [await make_engine() for _ in range(2)]

@@ -100,6 +100,7 @@ async def test_an_api_server_that_restarts_takes_no_engine_away_and_is_followed_
     [
         ("list", "endpointslices", False, True),
         ("watch", "endpointslices", False, True),
+        ("get", "endpointslices", False, False),
         ("list", "endpointslices", True, False),
         ("update", "endpointslices", False, False),
         ("get", "secrets", False, False),

@@ -22,7 +22,7 @@ def build_access(names: Names) -> list[Object]:
                 {
                     "apiGroups": ["discovery.k8s.io"],
                     "resources": ["endpointslices"],
-                    "verbs": ["get", "list", "watch"],
+                    "verbs": ["list", "watch"],
                 }
             ],
         },

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from moe_scheduling.pace import LINE_MEMORY_STEPS
 from moe_scheduling.signals import StepTime
 
 _Row = tuple[float, float, float]
@@ -32,7 +33,12 @@ class StepTimeFit:
     """
 
     def __init__(
-        self, *, memory_steps: float = 500.0, least_steps: int = 16, refit_every: int = 64, outlier_factor: float = 3.0
+        self,
+        *,
+        memory_steps: float = LINE_MEMORY_STEPS,
+        least_steps: int = 16,
+        refit_every: int = 64,
+        outlier_factor: float = 3.0,
     ) -> None:
         self._keep = 1.0 - 1.0 / memory_steps
         self._refit_every = refit_every

@@ -1,0 +1,431 @@
+"""Local search for better placements, in all layers at once: `search_steps` gives a path of small changes.
+
+Three kinds of step, each a row of numpy work over many layers: a copy of a hot expert over a spare copy of a cold one,
+a swap that takes load off a hot rank, a swap that brings an expert nearer to its tokens. The path is a log: `expert.py`
+cuts it, layer by layer, where going on no longer pays. A layer's steps never depend on another layer.
+
+Invariants: each expert keeps a slot, no rank gets a slot more; a step that goes on from a state never makes the busiest
+rank of its layer busier, the copies aside; the same arguments give the same path.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_scheduling.placement import Flags, Floats, Ints, Placement, count_copies, mark_hosts
+
+# Half the memory of float64, which is what the time goes into.
+Singles = npt.NDArray[np.float32]
+
+# A rank that is busier than the mean by less is left alone.
+_EVEN_ENOUGH = np.float32(5e-4)
+# A hot rank waits for its turn until the hottest of its layer is not more than so many times above the mean.
+_HOT_PART = np.float32(0.4)
+# Part of a hot rank's excess that one move has to be worth; without it, once nothing is found with it.
+_MOVE_PRICE = np.float32(0.2)
+_BLOCKED = np.float32(1e30)
+_LEAST_GAIN = np.float32(1e-4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """One change in some layers: `slots[i]` of layer `layers[i]` takes the expert `experts[i]`."""
+
+    layers: Ints
+    slots: Ints
+    experts: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Path:
+    """What the search did.
+
+    Attributes:
+        steps: the changes, in order.
+        won_s: [state, layer], seconds a step won since the start; the first state is the start.
+        moves: [state, layer], experts that are on a rank where they were not at the start.
+    """
+
+    steps: tuple[Step, ...]
+    won_s: Floats
+    moves: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """What is searched for a placement.
+
+    Attributes:
+        work_s: [layer, expert], seconds a step that all tokens of an expert take one rank.
+        carry_s: [layer, expert, rank], seconds a step of traffic if all of them went to that rank; None: no traffic.
+        move_price_s: seconds a step that a move has to win.
+        most_moves: moves of a layer beyond which the search does not go.
+    """
+
+    work_s: Floats
+    carry_s: Floats | None
+    move_price_s: float
+    most_moves: int
+
+
+@dataclass(slots=True)
+class _Board:
+    """The state of the search; `search_steps` owns it.
+
+    Tables are [layer, rank, place], with `slot = rank * places + place`, or [layer, expert, rank], of which a cell is
+    read by its flat number: that is several times faster than three indices.
+    """
+
+    experts: Ints
+    work: Singles
+    mean: Singles
+    carry: Singles | None
+    home: Flags
+    hosts: Flags = field(init=False)
+    copies: Ints = field(init=False)
+    share: Singles = field(init=False)
+    # Traffic of one copy at each rank, [layer, expert, rank], and of what lies in each slot.
+    rate: Singles = field(init=False)
+    paid: Singles = field(init=False)
+    excess: Singles = field(init=False)
+    carried: Singles = field(init=False)
+    moves: Ints = field(init=False)
+    steps: list[Step] = field(default_factory=list)
+    peaks: list[Floats] = field(default_factory=list)
+    counts: list[Ints] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, ranks, places."""
+        layers, ranks, places = self.experts.shape
+        return layers, ranks, places
+
+    def cells(self, layer: Ints, expert: Ints, rank: Ints) -> Ints:
+        """Flat numbers in tables [layer, expert, rank]."""
+        return np.asarray((layer * self.work.shape[1] + expert) * self.experts.shape[1] + rank)
+
+    def settle(self) -> None:
+        """All that follows from where the experts lie, anew."""
+        layers, ranks, _ = self.shape
+        table = self.experts.reshape(layers, -1)
+        self.copies = count_copies(table, self.work.shape[1])
+        self.hosts = mark_hosts(table, self.work.shape[1], ranks)
+        self.share = np.divide(self.work, self.copies, dtype=np.float32)
+        layer, rank = np.arange(layers)[:, None, None], np.arange(ranks)[:, None]
+        here = self.cells(layer, self.experts, rank)
+        self.excess = self.share[layer, self.experts].sum(2) - self.mean[:, None]
+        self.moves = np.asarray((~self.home.reshape(-1)[here]).sum((1, 2)), dtype=np.int64)
+        if self.carry is None:
+            self.rate = np.zeros((1, 1, 1), np.float32)
+            self.paid = np.zeros(self.experts.shape, np.float32)
+        else:
+            self.rate = np.divide(self.carry, self.copies[..., None], dtype=np.float32)
+            self.paid = self.rate.reshape(-1)[here]
+        self.carried = self.paid.sum((1, 2))
+
+    def record(self) -> None:
+        """Notes the state."""
+        self.peaks.append(self.excess.max(1) + self.carried.astype(np.float64))
+        self.counts.append(self.moves.copy())
+
+
+def search_steps(problem: Problem, placement: Placement) -> Path:
+    """The path from a placement to better ones.
+
+    Args:
+        problem: loads and prices.
+        placement: where the experts lie; each has a slot.
+    """
+    board = _lay_out(problem, placement)
+    board.record()
+    _spread_copies(board)
+    _level_ranks(board, problem)
+    _bring_near(board, problem)
+    peaks = np.array(board.peaks)
+    return Path(steps=tuple(board.steps), won_s=peaks[0] - peaks, moves=np.array(board.counts))
+
+
+def apply_steps(path: Path, table: Ints, states: Ints) -> Ints:
+    """The placement [layer, slot] after the first `states[layer]` steps in each layer."""
+    table = table.copy()
+    for number, step in enumerate(path.steps):
+        taken = states[step.layers] > number
+        table[step.layers[taken], step.slots[taken]] = step.experts[taken]
+    return table
+
+
+def _lay_out(problem: Problem, placement: Placement) -> _Board:
+    table = placement.physical_to_logical
+    layers, experts = problem.work_s.shape
+    work = problem.work_s.astype(np.float32)
+    return _Board(
+        experts=table.reshape(layers, placement.ranks, -1).copy(),
+        work=work,
+        mean=np.divide(work.sum(1), placement.ranks, dtype=np.float32),
+        carry=None if problem.carry_s is None else problem.carry_s.astype(np.float32),
+        home=mark_hosts(table, experts, placement.ranks),
+    )
+
+
+# --- copies of the hottest experts
+
+
+def wanted_copies(work: Singles, spare: int, ranks: int, places: int) -> Ints:
+    """Copies that each expert should have: [layer, expert] -> [layer, expert], `spare` more than experts at most.
+
+    A share may be as large as leaves the other places of its rank room for the coldest experts: a larger one forces its
+    rank above the mean, a smaller one costs moves and wins nothing. Where `spare` copies do not reach for that, the
+    largest share is as small as they make it.
+    """
+    limit = _largest_share(work, ranks, places)
+    low, high = limit, np.maximum(work.max(1), limit) * np.float32(1.001)
+    short = _extra_copies(work, limit).sum(1) > spare
+    for _ in range(16):
+        if not short.any():
+            break
+        middle = (low + high) / 2
+        fails = _extra_copies(work, middle).sum(1) > spare
+        low, high = np.where(fails, middle, low), np.where(fails, high, middle)
+    return np.asarray(1 + _extra_copies(work, np.where(short, high, limit)))
+
+
+def _extra_copies(work: Singles, limit: Singles) -> Ints:
+    ratio = np.divide(work, limit[:, None], out=np.ones_like(work), where=limit[:, None] > 0)
+    return np.asarray(np.maximum(np.ceil(ratio) - 1, 0), dtype=np.int64)
+
+
+def _largest_share(work: Singles, ranks: int, places: int) -> Singles:
+    mean = np.divide(work.sum(1), ranks, dtype=np.float32)
+    coldest = np.cumsum(np.sort(work, 1), 1)
+    share = np.float32(0.65) * mean
+    for _ in range(3):
+        hot = np.minimum((work > share[:, None] / 2).sum(1), ranks)
+        filling = np.clip(hot * (places - 1), 1, work.shape[1])
+        room = mean - (places - 1) * coldest[np.arange(len(work)), filling - 1] / filling
+        share = np.clip(room, np.float32(0.3) * mean, np.float32(0.95) * mean).astype(np.float32)
+    return np.asarray(share, dtype=np.float32)
+
+
+def _spread_copies(board: _Board) -> None:
+    """Lays copies that are wanted over spare ones, the largest share first, each on the least loaded rank that can."""
+    layers, ranks, places = board.shape
+    experts = board.work.shape[1]
+    wanted = wanted_copies(board.work, ranks * places - experts, ranks, places)
+    queue = _queue_of_copies(board, wanted)
+    slots, open_ = _spare_slots(board, wanted)
+    if not queue.shape[1] or not slots.shape[1]:
+        return
+    share = board.work / wanted.astype(np.float32)
+    rank, held = slots // places, board.experts.reshape(layers, -1)[np.arange(layers)[:, None], slots]
+    load, column = board.excess.copy(), np.arange(layers)[:, None]
+    left, released, hosts = board.copies.copy(), board.share[column, held], board.hosts.copy()
+    for expert in queue.T:
+        closed = ~open_ | (left[column, held] <= wanted[column, held]) | hosts[column, expert[:, None], rank]
+        room = np.where(closed, _BLOCKED, load[column, rank] - released)
+        pick = room.argmin(1)
+        layer = np.nonzero((expert >= 0) & ~closed[np.arange(layers), pick])[0]
+        pick, new = pick[layer], expert[layer]
+        old, where = held[layer, pick], rank[layer, pick]
+        load[layer, where] += share[layer, new] - released[layer, pick]
+        open_[layer, pick] = False
+        left[layer, old] -= 1
+        left[layer, new] += 1
+        hosts[layer, new, where] = True
+        board.experts[layer, where, slots[layer, pick] % places] = new
+        board.steps.append(Step(layers=layer, slots=slots[layer, pick], experts=new))
+    # The copies are one state of the path: half of them may make a layer worse.
+    for _ in board.steps[1:]:
+        board.record()
+    board.settle()
+    board.record()
+
+
+def _queue_of_copies(board: _Board, wanted: Ints) -> Ints:
+    """[layer, place in the queue]: the experts that lack copies, the largest share first; -1 behind the last."""
+    lacking = np.maximum(wanted - board.copies, 0)
+    layer, expert = np.nonzero(lacking)
+    times = lacking[layer, expert]
+    share = board.work[layer, expert] / wanted[layer, expert]
+    order = np.lexsort((expert, -share, layer))
+    layer, expert = np.repeat(layer[order], times[order]), np.repeat(expert[order], times[order])
+    lengths = lacking.sum(1)
+    queue = np.full((len(lacking), int(lengths.max())), -1)
+    queue[layer, np.arange(len(layer)) - np.repeat(np.cumsum(lengths) - lengths, lengths)] = expert
+    return queue
+
+
+def _spare_slots(board: _Board, wanted: Ints) -> tuple[Ints, Flags]:
+    """Slots of experts that have more copies than they should, [layer, n], and which of these are no padding."""
+    table = board.experts.reshape(len(wanted), -1)
+    spare = np.take_along_axis(board.copies > wanted, table, 1)
+    slots = np.argsort(~spare, axis=1, kind="stable")[:, : int(spare.sum(1).max())]
+    return slots, np.take_along_axis(spare, slots, 1)
+
+
+# --- swaps that take load off hot ranks
+
+
+def _level_ranks(board: _Board, problem: Problem) -> None:
+    """Swaps an expert of a hot rank for a lighter one of a cold rank, the hottest ranks of all layers at once."""
+    layers, ranks, _ = board.shape
+    hot_ranks = max(1, ranks // 8)
+    partners = min(4, ranks // 2 // hot_ranks)
+    if not partners:
+        return
+    price = np.full(layers, _MOVE_PRICE)
+    alive = board.mean > 0
+    for _ in range(4 * ranks):
+        order = np.argsort(board.excess, axis=1, kind="stable")
+        hot = order[:, : -hot_ranks - 1 : -1]
+        cold = order[:, : hot_ranks * partners].reshape(layers, partners, hot_ranks)
+        above = np.take_along_axis(board.excess, hot, 1)
+        alive &= (above[:, 0] > _EVEN_ENOUGH * board.mean) & (board.moves < problem.most_moves)
+        due = alive[:, None] & (above > _HOT_PART * above[:, :1]) & (above > _EVEN_ENOUGH * board.mean[:, None])
+        layer, turn = np.nonzero(due)
+        if not len(layer):
+            return
+        swap = _best_swaps(board, layer, hot[layer, turn], cold[layer, :, turn], price[layer])
+        _swap(board, swap)
+        # What found nothing tries once more without a price, and then no more.
+        found = np.zeros(layers, np.bool_)
+        found[swap.layer] = True
+        stuck = alive & ~found
+        alive &= found | (price > 0)
+        price[stuck] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Swaps:
+    """Rows of swaps: the place `place_a` of rank `a` with `place_b` of rank `b`; no rank of a layer is in two rows."""
+
+    layer: Ints
+    a: Ints
+    place_a: Ints
+    b: Ints
+    place_b: Ints
+
+
+def _best_swaps(board: _Board, layer: Ints, a: Ints, cold: Ints, price: Singles) -> _Swaps:
+    """For each row, the best swap of an expert of rank `a` with one of the ranks `cold[row]`, where one is good."""
+    partners, places = cold.shape[1], board.shape[2]
+    layer2, layer3 = layer[:, None], layer[:, None, None]
+    ours, theirs = board.experts[layer, a], board.experts[layer2, cold]
+    above, below = board.excess[layer, a], board.excess[layer2, cold]
+    our_share, their_share = board.share[layer2, ours], board.share[layer3, theirs]
+    toll = (price * above)[:, None, None]
+    # What depends on one side of the swap alone: [row, place, partner] and [row, partner, place].
+    our_home = board.home.reshape(-1)[board.cells(layer2, ours, a[:, None])]
+    to_them = board.cells(layer3, ours[..., None], cold[:, None])
+    going = _tolls(board, to_them, our_home[..., None], board.paid[layer, a][..., None], toll)
+    their_home = board.home.reshape(-1)[board.cells(layer3, theirs, cold[..., None])]
+    to_us = board.cells(layer3, theirs, a[:, None, None])
+    coming = _tolls(board, to_us, their_home, board.paid[layer2, cold], toll)
+    peak = np.maximum(
+        (above[:, None] - our_share)[:, :, None, None] + their_share[:, None],
+        our_share[:, :, None, None] + (below[..., None] - their_share)[:, None],
+    )
+    np.maximum(peak, 0, out=peak)
+    peak += going[..., None]
+    peak += coming[:, None]
+    flat = peak.reshape(len(layer), -1)
+    best = flat.argmin(1)
+    place_a, rest = np.divmod(best, partners * places)
+    partner, place_b = np.divmod(rest, places)
+    row = np.arange(len(layer))
+    shift = our_share[row, place_a] - their_share[row, partner, place_b]
+    worse = np.maximum(above - shift, below[row, partner] + shift)
+    good = (flat[row, best] < _BLOCKED / 2) & (worse < above * (1 - _LEAST_GAIN))
+    return _Swaps(layer[good], a[good], place_a[good], cold[row[good], partner[good]], place_b[good])
+
+
+def _tolls(board: _Board, to: Ints, at_home: Flags, paid: Singles, price: Singles) -> Singles:
+    """Price and traffic of experts that go to other cells; what comes home costs less than nothing.
+
+    Blocked where a rank has the expert already.
+    """
+    tolls = price * (at_home.astype(np.float32) - board.home.reshape(-1)[to])
+    if board.carry is not None:
+        tolls += board.rate.reshape(-1)[to] - paid
+    tolls[board.hosts.reshape(-1)[to]] = _BLOCKED
+    return tolls
+
+
+def _swap(board: _Board, swap: _Swaps) -> None:
+    layer, a, b = swap.layer, swap.a, swap.b
+    if not len(layer):
+        return
+    layers, _, places = board.shape
+    leaving = board.experts[layer, a, swap.place_a]
+    coming = board.experts[layer, b, swap.place_b]
+    shift = board.share[layer, leaving] - board.share[layer, coming]
+    board.excess[layer, a] -= shift
+    board.excess[layer, b] += shift
+    home, hosts, net = board.home.reshape(-1), board.hosts.reshape(-1), np.zeros(len(layer))
+    for expert, old, new, place in ((leaving, a, b, swap.place_b), (coming, b, a, swap.place_a)):
+        board.experts[layer, new, place] = expert
+        gone, come = board.cells(layer, expert, old), board.cells(layer, expert, new)
+        net += home[gone].astype(np.float64) - home[come]
+        hosts[gone], hosts[come] = False, True
+        if board.carry is not None:
+            rate = board.rate.reshape(-1)
+            board.paid[layer, new, place] = rate[come]
+            board.carried += np.bincount(layer, rate[come] - rate[gone], layers).astype(np.float32)
+    board.moves += np.bincount(layer, net, layers).astype(np.int64)
+    slots = np.concatenate([a * places + swap.place_a, b * places + swap.place_b])
+    both = np.concatenate([layer, layer])
+    board.steps.append(Step(layers=both, slots=slots, experts=np.concatenate([coming, leaving])))
+    board.record()
+
+
+# --- swaps that bring experts nearer to their tokens
+
+
+def _bring_near(board: _Board, problem: Problem) -> None:
+    """Swaps the expert that has farthest to its tokens for the one whose place serves both best, all layers at once."""
+    layers, ranks, places = board.shape
+    if board.carry is None or ranks < 2:
+        return
+    nearest, column = board.rate.min(2), np.arange(layers)
+    price = np.maximum(np.float32(problem.move_price_s), _LEAST_GAIN)
+    hope = board.paid.reshape(layers, -1) - nearest[column[:, None], board.experts.reshape(layers, -1)]
+    for _ in range(problem.most_moves):
+        slot = hope.argmax(1)
+        layer = np.nonzero((hope[column, slot] > price) & (board.moves < problem.most_moves))[0]
+        if not len(layer):
+            return
+        swap = _nearest_swaps(board, layer, slot[layer], price)
+        _swap(board, swap)
+        # What changed its place, and what found none, is not tried again.
+        hope[layer, slot[layer]] = 0
+        hope[swap.layer, swap.b * places + swap.place_b] = 0
+
+
+def _nearest_swaps(board: _Board, layer: Ints, slot: Ints, price: np.float32) -> _Swaps:
+    """For each row, the slot with which to swap `slot` for the most traffic saved, where that is worth the moves."""
+    layers, ranks, places = board.shape
+    row, layer2 = np.arange(len(layer)), layer[:, None]
+    a, rank = slot // places, np.arange(ranks * places) // places
+    theirs = board.experts.reshape(layers, -1)[layer]
+    ours = theirs[row, slot]
+    paid = board.paid.reshape(layers, -1)[layer]
+    to_us = board.cells(layer2, theirs, a[:, None])
+    home, hosts = board.home.reshape(-1), board.hosts.reshape(-1)
+    our_home, their_home = board.home[layer, ours], home[board.cells(layer2, theirs, rank)]
+    # Of ours by rank, [row, rank], then by slot.
+    going = board.rate[layer, ours] + price * (our_home[row, a][:, None].astype(np.float32) - our_home)
+    going[board.hosts[layer, ours]] = _BLOCKED
+    saved = (paid[row, slot][:, None] - going)[:, rank]
+    saved += paid - board.rate.reshape(-1)[to_us]
+    saved -= price * (their_home.astype(np.float32) - home[to_us])
+    shift = board.share[layer, ours][:, None] - board.share[layer2, theirs]
+    excess = board.excess[layer]
+    limit = np.maximum(excess.max(1), _EVEN_ENOUGH * board.mean[layer])[:, None]
+    after = np.maximum(excess[row, a][:, None] - shift, excess[:, rank] + shift)
+    saved[hosts[to_us] | (after > limit)] = 0
+    best = saved.argmax(1)
+    good = saved[row, best] > price * _LEAST_GAIN
+    return _Swaps(layer[good], a[good], slot[good] % places, rank[best[good]], best[good] % places)

@@ -52,6 +52,22 @@ async def test_an_agent_that_is_lost_leaves_its_engine_at_work_by_the_own_books(
     await until(lambda: served.gateway.dispatcher.engines[engine.name].reachable)
 
 
+async def test_what_a_rank_says_of_its_experts_reaches_the_books_and_a_new_imbalance_the_choice(make_engine, serve):
+    line = {"base_s": 0.01, "prefill_s": 0.001, "decode_s": 0.0}
+    grown, even = await make_engine(), await make_engine()
+    served = await serve(grown, even)
+    for engine in (grown, even):
+        engine.agent.say(ranks=[rank_row(step=1000, step_time=line)])
+    await until(lambda: all(served.books(engine.name).line is not None for engine in (grown, even)))
+    grown.agent.say(ranks=[rank_row(step=1001, step_time=line, expert_balance=1.6, expert_pressure=0.4)])
+    await until(lambda: served.books(grown.name).signal.expert_balance == 1.6)
+    signal = next(row["signal"] for row in await state_of(served) if row["name"] == grown.name)
+    assert (signal["expert_balance"], signal["expert_pressure"]) == (1.6, 0.4)
+    for _ in range(4):
+        await served.ask(post(prompt()))
+    assert (len(grown.requests), len(even.requests)) == (0, 4)
+
+
 async def state_of(served):
     async with aiohttp.ClientSession() as session, session.get(served.admin_url + "/v1/state") as answer:
         return (await answer.json())["engines"]

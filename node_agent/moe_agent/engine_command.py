@@ -8,7 +8,7 @@ from moe_scheduling.expert import ExpertSettings
 
 from moe_agent.config import AgentConfig, EngineConfig
 from moe_agent.node import Node
-from moe_agent.pages import RUN_DIR_VARIABLE
+from moe_agent.pages import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
 MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
@@ -59,7 +59,7 @@ def build_arguments(
         arguments += _build_balancer_arguments(engine, expert, cpu_build=cpu_build)
     if cpu_build:
         arguments += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
-        if _has_one_rank(engine):
+        if engine.tensor_parallel == 1:
             arguments += ["--distributed-executor-backend", "uni"]
     return [*arguments, *engine.args]
 
@@ -117,7 +117,7 @@ def build_environment(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(cpus),
         }
-        if _has_one_rank(config.engine):
+        if config.engine.tensor_parallel == 1:
             # Allows `uni` on the CPU, which vLLM would turn into `mp` because it binds threads from a parent process;
             # here they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a
             # third of the start and of the memory, and a message each way at every step.
@@ -125,11 +125,9 @@ def build_environment(
     if Path(config.engine.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
     environment = {**defaults, **inherited, RUN_DIR_VARIABLE: str(config.run_dir.absolute())}
+    if config.engine.has_expert_group:
+        environment[EXPERT_GROUP_VARIABLE] = "1"
     if any(argument.startswith("--kv-cache-memory-bytes") for argument in config.engine.args):
         # vLLM lets this variable win over the argument that the resource asked for.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return {**environment, **config.engine.env}
-
-
-def _has_one_rank(engine: EngineConfig) -> bool:
-    return engine.data_parallel == engine.tensor_parallel == 1

@@ -26,6 +26,8 @@ from moe_scheduling.signals import EngineSignal, StepTime
 MAGIC = b"MOESPAGE"
 LAYOUT_VERSION = 3
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
+# Set where the engine's ranks are an expert group.
+EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
 
 _HEADER = struct.Struct("<8sII")
 _SEQUENCE = struct.Struct("<Q")

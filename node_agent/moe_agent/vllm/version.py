@@ -27,6 +27,13 @@ def check_version() -> None:
         raise UnsupportedVersion(f"vLLM {found} is installed; moe_agent.vllm fits vLLM {SUPPORTED}.* and no other")
 
 
+def replace_attribute(owner: object, name: str, value: object) -> None:
+    """Puts `value` in the place of something of vLLM's, which must be there."""
+    if not hasattr(owner, name):
+        raise UnsupportedVersion(f"{owner!r} of vLLM {find_version()} has no {name}, which moe_agent.vllm replaces")
+    setattr(owner, name, value)
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM runs on CPUs."""
     try:

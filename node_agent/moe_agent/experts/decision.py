@@ -1,0 +1,45 @@
+"""What `moe_scheduling.expert` decides, in the terms of the controller; run by the thread of the group's first rank."""
+
+import time
+
+from moe_scheduling.expert import ExpertCosts, ExpertHistory, Move, plan_experts
+
+from moe_agent.experts.controller import Answer, Question
+from moe_agent.experts.figures import make_load, make_placement
+
+
+class Decider:
+    """Decides, and carries on what one decision tells the next."""
+
+    def __init__(self) -> None:
+        self._history: ExpertHistory | None = None
+
+    def decide(self, question: Question) -> Answer:
+        """Whether to move which experts where.
+
+        Raises:
+            ValueError: the load does not fit the group.
+        """
+        begun_s = time.perf_counter()
+        load = make_load(question.tokens, question.pairs, question.steps)
+        placement = make_placement(question.placement, question.shape, question.version)
+        costs = ExpertCosts(
+            token_s=question.costs.token_s,
+            remote_token_s=question.costs.remote_token_s,
+            internode_token_s=question.costs.internode_token_s,
+            move_s=question.costs.move_s,
+            horizon_steps=question.horizon_steps,
+        )
+        found = plan_experts(load, placement, costs, question.settings, self._history)
+        self._history = found.history
+        pays = isinstance(found, Move)
+        return Answer(
+            pays=pays,
+            reason="; ".join(found.reasons) if isinstance(found, Move) else f"{found.reason}: {found.why}",
+            placement=found.candidate.physical_to_logical,
+            gain_s=found.gain_s,
+            cost_s=found.cost_s,
+            balance_before=found.balance_before.mean,
+            balance_after=found.balance_after.mean,
+            seconds=time.perf_counter() - begun_s,
+        )

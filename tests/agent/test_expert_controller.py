@@ -1,0 +1,412 @@
+"""The state machine on an expert group's first rank, without vLLM: decide, move, measure, take back, obey a person."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_agent.experts.controller import BEAT_PASSES, Answer, Controller, Costs, Question, Report
+from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape
+from moe_agent.experts.first_rank import checksum
+from moe_agent.experts.outcome import Outcome, ProblemKind
+from moe_agent.experts.protocol import Action, Beat, pack_beat, unpack_beat
+from moe_agent.experts.recording import Counted
+from moe_scheduling.expert import ExpertMode, ExpertSettings
+from moe_scheduling.placement import count_copies
+
+SHAPE = GroupShape(ranks=2, nodes=1, layers=3, experts=4, slots_per_rank=3)
+START = np.tile(np.array([0, 1, 2, 3, 0, 1]), (SHAPE.layers, 1))
+BETTER = np.tile(np.array([0, 3, 2, 1, 0, 2]), (SHAPE.layers, 1))
+COSTS = Costs(token_s=1e-6, remote_token_s=0.0, internode_token_s=0.0, move_s=0.001)
+HOT = np.array([9, 0, 0, 1])
+# In each layer expert 3 comes to the first rank and expert 2 to the second.
+MOVES = 2 * SHAPE.layers
+
+
+class Planner:
+    """Answers what the test put, `late` polls after it was asked."""
+
+    def __init__(self) -> None:
+        self.answer: Any = None
+        self.asked: list[Question] = []
+        self.late = 0
+        self._polls = -1
+
+    def ask(self, question: Question) -> None:
+        self.asked.append(question)
+        self._polls = self.late
+
+    def poll(self) -> Any:
+        if self._polls < 0:
+            return None
+        self._polls -= 1
+        return self.answer if self._polls < 0 else None
+
+
+def answer(placement: np.ndarray = BETTER, *, pays: bool = True) -> Answer:
+    return Answer(
+        pays=pays,
+        reason="because",
+        placement=placement,
+        gain_s=0.001,
+        cost_s=0.01,
+        balance_before=1.8,
+        balance_after=1.1,
+        seconds=0.002,
+    )
+
+
+class Group:
+    """A group whose ranks do what each beat says, in virtual time; `step_s` is how long a step takes just now."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.planner = Planner()
+        self.planner.answer = answer(pays=False)
+        self.controller = Controller(SHAPE, START, COSTS, self.planner, checksum)
+        self.settings = {"mode": ExpertMode.ACTIVE, "interval_steps": 64, "window_steps": 32} | settings
+        self.version = 0
+        self.put()
+        self.held = START.copy()
+        self.ok = True
+        self.move_s = 0.001
+        self.step_s = 0.010
+        self.tokens = HOT
+        self.step = 0
+        self.next_beat = 1
+        self.now_s = 100.0
+        self.beats: list[Beat] = []
+        self.recorded_steps = 0
+        self.recording = False
+        self.stray: int | None = None
+
+    def put(self, **changed: Any) -> None:
+        self.settings |= changed
+        self.version += 1
+        self.controller.configure(self.version, ExpertSettings(**self.settings))
+
+    def direct(self, action: DirectiveAction, placement: np.ndarray | None = None) -> None:
+        rows = None if placement is None else tuple(map(tuple, placement.tolist()))
+        version = self.controller.directive + 1
+        self.controller.direct(Directive(version=version, action=action, physical_to_logical=rows))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step += 1
+            self.now_s += self.step_s
+            self.controller.step_took((24, 24), self.step_s)
+            self.recorded_steps += self.recording
+            if self.step == self.next_beat:
+                self._beat()
+
+    def run_until(self, outcome: Outcome, most: int = 2000) -> None:
+        while not self.controller.decisions or self.newest.outcome is not outcome:
+            self.run(1)
+            assert self.step < most, [row.outcome for row in self.controller.decisions]
+
+    @property
+    def newest(self) -> Any:
+        return self.controller.decisions[0]
+
+    def _beat(self) -> None:
+        beat = self.controller.beat(self.step, self.now_s)
+        assert unpack_beat(pack_beat(beat)) == beat
+        self.beats.append(beat)
+        self.next_beat = self.step + beat.next_in
+        self.recording = beat.recording
+        if beat.action is Action.GATHER:
+            self.controller.gathered([self._report(rank) for rank in range(SHAPE.ranks)])
+            self.recorded_steps = 0
+        elif beat.action is Action.MOVE:
+            layers, rows = self.controller.move_rows()
+            assert len(layers) == beat.layers
+            if self.ok:
+                self.held[list(layers)] = rows
+            self.controller.moved(self.move_s, self.ok)
+            assert self.controller.version == beat.version or not self.ok
+
+    def _report(self, rank: int) -> Report:
+        tokens = np.tile(self.tokens * self.recorded_steps, (SHAPE.layers, 1))
+        counted = Counted(tokens=tokens, pairs=np.zeros((0, 4, 4), np.int64), pair_passes=0)
+        return Report(counted=counted, checksum=1 if rank == self.stray else checksum(self.held))
+
+    def kinds(self) -> set[ProblemKind]:
+        return {kind for kind, _ in self.controller.problems()}
+
+
+def test_off_records_nothing_gathers_nothing_and_decides_nothing():
+    group = Group(mode=ExpertMode.OFF)
+    group.run(500)
+    assert {(beat.action, beat.recording) for beat in group.beats} == {(Action.NONE, False)}
+    assert (group.planner.asked, list(group.controller.decisions), group.kinds()) == ([], [], set())
+
+
+def test_observe_shows_the_load_and_decides_nothing():
+    group = Group(mode=ExpertMode.OBSERVE)
+    group.run(500)
+    assert group.controller.window.tokens_a_step()[0, 0].tolist() == pytest.approx(HOT.tolist())
+    assert group.controller.balance.mean == pytest.approx(1.0 + 0.1, abs=0.5)
+    assert group.planner.asked == []
+
+
+def test_the_dry_run_decides_at_each_interval_and_moves_nothing():
+    group = Group(mode=ExpertMode.DRY_RUN)
+    group.planner.answer = answer()
+    group.run(700)
+    assert 7 <= len(group.controller.decisions) <= 11
+    assert {row.outcome for row in group.controller.decisions} == {Outcome.DRY_RUN}
+    assert not any(beat.action is Action.MOVE for beat in group.beats)
+    assert (group.held == START).all()
+    assert group.newest.placement is not None
+    assert all(row.placement is None for row in list(group.controller.decisions)[1:])
+    assert (group.newest.cost_s, group.newest.predicted_gain_s) == (0.01, 0.001)
+
+
+def test_a_question_carries_the_load_the_placement_and_the_horizon():
+    group = Group()
+    group.run(100)
+    question = group.planner.asked[0]
+    assert question.tokens[1, 2].tolist() == pytest.approx(HOT.tolist())
+    assert (question.placement == START).all()
+    assert question.horizon_steps == 64
+
+
+def test_active_moves_what_pays_and_keeps_what_won():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.008
+    group.planner.answer = answer(BETTER, pays=False)
+    group.run(60)
+    assert (group.held == BETTER).all()
+    moved = group.controller.decisions[-1]
+    assert moved.measured_gain_s == pytest.approx(0.002)
+    assert moved.moves == MOVES == group.controller.totals.moves
+    group.run(200)
+    assert group.controller.totals.won_s > 0.2
+    assert group.controller.totals.lost_s == pytest.approx(moved.cost_s)
+    assert (group.kinds(), group.controller.version) == (set(), 2)
+
+
+def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time():
+    group = Group()
+    group.planner.answer = answer()
+    pauses, last = [], 0
+    for _ in range(3):
+        group.run_until(Outcome.MOVED)
+        group.step_s = 0.012
+        group.run_until(Outcome.ROLLED_BACK)
+        group.step_s = 0.010
+        group.run(5)
+        assert (group.held == START).all()
+        assert "nothing won" in group.newest.reason
+        pauses.append(group.step - last)
+        last = group.step
+    assert pauses[0] < 0.75 * pauses[1] < 0.75 * pauses[2] * 0.75 * 1.34
+    assert ProblemKind.BACKOFF in group.kinds()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.008
+    group.planner.answer = answer(pays=False)
+    group.run(60)
+    assert group.kinds() == set(), "what wins ends the back-off"
+
+
+def test_a_move_that_cannot_be_measured_stays_and_says_so():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    moved = group.newest
+    group.planner.answer = answer(pays=False)
+    while group.controller._trial is None:
+        group.run(1)
+    group.controller.step_took = lambda *_: None  # type: ignore[method-assign]
+    group.run(60)
+    assert moved.measured_gain_s is None
+    assert moved.reason.endswith("not measured: no steps of the same load before and after")
+    assert (group.held == BETTER).all()
+
+
+@pytest.mark.parametrize(("max_stall_s", "layers_a_step"), [(1.0, [3]), (0.005, [2, 1]), (0.0001, [1, 1, 1])])
+def test_a_move_is_cut_into_steps_by_the_bound_on_one(max_stall_s, layers_a_step):
+    group = Group(max_stall_s=max_stall_s)
+    group.planner.answer = answer()
+    group.move_s = 0.00001
+    group.run_until(Outcome.MOVED)
+    group.run(20)
+    moves = [beat for beat in group.beats if beat.action is Action.MOVE]
+    assert [beat.layers for beat in moves] == layers_a_step
+    assert [beat.next_in for beat in moves] == [1] * len(moves)
+    assert [beat.version for beat in moves] == [1] * (len(moves) - 1) + [2]
+
+
+def test_a_move_longer_than_its_bound_is_told_until_one_is_within_it():
+    group = Group(max_stall_s=0.02)
+    group.planner.answer = answer()
+    group.move_s = 0.5
+    group.run_until(Outcome.MOVED)
+    group.run(20)
+    assert ProblemKind.SLOW_MOVE in group.kinds()
+    assert group.controller.costs.move_s > 10 * COSTS.move_s, "the next one is cut finer"
+    group.move_s = 0.001
+    group.direct(DirectiveAction.ROLLBACK)
+    group.run(20)
+    assert ProblemKind.SLOW_MOVE not in group.kinds()
+
+
+def test_a_mode_switched_off_amid_a_move_lets_it_end_and_measures_nothing():
+    group = Group(max_stall_s=0.0001)
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.put(mode=ExpertMode.OFF)
+    group.run(50)
+    assert (group.held == BETTER).all()
+    assert group.newest.measured_gain_s is None
+    assert not group.recording
+    assert group.controller.window.steps == 0.0
+
+
+def test_a_rank_that_cannot_take_part_ends_the_move_and_nothing_hangs():
+    group = Group()
+    group.planner.answer = answer()
+    group.ok = False
+    group.run_until(Outcome.FAILED)
+    assert (group.held == START).all()
+    assert group.newest.reason.endswith("a rank could not take part, and nothing more was moved")
+    assert ProblemKind.BACKOFF in group.kinds()
+    group.ok = True
+    group.run_until(Outcome.MOVED)
+
+
+def test_ranks_with_another_placement_are_told_and_stop_all_decisions():
+    group = Group()
+    group.planner.answer = answer()
+    group.stray = 1
+    group.run(500)
+    assert group.kinds() >= {ProblemKind.VERSION_SKEW}
+    assert "ranks 1 hold" in dict(group.controller.problems())[ProblemKind.VERSION_SKEW]
+    assert group.planner.asked == []
+
+
+def test_a_planner_that_never_answers_is_told():
+    group = Group()
+    group.planner.late = 10**9
+    group.run(64 * 4 + 2 * BEAT_PASSES)
+    assert group.kinds() == {ProblemKind.NO_DECISION}
+
+
+def test_a_planner_that_fails_is_a_failed_decision_and_is_asked_again():
+    group = Group()
+    group.planner.answer = ValueError("no such load")
+    group.run(200)
+    assert {row.outcome for row in group.controller.decisions} == {Outcome.FAILED}
+    assert group.newest.reason == "the decision failed: no such load"
+    assert len(group.planner.asked) >= 2
+
+
+def test_an_answer_about_a_placement_that_is_no_more_is_not_followed():
+    group = Group()
+    group.planner.answer, group.planner.late = answer(), 3
+    while not group.planner.asked:
+        group.run(1)
+    other = np.tile(np.array([3, 1, 2, 0, 0, 1]), (SHAPE.layers, 1))
+    group.direct(DirectiveAction.APPLY, other)
+    group.run(60)
+    assert (group.held == other).all()
+    assert Outcome.FAILED in {row.outcome for row in group.controller.decisions}
+
+
+@pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN, ExpertMode.ACTIVE])
+def test_a_person_applies_a_placement_and_takes_it_back(mode):
+    group = Group(mode=mode, interval_steps=10**6)
+    group.direct(DirectiveAction.APPLY, BETTER)
+    group.run(40)
+    assert (group.held == BETTER).all()
+    assert group.newest.outcome is Outcome.APPLIED
+    assert group.newest.reason.startswith("asked for by directive 1")
+    group.direct(DirectiveAction.ROLLBACK)
+    group.run(40)
+    assert (group.held == START).all()
+    assert (group.newest.outcome, group.controller.version) == (Outcome.ROLLED_BACK, 3)
+
+
+def test_what_a_person_applied_is_measured_and_not_taken_back():
+    group = Group(mode=ExpertMode.OBSERVE, interval_steps=100)
+    group.run(30)
+    group.direct(DirectiveAction.APPLY, BETTER)
+    group.run(5)
+    group.step_s = 0.02
+    group.run(100)
+    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
+    assert (group.held == BETTER).all()
+
+
+def test_a_rollback_without_a_move_is_refused():
+    group = Group(mode=ExpertMode.OBSERVE)
+    group.direct(DirectiveAction.ROLLBACK)
+    group.run(20)
+    assert (group.newest.outcome, group.newest.reason) == (Outcome.FAILED, "no move to take back")
+
+
+@pytest.mark.parametrize(
+    ("mode", "outcome"),
+    [
+        (ExpertMode.OBSERVE, Outcome.DRY_RUN),
+        (ExpertMode.DRY_RUN, Outcome.DRY_RUN),
+        (ExpertMode.ACTIVE, Outcome.MOVED),
+    ],
+)
+def test_a_person_has_a_decision_made_now(mode, outcome):
+    group = Group(mode=mode, interval_steps=10**6)
+    group.planner.answer = answer()
+    group.run(20)
+    group.direct(DirectiveAction.PLAN)
+    group.run(40)
+    assert group.newest.outcome is outcome
+
+
+def test_the_same_placement_again_is_no_move():
+    group = Group(mode=ExpertMode.OBSERVE)
+    group.direct(DirectiveAction.APPLY, START)
+    group.run(40)
+    assert (group.newest.moves, group.controller.version) == (0, 1)
+    assert not any(beat.action is Action.MOVE for beat in group.beats)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(1, 60),
+        st.sampled_from(["mode", "apply", "rollback", "plan", "answer", "refuse", "slow", "stall"]),
+        st.integers(0, 2**16),
+    ),
+    max_size=25,
+)
+
+
+@given(events=EVENTS)
+def test_whatever_happens_ranks_hold_what_is_believed_and_each_expert_has_a_slot(events):
+    group = Group(interval_steps=32, window_steps=16)
+    for steps, what, seed in events:
+        dice = np.random.default_rng(seed)
+        placement = np.array([dice.permutation([0, 1, 2, 3, *dice.integers(0, 4, 2)]) for _ in range(SHAPE.layers)])
+        match what:
+            case "mode":
+                group.put(mode=list(ExpertMode)[seed % 4])
+            case "apply":
+                group.direct(DirectiveAction.APPLY, placement)
+            case "rollback":
+                group.direct(DirectiveAction.ROLLBACK)
+            case "plan":
+                group.direct(DirectiveAction.PLAN)
+            case "answer":
+                group.planner.answer = answer(placement)
+            case "refuse":
+                group.ok = bool(seed % 2)
+            case "slow":
+                group.step_s = 0.001 * (1 + seed % 20)
+            case "stall":
+                group.put(max_stall_s=0.0001 * (1 + seed % 100))
+        group.run(steps)
+        assert (group.held == group.controller.placement).all()
+        assert (count_copies(group.held, SHAPE.experts) >= 1).all()
+        assert all(0.0 < pressure < 3.0 for pressure in group.controller.balance.by_rank)
+        assert group.controller.totals.moves >= 0

@@ -94,12 +94,13 @@ STRANGE = [-1, -2, 4, 5, -4, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, -(2**32) + 2
 
 def test_what_is_no_expert_and_no_source_is_not_counted(add, machine):
     ids = torch.tensor([[[number, 3] for number in STRANGE]], device=machine.device)
-    load = torch.zeros(1, 1, 4, dtype=torch.int32, device=machine.device)
-    add(load, ids, len(STRANGE), None)
-    assert load.tolist() == [[[0, 0, 0, len(STRANGE)]]]
-    load = torch.zeros(2, 1, 4, dtype=torch.int32, device=machine.device)
-    add(load, torch.full_like(ids, 2), len(STRANGE), torch.tensor(STRANGE, device=machine.device))
-    assert not load.any()
+    around = torch.zeros(4, 1, 4, dtype=torch.int32, device=machine.device)
+    add(around[1:2], ids, len(STRANGE), None)
+    assert around.tolist() == [[[0, 0, 0, 0]], [[0, 0, 0, len(STRANGE)]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]]
+    around.zero_()
+    sources = torch.tensor([2 if number == 4 else number for number in STRANGE], device=machine.device)
+    add(around[1:3], torch.full_like(ids, 2), len(STRANGE), sources)
+    assert not around.any()
 
 
 @given(data=st.data())

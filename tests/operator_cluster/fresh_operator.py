@@ -12,7 +12,7 @@ import aiohttp
 import httpx2
 from lightkube import AsyncClient, KubeConfig
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import CHILDREN, SERVING, WATCHED, Kind
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, WATCHED, Kind
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults
@@ -20,7 +20,6 @@ from moe_operator.plan.names import APPLIED
 
 Document = dict[str, Any]
 NO_WRITES = ("get", "list", "dry run")
-CLAIM = next(kind for kind in CHILDREN if kind.name == "PersistentVolumeClaim")
 MOST_PASSES = 12
 # Differ from object to object and from time to time, and are the API server's.
 _SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "ownerReferences")

@@ -1,7 +1,7 @@
 """Brings a resource's children to what the plan says: applies what differs, deletes what is no longer planned.
 
 A plan is refused as a whole where that can be told beforehand: the workloads, whose pod templates people write in part,
-are tried without effect before anything else is changed.
+and claims, which cannot shrink, are tried without effect before anything else is changed.
 """
 
 import logging
@@ -14,12 +14,13 @@ from lightkube import ApiError
 from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.difference import needs_apply, was_applied, with_digest
-from moe_operator.kubernetes.kinds import CHILDREN, DEPLOYMENT, LEADER_WORKER_SET, Kind, kind_of
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, DEPLOYMENT, LEADER_WORKER_SET, Kind, kind_of
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan.names import MANAGED_BY, MANAGER
 
 Document = dict[str, Any]
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
+_TRIED = (*WORKLOADS, CLAIM)
 _REFUSALS = {400, 403, 409, 422}
 _TERSE = 500
 
@@ -124,7 +125,7 @@ class Children:
         refused = []
         for wanted in changed:
             kind = kind_of(wanted)
-            if kind in WORKLOADS:
+            if kind in _TRIED:
                 try:
                     await self._api.apply(kind, wanted, dry_run=True)
                 except ApiError as error:

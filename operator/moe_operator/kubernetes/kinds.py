@@ -56,6 +56,7 @@ EVENT = Kind("", "v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases")
 SECRET = Kind("", "v1", "Secret", "secrets")
 CONFIG_MAP = Kind("", "v1", "ConfigMap", "configmaps")
+CLAIM = Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 
 # What a plan may hold: the operator owns, applies and prunes these.
 CHILDREN = (
@@ -64,7 +65,7 @@ CHILDREN = (
     Kind("", "v1", "ServiceAccount", "serviceaccounts"),
     Kind("rbac.authorization.k8s.io", "v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings"),
-    Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+    CLAIM,
     Kind("", "v1", "Service", "services"),
     Kind("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies"),

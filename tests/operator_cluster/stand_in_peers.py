@@ -1,0 +1,79 @@
+"""Pods as a kubelet would tell of them, and agents and gateways that answer at their addresses."""
+
+import contextlib
+import itertools
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+from lightkube.types import PatchType
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import POD
+from moe_operator.kubernetes.store import Key
+from moe_operator.plan.names import Names
+
+Document = dict[str, Any]
+READY = [{"type": "Ready", "status": "True"}]
+
+
+class Peers:
+    """Answers at every loopback address as an agent or a gateway; `settings` holds what it was told there."""
+
+    def __init__(self, tokens: set[str] | None = None) -> None:
+        self.settings: dict[str, Document] = {}
+        self.tokens = tokens
+        self.port = 0
+        self._addresses = (f"127.2.0.{number}" for number in itertools.count(1))
+
+    async def make(
+        self, api: Api, key: Key, component: str, name: str, *, revision: str = "stable", **labels: str
+    ) -> str:
+        """A ready pod; its address."""
+        names, address = Names(key.name), next(self._addresses)
+        own = names.labels(component, revision if component == "engine" else None)
+        port = {"name": "agent" if component == "engine" else "admin", "containerPort": self.port}
+        metadata = {"name": name, "namespace": key.namespace, "labels": own | labels}
+        spec = {"containers": [{"name": component, "image": "none", "ports": [port]}]}
+        await api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        status = {"phase": "Running", "podIP": address, "conditions": READY}
+        client: Any = api._client
+        await client.patch(POD.status, name, {"status": status}, namespace=key.namespace, patch_type=PatchType.MERGE)
+        return address
+
+    async def tell(self, request: web.Request) -> web.Response:
+        rank = {"rank": 0, "running": 1, "waiting": 0, "kv_usage": 0.5, "computed_tokens": 0}
+        config = self.settings.setdefault(_address(request), {})
+        return web.json_response(
+            {"phase": "ready", "engine": {"restarts": 0}, "ranks": [rank], "config": config, "held": 0}
+        )
+
+    async def take(self, request: web.Request) -> web.Response:
+        token = request.headers["Authorization"].removeprefix("Bearer ")
+        if self.tokens is not None and token not in self.tokens:
+            return web.json_response({"errors": []}, status=401)
+        self.settings.setdefault(_address(request), {}).update(await request.json())
+        return web.json_response({})
+
+
+def _address(request: web.Request) -> str:
+    assert request.transport is not None
+    return str(request.transport.get_extra_info("sockname")[0])
+
+
+@contextlib.asynccontextmanager
+async def peers_listening() -> AsyncIterator[Peers]:
+    """Until the end of the block."""
+    peers = Peers()
+    app = web.Application()
+    app.router.add_get("/v1/state", peers.tell)
+    app.router.add_put("/v1/config", peers.take)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        peers.port = listener.getsockname()[1]
+        await web.SockSite(runner, listener).start()
+        try:
+            yield peers
+        finally:
+            await runner.cleanup()

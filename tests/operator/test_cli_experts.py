@@ -19,11 +19,13 @@ from moe_operator.api import parse_resource
 from moe_operator.cli import experts as command
 from moe_operator.cli.command import app
 from moe_operator.experts.document import ExpertsDocument
+from moe_operator.experts.planned import plan_document
 from moe_operator.experts.reach import Cluster, find_engines
 from moe_operator.local.folder import Folder
 from moe_operator.local.record import Record, identify, load_record, save_record
 from moe_operator.local.start import Programs, build_record, find_site, write_files
 from moe_operator.plan import plan_local
+from moe_scheduling.expert import ExpertSettings
 from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner
 
@@ -173,6 +175,36 @@ def test_a_plan_that_the_group_cannot_have_is_refused_before_anything_is_sent(
     assert words in said
     assert said.count("\n") == 1
     assert served.placement("a-engine-1") == before
+
+
+def test_a_plan_is_made_here_from_what_the_engine_says_and_touches_nothing(served: Served, tmp_path: Path) -> None:
+    before = served.placement("a-engine-1")
+    file = tmp_path / "plan.json"
+    said = served.say("plan", "--engine", "a-engine-1", "--json", str(file))
+    assert said.startswith("a-engine-1, load of the last 1000 steps:\nbalance    1.")
+    assert "the engine would " in said
+    plan = json.loads(file.read_text())
+    assert plan["balance_after"] <= plan["balance_before"]
+    assert plan["gate"]["decision"] in ("move", "stay")
+    assert plan["seconds"] > 0
+    assert served.placement("a-engine-1") == before
+    assert served.say("plan", "--engine", "a-engine-1") == said, "the same load, the same words"
+    served.say("apply", "--engine", "a-engine-1", "--plan", str(file), "--yes")
+    assert served.placement("a-engine-1")[1] == plan["physical_to_logical"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"load": {"steps": 0}}, "load: nothing was recorded yet"),
+        ({"load": {"steps": 9, "tokens": [[[1.0]]]}}, "load: nothing was recorded yet"),
+        ({"costs": None}, "costs: nothing was measured yet"),
+        ({"costs": {"token_s": 0.0}}, "costs: nothing was measured yet"),
+    ],
+)
+def test_a_plan_without_what_it_needs_says_what_is_missing(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        plan_document(read(experts(**changes)), ExpertSettings())
 
 
 def test_nothing_is_moved_where_nobody_can_be_asked(served: Served) -> None:

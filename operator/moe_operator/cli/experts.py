@@ -7,19 +7,22 @@ As with a rebalance in Kafka's operators: plan, look, apply, and roll back if it
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from moe_scheduling.expert import count_moves, score_balance
 from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
 from moe_operator.cli.validate import one_line
-from moe_operator.experts.calls import fetch_experts, send_directive, wait_for_directive
+from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive, wait_for_directive
 from moe_operator.experts.document import ExpertsDocument
-from moe_operator.experts.load import balance, count_moves, read_placement, read_tokens, spread
+from moe_operator.experts.load import read_load, read_placement
+from moe_operator.experts.planned import decision_document, plan_document, render_decision
 from moe_operator.experts.reach import Agent, Cluster, Reached, reach_cluster, reach_local
 from moe_operator.local.failure import Failure
 
@@ -71,13 +74,34 @@ def show(
 
 
 @app.command()
+def plan(
+    name: Name = None,
+    state_dir: StateDir = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    engine: EngineName = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the plan there, for `experts apply`.")] = None,
+) -> None:
+    """Decide here, from the load of a running engine, what moving its experts would bring; touches nothing."""
+    with errors_shown(), reach(name, state_dir, namespace, context) as reached:
+        chosen, document = _only(asyncio.run(fetch_experts(reached)), engine)
+        settings = asyncio.run(fetch_settings(_agent(reached, chosen)))
+        started_s = time.perf_counter()
+        decision = plan_document(document, settings)
+        seconds = time.perf_counter() - started_s
+        if output is not None:
+            output.write_text(json.dumps(decision_document(decision, seconds)) + "\n", encoding="utf-8")
+        typer.echo(f"{chosen}, load of the last {document.load.steps:.0f} steps:\n{render_decision(decision)}")
+
+
+@app.command()
 def apply(
     name: Name = None,
     state_dir: StateDir = None,
     namespace: Namespace = None,
     context: Context = None,
     engine: EngineName = None,
-    plan: Annotated[
+    plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="File of `experts plan --json`.", show_default="what the engine would do itself"),
     ] = None,
@@ -87,7 +111,7 @@ def apply(
     """Put experts where a plan says, or where the engine's own last decision would put them."""
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         chosen, document = _only(asyncio.run(fetch_experts(reached)), engine)
-        slots = _planned(document) if plan is None else read_plan(plan)
+        slots = _planned(document) if plan_file is None else read_plan(plan_file)
         typer.echo(f"{chosen}: {describe_change(document, slots)}")
         _ask(yes)
         agent = _agent(reached, chosen)
@@ -138,11 +162,11 @@ def describe_change(document: ExpertsDocument, rows: Any) -> str:
     before = read_placement(document.placement.physical_to_logical, document)
     if before is None:
         raise Failure("the agent does not say where the experts are")
-    words = f"{count_moves(before, after, document.ranks)} experts move"
-    if (tokens := read_tokens(document)) is None:
+    words = f"{count_moves(before, after).sum()} experts move"
+    if (load := read_load(document)) is None:
         return f"{words}; what it wins is not known, no load is recorded"
-    old, new = (balance(spread(tokens, slots, document.ranks)) for slots in (before, after))
-    return f"{words}, balance {old:.2f} -> {new:.2f} under the load of the last {document.load.steps} steps"
+    old, new = (score_balance(load, placement).mean for placement in (before, after))
+    return f"{words}, balance {old:.2f} -> {new:.2f} under the load of the last {document.load.steps:.0f} steps"
 
 
 def read_plan(path: Path) -> list[list[int]]:

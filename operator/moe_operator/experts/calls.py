@@ -4,9 +4,12 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import aiohttp
+from moe_scheduling.expert import ExpertSettings
+from pydantic import TypeAdapter
 
 from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.reach import Agent, Reached
@@ -17,6 +20,7 @@ from moe_operator.local.failure import Failure
 _TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=5.0)
 _LOOK_EVERY_S = 0.25
 _NO_GROUP = 404
+_SETTINGS = TypeAdapter(ExpertSettings)
 
 
 async def fetch_experts(reached: Reached, *, brief: bool = False) -> dict[str, ExpertsDocument]:
@@ -48,6 +52,26 @@ async def _fetch(session: aiohttp.ClientSession, agent: Agent, *, brief: bool) -
     if document is None:
         raise Failure(f"{agent.engine}: its agent says of its experts what this version does not understand")
     return document
+
+
+async def fetch_settings(agent: Agent) -> ExpertSettings:
+    """The settings in force in an engine.
+
+    Raises:
+        Failure: its agent gives no answer that can be read.
+    """
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=_TIMEOUT) as session,
+            session.get(f"{agent.url}/v1/state") as answer,
+        ):
+            told = _parse(await answer.read())["config"]["expert"]
+        known = {field.name for field in fields(ExpertSettings)}
+        return _SETTINGS.validate_python({name: value for name, value in told.items() if name in known})
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        raise Failure(f"{agent.engine}: its agent cannot be reached") from None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise Failure(f"{agent.engine}: its agent does not say which settings of experts are in force") from None
 
 
 async def send_directive(agent: Agent, tokens: Sequence[str], body: dict[str, Any]) -> int:

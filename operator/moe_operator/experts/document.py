@@ -40,7 +40,7 @@ class LoadPart(_Part):
         tokens: `[source][layer][expert]`, tokens a step; None in the brief form.
     """
 
-    steps: Natural = 0
+    steps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     tokens: tuple[tuple[tuple[Number, ...], ...], ...] | None = None
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+from moe_scheduling.expert_cost import load_of_ranks
+from moe_scheduling.placement import Floats
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moe_operator.experts.document import BalancePart, Decision, ExpertsDocument
-from moe_operator.experts.load import Numbers, find_hottest, over_mean, read_placement, read_tokens, spread
+from moe_operator.experts.load import find_hottest, over_mean, read_load, read_placement
 
 # Up to so many ranks a cell has room for a number; above, a shade stands for it.
 MOST_NUMBERS = 12
@@ -27,13 +29,13 @@ def _parts(name: str, document: ExpertsDocument) -> Iterator[RenderableType]:
     yield Text.assemble((name, "bold"), f"  {_summary(document)}")
     if (balance := document.recorded) is not None:
         yield Text(_balance(balance, document))
-    tokens, slots = read_tokens(document), read_placement(document.placement.physical_to_logical, document)
-    if tokens is None or slots is None:
+    load, placement = read_load(document), read_placement(document.placement.physical_to_logical, document)
+    if load is None or placement is None:
         yield Text("no load recorded yet" if document.recorded is None else "the agent gives no load by expert")
     else:
-        yield render_heat(over_mean(spread(tokens, slots, document.ranks)))
+        yield render_heat(over_mean(load_of_ranks(load, placement)))
         yield Text("hottest experts (tokens over the mean of their layer):")
-        for hot in find_hottest(tokens, slots, document.ranks, HOTTEST):
+        for hot in find_hottest(load, placement, HOTTEST):
             where = ", ".join(map(str, hot.ranks))
             yield Text(f"  layer {hot.layer} expert {hot.expert}: {hot.ratio:.2f} on rank {where}")
     yield from _decisions(document)
@@ -54,11 +56,11 @@ def _balance(balance: BalancePart, document: ExpertsDocument) -> str:
     remote = "" if document.remote_fraction is None else f", {document.remote_fraction:.0%} of tokens to other ranks"
     return (
         f"balance {balance.mean:.2f} (busiest rank over the mean; worst layer {balance.worst:.2f}) over "
-        f"{document.load.steps} steps{remote}"
+        f"{document.load.steps:.0f} steps{remote}"
     )
 
 
-def render_heat(ratios: Numbers) -> Text:
+def render_heat(ratios: Floats) -> Text:
     """One line a layer, one cell a rank: its load over the mean of the layer."""
     layers, ranks = ratios.shape
     width = len(str(layers - 1))

@@ -1,15 +1,13 @@
-"""Where the tokens of experts are computed under a placement. Pure; numpy arrays in and out."""
+"""What an agent says of load and placement as the values that decisions read. Pure."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from moe_scheduling.expert import ExpertCosts, ExpertLoad, Placement
+from moe_scheduling.placement import Floats, check_experts
 
 from moe_operator.experts.document import ExpertsDocument
-
-Numbers = NDArray[np.float64]
-Slots = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,64 +27,59 @@ class HotExpert:
     ranks: tuple[int, ...]
 
 
-def read_tokens(document: ExpertsDocument) -> Numbers | None:
-    """Tokens a step of each expert, `[layer, expert]`, of all sources; None in the brief form and before a load."""
-    if document.load.tokens is None or not document.load.steps:
+def read_load(document: ExpertsDocument) -> ExpertLoad | None:
+    """The load; None in the brief form, before a load was recorded, and where it does not fit the group."""
+    if document.load.tokens is None or document.load.steps < 1:
         return None
-    tokens = np.asarray(document.load.tokens, dtype=np.float64)
-    shape = (document.layers, document.experts)
-    return tokens.sum(axis=0) if tokens.ndim == 3 and tokens.shape[1:] == shape else None
-
-
-def read_placement(rows: Any, document: ExpertsDocument) -> Slots | None:
-    """A placement of this group, `[layer, slot]`; None where it is none: every expert has a slot in every layer."""
     try:
-        slots = np.asarray(rows, dtype=np.int64)
+        load = ExpertLoad(tokens=np.asarray(document.load.tokens), steps=int(document.load.steps))
+    except ValueError:
+        return None
+    fits = (load.layers, load.experts) == (document.layers, document.experts)
+    return load if fits and document.ranks % len(load.tokens) == 0 else None
+
+
+def read_placement(rows: Any, document: ExpertsDocument) -> Placement | None:
+    """A placement of this group; None where it is none: every expert has a slot in every layer."""
+    try:
+        placement = Placement(
+            physical_to_logical=np.asarray(rows),
+            ranks=document.ranks,
+            nodes=document.nodes,
+            version=document.placement.version,
+        )
+        check_experts(placement, layers=document.layers, experts=document.experts)
     except (ValueError, TypeError, OverflowError):
         return None
-    if slots.shape != (document.layers, document.ranks * document.slots_per_rank):
+    return placement if placement.slots_per_rank == document.slots_per_rank else None
+
+
+def read_costs(document: ExpertsDocument, horizon_steps: int) -> ExpertCosts | None:
+    """The costs that the engine measured; None before it has."""
+    told = {name: value for name, value in (document.costs or {}).items() if value is not None}
+    if not told.get("token_s"):
         return None
-    known = np.arange(document.experts)
-    return slots if all(np.array_equal(np.unique(row), known) for row in slots) else None
+    known = ("token_s", "remote_token_s", "internode_token_s", "handover_token_s", "move_s")
+    try:
+        return ExpertCosts(**{name: told[name] for name in known if name in told}, horizon_steps=horizon_steps)
+    except ValueError:
+        return None
 
 
-def spread(tokens: Numbers, slots: Slots, ranks: int) -> Numbers:
-    """Tokens a step of each rank, `[layer, rank]`: the copies of an expert share its tokens evenly, as vLLM has it."""
-    layers = np.arange(len(slots))[:, None]
-    copies = np.zeros(tokens.shape)
-    np.add.at(copies, (layers, slots), 1.0)
-    share: Numbers = (tokens / np.maximum(copies, 1.0))[layers, slots]
-    loads: Numbers = share.reshape(len(slots), ranks, -1).sum(axis=2)
-    return loads
-
-
-def over_mean(loads: Numbers) -> Numbers:
-    """Each over the mean of its row; 1 in a row without tokens."""
-    mean = loads.mean(axis=1, keepdims=True)
-    ratios: Numbers = np.divide(loads, mean, out=np.ones_like(loads), where=mean > 0)
+def over_mean(values: Floats) -> Floats:
+    """Each over the mean of its row; 1 in a row that is all zero."""
+    mean = values.mean(axis=1, keepdims=True)
+    ratios: Floats = np.divide(values, mean, out=np.ones_like(values), where=mean > 0)
     return ratios
 
 
-def balance(loads: Numbers) -> float:
-    """Load of the busiest rank over the mean: mean over the layers, weighted by their tokens; at least 1."""
-    mean = loads.mean(axis=1).sum()
-    return float(loads.max(axis=1).sum() / mean) if mean > 0 else 1.0
-
-
-def count_moves(before: Slots, after: Slots, ranks: int) -> int:
-    """Slots that have to be filled from another rank: their expert is not on their rank yet."""
-    old, new = (slots.reshape(len(slots), ranks, -1) for slots in (before, after))
-    return int((new[..., None] != old[..., None, :]).all(axis=-1).sum())
-
-
-def find_hottest(tokens: Numbers, slots: Slots, ranks: int, count: int) -> list[HotExpert]:
+def find_hottest(load: ExpertLoad, placement: Placement, count: int) -> list[HotExpert]:
     """The experts that are furthest above the mean of their layer, the hottest first; none that are not above it."""
-    ratios = over_mean(tokens)
+    ratios = over_mean(load.tokens.sum(axis=0))
     order = np.argsort(-ratios, axis=None, kind="stable")[:count]
-    per_rank = slots.shape[1] // ranks
     found = []
     for layer, expert in zip(*np.unravel_index(order[ratios.flat[order] > 1.0], ratios.shape), strict=True):
-        places = sorted({int(slot) // per_rank for slot in np.flatnonzero(slots[layer] == expert)})
-        hot = HotExpert(layer=int(layer), expert=int(expert), ratio=float(ratios[layer, expert]), ranks=tuple(places))
-        found.append(hot)
+        places = np.flatnonzero(placement.physical_to_logical[layer] == expert) // placement.slots_per_rank
+        ranks = tuple(dict.fromkeys(places.tolist()))
+        found.append(HotExpert(layer=int(layer), expert=int(expert), ratio=float(ratios[layer, expert]), ranks=ranks))
     return found

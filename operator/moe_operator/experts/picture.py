@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from moe_scheduling.expert_cost import load_of_ranks
+
 from moe_operator.experts.document import ExpertsDocument
-from moe_operator.experts.load import over_mean, read_placement, read_tokens, spread
+from moe_operator.experts.load import over_mean, read_load, read_placement
 from moe_operator.local.failure import Failure
 
 # Load over the mean at which the colours end; what is hotter looks the same.
@@ -17,17 +19,16 @@ def draw_experts(name: str, document: ExpertsDocument, path: Path, kind: str) ->
     Raises:
         Failure: there is no load to draw, matplotlib is missing, or the file cannot be written.
     """
-    tokens = read_tokens(document)
-    slots = read_placement(document.placement.physical_to_logical, document)
-    if tokens is None or slots is None:
+    load, placement = read_load(document), read_placement(document.placement.physical_to_logical, document)
+    if load is None or placement is None:
         raise Failure(f"{name}: no load recorded yet, so there is nothing to draw")
     figure = _new_figure()
     by_rank, by_expert = figure.subplots(1, 2, width_ratios=(1, 3))
-    _draw(by_rank, over_mean(spread(tokens, slots, document.ranks)), "rank")
-    shown = _draw(by_expert, over_mean(tokens), "expert")
+    _draw(by_rank, over_mean(load_of_ranks(load, placement)), "rank")
+    shown = _draw(by_expert, over_mean(load.tokens.sum(axis=0)), "expert")
     figure.colorbar(shown, ax=(by_rank, by_expert), label="tokens over the mean of the layer", extend="max")
     figure.suptitle(
-        f"{name}: load of the experts over {document.load.steps} steps, placement {document.placement.version}"
+        f"{name}: load of the experts over {document.load.steps:.0f} steps, placement {document.placement.version}"
     )
     try:
         figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

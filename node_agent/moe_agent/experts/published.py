@@ -52,8 +52,10 @@ def as_of(parsed: Document, now_s: float) -> Document:
 
 def brief(document: Document) -> Document:
     """Without what grows with the model: the placements, and the load of each expert."""
-    short: Document = _without(document, "physical_to_logical")
-    return short | {"load": _without(document["load"], "tokens")}
+    # The load first: what is left to walk through is small.
+    load = {name: value for name, value in document["load"].items() if name != "tokens"}
+    short: Document = _without(document | {"load": load}, "physical_to_logical")
+    return short
 
 
 def _without(value: Any, name: str) -> Any:

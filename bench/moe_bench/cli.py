@@ -1,4 +1,4 @@
-"""The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`.
+"""The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`, `simulate`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -122,3 +122,15 @@ def demo_command(
     from moe_bench.demo import run_demo
 
     run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s), seed=seed)
+
+
+@app.command("simulate")
+@told_plainly
+def simulate_command(
+    scenario: Annotated[Path, typer.Option("-f", help="The scenario, see docs/simulator.md.")],
+    json_out: JsonOut = None,
+) -> None:
+    """Serve a trace on real vLLM schedulers in virtual time, without a model."""
+    from moe_bench.simulator.command import run_simulate
+
+    run_simulate(scenario, json_out)

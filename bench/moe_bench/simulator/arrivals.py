@@ -60,7 +60,7 @@ def _gaps(trace: Sequence[TraceRequest], shape: ArrivalShape, seed: int) -> np.n
         case ArrivalShape.SAWTOOTH:
             # The n-th arrival of a rate that rises in a line comes at the root of n.
             place = np.arange(count) % TOOTH_REQUESTS
-            return random.exponential(1.0, count) * (np.sqrt(place + 1) - np.sqrt(place))
+            return np.asarray(random.exponential(1.0, count) * (np.sqrt(place + 1) - np.sqrt(place)))
         case ArrivalShape.BURST:
             return np.zeros(count)
 
@@ -74,12 +74,14 @@ class Senders:
         sessions: number of sessions that requests are drawn from; 0: none has a session.
         priorities: levels and their weights.
         gateways: each request comes to one of them.
+        by_length: the priority of a request is the length of its prompt, instead of a drawn one.
     """
 
     tenant_weights: tuple[float, ...] = (1.0,)
     sessions: int = 0
     priorities: tuple[tuple[int, float], ...] = ((0, 1.0),)
     gateways: int = 1
+    by_length: bool = False
 
     def sign(self, requests: Iterable[SimRequest], seed: int) -> list[SimRequest]:
         """Writes the senders into the requests."""
@@ -92,7 +94,7 @@ class Senders:
         gateways = streams[3].integers(0, self.gateways, len(signed))
         for request, tenant, level, session, gateway in zip(signed, tenants, levels, sessions, gateways, strict=True):
             request.tenant, request.gateway = int(tenant), int(gateway)
-            request.priority = self.priorities[int(level)][0]
+            request.priority = request.prompt_tokens if self.by_length else self.priorities[int(level)][0]
             request.session = f"s{session}" if self.sessions else None
         return signed
 

@@ -35,13 +35,11 @@ IDLE = Work()
 
 
 class CostModel(Protocol):
-    """Seconds of a step.
+    """Seconds of a step."""
 
-    Attributes:
-        source: where its figures come from, for reports.
-    """
-
-    source: str
+    @property
+    def source(self) -> str:
+        """Where its figures come from, for reports."""
 
     def group_step_s(self, works: Sequence[Work]) -> float:
         """Seconds of a step in which the ranks of a group do this work; `IDLE` is a dummy step."""

@@ -49,6 +49,9 @@ class Group:
         self._ahead = ahead
         self._counter = 0
         self._on_way: deque[GroupStep] = deque()
+        balance, pressures = cost.expert_pressures([IDLE] * len(self.ranks))
+        for rank, pressure in zip(self.ranks, pressures, strict=True):
+            rank.expert_values = {"expert_balance": balance, "expert_pressure": pressure}
 
     @property
     def is_running(self) -> bool:

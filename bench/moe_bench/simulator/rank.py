@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -102,7 +102,8 @@ class Rank:
         self.published: EngineSignal | None = EngineSignal() if has_page else None
         self.published_s = 0.0
         self.preemptions = 0
-        self.computed_tokens = 0
+        # What the expert layer of an engine measures; here the cost model knows it.
+        self.expert_values: dict[str, float] = {}
         self._requests: dict[str, SimRequest] = {}
         scheduler.clock = lambda: self.now_s
         if has_page:
@@ -164,7 +165,6 @@ class Rank:
             else:
                 prefill_tokens += tokens
                 prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
-        self.computed_tokens += prefill_tokens + decode_requests
         return Step(output, Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling)
 
     def finish(self, step: Step, now_s: float) -> Progress:
@@ -217,6 +217,7 @@ class _PageTap:
         self._rank = rank
 
     def write(self, *, written_s: float, **values: Any) -> None:
+        values.update(self._rank.expert_values)
         self._rank.published = EngineSignal(**{name: values[name] for name in values.keys() & _SIGNAL_FIELDS})
         self._rank.published_s = written_s
 
@@ -349,8 +350,3 @@ def _build_scheduler(factory: SchedulerFactory, config: Any, kv_blocks: int) -> 
         block_size=VLLM_BLOCK_TOKENS,
         log_stats=False,
     )
-
-
-def total_work(steps: Sequence[Step | None]) -> int:
-    """Tokens of a step over all ranks."""
-    return sum(step.work.tokens for step in steps if step is not None)

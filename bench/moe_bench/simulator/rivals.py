@@ -4,15 +4,19 @@ Each rival says where its rule comes from, and how fresh what it knows is in its
 requests, engines and network as the product's gateway.
 """
 
-from collections.abc import Sequence
+import random
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 
+from moe_scheduling.prefix import PrefixIndex, block_keys
 from moe_scheduling.signals import EngineSignal, Target
 
 from moe_bench.simulator.router import Balancer, Router, Wire
 from moe_bench.simulator.signals import SignalPlan, SignalSource
-from moe_bench.simulator.workload import SimRequest
+from moe_bench.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, prompt_bytes
 
 NO_SIGNALS = SignalPlan(source=SignalSource.NONE, period_s=1.0, delay_s=0.0)
 
@@ -80,12 +84,228 @@ class VllmInternal(Balancer):
         return score + waiting * 6.0 * max(0.0, signal.kv_usage - 0.5) if waiting else score
 
 
-RIVALS: dict[str, Rival] = {
-    "roundRobin": Rival(make=RoundRobin, signals=NO_SIGNALS, source="vllm-router 0.1.17, `round_robin`"),
-    "vllmInternal": Rival(
-        make=VllmInternal,
-        # The coordinator publishes at most each 100 ms (`v1/engine/coordinator.py`).
-        signals=SignalPlan(source=SignalSource.SCRAPE, period_s=0.1, delay_s=0.001),
-        source="vLLM 0.32, data-parallel balancer",
-    ),
-}
+class PowerOfTwo(Balancer):
+    """Two engines drawn at random, the one with fewer requests in flight (vllm-router 0.1.17, `power_of_two`)."""
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets)
+        self._random = random.Random(f"{seed}/{number}")
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        if len(candidates) == 1:
+            return candidates[0]
+        return min(self._random.sample(list(candidates), 2), key=self.in_flight.__getitem__)
+
+
+class ConsistentHash(Balancer):
+    """A ring of 160 places an engine; a session's requests go to one engine (vllm-router 0.1.17, `consistent_hash`).
+
+    Without a session the body is hashed; here its first 512 bytes stand for it, which keeps a conversation together as
+    the session's header would.
+    """
+
+    _PLACES = 160
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets)
+        self._ring = sorted(
+            (_place(f"{target.server}/{target.rank}#{place}".encode()), target)
+            for target in self.targets
+            for place in range(self._PLACES)
+        )
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        key = request.session.encode() if request.session else prompt_bytes(request)[:512]
+        start = bisect_left(self._ring, (_place(key),))
+        usable = set(candidates)
+        return next(target for _, target in (*self._ring[start:], *self._ring[:start]) if target in usable)
+
+
+def _place(key: bytes) -> int:
+    return int.from_bytes(blake2b(key, digest_size=8).digest())
+
+
+class _PrefixBalancer(Balancer):
+    """Remembers what prefixes it sent where, in the product's own index: a rival gains nothing by a worse one."""
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets)
+        self._prefixes = PrefixIndex()
+        self._keys: dict[SimRequest, tuple[int, ...]] = {}
+        self._random = random.Random(f"{seed}/{number}")
+
+    def arrive(self, request: SimRequest, now_s: float) -> None:
+        self._keys[request] = block_keys(prompt_bytes(request))
+        super().arrive(request, now_s)
+
+    def held_shares(self, request: SimRequest) -> Mapping[Target, float]:
+        """The part of the prompt that each target holds, in full blocks of the index."""
+        keys = self._keys[request]
+        return {target: count / len(keys) for target, count in self._prefixes.held_blocks(keys).items()}
+
+    def sent(self, request: SimRequest, target: Target) -> None:
+        self._prefixes.record(self._keys[request], target)
+
+    def ended(self, request: SimRequest, target: Target) -> None:
+        if request.finished_s is not None:
+            self._keys.pop(request, None)
+
+    def restarted(self, server: str) -> None:
+        for target in self.targets:
+            if target.server == server:
+                self._prefixes.forget(target)
+
+
+class CacheAware(_PrefixBalancer):
+    """vllm-router 0.1.17's `cache_aware`, which is SGLang's, with its documented defaults.
+
+    When the fleet is unbalanced, `max - min > 64 and max > 1.5 * min` requests in flight, the engine with the fewest;
+    else the one that holds the most of the prompt if that is more than 0.3 of it, else the one with the smallest tree.
+    """
+
+    _THRESHOLD, _ABSOLUTE, _RELATIVE = 0.3, 64, 1.5
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets, number, gateways=gateways, seed=seed)
+        self._tree_tokens = dict.fromkeys(self.targets, 0)
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        loads = [self.in_flight[target] for target in candidates]
+        if max(loads) - min(loads) > self._ABSOLUTE and max(loads) > self._RELATIVE * min(loads):
+            return candidates[loads.index(min(loads))]
+        held = self.held_shares(request)
+        best = max(candidates, key=lambda target: held.get(target, 0.0))
+        if held.get(best, 0.0) > self._THRESHOLD:
+            return best
+        return min(candidates, key=self._tree_tokens.__getitem__)
+
+    def sent(self, request: SimRequest, target: Target) -> None:
+        held = self.held_shares(request).get(target, 0.0)
+        self._tree_tokens[target] += round(request.prompt_tokens * (1.0 - held))
+        super().sent(request, target)
+
+
+class Gimbal(Balancer):
+    """The threshold cascade of Gimbal's DPLB module (arXiv 2602.21626), reconstructed: no code is published.
+
+    Engines with KV use of 0.9 or more drop out; if KV use differs by more than 0.1 the least used; if running tokens
+    differ by more than 3,000 the least loaded; else the user's last engine, else each in turn.
+    """
+
+    _KV, _KV_DIFFERENCE, _LOAD_DIFFERENCE = 0.9, 0.1, 3000
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets)
+        self._turn = number * len(targets) // gateways
+        self._last: dict[str, Target] = {}
+        self._tokens = dict.fromkeys(self.targets, 0)
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        signals = self.signals
+        usable = [target for target in candidates if signals[target].kv_usage < self._KV] or list(candidates)
+        uses = [signals[target].kv_usage for target in usable]
+        loads = [self._tokens[target] for target in usable]
+        if max(uses) - min(uses) > self._KV_DIFFERENCE:
+            return usable[uses.index(min(uses))]
+        if max(loads) - min(loads) > self._LOAD_DIFFERENCE:
+            return usable[loads.index(min(loads))]
+        last = self._last.get(request.session) if request.session else None
+        if last in usable:
+            return last
+        self._turn += 1
+        return usable[self._turn % len(usable)]
+
+    def sent(self, request: SimRequest, target: Target) -> None:
+        self._tokens[target] += request.prompt_tokens
+        if request.session:
+            self._last[request.session] = target
+
+    def ended(self, request: SimRequest, target: Target) -> None:
+        self._tokens[target] -= request.prompt_tokens
+
+
+class LlmD(_PrefixBalancer):
+    """llm-d's endpoint picker with its default scorers: queue, KV use and prefix, weighted 2, 2 and 3, the most wins.
+
+    Queue: (longest - own) / (longest - shortest) of the waiting; KV: 1 - use; prefix: the part of the prompt held.
+    Source: gateway-api-inference-extension, scorer plug-ins; llm-d 0.8, default profile. Ties are drawn.
+    """
+
+    _QUEUE, _KV, _PREFIX = 2.0, 2.0, 3.0
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        held = self.held_shares(request)
+        queues = [self.signals[target].waiting for target in candidates]
+        longest, shortest = max(queues), min(queues)
+        scores = [
+            self._QUEUE * ((longest - queue) / (longest - shortest) if longest > shortest else 1.0)
+            + self._KV * (1.0 - self.signals[target].kv_usage)
+            + self._PREFIX * held.get(target, 0.0)
+            for target, queue in zip(candidates, queues, strict=True)
+        ]
+        best = max(scores)
+        return self._random.choice([target for target, score in zip(candidates, scores, strict=True) if score == best])
+
+
+class Dynamo(_PrefixBalancer):
+    """NVIDIA Dynamo's KV router with its defaults: the least of `prefill blocks + decode blocks`, the new one in.
+
+    Prefill blocks are the uncached prompt blocks of what has not answered, decode blocks all blocks of what has not
+    ended. Source: Dynamo's documentation, "Routing Concepts" (overlap weight 1, temperature 0). Ties are drawn.
+    """
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets, number, gateways=gateways, seed=seed)
+        self._prefill = dict.fromkeys(self.targets, 0.0)
+        self._decode = dict.fromkeys(self.targets, 0.0)
+        self._sizes: dict[SimRequest, tuple[Target, float, float]] = {}
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        held = self.held_shares(request)
+        blocks = request.prompt_tokens / VLLM_BLOCK_TOKENS
+        costs = [
+            self._prefill[target] + blocks * (1.0 - held.get(target, 0.0)) + self._decode[target] + blocks
+            for target in candidates
+        ]
+        least = min(costs)
+        return self._random.choice([target for target, cost in zip(candidates, costs, strict=True) if cost == least])
+
+    def sent(self, request: SimRequest, target: Target) -> None:
+        blocks = request.prompt_tokens / VLLM_BLOCK_TOKENS
+        prefill = blocks * (1.0 - self.held_shares(request).get(target, 0.0))
+        self._prefill[target] += prefill
+        self._decode[target] += blocks
+        self._sizes[request] = (target, prefill, blocks)
+        super().sent(request, target)
+
+    def answered(self, request: SimRequest, now_s: float) -> None:
+        target, prefill, blocks = self._sizes[request]
+        self._prefill[target] -= prefill
+        self._sizes[request] = (target, 0.0, blocks)
+
+    def ended(self, request: SimRequest, target: Target) -> None:
+        _, prefill, blocks = self._sizes.pop(request)
+        self._prefill[target] -= prefill
+        self._decode[target] -= blocks
+        super().ended(request, target)
+
+
+# vLLM's coordinator publishes at most each 100 ms (`v1/engine/coordinator.py`).
+_COORDINATOR = SignalPlan(source=SignalSource.SCRAPE, period_s=0.1, delay_s=0.001)
+# llm-d scrapes each engine each 50 ms.
+_ENDPOINT_PICKER = SignalPlan(source=SignalSource.SCRAPE, period_s=0.05, delay_s=0.005)
+
+
+def _rivals() -> Iterator[tuple[str, Rival]]:
+    router = "vllm-router 0.1.17"
+    yield "roundRobin", Rival(make=RoundRobin, signals=NO_SIGNALS, source=f"{router}, `round_robin`")
+    yield "powerOfTwo", Rival(make=PowerOfTwo, signals=NO_SIGNALS, source=f"{router}, `power_of_two`")
+    yield "consistentHash", Rival(make=ConsistentHash, signals=NO_SIGNALS, source=f"{router}, `consistent_hash`")
+    yield "cacheAware", Rival(make=CacheAware, signals=NO_SIGNALS, source=f"{router}, `cache_aware`")
+    yield "vllmInternal", Rival(make=VllmInternal, signals=_COORDINATOR, source="vLLM 0.32, data-parallel balancer")
+    yield "gimbal", Rival(make=Gimbal, signals=_COORDINATOR, source="arXiv 2602.21626, reconstructed")
+    yield "llmD", Rival(make=LlmD, signals=_ENDPOINT_PICKER, source="llm-d 0.8, default scorers")
+    yield "dynamo", Rival(make=Dynamo, signals=NO_SIGNALS, source="NVIDIA Dynamo, KV router, defaults")
+
+
+RIVALS: Mapping[str, Rival] = dict(_rivals())

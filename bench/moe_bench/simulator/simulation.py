@@ -11,7 +11,7 @@ import functools
 import gc
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moe_scheduling.engine import EngineSettings
@@ -207,12 +207,7 @@ def router_factory(simulation: Simulation, signals: SignalPlan) -> RouterFactory
 def _arrivals(simulation: Simulation) -> Arrivals:
     senders = simulation.senders
     if senders.gateways != simulation.gateways:
-        senders = Senders(
-            tenant_weights=senders.tenant_weights,
-            sessions=senders.sessions,
-            priorities=senders.priorities,
-            gateways=simulation.gateways,
-        )
+        senders = replace(senders, gateways=simulation.gateways)
     requests = senders.sign(build_requests(simulation.trace), simulation.seed)
     if simulation.clients is None:
         return OpenLoop(requests)

@@ -51,6 +51,7 @@ ROOMS = {
     "replay": Room("bench", "bench", "Replay a trace and report what users got."),
     "compare": Room("bench", "bench", "Compare policies on a running deployment."),
     "demo": Room("bench", "bench", "Make a small model, serve it, chat, and compare."),
+    "simulate": Room("bench", "bench", "Serve a scenario on real schedulers in virtual time."),
     "agent": Room("agent", "agent", "Run one engine and its node agent (`up` does)."),
     "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does)."),
 }

@@ -1,0 +1,103 @@
+"""The workloads of the experiments: five shapes, two public traces, and the loads that break policies.
+
+Each is a function of a seed: other requests of the same kind for each seed, so that pairs over seeds are independent. A
+trace is cut at another place for each seed; its file is named by the caller, for none is part of the project.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_bench.shapes import Shape, ShapeSettings, build_shape
+from moe_bench.simulator.arrivals import ArrivalShape, Senders
+from moe_bench.traces import TraceRequest, cut_piece, fit_lengths, read_trace
+
+# The lengths of BurstGPT reach about so far (arXiv 2401.17644); answers have a long tail.
+LONGEST_PROMPT = 4096
+MEDIAN_OUTPUT = 96
+LONGEST_OUTPUT = 1024
+CONTEXT_TOKENS = 16_384
+SAME_PREFIX_TOKENS = 2048
+FLOOD_WEIGHT = 9.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A kind of load.
+
+    Attributes:
+        build: so many requests for a seed; their times are set later.
+        arrivals: how they come.
+        senders: who sends them.
+        trace: name of the trace's file that it needs; empty for none.
+    """
+
+    build: Callable[[int, int, Path | None], tuple[TraceRequest, ...]]
+    arrivals: ArrivalShape = ArrivalShape.POISSON
+    senders: Senders = field(default_factory=Senders)
+    trace: str = ""
+
+
+def _shape(shape: Shape) -> Callable[[int, int, Path | None], tuple[TraceRequest, ...]]:
+    def build(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+        return build_shape(
+            shape,
+            ShapeSettings(
+                count=count,
+                seed=seed,
+                longest_tokens=LONGEST_PROMPT,
+                median_output_tokens=MEDIAN_OUTPUT,
+                longest_output_tokens=LONGEST_OUTPUT,
+            ),
+        )
+
+    return build
+
+
+def _trace(name: str) -> Callable[[int, int, Path | None], tuple[TraceRequest, ...]]:
+    def build(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+        if folder is None:
+            raise InvalidInput([Problem("traces", f"a folder with {name} is needed")])
+        whole = read_trace(folder / name)
+        start = int(np.random.default_rng(seed).integers(0, max(1, len(whole) - count)))
+        return fit_lengths(cut_piece(whole, start, count), CONTEXT_TOKENS).requests
+
+    return build
+
+
+def _all_long(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+    settings = ShapeSettings(
+        count=count, seed=seed, shortest_tokens=8192, longest_tokens=12_288, median_output_tokens=MEDIAN_OUTPUT
+    )
+    return build_shape(Shape.AVERAGE, settings)
+
+
+def _same_prefix(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+    """A common beginning of 2,048 tokens, and then each its own."""
+    return tuple(
+        replace(row, prompt_tokens=row.prompt_tokens + SAME_PREFIX_TOKENS, blocks=(1,), block_tokens=SAME_PREFIX_TOKENS)
+        for row in _shape(Shape.RANDOM)(count, seed, folder)
+    )
+
+
+WORKLOADS: Mapping[str, Workload] = {
+    **{shape.value: Workload(build=_shape(shape)) for shape in Shape},
+    "azure": Workload(
+        build=_trace("azure_llm_2023_conv.csv"), arrivals=ArrivalShape.TRACE, trace="azure_llm_2023_conv.csv"
+    ),
+    "mooncake": Workload(
+        build=_trace("mooncake_conversation.jsonl"), arrivals=ArrivalShape.TRACE, trace="mooncake_conversation.jsonl"
+    ),
+    "bursty": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURSTY),
+}
+ADVERSARIAL: Mapping[str, Workload] = {
+    "allLong": Workload(build=_all_long),
+    "flood": Workload(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(FLOOD_WEIGHT, 1.0))),
+    "samePrefix": Workload(build=_same_prefix),
+    "burst": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURST),
+    "sawtooth": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.SAWTOOTH),
+}
+ALL = {**WORKLOADS, **ADVERSARIAL}

@@ -24,14 +24,13 @@ from moe_scheduling.expert_cost import (
     carry_costs,
     handover_costs,
     link_costs,
-    score_balance,
-    score_terms,
+    score_placement,
 )
 from moe_scheduling.expert_search import Path, Problem, apply_steps, search_steps
 from moe_scheduling.placement import (
-    Floats,
     Ints,
     Placement,
+    Singles,
     check_experts,
     count_moves,
     initial_placement,
@@ -54,8 +53,7 @@ __all__ = [
     "count_moves",
     "initial_placement",
     "plan_experts",
-    "score_balance",
-    "score_terms",
+    "score_placement",
 ]
 
 # A round moves no more than this part of what a placement made anew would: the load is an estimate, and what is left
@@ -69,6 +67,8 @@ _SEARCH_AHEAD = 1.3
 _LEAST_GAIN = 1e-6
 # Weight of the newest trial in the trust that plans earn.
 _NEWEST_TRIAL = 0.5
+
+Score = tuple[Terms, Balance]
 
 
 class ExpertMode(StrEnum):
@@ -234,12 +234,12 @@ def plan_experts(
     """
     check_experts(placement, layers=load.layers, experts=load.experts)
     known = _learn(history or ExpertHistory(), load, costs)
-    before = score_terms(load, placement, costs)
+    before = score_placement(load, placement, costs)
     budget = settings.move_budget or _round_budget(placement)
     path = _search(load, placement, costs, settings, budget)
     price_s = (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps
 
-    def weigh(price_s: float) -> "_Option":
+    def weigh(price_s: float) -> _Option:
         table = apply_steps(path, placement.physical_to_logical, cut_path(path, price_s, budget))
         return _weigh_option(table, load, placement, costs, before, known)
 
@@ -287,7 +287,7 @@ class _Option:
     moves: int
     gain_s: float
     stability: float
-    terms: Terms
+    score: Score
 
 
 def _round_budget(placement: Placement) -> int:
@@ -296,15 +296,13 @@ def _round_budget(placement: Placement) -> int:
 
 
 def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings: ExpertSettings, budget: int) -> Path:
-    """The path, in seconds; it is searched in the mean rank's time as the unit, which single precision holds."""
-    work_s = load.tokens.sum(0) * costs.token_s
-    carry_s = _carry(load, placement, costs)
-    unit_s = float(work_s.sum(1).max()) / placement.ranks or float(np.abs(carry_s).max() if carry_s is not None else 0)
-    unit_s = unit_s or 1.0
+    """The path, in seconds; searched in a unit of about a rank's time in a layer, for single precision."""
+    dearest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s, costs.handover_token_s)
+    unit_s = float(load.by_expert.sum(1).max()) * dearest_s / placement.ranks or 1.0
     per_layer = max(_LEAST_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
     problem = Problem(
-        work_s=work_s / unit_s,
-        carry_s=None if carry_s is None else carry_s / unit_s,
+        work_s=load.by_expert * (costs.token_s / unit_s),
+        carry_s=_carry(load, placement, costs, unit_s),
         move_price_s=(1 + settings.hysteresis) * costs.move_s / costs.horizon_steps / unit_s,
         most_moves=min(budget, math.ceil(_SEARCH_AHEAD * per_layer)),
     )
@@ -312,27 +310,28 @@ def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings
     return replace(path, won_s=path.won_s * unit_s)
 
 
-def _carry(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats | None:
-    links = link_costs(load, placement, costs)
+def _carry(load: ExpertLoad, placement: Placement, costs: ExpertCosts, unit_s: float) -> Singles | None:
+    links = link_costs(load, placement, costs) / unit_s
     handed = handover_costs(load, placement, costs)
-    if not links.any():
-        return handed
+    if len(load.tokens) == 1 or not links.any():
+        return None if handed is None else np.divide(handed, unit_s, dtype=np.float32)
     carried = carry_costs(load, links)
-    return carried if handed is None else carried + handed
+    return carried if handed is None else np.add(carried, handed / unit_s, dtype=np.float32)
 
 
 def _weigh_option(
-    table: Ints, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Terms, known: ExpertHistory
+    table: Ints, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
 ) -> _Option:
     kept = keep_slots(placement.physical_to_logical, table, placement.ranks)
     after = replace(placement, physical_to_logical=kept, version=placement.version + 1)
-    terms = score_terms(load, after, costs)
-    gain_s = before.total_s - terms.total_s
-    if gain_s <= _LEAST_GAIN * before.total_s:
-        return _Option(placement=placement, moves=0, gain_s=0.0, stability=1.0, terms=before)
-    stability = min(_kept_before(gain_s / before.total_s, placement, after, costs, known), max(known.trust, 0.0))
+    score = score_placement(load, after, costs)
+    total_s = before[0].total_s
+    gain_s = total_s - score[0].total_s
+    if gain_s <= _LEAST_GAIN * total_s:
+        return _Option(placement=placement, moves=0, gain_s=0.0, stability=1.0, score=before)
+    stability = min(_kept_before(gain_s / total_s, placement, after, costs, known), max(known.trust, 0.0))
     moves = int(count_moves(placement, after).sum())
-    return _Option(placement=after, moves=moves, gain_s=gain_s, stability=stability, terms=terms)
+    return _Option(placement=after, moves=moves, gain_s=gain_s, stability=stability, score=score)
 
 
 def _kept_before(
@@ -346,8 +345,8 @@ def _kept_before(
 
 def _won_part(load: ExpertLoad, before: Placement, after: Placement, costs: ExpertCosts) -> float:
     """The part of a step's expert time that a change wins under a load."""
-    total_s = score_terms(load, before, costs).total_s
-    return 1 - score_terms(load, after, costs).total_s / total_s if total_s else 0.0
+    total_s = score_placement(load, before, costs)[0].total_s
+    return 1 - score_placement(load, after, costs)[0].total_s / total_s if total_s else 0.0
 
 
 def _learn(history: ExpertHistory, load: ExpertLoad, costs: ExpertCosts) -> ExpertHistory:
@@ -367,7 +366,7 @@ def _decide(
     placement: Placement,
     costs: ExpertCosts,
     settings: ExpertSettings,
-    before: Terms,
+    before: Score,
     known: ExpertHistory,
 ) -> Move | Stay:
     cost_s = option.moves * costs.move_s
@@ -375,26 +374,26 @@ def _decide(
     sure_s = option.gain_s * costs.horizon_steps
     trial = None
     if option.gain_s > 0:
-        trial = Trial(before=placement, after=option.placement, promise=option.gain_s / before.total_s)
+        trial = Trial(before=placement, after=option.placement, promise=option.gain_s / before[0].total_s)
     told: dict[str, Any] = {
         "candidate": option.placement,
         "moves": option.moves,
         "gain_s": option.gain_s,
         "cost_s": cost_s,
         "stability": option.stability,
-        "balance_before": score_balance(load, placement),
-        "balance_after": score_balance(load, option.placement),
-        "terms_before": before,
-        "terms_after": option.terms,
+        "balance_before": before[1],
+        "balance_after": option.score[1],
+        "terms_before": before[0],
+        "terms_after": option.score[0],
         "history": ExpertHistory(load=load, trial=trial, trust=known.trust),
     }
     if option.gain_s > 0 and option.stability > 0 and sure_s * option.stability >= needed_s:
-        return Move(**told, reasons=_reasons(option, before, sure_s, cost_s))
+        return Move(**told, reasons=_reasons(option, before[0], sure_s, cost_s))
     return Stay(**told, **_why_not(load, option, sure_s, needed_s))
 
 
 def _reasons(option: _Option, before: Terms, sure_s: float, cost_s: float) -> tuple[str, ...]:
-    after = option.terms
+    after = option.score[0]
     names = (("load", "load_s"), ("traffic", "traffic_s"), ("handover", "handover_s"))
     pairs = [(name, getattr(before, field), getattr(after, field)) for name, field in names]
     changed = sorted((pair for pair in pairs if pair[1] != pair[2]), key=lambda pair: pair[2] - pair[1])

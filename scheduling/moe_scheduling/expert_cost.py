@@ -11,12 +11,12 @@ token home after each layer, hence `handover_token_s` is 0 there.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_scheduling.placement import Floats, Placement, count_copies, mark_hosts
+from moe_scheduling.placement import Flags, Floats, Placement, Singles, count_copies, mark_hosts
 
 # A token goes to its expert, and its result comes back.
 _DIRECTIONS = 2
@@ -33,6 +33,7 @@ class ExpertLoad:
         pairs: [layer, expert, next], tokens a step that go to `expert` in a layer and to `next` in the following one,
             a layer less than `tokens`; None where it was not recorded.
         steps: engine steps that were looked at.
+        by_expert: [layer, expert], tokens a step of all sources.
 
     Raises:
         ValueError: a shape does not fit, or a figure is negative or not finite.
@@ -41,10 +42,12 @@ class ExpertLoad:
     tokens: Floats
     pairs: Floats | None = None
     steps: int = 1
+    by_expert: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         tokens = _checked(self.tokens, "tokens", 3)
         object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "by_expert", tokens.sum(0))
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
         if self.pairs is None:
@@ -150,46 +153,37 @@ class Balance:
     internode_fraction: float
 
 
-def score_terms(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Terms:
-    """The seconds of one engine step under a load.
+def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> tuple[Terms, Balance]:
+    """The seconds of one engine step under a load, and how even it is.
 
     Raises:
         ValueError: the sources do not divide the ranks evenly.
     """
-    ranks = load_of_ranks(load, placement)
-    return Terms(
+    ranks, arrivals = load_of_ranks(load, placement), _count_arrivals(load, placement)
+    terms = Terms(
         load_s=float(ranks.max(1).sum()) * costs.token_s,
         balanced_s=float(ranks.mean(1).sum()) * costs.token_s,
-        traffic_s=_traffic_s(load, placement, costs),
+        traffic_s=arrivals.carried_s(costs) / placement.ranks,
         handover_s=_handover_s(load, placement, costs),
     )
-
-
-def score_balance(load: ExpertLoad, placement: Placement) -> Balance:
-    """The balance of a placement under a load.
-
-    Raises:
-        ValueError: the sources do not divide the ranks evenly.
-    """
-    ranks = load_of_ranks(load, placement)
     mean = ranks.mean(1)
     by_layer = np.divide(ranks.max(1), mean, out=np.ones_like(mean), where=mean > 0)
     total, by_rank = float(mean.sum()), ranks.sum(0)
-    remote, internode = _fractions(load, placement)
-    return Balance(
+    balance = Balance(
         mean=float((by_layer * mean).sum() / total) if total else 1.0,
         worst=float(by_layer.max()),
         by_layer=by_layer,
         by_rank=by_rank / by_rank.mean() if total else np.ones_like(by_rank),
-        remote_fraction=remote,
-        internode_fraction=internode,
+        remote_fraction=arrivals.outside(arrivals.in_rank),
+        internode_fraction=arrivals.outside(arrivals.in_node),
     )
+    return terms, balance
 
 
 def load_of_ranks(load: ExpertLoad, placement: Placement) -> Floats:
     """Tokens a step of each rank: [layer, rank]; an expert's copies share alike."""
     table = placement.physical_to_logical
-    share = load.tokens.sum(0) / count_copies(table, load.experts)
+    share = load.by_expert / count_copies(table, load.experts)
     by_slot = np.take_along_axis(share, table, 1)
     return np.asarray(by_slot.reshape(placement.layers, placement.ranks, -1).sum(2))
 
@@ -205,14 +199,14 @@ def link_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Fl
     return np.asarray(_DIRECTIONS * np.where(same_node, near, costs.internode_token_s))
 
 
-def carry_costs(load: ExpertLoad, links: Floats) -> Floats:
+def carry_costs(load: ExpertLoad, links: Floats) -> Singles:
     """Seconds of traffic if all tokens of an expert went to one rank: [layer, expert, rank].
 
     The links of all ranks work side by side, hence the division by their number.
     """
     sources, ranks = links.shape
-    tokens = load.tokens.reshape(sources, -1)
-    carried = tokens.T @ (links / ranks)
+    tokens = load.tokens.reshape(sources, -1).astype(np.float32)
+    carried = tokens.T @ (links / ranks).astype(np.float32)
     return np.asarray(carried).reshape(load.layers, load.experts, ranks)
 
 
@@ -230,14 +224,6 @@ def handover_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -
     return -costs.handover_token_s / placement.ranks * saved
 
 
-def _traffic_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> float:
-    if not costs.remote_token_s and not costs.internode_token_s:
-        return 0.0
-    total, in_rank, in_node = _arrivals(load, placement)
-    one_way_s = (in_node - in_rank) * costs.remote_token_s + (total - in_node) * costs.internode_token_s
-    return _DIRECTIONS * one_way_s / placement.ranks
-
-
 def _handover_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> float:
     if load.pairs is None or not costs.handover_token_s:
         return 0.0
@@ -246,25 +232,36 @@ def _handover_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> f
     return (float(load.pairs.sum()) - kept) * costs.handover_token_s / placement.ranks
 
 
-def _fractions(load: ExpertLoad, placement: Placement) -> tuple[float, float]:
-    total, in_rank, in_node = _arrivals(load, placement)
-    return (1 - in_rank / total, 1 - in_node / total) if total else (0.0, 0.0)
-
-
-def _arrivals(load: ExpertLoad, placement: Placement) -> tuple[float, float, float]:
+@dataclass(frozen=True, slots=True)
+class _Arrivals:
     """Tokens a step of all layers, those that stay on their source's ranks, and those that stay on its node."""
+
+    total: float
+    in_rank: float
+    in_node: float
+
+    def carried_s(self, costs: ExpertCosts) -> float:
+        one_way_s = (self.in_node - self.in_rank) * costs.remote_token_s
+        return _DIRECTIONS * (one_way_s + (self.total - self.in_node) * costs.internode_token_s)
+
+    def outside(self, inside: float) -> float:
+        return max(1 - inside / self.total, 0.0) if self.total else 0.0
+
+
+def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     same_rank, same_node = _nearness(load, placement)
-    table, sources = placement.physical_to_logical, len(load.tokens)
+    total = float(load.by_expert.sum())
+    if len(load.tokens) == 1:
+        return _Arrivals(total, total, total)
+    table, by_source = placement.physical_to_logical, load.tokens.reshape(len(load.tokens), -1)
     rank = np.arange(placement.slots) // placement.slots_per_rank
-    layer = np.arange(placement.layers)[:, None]
-    cells = layer * load.experts + table
-    copies = count_copies(table, load.experts).reshape(-1)[cells]
-    owner = same_rank.argmax(0)[rank]
-    own = load.tokens.reshape(sources, -1)[owner, cells] / copies
+    cells = np.arange(placement.layers)[:, None] * load.experts + table
+    part = 1 / count_copies(table, load.experts).reshape(-1)[cells]
+    own = by_source[same_rank.argmax(0)[rank], cells] * part
     ranks_of_node = placement.ranks // placement.nodes
-    near = load.tokens.reshape(sources, -1).T @ same_node[:, ::ranks_of_node].astype(np.float64)
-    by_node = near.reshape(-1)[cells * placement.nodes + rank // ranks_of_node] / copies
-    return float(load.tokens.sum()), float(own.sum()), float(by_node.sum())
+    near = same_node[:, ::ranks_of_node].T.astype(np.float64) @ by_source
+    by_node = near[rank // ranks_of_node, cells] * part
+    return _Arrivals(total, float(own.sum()), float(by_node.sum()))
 
 
 def _shares_on_ranks(load: ExpertLoad, placement: Placement) -> Floats:
@@ -280,7 +277,7 @@ def _shares_on_ranks(load: ExpertLoad, placement: Placement) -> Floats:
     return held / copies[..., None]
 
 
-def _nearness(load: ExpertLoad, placement: Placement) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _nearness(load: ExpertLoad, placement: Placement) -> tuple[Flags, Flags]:
     """Whether a rank is one of a source's own, and whether it is on the source's node: [source, rank]."""
     sources, ranks = load.tokens.shape[0], placement.ranks
     if ranks % sources:

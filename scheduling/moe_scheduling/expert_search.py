@@ -11,12 +11,8 @@ rank of its layer busier, the copies aside; the same arguments give the same pat
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_scheduling.placement import Flags, Floats, Ints, Placement, count_copies, mark_hosts
-
-# Half the memory of float64, which is what the time goes into.
-Singles = npt.NDArray[np.float32]
+from moe_scheduling.placement import Flags, Floats, Ints, Placement, Singles, count_copies, mark_hosts
 
 # A rank that is busier than the mean by less is left alone.
 _EVEN_ENOUGH = np.float32(5e-4)
@@ -64,7 +60,7 @@ class Problem:
     """
 
     work_s: Floats
-    carry_s: Floats | None
+    carry_s: Singles | None
     move_price_s: float
     most_moves: int
 
@@ -84,9 +80,9 @@ class _Board:
     home: Flags
     hosts: Flags = field(init=False)
     copies: Ints = field(init=False)
+    # Part and work of one copy of an expert, [layer, expert]; traffic of what lies in each slot.
+    part: Singles = field(init=False)
     share: Singles = field(init=False)
-    # Traffic of one copy at each rank, [layer, expert, rank], and of what lies in each slot.
-    rate: Singles = field(init=False)
     paid: Singles = field(init=False)
     excess: Singles = field(init=False)
     carried: Singles = field(init=False)
@@ -114,17 +110,15 @@ class _Board:
         table = self.experts.reshape(layers, -1)
         self.copies = count_copies(table, self.work.shape[1])
         self.hosts = mark_hosts(table, self.work.shape[1], ranks)
-        self.share = np.divide(self.work, self.copies, dtype=np.float32)
+        self.part = np.divide(1, self.copies, dtype=np.float32)
+        self.share = self.work * self.part
         layer, rank = np.arange(layers)[:, None, None], np.arange(ranks)[:, None]
         here = self.cells(layer, self.experts, rank)
         self.excess = self.share[layer, self.experts].sum(2) - self.mean[:, None]
         self.moves = np.asarray((~self.home.reshape(-1)[here]).sum((1, 2)), dtype=np.int64)
-        if self.carry is None:
-            self.rate = np.zeros((1, 1, 1), np.float32)
-            self.paid = np.zeros(self.experts.shape, np.float32)
-        else:
-            self.rate = np.divide(self.carry, self.copies[..., None], dtype=np.float32)
-            self.paid = self.rate.reshape(-1)[here]
+        self.paid = np.zeros(self.experts.shape, np.float32)
+        if self.carry is not None:
+            self.paid = self.carry.reshape(-1)[here] * self.part[layer, self.experts]
         self.carried = self.paid.sum((1, 2))
 
     def record(self) -> None:
@@ -166,7 +160,7 @@ def _lay_out(problem: Problem, placement: Placement) -> _Board:
         experts=table.reshape(layers, placement.ranks, -1).copy(),
         work=work,
         mean=np.divide(work.sum(1), placement.ranks, dtype=np.float32),
-        carry=None if problem.carry_s is None else problem.carry_s.astype(np.float32),
+        carry=problem.carry_s,
         home=mark_hosts(table, experts, placement.ranks),
     )
 
@@ -219,24 +213,27 @@ def _spread_copies(board: _Board) -> None:
     slots, open_ = _spare_slots(board, wanted)
     if not queue.shape[1] or not slots.shape[1]:
         return
-    share = board.work / wanted.astype(np.float32)
-    rank, held = slots // places, board.experts.reshape(layers, -1)[np.arange(layers)[:, None], slots]
-    load, column = board.excess.copy(), np.arange(layers)[:, None]
-    left, released, hosts = board.copies.copy(), board.share[column, held], board.hosts.copy()
+    column = np.arange(layers)[:, None]
+    share = np.divide(board.work, wanted, dtype=np.float32)
+    rank, held = slots // places, board.experts.reshape(layers, -1)[column, slots]
+    released, ours, where = board.share[column, held], column * experts + held, column * ranks + rank
+    load, hosts = board.excess.copy(), board.hosts.copy()
+    spare = (board.copies - wanted).reshape(-1)
     for expert in queue.T:
-        closed = ~open_ | (left[column, held] <= wanted[column, held]) | hosts[column, expert[:, None], rank]
-        room = np.where(closed, _BLOCKED, load[column, rank] - released)
+        closed = hosts.reshape(-1)[board.cells(column, expert[:, None], rank)]
+        closed |= ~open_ | (spare[ours] <= 0)
+        room = load.reshape(-1)[where] - released
+        room[closed] = _BLOCKED
         pick = room.argmin(1)
-        layer = np.nonzero((expert >= 0) & ~closed[np.arange(layers), pick])[0]
+        layer = np.nonzero((expert >= 0) & ~closed[column[:, 0], pick])[0]
         pick, new = pick[layer], expert[layer]
-        old, where = held[layer, pick], rank[layer, pick]
-        load[layer, where] += share[layer, new] - released[layer, pick]
+        slot, on = slots[layer, pick], rank[layer, pick]
+        load[layer, on] += share[layer, new] - released[layer, pick]
         open_[layer, pick] = False
-        left[layer, old] -= 1
-        left[layer, new] += 1
-        hosts[layer, new, where] = True
-        board.experts[layer, where, slots[layer, pick] % places] = new
-        board.steps.append(Step(layers=layer, slots=slots[layer, pick], experts=new))
+        spare[ours[layer, pick]] -= 1
+        hosts[layer, new, on] = True
+        board.experts[layer, on, slot % places] = new
+        board.steps.append(Step(layers=layer, slots=slot, experts=new))
     # The copies are one state of the path: half of them may make a layer worse.
     for _ in board.steps[1:]:
         board.record()
@@ -320,10 +317,11 @@ def _best_swaps(board: _Board, layer: Ints, a: Ints, cold: Ints, price: Singles)
     # What depends on one side of the swap alone: [row, place, partner] and [row, partner, place].
     our_home = board.home.reshape(-1)[board.cells(layer2, ours, a[:, None])]
     to_them = board.cells(layer3, ours[..., None], cold[:, None])
-    going = _tolls(board, to_them, our_home[..., None], board.paid[layer, a][..., None], toll)
+    our_part, their_part = board.part[layer2, ours][..., None], board.part[layer3, theirs]
+    going = _tolls(board, to_them, our_home[..., None], our_part, board.paid[layer, a][..., None], toll)
     their_home = board.home.reshape(-1)[board.cells(layer3, theirs, cold[..., None])]
     to_us = board.cells(layer3, theirs, a[:, None, None])
-    coming = _tolls(board, to_us, their_home, board.paid[layer2, cold], toll)
+    coming = _tolls(board, to_us, their_home, their_part, board.paid[layer2, cold], toll)
     peak = np.maximum(
         (above[:, None] - our_share)[:, :, None, None] + their_share[:, None],
         our_share[:, :, None, None] + (below[..., None] - their_share)[:, None],
@@ -342,14 +340,14 @@ def _best_swaps(board: _Board, layer: Ints, a: Ints, cold: Ints, price: Singles)
     return _Swaps(layer[good], a[good], place_a[good], cold[row[good], partner[good]], place_b[good])
 
 
-def _tolls(board: _Board, to: Ints, at_home: Flags, paid: Singles, price: Singles) -> Singles:
+def _tolls(board: _Board, to: Ints, at_home: Flags, part: Singles, paid: Singles, price: Singles) -> Singles:
     """Price and traffic of experts that go to other cells; what comes home costs less than nothing.
 
     Blocked where a rank has the expert already.
     """
     tolls = price * (at_home.astype(np.float32) - board.home.reshape(-1)[to])
     if board.carry is not None:
-        tolls += board.rate.reshape(-1)[to] - paid
+        tolls += board.carry.reshape(-1)[to] * part - paid
     tolls[board.hosts.reshape(-1)[to]] = _BLOCKED
     return tolls
 
@@ -371,9 +369,10 @@ def _swap(board: _Board, swap: _Swaps) -> None:
         net += home[gone].astype(np.float64) - home[come]
         hosts[gone], hosts[come] = False, True
         if board.carry is not None:
-            rate = board.rate.reshape(-1)
-            board.paid[layer, new, place] = rate[come]
-            board.carried += np.bincount(layer, rate[come] - rate[gone], layers).astype(np.float32)
+            carry, part = board.carry.reshape(-1), board.part[layer, expert]
+            board.paid[layer, new, place] = carry[come] * part
+            saved = (carry[gone] - carry[come]) * part
+            board.carried -= np.bincount(layer, saved, layers).astype(np.float32)
     board.moves += np.bincount(layer, net, layers).astype(np.int64)
     slots = np.concatenate([a * places + swap.place_a, b * places + swap.place_b])
     both = np.concatenate([layer, layer])
@@ -389,7 +388,7 @@ def _bring_near(board: _Board, problem: Problem) -> None:
     layers, ranks, places = board.shape
     if board.carry is None or ranks < 2:
         return
-    nearest, column = board.rate.min(2), np.arange(layers)
+    nearest, column = board.carry.min(2) * board.part, np.arange(layers)
     price = np.maximum(np.float32(problem.move_price_s), _LEAST_GAIN)
     hope = board.paid.reshape(layers, -1) - nearest[column[:, None], board.experts.reshape(layers, -1)]
     for _ in range(problem.most_moves):
@@ -416,10 +415,12 @@ def _nearest_swaps(board: _Board, layer: Ints, slot: Ints, price: np.float32) ->
     home, hosts = board.home.reshape(-1), board.hosts.reshape(-1)
     our_home, their_home = board.home[layer, ours], home[board.cells(layer2, theirs, rank)]
     # Of ours by rank, [row, rank], then by slot.
-    going = board.rate[layer, ours] + price * (our_home[row, a][:, None].astype(np.float32) - our_home)
+    assert board.carry is not None
+    carried = board.carry[layer, ours] * board.part[layer, ours][:, None]
+    going = carried + price * (our_home[row, a][:, None].astype(np.float32) - our_home)
     going[board.hosts[layer, ours]] = _BLOCKED
     saved = (paid[row, slot][:, None] - going)[:, rank]
-    saved += paid - board.rate.reshape(-1)[to_us]
+    saved += paid - board.carry.reshape(-1)[to_us] * board.part[layer2, theirs]
     saved -= price * (their_home.astype(np.float32) - home[to_us])
     shift = board.share[layer, ours][:, None] - board.share[layer2, theirs]
     excess = board.excess[layer]

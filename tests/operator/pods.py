@@ -1,0 +1,49 @@
+"""Pods of these tests, as the API server shows them."""
+
+from typing import Any
+
+from moe_operator.plan.names import Names
+
+Document = dict[str, Any]
+NAMES = Names("tiny")
+
+
+def pod(
+    name: str = "tiny-engine-a",
+    component: str = "engine",
+    *,
+    ready: bool = True,
+    revision: str = "stable",
+    ending: bool = False,
+    **labels: str,
+) -> Document:
+    """A pod of the resource `tiny`, with an address."""
+    own = NAMES.labels(component, revision if component == "engine" else None)
+    port = {"name": "agent", "containerPort": 8080} if component == "engine" else {"name": "admin", "containerPort": 1}
+    metadata: Document = {"name": name, "namespace": "ns", "labels": own | labels}
+    if ending:
+        metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    condition = {"type": "Ready", "status": "True" if ready else "False"}
+    return {
+        "metadata": metadata,
+        "spec": {"containers": [{"name": component, "image": "registry.test/it:1", "ports": [port]}]},
+        "status": {"podIP": "10.0.0.7", "conditions": [condition]},
+    }
+
+
+def agent(phase: str = "ready", **values: Any) -> Document:
+    """What an agent says."""
+    rank = {
+        "rank": 0, "age_s": 0.0, "step": 1, "running": 3, "waiting": 1, "kv_usage": 0.5, "computed_tokens": 1000,
+    }  # fmt: skip
+    state = {"phase": phase, "engine": {"restarts": 0, "last_exit": ""}, "ranks": [rank], "config": {}}
+    return state | values
+
+
+def gateway(**values: Any) -> Document:
+    """What a gateway says."""
+    state = {
+        "held": 0, "held_since_s": None, "in_flight": 2, "wait_s": 0.25, "ttft_s": 0.5, "arrivals_per_s": 2.0,
+        "config": {},
+    }  # fmt: skip
+    return state | values

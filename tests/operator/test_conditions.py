@@ -1,0 +1,126 @@
+"""The conditions: what holds, since when, and what is worth an event."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
+from moe_operator.kubernetes.diagnosis import Finding
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+WELL = Seen(desired=2, engines=2, ready=2, gateways=1)
+BROKEN = Finding(reason="ImageCannotBePulled", message="the image x cannot be pulled", pod="p")
+ALSO = Finding(reason="OutOfMemory", message="more memory", pod="q")
+
+
+def told(seen: Seen) -> dict[str, tuple[str, str, str]]:
+    return {row.type: (row.status.value, row.reason, row.message) for row in build_conditions(seen, {}, NOW)}
+
+
+@pytest.mark.parametrize(
+    ("seen", "kind", "status", "reason", "message"),
+    [
+        (WELL, "Ready", "True", "Serving", "2 of 2 engines accept requests"),
+        (WELL, "Progressing", "False", "Complete", "everything is as it should be"),
+        (WELL, "Degraded", "False", "AsExpected", ""),
+        (WELL, "Paused", "False", "NotPaused", ""),
+        (WELL, "AutoscalingLimited", "False", "NotLimited", ""),
+        (replace(WELL, gateways=0), "Ready", "False", "NoGateway", "no gateway is ready yet"),
+        (replace(WELL, ready=1), "Ready", "True", "Serving", "1 of 2 engines accept requests"),
+        (replace(WELL, ready=1), "Progressing", "True", "EnginesStarting", "1 of 2 engines are ready"),
+        (replace(WELL, ready=0), "Ready", "False", "NoEngine", "none of 2 engines accepts requests yet"),
+        (
+            replace(WELL, ready=0, desired=0),
+            "Ready",
+            "True",
+            "ScaledToZero",
+            "no engine runs; the next request wakes one",
+        ),
+        (replace(WELL, ready=0, findings=[BROKEN]), "Ready", "False", "ImageCannotBePulled", BROKEN.message),
+        (replace(WELL, ready=1, findings=[BROKEN]), "Ready", "True", "Serving", "1 of 2 engines accept requests"),
+        (replace(WELL, findings=[BROKEN]), "Degraded", "True", "ImageCannotBePulled", BROKEN.message),
+        (
+            replace(WELL, findings=[BROKEN, ALSO]),
+            "Degraded",
+            "True",
+            BROKEN.reason,
+            f"{BROKEN.message}; also: OutOfMemory",
+        ),
+        (replace(WELL, rolling=("a: 0 of 1", "b")), "Progressing", "True", "Updating", "a: 0 of 1; b"),
+        (replace(WELL, paused=True), "Paused", "True", "Paused", "spec.paused is set: everything is left as it is"),
+        (replace(WELL, paused=True, rolling=("a",)), "Progressing", "False", "Paused", "spec.paused is set"),
+        (replace(WELL, invalid="spec.x: no"), "Degraded", "True", "InvalidSpec", "spec.x: no"),
+        (replace(WELL, invalid="spec.x: no"), "Ready", "True", "Serving", "2 of 2 engines accept requests"),
+        (replace(WELL, invalid="spec.x: no", ready=0), "Ready", "False", "InvalidSpec", "spec.x: no"),
+        (replace(WELL, refused="quota"), "Degraded", "True", "Refused", "quota"),
+        (replace(WELL, limited=("TooFewReplicas", "more")), "AutoscalingLimited", "True", "TooFewReplicas", "more"),
+    ],
+)
+def test_each_condition_says_what_holds_and_why(seen: Seen, kind: str, status: str, reason: str, message: str) -> None:
+    assert told(seen)[kind] == (status, reason, message)
+
+
+def test_a_missing_kind_is_named_with_what_to_do_before_anything_else() -> None:
+    status, reason, message = told(replace(WELL, missing_kind="LeaderWorkerSet", refused="x", findings=[BROKEN]))[
+        "Degraded"
+    ]
+    assert (status, reason) == ("True", "LeaderWorkerSetMissing")
+    assert "lws.sigs.k8s.io" in message
+    assert "spec.engine.parallelism.nodes" in message
+
+
+def test_the_time_is_that_of_the_last_change_of_status_not_of_reason() -> None:
+    before = {row.type: row for row in build_conditions(replace(WELL, gateways=0), {}, NOW)}
+    later = NOW + timedelta(minutes=5)
+    after = {row.type: row for row in build_conditions(replace(WELL, ready=0), before, later)}
+    assert after["Ready"].reason == "NoEngine" != before["Ready"].reason
+    assert after["Ready"].last_transition_time == NOW
+    assert after["Progressing"].last_transition_time == later
+
+
+def test_a_change_of_status_or_reason_is_an_event_and_of_a_new_resource_what_holds() -> None:
+    first = build_conditions(WELL, {}, NOW)
+    assert {row.type for row in changed_conditions({}, first)} == {"Ready"}
+    before = {row.type: row for row in first}
+    assert changed_conditions(before, build_conditions(WELL, before, NOW + timedelta(hours=1))) == []
+    broken = build_conditions(replace(WELL, findings=[BROKEN]), before, NOW)
+    assert [row.type for row in changed_conditions(before, broken)] == ["Degraded"]
+    assert [row.type for row in broken if is_bad(row)] == ["Degraded"]
+
+
+def test_conditions_are_read_back_and_what_cannot_be_read_is_left_out() -> None:
+    rows = [row.model_dump(mode="json", by_alias=True) for row in build_conditions(WELL, {}, NOW)]
+    document = {"status": {"conditions": [{"type": "Ready"}, {"nonsense": 1}, *rows]}}
+    assert list(read_conditions(document).values()) == list(build_conditions(WELL, {}, NOW))
+    assert read_conditions({}) == {}
+
+
+findings = st.lists(st.sampled_from([BROKEN, ALSO]), max_size=2)
+anything_seen = st.builds(
+    Seen,
+    invalid=st.sampled_from(["", "spec: no"]),
+    refused=st.sampled_from(["", "no"]),
+    paused=st.booleans(),
+    desired=st.integers(0, 3),
+    engines=st.integers(0, 3),
+    ready=st.integers(0, 3),
+    gateways=st.integers(0, 2),
+    rolling=st.sampled_from([(), ("a",)]),
+    missing_kind=st.sampled_from(["", "LeaderWorkerSet"]),
+    findings=findings,
+    limited=st.sampled_from([None, ("NoSignal", "stale")]),
+)
+
+
+@given(anything_seen)
+def test_whatever_was_seen_there_is_one_condition_of_each_kind_and_nothing_changes_without_a_change(seen: Seen) -> None:
+    rows = build_conditions(seen, {}, NOW)
+    assert len({row.type for row in rows}) == len(rows) == 6
+    before = {row.type: row for row in rows}
+    assert build_conditions(seen, before, NOW + timedelta(days=1)) == rows
+    ready: Condition = before["Ready"]
+    if ready.status is ConditionStatus.TRUE:
+        assert seen.gateways, "without a gateway nothing serves"

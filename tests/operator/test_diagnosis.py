@@ -1,0 +1,153 @@
+"""What is wrong with pods, in words that say what to do."""
+
+from typing import Any
+
+import pytest
+from moe_operator.kubernetes.diagnosis import LONGEST_MESSAGE, find_problems
+from pods import agent, pod
+
+Document = dict[str, Any]
+
+
+def unscheduled(message: str, **requests: str) -> Document:
+    found = pod(ready=False)
+    found["spec"]["containers"][0]["resources"] = {"requests": requests}
+    found["status"]["conditions"].append({"type": "PodScheduled", "status": "False", "message": message})
+    return found
+
+
+def with_container(field: str = "containerStatuses", **status: Any) -> Document:
+    found = pod(ready=False)
+    found["status"][field] = [{"name": "engine", "image": "sha256:1", "ready": False, "restartCount": 0} | status]
+    return found
+
+
+def waiting(reason: str, message: str = "told") -> Document:
+    return {"state": {"waiting": {"reason": reason, "message": message}}}
+
+
+def ended(reason: str = "Error", **more: Any) -> Document:
+    return {"lastState": {"terminated": {"reason": reason, "exitCode": 1} | more}, "restartCount": 2}
+
+
+GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes are available"
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "advice"),
+    [
+        (
+            unscheduled(GPUS, **{"nvidia.com/gpu": "8", "cpu": "1"}),
+            "Unschedulable",
+            "no node has nvidia.com/gpu: 8 free; add nodes or ask for less, see spec.engine",
+        ),
+        (
+            unscheduled("1 Insufficient cpu, 1 Insufficient memory.", cpu="4", memory="64Gi"),
+            "Unschedulable",
+            "no node has cpu: 4, memory: 64Gi free",
+        ),
+        (
+            unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {a: b}."),
+            "Unschedulable",
+            "no node can take the pod",
+        ),
+        *(
+            (
+                with_container(**waiting(reason)),
+                "ImageCannotBePulled",
+                "the image registry.test/it:1 cannot be pulled; check its name, the registry and imagePullSecrets",
+            )
+            for reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName")
+        ),
+        (
+            with_container("initContainerStatuses", name="setup", **waiting("ImagePullBackOff")),
+            "ImageCannotBePulled",
+            "the image sha256:1 cannot be pulled",
+        ),
+        (
+            with_container(**waiting("CreateContainerConfigError", 'secret "hub" not found')),
+            "SecretMissing",
+            "make the Secret that spec.model.tokenSecret names",
+        ),
+        (
+            with_container(**waiting("CreateContainerConfigError", 'configmap "mine" not found')),
+            "ContainerCannotStart",
+            "correct the pod's configuration",
+        ),
+        (
+            with_container(**waiting("RunContainerError", "exec: no such file")),
+            "ContainerCannotStart",
+            "the container cannot be started",
+        ),
+        (with_container(**ended("OOMKilled")), "OutOfMemory", "raise spec.engine.resources.memory or serve with less"),
+        (
+            with_container(**ended(message="boom", exitCode=3)),
+            "CrashLooping",
+            "the container engine ends again and again (status 3); see its log",
+        ),
+    ],
+)  # fmt: skip
+def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: str, advice: str) -> None:
+    (finding,) = find_problems([found], {})
+    assert finding.reason == reason
+    assert finding.message.startswith(advice), finding.message
+    assert finding.pod == "tiny-engine-a"
+    assert "tiny-engine-a" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("last_exit", "reason", "advice"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory",
+            "OutOfMemory",
+            "the engine ran out of memory; lower --max-model",
+        ),
+        ("No available memory for the cache blocks", "OutOfMemory", "the engine ran out of memory"),
+        ("ended by signal 9", "OutOfMemory", "the engine was killed, as when memory runs out"),
+        ("OSError: org/x is not a valid model identifier", "ModelNotFound", "the model cannot be loaded"),
+        ("GatedRepoError: 401 Client Error", "ModelNotFound", "the model cannot be loaded"),
+        ("ValueError: unrecognised argument", "EngineFailing", "vLLM ends before it is ready"),
+    ],
+)
+def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str) -> None:
+    state = agent("backoff", engine={"restarts": 1, "last_exit": last_exit})
+    (finding,) = find_problems([pod(ready=False)], {"tiny-engine-a": state})
+    assert finding.reason == reason
+    assert finding.message.startswith(advice)
+    assert last_exit in finding.message, "the words of the engine stand in full"
+
+
+@pytest.mark.parametrize("phase", ["ready", "draining", "stopped"])
+def test_an_engine_that_runs_again_is_no_finding(phase: str) -> None:
+    state = agent(phase, engine={"restarts": 1, "last_exit": "CUDA out of memory"})
+    assert find_problems([pod()], {"tiny-engine-a": state}) == []
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pod(),
+        pod(ready=False),
+        with_container(**waiting("ContainerCreating")),
+        with_container(**(ended() | {"ready": True})),
+        with_container(**(ended() | {"restartCount": 0})),
+        unscheduled(GPUS) | {"metadata": pod(ending=True)["metadata"]},
+    ],
+    ids=["ready", "not yet", "creating", "came back", "first", "ending"],
+)  # fmt: skip
+def test_what_is_well_or_on_its_way_is_no_finding(found: Document) -> None:
+    assert find_problems([found], {}) == []
+
+
+def test_a_reason_is_told_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
+    long = with_container(**waiting("ErrImagePull", "x" * 5000))
+    other = with_container(**waiting("ErrImagePull")) | {"metadata": pod("tiny-engine-b")["metadata"]}
+    (finding,) = find_problems([other, long], {})
+    assert finding.pod == "tiny-engine-a"
+    assert len(finding.message) == LONGEST_MESSAGE
+
+
+def test_pods_without_any_status_are_no_finding() -> None:
+    bare: Document = {"metadata": {"name": "x"}, "spec": {"containers": [{"name": "engine"}]}}
+    assert find_problems([bare], {}) == []

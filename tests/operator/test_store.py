@@ -1,0 +1,95 @@
+"""What the operator remembers: the newest version of each object, by resource, and what a list says is gone."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_operator.kubernetes.kinds import CONFIG_MAP, POD, SERVING, Kind
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan.names import INSTANCE
+
+Document = dict[str, Any]
+KEY = Key("ns", "tiny")
+
+
+def document(name: str = "a", version: int = 1, uid: str = "u", of: str | None = "tiny") -> Document:
+    labels = {} if of is None else {INSTANCE: of}
+    return {
+        "metadata": {"name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    }
+
+
+def test_an_older_version_is_no_news_and_changes_nothing() -> None:
+    store = Store()
+    assert store.put(POD, document(version=9)) == KEY
+    assert store.put(POD, document(version=9)) is None
+    assert store.put(POD, document(version=8)) is None
+    # As numbers: as texts 10 would be less than 9.
+    assert store.put(POD, document(version=10)) == KEY
+    assert store.of(KEY, POD) == [document(version=10)]
+
+
+def test_another_object_of_the_name_is_news_whatever_its_version() -> None:
+    store = Store()
+    store.put(POD, document(version=9))
+    assert store.put(POD, document(version=3, uid="another")) == KEY
+    assert store.remove(POD, document(version=9)) == KEY, "the end of the old one is told late"
+    assert store.of(KEY, POD) == [document(version=3, uid="another")]
+
+
+def test_an_object_belongs_to_the_resource_that_its_label_names_and_a_resource_to_itself() -> None:
+    store = Store()
+    assert store.put(SERVING, document("tiny", of=None)) == KEY
+    assert store.put(CONFIG_MAP, document("tiny-settings")) == KEY
+    assert store.put(CONFIG_MAP, document("other", of=None)) is None
+    assert store.serving(KEY) == document("tiny", of=None)
+    assert [*store.children(KEY, [CONFIG_MAP])] == [(CONFIG_MAP, document("tiny-settings"))]
+    assert store.known() == [KEY]
+
+
+def test_what_is_forgotten_leaves_nothing_behind() -> None:
+    store = Store()
+    store.put(POD, document())
+    store.remove(POD, document())
+    assert store.known() == []
+    assert store.remove(POD, document()) == KEY
+    assert store.known() == [], "the end of what was never known is kept nowhere"
+
+
+def test_a_list_says_what_is_gone_but_not_of_what_came_after_it_was_asked_for() -> None:
+    store = Store()
+    store.put(POD, document("gone"))
+    store.put(POD, document("stays"))
+    before = store.places(POD)
+    store.put(POD, document("new"))
+    assert store.replace(POD, [document("stays")], before) == {KEY}
+    assert {row["metadata"]["name"] for row in store.every(POD)} == {"stays", "new"}
+    assert store.replace(POD, [document("stays"), document("new")], store.places(POD)) == set(), "no news"
+
+
+kinds = st.sampled_from([POD, CONFIG_MAP])
+objects = st.builds(
+    document, st.sampled_from("ab"), st.integers(1, 4), st.sampled_from(["u", "v"]), st.sampled_from(["tiny", "big"])
+)
+
+
+@given(st.lists(st.tuples(st.booleans(), kinds, objects)))
+def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tuple[bool, Kind, Document]]) -> None:
+    store, versions = Store(), {}
+    for is_put, kind, entry in steps:
+        metadata = entry["metadata"]
+        place = (kind, metadata["labels"][INSTANCE], metadata["name"], metadata["uid"])
+        if is_put:
+            store.put(kind, entry)
+            versions[place] = max(versions.get(place, 0), int(metadata["resourceVersion"]))
+        else:
+            store.remove(kind, entry)
+            versions.pop(place, None)
+        for kept in (POD, CONFIG_MAP):
+            for live in store.every(kept):
+                meta = live["metadata"]
+                assert (
+                    int(meta["resourceVersion"]) <= versions[kept, meta["labels"][INSTANCE], meta["name"], meta["uid"]]
+                )
+                assert store.get(Key("ns", meta["labels"][INSTANCE]), kept, meta["name"]) == live
+        assert all(store.children(key, [POD, CONFIG_MAP]) for key in store.known())

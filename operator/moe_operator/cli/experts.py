@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_scheduling.expert import count_moves, score_balance
+from moe_scheduling.expert import count_moves
 from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
 from moe_operator.cli.validate import one_line
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive, wait_for_directive
 from moe_operator.experts.document import ExpertsDocument
-from moe_operator.experts.load import read_load, read_placement
+from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import decision_document, plan_document, render_decision
 from moe_operator.experts.reach import Agent, Cluster, Reached, reach_cluster, reach_local
 from moe_operator.local.failure import Failure
@@ -165,7 +165,7 @@ def describe_change(document: ExpertsDocument, rows: Any) -> str:
     words = f"{count_moves(before, after).sum()} experts move"
     if (load := read_load(document)) is None:
         return f"{words}; what it wins is not known, no load is recorded"
-    old, new = (score_balance(load, placement).mean for placement in (before, after))
+    old, new = (balance_of(load, placement) for placement in (before, after))
     return f"{words}, balance {old:.2f} -> {new:.2f} under the load of the last {document.load.steps:.0f} steps"
 
 

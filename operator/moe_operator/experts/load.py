@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from moe_scheduling.expert import ExpertCosts, ExpertLoad, Placement
+from moe_scheduling.expert_cost import load_of_ranks
 from moe_scheduling.placement import Floats, check_experts
 
 from moe_operator.experts.document import ExpertsDocument
@@ -71,6 +72,13 @@ def over_mean(values: Floats) -> Floats:
     mean = values.mean(axis=1, keepdims=True)
     ratios: Floats = np.divide(values, mean, out=np.ones_like(values), where=mean > 0)
     return ratios
+
+
+def balance_of(load: ExpertLoad, placement: Placement) -> float:
+    """Load of the busiest rank over the mean, mean over the layers weighted by their tokens; 1 without tokens."""
+    ranks = load_of_ranks(load, placement)
+    mean = float(ranks.mean(axis=1).sum())
+    return float(ranks.max(axis=1).sum()) / mean if mean > 0 else 1.0
 
 
 def find_hottest(load: ExpertLoad, placement: Placement, count: int) -> list[HotExpert]:

@@ -12,7 +12,7 @@ import pytest
 from moe_gateway.cli import app
 from typer.testing import CliRunner
 
-from tests.gateway.conftest import SSE_END, SSE_HEAD, Client, event, free_port, post, prompt
+from tests.gateway.conftest import SSE_END, SSE_HEAD, Client, answer_ok, event, free_port, post, prompt, until
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ async def launch(tmp_path, clients) -> AsyncIterator[Callable[..., Any]]:
     processes = []
 
     async def start(document: Any, *options: str, token: str | None = "secret\n") -> asyncio.subprocess.Process:
-        path, token_path = tmp_path / "gateway.json", tmp_path / "token"
+        path, token_path = tmp_path / f"gateway-{len(processes)}.json", tmp_path / "token"
         if token is not None:
             token_path.write_text(token)
         if isinstance(document, dict):
@@ -163,6 +163,47 @@ async def test_sigterm_ends_streams_whole_refuses_new_connections_and_then_the_p
     (row,) = [row for row in map(json.loads, errors.splitlines()) if row.get("request_id") == "seen-1"]
     assert (row["status"], row["route"], row["engine"], row["rank"]) == (200, "completions", engine.name, 0)
     assert 0 < row["ttft_s"] <= row["duration_s"]
+
+
+async def test_a_gateway_that_is_replaced_under_load_fails_no_request(launch, make_engine, clients):
+    """Clients keep their connections, as those of a Service do whose pod is about to end."""
+
+    async def answer(request, writer):
+        await asyncio.sleep(0.02)
+        await answer_ok(request, writer)
+
+    engine = await make_engine(answer)
+    configs = [ports() | {"engines": [engine.address]} for _ in range(2)]
+    leaving, _ = [await launch(config) for config in configs]
+    open_ports = [config["listen"]["port"] for config in configs]
+    for port in open_ports:
+        await ready(clients, port)
+    end, statuses, closed = asyncio.Event(), [], []
+
+    async def ask_and_ask(number: int) -> None:
+        client = None
+        while not end.is_set():
+            if client is None or client.reader.at_eof():
+                client = await connect(clients, open_ports[number % len(open_ports)])
+            client.send(post(prompt()))
+            answer = await client.answer()
+            statuses.append(answer.status)
+            if answer.headers.get(b"connection") == b"close":
+                closed.append(client)
+                client = None
+            await asyncio.sleep(0.05 * (number % 4))
+
+    asking = asyncio.gather(*(ask_and_ask(number) for number in range(8)))
+    await until(lambda: len(statuses) > 50)
+    del open_ports[0]
+    leaving.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(leaving.wait(), 20) == 0
+    since = len(statuses)
+    await until(lambda: len(statuses) > since + 50)
+    end.set()
+    await asyncio.wait_for(asking, 20)
+    assert set(statuses) == {200}
+    assert closed
 
 
 async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):

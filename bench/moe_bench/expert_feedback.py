@@ -316,9 +316,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m moe_bench.expert_feedback", description=__doc__)
     parser.add_argument("--seeds", type=int, default=12, help="pairs of runs (default: 12)")
     parser.add_argument("--seconds", type=float, default=300.0, help="virtual seconds a run (default: 300)")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="one alone (default: all)")
     options = parser.parse_args()
     print("scenario | variant | mean TTFT | p99 TTFT | error of the prediction (over those of the line alone, 95 %)")
     for name, scenario in SCENARIOS.items():
+        if options.scenario not in (None, name):
+            continue
         runs = {
             label: [simulate(scenario, variant, options.seconds, seed) for seed in range(options.seeds)]
             for label, variant in VARIANTS.items()

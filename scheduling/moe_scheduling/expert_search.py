@@ -17,9 +17,9 @@ from moe_scheduling.placement import Flags, Floats, Ints, Placement, Singles, co
 # A rank that is busier than the mean by less is left alone.
 _EVEN_ENOUGH = np.float32(5e-4)
 # A hot rank waits for its turn until the hottest of its layer is not more than so many times above the mean.
-_HOT_PART = np.float32(0.4)
+_HOT_PART = np.float32(0.6)
 # Part of a hot rank's excess that one move has to be worth; without it, once nothing is found with it.
-_MOVE_PRICE = np.float32(0.2)
+_MOVE_PRICE = np.float32(0.3)
 _BLOCKED = np.float32(1e30)
 _LEAST_GAIN = np.float32(1e-4)
 
@@ -200,7 +200,7 @@ def _largest_share(work: Singles, ranks: int, places: int) -> Singles:
         hot = np.minimum((work > share[:, None] / 2).sum(1), ranks)
         filling = np.clip(hot * (places - 1), 1, work.shape[1])
         room = mean - (places - 1) * coldest[np.arange(len(work)), filling - 1] / filling
-        share = np.clip(room, np.float32(0.3) * mean, np.float32(0.95) * mean).astype(np.float32)
+        share = np.clip(room, np.float32(0.45) * mean, np.float32(0.95) * mean).astype(np.float32)
     return np.asarray(share, dtype=np.float32)
 
 

@@ -313,7 +313,7 @@ def find_scheduler(path: str) -> SchedulerFactory:
         with foreign_warnings():
             found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidInput([Problem("engine.scheduler", f"no class {path!r}: {error}")]) from None
+        raise InvalidInput([Problem("engines.scheduler", f"no class {path!r}: {error}")]) from None
     return found  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from moe_bench.simulator.arrivals import ClosedLoop, OpenLoop, Senders
 from moe_bench.simulator.costs import IDLE, CostModel, Work
 from moe_bench.simulator.group import Group
 from moe_bench.simulator.outcome import Figures, measure
+from moe_bench.simulator.prefills import share_prefills
 from moe_bench.simulator.rank import OURS, EngineLimits, RankMaker, SchedulerFactory
 from moe_bench.simulator.rivals import RIVALS
 from moe_bench.simulator.router import OwnGateway, Router, RouterFactory, Wire
@@ -158,6 +159,7 @@ def _ready_s(simulation: Simulation, number: int) -> float:
 
 def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> Group:
     ranks = [maker.make(simulation.limits, simulation.scheduler, simulation.request) for _ in range(simulation.ranks)]
+    share_prefills(ranks)
     return Group(
         name,
         ranks,

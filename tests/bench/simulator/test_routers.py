@@ -1,0 +1,208 @@
+"""Rivals: each rule on a table of cases, and what all of them must never do."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_bench.simulator.rivals import RIVALS
+from moe_bench.simulator.workload import SimRequest
+from moe_scheduling.signals import EngineSignal, Target
+
+NAMES = sorted(RIVALS)
+
+
+class FakeWire:
+    """Takes down what a router does."""
+
+    def __init__(self):
+        self.sent, self.refused = [], []
+
+    def send(self, request, target):
+        request.attempts += 1
+        self.sent.append(target.server)
+
+    def refuse(self, request, reason):
+        request.failure = reason
+        self.refused.append(reason)
+
+
+def request(index, *, prompt_tokens=1000, **values):
+    return SimRequest(index=index, arrival_s=0.0, prompt_tokens=prompt_tokens, output_tokens=4, **values)
+
+
+def make(name, engines=3, gateways=1):
+    wire = FakeWire()
+    targets = [Target(f"e{number}") for number in range(engines)]
+    router = RIVALS[name].make(wire, targets, 0, gateways=gateways, seed=1)
+    for target in targets:
+        router.set_ready(target.server, True, 0.0)
+    return router, wire
+
+
+def see(router, server, **signal):
+    router.observe(Target(server), EngineSignal(**signal), 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_engine_is_a_refusal(name):
+    router, wire = make(name)
+    for number in range(3):
+        router.set_ready(f"e{number}", False, 0.0)
+    router.arrive(request(1), 0.0)
+    assert (wire.sent, len(wire.refused)) == ([], 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_that_is_not_ready_gets_nothing(name):
+    router, wire = make(name)
+    router.set_ready("e1", False, 0.0)
+    for index in range(30):
+        router.arrive(request(index), 0.0)
+    assert set(wire.sent) <= {"e0", "e2"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failed_request_goes_to_another_engine_once(name):
+    router, wire = make(name)
+    row = request(1)
+    router.arrive(row, 0.0)
+    router.failed(row, 1.0)
+    assert len(wire.sent) == 2
+    assert wire.sent[0] != wire.sent[1]
+    router.failed(row, 2.0)
+    assert (len(wire.sent), wire.refused) == (2, ["its engine failed"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_stream_is_not_sent_again(name):
+    router, wire = make(name)
+    row = request(1)
+    router.arrive(row, 0.0)
+    row.first_token_s = 0.5
+    router.answered(row, 0.5)
+    router.failed(row, 1.0)
+    assert (len(wire.sent), wire.refused) == (1, ["its engine failed"])
+
+
+@given(st.sampled_from(NAMES), st.lists(st.integers(0, 3), max_size=60))
+def test_what_was_settled_leaves_nothing_behind(name, moves):
+    router, _ = make(name)
+    rows, count = [], 0
+    for move in moves:
+        if move == 0 and rows:
+            row = rows.pop(0)
+            row.first_token_s = row.finished_s = 1.0
+            router.answered(row, 1.0)
+            router.settled(row, 1.0)
+        else:
+            row = request(count, prompt_tokens=move * 300 + 1, session=f"s{move}")
+            count += 1
+            router.arrive(row, 0.0)
+            rows.append(row)
+    assert sum(router.in_flight.values()) == len(rows)
+    for row in rows:
+        row.first_token_s = row.finished_s = 1.0
+        router.answered(row, 2.0)
+        router.settled(row, 2.0)
+    assert not any(router.in_flight.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_choices(name):
+    def choices():
+        router, wire = make(name)
+        for index in range(50):
+            router.arrive(request(index, prompt_tokens=100 + index, session=f"s{index % 7}"), 0.0)
+        return wire.sent
+
+    assert choices() == choices()
+
+
+def test_round_robin_goes_round():
+    router, wire = make("roundRobin")
+    for index in range(6):
+        router.arrive(request(index), 0.0)
+    assert wire.sent == ["e0", "e1", "e2"] * 2
+
+
+def test_vllm_counts_what_it_sent_since_the_last_statistics():
+    router, wire = make("vllmInternal")
+    for server, running in (("e0", 5), ("e1", 5), ("e2", 3)):
+        see(router, server, running=running)
+    for index in range(3):
+        router.arrive(request(index), 0.0)
+    assert wire.sent[:2] == ["e2", "e2"]
+    assert wire.sent[2] in ("e0", "e1", "e2")
+
+
+def test_vllm_shuns_a_queue_on_a_full_cache():
+    router, wire = make("vllmInternal", engines=2)
+    see(router, "e0", running=1, waiting=2, kv_usage=0.9)
+    see(router, "e1", running=4)
+    router.arrive(request(1), 0.0)
+    # 3 + 2 * 6 * 0.4 = 7.8 against 4.
+    assert wire.sent == ["e1"]
+
+
+def test_a_session_stays_under_consistent_hash_and_moves_only_when_it_must():
+    router, wire = make("consistentHash", engines=5)
+    for index in range(40):
+        router.arrive(request(index, session=f"s{index % 10}"), 0.0)
+    homes = dict(zip((f"s{index % 10}" for index in range(40)), wire.sent, strict=True))
+    assert all(homes[f"s{index % 10}"] == server for index, server in enumerate(wire.sent))
+    gone = homes["s0"]
+    router.set_ready(gone, False, 0.0)
+    for index in range(10):
+        router.arrive(request(100 + index, session=f"s{index}"), 0.0)
+    moved = {f"s{index}" for index, server in enumerate(wire.sent[40:]) if server != homes[f"s{index}"]}
+    assert moved == {session for session, server in homes.items() if server == gone}
+
+
+def test_cache_aware_follows_the_prefix_until_the_fleet_is_unbalanced():
+    router, wire = make("cacheAware", engines=2)
+    for index in range(70):
+        router.arrive(request(index, prompt_tokens=1024, pieces=(1, 2)), 0.0)
+    assert set(wire.sent[:65]) == {wire.sent[0]}
+    assert wire.sent[65] != wire.sent[0]
+
+
+def test_gimbal_goes_down_its_cascade():
+    router, wire = make("gimbal")
+    for server, use in (("e0", 0.95), ("e1", 0.5), ("e2", 0.45)):
+        see(router, server, kv_usage=use)
+    router.arrive(request(1, prompt_tokens=2900, session="a"), 0.0)
+    home = wire.sent[0]
+    assert home in ("e1", "e2")
+    router.arrive(request(2, prompt_tokens=200, session="a"), 0.0)
+    # 3,100 tokens there and none at the other: the load decides before the session does.
+    router.arrive(request(3, prompt_tokens=10, session="a"), 0.0)
+    assert wire.sent[1] == home
+    assert wire.sent[2] != home
+    see(router, "e1", kv_usage=0.8)
+    router.arrive(request(4), 0.0)
+    assert wire.sent[3] == "e2"
+
+
+def test_llm_d_prefers_the_short_queue_and_the_held_prefix():
+    router, wire = make("llmD", engines=2)
+    see(router, "e0", waiting=5)
+    router.arrive(request(1, prompt_tokens=512, pieces=(1,)), 0.0)
+    assert wire.sent == ["e1"]
+    see(router, "e0", waiting=0)
+    # Queues are equal: the whole prompt held at e1 is worth 3.
+    router.arrive(request(2, prompt_tokens=512, pieces=(1,)), 0.0)
+    assert wire.sent == ["e1", "e1"]
+
+
+def test_dynamo_weighs_a_held_prefix_against_active_blocks():
+    router, wire = make("dynamo", engines=2)
+    first = request(1, prompt_tokens=512, pieces=(1,))
+    router.arrive(first, 0.0)
+    home = wire.sent[0]
+    # There: 32 uncached and 32 active blocks of the first; held here it would be 64 + 32, elsewhere 64.
+    router.arrive(request(2, prompt_tokens=512, pieces=(1,)), 0.0)
+    assert wire.sent[1] != home
+    first.first_token_s = first.finished_s = 1.0
+    router.answered(first, 1.0)
+    router.settled(first, 1.0)
+    router.arrive(request(3, prompt_tokens=512, pieces=(1,)), 1.0)
+    assert wire.sent[2] == home

@@ -93,7 +93,7 @@ def judge_experts(experts: ExpertsStatus, *, has_group: bool, before: Condition 
 def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None:
     """Why nothing is known, where nothing can be."""
     if not has_group:
-        told = "spec.engine.parallelism.expert is not set: there is nothing to balance, spec.scheduling.expert says nothing"
+        told = "spec.engine.parallelism.expert is not set: nothing to balance, scheduling.expert has no effect"
         return UNKNOWN, "NoExpertGroup", told
     if experts.mode is None:
         return UNKNOWN, "NotRecorded", "no engine says anything of its experts yet"

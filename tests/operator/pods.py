@@ -34,7 +34,9 @@ def pod(
 def agent(phase: str = "ready", **values: Any) -> Document:
     """What an agent says."""
     rank = {
-        "rank": 0, "age_s": 0.0, "step": 1, "running": 3, "waiting": 1, "kv_usage": 0.5, "computed_tokens": 1000,
+        "rank": 0, "age_s": 0.0, "step": 1, "running": 3, "waiting": 1, "waiting_prefill_tokens": 9,
+        "running_prefill_tokens": 4, "decode_tokens": 2, "kv_usage": 0.5, "preemptions": 0, "computed_tokens": 1000,
+        "step_time": None, "expert_balance": 1.0, "expert_pressure": 1.0,
     }  # fmt: skip
     state = {"phase": phase, "engine": {"restarts": 0, "last_exit": ""}, "ranks": [rank], "config": {}}
     return state | values

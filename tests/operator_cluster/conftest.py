@@ -6,8 +6,7 @@ import pytest
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
 from operator_process import eventually
-
-CRD = Path(__file__).parents[2] / "crds" / "moeserving.yaml"
+from serving_documents import CRD
 
 
 @pytest.fixture(scope="session")

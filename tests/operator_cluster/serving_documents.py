@@ -1,9 +1,11 @@
 """Resources of these tests, as people write them."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
+CRD = Path(__file__).parents[2] / "crds" / "moeserving.yaml"
 MINIMAL: Document = {
     "apiVersion": "moeserving.dev/v1alpha1",
     "kind": "MoEServing",

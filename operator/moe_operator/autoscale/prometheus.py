@@ -20,7 +20,8 @@ from moe_operator.autoscale.signal import Fleet
 from moe_operator.plan.names import Names
 
 TIMEOUT_S = 5
-WINDOW = "30s"
+# Four scrapes of the monitors that the plan makes: with fewer a rate has gaps.
+WINDOW = "1m"
 
 log = logging.getLogger("moeserving.operator")
 
@@ -30,17 +31,18 @@ _ENGINE = "moeserving_engine"
 
 def build_queries(namespace: str, names: Names) -> dict[str, str]:
     """The query of each field of the signal."""
-    gateway = f'{{namespace="{namespace}",pod=~"{names.gateway}-.*"}}'
-    engine = f'{{namespace="{namespace}",pod=~"{names.engine}-.*"}}'
+    # A pod's name has one or two words more than that of what made it; with more it is another resource's.
+    gateway = f'{{namespace="{namespace}",pod=~"{names.gateway}(-[a-z0-9]+){{1,2}}"}}'
+    engine = f'{{namespace="{namespace}",pod=~"({names.engine}|{names.canary})(-[a-z0-9]+){{1,2}}"}}'
     ttft = f"{_GATEWAY}_ttft_seconds"
     return {
         "wait_s": f"min({_GATEWAY}_wait_seconds{gateway})",
-        "kv_usage": f"avg({_ENGINE}_kv_usage{engine})",
+        "kv_usage": f"avg(max by (pod) ({_ENGINE}_kv_usage_ratio{engine}))",
         "ttft_s": f"sum(rate({ttft}_sum{gateway}[{WINDOW}])) / sum(rate({ttft}_count{gateway}[{WINDOW}]))",
         "tokens_per_s": f"sum(rate({_ENGINE}_computed_tokens_total{engine}[{WINDOW}]))",
         "arrivals_per_s": f"sum(rate({_GATEWAY}_arrivals_total{gateway}[{WINDOW}]))",
         "held": f"sum({_GATEWAY}_held_requests{gateway})",
-        "held_since_s": f"max({_GATEWAY}_held_since_seconds{gateway})",
+        "held_since_s": f"max({_GATEWAY}_held_seconds{gateway})",
         "in_flight": f"sum({_GATEWAY}_in_flight_requests{gateway})",
         # Age of the newest sample: Prometheus itself goes on answering with old ones for five minutes.
         "age_s": f"time() - min(timestamp({_GATEWAY}_held_requests{gateway}))",

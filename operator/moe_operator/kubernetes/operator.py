@@ -29,6 +29,7 @@ LEASE_NAME = "moeserving-operator"
 # The API server sends a bookmark each minute: a watch that is silent for longer is dead.
 INACTIVITY_S = 90.0
 KOPF_END_S = 10.0
+BEGIN_EVERY_S = 2.0
 # Of kinds that the cluster lacked: who installs one waits for no resync.
 KINDS_EVERY_S = 60.0
 
@@ -66,7 +67,8 @@ class Operator:
         self._stop.set()
 
     async def _run_parts(self) -> None:
-        await self._relist()
+        if not await self._begin():
+            return
         parts = [
             asyncio.create_task(self._watch(), name="watch"),
             asyncio.create_task(self._election.run(), name="election"),
@@ -113,6 +115,19 @@ class Operator:
             for key in self._store.replace(kind, documents, before):
                 self._queue.add(key)
         self._reconciler.kinds = frozenset(present)
+
+    async def _begin(self) -> bool:
+        """The first look, once the API server answers and knows the resource; False when told to stop before."""
+        while not self._stop.is_set():
+            try:
+                await self._relist()
+            except (ApiError, httpx2.HTTPError, OSError) as error:
+                log.warning("not yet: %s; is the CRD installed, does the API server run?", error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), BEGIN_EVERY_S)
+            else:
+                return True
+        return False
 
     async def _resync(self) -> None:
         while True:

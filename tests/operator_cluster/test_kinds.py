@@ -1,0 +1,286 @@
+"""Kinds that a cluster may lack: LeaderWorkerSets for several nodes, monitors of Prometheus; and an older CRD of ours.
+
+The CRDs of others stand here as their documentation has them, what this product does not use left out: LeaderWorkerSet
+of lws.sigs.k8s.io v0.7 (whose status says no `observedGeneration`), monitors of the Prometheus operator v0.85.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_api import ApiCluster
+from cluster_problem import ClusterProblem
+from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
+from lightkube.types import PatchType
+from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
+from moe_operator.kubernetes.store import Key
+from moe_operator.plan.names import LWS_WORKER_INDEX
+from operator_process import OperatorProcess, eventually
+from serving_documents import CRD, serving
+from stand_in_peers import peers_listening
+
+Document = dict[str, Any]
+ANY = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+COUNT = {"type": "integer", "format": "int32"}
+EITHER = {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
+TWO_NODES = {"parallelism": {"data": 16, "nodes": 2, "expert": True}}
+
+
+def an_object(**fields: Document) -> Document:
+    return {"type": "object", "properties": fields}
+
+
+def one_of(*values: str) -> Document:
+    return {"type": "string", "enum": list(values)}
+
+
+SETS = an_object(
+    spec=an_object(
+        replicas=COUNT | {"default": 1},
+        startupPolicy=one_of("LeaderCreated", "LeaderReady") | {"default": "LeaderCreated"},
+        rolloutStrategy=an_object(
+            type=one_of("RollingUpdate") | {"default": "RollingUpdate"},
+            rollingUpdateConfiguration=an_object(
+                partition=COUNT | {"default": 0},
+                maxUnavailable=EITHER | {"default": 1},
+                maxSurge=EITHER | {"default": 0},
+            ),
+        ),
+        leaderWorkerTemplate=an_object(
+            size=COUNT | {"default": 1},
+            restartPolicy=one_of("Default", "RecreateGroupOnPodRestart", "None") | {"default": "None"},
+            leaderTemplate=ANY,
+            workerTemplate=ANY,
+        )
+        | {"required": ["workerTemplate"]},
+        networkConfig=an_object(subdomainPolicy=one_of("Shared", "UniquePerReplica")),
+    )
+    | {"required": ["leaderWorkerTemplate"]},
+    status=an_object(
+        conditions={"type": "array", "items": ANY},
+        replicas=COUNT,
+        readyReplicas=COUNT,
+        updatedReplicas=COUNT,
+        hpaPodSelector={"type": "string"},
+    ),
+)
+
+
+def endpoints() -> Document:
+    endpoint = an_object(port={"type": "string"}, path={"type": "string"}, interval={"type": "string"})
+    return {"type": "array", "items": endpoint}
+
+
+SELECTOR = an_object(matchLabels={"type": "object", "additionalProperties": {"type": "string"}})
+MONITORS = {
+    "ServiceMonitor": an_object(spec=an_object(selector=SELECTOR, endpoints=endpoints())),
+    "PodMonitor": an_object(spec=an_object(selector=SELECTOR, podMetricsEndpoints=endpoints())),
+}
+
+
+def crd(group: str, kind: str, schema: Document, **more: Any) -> Document:
+    plural = f"{kind.lower()}s"
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    names = {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {"group": group, "scope": "Namespaced", "names": names, "versions": [version | more]},
+    }
+
+
+LEADER_WORKER_SETS = crd("leaderworkerset.x-k8s.io", "LeaderWorkerSet", SETS, subresources={"status": {}})
+PROMETHEUS = [crd("monitoring.coreos.com", kind, schema) for kind, schema in MONITORS.items()]
+
+
+@contextlib.contextmanager
+def installed(cluster: ApiCluster, *crds: Document) -> Iterator[None]:
+    """These kinds, until the end of the block."""
+    names = [f"crd/{row['metadata']['name']}" for row in crds]
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(crds))
+    try:
+        eventually(lambda: all(serves(cluster, row["spec"]["names"]["plural"]) for row in crds), "they are served")
+        yield
+    finally:
+        cluster.kubectl("delete", *names)
+
+
+def serves(cluster: ApiCluster, plural: str) -> bool:
+    try:
+        cluster.kubectl("get", plural, "-A")
+    except ClusterProblem:
+        return False
+    return True
+
+
+async def served(operator: FreshOperator, namespace: str, document: Document) -> Key:
+    made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
+    operator.store.put(SERVING, made)
+    key = Key(namespace, document["metadata"]["name"])
+    await operator.settle(key)
+    return key
+
+
+async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
+    return conditions(await fetch_serving(operator.api, key) or {})
+
+
+async def test_several_nodes_without_leader_worker_sets_are_told_with_what_to_do(
+    kubeconfig: Path, namespace: str
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine=TWO_NODES))
+        degraded = (await told(operator, key))["Degraded"]
+        assert (degraded["status"], degraded["reason"]) == ("True", "LeaderWorkerSetMissing")
+        assert degraded["message"] == (
+            "the cluster has no LeaderWorkerSet, which engines on several nodes need; install it (lws.sigs.k8s.io) "
+            "or set spec.engine.parallelism.nodes to 1"
+        )
+        await operator.api.merge(SERVING, *key, {"spec": {"engine": {"parallelism": {"nodes": 1}}}})
+        await operator.relist()
+        await operator.settle(key)
+        assert (await told(operator, key))["Degraded"]["status"] == "False"
+
+
+async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    with installed(serving_cluster, LEADER_WORKER_SETS):
+        async with started(serving_cluster.kubeconfig, namespace) as operator, peers_listening() as peers:
+            key = await served(operator, namespace, serving(engine=TWO_NODES | {"replicas": 1}))
+            assert (await told(operator, key))["Degraded"]["status"] == "False"
+            live = await operator.api.get(LEADER_WORKER_SET, namespace, "tiny-engine")
+            assert live is not None
+            spec = live["spec"]["leaderWorkerTemplate"]
+            assert (spec["size"], spec["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")
+            assert spec["leaderTemplate"] == spec["workerTemplate"]
+            for index in range(2):
+                await peers.make(
+                    operator.api, key, "engine", f"tiny-engine-0-{index}", **{LWS_WORKER_INDEX: str(index)}
+                )
+            await peers.make(operator.api, key, "gateway", "tiny-gateway-a")
+            # As its controller tells that one group of one is up to date.
+            status = {"replicas": 1, "readyReplicas": 1, "updatedReplicas": 1, "conditions": [{"type": "Available"}]}
+            client: Any = operator.api._client
+            await client.patch(
+                LEADER_WORKER_SET.status, "tiny-engine", {"status": status}, namespace=namespace,
+                patch_type=PatchType.MERGE,
+            )  # fmt: skip
+            await operator.relist()
+            await operator.settle(key)
+            serving_status = (await fetch_serving(operator.api, key) or {})["status"]
+            assert [row["name"] for row in serving_status["engines"]] == ["tiny-engine-0-0"]
+            assert (serving_status["replicas"], serving_status["readyReplicas"]) == (1, 1)
+            assert "tiny-engine" not in (await told(operator, key))["Progressing"]["message"]
+            before = writes(operator.api)
+            await operator.settle(key)
+            assert writes(operator.api) == before
+
+
+async def test_from_several_nodes_to_one_and_back_the_other_workload_goes(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    with installed(serving_cluster, LEADER_WORKER_SETS):
+        async with started(serving_cluster.kubeconfig, namespace) as operator:
+            key = await served(operator, namespace, serving(engine=TWO_NODES))
+            for nodes, wanted in ((1, "Deployment"), (2, "LeaderWorkerSet")):
+                await operator.api.merge(SERVING, *key, {"spec": {"engine": {"parallelism": {"nodes": nodes}}}})
+                await operator.relist()
+                await operator.settle(key)
+                found = await fetch_children(operator.api, namespace)
+                assert [
+                    kind for kind, name in found if name == "tiny-engine" and kind in ("Deployment", "LeaderWorkerSet")
+                ] == [wanted]
+
+
+async def test_monitors_are_made_where_their_kinds_are_known_and_only_when_wanted(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    with installed(serving_cluster, *PROMETHEUS):
+        async with started(serving_cluster.kubeconfig, namespace) as operator:
+            key = await served(operator, namespace, serving())
+            found = await fetch_children(operator.api, namespace)
+            assert {("ServiceMonitor", "tiny-engine"), ("PodMonitor", "tiny-gateway")} <= set(found)
+            await operator.api.merge(SERVING, *key, {"spec": {"metrics": {"serviceMonitor": False}}})
+            await operator.relist()
+            await operator.settle(key)
+            left = {kind for kind, _ in await fetch_children(operator.api, namespace)}
+            assert not {"ServiceMonitor", "PodMonitor"} & left
+
+
+def test_a_kind_that_is_installed_later_is_noticed_by_an_operator_that_runs(
+    serving_cluster: ApiCluster, namespace: str, tmp_path: Path
+) -> None:
+    serving_cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(serving()))
+    operator = OperatorProcess(
+        serving_cluster.kubeconfig, tmp_path / "log", "--namespace", namespace, "--resync", "2", own_namespace=namespace
+    )
+    try:
+        status = '--for=jsonpath={.status.conditions[?(@.type=="Degraded")].status}=False'
+        serving_cluster.kubectl("wait", "-n", namespace, "moes/tiny", status, "--timeout=60s")
+        with installed(serving_cluster, *PROMETHEUS):
+            eventually(
+                lambda: serving_cluster.kubectl("get", "servicemonitors,podmonitors", "-n", namespace, "-o", "name"),
+                "monitors",
+            )
+    finally:
+        operator.stop()
+
+
+def older(document: Document) -> Document:
+    """The CRD as an older version had it: without some sections, and with one that is gone since."""
+    made = json.loads(json.dumps(document))
+    spec = made["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    for name in ("disruption", "metrics"):
+        del spec[name]
+    del spec["gateway"]["properties"]["hold"], spec["gateway"]["default"]
+    spec["gateway"]["properties"]["oldTimeout"] = {"type": "string", "default": "1m"}
+    spec["engine"]["properties"]["replicas"] |= {"maximum": 100_000}
+    return made
+
+
+@pytest.mark.parametrize("replicas", [3, 3000])
+async def test_what_was_stored_under_an_older_crd_goes_on_under_the_newer_one(
+    serving_cluster: ApiCluster, namespace: str, replicas: int
+) -> None:
+    newer = yaml.safe_load(CRD.read_text("utf-8"))
+    apply = ("apply", "--server-side", "--force-conflicts", "-f", "-")
+    try:
+        serving_cluster.kubectl(*apply, stdin=json.dumps(older(newer)))
+        document = serving(engine={"replicas": replicas}, gateway={"oldTimeout": "5m"})
+        wanted = ("--validate=false", "-n", namespace, "-f", "-")
+        eventually(lambda: "oldTimeout" in crd_fields(serving_cluster), "the older schema is in force")
+        serving_cluster.kubectl("create", *wanted, stdin=json.dumps(document))
+    finally:
+        serving_cluster.kubectl(*apply, stdin=json.dumps(newer))
+    eventually(lambda: "oldTimeout" not in crd_fields(serving_cluster), "the newer schema is in force")
+    async with started(serving_cluster.kubeconfig, namespace) as operator:
+        key = Key(namespace, "tiny")
+        await operator.settle(key)
+        live = await fetch_serving(operator.api, key) or {}
+        assert "oldTimeout" not in live["spec"]["gateway"]
+        degraded = conditions(live)["Degraded"]
+        if replicas == 3:
+            assert degraded["status"] == "False"
+            assert len(await fetch_children(operator.api, namespace)) == 14
+        else:
+            assert degraded["reason"] == "InvalidSpec"
+            assert "spec.engine.replicas" in degraded["message"]
+            assert await fetch_children(operator.api, namespace) == {}
+        before = writes(operator.api)
+        await operator.settle(key)
+        assert writes(operator.api) == before
+        await operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": namespace}})
+        await operator.relist()
+        await operator.settle(key)
+        assert await fetch_serving(operator.api, key) is None
+
+
+def crd_fields(cluster: ApiCluster) -> str:
+    """What the API server says that the resource has: published once a schema is in force."""
+    return cluster.get("/openapi/v3/apis/moeserving.dev/v1alpha1")

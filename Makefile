@@ -13,7 +13,7 @@ SOURCES := scheduling gateway node_agent kernels operator bench tests
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-e2e generate verify bench bench-gateway format clean
+.PHONY: help setup demo check test test-vllm test-e2e generate verify bench bench-gateway bench-operator format clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,13 +39,13 @@ check: $(STAMP) ## Lint, types, import rules
 	$(BIN)/lint-imports
 
 test: check verify ## All tests but the long ones on real engines and on a real node; a smoke of both is in
-	$(BIN)/pytest -m "(not vllm and not cluster_node) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
+	$(BIN)/pytest -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) ## The whole real-engine suite
 	$(BIN)/pytest -m vllm tests/vllm
 
-test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux)
-	$(BIN)/pytest -m cluster_node
+test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux), and the full counts against an API server
+	$(BIN)/pytest -m "cluster_node or long"
 
 generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values
 	$(BIN)/python -m moe_operator.api.crd --write
@@ -55,11 +55,16 @@ verify: $(STAMP) ## Fail when a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python charts/generate.py --check
 
-bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry
+bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry; gateway and operator have targets of their own
 	$(BIN)/python -m moe_bench
 
 bench-gateway: $(STAMP) $(ROUTER)/.ready ## The gateway and vllm-router, side by side
 	$(BIN)/python -m moe_bench.gateway --vllm-router $(ROUTER)/bin/vllm-router
+
+bench-operator: $(STAMP) ## The operator under 1,000 resources, against a real API server
+	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \
+	kubeconfig=$$($(BIN)/python tests/cluster up --state-dir $$folder/state); \
+	$(BIN)/python -m moe_bench.reconciling --kubeconfig $$kubeconfig
 
 $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)

@@ -13,7 +13,7 @@ SOURCES := scheduling gateway node_agent kernels operator bench tests
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-e2e generate verify bench bench-gateway bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-operator format clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ test: check verify ## All tests but the long ones on real engines and on a real 
 
 test-vllm: $(STAMP) ## The whole real-engine suite
 	$(BIN)/pytest -m vllm tests/vllm
+
+test-vllm-experts: $(STAMP) ## Experts that move on a real group of two ranks, against a plain engine
+	$(BIN)/pytest -m vllm tests/vllm/test_experts.py
 
 test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux), and the full counts against an API server
 	$(BIN)/pytest -m "cluster_node or long"

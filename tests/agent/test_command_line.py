@@ -226,8 +226,8 @@ def test_a_hub_model_stays_online_and_a_gpu_has_no_cpu_settings(config):
     assert made.keys() == {"VLLM_NO_USAGE_STATS", "MOESERVING_RUN_DIR"}
 
 
-@pytest.mark.parametrize(("data", "tensor", "in_core"), [(1, 1, True), (2, 1, False), (1, 2, False)])
-def test_one_rank_on_the_cpu_computes_in_the_engine_core_itself(config, data, tensor, in_core):
+@pytest.mark.parametrize(("data", "tensor", "in_core"), [(1, 1, True), (2, 1, True), (1, 2, False)])
+def test_a_rank_of_one_worker_computes_in_its_engine_core_on_the_cpu(config, data, tensor, in_core):
     engine = config.engine.model_copy(update={"data_parallel": data, "tensor_parallel": tensor})
     config = config.model_copy(update={"engine": engine})
     assert ("uni" in build_arguments(engine, ALONE, cpu_build=True)) is in_core

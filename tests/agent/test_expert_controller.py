@@ -47,6 +47,7 @@ class Planner:
 def answer(placement: np.ndarray = BETTER, *, pays: bool = True) -> Answer:
     return Answer(
         pays=pays,
+        kept_by="" if pays else "balanced",
         reason="because",
         placement=placement,
         gain_s=0.001,

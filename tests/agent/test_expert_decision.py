@@ -57,6 +57,7 @@ def test_what_does_not_pay_stays_with_the_reason(asked, reason):
     answer = Decider().decide(asked)
     assert not answer.pays
     assert answer.reason.startswith(f"{reason}: ")
+    assert answer.kept_by == reason
 
 
 def test_a_load_that_turned_round_is_less_trusted():

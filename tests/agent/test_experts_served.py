@@ -43,6 +43,7 @@ HOT = np.array([9, 0, 0, 1])
 def decide(question: Question) -> Answer:
     return Answer(
         pays=True,
+        kept_by="",
         reason="pays",
         placement=BETTER,
         gain_s=0.001,
@@ -158,7 +159,7 @@ async def test_the_document_has_the_fields_of_the_contract(client, engine):
         *("number", "step", "age_s", "outcome", "reason", "moves", "predicted_gain_s", "measured_gain_s", "cost_s"),
         *("balance_before", "balance_after", "seconds", "physical_to_logical"),
     }
-    assert document["totals"].keys() == {"moves", "decisions", "lost_s", "won_s"}
+    assert document["totals"].keys() == {"moves", "decisions", "stayed", "lost_s", "won_s"}
     assert np.array(document["load"]["tokens"]).shape == (2, 3, 4)
     assert document["load"]["tokens"][1][2] == pytest.approx(HOT.tolist())
     assert document["load"]["hottest"][0] == {"layer": 0, "expert": 0, "tokens": pytest.approx(18.0)}
@@ -291,6 +292,7 @@ async def test_the_metrics_have_balance_hottest_experts_moves_and_outcomes(clien
         'moeserving_expert_decisions_total{engine="e0",outcome="applied"} 1.0',
         'moeserving_expert_hottest_expert{engine="e0",place="1"} 0.0',
         'moeserving_expert_problem{engine="e0",kind="version_skew"} 0.0',
+        'moeserving_expert_stayed_total{engine="e0",reason="balanced"} 0.0',
     ):
         assert row in lines
     assert names >= {

@@ -70,7 +70,8 @@ class Answer:
 
     Attributes:
         pays: whether to move.
-        reason: why, or why not.
+        kept_by: in one word, why nothing is to move; empty where it pays.
+        reason: why, or why not, in a sentence.
         placement: the candidate, also where it does not pay.
         gain_s: seconds a step that it would save.
         cost_s: seconds that moving takes.
@@ -79,6 +80,7 @@ class Answer:
     """
 
     pays: bool
+    kept_by: str
     reason: str
     placement: Slots
     gain_s: float
@@ -152,6 +154,7 @@ class Totals:
     lost_s: float = 0.0
     won_s: float = 0.0
     decisions: Counter[str] = field(default_factory=Counter)
+    stayed: Counter[str] = field(default_factory=Counter)
 
 
 class Controller:
@@ -367,6 +370,8 @@ class Controller:
             self._log(Outcome.FAILED, f"the decision failed: {answer}")
             return
         outcome = Outcome.STAYED if not answer.pays else Outcome.DRY_RUN
+        if answer.kept_by:
+            self.totals.stayed[answer.kept_by] += 1
         moves = sum(count_moves_by_layer(asked.placement, answer.placement, self.shape))
         acts = answer.pays and self.settings.mode is ExpertMode.ACTIVE and self._move is None
         if acts and asked.version != self.version:

@@ -32,9 +32,9 @@ class Decider:
         )
         found = plan_experts(load, placement, costs, question.settings, self._history)
         self._history = found.history
-        pays = isinstance(found, Move)
         return Answer(
-            pays=pays,
+            pays=isinstance(found, Move),
+            kept_by="" if isinstance(found, Move) else found.reason.value,
             reason="; ".join(found.reasons) if isinstance(found, Move) else f"{found.reason}: {found.why}",
             placement=found.candidate.physical_to_logical,
             gain_s=found.gain_s,

@@ -48,6 +48,7 @@ def build_document(controller: Controller, now_s: float) -> Document:
         "totals": {
             "moves": controller.totals.moves,
             "decisions": dict(controller.totals.decisions),
+            "stayed": dict(controller.totals.stayed),
             "lost_s": controller.totals.lost_s,
             "won_s": controller.totals.won_s,
         },

@@ -1,13 +1,16 @@
 """The controller's arrays as the values of `moe_scheduling.expert`, which counts and scores for everyone alike."""
 
 import numpy as np
-from moe_scheduling.expert import Balance, ExpertLoad, Placement, count_moves, score_balance
+from moe_scheduling.expert import Balance, ExpertCosts, ExpertLoad, Placement, count_moves, score_placement
 from numpy.typing import NDArray
 
 from moe_agent.experts.directive import GroupShape
 from moe_agent.experts.window import Floats
 
 Slots = NDArray[np.int64]
+
+# The balance asks for none.
+_NO_COSTS = ExpertCosts(token_s=0.0)
 
 
 def make_placement(table: Slots, shape: GroupShape, version: int = 0) -> Placement:
@@ -22,7 +25,8 @@ def make_load(tokens: Floats, pairs: Floats | None, steps: float) -> ExpertLoad:
 
 def measure_balance(tokens: Floats, table: Slots, shape: GroupShape) -> Balance:
     """Of a placement under `tokens[source, layer, expert]`; without tokens all is balanced."""
-    return score_balance(make_load(tokens, None, 1.0), make_placement(table, shape))
+    _, balance = score_placement(make_load(tokens, None, 1.0), make_placement(table, shape), _NO_COSTS)
+    return balance
 
 
 def count_moves_by_layer(before: Slots, after: Slots, shape: GroupShape) -> list[int]:

@@ -7,7 +7,7 @@ series by their place, with layer, expert and tokens as values.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_scheduling.expert import ExpertMode
+from moe_scheduling.expert import ExpertMode, StayReason
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moe_agent.experts.outcome import Outcome, ProblemKind
@@ -66,6 +66,12 @@ def _decision_metrics(name: str, document: dict[str, Any]) -> Iterator[Metric]:
     for outcome in Outcome:
         decisions.add_metric([name, outcome.value], totals["decisions"].get(outcome.value, 0))
     yield decisions
+    stayed = CounterMetricFamily(
+        "moeserving_expert_stayed", "Decisions that left the experts where they are.", labels=["engine", "reason"]
+    )
+    for reason in StayReason:
+        stayed.add_metric([name, reason.value], totals["stayed"].get(reason.value, 0))
+    yield stayed
 
 
 def _rows(metric: str, text: str, name: str, label: str, values: list[float], first: int = 0) -> GaugeMetricFamily:

@@ -12,14 +12,13 @@ weights of which nobody knows whose they are must not answer a request, and the 
 
 import os
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from moe_scheduling.problems import InvalidInput, Problem
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, transfer_layer
@@ -33,6 +32,7 @@ from moe_agent.experts.decision import Decider
 from moe_agent.experts.directive import GroupShape, list_placement_problems
 from moe_agent.experts.first_rank import FirstRank, checksum
 from moe_agent.experts.protocol import Action, Beat, beat_size, pack_beat, unpack_beat
+from moe_agent.experts.published import experts_path
 from moe_agent.experts.recording import Counted, RoutingRecorder
 from moe_agent.experts.step_times import load_class
 from moe_agent.experts.work_meter import WorkMeter
@@ -44,6 +44,10 @@ logger = init_logger(__name__)
 
 # Bytes that a second moves, until the first move has been measured.
 FIRST_MOVE_BYTES_PER_S = 1e9
+# Between passes that are further apart the engine was idle.
+LONGEST_STEP_S = 2.0
+# On other nodes than the first rank's nobody waits until the group has taken settings of experts.
+NOT_ASKED = 2**63
 
 
 def join_expert_group(meter: WorkMeter) -> None:
@@ -82,7 +86,7 @@ class ExpertGroup:
         group = get_ep_group()
         self._group, self._device_group = group.cpu_group, group.device_group
         self._rank, self._first = group.rank_in_group, group.ranks[0]
-        self._meter = meter
+        self._meter, self._run_dir = meter, run_dir
         self._shape = self._read_shape(group.world_size)
         self._recorder = self._make_recorder(state)
         self._capture_routing()
@@ -93,9 +97,9 @@ class ExpertGroup:
         self._next_beat = 1
         self._real_tokens = 0
         self._all_tokens: list[int] = []
-        self._begun_s: float | None = None
-        self._page = self._open_page(state, run_dir)
-        self._mind = self._make_mind(state, run_dir) if self._rank == 0 else None
+        self._begun_s = self._ended_s = 0.0
+        self._page = self._open_page(state)
+        self._mind = self._make_mind() if self._rank == 0 else None
 
     # 1. What the group is.
 
@@ -123,20 +127,20 @@ class ExpertGroup:
         for layer in range(self._shape.layers):
             runner = self._runner(layer)
             if runner.is_monolithic or not isinstance(runner.router, BaseRouter):
-                message = f"the kernel of {runner.layer_name} routes by itself, so that its load cannot be recorded"
-                raise InvalidInput([Problem("engine.expert_parallel", message)])
+                logger.warning("The kernel of %s routes by itself: its load is not recorded", runner.layer_name)
+                continue
             runner.router.set_capture_fn(partial(self._capture, layer))
 
-    def _open_page(self, state: EplbState, run_dir: Path) -> ExpertPageWriter | None:
+    def _open_page(self, state: EplbState) -> ExpertPageWriter | None:
         """Of the ranks that one scheduler drives, the first tells it."""
         if get_tp_group().rank_in_group != 0:
             return None
-        return ExpertPageWriter(run_dir, state.parallel_config.data_parallel_index, ExpertState())
+        return ExpertPageWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
 
-    def _make_mind(self, state: EplbState, run_dir: Path) -> FirstRank:
+    def _make_mind(self) -> FirstRank:
         sharing = 1 if self._runner(0).moe_config.is_sequence_parallel else get_tp_group().world_size
         placement = self._placement()
-        return FirstRank(run_dir, self._shape, placement, self._costs(), Decider().decide, sharing)
+        return FirstRank(self._run_dir, self._shape, placement, self._costs(), Decider().decide, sharing)
 
     def _costs(self) -> Costs:
         """What is known before anything was measured."""
@@ -165,15 +169,22 @@ class ExpertGroup:
     def end_pass(self, is_dummy: bool) -> None:
         """A pass has ended on all ranks; the same number of it everywhere."""
         real_tokens = 0 if is_dummy else self._real_tokens
-        if self._mind is not None and self._recorder.on and real_tokens and self._begun_s is not None:
-            tokens = self._all_tokens or [real_tokens]
-            kind = load_class(sum(tokens), max(tokens))
-            self._mind.controller.step_took(kind, time.perf_counter() - self._begun_s)
-        self._begun_s = None
+        now_s = time.perf_counter()
+        # A device works on while the host goes ahead: there a step lasts from one end of a pass to the next.
+        step_s, self._ended_s = now_s - (self._begun_s if self.on_cpu else self._ended_s), now_s
+        if self._recorder.on and real_tokens and step_s < LONGEST_STEP_S:
+            self._learn_step(self._all_tokens or [real_tokens], step_s)
         self._recorder.end_pass(real_tokens)
         self._passes += 1
         if self._passes >= self._next_beat:
             self._keep_beat()
+
+    def _learn_step(self, tokens: list[int], step_s: float) -> None:
+        if self._mind is not None:
+            self._mind.controller.step_took(load_class(sum(tokens), max(tokens)), step_s)
+        if not self.on_cpu:
+            # An upper bound of what a token of expert work takes: all that a token takes, laid on its experts.
+            self._meter.add(max(tokens) * self._runner(0).moe_config.experts_per_token * self._shape.layers, step_s)
 
     # 3. The beat.
 
@@ -205,7 +216,13 @@ class ExpertGroup:
             return
         ranks = get_tp_group().world_size
         pressure = max(beat.pressures[self._rank : self._rank + ranks])
-        self._page.write(ExpertState(config_version=beat.config_version, balance=beat.balance, pressure=pressure))
+        version = beat.config_version if self._is_beside_first else NOT_ASKED
+        self._page.write(ExpertState(config_version=version, balance=beat.balance, pressure=pressure))
+
+    @cached_property
+    def _is_beside_first(self) -> bool:
+        """Whether the settings of this node's agent are those that the group goes by; known at the first beat."""
+        return experts_path(self._run_dir).exists()
 
     def _gather(self) -> None:
         counted = self._recorder.take()

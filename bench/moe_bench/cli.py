@@ -1,4 +1,5 @@
-"""The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`, `simulate`.
+"""The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`, `simulate`,
+`experiments`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -13,6 +14,8 @@ from moe_bench.complaints import told_plainly
 app = typer.Typer(no_args_is_help=True)
 model_app = typer.Typer(no_args_is_help=True)
 app.add_typer(model_app, name="model")
+experiments_app = typer.Typer(no_args_is_help=True)
+app.add_typer(experiments_app, name="experiments")
 
 Url = Annotated[str, typer.Option("--url", help="Server or gateway, such as http://127.0.0.1:8000.")]
 Model = Annotated[str | None, typer.Option("--model", help="Name served; found by itself when there is one.")]
@@ -122,6 +125,52 @@ def demo_command(
     from moe_bench.demo import run_demo
 
     run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s), seed=seed)
+
+
+RawResults = Annotated[Path, typer.Option("--raw", help="File of raw results, one JSON line for each run.")]
+RAW_RESULTS = Path(".cache/experiments/runs.jsonl")
+
+
+@experiments_app.callback()
+def experiments() -> None:
+    """Experiments on the simulator."""
+
+
+@experiments_app.command("run")
+@told_plainly
+def experiments_run(
+    only: Annotated[list[str] | None, typer.Option("--only", help="Experiment; may be given again.")] = None,
+    workload: Annotated[list[str] | None, typer.Option("--workload", help="Workload; may be given again.")] = None,
+    variant: Annotated[list[str] | None, typer.Option("--variant", help="Variant; may be given again.")] = None,
+    load: Annotated[list[float] | None, typer.Option("--load", help="Part of the saturation; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 1 to N.")] = 3,
+    count: Annotated[int, typer.Option("--count", min=20, help="Requests of a run.")] = 600,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; each needs 1 GiB.")] = 1,
+    traces: Annotated[Path | None, typer.Option("--traces", help="Folder with the public traces.")] = None,
+    raw: RawResults = RAW_RESULTS,
+) -> None:
+    """Make the runs that are missing; interrupted, it goes on where it was."""
+    from moe_bench.experiments.plan import Selection
+    from moe_bench.experiments.runner import run_experiments
+
+    selection = Selection(
+        only=tuple(only or ()), workloads=tuple(workload or ()), variants=tuple(variant or ()),
+        loads=tuple(load or ()), seeds=seeds, count=count,
+    )  # fmt: skip
+    run_experiments(selection, workers=workers, traces=traces, out=raw)
+
+
+@experiments_app.command("report")
+@told_plainly
+def experiments_report(
+    raw: RawResults = RAW_RESULTS,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("docs/results"),
+) -> None:
+    """Make tables and plots of the runs that are there."""
+    from moe_bench.experiments.report import write_report
+
+    write_report(raw, folder)
+    typer.echo(folder / "README.md")
 
 
 @app.command("simulate")

@@ -1,0 +1,222 @@
+"""`docs/results/`: the tables, the plots and `summary.json`, made of a file of results and of nothing else.
+
+Each figure that a page of the project states comes from `summary.json`. The text says what is measured and what is
+modelled, and where the product is worse.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_bench.comparison import render_ratio
+from moe_bench.experiments.plan import UNLOADED
+from moe_bench.experiments.plots import plot_workload
+from moe_bench.experiments.results import (
+    COLUMNS,
+    KNEE_FACTOR,
+    TPOT_TARGET_S,
+    TTFT_TARGET_S,
+    Case,
+    Column,
+    Results,
+)
+from moe_bench.experiments.runner import is_current, read_records, source_digests
+from moe_bench.experiments.variants import PRODUCT, VARIANTS
+from moe_bench.experiments.workloads import ADVERSARIAL
+from moe_bench.statistics import Estimate
+
+_INTRODUCTION = """# Results of the simulator
+
+Made by `moeserving experiments report`; do not edit. Nothing here was measured on a GPU: queue order, admission,
+caches, preemption and dispatch are vLLM's and the product's own code, step times are **modelled** from published
+figures (`bench/moe_bench/simulator/hardware.py`, each with its source). A load is a part of the rate that vLLM 0.32
+serves when all requests are there at once, measured for each workload and seed. Ratios are ours / the other: below 1 is
+better for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
+"""
+_BEST = """## Against the best rival of each column
+
+For each workload, load and column the rival (policy, budget) with the best mean over the seeds; the geometric mean over
+all workloads but the adversarial ones.
+"""
+_KNEES = f"""## Knees and sustained loads
+
+Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times its unloaded value. Sustained: the greatest
+load with a P99 TTFT of at most {TTFT_TARGET_S:g} s and a mean TPOT of at most {TPOT_TARGET_S * 1000:g} ms, ours and the
+best rival's.
+"""
+
+
+def write_report(raw: Path, folder: Path) -> None:
+    """Makes the folder's pages anew.
+
+    Raises:
+        InvalidInput: there are no results.
+    """
+    records = read_records(raw)
+    results = Results(records)
+    if not results.runs:
+        raise InvalidInput([Problem(str(raw), "has no results: moeserving experiments run")])
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = source_digests()
+    stale = sum(not is_current(record, digests) for record in records)
+    pages = sorted({(case.fleet, case.workload) for case in results.cases})
+    names = {page: f"{_slug(page[0])}-{page[1]}" for page in pages}
+    for (fleet, workload), name in names.items():
+        if len(results.loads(fleet, workload)) > 1:
+            plot_workload(results, fleet, workload, folder / f"{name}.svg")
+    lines = [*_head(results, records, stale), *_overview(results), *_worse(results), *_knees(results)]
+    for (fleet, workload), name in names.items():
+        lines += _workload(results, fleet, workload, name)
+    (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "summary.json").write_text(json.dumps(build_summary(results), indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def build_summary(results: Results) -> dict[str, Any]:
+    """The figures that other pages may state."""
+    groups = _by_load(results)
+    return {
+        "runs": results.runs,
+        "seeds": len(results.seeds),
+        "against_best": {
+            f"{fleet}: {load:g}": {
+                column.name: None if (ratio := results.against_best(cases, column.name)) is None else _estimate(ratio)
+                for column in COLUMNS
+            }
+            for (fleet, load), cases in groups.items()
+        },
+    }
+
+
+def _estimate(ratio: Estimate) -> dict[str, float | int | None]:
+    high = ratio.high if math.isfinite(ratio.high) else None
+    return {
+        "value": round(ratio.value, 4),
+        "low": round(ratio.low, 4),
+        "high": high and round(high, 4),
+        "pairs": ratio.count,
+    }
+
+
+def _by_load(results: Results) -> dict[tuple[str, float], list[Case]]:
+    groups: dict[tuple[str, float], list[Case]] = {}
+    for case in results.cases:
+        if case.workload not in ADVERSARIAL and case.load != UNLOADED and PRODUCT in results.variants(case):
+            groups.setdefault((case.fleet, case.load), []).append(case)
+    return groups
+
+
+def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) -> Iterator[str]:
+    versions = sorted({json.dumps(record["versions"], sort_keys=True) for record in records})
+    yield _INTRODUCTION
+    yield f"{results.runs} runs, seeds {min(results.seeds)} to {max(results.seeds)}. Versions: " + "; ".join(
+        ", ".join(f"{name} {version}" for name, version in json.loads(row).items()) for row in versions
+    )
+    if stale:
+        yield ""
+        yield f"**{stale} runs come from other sources than the present ones**: `moeserving experiments run` is due."
+    yield ""
+
+
+def _overview(results: Results) -> Iterator[str]:
+    yield _BEST
+    labels = [column.label for column in COLUMNS]
+    yield from _table(
+        ["fleet", "load", *labels],
+        [
+            [fleet, f"{load:.0%}", *(render_ratio(results.against_best(cases, column.name)) for column in COLUMNS)]
+            for (fleet, load), cases in _by_load(results).items()
+        ],
+    )
+
+
+def _worse(results: Results) -> Iterator[str]:
+    """Where the interval of a workload is clear of 1 on the wrong side."""
+    rows = []
+    for case in results.cases:
+        for column in COLUMNS:
+            rival = results.best_rival(case, column.name)
+            ratio = None if rival is None else results.ratio(case, rival, PRODUCT, column.name)
+            if rival is None or ratio is None or ratio.covers(1.0) or (ratio.value > 1) == column.higher_is_better:
+                continue
+            rows.append([case.workload, f"{case.load:.0%}", column.label, VARIANTS[rival].label, render_ratio(ratio)])
+    yield "## Where ours is worse"
+    yield ""
+    if not rows:
+        yield "Nowhere with an interval clear of 1."
+        yield ""
+        return
+    yield from _table(["workload", "load", "", "best rival", "ours / rival"], rows)
+
+
+def _knees(results: Results) -> Iterator[str]:
+    yield _KNEES
+    rows = []
+    for fleet, workload in sorted({(case.fleet, case.workload) for case in results.cases}):
+        knee = results.knee(fleet, workload)
+        rivals = [
+            load
+            for name, variant in VARIANTS.items()
+            if variant.is_rival and (load := results.sustained(fleet, workload, name)) is not None
+        ]
+        rows.append(
+            [
+                fleet,
+                workload,
+                "-" if knee is None else f"{knee:.2f}",
+                _load(results.sustained(fleet, workload, PRODUCT)),
+                _load(max(rivals, default=None)),
+            ]
+        )
+    yield from _table(["fleet", "workload", "knee", "sustained by ours", "by the best rival"], rows)
+
+
+def _load(load: float | None) -> str:
+    return "-" if load is None else f"{load:.2f}"
+
+
+def _workload(results: Results, fleet: str, workload: str, name: str) -> Iterator[str]:
+    yield f"## {workload}: {fleet}"
+    yield ""
+    loads = results.loads(fleet, workload)
+    if len(loads) > 1:
+        yield f"![{workload}]({name}.svg)"
+        yield ""
+    for load in loads:
+        case = Case(fleet=fleet, workload=workload, load=load)
+        seeds = len(results.values(case, results.variants(case)[0], "ttft_mean"))
+        floor = results.mean(case, results.variants(case)[0], "ttft_floor") * 1000
+        yield f"Load {load:.0%}, {seeds} seeds; alone on an idle engine the mean TTFT is {floor:,.0f} ms."
+        yield ""
+        yield from _table(
+            ["", *(f"{column.label} {column.unit}".strip() for column in COLUMNS), "ours / this: TTFT mean"],
+            [_row(results, case, variant) for variant in results.variants(case)],
+        )
+
+
+def _row(results: Results, case: Case, variant: str) -> list[str]:
+    cells = [_cell(results.mean(case, variant, column.name), column) for column in COLUMNS]
+    ratio = None if variant == PRODUCT else results.ratio(case, variant, PRODUCT, "ttft_mean")
+    return [VARIANTS[variant].label, *cells, render_ratio(ratio)]
+
+
+def _cell(value: float, column: Column) -> str:
+    if math.isnan(value):
+        return "-"
+    scaled = value * column.scale
+    return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def _slug(text: str) -> str:
+    return "".join(char if char.isalnum() else "-" for char in text.lower()).replace("--", "-").strip("-")

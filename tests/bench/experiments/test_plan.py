@@ -1,0 +1,137 @@
+"""What the experiments consist of."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_bench.experiments.plan import (
+    EXPERIMENTS,
+    LOADS,
+    UNLOADED,
+    Selection,
+    build_run,
+    code_digest,
+    plan_runs,
+    saturation_runs,
+)
+from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
+from moe_bench.experiments.workloads import ADVERSARIAL, ALL, WORKLOADS
+from moe_bench.simulator.rank import STOCK
+from moe_bench.simulator.rivals import RIVALS
+from moe_bench.traces import mean_rate
+from moe_scheduling.problems import InvalidInput
+
+WITHOUT_TRACE = sorted(name for name, workload in ALL.items() if not workload.trace)
+
+
+def test_the_whole_plan_has_more_runs_than_the_papers():
+    runs = plan_runs(Selection())
+    assert len(runs) >= 240
+    assert len({run.id for run in runs}) == len(runs)
+
+
+def test_every_workload_meets_every_rival_at_every_load_and_seed():
+    runs = {(run.workload, run.variant, run.load, run.seed) for run in plan_runs(Selection(only=("rivals",)))}
+    rivals = [name for name, variant in VARIANTS.items() if variant.is_rival]
+    assert runs == {
+        (workload, variant, load, seed)
+        for workload in WORKLOADS
+        for variant in (*rivals, PRODUCT)
+        for load in LOADS
+        for seed in (1, 2, 3)
+    }
+    assert (min(LOADS), max(LOADS)) == (0.5, 1.1)
+
+
+def test_every_published_rival_is_among_the_variants():
+    used = {variant.changes["dispatch"] for variant in VARIANTS.values() if variant.is_rival}
+    assert used == set(RIVALS)
+
+
+def test_no_rival_uses_the_product():
+    assert not [name for name, variant in VARIANTS.items() if variant.is_rival and variant.uses_product]
+
+
+def test_an_experiment_names_what_there_is():
+    for experiment in EXPERIMENTS.values():
+        assert set(experiment.workloads) <= set(ALL)
+        assert set(experiment.variants) <= set(VARIANTS)
+
+
+@given(
+    st.sets(st.sampled_from(sorted(EXPERIMENTS))),
+    st.sets(st.sampled_from(sorted(ALL))),
+    st.sets(st.sampled_from((UNLOADED, *LOADS))),
+)
+def test_filters_only_take_away(only, workloads, loads):
+    everything = {run.id for run in plan_runs(Selection())}
+    chosen = plan_runs(Selection(only=tuple(only), workloads=tuple(workloads), loads=tuple(loads)))
+    assert {run.id for run in chosen} <= everything
+    assert all(not workloads or run.workload in workloads for run in chosen)
+    assert all(not loads or run.load in loads for run in chosen)
+
+
+def test_saturation_is_measured_once_for_each_workload_seed_and_fleet():
+    runs = plan_runs(Selection(workloads=("twoEnd",), seeds=2))
+    measuring = saturation_runs(runs)
+    fleets = {run.fleet for run in runs}
+    assert len(measuring) == 2 * len(fleets)
+    assert {run.variant for run in measuring} == {REFERENCE}
+
+
+@pytest.mark.parametrize(
+    ("selection", "told"),
+    [
+        (Selection(only=("rival",)), "only: unknown 'rival'; known: ablation, adversarial"),
+        (Selection(workloads=("round",)), "workload: unknown 'round'"),
+        (Selection(variants=("nobody",)), "variant: unknown 'nobody'"),
+    ],
+)
+def test_unknown_names_are_told(selection, told):
+    with pytest.raises(InvalidInput) as caught:
+        selection.check()
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TRACE)
+def test_a_workload_is_the_same_for_its_seed_and_other_for_another(name):
+    build = ALL[name].build
+    assert build(50, 1, None) == build(50, 1, None) != build(50, 2, None)
+    assert len(build(50, 1, None)) == 50
+
+
+def test_a_trace_needs_its_folder():
+    with pytest.raises(InvalidInput, match="traces: a folder with azure_llm_2023_conv"):
+        WORKLOADS["azure"].build(10, 1, None)
+
+
+def test_a_run_comes_at_its_part_of_the_saturation():
+    run = next(run for run in plan_runs(Selection(workloads=("twoEnd",))) if run.load == 0.85)
+    simulation = build_run(run, None, 20.0)
+    assert mean_rate(simulation.trace) == pytest.approx(17.0)
+    assert {row.arrival_s for row in build_run(run.saturation, None, None).trace} == {0.0}
+
+
+def test_variants_differ_in_what_they_say_alone():
+    run = next(run for run in plan_runs(Selection(variants=(REFERENCE,))))
+    base = build_run(run, None, 10.0)
+    assert (base.scheduler, base.dispatch, base.limits.max_num_batched_tokens) == (STOCK, "vllmInternal", 2048)
+    tuned = VARIANTS["vllm512"].apply(base)
+    assert tuned.limits.max_num_batched_tokens == 512
+    assert tuned.trace is base.trace
+
+
+def test_the_adversarial_loads_are_apart():
+    assert not set(ADVERSARIAL) & set(WORKLOADS)
+
+
+def test_a_digest_changes_with_the_sources(tmp_path):
+    (tmp_path / "a").mkdir()
+    source = tmp_path / "a" / "one.py"
+    source.write_text("x = 1\n")
+    before = code_digest(tmp_path, ["a"])
+    assert before == code_digest(tmp_path, ["a"]) != code_digest(tmp_path, [])
+    source.write_text("x = 2\n")
+    assert code_digest(tmp_path, ["a"]) != before
+    assert code_digest(tmp_path, ["a/one.py"]) == code_digest(Path(tmp_path), ["a"])

@@ -313,6 +313,9 @@ def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings
 def _carry(load: ExpertLoad, placement: Placement, costs: ExpertCosts, unit_s: float) -> Singles | None:
     links = link_costs(load, placement, costs) / unit_s
     handed = handover_costs(load, placement, costs)
+    if handed is not None:
+        # In a round every other layer follows its neighbours: if both moved, they would miss each other.
+        handed[(placement.version + 1) % 2 :: 2] = 0.0
     if len(load.tokens) == 1 or not links.any():
         return None if handed is None else np.divide(handed, unit_s, dtype=np.float32)
     carried = carry_costs(load, links)

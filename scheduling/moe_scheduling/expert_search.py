@@ -22,6 +22,8 @@ _HOT_PART = np.float32(0.6)
 _MOVE_PRICE = np.float32(0.3)
 _BLOCKED = np.float32(1e30)
 _LEAST_GAIN = np.float32(1e-4)
+# Rounds in which hot ranks get rid of load, beside four for each rank.
+_LEAST_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -275,7 +277,7 @@ def _level_ranks(board: _Board, problem: Problem) -> None:
         return
     price = np.full(layers, _MOVE_PRICE)
     alive = board.mean > 0
-    for _ in range(4 * ranks):
+    for _ in range(_LEAST_ROUNDS + 4 * ranks):
         order = np.argsort(board.excess, axis=1, kind="stable")
         hot = order[:, : -hot_ranks - 1 : -1]
         cold = order[:, : hot_ranks * partners].reshape(layers, partners, hot_ranks)

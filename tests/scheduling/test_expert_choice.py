@@ -1,0 +1,188 @@
+"""Whether experts move: a table of cases, the gate, the history."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from moe_scheduling.expert import (
+    ExpertCosts,
+    ExpertHistory,
+    ExpertLoad,
+    ExpertSettings,
+    Move,
+    Placement,
+    Stay,
+    StayReason,
+    Trial,
+    count_moves,
+    initial_placement,
+    plan_experts,
+)
+
+FREE = ExpertCosts(token_s=1e-3)
+SETTINGS = ExpertSettings(move_budget=1000)
+
+
+def placed(*rows, ranks=2, nodes=1):
+    return Placement(physical_to_logical=np.array(rows), ranks=ranks, nodes=nodes)
+
+
+def plan(tokens, placement, costs=FREE, settings=SETTINGS, history=None, pairs=None):
+    return plan_experts(ExpertLoad(tokens=tokens, pairs=pairs), placement, costs, settings, history)
+
+
+def test_a_hot_expert_is_swapped_off_a_hot_rank():
+    decision = plan([[[5, 5, 1, 1]]], placed([0, 1, 2, 3]))
+    assert isinstance(decision, Move)
+    assert decision.moves == 2
+    assert decision.balance_after.mean == pytest.approx(1.0)
+    assert decision.gain_s == pytest.approx(4e-3)
+    assert decision.placement.version == 1
+    kept = decision.placement.physical_to_logical[0]
+    assert sum(kept == [0, 1, 2, 3]) == 2
+
+
+def test_the_hottest_expert_gets_the_spare_copy():
+    decision = plan([[[8, 2, 2, 2, 2]]], placed([0, 1, 2, 3, 4, 1]))
+    assert isinstance(decision, Move)
+    assert (decision.placement.physical_to_logical[0] == 0).sum() == 2
+    assert decision.balance_after.mean < decision.balance_before.mean
+
+
+def test_an_expert_goes_to_the_source_that_uses_it():
+    tokens = [[[4, 4, 0, 0]], [[0, 0, 4, 4]]]
+    decision = plan(tokens, placed([2, 1, 0, 3]), ExpertCosts(token_s=1e-3, remote_token_s=1e-3))
+    assert isinstance(decision, Move)
+    assert decision.balance_after.remote_fraction == 0.0
+    assert decision.reasons[0].startswith("traffic 8 -> 0 ms a step")
+    assert decision.balance_after.mean == 1.0
+
+
+def test_traffic_alone_is_reason_enough():
+    tokens = [[[4, 4, 0, 0]], [[0, 0, 4, 4]]]
+    decision = plan(tokens, placed([2, 1, 0, 3]), ExpertCosts(token_s=0.0, remote_token_s=1e-3))
+    assert isinstance(decision, Move)
+
+
+@pytest.mark.parametrize(("sources", "version"), [(1, 0), (1, 1), (2, 0)])
+def test_experts_that_hand_over_to_each_other_come_together(sources, version):
+    """One of two neighbouring layers follows the other: if both moved, they would only change sides."""
+    pairs = [np.eye(4) * 2]
+    tokens = np.full((sources, 2, 4), 2.0 / sources)
+    costs = ExpertCosts(token_s=1e-3, remote_token_s=1e-6, handover_token_s=1e-3)
+    placement = replace(placed([0, 1, 2, 3], [2, 1, 0, 3]), version=version)
+    decision = plan(tokens, placement, costs, pairs=pairs)
+    assert decision.terms_before.handover_s == pytest.approx(2e-3)
+    assert isinstance(decision, Move)
+    assert decision.terms_after.handover_s == 0.0
+    assert count_moves(placement, decision.placement).tolist() == ([2, 0] if version == 0 else [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "costs", "reason", "word"),
+    [
+        (np.zeros((1, 1, 4)), FREE, StayReason.IDLE, "nothing to do"),
+        (np.ones((1, 1, 4)), FREE, StayReason.BALANCED, "no better placement"),
+        ([[[5, 5, 1, 1]]], ExpertCosts(token_s=1e-3, move_s=10.0), StayReason.UNPAID, "needs 22 s"),
+        ([[[5, 5, 1, 1]]], ExpertCosts(token_s=0.0), StayReason.BALANCED, "no better placement"),
+    ],
+)
+def test_nothing_moves_without_a_reason(tokens, costs, reason, word):
+    decision = plan(tokens, placed([0, 1, 2, 3]), costs)
+    assert isinstance(decision, Stay)
+    assert decision.reason is reason
+    assert word in decision.why
+
+
+def test_what_does_not_pay_is_shown_all_the_same():
+    decision = plan([[[5, 5, 1, 1]]], placed([0, 1, 2, 3]), ExpertCosts(token_s=1e-3, move_s=10.0))
+    assert decision.moves == 2
+    assert decision.balance_after.mean < decision.balance_before.mean
+    assert decision.cost_s == 20.0
+
+
+@pytest.mark.parametrize(("move_s", "moves"), [(5.99 / 1.1, True), (6.01 / 1.1, False)])
+def test_the_time_won_must_exceed_the_cost_by_the_hysteresis(move_s, moves):
+    # 4 ms a step over 3000 steps is 12 s, for two moves.
+    costs = ExpertCosts(token_s=1e-3, move_s=move_s, horizon_steps=3000)
+    assert isinstance(plan([[[5, 5, 1, 1]]], placed([0, 1, 2, 3]), costs), Move) is moves
+
+
+def test_only_layers_that_pay_move():
+    tokens = [[[5, 5, 1, 1], [1.01, 1.01, 1, 1]]]
+    costs = ExpertCosts(token_s=1e-3, move_s=0.5)
+    decision = plan(tokens, placed([0, 1, 2, 3], [0, 1, 2, 3]), costs)
+    moved = count_moves(placed([0, 1, 2, 3], [0, 1, 2, 3]), decision.candidate)
+    assert moved.tolist() == [2, 0]
+
+
+def test_a_budget_takes_the_best_moves_first():
+    tokens = [[[5, 5, 1, 1], [9, 9, 1, 1]]]
+    placement = placed([0, 1, 2, 3], [0, 1, 2, 3])
+    decision = plan(tokens, placement, settings=ExpertSettings(move_budget=2))
+    assert count_moves(placement, decision.candidate).tolist() == [0, 2]
+    none = plan(tokens, placement, settings=ExpertSettings(move_budget=1))
+    assert isinstance(none, Stay)
+
+
+def test_a_round_moves_no_more_than_a_quarter_of_a_new_placement():
+    generator = np.random.default_rng(0)
+    tokens = generator.pareto(1.0, (1, 6, 128)) + 0.01
+    placement = initial_placement(layers=6, experts=128, redundant=16, ranks=8)
+    decision = plan(tokens, placement, settings=ExpertSettings())
+    assert isinstance(decision, Move)
+    assert 0 < decision.moves <= 0.24 * 6 * 144 * 7 / 8
+
+
+HOT = [[[5.0, 5.0, 1.0, 1.0]]]
+
+
+def test_a_load_that_does_not_last_moves_nothing():
+    """Another pair of experts is hot each time: what one load asks for, the next does not."""
+    placement, history, outcomes = placed([0, 1, 2, 3]), None, []
+    costs = ExpertCosts(token_s=1e-3, move_s=0.1)
+    for tokens in ([5, 5, 1, 1], [5, 1, 5, 1], [5, 1, 1, 5]) * 3:
+        decision = plan([[tokens]], placement, costs, history=history)
+        outcomes.append(type(decision))
+        placement, history = decision.candidate if isinstance(decision, Move) else placement, decision.history
+    assert outcomes == [Move] + [Stay] * 8
+
+
+def test_a_gain_that_the_load_before_would_not_have_had_is_not_counted_on():
+    first = plan(np.ones((1, 1, 4)), placed([0, 1, 2, 3]))
+    second = plan(HOT, placed([0, 1, 2, 3]), ExpertCosts(token_s=1e-3, move_s=0.1), history=first.history)
+    assert isinstance(second, Stay)
+    assert second.reason is StayReason.UNSTABLE
+    assert "of which 0% is counted on" in second.why
+    third = plan(HOT, placed([0, 1, 2, 3]), ExpertCosts(token_s=1e-3, move_s=0.1), history=second.history)
+    assert isinstance(third, Move)
+    assert third.stability == 1.0
+
+
+def test_a_gain_that_was_smaller_before_is_counted_in_part():
+    history = ExpertHistory(load=ExpertLoad(tokens=[[[4.0, 4.0, 2.0, 2.0]]]))
+    decision = plan(HOT, placed([0, 1, 2, 3]), ExpertCosts(token_s=1e-3, move_s=0.1), history=history)
+    assert isinstance(decision, Move)
+    assert decision.stability == pytest.approx((1 / 4) / (2 / 5))
+
+
+def test_trust_follows_what_plans_would_have_won():
+    before, after = placed([0, 1, 2, 3]), placed([0, 2, 1, 3])
+    trial = Trial(before=before, after=after, promise=0.4)
+    kept = plan(HOT, before, history=ExpertHistory(trial=trial, trust=0.0))
+    assert kept.history.trust == pytest.approx(0.5)
+    failed = plan([[[5.0, 1.0, 5.0, 1.0]]], before, history=ExpertHistory(trial=trial, trust=1.0))
+    assert failed.history.trust == pytest.approx(0.0)
+
+
+def test_a_plan_without_trust_waits():
+    decision = plan(HOT, placed([0, 1, 2, 3]), history=ExpertHistory(trust=-0.5))
+    assert isinstance(decision, Stay)
+    assert decision.reason is StayReason.UNSTABLE
+
+
+def test_the_history_of_another_model_is_forgotten():
+    history = plan(np.ones((1, 2, 4)), placed([0, 1, 2, 3], [0, 1, 2, 3])).history
+    decision = plan(HOT, placed([0, 1, 2, 3]), history=replace(history, trust=0.0))
+    assert isinstance(decision, Move)
+    assert decision.history.trust == 1.0

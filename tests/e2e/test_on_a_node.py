@@ -263,5 +263,4 @@ def test_helm_uninstall_leaves_nothing(operator: Kubectl, node_cluster: Any) -> 
     helm(node_cluster, "uninstall", "moeserving", "--namespace", OPERATOR_NAMESPACE, "--wait")
     selector = "app.kubernetes.io/instance=moeserving"
     kinds = "all,configmaps,secrets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,networkpolicies"
-    found = operator.items(kinds, selector)
-    assert [f"{row['kind']}/{row['metadata']['name']}" for row in found] == []
+    wait_for("nothing of the chart is left", lambda: not operator.items(kinds, selector), 60)

@@ -148,6 +148,15 @@ def test_a_reason_is_told_once_by_the_first_pod_and_a_long_message_is_cut() -> N
     assert len(finding.message) == LONGEST_MESSAGE
 
 
+def test_the_newest_pod_is_told_first() -> None:
+    old = with_container(**waiting("ImagePullBackOff"))
+    new = with_container(**waiting("CreateContainerConfigError", 'secret "absent" not found'))
+    old["metadata"] |= {"name": "a", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    new["metadata"] |= {"name": "b", "creationTimestamp": "2026-01-01T00:01:00Z"}
+    told = [finding.reason for finding in find_problems([old, new], {})]
+    assert told == ["SecretMissing", "ImageCannotBePulled"]
+
+
 def test_pods_without_any_status_are_no_finding() -> None:
     bare: Document = {"metadata": {"name": "x"}, "spec": {"containers": [{"name": "engine"}]}}
     assert find_problems([bare], {}) == []

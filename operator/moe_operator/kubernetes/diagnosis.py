@@ -39,14 +39,25 @@ class Finding:
 
 
 def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> list[Finding]:
-    """The findings over all pods that are not on their way out, the first pod of each reason."""
+    """The findings over all pods that are not on their way out, the first pod of each reason.
+
+    The newest pods come first: older ones may stay, with what was wrong then, until a newer one is ready.
+    """
     found: dict[str, Finding] = {}
-    for pod in sorted(pods, key=lambda document: str(document["metadata"]["name"])):
+    for pod in sorted(sorted(pods, key=_name), key=_created, reverse=True):
         if "deletionTimestamp" in pod["metadata"]:
             continue
         for finding in (*_scheduling(pod), *_containers(pod), *_engine(pod, states.get(pod["metadata"]["name"]))):
             found.setdefault(finding.reason, finding)
     return list(found.values())
+
+
+def _name(pod: Document) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _created(pod: Document) -> str:
+    return str(pod["metadata"].get("creationTimestamp", ""))
 
 
 def _scheduling(pod: Document) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Which runs an experiment has: workloads by loads by seeds by variants, each with an id that says what it is.
 
-A load is a part of the workload's saturation, which is measured first: the rate at which the reference serves when all
-requests are there at once. Pure: the same plan gives the same runs in the same order.
+A load is a part of the workload's saturation, which is measured first (`saturation`). Pure: the same plan gives the
+same runs in the same order.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from moe_bench.traces import TraceRequest
 T = TypeVar("T")
 
 SATURATION = "saturation"
-UNLOADED = 0.1
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1)
 ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
 
@@ -35,12 +34,12 @@ class Fleet:
     preset: str
     servers: int
     ranks: int
-    max_num_seqs: int = 256
+    max_num_seqs: int = 128
 
 
 # The shape of the first Gimbal paper: one lockstep group of two ranks; the second a fleet without lockstep.
-PAIR = Fleet(preset="h100-qwen3-30b-a3b", servers=1, ranks=2)
-FOUR = Fleet(preset="h100-qwen3-30b-a3b", servers=4, ranks=1)
+PAIR = Fleet(preset="a100-qwen3-30b-a3b", servers=1, ranks=2)
+FOUR = Fleet(preset="a100-qwen3-30b-a3b", servers=4, ranks=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +83,6 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         workloads=tuple(WORKLOADS),
         variants=tuple(name for name, variant in VARIANTS.items() if variant.is_rival or name == PRODUCT),
         loads=LOADS,
-    ),
-    "unloaded": Experiment(
-        title="Next to no load", workloads=tuple(WORKLOADS), variants=(REFERENCE, PRODUCT), loads=(UNLOADED,)
     ),
     "ablation": Experiment(
         title="One layer at a time", workloads=tuple(WORKLOADS), variants=ABLATION, loads=(0.85, 0.95, 1.0)
@@ -173,20 +169,19 @@ def saturation_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
     return tuple(found.values())
 
 
-def build_run(run: Run, traces: Path | None, saturation: float | None) -> Simulation:
+def build_run(run: Run, traces: Path | None, rate: float) -> Simulation:
     """The simulation of a run.
 
     Args:
         run: which.
         traces: folder of the trace files.
-        saturation: requests a second that the reference serves; None for the run that measures it.
+        rate: requests a second.
     """
     workload = ALL[run.workload]
-    requests = workload.build(run.count, run.seed, traces)
-    if saturation is None:
-        trace = arrange(requests, ArrivalShape.BURST, 1.0, run.seed)
-    else:
-        trace = arrange(requests, workload.arrivals, saturation * run.load, run.seed)
+    requests = workload.build(round(run.count * workload.length), run.seed, traces)
+    # A burst has no rate: its saturation is that of the same requests, one after another.
+    is_measuring = run.load == 0 and workload.arrivals is ArrivalShape.BURST
+    trace = arrange(requests, ArrivalShape.POISSON if is_measuring else workload.arrivals, rate, run.seed)
     return VARIANTS[run.variant].apply(_base(run, workload, trace))
 
 

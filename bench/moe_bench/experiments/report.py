@@ -13,11 +13,9 @@ from typing import Any
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_bench.comparison import render_ratio
-from moe_bench.experiments.plan import UNLOADED
 from moe_bench.experiments.plots import plot_workload
 from moe_bench.experiments.results import (
     COLUMNS,
-    KNEE_FACTOR,
     TPOT_TARGET_S,
     TTFT_TARGET_S,
     Case,
@@ -25,6 +23,7 @@ from moe_bench.experiments.results import (
     Results,
 )
 from moe_bench.experiments.runner import is_current, read_records, source_digests
+from moe_bench.experiments.saturation import KNEE_FACTOR
 from moe_bench.experiments.variants import PRODUCT, VARIANTS
 from moe_bench.experiments.workloads import ADVERSARIAL
 from moe_bench.statistics import Estimate
@@ -33,9 +32,9 @@ _INTRODUCTION = """# Results of the simulator
 
 Made by `moeserving experiments report`; do not edit. Nothing here was measured on a GPU: queue order, admission,
 caches, preemption and dispatch are vLLM's and the product's own code, step times are **modelled** from published
-figures (`bench/moe_bench/simulator/hardware.py`, each with its source). A load is a part of the rate that vLLM 0.32
-serves when all requests are there at once, measured for each workload and seed. Ratios are ours / the other: below 1 is
-better for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
+figures (`bench/moe_bench/simulator/hardware.py`, each with its source). A load is a part of the rate at which vLLM
+0.32's mean TTFT is five times that of an idle engine, measured for each workload and seed. Ratios are ours / the other:
+below 1 is better for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
 """
 _BEST = """## Against the best rival of each column
 
@@ -44,7 +43,7 @@ all workloads but the adversarial ones.
 """
 _KNEES = f"""## Knees and sustained loads
 
-Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times its unloaded value. Sustained: the greatest
+Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone. Sustained: the greatest
 load with a P99 TTFT of at most {TTFT_TARGET_S:g} s and a mean TPOT of at most {TPOT_TARGET_S * 1000:g} ms, ours and the
 best rival's.
 """
@@ -104,7 +103,7 @@ def _estimate(ratio: Estimate) -> dict[str, float | int | None]:
 def _by_load(results: Results) -> dict[tuple[str, float], list[Case]]:
     groups: dict[tuple[str, float], list[Case]] = {}
     for case in results.cases:
-        if case.workload not in ADVERSARIAL and case.load != UNLOADED and PRODUCT in results.variants(case):
+        if case.workload not in ADVERSARIAL and PRODUCT in results.variants(case):
             groups.setdefault((case.fleet, case.load), []).append(case)
     return groups
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_bench.experiments.plan import UNLOADED
+from moe_bench.experiments.saturation import KNEE_FACTOR
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_bench.statistics import Estimate, paired_ratio
 
-KNEE_FACTOR = 5.0
 # Targets of a sustained load: a first token within 2 s for 99 of 100, and 20 tokens a second for the mean reader.
 TTFT_TARGET_S = 2.0
 TPOT_TARGET_S = 0.05
@@ -129,17 +128,14 @@ class Results:
         return sorted(case.load for case in self._figures if (case.fleet, case.workload) == (fleet, workload))
 
     def knee(self, fleet: str, workload: str) -> float | None:
-        """The load at which the best rival's mean TTFT is five times its unloaded value, between two measured loads."""
-        unloaded = self.mean(Case(fleet=fleet, workload=workload, load=UNLOADED), REFERENCE, "ttft_mean")
-        if math.isnan(unloaded):
-            return None
+        """The load at which the best rival's mean TTFT is five times that on an idle engine; between measured loads."""
         points = []
         for load in self.loads(fleet, workload):
             case = Case(fleet=fleet, workload=workload, load=load)
             rival = self.best_rival(case, "ttft_mean")
             if rival is not None:
-                points.append((load, self.mean(case, rival, "ttft_mean")))
-        return crossing(points, KNEE_FACTOR * unloaded)
+                points.append((load, self.mean(case, rival, "ttft_mean") / self.mean(case, REFERENCE, "ttft_floor")))
+        return crossing(points, KNEE_FACTOR)
 
     def sustained(self, fleet: str, workload: str, variant: str) -> float | None:
         """The greatest load at which both targets are met; None when none of the measured ones is."""

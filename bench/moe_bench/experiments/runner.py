@@ -16,24 +16,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from moe_scheduling.problems import InvalidInput, Problem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moe_bench.experiments.plan import Run, Selection, build_run, code_digest, plan_runs, saturation_runs
+from moe_bench.experiments.saturation import find_saturation
 from moe_bench.experiments.variants import VARIANTS
 from moe_bench.report import read_environment
+from moe_bench.simulator.hardware import PRESETS
 from moe_bench.simulator.simulation import Outcome, load_vllm, simulate
 
 ROOT = Path(__file__).parents[3]
 _SIMULATOR = (
     "bench/moe_bench/simulator",
-    *(f"bench/moe_bench/experiments/{name}.py" for name in ("plan", "variants", "workloads")),
+    *(f"bench/moe_bench/experiments/{name}.py" for name in ("plan", "saturation", "variants", "workloads")),
 )
 _PRODUCT = ("scheduling/moe_scheduling", "gateway/moe_gateway", "node_agent/moe_agent/vllm")
-# The steady part of a run in which all requests are there at once.
-_STEADY = (0.2, 0.8)
+# Where the search for a saturation begins, requests a second.
+_GUESS = 8.0
 
 Record = Mapping[str, Any]
 
@@ -98,25 +99,30 @@ def _work(
 def measure_run(run: Run, traces: Path | None, saturation: float | None) -> Record:
     """The record of one run, without versions: called in a worker."""
     began_s = time.perf_counter()
-    simulation = build_run(run, traces, saturation)
-    outcome = simulate(simulation, load_vllm())
+    if saturation is None:
+        rate = find_saturation(lambda rate: slowdown(_simulate(run, traces, rate)), _GUESS)
+    else:
+        rate = saturation * run.load
+    outcome = _simulate(run, traces, rate)
     figures = {name: value for name, value in asdict(outcome.figures).items() if math.isfinite(value)}
     return {
         "id": run.id,
         **asdict(run),
-        "rate": steady_rate(outcome) if saturation is None else saturation * run.load,
-        "cost": simulation.cost.source,
+        "rate": rate,
+        "cost": PRESETS[run.fleet.preset].source,
         "figures": figures,
         "virtual_s": outcome.totals.now_s,
         "took_s": time.perf_counter() - began_s,
     }
 
 
-def steady_rate(outcome: Outcome) -> float:
-    """Requests a second between the first fifth and the last fifth of the answers."""
-    ends = np.sort([row.finished_s for row in outcome.requests if row.finished_s is not None])
-    first, last = (int(len(ends) * share) for share in _STEADY)
-    return float((last - first) / (ends[last] - ends[first]))
+def _simulate(run: Run, traces: Path | None, rate: float) -> Outcome:
+    return simulate(build_run(run, traces, rate), load_vllm())
+
+
+def slowdown(outcome: Outcome) -> float:
+    """Mean TTFT over that of each request alone on an idle engine."""
+    return outcome.figures.ttft_mean / outcome.figures.ttft_floor
 
 
 def saturations(records: Iterator[Record] | Any) -> dict[str, float]:

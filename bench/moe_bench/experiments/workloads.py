@@ -15,9 +15,9 @@ from moe_bench.shapes import Shape, ShapeSettings, build_shape
 from moe_bench.simulator.arrivals import ArrivalShape, Senders
 from moe_bench.traces import TraceRequest, cut_piece, fit_lengths, read_trace
 
-# The lengths of BurstGPT reach about so far (arXiv 2401.17644); answers have a long tail.
-LONGEST_PROMPT = 4096
-MEDIAN_OUTPUT = 96
+# Prompts of several thousand tokens with answers of a hundred: what makes queues of prefill, as the papers' loads do.
+LONGEST_PROMPT = 8192
+MEDIAN_OUTPUT = 64
 LONGEST_OUTPUT = 1024
 CONTEXT_TOKENS = 16_384
 SAME_PREFIX_TOKENS = 2048
@@ -33,12 +33,15 @@ class Workload:
         arrivals: how they come.
         senders: who sends them.
         trace: name of the trace's file that it needs; empty for none.
+        length: how many times the requests of a run that others have: many are on their way at once where prompts are
+            short, and a run has to last for several of their lives.
     """
 
     build: Callable[[int, int, Path | None], tuple[TraceRequest, ...]]
     arrivals: ArrivalShape = ArrivalShape.POISSON
     senders: Senders = field(default_factory=Senders)
     trace: str = ""
+    length: float = 1.0
 
 
 def _shape(shape: Shape) -> Callable[[int, int, Path | None], tuple[TraceRequest, ...]]:
@@ -86,7 +89,10 @@ def _same_prefix(count: int, seed: int, folder: Path | None) -> tuple[TraceReque
 WORKLOADS: Mapping[str, Workload] = {
     **{shape.value: Workload(build=_shape(shape)) for shape in Shape},
     "azure": Workload(
-        build=_trace("azure_llm_2023_conv.csv"), arrivals=ArrivalShape.TRACE, trace="azure_llm_2023_conv.csv"
+        build=_trace("azure_llm_2023_conv.csv"),
+        arrivals=ArrivalShape.TRACE,
+        trace="azure_llm_2023_conv.csv",
+        length=3.0,
     ),
     "mooncake": Workload(
         build=_trace("mooncake_conversation.jsonl"), arrivals=ArrivalShape.TRACE, trace="mooncake_conversation.jsonl"

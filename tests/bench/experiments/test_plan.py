@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from moe_bench.experiments.plan import (
     EXPERIMENTS,
     LOADS,
-    UNLOADED,
     Selection,
     build_run,
     code_digest,
     plan_runs,
     saturation_runs,
 )
+from moe_bench.experiments.saturation import find_saturation
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_bench.experiments.workloads import ADVERSARIAL, ALL, WORKLOADS
 from moe_bench.simulator.rank import STOCK
@@ -62,7 +62,7 @@ def test_an_experiment_names_what_there_is():
 @given(
     st.sets(st.sampled_from(sorted(EXPERIMENTS))),
     st.sets(st.sampled_from(sorted(ALL))),
-    st.sets(st.sampled_from((UNLOADED, *LOADS))),
+    st.sets(st.sampled_from(LOADS)),
 )
 def test_filters_only_take_away(only, workloads, loads):
     everything = {run.id for run in plan_runs(Selection())}
@@ -108,9 +108,31 @@ def test_a_trace_needs_its_folder():
 
 def test_a_run_comes_at_its_part_of_the_saturation():
     run = next(run for run in plan_runs(Selection(workloads=("twoEnd",))) if run.load == 0.85)
-    simulation = build_run(run, None, 20.0)
-    assert mean_rate(simulation.trace) == pytest.approx(17.0)
-    assert {row.arrival_s for row in build_run(run.saturation, None, None).trace} == {0.0}
+    assert mean_rate(build_run(run, None, 17.0).trace) == pytest.approx(17.0)
+
+
+def test_a_burst_comes_at_once_but_its_saturation_is_measured_one_after_another():
+    run = next(run for run in plan_runs(Selection(workloads=("burst",))))
+    assert {row.arrival_s for row in build_run(run, None, 5.0).trace} == {0.0}
+    assert mean_rate(build_run(run.saturation, None, 5.0).trace) == pytest.approx(5.0)
+
+
+def test_a_workload_may_last_longer_than_others():
+    run = next(run for run in plan_runs(Selection(workloads=("twoEnd",), count=50)))
+    assert len(build_run(run, None, 5.0).trace) == 50
+    assert WORKLOADS["azure"].length > 1
+
+
+@given(st.floats(0.01, 1000.0), st.floats(0.1, 100.0))
+def test_the_saturation_is_where_the_slowdown_passes_five(knee, guess):
+    # Slow-downs grow without bound towards the knee of a queue.
+    assert find_saturation(lambda rate: 5.0 * (rate / knee) ** 2, guess) == pytest.approx(knee, rel=0.02)
+
+
+@pytest.mark.parametrize("level", [1.0, 9.0])
+def test_without_a_saturation_it_is_told(level):
+    with pytest.raises(ValueError, match="does not pass 5"):
+        find_saturation(lambda rate: level, 1.0)
 
 
 def test_variants_differ_in_what_they_say_alone():

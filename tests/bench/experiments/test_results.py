@@ -61,11 +61,12 @@ def test_saturations_are_no_results():
 
 def test_the_knee_lies_between_two_loads():
     results = Results([
-        record(REFERENCE, load=0.1, ttft=0.1), record(REFERENCE, load=0.85, ttft=0.25),
-        record("vllm512", load=0.85, ttft=0.4), record(REFERENCE, load=1.0, ttft=1.0),
+        record(REFERENCE, load=0.85, ttft=0.125), record("vllm512", load=0.85, ttft=0.2),
+        record(REFERENCE, load=1.0, ttft=0.5), record("vllm512", load=1.0, ttft=0.7),
     ])  # fmt: skip
+    # The floor is 0.05: five times that is crossed half way, on a line of logarithms.
     assert results.knee(NAME, "twoEnd") == pytest.approx(0.925)
-    assert Results([record(REFERENCE, load=1.0)]).knee(NAME, "twoEnd") is None
+    assert Results([record(REFERENCE, load=1.0, ttft=0.1)]).knee(NAME, "twoEnd") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""`moeserving operator` as a process, and what its metrics say."""
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import aiohttp
+import psutil
+
+START_TIMEOUT_S = 60.0
+_SAMPLE = re.compile(r"moeserving_operator_(\w+?)(?:_total)?(?:\{(.*)\})? (\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_READS = ("get", "list", "dry run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """The operator's counters at one moment.
+
+    Attributes:
+        calls: to the API server since the start, by verb and kind.
+        passes: that ended, by outcome.
+        buckets: passes that took at most so many seconds.
+        queue: resources that wait for a worker.
+    """
+
+    calls: Mapping[tuple[str, str], float]
+    passes: Mapping[str, float]
+    buckets: Mapping[float, float]
+    queue: float
+
+    @property
+    def writes(self) -> float:
+        """Calls that change something, the Lease aside."""
+        return sum(count for (verb, kind), count in self.calls.items() if verb not in _READS and kind != "Lease")
+
+    @property
+    def ended(self) -> float:
+        """Passes that ended."""
+        return sum(self.passes.values())
+
+
+def parse_metrics(text: str) -> Metrics:
+    """The counters out of Prometheus' text format."""
+    calls: dict[tuple[str, str], float] = {}
+    passes: dict[str, float] = {}
+    buckets: dict[float, float] = {}
+    queue = 0.0
+    for line in text.splitlines():
+        if (match := _SAMPLE.fullmatch(line)) is None:
+            continue
+        labels, value = dict(_LABEL.findall(match[2] or "")), float(match[3])
+        match match[1]:
+            case "api_calls":
+                calls[labels["verb"], labels["kind"]] = value
+            case "reconciles":
+                passes[labels["outcome"]] = value
+            case "reconcile_seconds_bucket":
+                buckets[float(labels["le"])] = value
+            case "queue":
+                queue = value
+    return Metrics(calls=calls, passes=passes, buckets=buckets, queue=queue)
+
+
+def quantile_s(before: Mapping[float, float], after: Mapping[float, float], quantile: float) -> float:
+    """A quantile of the passes between two moments, linear within its bucket; nan without a pass.
+
+    Source: Prometheus' `histogram_quantile`.
+    """
+    counts = {bound: after[bound] - before.get(bound, 0.0) for bound in sorted(after)}
+    rank = quantile * counts[float("inf")]
+    if not rank:
+        return float("nan")
+    low_s, below = 0.0, 0.0
+    for bound_s, count in counts.items():
+        if count >= rank:
+            if bound_s == float("inf"):
+                break
+            return low_s + (bound_s - low_s) * (rank - below) / (count - below)
+        low_s, below = bound_s, count
+    return low_s
+
+
+class OperatorProcess:
+    """One operator. `async with` starts it, waits until it leads, and ends it."""
+
+    def __init__(self, kubeconfig: Path, log: Path, identity: str) -> None:
+        self._kubeconfig, self._log, self._identity = kubeconfig, log, identity
+
+    async def __aenter__(self) -> "OperatorProcess":
+        liveness_port, self._metrics_port = _free_ports(2)
+        command = [
+            *(sys.executable, "-m", "moe_operator.cli", "operator", "--identity", self._identity),
+            *("--liveness-port", str(liveness_port), "--metrics-port", str(self._metrics_port)),
+        ]
+        environment = os.environ | {"KUBECONFIG": str(self._kubeconfig), "MOESERVING_OPERATOR_NAMESPACE": "default"}
+        with self._log.open("ab") as output:
+            self._process = _start(command, environment, output)
+        self._session = aiohttp.ClientSession()
+        await self._wait_for_the_lead()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+        self._process.terminate()
+        self._process.wait()
+
+    async def _wait_for_the_lead(self) -> None:
+        give_up_s = time.monotonic() + START_TIMEOUT_S
+        while f"{self._identity} leads" not in self._log.read_text("utf-8", errors="replace"):
+            if self._process.poll() is not None or time.monotonic() > give_up_s:
+                raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s; see {self._log}")
+            await asyncio.sleep(0.02)
+
+    async def metrics(self) -> Metrics:
+        """Its counters now."""
+        async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
+            return parse_metrics(await answer.text())
+
+    def memory_bytes(self) -> int:
+        """Resident memory now."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    def cpu_s(self) -> float:
+        """CPU seconds since it started."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

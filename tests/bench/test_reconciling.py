@@ -1,0 +1,89 @@
+"""The benchmark of the operator: its reading of metrics, and a small run against a real API server."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster_life
+import pytest
+from cluster_api import ApiCluster
+from moe_bench.reconciling.cluster import is_converged
+from moe_bench.reconciling.process import parse_metrics, quantile_s
+from moe_operator.kubernetes.metrics import Metrics
+from moe_operator.kubernetes.queue import WorkQueue
+from moe_operator.kubernetes.store import Store
+from prometheus_client import generate_latest
+
+COMMAND = [sys.executable, "-m", "moe_bench.reconciling"]
+
+
+def test_the_operators_own_metrics_are_read() -> None:
+    metrics = Metrics(WorkQueue(), Store())
+    metrics.calls["apply", "Deployment"] = 3
+    metrics.calls["dry run", "Deployment"] = 5
+    metrics.calls["list", "Pod"] = 7
+    metrics.calls["update", "Lease"] = 9
+    for seconds in (0.02, 0.02, 0.3):
+        metrics.observe("ok", seconds)
+    metrics.observe("failed", 9.0)
+    read = parse_metrics(generate_latest(metrics._registry).decode())
+    assert read.calls["apply", "Deployment"] == 3
+    assert read.writes == 3
+    assert (read.ended, read.passes["failed"], read.queue) == (4, 1, 0)
+    assert read.buckets[0.025] == 2
+    assert read.buckets[math.inf] == 4
+
+
+def test_a_quantile_is_linear_within_its_bucket() -> None:
+    after = {0.1: 50.0, 0.2: 100.0, math.inf: 100.0}
+    assert quantile_s({}, after, 0.5) == pytest.approx(0.1)
+    assert quantile_s({}, after, 0.75) == pytest.approx(0.15)
+    assert quantile_s({}, after, 1.0) == pytest.approx(0.2)
+    assert quantile_s({0.1: 50.0, 0.2: 50.0, math.inf: 50.0}, after, 0.5) == pytest.approx(0.15)
+    assert math.isnan(quantile_s(after, after, 0.5))
+    assert quantile_s({}, {0.1: 0.0, math.inf: 5.0}, 0.5) == 0.1, "beyond the last bound nothing is known"
+
+
+def test_a_resource_has_converged_when_this_generation_is_said_to_be_well() -> None:
+    status = {"observedGeneration": 2, "conditions": [{"type": "Degraded", "status": "False"}]}
+    assert is_converged({"metadata": {"generation": 2}, "status": status})
+    assert not is_converged({"metadata": {"generation": 3}, "status": status})
+    assert not is_converged({"metadata": {"generation": 2}, "status": {"observedGeneration": 2}})
+    assert not is_converged({"metadata": {"generation": 1}})
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[ApiCluster]:
+    """A cluster that nobody else fills."""
+    yield cluster_life.up("api", tmp_path / "cluster", tied=True)
+    cluster_life.down(tmp_path / "cluster")
+
+
+@pytest.mark.timeout(600)
+def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    words = ["--kubeconfig", own_cluster.kubeconfig, "--resources", "3", "--changes", "2", "--idle", "1", "--json", out]
+    done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(out.read_text("utf-8"))
+    assert [phase["name"] for phase in figures["phases"]] == ["from nothing", "idle", "taken over", "to nothing"]
+    phases = {phase["name"]: phase for phase in figures["phases"]}
+    # Fourteen children, the finalizer, a status, an event.
+    assert phases["from nothing"]["writes"] >= 3 * 17
+    assert phases["idle"]["writes"] == phases["taken over"]["writes"] == 0
+    assert phases["taken over"]["passes"] >= 3
+    assert all(phase["failed"] == 0 and phase["memory_bytes"] > 1e7 for phase in figures["phases"])
+    assert len(figures["changes_s"]) == 2
+    assert "from a change to its Deployment: p50" in done.stdout
+    assert "idle, API calls a minute:" in done.stdout
+
+
+def test_a_kubeconfig_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
+    words = ["--kubeconfig", str(tmp_path / "none")]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("--kubeconfig: ")
+    assert "Traceback" not in done.stderr

@@ -31,7 +31,7 @@ class RequestPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSettings:
-    """Order of the waiting queue.
+    """Order of the waiting queue, and what a step takes from it.
 
     Attributes:
         policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority,
@@ -42,6 +42,14 @@ class RequestSettings:
             by more.
         priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more
             urgent).
+        prefill_hold_s: where ranks step together, how long prefills are held at most, so that those of all ranks fall
+            into the same steps. 0: never; each rank prefills when it can.
+        first_token_weight: seconds between tokens that one second before the first token is worth, when it is weighed
+            how long to hold. The greater, the shorter.
+        yield_prefills: under `sjf`, whether a prompt that is computed in chunks lets waiting requests go first that
+            come before what is left of it.
+        kv_growth_blocks: KV blocks that are kept free for each running request when another is admitted, so that
+            running requests can grow without a preemption. 0: none, as vLLM does.
 
     Raises:
         ValueError: a value is out of its range or not finite.
@@ -51,6 +59,10 @@ class RequestSettings:
     ageing_rate: float = 1000.0
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
+    prefill_hold_s: float = 0.5
+    first_token_weight: float = 20.0
+    yield_prefills: bool = True
+    kv_growth_blocks: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ageing_rate < math.inf:
@@ -59,6 +71,12 @@ class RequestSettings:
             raise ValueError("ageing_horizon_s must be at least 0 and finite")
         if not 0.0 <= self.priority_step_s < math.inf:
             raise ValueError("priority_step_s must be at least 0 and finite")
+        if not 0.0 <= self.prefill_hold_s < math.inf:
+            raise ValueError("prefill_hold_s must be at least 0 and finite")
+        if not 0.0 < self.first_token_weight < math.inf:
+            raise ValueError("first_token_weight must be greater than 0 and finite")
+        if not 0 <= self.kv_growth_blocks <= _LARGEST:
+            raise ValueError("kv_growth_blocks must be at least 0")
 
 
 def order_key(
@@ -119,6 +137,14 @@ _PRIMARY_KEYS: Mapping[RequestPolicy, Callable[[RequestSettings, float, float, i
 }
 
 T = TypeVar("T", bound=Hashable)
+
+
+class Waiting(NamedTuple, Generic[T]):
+    """A request that waits: its size as it was pushed, and its key as of `order_key`."""
+
+    item: T
+    size_tokens: float
+    key: tuple[float, float]
 
 
 class _Entry(NamedTuple, Generic[T]):
@@ -250,6 +276,18 @@ class WaitingQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """The requests in the order of service, as of now; what is pushed or removed meanwhile does not disturb it."""
         return iter([entry.item for entry in sorted(self._living.values())])
+
+    def in_order(self) -> Iterator[Waiting[T]]:
+        """The same, found one by one: the first k of n cost O(k log k). The queue must not change meanwhile."""
+        heap, living = self._heap, self._living
+        frontier = [(heap[0], 0)] if heap else []
+        while frontier:
+            entry, place = heappop(frontier)
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(heap):
+                    heappush(frontier, (heap[child], child))
+            if living.get(entry.item) is entry:
+                yield Waiting(entry.item, entry.size_tokens, (entry.primary, entry.secondary))
 
     def _entry(
         self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int

@@ -300,3 +300,24 @@ def test_the_key_does_not_depend_on_the_zero_of_the_clock(size_tokens, arrival_s
         for at_s in (arrival_s, arrival_s + later_s)
     )
     assert shifted_s - key_s == pytest.approx(later_s, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.policy)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 20), st.integers(-2, 2)), max_size=80),
+    removed=st.sets(st.integers(0, 79)),
+    taken=st.integers(0, 20),
+)
+def test_the_first_ones_are_found_in_the_order_of_service_without_a_sort(settings, requests, removed, taken):
+    queue = filled(settings, *(Request(str(number), *row) for number, row in enumerate(requests)))
+    for number in removed:
+        if number < len(requests):
+            queue.remove(Request(str(number), *requests[number]))
+    for _ in range(min(taken, len(queue))):
+        queue.pop()
+    found = list(queue.in_order())
+    assert [waiting.item for waiting in found] == list(queue)
+    for waiting in found:
+        size, arrival_s, priority = waiting.item[1:]
+        assert waiting.size_tokens == size
+        assert waiting.key == order_key(settings, size_tokens=size, arrival_s=arrival_s, priority=priority)

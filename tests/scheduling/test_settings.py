@@ -14,6 +14,8 @@ from moe_scheduling.request import RequestSettings
         (RequestSettings, "ageing_rate", "ageing_rate must be greater than 0", 1e-300),
         (RequestSettings, "ageing_horizon_s", "ageing_horizon_s must be at least 0", 0.0),
         (RequestSettings, "priority_step_s", "priority_step_s must be at least 0", 0.0),
+        (RequestSettings, "prefill_hold_s", "prefill_hold_s must be at least 0", 0.0),
+        (RequestSettings, "first_token_weight", "first_token_weight must be greater than 0", 1e-300),
         (EngineSettings, "stickiness_s", "stickiness_s must be at least 0", 0.0),
         (EngineSettings, "stale_after_s", "stale_after_s must be greater than 0", 1e-300),
         (EngineSettings, "saturation_s", "saturation_s must be greater than 0", 1e-300),
@@ -25,6 +27,12 @@ def test_a_value_out_of_range_is_refused_by_name(settings, field, message, least
         with pytest.raises(ValueError, match=re.escape(message)):
             settings(**{field: value})
     assert getattr(settings(**{field: least}), field) == least
+
+
+def test_blocks_to_grow_into_are_no_less_than_none():
+    with pytest.raises(ValueError, match="kv_growth_blocks must be at least 0"):
+        RequestSettings(kv_growth_blocks=-1)
+    assert RequestSettings(kv_growth_blocks=0).kv_growth_blocks == 0
 
 
 def test_without_saturation_there_is_no_bound():

@@ -1,0 +1,128 @@
+"""Layer 1: how many prompt tokens the next step computes, in step with the other ranks of a lockstep group.
+
+Called by the scheduler of each rank before each step. The ranks of a group end a step together, so what one of them
+prefills, the decoding requests of all of them wait for. A prefill beside those of the other ranks costs them nothing
+more; one alone costs them its whole length. So a backlog may be held until the other ranks have one too, for as long
+as that costs less than it saves.
+
+Invariants: a rank alone, or one of a group that decodes nothing, never holds; a backlog is held for at most
+`prefill_hold_s`; equal views give equal plans, whichever rank makes them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe_scheduling.request import RequestSettings
+
+# Work of a step in units of the step's base, from which on a group counts as full: a fit of the base that is next to
+# nothing must not make a lost second endlessly dear.
+_FULL = 32.0
+
+
+class RankLoad(NamedTuple):
+    """What a rank could prefill now, and who waits for it.
+
+    Attributes:
+        prefill_tokens: prompt tokens that it could compute in the next step: those that its KV blocks, its seats and
+            the step's limit allow.
+        held_s: seconds that the requests of these tokens have waited since they could have been computed, summed.
+        oldest_s: the longest of these waits.
+        decoding: requests that decode.
+    """
+
+    prefill_tokens: int = 0
+    held_s: float = 0.0
+    oldest_s: float = 0.0
+    decoding: int = 0
+
+
+class Pace(NamedTuple):
+    """How fast a group steps.
+
+    Attributes:
+        token_s: seconds for each prompt token (fitted).
+        base_s: seconds of a step that carries next to nothing (fitted).
+        step_s: mean seconds of the recent steps.
+    """
+
+    token_s: float
+    base_s: float
+    step_s: float
+
+
+def plan_prefill_tokens(ranks: Sequence[RankLoad], pace: Pace | None, settings: RequestSettings) -> int:
+    """The prompt tokens that each rank may compute in the next step; 0: none does, the group decodes only.
+
+    The candidates are the backlogs of the ranks. A level of L tokens loses `token_s * sum((L - backlog) * decoding)`
+    request-seconds over the ranks with less than L: time in which their decoding requests wait for prefills of others.
+    The highest level is taken whose loss, at its price, is at most `first_token_weight` times what the held requests
+    have waited. This is the break-even rule of ski rental: it costs at most twice what the best decision in hindsight
+    would have (Karlin, Manasse, Rudolph, Sleator, "Competitive Snoopy Caching", 1988).
+
+    O(ranks^2), of which a group has few.
+
+    Args:
+        ranks: the loads of all ranks of the group, the own one among them; what is not known is left out.
+        pace: None while it is not known: then nothing is held.
+        settings: `prefill_hold_s` and `first_token_weight` are read.
+    """
+    levels = sorted({rank.prefill_tokens for rank in ranks})
+    if not levels:
+        return 0
+    if pace is None or not settings.prefill_hold_s:
+        return levels[-1]
+    allowed = settings.first_token_weight * sum(rank.held_s for rank in ranks)
+    price = pace.token_s * _price(pace)
+    level = 0
+    for candidate in levels:
+        if price * sum(max(0, candidate - rank.prefill_tokens) * rank.decoding for rank in ranks) <= allowed:
+            level = candidate
+    overdue = [rank.prefill_tokens for rank in ranks if rank.oldest_s >= settings.prefill_hold_s]
+    return max(level, *overdue, 0)
+
+
+def _price(pace: Pace) -> float:
+    """What a lost second costs, in seconds.
+
+    With utilisation u a step takes `step_s = base_s / (1 - u)`, so `u / (1 - u) = (step_s - base_s) / base_s`. A lost
+    second costs more the fuller the group is, twice over: the steps after it become longer by 1 / (1 - u), and it is
+    as likely as u that other ranks get a backlog in time.
+    """
+    work_s = max(0.0, pace.step_s - pace.base_s)
+    ratio = _FULL if work_s >= _FULL * pace.base_s else work_s / pace.base_s
+    return ratio * ratio
+
+
+class HeldPrefill:
+    """How long the prefills of one rank have been held; one owner, the clock is an argument."""
+
+    __slots__ = ("_held_s", "_requests", "_seen_s", "_since_s")
+
+    def __init__(self) -> None:
+        self._requests = 0
+        self._held_s = 0.0
+        self._seen_s = 0.0
+        self._since_s = 0.0
+
+    def observe(self, requests: int, now_s: float) -> None:
+        """So many requests could prefill now; those seen before have waited since then."""
+        if not self._requests:
+            self._since_s, self._held_s = now_s, 0.0
+        self._held_s += min(self._requests, requests) * max(0.0, now_s - self._seen_s)
+        self._requests, self._seen_s = requests, now_s
+
+    def serve(self, share: float, now_s: float) -> None:
+        """This share of the backlog has been computed."""
+        self._held_s *= max(0.0, 1.0 - share)
+        if share > 0.0:
+            self._since_s = now_s
+
+    @property
+    def held_s(self) -> float:
+        """Request-seconds that those which could prefill have waited."""
+        return self._held_s
+
+    @property
+    def oldest_s(self) -> float:
+        """Seconds since the rank began to hold, or last prefilled."""
+        return self._seen_s - self._since_s if self._requests else 0.0

@@ -33,7 +33,7 @@ class Endpoints:
     api_port: int
     etcd_port: int
     peer_port: int
-    service_range: str = "10.96.0.0/24"
+    service_range: str = "10.96.0.0/16"
     service_host: str = "10.96.0.1"
 
 

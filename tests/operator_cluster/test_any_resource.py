@@ -24,7 +24,9 @@ from moe_scheduling.problems import InvalidInput
 from resource_strategies import documents, mutated
 from serving_documents import serving
 
-VALID, INVALID = 200, 500
+# The smaller counts are the first of the greater ones.
+VALID = [40, pytest.param(200, marks=pytest.mark.long)]
+INVALID = [100, pytest.param(500, marks=pytest.mark.long)]
 AT_A_TIME = 4
 Document = dict[str, Any]
 
@@ -69,12 +71,13 @@ async def make_real(kubeconfig: Path, namespace: str, documents: list[Document])
             assert degraded["status"] == "False", (document, degraded)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", VALID)
 async def test_every_valid_resource_becomes_real_and_a_new_operator_then_writes_nothing(
-    kubeconfig: Path, namespace: str
+    kubeconfig: Path, namespace: str, count: int
 ) -> None:
-    chosen = with_names_of_their_own(examples(documents(max_nodes=1), VALID))
-    assert len(chosen) == VALID
+    chosen = with_names_of_their_own(examples(documents(max_nodes=1), count))
+    assert len(chosen) == count
     lanes = [chosen[lane::AT_A_TIME] for lane in range(AT_A_TIME)]
     await asyncio.gather(*(make_real(kubeconfig, namespace, lane) for lane in lanes))
     async with started(kubeconfig, namespace) as another:
@@ -107,12 +110,13 @@ async def strict_client(kubeconfig: Path, namespace: str) -> AsyncIterator[httpx
         yield client
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", INVALID)
 async def test_every_invalid_resource_is_refused_by_the_api_server_or_told_by_a_condition(
-    kubeconfig: Path, namespace: str
+    kubeconfig: Path, namespace: str, count: int
 ) -> None:
-    chosen = [document for document in examples(mutated(), 2 * INVALID) if not is_valid(document)][:INVALID]
-    assert len(chosen) == INVALID
+    chosen = [document for document in examples(mutated(), 2 * count) if not is_valid(document)][:count]
+    assert len(chosen) == count
     outcomes: Counter[str] = Counter()
     async with started(kubeconfig, namespace) as operator, strict_client(kubeconfig, namespace) as client:
         for document in with_names_of_their_own(chosen):
@@ -121,7 +125,7 @@ async def test_every_invalid_resource_is_refused_by_the_api_server_or_told_by_a_
             outcomes["refused" if answer.is_error else "told"] += 1
             if answer.is_success:
                 await assert_told(operator, Key(namespace, document["metadata"]["name"]))
-    assert outcomes["refused"] > 0.9 * INVALID, f"the schema says too little: {outcomes}"
+    assert outcomes["refused"] > 0.9 * count, f"the schema says too little: {outcomes}"
 
 
 async def assert_told(operator: FreshOperator, key: Key) -> None:

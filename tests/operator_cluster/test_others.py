@@ -6,6 +6,7 @@ import pytest
 from cluster_api import ApiCluster
 from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING, Kind
+from moe_operator.kubernetes.reconciler import REFUSED_S
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 
@@ -185,3 +186,27 @@ async def test_without_autoscaling_a_scaled_deployment_is_put_back(serving_clust
         await operator.relist()
         await operator.settle(key)
         assert (await live(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 1
+
+
+async def test_what_a_quota_refuses_is_told_and_tried_again_until_it_allows_it(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    serving_cluster.kubectl("create", "quota", "none", "-n", namespace, "--hard=services=1")
+    # No controller counts here.
+    counted = '{"status":{"hard":{"services":"1"},"used":{"services":"0"}}}'
+    serving_cluster.kubectl(
+        "patch", "quota/none", "-n", namespace, "--subresource=status", "--type=merge", "-p", counted
+    )
+    async with started(serving_cluster.kubeconfig, namespace) as operator:
+        document = serving()
+        place = document["metadata"] | {"namespace": namespace}
+        operator.store.put(SERVING, await operator.api.create(SERVING, document | {"metadata": place}))
+        key = Key(namespace, "tiny")
+        assert await operator.reconciler.reconcile(key) == REFUSED_S
+        degraded = (await told(operator, key))["Degraded"]
+        assert degraded["reason"] == "Refused"
+        assert f"Service {namespace}/tiny" in degraded["message"]
+        assert "exceeded quota: none" in degraded["message"]
+        serving_cluster.kubectl("delete", "quota/none", "-n", namespace)
+        await operator.reconciler.reconcile(key)
+        assert (await told(operator, key))["Degraded"]["status"] == "False"

@@ -22,6 +22,8 @@ Document = dict[str, Any]
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
 _REFUSALS = {400, 403, 409, 422}
+# An error of the server by its number, and none that goes away by itself: no address or port is left for a Service.
+_EXHAUSTED = "failed to allocate"
 _TERSE = 500
 
 log = logging.getLogger("moeserving.operator")
@@ -187,6 +189,6 @@ def _title(document: Document) -> str:
 
 
 def _refusal(document: Document, error: ApiError) -> str:
-    if error.status.code not in _REFUSALS:
+    if error.status.code not in _REFUSALS and _EXHAUSTED not in str(error.status.message):
         raise error
     return f"{_title(document)}: {str(error.status.message)[:_TERSE]}"

@@ -40,6 +40,8 @@ Document = dict[str, Any]
 FINALIZER = f"{GROUP}/drain"
 # While something is on its way, and while all is well but pods want to be looked at.
 SOON_S, STEADY_S = 2.0, 15.0
+# What was refused may be taken later without a change of ours: a quota is raised, a stranger's object goes.
+REFUSED_S = 30.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -233,6 +235,8 @@ class Reconciler:
             return min(status_after_s, duration_s(autoscaling.interval))
         if applied.waiting or late:
             return SOON_S
+        if applied.refused:
+            return REFUSED_S
         return status_after_s if current.pods else None
 
     async def _end(self, key: Key, document: Document) -> float | None:

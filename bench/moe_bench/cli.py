@@ -1,5 +1,5 @@
 """The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`, `simulate`,
-`experiments`.
+`calibrate`, `experiments`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -171,6 +171,21 @@ def experiments_report(
 
     write_report(raw, folder)
     typer.echo(folder / "README.md")
+
+
+@app.command("calibrate")
+@told_plainly
+def calibrate_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the model, such as one that `model tiny` made.")],
+    rounds: Annotated[int, typer.Option("--rounds", min=6, help="Rounds of requests.")] = 36,
+    max_model_len: Annotated[int, typer.Option("--max-model-len", min=64, help="Longest prompt and answer.")] = 4096,
+    seed: Seed = 0,
+    json_out: JsonOut = None,
+) -> None:
+    """Fit the step time of a real engine on this machine, for scenarios."""
+    from moe_bench.simulator.calibrate import run_calibrate
+
+    run_calibrate(model, rounds, max_model_len, seed, json_out)
 
 
 @app.command("simulate")

@@ -43,9 +43,9 @@ all workloads but the adversarial ones.
 """
 _KNEES = f"""## Knees and sustained loads
 
-Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone. Sustained: the greatest
-load with a P99 TTFT of at most {TTFT_TARGET_S:g} s and a mean TPOT of at most {TPOT_TARGET_S * 1000:g} ms, ours and the
-best rival's.
+Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
+Sustained: the greatest load with a P99 TTFT of at most {TTFT_TARGET_S:g} s and a mean TPOT of at most
+{TPOT_TARGET_S * 1000:g} ms, ours and the best rival's.
 """
 
 

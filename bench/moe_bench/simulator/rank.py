@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -151,21 +151,8 @@ class Rank:
         output = scheduler.schedule(throttle_prefills)
         for new in output.scheduled_new_reqs:
             self._requests[new.req_id].cached_tokens = new.num_computed_tokens
-        requests = scheduler.requests
-        sampling = []
-        prefill_tokens = decode_requests = context_tokens = prefill_pairs = 0
-        for name, tokens in output.num_scheduled_tokens.items():
-            request = requests[name]
-            if not request.is_prefill_chunk:
-                sampling.append(name)
-            # vLLM counts a token as computed once it is scheduled.
-            if tokens == 1:
-                decode_requests += 1
-                context_tokens += request.num_computed_tokens
-            else:
-                prefill_tokens += tokens
-                prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
-        return Step(output, Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling)
+        work, sampling = work_of(output, scheduler.requests)
+        return Step(output, work, sampling)
 
     def finish(self, step: Step, now_s: float) -> Progress:
         """The output of a step is there. Steps end in the order of their beginning."""
@@ -208,6 +195,24 @@ class Rank:
     def close(self) -> None:
         """The engine is gone."""
         self.scheduler.shutdown()
+
+
+def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
+    """What a step carries, and which of its requests sample a token: those that have computed all they have."""
+    sampling = []
+    prefill_tokens = decode_requests = context_tokens = prefill_pairs = 0
+    for name, tokens in output.num_scheduled_tokens.items():
+        request = requests[name]
+        if not request.is_prefill_chunk:
+            sampling.append(name)
+        # vLLM counts a token as computed once it is scheduled.
+        if tokens == 1:
+            decode_requests += 1
+            context_tokens += request.num_computed_tokens
+        else:
+            prefill_tokens += tokens
+            prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
+    return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
 
 
 class _PageTap:

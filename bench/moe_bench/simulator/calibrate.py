@@ -1,0 +1,113 @@
+"""`moeserving calibrate`: the step time of a real engine on this machine, as a cost model for scenarios.
+
+The engine runs in this process, with vLLM's own scheduler watched (`recording`). It serves prompts of all lengths at
+all degrees of concurrency; what its steps carried and took is fitted, and the fit is checked on steps not fitted on.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from moe_scheduling.problems import InvalidInput, Problem
+from rich.console import Console
+from rich.progress import track
+
+from moe_bench.replay_command import write_json
+from moe_bench.report import read_environment
+from moe_bench.simulator.fitting import Fit, fit_cost
+
+RECORDER = "moe_bench.simulator.recording.RecordingScheduler"
+CONCURRENCIES = (1, 2, 4, 8, 16, 32)
+SHORTEST_PROMPT = 16
+MEAN_OUTPUT = 24
+KV_CACHE_BYTES = 2**30
+
+
+def run_calibrate(model: Path, rounds: int, max_model_len: int, seed: int, json_out: Path | None) -> None:
+    """The whole command."""
+    if not (model / "config.json").is_file():
+        raise InvalidInput([Problem(str(model), "is no model's folder; make one: moeserving model tiny DIR")])
+    console = Console()
+    llm = _load(model, max_model_len)
+    source = f"measured: {model.name} on this machine, {read_environment()['system']}"
+    for prompts, outputs in track(list(_rounds(rounds, max_model_len, seed)), "serving", console=console):
+        _serve(llm, prompts, outputs)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    fit = fit_cost(scheduler.measured, source, seed)
+    console.print(render_fit(fit), highlight=False, soft_wrap=True)
+    if json_out is not None:
+        write_json(json_out, build_fit_document(fit, [asdict(step) for step in scheduler.measured]))
+
+
+def _load(model: Path, max_model_len: int) -> Any:
+    # In this process, so that the scheduler can be read; set before vLLM reads it.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+
+    return LLM(
+        model=str(model),
+        scheduler_cls=RECORDER,
+        max_model_len=max_model_len,
+        max_num_seqs=max(CONCURRENCIES),
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        distributed_executor_backend="uni",
+        disable_log_stats=True,
+    )
+
+
+def _rounds(rounds: int, max_model_len: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Lengths of prompts and answers; each round has as many requests as are in flight at once."""
+    draw = random.Random(seed)
+    longest = max_model_len * 3 // 4
+    for number in range(rounds):
+        count = CONCURRENCIES[number % len(CONCURRENCIES)]
+        prompts = [round(SHORTEST_PROMPT * (longest / SHORTEST_PROMPT) ** draw.random()) for _ in range(count)]
+        yield prompts, [1 + round(draw.expovariate(1 / MEAN_OUTPUT)) % (max_model_len // 8) for _ in range(count)]
+
+
+def _serve(llm: Any, prompts: list[int], outputs: list[int]) -> None:
+    from vllm import SamplingParams
+
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    draw = random.Random(len(prompts))
+    llm.generate(
+        [{"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(length)]} for length in prompts],
+        [SamplingParams(max_tokens=length, ignore_eos=True, temperature=0.0) for length in outputs],
+        use_tqdm=False,
+    )
+
+
+def render_fit(fit: Fit) -> str:
+    """The section of a scenario, and how good it is."""
+    cost = fit.cost
+    section = {
+        "cost": {
+            "linear": {
+                "baseS": cost.base_s,
+                "prefillS": cost.prefill_s,
+                "decodeS": cost.decode_s,
+                "contextS": cost.context_s,
+                "pairS": cost.pair_s,
+                "source": cost.source,
+            }
+        }
+    }
+    return (
+        f"{yaml.safe_dump(section, sort_keys=False)}"
+        f"Fitted on {fit.steps} steps. On {fit.held_out} held-out steps: error {fit.error_median:.1%} (median), "
+        f"{fit.error_p90:.1%} (p90), sum {fit.bias - 1:+.1%}."
+    )
+
+
+def build_fit_document(fit: Fit, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fit, the versions and every step."""
+    environment = read_environment()
+    return {"fit": {**asdict(fit), "cost": fit.cost._asdict()}, "environment": environment, "steps": steps}

@@ -94,6 +94,22 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=(0.85, 0.95, 1.0),
         fleet=FOUR,
     ),
+    "signals": Experiment(
+        title="With less to go by",
+        workloads=("twoEnd", "bursty"),
+        variants=(
+            REFERENCE,
+            PRODUCT,
+            "oursScraped",
+            "oursBlind",
+            "oursStale",
+            "oursLost",
+            "oursGateways",
+            "vllmGateways",
+        ),
+        loads=(0.95,),
+        fleet=FOUR,
+    ),
     "adversarial": Experiment(
         title="Loads that break policies",
         workloads=tuple(ADVERSARIAL),

@@ -12,7 +12,8 @@ from moe_scheduling.engine import EngineSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
 
 from moe_bench.simulator.rank import OURS, STOCK
-from moe_bench.simulator.simulation import Simulation
+from moe_bench.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_bench.simulator.simulation import SCRAPED, Simulation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,22 +43,31 @@ class Variant:
         return replace(simulation, **self.changes, limits=limits, senders=senders)
 
 
-def _stock(label: str, rival: str = "vllmInternal", *, by_length: bool = False, **limits: Any) -> Variant:
+def _stock(
+    label: str, rival: str = "vllmInternal", *, by_length: bool = False, gateways: int = 1, **limits: Any
+) -> Variant:
     return Variant(
         label=label,
-        changes={"scheduler": STOCK, "dispatch": rival},
+        changes={"scheduler": STOCK, "dispatch": rival, "gateways": gateways},
         limits=limits,
         is_rival=True,
         by_length=by_length,
     )
 
 
+def _ours(label: str, **changes: Any) -> Variant:
+    return Variant(label=label, changes={"scheduler": OURS, "dispatch": EngineSettings(), **changes}, uses_product=True)
+
+
+GATEWAYS = 4
+# Within a run of the default length at most loads.
+LOST_FROM_S = 30.0
 _FCFS = RequestSettings(policy=RequestPolicy.FCFS)
 GIMBAL_SCHEDULER = "moe_bench.simulator.gimbal.GimbalScheduler"
 REFERENCE = "vllm"
 PRODUCT = "ours"
 VARIANTS: Mapping[str, Variant] = {
-    PRODUCT: Variant(label="ours", changes={"scheduler": OURS, "dispatch": EngineSettings()}, uses_product=True),
+    PRODUCT: _ours("ours"),
     # Ablations: one layer at a time.
     "oursRequest": Variant(
         label="ours, layer 1 alone", changes={"scheduler": OURS, "dispatch": "vllmInternal"}, uses_product=True
@@ -67,6 +77,12 @@ VARIANTS: Mapping[str, Variant] = {
         changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _FCFS},
         uses_product=True,
     ),
+    # The same with less to go by.
+    "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
+    "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),
+    "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
+    "oursLost": _ours("ours, signals lost half way", signals=SignalPlan(losses=(Loss(from_s=LOST_FROM_S),))),
+    "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
     # vLLM, as it comes and tuned.
     REFERENCE: _stock("vLLM 0.32"),
     "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),
@@ -82,6 +98,7 @@ VARIANTS: Mapping[str, Variant] = {
     "cacheAware": _stock("vLLM, vllm-router cache aware", "cacheAware"),
     "llmD": _stock("vLLM, llm-d's scorers", "llmD"),
     "dynamo": _stock("vLLM, Dynamo's router", "dynamo"),
+    "vllmGateways": replace(_stock("vLLM, four API servers", gateways=GATEWAYS), is_rival=False),
     "gimbal": Variant(
         label="Gimbal, reconstructed",
         changes={"scheduler": GIMBAL_SCHEDULER, "dispatch": "gimbal"},

@@ -65,6 +65,10 @@ _LEAST_ROUND = 4
 _SEARCH_AHEAD = 1.3
 # Part of the total below which what is won is rounding.
 _LEAST_GAIN = 1e-6
+# Less than this is as little as this, where a price is divided by it.
+_LEAST_STABILITY = 1e-3
+# Part of a layer's time that a move has to win however little it costs.
+_LEAST_WORTH = 1e-4
 # Weight of the newest trial in the trust that plans earn.
 _NEWEST_TRIAL = 0.5
 
@@ -212,6 +216,8 @@ def plan_experts(
     costs: ExpertCosts,
     settings: ExpertSettings,
     history: ExpertHistory | None = None,
+    *,
+    whole: bool = False,
 ) -> Move | Stay:
     """Decides whether experts move, and which.
 
@@ -228,6 +234,8 @@ def plan_experts(
         costs: measured coefficients.
         settings: hysteresis and budget; the mode is the caller's business.
         history: what the last decision returned; None before the first.
+        whole: the candidate is the best placement found within the budget, whatever its moves cost, and the gate
+            judges it as a whole: for a plan that is looked at, where costs are not known well.
 
     Raises:
         ValueError: load and placement do not fit together, or the sources do not divide the ranks evenly.
@@ -237,18 +245,19 @@ def plan_experts(
     before = score_placement(load, placement, costs)
     budget = settings.move_budget or _round_budget(placement)
     path = _search(load, placement, costs, settings, budget)
-    price_s = (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps
+    least_s = _LEAST_WORTH * before[0].total_s / placement.layers
+    price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
     def weigh(price_s: float) -> _Option:
         table = apply_steps(path, placement.physical_to_logical, cut_path(path, price_s, budget))
         return _weigh_option(table, load, placement, costs, before, known)
 
     option = weigh(price_s)
-    if 0.0 < option.stability < 1.0:
-        smaller = weigh(price_s / option.stability)
+    if 0.0 < option.stability < 1.0 and not whole:
+        smaller = weigh(price_s / max(option.stability, _LEAST_STABILITY))
         option = smaller if smaller.gain_s > 0 else option
     if option.gain_s <= 0:
-        option = weigh(0.0)
+        option = weigh(least_s)
     return _decide(option, load, placement, costs, settings, before, known)
 
 

@@ -185,7 +185,7 @@ def test_a_plan_is_made_here_from_what_the_engine_says_and_touches_nothing(serve
     assert "the engine would " in said
     plan = json.loads(file.read_text())
     assert plan["balance_after"] <= plan["balance_before"]
-    assert plan["gate"]["decision"] in ("move", "stay")
+    assert plan["gate"].partition(": ")[0] in ("move", "stay")
     assert plan["seconds"] > 0
     assert served.placement("a-engine-1") == before
     assert served.say("plan", "--engine", "a-engine-1") == said, "the same load, the same words"

@@ -116,6 +116,23 @@ def test_only_layers_that_pay_move():
     assert moved.tolist() == [2, 0]
 
 
+def test_a_plan_to_look_at_is_whole_and_judged_as_a_whole():
+    tokens, placement = [[[5, 5, 1, 1], [1.1, 1.1, 1, 1]]], placed([0, 1, 2, 3], [0, 1, 2, 3])
+    costs = ExpertCosts(token_s=1e-3, move_s=0.5)
+    decision = plan_experts(ExpertLoad(tokens=tokens), placement, costs, SETTINGS, whole=True)
+    assert count_moves(placement, decision.candidate).tolist() == [2, 2]
+    assert isinstance(decision, Move)
+    dear = plan_experts(ExpertLoad(tokens=tokens), placement, replace(costs, move_s=50.0), SETTINGS, whole=True)
+    assert isinstance(dear, Stay)
+    assert dear.moves == 4
+
+
+def test_what_wins_next_to_nothing_is_left_alone_even_if_it_costs_nothing():
+    decision = plan([[[1.00001, 1.00001, 1, 1]]], placed([0, 1, 2, 3]))
+    assert isinstance(decision, Stay)
+    assert decision.reason is StayReason.BALANCED
+
+
 def test_a_budget_takes_the_best_moves_first():
     tokens = [[[5, 5, 1, 1], [9, 9, 1, 1]]]
     placement = placed([0, 1, 2, 3], [0, 1, 2, 3])

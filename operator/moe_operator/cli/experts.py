@@ -8,19 +8,20 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_scheduling.expert import count_moves
+from moe_scheduling.expert import ExpertSettings, count_moves, plan_experts
 from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
 from moe_operator.cli.validate import one_line
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive, wait_for_directive
 from moe_operator.experts.document import ExpertsDocument
+from moe_operator.experts.files import ASSUMED_COSTS, find_placement, read_load_file
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import decision_document, plan_document, render_decision
 from moe_operator.experts.reach import Agent, Cluster, Reached, reach_cluster, reach_local
@@ -81,8 +82,32 @@ def plan(
     context: Context = None,
     engine: EngineName = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the plan there, for `experts apply`.")] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option("--load", help="npz file with load[source, layer, expert], in tokens a step; no engine is asked."),
+    ] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="With --load: ranks of the group.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="With --load: nodes that they are on.")] = None,
+    redundant: Annotated[
+        int | None, typer.Option("--redundant", min=0, help="With --load: slots beside one for each expert.")
+    ] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option("--current", help="With --load: JSON of the present placement.", show_default="vLLM's first"),
+    ] = None,
 ) -> None:
-    """Decide here, from the load of a running engine, what moving its experts would bring; touches nothing."""
+    """Decide here, from the load of a running engine or of a file, what moving experts would bring; touches nothing."""
+    if load is not None:
+        running = {"NAME": name, "--state-dir": state_dir, "--namespace": namespace, "--context": context}
+        with errors_shown():
+            _refuse(running | {"--engine": engine}, "is of a running engine; leave it out with --load")
+            if ranks is None:
+                raise InvalidInput([Problem("--ranks", "is needed with --load")])
+            _plan_file(load, current, {"ranks": ranks, "nodes": nodes or 1, "redundant": redundant or 0}, output)
+        return
+    with errors_shown():
+        given = {"--ranks": ranks, "--nodes": nodes, "--redundant": redundant, "--current": current}
+        _refuse(given, "needs --load; the group of a running engine is known")
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         chosen, document = _only(asyncio.run(fetch_experts(reached)), engine)
         settings = asyncio.run(fetch_settings(_agent(reached, chosen)))
@@ -92,6 +117,26 @@ def plan(
         if output is not None:
             output.write_text(json.dumps(decision_document(decision, seconds)) + "\n", encoding="utf-8")
         typer.echo(f"{chosen}, load of the last {document.load.steps:.0f} steps:\n{render_decision(decision)}")
+
+
+def _refuse(given: Mapping[str, object], message: str) -> None:
+    problems = [Problem(name, message) for name, value in given.items() if value is not None]
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _plan_file(path: Path, current: Path | None, group: dict[str, int], output: Path | None) -> None:
+    load = read_load_file(path)
+    placement = find_placement(current, load, **group)
+    started_s = time.perf_counter()
+    decision = plan_experts(load, placement, ASSUMED_COSTS, ExpertSettings(), whole=True)
+    seconds = time.perf_counter() - started_s
+    if output is not None:
+        output.write_text(json.dumps(decision_document(decision, seconds)) + "\n", encoding="utf-8")
+    typer.echo(render_decision(decision))
+    typer.echo(
+        f"decided in {seconds * 1e3:.1f} ms, with the costs of DeepSeek-V3 on H100s; a running engine has its own"
+    )
 
 
 @app.command()

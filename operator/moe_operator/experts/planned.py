@@ -33,7 +33,7 @@ def decision_document(decision: Move | Stay, seconds: float) -> dict[str, Any]:
         "moves": decision.moves,
         "balance_before": decision.balance_before.mean,
         "balance_after": decision.balance_after.mean,
-        "gate": {"decision": "move" if isinstance(decision, Move) else "stay", "reason": _reason(decision)},
+        "gate": f"{'move' if isinstance(decision, Move) else 'stay'}: {_reason(decision)}",
     }
 
 
@@ -44,7 +44,8 @@ def render_decision(decision: Move | Stay) -> str:
     word = "would move" if isinstance(decision, Move) else "would stay"
     return (
         f"balance    {before.mean:.3f} -> {after.mean:.3f} (worst layer {before.worst:.3f} -> {after.worst:.3f})\n"
-        f"to others  {before.remote_fraction:.1%} -> {after.remote_fraction:.1%} of the tokens\n"
+        f"to others  {before.remote_fraction:.1%} -> {after.remote_fraction:.1%} of the tokens, "
+        f"to other nodes {before.internode_fraction:.1%} -> {after.internode_fraction:.1%}\n"
         f"experts    {old.total_s * 1e3:.4g} -> {new.total_s * 1e3:.4g} ms a step\n"
         f"moves      {decision.moves}, which cost {decision.cost_s:.3g} s\n"
         f"the engine {word}: {_reason(decision)}"

@@ -96,7 +96,7 @@ def pod_templates(own: str) -> st.SearchStrategy[Document]:
         ),
         priorityClassName=object_names,
         runtimeClassName=object_names,
-        terminationGracePeriodSeconds=st.integers(1, 900),
+        terminationGracePeriodSeconds=st.integers(10, 900),
         hostNetwork=st.just(False),
         schedulerName=object_names,
         imagePullSecrets=st.lists(st.builds(lambda name: {"name": name}, object_names), max_size=2, unique_by=str),

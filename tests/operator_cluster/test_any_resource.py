@@ -24,7 +24,6 @@ from moe_scheduling.problems import InvalidInput
 from resource_strategies import documents, mutated
 from serving_documents import serving
 
-# The smaller counts are the first of the greater ones.
 VALID = [40, pytest.param(200, marks=pytest.mark.long)]
 INVALID = [100, pytest.param(500, marks=pytest.mark.long)]
 AT_A_TIME = 4

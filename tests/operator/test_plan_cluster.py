@@ -1,0 +1,222 @@
+"""The plan for a cluster: the samples against goldens, its order, and what must hold of any plan.
+
+`python tests/operator/test_plan_cluster.py` writes the goldens anew.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from moe_operator.api import parse_resource
+from moe_operator.api.units import duration_s
+from moe_operator.cli.command import app
+from moe_operator.kubernetes.kinds import CHILDREN, kind_of
+from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
+from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER
+from resource_strategies import documents
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = sorted((ROOT / "manifests").glob("*.yaml"))
+GOLDENS = Path(__file__).parent / "goldens" / "cluster"
+WORKLOADS = ("Deployment", "LeaderWorkerSet")
+Document = dict[str, Any]
+
+
+def render_sample(path: Path) -> str:
+    """What `moeserving plan` prints, but for the token, and for what of it depends on where the repository lies."""
+    done = CliRunner().invoke(app, ["plan", "-f", str(path), "--namespace", "serving"])
+    assert done.exit_code == 0, done.output
+    text = re.sub(r"(?m)^(  token: )\S+$", r"\1VE9LRU4=", done.stdout)
+    if str(ROOT) in text:
+        text = re.sub(r"(revision-digest: )\S+", r"\1DIGEST", text)
+    return text.replace(str(ROOT), "/repository")
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_the_plan_of_a_sample_is_its_golden(path: Path) -> None:
+    assert render_sample(path) == (GOLDENS / path.name).read_text(encoding="utf-8")
+
+
+def test_the_samples_and_their_goldens_are_the_same_set() -> None:
+    assert [path.name for path in SAMPLES] == sorted(path.name for path in GOLDENS.iterdir())
+
+
+def plan(document: Document) -> ClusterPlan:
+    return plan_cluster(parse_resource(document), "ns", Observed(uid="u", tokens=("a", "b")), Defaults())
+
+
+def templates(planned: ClusterPlan) -> list[Document]:
+    """The pod templates of all workloads, by none twice."""
+    found = []
+    for entry in planned.objects:
+        if entry["kind"] == "Deployment":
+            found.append(entry["spec"]["template"])
+        elif entry["kind"] == "LeaderWorkerSet":
+            found += [entry["spec"]["leaderWorkerTemplate"][f"{role}Template"] for role in ("leader", "worker")]
+    return found
+
+
+def container(template: Document) -> Document:
+    names = ("engine", "gateway")
+    return next(row for row in template["spec"]["containers"] if row["name"] in names)
+
+
+@settings(max_examples=60)
+@given(documents())
+def test_every_object_of_a_plan_is_known_owned_labelled_and_there_once(document: Document) -> None:
+    planned = plan(document)
+    assert planned == plan(document), "equal arguments give equal plans"
+    places = [(entry["kind"], entry["metadata"]["name"]) for entry in planned.objects]
+    assert len(set(places)) == len(places)
+    for entry in planned.objects:
+        assert kind_of(entry) in CHILDREN
+        metadata = entry["metadata"]
+        assert metadata["namespace"] == "ns"
+        assert metadata["labels"][MANAGED_BY] == MANAGER
+        assert metadata["labels"][INSTANCE] == document["metadata"]["name"]
+        (owner,) = metadata["ownerReferences"]
+        assert (owner["uid"], owner["name"], owner["controller"]) == ("u", document["metadata"]["name"], True)
+
+
+@settings(max_examples=60)
+@given(documents())
+def test_what_pods_need_stands_before_them(document: Document) -> None:
+    seen: set[tuple[str, str]] = set()
+    kinds = [entry["kind"] for entry in plan(document).objects]
+    assert kinds[-1] == "Deployment", "the gateway comes last"
+    for entry in plan(document).objects:
+        if entry["kind"] in WORKLOADS:
+            for template in templates(ClusterPlan(objects=(entry,), replicas=0, groups=())):
+                spec = template["spec"]
+                assert ("ServiceAccount", spec["serviceAccountName"]) in seen
+                for volume in spec["volumes"]:
+                    secret = volume.get("secret", {}).get("secretName", "licence")
+                    settings_map = volume.get("configMap", {}).get("name")
+                    assert secret == "licence" or ("Secret", secret) in seen
+                    assert settings_map is None or ("ConfigMap", settings_map) in seen
+        seen.add((entry["kind"], entry["metadata"]["name"]))
+
+
+@settings(max_examples=60)
+@given(documents())
+def test_selectors_find_the_pods_that_they_are_for_and_no_others(document: Document) -> None:
+    planned = plan(document)
+    labels = [template["metadata"]["labels"] for template in templates(planned)]
+    for entry in planned.objects:
+        selector = entry.get("spec", {}).get("selector") or entry.get("spec", {}).get("podSelector")
+        if selector is None or entry["kind"] in ("ServiceMonitor", "PodMonitor"):
+            continue
+        wanted = selector.get("matchLabels", selector)
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("leaderworkerset")}
+        found = [row for row in labels if wanted.items() <= row.items()]
+        assert found, entry
+        assert len({row[COMPONENT] for row in found}) == 1
+
+
+@settings(max_examples=60)
+@given(documents())
+def test_an_engines_pod_has_the_time_to_start_and_to_end_and_memory_to_share(document: Document) -> None:
+    resource = parse_resource(document)
+    engine = resource.spec.engine
+    if engine.pod_template:
+        return
+    for template in templates(plan(document)):
+        if template["metadata"]["labels"][COMPONENT] != "engine":
+            continue
+        spec, found = template["spec"], container(template)
+        probe = found["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] > duration_s(engine.startup_timeout)
+        pause_s = found["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert spec["terminationGracePeriodSeconds"] > pause_s + duration_s(engine.drain_timeout)
+        assert spec["automountServiceAccountToken"] is False
+        (shared,) = (row for row in spec["volumes"] if row["name"] == "shm")
+        assert shared["emptyDir"]["medium"] == "Memory"
+        assert {"name": "shm", "mountPath": "/dev/shm"} in found["volumeMounts"]
+        assert found["command"][:2] == ["moeserving", "agent"], "the agent is the first process"
+
+
+def test_the_secret_holds_all_tokens_the_newest_first() -> None:
+    secret = plan({**serving(), "spec": {"model": {"uri": "hf://org/a"}}}).objects[0]
+    assert secret["kind"] == "Secret"
+    assert base64.b64decode(secret["data"]["token"]) == b"a\nb\n"
+
+
+def serving(**spec: Any) -> Document:
+    header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "tiny"}}
+    return {**header, "spec": {"model": {"uri": "hf://org/a"}, **spec}}
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "live", "wanted"),
+    [
+        (None, 9, 2),
+        ({"minReplicas": 1, "maxReplicas": 4}, None, 2),
+        ({"minReplicas": 1, "maxReplicas": 4}, 3, 3),
+        ({"minReplicas": 1, "maxReplicas": 4}, 9, 4),
+        ({"minReplicas": 0, "maxReplicas": 4}, 0, 0),
+        ({"mode": "external", "minReplicas": 3, "maxReplicas": 4}, 1, 3),
+        ({"mode": "external", "minReplicas": 1, "maxReplicas": 4}, 4, 2),
+    ],
+)
+def test_the_number_of_engines(autoscaling: Document | None, live: int | None, wanted: int) -> None:
+    spec: Document = {"engine": {"replicas": 2}} | ({} if autoscaling is None else {"autoscaling": autoscaling})
+    observed = Observed(tokens=("t",), replicas=live)
+    planned = plan_cluster(parse_resource(serving(**spec)), "ns", observed, Defaults())
+    (engines,) = (
+        row for row in planned.objects if row["metadata"]["name"] == "tiny-engine" and row["kind"] in WORKLOADS
+    )
+    assert planned.replicas == engines["spec"]["replicas"] == wanted
+
+
+def test_a_number_that_another_manager_owns_is_not_in_the_plan() -> None:
+    observed = Observed(tokens=("t",), replicas=7, foreign_replicas=True)
+    planned = plan_cluster(parse_resource(serving()), "ns", observed, Defaults())
+    numbers = {
+        row["metadata"]["name"]: row["spec"].get("replicas") for row in planned.objects if row["kind"] == "Deployment"
+    }
+    assert numbers == {"tiny-engine": None, "tiny-gateway": 1}
+
+
+def test_a_pod_template_is_merged_but_selectors_and_the_configuration_stay_ours() -> None:
+    patch = {
+        "metadata": {
+            "labels": {COMPONENT: "mine", "team": "a"},
+            "annotations": {"moeserving.dev/config": "mine", "note": "b"},
+        },
+        "spec": {
+            "nodeSelector": {"gpu": "h100"},
+            "containers": [
+                {"name": "engine", "env": [{"name": "A", "value": "1"}], "resources": {"requests": {"cpu": "7"}}},
+                {"name": "mesh", "image": "mesh:1"},
+            ],
+        },
+    }
+    planned = plan(serving(engine={"podTemplate": patch}))
+    template = next(row for row in templates(planned) if row["metadata"]["labels"][COMPONENT] == "engine")
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["metadata"]["annotations"]["note"] == "b"
+    assert json.loads(template["metadata"]["annotations"]["moeserving.dev/config"])["engine"]["model"] == "org/a"
+    engine, mesh = template["spec"]["containers"]
+    assert (engine["name"], mesh["name"]) == ("engine", "mesh")
+    assert engine["env"] == [{"name": "A", "value": "1"}]
+    assert engine["resources"]["requests"]["cpu"] == "7"
+    assert engine["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert engine["command"][0] == "moeserving"
+
+
+def test_the_order_survives_yaml() -> None:
+    rows = [*yaml.safe_load_all(render_sample(ROOT / "manifests" / "minimal.yaml"))]
+    assert [row["kind"] for row in rows][:2] == ["Secret", "ConfigMap"]
+    assert all("ownerReferences" not in row["metadata"] for row in rows), "there is no resource to own them yet"
+
+
+if __name__ == "__main__":
+    GOLDENS.mkdir(parents=True, exist_ok=True)
+    for sample in SAMPLES:
+        (GOLDENS / sample.name).write_text(render_sample(sample), encoding="utf-8")

@@ -60,7 +60,7 @@ class RequestSettings:
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
     prefill_hold_s: float = 0.5
-    first_token_weight: float = 20.0
+    first_token_weight: float = 40.0
     yield_prefills: bool = True
     kv_growth_blocks: int = 1
 

@@ -52,7 +52,10 @@ def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core
 
 
 def test_every_setting_of_the_core_can_be_set() -> None:
-    request = {"policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s"}
+    request = {
+        "policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s", "prefillHold": "80ms",
+        "firstTokenWeight": 7.5, "yieldPrefills": False, "kvGrowthBlocks": 0,
+    }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
     expert = {
         "mode": "active", "interval": 500, "window": 200, "moveBudget": 64, "maxStall": "20ms", "hysteresis": 0.25
@@ -70,7 +73,14 @@ def test_every_setting_of_the_core_can_be_set() -> None:
     given_request = request_settings(spec.scheduling.request)
     given_engine = engine_settings(spec.scheduling.engine)
     assert given_request == RequestSettings(
-        policy=RequestPolicy.PRIORITY, ageing_rate=2.5, ageing_horizon_s=60, priority_step_s=0
+        policy=RequestPolicy.PRIORITY,
+        ageing_rate=2.5,
+        ageing_horizon_s=60,
+        priority_step_s=0,
+        prefill_hold_s=0.08,
+        first_token_weight=7.5,
+        yield_prefills=False,
+        kv_growth_blocks=0,
     )
     assert asdict(given_engine) == {
         "policy": "roundRobin",
@@ -94,6 +104,10 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "ageingRate": st.floats(0, 1e9, exclude_min=True) | st.integers(1, 10**9),
             "ageingHorizon": st.sampled_from(["0s", "24h"]),
             "priorityStep": st.sampled_from(["0s", "24h"]),
+            "prefillHold": st.sampled_from(["0s", "24h"]),
+            "firstTokenWeight": st.floats(0, 1e9, exclude_min=True) | st.integers(1, 10**9),
+            "yieldPrefills": st.booleans(),
+            "kvGrowthBlocks": st.integers(0, 1_000_000),
         }
     ),
     engine=st.fixed_dictionaries(
@@ -131,13 +145,14 @@ def test_what_the_resource_takes_the_core_takes(
         ("engine", "staleAfter"),
         ("engine", "saturation"),
         ("request", "ageingRate"),
+        ("request", "firstTokenWeight"),
         ("expert", "interval"),
         ("expert", "window"),
         ("expert", "maxStall"),
     ],
 )
 def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: str) -> None:
-    zero = 0 if name in ("ageingRate", "interval", "window") else "0s"
+    zero = 0 if name in ("ageingRate", "firstTokenWeight", "interval", "window") else "0s"
     (line,) = refusal(with_spec(scheduling={layer: {name: zero}}))
     assert line.startswith(f"spec.scheduling.{layer}.{name}: ")
 
@@ -157,7 +172,8 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
             "spec.scheduling.request.ageing_rate: unknown field; nearest known: ageingRate; "
-            "known: ageingHorizon, ageingRate, policy, priorityStep",
+            "known: ageingHorizon, ageingRate, firstTokenWeight, kvGrowthBlocks, policy, prefillHold, priorityStep, "
+            "yieldPrefills",
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),

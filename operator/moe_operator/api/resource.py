@@ -366,6 +366,26 @@ class RequestScheduling(Section):
         default=render_duration(_REQUEST.priority_step_s),
         description="Head start that one level of a request's priority is worth under `sjf` (lower is more urgent).",
     )
+    prefill_hold: Annotated[str, DurationBetween("0s")] = Field(
+        default=render_duration(_REQUEST.prefill_hold_s),
+        description="Where data-parallel ranks step together, prefills are held up to this long so that those of all "
+        "ranks fall into the same steps. 0s: each rank prefills when it can.",
+    )
+    first_token_weight: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
+        default=_REQUEST.first_token_weight,
+        description="Seconds between tokens that one second before the first token is worth, when it is weighed how "
+        "long to hold prefills. Greater holds them for a shorter time.",
+    )
+    yield_prefills: Flag = Field(
+        default=_REQUEST.yield_prefills,
+        description="Under `sjf`, a prompt that is computed in chunks lets waiting requests go first that come before "
+        "what is left of it.",
+    )
+    kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
+        default=_REQUEST.kv_growth_blocks,
+        description="KV blocks that an engine keeps free for each running request when it admits another, so that "
+        "answers can grow without a preemption. 0: none, as vLLM does.",
+    )
 
 
 class EngineScheduling(Section):

@@ -179,13 +179,18 @@ def calibrate_command(
     model: Annotated[Path, typer.Argument(help="Folder of the model, such as one that `model tiny` made.")],
     rounds: Annotated[int, typer.Option("--rounds", min=6, help="Rounds of requests.")] = 36,
     max_model_len: Annotated[int, typer.Option("--max-model-len", min=64, help="Longest prompt and answer.")] = 4096,
+    validate: Annotated[
+        int, typer.Option("--validate", min=0, help="Requests under each order to check the simulator with.")
+    ] = 0,
     seed: Seed = 0,
     json_out: JsonOut = None,
 ) -> None:
-    """Fit the step time of a real engine on this machine, for scenarios."""
-    from moe_bench.simulator.calibrate import run_calibrate
+    """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
+    from moe_bench.simulator.calibrate import Effort, run_calibrate
 
-    run_calibrate(model, rounds, max_model_len, seed, json_out)
+    effort = Effort(rounds=rounds, validate_requests=validate)
+    if not run_calibrate(model, effort, max_model_len, seed, json_out):
+        raise typer.Exit(1)
 
 
 @app.command("simulate")

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_bench.experiments.plan import Run, Selection, build_run, code_digest, plan_runs, saturation_runs
 from moe_bench.experiments.saturation import find_saturation
 from moe_bench.experiments.variants import VARIANTS
+from moe_bench.experiments.workloads import ALL
 from moe_bench.report import read_environment
 from moe_bench.simulator.hardware import PRESETS
 from moe_bench.simulator.simulation import Outcome, load_vllm, simulate
@@ -45,6 +46,7 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
     runs = plan_runs(selection)
     if not runs:
         raise InvalidInput([Problem("only", "these filters leave no run")])
+    check_traces(runs, traces)
     console = Console()
     environment = read_environment()
     versions = {"python": environment["python"], **environment["packages"]}
@@ -68,6 +70,15 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
         _work(pool, [(run, traces, None) for run in measuring], keep, "saturation", console)
         rates = saturations(found.values())
         _work(pool, [(run, traces, rates[run.saturation.id]) for run in todo], keep, "runs", console)
+
+
+def check_traces(runs: Sequence[Run], traces: Path | None) -> None:
+    """Raises `InvalidInput` when a file that a workload needs is not there."""
+    needed = sorted({ALL[run.workload].trace for run in runs} - {""})
+    missing = [name for name in needed if traces is None or not (traces / name).is_file()]
+    if missing:
+        place = "no folder was named" if traces is None else f"not in {traces}"
+        raise InvalidInput([Problem("traces", f"{name} is needed, {place}") for name in missing])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -1,24 +1,29 @@
 """`moeserving calibrate`: the step time of a real engine on this machine, as a cost model for scenarios.
 
-The engine runs in this process, with vLLM's own scheduler watched (`recording`). It serves prompts of all lengths at
+The engine runs in this process, with our scheduler watched (`recording`). It serves prompts of all lengths at
 all degrees of concurrency; what its steps carried and took is fitted, and the fit is checked on steps not fitted on.
 """
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from moe_agent.pages import RUN_DIR_VARIABLE, Control, ControlPageWriter
 from moe_scheduling.problems import InvalidInput, Problem
+from moe_scheduling.request import RequestSettings
 from rich.console import Console
 from rich.progress import track
 
 from moe_bench.replay_command import write_json
 from moe_bench.report import read_environment
 from moe_bench.simulator.fitting import Fit, fit_cost
+from moe_bench.simulator.validate import Agreement, agrees, render_agreement, validate
+from moe_bench.virtual_engine import foreign_warnings
 
 RECORDER = "moe_bench.simulator.recording.RecordingScheduler"
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
@@ -27,20 +32,45 @@ MEAN_OUTPUT = 24
 KV_CACHE_BYTES = 2**30
 
 
-def run_calibrate(model: Path, rounds: int, max_model_len: int, seed: int, json_out: Path | None) -> None:
-    """The whole command."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much is measured: rounds of requests, and requests under each order to check the simulator with; 0: none."""
+
+    rounds: int = 36
+    validate_requests: int = 0
+
+
+def run_calibrate(model: Path, effort: Effort, max_model_len: int, seed: int, json_out: Path | None) -> bool:
+    """The whole command; False when the simulator was checked and does not agree."""
     if not (model / "config.json").is_file():
         raise InvalidInput([Problem(str(model), "is no model's folder; make one: moeserving model tiny DIR")])
     console = Console()
-    llm = _load(model, max_model_len)
-    source = f"measured: {model.name} on this machine, {read_environment()['system']}"
-    for prompts, outputs in track(list(_rounds(rounds, max_model_len, seed)), "serving", console=console):
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[RUN_DIR_VARIABLE] = folder
+        with ControlPageWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
+            return _calibrate(
+                _load(model, max_model_len), control, console, model, effort, max_model_len, seed, json_out
+            )
+
+
+def _calibrate(
+    llm: Any, control: Any, console: Console, model: Path, effort: Effort, max_model_len: int, seed: int,
+    json_out: Path | None,
+) -> bool:  # fmt: skip
+    for prompts, outputs in track(list(_rounds(effort.rounds, max_model_len, seed)), "serving", console=console):
         _serve(llm, prompts, outputs)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    fit = fit_cost(scheduler.measured, source, seed)
+    measured = list(llm.llm_engine.engine_core.engine_core.scheduler.measured)
+    fit = fit_cost(measured, f"measured: {model.name} on this machine, {read_environment()['system']}", seed)
     console.print(render_fit(fit), highlight=False, soft_wrap=True)
+    document = build_fit_document(fit, [asdict(step) for step in measured])
+    rows: tuple[Agreement, ...] = ()
+    if effort.validate_requests:
+        rows = validate(llm, control, fit.cost, effort.validate_requests, seed)
+        console.print(render_agreement(rows))
+        document["validation"] = [asdict(row) for row in rows]
     if json_out is not None:
-        write_json(json_out, build_fit_document(fit, [asdict(step) for step in scheduler.measured]))
+        write_json(json_out, document)
+    return agrees(rows)
 
 
 def _load(model: Path, max_model_len: int) -> Any:
@@ -49,18 +79,19 @@ def _load(model: Path, max_model_len: int) -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm import LLM
+    with foreign_warnings():
+        from vllm import LLM
 
-    return LLM(
-        model=str(model),
-        scheduler_cls=RECORDER,
-        max_model_len=max_model_len,
-        max_num_seqs=max(CONCURRENCIES),
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        distributed_executor_backend="uni",
-        disable_log_stats=True,
-    )
+        return LLM(
+            model=str(model),
+            scheduler_cls=RECORDER,
+            max_model_len=max_model_len,
+            max_num_seqs=max(CONCURRENCIES),
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+        )
 
 
 def _rounds(rounds: int, max_model_len: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -1,0 +1,172 @@
+"""The simulator against the real engine: the same requests at the same times under three orders, TTFT side by side.
+
+Part of `moeserving calibrate --validate`: the engine that was calibrated serves an open loop near its saturation, the
+simulator serves the same with the fitted cost. They agree when each mean TTFT is within `TOLERANCE` and the orders rank
+alike, orders that the engine itself cannot tell apart left out.
+"""
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_scheduling.engine import DispatchPolicy, EngineSettings
+from moe_scheduling.request import RequestPolicy, RequestSettings
+from rich.table import Table
+
+from moe_bench.experiments.saturation import find_saturation
+from moe_bench.shapes import Shape, ShapeSettings, build_shape
+from moe_bench.simulator.arrivals import ArrivalShape, Senders, arrange
+from moe_bench.simulator.costs import LinearCost
+from moe_bench.simulator.rank import EngineLimits
+from moe_bench.simulator.simulation import Simulation, load_vllm, simulate
+from moe_bench.traces import TraceRequest
+
+TOLERANCE = 0.15
+LOAD = 0.95
+ORDERS = (RequestPolicy.FCFS, RequestPolicy.PRIORITY, RequestPolicy.SJF)
+_GUESS = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Mean TTFT under one order, seconds."""
+
+    order: RequestPolicy
+    real_s: float
+    simulated_s: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two are near enough."""
+        return abs(self.simulated_s / self.real_s - 1.0) <= TOLERANCE
+
+
+def validate(llm: Any, control: Any, cost: LinearCost, count: int, seed: int) -> tuple[Agreement, ...]:
+    """Serves the same requests on the engine and in the simulator under each order.
+
+    Args:
+        llm: the engine, in this process.
+        control: writer of its control page.
+        cost: fitted on it.
+        count: requests.
+        seed: of the requests.
+    """
+    limits = read_limits(llm)
+    base = _simulation(cost, limits, count, seed)
+    maker = load_vllm()
+
+    def slowdown(rate: float) -> float:
+        trace = arrange(base.trace, ArrivalShape.POISSON, rate, seed)
+        figures = simulate(
+            replace(base, trace=trace, request=RequestSettings(policy=RequestPolicy.FCFS)), maker
+        ).figures
+        return figures.ttft_mean / figures.ttft_floor
+
+    rate = LOAD * find_saturation(slowdown, _GUESS)
+    trace = arrange(base.trace, ArrivalShape.POISSON, rate, seed)
+    return tuple(
+        Agreement(
+            order=order,
+            real_s=_mean(serve(llm, control, order, trace, version)),
+            simulated_s=_simulated_s(replace(base, trace=trace, request=RequestSettings(policy=order))),
+        )
+        for version, order in enumerate(ORDERS, start=2)
+    )
+
+
+def read_limits(llm: Any) -> EngineLimits:
+    """What bounds the engine."""
+    config = llm.llm_engine.vllm_config
+    scheduler, cache = config.scheduler_config, config.cache_config
+    return EngineLimits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        kv_blocks=cache.num_gpu_blocks * cache.block_size // 16,
+        max_model_len=config.model_config.max_model_len,
+    )
+
+
+def _simulation(cost: LinearCost, limits: EngineLimits, count: int, seed: int) -> Simulation:
+    shape = ShapeSettings(
+        count=count, seed=seed, longest_tokens=limits.max_model_len * 3 // 4, median_output_tokens=16,
+        longest_output_tokens=limits.max_model_len // 8,
+    )  # fmt: skip
+    return Simulation(
+        trace=build_shape(Shape.TWO_END, shape),
+        cost=cost,
+        limits=limits,
+        dispatch=EngineSettings(policy=DispatchPolicy.ROUND_ROBIN),
+        senders=Senders(by_length=True),
+    )
+
+
+def _simulated_s(simulation: Simulation) -> float:
+    outcome = simulate(simulation, load_vllm())
+    return _mean([row.first_token_s - row.arrival_s for row in outcome.requests if row.first_token_s is not None])
+
+
+def serve(llm: Any, control: Any, order: RequestPolicy, trace: Sequence[TraceRequest], version: int) -> list[float]:
+    """Times to first token on the engine; the priority of a request is its prompt's length, as in the simulator."""
+    from moe_agent.pages import Control
+
+    control.write(Control(version=version, request=RequestSettings(policy=order)))
+    engine = llm.llm_engine
+    draw = random.Random(version)
+    vocabulary = engine.model_config.get_vocab_size()
+    first_s: dict[int, float] = {}
+    coming = 0
+    began_s = time.perf_counter()
+    while coming < len(trace) or engine.has_unfinished_requests():
+        now_s = time.perf_counter() - began_s
+        while coming < len(trace) and trace[coming].arrival_s <= now_s:
+            _add(engine, f"{version}-{coming}", trace[coming], draw, vocabulary)
+            coming += 1
+        if not engine.has_unfinished_requests():
+            time.sleep(trace[coming].arrival_s - now_s)
+            continue
+        for output in engine.step():
+            index = int(output.request_id.split("-")[1])
+            if output.outputs[0].token_ids:
+                first_s.setdefault(index, time.perf_counter() - began_s - trace[index].arrival_s)
+    return list(first_s.values())
+
+
+def _add(engine: Any, name: str, row: TraceRequest, draw: random.Random, vocabulary: int) -> None:
+    from vllm import SamplingParams
+
+    engine.add_request(
+        name,
+        {"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(row.prompt_tokens)]},
+        SamplingParams(max_tokens=row.output_tokens, ignore_eos=True, temperature=0.0),
+        priority=row.prompt_tokens,
+    )
+
+
+def agrees(rows: Sequence[Agreement]) -> bool:
+    """Whether all hold, and the orders rank alike where the engine itself tells them apart."""
+    pairs = itertools.combinations(rows, 2)
+    alike = all(
+        (one.real_s < other.real_s) == (one.simulated_s < other.simulated_s)
+        for one, other in pairs
+        if abs(one.real_s / other.real_s - 1.0) > TOLERANCE
+    )
+    return alike and all(row.holds for row in rows)
+
+
+def render_agreement(rows: Sequence[Agreement]) -> Table:
+    """Side by side."""
+    table = Table(title="Mean TTFT", title_justify="left")
+    for name in ("order", "real engine", "simulator", "ratio", ""):
+        table.add_column(name, justify="left" if name in ("order", "") else "right")
+    for row in rows:
+        ratio = row.simulated_s / row.real_s
+        cells = (f"{row.real_s * 1000:,.0f} ms", f"{row.simulated_s * 1000:,.0f} ms", f"{ratio:.2f}")
+        table.add_row(row.order.value, *cells, "" if row.holds else f"not within {TOLERANCE:.0%}")
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

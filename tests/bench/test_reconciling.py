@@ -17,6 +17,7 @@ from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.store import Store
 from prometheus_client import generate_latest
 
+CHANGING = ("apply", "patch", "create", "update", "delete")
 COMMAND = [sys.executable, "-m", "moe_bench.reconciling"]
 
 
@@ -73,7 +74,10 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
     phases = {phase["name"]: phase for phase in figures["phases"]}
     # Fourteen children, the finalizer, a status, an event.
     assert phases["from nothing"]["writes"] >= 3 * 17
-    assert phases["idle"]["writes"] == phases["taken over"]["writes"] == 0
+    for name in ("idle", "taken over"):
+        # A status may change where an answer was late.
+        changed = {call.partition(" ")[::2] for call, count in phases[name]["calls"].items() if count}
+        assert {kind for verb, kind in changed if verb in CHANGING} <= {"Lease", "MoEServing"}
     assert phases["taken over"]["passes"] >= 3
     assert all(phase["failed"] == 0 and phase["memory_bytes"] > 1e7 for phase in figures["phases"])
     assert len(figures["changes_s"]) == 2

@@ -155,6 +155,8 @@ async def test_while_it_is_paused_nothing_changes_and_then_all_does(kubeconfig: 
         await operator.settle(key)
         paused = (await told(operator, key))["Paused"]
         assert (paused["status"], paused["reason"]) == ("True", "Paused")
+        status = (await fetch_serving(operator.api, key) or {})["status"]
+        assert status["desiredReplicas"] == 1, "what is left as it is, not what the resource says by now"
         after = await fetch_children(operator.api, namespace)
         assert after == {place: row for place, row in before.items() if place != ("ConfigMap", "tiny-settings")}
         await change(operator, key, paused=False)

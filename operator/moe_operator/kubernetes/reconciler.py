@@ -28,7 +28,7 @@ from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING, Kind
-from moe_operator.kubernetes.observed import read_observed
+from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
@@ -165,9 +165,8 @@ class Reconciler:
 
     async def _tell_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
-        await self._write_status(
-            key, document, Names(key.name), Seen(invalid=problem), self._store.of(key, POD), {}, {}
-        )
+        seen = Seen(invalid=problem, desired=self._live_replicas(key))
+        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), {}, {})
         return None
 
     async def _tell_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
@@ -175,12 +174,17 @@ class Reconciler:
         states, experts = await self._ask(find_peers(pods), resource)
         seen = Seen(
             paused=True,
-            desired=resource.spec.engine.replicas,
+            desired=self._live_replicas(key),
             findings=find_problems(pods, states),
             has_experts=resource.spec.engine.parallelism.expert,
         )
         await self._write_status(key, document, Names(key.name), seen, pods, states, experts)
         return STEADY_S if pods else None
+
+    def _live_replicas(self, key: Key) -> int:
+        """Engines that the workload asks for, whatever the resource says by now."""
+        workload = engines_workload(self._store, key, Names(key.name)) or {}
+        return int(workload.get("spec", {}).get("replicas", 0))
 
     async def _write_status(
         self,

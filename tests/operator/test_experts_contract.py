@@ -1,0 +1,89 @@
+"""What a real expert group publishes is what the operator's side reads: the agent's state machine, in virtual time."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+from moe_agent.experts.document import build_document, render_document
+from moe_agent.experts.outcome import Outcome, ProblemKind
+from moe_agent.experts.published import as_of, brief
+from moe_operator.cli.experts import describe_change
+from moe_operator.experts import report
+from moe_operator.experts.document import ExpertsDocument, read_experts
+from moe_operator.experts.heat import render_experts
+from moe_operator.experts.load import balance_of, read_load, read_placement
+from moe_operator.experts.planned import plan_document
+from moe_scheduling.expert import ExpertMode, ExpertSettings
+from rich.console import Console
+
+from tests.agent.test_expert_controller import BETTER, Group, answer
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def published(group: Group) -> dict[str, Any]:
+    written = json.loads(render_document(build_document(group.controller, group.now_s)))
+    return as_of(written, group.now_s + 3.0)
+
+
+def read(document: dict[str, Any]) -> ExpertsDocument:
+    found = read_experts(document)
+    assert found is not None
+    return found
+
+
+def told(document: dict[str, Any]) -> tuple[str, str]:
+    experts = report.build_experts({"e0": read(document)}, NOW)
+    state, reason, _ = report.judge_experts(experts, has_group=True, before=None)
+    return state.value, reason
+
+
+def test_a_group_that_has_just_started_is_read() -> None:
+    document = published(Group())
+    assert told(document) == ("Unknown", "NotRecorded")
+    assert read_load(read(document)) is None
+
+
+def test_a_dry_run_is_read_shown_and_can_be_applied() -> None:
+    group = Group(mode=ExpertMode.DRY_RUN)
+    # Expert 2 is on the first rank alone.
+    group.tokens = np.array([0, 0, 9, 1])
+    group.planner.answer = answer()
+    group.run_until(Outcome.DRY_RUN)
+    document = published(group)
+    assert told(document) == ("False", "DryRunWouldMove")
+    assert told(brief(document)) == ("False", "DryRunWouldMove")
+    found = read(document)
+    load, placement = read_load(found), read_placement(found.placement.physical_to_logical, found)
+    assert load is not None
+    assert placement is not None
+    assert found.balance is not None
+    assert balance_of(load, placement) == pytest.approx(found.balance.mean, rel=1e-4)
+    assert found.newest is not None
+    assert found.newest.physical_to_logical == tuple(map(tuple, BETTER.tolist()))
+    assert "6 experts move" in describe_change(found, found.newest.physical_to_logical)
+    assert plan_document(found, ExpertSettings()).candidate.ranks == 2
+    Console(quiet=True).print(render_experts("e0", found))
+
+
+@pytest.mark.parametrize("outcome", [Outcome.MOVED, Outcome.STAYED])
+def test_what_became_of_a_decision_is_read(outcome: Outcome) -> None:
+    group = Group()
+    group.planner.answer = answer(pays=outcome is Outcome.MOVED)
+    group.run_until(outcome)
+    last = report.build_experts({"e0": read(published(group))}, NOW).last_decision
+    assert last is not None
+    assert last.outcome == outcome
+    assert (last.balance_before, last.balance_after) == (1.8, 1.1)
+
+
+def test_every_outcome_and_problem_of_the_agent_is_known_here() -> None:
+    document = published(Group(mode=ExpertMode.DRY_RUN))
+    document |= {"load": {"steps": 10.0}, "balance": {"mean": 1.9, "worst": 1.9}}
+    for outcome in Outcome:
+        decision = {"number": 1, "age_s": 1.0, "outcome": outcome.value, "reason": "r"}
+        assert told(document | {"decisions": [decision]})[0] == "False"
+    reasons = {told(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
+    assert reasons == {"NoDecision", "SlowMove", "VersionSkew", "RolledBack"}

@@ -7,9 +7,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 from moe_scheduling.books import TargetBooks
 from moe_scheduling.engine import DispatchPolicy, EngineSettings, Job, choose_target
+from moe_scheduling.prefill import Pace, RankLoad, plan_prefill_tokens
 from moe_scheduling.prefix import PrefixIndex, block_keys
 from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
@@ -27,6 +29,7 @@ NOW_S = 100.0
 def run() -> Iterator[Row]:
     """All of them."""
     yield from _queue_rows()
+    yield from _plan_rows()
     yield from _choice_rows()
     yield from _prefix_rows()
     yield _books_row()
@@ -51,6 +54,19 @@ def _queue_rows() -> Iterator[Row]:
             pops.append((time.process_time() - pushed_s) / CALLS * 1e6)
         yield _row("queue", f"push, {policy}, {WAITING} wait", pushes, "< 5 us")
         yield _row("queue", f"pop, {policy}, {WAITING} wait", pops, "< 5 us")
+
+
+def _plan_rows() -> Iterator[Row]:
+    pace, settings = Pace(0.00004, 0.006, 0.02), RequestSettings()
+    for count in (2, 8):
+        ranks = [RankLoad(number * 500 % 2048, number * 0.01, 0.05, 50) for number in range(count)]
+        yield _row(
+            "prefill", f"plan, {count} ranks", _call_us(partial(plan_prefill_tokens, ranks, pace, settings)), "< 10 us"
+        )
+    queue: WaitingQueue[int] = WaitingQueue(settings)
+    for item in range(WAITING):
+        queue.push(item, size_tokens=item * 7919 % 5000, arrival_s=item / 100)
+    yield _row("prefill", f"first 4 of {WAITING} that wait", _call_us(lambda: list(islice(queue.in_order(), 4))))
 
 
 def _choice_rows() -> Iterator[Row]:

@@ -2,8 +2,9 @@
 
 `rank-N.page` is written by the scheduler of data-parallel rank N at every step and read by the agent; `control.page` is
 written by the agent and read by every rank. `experts-N.page` is written by the worker of rank N, where there is an
-expert group, and read by the rank's scheduler, which may be another process. All sides import this module, so it needs
-the standard library alone.
+expert group, and read by the rank's scheduler, which may be another process. `prefill-N.page` is written by the
+scheduler of rank N at every step where ranks step together, and read by the schedulers of the other ranks. All sides
+import this module, so it needs the standard library alone.
 
 Invariants: a page has one writer; it is put into place whole (renamed), so a reader never sees a page without header; a
 sequence number is odd while its writer writes and rises by two at each write; a checksum over the body makes a torn
@@ -17,14 +18,15 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from moe_scheduling.expert import ExpertMode, ExpertSettings
+from moe_scheduling.prefill import RankLoad
 from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
@@ -40,7 +42,8 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddd16sQQQddQ")
+CONTROL_BODY = struct.Struct("<Q16sddddd?7xQ16sQQQddQ")
+PREFILL_BODY = struct.Struct("<ddQddQQddQ")
 EXPERT_BODY = struct.Struct("<Qdd")
 
 
@@ -56,6 +59,11 @@ def rank_page_path(run_dir: Path, rank: int) -> Path:
 def expert_page_path(run_dir: Path, rank: int) -> Path:
     """Where the worker of rank `rank` publishes what its expert group found."""
     return run_dir / f"experts-{rank}.page"
+
+
+def prefill_page_path(run_dir: Path, rank: int) -> Path:
+    """Where rank `rank` tells the other ranks of its group what it could prefill."""
+    return run_dir / f"prefill-{rank}.page"
 
 
 def control_page_path(run_dir: Path) -> Path:
@@ -299,6 +307,10 @@ class ControlPageWriter(_Writer):
             request.ageing_rate,
             request.ageing_horizon_s,
             request.priority_step_s,
+            request.prefill_hold_s,
+            request.first_token_weight,
+            request.yield_prefills,
+            request.kv_growth_blocks,
             expert.mode.value.encode(),
             expert.interval_steps,
             expert.window_steps,
@@ -319,7 +331,8 @@ class ControlPageReader(_Reader):
         """By default with the patience of an engine step: none."""
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
-        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[5:]
+        prefill_hold_s, first_token_weight, yield_prefills, kv_growth_blocks = body[5:9]
+        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[9:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -327,6 +340,10 @@ class ControlPageReader(_Reader):
                 ageing_rate=ageing_rate,
                 ageing_horizon_s=ageing_horizon_s,
                 priority_step_s=priority_step_s,
+                prefill_hold_s=prefill_hold_s,
+                first_token_weight=first_token_weight,
+                yield_prefills=yield_prefills,
+                kv_growth_blocks=kv_growth_blocks,
             ),
             expert=ExpertSettings(
                 mode=ExpertMode(mode.rstrip(b"\0").decode()),
@@ -377,3 +394,55 @@ class ExpertPageReader(_Reader):
         """By default with the patience of an engine step: none."""
         config_version, balance, pressure = self.read_body(patience_s)
         return ExpertState(config_version=config_version, balance=balance, pressure=pressure)
+
+
+class PrefillState(NamedTuple):
+    """What a rank last told the other ranks of its group.
+
+    Attributes:
+        written_s: monotonic clock of the machine at the write.
+        decided_s: the same when the rank last planned a step.
+        before: its load at that moment, before the step took from it.
+        after: its load since then.
+    """
+
+    written_s: float
+    decided_s: float
+    before: RankLoad
+    after: RankLoad
+
+
+class PrefillPageWriter(_Writer):
+    """A rank's side of its own `prefill-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int, state: PrefillState) -> None:
+        super().__init__(prefill_page_path(run_dir, rank), PREFILL_BODY)
+        self.write(state)
+        self.put_in_place()
+
+    def write(self, state: PrefillState) -> None:
+        before, after = state.before, state.after
+        self.write_body(
+            state.written_s,
+            state.decided_s,
+            before.prefill_tokens,
+            before.held_s,
+            before.oldest_s,
+            before.decoding,
+            after.prefill_tokens,
+            after.held_s,
+            after.oldest_s,
+            after.decoding,
+        )
+
+
+class PrefillPageReader(_Reader):
+    """A rank's side of another rank's `prefill-N.page`."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        super().__init__(prefill_page_path(run_dir, rank), PREFILL_BODY)
+
+    def read(self, patience_s: float = 0.0) -> PrefillState:
+        """By default with the patience of an engine step: none."""
+        written_s, decided_s, *loads = self.read_body(patience_s)
+        return PrefillState(written_s, decided_s, RankLoad(*loads[:4]), RankLoad(*loads[4:]))

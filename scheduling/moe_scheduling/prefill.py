@@ -10,6 +10,7 @@ Invariants: a rank alone, or one of a group that decodes nothing, never holds; a
 """
 
 from collections.abc import Sequence
+from math import fsum
 from typing import NamedTuple
 
 from moe_scheduling.request import RequestSettings
@@ -59,26 +60,27 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], pace: Pace | None, settings: 
     have waited. This is the break-even rule of ski rental: it costs at most twice what the best decision in hindsight
     would have (Karlin, Manasse, Rudolph, Sleator, "Competitive Snoopy Caching", 1988).
 
-    O(ranks^2), of which a group has few.
+    O(ranks log ranks).
 
     Args:
         ranks: the loads of all ranks of the group, the own one among them; what is not known is left out.
         pace: None while it is not known: then nothing is held.
         settings: `prefill_hold_s` and `first_token_weight` are read.
     """
-    levels = sorted({rank.prefill_tokens for rank in ranks})
-    if not levels:
-        return 0
     if pace is None or not settings.prefill_hold_s:
-        return levels[-1]
-    allowed = settings.first_token_weight * sum(rank.held_s for rank in ranks)
+        return max((rank.prefill_tokens for rank in ranks), default=0)
+    allowed = settings.first_token_weight * fsum(rank.held_s for rank in ranks)
     price = pace.token_s * _price(pace)
-    level = 0
-    for candidate in levels:
-        if price * sum(max(0, candidate - rank.prefill_tokens) * rank.decoding for rank in ranks) <= allowed:
-            level = candidate
-    overdue = [rank.prefill_tokens for rank in ranks if rank.oldest_s >= settings.prefill_hold_s]
-    return max(level, *overdue, 0)
+    # Over the ranks with less than the level: `sum((level - backlog) * decoding)` is `level * decoding - covered`.
+    level = overdue = decoding = covered = 0
+    for tokens, _, oldest_s, decoding_here in sorted(ranks):
+        if price * (tokens * decoding - covered) <= allowed:
+            level = tokens
+        if oldest_s >= settings.prefill_hold_s:
+            overdue = tokens
+        decoding += decoding_here
+        covered += tokens * decoding_here
+    return max(level, overdue)
 
 
 def _price(pace: Pace) -> float:

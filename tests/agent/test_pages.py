@@ -72,7 +72,17 @@ def test_what_a_rank_writes_is_read(tmp_path, signal):
 
 @pytest.mark.parametrize("policy", RequestPolicy)
 def test_what_the_agent_writes_is_read(tmp_path, policy):
-    control = Control(version=9, request=RequestSettings(policy=policy, ageing_rate=7.0, ageing_horizon_s=3.0))
+    request = RequestSettings(
+        policy=policy,
+        ageing_rate=7.0,
+        ageing_horizon_s=3.0,
+        priority_step_s=1.5,
+        prefill_hold_s=0.25,
+        first_token_weight=9.0,
+        yield_prefills=False,
+        kv_growth_blocks=4,
+    )
+    control = Control(version=9, request=request)
     with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path) as reader:
         assert reader.read() == control
 

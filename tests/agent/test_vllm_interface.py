@@ -40,6 +40,7 @@ def test_the_queue_implements_exactly_vllms_abstract_methods():
         ("update_from_output", ["self", "scheduler_output", "model_runner_output"]),
         ("finish_requests", ["self", "request_ids", "finished_status"]),
         ("_preempt_request", ["self", "request", "timestamp", "drop_stale_output"]),
+        ("_reserve_prefill_lookahead", ["self", "request", "num_computed_tokens", "num_new_tokens"]),
         ("get_request_counts", ["self"]),
         ("get_kv_cache_usage", ["self"]),
     ],
@@ -56,13 +57,36 @@ def test_the_scheduler_has_the_attributes_that_are_read(make_engine):
     assert type(scheduler._inflight_prefills) is set
     assert type(scheduler.requests) is dict
     assert scheduler.parallel_config.data_parallel_index == 0
-    assert {"waiting", "kv_holding_waiting", "policy"} <= vars(scheduler).keys()
+    assert scheduler.parallel_config.data_parallel_size == 1
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() > 0
+    assert len(scheduler.kv_cache_config.kv_cache_groups) == 1
+    names = {"block_size", "kv_holding_waiting", "max_num_active_reqs", "max_num_scheduled_tokens", "policy", "waiting"}
+    assert names | {"num_waiting_for_streaming_input"} <= vars(scheduler).keys()
 
 
 def test_a_request_has_the_attributes_that_are_read(make_engine):
     request = make_engine(stock=True).add("one", 20)
-    names = {"arrival_time", "block_hashes", "num_computed_tokens", "num_tokens", "priority", "request_id", "status"}
+    names = {
+        "arrival_time",
+        "block_hashes",
+        "is_prefill_chunk",
+        "num_computed_tokens",
+        "num_tokens",
+        "priority",
+        "request_id",
+        "status",
+    }
     assert all(hasattr(request, name) for name in names)
+
+
+def test_vllm_asks_of_every_chunk_how_long_it_may_be_and_leaves_out_what_may_have_nothing():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    running, _, waiting = source.partition("# Next, schedule the WAITING requests.")
+    for part in (running, waiting):
+        assert part.count("self._reserve_prefill_lookahead(") == 1
+        assert part.index("if num_new_tokens == 0:", part.index("self._reserve_prefill_lookahead(")) > 0
 
 
 def test_the_policy_of_vllm_decides_the_victim_of_a_preemption_and_nothing_else():

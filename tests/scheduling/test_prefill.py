@@ -221,7 +221,7 @@ def mean(values: list[float]) -> float:
 
 
 def serve(rate: float, **settings: float) -> Group:
-    group = Group(RequestSettings(**settings), rate, 1500)
+    group = Group(RequestSettings(**{"first_token_weight": 20.0, **settings}), rate, 1500)
     group.run()
     return group
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_scheduling.prefill import Pace
 from moe_scheduling.request import RequestSettings
 from moe_scheduling.signals import EngineSignal
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -37,16 +38,25 @@ from moe_agent.pages import (
     RankState,
 )
 from moe_agent.step_time import StepTimeFit
+from moe_agent.vllm.prefill_group import PagedPrefillGroup, PrefillGroup
+from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.version import check_version
 from moe_agent.vllm.waiting import OrderedRequestQueue
 
+# Weight of the newest step in the mean of the steps' durations: fifty steps back counts for a third.
+_NEWEST = 0.02
+
 
 class StepWork(NamedTuple):
-    """What one scheduled step carries, until its output is there."""
+    """What one scheduled step carries, until its output is there.
+
+    The last two are those of the fullest rank where ranks step together: they decide how long the step takes.
+    """
 
     scheduled_s: float
     prefill_tokens: dict[str, int]
-    decoding_requests: int
+    step_prefill_tokens: int
+    step_decoding_requests: int
 
 
 class OrderedScheduler(AsyncScheduler):
@@ -69,11 +79,16 @@ class OrderedScheduler(AsyncScheduler):
         self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
         self._step_time = StepTimeFit()
+        self._mean_step_s = 0.0
         self._last_output_s = 0.0
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
+        self._plan = PrefillPlan(self)
         self.take_settings()
         rank = self.parallel_config.data_parallel_index
+        # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
+        if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
+            self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
@@ -84,13 +99,29 @@ class OrderedScheduler(AsyncScheduler):
         self.take_settings()
         prefilling = self.prefilling()
         scheduled_s = self.clock()
+        self._plan.begin(self._pace(), scheduled_s)
         output = super().schedule(throttle_prefills)
-        self.begin_step(output, prefilling, scheduled_s)
+        work = self.begin_step(output, prefilling, scheduled_s)
+        self._plan.end(sum(work.prefill_tokens.values()), scheduled_s)
         return output
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM asks this of every request that it is about to put into a step; 0 leaves the request out of it."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return self._plan.grant(request, tokens)
+
+    def join(self, group: PrefillGroup) -> None:
+        """Keeps step with the prefills of other ranks."""
+        self._plan.group = group
+
+    def _pace(self) -> Pace | None:
+        line = self._step_time.line
+        return None if line is None else Pace(line.prefill_s, line.base_s, self._mean_step_s)
 
     def add_request(self, request: Request) -> None:
         self.take_settings()
         super().add_request(request)
+        self._plan.tell(self.clock())
         self.publish()
 
     # 2. Observe what happened.
@@ -116,13 +147,20 @@ class OrderedScheduler(AsyncScheduler):
         """Requests in the midst of their prefill."""
         return [request.request_id for request in self._inflight_prefills]
 
-    def begin_step(self, output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> None:
+    def begin_step(self, output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> StepWork:
         """Notes what a step carries: who was in the midst of a prefill, is new or resumed prefills, others decode."""
         scheduled = output.num_scheduled_tokens
         candidates = [*prefilling, *output.scheduled_cached_reqs.resumed_req_ids]
         candidates += [new.req_id for new in output.scheduled_new_reqs]
         prefill_tokens = {name: scheduled[name] for name in candidates if name in scheduled} if candidates else {}
-        self._step_work.append(StepWork(scheduled_s, prefill_tokens, len(scheduled) - len(prefill_tokens)))
+        work = StepWork(
+            scheduled_s,
+            prefill_tokens,
+            max(sum(prefill_tokens.values()), self._plan.others_prefill_tokens),
+            max(len(scheduled) - len(prefill_tokens), self._plan.others_decoding),
+        )
+        self._step_work.append(work)
+        return work
 
     def end_step(self, output: SchedulerOutput, now_s: float) -> None:
         """Learns from a step whose output came at `now_s`, and publishes. Steps end in the order of their begin."""
@@ -131,12 +169,13 @@ class OrderedScheduler(AsyncScheduler):
             self._computed_tokens += tokens
             # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
             # output comes; after an idle gap it begins when it is scheduled.
-            begun_s = self._last_output_s if self._busy else work.scheduled_s
+            step_s = now_s - (self._last_output_s if self._busy else work.scheduled_s)
             self._step_time.observe(
-                prefill_tokens=sum(work.prefill_tokens.values()),
-                decoding_requests=work.decoding_requests,
-                step_s=now_s - begun_s,
+                prefill_tokens=work.step_prefill_tokens,
+                decoding_requests=work.step_decoding_requests,
+                step_s=step_s,
             )
+            self._mean_step_s += (step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
         self.publish()
@@ -221,6 +260,7 @@ class OrderedScheduler(AsyncScheduler):
             return
         self._control_sequence, self._config_version = sequence, control.version
         self.waiting.reorder(control.request)
+        self._plan.settings = control.request
         # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent
         # request, the newest among equals; under `fcfs` it is the one admitted last.
         self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakKeyDictionary
 
-from moe_scheduling.request import RequestSettings, WaitingQueue
+from moe_scheduling.request import RequestSettings, Waiting, WaitingQueue, order_key
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
@@ -39,6 +39,19 @@ class OrderedRequestQueue(RequestQueue):
     def reorder(self, settings: RequestSettings) -> None:
         """Orders what waits, and what comes, by `settings`."""
         self._queue.reorder(settings)
+
+    def in_order(self) -> Iterator[Waiting[Request]]:
+        """What waits, found one by one in the order of service."""
+        return self._queue.in_order()
+
+    def key(self, request: Request, size_tokens: int) -> tuple[float, float]:
+        """The place that a request with so many tokens left would have."""
+        return order_key(
+            self._queue.settings,
+            size_tokens=size_tokens,
+            arrival_s=self._arrival_s(request),
+            priority=request.priority,
+        )
 
     # The rest is vLLM's interface.
 

@@ -1,0 +1,157 @@
+"""The prefills of the next step of one rank: who could start, how many tokens, and who lets others go first.
+
+Made and asked by the scheduler, which alone calls it: `begin` before vLLM schedules a step, `grant` for each prompt
+that vLLM is about to put into it, `end` after.
+
+Invariants: decoding requests are never touched; where nothing decodes, all that vLLM would take is granted, so that no
+request is ever stuck; a request gets no more than vLLM would have given.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from moe_scheduling.prefill import HeldPrefill, Pace, RankLoad, plan_prefill_tokens
+from moe_scheduling.request import RequestPolicy, RequestSettings, Waiting
+from vllm.v1.request import Request, RequestStatus
+
+from moe_agent.pages import PrefillState
+from moe_agent.vllm.prefill_group import PrefillGroup, load_in_this_step
+
+_UNBOUNDED = 2**53
+
+
+class PrefillPlan:
+    """See the module.
+
+    Args:
+        scheduler: a vLLM scheduler whose waiting queue is an `OrderedRequestQueue`.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._kv_groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
+        self._block_tokens: int = scheduler.block_size
+        self._held = HeldPrefill()
+        self._decided_s = -math.inf
+        self._before = RankLoad()
+        self._left = _UNBOUNDED
+        self._allowed: dict[str, int] = {}
+        self.settings = RequestSettings()
+        self.group: PrefillGroup | None = None
+        # What the other ranks put into the planned step, as far as is known: the step takes as long as the fullest.
+        self.others_prefill_tokens = 0
+        self.others_decoding = 0
+
+    def begin(self, pace: Pace | None, now_s: float) -> None:
+        """Plans the step that vLLM schedules now."""
+        scheduler = self._scheduler
+        self._left, self._allowed = _UNBOUNDED, {}
+        partial = scheduler._inflight_prefills
+        if self.group is None and not (partial and scheduler.waiting):
+            return
+        ready = self._ready()
+        if self.group is not None:
+            self._before = self._load(ready, now_s)
+            others = [load_in_this_step(state, self._decided_s, now_s) for state in self.group.others(now_s)]
+            self._decided_s = now_s
+            level = plan_prefill_tokens([self._before, *others], pace, self.settings)
+            if self._before.decoding:
+                self._left = level
+            self.others_prefill_tokens = min(level, max((load.prefill_tokens for load in others), default=0))
+            self.others_decoding = max((load.decoding for load in others), default=0)
+        if self.settings.yield_prefills and self.settings.policy is RequestPolicy.SJF and partial:
+            self._let_others_first(ready)
+
+    def grant(self, request: Request, tokens: int) -> int:
+        """How many of the tokens that vLLM would compute of a prompt it may; 0: none in this step."""
+        if not request.is_prefill_chunk and request.status is RequestStatus.RUNNING:
+            return tokens
+        if request.num_computed_tokens == 0 and not self._fits(request):
+            return 0
+        granted = min(tokens, self._left, self._allowed.get(request.request_id, _UNBOUNDED))
+        self._left -= granted
+        return granted
+
+    def end(self, computed_tokens: int, now_s: float) -> None:
+        """The step was scheduled with so many prompt tokens."""
+        if self.group is None:
+            return
+        if computed_tokens:
+            self._held.serve(computed_tokens / max(computed_tokens, self._before.prefill_tokens), now_s)
+        self.tell(now_s)
+
+    def tell(self, now_s: float) -> None:
+        """Shows the other ranks what is there now."""
+        if self.group is not None:
+            after = self._load(self._ready(), now_s)
+            self.group.tell(PrefillState(now_s, self._decided_s, self._before, after))
+
+    def _load(self, ready: list[Waiting[Request]], now_s: float) -> RankLoad:
+        scheduler = self._scheduler
+        begun = [request for request in scheduler._inflight_prefills if request.status is RequestStatus.RUNNING]
+        tokens = sum(request.num_tokens - request.num_computed_tokens for request in begun)
+        tokens += sum(int(waiting.size_tokens) for waiting in ready)
+        holding = [
+            request
+            for request in scheduler.kv_holding_waiting
+            if request.status is not RequestStatus.WAITING_FOR_STREAMING_REQ
+        ]
+        tokens += sum(request.num_tokens - request.num_computed_tokens for request in holding)
+        self._held.observe(len(begun) + len(ready) + len(holding), now_s)
+        return RankLoad(
+            min(tokens, scheduler.max_num_scheduled_tokens),
+            self._held.held_s,
+            self._held.oldest_s,
+            len(scheduler.running) - len(begun),
+        )
+
+    def _ready(self) -> list[Waiting[Request]]:
+        """Those first in the queue that KV blocks and seats allow, up to the tokens of a step."""
+        scheduler = self._scheduler
+        if not scheduler.waiting:
+            return []
+        seats = scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input
+        free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks() - self._blocks(_left(scheduler))
+        running = len(scheduler.running)
+        tokens = 0
+        ready: list[Waiting[Request]] = []
+        for waiting in scheduler.waiting.in_order():
+            free -= self._blocks(waiting.size_tokens)
+            if seats <= len(ready) or tokens >= scheduler.max_num_scheduled_tokens:
+                break
+            if running + len(ready) and free < self._growth(running + len(ready)):
+                break
+            tokens += int(waiting.size_tokens)
+            ready.append(waiting)
+        return ready
+
+    def _let_others_first(self, ready: list[Waiting[Request]]) -> None:
+        """A prompt in chunks gets what waiting ones that come before it leave."""
+        scheduler = self._scheduler
+        step_tokens = min(self._left, scheduler.max_num_scheduled_tokens - len(scheduler.running))
+        for request in scheduler._inflight_prefills:
+            key = scheduler.waiting.key(request, request.num_tokens - request.num_computed_tokens)
+            before = sum(int(waiting.size_tokens) for waiting in ready if waiting.key < key)
+            if before:
+                self._allowed[request.request_id] = max(0, step_tokens - before)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the running requests can still grow once this one is admitted."""
+        scheduler = self._scheduler
+        running = len(scheduler.running)
+        if not self.settings.kv_growth_blocks or not running:
+            return True
+        free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return bool(free - self._blocks(request.num_tokens) >= self._growth(running))
+
+    def _growth(self, running: int) -> int:
+        return self.settings.kv_growth_blocks * running * self._kv_groups
+
+    def _blocks(self, tokens: float) -> int:
+        return math.ceil(tokens / self._block_tokens) * self._kv_groups
+
+
+def _left(scheduler: Any) -> int:
+    prefilling: Iterable[Request] = scheduler._inflight_prefills
+    return sum(request.num_tokens - request.num_computed_tokens for request in prefilling)

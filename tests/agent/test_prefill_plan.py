@@ -1,0 +1,289 @@
+"""Prefills of a step, in vLLM's own scheduler: who lets others go first, room to grow, and ranks that keep step."""
+
+import random
+from typing import Any
+
+import pytest
+from moe_agent.pages import PrefillPageReader, PrefillPageWriter, PrefillState
+from moe_bench.virtual_engine import VirtualEngine
+from moe_scheduling.prefill import RankLoad
+from moe_scheduling.signals import StepTime
+
+
+def prefill_steps(engine: VirtualEngine, name: str) -> list[int]:
+    """The steps in which a request computed more than one token."""
+    return [number for number, step in enumerate(engine.schedules) if step.get(name, 0) > 1]
+
+
+# Prompts in chunks.
+
+
+@pytest.mark.parametrize(("yields", "first"), [(True, "short"), (False, "long")])
+def test_a_prompt_in_chunks_lets_a_short_one_go_first(make_engine, settings, yields, first):
+    settings.put(policy="sjf", yield_prefills=yields)
+    engine = make_engine(step_tokens=256)
+    engine.add("long", 2000, arrival_s=0.0)
+    engine.step()
+    engine.add("short", 200, arrival_s=0.1)
+    engine.run()
+    assert engine.first_token_order[0] == first
+    assert len(engine.finished_order) == 2
+
+
+def test_the_chunk_takes_what_the_short_one_leaves_of_the_step(make_engine, settings):
+    settings.put(policy="sjf")
+    engine = make_engine(step_tokens=256)
+    engine.add("long", 2000, arrival_s=0.0)
+    engine.step()
+    engine.add("short", 100, arrival_s=0.1)
+    engine.step()
+    step = engine.schedules[1]
+    assert step["short"] == 100
+    # One token of the step is left aside for the seat of the long one.
+    assert step["long"] in (155, 156)
+    engine.run()
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones_that_never_end(make_engine, settings):
+    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=1.0)
+    engine = make_engine(step_tokens=128, seats=8, kv_blocks=2000)
+    engine.pace = lambda prefill_tokens, decoding: 0.01
+    engine.add("long", 3000, arrival_s=0.0)
+    number = 0
+    while "long" not in engine.first_token_order:
+        number += 1
+        assert number < 2000
+        engine.add(f"s{number}", 128, out=1, arrival_s=engine.now_s)
+        engine.step()
+    # Overtaken for the horizon, then first: 24 chunks of a hundredth of a second each, and a chunk in its way.
+    assert engine.now_s < 1.0 + 0.5
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_other_orders_let_nobody_go_first(make_engine, settings, policy):
+    settings.put(policy=policy)
+    engine = make_engine(step_tokens=256)
+    engine.add("long", 2000, arrival_s=0.0)
+    engine.step()
+    engine.add("short", 200, arrival_s=0.1)
+    engine.run()
+    assert engine.first_token_order[0] == "long"
+
+
+# Room to grow.
+
+
+def through_a_small_cache(make_engine: Any, settings: Any, growth: int) -> VirtualEngine:
+    settings.put(policy="sjf", kv_growth_blocks=growth)
+    engine = make_engine(seats=8, step_tokens=128, kv_blocks=32)
+    for number in range(24):
+        engine.add(f"r{number}", 60, out=40, arrival_s=number * 0.001)
+    return engine.run()
+
+
+def test_room_to_grow_avoids_preemptions(make_engine, settings):
+    tight = through_a_small_cache(make_engine, settings, 0)
+    roomy = through_a_small_cache(make_engine, settings, 3)
+    assert tight.scheduler._preemptions > 0
+    assert roomy.scheduler._preemptions == 0
+    assert len(tight.finished_order) == len(roomy.finished_order) == 24
+
+
+def test_more_room_than_there_is_serves_one_by_one(make_engine, settings):
+    engine = through_a_small_cache(make_engine, settings, 1000)
+    assert len(engine.finished_order) == 24
+    assert max(len(step) for step in engine.schedules) == 1
+
+
+# Ranks that keep step.
+
+
+class Board:
+    """What ranks told one another, for tests."""
+
+    def __init__(self, told: dict[int, PrefillState], number: int) -> None:
+        self.told, self.number = told, number
+
+    def tell(self, state: PrefillState) -> None:
+        self.told[self.number] = state
+
+    def others(self, now_s: float) -> list[PrefillState]:
+        return [state for number, state in self.told.items() if number != self.number]
+
+
+class Lockstep:
+    """Engines whose steps end together."""
+
+    def __init__(self, engines: list[VirtualEngine]) -> None:
+        self.engines = engines
+        told: dict[int, PrefillState] = {}
+        for number, engine in enumerate(engines):
+            engine.scheduler._step_time._line = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
+            engine.scheduler._step_time.observe = lambda **_: None
+            engine.scheduler._mean_step_s = 0.03
+            engine.scheduler.join(Board(told, number))
+
+    def step(self) -> bool:
+        """One step of all; the order in which ranks plan changes from step to step."""
+        order = self.engines[:: 1 if len(self.engines[0].schedules) % 2 else -1]
+        moved = [engine.step() for engine in order]
+        now_s = max(engine.now_s for engine in self.engines)
+        for engine in self.engines:
+            engine.now_s = now_s
+        return any(moved)
+
+
+@pytest.fixture
+def lockstep(make_engine, settings):
+    def make(**values: Any) -> Lockstep:
+        settings.put(policy="sjf", **values)
+        engines = [make_engine(seats=32, step_tokens=1024, kv_blocks=4000) for _ in range(2)]
+        for engine in engines:
+            engine.pace = lambda prefill_tokens, decoding: 0.01 + 0.0001 * prefill_tokens
+        return Lockstep(engines)
+
+    return make
+
+
+def decode(group: Lockstep, rank: int, requests: int) -> None:
+    """Lets a rank decode; so early that both ranks prefill at once."""
+    for number in range(requests):
+        group.engines[rank].add(f"d{rank}{number}", 10, out=400, arrival_s=0.0)
+
+
+def test_a_prefill_waits_for_one_of_the_other_rank_and_both_take_the_same_step(lockstep):
+    group = lockstep(prefill_hold_s=10.0)
+    decode(group, 0, 10)
+    decode(group, 1, 10)
+    for _ in range(5):
+        group.step()
+    group.engines[0].add("a", 1000, arrival_s=1.0)
+    for _ in range(3):
+        group.step()
+    assert prefill_steps(group.engines[0], "a") == []
+    group.engines[1].add("b", 1000, arrival_s=1.1)
+    for _ in range(2):
+        group.step()
+    first, second = prefill_steps(group.engines[0], "a"), prefill_steps(group.engines[1], "b")
+    assert len(first) == 1
+    assert first == second
+
+
+def test_a_prefill_is_held_no_longer_than_the_bound(lockstep):
+    group = lockstep(prefill_hold_s=0.1, first_token_weight=1e-6)
+    decode(group, 0, 10)
+    decode(group, 1, 10)
+    for _ in range(5):
+        group.step()
+    group.engines[0].add("a", 1000, arrival_s=1.0)
+    begun_s = group.engines[0].now_s
+    while not prefill_steps(group.engines[0], "a"):
+        group.step()
+    assert 0.1 <= group.engines[0].now_s - begun_s <= 0.1 + 0.01 * 2 + 0.11
+
+
+@pytest.mark.parametrize("case", ["off", "nobody decodes there", "alone"])
+def test_what_gains_nothing_is_not_held(lockstep, case):
+    group = lockstep(prefill_hold_s=0.0 if case == "off" else 10.0)
+    decode(group, 0, 10)
+    if case == "off":
+        decode(group, 1, 10)
+    if case == "alone":
+        group.engines[0].scheduler._plan.group = None
+    for _ in range(5):
+        group.step()
+    group.engines[0].add("a", 1000, arrival_s=1.0)
+    group.step()
+    assert len(prefill_steps(group.engines[0], "a")) == 1
+
+
+def test_decoding_goes_on_in_every_step_while_prefills_are_held(lockstep):
+    group = lockstep(prefill_hold_s=10.0)
+    decode(group, 0, 10)
+    decode(group, 1, 10)
+    for _ in range(5):
+        group.step()
+    group.engines[0].add("a", 1000, arrival_s=1.0)
+    for _ in range(20):
+        group.step()
+    assert all(len(step) >= 10 for step in group.engines[0].schedules[-20:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_all_are_served(lockstep, seed):
+    group, dice = lockstep(prefill_hold_s=0.3), random.Random(seed)
+    names = 0
+    for step in range(300):
+        for rank in (0, 1):
+            if dice.random() < 0.15:
+                names += 1
+                group.engines[rank].add(
+                    f"r{names}", dice.randrange(1, 3000), out=dice.randrange(1, 60), arrival_s=step / 100
+                )
+        if dice.random() < 0.02:
+            group.engines[0].abort(f"r{dice.randrange(1, names + 1)}")
+        group.step()
+    for _ in range(20_000):
+        if not group.step():
+            break
+    assert not any(engine.scheduler.has_unfinished_requests() for engine in group.engines)
+
+
+# The pages.
+
+
+@pytest.fixture
+def paged(virtual_engines):
+    from moe_agent.vllm.prefill_group import PagedPrefillGroup
+
+    return PagedPrefillGroup
+
+
+STATE = PrefillState(5.0, 4.0, RankLoad(100, 0.5, 0.25, 7), RankLoad(0, 0.0, 0.0, 9))
+
+
+def test_ranks_read_what_the_others_tell(paged, tmp_path):
+    groups = [paged(tmp_path, rank, 3) for rank in range(3)]
+    groups[1].tell(STATE)
+    assert groups[0].others(5.5) == [STATE]
+    groups[2].tell(STATE._replace(written_s=5.2))
+    assert groups[0].others(5.5) == [STATE, STATE._replace(written_s=5.2)]
+    assert groups[1].others(5.5) == [STATE._replace(written_s=5.2)]
+
+
+def test_a_rank_that_tells_nothing_is_idle(paged, tmp_path):
+    first, second = paged(tmp_path, 0, 2), paged(tmp_path, 1, 2)
+    second.tell(STATE)
+    assert first.others(6.0) == [STATE]
+    assert first.others(6.1) == []
+
+
+def test_ranks_of_other_machines_are_not_seen(paged, tmp_path):
+    assert paged(tmp_path, 0, 16).others(5.0) == []
+
+
+def test_a_rank_that_comes_later_or_starts_again_is_found(paged, tmp_path):
+    group = paged(tmp_path, 0, 2)
+    assert group.others(5.0) == []
+    for start in range(2):
+        other = PrefillPageWriter(tmp_path, 1, STATE._replace(written_s=10.0 * start))
+        calls = 0
+        while not group.others(10.0 * start + 0.5):
+            calls += 1
+            assert calls < 100
+        other.close()
+
+
+def test_what_a_rank_tells_is_read_whole(tmp_path):
+    with PrefillPageWriter(tmp_path, 3, STATE), PrefillPageReader(tmp_path, 3) as reader:
+        assert reader.read() == STATE
+
+
+@pytest.mark.parametrize(
+    ("decided_s", "counts"), [(9.0, "after"), (10.0, "after"), (10.49, "after"), (10.51, "before"), (11.0, "before")]
+)
+def test_a_rank_that_has_planned_this_step_already_counts_with_what_it_had_before(virtual_engines, decided_s, counts):
+    from moe_agent.vllm.prefill_group import load_in_this_step
+
+    state = STATE._replace(decided_s=decided_s)
+    assert load_in_this_step(state, last_decided_s=10.0, now_s=11.0) is getattr(state, counts)

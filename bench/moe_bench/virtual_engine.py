@@ -10,32 +10,13 @@ The scheduler's page and settings are found through the environment, as in an en
 import copy
 import functools
 import importlib
-import json
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-BLOCK_TOKENS = 16
-_MODEL = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 8192,
-    "vocab_size": 1024,
-    "torch_dtype": "bfloat16",
-}
+from moe_bench.modelless import BLOCK_TOKENS, build_scheduler, foreign_warnings, make_config, write_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +178,7 @@ class VirtualEngines:
     """
 
     def __init__(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(_MODEL))
+        write_model(folder)
         self._folder = folder
         with foreign_warnings():
             importlib.import_module("moe_agent.vllm.scheduler")
@@ -213,49 +194,17 @@ class VirtualEngines:
         config = copy.deepcopy(self._config(shape.seats, shape.step_tokens, shape.vllm_policy))
         hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
-        scheduler = _build_scheduler(AsyncScheduler if stock else OrderedScheduler, config, shape.kv_blocks)
+        kind = AsyncScheduler if stock else OrderedScheduler
+        scheduler = build_scheduler(kind, config, shape.kv_blocks, log_stats=True)
         engine = VirtualEngine(scheduler, get_request_block_hasher(BLOCK_TOKENS, hash_function), ahead=shape.ahead)
         scheduler.clock = lambda: engine.now_s
         return engine
 
     def _make_config(self, seats: int, step_tokens: int, policy: Literal["fcfs", "priority"]) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
-
-        arguments = EngineArgs(
-            model=str(self._folder),
-            skip_tokenizer_init=True,
+        return make_config(
+            self._folder,
             max_model_len=4096,
             max_num_seqs=seats,
             max_num_batched_tokens=step_tokens,
             scheduling_policy=policy,
-            block_size=BLOCK_TOKENS,
-            enforce_eager=True,
         )
-        with foreign_warnings():
-            return arguments.create_engine_config()
-
-
-@contextmanager
-def foreign_warnings() -> Iterator[None]:
-    """Torch and vLLM warn of their own deprecations when they are loaded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _build_scheduler(kind: type[Any], config: Any, kv_blocks: int) -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    config.cache_config.num_gpu_blocks = kv_blocks
-    return kind(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=kv_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_TOKENS,
-        log_stats=True,
-    )

@@ -19,11 +19,11 @@ from moe_scheduling.request import RequestSettings
 from rich.console import Console
 from rich.progress import track
 
+from moe_bench.modelless import foreign_warnings
 from moe_bench.replay_command import write_json
 from moe_bench.report import read_environment
 from moe_bench.simulator.fitting import Fit, fit_cost
 from moe_bench.simulator.validate import Agreement, agrees, render_agreement, validate
-from moe_bench.virtual_engine import foreign_warnings
 
 RECORDER = "moe_bench.simulator.recording.RecordingScheduler"
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)

@@ -10,7 +10,6 @@ caught where it would be written to the rank's page.
 import copy
 import functools
 import importlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,29 +23,12 @@ from moe_scheduling.problems import InvalidInput, Problem
 from moe_scheduling.request import RequestSettings
 from moe_scheduling.signals import EngineSignal
 
+from moe_bench.modelless import build_scheduler, foreign_warnings, make_config, write_model
 from moe_bench.simulator.costs import Work
 from moe_bench.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_hashes
-from moe_bench.virtual_engine import foreign_warnings
 
 OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
 STOCK = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-_LONGEST_CONTEXT = 1_048_576
-_MODEL = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": _LONGEST_CONTEXT,
-    "vocab_size": 1024,
-    "torch_dtype": "bfloat16",
-}
 _SIGNAL_FIELDS = frozenset(field.name for field in fields(EngineSignal))
 
 
@@ -267,7 +249,7 @@ class RankMaker:
     """
 
     def __init__(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(_MODEL))
+        write_model(folder)
         self._folder = folder
         self._config = functools.cache(self._make_config)
 
@@ -285,26 +267,20 @@ class RankMaker:
         factory = find_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         config = copy.deepcopy(self._config(limits))
         with _control_page(request):
-            made = _build_scheduler(factory, config, limits.kv_blocks)
+            made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
         return Rank(made, has_page=hasattr(made, "_page"))
 
     def _make_config(self, limits: EngineLimits) -> Any:
-        with foreign_warnings():
-            from vllm.engine.arg_utils import EngineArgs
-
-            return EngineArgs(
-                model=str(self._folder),
-                skip_tokenizer_init=True,
-                max_model_len=limits.max_model_len,
-                max_num_seqs=limits.max_num_seqs,
-                max_num_batched_tokens=limits.max_num_batched_tokens,
-                scheduling_policy=limits.scheduling_policy,
-                long_prefill_token_threshold=limits.long_prefill_token_threshold,
-                prefill_schedule_interval=limits.prefill_schedule_interval,
-                enable_prefix_caching=True,
-                block_size=VLLM_BLOCK_TOKENS,
-                enforce_eager=True,
-            ).create_engine_config()
+        return make_config(
+            self._folder,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            scheduling_policy=limits.scheduling_policy,
+            long_prefill_token_threshold=limits.long_prefill_token_threshold,
+            prefill_schedule_interval=limits.prefill_schedule_interval,
+            enable_prefix_caching=True,
+        )
 
 
 def find_scheduler(path: str) -> SchedulerFactory:
@@ -337,21 +313,3 @@ def _control_page(settings: RequestSettings) -> Iterator[None]:
             del os.environ[RUN_DIR_VARIABLE]
             if before is not None:
                 os.environ[RUN_DIR_VARIABLE] = before
-
-
-def _build_scheduler(factory: SchedulerFactory, config: Any, kv_blocks: int) -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    spec = FullAttentionSpec(block_size=VLLM_BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    config.cache_config.num_gpu_blocks = kv_blocks
-    return factory(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=kv_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=VLLM_BLOCK_TOKENS,
-        log_stats=False,
-    )

@@ -13,7 +13,7 @@ SOURCES := scheduling gateway node_agent kernels operator bench tests
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway experiments validate-simulator bench-operator format clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,6 +68,16 @@ bench-operator: $(STAMP) ## The operator under 1,000 resources, against a real A
 	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \
 	kubeconfig=$$($(BIN)/python tests/cluster up --state-dir $$folder/state); \
 	$(BIN)/python -m moe_bench.reconciling --kubeconfig $$kubeconfig
+
+WORKERS ?= $(shell nproc)
+
+experiments: $(STAMP) ## Run what is missing of the simulator's experiments, then write docs/results (TRACES=DIR with the public traces)
+	$(BIN)/moeserving experiments run --workers $(WORKERS) $(if $(TRACES),--traces $(TRACES))
+	$(BIN)/moeserving experiments report
+
+validate-simulator: $(STAMP) ## The same requests on a real CPU engine and in the simulator: mean TTFT and order side by side
+	$(BIN)/moeserving model tiny .cache/models/tiny
+	$(BIN)/moeserving calibrate .cache/models/tiny --validate 100 --json .cache/validation.json
 
 $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)

@@ -43,11 +43,10 @@ Record = Mapping[str, Any]
 def run_experiments(selection: Selection, *, workers: int, traces: Path | None, out: Path) -> None:
     """Makes what is missing of the selected runs."""
     selection.check()
-    runs = plan_runs(selection)
+    console = Console()
+    runs = _with_traces(plan_runs(selection), traces, console)
     if not runs:
         raise InvalidInput([Problem("only", "these filters leave no run")])
-    check_traces(runs, traces)
-    console = Console()
     environment = read_environment()
     versions = {"python": environment["python"], **environment["packages"]}
     digests = source_digests()
@@ -72,13 +71,20 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
         _work(pool, [(run, traces, rates[run.saturation.id]) for run in todo], keep, "runs", console)
 
 
-def check_traces(runs: Sequence[Run], traces: Path | None) -> None:
-    """Raises `InvalidInput` when a file that a workload needs is not there."""
-    needed = sorted({ALL[run.workload].trace for run in runs} - {""})
-    missing = [name for name in needed if traces is None or not (traces / name).is_file()]
-    if missing:
-        place = "no folder was named" if traces is None else f"not in {traces}"
-        raise InvalidInput([Problem("traces", f"{name} is needed, {place}") for name in missing])
+def _with_traces(runs: Sequence[Run], traces: Path | None, console: Console) -> Sequence[Run]:
+    """The runs whose trace is there; without a folder, those that need none, and what was left out is said.
+
+    Raises:
+        InvalidInput: the folder does not have a file that is needed.
+    """
+    needed = {run.workload: ALL[run.workload].trace for run in runs if ALL[run.workload].trace}
+    if traces is None:
+        if needed:
+            console.print(f"left out without --traces: {', '.join(needed)}", highlight=False)
+        return [run for run in runs if run.workload not in needed]
+    if missing := [name for name in needed.values() if not (traces / name).is_file()]:
+        raise InvalidInput([Problem("traces", f"{name} is needed, not in {traces}") for name in missing])
+    return runs
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -22,6 +22,10 @@ _HOT_PART = np.float32(0.6)
 _MOVE_PRICE = np.float32(0.3)
 _BLOCKED = np.float32(1e30)
 _LEAST_GAIN = np.float32(1e-4)
+# Where swaps leave the busiest rank so far above the mean, copies are made once more, of experts with this part of the
+# share that was to be borne at first.
+_STUCK = np.float32(0.01)
+_SECOND_SHARE = 0.6
 # Rounds in which hot ranks get rid of load, beside four for each rank.
 _LEAST_ROUNDS = 8
 
@@ -138,8 +142,13 @@ def search_steps(problem: Problem, placement: Placement) -> Path:
     """
     board = _lay_out(problem, placement)
     board.record()
-    _spread_copies(board)
-    _level_ranks(board, problem)
+    every = np.ones(len(board.mean), np.bool_)
+    _spread_copies(board, _wanted(board, 1.0))
+    _level_ranks(board, problem, every)
+    stuck = (board.excess.max(1) > _STUCK * board.mean) & (board.moves < problem.most_moves)
+    if stuck.any():
+        _spread_copies(board, np.where(stuck[:, None], _wanted(board, _SECOND_SHARE), board.copies))
+        _level_ranks(board, problem, stuck)
     _bring_near(board, problem)
     peaks = np.array(board.peaks)
     return Path(steps=tuple(board.steps), won_s=peaks[0] - peaks, moves=np.array(board.counts))
@@ -170,14 +179,19 @@ def _lay_out(problem: Problem, placement: Placement) -> _Board:
 # --- copies of the hottest experts
 
 
-def wanted_copies(work: Singles, spare: int, ranks: int, places: int) -> Ints:
+def _wanted(board: _Board, part: float) -> Ints:
+    _, ranks, places = board.shape
+    return wanted_copies(board.work, ranks * places - board.work.shape[1], ranks, places, part)
+
+
+def wanted_copies(work: Singles, spare: int, ranks: int, places: int, part: float = 1.0) -> Ints:
     """Copies that each expert should have: [layer, expert] -> [layer, expert], `spare` more than experts at most.
 
     A share may be as large as leaves the other places of its rank room for the coldest experts: a larger one forces its
     rank above the mean, a smaller one costs moves and wins nothing. Where `spare` copies do not reach for that, the
-    largest share is as small as they make it.
+    largest share is as small as they make it. `part` of that limit is taken.
     """
-    limit = _largest_share(work, ranks, places)
+    limit = _largest_share(work, ranks, places) * np.float32(part)
     low, high = limit, np.maximum(work.max(1), limit) * np.float32(1.001)
     short = _extra_copies(work, limit).sum(1) > spare
     for _ in range(16):
@@ -206,11 +220,10 @@ def _largest_share(work: Singles, ranks: int, places: int) -> Singles:
     return np.asarray(share, dtype=np.float32)
 
 
-def _spread_copies(board: _Board) -> None:
+def _spread_copies(board: _Board, wanted: Ints) -> None:
     """Lays copies that are wanted over spare ones, the largest share first, each on the least loaded rank that can."""
     layers, ranks, places = board.shape
-    experts = board.work.shape[1]
-    wanted = wanted_copies(board.work, ranks * places - experts, ranks, places)
+    experts, before = board.work.shape[1], len(board.steps)
     queue = _queue_of_copies(board, wanted)
     slots, open_ = _spare_slots(board, wanted)
     if not queue.shape[1] or not slots.shape[1]:
@@ -237,7 +250,7 @@ def _spread_copies(board: _Board) -> None:
         board.experts[layer, on, slot % places] = new
         board.steps.append(Step(layers=layer, slots=slot, experts=new))
     # The copies are one state of the path: half of them may make a layer worse.
-    for _ in board.steps[1:]:
+    for _ in board.steps[before + 1 :]:
         board.record()
     board.settle()
     board.record()
@@ -268,7 +281,7 @@ def _spare_slots(board: _Board, wanted: Ints) -> tuple[Ints, Flags]:
 # --- swaps that take load off hot ranks
 
 
-def _level_ranks(board: _Board, problem: Problem) -> None:
+def _level_ranks(board: _Board, problem: Problem, allowed: Flags) -> None:
     """Swaps an expert of a hot rank for a lighter one of a cold rank, the hottest ranks of all layers at once."""
     layers, ranks, _ = board.shape
     hot_ranks = max(1, ranks // 8)
@@ -276,7 +289,7 @@ def _level_ranks(board: _Board, problem: Problem) -> None:
     if not partners:
         return
     price = np.full(layers, _MOVE_PRICE)
-    alive = board.mean > 0
+    alive = allowed & (board.mean > 0)
     for _ in range(_LEAST_ROUNDS + 4 * ranks):
         order = np.argsort(board.excess, axis=1, kind="stable")
         hot = order[:, : -hot_ranks - 1 : -1]

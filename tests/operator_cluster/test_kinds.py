@@ -16,12 +16,14 @@ from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
 from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
 from lightkube.types import PatchType
+from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.names import LWS_WORKER_INDEX
 from operator_process import OperatorProcess, eventually
 from serving_documents import CRD, serving
 from stand_in_peers import peers_listening
+from typer.testing import CliRunner
 
 Document = dict[str, Any]
 ANY = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
@@ -284,3 +286,17 @@ async def test_what_was_stored_under_an_older_crd_goes_on_under_the_newer_one(
 def crd_fields(cluster: ApiCluster) -> str:
     """What the API server says that the resource has: published once a schema is in force."""
     return cluster.get("/openapi/v3/apis/moeserving.dev/v1alpha1")
+
+
+def test_what_the_command_plans_for_every_sample_the_api_server_takes_in_that_order(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    samples = sorted((CRD.parents[1] / "manifests").glob("*.yaml"))
+    assert len(samples) >= 6
+    with installed(serving_cluster, LEADER_WORKER_SETS):
+        for sample in samples:
+            planned = CliRunner().invoke(app, ["plan", "-f", str(sample), "--namespace", namespace])
+            assert planned.exit_code == 0, planned.output
+            # A field that is unknown would be dropped without a word.
+            done = serving_cluster.kubectl("apply", "--validate=strict", "-f", "-", stdin=planned.stdout)
+            assert len(done.splitlines()) == planned.stdout.count("\nkind: "), sample.name

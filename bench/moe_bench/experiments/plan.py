@@ -40,6 +40,8 @@ class Fleet:
 # The shape of the first Gimbal paper: one lockstep group of two ranks; the second a fleet without lockstep.
 PAIR = Fleet(preset="a100-qwen3-30b-a3b", servers=1, ranks=2)
 FOUR = Fleet(preset="a100-qwen3-30b-a3b", servers=4, ranks=1)
+# As the second Gimbal paper: four GPUs in one expert group.
+GROUP = Fleet(preset="h100-qwen3-30b-a3b", servers=1, ranks=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ),
         loads=(0.95,),
         fleet=FOUR,
+    ),
+    "experts": Experiment(
+        title="Experts placed, and not",
+        workloads=("random", "twoEnd"),
+        variants=(REFERENCE, "vllmExperts", PRODUCT, "oursExperts"),
+        loads=(0.85, 1.0),
+        fleet=GROUP,
     ),
     "adversarial": Experiment(
         title="Loads that break policies",
@@ -203,7 +212,7 @@ def build_run(run: Run, traces: Path | None, rate: float) -> Simulation:
 
 def _base(run: Run, workload: Workload, trace: tuple[TraceRequest, ...]) -> Simulation:
     fleet = run.fleet
-    cost = PRESETS[fleet.preset].cost(fleet.ranks, seed=run.seed)
+    cost = PRESETS[fleet.preset].cost(fleet.ranks, placement=VARIANTS[run.variant].placement, seed=run.seed)
     return Simulation(
         trace=trace,
         cost=cost,

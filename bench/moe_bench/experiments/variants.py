@@ -11,6 +11,7 @@ from typing import Any
 from moe_scheduling.engine import EngineSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
 
+from moe_bench.simulator.experts import PlacementPolicy
 from moe_bench.simulator.rank import OURS, STOCK
 from moe_bench.simulator.signals import Loss, SignalPlan, SignalSource
 from moe_bench.simulator.simulation import SCRAPED, Simulation
@@ -27,6 +28,7 @@ class Variant:
         is_rival: whether the product is measured against it.
         uses_product: whether code of the product decides in it.
         by_length: whether clients send the length of the prompt as the priority.
+        placement: how the experts lie.
     """
 
     label: str
@@ -35,6 +37,7 @@ class Variant:
     is_rival: bool = False
     uses_product: bool = False
     by_length: bool = False
+    placement: PlacementPolicy = PlacementPolicy.INITIAL
 
     def apply(self, simulation: Simulation) -> Simulation:
         """The simulation under this variant."""
@@ -83,6 +86,9 @@ VARIANTS: Mapping[str, Variant] = {
     "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
     "oursLost": _ours("ours, signals lost half way", signals=SignalPlan(losses=(Loss(from_s=LOST_FROM_S),))),
     "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
+    # With the experts placed.
+    "oursExperts": replace(_ours("ours, experts by our decisions"), placement=PlacementPolicy.PLANNED),
+    "vllmExperts": replace(_stock("vLLM, experts by its own balancer"), placement=PlacementPolicy.VLLM, is_rival=False),
     # vLLM, as it comes and tuned.
     REFERENCE: _stock("vLLM 0.32"),
     "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),

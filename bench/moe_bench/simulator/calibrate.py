@@ -30,6 +30,8 @@ CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 SHORTEST_PROMPT = 16
 MEAN_OUTPUT = 24
 KV_CACHE_BYTES = 2**30
+# Less than the longest prompt: prompts are cut into pieces, and others wait for their turn.
+STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ def _load(model: Path, max_model_len: int) -> Any:
             scheduler_cls=RECORDER,
             max_model_len=max_model_len,
             max_num_seqs=max(CONCURRENCIES),
+            max_num_batched_tokens=STEP_TOKENS,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
             distributed_executor_backend="uni",

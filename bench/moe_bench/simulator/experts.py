@@ -4,13 +4,33 @@ A traffic is a share of the tokens for each layer and expert. With a placement i
 fullest rank of each layer gets: in each layer all ranks wait for that one, so a step takes as long as the sum over the
 layers of their fullest ranks.
 
-Pure and seeded. `physical_to_logical[layer, slot]` is the placement of the expert layer (docs/interfaces.md): slots are
-numbered rank by rank, a replicated expert shares its tokens evenly.
+Pure and seeded. Placements are those of the expert layer (docs/interfaces.md): slots are numbered rank by rank, a
+replicated expert shares its tokens evenly. They are made by the product's own `plan_experts`, by vLLM's own balancer,
+or are vLLM's at the start.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
+from moe_scheduling.expert import ExpertSettings, Stay, plan_experts
+from moe_scheduling.expert_cost import ExpertCosts, ExpertLoad
+from moe_scheduling.placement import Placement, initial_placement
+
+# Rounds of decisions until a placement has settled; each moves a part of what a new one would.
+_ROUNDS = 20
+# What is moved costs nothing here: the placement that the decisions come to is looked at, not the way there.
+_COSTS = ExpertCosts(token_s=1e-6)
+_TOKENS_PER_STEP = 1000.0
+
+
+class PlacementPolicy(StrEnum):
+    """How experts lie on the ranks."""
+
+    INITIAL = "initial"
+    PLANNED = "planned"
+    VLLM = "vllm"
+    EVEN = "even"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,23 +66,61 @@ def draw_traffic(*, layers: int, experts: int, spread: float, seed: int) -> np.n
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-def default_placement(*, layers: int, experts: int) -> np.ndarray:
-    """Experts in their own order, as vLLM places them before any balancing."""
-    return np.tile(np.arange(experts), (layers, 1))
-
-
-def balance_of(shares: np.ndarray, physical_to_logical: np.ndarray, ranks: int) -> Balance:
-    """The balance of a traffic `shares[layer, expert]` under a placement whose slots divide evenly among the ranks.
+def place(shares: np.ndarray, policy: PlacementPolicy, *, ranks: int, nodes: int, redundant: int) -> Placement:
+    """The placement that a policy comes to under a traffic `shares[layer, expert]` that lasts; `even` has none.
 
     Raises:
-        ValueError: they do not, or an expert has no slot.
+        ValueError: the slots do not divide among the ranks.
     """
-    layers, slots = physical_to_logical.shape
-    if slots % ranks:
-        raise ValueError(f"{slots} slots do not divide among {ranks} ranks")
+    layers, experts = shares.shape
+    placement = initial_placement(layers=layers, experts=experts, redundant=redundant, ranks=ranks, nodes=nodes)
+    match policy:
+        case PlacementPolicy.PLANNED:
+            return _settle(shares, placement)
+        case PlacementPolicy.VLLM:
+            return _place_as_vllm(shares, placement)
+        case _:
+            return placement
+
+
+def _settle(shares: np.ndarray, placement: Placement) -> Placement:
+    """Decides until nothing moves."""
+    load = ExpertLoad(tokens=shares[None] * _TOKENS_PER_STEP)
+    history = None
+    for _ in range(_ROUNDS):
+        decision = plan_experts(load, placement, _COSTS, ExpertSettings(), history)
+        if isinstance(decision, Stay):
+            break
+        placement, history = decision.placement, decision.history
+    return placement
+
+
+def _place_as_vllm(shares: np.ndarray, placement: Placement) -> Placement:
+    import torch
+    from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+    placed = DefaultEplbPolicy.rebalance_experts(
+        torch.from_numpy(shares * _TOKENS_PER_STEP),
+        placement.slots,
+        placement.nodes,
+        placement.nodes,
+        placement.ranks,
+        torch.from_numpy(placement.physical_to_logical),
+    )
+    return Placement(physical_to_logical=placed.numpy(), ranks=placement.ranks, nodes=placement.nodes)
+
+
+def balance_of(shares: np.ndarray, placement: Placement) -> Balance:
+    """The balance of a traffic `shares[layer, expert]` under a placement.
+
+    Raises:
+        ValueError: an expert has no slot.
+    """
+    table, ranks = placement.physical_to_logical, placement.ranks
+    layers = len(table)
     loads = np.empty((layers, ranks))
     for layer in range(layers):
-        logical = physical_to_logical[layer]
+        logical = table[layer]
         copies = np.bincount(logical, minlength=shares.shape[1])
         if not copies.all():
             raise ValueError(f"layer {layer}: expert {int(np.argmin(copies))} has no slot")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from moe_bench.simulator.costs import Work
-from moe_bench.simulator.experts import Balance, balance_of, default_placement, draw_traffic, even_balance
+from moe_bench.simulator.experts import Balance, PlacementPolicy, balance_of, draw_traffic, even_balance, place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,14 +221,31 @@ class Preset:
     spread: float
     source: str
 
-    def cost(self, ranks: int, *, balanced: bool = False, seed: int = 0) -> RooflineCost:
-        """The cost of a group of so many ranks, its experts in their own order or evenly spread."""
-        model = self.model
-        balance = even_balance(ranks)
-        if not balanced and ranks > 1:
+    def cost(
+        self,
+        ranks: int,
+        *,
+        placement: PlacementPolicy = PlacementPolicy.INITIAL,
+        redundant: int = 0,
+        seed: int = 0,
+    ) -> RooflineCost:
+        """The cost of a group of so many ranks.
+
+        Args:
+            ranks: of the group.
+            placement: how its experts lie.
+            redundant: slots of a layer beside one for each expert.
+            seed: of the experts' popularity.
+
+        Raises:
+            ValueError: the slots of a layer do not divide among the ranks.
+        """
+        model, balance = self.model, even_balance(ranks)
+        if placement is not PlacementPolicy.EVEN and ranks > 1:
             shares = draw_traffic(layers=model.moe_layers, experts=model.experts, spread=self.spread, seed=seed)
-            placement = default_placement(layers=model.moe_layers, experts=model.experts)
-            balance = balance_of(shares, placement, ranks)
+            nodes = self.gpu.nodes if ranks % self.gpu.nodes == 0 else 1
+            placed = place(shares, placement, ranks=ranks, nodes=nodes, redundant=redundant)
+            balance = balance_of(shares, placed)
         return RooflineCost(gpu=self.gpu, model=model, efficiency=self.efficiency, balance=balance, source=self.source)
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from moe_bench.shapes import Shape, ShapeSettings, build_shape
 from moe_bench.simulator.arrivals import ArrivalShape, Senders, arrange
 from moe_bench.simulator.costs import CostModel, LinearCost
+from moe_bench.simulator.experts import PlacementPolicy
 from moe_bench.simulator.hardware import PRESETS, RooflineCost
 from moe_bench.simulator.rank import OURS, STOCK, EngineLimits
 from moe_bench.simulator.rivals import RIVALS
@@ -48,7 +49,8 @@ class Cost(Section):
     """Step times: a preset, or a line."""
 
     preset: str | None = None
-    balanced_experts: bool = False
+    placement: PlacementPolicy = PlacementPolicy.INITIAL
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
     linear: Linear | None = None
     rules = (
         Rule(
@@ -222,8 +224,16 @@ def _check(scenario: Scenario) -> list[Problem]:
         if failure.server >= engines.servers:
             problems.append(Problem(f"failures[{index}].server", f"there are servers 0 to {engines.servers - 1}"))
     if not problems:
-        problems += _check_memory(scenario)
+        problems += _check_experts(scenario) or _check_memory(scenario)
     return problems
+
+
+def _check_experts(scenario: Scenario) -> list[Problem]:
+    try:
+        cost_of(scenario)
+    except ValueError as error:
+        return [Problem("cost.redundantExperts", str(error))]
+    return []
 
 
 def _check_memory(scenario: Scenario) -> list[Problem]:
@@ -240,7 +250,9 @@ def cost_of(scenario: Scenario) -> CostModel:
     if cost.linear is not None:
         return LinearCost(**cost.linear.model_dump(by_alias=False))
     assert cost.preset is not None
-    return PRESETS[cost.preset].cost(scenario.engines.ranks, balanced=cost.balanced_experts, seed=scenario.seed)
+    return PRESETS[cost.preset].cost(
+        scenario.engines.ranks, placement=cost.placement, redundant=cost.redundant_experts, seed=scenario.seed
+    )
 
 
 # Where neither the scenario nor a preset says how large the cache is.

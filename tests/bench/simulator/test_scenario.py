@@ -50,6 +50,8 @@ def test_there_are_shipped_scenarios():
         ("engines.scheduler", "sjff", "engines.scheduler: unknown 'sjff'; known: ordered, stock, or a class"),
         ("engines.scheduler", "no.such.Class", None),
         ("engines.maxNumBatchedTokens", 100, "engines.maxNumBatchedTokens: must be at least maxNumSeqs"),
+        ("cost.redundantExperts", 1, "cost.redundantExperts: the 129 slots of a layer must divide evenly by ranks (2)"),
+        ("cost.placement", "anywhere", "cost.placement: unknown 'anywhere'; known: even, initial, planned, vllm"),
         ("engines.kvBlocks", 10, "engines.maxModelLen: 32768 tokens do not fit into 10 KV blocks of 16"),
         ("engines.rank", 2, "engines.rank: unknown field; nearest known: ranks"),
         ("scheduling.request.policy", "sjff", "scheduling.request.policy: unknown 'sjff'; known: "),

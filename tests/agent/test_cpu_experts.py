@@ -126,14 +126,14 @@ def test_the_model_and_the_state_have_the_fields_that_are_read():
 
 def test_vllm_still_refuses_a_balancer_on_a_cpu_and_admits_it_on_the_platform_as_it_is_shown(virtual_engines):
     import vllm.config.parallel as parallel
-    from moe_agent.vllm.cpu_experts import _BalancingPlatform
+    from moe_agent.vllm.cpu_config import BalancingPlatform
 
     shape = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "enable_eplb": True}
     with pytest.raises(ValueError, match=r"CUDA|cuda"):
         parallel.ParallelConfig(**shape, distributed_executor_backend="mp")
     real = parallel.current_platform
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "current_platform", _BalancingPlatform(real))
+        patch.setattr(parallel, "current_platform", BalancingPlatform(real))
         config = parallel.ParallelConfig(**shape, distributed_executor_backend="mp")
     assert config.enable_eplb
 

@@ -365,6 +365,19 @@ def test_a_person_has_a_decision_made_now(mode, outcome):
     assert group.newest.outcome is outcome
 
 
+@pytest.mark.parametrize("action", [DirectiveAction.APPLY, DirectiveAction.PLAN, DirectiveAction.ROLLBACK])
+def test_a_directive_in_the_mode_off_is_refused_and_not_kept_for_later(action):
+    group = Group(mode=ExpertMode.OFF, interval_steps=10**6)
+    group.direct(action, BETTER if action is DirectiveAction.APPLY else None)
+    group.run(20)
+    group.put(mode=ExpertMode.OBSERVE)
+    group.run(100)
+    assert [row.outcome for row in group.controller.decisions] == [Outcome.FAILED]
+    assert group.newest.reason == "directive 1 came in the mode off"
+    assert (group.held == START).all()
+    assert group.planner.asked == []
+
+
 def test_the_same_placement_again_is_no_move():
     group = Group(mode=ExpertMode.OBSERVE)
     group.direct(DirectiveAction.APPLY, START)

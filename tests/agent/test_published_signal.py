@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from moe_agent.pages import RankPageReader, RankState
+from moe_agent.pages import ExpertPageWriter, ExpertState, RankPageReader, RankState
 
 
 def check(engine: Any, state: RankState) -> None:
@@ -128,6 +128,20 @@ def test_the_computed_tokens_are_those_of_every_step_and_more_than_asked_where_a
         crowded.add(f"r{index}", 30, out=60)
     crowded.run()
     assert page().signal.computed_tokens > 4 * 89
+
+
+def test_what_the_worker_found_about_its_expert_group_is_passed_on(make_engine, settings, page):
+    settings.put(policy="sjf")
+    with ExpertPageWriter(settings.run_dir, 0, ExpertState()) as worker:
+        engine = make_engine()
+        engine.add("only", 100, out=10)
+        engine.step()
+        assert (page().signal.expert_balance, page().signal.expert_pressure) == (1.0, 1.0)
+        assert page().config_version == 0, "the settings count when the group is in step with them too"
+        worker.write(ExpertState(config_version=2, balance=1.5, pressure=0.75))
+        engine.step()
+        assert (page().signal.expert_balance, page().signal.expert_pressure) == (1.5, 0.75)
+        assert page().config_version == 2
 
 
 def test_the_step_number_rises_by_one_at_each_step(make_engine, settings, page):

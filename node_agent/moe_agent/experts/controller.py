@@ -225,7 +225,9 @@ class Controller:
     def direct(self, directive: Directive) -> None:
         """A person's word; the newest one counts."""
         self.directive = directive.version
-        if directive.action is DirectiveAction.PLAN:
+        if self.settings.mode is ExpertMode.OFF:
+            self._log(Outcome.FAILED, f"directive {directive.version} came in the mode off")
+        elif directive.action is DirectiveAction.PLAN:
             self._plan_wanted = True
         else:
             self._pending = directive
@@ -250,7 +252,6 @@ class Controller:
         self.window.add(sources, max(1, steps), self.settings.window_steps)
         self.balance = self._measure(self.placement)
         self._check_skew(reports)
-        self.revision += 1
         if self._wants_plan():
             self._ask()
 

@@ -80,6 +80,7 @@ class FirstRank:
         self._sequence = 0
         self._published_s, self._published_revision = 0.0, -1
         self._publication: Future[None] | None = None
+        self._pause_s = PUBLISH_EVERY_S
         self._take_control(self.controller.skip_directives)
         # There before the engine is ready.
         self._publish()
@@ -118,13 +119,16 @@ class FirstRank:
         if self._publication is not None and not self._publication.done():
             return
         now_s, revision = time.monotonic(), self.controller.revision
-        if revision == self._published_revision and now_s - self._published_s < PUBLISH_EVERY_S:
+        if revision == self._published_revision and now_s - self._published_s < self._pause_s:
             return
         self._published_s, self._published_revision = now_s, revision
         self._publication = self._thread.submit(self._write, build_document(self.controller, now_s))
 
     def _write(self, document: Document) -> None:
+        begun_s = time.monotonic()
         replace_file(experts_path(self._run_dir), render_document(document))
+        # The text of a large model may take the interpreter from the engine for a small part of the time alone.
+        self._pause_s = max(PUBLISH_EVERY_S, 50.0 * (time.monotonic() - begun_s))
 
 
 def checksum(placement: Slots) -> int:

@@ -5,6 +5,7 @@ the start, in the first process, with a clear line. The scheduler and the middle
 so that they need no patch; an expert group does, and only the processes of one are patched.
 """
 
+import multiprocessing
 import os
 
 from moe_agent.pages import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
@@ -21,6 +22,13 @@ def register() -> None:
 
 
 def _join_expert_group() -> None:
+    if multiprocessing.parent_process() is None:
+        # The server, which has no worker: it makes the configuration and starts the others.
+        if is_cpu_build():
+            from moe_agent.vllm.cpu_config import allow_balancer
+
+            allow_balancer()
+        return
     from moe_agent.experts.work_meter import WorkMeter
 
     meter = WorkMeter()

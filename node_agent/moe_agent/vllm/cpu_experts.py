@@ -3,7 +3,7 @@
 Each function repairs one thing that vLLM 0.32 lacks on the CPU, where its own GPU code has it; none is applied on a GPU
 build. `tests/agent/test_cpu_experts.py` fails when what they hold on to has moved.
 
-1. `allow_balancer`: the configuration admits expert load balancing on a CPU.
+1. `allow_balancer` (`cpu_config.py`): the configuration admits expert load balancing on a CPU.
 2. `skip_foreign_experts`: a rank computes the experts that it holds, and of its own tokens those alone.
 3. `map_to_slots`: logical experts become slots, replicas by token, as the GPU kernel does it.
 4. `build_balancer`: the model runner makes the balancer's state.
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import vllm.config.parallel
 from torch import Tensor
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.eplb.eplb_state import EplbState
@@ -30,6 +29,7 @@ from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from moe_agent.experts.work_meter import WorkMeter
+from moe_agent.vllm.cpu_config import allow_balancer
 from moe_agent.vllm.version import replace_attribute
 
 
@@ -42,28 +42,6 @@ def repair_cpu_experts(meter: WorkMeter) -> None:
     allow_streamless_moves()
     exchange_tokens()
     keep_layers_opaque()
-
-
-# 1.
-
-
-class _BalancingPlatform:
-    """The platform as the parallel configuration sees it: one of those for which it admits a balancer."""
-
-    def __init__(self, platform: Any) -> None:
-        self._platform = platform
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._platform, name)
-
-    def is_xpu(self) -> bool:
-        return True
-
-
-def allow_balancer() -> None:
-    """The check asks for CUDA, ROCm or XPU; what else it asks for stays."""
-    seen = _BalancingPlatform(vllm.config.parallel.current_platform)  # type: ignore[attr-defined]
-    replace_attribute(vllm.config.parallel, "current_platform", seen)
 
 
 # 2.

@@ -38,7 +38,8 @@ class DeviceRecorder:
 
     def capture(self, layer: int, ids: torch.Tensor) -> None:
         """Copies the logical ids `[token, place]` of a layer, also when switched off: a graph knows no switches."""
-        self._ids[layer, : ids.shape[0]].copy_(ids)
+        most = self._ids.shape[1]
+        self._ids[layer, : ids.shape[0]].copy_(ids[:most])
 
     def end_pass(self, real_tokens: int) -> None:
         """Counts the pass that has ended, of which the first `real_tokens` tokens are real; 0 for a dummy."""

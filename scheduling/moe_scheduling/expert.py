@@ -62,15 +62,17 @@ _ROUND_PART = 0.24
 # Of a small group that part is less than a swap or two a layer.
 _LEAST_ROUND = 4
 # The search goes on beyond the budget, so that the best moves are chosen among more.
-_SEARCH_AHEAD = 1.3
+_SEARCH_AHEAD = 1.1
 # Part of the total below which what is won is rounding.
 _LEAST_GAIN = 1e-6
 # Less than this is as little as this, where a price is divided by it.
 _LEAST_STABILITY = 1e-3
 # Part of a layer's time that a move has to win however little it costs.
 _LEAST_WORTH = 1e-4
-# Weight of the newest trial in the trust that plans earn.
-_NEWEST_TRIAL = 0.5
+# Weight of the newest trial in the trust that plans earn: a broken promise counts for more than a kept one, else a load
+# that changes in step with the decisions is followed each time when it is about to leave.
+_BROKEN = 0.5
+_KEPT = 0.2
 
 Score = tuple[Terms, Balance]
 
@@ -369,7 +371,8 @@ def _learn(history: ExpertHistory, load: ExpertLoad, costs: ExpertCosts) -> Expe
     if trial is None:
         return history
     kept = min(max(_won_part(load, trial.before, trial.after, costs) / trial.promise, -1.0), 1.0)
-    return replace(history, trial=None, trust=history.trust + _NEWEST_TRIAL * (kept - history.trust))
+    weight = _KEPT if kept > history.trust else _BROKEN
+    return replace(history, trial=None, trust=history.trust + weight * (kept - history.trust))
 
 
 def _decide(

@@ -408,7 +408,7 @@ def _bring_near(board: _Board, problem: Problem) -> None:
     hope = board.paid.reshape(layers, -1) - nearest[column[:, None], board.experts.reshape(layers, -1)]
     for _ in range(problem.most_moves):
         slot = hope.argmax(1)
-        layer = np.nonzero((hope[column, slot] > price) & (board.moves < problem.most_moves))[0]
+        layer = np.nonzero((hope[column, slot] > 2 * price) & (board.moves < problem.most_moves))[0]
         if not len(layer):
             return
         swap = _nearest_swaps(board, layer, slot[layer], price)

@@ -15,7 +15,8 @@ def plot_workload(results: Results, fleet: str, workload: str, path: Path) -> No
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "moeserving"
+    # Text as text, and ids that do not change.
+    matplotlib.rcParams.update({"svg.hashsalt": "moeserving", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     loads = results.loads(fleet, workload)

@@ -41,6 +41,9 @@ _BEST = """## Against the best rival of each column
 For each workload, load and column the rival (policy, budget) with the best mean over the seeds; the geometric mean over
 all workloads but the adversarial ones.
 """
+_BEST_IN_TTFT = """The same against one rival for all columns, that with the best mean TTFT of the case: a budget that is
+best in one column alone is not among them.
+"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -122,14 +125,21 @@ def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) ->
 
 def _overview(results: Results) -> Iterator[str]:
     yield _BEST
-    labels = [column.label for column in COLUMNS]
-    yield from _table(
-        ["fleet", "load", *labels],
+    yield from _ratios(results, None)
+    yield _BEST_IN_TTFT
+    yield from _ratios(results, "ttft_mean")
+
+
+def _ratios(results: Results, chosen_by: str | None) -> Iterator[str]:
+    rows = [
         [
-            [fleet, f"{load:.0%}", *(render_ratio(results.against_best(cases, column.name)) for column in COLUMNS)]
-            for (fleet, load), cases in _by_load(results).items()
-        ],
-    )
+            fleet,
+            f"{load:.0%}",
+            *(render_ratio(results.against_best(cases, column.name, chosen_by)) for column in COLUMNS),
+        ]
+        for (fleet, load), cases in _by_load(results).items()
+    ]
+    yield from _table(["fleet", "load", *(column.label for column in COLUMNS)], rows)
 
 
 def _worse(results: Results) -> Iterator[str]:

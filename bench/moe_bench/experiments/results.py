@@ -113,12 +113,18 @@ class Results:
         best = max if BY_NAME[column].higher_is_better else min
         return best(means, key=means.__getitem__)
 
-    def against_best(self, cases: Sequence[Case], column: str) -> Estimate | None:
-        """ours / the best rival of each case, over the pairs of all these cases."""
+    def against_best(self, cases: Sequence[Case], column: str, chosen_by: str | None = None) -> Estimate | None:
+        """ours / the best rival of each case, over the pairs of all these cases.
+
+        Args:
+            cases: which.
+            column: the figure that is compared.
+            chosen_by: the figure that the rival is the best in; None: the compared one.
+        """
         pairs = [
             pair
             for case in cases
-            if (rival := self.best_rival(case, column)) is not None
+            if (rival := self.best_rival(case, chosen_by or column)) is not None
             for pair in self.pairs(case, rival, PRODUCT, column)
         ]
         return paired_ratio(pairs) if pairs else None

@@ -104,7 +104,10 @@ def load_vllm() -> RankMaker:
 
 @functools.cache
 def _load_vllm() -> RankMaker:
-    return RankMaker(Path(tempfile.mkdtemp(prefix="moeserving-simulator-")))
+    maker = RankMaker(Path(tempfile.mkdtemp(prefix="moeserving-simulator-")))
+    # The first scheduler loads what the others find loaded.
+    maker.make(EngineLimits(), OURS, RequestSettings()).close()
+    return maker
 
 
 def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:

@@ -39,6 +39,14 @@ def test_the_best_rival_is_found_for_each_column_by_itself():
     assert results.ratio(case(), "vllm512", PRODUCT, "ttft_mean").value == pytest.approx(0.5)
 
 
+def test_a_rival_may_be_chosen_by_another_column():
+    results = Results([
+        record(REFERENCE, ttft=2.0, tpot=0.02), record("vllm512", ttft=1.0, tpot=0.04), record(PRODUCT, tpot=0.03)
+    ])  # fmt: skip
+    assert results.against_best([case()], "tpot_mean").value == pytest.approx(1.5)
+    assert results.against_best([case()], "tpot_mean", "ttft_mean").value == pytest.approx(0.75)
+
+
 def test_pairs_are_of_the_same_seed():
     results = Results([
         record(REFERENCE, seed=1, ttft=1.0), record(REFERENCE, seed=2, ttft=10.0), record(REFERENCE, seed=3, ttft=7.0),

@@ -41,8 +41,8 @@ _BEST = """## Against the best rival of each column
 For each workload, load and column the rival (policy, budget) with the best mean over the seeds; the geometric mean over
 all workloads but the adversarial ones.
 """
-_BEST_IN_TTFT = """The same against one rival for all columns, that with the best mean TTFT of the case: a budget that is
-best in one column alone is not among them.
+_BEST_IN_TTFT = """The same against one rival for all columns, that with the best mean TTFT of the case: a budget that
+is best in one column alone is not among them.
 """
 _KNEES = f"""## Knees and sustained loads
 

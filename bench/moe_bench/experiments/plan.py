@@ -87,7 +87,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=LOADS,
     ),
     "ablation": Experiment(
-        title="One layer at a time", workloads=tuple(WORKLOADS), variants=ABLATION, loads=(0.85, 0.95, 1.0)
+        title="One layer at a time, one lever less at a time",
+        workloads=tuple(WORKLOADS),
+        variants=(*ABLATION, "oursNoOrder", "oursNoHold", "oursNoYield", "oursNoGrowth"),
+        loads=(0.85, 0.95, 1.0),
     ),
     "fleet": Experiment(
         title="Four engines that do not step together",

@@ -65,7 +65,8 @@ def _ours(label: str, **changes: Any) -> Variant:
 GATEWAYS = 4
 # Within a run of the default length at most loads.
 LOST_FROM_S = 30.0
-_FCFS = RequestSettings(policy=RequestPolicy.FCFS)
+# Layer 1 as vLLM has it.
+_AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS, prefill_hold_s=0.0, yield_prefills=False, kv_growth_blocks=0)
 GIMBAL_SCHEDULER = "moe_bench.simulator.gimbal.GimbalScheduler"
 REFERENCE = "vllm"
 PRODUCT = "ours"
@@ -77,9 +78,14 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     "oursEngine": Variant(
         label="ours, layer 2 alone",
-        changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _FCFS},
+        changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _AS_VLLM},
         uses_product=True,
     ),
+    # Ablations: one lever of layer 1 off at a time.
+    "oursNoOrder": _ours("ours, by arrival", request=RequestSettings(policy=RequestPolicy.FCFS)),
+    "oursNoHold": _ours("ours, prefills not held", request=RequestSettings(prefill_hold_s=0.0)),
+    "oursNoYield": _ours("ours, chunks do not yield", request=RequestSettings(yield_prefills=False)),
+    "oursNoGrowth": _ours("ours, no room to grow", request=RequestSettings(kv_growth_blocks=0)),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
     "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),

@@ -123,6 +123,15 @@ def test_prefills_wait_for_their_step_under_vllms_interval(maker):
     assert sum(spans[8]) > sum(spans[1]) + 0.006
 
 
+def test_ranks_of_a_group_hold_their_prefills_for_each_other(maker):
+    trace = short_trace(count=80, rate=60.0)
+    tpot_s = {}
+    for hold_s in (0.0, 0.5):
+        request = RequestSettings(prefill_hold_s=hold_s)
+        tpot_s[hold_s] = simulate(simulation(trace=trace, ranks=2, request=request), maker).figures.tpot_mean
+    assert tpot_s[0.5] < tpot_s[0.0]
+
+
 # What vLLM does.
 
 

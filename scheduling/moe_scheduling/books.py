@@ -47,6 +47,7 @@ class TargetBooks:
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
+        "_slowness",
         "_unanswered",
         "_unanswered_tokens",
         "accepting",
@@ -60,6 +61,7 @@ class TargetBooks:
         self.accepting = accepting
         self.line: StepTime | None = None
         self.own_share = 1.0
+        self._slowness = 1.0
         self._unanswered: dict[Hashable, tuple[float, int]] = {}
         self._unanswered_tokens = 0
         self._answered: dict[Hashable, float] = {}
@@ -72,9 +74,21 @@ class TargetBooks:
         self._engine_tokens = 0
         # Of the experts, over the steps that the line remembers.
         self._fitted_balance = 1.0
-        # Made by this line when the signal was first asked about, and kept until the next signal; None before.
+        # Made by this line when the signal was first asked about, and kept until the next signal or another slowness;
+        # None before.
         self._pace_line: StepTime | None = None
         self._pace = Pace(0.0, 0.0, 0.0)
+
+    @property
+    def slowness(self) -> float:
+        """Measured over predicted times to the first token, as far as known; the owner sets it by `correction.py`."""
+        return self._slowness
+
+    @slowness.setter
+    def slowness(self, slowness: float) -> None:
+        if slowness != self._slowness:
+            self._slowness = slowness
+            self._pace_line = None
 
     # What happens to requests.
 
@@ -186,6 +200,8 @@ class TargetBooks:
     def pace(self, common_line: StepTime, now_s: float, stale_after_s: float) -> Pace:
         """How fast the engine computes: in the state that a fresh signal says, else with the own answered decoding.
 
+        Its `slowness` is in it.
+
         Args:
             common_line: the line of an engine that has not told its own.
             now_s: the time.
@@ -193,9 +209,10 @@ class TargetBooks:
         """
         line, signal = self.line or common_line, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return unsignalled_pace(line, len(self._answered))
+            return unsignalled_pace(line, len(self._answered)).times(self._slowness)
         if line is not self._pace_line:
-            self._pace_line, self._pace = line, pace_of(line, signal, self._fitted_balance)
+            pace = pace_of(line, signal, self._fitted_balance)
+            self._pace_line, self._pace = line, pace.times(self._slowness)
         return self._pace
 
     def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:
@@ -222,6 +239,18 @@ class TargetBooks:
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return own
         return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.own_share))
+
+    def waiting(self, now_s: float, stale_after_s: float) -> int:
+        """Requests that wait at the engine by a fresh signal, those sent since among them; else none are known."""
+        signal = self._signal
+        if signal is None or not self.is_fresh(now_s, stale_after_s):
+            return 0
+        return signal.waiting + int(len(self._since_signal) / self.own_share)
+
+    def kv_usage(self, now_s: float, stale_after_s: float) -> float:
+        """Used part of the KV blocks by a fresh signal, 0 to 1; else 0."""
+        signal = self._signal
+        return 0.0 if signal is None or not self.is_fresh(now_s, stale_after_s) else signal.kv_usage
 
 
 def _remembered_balance(known: float, before: EngineSignal | None, signal: EngineSignal) -> float:

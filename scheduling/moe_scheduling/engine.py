@@ -18,15 +18,20 @@ from typing import NamedTuple
 
 from moe_scheduling.books import TargetBooks
 from moe_scheduling.pace import DEFAULT_STEP_TIME
+from moe_scheduling.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
+from moe_scheduling.roster import LARGE_FLEET, Roster
 from moe_scheduling.signals import StepTime, Target
 
 
 class DispatchPolicy(StrEnum):
     """How a target is chosen."""
 
+    GIMBAL = "gimbal"
     LEAST_REQUESTS = "leastRequests"
+    POWER_OF_TWO = "powerOfTwo"
     PREDICTED = "predicted"
     ROUND_ROBIN = "roundRobin"
+    VLLM_INTERNAL = "vllmInternal"
 
     # Enum's own is a function in Python; this is looked up for each request.
     __hash__ = str.__hash__
@@ -37,7 +42,7 @@ class EngineSettings:
     """Choice of the engine.
 
     Attributes:
-        policy: `predicted` takes the least predicted time to first token.
+        policy: `predicted` takes the least predicted time to first token; the others are there to compare with.
         stickiness_s: under `predicted`, a session stays at its last target while that one's prediction is worse by at
             most so many seconds.
         stale_after_s: age at which a signal is no longer believed and the gateway's own books stand alone.
@@ -95,8 +100,11 @@ class Job(NamedTuple):
 class SendReason(StrEnum):
     """Why this target; a metric label."""
 
+    LEAST_KV = "least_kv"
     LEAST_PREDICTED = "least_predicted"
     LEAST_REQUESTS = "least_requests"
+    LEAST_SCORE = "least_score"
+    LEAST_TOKENS = "least_tokens"
     SESSION = "session"
     TURN = "turn"
 
@@ -158,6 +166,9 @@ def choose_target(
     follows the KV router of NVIDIA Dynamo; a session that yields by a margin stands between Gimbal's first paper, which
     keeps a user on an engine, and its second, which dropped that.
 
+    O(targets); of a large fleet, given as a `Roster`, `predicted` looks at a sample alone, and so it holds a request
+    when the whole sample is saturated.
+
     Args:
         job: the request.
         books: one for each known target, in an order that stays.
@@ -166,6 +177,11 @@ def choose_target(
         now_s: the time, on the clock of the books.
         exclude: targets that failed this request before.
     """
+    if len(books) > LARGE_FLEET and settings.policy is _PREDICTED and isinstance(books, Roster):
+        sample = books.sample(job.cached, job.session_target, turn)
+        decision = choose_target(job, sample, settings, turn=turn, now_s=now_s, exclude=exclude)
+        if type(decision) is not Refuse:
+            return decision
     candidates = [book for book in books if book.accepting]
     if not candidates:
         return _NO_ENGINE
@@ -180,7 +196,7 @@ def choose_target(
     # Whose turn it is comes first, and the first of equals is chosen.
     if start := turn % len(candidates):
         candidates = candidates[start:] + candidates[:start]
-    return _POLICIES[settings.policy](job, candidates, line, settings, now_s)
+    return _POLICIES[settings.policy](job, candidates, line, settings, now_s, turn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +252,7 @@ _NO_ENGINE = Refuse(RefuseReason.NO_ENGINE)
 _NO_OTHER_ENGINE = Refuse(RefuseReason.NO_OTHER_ENGINE)
 _SATURATED = Hold(HoldReason.SATURATED)
 # Looking a member up in its enum takes longer than the rest of making a decision of it.
+_PREDICTED = DispatchPolicy.PREDICTED
 _SESSION = SendReason.SESSION
 _LEAST_PREDICTED = SendReason.LEAST_PREDICTED
 
@@ -260,7 +277,7 @@ def _all_wait(
 
 
 def _by_prediction(
-    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
 ) -> Send:
     stale_after_s, session = settings.stale_after_s, job.session_target
     chosen = candidates[0].target
@@ -278,9 +295,9 @@ def _by_prediction(
 
 
 def _by_requests(
-    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
 ) -> Send:
-    """Counts as vLLM's own data-parallel balancer does (0.32, `DPLBAsyncMPClient`), without its KV term."""
+    """The requests that are known of, whoever sent them, and nothing else."""
     stale_after_s = settings.stale_after_s
     requests = [books.requests(now_s, stale_after_s) for books in candidates]
     chosen = candidates[requests.index(min(requests))]
@@ -288,7 +305,7 @@ def _by_requests(
 
 
 def _by_turn(
-    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
 ) -> Send:
     return _send(job, candidates[0], line, settings, now_s, SendReason.TURN)
 
@@ -302,9 +319,39 @@ def _send(
     return Send(chosen.target, predicted_s, reason)
 
 
-_Policy = Callable[[Job, Sequence[TargetBooks], StepTime, EngineSettings, float], Send]
+def _of_two(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, turn: int
+) -> Send:
+    return _send(job, pick_of_two(candidates, turn), line, settings, now_s, SendReason.LEAST_REQUESTS)
+
+
+def _as_vllm(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
+) -> Send:
+    chosen = pick_as_vllm(candidates, now_s, settings.stale_after_s)
+    return _send(job, chosen, line, settings, now_s, SendReason.LEAST_SCORE)
+
+
+def _as_gimbal(
+    job: Job, candidates: Sequence[TargetBooks], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
+) -> Send:
+    chosen, rule = pick_as_gimbal(candidates, job.session_target, now_s, settings.stale_after_s)
+    return _send(job, chosen, line, settings, now_s, _GIMBAL_REASONS[rule])
+
+
+_GIMBAL_REASONS = {
+    GimbalRule.KV: SendReason.LEAST_KV,
+    GimbalRule.LOAD: SendReason.LEAST_TOKENS,
+    GimbalRule.USER: SendReason.SESSION,
+    GimbalRule.TURN: SendReason.TURN,
+}
+
+_Policy = Callable[[Job, Sequence[TargetBooks], StepTime, EngineSettings, float, int], Send]
 _POLICIES: Mapping[DispatchPolicy, _Policy] = {
+    DispatchPolicy.GIMBAL: _as_gimbal,
     DispatchPolicy.LEAST_REQUESTS: _by_requests,
+    DispatchPolicy.POWER_OF_TWO: _of_two,
     DispatchPolicy.PREDICTED: _by_prediction,
     DispatchPolicy.ROUND_ROBIN: _by_turn,
+    DispatchPolicy.VLLM_INTERNAL: _as_vllm,
 }

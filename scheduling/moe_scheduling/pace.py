@@ -53,6 +53,13 @@ class Pace(NamedTuple):
         token_s, step_s, kv_s = self
         return kv_s + token_s * ahead_tokens + step_s * (ahead_tokens // STEP_PREFILL_TOKENS)
 
+    def times(self, slowness: float) -> "Pace":
+        """The pace of an engine that takes so many times as long for everything."""
+        if slowness == 1.0:
+            return self
+        token_s, step_s, kv_s = self
+        return Pace(slowness * token_s, slowness * step_s, slowness * kv_s)
+
 
 def pace_of(line: StepTime, signal: EngineSignal, fitted_balance: float = 1.0) -> Pace:
     """The pace of an engine that works by `line`, in the state that `signal` says.

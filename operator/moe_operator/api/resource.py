@@ -394,7 +394,9 @@ class EngineScheduling(Section):
     policy: DispatchPolicy = Field(
         default=_ENGINE.policy,
         description="`predicted` takes the engine with the least predicted time to first token, `leastRequests` the "
-        "one with the fewest requests in flight, `roundRobin` each in turn.",
+        "one with the fewest requests in flight, `roundRobin` each in turn. Published rules to compare with: "
+        "`powerOfTwo` the one with fewer requests of two that are drawn (vllm-router), `vllmInternal` the least score "
+        "of vLLM's own data-parallel balancer, `gimbal` that paper's thresholds on KV use and load, as reconstructed.",
     )
     stickiness: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_ENGINE.stickiness_s),

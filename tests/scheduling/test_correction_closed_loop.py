@@ -1,0 +1,98 @@
+"""An engine that is slower than it says gets less work, and all requests gain.
+
+Engines prefill in the order of arrival, in virtual time; the choice, the books and the corrections are the product's.
+"""
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from statistics import mean
+
+import pytest
+from moe_scheduling.books import TargetBooks
+from moe_scheduling.correction import Corrections
+from moe_scheduling.engine import EngineSettings, Job, choose_target
+from moe_scheduling.signals import EngineSignal, StepTime, Target
+
+LINE = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
+TARGETS = [Target(f"engine-{number}") for number in range(4)]
+SETTINGS = EngineSettings()
+NETWORK_S = 0.003
+
+
+class Fleet:
+    """So many requests; engine N takes `slowness[N]` times as long as its line says."""
+
+    def __init__(self, slowness, *, seed, corrects=True, rate=26.0, requests=2500, stall=0.0):
+        self.slowness = dict(zip(TARGETS, slowness, strict=True))
+        self.random = random.Random(seed)
+        self.books = {target: TargetBooks(target) for target in TARGETS}
+        self.corrections = Corrections() if corrects else None
+        self.free_s = dict.fromkeys(TARGETS, 0.0)
+        self.backlog = dict.fromkeys(TARGETS, 0)
+        self.sent, self.ttft_s, self.stall, self.ticked_s = Counter(), [], stall, 0.0
+        self._events, numbers = [], itertools.count()
+        self._at = lambda at_s, act, *args: heapq.heappush(self._events, (at_s, next(numbers), act, args))
+        at_s = 0.0
+        for key in range(requests):
+            at_s += self.random.expovariate(rate)
+            self._at(at_s, self._arrive, key, int(self.random.lognormvariate(6.5, 1.0)) + 1)
+        while self._events:
+            now_s, _, act, args = heapq.heappop(self._events)
+            act(now_s, *args)
+
+    def _arrive(self, now_s, key, tokens):
+        if self.corrections is not None and now_s - self.ticked_s >= 0.1:
+            self.ticked_s = now_s
+            for target, books in self.books.items():
+                books.slowness = self.corrections.factor(target, now_s)
+        target, predicted_s, _ = choose_target(Job(tokens), list(self.books.values()), SETTINGS, turn=key, now_s=now_s)
+        books = self.books[target]
+        books.sent(key, tokens, now_s)
+        self.sent[target] += tokens
+        self.backlog[target] += tokens
+        own_s = self.slowness[target] * (LINE.base_s + LINE.prefill_s * tokens)
+        if self.random.random() < self.stall:
+            own_s += 2.0
+        self.free_s[target] = done_s = max(self.free_s[target], now_s + NETWORK_S) + own_s
+        self._at(done_s + NETWORK_S, self._answer, target, key, tokens, now_s, predicted_s / books.slowness)
+
+    def _answer(self, now_s, target, key, tokens, sent_s, predicted_s):
+        self.backlog[target] -= tokens
+        self.ttft_s.append(now_s - sent_s)
+        books = self.books[target]
+        books.first_token(key, now_s)
+        books.settled(key, now_s)
+        books.observe(EngineSignal(waiting_prefill_tokens=self.backlog[target], step_time=LINE), now_s)
+        if self.corrections is not None:
+            self.corrections.observe(target, predicted_s, now_s - sent_s, now_s)
+
+    def part(self, number):
+        return self.sent[TARGETS[number]] / sum(self.sent.values())
+
+
+SEEDS = range(4)
+
+
+def test_an_engine_that_is_secretly_twice_as_slow_gets_less_work_and_requests_wait_less():
+    pairs = [[Fleet((2.0, 1.0, 1.0, 1.0), seed=seed, corrects=on) for on in (False, True)] for seed in SEEDS]
+    for blind, corrected in pairs:
+        assert corrected.part(0) < 0.9 * blind.part(0)
+        assert mean(corrected.ttft_s) < mean(blind.ttft_s)
+        assert corrected.corrections.factor(TARGETS[0], corrected.ticked_s) == pytest.approx(2.0, rel=0.3)
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.01], ids=["steady", "with stalls"])
+def test_where_all_are_as_they_say_correcting_costs_nothing(stall):
+    blind, corrected = (
+        mean(mean(Fleet((1.0,) * 4, seed=seed, corrects=on, stall=stall).ttft_s) for seed in SEEDS)
+        for on in (False, True)
+    )
+    assert corrected < 1.03 * blind
+
+
+def test_a_fleet_that_is_slower_as_a_whole_shares_as_before():
+    for seed in SEEDS:
+        fleet = Fleet((2.0,) * 4, seed=seed, rate=14.0)
+        assert max(fleet.sent.values()) < 1.15 * min(fleet.sent.values())

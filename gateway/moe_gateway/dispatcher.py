@@ -12,10 +12,12 @@ from enum import StrEnum
 from typing import Protocol
 
 from moe_scheduling.books import TargetBooks
+from moe_scheduling.correction import Corrections
 from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target, explain
 from moe_scheduling.peers import PeerLoad
 from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
 from moe_scheduling.request import RequestSettings, WaitingQueue
+from moe_scheduling.roster import Roster
 from moe_scheduling.shares import Shares
 from moe_scheduling.signals import EngineSignal, Target
 from moe_scheduling.tokens import TokenRatio
@@ -91,12 +93,18 @@ class Engine:
 
 @dataclass(slots=True, kw_only=True)
 class Placed:
-    """A request that was sent: what the dispatcher has to be told back."""
+    """A request that was sent: what the dispatcher has to be told back.
+
+    Attributes:
+        predicted_s: seconds to its first token, as corrected.
+        slowness: the correction in it.
+    """
 
     target: Target
     key: int
     sent_s: float
     predicted_s: float
+    slowness: float = 1.0
 
 
 class Dispatcher:
@@ -115,15 +123,16 @@ class Dispatcher:
         self.ledger = ledger
         self.engines: dict[str, Engine] = {}
         self.books: dict[Target, TargetBooks] = {}
-        self._ordered_books: list[TargetBooks] = []
+        self._ordered_books = Roster()
         # Of engines that are no longer known, until what they were sent has ended.
         self._departing: list[TargetBooks] = []
         self._shares = _shares_of(() if discovery is None else discovery.groups)
-        self._group_books: dict[str, list[TargetBooks]] = {}
+        self._group_books: dict[str, Roster] = {}
         self._group_turns: dict[str, int] = {}
         self._hold_requests = config.limits.hold_requests
         self._hold_timeout_s = config.limits.hold_timeout_s
         self._peers = PeerLoad()
+        self._corrections = Corrections()
         self.own_share = 1.0
         self._prefixes = PrefixIndex()
         self._known_models = frozenset() if config.model is None else frozenset({config.model})
@@ -151,7 +160,8 @@ class Dispatcher:
         }
         for target in books:
             if target.server not in staying:
-                self._prefixes.forget(target)
+                self._forget(target)
+                self.ledger.prediction_ratios.pop(target, None)
                 if books[target].in_flight:
                     self._departing.append(books[target])
         self.books = {
@@ -159,7 +169,7 @@ class Dispatcher:
             for engine in self.engines.values()
             for target in engine.targets
         }
-        self._ordered_books = list(self.books.values())
+        self._ordered_books = Roster(self.books.values())
         self._gather_models()
         self._gather_groups()
 
@@ -178,9 +188,10 @@ class Dispatcher:
         self.pump(now_s)
 
     def _gather_groups(self) -> None:
-        self._group_books = {}
+        groups: dict[str, list[TargetBooks]] = {}
         for target, books in self.books.items():
-            self._group_books.setdefault(self.engines[target.server].group, []).append(books)
+            groups.setdefault(self.engines[target.server].group, []).append(books)
+        self._group_books = {group: Roster(books) for group, books in groups.items()}
 
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
         """Other settings from now on; what is held is ordered anew."""
@@ -206,11 +217,15 @@ class Dispatcher:
         self._refresh(engine, now_s)
 
     def set_process(self, name: str, pid: int | None) -> None:
-        """The process that serves; another one holds nothing of what its predecessor cached."""
+        """The process that serves; another one holds nothing of what its predecessor cached, nor is as fast."""
         if (engine := self.engines.get(name)) is not None and pid != engine.pid:
             engine.pid = pid
             for target in engine.targets:
-                self._prefixes.forget(target)
+                self._forget(target)
+
+    def _forget(self, target: Target) -> None:
+        self._prefixes.forget(target)
+        self._corrections.forget(target)
 
     def set_models(self, name: str, models: frozenset[str]) -> None:
         """The names of the models that an engine serves."""
@@ -295,26 +310,35 @@ class Dispatcher:
 
     def place(self, job: Job, keys: tuple[int, ...], session: str | None, sending: Send, now_s: float) -> Placed:
         """Writes down that the job goes to this target."""
-        target = sending.target
+        target, predicted_s = sending.target, sending.predicted_s
         self._keys += 1
-        self.books[target].sent(self._keys, job.uncached_tokens(target), now_s)
+        books = self.books[target]
+        books.sent(self._keys, job.uncached_tokens(target), now_s)
         if keys:
             self._prefixes.record(keys, target)
         if session is not None and len(session) <= LONGEST_SESSION:
             self._remember(session, target)
         self.ledger.decisions[sending.reason] += 1
-        return Placed(target=target, key=self._keys, sent_s=now_s, predicted_s=sending.predicted_s)
+        return Placed(target=target, key=self._keys, sent_s=now_s, predicted_s=predicted_s, slowness=books.slowness)
 
-    def answered(self, placed: Placed, now_s: float) -> None:
-        """The first byte of the body is there."""
+    def answered(self, placed: Placed, now_s: float, *, is_first_token: bool = True) -> None:
+        """The first byte of the body is there; whether it was there as soon as the first token was."""
         if (books := self.books.get(placed.target)) is not None:
             books.first_token(placed.key, now_s)
         if (engine := self.engines.get(placed.target.server)) is not None and engine.failures:
             engine.failures, engine.closed_until_s = 0, -math.inf
             self._refresh(engine, now_s)
-        self.ledger.prediction_error.observe(placed.predicted_s - (now_s - placed.sent_s))
+        if is_first_token:
+            self._compare(placed, now_s)
         if self._held_since:
             self.pump(now_s)
+
+    def _compare(self, placed: Placed, now_s: float) -> None:
+        """What was predicted with what is measured."""
+        target, measured_s = placed.target, now_s - placed.sent_s
+        if target in self.books:
+            self.ledger.predicted(target, placed.predicted_s, measured_s)
+            self._corrections.observe(target, placed.predicted_s / placed.slowness, measured_s, now_s)
 
     def settled(self, placed: Placed, now_s: float) -> None:
         """The request has ended there."""
@@ -420,6 +444,7 @@ class Dispatcher:
         self.own_share = self._peers.observe(self._ordered_books, now_s, self.settings.stale_after_s)
         for books in self._ordered_books:
             books.own_share = self.own_share
+            books.slowness = self._corrections.factor(books.target, now_s)
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
             if now_s - since_s < self._hold_timeout_s:

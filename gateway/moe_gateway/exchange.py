@@ -283,7 +283,8 @@ class Exchange:
             return
         assert self._placed is not None
         surroundings = self._surroundings
-        surroundings.dispatcher.answered(self._placed, self.last_s)
+        shows = connection.status == 200 and self.route.shows_first_token(stream=self.parsed.stream)
+        surroundings.dispatcher.answered(self._placed, self.last_s, is_first_token=shows)
         self.ttft_s = self.last_s - self.request.arrived_s
         if self.computes:
             surroundings.dispatcher.ledger.answer(self.ttft_s, self.last_s)

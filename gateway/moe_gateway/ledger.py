@@ -3,6 +3,8 @@
 from bisect import bisect_left
 from collections import Counter
 
+from moe_scheduling.signals import Target
+
 from moe_gateway.recent import Recent
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -46,7 +48,8 @@ class Ledger:
         prompt_tokens: of those, estimated.
         ttft: seconds from arrival at the gateway to the first byte of the body.
         recent: the last half minute of these three.
-        prediction_error: predicted less measured seconds from dispatch to first byte.
+        prediction_error: predicted less measured seconds from dispatch to the first token.
+        prediction_ratios: of each target, how often the two were compared, and the sum of measured / predicted.
     """
 
     def __init__(self, started_s: float = 0.0) -> None:
@@ -62,6 +65,7 @@ class Ledger:
         self.ttft = Histogram(TTFT_BUCKETS_S)
         self.recent = Recent(started_s)
         self.prediction_error = Histogram(ERROR_BUCKETS_S)
+        self.prediction_ratios: dict[Target, tuple[int, float]] = {}
 
     def arrive(self, prompt_tokens: int, now_s: float) -> None:
         """A request came that an engine has to compute for."""
@@ -73,6 +77,13 @@ class Ledger:
         """It got its first token."""
         self.ttft.observe(ttft_s)
         self.recent.answered(ttft_s, now_s)
+
+    def predicted(self, target: Target, predicted_s: float, measured_s: float) -> None:
+        """A first token came after so long."""
+        self.prediction_error.observe(predicted_s - measured_s)
+        if predicted_s > 0.0:
+            count, total = self.prediction_ratios.get(target, (0, 0.0))
+            self.prediction_ratios[target] = count + 1, total + measured_s / predicted_s
 
     def finish(self, route: str, status: int, *, broken: bool = False) -> None:
         """A request ended."""

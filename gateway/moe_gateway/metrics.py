@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -41,7 +41,7 @@ class GatewayCollector(Collector):
         yield from self._demand()
         yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", ledger.ttft)
         yield _histogram(
-            "prediction_error_seconds", "Predicted less measured time to first byte.", ledger.prediction_error
+            "prediction_error_seconds", "Predicted less measured time to first token.", ledger.prediction_error
         )
 
     def _demand(self) -> Iterator[Metric]:
@@ -66,6 +66,7 @@ class GatewayCollector(Collector):
                 ("engine_accepting", "1 when the engine takes new requests."),
                 ("signal_age_seconds", "Age of the newest signal; absent before the first."),
                 ("signal_stale", "1 when the own books stand alone."),
+                ("slowness", "Factor that measured times to first token put on predicted ones."),
             )
         }
         for target, books in dispatcher.books.items():
@@ -76,11 +77,20 @@ class GatewayCollector(Collector):
                 "engine_accepting": books.accepting,
                 "signal_age_seconds": age_s,
                 "signal_stale": not books.is_fresh(now_s, dispatcher.settings.stale_after_s),
+                "slowness": books.slowness,
             }
             for name, value in values.items():
                 if value is not None:
                     families[name].add_metric([target.server, str(target.rank)], float(value))
         yield from families.values()
+        yield self._prediction_ratios()
+
+    def _prediction_ratios(self) -> Metric:
+        text = "Measured over predicted time to first token, where the first byte shows it."
+        family = SummaryMetricFamily(PREFIX + "prediction_ratio", text, labels=["engine", "rank"])
+        for target, (count, total) in sorted(self._dispatcher.ledger.prediction_ratios.items()):
+            family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)
+        return family
 
 
 def _counter(name: str, help_text: str, label: str, counts: dict[str, int]) -> Metric:

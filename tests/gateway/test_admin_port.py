@@ -69,6 +69,10 @@ async def test_metrics_parse_and_count_each_request_once(make_engine, serve):
     assert samples["engine_accepting", "0", engine.name] == 1
     assert samples["signal_stale", "0", engine.name] == 0
     assert 0 <= samples["signal_age_seconds", "0", engine.name] < 2
+    assert 1 / 8 <= samples["slowness", "0", engine.name] <= 8
+    # Of all these answers the first byte of the stream alone came with the first token.
+    assert samples["prediction_ratio_count", "0", engine.name] == 1
+    assert samples["prediction_ratio_sum", "0", engine.name] > 0
 
 
 async def test_state_is_what_the_contract_says(make_engine, serve):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.gateway.conftest import OK, answer_ok, json_answer, never, post, prompt, until
+from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, answer_ok, event, json_answer, never, post, prompt, until
 
 FCFS = {"policy": "fcfs"}
 
@@ -64,6 +64,25 @@ async def test_predicted_counts_what_was_just_sent(make_engine, serve):
         client.send(post(prompt(f"{count}" * 4000)))
         await until(lambda count=count: sum(len(engine.requests) for engine in engines) == count)
     assert [len(engine.requests) for engine in engines] == [3, 3]
+
+
+async def test_an_engine_that_answers_later_than_it_says_gets_less(make_engine, serve):
+    async def late(_request, writer):
+        await asyncio.sleep(0.25)
+        writer.write(SSE_HEAD + event("a") + SSE_END)
+
+    async def at_once(_request, writer):
+        writer.write(SSE_HEAD + event("a") + SSE_END)
+
+    slow, quick = await make_engine(late), await make_engine(at_once)
+    served = await serve(slow, quick)
+    for _ in range(4):
+        await served.ask(post(prompt("a" * 4000, stream=True)))
+    await until(lambda: served.books(slow.name).slowness > served.books(quick.name).slowness)
+    before = len(slow.requests)
+    for number in range(6):
+        await served.ask(post(prompt(f"{number}" * 4000, stream=True)))
+    assert len(slow.requests) == before
 
 
 async def test_two_gateways_that_share_engines_do_not_choose_the_same(make_engine, serve):

@@ -3,6 +3,7 @@
 Run by `python -m moe_bench`. Each value is the CPU time of one call, as the mean over a batch of calls.
 """
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from moe_scheduling.engine import DispatchPolicy, EngineSettings, Job, choose_ta
 from moe_scheduling.prefill import Pace, RankLoad, plan_prefill_tokens
 from moe_scheduling.prefix import PrefixIndex, block_keys
 from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue
+from moe_scheduling.roster import Roster
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 from moe_bench.rows import Row
@@ -70,13 +72,18 @@ def _plan_rows() -> Iterator[Row]:
 
 
 def _choice_rows() -> Iterator[Row]:
-    for count, goal in ((2, "< 5 us"), (16, "")):
-        books = [_busy_books(Target(f"engine-{number}")) for number in range(count)]
+    for count, goal in ((1, ""), (2, "< 5 us"), (10, ""), (100, ""), (1000, "< 50 us")):
+        books = Roster(_busy_books(Target(f"engine-{number}")) for number in range(count))
         job = Job(1000, {books[0].target: 512}, books[1].target)
         for policy in DispatchPolicy:
             settings = EngineSettings(policy=policy)
-            values = _call_us(partial(choose_target, job, books, settings, turn=1, now_s=NOW_S))
-            yield _row("choice of the engine", f"{policy}, {count} targets", values, goal)
+            values = _call_us(partial(_choose_next, itertools.count(), job, books, settings))
+            shown = goal if policy is DispatchPolicy.PREDICTED or count < 10 else ""
+            yield _row("choice of the engine", f"{policy}, {count} targets", values, shown)
+
+
+def _choose_next(turns: Iterator[int], job: Job, books: Roster, settings: EngineSettings) -> None:
+    choose_target(job, books, settings, turn=next(turns), now_s=NOW_S)
 
 
 def _busy_books(target: Target) -> TargetBooks:

@@ -154,7 +154,9 @@ def test_the_books_multiply_what_they_predict():
     assert books.first_token_s(1024, LINE, 0.0, 2.0) == 2 * (2 + 1 / 64)
     books.observe(EngineSignal(waiting_prefill_tokens=1024, step_time=LINE), 1.0)
     assert books.first_token_s(1024, LINE, 1.0, 2.0) == 2 * (2 + 1 / 64)
-    books.slowness = 3.0
+    for _ in range(2):
+        books.slowness = 3.0
+        assert books.slowness == 3.0
     assert books.first_token_s(1024, LINE, 1.0, 2.0) == 3 * (2 + 1 / 64)
     assert books.pace(LINE, 1.0, 2.0).wait_s(1024) == 3.0
 

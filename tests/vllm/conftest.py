@@ -178,6 +178,21 @@ def start_agents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         assert agent.process.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def start_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Agent]]:
+    """Starts one agent, waits until it is ready, and ends it with the module where the test has not."""
+    agents: list[Agent] = []
+
+    def start(name: str, model: Path, *arguments: str, **shape: Any) -> Agent:
+        agents.append(Agent(tmp_path_factory.mktemp(name), name, model, *arguments, shape=shape))
+        agents[-1].wait_ready()
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        assert agent.process.stop() == 0
+
+
 @pytest.fixture
 def start_nodes(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., list[Agent]]]:
     """Starts the agents of one replica that spans so many nodes, all on this machine."""

@@ -1,8 +1,8 @@
-"""Published rules for the choice of an engine, to choose from and to compare with our own; called by `engine.py`.
+"""Published rules for the choice of an engine, to choose from and to compare with our own.
 
-Each picks one of the candidates, which come in an order that begins one further with each request, so that the first of
-equals is whose turn it is. All read the same books; what a rule needs and the books do not have is said where it
-stands. Each is O(candidates), but for the draw of two.
+Called by `engine.py`, and by the simulator's rivals. Each picks one of the candidates, which come in an order that
+begins one further with each request, so that the first of equals is whose turn it is. All read the same books; what a
+rule needs and the books do not have is said where it stands. Each is O(candidates), but for the draw of two.
 
 Invariants: the answer is one of the candidates and depends on the arguments alone.
 """

@@ -1,9 +1,11 @@
-"""The rivals' choice of an engine, each as its makers publish it; none of it is used by the product.
+"""The rivals' choice of an engine, each as its makers publish it.
 
 Each rival says where its rule comes from, and how fresh what it knows is in its own system. All of them meet the same
-requests, engines and network as the product's gateway.
+requests, engines and network as the product's gateway. Where the product offers the rule as a policy
+(`moe_scheduling.rivals`), its function is called, with what the rival knows; the product uses none of the others.
 """
 
+import math
 import random
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
+from moe_scheduling.books import TargetBooks
 from moe_scheduling.prefix import PrefixIndex, block_keys
+from moe_scheduling.rivals import pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_scheduling.signals import EngineSignal, Target
 
 from moe_bench.simulator.router import Balancer, Router, Wire
@@ -53,48 +57,60 @@ class RoundRobin(Balancer):
         return chosen
 
 
-class VllmInternal(Balancer):
-    """vLLM 0.32's own data-parallel balancer (`DPLBAsyncMPClient.get_core_engine_for_request`).
+class _BookedBalancer(Balancer):
+    """A rule that the product offers as a policy too: the function is the product's, asked about the product's books.
 
-    `score = max(clients * own in flight, waiting + running)`, and where requests wait,
-    `+ 6 * waiting * max(0, kv - 0.5)`; the least wins; the scan begins one further each time; each choice counts as
-    waiting until the next statistics.
+    The candidates begin one further with each request, each gateway at a different place. Signals are believed for
+    ever, and the books never hear of a first token: what was sent counts until it has ended or a signal tells of it.
     """
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets)
-        self._clients = gateways
-        self._start = len(targets) * number // gateways
-        self._waiting = dict.fromkeys(self.targets, 0)
+        self.books = {target: TargetBooks(target) for target in self.targets}
+        self._start = number * len(targets) // gateways
 
-    def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
-        super().observe(target, signal, observed_s, now_s)
-        self._waiting[target] = signal.waiting
-
-    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+    def in_turn(self, candidates: Sequence[Target]) -> list[TargetBooks]:
+        """Their books, beginning with the one whose turn it is."""
         start = self._start % len(candidates)
         self._start += 1
-        chosen = min((*candidates[start:], *candidates[:start]), key=self._score)
-        self._waiting[chosen] += self._clients
-        return chosen
+        return [self.books[target] for target in (*candidates[start:], *candidates[:start])]
 
-    def _score(self, target: Target) -> float:
-        signal, waiting = self.signals[target], self._waiting[target]
-        score: float = max(self._clients * self.in_flight[target], waiting + signal.running)
-        return score + waiting * 6.0 * max(0.0, signal.kv_usage - 0.5) if waiting else score
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
+        self.books[target].sent(request, request.prompt_tokens, now_s)
+
+    def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
+        self.books[target].settled(request, now_s)
 
 
-class PowerOfTwo(Balancer):
-    """Two engines drawn at random, the one with fewer requests in flight (vllm-router 0.1.17, `power_of_two`)."""
+class VllmInternal(_BookedBalancer):
+    """vLLM 0.32's own data-parallel balancer, by `pick_as_vllm`.
+
+    Statistics count from when they come, as in vLLM: each choice counts as waiting until the next ones. vLLM lets a
+    request count until then that has ended meanwhile, within 0.1 s; the books let it go.
+    """
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
-        super().__init__(wire, targets)
+        super().__init__(wire, targets, number, gateways=gateways, seed=seed)
+        for books in self.books.values():
+            books.own_share = 1.0 / gateways
+
+    def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
+        self.books[target].observe(signal, now_s)
+
+    def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
+        return pick_as_vllm(self.in_turn(candidates), now_s, math.inf).target
+
+
+class PowerOfTwo(_BookedBalancer):
+    """Two engines drawn at random, the one with fewer requests in flight, by `pick_of_two`."""
+
+    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
+        super().__init__(wire, targets, number, gateways=gateways, seed=seed)
         self._random = random.Random(f"{seed}/{number}")
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
-        if len(candidates) == 1:
-            return candidates[0]
-        return min(self._random.sample(list(candidates), 2), key=self.in_flight.__getitem__)
+        # vllm-router draws at random: so is the turn that the product's draw is made of.
+        return pick_of_two(self.in_turn(candidates), self._random.getrandbits(64)).target
 
 
 class ConsistentHash(Balancer):
@@ -143,10 +159,10 @@ class _PrefixBalancer(Balancer):
         keys = self._keys[request]
         return {target: count / len(keys) for target, count in self._prefixes.held_blocks(keys).items()}
 
-    def sent(self, request: SimRequest, target: Target) -> None:
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         self._prefixes.record(self._keys[request], target)
 
-    def ended(self, request: SimRequest, target: Target) -> None:
+    def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
         if request.finished_s is not None:
             self._keys.pop(request, None)
 
@@ -179,49 +195,36 @@ class CacheAware(_PrefixBalancer):
             return best
         return min(candidates, key=self._tree_tokens.__getitem__)
 
-    def sent(self, request: SimRequest, target: Target) -> None:
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         held = self.held_shares(request).get(target, 0.0)
         self._tree_tokens[target] += round(request.prompt_tokens * (1.0 - held))
-        super().sent(request, target)
+        super().sent(request, target, now_s)
 
 
-class Gimbal(Balancer):
-    """The threshold cascade of Gimbal's DPLB module (arXiv 2602.21626), reconstructed: no code is published.
+class Gimbal(_BookedBalancer):
+    """The threshold cascade of Gimbal's DPLB module (arXiv 2602.21626), by `pick_as_gimbal`.
 
-    Engines with KV use of 0.9 or more drop out; if KV use differs by more than 0.1 the least used; if running tokens
-    differ by more than 3,000 the least loaded; else the user's last engine, else each in turn.
+    Its load is "running tokens", which the paper does not define. In the product it is what the engine has still to
+    prefill; here, where a rival is to have what it can have, the prompt tokens of all that is in flight. So the signals
+    tell of KV use alone, as of before all that was sent: the books then count each request until it ends.
     """
 
-    _KV, _KV_DIFFERENCE, _LOAD_DIFFERENCE = 0.9, 0.1, 3000
-
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
-        super().__init__(wire, targets)
-        self._turn = number * len(targets) // gateways
+        super().__init__(wire, targets, number, gateways=gateways, seed=seed)
         self._last: dict[str, Target] = {}
-        self._tokens = dict.fromkeys(self.targets, 0)
+
+    def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
+        self.books[target].observe(EngineSignal(kv_usage=signal.kv_usage), -math.inf)
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
-        signals = self.signals
-        usable = [target for target in candidates if signals[target].kv_usage < self._KV] or list(candidates)
-        uses = [signals[target].kv_usage for target in usable]
-        loads = [self._tokens[target] for target in usable]
-        if max(uses) - min(uses) > self._KV_DIFFERENCE:
-            return usable[uses.index(min(uses))]
-        if max(loads) - min(loads) > self._LOAD_DIFFERENCE:
-            return usable[loads.index(min(loads))]
         last = self._last.get(request.session) if request.session else None
-        if last in usable:
-            return last
-        self._turn += 1
-        return usable[self._turn % len(usable)]
+        books, _ = pick_as_gimbal(self.in_turn(candidates), last, now_s, math.inf)
+        return books.target
 
-    def sent(self, request: SimRequest, target: Target) -> None:
-        self._tokens[target] += request.prompt_tokens
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
+        super().sent(request, target, now_s)
         if request.session:
             self._last[request.session] = target
-
-    def ended(self, request: SimRequest, target: Target) -> None:
-        self._tokens[target] -= request.prompt_tokens
 
 
 class LlmD(_PrefixBalancer):
@@ -270,24 +273,24 @@ class Dynamo(_PrefixBalancer):
         least = min(costs)
         return self._random.choice([target for target, cost in zip(candidates, costs, strict=True) if cost == least])
 
-    def sent(self, request: SimRequest, target: Target) -> None:
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         blocks = request.prompt_tokens / VLLM_BLOCK_TOKENS
         prefill = blocks * (1.0 - self.held_shares(request).get(target, 0.0))
         self._prefill[target] += prefill
         self._decode[target] += blocks
         self._sizes[request] = (target, prefill, blocks)
-        super().sent(request, target)
+        super().sent(request, target, now_s)
 
     def answered(self, request: SimRequest, now_s: float) -> None:
         target, prefill, blocks = self._sizes[request]
         self._prefill[target] -= prefill
         self._sizes[request] = (target, 0.0, blocks)
 
-    def ended(self, request: SimRequest, target: Target) -> None:
+    def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
         _, prefill, blocks = self._sizes.pop(request)
         self._prefill[target] -= prefill
         self._decode[target] -= blocks
-        super().ended(request, target)
+        super().ended(request, target, now_s)
 
 
 # vLLM's coordinator publishes at most each 100 ms (`v1/engine/coordinator.py`).

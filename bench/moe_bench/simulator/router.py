@@ -249,27 +249,27 @@ class Balancer:
         target = self.choose(request, candidates, now_s)
         self._sent_to[request] = target
         self.in_flight[target] += 1
-        self.sent(request, target)
+        self.sent(request, target, now_s)
         self.wire.send(request, target)
 
-    def sent(self, request: SimRequest, target: Target) -> None:
+    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         """For rivals that remember more."""
 
     def answered(self, request: SimRequest, now_s: float) -> None:
         """For rivals that remember more."""
 
-    def ended(self, request: SimRequest, target: Target) -> None:
+    def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
         """For rivals that remember more; whole or broken."""
 
     def settled(self, request: SimRequest, now_s: float) -> None:
         target = self._sent_to.pop(request)
         self.in_flight[target] -= 1
-        self.ended(request, target)
+        self.ended(request, target, now_s)
 
     def failed(self, request: SimRequest, now_s: float) -> None:
         target = self._sent_to[request]
         self.in_flight[target] -= 1
-        self.ended(request, target)
+        self.ended(request, target, now_s)
         if request.first_token_s is None and request.attempts < ATTEMPTS:
             self._route(request, now_s)
         else:

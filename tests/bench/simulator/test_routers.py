@@ -143,6 +143,30 @@ def test_vllm_shuns_a_queue_on_a_full_cache():
     assert wire.sent == ["e1"]
 
 
+def test_vllm_counts_its_own_for_each_gateway_and_believes_old_statistics():
+    router, wire = make("vllmInternal", engines=2, gateways=4)
+    see(router, "e0", running=1)
+    see(router, "e1", running=3)
+    router.arrive(request(1), 1000.0)
+    # 4 gateways send as much: 1 + 4 against 3.
+    router.arrive(request(2), 1000.0)
+    assert wire.sent == ["e0", "e1"]
+
+
+def test_of_two_the_one_with_fewer_in_flight_is_taken():
+    router, wire = make("powerOfTwo", engines=2)
+    rows = [request(index) for index in range(40)]
+    for row in rows:
+        router.arrive(row, 0.0)
+    assert wire.sent.count("e0") == wire.sent.count("e1") == 20
+    for row, server in zip(rows, list(wire.sent), strict=True):
+        if server == "e1":
+            router.settled(row, 1.0)
+    for index in range(20):
+        router.arrive(request(100 + index), 1.0)
+    assert wire.sent[40:] == ["e1"] * 20
+
+
 def test_a_session_stays_under_consistent_hash_and_moves_only_when_it_must():
     router, wire = make("consistentHash", engines=5)
     for index in range(40):
@@ -180,6 +204,24 @@ def test_gimbal_goes_down_its_cascade():
     see(router, "e1", kv_usage=0.8)
     router.arrive(request(4), 0.0)
     assert wire.sent[3] == "e2"
+
+
+def test_the_load_of_gimbal_is_all_that_is_in_flight_and_nothing_that_engines_tell():
+    router, wire = make("gimbal", engines=2)
+    first = request(1, prompt_tokens=4000, session="a")
+    router.arrive(first, 0.0)
+    home, other = wire.sent[0], {"e0": "e1", "e1": "e0"}[wire.sent[0]]
+    first.first_token_s = 1.0
+    router.answered(first, 1.0)
+    see(router, home)
+    see(router, other, waiting_prefill_tokens=9000)
+    router.arrive(request(2, prompt_tokens=10, session="a"), 2.0)
+    assert wire.sent[1] == other
+    first.finished_s = 3.0
+    router.settled(first, 3.0)
+    router.arrive(request(3, prompt_tokens=10, session="a"), 3.0)
+    # Now nothing but the session decides, which was at the other last.
+    assert wire.sent[2] == other
 
 
 def test_llm_d_prefers_the_short_queue_and_the_held_prefix():

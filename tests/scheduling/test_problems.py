@@ -1,7 +1,7 @@
 """What a person is told about what they wrote, from pydantic's real errors."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Annotated, Literal
 
@@ -85,7 +85,7 @@ def told(document, *, root=""):
     return [str(problem) for problem in problems_from_errors(raised.value.errors(), fields_at, root)]
 
 
-REQUEST_FIELDS = "ageing_horizon_s, ageing_rate, policy, priority_step_s"
+REQUEST_FIELDS = ", ".join(sorted(field.name for field in fields(RequestSettings)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""The autoscaler's signal out of a real Prometheus, which scrapes what gateways and agents really expose."""
+
+import asyncio
+import itertools
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_debian import require
+from moe_agent.metrics import AgentCollector
+from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.ledger import Ledger
+from moe_gateway.metrics import GatewayCollector
+from moe_operator.autoscale.prometheus import fetch_signal
+from moe_operator.autoscale.signal import Fleet
+from moe_scheduling.fleet import FleetSignal
+from pods import agent
+from prometheus_client import CollectorRegistry, start_http_server
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+KEY = ("ns", "tiny")
+NOBODY = Fleet(gateways=(), engines={}, gateways_wanted=0, observed_s=0.0)
+Document = dict[str, Any]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def exposed(collector: Any) -> Iterator[int]:
+    """The port where a collector is scraped."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    port = free_port()
+    server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    yield port
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def gateway_port(ledger: Ledger) -> Iterator[int]:
+    engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
+    document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
+    dispatcher = Dispatcher(GatewayConfig.model_validate(document), ledger)
+    for books in dispatcher.books.values():
+        books.accepting = True
+    yield from exposed(GatewayCollector(dispatcher, time.monotonic))
+
+
+@pytest.fixture
+def agent_port() -> Iterator[int]:
+    tokens = itertools.count(1000, 100)
+
+    def state() -> Document:
+        ranks = [rank | {"computed_tokens": next(tokens)} for rank in agent()["ranks"]]
+        return agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True, ranks=ranks)
+
+    yield from exposed(AgentCollector(state, lambda: None))
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, gateway_port: int, agent_port: int) -> Iterator[str]:
+    """The address of one that scrapes a gateway and an engine's agent five times a second."""
+    require({"prometheus": "prometheus"})
+    targets = {"tiny-gateway-5d9c-x7": gateway_port, "tiny-engine-5d9c-x7": agent_port}
+    static = [
+        {"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "ns", "pod": pod}} for pod, port in targets.items()
+    ]
+    config = {"global": {"scrape_interval": "200ms"}, "scrape_configs": [{"job_name": "t", "static_configs": static}]}
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        "prometheus",
+        f"--config.file={tmp_path / 'prometheus.yml'}",
+        f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address={address}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield f"http://{address}"
+    process.terminate()
+    process.wait(timeout=30)
+
+
+async def signal_of_a_full_window(url: str) -> FleetSignal:
+    """The first signal with all that is known, once enough of the rates' window has samples."""
+    for _ in range(480):
+        found = await fetch_signal(url, KEY, NOBODY)
+        if found is not None and found.ttft_s is not None and (found.arrivals_per_s or 0.0) > 5.0:
+            return found
+        await asyncio.sleep(0.25)
+    raise AssertionError("Prometheus never knew the load")
+
+
+async def busy(ledger: Ledger) -> None:
+    """Ten requests a second that wait a quarter of a second for their first token."""
+    while True:
+        now_s = time.monotonic()
+        ledger.arrive(100, now_s)
+        ledger.answer(0.25, now_s)
+        await asyncio.sleep(0.1)
+
+
+async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, ledger: Ledger) -> None:
+    load = asyncio.create_task(busy(ledger))
+    try:
+        found = await signal_of_a_full_window(prometheus)
+    finally:
+        load.cancel()
+    assert found.kv_usage == agent()["ranks"][0]["kv_usage"]
+    assert found.ttft_s == pytest.approx(0.25)
+    assert found.wait_s is not None
+    assert found.wait_s >= 0.0
+    assert found.tokens_per_s is not None
+    assert found.tokens_per_s > 100.0, "each scrape counts 100 more, five times a second"
+    assert found.arrivals_per_s is not None
+    assert found.arrivals_per_s < 15.0
+    assert (found.held, found.in_flight) == (0, 0)
+    assert time.monotonic() - found.observed_s < 10.0
+
+
+async def test_the_pods_of_others_are_not_counted(prometheus: str, ledger: Ledger) -> None:
+    ledger.arrive(100, time.monotonic())
+    for _ in range(240):
+        if await fetch_signal(prometheus, KEY, NOBODY) is not None:
+            break
+        await asyncio.sleep(0.25)
+    assert await fetch_signal(prometheus, KEY, NOBODY) is not None
+    assert await fetch_signal(prometheus, ("ns", "gateway"), NOBODY) is None
+    assert await fetch_signal(prometheus, ("other", "tiny"), NOBODY) is None

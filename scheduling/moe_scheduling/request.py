@@ -33,6 +33,8 @@ class RequestPolicy(StrEnum):
 class RequestSettings:
     """Order of the waiting queue, and what a step takes from it.
 
+    Under `fcfs` and `priority` an engine does what vLLM does, step for step: all that goes beyond it is of `sjf` alone.
+
     Attributes:
         policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority,
             arrival).
@@ -42,14 +44,14 @@ class RequestSettings:
             by more.
         priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more
             urgent).
-        prefill_hold_s: where ranks step together, how long prefills are held at most, so that those of all ranks fall
-            into the same steps. 0: never; each rank prefills when it can.
+        prefill_hold_s: under `sjf` and where ranks step together, how long prefills are held at most, so that those of
+            all ranks fall into the same steps. 0: never; each rank prefills when it can.
         first_token_weight: seconds between tokens that one second before the first token is worth, when it is weighed
             how long to hold. The greater, the shorter.
         yield_prefills: under `sjf`, whether a prompt that is computed in chunks lets waiting requests go first that
             come before what is left of it.
-        kv_growth_blocks: KV blocks that are kept free for each running request when another is admitted, so that
-            running requests can grow without a preemption. 0: none, as vLLM does.
+        kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
+            so that running requests can grow without a preemption. 0: none, as vLLM does.
 
     Raises:
         ValueError: a value is out of its range or not finite.

@@ -1,6 +1,7 @@
 """Prefills of a step, in vLLM's own scheduler: who lets others go first, room to grow, and ranks that keep step."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -227,6 +228,61 @@ def test_whatever_comes_all_are_served(lockstep, seed):
         if not group.step():
             break
     assert not any(engine.scheduler.has_unfinished_requests() for engine in group.engines)
+
+
+# Orders that are vLLM's own.
+
+
+def step_each(engines: list[VirtualEngine]) -> bool:
+    moved = [engine.step() for engine in engines]
+    return any(moved)
+
+
+def play_on_two(engines: list[VirtualEngine], step: Callable[[], bool], seed: int) -> list[list[dict[str, int]]]:
+    """A random workload on two ranks; answers what each step of each carried."""
+    dice = random.Random(seed)
+    for tick in range(300):
+        for rank, engine in enumerate(engines):
+            if dice.random() < 0.2:
+                prompt = [
+                    *range(16 * dice.randrange(4)),
+                    *(dice.randrange(1000) for _ in range(dice.randrange(1, 400))),
+                ]
+                priority = dice.choice((-1, 0, 0, 1))
+                engine.add(
+                    f"r{rank}.{tick}", prompt, out=dice.randrange(1, 40), arrival_s=tick / 100, priority=priority
+                )
+        step()
+    while step():
+        pass
+    return [[carried for carried in engine.schedules if carried] for engine in engines]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_ranks_that_step_together_do_as_stock_vllm_under_other_orders(make_engine, settings, policy, seed):
+    shape = {"seats": 6, "step_tokens": 256, "kv_blocks": 60}
+    settings.put(policy=policy, prefill_hold_s=0.5, yield_prefills=True, kv_growth_blocks=4)
+    group = Lockstep([make_engine(vllm_policy="priority", **shape) for _ in range(2)])
+    stock = [make_engine(vllm_policy=policy, stock=True, **shape) for _ in range(2)]
+    ours = play_on_two(group.engines, group.step, seed)
+    assert ours == play_on_two(stock, lambda: step_each(stock), seed)
+    assert sum(engine.scheduler._preemptions for engine in group.engines) > 0
+
+
+def test_the_levers_come_and_go_with_the_order_while_it_runs(make_engine, settings):
+    settings.put(policy="sjf", kv_growth_blocks=1000)
+    engine = make_engine(seats=8, step_tokens=128, kv_blocks=64)
+    for number in range(4):
+        engine.add(f"r{number}", 30, out=30, arrival_s=number * 0.001)
+    together = []
+    for policy in ("sjf", "fcfs", "sjf"):
+        settings.put(policy=policy, kv_growth_blocks=1000)
+        for _ in range(3):
+            engine.step()
+        together.append(len(engine.schedules[-1]))
+        engine.add(f"after-{len(together)}", 30, out=30, arrival_s=1.0)
+    assert together == [1, 5, 5]
 
 
 # The pages.

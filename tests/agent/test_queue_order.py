@@ -148,14 +148,14 @@ def play(engine: Any, seed: int, priorities: tuple[int, ...]) -> tuple[list[dict
 @pytest.mark.parametrize(("policy", "priorities"), [("fcfs", (0,)), ("priority", (-1, 0, 0, 1))])
 def test_each_step_equals_that_of_stock_vllm(make_engine, settings, policy, priorities, seed, ahead):
     shape = {"seats": 6, "step_tokens": 128, "kv_blocks": 40, "ahead": ahead}
-    settings.put(policy=policy, kv_growth_blocks=0)
+    settings.put(policy=policy)
     ours = play(make_engine(vllm_policy="priority", **shape), seed, priorities)
     stock = play(make_engine(vllm_policy=policy, stock=True, **shape), seed, priorities)
     assert ours == stock
 
 
 def test_the_equality_is_tested_with_preemptions(make_engine, settings):
-    settings.put(policy="fcfs", kv_growth_blocks=0)
+    settings.put(policy="fcfs")
     play(make_engine(seats=6, step_tokens=128, kv_blocks=40, vllm_policy="priority"), 0, (0,))
     with RankPageReader(settings.run_dir, 0) as page:
         assert page.read().signal.preemptions > 3

@@ -66,7 +66,7 @@ GATEWAYS = 4
 # Within a run of the default length at most loads.
 LOST_FROM_S = 30.0
 # Layer 1 as vLLM has it.
-_AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS, prefill_hold_s=0.0, yield_prefills=False, kv_growth_blocks=0)
+_AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS)
 GIMBAL_SCHEDULER = "moe_bench.simulator.gimbal.GimbalScheduler"
 REFERENCE = "vllm"
 PRODUCT = "ours"
@@ -81,8 +81,8 @@ VARIANTS: Mapping[str, Variant] = {
         changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _AS_VLLM},
         uses_product=True,
     ),
-    # Ablations: one lever of layer 1 off at a time.
-    "oursNoOrder": _ours("ours, by arrival", request=RequestSettings(policy=RequestPolicy.FCFS)),
+    # Ablations: one lever of layer 1 off at a time. Without a shift for its size a request's key is its arrival.
+    "oursNoOrder": _ours("ours, by arrival", request=RequestSettings(ageing_horizon_s=0.0)),
     "oursNoHold": _ours("ours, prefills not held", request=RequestSettings(prefill_hold_s=0.0)),
     "oursNoYield": _ours("ours, chunks do not yield", request=RequestSettings(yield_prefills=False)),
     "oursNoGrowth": _ours("ours, no room to grow", request=RequestSettings(kv_growth_blocks=0)),

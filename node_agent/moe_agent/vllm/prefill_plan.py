@@ -4,11 +4,13 @@ Made and asked by the scheduler, which alone calls it: `begin` before vLLM sched
 that vLLM is about to put into it, `end` after.
 
 Invariants: decoding requests are never touched; where nothing decodes, all that vLLM would take is granted, so that no
-request is ever stuck; a request gets no more than vLLM would have given.
+request is ever stuck; a request gets no more than vLLM would have given. Under another order than `sjf` all is granted
+always: `fcfs` and `priority` are vLLM's own, step for step.
 """
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from moe_scheduling.prefill import HeldPrefill, Pace, RankLoad, plan_prefill_tokens
@@ -37,11 +39,17 @@ class PrefillPlan:
         self._before = RankLoad()
         self._left = _UNBOUNDED
         self._allowed: dict[str, int] = {}
-        self.settings = RequestSettings()
+        self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
         # What the other ranks put into the planned step, as far as is known: the step takes as long as the fullest.
         self.others_prefill_tokens = 0
         self.others_decoding = 0
+
+    def take(self, settings: RequestSettings) -> None:
+        """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
+        if settings.policy is not RequestPolicy.SJF:
+            settings = replace(settings, prefill_hold_s=0.0, yield_prefills=False, kv_growth_blocks=0)
+        self._settings = settings
 
     def begin(self, pace: Pace | None, now_s: float) -> None:
         """Plans the step that vLLM schedules now."""
@@ -55,12 +63,13 @@ class PrefillPlan:
             self._before = self._load(ready, now_s)
             others = [load_in_this_step(state, self._decided_s, now_s) for state in self.group.others(now_s)]
             self._decided_s = now_s
-            level = plan_prefill_tokens([self._before, *others], pace, self.settings)
-            if self._before.decoding:
+            level = plan_prefill_tokens([self._before, *others], pace, self._settings)
+            # The level is made of estimates: where nothing is to be held it must not hold either.
+            if self._before.decoding and self._settings.prefill_hold_s:
                 self._left = level
             self.others_prefill_tokens = min(level, max((load.prefill_tokens for load in others), default=0))
             self.others_decoding = max((load.decoding for load in others), default=0)
-        if self.settings.yield_prefills and self.settings.policy is RequestPolicy.SJF and partial:
+        if self._settings.yield_prefills and partial:
             self._let_others_first(ready)
 
     def grant(self, request: Request, tokens: int) -> int:
@@ -140,13 +149,13 @@ class PrefillPlan:
         """Whether the running requests can still grow once this one is admitted."""
         scheduler = self._scheduler
         running = len(scheduler.running)
-        if not self.settings.kv_growth_blocks or not running:
+        if not self._settings.kv_growth_blocks or not running:
             return True
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         return bool(free - self._blocks(request.num_tokens) >= self._growth(running))
 
     def _growth(self, running: int) -> int:
-        return self.settings.kv_growth_blocks * running * self._kv_groups
+        return self._settings.kv_growth_blocks * running * self._kv_groups
 
     def _blocks(self, tokens: float) -> int:
         return math.ceil(tokens / self._block_tokens) * self._kv_groups

@@ -260,7 +260,7 @@ class OrderedScheduler(AsyncScheduler):
             return
         self._control_sequence, self._config_version = sequence, control.version
         self.waiting.reorder(control.request)
-        self._plan.settings = control.request
+        self._plan.take(control.request)
         # vLLM reads its own policy for one thing: under `priority` the victim of a preemption is the least urgent
         # request, the newest among equals; under `fcfs` it is the one admitted last.
         self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY

@@ -368,8 +368,8 @@ class RequestScheduling(Section):
     )
     prefill_hold: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.prefill_hold_s),
-        description="Where data-parallel ranks step together, prefills are held up to this long so that those of all "
-        "ranks fall into the same steps. 0s: each rank prefills when it can.",
+        description="Under `sjf` and where data-parallel ranks step together, prefills are held up to this long so "
+        "that those of all ranks fall into the same steps. 0s: each rank prefills when it can.",
     )
     first_token_weight: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
         default=_REQUEST.first_token_weight,
@@ -383,8 +383,8 @@ class RequestScheduling(Section):
     )
     kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
         default=_REQUEST.kv_growth_blocks,
-        description="KV blocks that an engine keeps free for each running request when it admits another, so that "
-        "answers can grow without a preemption. 0: none, as vLLM does.",
+        description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "
+        "so that answers can grow without a preemption. 0: none, as vLLM does.",
     )
 
 

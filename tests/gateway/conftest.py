@@ -164,6 +164,10 @@ class PeerServer:
             await self.serve(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except RuntimeError:
+            # What uvloop says of a write to a connection that the other side has closed.
+            if not writer.is_closing():
+                raise
         finally:
             writer.transport.abort()
 

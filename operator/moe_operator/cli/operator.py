@@ -24,7 +24,7 @@ def operator(
     ] = None,
     liveness_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of /healthz.")] = 8080,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics; 0: a free one.")] = 8081,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Resources reconciled at a time.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Resources reconciled at a time.")] = 2,
     resync: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks at everything.")] = 600.0,
     lease_duration: Annotated[
         float, typer.Option(min=1.0, help="Seconds after which a leader that is gone is replaced.")

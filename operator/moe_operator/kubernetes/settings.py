@@ -24,7 +24,8 @@ class OperatorSettings:
         identity: its name in the Lease.
         liveness_port: of `/healthz`.
         metrics_port: of `/metrics`; 0 chooses a free one.
-        workers: resources that are reconciled at a time.
+        workers: resources that are reconciled at a time. One core makes the documents of all of them: more workers than
+            calls of one pass leave it idle only make each pass take longer.
         resync_s: time between two looks at everything, which find what a watch lost.
         watch_s: length of one watch, after which it is opened anew.
         defaults: images and the like.
@@ -36,7 +37,7 @@ class OperatorSettings:
     identity: str = field(default_factory=socket.gethostname)
     liveness_port: int = 8080
     metrics_port: int = 8081
-    workers: int = 4
+    workers: int = 2
     resync_s: float = 600.0
     watch_s: int = 300
     defaults: Defaults = field(default_factory=Defaults)

@@ -26,7 +26,7 @@ from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
@@ -42,8 +42,9 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddddd?7xQ16sQQQddQ")
-PREFILL_BODY = struct.Struct("<ddQddQQddQ")
+CONTROL_BODY = struct.Struct("<Q16sddddd??6xQ16sQQQddQ")
+_LOAD = len(RankLoad._fields)
+PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ")
 EXPERT_BODY = struct.Struct("<Qdd")
 
 
@@ -310,6 +311,7 @@ class ControlPageWriter(_Writer):
             request.prefill_hold_s,
             request.first_token_weight,
             request.yield_prefills,
+            request.cut_prefills,
             request.kv_growth_blocks,
             expert.mode.value.encode(),
             expert.interval_steps,
@@ -331,8 +333,8 @@ class ControlPageReader(_Reader):
         """By default with the patience of an engine step: none."""
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
-        prefill_hold_s, first_token_weight, yield_prefills, kv_growth_blocks = body[5:9]
-        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[9:]
+        prefill_hold_s, first_token_weight, yield_prefills, cut_prefills, kv_growth_blocks = body[5:10]
+        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[10:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -343,6 +345,7 @@ class ControlPageReader(_Reader):
                 prefill_hold_s=prefill_hold_s,
                 first_token_weight=first_token_weight,
                 yield_prefills=yield_prefills,
+                cut_prefills=cut_prefills,
                 kv_growth_blocks=kv_growth_blocks,
             ),
             expert=ExpertSettings(
@@ -421,19 +424,7 @@ class PrefillPageWriter(_Writer):
         self.put_in_place()
 
     def write(self, state: PrefillState) -> None:
-        before, after = state.before, state.after
-        self.write_body(
-            state.written_s,
-            state.decided_s,
-            before.prefill_tokens,
-            before.held_s,
-            before.oldest_s,
-            before.decoding,
-            after.prefill_tokens,
-            after.held_s,
-            after.oldest_s,
-            after.decoding,
-        )
+        self.write_body(state.written_s, state.decided_s, *state.before, *state.after)
 
 
 class PrefillPageReader(_Reader):
@@ -445,4 +436,4 @@ class PrefillPageReader(_Reader):
     def read(self, patience_s: float = 0.0) -> PrefillState:
         """By default with the patience of an engine step: none."""
         written_s, decided_s, *loads = self.read_body(patience_s)
-        return PrefillState(written_s, decided_s, RankLoad(*loads[:4]), RankLoad(*loads[4:]))
+        return PrefillState(written_s, decided_s, RankLoad(*loads[:_LOAD]), RankLoad(*loads[_LOAD:]))

@@ -3,13 +3,15 @@
 Called by the scheduler of each rank before each step. The ranks of a group end a step together, so what one of them
 prefills, the decoding requests of all of them wait for. A prefill beside those of the other ranks costs them nothing
 more; one alone costs them its whole length. So a backlog may be held until the other ranks have one too, for as long
-as that costs less than it saves.
+as that costs less than it saves. And a step has a number of tokens up to which reading the weights decides how long it
+takes, and beyond which computing does: so a backlog may be cut, and its rest go into the next steps.
 
 Invariants: a rank alone, or one of a group that decodes nothing, never holds; a backlog is held for at most
-`prefill_hold_s`; equal views give equal plans, whichever rank makes them.
+`prefill_hold_s`; what is cut is never cut to nothing; equal views give equal plans, whichever rank makes them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from math import fsum
 from typing import NamedTuple
 
@@ -29,12 +31,35 @@ class RankLoad(NamedTuple):
         held_s: seconds that the requests of these tokens have waited since they could have been computed, summed.
         oldest_s: the longest of these waits.
         decoding: requests that decode.
+        prefilling: requests that wait for their first token.
     """
 
     prefill_tokens: int = 0
     held_s: float = 0.0
     oldest_s: float = 0.0
     decoding: int = 0
+    prefilling: int = 0
+
+
+class Bend(NamedTuple):
+    """Beyond so many tokens of all ranks, each takes so many seconds more."""
+
+    tokens: int
+    token_s: float
+
+
+class Curve(NamedTuple):
+    """How a step's time bends with its tokens (fitted).
+
+    Attributes:
+        token_s: seconds for each prompt token of the fullest rank.
+        floor_s: seconds of a step that only decodes, with the requests that decode now.
+        bends: where it begins to take longer for each token, by tokens.
+    """
+
+    token_s: float
+    floor_s: float
+    bends: tuple[Bend, ...]
 
 
 class Pace(NamedTuple):
@@ -44,11 +69,13 @@ class Pace(NamedTuple):
         token_s: seconds for each prompt token (fitted).
         base_s: seconds of a step that carries next to nothing (fitted).
         step_s: mean seconds of the recent steps.
+        curve: None while it is not known.
     """
 
     token_s: float
     base_s: float
     step_s: float
+    curve: Curve | None = None
 
 
 def plan_prefill_tokens(ranks: Sequence[RankLoad], pace: Pace | None, settings: RequestSettings) -> int:
@@ -60,27 +87,82 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], pace: Pace | None, settings: 
     have waited. This is the break-even rule of ski rental: it costs at most twice what the best decision in hindsight
     would have (Karlin, Manasse, Rudolph, Sleator, "Competitive Snoopy Caching", 1988).
 
-    O(ranks log ranks).
+    Where the time of a step bends with its tokens (`Pace.curve`), a part of that level may be cheaper: see `_cut`.
+
+    O(ranks * (ranks + bends)).
 
     Args:
         ranks: the loads of all ranks of the group, the own one among them; what is not known is left out.
         pace: None while it is not known: then nothing is held.
-        settings: `prefill_hold_s` and `first_token_weight` are read.
+        settings: `prefill_hold_s`, `cut_prefills` and `first_token_weight` are read.
     """
-    if pace is None or not settings.prefill_hold_s:
-        return max((rank.prefill_tokens for rank in ranks), default=0)
+    most = max((rank.prefill_tokens for rank in ranks), default=0)
+    if pace is None:
+        return most
+    level = _level(ranks, pace, settings) if settings.prefill_hold_s else most
+    if not settings.cut_prefills or pace.curve is None or not pace.curve.bends:
+        return level
+    return _cut(level, ranks, pace.curve, settings.first_token_weight)
+
+
+def _level(ranks: Sequence[RankLoad], pace: Pace, settings: RequestSettings) -> int:
     allowed = settings.first_token_weight * fsum(rank.held_s for rank in ranks)
     price = pace.token_s * _price(pace)
     # Over the ranks with less than the level: `sum((level - backlog) * decoding)` is `level * decoding - covered`.
     level = overdue = decoding = covered = 0
-    for tokens, _, oldest_s, decoding_here in sorted(ranks):
+    for rank in sorted(ranks):
+        tokens = rank.prefill_tokens
         if price * (tokens * decoding - covered) <= allowed:
             level = tokens
-        if oldest_s >= settings.prefill_hold_s:
+        if rank.oldest_s >= settings.prefill_hold_s:
             overdue = tokens
-        decoding += decoding_here
-        covered += tokens * decoding_here
+        decoding += rank.decoding
+        covered += tokens * rank.decoding
     return max(level, overdue)
+
+
+def _cut(level: int, ranks: Sequence[RankLoad], curve: Curve, first_token_weight: float) -> int:
+    """The part of a level at which the backlogs are worked off at the least cost; 0 stays 0, more is never less than 1.
+
+    In steps of T tokens that take f seconds, of them `floor_s` without any prefill, a backlog of W tokens takes W / T
+    steps. In each the decoding requests wait `f - floor_s` longer, and those before their first token wait f, at their
+    weight: `W / T * (decoding * (f - floor_s) + weight * prefilling * f)`. Large steps share out `floor_s`, small ones
+    stay before the bends. What is the best of a backlog does not depend on W.
+    """
+    decoding = sum(rank.decoding for rank in ranks)
+    waiting = first_token_weight * sum(rank.prefilling for rank in ranks)
+    backlogs = sorted(rank.prefill_tokens for rank in ranks)
+    if not decoding:
+        return level
+    least, least_cost = level, math.inf
+    for candidate in _parts(level, backlogs, [bend.tokens - decoding for bend in curve.bends]):
+        tokens = sum(min(candidate, backlog) for backlog in backlogs)
+        more_s = curve.token_s * candidate + _bent_s(curve, decoding + tokens) - _bent_s(curve, decoding)
+        cost = (decoding * more_s + waiting * (more_s + curve.floor_s)) / tokens
+        if cost < least_cost:
+            least, least_cost = candidate, cost
+    return least
+
+
+def _parts(level: int, backlogs: Sequence[int], totals: Sequence[int]) -> Iterator[int]:
+    """The level, and those below it that end a rank's backlog or at which all ranks together have one of the totals."""
+    if level:
+        yield level
+    before = given = 0
+    for place, backlog in enumerate(backlogs):
+        yield from (
+            part
+            for total in totals
+            if before < (part := (total - given) // (len(backlogs) - place)) < min(backlog, level)
+        )
+        if before < backlog < level:
+            yield backlog
+        given += backlog
+        before = backlog
+
+
+def _bent_s(curve: Curve, tokens: int) -> float:
+    return fsum(bend.token_s * (tokens - bend.tokens) for bend in curve.bends if tokens > bend.tokens)
 
 
 def _price(pace: Pace) -> float:

@@ -50,6 +50,8 @@ class RequestSettings:
             how long to hold. The greater, the shorter.
         yield_prefills: under `sjf`, whether a prompt that is computed in chunks lets waiting requests go first that
             come before what is left of it.
+        cut_prefills: under `sjf`, whether a step may take less of the prompts than it has room for, where their tokens
+            would take longer in one step than in two.
         kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
             so that running requests can grow without a preemption. 0: none, as vLLM does.
 
@@ -64,6 +66,7 @@ class RequestSettings:
     prefill_hold_s: float = 0.5
     first_token_weight: float = 40.0
     yield_prefills: bool = True
+    cut_prefills: bool = True
     kv_growth_blocks: int = 1
 
     def __post_init__(self) -> None:

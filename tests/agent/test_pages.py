@@ -80,6 +80,7 @@ def test_what_the_agent_writes_is_read(tmp_path, policy):
         prefill_hold_s=0.25,
         first_token_weight=9.0,
         yield_prefills=False,
+        cut_prefills=False,
         kv_growth_blocks=4,
     )
     control = Control(version=9, request=request)

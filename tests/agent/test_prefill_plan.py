@@ -262,7 +262,7 @@ def play_on_two(engines: list[VirtualEngine], step: Callable[[], bool], seed: in
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_ranks_that_step_together_do_as_stock_vllm_under_other_orders(make_engine, settings, policy, seed):
     shape = {"seats": 6, "step_tokens": 256, "kv_blocks": 60}
-    settings.put(policy=policy, prefill_hold_s=0.5, yield_prefills=True, kv_growth_blocks=4)
+    settings.put(policy=policy, prefill_hold_s=0.5, yield_prefills=True, cut_prefills=True, kv_growth_blocks=4)
     group = Lockstep([make_engine(vllm_policy="priority", **shape) for _ in range(2)])
     stock = [make_engine(vllm_policy=policy, stock=True, **shape) for _ in range(2)]
     ours = play_on_two(group.engines, group.step, seed)
@@ -295,7 +295,7 @@ def paged(virtual_engines):
     return PagedPrefillGroup
 
 
-STATE = PrefillState(5.0, 4.0, RankLoad(100, 0.5, 0.25, 7), RankLoad(0, 0.0, 0.0, 9))
+STATE = PrefillState(5.0, 4.0, RankLoad(100, 0.5, 0.25, 7, 2), RankLoad(0, 0.0, 0.0, 9, 1))
 
 
 def test_ranks_read_what_the_others_tell(paged, tmp_path):

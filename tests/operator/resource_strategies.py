@@ -229,6 +229,7 @@ scheduling = section(
         prefillHold=st.sampled_from(["0s", "500ms", "24h"]),
         firstTokenWeight=st.floats(1e-3, 1e9) | st.integers(1, 10**9),
         yieldPrefills=st.booleans(),
+        cutPrefills=st.booleans(),
         kvGrowthBlocks=st.integers(0, 1_000_000),
     ),
     engine=section(

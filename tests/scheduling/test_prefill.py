@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.prefill import HeldPrefill, Pace, RankLoad, plan_prefill_tokens
+from moe_scheduling.prefill import Bend, Curve, HeldPrefill, Pace, RankLoad, plan_prefill_tokens
 from moe_scheduling.request import RequestSettings
 
 SETTINGS = RequestSettings(prefill_hold_s=0.5, first_token_weight=20.0)
@@ -61,15 +61,51 @@ def test_a_pace_without_a_base_or_without_work_is_no_error(pace):
     assert plan_prefill_tokens([RankLoad(1000, 9.9, 0.4, 5), DECODING], pace, SETTINGS) in (0, 1000)
 
 
+# Where a step bends: from 1,000 tokens of all ranks on, each takes as long again.
+BENT = PACE._replace(curve=Curve(token_s=0.0001, floor_s=0.1, bends=(Bend(1000, 0.0001),)))
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks", "tokens"),
+    [
+        ("few wait: cut at the bend", [RankLoad(4000, decoding=100, prefilling=1)], 900),
+        ("many wait: what the step has is shared out", [RankLoad(4000, decoding=100, prefilling=100)], 4000),
+        ("nobody decodes", [RankLoad(4000, prefilling=1)], 4000),
+        ("all is before the bend", [RankLoad(800, decoding=100, prefilling=1)], 800),
+        ("more decode than the bend has tokens", [RankLoad(4000, decoding=1000, prefilling=1)], 4000),
+        ("ranks share the bend", [RankLoad(4000, decoding=50, prefilling=1)] * 2, 450),
+        ("one leaves the other its part", [RankLoad(100, 0, 0, 50, 1), RankLoad(4000, 1, 1, 50, 1)], 800),
+        ("nothing to prefill", [RankLoad(decoding=100)], 0),
+    ],
+)
+def test_a_backlog_is_cut_where_the_step_bends(case, ranks, tokens):
+    assert plan_prefill_tokens(ranks, BENT, SETTINGS) == tokens, case
+    uncut = RequestSettings(prefill_hold_s=0.5, first_token_weight=20.0, cut_prefills=False)
+    assert plan_prefill_tokens(ranks, BENT, uncut) >= tokens, case
+
+
+def test_prefills_are_cut_where_they_are_not_held():
+    settings = RequestSettings(prefill_hold_s=0.0, first_token_weight=20.0)
+    ranks = [RankLoad(4000, decoding=100, prefilling=1), RankLoad(decoding=5000)]
+    assert plan_prefill_tokens(ranks, PACE, settings) == 4000
+    assert plan_prefill_tokens([ranks[0]], BENT, settings) == 900
+
+
 loads = st.builds(
     RankLoad,
     st.integers(0, 100_000),
     st.floats(0, 1e6),
     st.floats(0, 1e3),
     st.integers(0, 4096),
+    st.integers(0, 4096),
 )
 groups = st.lists(loads, max_size=16)
-paces = st.builds(Pace, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10))
+paces = st.builds(Pace, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), st.none())
+bends = st.lists(
+    st.builds(Bend, st.integers(1, 10_000), st.floats(1e-9, 1)), max_size=4, unique_by=lambda bend: bend[0]
+)
+curves = st.builds(Curve, st.floats(0, 1), st.floats(0, 1), bends.map(sorted).map(tuple))
+bent_paces = st.builds(Pace, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), curves)
 settings_of_all_kinds = st.builds(
     RequestSettings, prefill_hold_s=st.floats(0, 10), first_token_weight=st.floats(0.01, 1e6)
 )
@@ -104,6 +140,29 @@ def test_what_all_ranks_have_is_never_held(ranks, pace, settings):
 def test_longer_waits_never_hold_more(ranks, pace, settings, factor):
     waited = [rank._replace(held_s=rank.held_s * factor, oldest_s=rank.oldest_s * factor) for rank in ranks]
     assert plan_prefill_tokens(waited, pace, settings) >= plan_prefill_tokens(ranks, pace, settings)
+
+
+@given(groups, bent_paces, settings_of_all_kinds)
+def test_what_is_cut_is_never_cut_to_nothing_and_never_more_than_without(ranks, pace, settings):
+    cut = plan_prefill_tokens(ranks, pace, settings)
+    whole = plan_prefill_tokens(ranks, pace._replace(curve=None), settings)
+    assert min(1, whole) <= cut <= whole
+
+
+@given(groups, bent_paces, settings_of_all_kinds, st.randoms(use_true_random=False))
+def test_every_rank_cuts_alike(ranks, pace, settings, shuffler):
+    mixed = list(ranks)
+    shuffler.shuffle(mixed)
+    assert plan_prefill_tokens(mixed, pace, settings) == plan_prefill_tokens(ranks, pace, settings)
+
+
+@given(st.lists(loads, min_size=1, max_size=4), curves, st.integers(2, 50))
+def test_more_that_wait_for_their_first_token_never_cut_more(ranks, curve, factor):
+    pace = PACE._replace(curve=curve)
+    settings = RequestSettings(prefill_hold_s=0.0, first_token_weight=1.0)
+    more = [rank._replace(prefilling=rank.prefilling * factor) for rank in ranks]
+    least = plan_prefill_tokens(ranks, pace, settings)
+    assert plan_prefill_tokens(more, pace, settings) >= least * (1 - 1e-6) - 1
 
 
 # How long prefills have been held.

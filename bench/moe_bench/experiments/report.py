@@ -44,6 +44,12 @@ all workloads but the adversarial ones.
 _BEST_IN_TTFT = """The same against one rival for all columns, that with the best mean TTFT of the case: a budget that
 is best in one column alone is not among them.
 """
+_AT_KNEE = f"""## At the knee
+
+The knee of a workload is the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request
+alone. Figures at the knee are interpolated between the loads beside it, seed by seed. In the first row the rival is the
+best of each column and each workload, in the second the one with the best mean TTFT of each workload.
+"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -70,7 +76,8 @@ def write_report(raw: Path, folder: Path) -> None:
     for (fleet, workload), name in names.items():
         if len(results.loads(fleet, workload)) > 1:
             plot_workload(results, fleet, workload, folder / f"{name}.svg")
-    lines = [*_head(results, records, stale), *_overview(results), *_worse(results), *_knees(results)]
+    lines = [*_head(results, records, stale), *_at_knee(results), *_overview(results), *_worse(results)]
+    lines += _knees(results)
     for (fleet, workload), name in names.items():
         lines += _workload(results, fleet, workload, name)
     (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
@@ -84,13 +91,34 @@ def build_summary(results: Results) -> dict[str, Any]:
         "runs": results.runs,
         "seeds": len(results.seeds),
         "against_best": {
-            f"{fleet}: {load:g}": {
-                column.name: None if (ratio := results.against_best(cases, column.name)) is None else _estimate(ratio)
-                for column in COLUMNS
+            f"{fleet}: {load:g}": _ratios_of(results, cases, None) for (fleet, load), cases in groups.items()
+        },
+        "at_knee": {
+            fleet: {
+                "workloads": [case.workload for case in cases],
+                "against_best": _ratios_of(results, cases, None),
+                "against_best_in_ttft": _ratios_of(results, cases, "ttft_mean"),
             }
-            for (fleet, load), cases in groups.items()
+            for fleet, cases in _by_knee(results).items()
         },
     }
+
+
+def _ratios_of(results: Results, cases: Sequence[Case], chosen_by: str | None) -> dict[str, Any]:
+    ratios = {column.name: results.against_best(cases, column.name, chosen_by) for column in COLUMNS}
+    return {name: None if ratio is None else _estimate(ratio) for name, ratio in ratios.items()}
+
+
+def _by_knee(results: Results) -> dict[str, list[Case]]:
+    """By fleet, those workloads whose knee was found and where the product was run."""
+    workloads: dict[str, set[str]] = {}
+    for (fleet, _), cases in _by_load(results).items():
+        workloads.setdefault(fleet, set()).update(case.workload for case in cases)
+    found = {
+        fleet: [case for case in results.knee_cases(fleet, sorted(names)) if PRODUCT in results.variants(case)]
+        for fleet, names in workloads.items()
+    }
+    return {fleet: cases for fleet, cases in found.items() if cases}
 
 
 def _estimate(ratio: Estimate) -> dict[str, float | int | None]:
@@ -121,6 +149,21 @@ def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) ->
         yield ""
         yield f"**{stale} runs come from other sources than the present ones**: `moeserving experiments run` is due."
     yield ""
+
+
+def _at_knee(results: Results) -> Iterator[str]:
+    yield _AT_KNEE
+    rows = [
+        [
+            fleet,
+            str(len(cases)),
+            title,
+            *(render_ratio(results.against_best(cases, column.name, chosen_by)) for column in COLUMNS),
+        ]
+        for fleet, cases in _by_knee(results).items()
+        for title, chosen_by in (("best of each column", None), ("best in TTFT", "ttft_mean"))
+    ]
+    yield from _table(["fleet", "workloads", "rival", *(column.label for column in COLUMNS)], rows)
 
 
 def _overview(results: Results) -> Iterator[str]:

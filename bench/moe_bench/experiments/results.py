@@ -7,7 +7,7 @@ geometric mean over pairs with a 95 % t interval on the logarithms.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,39 @@ class Results:
         return sorted(self._figures, key=lambda case: (case.fleet, case.workload, case.load))
 
     def variants(self, case: Case) -> list[str]:
-        """Those that were run there, in the order of their table."""
-        return [name for name in VARIANTS if name in self._figures[case]]
+        """Those that were run there, or on both sides of it, in the order of their table."""
+        around = [self._figures[side] for side in self._around(case)]
+        return [name for name in VARIANTS if around and all(name in rows for rows in around)]
 
     def values(self, case: Case, variant: str, column: str) -> dict[int, float]:
-        """The figure by seed."""
-        rows = self._figures.get(case, {}).get(variant, {})
-        return {seed: figures[column] for seed, figures in rows.items() if column in figures}
+        """The figure by seed; between two measured loads on a line of the logarithms."""
+        sides = self._around(case)
+        rows = [
+            {
+                seed: figures[column]
+                for seed, figures in self._figures[side].get(variant, {}).items()
+                if column in figures
+            }
+            for side in sides
+        ]
+        if len(rows) < 2:
+            return rows[0] if rows else {}
+        (low, high), (first, second) = (side.load for side in sides), rows
+        share = (case.load - low) / (high - low)
+        return {
+            seed: math.exp((1 - share) * math.log(first[seed]) + share * math.log(second[seed]))
+            for seed in first.keys() & second.keys()
+            if first[seed] > 0 < second[seed]
+        }
+
+    def _around(self, case: Case) -> list[Case]:
+        """The case, or those of the nearest measured loads below and above; none where there are not both."""
+        if case in self._figures:
+            return [case]
+        loads = self.loads(case.fleet, case.workload)
+        sides = [max((load for load in loads if load < case.load), default=None)]
+        sides.append(min((load for load in loads if load > case.load), default=None))
+        return [replace(case, load=load) for load in sides if load is not None] if None not in sides else []
 
     def mean(self, case: Case, variant: str, column: str) -> float:
         """Over the seeds; NaN where there is none."""
@@ -117,7 +143,7 @@ class Results:
         """ours / the best rival of each case, over the pairs of all these cases.
 
         Args:
-            cases: which.
+            cases: which; at a load between two measured ones figures are interpolated.
             column: the figure that is compared.
             chosen_by: the figure that the rival is the best in; None: the compared one.
         """
@@ -142,6 +168,11 @@ class Results:
             if rival is not None:
                 points.append((load, self.mean(case, rival, "ttft_mean") / self.mean(case, REFERENCE, "ttft_floor")))
         return crossing(points, KNEE_FACTOR)
+
+    def knee_cases(self, fleet: str, workloads: Iterable[str]) -> list[Case]:
+        """Each workload at its knee, where it was found."""
+        knees = {workload: self.knee(fleet, workload) for workload in workloads}
+        return [Case(fleet=fleet, workload=name, load=load) for name, load in knees.items() if load is not None]
 
     def sustained(self, fleet: str, workload: str, variant: str) -> float | None:
         """The greatest load at which both targets are met; None when none of the measured ones is."""

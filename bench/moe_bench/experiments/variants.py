@@ -58,8 +58,18 @@ def _stock(
     )
 
 
+# As the samples for GPUs have it (manifests/samples): what a second of waiting makes up for goes by an engine's speed.
+_REQUEST = RequestSettings(ageing_rate=8000.0)
+
+
 def _ours(label: str, **changes: Any) -> Variant:
-    return Variant(label=label, changes={"scheduler": OURS, "dispatch": EngineSettings(), **changes}, uses_product=True)
+    whole = {"scheduler": OURS, "dispatch": EngineSettings(), "request": _REQUEST, **changes}
+    return Variant(label=label, changes=whole, uses_product=True)
+
+
+def _less(label: str, **settings: Any) -> Variant:
+    """With one lever of layer 1 otherwise."""
+    return _ours(label, request=replace(_REQUEST, **settings))
 
 
 GATEWAYS = 4
@@ -74,7 +84,9 @@ VARIANTS: Mapping[str, Variant] = {
     PRODUCT: _ours("ours"),
     # Ablations: one layer at a time.
     "oursRequest": Variant(
-        label="ours, layer 1 alone", changes={"scheduler": OURS, "dispatch": "vllmInternal"}, uses_product=True
+        label="ours, layer 1 alone",
+        changes={"scheduler": OURS, "dispatch": "vllmInternal", "request": _REQUEST},
+        uses_product=True,
     ),
     "oursEngine": Variant(
         label="ours, layer 2 alone",
@@ -82,10 +94,12 @@ VARIANTS: Mapping[str, Variant] = {
         uses_product=True,
     ),
     # Ablations: one lever of layer 1 off at a time. Without a shift for its size a request's key is its arrival.
-    "oursNoOrder": _ours("ours, by arrival", request=RequestSettings(ageing_horizon_s=0.0)),
-    "oursNoHold": _ours("ours, prefills not held", request=RequestSettings(prefill_hold_s=0.0)),
-    "oursNoYield": _ours("ours, chunks do not yield", request=RequestSettings(yield_prefills=False)),
-    "oursNoGrowth": _ours("ours, no room to grow", request=RequestSettings(kv_growth_blocks=0)),
+    "oursNoOrder": _less("ours, by arrival", ageing_horizon_s=0.0),
+    "oursNoHold": _less("ours, prefills not held", prefill_hold_s=0.0),
+    "oursNoYield": _less("ours, chunks do not yield", yield_prefills=False),
+    "oursNoCut": _less("ours, prefills not cut", cut_prefills=False),
+    "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
+    "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
     "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),

@@ -41,14 +41,17 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
-        # What the other ranks put into the planned step, as far as is known: the step takes as long as the fullest.
+        # What the other ranks put into the planned step, as far as is known: the fullest of them, and all together.
         self.others_prefill_tokens = 0
         self.others_decoding = 0
+        self.others_tokens = 0
 
     def take(self, settings: RequestSettings) -> None:
         """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
         if settings.policy is not RequestPolicy.SJF:
-            settings = replace(settings, prefill_hold_s=0.0, yield_prefills=False, kv_growth_blocks=0)
+            settings = replace(
+                settings, prefill_hold_s=0.0, yield_prefills=False, cut_prefills=False, kv_growth_blocks=0
+            )
         self._settings = settings
 
     def begin(self, pace: Pace | None, now_s: float) -> None:
@@ -56,21 +59,34 @@ class PrefillPlan:
         scheduler = self._scheduler
         self._left, self._allowed = _UNBOUNDED, {}
         partial = scheduler._inflight_prefills
-        if self.group is None and not (partial and scheduler.waiting):
+        if self.group is None and not (partial or scheduler.waiting):
             return
         ready = self._ready()
         if self.group is not None:
-            self._before = self._load(ready, now_s)
-            others = [load_in_this_step(state, self._decided_s, now_s) for state in self.group.others(now_s)]
-            self._decided_s = now_s
-            level = plan_prefill_tokens([self._before, *others], pace, self._settings)
-            # The level is made of estimates: where nothing is to be held it must not hold either.
-            if self._before.decoding and self._settings.prefill_hold_s:
-                self._left = level
-            self.others_prefill_tokens = min(level, max((load.prefill_tokens for load in others), default=0))
-            self.others_decoding = max((load.decoding for load in others), default=0)
-        if self._settings.yield_prefills and partial:
+            self._plan_group(self.group, ready, pace, now_s)
+        elif self._settings.cut_prefills and pace is not None and pace.curve is not None and pace.curve.bends:
+            self._bound([self._load(ready, now_s)], pace)
+        if self._settings.yield_prefills and partial and scheduler.waiting:
             self._let_others_first(ready)
+
+    def _plan_group(
+        self, group: PrefillGroup, ready: list[Waiting[Request]], pace: Pace | None, now_s: float
+    ) -> None:  # fmt: skip
+        self._before = self._load(ready, now_s)
+        others = [load_in_this_step(state, self._decided_s, now_s) for state in group.others(now_s)]
+        self._decided_s = now_s
+        level = self._bound([self._before, *others], pace)
+        self.others_prefill_tokens = min(level, max((load.prefill_tokens for load in others), default=0))
+        self.others_decoding = max((load.decoding for load in others), default=0)
+        self.others_tokens = sum(min(level, load.prefill_tokens) + load.decoding for load in others)
+
+    def _bound(self, loads: list[RankLoad], pace: Pace | None) -> int:
+        """The own load comes first."""
+        level = plan_prefill_tokens(loads, pace, self._settings)
+        # The level is made of estimates: where nothing is to be held it must not hold either.
+        if loads[0].decoding and (self._settings.prefill_hold_s or self._settings.cut_prefills):
+            self._left = level
+        return level
 
     def grant(self, request: Request, tokens: int) -> int:
         """How many of the tokens that vLLM would compute of a prompt it may; 0: none in this step."""
@@ -113,6 +129,7 @@ class PrefillPlan:
             self._held.held_s,
             self._held.oldest_s,
             len(scheduler.running) - len(begun),
+            len(begun) + len(scheduler.waiting),
         )
 
     def _ready(self) -> list[Waiting[Request]]:

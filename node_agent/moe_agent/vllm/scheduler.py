@@ -37,6 +37,7 @@ from moe_agent.pages import (
     RankPageWriter,
     RankState,
 )
+from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.prefill_group import PagedPrefillGroup, PrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
@@ -50,13 +51,14 @@ _NEWEST = 0.02
 class StepWork(NamedTuple):
     """What one scheduled step carries, until its output is there.
 
-    The last two are those of the fullest rank where ranks step together: they decide how long the step takes.
+    The last three decide how long it takes: of the fullest rank where ranks step together, and the tokens of all ranks.
     """
 
     scheduled_s: float
     prefill_tokens: dict[str, int]
     step_prefill_tokens: int
     step_decoding_requests: int
+    step_tokens: int
 
 
 class OrderedScheduler(AsyncScheduler):
@@ -79,6 +81,7 @@ class OrderedScheduler(AsyncScheduler):
         self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
         self._step_time = StepTimeFit()
+        self._step_curve = StepCurve()
         self._mean_step_s = 0.0
         self._last_output_s = 0.0
         self._busy = False
@@ -116,7 +119,10 @@ class OrderedScheduler(AsyncScheduler):
 
     def _pace(self) -> Pace | None:
         line = self._step_time.line
-        return None if line is None else Pace(line.prefill_s, line.base_s, self._mean_step_s)
+        if line is None:
+            return None
+        decoding = max(len(self.running) - len(self._inflight_prefills), self._plan.others_decoding)
+        return Pace(line.prefill_s, line.base_s, self._mean_step_s, self._step_curve.at(decoding))
 
     def add_request(self, request: Request) -> None:
         self.take_settings()
@@ -158,6 +164,7 @@ class OrderedScheduler(AsyncScheduler):
             prefill_tokens,
             max(sum(prefill_tokens.values()), self._plan.others_prefill_tokens),
             max(len(scheduled) - len(prefill_tokens), self._plan.others_decoding),
+            output.total_num_scheduled_tokens + self._plan.others_tokens,
         )
         self._step_work.append(work)
         return work
@@ -173,6 +180,12 @@ class OrderedScheduler(AsyncScheduler):
             self._step_time.observe(
                 prefill_tokens=work.step_prefill_tokens,
                 decoding_requests=work.step_decoding_requests,
+                step_s=step_s,
+            )
+            self._step_curve.observe(
+                prefill_tokens=work.step_prefill_tokens,
+                decoding_requests=work.step_decoding_requests,
+                all_tokens=work.step_tokens,
                 step_s=step_s,
             )
             self._mean_step_s += (step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)

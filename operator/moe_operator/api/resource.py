@@ -381,6 +381,11 @@ class RequestScheduling(Section):
         description="Under `sjf`, a prompt that is computed in chunks lets waiting requests go first that come before "
         "what is left of it.",
     )
+    cut_prefills: Flag = Field(
+        default=_REQUEST.cut_prefills,
+        description="Under `sjf`, a step takes less of the prompts than it has room for where their tokens would take "
+        "longer in one step than in two, by the step times that are measured.",
+    )
     kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
         default=_REQUEST.kv_growth_blocks,
         description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "

@@ -18,6 +18,7 @@ def request_settings(section: RequestScheduling) -> RequestSettings:
         prefill_hold_s=duration_s(section.prefill_hold),
         first_token_weight=section.first_token_weight,
         yield_prefills=section.yield_prefills,
+        cut_prefills=section.cut_prefills,
         kv_growth_blocks=section.kv_growth_blocks,
     )
 

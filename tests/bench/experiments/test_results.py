@@ -77,6 +77,29 @@ def test_the_knee_lies_between_two_loads():
     assert Results([record(REFERENCE, load=1.0, ttft=0.1)]).knee(NAME, "twoEnd") is None
 
 
+def test_figures_at_the_knee_lie_between_the_loads_beside_it():
+    rows = [
+        record(variant, load=load, seed=seed, ttft=ttft * seed)
+        for seed in (1, 2)
+        for variant, load, ttft in (
+            (REFERENCE, 0.85, 0.0625), (REFERENCE, 1.0, 1.0), (PRODUCT, 0.85, 0.04), (PRODUCT, 1.0, 0.16)
+        )
+    ]  # fmt: skip
+    results = Results(rows)
+    (knee,) = results.knee_cases(NAME, ["twoEnd", "azure"])
+    share = math.log(0.25 / 0.09375) / math.log(16)
+    assert knee.load == pytest.approx(0.85 + 0.15 * share)
+    assert results.values(knee, PRODUCT, "ttft_mean")[1] == pytest.approx(0.04 * 4**share)
+    assert results.against_best([knee], "ttft_mean").value == pytest.approx(0.64 * 4**-share)
+    assert build_summary(results)["at_knee"][NAME]["workloads"] == ["twoEnd"]
+
+
+def test_nothing_is_said_of_loads_beyond_those_measured():
+    results = Results([record(REFERENCE), record(PRODUCT)])
+    assert results.values(case(1.1), PRODUCT, "ttft_mean") == {}
+    assert results.against_best([case(1.1)], "ttft_mean") is None
+
+
 @pytest.mark.parametrize(
     ("points", "expected"),
     [

@@ -43,8 +43,8 @@ _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
 CONTROL_BODY = struct.Struct("<Q16sddddd??6xQ16sQQQddQ")
-_LOAD = len(RankLoad._fields)
-PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ")
+PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ")
+_LOAD, _PART = 5, 3
 EXPERT_BODY = struct.Struct("<Qdd")
 
 
@@ -399,6 +399,14 @@ class ExpertPageReader(_Reader):
         return ExpertState(config_version=config_version, balance=balance, pressure=pressure)
 
 
+class StepPart(NamedTuple):
+    """What a rank put into a step that it planned at `planned_s`."""
+
+    planned_s: float = 0.0
+    prefill_tokens: int = 0
+    decoding: int = 0
+
+
 class PrefillState(NamedTuple):
     """What a rank last told the other ranks of its group.
 
@@ -407,12 +415,14 @@ class PrefillState(NamedTuple):
         decided_s: the same when the rank last planned a step.
         before: its load at that moment, before the step took from it.
         after: its load since then.
+        parts: of its last two steps, the newest first: of a step that this rank plans late, others know the one before.
     """
 
     written_s: float
     decided_s: float
     before: RankLoad
     after: RankLoad
+    parts: tuple[StepPart, StepPart] = (StepPart(), StepPart())
 
 
 class PrefillPageWriter(_Writer):
@@ -424,7 +434,8 @@ class PrefillPageWriter(_Writer):
         self.put_in_place()
 
     def write(self, state: PrefillState) -> None:
-        self.write_body(state.written_s, state.decided_s, *state.before, *state.after)
+        newest, older = state.parts
+        self.write_body(state.written_s, state.decided_s, *state.before, *state.after, *newest, *older)
 
 
 class PrefillPageReader(_Reader):
@@ -435,5 +446,7 @@ class PrefillPageReader(_Reader):
 
     def read(self, patience_s: float = 0.0) -> PrefillState:
         """By default with the patience of an engine step: none."""
-        written_s, decided_s, *loads = self.read_body(patience_s)
-        return PrefillState(written_s, decided_s, RankLoad(*loads[:_LOAD]), RankLoad(*loads[_LOAD:]))
+        written_s, decided_s, *values = self.read_body(patience_s)
+        before, after = RankLoad(*values[:_LOAD]), RankLoad(*values[_LOAD : 2 * _LOAD])
+        newest, older = StepPart(*values[2 * _LOAD : 2 * _LOAD + _PART]), StepPart(*values[2 * _LOAD + _PART :])
+        return PrefillState(written_s, decided_s, before, after, (newest, older))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from moe_agent.pages import PrefillPageReader, PrefillPageWriter, PrefillState
+from moe_agent.pages import PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
 from moe_bench.virtual_engine import VirtualEngine
 from moe_scheduling.prefill import RankLoad
 from moe_scheduling.signals import StepTime
@@ -285,6 +285,25 @@ def test_the_levers_come_and_go_with_the_order_while_it_runs(make_engine, settin
     assert together == [1, 5, 5]
 
 
+def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(lockstep):
+    group = lockstep(prefill_hold_s=0.0)
+    learnt: list[list[dict[str, Any]]] = [[], []]
+    for engine, rows in zip(group.engines, learnt, strict=True):
+        engine.scheduler._step_curve.observe = lambda rows=rows, **row: rows.append(row)
+    for number in range(8):
+        group.engines[number % 2].add(f"r{number}", 100 + 400 * number, out=20, arrival_s=0.0)
+    while group.step():
+        pass
+    carried = [[sum(step.values()) for step in engine.schedules if step] for engine in group.engines]
+    both = min(map(len, carried)) - 1
+    assert both > 10
+    assert carried[0][:both] != carried[1][:both]
+    together = [sum(step) for step in zip(*carried, strict=False)]
+    for rows in learnt:
+        # But for the first step, which comes before there is anything to compare its time with.
+        assert [row["all_tokens"] for row in rows[1:both]] == together[1:both]
+
+
 # The pages.
 
 
@@ -295,7 +314,9 @@ def paged(virtual_engines):
     return PagedPrefillGroup
 
 
-STATE = PrefillState(5.0, 4.0, RankLoad(100, 0.5, 0.25, 7, 2), RankLoad(0, 0.0, 0.0, 9, 1))
+STATE = PrefillState(
+    5.0, 4.0, RankLoad(100, 0.5, 0.25, 7, 2), RankLoad(0, 0.0, 0.0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6))
+)
 
 
 def test_ranks_read_what_the_others_tell(paged, tmp_path):

@@ -117,11 +117,15 @@ def wait_for_end(processes: list[psutil.Process], patience_s: float) -> list[psu
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """True for a zombie too: its parent, which may be another process than this one, has not asked for it yet."""
+    """True for a zombie too: its parent, which may be another process than this one, has not asked for it yet.
+
+    Not for one whose threads are still on their way out: they keep its ports.
+    """
     with contextlib.suppress(ChildProcessError):
         os.waitpid(process.pid, os.WNOHANG)
     try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return not process.is_running() or (is_zombie and process.num_threads() <= 1)
     except psutil.NoSuchProcess:
         return True
 

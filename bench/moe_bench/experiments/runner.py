@@ -33,7 +33,12 @@ _SIMULATOR = (
     "bench/moe_bench/simulator",
     *(f"bench/moe_bench/experiments/{name}.py" for name in ("plan", "saturation", "variants", "workloads")),
 )
-_PRODUCT = ("scheduling/moe_scheduling", "gateway/moe_gateway", "node_agent/moe_agent/vllm")
+_PRODUCT = (
+    "scheduling/moe_scheduling",
+    "gateway/moe_gateway",
+    "node_agent/moe_agent/vllm",
+    *(f"node_agent/moe_agent/{name}.py" for name in ("step_curve", "step_time")),
+)
 # Where the search for a saturation begins, requests a second.
 _GUESS = 8.0
 

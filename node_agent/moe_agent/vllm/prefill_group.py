@@ -6,13 +6,13 @@ another. Ranks on other machines are not seen: each machine's ranks keep step am
 Invariant: a page that cannot be read, or that is old, counts as an idle rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moe_scheduling.prefill import RankLoad
 
-from moe_agent.pages import PageUnreadableError, PrefillPageReader, PrefillPageWriter, PrefillState
+from moe_agent.pages import PageUnreadableError, PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
 
 # A rank that has told nothing for so long is idle: while one rank of a group computes, all make steps, and those with
 # requests tell at each.
@@ -78,6 +78,30 @@ def _read(reader: PrefillPageReader | None) -> PrefillState | None:
         return None if reader is None else reader.read()
     except PageUnreadableError:
         return None
+
+
+class OtherParts(NamedTuple):
+    """What the other ranks put into a step.
+
+    Attributes:
+        prefill_tokens: most prompt tokens of one of them.
+        decoding: most decoding requests of one of them.
+        tokens: all tokens of all of them.
+    """
+
+    prefill_tokens: int = 0
+    decoding: int = 0
+    tokens: int = 0
+
+
+def sum_parts(parts: Iterable[StepPart]) -> OtherParts:
+    """Of one part of each rank; one that is missing put nothing in."""
+    prefill_tokens = decoding = tokens = 0
+    for part in parts:
+        prefill_tokens = max(prefill_tokens, part.prefill_tokens)
+        decoding = max(decoding, part.decoding)
+        tokens += part.prefill_tokens + part.decoding
+    return OtherParts(prefill_tokens, decoding, tokens)
 
 
 def load_in_this_step(state: PrefillState, last_decided_s: float, now_s: float) -> RankLoad:

@@ -17,8 +17,8 @@ from moe_scheduling.prefill import HeldPrefill, Pace, RankLoad, plan_prefill_tok
 from moe_scheduling.request import RequestPolicy, RequestSettings, Waiting
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.pages import PrefillState
-from moe_agent.vllm.prefill_group import PrefillGroup, load_in_this_step
+from moe_agent.pages import PrefillState, StepPart
+from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53
 
@@ -41,10 +41,10 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
-        # What the other ranks put into the planned step, as far as is known: the fullest of them, and all together.
-        self.others_prefill_tokens = 0
-        self.others_decoding = 0
-        self.others_tokens = 0
+        self._parts = (StepPart(), StepPart())
+        # What the other ranks put into the planned step, as far as is known; and what into the one before it.
+        self.others = OtherParts()
+        self.others_before = OtherParts()
 
     def take(self, settings: RequestSettings) -> None:
         """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
@@ -73,12 +73,18 @@ class PrefillPlan:
         self, group: PrefillGroup, ready: list[Waiting[Request]], pace: Pace | None, now_s: float
     ) -> None:  # fmt: skip
         self._before = self._load(ready, now_s)
-        others = [load_in_this_step(state, self._decided_s, now_s) for state in group.others(now_s)]
+        states = group.others(now_s)
+        others = [load_in_this_step(state, self._decided_s, now_s) for state in states]
+        before_s, last_s = self._parts[1].planned_s, self._decided_s
+        self.others_before = sum_parts(
+            part
+            for state in states
+            for part in state.parts
+            if (before_s + last_s) / 2 < part.planned_s <= (last_s + now_s) / 2
+        )
         self._decided_s = now_s
         level = self._bound([self._before, *others], pace)
-        self.others_prefill_tokens = min(level, max((load.prefill_tokens for load in others), default=0))
-        self.others_decoding = max((load.decoding for load in others), default=0)
-        self.others_tokens = sum(min(level, load.prefill_tokens) + load.decoding for load in others)
+        self.others = sum_parts(StepPart(now_s, min(level, load.prefill_tokens), load.decoding) for load in others)
 
     def _bound(self, loads: list[RankLoad], pace: Pace | None) -> int:
         """The own load comes first."""
@@ -102,6 +108,7 @@ class PrefillPlan:
         """The step was scheduled with so many prompt tokens."""
         if self.group is None:
             return
+        self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
         if computed_tokens:
             self._held.serve(computed_tokens / max(computed_tokens, self._before.prefill_tokens), now_s)
         self.tell(now_s)
@@ -110,7 +117,7 @@ class PrefillPlan:
         """Shows the other ranks what is there now."""
         if self.group is not None:
             after = self._load(self._ready(), now_s)
-            self.group.tell(PrefillState(now_s, self._decided_s, self._before, after))
+            self.group.tell(PrefillState(now_s, self._decided_s, self._before, after, self._parts))
 
     def _load(self, ready: list[Waiting[Request]], now_s: float) -> RankLoad:
         scheduler = self._scheduler

@@ -15,8 +15,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_scheduling.prefill import Pace
 from moe_scheduling.request import RequestSettings
@@ -39,7 +40,7 @@ from moe_agent.pages import (
 )
 from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
-from moe_agent.vllm.prefill_group import PagedPrefillGroup, PrefillGroup
+from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.version import check_version
 from moe_agent.vllm.waiting import OrderedRequestQueue
@@ -48,17 +49,17 @@ from moe_agent.vllm.waiting import OrderedRequestQueue
 _NEWEST = 0.02
 
 
-class StepWork(NamedTuple):
-    """What one scheduled step carries, until its output is there.
-
-    The last three decide how long it takes: of the fullest rank where ranks step together, and the tokens of all ranks.
-    """
+@dataclass(slots=True)
+class StepWork:
+    """What one scheduled step carries, until its time is learnt from: the other ranks' part decides with the own."""
 
     scheduled_s: float
     prefill_tokens: dict[str, int]
-    step_prefill_tokens: int
-    step_decoding_requests: int
-    step_tokens: int
+    tokens: int
+    own_prefill_tokens: int
+    own_decoding: int
+    others: OtherParts
+    step_s: float = 0.0
 
 
 class OrderedScheduler(AsyncScheduler):
@@ -80,6 +81,8 @@ class OrderedScheduler(AsyncScheduler):
         self._preemptions = 0
         self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
+        self._last_planned: StepWork | None = None
+        self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
         self._step_curve = StepCurve()
         self._mean_step_s = 0.0
@@ -103,6 +106,7 @@ class OrderedScheduler(AsyncScheduler):
         prefilling = self.prefilling()
         scheduled_s = self.clock()
         self._plan.begin(self._pace(), scheduled_s)
+        self._complete_last_step()
         output = super().schedule(throttle_prefills)
         work = self.begin_step(output, prefilling, scheduled_s)
         self._plan.end(sum(work.prefill_tokens.values()), scheduled_s)
@@ -121,7 +125,7 @@ class OrderedScheduler(AsyncScheduler):
         line = self._step_time.line
         if line is None:
             return None
-        decoding = max(len(self.running) - len(self._inflight_prefills), self._plan.others_decoding)
+        decoding = max(len(self.running) - len(self._inflight_prefills), self._plan.others.decoding)
         return Pace(line.prefill_s, line.base_s, self._mean_step_s, self._step_curve.at(decoding))
 
     def add_request(self, request: Request) -> None:
@@ -162,36 +166,53 @@ class OrderedScheduler(AsyncScheduler):
         work = StepWork(
             scheduled_s,
             prefill_tokens,
-            max(sum(prefill_tokens.values()), self._plan.others_prefill_tokens),
-            max(len(scheduled) - len(prefill_tokens), self._plan.others_decoding),
-            output.total_num_scheduled_tokens + self._plan.others_tokens,
+            output.total_num_scheduled_tokens,
+            sum(prefill_tokens.values()),
+            len(scheduled) - len(prefill_tokens),
+            self._plan.others,
         )
         self._step_work.append(work)
+        self._last_planned = work
         return work
 
     def end_step(self, output: SchedulerOutput, now_s: float) -> None:
         """Learns from a step whose output came at `now_s`, and publishes. Steps end in the order of their begin."""
         work = self._step_work.popleft()
-        if tokens := output.total_num_scheduled_tokens:
-            self._computed_tokens += tokens
+        if work.tokens:
+            self._computed_tokens += work.tokens
             # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
             # output comes; after an idle gap it begins when it is scheduled.
-            step_s = now_s - (self._last_output_s if self._busy else work.scheduled_s)
-            self._step_time.observe(
-                prefill_tokens=work.step_prefill_tokens,
-                decoding_requests=work.step_decoding_requests,
-                step_s=step_s,
-            )
-            self._step_curve.observe(
-                prefill_tokens=work.step_prefill_tokens,
-                decoding_requests=work.step_decoding_requests,
-                all_tokens=work.step_tokens,
-                step_s=step_s,
-            )
-            self._mean_step_s += (step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
+            work.step_s = now_s - (self._last_output_s if self._busy else work.scheduled_s)
+            self._learn_late(work)
+            self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
         self.publish()
+
+    def _complete_last_step(self) -> None:
+        """A step is planned from what the others may put into it; before the next one they have told what they did."""
+        if self._last_planned is not None and self._plan.group is not None:
+            self._last_planned.others = self._plan.others_before
+
+    def _learn_late(self, work: StepWork) -> None:
+        """In a group a step is learnt from at the end of the next: its others are known by then, whatever ends when."""
+        if self._plan.group is None:
+            self._learn(work)
+            return
+        if self._unlearnt is not None:
+            self._learn(self._unlearnt)
+        self._unlearnt = work
+
+    def _learn(self, work: StepWork) -> None:
+        prefill_tokens = max(work.own_prefill_tokens, work.others.prefill_tokens)
+        decoding = max(work.own_decoding, work.others.decoding)
+        self._step_time.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding, step_s=work.step_s)
+        self._step_curve.observe(
+            prefill_tokens=prefill_tokens,
+            decoding_requests=decoding,
+            all_tokens=work.tokens + work.others.tokens,
+            step_s=work.step_s,
+        )
 
     # 3. Publish.
 

@@ -50,13 +50,15 @@ test-vllm-experts: $(STAMP) ## Experts that move on a real group of two ranks, a
 test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux), and the full counts against an API server
 	$(BIN)/pytest -m "cluster_node or long"
 
-generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values
+generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values, the README's figures
 	$(BIN)/python -m moe_operator.api.crd --write
 	$(BIN)/python charts/generate.py --write
+	$(BIN)/python -m moe_bench.experiments.readme --write
 
 verify: $(STAMP) ## Fail when a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python charts/generate.py --check
+	$(BIN)/python -m moe_bench.experiments.readme --check
 
 bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry; gateway and operator have targets of their own
 	$(BIN)/python -m moe_bench

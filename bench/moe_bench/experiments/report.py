@@ -24,7 +24,7 @@ from moe_bench.experiments.results import (
 )
 from moe_bench.experiments.runner import is_current, read_records, source_digests
 from moe_bench.experiments.saturation import KNEE_FACTOR
-from moe_bench.experiments.variants import PRODUCT, VARIANTS
+from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_bench.experiments.workloads import ADVERSARIAL
 from moe_bench.statistics import Estimate
 
@@ -36,6 +36,11 @@ figures (`bench/moe_bench/simulator/hardware.py`, each with its source). A load 
 0.32's mean TTFT is five times that of an idle engine, measured for each workload and seed. Ratios are ours / the other:
 below 1 is better for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
 """
+AT_KNEE = {
+    "against_vllm": "vLLM 0.32 as it comes",
+    "against_best_in_ttft": "the best in mean TTFT of each workload",
+    "against_best": "the best of each workload and column",
+}
 _BEST = """## Against the best rival of each column
 
 For each workload, load and column the rival (policy, budget) with the best mean over the seeds; the geometric mean over
@@ -47,8 +52,9 @@ is best in one column alone is not among them.
 _AT_KNEE = f"""## At the knee
 
 The knee of a workload is the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request
-alone. Figures at the knee are interpolated between the loads beside it, seed by seed. In the first row the rival is the
-best of each column and each workload, in the second the one with the best mean TTFT of each workload.
+alone. Figures at the knee are interpolated between the loads beside it, seed by seed. In the first row the rival is
+vLLM as it comes, in the second the one with the best mean TTFT of each workload, in the third the best of each column
+and each workload, which is no system that one could run.
 """
 _KNEES = f"""## Knees and sustained loads
 
@@ -91,22 +97,27 @@ def build_summary(results: Results) -> dict[str, Any]:
         "runs": results.runs,
         "seeds": len(results.seeds),
         "against_best": {
-            f"{fleet}: {load:g}": _ratios_of(results, cases, None) for (fleet, load), cases in groups.items()
-        },
-        "at_knee": {
-            fleet: {
-                "workloads": [case.workload for case in cases],
-                "against_best": _ratios_of(results, cases, None),
-                "against_best_in_ttft": _ratios_of(results, cases, "ttft_mean"),
+            f"{fleet}: {load:g}": {
+                column.name: _estimate(results.against_best(cases, column.name)) for column in COLUMNS
             }
-            for fleet, cases in _by_knee(results).items()
+            for (fleet, load), cases in groups.items()
         },
+        "at_knee": {fleet: _knee_summary(results, cases) for fleet, cases in _by_knee(results).items()},
     }
 
 
-def _ratios_of(results: Results, cases: Sequence[Case], chosen_by: str | None) -> dict[str, Any]:
-    ratios = {column.name: results.against_best(cases, column.name, chosen_by) for column in COLUMNS}
-    return {name: None if ratio is None else _estimate(ratio) for name, ratio in ratios.items()}
+def _knee_summary(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
+    ratios = {
+        key: {column.name: _estimate(_at_knee_ratio(results, cases, key, column.name)) for column in COLUMNS}
+        for key in AT_KNEE
+    }
+    return {"workloads": [case.workload for case in cases], **ratios}
+
+
+def _at_knee_ratio(results: Results, cases: Sequence[Case], key: str, column: str) -> Estimate | None:
+    if key == "against_vllm":
+        return results.against(cases, REFERENCE, column)
+    return results.against_best(cases, column, "ttft_mean" if key == "against_best_in_ttft" else None)
 
 
 def _by_knee(results: Results) -> dict[str, list[Case]]:
@@ -121,7 +132,9 @@ def _by_knee(results: Results) -> dict[str, list[Case]]:
     return {fleet: cases for fleet, cases in found.items() if cases}
 
 
-def _estimate(ratio: Estimate) -> dict[str, float | int | None]:
+def _estimate(ratio: Estimate | None) -> dict[str, float | int | None] | None:
+    if ratio is None:
+        return None
     high = ratio.high if math.isfinite(ratio.high) else None
     return {
         "value": round(ratio.value, 4),
@@ -153,16 +166,11 @@ def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) ->
 
 def _at_knee(results: Results) -> Iterator[str]:
     yield _AT_KNEE
-    rows = [
-        [
-            fleet,
-            str(len(cases)),
-            title,
-            *(render_ratio(results.against_best(cases, column.name, chosen_by)) for column in COLUMNS),
-        ]
-        for fleet, cases in _by_knee(results).items()
-        for title, chosen_by in (("best of each column", None), ("best in TTFT", "ttft_mean"))
-    ]
+    rows = []
+    for fleet, cases in _by_knee(results).items():
+        for key, title in AT_KNEE.items():
+            ratios = (_at_knee_ratio(results, cases, key, column.name) for column in COLUMNS)
+            rows.append([fleet, str(len(cases)), title, *map(render_ratio, ratios)])
     yield from _table(["fleet", "workloads", "rival", *(column.label for column in COLUMNS)], rows)
 
 

@@ -155,6 +155,11 @@ class Results:
         ]
         return paired_ratio(pairs) if pairs else None
 
+    def against(self, cases: Sequence[Case], rival: str, column: str) -> Estimate | None:
+        """ours / this rival, over the pairs of all these cases."""
+        pairs = [pair for case in cases for pair in self.pairs(case, rival, PRODUCT, column)]
+        return paired_ratio(pairs) if pairs else None
+
     def loads(self, fleet: str, workload: str) -> list[float]:
         """At which this workload was run."""
         return sorted(case.load for case in self._figures if (case.fleet, case.workload) == (fleet, workload))

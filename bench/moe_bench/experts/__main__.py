@@ -6,14 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from moe_scheduling.expert import ExpertLoad, ExpertSettings
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 from rich.console import Console
 
 from moe_bench.complaints import told_plainly
 from moe_bench.experts.compare import COSTS, compare, render_compared
 from moe_bench.experts.loads import DRIFTS, Group, make_sequence, read_sequence
+from moe_bench.experts.recording import SCENARIOS, record
 from moe_bench.experts.replay import render_decided, render_replayed, replay
 from moe_bench.report import read_environment
 
@@ -69,6 +71,26 @@ def replay_command(
     if show_decisions:
         console.print(render_decided(decided))
     _write(json_out, {"replayed": [asdict(row) for row in rows], "decided": [asdict(row) for row in decided]})
+
+
+@app.command("record")
+@told_plainly
+def record_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model, such as moeserving model tiny makes.")],
+    out: Annotated[Path, typer.Argument(help="npz to write, for replay --recorded.")],
+    scenario: Annotated[str, typer.Option(help="Which topics come when: " + ", ".join(SCENARIOS))] = "drift",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of the sequence.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of which text is read in which round.")] = 0,
+) -> None:
+    """Record where a trained model routes texts of different topics, from two sources."""
+    if scenario not in SCENARIOS:
+        raise InvalidInput([unknown_choice("--scenario", scenario, SCENARIOS)])
+    load = record(model, scenario, rounds, seed)
+    np.savez_compressed(out, load=load)
+    shares = load.sum(axis=(0, 1))
+    typer.echo(
+        f"{out}: {load.shape}; hottest expert of a layer / mean: {(shares.max(axis=1) / shares.mean(axis=1)).round(2)}"
+    )
 
 
 def _group_of(load: ExpertLoad, ranks: int, nodes: int, redundant: int) -> Group:

@@ -174,9 +174,8 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
             "spec.scheduling.request.ageing_rate: unknown field; nearest known: ageingRate; "
-            "known: ageingHorizon, ageingRate, firstTokenWeight, kvGrowthBlocks, policy, prefillHold, priorityStep, "
-            "yieldPrefills",
-            "cutPrefills",
+            "known: ageingHorizon, ageingRate, cutPrefills, firstTokenWeight, kvGrowthBlocks, policy, prefillHold, "
+            "priorityStep, yieldPrefills",
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),

@@ -12,7 +12,7 @@ from itertools import islice
 
 from moe_scheduling.books import TargetBooks
 from moe_scheduling.engine import DispatchPolicy, EngineSettings, Job, choose_target
-from moe_scheduling.prefill import Pace, RankLoad, plan_prefill_tokens
+from moe_scheduling.prefill import Bend, Curve, Pace, RankLoad, plan_prefill_tokens
 from moe_scheduling.prefix import PrefixIndex, block_keys
 from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue
 from moe_scheduling.roster import Roster
@@ -60,11 +60,12 @@ def _queue_rows() -> Iterator[Row]:
 
 def _plan_rows() -> Iterator[Row]:
     pace, settings = Pace(0.00004, 0.006, 0.02), RequestSettings()
+    bent = pace._replace(curve=Curve(0.00002, 0.01, (Bend(1536, 0.00001),)))
     for count in (2, 8):
-        ranks = [RankLoad(number * 500 % 2048, number * 0.01, 0.05, 50) for number in range(count)]
-        yield _row(
-            "prefill", f"plan, {count} ranks", _call_us(partial(plan_prefill_tokens, ranks, pace, settings)), "< 10 us"
-        )
+        ranks = [RankLoad(number * 500 % 2048, number * 0.01, 0.05, 50, 4) for number in range(count)]
+        for title, known in (("", pace), (", cut at a bend", bent)):
+            values = _call_us(partial(plan_prefill_tokens, ranks, known, settings))
+            yield _row("prefill", f"plan, {count} ranks{title}", values, "" if title else "< 10 us")
     queue: WaitingQueue[int] = WaitingQueue(settings)
     for item in range(WAITING):
         queue.push(item, size_tokens=item * 7919 % 5000, arrival_s=item / 100)
@@ -74,7 +75,7 @@ def _plan_rows() -> Iterator[Row]:
 def _choice_rows() -> Iterator[Row]:
     for count, goal in ((1, ""), (2, "< 5 us"), (10, ""), (100, ""), (1000, "< 50 us")):
         books = Roster(_busy_books(Target(f"engine-{number}")) for number in range(count))
-        job = Job(1000, {books[0].target: 512}, books[1].target)
+        job = Job(1000, {books[0].target: 512}, books[-1].target)
         for policy in DispatchPolicy:
             settings = EngineSettings(policy=policy)
             values = _call_us(partial(_choose_next, itertools.count(), job, books, settings))

@@ -56,6 +56,10 @@ alone. Figures at the knee are interpolated between the loads beside it, seed by
 vLLM as it comes, in the second the one with the best mean TTFT of each workload, in the third the best of each column
 and each workload, which is no system that one could run.
 """
+_ABLATION = """## What each part is worth
+
+Ours / ours with this otherwise, over all workloads but the adversarial ones: above 1 the other way is better for times.
+"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -82,7 +86,8 @@ def write_report(raw: Path, folder: Path) -> None:
     for (fleet, workload), name in names.items():
         if len(results.loads(fleet, workload)) > 1:
             plot_workload(results, fleet, workload, folder / f"{name}.svg")
-    lines = [*_head(results, records, stale), *_at_knee(results), *_overview(results), *_worse(results)]
+    lines = [*_head(results, records, stale), *_at_knee(results), *_overview(results)]
+    lines += [*_ablation(results), *_worse(results)]
     lines += _knees(results)
     for (fleet, workload), name in names.items():
         lines += _workload(results, fleet, workload, name)
@@ -191,6 +196,20 @@ def _ratios(results: Results, chosen_by: str | None) -> Iterator[str]:
         for (fleet, load), cases in _by_load(results).items()
     ]
     yield from _table(["fleet", "load", *(column.label for column in COLUMNS)], rows)
+
+
+def _ablation(results: Results) -> Iterator[str]:
+    rows = []
+    for (fleet, load), cases in _by_load(results).items():
+        for name, variant in VARIANTS.items():
+            if variant.uses_product and name != PRODUCT:
+                ratios = [results.against(cases, name, column.name) for column in COLUMNS]
+                if any(ratios):
+                    count = max(ratio.count for ratio in ratios if ratio is not None)
+                    rows.append([fleet, f"{load:.0%}", variant.label, str(count), *map(render_ratio, ratios)])
+    if rows:
+        yield _ABLATION
+        yield from _table(["fleet", "load", "", "pairs", *(column.label for column in COLUMNS)], rows)
 
 
 def _worse(results: Results) -> Iterator[str]:

@@ -19,6 +19,8 @@ import numpy as np
 from moe_scheduling.pace import LINE_MEMORY_STEPS
 from moe_scheduling.prefill import Bend, Curve
 
+from moe_agent.step_time import weigh_steps
+
 # All tokens of a step at which it may begin to take longer for each.
 BENDS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)
 _BENDS = np.array(BENDS)
@@ -91,15 +93,10 @@ class StepCurve:
         columns[:, 1:_LINE] = batch[:, :2]
         columns[:, _LINE:] = np.maximum(0.0, batch[:, 2:3] - _BENDS)
         columns /= _SCALE
-        step_s = batch[:, 3]
-        expected_s = columns @ self._scaled if self._is_known else step_s
-        expected_s = np.where(expected_s > 0.0, expected_s, step_s)
-        step_s = np.minimum(step_s, self._outlier_factor * expected_s)
-        age = np.arange(len(batch) - 1, -1, -1)
-        weighted = columns * (self._keep**age / expected_s**2)[:, None]
-        fade = self._keep ** len(batch)
-        self._normal = fade * self._normal + weighted.T @ columns
-        self._right = fade * self._right + weighted.T @ step_s
+        expected_s = columns @ self._scaled if self._is_known else batch[:, 3]
+        normal, right, fade = weigh_steps(columns, batch[:, 3], expected_s, self._keep, self._outlier_factor)
+        self._normal = fade * self._normal + normal
+        self._right = fade * self._right + right
 
     def _refit(self) -> None:
         # A ridge towards the last estimate: it decides only where the observations say nothing.

@@ -68,15 +68,10 @@ class StepTimeFit:
     def _accumulate(self) -> None:
         batch = np.array(self._batch)
         columns = np.column_stack((np.ones(len(batch)), batch[:, :2] / _SCALE[1:]))
-        step_s = batch[:, 2]
-        expected_s = columns @ self._scaled if self._line is not None else step_s
-        expected_s = np.where(expected_s > 0.0, expected_s, step_s)
-        step_s = np.minimum(step_s, self._outlier_factor * expected_s)
-        age = np.arange(len(batch) - 1, -1, -1)
-        weighted = columns * (self._keep**age / expected_s**2)[:, None]
-        fade = self._keep ** len(batch)
-        self._normal = fade * self._normal + weighted.T @ columns
-        self._right = fade * self._right + weighted.T @ step_s
+        expected_s = columns @ self._scaled if self._line is not None else batch[:, 2]
+        normal, right, fade = weigh_steps(columns, batch[:, 2], expected_s, self._keep, self._outlier_factor)
+        self._normal = fade * self._normal + normal
+        self._right = fade * self._right + right
 
     def _refit(self) -> None:
         # A ridge towards the last estimate: it decides only where the observations say nothing.
@@ -89,6 +84,25 @@ class StepTimeFit:
         self._scaled = np.array(row)
         base, prefill, decode = (value / scale for value, scale in zip(row, _SCALE, strict=True))
         self._line = StepTime(base_s=base, prefill_s=prefill, decode_s=decode)
+
+
+def weigh_steps(
+    columns: np.ndarray, step_s: np.ndarray, expected_s: np.ndarray, keep: float, outlier_factor: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The normal matrix and the right side of a batch of steps, by relative error, and what is left of those before.
+
+    Args:
+        columns: of shape (steps, coefficients), the newest last.
+        step_s: of shape (steps,): how long each took.
+        expected_s: the same by the last fit; what is not above 0 counts as not expected.
+        keep: weight of a step against that of the next.
+        outlier_factor: a step that took more than so many times what was expected counts as that many times.
+    """
+    expected_s = np.where(expected_s > 0.0, expected_s, step_s)
+    step_s = np.minimum(step_s, outlier_factor * expected_s)
+    age = np.arange(len(step_s) - 1, -1, -1)
+    weighted = columns * (keep**age / expected_s**2)[:, None]
+    return weighted.T @ columns, weighted.T @ step_s, keep ** len(step_s)
 
 
 def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> _Row:

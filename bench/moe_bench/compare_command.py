@@ -8,9 +8,10 @@ from typing import Any
 
 from moe_bench.comparison import (
     OURS,
-    STOCK,
+    SIDES,
     Pair,
     Plan,
+    Sides,
     compare,
     compare_metrics,
     measure_with,
@@ -85,12 +86,13 @@ async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Effo
     return rate
 
 
-def build_comparison_document(pairs: tuple[Pair, ...], source: Source, effort: Effort, rate: float) -> dict[str, Any]:
+def build_comparison_document(
+    pairs: tuple[Pair, ...], source: Source, effort: Effort, rate: float, sides: Sides = SIDES
+) -> dict[str, Any]:
     """Ratios, and each run with its raw rows."""
-    labels = {"stock": STOCK, "ours": OURS}
     return {
         "settings": {**asdict(source), **asdict(effort), "rate": rate},
-        "policies": {key: asdict(policy) for key, policy in labels.items()},
+        "policies": asdict(sides),
         "comparisons": [{**asdict(row), "verdict": row.verdict} for row in compare_metrics(pairs)],
         "pairs": [
             {key: build_document(run, summarise(run), {}) for key, run in (("stock", pair.stock), ("ours", pair.ours))}

@@ -1,8 +1,9 @@
-"""Two policies on one running deployment, measured in pairs: the same piece of a trace, their order turned each time.
+"""Two policies, measured in pairs: the same piece of a trace, their order turned each time.
 
-The deployment is switched through `moeserving set`, the one path that users have. Each pair serves one piece of the
-trace under both policies, A B, then B A with the next piece, so that a slow drift of the machine falls on both alike.
-Prompts of each run are other text of the same lengths: no run finds another's prefixes in a cache.
+`moeserving compare` and the demo switch one running deployment through `moeserving set`, the one path that users have;
+`moe_bench.serving` turns from one set of engines to another. Each pair serves one piece of the trace under both
+policies, A B, then B A with the next piece, so that a slow drift of the machine falls on both alike. Prompts of each
+run are other text of the same lengths: no run finds another's prefixes in a cache.
 
 The order of requests matters only while some of them wait, so the load is set from the measured capacity, near
 saturation.
@@ -25,20 +26,34 @@ PROBE_CONCURRENCY = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A name for the table and the settings that bring it about."""
+    """A name for the table, a short one for a sentence, and the settings that bring it about."""
 
     label: str
-    settings: tuple[str, ...]
+    brief: str
+    settings: tuple[str, ...] = ()
 
 
 STOCK = Policy(
     label="vLLM's own order, round robin",
+    brief="vLLM's own order",
     settings=("scheduling.request.policy=fcfs", "scheduling.engine.policy=roundRobin"),
 )
 OURS = Policy(
     label="shortest first, predicted engine",
+    brief="ours",
     settings=("scheduling.request.policy=sjf", "scheduling.engine.policy=predicted"),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """Who is compared: A and B of the table."""
+
+    stock: Policy = STOCK
+    ours: Policy = OURS
+
+
+SIDES = Sides()
 
 Switch = Callable[[Policy], Awaitable[None]]
 Measure = Callable[[Sequence[TraceRequest], int], Awaitable[Run]]
@@ -79,17 +94,19 @@ def plan_pieces(
     return tuple(_at_rate(cut_piece(requests, start, count), rate) for start in starts)
 
 
-async def compare(plan: Plan, switch: Switch, measure: Measure, told: Told = lambda _: None) -> tuple[Pair, ...]:
+async def compare(
+    plan: Plan, switch: Switch, measure: Measure, told: Told = lambda _: None, sides: Sides = SIDES
+) -> tuple[Pair, ...]:
     """Serves each piece under both policies; the policy that begins alternates."""
     pairs = []
     for number, piece in enumerate(plan.pieces):
-        order = (STOCK, OURS) if number % 2 == 0 else (OURS, STOCK)
+        order = (sides.stock, sides.ours) if number % 2 == 0 else (sides.ours, sides.stock)
         runs: dict[str, Run] = {}
         for turn, policy in enumerate(order):
             told(f"pair {number + 1} of {len(plan.pieces)}: {policy.label}, {len(piece)} requests")
             await switch(policy)
             runs[policy.label] = await measure(piece, build_salt(plan.seed, number, turn))
-        pairs.append(Pair(stock=runs[STOCK.label], ours=runs[OURS.label]))
+        pairs.append(Pair(stock=runs[sides.stock.label], ours=runs[sides.ours.label]))
     return tuple(pairs)
 
 
@@ -142,13 +159,13 @@ def compare_metrics(pairs: Sequence[Pair]) -> tuple[Comparison, ...]:
     return tuple(_compare_metric(metric, unit, read, higher, pairs) for metric, unit, read, higher in _METRICS)
 
 
-def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
+def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[Pair], sides: Sides = SIDES) -> Table:
     """The table that `make demo` ends with; it fits 80 columns."""
     caption = (
-        f"A: {STOCK.label}. B: {OURS.label}.\n"
+        f"A: {sides.stock.label}. B: {sides.ours.label}.\n"
         f"B/A: geometric mean over {len(pairs)} pairs, in brackets its 95 % t interval.\n"
         "Where the interval covers 1, no difference is shown.\n"
-        f"{render_failures(pairs)}"
+        f"{render_failures(pairs, sides)}"
     )
     table = Table(title="What users got", caption=caption, caption_justify="left", title_justify="left")
     table.add_column("")
@@ -174,12 +191,13 @@ def render_ratio(ratio: Estimate | None) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {high}]"
 
 
-def render_failures(pairs: Sequence[Pair]) -> str:
+def render_failures(pairs: Sequence[Pair], sides: Sides = SIDES) -> str:
     """How many requests failed under each policy."""
     stock = sum(len(pair.stock.failed) for pair in pairs)
     ours = sum(len(pair.ours.failed) for pair in pairs)
     requests = sum(len(pair.stock.outcomes) + len(pair.ours.outcomes) for pair in pairs)
-    return f"Of {requests} requests {stock + ours} failed ({stock} under vLLM's own order, {ours} under ours)."
+    by_side = f"{stock} under {sides.stock.brief}, {ours} under {sides.ours.brief}"
+    return f"Of {requests} requests {stock + ours} failed ({by_side})."
 
 
 def mean_ttft_ms(run: Run) -> float | None:

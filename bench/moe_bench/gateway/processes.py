@@ -83,7 +83,7 @@ def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> It
         ours_port, admin_port, theirs_port, metrics_port = _free_ports(4)
         config = _write_config(folder, ours_port, admin_port, engines)
         ours = [sys.executable, "-m", "moe_gateway", "--config", str(config)]
-        theirs = _vllm_router_command(vllm_router, policy, theirs_port, metrics_port, engines)
+        theirs = vllm_router_command(vllm_router, policy, theirs_port, metrics_port, engines)
         bed = Bed(
             ours=stack.enter_context(_router("moeserving", ours, ours_port, cores.router, folder)),
             theirs=stack.enter_context(_router("vllm-router", theirs, theirs_port, cores.router, folder)),
@@ -107,8 +107,8 @@ def _write_config(folder: Path, port: int, admin_port: int, engines: Sequence[in
     return path
 
 
-def _vllm_router_command(program: Path, policy: str, port: int, metrics_port: int, engines: Sequence[int]) -> list[str]:
-    """Without its log of each request: ours writes none either."""
+def vllm_router_command(program: Path, policy: str, port: int, metrics_port: int, engines: Sequence[int]) -> list[str]:
+    """How vllm-router is started. Without its log of each request: ours writes none either."""
     urls = [f"http://127.0.0.1:{engine}" for engine in engines]
     return [
         *(str(program), "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)),

@@ -13,7 +13,7 @@ SOURCES := scheduling gateway node_agent kernels operator bench tests
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway experiments validate-simulator bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator bench-operator format clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -65,6 +65,10 @@ bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry; gatew
 
 bench-gateway: $(STAMP) $(ROUTER)/.ready ## The gateway and vllm-router, side by side
 	$(BIN)/python -m moe_bench.gateway --vllm-router $(ROUTER)/bin/vllm-router
+
+bench-serving: $(STAMP) $(ROUTER)/.ready ## MoEServing and stock vLLM behind vllm-router, on real engines of this machine (ARGS="--pairs 12")
+	$(BIN)/moeserving model tiny .cache/models/tiny
+	$(BIN)/python -m moe_bench.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
 
 bench-operator: $(STAMP) ## The operator under 1,000 resources, against a real API server
 	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \

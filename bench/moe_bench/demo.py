@@ -66,11 +66,11 @@ def run_demo(*, trace: Path | None, manifest: Path | None, effort: Effort, seed:
     say.console.print(render_comparison(compare_metrics(pairs), pairs))
 
 
-def set_scene(manifest: Path | None) -> Scene:
-    """Finds the checkout, reads the deployment's name, picks a free port."""
+def set_scene(manifest: Path | None, place: str = "demo") -> Scene:
+    """Finds the checkout, reads the deployment's name, picks a free port; the state is in the folder `place`."""
     checkout = find_checkout()
     path = (manifest or checkout / SAMPLE).absolute()
-    state_dir = checkout / ".cache" / "demo"
+    state_dir = checkout / ".cache" / place
     return Scene(
         checkout=checkout,
         manifest=path,

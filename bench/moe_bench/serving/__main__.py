@@ -1,0 +1,77 @@
+"""`python -m moe_bench.serving --vllm-router PATH`: starts both sides, measures, prints the table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moe_scheduling.problems import InvalidInput, unknown_choice
+
+from moe_bench.cli import Format, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
+from moe_bench.compare_command import Effort
+from moe_bench.comparison import Sides
+from moe_bench.complaints import told_plainly
+from moe_bench.demo import stopped_by_signals
+from moe_bench.gateway.__main__ import read_version
+from moe_bench.gateway.comparison import read_machine
+from moe_bench.gateway.processes import DEFAULT_POLICY, POLICIES
+from moe_bench.narration import Narrator
+from moe_bench.replay_command import Source, check_source, write_json
+from moe_bench.server import run_async
+from moe_bench.serving.bed import Rival, plan_stage, standing
+from moe_bench.serving.measurement import measure
+from moe_bench.serving.processes import DoesNotServe
+from moe_bench.serving.report import build_document, describe, render
+
+GENERATED_REQUESTS = 6000
+"""Of a generated shape: enough that pieces need not overlap."""
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@told_plainly
+def main(
+    vllm_router: Annotated[Path, typer.Option("--vllm-router", help="The program vllm-router.")],
+    policy: Annotated[str, typer.Option(help=f"Policy of vllm-router: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
+    manifest: Annotated[Path | None, typer.Option("-f", help="The resource; else that of `make demo`.")] = None,
+    trace: Trace = None,
+    trace_format: Format = None,
+    shape: ShapeName = "random",
+    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the workload, each on both sides.")] = 8,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 40.0,
+    load: Annotated[float, typer.Option(min=0.05, max=2, help="Arrivals as a share of stock's capacity.")] = 0.9,
+    rate: Annotated[float | None, typer.Option(help="Arrivals a second, instead of a measured load.")] = None,
+    seed: Seed = 0,
+    scale: Scale = 1.0,
+    max_tokens: MaxTokens = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Compare MoEServing with stock vLLM behind vllm-router, on real engines, in alternating pairs."""
+    if policy not in POLICIES:
+        raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
+    environment = read_machine(read_version(vllm_router), policy)
+    source = Source(
+        trace=trace, trace_format=trace_format, shape=shape, limit=None if trace else GENERATED_REQUESTS, seed=seed,
+        scale=scale, max_tokens=max_tokens,
+    )  # fmt: skip
+    check_source(source)
+    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate)
+    stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy))
+    say = Narrator()
+    try:
+        with stopped_by_signals(), standing(stage, say) as bed:
+            sides = Sides(stock=bed.stock.policy, ours=bed.ours.policy)
+            measured = run_async(measure(bed.stock, bed.ours, bed.engine_url, source, effort, say))
+    except DoesNotServe as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    say.console.print(render(measured, sides, environment))
+    for line in describe(measured, environment):
+        say.console.print(line, highlight=False, soft_wrap=True)
+    if json_out:
+        commands = {program.name: program.command for program in stage.stock.programs}
+        write_json(json_out, build_document(measured, sides, source, effort, environment, commands))
+
+
+if __name__ == "__main__":
+    app()

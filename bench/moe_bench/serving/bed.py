@@ -1,0 +1,122 @@
+"""Both sides, standing: what is started, in which order, and where it is reached.
+
+A's engines and router first, then B by `moeserving up`, as a user starts it; B's gateway and then A's router are the
+first to go. Logs stay in the checkout's `.cache/bench-serving`.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_operator.api import MoEServing, load_resource
+from moe_operator.local import machine
+from moe_operator.local.folder import Folder
+from moe_operator.local.model import check_model
+from moe_operator.local.record import load_record
+from moe_operator.local.start import find_site
+from moe_operator.plan import plan_local
+
+from moe_bench.comparison import Policy
+from moe_bench.demo import Scene, served, set_scene, wait_ready
+from moe_bench.narration import Narrator
+from moe_bench.serving.measurement import Side
+from moe_bench.serving.processes import running
+from moe_bench.serving.stock import RouterChoice, StockPlan, check_comparable, plan_stock
+
+PLACE = "bench-serving"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """vllm-router: the program and its policy."""
+
+    program: Path
+    policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bed:
+    """Both sides, and an engine of A to ask for what vllm-router need not offer."""
+
+    stock: Side
+    ours: Side
+    engine_url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What is to be started."""
+
+    scene: Scene
+    stock: StockPlan
+    rival: Rival
+
+
+def plan_stage(manifest: Path | None, rival: Rival) -> Stage:
+    """Reads the resource and plans A from it.
+
+    Raises:
+        InvalidInput: the resource is none, cannot be compared, or its model is not there.
+    """
+    scene = set_scene(manifest, PLACE)
+    resource = load_resource(scene.manifest)
+    check_comparable(resource)
+    check_model(resource)
+    return Stage(scene=scene, stock=_plan_stock(resource, scene, rival), rival=rival)
+
+
+def _plan_stock(resource: MoEServing, scene: Scene, rival: Rival) -> StockPlan:
+    site = find_site(resource, _folder(scene))
+    port, metrics_port = machine.find_free_ports(2, without=(*site.ports, scene.port))
+    return plan_stock(
+        plan_local(resource, site).agents,
+        RouterChoice(program=rival.program, policy=rival.policy, port=port, metrics_port=metrics_port),
+        python=sys.executable,
+        inherited=os.environ,
+        cpus=site.cpus,
+    )
+
+
+@contextlib.contextmanager
+def standing(stage: Stage, say: Narrator) -> Iterator[Bed]:
+    """Starts both sides and gives them when they serve; ends them, however the block ends.
+
+    Raises:
+        DoesNotServe: a process of A does not come up.
+        InvalidInput: `moeserving up` fails.
+    """
+    logs = _folder(stage.scene).root / "stock"
+    logs.mkdir(parents=True, exist_ok=True)
+    say(f"starting {len(stage.stock.engines)} stock engines and vllm-router; their logs are in {logs}")
+    with running(stage.stock.programs, logs) as processes:
+        say(f"stock vLLM serves at {stage.stock.router.url}")
+        with served(stage.scene, say, wait_ready):
+            yield Bed(
+                stock=Side(
+                    policy=name_stock(stage.rival.policy), url=stage.stock.router.url, processes=tuple(processes)
+                ),
+                ours=Side(policy=OURS, url=stage.scene.url, processes=_find_processes(stage.scene)),
+                engine_url=stage.stock.engines[0].url,
+            )
+
+
+OURS = Policy(label="MoEServing as the resource has it", brief="MoEServing")
+
+
+def name_stock(policy: str) -> Policy:
+    """A, for the table."""
+    return Policy(label=f"stock vLLM behind vllm-router, {policy}", brief="stock vLLM")
+
+
+def _find_processes(scene: Scene) -> tuple[int, ...]:
+    """The supervisor, whose children all others are."""
+    record = load_record(_folder(scene))
+    return (record.supervisor.pid,) if record and record.supervisor else ()
+
+
+def _folder(scene: Scene) -> Folder:
+    assert scene.deployment.state_dir is not None
+    return Folder(root=scene.deployment.state_dir, name=scene.deployment.name)

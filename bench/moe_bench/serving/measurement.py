@@ -1,0 +1,153 @@
+"""What is measured: the capacity of both sides, then the same pieces of the workload on each, in alternating pairs.
+
+Both sides stand up all the time and one of them works at a time. What the idle one takes of the CPU meanwhile is
+measured, too: it is what the comparison's fairness rests on.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from moe_bench.compare_command import PROBE_SALT, Effort, find_rate
+from moe_bench.comparison import (
+    Pair,
+    Plan,
+    Policy,
+    Sides,
+    build_salt,
+    compare,
+    measure_with,
+    plan_pieces,
+    probe_capacity,
+)
+from moe_bench.replay import Load, Run
+from moe_bench.replay_command import Source, prepare_load, read_source
+from moe_bench.serving.processes import read_cpu_s
+from moe_bench.streaming import Endpoint
+from moe_bench.traces import TraceRequest
+
+WARM_UP_S = 8.0
+# A number of a pair that no comparison reaches: the warm-up's prompts are its own.
+_WARM_UP = 1 << 18
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two: its words for the table, where clients reach it, and its processes (roots of their trees)."""
+
+    policy: Policy
+    url: str
+    processes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One run: who worked, for how long, and the CPU seconds that both sides took meanwhile."""
+
+    label: str
+    wall_s: float
+    busy_cpu_s: float
+    idle_cpu_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """All that was measured.
+
+    Attributes:
+        rate: arrivals a second.
+        capacities: requests a second of a closed loop, of A and of B; None when the rate was given.
+    """
+
+    pairs: tuple[Pair, ...]
+    rate: float
+    capacities: tuple[float, float] | None
+    work: tuple[Work, ...]
+
+    @property
+    def idle_cores(self) -> float:
+        """Cores that the idle side took, on average over all runs."""
+        wall_s = sum(row.wall_s for row in self.work)
+        return sum(row.idle_cpu_s for row in self.work) / wall_s if wall_s else 0.0
+
+
+class Turns:
+    """Whose turn it is; sends each run to that side and keeps what both took of the CPU."""
+
+    def __init__(self, stock: Side, ours: Side, load: Load) -> None:
+        self._sides = {side.policy.label: side for side in (stock, ours)}
+        self._load = load
+        self._now = stock.policy.label
+        self.work: list[Work] = []
+
+    async def switch(self, policy: Policy) -> None:
+        """It is this side's turn; nothing changes but where requests are sent."""
+        self._now = policy.label
+
+    async def measure(self, piece: Sequence[TraceRequest], salt: int) -> Run:
+        """One run on the side whose turn it is."""
+        before = {label: read_cpu_s(side.processes) for label, side in self._sides.items()}
+        begun_s = time.monotonic()
+        run = await measure_with(self.load_of(self._now))(piece, salt)
+        took = {label: read_cpu_s(side.processes) - before[label] for label, side in self._sides.items()}
+        busy_s = took.pop(self._now)
+        self.work.append(
+            Work(
+                label=self._now,
+                wall_s=time.monotonic() - begun_s,
+                busy_cpu_s=busy_s,
+                idle_cpu_s=sum(took.values()),
+            )
+        )
+        return run
+
+    def load_of(self, label: str) -> Load:
+        """The load, sent to that side."""
+        return replace(self._load, endpoint=Endpoint.parse(self._sides[label].url))
+
+
+async def measure(stock: Side, ours: Side, engine_url: str, source: Source, effort: Effort, say: Say) -> Measured:
+    """Everything, in order.
+
+    Args:
+        stock: A.
+        ours: B.
+        engine_url: an engine of A, asked for its model and its tokenizer: vllm-router need not offer them.
+        source: the requests.
+        effort: how much.
+        say: hears of each step.
+    """
+    load, served = await prepare_load(engine_url, None, source.seed)
+    fitted = read_source(source, served)
+    say(f"{source.title}: {fitted}")
+    turns = Turns(stock, ours, load)
+    await warm_up(turns, (stock, ours), fitted.requests, source.seed, say)
+    capacities = None
+    if (rate := effort.rate) is None:
+        capacities, rate = await find_load(turns, (stock, ours), fitted.requests, effort, say)
+    pieces = plan_pieces(fitted.requests, pairs=effort.pairs, piece_s=effort.piece_s, rate=rate, seed=source.seed)
+    sides = Sides(stock=stock.policy, ours=ours.policy)
+    pairs = await compare(Plan(pieces=pieces, seed=source.seed), turns.switch, turns.measure, say, sides)
+    return Measured(pairs=pairs, rate=rate, capacities=capacities, work=tuple(turns.work))
+
+
+async def warm_up(turns: Turns, sides: Sequence[Side], requests: tuple[TraceRequest, ...], seed: int, say: Say) -> None:
+    """A short closed loop on each side, which counts nowhere: an engine's first steps are slower than all others."""
+    for side in sides:
+        say(f"warming up: {side.policy.label}")
+        load = turns.load_of(side.policy.label).salted(build_salt(seed, _WARM_UP, 0))
+        await probe_capacity(requests, load, WARM_UP_S)
+
+
+async def find_load(
+    turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], effort: Effort, say: Say
+) -> tuple[tuple[float, float], float]:
+    """The capacities of A and of B by the same closed loop, and the rate of arrivals, a share of A's."""
+    stock, ours = sides
+    rate = await find_rate(requests, turns.load_of(stock.policy.label), effort, say)
+    load = turns.load_of(ours.policy.label).salted(PROBE_SALT)
+    capacity = await probe_capacity(requests, load, effort.piece_s)
+    say(f"for comparison: capacity {capacity:.2f} requests/s under {ours.policy.brief}")
+    return (rate / effort.load, capacity), rate

@@ -1,0 +1,131 @@
+"""A of the comparison: vLLM as it comes, behind vllm-router, planned from the same resource as MoEServing. Pure.
+
+The engines get the arguments and the environment that our agent would give them, without all that is ours: so model,
+precision, batch limits, KV cache and threads are equal by construction. What remains equal beyond that favours A: it
+has our choice of the executor for CPUs, too, which vLLM does not make by itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_agent.config import AgentConfig
+from moe_agent.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments, build_environment
+from moe_agent.node import build_node
+from moe_agent.pages import RUN_DIR_VARIABLE
+from moe_operator.api import MoEServing
+from moe_operator.api.resource import Runtime
+from moe_scheduling.problems import InvalidInput, Problem
+
+from moe_bench.gateway.processes import vllm_router_command
+
+OURS = (("--scheduler-cls", SCHEDULER), ("--scheduling-policy", "priority"), ("--middleware", MIDDLEWARE))
+"""The arguments that carry our layers into vLLM."""
+# An empty list of plugins: vLLM loads none, ours neither.
+NO_PLUGINS = {"VLLM_PLUGINS": ""}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A process to start, and the page that it answers when it serves."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockPlan:
+    """What should run; clients ask the router."""
+
+    engines: tuple[Program, ...]
+    router: Program
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All of them; the router waits for the engines by itself."""
+        return (*self.engines, self.router)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterChoice:
+    """The program vllm-router, its policy, its port and that of its metrics."""
+
+    program: Path
+    policy: str
+    port: int
+    metrics_port: int
+
+
+def check_comparable(resource: MoEServing) -> None:
+    """Refuses what stock vLLM could not serve in the same way beside it.
+
+    Raises:
+        InvalidInput: GPUs, which two sets of engines would share, or ranks that vllm-router does not see.
+    """
+    engine = resource.spec.engine
+    problems = []
+    if engine.runtime is not Runtime.VLLM_CPU:
+        message = "only vllm-cpu can be compared here: both sets of engines stand side by side"
+        problems.append(Problem("spec.engine.runtime", message))
+    if engine.parallelism.ranks > 1:
+        message = "must leave each engine one rank: vllm-router chooses engines, and stock vLLM on a CPU has no groups"
+        problems.append(Problem("spec.engine.parallelism", message))
+    if problems:
+        raise InvalidInput(problems)
+
+
+def plan_stock(
+    agents: Sequence[AgentConfig], router: RouterChoice, *, python: str, inherited: Mapping[str, str], cpus: int
+) -> StockPlan:
+    """The plan.
+
+    Args:
+        agents: our agents' configuration on this machine, with free ports for the engines.
+        router: vllm-router.
+        python: the interpreter that has vLLM.
+        inherited: this process's environment.
+        cpus: CPUs that it may use.
+    """
+    engines = tuple(_plan_engine(agent, index, python, inherited, cpus) for index, agent in enumerate(agents))
+    command = vllm_router_command(
+        router.program, router.policy, router.port, router.metrics_port, [agent.engine.port for agent in agents]
+    )
+    return StockPlan(
+        engines=engines,
+        router=Program(
+            name="vllm-router",
+            command=tuple(command),
+            environment=dict(inherited),
+            url=f"http://127.0.0.1:{router.port}",
+        ),
+    )
+
+
+def _plan_engine(agent: AgentConfig, index: int, python: str, inherited: Mapping[str, str], cpus: int) -> Program:
+    engine = agent.engine
+    arguments = remove_ours(build_arguments(engine, build_node(engine, inherited), cpu_build=True))
+    environment = build_environment(agent, inherited, cpu_build=True, cpus=cpus)
+    environment.pop(RUN_DIR_VARIABLE)
+    return Program(
+        name=f"stock-engine-{index}",
+        command=(python, *SERVER, *arguments),
+        environment=environment | NO_PLUGINS,
+        url=f"http://{engine.host}:{engine.port}",
+    )
+
+
+def remove_ours(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that carry our layers.
+
+    Raises:
+        ValueError: one of them is not there: the agent starts its engines in another way than this module knows.
+    """
+    left = list(arguments)
+    for option, value in OURS:
+        at = left.index(option)
+        if left[at + 1] != value:
+            raise ValueError(f"{option} is {left[at + 1]}, not {value}")
+        del left[at : at + 2]
+    return left

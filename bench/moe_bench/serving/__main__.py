@@ -56,7 +56,7 @@ def main(
     )  # fmt: skip
     check_source(source)
     effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate)
-    stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy))
+    stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy), piece_s)
     say = Narrator()
     try:
         with stopped_by_signals(), standing(stage, say) as bed:

@@ -24,7 +24,7 @@ from moe_bench.demo import Scene, served, set_scene, wait_ready
 from moe_bench.narration import Narrator
 from moe_bench.serving.measurement import Side
 from moe_bench.serving.processes import running
-from moe_bench.serving.stock import RouterChoice, StockPlan, check_comparable, plan_stock
+from moe_bench.serving.stock import RouterChoice, StockPlan, check_comparable, check_piece, plan_stock
 
 PLACE = "bench-serving"
 
@@ -55,15 +55,16 @@ class Stage:
     rival: Rival
 
 
-def plan_stage(manifest: Path | None, rival: Rival) -> Stage:
+def plan_stage(manifest: Path | None, rival: Rival, piece_s: float) -> Stage:
     """Reads the resource and plans A from it.
 
     Raises:
-        InvalidInput: the resource is none, cannot be compared, or its model is not there.
+        InvalidInput: the resource is none, cannot be compared or has no model there, or the pieces are too long.
     """
     scene = set_scene(manifest, PLACE)
     resource = load_resource(scene.manifest)
     check_comparable(resource)
+    check_piece(resource, piece_s)
     check_model(resource)
     return Stage(scene=scene, stock=_plan_stock(resource, scene, rival), rival=rival)
 

@@ -1,4 +1,4 @@
-"""Runs A's processes, and tells what CPU time each side takes.
+"""Runs A's processes; suspends the side whose turn it is not, and tells what CPU time each takes.
 
 Every process is a child of the agent's launcher and leads a group of its own: Ctrl-C at the terminal does not reach it,
 and it cannot outlive this process, however that ends. B is a deployment that `moeserving up` runs (`moe_bench.demo`).
@@ -115,6 +115,38 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def suspend(roots: Iterable[int]) -> None:
+    """Stops all that descends from these processes, but not themselves, nor a launcher.
+
+    Those stay able to end the others when their own parent is gone: a stopped process would notice nothing.
+    """
+    for process in _find_workers(roots):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+
+
+def resume(roots: Iterable[int]) -> None:
+    """Lets all that descends from these processes go on."""
+    for process in _find_workers(roots):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _find_workers(roots: Iterable[int]) -> list[psutil.Process]:
+    found = []
+    for root in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += psutil.Process(root).children(recursive=True)
+    return [process for process in found if not _is_launcher(process)]
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        return launcher.__file__ in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def read_cpu_s(roots: Iterable[int]) -> float:

@@ -14,8 +14,8 @@ from moe_bench.serving.measurement import Measured
 GOAL = 0.6
 """The mean TTFT that is aimed at, as a part of A's."""
 MEANT = "TTFT, mean"
-IDLE_LIMIT_CORES = 0.1
-"""More than this, and the idle side disturbs the other."""
+IDLE_LIMIT_CORES = 0.02
+"""More than this, and the side whose turn it is not disturbs the other."""
 
 
 def render(measured: Measured, sides: Sides, environment: Mapping[str, Any]) -> Table:
@@ -35,7 +35,7 @@ def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
     """The lines under the table: the goal, and what could have disturbed the measurement."""
     return [
         describe_goal(compare_metrics(measured.pairs)),
-        f"the side that stood idle took {measured.idle_cores:.3f} cores on average",
+        f"the side whose turn it was not was suspended; it took {measured.idle_cores:.3f} cores on average",
         *warn(measured, environment),
     ]
 

@@ -15,12 +15,15 @@ from moe_agent.node import build_node
 from moe_agent.pages import RUN_DIR_VARIABLE
 from moe_operator.api import MoEServing
 from moe_operator.api.resource import Runtime
+from moe_operator.api.units import duration_s
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_bench.gateway.processes import vllm_router_command
 
 OURS = (("--scheduler-cls", SCHEDULER), ("--scheduling-policy", "priority"), ("--middleware", MIDDLEWARE))
 """The arguments that carry our layers into vLLM."""
+SUSPENDED_PART = 0.75
+"""Of the liveness timeout; the rest is for the answers that come after a piece's last arrival."""
 # An empty list of plugins: vLLM loads none, ours neither.
 NO_PLUGINS = {"VLLM_PLUGINS": ""}
 
@@ -74,6 +77,21 @@ def check_comparable(resource: MoEServing) -> None:
         problems.append(Problem("spec.engine.parallelism", message))
     if problems:
         raise InvalidInput(problems)
+
+
+def check_piece(resource: MoEServing, piece_s: float) -> None:
+    """Refuses pieces so long that an agent, suspended meanwhile, could take its engine for dead.
+
+    Raises:
+        InvalidInput: they are longer than a part of the time that an agent waits for a sign of life.
+    """
+    longest_s = SUSPENDED_PART * duration_s(resource.spec.engine.liveness_timeout)
+    if piece_s > longest_s:
+        message = (
+            f"must be {longest_s:.0f} at most: B is suspended while A is measured, and its engines must answer within "
+            f"spec.engine.livenessTimeout ({resource.spec.engine.liveness_timeout}); raise --pairs instead"
+        )
+        raise InvalidInput([Problem("--piece-s", message)])
 
 
 def plan_stock(

@@ -21,11 +21,11 @@ from moe_bench.gateway.comparison import read_machine
 from moe_bench.replay_command import Source
 from moe_bench.serving import __main__ as command
 from moe_bench.serving import bed, measurement
-from moe_bench.serving.bed import Rival, Stage, plan_stage
+from moe_bench.serving.bed import Stage, plan_stage
 from moe_bench.serving.measurement import Measured, Side, Work, measure
 from moe_bench.serving.processes import DoesNotServe, read_cpu_s, resume, running, suspend
 from moe_bench.serving.report import build_document, describe, describe_goal, render
-from moe_bench.serving.stock import OURS, Program, check_comparable, remove_ours
+from moe_bench.serving.stock import OURS, Program, Rival, check_comparable, plan_router, remove_ours
 from moe_operator.api import load_resource
 from moe_operator.local.folder import Folder
 from moe_operator.local.machine import count_cpus, find_free_ports
@@ -47,6 +47,10 @@ class Page(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 print("up as", os.getpid(), flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Page).serve_forever()
+"""
+ROUTER = """#!{python}
+import sys
+del sys.argv[1 : sys.argv.index("--port") + 1]
 """
 SIDES = Sides(stock=Policy(label="stock", brief="stock vLLM"), ours=Policy(label="ours", brief="MoEServing"))
 
@@ -109,8 +113,8 @@ def until(condition) -> None:
 
 def test_stock_engines_differ_from_ours_by_nothing_but_what_is_ours(manifest):
     stage = stage_of(manifest)
-    assert len(stage.stock.engines) == 2
-    for engine in stage.stock.engines:
+    assert len(stage.engines) == 2
+    for engine in stage.engines:
         arguments = list(engine.command[engine.command.index("vllm.entrypoints.openai.api_server") + 1 :])
         assert "moe_agent" not in " ".join(engine.command)
         assert {"--max-num-seqs=64", "--max-num-batched-tokens=2048", "--dtype=float32"} <= set(arguments)
@@ -124,7 +128,7 @@ def test_stock_engines_differ_from_ours_by_nothing_but_what_is_ours(manifest):
 
 def test_a_stock_engine_loads_no_plugin_and_has_the_threads_that_ours_has(manifest, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    environment = stage_of(manifest).stock.engines[0].environment
+    environment = stage_of(manifest).engines[0].environment
     assert environment["VLLM_PLUGINS"] == ""
     assert not [name for name in environment if name.startswith("MOESERVING")]
     assert environment["OMP_NUM_THREADS"] == str(max(1, count_cpus() // 2))
@@ -132,12 +136,13 @@ def test_a_stock_engine_loads_no_plugin_and_has_the_threads_that_ours_has(manife
 
 
 def test_the_router_has_its_policy_and_all_engines(manifest):
-    plan = stage_of(manifest).stock
-    given = list(plan.router.command)
+    stage = stage_of(manifest)
+    router = plan_router(stage.rival, stage.engines, port=1234, metrics_port=1235, inherited={"A": "b"})
+    given = list(router.command)
     assert given[given.index("--policy") + 1] == "round_robin"
-    assert given[given.index("--worker-urls") + 1 :] == [engine.url for engine in plan.engines]
-    assert given[given.index("--port") + 1] == plan.router.url.rpartition(":")[2]
-    assert len({program.url for program in plan.programs}) == 3
+    assert given[given.index("--worker-urls") + 1 :] == [engine.url for engine in stage.engines]
+    assert given[given.index("--port") + 1] == "1234"
+    assert (router.url, router.environment) == ("http://127.0.0.1:1234", {"A": "b"})
 
 
 def test_arguments_that_are_not_as_the_agent_has_them_are_a_surprise():
@@ -364,9 +369,11 @@ def standing_in(manifest: Path):
     stage = stage_of(manifest)
     state = manifest.parents[1] / "state"
     scene = replace(stage.scene, deployment=replace(stage.scene.deployment, state_dir=state))
-    router = program("vllm-router")
-    stock = replace(stage.stock, engines=(program("stock-engine-0"),), router=router)
-    with bed.standing(replace(stage, scene=scene, stock=stock), bed.Narrator()) as found:
+    router = manifest.parents[1] / "vllm-router"
+    router.write_text(ROUTER.format(python=sys.executable) + SERVER)
+    router.chmod(0o755)
+    stage = replace(stage, scene=scene, engines=(program("engine"),), rival=replace(stage.rival, program=router))
+    with bed.standing(stage, bed.Narrator()) as found:
         yield found
 
 

@@ -17,10 +17,11 @@ from moe_bench.gateway.processes import DEFAULT_POLICY, POLICIES
 from moe_bench.narration import Narrator
 from moe_bench.replay_command import Source, check_source, write_json
 from moe_bench.server import run_async
-from moe_bench.serving.bed import Rival, plan_stage, standing
+from moe_bench.serving.bed import plan_stage, standing
 from moe_bench.serving.measurement import measure
 from moe_bench.serving.processes import DoesNotServe
 from moe_bench.serving.report import build_document, describe, render
+from moe_bench.serving.stock import Rival
 
 GENERATED_REQUESTS = 6000
 """Of a generated shape: enough that pieces need not overlap."""
@@ -69,7 +70,7 @@ def main(
     for line in describe(measured, environment):
         say.console.print(line, highlight=False, soft_wrap=True)
     if json_out:
-        commands = {program.name: program.command for program in stage.stock.programs}
+        commands = {program.name: program.command for program in bed.programs}
         write_json(json_out, build_document(measured, sides, source, effort, environment, commands))
 
 

@@ -8,10 +8,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_operator.api import MoEServing, load_resource
+from moe_operator.api import load_resource
 from moe_operator.local import machine
 from moe_operator.local.folder import Folder
 from moe_operator.local.model import check_model
@@ -20,30 +20,23 @@ from moe_operator.local.start import find_site
 from moe_operator.plan import plan_local
 
 from moe_bench.comparison import Policy
-from moe_bench.demo import Scene, served, set_scene, wait_ready
+from moe_bench.demo import Scene, free_port, served, set_scene, wait_ready
 from moe_bench.narration import Narrator
 from moe_bench.serving.measurement import Side
 from moe_bench.serving.processes import running
-from moe_bench.serving.stock import RouterChoice, StockPlan, check_comparable, check_piece, plan_stock
+from moe_bench.serving.stock import Program, Rival, check_comparable, check_piece, plan_engines, plan_router
 
 PLACE = "bench-serving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rival:
-    """vllm-router: the program and its policy."""
-
-    program: Path
-    policy: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Bed:
-    """Both sides, and an engine of A to ask for what vllm-router need not offer."""
+    """Both sides, an engine of A to ask for what vllm-router need not offer, and what A runs."""
 
     stock: Side
     ours: Side
     engine_url: str
+    programs: tuple[Program, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +44,12 @@ class Stage:
     """What is to be started."""
 
     scene: Scene
-    stock: StockPlan
+    engines: tuple[Program, ...]
     rival: Rival
 
 
 def plan_stage(manifest: Path | None, rival: Rival, piece_s: float) -> Stage:
-    """Reads the resource and plans A from it.
+    """Reads the resource and plans A's engines from it.
 
     Raises:
         InvalidInput: the resource is none, cannot be compared or has no model there, or the pieces are too long.
@@ -66,24 +59,17 @@ def plan_stage(manifest: Path | None, rival: Rival, piece_s: float) -> Stage:
     check_comparable(resource)
     check_piece(resource, piece_s)
     check_model(resource)
-    return Stage(scene=scene, stock=_plan_stock(resource, scene, rival), rival=rival)
-
-
-def _plan_stock(resource: MoEServing, scene: Scene, rival: Rival) -> StockPlan:
     site = find_site(resource, _folder(scene))
-    port, metrics_port = machine.find_free_ports(2, without=(*site.ports, scene.port))
-    return plan_stock(
-        plan_local(resource, site).agents,
-        RouterChoice(program=rival.program, policy=rival.policy, port=port, metrics_port=metrics_port),
-        python=sys.executable,
-        inherited=os.environ,
-        cpus=site.cpus,
-    )
+    agents = plan_local(resource, site).agents
+    engines = plan_engines(agents, python=sys.executable, inherited=os.environ, cpus=site.cpus)
+    return Stage(scene=scene, engines=engines, rival=rival)
 
 
 @contextlib.contextmanager
 def standing(stage: Stage, say: Narrator) -> Iterator[Bed]:
     """Starts both sides and gives them when they serve; ends them, however the block ends.
+
+    Ports are chosen as late as can be: within the minute that engines take to start, another program may take one.
 
     Raises:
         DoesNotServe: a process of A does not come up.
@@ -91,17 +77,21 @@ def standing(stage: Stage, say: Narrator) -> Iterator[Bed]:
     """
     logs = _folder(stage.scene).root / "stock"
     logs.mkdir(parents=True, exist_ok=True)
-    say(f"starting {len(stage.stock.engines)} stock engines and vllm-router; their logs are in {logs}")
-    with running(stage.stock.programs, logs) as processes:
-        say(f"stock vLLM serves at {stage.stock.router.url}")
-        with served(stage.scene, say, wait_ready):
-            yield Bed(
-                stock=Side(
-                    policy=name_stock(stage.rival.policy), url=stage.stock.router.url, processes=tuple(processes)
-                ),
-                ours=Side(policy=OURS, url=stage.scene.url, processes=_find_processes(stage.scene)),
-                engine_url=stage.stock.engines[0].url,
-            )
+    with contextlib.ExitStack() as stack:
+        say(f"starting {len(stage.engines)} stock engines and vllm-router; their logs are in {logs}")
+        processes = stack.enter_context(running(stage.engines, logs))
+        port, metrics_port = machine.find_free_ports(2)
+        router = plan_router(stage.rival, stage.engines, port=port, metrics_port=metrics_port, inherited=os.environ)
+        processes += stack.enter_context(running([router], logs))
+        say(f"stock vLLM serves at {router.url}")
+        scene = replace(stage.scene, port=free_port())
+        stack.enter_context(served(scene, say, wait_ready))
+        yield Bed(
+            stock=Side(policy=name_stock(stage.rival.policy), url=router.url, processes=tuple(processes)),
+            ours=Side(policy=OURS, url=scene.url, processes=_find_processes(scene)),
+            engine_url=stage.engines[0].url,
+            programs=(*stage.engines, router),
+        )
 
 
 OURS = Policy(label="MoEServing as the resource has it", brief="MoEServing")

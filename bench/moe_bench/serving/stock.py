@@ -39,26 +39,11 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StockPlan:
-    """What should run; clients ask the router."""
-
-    engines: tuple[Program, ...]
-    router: Program
-
-    @property
-    def programs(self) -> tuple[Program, ...]:
-        """All of them; the router waits for the engines by itself."""
-        return (*self.engines, self.router)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterChoice:
-    """The program vllm-router, its policy, its port and that of its metrics."""
+class Rival:
+    """vllm-router: the program and its policy."""
 
     program: Path
     policy: str
-    port: int
-    metrics_port: int
 
 
 def check_comparable(resource: MoEServing) -> None:
@@ -94,30 +79,30 @@ def check_piece(resource: MoEServing, piece_s: float) -> None:
         raise InvalidInput([Problem("--piece-s", message)])
 
 
-def plan_stock(
-    agents: Sequence[AgentConfig], router: RouterChoice, *, python: str, inherited: Mapping[str, str], cpus: int
-) -> StockPlan:
-    """The plan.
+def plan_engines(
+    agents: Sequence[AgentConfig], *, python: str, inherited: Mapping[str, str], cpus: int
+) -> tuple[Program, ...]:
+    """The engines.
 
     Args:
         agents: our agents' configuration on this machine, with free ports for the engines.
-        router: vllm-router.
         python: the interpreter that has vLLM.
         inherited: this process's environment.
         cpus: CPUs that it may use.
     """
-    engines = tuple(_plan_engine(agent, index, python, inherited, cpus) for index, agent in enumerate(agents))
-    command = vllm_router_command(
-        router.program, router.policy, router.port, router.metrics_port, [agent.engine.port for agent in agents]
-    )
-    return StockPlan(
-        engines=engines,
-        router=Program(
-            name="vllm-router",
-            command=tuple(command),
-            environment=dict(inherited),
-            url=f"http://127.0.0.1:{router.port}",
-        ),
+    return tuple(_plan_engine(agent, index, python, inherited, cpus) for index, agent in enumerate(agents))
+
+
+def plan_router(
+    rival: Rival, engines: Sequence[Program], *, port: int, metrics_port: int, inherited: Mapping[str, str]
+) -> Program:
+    """The router in front of them."""
+    ports = [int(engine.url.rpartition(":")[2]) for engine in engines]
+    return Program(
+        name="vllm-router",
+        command=tuple(vllm_router_command(rival.program, rival.policy, port, metrics_port, ports)),
+        environment=dict(inherited),
+        url=f"http://127.0.0.1:{port}",
     )
 
 

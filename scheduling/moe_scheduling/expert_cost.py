@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 from moe_scheduling.placement import Flags, Floats, Placement, Singles, count_copies, mark_hosts
 
+# Size of a product of matrices (m * n * k) up to which numpy's BLAS asks no other threads for help: on a busy machine
+# they are waited for many times longer than they save.
+_ALONE = 2**18
 # A token goes to its expert, and its result comes back.
 _DIRECTIONS = 2
 
@@ -205,9 +208,13 @@ def carry_costs(load: ExpertLoad, links: Floats) -> Singles:
     The links of all ranks work side by side, hence the division by their number.
     """
     sources, ranks = links.shape
-    tokens = load.tokens.reshape(sources, -1).astype(np.float32)
-    carried = tokens.T @ (links / ranks).astype(np.float32)
-    return np.asarray(carried).reshape(load.layers, load.experts, ranks)
+    tokens = load.tokens.astype(np.float32).transpose(1, 2, 0)
+    weights = (links / ranks).astype(np.float32)
+    carried = np.empty((load.layers, load.experts, ranks), np.float32)
+    width = max(_ALONE // (sources * ranks), 1)
+    for first in range(0, load.experts, width):
+        carried[:, first : first + width] = tokens[:, first : first + width] @ weights
+    return carried
 
 
 def handover_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats | None:
@@ -259,7 +266,7 @@ def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     part = 1 / count_copies(table, load.experts).reshape(-1)[cells]
     own = by_source[same_rank.argmax(0)[rank], cells] * part
     ranks_of_node = placement.ranks // placement.nodes
-    near = same_node[:, ::ranks_of_node].T.astype(np.float64) @ by_source
+    near = np.stack([by_source[on_node].sum(0) for on_node in same_node[:, ::ranks_of_node].T])
     by_node = near[rank // ranks_of_node, cells] * part
     return _Arrivals(total, float(own.sum()), float(by_node.sum()))
 

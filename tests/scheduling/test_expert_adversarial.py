@@ -91,6 +91,30 @@ def test_copies_on_one_rank_are_spread():
     assert decision.balance_after.mean < decision.balance_before.mean
 
 
+def test_a_copy_for_which_all_room_is_on_its_own_rank_goes_to_another_that_gives_one_of_its_own():
+    placement = Placement(physical_to_logical=np.array([[0, 1, 1, 2, 3, 4]]), ranks=2)
+    free = ExpertCosts(token_s=1e-6)
+    decision = plan_experts(ExpertLoad(tokens=[[[8.0, 1, 1, 1, 1]]]), placement, free, ExpertSettings(move_budget=2))
+    assert decision.balance_after.mean == 1.0
+    assert decision.moves == 2
+    for rank in np.split(decision.candidate.physical_to_logical[0], 2):
+        assert 0 in rank
+
+
+@pytest.mark.parametrize(
+    "group", [{"experts": 128, "ranks": 8, "redundant": 16}, {"experts": 256, "ranks": 32, "redundant": 32}]
+)
+def test_a_load_on_few_experts_is_as_even_as_a_placement_made_anew_with_a_quarter_of_its_moves(group):
+    """DeepSeek's global way comes to 1.000 and 1.020 here, and moves 94 and 97 % of the slots."""
+    generator = np.random.default_rng(0)
+    weights = np.arange(1, group["experts"] + 1) ** -1.2
+    tokens = [[generator.permutation(weights) for _ in range(8)]]
+    placement = initial_placement(layers=8, **group)
+    decision = plan_experts(ExpertLoad(tokens=tokens), placement, ExpertCosts(token_s=1.0), SETTINGS)
+    assert decision.balance_after.mean < {8: 1.002, 32: 1.02}[group["ranks"]]
+    assert decision.moves <= 0.24 * 8 * placement.slots
+
+
 def test_load_and_placement_of_different_models_are_refused():
     placement = initial_placement(layers=1, experts=4, redundant=0, ranks=2)
     with pytest.raises(ValueError, match=re.escape("the placement has 1 layers, the load 2")):

@@ -1,0 +1,87 @@
+"""The path of the search: what it says of each state is what a placement in that state is."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.expert_copies import wanted_copies
+from moe_scheduling.expert_search import Path, Problem, apply_steps, search_steps
+from moe_scheduling.placement import Placement, count_copies, count_moves
+
+
+@st.composite
+def problems(draw):
+    """Loads, traffic or none, and a placement with copies anywhere."""
+    ranks, places, layers = draw(st.integers(1, 9)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    experts = draw(st.integers(1, ranks * places))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    spare = ranks * places - experts
+    rows = [np.concatenate([np.arange(experts), generator.integers(0, experts, spare)]) for _ in range(layers)]
+    table = np.array([generator.permutation(row) for row in rows])
+    work = generator.pareto(draw(st.sampled_from([0.5, 1.5])), (layers, experts)) * draw(st.sampled_from([0.0, 1.0]))
+    carry = generator.random((layers, experts, ranks)).astype(np.float32) if draw(st.booleans()) else None
+    problem = Problem(work_s=work, carry_s=carry, move_price_s=0.01, most_moves=draw(st.integers(0, 20)))
+    return problem, Placement(physical_to_logical=table, ranks=ranks)
+
+
+def cost(problem: Problem, table: np.ndarray, ranks: int) -> np.ndarray:
+    """[layer]: the busiest rank and the traffic."""
+    layers, experts = problem.work_s.shape
+    copies = count_copies(table, experts)
+    rank, layer = np.arange(table.shape[1]) // (table.shape[1] // ranks), np.arange(layers)[:, None]
+    load = (problem.work_s / copies)[layer, table].reshape(layers, ranks, -1).sum(2).max(1)
+    carry = (
+        np.zeros(layers) if problem.carry_s is None else (problem.carry_s[layer, table, rank] / copies[layer, table])
+    )
+    return load + carry.reshape(layers, -1).sum(1)
+
+
+def states(path: Path):
+    count, layers = path.moves.shape
+    return [np.full(layers, number) for number in range(count)]
+
+
+@given(problems())
+def test_each_state_of_the_path_wins_and_moves_what_it_says(given_problem):
+    problem, placement = given_problem
+    path, start = search_steps(problem, placement), placement.physical_to_logical
+    before = cost(problem, start, placement.ranks)
+    for number, state in enumerate(states(path)):
+        table = apply_steps(path, start, state)
+        won = before - cost(problem, table, placement.ranks)
+        assert won == pytest.approx(path.won_s[number], rel=1e-3, abs=1e-4 * (1 + before.max()))
+        after = Placement(physical_to_logical=table, ranks=placement.ranks)
+        assert count_moves(placement, after).tolist() == path.moves[number].tolist()
+        assert (count_copies(table, problem.work_s.shape[1]) > 0).all()
+
+
+@given(problems())
+def test_the_search_leaves_what_it_was_given_as_it_was(given_problem):
+    problem, placement = given_problem
+    table, work = placement.physical_to_logical.copy(), problem.work_s.copy()
+    search_steps(problem, placement)
+    assert (placement.physical_to_logical == table).all()
+    assert (problem.work_s == work).all()
+
+
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_a_layer_is_searched_as_if_it_were_alone(given_problem, seed):
+    problem, placement = given_problem
+    order = np.random.default_rng(seed).permutation(placement.layers)
+    for layer in order[:1]:
+        carry = None if problem.carry_s is None else problem.carry_s[[layer]]
+        alone = Problem(work_s=problem.work_s[[layer]], carry_s=carry, move_price_s=0.01, most_moves=problem.most_moves)
+        table = placement.physical_to_logical
+        one = search_steps(alone, Placement(physical_to_logical=table[[layer]], ranks=placement.ranks))
+        every = search_steps(problem, placement)
+        end = apply_steps(every, table, np.full(placement.layers, len(every.moves)))[layer]
+        assert (apply_steps(one, table[[layer]], np.array([len(one.moves)]))[0] == end).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 16), st.integers(1, 6), st.integers(0, 12))
+def test_no_more_copies_are_wanted_than_there_is_room_for(seed, ranks, places, spare):
+    spare = min(spare, ranks * places - 1)
+    work = np.random.default_rng(seed).pareto(0.7, (3, ranks * places - spare)).astype(np.float32)
+    wanted = wanted_copies(work, spare, ranks, places)
+    assert wanted.min() >= 1
+    assert (wanted - 1).sum(1).max() <= spare

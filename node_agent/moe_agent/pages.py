@@ -26,7 +26,7 @@ from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
@@ -42,7 +42,7 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddddd??6xQ16sQQQddQ")
+CONTROL_BODY = struct.Struct("<Q16sddddd???5xQ16sQQQddQ")
 PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ")
 _LOAD, _PART = 5, 3
 EXPERT_BODY = struct.Struct("<Qdd")
@@ -312,6 +312,7 @@ class ControlPageWriter(_Writer):
             request.first_token_weight,
             request.yield_prefills,
             request.cut_prefills,
+            request.schedule_late,
             request.kv_growth_blocks,
             expert.mode.value.encode(),
             expert.interval_steps,
@@ -333,8 +334,8 @@ class ControlPageReader(_Reader):
         """By default with the patience of an engine step: none."""
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
-        prefill_hold_s, first_token_weight, yield_prefills, cut_prefills, kv_growth_blocks = body[5:10]
-        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[10:]
+        prefill_hold_s, first_token_weight, yield_prefills, cut_prefills, schedule_late, kv_growth_blocks = body[5:11]
+        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[11:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -346,6 +347,7 @@ class ControlPageReader(_Reader):
                 first_token_weight=first_token_weight,
                 yield_prefills=yield_prefills,
                 cut_prefills=cut_prefills,
+                schedule_late=schedule_late,
                 kv_growth_blocks=kv_growth_blocks,
             ),
             expert=ExpertSettings(

@@ -73,6 +73,13 @@ class StepCurve:
             return None
         return Curve(self._token_s, self._base_s + self._decode_s * decoding, self._bends)
 
+    def step_s(self, prefill_tokens: int, decoding_requests: int, all_tokens: int) -> float:
+        """Seconds of a step with these tokens and requests of its fullest rank; 0 until enough steps were seen."""
+        if not self._is_known:
+            return 0.0
+        bent_s = sum(bend.token_s * (all_tokens - bend.tokens) for bend in self._bends if all_tokens > bend.tokens)
+        return self._base_s + self._token_s * prefill_tokens + self._decode_s * decoding_requests + bent_s
+
     def observe(self, *, prefill_tokens: int, decoding_requests: int, all_tokens: int, step_s: float) -> None:
         """Takes one step into account: the tokens and requests of its fullest rank, and the tokens of all ranks."""
         if not (0.0 < step_s < math.inf and all_tokens > 0):

@@ -52,6 +52,8 @@ class RequestSettings:
             come before what is left of it.
         cut_prefills: under `sjf`, whether a step may take less of the prompts than it has room for, where their tokens
             would take longer in one step than in two.
+        schedule_late: under `sjf` and where steps are scheduled ahead (vLLM's asynchronous scheduling), whether the
+            next step is scheduled just before the end of the one that runs, and not at its begin.
         kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
             so that running requests can grow without a preemption. 0: none, as vLLM does.
 
@@ -63,10 +65,11 @@ class RequestSettings:
     ageing_rate: float = 1000.0
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
-    prefill_hold_s: float = 0.5
+    prefill_hold_s: float = 0.0
     first_token_weight: float = 40.0
     yield_prefills: bool = True
     cut_prefills: bool = True
+    schedule_late: bool = True
     kv_growth_blocks: int = 1
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ T = TypeVar("T")
 SATURATION = "saturation"
 # The greatest is beyond the saturation of vLLM as it comes, where the knee of its best rival is.
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.25)
+# What scheduling and launching a step take where they are not hidden behind another step, on a GPU (assumed).
+EXPOSED_S = 0.002
 ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
 
 
@@ -93,9 +95,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         variants=(
             *ABLATION,
             "oursNoOrder",
-            "oursNoHold",
+            "oursHold",
             "oursNoYield",
             "oursNoCut",
+            "oursNotLate",
             "oursNoGrowth",
             "oursDefaultAgeing",
         ),
@@ -234,6 +237,7 @@ def _base(run: Run, workload: Workload, trace: tuple[TraceRequest, ...]) -> Simu
             max_num_seqs=fleet.max_num_seqs, kv_blocks=cost.kv_blocks(fleet.ranks), max_model_len=CONTEXT_TOKENS
         ),
         senders=workload.senders,
+        exposed_s=EXPOSED_S,
         seed=run.seed,
     )
 

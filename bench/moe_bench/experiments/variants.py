@@ -47,11 +47,17 @@ class Variant:
 
 
 def _stock(
-    label: str, rival: str = "vllmInternal", *, by_length: bool = False, gateways: int = 1, **limits: Any
+    label: str,
+    rival: str = "vllmInternal",
+    *,
+    by_length: bool = False,
+    gateways: int = 1,
+    ahead: bool = True,
+    **limits: Any,
 ) -> Variant:
     return Variant(
         label=label,
-        changes={"scheduler": STOCK, "dispatch": rival, "gateways": gateways},
+        changes={"scheduler": STOCK, "dispatch": rival, "gateways": gateways, "async_scheduling": ahead},
         limits=limits,
         is_rival=True,
         by_length=by_length,
@@ -93,11 +99,12 @@ VARIANTS: Mapping[str, Variant] = {
         changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _AS_VLLM},
         uses_product=True,
     ),
-    # Ablations: one lever of layer 1 off at a time. Without a shift for its size a request's key is its arrival.
+    # Ablations: one lever of layer 1 otherwise at a time. Without a shift for its size a request's key is its arrival.
     "oursNoOrder": _less("ours, by arrival", ageing_horizon_s=0.0),
-    "oursNoHold": _less("ours, prefills not held", prefill_hold_s=0.0),
     "oursNoYield": _less("ours, chunks do not yield", yield_prefills=False),
     "oursNoCut": _less("ours, prefills not cut", cut_prefills=False),
+    "oursHold": _less("ours, prefills held", prefill_hold_s=0.5),
+    "oursNotLate": _less("ours, steps not scheduled late", schedule_late=False),
     "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
     "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
     # The same with less to go by.
@@ -117,6 +124,7 @@ VARIANTS: Mapping[str, Variant] = {
     "vllmInterval3": _stock("vLLM, prefills in every third step", prefill_schedule_interval=3),
     "vllmLongPrefill": _stock("vLLM, 512 tokens of a long prompt a step", long_prefill_token_threshold=512),
     "vllmPriority": _stock("vLLM, priority by length", by_length=True, scheduling_policy="priority"),
+    "vllmNotAhead": _stock("vLLM, steps not scheduled ahead", ahead=False),
     # vLLM behind others' routers.
     "roundRobin": _stock("vLLM, round robin", "roundRobin"),
     "powerOfTwo": _stock("vLLM, vllm-router power of two", "powerOfTwo"),
@@ -124,6 +132,7 @@ VARIANTS: Mapping[str, Variant] = {
     "cacheAware": _stock("vLLM, vllm-router cache aware", "cacheAware"),
     "llmD": _stock("vLLM, llm-d's scorers", "llmD"),
     "dynamo": _stock("vLLM, Dynamo's router", "dynamo"),
+    "dynamoNotAhead": _stock("vLLM, Dynamo's router, steps not scheduled ahead", "dynamo", ahead=False),
     "vllmGateways": replace(_stock("vLLM, four API servers", gateways=GATEWAYS), is_rival=False),
     "gimbal": Variant(
         label="Gimbal, reconstructed",

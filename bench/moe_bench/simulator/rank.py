@@ -126,6 +126,11 @@ class Rank:
         """Whether any request has not ended."""
         return bool(self.scheduler.has_unfinished_requests())
 
+    def late_s(self, now_s: float) -> float:
+        """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
+        self.now_s = now_s
+        return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
+
     def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
         """What the next step carries."""
         self.now_s = now_s

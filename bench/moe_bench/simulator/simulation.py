@@ -62,6 +62,7 @@ class Simulation:
         startup_s: when each server is ready first: one value for all, or one for each.
         failures: what breaks.
         async_scheduling: whether a step is scheduled while the one before it runs, as vLLM does by default.
+        exposed_s: seconds that a step takes longer when it was not scheduled while another one ran.
         seed: of senders and of what rivals draw.
     """
 
@@ -82,6 +83,7 @@ class Simulation:
     startup_s: float | tuple[float, ...] = 0.0
     failures: Sequence[Failure] = ()
     async_scheduling: bool = True
+    exposed_s: float = 0.0
     seed: int = 0
 
 
@@ -169,6 +171,7 @@ def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> Group:
         simulation.cost,
         prefill_interval=simulation.limits.prefill_schedule_interval,
         ahead=2 if simulation.async_scheduling else 1,
+        exposed_s=simulation.exposed_s,
     )
 
 

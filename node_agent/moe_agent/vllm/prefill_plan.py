@@ -50,9 +50,19 @@ class PrefillPlan:
         """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
         if settings.policy is not RequestPolicy.SJF:
             settings = replace(
-                settings, prefill_hold_s=0.0, yield_prefills=False, cut_prefills=False, kv_growth_blocks=0
+                settings,
+                prefill_hold_s=0.0,
+                yield_prefills=False,
+                cut_prefills=False,
+                schedule_late=False,
+                kv_growth_blocks=0,
             )
         self._settings = settings
+
+    @property
+    def settings(self) -> RequestSettings:
+        """Those in force."""
+        return self._settings
 
     def begin(self, pace: Pace | None, now_s: float) -> None:
         """Plans the step that vLLM schedules now."""
@@ -69,9 +79,7 @@ class PrefillPlan:
         if self._settings.yield_prefills and partial and scheduler.waiting:
             self._let_others_first(ready)
 
-    def _plan_group(
-        self, group: PrefillGroup, ready: list[Waiting[Request]], pace: Pace | None, now_s: float
-    ) -> None:  # fmt: skip
+    def _plan_group(self, group: PrefillGroup, ready: list[Waiting[Request]], pace: Pace | None, now_s: float) -> None:
         self._before = self._load(ready, now_s)
         states = group.others(now_s)
         others = [load_in_this_step(state, self._decided_s, now_s) for state in states]

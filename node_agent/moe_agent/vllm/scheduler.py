@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_scheduling.late import LateStart
 from moe_scheduling.prefill import Pace
 from moe_scheduling.request import RequestSettings
 from moe_scheduling.signals import EngineSignal
@@ -26,6 +27,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -40,6 +42,7 @@ from moe_agent.pages import (
 )
 from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
+from moe_agent.vllm.late_start import start_late
 from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.version import check_version
@@ -59,6 +62,7 @@ class StepWork:
     own_prefill_tokens: int
     own_decoding: int
     others: OtherParts
+    predicted_s: float = 0.0
     step_s: float = 0.0
 
 
@@ -85,6 +89,7 @@ class OrderedScheduler(AsyncScheduler):
         self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
         self._step_curve = StepCurve()
+        self._late = LateStart()
         self._mean_step_s = 0.0
         self._last_output_s = 0.0
         self._busy = False
@@ -95,6 +100,8 @@ class OrderedScheduler(AsyncScheduler):
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
+        if run_dir and self.vllm_config.scheduler_config.async_scheduling:
+            start_late(EngineCoreProc)
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
@@ -171,6 +178,8 @@ class OrderedScheduler(AsyncScheduler):
             len(scheduled) - len(prefill_tokens),
             self._plan.others,
         )
+        if work.tokens:
+            work.predicted_s = self._step_curve.step_s(*_fullest(work))
         self._step_work.append(work)
         self._last_planned = work
         return work
@@ -180,14 +189,25 @@ class OrderedScheduler(AsyncScheduler):
         work = self._step_work.popleft()
         if work.tokens:
             self._computed_tokens += work.tokens
-            # With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
-            # output comes; after an idle gap it begins when it is scheduled.
-            work.step_s = now_s - (self._last_output_s if self._busy else work.scheduled_s)
+            work.step_s = now_s - self._begun_s(work)
+            self._late.observe(work.predicted_s, work.step_s)
             self._learn_late(work)
             self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
         self.publish()
+
+    def _begun_s(self, work: StepWork) -> float:
+        """With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
+        output comes; after an idle gap, or where the predecessor ended sooner, it begins when it is scheduled."""
+        return max(self._last_output_s, work.scheduled_s) if self._busy else work.scheduled_s
+
+    def late_s(self) -> float:
+        """Seconds that the scheduling of the next step may still wait for what comes; 0 where it may not."""
+        if len(self._step_work) != 1 or not self._plan.settings.schedule_late:
+            return 0.0
+        work = self._step_work[0]
+        return max(0.0, self._begun_s(work) + self._late.wait_s(work.predicted_s) - self.clock())
 
     def _complete_last_step(self) -> None:
         """A step is planned from what the others may put into it; before the next one they have told what they did."""
@@ -204,14 +224,10 @@ class OrderedScheduler(AsyncScheduler):
         self._unlearnt = work
 
     def _learn(self, work: StepWork) -> None:
-        prefill_tokens = max(work.own_prefill_tokens, work.others.prefill_tokens)
-        decoding = max(work.own_decoding, work.others.decoding)
+        prefill_tokens, decoding, all_tokens = _fullest(work)
         self._step_time.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding, step_s=work.step_s)
         self._step_curve.observe(
-            prefill_tokens=prefill_tokens,
-            decoding_requests=decoding,
-            all_tokens=work.tokens + work.others.tokens,
-            step_s=work.step_s,
+            prefill_tokens=prefill_tokens, decoding_requests=decoding, all_tokens=all_tokens, step_s=work.step_s
         )
 
     # 3. Publish.
@@ -314,6 +330,16 @@ class OrderedScheduler(AsyncScheduler):
         if self._expert_page is None:
             return self._config_version
         return min(self._config_version, self._experts.config_version)
+
+
+def _fullest(work: StepWork) -> tuple[int, int, int]:
+    """Prompt tokens and decoding requests of the fullest rank, and the tokens of all ranks."""
+    others = work.others
+    return (
+        max(work.own_prefill_tokens, others.prefill_tokens),
+        max(work.own_decoding, others.decoding),
+        work.tokens + others.tokens,
+    )
 
 
 def _open_expert_page(run_dir: Path, rank: int) -> ExpertPageReader | None:

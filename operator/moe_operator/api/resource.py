@@ -386,6 +386,11 @@ class RequestScheduling(Section):
         description="Under `sjf`, a step takes less of the prompts than it has room for where their tokens would take "
         "longer in one step than in two, by the step times that are measured.",
     )
+    schedule_late: Flag = Field(
+        default=_REQUEST.schedule_late,
+        description="Under `sjf` and where vLLM schedules asynchronously, as on GPUs, the next step is scheduled just "
+        "before the end of the one that runs, so that requests that come meanwhile are in it.",
+    )
     kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
         default=_REQUEST.kv_growth_blocks,
         description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "

@@ -19,6 +19,7 @@ def request_settings(section: RequestScheduling) -> RequestSettings:
         first_token_weight=section.first_token_weight,
         yield_prefills=section.yield_prefills,
         cut_prefills=section.cut_prefills,
+        schedule_late=section.schedule_late,
         kv_growth_blocks=section.kv_growth_blocks,
     )
 

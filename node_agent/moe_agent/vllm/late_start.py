@@ -1,0 +1,57 @@
+"""Lets an engine core wait with the scheduling of a step while one runs; what comes meanwhile is in that step.
+
+Set in place by the scheduler, in the process of the engine core, where vLLM schedules asynchronously. How long is the
+scheduler's decision (`moe_scheduling.late`); here is the wait alone. vLLM 0.32 takes in what has come, then schedules:
+`EngineCoreProc._process_input_queue` is called between the two, once in each turn of its loop.
+
+Invariants: nothing waits unless exactly one batch is on its way; what comes is taken in at once; a batch that is seen
+to have ended ends the wait.
+"""
+
+import queue
+from typing import Any, Protocol
+
+# Between two looks whether the batch has ended: a prediction that is too long costs at most so much.
+_LOOK_S = 0.001
+
+
+class _LateScheduler(Protocol):
+    def late_s(self) -> float:
+        """Seconds that the next step may still wait."""
+
+
+def start_late(core_class: Any) -> None:
+    """Makes the cores of this class wait; once for a class."""
+    if not hasattr(core_class._process_input_queue, "waits_for"):
+        core_class._process_input_queue = _waiting(core_class._process_input_queue)
+
+
+def _waiting(process_input_queue: Any) -> Any:
+    def process_then_wait(core: Any) -> None:
+        process_input_queue(core)
+        if core.batch_queue and len(core.batch_queue) == 1 and hasattr(core.scheduler, "late_s"):
+            wait(core, core.scheduler)
+
+    process_then_wait.waits_for = process_input_queue  # type: ignore[attr-defined]
+    return process_then_wait
+
+
+def wait(core: Any, scheduler: _LateScheduler) -> None:
+    """Until it is time to schedule, taking in what comes."""
+    future = core.batch_queue[-1][0]
+    while (left_s := scheduler.late_s()) > 0.0 and core.is_running() and not has_ended(future):
+        try:
+            request = core.input_queue.get(timeout=min(left_s, _LOOK_S))
+        except queue.Empty:
+            continue
+        core._handle_client_request(*request)
+
+
+def has_ended(future: Any) -> bool:
+    """Whether a batch is known to have ended.
+
+    vLLM's futures find that out when asked for the result, which blocks; on a GPU the event behind it tells. Where
+    nothing tells, the prediction alone decides.
+    """
+    event = getattr(getattr(future, "async_output", None), "async_copy_ready_event", None)
+    return bool(future.done() or (event is not None and event.query()))

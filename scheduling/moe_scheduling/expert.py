@@ -6,7 +6,8 @@ worth in seconds a step; the gate here says how far along the path to go, if at 
 
 Invariants: a placement that is moved to has each expert in a slot and no slot more; what stays on its rank stays in its
 slot; never more moves than the budget; nothing moves unless the time won until the next decision, as far as the load
-has proved to stay what it is, exceeds the cost; the answer depends on the arguments alone.
+has proved to stay what it is, exceeds the cost, but to go back where moving has lost (`expert_account.py`); the answer
+depends on the arguments alone.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_scheduling.expert_account import Account, keep_account, plan_retreat
 from moe_scheduling.expert_cost import (
     Balance,
     ExpertCosts,
@@ -38,6 +40,7 @@ from moe_scheduling.placement import (
 )
 
 __all__ = [
+    "Account",
     "Balance",
     "ExpertCosts",
     "ExpertHistory",
@@ -156,11 +159,13 @@ class ExpertHistory:
         load: what the last decision looked at; None before the first.
         trial: the last plan; None if there was none.
         trust: how much of their promises the last plans would have kept, -1 to 1.
+        account: what moving has come to since the first decision; None before it.
     """
 
     load: ExpertLoad | None = None
     trial: Trial | None = None
     trust: float = 1.0
+    account: Account | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -228,7 +233,8 @@ def plan_experts(
     first. The stability of the load is measured in what counts, the time won: the part of its gain that the candidate
     would also have had under the load before (what is of this window alone would not), and the part of their promises
     that the last plans would have kept since, whether they were carried out or not. Without a history the load is taken
-    to stay.
+    to stay. Where moving has lost more than may be lost since the first decision, nothing moves but back to where the
+    experts lay then.
 
     Args:
         load: of a window of steps.
@@ -245,6 +251,8 @@ def plan_experts(
     check_experts(placement, layers=load.layers, experts=load.experts)
     known = _learn(history or ExpertHistory(), load, costs)
     before = score_placement(load, placement, costs)
+    account = keep_account(known.account, load, placement, before[0].total_s, costs)
+    known = replace(known, account=account)
     budget = settings.move_budget or _round_budget(placement)
     path = _search(load, placement, costs, settings, budget)
     least_s = _LEAST_WORTH * before[0].total_s / placement.layers
@@ -260,6 +268,11 @@ def plan_experts(
         option = smaller if smaller.gain_s > 0 else option
     if option.gain_s <= 0:
         option = weigh(least_s)
+    if account.in_the_red:
+        back = plan_retreat(account, budget, costs)
+        if back is not placement:
+            return _go_back(back, load, placement, costs, before, known)
+        option = replace(option, stability=0.0)
     return _decide(option, load, placement, costs, settings, before, known)
 
 
@@ -384,27 +397,45 @@ def _decide(
     before: Score,
     known: ExpertHistory,
 ) -> Move | Stay:
-    cost_s = option.moves * costs.move_s
-    needed_s = (1 + settings.hysteresis) * cost_s
+    told = _told(option, load, placement, costs, before, known)
+    needed_s = (1 + settings.hysteresis) * told["cost_s"]
     sure_s = option.gain_s * costs.horizon_steps
+    if option.gain_s > 0 and option.stability > 0 and sure_s * option.stability >= needed_s:
+        return Move(**told, reasons=_reasons(option, before[0], sure_s, told["cost_s"]))
+    return Stay(**told, **_why_not(load, option, sure_s, needed_s))
+
+
+def _go_back(
+    back: Placement, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
+) -> Move:
+    score = score_placement(load, back, costs)
+    gain_s = before[0].total_s - score[0].total_s
+    moves = int(count_moves(placement, back).sum())
+    option = _Option(placement=back, moves=moves, gain_s=gain_s, stability=1.0, score=score)
+    assert known.account is not None
+    why = f"moving has lost {-known.account.won_s:.4g} s since the first decision: back to where the experts lay then"
+    return Move(**_told(option, load, placement, costs, before, known), reasons=(why,))
+
+
+def _told(
+    option: _Option, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
+) -> dict[str, Any]:
+    """What both answers tell, by field."""
     trial = None
     if option.gain_s > 0:
         trial = Trial(before=placement, after=option.placement, promise=option.gain_s / before[0].total_s)
-    told: dict[str, Any] = {
+    return {
         "candidate": option.placement,
         "moves": option.moves,
         "gain_s": option.gain_s,
-        "cost_s": cost_s,
+        "cost_s": option.moves * costs.move_s,
         "stability": option.stability,
         "balance_before": before[1],
         "balance_after": option.score[1],
         "terms_before": before[0],
         "terms_after": option.score[0],
-        "history": ExpertHistory(load=load, trial=trial, trust=known.trust),
+        "history": ExpertHistory(load=load, trial=trial, trust=known.trust, account=known.account),
     }
-    if option.gain_s > 0 and option.stability > 0 and sure_s * option.stability >= needed_s:
-        return Move(**told, reasons=_reasons(option, before[0], sure_s, cost_s))
-    return Stay(**told, **_why_not(load, option, sure_s, needed_s))
 
 
 def _reasons(option: _Option, before: Terms, sure_s: float, cost_s: float) -> tuple[str, ...]:

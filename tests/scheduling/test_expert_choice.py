@@ -154,15 +154,17 @@ def test_a_round_moves_no_more_than_a_quarter_of_a_new_placement():
 HOT = [[[5.0, 5.0, 1.0, 1.0]]]
 
 
-def test_a_load_that_does_not_last_moves_nothing():
+def test_a_load_that_does_not_last_moves_nothing_but_what_is_taken_back():
     """Another pair of experts is hot each time: what one load asks for, the next does not."""
-    placement, history, outcomes = placed([0, 1, 2, 3]), None, []
+    start = placement = placed([0, 1, 2, 3])
+    history, outcomes = None, []
     costs = ExpertCosts(token_s=1e-3, move_s=0.1)
     for tokens in ([5, 5, 1, 1], [5, 1, 5, 1], [5, 1, 1, 5]) * 3:
         decision = plan([[tokens]], placement, costs, history=history)
         outcomes.append(type(decision))
         placement, history = decision.candidate if isinstance(decision, Move) else placement, decision.history
-    assert outcomes == [Move] + [Stay] * 8
+    assert outcomes == [Move, Stay, Move] + [Stay] * 6
+    assert (placement.physical_to_logical == start.physical_to_logical).all()
 
 
 def test_a_gain_that_the_load_before_would_not_have_had_is_not_counted_on():

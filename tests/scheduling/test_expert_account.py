@@ -1,0 +1,121 @@
+"""What moving has come to since the beginning: the account, going back, and the bound on what is lost."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_scheduling.expert import (
+    Account,
+    ExpertCosts,
+    ExpertHistory,
+    ExpertLoad,
+    ExpertSettings,
+    Move,
+    Placement,
+    Stay,
+    StayReason,
+    count_moves,
+    initial_placement,
+    plan_experts,
+    score_placement,
+)
+from moe_scheduling.expert_account import keep_account, plan_retreat
+
+COSTS = ExpertCosts(token_s=1e-3, move_s=0.5, horizon_steps=1000)
+HOT = ExpertLoad(tokens=[[[5.0, 5.0, 1.0, 1.0]]])
+
+
+def placed(*rows):
+    return Placement(physical_to_logical=np.array(rows), ranks=2)
+
+
+START, SWAPPED = placed([0, 1, 2, 3]), placed([0, 2, 1, 3])
+
+
+def keep(account, placement, load=HOT):
+    return keep_account(account, load, placement, score_placement(load, placement, COSTS)[0].total_s, COSTS)
+
+
+def test_the_account_counts_what_placements_win_against_the_first_and_what_moves_cost():
+    first = keep(None, START)
+    assert (first.won_s, first.paid_s, first.lived_s) == (0.0, 0.0, 10.0)
+    moved = keep(first, SWAPPED)
+    assert (moved.won_s, moved.paid_s, moved.lived_s) == (4.0, 1.0, 16.0)
+    back = keep(moved, START)
+    assert (back.won_s, back.paid_s, back.lived_s) == (4.0, 2.0, 26.0)
+    assert not back.in_the_red
+
+
+def test_a_plan_that_is_not_carried_out_costs_nothing():
+    history = None
+    for _ in range(3):
+        decision = plan_experts(HOT, START, COSTS, ExpertSettings(), history)
+        assert isinstance(decision, Move)
+        history = decision.history
+    assert history.account.paid_s == 0.0
+
+
+def test_a_group_of_other_slots_begins_anew():
+    account = Account(began=START, seen=START, won_s=-5.0, lived_s=1.0)
+    assert keep(account, placed([0, 1, 1, 2, 3, 3])).won_s == 0.0
+
+
+def lost(**figures):
+    return ExpertHistory(account=Account(began=START, seen=SWAPPED, **figures))
+
+
+def test_what_has_lost_more_than_going_back_costs_is_taken_back():
+    """The load is the other way round now: apart the hot ones were, together they are."""
+    load = ExpertLoad(tokens=[[[5.0, 1.0, 5.0, 1.0]]])
+    decision = plan_experts(load, SWAPPED, COSTS, ExpertSettings(), lost(lived_s=100.0))
+    assert isinstance(decision, Move)
+    assert (decision.placement.physical_to_logical == START.physical_to_logical).all()
+    assert decision.reasons == ("moving has lost 4 s since the first decision: back to where the experts lay then",)
+    assert decision.gain_s == pytest.approx(4e-3)
+
+
+def test_in_the_red_nothing_is_tried_until_time_has_passed():
+    history = ExpertHistory(account=Account(began=START, seen=START, won_s=-2.0, lived_s=100.0))
+    decision = plan_experts(HOT, START, COSTS, ExpertSettings(), history)
+    assert isinstance(decision, Stay)
+    assert decision.reason is StayReason.UNSTABLE
+    later = ExpertHistory(account=replace(history.account, lived_s=1000.0))
+    assert isinstance(plan_experts(HOT, START, COSTS, ExpertSettings(), later), Move)
+
+
+def test_what_costs_more_to_take_back_than_it_lost_stays():
+    account = Account(began=START, seen=SWAPPED, won_s=-0.9, lived_s=10.0)
+    assert account.in_the_red
+    assert plan_retreat(account, 10, COSTS) is SWAPPED
+
+
+def test_going_back_keeps_the_budget_and_goes_on_in_the_next_round():
+    began, seen = placed([0, 1, 2, 3], [0, 1, 2, 3]), placed([0, 2, 1, 3], [0, 2, 1, 3])
+    account = Account(began=began, seen=seen, won_s=-9.0, lived_s=10.0)
+    half = plan_retreat(account, 3, COSTS)
+    assert count_moves(seen, half).tolist() == [2, 0]
+    assert count_moves(half, plan_retreat(replace(account, seen=half), 3, COSTS)).tolist() == [0, 2]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2e-3, 0.05, 0.5, 2.0]))
+@settings(max_examples=25, deadline=None)
+def test_whatever_comes_little_is_lost_against_moving_nothing(seed, move_s):
+    """Loads that know nothing of each other: a plan is right by chance alone."""
+    generator = np.random.default_rng(seed)
+    costs = ExpertCosts(token_s=2.2e-7, move_s=move_s)
+    start = placement = initial_placement(layers=4, experts=16, redundant=2, ranks=2)
+    weights, history, ours_s, still_s, rounds = np.arange(1, 17) ** -1.0, None, 0.0, 0.0, 40
+    for _ in range(rounds):
+        tokens = [[generator.permutation(weights) for _ in range(4)]]
+        load = ExpertLoad(tokens=np.array(tokens) * 1e4)
+        for name, where in (("ours", placement), ("still", start)):
+            step_s = score_placement(load, where, costs)[0].total_s * costs.horizon_steps
+            ours_s, still_s = (ours_s + step_s, still_s) if name == "ours" else (ours_s, still_s + step_s)
+        decision = plan_experts(load, placement, costs, ExpertSettings(), history)
+        history = decision.history
+        if isinstance(decision, Move):
+            placement, ours_s = decision.placement, ours_s + decision.cost_s
+    # What may be lost, and one window's surprise and the way back on top of it.
+    assert ours_s <= still_s * (1.005 + 1 / rounds)

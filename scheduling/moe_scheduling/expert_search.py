@@ -5,8 +5,8 @@ Three kinds of step, each a row of numpy work over many layers: a copy of a hot 
 is a log: `expert.py` cuts it, layer by layer, where going on no longer pays. A layer's steps never depend on another
 layer.
 
-Invariants: each expert keeps a slot, no rank gets a slot more; a step that goes on from a state never makes the busiest
-rank of its layer busier, the copies aside; the same arguments give the same path.
+Invariants: each expert keeps a slot, no rank gets a slot more; the copies aside, no step makes the busiest rank of its
+layer busier but by less than it saves in traffic; the same arguments give the same path.
 """
 
 from dataclasses import dataclass
@@ -212,7 +212,10 @@ def _by_layer(table: Singles) -> Singles:
 
 
 def _nearest_swaps(board: Board, layer: Ints, slot: Ints, price: np.float32) -> Swaps:
-    """For each row, the slot with which to swap `slot` for the most traffic saved, where that is worth the moves."""
+    """For each row, the slot with which to swap `slot` for the most traffic saved, where that is worth the moves.
+
+    What a swap makes the busiest rank busier is taken off what it saves: both are seconds of a step.
+    """
     ranks = board.shape[1]
     row, home = np.arange(len(layer)), board.home
     place_a, a = np.divmod(slot, ranks)
@@ -226,7 +229,7 @@ def _nearest_swaps(board: Board, layer: Ints, slot: Ints, price: np.float32) -> 
     excess = board.excess[layer]
     limit = np.maximum(excess.max(1), _EVEN_ENOUGH * board.mean[layer])[:, None]
     after = np.maximum(excess[row, a][:, None] - shift, excess + shift)
-    saved[after > limit] = 0
+    saved = saved - np.maximum(after - limit, 0)
     saved = _by_layer(saved)
     best = saved.argmax(1)
     good = saved[row, best] > price * _LEAST_GAIN

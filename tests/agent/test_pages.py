@@ -81,6 +81,7 @@ def test_what_the_agent_writes_is_read(tmp_path, policy):
         first_token_weight=9.0,
         yield_prefills=False,
         cut_prefills=False,
+        schedule_late=False,
         kv_growth_blocks=4,
     )
     control = Control(version=9, request=request)

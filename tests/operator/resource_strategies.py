@@ -230,6 +230,7 @@ scheduling = section(
         firstTokenWeight=st.floats(1e-3, 1e9) | st.integers(1, 10**9),
         yieldPrefills=st.booleans(),
         cutPrefills=st.booleans(),
+        scheduleLate=st.booleans(),
         kvGrowthBlocks=st.integers(0, 1_000_000),
     ),
     engine=section(

@@ -54,7 +54,7 @@ def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core
 def test_every_setting_of_the_core_can_be_set() -> None:
     request = {
         "policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s", "prefillHold": "80ms",
-        "firstTokenWeight": 7.5, "yieldPrefills": False, "cutPrefills": False, "kvGrowthBlocks": 0,
+        "firstTokenWeight": 7.5, "yieldPrefills": False, "cutPrefills": False, "scheduleLate": False, "kvGrowthBlocks": 0,
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
     expert = {
@@ -81,6 +81,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         first_token_weight=7.5,
         yield_prefills=False,
         cut_prefills=False,
+        schedule_late=False,
         kv_growth_blocks=0,
     )
     assert asdict(given_engine) == {
@@ -109,6 +110,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "firstTokenWeight": st.floats(0, 1e9, exclude_min=True) | st.integers(1, 10**9),
             "yieldPrefills": st.booleans(),
             "cutPrefills": st.booleans(),
+            "scheduleLate": st.booleans(),
             "kvGrowthBlocks": st.integers(0, 1_000_000),
         }
     ),
@@ -175,7 +177,7 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
             {"scheduling": {"request": {"ageing_rate": 1}}},
             "spec.scheduling.request.ageing_rate: unknown field; nearest known: ageingRate; "
             "known: ageingHorizon, ageingRate, cutPrefills, firstTokenWeight, kvGrowthBlocks, policy, prefillHold, "
-            "priorityStep, yieldPrefills",
+            "priorityStep, scheduleLate, yieldPrefills",
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),

@@ -178,6 +178,7 @@ def test_every_sample_is_valid_under_the_schema(path: Path) -> None:
         ("scheduling.request.firstTokenWeight", 0),
         ("scheduling.request.yieldPrefills", "yes"),
         ("scheduling.request.cutPrefills", "no"),
+        ("scheduling.request.scheduleLate", 1),
         ("scheduling.request.kvGrowthBlocks", -1),
         ("scheduling.request.kvGrowthBlocks", 0.5),
         ("scheduling.engine.policy", "random"),

@@ -27,7 +27,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -101,7 +100,7 @@ class OrderedScheduler(AsyncScheduler):
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
         if run_dir and self.vllm_config.scheduler_config.async_scheduling:
-            start_late(EngineCoreProc)
+            _start_late()
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
@@ -330,6 +329,13 @@ class OrderedScheduler(AsyncScheduler):
         if self._expert_page is None:
             return self._config_version
         return min(self._config_version, self._experts.config_version)
+
+
+def _start_late() -> None:
+    """Here and not above: only an engine core has loaded the module of the cores already."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    start_late(EngineCoreProc)
 
 
 def _fullest(work: StepWork) -> tuple[int, int, int]:

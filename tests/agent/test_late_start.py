@@ -1,0 +1,239 @@
+"""When the next step is scheduled, in vLLM's own engine core: just before the end of the one that runs.
+
+The core's loop is vLLM's, one turn at a time, with its batch queue; the model is a timer.
+"""
+
+import inspect
+import queue
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from moe_agent.vllm import late_start
+from moe_agent.vllm.late_start import has_ended, start_late, wait
+from moe_bench.modelless import foreign_warnings
+
+with foreign_warnings():
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc, EngineShutdownState
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+STEP_S = 0.25
+
+
+class Timer:
+    """Executes one step after the other, each as long as is said."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.step_s = STEP_S
+        self._free_s = 0.0
+        self._output: Any = None
+
+    def execute_model(self, output: Any, non_block: bool = False) -> Future[Any]:
+        self._output = output
+        done: Future[Any] = Future()
+        done.set_result(None if output.total_num_scheduled_tokens else EMPTY_MODEL_RUNNER_OUTPUT)
+        return done
+
+    def sample_tokens(self, grammar: Any, non_block: bool = False) -> Future[Any]:
+        output, now_s = self._output, time.monotonic()
+        self._free_s = max(self._free_s, now_s) + self.step_s
+        names = list(output.num_scheduled_tokens)
+        done = [not self.scheduler.requests[name].is_prefill_chunk for name in names]
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: place for place, name in enumerate(names)},
+            sampled_token_ids=[[1] if samples else [] for samples in done],
+        )
+        future: Future[Any] = Future()
+        timer = threading.Timer(self._free_s - now_s, future.set_result, [result])
+        timer.daemon = True
+        timer.start()
+        return future
+
+
+class Core(EngineCoreProc):
+    """vLLM's engine core without what it takes to be a process."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.model_executor = Timer(scheduler)
+        self.batch_queue, self.batch_queue_size = deque(maxlen=2), 2
+        self.input_queue, self.output_queue, self.aborts_queue = queue.Queue(), queue.Queue(), queue.Queue()
+        self.step_fn = self.step_with_batch_queue
+        self.vllm_config = scheduler.vllm_config
+        self.shutdown_state = EngineShutdownState.RUNNING
+        self.engines_running = self.log_stats = self.check_for_draft_tokens = False
+        self.is_mm_encoder_only = self.is_pooling_model = False
+        self.process_input_queue_block = True
+        self.publish_dp_lb_stats = False
+        self._weight_version = 0
+        self._idle_state_callbacks: list[Any] = []
+
+    def add_request(self, request: Any, request_wave: int = 0) -> None:
+        self.scheduler.add_request(request)
+
+    def turn(self) -> None:
+        """One turn of `run_busy_loop`."""
+        self._process_input_queue()
+        self._process_engine_step()
+
+    def arrive_in(self, seconds: float, request: Any) -> None:
+        later = threading.Timer(seconds, self.input_queue.put, [(EngineCoreRequestType.ADD, (request, 0))])
+        later.daemon = True
+        later.start()
+
+
+class LateCore(Core):
+    """The same, waiting."""
+
+
+@pytest.fixture
+def engine(make_engine, settings):
+    settings.put(policy="sjf")
+    made = make_engine()
+    made.scheduler._step_curve.step_s = lambda *_: STEP_S
+    made.scheduler._late._least_part = 0.9
+    return made
+
+
+def request_of(engine, name):
+    """A request that the scheduler has not seen yet."""
+    added = []
+    add, engine.scheduler.add_request = engine.scheduler.add_request, added.append
+    engine.add(name, 40, out=8)
+    engine.scheduler.add_request = add
+    return added[0]
+
+
+def steps_until_scheduled(core, engine, name):
+    """How many steps end before the one that a request is in, when it comes early within a step."""
+    core.turn()
+    core.arrive_in(0.2 * STEP_S, request_of(engine, name))
+    ended = 0
+    while name not in engine.scheduler.requests or not engine.scheduler.requests[name].num_computed_tokens:
+        before = core.output_queue.qsize()
+        core.turn()
+        ended += core.output_queue.qsize() - before
+    return ended
+
+
+def test_a_request_that_comes_within_a_step_is_in_the_next_one(engine):
+    start_late(LateCore)
+    core = LateCore(engine.scheduler)
+    engine.add("first", 40, out=8)
+    # The step that it came in ends in the same turn that schedules it: vLLM schedules, then waits for the result.
+    assert steps_until_scheduled(core, engine, "second") == 1
+
+
+def test_vllm_itself_lets_it_wait_for_a_step_more(engine):
+    core = Core(engine.scheduler)
+    engine.add("first", 40, out=8)
+    assert steps_until_scheduled(core, engine, "second") == 2
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_under_vllms_own_orders_it_does_what_vllm_does(engine, settings, policy):
+    settings.put(policy=policy)
+    start_late(LateCore)
+    core = LateCore(engine.scheduler)
+    engine.add("first", 40, out=8)
+    assert steps_until_scheduled(core, engine, "second") == 2
+
+
+def test_switched_off_it_does_what_vllm_does(engine, settings):
+    settings.put(policy="sjf", schedule_late=False)
+    start_late(LateCore)
+    core = LateCore(engine.scheduler)
+    engine.add("first", 40, out=8)
+    assert steps_until_scheduled(core, engine, "second") == 2
+
+
+def test_a_step_that_ends_sooner_than_predicted_ends_the_wait(engine):
+    start_late(LateCore)
+    core = LateCore(engine.scheduler)
+    engine.scheduler._step_curve.step_s = lambda *_: 60.0
+    engine.add("first", 40, out=3)
+    begun_s = time.monotonic()
+    core.model_executor.step_s = 0.02
+    while engine.scheduler.has_requests() or core.batch_queue:
+        core.turn()
+    assert time.monotonic() - begun_s < 30.0
+
+
+def test_an_idle_engine_schedules_at_once(engine):
+    assert engine.scheduler.late_s() == 0.0
+    engine.add("first", 40)
+    assert engine.scheduler.late_s() == 0.0
+
+
+def test_the_scheduler_learns_how_long_steps_take_and_waits_for_part_of_the_next(make_engine, settings):
+    settings.put(policy="sjf")
+    engine = make_engine(ahead=2)
+    # As long as their tokens say: what the curve finds.
+    engine.pace = lambda prefill_tokens, decoding: 0.02 + 0.0001 * prefill_tokens
+    clock, engine.scheduler.clock = engine.scheduler.clock, lambda: engine.now_s
+    for number in range(60):
+        engine.add(f"r{number}", 100, out=8, arrival_s=engine.now_s)
+        for _ in range(4):
+            engine.step()
+    engine.run()
+    engine.scheduler.clock = clock
+    assert engine.scheduler._late.wait_s(0.02) > 0.6 * 0.02 - 0.003
+
+
+# The seam to vLLM.
+
+
+def test_a_class_is_made_to_wait_once():
+    class Plain:
+        def _process_input_queue(self) -> None: ...
+
+    start_late(Plain)
+    first = Plain._process_input_queue
+    start_late(Plain)
+    assert Plain._process_input_queue is first
+
+
+def test_a_core_without_a_batch_queue_never_waits():
+    called = []
+
+    class Plain:
+        batch_queue = None
+        scheduler = SimpleNamespace(late_s=lambda: pytest.fail("asked"))
+
+        def _process_input_queue(self) -> None:
+            called.append(1)
+
+    start_late(Plain)
+    Plain()._process_input_queue()
+    assert called == [1]
+
+
+def test_the_event_behind_a_future_of_a_gpu_tells_its_end():
+    future: Future[Any] = Future()
+    assert not has_ended(future)
+    future.async_output = SimpleNamespace(async_copy_ready_event=SimpleNamespace(query=lambda: True))
+    assert has_ended(future)
+
+
+def test_a_shutdown_ends_the_wait(monkeypatch):
+    looks = iter([True, True, False])
+    core = SimpleNamespace(
+        batch_queue=[(Future(), None, None)], input_queue=queue.Queue(), is_running=lambda: next(looks)
+    )
+    monkeypatch.setattr(late_start, "_LOOK_S", 0.0)
+    wait(core, SimpleNamespace(late_s=lambda: 60.0))
+
+
+def test_vllm_calls_the_hook_between_two_steps():
+    """What `start_late` replaces: where the loop of either core takes in what has come."""
+    assert "_process_input_queue" not in vars(DPEngineCoreProc)
+    for core_class in (EngineCoreProc, DPEngineCoreProc):
+        _, loop = inspect.getsource(core_class).split("def run_busy_loop")
+        assert loop.index("self._process_input_queue()") < loop.index("self._process_engine_step()")

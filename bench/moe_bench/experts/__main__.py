@@ -17,6 +17,7 @@ from moe_bench.experts.compare import COSTS, compare, render_compared
 from moe_bench.experts.loads import DRIFTS, Group, make_sequence, read_sequence
 from moe_bench.experts.recording import SCENARIOS, record
 from moe_bench.experts.replay import render_decided, render_replayed, replay
+from moe_bench.experts.serve_command import serve_command
 from moe_bench.report import read_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -91,6 +92,9 @@ def record_command(
     typer.echo(
         f"{out}: {load.shape}; hottest expert of a layer / mean: {(shares.max(axis=1) / shares.mean(axis=1)).round(2)}"
     )
+
+
+app.command("serve")(serve_command)
 
 
 def _group_of(load: ExpertLoad, ranks: int, nodes: int, redundant: int) -> Group:

@@ -103,6 +103,33 @@ def test_what_comes_during_a_step_waits_for_the_next_and_one_more_when_schedulin
     assert first_s[True] - first_s[False] == pytest.approx(step_s, rel=0.5)
 
 
+def test_our_engines_schedule_a_step_late_so_that_what_comes_is_in_it(maker):
+    # Steps are as long as learnt after the first hundred; then prompts come within steps that decode.
+    trace = [one(64, arrival_s=0.05 * number, output_tokens=40) for number in range(80)]
+    span_s = {}
+    for late in (False, True):
+        outcome = simulate(simulation(trace=trace, request=RequestSettings(schedule_late=late)), maker)
+        span_s[late] = sum(row.first_token_s - row.arrival_s for row in outcome.requests[40:]) / 40
+    # Half a step and the own one, instead of a whole step more.
+    assert span_s[True] < span_s[False] - 0.5 * 0.006
+
+
+def test_a_step_that_is_not_scheduled_ahead_shows_what_scheduling_takes(maker):
+    trace = [one(16, output_tokens=100)]
+    ends_s = {
+        (ahead, exposed_s): simulate(
+            simulation(trace=trace, scheduler=STOCK, async_scheduling=ahead, exposed_s=exposed_s), maker
+        )
+        .requests[0]
+        .finished_s
+        for ahead in (False, True)
+        for exposed_s in (0.0, 0.002)
+    }
+    assert ends_s[False, 0.002] - ends_s[False, 0.0] == pytest.approx(100 * 0.002)
+    # The first step alone has none before it.
+    assert ends_s[True, 0.002] - ends_s[True, 0.0] == pytest.approx(0.002)
+
+
 def test_ranks_in_lockstep_pay_for_the_slowest(maker):
     # A short answer decodes on one rank while another rank computes a long prompt.
     trace = [one(16, output_tokens=100), one(4000, arrival_s=0.01)]

@@ -54,7 +54,8 @@ def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core
 def test_every_setting_of_the_core_can_be_set() -> None:
     request = {
         "policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s", "prefillHold": "80ms",
-        "firstTokenWeight": 7.5, "yieldPrefills": False, "cutPrefills": False, "scheduleLate": False, "kvGrowthBlocks": 0,
+        "firstTokenWeight": 7.5, "yieldPrefills": False, "cutPrefills": False, "scheduleLate": False,
+        "kvGrowthBlocks": 0,
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
     expert = {

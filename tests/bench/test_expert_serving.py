@@ -410,7 +410,7 @@ def test_tables_and_document_have_everything():
     text = console.export_text()
     assert "active moved there and stayed there" in text
     assert "1.200" in text
-    assert "0.80 [0.80, 0.80]" in text
+    assert "0.800 [0.800, 0.800]" in text
     document = json.loads(json.dumps(build_document(measured, SETTINGS, "prose", effort_of(), IDLE)))
     assert document["placements"]["b"] == [list(row) for row in B]
     assert document["settings"]["start"] == "initial"

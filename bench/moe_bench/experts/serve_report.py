@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_bench.comparison import Comparison, render_number, render_ratio
+from moe_bench.comparison import Comparison, render_number
 from moe_bench.experts.serving import Effort, Measured, Pair
 from moe_bench.experts.waves import (
     WaveSettings,
@@ -19,7 +19,7 @@ from moe_bench.experts.waves import (
     tpot_ms,
     ttft_ms,
 )
-from moe_bench.statistics import paired_ratio
+from moe_bench.statistics import Estimate, paired_ratio
 
 MEANT = "step, mean"
 METRICS: tuple[tuple[str, str, Callable[[Window], float | None], bool], ...] = (
@@ -71,13 +71,18 @@ def render_pairs(measured: Measured) -> Table:
     for row in compare_windows(measured.pairs):
         digits = render_balance if row.metric == "balance" else render_number
         cells = (f"{digits(value)} {row.unit}".rstrip() for value in (row.stock, row.ours))
-        table.add_row(row.metric, *cells, render_ratio(row.ratio), row.verdict)
+        table.add_row(row.metric, *cells, render_interval(row.ratio), row.verdict)
     return table
 
 
 def render_balance(value: float) -> str:
     """Three digits behind the point: what is to be won is behind it."""
     return f"{value:.3f}"
+
+
+def render_interval(ratio: Estimate | None) -> str:
+    """`0.992 [0.981, 1.003]`: what is to be won is often a hundredth."""
+    return "-" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def render_decisions(measured: Measured) -> Table:
@@ -122,7 +127,7 @@ def describe_pairs(measured: Measured) -> list[str]:
     row = next(row for row in compare_windows(measured.pairs) if row.metric == MEANT)
     if row.ratio is None:
         return ["the steps were not counted"]
-    shown = f"{row.ratio.value:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
+    shown = render_interval(row.ratio)
     if row.ratio.covers(1.0):
         return [f"step time B/A {shown}: no difference is shown"]
     return [f"step time B/A {shown}: B's steps are {'shorter' if row.ratio.value < 1.0 else 'longer'}"]

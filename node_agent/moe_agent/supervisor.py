@@ -97,6 +97,7 @@ class Supervisor:
         self._on_restart = on_restart
         self._drain, self._hurry = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
+        self._server_pid: int | None = None
         self._phase = Phase.STARTING
         self._ready_since_s: float | None = None
         self.revision = 0
@@ -120,12 +121,12 @@ class Supervisor:
     @property
     def pid(self) -> int | None:
         """Process of the engine's API server; None while there is none."""
-        if self._process is None:
-            return None
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._process.pid).children():
-                return child.pid
-        return None
+        if self._process is not None and self._server_pid is None:
+            # Found once: looking for children reads all of /proc, and this is asked for at each step.
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self._process.pid).children()
+                self._server_pid = children[0].pid if children else None
+        return self._server_pid
 
     def request_drain(self) -> None:
         """Takes no more work from now on, ends the engine once its streams are over. Again: no effect."""
@@ -185,7 +186,7 @@ class Supervisor:
             await asyncio.gather(*watchers, return_exceptions=True)
             kill_group(process.pid)
             await process.wait()
-            self._process = None
+            self._process = self._server_pid = None
             self._on_restart()
 
     async def _spawn(self) -> asyncio.subprocess.Process:

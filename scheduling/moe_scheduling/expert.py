@@ -421,6 +421,8 @@ def _told(
     option: _Option, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
 ) -> dict[str, Any]:
     """What both answers tell, by field."""
+    assert known.account is not None
+    account = replace(known.account, decided=option.placement)
     trial = None
     if option.gain_s > 0:
         trial = Trial(before=placement, after=option.placement, promise=option.gain_s / before[0].total_s)
@@ -434,7 +436,7 @@ def _told(
         "balance_after": option.score[1],
         "terms_before": before[0],
         "terms_after": option.score[0],
-        "history": ExpertHistory(load=load, trial=trial, trust=known.trust, account=known.account),
+        "history": ExpertHistory(load=load, trial=trial, trust=known.trust, account=account),
     }
 
 

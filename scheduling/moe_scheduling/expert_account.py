@@ -24,6 +24,7 @@ class Account:
     Attributes:
         began: where the experts lay at the first decision.
         seen: where they lay at the last one.
+        decided: where they lie if what was decided there has been carried out; None: as seen.
         won_s: by the placements since, against `began` under the same loads; less than 0: lost.
         paid_s: for moves.
         lived_s: time of the experts.
@@ -31,6 +32,7 @@ class Account:
 
     began: Placement
     seen: Placement
+    decided: Placement | None = None
     won_s: float = 0.0
     paid_s: float = 0.0
     lived_s: float = 0.0
@@ -44,9 +46,12 @@ class Account:
 def keep_account(
     account: Account | None, load: ExpertLoad, placement: Placement, total_s: float, costs: ExpertCosts
 ) -> Account:
-    """The account with one more window, in which a step took the experts `total_s`."""
+    """The account with one more window, in which a step took the experts `total_s`.
+
+    A placement that was not decided on is somebody else's, and a new beginning.
+    """
     lived_s = total_s * costs.horizon_steps
-    if account is None or not _alike(account.seen, placement):
+    if account is None or not (_same(account.seen, placement) or _same(account.decided, placement)):
         return Account(began=placement, seen=placement, lived_s=lived_s)
     won_s = 0.0
     if count_moves(account.began, placement).any():
@@ -55,6 +60,7 @@ def keep_account(
     return replace(
         account,
         seen=placement,
+        decided=None,
         won_s=account.won_s + won_s,
         paid_s=account.paid_s + float(count_moves(account.seen, placement).sum()) * costs.move_s,
         lived_s=account.lived_s + lived_s,
@@ -72,5 +78,7 @@ def plan_retreat(account: Account, budget: int, costs: ExpertCosts) -> Placement
     return replace(seen, physical_to_logical=table, version=seen.version + 1)
 
 
-def _alike(one: Placement, other: Placement) -> bool:
-    return one.physical_to_logical.shape == other.physical_to_logical.shape and one.ranks == other.ranks
+def _same(one: Placement | None, other: Placement) -> bool:
+    if one is None or one.ranks != other.ranks:
+        return False
+    return np.array_equal(one.physical_to_logical, other.physical_to_logical)

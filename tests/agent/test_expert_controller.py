@@ -1,5 +1,7 @@
 """The state machine on an expert group's first rank, without vLLM: decide, move, measure, take back, obey a person."""
 
+from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,7 @@ class Group:
 
     def direct(self, action: DirectiveAction, placement: np.ndarray | None = None) -> None:
         rows = None if placement is None else tuple(map(tuple, placement.tolist()))
-        version = self.controller.directive + 1
+        version = self.controller.heard + 1
         self.controller.direct(Directive(version=version, action=action, physical_to_logical=rows))
 
     def run(self, steps: int) -> None:
@@ -104,6 +106,16 @@ class Group:
         while not self.controller.decisions or self.newest.outcome is not outcome:
             self.run(1)
             assert self.step < most, [row.outcome for row in self.controller.decisions]
+
+    def run_until_noisy(self, outcome: Outcome, step_s: Callable[[], float]) -> None:
+        while self.newest_outcome is not outcome:
+            self.step_s = step_s()
+            self.run(1)
+            assert self.step < 20_000
+
+    @property
+    def newest_outcome(self) -> Outcome | None:
+        return self.newest.outcome if self.controller.decisions else None
 
     @property
     def newest(self) -> Any:
@@ -210,6 +222,57 @@ def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time()
     group.planner.answer = answer(pays=False)
     group.run(60)
     assert group.kinds() == set(), "what wins ends the back-off"
+
+
+def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_not_shown():
+    group = Group()
+    group.planner.answer = answer()
+    noise = cycle([0.0, 0.004, 0.001, 0.003])
+    steps = {}
+    for loss_s in (0.004, 0.0001):
+        group.controller._failures = 0
+        group.run_until_noisy(Outcome.MOVED, lambda: 0.010 + next(noise))
+        moved_at = group.step
+        group.run_until_noisy(Outcome.ROLLED_BACK, lambda loss_s=loss_s: 0.010 + loss_s + next(noise))
+        steps[loss_s] = group.step - moved_at
+    assert steps[0.0001] > 2 * steps[0.004]
+    assert "no gain shown" in group.newest.reason
+
+
+def test_only_the_steps_just_before_a_move_are_compared():
+    """What the machine did long before is no gain of the move."""
+    group = Group(interval_steps=400, window_steps=32)
+    group.planner.answer = answer(pays=False)
+    group.step_s = 0.030
+    group.run(300)
+    group.step_s = 0.010
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.009
+    group.run(100)
+    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(0.001)
+
+
+def test_a_directive_is_dealt_with_when_its_move_has_ended():
+    group = Group(mode=ExpertMode.OBSERVE, max_stall_s=0.0001)
+    group.run(10)
+    group.direct(DirectiveAction.APPLY, BETTER)
+    seen = []
+    while group.controller.directive == 0:
+        group.run(1)
+        seen.append(group.controller.version)
+        assert len(seen) < 100
+    assert (group.held == BETTER).all()
+    assert group.controller.version == 2
+    assert seen[0] == 1
+
+
+@pytest.mark.parametrize("action", [DirectiveAction.PLAN, DirectiveAction.ROLLBACK])
+def test_a_directive_that_comes_to_nothing_is_dealt_with_too(action):
+    group = Group(mode=ExpertMode.OBSERVE)
+    group.direct(action)
+    group.run(40)
+    assert group.controller.directive == 1
 
 
 def test_a_move_that_cannot_be_measured_stays_and_says_so():

@@ -57,11 +57,17 @@ def test_a_loss_seen_from_the_other_side_is_a_gain_and_a_slower_step_is_never_a_
     assert slower.mean_s == pytest.approx(-shift, abs=1e-9)
 
 
-def test_what_was_taken_is_forgotten_and_of_each_class_the_newest_are_kept():
+def test_of_each_class_the_newest_are_kept_and_older_ones_than_asked_for_are_left_out():
     times = StepTimes()
     for number in range(1000):
-        times.add(SMALL, float(number))
-    taken = times.take()
-    assert taken[SMALL][-1] == 999.0
-    assert len(taken[SMALL]) < 1000
-    assert times.take() == {}
+        times.add(SMALL, float(number), number)
+    assert times.since(0)[SMALL][-1] == 999.0
+    assert len(times.since(0)[SMALL]) < 1000
+    assert times.since(990)[SMALL] == [float(number) for number in range(990, 1000)]
+    times.clear()
+    assert times.since(0) == {}
+
+
+@pytest.mark.parametrize(("late", "is_clear"), [([0.009] * 20, True), ([0.0099, 0.0102] * 10, False)])
+def test_a_difference_within_the_noise_is_not_clear(late, is_clear):
+    assert compare_step_times({SMALL: [0.0101, 0.0100] * 10}, {SMALL: late}).is_clear is is_clear

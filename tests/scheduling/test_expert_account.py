@@ -41,9 +41,9 @@ def keep(account, placement, load=HOT):
 def test_the_account_counts_what_placements_win_against_the_first_and_what_moves_cost():
     first = keep(None, START)
     assert (first.won_s, first.paid_s, first.lived_s) == (0.0, 0.0, 10.0)
-    moved = keep(first, SWAPPED)
+    moved = keep(replace(first, decided=SWAPPED), SWAPPED)
     assert (moved.won_s, moved.paid_s, moved.lived_s) == (4.0, 1.0, 16.0)
-    back = keep(moved, START)
+    back = keep(replace(moved, decided=START), START)
     assert (back.won_s, back.paid_s, back.lived_s) == (4.0, 2.0, 26.0)
     assert not back.in_the_red
 
@@ -60,6 +60,20 @@ def test_a_plan_that_is_not_carried_out_costs_nothing():
 def test_a_group_of_other_slots_begins_anew():
     account = Account(began=START, seen=START, won_s=-5.0, lived_s=1.0)
     assert keep(account, placed([0, 1, 1, 2, 3, 3])).won_s == 0.0
+
+
+def test_a_placement_that_a_person_chose_is_a_new_beginning():
+    first = keep(None, START)
+    assert keep(replace(first, won_s=-5.0, decided=START), SWAPPED).began is SWAPPED
+    assert keep(replace(first, won_s=-5.0), SWAPPED).won_s == 0.0
+
+
+def test_what_was_decided_is_told_to_the_next_decision():
+    decision = plan_experts(HOT, START, COSTS, ExpertSettings())
+    assert isinstance(decision, Move)
+    after = plan_experts(HOT, decision.placement, COSTS, ExpertSettings(), decision.history)
+    assert after.history.account.began is START
+    assert after.history.account.won_s > 0.0
 
 
 def lost(**figures):

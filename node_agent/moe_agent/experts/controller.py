@@ -37,6 +37,8 @@ KEPT_DECISIONS = 20
 # Intervals without a decision after which the watchdog speaks.
 SILENT_INTERVALS = 3
 _MOST_BACKOFF = 5
+# How often the time is prolonged in which a move is measured, while the difference is within the noise.
+_MOST_LONGER = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +146,7 @@ class _Trial:
     before: Samples
     until: int
     judged: bool
+    longer: int = _MOST_LONGER
 
 
 @dataclass(slots=True)
@@ -184,7 +187,7 @@ class Controller:
         self.balance = self._measure(self.placement)
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.totals = Totals()
-        self.directive = self.step = self.revision = 0
+        self.heard = self.directive = self.step = self.revision = 0
         self._planner, self._checksum, self._sharing = planner, checksum, sharing
         self._asked: Question | None = None
         self._plan_wanted = False
@@ -218,13 +221,13 @@ class Controller:
         if mode is ExpertMode.OFF:
             self.window.clear()
             self.balance = self._measure(self.placement)
-            self._times.take()
+            self._times.clear()
             self._trial, self._pending, self._plan_wanted = None, None, False
             self._keep_score(0.0)
 
     def direct(self, directive: Directive) -> None:
         """A person's word; the newest one counts."""
-        self.directive = directive.version
+        self.heard = directive.version
         if self.settings.mode is ExpertMode.OFF:
             self._log(Outcome.FAILED, f"directive {directive.version} came in the mode off")
         elif directive.action is DirectiveAction.PLAN:
@@ -234,7 +237,7 @@ class Controller:
 
     def skip_directives(self, version: int) -> None:
         """Directives up to this version are old, or cannot be followed."""
-        self.directive = version
+        self.heard = self.directive = version
 
     def learn_work(self, token_s: float) -> None:
         """What a token of expert work takes, as measured so far."""
@@ -243,7 +246,7 @@ class Controller:
     def step_took(self, kind: LoadClass, step_s: float) -> None:
         """A step of a class of load, and how long it took on this rank."""
         if self._move is None and self.settings.mode is not ExpertMode.OFF:
-            self._times.add(kind, step_s)
+            self._times.add(kind, step_s, self.step)
 
     def gathered(self, reports: Sequence[Report]) -> None:
         """What all ranks counted since the last gather."""
@@ -282,11 +285,19 @@ class Controller:
         self._judge_trial()
         if self._move is None:
             self._begin_pending()
+        self._settle_directive()
         if self._move is not None:
             return self._beat_move(self._move)
         if self._gathers():
             return self._beat(Action.GATHER)
         return self._beat(Action.NONE)
+
+    def _settle_directive(self) -> None:
+        """A directive is dealt with when what it asked for has ended, and when nothing came of it."""
+        is_under_way = self._plan_wanted or any(each is not None for each in (self._pending, self._asked, self._move))
+        if self.directive != self.heard and not is_under_way:
+            self.directive = self.heard
+            self.revision += 1
 
     def _switch_recording(self) -> None:
         """Ranks begin to count with the beat that says so, and what they count stands for the steps since."""
@@ -437,7 +448,7 @@ class Controller:
         if not changed.size:
             return
         layers = deque(int(layer) for layer in changed)
-        before = self._times.take()
+        before = self._times.since(self.step - self._trial_steps())
         self._slow_move = ""
         self._previous = self.placement.copy()
         self._move = _Move(target=target, layers=layers, decision=decision, judged=judged, before=before)
@@ -472,10 +483,9 @@ class Controller:
         self.version += 1
         self.revision += 1
         self.balance = self._measure(self.placement)
-        self._times.take()
-        steps = max(1, min(self.settings.window_steps, self.settings.interval_steps // 2))
+        self._times.clear()
         if move.decision.outcome is not Outcome.ROLLED_BACK and self.settings.mode is not ExpertMode.OFF:
-            until = self.step + steps
+            until = self.step + self._trial_steps()
             self._trial = _Trial(decision=move.decision, before=move.before, until=until, judged=move.judged)
         self._decided_at = max(self._decided_at, self.step)
 
@@ -489,17 +499,21 @@ class Controller:
 
     # 5. Measuring.
 
+    def _trial_steps(self) -> int:
+        """Steps on either side of a move that are compared, if it comes to a clear difference."""
+        return max(1, min(self.settings.window_steps, self.settings.interval_steps // 2))
+
     def _judge_trial(self) -> None:
         trial = self._trial
         if trial is None or self.step < trial.until or self._move is not None:
             return
+        gain = compare_step_times(trial.before, self._times.since(0))
+        if gain is not None and not gain.is_clear and trial.longer:
+            trial.longer -= 1
+            trial.until = self.step + self._trial_steps()
+            return
         self._trial = None
         self.revision += 1
-        after = self._times.take()
-        gain = compare_step_times(trial.before, after)
-        for kind, samples in after.items():
-            for step_s in samples:
-                self._times.add(kind, step_s)
         if gain is None:
             trial.decision.reason += "; not measured: no steps of the same load before and after"
             return
@@ -516,7 +530,8 @@ class Controller:
         """Nothing is won: back to the placement before, and a longer pause."""
         self._failures = min(_MOST_BACKOFF, self._failures + 1)
         lost_us, error_us = -gain.mean_s * 1e6, gain.error_s * 1e6
-        reason = f"nothing won: a step of the same load takes {lost_us:.0f} us longer (error {error_us:.0f} us)"
+        what = "nothing won" if gain.is_clear else "no gain shown"
+        reason = f"{what}: a step of the same load takes {lost_us:.0f} us longer (error {error_us:.0f} us)"
         self._change_by_hand(self._previous, Outcome.ROLLED_BACK, reason)
 
     def _keep_score(self, gain_s: float) -> None:

@@ -106,7 +106,7 @@ class FirstRank:
         take_directive(control.directive)
 
     def _take_directive(self, version: int) -> None:
-        if version == self.controller.directive:
+        if version == self.controller.heard:
             return
         try:
             self.controller.direct(read_directive(self._run_dir, self.controller.shape))

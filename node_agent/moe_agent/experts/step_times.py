@@ -13,6 +13,8 @@ from statistics import fmean, variance
 # Of each class the newest; older steps ran on another machine, so to say.
 _KEPT = 256
 _LEAST_SAMPLES = 8
+# Standard errors from which on a gain or a loss is more than noise.
+_CLEAR_ERRORS = 2.0
 
 LoadClass = tuple[int, int]
 Samples = Mapping[LoadClass, Sequence[float]]
@@ -27,6 +29,11 @@ class Gain:
     before: int
     after: int
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than the noise of these steps."""
+        return abs(self.mean_s) >= _CLEAR_ERRORS * self.error_s
+
 
 def load_class(tokens: int, most_tokens: int) -> LoadClass:
     """Class of a step that carries `tokens` over all ranks and `most_tokens` on one: eighths of a doubling."""
@@ -38,18 +45,23 @@ def _bucket(tokens: int) -> int:
 
 
 class StepTimes:
-    """The newest step times of each class."""
+    """The newest step times of each class, each with the number of its step."""
 
     def __init__(self) -> None:
-        self._by_class: dict[LoadClass, deque[float]] = {}
+        self._by_class: dict[LoadClass, deque[tuple[int, float]]] = {}
 
-    def add(self, kind: LoadClass, step_s: float) -> None:
-        self._by_class.setdefault(kind, deque(maxlen=_KEPT)).append(step_s)
+    def add(self, kind: LoadClass, step_s: float, step: int) -> None:
+        self._by_class.setdefault(kind, deque(maxlen=_KEPT)).append((step, step_s))
 
-    def take(self) -> Samples:
-        """All samples, and forgets them."""
-        taken, self._by_class = self._by_class, {}
-        return taken
+    def since(self, step: int) -> Samples:
+        """Those of this step and later ones."""
+        return {
+            kind: [step_s for number, step_s in samples if number >= step] for kind, samples in self._by_class.items()
+        }
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._by_class = {}
 
 
 def compare_step_times(before: Samples, after: Samples) -> Gain | None:

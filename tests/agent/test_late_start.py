@@ -3,19 +3,22 @@
 The core's loop is vLLM's, one turn at a time, with its batch queue; the model is a timer.
 """
 
+import copy
 import inspect
 import queue
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from moe_agent.vllm import late_start
-from moe_agent.vllm.late_start import has_ended, start_late, wait
-from moe_bench.modelless import foreign_warnings
+from moe_agent.vllm.late_start import EVENTS, has_ended, start_late, wait
+from moe_bench.modelless import build_scheduler, foreign_warnings
 
 with foreign_warnings():
     from vllm.v1.engine import EngineCoreRequestType
@@ -215,11 +218,33 @@ def test_a_core_without_a_batch_queue_never_waits():
     assert called == [1]
 
 
-def test_the_event_behind_a_future_of_a_gpu_tells_its_end():
+@pytest.mark.parametrize(
+    ("runner", "event"),
+    [("vllm.v1.worker.gpu_model_runner", EVENTS[0]), ("vllm.v1.worker.gpu.async_utils", EVENTS[1])],
+)
+def test_the_event_behind_a_future_of_a_gpu_tells_its_end(runner, event):
     future: Future[Any] = Future()
     assert not has_ended(future)
-    future.async_output = SimpleNamespace(async_copy_ready_event=SimpleNamespace(query=lambda: True))
+    future.async_output = SimpleNamespace(**{event: SimpleNamespace(query=lambda: False)})
+    assert not has_ended(future)
+    future.async_output = SimpleNamespace(**{event: SimpleNamespace(query=lambda: True)})
     assert has_ended(future)
+    assert f"self.{event} = torch.cuda.Event" in Path(find_spec(runner).origin).read_text()
+
+
+@pytest.mark.parametrize(("ahead", "stages", "waits"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_cores_wait_where_vllm_schedules_ahead_and_has_no_pipeline(
+    make_engine, settings, monkeypatch, ahead, stages, waits
+):
+    settings.put(policy="sjf")
+    scheduler = make_engine().scheduler
+    config = copy.deepcopy(scheduler.vllm_config)
+    config.scheduler_config.async_scheduling = ahead
+    config.parallel_config.pipeline_parallel_size = stages
+    made = []
+    monkeypatch.setattr("moe_agent.vllm.scheduler._start_late", lambda: made.append(1))
+    build_scheduler(type(scheduler), config, 100, log_stats=False).shutdown()
+    assert bool(made) is waits
 
 
 def test_a_shutdown_ends_the_wait(monkeypatch):

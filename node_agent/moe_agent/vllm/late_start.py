@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 # Between two looks whether the batch has ended: a prediction that is too long costs at most so much.
 _LOOK_S = 0.001
+# CUDA events at the end of a batch, as the two model runners of vLLM 0.32 call them.
+EVENTS = ("async_copy_ready_event", "copy_event")
 
 
 class _LateScheduler(Protocol):
@@ -53,5 +55,6 @@ def has_ended(future: Any) -> bool:
     vLLM's futures find that out when asked for the result, which blocks; on a GPU the event behind it tells. Where
     nothing tells, the prediction alone decides.
     """
-    event = getattr(getattr(future, "async_output", None), "async_copy_ready_event", None)
-    return bool(future.done() or (event is not None and event.query()))
+    output = getattr(future, "async_output", None)
+    events = [getattr(output, name) for name in EVENTS if hasattr(output, name)]
+    return bool(future.done() or any(event.query() for event in events))

@@ -99,7 +99,8 @@ class OrderedScheduler(AsyncScheduler):
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
-        if run_dir and self.vllm_config.scheduler_config.async_scheduling:
+        # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
+        if run_dir and self.vllm_config.scheduler_config.async_scheduling and self._has_one_stage():
             _start_late()
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
@@ -122,6 +123,9 @@ class OrderedScheduler(AsyncScheduler):
         """vLLM asks this of every request that it is about to put into a step; 0 leaves the request out of it."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return self._plan.grant(request, tokens)
+
+    def _has_one_stage(self) -> bool:
+        return bool(self.parallel_config.pipeline_parallel_size == 1)
 
     def join(self, group: PrefillGroup) -> None:
         """Keeps step with the prefills of other ranks."""

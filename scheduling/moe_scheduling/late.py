@@ -11,9 +11,10 @@ Invariants: a wait is never negative and never longer than what is predicted; wh
 
 import math
 
-# Seconds that scheduling a step and launching it take before the device can begin with it (assumed).
+# Seconds before the end of a step that the next one is scheduled at least: what launching one takes (assumed). Where it
+# takes longer, steps overrun, and less of the prediction is waited for.
 LEAD_S = 0.003
-# Of the steps, the part that may end before the next one is scheduled: the device idles in these.
+# Of the steps, the part that may end before the next one is launched: the device idles in these.
 EARLY_SHARE = 0.05
 # How far one step moves what is believed of all.
 _GAIN = 0.05
@@ -36,11 +37,17 @@ class LateStart:
         self._early_share = early_share
         self._least_part = 0.5
 
-    def observe(self, predicted_s: float, step_s: float) -> None:
-        """A step took so long; what was not predicted, or took no time, teaches nothing."""
+    def observe(self, predicted_s: float, step_s: float, *, overran: bool = False) -> None:
+        """A step took so long; what was not predicted, or took no time, teaches nothing.
+
+        Args:
+            predicted_s: how long it was to take.
+            step_s: how long it took, as far as is known.
+            overran: it had ended before the next one was launched: the wait, with what launching takes, was too long.
+        """
         if not (0.0 < predicted_s < math.inf and 0.0 < step_s < math.inf):
             return
-        is_early = step_s < self._least_part * predicted_s
+        is_early = overran or step_s < self._least_part * predicted_s
         moved = self._least_part + _GAIN * (self._early_share - is_early)
         self._least_part = min(1.0, max(0.0, moved))
 

@@ -239,6 +239,21 @@ def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_n
     assert "no gain shown" in group.newest.reason
 
 
+@pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN])
+def test_nothing_is_taken_back_once_a_person_has_left_active(mode):
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    while group.controller._trial is None:
+        group.run(1)
+    group.step_s = 0.02
+    group.put(mode=mode)
+    group.planner.answer = answer(pays=False)
+    group.run(200)
+    assert (group.held == BETTER).all()
+    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
+
+
 def test_only_the_steps_just_before_a_move_are_compared():
     """What the machine did long before is no gain of the move."""
     group = Group(interval_steps=400, window_steps=32)

@@ -46,18 +46,23 @@ class Timer:
     def sample_tokens(self, grammar: Any, non_block: bool = False) -> Future[Any]:
         output, now_s = self._output, time.monotonic()
         self._free_s = max(self._free_s, now_s) + self.step_s
-        names = list(output.num_scheduled_tokens)
-        done = [not self.scheduler.requests[name].is_prefill_chunk for name in names]
-        result = ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: place for place, name in enumerate(names)},
-            sampled_token_ids=[[1] if samples else [] for samples in done],
-        )
+        result = self.answer(self.scheduler, output)
         future: Future[Any] = Future()
         timer = threading.Timer(self._free_s - now_s, future.set_result, [result])
         timer.daemon = True
         timer.start()
         return future
+
+    @staticmethod
+    def answer(scheduler: Any, output: Any) -> ModelRunnerOutput:
+        """A token for each request that has computed all it has."""
+        names = list(output.num_scheduled_tokens)
+        done = [not scheduler.requests[name].is_prefill_chunk for name in names]
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: place for place, name in enumerate(names)},
+            sampled_token_ids=[[1] if samples else [] for samples in done],
+        )
 
 
 class Core(EngineCoreProc):
@@ -190,6 +195,45 @@ def test_the_scheduler_learns_how_long_steps_take_and_waits_for_part_of_the_next
     assert engine.scheduler._late.wait_s(0.02) > 0.6 * 0.02 - 0.003
 
 
+def serve_late(scheduler, steps, *, step_s, host_s, tells_end):
+    """The core's loop in virtual time: a step is launched `host_s` after it is scheduled, and outputs come after that.
+
+    Returns:
+        How long the device idled before each of the last steps.
+    """
+    now_s, running_ends_s, previous, idle_s = 0.0, 0.0, None, []
+    scheduler.clock = lambda: now_s
+    for _ in range(steps):
+        if previous is not None and (late_s := scheduler.late_s()) > 0.0:
+            ended = tells_end and running_ends_s <= now_s + late_s
+            now_s = max(now_s, running_ends_s) if ended else now_s + late_s
+            scheduler.waited(has_ended=ended)
+        output = scheduler.schedule()
+        now_s += host_s
+        scheduler.get_grammar_bitmask(output)
+        begins_s = max(now_s, running_ends_s)
+        idle_s.append(begins_s - running_ends_s)
+        if previous is not None:
+            now_s = max(now_s, running_ends_s)
+            scheduler.update_from_output(previous, Timer.answer(scheduler, previous))
+        running_ends_s, previous = begins_s + step_s, output
+    return idle_s[-200:]
+
+
+@pytest.mark.parametrize("tells_end", [True, False])
+@pytest.mark.parametrize("host_s", [0.001, 0.006])
+def test_what_launching_takes_is_not_learnt_as_the_steps_own_time(make_engine, settings, host_s, tells_end):
+    """Outputs are read after the next launch: a wait that is too long hides the end of the step that it waits for."""
+    settings.put(policy="sjf")
+    engine = make_engine()
+    engine.add("one", 16, out=3000)
+    idle_s = serve_late(engine.scheduler, 1500, step_s=0.020, host_s=host_s, tells_end=tells_end)
+    assert engine.scheduler._step_curve.step_s(0, 1, 1) == pytest.approx(0.020, rel=0.1)
+    # One step in twenty may end before the next is launched.
+    assert sum(idle_s) / len(idle_s) < 0.15 * host_s
+    assert engine.scheduler._late.wait_s(0.020) > 0.3 * 0.020
+
+
 # The seam to vLLM.
 
 
@@ -252,8 +296,25 @@ def test_a_shutdown_ends_the_wait(monkeypatch):
     core = SimpleNamespace(
         batch_queue=[(Future(), None, None)], input_queue=queue.Queue(), is_running=lambda: next(looks)
     )
-    monkeypatch.setattr(late_start, "_LOOK_S", 0.0)
-    wait(core, SimpleNamespace(late_s=lambda: 60.0))
+    monkeypatch.setattr(late_start, "_LOOK_S", 0.001)
+    waited = []
+    wait(core, SimpleNamespace(late_s=lambda: 60.0, waited=lambda *, has_ended: waited.append(has_ended)))
+    assert waited == [False]
+
+
+def test_all_that_has_come_is_taken_in_when_the_wait_ends():
+    taken = []
+    core = SimpleNamespace(
+        batch_queue=[(Future(), None, None)],
+        input_queue=queue.Queue(),
+        is_running=lambda: True,
+        _handle_client_request=lambda *request: taken.append(request),
+    )
+    for number in range(5):
+        core.input_queue.put((number,))
+    late_s = iter([0.001, 0.0])
+    wait(core, SimpleNamespace(late_s=lambda: next(late_s), waited=lambda has_ended: None))
+    assert taken == [(number,) for number in range(5)]
 
 
 def test_vllm_calls_the_hook_between_two_steps():

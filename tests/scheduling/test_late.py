@@ -66,3 +66,12 @@ def test_about_the_wanted_share_of_steps_ends_before_the_next_is_scheduled(seed)
         late.observe(0.05, step_s)
     # The lead comes off the wait, so that fewer end before it.
     assert 0.0 < early / 10_000 < EARLY_SHARE * 1.5
+
+
+def test_a_wait_that_was_too_long_with_what_launching_takes_counts_as_such():
+    late = LateStart()
+    for _ in range(300):
+        late.observe(0.05, 0.05)
+    before = late.wait_s(0.05)
+    late.observe(0.05, 0.06, overran=True)
+    assert late.wait_s(0.05) < before

@@ -218,6 +218,9 @@ class Controller:
     def _enter_mode(self, mode: ExpertMode) -> None:
         self._failures = 0
         self._decided_at = self.step
+        if self._trial is not None:
+            # What is decided by itself is taken back by itself in `active` alone.
+            self._trial.judged = False
         if mode is ExpertMode.OFF:
             self.window.clear()
             self.balance = self._measure(self.placement)
@@ -495,6 +498,8 @@ class Controller:
         move.decision.outcome = Outcome.FAILED
         move.decision.reason += "; a rank could not take part, and nothing more was moved"
         self.version += 1
+        self.revision += 1
+        self._times.clear()
         self._failures = min(_MOST_BACKOFF, self._failures + 1)
 
     # 5. Measuring.

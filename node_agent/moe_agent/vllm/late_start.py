@@ -4,14 +4,15 @@ Set in place by the scheduler, in the process of the engine core, where vLLM sch
 scheduler's decision (`moe_scheduling.late`); here is the wait alone. vLLM 0.32 takes in what has come, then schedules:
 `EngineCoreProc._process_input_queue` is called between the two, once in each turn of its loop.
 
-Invariants: nothing waits unless exactly one batch is on its way; what comes is taken in at once; a batch that is seen
-to have ended ends the wait.
+Invariants: nothing waits unless exactly one batch is on its way; all that has come when the wait ends is taken in; a
+batch that is seen to have ended ends the wait.
 """
 
 import queue
 from typing import Any, Protocol
 
-# Between two looks whether the batch has ended: a prediction that is too long costs at most so much.
+# Between two looks whether the batch has ended. Where it is seen to have, the device idles for so long at most, and for
+# what scheduling and launching take.
 _LOOK_S = 0.001
 # CUDA events at the end of a batch, as the two model runners of vLLM 0.32 call them.
 EVENTS = ("async_copy_ready_event", "copy_event")
@@ -20,6 +21,9 @@ EVENTS = ("async_copy_ready_event", "copy_event")
 class _LateScheduler(Protocol):
     def late_s(self) -> float:
         """Seconds that the next step may still wait."""
+
+    def waited(self, *, has_ended: bool) -> None:
+        """The wait is over, because the step that ran has ended or because it soon will."""
 
 
 def start_late(core_class: Any) -> None:
@@ -41,12 +45,24 @@ def _waiting(process_input_queue: Any) -> Any:
 def wait(core: Any, scheduler: _LateScheduler) -> None:
     """Until it is time to schedule, taking in what comes."""
     future = core.batch_queue[-1][0]
-    while (left_s := scheduler.late_s()) > 0.0 and core.is_running() and not has_ended(future):
-        try:
-            request = core.input_queue.get(timeout=min(left_s, _LOOK_S))
-        except queue.Empty:
-            continue
-        core._handle_client_request(*request)
+    ended, waits = has_ended(future), False
+    while not ended and (left_s := scheduler.late_s()) > 0.0 and core.is_running():
+        waits = True
+        _take_in(core, min(left_s, _LOOK_S))
+        ended = has_ended(future)
+    if waits:
+        while _take_in(core, 0.0):
+            pass
+        scheduler.waited(has_ended=ended)
+
+
+def _take_in(core: Any, patience_s: float) -> bool:
+    try:
+        request = core.input_queue.get(block=patience_s > 0.0, timeout=patience_s)
+    except queue.Empty:
+        return False
+    core._handle_client_request(*request)
+    return True
 
 
 def has_ended(future: Any) -> bool:

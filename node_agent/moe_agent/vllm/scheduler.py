@@ -24,7 +24,7 @@ from moe_scheduling.prefill import Pace
 from moe_scheduling.request import RequestSettings
 from moe_scheduling.signals import EngineSignal
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
@@ -47,6 +47,8 @@ from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.version import check_version
 from moe_agent.vllm.waiting import OrderedRequestQueue
 
+# An output that is there so soon after the launch of the next step was there before it.
+_AT_ONCE_S = 0.001
 # Weight of the newest step in the mean of the steps' durations: fifty steps back counts for a third.
 _NEWEST = 0.02
 
@@ -63,6 +65,9 @@ class StepWork:
     others: OtherParts
     predicted_s: float = 0.0
     step_s: float = 0.0
+    # Whether the next step waited for it to end nearly, and when it was seen to have ended; 0: it was not.
+    waited_for: bool = False
+    ended_s: float = 0.0
 
 
 class OrderedScheduler(AsyncScheduler):
@@ -90,7 +95,7 @@ class OrderedScheduler(AsyncScheduler):
         self._step_curve = StepCurve()
         self._late = LateStart()
         self._mean_step_s = 0.0
-        self._last_output_s = 0.0
+        self._last_output_s = self._launched_s = 0.0
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
         self._plan = PrefillPlan(self)
@@ -192,9 +197,12 @@ class OrderedScheduler(AsyncScheduler):
         work = self._step_work.popleft()
         if work.tokens:
             self._computed_tokens += work.tokens
-            work.step_s = now_s - self._begun_s(work)
-            self._late.observe(work.predicted_s, work.step_s)
-            self._learn_late(work)
+            work.step_s = (work.ended_s or now_s) - self._begun_s(work)
+            overran = work.waited_for and (work.ended_s > 0.0 or now_s - self._launched_s < _AT_ONCE_S)
+            self._late.observe(work.predicted_s, work.step_s, overran=overran)
+            # The time of a step that had ended unseen is that of the wait, and would teach to wait for longer.
+            if work.ended_s or not overran:
+                self._learn_late(work)
             self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
@@ -211,6 +219,16 @@ class OrderedScheduler(AsyncScheduler):
             return 0.0
         work = self._step_work[0]
         return max(0.0, self._begun_s(work) + self._late.wait_s(work.predicted_s) - self.clock())
+
+    def waited(self, *, has_ended: bool) -> None:
+        """The next step waited for the one that runs."""
+        work = self._step_work[0]
+        work.waited_for, work.ended_s = True, self.clock() if has_ended else 0.0
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """vLLM asks for it as soon as a step was launched."""
+        self._launched_s = self.clock()
+        return super().get_grammar_bitmask(scheduler_output)
 
     def _complete_last_step(self) -> None:
         """A step is planned from what the others may put into it; before the next one they have told what they did."""

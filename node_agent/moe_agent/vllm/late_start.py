@@ -1,8 +1,8 @@
 """Lets an engine core wait with the scheduling of a step while one runs; what comes meanwhile is in that step.
 
 Set in place by the scheduler, in the process of the engine core, where vLLM schedules asynchronously. How long is the
-scheduler's decision (`moe_scheduling.late`); here is the wait alone. vLLM 0.32 takes in what has come, then schedules:
-`EngineCoreProc._process_input_queue` is called between the two, once in each turn of its loop.
+scheduler's decision (`moe_scheduling.late`); here is the wait alone. In each turn of its loop a core of vLLM 0.32 takes
+in what has come (`EngineCoreProc._process_input_queue`), then schedules: the wait comes between the two.
 
 Invariants: nothing waits unless exactly one batch is on its way; all that has come when the wait ends is taken in; a
 batch that is seen to have ended ends the wait.

@@ -105,7 +105,8 @@ class OrderedScheduler(AsyncScheduler):
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
-        if run_dir and self.vllm_config.scheduler_config.async_scheduling and self._has_one_stage():
+        has_one_stage = self.parallel_config.pipeline_parallel_size == 1
+        if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
             _start_late()
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
@@ -128,9 +129,6 @@ class OrderedScheduler(AsyncScheduler):
         """vLLM asks this of every request that it is about to put into a step; 0 leaves the request out of it."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return self._plan.grant(request, tokens)
-
-    def _has_one_stage(self) -> bool:
-        return bool(self.parallel_config.pipeline_parallel_size == 1)
 
     def join(self, group: PrefillGroup) -> None:
         """Keeps step with the prefills of other ranks."""
@@ -202,7 +200,7 @@ class OrderedScheduler(AsyncScheduler):
             self._late.observe(work.predicted_s, work.step_s, overran=overran)
             # The time of a step that had ended unseen is that of the wait, and would teach to wait for longer.
             if work.ended_s or not overran:
-                self._learn_late(work)
+                self._learn_when_told(work)
             self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
@@ -235,7 +233,7 @@ class OrderedScheduler(AsyncScheduler):
         if self._last_planned is not None and self._plan.group is not None:
             self._last_planned.others = self._plan.others_before
 
-    def _learn_late(self, work: StepWork) -> None:
+    def _learn_when_told(self, work: StepWork) -> None:
         """In a group a step is learnt from at the end of the next: its others are known by then, whatever ends when."""
         if self._plan.group is None:
             self._learn(work)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.experts.controller import BEAT_PASSES, Answer, Controller, Costs, Question, Report
+from moe_agent.experts.controller import BEAT_PASSES, Controller, Report
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape
 from moe_agent.experts.first_rank import checksum
 from moe_agent.experts.outcome import Outcome, ProblemKind
+from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action, Beat, pack_beat, unpack_beat
 from moe_agent.experts.recording import Counted
 from moe_scheduling.expert import ExpertMode, ExpertSettings
@@ -90,7 +91,7 @@ class Group:
 
     def direct(self, action: DirectiveAction, placement: np.ndarray | None = None) -> None:
         rows = None if placement is None else tuple(map(tuple, placement.tolist()))
-        version = self.controller.heard + 1
+        version = self.controller.inbox.heard + 1
         self.controller.direct(Directive(version=version, action=action, physical_to_logical=rows))
 
     def run(self, steps: int) -> None:
@@ -103,9 +104,9 @@ class Group:
                 self._beat()
 
     def run_until(self, outcome: Outcome, most: int = 2000) -> None:
-        while not self.controller.decisions or self.newest.outcome is not outcome:
+        while not self.controller.log.rows or self.newest.outcome is not outcome:
             self.run(1)
-            assert self.step < most, [row.outcome for row in self.controller.decisions]
+            assert self.step < most, [row.outcome for row in self.controller.log.rows]
 
     def run_until_noisy(self, outcome: Outcome, step_s: Callable[[], float]) -> None:
         while self.newest_outcome is not outcome:
@@ -115,11 +116,11 @@ class Group:
 
     @property
     def newest_outcome(self) -> Outcome | None:
-        return self.newest.outcome if self.controller.decisions else None
+        return self.newest.outcome if self.controller.log.rows else None
 
     @property
     def newest(self) -> Any:
-        return self.controller.decisions[0]
+        return self.controller.log.rows[0]
 
     def _beat(self) -> None:
         beat = self.controller.beat(self.step, self.now_s)
@@ -151,7 +152,7 @@ def test_off_records_nothing_gathers_nothing_and_decides_nothing():
     group = Group(mode=ExpertMode.OFF)
     group.run(500)
     assert {(beat.action, beat.recording) for beat in group.beats} == {(Action.NONE, False)}
-    assert (group.planner.asked, list(group.controller.decisions), group.kinds()) == ([], [], set())
+    assert (group.planner.asked, list(group.controller.log.rows), group.kinds()) == ([], [], set())
 
 
 def test_observe_shows_the_load_and_decides_nothing():
@@ -166,12 +167,12 @@ def test_the_dry_run_decides_at_each_interval_and_moves_nothing():
     group = Group(mode=ExpertMode.DRY_RUN)
     group.planner.answer = answer()
     group.run(700)
-    assert 7 <= len(group.controller.decisions) <= 11
-    assert {row.outcome for row in group.controller.decisions} == {Outcome.DRY_RUN}
+    assert 7 <= len(group.controller.log.rows) <= 11
+    assert {row.outcome for row in group.controller.log.rows} == {Outcome.DRY_RUN}
     assert not any(beat.action is Action.MOVE for beat in group.beats)
     assert (group.held == START).all()
     assert group.newest.placement is not None
-    assert all(row.placement is None for row in list(group.controller.decisions)[1:])
+    assert all(row.placement is None for row in list(group.controller.log.rows)[1:])
     assert (group.newest.cost_s, group.newest.predicted_gain_s) == (0.01, 0.001)
 
 
@@ -192,12 +193,12 @@ def test_active_moves_what_pays_and_keeps_what_won():
     group.planner.answer = answer(BETTER, pays=False)
     group.run(60)
     assert (group.held == BETTER).all()
-    moved = group.controller.decisions[-1]
+    moved = group.controller.log.rows[-1]
     assert moved.measured_gain_s == pytest.approx(0.002)
-    assert moved.moves == MOVES == group.controller.totals.moves
+    assert moved.moves == MOVES == group.controller.log.totals.moves
     group.run(200)
-    assert group.controller.totals.won_s > 0.2
-    assert group.controller.totals.lost_s == pytest.approx(moved.cost_s)
+    assert group.controller.log.totals.won_s > 0.2
+    assert group.controller.log.totals.lost_s == pytest.approx(moved.cost_s)
     assert (group.kinds(), group.controller.version) == (set(), 2)
 
 
@@ -230,7 +231,7 @@ def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_n
     noise = cycle([0.0, 0.004, 0.001, 0.003])
     steps = {}
     for loss_s in (0.004, 0.0001):
-        group.controller._failures = 0
+        group.controller._watchdog.move_paid()
         group.run_until_noisy(Outcome.MOVED, lambda: 0.010 + next(noise))
         moved_at = group.step
         group.run_until_noisy(Outcome.ROLLED_BACK, lambda loss_s=loss_s: 0.010 + loss_s + next(noise))
@@ -251,7 +252,7 @@ def test_nothing_is_taken_back_once_a_person_has_left_active(mode):
     group.planner.answer = answer(pays=False)
     group.run(200)
     assert (group.held == BETTER).all()
-    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
+    assert group.controller.log.rows[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
 
 
 def test_only_the_steps_just_before_a_move_are_compared():
@@ -265,7 +266,7 @@ def test_only_the_steps_just_before_a_move_are_compared():
     group.run_until(Outcome.MOVED)
     group.step_s = 0.009
     group.run(100)
-    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(0.001)
+    assert group.controller.log.rows[-1].measured_gain_s == pytest.approx(0.001)
 
 
 def test_a_directive_is_dealt_with_when_its_move_has_ended():
@@ -273,7 +274,7 @@ def test_a_directive_is_dealt_with_when_its_move_has_ended():
     group.run(10)
     group.direct(DirectiveAction.APPLY, BETTER)
     seen = []
-    while group.controller.directive == 0:
+    while group.controller.inbox.settled == 0:
         group.run(1)
         seen.append(group.controller.version)
         assert len(seen) < 100
@@ -287,7 +288,7 @@ def test_a_directive_that_comes_to_nothing_is_dealt_with_too(action):
     group = Group(mode=ExpertMode.OBSERVE)
     group.direct(action)
     group.run(40)
-    assert group.controller.directive == 1
+    assert group.controller.inbox.settled == 1
 
 
 def test_a_move_that_cannot_be_measured_stays_and_says_so():
@@ -377,7 +378,7 @@ def test_a_planner_that_fails_is_a_failed_decision_and_is_asked_again():
     group = Group()
     group.planner.answer = ValueError("no such load")
     group.run(200)
-    assert {row.outcome for row in group.controller.decisions} == {Outcome.FAILED}
+    assert {row.outcome for row in group.controller.log.rows} == {Outcome.FAILED}
     assert group.newest.reason == "the decision failed: no such load"
     assert len(group.planner.asked) >= 2
 
@@ -391,7 +392,7 @@ def test_an_answer_about_a_placement_that_is_no_more_is_not_followed():
     group.direct(DirectiveAction.APPLY, other)
     group.run(60)
     assert (group.held == other).all()
-    assert Outcome.FAILED in {row.outcome for row in group.controller.decisions}
+    assert Outcome.FAILED in {row.outcome for row in group.controller.log.rows}
 
 
 @pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN, ExpertMode.ACTIVE])
@@ -415,7 +416,7 @@ def test_what_a_person_applied_is_measured_and_not_taken_back():
     group.run(5)
     group.step_s = 0.02
     group.run(100)
-    assert group.controller.decisions[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
+    assert group.controller.log.rows[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
     assert (group.held == BETTER).all()
 
 
@@ -450,7 +451,7 @@ def test_a_directive_in_the_mode_off_is_refused_and_not_kept_for_later(action):
     group.run(20)
     group.put(mode=ExpertMode.OBSERVE)
     group.run(100)
-    assert [row.outcome for row in group.controller.decisions] == [Outcome.FAILED]
+    assert [row.outcome for row in group.controller.log.rows] == [Outcome.FAILED]
     assert group.newest.reason == "directive 1 came in the mode off"
     assert (group.held == START).all()
     assert group.planner.asked == []
@@ -501,4 +502,4 @@ def test_whatever_happens_ranks_hold_what_is_believed_and_each_expert_has_a_slot
         assert (group.held == group.controller.placement).all()
         assert (count_copies(group.held, SHAPE.experts) >= 1).all()
         assert all(0.0 < pressure < 3.0 for pressure in group.controller.balance.by_rank)
-        assert group.controller.totals.moves >= 0
+        assert group.controller.log.totals.moves >= 0

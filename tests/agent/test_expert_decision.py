@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from moe_agent.experts.controller import Controller, Costs, Question
+from moe_agent.experts.controller import Controller
 from moe_agent.experts.decision import Decider
 from moe_agent.experts.directive import GroupShape
 from moe_agent.experts.document import build_document, list_hottest, render_document
 from moe_agent.experts.figures import measure_balance
 from moe_agent.experts.first_rank import checksum
+from moe_agent.experts.planning import Costs, Question
 from moe_scheduling.expert import ExpertSettings, initial_placement
 
 SHAPE = GroupShape(ranks=2, nodes=1, layers=2, experts=4, slots_per_rank=3)

@@ -17,9 +17,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
-from moe_agent.experts.controller import Answer, Costs, Question, Report
+from moe_agent.experts.controller import Report
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.first_rank import FirstRank, checksum
+from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action
 from moe_agent.experts.published import PublishedExperts, as_of, experts_path
 from moe_agent.experts.recording import Counted
@@ -311,8 +312,8 @@ def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path
     with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path):
         engine = Engine(tmp_path)
         engine.run(100)
-    assert not engine.first.controller.decisions
-    assert engine.first.controller.directive == 3
+    assert not engine.first.controller.log.rows
+    assert engine.first.controller.inbox.settled == 3
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"action": "apply"}', '{"version": 4, "action": "apply"}'])
@@ -324,8 +325,8 @@ def test_a_directive_file_that_is_none_is_passed_over(tmp_path, content):
             directive_path(tmp_path).write_text(content)
         page.write(Control(version=2, request=RequestSettings(), expert=settings, directive=4))
         engine.run(100)
-    assert not engine.first.controller.decisions
-    assert engine.first.controller.directive == 4
+    assert not engine.first.controller.log.rows
+    assert engine.first.controller.inbox.settled == 4
 
 
 def test_a_decision_that_fails_is_told_with_its_reason(tmp_path):

@@ -4,8 +4,8 @@ import time
 
 from moe_scheduling.expert import ExpertCosts, ExpertHistory, Move, plan_experts
 
-from moe_agent.experts.controller import Answer, Question
 from moe_agent.experts.figures import make_load, make_placement
+from moe_agent.experts.planning import Answer, Question
 
 
 class Decider:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_agent.experts.controller import Controller, Decision
+from moe_agent.experts.controller import Controller
+from moe_agent.experts.decision_log import Decision
 from moe_agent.experts.window import Floats
 
 HOTTEST = 10
@@ -32,7 +33,7 @@ def build_document(controller: Controller, now_s: float) -> Document:
         "step": controller.step,
         "placement": {
             "version": controller.version,
-            "directive": controller.directive,
+            "directive": controller.inbox.settled,
             "physical_to_logical": controller.placement.copy(),
         },
         "load": {"steps": controller.window.steps, "tokens": tokens, "hottest": list_hottest(tokens)},
@@ -44,13 +45,13 @@ def build_document(controller: Controller, now_s: float) -> Document:
         },
         "remote_fraction": balance.remote_fraction,
         "costs": asdict(controller.costs),
-        "decisions": [_decision(row, now_s) for row in controller.decisions],
+        "decisions": [_decision(row, now_s) for row in controller.log.rows],
         "totals": {
-            "moves": controller.totals.moves,
-            "decisions": dict(controller.totals.decisions),
-            "stayed": dict(controller.totals.stayed),
-            "lost_s": controller.totals.lost_s,
-            "won_s": controller.totals.won_s,
+            "moves": controller.log.totals.moves,
+            "decisions": dict(controller.log.totals.decisions),
+            "stayed": dict(controller.log.totals.stayed),
+            "lost_s": controller.log.totals.lost_s,
+            "won_s": controller.log.totals.won_s,
         },
         "problems": [{"kind": kind.value, "message": message} for kind, message in controller.problems()],
     }

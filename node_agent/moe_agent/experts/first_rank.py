@@ -14,9 +14,10 @@ from zlib import crc32
 import numpy as np
 from moe_scheduling.problems import InvalidInput
 
-from moe_agent.experts.controller import Answer, Controller, Costs, Question, Slots
+from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, read_directive, replace_file
 from moe_agent.experts.document import Document, build_document, render_document
+from moe_agent.experts.planning import Answer, Costs, Question, Slots
 from moe_agent.experts.protocol import Beat
 from moe_agent.experts.published import experts_path
 from moe_agent.pages import ControlPageReader, PageUnreadableError
@@ -81,7 +82,7 @@ class FirstRank:
         self._published_s, self._published_revision = 0.0, -1
         self._publication: Future[None] | None = None
         self._pause_s = PUBLISH_EVERY_S
-        self._take_control(self.controller.skip_directives)
+        self._take_control(self.controller.inbox.skip)
         # There before the engine is ready.
         self._publish()
         if self._publication is not None:
@@ -106,13 +107,13 @@ class FirstRank:
         take_directive(control.directive)
 
     def _take_directive(self, version: int) -> None:
-        if version == self.controller.heard:
+        if version == self.controller.inbox.heard:
             return
         try:
             self.controller.direct(read_directive(self._run_dir, self.controller.shape))
         except InvalidInput as error:
             log.error("directive %d about experts is not followed: %s", version, error)
-            self.controller.skip_directives(version)
+            self.controller.inbox.skip(version)
 
     def _publish(self) -> None:
         """When something happened, or the figures are old; one text at a time."""

@@ -367,6 +367,55 @@ def test_ranks_with_another_placement_are_told_and_stop_all_decisions():
     assert group.planner.asked == []
 
 
+@pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN, ExpertMode.ACTIVE])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "found at the gather"])
+@pytest.mark.parametrize("action", list(DirectiveAction))
+def test_a_directive_to_ranks_with_different_placements_ends_with_the_reason(action, known, mode):
+    group = Group(mode=mode, interval_steps=10**6)
+    group.direct(DirectiveAction.APPLY, BETTER)
+    group.run(200)
+    group.stray = 1
+    group.run(70 * known)
+    group.direct(action, START if action is DirectiveAction.APPLY else None)
+    group.run(130)
+    assert group.controller.inbox.settled == 2
+    assert ProblemKind.VERSION_SKEW in group.kinds()
+    if known or action is DirectiveAction.PLAN:
+        assert group.newest.outcome is Outcome.FAILED
+        assert group.newest.reason == (
+            "directive 2 cannot be followed: ranks 1 hold another placement than 2; only a restart of the engine helps"
+        )
+        assert (group.held == BETTER).all()
+    assert group.planner.asked == []
+
+
+def test_what_was_decided_before_ranks_parted_is_not_carried_out():
+    group = Group()
+    group.planner.answer, group.planner.late = answer(), 10
+    while not group.planner.asked:
+        group.run(1)
+    group.stray = 1
+    group.run(300)
+    assert (group.newest.outcome, group.newest.reason) == (Outcome.FAILED, "ranks 1 hold another placement than 1")
+    assert (group.held == START).all()
+
+
+def test_nothing_is_taken_back_while_ranks_hold_different_placements():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.02
+    group.run(10)
+    group.controller._watchdog.skew = "ranks 1 hold another placement than 2"
+    group.stray = 1
+    group.run(200)
+    assert (group.held == BETTER).all()
+    group.stray = None
+    group.planner.answer = answer(pays=False)
+    group.run(70)
+    assert (group.held == START).all(), "what is on trial is judged once they are one again"
+
+
 def test_a_planner_that_never_answers_is_told():
     group = Group()
     group.planner.late = 10**9

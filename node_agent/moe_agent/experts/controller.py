@@ -6,8 +6,9 @@ and how long steps take (`step_took`). Decisions are made aside, by a `Planner`,
 A round: gather counts -> plan -> move a few layers at each step -> measure -> keep, or take back and back off.
 
 Invariants: at most one placement is under way; what a beat says is true of the placement that all ranks hold; the mode
-`off` starts nothing; a placement under way is carried to its end whatever the mode becomes, because a layer that was
-moved is as good as one that was not, but two halves of a plan are not what anybody weighed.
+`off` starts nothing, and nothing starts while ranks hold different placements, but each directive ends; a placement
+under way is carried to its end whatever the mode becomes, because a layer that was moved is as good as one that was
+not, but two halves of a plan are not what anybody weighed.
 """
 
 from collections.abc import Callable, Sequence
@@ -132,8 +133,16 @@ class Controller:
         self.balance = self._measure(self.placement)
         checksums = [report.checksum for report in reports]
         self._watchdog.compare_placements(checksums, self._checksum(self.placement), self.version)
+        self._refuse_skewed()
         if self._wants_plan():
             self._ask()
+
+    def _refuse_skewed(self) -> None:
+        """Where ranks hold different placements a move would mix up weights: who asked for anything is told so."""
+        if self._watchdog.skew and (self.inbox.plan_wanted or self.inbox.waiting is not None):
+            self.inbox.clear()
+            why = f"{self._watchdog.skew}; only a restart of the engine helps"
+            self._log(Outcome.FAILED, f"directive {self.inbox.heard} cannot be followed: {why}")
 
     def moved(self, seconds: float, ok: bool) -> None:
         """What came of the move of the last beat: how long it held up the step, and whether all ranks could do it."""
@@ -160,7 +169,10 @@ class Controller:
         self._switch_recording()
         self.log.count_won(step)
         self._take_answer()
-        self._judge_trial()
+        if self._watchdog.skew:
+            self._refuse_skewed()
+        else:
+            self._judge_trial()
         if self._move is None:
             self._begin_pending()
         self._settle_directive()
@@ -254,6 +266,9 @@ class Controller:
             self.log.totals.stayed[answer.kept_by] += 1
         moves = sum(count_moves_by_layer(asked.placement, answer.placement, self.shape))
         acts = answer.pays and self.settings.mode is ExpertMode.ACTIVE and self._move is None
+        if acts and self._watchdog.skew:
+            self._log(Outcome.FAILED, self._watchdog.skew)
+            return
         if acts and asked.version != self.version:
             self._log(Outcome.FAILED, f"decided for placement {asked.version}, which is no more in force")
             return

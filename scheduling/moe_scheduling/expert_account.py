@@ -2,10 +2,13 @@
 
 A placement is made for a window of load, and what comes later may be any: plans that are right as often as wrong still
 leave the experts in a placement that is worse by chance. So an account is kept against the placement at the beginning,
-over all windows. In the red no plan is carried out, as in conservative bandits (Wu et al., arXiv 1602.04282); and as in
-ski rental, what has lost more than going back costs is taken back, so it loses at most about twice that.
+over all windows, and over what came between two of them: a move that was taken back, or that ended half-way, cost its
+moves and its time all the same (`book_spells`). In the red no plan is carried out, as in conservative bandits (Wu et
+al., arXiv 1602.04282); and as in ski rental, what has lost more than going back costs is taken back, so it loses at
+most about twice that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +44,37 @@ class Account:
     def in_the_red(self) -> bool:
         """Whether more was lost than may be."""
         return self.won_s - self.paid_s < -_MOST_LOST * self.lived_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spell:
+    """A placement that was come to between two decisions by their own doing, and the steps that it was in force."""
+
+    placement: Placement
+    steps: int
+
+
+def book_spells(
+    account: Account, spells: Sequence[Spell], load: ExpertLoad, placement: Placement, costs: ExpertCosts
+) -> Account:
+    """The account with what was carried out since the last decision, in its order, before `keep_account`.
+
+    `placement`, where the experts lie now, stands for the whole time since the last decision, so for a spell that is
+    over the difference is booked, under the load of now.
+    """
+    total_s = score_placement(load, placement, costs)[0].total_s
+    for spell in spells:
+        won_s = 0.0
+        if not _same(spell.placement, placement):
+            won_s = (total_s - score_placement(load, spell.placement, costs)[0].total_s) * spell.steps
+        account = replace(
+            account,
+            seen=spell.placement,
+            decided=None,
+            won_s=account.won_s + won_s,
+            paid_s=account.paid_s + float(count_moves(account.seen, spell.placement).sum()) * costs.move_s,
+        )
+    return account
 
 
 def keep_account(

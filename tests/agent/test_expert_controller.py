@@ -416,6 +416,72 @@ def test_nothing_is_taken_back_while_ranks_hold_different_placements():
     assert (group.held == START).all(), "what is on trial is judged once they are one again"
 
 
+def spells(question: Question) -> list[tuple[list[list[int]], int]]:
+    return [(placement.tolist(), steps) for placement, steps in question.spells]
+
+
+def test_what_was_carried_out_and_taken_back_is_told_to_the_next_decision_once():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.02
+    group.run_until(Outcome.ROLLED_BACK)
+    group.planner.answer = answer(pays=False)
+    asked = len(group.planner.asked)
+    while len(group.planner.asked) < asked + 2:
+        group.run(1)
+    assert spells(group.planner.asked[0]) == []
+    told, again = group.planner.asked[asked:]
+    (tried, tried_steps), (back, back_steps) = spells(told)
+    assert (tried, back) == (BETTER.tolist(), START.tolist())
+    assert 32 <= tried_steps <= 32 + 2 * BEAT_PASSES, "as long as it was measured"
+    assert back_steps > 0
+    assert spells(again) == []
+
+
+def test_what_a_move_that_ended_half_way_came_to_is_told_to_the_next_decision():
+    group = Group(max_stall_s=0.0001)
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    while not (group.held == BETTER).all(axis=1).any():
+        group.run(1)
+    group.ok = False
+    group.run_until(Outcome.FAILED)
+    asked = len(group.planner.asked)
+    while len(group.planner.asked) == asked:
+        group.run(1)
+    half = group.held.tolist()
+    assert half not in (START.tolist(), BETTER.tolist())
+    assert [placement for placement, _ in spells(group.planner.asked[-1])] == [half]
+
+
+def test_what_a_person_changed_is_no_doing_of_the_decisions():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.planner.answer = answer(pays=False)
+    group.run(5)
+    asked = len(group.planner.asked)
+    group.direct(DirectiveAction.ROLLBACK)
+    while len(group.planner.asked) == asked:
+        group.run(1)
+    assert spells(group.planner.asked[-1]) == []
+
+
+def test_what_was_carried_out_is_told_again_when_the_decision_failed():
+    group = Group()
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.step_s = 0.008
+    group.planner.answer = ValueError("no such load")
+    group.run_until(Outcome.FAILED)
+    group.planner.answer = answer(pays=False)
+    asked = len(group.planner.asked)
+    while len(group.planner.asked) == asked:
+        group.run(1)
+    assert [placement for placement, _ in spells(group.planner.asked[-1])] == [BETTER.tolist()]
+
+
 def test_a_planner_that_never_answers_is_told():
     group = Group()
     group.planner.late = 10**9

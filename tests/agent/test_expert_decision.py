@@ -1,6 +1,7 @@
 """The real decision behind the controller's question: closed loops over loads whose right answer is known."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from moe_agent.experts.controller import Controller
 from moe_agent.experts.decision import Decider
 from moe_agent.experts.directive import GroupShape
 from moe_agent.experts.document import build_document, list_hottest, render_document
-from moe_agent.experts.figures import measure_balance
+from moe_agent.experts.figures import count_moves_by_layer, measure_balance
 from moe_agent.experts.first_rank import checksum
 from moe_agent.experts.planning import Costs, Question
 from moe_scheduling.expert import ExpertSettings, initial_placement
@@ -68,6 +69,18 @@ def test_a_load_that_turned_round_is_less_trusted():
     first = Decider().decide(question(turned))
     again = decider.decide(question(turned, move_s=first.gain_s * 500))
     assert not again.pays
+
+
+def test_a_move_that_was_taken_back_is_paid_for_there_and_back():
+    decider = Decider()
+    moved = decider.decide(question(SKEWED))
+    decider.decide(replace(question(SKEWED), spells=((moved.placement, 20), (START, 40))))
+    account = decider._history.account
+    moves = sum(count_moves_by_layer(START, moved.placement, SHAPE))
+    assert moves > 0
+    assert account.paid_s == pytest.approx(2 * moves * 1e-3)
+    assert account.won_s == pytest.approx(moved.gain_s * 20)
+    assert (account.began.physical_to_logical == START).all()
 
 
 def test_the_text_of_a_document_is_that_of_json():

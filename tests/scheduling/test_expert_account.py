@@ -21,7 +21,7 @@ from moe_scheduling.expert import (
     plan_experts,
     score_placement,
 )
-from moe_scheduling.expert_account import keep_account, plan_retreat
+from moe_scheduling.expert_account import Spell, book_spells, keep_account, plan_retreat
 
 COSTS = ExpertCosts(token_s=1e-3, move_s=0.5, horizon_steps=1000)
 HOT = ExpertLoad(tokens=[[[5.0, 5.0, 1.0, 1.0]]])
@@ -66,6 +66,43 @@ def test_a_placement_that_a_person_chose_is_a_new_beginning():
     first = keep(None, START)
     assert keep(replace(first, won_s=-5.0, decided=START), SWAPPED).began is SWAPPED
     assert keep(replace(first, won_s=-5.0), SWAPPED).won_s == 0.0
+
+
+HALF = placed([0, 2, 1, 3], [0, 1, 2, 3])
+WHOLE = placed([0, 2, 1, 3], [0, 2, 1, 3])
+TWO_LAYERS = placed([0, 1, 2, 3], [0, 1, 2, 3])
+HOT_TWICE = ExpertLoad(tokens=[[[5.0, 5.0, 1.0, 1.0]] * 2])
+
+
+@pytest.mark.parametrize(
+    ("spells", "placement", "won_s", "paid_s"),
+    [
+        pytest.param([], TWO_LAYERS, 0.0, 0.0, id="nothing was carried out"),
+        pytest.param([(WHOLE, 900)], WHOLE, 8.0, 2.0, id="carried out: its window books what it won"),
+        pytest.param([(HALF, 900)], HALF, 4.0, 1.0, id="half carried out"),
+        pytest.param([(WHOLE, 250), (TWO_LAYERS, 650)], TWO_LAYERS, 2.0, 4.0, id="taken back: what it had won"),
+        pytest.param([(HALF, 250), (TWO_LAYERS, 650)], TWO_LAYERS, 1.0, 2.0, id="half carried out, taken back"),
+        pytest.param([(WHOLE, 250), (HALF, 650)], HALF, 4.0 + 1.0, 3.0, id="half taken back"),
+    ],
+)
+def test_what_came_between_two_decisions_is_booked(spells, placement, won_s, paid_s):
+    first = replace(keep(None, TWO_LAYERS, HOT_TWICE), decided=WHOLE)
+    made = [Spell(placement=where, steps=steps) for where, steps in spells]
+    after = keep(book_spells(first, made, HOT_TWICE, placement, COSTS), placement, HOT_TWICE)
+    assert (after.began, after.won_s, after.paid_s) == (TWO_LAYERS, pytest.approx(won_s), paid_s)
+
+
+def test_what_a_placement_lost_before_it_was_taken_back_is_booked():
+    turned = ExpertLoad(tokens=[[[5.0, 1.0, 5.0, 1.0]]])
+    spells = [Spell(placement=SWAPPED, steps=500), Spell(placement=START, steps=500)]
+    after = book_spells(keep(None, START), spells, turned, START, COSTS)
+    assert (after.won_s, after.paid_s) == (pytest.approx(-2.0), 2.0)
+
+
+def test_what_a_person_placed_after_a_spell_is_a_new_beginning_too():
+    other = placed([3, 1, 2, 0])
+    booked = book_spells(keep(None, START), [Spell(placement=SWAPPED, steps=10)], HOT, other, COSTS)
+    assert keep(booked, other).began is other
 
 
 def test_what_was_decided_is_told_to_the_next_decision():
@@ -133,3 +170,47 @@ def test_whatever_comes_little_is_lost_against_moving_nothing(seed, move_s):
             placement, ours_s = decision.placement, ours_s + decision.cost_s
     # What may be lost, and one window's surprise and the way back on top of it.
     assert ours_s <= still_s * (1.005 + 1 / rounds)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2e-3, 0.05, 0.5, 2.0]), st.sampled_from(["whole", "half", "any"]))
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_taken_back_or_ends_half_way_little_is_lost_against_moving_nothing(seed, move_s, ends):
+    """As the controller does: what does not win under the load that comes is taken back after half of it."""
+    generator = np.random.default_rng(seed)
+    costs = ExpertCosts(token_s=2.2e-7, move_s=move_s)
+    start = placement = initial_placement(layers=4, experts=16, redundant=2, ranks=2)
+    weights, history, ours_s, still_s, rounds = np.arange(1, 17) ** -1.0, None, 0.0, 0.0, 40
+
+    def step_s(load, where):
+        return score_placement(load, where, costs)[0].total_s
+
+    tried = None
+    for _ in range(rounds):
+        load = ExpertLoad(tokens=np.array([[generator.permutation(weights) for _ in range(4)]]) * 1e4)
+        still_s += step_s(load, start) * costs.horizon_steps
+        spells = []
+        if tried is not None:
+            spells = [Spell(placement=tried, steps=costs.horizon_steps)]
+            if step_s(load, tried) >= step_s(load, placement):
+                half = costs.horizon_steps // 2
+                ours_s += (step_s(load, tried) - step_s(load, placement)) * half
+                ours_s += count_moves(tried, placement).sum() * move_s
+                spells = [Spell(placement=tried, steps=half), Spell(placement=placement, steps=half)]
+            placement = spells[-1].placement
+        ours_s += step_s(load, placement) * costs.horizon_steps
+        if history is not None:
+            history = replace(history, account=book_spells(history.account, spells, load, placement, costs))
+        decision = plan_experts(load, placement, costs, ExpertSettings(), history)
+        history, tried = decision.history, None
+        if isinstance(decision, Move):
+            goes = generator.random(4) < 0.5 if ends == "half" or (ends == "any" and generator.random() < 0.5) else True
+            table = np.where(
+                np.broadcast_to(goes, 4)[:, None],
+                decision.placement.physical_to_logical,
+                placement.physical_to_logical,
+            )
+            tried = replace(placement, physical_to_logical=table, version=placement.version + 1)
+            ours_s += count_moves(placement, tried).sum() * move_s
+    assert history.account.began is start, "nothing of it is a new beginning"
+    # What may be lost, and one window's surprise with the way there and back on top of it.
+    assert ours_s <= still_s * (1.005 + 2 / rounds)

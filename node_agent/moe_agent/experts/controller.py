@@ -80,6 +80,8 @@ class Controller:
         self._move: Relocation | None = None
         self._trial: Trial | None = None
         self._times = StepTimes()
+        # Placements that decisions brought about since the last answer, with the step that each came in force.
+        self._spells: list[tuple[Slots, int]] = []
         self._gathered_at = self._decided_at = 0
         self._now_s = 0.0
         self._config_version = 0
@@ -251,6 +253,7 @@ class Controller:
             costs=self.costs,
             settings=self.settings,
             horizon_steps=self.settings.interval_steps,
+            spells=self._list_spells(),
         )
         self._planner.ask(self._asked)
 
@@ -261,6 +264,8 @@ class Controller:
         if isinstance(answer, Exception):
             self._log(Outcome.FAILED, f"the decision failed: {answer}")
             return
+        # What came after the question is told with the next one.
+        del self._spells[: len(asked.spells)]
         outcome = Outcome.STAYED if not answer.pays else Outcome.DRY_RUN
         if answer.kept_by:
             self.log.totals.stayed[answer.kept_by] += 1
@@ -284,7 +289,7 @@ class Controller:
             seconds=answer.seconds,
         )
         if acts:
-            self._begin_move(answer.placement, decision, judged=True)
+            self._begin_move(answer.placement, decision, own=True, judged=True)
 
     def _log(self, outcome: Outcome, reason: str, **figures: Any) -> Decision:
         self.revision += 1
@@ -299,12 +304,12 @@ class Controller:
         if directive.action is DirectiveAction.ROLLBACK and self._previous is None:
             self._log(Outcome.FAILED, "no move to take back")
         elif directive.action is DirectiveAction.ROLLBACK:
-            self._change_by_hand(self._previous, Outcome.ROLLED_BACK, f"asked for by directive {directive.version}")
+            self._change(self._previous, Outcome.ROLLED_BACK, f"asked for by directive {directive.version}", own=False)
         else:
             target = np.array(directive.physical_to_logical, np.int64)
-            self._change_by_hand(target, Outcome.APPLIED, f"asked for by directive {directive.version}")
+            self._change(target, Outcome.APPLIED, f"asked for by directive {directive.version}", own=False)
 
-    def _change_by_hand(self, target: Slots | None, outcome: Outcome, reason: str) -> None:
+    def _change(self, target: Slots | None, outcome: Outcome, reason: str, *, own: bool) -> None:
         assert target is not None
         decision = self._log(
             outcome,
@@ -314,9 +319,9 @@ class Controller:
             balance_before=self.balance.mean,
             balance_after=self._measure(target).mean,
         )
-        self._begin_move(target, decision, judged=False)
+        self._begin_move(target, decision, own=own, judged=False)
 
-    def _begin_move(self, target: Slots, decision: Decision, *, judged: bool) -> None:
+    def _begin_move(self, target: Slots, decision: Decision, *, own: bool, judged: bool) -> None:
         layers = changed_layers(self.placement, target)
         self._trial = None
         self.log.begin_gain(self.step, 0.0)
@@ -325,7 +330,7 @@ class Controller:
         before = self._times.since(self.step - self._trial_steps())
         self._watchdog.move_begins()
         self._previous = self.placement.copy()
-        self._move = Relocation(target=target, layers=layers, decision=decision, judged=judged, before=before)
+        self._move = Relocation(target=target, layers=layers, decision=decision, own=own, judged=judged, before=before)
 
     def _beat_move(self, move: Relocation) -> Beat:
         chosen = move.take_layers(self._count_moves(move.target), self.costs.move_s, self.settings.max_stall_s)
@@ -344,6 +349,7 @@ class Controller:
 
     def _end_move(self, move: Relocation) -> None:
         self._move = None
+        self._note_spell(move)
         self.version += 1
         self.revision += 1
         self.balance = self._measure(self.placement)
@@ -356,12 +362,24 @@ class Controller:
     def _abandon(self, move: Relocation) -> None:
         """A rank said that it cannot; none has moved anything of this beat."""
         self._move = None
+        self._note_spell(move)
         move.decision.outcome = Outcome.FAILED
         move.decision.reason += "; a rank could not take part, and nothing more was moved"
         self.version += 1
         self.revision += 1
         self._times.clear()
         self._watchdog.move_failed()
+
+    def _note_spell(self, move: Relocation) -> None:
+        """What a move came to; what a person changes is no doing of the decisions, and a new beginning to them."""
+        if move.own:
+            self._spells.append((self.placement.copy(), self.step))
+        else:
+            self._spells.clear()
+
+    def _list_spells(self) -> tuple[tuple[Slots, int], ...]:
+        ends = [*(begun for _, begun in self._spells[1:]), self.step]
+        return tuple((placement, end - begun) for (placement, begun), end in zip(self._spells, ends, strict=False))
 
     # 5. Measuring.
 
@@ -392,4 +410,4 @@ class Controller:
             self.log.begin_gain(self.step, gain.mean_s)
             return
         self._watchdog.move_failed()
-        self._change_by_hand(self._previous, Outcome.ROLLED_BACK, explain_loss(gain))
+        self._change(self._previous, Outcome.ROLLED_BACK, explain_loss(gain), own=True)

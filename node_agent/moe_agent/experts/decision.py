@@ -1,8 +1,10 @@
 """What `moe_scheduling.expert` decides, in the terms of the controller; run by the thread of the group's first rank."""
 
 import time
+from dataclasses import replace
 
-from moe_scheduling.expert import ExpertCosts, ExpertHistory, Move, plan_experts
+from moe_scheduling.expert import ExpertCosts, ExpertHistory, ExpertLoad, Move, Placement, plan_experts
+from moe_scheduling.expert_account import Spell, book_spells
 
 from moe_agent.experts.figures import make_load, make_placement
 from moe_agent.experts.planning import Answer, Question
@@ -30,7 +32,8 @@ class Decider:
             move_s=question.costs.move_s,
             horizon_steps=question.horizon_steps,
         )
-        found = plan_experts(load, placement, costs, question.settings, self._history)
+        history = self._book(question, load, placement, costs)
+        found = plan_experts(load, placement, costs, question.settings, history)
         self._history = found.history
         return Answer(
             pays=isinstance(found, Move),
@@ -43,3 +46,15 @@ class Decider:
             balance_after=found.balance_after.mean,
             seconds=time.perf_counter() - begun_s,
         )
+
+    def _book(
+        self, question: Question, load: ExpertLoad, placement: Placement, costs: ExpertCosts
+    ) -> ExpertHistory | None:
+        """The history with what was carried out since."""
+        history = self._history
+        if history is None or history.account is None:
+            return history
+        spells = [
+            Spell(placement=make_placement(table, question.shape), steps=steps) for table, steps in question.spells
+        ]
+        return replace(history, account=book_spells(history.account, spells, load, placement, costs))

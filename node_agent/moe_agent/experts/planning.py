@@ -28,7 +28,18 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a planner is asked: load a step, the placement in force, costs and settings, steps until the next time."""
+    """What a planner is asked.
+
+    Attributes:
+        tokens, pairs: the load a step, of a window of `steps`.
+        placement: in force, of this `version`.
+        shape: of the group.
+        costs: as measured so far.
+        settings: in force.
+        horizon_steps: until the next decision.
+        spells: placements that decisions brought about since the last answer, each with the steps it was in force; also
+            what was taken back since, and what a move came to that ended half-way.
+    """
 
     tokens: Floats
     pairs: Floats | None
@@ -39,6 +50,7 @@ class Question:
     costs: Costs
     settings: ExpertSettings
     horizon_steps: int
+    spells: tuple[tuple[Slots, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ class Relocation:
         layers: that are still to be moved.
         moving: those of the last beat.
         decision: the line of the log that it is told in.
+        own: whether the group does it by itself; else a person asked for it.
         judged: whether it is taken back where it wins nothing.
         before: step times just before it began.
     """
@@ -30,6 +31,7 @@ class Relocation:
     target: Slots
     layers: deque[int]
     decision: Decision
+    own: bool
     judged: bool
     before: Samples
     moving: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from moe_scheduling.pace import DEFAULT_STEP_TIME
 from moe_scheduling.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_scheduling.roster import LARGE_FLEET, Roster
 from moe_scheduling.signals import StepTime, Target
+from moe_scheduling.tenants import NAMELESS
 
 
 class DispatchPolicy(StrEnum):
@@ -77,12 +78,14 @@ class Job(NamedTuple):
         cached: how many of them each target holds in its prefix cache; absent means none.
         session_target: where the session's last request went; None without a session or before its first.
         priority: level for the hold queue; lower is more urgent.
+        tenant: whose it is, for the hold queue.
     """
 
     prompt_tokens: int
     cached: Mapping[Target, int] = MappingProxyType({})
     session_target: Target | None = None
     priority: int = 0
+    tenant: str = NAMELESS
 
     def uncached_tokens(self, target: Target) -> int:
         """Tokens that this target has to compute; at least 1, since the last token of a prompt is always computed."""

@@ -1,7 +1,8 @@
 """Layer 1: the order of requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
 
 All policies are one mechanism: a key that does not change while a request waits, so that a heap serves and nothing is
-ever sorted again. A policy is a function that makes the key.
+ever sorted again. A policy is a function that makes the key. Where several tenants wait under `sjf`, the key of a
+request counts from its tenant's lead over the others (`fairness.py`).
 
 Invariants: the order is total and the same for the same pushes; equal keys are served by arrival, then in the order of
 the pushes; no size, priority or arrival that a peer sends makes a key that does not compare (NaN).
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from heapq import heapify, heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
+
+from moe_scheduling.fairness import TenantShares
+from moe_scheduling.lanes import Entry, Lanes
+from moe_scheduling.tenants import NAMELESS
 
 # Whole numbers up to here are exact in a float; no prompt and no level of priority is near it.
 _LARGEST = 2**53
@@ -56,6 +61,8 @@ class RequestSettings:
             next step is scheduled just before the end of the one that runs, and not at its begin.
         kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
             so that running requests can grow without a preemption. 0: none, as vLLM does.
+        fairness_horizon_s: under `sjf`, the seconds by which requests of a tenant that was served more come later at
+            most. 0: tenants are not told apart.
 
     Raises:
         ValueError: a value is out of its range or not finite.
@@ -71,6 +78,7 @@ class RequestSettings:
     cut_prefills: bool = True
     schedule_late: bool = True
     kv_growth_blocks: int = 1
+    fairness_horizon_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ageing_rate < math.inf:
@@ -85,6 +93,13 @@ class RequestSettings:
             raise ValueError("first_token_weight must be greater than 0 and finite")
         if not 0 <= self.kv_growth_blocks <= _LARGEST:
             raise ValueError("kv_growth_blocks must be at least 0")
+        if not 0.0 <= self.fairness_horizon_s < math.inf:
+            raise ValueError("fairness_horizon_s must be at least 0 and finite")
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether tenants are told apart."""
+        return self.policy is RequestPolicy.SJF and self.fairness_horizon_s > 0.0
 
 
 def order_key(
@@ -101,6 +116,9 @@ def order_key(
     was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of r
     tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another request
     is more urgent widens that one's window by `priority_step_s`: priority delays, but does not starve.
+    Between tenants the window is wider by `fairness_horizon_s`: a lead is at least 0 and at most that, whatever was and
+    will be charged, so a request of another tenant that arrives later than `shift_s + fairness_horizon_s` never
+    overtakes. Within a tenant the bound is as it was.
 
     Args:
         settings: the policy and its figures.
@@ -148,24 +166,11 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Waiting(NamedTuple, Generic[T]):
-    """A request that waits: its size as it was pushed, and its key as of `order_key`."""
+    """A request that waits: its size as it was pushed, and its key as of `order_key`, its tenant's lead added."""
 
     item: T
     size_tokens: float
     key: tuple[float, float]
-
-
-class _Entry(NamedTuple, Generic[T]):
-    """One request in the heap. The first three fields order it; `sequence` is unique, so the rest never compares."""
-
-    primary: float
-    secondary: float
-    sequence: int
-    item: T
-    size_tokens: float
-    arrival_s: float
-    priority: int
-    front: int
 
 
 class WaitingQueue(Generic[T]):
@@ -175,17 +180,24 @@ class WaitingQueue(Generic[T]):
     when the dead outnumber the living. Memory is O(living), each operation O(log n) amortised.
 
     An item that is pushed again replaces itself.
+
+    As long as all that was pushed is of one tenant there is one heap; from the second tenant on each has its own, where
+    the settings tell them apart. Other settings begin with the tenants anew.
     """
 
-    __slots__ = ("_fronts", "_heap", "_living", "_pushes", "_settings", "_size_tokens")
+    __slots__ = ("_fronts", "_heap", "_lanes", "_living", "_pushes", "_settings", "_shares", "_size_tokens", "_tenant")
 
     def __init__(self, settings: RequestSettings) -> None:
         self._settings = settings
-        self._heap: list[_Entry[T]] = []
-        self._living: dict[T, _Entry[T]] = {}
+        self._heap: list[Entry[T]] = []
+        self._living: dict[T, Entry[T]] = {}
         self._pushes = 0
         self._fronts = 0
         self._size_tokens = 0
+        # The only tenant so far; None: none, or several.
+        self._tenant: str | None = None
+        self._shares: TenantShares | None = None
+        self._lanes: Lanes[T] | None = None
 
     @property
     def settings(self) -> RequestSettings:
@@ -197,7 +209,16 @@ class WaitingQueue(Generic[T]):
         """Sum of the sizes of what waits; a size that is no number counts as 0."""
         return self._size_tokens
 
-    def push(self, item: T, *, size_tokens: float, arrival_s: float, priority: int = 0, front: bool = False) -> None:
+    def push(
+        self,
+        item: T,
+        *,
+        size_tokens: float,
+        arrival_s: float,
+        priority: int = 0,
+        front: bool = False,
+        tenant: str = NAMELESS,
+    ) -> None:
         """Lets a request wait.
 
         Args:
@@ -207,6 +228,7 @@ class WaitingQueue(Generic[T]):
             priority: level; lower is more urgent.
             front: under `fcfs`, before all that waits, the last such push first, as vLLM puts back what it preempted.
                 The other policies have no front: there the request takes the place that its arrival gives it.
+            tenant: whose it is.
 
         Raises:
             ValueError: the arrival is not finite.
@@ -214,12 +236,41 @@ class WaitingQueue(Generic[T]):
         self._pushes += 1
         if front:
             self._fronts += 1
-        entry = self._entry(item, self._pushes, size_tokens, arrival_s, priority, self._fronts if front else 0)
+        entry = self._entry(item, self._pushes, size_tokens, arrival_s, priority, self._fronts if front else 0, tenant)
         if item in self._living:
             self.remove(item)
         self._living[item] = entry
         self._size_tokens += _countable(size_tokens)
+        if self._lanes is not None:
+            self._lanes.push(entry)
+            return
         heappush(self._heap, entry)
+        if tenant != self._tenant and self._settings.is_fair:
+            self._meet(tenant)
+
+    def _meet(self, tenant: str) -> None:
+        """The first tenant that waits here, or the second: from then on they are told apart."""
+        if self._tenant is None:
+            self._tenant = tenant
+            return
+        settings = self._settings
+        self._shares = TenantShares(settings.ageing_rate, settings.fairness_horizon_s)
+        self._lanes = Lanes(self._shares, self._living, self._living.values())
+        self._heap = []
+
+    def charge(self, tenant: str, tokens: float) -> None:
+        """A tenant was served so many tokens; without effect until a second one has waited."""
+        if self._shares is not None:
+            self._shares.charge(tenant, tokens)
+
+    @property
+    def charges(self) -> bool:
+        """Whether it makes a difference who is charged."""
+        return self._shares is not None
+
+    def lead_s(self, tenant: str) -> float:
+        """Seconds by which the requests of a tenant come later than their own keys."""
+        return 0.0 if self._shares is None else self._shares.lead_s(tenant)
 
     def peek(self) -> T:
         """The request to serve next, left in place.
@@ -227,6 +278,10 @@ class WaitingQueue(Generic[T]):
         Raises:
             IndexError: nothing waits.
         """
+        if self._lanes is not None:
+            if (first := self._lanes.first()) is not None:
+                return first.item
+            raise IndexError("nothing waits")
         heap, living = self._heap, self._living
         while heap:
             entry = heap[0]
@@ -242,6 +297,9 @@ class WaitingQueue(Generic[T]):
             IndexError: nothing waits.
         """
         item = self.peek()
+        if self._lanes is not None:
+            self.remove(item)
+            return item
         heappop(self._heap)
         self._size_tokens -= _countable(self._living.pop(item).size_tokens)
         return item
@@ -252,9 +310,15 @@ class WaitingQueue(Generic[T]):
         Raises:
             KeyError: it does not wait here.
         """
-        self._size_tokens -= _countable(self._living.pop(item).size_tokens)
+        entry = self._living.pop(item)
+        self._size_tokens -= _countable(entry.size_tokens)
+        most = 2 * len(self._living) + _SPARE_ENTRIES
+        if self._lanes is not None:
+            self._lanes.removed(entry)
+            if self._lanes.heaped > most:
+                self._lanes.compact()
         # An empty queue keeps nothing alive.
-        if not self._living or len(self._heap) > 2 * len(self._living) + _SPARE_ENTRIES:
+        elif not self._living or len(self._heap) > most:
             self._rebuild(self._living.values())
 
     def discard(self, item: T) -> None:
@@ -263,14 +327,27 @@ class WaitingQueue(Generic[T]):
             self.remove(item)
 
     def reorder(self, settings: RequestSettings) -> None:
-        """Orders what waits, and what comes, by other settings."""
+        """Orders what waits, and what comes, by other settings; what tenants were served is forgotten."""
         self._settings = settings
         entries = [
-            self._entry(entry.item, entry.sequence, entry.size_tokens, entry.arrival_s, entry.priority, entry.front)
+            self._entry(
+                entry.item,
+                entry.sequence,
+                entry.size_tokens,
+                entry.arrival_s,
+                entry.priority,
+                entry.front,
+                entry.tenant,
+            )
             for entry in self._living.values()
         ]
         self._living = {entry.item: entry for entry in entries}
         self._rebuild(entries)
+        self._tenant = self._shares = self._lanes = None
+        if settings.is_fair:
+            for tenant in {entry.tenant: None for entry in entries}:
+                if self._lanes is None:
+                    self._meet(tenant)
 
     def __len__(self) -> int:
         return len(self._living)
@@ -283,10 +360,16 @@ class WaitingQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """The requests in the order of service, as of now; what is pushed or removed meanwhile does not disturb it."""
+        if self._lanes is not None:
+            return iter([entry.item for entry, _ in self._lanes.in_order()])
         return iter([entry.item for entry in sorted(self._living.values())])
 
     def in_order(self) -> Iterator[Waiting[T]]:
         """The same, found one by one: the first k of n cost O(k log k). The queue must not change meanwhile."""
+        if self._lanes is not None:
+            for entry, primary in self._lanes.in_order():
+                yield Waiting(entry.item, entry.size_tokens, (primary, entry.secondary))
+            return
         heap, living = self._heap, self._living
         frontier = [(heap[0], 0)] if heap else []
         while frontier:
@@ -298,16 +381,16 @@ class WaitingQueue(Generic[T]):
                 yield Waiting(entry.item, entry.size_tokens, (entry.primary, entry.secondary))
 
     def _entry(
-        self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int
-    ) -> _Entry[T]:
+        self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int, tenant: str
+    ) -> Entry[T]:
         settings = self._settings
         if front and settings.policy == RequestPolicy.FCFS:
             primary, secondary = -math.inf, float(-front)
         else:
             primary, secondary = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
-        return _Entry(primary, secondary, sequence, item, size_tokens, arrival_s, priority, front)
+        return Entry(primary, secondary, sequence, item, size_tokens, arrival_s, priority, front, tenant)
 
-    def _rebuild(self, entries: Iterable[_Entry[T]]) -> None:
+    def _rebuild(self, entries: Iterable[Entry[T]]) -> None:
         self._heap = list(entries)
         heapify(self._heap)
 

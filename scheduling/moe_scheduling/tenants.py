@@ -1,0 +1,41 @@
+"""Who a request is from, as a part of its id: how the gateway tells an engine, and how the engine's plugin reads it.
+
+The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
+A tenant is these digits; the nameless one, of requests without the header, is the empty string.
+
+Invariants: nothing that a client wrote is in the suffix; whoever adds one is believed over what stands before it.
+"""
+
+from hashlib import blake2b
+
+NAMELESS = ""
+# The header that names the tenant, as the Gateway API Inference Extension has it; and what such names look like, in
+# lower case (a token of RFC 9110, 5.6.2), the empty one for no header.
+DEFAULT_HEADER = "x-gateway-inference-fairness-id"
+HEADER_PATTERN = r"^[0-9a-z!#$%&'*+.^_`|~-]{0,64}$"
+_MARK = ".t"
+_DIGITS = 8
+_HEX = frozenset("0123456789abcdef")
+# The nameless one's, where the id that a client chose could pass for another's.
+_OF_NOBODY = "0" * _DIGITS
+
+
+def hash_tenant(name: bytes) -> str:
+    """The tenant that goes by this name, which may be any bytes; without any it is the nameless one."""
+    return blake2b(name, digest_size=_DIGITS // 2).hexdigest() if name else NAMELESS
+
+
+def sign_request_id(request_id: bytes, tenant: str) -> bytes:
+    """The id for the engine."""
+    if tenant:
+        return b"%b.t%b" % (request_id, tenant.encode())
+    return b"%b.t%b" % (request_id, _OF_NOBODY.encode()) if _MARK.encode() in request_id else request_id
+
+
+def tenant_of(request_id: str) -> str:
+    """The tenant in an engine's request id, such as `cmpl-ID.t1a2b3c4d-0-9f8e7d6c`."""
+    _, mark, rest = request_id.rpartition(_MARK)
+    tenant = rest[:_DIGITS]
+    if not mark or len(tenant) < _DIGITS or tenant == _OF_NOBODY or not _HEX.issuperset(tenant):
+        return NAMELESS
+    return tenant

@@ -1,0 +1,290 @@
+"""Tenants in one queue: who is served next, what a lead is bounded by, and that one tenant is as if there were none."""
+
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_scheduling.fairness import REMEMBERED_TENANTS, TenantShares
+from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue, order_key
+
+# Powers of two keep the arithmetic exact: 1024 tokens are a second.
+FAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0, fairness_horizon_s=4.0)
+UNFAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0)
+RATE, HORIZON_S = FAIR.ageing_rate, FAIR.fairness_horizon_s
+# So many tokens are no lead yet.
+BAND = 1024
+
+
+def filled(rows, queue_settings=FAIR):
+    """Rows of item, tenant, size in tokens, arrival."""
+    queue = WaitingQueue(queue_settings)
+    for item, tenant, size_tokens, arrival_s in rows:
+        queue.push(item, size_tokens=size_tokens, arrival_s=arrival_s, tenant=tenant)
+    return queue
+
+
+def drained(queue):
+    return [queue.pop() for _ in range(len(queue))]
+
+
+# What is next.
+
+
+@pytest.mark.parametrize(
+    ("charges", "order"),
+    [
+        ([], "abxy"),
+        ([("a", BAND)], "abxy"),
+        ([("a", BAND + 1024)], "axby"),
+        ([("a", BAND + 2048)], "xayb"),
+        ([("a", 10**9)], "xyab"),
+        ([("a", 2048), ("x", 2048)], "abxy"),
+        ([("stranger", 10**6)], "abxy"),
+    ],
+)
+def test_a_tenant_that_was_served_more_comes_later_by_what_it_was_served(charges, order):
+    rows = [("a", "a", 0, 0.0), ("b", "a", 0, 1.0), ("x", "x", 0, 1.5), ("y", "x", 0, 2.75)]
+    queue = filled(rows)
+    for tenant, tokens in charges:
+        queue.charge(tenant, tokens)
+    assert "".join(queue) == order
+    assert [waiting.item for waiting in queue.in_order()] == list(order)
+    assert "".join(drained(queue)) == order
+
+
+def test_a_key_counts_from_the_lead_of_its_tenant():
+    queue = filled([("a", "a", 1024, 0.0), ("x", "x", 0, 0.0)])
+    queue.charge("a", BAND + 512)
+    keys = {waiting.item: waiting.key for waiting in queue.in_order()}
+    assert keys["a"] == (1.0 + queue.lead_s("a"), 0.0)
+    assert queue.lead_s("a") - queue.lead_s("x") == 0.5
+    assert keys["x"] == (queue.lead_s("x"), 0.0)
+
+
+def test_nobody_has_a_lead_before_a_second_tenant_waits():
+    queue = filled([("a", "a", 1024, 0.0)])
+    queue.charge("a", 512)
+    assert not queue.charges
+    assert queue.lead_s("a") == 0.0
+    queue.push("x", size_tokens=0, arrival_s=0.0, tenant="x")
+    assert queue.charges
+    assert queue.lead_s("a") == queue.lead_s("x")
+
+
+@pytest.mark.parametrize("policy", [RequestPolicy.FCFS, RequestPolicy.PRIORITY])
+def test_the_orders_of_vllm_know_no_tenants(policy):
+    queue = filled(
+        [("a", "a", 0, 0.0), ("x", "x", 0, 1.0)], RequestSettings(policy=policy, fairness_horizon_s=HORIZON_S)
+    )
+    queue.charge("a", 10**9)
+    assert not queue.charges
+    assert drained(queue) == ["a", "x"]
+
+
+def test_other_settings_begin_with_the_tenants_anew():
+    queue = filled([("a", "a", 0, 0.0), ("x", "x", 0, 1.0)])
+    queue.charge("a", 10**9)
+    queue.reorder(UNFAIR)
+    assert list(queue) == ["a", "x"]
+    queue.reorder(FAIR)
+    assert queue.charges
+    assert list(queue) == ["a", "x"]
+    queue.charge("a", 10**9)
+    assert list(queue) == ["x", "a"]
+
+
+def test_a_request_that_changes_its_tenant_is_there_once():
+    queue = filled([("a", "a", 0, 0.0), ("x", "x", 0, 1.0), ("a", "x", 0, 2.0)])
+    assert (len(queue), list(queue)) == (2, ["x", "a"])
+    queue.discard("x")
+    queue.discard("x")
+    assert drained(queue) == ["a"]
+    with pytest.raises(IndexError, match="nothing waits"):
+        queue.peek()
+    with pytest.raises(KeyError):
+        queue.remove("a")
+
+
+def test_what_was_removed_is_not_found_however_much_it_was():
+    queue = filled([(number, f"t{number % 7}", number, number / 100) for number in range(1000)])
+    for number in range(1000):
+        if number % 10:
+            queue.remove(number)
+    assert sorted(queue) == list(range(0, 1000, 10))
+    assert queue.size_tokens == sum(range(0, 1000, 10))
+    assert len(drained(queue)) == 100
+
+
+# Coming back.
+
+
+def test_a_tenant_that_idled_has_saved_up_nothing():
+    shares = TenantShares(RATE, HORIZON_S)
+    for tenant in ("busy", "idler"):
+        shares.enter(tenant)
+    shares.leave("idler")
+    for _ in range(1000):
+        shares.charge("busy", RATE)
+    shares.enter("idler")
+    assert shares.lead_s("busy") == shares.lead_s("idler") == 0.0
+
+
+def test_a_tenant_that_is_new_begins_with_the_least_of_those_that_wait():
+    shares = TenantShares(RATE, HORIZON_S)
+    for tenant in ("busy", "other"):
+        shares.enter(tenant)
+    shares.charge("busy", 3 * RATE)
+    shares.charge("other", RATE)
+    shares.enter("new")
+    shares.charge("new", RATE)
+    assert shares.lead_s("busy") == 1.0
+    shares.charge("other", BAND + 512)
+    shares.charge("new", BAND + 512)
+    assert shares.lead_s("busy") == 0.0
+
+
+def test_what_is_served_while_nothing_waits_counts_too():
+    shares = TenantShares(RATE, HORIZON_S)
+    shares.enter("a")
+    shares.enter("x")
+    shares.leave("a")
+    shares.charge("a", BAND + RATE)
+    assert shares.lead_s("a") == 1.0
+    shares.enter("a")
+    assert (shares.lead_s("a"), shares.lead_s("x")) == (1.0, 0.0)
+
+
+# Bounds.
+
+actions = st.lists(
+    st.tuples(st.sampled_from(["enter", "leave", "charge"]), st.sampled_from("abcd"), st.integers(0, 20_000)),
+    max_size=200,
+)
+
+
+@given(actions)
+def test_leads_are_bounded_and_nothing_served_is_forgotten_while_a_tenant_waits(rows):
+    shares, waiting = TenantShares(RATE, HORIZON_S), set()
+    for action, tenant, tokens in rows:
+        before = {name: shares.offset_s(name) for name in waiting}
+        if action == "charge":
+            shares.charge(tenant, tokens)
+        elif action == "enter" and tenant not in waiting:
+            waiting.add(tenant)
+            shares.enter(tenant)
+        elif action == "leave" and tenant in waiting:
+            waiting.remove(tenant)
+            shares.leave(tenant)
+        assert all(shares.offset_s(name) >= before[name] for name in before.keys() & waiting)
+        assert all(0.0 <= shares.lead_s(name) <= HORIZON_S for name in "abcde")
+
+
+requests = st.lists(
+    st.tuples(st.integers(0, 20_000), st.floats(0, 50), st.integers(-2, 2), st.sampled_from("abc")),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(requests)
+def test_one_tenant_is_served_as_if_there_were_none(rows):
+    fair, unfair = WaitingQueue(FAIR), WaitingQueue(UNFAIR)
+    for number, (size_tokens, arrival_s, priority, _) in enumerate(rows):
+        for queue in (fair, unfair):
+            queue.push(number, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, tenant="only")
+            queue.charge("only", size_tokens)
+    assert list(fair.in_order()) == list(unfair.in_order())
+    assert drained(fair) == drained(unfair)
+
+
+@settings(max_examples=200)
+@given(requests, st.randoms(use_true_random=False))
+def test_the_order_is_total_and_lazily_the_same_and_nothing_is_lost(rows, dice):
+    queue, waiting = WaitingQueue(FAIR), {}
+    for number, (size_tokens, arrival_s, priority, tenant) in enumerate(rows):
+        queue.push(number, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, tenant=tenant)
+        waiting[number] = size_tokens
+        if dice.random() < 0.3:
+            queue.charge(dice.choice("abcd"), dice.randrange(5000))
+        if dice.random() < 0.3:
+            gone = dice.choice(sorted(waiting))
+            queue.remove(gone)
+            del waiting[gone]
+    found = list(queue.in_order())
+    assert [row.item for row in found] == list(queue)
+    assert [row.key for row in found] == sorted(row.key for row in found)
+    assert {row.item: row.size_tokens for row in found} == waiting
+    assert queue.size_tokens == sum(waiting.values())
+    assert [row.item for row in islice(queue.in_order(), 3)] == list(queue)[:3]
+    assert drained(queue) == [row.item for row in found]
+
+
+@settings(max_examples=200)
+@given(requests, st.randoms(use_true_random=False))
+def test_no_request_is_overtaken_by_one_that_came_later_than_its_shift_and_the_horizon(rows, dice):
+    """Whatever is charged meanwhile. Within a tenant the bound is that of the keys alone."""
+    queue, left = WaitingQueue(FAIR), {}
+    for number, (size_tokens, arrival_s, _, tenant) in enumerate(sorted(rows, key=lambda row: row[1])):
+        queue.push(number, size_tokens=size_tokens, arrival_s=arrival_s, tenant=tenant)
+        key_s, _ = order_key(FAIR, size_tokens=size_tokens, arrival_s=arrival_s)
+        left[number] = key_s, arrival_s, tenant
+        while left and dice.random() < 0.4:
+            served = queue.pop()
+            _, served_arrival_s, its = left.pop(served)
+            queue.charge(its, dice.randrange(10_000))
+            for other_key_s, _, other in left.values():
+                assert served_arrival_s <= other_key_s + (0.0 if other == its else HORIZON_S) + 1e-9
+
+
+# Attacks.
+
+
+def test_a_flood_does_not_hold_up_the_other_tenant():
+    """1,000 requests of one tenant wait when the other's first comes; each that is served is charged."""
+    queue = filled([(f"f{number}", "flood", 512, number / 1000) for number in range(1000)])
+    queue.push("small", size_tokens=512, arrival_s=1.0, tenant="small")
+    served = 0
+    while queue.pop() != "small":
+        served += 1
+        queue.charge("flood", 512)
+    # Its arrival is a second after the first of the flood, and a second of service is no lead: two requests each.
+    assert served <= 6
+
+
+def test_thousands_of_tenants_cost_bounded_memory():
+    shares = TenantShares(RATE, HORIZON_S)
+    shares.enter("steady")
+    for number in range(20 * REMEMBERED_TENANTS):
+        shares.enter(f"t{number}")
+        shares.charge(f"t{number}", 100)
+        shares.leave(f"t{number}")
+        shares.charge(f"never-waited-{number}", 100)
+    assert len(shares._idle) == REMEMBERED_TENANTS
+    assert len(shares._served) == 1
+    assert len(shares._least) < 200
+
+
+def test_a_tenant_that_comes_and_goes_leaves_nothing_behind():
+    queue = filled([("a", "a", 9000, 0.0)])
+    for number in range(2000):
+        queue.push(number, size_tokens=1, arrival_s=float(number), tenant="x")
+        queue.remove(number)
+    assert queue._lanes.heaped <= 200
+    assert drained(queue) == ["a"]
+
+
+def test_new_names_for_each_request_gain_nothing_over_a_tenant_that_waits_with_one():
+    """Who takes a new name for each request is served as one tenant with the least counter would be."""
+    dice = random.Random(0)
+    queue, served = WaitingQueue(FAIR), Counter()
+    for number in range(4000):
+        for owner, tenant in (("one", "one"), ("many", f"many-{number}")):
+            queue.push((owner, number), size_tokens=dice.randrange(1000), arrival_s=number / 100, tenant=tenant)
+        if number > 100:
+            owner, sequence = queue.pop()
+            served[owner] += 1
+            queue.charge("one" if owner == "one" else f"many-{sequence}", 500)
+    assert served["one"] > 0.2 * sum(served.values())

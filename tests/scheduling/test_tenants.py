@@ -1,0 +1,53 @@
+"""A request's tenant on its way through its id."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.tenants import NAMELESS, hash_tenant, sign_request_id, tenant_of
+
+ids = st.from_regex(rb"[\x21-\x7e]{1,128}", fullmatch=True)
+names = st.binary(min_size=1, max_size=200)
+# What vLLM 0.32 makes of a header's id.
+WAYS = [
+    "chatcmpl-{}-9f8e7d6c",
+    "cmpl-{}-0-9f8e7d6c",
+    "chatcmpl-{}_3-9f8e7d6c",
+    "1_cmpl-{}-0-9f8e7d6c",
+    "resp_{}",
+    "{}",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(request_id=ids, name=names)
+def test_the_engine_finds_who_the_gateway_named(way, request_id, name):
+    tenant = hash_tenant(name)
+    assert tenant_of(way.format(sign_request_id(request_id, tenant).decode())) == tenant != NAMELESS
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(request_id=ids | st.sampled_from([b"a.t1a2b3c4d", b".t1a2b3c4d", b"a.t1a2b3c4d-0", b".t.t1a2b3c4d"]))
+def test_a_client_cannot_name_a_tenant_in_its_id(way, request_id):
+    assert tenant_of(way.format(sign_request_id(request_id, NAMELESS).decode())) == NAMELESS
+
+
+@given(names)
+def test_a_suffix_is_short_and_says_nothing_of_the_name(name):
+    suffix = sign_request_id(b"id", hash_tenant(name))[2:]
+    assert len(suffix) == 10
+    assert set(suffix[2:]) <= set(b"0123456789abcdef")
+
+
+def test_no_name_is_the_nameless_tenant_and_leaves_the_id_as_it_is():
+    assert hash_tenant(b"") == NAMELESS
+    assert sign_request_id(b"id", NAMELESS) == b"id"
+
+
+@pytest.mark.parametrize("text", ["", "id", "id.t", "id.t123", "id.tABCDEF01", "id.txyzw1234", "id.t00000000"])
+def test_what_is_no_suffix_names_nobody(text):
+    assert tenant_of(text) == NAMELESS
+
+
+@given(st.text())
+def test_any_text_has_a_tenant_or_none(text):
+    assert len(tenant_of(text)) in {0, 8}

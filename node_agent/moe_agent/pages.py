@@ -26,7 +26,7 @@ from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
@@ -42,7 +42,7 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddddd???5xQ16sQQQddQ")
+CONTROL_BODY = struct.Struct("<Q16sddddd???5xQd16sQQQddQ")
 PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ")
 _LOAD, _PART = 5, 3
 EXPERT_BODY = struct.Struct("<Qdd")
@@ -314,6 +314,7 @@ class ControlPageWriter(_Writer):
             request.cut_prefills,
             request.schedule_late,
             request.kv_growth_blocks,
+            request.fairness_horizon_s,
             expert.mode.value.encode(),
             expert.interval_steps,
             expert.window_steps,
@@ -335,7 +336,8 @@ class ControlPageReader(_Reader):
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
         prefill_hold_s, first_token_weight, yield_prefills, cut_prefills, schedule_late, kv_growth_blocks = body[5:11]
-        mode, interval_steps, window_steps, move_budget, max_stall_s, hysteresis, directive = body[11:]
+        fairness_horizon_s, mode, interval_steps, window_steps, move_budget = body[11:16]
+        max_stall_s, hysteresis, directive = body[16:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -349,6 +351,7 @@ class ControlPageReader(_Reader):
                 cut_prefills=cut_prefills,
                 schedule_late=schedule_late,
                 kv_growth_blocks=kv_growth_blocks,
+                fairness_horizon_s=fairness_horizon_s,
             ),
             expert=ExpertSettings(
                 mode=ExpertMode(mode.rstrip(b"\0").decode()),

@@ -162,6 +162,12 @@ class OrderedScheduler(AsyncScheduler):
         self.publish()
         return finished
 
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        self.waiting.charge_output(request)
+        return super()._free_request(request, delay_free_blocks)
+
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._preemptions += 1
@@ -184,6 +190,8 @@ class OrderedScheduler(AsyncScheduler):
             len(scheduled) - len(prefill_tokens),
             self._plan.others,
         )
+        if prefill_tokens:
+            self.waiting.charge_prefill(prefill_tokens)
         if work.tokens:
             work.predicted_s = self._step_curve.step_s(*_fullest(work))
         self._step_work.append(work)

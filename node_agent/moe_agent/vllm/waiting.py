@@ -6,13 +6,16 @@ Made by the scheduler, which alone calls it. Under `fcfs` the order equals that 
 Invariants: a request that leaves the queue and comes back (skipped in a scheduling pass) takes its old place again. A
 preempted one keeps its arrival and counts with the tokens that it has to compute again; under `fcfs` it comes first.
 The size of a job is measured when it is pushed; what comes into the prefix cache later is found when it is scheduled.
+Whose a request is stands in its id.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
+from moe_scheduling.fairness import OUTPUT_WEIGHT
 from moe_scheduling.request import RequestSettings, Waiting, WaitingQueue, order_key
+from moe_scheduling.tenants import tenant_of
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
@@ -46,12 +49,24 @@ class OrderedRequestQueue(RequestQueue):
 
     def key(self, request: Request, size_tokens: int) -> tuple[float, float]:
         """The place that a request with so many tokens left would have."""
-        return order_key(
+        primary, arrival_s = order_key(
             self._queue.settings,
             size_tokens=size_tokens,
             arrival_s=self._arrival_s(request),
             priority=request.priority,
         )
+        return primary + self._queue.lead_s(tenant_of(request.request_id)), arrival_s
+
+    def charge_prefill(self, tokens: Mapping[str, int]) -> None:
+        """So many tokens of the prompts of these requests are computed, for their tenants."""
+        if self._queue.charges:
+            for request_id, count in tokens.items():
+                self._queue.charge(tenant_of(request_id), count)
+
+    def charge_output(self, request: Request) -> None:
+        """The request has ended."""
+        if self._queue.charges:
+            self._queue.charge(tenant_of(request.request_id), OUTPUT_WEIGHT * request.num_output_tokens)
 
     # The rest is vLLM's interface.
 
@@ -100,6 +115,7 @@ class OrderedRequestQueue(RequestQueue):
             arrival_s=self._arrival_s(request),
             priority=request.priority,
             front=request.status is RequestStatus.PREEMPTED,
+            tenant=tenant_of(request.request_id),
         )
 
     def _arrival_s(self, request: Request) -> float:

@@ -20,6 +20,7 @@ from moe_scheduling.request import RequestSettings, WaitingQueue
 from moe_scheduling.roster import Roster
 from moe_scheduling.shares import Shares
 from moe_scheduling.signals import EngineSignal, Target
+from moe_scheduling.tenants import NAMELESS
 from moe_scheduling.tokens import TokenRatio
 
 from moe_gateway.config import EngineAddress, GatewayConfig, Group
@@ -252,19 +253,19 @@ class Dispatcher:
 
     # The way of a request.
 
-    def size(self, parsed: Parsed, session: str | None) -> tuple[Job, tuple[int, ...]]:
+    def size(self, parsed: Parsed, session: str | None, tenant: str = NAMELESS) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks."""
         prompt, tokens = parsed.prompt, parsed.prompt_tokens
         if tokens is None:
             tokens = self._ratio(parsed.model).tokens(len(prompt))
         session_target = None if session is None else self._sessions.get(session)
         if len(prompt) < DEFAULT_BLOCK_BYTES:
-            return Job(tokens, _NONE_CACHED, session_target, parsed.priority), ()
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant), ()
         keys = block_keys(prompt)
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
-        return Job(tokens, cached, session_target, parsed.priority), keys
+        return Job(tokens, cached, session_target, parsed.priority, tenant), keys
 
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = (), *, computes: bool = True) -> Decision:
         """Which target takes it now; what an engine answers without computing may go to a saturated one too."""
@@ -313,7 +314,9 @@ class Dispatcher:
         target, predicted_s = sending.target, sending.predicted_s
         self._keys += 1
         books = self.books[target]
-        books.sent(self._keys, job.uncached_tokens(target), now_s)
+        tokens = job.uncached_tokens(target)
+        books.sent(self._keys, tokens, now_s)
+        self._queue.charge(job.tenant, tokens)
         if keys:
             self._prefixes.record(keys, target)
         if session is not None and len(session) <= LONGEST_SESSION:
@@ -398,7 +401,7 @@ class Dispatcher:
         if len(self._queue) >= self._hold_requests:
             return False
         job = waiter.job
-        self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority)
+        self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority, tenant=job.tenant)
         self._held_since[waiter] = now_s
         return True
 

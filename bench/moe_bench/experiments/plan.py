@@ -140,6 +140,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         variants=(REFERENCE, "vllmPriority", "cacheAware", "gimbal", PRODUCT),
         loads=(0.95,),
     ),
+    "tenants": Experiment(
+        title="Tenants told apart, and not",
+        workloads=("flood", "equals"),
+        variants=(REFERENCE, PRODUCT, "oursUnfair"),
+        loads=(0.95, 1.1, 1.25, 2.0),
+    ),
 }
 
 

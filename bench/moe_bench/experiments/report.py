@@ -16,6 +16,7 @@ from moe_bench.comparison import render_ratio
 from moe_bench.experiments.plots import plot_workload
 from moe_bench.experiments.results import (
     COLUMNS,
+    TENANT_COLUMNS,
     TPOT_TARGET_S,
     TTFT_TARGET_S,
     Case,
@@ -25,7 +26,7 @@ from moe_bench.experiments.results import (
 from moe_bench.experiments.runner import is_current, read_records, source_digests
 from moe_bench.experiments.saturation import KNEE_FACTOR
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import ADVERSARIAL
+from moe_bench.experiments.workloads import ADVERSARIAL, ALL
 from moe_bench.statistics import Estimate
 
 _INTRODUCTION = """# Results of the simulator
@@ -60,6 +61,11 @@ _ABLATION = """## What each part is worth
 
 Ours / ours with this otherwise, over all workloads but the adversarial ones: above 1 the other way is better for times.
 """
+_TENANTS = """## Between tenants
+
+Light: tenants that ask for no more than an equal part of the tokens. Index: Jain's, over the tenants' mean slowdown
+(TTFT over that alone on an idle engine); who asks for less than its part may well be served better than others.
+"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -88,6 +94,7 @@ def write_report(raw: Path, folder: Path) -> None:
             plot_workload(results, fleet, workload, folder / f"{name}.svg")
     lines = [*_head(results, records, stale), *_at_knee(results), *_overview(results)]
     lines += [*_ablation(results), *_worse(results)]
+    lines += _tenants(results)
     lines += _knees(results)
     for (fleet, workload), name in names.items():
         lines += _workload(results, fleet, workload, name)
@@ -231,6 +238,23 @@ def _worse(results: Results) -> Iterator[str]:
     yield from _table(["workload", "load", "", "best rival", "ours / rival"], rows)
 
 
+def _tenants(results: Results) -> Iterator[str]:
+    rows = [
+        [
+            case.workload,
+            f"{case.load:.0%}",
+            VARIANTS[variant].label,
+            *(_cell(results.mean(case, variant, column.name), column) for column in TENANT_COLUMNS),
+        ]
+        for case in results.cases
+        if case.workload in ALL and len(ALL[case.workload].senders.tenant_weights) > 1
+        for variant in results.variants(case)
+    ]
+    if rows:
+        yield _TENANTS
+        yield from _table(["workload", "load", "", *map(_title, TENANT_COLUMNS)], rows)
+
+
 def _knees(results: Results) -> Iterator[str]:
     yield _KNEES
     rows = []
@@ -271,7 +295,7 @@ def _workload(results: Results, fleet: str, workload: str, name: str) -> Iterato
         yield f"Load {load:.0%}, {seeds} seeds; alone on an idle engine the mean TTFT is {floor:,.0f} ms."
         yield ""
         yield from _table(
-            ["", *(f"{column.label} {column.unit}".strip() for column in COLUMNS), "ours / this: TTFT mean"],
+            ["", *map(_title, COLUMNS), "ours / this: TTFT mean"],
             [_row(results, case, variant) for variant in results.variants(case)],
         )
 
@@ -280,6 +304,10 @@ def _row(results: Results, case: Case, variant: str) -> list[str]:
     cells = [_cell(results.mean(case, variant, column.name), column) for column in COLUMNS]
     ratio = None if variant == PRODUCT else results.ratio(case, variant, PRODUCT, "ttft_mean")
     return [VARIANTS[variant].label, *cells, render_ratio(ratio)]
+
+
+def _title(column: Column) -> str:
+    return f"{column.label} {column.unit}".strip()
 
 
 def _cell(value: float, column: Column) -> str:

@@ -42,6 +42,11 @@ COLUMNS = (
     Column(name="jain", label="Jain index", unit="", scale=1.0, higher_is_better=True),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
+TENANT_COLUMNS = (
+    Column(name="ttft_light", label="TTFT mean, light tenants", unit="ms"),
+    Column(name="ttft_heavy", label="TTFT mean, the others", unit="ms"),
+    Column(name="jain_tenants", label="index of tenants", unit="", scale=1.0, higher_is_better=True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

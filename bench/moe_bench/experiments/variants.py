@@ -106,6 +106,7 @@ VARIANTS: Mapping[str, Variant] = {
     "oursHold": _less("ours, prefills held", prefill_hold_s=0.5),
     "oursNotLate": _less("ours, steps not scheduled late", schedule_late=False),
     "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
+    "oursUnfair": _less("ours, tenants not told apart", fairness_horizon_s=0.0),
     "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),

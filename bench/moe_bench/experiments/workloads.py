@@ -22,6 +22,7 @@ LONGEST_OUTPUT = 1024
 CONTEXT_TOKENS = 16_384
 SAME_PREFIX_TOKENS = 2048
 FLOOD_WEIGHT = 9.0
+EQUAL_TENANTS = 4
 # 10,000 requests where a run has 600.
 BURST_LENGTH = 10_000 / 600
 
@@ -104,6 +105,7 @@ WORKLOADS: Mapping[str, Workload] = {
 ADVERSARIAL: Mapping[str, Workload] = {
     "allLong": Workload(build=_all_long),
     "flood": Workload(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(FLOOD_WEIGHT, 1.0))),
+    "equals": Workload(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(1.0,) * EQUAL_TENANTS)),
     "samePrefix": Workload(build=_same_prefix),
     "burst": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURST, length=BURST_LENGTH),
     "sawtooth": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.SAWTOOTH),

@@ -40,6 +40,7 @@ def build_document(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
         "cost": cost_of(scenario).source,
         "versions": {"python": environment["python"], **environment["packages"]},
         "figures": {name: _finite(value) for name, value in asdict(outcome.figures).items()},
+        "tenants": [asdict(row) for row in outcome.tenants],
         "totals": asdict(outcome.totals),
         "requests": build_rows(outcome.requests),
     }

@@ -38,7 +38,9 @@ class Figures:
         ttft_floor: mean of the least that any order could give: each request alone on an idle engine.
         jain: Jain's index of fairness over each request's share of the speed that it would have alone (floor / TTFT):
             1 is the same for all, 1/n one request has it all.
-        jain_tenants: the same over the tenants' mean TTFT.
+        jain_tenants: the same over the tenants' mean slowdown (TTFT / floor).
+        ttft_light: mean TTFT of the tenants that asked for no more than an equal part of the tokens.
+        ttft_heavy: that of the others; NaN where there are none.
         cached_share: prompt tokens found in prefix caches.
         preemptions: requests that lost their place.
         busy_share: part of the time in which the engines computed.
@@ -59,6 +61,8 @@ class Figures:
     ttft_floor: float
     jain: float
     jain_tenants: float
+    ttft_light: float
+    ttft_heavy: float
     cached_share: float
     preemptions: int
     busy_share: float
@@ -70,13 +74,15 @@ def measure(
 ) -> Figures:
     """The figures of a run of so many servers; `floor_s` is the time to first token of a request that is alone."""
     answered = [row for row in requests if not row.failure]
-    steady = answered[math.floor(len(answered) * WARM_UP_SHARE) :]
+    steady = _steady(answered)
     ttft = np.array([_ttft(row) for row in steady])
     floor = np.array([floor_s(row) for row in steady])
     tpot = np.array([value for row in steady if (value := _tpot(row)) is not None])
     longest = sorted(steady, key=lambda row: (-row.prompt_tokens, row.index))
     longest = longest[: math.ceil(len(steady) * LONGEST_SHARE)]
     errors = [abs(row.predicted_s - _wait(row)) for row in steady if row.predicted_s is not None]
+    tenants = measure_tenants(requests, floor_s)
+    equal_tokens = sum(row.tokens for row in tenants) / max(1, len(tenants))
     span_s = max((row.finished_s or 0.0 for row in answered), default=0.0)
     prompt_tokens = sum(row.prompt_tokens for row in answered)
     return Figures(
@@ -93,7 +99,9 @@ def measure(
         requests_per_s=len(answered) / span_s if span_s else math.nan,
         ttft_floor=_mean(floor),
         jain=jain_index(floor / np.maximum(ttft, 1e-9)),
-        jain_tenants=jain_index(_tenant_speeds(steady)),
+        jain_tenants=jain_index(np.array([1.0 / row.slowdown_mean for row in tenants])),
+        ttft_light=_mean_of([row for row in tenants if row.tokens <= equal_tokens]),
+        ttft_heavy=_mean_of([row for row in tenants if row.tokens > equal_tokens]),
         cached_share=sum(row.cached_tokens for row in answered) / prompt_tokens if prompt_tokens else math.nan,
         preemptions=totals.preemptions,
         busy_share=totals.busy_s / (totals.now_s * servers) if totals.now_s else 0.0,
@@ -107,11 +115,50 @@ def jain_index(values: np.ndarray) -> float:
     return float(values.sum()) ** 2 / (len(values) * squares) if squares else math.nan
 
 
-def _tenant_speeds(rows: Sequence[SimRequest]) -> np.ndarray:
-    tenants: dict[int, list[float]] = {}
-    for row in rows:
-        tenants.setdefault(row.tenant, []).append(_ttft(row))
-    return np.array([len(times) / max(sum(times), 1e-9) for times in tenants.values()])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantFigures:
+    """Of one tenant's answered requests, warm-up left out.
+
+    Attributes:
+        tenant: its number.
+        requests: how many.
+        tokens: prompt and answer tokens that they asked for.
+        ttft_mean: seconds to the first token.
+        slowdown_mean: TTFT over that of the same request alone on an idle engine.
+    """
+
+    tenant: int
+    requests: int
+    tokens: int
+    ttft_mean: float
+    slowdown_mean: float
+
+
+def _steady(answered: Sequence[SimRequest]) -> Sequence[SimRequest]:
+    return answered[math.floor(len(answered) * WARM_UP_SHARE) :]
+
+
+def measure_tenants(requests: Sequence[SimRequest], floor_s: Callable[[SimRequest], float]) -> list[TenantFigures]:
+    """The tenants in order; warm-up left out, as in `measure`."""
+    by_tenant: dict[int, list[SimRequest]] = {}
+    for row in _steady([row for row in requests if not row.failure]):
+        by_tenant.setdefault(row.tenant, []).append(row)
+    return [
+        TenantFigures(
+            tenant=tenant,
+            requests=len(own),
+            tokens=sum(row.prompt_tokens + row.output_tokens for row in own),
+            ttft_mean=_mean(np.array([_ttft(row) for row in own])),
+            slowdown_mean=_mean(np.array([max(_ttft(row), 1e-9) / max(floor_s(row), 1e-9) for row in own])),
+        )
+        for tenant, own in sorted(by_tenant.items())
+    ]
+
+
+def _mean_of(tenants: Sequence[TenantFigures]) -> float:
+    """Mean TTFT over the requests of these."""
+    requests = sum(row.requests for row in tenants)
+    return sum(row.ttft_mean * row.requests for row in tenants) / requests if requests else math.nan
 
 
 def build_rows(requests: Sequence[SimRequest]) -> list[Mapping[str, Any]]:

@@ -133,7 +133,7 @@ class OwnGateway:
     def arrive(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
         parsed = Parsed(None, True, request.priority, None, prompt_bytes(request), None)
-        job, keys = self.dispatcher.size(parsed, request.session)
+        job, keys = self.dispatcher.size(parsed, request.session, request.sender)
         exchange = _Exchange(self, request, job, keys, set())
         self._exchanges[request] = exchange
         self._begin(exchange)

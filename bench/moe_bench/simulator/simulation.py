@@ -21,7 +21,7 @@ from moe_scheduling.signals import Target
 from moe_bench.simulator.arrivals import ClosedLoop, OpenLoop, Senders
 from moe_bench.simulator.costs import IDLE, CostModel, Work
 from moe_bench.simulator.group import Group
-from moe_bench.simulator.outcome import Figures, measure
+from moe_bench.simulator.outcome import Figures, TenantFigures, measure, measure_tenants
 from moe_bench.simulator.prefills import share_prefills
 from moe_bench.simulator.rank import OURS, EngineLimits, RankMaker, SchedulerFactory
 from moe_bench.simulator.rivals import RIVALS
@@ -94,6 +94,7 @@ class Outcome:
     requests: Sequence[SimRequest]
     totals: Totals
     figures: Figures
+    tenants: Sequence[TenantFigures]
 
 
 def load_vllm() -> RankMaker:
@@ -125,7 +126,12 @@ def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
     )
     requests, totals = world.run()
     floor = functools.partial(floor_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
-    return Outcome(requests=requests, totals=totals, figures=measure(requests, totals, simulation.servers, floor))
+    return Outcome(
+        requests=requests,
+        totals=totals,
+        figures=measure(requests, totals, simulation.servers, floor),
+        tenants=measure_tenants(requests, floor),
+    )
 
 
 def floor_s(cost: CostModel, step_tokens: int, ranks: int, request: SimRequest) -> float:

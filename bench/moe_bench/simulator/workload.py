@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from struct import pack
 
+from moe_scheduling.tenants import NAMELESS
+
 from moe_bench.traces import TraceRequest
 
 BYTES_PER_TOKEN = 4
@@ -66,8 +68,13 @@ class SimRequest:
 
     @property
     def name(self) -> str:
-        """Its id in vLLM."""
-        return f"r{self.index}"
+        """Its id in vLLM, which names the tenant as a gateway does."""
+        return f"r{self.index}.t{self.sender}" if self.tenant else f"r{self.index}"
+
+    @property
+    def sender(self) -> str:
+        """The tenant as the schedulers know it; the first one is nameless, as where nobody is told apart."""
+        return f"{self.tenant:08x}" if self.tenant else NAMELESS
 
 
 def build_requests(trace: Iterable[TraceRequest]) -> list[SimRequest]:

@@ -164,6 +164,17 @@ def test_the_report_says_where_we_win_and_where_we_lose(tmp_path):
     assert f"({plots[0].name})" in page
 
 
+def test_the_report_shows_tenants_where_there_are_several(tmp_path):
+    rows = [record(name, workload=workload) for name in (REFERENCE, PRODUCT) for workload in ("flood", "twoEnd")]
+    for row in rows:
+        row["figures"] |= {"ttft_light": 0.1, "ttft_heavy": 0.3, "jain_tenants": 0.8}
+    write_report(write(tmp_path, rows), tmp_path / "results")
+    _, _, rest = (tmp_path / "results" / "README.md").read_text().partition("## Between tenants\n")
+    table, _, _ = rest.partition("\n## ")
+    assert "| flood | 100% | ours | 100 | 300 | 0.8 |" in table
+    assert "twoEnd" not in table
+
+
 def test_the_same_results_give_the_same_report(tmp_path):
     rows = [
         record(name, load=load, seed=seed) for name in (REFERENCE, PRODUCT) for load in (0.5, 1.0) for seed in (1, 2)

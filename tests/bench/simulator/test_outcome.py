@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.simulator.outcome import jain_index, measure
+from moe_bench.simulator.outcome import jain_index, measure, measure_tenants
 from moe_bench.simulator.workload import SimRequest
 from moe_bench.simulator.world import Totals
 
@@ -60,6 +60,21 @@ def test_a_tenant_that_waits_longer_shows_in_the_index():
     other = measure(unfair, TOTALS, 1, lambda row: 1.0).jain_tenants
     assert one == pytest.approx(1.0)
     assert other < 0.7
+
+
+def test_a_tenant_that_asks_for_less_than_its_part_is_light():
+    rows = [answered(index, 1.0 + (index % 4 > 0), tenant=int(index % 4 > 0)) for index in range(40)]
+    figures = measure(rows, TOTALS, 1, lambda row: 1.0)
+    assert (figures.ttft_light, figures.ttft_heavy) == (pytest.approx(1.0), pytest.approx(2.0))
+    light, heavy = measure_tenants(rows, lambda row: 0.5)
+    assert (light.tenant, light.requests, light.tokens) == (0, 9, 9 * 21)
+    assert (light.slowdown_mean, heavy.slowdown_mean) == (pytest.approx(2.0), pytest.approx(4.0))
+
+
+def test_where_there_is_one_tenant_none_is_heavy():
+    figures = measure([answered(index, 1.0) for index in range(10)], TOTALS, 1, lambda row: 1.0)
+    assert figures.ttft_light == pytest.approx(figures.ttft_mean)
+    assert math.isnan(figures.ttft_heavy)
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=50))

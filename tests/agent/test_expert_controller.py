@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.experts.controller import BEAT_PASSES, Controller, Report
+from moe_agent.experts.controller import BEAT_PASSES, Controller
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape
 from moe_agent.experts.first_rank import checksum
 from moe_agent.experts.outcome import Outcome, ProblemKind
 from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action, Beat, pack_beat, unpack_beat
-from moe_agent.experts.recording import Counted
+from moe_agent.experts.recording import Counted, Report
 from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.placement import count_copies
 

@@ -17,13 +17,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
-from moe_agent.experts.controller import Report
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.first_rank import FirstRank, checksum
 from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action
 from moe_agent.experts.published import PublishedExperts, as_of, experts_path
-from moe_agent.experts.recording import Counted
+from moe_agent.experts.recording import Counted, Report
 from moe_agent.pages import Control, ControlPageReader, ControlPageWriter
 from moe_agent.server import AgentServer
 from moe_agent.supervisor import Supervisor

@@ -12,7 +12,7 @@ not, but two halves of a plan are not what anybody weighed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,9 @@ from moe_agent.experts.inbox import Inbox
 from moe_agent.experts.outcome import Outcome, ProblemKind
 from moe_agent.experts.planning import Costs, Planner, Question, Slots
 from moe_agent.experts.protocol import Action, Beat
-from moe_agent.experts.recording import Counted
+from moe_agent.experts.recording import Report
 from moe_agent.experts.relocation import Relocation, changed_layers
+from moe_agent.experts.spells import Spells
 from moe_agent.experts.step_times import Gain, LoadClass, StepTimes
 from moe_agent.experts.trial import Prolonged, Trial, Unmeasured, explain_loss
 from moe_agent.experts.watchdog import Watchdog
@@ -36,14 +37,6 @@ from moe_agent.experts.window import LoadWindow
 BEAT_PASSES = 8
 # Passes between two looks at the counts; a decision gathers anew in any case.
 GATHER_PASSES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a rank answers to a gather: its counts, and the checksum of the placement that it holds."""
-
-    counted: Counted
-    checksum: int
 
 
 class Controller:
@@ -80,8 +73,7 @@ class Controller:
         self._move: Relocation | None = None
         self._trial: Trial | None = None
         self._times = StepTimes()
-        # Placements that decisions brought about since the last answer, with the step that each came in force.
-        self._spells: list[tuple[Slots, int]] = []
+        self._spells = Spells()
         self._gathered_at = self._decided_at = 0
         self._now_s = 0.0
         self._config_version = 0
@@ -253,7 +245,7 @@ class Controller:
             costs=self.costs,
             settings=self.settings,
             horizon_steps=self.settings.interval_steps,
-            spells=self._list_spells(),
+            spells=self._spells.until(self.step),
         )
         self._planner.ask(self._asked)
 
@@ -264,8 +256,7 @@ class Controller:
         if isinstance(answer, Exception):
             self._log(Outcome.FAILED, f"the decision failed: {answer}")
             return
-        # What came after the question is told with the next one.
-        del self._spells[: len(asked.spells)]
+        self._spells.forget(len(asked.spells))
         outcome = Outcome.STAYED if not answer.pays else Outcome.DRY_RUN
         if answer.kept_by:
             self.log.totals.stayed[answer.kept_by] += 1
@@ -371,15 +362,10 @@ class Controller:
         self._watchdog.move_failed()
 
     def _note_spell(self, move: Relocation) -> None:
-        """What a move came to; what a person changes is no doing of the decisions, and a new beginning to them."""
         if move.own:
-            self._spells.append((self.placement.copy(), self.step))
+            self._spells.note(self.placement, self.step)
         else:
             self._spells.clear()
-
-    def _list_spells(self) -> tuple[tuple[Slots, int], ...]:
-        ends = [*(begun for _, begun in self._spells[1:]), self.step]
-        return tuple((placement, end - begun) for (placement, begun), end in zip(self._spells, ends, strict=False))
 
     # 5. Measuring.
 

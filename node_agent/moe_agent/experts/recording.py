@@ -33,6 +33,14 @@ class Counted:
     pair_passes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a rank answers to a gather: its counts, and the checksum of the placement that it holds."""
+
+    counted: Counted
+    checksum: int
+
+
 class RoutingRecorder:
     """See the module.
 

@@ -27,14 +27,13 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from moe_agent.experts.controller import Report
 from moe_agent.experts.decision import Decider
 from moe_agent.experts.directive import GroupShape, list_placement_problems
 from moe_agent.experts.first_rank import FirstRank, checksum
 from moe_agent.experts.planning import Costs, Slots
 from moe_agent.experts.protocol import Action, Beat, beat_size, pack_beat, unpack_beat
 from moe_agent.experts.published import experts_path
-from moe_agent.experts.recording import Counted, RoutingRecorder
+from moe_agent.experts.recording import Counted, Report, RoutingRecorder
 from moe_agent.experts.step_times import load_class
 from moe_agent.experts.work_meter import WorkMeter
 from moe_agent.pages import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState

@@ -1,13 +1,18 @@
 """The ranks of one server: they step together, idle ones run dummy steps, a step takes as long as its slowest rank.
 
 As vLLM's `DPEngineCoreProc` (0.32): a counter of steps that all ranks share decides in which of them prefills may
-begin (`prefill_schedule_interval`), and starts anew when the whole group has become idle. With asynchronous scheduling
-a step is scheduled while the one before it runs; what comes meanwhile waits for the next. Our scheduler lets the core
-wait with that (`late_s`). A step that is scheduled while none runs begins later by what scheduling takes.
+begin (`prefill_schedule_interval`), and starts anew when the whole group has become idle. Each rank schedules its part
+of the next step by itself, and the step is launched when the last one has. With asynchronous scheduling a rank may have
+two parts on their way; what comes meanwhile waits for the next. Our scheduler lets the core wait with that (`late_s`).
 
-Invariants: steps end in the order of their scheduling; a group without requests makes no steps.
+A rank that has no part on its way, in a group that runs, has nothing to keep it: vLLM's core enters the next dummy pass
+at once, and is stuck in it until the others have scheduled. Ours waits until one of them has, and those that still wait
+with theirs then do not any longer (`keeps_step`).
+
+Invariants: steps end in the order of their launch; a group without requests makes no steps.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +23,8 @@ from moe_bench.simulator.workload import SimRequest
 
 # vLLM's engine core sleeps so long when it has requests and could schedule none.
 NOTHING_TO_RUN_S = 0.001
+# Instead of seconds: until another rank has scheduled its part.
+_WITH_OTHERS = -1.0
 
 
 class GroupStep(NamedTuple):
@@ -35,8 +42,8 @@ class Group:
         ranks: its ranks.
         cost: of its steps.
         prefill_interval: in every so manieth step prefills may begin.
-        ahead: steps on their way at once: 2 is vLLM's asynchronous scheduling, its default; 1 is without.
-        exposed_s: seconds that a step takes longer when it was not scheduled while another one ran.
+        ahead: parts of a rank on their way at once: 2 is vLLM's asynchronous scheduling, its default; 1 is without.
+        exposed_s: seconds from the scheduling of a step to its begin, where no other step runs as long.
     """
 
     def __init__(
@@ -59,6 +66,9 @@ class Group:
         self._exposed_s = exposed_s
         self._counter = 0
         self._on_way: deque[GroupStep] = deque()
+        self._ends_s = 0.0
+        # Of the step that is being made, by rank.
+        self._parts: dict[int, Step | None] = {}
         balance, pressures = cost.expert_pressures([IDLE] * len(self.ranks))
         for rank, pressure in zip(self.ranks, pressures, strict=True):
             rank.expert_values = {"expert_balance": balance, "expert_pressure": pressure}
@@ -74,40 +84,65 @@ class Group:
         return [request for rank in self.ranks for request in rank.requests]
 
     def fill(self, now_s: float) -> float:
-        """Schedules as many steps as may be on their way; seconds until the next one may be, 0 where it has to wait for
-        an end."""
-        while len(self._on_way) < self._ahead and any(rank.has_requests for rank in self.ranks):
-            if (late_s := self._late_s(now_s)) > 0.0:
+        """Lets the ranks schedule what they may; seconds until the next of them may, 0 where it has to wait for an end.
+        """
+        while any(rank.has_requests for rank in self.ranks):
+            late_s = self._schedule_parts(now_s)
+            if len(self._parts) < len(self.ranks):
                 return late_s
-            step = self._schedule(now_s)
-            self._on_way.append(step)
+            step = self._launch(now_s)
             if not any(part is not None and part.work.tokens for part in step.steps):
                 return 0.0
         return 0.0
 
-    def _late_s(self, now_s: float) -> float:
-        """The first rank that has waited long enough schedules; the others have to be with it."""
-        if len(self._on_way) != 1 or self._ahead == 1:
-            return 0.0
-        computing = [rank for rank, part in zip(self.ranks, self._on_way[0].steps, strict=True) if part is not None]
-        return min((rank.late_s(now_s) for rank in computing), default=0.0)
-
-    def _schedule(self, now_s: float) -> GroupStep:
+    def _schedule_parts(self, now_s: float) -> float:
+        """The parts whose time has come; seconds until that of the next one has, 0 for an end."""
         throttle = self._interval > 1 and self._counter % self._interval != 0
+        waits_s = {
+            number: self._wait_s(number, now_s) for number in range(len(self.ranks)) if number not in self._parts
+        }
+        others_go = any(wait_s == 0.0 for wait_s in waits_s.values())
+        for number, wait_s in waits_s.items():
+            rank = self.ranks[number]
+            if wait_s == 0.0 or (wait_s < math.inf and others_go and rank.keeps_step):
+                self._parts[number] = rank.schedule(now_s, throttle_prefills=throttle) if rank.has_requests else None
+        left_s = [waits_s[number] for number in waits_s if number not in self._parts]
+        return min((wait_s for wait_s in left_s if 0.0 < wait_s < math.inf), default=0.0)
+
+    def _wait_s(self, number: int, now_s: float) -> float:
+        """Seconds until a rank schedules its part: infinite for an end, `_WITH_OTHERS` for another rank."""
+        on_way = self._parts_on_way(number)
+        if on_way >= self._ahead:
+            return math.inf
+        rank = self.ranks[number]
+        if on_way:
+            return rank.late_s(now_s)
+        others_run = any(self._parts_on_way(other) for other in range(len(self.ranks)) if other != number)
+        return _WITH_OTHERS if others_run and rank.keeps_step and self._ahead > 1 else 0.0
+
+    def _parts_on_way(self, number: int) -> int:
+        return sum(step.steps[number] is not None for step in self._on_way)
+
+    def _launch(self, now_s: float) -> GroupStep:
         self._counter += 1
-        steps = tuple(
-            rank.schedule(now_s, throttle_prefills=throttle) if rank.has_requests else None for rank in self.ranks
-        )
+        steps = tuple(self._parts[number] for number in range(len(self.ranks)))
+        self._parts = {}
         works = [IDLE if step is None else step.work for step in steps]
         if any(work.tokens for work in works):
-            duration_s = self._cost.group_step_s(works) + (0.0 if self._on_way else self._exposed_s)
+            # What of the scheduling was not hidden behind the step that runs.
+            left_s = self._ends_s - now_s if self._on_way else 0.0
+            duration_s = self._cost.group_step_s(works) + max(0.0, self._exposed_s - left_s)
             self.steps_made += 1
         elif self._on_way or not any(rank.has_unfinished for rank in self.ranks):
             # Only takes note of what ended, or of what is on its way already.
             duration_s = 0.0
         else:
             duration_s = NOTHING_TO_RUN_S if len(self.ranks) == 1 else self._cost.group_step_s(works)
-        return GroupStep(steps, duration_s)
+        if not self._on_way:
+            self._ends_s = now_s + duration_s
+        step = GroupStep(steps, duration_s)
+        self._on_way.append(step)
+        return step
 
     @property
     def current_s(self) -> float:
@@ -118,6 +153,8 @@ class Group:
         """The step that runs is over."""
         step = self._on_way.popleft()
         self.busy_s += step.duration_s
+        if self._on_way:
+            self._ends_s = now_s + self._on_way[0].duration_s
         first_tokens: list[SimRequest] = []
         finished: list[SimRequest] = []
         for rank, part in zip(self.ranks, step.steps, strict=True):
@@ -127,10 +164,12 @@ class Group:
                 finished += progress.finished
         if not self._on_way and not any(rank.has_unfinished for rank in self.ranks):
             self._counter = 0
+            self._parts = {}
         return Progress(first_tokens, finished)
 
     def close(self) -> None:
         """The server is gone."""
         self._on_way.clear()
+        self._parts = {}
         for rank in self.ranks:
             rank.close()

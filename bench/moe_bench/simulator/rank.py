@@ -126,6 +126,11 @@ class Rank:
         """Whether any request has not ended."""
         return bool(self.scheduler.has_unfinished_requests())
 
+    @property
+    def keeps_step(self) -> bool:
+        """Whether the rank schedules its part of a step no sooner than another has to, and with the first that does."""
+        return bool(getattr(self.scheduler, "keeps_step", False))
+
     def late_s(self, now_s: float) -> float:
         """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
         self.now_s = now_s

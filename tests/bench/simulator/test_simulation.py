@@ -114,6 +114,27 @@ def test_our_engines_schedule_a_step_late_so_that_what_comes_is_in_it(maker):
     assert span_s[True] < span_s[False] - 0.5 * 0.006
 
 
+def test_an_idle_rank_is_in_the_next_dummy_pass_already_and_ours_waits_with_it(maker):
+    # The second request comes to the other rank while the first one decodes, in steps of 30 ms.
+    cost = LinearCost(base_s=0.03, prefill_s=0.0, decode_s=0.0)
+    steps = {}
+    for name, scheduler, ahead in (("ahead", STOCK, True), ("not ahead", STOCK, False), ("ours", OURS, True)):
+        waits_s = []
+        for arrival_s in (9.001, 9.009, 9.017, 9.025):
+            trace = [one(64, output_tokens=600), one(16, arrival_s=arrival_s)]
+            plan = simulation(
+                trace=trace, cost=cost, ranks=2, scheduler=scheduler, async_scheduling=ahead, dispatch="roundRobin"
+            )
+            outcome = simulate(plan, maker)
+            assert [row.rank for row in outcome.requests] == [0, 1]
+            waits_s.append(outcome.requests[1].first_token_s - arrival_s)
+        steps[name] = sum(waits_s) / len(waits_s) / 0.03
+    # Half a step on the mean, those that are lost, and the own one.
+    assert steps["ahead"] == pytest.approx(3.5, abs=0.15)
+    assert steps["not ahead"] == pytest.approx(2.5, abs=0.15)
+    assert steps["ours"] == pytest.approx(1.6, abs=0.15)
+
+
 def test_a_step_that_is_not_scheduled_ahead_shows_what_scheduling_takes(maker):
     trace = [one(16, output_tokens=100)]
     ends_s = {

@@ -6,6 +6,7 @@ so that after a change of the product its runs are made anew and those of the ri
 The parent alone writes the file. Interrupted, it loses the runs that were on their way.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from moe_bench.simulator.simulation import Outcome, load_vllm, simulate
 ROOT = Path(__file__).parents[3]
 _SIMULATOR = (
     "bench/moe_bench/simulator",
-    *(f"bench/moe_bench/experiments/{name}.py" for name in ("plan", "saturation", "variants", "workloads")),
+    *(f"bench/moe_bench/experiments/{name}.py" for name in ("plan", "saturation", "workloads")),
 )
 _PRODUCT = (
     "scheduling/moe_scheduling",
@@ -176,8 +177,9 @@ def source_digests() -> dict[bool, str]:
 
 
 def digest_of(variant: str, digests: Mapping[bool, str]) -> str:
-    """The digest that a record of this variant has now."""
-    return digests[VARIANTS[variant].uses_product]
+    """The digest that a record of this variant has now: of the sources, and of what the variant says."""
+    described = VARIANTS[variant].describe()
+    return digests[VARIANTS[variant].uses_product] + hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
 
 
 def is_current(record: Record, digests: Mapping[bool, str]) -> bool:

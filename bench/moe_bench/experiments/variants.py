@@ -4,6 +4,7 @@ A variant changes a simulation: the scheduler, its limits, the choice of the eng
 of those that the product is measured against.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Variant:
         uses_product: whether code of the product decides in it.
         by_length: whether clients send the length of the prompt as the priority.
         placement: how the experts lie.
+        lost_from: part of the time in which requests come after which no signal arrives; 1: none is lost.
     """
 
     label: str
@@ -38,12 +40,21 @@ class Variant:
     uses_product: bool = False
     by_length: bool = False
     placement: PlacementPolicy = PlacementPolicy.INITIAL
+    lost_from: float = 1.0
 
     def apply(self, simulation: Simulation) -> Simulation:
         """The simulation under this variant."""
         senders = replace(simulation.senders, by_length=self.by_length)
         limits = replace(simulation.limits, **self.limits)
-        return replace(simulation, **self.changes, limits=limits, senders=senders)
+        changed = replace(simulation, **self.changes, limits=limits, senders=senders)
+        if self.lost_from < 1.0:
+            loss = Loss(from_s=self.lost_from * max(row.arrival_s for row in simulation.trace))
+            changed = replace(changed, signals=SignalPlan(losses=(loss,)))
+        return changed
+
+    def describe(self) -> str:
+        """All that a run of it depends on, beside the sources of the simulator and of the product."""
+        return f"{self!r}\n{inspect.getsource(Variant)}"
 
 
 def _stock(
@@ -79,8 +90,6 @@ def _less(label: str, **settings: Any) -> Variant:
 
 
 GATEWAYS = 4
-# Within a run of the default length at most loads.
-LOST_FROM_S = 30.0
 # Layer 1 as vLLM has it.
 _AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS)
 GIMBAL_SCHEDULER = "moe_bench.simulator.gimbal.GimbalScheduler"
@@ -112,7 +121,7 @@ VARIANTS: Mapping[str, Variant] = {
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
     "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),
     "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
-    "oursLost": _ours("ours, signals lost half way", signals=SignalPlan(losses=(Loss(from_s=LOST_FROM_S),))),
+    "oursLost": replace(_ours("ours, signals lost half way"), lost_from=0.5),
     "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
     # With the experts placed.
     "oursExperts": replace(_ours("ours, experts by our decisions"), placement=PlacementPolicy.PLANNED),

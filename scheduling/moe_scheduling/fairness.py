@@ -4,6 +4,8 @@ Made by `WaitingQueue` once a second tenant waits there. Virtual token counters 
 Large Language Models", OSDI 2024), in the currency of the queue's order: a lead of so many tokens is the seconds that
 waiting makes up for, so that it adds to the key of a request.
 
+A lead is what a tenant was served more than the least served of those that wait, beyond a part of the horizon.
+
 Invariants: a lead is at least 0 and at most the horizon; the counter of a tenant that waits never falls; nobody saves
 up by idling, who comes back begins with the least counter of those that wait or with its own, whichever is greater; so
 many tenants are remembered and no more. What orders the tenants never falls either: the race in `lanes.py` lives by it.
@@ -15,8 +17,9 @@ from heapq import heapify, heappop, heappush, heapreplace
 # What a token of the answer counts, where one of the prompt counts 1: Sheng et al.
 OUTPUT_WEIGHT = 2.0
 REMEMBERED_TENANTS = 1024
-# A difference of so much service is no lead: within it equal tenants differ by chance, and the order is by size alone.
-_BAND_S = 1.0
+# Part of the horizon by which a tenant may be ahead without a lead: equal tenants are by chance, and the order by size,
+# which is worth more to all, stays as it is between them.
+_BAND = 0.25
 # Old entries that the search for the least may hold beyond as many as there are tenants that wait.
 _SPARE_ENTRIES = 64
 
@@ -34,7 +37,7 @@ class TenantShares:
     def __init__(self, ageing_rate: float, horizon_s: float) -> None:
         self._rate = ageing_rate
         self._window = horizon_s * ageing_rate
-        self._band = min(_BAND_S, horizon_s) * ageing_rate
+        self._band = self._window * _BAND
         # Tokens served: of those that wait, and of those that do not, the longest idle first.
         self._served: dict[str, float] = {}
         self._idle: OrderedDict[str, float] = OrderedDict()

@@ -15,6 +15,7 @@ from moe_scheduling.request import RequestSettings
         (RequestSettings, "ageing_horizon_s", "ageing_horizon_s must be at least 0", 0.0),
         (RequestSettings, "priority_step_s", "priority_step_s must be at least 0", 0.0),
         (RequestSettings, "prefill_hold_s", "prefill_hold_s must be at least 0", 0.0),
+        (RequestSettings, "fairness_horizon_s", "fairness_horizon_s must be at least 0", 0.0),
         (RequestSettings, "first_token_weight", "first_token_weight must be greater than 0", 1e-300),
         (EngineSettings, "stickiness_s", "stickiness_s must be at least 0", 0.0),
         (EngineSettings, "stale_after_s", "stale_after_s must be greater than 0", 1e-300),

@@ -1,11 +1,13 @@
 """Configuration of the gateway: the file that the plan writes, and the body that its control route takes."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from moe_scheduling.engine import EngineSettings
 from moe_scheduling.request import RequestSettings
+from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -31,6 +33,17 @@ def _check_address(url: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+
+
+def _check_header(name: str) -> str:
+    """A header's name in lower case, or nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if re.fullmatch(HEADER_PATTERN, name) is None:
+        raise ValueError(f"the name of a header in lower case is needed, or nothing, got {name[:80]!r}")
+    return name
 
 
 class _Section(BaseModel):
@@ -99,6 +112,7 @@ class GatewayConfig(_Section):
             when it exists.
         model: name of the model that the engines serve, when it is known before any engine is.
         engines: a fixed list, unless `discovery` finds them.
+        tenant_header: the header that names the tenant of a request, in lower case; empty: all are the nameless one's.
     """
 
     listen: Listen
@@ -111,3 +125,4 @@ class GatewayConfig(_Section):
     dispatch: EngineSettings = EngineSettings()
     request: RequestSettings = RequestSettings()
     limits: Limits = Limits()
+    tenant_header: Annotated[str, AfterValidator(_check_header)] = DEFAULT_HEADER

@@ -15,9 +15,16 @@ from typing import Protocol
 
 from moe_scheduling.engine import Hold, Job, Refuse, RefuseReason, Send
 from moe_scheduling.signals import Target
+from moe_scheduling.tenants import NAMELESS, sign_request_id
 
 from moe_gateway.dispatcher import Dispatcher, Placed
-from moe_gateway.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
+from moe_gateway.heads import (
+    build_request_head,
+    ends_between_chunks,
+    read_tenant,
+    skip_informational,
+    stamp_response,
+)
 from moe_gateway.parsing import Parsed
 from moe_gateway.replies import Outcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.routes import Route
@@ -61,6 +68,7 @@ class Surroundings:
 
     Attributes:
         model: the name of the model that is served, where it is known without an engine.
+        tenant_header: names the tenant of a request, in lower case; empty: nothing does.
     """
 
     dispatcher: Dispatcher
@@ -69,6 +77,7 @@ class Surroundings:
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
     model: str | None = None
+    tenant_header: bytes = b""
     draining: bool = False
 
 
@@ -84,6 +93,7 @@ class Exchange:
         "_ended",
         "_framed",
         "_fresh_try",
+        "_is_fair",
         "_keys",
         "_last",
         "_paused",
@@ -126,7 +136,9 @@ class Exchange:
         self._connecting: asyncio.Task[None] | None = None
         self.job: Job
         self._keys: tuple[int, ...]
-        self.job, self._keys = surroundings.dispatcher.size(parsed, session)
+        self._is_fair = surroundings.dispatcher.request_settings.is_fair and bool(surroundings.tenant_header)
+        tenant = read_tenant(request.headers, surroundings.tenant_header) if self._is_fair else NAMELESS
+        self.job, self._keys = surroundings.dispatcher.size(parsed, session, tenant)
         if self.computes:
             surroundings.dispatcher.ledger.arrive(self.job.prompt_tokens, request.arrived_s)
 
@@ -238,7 +250,7 @@ class Exchange:
             request.headers,
             host=engine.host,
             body_bytes=len(request.body),
-            request_id=request.request_id,
+            request_id=sign_request_id(request.request_id, self.job.tenant) if self._is_fair else request.request_id,
             rank=target.rank if engine.address.ranks > 1 else None,
             http10=request.http10,
         )

@@ -66,6 +66,7 @@ class Gateway:
             spawn=self._spawn,
             on_end=self._log_end,
             model=config.model,
+            tenant_header=config.tenant_header.encode(),
         )
 
     @property

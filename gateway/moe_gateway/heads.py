@@ -6,6 +6,8 @@ alone may set.
 
 import re
 
+from moe_scheduling.tenants import NAMELESS, hash_tenant
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -49,6 +51,19 @@ def build_request_head(
         parts.append(b"connection: close\r\n")
     parts += (headers, b"\r\n")
     return b"".join(parts)
+
+
+def read_tenant(headers: bytes, name: bytes) -> str:
+    """The tenant of a request by its header lines, each ended by CRLF; `name` is the header's in lower case.
+
+    The first such header counts; one without a value names nobody.
+    """
+    mark = b"\r\n%b:" % name
+    begin = (b"\r\n" + headers).lower().find(mark)
+    if begin < 0:
+        return NAMELESS
+    begin += len(mark) - 2
+    return hash_tenant(headers[begin : headers.find(b"\r\n", begin)].strip(b" \t"))
 
 
 def skip_informational(answer: bytes) -> bytes:

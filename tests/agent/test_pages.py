@@ -83,6 +83,7 @@ def test_what_the_agent_writes_is_read(tmp_path, policy):
         cut_prefills=False,
         schedule_late=False,
         kv_growth_blocks=4,
+        fairness_horizon_s=6.0,
     )
     control = Control(version=9, request=request)
     with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path) as reader:

@@ -232,6 +232,7 @@ scheduling = section(
         cutPrefills=st.booleans(),
         scheduleLate=st.booleans(),
         kvGrowthBlocks=st.integers(0, 1_000_000),
+        fairnessHorizon=st.sampled_from(["0s", "10s", "24h"]),
     ),
     engine=section(
         policy=st.sampled_from(["predicted", "leastRequests", "roundRobin"]),
@@ -254,6 +255,7 @@ gateways = section(
     image=images,
     service=section(type=st.sampled_from(["ClusterIP", "LoadBalancer"]), port=st.integers(1, 65535)),
     podTemplate=pod_templates("gateway"),
+    tenantHeader=st.sampled_from(["", "x-tenant"]),
     limits=section(
         maxBody=st.sampled_from(["1Ki", "1Gi", "1M"]),
         headerTimeout=st.sampled_from(["100ms", "10s"]),

@@ -55,7 +55,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
     request = {
         "policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s", "prefillHold": "80ms",
         "firstTokenWeight": 7.5, "yieldPrefills": False, "cutPrefills": False, "scheduleLate": False,
-        "kvGrowthBlocks": 0,
+        "kvGrowthBlocks": 0, "fairnessHorizon": "3s",
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
     expert = {
@@ -84,6 +84,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         cut_prefills=False,
         schedule_late=False,
         kv_growth_blocks=0,
+        fairness_horizon_s=3,
     )
     assert asdict(given_engine) == {
         "policy": "roundRobin",
@@ -113,6 +114,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "cutPrefills": st.booleans(),
             "scheduleLate": st.booleans(),
             "kvGrowthBlocks": st.integers(0, 1_000_000),
+            "fairnessHorizon": st.sampled_from(["0s", "24h"]),
         }
     ),
     engine=st.fixed_dictionaries(
@@ -177,8 +179,8 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
             "spec.scheduling.request.ageing_rate: unknown field; nearest known: ageingRate; "
-            "known: ageingHorizon, ageingRate, cutPrefills, firstTokenWeight, kvGrowthBlocks, policy, prefillHold, "
-            "priorityStep, scheduleLate, yieldPrefills",
+            "known: ageingHorizon, ageingRate, cutPrefills, fairnessHorizon, firstTokenWeight, kvGrowthBlocks, "
+            "policy, prefillHold, priorityStep, scheduleLate, yieldPrefills",
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),

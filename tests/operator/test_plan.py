@@ -182,6 +182,11 @@ def test_the_gateways_limits_are_those_of_the_resource() -> None:
     assert plan_local(resource(), site()).gateway.limits == Limits(), "the defaults of both are the same"
 
 
+def test_the_header_that_names_the_tenant_reaches_the_gateway() -> None:
+    assert plan_local(resource(gateway={"tenantHeader": "x-team"}), site()).gateway.tenant_header == "x-team"
+    assert plan_local(resource(), site()).gateway.tenant_header == "x-gateway-inference-fairness-id"
+
+
 def test_the_placement_of_experts_reaches_the_agents() -> None:
     shape = {"parallelism": {"data": 2, "expert": True}}
     asked = {"mode": "active", "redundantExperts": 2, "maxStall": "10ms"}

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from moe_scheduling.engine import DispatchPolicy, EngineSettings
 from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from moe_operator.api.autoscaling import Autoscaling
@@ -396,6 +397,11 @@ class RequestScheduling(Section):
         description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "
         "so that answers can grow without a preemption. 0: none, as vLLM does.",
     )
+    fairness_horizon: Annotated[str, DurationBetween("0s")] = Field(
+        default=render_duration(_REQUEST.fairness_horizon_s),
+        description="Under `sjf`, requests of a tenant that was served more than another that waits come later by up "
+        "to this; `gateway.tenantHeader` says whose a request is. 0s: tenants are not told apart.",
+    )
 
 
 class EngineScheduling(Section):
@@ -521,6 +527,11 @@ class Gateway(Section):
     pod_template: PodTemplate = Field(
         default={},
         description="Merged into the gateways' pods (strategic merge; the container is `gateway`). Only in a cluster.",
+    )
+    tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN)] = Field(
+        default=DEFAULT_HEADER,
+        description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; whoever stands "
+        "before the gateway should set it. Empty: all requests are of one tenant.",
     )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

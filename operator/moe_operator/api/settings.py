@@ -21,6 +21,7 @@ def request_settings(section: RequestScheduling) -> RequestSettings:
         cut_prefills=section.cut_prefills,
         schedule_late=section.schedule_late,
         kv_growth_blocks=section.kv_growth_blocks,
+        fairness_horizon_s=duration_s(section.fairness_horizon),
     )
 
 

@@ -136,6 +136,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         dispatch=engine_settings(resource.spec.scheduling.engine),
         request=request_settings(resource.spec.scheduling.request),
         limits=build_limits(resource),
+        tenant_header=resource.spec.gateway.tenant_header,
     )
 
 

@@ -249,6 +249,7 @@ def build_gateway_config(resource: MoEServing) -> GatewayConfig:
         model=resource.spec.model.served_name,
         discovery=Discovery(ranks=resource.spec.engine.parallelism.data),
         limits=build_limits(resource),
+        tenant_header=resource.spec.gateway.tenant_header,
     )
 
 

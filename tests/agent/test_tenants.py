@@ -1,0 +1,108 @@
+"""Tenants in vLLM's real scheduler: who is charged, who is served next, and nothing of it where it is off."""
+
+import pytest
+from moe_scheduling.fairness import OUTPUT_WEIGHT
+
+FLOOD, SMALL = "aaaaaaaa", "bbbbbbbb"
+
+
+def of(tenant: str, name: str) -> str:
+    """An id as vLLM makes it of the gateway's."""
+    return f"cmpl-{name}.t{tenant}-0-9f8e7d6c"
+
+
+def order(engine) -> list[str]:
+    return [name.split("-")[1].split(".")[0] for name in engine.first_token_order]
+
+
+@pytest.mark.parametrize(
+    ("horizon_s", "place"), [(8.0, 6), (0.0, 20)], ids=["tenants told apart", "tenants not told apart"]
+)
+def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizon_s, place):
+    settings.put(policy="sjf", ageing_rate=1000.0, fairness_horizon_s=horizon_s)
+    engine = make_engine(seats=1, step_tokens=1024)
+    for number in range(20):
+        engine.add(of(FLOOD, f"f{number:02}"), 1000, arrival_s=number / 100)
+    engine.step()
+    engine.add(of(SMALL, "small"), 1000, arrival_s=1.0)
+    engine.run()
+    assert len(order(engine)) == 21
+    assert order(engine).index("small") <= place
+    assert horizon_s or order(engine).index("small") == 20
+
+
+def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings):
+    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0)
+    engine = make_engine(seats=1, step_tokens=256, kv_blocks=2000)
+    queue = engine.scheduler.waiting
+    engine.add(of(FLOOD, "long"), 3000, out=500)
+    for tenant in (FLOOD, SMALL):
+        engine.add(of(tenant, "waits"), 10, arrival_s=0.1)
+    no_lead_s, computed_s = 0.25 * 8.0, 0.0
+    while computed_s < 2.5:
+        engine.step()
+        computed_s = sum(sum(row.values()) for row in engine.schedules) / 1000
+        assert queue._queue.lead_s(FLOOD) == pytest.approx(max(0.0, computed_s - no_lead_s))
+    while of(FLOOD, "long") not in engine.finished_order:
+        before = queue._queue.lead_s(FLOOD)
+        engine.step()
+    assert queue._queue.lead_s(FLOOD) - before == pytest.approx(OUTPUT_WEIGHT * 500 / 1000, abs=0.02)
+    engine.run()
+
+
+def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, settings):
+    settings.put(policy="sjf", ageing_rate=1.0, fairness_horizon_s=8000.0)
+    engine = make_engine(seats=1, step_tokens=256)
+    engine.add(of(FLOOD, "running"), 10, out=2000)
+    for tenant in (FLOOD, SMALL):
+        engine.add(of(tenant, "waits"), 10, arrival_s=0.1)
+    for _ in range(1500):
+        engine.step()
+    before = engine.scheduler.waiting._queue.lead_s(FLOOD)
+    engine.abort(of(FLOOD, "running"))
+    answered = 1500 * OUTPUT_WEIGHT
+    assert engine.scheduler.waiting._queue.lead_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * OUTPUT_WEIGHT)
+    assert before == 0.0
+    engine.run()
+
+
+@pytest.mark.parametrize(("its", "first"), [(FLOOD, "long"), (SMALL, "short")])
+def test_a_prompt_in_chunks_counts_with_its_tenants_lead(make_engine, settings, its, first):
+    """The short one comes too late to overtake by its size; what its own tenant has not had it does by its lead."""
+    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=4.0, kv_growth_blocks=0)
+    engine = make_engine(seats=4, step_tokens=256, kv_blocks=2000)
+    engine.add(of(FLOOD, "long"), 3500)
+    # Both tenants wait once, so that they are told apart; then what is charged counts.
+    engine.add(of(SMALL, "early"), 10)
+    for _ in range(8):
+        engine.step()
+    engine.add(of(its, "short"), 200, arrival_s=0.5)
+    engine.run()
+    rest = [name for name in order(engine) if name != "early"]
+    assert rest[0] == first
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_orders_of_vllm_know_no_tenants(make_engine, settings, policy):
+    settings.put(policy=policy, ageing_rate=1000.0, fairness_horizon_s=8.0)
+    engine = make_engine(seats=1, step_tokens=1024)
+    for number in range(10):
+        engine.add(of(FLOOD, f"f{number}"), 1000, arrival_s=number / 100)
+    engine.step()
+    engine.add(of(SMALL, "small"), 1000, arrival_s=1.0)
+    engine.run()
+    assert order(engine)[-1] == "small"
+
+
+def test_one_tenant_is_scheduled_as_without_tenants(make_engine, settings):
+    steps = []
+    for horizon_s in (0.0, 8.0):
+        settings.put(policy="sjf", fairness_horizon_s=horizon_s)
+        engine = make_engine(seats=4, step_tokens=256, kv_blocks=200)
+        for number in range(40):
+            engine.add(of(FLOOD, f"r{number}"), 10 + number * 97 % 500, out=5, arrival_s=number / 50)
+            engine.step()
+        engine.run()
+        assert not engine.scheduler.waiting._queue.charges
+        steps.append(engine.schedules)
+    assert steps[0] == steps[1]

@@ -124,10 +124,10 @@ class Lanes(Generic[T]):
         race, living = self._race, self._living
         floor_s = self._shares.floor_s
         number = 0
-        # Place, a number that makes it unique, lane or None, index in its heap or in the race.
-        frontier: list[tuple[float, float, int, int, _Lane[T] | None, int]] = []
-        if race:
-            frontier.append((*race[0][:3], number, None, 0))
+        # The place, a number that makes it unique, the lane and the index in its heap; without a lane, in the race.
+        frontier: list[tuple[float, float, int, int, _Lane[T] | None, int]] = [
+            (*bid[:3], number, None, 0) for bid in race[:1]
+        ]
         while frontier:
             place, _, _, _, lane, at = heappop(frontier)
             if lane is None:

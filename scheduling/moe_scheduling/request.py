@@ -345,9 +345,8 @@ class WaitingQueue(Generic[T]):
         self._rebuild(entries)
         self._tenant = self._shares = self._lanes = None
         if settings.is_fair:
-            for tenant in {entry.tenant: None for entry in entries}:
-                if self._lanes is None:
-                    self._meet(tenant)
+            for tenant in list(dict.fromkeys(entry.tenant for entry in entries))[:2]:
+                self._meet(tenant)
 
     def __len__(self) -> int:
         return len(self._living)

@@ -96,6 +96,13 @@ def test_other_settings_begin_with_the_tenants_anew():
     assert list(queue) == ["x", "a"]
 
 
+def test_a_request_that_comes_before_its_tenants_first_changes_the_tenants_place():
+    queue = filled([("b", "a", 0, 5.0), ("x", "x", 0, 2.0), ("a", "a", 0, 1.0), ("y", "y", 0, 3.0)])
+    assert [waiting.item for waiting in queue.in_order()] == list(queue) == ["a", "x", "y", "b"]
+    queue.reorder(FAIR)
+    assert drained(queue) == ["a", "x", "y", "b"]
+
+
 def test_a_request_that_changes_its_tenant_is_there_once():
     queue = filled([("a", "a", 0, 0.0), ("x", "x", 0, 1.0), ("a", "x", 0, 2.0)])
     assert (len(queue), list(queue)) == (2, ["x", "a"])

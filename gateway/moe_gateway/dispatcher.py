@@ -354,13 +354,17 @@ class Dispatcher:
         if self._held_since:
             self.pump(now_s)
 
-    def failed(self, target: Target, now_s: float) -> None:
-        """The engine broke a request or refused the connection: no new work for a while."""
+    def failed(self, target: Target, now_s: float, *, dead: bool = False) -> None:
+        """The engine broke a request or refused the connection: no new work for a while.
+
+        Where it says that it is dead it starts anew, and is told to be ready then: nothing is sent before.
+        """
         engine = self.engines.get(target.server)
         if engine is None:
             return
         engine.failures += 1
-        engine.closed_until_s = now_s + min(LONGEST_EJECTION_S, EJECTION_S * 2 ** min(engine.failures - 1, 16))
+        ejection_s = LONGEST_EJECTION_S if dead else EJECTION_S * 2 ** min(engine.failures - 1, 16)
+        engine.closed_until_s = now_s + min(LONGEST_EJECTION_S, ejection_s)
         self.ledger.ejections[target.server] += 1
         self._refresh(engine, now_s)
 
@@ -404,6 +408,10 @@ class Dispatcher:
         self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority, tenant=job.tenant)
         self._held_since[waiter] = now_s
         return True
+
+    def may_hold(self, since_s: float, now_s: float) -> bool:
+        """Whether a request of that age would still be held."""
+        return now_s - since_s < self._hold_timeout_s
 
     def unhold(self, waiter: Waiter) -> None:
         """The client of a held request is gone."""

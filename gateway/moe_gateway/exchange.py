@@ -18,6 +18,7 @@ from moe_scheduling.signals import Target
 from moe_scheduling.tenants import NAMELESS, sign_request_id
 
 from moe_gateway.dispatcher import Dispatcher, Placed
+from moe_gateway.engine_death import says_engine_is_dead
 from moe_gateway.heads import (
     build_request_head,
     ends_between_chunks,
@@ -33,6 +34,7 @@ from moe_gateway.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 ATTEMPTS = 2
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
+ENGINE_DEAD = "the engine has died"
 GATEWAY_GONE = "the gateway was told to end at once"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
@@ -224,6 +226,7 @@ class Exchange:
             connection = await pool.connect()
         except (OSError, ValueError) as error:
             self._connecting = None
+            self._forgive_attempt()
             self._fail(f"no connection to the engine: {str(error) or type(error).__name__}")
             return
         self._connecting = None
@@ -233,6 +236,12 @@ class Exchange:
             self._fail("the engine closed the connection")
         else:
             self._write_request(connection)
+
+    def _forgive_attempt(self) -> None:
+        """What has not seen the request has not failed it: it may try again for as long as requests are held."""
+        surroundings = self._surroundings
+        if surroundings.dispatcher.may_hold(self.request.arrived_s, surroundings.clock()):
+            self._attempts -= 1
 
     def _write_request(self, connection: UpstreamConnection) -> None:
         assert self._placed is not None
@@ -293,6 +302,10 @@ class Exchange:
         head_end = buffer.index(b"\r\n\r\n") + 4
         if len(buffer) == head_end and not connection.complete:
             return
+        if says_engine_is_dead(connection.status, buffer[head_end:]):
+            self._drop_upstream()
+            self._fail(ENGINE_DEAD, dead=True)
+            return
         assert self._placed is not None
         surroundings = self._surroundings
         shows = connection.status == 200 and self.route.shows_first_token(stream=self.parsed.stream)
@@ -349,12 +362,12 @@ class Exchange:
         else:
             self._fail(reason)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, *, dead: bool = False) -> None:
         """The engine failed this request: another one, once, as long as the client has seen nothing."""
         assert self._placed is not None
         surroundings = self._surroundings
         now_s = surroundings.clock()
-        surroundings.dispatcher.failed(self._placed.target, now_s)
+        surroundings.dispatcher.failed(self._placed.target, now_s, dead=dead)
         if self._streaming:
             self._break_off(reason)
             return

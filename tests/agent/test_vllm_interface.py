@@ -105,3 +105,10 @@ def test_another_version_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(version, "find_version", lambda: "0.33.1")
     with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.33\.1 is installed; moe_agent\.vllm fits vLLM 0\.32\.\*"):
         check_version()
+
+
+def test_a_dead_engine_says_what_the_gateway_knows_it_by():
+    from moe_gateway.engine_death import ENGINE_DEAD
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    assert ENGINE_DEAD.decode() in str(EngineDeadError())

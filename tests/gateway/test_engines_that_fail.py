@@ -181,6 +181,62 @@ async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_en
     assert (ledger.retried, dict(ledger.ejections)) == (0, {})
 
 
+# An engine whose processes have died, while its server goes on for some seconds.
+
+DEAD = {"error": {"message": "EngineCore encountered an issue. See stack trace", "type": "InternalServerError"}}
+LAST_WORDS = {
+    "500": always(json_answer(DEAD, status="500 Internal Server Error")),
+    "a stream's first event": always(SSE_HEAD + chunk(b"data: " + json.dumps(DEAD).encode() + b"\n\n") + SSE_END),
+}
+
+
+@pytest.mark.parametrize("last_words", LAST_WORDS.values(), ids=LAST_WORDS)
+async def test_what_a_dead_engine_says_is_no_answer_and_another_one_takes_over(make_engine, serve, last_words):
+    dead, good = await make_engine(last_words), await make_engine()
+    served = await serve(dead, good, dispatch=TURNS)
+    assert [(await served.ask(post(prompt()))).json for _ in range(4)] == [OK] * 4
+    assert log_of(dead, good) == [1, 4]
+
+
+@pytest.mark.parametrize("last_words", LAST_WORDS.values(), ids=LAST_WORDS)
+async def test_the_only_engine_gets_nothing_until_it_has_started_anew(make_engine, serve, last_words):
+    engine = await make_engine(last_words)
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt()))
+    await served.held(1)
+    # Longer than what follows a failure of any other kind.
+    await asyncio.sleep(0.6)
+    assert log_of(engine) == [1]
+    engine.script = answer_ok
+    engine.agent.say(accepting=False, phase="backoff")
+    await until(lambda: not served.gateway.dispatcher.engines[engine.name].ready)
+    engine.agent.say(accepting=True, phase="ready")
+    assert (await client.answer()).json == OK
+
+
+async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
+    engine = await make_engine(always(json_answer({"error": {"message": "no"}}, status="500 Internal Server Error")))
+    served = await serve(engine)
+    assert (await served.ask(post(prompt()))).status == 500
+    engine.script = always(SSE_HEAD + event('{"error": 1}') + SSE_END)
+    assert b"error" in (await served.ask(post(prompt(stream=True)))).body
+    assert served.gateway.dispatcher.ledger.retried == 0
+
+
+async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engine, serve):
+    engine = await make_engine()
+    served = await serve(engine)
+    agent, engine.agent = engine.agent, None
+    await engine.stop()
+    client = await served.connect()
+    client.send(post(prompt()))
+    await until(lambda: served.gateway.dispatcher.ledger.retried > 2)
+    await engine.start()
+    assert (await client.answer()).json == OK
+    await agent.stop()
+
+
 # After the first byte.
 
 

@@ -1,0 +1,19 @@
+"""What an engine whose processes have died still says through its HTTP server, for some seconds. Pure.
+
+vLLM's server outlives its engine: it answers what was under way and what comes with status 500, and a stream with an
+event in place of the first token. Neither is an answer: another engine can take the request over, or the same one once
+it has started anew.
+"""
+
+import re
+
+# `EngineDeadError` of vLLM; a test of the agent compares it with vLLM's.
+ENGINE_DEAD = b"EngineCore encountered an issue"
+_STREAM_BEGINS_WITH_ERROR = re.compile(rb"(?:[0-9a-fA-F]{1,8}\r\n)?(?:event: error\r?\n)?data: \{[^{]{0,40}\"error\"")
+
+
+def says_engine_is_dead(status: int, body: bytes) -> bool:
+    """Whether an answer tells of a dead engine; `body` is what came of it first, of a stream the first event."""
+    if ENGINE_DEAD not in body:
+        return False
+    return status == 500 or (status == 200 and _STREAM_BEGINS_WITH_ERROR.match(body) is not None)

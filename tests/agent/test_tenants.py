@@ -1,7 +1,11 @@
 """Tenants in vLLM's real scheduler: who is charged, who is served next, and nothing of it where it is off."""
 
+from types import SimpleNamespace
+
 import pytest
+from moe_bench.modelless import foreign_warnings
 from moe_scheduling.fairness import OUTPUT_WEIGHT
+from moe_scheduling.tenants import tenant_of
 
 FLOOD, SMALL = "aaaaaaaa", "bbbbbbbb"
 
@@ -13,6 +17,24 @@ def of(tenant: str, name: str) -> str:
 
 def order(engine) -> list[str]:
     return [name.split("-")[1].split(".")[0] for name in engine.first_token_order]
+
+
+def test_vllm_keeps_the_gateways_id_within_its_own():
+    with foreign_warnings():
+        from vllm.entrypoints.serve.engine.serving import BaseServing
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    header = SimpleNamespace(headers={"X-Request-Id": f"mine.t{FLOOD}"})
+    request_id = f"cmpl-{BaseServing._base_request_id(header, 'its own')}-0"
+    request = SimpleNamespace(request_id=request_id, external_req_id=None, params=SamplingParams(n=2))
+    InputProcessor.assign_request_id(request)
+    assert request.request_id != request_id
+    assert tenant_of(request.request_id) == FLOOD
+    child, _ = ParentRequest(request).get_child_info(1)
+    assert child != request.request_id
+    assert tenant_of(child) == FLOOD
 
 
 @pytest.mark.parametrize(

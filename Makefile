@@ -44,8 +44,8 @@ test: check verify ## All tests but the long ones on real engines and on a real 
 test-vllm: $(STAMP) ## The whole real-engine suite
 	$(BIN)/pytest -m vllm tests/vllm
 
-test-vllm-experts: $(STAMP) ## Experts that move on a real group of two ranks, against a plain engine
-	$(BIN)/pytest -m vllm tests/vllm/test_experts.py
+test-vllm-experts: $(STAMP) ## Experts that move on a real group of two ranks, against a plain engine; one rank is killed behind the gateway
+	$(BIN)/pytest -m vllm tests/vllm/test_experts.py tests/vllm/test_experts_behind_gateway.py
 
 test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux), and the full counts against an API server
 	$(BIN)/pytest -m "cluster_node or long"

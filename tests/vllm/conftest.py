@@ -217,7 +217,7 @@ def start_nodes(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., list
 class Gateway:
     """The real gateway in front of agents."""
 
-    def __init__(self, folder: Path, agents: list[Agent]) -> None:
+    def __init__(self, folder: Path, agents: list[Agent], ranks: int, limits: dict[str, Any]) -> None:
         self.port, self._admin_port = free_ports(2)
         (folder / "token").write_text(TOKEN)
         config = {
@@ -225,9 +225,10 @@ class Gateway:
             "admin": {"port": self._admin_port},
             "token_file": str(folder / "token"),
             "engines": [
-                {"name": agent.name, "url": agent.url, "agent_url": f"http://127.0.0.1:{agent.port}"}
+                {"name": agent.name, "url": agent.url, "agent_url": f"http://127.0.0.1:{agent.port}", "ranks": ranks}
                 for agent in agents
             ],
+            "limits": limits,
         }
         (folder / "gateway.json").write_text(json.dumps(config))
         self.process = Process("moe_gateway", folder / "gateway.json", folder / "gateway.log")
@@ -253,11 +254,11 @@ class Gateway:
 
 
 @pytest.fixture
-def start_gateway(tmp_path: Path) -> Iterator[Callable[[list[Agent]], Gateway]]:
+def start_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     gateways: list[Gateway] = []
 
-    def start(agents: list[Agent]) -> Gateway:
-        gateways.append(Gateway(tmp_path, agents))
+    def start(agents: list[Agent], ranks: int = 1, **limits: Any) -> Gateway:
+        gateways.append(Gateway(tmp_path, agents, ranks, limits))
         return gateways[-1]
 
     yield start

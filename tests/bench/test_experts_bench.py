@@ -107,6 +107,9 @@ def test_a_recorded_sequence_is_replayed(tmp_path, load):
     path = tmp_path / "recorded.npz"
     np.savez(path, load=np.stack([load.tokens, load.tokens * 2]))
     assert [row.tokens.sum() for row in read_sequence(path)] == pytest.approx([98304, 196608])
+    assert [row.pairs for row in read_sequence(path)] == [None, None]
+    np.savez(path, load=np.stack([load.tokens, load.tokens * 2]), pairs=np.stack([load.pairs, load.pairs * 2]))
+    assert [row.pairs.sum() for row in read_sequence(path)] == pytest.approx([load.pairs.sum(), 2 * load.pairs.sum()])
     options = ["replay", "--recorded", str(path), "--ranks", "4", "--nodes", "2", "--redundant", "8", "--decisions"]
     result = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output

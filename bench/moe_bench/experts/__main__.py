@@ -44,7 +44,10 @@ def replay_command(
     move_s: Annotated[float, typer.Option(help="Seconds of one expert moved.")] = COSTS.move_s,
     token_s: Annotated[float, typer.Option(help="Seconds of a rank's work on a token.")] = COSTS.token_s,
     recorded: Annotated[
-        Path | None, typer.Option(help="npz with load[round, source, layer, expert], in tokens a step, instead.")
+        Path | None,
+        typer.Option(
+            help="npz with load[round, source, layer, expert], in tokens a step, and pairs if it has them, instead."
+        ),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="With --recorded: ranks of the group.")] = 2,
     nodes: Annotated[int, typer.Option(min=1, help="With --recorded: nodes of the group.")] = 1,
@@ -86,8 +89,9 @@ def record_command(
     """Record where a trained model routes texts of different topics, from two sources."""
     if scenario not in SCENARIOS:
         raise InvalidInput([unknown_choice("--scenario", scenario, SCENARIOS)])
-    load = record(model, scenario, rounds, seed)
-    np.savez_compressed(out, load=load)
+    routed = record(model, scenario, rounds, seed)
+    np.savez_compressed(out, load=routed.tokens, pairs=routed.pairs)
+    load = routed.tokens
     shares = load.sum(axis=(0, 1))
     typer.echo(
         f"{out}: {load.shape}; hottest expert of a layer / mean: {(shares.max(axis=1) / shares.mean(axis=1)).round(2)}"

@@ -139,14 +139,18 @@ def make_sequence(name: str, group: Group, *, rounds: int, seed: int) -> Iterato
 def read_sequence(path: Path) -> list[ExpertLoad]:
     """A recorded sequence: the array `load[round, source, layer, expert]` of an npz file, in tokens a step.
 
+    Where the file has them, `pairs[round, layer, expert, next]` are what neighbouring experts share of it.
+
     Raises:
         InvalidInput: the file has no such array.
     """
     try:
         with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)["load"]
+            arrays = np.load(file, allow_pickle=False)
+            array = arrays["load"]
+            pairs = arrays["pairs"] if "pairs" in arrays else [None] * len(array)
         if array.ndim != 4 or len(array) < 2:
             raise ValueError("load must be [round, source, layer, expert] with two rounds at least")
-        return [ExpertLoad(tokens=tokens) for tokens in array]
+        return [ExpertLoad(tokens=load, pairs=shared) for load, shared in zip(array, pairs, strict=True)]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InvalidInput([Problem(str(path), f"no recorded sequence of loads: {error}")]) from None

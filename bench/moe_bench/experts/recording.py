@@ -5,6 +5,7 @@ topic is a kind of text; a scenario says which topics each source has in each ro
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,17 @@ Topics = Mapping[str, Sequence[float]]
 """Parts of the topics in a source's text, by name of the topic; one value for each source."""
 
 TOPICS = ("prose", "sources", "questions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Choices of the router: `tokens[..., layer, expert]`, and how many tokens two neighbouring experts share.
+
+    `pairs[..., layer, expert, next]` counts each of a token's experts with each of its experts in the next layer.
+    """
+
+    tokens: np.ndarray
+    pairs: np.ndarray
 
 
 def _alternating(is_first: bool) -> Topics:
@@ -48,8 +60,8 @@ SCENARIOS: Mapping[str, Callable[[float], Topics]] = MappingProxyType(
 )
 
 
-def record(model_dir: Path, scenario: str, rounds: int, seed: int) -> np.ndarray:
-    """`load[round, source, layer, expert]` in tokens a step.
+def record(model_dir: Path, scenario: str, rounds: int, seed: int) -> Routed:
+    """`tokens[round, source, layer, expert]` and `pairs[round, layer, expert, next]`, in tokens a step.
 
     Args:
         model_dir: a trained model whose router transformers can show.
@@ -62,23 +74,26 @@ def record(model_dir: Path, scenario: str, rounds: int, seed: int) -> np.ndarray
     """
     routed = route_topics(model_dir)
     generator = np.random.default_rng(seed)
-    sequence = []
+    loads, pairs = [], []
     for number in range(rounds):
         parts = SCENARIOS[scenario](number / max(1, rounds - 1))
         sources = len(next(iter(parts.values())))
         load: Any = 0
+        paired: Any = 0
         for topic, shares in parts.items():
             pieces = routed[topic]
             for source in range(sources):
                 count = round(shares[source] * ROUND_TOKENS / _PIECE_TOKENS)
-                drawn = pieces[generator.integers(0, len(pieces), count)].sum(axis=0)
-                load = load + np.eye(sources)[source][:, None, None] * drawn
-        sequence.append(load * STEP_TOKENS / ROUND_TOKENS)
-    return np.array(sequence)
+                drawn = generator.integers(0, len(pieces.tokens), count)
+                load = load + np.eye(sources)[source][:, None, None] * pieces.tokens[drawn].sum(axis=0)
+                paired = paired + pieces.pairs[drawn].sum(axis=0)
+        loads.append(load * STEP_TOKENS / ROUND_TOKENS)
+        pairs.append(paired * STEP_TOKENS / ROUND_TOKENS)
+    return Routed(tokens=np.array(loads), pairs=np.array(pairs))
 
 
-def route_topics(model_dir: Path) -> dict[str, np.ndarray]:
-    """For each topic the choices of the router, `[piece, layer, expert]`, for pieces of its text."""
+def route_topics(model_dir: Path) -> dict[str, Routed]:
+    """For each topic the choices of the router, by piece of its text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,15 +109,21 @@ def route_topics(model_dir: Path) -> dict[str, np.ndarray]:
         pieces = ids[: len(ids) // _PIECE_TOKENS * _PIECE_TOKENS].view(-1, _PIECE_TOKENS)[
             : 2 * ROUND_TOKENS // _PIECE_TOKENS
         ]
-        rows = []
+        tokens, pairs = [], []
         for piece in pieces:
             with torch.no_grad():
                 logits = model(piece[None], output_router_logits=True).router_logits
-            rows.append(
-                [torch.bincount(layer.topk(top_k).indices.flatten(), minlength=experts).numpy() for layer in logits]
-            )
-        routed[topic] = np.array(rows, dtype=float)
+            counted = count_choices([layer.topk(top_k).indices.numpy() for layer in logits], experts)
+            tokens.append(counted.tokens)
+            pairs.append(counted.pairs)
+        routed[topic] = Routed(tokens=np.array(tokens), pairs=np.array(pairs))
     return routed
+
+
+def count_choices(chosen: Sequence[np.ndarray], experts: int) -> Routed:
+    """Counts of a text whose tokens went to the experts `chosen[layer][token, place]`."""
+    goes = np.stack([np.eye(experts)[layer].sum(axis=1) for layer in chosen])
+    return Routed(tokens=goes.sum(axis=1), pairs=np.swapaxes(goes[:-1], 1, 2) @ goes[1:])
 
 
 def topic_texts() -> dict[str, str]:

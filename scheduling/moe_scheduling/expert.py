@@ -70,8 +70,9 @@ _SEARCH_AHEAD = 1.1
 _LEAST_GAIN = 1e-6
 # Less than this is as little as this, where a price is divided by it.
 _LEAST_STABILITY = 1e-3
-# Part of a layer's time that a move has to win however little it costs.
+# Part of a layer's time that a move has to win however little it costs, and where the best placement is asked for.
 _LEAST_WORTH = 1e-4
+_LEAST_OF_WHOLE = 1e-5
 # Weight of the newest trial in the trust that plans earn: a broken promise counts for more than a kept one, else a load
 # that changes in step with the decisions is followed each time when it is about to leave.
 _BROKEN = 0.5
@@ -255,7 +256,7 @@ def plan_experts(
     known = replace(known, account=account)
     budget = settings.move_budget or _round_budget(placement)
     path = _search(load, placement, costs, settings, budget)
-    least_s = _LEAST_WORTH * before[0].total_s / placement.layers
+    least_s = (_LEAST_OF_WHOLE if whole else _LEAST_WORTH) * before[0].total_s / placement.layers
     price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
     def weigh(price_s: float) -> _Option:

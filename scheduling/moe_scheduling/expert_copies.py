@@ -11,27 +11,42 @@ import numpy as np
 from moe_scheduling.expert_board import BLOCKED, Board, Step
 from moe_scheduling.placement import Flags, Ints, Singles, mark_hosts
 
+# Part of a rank's mean that a share may take where copies would take most of the moves.
+_FILLING = np.float32(0.8)
+
 Change = tuple[Ints, Ints, Ints]
 """Rows of layer, slot and the expert that it takes."""
 
 
-def wanted_copies(work: Singles, spare: int, ranks: int, places: int, part: float = 1.0) -> Ints:
+def wanted_copies(
+    work: Singles, spare: int, ranks: int, places: int, part: float = 1.0, cheap: int | None = None
+) -> Ints:
     """Copies that each expert should have: [layer, expert] -> [layer, expert], `spare` more than experts at most.
 
     A share may be as large as leaves the other places of its rank room for the coldest experts: a larger one forces its
-    rank above the mean, a smaller one costs moves and wins nothing. Where `spare` copies do not reach for that, the
-    largest share is as small as they make it. `part` of that limit is taken.
+    rank above the mean, a smaller one costs moves and wins nothing. `part` of that limit is taken. Where this takes
+    more than `cheap` copies, which leave few moves for all else, shares may be as large as fill a rank in part; None:
+    copies cost nothing. Where `spare` copies do not reach, the largest share is as small as they make it.
     """
     limit = _largest_share(work, ranks, places) * np.float32(part)
-    low, high = limit, np.maximum(work.max(1), limit) * np.float32(1.001)
-    short = _extra_copies(work, limit).sum(1) > spare
+    if cheap is not None:
+        filling = np.divide(_FILLING * work.sum(1), ranks, dtype=np.float32)
+        limit = _raise_share(work, limit, np.maximum(limit, filling), cheap)
+    limit = _raise_share(work, limit, np.maximum(work.max(1), limit) * np.float32(1.001), spare)
+    return np.asarray(1 + _extra_copies(work, limit))
+
+
+def _raise_share(work: Singles, low: Singles, high: Singles, most: int) -> Singles:
+    """By layer, the least share from `low` to `high` that needs no more than `most` copies; `high` where none is."""
+    short = _extra_copies(work, low).sum(1) > most
+    start = low
     for _ in range(16):
         if not short.any():
             break
         middle = (low + high) / 2
-        fails = _extra_copies(work, middle).sum(1) > spare
+        fails = _extra_copies(work, middle).sum(1) > most
         low, high = np.where(fails, middle, low), np.where(fails, high, middle)
-    return np.asarray(1 + _extra_copies(work, np.where(short, high, limit)))
+    return np.asarray(np.where(short, high, start), dtype=np.float32)
 
 
 def _extra_copies(work: Singles, limit: Singles) -> Ints:

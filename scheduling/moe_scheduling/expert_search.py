@@ -18,7 +18,7 @@ from moe_scheduling.expert_copies import spread_copies, wanted_copies
 from moe_scheduling.placement import Flags, Floats, Ints, Placement, Singles
 
 # A rank that is busier than the mean by less is left alone.
-_EVEN_ENOUGH = np.float32(5e-4)
+_EVEN_ENOUGH = np.float32(1e-4)
 # A hot rank waits for its turn until the hottest of its layer is not more than so many times above the mean.
 _HOT_PART = np.float32(0.6)
 # Part of a hot rank's excess that one move has to be worth; without it, once nothing is found with it.
@@ -28,6 +28,8 @@ _MOVE_PRICE = np.float32(0.3)
 _RANKS_TO_A_HOT_ONE = 8
 _PARTNERS = 6
 _LEAST_GAIN = np.float32(1e-4)
+# Copies beyond this part of a layer's moves are made only of experts that fill a rank otherwise.
+_COPIES_PART = 0.35
 # Where swaps leave the busiest rank so far above the mean, copies are made once more, of experts with this part of the
 # share that was to be borne at first.
 _STUCK = np.float32(0.01)
@@ -78,7 +80,7 @@ def search_steps(problem: Problem, placement: Placement) -> Path:
     board = _lay_out(problem, placement)
     board.record()
     every = np.ones(len(board.mean), np.bool_)
-    spread_copies(board, _wanted(board, 1.0))
+    spread_copies(board, _wanted(board, 1.0, cheap=int(_COPIES_PART * problem.most_moves)))
     _level_ranks(board, problem, every)
     stuck = (board.excess.max(1) > _STUCK * board.mean) & (board.moves < problem.most_moves)
     if stuck.any():
@@ -110,9 +112,9 @@ def _lay_out(problem: Problem, placement: Placement) -> Board:
     )
 
 
-def _wanted(board: Board, part: float) -> Ints:
+def _wanted(board: Board, part: float, cheap: int | None = None) -> Ints:
     _, ranks, places = board.shape
-    return wanted_copies(board.work, ranks * places - board.work.shape[1], ranks, places, part)
+    return wanted_copies(board.work, ranks * places - board.work.shape[1], ranks, places, part, cheap)
 
 
 # --- swaps that take load off hot ranks

@@ -85,3 +85,17 @@ def test_no_more_copies_are_wanted_than_there_is_room_for(seed, ranks, places, s
     wanted = wanted_copies(work, spare, ranks, places)
     assert wanted.min() >= 1
     assert (wanted - 1).sum(1).max() <= spare
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 16), st.integers(1, 6), st.integers(0, 12), st.integers(0, 12))
+def test_copies_beyond_the_cheap_ones_are_only_of_what_fills_a_rank(seed, ranks, places, spare, cheap):
+    spare = min(spare, ranks * places - 1)
+    work = np.random.default_rng(seed).pareto(0.7, (3, ranks * places - spare)).astype(np.float32)
+    wanted = wanted_copies(work, spare, ranks, places, cheap=cheap)
+    assert (wanted <= wanted_copies(work, spare, ranks, places)).all()
+    assert (wanted - 1).sum(1).max() <= spare
+    many = (wanted - 1).sum(1) > cheap
+    fewer = np.maximum(wanted - 1, 1)[many]
+    filling = 0.8 * work.sum(1)[many, None] / ranks
+    # One copy less of what has some is a share that fills most of a rank.
+    assert ((wanted[many] == 1) | (work[many] / fewer > filling * 0.999)).all()

@@ -43,7 +43,7 @@ def _raise_share(work: Singles, low: Singles, high: Singles, most: int) -> Singl
     for _ in range(16):
         if not short.any():
             break
-        middle = (low + high) / 2
+        middle = np.divide(low + high, 2, dtype=np.float32)
         fails = _extra_copies(work, middle).sum(1) > most
         low, high = np.where(fails, middle, low), np.where(fails, high, middle)
     return np.asarray(np.where(short, high, start), dtype=np.float32)

@@ -186,7 +186,7 @@ def calibrate_command(
     json_out: JsonOut = None,
 ) -> None:
     """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
-    from moe_bench.simulator.calibrate import Effort, run_calibrate
+    from moe_bench.calibration.calibrate import Effort, run_calibrate
 
     effort = Effort(rounds=rounds, validate_requests=validate)
     if not run_calibrate(model, effort, max_model_len, seed, json_out):

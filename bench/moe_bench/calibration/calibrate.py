@@ -1,7 +1,8 @@
 """`moeserving calibrate`: the step time of a real engine on this machine, as a cost model for scenarios.
 
-The engine runs in this process, with our scheduler watched (`recording`). It serves prompts of all lengths at
-all degrees of concurrency; what its steps carried and took is fitted, and the fit is checked on steps not fitted on.
+The engine runs in this process, with our scheduler watched (`recording`). It serves prompts of all lengths at all
+degrees of concurrency, and then open loops, in whose steps prompts meet answers as they do in use; what its steps
+carried and took is fitted, and the fit is checked on steps not fitted on.
 """
 
 import os
@@ -19,13 +20,13 @@ from moe_scheduling.request import RequestSettings
 from rich.console import Console
 from rich.progress import track
 
+from moe_bench.calibration.fitting import Fit, fit_cost
+from moe_bench.calibration.validate import Agreement, agrees, render_agreement, serve_open, validate
 from moe_bench.modelless import foreign_warnings
 from moe_bench.replay_command import write_json
 from moe_bench.report import read_environment
-from moe_bench.simulator.fitting import Fit, fit_cost
-from moe_bench.simulator.validate import Agreement, agrees, render_agreement, validate
 
-RECORDER = "moe_bench.simulator.recording.RecordingScheduler"
+RECORDER = "moe_bench.calibration.recording.RecordingScheduler"
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 SHORTEST_PROMPT = 16
 MEAN_OUTPUT = 24
@@ -61,8 +62,11 @@ def _calibrate(
 ) -> bool:  # fmt: skip
     for prompts, outputs in track(list(_rounds(effort.rounds, max_model_len, seed)), "serving", console=console):
         _serve(llm, prompts, outputs)
-    measured = list(llm.llm_engine.engine_core.engine_core.scheduler.measured)
-    fit = fit_cost(measured, f"measured: {model.name} on this machine, {read_environment()['system']}", seed)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    source = f"measured: {model.name} on this machine, {read_environment()['system']}"
+    serve_open(llm, control, fit_cost(scheduler.measured, source, seed).cost, seed + 1)
+    measured = list(scheduler.measured)
+    fit = fit_cost(measured, source, seed)
     console.print(render_fit(fit), highlight=False, soft_wrap=True)
     document = build_fit_document(fit, [asdict(step) for step in measured])
     rows: tuple[Agreement, ...] = ()

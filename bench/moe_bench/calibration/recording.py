@@ -13,8 +13,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 
+from moe_bench.calibration.fitting import MeasuredStep
 from moe_bench.simulator.costs import Work
-from moe_bench.simulator.fitting import MeasuredStep
 from moe_bench.simulator.rank import work_of
 
 

@@ -84,8 +84,7 @@ class Group:
         return [request for rank in self.ranks for request in rank.requests]
 
     def fill(self, now_s: float) -> float:
-        """Lets the ranks schedule what they may; seconds until the next of them may, 0 where it has to wait for an end.
-        """
+        """Lets the ranks schedule what they may; seconds until the next may, 0 where it has to wait for an end."""
         while any(rank.has_requests for rank in self.ranks):
             late_s = self._schedule_parts(now_s)
             if len(self._parts) < len(self.ranks):

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from moe_bench.calibration.calibrate import _rounds
+from moe_bench.calibration.validate import TOLERANCE, Agreement, agrees, render_agreement
 from moe_bench.cli import app
-from moe_bench.simulator.calibrate import _rounds
-from moe_bench.simulator.validate import TOLERANCE, Agreement, agrees, render_agreement
 from moe_scheduling.request import RequestPolicy
 from rich.console import Console
 from typer.testing import CliRunner
@@ -96,9 +96,9 @@ def test_calibration_serves_short_and_long_alone_and_together():
     assert all(1 <= length <= 512 for _, outputs in rounds for length in outputs)
 
 
-def rows(*pairs):
+def rows(*pairs, load=0.7):
     return [
-        Agreement(order=order, real_s=real, simulated_s=simulated)
+        Agreement(order=order, load=load, passes_s=(0.9 * real, 1.1 * real), simulated_s=simulated)
         for order, (real, simulated) in zip(RequestPolicy, pairs, strict=False)
     ]
 
@@ -116,6 +116,12 @@ def rows(*pairs):
 )
 def test_agreement_is_in_figures_and_in_order(pairs, expected):
     assert agrees(rows(*pairs)) is expected
+
+
+def test_orders_are_compared_at_the_same_load():
+    # At half the load the first order is faster than the second at the whole; that says nothing of the two.
+    one, other = rows((1.0, 1.1), load=0.5), rows((9.0, 9.0), (1.3, 1.12), load=0.9)
+    assert agrees([*one, other[1]])
 
 
 def test_what_does_not_agree_is_shown():

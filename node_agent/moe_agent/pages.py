@@ -43,7 +43,7 @@ _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
 CONTROL_BODY = struct.Struct("<Q16sddddd???5xQd16sQQQddQ")
-PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ")
+PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ" + "Qd")
 _LOAD, _PART = 5, 3
 EXPERT_BODY = struct.Struct("<Qdd")
 
@@ -421,6 +421,8 @@ class PrefillState(NamedTuple):
         before: its load at that moment, before the step took from it.
         after: its load since then.
         parts: of its last two steps, the newest first: of a step that this rank plans late, others know the one before.
+        turn: number of the step that it planned last, in a count that all ranks share; it never falls.
+        next_s: when it will plan the one after, as far as it knows; 0 where it does not.
     """
 
     written_s: float
@@ -428,6 +430,8 @@ class PrefillState(NamedTuple):
     before: RankLoad
     after: RankLoad
     parts: tuple[StepPart, StepPart] = (StepPart(), StepPart())
+    turn: int = 0
+    next_s: float = 0.0
 
 
 class PrefillPageWriter(_Writer):
@@ -440,7 +444,9 @@ class PrefillPageWriter(_Writer):
 
     def write(self, state: PrefillState) -> None:
         newest, older = state.parts
-        self.write_body(state.written_s, state.decided_s, *state.before, *state.after, *newest, *older)
+        self.write_body(
+            state.written_s, state.decided_s, *state.before, *state.after, *newest, *older, state.turn, state.next_s
+        )
 
 
 class PrefillPageReader(_Reader):
@@ -451,7 +457,7 @@ class PrefillPageReader(_Reader):
 
     def read(self, patience_s: float = 0.0) -> PrefillState:
         """By default with the patience of an engine step: none."""
-        written_s, decided_s, *values = self.read_body(patience_s)
+        written_s, decided_s, *values, turn, next_s = self.read_body(patience_s)
         before, after = RankLoad(*values[:_LOAD]), RankLoad(*values[_LOAD : 2 * _LOAD])
         newest, older = StepPart(*values[2 * _LOAD : 2 * _LOAD + _PART]), StepPart(*values[2 * _LOAD + _PART :])
-        return PrefillState(written_s, decided_s, before, after, (newest, older))
+        return PrefillState(written_s, decided_s, before, after, (newest, older), turn, next_s)

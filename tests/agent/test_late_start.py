@@ -16,9 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from moe_agent.pages import PrefillState
 from moe_agent.vllm import late_start
 from moe_agent.vllm.late_start import EVENTS, has_ended, start_late, wait
+from moe_agent.vllm.prefill_group import WAVE_TURNS
 from moe_bench.modelless import build_scheduler, foreign_warnings
+from moe_scheduling.late import LEAD_S
+from moe_scheduling.prefill import RankLoad
 
 with foreign_warnings():
     from vllm.v1.engine import EngineCoreRequestType
@@ -105,6 +109,7 @@ class LateCore(Core):
 def engine(make_engine, settings):
     settings.put(policy="sjf")
     made = make_engine()
+    made.scheduler.clock = time.monotonic
     made.scheduler._step_curve.step_s = lambda *_: STEP_S
     made.scheduler._late._least_part = 0.9
     return made
@@ -185,13 +190,11 @@ def test_the_scheduler_learns_how_long_steps_take_and_waits_for_part_of_the_next
     engine = make_engine(ahead=2)
     # As long as their tokens say: what the curve finds.
     engine.pace = lambda prefill_tokens, decoding: 0.02 + 0.0001 * prefill_tokens
-    clock, engine.scheduler.clock = engine.scheduler.clock, lambda: engine.now_s
     for number in range(60):
         engine.add(f"r{number}", 100, out=8, arrival_s=engine.now_s)
         for _ in range(4):
             engine.step()
     engine.run()
-    engine.scheduler.clock = clock
     assert engine.scheduler._late.wait_s(0.02) > 0.6 * 0.02 - 0.003
 
 
@@ -298,7 +301,12 @@ def test_a_shutdown_ends_the_wait(monkeypatch):
     )
     monkeypatch.setattr(late_start, "_LOOK_S", 0.001)
     waited = []
-    wait(core, SimpleNamespace(late_s=lambda: 60.0, waited=lambda *, has_ended: waited.append(has_ended)))
+    scheduler = SimpleNamespace(
+        late_s=lambda: 60.0,
+        others_scheduled=lambda: False,
+        waited=lambda *, has_ended: waited.append(has_ended),
+    )
+    wait(core, scheduler)
     assert waited == [False]
 
 
@@ -313,7 +321,10 @@ def test_all_that_has_come_is_taken_in_when_the_wait_ends():
     for number in range(5):
         core.input_queue.put((number,))
     late_s = iter([0.001, 0.0])
-    wait(core, SimpleNamespace(late_s=lambda: next(late_s), waited=lambda has_ended: None))
+    scheduler = SimpleNamespace(
+        late_s=lambda: next(late_s), others_scheduled=lambda: False, waited=lambda has_ended: None
+    )
+    wait(core, scheduler)
     assert taken == [(number,) for number in range(5)]
 
 
@@ -323,3 +334,109 @@ def test_vllm_calls_the_hook_between_two_steps():
     for core_class in (EngineCoreProc, DPEngineCoreProc):
         _, loop = inspect.getsource(core_class).split("def run_busy_loop")
         assert loop.index("self._process_input_queue()") < loop.index("self._process_engine_step()")
+
+
+# Ranks of a group.
+
+
+class Told:
+    """What the other rank told."""
+
+    def __init__(self) -> None:
+        self.state = PrefillState(0.0, 0.0, RankLoad(), RankLoad())
+
+    def tell(self, state: PrefillState) -> None:
+        """Not looked at."""
+
+    def others(self, now_s: float) -> list[PrefillState]:
+        return [self.state]
+
+
+@pytest.fixture
+def grouped(engine):
+    """The core of a rank in a group that runs; two turns of its wave are over."""
+    start_late(LateCore)
+    told = Told()
+    engine.scheduler.join(told)
+    core = LateCore(engine.scheduler)
+    core.engines_running, core.current_wave, core.step_counter = True, 3, 2
+    return core, told
+
+
+def waited_s(core):
+    began_s = time.monotonic()
+    core._process_input_queue()
+    return time.monotonic() - began_s
+
+
+TURN = 3 * WAVE_TURNS + 2
+
+
+def test_a_rank_with_nothing_on_its_way_waits_until_another_one_schedules(grouped):
+    core, told = grouped
+    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
+    later = threading.Timer(0.1, lambda: setattr(told, "state", told.state._replace(turn=TURN)))
+    later.start()
+    assert 0.08 < waited_s(core) < 10.0
+    assert core.scheduler.turn == TURN
+
+
+def test_it_waits_no_longer_than_the_other_one_means_to(grouped):
+    core, told = grouped
+    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.1)
+    assert 0.08 < waited_s(core) < 10.0
+
+
+def test_what_comes_to_it_meanwhile_is_taken_in(grouped, engine):
+    core, told = grouped
+    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.2)
+    core.arrive_in(0.05, request_of(engine, "new"))
+    core._process_input_queue()
+    assert "new" in engine.scheduler.requests
+
+
+@pytest.mark.parametrize(
+    "turn", [TURN, TURN - 2, TURN + 1, TURN - WAVE_TURNS, TURN - 1 + WAVE_TURNS, 0], ids=lambda turn: f"{turn - TURN}"
+)
+def test_it_waits_for_none_that_was_not_in_the_step_before(grouped, turn):
+    """Nor does a rank whose wave is another hold it up, which may be so for a moment when a group begins to step."""
+    core, told = grouped
+    told.state = told.state._replace(turn=turn, next_s=time.monotonic() + 60.0)
+    assert waited_s(core) < 10.0
+
+
+def test_a_group_that_does_not_run_is_not_waited_for(grouped, engine):
+    core, told = grouped
+    core.engines_running = False
+    core.input_queue.put((EngineCoreRequestType.ADD, (request_of(engine, "new"), 0)))
+    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
+    assert waited_s(core) < 10.0
+
+
+def test_the_first_that_schedules_ends_the_wait_of_those_that_compute(grouped, engine):
+    core, told = grouped
+    engine.add("first", 40, out=8)
+    core.model_executor.step_s = engine.scheduler._step_curve.step_s() * 40
+    engine.scheduler._step_curve.step_s = lambda *_: 10.0
+    core._process_engine_step()
+    assert len(core.batch_queue) == 1
+    told.state = told.state._replace(turn=TURN)
+    assert waited_s(core) < 2.0
+
+
+def test_a_rank_tells_when_it_will_schedule_next(grouped, engine):
+    core, told = grouped
+    states = []
+    told.tell = states.append
+    core._process_input_queue()
+    engine.add("first", 40, out=8)
+    core._process_engine_step()
+    before = states[-1]
+    assert before.turn == TURN
+    # Nine tenths of the step, as was learnt, less the lead; the second step is not scheduled yet.
+    assert before.next_s == pytest.approx(before.decided_s + 0.9 * STEP_S - LEAD_S, abs=0.01)
+    core._process_engine_step()
+    core._process_engine_step()
+    after = states[-1]
+    assert after.decided_s > before.decided_s
+    assert after.next_s > before.next_s

@@ -17,6 +17,8 @@ from moe_agent.pages import PageUnreadableError, PrefillPageReader, PrefillPageW
 # A rank that has told nothing for so long is idle: while one rank of a group computes, all make steps, and those with
 # requests tell at each.
 IDLE_AFTER_S = 1.0
+# Steps are counted by turns: from 0 on in each wave, which begins when an idle group begins to step.
+WAVE_TURNS = 2**32
 # Calls between two looks for the pages of ranks that are not there yet, or were put in place anew.
 _LOOK_EVERY = 64
 

@@ -18,7 +18,7 @@ from moe_scheduling.request import RequestPolicy, RequestSettings, Waiting
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.pages import PrefillState, StepPart
-from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, load_in_this_step, sum_parts
+from moe_agent.vllm.prefill_group import WAVE_TURNS, OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53
 
@@ -41,7 +41,9 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
+        self._told: PrefillState | None = None
         self._parts = (StepPart(), StepPart())
+        self._turn, self._next_s = 0, 0.0
         # What the other ranks put into the planned step, as far as is known; and what into the one before it.
         self.others = OtherParts()
         self.others_before = OtherParts()
@@ -112,10 +114,11 @@ class PrefillPlan:
         self._left -= granted
         return granted
 
-    def end(self, computed_tokens: int, now_s: float) -> None:
-        """The step was scheduled with so many prompt tokens."""
+    def end(self, computed_tokens: int, now_s: float, turn: int, next_s: float) -> None:
+        """The step of this turn was scheduled with so many prompt tokens; the next one will be at `next_s`."""
         if self.group is None:
             return
+        self._turn, self._next_s = turn, next_s
         self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
         if computed_tokens:
             self._held.serve(computed_tokens / max(computed_tokens, self._before.prefill_tokens), now_s)
@@ -125,7 +128,29 @@ class PrefillPlan:
         """Shows the other ranks what is there now."""
         if self.group is not None:
             after = self._load(self._ready(), now_s)
-            self.group.tell(PrefillState(now_s, self._decided_s, self._before, after, self._parts))
+            self._told = PrefillState(
+                now_s, self._decided_s, self._before, after, self._parts, self._turn, self._next_s
+            )
+            self.group.tell(self._told)
+
+    def expect(self, next_s: float, now_s: float) -> None:
+        """More is known of when the next step will be scheduled."""
+        if self.group is not None and self._told is not None and self._settings.schedule_late:
+            self._next_s = next_s
+            self._told = self._told._replace(written_s=now_s, next_s=next_s)
+            self.group.tell(self._told)
+
+    def others_scheduled(self, turn: int, now_s: float) -> bool:
+        """Whether another rank has scheduled its part of the step of this turn."""
+        return self.group is not None and any(
+            turn <= state.turn < turn + WAVE_TURNS - turn % WAVE_TURNS for state in self.group.others(now_s)
+        )
+
+    def others_next_s(self, turn: int, now_s: float) -> float:
+        """When the last of those schedules that took part in the step before this turn; 0 where none did."""
+        if self.group is None:
+            return 0.0
+        return max((state.next_s for state in self.group.others(now_s) if state.turn == turn - 1), default=0.0)
 
     def _load(self, ready: list[Waiting[Request]], now_s: float) -> RankLoad:
         scheduler = self._scheduler

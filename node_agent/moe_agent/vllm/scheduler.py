@@ -95,6 +95,8 @@ class OrderedScheduler(AsyncScheduler):
         self._step_curve = StepCurve()
         self._late = LateStart()
         self._mean_step_s = 0.0
+        # Of the next step, in a count that all ranks of a group share; set by the core where steps are scheduled late.
+        self.turn = 0
         self._last_output_s = self._launched_s = 0.0
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
@@ -122,7 +124,7 @@ class OrderedScheduler(AsyncScheduler):
         self._complete_last_step()
         output = super().schedule(throttle_prefills)
         work = self.begin_step(output, prefilling, scheduled_s)
-        self._plan.end(sum(work.prefill_tokens.values()), scheduled_s)
+        self._plan.end(sum(work.prefill_tokens.values()), scheduled_s, self.turn, self._next_s())
         return output
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -212,6 +214,7 @@ class OrderedScheduler(AsyncScheduler):
             self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
+        self._plan.expect(self._next_s(), now_s)
         self.publish()
 
     def _begun_s(self, work: StepWork) -> float:
@@ -219,12 +222,33 @@ class OrderedScheduler(AsyncScheduler):
         output comes; after an idle gap, or where the predecessor ended sooner, it begins when it is scheduled."""
         return max(self._last_output_s, work.scheduled_s) if self._busy else work.scheduled_s
 
+    @property
+    def keeps_step(self) -> bool:
+        """Whether this rank schedules no sooner than another one of its group has to, and with the first that does."""
+        return self._plan.group is not None and self._plan.settings.schedule_late
+
     def late_s(self) -> float:
-        """Seconds that the scheduling of the next step may still wait for what comes; 0 where it may not."""
-        if len(self._step_work) != 1 or not self._plan.settings.schedule_late:
+        """Seconds that the scheduling of the next step may still wait for what comes; 0 where it may not.
+
+        A rank without a step on its way has those of its group to wait for.
+        """
+        if len(self._step_work) > 1 or not self._plan.settings.schedule_late:
             return 0.0
-        work = self._step_work[0]
-        return max(0.0, self._begun_s(work) + self._late.wait_s(work.predicted_s) - self.clock())
+        now_s = self.clock()
+        next_s = self._next_s() if self._step_work else self._plan.others_next_s(self.turn, now_s)
+        return max(0.0, next_s - now_s)
+
+    def _next_s(self) -> float:
+        """When the next step is to be scheduled; while two are on their way, as far as can be told."""
+        if not self._step_work:
+            return 0.0
+        first, last = self._step_work[0], self._step_work[-1]
+        ends_s = first.predicted_s if last is not first else 0.0
+        return self._begun_s(first) + ends_s + self._late.wait_s(last.predicted_s)
+
+    def others_scheduled(self) -> bool:
+        """Whether another rank of the group has scheduled its part of the next step."""
+        return self._plan.others_scheduled(self.turn, self.clock())
 
     def waited(self, *, has_ended: bool) -> None:
         """The next step waited for the one that runs."""

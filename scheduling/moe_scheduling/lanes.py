@@ -16,6 +16,9 @@ from moe_scheduling.fairness import TenantShares
 
 T = TypeVar("T", bound=Hashable)
 
+# Old bids that the race may hold beyond as many as there are lanes.
+_SPARE_BIDS = 64
+
 
 class Entry(NamedTuple, Generic[T]):
     """One request in a heap. The first three fields order it; `sequence` is unique, so the rest never compares."""
@@ -107,9 +110,13 @@ class Lanes(Generic[T]):
         lane.living -= 1
         if not lane.living:
             self._heaped -= len(lane.heap)
-            lane.bid = None
+            # Its bids stay in the race until they come to the front: they must not keep alive what waited.
+            lane.heap, lane.bid = [], None
             del self._lanes[lane.tenant]
             self._shares.leave(lane.tenant)
+            if len(self._race) > 2 * len(self._lanes) + _SPARE_BIDS:
+                self._race = [row.bid for row in self._lanes.values() if row.bid is not None]
+                heapify(self._race)
 
     @property
     def heaped(self) -> int:

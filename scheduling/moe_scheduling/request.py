@@ -327,7 +327,12 @@ class WaitingQueue(Generic[T]):
             self.remove(item)
 
     def reorder(self, settings: RequestSettings) -> None:
-        """Orders what waits, and what comes, by other settings; what tenants were served is forgotten."""
+        """Orders what waits, and what comes, by other settings; what tenants were served is forgotten.
+
+        The same settings change nothing: they come again whenever something else is set.
+        """
+        if settings == self._settings:
+            return
         self._settings = settings
         entries = [
             self._entry(

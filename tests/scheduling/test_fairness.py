@@ -2,7 +2,9 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
+from weakref import ref
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,10 @@ UNFAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0)
 RATE, HORIZON_S = FAIR.ageing_rate, FAIR.fairness_horizon_s
 # So many tokens are no lead yet.
 BAND = 1024
+
+
+class Item:
+    """What waits, where it matters that it is let go."""
 
 
 def filled(rows, queue_settings=FAIR):
@@ -93,6 +99,13 @@ def test_other_settings_begin_with_the_tenants_anew():
     assert queue.charges
     assert list(queue) == ["a", "x"]
     queue.charge("a", 10**9)
+    assert list(queue) == ["x", "a"]
+
+
+def test_the_same_settings_again_forget_nothing():
+    queue = filled([("a", "a", 0, 0.0), ("x", "x", 0, 1.0)])
+    queue.charge("a", 10**9)
+    queue.reorder(replace(FAIR))
     assert list(queue) == ["x", "a"]
 
 
@@ -281,6 +294,22 @@ def test_a_tenant_that_comes_and_goes_leaves_nothing_behind():
         queue.remove(number)
     assert queue._lanes.heaped <= 200
     assert drained(queue) == ["a"]
+
+
+def test_tenants_that_come_and_go_while_another_waits_leave_nothing_behind():
+    """Each leaves a bid behind the one that waits, which never comes to the front meanwhile."""
+    queue = filled([("a", "a", 0, 0.0), ("b", "b", 0, 0.0)])
+    gone = []
+    for number in range(2000):
+        item = Item()
+        gone.append(ref(item))
+        queue.push(item, size_tokens=1, arrival_s=1.0, priority=10**9, tenant=f"t{number % 3}")
+        assert queue.peek() == "a"
+        queue.remove(item)
+    del item
+    assert len(queue._lanes._race) <= 200
+    assert not any(one() for one in gone)
+    assert drained(queue) == ["a", "b"]
 
 
 def test_new_names_for_each_request_gain_nothing_over_a_tenant_that_waits_with_one():

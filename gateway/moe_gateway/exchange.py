@@ -138,8 +138,9 @@ class Exchange:
         self._connecting: asyncio.Task[None] | None = None
         self.job: Job
         self._keys: tuple[int, ...]
-        self._is_fair = surroundings.dispatcher.request_settings.is_fair and bool(surroundings.tenant_header)
-        tenant = read_tenant(request.headers, surroundings.tenant_header) if self._is_fair else NAMELESS
+        self._is_fair = surroundings.dispatcher.request_settings.is_fair
+        header = surroundings.tenant_header
+        tenant = read_tenant(request.headers, header) if self._is_fair and header else NAMELESS
         self.job, self._keys = surroundings.dispatcher.size(parsed, session, tenant)
         if self.computes:
             surroundings.dispatcher.ledger.arrive(self.job.prompt_tokens, request.arrived_s)

@@ -1,7 +1,8 @@
 """Who a request is from, as a part of its id: how the gateway tells an engine, and how the engine's plugin reads it.
 
 The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
-A tenant is these digits; the nameless one, of requests without the header, is the empty string.
+A tenant is these digits; the nameless one, of requests without the header, is the empty string. For `/v1/responses`
+vLLM 0.32 takes no header's id but the body's, which is the client's: what comes there is the nameless one's.
 
 Invariants: nothing that a client wrote is in the suffix; whoever adds one is believed over what stands before it.
 """
@@ -18,6 +19,8 @@ _DIGITS = 8
 _HEX = frozenset("0123456789abcdef")
 # The nameless one's, where the id that a client chose could pass for another's.
 _OF_NOBODY = "0" * _DIGITS
+# vLLM puts it after the id of a request of `/v1/responses`, and after no id that comes from a header.
+_AFTER_BODYS_ID = "_"
 
 
 def hash_tenant(name: bytes) -> str:
@@ -37,5 +40,7 @@ def tenant_of(request_id: str) -> str:
     _, mark, rest = request_id.rpartition(_MARK)
     tenant = rest[:_DIGITS]
     if not mark or len(tenant) < _DIGITS or tenant == _OF_NOBODY or not _HEX.issuperset(tenant):
+        return NAMELESS
+    if _AFTER_BODYS_ID in rest:
         return NAMELESS
     return tenant

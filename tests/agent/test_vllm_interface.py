@@ -1,6 +1,7 @@
 """Fails when vLLM's interface, which is not public, moves under the plugin."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,14 @@ def test_a_dead_engine_says_what_the_gateway_knows_it_by():
     from vllm.v1.engine.exceptions import EngineDeadError
 
     assert ENGINE_DEAD.decode() in str(EngineDeadError())
+
+
+def test_vllm_marks_the_ids_that_come_from_a_body_and_no_others():
+    """By the `_` after them `tenant_of` tells them apart; chats have one only where they are several in one body."""
+    import vllm
+
+    served = Path(vllm.__file__).parent / "entrypoints" / "openai"
+    assert 'sub_request_id = f"{request_id}_{sub_request}"' in (served / "responses" / "serving.py").read_text()
+    assert 'request_id_item = f"{request_id}-{i}"' in (served / "completion" / "serving.py").read_text()
+    chats = (served / "chat_completion" / "serving.py").read_text()
+    assert 'request_id if len(engine_inputs) == 1 else f"{request_id}_{i}"' in chats

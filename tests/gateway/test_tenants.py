@@ -40,12 +40,20 @@ async def test_the_long_way_through_the_parser_tells_the_same(make_engine, serve
     assert tenant_of(engine.requests[0].headers[b"x-request-id"].decode()) == hash_tenant(b"team-a")
 
 
-@pytest.mark.parametrize("off", [{"request": OFF}, {"tenant_header": ""}, {"request": {"policy": "fcfs"}}])
+@pytest.mark.parametrize("off", [{"request": OFF}, {"request": {"policy": "fcfs"}}])
 async def test_where_tenants_are_not_told_apart_ids_are_as_they_were(make_engine, serve, off):
     engine = await make_engine()
     served = await serve(engine, **off)
     await served.ask(of(b"team-a", b"a.t1a2b3c4d"))
     assert engine.requests[0].headers[b"x-request-id"] == b"a.t1a2b3c4d"
+
+
+async def test_where_no_header_names_tenants_a_clients_id_does_not_either(make_engine, serve):
+    engine = await make_engine()
+    served = await serve(engine, tenant_header="")
+    answers = [await served.ask(of(b"team-a", request_id)) for request_id in (b"a.t1a2b3c4d", b"mine")]
+    assert [request.headers[b"x-request-id"] for request in engine.requests] == [b"a.t1a2b3c4d.t00000000", b"mine"]
+    assert [answer.headers[b"x-request-id"] for answer in answers] == [b"a.t1a2b3c4d", b"mine"]
 
 
 async def test_another_header_may_name_the_tenant(make_engine, serve):

@@ -11,9 +11,8 @@ names = st.binary(min_size=1, max_size=200)
 WAYS = [
     "chatcmpl-{}-9f8e7d6c",
     "cmpl-{}-0-9f8e7d6c",
-    "chatcmpl-{}_3-9f8e7d6c",
     "1_cmpl-{}-0-9f8e7d6c",
-    "resp_{}",
+    "embd-{}-prompt-0-chunk-1-9f8e7d6c",
     "{}",
 ]
 
@@ -29,6 +28,12 @@ def test_the_engine_finds_who_the_gateway_named(way, request_id, name):
 @given(request_id=ids | st.sampled_from([b"a.t1a2b3c4d", b".t1a2b3c4d", b"a.t1a2b3c4d-0", b".t.t1a2b3c4d"]))
 def test_a_client_cannot_name_a_tenant_in_its_id(way, request_id):
     assert tenant_of(way.format(sign_request_id(request_id, NAMELESS).decode())) == NAMELESS
+
+
+@given(request_id=st.text(max_size=40) | st.sampled_from(["a.t1a2b3c4d", "cmpl-a.t1a2b3c4d-0", "a.t1a2b3c4d-9f8e7d6c"]))
+def test_nor_in_the_body_of_a_request_to_responses(request_id):
+    """Where vLLM asks the body for the id, and no header."""
+    assert tenant_of(f"{request_id}_0-9f8e7d6c") == NAMELESS
 
 
 @given(names)

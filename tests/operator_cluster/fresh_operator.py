@@ -17,6 +17,7 @@ from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults
 from moe_operator.plan.names import APPLIED
+from serving_documents import serving
 
 Document = dict[str, Any]
 NO_WRITES = ("get", "list", "dry run")
@@ -140,3 +141,32 @@ __all__ = [
     "started",
     "writes",
 ]
+
+
+async def served(operator: FreshOperator, namespace: str, document: Document | None = None) -> Key:
+    """The resource, made real."""
+    document = document or serving()
+    made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
+    operator.store.put(SERVING, made)
+    key = Key(namespace, document["metadata"]["name"])
+    await operator.settle(key)
+    return key
+
+
+async def change(operator: FreshOperator, key: Key, **spec: Any) -> None:
+    """Fields of the resource's spec, and what comes of it."""
+    await operator.api.merge(SERVING, *key, {"spec": spec})
+    await operator.relist()
+    await operator.settle(key)
+
+
+async def fetch(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Document:
+    """An object of the resource's namespace that has to be there."""
+    found = await operator.api.get(kind, key.namespace, name)
+    assert found is not None, f"{kind.name} {name}"
+    return found
+
+
+async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
+    """The resource's conditions by type."""
+    return conditions(await fetch_serving(operator.api, key) or {})

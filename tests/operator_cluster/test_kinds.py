@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
-from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
+from fresh_operator import conditions, fetch_children, fetch_serving, served, started, told, writes
 from lightkube.types import PatchType
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
@@ -118,18 +118,6 @@ def serves(cluster: ApiCluster, plural: str) -> bool:
     except ClusterProblem:
         return False
     return True
-
-
-async def served(operator: FreshOperator, namespace: str, document: Document) -> Key:
-    made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
-    operator.store.put(SERVING, made)
-    key = Key(namespace, document["metadata"]["name"])
-    await operator.settle(key)
-    return key
-
-
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
-    return conditions(await fetch_serving(operator.api, key) or {})
 
 
 async def test_several_nodes_without_leader_worker_sets_are_told_with_what_to_do(

@@ -7,40 +7,15 @@ from typing import Any
 import pytest
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
-from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
+from fresh_operator import FreshOperator, change, fetch, fetch_children, fetch_serving, served, started, told, writes
 from moe_operator.kubernetes import observed
-from moe_operator.kubernetes.kinds import CLAIM, CONFIG_MAP, DEPLOYMENT, POD, SECRET, SERVING, Kind
+from moe_operator.kubernetes.kinds import CLAIM, CONFIG_MAP, DEPLOYMENT, POD, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 from stand_in_peers import peers_listening
 
 Document = dict[str, Any]
 CACHE = {"path": "/cache", "size": "1Gi", "storageClass": "fast"}
-
-
-async def served(operator: FreshOperator, namespace: str, document: Document) -> Key:
-    """The resource, made real."""
-    made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
-    operator.store.put(SERVING, made)
-    key = Key(namespace, document["metadata"]["name"])
-    await operator.settle(key)
-    return key
-
-
-async def change(operator: FreshOperator, key: Key, **spec: Any) -> None:
-    await operator.api.merge(SERVING, *key, {"spec": spec})
-    await operator.relist()
-    await operator.settle(key)
-
-
-async def fetch(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Document:
-    found = await operator.api.get(kind, key.namespace, name)
-    assert found is not None, f"{kind.name} {name}"
-    return found
-
-
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
-    return conditions(await fetch_serving(operator.api, key) or {})
 
 
 async def templates(operator: FreshOperator, key: Key) -> dict[str, Document]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from cluster_api import ApiCluster
-from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving, started, writes
+from fresh_operator import change, fetch, fetch_children, fetch_serving, served, started, told, writes
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING, Kind
 from moe_operator.kubernetes.reconciler import REFUSED_S
 from moe_operator.kubernetes.store import Key
@@ -15,32 +15,6 @@ SERVICE = Kind("", "v1", "Service", "services")
 ROLE_BINDING = Kind("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings")
 NETWORK_POLICY = Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies")
 EXTERNAL = {"mode": "external", "minReplicas": 1, "maxReplicas": 9}
-
-
-async def served(operator: FreshOperator, namespace: str, document: Document | None = None) -> Key:
-    """The resource, made real."""
-    document = document or serving()
-    made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
-    operator.store.put(SERVING, made)
-    key = Key(namespace, document["metadata"]["name"])
-    await operator.settle(key)
-    return key
-
-
-async def change_spec(operator: FreshOperator, key: Key, spec: Document) -> None:
-    await operator.api.merge(SERVING, *key, {"spec": spec})
-    await operator.relist()
-    await operator.settle(key)
-
-
-async def live(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Document:
-    found = await operator.api.get(kind, key.namespace, name)
-    assert found is not None, f"{kind.name} {name}"
-    return found
-
-
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
-    return conditions(await fetch_serving(operator.api, key) or {})
 
 
 def kubectl_patch(cluster: ApiCluster, key: Key, place: str, patch: str, kind: str = "strategic") -> None:
@@ -60,11 +34,11 @@ async def test_what_others_add_to_a_child_stays_through_updates(serving_cluster:
         before = writes(operator.api)
         await operator.settle(key)
         assert writes(operator.api) == before
-        await change_spec(operator, key, {"engine": {"args": ["--seed=2"]}})
-        found = await live(operator, DEPLOYMENT, key, "tiny-engine")
+        await change(operator, key, engine={"args": ["--seed=2"]})
+        found = await fetch(operator, DEPLOYMENT, key, "tiny-engine")
         assert {row["name"] for row in found["spec"]["template"]["spec"]["containers"]} == {"engine", "mesh"}
         assert found["metadata"]["annotations"]["team.test/a"] == "1"
-        assert (await live(operator, CONFIG_MAP, key, "tiny-settings"))["data"]["mine"] == "1"
+        assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings"))["data"]["mine"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -103,12 +77,12 @@ async def test_a_field_of_ours_that_is_edited_is_put_back(
 ) -> None:
     async with started(serving_cluster.kubeconfig, namespace) as operator:
         key = await served(operator, namespace)
-        before = read(await live(operator, kind, key, name))
+        before = read(await fetch(operator, kind, key, name))
         kubectl_patch(serving_cluster, key, place, patch, "json")
-        assert read(await live(operator, kind, key, name)) != before
+        assert read(await fetch(operator, kind, key, name)) != before
         await operator.relist()
         await operator.settle(key)
-        assert read(await live(operator, kind, key, name)) == before
+        assert read(await fetch(operator, kind, key, name)) == before
 
 
 async def test_a_child_that_is_deleted_comes_back(serving_cluster: ApiCluster, namespace: str) -> None:
@@ -136,13 +110,13 @@ async def test_a_stranger_with_the_name_of_a_child_is_told_and_not_touched(
         key = await served(operator, namespace)
         message = f"ConfigMap {namespace}/tiny-settings exists and is not this resource's own"
         assert (await told(operator, key))["Degraded"]["message"] == message
-        assert (await live(operator, CONFIG_MAP, key, "tiny-settings")) == made
+        assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
         assert (await operator.api.get(DEPLOYMENT, namespace, "tiny-engine")) is None, "nothing is made in part"
         await operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": namespace}})
         await operator.relist()
         await operator.settle(key)
         assert await fetch_serving(operator.api, key) is None
-        assert (await live(operator, CONFIG_MAP, key, "tiny-settings")) == made
+        assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
 
 
 async def test_two_resources_whose_services_would_be_one_are_told_apart(
@@ -164,8 +138,8 @@ async def test_an_autoscaler_on_the_deployment_keeps_its_number_in_the_external_
         serving_cluster.kubectl("scale", "-n", namespace, "deployment/tiny-engine", "--replicas=7")
         await operator.relist()
         await operator.settle(key)
-        await change_spec(operator, key, {"engine": {"args": ["--seed=2"]}})
-        assert (await live(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 7
+        await change(operator, key, engine={"args": ["--seed=2"]})
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 7
 
 
 async def test_the_scale_subresource_sets_the_engines(serving_cluster: ApiCluster, namespace: str) -> None:
@@ -174,7 +148,7 @@ async def test_the_scale_subresource_sets_the_engines(serving_cluster: ApiCluste
         serving_cluster.kubectl("scale", "-n", namespace, "moeserving/tiny", "--replicas=5")
         await operator.relist()
         await operator.settle(key)
-        assert (await live(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 5
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 5
         scale = serving_cluster.get(f"/apis/moeserving.dev/v1alpha1/namespaces/{namespace}/moeservings/tiny/scale")
         assert '"selector":"app.kubernetes.io/managed-by=moeserving,app.kubernetes.io/instance=tiny' in scale
 
@@ -185,7 +159,7 @@ async def test_without_autoscaling_a_scaled_deployment_is_put_back(serving_clust
         serving_cluster.kubectl("scale", "-n", namespace, "deployment/tiny-engine", "--replicas=7")
         await operator.relist()
         await operator.settle(key)
-        assert (await live(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 1
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 1
 
 
 async def test_what_a_quota_refuses_is_told_and_tried_again_until_it_allows_it(

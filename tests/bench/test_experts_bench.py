@@ -132,10 +132,21 @@ def test_a_group_that_a_recording_does_not_fit_is_refused(tmp_path, load, option
     assert message in result.output
 
 
-@pytest.mark.parametrize("array", [np.ones((2, 3)), np.ones((1, 1, 1, 4)), np.full((2, 1, 1, 4), -1.0)])
-def test_what_is_no_recording_is_refused(tmp_path, array):
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"load": np.array(5.0)},
+        {"load": np.ones((2, 3))},
+        {"load": np.ones((1, 1, 1, 4))},
+        {"load": np.full((2, 1, 1, 4), -1.0)},
+        {"load": np.ones((2, 1, 2, 4)), "pairs": np.array(5.0)},
+        {"load": np.ones((2, 1, 2, 4)), "pairs": np.ones((1, 1, 4, 4))},
+        {"pairs": np.ones((2, 1, 4, 4))},
+    ],
+)
+def test_what_is_no_recording_is_refused(tmp_path, arrays):
     path = tmp_path / "recorded.npz"
-    np.savez(path, load=array)
+    np.savez(path, **arrays)
     with pytest.raises(InvalidInput, match="no recorded sequence of loads"):
         read_sequence(path)
 

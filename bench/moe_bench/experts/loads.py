@@ -148,9 +148,10 @@ def read_sequence(path: Path) -> list[ExpertLoad]:
         with path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             array = arrays["load"]
-            pairs = arrays["pairs"] if "pairs" in arrays else [None] * len(array)
+            pairs = arrays.get("pairs")
         if array.ndim != 4 or len(array) < 2:
             raise ValueError("load must be [round, source, layer, expert] with two rounds at least")
+        pairs = [None] * len(array) if pairs is None else pairs
         return [ExpertLoad(tokens=load, pairs=shared) for load, shared in zip(array, pairs, strict=True)]
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise InvalidInput([Problem(str(path), f"no recorded sequence of loads: {error}")]) from None

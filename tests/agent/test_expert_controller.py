@@ -572,6 +572,35 @@ def test_a_directive_in_the_mode_off_is_refused_and_not_kept_for_later(action):
     assert group.planner.asked == []
 
 
+@pytest.mark.parametrize("action", [DirectiveAction.APPLY, DirectiveAction.PLAN])
+def test_a_directive_that_waits_when_the_mode_becomes_off_ends_with_the_reason(action):
+    group = Group(max_stall_s=0.0001)
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.direct(action, START if action is DirectiveAction.APPLY else None)
+    group.put(mode=ExpertMode.OFF)
+    group.run(60)
+    assert group.controller.inbox.settled == 1
+    assert group.newest.outcome is Outcome.FAILED
+    assert group.newest.reason == "directive 1 cannot be followed: the mode is off"
+    assert (group.held == BETTER).all(), "what was under way is carried to its end"
+
+
+def test_a_directive_that_cannot_be_read_ends_with_the_reason_and_leaves_the_one_before_it():
+    group = Group(max_stall_s=0.0001)
+    group.planner.answer = answer()
+    group.run_until(Outcome.MOVED)
+    group.direct(DirectiveAction.APPLY, START)
+    group.controller.refuse(2, "no directive can be read")
+    assert group.newest.reason == "directive 2 cannot be followed: no directive can be read"
+    group.run(1)
+    assert group.controller.inbox.settled == 0
+    while group.controller.inbox.settled == 0:
+        group.run(1)
+        assert group.step < 500
+    assert (group.controller.inbox.settled, group.held.tolist()) == (2, START.tolist())
+
+
 def test_the_same_placement_again_is_no_move():
     group = Group(mode=ExpertMode.OBSERVE)
     group.direct(DirectiveAction.APPLY, START)

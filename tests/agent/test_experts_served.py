@@ -19,6 +19,7 @@ from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.first_rank import FirstRank, checksum
+from moe_agent.experts.outcome import Outcome
 from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action
 from moe_agent.experts.published import PublishedExperts, as_of, experts_path
@@ -316,7 +317,7 @@ def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"action": "apply"}', '{"version": 4, "action": "apply"}'])
-def test_a_directive_file_that_is_none_is_passed_over(tmp_path, content):
+def test_a_directive_file_that_is_none_ends_with_the_reason(tmp_path, content):
     settings = ExpertSettings(mode=ExpertMode.OBSERVE)
     with ControlPageWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)) as page:
         engine = Engine(tmp_path)
@@ -324,7 +325,9 @@ def test_a_directive_file_that_is_none_is_passed_over(tmp_path, content):
             directive_path(tmp_path).write_text(content)
         page.write(Control(version=2, request=RequestSettings(), expert=settings, directive=4))
         engine.run(100)
-    assert not engine.first.controller.log.rows
+    (row,) = engine.first.controller.log.rows
+    assert row.outcome is Outcome.FAILED
+    assert row.reason.startswith("directive 4 cannot be followed: ")
     assert engine.first.controller.inbox.settled == 4
 
 

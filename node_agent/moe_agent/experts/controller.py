@@ -99,7 +99,7 @@ class Controller:
             self.balance = self._measure(self.placement)
             self._times.clear()
             self._trial = None
-            self.inbox.clear()
+            self._refuse_waiting("the mode is off")
             self.log.begin_gain(self.step, 0.0)
 
     def direct(self, directive: Directive) -> None:
@@ -109,6 +109,11 @@ class Controller:
             self._log(Outcome.FAILED, f"directive {directive.version} came in the mode off")
         else:
             self.inbox.put(directive)
+
+    def refuse(self, version: int, why: str) -> None:
+        """A directive that cannot be read; what came before it goes on."""
+        self.inbox.heard = version
+        self._log(Outcome.FAILED, f"directive {version} cannot be followed: {why}")
 
     def learn_work(self, token_s: float) -> None:
         """What a token of expert work takes, as measured so far."""
@@ -132,10 +137,14 @@ class Controller:
             self._ask()
 
     def _refuse_skewed(self) -> None:
-        """Where ranks hold different placements a move would mix up weights: who asked for anything is told so."""
-        if self._watchdog.skew and (self.inbox.plan_wanted or self.inbox.waiting is not None):
+        """Where ranks hold different placements a move would mix up weights."""
+        if self._watchdog.skew:
+            self._refuse_waiting(f"{self._watchdog.skew}; only a restart of the engine helps")
+
+    def _refuse_waiting(self, why: str) -> None:
+        """What waits does not begin any more; who asked for it is told so."""
+        if self.inbox.plan_wanted or self.inbox.waiting is not None:
             self.inbox.clear()
-            why = f"{self._watchdog.skew}; only a restart of the engine helps"
             self._log(Outcome.FAILED, f"directive {self.inbox.heard} cannot be followed: {why}")
 
     def moved(self, seconds: float, ok: bool) -> None:

@@ -113,7 +113,7 @@ class FirstRank:
             self.controller.direct(read_directive(self._run_dir, self.controller.shape))
         except InvalidInput as error:
             log.error("directive %d about experts is not followed: %s", version, error)
-            self.controller.inbox.skip(version)
+            self.controller.refuse(version, str(error))
 
     def _publish(self) -> None:
         """When something happened, or the figures are old; one text at a time."""

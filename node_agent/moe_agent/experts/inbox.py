@@ -34,7 +34,7 @@ class Inbox:
         return directive
 
     def skip(self, version: int) -> None:
-        """Directives up to this version are old, or cannot be followed."""
+        """Directives up to this version are older than the group."""
         self.heard = self.settled = version
 
     def clear(self) -> None:

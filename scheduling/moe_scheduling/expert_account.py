@@ -105,7 +105,9 @@ def plan_retreat(account: Account, budget: int, costs: ExpertCosts) -> Placement
     """Where to go in the red: back to the beginning where that has paid by now, as many layers as the budget allows."""
     seen, began = account.seen, account.began
     moves = count_moves(seen, began)
-    goes = moves.cumsum() <= budget
+    order = moves.argsort(kind="stable")
+    goes = np.zeros(len(moves), np.bool_)
+    goes[order] = moves[order].cumsum() <= budget
     if account.won_s >= -float(moves.sum()) * costs.move_s or not moves[goes].any():
         return seen
     table = np.where(goes[:, None], began.physical_to_logical, seen.physical_to_logical)

@@ -150,6 +150,13 @@ def test_going_back_keeps_the_budget_and_goes_on_in_the_next_round():
     assert count_moves(half, plan_retreat(replace(account, seen=half), 3, COSTS)).tolist() == [0, 2]
 
 
+def test_a_layer_that_exceeds_the_budget_keeps_no_other_from_going_back():
+    began = placed([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7])
+    seen = placed([4, 5, 6, 7, 0, 1, 2, 3], [4, 1, 2, 3, 0, 5, 6, 7])
+    account = Account(began=began, seen=seen, won_s=-99.0, lived_s=10.0)
+    assert count_moves(seen, plan_retreat(account, 3, COSTS)).tolist() == [0, 2]
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2e-3, 0.05, 0.5, 2.0]))
 @settings(max_examples=25, deadline=None)
 def test_whatever_comes_little_is_lost_against_moving_nothing(seed, move_s):

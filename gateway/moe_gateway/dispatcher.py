@@ -400,17 +400,23 @@ class Dispatcher:
         """Requests held."""
         return len(self._held_since)
 
-    def hold(self, waiter: Waiter, now_s: float) -> bool:
-        """Lets a request wait; False when the queue is full."""
+    def hold(self, waiter: Waiter, now_s: float, since_s: float | None = None) -> bool:
+        """Lets a request wait; False when the queue is full.
+
+        Args:
+            waiter: the request.
+            now_s: the clock.
+            since_s: since when no engine has it, where that is longer: it is not held for longer than others are.
+        """
         if len(self._queue) >= self._hold_requests:
             return False
         job = waiter.job
         self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority, tenant=job.tenant)
-        self._held_since[waiter] = now_s
+        self._held_since[waiter] = now_s if since_s is None else since_s
         return True
 
     def may_hold(self, since_s: float, now_s: float) -> bool:
-        """Whether a request of that age would still be held."""
+        """Whether a request that no engine has had since then would still be held."""
         return now_s - since_s < self._hold_timeout_s
 
     def unhold(self, waiter: Waiter) -> None:
@@ -458,10 +464,8 @@ class Dispatcher:
             books.slowness = self._corrections.factor(books.target, now_s)
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
-            if now_s - since_s < self._hold_timeout_s:
-                break
             # The end of one can be the turn of another.
-            if waiter in self._held_since:
+            if not self.may_hold(since_s, now_s) and waiter in self._held_since:
                 self.unhold(waiter)
                 waiter.expire()
 
@@ -486,7 +490,7 @@ class Dispatcher:
 
     def held_since_s(self, now_s: float) -> float | None:
         """Age of the request that is held longest; None when none is."""
-        return next((now_s - since_s for since_s in self._held_since.values()), None)
+        return max((now_s - since_s for since_s in self._held_since.values()), default=None)
 
     def least_wait_s(self, now_s: float) -> float | None:
         """Predicted seconds until a new request begins to be computed, where that is soonest; None without a target."""

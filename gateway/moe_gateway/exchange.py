@@ -100,10 +100,12 @@ class Exchange:
         "_last",
         "_paused",
         "_placed",
+        "_sent",
         "_session",
         "_streaming",
         "_surroundings",
         "_upstream",
+        "_without_s",
         "job",
         "last_s",
         "parsed",
@@ -133,6 +135,9 @@ class Exchange:
         self._streaming = False
         self._paused = False
         self._ended = False
+        # Whether an engine has it, and since when none has, or had before one took it.
+        self._sent = False
+        self._without_s = request.arrived_s
         self._placed: Placed | None = None
         self._upstream: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -185,7 +190,7 @@ class Exchange:
 
     def _hold(self) -> None:
         dispatcher = self._surroundings.dispatcher
-        if not dispatcher.hold(self, self._surroundings.clock()):
+        if not dispatcher.hold(self, self._surroundings.clock(), self._without_s):
             if dispatcher.accepting:
                 outcome, message = Outcome.BUSY, "all engines are saturated and the queue is full"
             else:
@@ -241,7 +246,7 @@ class Exchange:
     def _forgive_attempt(self) -> None:
         """What has not seen the request has not failed it: it may try again for as long as requests are held."""
         surroundings = self._surroundings
-        if surroundings.dispatcher.may_hold(self.request.arrived_s, surroundings.clock()):
+        if surroundings.dispatcher.may_hold(self._without_s, surroundings.clock()):
             self._attempts -= 1
 
     def _write_request(self, connection: UpstreamConnection) -> None:
@@ -265,6 +270,7 @@ class Exchange:
             http10=request.http10,
         )
         connection.request(self, head, request.body)
+        self._sent = True
         if self._paused:
             self.pause()
 
@@ -392,6 +398,8 @@ class Exchange:
     def _begin_again(self, without: Target) -> None:
         """At another engine, or at the same one later."""
         self.tried.add(without)
+        if self._sent:
+            self._sent, self._without_s = False, self._surroundings.clock()
         self._surroundings.dispatcher.ledger.retried += 1
         self.begin()
 

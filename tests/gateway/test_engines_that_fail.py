@@ -237,6 +237,39 @@ async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engin
     await agent.stop()
 
 
+async def test_what_cannot_be_reached_is_not_tried_for_longer_than_requests_are_held(make_engine, serve):
+    engine = await make_engine()
+    served = await serve(engine, limits={"hold_timeout_s": 1.0})
+    agent, engine.agent = engine.agent, None
+    await engine.stop()
+    began_s = asyncio.get_running_loop().time()
+    assert (await served.ask(post(prompt()))).status == 503
+    # Tries at 0, 0.25 and 0.75 s; the next would be at 1.75 s.
+    assert 0.9 < asyncio.get_running_loop().time() - began_s < 1.6
+    await agent.stop()
+
+
+async def test_what_was_computed_for_longer_than_that_may_wait_for_the_engines_next_start_too(make_engine, serve):
+    async def dies_late(_request, writer):
+        await asyncio.sleep(1.3)
+        reset(writer)
+
+    engine = await make_engine(dies_late)
+    served = await serve(engine, limits={"hold_timeout_s": 1.0})
+    client = await served.connect()
+    client.send(post(prompt()))
+    await until(lambda: log_of(engine) == [1])
+    await asyncio.sleep(1.1)
+    agent, engine.agent = engine.agent, None
+    await engine.stop()
+    # It has begun to find that nobody is there.
+    await until(lambda: served.gateway.dispatcher.ledger.retried > 1)
+    engine.script = answer_ok
+    await engine.start()
+    assert (await client.answer()).json == OK
+    await agent.stop()
+
+
 # After the first byte.
 
 

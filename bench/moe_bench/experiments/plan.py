@@ -210,8 +210,8 @@ def _chosen(known: Sequence[T], wanted: Sequence[T]) -> list[T]:
 
 
 def saturation_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The runs that measure the saturations of these, each once."""
-    found = {run.saturation.id: run.saturation for run in runs}
+    """The runs that measure the saturations of these, each once; what comes all at once has none."""
+    found = {run.saturation.id: run.saturation for run in runs if ALL[run.workload].arrivals is not ArrivalShape.BURST}
     return tuple(found.values())
 
 
@@ -225,9 +225,7 @@ def build_run(run: Run, traces: Path | None, rate: float) -> Simulation:
     """
     workload = ALL[run.workload]
     requests = workload.build(round(run.count * workload.length), run.seed, traces)
-    # A burst has no rate: its saturation is that of the same requests, one after another.
-    is_measuring = run.load == 0 and workload.arrivals is ArrivalShape.BURST
-    trace = arrange(requests, ArrivalShape.POISSON if is_measuring else workload.arrivals, rate, run.seed)
+    trace = arrange(requests, workload.arrivals, rate, run.seed)
     return VARIANTS[run.variant].apply(_base(run, workload, trace))
 
 

@@ -40,6 +40,8 @@ _PRODUCT = (
     "node_agent/moe_agent/vllm",
     *(f"node_agent/moe_agent/{name}.py" for name in ("step_curve", "step_time")),
 )
+# Of what comes all at once.
+NO_RATE = 1.0
 # Where the search for a saturation begins, requests a second.
 _GUESS = 8.0
 
@@ -74,7 +76,7 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
 
         _work(pool, [(run, traces, None) for run in measuring], keep, "saturation", console)
         rates = saturations(found.values())
-        _work(pool, [(run, traces, rates[run.saturation.id]) for run in todo], keep, "runs", console)
+        _work(pool, [(run, traces, rates.get(run.saturation.id, NO_RATE)) for run in todo], keep, "runs", console)
 
 
 def _with_traces(runs: Sequence[Run], traces: Path | None, console: Console) -> Sequence[Run]:

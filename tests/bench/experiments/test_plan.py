@@ -1,5 +1,6 @@
 """What the experiments consist of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from moe_bench.experiments.plan import (
 )
 from moe_bench.experiments.saturation import find_saturation
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import ADVERSARIAL, ALL, WORKLOADS
+from moe_bench.experiments.workloads import ADVERSARIAL, ALL, BURST_LENGTH, WORKLOADS
 from moe_bench.simulator.rank import STOCK
 from moe_bench.simulator.rivals import RIVALS
 from moe_bench.traces import mean_rate
@@ -111,10 +112,13 @@ def test_a_run_comes_at_its_part_of_the_saturation():
     assert mean_rate(build_run(run, None, 17.0).trace) == pytest.approx(17.0)
 
 
-def test_a_burst_comes_at_once_but_its_saturation_is_measured_one_after_another():
-    run = next(run for run in plan_runs(Selection(workloads=("burst",))))
-    assert {row.arrival_s for row in build_run(run, None, 5.0).trace} == {0.0}
-    assert mean_rate(build_run(run.saturation, None, 5.0).trace) == pytest.approx(5.0)
+def test_a_burst_comes_at_once_and_has_no_saturation():
+    runs = plan_runs(Selection(workloads=("burst", "sawtooth"), seeds=1))
+    assert {run.workload for run in saturation_runs(runs)} == {"sawtooth"}
+    run = next(run for run in runs if run.workload == "burst")
+    trace = build_run(replace(run, count=20), None, 1.0).trace
+    assert {row.arrival_s for row in trace} == {0.0}
+    assert len(trace) == round(20 * BURST_LENGTH)
 
 
 def test_a_workload_may_last_longer_than_others():

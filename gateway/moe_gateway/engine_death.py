@@ -7,13 +7,15 @@ it has started anew.
 
 import re
 
-# `EngineDeadError` of vLLM; a test of the agent compares it with vLLM's.
+# `EngineDeadError` of vLLM; a test of the agent compares it with vLLM's. An error of another kind may have it within
+# its message, as a text of the client's, whose quotes are escaped there.
 ENGINE_DEAD = b"EngineCore encountered an issue"
+_MESSAGE_BEGINS_WITH_IT = re.compile(rb"\"message\": ?\"" + ENGINE_DEAD)
 _STREAM_BEGINS_WITH_ERROR = re.compile(rb"(?:[0-9a-fA-F]{1,8}\r\n)?(?:event: error\r?\n)?data: \{[^{]{0,40}\"error\"")
 
 
 def says_engine_is_dead(status: int, body: bytes) -> bool:
     """Whether an answer tells of a dead engine; `body` is what came of it first, of a stream the first event."""
-    if ENGINE_DEAD not in body:
+    if ENGINE_DEAD not in body or _MESSAGE_BEGINS_WITH_IT.search(body) is None:
         return False
     return status == 500 or (status == 200 and _STREAM_BEGINS_WITH_ERROR.match(body) is not None)

@@ -1,6 +1,7 @@
 """Fails when vLLM's interface, which is not public, moves under the plugin."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,14 @@ def test_another_version_is_refused_by_name(monkeypatch):
 
 
 def test_a_dead_engine_says_what_the_gateway_knows_it_by():
-    from moe_gateway.engine_death import ENGINE_DEAD
+    from moe_gateway.engine_death import says_engine_is_dead
+    from starlette.responses import JSONResponse
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    assert ENGINE_DEAD.decode() in str(EngineDeadError())
+    said = create_error_response(EngineDeadError()).model_dump()
+    assert says_engine_is_dead(500, JSONResponse(said).body)
+    assert says_engine_is_dead(200, f"data: {json.dumps(said)}\n\n".encode())
 
 
 def test_vllm_marks_the_ids_that_come_from_a_body_and_no_others():

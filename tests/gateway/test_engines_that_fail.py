@@ -224,6 +224,22 @@ async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
     assert served.gateway.dispatcher.ledger.retried == 0
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'EngineCore encountered an issue'",
+        '{"message": "EngineCore encountered an issue"}',
+        '{"message":"EngineCore encountered an issue"}',
+    ],
+)
+async def test_a_clients_text_within_an_error_is_no_engines_death(make_engine, serve, text):
+    answer = {"error": {"message": text, "type": "InternalServerError"}}
+    engine = await make_engine(always(json_answer(answer, status="500 Internal Server Error")))
+    served = await serve(engine)
+    assert (await served.ask(post(prompt()))).json == answer
+    assert served.gateway.dispatcher.ledger.retried == 0
+
+
 async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine)

@@ -55,7 +55,8 @@ _AT_KNEE = f"""## At the knee
 The knee of a workload is the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request
 alone. Figures at the knee are interpolated between the loads beside it, seed by seed. In the first row the rival is
 vLLM as it comes, in the second the one with the best mean TTFT of each workload, in the third the best of each column
-and each workload, which is no system that one could run. How far any order could go: [the floor](../simulator.md#the-floor).
+and each workload, which is no system that one could run. How far any order could go:
+[the floor](../simulator.md#the-floor).
 """
 _ABLATION = """## What each part is worth
 

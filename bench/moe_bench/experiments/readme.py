@@ -27,8 +27,8 @@ def render_block(summary: Mapping[str, Any]) -> str:
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "At the knee of a workload (the best rival's mean TTFT is five times that of a request alone), ours / rival, "
-        f"below 1 is better but for output tokens: {summary['runs']} runs, {summary['seeds']} seeds, vLLM 0.32's real "
-        "schedulers, **modelled** step times."
+        f"below 1 is better but for output tokens: {summary['runs']} runs, up to {summary['seeds']} seeds, vLLM 0.32's "
+        "real schedulers, **modelled** step times."
     )
     yield ""
     yield "| | rival | " + " | ".join(BY_NAME[name].label for name in _COLUMNS) + " |"

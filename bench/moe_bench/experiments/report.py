@@ -168,7 +168,8 @@ def _by_load(results: Results) -> dict[tuple[str, float], list[Case]]:
 def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) -> Iterator[str]:
     versions = sorted({json.dumps(record["versions"], sort_keys=True) for record in records})
     yield _INTRODUCTION
-    yield f"{results.runs} runs, seeds {min(results.seeds)} to {max(results.seeds)}. Versions: " + "; ".join(
+    yield f"{results.runs} runs, seeds {min(results.seeds)} to {max(results.seeds)}; each load below says how many."
+    yield "Versions: " + "; ".join(
         ", ".join(f"{name} {version}" for name, version in json.loads(row).items()) for row in versions
     )
     if stale:

@@ -28,6 +28,10 @@ MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", help="Longest prompt with its answer; else what the server says it takes."),
 ]
+InFlight = Annotated[
+    int,
+    typer.Option("--in-flight", min=1, help="Requests of the closed loop that finds the capacity; a GPU wants more."),
+]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write figures, raw rows and versions here.")]
 
 
@@ -50,6 +54,19 @@ def model_tiny(
     chosen = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     path = ensure_tiny_model(directory, settings=TinySettings(**chosen))
     typer.echo(f"{path}\n{render_report(read_report(path) or {})}")
+
+
+@model_app.command("skeleton")
+@told_plainly
+def model_skeleton(
+    directory: Annotated[Path, typer.Argument(help="Folder of the model: a new one, or an empty one.")],
+    like: Annotated[str, typer.Option("--like", help="Model whose shape it has: qwen3-30b-a3b.")] = "qwen3-30b-a3b",
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers; else as many as it has.")] = None,
+) -> None:
+    """Make a model's configuration and a tokenizer without weights, for engines with `--load-format=dummy`."""
+    from moe_bench.skeleton import make_skeleton
+
+    typer.echo(make_skeleton(directory, like, layers))
 
 
 @app.command("replay")
@@ -93,6 +110,7 @@ def compare_command(
     piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 15.0,
     load: Annotated[float, typer.Option("--load", min=0.05, max=2, help="Arrivals as a share of the capacity.")] = 0.9,
     rate: Annotated[float | None, typer.Option("--rate", help="Arrivals a second, instead of a measured load.")] = None,
+    in_flight: InFlight = 32,
     seed: Seed = 0,
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
@@ -105,7 +123,7 @@ def compare_command(
     from moe_bench.replay_command import Source
 
     source = Source(trace=trace, trace_format=trace_format, shape=shape, seed=seed, scale=scale, max_tokens=max_tokens)
-    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate)
+    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
     run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out)
 
 
@@ -182,14 +200,18 @@ def calibrate_command(
     validate: Annotated[
         int, typer.Option("--validate", min=0, help="Requests under each order to check the simulator with.")
     ] = 0,
+    engine_args: Annotated[
+        str,
+        typer.Option("--engine-args", help='More of vLLM\'s arguments, JSON, such as \'{"load_format": "dummy"}\'.'),
+    ] = "{}",
     seed: Seed = 0,
     json_out: JsonOut = None,
 ) -> None:
     """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
-    from moe_bench.calibration.calibrate import Effort, run_calibrate
+    from moe_bench.calibration.calibrate import Effort, Engine, read_arguments, run_calibrate
 
-    effort = Effort(rounds=rounds, validate_requests=validate)
-    if not run_calibrate(model, effort, max_model_len, seed, json_out):
+    engine = Engine(model=model, max_model_len=max_model_len, arguments=read_arguments(engine_args))
+    if not run_calibrate(engine, Effort(rounds=rounds, validate_requests=validate), seed, json_out):
         raise typer.Exit(1)
 
 

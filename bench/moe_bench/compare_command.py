@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_bench.comparison import (
     OURS,
+    PROBE_CONCURRENCY,
     SIDES,
     Pair,
     Plan,
@@ -34,12 +35,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe."""
+    """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
+
+    `in_flight` requests of a closed loop find the capacity: too few to fill the engines, and it is too low.
+    """
 
     pairs: int = 4
     piece_s: float = 15.0
     load: float = 0.9
     rate: float | None = None
+    in_flight: int = PROBE_CONCURRENCY
 
 
 def run_compare(
@@ -77,7 +82,7 @@ async def measure_pairs(
 
 async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Effort, say: Say) -> float:
     """A share of the measured capacity: only where requests wait does their order matter."""
-    capacity = await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s)
+    capacity = await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
     rate = capacity * effort.load
     say(
         f"capacity {capacity:.2f} requests/s; arrivals at {effort.load:.0%} of it, {rate:.2f} requests/s: "

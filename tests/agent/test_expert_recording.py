@@ -12,6 +12,7 @@ from moe_agent.experts.window import LoadWindow
 from moe_agent.vllm.device_recording import DeviceRecorder
 
 LAYERS, EXPERTS, TOP_K, MOST_TOKENS = 3, 5, 2, 6
+KINDS = ["host", "device", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def passes(draw: st.DrawFn) -> list[tuple[np.ndarray, int]]:
@@ -45,7 +46,8 @@ def count_by_hand(rows: list[tuple[np.ndarray, int]], pairs_every: int) -> tuple
 def make(kind: str, pairs_every: int):
     if kind == "host":
         return RoutingRecorder(LAYERS, EXPERTS, pairs_every)
-    return DeviceRecorder(LAYERS, EXPERTS, MOST_TOKENS, TOP_K, torch.device("cpu"), pairs_every)
+    device = torch.device("cuda" if kind == "cuda" else "cpu")
+    return DeviceRecorder(LAYERS, EXPERTS, MOST_TOKENS, TOP_K, device, pairs_every)
 
 
 def show(recorder, ids: np.ndarray, real: int) -> None:
@@ -54,7 +56,7 @@ def show(recorder, ids: np.ndarray, real: int) -> None:
     recorder.end_pass(real)
 
 
-@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(rows=st.composite(passes)(), pairs_every=st.integers(1, 4))
 def test_the_counts_equal_a_count_by_hand(kind, rows, pairs_every):
     recorder = make(kind, pairs_every)
@@ -67,7 +69,7 @@ def test_the_counts_equal_a_count_by_hand(kind, rows, pairs_every):
     assert counted.pair_passes == sum(real > 0 for _, real in rows) // pairs_every
 
 
-@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_taken_is_forgotten(kind):
     recorder = make(kind, 1)
     recorder.on = True
@@ -76,7 +78,7 @@ def test_what_was_taken_is_forgotten(kind):
     assert (recorder.take().tokens.sum(), recorder.take().pair_passes) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_switched_off_nothing_is_counted_and_switched_on_in_the_midst_of_a_pass_neither(kind):
     recorder = make(kind, 1)
     show(recorder, np.zeros((LAYERS, 2, TOP_K), np.int32), 2)
@@ -126,3 +128,24 @@ def test_of_a_load_that_changed_the_newer_part_weighs_more():
     assert 4.0 < window.tokens_a_step()[0, 0, 0] < 8.0
     window.clear()
     assert (window.steps, window.tokens_a_step().sum(), window.pairs_a_step()) == (0.0, 0.0, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_graph_records_what_each_replay_routes():
+    recorder = make("cuda", 1)
+    ids = torch.zeros(LAYERS, MOST_TOKENS, TOP_K, dtype=torch.int32, device="cuda")
+    rows = [(np.random.default_rng(seed).integers(0, EXPERTS, ids.shape).astype(np.int32), real) for seed, real in
+            enumerate((6, 0, 3, 5))]  # fmt: skip
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(LAYERS):
+            # A step of the model between the buffer and the recorder, as the router is.
+            recorder.capture(layer, ids[layer] + 0)
+    recorder.on = True
+    for routed, real in rows:
+        ids.copy_(torch.from_numpy(routed))
+        graph.replay()
+        recorder.end_pass(real)
+    counted, (tokens, pairs) = recorder.take(), count_by_hand(rows, 1)
+    assert {place: n for place, n in np.ndenumerate(counted.tokens) if n} == dict(tokens)
+    assert {place: n for place, n in np.ndenumerate(counted.pairs) if n} == dict(pairs)

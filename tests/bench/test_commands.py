@@ -143,6 +143,13 @@ async def test_the_load_follows_from_the_measured_capacity(server, scripted_comm
     assert any("arrivals at 50% of it" in line for line in said)
 
 
+async def test_one_request_in_flight_finds_no_more_than_one_at_a_time(server, scripted_command):
+    server.first_token_s = 0.05
+    effort = Effort(pairs=1, piece_s=0.5, load=1.0, in_flight=1)
+    _, rate = await measure_pairs(Deployment(name="tiny"), server.url, None, Source(limit=200), effort, lambda _: None)
+    assert 0 < rate <= 1 / server.first_token_s
+
+
 async def test_a_refused_switch_is_told_in_its_own_words(scripted_command):
     (scripted_command.parent / "refuse").touch()
     with pytest.raises(InvalidInput, match="moeserving set tiny: no such deployment"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +74,12 @@ def manifest(tmp_path) -> Path:
     return path
 
 
+RIVAL = Rival(program=Path("vllm-router"), policy="round_robin")
+DIRECTLY = Rival(program=None, policy="round_robin")
+
+
 def stage_of(manifest: Path) -> Stage:
-    return plan_stage(manifest, Rival(program=Path("vllm-router"), policy="round_robin"), 10.0)
+    return plan_stage(manifest, RIVAL, 10.0)
 
 
 def free_port() -> int:
@@ -152,17 +157,48 @@ def test_arguments_that_are_not_as_the_agent_has_them_are_a_surprise():
         remove_ours([])
 
 
+ON_A_GPU = (
+    ("runtime: vllm-cpu", "runtime: vllm"),
+    ("replicas: 2", "replicas: 1"),
+    ("    - --max-num-seqs=64", "    - --gpu-memory-utilization=0.45"),
+)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("runtime: vllm-cpu", "runtime: vllm"), "spec.engine.runtime: only vllm-cpu"),
-        (("replicas: 2", "replicas: 1\n    parallelism: {data: 2}"), "spec.engine.parallelism: must leave each engine"),
+        ((ON_A_GPU[0],), "spec.engine.args: must have --gpu-memory-utilization=PART, at most 0.48"),
+        ((*ON_A_GPU, ("=0.45", "=0.9")), "spec.engine.args: must have --gpu-memory-utilization=PART"),
+        (
+            (*ON_A_GPU, ("    resources:\n      kvCacheMemory: 512Mi\n", "")),
+            "spec.engine.resources.kvCacheMemory: must be given",
+        ),
+        ((("replicas: 2", "parallelism: {data: 2}"),), "spec.engine.parallelism: must leave each engine"),
     ],
 )
 def test_what_stock_cannot_do_alike_is_refused(manifest, change, said):
-    manifest.write_text(manifest.read_text().replace(*change))
+    rewrite(manifest, change)
     with pytest.raises(InvalidInput, match=said):
-        check_comparable(load_resource(manifest))
+        check_comparable(load_resource(manifest), RIVAL)
+
+
+def test_engines_of_both_sides_can_share_a_gpu(manifest):
+    rewrite(manifest, ON_A_GPU)
+    check_comparable(load_resource(manifest), RIVAL)
+
+
+def test_without_a_router_there_is_one_engine(manifest):
+    with pytest.raises(InvalidInput, match=r"spec\.engine\.replicas: must be 1 without --vllm-router"):
+        check_comparable(load_resource(manifest), DIRECTLY)
+    rewrite(manifest, (("replicas: 2", "replicas: 1"),))
+    check_comparable(load_resource(manifest), DIRECTLY)
+    assert str(DIRECTLY) == "stock vLLM, reached directly"
+
+
+def rewrite(manifest: Path, changes: Iterable[tuple[str, str]]) -> None:
+    for old, new in changes:
+        assert old in manifest.read_text()
+        manifest.write_text(manifest.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -385,6 +421,16 @@ def test_both_sides_stand_within_the_block_and_both_are_down_after_it(manifest, 
         assert found.stock.policy.label == "stock vLLM behind vllm-router, round_robin"
     assert scripted.read_text().split() == ["up", "down"]
     assert not [pid for pid in processes if psutil.pid_exists(pid)]
+
+
+def test_without_a_router_stock_is_its_engine(manifest, scripted):
+    stage = stage_of(manifest)
+    scene = replace(stage.scene, deployment=replace(stage.scene.deployment, state_dir=manifest.parents[1] / "state"))
+    engine = program("engine")
+    stage = replace(stage, scene=scene, engines=(engine,), rival=DIRECTLY)
+    with bed.standing(stage, bed.Narrator()) as found:
+        assert (found.stock.url, found.programs) == (engine.url, (engine,))
+        assert len(found.stock.processes) == 1
 
 
 def test_a_refused_start_of_ours_takes_stock_down(manifest, scripted):

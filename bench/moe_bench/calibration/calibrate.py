@@ -2,37 +2,41 @@
 
 The engine runs in this process, with our scheduler watched (`recording`). It serves prompts of all lengths at all
 degrees of concurrency, and then open loops, in whose steps prompts meet answers as they do in use; what its steps
-carried and took is fitted, and the fit is checked on steps not fitted on.
+carried and took is fitted, and the fit is checked on steps not fitted on. With `--validate` fitting and comparing take
+turns, so that a machine that gets slower or faster meanwhile does so for both.
 """
 
+import itertools
+import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from moe_agent.pages import RUN_DIR_VARIABLE, Control, ControlPageWriter
+from moe_agent.vllm.version import is_cpu_build
 from moe_scheduling.problems import InvalidInput, Problem
 from moe_scheduling.request import RequestSettings
 from rich.console import Console
 from rich.progress import track
 
-from moe_bench.calibration.fitting import Fit, fit_cost
-from moe_bench.calibration.validate import Agreement, agrees, render_agreement, serve_open, validate
+from moe_bench.calibration.fitting import Fit, MeasuredStep, fit_cost
+from moe_bench.calibration.validate import Agreement, Course, agrees, read_limits, render_agreement
 from moe_bench.modelless import foreign_warnings
 from moe_bench.replay_command import write_json
 from moe_bench.report import read_environment
 
 RECORDER = "moe_bench.calibration.recording.RecordingScheduler"
-CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 SHORTEST_PROMPT = 16
 MEAN_OUTPUT = 24
-KV_CACHE_BYTES = 2**30
-# Less than the longest prompt: prompts are cut into pieces, and others wait for their turn.
-STEP_TOKENS = 1024
+TURNS = 3
+# Less than the longest prompt: prompts are cut into pieces, and others wait for their turn. On a GPU vLLM chooses.
+CPU_ENGINE = {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 2**30}
+GPU_ENGINE = {"max_num_seqs": 256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,72 +47,117 @@ class Effort:
     validate_requests: int = 0
 
 
-def run_calibrate(model: Path, effort: Effort, max_model_len: int, seed: int, json_out: Path | None) -> bool:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What is measured: a model's folder, the longest prompt with its answer, and more of vLLM's own arguments."""
+
+    model: Path
+    max_model_len: int
+    arguments: Mapping[str, Any]
+
+
+def read_arguments(text: str) -> Mapping[str, Any]:
+    """Arguments of vLLM's `LLM` from the command line.
+
+    Raises:
+        InvalidInput: the text is no JSON object.
+    """
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput([Problem("--engine-args", f"is no JSON: {error}")]) from None
+    if not isinstance(arguments, dict):
+        raise InvalidInput([Problem("--engine-args", 'must be an object, such as {"load_format": "dummy"}')])
+    return arguments
+
+
+def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | None) -> bool:
     """The whole command; False when the simulator was checked and does not agree."""
-    if not (model / "config.json").is_file():
-        raise InvalidInput([Problem(str(model), "is no model's folder; make one: moeserving model tiny DIR")])
+    if not (engine.model / "config.json").is_file():
+        raise InvalidInput([Problem(str(engine.model), "is no model's folder; make one: moeserving model tiny DIR")])
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
         with ControlPageWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
-            return _calibrate(
-                _load(model, max_model_len), control, console, model, effort, max_model_len, seed, json_out
-            )
-
-
-def _calibrate(
-    llm: Any, control: Any, console: Console, model: Path, effort: Effort, max_model_len: int, seed: int,
-    json_out: Path | None,
-) -> bool:  # fmt: skip
-    for prompts, outputs in track(list(_rounds(effort.rounds, max_model_len, seed)), "serving", console=console):
-        _serve(llm, prompts, outputs)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    source = f"measured: {model.name} on this machine, {read_environment()['system']}"
-    serve_open(llm, control, fit_cost(scheduler.measured, source, seed).cost, seed + 1)
-    measured = list(scheduler.measured)
-    fit = fit_cost(measured, source, seed)
-    console.print(render_fit(fit), highlight=False, soft_wrap=True)
-    document = build_fit_document(fit, [asdict(step) for step in measured])
-    rows: tuple[Agreement, ...] = ()
-    if effort.validate_requests:
-        rows = validate(llm, control, fit.cost, effort.validate_requests, seed)
-        console.print(render_agreement(rows))
+            llm = _load(engine)
+            source = f"measured: {engine.model.name} on this machine, {read_environment()['system']}"
+            fit, steps, rows = _measure(llm, control, console, effort, source, seed)
+    document = build_fit_document(fit, [asdict(step) for step in steps])
+    if rows:
         document["validation"] = [asdict(row) for row in rows]
     if json_out is not None:
         write_json(json_out, document)
     return agrees(rows)
 
 
-def _load(model: Path, max_model_len: int) -> Any:
+def _measure(
+    llm: Any, control: Any, console: Console, effort: Effort, source: str, seed: int
+) -> tuple[Fit, Sequence[MeasuredStep], tuple[Agreement, ...]]:
+    """Fits, and compares where that is asked for, by turns; prints what comes of it."""
+    measured = llm.llm_engine.engine_core.engine_core.scheduler.measured
+    course = Course(llm, control, seed)
+    steps: list[MeasuredStep] = []
+    turns = TURNS if effort.validate_requests else 1
+    limits = read_limits(llm)
+    all_rounds = list(_rounds(effort.rounds, limits.max_model_len, limits.max_num_seqs, seed))
+    for turn, rounds in enumerate(_share(all_rounds, turns)):
+        seen = len(measured)
+        for prompts, outputs in track(rounds, "serving", console=console):
+            _serve(llm, prompts, outputs)
+        course.serve_open(fit_cost([*steps, *measured[seen:]], source, seed).cost)
+        steps += measured[seen:]
+        if effort.validate_requests and turn == 0:
+            course.plan(fit_cost(steps, source, seed).cost, effort.validate_requests)
+        if effort.validate_requests:
+            course.compare()
+    fit = fit_cost(steps, source, seed)
+    console.print(render_fit(fit), highlight=False, soft_wrap=True)
+    rows = course.conclude(fit.cost) if effort.validate_requests else ()
+    if rows:
+        console.print(render_agreement(rows))
+    return fit, steps, rows
+
+
+def _load(engine: Engine) -> Any:
     # In this process, so that the scheduler can be read; set before vLLM reads it.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    arguments = {
+        "model": str(engine.model),
+        "scheduler_cls": RECORDER,
+        "max_model_len": engine.max_model_len,
+        "enable_prefix_caching": False,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": True,
+        **(CPU_ENGINE if is_cpu_build() else GPU_ENGINE),
+        **engine.arguments,
+    }
     with foreign_warnings():
         from vllm import LLM
 
-        return LLM(
-            model=str(model),
-            scheduler_cls=RECORDER,
-            max_model_len=max_model_len,
-            max_num_seqs=max(CONCURRENCIES),
-            max_num_batched_tokens=STEP_TOKENS,
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
-            distributed_executor_backend="uni",
-            disable_log_stats=True,
-        )
+        try:
+            return LLM(**arguments)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput([Problem("the engine's arguments", f"vLLM refuses them: {error}")]) from None
 
 
-def _rounds(rounds: int, max_model_len: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+def _rounds(rounds: int, max_model_len: int, max_num_seqs: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
     """Lengths of prompts and answers; each round has as many requests as are in flight at once."""
     draw = random.Random(seed)
+    concurrencies = [1 << power for power in range(max_num_seqs.bit_length())]
     longest = max_model_len * 3 // 4
     for number in range(rounds):
-        count = CONCURRENCIES[number % len(CONCURRENCIES)]
+        count = concurrencies[number % len(concurrencies)]
         prompts = [round(SHORTEST_PROMPT * (longest / SHORTEST_PROMPT) ** draw.random()) for _ in range(count)]
         yield prompts, [1 + round(draw.expovariate(1 / MEAN_OUTPUT)) % (max_model_len // 8) for _ in range(count)]
+
+
+def _share(rounds: Sequence[Any], turns: int) -> list[Sequence[Any]]:
+    """As many parts, none of them empty, each in the order of the whole."""
+    bounds = [len(rounds) * turn // turns for turn in range(turns + 1)]
+    return [rounds[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 def _serve(llm: Any, prompts: list[int], outputs: list[int]) -> None:

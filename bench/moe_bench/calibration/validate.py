@@ -1,7 +1,8 @@
 """The simulator against the real engine: the same requests at the same times under three orders, TTFT side by side.
 
-Part of `moeserving calibrate --validate`: the engine that was calibrated serves open loops, the simulator serves the
-same with the fitted cost. The orders take turns, several times, so that what else the machine does meets all alike.
+Part of `moeserving calibrate --validate`: the engine that is calibrated serves open loops, the simulator serves the
+same with the fitted cost. The orders take turns, and so do fitting and comparing, several times, so that what else the
+machine does meets all alike.
 They agree when each mean TTFT is within `TOLERANCE` and the orders rank alike, orders that the engine itself cannot
 tell apart left out.
 """
@@ -27,14 +28,13 @@ from moe_bench.traces import TraceRequest
 
 TOLERANCE = 0.15
 LOADS = (0.5, 0.7, 0.9)
-PASSES = 3
 # Of the open loops that are fitted on; other requests than those that are compared.
 FITTED_LOADS = (0.5, 0.8, 1.0)
 FITTED_REQUESTS = 60
 ORDERS = (RequestPolicy.FCFS, RequestPolicy.PRIORITY, RequestPolicy.SJF)
 _GUESS = 4.0
-# Of the control page; those before are of the loops that are fitted on.
-_FIRST_VERSION = 2 + len(FITTED_LOADS)
+# Of the control page; the first is written with it.
+_FIRST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,39 +64,66 @@ class Agreement:
         return abs(self.simulated_s / self.real_s - 1.0) <= TOLERANCE
 
 
-def validate(llm: Any, control: Any, cost: LinearCost, count: int, seed: int) -> tuple[Agreement, ...]:
-    """Serves the same requests on the engine and in the simulator under each order, at each load.
+class Course:
+    """One engine's way through open loops: those that are fitted on and those that are compared take turns.
 
     Args:
         llm: the engine, in this process.
         control: writer of its control page.
-        cost: fitted on it.
-        count: requests.
         seed: of the requests.
     """
-    base = _simulation(cost, read_limits(llm), count, seed)
-    saturation = _saturation(base, seed)
-    versions = itertools.count(_FIRST_VERSION)
-    rows = []
-    for load in LOADS:
-        trace = arrange(base.trace, ArrivalShape.POISSON, load * saturation, seed)
-        passes: dict[RequestPolicy, list[float]] = {order: [] for order in ORDERS}
-        for _ in range(PASSES):
+
+    def __init__(self, llm: Any, control: Any, seed: int) -> None:
+        self._llm, self._control, self._seed = llm, control, seed
+        self._versions = itertools.count(_FIRST_VERSION)
+        self._turns = 0
+        self._base: Simulation | None = None
+        self._traces: dict[float, Sequence[TraceRequest]] = {}
+        self._passes: dict[tuple[float, RequestPolicy], list[float]] = {}
+
+    def serve_open(self, cost: LinearCost) -> None:
+        """Lets the engine serve open loops, so that its steps are fitted on what they carry in one.
+
+        Args:
+            cost: fitted so far; tells what load is high.
+        """
+        self._turns += 1
+        seed = self._seed + self._turns
+        base = _simulation(cost, self._llm, FITTED_REQUESTS, seed)
+        saturation = _saturation(base, seed)
+        for load in FITTED_LOADS:
+            self._serve(RequestPolicy.SJF, arrange(base.trace, ArrivalShape.POISSON, load * saturation, seed))
+
+    def plan(self, cost: LinearCost, count: int) -> None:
+        """Draws the requests to compare with: `count` of them at each load, the same in all turns."""
+        self._base = base = _simulation(cost, self._llm, count, self._seed)
+        saturation = _saturation(base, self._seed)
+        for load in LOADS:
+            self._traces[load] = arrange(base.trace, ArrivalShape.POISSON, load * saturation, self._seed)
+
+    def compare(self) -> None:
+        """Serves them once under each order, at each load."""
+        for load, trace in self._traces.items():
             for order in ORDERS:
-                passes[order].append(_mean(serve(llm, control, order, trace, next(versions))))
-        for order in ORDERS:
-            simulated_s = _simulated_s(replace(base, trace=trace, request=RequestSettings(policy=order)))
-            rows.append(Agreement(order=order, load=load, passes_s=tuple(passes[order]), simulated_s=simulated_s))
-    return tuple(rows)
+                self._passes.setdefault((load, order), []).append(_mean(self._serve(order, trace)))
+
+    def conclude(self, cost: LinearCost) -> tuple[Agreement, ...]:
+        """Serves them in the simulator, with the cost that was fitted in all turns."""
+        assert self._base is not None, "plan() comes first"
+        rows = []
+        for (load, order), passes_s in self._passes.items():
+            request = _request(order)
+            simulated_s = _simulated_s(replace(self._base, trace=self._traces[load], cost=cost, request=request))
+            rows.append(Agreement(order=order, load=load, passes_s=tuple(passes_s), simulated_s=simulated_s))
+        return tuple(rows)
+
+    def _serve(self, order: RequestPolicy, trace: Sequence[TraceRequest]) -> list[float]:
+        return serve(self._llm, self._control, order, trace, next(self._versions))
 
 
-def serve_open(llm: Any, control: Any, cost: LinearCost, seed: int) -> None:
-    """Lets the engine serve open loops, so that its steps are fitted on what they carry in one."""
-    base = _simulation(cost, read_limits(llm), FITTED_REQUESTS, seed)
-    saturation = _saturation(base, seed)
-    for version, load in enumerate(FITTED_LOADS, start=2):
-        trace = arrange(base.trace, ArrivalShape.POISSON, load * saturation, seed)
-        serve(llm, control, RequestPolicy.SJF, trace, version)
+def _request(order: RequestPolicy) -> RequestSettings:
+    """An engine in this process takes nothing in while it waits, so it is of no use to schedule late."""
+    return RequestSettings(policy=order, schedule_late=False)
 
 
 def _saturation(base: Simulation, seed: int) -> float:
@@ -104,9 +131,7 @@ def _saturation(base: Simulation, seed: int) -> float:
 
     def slowdown(rate: float) -> float:
         trace = arrange(base.trace, ArrivalShape.POISSON, rate, seed)
-        figures = simulate(
-            replace(base, trace=trace, request=RequestSettings(policy=RequestPolicy.FCFS)), maker
-        ).figures
+        figures = simulate(replace(base, trace=trace, request=_request(RequestPolicy.FCFS)), maker).figures
         return figures.ttft_mean / figures.ttft_floor
 
     return find_saturation(slowdown, _GUESS)
@@ -124,7 +149,8 @@ def read_limits(llm: Any) -> EngineLimits:
     )
 
 
-def _simulation(cost: LinearCost, limits: EngineLimits, count: int, seed: int) -> Simulation:
+def _simulation(cost: LinearCost, llm: Any, count: int, seed: int) -> Simulation:
+    limits = read_limits(llm)
     shape = ShapeSettings(
         count=count, seed=seed, longest_tokens=limits.max_model_len * 3 // 4, median_output_tokens=16,
         longest_output_tokens=limits.max_model_len // 8,
@@ -135,6 +161,7 @@ def _simulation(cost: LinearCost, limits: EngineLimits, count: int, seed: int) -
         limits=limits,
         dispatch=EngineSettings(policy=DispatchPolicy.ROUND_ROBIN),
         senders=Senders(by_length=True),
+        async_scheduling=llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
     )
 
 
@@ -147,7 +174,7 @@ def serve(llm: Any, control: Any, order: RequestPolicy, trace: Sequence[TraceReq
     """Times to first token on the engine; the priority of a request is its prompt's length, as in the simulator."""
     from moe_agent.pages import Control
 
-    control.write(Control(version=version, request=RequestSettings(policy=order)))
+    control.write(Control(version=version, request=_request(order)))
     engine = llm.llm_engine
     draw = random.Random(version)
     vocabulary = engine.model_config.get_vocab_size()

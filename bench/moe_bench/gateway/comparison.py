@@ -7,7 +7,9 @@ the machine falls on both alike.
 import asyncio
 import math
 import os
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -189,6 +191,7 @@ def read_machine(vllm_router: str, policy: str) -> dict[str, Any]:
     """Versions, processor, how busy it was before, and how vllm-router was run."""
     return read_environment() | {
         "cpu": _read_cpu(),
+        "gpus": _read_gpus(),
         "load_average": os.getloadavg()[0],
         "vllm_router": vllm_router,
         "vllm_router_policy": policy,
@@ -204,6 +207,17 @@ def warn_if_busy(environment: Mapping[str, Any]) -> list[str]:
         f"the machine was busy (load {load:.1f} on {cores} cores): the latencies are mostly waits for a core, and fall "
         "on the router that computes for longer"
     ]
+
+
+def _read_gpus() -> list[str]:
+    """Their names; none where there are none, or NVIDIA's tool is absent."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    told = subprocess.run(
+        [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return told.stdout.splitlines() if told.returncode == 0 else []
 
 
 def _read_cpu() -> str:

@@ -1,4 +1,4 @@
-"""`python -m moe_bench.serving --vllm-router PATH`: starts both sides, measures, prints the table."""
+"""`python -m moe_bench.serving [--vllm-router PATH]`: starts both sides, measures, prints the table."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from moe_scheduling.problems import InvalidInput, unknown_choice
 
-from moe_bench.cli import Format, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
+from moe_bench.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
 from moe_bench.compare_command import Effort
 from moe_bench.comparison import Sides
 from moe_bench.complaints import told_plainly
@@ -32,7 +32,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @told_plainly
 def main(
-    vllm_router: Annotated[Path, typer.Option("--vllm-router", help="The program vllm-router.")],
+    vllm_router: Annotated[
+        Path | None, typer.Option("--vllm-router", help="The program vllm-router; one engine needs none.")
+    ] = None,
     policy: Annotated[str, typer.Option(help=f"Policy of vllm-router: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
     manifest: Annotated[Path | None, typer.Option("-f", help="The resource; else that of `make demo`.")] = None,
     trace: Trace = None,
@@ -42,6 +44,7 @@ def main(
     piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 40.0,
     load: Annotated[float, typer.Option(min=0.05, max=2, help="Arrivals as a share of stock's capacity.")] = 0.9,
     rate: Annotated[float | None, typer.Option(help="Arrivals a second, instead of a measured load.")] = None,
+    in_flight: InFlight = 32,
     seed: Seed = 0,
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
@@ -50,13 +53,13 @@ def main(
     """Compare MoEServing with stock vLLM behind vllm-router, on real engines, in alternating pairs."""
     if policy not in POLICIES:
         raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
-    environment = read_machine(read_version(vllm_router), policy)
+    environment = read_machine(read_version(vllm_router) if vllm_router else "not used", policy)
     source = Source(
         trace=trace, trace_format=trace_format, shape=shape, limit=None if trace else GENERATED_REQUESTS, seed=seed,
         scale=scale, max_tokens=max_tokens,
     )  # fmt: skip
     check_source(source)
-    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate)
+    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
     stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy), piece_s)
     say = Narrator()
     try:

@@ -1,7 +1,7 @@
 """Both sides, standing: what is started, in which order, and where it is reached.
 
-A's engines and router first, then B by `moeserving up`, as a user starts it; B's gateway and then A's router are the
-first to go. Logs stay in the checkout's `.cache/bench-serving`.
+A's engines, and beside them B by `moeserving up`, as a user starts it; A's router when both serve. It is the first to
+go, then B, then A's engines. Logs stay in the checkout's `.cache/bench-serving`.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe_agent.vllm.version import is_cpu_build
 from moe_operator.api import load_resource
 from moe_operator.local import machine
 from moe_operator.local.folder import Folder
@@ -23,7 +24,7 @@ from moe_bench.comparison import Policy
 from moe_bench.demo import Scene, free_port, served, set_scene, wait_ready
 from moe_bench.narration import Narrator
 from moe_bench.serving.measurement import Side
-from moe_bench.serving.processes import running
+from moe_bench.serving.processes import running, starting, wait_until_serving
 from moe_bench.serving.stock import Program, Rival, check_comparable, check_piece, plan_engines, plan_router
 
 PLACE = "bench-serving"
@@ -56,12 +57,14 @@ def plan_stage(manifest: Path | None, rival: Rival, piece_s: float) -> Stage:
     """
     scene = set_scene(manifest, PLACE)
     resource = load_resource(scene.manifest)
-    check_comparable(resource)
+    check_comparable(resource, rival)
     check_piece(resource, piece_s)
     check_model(resource)
     site = find_site(resource, _folder(scene))
     agents = plan_local(resource, site).agents
-    engines = plan_engines(agents, python=sys.executable, inherited=os.environ, cpus=site.cpus)
+    engines = plan_engines(
+        agents, python=sys.executable, inherited=os.environ, cpus=site.cpus, cpu_build=is_cpu_build()
+    )
     return Stage(scene=scene, engines=engines, rival=rival)
 
 
@@ -78,28 +81,32 @@ def standing(stage: Stage, say: Narrator) -> Iterator[Bed]:
     logs = _folder(stage.scene).root / "stock"
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        say(f"starting {len(stage.engines)} stock engines and vllm-router; their logs are in {logs}")
-        processes = stack.enter_context(running(stage.engines, logs))
-        port, metrics_port = machine.find_free_ports(2)
-        router = plan_router(stage.rival, stage.engines, port=port, metrics_port=metrics_port, inherited=os.environ)
-        processes += stack.enter_context(running([router], logs))
-        say(f"stock vLLM serves at {router.url}")
+        say(f"starting {len(stage.engines)} stock engines; their logs are in {logs}")
+        engines = stack.enter_context(starting(stage.engines, logs))
         scene = replace(stage.scene, port=free_port())
         stack.enter_context(served(scene, say, wait_ready))
+        wait_until_serving(engines)
+        processes, programs = [engine.process.pid for engine in engines], [*stage.engines]
+        if stage.rival.program is not None:
+            port, metrics_port = machine.find_free_ports(2)
+            router = plan_router(stage.rival, stage.engines, port=port, metrics_port=metrics_port, inherited=os.environ)
+            processes += stack.enter_context(running([router], logs))
+            programs.append(router)
+        say(f"{stage.rival}: serving at {programs[-1].url}")
         yield Bed(
-            stock=Side(policy=name_stock(stage.rival.policy), url=router.url, processes=tuple(processes)),
+            stock=Side(policy=name_stock(stage.rival), url=programs[-1].url, processes=tuple(processes)),
             ours=Side(policy=OURS, url=scene.url, processes=_find_processes(scene)),
             engine_url=stage.engines[0].url,
-            programs=(*stage.engines, router),
+            programs=tuple(programs),
         )
 
 
 OURS = Policy(label="MoEServing as the resource has it", brief="MoEServing")
 
 
-def name_stock(policy: str) -> Policy:
+def name_stock(rival: Rival) -> Policy:
     """A, for the table."""
-    return Policy(label=f"stock vLLM behind vllm-router, {policy}", brief="stock vLLM")
+    return Policy(label=str(rival), brief="stock vLLM")
 
 
 def _find_processes(scene: Scene) -> tuple[int, ...]:

@@ -147,7 +147,7 @@ async def measure(stock: Side, ours: Side, engine_url: str, source: Source, effo
 async def _measure_in_turns(
     turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], seed: int, effort: Effort, say: Say
 ) -> Measured:
-    await warm_up(turns, sides, requests, seed, say)
+    await warm_up(turns, sides, requests, seed, say, effort.in_flight)
     capacities = None
     if (rate := effort.rate) is None:
         capacities, rate = await find_load(turns, sides, requests, effort, say)
@@ -157,13 +157,15 @@ async def _measure_in_turns(
     return Measured(pairs=pairs, rate=rate, capacities=capacities, work=tuple(turns.work))
 
 
-async def warm_up(turns: Turns, sides: Sequence[Side], requests: tuple[TraceRequest, ...], seed: int, say: Say) -> None:
+async def warm_up(
+    turns: Turns, sides: Sequence[Side], requests: tuple[TraceRequest, ...], seed: int, say: Say, in_flight: int
+) -> None:
     """A short closed loop on each side, which counts nowhere: an engine's first steps are slower than all others."""
     for side in sides:
         say(f"warming up: {side.policy.label}")
         await turns.switch(side.policy)
         load = turns.load_of(side.policy.label).salted(build_salt(seed, _WARM_UP, 0))
-        await probe_capacity(requests, load, WARM_UP_S)
+        await probe_capacity(requests, load, WARM_UP_S, in_flight)
 
 
 async def find_load(
@@ -175,6 +177,6 @@ async def find_load(
     rate = await find_rate(requests, turns.load_of(stock.policy.label), effort, say)
     await turns.switch(ours.policy)
     load = turns.load_of(ours.policy.label).salted(PROBE_SALT)
-    capacity = await probe_capacity(requests, load, effort.piece_s)
+    capacity = await probe_capacity(requests, load, effort.piece_s, effort.in_flight)
     say(f"for comparison: capacity {capacity:.2f} requests/s under {ours.policy.brief}")
     return (rate / effort.load, capacity), rate

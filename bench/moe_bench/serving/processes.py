@@ -47,12 +47,19 @@ def running(programs: Sequence[Program], folder: Path, *, timeout_s: float = STA
     Raises:
         DoesNotServe: one of them ended, or does not answer in time.
     """
+    with starting(programs, folder) as started:
+        wait_until_serving(started, timeout_s)
+        yield [each.process.pid for each in started]
+
+
+@contextlib.contextmanager
+def starting(programs: Sequence[Program], folder: Path) -> Iterator[list[Started]]:
+    """Starts all at once and waits for none; ends them, however the block ends."""
     started: list[Started] = []
     try:
         for program in programs:
             started.append(_start(program, folder))
-        _wait_until_serving(started, timeout_s)
-        yield [each.process.pid for each in started]
+        yield started
     finally:
         # The way in before the engines.
         for each in reversed(started):
@@ -75,7 +82,12 @@ def _start(program: Program, folder: Path) -> Started:
     return Started(program=program, process=process, log=log)
 
 
-def _wait_until_serving(started: Sequence[Started], timeout_s: float) -> None:
+def wait_until_serving(started: Sequence[Started], timeout_s: float = START_TIMEOUT_S) -> None:
+    """Until each answers.
+
+    Raises:
+        DoesNotServe: one of them ended, or does not answer in time.
+    """
     until_s = time.monotonic() + timeout_s
     waiting = list(started)
     while waiting:

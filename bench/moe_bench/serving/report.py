@@ -26,7 +26,7 @@ def render(measured: Measured, sides: Sides, environment: Mapping[str, Any]) -> 
     table.caption = (
         f"{table.caption}\nArrivals: {measured.rate:.2f} requests/s. vLLM {vllm} on both sides, vllm-router "
         f"{environment['vllm_router']}, Python {environment['python']};\n"
-        f"{environment['cpu']}, {environment['cores']} cores for everything."
+        f"{', '.join((*environment['gpus'], environment['cpu']))}, {environment['cores']} cores for everything."
     )
     return table
 

@@ -5,6 +5,7 @@ precision, batch limits, KV cache and threads are equal by construction. What re
 has our choice of the executor for CPUs, too, which vLLM does not make by itself.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from moe_bench.gateway.processes import vllm_router_command
 
 OURS = (("--scheduler-cls", SCHEDULER), ("--scheduling-policy", "priority"), ("--middleware", MIDDLEWARE))
 """The arguments that carry our layers into vLLM."""
+MOST_GPU_MEMORY = 0.48
+"""Of a GPU that an engine of each side stands on; what is left is for what vLLM does not count."""
 SUSPENDED_PART = 0.75
 """Of the liveness timeout; the rest is for the answers that come after a piece's last arrival."""
 # An empty list of plugins: vLLM loads none, ours neither.
@@ -40,28 +43,48 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rival:
-    """vllm-router: the program and its policy."""
+    """vllm-router: the program and its policy; without the program clients reach the one engine itself."""
 
-    program: Path
+    program: Path | None
     policy: str
 
+    def __str__(self) -> str:
+        return f"stock vLLM behind vllm-router, {self.policy}" if self.program else "stock vLLM, reached directly"
 
-def check_comparable(resource: MoEServing) -> None:
+
+def check_comparable(resource: MoEServing, rival: Rival) -> None:
     """Refuses what stock vLLM could not serve in the same way beside it.
 
     Raises:
-        InvalidInput: GPUs, which two sets of engines would share, or ranks that vllm-router does not see.
+        InvalidInput: engines that leave no room on their GPU for one of the other side, or ranks that vllm-router does
+            not see, or several engines and no router.
     """
     engine = resource.spec.engine
     problems = []
-    if engine.runtime is not Runtime.VLLM_CPU:
-        message = "only vllm-cpu can be compared here: both sets of engines stand side by side"
-        problems.append(Problem("spec.engine.runtime", message))
+    if rival.program is None and engine.replicas != 1:
+        problems.append(Problem("spec.engine.replicas", "must be 1 without --vllm-router: nothing else would choose"))
+    if engine.runtime is Runtime.VLLM:
+        if engine.resources.kv_cache_memory is None:
+            message = "must be given: with engines of both sides on one GPU, vLLM cannot find what is free there"
+            problems.append(Problem("spec.engine.resources.kvCacheMemory", message))
+        if not 0 < find_gpu_memory(engine.args) <= MOST_GPU_MEMORY:
+            message = f"must have --gpu-memory-utilization=PART, at most {MOST_GPU_MEMORY}: both sides share each GPU"
+            problems.append(Problem("spec.engine.args", message))
     if engine.parallelism.ranks > 1:
         message = "must leave each engine one rank: vllm-router chooses engines, and stock vLLM on a CPU has no groups"
         problems.append(Problem("spec.engine.parallelism", message))
     if problems:
         raise InvalidInput(problems)
+
+
+def find_gpu_memory(arguments: Sequence[str]) -> float:
+    """The part of a GPU's memory that an engine may take, by its arguments; 0 where they have none or no number."""
+    known = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    known.add_argument("--gpu-memory-utilization", type=float, default=0.0)
+    try:
+        return float(known.parse_known_args(list(arguments))[0].gpu_memory_utilization)
+    except argparse.ArgumentError:
+        return 0.0
 
 
 def check_piece(resource: MoEServing, piece_s: float) -> None:
@@ -80,7 +103,7 @@ def check_piece(resource: MoEServing, piece_s: float) -> None:
 
 
 def plan_engines(
-    agents: Sequence[AgentConfig], *, python: str, inherited: Mapping[str, str], cpus: int
+    agents: Sequence[AgentConfig], *, python: str, inherited: Mapping[str, str], cpus: int, cpu_build: bool
 ) -> tuple[Program, ...]:
     """The engines.
 
@@ -89,14 +112,16 @@ def plan_engines(
         python: the interpreter that has vLLM.
         inherited: this process's environment.
         cpus: CPUs that it may use.
+        cpu_build: the installed vLLM runs on CPUs.
     """
-    return tuple(_plan_engine(agent, index, python, inherited, cpus) for index, agent in enumerate(agents))
+    return tuple(_plan_engine(agent, index, python, inherited, cpus, cpu_build) for index, agent in enumerate(agents))
 
 
 def plan_router(
     rival: Rival, engines: Sequence[Program], *, port: int, metrics_port: int, inherited: Mapping[str, str]
 ) -> Program:
-    """The router in front of them."""
+    """The router in front of them; there is one."""
+    assert rival.program is not None
     ports = [int(engine.url.rpartition(":")[2]) for engine in engines]
     return Program(
         name="vllm-router",
@@ -106,10 +131,12 @@ def plan_router(
     )
 
 
-def _plan_engine(agent: AgentConfig, index: int, python: str, inherited: Mapping[str, str], cpus: int) -> Program:
+def _plan_engine(
+    agent: AgentConfig, index: int, python: str, inherited: Mapping[str, str], cpus: int, cpu_build: bool
+) -> Program:
     engine = agent.engine
-    arguments = remove_ours(build_arguments(engine, build_node(engine, inherited), cpu_build=True))
-    environment = build_environment(agent, inherited, cpu_build=True, cpus=cpus)
+    arguments = remove_ours(build_arguments(engine, build_node(engine, inherited), cpu_build=cpu_build))
+    environment = build_environment(agent, inherited, cpu_build=cpu_build, cpus=cpus)
     environment.pop(RUN_DIR_VARIABLE)
     return Program(
         name=f"stock-engine-{index}",

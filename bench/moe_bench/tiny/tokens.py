@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from moe_bench.tiny.corpus import Exchange
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -21,8 +22,12 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int, context_tokens: int) -> "PreTrainedTokenizerFast":
     """Trains the merges on `texts`; the vocabulary has `vocabulary` entries, special tokens included."""
+    return dress_tokenizer(train_tokenizer(texts, vocabulary), context_tokens)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
+    """The merges alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,6 +39,13 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int, context_tokens: int) 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def dress_tokenizer(tokenizer: "Tokenizer", context_tokens: int) -> "PreTrainedTokenizerFast":
+    """As a model's folder holds it, with the special tokens' parts and the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

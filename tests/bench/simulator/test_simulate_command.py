@@ -1,13 +1,17 @@
 """`moeserving simulate`, `calibrate` and `experiments` as a person calls them."""
 
 import io
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from moe_bench.calibration.calibrate import _rounds
+from moe_bench.calibration import validate
+from moe_bench.calibration.calibrate import _rounds, _share
 from moe_bench.calibration.validate import TOLERANCE, Agreement, agrees, render_agreement
 from moe_bench.cli import app
+from moe_bench.simulator.costs import LinearCost
 from moe_scheduling.request import RequestPolicy
 from rich.console import Console
 from typer.testing import CliRunner
@@ -87,13 +91,67 @@ def test_what_is_no_model_is_told(tmp_path):
     assert "is no model's folder; make one: moeserving model tiny DIR" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "--engine-args: is no JSON"), ("[1]", "--engine-args: must be an object, such as")],
+)
+def test_arguments_of_the_engine_that_are_none_are_told(tmp_path, text, told):
+    (tmp_path / "config.json").write_text("{}")
+    result = run("calibrate", tmp_path, "--engine-args", text)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
 def test_calibration_serves_short_and_long_alone_and_together():
-    rounds = list(_rounds(12, 4096, 0))
+    rounds = list(_rounds(12, 4096, 32, 0))
     assert [len(prompts) for prompts, _ in rounds] == [1, 2, 4, 8, 16, 32] * 2
     lengths = [length for prompts, _ in rounds for length in prompts]
     assert min(lengths) < 32
     assert max(lengths) > 2000
     assert all(1 <= length <= 512 for _, outputs in rounds for length in outputs)
+
+
+def test_rounds_are_shared_by_turns_in_their_order():
+    rounds = list(range(10))
+    shares = _share(rounds, 3)
+    assert [round_ for share in shares for round_ in share] == rounds
+    assert {len(share) for share in shares} == {3, 4}
+    assert _share(rounds, 1) == [rounds]
+
+
+def engine_of(*, asynchronous: bool) -> SimpleNamespace:
+    """What the course reads of an engine in this process."""
+    scheduler = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512, async_scheduling=asynchronous)
+    cache, model = SimpleNamespace(num_gpu_blocks=400, block_size=16), SimpleNamespace(max_model_len=1024)
+    config = SimpleNamespace(scheduler_config=scheduler, cache_config=cache, model_config=model)
+    return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_fitting_and_comparing_take_turns_on_one_engine(monkeypatch, asynchronous):
+    served, simulated = [], []
+    monkeypatch.setattr(
+        validate, "serve", lambda _llm, _control, order, trace, version: served.append((order, trace, version)) or [0.5]
+    )
+    monkeypatch.setattr(validate, "_simulated_s", lambda simulation: simulated.append(simulation) or 0.55)
+    cost, final = LinearCost(0.01, 1e-4, 1e-4), LinearCost(0.02, 1e-4, 1e-4)
+    course = validate.Course(engine_of(asynchronous=asynchronous), None, seed=3)
+    for turn in range(2):
+        course.serve_open(cost)
+        if turn == 0:
+            course.plan(cost, 20)
+        course.compare()
+    rows = course.conclude(final)
+    compared = [(order, trace) for order, trace, _ in served if len(trace) == 20]
+    assert len(served) == 2 * (len(validate.FITTED_LOADS) + len(compared) // 2)
+    assert compared[: len(compared) // 2] == compared[len(compared) // 2 :]
+    # A version of its own for each, or the engine would not take the settings.
+    assert len({version for *_, version in served}) == len(served)
+    fitted_on = [trace for _, trace, _ in served if len(trace) != 20]
+    assert len(set(fitted_on)) == len(fitted_on)
+    assert {(row.load, row.order) for row in rows} == set(itertools.product(validate.LOADS, validate.ORDERS))
+    assert all(row.passes_s == (0.5, 0.5) and row.simulated_s == 0.55 for row in rows)
+    assert {(simulation.cost, simulation.async_scheduling) for simulation in simulated} == {(final, asynchronous)}
 
 
 def rows(*pairs, load=0.7):

@@ -1,13 +1,12 @@
 """Configuration of the gateway: the file that the plan writes, and the body that its control route takes."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from moe_scheduling.engine import EngineSettings
 from moe_scheduling.request import RequestSettings
-from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN
+from moe_scheduling.tenants import DEFAULT_HEADER, check_tenant_header
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -33,17 +32,6 @@ def _check_address(url: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
-
-
-def _check_header(name: str) -> str:
-    """A header's name in lower case, or nothing.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if re.fullmatch(HEADER_PATTERN, name) is None:
-        raise ValueError(f"the name of a header in lower case is needed, or nothing, got {name[:80]!r}")
-    return name
 
 
 class _Section(BaseModel):
@@ -125,4 +113,4 @@ class GatewayConfig(_Section):
     dispatch: EngineSettings = EngineSettings()
     request: RequestSettings = RequestSettings()
     limits: Limits = Limits()
-    tenant_header: Annotated[str, AfterValidator(_check_header)] = DEFAULT_HEADER
+    tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER

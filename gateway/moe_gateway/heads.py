@@ -6,25 +6,9 @@ alone may set.
 
 import re
 
-from moe_scheduling.tenants import NAMELESS, hash_tenant
+from moe_scheduling.tenants import NAMELESS, NOT_FORWARDED, hash_tenant
 
-HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"content-length",
-        b"expect",
-        b"host",
-        b"keep-alive",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"x-data-parallel-rank",
-        b"x-request-id",
-    }
-)
+HOP_BY_HOP = frozenset(name.encode() for name in NOT_FORWARDED)
 RANK_HEADER = b"x-data-parallel-rank"
 
 

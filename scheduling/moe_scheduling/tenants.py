@@ -7,6 +7,7 @@ vLLM 0.32 takes no header's id but the body's, which is the client's: what comes
 Invariants: nothing that a client wrote is in the suffix; whoever adds one is believed over what stands before it.
 """
 
+import re
 from hashlib import blake2b
 
 NAMELESS = ""
@@ -14,6 +15,24 @@ NAMELESS = ""
 # lower case (a token of RFC 9110, 5.6.2), the empty one for no header.
 DEFAULT_HEADER = "x-gateway-inference-fairness-id"
 HEADER_PATTERN = r"^[0-9a-z!#$%&'*+.^_`|~-]{0,64}$"
+# Of one connection, or written by the gateway itself: they do not go from a client to an engine and name no tenant.
+NOT_FORWARDED = frozenset(
+    {
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-data-parallel-rank",
+        "x-request-id",
+    }
+)
 _MARK = ".t"
 _DIGITS = 8
 _HEX = frozenset("0123456789abcdef")
@@ -21,6 +40,20 @@ _HEX = frozenset("0123456789abcdef")
 _OF_NOBODY = "0" * _DIGITS
 # vLLM puts it after the id of a request of `/v1/responses`, and after no id that comes from a header.
 _AFTER_BODYS_ID = "_"
+
+
+def check_tenant_header(name: str) -> str:
+    """The name of a header in lower case that can name a tenant, or nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if re.fullmatch(HEADER_PATTERN, name) is None:
+        raise ValueError(f"the name of a header in lower case is needed, or nothing, got {name[:80]!r}")
+    if name in NOT_FORWARDED:
+        kept = ", ".join(sorted(NOT_FORWARDED))
+        raise ValueError(f"{name} cannot name a tenant: the gateway takes none of {kept} over")
+    return name
 
 
 def hash_tenant(name: bytes) -> str:

@@ -172,6 +172,12 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
             "spec.scheduling.request.policy: unknown 'sjff'; known: fcfs, priority, sjf",
         ),
         (
+            {"gateway": {"tenantHeader": "host"}},
+            "spec.gateway.tenantHeader: host cannot name a tenant: the gateway takes none of connection, "
+            "content-length, expect, host, keep-alive, proxy-authorization, proxy-connection, te, trailer, "
+            "transfer-encoding, upgrade, x-data-parallel-rank, x-request-id over",
+        ),
+        (
             {"enginee": {}},
             "spec.enginee: unknown field; nearest known: engine; "
             "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from moe_scheduling.engine import DispatchPolicy, EngineSettings
 from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.request import RequestPolicy, RequestSettings
-from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN
+from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from moe_operator.api.autoscaling import Autoscaling
@@ -528,7 +528,7 @@ class Gateway(Section):
         default={},
         description="Merged into the gateways' pods (strategic merge; the container is `gateway`). Only in a cluster.",
     )
-    tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN)] = Field(
+    tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN), AfterValidator(check_tenant_header)] = Field(
         default=DEFAULT_HEADER,
         description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; whoever stands "
         "before the gateway should set it. Empty: all requests are of one tenant.",

@@ -161,7 +161,8 @@ def experiments_run(
     workload: Annotated[list[str] | None, typer.Option("--workload", help="Workload; may be given again.")] = None,
     variant: Annotated[list[str] | None, typer.Option("--variant", help="Variant; may be given again.")] = None,
     load: Annotated[list[float] | None, typer.Option("--load", help="Part of the saturation; repeatable.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 1 to N.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="So many seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option("--first-seed", min=1, help="From 101 on they are kept apart.")] = 1,
     count: Annotated[int, typer.Option("--count", min=20, help="Requests of a run.")] = 600,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; each needs 1 GiB.")] = 1,
     traces: Annotated[Path | None, typer.Option("--traces", help="Folder with the public traces.")] = None,
@@ -173,7 +174,7 @@ def experiments_run(
 
     selection = Selection(
         only=tuple(only or ()), workloads=tuple(workload or ()), variants=tuple(variant or ()),
-        loads=tuple(load or ()), seeds=seeds, count=count,
+        loads=tuple(load or ()), seeds=seeds, first_seed=first_seed, count=count,
     )  # fmt: skip
     run_experiments(selection, workers=workers, traces=traces, out=raw)
 

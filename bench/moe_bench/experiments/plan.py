@@ -30,6 +30,10 @@ EXPOSED_S = 0.002
 ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
 
 
+KEPT_APART = 101
+"""Seeds from here on are for checking alone: other pieces of the traces, other requests of each shape."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """What serves: a preset of hardware, and how many."""
@@ -158,7 +162,8 @@ class Selection:
         workloads: names of workloads.
         variants: names of variants.
         loads: loads.
-        seeds: 1 to so many.
+        seeds: so many.
+        first_seed: the first of them; from `KEPT_APART` on nothing of the product was chosen on them.
         count: requests of a run.
     """
 
@@ -167,6 +172,7 @@ class Selection:
     variants: tuple[str, ...] = ()
     loads: tuple[float, ...] = ()
     seeds: int = 3
+    first_seed: int = 1
     count: int = 600
 
     def check(self) -> None:
@@ -188,7 +194,7 @@ class Selection:
 def plan_runs(selection: Selection) -> tuple[Run, ...]:
     """The runs, each once, without those that measure the saturation. A seed's runs come together, so that pairs do."""
     runs: dict[str, Run] = {}
-    for seed in range(1, selection.seeds + 1):
+    for seed in range(selection.first_seed, selection.first_seed + selection.seeds):
         for name, experiment in EXPERIMENTS.items():
             if not selection.only or name in selection.only:
                 runs.update((run.id, run) for run in _runs(name, experiment, selection, seed) if run.id not in runs)

@@ -13,6 +13,7 @@ from typing import Any
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_bench.comparison import render_ratio
+from moe_bench.experiments.plan import KEPT_APART
 from moe_bench.experiments.plots import plot_workload
 from moe_bench.experiments.results import (
     COLUMNS,
@@ -67,6 +68,11 @@ _TENANTS = """## Between tenants
 Light: tenants that ask for no more than an equal part of the tokens. Index: Jain's, over the tenants' mean slowdown
 (TTFT over that alone on an idle engine); who asks for less than its part may well be served better than others.
 """
+_KEPT_APART = f"""## On seeds kept apart
+
+Nothing of the product was chosen on seeds {KEPT_APART} and up: other requests of each shape, other pieces of the
+traces. They count nowhere else on this page. The rival is the best of these very seeds.
+"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -82,7 +88,8 @@ def write_report(raw: Path, folder: Path) -> None:
         InvalidInput: there are no results.
     """
     records = read_records(raw)
-    results = Results(records)
+    results = Results(record for record in records if record["seed"] < KEPT_APART)
+    kept_apart = Results(record for record in records if record["seed"] >= KEPT_APART)
     if not results.runs:
         raise InvalidInput([Problem(str(raw), "has no results: moeserving experiments run")])
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,18 +100,19 @@ def write_report(raw: Path, folder: Path) -> None:
     for (fleet, workload), name in names.items():
         if len(results.loads(fleet, workload)) > 1:
             plot_workload(results, fleet, workload, folder / f"{name}.svg")
-    lines = [*_head(results, records, stale), *_at_knee(results), *_overview(results)]
+    lines = [*_head(results, records, stale), *_at_knee(results), *_kept_apart(kept_apart), *_overview(results)]
     lines += [*_ablation(results), *_worse(results)]
     lines += _tenants(results)
     lines += _knees(results)
     for (fleet, workload), name in names.items():
         lines += _workload(results, fleet, workload, name)
     (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
-    (folder / "summary.json").write_text(json.dumps(build_summary(results), indent=1, sort_keys=True) + "\n", "utf-8")
+    summary = json.dumps(build_summary(results, kept_apart), indent=1, sort_keys=True)
+    (folder / "summary.json").write_text(f"{summary}\n", "utf-8")
 
 
-def build_summary(results: Results) -> dict[str, Any]:
-    """The figures that other pages may state."""
+def build_summary(results: Results, kept_apart: Results) -> dict[str, Any]:
+    """The figures that other pages may state; `kept_apart` are the runs on the seeds for checking alone."""
     groups = _by_load(results)
     return {
         "runs": results.runs,
@@ -116,18 +124,22 @@ def build_summary(results: Results) -> dict[str, Any]:
             for (fleet, load), cases in groups.items()
         },
         "at_knee": {fleet: _knee_summary(results, cases) for fleet, cases in _by_knee(results).items()},
+        "kept_apart": {
+            f"{fleet}: {load:g}": _knee_summary(kept_apart, cases)
+            for (fleet, load), cases in _by_load(kept_apart).items()
+        },
     }
 
 
 def _knee_summary(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
     ratios = {
-        key: {column.name: _estimate(_at_knee_ratio(results, cases, key, column.name)) for column in COLUMNS}
+        key: {column.name: _estimate(_ratio_against(results, cases, key, column.name)) for column in COLUMNS}
         for key in AT_KNEE
     }
     return {"workloads": [case.workload for case in cases], **ratios}
 
 
-def _at_knee_ratio(results: Results, cases: Sequence[Case], key: str, column: str) -> Estimate | None:
+def _ratio_against(results: Results, cases: Sequence[Case], key: str, column: str) -> Estimate | None:
     if key == "against_vllm":
         return results.against(cases, REFERENCE, column)
     return results.against_best(cases, column, "ttft_mean" if key == "against_best_in_ttft" else None)
@@ -183,9 +195,23 @@ def _at_knee(results: Results) -> Iterator[str]:
     rows = []
     for fleet, cases in _by_knee(results).items():
         for key, title in AT_KNEE.items():
-            ratios = (_at_knee_ratio(results, cases, key, column.name) for column in COLUMNS)
+            ratios = (_ratio_against(results, cases, key, column.name) for column in COLUMNS)
             rows.append([fleet, str(len(cases)), title, *map(render_ratio, ratios)])
     yield from _table(["fleet", "workloads", "rival", *(column.label for column in COLUMNS)], rows)
+
+
+def _kept_apart(results: Results) -> Iterator[str]:
+    """As at the knee, load by load."""
+    rows = []
+    for (fleet, load), cases in _by_load(results).items():
+        for key, title in AT_KNEE.items():
+            ratios = [_ratio_against(results, cases, key, column.name) for column in COLUMNS]
+            if any(ratios):
+                count = max(ratio.count for ratio in ratios if ratio is not None)
+                rows.append([fleet, f"{load:.0%}", str(count), title, *map(render_ratio, ratios)])
+    if rows:
+        yield _KEPT_APART
+        yield from _table(["fleet", "load", "pairs", "rival", *(column.label for column in COLUMNS)], rows)
 
 
 def _overview(results: Results) -> Iterator[str]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_bench.experiments.plan import (
     EXPERIMENTS,
+    KEPT_APART,
     LOADS,
     Selection,
     build_run,
@@ -71,6 +72,14 @@ def test_filters_only_take_away(only, workloads, loads):
     assert {run.id for run in chosen} <= everything
     assert all(not workloads or run.workload in workloads for run in chosen)
     assert all(not loads or run.load in loads for run in chosen)
+
+
+def test_seeds_may_begin_elsewhere():
+    usual = plan_runs(Selection(workloads=("twoEnd",), seeds=2))
+    apart = plan_runs(Selection(workloads=("twoEnd",), seeds=2, first_seed=KEPT_APART))
+    assert {run.seed for run in apart} == {KEPT_APART, KEPT_APART + 1}
+    assert len(apart) == len(usual)
+    assert not {run.id for run in apart} & {run.id for run in usual}
 
 
 def test_saturation_is_measured_once_for_each_workload_seed_and_fleet():

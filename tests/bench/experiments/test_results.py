@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from moe_bench.experiments.plan import KEPT_APART
 from moe_bench.experiments.report import build_summary, write_report
 from moe_bench.experiments.results import Case, Results, crossing
 from moe_bench.experiments.runner import digest_of, is_current, read_records, source_digests
@@ -91,7 +92,7 @@ def test_figures_at_the_knee_lie_between_the_loads_beside_it():
     assert knee.load == pytest.approx(0.85 + 0.15 * share)
     assert results.values(knee, PRODUCT, "ttft_mean")[1] == pytest.approx(0.04 * 4**share)
     assert results.against_best([knee], "ttft_mean").value == pytest.approx(0.64 * 4**-share)
-    assert build_summary(results)["at_knee"][NAME]["workloads"] == ["twoEnd"]
+    assert build_summary(results, Results([]))["at_knee"][NAME]["workloads"] == ["twoEnd"]
 
 
 def test_nothing_is_said_of_loads_beyond_those_measured():
@@ -175,6 +176,25 @@ def test_the_report_shows_tenants_where_there_are_several(tmp_path):
     assert "twoEnd" not in table
 
 
+def test_seeds_kept_apart_count_in_their_section_alone(tmp_path):
+    rows = [record(REFERENCE, ttft=1.0), record(PRODUCT, ttft=0.5)]
+    rows += [record(REFERENCE, seed=KEPT_APART, ttft=1.0), record(PRODUCT, seed=KEPT_APART, ttft=0.8)]
+    folder = tmp_path / "results"
+    write_report(write(tmp_path, rows), folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["runs"], summary["seeds"]) == (2, 1)
+    assert summary["against_best"][f"{NAME}: 1"]["ttft_mean"]["value"] == 0.5
+    assert summary["kept_apart"][f"{NAME}: 1"]["against_vllm"]["ttft_mean"]["value"] == 0.8
+    text = (folder / "README.md").read_text()
+    assert text.count("## On seeds kept apart") == 1
+    assert "2 runs, seeds 1 to 1;" in text
+
+
+def test_without_seeds_kept_apart_there_is_no_such_section(tmp_path):
+    write_report(write(tmp_path, [record(REFERENCE), record(PRODUCT)]), tmp_path / "results")
+    assert "kept apart" not in (tmp_path / "results" / "README.md").read_text()
+
+
 def test_the_same_results_give_the_same_report(tmp_path):
     rows = [
         record(name, load=load, seed=seed) for name in (REFERENCE, PRODUCT) for load in (0.5, 1.0) for seed in (1, 2)
@@ -189,7 +209,7 @@ def test_the_same_results_give_the_same_report(tmp_path):
 
 
 def test_one_seed_has_no_interval(tmp_path):
-    summary = build_summary(Results([record(REFERENCE, ttft=1.0), record(PRODUCT, ttft=0.5)]))
+    summary = build_summary(Results([record(REFERENCE, ttft=1.0), record(PRODUCT, ttft=0.5)]), Results([]))
     estimate = summary["against_best"][f"{NAME}: 1"]["ttft_mean"]
     assert (estimate["value"], estimate["low"], estimate["high"]) == (0.5, 0.0, None)
 

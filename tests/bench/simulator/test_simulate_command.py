@@ -176,6 +176,11 @@ def test_agreement_is_in_figures_and_in_order(pairs, expected):
     assert agrees(rows(*pairs)) is expected
 
 
+def test_one_pass_that_was_held_up_does_not_count():
+    held_up = Agreement(order=RequestPolicy.FCFS, load=0.7, passes_s=(0.08, 0.09, 0.45), simulated_s=0.085)
+    assert (held_up.real_s, held_up.holds) == (0.09, True)
+
+
 def test_orders_are_compared_at_the_same_load():
     # At half the load the first order is faster than the second at the whole; that says nothing of the two.
     one, other = rows((1.0, 1.1), load=0.5), rows((9.0, 9.0), (1.3, 1.12), load=0.9)

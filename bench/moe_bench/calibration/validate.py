@@ -1,8 +1,8 @@
 """The simulator against the real engine: the same requests at the same times under three orders, TTFT side by side.
 
 Part of `moeserving calibrate --validate`: the engine that is calibrated serves open loops, the simulator serves the
-same with the fitted cost. Of the passes the middle one counts. The orders take turns, and so do fitting and comparing, several times, so that what else the
-machine does meets all alike.
+same with the fitted cost. The orders take turns, and so do fitting and comparing, several times, so that what else the
+machine does meets all alike; the middle pass of each counts.
 They agree when each mean TTFT is within `TOLERANCE` and the orders rank alike, orders that the engine itself cannot
 tell apart left out.
 """

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from moe_scheduling.alike import share_line
 from moe_scheduling.books import TargetBooks
 from moe_scheduling.correction import Corrections
 from moe_scheduling.engine import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target, explain
@@ -463,10 +462,6 @@ class Dispatcher:
         for books in self._ordered_books:
             books.own_share = self.own_share
             books.slowness = self._corrections.factor(books.target, now_s)
-        for roster in self._group_books.values():
-            line = share_line([books.line for books in roster if books.line is not None])
-            for books in roster:
-                books.share(line)
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
             # The end of one can be the turn of another.

@@ -11,7 +11,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from moe_scheduling.alike import is_alike
 from moe_scheduling.pace import LINE_MEMORY_STEPS, Pace, pace_of, unsignalled_pace
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
@@ -45,7 +44,6 @@ class TargetBooks:
         "_observed_s",
         "_pace",
         "_pace_line",
-        "_shared_line",
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
@@ -79,7 +77,6 @@ class TargetBooks:
         # Made by this line when the signal was first asked about, and kept until the next signal or another slowness;
         # None before.
         self._pace_line: StepTime | None = None
-        self._shared_line: StepTime | None = None
         self._pace = Pace(0.0, 0.0, 0.0)
 
     @property
@@ -92,13 +89,6 @@ class TargetBooks:
         if slowness != self._slowness:
             self._slowness = slowness
             self._pace_line = None
-
-    def share(self, line: StepTime | None) -> None:
-        """From now on the engine is reckoned by this line of engines like it, unless its own differs too much.
-
-        The owner tells it anew as lines change; None: by its own again.
-        """
-        self._shared_line = line if line is None or self.line is None or is_alike(self.line, line) else None
 
     # What happens to requests.
 
@@ -217,7 +207,7 @@ class TargetBooks:
             now_s: the time.
             stale_after_s: age at which a signal is no longer believed.
         """
-        line, signal = self._shared_line or self.line or common_line, self._signal
+        line, signal = self.line or common_line, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return unsignalled_pace(line, len(self._answered)).times(self._slowness)
         if line is not self._pace_line:
@@ -236,7 +226,7 @@ class TargetBooks:
             now_s: the time.
             stale_after_s: age at which a signal is no longer believed.
         """
-        line = self._shared_line or self.line or common_line
+        line = self.line or common_line
         if line is self._pace_line and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
             return self._pace.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
         tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)

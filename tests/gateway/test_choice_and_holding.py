@@ -14,12 +14,6 @@ def names_of(engine) -> list[str]:
     return [json.loads(request.body)["prompt"] for request in engine.requests]
 
 
-def predicted_s(books) -> float:
-    """Seconds to the first token of a short prompt."""
-    now_s = books.observed_s
-    return books.first_token_s(1, books.line, now_s, stale_after_s=2.0)
-
-
 async def hold(served, texts, **fields):
     """Clients whose requests are held, one after the other."""
     clients = []
@@ -60,19 +54,6 @@ async def test_predicted_avoids_the_engine_whose_agent_says_that_it_is_loaded(ma
     for _ in range(6):
         await served.ask(post(prompt()))
     assert (len(loaded.requests), len(free.requests)) == (0, 6)
-
-
-async def test_engines_of_one_make_are_compared_by_one_line_whatever_each_was_fitted_to(make_engine, serve):
-    fitted_to_long, fitted_to_short = await make_engine(), await make_engine()
-    served = await serve(fitted_to_long, fitted_to_short)
-    for engine, prefill_s, waiting in ((fitted_to_long, 9e-5, 30_000), (fitted_to_short, 5e-5, 40_000)):
-        line = {"base_s": 0.004, "prefill_s": prefill_s, "decode_s": 0.002}
-        engine.agent.say_rank(waiting=9, waiting_prefill_tokens=waiting, step_time=line)
-    long, short = (served.books(engine.name) for engine in (fitted_to_long, fitted_to_short))
-    await until(lambda: long.signal.waiting == short.signal.waiting == 9)
-    await until(lambda: predicted_s(long) < predicted_s(short))
-    await served.ask(post(prompt()))
-    assert (len(fitted_to_long.requests), len(fitted_to_short.requests)) == (1, 0)
 
 
 async def test_predicted_counts_what_was_just_sent(make_engine, serve):

@@ -24,7 +24,7 @@ from moe_scheduling.request import RequestSettings
 from rich.console import Console
 from rich.progress import track
 
-from moe_bench.calibration.fitting import Fit, MeasuredStep, fit_cost
+from moe_bench.calibration.fitting import Fit, MeasuredStep, TooFewSteps, fit_cost
 from moe_bench.calibration.validate import Agreement, Course, agrees, read_limits, render_agreement
 from moe_bench.modelless import foreign_warnings
 from moe_bench.replay_command import write_json
@@ -81,7 +81,10 @@ def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | No
         with ControlPageWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
             llm = _load(engine)
             source = f"measured: {engine.model.name} on this machine, {read_environment()['system']}"
-            fit, steps, rows = _measure(llm, control, console, effort, source, seed)
+            try:
+                fit, steps, rows = _measure(llm, control, console, effort, source, seed)
+            except TooFewSteps as error:
+                raise InvalidInput([Problem("--rounds", f"more are needed: {error}")]) from None
     document = build_fit_document(fit, [asdict(step) for step in steps])
     if rows:
         document["validation"] = [asdict(row) for row in rows]

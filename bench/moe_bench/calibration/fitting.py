@@ -20,6 +20,10 @@ _OUTLIER = 3.0
 _SCALE = np.array([1.0, 1e3, 1e1, 1e4, 1e6])
 
 
+class TooFewSteps(ValueError):
+    """No line can be fitted to so few."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
     """A step of one rank and what it took."""
@@ -53,10 +57,10 @@ def fit_cost(steps: Sequence[MeasuredStep], source: str, seed: int = 0) -> Fit:
     """Fits on four fifths of the steps, drawn with the seed, and checks on the rest.
 
     Raises:
-        ValueError: there are too few steps.
+        TooFewSteps: there are too few.
     """
     if len(steps) < LEAST_STEPS:
-        raise ValueError(f"{len(steps)} steps are too few, {LEAST_STEPS} are needed")
+        raise TooFewSteps(f"{len(steps)} steps are too few, {LEAST_STEPS} are needed")
     order = np.random.default_rng(seed).permutation(len(steps))
     held_out = order[: int(len(steps) * HELD_OUT)]
     rows = np.array([_row(step.work) for step in steps]) / _SCALE

@@ -10,7 +10,7 @@ An estimate and no bound: the choice of the rank is a rule, and decoding its mea
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +22,9 @@ from rich.table import Table
 from moe_bench.cli import RAW_RESULTS, RawResults
 from moe_bench.complaints import told_plainly
 from moe_bench.experiments.plan import PAIR, Fleet, Run, build_run
-from moe_bench.experiments.runner import is_current, read_records, source_digests
+from moe_bench.experiments.runner import Record, is_current, read_records, source_digests
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import ADVERSARIAL, ALL
+from moe_bench.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
 from moe_bench.simulator.costs import CostModel, Work
 from moe_bench.simulator.outcome import WARM_UP_SHARE
 from moe_bench.simulator.simulation import Simulation
@@ -163,17 +163,20 @@ def _mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
 
 
+def select_records(records: Iterable[Record], traces: Path | None) -> list[Record]:
+    """Those of the present sources on seeds that are not kept apart; without `traces` none that needs one."""
+    digests = source_digests()
+    current = [record for record in records if is_current(record, digests) and record["seed"] < KEPT_APART]
+    return [record for record in current if traces is not None or not ALL[record["workload"]].trace]
+
+
 @told_plainly
 def main(
     raw: RawResults = RAW_RESULTS,
     traces: Annotated[Path | None, typer.Option("--traces", help="Folder with the public traces.")] = None,
 ) -> None:
     """What the rivals' runs and ours leave to be won."""
-    digests = source_digests()
-    records = [record for record in read_records(raw) if is_current(record, digests)]
-    if traces is None:
-        records = [record for record in records if not ALL[record["workload"]].trace]
-    Console().print(render_floors(read_floors(records, traces, PAIR)))
+    Console().print(render_floors(read_floors(select_records(read_records(raw), traces), traces, PAIR)))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,6 @@ EXPOSED_S = 0.002
 ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
 
 
-KEPT_APART = 101
-"""Seeds from here on are for checking alone: other pieces of the traces, other requests of each shape."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """What serves: a preset of hardware, and how many."""
@@ -163,7 +159,7 @@ class Selection:
         variants: names of variants.
         loads: loads.
         seeds: so many.
-        first_seed: the first of them; from `KEPT_APART` on nothing of the product was chosen on them.
+        first_seed: the first of them; from `workloads.KEPT_APART` on nothing of the product was chosen on them.
         count: requests of a run.
     """
 

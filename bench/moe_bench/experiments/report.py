@@ -13,7 +13,6 @@ from typing import Any
 from moe_scheduling.problems import InvalidInput, Problem
 
 from moe_bench.comparison import render_ratio
-from moe_bench.experiments.plan import KEPT_APART
 from moe_bench.experiments.plots import plot_workload
 from moe_bench.experiments.results import (
     COLUMNS,
@@ -27,7 +26,7 @@ from moe_bench.experiments.results import (
 from moe_bench.experiments.runner import is_current, read_records, source_digests
 from moe_bench.experiments.saturation import KNEE_FACTOR
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import ADVERSARIAL, ALL
+from moe_bench.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
 from moe_bench.statistics import Estimate
 
 _INTRODUCTION = """# Results of the simulator
@@ -70,8 +69,9 @@ Light: tenants that ask for no more than an equal part of the tokens. Index: Jai
 """
 _KEPT_APART = f"""## On seeds kept apart
 
-Nothing of the product was chosen on seeds {KEPT_APART} and up: other requests of each shape, other pieces of the
-traces. They count nowhere else on this page. The rival is the best of these very seeds.
+Nothing of the product was chosen on seeds {KEPT_APART} and up: other requests of each shape, and pieces of the traces
+that share no request with those of seeds 1 to 4. They count nowhere else on this page. The rival is the best of these
+very seeds.
 """
 _KNEES = f"""## Knees and sustained loads
 
@@ -88,8 +88,9 @@ def write_report(raw: Path, folder: Path) -> None:
         InvalidInput: there are no results.
     """
     records = read_records(raw)
-    results = Results(record for record in records if record["seed"] < KEPT_APART)
     kept_apart = Results(record for record in records if record["seed"] >= KEPT_APART)
+    records = [record for record in records if record["seed"] < KEPT_APART]
+    results = Results(records)
     if not results.runs:
         raise InvalidInput([Problem(str(raw), "has no results: moeserving experiments run")])
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,11 @@ CONTEXT_TOKENS = 16_384
 SAME_PREFIX_TOKENS = 2048
 FLOOD_WEIGHT = 9.0
 EQUAL_TENANTS = 4
+KEPT_APART = 101
+"""Seeds from here on are for checking alone: other requests of each shape, other pieces of the traces."""
+# Seeds of which no trace's request is kept apart.
+PUBLISHED_SEEDS = range(1, 5)
+_DRAWS = 1000
 # 10,000 requests where a run has 600.
 BURST_LENGTH = 10_000 / 600
 
@@ -68,10 +73,34 @@ def _trace(name: str) -> Callable[[int, int, Path | None], tuple[TraceRequest, .
         if folder is None:
             raise InvalidInput([Problem("traces", f"a folder with {name} is needed")])
         whole = read_trace(folder / name)
-        start = int(np.random.default_rng(seed).integers(0, max(1, len(whole) - count)))
+        start = find_start(len(whole), count, seed)
         return fit_lengths(cut_piece(whole, start, count), CONTEXT_TOKENS).requests
 
     return build
+
+
+def find_start(length: int, count: int, seed: int) -> int:
+    """Where the seed's piece of a trace begins; one kept apart has no request of `PUBLISHED_SEEDS`.
+
+    Args:
+        length: requests of the trace.
+        count: of the piece.
+        seed: draws the place.
+
+    Raises:
+        InvalidInput: what is left beside their pieces is too short.
+    """
+    random = np.random.default_rng(seed)
+    draws = (int(random.integers(0, max(1, length - count))) for _ in range(_DRAWS))
+    if seed < KEPT_APART:
+        return next(draws)
+    taken = [find_start(length, count, other) for other in PUBLISHED_SEEDS]
+    for start in draws:
+        if all(abs(start - other) >= count for other in taken):
+            return start
+    raise InvalidInput(
+        [Problem("--count", f"{count} requests do not fit into a trace of {length} beside those in use")]
+    )
 
 
 def _all_long(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:

@@ -25,6 +25,7 @@ from moe_bench.gateway.processes import Bed, Router
 from moe_bench.report import read_environment
 from moe_bench.statistics import Estimate, estimate, percentile_of
 
+NVIDIA_SMI_TIMEOUT_S = 10.0
 CONNECTIONS = 32
 STREAMS = 64
 WARM_UP_S = 0.5
@@ -214,9 +215,11 @@ def _read_gpus() -> list[str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    told = subprocess.run(
-        [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
+    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return []
     return told.stdout.splitlines() if told.returncode == 0 else []
 
 

@@ -26,6 +26,9 @@ from moe_bench.serving.stock import Rival
 GENERATED_REQUESTS = 6000
 """Of a generated shape: enough that pieces need not overlap."""
 
+NOT_USED = ("not used", "not used")
+"""Version and policy of a router that is not there."""
+
 app = typer.Typer(add_completion=False)
 
 
@@ -53,7 +56,7 @@ def main(
     """Compare MoEServing with stock vLLM behind vllm-router, on real engines, in alternating pairs."""
     if policy not in POLICIES:
         raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
-    environment = read_machine(read_version(vllm_router) if vllm_router else "not used", policy)
+    environment = read_machine(read_version(vllm_router), policy) if vllm_router else read_machine(*NOT_USED)
     source = Source(
         trace=trace, trace_format=trace_format, shape=shape, limit=None if trace else GENERATED_REQUESTS, seed=seed,
         scale=scale, max_tokens=max_tokens,

@@ -72,7 +72,8 @@ def plan_stage(manifest: Path | None, rival: Rival, piece_s: float) -> Stage:
 def standing(stage: Stage, say: Narrator) -> Iterator[Bed]:
     """Starts both sides and gives them when they serve; ends them, however the block ends.
 
-    Ports are chosen as late as can be: within the minute that engines take to start, another program may take one.
+    The gateway's and the router's ports are chosen as late as can be: within the minute that engines take to start,
+    another program may take one.
 
     Raises:
         DoesNotServe: a process of A does not come up.

@@ -531,7 +531,8 @@ class Gateway(Section):
     tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN), AfterValidator(check_tenant_header)] = Field(
         default=DEFAULT_HEADER,
         description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; whoever stands "
-        "before the gateway should set it. Empty: all requests are of one tenant.",
+        "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
+        "Empty: all requests are of one tenant.",
     )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

@@ -1,11 +1,15 @@
 """The fluid model behind the floor of the mean TTFT, and what it is compared with."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.experiments.floor import Floor, flow_s, read_floors, render_floors, speeds_of
+from moe_bench.experiments.floor import Floor, flow_s, read_floors, render_floors, select_records, speeds_of
 from moe_bench.experiments.plan import PAIR
+from moe_bench.experiments.runner import digest_of, source_digests
 from moe_bench.experiments.variants import PRODUCT, REFERENCE
+from moe_bench.experiments.workloads import KEPT_APART
 from moe_bench.simulator.hardware import PRESETS
 from moe_bench.traces import TraceRequest
 from rich.console import Console
@@ -81,3 +85,14 @@ def test_the_table_has_a_row_for_each_load():
     assert "50%" in text
     assert "85%" in text
     assert "0.75" in text
+
+
+def test_only_runs_of_the_present_sources_and_no_seed_kept_apart_count():
+    digests = source_digests()
+
+    def run(seed, workload="random", digest=digest_of(PRODUCT, digests)):
+        return {"variant": PRODUCT, "workload": workload, "seed": seed, "digest": digest}
+
+    rows = [run(1), run(2, digest="old"), run(KEPT_APART), run(4, workload="azure")]
+    assert [row["seed"] for row in select_records(rows, None)] == [1]
+    assert [row["seed"] for row in select_records(rows, Path("traces"))] == [1, 4]

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_bench.experiments.plan import (
     EXPERIMENTS,
-    KEPT_APART,
     LOADS,
     Selection,
     build_run,
@@ -18,7 +17,15 @@ from moe_bench.experiments.plan import (
 )
 from moe_bench.experiments.saturation import find_saturation
 from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import ADVERSARIAL, ALL, BURST_LENGTH, WORKLOADS
+from moe_bench.experiments.workloads import (
+    ADVERSARIAL,
+    ALL,
+    BURST_LENGTH,
+    KEPT_APART,
+    PUBLISHED_SEEDS,
+    WORKLOADS,
+    find_start,
+)
 from moe_bench.simulator.rank import STOCK
 from moe_bench.simulator.rivals import RIVALS
 from moe_bench.traces import mean_rate
@@ -72,6 +79,21 @@ def test_filters_only_take_away(only, workloads, loads):
     assert {run.id for run in chosen} <= everything
     assert all(not workloads or run.workload in workloads for run in chosen)
     assert all(not loads or run.load in loads for run in chosen)
+
+
+@given(st.integers(400, 1200), st.integers(KEPT_APART, 10**6))
+def test_a_piece_kept_apart_has_no_request_of_those_in_use(count, seed):
+    length = 12 * count
+    start = find_start(length, count, seed)
+    assert 0 <= start <= length - count
+    for used in PUBLISHED_SEEDS:
+        other = find_start(length, count, used)
+        assert not set(range(start, start + count)) & set(range(other, other + count))
+
+
+def test_a_trace_that_is_too_short_for_a_piece_of_its_own_is_told():
+    with pytest.raises(InvalidInput, match="--count: 400 requests do not fit into a trace of 500"):
+        find_start(500, 400, KEPT_APART)
 
 
 def test_seeds_may_begin_elsewhere():

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from moe_bench.experiments.plan import KEPT_APART
 from moe_bench.experiments.report import build_summary, write_report
 from moe_bench.experiments.results import Case, Results, crossing
 from moe_bench.experiments.runner import digest_of, is_current, read_records, source_digests
 from moe_bench.experiments.variants import PRODUCT, REFERENCE
+from moe_bench.experiments.workloads import KEPT_APART
 from moe_scheduling.problems import InvalidInput
 
 FLEET = {"preset": "h100-qwen3-30b-a3b", "servers": 1, "ranks": 2, "max_num_seqs": 256}

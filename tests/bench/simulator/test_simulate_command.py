@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,15 @@ def test_agreement_is_in_figures_and_in_order(pairs, expected):
 def test_one_pass_that_was_held_up_does_not_count():
     held_up = Agreement(order=RequestPolicy.FCFS, load=0.7, passes_s=(0.08, 0.09, 0.45), simulated_s=0.085)
     assert (held_up.real_s, held_up.holds) == (0.09, True)
+
+
+def test_orders_are_compared_within_a_turn():
+    # The machine was slow in the second turn of the one and in the third of the other; in each turn they were level.
+    one = Agreement(order=RequestPolicy.FCFS, load=0.7, passes_s=(0.07, 0.09, 0.10), simulated_s=0.09)
+    other = Agreement(order=RequestPolicy.SJF, load=0.7, passes_s=(0.07, 0.07, 0.11), simulated_s=0.08)
+    assert not 0.85 < other.real_s / one.real_s < 1.15
+    assert agrees([one, replace(other, simulated_s=0.0805)])
+    assert agrees([replace(one, simulated_s=0.078), replace(other, simulated_s=0.079)])
 
 
 def test_orders_are_compared_at_the_same_load():

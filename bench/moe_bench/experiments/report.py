@@ -87,9 +87,9 @@ def write_report(raw: Path, folder: Path) -> None:
     Raises:
         InvalidInput: there are no results.
     """
-    records = read_records(raw)
-    kept_apart = Results(record for record in records if record["seed"] >= KEPT_APART)
-    records = [record for record in records if record["seed"] < KEPT_APART]
+    last = {record["id"]: record for record in read_records(raw)}.values()
+    kept_apart = Results(record for record in last if record["seed"] >= KEPT_APART)
+    records = [record for record in last if record["seed"] < KEPT_APART]
     results = Results(records)
     if not results.runs:
         raise InvalidInput([Problem(str(raw), "has no results: moeserving experiments run")])

@@ -190,6 +190,12 @@ def test_seeds_kept_apart_count_in_their_section_alone(tmp_path):
     assert "2 runs, seeds 1 to 1;" in text
 
 
+def test_a_run_that_was_made_anew_is_not_stale(tmp_path):
+    present = digest_of(REFERENCE, source_digests())
+    write_report(write(tmp_path, [record(REFERENCE), record(REFERENCE, digest=present)]), tmp_path / "results")
+    assert "other sources than the present ones" not in (tmp_path / "results" / "README.md").read_text()
+
+
 def test_without_seeds_kept_apart_there_is_no_such_section(tmp_path):
     write_report(write(tmp_path, [record(REFERENCE), record(PRODUCT)]), tmp_path / "results")
     assert "kept apart" not in (tmp_path / "results" / "README.md").read_text()

@@ -37,6 +37,19 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
         for key, title in AT_KNEE.items():
             cells = (_cell(knee[key][name]) for name in _COLUMNS)
             yield f"| {fleet}; {len(knee['workloads'])} workloads | {title} | " + " | ".join(cells) + " |"
+    for case, figures in summary.get("kept_apart", {}).items():
+        yield ""
+        yield _kept_apart(case, figures)
+
+
+def _kept_apart(case: str, figures: Mapping[str, Any]) -> str:
+    fleet, _, load = case.rpartition(": ")
+    ttft, pairs = "ttft_mean", figures["against_vllm"]["ttft_mean"]["pairs"]
+    return (
+        f"On requests that nothing of the product was chosen on ({fleet}, {float(load):.0%} of the load, {pairs} pairs) the "
+        f"mean TTFT is {_cell(figures['against_vllm'][ttft])} of that of vLLM as it comes and "
+        f"{_cell(figures['against_best_in_ttft'][ttft])} of the best rival's."
+    )
 
 
 def _cell(ratio: Mapping[str, Any] | None) -> str:

@@ -40,6 +40,15 @@ def test_what_is_written_is_what_is_checked(root, capsys):
     assert "old" not in text
 
 
+def test_seeds_kept_apart_are_a_sentence():
+    found = summary()
+    assert "nothing of the product was chosen on" not in render_block(found)
+    found["kept_apart"] = {"a fleet, two: 1": found["at_knee"]["a fleet"]}
+    told = render_block(found).splitlines()[-1]
+    assert "(a fleet, two, 100% of the load, 8 pairs)" in told
+    assert told.count("0.70 [0.60, 0.80]") == 2
+
+
 def test_a_figure_that_was_changed_by_hand_is_found(root):
     main(["--write", "--root", str(root)])
     path = root / README

@@ -46,8 +46,8 @@ def _kept_apart(case: str, figures: Mapping[str, Any]) -> str:
     fleet, _, load = case.rpartition(": ")
     ttft, pairs = "ttft_mean", figures["against_vllm"]["ttft_mean"]["pairs"]
     return (
-        f"On requests that nothing of the product was chosen on ({fleet}, {float(load):.0%} of the load, {pairs} pairs) the "
-        f"mean TTFT is {_cell(figures['against_vllm'][ttft])} of that of vLLM as it comes and "
+        f"On requests that nothing of the product was chosen on ({fleet}, {float(load):.0%} of the load, {pairs} "
+        f"pairs) the mean TTFT is {_cell(figures['against_vllm'][ttft])} of that of vLLM as it comes and "
         f"{_cell(figures['against_best_in_ttft'][ttft])} of the best rival's."
     )
 

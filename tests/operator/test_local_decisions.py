@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_operator.api.status import ConditionStatus
-from moe_operator.local.machine import find_free_ports, is_port_free, select_gpus
+from moe_operator.local.machine import find_free_ports, find_gpus, is_port_free, query_gpus, select_gpus
 from moe_operator.local.observation import Observation
 from moe_operator.local.record import GATEWAY, Life, ProcessRecord, Record, SiteRecord
 from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
@@ -131,6 +131,21 @@ def test_the_condition_keeps_the_time_of_its_change() -> None:
 )
 def test_gpus_are_those_that_cuda_leaves_visible(visible: str | None, gpus: tuple[str, ...]) -> None:
     assert select_gpus(["0", "1"], visible) == gpus
+
+
+def test_the_tool_of_the_gpus_is_asked_by_field(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    says = '*=index) printf "0\\n1\\n";; *=name) printf "NVIDIA H100 80GB\\nNVIDIA A100\\n";;'
+    tool.write_text(f'#!/bin/sh\ncase "$1" in {says} esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert find_gpus() == ("1",)
+    assert query_gpus("name") == ("NVIDIA H100 80GB", "NVIDIA A100")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert query_gpus("name") == ()
+    tool.unlink()
+    assert find_gpus() == ()
 
 
 def test_free_ports_are_different_and_free_and_a_taken_one_is_not() -> None:

@@ -7,15 +7,14 @@ the machine falls on both alike.
 import asyncio
 import math
 import os
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from moe_operator.local.machine import query_gpus
 from rich import box
 from rich.table import Table
 
@@ -25,7 +24,6 @@ from moe_bench.gateway.processes import Bed, Router
 from moe_bench.report import read_environment
 from moe_bench.statistics import Estimate, estimate, percentile_of
 
-NVIDIA_SMI_TIMEOUT_S = 10.0
 CONNECTIONS = 32
 STREAMS = 64
 WARM_UP_S = 0.5
@@ -192,7 +190,7 @@ def read_machine(vllm_router: str, policy: str) -> dict[str, Any]:
     """Versions, processor, how busy it was before, and how vllm-router was run."""
     return read_environment() | {
         "cpu": _read_cpu(),
-        "gpus": _read_gpus(),
+        "gpus": query_gpus("name"),
         "load_average": os.getloadavg()[0],
         "vllm_router": vllm_router,
         "vllm_router_policy": policy,
@@ -208,19 +206,6 @@ def warn_if_busy(environment: Mapping[str, Any]) -> list[str]:
         f"the machine was busy (load {load:.1f} on {cores} cores): the latencies are mostly waits for a core, and fall "
         "on the router that computes for longer"
     ]
-
-
-def _read_gpus() -> list[str]:
-    """Their names; none where there are none, or NVIDIA's tool is absent."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return []
-    return told.stdout.splitlines() if told.returncode == 0 else []
 
 
 def _read_cpu() -> str:

@@ -25,15 +25,21 @@ def memory_bytes() -> int:
 
 def find_gpus() -> tuple[str, ...]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them; none where its tool is absent or fails."""
+    indices = query_gpus("index")
+    return select_gpus(indices, os.environ.get("CUDA_VISIBLE_DEVICES")) if indices else ()
+
+
+def query_gpus(field: str) -> tuple[str, ...]:
+    """What NVIDIA's tool says of each GPU, such as its `index` or its `name`; nothing where it is absent or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
-    command = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    command = [tool, f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ASK_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return select_gpus(answer.stdout.split(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
 
 
 def select_gpus(indices: Iterable[str], visible: str | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from aiohttp import web
 from moe_scheduling.problems import InvalidInput, Problem
 
+from moe_agent.bell import Bell
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.engine_command import build_command, build_environment
@@ -39,6 +40,7 @@ async def run_agent(config: AgentConfig) -> None:
     tokens = ControlTokens(config.token_file)
     node = with_own_address(build_node(config.engine, os.environ))
     prepare_run_dir(config)
+    bell = hang_bell(config)
     ranks = RankPages(config.run_dir, node.ranks)
     control = ControlPage(config.run_dir, config.request, config.expert, ranks)
     experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
@@ -48,8 +50,8 @@ async def run_agent(config: AgentConfig) -> None:
         if experts is not None:
             experts.forget()
 
-    supervisor = build_supervisor(config, node, forget)
-    server = AgentServer(config, tokens, supervisor, ranks, control, experts)
+    supervisor = build_supervisor(config, node, forget, bell.ring)
+    server = AgentServer(config, tokens, supervisor, ranks, control, experts, bell)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
@@ -61,6 +63,7 @@ async def run_agent(config: AgentConfig) -> None:
     finally:
         server.end_streams()
         await runner.cleanup()
+        bell.close()
 
 
 def prepare_run_dir(config: AgentConfig) -> None:
@@ -69,6 +72,14 @@ def prepare_run_dir(config: AgentConfig) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput([Problem("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
+
+
+def hang_bell(config: AgentConfig) -> Bell:
+    """Hangs up the bell of the engine, or says why that cannot be."""
+    try:
+        return Bell(config.run_dir)
+    except OSError as error:
+        raise InvalidInput([Problem("run_dir", f"no FIFO can be made there: {error.strerror}")]) from None
 
 
 def with_own_address(node: Node) -> Node:
@@ -91,8 +102,17 @@ def is_address(text: str) -> bool:
     return True
 
 
-def build_supervisor(config: AgentConfig, node: Node, forget: Callable[[], None]) -> Supervisor:
-    """The supervisor of vLLM on this node; `forget` removes what an engine published, when none lives."""
+def build_supervisor(
+    config: AgentConfig, node: Node, forget: Callable[[], None], tell: Callable[[], None]
+) -> Supervisor:
+    """The supervisor of vLLM on this node.
+
+    Args:
+        config: the agent's configuration.
+        node: this node.
+        forget: removes what an engine published, when none lives.
+        tell: called when something has changed.
+    """
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)
@@ -104,6 +124,7 @@ def build_supervisor(config: AgentConfig, node: Node, forget: Callable[[], None]
         config.run_dir / "engine.log",
         headless=node.headless,
         on_restart=forget,
+        on_change=tell,
     )
 
 

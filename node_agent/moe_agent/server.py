@@ -1,24 +1,26 @@
 """The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
 
-import asyncio
-import json
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from aiohttp import web
 from moe_scheduling.expert import ExpertMode
 from moe_scheduling.problems import InvalidInput, Problem
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from moe_agent.bell import Bell
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
+from moe_agent.feed import Feed
 from moe_agent.metrics import AgentCollector
 from moe_agent.parsing import parse_change, parse_document
 from moe_agent.state import build_snapshot
@@ -26,8 +28,6 @@ from moe_agent.supervisor import Supervisor
 from moe_agent.telemetry import ControlPage, NotTaken, RankPages
 
 TAKE_TIMEOUT_S = 5.0
-_WATCH_LEAST_S = 0.01
-_WATCH_MOST_S = 1.0
 # The placement of a hundred layers over a thousand slots takes half of it.
 _MAX_BODY_BYTES = 1024 * 1024
 
@@ -35,7 +35,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AgentServer:
-    """Routes over the agent's parts; holds no state but the wish to end.
+    """Routes over the agent's parts; holds no state but the feed of those who watch.
 
     `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
     """
@@ -48,13 +48,14 @@ class AgentServer:
         ranks: RankPages,
         control: ControlPage,
         experts: PublishedExperts | None,
+        bell: Bell,
     ) -> None:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(self.snapshot, self._read_experts))
-        self._ending = asyncio.Event()
+        self._feed = Feed(bell, self._fingerprint, self._line)
 
     def build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
@@ -70,7 +71,7 @@ class AgentServer:
 
     def end_streams(self) -> None:
         """Lets the watched streams end after their last line."""
-        self._ending.set()
+        self._feed.end()
 
     def snapshot(self) -> dict[str, Any]:
         """The state as of now."""
@@ -92,24 +93,16 @@ class AgentServer:
             return web.json_response(self.snapshot())
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await stream.prepare(request)
-        try:
-            await self._write_changes(stream)
-        except ConnectionResetError:
-            return stream
+        async with aclosing(self._feed.watch()) as lines:
+            try:
+                async for line in lines:
+                    await stream.write(line)
+            except ConnectionResetError:
+                return stream
         return stream
 
-    async def _write_changes(self, stream: web.StreamResponse) -> None:
-        ending = False
-        while True:
-            seen, sent_s = self._fingerprint(), time.monotonic()
-            await stream.write(json.dumps(self.snapshot(), separators=(",", ":")).encode() + b"\n")
-            if ending:
-                return
-            await asyncio.sleep(_WATCH_LEAST_S)
-            while self._fingerprint() == seen and time.monotonic() - sent_s < _WATCH_MOST_S:
-                if ending := self._ending.is_set():
-                    break
-                await asyncio.sleep(_WATCH_LEAST_S)
+    def _line(self) -> bytes:
+        return orjson.dumps(self.snapshot(), option=orjson.OPT_APPEND_NEWLINE)
 
     def _fingerprint(self) -> tuple[int, ...]:
         return (self._supervisor.revision, self._control.control.version, *self._ranks.fingerprint())

@@ -78,6 +78,7 @@ class Supervisor:
         rules: times.
         headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
         on_restart: called before each start and after each end of the engine, when no engine lives.
+        on_change: called after each change of what is told here.
     """
 
     def __init__(
@@ -90,11 +91,12 @@ class Supervisor:
         *,
         headless: bool = False,
         on_restart: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
         self._headless = headless
-        self._on_restart = on_restart
+        self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._hurry = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._server_pid: int | None = None
@@ -165,7 +167,7 @@ class Supervisor:
             return taken
         self._on_restart()
         process = self._process = await self._spawn()
-        self.revision += 1
+        self._tell_change()
         watchers = {
             asyncio.create_task(process.wait(), name="exit"),
             asyncio.create_task(self._watch_process() if self._headless else self._watch_health(), name="health"),
@@ -253,7 +255,11 @@ class Supervisor:
         if self._drain.is_set() and phase not in (Phase.DRAINING, Phase.STOPPED):
             return
         self._phase = phase
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         self.revision += 1
+        self._on_change()
 
 
 async def is_healthy(session: aiohttp.ClientSession) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from moe_agent.bell import Bell
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import GroupShape, directive_path
@@ -120,7 +121,8 @@ class Agent:
         supervisor = Supervisor(self.config.engine, [sys.executable], dict(os.environ), folder / "engine.log")
         self.experts = PublishedExperts(folder) if group else None
         tokens = ControlTokens(folder / "token")
-        self.server = AgentServer(self.config, tokens, supervisor, pages, self.control, self.experts)
+        self.bell = Bell(folder)
+        self.server = AgentServer(self.config, tokens, supervisor, pages, self.control, self.experts, self.bell)
 
 
 @pytest.fixture

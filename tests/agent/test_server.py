@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent import server as server_module
+from moe_agent.bell import Bell
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.published import PublishedExperts
@@ -80,13 +81,22 @@ class Agent:
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
         self.pages = RankPages(folder, range(ranks))
         self.control = ControlPage(folder, self.config.request, self.config.expert, self.pages)
+        self.bell = Bell(folder)
         self.supervisor = Supervisor(
-            self.config.engine, command, dict(os.environ), folder / "engine.log", rules, on_restart=self.pages.forget
+            self.config.engine,
+            command,
+            dict(os.environ),
+            folder / "engine.log",
+            rules,
+            on_restart=self.pages.forget,
+            on_change=self.bell.ring,
         )
         (folder / "token").write_text(TOKEN)
         tokens = ControlTokens(folder / "token")
         self.experts = PublishedExperts(folder) if ranks > 1 else None
-        self.server = AgentServer(self.config, tokens, self.supervisor, self.pages, self.control, self.experts)
+        self.server = AgentServer(
+            self.config, tokens, self.supervisor, self.pages, self.control, self.experts, self.bell
+        )
 
 
 @pytest.fixture
@@ -99,6 +109,7 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     yield made
     made.supervisor.request_kill()
     await asyncio.wait_for(task, 20)
+    made.bell.close()
 
 
 @pytest.fixture
@@ -222,7 +233,7 @@ async def test_a_token_file_that_cannot_be_read_lets_nobody_in_and_breaks_nothin
 async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
-    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None)
+    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None, agent.bell)
     assert server.snapshot()["name"] == socket.gethostname()
 
 

@@ -37,7 +37,8 @@ Say = Callable[[str], None]
 class Effort:
     """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
 
-    `in_flight` requests of a closed loop find the capacity: too few to fill the engines, and it is too low.
+    `of_knee`: the load is a share of the knee instead, where the command can find one. `in_flight` requests of a closed
+    loop find the capacity: too few to fill the engines, and it is too low.
     """
 
     pairs: int = 4
@@ -45,6 +46,7 @@ class Effort:
     load: float = 0.9
     rate: float | None = None
     in_flight: int = PROBE_CONCURRENCY
+    of_knee: bool = False
 
 
 def run_compare(

@@ -1,6 +1,7 @@
 """The comparison of real engines, with stand-ins in the place of vLLM, of vllm-router and of `moeserving`."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from aiohttp import web
 from moe_agent.engine_command import build_arguments
 from moe_agent.node import build_node
 from moe_bench.compare_command import Effort
@@ -23,9 +25,10 @@ from moe_bench.replay_command import Source
 from moe_bench.serving import __main__ as command
 from moe_bench.serving import bed, measurement
 from moe_bench.serving.bed import Stage, plan_stage
+from moe_bench.serving.knee import LEAST, MOST, PROBES, NoKnee, find_knee
 from moe_bench.serving.measurement import Measured, Side, Work, measure
 from moe_bench.serving.processes import DoesNotServe, read_cpu_s, resume, running, suspend
-from moe_bench.serving.report import build_document, describe, describe_goal, render
+from moe_bench.serving.report import build_document, describe, describe_goal, describe_slowdown, render
 from moe_bench.serving.stock import OURS, Program, Rival, check_comparable, plan_router, remove_ours
 from moe_operator.api import load_resource
 from moe_operator.local.folder import Folder
@@ -209,6 +212,7 @@ def rewrite(manifest: Path, changes: Iterable[tuple[str, str]]) -> None:
         (["--vllm-router", sys.executable, "--shape", "odd"], "shape: unknown 'odd'"),
         (["--vllm-router", sys.executable, "--trace", "nowhere"], "nowhere: cannot be read"),
         (["--vllm-router", sys.executable, "-f", "/nowhere"], "/nowhere: cannot be read"),
+        (["--vllm-router", sys.executable, "--knee", "--rate", "2"], "--rate: is given, so --knee has none to find"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_what_is_wrong(arguments, line):
@@ -337,6 +341,57 @@ async def test_the_load_follows_from_the_capacity_of_stock(server):
     found = await measure(*sides, server.url, Source(limit=200), effort, lambda _: None)
     assert found.rate == pytest.approx(found.capacities[0] * 0.5)
     assert found.capacities[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "share"),
+    [
+        # That of a queue with one server at 80, 100 and 120 % of the capacity.
+        (lambda load: 5.0 if load < 0.8 else 5.1, 0.8),
+        (lambda load: 1.0 / max(1e-9, 1.25 - load), 1.05),
+        (lambda load: math.exp(load / 1.2 * math.log(5.0)), 1.2),
+        # Outside of what is looked at: the bound.
+        (lambda load: 100.0, LEAST),
+        (lambda load: 1.0, MOST),
+    ],
+)
+async def test_the_knee_is_found_within_three_percent(slowdown, share):
+    asked = []
+
+    async def slowdown_at(rate: float) -> float:
+        asked.append(rate)
+        return slowdown(rate / 30.0)
+
+    assert await find_knee(slowdown_at, 30.0) == pytest.approx(30.0 * share, rel=0.03)
+    assert len(asked) == PROBES
+
+
+async def test_the_load_follows_from_the_knee_of_stock(server):
+    """A server that takes as long at any load has no knee: the greatest rate is what is left."""
+    sides = [Side(policy=policy, url=server.url, processes=()) for policy in (SIDES.stock, SIDES.ours)]
+    effort = Effort(pairs=1, piece_s=0.5, load=0.5, of_knee=True)
+    server.first_token_s = 0.02
+    said: list[str] = []
+    found = await measure(*sides, server.url, Source(limit=400), effort, said.append)
+    assert 0.02 <= found.alone_s < 1.0
+    assert 0.5 * LEAST < found.rate / found.capacities[0] <= 0.5 * MOST
+    assert sum("times that" in line for line in said) == PROBES
+    assert [row.label for row in found.work] == ["stock", "ours"]
+    assert "mean TTFT over that of requests alone under A" in describe_slowdown(found)[0]
+    prompts = [tuple(body["prompt"][:16]) for body in server.asked]
+    pairs = 2 * len(found.pairs[0].stock.outcomes)
+    assert not set(prompts[:-pairs]) & set(prompts[-pairs:])
+
+
+async def test_no_knee_is_named_where_requests_fail(server):
+    sides = [Side(policy=policy, url=server.url, processes=()) for policy in (SIDES.stock, SIDES.ours)]
+
+    async def refuse(*_):
+        return web.Response(status=503)
+
+    server.misbehave = refuse
+    with pytest.raises(NoKnee, match="no knee can be found: HTTP 503"):
+        await measure(*sides, server.url, Source(limit=40), Effort(piece_s=0.1, of_knee=True), lambda _: None)
 
 
 async def test_no_prompt_is_sent_twice_by_what_is_measured_and_what_is_not(server):

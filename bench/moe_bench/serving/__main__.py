@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_scheduling.problems import InvalidInput, unknown_choice
+from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
 
 from moe_bench.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
 from moe_bench.compare_command import Effort
@@ -18,6 +18,7 @@ from moe_bench.narration import Narrator
 from moe_bench.replay_command import Source, check_source, write_json
 from moe_bench.server import run_async
 from moe_bench.serving.bed import plan_stage, standing
+from moe_bench.serving.knee import NoKnee
 from moe_bench.serving.measurement import measure
 from moe_bench.serving.processes import DoesNotServe
 from moe_bench.serving.report import build_document, describe, render
@@ -45,7 +46,13 @@ def main(
     shape: ShapeName = "random",
     pairs: Annotated[int, typer.Option(min=1, help="Pieces of the workload, each on both sides.")] = 8,
     piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 40.0,
-    load: Annotated[float, typer.Option(min=0.05, max=2, help="Arrivals as a share of stock's capacity.")] = 0.9,
+    load: Annotated[
+        float | None,
+        typer.Option(min=0.05, max=2, help="Arrivals as a share of stock's capacity (0.9) or of its knee (1.0)."),
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Find the rate at which stock's mean TTFT is 5 times that of requests alone.")
+    ] = False,
     rate: Annotated[float | None, typer.Option(help="Arrivals a second, instead of a measured load.")] = None,
     in_flight: InFlight = 32,
     seed: Seed = 0,
@@ -57,19 +64,23 @@ def main(
     if policy not in POLICIES:
         raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
     environment = read_machine(read_version(vllm_router), policy) if vllm_router else read_machine(*NOT_USED)
+    if knee and rate is not None:
+        raise InvalidInput([Problem("--rate", "is given, so --knee has none to find; leave out one of them")])
     source = Source(
         trace=trace, trace_format=trace_format, shape=shape, limit=None if trace else GENERATED_REQUESTS, seed=seed,
         scale=scale, max_tokens=max_tokens,
     )  # fmt: skip
     check_source(source)
-    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
+    effort = Effort(
+        pairs=pairs, piece_s=piece_s, load=load or (1.0 if knee else 0.9), rate=rate, in_flight=in_flight, of_knee=knee
+    )
     stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy), piece_s)
     say = Narrator()
     try:
         with stopped_by_signals(), standing(stage, say) as bed:
             sides = Sides(stock=bed.stock.policy, ours=bed.ours.policy)
             measured = run_async(measure(bed.stock, bed.ours, bed.engine_url, source, effort, say))
-    except DoesNotServe as error:
+    except (DoesNotServe, NoKnee) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     say.console.print(render(measured, sides, environment))

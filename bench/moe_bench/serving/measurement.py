@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from moe_bench.compare_command import PROBE_SALT, Effort, find_rate
 from moe_bench.comparison import (
@@ -23,17 +24,19 @@ from moe_bench.comparison import (
     plan_pieces,
     probe_capacity,
 )
-from moe_bench.replay import Load, Run
+from moe_bench.replay import Load, Run, replay_closed
 from moe_bench.replay_command import Source, prepare_load, read_source
+from moe_bench.serving.knee import find_knee, read_ttft_s
 from moe_bench.serving.processes import read_cpu_s, resume, suspend
 from moe_bench.streaming import Endpoint
-from moe_bench.traces import TraceRequest
+from moe_bench.traces import TraceRequest, speed_up
 
 WARM_UP_S = 8.0
 # After a side goes on: its gateway and its health checks find their engines again.
 SETTLE_S = 3.0
-# A number of a pair that no comparison reaches: the warm-up's prompts are its own.
+# Numbers of pairs that no comparison reaches: the prompts of the warm-up and of the search for the knee are their own.
 _WARM_UP = 1 << 18
+_KNEE = 1 << 17
 
 Say = Callable[[str], None]
 
@@ -64,12 +67,14 @@ class Measured:
     Attributes:
         rate: arrivals a second.
         capacities: requests a second of a closed loop, of A and of B; None when the rate was given.
+        alone_s: mean TTFT of requests that A serves one at a time; None when no knee was looked for.
     """
 
     pairs: tuple[Pair, ...]
     rate: float
     capacities: tuple[float, float] | None
     work: tuple[Work, ...]
+    alone_s: float | None = None
 
     @property
     def idle_cores(self) -> float:
@@ -148,13 +153,17 @@ async def _measure_in_turns(
     turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], seed: int, effort: Effort, say: Say
 ) -> Measured:
     await warm_up(turns, sides, requests, seed, say, effort.in_flight)
-    capacities = None
+    capacities = alone_s = None
     if (rate := effort.rate) is None:
         capacities, rate = await find_load(turns, sides, requests, effort, say)
+        if effort.of_knee:
+            alone_s, rate = await find_knee_load(turns, sides[0], requests, capacities[0], seed, effort, say)
     pieces = plan_pieces(requests, pairs=effort.pairs, piece_s=effort.piece_s, rate=rate, seed=seed)
     policies = Sides(stock=sides[0].policy, ours=sides[1].policy)
     pairs = await compare(Plan(pieces=pieces, seed=seed), turns.switch, turns.measure, say, policies)
-    return Measured(pairs=pairs, rate=rate, capacities=capacities, work=tuple(turns.work))
+    # What the search for the knee took is no part of the pairs.
+    work = tuple(turns.work[-2 * len(pairs) :])
+    return Measured(pairs=pairs, rate=rate, capacities=capacities, work=work, alone_s=alone_s)
 
 
 async def warm_up(
@@ -180,3 +189,31 @@ async def find_load(
     capacity = await probe_capacity(requests, load, effort.piece_s, effort.in_flight)
     say(f"for comparison: capacity {capacity:.2f} requests/s under {ours.policy.brief}")
     return (rate / effort.load, capacity), rate
+
+
+async def find_knee_load(
+    turns: Turns, stock: Side, requests: tuple[TraceRequest, ...], capacity: float, seed: int, effort: Effort, say: Say
+) -> tuple[float, float]:
+    """A's mean TTFT of requests alone, in seconds, and the rate of arrivals, a share of A's knee.
+
+    Raises:
+        NoKnee: a request failed.
+    """
+    await turns.switch(stock.policy)
+    (piece,) = plan_pieces(requests, pairs=1, piece_s=effort.piece_s, rate=capacity, seed=seed + 1)
+    salts = (build_salt(seed, _KNEE + number, 0) for number in range(_KNEE))
+    # One token each: the answer is no part of the TTFT, and takes most of the time.
+    short = [replace(request, output_tokens=1) for request in piece]
+    alone, _ = await replay_closed(short, turns.load_of(stock.policy.label).salted(next(salts)), 1, inf)
+    alone_s = read_ttft_s(alone)
+    say(f"requests alone, under {stock.policy.brief}: mean TTFT {alone_s * 1e3:.0f} ms")
+
+    async def slowdown_at(rate: float) -> float:
+        slowdown = read_ttft_s(await turns.measure(speed_up(piece, rate / capacity), next(salts))) / alone_s
+        say(f"at {rate:.2f} requests/s {slowdown:.1f} times that")
+        return slowdown
+
+    knee = await find_knee(slowdown_at, capacity)
+    rate = knee * effort.load
+    say(f"knee at {knee:.2f} requests/s, {knee / capacity:.0%} of the capacity; arrivals at {rate:.2f} requests/s")
+    return alone_s, rate

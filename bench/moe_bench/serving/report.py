@@ -35,6 +35,7 @@ def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
     """The lines under the table: the goal, and what could have disturbed the measurement."""
     return [
         describe_goal(compare_metrics(measured.pairs)),
+        *describe_slowdown(measured),
         f"the side whose turn it was not was suspended; it took {measured.idle_cores:.3f} cores on average",
         *warn(measured, environment),
     ]
@@ -48,6 +49,17 @@ def describe_goal(comparisons: Sequence[Comparison]) -> str:
         return f"{goal} was not measured"
     reached = ratio.value <= GOAL and not ratio.covers(1.0)
     return f"{goal} is {'reached' if reached else 'not reached'}: {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def describe_slowdown(measured: Measured) -> list[str]:
+    """How many times slower than alone the requests of the pairs got their first token, where that is known."""
+    means = {row.metric: row for row in compare_metrics(measured.pairs)}[MEANT]
+    if measured.alone_s is None:
+        return []
+    times = [
+        f"{side} {value / (measured.alone_s * 1e3):.1f}" for side, value in (("A", means.stock), ("B", means.ours))
+    ]
+    return [f"mean TTFT over that of requests alone under A ({measured.alone_s * 1e3:.0f} ms): {', '.join(times)}"]
 
 
 def warn(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
@@ -77,6 +89,7 @@ def build_document(
         **build_comparison_document(measured.pairs, source, effort, measured.rate, sides),
         "goal": {"metric": MEANT, "ratio": GOAL, "says": describe_goal(compare_metrics(measured.pairs))},
         "capacities": measured.capacities,
+        "alone_s": measured.alone_s,
         "work": [asdict(row) for row in measured.work],
         "idle_cores": measured.idle_cores,
         "stock_commands": {name: list(command) for name, command in commands.items()},

@@ -1,17 +1,24 @@
 """What the telemetry costs an engine at each step: the goal is less than 20 microseconds, gathering included.
 
-Run by `python -m moe_bench`. The scheduler is vLLM's with our class; 1, 64 or 256 requests decode in it.
+Run by `python -m moe_bench`. The scheduler is vLLM's with our class; 1, 64 or 256 requests decode in it. Another
+process watches its page as an agent does.
 """
 
+import asyncio
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_agent.bell import Bell, bell_path
+from moe_agent.feed import Feed
 from moe_agent.pages import RUN_DIR_VARIABLE, Control, ControlPageWriter, RankPageReader
 from moe_agent.step_time import StepTimeFit
+from moe_agent.telemetry import RankPages
 from moe_scheduling.request import RequestSettings
 
 from moe_bench.rows import Row
@@ -28,10 +35,32 @@ def run() -> Iterator[Row]:
         run_dir = Path(folder)
         os.environ[RUN_DIR_VARIABLE] = folder
         try:
-            with ControlPageWriter(run_dir, Control(version=1, request=RequestSettings())):
+            with ControlPageWriter(run_dir, Control(version=1, request=RequestSettings())), _watched(run_dir):
                 yield from _measure(run_dir)
         finally:
             del os.environ[RUN_DIR_VARIABLE]
+
+
+@contextmanager
+def _watched(run_dir: Path) -> Iterator[None]:
+    watcher = multiprocessing.get_context("spawn").Process(target=_watch, args=(run_dir,), daemon=True)
+    watcher.start()
+    while not bell_path(run_dir).exists():
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.join()
+
+
+def _watch(run_dir: Path) -> None:
+    async def watch() -> None:
+        with Bell(run_dir) as bell:
+            async for _ in Feed(bell, RankPages(run_dir, range(1)).fingerprint, lambda: b"").watch():
+                pass
+
+    asyncio.run(watch())
 
 
 def _measure(run_dir: Path) -> Iterator[Row]:

@@ -41,7 +41,7 @@ class SignalPlan:
     source: SignalSource = SignalSource.AGENT
     # The agent's watch stream: at most one line each 10 ms (docs/interfaces.md).
     period_s: float = 0.01
-    # The agent polls the page each 5 ms, half of that on average, and the network is next to nothing beside it.
+    # The engine rings for its agent (docs/adr/0019): a wake-up, a line and the network, at most.
     delay_s: float = 0.003
     losses: Sequence[Loss] = ()
 

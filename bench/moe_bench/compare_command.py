@@ -37,8 +37,8 @@ Say = Callable[[str], None]
 class Effort:
     """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
 
-    `of_knee`: the load is a share of the knee instead, where the command can find one. `in_flight` requests of a closed
-    loop find the capacity: too few to fill the engines, and it is too low.
+    `of_knee`: the load is a share of the knee instead (`moe_bench.serving`). `in_flight` requests of a closed loop find
+    the capacity: too few to fill the engines, and it is too low.
     """
 
     pairs: int = 4
@@ -82,9 +82,14 @@ async def measure_pairs(
     return pairs, rate
 
 
+async def find_capacity(requests: tuple[TraceRequest, ...], load: Load, effort: Effort) -> float:
+    """Requests a second of a closed loop."""
+    return await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
+
+
 async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Effort, say: Say) -> float:
     """A share of the measured capacity: only where requests wait does their order matter."""
-    capacity = await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
+    capacity = await find_capacity(requests, load, effort)
     rate = capacity * effort.load
     say(
         f"capacity {capacity:.2f} requests/s; arrivals at {effort.load:.0%} of it, {rate:.2f} requests/s: "

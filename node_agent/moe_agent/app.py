@@ -8,13 +8,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from ipaddress import ip_address
 
 from aiohttp import web
 from moe_scheduling.problems import InvalidInput, Problem
 
-from moe_agent.bell import Bell
+from moe_agent.bell import Announcements, Bell, Ticks
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.engine_command import build_command, build_environment
@@ -40,9 +41,13 @@ async def run_agent(config: AgentConfig) -> None:
     tokens = ControlTokens(config.token_file)
     node = with_own_address(build_node(config.engine, os.environ))
     prepare_run_dir(config)
-    bell = hang_bell(config)
+    with closing(hang_bell(config)) as bell:
+        await _run(config, tokens, node, bell)
+
+
+async def _run(config: AgentConfig, tokens: ControlTokens, node: Node, bell: Announcements) -> None:
     ranks = RankPages(config.run_dir, node.ranks)
-    control = ControlPage(config.run_dir, config.request, config.expert, ranks)
+    control = ControlPage(config.run_dir, config.request, config.expert, ranks, bell.ring)
     experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
 
     def forget() -> None:
@@ -63,7 +68,6 @@ async def run_agent(config: AgentConfig) -> None:
     finally:
         server.end_streams()
         await runner.cleanup()
-        bell.close()
 
 
 def prepare_run_dir(config: AgentConfig) -> None:
@@ -74,12 +78,13 @@ def prepare_run_dir(config: AgentConfig) -> None:
         raise InvalidInput([Problem("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
 
 
-def hang_bell(config: AgentConfig) -> Bell:
-    """Hangs up the bell of the engine, or says why that cannot be."""
+def hang_bell(config: AgentConfig) -> Bell | Ticks:
+    """The bell of the engine, or what stands in for it where the file system can have none."""
     try:
         return Bell(config.run_dir)
     except OSError as error:
-        raise InvalidInput([Problem("run_dir", f"no FIFO can be made there: {error.strerror}")]) from None
+        log.warning("no FIFO can be made in %s (%s): pages are looked at now and then", config.run_dir, error.strerror)
+        return Ticks()
 
 
 def with_own_address(node: Node) -> Node:

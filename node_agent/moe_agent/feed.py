@@ -1,23 +1,23 @@
 """The watched stream of snapshots: one line for every change, made once for all who watch.
 
 Run by `moe_agent.server`. While anyone watches, one task waits for the bell, looks whether something has changed, and
-has the new line for everybody.
+makes the new line for everybody.
 
-Invariants: a watcher gets the state as of its begin, then the newest after each change: at most `LEAST_S` after it, or
-`LOOK_S` where nothing rang; lines are no closer than `LEAST_S`, and one comes at least each `MOST_S`. Who is slow
-misses lines, never the newest. The last line of a watch that is ended says what the state is then. Where a line cannot
-be made, all watches end with that error.
+Invariants: a watcher gets the state as of its begin, then the newest after each change: at most `LEAST_S` after it rang
+the bell, else `LOOK_S`; lines for all are no closer than `LEAST_S`, and one comes at least each `MOST_S`. Who is slow
+misses lines, never the newest. After `end` each watch has one more line, that of then. Where something goes wrong here,
+all watches end with that error, and the next one begins anew.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 
-from moe_agent.bell import Bell
+from moe_agent.bell import Announcements
 
 LEAST_S = 0.01
 MOST_S = 1.0
-# New settings ring no bell.
+# By itself, in case a ring is lost.
 LOOK_S = 0.25
 
 
@@ -25,68 +25,82 @@ class Feed:
     """See the module.
 
     Args:
-        bell: rings when a page has been written.
+        bell: rings when a page has been written, or when something has changed in the agent itself.
         fingerprint: differs when anything has changed.
         line: the state as of now.
     """
 
-    def __init__(self, bell: Bell, fingerprint: Callable[[], object], line: Callable[[], bytes]) -> None:
+    def __init__(self, bell: Announcements, fingerprint: Callable[[], object], line: Callable[[], bytes]) -> None:
         self._bell, self._fingerprint, self._line = bell, fingerprint, line
         self._watchers = 0
         self._looking: asyncio.Task[None] | None = None
-        self._next: asyncio.Future[None] | None = None
-        self._lines, self._newest = 0, b""
+        self._told: _Told
         self._ended = False
 
     def end(self) -> None:
         """Lets all watches end after a last line."""
         self._ended = True
+        self._bell.ring()
 
     async def watch(self) -> AsyncGenerator[bytes, None]:
         """Lines, the first at once; ends after `end`."""
         self._watchers += 1
-        if self._looking is None or self._looking.done():
-            self._next = asyncio.get_running_loop().create_future()
-            self._looking = asyncio.create_task(self._look(self._fingerprint()))
-        heard = self._lines
         try:
+            if self._looking is None or self._looking.done():
+                self._told = _Told(b"")
+                self._looking = asyncio.create_task(self._look(self._fingerprint()))
+            told = self._told
             yield self._line()
-            while not self._ended:
-                if heard == self._lines and self._next is not None:
-                    await asyncio.shield(self._next)
-                    continue
-                heard = self._lines
-                yield self._newest
-            yield self._line()
+            while not told.is_last:
+                told = await told.newer()
+                yield told.line
         finally:
             self._watchers -= 1
-            if self._watchers == 0 and self._looking is not None:
-                self._looking.cancel()
-                self._looking = None
+            if self._watchers == 0:
+                await self._stop()
+
+    async def _stop(self) -> None:
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            await asyncio.wait({looking})
 
     async def _look(self, seen: object) -> None:
         told_s = time.monotonic()
-        while True:
-            await self._bell.wait(LOOK_S)
-            # Steps that are shorter than this share a line.
-            if (early_s := told_s + LEAST_S - time.monotonic()) > 0.0:
-                await asyncio.sleep(early_s)
-            self._bell.hush()
-            now_s = time.monotonic()
-            if (found := self._fingerprint()) != seen or now_s - told_s >= MOST_S or self._ended:
-                seen, told_s = found, now_s
-                if not self._tell():
-                    return
-
-    def _tell(self) -> bool:
-        """Whether a line could be made."""
-        told, self._next = self._next, asyncio.get_running_loop().create_future()
-        assert told is not None
         try:
-            self._newest = self._line()
+            while not self._told.is_last:
+                await self._bell.wait(max(0.0, min(LOOK_S, told_s + MOST_S - time.monotonic())))
+                # Steps that are shorter than this share a line.
+                if (early_s := told_s + LEAST_S - time.monotonic()) > 0.0:
+                    await asyncio.sleep(early_s)
+                self._bell.hush()
+                found, now_s = self._fingerprint(), time.monotonic()
+                if found != seen or now_s - told_s >= MOST_S or self._ended:
+                    seen, told_s = found, now_s
+                    self._told = self._told.tell(_Told(self._line(), is_last=self._ended))
         except Exception as error:
-            told.set_exception(error)
-            return False
-        self._lines += 1
-        told.set_result(None)
-        return True
+            self._told.fail(error)
+
+
+class _Told:
+    """A line that was told, and where the one after it will be found."""
+
+    def __init__(self, line: bytes, *, is_last: bool = False) -> None:
+        self.line, self.is_last = line, is_last
+        self._following: asyncio.Future[_Told] = asyncio.get_running_loop().create_future()
+
+    def tell(self, following: "_Told") -> "_Told":
+        self._following.set_result(following)
+        return following
+
+    def fail(self, error: Exception) -> None:
+        self._following.set_exception(error)
+        # Seen, even where nobody is waiting for it.
+        self._following.exception()
+
+    async def newer(self) -> "_Told":
+        """The newest line after this one, awaited where there is none."""
+        newest = await asyncio.shield(self._following)
+        while newest._following.done():
+            newest = newest._following.result()
+        return newest

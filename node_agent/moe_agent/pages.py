@@ -4,7 +4,7 @@
 written by the agent and read by every rank. `experts-N.page` is written by the worker of rank N, where there is an
 expert group, and read by the rank's scheduler, which may be another process. `prefill-N.page` is written by the
 scheduler of rank N at every step where ranks step together, and read by the schedulers of the other ranks. All sides
-import this module, so it needs the standard library alone.
+import this module, so it needs the standard library alone. Who writes a rank's page rings for the agent (`bell.py`).
 
 Invariants: a page has one writer; it is put into place whole (renamed), so a reader never sees a page without header; a
 sequence number is odd while its writer writes and rises by two at each write; a checksum over the body makes a torn
@@ -24,6 +24,8 @@ from moe_scheduling.expert import ExpertMode, ExpertSettings
 from moe_scheduling.prefill import RankLoad
 from moe_scheduling.request import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
+
+from moe_agent.bell import BellRope
 
 MAGIC = b"MOESPAGE"
 LAYOUT_VERSION = 7
@@ -177,10 +179,11 @@ class RankState:
 
 
 class RankPageWriter(_Writer):
-    """The scheduler's side of `rank-N.page`."""
+    """The scheduler's side of `rank-N.page`; rings for the agent after each write."""
 
     def __init__(self, run_dir: Path, rank: int, state: RankState) -> None:
         super().__init__(rank_page_path(run_dir, rank), RANK_BODY)
+        self._rope = BellRope(run_dir)
         signal = state.signal
         self.write(
             pid=state.pid,
@@ -200,6 +203,7 @@ class RankPageWriter(_Writer):
             expert_pressure=signal.expert_pressure,
         )
         self.put_in_place()
+        self._rope.ring()
 
     def write(
         self,
@@ -242,6 +246,7 @@ class RankPageWriter(_Writer):
             expert_balance,
             expert_pressure,
         )
+        self._rope.ring()
 
 
 class RankPageReader(_Reader):

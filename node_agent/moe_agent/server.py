@@ -15,7 +15,7 @@ from moe_scheduling.problems import InvalidInput, Problem
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from moe_agent.bell import Bell
+from moe_agent.bell import Announcements
 from moe_agent.config import AgentConfig
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import parse_directive, write_directive
@@ -48,7 +48,7 @@ class AgentServer:
         ranks: RankPages,
         control: ControlPage,
         experts: PublishedExperts | None,
-        bell: Bell,
+        bell: Announcements,
     ) -> None:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
@@ -90,7 +90,7 @@ class AgentServer:
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
         if not watch:
-            return web.json_response(self.snapshot())
+            return web.Response(body=self._line(), content_type="application/json")
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await stream.prepare(request)
         async with aclosing(self._feed.watch()) as lines:

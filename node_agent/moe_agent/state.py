@@ -1,10 +1,8 @@
 """The agent's snapshot, one JSON document of the supervisor, the ranks' pages and the settings in force. Pure."""
 
+from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
-
-from moe_scheduling.expert import ExpertSettings
-from moe_scheduling.request import RequestSettings
-from moe_scheduling.signals import EngineSignal, StepTime
 
 from moe_agent.pages import Control, RankState
 from moe_agent.supervisor import Phase, Supervisor
@@ -44,9 +42,15 @@ def signal_age_s(state: RankState, ready: bool, now_s: float) -> float:
     return 0.0 if ready and state.idle else max(0.0, now_s - state.written_s)
 
 
-def _fields(values: RequestSettings | ExpertSettings | EngineSignal | StepTime) -> dict[str, Any]:
+def _fields(values: Any) -> dict[str, Any]:
     """As `dataclasses.asdict`, which copies each value deeply and takes ten times as long; made at each step."""
-    made = {name: getattr(values, name) for name in values.__dataclass_fields__}
-    if isinstance(line := made.get("step_time"), StepTime):
-        made["step_time"] = _fields(line)
+    made = {}
+    for name in _names(values.__class__):
+        value = getattr(values, name)
+        made[name] = _fields(value) if is_dataclass(value) else value
     return made
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

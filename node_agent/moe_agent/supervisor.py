@@ -78,7 +78,7 @@ class Supervisor:
         rules: times.
         headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
         on_restart: called before each start and after each end of the engine, when no engine lives.
-        on_change: called after each change of what is told here.
+        on_change: called after each change of the phase and each start of a process.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ Used by the HTTP server of `moe_agent.server` and by the supervisor, which calls
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,19 @@ class NotTaken:
 
 
 class ControlPage:
-    """Owner of the settings in force. They outlive the engine, not the agent."""
+    """Owner of the settings in force; they outlive the engine, not the agent. `on_change` is called after a change."""
 
-    def __init__(self, run_dir: Path, request: RequestSettings, expert: ExpertSettings, ranks: RankPages) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        request: RequestSettings,
+        expert: ExpertSettings,
+        ranks: RankPages,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         self._control = Control(version=1, request=request, expert=expert)
         self._writer = ControlPageWriter(run_dir, self._control)
-        self._ranks = ranks
+        self._ranks, self._on_change = ranks, on_change
         self._one_at_a_time = asyncio.Lock()
 
     @property
@@ -104,6 +112,7 @@ class ControlPage:
     def _put(self, **changed: Any) -> None:
         self._control = replace(self._control, version=self._control.version + 1, **changed)
         self._writer.write(self._control)
+        self._on_change()
 
     def _late_ranks(self) -> tuple[int, ...]:
         """An idle rank makes no step, but it reads the control page before its next decision, so it has taken it."""

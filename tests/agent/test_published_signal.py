@@ -1,9 +1,11 @@
 """What a rank publishes, recounted by hand at each step of vLLM's real scheduler in virtual time."""
 
+import os
 import random
 from typing import Any
 
 import pytest
+from moe_agent.bell import Bell, bell_path
 from moe_agent.pages import ExpertPageWriter, ExpertState, RankPageReader, RankState
 
 
@@ -53,6 +55,25 @@ def test_the_signal_equals_a_recount_at_each_step(make_engine, settings, page, s
         engine.step()
         check(engine, page())
     assert len(engine.finished_order) > 20
+
+
+def test_each_publish_rings_for_the_agent(make_engine, settings, page):
+    with Bell(settings.run_dir) as bell, bell_path(settings.run_dir).open("rb", buffering=0) as heard:
+        os.set_blocking(heard.fileno(), False)
+        engine = make_engine(seats=6, step_tokens=64, kv_blocks=400)
+        assert heard.read(), "the first page"
+        for publish in (
+            lambda: engine.add("a", 20, out=2),
+            lambda: engine.add("b", 20, out=20),
+            engine.step,
+            lambda: engine.abort("b"),
+        ):
+            before = page()
+            publish()
+            assert page() != before
+            assert heard.read()
+        assert heard.read() is None
+        bell.close()
 
 
 def test_the_signal_equals_a_recount_through_preemptions(make_engine, settings, page):

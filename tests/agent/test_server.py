@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from moe_agent import feed
 from moe_agent import server as server_module
 from moe_agent.bell import Bell
 from moe_agent.config import AgentConfig
@@ -80,8 +81,8 @@ class Agent:
         command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
         self.pages = RankPages(folder, range(ranks))
-        self.control = ControlPage(folder, self.config.request, self.config.expert, self.pages)
         self.bell = Bell(folder)
+        self.control = ControlPage(folder, self.config.request, self.config.expert, self.pages, self.bell.ring)
         self.supervisor = Supervisor(
             self.config.engine,
             command,
@@ -119,6 +120,12 @@ async def client(agent: Agent) -> AsyncIterator[TestClient[web.Request, web.Appl
 
 
 @pytest.fixture
+def only_the_bell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch sees nothing by looking now and then."""
+    monkeypatch.setattr(feed, "LOOK_S", 60.0)
+
+
+@pytest.fixture
 def ranks(agent: Agent) -> list[Rank]:
     return [Rank(agent.config.run_dir, number) for number in range(2)]
 
@@ -149,6 +156,7 @@ async def test_an_idle_rank_is_read_as_current_while_its_engine_is_ready(client,
     assert (await (await client.get("/v1/state")).json())["ranks"][0]["age_s"] >= 100.0
 
 
+@pytest.mark.usefixtures("only_the_bell")
 async def test_a_watch_has_the_state_now_then_each_change_and_one_a_second(client, ranks):
     async with client.get("/v1/state?watch=1") as answer:
         assert answer.content_type == "application/x-ndjson"
@@ -163,6 +171,7 @@ async def test_a_watch_has_the_state_now_then_each_change_and_one_a_second(clien
         assert (await line())["ranks"][0]["step"] == 3, "the one of the second without a change"
 
 
+@pytest.mark.usefixtures("only_the_bell")
 async def test_a_drain_reaches_a_watcher_before_the_engine_ends(client, ranks, agent):
     async with client.get("/v1/state?watch=1") as answer:
         assert json.loads(await answer.content.readline())["accepting"]
@@ -178,11 +187,23 @@ async def test_a_drain_reaches_a_watcher_before_the_engine_ends(client, ranks, a
     assert (await client.get("/healthz")).status == 200
 
 
-async def test_watches_end_when_the_agent_ends(client, agent):
+@pytest.mark.usefixtures("only_the_bell")
+async def test_new_settings_reach_a_watcher_at_once(client, monkeypatch):
+    monkeypatch.setattr(feed, "MOST_S", 60.0)
+    async with client.get("/v1/state?watch=1") as answer:
+        await answer.content.readline()
+        assert (await put(client, {"request": {"policy": "fcfs"}}))[0] == 200
+        state = json.loads(await asyncio.wait_for(answer.content.readline(), 10))
+    assert state["config"]["request"]["policy"] == "fcfs"
+
+
+@pytest.mark.usefixtures("only_the_bell")
+async def test_watches_end_when_the_agent_ends(client, agent, monkeypatch):
+    monkeypatch.setattr(feed, "MOST_S", 60.0)
     async with client.get("/v1/state?watch=1") as answer:
         await answer.content.readline()
         agent.server.end_streams()
-        assert await asyncio.wait_for(answer.content.read(), 10)
+        assert (await asyncio.wait_for(answer.content.read(), 10)).count(b"\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -246,6 +267,7 @@ async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_pat
         assert (ready.status, await ready.json()) == (503, {"phase": "starting"})
     loading.supervisor.request_kill()
     await asyncio.wait_for(task, 20)
+    loading.bell.close()
 
 
 async def put(client: Any, body: Any) -> tuple[int, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from moe_bench.compare_command import PROBE_SALT, Effort, find_rate
+from moe_bench.compare_command import Effort, find_capacity
 from moe_bench.comparison import (
     Pair,
     Plan,
@@ -155,9 +155,13 @@ async def _measure_in_turns(
     await warm_up(turns, sides, requests, seed, say, effort.in_flight)
     capacities = alone_s = None
     if (rate := effort.rate) is None:
-        capacities, rate = await find_load(turns, sides, requests, effort, say)
+        capacities = await find_capacities(turns, sides, requests, effort, say)
+        at, of = capacities[0], "capacity"
         if effort.of_knee:
-            alone_s, rate = await find_knee_load(turns, sides[0], requests, capacities[0], seed, effort, say)
+            alone_s, at = await find_stock_knee(turns, sides[0], requests, capacities[0], seed, effort, say)
+            of = "knee"
+        rate = at * effort.load
+        say(f"arrivals at {effort.load:.0%} of stock's {of}: {rate:.2f} requests/s")
     pieces = plan_pieces(requests, pairs=effort.pairs, piece_s=effort.piece_s, rate=rate, seed=seed)
     policies = Sides(stock=sides[0].policy, ours=sides[1].policy)
     pairs = await compare(Plan(pieces=pieces, seed=seed), turns.switch, turns.measure, say, policies)
@@ -177,27 +181,25 @@ async def warm_up(
         await probe_capacity(requests, load, WARM_UP_S, in_flight)
 
 
-async def find_load(
+async def find_capacities(
     turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], effort: Effort, say: Say
-) -> tuple[tuple[float, float], float]:
-    """The capacities of A and of B by the same closed loop, and the rate of arrivals, a share of A's."""
-    stock, ours = sides
-    await turns.switch(stock.policy)
-    rate = await find_rate(requests, turns.load_of(stock.policy.label), effort, say)
-    await turns.switch(ours.policy)
-    load = turns.load_of(ours.policy.label).salted(PROBE_SALT)
-    capacity = await probe_capacity(requests, load, effort.piece_s, effort.in_flight)
-    say(f"for comparison: capacity {capacity:.2f} requests/s under {ours.policy.brief}")
-    return (rate / effort.load, capacity), rate
+) -> tuple[float, float]:
+    """Those of A and of B by the same closed loop."""
+    found = []
+    for side in sides:
+        await turns.switch(side.policy)
+        found.append(await find_capacity(requests, turns.load_of(side.policy.label), effort))
+        say(f"capacity {found[-1]:.2f} requests/s under {side.policy.brief}")
+    return found[0], found[1]
 
 
-async def find_knee_load(
+async def find_stock_knee(
     turns: Turns, stock: Side, requests: tuple[TraceRequest, ...], capacity: float, seed: int, effort: Effort, say: Say
 ) -> tuple[float, float]:
-    """A's mean TTFT of requests alone, in seconds, and the rate of arrivals, a share of A's knee.
+    """A's mean TTFT of requests alone, in seconds, and A's knee, in requests a second.
 
     Raises:
-        NoKnee: a request failed.
+        NoKnee: none is near the capacity, or a request failed.
     """
     await turns.switch(stock.policy)
     (piece,) = plan_pieces(requests, pairs=1, piece_s=effort.piece_s, rate=capacity, seed=seed + 1)
@@ -214,6 +216,5 @@ async def find_knee_load(
         return slowdown
 
     knee = await find_knee(slowdown_at, capacity)
-    rate = knee * effort.load
-    say(f"knee at {knee:.2f} requests/s, {knee / capacity:.0%} of the capacity; arrivals at {rate:.2f} requests/s")
-    return alone_s, rate
+    say(f"knee at {knee:.2f} requests/s, {knee / capacity:.0%} of the capacity")
+    return alone_s, knee

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from moe_bench.compare_command import Effort, build_comparison_document
-from moe_bench.comparison import Comparison, Sides, compare_metrics, render_comparison
+from moe_bench.comparison import Comparison, Sides, compare_metrics, render_comparison, render_number
 from moe_bench.replay_command import Source
 from moe_bench.serving.measurement import Measured
 
@@ -53,12 +53,11 @@ def describe_goal(comparisons: Sequence[Comparison]) -> str:
 
 def describe_slowdown(measured: Measured) -> list[str]:
     """How many times slower than alone the requests of the pairs got their first token, where that is known."""
-    means = {row.metric: row for row in compare_metrics(measured.pairs)}[MEANT]
     if measured.alone_s is None:
         return []
-    times = [
-        f"{side} {value / (measured.alone_s * 1e3):.1f}" for side, value in (("A", means.stock), ("B", means.ours))
-    ]
+    means = next(row for row in compare_metrics(measured.pairs) if row.metric == MEANT)
+    values = (("A", means.stock), ("B", means.ours))
+    times = [f"{side} {render_number(value / (measured.alone_s * 1e3))}" for side, value in values]
     return [f"mean TTFT over that of requests alone under A ({measured.alone_s * 1e3:.0f} ms): {', '.join(times)}"]
 
 

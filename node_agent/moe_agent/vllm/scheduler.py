@@ -30,7 +30,6 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.bell import BellRope
 from moe_agent.pages import (
     RUN_DIR_VARIABLE,
     ControlPageReader,
@@ -114,7 +113,6 @@ class OrderedScheduler(AsyncScheduler):
         self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
-        self._rope = BellRope(Path(run_dir)) if run_dir else None
 
     # 1. Decide by the settings in force.
 
@@ -286,8 +284,8 @@ class OrderedScheduler(AsyncScheduler):
     # 3. Publish.
 
     def publish(self) -> None:
-        """Writes the page, if there is one, and rings for the agent."""
-        if self._page is None or self._rope is None:
+        """Writes the page, if there is one."""
+        if self._page is None:
             return
         self.take_experts()
         prefilling, prefill_tokens = self._prefill_left()
@@ -309,7 +307,6 @@ class OrderedScheduler(AsyncScheduler):
             expert_balance=self._experts.balance,
             expert_pressure=self._experts.pressure,
         )
-        self._rope.ring()
 
     def _prefill_left(self) -> tuple[int, int]:
         """Running requests whose prompt is not computed yet, and the tokens of it that are left.

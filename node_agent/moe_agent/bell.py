@@ -4,8 +4,8 @@ Without it the agent would have to look at the pages a hundred times a second, a
 shares its cores with the engine that is felt. The agent hangs the bell up before an engine starts and outlives the
 engine. The engine's side needs the standard library alone.
 
-Invariants: to ring never waits for anyone and never fails, whether it is heard or not; a ring that is lost delays what
-it would have told, since the agent looks by itself now and then (`moe_agent.feed`), and loses nothing.
+Invariants: to ring never waits for a listener and never fails, whether it is heard or not; a ring that is lost delays
+what it would have told, since the agent looks by itself now and then (`moe_agent.feed`), and loses nothing.
 """
 
 import asyncio

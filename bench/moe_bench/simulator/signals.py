@@ -41,7 +41,7 @@ class SignalPlan:
     source: SignalSource = SignalSource.AGENT
     # The agent's watch stream: at most one line each 10 ms (docs/interfaces.md).
     period_s: float = 0.01
-    # The engine rings for its agent (docs/adr/0019): a wake-up, a line and the network, at most.
+    # A wake-up of the agent (docs/adr/0019), a line, the network: rather less, assumed.
     delay_s: float = 0.003
     losses: Sequence[Loss] = ()
 

@@ -47,12 +47,13 @@ class Feed:
         self._watchers += 1
         try:
             if self._looking is None or self._looking.done():
-                self._told = _Told(b"")
+                self._told = _Told()
                 self._looking = asyncio.create_task(self._look(self._fingerprint()))
-            told = self._told
+            told, heard, ends = self._told, self._told.lines, False
             yield self._line()
-            while not told.is_last:
-                told = await told.newer()
+            while not ends:
+                heard = await told.newer(heard)
+                ends = told.is_last
                 yield told.line
         finally:
             self._watchers -= 1
@@ -77,30 +78,35 @@ class Feed:
                 found, now_s = self._fingerprint(), time.monotonic()
                 if found != seen or now_s - told_s >= MOST_S or self._ended:
                     seen, told_s = found, now_s
-                    self._told = self._told.tell(_Told(self._line(), is_last=self._ended))
+                    self._told.tell(self._line(), is_last=self._ended)
         except Exception as error:
             self._told.fail(error)
 
 
 class _Told:
-    """A line that was told, and where the one after it will be found."""
+    """What was told since somebody began to look; the newest line alone is kept, however slow a watcher is."""
 
-    def __init__(self, line: bytes, *, is_last: bool = False) -> None:
-        self.line, self.is_last = line, is_last
-        self._following: asyncio.Future[_Told] = asyncio.get_running_loop().create_future()
+    def __init__(self) -> None:
+        self.lines, self.line, self.is_last = 0, b"", False
+        self._error: Exception | None = None
+        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def tell(self, following: "_Told") -> "_Told":
-        self._following.set_result(following)
-        return following
+    def tell(self, line: bytes, *, is_last: bool) -> None:
+        self.lines, self.line, self.is_last = self.lines + 1, line, is_last
+        self._wake()
 
     def fail(self, error: Exception) -> None:
-        self._following.set_exception(error)
-        # Seen, even where nobody is waiting for it.
-        self._following.exception()
+        self._error = error
+        self._wake()
 
-    async def newer(self) -> "_Told":
-        """The newest line after this one, awaited where there is none."""
-        newest = await asyncio.shield(self._following)
-        while newest._following.done():
-            newest = newest._following.result()
-        return newest
+    async def newer(self, heard: int) -> int:
+        """How many lines there are, once there are more than `heard`."""
+        while self.lines == heard:
+            if self._error is not None:
+                raise self._error
+            await asyncio.shield(self._news)
+        return self.lines
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.get_running_loop().create_future()
+        news.set_result(None)

@@ -195,6 +195,7 @@ async def test_who_is_slow_misses_lines_but_not_the_newest(tmp_path, feed, state
             rope.ring()
             assert await newest(quick) == b"%d" % step
         assert await newest(slow) == b"3"
+        assert state.made == 5
 
 
 @pytest.mark.usefixtures("only_the_bell")

@@ -1,8 +1,8 @@
 """What the telemetry costs an engine at each step: the goal is less than 20 microseconds, gathering included.
 
 Run by `python -m moe_bench`. The scheduler is vLLM's with our class; 1, 64 or 256 requests decode in it. Its bell
-rings, and nobody listens: steps here follow one another at once, and an agent listens again 10 ms after it has heard
-something. What a ring costs that wakes somebody is a row of its own.
+rings, and nobody listens: steps here follow one another at once, and an agent listens to one ring in 10 ms. What a ring
+costs that wakes somebody is a row of its own.
 """
 
 import asyncio

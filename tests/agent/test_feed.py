@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from moe_agent import feed as feed_module
-from moe_agent.app import hang_bell
+from moe_agent.app import build_supervisor, hang_bell
 from moe_agent.bell import Bell, BellRope, Ticks, bell_path
 from moe_agent.config import AgentConfig
 from moe_agent.feed import Feed
+from moe_agent.node import build_node
+from moe_agent.supervisor import Phase
 
 LONG_S = 20.0
 
@@ -125,6 +127,23 @@ def test_where_there_can_be_no_bell_the_agent_looks_often(tmp_path, caplog):
     )
     assert isinstance(hang_bell(config), Ticks)
     assert "no FIFO can be made" in caplog.text
+
+
+async def test_a_change_of_the_phase_is_told_by_the_supervisor_that_the_agent_builds(tmp_path):
+    config = AgentConfig.model_validate(
+        {
+            "run_dir": tmp_path,
+            "listen": {"port": 1},
+            "token_file": tmp_path / "token",
+            "engine": {"port": 2, "model": "m", "served_name": "m"},
+        }
+    )
+    told: list[Phase] = []
+    supervisor = build_supervisor(
+        config, build_node(config.engine, {}), lambda: None, lambda: told.append(supervisor.phase)
+    )
+    supervisor.request_drain()
+    assert told == [Phase.DRAINING]
 
 
 async def test_without_a_bell_a_change_is_seen_all_the_same(state, monkeypatch):

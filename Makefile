@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
 EXTRAS := gateway,operator,agent,cpu,bench,dev
-SOURCES := scheduling gateway node_agent kernels operator bench tests
+SOURCES := scheduling contract gateway node_agent kernels operator bench tests
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
@@ -53,33 +53,33 @@ test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Lin
 generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values, the README's figures
 	$(BIN)/python -m moe_operator.api.crd --write
 	$(BIN)/python charts/generate.py --write
-	$(BIN)/python -m moe_bench.experiments.readme --write
+	$(BIN)/python -m moe_lab.experiments.readme --write
 
 verify: $(STAMP) ## Fail when a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python charts/generate.py --check
-	$(BIN)/python -m moe_bench.experiments.readme --check
+	$(BIN)/python -m moe_lab.experiments.readme --check
 
 bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry; gateway and operator have targets of their own
-	$(BIN)/python -m moe_bench
+	$(BIN)/python -m moe_lab
 
 bench-gateway: $(STAMP) $(ROUTER)/.ready ## The gateway and vllm-router, side by side
-	$(BIN)/python -m moe_bench.gateway --vllm-router $(ROUTER)/bin/vllm-router
+	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
 
 bench-serving: $(STAMP) $(ROUTER)/.ready ## MoEServing and stock vLLM behind vllm-router, on real engines of this machine (ARGS="--pairs 12")
 	$(BIN)/moeserving model tiny .cache/models/tiny
-	$(BIN)/python -m moe_bench.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
+	$(BIN)/python -m moe_lab.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
 
 bench-operator: $(STAMP) ## The operator under 1,000 resources, against a real API server
 	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \
 	kubeconfig=$$($(BIN)/python tests/cluster up --state-dir $$folder/state); \
-	$(BIN)/python -m moe_bench.reconciling --kubeconfig $$kubeconfig
+	$(BIN)/python -m moe_lab.reconciling --kubeconfig $$kubeconfig
 
 WORKERS ?= $(shell nproc)
 
 experiments: $(STAMP) ## Run what is missing of the simulator's experiments, then write docs/results (TRACES=DIR with the public traces)
-	$(BIN)/moeserving experiments run --workers $(WORKERS) $(if $(TRACES),--traces $(TRACES))
-	$(BIN)/moeserving experiments report
+	$(BIN)/python -m moe_lab.experiments run --workers $(WORKERS) $(if $(TRACES),--traces $(TRACES))
+	$(BIN)/python -m moe_lab.experiments report
 
 validate-simulator: $(STAMP) ## The same requests on a real CPU engine and in the simulator: mean TTFT and order side by side
 	$(BIN)/moeserving model tiny .cache/models/tiny

@@ -5,11 +5,11 @@ from typing import Protocol
 
 import orjson
 from aiohttp import web
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_gateway.configuration import InForce, parse_change, parse_document
 from moe_gateway.control_tokens import ControlTokens
-from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
 from moe_gateway.state import build_state
 
@@ -79,7 +79,7 @@ class Admin:
     def _authorised(self, handler: "Handler") -> "Handler":
         async def checked(request: web.Request) -> web.StreamResponse:
             if not self._tokens.allow(request.headers.get("Authorization", "")):
-                return _problems(401, [Problem("Authorization", "the deployment's control token is needed")])
+                return _problems(401, [InputError("Authorization", "the deployment's control token is needed")])
             return await handler(request)
 
         return checked
@@ -88,6 +88,6 @@ class Admin:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _problems(status: int, problems: "list[Problem] | tuple[Problem, ...]") -> web.Response:
+def _problems(status: int, problems: "list[InputError] | tuple[InputError, ...]") -> web.Response:
     rows = [{"path": problem.path, "message": problem.message} for problem in problems]
     return web.Response(status=status, body=orjson.dumps({"errors": rows}), content_type=JSON)

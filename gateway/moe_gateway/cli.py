@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 import uvloop
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
 
 from moe_gateway.configuration import load_config
 from moe_gateway.control_tokens import ControlTokens

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import orjson
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors
-from moe_scheduling.request import RequestSettings
+from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
+from moe_contract.input_errors import InputError, InvalidInput, Location, errors_from_pydantic
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from moe_gateway.config import EngineAddress, GatewayConfig, Group
 
 Model = TypeVar("Model", bound=BaseModel)
 FOUND_BY_DISCOVERY = "the engines are found by discovery, so there is no list of them; known: groups"
@@ -70,7 +69,7 @@ def load_config(path: Path) -> GatewayConfig:
     _check_names(config.engines)
     if config.discovery is not None:
         if config.engines:
-            raise InvalidInput([Problem("engines", FOUND_BY_DISCOVERY)])
+            raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])
         _check_services(config.discovery.groups)
     return config if config.settings_file is None else _lay_over(config, config.settings_file)
 
@@ -81,11 +80,11 @@ def _lay_over(config: GatewayConfig, path: Path) -> GatewayConfig:
     except FileNotFoundError:
         return config
     except OSError as error:
-        raise InvalidInput([Problem("settings_file", f"cannot read {path}: {error.strerror}")]) from None
+        raise InvalidInput([InputError("settings_file", f"cannot read {path}: {error.strerror}")]) from None
     try:
         settings = _parse_settings(_Settings, parse_document(text), build_in_force(config))
     except InvalidInput as error:
-        raise InvalidInput([Problem("settings_file", f"{path}: {problem}") for problem in error.problems]) from None
+        raise InvalidInput([InputError("settings_file", f"{path}: {problem}") for problem in error.problems]) from None
     changed: dict[str, Any] = {"dispatch": settings.dispatch, "request": settings.request}
     if config.discovery is not None:
         changed["discovery"] = config.discovery.model_copy(update={"groups": settings.groups})
@@ -97,9 +96,9 @@ def read_file(path: Path, problem_path: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidInput([Problem(problem_path, f"cannot read {path}: {error.strerror}")]) from None
+        raise InvalidInput([InputError(problem_path, f"cannot read {path}: {error.strerror}")]) from None
     except ValueError:
-        raise InvalidInput([Problem(problem_path, f"no file can be named {str(path)!r}")]) from None
+        raise InvalidInput([InputError(problem_path, f"no file can be named {str(path)!r}")]) from None
 
 
 def parse_document(text: bytes) -> object:
@@ -107,7 +106,7 @@ def parse_document(text: bytes) -> object:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise InvalidInput([Problem("", f"not JSON: {error}")]) from None
+        raise InvalidInput([InputError("", f"not JSON: {error}")]) from None
 
 
 def parse_change(document: object, current: InForce) -> InForce:
@@ -118,7 +117,7 @@ def parse_change(document: object, current: InForce) -> InForce:
     """
     if isinstance(document, dict):
         if current.groups is not None and "engines" in document:
-            raise InvalidInput([Problem("engines", FOUND_BY_DISCOVERY)])
+            raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])
         document = {"engines": current.document().get("engines", []), **document}
     change = _parse_settings(_Change, document, current)
     _check_names(change.engines)
@@ -133,7 +132,7 @@ def _parse_settings(model: type[Settings], document: object, current: InForce) -
     """Fields that are left out keep their value."""
     if isinstance(document, dict):
         if current.groups is None and "groups" in document:
-            raise InvalidInput([Problem("groups", "there are none: the engines are a fixed list here")])
+            raise InvalidInput([InputError("groups", "there are none: the engines are a fixed list here")])
         present = current.document()
         for name in ("dispatch", "request"):
             if isinstance(document.get(name, {}), dict):
@@ -147,24 +146,24 @@ def _parse_settings(model: type[Settings], document: object, current: InForce) -
 def _check_names(engines: tuple[EngineAddress, ...]) -> None:
     names = [address.name for address in engines]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidInput([Problem("engines", f"name used twice: {', '.join(twice)}")])
+        raise InvalidInput([InputError("engines", f"name used twice: {', '.join(twice)}")])
 
 
 def _check_services(groups: tuple[Group, ...]) -> None:
     services = [group.service for group in groups]
     if twice := sorted({name for name in services if services.count(name) > 1}):
-        raise InvalidInput([Problem("groups", f"service named twice: {', '.join(twice)}")])
+        raise InvalidInput([InputError("groups", f"service named twice: {', '.join(twice)}")])
 
 
 def parse_model(model: type[Model], document: object) -> Model:
     """Validates; errors become problems with the nearest known names."""
     if not isinstance(document, dict):
-        raise InvalidInput([Problem("", f"a JSON object is needed, got {type(document).__name__}")])
+        raise InvalidInput([InputError("", f"a JSON object is needed, got {type(document).__name__}")])
     try:
         return model.model_validate(document)
     except ValidationError as error:
         rows = error.errors(include_url=False)
-        raise InvalidInput(problems_from_errors(rows, lambda location: _fields_at(model, location))) from None
+        raise InvalidInput(errors_from_pydantic(rows, lambda location: _fields_at(model, location))) from None
 
 
 def _fields_at(model: type[BaseModel], location: Location) -> Iterable[str]:

@@ -12,19 +12,19 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
 
 from moe_gateway.admin import Admin
-from moe_gateway.client import ClientConnection
-from moe_gateway.config import EngineAddress, GatewayConfig
 from moe_gateway.configuration import InForce, build_in_force
 from moe_gateway.control_tokens import ControlTokens
-from moe_gateway.discovery import connect
-from moe_gateway.dispatcher import Dispatcher
-from moe_gateway.endpoints import Endpoint
-from moe_gateway.exchange import Exchange, Surroundings
-from moe_gateway.ledger import Ledger
-from moe_gateway.signals import watch_engine
-from moe_gateway.upstream import Pool
+from moe_gateway.engines.discovery import connect
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.endpoints import Endpoint
+from moe_gateway.engines.signals import watch_engine
+from moe_gateway.http.client import ClientConnection
+from moe_gateway.http.upstream import Pool
+from moe_gateway.ledger import RequestStats
+from moe_gateway.request.exchange import Exchange, ExchangeContext
 
 CHECK_PERIOD_S = 0.1
 BACKLOG = 4096
@@ -46,7 +46,7 @@ class Gateway:
         self.clock = time.monotonic
         # Gateways that share engines do not begin their rounds at the same one.
         first_turn = secrets.randbelow(1 << 16)
-        self.dispatcher = Dispatcher(config, Ledger(self.clock()), first_turn=first_turn)
+        self.dispatcher = Dispatcher(config, RequestStats(self.clock()), first_turn=first_turn)
         self.in_force = build_in_force(config)
         self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
         self._discovering: asyncio.Task[None] | None = None
@@ -59,7 +59,7 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
         self._request_id_prefix = secrets.token_hex(4)
-        self._surroundings = Surroundings(
+        self._surroundings = ExchangeContext(
             dispatcher=self.dispatcher,
             pool_of=self._pool_of,
             clock=self.clock,

@@ -35,7 +35,7 @@ class Histogram:
         return rows
 
 
-class Ledger:
+class RequestStats:
     """One for a gateway.
 
     Attributes:

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.ledger import Histogram
 
 PREFIX = "moeserving_gateway_"
@@ -37,7 +37,7 @@ class GatewayCollector(Collector):
         yield CounterMetricFamily(PREFIX + "retries", "Requests sent a second time.", value=ledger.retried)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=self._dispatcher.held)
         share = "Own part of the requests that the engines have; less than 1 beside other gateways."
-        yield GaugeMetricFamily(PREFIX + "own_share", share, value=self._dispatcher.own_share)
+        yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=self._dispatcher.traffic_share)
         yield from self._demand()
         yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", ledger.ttft)
         yield _histogram(

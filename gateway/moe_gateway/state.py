@@ -6,7 +6,7 @@ from typing import Any
 from moe_scheduling.signals import Target
 
 from moe_gateway.configuration import InForce
-from moe_gateway.dispatcher import Dispatcher
+from moe_gateway.engines.dispatcher import Dispatcher
 
 
 def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:

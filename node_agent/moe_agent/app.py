@@ -13,17 +13,17 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from aiohttp import web
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.agent_config import AgentConfig
+from moe_contract.input_errors import InputError, InvalidInput
 
-from moe_agent.bell import Announcements, Bell, Ticks
-from moe_agent.config import AgentConfig
+from moe_agent.api.server import AgentServer
 from moe_agent.control_tokens import ControlTokens
-from moe_agent.engine_command import build_command, build_environment
 from moe_agent.experts.published import PublishedExperts
-from moe_agent.node import Node, build_node
-from moe_agent.server import AgentServer
-from moe_agent.supervisor import Supervisor
-from moe_agent.telemetry import ControlPage, RankPages
+from moe_agent.shared_memory.notifier import Announcements, Bell, Ticks
+from moe_agent.shared_memory.telemetry import ControlPage, RankPages
+from moe_agent.supervisor.engine_command import build_command, build_environment
+from moe_agent.supervisor.node import Node, build_node
+from moe_agent.supervisor.supervisor import Supervisor
 from moe_agent.vllm.version import is_cpu_build
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def prepare_run_dir(config: AgentConfig) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInput([Problem("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
+        raise InvalidInput([InputError("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
 
 
 def hang_bell(config: AgentConfig) -> Bell | Ticks:
@@ -95,7 +95,7 @@ def with_own_address(node: Node) -> Node:
         return replace(node, leader=socket.gethostbyname(socket.gethostname()))
     except OSError as error:
         message = f"the leader's own name {socket.gethostname()!r} has no address: {error.strerror}"
-        raise InvalidInput([Problem("engine.nodes", message)]) from None
+        raise InvalidInput([InputError("engine.nodes", message)]) from None
 
 
 def is_address(text: str) -> bool:
@@ -139,7 +139,7 @@ def check_library(name: str) -> None:
         ctypes.CDLL(name)
     except OSError:
         message = f"vLLM on the CPU needs {name}, which this machine lacks; on Debian: apt-get install libnuma1"
-        raise InvalidInput([Problem("engine", message)]) from None
+        raise InvalidInput([InputError("engine", message)]) from None
 
 
 async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
@@ -149,7 +149,7 @@ async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
     except OSError as error:
         address = f"{config.listen.host}:{config.listen.port}"
         reason = os.strerror(error.errno or 0).lower()
-        raise InvalidInput([Problem("listen", f"cannot listen on {address}: {reason}")]) from None
+        raise InvalidInput([InputError("listen", f"cannot listen on {address}: {reason}")]) from None
     log.info("agent %s listens on %s:%d", config.name or socket.gethostname(), config.listen.host, config.listen.port)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
 
 from moe_agent.app import run_agent
 from moe_agent.parsing import load_config

@@ -7,7 +7,7 @@ tokens are rotated under a running agent; one that cannot be read lets nobody in
 import hmac
 from pathlib import Path
 
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.parsing import read_file
 
@@ -22,7 +22,7 @@ class ControlTokens:
     def __init__(self, path: Path) -> None:
         self._path = path
         if not parse_tokens(read_file(path, "token_file")):
-            raise InvalidInput([Problem("token_file", f"{path} is empty")])
+            raise InvalidInput([InputError("token_file", f"{path} is empty")])
 
     def allow(self, authorization: str) -> bool:
         """Whether an `Authorization` header names a token."""

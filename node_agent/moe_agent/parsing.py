@@ -6,12 +6,11 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from moe_scheduling.expert import ExpertSettings
-from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors
-from moe_scheduling.request import RequestSettings
+from moe_contract.agent_config import AgentConfig
+from moe_contract.input_errors import InputError, InvalidInput, Location, errors_from_pydantic
+from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.request.order import RequestSettings
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from moe_agent.config import AgentConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -37,7 +36,7 @@ def load_config(path: Path) -> AgentConfig:
     try:
         settings = parse_change(parse_document(text), config.request, config.expert)
     except InvalidInput as error:
-        rows = [Problem("settings_file", f"{config.settings_file}: {problem}") for problem in error.problems]
+        rows = [InputError("settings_file", f"{config.settings_file}: {problem}") for problem in error.problems]
         raise InvalidInput(rows) from None
     return config.model_copy(update={"request": settings.request, "expert": settings.expert})
 
@@ -53,7 +52,7 @@ def read_settings(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InvalidInput([Problem("settings_file", f"cannot read {path}: {error.strerror}")]) from None
+        raise InvalidInput([InputError("settings_file", f"cannot read {path}: {error.strerror}")]) from None
 
 
 def read_file(path: Path, problem_path: str) -> bytes:
@@ -61,7 +60,7 @@ def read_file(path: Path, problem_path: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidInput([Problem(problem_path, f"cannot read {path}: {error.strerror}")]) from None
+        raise InvalidInput([InputError(problem_path, f"cannot read {path}: {error.strerror}")]) from None
 
 
 def parse_document(text: bytes) -> object:
@@ -69,7 +68,7 @@ def parse_document(text: bytes) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput([Problem("", f"not JSON: {error}")]) from None
+        raise InvalidInput([InputError("", f"not JSON: {error}")]) from None
 
 
 def parse_change(document: object, request: RequestSettings, expert: ExpertSettings) -> Settings:
@@ -91,12 +90,12 @@ def _laid_over(change: object, kept: RequestSettings | ExpertSettings) -> object
 def parse_model(model: type[Model], document: object) -> Model:
     """Validates; errors become problems with the nearest known names."""
     if not isinstance(document, dict):
-        raise InvalidInput([Problem("", f"a JSON object is needed, got {type(document).__name__}")])
+        raise InvalidInput([InputError("", f"a JSON object is needed, got {type(document).__name__}")])
     try:
         return model.model_validate(document)
     except ValidationError as error:
         rows = error.errors(include_url=False)
-        raise InvalidInput(problems_from_errors(rows, lambda location: _fields_at(model, location))) from None
+        raise InvalidInput(errors_from_pydantic(rows, lambda location: _fields_at(model, location))) from None
 
 
 def _fields_at(section: type, location: Location) -> Iterable[str]:

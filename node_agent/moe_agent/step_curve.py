@@ -16,8 +16,8 @@ import math
 from itertools import product
 
 import numpy as np
-from moe_scheduling.pace import LINE_MEMORY_STEPS
-from moe_scheduling.prefill import Bend, Curve
+from moe_scheduling.engine.ttft_model import LINE_MEMORY_STEPS
+from moe_scheduling.request.prefill_budget import RooflineKnee, StepTimeCurve
 
 from moe_agent.step_time import weigh_steps
 
@@ -64,14 +64,14 @@ class StepCurve:
         self._right = np.zeros(len(_SCALE))
         self._scaled = np.zeros(len(_SCALE))
         self._base_s = self._token_s = self._decode_s = 0.0
-        self._bends: tuple[Bend, ...] = ()
+        self._bends: tuple[RooflineKnee, ...] = ()
         self._is_known = False
 
-    def at(self, decoding: int) -> Curve | None:
+    def at(self, decoding: int) -> StepTimeCurve | None:
         """For so many decoding requests of the fullest rank; None until enough steps were seen."""
         if not self._is_known:
             return None
-        return Curve(self._token_s, self._base_s + self._decode_s * decoding, self._bends)
+        return StepTimeCurve(self._token_s, self._base_s + self._decode_s * decoding, self._bends)
 
     def step_s(self, prefill_tokens: int, decoding_requests: int, all_tokens: int) -> float:
         """Seconds of a step with these tokens and requests of its fullest rank; 0 until enough steps were seen."""
@@ -121,5 +121,5 @@ class StepCurve:
         self._scaled[_PLACES[bend]] = found[bend, subset]
         base, token, decode, *bends = (self._scaled / _SCALE).tolist()
         self._base_s, self._token_s, self._decode_s = base, token, decode
-        self._bends = tuple(Bend(at, slope) for at, slope in zip(BENDS, bends, strict=True) if slope > 0.0)
+        self._bends = tuple(RooflineKnee(at, slope) for at, slope in zip(BENDS, bends, strict=True) if slope > 0.0)
         self._is_known = True

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from moe_scheduling.pace import LINE_MEMORY_STEPS
+from moe_scheduling.engine.ttft_model import LINE_MEMORY_STEPS
 from moe_scheduling.signals import StepTime
 
 _Row = tuple[float, float, float]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_agent.pages import RUN_DIR_VARIABLE, Control, ControlPageWriter
-from moe_bench.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
-from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
+from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

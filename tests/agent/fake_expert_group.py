@@ -11,7 +11,7 @@ from moe_agent.experts.outcome import Outcome, ProblemKind
 from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action, Beat, pack_beat, unpack_beat
 from moe_agent.experts.recording import Counted, Report
-from moe_scheduling.expert import ExpertMode, ExpertSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 
 SHAPE = GroupShape(ranks=2, nodes=1, layers=3, experts=4, slots_per_rank=3)
 START = np.tile(np.array([0, 1, 2, 3, 0, 1]), (SHAPE.layers, 1))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from moe_agent.app import check_library
 from moe_agent.cli import app
-from moe_agent.config import AgentConfig
-from moe_agent.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
-from moe_agent.node import Node
 from moe_agent.parsing import load_config
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.problems import InvalidInput
+from moe_agent.supervisor.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from moe_agent.supervisor.node import Node
+from moe_contract.agent_config import AgentConfig
+from moe_contract.input_errors import InvalidInput
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from typer.testing import CliRunner, Result
 
 ALONE = Node(index=0, leader="127.0.0.1", ranks=range(1))

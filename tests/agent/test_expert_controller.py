@@ -11,8 +11,8 @@ from moe_agent.experts.directive import DirectiveAction
 from moe_agent.experts.outcome import Outcome, ProblemKind
 from moe_agent.experts.planning import Question
 from moe_agent.experts.protocol import Action
-from moe_scheduling.expert import ExpertMode
-from moe_scheduling.placement import count_copies
+from moe_scheduling.expert.decision import ExpertMode
+from moe_scheduling.expert.placement import count_copies
 
 from tests.agent.fake_expert_group import BETTER, COSTS, HOT, MOVES, SHAPE, START, Group, answer
 

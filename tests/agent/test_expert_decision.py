@@ -12,7 +12,7 @@ from moe_agent.experts.document import build_document, list_hottest, render_docu
 from moe_agent.experts.figures import count_moves_by_layer, measure_balance
 from moe_agent.experts.first_rank import checksum
 from moe_agent.experts.planning import Costs, Question
-from moe_scheduling.expert import ExpertSettings, initial_placement
+from moe_scheduling.expert.decision import ExpertSettings, initial_placement
 
 SHAPE = GroupShape(ranks=2, nodes=1, layers=2, experts=4, slots_per_rank=3)
 START = initial_placement(layers=2, experts=4, redundant=2, ranks=2).physical_to_logical

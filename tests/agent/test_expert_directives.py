@@ -4,7 +4,7 @@ import pytest
 from moe_agent.experts.directive import DirectiveAction
 from moe_agent.experts.outcome import Outcome
 from moe_agent.experts.protocol import Action
-from moe_scheduling.expert import ExpertMode
+from moe_scheduling.expert.decision import ExpertMode
 
 from tests.agent.fake_expert_group import BETTER, START, Group, answer
 

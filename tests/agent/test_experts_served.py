@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from moe_agent.bell import Bell
-from moe_agent.config import AgentConfig
+from moe_agent.api.server import AgentServer
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.first_rank import FirstRank, checksum
@@ -25,12 +24,13 @@ from moe_agent.experts.planning import Answer, Costs, Question
 from moe_agent.experts.protocol import Action
 from moe_agent.experts.published import PublishedExperts, as_of, experts_path
 from moe_agent.experts.recording import Counted, Report
-from moe_agent.pages import Control, ControlPageReader, ControlPageWriter
-from moe_agent.server import AgentServer
-from moe_agent.supervisor import Supervisor
-from moe_agent.telemetry import ControlPage, RankPages
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.request import RequestSettings
+from moe_agent.shared_memory.notifier import Bell
+from moe_agent.shared_memory.records import Control, ControlPageReader, ControlPageWriter
+from moe_agent.shared_memory.telemetry import ControlPage, RankPages
+from moe_agent.supervisor.supervisor import Supervisor
+from moe_contract.agent_config import AgentConfig
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
+from moe_scheduling.request.order import RequestSettings
 
 TOKEN = "secret-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -7,13 +7,13 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from moe_agent import feed as feed_module
+from moe_agent.api import broadcaster as feed_module
+from moe_agent.api.broadcaster import StateBroadcaster
 from moe_agent.app import build_supervisor, hang_bell
-from moe_agent.bell import Bell, BellRope, Ticks, bell_path
-from moe_agent.config import AgentConfig
-from moe_agent.feed import Feed
-from moe_agent.node import build_node
-from moe_agent.supervisor import Phase
+from moe_agent.shared_memory.notifier import Bell, BellRope, Ticks, bell_path
+from moe_agent.supervisor.node import build_node
+from moe_agent.supervisor.supervisor import Phase
+from moe_contract.agent_config import AgentConfig
 
 LONG_S = 20.0
 
@@ -51,8 +51,8 @@ def state() -> State:
 
 
 @pytest.fixture
-def feed(bell: Bell, state: State) -> Feed:
-    return Feed(bell, state.fingerprint, state.line)
+def feed(bell: Bell, state: State) -> StateBroadcaster:
+    return StateBroadcaster(bell, state.fingerprint, state.line)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_a_change_of_the_phase_is_told_by_the_supervisor_that_the_agent_bu
 async def test_without_a_bell_a_change_is_seen_all_the_same(state, monkeypatch):
     monkeypatch.setattr(feed_module, "LOOK_S", LONG_S)
     monkeypatch.setattr(feed_module, "MOST_S", LONG_S)
-    async with aclosing(Feed(Ticks(), state.fingerprint, state.line).watch()) as lines:
+    async with aclosing(StateBroadcaster(Ticks(), state.fingerprint, state.line).watch()) as lines:
         await newest(lines)
         state.value = 1
         assert await newest(lines) == b"1"
@@ -277,4 +277,4 @@ async def test_nobody_looks_while_nobody_watches(feed, state):
     async with aclosing(feed.watch()) as lines:
         await newest(lines)
     await asyncio.sleep(0)
-    assert [task for task in asyncio.all_tasks() if "Feed._look" in repr(task.get_coro())] == []
+    assert [task for task in asyncio.all_tasks() if "StateBroadcaster._look" in repr(task.get_coro())] == []

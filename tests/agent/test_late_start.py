@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from moe_agent.pages import PrefillState
-from moe_agent.vllm import late_start
-from moe_agent.vllm.late_start import EVENTS, has_ended, start_late, wait
+from moe_agent.shared_memory.records import PrefillState
+from moe_agent.vllm import deferred_start as late_start
+from moe_agent.vllm.deferred_start import EVENTS, has_ended, start_late, wait
 from moe_agent.vllm.prefill_group import WAVE_TURNS
-from moe_bench.modelless import build_scheduler, foreign_warnings
-from moe_scheduling.late import LEAD_S
-from moe_scheduling.prefill import RankLoad
+from moe_scheduling.request.deferred_scheduling import LEAD_S
+from moe_scheduling.request.prefill_budget import RankLoad
+from moe_tools.modelless import build_scheduler, foreign_warnings
 
 with foreign_warnings():
     from vllm.v1.engine import EngineCoreRequestType

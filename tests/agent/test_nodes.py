@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from moe_agent.app import with_own_address
-from moe_agent.config import EngineConfig
-from moe_agent.engine_command import build_command
-from moe_agent.node import Node, build_node
-from moe_scheduling.problems import InvalidInput
+from moe_agent.supervisor.engine_command import build_command
+from moe_agent.supervisor.node import Node, build_node
+from moe_contract.agent_config import EngineConfig
+from moe_contract.input_errors import InvalidInput
 
 LEADER = "deep-0.deep.models"
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from moe_agent.pages import (
+from moe_agent.shared_memory.records import (
     Control,
     ControlPageReader,
     ControlPageWriter,
@@ -17,15 +17,15 @@ from moe_agent.pages import (
     RankState,
     rank_page_path,
 )
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, StepTime
 
 # Writes pages in which each number is the step, as fast as it can.
 HAMMER = """
 import sys, time
 from pathlib import Path
-from moe_agent.pages import RankPageWriter, RankState
+from moe_agent.shared_memory.records import RankPageWriter, RankState
 from moe_scheduling.signals import EngineSignal, StepTime
 
 zero = StepTime(base_s=0.0, prefill_s=0.0, decode_s=0.0)
@@ -182,5 +182,6 @@ def test_no_read_is_torn_while_another_process_writes(tmp_path):
 
 
 def test_the_pages_need_neither_vllm_nor_torch():
-    code = "import sys, moe_agent.pages, moe_agent.vllm; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    modules = "moe_agent.shared_memory.records, moe_agent.vllm"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'vllm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from moe_agent.pages import PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
-from moe_bench.virtual_engine import VirtualEngine
-from moe_scheduling.prefill import RankLoad
+from moe_agent.shared_memory.records import PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
+from moe_scheduling.request.prefill_budget import RankLoad
 from moe_scheduling.signals import StepTime
+from moe_tools.virtual_engine import VirtualEngine
 
 
 def prefill_steps(engine: VirtualEngine, name: str) -> list[int]:

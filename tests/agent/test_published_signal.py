@@ -5,8 +5,8 @@ import random
 from typing import Any
 
 import pytest
-from moe_agent.bell import Bell, bell_path
-from moe_agent.pages import ExpertPageWriter, ExpertState, RankPageReader, RankState
+from moe_agent.shared_memory.notifier import Bell, bell_path
+from moe_agent.shared_memory.records import ExpertPageWriter, ExpertState, RankPageReader, RankState
 
 
 def check(engine: Any, state: RankState) -> None:

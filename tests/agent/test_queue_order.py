@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from moe_agent.pages import RankPageReader
+from moe_agent.shared_memory.records import RankPageReader
 
 
 def test_short_jobs_are_served_before_a_long_one_that_came_first(make_engine, settings):

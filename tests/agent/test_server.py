@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from moe_agent import feed
-from moe_agent import server as server_module
-from moe_agent.bell import Bell
-from moe_agent.config import AgentConfig
+from moe_agent.api import broadcaster as feed
+from moe_agent.api import server as server_module
+from moe_agent.api.server import AgentServer
 from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.published import PublishedExperts
-from moe_agent.pages import ControlPageReader, RankPageWriter, RankState
-from moe_agent.server import AgentServer
-from moe_agent.supervisor import Phase, Rules, Supervisor
-from moe_agent.telemetry import ControlPage, RankPages
+from moe_agent.shared_memory.notifier import Bell
+from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
+from moe_agent.shared_memory.telemetry import ControlPage, RankPages
+from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
+from moe_contract.agent_config import AgentConfig
 from moe_scheduling.signals import EngineSignal, StepTime
 
 FAKE = Path(__file__).with_name("fake_engine.py")

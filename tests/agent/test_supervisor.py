@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from moe_agent.config import EngineConfig
-from moe_agent.engine_log import find_error_line
-from moe_agent.supervisor import Phase, Rules, Supervisor, describe_exit
+from moe_agent.supervisor.engine_log import find_error_line
+from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor, describe_exit
+from moe_contract.agent_config import EngineConfig
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 QUICK = Rules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=0.5)
@@ -216,8 +216,8 @@ async def test_a_crash_leaves_no_worker_of_the_engine_behind(start, tmp_path):
 AGENT = """
 import asyncio, json, os, sys
 from pathlib import Path
-from moe_agent.config import EngineConfig
-from moe_agent.supervisor import Rules, Supervisor
+from moe_contract.agent_config import EngineConfig
+from moe_agent.supervisor.supervisor import Rules, Supervisor
 
 port, command = int(sys.argv[1]), json.loads(sys.argv[2])
 engine = EngineConfig(port=port, model="m", served_name="fake")

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from moe_bench.modelless import foreign_warnings
-from moe_scheduling.fairness import OUTPUT_WEIGHT
-from moe_scheduling.tenants import tenant_of
+from moe_contract.tenancy import tenant_of
+from moe_scheduling.request.fairness import OUTPUT_WEIGHT
+from moe_tools.modelless import foreign_warnings
 
 FLOOD, SMALL = "aaaaaaaa", "bbbbbbbb"
 

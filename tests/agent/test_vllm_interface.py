@@ -16,7 +16,7 @@ def vllm_loaded(virtual_engines: Any) -> None:
 
 
 def test_the_queue_implements_exactly_vllms_abstract_methods():
-    from moe_agent.vllm.waiting import OrderedRequestQueue
+    from moe_agent.vllm.request_queue import OrderedRequestQueue
     from vllm.v1.core.sched.request_queue import RequestQueue
 
     assert RequestQueue.__abstractmethods__ == {
@@ -110,7 +110,7 @@ def test_another_version_is_refused_by_name(monkeypatch):
 
 
 def test_a_dead_engine_says_what_the_gateway_knows_it_by():
-    from moe_gateway.engine_death import says_engine_is_dead
+    from moe_gateway.engines.engine_death import says_engine_is_dead
     from starlette.responses import JSONResponse
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.v1.engine.exceptions import EngineDeadError

@@ -7,16 +7,16 @@ import stat
 from pathlib import Path
 
 import pytest
-from moe_bench import demo
-from moe_bench.__main__ import find_benchmarks, render_rows
-from moe_bench.cli import app
-from moe_bench.compare_command import Effort, build_comparison_document, measure_pairs
-from moe_bench.comparison import OURS, STOCK
-from moe_bench.deployment import Deployment
-from moe_bench.replay_command import Source, read_source
-from moe_bench.rows import Row
-from moe_bench.server import ServedModel
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_lab.__main__ import find_benchmarks, render_rows
+from moe_lab.rows import Row
+from moe_tools import demo
+from moe_tools.cli import app
+from moe_tools.compare_command import Effort, build_comparison_document, measure_pairs
+from moe_tools.comparison import OURS, STOCK
+from moe_tools.deployment import Deployment
+from moe_tools.replay_command import Source, read_source
+from moe_tools.server import ServedModel
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -114,7 +114,7 @@ def scripted_command(tmp_path, monkeypatch) -> Path:
         f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/refuse ] && {{ echo "no such deployment"; exit 2; }}\nexit 0\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("moe_bench.deployment.COMMAND", script)
+    monkeypatch.setattr("moe_tools.deployment.COMMAND", script)
     log.write_text("")
     return log
 

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from moe_bench.comparison import (
+from moe_tools.comparison import (
     OURS,
     STOCK,
     Pair,
@@ -17,10 +17,10 @@ from moe_bench.comparison import (
     render_failures,
     select_longest,
 )
-from moe_bench.prompts import PromptMaker
-from moe_bench.replay import Answered, Failed, Load, Run
-from moe_bench.streaming import Endpoint
-from moe_bench.traces import TraceRequest, mean_rate
+from moe_tools.prompts import PromptMaker
+from moe_tools.replay import Answered, Failed, Load, Run
+from moe_tools.streaming import Endpoint
+from moe_tools.traces import TraceRequest, mean_rate
 
 
 def trace(count: int) -> list[TraceRequest]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from moe_bench.expert_feedback import (
+from moe_lab.expert_feedback import (
     PREFILL_BUDGET,
     SCENARIOS,
     TOKEN_S,

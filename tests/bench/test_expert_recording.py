@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from moe_bench.experts import recording
-from moe_bench.experts.__main__ import app
-from moe_bench.experts.recording import (
+from moe_lab.experts import recording
+from moe_lab.experts.__main__ import app
+from moe_lab.experts.recording import (
     ROUND_TOKENS,
     SCENARIOS,
     STEP_TOKENS,

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from moe_bench.comparison import build_salt
-from moe_bench.demo import find_checkout
-from moe_bench.experts import group as group_module
-from moe_bench.experts import serve_command as command
-from moe_bench.experts import serving, waves
-from moe_bench.experts.__main__ import app
-from moe_bench.experts.group import NO_PREFIX_CACHE, SAMPLE, LocalGroup, edit_sample, plan_group, read_sample, standing
-from moe_bench.experts.serve_report import (
+from moe_contract.input_errors import InvalidInput
+from moe_lab.experts import group as group_module
+from moe_lab.experts import serve_command as command
+from moe_lab.experts import serving, waves
+from moe_lab.experts.__main__ import app
+from moe_lab.experts.group import NO_PREFIX_CACHE, SAMPLE, LocalGroup, edit_sample, plan_group, read_sample, standing
+from moe_lab.experts.serve_report import (
     build_document,
     compare_windows,
     describe,
@@ -29,7 +28,7 @@ from moe_bench.experts.serve_report import (
     render_pairs,
     warn,
 )
-from moe_bench.experts.serving import (
+from moe_lab.experts.serving import (
     DecisionLog,
     Effort,
     Measured,
@@ -43,13 +42,14 @@ from moe_bench.experts.serving import (
     measure_pairs,
     move,
 )
-from moe_bench.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
-from moe_bench.replay import Answered, Failed, Run
+from moe_lab.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
 from moe_operator.api import load_resource
 from moe_operator.experts.document import read_experts
 from moe_operator.local.failure import Failure
-from moe_scheduling.expert import ExpertSettings
-from moe_scheduling.problems import InvalidInput
+from moe_scheduling.expert.decision import ExpertSettings
+from moe_tools.comparison import build_salt
+from moe_tools.demo import find_checkout
+from moe_tools.replay import Answered, Failed, Run
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -186,7 +186,7 @@ def serve_model(monkeypatch, most: int | None):
         return {"tokens": [len(body["prompt"])]}
 
     monkeypatch.setattr(waves, "call_json", call)
-    monkeypatch.setattr("moe_bench.server.call_json", call)
+    monkeypatch.setattr("moe_tools.server.call_json", call)
 
 
 def test_prompts_are_of_the_topic_in_the_servers_own_tokens(monkeypatch):

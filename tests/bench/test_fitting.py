@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.calibration.calibrate import build_fit_document, render_fit
-from moe_bench.calibration.fitting import LEAST_STEPS, MeasuredStep, fit_cost
-from moe_bench.simulator.costs import LinearCost, Work
-from moe_bench.simulator.scenario import cost_of, parse_scenario
+from moe_tools.calibration.calibrate import build_fit_document, render_fit
+from moe_tools.calibration.fitting import LEAST_STEPS, MeasuredStep, fit_cost
+from moe_tools.simulator.costs import LinearCost, Work
+from moe_tools.simulator.scenario import cost_of, parse_scenario
 from yaml import safe_load
 
 TERM = st.floats(1e-7, 1e-3)

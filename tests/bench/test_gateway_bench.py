@@ -15,8 +15,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from moe_bench.gateway import processes
-from moe_bench.gateway.comparison import (
+from moe_lab.gateway import processes
+from moe_lab.gateway.comparison import (
     Compared,
     Measurement,
     Pair,
@@ -28,12 +28,12 @@ from moe_bench.gateway.comparison import (
     render_comparison,
     warn_if_busy,
 )
-from moe_bench.gateway.engine import ANSWER, Batch, Connection
-from moe_bench.gateway.load import TURN_REQUESTS, WrongAnswer, ask_in_turns, ask_repeatedly, stream_at_once
-from moe_bench.gateway.processes import Router, running, share_cores
+from moe_lab.gateway.engine import ANSWER, Batch, Connection
+from moe_lab.gateway.load import TURN_REQUESTS, WrongAnswer, ask_in_turns, ask_repeatedly, stream_at_once
+from moe_lab.gateway.processes import Router, running, share_cores
 from rich.console import Console
 
-COMMAND = [sys.executable, "-m", "moe_bench.gateway"]
+COMMAND = [sys.executable, "-m", "moe_lab.gateway"]
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, tempfile
 given = sys.argv[1:]
@@ -266,8 +266,8 @@ def test_a_program_that_is_no_router_is_told_with_its_last_words(tmp_path):
 
 
 def test_the_mock_engine_has_what_the_gateway_scrapes():
-    from moe_bench.gateway.engine import PAGES
-    from moe_gateway.signals import read_metrics
+    from moe_gateway.engines.signals import read_metrics
+    from moe_lab.gateway.engine import PAGES
 
     assert [rank for rank, _ in read_metrics(PAGES[b"/metrics"].partition(b"\r\n\r\n")[2].decode())] == [0]
     models = orjson.loads(PAGES[b"/v1/models"].partition(b"\r\n\r\n")[2])

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import moe_bench
+import moe_lab
 import pytest
 import torch
-from moe_bench.__main__ import find_benchmarks
-from moe_bench.kernels import Routing, Weights, describe_device, measure
+from moe_lab.__main__ import find_benchmarks
+from moe_lab.kernels import Routing, Weights, describe_device, measure
 
 ROUTING = Routing(name="small", layers=2, experts=4, top_k=2, tokens=3, padded=4, sources=2)
 WEIGHTS = Weights(name="small", local_experts=4, rows=(((3, 5), torch.bfloat16), ((7,), torch.int8)), moved=2)
@@ -38,4 +38,4 @@ def test_without_a_gpu_it_says_that_the_kernels_need_one():
 
 
 def test_make_bench_runs_it():
-    assert "kernels" in find_benchmarks(Path(moe_bench.__file__).parent)
+    assert "kernels" in find_benchmarks(Path(moe_lab.__file__).parent)

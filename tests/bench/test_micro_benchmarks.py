@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import moe_bench
-from moe_bench import scheduling
-from moe_bench.__main__ import find_benchmarks, render_rows
+import moe_lab
+from moe_lab import scheduling
+from moe_lab.__main__ import find_benchmarks, render_rows
 
 
 def test_every_decision_is_measured(monkeypatch):
@@ -17,4 +17,4 @@ def test_every_decision_is_measured(monkeypatch):
 
 
 def test_the_modules_with_benchmarks_are_found():
-    assert {"scheduling", "telemetry", "expert_decisions"} <= set(find_benchmarks(Path(moe_bench.__file__).parent))
+    assert {"scheduling", "telemetry", "expert_decisions"} <= set(find_benchmarks(Path(moe_lab.__file__).parent))

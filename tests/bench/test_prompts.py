@@ -2,8 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.prompts import PromptMaker
-from moe_bench.traces import TraceRequest
+from moe_tools.prompts import PromptMaker
+from moe_tools.traces import TraceRequest
 
 POOL = tuple(range(5000))
 

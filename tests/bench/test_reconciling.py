@@ -10,15 +10,15 @@ from pathlib import Path
 import cluster_life
 import pytest
 from cluster_api import ApiCluster
-from moe_bench.reconciling.cluster import is_converged
-from moe_bench.reconciling.process import parse_metrics, quantile_s
+from moe_lab.reconciling.cluster import is_converged
+from moe_lab.reconciling.process import parse_metrics, quantile_s
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.store import Store
 from prometheus_client import generate_latest
 
 CHANGING = ("apply", "patch", "create", "update", "delete")
-COMMAND = [sys.executable, "-m", "moe_bench.reconciling"]
+COMMAND = [sys.executable, "-m", "moe_lab.reconciling"]
 
 
 def test_the_operators_own_metrics_are_read() -> None:

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 from aiohttp import web
-from moe_bench.prompts import PromptMaker
-from moe_bench.replay import Answered, Failed, Load, replay, replay_closed
-from moe_bench.report import build_document, render_caption, render_summary, summarise
-from moe_bench.server import discover_model, fetch_token_pool
-from moe_bench.streaming import Endpoint
-from moe_bench.traces import TraceRequest
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_tools.prompts import PromptMaker
+from moe_tools.replay import Answered, Failed, Load, replay, replay_closed
+from moe_tools.report import build_document, render_caption, render_summary, summarise
+from moe_tools.server import discover_model, fetch_token_pool
+from moe_tools.streaming import Endpoint
+from moe_tools.traces import TraceRequest
 
 
 def requests_at(*arrivals: float, prompt: int = 20, output: int = 5) -> list[TraceRequest]:

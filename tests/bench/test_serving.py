@@ -16,27 +16,27 @@ from typing import Any
 import psutil
 import pytest
 from aiohttp import web
-from moe_agent.engine_command import build_arguments
-from moe_agent.node import build_node
-from moe_bench.compare_command import Effort
-from moe_bench.comparison import Pair, Policy, Sides, compare_metrics
-from moe_bench.demo import SAMPLE, find_checkout
-from moe_bench.gateway.comparison import read_machine
-from moe_bench.replay_command import Source
-from moe_bench.serving import __main__ as command
-from moe_bench.serving import bed, measurement
-from moe_bench.serving.bed import Stage, plan_stage
-from moe_bench.serving.knee import NoKnee, find_knee
-from moe_bench.serving.measurement import Measured, Side, Work, measure
-from moe_bench.serving.processes import DoesNotServe, read_cpu_s, resume, running, suspend
-from moe_bench.serving.report import build_document, describe, describe_goal, describe_slowdown, render
-from moe_bench.serving.stock import OURS, Program, Rival, check_comparable, plan_router, remove_ours
+from moe_agent.supervisor.engine_command import build_arguments
+from moe_agent.supervisor.node import build_node
+from moe_contract.input_errors import InvalidInput
+from moe_lab.gateway.comparison import read_machine
+from moe_lab.serving import __main__ as command
+from moe_lab.serving import bed, measurement
+from moe_lab.serving.bed import Stage, plan_stage
+from moe_lab.serving.knee import NoKnee, find_knee
+from moe_lab.serving.measurement import Measured, Side, Work, measure
+from moe_lab.serving.processes import DoesNotServe, read_cpu_s, resume, running, suspend
+from moe_lab.serving.report import build_document, describe, describe_goal, describe_slowdown, render
+from moe_lab.serving.stock import OURS, Program, Rival, check_comparable, plan_router, remove_ours
 from moe_operator.api import load_resource
 from moe_operator.local.folder import Folder
 from moe_operator.local.machine import count_cpus, find_free_ports
 from moe_operator.local.start import find_site
 from moe_operator.plan import plan_local
-from moe_scheduling.problems import InvalidInput
+from moe_tools.compare_command import Effort
+from moe_tools.comparison import Pair, Policy, Sides, compare_metrics
+from moe_tools.demo import SAMPLE, find_checkout
+from moe_tools.replay_command import Source
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -289,8 +289,8 @@ def test_processes_end_with_the_one_that_started_them_even_suspended_and_when_it
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from moe_bench.serving.processes import running, suspend\n"
-        "from moe_bench.serving.stock import Program\n"
+        "from moe_lab.serving.processes import running, suspend\n"
+        "from moe_lab.serving.stock import Program\n"
         "code, port, folder = sys.argv[1:]\n"
         "command, url = (sys.executable, '-c', code, port), f'http://127.0.0.1:{port}'\n"
         "one = Program(name='one', command=command, environment=dict(os.environ), url=url)\n"
@@ -459,7 +459,7 @@ def scripted(tmp_path, monkeypatch) -> Path:
     script.write_text(f'#!/bin/sh\necho "$1" >> {log}\n[ -e {tmp_path}/refuse ] && exit 2\nexit 0\n')
     script.chmod(0o755)
     log.write_text("")
-    monkeypatch.setattr("moe_bench.deployment.COMMAND", script)
+    monkeypatch.setattr("moe_tools.deployment.COMMAND", script)
     monkeypatch.setattr(bed, "wait_ready", lambda _url: None)
     return log
 

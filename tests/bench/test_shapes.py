@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from moe_bench.shapes import Shape, ShapeSettings, build_shape, parse_shape
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_tools.shapes import Shape, ShapeSettings, build_shape, parse_shape
 
 SETTINGS = ShapeSettings(rate=5.0, count=4000, seed=3, shortest_tokens=100, longest_tokens=1100)
 

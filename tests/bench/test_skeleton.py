@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from moe_bench.cli import app
-from moe_bench.skeleton import DEFAULT_SHAPE, SHAPES, make_skeleton
-from moe_bench.tiny.corpus import Corpus, Exchange
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_tools.cli import app
+from moe_tools.skeleton import DEFAULT_SHAPE, SHAPES, make_skeleton
+from moe_tools.tiny.corpus import Corpus, Exchange
 from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_bench.statistics import estimate, mean_of, paired_ratio, percentile_of, t_quantile
+from moe_tools.statistics import estimate, mean_of, paired_ratio, percentile_of, t_quantile
 
 values_strategy = st.lists(st.floats(0.001, 1e6), min_size=1, max_size=40)
 pairs_strategy = st.lists(st.tuples(st.floats(0.01, 1e3), st.floats(0.01, 1e3)), min_size=1, max_size=12)

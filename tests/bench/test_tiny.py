@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moe_bench.tiny import TinySettings, ensure_tiny_model, read_report
-from moe_bench.tiny.corpus import Corpus, build_exchanges, parse_docstrings, read_corpus
-from moe_bench.tiny.pairs import build_pair_start, count_pairs
-from moe_bench.tiny.report import render_report
-from moe_bench.tiny.settings import MANIFEST
-from moe_bench.tiny.training import cut_sequences, load_entropy, rate_factor, unigram_entropy
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_tools.tiny import TinySettings, ensure_tiny_model, read_report
+from moe_tools.tiny.corpus import Corpus, build_exchanges, parse_docstrings, read_corpus
+from moe_tools.tiny.pairs import build_pair_start, count_pairs
+from moe_tools.tiny.report import render_report
+from moe_tools.tiny.settings import MANIFEST
+from moe_tools.tiny.training import cut_sequences, load_entropy, rate_factor, unigram_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUICK = TinySettings(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.traces import (
+from moe_contract.input_errors import InvalidInput
+from moe_tools.traces import (
     TraceFormat,
     TraceRequest,
     cut_piece,
@@ -18,7 +19,6 @@ from moe_bench.traces import (
     scale_lengths,
     speed_up,
 )
-from moe_scheduling.problems import InvalidInput
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
-from moe_gateway.config import GatewayConfig
+from moe_contract.gateway_config import GatewayConfig
 from moe_gateway.configuration import parse_model
 from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway

@@ -63,7 +63,7 @@ async def test_metrics_parse_and_count_each_request_once(make_engine, serve):
     assert samples["ejections_total", engine.name] == 1
     assert samples["retries_total",] == 0
     assert samples["held_requests",] == 0
-    assert 0 < samples["own_share",] <= 1
+    assert 0 < samples["traffic_share",] <= 1
     assert samples["ttft_seconds_count",] == 4
     assert samples["in_flight_requests", "0", engine.name] == 1
     assert samples["engine_accepting", "0", engine.name] == 1

@@ -104,10 +104,10 @@ async def test_a_gateway_learns_its_share_of_the_work_from_what_engines_say(make
     client = await served.connect()
     client.send(post(prompt()))
     await until(lambda: engine.requests)
-    assert served.books(engine.name).own_share == 1.0
+    assert served.books(engine.name).traffic_share == 1.0
     engine.agent.say_rank(running=200)
-    await until(lambda: served.books(engine.name).own_share < 0.5)
-    assert served.gateway.dispatcher.own_share == served.books(engine.name).own_share
+    await until(lambda: served.books(engine.name).traffic_share < 0.5)
+    assert served.gateway.dispatcher.traffic_share == served.books(engine.name).traffic_share
 
 
 @pytest.mark.parametrize("where", ["header", "user"])
@@ -140,8 +140,8 @@ async def test_a_prefix_goes_where_it_was_computed_until_that_engine_restarts(ma
 
 
 def parsed_of(text):
-    from moe_gateway.parsing import parse_body
-    from moe_gateway.routes import Route
+    from moe_gateway.http.routes import Route
+    from moe_gateway.request.parsing import parse_body
 
     return parse_body(Route.COMPLETIONS, json.dumps(prompt(text)).encode())
 
@@ -312,7 +312,7 @@ async def test_held_requests_survive_a_change_of_all_engines(make_engine, serve)
     served = await serve(before, ready=False)
     (client,) = await hold(served, ["held"])
     gateway = served.gateway
-    from moe_gateway.config import EngineAddress
+    from moe_contract.gateway_config import EngineAddress
 
     change = type(gateway.in_force)(
         dispatch=gateway.in_force.dispatch,

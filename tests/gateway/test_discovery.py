@@ -5,12 +5,12 @@ import logging
 
 import pytest
 from lightkube import AsyncClient
-from moe_gateway.config import GatewayConfig
+from moe_contract.gateway_config import GatewayConfig
+from moe_contract.input_errors import InvalidInput
 from moe_gateway.configuration import parse_model
 from moe_gateway.control_tokens import ControlTokens
-from moe_gateway.discovery import Discovery
+from moe_gateway.engines.discovery import Discovery
 from moe_gateway.gateway import Gateway
-from moe_scheduling.problems import InvalidInput
 
 from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, free_port, post, prompt, until
 from tests.gateway.fake_api import engine_slice, make_slice

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lightkube.models.discovery_v1 import EndpointSlice
-from moe_gateway.endpoints import Endpoint, read_endpoints
+from moe_gateway.engines.endpoints import Endpoint, read_endpoints
 
 from tests.gateway.fake_api import make_slice
 

@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.config import Discovery, EngineAddress, GatewayConfig, Group
-from moe_gateway.dispatcher import Dispatcher
-from moe_gateway.ledger import Ledger
-from moe_scheduling.engine import DispatchPolicy, EngineSettings, Hold, Job, Refuse, RefuseReason, Send
-from moe_scheduling.request import RequestSettings
+from moe_contract.gateway_config import Discovery, EngineAddress, GatewayConfig, Group
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.ledger import RequestStats
+from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Hold, Job, Refuse, RefuseReason, Send
+from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
 
 from tests.gateway.conftest import OK, get, post, prompt, put
@@ -26,7 +26,7 @@ def fleet(weights, engines, **settings):
     config = GatewayConfig.model_validate(
         {"listen": listen, "admin": listen, "token_file": "t", "discovery": Discovery(groups=groups)}
     )
-    dispatcher = Dispatcher(config, Ledger())
+    dispatcher = Dispatcher(config, RequestStats())
     dispatcher.set_policies(EngineSettings(**settings), RequestSettings(), NOW_S)
     names = {f"{group}-{number}": group for group, total in engines.items() for number in range(total)}
     dispatcher.set_engines([EngineAddress(name=name, url="http://h") for name in names])

@@ -9,16 +9,16 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.config import EngineAddress, GatewayConfig
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.input_errors import InvalidInput
 from moe_gateway.configuration import InForce, parse_change, parse_model
-from moe_gateway.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
-from moe_gateway.parsing import BadBody, parse_body
-from moe_gateway.replies import REASONS, Outcome, build_error, build_stream_error, frame_chunk
-from moe_gateway.routes import ROUTES, Route, find_route
-from moe_gateway.signals import read_metrics, read_signal
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.problems import InvalidInput
-from moe_scheduling.request import RequestSettings
+from moe_gateway.engines.signals import read_metrics, read_signal
+from moe_gateway.http.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
+from moe_gateway.http.replies import REASONS, Outcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.routes import ROUTES, Route, find_route
+from moe_gateway.request.parsing import BadBody, parse_body
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
 
 KNOWN_KEYS = st.sampled_from(
     ["model", "prompt", "messages", "input", "instructions", "content", "text", "role", "user", "priority", "stream"]

@@ -5,10 +5,10 @@ import time
 
 import aiohttp
 from aiohttp import web
-from moe_gateway.config import EngineAddress, GatewayConfig, Listen
-from moe_gateway.dispatcher import Dispatcher
-from moe_gateway.ledger import Ledger
-from moe_gateway.signals import watch_engine
+from moe_contract.gateway_config import EngineAddress, GatewayConfig, Listen
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.signals import watch_engine
+from moe_gateway.ledger import RequestStats
 
 METRICS = 'vllm:num_requests_running{engine="0"} 1.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
 
@@ -37,7 +37,7 @@ async def test_a_scrape_does_not_wipe_out_the_prefill_that_the_books_know_of(tmp
     runner = await serve_plain_engine()
     address = EngineAddress(name="plain", url=f"http://127.0.0.1:{runner.addresses[0][1]}")
     config = GatewayConfig(listen=Listen(port=1), admin=Listen(port=2), token_file=tmp_path, engines=(address,))
-    dispatcher = Dispatcher(config, Ledger())
+    dispatcher = Dispatcher(config, RequestStats())
     (engine,) = dispatcher.engines.values()
     (books,) = dispatcher.books.values()
     books.sent("a long one", 5000, time.monotonic())

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from moe_gateway.config import Group
+from moe_contract.gateway_config import Group
+from moe_contract.input_errors import InvalidInput
 from moe_gateway.configuration import load_config
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan import pods
-from moe_scheduling.problems import InvalidInput
 
 from tests.gateway.conftest import put
 

@@ -4,7 +4,7 @@ import httptools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.shortcut import LONGEST_HEAD_BYTES, read_usual_request
+from moe_gateway.http.shortcut import LONGEST_HEAD_BYTES, read_usual_request
 
 USUAL = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nContent-Length: 2\r\nX-B: c d\r\n\r\n{}"
 NAMES = ["accept", "x-a", "content-type", "authorization", "x-session-id", "x-request-id", "connection", "host"]

@@ -4,7 +4,7 @@ import asyncio
 
 import aiohttp
 import pytest
-from moe_gateway.signals import read_metrics
+from moe_gateway.engines.signals import read_metrics
 from moe_scheduling.signals import EngineSignal
 
 from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, post, prompt, rank_row, until

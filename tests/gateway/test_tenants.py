@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.config import GatewayConfig
+from moe_contract.gateway_config import GatewayConfig
+from moe_contract.input_errors import InvalidInput
+from moe_contract.tenancy import DEFAULT_HEADER, hash_tenant, tenant_of
 from moe_gateway.configuration import parse_model
-from moe_gateway.heads import read_tenant
-from moe_scheduling.problems import InvalidInput
-from moe_scheduling.tenants import DEFAULT_HEADER, NAMELESS, hash_tenant, tenant_of
+from moe_gateway.http.heads import read_tenant
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 
 from tests.gateway.conftest import post, prompt
 
@@ -62,14 +63,14 @@ async def test_another_header_may_name_the_tenant(make_engine, serve):
     await served.ask(of(b"a", header=b"X-Team"))
     await served.ask(of(b"a"))
     told = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
-    assert told == [hash_tenant(b"a"), NAMELESS]
+    assert told == [hash_tenant(b"a"), ANONYMOUS_TENANT]
 
 
 @pytest.mark.parametrize(
     ("tenant", "expected"),
     [
-        (b"", NAMELESS),
-        (b" \t ", NAMELESS),
+        (b"", ANONYMOUS_TENANT),
+        (b" \t ", ANONYMOUS_TENANT),
         (b"  a  ", hash_tenant(b"a")),
         (b"\xff\xfe", hash_tenant(b"\xff\xfe")),
         (b"a, b", hash_tenant(b"a, b")),
@@ -91,7 +92,7 @@ async def test_an_id_that_names_another_tenant_is_not_believed(make_engine, serv
     victim = hash_tenant(b"victim").encode()
     answers = [await served.ask(of(name, b"x.t" + victim)) for name in (b"", b"team-a")]
     told = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
-    assert told == [NAMELESS, hash_tenant(b"team-a")]
+    assert told == [ANONYMOUS_TENANT, hash_tenant(b"team-a")]
     assert [answer.headers[b"x-request-id"] for answer in answers] == [b"x.t" + victim] * 2
 
 
@@ -122,7 +123,7 @@ def test_only_the_header_of_that_name_is_read(rows, name, value):
     line = b"%b:%b\r\n" % (name.upper().encode(), value)
     assert read_tenant(others + line, name.encode()) == hash_tenant(value.strip(b" \t"))
     assert read_tenant(line + others, name.encode()) == hash_tenant(value.strip(b" \t"))
-    assert read_tenant(others, name.encode()) == NAMELESS
+    assert read_tenant(others, name.encode()) == ANONYMOUS_TENANT
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import (
     dump_resource,
     engine_settings,
@@ -19,10 +20,9 @@ from moe_operator.api import (
     set_field,
 )
 from moe_operator.api.document import parse_document
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.problems import InvalidInput
-from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 
 MINIMAL: dict[str, Any] = {
     "apiVersion": "moeserving.dev/v1alpha1",

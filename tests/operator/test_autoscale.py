@@ -12,10 +12,10 @@ import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.metrics import AgentCollector
-from moe_gateway.config import EngineAddress, GatewayConfig
-from moe_gateway.dispatcher import Dispatcher
-from moe_gateway.ledger import Ledger
+from moe_agent.api.metrics import AgentCollector
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.ledger import RequestStats
 from moe_gateway.metrics import GatewayCollector
 from moe_operator.api import MoEServing, parse_resource
 from moe_operator.autoscale.autoscaler import Autoscaler
@@ -25,7 +25,7 @@ from moe_operator.autoscale.signal import Fleet, build_signal, mean_ttft_s
 from moe_operator.autoscale.source import Sources
 from moe_operator.plan import Observed
 from moe_operator.plan.names import LWS_WORKER_INDEX, Names
-from moe_scheduling.fleet import FleetSignal
+from moe_scheduling.fleet.size import FleetSignal
 from pods import agent, gateway, pod
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -291,7 +291,7 @@ def names_exposed() -> set[str]:
         }
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
-    dispatcher = Dispatcher(config, Ledger())
+    dispatcher = Dispatcher(config, RequestStats())
     for books in dispatcher.books.values():
         books.accepting = True
     registry = CollectorRegistry()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from experts_documents import decided, experts, in_brief
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.cli import experts as command
 from moe_operator.cli.command import app
@@ -25,8 +26,7 @@ from moe_operator.local.folder import Folder
 from moe_operator.local.record import Record, identify, load_record, save_record
 from moe_operator.local.start import Programs, build_record, find_site, write_files
 from moe_operator.plan import plan_local
-from moe_scheduling.expert import ExpertSettings
-from moe_scheduling.problems import InvalidInput
+from moe_scheduling.expert.decision import ExpertSettings
 from typer.testing import CliRunner
 
 FAKE = str(Path(__file__).with_name("fake_peer.py"))

@@ -15,7 +15,7 @@ from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.heat import render_experts
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import plan_document
-from moe_scheduling.expert import ExpertMode, ExpertSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from rich.console import Console
 
 from tests.agent.test_expert_controller import BETTER, Group, answer

@@ -4,13 +4,13 @@ import json
 from typing import Any
 
 import pytest
-from moe_agent.config import AgentConfig
+from moe_contract.agent_config import AgentConfig
 from moe_operator.api import MoEServing, parse_resource
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.cluster import CANARY, STABLE
 from moe_operator.plan.names import CONFIG
 from moe_operator.plan.revision import Revision, at_revision, build_revision, parse_revision
-from moe_scheduling.expert import ExpertSettings
+from moe_scheduling.expert.decision import ExpertSettings
 
 SPREAD = {"parallelism": {"data": 2, "expert": True}}
 

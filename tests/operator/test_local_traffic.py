@@ -10,7 +10,7 @@ from moe_operator.local.change import Call, explain_refusal
 from moe_operator.local.observation import Observation
 from moe_operator.local.record import Alive, Life, ProcessRecord, Record, SiteRecord
 from moe_operator.local.report import build_status
-from moe_operator.local.traffic import WINDOW_S, Pace, Totals, build_pace, extend_window, read_totals
+from moe_operator.local.traffic import WINDOW_S, Throughput, Totals, build_throughput, extend_window, read_totals
 from rich.console import Console
 
 METRICS = """\
@@ -46,7 +46,7 @@ def look(gateway: dict[str, Any] | None = None, agent: dict[str, Any] | None = N
     return Observation(record=record, agents=(agent,), gateway=gateway, metrics=metrics)
 
 
-def page(seen: Observation, pace: Pace | None = None) -> str:
+def page(seen: Observation, pace: Throughput | None = None) -> str:
     console = Console(width=120, file=StringIO())
     with console.capture() as capture:
         console.print(render_status(seen, build_status(seen, datetime.now(UTC)), pace=pace))
@@ -65,14 +65,14 @@ def test_totals_are_those_of_the_gateway() -> None:
 
 def test_the_pace_is_that_between_the_first_look_of_the_window_and_the_last() -> None:
     window = extend_window((), totals(0.0, ended=10, answers=10, ttft_s=5.0))
-    assert build_pace(window) is None
+    assert build_throughput(window) is None
     window = extend_window(window, totals(1.0, ended=11, answers=12, ttft_s=5.5))
     window = extend_window(window, totals(4.0, ended=18, answers=14, ttft_s=6.0))
-    assert build_pace(window) == Pace(requests_per_s=2.0, ttft_mean_s=0.25)
+    assert build_throughput(window) == Throughput(requests_per_s=2.0, ttft_mean_s=0.25)
     window = extend_window(window, totals(4.5 + WINDOW_S, ended=18, answers=14, ttft_s=6.0))
-    assert build_pace(window) is None, "the looks before are too old"
+    assert build_throughput(window) is None, "the looks before are too old"
     window = extend_window(window, totals(5.0 + WINDOW_S, ended=18, answers=14, ttft_s=6.0))
-    assert build_pace(window) == Pace(requests_per_s=0.0, ttft_mean_s=None)
+    assert build_throughput(window) == Throughput(requests_per_s=0.0, ttft_mean_s=None)
 
 
 @pytest.mark.parametrize("newest", [totals(2.0, ended=3, answers=9), totals(2.0, ended=9, answers=3)])
@@ -85,7 +85,7 @@ def test_a_gateway_that_gives_no_answer_ends_the_window() -> None:
 
 
 def test_the_page_tells_engines_processes_and_traffic() -> None:
-    lines = page(look(GATEWAY, AGENT), Pace(requests_per_s=2.25, ttft_mean_s=0.125)).splitlines()
+    lines = page(look(GATEWAY, AGENT), Throughput(requests_per_s=2.25, ttft_mean_s=0.125)).splitlines()
     assert lines[0].split() == ["tiny", "http://127.0.0.1:8000", "model", "served"]
     assert any(
         line.split() == ["tiny-engine-0", "ready", "12", "34", "56%", "1", "exit", "status", "3"] for line in lines

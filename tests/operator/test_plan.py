@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
-from moe_agent.config import AgentConfig
-from moe_gateway.config import GatewayConfig, Limits
+from moe_contract.agent_config import AgentConfig
+from moe_contract.gateway_config import GatewayConfig, Limits
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, load_resource, parse_resource
 from moe_operator.cli.plan import render_local
 from moe_operator.local.model import find_uneven, read_experts
 from moe_operator.plan import LocalPlan, LocalSite, plan_local, ports_needed
 from moe_operator.plan.ignored import find_idle
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.problems import InvalidInput
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = sorted((ROOT / "manifests").glob("*.yaml"))

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from cluster_debian import require
-from moe_agent.metrics import AgentCollector
-from moe_gateway.config import EngineAddress, GatewayConfig
-from moe_gateway.dispatcher import Dispatcher
-from moe_gateway.ledger import Ledger
+from moe_agent.api.metrics import AgentCollector
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.ledger import RequestStats
 from moe_gateway.metrics import GatewayCollector
 from moe_operator.autoscale.prometheus import fetch_signal
 from moe_operator.autoscale.signal import Fleet
-from moe_scheduling.fleet import FleetSignal
+from moe_scheduling.fleet.size import FleetSignal
 from pods import agent
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -48,12 +48,12 @@ def exposed(collector: Any) -> Iterator[int]:
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger()
+def ledger() -> RequestStats:
+    return RequestStats()
 
 
 @pytest.fixture
-def gateway_port(ledger: Ledger) -> Iterator[int]:
+def gateway_port(ledger: RequestStats) -> Iterator[int]:
     engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
     document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
     dispatcher = Dispatcher(GatewayConfig.model_validate(document), ledger)
@@ -106,7 +106,7 @@ async def signal_of_a_full_window(url: str) -> FleetSignal:
     raise AssertionError("Prometheus never knew the load")
 
 
-async def busy(ledger: Ledger) -> None:
+async def busy(ledger: RequestStats) -> None:
     """Ten requests a second that wait a quarter of a second for their first token."""
     while True:
         now_s = time.monotonic()
@@ -115,7 +115,7 @@ async def busy(ledger: Ledger) -> None:
         await asyncio.sleep(0.1)
 
 
-async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, ledger: Ledger) -> None:
+async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, ledger: RequestStats) -> None:
     load = asyncio.create_task(busy(ledger))
     try:
         found = await signal_of_a_full_window(prometheus)
@@ -133,7 +133,7 @@ async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, 
     assert time.monotonic() - found.observed_s < 10.0
 
 
-async def test_the_pods_of_others_are_not_counted(prometheus: str, ledger: Ledger) -> None:
+async def test_the_pods_of_others_are_not_counted(prometheus: str, ledger: RequestStats) -> None:
     ledger.arrive(100, time.monotonic())
     for _ in range(240):
         if await fetch_signal(prometheus, KEY, NOBODY) is not None:

@@ -12,12 +12,12 @@ import typer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource, set_field
 from moe_operator.api.crd import render_crd
 from moe_operator.api.document import MAX_BYTES, parse_document
 from moe_operator.cli.plan import plan
 from moe_operator.cli.validate import crd, one_line, validate
-from moe_scheduling.problems import InvalidInput
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]

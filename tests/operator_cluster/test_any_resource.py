@@ -16,11 +16,11 @@ from fresh_operator import FreshOperator, conditions, fetch_serving, started, wr
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 from lightkube import KubeConfig
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.api.resource import API_VERSION
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Key
-from moe_scheduling.problems import InvalidInput
 from resource_strategies import documents, mutated
 from serving_documents import serving
 

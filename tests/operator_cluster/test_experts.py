@@ -16,10 +16,10 @@ import pytest
 from cluster_api import ApiCluster, free_ports
 from cluster_problem import ClusterProblem
 from fresh_operator import FreshOperator, conditions, fetch_serving, started, writes
-from moe_agent.config import AgentConfig, EngineConfig, Listen
+from moe_contract.agent_config import AgentConfig, EngineConfig, Listen
 from moe_operator.kubernetes.kinds import DEPLOYMENT, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
-from moe_scheduling.expert import ExpertSettings
+from moe_scheduling.expert.decision import ExpertSettings
 from serving_documents import serving
 
 Document = dict[str, Any]

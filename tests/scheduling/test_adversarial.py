@@ -5,9 +5,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import DispatchPolicy, EngineSettings, Job, Send, choose_target, explain
-from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, Send, choose_target, explain
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B = Target("a"), Target("b")
@@ -95,7 +95,7 @@ EVENTS = st.lists(
 
 
 def books_after(events, now_s):
-    books = TargetBooks(A)
+    books = TargetState(A)
     for name, subject, value in events:
         match name:
             case "observe":
@@ -111,7 +111,7 @@ def books_after(events, now_s):
 
 @given(EVENTS, NUMBERS, st.sampled_from(DispatchPolicy), st.floats(-1e9, 1e9))
 def test_every_prediction_is_a_time_whatever_an_engine_said(events, cached, policy, now_s):
-    books = [books_after(events, now_s), TargetBooks(B)]
+    books = [books_after(events, now_s), TargetState(B)]
     settings, job = EngineSettings(policy=policy, saturation_s=1e12), Job(1000, {A: cached})
     for row in explain(job, books, settings, now_s=now_s):
         assert 0.0 <= row.wait_s <= row.predicted_s < math.inf
@@ -141,6 +141,6 @@ def test_an_absurd_cache_makes_a_job_of_at_least_one_token(cached):
 
 
 def test_one_target_takes_all_turns():
-    books = [TargetBooks(A)]
+    books = [TargetState(A)]
     for turn in (-1, 0, 1, 10**12):
         assert choose_target(Job(1), books, EngineSettings(), turn=turn, now_s=0.0).target == A

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from moe_scheduling.books import TargetBooks
+from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 STALE_AFTER_S = 2.0
@@ -13,7 +13,7 @@ LINE = StepTime(base_s=0.01, prefill_s=0.001, decode_s=0.0)
 
 
 def books():
-    return TargetBooks(Target("a"))
+    return TargetState(Target("a"))
 
 
 def test_new_books_are_empty():
@@ -81,7 +81,7 @@ def test_a_key_sent_again_starts_anew():
 
 def test_what_is_sent_stands_for_what_others_send_until_a_signal_tells():
     its = books()
-    its.own_share = 0.25
+    its.traffic_share = 0.25
     its.observe(EngineSignal(waiting_prefill_tokens=1000, waiting=3), 1.0)
     its.sent("r", 100, 2.0)
     its.sent("q", 10, 2.5)
@@ -89,7 +89,7 @@ def test_what_is_sent_stands_for_what_others_send_until_a_signal_tells():
     assert its.first_token_s(10, LINE, 3.0, STALE_AFTER_S) == pytest.approx(1.45 + 0.01)
     assert (its.requests(3.0, STALE_AFTER_S), its.in_flight, its.unanswered_prefill_tokens) == (3 + 8, 2, 110)
     # Another share counts for what is sent from then on.
-    its.own_share = 1.0
+    its.traffic_share = 1.0
     its.first_token("q", 3.0)
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1400
     its.observe(EngineSignal(waiting_prefill_tokens=1350), 3.0)

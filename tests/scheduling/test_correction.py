@@ -5,9 +5,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.correction import LEAST, MEMORY_S, MOST, OUTLIER, PRIOR_S, Corrections
-from moe_scheduling.engine import EngineSettings, Job, choose_target
+from moe_scheduling.engine.choice import EngineSettings, Job, choose_target
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_calibration import LEAST, MEMORY_S, MOST, OUTLIER, PRIOR_S, TtftCalibration
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B, C = Target("a"), Target("b"), Target("c", 1)
@@ -15,8 +15,8 @@ ABSURD = [math.nan, math.inf, -math.inf, -1.0, 10**400]
 
 
 def taught(ratios, *, predicted_s=0.5, each_s=0.01, rounds=400):
-    """Corrections that saw so many answers of each target, which took so many times as long as predicted."""
-    corrections = Corrections()
+    """TtftCalibration that saw so many answers of each target, which took so many times as long as predicted."""
+    corrections = TtftCalibration()
     for number in range(rounds):
         for target, ratio in ratios.items():
             corrections.observe(target, predicted_s, ratio * predicted_s, each_s * number)
@@ -24,7 +24,7 @@ def taught(ratios, *, predicted_s=0.5, each_s=0.01, rounds=400):
 
 
 def test_before_anything_was_seen_predictions_stand():
-    assert Corrections().factor(A, 5.0) == 1.0
+    assert TtftCalibration().factor(A, 5.0) == 1.0
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 2.0, 5.0])
@@ -53,7 +53,7 @@ def test_idle_all_go_back_to_neutral():
 
 
 def test_long_predictions_count_for_more_than_short_ones():
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for number in range(1000):
         corrections.observe(A, 0.2, 0.2, 0.01 * number)
         # What each request costs alike, such as a network's way, doubles a short time only.
@@ -70,7 +70,7 @@ def test_one_outlier_moves_a_factor_by_little(measured_s):
 
 
 def test_a_tenth_of_outliers_moves_a_factor_by_a_tenth():
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for number in range(2000):
         corrections.observe(A, 0.2, 60.0 if number % 10 == 0 else 0.2, 0.01 * number)
     assert 1.0 < corrections.factor(A, 20.0) < 1.0 + 0.1 * OUTLIER
@@ -78,7 +78,7 @@ def test_a_tenth_of_outliers_moves_a_factor_by_a_tenth():
 
 def test_a_first_observation_moves_a_factor_by_a_quarter_at_most():
     for measured_s in (0.0, 1e8):
-        corrections = Corrections()
+        corrections = TtftCalibration()
         corrections.observe(A, 100.0, measured_s, 0.0)
         assert 0.75 < corrections.factor(A, 0.0) < 1.4
 
@@ -107,7 +107,7 @@ OBSERVATIONS = st.lists(st.tuples(st.sampled_from([A, B]), ANY, ANY, st.floats(a
 
 @given(OBSERVATIONS, st.floats(allow_nan=False), st.sampled_from([A, B, C]))
 def test_every_factor_is_within_the_bounds_whatever_was_seen(observations, now_s, target):
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for seen, predicted_s, measured_s, at_s in observations:
         corrections.observe(seen, predicted_s, measured_s, at_s)
     assert LEAST <= corrections.factor(target, now_s) <= MOST
@@ -119,7 +119,7 @@ SANE = st.lists(st.tuples(st.sampled_from([A, B]), TIMES, TIMES, st.floats(0, 10
 
 @given(SANE, TIMES, st.floats(0, 1e8))
 def test_no_observation_moves_a_factor_past_twice_or_half_of_what_was_believed(observations, predicted_s, measured_s):
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for observation in observations:
         corrections.observe(*observation)
     before = corrections.factor(A, 1000.0)
@@ -130,14 +130,14 @@ def test_no_observation_moves_a_factor_past_twice_or_half_of_what_was_believed(o
 
 @given(SANE)
 def test_all_is_forgotten_in_the_end(observations):
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for observation in observations:
         corrections.observe(*observation)
     assert corrections.factor(A, 1000.0 + 30 * MEMORY_S) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_prior_is_worth_what_it_says():
-    corrections = Corrections()
+    corrections = TtftCalibration()
     for _ in range(4):
         corrections.observe(A, PRIOR_S / 4, 1.2 * PRIOR_S / 4, 0.0)
     # Half from the target, a quarter through the fleet, which has seen the same.
@@ -148,7 +148,7 @@ LINE = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=0.0)
 
 
 def test_the_books_multiply_what_they_predict():
-    books = TargetBooks(A)
+    books = TargetState(A)
     books.sent("r", 1024, 0.0)
     books.slowness = 2.0
     assert books.first_token_s(1024, LINE, 0.0, 2.0) == 2 * (2 + 1 / 64)
@@ -162,7 +162,7 @@ def test_the_books_multiply_what_they_predict():
 
 
 def test_of_two_that_say_the_same_the_one_that_was_slower_is_passed_over():
-    slow, fair = TargetBooks(A), TargetBooks(B)
+    slow, fair = TargetState(A), TargetState(B)
     for books in (slow, fair):
         books.observe(EngineSignal(step_time=LINE), 0.0)
     slow.slowness = 2.0

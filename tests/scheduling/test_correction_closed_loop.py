@@ -10,9 +10,9 @@ from collections import Counter
 from statistics import mean
 
 import pytest
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.correction import Corrections
-from moe_scheduling.engine import EngineSettings, Job, choose_target
+from moe_scheduling.engine.choice import EngineSettings, Job, choose_target
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_calibration import TtftCalibration
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 LINE = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
@@ -27,8 +27,8 @@ class Fleet:
     def __init__(self, slowness, *, seed, corrects=True, rate=26.0, requests=2500, stall=0.0):
         self.slowness = dict(zip(TARGETS, slowness, strict=True))
         self.random = random.Random(seed)
-        self.books = {target: TargetBooks(target) for target in TARGETS}
-        self.corrections = Corrections() if corrects else None
+        self.books = {target: TargetState(target) for target in TARGETS}
+        self.corrections = TtftCalibration() if corrects else None
         self.free_s = dict.fromkeys(TARGETS, 0.0)
         self.backlog = dict.fromkeys(TARGETS, 0)
         self.sent, self.ttft_s, self.stall, self.ticked_s = Counter(), [], stall, 0.0

@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import (
+from moe_scheduling.engine.choice import (
     DispatchPolicy,
     EngineSettings,
     Hold,
@@ -19,7 +18,8 @@ from moe_scheduling.engine import (
     choose_target,
     explain,
 )
-from moe_scheduling.pace import DEFAULT_STEP_TIME, Pace, pace_of
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME, TtftModel, build_ttft_model
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B, C = Target("a"), Target("b"), Target("c", 1)
@@ -33,7 +33,7 @@ ALL = (PREDICTED, BY_REQUESTS, BY_TURN)
 
 
 def engine(target, *, accepting=True, observed_s=NOW_S, step_time=LINE, **signal):
-    books = TargetBooks(target, accepting=accepting)
+    books = TargetState(target, accepting=accepting)
     books.observe(EngineSignal(step_time=step_time, **signal), observed_s)
     return books
 
@@ -86,7 +86,7 @@ def test_the_prediction_is_the_time_of_the_tokens_and_of_the_steps():
 
 
 def test_full_kv_costs_decode_steps():
-    full = pace_of(LINE, EngineSignal(decode_tokens=4, kv_usage=1.0))
+    full = build_ttft_model(LINE, EngineSignal(decode_tokens=4, kv_usage=1.0))
     assert full.kv_s == pytest.approx(64 * (1 / 64 + 4 / 512))
 
 
@@ -111,20 +111,20 @@ def test_a_stale_signal_leaves_the_own_books_and_the_line():
 
 
 def test_an_engine_without_a_line_is_like_the_first_that_has_one():
-    new, unheard = engine(A, step_time=None, decode_tokens=8), TargetBooks(C)
+    new, unheard = engine(A, step_time=None, decode_tokens=8), TargetState(C)
     assert choose(Job(64), [new, engine(B, waiting_prefill_tokens=10**6)]).predicted_s == 64 / 1024 + 1 / 64 + 8 / 512
     assert choose(Job(64), [unheard, engine(B, waiting_prefill_tokens=10**6)]).predicted_s == 64 / 1024 + 1 / 64
 
 
 def test_what_an_engine_without_a_line_is_taken_for_does_not_change_with_the_turn():
     slow = StepTime(base_s=1.0, prefill_s=1.0, decode_s=1.0)
-    books = [engine(A, step_time=slow), TargetBooks(B), engine(C)]
+    books = [engine(A, step_time=slow), TargetState(B), engine(C)]
     excluded = [choose(Job(64), books, turn=turn, exclude={A, C}).predicted_s for turn in range(3)]
     assert excluded == [explain(Job(64), books, PREDICTED, now_s=NOW_S)[1].predicted_s] * 3 == [65.0] * 3
 
 
 def test_without_any_line_the_default_stands():
-    decision = choose(Job(100), [TargetBooks(A)])
+    decision = choose(Job(100), [TargetState(A)])
     assert decision.predicted_s == pytest.approx(DEFAULT_STEP_TIME.base_s + 100 * DEFAULT_STEP_TIME.prefill_s)
 
 
@@ -201,7 +201,7 @@ def test_a_request_is_held_when_every_engine_is_saturated(policy, ahead, held):
 
 
 def test_the_wait_counts_whole_steps_and_the_wait_for_kv():
-    pace = Pace(token_s=1 / 1024, step_s=1 / 64, kv_s=0.5)
+    pace = TtftModel(token_s=1 / 1024, step_s=1 / 64, kv_s=0.5)
     assert [pace.wait_s(tokens) for tokens in (0, 1024, 2048)] == [0.5, 1.5, 2.5 + 1 / 64]
 
 
@@ -213,7 +213,7 @@ def test_an_explanation_has_the_terms_of_what_was_compared():
     books = [
         engine(A, waiting_prefill_tokens=1024, running=2, kv_usage=1.0),
         engine(B, accepting=False),
-        TargetBooks(C),
+        TargetState(C),
     ]
     job = Job(600, {C: 88})
     first, second = explain(job, books, PREDICTED, now_s=NOW_S)

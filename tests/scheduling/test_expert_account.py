@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_scheduling.expert import (
+from moe_scheduling.expert.decision import (
     Account,
     ExpertCosts,
     ExpertHistory,
@@ -21,7 +21,7 @@ from moe_scheduling.expert import (
     plan_experts,
     score_placement,
 )
-from moe_scheduling.expert_account import Spell, book_spells, keep_account, plan_retreat
+from moe_scheduling.expert.regret_bound import Spell, book_spells, keep_account, plan_retreat
 
 COSTS = ExpertCosts(token_s=1e-3, move_s=0.5, horizon_steps=1000)
 HOT = ExpertLoad(tokens=[[[5.0, 5.0, 1.0, 1.0]]])

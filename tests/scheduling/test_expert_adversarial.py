@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from moe_scheduling.expert import (
+from moe_scheduling.expert.decision import (
     ExpertCosts,
     ExpertLoad,
     ExpertSettings,

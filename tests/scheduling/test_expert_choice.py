@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from moe_scheduling.expert import (
+from moe_scheduling.expert.decision import (
     ExpertCosts,
     ExpertHistory,
     ExpertLoad,

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from moe_scheduling.expert_cost import (
+from moe_scheduling.expert.cost import (
     ExpertCosts,
     ExpertLoad,
     carry_costs,
@@ -12,7 +12,7 @@ from moe_scheduling.expert_cost import (
     link_costs,
     score_placement,
 )
-from moe_scheduling.placement import Placement
+from moe_scheduling.expert.placement import Placement
 
 
 def placed(*rows, ranks=2, nodes=1):

@@ -5,9 +5,15 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import EngineSettings, Job, choose_target
-from moe_scheduling.pace import EXPERT_PART, LINE_MEMORY_STEPS, Pace, pace_of, unsignalled_pace
+from moe_scheduling.engine.choice import EngineSettings, Job, choose_target
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_model import (
+    EXPERT_PART,
+    LINE_MEMORY_STEPS,
+    TtftModel,
+    build_ttft_model,
+    build_unsignalled_ttft_model,
+)
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B = Target("a"), Target("b")
@@ -16,19 +22,19 @@ LINE = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=1 / 512)
 STALE_S = 2.0
 
 
-def told(target: Target, *signals: tuple[int, float], step_time: StepTime | None = LINE) -> TargetBooks:
+def told(target: Target, *signals: tuple[int, float], step_time: StepTime | None = LINE) -> TargetState:
     """Books after signals of (step, balance)."""
-    books = TargetBooks(target)
+    books = TargetState(target)
     for step, balance in signals:
         books.observe(EngineSignal(step=step, expert_balance=balance, step_time=step_time), NOW_S)
     return books
 
 
-def pace(books: TargetBooks) -> Pace:
+def pace(books: TargetState) -> TtftModel:
     return books.pace(LINE, NOW_S, STALE_S)
 
 
-def slower(books: TargetBooks) -> float:
+def slower(books: TargetState) -> float:
     """How much slower a prompt's tokens are than the line has it."""
     return pace(books).token_s / LINE.prefill_s
 
@@ -50,7 +56,7 @@ def test_an_imbalance_that_is_new_sends_requests_elsewhere_and_one_that_is_gone_
 
 
 def test_what_changed_counts_by_the_experts_part_of_a_step() -> None:
-    assert pace_of(LINE, EngineSignal(decode_tokens=4, expert_balance=3.0), 2.0) == Pace(
+    assert build_ttft_model(LINE, EngineSignal(decode_tokens=4, expert_balance=3.0), 2.0) == TtftModel(
         pytest.approx((1 + EXPERT_PART / 2) / 1024), pytest.approx((1 + EXPERT_PART / 2) * (1 / 64 + 4 / 512)), 0.0
     )
     at_once = slower(told(A, (1000, 1.0), (1000, 2.0)))
@@ -72,7 +78,7 @@ def test_an_engine_that_was_just_heard_of_or_has_restarted_is_as_its_line_says()
 def test_the_rank_of_a_group_that_has_the_hot_experts_gets_as_much_as_the_others() -> None:
     paces = set()
     for pressure in (0.4, 1.0, 1.6):
-        books = TargetBooks(A)
+        books = TargetState(A)
         books.observe(EngineSignal(step=1, expert_balance=1.6, expert_pressure=pressure, step_time=LINE), NOW_S)
         paces.add(pace(books))
     assert len(paces) == 1
@@ -80,7 +86,7 @@ def test_the_rank_of_a_group_that_has_the_hot_experts_gets_as_much_as_the_others
 
 def test_what_is_not_believed_any_more_says_nothing_of_experts_either() -> None:
     books = told(A, (1000, 1.0), (1010, 2.0))
-    assert books.pace(LINE, NOW_S + 10, STALE_S) == unsignalled_pace(LINE, 0)
+    assert books.pace(LINE, NOW_S + 10, STALE_S) == build_unsignalled_ttft_model(LINE, 0)
 
 
 HISTORY = st.lists(st.tuples(st.integers(0, 10**6), st.floats(1, 64)), min_size=1, max_size=20)

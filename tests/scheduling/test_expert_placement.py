@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.placement import (
+from moe_scheduling.expert.placement import (
     Placement,
     check_experts,
     count_copies,

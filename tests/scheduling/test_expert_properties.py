@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_scheduling.expert import (
+from moe_scheduling.expert.decision import (
     ExpertCosts,
     ExpertHistory,
     ExpertLoad,

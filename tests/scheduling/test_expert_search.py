@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.expert_copies import wanted_copies
-from moe_scheduling.expert_search import Path, Problem, apply_steps, search_steps
-from moe_scheduling.placement import Placement, count_copies, count_moves
+from moe_scheduling.expert.copies import wanted_copies
+from moe_scheduling.expert.placement import Placement, count_copies, count_moves
+from moe_scheduling.expert.search import Path, SearchInput, apply_steps, search_steps
 
 
 @st.composite
@@ -20,11 +20,11 @@ def problems(draw):
     table = np.array([generator.permutation(row) for row in rows])
     work = generator.pareto(draw(st.sampled_from([0.5, 1.5])), (layers, experts)) * draw(st.sampled_from([0.0, 1.0]))
     carry = generator.random((layers, experts, ranks)).astype(np.float32) if draw(st.booleans()) else None
-    problem = Problem(work_s=work, carry_s=carry, move_price_s=0.01, most_moves=draw(st.integers(0, 20)))
+    problem = SearchInput(work_s=work, carry_s=carry, move_price_s=0.01, most_moves=draw(st.integers(0, 20)))
     return problem, Placement(physical_to_logical=table, ranks=ranks)
 
 
-def cost(problem: Problem, table: np.ndarray, ranks: int) -> np.ndarray:
+def cost(problem: SearchInput, table: np.ndarray, ranks: int) -> np.ndarray:
     """[layer]: the busiest rank and the traffic."""
     layers, experts = problem.work_s.shape
     copies = count_copies(table, experts)
@@ -70,7 +70,9 @@ def test_a_layer_is_searched_as_if_it_were_alone(given_problem, seed):
     order = np.random.default_rng(seed).permutation(placement.layers)
     for layer in order[:1]:
         carry = None if problem.carry_s is None else problem.carry_s[[layer]]
-        alone = Problem(work_s=problem.work_s[[layer]], carry_s=carry, move_price_s=0.01, most_moves=problem.most_moves)
+        alone = SearchInput(
+            work_s=problem.work_s[[layer]], carry_s=carry, move_price_s=0.01, most_moves=problem.most_moves
+        )
         table = placement.physical_to_logical
         one = search_steps(alone, Placement(physical_to_logical=table[[layer]], ranks=placement.ranks))
         every = search_steps(problem, placement)

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from moe_scheduling.expert import ExpertMode, ExpertSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from weakref import ref
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_scheduling.fairness import REMEMBERED_TENANTS, TenantShares
-from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.fairness import REMEMBERED_TENANTS, TenantShares
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
 
 # Powers of two keep the arithmetic exact: 1024 tokens are a second.
 FAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0, fairness_horizon_s=4.0)

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from moe_scheduling.fleet import (
+from moe_scheduling.fleet.latency import LatencyHistory
+from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRecord, ScalingRules
+from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
     FleetSettings,
@@ -17,8 +19,6 @@ from moe_scheduling.fleet import (
     ScaleReason,
     plan_fleet,
 )
-from moe_scheduling.latency import LatencyHistory
-from moe_scheduling.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRecord, ScalingRules
 
 NOW_S = 1000.0
 FREE = ScalingRules(stabilization_window_s=0.0, policies=())

@@ -4,7 +4,17 @@ import math
 from dataclasses import replace
 
 import pytest
-from moe_scheduling.fleet import (
+from moe_scheduling.fleet.scaling import (
+    Dated,
+    PolicySelection,
+    PolicyType,
+    ScalingPolicy,
+    ScalingRecord,
+    ScalingRules,
+    bound_change,
+    stabilise,
+)
+from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
     FleetSettings,
@@ -16,18 +26,8 @@ from moe_scheduling.fleet import (
     Scale,
     plan_fleet,
 )
-from moe_scheduling.scaling import (
-    Dated,
-    PolicySelection,
-    PolicyType,
-    ScalingPolicy,
-    ScalingRecord,
-    ScalingRules,
-    bound_change,
-    stabilise,
-)
+from moe_scheduling.fleet.victims import EngineWork, order_victims, work_left_s
 from moe_scheduling.signals import EngineSignal, StepTime
-from moe_scheduling.victims import EngineWork, order_victims, work_left_s
 
 NOW_S = 1000.0
 FREE = ScalingRules(stabilization_window_s=0.0, policies=())

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_scheduling.fleet import (
+from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
     FleetSettings,
@@ -16,7 +17,6 @@ from moe_scheduling.fleet import (
     Scale,
     plan_fleet,
 )
-from moe_scheduling.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
 
 UNBOUND = ScalingRules(stabilization_window_s=0.0, policies=())
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.fleet import (
+from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
     FleetSettings,
@@ -17,7 +18,6 @@ from moe_scheduling.fleet import (
     ScaleReason,
     plan_fleet,
 )
-from moe_scheduling.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
 
 NUMBERS = st.floats() | st.sampled_from([0.0, -1.0, 1e308, 5e-324, math.nan, math.inf, -math.inf])
 MAYBE = st.none() | NUMBERS

@@ -6,8 +6,15 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_scheduling.fleet.victims import (
+    DRAINING_COST,
+    IDLE_COST,
+    NOT_READY_COST,
+    EngineWork,
+    order_victims,
+    work_left_s,
+)
 from moe_scheduling.signals import EngineSignal, StepTime
-from moe_scheduling.victims import DRAINING_COST, IDLE_COST, NOT_READY_COST, EngineWork, order_victims, work_left_s
 
 IDLE = EngineSignal()
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 import pytest
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import EngineSettings, Job, choose_target
-from moe_scheduling.peers import PeerLoad
+from moe_scheduling.engine.choice import EngineSettings, Job, choose_target
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 LINE = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0002)
@@ -56,10 +56,10 @@ class Engine:
 
 class Gateway:
     def __init__(self, targets, first_turn, *, knows_peers):
-        self.books = [TargetBooks(target) for target in targets]
+        self.books = [TargetState(target) for target in targets]
         for books in self.books:
             books.observe(EngineSignal(step_time=LINE), 0.0)
-        self.peers = PeerLoad() if knows_peers else None
+        self.peers = TrafficShare() if knows_peers else None
         self.turn = first_turn
         self.ticked_s = 0.0
 
@@ -68,7 +68,7 @@ class Gateway:
             self.ticked_s = now_s
             share = self.peers.observe(self.books, now_s, SETTINGS.stale_after_s)
             for books in self.books:
-                books.own_share = share
+                books.traffic_share = share
         self.turn += 1
         decision = choose_target(Job(request.tokens), self.books, SETTINGS, turn=self.turn, now_s=now_s)
         self.of(decision.target).sent(id(request), request.tokens, now_s)
@@ -206,10 +206,10 @@ def test_gateways_that_begin_at_the_same_moment_do_not_choose_the_same_engine():
 
 def test_one_gateway_is_not_mistaken_for_several():
     for fleet in runs(1, requests=1500):
-        assert fleet.gateways[0].books[0].own_share > 0.8
+        assert fleet.gateways[0].books[0].traffic_share > 0.8
 
 
 @pytest.mark.parametrize("gateways", [2, 4])
 def test_the_own_share_is_found_from_what_engines_say(gateways):
-    shares = [gateway.books[0].own_share for fleet in runs(gateways, requests=1500) for gateway in fleet.gateways]
+    shares = [gateway.books[0].traffic_share for fleet in runs(gateways, requests=1500) for gateway in fleet.gateways]
     assert mean(shares) == pytest.approx(1 / gateways, rel=0.3)

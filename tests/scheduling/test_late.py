@@ -6,13 +6,13 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.late import EARLY_SHARE, LEAD_S, LateStart
+from moe_scheduling.request.deferred_scheduling import EARLY_SHARE, LEAD_S, DeferredScheduling
 
 TIMES = st.floats(0.0, 1e6)
 
 
 def learn(ratios, predicted_s=0.05):
-    late = LateStart()
+    late = DeferredScheduling()
     for ratio in ratios:
         late.observe(predicted_s, ratio * predicted_s)
     return late
@@ -40,7 +40,7 @@ def test_a_step_shorter_than_the_lead_is_not_waited_for():
 
 @pytest.mark.parametrize("predicted_s", [0.0, -1.0, math.inf, math.nan])
 def test_what_was_not_predicted_teaches_nothing_and_is_not_waited_for(predicted_s):
-    late = LateStart()
+    late = DeferredScheduling()
     before = late.wait_s(1.0)
     late.observe(predicted_s, 0.5)
     late.observe(1.0, predicted_s)
@@ -50,7 +50,7 @@ def test_what_was_not_predicted_teaches_nothing_and_is_not_waited_for(predicted_
 
 @given(seen=st.lists(st.tuples(TIMES, TIMES), max_size=200), predicted_s=TIMES)
 def test_a_wait_is_never_negative_and_never_longer_than_the_prediction(seen, predicted_s):
-    late = LateStart()
+    late = DeferredScheduling()
     for each in seen:
         late.observe(*each)
     assert 0.0 <= late.wait_s(predicted_s) <= predicted_s
@@ -58,7 +58,7 @@ def test_a_wait_is_never_negative_and_never_longer_than_the_prediction(seen, pre
 
 @pytest.mark.parametrize("seed", range(4))
 def test_about_the_wanted_share_of_steps_ends_before_the_next_is_scheduled(seed):
-    dice, late, early = random.Random(seed), LateStart(), 0
+    dice, late, early = random.Random(seed), DeferredScheduling(), 0
     for number in range(12_000):
         # What a fit without a term for the context does: off by up to a third either way.
         step_s = 0.05 * dice.uniform(0.67, 1.33)
@@ -69,7 +69,7 @@ def test_about_the_wanted_share_of_steps_ends_before_the_next_is_scheduled(seed)
 
 
 def test_a_wait_that_was_too_long_with_what_launching_takes_counts_as_such():
-    late = LateStart()
+    late = DeferredScheduling()
     for _ in range(300):
         late.observe(0.05, 0.05)
     before = late.wait_s(0.05)

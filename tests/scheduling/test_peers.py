@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.peers import LEAST_SHARE, MEMORY_S, PeerLoad
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.traffic_share import LEAST_SHARE, MEMORY_S, TrafficShare
 from moe_scheduling.signals import EngineSignal, Target
 
 STALE_AFTER_S = 2.0
@@ -12,7 +12,7 @@ STALE_AFTER_S = 2.0
 
 def engine(running, own, *, waiting=0, observed_s=0.0):
     """Books of an engine that says so much of its requests, of which so many are the own."""
-    books = TargetBooks(Target("a"))
+    books = TargetState(Target("a"))
     for number in range(own):
         books.sent(number, 10, observed_s)
     books.observe(EngineSignal(running=running, waiting=waiting), observed_s)
@@ -20,7 +20,7 @@ def engine(running, own, *, waiting=0, observed_s=0.0):
 
 
 def share(*books, now_s=0.0):
-    return PeerLoad().observe(books, now_s, STALE_AFTER_S)
+    return TrafficShare().observe(books, now_s, STALE_AFTER_S)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_the_share_is_that_of_the_requests(books, expected):
 
 
 def test_who_says_nothing_or_said_it_long_ago_does_not_count():
-    assert share(TargetBooks(Target("b")), engine(99, 49, observed_s=-3.0)) == 1.0
-    assert share(TargetBooks(Target("b")), engine(99, 49)) == 0.5
+    assert share(TargetState(Target("b")), engine(99, 49, observed_s=-3.0)) == 1.0
+    assert share(TargetState(Target("b")), engine(99, 49)) == 0.5
 
 
 def test_counts_are_averaged_and_forgotten():
-    load = PeerLoad()
+    load = TrafficShare()
     assert load.observe([engine(99, 49)], 0.0, STALE_AFTER_S) == 0.5
     # A moment at which the own happen to be many changes little.
     assert load.observe([engine(99, 99, observed_s=0.1)], 0.1, STALE_AFTER_S) == pytest.approx(0.5, abs=0.01)
@@ -61,7 +61,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 20), st.floats(-
 
 @given(st.lists(st.tuples(st.floats(-1, 30), ROWS), max_size=10))
 def test_the_share_stays_within_its_bounds_whatever_engines_say(steps):
-    load, now_s = PeerLoad(), 0.0
+    load, now_s = TrafficShare(), 0.0
     for step_s, rows in steps:
         # A clock that goes back a little breaks nothing.
         now_s += step_s

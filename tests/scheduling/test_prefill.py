@@ -6,12 +6,19 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.prefill import Bend, Curve, HeldPrefill, Pace, RankLoad, plan_prefill_tokens
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.prefill_budget import (
+    HeldPrefill,
+    RankLoad,
+    RooflineKnee,
+    StepModel,
+    StepTimeCurve,
+    plan_prefill_tokens,
+)
 
 SETTINGS = RequestSettings(prefill_hold_s=0.5, first_token_weight=20.0)
 # Utilisation 1/2: a lost second costs a second.
-PACE = Pace(token_s=0.0001, base_s=0.01, step_s=0.02)
+PACE = StepModel(token_s=0.0001, base_s=0.01, step_s=0.02)
 IDLE = RankLoad()
 
 DECODING = RankLoad(decoding=10)
@@ -56,13 +63,15 @@ def test_a_lost_second_is_the_dearer_the_fuller_the_group():
     assert plan_prefill_tokens(ranks, PACE._replace(step_s=0.03), SETTINGS) == 0
 
 
-@pytest.mark.parametrize("pace", [Pace(0.0, 0.0, 0.0), Pace(0.0001, 0.0, 0.01), Pace(0.0001, 0.01, 0.001)])
+@pytest.mark.parametrize(
+    "pace", [StepModel(0.0, 0.0, 0.0), StepModel(0.0001, 0.0, 0.01), StepModel(0.0001, 0.01, 0.001)]
+)
 def test_a_pace_without_a_base_or_without_work_is_no_error(pace):
     assert plan_prefill_tokens([RankLoad(1000, 9.9, 0.4, 5), DECODING], pace, SETTINGS) in (0, 1000)
 
 
 # Where a step bends: from 1,000 tokens of all ranks on, each takes as long again.
-BENT = PACE._replace(curve=Curve(token_s=0.0001, floor_s=0.1, bends=(Bend(1000, 0.0001),)))
+BENT = PACE._replace(curve=StepTimeCurve(token_s=0.0001, floor_s=0.1, bends=(RooflineKnee(1000, 0.0001),)))
 
 
 @pytest.mark.parametrize(
@@ -100,12 +109,12 @@ loads = st.builds(
     st.integers(0, 4096),
 )
 groups = st.lists(loads, max_size=16)
-paces = st.builds(Pace, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), st.none())
+paces = st.builds(StepModel, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), st.none())
 bends = st.lists(
-    st.builds(Bend, st.integers(1, 10_000), st.floats(1e-9, 1)), max_size=4, unique_by=lambda bend: bend[0]
+    st.builds(RooflineKnee, st.integers(1, 10_000), st.floats(1e-9, 1)), max_size=4, unique_by=lambda bend: bend[0]
 )
-curves = st.builds(Curve, st.floats(0, 1), st.floats(0, 1), bends.map(sorted).map(tuple))
-bent_paces = st.builds(Pace, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), curves)
+curves = st.builds(StepTimeCurve, st.floats(0, 1), st.floats(0, 1), bends.map(sorted).map(tuple))
+bent_paces = st.builds(StepModel, st.floats(0, 1), st.floats(0, 1), st.floats(0, 10), curves)
 settings_of_all_kinds = st.builds(
     RequestSettings, prefill_hold_s=st.floats(0, 10), first_token_weight=st.floats(0.01, 1e6)
 )
@@ -242,11 +251,11 @@ class Group:
                 least = min((0, 1), key=lambda rank: sum(tokens for _, tokens in self.waiting[rank]))
                 self.waiting[least].append(coming)
                 coming = next(arrivals, None)
-            step_s = self._step(now_s, Pace(self.TOKEN_S, self.PACE_BASE_S, mean_s))
+            step_s = self._step(now_s, StepModel(self.TOKEN_S, self.PACE_BASE_S, mean_s))
             mean_s += 0.02 * (step_s - mean_s)
             now_s += step_s
 
-    def _step(self, now_s: float, pace: Pace) -> float:
+    def _step(self, now_s: float, pace: StepModel) -> float:
         loads = []
         for waiting, decoding, held in zip(self.waiting, self.decoding, self.held, strict=True):
             held.observe(len(waiting), now_s)

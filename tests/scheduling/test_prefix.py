@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.prefix import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
+from moe_scheduling.engine.prefix_index import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
 from moe_scheduling.signals import Target
 
 A, B = Target("a"), Target("b", 1)

@@ -8,17 +8,17 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.problems import (
+from moe_contract.input_errors import (
+    InputError,
     InvalidInput,
-    Problem,
-    problems_from_errors,
+    errors_from_pydantic,
     render_choices,
     render_path,
     unknown_choice,
     unknown_field,
 )
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
@@ -82,7 +82,7 @@ def told(document, *, root=""):
     validate = Document.model_validate_json if isinstance(document, str) else Document.model_validate
     with pytest.raises(ValidationError) as raised:
         validate(document)
-    return [str(problem) for problem in problems_from_errors(raised.value.errors(), fields_at, root)]
+    return [str(problem) for problem in errors_from_pydantic(raised.value.errors(), fields_at, root)]
 
 
 REQUEST_FIELDS = ", ".join(sorted(field.name for field in fields(RequestSettings)))
@@ -155,7 +155,7 @@ def test_the_members_of_a_union_do_not_enter_the_path():
 
 def test_a_field_named_like_a_member_of_a_union_keeps_its_name():
     rows = [{"type": "int_type", "loc": ("int",), "msg": "Input should be a valid integer", "input": "x"}]
-    assert problems_from_errors(rows, fields_at) == [Problem("int", "input should be a valid integer, got 'x'")]
+    assert errors_from_pydantic(rows, fields_at) == [InputError("int", "input should be a valid integer, got 'x'")]
 
 
 def test_all_errors_come_in_the_order_of_their_paths_below_the_root():
@@ -168,7 +168,7 @@ def test_all_errors_come_in_the_order_of_their_paths_below_the_root():
 
 
 def test_no_errors_are_no_problems():
-    assert problems_from_errors([], fields_at) == []
+    assert errors_from_pydantic([], fields_at) == []
 
 
 def test_what_was_written_is_shown_in_part_when_it_is_long():
@@ -207,12 +207,12 @@ def test_a_path_is_always_one_line(location):
 
 def test_choices_are_in_alphabetical_order():
     assert render_choices({"b", "a", "c"}) == "a, b, c"
-    assert unknown_choice("x", "d", ["b", "a"]) == Problem("x", "unknown 'd'; known: a, b")
-    assert unknown_field("x.bb", "bb", ["c", "b"]) == Problem("x.bb", "unknown field; nearest known: b; known: b, c")
+    assert unknown_choice("x", "d", ["b", "a"]) == InputError("x", "unknown 'd'; known: a, b")
+    assert unknown_field("x.bb", "bb", ["c", "b"]) == InputError("x.bb", "unknown field; nearest known: b; known: b, c")
 
 
 def test_invalid_input_carries_its_problems_and_reads_as_their_lines():
-    problems = [Problem("a", "is bad"), Problem("", "is worse")]
+    problems = [InputError("a", "is bad"), InputError("", "is worse")]
     error = InvalidInput(problems)
     assert error.problems == tuple(problems)
     assert str(error) == "a: is bad\nis worse"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from moe_scheduling.request import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
 
 FCFS = RequestSettings(policy=RequestPolicy.FCFS)
 PRIORITY = RequestSettings(policy=RequestPolicy.PRIORITY)

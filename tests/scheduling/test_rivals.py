@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import DispatchPolicy, EngineSettings, Job, SendReason, choose_target
-from moe_scheduling.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
+from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, SendReason, choose_target
+from moe_scheduling.engine.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
+from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, Target
 
 A, B, C, D = (Target(name) for name in "abcd")
@@ -15,7 +15,7 @@ NOW_S, STALE_AFTER_S = 100.0, 2.0
 
 
 def engine(target, *, own=0, observed_s=NOW_S, **signal):
-    books = TargetBooks(target)
+    books = TargetState(target)
     for key in range(own):
         books.sent(key, 10, observed_s - 1)
     books.observe(EngineSignal(**signal), observed_s)
@@ -52,7 +52,7 @@ def test_what_was_sent_since_the_signal_waits():
 def test_the_own_requests_stand_for_those_of_other_gateways():
     engines = [engine(A, own=2), engine(B, running=3)]
     assert pick_as_vllm(engines, NOW_S, STALE_AFTER_S).target == A
-    engines[0].own_share = engines[1].own_share = 0.5
+    engines[0].traffic_share = engines[1].traffic_share = 0.5
     assert pick_as_vllm(engines, NOW_S, STALE_AFTER_S).target == B
 
 

@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.books import TargetBooks
-from moe_scheduling.engine import EngineSettings, Hold, Job, Refuse, Send, SendReason, choose_target
-from moe_scheduling.roster import HOLDERS, LARGE_FLEET, SAMPLE, Roster
+from moe_scheduling.engine.choice import EngineSettings, Hold, Job, Refuse, Send, SendReason, choose_target
+from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, SAMPLE, TargetList
+from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 NOW_S = 100.0
@@ -24,7 +24,7 @@ def target(number):
 
 
 def roster(count, **signal):
-    books = Roster(TargetBooks(target(number)) for number in range(count))
+    books = TargetList(TargetState(target(number)) for number in range(count))
     for row in books:
         row.observe(EngineSignal(step_time=LINE, **signal), NOW_S)
     return books
@@ -107,10 +107,10 @@ def test_a_large_fleet_that_is_saturated_holds():
 def mean_ttft_s(count, load, seed, *, samples, requests):
     """Of engines that prefill in the order of arrival and say at each end what waits, in virtual time."""
     rng = random.Random(seed)
-    books = [TargetBooks(target(number)) for number in range(count)]
+    books = [TargetState(target(number)) for number in range(count)]
     by_target = {row.target: row for row in books}
     free_s, backlog = dict.fromkeys(by_target, 0.0), dict.fromkeys(by_target, 0)
-    rows = Roster(books) if samples else books
+    rows = TargetList(books) if samples else books
     sizes = [int(rng.lognormvariate(6.5, 1.0)) + 1 for _ in range(requests)]
     rate = load * count / mean(LINE.base_s + LINE.prefill_s * size for size in sizes)
     running, numbers, ttft_s, now_s = [], itertools.count(), [], 0.0

@@ -4,8 +4,8 @@ import math
 import re
 
 import pytest
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
 
 
 @pytest.mark.parametrize(

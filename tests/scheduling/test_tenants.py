@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.tenants import NAMELESS, hash_tenant, sign_request_id, tenant_of
+from moe_contract.tenancy import hash_tenant, sign_request_id, tenant_of
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 
 ids = st.from_regex(rb"[\x21-\x7e]{1,128}", fullmatch=True)
 names = st.binary(min_size=1, max_size=200)
@@ -21,19 +22,19 @@ WAYS = [
 @given(request_id=ids, name=names)
 def test_the_engine_finds_who_the_gateway_named(way, request_id, name):
     tenant = hash_tenant(name)
-    assert tenant_of(way.format(sign_request_id(request_id, tenant).decode())) == tenant != NAMELESS
+    assert tenant_of(way.format(sign_request_id(request_id, tenant).decode())) == tenant != ANONYMOUS_TENANT
 
 
 @pytest.mark.parametrize("way", WAYS)
 @given(request_id=ids | st.sampled_from([b"a.t1a2b3c4d", b".t1a2b3c4d", b"a.t1a2b3c4d-0", b".t.t1a2b3c4d"]))
 def test_a_client_cannot_name_a_tenant_in_its_id(way, request_id):
-    assert tenant_of(way.format(sign_request_id(request_id, NAMELESS).decode())) == NAMELESS
+    assert tenant_of(way.format(sign_request_id(request_id, ANONYMOUS_TENANT).decode())) == ANONYMOUS_TENANT
 
 
 @given(request_id=st.text(max_size=40) | st.sampled_from(["a.t1a2b3c4d", "cmpl-a.t1a2b3c4d-0", "a.t1a2b3c4d-9f8e7d6c"]))
 def test_nor_in_the_body_of_a_request_to_responses(request_id):
     """Where vLLM asks the body for the id, and no header."""
-    assert tenant_of(f"{request_id}_0-9f8e7d6c") == NAMELESS
+    assert tenant_of(f"{request_id}_0-9f8e7d6c") == ANONYMOUS_TENANT
 
 
 @given(names)
@@ -44,13 +45,13 @@ def test_a_suffix_is_short_and_says_nothing_of_the_name(name):
 
 
 def test_no_name_is_the_nameless_tenant_and_leaves_the_id_as_it_is():
-    assert hash_tenant(b"") == NAMELESS
-    assert sign_request_id(b"id", NAMELESS) == b"id"
+    assert hash_tenant(b"") == ANONYMOUS_TENANT
+    assert sign_request_id(b"id", ANONYMOUS_TENANT) == b"id"
 
 
 @pytest.mark.parametrize("text", ["", "id", "id.t", "id.t123", "id.tABCDEF01", "id.txyzw1234", "id.t00000000"])
 def test_what_is_no_suffix_names_nobody(text):
-    assert tenant_of(text) == NAMELESS
+    assert tenant_of(text) == ANONYMOUS_TENANT
 
 
 @given(st.text())

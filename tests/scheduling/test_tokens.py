@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.tokens import TokenRatio
+from moe_scheduling.engine.token_ratio import TokenRatio
 
 
 def test_it_starts_at_four_bytes_a_token():

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from moe_bench.tiny import TinySettings, ensure_tiny_model
+from moe_tools.tiny import TinySettings, ensure_tiny_model
 
 START_TIMEOUT_S = 900.0
 TOKEN = "token-of-the-tests"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_bench.tiny import TinySettings, ensure_tiny_model
+from moe_tools.tiny import TinySettings, ensure_tiny_model
 
 LAYERS, EXPERTS, TOP_K, REDUNDANT = 4, 16, 2, 2
 MIGRATIONS = 1000

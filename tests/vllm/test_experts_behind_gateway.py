@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from moe_bench.tiny import TinySettings, ensure_tiny_model
+from moe_tools.tiny import TinySettings, ensure_tiny_model
 
 LAYERS, EXPERTS, REDUNDANT = 4, 16, 2
 CLIENTS = 8

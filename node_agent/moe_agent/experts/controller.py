@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from moe_scheduling.expert import Balance, ExpertMode, ExpertSettings
+from moe_scheduling.expert.decision import Balance, ExpertMode, ExpertSettings
 
 from moe_agent.experts.decision_log import Decision, DecisionLog
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape

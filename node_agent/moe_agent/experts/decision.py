@@ -1,10 +1,12 @@
-"""What `moe_scheduling.expert` decides, in the terms of the controller; run by the thread of the group's first rank."""
+"""What `moe_scheduling.expert.decision` decides, in the terms of the controller; run by the thread of the group's
+first rank.
+"""
 
 import time
 from dataclasses import replace
 
-from moe_scheduling.expert import ExpertCosts, ExpertHistory, ExpertLoad, Move, Placement, plan_experts
-from moe_scheduling.expert_account import Spell, book_spells
+from moe_scheduling.expert.decision import ExpertCosts, ExpertHistory, ExpertLoad, Move, Placement, plan_experts
+from moe_scheduling.expert.regret_bound import Spell, book_spells
 
 from moe_agent.experts.figures import make_load, make_placement
 from moe_agent.experts.planning import Answer, Question

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from moe_agent.parsing import parse_model
@@ -76,7 +76,7 @@ def parse_directive(document: object, version: int, shape: GroupShape) -> Direct
     return Directive(version=version, action=body.action, physical_to_logical=rows)
 
 
-def list_placement_problems(rows: Sequence[Sequence[int]], shape: GroupShape) -> list[Problem]:
+def list_placement_problems(rows: Sequence[Sequence[int]], shape: GroupShape) -> list[InputError]:
     """Why a group of this shape cannot have the placement; empty when it can."""
     if len(rows) != shape.layers:
         return [_problem(f"{shape.layers} layers are needed, got {len(rows)}")]
@@ -84,7 +84,7 @@ def list_placement_problems(rows: Sequence[Sequence[int]], shape: GroupShape) ->
     return [problem for problem in problems if problem is not None]
 
 
-def _row_problem(layer: int, row: Sequence[int], shape: GroupShape) -> Problem | None:
+def _row_problem(layer: int, row: Sequence[int], shape: GroupShape) -> InputError | None:
     path = f"[{layer}]"
     if len(row) != shape.slots:
         return _problem(f"{shape.slots} slots are needed, got {len(row)}", path)
@@ -95,8 +95,8 @@ def _row_problem(layer: int, row: Sequence[int], shape: GroupShape) -> Problem |
     return None
 
 
-def _problem(message: str, at: str = "") -> Problem:
-    return Problem(f"physical_to_logical{at}", message)
+def _problem(message: str, at: str = "") -> InputError:
+    return InputError(f"physical_to_logical{at}", message)
 
 
 def directive_path(run_dir: Path) -> Path:
@@ -120,7 +120,7 @@ def read_directive(run_dir: Path, shape: GroupShape) -> Directive:
         document: dict[str, Any] = json.loads(directive_path(run_dir).read_bytes())
         version = int(document.pop("version"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput([Problem("", f"no directive can be read: {error}")]) from None
+        raise InvalidInput([InputError("", f"no directive can be read: {error}")]) from None
     return parse_directive(document, version, shape)
 
 

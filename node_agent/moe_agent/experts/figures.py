@@ -1,7 +1,9 @@
-"""The controller's arrays as the values of `moe_scheduling.expert`, which counts and scores for everyone alike."""
+"""The controller's arrays as the values of `moe_scheduling.expert.decision`, which counts and scores for everyone
+alike.
+"""
 
 import numpy as np
-from moe_scheduling.expert import Balance, ExpertCosts, ExpertLoad, Placement, count_moves, score_placement
+from moe_scheduling.expert.decision import Balance, ExpertCosts, ExpertLoad, Placement, count_moves, score_placement
 from numpy.typing import NDArray
 
 from moe_agent.experts.directive import GroupShape

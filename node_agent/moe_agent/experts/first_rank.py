@@ -12,7 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
 
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, read_directive, replace_file
@@ -20,7 +20,7 @@ from moe_agent.experts.document import Document, build_document, render_document
 from moe_agent.experts.planning import Answer, Costs, Question, Slots
 from moe_agent.experts.protocol import Beat
 from moe_agent.experts.published import experts_path
-from moe_agent.pages import ControlPageReader, PageUnreadableError
+from moe_agent.shared_memory.records import ControlPageReader, PageUnreadableError
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ series by their place, with layer, expert and tokens as values.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_scheduling.expert import ExpertMode, StayReason
+from moe_scheduling.expert.decision import ExpertMode, StayReason
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moe_agent.experts.outcome import Outcome, ProblemKind

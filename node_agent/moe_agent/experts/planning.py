@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from moe_scheduling.expert import ExpertSettings
+from moe_scheduling.expert.decision import ExpertSettings
 from numpy.typing import NDArray
 
 from moe_agent.experts.directive import GroupShape

@@ -36,7 +36,7 @@ from moe_agent.experts.published import experts_path
 from moe_agent.experts.recording import Counted, Report, RoutingRecorder
 from moe_agent.experts.step_times import load_class
 from moe_agent.experts.work_meter import WorkMeter
-from moe_agent.pages import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState
+from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState
 from moe_agent.vllm.device_recording import DeviceRecorder
 from moe_agent.vllm.version import replace_attribute
 

@@ -10,9 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from moe_scheduling.prefill import RankLoad
+from moe_scheduling.request.prefill_budget import RankLoad
 
-from moe_agent.pages import PageUnreadableError, PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
+from moe_agent.shared_memory.records import (
+    PageUnreadableError,
+    PrefillPageReader,
+    PrefillPageWriter,
+    PrefillState,
+    StepPart,
+)
 
 # A rank that has told nothing for so long is idle: while one rank of a group computes, all make steps, and those with
 # requests tell at each.

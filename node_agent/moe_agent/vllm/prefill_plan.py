@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from moe_scheduling.prefill import HeldPrefill, Pace, RankLoad, plan_prefill_tokens
-from moe_scheduling.request import RequestPolicy, RequestSettings, Waiting
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, Waiting
+from moe_scheduling.request.prefill_budget import HeldPrefill, RankLoad, StepModel, plan_prefill_tokens
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.pages import PrefillState, StepPart
+from moe_agent.shared_memory.records import PrefillState, StepPart
 from moe_agent.vllm.prefill_group import WAVE_TURNS, OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53
@@ -66,7 +66,7 @@ class PrefillPlan:
         """Those in force."""
         return self._settings
 
-    def begin(self, pace: Pace | None, now_s: float) -> None:
+    def begin(self, pace: StepModel | None, now_s: float) -> None:
         """Plans the step that vLLM schedules now."""
         scheduler = self._scheduler
         self._left, self._allowed = _UNBOUNDED, {}
@@ -81,7 +81,9 @@ class PrefillPlan:
         if self._settings.yield_prefills and partial and scheduler.waiting:
             self._let_others_first(ready)
 
-    def _plan_group(self, group: PrefillGroup, ready: list[Waiting[Request]], pace: Pace | None, now_s: float) -> None:
+    def _plan_group(
+        self, group: PrefillGroup, ready: list[Waiting[Request]], pace: StepModel | None, now_s: float
+    ) -> None:
         self._before = self._load(ready, now_s)
         states = group.others(now_s)
         others = [load_in_this_step(state, self._decided_s, now_s) for state in states]
@@ -96,7 +98,7 @@ class PrefillPlan:
         level = self._bound([self._before, *others], pace)
         self.others = sum_parts(StepPart(now_s, min(level, load.prefill_tokens), load.decoding) for load in others)
 
-    def _bound(self, loads: list[RankLoad], pace: Pace | None) -> int:
+    def _bound(self, loads: list[RankLoad], pace: StepModel | None) -> int:
         """The own load comes first."""
         level = plan_prefill_tokens(loads, pace, self._settings)
         # The level is made of estimates: where nothing is to be held it must not hold either.

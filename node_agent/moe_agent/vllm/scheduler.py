@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_scheduling.late import LateStart
-from moe_scheduling.prefill import Pace
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.request.deferred_scheduling import DeferredScheduling
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.prefill_budget import StepModel
 from moe_scheduling.signals import EngineSignal
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -30,7 +30,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.pages import (
+from moe_agent.shared_memory.records import (
     RUN_DIR_VARIABLE,
     ControlPageReader,
     ExpertPageReader,
@@ -41,11 +41,11 @@ from moe_agent.pages import (
 )
 from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
-from moe_agent.vllm.late_start import start_late
+from moe_agent.vllm.deferred_start import start_late
 from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
+from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.version import check_version
-from moe_agent.vllm.waiting import OrderedRequestQueue
 
 # An output that is there so soon after the launch of the next step was there before it.
 _AT_ONCE_S = 0.001
@@ -93,7 +93,7 @@ class OrderedScheduler(AsyncScheduler):
         self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
         self._step_curve = StepCurve()
-        self._late = LateStart()
+        self._late = DeferredScheduling()
         self._mean_step_s = 0.0
         # Of the next step, in a count that all ranks of a group share; set by the core where steps are scheduled late.
         self.turn = 0
@@ -136,12 +136,12 @@ class OrderedScheduler(AsyncScheduler):
         """Keeps step with the prefills of other ranks."""
         self._plan.group = group
 
-    def _pace(self) -> Pace | None:
+    def _pace(self) -> StepModel | None:
         line = self._step_time.line
         if line is None:
             return None
         decoding = max(len(self.running) - len(self._inflight_prefills), self._plan.others.decoding)
-        return Pace(line.prefill_s, line.base_s, self._mean_step_s, self._step_curve.at(decoding))
+        return StepModel(line.prefill_s, line.base_s, self._mean_step_s, self._step_curve.at(decoding))
 
     def add_request(self, request: Request) -> None:
         self.take_settings()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 MAX_BYTES = 1024 * 1024
 MAX_VALUES = 100_000
@@ -80,7 +80,7 @@ def _only_node(loader: yaml.SafeLoader, name: str) -> yaml.Node:
     return nodes[0]
 
 
-def _check_expansion(root: yaml.Node, name: str) -> Iterator[Problem]:
+def _check_expansion(root: yaml.Node, name: str) -> Iterator[InputError]:
     """Aliases make a graph of the document: its size as a tree is counted here without walking that tree."""
     counts: dict[int, int] = {}
 
@@ -94,7 +94,7 @@ def _check_expansion(root: yaml.Node, name: str) -> Iterator[Problem]:
         return counts[id(node)]
 
     if count(root, 0) > MAX_VALUES:
-        yield Problem(name, f"expands to more than {MAX_VALUES} values")
+        yield InputError(name, f"expands to more than {MAX_VALUES} values")
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
@@ -106,7 +106,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         yield from node.value
 
 
-def _check_keys(node: yaml.Node, path: str = "") -> Iterator[Problem]:
+def _check_keys(node: yaml.Node, path: str = "") -> Iterator[InputError]:
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _check_keys(item, f"{path}[{index}]")
@@ -119,11 +119,11 @@ def _check_keys(node: yaml.Node, path: str = "") -> Iterator[Problem]:
             continue
         if key.tag != _STRING_TAG or not isinstance(key, yaml.ScalarNode):
             shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            yield Problem(path, f"a key must be a string, got {shown:.80} at line {line}")
+            yield InputError(path, f"a key must be a string, got {shown:.80} at line {line}")
             continue
         below = f"{path}.{key.value}" if path else key.value
         if key.value in first_lines:
-            yield Problem(below, f"stands twice, at lines {first_lines[key.value]} and {line}")
+            yield InputError(below, f"stands twice, at lines {first_lines[key.value]} and {line}")
         first_lines.setdefault(key.value, line)
         yield from _check_keys(value, below)
 
@@ -138,4 +138,4 @@ def _describe(error: yaml.YAMLError) -> str:
 
 
 def _refuse(name: str, message: str) -> NoReturn:
-    raise InvalidInput([Problem(name, message)])
+    raise InvalidInput([InputError(name, message)])

@@ -1,6 +1,6 @@
 """Documents to resources and back: the one door through which a MoEServing enters, from a file or the command line.
 
-All errors are `moe_scheduling.problems.InvalidInput`. Reading what was written gives an equal resource.
+All errors are `moe_contract.input_errors.InvalidInput`. Reading what was written gives an equal resource.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moe_scheduling.problems import InvalidInput, Location, Problem, problems_from_errors, unknown_choice
+from moe_contract.input_errors import InputError, InvalidInput, Location, errors_from_pydantic, unknown_choice
 from pydantic import ValidationError
 
 from moe_operator.api.document import load_document, parse_document
@@ -35,7 +35,7 @@ def parse_resource(document: object) -> MoEServing:
     """
     if not isinstance(document, Mapping):
         raise InvalidInput(
-            [Problem("", f"a mapping with apiVersion, kind, metadata and spec is needed, got {_kind(document)}")]
+            [InputError("", f"a mapping with apiVersion, kind, metadata and spec is needed, got {_kind(document)}")]
         )
     if problems := _check_header(document):
         raise InvalidInput(problems)
@@ -43,7 +43,7 @@ def parse_resource(document: object) -> MoEServing:
         return MoEServing.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
         rows = error.errors(include_url=False)
-        raise InvalidInput(problems_from_errors(rows, _fields_at)) from None
+        raise InvalidInput(errors_from_pydantic(rows, _fields_at)) from None
 
 
 def resource_document(resource: MoEServing) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     path, separator, text = assignment.partition("=")
     if not separator or not all(path.split(".")):
         raise InvalidInput(
-            [Problem("", f"PATH=VALUE is needed, such as scheduling.request.policy=fcfs, got {assignment!r}")]
+            [InputError("", f"PATH=VALUE is needed, such as scheduling.request.policy=fcfs, got {assignment!r}")]
         )
     changed = _with_value(document, path, _parse_value(text))
     try:
@@ -79,7 +79,7 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     return changed
 
 
-def _check_header(document: Mapping[Any, Any]) -> list[Problem]:
+def _check_header(document: Mapping[Any, Any]) -> list[InputError]:
     """A document of another kind is told so, not which of its fields ours does not have."""
     return [
         unknown_choice(name, document[name], [known])
@@ -116,7 +116,7 @@ def _with_value(document: Mapping[str, Any], path: str, value: object) -> dict[s
     for depth, name in enumerate(sections):
         if not isinstance(section.get(name), dict):
             if section.get(name) is not None:
-                raise InvalidInput([Problem(".".join(sections[: depth + 1]), f"has no field {last!r}")])
+                raise InvalidInput([InputError(".".join(sections[: depth + 1]), f"has no field {last!r}")])
             section[name] = {}
         section = section[name]
     if value is None and last in section:

@@ -8,10 +8,10 @@ import re
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from moe_scheduling.engine import DispatchPolicy, EngineSettings
-from moe_scheduling.expert import ExpertMode, ExpertSettings
-from moe_scheduling.request import RequestPolicy, RequestSettings
-from moe_scheduling.tenants import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
+from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
+from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings
+from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from moe_operator.api.autoscaling import Autoscaling

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin
 
-from moe_scheduling.problems import Location
+from moe_contract.input_errors import Location
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError

@@ -1,8 +1,8 @@
 """The settings of the core that a resource asks for: camelCase, durations and quantities become plain numbers."""
 
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.expert import ExpertSettings
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.request.order import RequestSettings
 
 from moe_operator.api.resource import EngineScheduling, ExpertScheduling, RequestScheduling
 from moe_operator.api.units import duration_s

@@ -1,4 +1,4 @@
-"""The autoscaler: reads what gateways, agents or Prometheus say, and lets `moe_scheduling.fleet` decide."""
+"""The autoscaler: reads what gateways, agents or Prometheus say, and lets `moe_scheduling.fleet.size` decide."""
 
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.signal import Fleet, build_signal

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_scheduling.fleet import (
+from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
     FleetSettings,

@@ -10,7 +10,7 @@ import math
 import time
 from typing import Any
 
-from moe_scheduling.fleet import FleetSignal
+from moe_scheduling.fleet.size import FleetSignal
 from prometheus_api_client import PrometheusConnect
 from prometheus_api_client.exceptions import PrometheusApiClientException
 from requests.exceptions import RequestException

@@ -1,7 +1,7 @@
 """The autoscaler's settings that a resource asks for: camelCase, durations and units become plain numbers. Pure."""
 
-from moe_scheduling.fleet import FleetSettings, FleetTargets
-from moe_scheduling.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.size import FleetSettings, FleetTargets
 
 from moe_operator.api.autoscaling import Autoscaling, ScaleDown, ScaleUp
 from moe_operator.api.units import duration_s

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_scheduling.fleet import FleetSignal
+from moe_scheduling.fleet.size import FleetSignal
 from moe_scheduling.signals import EngineSignal, StepTime
 
 Document = Mapping[str, Any]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_scheduling.expert import ExpertSettings, count_moves, plan_experts
-from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
+from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
+from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
 from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
 from moe_operator.cli.validate import one_line
@@ -102,7 +102,7 @@ def plan(
         with errors_shown():
             _refuse(running | {"--engine": engine}, "is of a running engine; leave it out with --load")
             if ranks is None:
-                raise InvalidInput([Problem("--ranks", "is needed with --load")])
+                raise InvalidInput([InputError("--ranks", "is needed with --load")])
             _plan_file(load, current, {"ranks": ranks, "nodes": nodes or 1, "redundant": redundant or 0}, output)
         return
     with errors_shown():
@@ -120,7 +120,7 @@ def plan(
 
 
 def _refuse(given: Mapping[str, object], message: str) -> None:
-    problems = [Problem(name, message) for name, value in given.items() if value is not None]
+    problems = [InputError(name, message) for name, value in given.items() if value is not None]
     if problems:
         raise InvalidInput(problems)
 
@@ -188,7 +188,7 @@ def reach(name: str | None, state_dir: Path | None, namespace: str | None, conte
         yield reach_local(find_folder(name, state_dir))
         return
     if name is None:
-        raise InvalidInput([Problem("NAME", "name the deployment; `kubectl get moes` lists them")])
+        raise InvalidInput([InputError("NAME", "name the deployment; `kubectl get moes` lists them")])
     with reach_cluster(name, Cluster(namespace=namespace, context=context)) as reached:
         yield reached
 
@@ -203,7 +203,7 @@ def describe_change(document: ExpertsDocument, rows: Any) -> str:
     if after is None:
         sizes = f"{document.layers} layers of {document.ranks * document.slots_per_rank} slots"
         message = f"{sizes} are needed, in each every expert from 0 to {document.experts - 1}"
-        raise InvalidInput([Problem("physical_to_logical", message)])
+        raise InvalidInput([InputError("physical_to_logical", message)])
     before = read_placement(document.placement.physical_to_logical, document)
     if before is None:
         raise Failure("the agent does not say where the experts are")
@@ -223,13 +223,15 @@ def read_plan(path: Path) -> list[list[int]]:
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
-        raise InvalidInput([Problem(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}")]) from None
+        raise InvalidInput(
+            [InputError(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}")]
+        ) from None
     except ValueError as error:
-        raise InvalidInput([Problem(str(path), f"is not JSON: {error}")]) from None
+        raise InvalidInput([InputError(str(path), f"is not JSON: {error}")]) from None
     slots = document.get("physical_to_logical") if isinstance(document, dict) else None
     if not isinstance(slots, list):
         raise InvalidInput(
-            [Problem(str(path), "has no physical_to_logical; `moeserving experts plan --json` writes it")]
+            [InputError(str(path), "has no physical_to_logical; `moeserving experts plan --json` writes it")]
         )
     return slots
 
@@ -253,7 +255,7 @@ def _choose(documents: dict[str, ExpertsDocument], engine: str | None) -> dict[s
 def _only(documents: dict[str, ExpertsDocument], engine: str | None) -> tuple[str, ExpertsDocument]:
     chosen = _choose(documents, engine)
     if len(chosen) > 1:
-        raise InvalidInput([Problem("--engine", f"name one; known: {', '.join(chosen)}")])
+        raise InvalidInput([InputError("--engine", f"name one; known: {', '.join(chosen)}")])
     return next(iter(chosen.items()))
 
 
@@ -265,7 +267,7 @@ def _ask(yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise InvalidInput([Problem("--yes", "is needed where nobody can be asked; nothing was changed")])
+        raise InvalidInput([InputError("--yes", "is needed where nobody can be asked; nothing was changed")])
     if not typer.confirm("Move them now?"):
         typer.echo("nothing was changed")
         raise typer.Exit(INVALID)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing
 from moe_operator.cli.validate import INVALID, one_line, problems_shown
@@ -47,10 +47,10 @@ def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = Fal
     if name is None and len(known) == 1:
         return Folder(root=root, name=known[0])
     if name is None:
-        problem = Problem("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
+        problem = InputError("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
         raise InvalidInput([problem])
     if name not in known:
-        raise InvalidInput([Problem("NAME", f"no deployment {name!r}; {listed}")])
+        raise InvalidInput([InputError("NAME", f"no deployment {name!r}; {listed}")])
     return Folder(root=root, name=name)
 
 

@@ -53,7 +53,6 @@ ROOMS = {
     "demo": Room("bench", "bench", "Make a small model, serve it, chat, and compare."),
     "simulate": Room("bench", "bench", "Serve a scenario on real schedulers in virtual time."),
     "calibrate": Room("bench", "bench", "Fit the step time of a real engine on this machine."),
-    "experiments": Room("bench", "bench", "Run the experiments of the simulator, and report them."),
     "agent": Room("agent", "agent", "Run one engine and its node agent (`up` does)."),
     "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does)."),
 }

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from moe_scheduling.problems import InvalidInput, Problem, unknown_choice
+from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 
 from moe_operator.api import status_document
 from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder, tell_idle
@@ -127,8 +127,8 @@ def known_processes(folder: Folder) -> list[str]:
     return ["supervisor", "gateway", *agents, *engines]
 
 
-def _nothing_to_set() -> Problem:
-    return Problem("", "PATH=VALUE is needed, such as scheduling.request.policy=fcfs")
+def _nothing_to_set() -> InputError:
+    return InputError("", "PATH=VALUE is needed, such as scheduling.request.policy=fcfs")
 
 
 def _show_line(process: str, line: str, width: int) -> None:

@@ -10,12 +10,12 @@ from rich.text import Text
 from moe_operator.api.status import ConditionStatus, EnginePhase, EngineStatus, Status
 from moe_operator.experts.report import judge_experts
 from moe_operator.local.observation import Observation
-from moe_operator.local.traffic import Pace
+from moe_operator.local.traffic import Throughput
 
 _COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
 
 
-def render_status(seen: Observation, status: Status, *, pace: Pace | None = None) -> Group:
+def render_status(seen: Observation, status: Status, *, pace: Throughput | None = None) -> Group:
     """The whole page; `pace` is that of the last seconds, where somebody watches."""
     lines = [
         Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
@@ -59,7 +59,7 @@ def render_experts(status: Status) -> str:
     return f"experts: mode {experts.mode}, {word}: {message}"
 
 
-def render_traffic(seen: Observation, pace: Pace | None) -> str:
+def render_traffic(seen: Observation, pace: Throughput | None) -> str:
     """Requests through the gateway."""
     if seen.gateway is None:
         return "requests: the gateway gives no answer"
@@ -69,7 +69,7 @@ def render_traffic(seen: Observation, pace: Pace | None) -> str:
     return f"requests: {_render_pace(pace)}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
 
 
-def _render_pace(pace: Pace | None) -> str:
+def _render_pace(pace: Throughput | None) -> str:
     if pace is None:
         return ""
     ttft = "" if pace.ttft_mean_s is None else f"TTFT {pace.ttft_mean_s:.3f} s (mean), "

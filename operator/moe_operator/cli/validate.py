@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import load_resource
 from moe_operator.api.crd import render_crd

@@ -27,7 +27,7 @@ from moe_operator.local.observation import Observation, fetch_observation
 from moe_operator.local.record import Alive, Record, identify, load_record
 from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
 from moe_operator.local.stop import request_stop
-from moe_operator.local.traffic import Totals, build_pace, extend_window, read_totals
+from moe_operator.local.traffic import Totals, build_throughput, extend_window, read_totals
 
 _LOOK_EVERY_S = 0.5
 _LOG_LINES = 15
@@ -93,7 +93,7 @@ class Watch:
             window = extend_window(window, read_totals(seen, time.monotonic()))
             if self._live is not None:
                 status = build_status(seen, datetime.now(UTC))
-                self._live.update(render_status(seen, status, pace=build_pace(window)))
+                self._live.update(render_status(seen, status, pace=build_throughput(window)))
             await self._pause()
 
     async def _finish(self, answer: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import aiohttp
-from moe_scheduling.expert import ExpertSettings
+from moe_scheduling.expert.decision import ExpertSettings
 from pydantic import TypeAdapter
 
 from moe_operator.experts.document import ExpertsDocument, read_experts

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_scheduling.expert import ExpertCosts, ExpertLoad, ExpertSettings, Placement, initial_placement
-from moe_scheduling.placement import Floats, check_experts
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.expert.decision import ExpertCosts, ExpertLoad, ExpertSettings, Placement, initial_placement
+from moe_scheduling.expert.placement import Floats, check_experts
 
 LOAD_KEY = "load"
 PLACEMENT_KEY = "physical_to_logical"
@@ -99,12 +99,12 @@ def find_placement(current: Path | None, load: ExpertLoad, *, ranks: int, nodes:
     slots = load.experts + redundant
     if slots % ranks:
         message = f"{load.experts} experts and {redundant} redundant ones do not divide evenly by {ranks} ranks"
-        raise InvalidInput([Problem("--redundant", message)])
+        raise InvalidInput([InputError("--redundant", message)])
     if ranks % nodes:
-        raise InvalidInput([Problem("--nodes", f"{ranks} ranks do not divide evenly by {nodes} nodes")])
+        raise InvalidInput([InputError("--nodes", f"{ranks} ranks do not divide evenly by {nodes} nodes")])
     if ranks % len(load.tokens):
         message = f"the load's {len(load.tokens)} sources do not divide {ranks} ranks evenly"
-        raise InvalidInput([Problem("--ranks", message)])
+        raise InvalidInput([InputError("--ranks", message)])
     if current is None:
         return initial_placement(
             layers=load.layers, experts=load.experts, redundant=redundant, ranks=ranks, nodes=nodes
@@ -140,4 +140,4 @@ def _read_table(path: Path, shape: tuple[int, int]) -> Any:
 
 
 def _refused(path: Path, message: str) -> InvalidInput:
-    return InvalidInput([Problem(str(path), message)])
+    return InvalidInput([InputError(str(path), message)])

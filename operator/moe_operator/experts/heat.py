@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from moe_scheduling.expert_cost import load_of_ranks
-from moe_scheduling.placement import Floats
+from moe_scheduling.expert.cost import load_of_ranks
+from moe_scheduling.expert.placement import Floats
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from moe_scheduling.expert import ExpertCosts, ExpertLoad, Placement
-from moe_scheduling.expert_cost import load_of_ranks
-from moe_scheduling.placement import Floats, check_experts
+from moe_scheduling.expert.cost import load_of_ranks
+from moe_scheduling.expert.decision import ExpertCosts, ExpertLoad, Placement
+from moe_scheduling.expert.placement import Floats, check_experts
 
 from moe_operator.experts.document import ExpertsDocument
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moe_scheduling.expert_cost import load_of_ranks
+from moe_scheduling.expert.cost import load_of_ranks
 
 from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.load import over_mean, read_load, read_placement

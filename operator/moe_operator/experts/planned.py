@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from moe_scheduling.expert import ExpertSettings, Move, Stay, plan_experts
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.expert.decision import ExpertSettings, Move, Stay, plan_experts
 
 from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.load import read_costs, read_load, read_placement
@@ -19,9 +19,11 @@ def plan_document(document: ExpertsDocument, settings: ExpertSettings) -> Move |
     placement = read_placement(document.placement.physical_to_logical, document)
     costs = read_costs(document, settings.interval_steps)
     if load is None or placement is None:
-        raise InvalidInput([Problem("load", "nothing was recorded yet; it is once requests come")])
+        raise InvalidInput([InputError("load", "nothing was recorded yet; it is once requests come")])
     if costs is None:
-        raise InvalidInput([Problem("costs", "nothing was measured yet; it is after some hundred steps with requests")])
+        raise InvalidInput(
+            [InputError("costs", "nothing was measured yet; it is after some hundred steps with requests")]
+        )
     return plan_experts(load, placement, costs, settings)
 
 

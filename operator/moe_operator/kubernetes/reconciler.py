@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 from lightkube import ApiError
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode

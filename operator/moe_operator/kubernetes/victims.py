@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_scheduling.victims import EngineWork, order_victims
+from moe_scheduling.fleet.victims import EngineWork, order_victims
 
 from moe_operator.autoscale.signal import read_ranks
 from moe_operator.kubernetes.api import Api

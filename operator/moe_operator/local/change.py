@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from moe_agent.config import AgentConfig
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.agent_config import AgentConfig
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, dump_resource, load_resource, parse_resource, resource_document, set_field
 from moe_operator.local.failure import Failure
@@ -74,7 +74,7 @@ def plan_change(present: MoEServing, assignments: Sequence[str], folder: Folder,
         if not is_live(live, parse_resource(document), folder, record):
             path = f"spec.{assignment.partition('=')[0]}"
             how = f"change the file, then `moeserving down {folder.name}` and `moeserving up -f FILE`"
-            raise InvalidInput([Problem(path, f"cannot change while it runs; {how}")])
+            raise InvalidInput([InputError(path, f"cannot change while it runs; {how}")])
     return parse_resource(document)
 
 
@@ -169,7 +169,7 @@ def explain_answer(status: int, body: bytes) -> str:
     """What a control route that refused said. Pure."""
     try:
         rows = json.loads(body)["errors"]
-        return ", ".join(str(Problem(row["path"], row["message"])) for row in rows)
+        return ", ".join(str(InputError(row["path"], row["message"])) for row in rows)
     except (ValueError, KeyError, TypeError):
         return f"status {status}"
 

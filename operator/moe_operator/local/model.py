@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing
 
@@ -23,9 +23,9 @@ def check_model(resource: MoEServing) -> None:
         return
     if not Path(path).is_dir():
         message = f"no such folder: {path}; `moeserving model tiny {path}` makes a small model there"
-        raise InvalidInput([Problem("spec.model.uri", message)])
+        raise InvalidInput([InputError("spec.model.uri", message)])
     if not (Path(path) / "config.json").is_file():
-        raise InvalidInput([Problem("spec.model.uri", f"the folder {path} holds no model: it has no config.json")])
+        raise InvalidInput([InputError("spec.model.uri", f"the folder {path} holds no model: it has no config.json")])
     if problem := find_uneven(resource, read_experts(Path(path) / "config.json")):
         raise InvalidInput([problem])
 
@@ -45,11 +45,11 @@ def _find_count(config: Any) -> int | None:
     return next((config[name] for name in _COUNTS if isinstance(config.get(name), int) and config[name] > 0), None)
 
 
-def find_uneven(resource: MoEServing, experts: int | None) -> Problem | None:
+def find_uneven(resource: MoEServing, experts: int | None) -> InputError | None:
     """What vLLM refuses: experts and copies that do not divide by the ranks of an expert group. Pure."""
     shape, copies = resource.spec.engine.parallelism, resource.spec.scheduling.expert.redundant_experts
     if not shape.expert or experts is None or (experts + copies) % shape.ranks == 0:
         return None
     fitting = copies + -(experts + copies) % shape.ranks
     message = f"{experts} experts and {copies} copies do not divide by {shape.ranks} ranks; {fitting} copies do"
-    return Problem("spec.scheduling.expert.redundantExperts", message)
+    return InputError("spec.scheduling.expert.redundantExperts", message)

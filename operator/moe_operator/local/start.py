@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, dump_resource, parse_resource, resource_document, set_field
 from moe_operator.local import launcher, machine
@@ -96,7 +96,7 @@ def check_port_free(resource: MoEServing) -> None:
     port = resource.spec.gateway.port
     if port is not None and not machine.is_port_free(port):
         message = f"{port} is taken on {machine.HOST}; choose another, or none for a free one"
-        raise InvalidInput([Problem("spec.gateway.port", message)])
+        raise InvalidInput([InputError("spec.gateway.port", message)])
 
 
 def clean(folder: Folder) -> None:
@@ -183,12 +183,12 @@ def _spawn(folder: Folder, lock: int, *, tied: bool) -> subprocess.Popen[bytes]:
         )
 
 
-def _already_up(folder: Folder) -> Problem:
+def _already_up(folder: Folder) -> InputError:
     record = load_record(folder)
     if record is None or find_process(record.supervisor) is None:
-        return Problem(folder.name, "is being started or stopped by another command; nothing was changed")
+        return InputError(folder.name, "is being started or stopped by another command; nothing was changed")
     words = "is stopping" if record.draining else f"is served already at {record.endpoint}"
-    return Problem(folder.name, f"{words}; nothing was changed (moeserving status, set, down {folder.name})")
+    return InputError(folder.name, f"{words}; nothing was changed (moeserving status, set, down {folder.name})")
 
 
 def require_running(folder: Folder) -> Record:

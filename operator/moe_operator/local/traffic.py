@@ -21,7 +21,7 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class Throughput:
     """What happened over a window; no TTFT when no answer began in it."""
 
     requests_per_s: float
@@ -53,13 +53,13 @@ def extend_window(window: Sequence[Totals], newest: Totals | None) -> tuple[Tota
     return (*(look for look in window if newest.at_s - look.at_s <= WINDOW_S), newest)
 
 
-def build_pace(window: Sequence[Totals]) -> Pace | None:
+def build_throughput(window: Sequence[Totals]) -> Throughput | None:
     """The pace between the first and the last look; None before there are two."""
     if len(window) < 2 or window[-1].at_s <= window[0].at_s:
         return None
     first, last = window[0], window[-1]
     answers = last.answers - first.answers
-    return Pace(
+    return Throughput(
         requests_per_s=(last.ended - first.ended) / (last.at_s - first.at_s),
         ttft_mean_s=(last.ttft_s - first.ttft_s) / answers if answers else None,
     )

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_gateway.config import Group
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.gateway_config import Group
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.pods import Update
@@ -130,9 +130,9 @@ def _check(resource: MoEServing) -> None:
     scheme, _, path = resource.spec.model.uri.partition("://")
     if scheme == "file" and not path.startswith("/"):
         message = f"an absolute folder in the container is needed in a cluster, got {resource.spec.model.uri!r}"
-        raise InvalidInput([Problem("spec.model.uri", message)])
+        raise InvalidInput([InputError("spec.model.uri", message)])
     if scheme == "pvc" and not path.partition("/")[0]:
-        raise InvalidInput([Problem("spec.model.uri", "the name of a claim is needed, such as pvc://models/qwen3")])
+        raise InvalidInput([InputError("spec.model.uri", "the name of a claim is needed, such as pvc://models/qwen3")])
 
 
 def _stable_revision(resource: MoEServing, observed: Observed, wanted: Revision) -> Revision:

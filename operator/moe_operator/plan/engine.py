@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_agent.config import EngineConfig
+from moe_contract.agent_config import EngineConfig
 
 from moe_operator.api.resource import Model as ModelSection
 from moe_operator.api.resource import MoEServing, Runtime

@@ -1,6 +1,6 @@
 """Parts of the gateway's configuration that one machine and a cluster share. Pure."""
 
-from moe_gateway.config import Limits
+from moe_contract.gateway_config import Limits
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value

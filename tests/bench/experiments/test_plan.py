@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.experiments.plan import (
+from moe_contract.input_errors import InvalidInput
+from moe_lab.experiments.plan import (
     EXPERIMENTS,
     LOADS,
     Selection,
@@ -15,9 +16,8 @@ from moe_bench.experiments.plan import (
     plan_runs,
     saturation_runs,
 )
-from moe_bench.experiments.saturation import find_saturation
-from moe_bench.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_bench.experiments.workloads import (
+from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
+from moe_lab.experiments.workloads import (
     ADVERSARIAL,
     ALL,
     BURST_LENGTH,
@@ -26,10 +26,10 @@ from moe_bench.experiments.workloads import (
     WORKLOADS,
     find_start,
 )
-from moe_bench.simulator.rank import STOCK
-from moe_bench.simulator.rivals import RIVALS
-from moe_bench.traces import mean_rate
-from moe_scheduling.problems import InvalidInput
+from moe_tools.simulator.rank import STOCK
+from moe_tools.simulator.rivals import RIVALS
+from moe_tools.simulator.saturation import find_saturation
+from moe_tools.traces import mean_rate
 
 WITHOUT_TRACE = sorted(name for name, workload in ALL.items() if not workload.trace)
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from moe_bench.experiments.readme import BEGIN, END, README, SUMMARY, main, render_block, replace_block
+from moe_lab.experiments.readme import BEGIN, END, README, SUMMARY, main, render_block, replace_block
 
 RATIO = {"value": 0.7012, "low": 0.6, "high": 0.8, "pairs": 8}
 COLUMNS = ("ttft_mean", "ttft_p99", "ttft_p99_longest", "tpot_mean", "output_tokens_per_s")

@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-from moe_bench.experiments.report import build_summary, write_report
-from moe_bench.experiments.results import Case, Results, crossing
-from moe_bench.experiments.runner import digest_of, is_current, read_records, source_digests
-from moe_bench.experiments.variants import PRODUCT, REFERENCE
-from moe_bench.experiments.workloads import KEPT_APART
-from moe_scheduling.problems import InvalidInput
+from moe_contract.input_errors import InvalidInput
+from moe_lab.experiments.report import build_summary, write_report
+from moe_lab.experiments.results import Case, Results, crossing
+from moe_lab.experiments.runner import digest_of, is_current, read_records, source_digests
+from moe_lab.experiments.variants import PRODUCT, REFERENCE
+from moe_lab.experiments.workloads import KEPT_APART
 
 FLEET = {"preset": "h100-qwen3-30b-a3b", "servers": 1, "ranks": 2, "max_num_seqs": 256}
 NAME = "h100-qwen3-30b-a3b, one server of 2 ranks in lockstep"

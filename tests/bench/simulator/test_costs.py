@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.simulator.costs import IDLE, LinearCost, Work
-from moe_bench.simulator.experts import PlacementPolicy, balance_of, draw_traffic, even_balance, place
-from moe_bench.simulator.hardware import PRESETS
-from moe_scheduling.placement import Placement, initial_placement
+from moe_scheduling.expert.placement import Placement, initial_placement
+from moe_tools.simulator.costs import IDLE, LinearCost, Work
+from moe_tools.simulator.experts import PlacementPolicy, balance_of, draw_traffic, even_balance, place
+from moe_tools.simulator.hardware import PRESETS
 
 COUNT = st.integers(0, 5000)
 WORK = st.builds(Work, COUNT, COUNT, st.integers(0, 10**6), st.integers(0, 10**7))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.simulator.outcome import jain_index, measure, measure_tenants
-from moe_bench.simulator.workload import SimRequest
-from moe_bench.simulator.world import Totals
+from moe_tools.simulator.outcome import jain_index, measure, measure_tenants
+from moe_tools.simulator.workload import SimRequest
+from moe_tools.simulator.world import Totals
 
 TOTALS = Totals(now_s=100.0, steps=10, busy_s=50.0, preemptions=3)
 

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.simulator.rivals import RIVALS
-from moe_bench.simulator.workload import SimRequest
 from moe_scheduling.signals import EngineSignal, Target
+from moe_tools.simulator.rivals import RIVALS
+from moe_tools.simulator.workload import SimRequest
 
 NAMES = sorted(RIVALS)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from moe_bench.simulator.rank import OURS, STOCK
-from moe_bench.simulator.scenario import build_simulation, load_scenario, parse_scenario
-from moe_bench.simulator.signals import SignalSource
-from moe_scheduling.problems import InvalidInput
-from moe_scheduling.request import RequestPolicy
+from moe_contract.input_errors import InvalidInput
+from moe_scheduling.request.order import RequestPolicy
+from moe_tools.simulator.rank import OURS, STOCK
+from moe_tools.simulator.scenario import build_simulation, load_scenario, parse_scenario
+from moe_tools.simulator.signals import SignalSource
 
 SHIPPED = sorted((Path(__file__).parents[3] / "bench" / "scenarios").glob("*.yaml"))
 SMALLEST = {"cost": {"preset": "h100-qwen3-30b-a3b"}, "engines": {"ranks": 2}}

@@ -1,4 +1,4 @@
-"""`moeserving simulate`, `calibrate` and `experiments` as a person calls them."""
+"""`moeserving simulate` and `calibrate`, and the laboratory's experiments, as a person calls them."""
 
 import io
 import itertools
@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from moe_bench.calibration import validate
-from moe_bench.calibration.calibrate import _rounds, _share
-from moe_bench.calibration.validate import TOLERANCE, Agreement, agrees, render_agreement
-from moe_bench.cli import app
-from moe_bench.simulator.costs import LinearCost
-from moe_scheduling.request import RequestPolicy
+from moe_lab.experiments import __main__ as laboratory
+from moe_scheduling.request.order import RequestPolicy
+from moe_tools.calibration import validate
+from moe_tools.calibration.calibrate import _rounds, _share
+from moe_tools.calibration.validate import TOLERANCE, Agreement, agrees, render_agreement
+from moe_tools.cli import app
+from moe_tools.simulator.costs import LinearCost
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -35,6 +36,10 @@ def scenario(tmp_path):
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_experiments(*arguments):
+    return CliRunner().invoke(laboratory.app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.timeout(900)
@@ -75,13 +80,13 @@ def test_an_absent_file_is_told(tmp_path):
     ],
 )
 def test_filters_of_the_experiments_are_checked(tmp_path, arguments, told):
-    result = run("experiments", "run", *arguments, "--raw", tmp_path / "runs.jsonl")
+    result = run_experiments("run", *arguments, "--raw", tmp_path / "runs.jsonl")
     assert result.exit_code == 2
     assert told in result.stderr
 
 
 def test_a_report_without_results_is_told(tmp_path):
-    result = run("experiments", "report", "--raw", tmp_path / "runs.jsonl", "--out", tmp_path / "results")
+    result = run_experiments("report", "--raw", tmp_path / "runs.jsonl", "--out", tmp_path / "results")
     assert result.exit_code == 2
     assert "has no results" in result.stderr
 
@@ -204,8 +209,7 @@ def test_what_does_not_agree_is_shown():
 
 
 def test_the_traces_folder_is_checked_before_anything_is_run(tmp_path):
-    result = run(
-        "experiments",
+    result = run_experiments(
         "run",
         "--workload",
         "azure",

@@ -4,20 +4,20 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from moe_bench.experiments.variants import VARIANTS
-from moe_bench.shapes import Shape, ShapeSettings, build_shape
-from moe_bench.simulator.arrivals import ArrivalShape, Senders, arrange
-from moe_bench.simulator.costs import LinearCost
-from moe_bench.simulator.outcome import build_rows
-from moe_bench.simulator.rank import OURS, STOCK, EngineLimits
-from moe_bench.simulator.rivals import RIVALS
-from moe_bench.simulator.signals import Loss, SignalPlan, SignalSource
-from moe_bench.simulator.simulation import Clients, Simulation, load_vllm, simulate
-from moe_bench.simulator.world import Failure
-from moe_bench.traces import TraceRequest
-from moe_scheduling.engine import DispatchPolicy, EngineSettings
-from moe_scheduling.problems import InvalidInput
-from moe_scheduling.request import RequestPolicy, RequestSettings
+from moe_contract.input_errors import InvalidInput
+from moe_lab.experiments.variants import VARIANTS
+from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
+from moe_tools.shapes import Shape, ShapeSettings, build_shape
+from moe_tools.simulator.arrivals import ArrivalShape, Senders, arrange
+from moe_tools.simulator.costs import LinearCost
+from moe_tools.simulator.outcome import build_rows
+from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
+from moe_tools.simulator.rivals import RIVALS
+from moe_tools.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_tools.simulator.simulation import Clients, Simulation, load_vllm, simulate
+from moe_tools.simulator.world import Failure
+from moe_tools.traces import TraceRequest
 
 LINE = LinearCost(base_s=0.006, prefill_s=0.00004, decode_s=0.0001)
 LIMITS = EngineLimits(max_num_seqs=32, max_num_batched_tokens=1024, kv_blocks=2000, max_model_len=8192)
@@ -246,7 +246,7 @@ def test_gimbal_serves_the_shortest_first_until_one_has_waited_for_five_seconds(
             cost=slow,
             limits=limits,
             dispatch="gimbal",
-            scheduler="moe_bench.simulator.gimbal.GimbalScheduler",
+            scheduler="moe_tools.simulator.gimbal.GimbalScheduler",
         ),
         maker,
     )

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from moe_bench.simulator.arrivals import Senders
-from moe_bench.simulator.costs import LinearCost
-from moe_bench.simulator.rank import EngineLimits
-from moe_bench.simulator.simulation import Simulation, load_vllm, simulate
-from moe_bench.traces import TraceRequest
-from moe_scheduling.engine import EngineSettings
-from moe_scheduling.request import RequestSettings
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
+from moe_tools.simulator.arrivals import Senders
+from moe_tools.simulator.costs import LinearCost
+from moe_tools.simulator.rank import EngineLimits
+from moe_tools.simulator.simulation import Simulation, load_vllm, simulate
+from moe_tools.traces import TraceRequest
 
 # 25,000 prompt tokens a second: 1,000 tokens take 46 ms, so that 40 requests a second are nearly twice too many.
 LINE = LinearCost(base_s=0.006, prefill_s=0.00004, decode_s=0.0001)

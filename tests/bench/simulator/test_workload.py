@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_bench.simulator.arrivals import ArrivalShape, ClosedLoop, OpenLoop, Senders, arrange
-from moe_bench.simulator.workload import BYTES_PER_TOKEN, SimRequest, block_hashes, build_requests, prompt_bytes
-from moe_bench.traces import TraceRequest, mean_rate
+from moe_tools.simulator.arrivals import ArrivalShape, ClosedLoop, OpenLoop, Senders, arrange
+from moe_tools.simulator.workload import BYTES_PER_TOKEN, SimRequest, block_hashes, build_requests, prompt_bytes
+from moe_tools.traces import TraceRequest, mean_rate
 
 
 def request(index, *, prompt_tokens=100, **values):

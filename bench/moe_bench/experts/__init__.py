@@ -1,5 +1,0 @@
-"""Placement of experts: our decision beside vLLM's, DeepSeek's, Gimbal's and none, on loads made or recorded.
-
-`python -m moe_bench.experts compare` asks each once; `python -m moe_bench.experts replay` lets each follow a load that
-changes, with the cost of what it moves.
-"""

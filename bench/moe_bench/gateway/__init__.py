@@ -1,1 +1,0 @@
-"""The gateway beside vllm-router, in front of the same mock engines, in one run: `python -m moe_bench.gateway`."""

@@ -1,0 +1,1 @@
+"""The laboratory: experiments, benches against rivals, micro-benchmarks. No tool imports it."""

@@ -1,0 +1,151 @@
+"""What is compared: the product, its ablations, and the rivals, each in the strongest way that it can be run.
+
+A variant changes a simulation: the scheduler, its limits, the choice of the engine. `is_rival` says whether it is one
+of those that the product is measured against.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
+from moe_tools.simulator.experts import PlacementPolicy
+from moe_tools.simulator.rank import OURS, STOCK
+from moe_tools.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_tools.simulator.simulation import SCRAPED, Simulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to serve.
+
+    Attributes:
+        label: for tables.
+        changes: fields of the simulation.
+        limits: fields of the engines' limits.
+        is_rival: whether the product is measured against it.
+        uses_product: whether code of the product decides in it.
+        by_length: whether clients send the length of the prompt as the priority.
+        placement: how the experts lie.
+        lost_from: part of the time in which requests come after which no signal arrives; 1: none is lost.
+    """
+
+    label: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    is_rival: bool = False
+    uses_product: bool = False
+    by_length: bool = False
+    placement: PlacementPolicy = PlacementPolicy.INITIAL
+    lost_from: float = 1.0
+
+    def apply(self, simulation: Simulation) -> Simulation:
+        """The simulation under this variant."""
+        senders = replace(simulation.senders, by_length=self.by_length)
+        limits = replace(simulation.limits, **self.limits)
+        changed = replace(simulation, **self.changes, limits=limits, senders=senders)
+        if self.lost_from < 1.0:
+            loss = Loss(from_s=self.lost_from * max(row.arrival_s for row in simulation.trace))
+            changed = replace(changed, signals=SignalPlan(losses=(loss,)))
+        return changed
+
+    def describe(self) -> str:
+        """All that a run of it depends on, beside the sources of the simulator and of the product."""
+        return f"{self!r}\n{inspect.getsource(Variant)}"
+
+
+def _stock(
+    label: str,
+    rival: str = "vllmInternal",
+    *,
+    by_length: bool = False,
+    gateways: int = 1,
+    ahead: bool = True,
+    **limits: Any,
+) -> Variant:
+    return Variant(
+        label=label,
+        changes={"scheduler": STOCK, "dispatch": rival, "gateways": gateways, "async_scheduling": ahead},
+        limits=limits,
+        is_rival=True,
+        by_length=by_length,
+    )
+
+
+# As the samples for GPUs have it (manifests/samples): what a second of waiting makes up for goes by an engine's speed.
+_REQUEST = RequestSettings(ageing_rate=8000.0)
+
+
+def _ours(label: str, **changes: Any) -> Variant:
+    whole = {"scheduler": OURS, "dispatch": EngineSettings(), "request": _REQUEST, **changes}
+    return Variant(label=label, changes=whole, uses_product=True)
+
+
+def _less(label: str, **settings: Any) -> Variant:
+    """With one lever of layer 1 otherwise."""
+    return _ours(label, request=replace(_REQUEST, **settings))
+
+
+GATEWAYS = 4
+# Layer 1 as vLLM has it.
+_AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS)
+GIMBAL_SCHEDULER = "moe_tools.simulator.gimbal.GimbalScheduler"
+REFERENCE = "vllm"
+PRODUCT = "ours"
+VARIANTS: Mapping[str, Variant] = {
+    PRODUCT: _ours("ours"),
+    # Ablations: one layer at a time.
+    "oursRequest": Variant(
+        label="ours, layer 1 alone",
+        changes={"scheduler": OURS, "dispatch": "vllmInternal", "request": _REQUEST},
+        uses_product=True,
+    ),
+    "oursEngine": Variant(
+        label="ours, layer 2 alone",
+        changes={"scheduler": OURS, "dispatch": EngineSettings(), "request": _AS_VLLM},
+        uses_product=True,
+    ),
+    # Ablations: one lever of layer 1 otherwise at a time. Without a shift for its size a request's key is its arrival.
+    "oursNoOrder": _less("ours, by arrival", ageing_horizon_s=0.0),
+    "oursNoYield": _less("ours, chunks do not yield", yield_prefills=False),
+    "oursNoCut": _less("ours, prefills not cut", cut_prefills=False),
+    "oursHold": _less("ours, prefills held", prefill_hold_s=0.5),
+    "oursNotLate": _less("ours, steps not scheduled late", schedule_late=False),
+    "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
+    "oursUnfair": _less("ours, tenants not told apart", fairness_horizon_s=0.0),
+    "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
+    # The same with less to go by.
+    "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
+    "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),
+    "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
+    "oursLost": replace(_ours("ours, signals lost half way"), lost_from=0.5),
+    "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
+    # With the experts placed.
+    "oursExperts": replace(_ours("ours, experts by our decisions"), placement=PlacementPolicy.PLANNED),
+    "vllmExperts": replace(_stock("vLLM, experts by its own balancer"), placement=PlacementPolicy.VLLM, is_rival=False),
+    # vLLM, as it comes and tuned.
+    REFERENCE: _stock("vLLM 0.32"),
+    "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),
+    "vllm1024": _stock("vLLM, 1,024 tokens a step", max_num_batched_tokens=1024),
+    "vllm8192": _stock("vLLM, 8,192 tokens a step", max_num_batched_tokens=8192),
+    "vllmInterval3": _stock("vLLM, prefills in every third step", prefill_schedule_interval=3),
+    "vllmLongPrefill": _stock("vLLM, 512 tokens of a long prompt a step", long_prefill_token_threshold=512),
+    "vllmPriority": _stock("vLLM, priority by length", by_length=True, scheduling_policy="priority"),
+    "vllmNotAhead": _stock("vLLM, steps not scheduled ahead", ahead=False),
+    # vLLM behind others' routers.
+    "roundRobin": _stock("vLLM, round robin", "roundRobin"),
+    "powerOfTwo": _stock("vLLM, vllm-router power of two", "powerOfTwo"),
+    "consistentHash": _stock("vLLM, vllm-router consistent hash", "consistentHash"),
+    "cacheAware": _stock("vLLM, vllm-router cache aware", "cacheAware"),
+    "llmD": _stock("vLLM, llm-d's scorers", "llmD"),
+    "dynamo": _stock("vLLM, Dynamo's router", "dynamo"),
+    "dynamoNotAhead": _stock("vLLM, Dynamo's router, steps not scheduled ahead", "dynamo", ahead=False),
+    "vllmGateways": replace(_stock("vLLM, four API servers", gateways=GATEWAYS), is_rival=False),
+    "gimbal": Variant(
+        label="Gimbal, reconstructed",
+        changes={"scheduler": GIMBAL_SCHEDULER, "dispatch": "gimbal"},
+        is_rival=True,
+    ),
+}

@@ -1,0 +1,95 @@
+"""`python -m moe_lab.serving [--vllm-router PATH]`: starts both sides, measures, prints the table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
+from moe_tools.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
+from moe_tools.compare_command import Effort
+from moe_tools.comparison import Sides
+from moe_tools.demo import stopped_by_signals
+from moe_tools.progress_printer import ProgressPrinter
+from moe_tools.replay_command import Source, check_source, write_json
+from moe_tools.server import run_async
+from moe_tools.user_errors import report_user_errors
+
+from moe_lab.gateway.__main__ import read_version
+from moe_lab.gateway.comparison import read_machine
+from moe_lab.gateway.processes import DEFAULT_POLICY, POLICIES
+from moe_lab.serving.bed import plan_stage, standing
+from moe_lab.serving.knee import NoKnee
+from moe_lab.serving.measurement import measure
+from moe_lab.serving.processes import DoesNotServe
+from moe_lab.serving.report import build_document, describe, render
+from moe_lab.serving.stock import Rival
+
+GENERATED_REQUESTS = 6000
+"""Of a generated shape: enough that pieces need not overlap."""
+
+NOT_USED = ("not used", "not used")
+"""Version and policy of a router that is not there."""
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@report_user_errors
+def main(
+    vllm_router: Annotated[
+        Path | None, typer.Option("--vllm-router", help="The program vllm-router; one engine needs none.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help=f"Policy of vllm-router: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
+    manifest: Annotated[Path | None, typer.Option("-f", help="The resource; else that of `make demo`.")] = None,
+    trace: Trace = None,
+    trace_format: Format = None,
+    shape: ShapeName = "random",
+    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the workload, each on both sides.")] = 8,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 40.0,
+    load: Annotated[
+        float | None,
+        typer.Option(min=0.05, max=2, help="Arrivals as a share of stock's capacity (0.9) or of its knee (1.0)."),
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Find the rate at which stock's mean TTFT is 5 times that of requests alone.")
+    ] = False,
+    rate: Annotated[float | None, typer.Option(help="Arrivals a second, instead of a measured load.")] = None,
+    in_flight: InFlight = 32,
+    seed: Seed = 0,
+    scale: Scale = 1.0,
+    max_tokens: MaxTokens = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Compare MoEServing with stock vLLM behind vllm-router, on real engines, in alternating pairs."""
+    if policy not in POLICIES:
+        raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
+    environment = read_machine(read_version(vllm_router), policy) if vllm_router else read_machine(*NOT_USED)
+    if knee and rate is not None:
+        raise InvalidInput([InputError("--rate", "is given, so --knee has none to find; leave out one of them")])
+    source = Source(
+        trace=trace, trace_format=trace_format, shape=shape, limit=None if trace else GENERATED_REQUESTS, seed=seed,
+        scale=scale, max_tokens=max_tokens,
+    )  # fmt: skip
+    check_source(source)
+    effort = Effort(
+        pairs=pairs, piece_s=piece_s, load=load or (1.0 if knee else 0.9), rate=rate, in_flight=in_flight, of_knee=knee
+    )
+    stage = plan_stage(manifest, Rival(program=vllm_router, policy=policy), piece_s)
+    say = ProgressPrinter()
+    try:
+        with stopped_by_signals(), standing(stage, say) as bed:
+            sides = Sides(stock=bed.stock.policy, ours=bed.ours.policy)
+            measured = run_async(measure(bed.stock, bed.ours, bed.engine_url, source, effort, say))
+    except (DoesNotServe, NoKnee) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    say.console.print(render(measured, sides, environment))
+    for line in describe(measured, environment):
+        say.console.print(line, highlight=False, soft_wrap=True)
+    if json_out:
+        commands = {program.name: program.command for program in bed.programs}
+        write_json(json_out, build_document(measured, sides, source, effort, environment, commands))
+
+
+if __name__ == "__main__":
+    app()

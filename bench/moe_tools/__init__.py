@@ -1,0 +1,1 @@
+"""Tools that users run: replay, compare, demo, model, simulate, calibrate."""

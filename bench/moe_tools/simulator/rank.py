@@ -1,0 +1,325 @@
+"""One rank: a real vLLM scheduler, and a model that hands back one token for each request that has computed all.
+
+Made by `RankMaker`, which loads vLLM once and keeps its configurations, whose making takes seconds. The scheduler's
+class is the caller's choice: vLLM's own, ours, or any class by its path, as for vLLM's `--scheduler-cls`.
+
+The settings of layer 1 reach our scheduler as in an engine, through the agent's control page. What it publishes is
+caught where it would be written to the rank's page.
+"""
+
+import copy
+import functools
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.signals import EngineSignal
+
+from moe_tools.modelless import build_scheduler, foreign_warnings, make_config, write_model
+from moe_tools.simulator.costs import Work
+from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_hashes
+
+OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
+STOCK = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+_SIGNAL_FIELDS = frozenset(field.name for field in fields(EngineSignal))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What bounds an engine, by the names of vLLM's own arguments.
+
+    Attributes:
+        max_num_seqs: requests that run at once.
+        max_num_batched_tokens: tokens that a step may carry; vLLM's static prefill budget.
+        kv_blocks: KV blocks of 16 tokens.
+        max_model_len: longest prompt with its answer.
+        scheduling_policy: vLLM's own order of its waiting queue.
+        long_prefill_token_threshold: tokens of one prompt that a step takes at most; 0 for no bound.
+        prefill_schedule_interval: prefills begin in every so manieth step of a lockstep group alone.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    kv_blocks: int = 8192
+    max_model_len: int = 32_768
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    long_prefill_token_threshold: int = 0
+    prefill_schedule_interval: int = 1
+
+
+class Step(NamedTuple):
+    """One scheduled step of a rank, until its output is there."""
+
+    output: Any
+    work: Work
+    sampling: list[str]
+
+
+class Progress(NamedTuple):
+    """What users see of a finished step."""
+
+    first_tokens: list[SimRequest]
+    finished: list[SimRequest]
+
+
+class Rank:
+    """See the module. All times are arguments; `now_s` is what the scheduler reads as its clock.
+
+    Args:
+        scheduler: a vLLM scheduler.
+        has_page: whether it publishes a page.
+    """
+
+    def __init__(self, scheduler: Any, *, has_page: bool) -> None:
+        self.scheduler = scheduler
+        self.now_s = 0.0
+        self.published: EngineSignal | None = EngineSignal() if has_page else None
+        self.published_s = 0.0
+        self.preemptions = 0
+        # What the expert layer of an engine measures; here the cost model knows it.
+        self.expert_values: dict[str, float] = {}
+        self._requests: dict[str, SimRequest] = {}
+        scheduler.clock = lambda: self.now_s
+        if has_page:
+            scheduler._page = _PageTap(self)
+        _count_preemptions(scheduler, self)
+
+    def add(self, request: SimRequest, now_s: float) -> None:
+        """A request comes to the engine."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        self.now_s = now_s
+        self._requests[request.name] = request
+        self.scheduler.add_request(
+            Request(
+                request_id=request.name,
+                prompt_token_ids=[0] * request.prompt_tokens,
+                sampling_params=SamplingParams(max_tokens=request.output_tokens, ignore_eos=True),
+                pooling_params=None,
+                arrival_time=now_s,
+                priority=request.priority,
+                block_hasher=_hasher(request),
+            )
+        )
+
+    @property
+    def requests(self) -> list[SimRequest]:
+        """Those that have not ended here."""
+        return list(self._requests.values())
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether the scheduler wants a step, be it to take note of an end."""
+        return bool(self.scheduler.has_requests())
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self.scheduler.has_unfinished_requests())
+
+    @property
+    def keeps_step(self) -> bool:
+        """Whether the rank schedules its part of a step no sooner than another has to, and with the first that does."""
+        return bool(getattr(self.scheduler, "keeps_step", False))
+
+    def late_s(self, now_s: float) -> float:
+        """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
+        self.now_s = now_s
+        return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
+
+    def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
+        """What the next step carries."""
+        self.now_s = now_s
+        scheduler = self.scheduler
+        output = scheduler.schedule(throttle_prefills)
+        for new in output.scheduled_new_reqs:
+            self._requests[new.req_id].cached_tokens = new.num_computed_tokens
+        work, sampling = work_of(output, scheduler.requests)
+        return Step(output, work, sampling)
+
+    def finish(self, step: Step, now_s: float) -> Progress:
+        """The output of a step is there. Steps end in the order of their beginning."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        self.now_s = now_s
+        names = list(step.output.num_scheduled_tokens)
+        sampling = set(step.sampling)
+        answers = self.scheduler.update_from_output(
+            step.output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=[[1] if name in sampling else [] for name in names],
+            ),
+        )
+        first_tokens, finished = [], []
+        for answer in answers.values():
+            for row in answer.outputs:
+                request = self._requests[row.request_id]
+                if request.first_token_s is None and row.new_token_ids:
+                    request.first_token_s = now_s
+                    first_tokens.append(request)
+                if row.finish_reason is not None:
+                    request.finished_s = now_s
+                    finished.append(self._requests.pop(row.request_id))
+        return Progress(first_tokens, finished)
+
+    def counts(self) -> EngineSignal:
+        """What vLLM's own metrics say of it: nothing of prefill work."""
+        running, waiting = self.scheduler.get_request_counts()
+        return EngineSignal(
+            running=running,
+            waiting=waiting,
+            decode_tokens=running,
+            kv_usage=self.scheduler.get_kv_cache_usage(),
+            preemptions=self.preemptions,
+        )
+
+    def close(self) -> None:
+        """The engine is gone."""
+        self.scheduler.shutdown()
+
+
+def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
+    """What a step carries, and which of its requests sample a token: those that have computed all they have."""
+    sampling = []
+    prefill_tokens = decode_requests = context_tokens = prefill_pairs = 0
+    for name, tokens in output.num_scheduled_tokens.items():
+        request = requests[name]
+        if not request.is_prefill_chunk:
+            sampling.append(name)
+        # vLLM counts a token as computed once it is scheduled.
+        if tokens == 1:
+            decode_requests += 1
+            context_tokens += request.num_computed_tokens
+        else:
+            prefill_tokens += tokens
+            prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
+    return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
+
+
+class _PageTap:
+    """Stands where our scheduler has its page, and keeps what would be written."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+
+    def write(self, *, written_s: float, **values: Any) -> None:
+        values.update(self._rank.expert_values)
+        self._rank.published = EngineSignal(**{name: values[name] for name in values.keys() & _SIGNAL_FIELDS})
+        self._rank.published_s = written_s
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _count_preemptions(scheduler: Any, rank: Rank) -> None:
+    preempt = scheduler._preempt_request
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        rank.preemptions += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+
+
+def _hasher(request: SimRequest) -> Callable[[Any], Any]:
+    """vLLM's hook for the hashes of blocks that have become full."""
+    hashes = block_hashes(request)
+    made = 0
+
+    def hash_new_blocks(vllm_request: Any) -> list[bytes]:
+        nonlocal made
+        full = vllm_request.num_tokens // VLLM_BLOCK_TOKENS
+        new = list(islice(hashes, full - made)) if full > made else []
+        made += len(new)
+        return new
+
+    return hash_new_blocks
+
+
+SchedulerFactory = Callable[..., Any]
+"""Makes a scheduler from vLLM's own arguments: a class, or any callable."""
+
+
+class RankMaker:
+    """Makes ranks; one for a process.
+
+    Args:
+        folder: an empty folder for the model's configuration.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        write_model(folder)
+        self._folder = folder
+        self._config = functools.cache(self._make_config)
+
+    def make(self, limits: EngineLimits, scheduler: str | SchedulerFactory, request: RequestSettings) -> Rank:
+        """A rank without requests.
+
+        Args:
+            limits: of the engine.
+            scheduler: a class by its path, or a factory.
+            request: settings of layer 1, for schedulers that read them.
+
+        Raises:
+            InvalidInput: there is no class of this path.
+        """
+        factory = find_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+        config = copy.deepcopy(self._config(limits))
+        with _control_page(request):
+            made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
+        return Rank(made, has_page=hasattr(made, "_page"))
+
+    def _make_config(self, limits: EngineLimits) -> Any:
+        return make_config(
+            self._folder,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            scheduling_policy=limits.scheduling_policy,
+            long_prefill_token_threshold=limits.long_prefill_token_threshold,
+            prefill_schedule_interval=limits.prefill_schedule_interval,
+            enable_prefix_caching=True,
+        )
+
+
+def find_scheduler(path: str) -> SchedulerFactory:
+    """The class of this path.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        with foreign_warnings():
+            found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidInput([InputError("engines.scheduler", f"no class {path!r}: {error}")]) from None
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _control_page(settings: RequestSettings) -> Iterator[None]:
+    """What the agent of an engine would have written before its start."""
+    from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+
+    before = os.environ.get(RUN_DIR_VARIABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[RUN_DIR_VARIABLE] = folder
+        try:
+            with ControlPageWriter(Path(folder), Control(version=1, request=settings)):
+                yield
+        finally:
+            del os.environ[RUN_DIR_VARIABLE]
+            if before is not None:
+                os.environ[RUN_DIR_VARIABLE] = before

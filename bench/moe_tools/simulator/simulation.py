@@ -1,0 +1,228 @@
+"""One run, as values: what is simulated, and the one call that does it.
+
+Made from a scenario file by `scenario`, or directly by who tries a policy: the scheduler's class and the router are
+factories, so that a new policy needs no change here.
+
+    maker = load_vllm()
+    outcome = simulate(Simulation(trace=..., cost=..., scheduler=MyScheduler), maker)
+"""
+
+import functools
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.signals import Target
+
+from moe_tools.simulator.arrivals import ClosedLoop, OpenLoop, Senders
+from moe_tools.simulator.costs import IDLE, CostModel, Work
+from moe_tools.simulator.group import Group
+from moe_tools.simulator.outcome import Figures, TenantFigures, measure, measure_tenants
+from moe_tools.simulator.prefills import share_prefills
+from moe_tools.simulator.rank import OURS, EngineLimits, RankMaker, SchedulerFactory
+from moe_tools.simulator.rivals import RIVALS
+from moe_tools.simulator.router import OwnGateway, Router, RouterFactory, Wire
+from moe_tools.simulator.signals import SignalPlan, SignalSource
+from moe_tools.simulator.workload import SimRequest, build_requests
+from moe_tools.simulator.world import Arrivals, Failure, ServerPlan, Totals, World
+from moe_tools.traces import TraceRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clients:
+    """A closed loop."""
+
+    count: int
+    think_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """What is simulated.
+
+    Attributes:
+        trace: the requests, at their times of arrival.
+        cost: of a step of a server's group.
+        servers: how many servers.
+        ranks: data-parallel ranks of each, in lockstep.
+        limits: of each rank.
+        scheduler: class of the engines' scheduler by its path, or a factory that takes vLLM's own arguments.
+        request: settings of layer 1, in the engines and in the hold queue.
+        dispatch: settings of layer 2, the name of a rival, or a factory of routers.
+        gateways: how many, each with books of its own.
+        hold_requests: requests that a gateway holds at most.
+        hold_timeout_s: how long.
+        signals: how what engines say travels; None: as the router would have it.
+        clients: a closed loop of so many; None: the trace's times count.
+        senders: tenants, sessions, priorities.
+        startup_s: when each server is ready first: one value for all, or one for each.
+        failures: what breaks.
+        async_scheduling: whether a step is scheduled while the one before it runs, as vLLM does by default.
+        exposed_s: seconds that a step takes longer when it was not scheduled while another one ran.
+        seed: of senders and of what rivals draw.
+    """
+
+    trace: Sequence[TraceRequest]
+    cost: CostModel
+    servers: int = 1
+    ranks: int = 1
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    scheduler: str | SchedulerFactory = OURS
+    request: RequestSettings = field(default_factory=RequestSettings)
+    dispatch: EngineSettings | str | RouterFactory = field(default_factory=EngineSettings)
+    gateways: int = 1
+    hold_requests: int = 1000
+    hold_timeout_s: float = 60.0
+    signals: SignalPlan | None = None
+    clients: Clients | None = None
+    senders: Senders = field(default_factory=Senders)
+    startup_s: float | tuple[float, ...] = 0.0
+    failures: Sequence[Failure] = ()
+    async_scheduling: bool = True
+    exposed_s: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of it."""
+
+    requests: Sequence[SimRequest]
+    totals: Totals
+    figures: Figures
+    tenants: Sequence[TenantFigures]
+
+
+def load_vllm() -> RankMaker:
+    """Loads vLLM, which takes a while, once for a process; what it leaves behind is no work for the collector."""
+    maker = _load_vllm()
+    gc.collect()
+    gc.freeze()
+    return maker
+
+
+@functools.cache
+def _load_vllm() -> RankMaker:
+    maker = RankMaker(Path(tempfile.mkdtemp(prefix="moeserving-simulator-")))
+    # The first scheduler loads what the others find loaded.
+    maker.make(EngineLimits(), OURS, RequestSettings()).close()
+    return maker
+
+
+def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
+    """Runs it to the end of the last request. The same simulation gives the same outcome."""
+    signals = simulation.signals or default_signals(simulation)
+    world = World(
+        plan_servers(simulation, maker),
+        gateways=simulation.gateways,
+        router=router_factory(simulation, signals),
+        signals=signals,
+        arrivals=_arrivals(simulation),
+        failures=simulation.failures,
+    )
+    requests, totals = world.run()
+    floor = functools.partial(floor_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
+    return Outcome(
+        requests=requests,
+        totals=totals,
+        figures=measure(requests, totals, simulation.servers, floor),
+        tenants=measure_tenants(requests, floor),
+    )
+
+
+def floor_s(cost: CostModel, step_tokens: int, ranks: int, request: SimRequest) -> float:
+    """Seconds to the first token of a request that is alone: its own prefill, less the cached. No order beats it."""
+    seconds, done = 0.0, request.cached_tokens
+    while done < request.prompt_tokens:
+        tokens = min(step_tokens, request.prompt_tokens - done)
+        work = Work(prefill_tokens=tokens, prefill_pairs=tokens * (done + tokens // 2))
+        seconds += cost.group_step_s([work, *(IDLE,) * (ranks - 1)])
+        done += tokens
+    return seconds
+
+
+def plan_servers(simulation: Simulation, maker: RankMaker) -> list[ServerPlan]:
+    """The fleet."""
+    return [
+        ServerPlan(
+            name=server_name(number),
+            ranks=simulation.ranks,
+            make=functools.partial(_make_group, simulation, maker, server_name(number)),
+            ready_s=_ready_s(simulation, number),
+        )
+        for number in range(simulation.servers)
+    ]
+
+
+def server_name(number: int) -> str:
+    """Of server number N."""
+    return f"engine-{number}"
+
+
+def _ready_s(simulation: Simulation, number: int) -> float:
+    startup_s = simulation.startup_s
+    return startup_s if isinstance(startup_s, int | float) else startup_s[number]
+
+
+def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> Group:
+    ranks = [maker.make(simulation.limits, simulation.scheduler, simulation.request) for _ in range(simulation.ranks)]
+    share_prefills(ranks)
+    return Group(
+        name,
+        ranks,
+        simulation.cost,
+        prefill_interval=simulation.limits.prefill_schedule_interval,
+        ahead=2 if simulation.async_scheduling else 1,
+        exposed_s=simulation.exposed_s,
+    )
+
+
+def default_signals(simulation: Simulation) -> SignalPlan:
+    """As the router would have them: ours an agent's stream where the scheduler publishes, each rival its own."""
+    dispatch = simulation.dispatch
+    if isinstance(dispatch, str):
+        return RIVALS[dispatch].signals
+    if simulation.scheduler == OURS or not isinstance(simulation.scheduler, str):
+        return SignalPlan()
+    return SCRAPED
+
+
+# The period of the gateway's own scraper (`moe_gateway.engines.signals`), and a scrape's way.
+SCRAPED = SignalPlan(source=SignalSource.SCRAPE, period_s=0.25, delay_s=0.01)
+
+
+def router_factory(simulation: Simulation, signals: SignalPlan) -> RouterFactory:
+    """Makes the routers of the gateways."""
+    dispatch = simulation.dispatch
+    if isinstance(dispatch, str):
+        return functools.partial(RIVALS[dispatch].make, gateways=simulation.gateways, seed=simulation.seed)
+    if not isinstance(dispatch, EngineSettings):
+        return dispatch
+
+    def make(wire: Wire, targets: Sequence[Target], number: int) -> Router:
+        return OwnGateway(
+            wire,
+            targets,
+            dispatch=dispatch,
+            request=simulation.request,
+            hold_requests=simulation.hold_requests,
+            hold_timeout_s=simulation.hold_timeout_s,
+            first_turn=number,
+            scrapes=signals.source is SignalSource.SCRAPE,
+        )
+
+    return make
+
+
+def _arrivals(simulation: Simulation) -> Arrivals:
+    senders = simulation.senders
+    if senders.gateways != simulation.gateways:
+        senders = replace(senders, gateways=simulation.gateways)
+    requests = senders.sign(build_requests(simulation.trace), simulation.seed)
+    if simulation.clients is None:
+        return OpenLoop(requests)
+    return ClosedLoop(requests, clients=simulation.clients.count, think_s=simulation.clients.think_s)

@@ -1,0 +1,285 @@
+"""The clock and the events of a run: arrivals, steps, signals, failures. The one owner of time.
+
+Events are ordered by time and, within the same time, by their making, so that a run depends on its inputs alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Protocol
+
+from moe_scheduling.signals import Target
+
+from moe_tools.simulator.group import Group
+from moe_tools.simulator.router import Router, RouterFactory
+from moe_tools.simulator.signals import HEARTBEAT_S, SignalPlan, SignalSource
+from moe_tools.simulator.workload import SimRequest
+
+TICK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A server dies at `at_s` with all that it has; a new one is ready `startup_s` later, None: never."""
+
+    server: str
+    at_s: float
+    startup_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerPlan:
+    """A server: how it is made, and when it is ready first."""
+
+    name: str
+    ranks: int
+    make: Callable[[], Group]
+    ready_s: float = 0.0
+
+
+class Arrivals(Protocol):
+    """What comes: an open loop knows it all before, a closed loop lets answers call for more."""
+
+    def first(self) -> Iterable[SimRequest]:
+        """Those that come whatever happens."""
+
+    def after(self, request: SimRequest, now_s: float) -> SimRequest | None:
+        """The one that comes because this one has ended."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Server:
+    plan: ServerPlan
+    group: Group | None = None
+    epoch: int = 0
+    last_sent_s: float = -1.0
+    send_is_due: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What a run counted. `busy_s` and `steps` are sums over all servers, dead ones too."""
+
+    now_s: float
+    steps: int
+    busy_s: float
+    preemptions: int
+
+
+@dataclass(slots=True)
+class _Counts:
+    steps: int = 0
+    busy_s: float = 0.0
+    preemptions: int = 0
+    requests: list[SimRequest] = field(default_factory=list)
+
+
+class World:
+    """See the module; runs once.
+
+    Args:
+        servers: the fleet.
+        gateways: how many there are; each knows only its own books.
+        router: makes each of them.
+        signals: how what engines say travels.
+        arrivals: what comes.
+        failures: what breaks.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[ServerPlan],
+        *,
+        gateways: int,
+        router: RouterFactory,
+        signals: SignalPlan,
+        arrivals: Arrivals,
+        failures: Sequence[Failure] = (),
+    ) -> None:
+        self.now_s = 0.0
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = 0
+        self._servers = {plan.name: _Server(plan=plan) for plan in servers}
+        targets = [Target(plan.name, rank) for plan in servers for rank in range(plan.ranks)]
+        self._routers: list[Router] = [router(self, targets, number) for number in range(gateways)]
+        self._signals = signals
+        self._arrivals = arrivals
+        self._failures = failures
+        self._open = 0
+        self._counts = _Counts()
+
+    def run(self) -> tuple[list[SimRequest], Totals]:
+        """To the end of the last request."""
+        self._begin()
+        events = self._events
+        while self._open:
+            self.now_s, _, call, arguments = heappop(events)
+            call(*arguments)
+        for server in self._servers.values():
+            self._bury(server)
+        counts = self._counts
+        counts.requests.sort(key=lambda request: request.index)
+        return counts.requests, Totals(
+            now_s=self.now_s, steps=counts.steps, busy_s=counts.busy_s, preemptions=counts.preemptions
+        )
+
+    def _begin(self) -> None:
+        for server in self._servers.values():
+            self._at(server.plan.ready_s, self._start, server)
+        for failure in self._failures:
+            self._at(failure.at_s, self._fail, failure)
+        for request in self._arrivals.first():
+            self._come(request)
+        self._at(TICK_S, self._tick)
+
+    def _at(self, time_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        self._order += 1
+        heappush(self._events, (time_s, self._order, call, arguments))
+
+    # Requests.
+
+    def _come(self, request: SimRequest) -> None:
+        self._open += 1
+        self._counts.requests.append(request)
+        self._at(request.arrival_s, self._arrive, request)
+
+    def _arrive(self, request: SimRequest) -> None:
+        self._routers[request.gateway].arrive(request, self.now_s)
+
+    def send(self, request: SimRequest, target: Target) -> None:
+        """Of `Wire`: a router sends a request."""
+        request.server, request.rank = target
+        request.sent_s = self.now_s
+        request.attempts += 1
+        server = self._servers[target.server]
+        if server.group is None:
+            self._at(self.now_s, self._break, request)
+            return
+        server.group.ranks[target.rank].add(request, self.now_s)
+        if not server.group.is_running:
+            self._go_on(server)
+        self._changed(server)
+
+    def refuse(self, request: SimRequest, reason: str) -> None:
+        """Of `Wire`: a router turns a request away."""
+        request.failure = reason
+        self._end(request)
+
+    def _break(self, request: SimRequest) -> None:
+        self._routers[request.gateway].failed(request, self.now_s)
+
+    def _end(self, request: SimRequest) -> None:
+        self._open -= 1
+        following = self._arrivals.after(request, self.now_s)
+        if following is not None:
+            self._come(following)
+
+    # Servers.
+
+    def _start(self, server: _Server) -> None:
+        server.group = server.plan.make()
+        server.epoch += 1
+        for router in self._routers:
+            router.restarted(server.plan.name)
+            router.set_ready(server.plan.name, True, self.now_s)
+        self._watch(server, server.epoch)
+
+    def _go_on(self, server: _Server) -> None:
+        group = server.group
+        assert group is not None
+        late_s = group.fill(self.now_s)
+        if group.is_running:
+            self._at(self.now_s + group.current_s, self._step_ends, server, server.epoch)
+            if late_s:
+                self._at(self.now_s + late_s, self._schedule_late, server, server.epoch, group.steps_made)
+
+    def _schedule_late(self, server: _Server, epoch: int, steps_made: int) -> None:
+        """The wait is over; nothing to do where the step that ran has ended before."""
+        group = server.group
+        if group is None or epoch != server.epoch or group.steps_made != steps_made:
+            return
+        if late_s := group.fill(self.now_s):
+            self._at(self.now_s + late_s, self._schedule_late, server, epoch, steps_made)
+        else:
+            self._changed(server)
+
+    def _step_ends(self, server: _Server, epoch: int) -> None:
+        group = server.group
+        if group is None or epoch != server.epoch:
+            return
+        progress = group.finish(self.now_s)
+        self._go_on(server)
+        for request in progress.first_tokens:
+            self._routers[request.gateway].answered(request, self.now_s)
+        for request in progress.finished:
+            self._routers[request.gateway].settled(request, self.now_s)
+            self._end(request)
+        self._changed(server)
+
+    def _fail(self, failure: Failure) -> None:
+        server = self._servers[failure.server]
+        group = server.group
+        if group is None:
+            return
+        broken = group.requests
+        self._bury(server)
+        for router in self._routers:
+            router.set_ready(failure.server, False, self.now_s)
+        for request in broken:
+            self._routers[request.gateway].failed(request, self.now_s)
+        if failure.startup_s is not None:
+            self._at(self.now_s + failure.startup_s, self._start, server)
+
+    def _bury(self, server: _Server) -> None:
+        group, server.group = server.group, None
+        if group is not None:
+            self._counts.steps += group.steps_made
+            self._counts.busy_s += group.busy_s
+            self._counts.preemptions += sum(rank.preemptions for rank in group.ranks)
+            group.close()
+
+    # Signals.
+
+    def _changed(self, server: _Server) -> None:
+        """The agent's stream: a line at a change, but not sooner than a period after the last."""
+        plan = self._signals
+        if plan.source is SignalSource.AGENT and not server.send_is_due:
+            server.send_is_due = True
+            due_s = max(self.now_s, server.last_sent_s + plan.period_s)
+            self._at(due_s, self._publish, server, server.epoch)
+
+    def _watch(self, server: _Server, epoch: int) -> None:
+        """What is sent without a change: a line a second, or a scrape each period."""
+        if server.group is None or epoch != server.epoch:
+            return
+        if self._signals.source is SignalSource.AGENT:
+            self._changed(server)
+            self._at(self.now_s + HEARTBEAT_S, self._watch, server, epoch)
+        elif self._signals.source is SignalSource.SCRAPE:
+            self._publish(server, epoch)
+            self._at(self.now_s + self._signals.period_s, self._watch, server, epoch)
+
+    def _publish(self, server: _Server, epoch: int) -> None:
+        server.send_is_due = False
+        group, plan = server.group, self._signals
+        if group is None or epoch != server.epoch:
+            return
+        server.last_sent_s = self.now_s
+        if not plan.arrives(server.plan.name, self.now_s):
+            return
+        for number, rank in enumerate(group.ranks):
+            signal, observed_s = rank.counts(), self.now_s
+            if plan.source is SignalSource.AGENT and rank.published is not None:
+                signal = rank.published
+                # An idle engine makes no steps: its page is as good as new.
+                observed_s = rank.published_s if rank.has_unfinished else self.now_s
+            self._at(self.now_s + plan.delay_s, self._deliver, Target(server.plan.name, number), signal, observed_s)
+
+    def _deliver(self, target: Target, signal: Any, observed_s: float) -> None:
+        for router in self._routers:
+            router.observe(target, signal, observed_s, self.now_s)
+
+    def _tick(self) -> None:
+        for router in self._routers:
+            router.tick(self.now_s)
+        self._at(self.now_s + TICK_S, self._tick)

@@ -1,0 +1,122 @@
+"""The one way to tell a person what is wrong in what they wrote: a path, a message, the known choices.
+
+The resource, the agent's and the gateway's configuration and their control routes all report through it. The rows come
+from pydantic's `ValidationError.errors()`, which are plain dicts: nothing of pydantic is imported here.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+Location = tuple[str | int, ...]
+
+# Pydantic ends the location of an error below a union with the name of the member that was tried.
+_UNION_MEMBERS = frozenset({"bool", "bytes", "float", "int", "none", "str"})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class InputError:
+    """One error: `path` in dotted form (`spec.engine.replicas`, `engines[0].url`; empty for the whole document)."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class InvalidInput(ValueError):
+    """What was given cannot be used; `problems` has at least one row and nothing was changed."""
+
+    def __init__(self, problems: Sequence[InputError]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+
+
+def render_path(location: Location) -> str:
+    """`("engines", 0, "url")` -> `engines[0].url`; what would break or hide the line is written out (`\\n`)."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            name = _written_out(part) or "''"
+            path += f".{name}" if path else name
+    return path
+
+
+def render_choices(known: Iterable[str]) -> str:
+    """The known choices in alphabetical order, as one phrase."""
+    return ", ".join(sorted(known))
+
+
+def unknown_choice(path: str, value: object, known: Iterable[str]) -> InputError:
+    """A value outside a closed set."""
+    return InputError(path, f"unknown {_shorten(value)}; known: {render_choices(known)}")
+
+
+def unknown_field(path: str, name: str, known: Iterable[str]) -> InputError:
+    """A key that the section does not have, with the nearest that it does have where one is near."""
+    names = sorted(known)
+    # No field's name is that long, and the search takes time with its square.
+    near = get_close_matches(name[:100], names, n=1, cutoff=0.5)
+    nearest = f"nearest known: {near[0]}; " if near else ""
+    return InputError(path, f"unknown field; {nearest}known: {', '.join(names)}")
+
+
+def errors_from_pydantic(
+    errors: Iterable[Mapping[str, Any]], fields_at: Callable[[Location], Iterable[str]], root: str = ""
+) -> list[InputError]:
+    """Turns rows of pydantic's `ValidationError.errors()` into problems, in the order of their paths.
+
+    Args:
+        errors: rows with `type`, `loc`, `msg`, `input` and perhaps `ctx`.
+        fields_at: the names of the fields that the section at a location has (as a person writes them).
+        root: a path before all others, such as `spec`.
+    """
+    return sorted({_problem(row, fields_at, root) for row in errors})
+
+
+def _problem(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[str]], root: str) -> InputError:
+    location: Location = tuple(row["loc"])
+    if location and location[-1] in _UNION_MEMBERS and location[-1] not in fields_at(location[:-1]):
+        location = location[:-1]
+    is_key = bool(location) and location[-1] == "[key]"
+    if is_key:
+        location = location[:-1]
+    path = render_path((root, *location) if root else location)
+    context = row.get("ctx") or {}
+    match row["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return unknown_field(path, str(location[-1]), fields_at(location[:-1]))
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return InputError(path, "required, but absent")
+        case "enum" | "literal_error":
+            return unknown_choice(path, row["input"], _choices(str(context["expected"])))
+        case "model_type" | "dataclass_type" | "dict_type" | "mapping_type":
+            return InputError(path, f"a mapping of fields is needed, got {_shorten(row['input'])}")
+        case "value_error":
+            return InputError(path, str(context["error"]))
+        case _:
+            subject = "as a key, " if is_key else ""
+            return InputError(path, f"{subject}{_lower_first(row['msg'])}, got {_shorten(row['input'])}")
+
+
+def _choices(expected: str) -> list[str]:
+    """Pydantic words a closed set as `'a', 'b' or 'c'`, and one of numbers as `1, 2 or 3`."""
+    return re.findall(r"'([^']*)'", expected) or expected.replace(" or ", ", ").split(", ")
+
+
+def _written_out(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

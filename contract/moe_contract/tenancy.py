@@ -1,0 +1,80 @@
+"""Who a request is from, as a part of its id: how the gateway tells an engine, and how the engine's plugin reads it.
+
+The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
+A tenant is these digits; the nameless one, of requests without the header, is the empty string. For `/v1/responses`
+vLLM 0.32 takes no header's id but the body's, which is the client's: what comes there is the nameless one's.
+
+Invariants: nothing that a client wrote is in the suffix; whoever adds one is believed over what stands before it.
+"""
+
+import re
+from hashlib import blake2b
+
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+
+# The header that names the tenant, as the Gateway API Inference Extension has it; and what such names look like, in
+# lower case (a token of RFC 9110, 5.6.2), the empty one for no header.
+DEFAULT_HEADER = "x-gateway-inference-fairness-id"
+HEADER_PATTERN = r"^[0-9a-z!#$%&'*+.^_`|~-]{0,64}$"
+# Of one connection, or written by the gateway itself: they do not go from a client to an engine and name no tenant.
+NOT_FORWARDED = frozenset(
+    {
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-data-parallel-rank",
+        "x-request-id",
+    }
+)
+_MARK = ".t"
+_DIGITS = 8
+_HEX = frozenset("0123456789abcdef")
+# The nameless one's, where the id that a client chose could pass for another's.
+_OF_NOBODY = "0" * _DIGITS
+# vLLM puts it after the id of a request of `/v1/responses`, and after no id that comes from a header.
+_AFTER_BODYS_ID = "_"
+
+
+def check_tenant_header(name: str) -> str:
+    """The name of a header in lower case that can name a tenant, or nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if re.fullmatch(HEADER_PATTERN, name) is None:
+        raise ValueError(f"the name of a header in lower case is needed, or nothing, got {name[:80]!r}")
+    if name in NOT_FORWARDED:
+        kept = ", ".join(sorted(NOT_FORWARDED))
+        raise ValueError(f"{name} cannot name a tenant: the gateway takes none of {kept} over")
+    return name
+
+
+def hash_tenant(name: bytes) -> str:
+    """The tenant that goes by this name, which may be any bytes; without any it is the nameless one."""
+    return blake2b(name, digest_size=_DIGITS // 2).hexdigest() if name else ANONYMOUS_TENANT
+
+
+def sign_request_id(request_id: bytes, tenant: str) -> bytes:
+    """The id for the engine."""
+    if tenant:
+        return b"%b.t%b" % (request_id, tenant.encode())
+    return b"%b.t%b" % (request_id, _OF_NOBODY.encode()) if _MARK.encode() in request_id else request_id
+
+
+def tenant_of(request_id: str) -> str:
+    """The tenant in an engine's request id, such as `cmpl-ID.t1a2b3c4d-0-9f8e7d6c`."""
+    _, mark, rest = request_id.rpartition(_MARK)
+    tenant = rest[:_DIGITS]
+    if not mark or len(tenant) < _DIGITS or tenant == _OF_NOBODY or not _HEX.issuperset(tenant):
+        return ANONYMOUS_TENANT
+    if _AFTER_BODYS_ID in rest:
+        return ANONYMOUS_TENANT
+    return tenant

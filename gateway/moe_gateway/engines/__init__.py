@@ -1,0 +1,1 @@
+"""Engines as the gateway knows them: discovery, signals, dispatch."""

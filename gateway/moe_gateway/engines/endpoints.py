@@ -1,0 +1,121 @@
+"""Which engines there are, read from the EndpointSlices of the groups' Services. Pure; called by `discovery`.
+
+Invariants: the answer depends on the slices alone, not on their order; each name and each address is there once.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from lightkube.models.discovery_v1 import Endpoint as SliceEndpoint
+from lightkube.models.discovery_v1 import EndpointSlice
+from moe_contract.gateway_config import EngineAddress
+from pydantic import ValidationError
+
+SERVICE_LABEL = "kubernetes.io/service-name"
+ENGINE_PORT = "engine"
+AGENT_PORT = "agent"
+# The order in which one of an endpoint's addresses is chosen; slices of names are no longer made by Kubernetes.
+ADDRESS_TYPES = ("IPv4", "IPv6")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """An engine as its Service has it.
+
+    Attributes:
+        address: where it is.
+        group: name of the Service.
+        ready: as Kubernetes says; an absent condition counts as ready.
+        terminating: its pod is about to end.
+    """
+
+    address: EngineAddress
+    group: str
+    ready: bool
+    terminating: bool
+
+    @property
+    def offered(self) -> bool:
+        """Whether it may get new work."""
+        return self.ready and not self.terminating
+
+
+def read_endpoints(slices: Iterable[EndpointSlice], groups: Iterable[str], ranks: int) -> tuple[Endpoint, ...]:
+    """The engines, in the order of their names.
+
+    Args:
+        slices: all that are known; those of other Services are left out.
+        groups: names of the Services; an engine behind several belongs to the first.
+        ranks: data-parallel ranks of each engine.
+    """
+    places = {group: place for place, group in enumerate(groups)}
+    rows = sorted(
+        (row for row in slices if _group_of(row) in places and row.addressType in ADDRESS_TYPES),
+        key=lambda row: (places[_group_of(row)], ADDRESS_TYPES.index(row.addressType), name_of_slice(row)),
+    )
+    found: dict[str, Endpoint] = {}
+    addresses: dict[str, str] = {}
+    for row in rows:
+        for endpoint in _endpoints_of(row, ranks):
+            name = endpoint.address.name
+            # An address without a pod is named by itself, unless another slice names its pod.
+            if addresses.setdefault(endpoint.address.url, name) == name:
+                found[name] = _merge(found.get(name), endpoint)
+    return tuple(found[name] for name in sorted(found))
+
+
+def name_of_slice(row: EndpointSlice) -> str:
+    """Its name, which every slice of an API server has."""
+    return (row.metadata.name if row.metadata is not None else None) or ""
+
+
+def _group_of(row: EndpointSlice) -> str:
+    labels = (row.metadata.labels if row.metadata is not None else None) or {}
+    return str(labels.get(SERVICE_LABEL, ""))
+
+
+def _endpoints_of(row: EndpointSlice, ranks: int) -> Iterator[Endpoint]:
+    ports = {port.name: port.port for port in row.ports or () if port.port and port.protocol in (None, "TCP")}
+    if (engine_port := ports.get(ENGINE_PORT)) is None:
+        return
+    for given in row.endpoints or ():
+        if not given.addresses:
+            continue
+        host = f"[{given.addresses[0]}]" if row.addressType == "IPv6" else given.addresses[0]
+        agent_port = ports.get(AGENT_PORT)
+        try:
+            address = EngineAddress(
+                name=_name_of(given),
+                url=f"http://{host}:{engine_port}",
+                agent_url=None if agent_port is None else f"http://{host}:{agent_port}",
+                ranks=ranks,
+            )
+        except ValidationError:
+            continue
+        yield _with_conditions(given, address, _group_of(row))
+
+
+def _name_of(given: SliceEndpoint) -> str:
+    return (given.targetRef.name if given.targetRef is not None else None) or given.addresses[0]
+
+
+def _with_conditions(given: SliceEndpoint, address: EngineAddress, group: str) -> Endpoint:
+    """`ready` and `serving` count as true where they are absent, `terminating` as false, as the API has it.
+
+    A Service that publishes addresses which are not ready has `ready` true for all of them: there `serving` tells.
+    """
+    conditions = given.conditions
+    if conditions is None:
+        return Endpoint(address=address, group=group, ready=True, terminating=False)
+    ready = conditions.ready is not False and conditions.serving is not False
+    return Endpoint(address=address, group=group, ready=ready, terminating=bool(conditions.terminating))
+
+
+def _merge(known: Endpoint | None, again: Endpoint) -> Endpoint:
+    """The same engine in another slice: an endpoint that moves is in two for a while, with two families it always is.
+
+    What is newer cannot be told, so readiness is believed where one says so; that a pod ends is never taken back.
+    """
+    if known is None:
+        return again
+    return replace(known, ready=known.ready or again.ready, terminating=known.terminating or again.terminating)

@@ -1,0 +1,174 @@
+"""How the gateway learns of an engine: one watcher task for each, which tells the dispatcher and nobody else.
+
+An engine with an agent is watched: its stream of snapshots. A plain vLLM server is asked for its metrics and health,
+several times a second. A watcher never ends by itself.
+
+A lost source of signals is not a lost engine: it keeps its work, judged by the gateway's own books and by what
+becomes of the requests that are sent there.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import orjson
+from moe_scheduling.signals import EngineSignal, StepTime, Target
+from prometheus_client.parser import text_string_to_metric_families
+
+from moe_gateway.engines.dispatcher import Dispatcher, Engine
+
+SCRAPE_PERIOD_S = 0.25
+# One in so many scrapes asks for the names of the models, which change when adapters are loaded.
+SCRAPES_FOR_MODELS = 20
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 1.0
+# An agent says something at least once a second.
+SILENCE_S = 5.0
+LONGEST_LINE_BYTES = 4 * 1024 * 1024
+
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+PREEMPTIONS = "vllm:num_preemptions_total"
+
+log = logging.getLogger("moeserving.gateway")
+
+
+async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
+    """Follows one engine until cancelled."""
+    follow = _scrape if engine.address.agent_url is None else _watch_agent
+    wait_s = FIRST_RETRY_S
+    while True:
+        started_s = time.monotonic()
+        try:
+            await follow(engine, dispatcher, session)
+        except Exception as error:
+            # Whatever an engine says or fails to say, its watcher goes on.
+            if engine.reachable:
+                log.warning("lost engine", extra={"engine": engine.address.name, "reason": repr(error)})
+        engine.reachable = False
+        wait_s = FIRST_RETRY_S if time.monotonic() - started_s > LONGEST_RETRY_S else min(LONGEST_RETRY_S, 2 * wait_s)
+        await asyncio.sleep(wait_s)
+
+
+# An engine with an agent.
+
+
+async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_S)
+    url = f"{engine.address.agent_url}/v1/state"
+    async with session.get(url, params={"watch": "1"}, timeout=timeout) as answer:
+        answer.raise_for_status()
+        rest = b""
+        async for piece in answer.content.iter_any():
+            *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > LONGEST_LINE_BYTES:
+                raise ValueError("a line of the agent's state has no end")
+            if lines := [line for line in lines if line]:
+                # What came together is told together: only the newest matters.
+                take_snapshot(engine, orjson.loads(lines[-1]), dispatcher, time.monotonic())
+
+
+def take_snapshot(engine: Engine, snapshot: dict[str, Any], dispatcher: Dispatcher, now_s: float) -> None:
+    """Tells the dispatcher what an agent's snapshot says."""
+    name = engine.address.name
+    engine.reachable = True
+    model = snapshot["engine"]["model"]
+    dispatcher.set_models(name, frozenset({model}) if isinstance(model, str) else frozenset())
+    dispatcher.set_process(name, snapshot["engine"]["pid"])
+    dispatcher.set_ready(name, bool(snapshot["accepting"]) and snapshot["phase"] == "ready", now_s)
+    for rank in snapshot["ranks"]:
+        signal, age_s = read_signal(rank)
+        dispatcher.observe(Target(name, rank["rank"]), signal, now_s - age_s, now_s)
+
+
+def read_signal(rank: dict[str, Any]) -> tuple[EngineSignal, float]:
+    """A rank's signal and its age in seconds; unknown fields of a newer agent are left alone."""
+    line = rank.get("step_time")
+    values = {name: rank[name] for name in _SIGNAL_FIELDS if name in rank}
+    step_time = (
+        None if line is None else StepTime(**{name: float(line[name]) for name in ("base_s", "prefill_s", "decode_s")})
+    )
+    return EngineSignal(**values, step_time=step_time), max(0.0, float(rank["age_s"]))
+
+
+_SIGNAL_FIELDS = tuple(name for name in EngineSignal.__dataclass_fields__ if name != "step_time")
+
+
+# A plain vLLM server.
+
+_SCRAPE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+
+
+async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
+    name, url = engine.address.name, engine.address.url
+    for turn in itertools.count():
+        started_s = time.monotonic()
+        # vLLM's metrics say nothing of prefill work: what the own books have of it stands in.
+        prefill_tokens = {target.rank: dispatcher.books[target].unanswered_prefill_tokens for target in engine.targets}
+        try:
+            async with session.get(f"{url}/health", timeout=_SCRAPE_TIMEOUT) as answer:
+                healthy = answer.status == 200
+        except aiohttp.ClientConnectorError:
+            # The port is the engine's own: who does not listen there takes no request either.
+            dispatcher.set_ready(name, False, time.monotonic())
+            raise
+        if turn % SCRAPES_FOR_MODELS == 0:
+            dispatcher.set_models(name, await _fetch_models(url, session))
+        # Its signals are a help, its health is what counts.
+        dispatcher.set_ready(name, healthy, time.monotonic())
+        async with session.get(f"{url}/metrics", timeout=_SCRAPE_TIMEOUT) as answer:
+            answer.raise_for_status()
+            text = await answer.text()
+        engine.reachable = True
+        now_s = time.monotonic()
+        for rank, counted in read_metrics(text):
+            signal = replace(counted, waiting_prefill_tokens=prefill_tokens.get(rank, 0))
+            dispatcher.observe(Target(name, rank), signal, started_s, now_s)
+        await asyncio.sleep(SCRAPE_PERIOD_S)
+
+
+async def _fetch_models(url: str, session: aiohttp.ClientSession) -> frozenset[str]:
+    """The names that a plain server serves: its model's, perhaps several, and those of its LoRA adapters."""
+    async with session.get(f"{url}/v1/models", timeout=_SCRAPE_TIMEOUT) as answer:
+        if answer.status != 200:
+            return frozenset()
+        return frozenset(str(row["id"]) for row in (await answer.json())["data"])
+
+
+def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
+    """The signals by rank in vLLM's Prometheus metrics, with old and new names of the KV use."""
+    ranks: dict[int, dict[str, float]] = {}
+    # A server's page has hundreds of series; the parser sees the few lines that count.
+    wanted = "\n".join(line for line in text.splitlines() if line.startswith(tuple(_METRICS)))
+    for family in text_string_to_metric_families(wanted):
+        for sample in family.samples:
+            if sample.name in _METRICS and math.isfinite(sample.value):
+                rank = sample.labels.get("engine", "0")
+                if rank.isdecimal():
+                    ranks.setdefault(int(rank), {})[_METRICS[sample.name]] = sample.value
+    for number, values in sorted(ranks.items()):
+        yield (
+            number,
+            EngineSignal(
+                running=int(values.get("running", 0)),
+                waiting=int(values.get("waiting", 0)),
+                decode_tokens=int(values.get("running", 0)),
+                kv_usage=values.get("kv_usage", 0.0),
+                preemptions=int(values.get("preemptions", 0)),
+            ),
+        )
+
+
+_METRICS = {
+    RUNNING: "running",
+    WAITING: "waiting",
+    PREEMPTIONS: "preemptions",
+    **dict.fromkeys(KV_USAGE, "kv_usage"),
+}

@@ -1,0 +1,1 @@
+"""HTTP of the gateway: client and engine connections, heads, replies, routes."""

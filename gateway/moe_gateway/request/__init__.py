@@ -1,0 +1,1 @@
+"""One request in the gateway: its body, its attempts, its answer."""

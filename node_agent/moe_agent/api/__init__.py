@@ -1,0 +1,1 @@
+"""HTTP of the agent: state, control, metrics."""

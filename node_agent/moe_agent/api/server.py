@@ -1,0 +1,193 @@
+"""The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
+
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from aiohttp import web
+from moe_contract.agent_config import AgentConfig
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.expert.decision import ExpertMode
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from moe_agent.api.broadcaster import StateBroadcaster
+from moe_agent.api.metrics import AgentCollector
+from moe_agent.api.state import build_snapshot
+from moe_agent.control_tokens import ControlTokens
+from moe_agent.experts.directive import parse_directive, write_directive
+from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
+from moe_agent.parsing import parse_change, parse_document
+from moe_agent.shared_memory.notifier import Announcements
+from moe_agent.shared_memory.telemetry import ControlPage, NotTaken, RankPages
+from moe_agent.supervisor.supervisor import Supervisor
+
+TAKE_TIMEOUT_S = 5.0
+# The placement of a hundred layers over a thousand slots takes half of it.
+_MAX_BODY_BYTES = 1024 * 1024
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class AgentServer:
+    """Routes over the agent's parts; holds no state but the feed of those who watch.
+
+    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        tokens: ControlTokens,
+        supervisor: Supervisor,
+        ranks: RankPages,
+        control: ControlPage,
+        experts: PublishedExperts | None,
+        bell: Announcements,
+    ) -> None:
+        self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
+        self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
+        self._supervisor, self._ranks, self._control = supervisor, ranks, control
+        self._registry = CollectorRegistry()
+        self._registry.register(AgentCollector(self.snapshot, self._read_experts))
+        self._feed = StateBroadcaster(bell, self._fingerprint, self._line)
+
+    def build_app(self) -> web.Application:
+        app = web.Application(client_max_size=_MAX_BODY_BYTES)
+        app.router.add_get("/v1/state", self._get_state)
+        app.router.add_get("/v1/experts", self._get_experts)
+        app.router.add_post("/v1/experts", self._with_token(self._post_experts))
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get("/healthz", self._get_health)
+        app.router.add_get("/readyz", self._get_ready)
+        app.router.add_put("/v1/config", self._with_token(self._put_config))
+        app.router.add_post("/v1/drain", self._with_token(self._post_drain))
+        return app
+
+    def end_streams(self) -> None:
+        """Lets the watched streams end after their last line."""
+        self._feed.end()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state as of now."""
+        return build_snapshot(
+            self._name,
+            self._model,
+            self._supervisor,
+            self._control.control,
+            self._ranks.read(),
+            time.monotonic(),
+        )
+
+    async def _get_state(self, request: web.Request) -> web.StreamResponse:
+        try:
+            watch = _read_flag(request, "watch")
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        if not watch:
+            return web.Response(body=self._line(), content_type="application/json")
+        stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        await stream.prepare(request)
+        async with aclosing(self._feed.watch()) as lines:
+            try:
+                async for line in lines:
+                    await stream.write(line)
+            except ConnectionResetError:
+                return stream
+        return stream
+
+    def _line(self) -> bytes:
+        return orjson.dumps(self.snapshot(), option=orjson.OPT_APPEND_NEWLINE)
+
+    def _fingerprint(self) -> tuple[int, ...]:
+        return (self._supervisor.revision, self._control.control.version, *self._ranks.fingerprint())
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _get_health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def _get_ready(self, request: web.Request) -> web.Response:
+        status = HTTPStatus.OK if self._supervisor.accepting else HTTPStatus.SERVICE_UNAVAILABLE
+        return web.json_response({"phase": self._supervisor.phase.value}, status=status)
+
+    async def _put_config(self, request: web.Request) -> web.Response:
+        try:
+            document = parse_document(await request.read())
+            current = self._control.control
+            settings = parse_change(document, current.request, current.expert)
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        taken = await self._control.apply(settings.request, settings.expert, TAKE_TIMEOUT_S)
+        if isinstance(taken, NotTaken):
+            ranks = ", ".join(map(str, taken.ranks))
+            message = f"not taken within {TAKE_TIMEOUT_S:g} s by rank {ranks}; it takes it at its next step"
+            return _errors(HTTPStatus.GATEWAY_TIMEOUT, [InputError("request", message)])
+        answer = {"version": taken.version, "request": asdict(taken.request), "expert": asdict(taken.expert)}
+        return web.json_response(answer)
+
+    def _read_experts(self) -> Document | None:
+        return None if self._experts is None else self._experts.read(time.monotonic())
+
+    async def _get_experts(self, request: web.Request) -> web.Response:
+        try:
+            short = _read_flag(request, "brief")
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        if (document := self._read_experts()) is None:
+            return self._no_experts()
+        return web.json_response(brief(document) if short else document)
+
+    async def _post_experts(self, request: web.Request) -> web.Response:
+        if (document := self._read_experts()) is None:
+            return self._no_experts()
+        control = self._control.control
+        if control.expert.mode is ExpertMode.OFF:
+            problem = InputError("mode", "off: nothing is recorded; others: active, dryRun, observe")
+            return _errors(HTTPStatus.CONFLICT, [problem])
+        try:
+            asked = parse_document(await request.read())
+            directive = parse_directive(asked, control.directive + 1, shape_of(document))
+        except InvalidInput as error:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+        write_directive(self._run_dir, directive)
+        self._control.announce_directive(directive.version)
+        return web.json_response({"version": directive.version}, status=HTTPStatus.ACCEPTED)
+
+    def _no_experts(self) -> web.Response:
+        if self._experts is None:
+            problem = InputError("", "this node's engine has no expert group whose first rank is here")
+            return _errors(HTTPStatus.NOT_FOUND, [problem])
+        return _errors(HTTPStatus.SERVICE_UNAVAILABLE, [InputError("", "the expert group has published nothing yet")])
+
+    async def _post_drain(self, request: web.Request) -> web.Response:
+        self._supervisor.request_drain()
+        return web.json_response(
+            {"phase": self._supervisor.phase.value, "accepting": False}, status=HTTPStatus.ACCEPTED
+        )
+
+    def _with_token(self, handler: Handler) -> Handler:
+        async def check(request: web.Request) -> web.StreamResponse:
+            if not self._tokens.allow(request.headers.get("Authorization", "")):
+                return _errors(HTTPStatus.UNAUTHORIZED, [InputError("Authorization", "the control token is needed")])
+            return await handler(request)
+
+        return check
+
+
+def _read_flag(request: web.Request, name: str) -> bool:
+    value = request.query.get(name) or "0"
+    if value not in ("0", "1"):
+        raise InvalidInput([InputError(name, f"unknown {value!r}; known: 0, 1")])
+    return value == "1"
+
+
+def _errors(status: HTTPStatus, problems: Any) -> web.Response:
+    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
+    return web.json_response({"errors": rows}, status=status)

@@ -1,0 +1,1 @@
+"""The engine process on a node: its command line, its log, its start, restart and drain."""

@@ -1,0 +1,306 @@
+"""The supervisor: starts one engine, watches it, starts it again when it ends, and drains it.
+
+Run by `moe_agent.app` as one task, which alone changes the state here; others read it and ask for a drain.
+
+Invariants: at most one engine process group lives, and none after `run` has returned; `accepting` is false from the
+moment a drain is asked for; the engine's port stays the same over restarts.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import aiohttp
+import psutil
+from moe_contract.agent_config import EngineConfig
+
+from moe_agent.supervisor import launcher
+from moe_agent.supervisor.engine_log import EngineLog
+
+log = logging.getLogger(__name__)
+
+
+class Phase(StrEnum):
+    """Where the engine is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    BACKOFF = "backoff"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Times of the supervisor that no resource sets.
+
+    Attributes:
+        first_backoff_s: pause before the first restart; each further failure doubles it.
+        last_backoff_s: longest pause between restarts.
+        steady_s: an engine that was ready for so long has recovered: the next failure is a first one again.
+        health_every_s: time between two looks at the engine's health.
+        health_timeout_s: patience for one answer.
+        settle_s: time between `accepting` turning false and the engine being told, in which gateways stop sending; a
+            request that reaches a draining engine gets an error.
+        end_grace_s: time for the engine to end after its streams are over, before it is killed.
+    """
+
+    first_backoff_s: float = 1.0
+    last_backoff_s: float = 60.0
+    steady_s: float = 60.0
+    health_every_s: float = 1.0
+    health_timeout_s: float = 5.0
+    settle_s: float = 0.5
+    end_grace_s: float = 10.0
+
+    def backoff_s(self, failures: int) -> float:
+        """Pause after the `failures`-th failure in a row."""
+        return min(self.last_backoff_s, self.first_backoff_s * 2.0 ** min(failures - 1, 30))
+
+
+class Supervisor:
+    """See the module.
+
+    Args:
+        engine: address and time limits of the engine.
+        command: what to run.
+        environment: its environment.
+        log_path: where its output goes.
+        rules: times.
+        headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
+        on_restart: called before each start and after each end of the engine, when no engine lives.
+        on_change: called after each change of the phase and each start of a process.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        rules: Rules = Rules(),
+        *,
+        headless: bool = False,
+        on_restart: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
+        self._log = EngineLog(log_path)
+        self._headless = headless
+        self._on_restart, self._on_change = on_restart, on_change
+        self._drain, self._hurry = asyncio.Event(), asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._server_pid: int | None = None
+        self._phase = Phase.STARTING
+        self._ready_since_s: float | None = None
+        self.revision = 0
+        self.restarts = 0
+        self.last_exit = ""
+        self.max_model_len: int | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def accepting(self) -> bool:
+        return self._phase is Phase.READY
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._engine.host, self._engine.host)
+        return f"http://[{host}]:{self._engine.port}" if ":" in host else f"http://{host}:{self._engine.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process of the engine's API server; None while there is none."""
+        if self._process is not None and self._server_pid is None:
+            # Found once: looking for children reads all of /proc, and this is asked for at each step.
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self._process.pid).children()
+                self._server_pid = children[0].pid if children else None
+        return self._server_pid
+
+    def request_drain(self) -> None:
+        """Takes no more work from now on, ends the engine once its streams are over. Again: no effect."""
+        if not self._drain.is_set():
+            self._drain.set()
+            if self._phase is not Phase.STOPPED:
+                self._enter(Phase.DRAINING)
+
+    def request_kill(self) -> None:
+        """Ends the engine now."""
+        self.request_drain()
+        self._hurry.set()
+
+    async def run(self) -> None:
+        """Keeps an engine alive until a drain is asked for; returns when it has ended."""
+        failures = 0
+        while not self._drain.is_set():
+            self._enter(Phase.STARTING)
+            ended = await self._live_once()
+            if self._drain.is_set():
+                break
+            failures = 1 if self._was_steady() else failures + 1
+            self.restarts += 1
+            self.last_exit = ended
+            pause_s = self._rules.backoff_s(failures)
+            log.warning("engine ended: %s; next start in %.0f s", ended, pause_s)
+            self._enter(Phase.BACKOFF)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drain.wait(), pause_s)
+        self._enter(Phase.STOPPED)
+
+    async def _live_once(self) -> str:
+        """One life of the engine; answers why it ended."""
+        self._ready_since_s = None
+        if not self._headless and (taken := find_port_conflict(self._engine.host, self._engine.port)) is not None:
+            return taken
+        self._on_restart()
+        process = self._process = await self._spawn()
+        self._tell_change()
+        watchers = {
+            asyncio.create_task(process.wait(), name="exit"),
+            asyncio.create_task(self._watch_process() if self._headless else self._watch_health(), name="health"),
+            asyncio.create_task(self._drain.wait(), name="drain"),
+        }
+        try:
+            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+            names = {task.get_name(): task for task in done}
+            if "exit" in names:
+                return describe_exit(process.returncode, self._log.last_error())
+            if "drain" in names:
+                await self._drain_engine(process)
+                return "drained"
+            return str(names["health"].result())
+        finally:
+            for task in watchers:
+                task.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+            kill_group(process.pid)
+            await process.wait()
+            self._process = self._server_pid = None
+            self._on_restart()
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        with self._log.open_for_start() as output:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", launcher.__file__),
+                *self._command,
+                # The launcher's lifeline: it ends with this process, however that one ends.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                env=dict(self._environment),
+                start_new_session=True,
+            )
+
+    async def _drain_engine(self, process: asyncio.subprocess.Process) -> None:
+        streams = self._ready_since_s is not None
+        hurry = asyncio.create_task(self._hurry.wait())
+        exited = asyncio.create_task(process.wait())
+        try:
+            if streams:
+                await asyncio.wait({hurry}, timeout=self._rules.settle_s)
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            limit_s = self._rules.end_grace_s + (self._engine.drain_timeout_s if streams else 0.0)
+            await asyncio.wait({hurry, exited}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
+            exited.cancel()
+
+    async def _watch_health(self) -> str:
+        """Returns, with the reason, when the engine did not come up in time or has stopped answering."""
+        started_s = last_answer_s = time.monotonic()
+        timeout = aiohttp.ClientTimeout(total=self._rules.health_timeout_s)
+        async with aiohttp.ClientSession(self.url, timeout=timeout) as session:
+            while True:
+                healthy = await is_healthy(session)
+                now_s = time.monotonic()
+                if healthy:
+                    last_answer_s = now_s
+                    if self._ready_since_s is None:
+                        self.max_model_len = await fetch_max_model_len(session)
+                        self._ready_since_s = now_s
+                        log.info("engine is ready after %.1f s", now_s - started_s)
+                        self._enter(Phase.READY)
+                elif self._ready_since_s is None and now_s - started_s > self._engine.startup_timeout_s:
+                    return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
+                elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
+                    return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
+                await asyncio.sleep(self._rules.health_every_s)
+
+    async def _watch_process(self) -> str:
+        """For an engine without a server: ready from its start; its end is seen elsewhere."""
+        self._ready_since_s = time.monotonic()
+        self._enter(Phase.READY)
+        await asyncio.Event().wait()
+        return ""
+
+    def _was_steady(self) -> bool:
+        return self._ready_since_s is not None and time.monotonic() - self._ready_since_s >= self._rules.steady_s
+
+    def _enter(self, phase: Phase) -> None:
+        # A drain that was asked for while an engine was starting must not be undone by its becoming ready.
+        if self._drain.is_set() and phase not in (Phase.DRAINING, Phase.STOPPED):
+            return
+        self._phase = phase
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        self.revision += 1
+        self._on_change()
+
+
+async def is_healthy(session: aiohttp.ClientSession) -> bool:
+    """One look at the engine's `/health`."""
+    try:
+        async with session.get("/health") as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+async def fetch_max_model_len(session: aiohttp.ClientSession) -> int | None:
+    """Longest request in tokens, as the engine states it; None for an engine that does not."""
+    try:
+        async with session.get("/v1/models") as answer:
+            return int((await answer.json())["data"][0]["max_model_len"])
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def find_port_conflict(host: str, port: int) -> str | None:
+    """Why an engine could not listen there; None when it could. Another server's answers must not pass for its own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}"
+    return None
+
+
+def kill_group(group: int) -> None:
+    """Kills what is left of a process group; nothing when nothing is."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def describe_exit(status: int | None, last_error: str) -> str:
+    """`exit status 1: ValueError: ...`, `killed by SIGKILL`."""
+    code = -status if status is not None and status < 0 else (status or 0) - 128
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(code).name}"
+    return f"exit status {status}" + (f": {last_error}" if last_error else "")

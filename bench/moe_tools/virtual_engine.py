@@ -81,7 +81,7 @@ class VirtualEngine:
 
     def __init__(self, scheduler: Any, block_hasher: Any, *, ahead: int) -> None:
         self.scheduler = scheduler
-        self.ledger = Ledger()
+        self.stats = Ledger()
         self.now_s = 0.0
         self.pace: Callable[[int, int], float] = lambda prefill_tokens, decoding: 0.001
         self.first_token_order: list[str] = []
@@ -108,7 +108,7 @@ class VirtualEngine:
         # Of other tokens for each name, so that no two share a prefix by chance.
         seed = zlib.crc32(name.encode())
         tokens = prompt if isinstance(prompt, list) else [(seed >> i % 20) % 1000 for i in range(prompt)]
-        self.ledger.arrive(name, len(tokens))
+        self.stats.arrive(name, len(tokens))
         request = Request(
             request_id=name,
             prompt_token_ids=tokens,
@@ -151,8 +151,8 @@ class VirtualEngine:
     def _finish(self, output: Any, sampling: list[str]) -> None:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        self.ledger.schedule(output)
-        self.now_s += self.pace(*self.ledger.load(output))
+        self.stats.schedule(output)
+        self.now_s += self.pace(*self.stats.load(output))
         names = list(output.num_scheduled_tokens)
         answers = self.scheduler.update_from_output(
             output,
@@ -163,7 +163,7 @@ class VirtualEngine:
             ),
         )
         rows = [row for answer in answers.values() for row in answer.outputs]
-        self.ledger.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
+        self.stats.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
         for row in rows:
             if row.new_token_ids and row.request_id not in self.first_token_order:
                 self.first_token_order.append(row.request_id)

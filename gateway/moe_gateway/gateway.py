@@ -23,8 +23,8 @@ from moe_gateway.engines.endpoints import Endpoint
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.upstream import Pool
-from moe_gateway.ledger import RequestStats
 from moe_gateway.request.exchange import Exchange, ExchangeContext
+from moe_gateway.request_stats import RequestStats
 
 CHECK_PERIOD_S = 0.1
 BACKLOG = 4096

@@ -1,4 +1,4 @@
-"""The gateway's Prometheus metrics: rendered from the ledger and the books when they are asked for."""
+"""The gateway's Prometheus metrics: rendered from the stats and the books when they are asked for."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.ledger import Histogram
+from moe_gateway.request_stats import Histogram
 
 PREFIX = "moeserving_gateway_"
 
@@ -26,30 +26,30 @@ class GatewayCollector(Collector):
         yield from self._targets()
 
     def _requests(self) -> Iterator[Metric]:
-        ledger = self._dispatcher.ledger
+        stats = self._dispatcher.stats
         requests = CounterMetricFamily(PREFIX + "requests", "Finished requests.", labels=["route", "code"])
-        for (route, status), count in sorted(ledger.requests.items()):
+        for (route, status), count in sorted(stats.requests.items()):
             requests.add_metric([route, str(status)], count)
         yield requests
-        yield _counter("refusals", "Requests that no engine answered, by outcome.", "outcome", ledger.refusals)
-        yield _counter("dispatch", "Choices of an engine, by reason.", "reason", ledger.decisions)
-        yield _counter("ejections", "Failures that took an engine out for a while.", "engine", ledger.ejections)
-        yield CounterMetricFamily(PREFIX + "retries", "Requests sent a second time.", value=ledger.retried)
+        yield _counter("refusals", "Requests that no engine answered, by outcome.", "outcome", stats.refusals)
+        yield _counter("dispatch", "Choices of an engine, by reason.", "reason", stats.decisions)
+        yield _counter("ejections", "Failures that took an engine out for a while.", "engine", stats.ejections)
+        yield CounterMetricFamily(PREFIX + "retries", "Requests sent a second time.", value=stats.retried)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=self._dispatcher.held)
         share = "Own part of the requests that the engines have; less than 1 beside other gateways."
         yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=self._dispatcher.traffic_share)
         yield from self._demand()
-        yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", ledger.ttft)
+        yield _histogram("ttft_seconds", "From arrival to the first byte of the body.", stats.ttft)
         yield _histogram(
-            "prediction_error_seconds", "Predicted less measured time to first token.", ledger.prediction_error
+            "prediction_error_seconds", "Predicted less measured time to first token.", stats.prediction_error
         )
 
     def _demand(self) -> Iterator[Metric]:
         """What tells how many engines are needed."""
         dispatcher, now_s = self._dispatcher, self._clock()
-        ledger = dispatcher.ledger
-        yield CounterMetricFamily(PREFIX + "arrivals", "Requests that engines compute for.", value=ledger.arrivals)
-        yield CounterMetricFamily(PREFIX + "prompt_tokens", "Their prompt tokens.", value=ledger.prompt_tokens)
+        stats = dispatcher.stats
+        yield CounterMetricFamily(PREFIX + "arrivals", "Requests that engines compute for.", value=stats.arrivals)
+        yield CounterMetricFamily(PREFIX + "prompt_tokens", "Their prompt tokens.", value=stats.prompt_tokens)
         oldest = "Age of the request that is held longest; 0 when none is."
         yield GaugeMetricFamily(PREFIX + "held_seconds", oldest, value=dispatcher.held_since_s(now_s) or 0.0)
         if (wait_s := dispatcher.least_wait_s(now_s)) is not None:
@@ -66,10 +66,10 @@ class GatewayCollector(Collector):
                 ("engine_accepting", "1 when the engine takes new requests."),
                 ("signal_age_seconds", "Age of the newest signal; absent before the first."),
                 ("signal_stale", "1 when the own books stand alone."),
-                ("slowness", "Factor that measured times to first token put on predicted ones."),
+                ("ttft_factor", "Factor that measured times to first token put on predicted ones."),
             )
         }
-        for target, books in dispatcher.books.items():
+        for target, books in dispatcher.target_states.items():
             age_s = books.signal_age_s(now_s)
             values = {
                 "in_flight_requests": books.in_flight,
@@ -77,7 +77,7 @@ class GatewayCollector(Collector):
                 "engine_accepting": books.accepting,
                 "signal_age_seconds": age_s,
                 "signal_stale": not books.is_fresh(now_s, dispatcher.settings.stale_after_s),
-                "slowness": books.slowness,
+                "ttft_factor": books.ttft_factor,
             }
             for name, value in values.items():
                 if value is not None:
@@ -88,7 +88,7 @@ class GatewayCollector(Collector):
     def _prediction_ratios(self) -> Metric:
         text = "Measured over predicted time to first token, where the first byte shows it."
         family = SummaryMetricFamily(PREFIX + "prediction_ratio", text, labels=["engine", "rank"])
-        for target, (count, total) in sorted(self._dispatcher.ledger.prediction_ratios.items()):
+        for target, (count, total) in sorted(self._dispatcher.stats.prediction_ratios.items()):
             family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)
         return family
 

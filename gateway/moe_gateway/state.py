@@ -11,8 +11,8 @@ from moe_gateway.engines.dispatcher import Dispatcher
 
 def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:
     """The document of `GET /v1/state`."""
-    ledger = dispatcher.ledger
-    recent = ledger.recent
+    stats = dispatcher.stats
+    recent = stats.recent
     return {
         "accepting": dispatcher.accepting and not draining,
         "held": dispatcher.held,
@@ -23,14 +23,14 @@ def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, no
         "prompt_tokens_per_s": recent.prompt_tokens_per_s(now_s),
         "arrivals_per_s": recent.arrivals_per_s(now_s),
         "config": in_force.document(),
-        "engines": [build_target(dispatcher, target, now_s) for target in dispatcher.books],
-        "totals": {"requests": ledger.finished, "failed": ledger.failed, "retried": ledger.retried},
+        "engines": [build_target(dispatcher, target, now_s) for target in dispatcher.target_states],
+        "totals": {"requests": stats.finished, "failed": stats.failed, "retried": stats.retried},
     }
 
 
 def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> dict[str, Any]:
     """What is known of one target."""
-    books, engine = dispatcher.books[target], dispatcher.engines[target.server]
+    books, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
     return {
         "name": target.server,
         "rank": target.rank,

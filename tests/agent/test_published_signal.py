@@ -10,10 +10,10 @@ from moe_agent.shared_memory.records import ExpertPageWriter, ExpertState, RankP
 
 
 def check(engine: Any, state: RankState) -> None:
-    """Compares with the ledger, which knows no more than what the steps carried and handed back."""
+    """Compares with the stats, which knows no more than what the steps carried and handed back."""
     scheduler, signal = engine.scheduler, state.signal
-    left = [engine.ledger.left(request.request_id) for request in scheduler.running if known(engine, request)]
-    unknown = [engine.ledger.tokens[request.request_id] for request in scheduler.running if not known(engine, request)]
+    left = [engine.stats.left(request.request_id) for request in scheduler.running if known(engine, request)]
+    unknown = [engine.stats.tokens[request.request_id] for request in scheduler.running if not known(engine, request)]
     assert signal.running == len(scheduler.running)
     assert signal.waiting == len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
     assert signal.running_prefill_tokens == sum(left) + sum(unknown)
@@ -23,7 +23,7 @@ def check(engine: Any, state: RankState) -> None:
 
 def known(engine: Any, request: Any) -> bool:
     """Whether a step that carried the request is over; scheduled ahead, its first may still be on its way."""
-    return request.request_id in engine.ledger.target
+    return request.request_id in engine.stats.target
 
 
 @pytest.fixture

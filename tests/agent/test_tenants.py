@@ -64,11 +64,11 @@ def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_
     while computed_s < 2.5:
         engine.step()
         computed_s = sum(sum(row.values()) for row in engine.schedules) / 1000
-        assert queue._queue.lead_s(FLOOD) == pytest.approx(max(0.0, computed_s - no_lead_s))
+        assert queue._queue.lag_s(FLOOD) == pytest.approx(max(0.0, computed_s - no_lead_s))
     while of(FLOOD, "long") not in engine.finished_order:
-        before = queue._queue.lead_s(FLOOD)
+        before = queue._queue.lag_s(FLOOD)
         engine.step()
-    assert queue._queue.lead_s(FLOOD) - before == pytest.approx(OUTPUT_WEIGHT * 500 / 1000, abs=0.02)
+    assert queue._queue.lag_s(FLOOD) - before == pytest.approx(OUTPUT_WEIGHT * 500 / 1000, abs=0.02)
     engine.run()
 
 
@@ -80,10 +80,10 @@ def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, setting
         engine.add(of(tenant, "waits"), 10, arrival_s=0.1)
     for _ in range(1500):
         engine.step()
-    before = engine.scheduler.waiting._queue.lead_s(FLOOD)
+    before = engine.scheduler.waiting._queue.lag_s(FLOOD)
     engine.abort(of(FLOOD, "running"))
     answered = 1500 * OUTPUT_WEIGHT
-    assert engine.scheduler.waiting._queue.lead_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * OUTPUT_WEIGHT)
+    assert engine.scheduler.waiting._queue.lag_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * OUTPUT_WEIGHT)
     assert before == 0.0
     engine.run()
 

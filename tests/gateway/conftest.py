@@ -428,12 +428,12 @@ class Served:
 
     @property
     def in_flight(self) -> int:
-        return sum(books.in_flight for books in self.gateway.dispatcher.books.values())
+        return sum(books.in_flight for books in self.gateway.dispatcher.target_states.values())
 
     @property
     def accepting(self) -> set[str]:
         """Names of the engines that get new work."""
-        return {target.server for target, row in self.gateway.dispatcher.books.items() if row.accepting}
+        return {target.server for target, row in self.gateway.dispatcher.target_states.items() if row.accepting}
 
     async def takes(self, *engines: MockEngine) -> None:
         """What was just told of engines is in force within its bound: these get new work and no others."""
@@ -442,7 +442,7 @@ class Served:
         assert time.monotonic() - told_s < IN_FORCE_WITHIN_S
 
     def books(self, name: str, rank: int = 0) -> Any:
-        return next(row for target, row in self.gateway.dispatcher.books.items() if target == (name, rank))
+        return next(row for target, row in self.gateway.dispatcher.target_states.items() if target == (name, rank))
 
     async def close(self) -> None:
         for client in self._clients:
@@ -526,7 +526,7 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
         await served.gateway.start()
         running.append(served)
         if ready:
-            books = served.gateway.dispatcher.books
+            books = served.gateway.dispatcher.target_states
             await until(lambda: all(row.accepting for row in books.values()), "a ready gateway")
         return served
 

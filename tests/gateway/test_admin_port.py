@@ -69,7 +69,7 @@ async def test_metrics_parse_and_count_each_request_once(make_engine, serve):
     assert samples["engine_accepting", "0", engine.name] == 1
     assert samples["signal_stale", "0", engine.name] == 0
     assert 0 <= samples["signal_age_seconds", "0", engine.name] < 2
-    assert 1 / 8 <= samples["slowness", "0", engine.name] <= 8
+    assert 1 / 8 <= samples["ttft_factor", "0", engine.name] <= 8
     # Of all these answers the first byte of the stream alone came with the first token.
     assert samples["prediction_ratio_count", "0", engine.name] == 1
     assert samples["prediction_ratio_sum", "0", engine.name] > 0
@@ -164,7 +164,7 @@ async def test_a_policy_that_is_switched_decides_the_next_request(make_engine, s
     loaded, free = await make_engine(), await make_engine()
     served = await serve(loaded, free)
     loaded.agent.say_rank(waiting_prefill_tokens=50_000)
-    await until(lambda: served.books(loaded.name).signal.waiting_prefill_tokens)
+    await until(lambda: served.target_states(loaded.name).signal.waiting_prefill_tokens)
     counts = []
     for policy in ("predicted", "roundRobin", "predicted"):
         assert (await put(served, {"dispatch": {"policy": policy}}))[0] == 200
@@ -299,7 +299,7 @@ async def test_who_still_waits_when_the_gateway_ends_at_once_is_told_to_come_aga
         assert (answer.status, answer.json["error"]["code"]) == (503, "gateway_ended")
         assert answer.headers[b"retry-after"] == b"1"
         assert await client.ended()
-    assert served.gateway.dispatcher.ledger.refusals == {"gateway_ended": 2}
+    assert served.gateway.dispatcher.stats.refusals == {"gateway_ended": 2}
 
 
 async def test_a_start_that_fails_leaves_no_port_open(make_engine, serve):

@@ -385,18 +385,18 @@ async def test_bad_clients_do_not_disturb_a_good_stream(make_engine, serve):
 
 async def test_refusals_are_counted_once_each(make_engine, serve):
     served = await serve(await make_engine())
-    ledger = served.gateway.dispatcher.ledger
+    stats = served.gateway.dispatcher.stats
     await served.ask(post(b"{"))
     await served.ask(b"GET /pause HTTP/1.1\r\n\r\n")
     await served.ask(b"GET /v1/completions HTTP/1.1\r\n\r\n")
     await served.ask(b"\x00\r\n\r\n")
     await served.ask(post(json.dumps(prompt()).encode()))
-    assert ledger.requests == {
+    assert stats.requests == {
         ("completions", 400): 1,
         ("other", 404): 1,
         ("completions", 405): 1,
         ("other", 400): 1,
         ("completions", 200): 1,
     }
-    assert dict(ledger.refusals) == {"bad_request": 2, "not_found": 1, "method_not_allowed": 1}
-    assert (ledger.finished, ledger.failed, ledger.retried) == (5, 0, 0)
+    assert dict(stats.refusals) == {"bad_request": 2, "not_found": 1, "method_not_allowed": 1}
+    assert (stats.finished, stats.failed, stats.retried) == (5, 0, 0)

@@ -60,9 +60,9 @@ async def test_a_client_that_leaves_takes_its_request_along(make_engine, serve, 
     await asyncio.wait_for(engine.requests[0].gone.wait(), GONE_WITHIN_S)
     assert time.monotonic() - left_s < GONE_WITHIN_S
     await until(lambda: served.in_flight == 0)
-    ledger = served.gateway.dispatcher.ledger
-    assert (ledger.requests["completions", 499], ledger.finished, ledger.failed) == (1, 1, 0)
-    assert ledger.refusals["client_gone"] == 1
+    stats = served.gateway.dispatcher.stats
+    assert (stats.requests["completions", 499], stats.finished, stats.failed) == (1, 1, 0)
+    assert stats.refusals["client_gone"] == 1
     assert served.gateway.dispatcher.engines[engine.name].failures == 0
 
 
@@ -99,7 +99,7 @@ async def test_a_client_that_leaves_while_the_gateway_connects_costs_nothing(mak
         await until(lambda: served.in_flight == 0)
         for filler in fillers:
             filler.close()
-    assert served.gateway.dispatcher.ledger.requests == {("completions", 499): 1}
+    assert served.gateway.dispatcher.stats.requests == {("completions", 499): 1}
 
 
 # Clients that do not read.

@@ -71,7 +71,7 @@ async def test_before_the_first_byte_another_engine_answers(make_engine, serve, 
     assert log_of(bad, good) == [1, 2]
     assert {request.body for request in good.requests + bad.requests} == {body}
     assert bad.requests[0].headers[b"x-request-id"] in [row.headers[b"x-request-id"] for row in good.requests]
-    assert served.gateway.dispatcher.ledger.retried == 1
+    assert served.gateway.dispatcher.stats.retried == 1
     assert served.in_flight == 0
 
 
@@ -99,8 +99,8 @@ async def test_when_the_second_engine_fails_too_the_client_is_told(make_engine, 
         assert answer.json["error"]["type"] == "server_error"
     assert log_of(*engines) == [1, 1]
     assert served.in_flight == 0
-    ledger = served.gateway.dispatcher.ledger
-    assert (ledger.finished, ledger.failed, ledger.retried) == (1, 1, 1)
+    stats = served.gateway.dispatcher.stats
+    assert (stats.finished, stats.failed, stats.retried) == (1, 1, 1)
 
 
 async def test_a_single_engine_gets_its_second_chance_after_a_pause(make_engine, serve):
@@ -139,11 +139,11 @@ async def test_an_engine_that_is_full_keeps_its_good_name_and_gets_new_work_a_mo
     served = await serve(full, other, dispatch=TURNS)
     for _ in range(6):
         assert (await served.ask(post(prompt()))).json == OK
-    ledger, engine = served.gateway.dispatcher.ledger, served.gateway.dispatcher.engines["full"]
-    assert (engine.failures, dict(ledger.ejections), ledger.failed) == (0, {}, 0)
-    assert ledger.retried == len(full.requests)
+    stats, engine = served.gateway.dispatcher.stats, served.gateway.dispatcher.engines["full"]
+    assert (engine.failures, dict(stats.ejections), stats.failed) == (0, {}, 0)
+    assert stats.retried == len(full.requests)
     full.script = answer_ok
-    await until(lambda: served.books("full").accepting)
+    await until(lambda: served.target_states("full").accepting)
     before = len(full.requests)
     for _ in range(4):
         assert (await served.ask(post(prompt()))).json == OK
@@ -159,7 +159,7 @@ async def test_what_the_only_engine_turned_away_waits_until_it_has_room(make_eng
     engine.script = answer_ok
     assert (await client.answer()).json == OK
     assert len(engine.requests) == 2
-    assert served.gateway.dispatcher.ledger.ejections == {}
+    assert served.gateway.dispatcher.stats.ejections == {}
 
 
 async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_engine, serve):
@@ -177,8 +177,8 @@ async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_en
         client.send(post(prompt()))
         assert (await client.answer()).json == OK
         await asyncio.sleep(0.045)
-    ledger = served.gateway.dispatcher.ledger
-    assert (ledger.retried, dict(ledger.ejections)) == (0, {})
+    stats = served.gateway.dispatcher.stats
+    assert (stats.retried, dict(stats.ejections)) == (0, {})
 
 
 # An engine whose processes have died, while its server goes on for some seconds.
@@ -221,7 +221,7 @@ async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
     assert (await served.ask(post(prompt()))).status == 500
     engine.script = always(SSE_HEAD + event('{"error": 1}') + SSE_END)
     assert b"error" in (await served.ask(post(prompt(stream=True)))).body
-    assert served.gateway.dispatcher.ledger.retried == 0
+    assert served.gateway.dispatcher.stats.retried == 0
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ async def test_a_clients_text_within_an_error_is_no_engines_death(make_engine, s
     engine = await make_engine(always(json_answer(answer, status="500 Internal Server Error")))
     served = await serve(engine)
     assert (await served.ask(post(prompt()))).json == answer
-    assert served.gateway.dispatcher.ledger.retried == 0
+    assert served.gateway.dispatcher.stats.retried == 0
 
 
 async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engine, serve):
@@ -247,7 +247,7 @@ async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engin
     await engine.stop()
     client = await served.connect()
     client.send(post(prompt()))
-    await until(lambda: served.gateway.dispatcher.ledger.retried > 2)
+    await until(lambda: served.gateway.dispatcher.stats.retried > 2)
     await engine.start()
     assert (await client.answer()).json == OK
     await agent.stop()
@@ -279,7 +279,7 @@ async def test_what_was_computed_for_longer_than_that_may_wait_for_the_engines_n
     agent, engine.agent = engine.agent, None
     await engine.stop()
     # It has begun to find that nobody is there.
-    await until(lambda: served.gateway.dispatcher.ledger.retried > 1)
+    await until(lambda: served.gateway.dispatcher.stats.retried > 1)
     engine.script = answer_ok
     await engine.start()
     assert (await client.answer()).json == OK
@@ -308,8 +308,8 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_the_connection(
     assert (len(events), error["code"], error["type"]) == (3, "engine_failed", "server_error")
     assert await client.ended()
     assert sum(log_of(engine, other)) == 1
-    ledger = served.gateway.dispatcher.ledger
-    assert (ledger.requests["completions", 200], ledger.failed, ledger.retried) == (1, 1, 0)
+    stats = served.gateway.dispatcher.stats
+    assert (stats.requests["completions", 200], stats.failed, stats.retried) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ async def test_an_answer_that_breaks_is_cut_short_and_never_looks_whole(make_eng
     client = await served.connect()
     client.send(post(prompt()))
     assert (await client.rest()).endswith(b"\r\n\r\nhalf")
-    assert served.gateway.dispatcher.ledger.failed == 1
+    assert served.gateway.dispatcher.stats.failed == 1
 
 
 FORGED = b"HTTP/1.1 500 Oops\r\ncontent-length: 6\r\n\r\nforged"
@@ -362,7 +362,7 @@ async def test_what_follows_an_answer_is_no_answer_to_the_next_request(make_engi
     # What came with the answer cannot be told from it any more, but the connection ends there.
     assert await client.rest() in (b"", junk)
     assert (await served.ask(post(prompt()))).json == OK
-    assert served.gateway.dispatcher.ledger.failed == 0
+    assert served.gateway.dispatcher.stats.failed == 0
     assert engine.connections == 2
 
 
@@ -428,9 +428,9 @@ async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(
     for _ in range(6):
         assert (await served.ask(post(prompt()))).status == 200
     assert len(bad.requests) == 1
-    assert not served.books("bad").accepting
+    assert not served.target_states("bad").accepting
     bad.script = answer_ok
-    await until(lambda: served.books("bad").accepting)
+    await until(lambda: served.target_states("bad").accepting)
     for _ in range(2):
         await served.ask(post(prompt()))
     assert len(bad.requests) == 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.gateway_config import Discovery, EngineAddress, GatewayConfig, Group
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.ledger import RequestStats
+from moe_gateway.request_stats import RequestStats
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Hold, Job, Refuse, RefuseReason, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target

@@ -62,7 +62,7 @@ async def test_an_answer_without_a_length_ends_with_the_connection(make_engine, 
     client.send(post(prompt()))
     answer = await client.answer()
     assert (answer.body, answer.headers[b"connection"]) == (b"all of it", b"close")
-    assert served.gateway.dispatcher.ledger.failed == 0
+    assert served.gateway.dispatcher.stats.failed == 0
 
 
 async def test_a_large_answer_and_a_large_body_pass_whole(make_engine, serve):

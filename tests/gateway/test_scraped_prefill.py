@@ -8,7 +8,7 @@ from aiohttp import web
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.signals import watch_engine
-from moe_gateway.ledger import RequestStats
+from moe_gateway.request_stats import RequestStats
 
 METRICS = 'vllm:num_requests_running{engine="0"} 1.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
 
@@ -39,7 +39,7 @@ async def test_a_scrape_does_not_wipe_out_the_prefill_that_the_books_know_of(tmp
     config = GatewayConfig(listen=Listen(port=1), admin=Listen(port=2), token_file=tmp_path, engines=(address,))
     dispatcher = Dispatcher(config, RequestStats())
     (engine,) = dispatcher.engines.values()
-    (books,) = dispatcher.books.values()
+    (books,) = dispatcher.target_states.values()
     books.sent("a long one", 5000, time.monotonic())
     async with aiohttp.ClientSession() as session:
         watcher = asyncio.create_task(watch_engine(engine, dispatcher, session))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from moe_agent.api.metrics import AgentCollector
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.ledger import RequestStats
 from moe_gateway.metrics import GatewayCollector
+from moe_gateway.request_stats import RequestStats
 from moe_operator.api import MoEServing, parse_resource
 from moe_operator.autoscale.autoscaler import Autoscaler
 from moe_operator.autoscale.prometheus import build_queries, fetch_signal
@@ -292,7 +292,7 @@ def names_exposed() -> set[str]:
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
     dispatcher = Dispatcher(config, RequestStats())
-    for books in dispatcher.books.values():
+    for books in dispatcher.target_states.values():
         books.accepting = True
     registry = CollectorRegistry()
     registry.register(GatewayCollector(dispatcher, lambda: 1.0))

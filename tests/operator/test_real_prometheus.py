@@ -15,8 +15,8 @@ from cluster_debian import require
 from moe_agent.api.metrics import AgentCollector
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.ledger import RequestStats
 from moe_gateway.metrics import GatewayCollector
+from moe_gateway.request_stats import RequestStats
 from moe_operator.autoscale.prometheus import fetch_signal
 from moe_operator.autoscale.signal import Fleet
 from moe_scheduling.fleet.size import FleetSignal
@@ -48,16 +48,16 @@ def exposed(collector: Any) -> Iterator[int]:
 
 
 @pytest.fixture
-def ledger() -> RequestStats:
+def stats() -> RequestStats:
     return RequestStats()
 
 
 @pytest.fixture
-def gateway_port(ledger: RequestStats) -> Iterator[int]:
+def gateway_port(stats: RequestStats) -> Iterator[int]:
     engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
     document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
-    dispatcher = Dispatcher(GatewayConfig.model_validate(document), ledger)
-    for books in dispatcher.books.values():
+    dispatcher = Dispatcher(GatewayConfig.model_validate(document), stats)
+    for books in dispatcher.target_states.values():
         books.accepting = True
     yield from exposed(GatewayCollector(dispatcher, time.monotonic))
 
@@ -106,17 +106,17 @@ async def signal_of_a_full_window(url: str) -> FleetSignal:
     raise AssertionError("Prometheus never knew the load")
 
 
-async def busy(ledger: RequestStats) -> None:
+async def busy(stats: RequestStats) -> None:
     """Ten requests a second that wait a quarter of a second for their first token."""
     while True:
         now_s = time.monotonic()
-        ledger.arrive(100, now_s)
-        ledger.answer(0.25, now_s)
+        stats.arrive(100, now_s)
+        stats.answer(0.25, now_s)
         await asyncio.sleep(0.1)
 
 
-async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, ledger: RequestStats) -> None:
-    load = asyncio.create_task(busy(ledger))
+async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, stats: RequestStats) -> None:
+    load = asyncio.create_task(busy(stats))
     try:
         found = await signal_of_a_full_window(prometheus)
     finally:
@@ -133,8 +133,8 @@ async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, 
     assert time.monotonic() - found.observed_s < 10.0
 
 
-async def test_the_pods_of_others_are_not_counted(prometheus: str, ledger: RequestStats) -> None:
-    ledger.arrive(100, time.monotonic())
+async def test_the_pods_of_others_are_not_counted(prometheus: str, stats: RequestStats) -> None:
+    stats.arrive(100, time.monotonic())
     for _ in range(240):
         if await fetch_signal(prometheus, KEY, NOBODY) is not None:
             break

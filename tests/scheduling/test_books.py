@@ -202,7 +202,7 @@ class AgainstAList(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.books = books()
+        self.target_states = books()
         self.now_s = 0.0
         self.sent = {}
         self.answered = set()
@@ -210,19 +210,19 @@ class AgainstAList(RuleBasedStateMachine):
 
     @rule(key=st.integers(0, 8), tokens=st.integers(0, 100))
     def send(self, key, tokens):
-        self.books.sent(key, tokens, self.now_s)
+        self.target_states.sent(key, tokens, self.now_s)
         self.sent[key] = (tokens, self.now_s)
         self.answered.discard(key)
 
     @rule(key=st.integers(0, 9))
     def first_token(self, key):
-        self.books.first_token(key, self.now_s)
+        self.target_states.first_token(key, self.now_s)
         if key in self.sent:
             self.answered.add(key)
 
     @rule(key=st.integers(0, 9))
     def settle(self, key):
-        self.books.settled(key, self.now_s)
+        self.target_states.settled(key, self.now_s)
         self.sent.pop(key, None)
         self.answered.discard(key)
 
@@ -233,20 +233,20 @@ class AgainstAList(RuleBasedStateMachine):
     @rule(age=st.integers(0, 3), tokens=st.integers(0, 100))
     def observe(self, age, tokens):
         observed_s = self.now_s - age
-        self.books.observe(EngineSignal(waiting_prefill_tokens=tokens), observed_s)
+        self.target_states.observe(EngineSignal(waiting_prefill_tokens=tokens), observed_s)
         if self.signal is None or observed_s >= self.signal[1]:
             self.signal = (tokens, observed_s)
 
     @invariant()
     def the_sums_are_those_of_the_list(self):
         unanswered = [sent for key, sent in self.sent.items() if key not in self.answered]
-        assert self.books.in_flight == len(self.sent)
-        assert self.books.unanswered_prefill_tokens == sum(tokens for tokens, _ in unanswered)
-        expected = self.books.unanswered_prefill_tokens
+        assert self.target_states.in_flight == len(self.sent)
+        assert self.target_states.unanswered_prefill_tokens == sum(tokens for tokens, _ in unanswered)
+        expected = self.target_states.unanswered_prefill_tokens
         if self.signal is not None and self.now_s - self.signal[1] <= STALE_AFTER_S:
             since = sum(tokens for tokens, sent_s in unanswered if sent_s >= self.signal[1])
             expected = self.signal[0] + since
-        assert self.books.ahead_prefill_tokens(self.now_s, STALE_AFTER_S) == expected
+        assert self.target_states.ahead_prefill_tokens(self.now_s, STALE_AFTER_S) == expected
 
 
 TestAgainstAList = AgainstAList.TestCase

@@ -150,13 +150,13 @@ LINE = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=0.0)
 def test_the_books_multiply_what_they_predict():
     books = TargetState(A)
     books.sent("r", 1024, 0.0)
-    books.slowness = 2.0
+    books.ttft_factor = 2.0
     assert books.first_token_s(1024, LINE, 0.0, 2.0) == 2 * (2 + 1 / 64)
     books.observe(EngineSignal(waiting_prefill_tokens=1024, step_time=LINE), 1.0)
     assert books.first_token_s(1024, LINE, 1.0, 2.0) == 2 * (2 + 1 / 64)
     for _ in range(2):
-        books.slowness = 3.0
-        assert books.slowness == 3.0
+        books.ttft_factor = 3.0
+        assert books.ttft_factor == 3.0
     assert books.first_token_s(1024, LINE, 1.0, 2.0) == 3 * (2 + 1 / 64)
     assert books.pace(LINE, 1.0, 2.0).wait_s(1024) == 3.0
 
@@ -165,6 +165,6 @@ def test_of_two_that_say_the_same_the_one_that_was_slower_is_passed_over():
     slow, fair = TargetState(A), TargetState(B)
     for books in (slow, fair):
         books.observe(EngineSignal(step_time=LINE), 0.0)
-    slow.slowness = 2.0
+    slow.ttft_factor = 2.0
     for turn in range(4):
         assert choose_target(Job(100), [slow, fair], EngineSettings(), turn=turn, now_s=0.0).target == B

@@ -22,12 +22,12 @@ NETWORK_S = 0.003
 
 
 class Fleet:
-    """So many requests; engine N takes `slowness[N]` times as long as its line says."""
+    """So many requests; engine N takes `ttft_factor[N]` times as long as its line says."""
 
-    def __init__(self, slowness, *, seed, corrects=True, rate=26.0, requests=2500, stall=0.0):
-        self.slowness = dict(zip(TARGETS, slowness, strict=True))
+    def __init__(self, ttft_factor, *, seed, corrects=True, rate=26.0, requests=2500, stall=0.0):
+        self.ttft_factor = dict(zip(TARGETS, ttft_factor, strict=True))
         self.random = random.Random(seed)
-        self.books = {target: TargetState(target) for target in TARGETS}
+        self.target_states = {target: TargetState(target) for target in TARGETS}
         self.corrections = TtftCalibration() if corrects else None
         self.free_s = dict.fromkeys(TARGETS, 0.0)
         self.backlog = dict.fromkeys(TARGETS, 0)
@@ -45,23 +45,25 @@ class Fleet:
     def _arrive(self, now_s, key, tokens):
         if self.corrections is not None and now_s - self.ticked_s >= 0.1:
             self.ticked_s = now_s
-            for target, books in self.books.items():
-                books.slowness = self.corrections.factor(target, now_s)
-        target, predicted_s, _ = choose_target(Job(tokens), list(self.books.values()), SETTINGS, turn=key, now_s=now_s)
-        books = self.books[target]
+            for target, books in self.target_states.items():
+                books.ttft_factor = self.corrections.factor(target, now_s)
+        target, predicted_s, _ = choose_target(
+            Job(tokens), list(self.target_states.values()), SETTINGS, turn=key, now_s=now_s
+        )
+        books = self.target_states[target]
         books.sent(key, tokens, now_s)
         self.sent[target] += tokens
         self.backlog[target] += tokens
-        own_s = self.slowness[target] * (LINE.base_s + LINE.prefill_s * tokens)
+        own_s = self.ttft_factor[target] * (LINE.base_s + LINE.prefill_s * tokens)
         if self.random.random() < self.stall:
             own_s += 2.0
         self.free_s[target] = done_s = max(self.free_s[target], now_s + NETWORK_S) + own_s
-        self._at(done_s + NETWORK_S, self._answer, target, key, tokens, now_s, predicted_s / books.slowness)
+        self._at(done_s + NETWORK_S, self._answer, target, key, tokens, now_s, predicted_s / books.ttft_factor)
 
     def _answer(self, now_s, target, key, tokens, sent_s, predicted_s):
         self.backlog[target] -= tokens
         self.ttft_s.append(now_s - sent_s)
-        books = self.books[target]
+        books = self.target_states[target]
         books.first_token(key, now_s)
         books.settled(key, now_s)
         books.observe(EngineSignal(waiting_prefill_tokens=self.backlog[target], step_time=LINE), now_s)

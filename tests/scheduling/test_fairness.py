@@ -65,19 +65,19 @@ def test_a_key_counts_from_the_lead_of_its_tenant():
     queue = filled([("a", "a", 1024, 0.0), ("x", "x", 0, 0.0)])
     queue.charge("a", BAND + 512)
     keys = {waiting.item: waiting.key for waiting in queue.in_order()}
-    assert keys["a"] == (1.0 + queue.lead_s("a"), 0.0)
-    assert queue.lead_s("a") - queue.lead_s("x") == 0.5
-    assert keys["x"] == (queue.lead_s("x"), 0.0)
+    assert keys["a"] == (1.0 + queue.lag_s("a"), 0.0)
+    assert queue.lag_s("a") - queue.lag_s("x") == 0.5
+    assert keys["x"] == (queue.lag_s("x"), 0.0)
 
 
 def test_nobody_has_a_lead_before_a_second_tenant_waits():
     queue = filled([("a", "a", 1024, 0.0)])
     queue.charge("a", 512)
     assert not queue.charges
-    assert queue.lead_s("a") == 0.0
+    assert queue.lag_s("a") == 0.0
     queue.push("x", size_tokens=0, arrival_s=0.0, tenant="x")
     assert queue.charges
-    assert queue.lead_s("a") == queue.lead_s("x")
+    assert queue.lag_s("a") == queue.lag_s("x")
 
 
 @pytest.mark.parametrize("policy", [RequestPolicy.FCFS, RequestPolicy.PRIORITY])
@@ -149,7 +149,7 @@ def test_a_tenant_that_idled_has_saved_up_nothing():
     for _ in range(1000):
         shares.charge("busy", RATE)
     shares.enter("idler")
-    assert shares.lead_s("busy") == shares.lead_s("idler") == 0.0
+    assert shares.lag_s("busy") == shares.lag_s("idler") == 0.0
 
 
 def test_a_tenant_that_is_new_begins_with_the_least_of_those_that_wait():
@@ -160,10 +160,10 @@ def test_a_tenant_that_is_new_begins_with_the_least_of_those_that_wait():
     shares.charge("other", RATE)
     shares.enter("new")
     shares.charge("new", RATE)
-    assert shares.lead_s("busy") == 1.0
+    assert shares.lag_s("busy") == 1.0
     shares.charge("other", BAND + 512)
     shares.charge("new", BAND + 512)
-    assert shares.lead_s("busy") == 0.0
+    assert shares.lag_s("busy") == 0.0
 
 
 def test_what_is_served_while_nothing_waits_counts_too():
@@ -172,9 +172,9 @@ def test_what_is_served_while_nothing_waits_counts_too():
     shares.enter("x")
     shares.leave("a")
     shares.charge("a", BAND + RATE)
-    assert shares.lead_s("a") == 1.0
+    assert shares.lag_s("a") == 1.0
     shares.enter("a")
-    assert (shares.lead_s("a"), shares.lead_s("x")) == (1.0, 0.0)
+    assert (shares.lag_s("a"), shares.lag_s("x")) == (1.0, 0.0)
 
 
 # Bounds.
@@ -199,7 +199,7 @@ def test_leads_are_bounded_and_nothing_served_is_forgotten_while_a_tenant_waits(
             waiting.remove(tenant)
             shares.leave(tenant)
         assert all(shares.offset_s(name) >= before[name] for name in before.keys() & waiting)
-        assert all(0.0 <= shares.lead_s(name) <= HORIZON_S for name in "abcde")
+        assert all(0.0 <= shares.lag_s(name) <= HORIZON_S for name in "abcde")
 
 
 requests = st.lists(

@@ -56,8 +56,8 @@ class Engine:
 
 class Gateway:
     def __init__(self, targets, first_turn, *, knows_peers):
-        self.books = [TargetState(target) for target in targets]
-        for books in self.books:
+        self.target_states = [TargetState(target) for target in targets]
+        for books in self.target_states:
             books.observe(EngineSignal(step_time=LINE), 0.0)
         self.peers = TrafficShare() if knows_peers else None
         self.turn = first_turn
@@ -66,16 +66,16 @@ class Gateway:
     def send(self, request, now_s):
         if self.peers is not None and now_s - self.ticked_s >= 0.1:
             self.ticked_s = now_s
-            share = self.peers.observe(self.books, now_s, SETTINGS.stale_after_s)
-            for books in self.books:
+            share = self.peers.observe(self.target_states, now_s, SETTINGS.stale_after_s)
+            for books in self.target_states:
                 books.traffic_share = share
         self.turn += 1
-        decision = choose_target(Job(request.tokens), self.books, SETTINGS, turn=self.turn, now_s=now_s)
+        decision = choose_target(Job(request.tokens), self.target_states, SETTINGS, turn=self.turn, now_s=now_s)
         self.of(decision.target).sent(id(request), request.tokens, now_s)
         return decision.target
 
     def of(self, target):
-        return next(books for books in self.books if books.target == target)
+        return next(books for books in self.target_states if books.target == target)
 
 
 class Fleet:
@@ -206,10 +206,12 @@ def test_gateways_that_begin_at_the_same_moment_do_not_choose_the_same_engine():
 
 def test_one_gateway_is_not_mistaken_for_several():
     for fleet in runs(1, requests=1500):
-        assert fleet.gateways[0].books[0].traffic_share > 0.8
+        assert fleet.gateways[0].target_states[0].traffic_share > 0.8
 
 
 @pytest.mark.parametrize("gateways", [2, 4])
 def test_the_own_share_is_found_from_what_engines_say(gateways):
-    shares = [gateway.books[0].traffic_share for fleet in runs(gateways, requests=1500) for gateway in fleet.gateways]
+    shares = [
+        gateway.target_states[0].traffic_share for fleet in runs(gateways, requests=1500) for gateway in fleet.gateways
+    ]
     assert mean(shares) == pytest.approx(1 / gateways, rel=0.3)

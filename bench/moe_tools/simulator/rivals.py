@@ -67,20 +67,20 @@ class _BookedBalancer(Balancer):
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets)
-        self.books = {target: TargetState(target) for target in self.targets}
+        self.target_states = {target: TargetState(target) for target in self.targets}
         self._start = number * len(targets) // gateways
 
     def in_turn(self, candidates: Sequence[Target]) -> list[TargetState]:
         """Their books, beginning with the one whose turn it is."""
         start = self._start % len(candidates)
         self._start += 1
-        return [self.books[target] for target in (*candidates[start:], *candidates[:start])]
+        return [self.target_states[target] for target in (*candidates[start:], *candidates[:start])]
 
     def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
-        self.books[target].sent(request, request.prompt_tokens, now_s)
+        self.target_states[target].sent(request, request.prompt_tokens, now_s)
 
     def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
-        self.books[target].settled(request, now_s)
+        self.target_states[target].settled(request, now_s)
 
 
 class VllmInternal(_BookedBalancer):
@@ -92,11 +92,11 @@ class VllmInternal(_BookedBalancer):
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets, number, gateways=gateways, seed=seed)
-        for books in self.books.values():
+        for books in self.target_states.values():
             books.traffic_share = 1.0 / gateways
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
-        self.books[target].observe(signal, now_s)
+        self.target_states[target].observe(signal, now_s)
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
         return pick_as_vllm(self.in_turn(candidates), now_s, math.inf).target
@@ -215,7 +215,7 @@ class Gimbal(_BookedBalancer):
         self._last: dict[str, Target] = {}
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
-        self.books[target].observe(EngineSignal(kv_usage=signal.kv_usage), -math.inf)
+        self.target_states[target].observe(EngineSignal(kv_usage=signal.kv_usage), -math.inf)
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
         last = self._last.get(request.session) if request.session else None

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits, Listen
 from moe_gateway.engines.dispatcher import Dispatcher, InFlightRequest
-from moe_gateway.ledger import RequestStats
 from moe_gateway.request.exchange import ATTEMPTS
 from moe_gateway.request.parsing import Parsed
+from moe_gateway.request_stats import RequestStats
 from moe_scheduling.engine.choice import EngineSettings, Job, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
@@ -182,7 +182,7 @@ class OwnGateway:
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         self._now_s = now_s
-        if self._scrapes and (books := self.dispatcher.books.get(target)) is not None:
+        if self._scrapes and (books := self.dispatcher.target_states.get(target)) is not None:
             # As the gateway's own scraper: vLLM's metrics say nothing of prefill work.
             signal = replace(signal, waiting_prefill_tokens=books.unanswered_prefill_tokens)
         self.dispatcher.observe(target, signal, observed_s, now_s)

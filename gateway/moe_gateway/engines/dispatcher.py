@@ -33,8 +33,8 @@ from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.request.order import RequestSettings, WaitingQueue
 from moe_scheduling.signals import EngineSignal, Target
 
-from moe_gateway.ledger import RequestStats
 from moe_gateway.request.parsing import Parsed
+from moe_gateway.request_stats import RequestStats
 
 # A failure keeps an engine from new work for so long, doubled by each further one in a row.
 EJECTION_S = 0.25
@@ -107,14 +107,14 @@ class InFlightRequest:
 
     Attributes:
         predicted_s: seconds to its first token, as corrected.
-        slowness: the correction in it.
+        ttft_factor: the correction in it.
     """
 
     target: Target
     key: int
     sent_s: float
     predicted_s: float
-    slowness: float = 1.0
+    ttft_factor: float = 1.0
 
 
 class Dispatcher:
@@ -126,14 +126,14 @@ class Dispatcher:
             other gateways.
     """
 
-    def __init__(self, config: GatewayConfig, ledger: RequestStats, *, first_turn: int = 0) -> None:
+    def __init__(self, config: GatewayConfig, stats: RequestStats, *, first_turn: int = 0) -> None:
         discovery = config.discovery
         self.discovers = discovery is not None
         self.settings: EngineSettings = config.dispatch
         self.request_settings: RequestSettings = config.request
-        self.ledger = ledger
+        self.stats = stats
         self.engines: dict[str, Engine] = {}
-        self.books: dict[Target, TargetState] = {}
+        self.target_states: dict[Target, TargetState] = {}
         self._ordered_books = TargetList()
         # Of engines that are no longer known, until what they were sent has ended.
         self._departing: list[TargetState] = []
@@ -163,7 +163,7 @@ class Dispatcher:
 
         What was sent to an engine that goes runs to its end there, and counts until then.
         """
-        before, books = self.engines, self.books
+        before, books = self.engines, self.target_states
         staying = {address.name for address in addresses if address in [engine.address for engine in before.values()]}
         self.engines = {
             address.name: before[address.name] if address.name in staying else _new_engine(address)
@@ -172,15 +172,15 @@ class Dispatcher:
         for target in books:
             if target.server not in staying:
                 self._forget(target)
-                self.ledger.prediction_ratios.pop(target, None)
+                self.stats.prediction_ratios.pop(target, None)
                 if books[target].in_flight:
                     self._departing.append(books[target])
-        self.books = {
+        self.target_states = {
             target: books[target] if engine.address.name in staying else TargetState(target, accepting=False)
             for engine in self.engines.values()
             for target in engine.targets
         }
-        self._ordered_books = TargetList(self.books.values())
+        self._ordered_books = TargetList(self.target_states.values())
         self._gather_models()
         self._gather_groups()
 
@@ -200,7 +200,7 @@ class Dispatcher:
 
     def _gather_groups(self) -> None:
         groups: dict[str, list[TargetState]] = {}
-        for target, books in self.books.items():
+        for target, books in self.target_states.items():
             groups.setdefault(self.engines[target.server].group, []).append(books)
         self._group_books = {group: TargetList(books) for group, books in groups.items()}
 
@@ -214,7 +214,7 @@ class Dispatcher:
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         """A signal of a rank."""
-        if (books := self.books.get(target)) is not None:
+        if (books := self.target_states.get(target)) is not None:
             books.observe(signal, observed_s)
             self.pump(now_s)
 
@@ -258,7 +258,7 @@ class Dispatcher:
     def _refresh_books(self, engine: Engine, now_s: float) -> bool:
         accepting = engine.offered and engine.ready and now_s >= engine.closed_until_s
         for target in engine.targets:
-            self.books[target].accepting = accepting
+            self.target_states[target].accepting = accepting
         return accepting
 
     # The way of a request.
@@ -325,7 +325,7 @@ class Dispatcher:
         """Writes down that the job goes to this target."""
         target, predicted_s = sending.target, sending.predicted_s
         self._keys += 1
-        books = self.books[target]
+        books = self.target_states[target]
         tokens = job.uncached_tokens(target)
         books.sent(self._keys, tokens, now_s)
         self._queue.charge(job.tenant, tokens)
@@ -333,14 +333,14 @@ class Dispatcher:
             self._prefixes.record(keys, target)
         if session is not None and len(session) <= LONGEST_SESSION:
             self._remember(session, target)
-        self.ledger.decisions[sending.reason] += 1
+        self.stats.decisions[sending.reason] += 1
         return InFlightRequest(
-            target=target, key=self._keys, sent_s=now_s, predicted_s=predicted_s, slowness=books.slowness
+            target=target, key=self._keys, sent_s=now_s, predicted_s=predicted_s, ttft_factor=books.ttft_factor
         )
 
     def answered(self, placed: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
         """The first byte of the body is there; whether it was there as soon as the first token was."""
-        if (books := self.books.get(placed.target)) is not None:
+        if (books := self.target_states.get(placed.target)) is not None:
             books.first_token(placed.key, now_s)
         if (engine := self.engines.get(placed.target.server)) is not None and engine.failures:
             engine.failures, engine.closed_until_s = 0, -math.inf
@@ -353,13 +353,13 @@ class Dispatcher:
     def _compare(self, placed: InFlightRequest, now_s: float) -> None:
         """What was predicted with what is measured."""
         target, measured_s = placed.target, now_s - placed.sent_s
-        if target in self.books:
-            self.ledger.predicted(target, placed.predicted_s, measured_s)
-            self._corrections.observe(target, placed.predicted_s / placed.slowness, measured_s, now_s)
+        if target in self.target_states:
+            self.stats.predicted(target, placed.predicted_s, measured_s)
+            self._corrections.observe(target, placed.predicted_s / placed.ttft_factor, measured_s, now_s)
 
     def settled(self, placed: InFlightRequest, now_s: float) -> None:
         """The request has ended there."""
-        if (books := self.books.get(placed.target)) is not None:
+        if (books := self.target_states.get(placed.target)) is not None:
             books.settled(placed.key, now_s)
         if self._departing:
             for books in self._departing:
@@ -379,7 +379,7 @@ class Dispatcher:
         engine.failures += 1
         ejection_s = LONGEST_EJECTION_S if dead else EJECTION_S * 2 ** min(engine.failures - 1, 16)
         engine.closed_until_s = now_s + min(LONGEST_EJECTION_S, ejection_s)
-        self.ledger.ejections[target.server] += 1
+        self.stats.ejections[target.server] += 1
         self._refresh(engine, now_s)
 
     def turned_away(self, target: Target, now_s: float) -> None:
@@ -475,7 +475,7 @@ class Dispatcher:
         self.traffic_share = self._peers.observe(self._ordered_books, now_s, self.settings.stale_after_s)
         for books in self._ordered_books:
             books.traffic_share = self.traffic_share
-            books.slowness = self._corrections.factor(books.target, now_s)
+            books.ttft_factor = self._corrections.factor(books.target, now_s)
         self.pump(now_s)
         for waiter, since_s in list(self._held_since.items()):
             # The end of one can be the turn of another.
@@ -513,7 +513,7 @@ class Dispatcher:
 
     def source(self, target: Target, now_s: float) -> SignalSource:
         """Where what is believed of a target comes from."""
-        if not self.books[target].is_fresh(now_s, self.settings.stale_after_s):
+        if not self.target_states[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.BOOKS
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
 

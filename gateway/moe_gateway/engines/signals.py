@@ -111,7 +111,9 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
     for turn in itertools.count():
         started_s = time.monotonic()
         # vLLM's metrics say nothing of prefill work: what the own books have of it stands in.
-        prefill_tokens = {target.rank: dispatcher.books[target].unanswered_prefill_tokens for target in engine.targets}
+        prefill_tokens = {
+            target.rank: dispatcher.target_states[target].unanswered_prefill_tokens for target in engine.targets
+        }
         try:
             async with session.get(f"{url}/health", timeout=_SCRAPE_TIMEOUT) as answer:
                 healthy = answer.status == 200

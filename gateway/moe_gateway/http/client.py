@@ -362,7 +362,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes) -> None:
         self.transport.write(answer)
-        self._surroundings.dispatcher.ledger.finish(route.label, status)
+        self._surroundings.dispatcher.stats.finish(route.label, status)
         if not self._keeps(request):
             self._close()
 
@@ -392,9 +392,9 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def _count_refusal(self, outcome: Outcome, route: str) -> None:
-        ledger = self._surroundings.dispatcher.ledger
-        ledger.refusals[outcome.label] += 1
-        ledger.finish(route, outcome.status)
+        stats = self._surroundings.dispatcher.stats
+        stats.refusals[outcome.label] += 1
+        stats.finish(route, outcome.status)
 
     def _refuse_connection(self) -> None:
         """Answers what was not a request at all, and ends the connection once the client has had time to read it."""

@@ -149,7 +149,7 @@ class Exchange:
         tenant = read_tenant(request.headers, header) if self._is_fair and header else ANONYMOUS_TENANT
         self.job, self._keys = surroundings.dispatcher.size(parsed, session, tenant)
         if self.computes:
-            surroundings.dispatcher.ledger.arrive(self.job.prompt_tokens, request.arrived_s)
+            surroundings.dispatcher.stats.arrive(self.job.prompt_tokens, request.arrived_s)
 
     @property
     def target(self) -> Target | None:
@@ -302,7 +302,7 @@ class Exchange:
         """An engine that is full or going down answers 503, or 500 while it drains: that is no answer yet."""
         if status not in (500, 503) or self._attempts >= ATTEMPTS or self._placed is None:
             return False
-        books = self._surroundings.dispatcher.books.get(self._placed.target)
+        books = self._surroundings.dispatcher.target_states.get(self._placed.target)
         return status == 503 or books is None or not books.accepting
 
     def _start(self, connection: UpstreamConnection) -> None:
@@ -320,7 +320,7 @@ class Exchange:
         surroundings.dispatcher.answered(self._placed, self.last_s, is_first_token=shows)
         self.ttft_s = self.last_s - self.request.arrived_s
         if self.computes:
-            surroundings.dispatcher.ledger.answer(self.ttft_s, self.last_s)
+            surroundings.dispatcher.stats.answer(self.ttft_s, self.last_s)
         head = buffer[:head_end].lower()
         self._chunked = b"\r\ntransfer-encoding:" in head
         self._framed = self._chunked or b"\r\ncontent-length:" in head
@@ -401,7 +401,7 @@ class Exchange:
         self.tried.add(without)
         if self._sent:
             self._sent, self._without_s = False, self._surroundings.clock()
-        self._surroundings.dispatcher.ledger.retried += 1
+        self._surroundings.dispatcher.stats.retried += 1
         self.begin()
 
     def _break_off(self, reason: str, outcome: Outcome = Outcome.ENGINE_FAILED) -> None:
@@ -418,7 +418,7 @@ class Exchange:
 
     def _refuse(self, outcome: Outcome, message: str, *, retry_after_s: int | None = None) -> None:
         keep_alive = self._keeps_alive
-        self._surroundings.dispatcher.ledger.refusals[outcome.label] += 1
+        self._surroundings.dispatcher.stats.refusals[outcome.label] += 1
         self._client.write(
             build_error(
                 outcome,
@@ -434,7 +434,7 @@ class Exchange:
     def abandon(self) -> None:
         """The client is gone: the engine learns it at once."""
         if not self._ended:
-            self._surroundings.dispatcher.ledger.refusals[Outcome.CLIENT_GONE.label] += 1
+            self._surroundings.dispatcher.stats.refusals[Outcome.CLIENT_GONE.label] += 1
             self._end(Outcome.CLIENT_GONE.status, "the client closed the connection")
 
     def cut(self) -> None:
@@ -490,5 +490,5 @@ class Exchange:
         if self._upstream is not None or self._connecting is not None:
             self._drop_upstream()
         self._settle(self._surroundings.clock())
-        dispatcher.ledger.finish(self.route.label, status, broken=broken)
+        dispatcher.stats.finish(self.route.label, status, broken=broken)
         self._surroundings.on_end(self, status, reason)

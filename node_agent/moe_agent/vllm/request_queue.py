@@ -55,7 +55,7 @@ class OrderedRequestQueue(RequestQueue):
             arrival_s=self._arrival_s(request),
             priority=request.priority,
         )
-        return primary + self._queue.lead_s(tenant_of(request.request_id)), arrival_s
+        return primary + self._queue.lag_s(tenant_of(request.request_id)), arrival_s
 
     def charge_prefill(self, tokens: Mapping[str, int]) -> None:
         """So many tokens of the prompts of these requests are computed, for their tenants."""

@@ -53,7 +53,7 @@ class TargetState:
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
-        "_slowness",
+        "_ttft_factor",
         "_unanswered",
         "_unanswered_tokens",
         "accepting",
@@ -67,7 +67,7 @@ class TargetState:
         self.accepting = accepting
         self.line: StepTime | None = None
         self.traffic_share = 1.0
-        self._slowness = 1.0
+        self._ttft_factor = 1.0
         self._unanswered: dict[Hashable, tuple[float, int]] = {}
         self._unanswered_tokens = 0
         self._answered: dict[Hashable, float] = {}
@@ -80,20 +80,21 @@ class TargetState:
         self._engine_tokens = 0
         # Of the experts, over the steps that the line remembers.
         self._fitted_balance = 1.0
-        # Made by this line when the signal was first asked about, and kept until the next signal or another slowness;
+        # Made by this line when the signal was first asked about, and kept until the next signal or another
+        # ttft_factor;
         # None before.
         self._pace_line: StepTime | None = None
         self._pace = TtftModel(0.0, 0.0, 0.0)
 
     @property
-    def slowness(self) -> float:
+    def ttft_factor(self) -> float:
         """Measured over predicted times to the first token, as far as known; the owner sets it by `correction.py`."""
-        return self._slowness
+        return self._ttft_factor
 
-    @slowness.setter
-    def slowness(self, slowness: float) -> None:
-        if slowness != self._slowness:
-            self._slowness = slowness
+    @ttft_factor.setter
+    def ttft_factor(self, ttft_factor: float) -> None:
+        if ttft_factor != self._ttft_factor:
+            self._ttft_factor = ttft_factor
             self._pace_line = None
 
     # What happens to requests.
@@ -206,7 +207,7 @@ class TargetState:
     def pace(self, common_line: StepTime, now_s: float, stale_after_s: float) -> TtftModel:
         """How fast the engine computes: in the state that a fresh signal says, else with the own answered decoding.
 
-        Its `slowness` is in it.
+        Its `ttft_factor` is in it.
 
         Args:
             common_line: the line of an engine that has not told its own.
@@ -215,10 +216,10 @@ class TargetState:
         """
         line, signal = self.line or common_line, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return build_unsignalled_ttft_model(line, len(self._answered)).times(self._slowness)
+            return build_unsignalled_ttft_model(line, len(self._answered)).times(self._ttft_factor)
         if line is not self._pace_line:
             pace = build_ttft_model(line, signal, self._fitted_balance)
-            self._pace_line, self._pace = line, pace.times(self._slowness)
+            self._pace_line, self._pace = line, pace.times(self._ttft_factor)
         return self._pace
 
     def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:

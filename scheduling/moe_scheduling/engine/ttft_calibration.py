@@ -2,7 +2,7 @@
 
 A line of step times knows the engine's steps alone. What else takes time (the server around the engine, the network, a
 step that the line misses, no line at all) shows in the time to the first token. The gateway's dispatcher owns one
-`TtftCalibration`, tells it each first token, and writes the factors into the books (`TargetBooks.slowness`) a few
+`TtftCalibration`, tells it each first token, and writes the factors into the books (`TargetBooks.ttft_factor`) a few
 times a second.
 
 A factor is a ratio of two sums, measured over predicted seconds, both forgotten over `MEMORY_S`: long predictions count

@@ -53,12 +53,12 @@ class TtftModel(NamedTuple):
         token_s, step_s, kv_s = self
         return kv_s + token_s * ahead_tokens + step_s * (ahead_tokens // STEP_PREFILL_TOKENS)
 
-    def times(self, slowness: float) -> "TtftModel":
+    def times(self, ttft_factor: float) -> "TtftModel":
         """The pace of an engine that takes so many times as long for everything."""
-        if slowness == 1.0:
+        if ttft_factor == 1.0:
             return self
         token_s, step_s, kv_s = self
-        return TtftModel(slowness * token_s, slowness * step_s, slowness * kv_s)
+        return TtftModel(ttft_factor * token_s, ttft_factor * step_s, ttft_factor * kv_s)
 
 
 def build_ttft_model(line: StepTime, signal: EngineSignal, fitted_balance: float = 1.0) -> TtftModel:

@@ -81,7 +81,7 @@ class TenantShares:
         """The offset that is no lead."""
         return self._floor / self._rate
 
-    def lead_s(self, tenant: str) -> float:
+    def lag_s(self, tenant: str) -> float:
         """Seconds by which requests of the tenant, waiting or not, come later."""
         return max(0.0, self._of(tenant) - self._floor) / self._rate
 

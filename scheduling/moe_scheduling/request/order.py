@@ -267,9 +267,9 @@ class WaitingQueue(Generic[T]):
         """Whether it makes a difference who is charged."""
         return self._shares is not None
 
-    def lead_s(self, tenant: str) -> float:
+    def lag_s(self, tenant: str) -> float:
         """Seconds by which the requests of a tenant come later than their own keys."""
-        return 0.0 if self._shares is None else self._shares.lead_s(tenant)
+        return 0.0 if self._shares is None else self._shares.lag_s(tenant)
 
     def peek(self) -> T:
         """The request to serve next, left in place.

@@ -441,7 +441,7 @@ class Served:
         await until(lambda: self.accepting == names, f"work for {sorted(names)} alone")
         assert time.monotonic() - told_s < IN_FORCE_WITHIN_S
 
-    def books(self, name: str, rank: int = 0) -> Any:
+    def target_state(self, name: str, rank: int = 0) -> Any:
         return next(row for target, row in self.gateway.dispatcher.target_states.items() if target == (name, rank))
 
     async def close(self) -> None:

@@ -164,7 +164,7 @@ async def test_a_policy_that_is_switched_decides_the_next_request(make_engine, s
     loaded, free = await make_engine(), await make_engine()
     served = await serve(loaded, free)
     loaded.agent.say_rank(waiting_prefill_tokens=50_000)
-    await until(lambda: served.target_states(loaded.name).signal.waiting_prefill_tokens)
+    await until(lambda: served.target_state(loaded.name).signal.waiting_prefill_tokens)
     counts = []
     for policy in ("predicted", "roundRobin", "predicted"):
         assert (await put(served, {"dispatch": {"policy": policy}}))[0] == 200

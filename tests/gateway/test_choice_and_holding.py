@@ -50,7 +50,7 @@ async def test_predicted_avoids_the_engine_whose_agent_says_that_it_is_loaded(ma
     loaded, free = await make_engine(), await make_engine()
     served = await serve(loaded, free)
     loaded.agent.say_rank(waiting=9, waiting_prefill_tokens=50_000)
-    await until(lambda: served.target_states(loaded.name).signal.waiting == 9)
+    await until(lambda: served.target_state(loaded.name).signal.waiting == 9)
     for _ in range(6):
         await served.ask(post(prompt()))
     assert (len(loaded.requests), len(free.requests)) == (0, 6)
@@ -78,7 +78,7 @@ async def test_an_engine_that_answers_later_than_it_says_gets_less(make_engine, 
     served = await serve(slow, quick)
     for _ in range(4):
         await served.ask(post(prompt("a" * 4000, stream=True)))
-    await until(lambda: served.target_states(slow.name).ttft_factor > served.target_states(quick.name).ttft_factor)
+    await until(lambda: served.target_state(slow.name).ttft_factor > served.target_state(quick.name).ttft_factor)
     before = len(slow.requests)
     for number in range(6):
         await served.ask(post(prompt(f"{number}" * 4000, stream=True)))
@@ -104,10 +104,10 @@ async def test_a_gateway_learns_its_share_of_the_work_from_what_engines_say(make
     client = await served.connect()
     client.send(post(prompt()))
     await until(lambda: engine.requests)
-    assert served.target_states(engine.name).traffic_share == 1.0
+    assert served.target_state(engine.name).traffic_share == 1.0
     engine.agent.say_rank(running=200)
-    await until(lambda: served.target_states(engine.name).traffic_share < 0.5)
-    assert served.gateway.dispatcher.traffic_share == served.target_states(engine.name).traffic_share
+    await until(lambda: served.target_state(engine.name).traffic_share < 0.5)
+    assert served.gateway.dispatcher.traffic_share == served.target_state(engine.name).traffic_share
 
 
 @pytest.mark.parametrize("where", ["header", "user"])
@@ -188,7 +188,7 @@ async def test_the_queue_has_a_bound(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine, dispatch={"saturation_s": 1.0}, limits={"hold_requests": 2})
     engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)
-    await until(lambda: served.target_states(engine.name).signal.waiting == 100)
+    await until(lambda: served.target_state(engine.name).signal.waiting == 100)
     clients = await hold(served, ["a", "b"])
     answer = await served.ask(post(prompt("c")))
     assert (answer.status, answer.json["error"]["code"]) == (429, "busy")
@@ -241,7 +241,7 @@ async def test_a_question_that_needs_no_computing_is_not_held_behind_those_that_
     engine = await make_engine()
     served = await serve(engine, dispatch={"saturation_s": 1.0}, limits={"hold_requests": 1})
     engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)
-    await until(lambda: served.target_states(engine.name).signal.waiting == 100)
+    await until(lambda: served.target_state(engine.name).signal.waiting == 100)
     (held,) = await hold(served, ["held"])
     assert (await served.ask(question)).status == 200
     assert served.gateway.dispatcher.held == 1
@@ -284,7 +284,7 @@ async def test_a_signal_that_grows_stale_holds_nobody_back(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine, dispatch={"saturation_s": 1.0, "stale_after_s": 0.5})
     engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)
-    await until(lambda: served.target_states(engine.name).signal.waiting == 100)
+    await until(lambda: served.target_state(engine.name).signal.waiting == 100)
     (client,) = await hold(served, ["held"])
     engine.agent.mute = True
     assert (await client.answer()).json == OK
@@ -294,7 +294,7 @@ async def test_a_newcomer_does_not_overtake_what_is_held(make_engine, serve):
     engine = await make_engine(never)
     served = await serve(engine, dispatch={"saturation_s": 0.5}, request=FCFS)
     engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)
-    await until(lambda: served.target_states(engine.name).signal.waiting == 100)
+    await until(lambda: served.target_state(engine.name).signal.waiting == 100)
     await hold(served, ["x" * 100_000, "second"])
     # The line grows short without anybody telling the queue, and the next to act is a newcomer.
     dispatcher = served.gateway.dispatcher

@@ -143,7 +143,7 @@ async def test_an_engine_that_is_full_keeps_its_good_name_and_gets_new_work_a_mo
     assert (engine.failures, dict(stats.ejections), stats.failed) == (0, {}, 0)
     assert stats.retried == len(full.requests)
     full.script = answer_ok
-    await until(lambda: served.target_states("full").accepting)
+    await until(lambda: served.target_state("full").accepting)
     before = len(full.requests)
     for _ in range(4):
         assert (await served.ask(post(prompt()))).json == OK
@@ -428,9 +428,9 @@ async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(
     for _ in range(6):
         assert (await served.ask(post(prompt()))).status == 200
     assert len(bad.requests) == 1
-    assert not served.target_states("bad").accepting
+    assert not served.target_state("bad").accepting
     bad.script = answer_ok
-    await until(lambda: served.target_states("bad").accepting)
+    await until(lambda: served.target_state("bad").accepting)
     for _ in range(2):
         await served.ask(post(prompt()))
     assert len(bad.requests) == 2

@@ -138,7 +138,7 @@ async def test_the_wait_is_that_of_the_engine_where_it_is_least(make_engine, api
     served = await discover()
     await served.takes(loaded)
     loaded.agent.say_rank(waiting=9, waiting_prefill_tokens=50_000)
-    await until(lambda: served.target_states(loaded.name).signal.waiting == 9)
+    await until(lambda: served.target_state(loaded.name).signal.waiting == 9)
     # 50,000 tokens at 0.1 ms, and the fixed part of 24 whole steps.
     assert (await state_of(served))["wait_s"] == pytest.approx(5.0 + 24 * 0.004)
     api.put(engine_slice(free))

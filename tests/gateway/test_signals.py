@@ -28,7 +28,7 @@ async def test_an_engine_that_drains_gets_no_new_work_and_ends_its_streams(make_
         client.send(post(prompt(stream=True)))
         await client.reader.readuntil(event("a"))
     leaving.agent.say(**said)
-    await until(lambda: not served.target_states(leaving.name).accepting)
+    await until(lambda: not served.target_state(leaving.name).accepting)
     go_on.set()
     for client in clients:
         assert await client.reader.readexactly(len(event("b") + SSE_END)) == event("b") + SSE_END
@@ -58,9 +58,9 @@ async def test_what_a_rank_says_of_its_experts_reaches_the_books_and_a_new_imbal
     served = await serve(grown, even)
     for engine in (grown, even):
         engine.agent.say(ranks=[rank_row(step=1000, step_time=line)])
-    await until(lambda: all(served.target_states(engine.name).line is not None for engine in (grown, even)))
+    await until(lambda: all(served.target_state(engine.name).line is not None for engine in (grown, even)))
     grown.agent.say(ranks=[rank_row(step=1001, step_time=line, expert_balance=1.6, expert_pressure=0.4)])
-    await until(lambda: served.target_states(grown.name).signal.expert_balance == 1.6)
+    await until(lambda: served.target_state(grown.name).signal.expert_balance == 1.6)
     signal = next(row["signal"] for row in await state_of(served) if row["name"] == grown.name)
     assert (signal["expert_balance"], signal["expert_pressure"]) == (1.6, 0.4)
     for _ in range(4):
@@ -98,7 +98,7 @@ async def test_an_agent_that_talks_nonsense_harms_no_request(make_engine, serve,
     assert [(await served.ask(post(prompt()))).status for _ in range(4)] == [200] * 4
     assert len(await state_of(served)) == 2
     odd.agent.say(engine={"model": "tiny", "pid": 1}, ranks=[rank_row(waiting=3)], accepting=True, phase="ready")
-    await until(lambda: served.target_states(odd.name).signal.waiting == 3, "the agent's return to reason")
+    await until(lambda: served.target_state(odd.name).signal.waiting == 3, "the agent's return to reason")
 
 
 async def test_an_engine_is_not_used_before_its_agent_was_heard(make_engine, serve):
@@ -150,7 +150,7 @@ async def test_a_plain_server_is_scraped_and_avoided_when_loaded(make_engine, se
     loaded, free = await make_engine(agent=False), await make_engine(agent=False)
     loaded.metrics = text
     served = await serve(loaded, free, dispatch={"policy": "leastRequests"})
-    await until(lambda: served.target_states(loaded.name).signal is not None)
+    await until(lambda: served.target_state(loaded.name).signal is not None)
     assert [row["signal_source"] for row in await state_of(served)] == ["scrape", "books"]
     for _ in range(4):
         await served.ask(post(prompt()))
@@ -175,7 +175,7 @@ async def test_a_plain_server_serves_all_its_names(make_engine, serve):
 async def test_a_plain_server_is_followed_by_its_health(make_engine, serve):
     engine = await make_engine(agent=False)
     served = await serve(engine)
-    books = served.target_states(engine.name)
+    books = served.target_state(engine.name)
     engine.health = "503 Service Unavailable"
     await until(lambda: not books.accepting)
     engine.health = "200 OK"

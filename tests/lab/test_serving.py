@@ -40,7 +40,7 @@ from moe_tools.replay_command import Source
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.bench.test_comparison import run_of
+from tests.tools.test_comparison import run_of
 
 SERVER = """
 import http.server, os, sys

@@ -14,8 +14,9 @@ from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, ch
 from moe_scheduling.engine.prefix_index import PrefixIndex, block_keys
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 from moe_lab.rows import Row

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, Send, choose_target, explain
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B = Target("a"), Target("b")

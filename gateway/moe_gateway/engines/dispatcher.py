@@ -30,7 +30,8 @@ from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.engine.ttft_calibration import TtftCalibration
 from moe_scheduling.engine.weighted_round_robin import WeightedRoundRobin
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
-from moe_scheduling.request.order import RequestSettings, WaitingQueue
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, Target
 
 from moe_gateway.request.parsing import Parsed

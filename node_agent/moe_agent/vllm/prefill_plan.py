@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, Waiting
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.waiting_queue import Waiting
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.shared_memory.records import PrefillState, StepPart

@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 
 from moe_contract.tenancy import tenant_of
 from moe_scheduling.request.fairness import OUTPUT_WEIGHT
-from moe_scheduling.request.order import RequestSettings, Waiting, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import Waiting, WaitingQueue
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 

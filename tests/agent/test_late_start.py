@@ -345,7 +345,7 @@ class Told:
     def __init__(self) -> None:
         self.state = PrefillState(0.0, 0.0, RankLoad(), RankLoad())
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         """Not looked at."""
 
     def others(self, now_s: float) -> list[PrefillState]:

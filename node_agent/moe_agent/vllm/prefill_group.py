@@ -32,7 +32,7 @@ _LOOK_EVERY = 64
 class PrefillGroup(Protocol):
     """The other ranks."""
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         """Shows the own state to the others."""
 
     def others(self, now_s: float) -> Sequence[PrefillState]:
@@ -54,7 +54,7 @@ class PagedPrefillGroup:
         self._readers: dict[int, PrefillPageReader | None] = {other: None for other in range(ranks) if other != rank}
         self._calls = 0
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         self._page.write(state)
 
     def others(self, now_s: float) -> Sequence[PrefillState]:

@@ -41,7 +41,7 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
-        self._told: PrefillState | None = None
+        self._published: PrefillState | None = None
         self._parts = (StepPart(), StepPart())
         self._turn, self._next_s = 0, 0.0
         # What the other ranks put into the planned step, as far as is known; and what into the one before it.
@@ -117,23 +117,23 @@ class PrefillPlan:
             return
         self._turn, self._next_s = turn, next_s
         self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
-        self.tell(now_s)
+        self.publish(now_s)
 
-    def tell(self, now_s: float) -> None:
+    def publish(self, now_s: float) -> None:
         """Shows the other ranks what is there now."""
         if self.group is not None:
             after = self._load(self._ready())
-            self._told = PrefillState(
+            self._published = PrefillState(
                 now_s, self._decided_s, self._before, after, self._parts, self._turn, self._next_s
             )
-            self.group.tell(self._told)
+            self.group.publish(self._published)
 
     def expect(self, next_s: float, now_s: float) -> None:
         """More is known of when the next step will be scheduled."""
-        if self.group is not None and self._told is not None and self._settings.defer_scheduling:
+        if self.group is not None and self._published is not None and self._settings.defer_scheduling:
             self._next_s = next_s
-            self._told = self._told._replace(written_s=now_s, next_s=next_s)
-            self.group.tell(self._told)
+            self._published = self._published._replace(written_s=now_s, next_s=next_s)
+            self.group.publish(self._published)
 
     def others_scheduled(self, turn: int, now_s: float) -> bool:
         """Whether another rank has scheduled its part of the step of this turn."""

@@ -141,7 +141,7 @@ class OrderedScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         self.take_settings()
         super().add_request(request)
-        self._plan.tell(self.clock())
+        self._plan.publish(self.clock())
         self.publish()
 
     # 2. Observe what happened.

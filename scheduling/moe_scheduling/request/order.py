@@ -1,11 +1,11 @@
-"""Layer 1: the order of requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
+"""Layer 1: policies, settings and keys of the order of waiting requests, in engines and in the gateway's hold queue.
 
-All policies are one mechanism: a key that does not change while a request waits, so that a heap serves and nothing is
-ever sorted again. A policy is a function that makes the key. Where several tenants wait under `sjf`, the key of a
-request counts from its tenant's lead over the others (`fairness.py`).
+A policy is a function from a request to a key. The key does not change while the request waits, so a sorted list serves
+(`waiting_queue.py`). Where several tenants wait under `sjf`, the lag of a request's tenant is added to its key
+(`fairness.py`).
 
-Invariants: the order is total and the same for the same pushes; equal keys are served by arrival, then in the order of
-the pushes; no size, priority or arrival that a peer sends makes a key that does not compare (NaN).
+Invariants: equal keys are ordered by arrival; no size, priority or arrival that a client sends gives a key that does
+not compare (NaN).
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-# Whole numbers up to here are exact in a float; no prompt and no level of priority is near it.
+# Whole numbers up to here are exact in a float; no prompt length and no level of priority is near it.
 LARGEST_EXACT = 2**53
 _LARGEST_SHIFT_S = 1e300
 
@@ -31,29 +31,29 @@ class RequestPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSettings:
-    """Order of the waiting queue, and what a step takes from it.
+    """Order of the waiting queue, and the prefills of a step.
 
-    Under `fcfs` and `priority` an engine does what vLLM does, step for step: all that goes beyond it is of `sjf` alone.
+    Under `fcfs` and `priority` an engine does what vLLM does, step for step: the fields from `ageing_rate` on act under
+    `sjf` alone. The last four are switches for ablations and calibration; no field of the resource sets them.
 
     Attributes:
         policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority,
             arrival).
-        ageing_rate: uncached prefill tokens that one second of waiting makes up for, tokens/s. Under `sjf` a request of
-            S tokens is never overtaken by one that arrived more than S / ageing_rate seconds after it.
-        ageing_horizon_s: upper bound of that time: no request is overtaken by one of its priority that arrived later
-            by more.
-        priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more
-            urgent).
-        yield_prefills: under `sjf`, whether a prompt that is computed in chunks lets waiting requests go first that
-            come before what is left of it.
-        cut_prefills: under `sjf`, whether a step may take less of the prompts than it has room for, where their tokens
-            would take longer in one step than in two.
-        defer_scheduling: under `sjf` and where steps are scheduled ahead (vLLM's asynchronous scheduling), whether the
-            next step is scheduled just before the end of the one that runs, and not at its begin.
-        kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
-            so that running requests can grow without a preemption. 0: none, as vLLM does.
-        fairness_horizon_s: under `sjf`, the seconds by which requests of a tenant that was served more come later at
-            most. 0: tenants are not told apart.
+        ageing_rate: uncached prefill tokens that one second of waiting makes up for, in tokens/s. A request of S tokens
+            is never overtaken by one that arrived more than S / ageing_rate seconds after it.
+        ageing_horizon_s: upper bound of that time, in seconds: no request is overtaken by one of its priority that
+            arrived later by more.
+        priority_step_s: head start of one level of priority, in seconds; a lower level is more urgent.
+        fairness_horizon_s: most seconds by which requests of a tenant that received more service come later. 0: all
+            requests count as one tenant's.
+        yield_prefills: whether a prompt that is computed in chunks lets waiting requests go first whose key is less
+            than the key of its rest.
+        cut_prefills: whether a step may take fewer prompt tokens than it has room for, where further tokens cost more
+            than in the next step (`prefill_budget.py`).
+        defer_scheduling: whether, with vLLM's asynchronous scheduling, the next step is scheduled just before the end
+            of the running one, and not at its begin (`deferred_scheduling.py`).
+        kv_growth_blocks: KV blocks that stay free for each running request when another is admitted, so that running
+            requests can grow without a preemption. 0: none, as in vLLM.
 
     Raises:
         ValueError: a value is out of its range or not finite.
@@ -63,11 +63,11 @@ class RequestSettings:
     ageing_rate: float = 1000.0
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
+    fairness_horizon_s: float = 10.0
     yield_prefills: bool = True
     cut_prefills: bool = True
     defer_scheduling: bool = True
     kv_growth_blocks: int = 1
-    fairness_horizon_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ageing_rate < math.inf:
@@ -83,17 +83,17 @@ class RequestSettings:
 
     @property
     def is_fair(self) -> bool:
-        """Whether tenants are told apart."""
+        """Whether tenants are separated."""
         return self.policy is RequestPolicy.SJF and self.fairness_horizon_s > 0.0
 
 
 def order_key(
     settings: RequestSettings, *, size_tokens: float, arrival_s: float, priority: int = 0
 ) -> tuple[float, float]:
-    """The static key of a request: the smaller is served first; the second part, the arrival, breaks ties.
+    """Returns the static key of a request: the smaller is served first; the second part, the arrival, breaks ties.
 
     Under `sjf` the key is `min(size_tokens / ageing_rate, ageing_horizon_s) + arrival_s + priority * priority_step_s`.
-    It orders like "size less what was made up for by waiting", because all that wait age alike: the clock cancels out.
+    It orders like "size less ageing", because all waiting requests age alike, so that the clock cancels out.
 
     The bound on waiting. Let `shift_s = min(size_tokens / ageing_rate, ageing_horizon_s)` of a request that arrives
     at a. Another's shift is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the
@@ -101,13 +101,13 @@ def order_key(
     was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of r
     tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another request
     is more urgent widens that one's window by `priority_step_s`: priority delays, but does not starve.
-    Between tenants the window is wider by `fairness_horizon_s`: a lead is at least 0 and at most that, whatever was and
-    will be charged, so a request of another tenant that arrives later than `shift_s + fairness_horizon_s` never
-    overtakes. Within a tenant the bound is as it was.
+    Between tenants the window is wider by `fairness_horizon_s`, the greatest lag: a request of another tenant that
+    arrives more than `shift_s + fairness_horizon_s` later never overtakes, whatever service was and will be charged.
+    Within a tenant the bound is the one above.
 
     Args:
         settings: the policy and its figures.
-        size_tokens: uncached prefill tokens. What is negative counts as 0, what is not a number as endless.
+        size_tokens: uncached prefill tokens. Negative values count as 0, NaN as infinite.
         arrival_s: arrival on any clock that all requests of a queue share.
         priority: level; lower is more urgent.
 

@@ -369,8 +369,8 @@ class RequestScheduling(Section):
     )
     fairness_horizon: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.fairness_horizon_s),
-        description="Under `sjf`, requests of a tenant that was served more than another that waits come later by up "
-        "to this; `gateway.tenantHeader` says whose a request is. 0s: tenants are not told apart.",
+        description="Under `sjf`, requests of a tenant that received more service than another waiting tenant come "
+        "later by up to this. `gateway.tenantHeader` names the tenant of a request. 0s: all count as one tenant's.",
     )
 
 
@@ -388,12 +388,12 @@ class EngineScheduling(Section):
     )
     stale_after: Annotated[str, DurationBetween("1ms")] = Field(
         default=render_duration(_ENGINE.stale_after_s),
-        description="Age at which the gateway no longer believes an engine's signal and counts on its own books alone.",
+        description="Age of an engine's signal from which the gateway ignores it and counts its own requests alone.",
     )
     saturation: Annotated[str, DurationBetween("1ms")] | None = Field(
         default=None if _ENGINE.saturation_s is None else render_duration(_ENGINE.saturation_s),
-        description="Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. "
-        "Absent: it never does.",
+        description="Predicted wait at which an engine is saturated; while all engines are, the gateway holds "
+        "requests. Absent: it never does.",
     )
 
 

@@ -6,7 +6,7 @@ from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 from moe_operator.api.autoscaling import Autoscaling, ScaleDown, ScaleUp
 from moe_operator.api.units import duration_s
 
-# Age from which a signal changes nothing: a number of intervals, but at least so many seconds.
+# Age from which a signal changes nothing: this many intervals, at least `_LEAST_STALE_S`.
 _STALE_INTERVALS = 6
 _LEAST_STALE_S = 15.0
 

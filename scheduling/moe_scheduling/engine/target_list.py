@@ -18,7 +18,7 @@ from math import gcd
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import Target
 
-# Up to so many targets, all are compared.
+# Up to this number of targets, all are compared.
 LARGE_FLEET = 64
 # Targets that are drawn, the d of power-of-d.
 SAMPLE = 24

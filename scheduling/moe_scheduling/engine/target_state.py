@@ -96,7 +96,7 @@ class TargetState:
     # In-flight accounting.
 
     def sent(self, key: Hashable, prefill_tokens: int, now_s: float) -> None:
-        """Counts a request with so many uncached prompt tokens as unanswered. A known key begins anew."""
+        """Counts a request with `prefill_tokens` uncached prompt tokens as unanswered. A known key begins anew."""
         self.settled(key, now_s)
         tokens = _count(prefill_tokens)
         everyones = tokens if self.traffic_share == 1.0 else _count(tokens / self.traffic_share)

@@ -42,13 +42,13 @@ class TtftModel(NamedTuple):
         takes the time of its tokens, and the fixed part of as many steps as the budget makes of them.
 
         Args:
-            tokens: prompt tokens ahead of it and its own uncached ones.
+            tokens: prompt tokens ahead, and its own uncached ones.
         """
         token_s, step_s, kv_s = self
         return kv_s + token_s * tokens - step_s * (-tokens // STEP_PREFILL_TOKENS)
 
     def wait_s(self, ahead_tokens: int) -> float:
-        """Returns the seconds until a prompt begins to be computed, behind so many prompt tokens.
+        """Returns the seconds until a prompt begins to be computed, behind `ahead_tokens` prompt tokens.
 
         The last, partly filled step of the tokens ahead is shared with it, so only full steps count.
         """
@@ -66,7 +66,7 @@ class TtftModel(NamedTuple):
 def build_ttft_model(step_time: StepTime, signal: EngineSignal) -> TtftModel:
     """Returns the TTFT model of an engine in the state of `signal`.
 
-    Expert balance is no part of it: a lasting imbalance is in the fitted step time already, and a term for what changed
+    Expert balance is not used: a lasting imbalance is in the fitted step time already, and a term for what changed
     since was worth at most 1 % of the mean TTFT (docs/scheduling.md).
 
     Args:

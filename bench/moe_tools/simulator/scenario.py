@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from moe_contract.input_errors import InputError, InvalidInput, errors_from_pydantic, render_choices, unknown_choice
 from moe_operator.api import engine_settings, load_document, request_settings
-from moe_operator.api.resource import EngineScheduling, RequestScheduling
+from moe_operator.api.scheduling import EngineScheduling, RequestScheduling
 from moe_operator.api.section import Rule, Section, fields_of
 from moe_operator.api.units import DurationBetween, duration_s
 from pydantic import Field, ValidationError

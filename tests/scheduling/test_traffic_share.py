@@ -1,4 +1,4 @@
-"""The own part of the engines' work, as far as engines tell."""
+"""The traffic share of a gateway, from signals and its requests in flight."""
 
 import pytest
 from hypothesis import given
@@ -11,20 +11,20 @@ STALE_AFTER_S = 2.0
 
 
 def engine(running, own, *, waiting=0, observed_s=0.0):
-    """Books of an engine that says so much of its requests, of which so many are the own."""
-    books = TargetState(Target("a"))
+    """State of an engine with so many requests by its signal, `own` of them from this gateway."""
+    state = TargetState(Target("a"))
     for number in range(own):
-        books.sent(number, 10, observed_s)
-    books.observe(EngineSignal(running=running, waiting=waiting), observed_s)
-    return books
+        state.sent(number, 10, observed_s)
+    state.observe(EngineSignal(running=running, waiting=waiting), observed_s)
+    return state
 
 
-def share(*books, now_s=0.0):
-    return TrafficShare().observe(books, now_s, STALE_AFTER_S)
+def share(*states, now_s=0.0):
+    return TrafficShare().observe(states, now_s, STALE_AFTER_S)
 
 
 @pytest.mark.parametrize(
-    ("books", "expected"),
+    ("states", "expected"),
     [
         ([], 1.0),
         ([engine(0, 0)], 1.0),
@@ -38,11 +38,11 @@ def share(*books, now_s=0.0):
         ([engine(1, 0)], 0.5),
     ],
 )
-def test_the_share_is_that_of_the_requests(books, expected):
-    assert share(*books) == pytest.approx(expected)
+def test_the_share_is_that_of_the_requests(states, expected):
+    assert share(*states) == pytest.approx(expected)
 
 
-def test_who_says_nothing_or_said_it_long_ago_does_not_count():
+def test_targets_without_a_fresh_signal_do_not_count():
     assert share(TargetState(Target("b")), engine(99, 49, observed_s=-3.0)) == 1.0
     assert share(TargetState(Target("b")), engine(99, 49)) == 0.5
 
@@ -60,10 +60,10 @@ ROWS = st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 20), st.floats(-
 
 
 @given(st.lists(st.tuples(st.floats(-1, 30), ROWS), max_size=10))
-def test_the_share_stays_within_its_bounds_whatever_engines_say(steps):
+def test_the_share_stays_within_its_bounds_whatever_the_signals_are(steps):
     load, now_s = TrafficShare(), 0.0
     for step_s, rows in steps:
         # A clock that goes back a little breaks nothing.
         now_s += step_s
-        books = [engine(running, own, observed_s=now_s + age_s) for running, own, age_s in rows]
-        assert LEAST_SHARE <= load.observe(books, now_s, STALE_AFTER_S) <= 1.0
+        states = [engine(running, own, observed_s=now_s + age_s) for running, own, age_s in rows]
+        assert LEAST_SHARE <= load.observe(states, now_s, STALE_AFTER_S) <= 1.0

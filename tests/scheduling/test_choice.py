@@ -25,25 +25,25 @@ from moe_scheduling.signals import EngineSignal, StepTime, Target
 A, B, C = Target("a"), Target("b"), Target("c", 1)
 NOW_S = 100.0
 # Binary fractions keep the arithmetic of the tests exact.
-LINE = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=1 / 512)
+STEP_TIME = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=1 / 512)
 PREDICTED = EngineSettings(stickiness_s=0.25)
 BY_REQUESTS = EngineSettings(policy=DispatchPolicy.LEAST_REQUESTS)
 BY_TURN = EngineSettings(policy=DispatchPolicy.ROUND_ROBIN)
 ALL = (PREDICTED, BY_REQUESTS, BY_TURN)
 
 
-def engine(target, *, accepting=True, observed_s=NOW_S, step_time=LINE, **signal):
-    books = TargetState(target, accepting=accepting)
-    books.observe(EngineSignal(step_time=step_time, **signal), observed_s)
-    return books
+def engine(target, *, accepting=True, observed_s=NOW_S, step_time=STEP_TIME, **signal):
+    state = TargetState(target, accepting=accepting)
+    state.observe(EngineSignal(step_time=step_time, **signal), observed_s)
+    return state
 
 
-def choose(job, books, settings=PREDICTED, *, turn=0, exclude=()):
-    return choose_target(job, books, settings, turn=turn, now_s=NOW_S, exclude=exclude)
+def choose(job, states, settings=PREDICTED, *, turn=0, exclude=()):
+    return choose_target(job, states, settings, turn=turn, now_s=NOW_S, exclude=exclude)
 
 
-def targets(books, settings, turns, job=None):
-    return [choose(job or Job(100), books, settings, turn=turn).target for turn in turns]
+def targets(states, settings, turns, job=None):
+    return [choose(job or Job(100), states, settings, turn=turn).target for turn in turns]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def targets(books, settings, turns, job=None):
 )
 @pytest.mark.parametrize("turn", [0, 1])
 def test_the_least_predicted_time_wins(worse, better, turn):
-    for books in ([engine(A, **worse), engine(B, **better)], [engine(B, **better), engine(A, **worse)]):
-        decision = choose(Job(100), books, turn=turn)
+    for states in ([engine(A, **worse), engine(B, **better)], [engine(B, **better), engine(A, **worse)]):
+        decision = choose(Job(100), states, turn=turn)
         assert (decision.target, decision.reason) == (B, SendReason.LEAST_PREDICTED)
 
 
@@ -86,7 +86,7 @@ def test_the_prediction_is_the_time_of_the_tokens_and_of_the_steps():
 
 
 def test_full_kv_costs_decode_steps():
-    full = build_ttft_model(LINE, EngineSignal(decode_tokens=4, kv_usage=1.0))
+    full = build_ttft_model(STEP_TIME, EngineSignal(decode_tokens=4, kv_usage=1.0))
     assert full.kv_s == pytest.approx(64 * (1 / 64 + 4 / 512))
 
 
@@ -97,12 +97,12 @@ def test_cached_tokens_cost_nothing():
 
 
 def test_what_was_sent_a_moment_ago_counts():
-    books = [engine(A), engine(B)]
-    books[0].sent("r", 10, NOW_S)
-    assert targets(books, PREDICTED, range(4)) == [B] * 4
+    states = [engine(A), engine(B)]
+    states[0].sent("r", 10, NOW_S)
+    assert targets(states, PREDICTED, range(4)) == [B] * 4
 
 
-def test_a_stale_signal_leaves_the_own_books_and_the_line():
+def test_a_stale_signal_leaves_in_flight_accounting_and_the_step_time_model():
     stale = engine(A, observed_s=NOW_S - 3, waiting_prefill_tokens=10**6, kv_usage=1.0)
     stale.sent("answered", 10, NOW_S)
     stale.first_token("answered", NOW_S)
@@ -110,20 +110,20 @@ def test_a_stale_signal_leaves_the_own_books_and_the_line():
     assert choose(Job(28), [stale]).predicted_s == 128 / 1024 + 1 / 64 + 1 / 512
 
 
-def test_an_engine_without_a_line_is_like_the_first_that_has_one():
-    new, unheard = engine(A, step_time=None, decode_tokens=8), TargetState(C)
+def test_an_engine_without_a_step_time_model_is_like_the_first_that_has_one():
+    new, unseen = engine(A, step_time=None, decode_tokens=8), TargetState(C)
     assert choose(Job(64), [new, engine(B, waiting_prefill_tokens=10**6)]).predicted_s == 64 / 1024 + 1 / 64 + 8 / 512
-    assert choose(Job(64), [unheard, engine(B, waiting_prefill_tokens=10**6)]).predicted_s == 64 / 1024 + 1 / 64
+    assert choose(Job(64), [unseen, engine(B, waiting_prefill_tokens=10**6)]).predicted_s == 64 / 1024 + 1 / 64
 
 
-def test_what_an_engine_without_a_line_is_taken_for_does_not_change_with_the_turn():
+def test_the_fleet_default_does_not_change_with_the_turn():
     slow = StepTime(base_s=1.0, prefill_s=1.0, decode_s=1.0)
-    books = [engine(A, step_time=slow), TargetState(B), engine(C)]
-    excluded = [choose(Job(64), books, turn=turn, exclude={A, C}).predicted_s for turn in range(3)]
-    assert excluded == [explain(Job(64), books, PREDICTED, now_s=NOW_S)[1].predicted_s] * 3 == [65.0] * 3
+    states = [engine(A, step_time=slow), TargetState(B), engine(C)]
+    excluded = [choose(Job(64), states, turn=turn, exclude={A, C}).predicted_s for turn in range(3)]
+    assert excluded == [explain(Job(64), states, PREDICTED, now_s=NOW_S)[1].predicted_s] * 3 == [65.0] * 3
 
 
-def test_without_any_line_the_default_stands():
+def test_without_any_step_time_model_the_default_stands():
     decision = choose(Job(100), [TargetState(A)])
     assert decision.predicted_s == pytest.approx(DEFAULT_STEP_TIME.base_s + 100 * DEFAULT_STEP_TIME.prefill_s)
 
@@ -151,39 +151,39 @@ def test_sessions_bind_under_predicted_alone(settings):
 
 
 def test_least_requests_counts_requests_and_not_tokens():
-    books = [engine(A, running=3, waiting=1), engine(B, running=3, waiting_prefill_tokens=10**6)]
-    assert targets(books, BY_REQUESTS, range(4)) == [B] * 4
-    books[1].sent("r", 1, NOW_S)
-    books[1].sent("q", 1, NOW_S)
-    assert targets(books, BY_REQUESTS, range(4)) == [A] * 4
+    states = [engine(A, running=3, waiting=1), engine(B, running=3, waiting_prefill_tokens=10**6)]
+    assert targets(states, BY_REQUESTS, range(4)) == [B] * 4
+    states[1].sent("r", 1, NOW_S)
+    states[1].sent("q", 1, NOW_S)
+    assert targets(states, BY_REQUESTS, range(4)) == [A] * 4
 
 
 def test_round_robin_goes_by_turn_whatever_the_load():
-    books = [engine(A, waiting_prefill_tokens=10**6), engine(B, running=100), engine(C)]
-    assert targets(books, BY_TURN, range(6)) == [A, B, C, A, B, C]
+    states = [engine(A, waiting_prefill_tokens=10**6), engine(B, running=100), engine(C)]
+    assert targets(states, BY_TURN, range(6)) == [A, B, C, A, B, C]
 
 
-def test_round_robin_and_least_requests_tell_the_prediction_too():
-    books = [engine(A, waiting_prefill_tokens=924)]
+def test_round_robin_and_least_requests_return_the_prediction_too():
+    states = [engine(A, waiting_prefill_tokens=924)]
     for settings, reason in ((BY_TURN, SendReason.TURN), (BY_REQUESTS, SendReason.LEAST_REQUESTS)):
-        assert choose(Job(100), books, settings) == Send(A, 1 + 1 / 64, reason)
+        assert choose(Job(100), states, settings) == Send(A, 1 + 1 / 64, reason)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.policy)
 def test_equals_take_turns_evenly(settings):
-    books = [engine(A), engine(Target("down"), accepting=False), engine(B), engine(C)]
-    assert Counter(targets(books, settings, range(30))) == {A: 10, B: 10, C: 10}
+    states = [engine(A), engine(Target("down"), accepting=False), engine(B), engine(C)]
+    assert Counter(targets(states, settings, range(30))) == {A: 10, B: 10, C: 10}
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.policy)
 def test_who_does_not_accept_or_failed_is_passed_over(settings):
-    books = [engine(A, accepting=False), engine(B), engine(C, waiting_prefill_tokens=10**6, waiting=9)]
+    states = [engine(A, accepting=False), engine(B), engine(C, waiting_prefill_tokens=10**6, waiting=9)]
     for turn in range(3):
-        assert choose(Job(1), books, settings, turn=turn, exclude=(B,)).target == C
-        assert choose(Job(1), books, settings, turn=turn, exclude=frozenset({B, C})) == Refuse(
+        assert choose(Job(1), states, settings, turn=turn, exclude=(B,)).target == C
+        assert choose(Job(1), states, settings, turn=turn, exclude=frozenset({B, C})) == Refuse(
             RefuseReason.NO_OTHER_ENGINE
         )
-        assert choose(Job(1), books[:1], settings, turn=turn, exclude={B}) == Refuse(RefuseReason.NO_ENGINE)
+        assert choose(Job(1), states[:1], settings, turn=turn, exclude={B}) == Refuse(RefuseReason.NO_ENGINE)
         assert choose(Job(1), [], settings, turn=turn) == Refuse(RefuseReason.NO_ENGINE)
 
 
@@ -194,15 +194,15 @@ def test_who_does_not_accept_or_failed_is_passed_over(settings):
 )
 def test_a_request_is_held_when_every_engine_is_saturated(policy, ahead, held):
     settings = EngineSettings(policy=policy, saturation_s=1.0)
-    books = [engine(target, waiting_prefill_tokens=tokens) for target, tokens in zip((A, B), ahead, strict=True)]
-    books.append(engine(C, accepting=False))
-    decision = choose(Job(10**6), books, settings)
+    states = [engine(target, waiting_prefill_tokens=tokens) for target, tokens in zip((A, B), ahead, strict=True)]
+    states.append(engine(C, accepting=False))
+    decision = choose(Job(10**6), states, settings)
     assert (decision == Hold(HoldReason.SATURATED)) is held
 
 
 def test_the_wait_counts_whole_steps_and_the_wait_for_kv():
-    pace = TtftModel(token_s=1 / 1024, step_s=1 / 64, kv_s=0.5)
-    assert [pace.wait_s(tokens) for tokens in (0, 1024, 2048)] == [0.5, 1.5, 2.5 + 1 / 64]
+    model = TtftModel(token_s=1 / 1024, step_s=1 / 64, kv_s=0.5)
+    assert [model.wait_s(tokens) for tokens in (0, 1024, 2048)] == [0.5, 1.5, 2.5 + 1 / 64]
 
 
 def test_without_a_bound_nothing_is_held():
@@ -210,19 +210,19 @@ def test_without_a_bound_nothing_is_held():
 
 
 def test_an_explanation_has_the_terms_of_what_was_compared():
-    books = [
+    states = [
         engine(A, waiting_prefill_tokens=1024, running=2, kv_usage=1.0),
         engine(B, accepting=False),
         TargetState(C),
     ]
     job = Job(600, {C: 88})
-    first, second = explain(job, books, PREDICTED, now_s=NOW_S)
+    first, second = explain(job, states, PREDICTED, now_s=NOW_S)
     assert (first.target, first.ahead_tokens, first.uncached_tokens, first.requests) == (A, 1024, 600, 2)
     assert (first.fresh, second.fresh) == (True, False)
     assert (first.kv_s, first.wait_s) == (1.0, 2.0)
     assert first.predicted_s == 1.0 + 1624 / 1024 + 1 / 64
     assert (second.target, second.uncached_tokens, second.predicted_s) == (C, 512, 0.5 + 1 / 64)
-    decision = choose(job, books)
+    decision = choose(job, states)
     assert (decision.target, decision.predicted_s) == (C, second.predicted_s)
 
 
@@ -244,7 +244,7 @@ SIGNALS = st.fixed_dictionaries(
         "kv_usage": st.floats(0, 1),
         "expert_balance": st.floats(1, 8),
         "accepting": st.booleans(),
-        "step_time": st.sampled_from([None, LINE, DEFAULT_STEP_TIME]),
+        "step_time": st.sampled_from([None, STEP_TIME, DEFAULT_STEP_TIME]),
         "observed_s": st.sampled_from([NOW_S, NOW_S - 1, NOW_S - 5]),
     }
 )
@@ -264,10 +264,10 @@ JOBS = st.builds(
 
 
 @given(JOBS, FLEETS, SETTINGS, st.integers(0, 1000), st.sets(st.integers(0, 5).map(lambda at: Target(str(at)))))
-def test_every_decision_keeps_the_rules(job, books, settings, turn, exclude):
-    decision = choose_target(job, books, settings, turn=turn, now_s=NOW_S, exclude=exclude)
-    candidates = {its.target for its in books if its.accepting} - exclude
-    rows = [row for row in explain(job, books, settings, now_s=NOW_S) if row.target in candidates]
+def test_every_decision_keeps_the_rules(job, states, settings, turn, exclude):
+    decision = choose_target(job, states, settings, turn=turn, now_s=NOW_S, exclude=exclude)
+    candidates = {its.target for its in states if its.accepting} - exclude
+    rows = [row for row in explain(job, states, settings, now_s=NOW_S) if row.target in candidates]
     bound_s = settings.saturation_s
     match decision:
         case Refuse():
@@ -285,23 +285,23 @@ def test_every_decision_keeps_the_rules(job, books, settings, turn, exclude):
 
 
 @given(JOBS, FLEETS, st.floats(0, 10), st.integers(0, 1000))
-def test_no_choice_is_worse_than_the_best_by_more_than_the_margin(job, books, stickiness_s, turn):
+def test_no_choice_is_worse_than_the_best_by_more_than_the_margin(job, states, stickiness_s, turn):
     settings = EngineSettings(stickiness_s=stickiness_s)
-    decision = choose_target(job, books, settings, turn=turn, now_s=NOW_S)
+    decision = choose_target(job, states, settings, turn=turn, now_s=NOW_S)
     if isinstance(decision, Send):
-        least_s = min(row.predicted_s for row in explain(job, books, settings, now_s=NOW_S))
+        least_s = min(row.predicted_s for row in explain(job, states, settings, now_s=NOW_S))
         margin_s = stickiness_s if decision.reason is SendReason.SESSION else 0.0
         assert decision.predicted_s <= least_s + margin_s
 
 
 @given(JOBS, FLEETS, st.randoms(use_true_random=False))
-def test_the_order_of_the_engines_decides_only_between_equals(job, books, random):
-    shuffled = random.sample(books, len(books))
-    lined = [its for its in books if its.line is not None]
-    if len({its.line for its in lined}) > 1:
+def test_the_order_of_the_engines_decides_only_between_equals(job, states, random):
+    shuffled = random.sample(states, len(states))
+    modelled = [its for its in states if its.step_time_model is not None]
+    if len({its.step_time_model for its in modelled}) > 1:
         return
     settings = EngineSettings()
-    decisions = [choose_target(job, fleet, settings, turn=0, now_s=NOW_S) for fleet in (books, shuffled)]
+    decisions = [choose_target(job, fleet, settings, turn=0, now_s=NOW_S) for fleet in (states, shuffled)]
     assert len({type(decision) for decision in decisions}) == 1
     if isinstance(decisions[0], Send):
         assert decisions[0].predicted_s == decisions[1].predicted_s

@@ -1,4 +1,4 @@
-"""WeightedRoundRobin by weight: exact over a round, smooth within it, and without a memory of who was away."""
+"""Smooth weighted round robin: exact over a round, smooth within it, without a memory of absent groups."""
 
 from collections import Counter
 
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from moe_scheduling.engine.weighted_round_robin import WeightedRoundRobin
 
 
-def turns(shares: WeightedRoundRobin, present: list[str], count: int) -> list[str]:
-    """Who gets so many requests."""
+def turns(groups: WeightedRoundRobin, present: list[str], count: int) -> list[str]:
+    """The groups that get the next requests."""
     got = []
     for _ in range(count):
-        got.append(shares.order(present)[0])
-        shares.take(present)
+        got.append(groups.order(present)[0])
+        groups.take(present)
     return got
 
 
@@ -36,9 +36,9 @@ WEIGHTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 20)).filter(la
 
 @given(WEIGHTS)
 def test_each_gets_exactly_its_weight_in_a_round(weights):
-    shares, names = WeightedRoundRobin(weights), list(weights)
+    groups, names = WeightedRoundRobin(weights), list(weights)
     for _ in range(3):
-        assert Counter(turns(shares, names, sum(weights.values()))) == Counter(weights)
+        assert Counter(turns(groups, names, sum(weights.values()))) == Counter(weights)
 
 
 @given(WEIGHTS)
@@ -51,20 +51,20 @@ def test_no_prefix_of_the_turns_is_off_by_more_than_the_groups(weights):
 
 
 def test_a_group_without_an_engine_cedes_its_share_and_does_not_save_it_up():
-    shares = WeightedRoundRobin({"stable": 50, "canary": 50})
-    assert set(turns(shares, ["stable"], 101)) == {"stable"}
-    assert Counter(turns(shares, ["stable", "canary"], 100)) == {"stable": 50, "canary": 50}
+    groups = WeightedRoundRobin({"stable": 50, "canary": 50})
+    assert set(turns(groups, ["stable"], 101)) == {"stable"}
+    assert Counter(turns(groups, ["stable", "canary"], 100)) == {"stable": 50, "canary": 50}
 
 
 def test_asking_for_the_order_changes_nothing():
-    shares = WeightedRoundRobin({"a": 1, "b": 1})
-    assert shares.order(["a", "b"]) == shares.order(["a", "b"]) == ["a", "b"]
+    groups = WeightedRoundRobin({"a": 1, "b": 1})
+    assert groups.order(["a", "b"]) == groups.order(["a", "b"]) == ["a", "b"]
 
 
 def test_nobody_present_or_known_gets_nothing():
-    shares = WeightedRoundRobin({"a": 1, "b": 0})
+    groups = WeightedRoundRobin({"a": 1, "b": 0})
     for present in ([], ["b"], ["unknown"]):
-        assert shares.order(present) == []
-        shares.take(present)
-    assert (shares.weight("a"), shares.weight("b"), shares.weight("unknown")) == (1, 0, 0)
-    assert turns(shares, ["a", "b"], 2) == ["a", "a"]
+        assert groups.order(present) == []
+        groups.take(present)
+    assert (groups.weight("a"), groups.weight("b"), groups.weight("unknown")) == (1, 0, 0)
+    assert turns(groups, ["a", "b"], 2) == ["a", "a"]

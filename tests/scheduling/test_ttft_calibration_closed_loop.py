@@ -1,6 +1,6 @@
 """An engine that is slower than it says gets less work, and all requests gain.
 
-Engines prefill in the order of arrival, in virtual time; the choice, the books and the corrections are the product's.
+Engines prefill in the order of arrival, in virtual time; the choice, the states and the calibration are the product's.
 """
 
 import heapq
@@ -15,20 +15,20 @@ from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_calibration import TtftCalibration
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
-LINE = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
+STEP_TIME = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
 TARGETS = [Target(f"engine-{number}") for number in range(4)]
 SETTINGS = EngineSettings()
 NETWORK_S = 0.003
 
 
 class Fleet:
-    """So many requests; engine N takes `ttft_factor[N]` times as long as its line says."""
+    """Serves a number of requests; engine N takes `ttft_factor[N]` times as long as its step-time model says."""
 
     def __init__(self, ttft_factor, *, seed, corrects=True, rate=26.0, requests=2500, stall=0.0):
         self.ttft_factor = dict(zip(TARGETS, ttft_factor, strict=True))
         self.random = random.Random(seed)
         self.target_states = {target: TargetState(target) for target in TARGETS}
-        self.corrections = TtftCalibration() if corrects else None
+        self.calibration = TtftCalibration() if corrects else None
         self.free_s = dict.fromkeys(TARGETS, 0.0)
         self.backlog = dict.fromkeys(TARGETS, 0)
         self.sent, self.ttft_s, self.stall, self.ticked_s = Counter(), [], stall, 0.0
@@ -43,32 +43,32 @@ class Fleet:
             act(now_s, *args)
 
     def _arrive(self, now_s, key, tokens):
-        if self.corrections is not None and now_s - self.ticked_s >= 0.1:
+        if self.calibration is not None and now_s - self.ticked_s >= 0.1:
             self.ticked_s = now_s
-            for target, books in self.target_states.items():
-                books.ttft_factor = self.corrections.factor(target, now_s)
+            for target, state in self.target_states.items():
+                state.ttft_factor = self.calibration.factor(target, now_s)
         target, predicted_s, _ = choose_target(
             Job(tokens), list(self.target_states.values()), SETTINGS, turn=key, now_s=now_s
         )
-        books = self.target_states[target]
-        books.sent(key, tokens, now_s)
+        state = self.target_states[target]
+        state.sent(key, tokens, now_s)
         self.sent[target] += tokens
         self.backlog[target] += tokens
-        own_s = self.ttft_factor[target] * (LINE.base_s + LINE.prefill_s * tokens)
+        own_s = self.ttft_factor[target] * (STEP_TIME.base_s + STEP_TIME.prefill_s * tokens)
         if self.random.random() < self.stall:
             own_s += 2.0
         self.free_s[target] = done_s = max(self.free_s[target], now_s + NETWORK_S) + own_s
-        self._at(done_s + NETWORK_S, self._answer, target, key, tokens, now_s, predicted_s / books.ttft_factor)
+        self._at(done_s + NETWORK_S, self._answer, target, key, tokens, now_s, predicted_s / state.ttft_factor)
 
     def _answer(self, now_s, target, key, tokens, sent_s, predicted_s):
         self.backlog[target] -= tokens
         self.ttft_s.append(now_s - sent_s)
-        books = self.target_states[target]
-        books.first_token(key, now_s)
-        books.settled(key, now_s)
-        books.observe(EngineSignal(waiting_prefill_tokens=self.backlog[target], step_time=LINE), now_s)
-        if self.corrections is not None:
-            self.corrections.observe(target, predicted_s, now_s - sent_s, now_s)
+        state = self.target_states[target]
+        state.first_token(key, now_s)
+        state.settled(key, now_s)
+        state.observe(EngineSignal(waiting_prefill_tokens=self.backlog[target], step_time=STEP_TIME), now_s)
+        if self.calibration is not None:
+            self.calibration.observe(target, predicted_s, now_s - sent_s, now_s)
 
     def part(self, number):
         return self.sent[TARGETS[number]] / sum(self.sent.values())
@@ -82,7 +82,7 @@ def test_an_engine_that_is_secretly_twice_as_slow_gets_less_work_and_requests_wa
     for blind, corrected in pairs:
         assert corrected.part(0) < 0.9 * blind.part(0)
         assert mean(corrected.ttft_s) < mean(blind.ttft_s)
-        assert corrected.corrections.factor(TARGETS[0], corrected.ticked_s) == pytest.approx(2.0, rel=0.3)
+        assert corrected.calibration.factor(TARGETS[0], corrected.ticked_s) == pytest.approx(2.0, rel=0.3)
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.01], ids=["steady", "with stalls"])

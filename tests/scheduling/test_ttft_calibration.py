@@ -1,4 +1,4 @@
-"""The correction of predictions by what is measured."""
+"""TTFT calibration: the factor of each target from predicted and measured times."""
 
 import math
 
@@ -16,11 +16,11 @@ ABSURD = [math.nan, math.inf, -math.inf, -1.0, 10**400]
 
 def taught(ratios, *, predicted_s=0.5, each_s=0.01, rounds=400):
     """TtftCalibration that saw so many answers of each target, which took so many times as long as predicted."""
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for number in range(rounds):
         for target, ratio in ratios.items():
-            corrections.observe(target, predicted_s, ratio * predicted_s, each_s * number)
-    return corrections, each_s * rounds
+            calibration.observe(target, predicted_s, ratio * predicted_s, each_s * number)
+    return calibration, each_s * rounds
 
 
 def test_before_anything_was_seen_predictions_stand():
@@ -29,65 +29,65 @@ def test_before_anything_was_seen_predictions_stand():
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 2.0, 5.0])
 def test_the_ratio_of_a_target_is_found(ratio):
-    corrections, now_s = taught({A: ratio})
-    assert corrections.factor(A, now_s) == pytest.approx(ratio, rel=0.05)
+    calibration, now_s = taught({A: ratio})
+    assert calibration.factor(A, now_s) == pytest.approx(ratio, rel=0.05)
 
 
 def test_each_target_has_its_own():
-    corrections, now_s = taught({A: 1.0, B: 2.0})
-    assert corrections.factor(A, now_s) == pytest.approx(1.0, rel=0.05)
-    assert corrections.factor(B, now_s) == pytest.approx(2.0, rel=0.05)
+    calibration, now_s = taught({A: 1.0, B: 2.0})
+    assert calibration.factor(A, now_s) == pytest.approx(1.0, rel=0.05)
+    assert calibration.factor(B, now_s) == pytest.approx(2.0, rel=0.05)
 
 
 def test_a_target_that_is_new_is_like_the_fleet():
-    corrections, now_s = taught({A: 3.0, B: 3.0})
-    assert corrections.factor(C, now_s) == pytest.approx(3.0, rel=0.05)
+    calibration, now_s = taught({A: 3.0, B: 3.0})
+    assert calibration.factor(C, now_s) == pytest.approx(3.0, rel=0.05)
 
 
 def test_idle_all_go_back_to_neutral():
-    corrections, now_s = taught({A: 4.0, B: 1.0})
+    calibration, now_s = taught({A: 4.0, B: 1.0})
     ages_s = [number * MEMORY_S for number in range(12)]
-    factors = [corrections.factor(A, now_s + age_s) for age_s in ages_s]
+    factors = [calibration.factor(A, now_s + age_s) for age_s in ages_s]
     assert factors == sorted(factors, reverse=True)
     assert factors[-1] == pytest.approx(1.0, abs=0.01)
 
 
 def test_long_predictions_count_for_more_than_short_ones():
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for number in range(1000):
-        corrections.observe(A, 0.2, 0.2, 0.01 * number)
+        calibration.observe(A, 0.2, 0.2, 0.01 * number)
         # What each request costs alike, such as a network's way, doubles a short time only.
-        corrections.observe(A, 0.01, 0.02, 0.01 * number)
-    assert 1.0 < corrections.factor(A, 10.0) < 1.06
+        calibration.observe(A, 0.01, 0.02, 0.01 * number)
+    assert 1.0 < calibration.factor(A, 10.0) < 1.06
 
 
 @pytest.mark.parametrize("measured_s", [0.0, 1e-300, 1e8])
 def test_one_outlier_moves_a_factor_by_little(measured_s):
-    corrections, now_s = taught({A: 1.0})
-    before = corrections.factor(A, now_s)
-    corrections.observe(A, 10.0, measured_s, now_s)
-    assert corrections.factor(A, now_s) == pytest.approx(before, rel=0.02)
+    calibration, now_s = taught({A: 1.0})
+    before = calibration.factor(A, now_s)
+    calibration.observe(A, 10.0, measured_s, now_s)
+    assert calibration.factor(A, now_s) == pytest.approx(before, rel=0.02)
 
 
 def test_a_tenth_of_outliers_moves_a_factor_by_a_tenth():
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for number in range(2000):
-        corrections.observe(A, 0.2, 60.0 if number % 10 == 0 else 0.2, 0.01 * number)
-    assert 1.0 < corrections.factor(A, 20.0) < 1.0 + 0.1 * OUTLIER
+        calibration.observe(A, 0.2, 60.0 if number % 10 == 0 else 0.2, 0.01 * number)
+    assert 1.0 < calibration.factor(A, 20.0) < 1.0 + 0.1 * OUTLIER
 
 
 def test_a_first_observation_moves_a_factor_by_a_quarter_at_most():
     for measured_s in (0.0, 1e8):
-        corrections = TtftCalibration()
-        corrections.observe(A, 100.0, measured_s, 0.0)
-        assert 0.75 < corrections.factor(A, 0.0) < 1.4
+        calibration = TtftCalibration()
+        calibration.observe(A, 100.0, measured_s, 0.0)
+        assert 0.75 < calibration.factor(A, 0.0) < 1.4
 
 
 def test_one_that_is_forgotten_is_like_the_fleet_again():
-    corrections, now_s = taught({A: 1.0, B: 2.0, C: 1.0})
-    corrections.forget(B)
-    corrections.forget(Target("stranger"))
-    assert corrections.factor(B, now_s) == pytest.approx(4 / 3, rel=0.1)
+    calibration, now_s = taught({A: 1.0, B: 2.0, C: 1.0})
+    calibration.forget(B)
+    calibration.forget(Target("stranger"))
+    assert calibration.factor(B, now_s) == pytest.approx(4 / 3, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_one_that_is_forgotten_is_like_the_fleet_again():
     [*((value, 1.0) for value in ABSURD), *((1.0, value) for value in ABSURD), (0.0, 1.0), (0.0, 0.0)],
 )
 def test_what_is_no_time_changes_nothing(predicted_s, measured_s):
-    corrections, now_s = taught({A: 2.0})
-    before = corrections.factor(A, now_s)
-    corrections.observe(A, predicted_s, measured_s, now_s)
-    assert corrections.factor(A, now_s) == before
+    calibration, now_s = taught({A: 2.0})
+    before = calibration.factor(A, now_s)
+    calibration.observe(A, predicted_s, measured_s, now_s)
+    assert calibration.factor(A, now_s) == before
 
 
 ANY = st.floats() | st.integers() | st.sampled_from(ABSURD)
@@ -107,10 +107,10 @@ OBSERVATIONS = st.lists(st.tuples(st.sampled_from([A, B]), ANY, ANY, st.floats(a
 
 @given(OBSERVATIONS, st.floats(allow_nan=False), st.sampled_from([A, B, C]))
 def test_every_factor_is_within_the_bounds_whatever_was_seen(observations, now_s, target):
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for seen, predicted_s, measured_s, at_s in observations:
-        corrections.observe(seen, predicted_s, measured_s, at_s)
-    assert LEAST <= corrections.factor(target, now_s) <= MOST
+        calibration.observe(seen, predicted_s, measured_s, at_s)
+    assert LEAST <= calibration.factor(target, now_s) <= MOST
 
 
 TIMES = st.floats(1e-6, 1e6)
@@ -119,52 +119,52 @@ SANE = st.lists(st.tuples(st.sampled_from([A, B]), TIMES, TIMES, st.floats(0, 10
 
 @given(SANE, TIMES, st.floats(0, 1e8))
 def test_no_observation_moves_a_factor_past_twice_or_half_of_what_was_believed(observations, predicted_s, measured_s):
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for observation in observations:
-        corrections.observe(*observation)
-    before = corrections.factor(A, 1000.0)
-    corrections.observe(A, predicted_s, measured_s, 1000.0)
-    after = corrections.factor(A, 1000.0)
+        calibration.observe(*observation)
+    before = calibration.factor(A, 1000.0)
+    calibration.observe(A, predicted_s, measured_s, 1000.0)
+    after = calibration.factor(A, 1000.0)
     assert before / OUTLIER * 0.999 <= after <= before * OUTLIER * 1.001
 
 
 @given(SANE)
 def test_all_is_forgotten_in_the_end(observations):
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for observation in observations:
-        corrections.observe(*observation)
-    assert corrections.factor(A, 1000.0 + 30 * MEMORY_S) == pytest.approx(1.0, abs=1e-6)
+        calibration.observe(*observation)
+    assert calibration.factor(A, 1000.0 + 30 * MEMORY_S) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_prior_is_worth_what_it_says():
-    corrections = TtftCalibration()
+    calibration = TtftCalibration()
     for _ in range(4):
-        corrections.observe(A, PRIOR_S / 4, 1.2 * PRIOR_S / 4, 0.0)
+        calibration.observe(A, PRIOR_S / 4, 1.2 * PRIOR_S / 4, 0.0)
     # Half from the target, a quarter through the fleet, which has seen the same.
-    assert corrections.factor(A, 0.0) == pytest.approx(1.15)
+    assert calibration.factor(A, 0.0) == pytest.approx(1.15)
 
 
-LINE = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=0.0)
+STEP_TIME = StepTime(base_s=1 / 64, prefill_s=1 / 1024, decode_s=0.0)
 
 
-def test_the_books_multiply_what_they_predict():
-    books = TargetState(A)
-    books.sent("r", 1024, 0.0)
-    books.ttft_factor = 2.0
-    assert books.first_token_s(1024, LINE, 0.0, 2.0) == 2 * (2 + 1 / 64)
-    books.observe(EngineSignal(waiting_prefill_tokens=1024, step_time=LINE), 1.0)
-    assert books.first_token_s(1024, LINE, 1.0, 2.0) == 2 * (2 + 1 / 64)
+def test_the_factor_multiplies_every_prediction():
+    state = TargetState(A)
+    state.sent("r", 1024, 0.0)
+    state.ttft_factor = 2.0
+    assert state.first_token_s(1024, STEP_TIME, 0.0, 2.0) == 2 * (2 + 1 / 64)
+    state.observe(EngineSignal(waiting_prefill_tokens=1024, step_time=STEP_TIME), 1.0)
+    assert state.first_token_s(1024, STEP_TIME, 1.0, 2.0) == 2 * (2 + 1 / 64)
     for _ in range(2):
-        books.ttft_factor = 3.0
-        assert books.ttft_factor == 3.0
-    assert books.first_token_s(1024, LINE, 1.0, 2.0) == 3 * (2 + 1 / 64)
-    assert books.pace(LINE, 1.0, 2.0).wait_s(1024) == 3.0
+        state.ttft_factor = 3.0
+        assert state.ttft_factor == 3.0
+    assert state.first_token_s(1024, STEP_TIME, 1.0, 2.0) == 3 * (2 + 1 / 64)
+    assert state.ttft_model(STEP_TIME, 1.0, 2.0).wait_s(1024) == 3.0
 
 
 def test_of_two_that_say_the_same_the_one_that_was_slower_is_passed_over():
     slow, fair = TargetState(A), TargetState(B)
-    for books in (slow, fair):
-        books.observe(EngineSignal(step_time=LINE), 0.0)
+    for state in (slow, fair):
+        state.observe(EngineSignal(step_time=STEP_TIME), 0.0)
     slow.ttft_factor = 2.0
     for turn in range(4):
         assert choose_target(Job(100), [slow, fair], EngineSettings(), turn=turn, now_s=0.0).target == B

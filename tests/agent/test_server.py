@@ -255,7 +255,7 @@ async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
     server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None, agent.bell)
-    assert server.snapshot()["name"] == socket.gethostname()
+    assert server.snapshot().name == socket.gethostname()
 
 
 async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):

@@ -1,4 +1,4 @@
-"""Before engines are let go: tells Kubernetes which ones, by the work that they have left."""
+"""Pod deletion costs by the work left in each engine, written before the engines are scaled down."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def _work(pod: Document, state: Document | None) -> EngineWork:
     draining = "deletionTimestamp" in pod["metadata"] or (state or {}).get("phase") in ("draining", "stopped")
     return EngineWork(
         name=pod["metadata"]["name"],
-        # An engine of which nothing is heard may well be busy: it counts as working, not as not ready.
+        # An engine without a state may be busy: it counts as ready.
         ready=state is None or state.get("phase") == "ready",
         draining=draining,
         ranks=read_ranks(state or {}),

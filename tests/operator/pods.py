@@ -32,7 +32,7 @@ def pod(
 
 
 def agent(phase: str = "ready", **values: Any) -> Document:
-    """What an agent says."""
+    """A state document of an agent."""
     rank = {
         "rank": 0, "age_s": 0.0, "step": 1, "running": 3, "waiting": 1, "waiting_prefill_tokens": 9,
         "running_prefill_tokens": 4, "decode_tokens": 2, "kv_usage": 0.5, "preemptions": 0, "computed_tokens": 1000,
@@ -43,7 +43,7 @@ def agent(phase: str = "ready", **values: Any) -> Document:
 
 
 def gateway(**values: Any) -> Document:
-    """What a gateway says."""
+    """A state document of a gateway."""
     state = {
         "held": 0, "held_since_s": None, "in_flight": 2, "wait_s": 0.25, "ttft_s": 0.5, "arrivals_per_s": 2.0,
         "config": {},

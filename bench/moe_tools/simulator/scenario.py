@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from moe_contract.documents import invalid_input
 from moe_contract.input_errors import InputError, InvalidInput, render_choices, unknown_choice
 from moe_operator.api import engine_settings, load_document, request_settings
-from moe_operator.api.resource import EngineScheduling, RequestScheduling
+from moe_operator.api.scheduling import EngineScheduling, RequestScheduling
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import DurationBetween, duration_s
 from pydantic import Field, ValidationError

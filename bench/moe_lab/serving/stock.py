@@ -16,7 +16,7 @@ from moe_contract.agent_config import AgentConfig
 from moe_contract.engine_process import RUN_DIR_VARIABLE, engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api import MoEServing
-from moe_operator.api.resource import Runtime
+from moe_operator.api.engine import Runtime
 from moe_operator.api.units import duration_s
 
 from moe_lab.gateway.processes import vllm_router_command

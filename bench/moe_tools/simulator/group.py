@@ -35,13 +35,13 @@ class GroupStep(NamedTuple):
 
 
 class Group:
-    """See the module.
+    """The ranks of one server in lockstep: schedules their parts of a step and ends it for all.
 
     Args:
         name: of the server.
         ranks: its ranks.
         cost: of its steps.
-        prefill_interval: in every so manieth step prefills may begin.
+        prefill_interval: prefills may begin in every n-th step.
         ahead: parts of a rank on their way at once: 2 is vLLM's asynchronous scheduling, its default; 1 is without.
         exposed_s: seconds from the scheduling of a step to its begin, where no other step runs as long.
     """
@@ -75,12 +75,12 @@ class Group:
 
     @property
     def is_running(self) -> bool:
-        """Whether a step is on its way."""
+        """Whether a step runs."""
         return bool(self._on_way)
 
     @property
     def requests(self) -> list[SimRequest]:
-        """Those that have not ended."""
+        """Requests that have not finished."""
         return [request for rank in self.ranks for request in rank.requests]
 
     def fill(self, now_s: float) -> float:
@@ -133,7 +133,7 @@ class Group:
             duration_s = self._cost.group_step_s(works) + max(0.0, self._exposed_s - left_s)
             self.steps_made += 1
         elif self._on_way or not any(rank.has_unfinished for rank in self.ranks):
-            # Only takes note of what ended, or of what is on its way already.
+            # Only updates the scheduler: requests have ended, or all tokens are on their way.
             duration_s = 0.0
         else:
             duration_s = NOTHING_TO_RUN_S if len(self.ranks) == 1 else self._cost.group_step_s(works)
@@ -149,7 +149,7 @@ class Group:
         return self._on_way[0].duration_s
 
     def finish(self, now_s: float) -> Progress:
-        """The step that runs is over."""
+        """Ends the running step; returns its progress."""
         step = self._on_way.popleft()
         self.busy_s += step.duration_s
         if self._on_way:

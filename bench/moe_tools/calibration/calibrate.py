@@ -49,7 +49,7 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """The engine to calibrate: a model's folder, the longest prompt with its answer, and more of vLLM's own arguments."""
+    """The engine to calibrate: the model's folder, the longest prompt with its answer, and more of vLLM's arguments."""
 
     model: Path
     max_model_len: int

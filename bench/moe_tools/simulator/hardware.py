@@ -180,7 +180,7 @@ class RooflineCost:
         return max(compute_s, read_s)
 
     def _exchange_s(self, tokens: int, ranks: int) -> float:
-        """Each token goes to the other places that hold one of its experts, in one byte a value, and comes back in two."""
+        """Each token goes to the other places that hold its experts, in one byte a value, and comes back in two."""
         if ranks == 1:
             return 0.0
         model, efficiency = self.model, self.efficiency

@@ -116,7 +116,7 @@ def _answer(request: SimRequest) -> Answered:
     return Answered(
         index=request.index,
         due_s=request.arrival_s,
-        late_s=0.0,
+        lateness_s=0.0,
         prompt_tokens=request.prompt_tokens,
         output_tokens=request.output_tokens,
         ttft_s=request.first_token_s - request.arrival_s,

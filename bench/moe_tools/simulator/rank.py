@@ -131,8 +131,8 @@ class Rank:
         """Whether the rank schedules its part of a step no sooner than another has to, and with the first that does."""
         return bool(getattr(self.scheduler, "keeps_step", False))
 
-    def late_s(self, now_s: float) -> float:
-        """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
+    def defer_s(self, now_s: float) -> float:
+        """Seconds by which the scheduling of the next step is still deferred; 0 for vLLM's own scheduler."""
         self.now_s = now_s
         return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
 

@@ -1,5 +1,7 @@
 """`python -m moe_lab.experiments` as a user calls it."""
 
+from pathlib import Path
+
 import pytest
 from moe_lab.experiments import __main__ as laboratory
 from typer.testing import CliRunner

@@ -15,7 +15,7 @@ from moe_scheduling.engine.prefix_index import PrefixIndex, block_keys
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue
-from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepModel, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 from moe_lab.rows import Row
@@ -91,14 +91,13 @@ def _tenant_rows() -> Iterator[Row]:
 
 
 def _plan_rows() -> Iterator[Row]:
-    pace, settings = StepModel(0.00004, 0.006, 0.02), RequestSettings()
-    bent = pace._replace(curve=StepTimeCurve(0.00002, 0.01, (RooflineKnee(1536, 0.00001),)))
+    curve = StepTimeCurve(0.00002, 0.01, (RooflineKnee(1536, 0.00001),))
     for count in (2, 8):
-        ranks = [RankLoad(number * 500 % 2048, number * 0.01, 0.05, 50, 4) for number in range(count)]
-        for title, known in (("", pace), (", cut at a bend", bent)):
-            values = _call_us(partial(plan_prefill_tokens, ranks, known, settings))
+        ranks = [RankLoad(number * 500 % 2048, 50, 4) for number in range(count)]
+        for title, known in (("", None), (", cut at a knee", curve)):
+            values = _call_us(partial(plan_prefill_tokens, ranks, known))
             yield _row("prefill", f"plan, {count} ranks{title}", values, "" if title else "< 10 us")
-    queue: WaitingQueue[int] = WaitingQueue(settings)
+    queue: WaitingQueue[int] = WaitingQueue(RequestSettings())
     for item in range(WAITING):
         queue.push(item, size_tokens=item * 7919 % 5000, arrival_s=item / 100)
     yield _row("prefill", f"first 4 of {WAITING} that wait", _call_us(lambda: list(islice(queue.in_order(), 4))))

@@ -1,14 +1,15 @@
 """The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import orjson
 from aiohttp import web
-from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_document
+from moe_contract.gateway_config import GatewaySettings, parse_gateway_settings
+from moe_contract.input_errors import InputError, InvalidInput, error_document
 
-from moe_gateway.configuration import InForce, parse_change, parse_document
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
 from moe_gateway.state import build_state
@@ -21,7 +22,7 @@ class Administered(Protocol):
     """What the routes read and change."""
 
     dispatcher: Dispatcher
-    in_force: InForce
+    in_force: GatewaySettings
     clock: Callable[[], float]
 
     @property
@@ -30,7 +31,7 @@ class Administered(Protocol):
     @property
     def not_ready(self) -> str: ...
 
-    def apply(self, change: InForce) -> None: ...
+    def apply(self, change: GatewaySettings) -> None: ...
 
 
 class Admin:
@@ -70,16 +71,16 @@ class Admin:
 
     async def _put_config(self, request: web.Request) -> web.Response:
         try:
-            change = parse_change(parse_document(await request.read()), self._gateway.in_force)
+            change = parse_gateway_settings(parse_document(await request.read()), self._gateway.in_force)
         except InvalidInput as error:
-            return _problems(422, error.problems)
+            return _refuse(422, error.errors)
         self._gateway.apply(change)
         return web.Response(body=orjson.dumps(change.document()), content_type=JSON)
 
     def _authorised(self, handler: "Handler") -> "Handler":
         async def checked(request: web.Request) -> web.StreamResponse:
             if not self._tokens.allow(request.headers.get("Authorization", "")):
-                return _problems(401, [InputError("Authorization", "the deployment's control token is needed")])
+                return _refuse(401, [InputError("Authorization", "the deployment's control token is needed")])
             return await handler(request)
 
         return checked
@@ -88,6 +89,5 @@ class Admin:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _problems(status: int, problems: "list[InputError] | tuple[InputError, ...]") -> web.Response:
-    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
-    return web.Response(status=status, body=orjson.dumps({"errors": rows}), content_type=JSON)
+def _refuse(status: int, errors: Iterable[InputError]) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(error_document(errors)), content_type=JSON)

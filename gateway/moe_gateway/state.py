@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
+from moe_contract.gateway_config import GatewaySettings
 from moe_scheduling.signals import Target
 
-from moe_gateway.configuration import InForce
 from moe_gateway.engines.dispatcher import Dispatcher
 
 
-def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:
+def build_state(dispatcher: Dispatcher, in_force: GatewaySettings, *, draining: bool, now_s: float) -> dict[str, Any]:
     """The document of `GET /v1/state`."""
     stats = dispatcher.stats
     recent = stats.recent

@@ -14,10 +14,10 @@ from ipaddress import ip_address
 
 from aiohttp import web
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.notifier import Announcements, Bell, Ticks
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages

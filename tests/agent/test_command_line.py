@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from moe_agent.app import check_library
 from moe_agent.cli import app
-from moe_agent.parsing import load_config
 from moe_agent.supervisor.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
 from moe_agent.supervisor.node import Node
-from moe_contract.agent_config import AgentConfig
+from moe_contract.agent_config import AgentConfig, load_agent_config
 from moe_contract.input_errors import InvalidInput
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from typer.testing import CliRunner, Result
@@ -76,14 +75,14 @@ def test_the_settings_file_is_laid_over_the_request_when_it_exists(tmp_path):
     path, settings = tmp_path / "agent.json", tmp_path / "request.json"
     request = {"policy": "fcfs", "ageing_rate": 7}
     path.write_text(json.dumps(document(tmp_path, request=request, settings_file=str(settings))))
-    assert load_config(path).request.policy == "fcfs"
+    assert load_agent_config(path).request.policy == "fcfs"
     settings.write_text(json.dumps({"request": {"policy": "priority"}}))
-    found = load_config(path).request
+    found = load_agent_config(path).request
     assert (found.policy, found.ageing_rate) == ("priority", 7.0)
     settings.write_text("{}")
-    assert load_config(path).request.policy == "fcfs"
+    assert load_agent_config(path).request.policy == "fcfs"
     settings.write_text(json.dumps({"expert": {"mode": "active"}}))
-    found = load_config(path)
+    found = load_agent_config(path)
     assert (found.request.policy, found.expert.mode, found.expert.interval_steps) == ("fcfs", "active", 3000)
 
 

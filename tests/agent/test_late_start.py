@@ -160,7 +160,7 @@ def test_under_vllms_own_orders_it_does_what_vllm_does(engine, settings, policy)
 
 
 def test_switched_off_it_does_what_vllm_does(engine, settings):
-    settings.put(policy="sjf", schedule_late=False)
+    settings.put(policy="sjf", defer_scheduling=False)
     start_late(LateCore)
     core = LateCore(engine.scheduler)
     engine.add("first", 40, out=8)

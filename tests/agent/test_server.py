@@ -17,13 +17,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api import broadcaster as feed
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.notifier import Bell
 from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages
 from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.signals import EngineSignal, StepTime
 
 FAKE = Path(__file__).with_name("fake_engine.py")

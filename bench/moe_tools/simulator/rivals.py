@@ -1,9 +1,8 @@
-"""The rivals' choice of an engine, each as its makers publish it.
+"""The rivals' choice of an engine, each as its authors publish it.
 
-Each rival says where its rule comes from, and how fresh what it knows is in its own system. All of them meet the same
-requests, engines and network as the product's gateway. Where the product offers the rule as a policy
-(`moe_scheduling.engine.rivals`), its function is called, with what the rival knows; the product uses none of the
-others.
+Each rival names the source of its rule, and how old its information is in its own system. All of them meet the same
+requests, engines and network as the product's gateway. The product contains none of these rules. Three of them are pure
+functions over `TargetState` (`rival_rules.py`); each rival keeps the state with what it would know in its own system.
 """
 
 import math
@@ -15,10 +14,10 @@ from hashlib import blake2b
 from typing import Protocol
 
 from moe_scheduling.engine.prefix_index import PrefixIndex, block_keys
-from moe_scheduling.engine.rivals import pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, Target
 
+from moe_tools.simulator.rival_rules import pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_tools.simulator.router import Balancer, Router, Wire
 from moe_tools.simulator.signals import SignalPlan, SignalSource
 from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, prompt_bytes

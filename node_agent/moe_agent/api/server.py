@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
@@ -10,8 +10,10 @@ from typing import Any
 
 import orjson
 from aiohttp import web
-from moe_contract.agent_config import AgentConfig
-from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.agent_config import AgentConfig, AgentSettings, parse_agent_settings
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_document
+from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -19,10 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from moe_agent.api.broadcaster import StateBroadcaster
 from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_snapshot
-from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.document import Document, PublishedExperts, shape_of
-from moe_agent.parsing import parse_change, parse_document
 from moe_agent.shared_memory.notifier import Announcements
 from moe_agent.shared_memory.telemetry import ControlPage, NotTaken, RankPages
 from moe_agent.supervisor.supervisor import Supervisor
@@ -88,7 +88,7 @@ class AgentServer:
         try:
             watch = _read_flag(request, "watch")
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
             return web.Response(body=self._line(), content_type="application/json")
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
@@ -121,9 +121,9 @@ class AgentServer:
         try:
             document = parse_document(await request.read())
             current = self._control.control
-            settings = parse_change(document, current.request, current.expert)
+            settings = parse_agent_settings(document, AgentSettings(request=current.request, expert=current.expert))
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         taken = await self._control.apply(settings.request, settings.expert, TAKE_TIMEOUT_S)
         if isinstance(taken, NotTaken):
             ranks = ", ".join(map(str, taken.ranks))
@@ -139,7 +139,7 @@ class AgentServer:
         try:
             short = _read_flag(request, "brief")
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if (document := self._read_experts(short=short)) is None:
             return self._no_experts()
         return web.json_response(document)
@@ -155,7 +155,7 @@ class AgentServer:
             asked = parse_document(await request.read())
             directive = parse_directive(asked, control.directive + 1, shape_of(document))
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         write_directive(self._run_dir, directive)
         self._control.announce_directive(directive.version)
         return web.json_response({"version": directive.version}, status=HTTPStatus.ACCEPTED)
@@ -188,6 +188,5 @@ def _read_flag(request: web.Request, name: str) -> bool:
     return value == "1"
 
 
-def _errors(status: HTTPStatus, problems: Any) -> web.Response:
-    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
-    return web.json_response({"errors": rows}, status=status)
+def _errors(status: HTTPStatus, errors: Iterable[InputError]) -> web.Response:
+    return web.json_response(error_document(errors), status=status)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_scheduling.request.order import RequestPolicy, RequestSettings, Waiting
-from moe_scheduling.request.prefill_budget import HeldPrefill, RankLoad, StepModel, plan_prefill_tokens
+from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve, plan_prefill_tokens
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.shared_memory.records import PrefillState, StepPart
@@ -34,7 +34,6 @@ class PrefillPlan:
         self._scheduler = scheduler
         self._kv_groups = max(1, len(scheduler.kv_cache_config.kv_cache_groups))
         self._block_tokens: int = scheduler.block_size
-        self._held = HeldPrefill()
         self._decided_s = -math.inf
         self._before = RankLoad()
         self._left = _UNBOUNDED
@@ -52,12 +51,7 @@ class PrefillPlan:
         """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
         if settings.policy is not RequestPolicy.SJF:
             settings = replace(
-                settings,
-                prefill_hold_s=0.0,
-                yield_prefills=False,
-                cut_prefills=False,
-                schedule_late=False,
-                kv_growth_blocks=0,
+                settings, yield_prefills=False, cut_prefills=False, defer_scheduling=False, kv_growth_blocks=0
             )
         self._settings = settings
 
@@ -66,7 +60,7 @@ class PrefillPlan:
         """Those in force."""
         return self._settings
 
-    def begin(self, pace: StepModel | None, now_s: float) -> None:
+    def begin(self, curve: StepTimeCurve | None, now_s: float) -> None:
         """Plans the step that vLLM schedules now."""
         scheduler = self._scheduler
         self._left, self._allowed = _UNBOUNDED, {}
@@ -75,16 +69,16 @@ class PrefillPlan:
             return
         ready = self._ready()
         if self.group is not None:
-            self._plan_group(self.group, ready, pace, now_s)
-        elif self._settings.cut_prefills and pace is not None and pace.curve is not None and pace.curve.bends:
-            self._bound([self._load(ready, now_s)], pace)
+            self._plan_group(self.group, ready, curve, now_s)
+        elif self._settings.cut_prefills and curve is not None and curve.knees:
+            self._bound([self._load(ready)], curve)
         if self._settings.yield_prefills and partial and scheduler.waiting:
             self._let_others_first(ready)
 
     def _plan_group(
-        self, group: PrefillGroup, ready: list[Waiting[Request]], pace: StepModel | None, now_s: float
+        self, group: PrefillGroup, ready: list[Waiting[Request]], curve: StepTimeCurve | None, now_s: float
     ) -> None:
-        self._before = self._load(ready, now_s)
+        self._before = self._load(ready)
         states = group.others(now_s)
         others = [load_in_this_step(state, self._decided_s, now_s) for state in states]
         before_s, last_s = self._parts[1].planned_s, self._decided_s
@@ -95,14 +89,14 @@ class PrefillPlan:
             if (before_s + last_s) / 2 < part.planned_s <= (last_s + now_s) / 2
         )
         self._decided_s = now_s
-        level = self._bound([self._before, *others], pace)
+        level = self._bound([self._before, *others], curve)
         self.others = sum_parts(StepPart(now_s, min(level, load.prefill_tokens), load.decoding) for load in others)
 
-    def _bound(self, loads: list[RankLoad], pace: StepModel | None) -> int:
+    def _bound(self, loads: list[RankLoad], curve: StepTimeCurve | None) -> int:
         """The own load comes first."""
-        level = plan_prefill_tokens(loads, pace, self._settings)
-        # The level is made of estimates: where nothing is to be held it must not hold either.
-        if loads[0].decoding and (self._settings.prefill_hold_s or self._settings.cut_prefills):
+        level = plan_prefill_tokens(loads, curve if self._settings.cut_prefills else None)
+        # The level is made of estimates: where nothing is to be cut it must not cut either.
+        if loads[0].decoding and self._settings.cut_prefills:
             self._left = level
         return level
 
@@ -122,14 +116,12 @@ class PrefillPlan:
             return
         self._turn, self._next_s = turn, next_s
         self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
-        if computed_tokens:
-            self._held.serve(computed_tokens / max(computed_tokens, self._before.prefill_tokens), now_s)
         self.tell(now_s)
 
     def tell(self, now_s: float) -> None:
         """Shows the other ranks what is there now."""
         if self.group is not None:
-            after = self._load(self._ready(), now_s)
+            after = self._load(self._ready())
             self._told = PrefillState(
                 now_s, self._decided_s, self._before, after, self._parts, self._turn, self._next_s
             )
@@ -137,7 +129,7 @@ class PrefillPlan:
 
     def expect(self, next_s: float, now_s: float) -> None:
         """More is known of when the next step will be scheduled."""
-        if self.group is not None and self._told is not None and self._settings.schedule_late:
+        if self.group is not None and self._told is not None and self._settings.defer_scheduling:
             self._next_s = next_s
             self._told = self._told._replace(written_s=now_s, next_s=next_s)
             self.group.tell(self._told)
@@ -154,7 +146,7 @@ class PrefillPlan:
             return 0.0
         return max((state.next_s for state in self.group.others(now_s) if state.turn == turn - 1), default=0.0)
 
-    def _load(self, ready: list[Waiting[Request]], now_s: float) -> RankLoad:
+    def _load(self, ready: list[Waiting[Request]]) -> RankLoad:
         scheduler = self._scheduler
         begun = [request for request in scheduler._inflight_prefills if request.status is RequestStatus.RUNNING]
         tokens = sum(request.num_tokens - request.num_computed_tokens for request in begun)
@@ -165,11 +157,8 @@ class PrefillPlan:
             if request.status is not RequestStatus.WAITING_FOR_STREAMING_REQ
         ]
         tokens += sum(request.num_tokens - request.num_computed_tokens for request in holding)
-        self._held.observe(len(begun) + len(ready) + len(holding), now_s)
         return RankLoad(
             min(tokens, scheduler.max_num_scheduled_tokens),
-            self._held.held_s,
-            self._held.oldest_s,
             len(scheduler.running) - len(begun),
             len(begun) + len(scheduler.waiting),
         )

@@ -367,36 +367,6 @@ class RequestScheduling(Section):
         default=render_duration(_REQUEST.priority_step_s),
         description="Head start that one level of a request's priority is worth under `sjf` (lower is more urgent).",
     )
-    prefill_hold: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_REQUEST.prefill_hold_s),
-        description="Under `sjf` and where data-parallel ranks step together, prefills are held up to this long so "
-        "that those of all ranks fall into the same steps. 0s: each rank prefills when it can.",
-    )
-    first_token_weight: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
-        default=_REQUEST.first_token_weight,
-        description="Seconds between tokens that one second before the first token is worth, when it is weighed how "
-        "long to hold prefills. Greater holds them for a shorter time.",
-    )
-    yield_prefills: Flag = Field(
-        default=_REQUEST.yield_prefills,
-        description="Under `sjf`, a prompt that is computed in chunks lets waiting requests go first that come before "
-        "what is left of it.",
-    )
-    cut_prefills: Flag = Field(
-        default=_REQUEST.cut_prefills,
-        description="Under `sjf`, a step takes less of the prompts than it has room for where their tokens would take "
-        "longer in one step than in two, by the step times that are measured.",
-    )
-    schedule_late: Flag = Field(
-        default=_REQUEST.schedule_late,
-        description="Under `sjf` and where vLLM schedules asynchronously, as on GPUs, the next step is scheduled just "
-        "before the end of the one that runs, so that requests that come meanwhile are in it.",
-    )
-    kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
-        default=_REQUEST.kv_growth_blocks,
-        description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "
-        "so that answers can grow without a preemption. 0: none, as vLLM does.",
-    )
     fairness_horizon: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.fairness_horizon_s),
         description="Under `sjf`, requests of a tenant that was served more than another that waits come later by up "
@@ -410,9 +380,7 @@ class EngineScheduling(Section):
     policy: DispatchPolicy = Field(
         default=_ENGINE.policy,
         description="`predicted` takes the engine with the least predicted time to first token, `leastRequests` the "
-        "one with the fewest requests in flight, `roundRobin` each in turn. Published rules to compare with: "
-        "`powerOfTwo` the one with fewer requests of two that are drawn (vllm-router), `vllmInternal` the least score "
-        "of vLLM's own data-parallel balancer, `gimbal` that paper's thresholds on KV use and load, as reconstructed.",
+        "one with the fewest requests in flight, `roundRobin` each engine in turn.",
     )
     stickiness: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_ENGINE.stickiness_s),

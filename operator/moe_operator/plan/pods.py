@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_contract.agent_config import AgentConfig
-from moe_contract.agent_config import Listen as AgentListen
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
-from moe_contract.gateway_config import Listen as GatewayListen
+from moe_contract.sections import Listen
 
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing, Runtime
@@ -80,7 +79,7 @@ def build_agent_config(resource: MoEServing) -> AgentConfig:
     engine = build_engine(resource, port=ENGINE_PORT, share=_share(resource))
     return AgentConfig(
         run_dir=Path(RUN_DIR),
-        listen=AgentListen(host="0.0.0.0", port=AGENT_PORT),
+        listen=Listen(host="0.0.0.0", port=AGENT_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "request.json"),
         engine=engine.model_copy(update={"host": "0.0.0.0", "model": _model_argument(resource, engine.model)}),
@@ -242,8 +241,8 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
 def build_gateway_config(resource: MoEServing) -> GatewayConfig:
     """The gateway's file; the policies and the groups of engines are in the settings."""
     return GatewayConfig(
-        listen=GatewayListen(host="0.0.0.0", port=GATEWAY_PORT),
-        admin=GatewayListen(host="0.0.0.0", port=ADMIN_PORT),
+        listen=Listen(host="0.0.0.0", port=GATEWAY_PORT),
+        admin=Listen(host="0.0.0.0", port=ADMIN_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "gateway.json"),
         model=resource.spec.model.served_name,

@@ -16,7 +16,6 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from moe_scheduling.engine.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_scheduling.engine.target_list import LARGE_FLEET, TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME
@@ -27,12 +26,9 @@ from moe_scheduling.signals import StepTime, Target
 class DispatchPolicy(StrEnum):
     """How a target is chosen."""
 
-    GIMBAL = "gimbal"
     LEAST_REQUESTS = "leastRequests"
-    POWER_OF_TWO = "powerOfTwo"
     PREDICTED = "predicted"
     ROUND_ROBIN = "roundRobin"
-    VLLM_INTERNAL = "vllmInternal"
 
     # Enum's own is a function in Python; this is looked up for each request.
     __hash__ = str.__hash__
@@ -103,11 +99,8 @@ class Job(NamedTuple):
 class SendReason(StrEnum):
     """Why this target; a metric label."""
 
-    LEAST_KV = "least_kv"
     LEAST_PREDICTED = "least_predicted"
     LEAST_REQUESTS = "least_requests"
-    LEAST_SCORE = "least_score"
-    LEAST_TOKENS = "least_tokens"
     SESSION = "session"
     TURN = "turn"
 
@@ -199,7 +192,7 @@ def choose_target(
     # Whose turn it is comes first, and the first of equals is chosen.
     if start := turn % len(candidates):
         candidates = candidates[start:] + candidates[:start]
-    return _POLICIES[settings.policy](job, candidates, line, settings, now_s, turn)
+    return _POLICIES[settings.policy](job, candidates, line, settings, now_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +273,7 @@ def _all_wait(
 
 
 def _by_prediction(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
+    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
     stale_after_s, session = settings.stale_after_s, job.session_target
     chosen = candidates[0].target
@@ -298,7 +291,7 @@ def _by_prediction(
 
 
 def _by_requests(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
+    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
     """The requests that are known of, whoever sent them, and nothing else."""
     stale_after_s = settings.stale_after_s
@@ -308,7 +301,7 @@ def _by_requests(
 
 
 def _by_turn(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
+    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
     return _send(job, candidates[0], line, settings, now_s, SendReason.TURN)
 
@@ -322,39 +315,9 @@ def _send(
     return Send(chosen.target, predicted_s, reason)
 
 
-def _of_two(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, turn: int
-) -> Send:
-    return _send(job, pick_of_two(candidates, turn), line, settings, now_s, SendReason.LEAST_REQUESTS)
-
-
-def _as_vllm(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
-) -> Send:
-    chosen = pick_as_vllm(candidates, now_s, settings.stale_after_s)
-    return _send(job, chosen, line, settings, now_s, SendReason.LEAST_SCORE)
-
-
-def _as_gimbal(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float, _turn: int
-) -> Send:
-    chosen, rule = pick_as_gimbal(candidates, job.session_target, now_s, settings.stale_after_s)
-    return _send(job, chosen, line, settings, now_s, _GIMBAL_REASONS[rule])
-
-
-_GIMBAL_REASONS = {
-    GimbalRule.KV: SendReason.LEAST_KV,
-    GimbalRule.LOAD: SendReason.LEAST_TOKENS,
-    GimbalRule.USER: SendReason.SESSION,
-    GimbalRule.TURN: SendReason.TURN,
-}
-
-_Policy = Callable[[Job, Sequence[TargetState], StepTime, EngineSettings, float, int], Send]
+_Policy = Callable[[Job, Sequence[TargetState], StepTime, EngineSettings, float], Send]
 _POLICIES: Mapping[DispatchPolicy, _Policy] = {
-    DispatchPolicy.GIMBAL: _as_gimbal,
     DispatchPolicy.LEAST_REQUESTS: _by_requests,
-    DispatchPolicy.POWER_OF_TWO: _of_two,
     DispatchPolicy.PREDICTED: _by_prediction,
     DispatchPolicy.ROUND_ROBIN: _by_turn,
-    DispatchPolicy.VLLM_INTERNAL: _as_vllm,
 }

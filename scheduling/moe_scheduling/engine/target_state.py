@@ -190,6 +190,11 @@ class TargetState:
         return len(self._unanswered) + len(self._answered)
 
     @property
+    def sent_since_signal(self) -> int:
+        """Unanswered requests that were sent after the newest signal, so that it cannot know of them."""
+        return len(self._since_signal)
+
+    @property
     def unanswered_prefill_tokens(self) -> int:
         """Uncached prompt tokens of the requests that have not answered."""
         return self._unanswered_tokens
@@ -246,18 +251,6 @@ class TargetState:
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return own
         return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.traffic_share))
-
-    def waiting(self, now_s: float, stale_after_s: float) -> int:
-        """Requests that wait at the engine by a fresh signal, those sent since among them; else none are known."""
-        signal = self._signal
-        if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return 0
-        return signal.waiting + int(len(self._since_signal) / self.traffic_share)
-
-    def kv_usage(self, now_s: float, stale_after_s: float) -> float:
-        """Used part of the KV blocks by a fresh signal, 0 to 1; else 0."""
-        signal = self._signal
-        return 0.0 if signal is None or not self.is_fresh(now_s, stale_after_s) else signal.kv_usage
 
 
 def _remembered_balance(known: float, before: EngineSignal | None, signal: EngineSignal) -> float:

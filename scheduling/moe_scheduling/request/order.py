@@ -48,15 +48,11 @@ class RequestSettings:
             by more.
         priority_step_s: under `sjf`, the head start in seconds that one level of priority is worth (lower is more
             urgent).
-        prefill_hold_s: under `sjf` and where ranks step together, how long prefills are held at most, so that those of
-            all ranks fall into the same steps. 0: never; each rank prefills when it can.
-        first_token_weight: seconds between tokens that one second before the first token is worth, when it is weighed
-            how long to hold. The greater, the shorter.
         yield_prefills: under `sjf`, whether a prompt that is computed in chunks lets waiting requests go first that
             come before what is left of it.
         cut_prefills: under `sjf`, whether a step may take less of the prompts than it has room for, where their tokens
             would take longer in one step than in two.
-        schedule_late: under `sjf` and where steps are scheduled ahead (vLLM's asynchronous scheduling), whether the
+        defer_scheduling: under `sjf` and where steps are scheduled ahead (vLLM's asynchronous scheduling), whether the
             next step is scheduled just before the end of the one that runs, and not at its begin.
         kv_growth_blocks: under `sjf`, KV blocks that are kept free for each running request when another is admitted,
             so that running requests can grow without a preemption. 0: none, as vLLM does.
@@ -71,11 +67,9 @@ class RequestSettings:
     ageing_rate: float = 1000.0
     ageing_horizon_s: float = 10.0
     priority_step_s: float = 2.0
-    prefill_hold_s: float = 0.0
-    first_token_weight: float = 40.0
     yield_prefills: bool = True
     cut_prefills: bool = True
-    schedule_late: bool = True
+    defer_scheduling: bool = True
     kv_growth_blocks: int = 1
     fairness_horizon_s: float = 10.0
 
@@ -86,10 +80,6 @@ class RequestSettings:
             raise ValueError("ageing_horizon_s must be at least 0 and finite")
         if not 0.0 <= self.priority_step_s < math.inf:
             raise ValueError("priority_step_s must be at least 0 and finite")
-        if not 0.0 <= self.prefill_hold_s < math.inf:
-            raise ValueError("prefill_hold_s must be at least 0 and finite")
-        if not 0.0 < self.first_token_weight < math.inf:
-            raise ValueError("first_token_weight must be greater than 0 and finite")
         if not 0 <= self.kv_growth_blocks <= _LARGEST:
             raise ValueError("kv_growth_blocks must be at least 0")
         if not 0.0 <= self.fairness_horizon_s < math.inf:

@@ -1,19 +1,20 @@
-"""Who may use the control route: the tokens of a file, one a line, of which any counts.
+"""The control tokens of a deployment, one a line of a file, any of which opens a control route.
 
-Made by the gateway's command, asked by the admin port at each control request. The file is read anew each time, because
-the tokens are rotated under a running gateway; one that cannot be read lets nobody in.
+The agent and the gateway check each control request with them. The file is read at each check, because tokens are
+rotated while the process runs; while it cannot be read, every request is refused.
 """
 
 import hmac
 from pathlib import Path
 
+from moe_contract.documents import read_file
 from moe_contract.input_errors import InputError, InvalidInput
 
-from moe_gateway.configuration import read_file
+BEARER = "Bearer"
 
 
 class ControlTokens:
-    """See the module.
+    """Checks `Authorization` headers against a token file.
 
     Raises:
         InvalidInput: the file cannot be read, or has no token.
@@ -25,9 +26,9 @@ class ControlTokens:
             raise InvalidInput([InputError("token_file", f"{path} is empty")])
 
     def allow(self, authorization: str) -> bool:
-        """Whether an `Authorization` header names a token."""
+        """Whether an `Authorization` header carries a token of the file."""
         scheme, _, given = authorization.partition(" ")
-        if scheme.lower() != "bearer":
+        if scheme.lower() != BEARER.lower():
             return False
         try:
             known = parse_tokens(self._path.read_bytes())
@@ -38,5 +39,10 @@ class ControlTokens:
 
 
 def parse_tokens(text: bytes) -> list[bytes]:
-    """The tokens of a file; blank lines are none."""
+    """The tokens of a file's text; blank lines are skipped."""
     return [token for line in text.splitlines() if (token := line.strip())]
+
+
+def authorization(token: str) -> dict[str, str]:
+    """The HTTP header that carries a token."""
+    return {"Authorization": f"{BEARER} {token}"}

@@ -108,7 +108,7 @@ def test_our_engines_schedule_a_step_late_so_that_what_comes_is_in_it(maker):
     trace = [one(64, arrival_s=0.05 * number, output_tokens=40) for number in range(80)]
     span_s = {}
     for late in (False, True):
-        outcome = simulate(simulation(trace=trace, request=RequestSettings(schedule_late=late)), maker)
+        outcome = simulate(simulation(trace=trace, request=RequestSettings(defer_scheduling=late)), maker)
         span_s[late] = sum(row.first_token_s - row.arrival_s for row in outcome.requests[40:]) / 40
     # Half a step and the own one, instead of a whole step more.
     assert span_s[True] < span_s[False] - 0.5 * 0.006
@@ -169,15 +169,6 @@ def test_prefills_wait_for_their_step_under_vllms_interval(maker):
         outcome = simulate(simulation(trace=trace, ranks=2, limits=limits, dispatch=ROUND_ROBIN), maker)
         spans[interval] = [row.first_token_s - row.arrival_s for row in outcome.requests[1:]]
     assert sum(spans[8]) > sum(spans[1]) + 0.006
-
-
-def test_ranks_of_a_group_hold_their_prefills_for_each_other(maker):
-    trace = short_trace(count=80, rate=60.0)
-    tpot_s = {}
-    for hold_s in (0.0, 0.5):
-        request = RequestSettings(prefill_hold_s=hold_s)
-        tpot_s[hold_s] = simulate(simulation(trace=trace, ranks=2, request=request), maker).figures.tpot_mean
-    assert tpot_s[0.5] < tpot_s[0.0]
 
 
 # What vLLM does.

@@ -1,25 +1,24 @@
-"""The published rules, as their makers tell them."""
+"""The rivals' rules for the choice of an engine, as their authors publish them."""
 
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, SendReason, choose_target
-from moe_scheduling.engine.rivals import GimbalRule, pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, Target
+from moe_tools.simulator.rival_rules import GimbalRule, kv_usage, pick_as_gimbal, pick_as_vllm, pick_of_two
 
 A, B, C, D = (Target(name) for name in "abcd")
 NOW_S, STALE_AFTER_S = 100.0, 2.0
 
 
 def engine(target, *, own=0, observed_s=NOW_S, **signal):
-    books = TargetState(target)
+    state = TargetState(target)
     for key in range(own):
-        books.sent(key, 10, observed_s - 1)
-    books.observe(EngineSignal(**signal), observed_s)
-    return books
+        state.sent(key, 10, observed_s - 1)
+    state.observe(EngineSignal(**signal), observed_s)
+    return state
 
 
 # vLLM's own.
@@ -100,27 +99,8 @@ def test_the_second_that_is_drawn_wins_where_it_has_less():
     ],
 )
 def test_the_cascade_of_gimbal(engines, session, chosen):
-    books, rule = pick_as_gimbal(engines, session, NOW_S, STALE_AFTER_S)
-    assert (books.target, rule) == chosen
-
-
-# As policies.
-
-
-@pytest.mark.parametrize(
-    ("policy", "engines", "reason"),
-    [
-        (DispatchPolicy.POWER_OF_TWO, [engine(A, own=2), engine(B)], SendReason.LEAST_REQUESTS),
-        (DispatchPolicy.VLLM_INTERNAL, [engine(A, running=2), engine(B)], SendReason.LEAST_SCORE),
-        (DispatchPolicy.GIMBAL, [engine(A, kv_usage=0.5), engine(B)], SendReason.LEAST_KV),
-        (DispatchPolicy.GIMBAL, [engine(A, running_prefill_tokens=9000), engine(B)], SendReason.LEAST_TOKENS),
-        (DispatchPolicy.GIMBAL, [engine(A), engine(B)], SendReason.SESSION),
-    ],
-)
-@pytest.mark.parametrize("turn", range(4))
-def test_the_policy_says_by_what_it_chose(policy, engines, reason, turn):
-    decision = choose_target(Job(10, session_target=B), engines, EngineSettings(policy=policy), turn=turn, now_s=NOW_S)
-    assert (decision.target, decision.reason) == (B, reason)
+    state, rule = pick_as_gimbal(engines, session, NOW_S, STALE_AFTER_S)
+    assert (state.target, rule) == chosen
 
 
 ROWS = st.lists(
@@ -142,8 +122,8 @@ ROWS = st.lists(
 @given(ROWS, st.none() | st.sampled_from([A, B, C, D]))
 def test_gimbal_never_takes_a_full_engine_where_another_is_not(rows, session):
     engines = [engine(target, **row) for target, row in zip((A, B, C, D), rows, strict=False)]
-    books, rule = pick_as_gimbal(engines, session, NOW_S, STALE_AFTER_S)
-    uses = [each.kv_usage(NOW_S, STALE_AFTER_S) for each in engines]
-    assert books in engines
-    assert books.kv_usage(NOW_S, STALE_AFTER_S) < 0.9 or min(uses) >= 0.9
-    assert (rule is GimbalRule.USER) <= (books.target == session)
+    state, rule = pick_as_gimbal(engines, session, NOW_S, STALE_AFTER_S)
+    uses = [kv_usage(each, NOW_S, STALE_AFTER_S) for each in engines]
+    assert state in engines
+    assert kv_usage(state, NOW_S, STALE_AFTER_S) < 0.9 or min(uses) >= 0.9
+    assert (rule is GimbalRule.USER) <= (state.target == session)

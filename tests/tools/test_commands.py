@@ -2,15 +2,9 @@
 
 import asyncio
 import json
-import signal
-import stat
-from pathlib import Path
 
 import pytest
 from moe_contract.input_errors import InvalidInput
-from moe_lab.__main__ import find_benchmarks, render_rows
-from moe_lab.rows import Row
-from moe_tools import demo
 from moe_tools.cli import app
 from moe_tools.compare_command import Effort, build_comparison_document, measure_pairs
 from moe_tools.comparison import OURS, STOCK
@@ -106,19 +100,6 @@ def test_a_source_is_sped_up_scaled_and_cut(tmp_path):
     assert fitted.cut == 1
 
 
-@pytest.fixture
-def scripted_command(tmp_path, monkeypatch) -> Path:
-    """A `moeserving` that writes down how it was called; it refuses where a file `refuse` lies beside it."""
-    script, log = tmp_path / "moeserving", tmp_path / "calls"
-    script.write_text(
-        f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/refuse ] && {{ echo "no such deployment"; exit 2; }}\nexit 0\n'
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("moe_tools.deployment.COMMAND", script)
-    log.write_text("")
-    return log
-
-
 async def test_a_comparison_switches_through_the_command_and_leaves_our_policies(server, scripted_command, tmp_path):
     said: list[str] = []
     deployment = Deployment(name="tiny", state_dir=tmp_path)
@@ -154,83 +135,3 @@ async def test_a_refused_switch_is_told_in_its_own_words(scripted_command):
     (scripted_command.parent / "refuse").touch()
     with pytest.raises(InvalidInput, match="moeserving set tiny: no such deployment"):
         await Deployment(name="tiny").set(["a=b"])
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "checkout"
-    (folder / "manifests").mkdir(parents=True)
-    (folder / demo.SAMPLE).write_text("metadata:\n  name: tiny\n")
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def test_the_demo_takes_the_deployment_down_when_it_could_not_start(scripted_command, checkout):
-    (scripted_command.parent / "refuse").touch()
-    done = runner.invoke(app, ["demo", "-f", str(checkout / demo.SAMPLE)])
-    assert done.exit_code == 2
-    assert "moeserving up failed" in done.stderr
-    verbs = [line.split()[0] for line in scripted_command.read_text().splitlines()]
-    assert verbs == ["up", "down"]
-
-
-def test_the_demo_takes_the_deployment_down_when_it_is_told_to_end(scripted_command, checkout):
-    scene = demo.set_scene(None)
-    with pytest.raises(KeyboardInterrupt), demo.stopped_by_signals(), demo.served(scene, demo.Narrator(), wait=no_wait):
-        signal.raise_signal(signal.SIGTERM)
-    assert [line.split()[0] for line in scripted_command.read_text().splitlines()] == ["up", "down"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_the_demo_keeps_its_state_in_the_checkout(scripted_command, checkout):
-    scene = demo.set_scene(None)
-    with demo.served(scene, demo.Narrator(), wait=no_wait):
-        pass
-    up, down = scripted_command.read_text().splitlines()
-    place = f"--state-dir {checkout}/.cache/demo"
-    assert up == f"up -f {checkout / demo.SAMPLE} --detach --port {scene.port} {place}"
-    assert down == f"down tiny {place}"
-
-
-def test_the_demo_prefers_a_named_trace_then_a_neighbour_then_a_shape(checkout, capsys):
-    assert demo.choose_source(checkout, None, 1, demo.Narrator()).trace is None
-    assert "no trace found" in " ".join(capsys.readouterr().out.split())
-    neighbour = (checkout / demo.NEIGHBOUR_TRACE).resolve()
-    neighbour.parent.mkdir(parents=True)
-    neighbour.touch()
-    assert demo.choose_source(checkout, None, 1, demo.Narrator()).trace == neighbour
-    assert demo.choose_source(checkout, Path("mine"), 1, demo.Narrator()).trace == Path("mine")
-
-
-@pytest.mark.parametrize("text", ["", "- a\n", "metadata: 3\n", "a: [", "metadata: {}\n"])
-def test_a_manifest_without_a_name_is_told(tmp_path, text):
-    path = tmp_path / "m.yaml"
-    path.write_text(text)
-    with pytest.raises(InvalidInput, match="is not a resource with a metadata"):
-        demo.read_name(path)
-
-
-async def test_a_server_that_never_comes_ends_the_waiting():
-    with pytest.raises(InvalidInput, match="cannot connect"):
-        await demo.wait_until_ready("http://127.0.0.1:9", timeout_s=0)
-
-
-def test_benchmarks_are_found_by_their_run_function(tmp_path):
-    (tmp_path / "one.py").write_text("def run():\n    return []\n")
-    (tmp_path / "two.py").write_text("def run(x):\n    return []\n")
-    (tmp_path / "three.py").write_text("def other():\n    return []\n")
-    assert list(find_benchmarks(tmp_path)) == ["one"]
-
-
-def test_rows_become_a_table_with_their_sample_size():
-    table = render_rows([Row(benchmark="b", case="c", unit="us", values=[1.0, 2.0, 3.0], goal="< 20")])
-    cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells[2].startswith("2 [")
-    assert (cells[4], cells[5], cells[6]) == ("us", "3", "< 20")
-    assert "moeserving" in str(table.caption)
-    with pytest.raises(ValueError, match="at least one value"):
-        Row(benchmark="b", case="c", unit="us", values=[])
-
-
-def no_wait(_url: str) -> None:
-    return None

@@ -28,7 +28,7 @@ def changed(path, value):
 def problems(document):
     with pytest.raises(InvalidInput) as caught:
         build_simulation(parse_scenario(document, Path()))
-    return [str(problem) for problem in caught.value.problems]
+    return [str(problem) for problem in caught.value.errors]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -48,7 +48,7 @@ from moe_operator.experts.document import read_experts
 from moe_operator.local.failure import Failure
 from moe_scheduling.expert.decision import ExpertSettings
 from moe_tools.comparison import build_salt
-from moe_tools.demo import find_checkout
+from moe_tools.deployment import find_checkout
 from moe_tools.replay import Answered, Failed, Run
 from rich.console import Console
 from typer.testing import CliRunner

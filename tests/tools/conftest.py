@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,16 @@ async def server() -> AsyncIterator[MockServer]:
     mock.url = site.name if not site.name.endswith(":0") else f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield mock
     await runner.cleanup()
+
+
+@pytest.fixture
+def scripted_command(tmp_path, monkeypatch) -> Path:
+    """A `moeserving` that writes down how it was called; it refuses where a file `refuse` lies beside it."""
+    script, log = tmp_path / "moeserving", tmp_path / "calls"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/refuse ] && {{ echo "no such deployment"; exit 2; }}\nexit 0\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr("moe_tools.deployment.COMMAND", script)
+    log.write_text("")
+    return log

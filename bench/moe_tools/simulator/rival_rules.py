@@ -1,10 +1,10 @@
-"""Published rules for the choice of an engine, to choose from and to compare with our own.
+"""Published rules for the choice of an engine, as pure functions that the simulator's rivals call.
 
-Called by `engine.py`, and by the simulator's rivals. Each picks one of the candidates, which come in an order that
-begins one further with each request, so that the first of equals is whose turn it is. All read the same books; what a
-rule needs and the books do not have is said where it stands. Each is O(candidates), but for the draw of two.
+Each rule picks one of the candidates. The order of the candidates rotates by one with each request, so that ties go
+round. All rules read `TargetState`; where a rule needs something that it does not hold, the function says so. Each is
+O(candidates), `pick_of_two` O(1).
 
-Invariants: the answer is one of the candidates and depends on the arguments alone.
+Invariants: the result is one of the candidates and depends on the arguments alone.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,23 @@ def pick_as_vllm(candidates: Sequence[TargetState], now_s: float, stale_after_s:
     How many clients there are, here gateways, is read from the own share. What was sent since a signal counts as
     waiting, as vLLM counts each choice until the next statistics.
     """
-    scores = [_vllm_score(books, now_s, stale_after_s) for books in candidates]
+    scores = [_vllm_score(state, now_s, stale_after_s) for state in candidates]
     return candidates[scores.index(min(scores))]
 
 
-def _vllm_score(books: TargetState, now_s: float, stale_after_s: float) -> float:
-    score = max(books.in_flight / books.traffic_share, books.requests(now_s, stale_after_s))
-    waiting = books.waiting(now_s, stale_after_s)
-    return score + waiting * VLLM_KV_WEIGHT * max(0.0, books.kv_usage(now_s, stale_after_s) - VLLM_KV_FROM)
+def _vllm_score(state: TargetState, now_s: float, stale_after_s: float) -> float:
+    score = max(state.in_flight / state.traffic_share, state.requests(now_s, stale_after_s))
+    signal = state.signal
+    if signal is None or not state.is_fresh(now_s, stale_after_s):
+        return score
+    waiting = signal.waiting + int(state.sent_since_signal / state.traffic_share)
+    return score + waiting * VLLM_KV_WEIGHT * max(0.0, signal.kv_usage - VLLM_KV_FROM)
+
+
+def kv_usage(state: TargetState, now_s: float, stale_after_s: float) -> float:
+    """Returns the used part of the KV blocks by a fresh signal, 0 to 1; 0 without one."""
+    signal = state.signal
+    return 0.0 if signal is None or not state.is_fresh(now_s, stale_after_s) else signal.kv_usage
 
 
 class GimbalRule(Enum):
@@ -72,16 +81,16 @@ def pick_as_gimbal(
     the load differs by more than 3,000 tokens, the least loaded; else the user's last engine, else each in turn. The
     load is the prefill tokens ahead.
     """
-    uses = [books.kv_usage(now_s, stale_after_s) for books in candidates]
-    usable = [(use, books) for use, books in zip(uses, candidates, strict=True) if use < GIMBAL_KV]
+    uses = [kv_usage(state, now_s, stale_after_s) for state in candidates]
+    usable = [(use, state) for use, state in zip(uses, candidates, strict=True) if use < GIMBAL_KV]
     usable = usable or list(zip(uses, candidates, strict=True))
     uses = [use for use, _ in usable]
     if max(uses) - min(uses) > GIMBAL_KV_DIFFERENCE:
         return usable[uses.index(min(uses))][1], GimbalRule.KV
-    loads = [books.ahead_prefill_tokens(now_s, stale_after_s) for _, books in usable]
+    loads = [state.ahead_prefill_tokens(now_s, stale_after_s) for _, state in usable]
     if max(loads) - min(loads) > GIMBAL_LOAD_TOKENS:
         return usable[loads.index(min(loads))][1], GimbalRule.LOAD
-    for _, books in usable:
-        if books.target == session:
-            return books, GimbalRule.USER
+    for _, state in usable:
+        if state.target == session:
+            return state, GimbalRule.USER
     return usable[0][1], GimbalRule.TURN

@@ -17,9 +17,9 @@ MOST_FUNCTION_LINES = 50
 NAMES = (
     "Bell", "BellRope", "hush", "Ticks", "Announcements", "Feed", "Told", "TargetBooks", "Ledger", "Bid", "Roster",
     "PeerLoad", "own_share", r"Shares\(", "Corrections", "slowness", "Pace", "common_line", "Bend", "Curve",
-    "LateStart", "late_s", "schedule_late", "Board", "fees", "Account", "in_the_red", "lived_s", "Spell", "Spells", "plan_retreat",
-    "kept_by", "Beat", "keep_beat", "FirstRank", "first_rank", "Surroundings", "Placed", "lesson", "wants_lesson",
-    "seats", "hurry", "foreign_replicas", "Problem", "problems_of", "complaints", "Narrator", "Bed", "Stage", "Scene",
+    "LateStart", "late_s", "schedule_late", "Board", "fees", "Account", "in_the_red", "lived_s", "Spell", "Spells",
+    "plan_retreat", "kept_by", "Beat", "keep_beat", "FirstRank", "first_rank", "Surroundings", "Placed", "lesson",
+    "wants_lesson", "seats", "hurry", "foreign_replicas", "Problem", "problems_of", "complaints", "Narrator", "Bed", "Stage", "Scene",
     "bury", "books", "lanes", "lane", "inbox", "RankPageReader", "RankPageWriter", "ControlPageWriter",
     "ControlPageReader",
 )  # fmt: skip

@@ -19,9 +19,9 @@ NAMES = (
     "PeerLoad", "own_share", r"Shares\(", "Corrections", "slowness", "Pace", "common_line", "Bend", "Curve",
     "LateStart", "late_s", "schedule_late", "Board", "fees", "Account", "in_the_red", "lived_s", "Spell", "Spells",
     "plan_retreat", "kept_by", "Beat", "keep_beat", "FirstRank", "first_rank", "Surroundings", "Placed", "lesson",
-    "wants_lesson", "seats", "hurry", "foreign_replicas", "Problem", "problems_of", "complaints", "Narrator", "Bed", "Stage", "Scene",
-    "bury", "books", "lanes", "lane", "inbox", "RankPageReader", "RankPageWriter", "ControlPageWriter",
-    "ControlPageReader",
+    "wants_lesson", "seats", "hurry", "foreign_replicas", "Problem", "problems_of", "complaints", "Narrator", "Bed",
+    "Stage", "Scene", "bury", "books", "lanes", "lane", "inbox", "RankPageReader", "RankPageWriter",
+    "ControlPageWriter", "ControlPageReader",
 )  # fmt: skip
 # Prose of sources and pages, without regard to case.
 PHRASES = (

@@ -190,7 +190,7 @@ class RooflineCost:
         return model.moe_layers * efficiency.exposed * max(efficiency.exchange_s, moved_s)
 
     def expert_pressures(self, works: Sequence[Work]) -> tuple[float, tuple[float, ...]]:
-        """Balance and pressures of the experts under this placement, for the tokens of these works."""
+        """Balance and pressures of the experts under this placement, the same in every step."""
         return self.balance.worst, self.balance.by_rank
 
     def kv_blocks(self, ranks: int, block_tokens: int = 16, used_share: float = 0.9) -> int:

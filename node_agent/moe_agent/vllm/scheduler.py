@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -31,7 +32,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.shared_memory.records import (
-    RUN_DIR_VARIABLE,
     ControlPageReader,
     ExpertPageReader,
     ExpertState,

@@ -105,7 +105,7 @@ class Board:
     def __init__(self, told: dict[int, PrefillState], number: int) -> None:
         self.told, self.number = told, number
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         self.told[self.number] = state
 
     def others(self, now_s: float) -> list[PrefillState]:
@@ -264,9 +264,9 @@ def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(loc
 
 @pytest.fixture
 def paged(virtual_engines):
-    from moe_agent.vllm.prefill_group import PagedPrefillGroup
+    from moe_agent.vllm.prefill_group import SharedMemoryPrefillGroup
 
-    return PagedPrefillGroup
+    return SharedMemoryPrefillGroup
 
 
 STATE = PrefillState(5.0, 4.0, RankLoad(100, 7, 2), RankLoad(0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6)))
@@ -274,16 +274,16 @@ STATE = PrefillState(5.0, 4.0, RankLoad(100, 7, 2), RankLoad(0, 9, 1), (StepPart
 
 def test_ranks_read_what_the_others_tell(paged, tmp_path):
     groups = [paged(tmp_path, rank, 3) for rank in range(3)]
-    groups[1].tell(STATE)
+    groups[1].publish(STATE)
     assert groups[0].others(5.5) == [STATE]
-    groups[2].tell(STATE._replace(written_s=5.2))
+    groups[2].publish(STATE._replace(written_s=5.2))
     assert groups[0].others(5.5) == [STATE, STATE._replace(written_s=5.2)]
     assert groups[1].others(5.5) == [STATE._replace(written_s=5.2)]
 
 
 def test_a_rank_that_tells_nothing_is_idle(paged, tmp_path):
     first, second = paged(tmp_path, 0, 2), paged(tmp_path, 1, 2)
-    second.tell(STATE)
+    second.publish(STATE)
     assert first.others(6.0) == [STATE]
     assert first.others(6.1) == []
 

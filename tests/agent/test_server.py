@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api import broadcaster as feed
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
-from moe_agent.experts.published import PublishedExperts
+from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.notifier import Bell
 from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages
@@ -255,7 +255,7 @@ async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
     server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None, agent.bell)
-    assert server.snapshot()["name"] == socket.gethostname()
+    assert server.snapshot().name == socket.gethostname()
 
 
 async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):

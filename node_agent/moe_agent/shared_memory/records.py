@@ -29,9 +29,6 @@ from moe_agent.shared_memory.notifier import BellRope
 
 MAGIC = b"MOESPAGE"
 LAYOUT_VERSION = 8
-RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
-# Set where the engine's ranks are an expert group.
-EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
 
 _HEADER = struct.Struct("<8sII")
 _SEQUENCE = struct.Struct("<Q")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -31,7 +32,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.shared_memory.records import (
-    RUN_DIR_VARIABLE,
     ControlPageReader,
     ExpertPageReader,
     ExpertState,
@@ -42,7 +42,7 @@ from moe_agent.shared_memory.records import (
 from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.deferred_start import start_late
-from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
+from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.version import check_version
@@ -102,7 +102,7 @@ class OrderedScheduler(AsyncScheduler):
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
-            self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
+            self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
@@ -141,7 +141,7 @@ class OrderedScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         self.take_settings()
         super().add_request(request)
-        self._plan.tell(self.clock())
+        self._plan.publish(self.clock())
         self.publish()
 
     # 2. Observe what happened.

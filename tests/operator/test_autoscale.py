@@ -161,15 +161,9 @@ async def test_a_load_above_the_target_asks_for_more() -> None:
 
 
 @pytest.mark.parametrize("silent", ["tiny-gateway-a", "all"])
-<<<<<<< HEAD
 async def test_without_a_signal_nothing_changes_and_that_is_reported(silent: str) -> None:
-    states = {} if silent == "all" else {name: state for name, state in STATES.items() if name != silent}
-    outcome = await decide(resource(**BUSY), states=states)
-=======
-async def test_without_a_signal_nothing_changes_and_that_is_told(silent: str) -> None:
     by_pod = {} if silent == "all" else {name: state for name, state in STATES.items() if name != silent}
     outcome = await decide(resource(**BUSY), by_pod=by_pod)
->>>>>>> main
     assert outcome.replicas == 2
     assert outcome.limited is not None
     assert outcome.limited[0] == "NoSignal"

@@ -154,13 +154,8 @@ def test_the_newest_pod_is_reported_first() -> None:
     new = with_container(**waiting("CreateContainerConfigError", 'secret "absent" not found'))
     old["metadata"] |= {"name": "a", "creationTimestamp": "2026-01-01T00:00:00Z"}
     new["metadata"] |= {"name": "b", "creationTimestamp": "2026-01-01T00:01:00Z"}
-<<<<<<< HEAD
-    reasons = [finding.reason for finding in find_problems([old, new], {})]
+    reasons = [finding.reason for finding in find_problems([old, new], States())]
     assert reasons == ["SecretMissing", "ImageCannotBePulled"]
-=======
-    told = [finding.reason for finding in find_problems([old, new], States())]
-    assert told == ["SecretMissing", "ImageCannotBePulled"]
->>>>>>> main
 
 
 def test_pods_without_any_status_are_no_finding() -> None:

@@ -158,25 +158,17 @@ def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
     assert events == []
     before, events = reported(before, **balance(1.5))
     assert events == ["Imbalanced"]
-    before, events = reported(before, **balance(1.7))
+    before, events = written(before, **balance(1.7))
     assert events == []
 
 
 def status_document(before: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resource = {"metadata": {"name": "a", "generation": 1}, "spec": {}, "status": before}
-<<<<<<< HEAD
     written, seen = build_status(
-        resource, Names("a"), "default", Seen(has_experts=True), [], {}, {"e0": read(document)}
+        resource, Names("a"), "default", Seen(has_experts=True), [], States(), {"e0": read(document)}
     )
     assert seen.experts == ExpertsStatus.model_validate(written["experts"])
     return written
-=======
-    told, seen = build_status(
-        resource, Names("a"), "default", Seen(has_experts=True), [], States(), {"e0": read(document)}
-    )
-    assert seen.experts == ExpertsStatus.model_validate(told["experts"])
-    return told
->>>>>>> main
 
 
 def test_numbers_alone_are_not_written_again_while_they_are_young() -> None:

@@ -298,8 +298,8 @@ def names_exposed() -> set[str]:
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
     dispatcher = Dispatcher(config, RequestStats())
-    for state in dispatcher.target_states.values():
-        state.accepting = True
+    for target in dispatcher.target_states.values():
+        target.accepting = True
     registry = CollectorRegistry()
     registry.register(GatewayCollector(dispatcher, lambda: 1.0))
     registry.register(AgentCollector(lambda: state, lambda: None))

@@ -158,7 +158,7 @@ def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
     assert events == []
     before, events = reported(before, **balance(1.5))
     assert events == ["Imbalanced"]
-    before, events = written(before, **balance(1.7))
+    before, events = reported(before, **balance(1.7))
     assert events == []
 
 

@@ -21,7 +21,9 @@ from moe_operator.api import (
 )
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
-from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism, Spec
+from moe_operator.api.engine import Engine, Parallelism
+from moe_operator.api.model import Cache, Model
+from moe_operator.api.resource import MoEServing, Spec
 from moe_operator.api.section import Section
 
 ROOT = Path(__file__).parents[2]
@@ -175,13 +177,6 @@ def test_every_sample_is_valid_under_the_schema(path: Path) -> None:
         ("scheduling.request.policy", "sjff"),
         ("scheduling.request.ageingRate", 0),
         ("scheduling.request.ageingRate", "1"),
-        ("scheduling.request.prefillHold", "fast"),
-        ("scheduling.request.firstTokenWeight", 0),
-        ("scheduling.request.yieldPrefills", "yes"),
-        ("scheduling.request.cutPrefills", "no"),
-        ("scheduling.request.scheduleLate", 1),
-        ("scheduling.request.kvGrowthBlocks", -1),
-        ("scheduling.request.kvGrowthBlocks", 0.5),
         ("scheduling.request.fairnessHorizon", 10),
         ("gateway.tenantHeader", "X-Tenant"),
         ("gateway.tenantHeader", "x tenant"),

@@ -11,6 +11,7 @@ from moe_gateway.configuration import InForce, parse_change, parse_document
 from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
+from moe_gateway.request_stats import RequestStats
 from moe_gateway.state import build_state
 
 MOST_BODY_BYTES = 1024 * 1024
@@ -21,6 +22,7 @@ class Administered(Protocol):
     """What the routes read and change."""
 
     dispatcher: Dispatcher
+    stats: RequestStats
     in_force: InForce
     clock: Callable[[], float]
 
@@ -59,13 +61,15 @@ class Admin:
         return web.Response(status=503, text=self._gateway.not_ready + "\n")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.clock)
+        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.stats, self._gateway.clock)
         return web.Response(body=render_metrics(collector), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _state(self, request: web.Request) -> web.Response:
         gateway = self._gateway
         now_s = gateway.clock()
-        document = build_state(gateway.dispatcher, gateway.in_force, draining=gateway.draining, now_s=now_s)
+        document = build_state(
+            gateway.dispatcher, gateway.stats, gateway.in_force, draining=gateway.draining, now_s=now_s
+        )
         return web.Response(body=orjson.dumps(document), content_type=JSON)
 
     async def _put_config(self, request: web.Request) -> web.Response:

@@ -7,11 +7,13 @@ from moe_scheduling.signals import Target
 
 from moe_gateway.configuration import InForce
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.request_stats import RequestStats
 
 
-def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, now_s: float) -> dict[str, Any]:
+def build_state(
+    dispatcher: Dispatcher, stats: RequestStats, in_force: InForce, *, draining: bool, now_s: float
+) -> dict[str, Any]:
     """The document of `GET /v1/state`."""
-    stats = dispatcher.stats
     recent = stats.recent
     return {
         "accepting": dispatcher.accepting and not draining,
@@ -29,17 +31,17 @@ def build_state(dispatcher: Dispatcher, in_force: InForce, *, draining: bool, no
 
 
 def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> dict[str, Any]:
-    """What is known of one target."""
-    books, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
+    """The row of one target."""
+    state, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
     return {
         "name": target.server,
         "rank": target.rank,
         "group": engine.group or None,
-        "reachable": engine.reachable,
-        "accepting": books.accepting,
-        "in_flight": books.in_flight,
-        "unanswered_prefill_tokens": books.unanswered_prefill_tokens,
-        "signal_age_s": books.signal_age_s(now_s),
+        "reachable": engine.is_reachable,
+        "accepting": state.accepting,
+        "in_flight": state.in_flight,
+        "unanswered_prefill_tokens": state.unanswered_prefill_tokens,
+        "signal_age_s": state.signal_age_s(now_s),
         "signal_source": dispatcher.source(target, now_s).value,
-        "signal": None if books.signal is None else asdict(books.signal),
+        "signal": None if state.signal is None else asdict(state.signal),
     }

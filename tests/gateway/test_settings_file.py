@@ -9,7 +9,7 @@ from moe_gateway.configuration import load_config
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan import pods
 
-from tests.gateway.conftest import put
+from tests.gateway.clients import put
 
 DISCOVERY = {"groups": [{"service": "old"}], "ranks": 2}
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_agent.shared_memory.notifier import Bell, BellRope
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter, RankPageReader
+from moe_agent.shared_memory.records import Control, ControlPageWriter, RankPageReader
 from moe_agent.step_time import StepTimeFit
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestSettings
 from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
 

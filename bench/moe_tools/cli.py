@@ -132,15 +132,16 @@ def demo_command(
         Path | None, typer.Option("--trace", envvar="MOESERVING_TRACE", help="Trace file; else a generated shape.")
     ] = None,
     manifest: Annotated[Path | None, typer.Option("-f", help="The resource to serve.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the trace, each under both policies.")] = 4,
-    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 12.0,
+    pairs: Annotated[int, typer.Option(min=1, help="Pieces of the requests, each under both policies.")] = 8,
+    piece_s: Annotated[float, typer.Option("--piece-s", min=1, help="Seconds of arrivals in a piece.")] = 6.0,
+    load: Annotated[float, typer.Option("--load", min=0.05, max=2, help="Arrivals as a share of the capacity.")] = 1.4,
     seed: Seed = 0,
 ) -> None:
     """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""
     from moe_tools.compare_command import Effort
     from moe_tools.demo import run_demo
 
-    run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s), seed=seed)
+    run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s, load=load), seed=seed)
 
 
 @app.command("calibrate")

@@ -38,8 +38,13 @@ class Source:
 
     @property
     def title(self) -> str:
-        """For a table's head."""
-        return self.trace.name if self.trace else f"shape {self.shape}, {self.rate:g} requests/s"
+        """Title of the table of a replay."""
+        return self.name if self.trace else f"{self.name}, {self.rate:g} requests/s"
+
+    @property
+    def name(self) -> str:
+        """The trace's file, or the shape."""
+        return self.trace.name if self.trace else f"shape {self.shape}"
 
 
 def read_source(source: Source, served: ServedModel) -> Fitted:
@@ -95,12 +100,12 @@ async def replay_shown(requests: Sequence[TraceRequest], load: Load, console: Co
     with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bar:
         task = bar.add_task("", total=len(requests), failed="")
 
-        def told(outcome: Outcome) -> None:
+        def count(outcome: Outcome) -> None:
             nonlocal failed
             failed += isinstance(outcome, Failed)
             bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
 
-        return await replay(requests, load, told)
+        return await replay(requests, load, count)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

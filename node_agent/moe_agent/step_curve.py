@@ -16,10 +16,9 @@ import math
 from itertools import product
 
 import numpy as np
-from moe_scheduling.engine.ttft_model import LINE_MEMORY_STEPS
 from moe_scheduling.request.prefill_budget import RooflineKnee, StepTimeCurve
 
-from moe_agent.step_time import weigh_steps
+from moe_agent.step_time import LINE_MEMORY_STEPS, weigh_steps
 
 # All tokens of a step at which it may begin to take longer for each.
 BENDS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)

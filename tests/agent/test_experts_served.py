@@ -16,7 +16,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.first_rank import FirstRank, checksum
 from moe_agent.experts.outcome import Outcome
@@ -29,6 +28,7 @@ from moe_agent.shared_memory.records import Control, ControlPageReader, ControlP
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages
 from moe_agent.supervisor.supervisor import Supervisor
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 

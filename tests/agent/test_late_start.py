@@ -160,7 +160,7 @@ def test_under_vllms_own_orders_it_does_what_vllm_does(engine, settings, policy)
 
 
 def test_switched_off_it_does_what_vllm_does(engine, settings):
-    settings.put(policy="sjf", schedule_late=False)
+    settings.put(policy="sjf", defer_scheduling=False)
     start_late(LateCore)
     core = LateCore(engine.scheduler)
     engine.add("first", 40, out=8)
@@ -345,7 +345,7 @@ class Told:
     def __init__(self) -> None:
         self.state = PrefillState(0.0, 0.0, RankLoad(), RankLoad())
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         """Not looked at."""
 
     def others(self, now_s: float) -> list[PrefillState]:
@@ -427,7 +427,7 @@ def test_the_first_that_schedules_ends_the_wait_of_those_that_compute(grouped, e
 def test_a_rank_tells_when_it_will_schedule_next(grouped, engine):
     core, told = grouped
     states = []
-    told.tell = states.append
+    told.publish = states.append
     core._process_input_queue()
     engine.add("first", 40, out=8)
     core._process_engine_step()

@@ -77,11 +77,9 @@ def test_what_the_agent_writes_is_read(tmp_path, policy):
         ageing_rate=7.0,
         ageing_horizon_s=3.0,
         priority_step_s=1.5,
-        prefill_hold_s=0.25,
-        first_token_weight=9.0,
         yield_prefills=False,
         cut_prefills=False,
-        schedule_late=False,
+        defer_scheduling=False,
         kv_growth_blocks=4,
         fairness_horizon_s=6.0,
     )

@@ -105,7 +105,7 @@ class Board:
     def __init__(self, told: dict[int, PrefillState], number: int) -> None:
         self.told, self.number = told, number
 
-    def tell(self, state: PrefillState) -> None:
+    def publish(self, state: PrefillState) -> None:
         self.told[self.number] = state
 
     def others(self, now_s: float) -> list[PrefillState]:
@@ -121,7 +121,6 @@ class Lockstep:
         for number, engine in enumerate(engines):
             engine.scheduler._step_time._line = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
             engine.scheduler._step_time.observe = lambda **_: None
-            engine.scheduler._mean_step_s = 0.03
             engine.scheduler.join(Board(told, number))
 
     def step(self) -> bool:
@@ -152,43 +151,11 @@ def decode(group: Lockstep, rank: int, requests: int) -> None:
         group.engines[rank].add(f"d{rank}{number}", 10, out=400, arrival_s=0.0)
 
 
-def test_a_prefill_waits_for_one_of_the_other_rank_and_both_take_the_same_step(lockstep):
-    group = lockstep(prefill_hold_s=10.0)
+@pytest.mark.parametrize("case", ["in a group", "alone"])
+def test_a_prefill_goes_into_the_next_step_whatever_the_other_rank_does(lockstep, case):
+    group = lockstep()
     decode(group, 0, 10)
     decode(group, 1, 10)
-    for _ in range(5):
-        group.step()
-    group.engines[0].add("a", 1000, arrival_s=1.0)
-    for _ in range(3):
-        group.step()
-    assert prefill_steps(group.engines[0], "a") == []
-    group.engines[1].add("b", 1000, arrival_s=1.1)
-    for _ in range(2):
-        group.step()
-    first, second = prefill_steps(group.engines[0], "a"), prefill_steps(group.engines[1], "b")
-    assert len(first) == 1
-    assert first == second
-
-
-def test_a_prefill_is_held_no_longer_than_the_bound(lockstep):
-    group = lockstep(prefill_hold_s=0.1, first_token_weight=1e-6)
-    decode(group, 0, 10)
-    decode(group, 1, 10)
-    for _ in range(5):
-        group.step()
-    group.engines[0].add("a", 1000, arrival_s=1.0)
-    begun_s = group.engines[0].now_s
-    while not prefill_steps(group.engines[0], "a"):
-        group.step()
-    assert 0.1 <= group.engines[0].now_s - begun_s <= 0.1 + 0.01 * 2 + 0.11
-
-
-@pytest.mark.parametrize("case", ["off", "nobody decodes there", "alone"])
-def test_what_gains_nothing_is_not_held(lockstep, case):
-    group = lockstep(prefill_hold_s=0.0 if case == "off" else 10.0)
-    decode(group, 0, 10)
-    if case == "off":
-        decode(group, 1, 10)
     if case == "alone":
         group.engines[0].scheduler._plan.group = None
     for _ in range(5):
@@ -198,21 +165,9 @@ def test_what_gains_nothing_is_not_held(lockstep, case):
     assert len(prefill_steps(group.engines[0], "a")) == 1
 
 
-def test_decoding_goes_on_in_every_step_while_prefills_are_held(lockstep):
-    group = lockstep(prefill_hold_s=10.0)
-    decode(group, 0, 10)
-    decode(group, 1, 10)
-    for _ in range(5):
-        group.step()
-    group.engines[0].add("a", 1000, arrival_s=1.0)
-    for _ in range(20):
-        group.step()
-    assert all(len(step) >= 10 for step in group.engines[0].schedules[-20:])
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_comes_all_are_served(lockstep, seed):
-    group, dice = lockstep(prefill_hold_s=0.3), random.Random(seed)
+    group, dice = lockstep(), random.Random(seed)
     names = 0
     for step in range(300):
         for rank in (0, 1):
@@ -262,7 +217,7 @@ def play_on_two(engines: list[VirtualEngine], step: Callable[[], bool], seed: in
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_ranks_that_step_together_do_as_stock_vllm_under_other_orders(make_engine, settings, policy, seed):
     shape = {"seats": 6, "step_tokens": 256, "kv_blocks": 60}
-    settings.put(policy=policy, prefill_hold_s=0.5, yield_prefills=True, cut_prefills=True, kv_growth_blocks=4)
+    settings.put(policy=policy, yield_prefills=True, cut_prefills=True, kv_growth_blocks=4)
     group = Lockstep([make_engine(vllm_policy="priority", **shape) for _ in range(2)])
     stock = [make_engine(vllm_policy=policy, stock=True, **shape) for _ in range(2)]
     ours = play_on_two(group.engines, group.step, seed)
@@ -286,7 +241,7 @@ def test_the_levers_come_and_go_with_the_order_while_it_runs(make_engine, settin
 
 
 def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(lockstep):
-    group = lockstep(prefill_hold_s=0.0)
+    group = lockstep()
     learnt: list[list[dict[str, Any]]] = [[], []]
     for engine, rows in zip(group.engines, learnt, strict=True):
         engine.scheduler._step_curve.observe = lambda rows=rows, **row: rows.append(row)
@@ -309,28 +264,26 @@ def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(loc
 
 @pytest.fixture
 def paged(virtual_engines):
-    from moe_agent.vllm.prefill_group import PagedPrefillGroup
+    from moe_agent.vllm.prefill_group import SharedMemoryPrefillGroup
 
-    return PagedPrefillGroup
+    return SharedMemoryPrefillGroup
 
 
-STATE = PrefillState(
-    5.0, 4.0, RankLoad(100, 0.5, 0.25, 7, 2), RankLoad(0, 0.0, 0.0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6))
-)
+STATE = PrefillState(5.0, 4.0, RankLoad(100, 7, 2), RankLoad(0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6)))
 
 
 def test_ranks_read_what_the_others_tell(paged, tmp_path):
     groups = [paged(tmp_path, rank, 3) for rank in range(3)]
-    groups[1].tell(STATE)
+    groups[1].publish(STATE)
     assert groups[0].others(5.5) == [STATE]
-    groups[2].tell(STATE._replace(written_s=5.2))
+    groups[2].publish(STATE._replace(written_s=5.2))
     assert groups[0].others(5.5) == [STATE, STATE._replace(written_s=5.2)]
     assert groups[1].others(5.5) == [STATE._replace(written_s=5.2)]
 
 
 def test_a_rank_that_tells_nothing_is_idle(paged, tmp_path):
     first, second = paged(tmp_path, 0, 2), paged(tmp_path, 1, 2)
-    second.tell(STATE)
+    second.publish(STATE)
     assert first.others(6.0) == [STATE]
     assert first.others(6.1) == []
 

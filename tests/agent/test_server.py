@@ -17,13 +17,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api import broadcaster as feed
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.published import PublishedExperts
 from moe_agent.shared_memory.notifier import Bell
 from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages
 from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.signals import EngineSignal, StepTime
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -255,7 +255,7 @@ async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
     server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None, agent.bell)
-    assert server.snapshot()["name"] == socket.gethostname()
+    assert server.snapshot().name == socket.gethostname()
 
 
 async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):

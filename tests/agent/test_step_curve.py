@@ -28,7 +28,7 @@ def feed(curve: StepCurve, steps: int, *, bent_s: float = BENT_S, noise: float =
 def predict(curve: StepCurve, prefill: int, decoding: int, everything: int) -> float:
     found = curve.at(decoding)
     assert found is not None
-    bent_s = sum(bend.token_s * max(0, everything - bend.tokens) for bend in found.bends)
+    bent_s = sum(bend.token_s * max(0, everything - bend.tokens) for bend in found.knees)
     return found.floor_s + found.token_s * prefill + bent_s
 
 
@@ -55,7 +55,7 @@ def test_an_engine_without_a_bend_is_a_line():
     curve = StepCurve()
     feed(curve, 2000, bent_s=0.0)
     found = curve.at(20)
-    assert sum(bend.token_s for bend in found.bends) < 0.05 * TOKEN_S
+    assert sum(bend.token_s for bend in found.knees) < 0.05 * TOKEN_S
     assert found.token_s == pytest.approx(TOKEN_S, rel=0.05)
 
 
@@ -97,7 +97,7 @@ def test_no_coefficient_is_ever_negative_or_endless(rows):
         )
     found = curve.at(3)
     if found is not None:
-        values = [found.token_s, found.floor_s, *(bend.token_s for bend in found.bends)]
+        values = [found.token_s, found.floor_s, *(bend.token_s for bend in found.knees)]
         assert all(0.0 <= value < float("inf") for value in values)
-        assert [bend.tokens for bend in found.bends] == sorted(bend.tokens for bend in found.bends)
-        assert {bend.tokens for bend in found.bends} <= set(BENDS)
+        assert [bend.tokens for bend in found.knees] == sorted(bend.tokens for bend in found.knees)
+        assert {bend.tokens for bend in found.knees} <= set(BENDS)

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 from lightkube import AsyncClient
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.input_errors import InvalidInput
-from moe_gateway.configuration import parse_model
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.discovery import Discovery
 from moe_gateway.gateway import Gateway
 

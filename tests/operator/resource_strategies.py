@@ -226,12 +226,6 @@ scheduling = section(
         ageingRate=st.floats(1e-3, 1e9) | st.integers(1, 10**9),
         ageingHorizon=st.sampled_from(["0s", "30s", "24h"]),
         priorityStep=st.sampled_from(["0s", "2s", "24h"]),
-        prefillHold=st.sampled_from(["0s", "500ms", "24h"]),
-        firstTokenWeight=st.floats(1e-3, 1e9) | st.integers(1, 10**9),
-        yieldPrefills=st.booleans(),
-        cutPrefills=st.booleans(),
-        scheduleLate=st.booleans(),
-        kvGrowthBlocks=st.integers(0, 1_000_000),
         fairnessHorizon=st.sampled_from(["0s", "10s", "24h"]),
     ),
     engine=section(

@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from moe_contract.documents import section_in
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import (
     Condition,
@@ -21,7 +22,7 @@ from moe_operator.api import (
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism, Spec
-from moe_operator.api.section import Section, section_in
+from moe_operator.api.section import Section
 
 ROOT = Path(__file__).parents[2]
 CRD = build_crd()
@@ -174,13 +175,6 @@ def test_every_sample_is_valid_under_the_schema(path: Path) -> None:
         ("scheduling.request.policy", "sjff"),
         ("scheduling.request.ageingRate", 0),
         ("scheduling.request.ageingRate", "1"),
-        ("scheduling.request.prefillHold", "fast"),
-        ("scheduling.request.firstTokenWeight", 0),
-        ("scheduling.request.yieldPrefills", "yes"),
-        ("scheduling.request.cutPrefills", "no"),
-        ("scheduling.request.scheduleLate", 1),
-        ("scheduling.request.kvGrowthBlocks", -1),
-        ("scheduling.request.kvGrowthBlocks", 0.5),
         ("scheduling.request.fairnessHorizon", 10),
         ("gateway.tenantHeader", "X-Tenant"),
         ("gateway.tenantHeader", "x tenant"),

@@ -9,9 +9,9 @@ import pytest
 from moe_agent.experts.document import build_document, render_document
 from moe_agent.experts.outcome import Outcome, ProblemKind
 from moe_agent.experts.published import as_of, brief
+from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.cli.experts import describe_change
 from moe_operator.experts import report
-from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.heat import render_experts
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import plan_document
@@ -28,8 +28,8 @@ def published(group: Group) -> dict[str, Any]:
     return as_of(written, group.now_s + 3.0)
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    found = read_experts(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    found = read_experts(json.dumps(document).encode())
     assert found is not None
     return found
 

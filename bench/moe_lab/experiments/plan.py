@@ -95,7 +95,6 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         variants=(
             *ABLATION,
             "oursNoOrder",
-            "oursHold",
             "oursNoYield",
             "oursNoCut",
             "oursNotLate",

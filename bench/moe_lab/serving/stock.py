@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE
-from moe_agent.supervisor.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments, build_environment
+from moe_agent.supervisor.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments
 from moe_agent.supervisor.node import build_node
 from moe_contract.agent_config import AgentConfig
+from moe_contract.engine_process import RUN_DIR_VARIABLE, engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api import MoEServing
 from moe_operator.api.resource import Runtime
@@ -138,7 +138,7 @@ def _plan_engine(
 ) -> Program:
     engine = agent.engine
     arguments = remove_ours(build_arguments(engine, build_node(engine, inherited), cpu_build=cpu_build))
-    environment = build_environment(agent, inherited, cpu_build=cpu_build, cpus=cpus)
+    environment = engine_environment(agent, inherited, cpu_build=cpu_build, cpus=cpus)
     environment.pop(RUN_DIR_VARIABLE)
     return Program(
         name=f"stock-engine-{index}",

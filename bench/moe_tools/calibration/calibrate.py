@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+from moe_agent.shared_memory.records import Control, ControlPageWriter
 from moe_agent.vllm.version import is_cpu_build
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_scheduling.request.order import RequestSettings
 from rich.console import Console

@@ -124,7 +124,7 @@ class Course:
 
 def _request(order: RequestPolicy) -> RequestSettings:
     """An engine in this process takes nothing in while it waits, so it is of no use to schedule late."""
-    return RequestSettings(policy=order, schedule_late=False)
+    return RequestSettings(policy=order, defer_scheduling=False)
 
 
 def _saturation(base: Simulation, seed: int) -> float:

@@ -311,7 +311,8 @@ def find_scheduler(path: str) -> SchedulerFactory:
 @contextmanager
 def _control_page(settings: RequestSettings) -> Iterator[None]:
     """What the agent of an engine would have written before its start."""
-    from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+    from moe_agent.shared_memory.records import Control, ControlPageWriter
+    from moe_contract.engine_process import RUN_DIR_VARIABLE
 
     before = os.environ.get(RUN_DIR_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits, Listen
+from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits
+from moe_contract.sections import Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import InFlightRequest

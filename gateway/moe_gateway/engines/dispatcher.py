@@ -299,8 +299,8 @@ class Dispatcher:
         if self.discovers and not self.accepting:
             return _clamp_s(self.hold_timeout_s - (self.held_since_s(now_s) or 0.0))
         ordered = self._targets.ordered
-        lines = [state.line for state in ordered if state.line is not None]
-        return _clamp_s(self._queue.size_tokens * lines[0].prefill_s / len(ordered)) if lines else 1
+        models = [state.step_time_model for state in ordered if state.step_time_model is not None]
+        return _clamp_s(self._queue.size_tokens * models[0].prefill_s / len(ordered)) if models else 1
 
     # For readers.
 

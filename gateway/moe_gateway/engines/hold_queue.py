@@ -10,7 +10,8 @@ from typing import Protocol
 
 from moe_scheduling.engine.attempts import RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
-from moe_scheduling.request.order import RequestSettings, WaitingQueue
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.waiting_queue import WaitingQueue
 
 
 class Rejection(Enum):

@@ -12,10 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moe_contract.documents import parse_model
 from moe_contract.input_errors import InputError, InvalidInput
 from pydantic import BaseModel, ConfigDict, StrictInt
-
-from moe_agent.parsing import parse_model
 
 Rows = tuple[tuple[int, ...], ...]
 

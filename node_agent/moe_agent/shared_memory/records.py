@@ -28,10 +28,7 @@ from moe_scheduling.signals import EngineSignal, StepTime
 from moe_agent.shared_memory.notifier import BellRope
 
 MAGIC = b"MOESPAGE"
-LAYOUT_VERSION = 7
-RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
-# Set where the engine's ranks are an expert group.
-EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
+LAYOUT_VERSION = 8
 
 _HEADER = struct.Struct("<8sII")
 _SEQUENCE = struct.Struct("<Q")
@@ -44,9 +41,9 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddddd???5xQd16sQQQddQ")
-PREFILL_BODY = struct.Struct("<dd" + 2 * "QddQQ" + 2 * "dQQ" + "Qd")
-_LOAD, _PART = 5, 3
+CONTROL_BODY = struct.Struct("<Q16sddd???5xQd16sQQQddQ")
+PREFILL_BODY = struct.Struct("<dd" + 2 * "QQQ" + 2 * "dQQ" + "Qd")
+_LOAD, _PART = 3, 3
 EXPERT_BODY = struct.Struct("<Qdd")
 
 
@@ -313,11 +310,9 @@ class ControlPageWriter(_Writer):
             request.ageing_rate,
             request.ageing_horizon_s,
             request.priority_step_s,
-            request.prefill_hold_s,
-            request.first_token_weight,
             request.yield_prefills,
             request.cut_prefills,
-            request.schedule_late,
+            request.defer_scheduling,
             request.kv_growth_blocks,
             request.fairness_horizon_s,
             expert.mode.value.encode(),
@@ -340,9 +335,9 @@ class ControlPageReader(_Reader):
         """By default with the patience of an engine step: none."""
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
-        prefill_hold_s, first_token_weight, yield_prefills, cut_prefills, schedule_late, kv_growth_blocks = body[5:11]
-        fairness_horizon_s, mode, interval_steps, window_steps, move_budget = body[11:16]
-        max_stall_s, hysteresis, directive = body[16:]
+        yield_prefills, cut_prefills, defer_scheduling, kv_growth_blocks = body[5:9]
+        fairness_horizon_s, mode, interval_steps, window_steps, move_budget = body[9:14]
+        max_stall_s, hysteresis, directive = body[14:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -350,11 +345,9 @@ class ControlPageReader(_Reader):
                 ageing_rate=ageing_rate,
                 ageing_horizon_s=ageing_horizon_s,
                 priority_step_s=priority_step_s,
-                prefill_hold_s=prefill_hold_s,
-                first_token_weight=first_token_weight,
                 yield_prefills=yield_prefills,
                 cut_prefills=cut_prefills,
-                schedule_late=schedule_late,
+                defer_scheduling=defer_scheduling,
                 kv_growth_blocks=kv_growth_blocks,
                 fairness_horizon_s=fairness_horizon_s,
             ),

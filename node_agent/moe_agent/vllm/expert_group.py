@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, transfer_layer
@@ -36,7 +37,7 @@ from moe_agent.experts.published import experts_path
 from moe_agent.experts.recording import Counted, Report, RoutingRecorder
 from moe_agent.experts.step_times import load_class
 from moe_agent.experts.work_meter import WorkMeter
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState
+from moe_agent.shared_memory.records import ExpertPageWriter, ExpertState
 from moe_agent.vllm.device_recording import DeviceRecorder
 from moe_agent.vllm.version import replace_attribute
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
-from moe_scheduling.request.prefill_budget import StepModel
+from moe_scheduling.request.prefill_budget import StepTimeCurve
 from moe_scheduling.signals import EngineSignal
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -31,7 +32,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from moe_agent.shared_memory.records import (
-    RUN_DIR_VARIABLE,
     ControlPageReader,
     ExpertPageReader,
     ExpertState,
@@ -42,15 +42,13 @@ from moe_agent.shared_memory.records import (
 from moe_agent.step_curve import StepCurve
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.deferred_start import start_late
-from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
+from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.version import check_version
 
 # An output that is there so soon after the launch of the next step was there before it.
 _AT_ONCE_S = 0.001
-# Weight of the newest step in the mean of the steps' durations: fifty steps back counts for a third.
-_NEWEST = 0.02
 
 
 @dataclass(slots=True)
@@ -94,7 +92,6 @@ class OrderedScheduler(AsyncScheduler):
         self._step_time = StepTimeFit()
         self._step_curve = StepCurve()
         self._late = DeferredScheduling()
-        self._mean_step_s = 0.0
         # Of the next step, in a count that all ranks of a group share; set by the core where steps are scheduled late.
         self.turn = 0
         self._last_output_s = self._launched_s = 0.0
@@ -105,7 +102,7 @@ class OrderedScheduler(AsyncScheduler):
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
-            self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
+            self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
@@ -120,7 +117,7 @@ class OrderedScheduler(AsyncScheduler):
         self.take_settings()
         prefilling = self.prefilling()
         scheduled_s = self.clock()
-        self._plan.begin(self._pace(), scheduled_s)
+        self._plan.begin(self._curve(), scheduled_s)
         self._complete_last_step()
         output = super().schedule(throttle_prefills)
         work = self.begin_step(output, prefilling, scheduled_s)
@@ -136,17 +133,15 @@ class OrderedScheduler(AsyncScheduler):
         """Keeps step with the prefills of other ranks."""
         self._plan.group = group
 
-    def _pace(self) -> StepModel | None:
-        line = self._step_time.line
-        if line is None:
-            return None
+    def _curve(self) -> StepTimeCurve | None:
+        """The fitted step time at the requests that decode now; None until it is known."""
         decoding = max(len(self.running) - len(self._inflight_prefills), self._plan.others.decoding)
-        return StepModel(line.prefill_s, line.base_s, self._mean_step_s, self._step_curve.at(decoding))
+        return self._step_curve.at(decoding)
 
     def add_request(self, request: Request) -> None:
         self.take_settings()
         super().add_request(request)
-        self._plan.tell(self.clock())
+        self._plan.publish(self.clock())
         self.publish()
 
     # 2. Observe what happened.
@@ -211,7 +206,6 @@ class OrderedScheduler(AsyncScheduler):
             # The time of a step that had ended unseen is that of the wait, and would teach to wait for longer.
             if work.ended_s or not overran:
                 self._learn_when_told(work)
-            self._mean_step_s += (work.step_s - self._mean_step_s) * (_NEWEST if self._mean_step_s else 1.0)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
         self._plan.expect(self._next_s(), now_s)
@@ -225,14 +219,14 @@ class OrderedScheduler(AsyncScheduler):
     @property
     def keeps_step(self) -> bool:
         """Whether this rank schedules no sooner than another one of its group has to, and with the first that does."""
-        return self._plan.group is not None and self._plan.settings.schedule_late
+        return self._plan.group is not None and self._plan.settings.defer_scheduling
 
     def late_s(self) -> float:
         """Seconds that the scheduling of the next step may still wait for what comes; 0 where it may not.
 
         A rank without a step on its way has those of its group to wait for.
         """
-        if len(self._step_work) > 1 or not self._plan.settings.schedule_late:
+        if len(self._step_work) > 1 or not self._plan.settings.defer_scheduling:
             return 0.0
         now_s = self.clock()
         next_s = self._next_s() if self._step_work else self._plan.others_next_s(self.turn, now_s)

@@ -9,10 +9,7 @@ from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
-from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings
-from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
-from moe_scheduling.request.order import RequestPolicy, RequestSettings
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.pods import (
@@ -26,21 +23,17 @@ from moe_operator.api.pods import (
     SecretKey,
     Update,
 )
+from moe_operator.api.scheduling import Scheduling
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.status import Status
-from moe_operator.api.units import DurationBetween, QuantityBetween, render_duration
+from moe_operator.api.units import DurationBetween, QuantityBetween
 
 API_VERSION = "moeserving.dev/v1alpha1"
 KIND = "MoEServing"
 URI_SCHEMES = ("file", "hf", "pvc", "s3")
 
-_REQUEST = RequestSettings()
-_ENGINE = EngineSettings()
-_EXPERT = ExpertSettings()
-
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
-Number = Annotated[float, Strict()]
 
 
 # What the claim of a volume was made with, Kubernetes does not change.
@@ -344,138 +337,6 @@ class Engine(Section):
             holds=lambda engine: all(re.match(ENV_NAME_PATTERN, name) and name != OWNED_ENV for name in engine.env),
         ),
     )
-
-
-class RequestScheduling(Section):
-    """Order of waiting requests, in each engine and in the gateway's hold queue."""
-
-    policy: RequestPolicy = Field(
-        default=_REQUEST.policy,
-        description="`sjf` takes the request with the fewest uncached prefill tokens first and lets waiting requests "
-        "age, `fcfs` keeps the order of arrival, `priority` the order of the priority field, then of arrival.",
-    )
-    ageing_rate: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
-        default=_REQUEST.ageing_rate,
-        description="Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater "
-        "is nearer to the order of arrival.",
-    )
-    ageing_horizon: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_REQUEST.ageing_horizon_s),
-        description="Under `sjf`, no request is overtaken by one of its priority that arrived later by more than this.",
-    )
-    priority_step: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_REQUEST.priority_step_s),
-        description="Head start that one level of a request's priority is worth under `sjf` (lower is more urgent).",
-    )
-    prefill_hold: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_REQUEST.prefill_hold_s),
-        description="Under `sjf` and where data-parallel ranks step together, prefills are held up to this long so "
-        "that those of all ranks fall into the same steps. 0s: each rank prefills when it can.",
-    )
-    first_token_weight: Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False)] = Field(
-        default=_REQUEST.first_token_weight,
-        description="Seconds between tokens that one second before the first token is worth, when it is weighed how "
-        "long to hold prefills. Greater holds them for a shorter time.",
-    )
-    yield_prefills: Flag = Field(
-        default=_REQUEST.yield_prefills,
-        description="Under `sjf`, a prompt that is computed in chunks lets waiting requests go first that come before "
-        "what is left of it.",
-    )
-    cut_prefills: Flag = Field(
-        default=_REQUEST.cut_prefills,
-        description="Under `sjf`, a step takes less of the prompts than it has room for where their tokens would take "
-        "longer in one step than in two, by the step times that are measured.",
-    )
-    schedule_late: Flag = Field(
-        default=_REQUEST.schedule_late,
-        description="Under `sjf` and where vLLM schedules asynchronously, as on GPUs, the next step is scheduled just "
-        "before the end of the one that runs, so that requests that come meanwhile are in it.",
-    )
-    kv_growth_blocks: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
-        default=_REQUEST.kv_growth_blocks,
-        description="Under `sjf`, KV blocks that an engine keeps free for each running request when it admits another, "
-        "so that answers can grow without a preemption. 0: none, as vLLM does.",
-    )
-    fairness_horizon: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_REQUEST.fairness_horizon_s),
-        description="Under `sjf`, requests of a tenant that was served more than another that waits come later by up "
-        "to this; `gateway.tenantHeader` says whose a request is. 0s: tenants are not told apart.",
-    )
-
-
-class EngineScheduling(Section):
-    """Choice of the engine for a request, in the gateway."""
-
-    policy: DispatchPolicy = Field(
-        default=_ENGINE.policy,
-        description="`predicted` takes the engine with the least predicted time to first token, `leastRequests` the "
-        "one with the fewest requests in flight, `roundRobin` each in turn. Published rules to compare with: "
-        "`powerOfTwo` the one with fewer requests of two that are drawn (vllm-router), `vllmInternal` the least score "
-        "of vLLM's own data-parallel balancer, `gimbal` that paper's thresholds on KV use and load, as reconstructed.",
-    )
-    stickiness: Annotated[str, DurationBetween("0s")] = Field(
-        default=render_duration(_ENGINE.stickiness_s),
-        description="Under `predicted`, a session stays at its engine while it is worse than the best by at most this.",
-    )
-    stale_after: Annotated[str, DurationBetween("1ms")] = Field(
-        default=render_duration(_ENGINE.stale_after_s),
-        description="Age at which the gateway no longer believes an engine's signal and counts on its own books alone.",
-    )
-    saturation: Annotated[str, DurationBetween("1ms")] | None = Field(
-        default=None if _ENGINE.saturation_s is None else render_duration(_ENGINE.saturation_s),
-        description="Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. "
-        "Absent: it never does.",
-    )
-
-
-def _check_mode(value: object) -> object:
-    if value is False:
-        raise ValueError('"off" needs quotes: YAML reads a bare off as false')
-    return value
-
-
-class ExpertScheduling(Section):
-    """Placement of the experts within an engine. Only with `engine.parallelism.expert`."""
-
-    mode: Annotated[ExpertMode, BeforeValidator(_check_mode)] = Field(
-        default=_EXPERT.mode,
-        description="`off` (in quotes: YAML reads a bare off as false) records nothing, `observe` records the load of "
-        "the experts and shows it, `dryRun` decides as well and shows what it would move, `active` moves experts where "
-        "that pays.",
-    )
-    redundant_experts: Annotated[Count, Field(ge=0, le=4096)] = Field(
-        default=0,
-        description="Slots for further copies of hot experts, in each layer, over all ranks of a replica; each takes "
-        "the memory of one expert a layer. Experts and these must divide by the ranks. A change rolls the engines.",
-    )
-    interval: Annotated[Count, Field(ge=1, le=1_000_000_000)] = Field(
-        default=_EXPERT.interval_steps, description="Engine steps between two decisions."
-    )
-    window: Annotated[Count, Field(ge=1, le=1_000_000_000)] = Field(
-        default=_EXPERT.window_steps,
-        description="Engine steps of load that a decision looks at, the newer ones weighing more.",
-    )
-    move_budget: Annotated[Count, Field(ge=0, le=1_000_000_000)] = Field(
-        default=_EXPERT.move_budget,
-        description="Most experts moved in one round; 0 sets no bound beside what pays.",
-    )
-    max_stall: Annotated[str, DurationBetween("1ms", "1m")] = Field(
-        default=render_duration(_EXPERT.max_stall_s),
-        description="Most that moving may add to one step of the engine; it sets how many layers move in a step.",
-    )
-    hysteresis: Annotated[Number, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
-        default=_EXPERT.hysteresis,
-        description="Part by which the time won until the next decision must exceed the cost of moving (0.1: by 10 %).",
-    )
-
-
-class Scheduling(Section):
-    """The scheduling layers."""
-
-    request: RequestScheduling = RequestScheduling()
-    engine: EngineScheduling = EngineScheduling()
-    expert: ExpertScheduling = ExpertScheduling()
 
 
 class GatewayLimits(Section):

@@ -4,7 +4,7 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.expert.decision import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 
-from moe_operator.api.resource import EngineScheduling, ExpertScheduling, RequestScheduling
+from moe_operator.api.scheduling import EngineScheduling, ExpertScheduling, RequestScheduling
 from moe_operator.api.units import duration_s
 
 
@@ -15,12 +15,6 @@ def request_settings(section: RequestScheduling) -> RequestSettings:
         ageing_rate=section.ageing_rate,
         ageing_horizon_s=duration_s(section.ageing_horizon),
         priority_step_s=duration_s(section.priority_step),
-        prefill_hold_s=duration_s(section.prefill_hold),
-        first_token_weight=section.first_token_weight,
-        yield_prefills=section.yield_prefills,
-        cut_prefills=section.cut_prefills,
-        schedule_late=section.schedule_late,
-        kv_growth_blocks=section.kv_growth_blocks,
         fairness_horizon_s=duration_s(section.fairness_horizon),
     )
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_scheduling.fleet.settings import FleetSettings
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
     Keep,
     KeepReason,

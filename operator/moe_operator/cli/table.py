@@ -1,7 +1,6 @@
 """A deployment as a table. Pure."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -63,10 +62,10 @@ def render_traffic(seen: Observation, pace: Throughput | None) -> str:
     """Requests through the gateway."""
     if seen.gateway is None:
         return "requests: the gateway gives no answer"
-    totals: dict[str, Any] = seen.gateway.get("totals") or {}
-    counts = ", ".join(f"{totals.get(name, 0)} {word}" for name, word in _TOTALS)
-    flying = sum(engine.get("in_flight", 0) for engine in seen.gateway.get("engines") or [])
-    return f"requests: {_render_pace(pace)}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
+    totals = seen.gateway.totals
+    counts = f"{totals.requests} ended, {totals.failed} failed, {totals.retried} retried"
+    flying = sum(engine.in_flight for engine in seen.gateway.engines)
+    return f"requests: {_render_pace(pace)}{flying} in flight, {seen.gateway.held} held, {counts}"
 
 
 def _render_pace(pace: Throughput | None) -> str:
@@ -74,9 +73,6 @@ def _render_pace(pace: Throughput | None) -> str:
         return ""
     ttft = "" if pace.ttft_mean_s is None else f"TTFT {pace.ttft_mean_s:.3f} s (mean), "
     return f"{pace.requests_per_s:.1f}/s, {ttft}"
-
-
-_TOTALS = (("requests", "ended"), ("failed", "failed"), ("retried", "retried"))
 
 
 def _render_ready(status: Status) -> Text:

@@ -4,9 +4,13 @@ The messages of the cluster stand in full behind ours, so that nothing is hidden
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from moe_contract.agent_state import AgentState
+
+from moe_operator.autoscale.signal import States
 
 Document = dict[str, Any]
 
@@ -38,7 +42,7 @@ class Finding:
     pod: str
 
 
-def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> list[Finding]:
+def find_problems(pods: Sequence[Document], states: States) -> list[Finding]:
     """The findings over all pods that are not on their way out, the first pod of each reason.
 
     The newest pods come first: older ones may stay, with what was wrong then, until a newer one is ready.
@@ -47,7 +51,11 @@ def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> l
     for pod in sorted(sorted(pods, key=_name), key=_created, reverse=True):
         if "deletionTimestamp" in pod["metadata"]:
             continue
-        for finding in (*_scheduling(pod), *_containers(pod), *_engine(pod, states.get(pod["metadata"]["name"]))):
+        for finding in (
+            *_scheduling(pod),
+            *_containers(pod),
+            *_engine(pod, states.engines.get(pod["metadata"]["name"])),
+        ):
             found.setdefault(finding.reason, finding)
     return list(found.values())
 
@@ -106,11 +114,11 @@ def _containers(pod: Document) -> Iterator[Finding]:
             yield _finding(pod, "CrashLooping", advice, last.get("message", ""))
 
 
-def _engine(pod: Document, state: Document | None) -> Iterator[Finding]:
+def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:
     """What an agent says of an engine that ended and has not come back."""
-    if state is None or state.get("phase") in ("ready", "draining", "stopped"):
+    if state is None or state.phase in ("ready", "draining", "stopped"):
         return
-    last_exit = str(state.get("engine", {}).get("last_exit", ""))
+    last_exit = state.engine.last_exit
     if not last_exit:
         return
     if _MEMORY.search(last_exit):

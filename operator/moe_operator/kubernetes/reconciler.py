@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 from lightkube import ApiError
+from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
@@ -21,8 +22,8 @@ from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
+from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
-from moe_operator.experts.document import ExpertsDocument
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
@@ -55,8 +56,8 @@ class Pass:
     resource: MoEServing
     observed: Observed
     pods: list[Document]
-    states: Mapping[str, Document]
-    experts: Mapping[str, ExpertsDocument]
+    states: States
+    experts: Mapping[str, ExpertsState]
 
 
 class Reconciler:
@@ -114,9 +115,7 @@ class Reconciler:
         status_after_s = await self._tell(current, plan, applied, outcome.limited)
         return self._next_s(current, applied, late, status_after_s)
 
-    async def _ask(
-        self, peers: list[Peer], resource: MoEServing
-    ) -> tuple[dict[str, Document], dict[str, ExpertsDocument]]:
+    async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
         """What agents and gateways say of themselves, and engines of their experts where they have a group."""
         if not resource.spec.engine.parallelism.expert:
             return await fetch_states(self._session, peers), {}
@@ -140,7 +139,7 @@ class Reconciler:
             for peer in peers
             if peer.pod in current.states
         ]
-        behind = [(peer, settings) for peer, settings in wanted if differs(settings, current.states[peer.pod])]
+        behind = [(peer, settings) for peer, settings in wanted if differs(settings, peer, current.states)]
         told = await asyncio.gather(
             *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
         )
@@ -166,7 +165,7 @@ class Reconciler:
     async def _tell_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
         seen = Seen(invalid=problem, desired=self._live_replicas(key))
-        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), {}, {})
+        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), States(), {})
         return None
 
     async def _tell_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
@@ -193,8 +192,8 @@ class Reconciler:
         names: Names,
         seen: Seen,
         pods: list[Document],
-        states: Mapping[str, Document],
-        experts: Mapping[str, ExpertsDocument],
+        states: States,
+        experts: Mapping[str, ExpertsState],
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)

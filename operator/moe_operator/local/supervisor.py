@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import aiohttp
+from moe_contract.clients import GatewayClient
 
 from moe_operator.local import launcher
 from moe_operator.local.folder import Folder
@@ -135,10 +136,10 @@ class Supervisor:
 
     async def _watch_ready(self) -> None:
         """Notes when the deployment became ready, and when it no longer was."""
-        timeout = aiohttp.ClientTimeout(total=5.0)
-        async with aiohttp.ClientSession(self._record.gateway.url, timeout=timeout) as session:
+        async with aiohttp.ClientSession() as session:
+            gateway = GatewayClient(session, self._record.gateway.url)
             while True:
-                if (ready := await is_ready(session)) != self._record.ready:
+                if (ready := await gateway.is_ready()) != self._record.ready:
                     log.info("ready" if ready else "no longer ready")
                     self._change(ready=ready, ready_changed=time.time())
                 await asyncio.sleep(self._rules.look_every_s)
@@ -157,15 +158,6 @@ class Supervisor:
             save_record(self._folder, self._record)
         except OSError as error:  # a full disk must not end what serves; the next change writes the whole file again
             log.error("%s cannot be written: %s", self._folder.state, error.strerror)
-
-
-async def is_ready(session: aiohttp.ClientSession) -> bool:
-    """One look at the gateway's `/readyz`."""
-    try:
-        async with session.get("/readyz") as answer:
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
 
 
 async def run_supervisor(folder: Folder, record: Record, rules: Rules) -> None:

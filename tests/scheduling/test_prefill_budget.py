@@ -1,0 +1,91 @@
+"""Prompt tokens of the next step of a lockstep group: the whole backlog, or the part that ends at a roofline knee."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
+
+IDLE = RankLoad()
+DECODING = RankLoad(decoding=10)
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks", "tokens"),
+    [
+        ("no ranks", [], 0),
+        ("nothing to prefill", [DECODING, DECODING], 0),
+        ("a rank alone", [RankLoad(1000, decoding=50)], 1000),
+        ("nobody decodes elsewhere", [RankLoad(1000, decoding=50), IDLE], 1000),
+        ("backlogs of one size", [RankLoad(1000, decoding=5), RankLoad(1000, decoding=5)], 1000),
+        ("the larger of two backlogs", [RankLoad(1000, decoding=5), RankLoad(600, decoding=5)], 1000),
+        ("the others decode", [RankLoad(1000, decoding=5), DECODING], 1000),
+    ],
+)
+@pytest.mark.parametrize("curve", [None, StepTimeCurve(token_s=0.0001, floor_s=0.1, knees=())])
+def test_without_a_knee_nothing_is_cut(case, ranks, tokens, curve):
+    assert plan_prefill_tokens(ranks, curve) == tokens, case
+
+
+# From 1,000 tokens of all ranks on, each token takes twice as long.
+CURVE = StepTimeCurve(token_s=0.0001, floor_s=0.1, knees=(RooflineKnee(1000, 0.0001),))
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks", "tokens"),
+    [
+        ("few wait: cut at the knee", [RankLoad(4000, decoding=100, prefilling=1)], 900),
+        ("many wait: large steps share out the floor", [RankLoad(4000, decoding=100, prefilling=100)], 4000),
+        ("nobody decodes", [RankLoad(4000, prefilling=1)], 4000),
+        ("all is before the knee", [RankLoad(800, decoding=100, prefilling=1)], 800),
+        ("more decode than the knee has tokens", [RankLoad(4000, decoding=1000, prefilling=1)], 4000),
+        ("ranks share the knee", [RankLoad(4000, decoding=50, prefilling=1)] * 2, 450),
+        ("one leaves the other its part", [RankLoad(100, 50, 1), RankLoad(4000, 50, 1)], 800),
+        ("nothing to prefill", [RankLoad(decoding=100)], 0),
+    ],
+)
+def test_a_backlog_is_cut_at_the_knee(case, ranks, tokens):
+    assert plan_prefill_tokens(ranks, CURVE) == tokens, case
+    assert plan_prefill_tokens(ranks, None) >= tokens, case
+
+
+loads = st.builds(RankLoad, st.integers(0, 100_000), st.integers(0, 4096), st.integers(0, 4096))
+groups = st.lists(loads, max_size=16)
+knees = st.lists(
+    st.builds(RooflineKnee, st.integers(1, 10_000), st.floats(1e-9, 1)), max_size=4, unique_by=lambda knee: knee[0]
+)
+curves = st.builds(StepTimeCurve, st.floats(0, 1), st.floats(0, 1), knees.map(sorted).map(tuple))
+
+
+@given(groups, st.none() | curves.map(lambda curve: curve._replace(knees=())))
+def test_what_is_planned_without_a_knee_is_some_ranks_backlog(ranks, curve):
+    tokens = plan_prefill_tokens(ranks, curve)
+    assert tokens == 0 or tokens in {rank.prefill_tokens for rank in ranks}
+
+
+@given(groups, st.none() | curves, st.randoms(use_true_random=False))
+def test_every_rank_makes_the_same_plan(ranks, curve, shuffler):
+    mixed = list(ranks)
+    shuffler.shuffle(mixed)
+    assert plan_prefill_tokens(mixed, curve) == plan_prefill_tokens(ranks, curve)
+
+
+@given(groups, curves)
+def test_what_is_cut_is_never_cut_to_nothing_and_never_more_than_without(ranks, curve):
+    cut = plan_prefill_tokens(ranks, curve)
+    whole = plan_prefill_tokens(ranks, None)
+    assert min(1, whole) <= cut <= whole
+
+
+@given(st.lists(loads, min_size=1, max_size=4), curves, st.integers(2, 50))
+def test_more_that_wait_for_their_first_token_never_cut_more(ranks, curve, factor):
+    more = [rank._replace(prefilling=rank.prefilling * factor) for rank in ranks]
+    least = plan_prefill_tokens(ranks, curve)
+    assert plan_prefill_tokens(more, curve) >= least * (1 - 1e-6) - 1
+
+
+@pytest.mark.parametrize("value", [0.0, math.ulp(0.0)])
+def test_a_curve_without_a_slope_or_a_floor_is_no_error(value):
+    curve = StepTimeCurve(value, value, (RooflineKnee(1000, value),))
+    assert 1 <= plan_prefill_tokens([RankLoad(4000, 10, 1), DECODING], curve) <= 4000

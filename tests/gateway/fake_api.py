@@ -44,7 +44,7 @@ def engine_slice(engine: Any, service: str = "tiny-engine", *, name: str = "", *
 
 class FakeApi:
     """See the module. `lists` and `watches` count requests; `answer` makes every request fail with that status;
-    `mute` makes watches tell nothing, as over a connection that died unseen.
+    `mute` makes watches send nothing, as over a connection that died unseen.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -103,7 +103,7 @@ class FakeApi:
         self._changed.set()
 
     def forget(self) -> None:
-        """The next watch is told that its version is too old, and what happened since is in no event."""
+        """The next watch is answered that its version is too old, and no event has the changes since then."""
         self._gone = True
         self._events.clear()
 

@@ -1,4 +1,4 @@
-"""A bad client gets one OpenAI-shaped error, costs little, and nobody beside it notices."""
+"""A bad client gets one OpenAI-shaped error, costs little, and does not affect other clients."""
 
 import asyncio
 import json

@@ -76,7 +76,7 @@ async def test_a_held_request_leaves_the_queue_with_its_client(make_engine, serv
 async def test_a_client_that_leaves_while_the_gateway_connects_costs_nothing(make_engine, serve):
     engine = await make_engine(start=False)
     with socket.socket() as busy:
-        # A listener whose backlog is full lets nobody in and refuses nobody.
+        # A listener whose backlog is full neither accepts nor refuses a connection.
         busy.bind(("127.0.0.1", engine.port))
         busy.listen(0)
         fillers = [socket.socket() for _ in range(3)]

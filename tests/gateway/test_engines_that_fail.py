@@ -266,7 +266,7 @@ async def test_what_was_computed_for_longer_than_that_may_wait_for_the_engines_n
     await asyncio.sleep(1.1)
     agent, engine.agent = engine.agent, None
     await engine.stop()
-    # It has begun to find that nobody is there.
+    # It has begun to find the engine unreachable.
     await until(lambda: served.gateway.stats.retried > 1)
     engine.script = answer_ok
     await engine.start()

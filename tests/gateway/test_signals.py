@@ -1,4 +1,4 @@
-"""What engines say of themselves changes where requests go; what they fail to say, or say wrongly, harms nobody."""
+"""The signals of engines change where requests go; missing and wrong signals harm no request."""
 
 import asyncio
 

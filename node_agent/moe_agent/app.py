@@ -19,7 +19,7 @@ from moe_contract.engine_process import engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.api.server import AgentServer
-from moe_agent.experts.published import PublishedExperts
+from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.notifier import Announcements, Bell, Ticks
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages
 from moe_agent.supervisor.engine_command import build_command

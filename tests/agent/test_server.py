@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api import broadcaster as feed
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
-from moe_agent.experts.published import PublishedExperts
+from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.notifier import Bell
 from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
 from moe_agent.shared_memory.telemetry import ControlPage, RankPages

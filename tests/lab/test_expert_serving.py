@@ -70,13 +70,13 @@ def short(monkeypatch) -> None:
 
 def answered(ttft_s: float, last_s: float, tokens: int = 11) -> Answered:
     return Answered(
-        index=0, due_s=0.0, late_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
+        index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
         end_s=last_s,
     )  # fmt: skip
 
 
 def failed() -> Failed:
-    return Failed(index=0, due_s=0.0, late_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
+    return Failed(index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
 
 
 def wave_of(step_s: float) -> Run:

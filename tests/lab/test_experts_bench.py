@@ -8,7 +8,7 @@ import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_lab.experts.__main__ import app
 from moe_lab.experts.compare import COSTS
-from moe_lab.experts.loads import DRIFTS, Group, make_sequence, make_tenants, read_sequence
+from moe_lab.experts.loads import DRIFTS, Group, PairedLoad, make_sequence, make_tenants, read_sequence
 from moe_lab.experts.replay import render_decided, render_replayed, replay
 from moe_lab.experts.rivals import copy_hottest, make_policies, pack_evenly, plan_anchor
 from moe_scheduling.expert.decision import ExpertLoad, ExpertSettings, count_moves, score_placement
@@ -64,7 +64,7 @@ def test_copies_go_to_the_largest_share():
 def test_the_anchor_holds_what_is_most_linked():
     pairs = np.ones((2, 32, 32))
     pairs[:, [3, 9], [5, 6]] = 100.0
-    load = ExpertLoad(tokens=np.ones((1, 3, 32)), pairs=pairs)
+    load = PairedLoad(tokens=np.ones((1, 3, 32)), pairs=pairs)
     table = plan_anchor(load, GROUP.start).physical_to_logical
     for row in table[:2]:
         assert {3, 9} <= set(row[:10])

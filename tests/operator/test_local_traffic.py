@@ -62,7 +62,7 @@ def look(gateway: dict[str, Any] | None = None, agent: dict[str, Any] | None = N
 def page(seen: Observation, pace: Throughput | None = None) -> str:
     console = Console(width=120, file=StringIO())
     with console.capture() as capture:
-        console.print(render_status(seen, build_status(seen, datetime.now(UTC)), pace=pace))
+        console.print(render_status(seen, build_status(seen, datetime.now(UTC)), throughput=pace))
     return capture.get()
 
 

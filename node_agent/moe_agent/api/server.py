@@ -22,7 +22,7 @@ from moe_agent.api.broadcaster import StateBroadcaster
 from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
-from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
+from moe_agent.experts.document import Document, PublishedExperts, shape_of
 from moe_agent.shared_memory.notifier import Announcements
 from moe_agent.shared_memory.telemetry import ControlPage, NotTaken, RankPages
 from moe_agent.supervisor.supervisor import Supervisor
@@ -131,17 +131,17 @@ class AgentServer:
         answer = {"version": taken.version, "request": asdict(taken.request), "expert": asdict(taken.expert)}
         return web.json_response(answer)
 
-    def _read_experts(self) -> Document | None:
-        return None if self._experts is None else self._experts.read(time.monotonic())
+    def _read_experts(self, *, short: bool = True) -> Document | None:
+        return None if self._experts is None else self._experts.read(time.monotonic(), short=short)
 
     async def _get_experts(self, request: web.Request) -> web.Response:
         try:
             short = _read_flag(request, "brief")
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
-        if (document := self._read_experts()) is None:
+        if (document := self._read_experts(short=short)) is None:
             return self._no_experts()
-        return web.json_response(brief(document) if short else document)
+        return web.json_response(document)
 
     async def _post_experts(self, request: web.Request) -> web.Response:
         if (document := self._read_experts()) is None:

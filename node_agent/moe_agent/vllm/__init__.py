@@ -30,7 +30,7 @@ def _join_expert_group() -> None:
 
             allow_balancer()
         return
-    from moe_agent.experts.work_meter import WorkMeter
+    from moe_agent.experts.step_times import WorkMeter
 
     meter = WorkMeter()
     if is_cpu_build():

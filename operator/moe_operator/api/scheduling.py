@@ -1,24 +1,18 @@
-"""The section `spec.scheduling`: fields, defaults, units and ranges of the three scheduling layers.
-
-The defaults are those of the core's settings (`moe_scheduling`); `settings.py` converts a section to them.
-"""
+"""Section `spec.scheduling`: the settings of the three layers; defaults are those of the decisions themselves."""
 
 from typing import Annotated
 
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field
 
-from moe_operator.api.section import Section
+from moe_operator.api.section import Count, Number, Section
 from moe_operator.api.units import DurationBetween, render_duration
 
 _REQUEST = RequestSettings()
 _ENGINE = EngineSettings()
 _EXPERT = ExpertSettings()
-
-Count = Annotated[int, Strict()]
-Number = Annotated[float, Strict()]
 
 
 class RequestScheduling(Section):
@@ -44,8 +38,8 @@ class RequestScheduling(Section):
     )
     fairness_horizon: Annotated[str, DurationBetween("0s")] = Field(
         default=render_duration(_REQUEST.fairness_horizon_s),
-        description="Under `sjf`, requests of a tenant that received more service than another waiting tenant come "
-        "later by up to this. `gateway.tenantHeader` names the tenant of a request. 0s: all count as one tenant's.",
+        description="Under `sjf`, requests of a tenant that was served more than another that waits come later by up "
+        "to this; `gateway.tenantHeader` names the tenant of a request. 0s: tenants are not distinguished.",
     )
 
 
@@ -63,12 +57,12 @@ class EngineScheduling(Section):
     )
     stale_after: Annotated[str, DurationBetween("1ms")] = Field(
         default=render_duration(_ENGINE.stale_after_s),
-        description="Age of an engine's signal from which the gateway ignores it and counts its own requests alone.",
+        description="Age at which the gateway ignores an engine's signal and uses its own in-flight accounting alone.",
     )
     saturation: Annotated[str, DurationBetween("1ms")] | None = Field(
         default=None if _ENGINE.saturation_s is None else render_duration(_ENGINE.saturation_s),
-        description="Predicted wait at which an engine is saturated; while all engines are, the gateway holds "
-        "requests. Absent: it never does.",
+        description="Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. "
+        "Absent: it never does.",
     )
 
 
@@ -114,7 +108,7 @@ class ExpertScheduling(Section):
 
 
 class Scheduling(Section):
-    """The scheduling layers."""
+    """Settings of the three scheduling layers."""
 
     request: RequestScheduling = RequestScheduling()
     engine: EngineScheduling = EngineScheduling()

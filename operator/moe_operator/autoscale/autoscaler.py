@@ -39,7 +39,7 @@ _LIMITS = {
 
 
 class Autoscaler:
-    """See the module."""
+    """The autoscaler of one resource, with its history of recommendations."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -12,7 +12,7 @@ _LEAST_STALE_S = 15.0
 
 
 def fleet_settings(section: Autoscaling) -> FleetSettings:
-    """Returns the settings of `plan_fleet` for a resource's section."""
+    """The autoscaling section as settings of the fleet's decision."""
     targets = section.targets
     return FleetSettings(
         targets=FleetTargets(

@@ -59,8 +59,8 @@ def build_status(
         ttft=_render_ttft(mean_ttft_s(gateway_states)),
         experts=build_experts(experts, datetime.now(UTC)),
     )
-    told = _keep_numbers(status_document(status), before)
-    return told, replace(seen, experts=ExpertsStatus.model_validate(told["experts"]))
+    current = _keep_numbers(status_document(status), before)
+    return current, replace(seen, experts=ExpertsStatus.model_validate(current["experts"]))
 
 
 def _policies(engines: Sequence[AgentState], gateways: Sequence[GatewayState]) -> PoliciesInForce:
@@ -107,7 +107,7 @@ def _with_kept_time(now: Document, before: Document) -> Document:
 
 
 def _is_same_story(now: Document, before: Document) -> bool:
-    """Whether of the experts numbers alone differ: what somebody waits for is told at once."""
+    """Whether the experts differ in numbers alone; any other change is written at once."""
 
     def story(experts: Document) -> tuple[Any, ...]:
         last, problems = experts.get("lastDecision") or {}, experts.get("problems", [])

@@ -1,4 +1,4 @@
-"""Before engines are let go: tells Kubernetes which ones, by the work that they have left."""
+"""Pod deletion costs by the work left in each engine, written before the engines are scaled down."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def _work(pod: Document, state: AgentState | None) -> EngineWork:
     draining = "deletionTimestamp" in pod["metadata"] or (state is not None and state.phase in ("draining", "stopped"))
     return EngineWork(
         name=pod["metadata"]["name"],
-        # An engine of which nothing is heard may well be busy: it counts as working, not as not ready.
+        # An engine without a state may be busy: it counts as ready.
         ready=state is None or state.ready,
         draining=draining,
         ranks=() if state is None else state.ranks,

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from moe_contract.agent_config import EngineConfig
 from moe_contract.engine_process import kv_cache_argument, share_environment
 
-from moe_operator.api.resource import Model as ModelSection
-from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.engine import Runtime
+from moe_operator.api.model import Model as ModelSection
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
 
 # Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the

@@ -25,8 +25,9 @@ from moe_contract.gateway_config import Discovery, GatewayConfig, Group
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 
+from moe_operator.api.engine import Runtime
 from moe_operator.api.pods import PodTemplate
-from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.settings import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes

@@ -16,6 +16,7 @@ from moe_lab.experiments.plan import (
     plan_runs,
     saturation_runs,
 )
+from moe_lab.experiments.runner import PRODUCT_SOURCES, ROOT, SIMULATOR_SOURCES
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_lab.experiments.workloads import (
     ADVERSARIAL,
@@ -192,3 +193,8 @@ def test_a_digest_changes_with_the_sources(tmp_path):
     source.write_text("x = 2\n")
     assert code_digest(tmp_path, ["a"]) != before
     assert code_digest(tmp_path, ["a/one.py"]) == code_digest(Path(tmp_path), ["a"])
+
+
+def test_the_sources_of_a_run_are_there():
+    places = [ROOT / place for place in (*SIMULATOR_SOURCES, *PRODUCT_SOURCES)]
+    assert [place for place in places if not (place.is_file() or any(place.glob("*.py")))] == []

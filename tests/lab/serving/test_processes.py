@@ -54,7 +54,7 @@ async def test_a_measurement_that_fails_leaves_nobody_suspended(server, tmp_path
 
 def test_a_process_that_ends_takes_the_others_with_it_and_is_told_with_its_last_words(tmp_path):
     broken = program("broken", code="import sys; print('no such option'); sys.exit(3)")
-    said = "broken ended with status 3; its last words:\nno such option"
+    said = "broken ended with status 3; the end of its log:\nno such option"
     with pytest.raises(DoesNotServe, match=said), running([program("one"), broken], tmp_path):
         pass
     left = [child for child in psutil.Process().children(recursive=True) if "launcher" in " ".join(child.cmdline())]

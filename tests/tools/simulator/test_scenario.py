@@ -1,4 +1,4 @@
-"""The scenario file: what is refused and how it is told, and that every shipped one is read."""
+"""The scenario file: refused documents with their messages, and every shipped scenario."""
 
 import copy
 from pathlib import Path

@@ -12,8 +12,9 @@ from moe_contract.input_errors import InvalidInput
 from moe_gateway.engines.discovery import Discovery
 from moe_gateway.gateway import Gateway
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, free_port, post, prompt, until
 from tests.gateway.fake_api import engine_slice, make_slice
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.waiting import free_port, until
 
 LOST = "lost the API server"
 

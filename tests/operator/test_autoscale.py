@@ -297,11 +297,11 @@ def names_exposed() -> set[str]:
         }
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
-    dispatcher = Dispatcher(config, RequestStats())
+    dispatcher = Dispatcher(config)
     for target in dispatcher.target_states.values():
         target.accepting = True
     registry = CollectorRegistry()
-    registry.register(GatewayCollector(dispatcher, lambda: 1.0))
+    registry.register(GatewayCollector(dispatcher, RequestStats(), lambda: 1.0))
     registry.register(AgentCollector(lambda: state, lambda: None))
     text = generate_latest(registry).decode()
     return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}

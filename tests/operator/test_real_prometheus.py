@@ -58,10 +58,10 @@ def stats() -> RequestStats:
 def gateway_port(stats: RequestStats) -> Iterator[int]:
     engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
     document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
-    dispatcher = Dispatcher(GatewayConfig.model_validate(document), stats)
+    dispatcher = Dispatcher(GatewayConfig.model_validate(document))
     for target in dispatcher.target_states.values():
         target.accepting = True
-    yield from exposed(GatewayCollector(dispatcher, time.monotonic))
+    yield from exposed(GatewayCollector(dispatcher, stats, time.monotonic))
 
 
 @pytest.fixture

@@ -178,9 +178,10 @@ class Dispatcher:
 
         Held requests go first: while any request that needs computing stays held, so does this one.
         """
-        if self.held and waiter.computes:
+        waiting = self._queue.waiters
+        if waiting and waiter.computes:
             self.release_held(now_s)
-            if self.held:
+            if waiting:
                 return self._hold(waiter, now_s)
         decision = self.choose(waiter.job, now_s, waiter.attempts.failed_targets, computes=waiter.computes)
         if type(decision) is Send:
@@ -218,21 +219,23 @@ class Dispatcher:
         """Counts the job as in flight at the chosen target, and remembers its prefix and session there."""
         tokens = job.uncached_tokens(sending.target)
         self._queue.charge(job.tenant, tokens)
-        self._jobs.record(keys, session, sending.target)
+        if keys or session is not None:
+            self._jobs.record(keys, session, sending.target)
         self.decisions[sending.reason] += 1
         return self._targets.send(sending, tokens, now_s)
 
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
         """The first byte of the answer's body is there; `is_first_token`: it came as soon as the first token."""
         self._targets.answer(request, now_s, is_first_token=is_first_token)
-        self._refresh_and_release(self._fleet.succeed(request.target), now_s)
-        if self.held:
+        if (engine := self._fleet.succeed(request.target)) is not None:
+            self._refresh_and_release(engine, now_s)
+        if self._queue.waiters:
             self.release_held(now_s)
 
     def settle(self, request: InFlightRequest, now_s: float) -> None:
         """The request has ended there, in whatever way; a second call changes nothing."""
         self._targets.settle(request, now_s)
-        if self.held:
+        if self._queue.waiters:
             self.release_held(now_s)
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
@@ -258,11 +261,11 @@ class Dispatcher:
     @property
     def held(self) -> int:
         """Number of held requests."""
-        return len(self._queue)
+        return len(self._queue.waiters)
 
     def release_held(self, now_s: float) -> None:
         """Sends held requests, in order, while a target takes the first of them. Never nests: see `HoldQueue`."""
-        if self.held:
+        if self._queue.waiters:
             self._queue.release_while(lambda waiter: self._choose_held(waiter, now_s))
 
     def _choose_held(self, waiter: Waiter, now_s: float) -> Send | None:
@@ -286,7 +289,7 @@ class Dispatcher:
         self.release_held(now_s)
         for waiter in self._queue.expired(now_s):
             # The end of one can release another.
-            if waiter in self._queue:
+            if waiter in self._queue.waiters:
                 self._queue.discard(waiter)
                 waiter.reject(Rejection.TIMEOUT_SATURATED if self.accepting else Rejection.TIMEOUT_NO_ENGINE)
 

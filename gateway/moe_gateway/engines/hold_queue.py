@@ -55,19 +55,16 @@ class HoldQueue:
     Args:
         settings: their order.
         most_requests: requests that are held at most.
+
+    Attributes:
+        waiters: the held requests, oldest first; to be read only.
     """
 
     def __init__(self, settings: RequestSettings, *, most_requests: int) -> None:
         self._queue: WaitingQueue[Waiter] = WaitingQueue(settings)
         self._most_requests = most_requests
-        self._held: dict[Waiter, None] = {}
+        self.waiters: dict[Waiter, None] = {}
         self._is_releasing = False
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __contains__(self, waiter: object) -> bool:
-        return waiter in self._held
 
     @property
     def size_tokens(self) -> int:
@@ -88,13 +85,13 @@ class HoldQueue:
             return False
         job = waiter.job
         self._queue.push(waiter, size_tokens=job.size_tokens, arrival_s=now_s, priority=job.priority, tenant=job.tenant)
-        self._held[waiter] = None
+        self.waiters[waiter] = None
         return True
 
     def discard(self, waiter: Waiter) -> None:
         """Holds a request no longer; nothing happens when it is not held."""
-        if waiter in self._held:
-            del self._held[waiter]
+        if waiter in self.waiters:
+            del self.waiters[waiter]
             self._queue.discard(waiter)
 
     def release_while(self, decide: Callable[[Waiter], Send | None]) -> None:
@@ -119,8 +116,8 @@ class HoldQueue:
 
     def expired(self, now_s: float) -> list[Waiter]:
         """The held requests that may wait no longer, oldest first."""
-        return [waiter for waiter in self._held if not waiter.attempts.may_wait(now_s)]
+        return [waiter for waiter in self.waiters if not waiter.attempts.may_wait(now_s)]
 
     def longest_wait_s(self, now_s: float) -> float | None:
         """Longest time in seconds that a held request has been without an engine; None when none is held."""
-        return max((now_s - waiter.attempts.waiting_since_s for waiter in self._held), default=None)
+        return max((now_s - waiter.attempts.waiting_since_s for waiter in self.waiters), default=None)

@@ -129,13 +129,16 @@ class ClientConnection(asyncio.Protocol):
         self._is_writing_paused = False
         if self._exchange is not None:
             self._exchange.resume()
-        elif not self._reader.requests:
+        elif self._is_reading_paused and not self._reader.requests:
             self._resume_reading()
 
     # What the reader calls.
 
     def expect_within(self, seconds: float) -> None:
         self._deadline_s = self._context.clock() + seconds
+
+    def expect_nothing(self) -> None:
+        self._deadline_s = math.inf
 
     def allow_body(self) -> None:
         if self._exchange is None and not self._reader.requests:
@@ -150,19 +153,19 @@ class ClientConnection(asyncio.Protocol):
         if reader.requests or self._is_lingering:
             return
         if self._exchange is not None:
-            self._resume_reading()
+            if self._is_reading_paused:
+                self._resume_reading()
         elif reader.refusal is not None:
             self._refuse_connection()
         else:
             if self.idle:
                 self.expect_within(self._limits.idle_timeout_s)
-            if not self._is_writing_paused:
+            if self._is_reading_paused and not self._is_writing_paused:
                 self._resume_reading()
 
     def _resume_reading(self) -> None:
-        if self._is_reading_paused:
-            self._is_reading_paused = False
-            self.transport.resume_reading()
+        self._is_reading_paused = False
+        self.transport.resume_reading()
 
     def _serve(self, request: ClientRequest) -> None:
         route = find_route(request.url)
@@ -269,7 +272,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self.transport.write(build_error(outcome, message, request_id=self._new_request_id(), close=True))
         self._context.stats.finish(OTHER, outcome.status, refusal=outcome.label)
-        self._resume_reading()
+        if self._is_reading_paused:
+            self._resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 

@@ -4,7 +4,6 @@ Owned by a `ClientConnection`, which feeds it. llhttp refuses what request smugg
 bad message becomes a refusal, after which nothing more is read, because nothing behind it can be believed.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -26,7 +25,10 @@ class ReaderOwner(Protocol):
     """The connection whose bytes are read."""
 
     def expect_within(self, seconds: float) -> None:
-        """The next part of a request has to arrive within this time; infinite: none is expected."""
+        """The next part of a request has to arrive within this time."""
+
+    def expect_nothing(self) -> None:
+        """The request is whole: no part of it is missing."""
 
     def allow_body(self) -> None:
         """The client waits for `100 Continue` before it sends its body."""
@@ -106,7 +108,7 @@ class RequestReader:
 
     def feed(self, data: bytes) -> None:
         """Reads more bytes; whole requests are in `requests` then, and the reason to read no more is in `refusal`."""
-        if not self.is_within_message and len(data) <= self._limits.max_body_bytes:
+        if not (self._url or self.in_head or self._body) and len(data) <= self._limits.max_body_bytes:
             whole = read_whole_request(data)
             if whole is not None:
                 self._take_whole(whole)
@@ -129,7 +131,7 @@ class RequestReader:
         self.requests.append(
             ClientRequest(b"POST", whole.url, whole.headers, whole.body, request_id, session, True, False, arrived_s)
         )
-        self._owner.expect_within(math.inf)
+        self._owner.expect_nothing()
 
     def refuse(self, outcome: Outcome, message: str) -> None:
         """Reads nothing more; the first reason is the one that the client is answered with."""
@@ -226,7 +228,7 @@ class RequestReader:
             )
         )
         self.drop_message()
-        self._owner.expect_within(math.inf)
+        self._owner.expect_nothing()
 
     def _exact_head_bytes(self) -> int:
         return len(self._url) + sum(map(len, self._lines))

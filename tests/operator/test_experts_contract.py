@@ -91,3 +91,27 @@ def test_every_outcome_and_problem_of_the_agent_is_known_here() -> None:
         assert verdict(document | {"decisions": [decision]})[0] == "False"
     reasons = {verdict(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
     assert reasons == {"NoDecision", "SlowMove", "VersionSkew", "RolledBack"}
+
+
+def unknown_fields(document: Any, read_back: Any, path: str = "") -> list[str]:
+    """Paths of the fields that a reader skipped."""
+    if isinstance(document, dict) and isinstance(read_back, dict):
+        skipped = [f"{path}.{name}" for name in document if name not in read_back]
+        known = document.keys() & read_back.keys()
+        return skipped + [
+            row for name in known for row in unknown_fields(document[name], read_back[name], f"{path}.{name}")
+        ]
+    if isinstance(document, list) and isinstance(read_back, list):
+        return [row for pair in zip(document, read_back, strict=True) for row in unknown_fields(*pair, path)]
+    return []
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_reader_knows_every_field_that_the_writer_writes(short: bool) -> None:
+    group = Group(mode=ExpertMode.DRY_RUN)
+    group.tokens = np.array([0, 0, 9, 1])
+    group.planner.answer = answer()
+    group.run_until(DecisionOutcome.DRY_RUN)
+    document = published(group, short=short)
+    assert unknown_fields(document, read(document).model_dump(mode="json")) == []
+    assert short or document.keys() >= ExpertsState.model_fields.keys()

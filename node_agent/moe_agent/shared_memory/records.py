@@ -41,7 +41,7 @@ _TRIES_WITHOUT_SLEEP = 20
 _SLEEP_S = 0.0002
 
 RANK_BODY = struct.Struct("<QdQQQQQQQQQ?7xdddddd")
-CONTROL_BODY = struct.Struct("<Q16sddd???5xQd16sQQQddQ")
+CONTROL_BODY = struct.Struct("<Q16sddd???5xQdd16sQQQddQ")
 PREFILL_BODY = struct.Struct("<dd" + 2 * "QQQ" + 2 * "dQQ" + "Qd")
 _LOAD, _PART = 3, 3
 EXPERT_BODY = struct.Struct("<Qdd")
@@ -315,6 +315,7 @@ class ControlPageWriter(_Writer):
             request.defer_scheduling,
             request.kv_growth_blocks,
             request.fairness_horizon_s,
+            request.output_weight,
             expert.mode.value.encode(),
             expert.interval_steps,
             expert.window_steps,
@@ -336,8 +337,8 @@ class ControlPageReader(_Reader):
         body = self.read_body(patience_s)
         version, policy, ageing_rate, ageing_horizon_s, priority_step_s = body[:5]
         yield_prefills, cut_prefills, defer_scheduling, kv_growth_blocks = body[5:9]
-        fairness_horizon_s, mode, interval_steps, window_steps, move_budget = body[9:14]
-        max_stall_s, hysteresis, directive = body[14:]
+        fairness_horizon_s, output_weight, mode, interval_steps, window_steps, move_budget = body[9:15]
+        max_stall_s, hysteresis, directive = body[15:]
         return Control(
             version=version,
             request=RequestSettings(
@@ -350,6 +351,7 @@ class ControlPageReader(_Reader):
                 defer_scheduling=defer_scheduling,
                 kv_growth_blocks=kv_growth_blocks,
                 fairness_horizon_s=fairness_horizon_s,
+                output_weight=output_weight,
             ),
             expert=ExpertSettings(
                 mode=ExpertMode(mode.rstrip(b"\0").decode()),

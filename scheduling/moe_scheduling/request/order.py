@@ -80,6 +80,13 @@ class RequestSettings:
         "`gateway.tenantHeader` names the tenant of a request. 0s: tenants are not distinguished.",
         least=0,
     )
+    output_weight: float = setting(
+        2.0,
+        "Under `sjf`, prompt tokens that one token of an answer counts as in the service that a tenant received; such "
+        "as the ratio of their prices. 0: prompts alone count.",
+        least=0,
+        most=1000,
+    )
     yield_prefills: bool = True
     cut_prefills: bool = True
     defer_scheduling: bool = True

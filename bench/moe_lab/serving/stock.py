@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE
+from moe_agent.shared_memory import RUN_DIR_VARIABLE
 from moe_agent.supervisor.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments, build_environment
 from moe_agent.supervisor.node import build_node
 from moe_contract.agent_config import AgentConfig

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe_tools.simulator.rank import Rank
 
 if TYPE_CHECKING:
-    from moe_agent.shared_memory.records import PrefillState
+    from moe_agent.shared_memory.prefill_record import PrefillState
 
 
 def share_prefills(ranks: Sequence[Rank]) -> None:
@@ -28,7 +28,7 @@ class _SharedPrefills:
         self._number = number
         self._told = told
 
-    def tell(self, state: "PrefillState") -> None:
+    def publish(self, state: "PrefillState") -> None:
         self._told[self._number] = state
 
     def others(self, now_s: float) -> Sequence["PrefillState"]:

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,6 @@ from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_ha
 
 OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
 STOCK = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-_SIGNAL_FIELDS = frozenset(field.name for field in fields(EngineSignal))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,7 @@ class Rank:
         self._requests: dict[str, SimRequest] = {}
         scheduler.clock = lambda: self.now_s
         if has_page:
-            scheduler._page = _PageTap(self)
+            scheduler._record = _RecordTap(self)
         _count_preemptions(scheduler, self)
 
     def add(self, request: SimRequest, now_s: float) -> None:
@@ -134,7 +133,7 @@ class Rank:
     def late_s(self, now_s: float) -> float:
         """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
         self.now_s = now_s
-        return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
+        return float(self.scheduler.defer_s()) if hasattr(self.scheduler, "defer_s") else 0.0
 
     def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
         """What the next step carries."""
@@ -207,16 +206,15 @@ def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
     return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
 
 
-class _PageTap:
+class _RecordTap:
     """Stands where our scheduler has its page, and keeps what would be written."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
 
-    def write(self, *, written_s: float, **values: Any) -> None:
-        values.update(self._rank.expert_values)
-        self._rank.published = EngineSignal(**{name: values[name] for name in values.keys() & _SIGNAL_FIELDS})
-        self._rank.published_s = written_s
+    def write(self, state: Any) -> None:
+        self._rank.published = EngineSignal(**{**vars(state.signal), **self._rank.expert_values})
+        self._rank.published_s = state.written_s
 
     def close(self) -> None:
         """Nothing to close."""
@@ -278,7 +276,7 @@ class RankMaker:
         config = copy.deepcopy(self._config(limits))
         with _control_page(request):
             made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
-        return Rank(made, has_page=hasattr(made, "_page"))
+        return Rank(made, has_page=hasattr(made, "_record"))
 
     def _make_config(self, limits: EngineLimits) -> Any:
         return make_config(
@@ -311,13 +309,14 @@ def find_scheduler(path: str) -> SchedulerFactory:
 @contextmanager
 def _control_page(settings: RequestSettings) -> Iterator[None]:
     """What the agent of an engine would have written before its start."""
-    from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+    from moe_agent.shared_memory import RUN_DIR_VARIABLE
+    from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
 
     before = os.environ.get(RUN_DIR_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
         try:
-            with ControlPageWriter(Path(folder), Control(version=1, request=settings)):
+            with ControlRecordWriter(Path(folder), Control(version=1, request=settings)):
                 yield
         finally:
             del os.environ[RUN_DIR_VARIABLE]

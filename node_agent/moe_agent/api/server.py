@@ -1,5 +1,6 @@
 """The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -23,8 +24,8 @@ from moe_agent.control_tokens import ControlTokens
 from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
 from moe_agent.parsing import parse_change, parse_document
-from moe_agent.shared_memory.notifier import Announcements
-from moe_agent.shared_memory.telemetry import ControlPage, NotTaken, RankPages
+from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
+from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import Supervisor
 
 TAKE_TIMEOUT_S = 5.0
@@ -35,7 +36,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AgentServer:
-    """Routes over the agent's parts; holds no state but the feed of those who watch.
+    """Routes over the agent's parts; holds no state but the broadcaster of the watched stream.
 
     `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
     """
@@ -45,17 +46,17 @@ class AgentServer:
         config: AgentConfig,
         tokens: ControlTokens,
         supervisor: Supervisor,
-        ranks: RankPages,
-        control: ControlPage,
+        ranks: RankRecords,
+        control: SettingsPublisher,
         experts: PublishedExperts | None,
-        bell: Announcements,
+        changed: asyncio.Event,
     ) -> None:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(self.snapshot, self._read_experts))
-        self._feed = StateBroadcaster(bell, self._fingerprint, self._line)
+        self._broadcaster = StateBroadcaster(changed, self._snapshot_version, self._serialise)
 
     def build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
@@ -70,8 +71,8 @@ class AgentServer:
         return app
 
     def end_streams(self) -> None:
-        """Lets the watched streams end after their last line."""
-        self._feed.end()
+        """Ends the watched streams after one last snapshot."""
+        self._broadcaster.end()
 
     def snapshot(self) -> dict[str, Any]:
         """The state as of now."""
@@ -90,22 +91,22 @@ class AgentServer:
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
         if not watch:
-            return web.Response(body=self._line(), content_type="application/json")
+            return web.Response(body=self._serialise(), content_type="application/json")
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await stream.prepare(request)
-        async with aclosing(self._feed.watch()) as lines:
+        async with aclosing(self._broadcaster.watch()) as snapshots:
             try:
-                async for line in lines:
-                    await stream.write(line)
+                async for snapshot in snapshots:
+                    await stream.write(snapshot)
             except ConnectionResetError:
                 return stream
         return stream
 
-    def _line(self) -> bytes:
+    def _serialise(self) -> bytes:
         return orjson.dumps(self.snapshot(), option=orjson.OPT_APPEND_NEWLINE)
 
-    def _fingerprint(self) -> tuple[int, ...]:
-        return (self._supervisor.revision, self._control.control.version, *self._ranks.fingerprint())
+    def _snapshot_version(self) -> tuple[int, ...]:
+        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions())
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -4,7 +4,8 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from moe_agent.shared_memory.records import Control, RankState
+from moe_agent.shared_memory.control_record import Control
+from moe_agent.shared_memory.rank_record import RankState
 from moe_agent.supervisor.supervisor import Phase, Supervisor
 
 

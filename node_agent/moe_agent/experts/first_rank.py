@@ -20,7 +20,8 @@ from moe_agent.experts.document import Document, build_document, render_document
 from moe_agent.experts.planning import Answer, Costs, Question, Slots
 from moe_agent.experts.protocol import Beat
 from moe_agent.experts.published import experts_path
-from moe_agent.shared_memory.records import ControlPageReader, PageUnreadableError
+from moe_agent.shared_memory.control_record import ControlRecordReader
+from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class FirstRank:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
         planner = ThreadedPlanner(decide, self._thread)
         self.controller = Controller(shape, placement, costs, planner, checksum, sharing)
-        self._control = ControlPageReader(run_dir)
+        self._control = ControlRecordReader(run_dir)
         self._sequence = 0
         self._published_s, self._published_revision = 0.0, -1
         self._publication: Future[None] | None = None
@@ -100,7 +101,7 @@ class FirstRank:
             return
         try:
             control = self._control.read()
-        except PageUnreadableError:
+        except RecordUnreadableError:
             return
         self._sequence = sequence
         self.controller.configure(control.version, control.expert)

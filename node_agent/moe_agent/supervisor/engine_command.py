@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_contract.agent_config import AgentConfig, EngineConfig
 from moe_scheduling.expert.decision import ExpertSettings
 
-from moe_agent.shared_memory.records import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
+from moe_agent.shared_memory import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
 from moe_agent.supervisor.node import Node
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"

@@ -36,7 +36,8 @@ from moe_agent.experts.published import experts_path
 from moe_agent.experts.recording import Counted, Report, RoutingRecorder
 from moe_agent.experts.step_times import load_class
 from moe_agent.experts.work_meter import WorkMeter
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState
+from moe_agent.shared_memory import RUN_DIR_VARIABLE
+from moe_agent.shared_memory.expert_record import ExpertRecordWriter, ExpertState
 from moe_agent.vllm.device_recording import DeviceRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -131,11 +132,11 @@ class ExpertGroup:
                 continue
             runner.router.set_capture_fn(partial(self._capture, layer))
 
-    def _open_page(self, state: EplbState) -> ExpertPageWriter | None:
+    def _open_page(self, state: EplbState) -> ExpertRecordWriter | None:
         """Of the ranks that one scheduler drives, the first tells it."""
         if get_tp_group().rank_in_group != 0:
             return None
-        return ExpertPageWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
+        return ExpertRecordWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
 
     def _make_mind(self) -> FirstRank:
         sharing = 1 if self._runner(0).moe_config.is_sequence_parallel else get_tp_group().world_size

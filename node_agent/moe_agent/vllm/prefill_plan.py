@@ -17,7 +17,7 @@ from moe_scheduling.request.order import RequestPolicy, RequestSettings, Waiting
 from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve, plan_prefill_tokens
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.shared_memory.records import PrefillState, StepPart
+from moe_agent.shared_memory.prefill_record import PrefillState, StepPart
 from moe_agent.vllm.prefill_group import WAVE_TURNS, OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53
@@ -40,7 +40,7 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
-        self._told: PrefillState | None = None
+        self._published: PrefillState | None = None
         self._parts = (StepPart(), StepPart())
         self._turn, self._next_s = 0, 0.0
         # What the other ranks put into the planned step, as far as is known; and what into the one before it.
@@ -116,23 +116,23 @@ class PrefillPlan:
             return
         self._turn, self._next_s = turn, next_s
         self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
-        self.tell(now_s)
+        self.publish(now_s)
 
-    def tell(self, now_s: float) -> None:
-        """Shows the other ranks what is there now."""
+    def publish(self, now_s: float) -> None:
+        """Makes the present load visible to the other ranks."""
         if self.group is not None:
             after = self._load(self._ready())
-            self._told = PrefillState(
+            self._published = PrefillState(
                 now_s, self._decided_s, self._before, after, self._parts, self._turn, self._next_s
             )
-            self.group.tell(self._told)
+            self.group.publish(self._published)
 
     def expect(self, next_s: float, now_s: float) -> None:
         """More is known of when the next step will be scheduled."""
-        if self.group is not None and self._told is not None and self._settings.defer_scheduling:
+        if self.group is not None and self._published is not None and self._settings.defer_scheduling:
             self._next_s = next_s
-            self._told = self._told._replace(written_s=now_s, next_s=next_s)
-            self.group.tell(self._told)
+            self._published = self._published._replace(written_s=now_s, next_s=next_s)
+            self.group.publish(self._published)
 
     def others_scheduled(self, turn: int, now_s: float) -> bool:
         """Whether another rank has scheduled its part of the step of this turn."""
@@ -164,18 +164,18 @@ class PrefillPlan:
         )
 
     def _ready(self) -> list[Waiting[Request]]:
-        """Those first in the queue that KV blocks and seats allow, up to the tokens of a step."""
+        """Those first in the queue that KV blocks and `max_num_seqs` allow, up to the tokens of a step."""
         scheduler = self._scheduler
         if not scheduler.waiting:
             return []
-        seats = scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input
+        free_seqs = scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks() - self._blocks(_left(scheduler))
         running = len(scheduler.running)
         tokens = 0
         ready: list[Waiting[Request]] = []
         for waiting in scheduler.waiting.in_order():
             free -= self._blocks(waiting.size_tokens)
-            if seats <= len(ready) or tokens >= scheduler.max_num_scheduled_tokens:
+            if free_seqs <= len(ready) or tokens >= scheduler.max_num_scheduled_tokens:
                 break
             if running + len(ready) and free < self._growth(running + len(ready)):
                 break

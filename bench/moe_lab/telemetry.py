@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_agent.shared_memory import RUN_DIR_VARIABLE
 from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
 from moe_agent.shared_memory.rank_record import RankRecordReader
 from moe_agent.step_time import StepTimeFit
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestSettings
 from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
 

@@ -35,10 +35,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
+    """Extent of a measurement. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
 
     `of_knee`: the load is a share of the knee instead (`moe_lab.serving`). `in_flight` requests of a closed loop find
-    the capacity: too few to fill the engines, and it is too low.
+    the capacity: too few to fill the engines, and it is too low. No pair but the first begins after `until_s` (of the
+    monotonic clock; None: all are measured): the clock decides how many pairs there are, never what they showed.
     """
 
     pairs: int = 4
@@ -47,12 +48,13 @@ class Effort:
     rate: float | None = None
     in_flight: int = PROBE_CONCURRENCY
     of_knee: bool = False
+    until_s: float | None = None
 
 
 def run_compare(
     deployment: Deployment, url: str, model: str | None, source: Source, effort: Effort, json_out: Path | None
 ) -> None:
-    """The whole command. The deployment is left with our policies."""
+    """Runs `moeserving compare`. The deployment is left with our policies."""
     say = ProgressPrinter()
     check_source(source)
     pairs, rate = run_async(measure_pairs(deployment, url, model, source, effort, say))
@@ -67,7 +69,7 @@ async def measure_pairs(
     """The pairs, and the rate of arrivals that they were served at."""
     load, served = await prepare_load(url, model, source.seed)
     fitted = read_source(source, served)
-    say(f"{source.title}: {fitted}")
+    say(f"{source.name}: {fitted}")
     await deployment.set(OURS.settings)
     rate = effort.rate or await find_rate(fitted.requests, load, effort, say)
     pieces = plan_pieces(fitted.requests, pairs=effort.pairs, piece_s=effort.piece_s, rate=rate, seed=source.seed)
@@ -76,14 +78,15 @@ async def measure_pairs(
         await deployment.set(policy.settings)
 
     try:
-        pairs = await compare(Plan(pieces=pieces, seed=source.seed), switch, measure_with(load), say)
+        plan = Plan(pieces=pieces, seed=source.seed, until_s=effort.until_s)
+        pairs = await compare(plan, switch, measure_with(load), say)
     finally:
         await asyncio.shield(deployment.set(OURS.settings))
     return pairs, rate
 
 
 async def find_capacity(requests: tuple[TraceRequest, ...], load: Load, effort: Effort) -> float:
-    """Requests a second of a closed loop."""
+    """Requests a second that a closed loop of `effort.in_flight` requests completes."""
     return await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
 
 

@@ -10,6 +10,7 @@ saturation.
 """
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ OURS = Policy(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """Who is compared: A and B of the table."""
+    """The two policies of a comparison: A (`stock`) and B (`ours`) of the table."""
 
     stock: Policy = STOCK
     ours: Policy = OURS
@@ -58,7 +59,8 @@ SIDES = Sides()
 Switch = Callable[[Policy], Awaitable[None]]
 Measure = Callable[[Sequence[TraceRequest], int], Awaitable[Run]]
 """Replays a piece with a salt for its prompts."""
-Told = Callable[[str], None]
+Say = Callable[[str], None]
+"""Gets one line of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +73,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`pieces` are served one a pair, each already at the wanted rate of arrivals."""
+    """`pieces` are served one a pair, each already at the wanted rate of arrivals.
+
+    No pair but the first begins after `until_s` of the monotonic clock; None: no limit.
+    """
 
     pieces: tuple[tuple[TraceRequest, ...], ...]
     seed: int
+    until_s: float | None = None
 
 
 def plan_pieces(
@@ -95,15 +101,18 @@ def plan_pieces(
 
 
 async def compare(
-    plan: Plan, switch: Switch, measure: Measure, told: Told = lambda _: None, sides: Sides = SIDES
+    plan: Plan, switch: Switch, measure: Measure, say: Say = lambda _: None, sides: Sides = SIDES
 ) -> tuple[Pair, ...]:
     """Serves each piece under both policies; the policy that begins alternates."""
-    pairs = []
+    pairs: list[Pair] = []
     for number, piece in enumerate(plan.pieces):
+        if pairs and plan.until_s is not None and time.monotonic() > plan.until_s:
+            say(f"time is up: {len(pairs)} of {len(plan.pieces)} pairs")
+            break
         order = (sides.stock, sides.ours) if number % 2 == 0 else (sides.ours, sides.stock)
         runs: dict[str, Run] = {}
         for turn, policy in enumerate(order):
-            told(f"pair {number + 1} of {len(plan.pieces)}: {policy.label}, {len(piece)} requests")
+            say(f"pair {number + 1} of {len(plan.pieces)}: {policy.label}, {len(piece)} requests")
             await switch(policy)
             runs[policy.label] = await measure(piece, build_salt(plan.seed, number, turn))
         pairs.append(Pair(stock=runs[sides.stock.label], ours=runs[sides.ours.label]))
@@ -145,7 +154,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words, and plainly."""
+        """`better`, `worse`, or that no difference is shown."""
         if self.ratio is None:
             return "not measured"
         if self.ratio.covers(1.0):
@@ -211,7 +220,7 @@ def p99_ttft_ms(run: Run) -> float | None:
 
 
 def longest_p99_ttft_ms(run: Run) -> float | None:
-    """The same among the requests with the longest tenth of the prompts: whom shortest-first could starve."""
+    """The same among the longest tenth of the prompts, which a shortest-first order could starve."""
     return _p99([row.ttft_s * 1e3 for row in select_longest(run.answered)])
 
 

@@ -24,7 +24,7 @@ class Answered:
 
     index: int
     due_s: float
-    late_s: float
+    lateness_s: float
     prompt_tokens: int
     output_tokens: int
     ttft_s: float
@@ -45,7 +45,7 @@ class Failed:
 
     index: int
     due_s: float
-    late_s: float
+    lateness_s: float
     prompt_tokens: int
     kind: str
     detail: str
@@ -86,11 +86,11 @@ class Load:
         return replace(self, prompts=replace(self.prompts, salt=salt))
 
 
-Told = Callable[[Outcome], None]
+OnOutcome = Callable[[Outcome], None]
 
 
-async def replay(requests: Sequence[TraceRequest], load: Load, told: Told = lambda _: None) -> Run:
-    """Sends `requests` (ordered by arrival) at their times and waits for all answers. `told` hears of each one."""
+async def replay(requests: Sequence[TraceRequest], load: Load, on_outcome: OnOutcome = lambda _: None) -> Run:
+    """Sends `requests` (ordered by arrival) at their times, waits for all answers, and calls `on_outcome` for each."""
     loop = asyncio.get_running_loop()
     bodies = _next_body(requests, load)
     start_s = loop.time()
@@ -100,7 +100,7 @@ async def replay(requests: Sequence[TraceRequest], load: Load, told: Told = lamb
         due_s = start_s + request.arrival_s
         if (wait_s := due_s - loop.time()) > 0:
             await asyncio.sleep(wait_s)
-        tasks.append(asyncio.create_task(_send_and_tell(index, request, body, due_s, load, told)))
+        tasks.append(asyncio.create_task(_send_and_report(index, request, body, due_s, load, on_outcome)))
     outcomes = await asyncio.gather(*tasks)
     return Run(outcomes=tuple(outcomes), wall_s=loop.time() - start_s)
 
@@ -173,7 +173,7 @@ def read_outcome(
     return Answered(
         index=index,
         due_s=request.arrival_s,
-        late_s=sent_s - due_s,
+        lateness_s=sent_s - due_s,
         prompt_tokens=request.prompt_tokens,
         output_tokens=request.output_tokens,
         ttft_s=answer.first_s - due_s,
@@ -187,11 +187,11 @@ def _next_body(requests: Sequence[TraceRequest], load: Load):  # type: ignore[no
         yield build_body(index, request, load)
 
 
-async def _send_and_tell(
-    index: int, request: TraceRequest, body: bytes, due_s: float, load: Load, told: Told
+async def _send_and_report(
+    index: int, request: TraceRequest, body: bytes, due_s: float, load: Load, on_outcome: OnOutcome
 ) -> Outcome:
     outcome = await _send(index, request, body, due_s, load)
-    told(outcome)
+    on_outcome(outcome)
     return outcome
 
 
@@ -211,7 +211,7 @@ def _failure(index: int, request: TraceRequest, due_s: float, sent_s: float, kin
     return Failed(
         index=index,
         due_s=request.arrival_s,
-        late_s=sent_s - due_s,
+        lateness_s=sent_s - due_s,
         prompt_tokens=request.prompt_tokens,
         kind=kind,
         detail=detail,

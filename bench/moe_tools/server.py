@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 
@@ -13,6 +14,8 @@ from moe_tools.tiny.corpus import read_prose
 CALL_TIMEOUT_S = 60.0
 POOL_PIECE_CHARACTERS = 8_000
 POOL_PIECES = 40
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +82,8 @@ def _read_object(where: str, answer: Answer) -> dict[str, Any]:
     return parsed
 
 
-def run_async(main: Any) -> Any:
-    """Runs a coroutine on uvloop."""
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """The coroutine's result; it runs on an event loop of uvloop."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -20,7 +20,7 @@ def report_user_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except InvalidInput as error:
-            for problem in error.problems:
+            for problem in error.errors:
                 typer.echo(str(problem), err=True)
             raise typer.Exit(2) from error
 

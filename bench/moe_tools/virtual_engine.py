@@ -1,10 +1,10 @@
-"""vLLM's own scheduler, without a model and in virtual time: what it would do, exactly and without noise.
+"""vLLM's own scheduler, without a model and in virtual time: the same decisions, without noise.
 
 Used by the tests of the queue order and by the micro-benchmark of the telemetry. The scheduler is real (ours, or stock
 vLLM as the baseline); only the model is not: it hands back one token for each request that has computed all it has, and
-a step takes as long as `pace` says. Importing this module does not import vllm or torch.
+`pace` gives the seconds of a step. Importing this module does not import vllm or torch.
 
-The scheduler's page and settings are found through the environment, as in an engine
+The scheduler's shared-memory record and settings are found through the environment, as in an engine
 (`moe_agent.shared_memory`).
 """
 
@@ -22,7 +22,7 @@ from moe_tools.modelless import BLOCK_TOKENS, build_scheduler, foreign_warnings,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """What bounds an engine.
+    """Limits of an engine.
 
     Attributes:
         max_num_seqs: requests that run at once.
@@ -39,8 +39,8 @@ class EngineShape:
     ahead: int = 1
 
 
-class Ledger:
-    """What each request has computed, kept from what the steps carried and handed back alone."""
+class RequestProgress:
+    """Computed tokens of each request, counted from the scheduled steps and their outputs alone."""
 
     def __init__(self) -> None:
         self.target: dict[str, int] = {}
@@ -81,7 +81,7 @@ class VirtualEngine:
 
     def __init__(self, scheduler: Any, block_hasher: Any, *, ahead: int) -> None:
         self.scheduler = scheduler
-        self.stats = Ledger()
+        self.progress = RequestProgress()
         self.now_s = 0.0
         self.pace: Callable[[int, int], float] = lambda prefill_tokens, decoding: 0.001
         self.first_token_order: list[str] = []
@@ -108,7 +108,7 @@ class VirtualEngine:
         # Of other tokens for each name, so that no two share a prefix by chance.
         seed = zlib.crc32(name.encode())
         tokens = prompt if isinstance(prompt, list) else [(seed >> i % 20) % 1000 for i in range(prompt)]
-        self.stats.arrive(name, len(tokens))
+        self.progress.arrive(name, len(tokens))
         request = Request(
             request_id=name,
             prompt_token_ids=tokens,
@@ -128,7 +128,7 @@ class VirtualEngine:
         self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
 
     def step(self) -> bool:
-        """One round; False when there is nothing left to do."""
+        """Schedules and ends one step; False when no request is left."""
         while len(self._in_flight) < self._ahead and self.scheduler.has_requests():
             output = self.scheduler.schedule()
             # Whoever has computed all its tokens samples one, as the model runner would.
@@ -151,8 +151,8 @@ class VirtualEngine:
     def _finish(self, output: Any, sampling: list[str]) -> None:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        self.stats.schedule(output)
-        self.now_s += self.pace(*self.stats.load(output))
+        self.progress.schedule(output)
+        self.now_s += self.pace(*self.progress.load(output))
         names = list(output.num_scheduled_tokens)
         answers = self.scheduler.update_from_output(
             output,
@@ -163,7 +163,7 @@ class VirtualEngine:
             ),
         )
         rows = [row for answer in answers.values() for row in answer.outputs]
-        self.stats.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
+        self.progress.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
         for row in rows:
             if row.new_token_ids and row.request_id not in self.first_token_order:
                 self.first_token_order.append(row.request_id)

@@ -1,24 +1,31 @@
-"""Configuration of the gateway: the file that the plan writes, and the body that its control route takes."""
+"""Configuration of the gateway: its file, the settings file laid over it, and the body of its control route.
 
+The operator's plan writes the file, `moeserving gateway` loads it, and `PUT /v1/config` changes the settings.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestSettings
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.sections import Listen, Seconds, Section
 from moe_contract.tenancy import DEFAULT_HEADER, check_tenant_header
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FOUND_BY_DISCOVERY = "the engines are found by discovery, so there is no list of them; known: groups"
 
 
 def _check_address(url: str) -> str:
-    """`http://HOST[:PORT]` and nothing more.
+    """The address itself, which must be `http://HOST[:PORT]`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it has another form.
     """
     try:
         parts = urlsplit(url)
@@ -35,19 +42,15 @@ def _check_address(url: str) -> str:
 Address = Annotated[str, AfterValidator(_check_address)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class EngineAddress(Section):
+    """One engine of a fixed list.
 
-
-class Listen(_Section):
-    """An address of the gateway."""
-
-    host: str = "127.0.0.1"
-    port: Port
-
-
-class EngineAddress(_Section):
-    """One server. Without `agent_url` it is a plain vLLM server and its `/metrics` are scraped."""
+    Attributes:
+        name: in metrics, logs and states.
+        url: of vLLM's HTTP server.
+        agent_url: of its node agent; None: a plain vLLM server, whose `/metrics` are scraped.
+        ranks: its data-parallel ranks.
+    """
 
     name: str
     url: Address
@@ -55,8 +58,18 @@ class EngineAddress(_Section):
     ranks: Annotated[int, Field(ge=1)] = 1
 
 
-class Limits(_Section):
-    """What one client may cost. There is no bound on the length of a stream, only on its silence."""
+class Limits(Section):
+    """Bounds on one request and on the hold queue. A stream's length has no bound, only its silence.
+
+    Attributes:
+        max_body_bytes: largest body of a request.
+        header_timeout_s: time for the head of a request to arrive.
+        body_timeout_s: time for the body of a request to arrive.
+        connect_timeout_s: time for a connection to an engine to open.
+        idle_timeout_s: longest silence of an engine or client within a request.
+        hold_requests: most requests held; one more is refused with status 429.
+        hold_timeout_s: longest time that a request is held.
+    """
 
     max_body_bytes: Annotated[int, Field(ge=1)] = 32 * 1024 * 1024
     header_timeout_s: Seconds = 10.0
@@ -67,7 +80,7 @@ class Limits(_Section):
     hold_timeout_s: Seconds = 60.0
 
 
-class Group(_Section):
+class Group(Section):
     """A revision of the engines: those behind one Service.
 
     Attributes:
@@ -79,7 +92,7 @@ class Group(_Section):
     weight: Annotated[int, Field(ge=0, le=100)] = 100
 
 
-class Discovery(_Section):
+class Discovery(Section):
     """Engines found in a Kubernetes namespace.
 
     Attributes:
@@ -93,15 +106,23 @@ class Discovery(_Section):
     ranks: Annotated[int, Field(ge=1)] = 1
 
 
-class GatewayConfig(_Section):
-    """The whole file.
+class GatewayConfig(Section):
+    """The gateway's configuration file.
 
     Attributes:
+        listen: address for clients; only serving routes are there.
+        admin: address of `/healthz`, `/readyz`, `/metrics`, `/v1/state` and `PUT /v1/config`.
+        token_file: control tokens, one a line.
         settings_file: a JSON object with any of `dispatch`, `request` and `groups`, laid over this file at the start
             when it exists.
         model: name of the model that the engines serve, when it is known before any engine is.
+        discovery: how engines are found in a cluster; None: `engines` is the list.
         engines: a fixed list, unless `discovery` finds them.
-        tenant_header: the header that names the tenant of a request, in lower case; empty: all are the nameless one's.
+        dispatch: choice of the engine, at the start.
+        request: order of the hold queue, at the start.
+        limits: bounds on requests.
+        tenant_header: header, in lower case, that names the tenant of a request; empty: all belong to the anonymous
+            tenant. Only a start can change it.
     """
 
     listen: Listen
@@ -115,3 +136,114 @@ class GatewayConfig(_Section):
     request: RequestSettings = RequestSettings()
     limits: Limits = Limits()
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
+
+
+class SettingsFile(Section):
+    """The settings file, once absent fields have their current value."""
+
+    dispatch: EngineSettings
+    request: RequestSettings
+    groups: tuple[Group, ...]
+
+
+class ControlBody(SettingsFile):
+    """The body of `PUT /v1/config`, once absent fields have their current value."""
+
+    engines: tuple[EngineAddress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """The settings that can change while a gateway runs.
+
+    Attributes:
+        dispatch: choice of the engine.
+        request: order of the hold queue.
+        engines: the fixed list; empty where engines are discovered.
+        groups: the groups of engines that are discovered; None where `engines` is a fixed list.
+    """
+
+    dispatch: EngineSettings
+    request: RequestSettings
+    engines: tuple[EngineAddress, ...] = ()
+    groups: tuple[Group, ...] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The settings as a JSON object, in the form of a control body."""
+        document: dict[str, Any] = {"dispatch": asdict(self.dispatch), "request": asdict(self.request)}
+        if self.groups is None:
+            return document | {"engines": [address.model_dump() for address in self.engines]}
+        return document | {"groups": [group.model_dump() for group in self.groups]}
+
+
+def initial_settings(config: GatewayConfig) -> GatewaySettings:
+    """The settings with which a gateway starts."""
+    groups = None if config.discovery is None else config.discovery.groups
+    return GatewaySettings(dispatch=config.dispatch, request=config.request, engines=config.engines, groups=groups)
+
+
+def load_gateway_config(path: Path) -> GatewayConfig:
+    """Reads the gateway's file, and lays the settings file over it.
+
+    Raises:
+        InvalidInput: one of them cannot be read or is not valid.
+    """
+    config = parse_model(GatewayConfig, parse_document(read_file(path, "file")))
+    _check_unique("engines", "name used twice", (address.name for address in config.engines))
+    if config.discovery is not None:
+        if config.engines:
+            raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])
+        _check_unique("groups", "service named twice", (group.service for group in config.discovery.groups))
+    return config if config.settings_file is None else _lay_over(config, config.settings_file)
+
+
+def _lay_over(config: GatewayConfig, path: Path) -> GatewayConfig:
+    if (text := read_optional_file(path, "settings_file")) is None:
+        return config
+    try:
+        settings = _parse_settings(SettingsFile, parse_document(text), initial_settings(config))
+    except InvalidInput as error:
+        raise InvalidInput([InputError("settings_file", f"{path}: {row}") for row in error.errors]) from None
+    changed: dict[str, Any] = {"dispatch": settings.dispatch, "request": settings.request}
+    if config.discovery is not None:
+        changed["discovery"] = config.discovery.model_copy(update={"groups": settings.groups})
+    return config.model_copy(update=changed)
+
+
+def parse_gateway_settings(document: object, current: GatewaySettings) -> GatewaySettings:
+    """The settings that a control body asks for; an absent field keeps its current value.
+
+    Raises:
+        InvalidInput: the body is not valid, and nothing of it is used.
+    """
+    if isinstance(document, dict):
+        if current.groups is not None and "engines" in document:
+            raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])
+        document = {"engines": current.document().get("engines", []), **document}
+    change = _parse_settings(ControlBody, document, current)
+    _check_unique("engines", "name used twice", (address.name for address in change.engines))
+    groups = None if current.groups is None else change.groups
+    return GatewaySettings(dispatch=change.dispatch, request=change.request, engines=change.engines, groups=groups)
+
+
+Form = TypeVar("Form", bound=SettingsFile)
+
+
+def _parse_settings(form: type[Form], document: object, current: GatewaySettings) -> Form:
+    if isinstance(document, dict):
+        if current.groups is None and "groups" in document:
+            raise InvalidInput([InputError("groups", "there are none: the engines are a fixed list here")])
+        present = current.document()
+        for name in ("dispatch", "request"):
+            if isinstance(document.get(name, {}), dict):
+                document = {**document, name: present[name] | document.get(name, {})}
+        document = {"groups": present.get("groups", []), **document}
+    settings = parse_model(form, document)
+    _check_unique("groups", "service named twice", (group.service for group in settings.groups))
+    return settings
+
+
+def _check_unique(path: str, message: str, names: Iterable[str]) -> None:
+    given = list(names)
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise InvalidInput([InputError(path, f"{message}: {', '.join(twice)}")])

@@ -1,7 +1,7 @@
-"""The one way to tell a person what is wrong in what they wrote: a path, a message, the known choices.
+"""Errors in input: a path, a message, the known choices.
 
-The resource, the agent's and the gateway's configuration and their control routes all report through it. The rows come
-from pydantic's `ValidationError.errors()`, which are plain dicts: nothing of pydantic is imported here.
+The resource, the configuration of agent and gateway, and their control routes all report through them. The rows come
+from pydantic's `ValidationError.errors()`, which are plain dicts: pydantic is not imported here.
 """
 
 import re
@@ -18,7 +18,12 @@ _UNION_MEMBERS = frozenset({"bool", "bytes", "float", "int", "none", "str"})
 
 @dataclass(frozen=True, slots=True, order=True)
 class InputError:
-    """One error: `path` in dotted form (`spec.engine.replicas`, `engines[0].url`; empty for the whole document)."""
+    """One error in a document.
+
+    Attributes:
+        path: of the field in dotted form (`spec.engine.replicas`, `engines[0].url`); empty for the whole document.
+        message: what is wrong and which values are allowed.
+    """
 
     path: str
     message: str
@@ -28,21 +33,43 @@ class InputError:
 
 
 class InvalidInput(ValueError):
-    """What was given cannot be used; `problems` has at least one row and nothing was changed."""
+    """Input that cannot be used; nothing was changed.
 
-    def __init__(self, problems: Sequence[InputError]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = tuple(problems)
+    Attributes:
+        errors: at least one row.
+    """
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = tuple(errors)
+
+
+def error_document(errors: Iterable[InputError]) -> dict[str, list[dict[str, str]]]:
+    """The body of an HTTP answer that refuses: `{"errors": [{"path": ..., "message": ...}]}`."""
+    return {"errors": [{"path": row.path, "message": row.message} for row in errors]}
+
+
+def read_error_document(document: object) -> tuple[InputError, ...]:
+    """The rows of such a body.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        rows = document["errors"]  # type: ignore[index]
+        return tuple(InputError(str(row["path"]), str(row["message"])) for row in rows)
+    except (TypeError, KeyError, IndexError):
+        raise ValueError("no error document") from None
 
 
 def render_path(location: Location) -> str:
-    """`("engines", 0, "url")` -> `engines[0].url`; what would break or hide the line is written out (`\\n`)."""
+    """`("engines", 0, "url")` -> `engines[0].url`; unprintable characters are escaped (`\\n`)."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            name = _written_out(part) or "''"
+            name = _escape_unprintable(part) or "''"
             path += f".{name}" if path else name
     return path
 
@@ -53,14 +80,14 @@ def render_choices(known: Iterable[str]) -> str:
 
 
 def unknown_choice(path: str, value: object, known: Iterable[str]) -> InputError:
-    """A value outside a closed set."""
+    """The error for a value outside a closed set."""
     return InputError(path, f"unknown {_shorten(value)}; known: {render_choices(known)}")
 
 
 def unknown_field(path: str, name: str, known: Iterable[str]) -> InputError:
-    """A key that the section does not have, with the nearest that it does have where one is near."""
+    """The error for a key that the section does not have, with the nearest known name where one is near."""
     names = sorted(known)
-    # No field's name is that long, and the search takes time with its square.
+    # No field has a longer name, and the search takes quadratic time.
     near = get_close_matches(name[:100], names, n=1, cutoff=0.5)
     nearest = f"nearest known: {near[0]}; " if near else ""
     return InputError(path, f"unknown field; {nearest}known: {', '.join(names)}")
@@ -69,17 +96,17 @@ def unknown_field(path: str, name: str, known: Iterable[str]) -> InputError:
 def errors_from_pydantic(
     errors: Iterable[Mapping[str, Any]], fields_at: Callable[[Location], Iterable[str]], root: str = ""
 ) -> list[InputError]:
-    """Turns rows of pydantic's `ValidationError.errors()` into problems, in the order of their paths.
+    """Rows of pydantic's `ValidationError.errors()` as input errors, sorted by path.
 
     Args:
         errors: rows with `type`, `loc`, `msg`, `input` and perhaps `ctx`.
-        fields_at: the names of the fields that the section at a location has (as a person writes them).
+        fields_at: the names of the fields that the section at a location has, as the document spells them.
         root: a path before all others, such as `spec`.
     """
-    return sorted({_problem(row, fields_at, root) for row in errors})
+    return sorted({_input_error(row, fields_at, root) for row in errors})
 
 
-def _problem(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[str]], root: str) -> InputError:
+def _input_error(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[str]], root: str) -> InputError:
     location: Location = tuple(row["loc"])
     if location and location[-1] in _UNION_MEMBERS and location[-1] not in fields_at(location[:-1]):
         location = location[:-1]
@@ -105,11 +132,11 @@ def _problem(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[st
 
 
 def _choices(expected: str) -> list[str]:
-    """Pydantic words a closed set as `'a', 'b' or 'c'`, and one of numbers as `1, 2 or 3`."""
+    """The values in pydantic's text of a closed set: `'a', 'b' or 'c'`, or `1, 2 or 3` for numbers."""
     return re.findall(r"'([^']*)'", expected) or expected.replace(" or ", ", ").split(", ")
 
 
-def _written_out(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -1,14 +1,17 @@
 """The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import orjson
 from aiohttp import web
-from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_document
+from moe_contract.gateway_config import GatewaySettings, parse_gateway_settings
+from moe_contract.gateway_state import write_gateway_state
+from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, STATE
 
-from moe_gateway.configuration import InForce, parse_change, parse_document
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
 from moe_gateway.state import build_state
@@ -21,7 +24,7 @@ class Administered(Protocol):
     """What the routes read and change."""
 
     dispatcher: Dispatcher
-    in_force: InForce
+    in_force: GatewaySettings
     clock: Callable[[], float]
 
     @property
@@ -30,7 +33,7 @@ class Administered(Protocol):
     @property
     def not_ready(self) -> str: ...
 
-    def apply(self, change: InForce) -> None: ...
+    def apply(self, change: GatewaySettings) -> None: ...
 
 
 class Admin:
@@ -43,11 +46,11 @@ class Admin:
     def build(self) -> web.Application:
         """The application."""
         application = web.Application(client_max_size=MOST_BODY_BYTES)
-        application.router.add_get("/healthz", self._healthz)
-        application.router.add_get("/readyz", self._readyz)
-        application.router.add_get("/metrics", self._metrics)
-        application.router.add_get("/v1/state", self._state)
-        application.router.add_put("/v1/config", self._authorised(self._put_config))
+        application.router.add_get(HEALTHZ, self._healthz)
+        application.router.add_get(READYZ, self._readyz)
+        application.router.add_get(METRICS, self._metrics)
+        application.router.add_get(STATE, self._state)
+        application.router.add_put(CONFIG, self._authorised(self._put_config))
         return application
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -66,20 +69,20 @@ class Admin:
         gateway = self._gateway
         now_s = gateway.clock()
         document = build_state(gateway.dispatcher, gateway.in_force, draining=gateway.draining, now_s=now_s)
-        return web.Response(body=orjson.dumps(document), content_type=JSON)
+        return web.Response(body=write_gateway_state(document), content_type=JSON)
 
     async def _put_config(self, request: web.Request) -> web.Response:
         try:
-            change = parse_change(parse_document(await request.read()), self._gateway.in_force)
+            change = parse_gateway_settings(parse_document(await request.read()), self._gateway.in_force)
         except InvalidInput as error:
-            return _problems(422, error.problems)
+            return _refuse(422, error.errors)
         self._gateway.apply(change)
         return web.Response(body=orjson.dumps(change.document()), content_type=JSON)
 
     def _authorised(self, handler: "Handler") -> "Handler":
         async def checked(request: web.Request) -> web.StreamResponse:
             if not self._tokens.allow(request.headers.get("Authorization", "")):
-                return _problems(401, [InputError("Authorization", "the deployment's control token is needed")])
+                return _refuse(401, [InputError("Authorization", "the deployment's control token is needed")])
             return await handler(request)
 
         return checked
@@ -88,6 +91,5 @@ class Admin:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _problems(status: int, problems: "list[InputError] | tuple[InputError, ...]") -> web.Response:
-    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
-    return web.Response(status=status, body=orjson.dumps({"errors": rows}), content_type=JSON)
+def _refuse(status: int, errors: Iterable[InputError]) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(error_document(errors)), content_type=JSON)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 import uvloop
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.gateway_config import load_gateway_config
 from moe_contract.input_errors import InvalidInput
 
-from moe_gateway.configuration import load_config
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway, run_gateway
 from moe_gateway.logs import set_up_logs
 
@@ -24,7 +24,7 @@ def gateway(
 ) -> None:
     """Run the gateway in front of the engines that its configuration names."""
     try:
-        settings = load_config(config)
+        settings = load_gateway_config(config)
         served = Gateway(settings, ControlTokens(settings.token_file), access_log=access_log)
     except InvalidInput as error:
         typer.echo(str(error), err=True)

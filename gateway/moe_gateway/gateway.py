@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
-from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
 
 from moe_gateway.admin import Admin
-from moe_gateway.configuration import InForce, build_in_force
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
@@ -47,7 +46,7 @@ class Gateway:
         # Gateways that share engines do not begin their rounds at the same one.
         first_turn = secrets.randbelow(1 << 16)
         self.dispatcher = Dispatcher(config, RequestStats(self.clock()), first_turn=first_turn)
-        self.in_force = build_in_force(config)
+        self.in_force = initial_settings(config)
         self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
         self._discovering: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
@@ -120,7 +119,7 @@ class Gateway:
             await self._runner.cleanup()
         await self._session.close()
 
-    def apply(self, change: InForce) -> None:
+    def apply(self, change: GatewaySettings) -> None:
         """Other settings and engines, from now on, all of them or none: nothing here can fail half-way."""
         before, self.in_force = self.in_force, change
         if change.engines != before.engines:
@@ -259,7 +258,7 @@ class Gateway:
         return task
 
 
-def _services(in_force: InForce) -> list[str]:
+def _services(in_force: GatewaySettings) -> list[str]:
     return [group.service for group in in_force.groups or ()]
 
 

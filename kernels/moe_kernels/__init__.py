@@ -1,1 +1,1 @@
-"""Triton kernels of the expert layer, each beside the torch reference that says what it computes."""
+"""Triton kernels that an engine with an expert group calls, each beside the torch reference that defines its result."""

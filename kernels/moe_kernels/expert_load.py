@@ -1,146 +1,146 @@
-"""How many tokens each logical expert got, by source and layer, from the router's top-k ids: the raw signal of the
-expert layer.
+"""Mapping of logical experts to slots, with a count of the tokens of each expert: one kernel launch per MoE layer.
 
-`add_expert_load` adds a step, or several whose tokens stand one after the other, to counters that the caller keeps: all
-layers in one call, one launch on a GPU. It takes the Triton kernel there and the torch reference elsewhere; both count
-exactly. The tests hold the kernel against the reference by Triton's interpreter, so they need no GPU.
+It takes the place of vLLM's own mapping kernel in an engine with an expert group, so that recording the load adds no
+launch to a step. vLLM counts by slot; here the counts are by logical expert, so that they stay valid when experts move.
+Called by vLLM's router in every forward pass, also inside CUDA graphs: what changes from pass to pass (`enabled`,
+`num_tokens`) is read from the device's memory.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.routing import BLOCK, check_counters, check_sources, count_real_tokens, take_known
+BLOCK = 256
+"""Ids that one program of the kernel maps."""
+
+KNUTH_MULTIPLIER = 2654435769
+"""floor(2**32 / phi), as in vLLM: replicas take turns by a hash of the token's position."""
 
 
-def expert_load(topk_ids: torch.Tensor, num_experts: int, num_tokens: int) -> torch.Tensor:
-    """The load of one layer in one step.
-
-    Args:
-        topk_ids: integers [padded_tokens, top_k], as one layer of `add_expert_load` takes them.
-        num_experts: logical experts of the layer.
-        num_tokens: leading tokens that are real.
-
-    Returns:
-        int32 tensor [num_experts].
-    """
-    load = torch.zeros(1, 1, num_experts, dtype=torch.int32, device=topk_ids.device)
-    add_expert_load(load, topk_ids[None], num_tokens)
-    return load[0, 0]
-
-
-def add_expert_load(
-    load: torch.Tensor, topk_ids: torch.Tensor, num_tokens: int, sources: torch.Tensor | None = None
-) -> None:
-    """`add_expert_load_reference`, by the fastest exact way on the tensors' device."""
-    add = add_expert_load_triton if topk_ids.is_cuda else add_expert_load_reference
-    add(load, topk_ids, num_tokens, sources)
-
-
-def add_expert_load_reference(
-    load: torch.Tensor, topk_ids: torch.Tensor, num_tokens: int, sources: torch.Tensor | None = None
-) -> None:
-    """Adds 1 to `load` for each id of a real token, at the token's source, the layer and the expert.
-
-    Args:
-        load: int32 or int64 [sources, layers, experts], contiguous, added to in place.
-        topk_ids: integers [layers, padded_tokens, top_k] with any strides: logical expert ids. An id outside
-            0..experts-1 is not counted.
-        num_tokens: leading tokens that are real; those after them are padding and are not counted.
-        sources: integers [padded_tokens]: where each token comes from. A token whose source is outside 0..sources-1 is
-            not counted. None: all come from the only source that `load` has.
-
-    Raises:
-        ValueError: a shape, a type or a device that does not fit, or a negative `num_tokens`; nothing is added.
-    """
-    tokens = _check(load, topk_ids, num_tokens, sources)
-    num_sources, num_layers, num_experts = load.shape
-    if not load.numel():
-        return
-    expert, counted = take_known(topk_ids[:, :tokens], num_experts)
-    if sources is None:
-        counts = load.view(num_layers, num_experts)
-        counts.scatter_add_(1, expert.reshape(num_layers, -1), counted.reshape(num_layers, -1).to(load.dtype))
-        return
-    source, known = take_known(sources[:tokens], num_sources)
-    by_source = num_layers * num_experts
-    row = source * by_source + torch.arange(0, by_source, num_experts, device=load.device)[:, None]
-    cell = expert + row[:, :, None]
-    counted = counted & known[:, None]
-    load.view(-1).scatter_add_(0, cell.reshape(-1), counted.reshape(-1).to(load.dtype))
-
-
-# What changes from step to step must not make Triton compile anew while requests are served.
-@triton.jit(do_not_specialize=["num_ids"])  # type: ignore[untyped-decorator]
-def count_kernel(
-    load: tl.tensor,
-    ids: tl.tensor,
-    sources: tl.tensor,
-    num_ids: tl.tensor,
-    layer_stride: tl.tensor,
-    token_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    source_stride: tl.tensor,
-    num_sources: tl.tensor,
-    num_layers: tl.tensor,
-    num_experts: tl.tensor,
-    TOP_K: tl.constexpr,  # noqa: N803
-    BY_SOURCE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-) -> None:
-    """Program (block, layer) adds BLOCK of the layer's `num_ids` real ids to `load` by atomic additions."""
-    layer = tl.program_id(1).to(tl.int64)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    counted = offsets < num_ids
-    token = offsets // TOP_K
-    place = layer * layer_stride + token * token_stride + offsets % TOP_K * slot_stride
-    expert = tl.load(ids + place, mask=counted, other=0).to(tl.int64)
-    counted = counted & (expert >= 0) & (expert < num_experts)
-    row = layer
-    if BY_SOURCE:
-        source = tl.load(sources + token * source_stride, mask=counted, other=0).to(tl.int64)
-        counted = counted & (source >= 0) & (source < num_sources)
-        row = source * num_layers + layer
-    tl.atomic_add(load + row * num_experts + expert, 1, mask=counted)
-
-
-def add_expert_load_triton(
-    load: torch.Tensor,
+def map_and_record(
     topk_ids: torch.Tensor,
-    num_tokens: int,
-    sources: torch.Tensor | None = None,
-    kernel: Any = count_kernel,
-) -> None:
-    """`add_expert_load_reference` as a Triton kernel."""
-    tokens = _check(load, topk_ids, num_tokens, sources)
-    num_sources, num_layers, num_experts = load.shape
-    top_k = topk_ids.shape[2]
-    num_ids = tokens * top_k
-    if not load.numel() or not num_ids:
-        return
-    kernel[(triton.cdiv(num_ids, BLOCK), num_layers)](
-        load,
+    expert_load_view: torch.Tensor,
+    logical_to_physical_map: torch.Tensor,
+    logical_replica_count: torch.Tensor,
+    record_enabled: torch.Tensor,
+    num_unpadded_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`map_and_record_reference`, by the Triton kernel on a GPU; the names of the arguments are those of vLLM."""
+    mapped = map_and_record_triton if topk_ids.is_cuda else map_and_record_reference
+    return mapped(
         topk_ids,
-        topk_ids if sources is None else sources,
-        num_ids,
-        *topk_ids.stride(),
-        0 if sources is None else sources.stride(0),
-        num_sources,
-        num_layers,
-        num_experts,
-        TOP_K=top_k,
-        BY_SOURCE=sources is not None,
-        BLOCK=BLOCK,
+        expert_load_view,
+        logical_to_physical_map,
+        logical_replica_count,
+        record_enabled,
+        num_unpadded_tokens,
     )
 
 
-def _check(load: torch.Tensor, topk_ids: torch.Tensor, num_tokens: int, sources: torch.Tensor | None) -> int:
-    """Raises the errors of `add_expert_load_reference`; how many tokens are real."""
-    tokens = count_real_tokens(topk_ids, num_tokens)
-    num_sources = 1 if sources is None else None
-    check_counters("load", load, (num_sources, topk_ids.shape[0], None), topk_ids.device)
-    if sources is not None:
-        check_sources(sources, topk_ids)
-    return tokens
+def map_and_record_reference(
+    topk_ids: torch.Tensor,
+    load: torch.Tensor,
+    slots: torch.Tensor,
+    replicas: torch.Tensor,
+    enabled: torch.Tensor,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Maps the logical experts of one layer to slots, and adds 1 to `load` for each expert of a real token.
+
+    Args:
+        topk_ids: integers [padded_tokens, top_k], logical experts. An id outside 0..experts-1 is mapped to -1 and not
+            counted.
+        load: int32 [at least experts], contiguous, added to in place; element `expert` is the count of that expert.
+        slots: int64 [experts, width], the slots of each expert; elements from `replicas[expert]` on are not read.
+        replicas: int64 [experts], number of slots of each expert. The replica is chosen by a hash of the token's
+            position.
+        enabled: bool scalar, whether to count.
+        num_tokens: int32 scalar, number of leading tokens that are real; None: all.
+
+    Returns:
+        Slots, shape and type of `topk_ids`.
+    """
+    logical = topk_ids.long()
+    experts = replicas.shape[0]
+    known = (logical >= 0) & (logical < experts)
+    logical = torch.where(known, logical, 0)
+    replica = _hash_positions(logical.shape[0]) % replicas[logical].clamp(min=1)
+    mapped = torch.where(known, slots[logical, replica], -1)
+    if bool(enabled):
+        real = logical.shape[0] if num_tokens is None else int(num_tokens)
+        load.scatter_add_(0, logical[:real].flatten(), known[:real].flatten().to(load.dtype))
+    return mapped.to(topk_ids.dtype)
+
+
+@lru_cache(maxsize=64)
+def _hash_positions(tokens: int) -> torch.Tensor:
+    return ((torch.arange(tokens) * KNUTH_MULTIPLIER) & 0xFFFFFFFF).unsqueeze(1)
+
+
+# What changes from step to step must not make Triton compile again while requests are served.
+@triton.jit(do_not_specialize=["num_ids"])  # type: ignore[untyped-decorator]
+def map_and_record_kernel(
+    ids: tl.tensor,
+    load: tl.tensor,
+    slots: tl.tensor,
+    replicas: tl.tensor,
+    mapped: tl.tensor,
+    enabled: tl.tensor,
+    num_tokens: tl.tensor,
+    num_ids: tl.tensor,
+    num_experts: tl.tensor,
+    width: tl.tensor,
+    top_k: tl.tensor,
+    HAS_NUM_TOKENS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    """Maps BLOCK of the `num_ids` ids and counts those of real tokens by atomic additions."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < num_ids
+    expert = tl.load(ids + offsets, mask=inside, other=-1).to(tl.int64)
+    known = inside & (expert >= 0) & (expert < num_experts)
+    expert = tl.where(known, expert, 0)
+    token = offsets // top_k
+    hashed = (token * 2654435769) & 0xFFFFFFFF
+    count = tl.maximum(tl.load(replicas + expert, mask=known, other=1), 1)
+    slot = tl.load(slots + expert * width + hashed % count, mask=known, other=-1)
+    tl.store(mapped + offsets, slot, mask=inside)
+    counted = known & (tl.load(enabled) != 0)
+    if HAS_NUM_TOKENS:
+        counted = counted & (token < tl.load(num_tokens))
+    tl.atomic_add(load + expert, 1, mask=counted)
+
+
+def map_and_record_triton(
+    topk_ids: torch.Tensor,
+    load: torch.Tensor,
+    slots: torch.Tensor,
+    replicas: torch.Tensor,
+    enabled: torch.Tensor,
+    num_tokens: torch.Tensor | None = None,
+    kernel: Any = map_and_record_kernel,
+) -> torch.Tensor:
+    """`map_and_record_reference` as a Triton kernel."""
+    ids = topk_ids.contiguous()
+    mapped = torch.empty_like(ids)
+    if not ids.numel():
+        return mapped
+    kernel[(triton.cdiv(ids.numel(), BLOCK),)](
+        ids,
+        load,
+        slots.contiguous(),
+        replicas.contiguous(),
+        mapped,
+        enabled,
+        enabled if num_tokens is None else num_tokens,
+        ids.numel(),
+        replicas.shape[0],
+        slots.shape[1],
+        ids.shape[-1],
+        HAS_NUM_TOKENS=num_tokens is not None,
+        BLOCK=BLOCK,
+    )
+    return mapped

@@ -13,15 +13,16 @@ from ipaddress import ip_address
 
 from aiohttp import web
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.engine_process import engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
-from moe_agent.experts.published import PublishedExperts
+from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.control_record import SettingsPublisher
 from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
-from moe_agent.supervisor.engine_command import build_command, build_environment
+from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.supervisor import Supervisor
 from moe_agent.vllm.version import is_cpu_build
@@ -113,7 +114,7 @@ def build_supervisor(
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)
-    environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
+    environment = engine_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
     return Supervisor(
         config.engine,
         [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build, expert=config.expert)],

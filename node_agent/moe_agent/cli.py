@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from moe_contract.agent_config import load_agent_config
 from moe_contract.input_errors import InvalidInput
 
 from moe_agent.app import run_agent
-from moe_agent.parsing import load_config
 
 app = typer.Typer(add_completion=False, help="Run one engine and its node agent.")
 
@@ -22,7 +22,7 @@ def agent(config: Annotated[Path, typer.Option(help="The agent's configuration, 
     """Starts one engine, watches it and publishes what it knows, until SIGTERM (drain) or a second one (now)."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(run_agent(load_config(config)))
+        asyncio.run(run_agent(load_agent_config(config)))
     except InvalidInput as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(_BAD_INPUT_STATUS) from None

@@ -16,10 +16,9 @@ import math
 from itertools import product
 
 import numpy as np
-from moe_scheduling.engine.ttft_model import LINE_MEMORY_STEPS
 from moe_scheduling.request.prefill_budget import RooflineKnee, StepTimeCurve
 
-from moe_agent.step_time import stack_rows, weigh_steps
+from moe_agent.step_time import LINE_MEMORY_STEPS, stack_rows, weigh_steps
 
 # Candidates for the knee, in tokens of all ranks in a step.
 KNEES = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)
@@ -118,7 +117,7 @@ class StepTimeCurveFit:
         matrix = self._normal[_COLUMNS[:, :, None], _COLUMNS[:, None, :]] + ridge * np.eye(_LINE + 1)
         right = self._right[_COLUMNS] + ridge * self._scaled[_COLUMNS]
         kept = _KEPT[None]
-        # What is not kept gets an equation of its own: itself is 0.
+        # A coefficient that is not kept gets the equation "itself = 0".
         masked = matrix[:, None] * kept[..., :, None] * kept[..., None, :] + np.eye(_LINE + 1) * (1.0 - kept[..., None])
         found = np.linalg.solve(masked, (right[:, None] * kept)[..., None])[..., 0]
         error = np.einsum("bki,bij,bkj->bk", found, matrix, found) - 2.0 * np.einsum("bi,bki->bk", right, found)

@@ -13,10 +13,12 @@ from itertools import chain
 from operator import mul
 
 import numpy as np
-from moe_scheduling.engine.ttft_model import LINE_MEMORY_STEPS
 from moe_scheduling.signals import StepTime
 
 _Row = tuple[float, float, float]
+
+# Steps after which an observation weighs 1/e in a step-time model.
+LINE_MEMORY_STEPS = 500.0
 
 # Brings the three columns to like sizes, so that the small ridge below weighs on each alike.
 _SCALE = np.array([1.0, 1024.0, 32.0])

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_agent.shared_memory import RUN_DIR_VARIABLE
 from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
 

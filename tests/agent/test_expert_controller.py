@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.experts.controller import BEAT_PASSES
+from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
+from moe_agent.experts.controller import GATHER_PASSES, MAX_SYNC_PASSES, MIN_SYNC_PASSES
 from moe_agent.experts.directive import DirectiveAction
-from moe_agent.experts.outcome import Outcome, ProblemKind
-from moe_agent.experts.planning import Question
-from moe_agent.experts.protocol import Action
+from moe_agent.experts.planning import PlanRequest
+from moe_agent.experts.sync_round import RoundAction
 from moe_scheduling.expert.decision import ExpertMode
 from moe_scheduling.expert.placement import count_copies
 
@@ -20,8 +20,8 @@ from tests.agent.fake_expert_group import BETTER, COSTS, HOT, MOVES, SHAPE, STAR
 def test_off_records_nothing_gathers_nothing_and_decides_nothing():
     group = Group(mode=ExpertMode.OFF)
     group.run(500)
-    assert {(beat.action, beat.recording) for beat in group.beats} == {(Action.NONE, False)}
-    assert (group.planner.asked, list(group.controller.log.rows), group.kinds()) == ([], [], set())
+    assert {(content.action, content.recording) for content in group.rounds} == {(RoundAction.NONE, False)}
+    assert (group.planner.asked, list(group.controller.bookkeeping.rows), group.kinds()) == ([], [], set())
 
 
 def test_observe_shows_the_load_and_decides_nothing():
@@ -36,38 +36,38 @@ def test_the_dry_run_decides_at_each_interval_and_moves_nothing():
     group = Group(mode=ExpertMode.DRY_RUN)
     group.planner.answer = answer()
     group.run(700)
-    assert 7 <= len(group.controller.log.rows) <= 11
-    assert {row.outcome for row in group.controller.log.rows} == {Outcome.DRY_RUN}
-    assert not any(beat.action is Action.MOVE for beat in group.beats)
+    assert 7 <= len(group.controller.bookkeeping.rows) <= 11
+    assert {row.outcome for row in group.controller.bookkeeping.rows} == {DecisionOutcome.DRY_RUN}
+    assert not any(content.action is RoundAction.MOVE for content in group.rounds)
     assert (group.held == START).all()
     assert group.newest.placement is not None
-    assert all(row.placement is None for row in list(group.controller.log.rows)[1:])
+    assert all(row.placement is None for row in list(group.controller.bookkeeping.rows)[1:])
     assert (group.newest.cost_s, group.newest.predicted_gain_s) == (0.01, 0.001)
 
 
 def test_a_question_carries_the_load_the_placement_and_the_horizon():
     group = Group()
     group.run(100)
-    question = group.planner.asked[0]
-    assert question.tokens[1, 2].tolist() == pytest.approx(HOT.tolist())
-    assert (question.placement == START).all()
-    assert question.horizon_steps == 64
+    request = group.planner.asked[0]
+    assert request.tokens[1, 2].tolist() == pytest.approx(HOT.tolist())
+    assert (request.placement == START).all()
+    assert request.horizon_steps == 64
 
 
 def test_active_moves_what_pays_and_keeps_what_won():
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.step_s = 0.008
     group.planner.answer = answer(BETTER, pays=False)
     group.run(60)
     assert (group.held == BETTER).all()
-    moved = group.controller.log.rows[-1]
+    moved = group.controller.bookkeeping.rows[-1]
     assert moved.measured_gain_s == pytest.approx(0.002)
-    assert moved.moves == MOVES == group.controller.log.totals.moves
+    assert moved.moves == MOVES == group.controller.bookkeeping.totals.moves
     group.run(200)
-    assert group.controller.log.totals.won_s > 0.2
-    assert group.controller.log.totals.lost_s == pytest.approx(moved.cost_s)
+    assert group.controller.bookkeeping.totals.won_s > 0.2
+    assert group.controller.bookkeeping.totals.lost_s == pytest.approx(moved.cost_s)
     assert (group.kinds(), group.controller.version) == (set(), 2)
 
 
@@ -76,9 +76,9 @@ def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time()
     group.planner.answer = answer()
     pauses, last = [], 0
     for _ in range(3):
-        group.run_until(Outcome.MOVED)
+        group.run_until(DecisionOutcome.MOVED)
         group.step_s = 0.012
-        group.run_until(Outcome.ROLLED_BACK)
+        group.run_until(DecisionOutcome.ROLLED_BACK)
         group.step_s = 0.010
         group.run(5)
         assert (group.held == START).all()
@@ -87,7 +87,7 @@ def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time()
         last = group.step
     assert pauses[0] < 0.75 * pauses[1] < 0.75 * pauses[2] * 0.75 * 1.34
     assert ProblemKind.BACKOFF in group.kinds()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.step_s = 0.008
     group.planner.answer = answer(pays=False)
     group.run(60)
@@ -100,10 +100,10 @@ def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_n
     noise = cycle([0.0, 0.004, 0.001, 0.003])
     steps = {}
     for loss_s in (0.004, 0.0001):
-        group.controller._watchdog.move_paid()
-        group.run_until_noisy(Outcome.MOVED, lambda: 0.010 + next(noise))
+        group.controller.bookkeeping.move_gained()
+        group.run_until_noisy(DecisionOutcome.MOVED, lambda: 0.010 + next(noise))
         moved_at = group.step
-        group.run_until_noisy(Outcome.ROLLED_BACK, lambda loss_s=loss_s: 0.010 + loss_s + next(noise))
+        group.run_until_noisy(DecisionOutcome.ROLLED_BACK, lambda loss_s=loss_s: 0.010 + loss_s + next(noise))
         steps[loss_s] = group.step - moved_at
     assert steps[0.0001] > 2 * steps[0.004]
     assert "no gain shown" in group.newest.reason
@@ -113,15 +113,15 @@ def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_n
 def test_nothing_is_taken_back_once_a_person_has_left_active(mode):
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
-    while group.controller._trial is None:
+    group.run_until(DecisionOutcome.MOVED)
+    while group.controller.bookkeeping.trial is None:
         group.run(1)
     group.step_s = 0.02
     group.put(mode=mode)
     group.planner.answer = answer(pays=False)
     group.run(200)
     assert (group.held == BETTER).all()
-    assert group.controller.log.rows[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
+    assert group.controller.bookkeeping.rows[-1].measured_gain_s == pytest.approx(-0.01, rel=0.1)
 
 
 def test_only_the_steps_just_before_a_move_are_compared():
@@ -132,10 +132,10 @@ def test_only_the_steps_just_before_a_move_are_compared():
     group.run(300)
     group.step_s = 0.010
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.step_s = 0.009
     group.run(100)
-    assert group.controller.log.rows[-1].measured_gain_s == pytest.approx(0.001)
+    assert group.controller.bookkeeping.rows[-1].measured_gain_s == pytest.approx(0.001)
 
 
 def test_a_directive_is_dealt_with_when_its_move_has_ended():
@@ -143,7 +143,7 @@ def test_a_directive_is_dealt_with_when_its_move_has_ended():
     group.run(10)
     group.direct(DirectiveAction.APPLY, BETTER)
     seen = []
-    while group.controller.inbox.settled == 0:
+    while group.controller.pending.settled == 0:
         group.run(1)
         seen.append(group.controller.version)
         assert len(seen) < 100
@@ -157,16 +157,16 @@ def test_a_directive_that_comes_to_nothing_is_dealt_with_too(action):
     group = Group(mode=ExpertMode.OBSERVE)
     group.direct(action)
     group.run(40)
-    assert group.controller.inbox.settled == 1
+    assert group.controller.pending.settled == 1
 
 
 def test_a_move_that_cannot_be_measured_stays_and_says_so():
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     moved = group.newest
     group.planner.answer = answer(pays=False)
-    while group.controller._trial is None:
+    while group.controller.bookkeeping.trial is None:
         group.run(1)
     group.controller.step_took = lambda *_: None  # type: ignore[method-assign]
     group.run(60)
@@ -180,19 +180,19 @@ def test_a_move_is_cut_into_steps_by_the_bound_on_one(max_stall_s, layers_a_step
     group = Group(max_stall_s=max_stall_s)
     group.planner.answer = answer()
     group.move_s = 0.00001
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.run(20)
-    moves = [beat for beat in group.beats if beat.action is Action.MOVE]
-    assert [beat.layers for beat in moves] == layers_a_step
-    assert [beat.next_in for beat in moves] == [1] * len(moves)
-    assert [beat.version for beat in moves] == [1] * (len(moves) - 1) + [2]
+    moves = [content for content in group.rounds if content.action is RoundAction.MOVE]
+    assert [content.layers for content in moves] == layers_a_step
+    assert [content.next_in for content in moves] == [1] * len(moves)
+    assert [content.version for content in moves] == [1] * (len(moves) - 1) + [2]
 
 
 def test_a_move_longer_than_its_bound_is_told_until_one_is_within_it():
     group = Group(max_stall_s=0.02)
     group.planner.answer = answer()
     group.move_s = 0.5
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.run(20)
     assert ProblemKind.SLOW_MOVE in group.kinds()
     assert group.controller.costs.move_s > 10 * COSTS.move_s, "the next one is cut finer"
@@ -205,7 +205,7 @@ def test_a_move_longer_than_its_bound_is_told_until_one_is_within_it():
 def test_a_mode_switched_off_amid_a_move_lets_it_end_and_measures_nothing():
     group = Group(max_stall_s=0.0001)
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.put(mode=ExpertMode.OFF)
     group.run(50)
     assert (group.held == BETTER).all()
@@ -218,12 +218,12 @@ def test_a_rank_that_cannot_take_part_ends_the_move_and_nothing_hangs():
     group = Group()
     group.planner.answer = answer()
     group.ok = False
-    group.run_until(Outcome.FAILED)
+    group.run_until(DecisionOutcome.FAILED)
     assert (group.held == START).all()
     assert group.newest.reason.endswith("a rank could not take part, and nothing more was moved")
     assert ProblemKind.BACKOFF in group.kinds()
     group.ok = True
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
 
 
 def test_ranks_with_another_placement_are_told_and_stop_all_decisions():
@@ -238,19 +238,20 @@ def test_ranks_with_another_placement_are_told_and_stop_all_decisions():
 
 @pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN, ExpertMode.ACTIVE])
 @pytest.mark.parametrize("known", [True, False], ids=["known", "found at the gather"])
-@pytest.mark.parametrize("action", list(DirectiveAction))
+@pytest.mark.parametrize("action", [DirectiveAction.APPLY, DirectiveAction.PLAN, DirectiveAction.ROLLBACK])
 def test_a_directive_to_ranks_with_different_placements_ends_with_the_reason(action, known, mode):
     group = Group(mode=mode, interval_steps=10**6)
     group.direct(DirectiveAction.APPLY, BETTER)
     group.run(200)
     group.stray = 1
-    group.run(70 * known)
+    until_gathered = GATHER_PASSES + 3 * MAX_SYNC_PASSES
+    group.run(until_gathered * known)
     group.direct(action, START if action is DirectiveAction.APPLY else None)
-    group.run(130)
-    assert group.controller.inbox.settled == 2
+    group.run(until_gathered)
+    assert group.controller.pending.settled == 2
     assert ProblemKind.VERSION_SKEW in group.kinds()
     if known or action is DirectiveAction.PLAN:
-        assert group.newest.outcome is Outcome.FAILED
+        assert group.newest.outcome is DecisionOutcome.FAILED
         assert group.newest.reason == (
             "directive 2 cannot be followed: ranks 1 hold another placement than 2; only a restart of the engine helps"
         )
@@ -265,17 +266,20 @@ def test_what_was_decided_before_ranks_parted_is_not_carried_out():
         group.run(1)
     group.stray = 1
     group.run(300)
-    assert (group.newest.outcome, group.newest.reason) == (Outcome.FAILED, "ranks 1 hold another placement than 1")
+    assert (group.newest.outcome, group.newest.reason) == (
+        DecisionOutcome.FAILED,
+        "ranks 1 hold another placement than 1",
+    )
     assert (group.held == START).all()
 
 
 def test_nothing_is_taken_back_while_ranks_hold_different_placements():
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.step_s = 0.02
     group.run(10)
-    group.controller._watchdog.skew = "ranks 1 hold another placement than 2"
+    group.controller.bookkeeping.skew = "ranks 1 hold another placement than 2"
     group.stray = 1
     group.run(200)
     assert (group.held == BETTER).all()
@@ -285,76 +289,83 @@ def test_nothing_is_taken_back_while_ranks_hold_different_placements():
     assert (group.held == START).all(), "what is on trial is judged once they are one again"
 
 
-def spells(question: Question) -> list[tuple[list[list[int]], int]]:
-    return [(placement.tolist(), steps) for placement, steps in question.spells]
-
-
-def test_what_was_carried_out_and_taken_back_is_told_to_the_next_decision_once():
-    group = Group()
-    group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
-    group.step_s = 0.02
-    group.run_until(Outcome.ROLLED_BACK)
-    group.planner.answer = answer(pays=False)
-    asked = len(group.planner.asked)
-    while len(group.planner.asked) < asked + 2:
+def next_request(group: Group, after: int) -> PlanRequest:
+    """The request after the first `after`."""
+    while len(group.planner.asked) <= after:
         group.run(1)
-    assert spells(group.planner.asked[0]) == []
-    told, again = group.planner.asked[asked:]
-    (tried, tried_steps), (back, back_steps) = spells(told)
-    assert (tried, back) == (BETTER.tolist(), START.tolist())
-    assert 32 <= tried_steps <= 32 + 2 * BEAT_PASSES, "as long as it was measured"
-    assert back_steps > 0
-    assert spells(again) == []
+    return group.planner.asked[after]
 
 
-def test_what_a_move_that_ended_half_way_came_to_is_told_to_the_next_decision():
+def test_what_was_carried_out_and_rolled_back_is_accounted_with_its_moves_and_its_time():
+    group = Group()
+    # Expert 2 is on the first rank alone at the start, and on the second with BETTER.
+    group.tokens = np.array([0, 0, 9, 1])
+    group.planner.answer = answer()
+    group.run_until(DecisionOutcome.MOVED)
+    group.step_s = 0.02
+    group.run_until(DecisionOutcome.ROLLED_BACK)
+    moved, rolled_back = group.controller.bookkeeping.rows[1], group.newest
+    group.planner.answer = answer(pays=False)
+    regret = next_request(group, len(group.planner.asked)).regret
+    assert (regret.began.physical_to_logical == START).all()
+    assert regret.paid_s == pytest.approx(moved.cost_s + rolled_back.cost_s)
+    assert moved.cost_s > 0.0
+    assert regret.won_s != 0.0, "of the steps between the move and its rollback"
+    assert regret.duration_s > 0.0
+
+
+def test_a_move_that_ended_half_way_is_accounted():
     group = Group(max_stall_s=0.0001)
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     while not (group.held == BETTER).all(axis=1).any():
         group.run(1)
     group.ok = False
-    group.run_until(Outcome.FAILED)
-    asked = len(group.planner.asked)
-    while len(group.planner.asked) == asked:
-        group.run(1)
-    half = group.held.tolist()
-    assert half not in (START.tolist(), BETTER.tolist())
-    assert [placement for placement, _ in spells(group.planner.asked[-1])] == [half]
+    group.run_until(DecisionOutcome.FAILED)
+    failed = group.newest
+    request = next_request(group, len(group.planner.asked))
+    assert request.placement.tolist() not in (START.tolist(), BETTER.tolist())
+    assert (request.regret.began.physical_to_logical == START).all()
+    assert request.regret.paid_s == pytest.approx(failed.cost_s)
+    assert failed.cost_s > 0.0
 
 
-def test_what_a_person_changed_is_no_doing_of_the_decisions():
+def test_what_a_person_placed_is_a_new_beginning():
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.planner.answer = answer(pays=False)
     group.run(5)
     asked = len(group.planner.asked)
     group.direct(DirectiveAction.ROLLBACK)
-    while len(group.planner.asked) == asked:
-        group.run(1)
-    assert spells(group.planner.asked[-1]) == []
+    assert next_request(group, asked).regret is None
 
 
-def test_what_was_carried_out_is_told_again_when_the_decision_failed():
+def test_steps_are_accounted_again_when_the_decision_failed():
     group = Group()
     group.planner.answer = answer()
-    group.run_until(Outcome.MOVED)
+    group.run_until(DecisionOutcome.MOVED)
     group.step_s = 0.008
     group.planner.answer = ValueError("no such load")
-    group.run_until(Outcome.FAILED)
+    group.run_until(DecisionOutcome.FAILED)
+    failed = group.planner.asked[-1]
     group.planner.answer = answer(pays=False)
-    asked = len(group.planner.asked)
-    while len(group.planner.asked) == asked:
-        group.run(1)
-    assert [placement for placement, _ in spells(group.planner.asked[-1])] == [BETTER.tolist()]
+    again = next_request(group, len(group.planner.asked))
+    assert again.regret is failed.regret
+    assert again.accounted_steps == failed.accounted_steps + again.step - failed.step
+
+
+def test_the_steps_of_a_decision_are_accounted_once():
+    group = Group(mode=ExpertMode.DRY_RUN)
+    first, second, third = (next_request(group, number) for number in range(3))
+    assert (second.accounted_steps, third.accounted_steps) == (second.step - first.step, third.step - second.step)
+    assert third.regret.duration_s > second.regret.duration_s > 0.0
 
 
 def test_a_planner_that_never_answers_is_told():
     group = Group()
     group.planner.late = 10**9
-    group.run(64 * 4 + 2 * BEAT_PASSES)
+    group.run(64 * 4 + 2 * MIN_SYNC_PASSES)
     assert group.kinds() == {ProblemKind.NO_DECISION}
 
 
@@ -362,7 +373,7 @@ def test_a_planner_that_fails_is_a_failed_decision_and_is_asked_again():
     group = Group()
     group.planner.answer = ValueError("no such load")
     group.run(200)
-    assert {row.outcome for row in group.controller.log.rows} == {Outcome.FAILED}
+    assert {row.outcome for row in group.controller.bookkeeping.rows} == {DecisionOutcome.FAILED}
     assert group.newest.reason == "the decision failed: no such load"
     assert len(group.planner.asked) >= 2
 
@@ -376,7 +387,7 @@ def test_an_answer_about_a_placement_that_is_no_more_is_not_followed():
     group.direct(DirectiveAction.APPLY, other)
     group.run(60)
     assert (group.held == other).all()
-    assert Outcome.FAILED in {row.outcome for row in group.controller.log.rows}
+    assert DecisionOutcome.FAILED in {row.outcome for row in group.controller.bookkeeping.rows}
 
 
 EVENTS = st.lists(
@@ -416,4 +427,4 @@ def test_whatever_happens_ranks_hold_what_is_believed_and_each_expert_has_a_slot
         assert (group.held == group.controller.placement).all()
         assert (count_copies(group.held, SHAPE.experts) >= 1).all()
         assert all(0.0 < pressure < 3.0 for pressure in group.controller.balance.by_rank)
-        assert group.controller.log.totals.moves >= 0
+        assert group.controller.bookkeeping.totals.moves >= 0

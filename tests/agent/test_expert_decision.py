@@ -1,4 +1,4 @@
-"""The real decision behind the controller's question: closed loops over loads whose right answer is known."""
+"""The real decision behind the controller's request: closed loops over loads whose right answer is known."""
 
 import json
 from dataclasses import replace
@@ -6,27 +6,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from moe_agent.experts.controller import Controller
-from moe_agent.experts.decision import Decider
+from moe_agent.experts.coordinator import checksum
 from moe_agent.experts.directive import GroupShape
-from moe_agent.experts.document import build_document, list_hottest, render_document
-from moe_agent.experts.figures import count_moves_by_layer, measure_balance
-from moe_agent.experts.first_rank import checksum
-from moe_agent.experts.planning import Costs, Question
+from moe_agent.experts.document import PublishedExperts, build_document, list_hottest, write_document
+from moe_agent.experts.load import count_moves_by_layer, measure_balance
+from moe_agent.experts.planning import Decider, MeasuredCosts, PlanRequest
 from moe_scheduling.expert.decision import ExpertSettings, initial_placement
 
 SHAPE = GroupShape(ranks=2, nodes=1, layers=2, experts=4, slots_per_rank=3)
 START = initial_placement(layers=2, experts=4, redundant=2, ranks=2).physical_to_logical
 
 
-def question(tokens: np.ndarray, *, token_s: float = 1e-3, move_s: float = 1e-3, horizon: int = 1000) -> Question:
-    return Question(
+def request(tokens: np.ndarray, *, token_s: float = 1e-3, move_s: float = 1e-3, horizon: int = 1000) -> PlanRequest:
+    return PlanRequest(
         tokens=tokens,
-        pairs=None,
         steps=64.0,
         placement=START,
         shape=SHAPE,
         version=1,
-        costs=Costs(token_s=token_s, remote_token_s=0.0, internode_token_s=0.0, move_s=move_s),
+        costs=MeasuredCosts(token_s=token_s, remote_token_s=0.0, internode_token_s=0.0, move_s=move_s),
         settings=ExpertSettings(),
         horizon_steps=horizon,
     )
@@ -38,7 +36,7 @@ SKEWED = np.array([[[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 20.0, 0.0]]] * 2)
 
 
 def test_a_skewed_load_is_balanced_when_that_pays():
-    answer = Decider().decide(question(SKEWED))
+    answer = Decider().decide(request(SKEWED))
     assert answer.pays
     assert answer.balance_after < answer.balance_before
     assert measure_balance(SKEWED, answer.placement, SHAPE).mean == pytest.approx(answer.balance_after)
@@ -50,47 +48,54 @@ def test_a_skewed_load_is_balanced_when_that_pays():
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        (question(np.zeros((2, 2, 4))), "idle"),
-        (question(np.ones((2, 2, 4)) * [1, 1, 0.5, 0.5]), "balanced"),
-        (question(SKEWED, move_s=1e3, horizon=1), "unpaid"),
+        (request(np.zeros((2, 2, 4))), "idle"),
+        (request(np.ones((2, 2, 4)) * [1, 1, 0.5, 0.5]), "balanced"),
+        (request(SKEWED, move_s=1e3, horizon=1), "unpaid"),
     ],
 )
 def test_what_does_not_pay_stays_with_the_reason(asked, reason):
     answer = Decider().decide(asked)
     assert not answer.pays
     assert answer.reason.startswith(f"{reason}: ")
-    assert answer.kept_by == reason
+    assert answer.stay_reason == reason
 
 
-def test_a_load_that_turned_round_is_less_trusted():
+def test_a_load_that_turned_round_is_counted_on_less():
     decider = Decider()
-    assert decider.decide(question(SKEWED)).pays
+    assert decider.decide(request(SKEWED)).pays
     turned = SKEWED[:, :, ::-1].copy()
-    first = Decider().decide(question(turned))
-    again = decider.decide(question(turned, move_s=first.gain_s * 500))
+    first = Decider().decide(request(turned))
+    again = decider.decide(request(turned, move_s=first.gain_s * 500))
     assert not again.pays
 
 
-def test_a_move_that_was_taken_back_is_paid_for_there_and_back():
+def test_a_rolled_back_move_is_accounted_with_the_time_that_it_was_in_force():
     decider = Decider()
-    moved = decider.decide(question(SKEWED))
-    decider.decide(replace(question(SKEWED), spells=((moved.placement, 20), (START, 40))))
-    account = decider._history.account
+    first = replace(request(SKEWED), accounted_steps=100)
+    moved = decider.decide(first)
     moves = sum(count_moves_by_layer(START, moved.placement, SHAPE))
     assert moves > 0
-    assert account.paid_s == pytest.approx(2 * moves * 1e-3)
-    assert account.won_s == pytest.approx(moved.gain_s * 20)
-    assert (account.began.physical_to_logical == START).all()
+    tried = replace(first, placement=moved.placement, regret=moved.regret.add_moves(moves * 1e-3), accounted_steps=20)
+    back = decider.decide(tried)
+    after = back.regret.add_moves(moves * 1e-3)
+    assert after.paid_s == pytest.approx(2 * moves * 1e-3)
+    assert after.won_s == pytest.approx(moved.gain_s * 20)
+    assert (after.began.physical_to_logical == START).all()
 
 
-def test_the_text_of_a_document_is_that_of_json():
-    controller = Controller(SHAPE, START, question(SKEWED).costs, planner=None, checksum=checksum)
-    document = build_document(controller, 5.0)
-    text = json.loads(render_document(document))
-    assert text["placement"]["physical_to_logical"] == START.tolist()
-    assert text["load"] == {"steps": 0.0, "tokens": np.zeros((2, 2, 4)).tolist(), "hottest": []}
-    assert text["balance"] == {"mean": 1.0, "worst": 1.0, "by_layer": [1.0, 1.0], "by_rank": [1.0, 1.0]}
-    assert (text["written_s"], text["problems"], text["costs"]["token_s"]) == (5.0, [], 0.001)
+def test_what_is_published_is_read_with_all_its_tables_or_in_short(tmp_path):
+    controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
+    write_document(tmp_path, build_document(controller, 5.0))
+    published = PublishedExperts(tmp_path)
+    document = published.read(5.0)
+    assert document["placement"]["physical_to_logical"] == START.tolist()
+    assert document["load"] == {"steps": 0.0, "tokens": np.zeros((2, 2, 4)).tolist(), "hottest": []}
+    assert document["balance"] == {"mean": 1.0, "worst": 1.0, "by_layer": [1.0, 1.0], "by_rank": [1.0, 1.0]}
+    assert (document["problems"], document["costs"]["token_s"], document["affinity"]) == ([], 0.001, None)
+    short = published.read(5.0, short=True)
+    assert "physical_to_logical" not in short["placement"]
+    assert short["load"] == {"steps": 0.0, "hottest": []}
+    json.dumps([document, short])
 
 
 def test_the_hottest_come_first_and_those_without_tokens_not_at_all():

@@ -1,4 +1,4 @@
-"""What a rank counts of its routing equals a count by hand; what is padded, a dummy or switched off counts nothing."""
+"""Counts of a rank's load, and the window over them: exact, of real tokens alone, steady under a steady load."""
 
 from collections import Counter
 
@@ -7,145 +7,135 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.experts.recording import MOST_PAIR_CELLS, RoutingRecorder
-from moe_agent.experts.window import LoadWindow
-from moe_agent.vllm.device_recording import DeviceRecorder
+from moe_agent.experts.load import STRONGEST, Affinity, LoadWindow
+from moe_agent.vllm.load_recorder import LoadRecorder
+from moe_kernels.expert_load import map_and_record
 
 LAYERS, EXPERTS, TOP_K, MOST_TOKENS = 3, 5, 2, 6
-KINDS = ["host", "device", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+class Rank:
+    """The counters of a rank as vLLM's balancer has them, with a recorder, and passes as routers make them."""
+
+    def __init__(self) -> None:
+        # Two slots more than experts.
+        self.expert_load_pass = torch.ones((LAYERS, EXPERTS + 2), dtype=torch.int32)
+        self.enabled = torch.tensor(True)
+        self.recorder = LoadRecorder(self, self.enabled, EXPERTS)
+
+    def run(self, ids: np.ndarray, real: int) -> None:
+        """Runs a pass with ids [layer, token, place]."""
+        self.route(ids, real)
+        self.recorder.end_pass()
+
+    def route(self, ids: np.ndarray, real: int) -> None:
+        slots, copies = torch.arange(EXPERTS)[:, None], torch.ones(EXPERTS, dtype=torch.int64)
+        for layer in range(LAYERS):
+            given = (torch.from_numpy(ids[layer]), self.expert_load_pass[layer], slots, copies, self.enabled)
+            map_and_record(*given, torch.tensor(real))
+
+
+@st.composite
 def passes(draw: st.DrawFn) -> list[tuple[np.ndarray, int]]:
-    """Passes of ids `[layer, token, place]`, and how many of the tokens are real."""
+    """Passes of ids [layer, token, place], and how many of the tokens are real."""
     made = []
     for _ in range(draw(st.integers(1, 12))):
-        tokens = draw(st.integers(1, MOST_TOKENS))
-        seed = draw(st.integers(0, 2**32 - 1))
+        tokens, seed = draw(st.integers(1, MOST_TOKENS)), draw(st.integers(0, 2**32 - 1))
         ids = np.random.default_rng(seed).integers(0, EXPERTS, (LAYERS, tokens, TOP_K)).astype(np.int32)
         made.append((ids, draw(st.integers(0, tokens))))
     return made
 
 
-def count_by_hand(rows: list[tuple[np.ndarray, int]], pairs_every: int) -> tuple[Counter, Counter]:
-    tokens: Counter[tuple[int, int]] = Counter()
-    pairs: Counter[tuple[int, int, int]] = Counter()
-    counted = 0
+@given(rows=passes())
+def test_the_counts_equal_a_count_by_hand(rows):
+    rank, expected = Rank(), Counter()
+    rank.recorder.switch(True)
     for ids, real in rows:
-        counted += real > 0
-        with_pairs = counted % pairs_every == 0
-        for token in range(real):
-            for layer in range(LAYERS):
-                for expert in ids[layer, token].tolist():
-                    tokens[layer, expert] += 1
-                    if layer + 1 < LAYERS and with_pairs:
-                        for following in ids[layer + 1, token].tolist():
-                            pairs[layer, expert, following] += 1
-    return tokens, pairs
+        rank.run(ids, real)
+        expected.update((layer, int(expert)) for layer in range(LAYERS) for expert in ids[layer, :real].ravel())
+    counts, count = rank.recorder.take()
+    assert {place: n for place, n in np.ndenumerate(counts.numpy()) if n} == dict(expected)
+    assert count == len(rows)
 
 
-def make(kind: str, pairs_every: int):
-    if kind == "host":
-        return RoutingRecorder(LAYERS, EXPERTS, pairs_every)
-    device = torch.device("cuda" if kind == "cuda" else "cpu")
-    return DeviceRecorder(LAYERS, EXPERTS, MOST_TOKENS, TOP_K, device, pairs_every)
+ONE_PASS = np.zeros((LAYERS, 2, TOP_K), np.int32)
 
 
-def show(recorder, ids: np.ndarray, real: int) -> None:
-    for layer in range(LAYERS):
-        recorder.capture(layer, ids[layer] if isinstance(recorder, RoutingRecorder) else torch.from_numpy(ids[layer]))
-    recorder.end_pass(real)
+def test_what_was_taken_is_forgotten():
+    rank = Rank()
+    rank.recorder.switch(True)
+    for _ in range(3):
+        rank.run(ONE_PASS, 2)
+    counts, passes = rank.recorder.take()
+    assert (int(counts.sum()), passes) == (3 * LAYERS * 2 * TOP_K, 3)
+    counts, passes = rank.recorder.take()
+    assert (int(counts.sum()), passes) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(rows=st.composite(passes)(), pairs_every=st.integers(1, 4))
-def test_the_counts_equal_a_count_by_hand(kind, rows, pairs_every):
-    recorder = make(kind, pairs_every)
-    recorder.on = True
-    for ids, real in rows:
-        show(recorder, ids, real)
-    counted, (tokens, pairs) = recorder.take(), count_by_hand(rows, pairs_every)
-    assert {place: n for place, n in np.ndenumerate(counted.tokens) if n} == dict(tokens)
-    assert {place: n for place, n in np.ndenumerate(counted.pairs) if n} == dict(pairs)
-    assert counted.pair_passes == sum(real > 0 for _, real in rows) // pairs_every
+def test_switched_off_nothing_is_counted_and_what_was_counted_before_is_forgotten():
+    rank = Rank()
+    rank.run(ONE_PASS, 2)
+    rank.recorder.switch(True)
+    assert int(rank.recorder.take()[0].sum()) == 0
+    rank.run(ONE_PASS, 2)
+    rank.recorder.switch(False)
+    assert not rank.enabled
+    rank.recorder.switch(True)
+    counts, passes = rank.recorder.take()
+    assert (int(counts.sum()), passes) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_taken_is_forgotten(kind):
-    recorder = make(kind, 1)
-    recorder.on = True
-    show(recorder, np.zeros((LAYERS, 2, TOP_K), np.int32), 2)
-    assert recorder.take().tokens.sum() == LAYERS * 2 * TOP_K
-    assert (recorder.take().tokens.sum(), recorder.take().pair_passes) == (0, 0)
+def test_a_dummy_pass_counts_nothing():
+    rank = Rank()
+    with rank.recorder.paused():
+        assert not rank.enabled
+    rank.recorder.switch(True)
+    with rank.recorder.paused():
+        rank.route(ONE_PASS, 2)
+    assert rank.enabled
+    assert int(rank.recorder.take()[0].sum()) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_switched_off_nothing_is_counted_and_switched_on_in_the_midst_of_a_pass_neither(kind):
-    recorder = make(kind, 1)
-    show(recorder, np.zeros((LAYERS, 2, TOP_K), np.int32), 2)
-    assert recorder.take().tokens.sum() == 0
-    if kind == "host":
-        recorder.capture(0, np.zeros((2, TOP_K), np.int32))
-        recorder.on = True
-        recorder.capture(1, np.zeros((2, TOP_K), np.int32))
-        recorder.end_pass(2)
-        assert recorder.take().tokens.sum() == 0, "the pass was not seen whole"
-
-
-def test_a_model_whose_pairs_would_fill_the_memory_has_its_tokens_counted_alone():
-    experts = int(MOST_PAIR_CELLS**0.5) + 1
-    recorder = RoutingRecorder(2, experts, 1)
-    recorder.on = True
-    for layer in (0, 1):
-        recorder.capture(layer, np.zeros((1, TOP_K), np.int32))
-    recorder.end_pass(1)
-    counted = recorder.take()
-    assert (counted.tokens.sum(), counted.pairs.size, counted.pair_passes) == (2 * TOP_K, 0, 0)
-
-
-def steady(tokens: int):
-    recorder = RoutingRecorder(LAYERS, EXPERTS, 1)
-    recorder.on = True
-    show(recorder, np.zeros((LAYERS, tokens, TOP_K), np.int32), tokens)
-    return recorder.take()
+def steady(tokens: int) -> np.ndarray:
+    counts = np.zeros((LAYERS, EXPERTS), np.int64)
+    counts[:, 0] = tokens * TOP_K
+    return counts
 
 
 @pytest.mark.parametrize("window_steps", [1, 10, 10**6])
 def test_a_steady_load_is_its_tokens_a_step_whatever_the_window(window_steps):
     window = LoadWindow(2, LAYERS, EXPERTS)
     for _ in range(50):
-        window.add([steady(3), steady(1)], 1, window_steps)
+        window.add([steady(3), steady(1)], 1, 1, window_steps)
     load = window.tokens_a_step()
     assert load[:, 0, 0].tolist() == pytest.approx([6.0, 2.0])
     assert load[:, :, 1:].sum() == 0.0
-    assert window.pairs_a_step()[0, 0, 0] == pytest.approx((3 + 1) * TOP_K * TOP_K)
 
 
 def test_of_a_load_that_changed_the_newer_part_weighs_more():
     window = LoadWindow(1, LAYERS, EXPERTS)
     for tokens in (6, 2):
         for _ in range(10):
-            window.add([steady(tokens)], 1, 10)
+            window.add([steady(tokens)], 1, 1, 10)
     assert 4.0 < window.tokens_a_step()[0, 0, 0] < 8.0
     window.clear()
-    assert (window.steps, window.tokens_a_step().sum(), window.pairs_a_step()) == (0.0, 0.0, None)
+    assert (window.steps, window.tokens_a_step().sum()) == (0.0, 0.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_captured_graph_records_what_each_replay_routes():
-    recorder = make("cuda", 1)
-    ids = torch.zeros(LAYERS, MOST_TOKENS, TOP_K, dtype=torch.int32, device="cuda")
-    rows = [(np.random.default_rng(seed).integers(0, EXPERTS, ids.shape).astype(np.int32), real) for seed, real in
-            enumerate((6, 0, 3, 5))]  # fmt: skip
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(LAYERS):
-            # A step of the model between the buffer and the recorder, as the router is.
-            recorder.capture(layer, ids[layer] + 0)
-    recorder.on = True
-    for routed, real in rows:
-        ids.copy_(torch.from_numpy(routed))
-        graph.replay()
-        recorder.end_pass(real)
-    counted, (tokens, pairs) = recorder.take(), count_by_hand(rows, 1)
-    assert {place: n for place, n in np.ndenumerate(counted.tokens) if n} == dict(tokens)
-    assert {place: n for place, n in np.ndenumerate(counted.pairs) if n} == dict(pairs)
+@given(rows=passes())
+def test_the_affinity_equals_a_count_by_hand(rows):
+    affinity, pairs = Affinity(LAYERS, EXPERTS, 7), Counter()
+    for ids, real in rows:
+        affinity.add(ids[:, :real])
+        for layer in range(LAYERS - 1):
+            for token in range(real):
+                pairs.update((layer, int(a), int(b)) for a in ids[layer, token] for b in ids[layer + 1, token])
+    shown = affinity.summarise()
+    assert (shown["directive"], shown["passes"], shown["tokens"]) == (7, len(rows), sum(real for _, real in rows))
+    assert len(shown["strongest"]) <= STRONGEST
+    for row in shown["strongest"]:
+        assert row["tokens"] == pairs[row["layer"], row["expert"], row["next"]]
+        before = sum(n for (layer, a, _), n in pairs.items() if (layer, a) == (row["layer"], row["expert"]))
+        after = sum(n for (layer, _, b), n in pairs.items() if (layer, b) == (row["layer"], row["next"]))
+        every = sum(n for (layer, _, _), n in pairs.items() if layer == row["layer"])
+        assert row["over_chance"] == pytest.approx(row["tokens"] * every / (before * after))

@@ -60,7 +60,7 @@ def test_a_loss_seen_from_the_other_side_is_a_gain_and_a_slower_step_is_never_a_
 def test_of_each_class_the_newest_are_kept_and_older_ones_than_asked_for_are_left_out():
     times = StepTimes()
     for number in range(1000):
-        times.add(SMALL, float(number), number)
+        times.add(number, 8, 4, float(number))
     assert times.since(0)[SMALL][-1] == 999.0
     assert len(times.since(0)[SMALL]) < 1000
     assert times.since(990)[SMALL] == [float(number) for number in range(990, 1000)]

@@ -1,6 +1,6 @@
 """An expert group's first rank and its agent, over real records and files: settings and directives in, document out.
 
-The other ranks are played: they count what `HOT` says, and move what each beat says.
+The other ranks are played: they count what `HOT` says, and move what each content says.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
+from moe_agent.experts.bookkeeping import DecisionOutcome
+from moe_agent.experts.coordinator import Coordinator, checksum
 from moe_agent.experts.directive import GroupShape, directive_path
-from moe_agent.experts.first_rank import FirstRank, checksum
-from moe_agent.experts.outcome import Outcome
-from moe_agent.experts.planning import Answer, Costs, Question
-from moe_agent.experts.protocol import Action
-from moe_agent.experts.published import PublishedExperts, as_of, experts_path
-from moe_agent.experts.recording import Counted, Report
+from moe_agent.experts.document import PublishedExperts, as_of, experts_path
+from moe_agent.experts.load import AFFINITY_PASSES, RankReport
+from moe_agent.experts.planning import MeasuredCosts, PlanRequest, PlanResult
+from moe_agent.experts.sync_round import RoundAction
 from moe_agent.shared_memory.control_record import Control, ControlRecordReader, ControlRecordWriter, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import Supervisor
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 
@@ -38,14 +38,14 @@ SHAPE = GroupShape(ranks=2, nodes=1, layers=3, experts=4, slots_per_rank=3)
 START = np.tile(np.array([0, 1, 2, 3, 0, 1]), (SHAPE.layers, 1))
 BETTER = np.tile(np.array([0, 3, 2, 1, 0, 2]), (SHAPE.layers, 1))
 MOVES = 2 * SHAPE.layers
-COSTS = Costs(token_s=1e-6, remote_token_s=0.0, internode_token_s=0.0, move_s=0.001)
+COSTS = MeasuredCosts(token_s=1e-6, remote_token_s=0.0, internode_token_s=0.0, move_s=0.001)
 HOT = np.array([9, 0, 0, 1])
 
 
-def decide(question: Question) -> Answer:
-    return Answer(
+def decide(request: PlanRequest) -> PlanResult:
+    return PlanResult(
         pays=True,
-        kept_by="",
+        stay_reason="",
         reason="pays",
         placement=BETTER,
         gain_s=0.001,
@@ -59,30 +59,35 @@ def decide(question: Question) -> Answer:
 class Engine:
     """The first rank as a worker runs it, and the others as it sees them; a step is a call."""
 
-    def __init__(self, run_dir: Path, decide: Callable[[Question], Answer] = decide) -> None:
-        self.first = FirstRank(run_dir, SHAPE, START, COSTS, decide)
+    def __init__(self, run_dir: Path, decide: Callable[[PlanRequest], PlanResult] = decide) -> None:
+        self.first = Coordinator(run_dir, SHAPE, START, COSTS, decide)
         self.published = PublishedExperts(run_dir)
         self.held = START.copy()
-        self.step, self.next_beat, self.counted = 0, 1, 0
+        self.step, self.next_round, self.counted = 0, 1, 0
         self.recording = False
+        self.reports: list[RankReport] | None = None
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.step += 1
             self.counted += self.recording
-            if self.step == self.next_beat:
-                self._beat()
+            if self.first.wants_routing:
+                self.first.add_routing(lambda: np.tile(np.array([[0, 3]]), (SHAPE.layers, 5, 1)))
+            if self.step == self.next_round:
+                self._sync()
 
-    def _beat(self) -> None:
-        beat = self.first.beat(self.step)
-        self.recording, self.next_beat = beat.recording, self.step + beat.next_in
+    def _sync(self) -> None:
+        if self.reports is not None:
+            self.first.controller.gathered(self.reports)
+            self.reports = None
+        content = self.first.sync_round(self.step)
+        self.recording, self.next_round = content.recording, self.step + content.next_in
         controller = self.first.controller
-        if beat.action is Action.GATHER:
+        if content.action is RoundAction.GATHER:
             tokens = np.tile(HOT * self.counted, (SHAPE.layers, 1))
-            counted = Counted(tokens=tokens, pairs=np.zeros((0, 4, 4), np.int64), pair_passes=0)
-            self.counted = 0
-            controller.gathered([Report(counted=counted, checksum=checksum(self.held))] * SHAPE.ranks)
-        elif beat.action is Action.MOVE:
+            report = RankReport(tokens=tokens, passes=self.counted, checksum=checksum(self.held))
+            self.counted, self.reports = 0, [report] * SHAPE.ranks
+        elif content.action is RoundAction.MOVE:
             layers, rows = controller.move_rows()
             self.held[list(layers)] = rows
             controller.moved(0.001, True)
@@ -152,7 +157,7 @@ async def test_the_document_has_the_fields_of_the_contract(client, engine):
     document = await (await client.get("/v1/experts")).json()
     assert document.keys() == {
         *("mode", "ranks", "nodes", "layers", "experts", "slots_per_rank", "step", "placement", "load", "balance"),
-        *("remote_fraction", "costs", "decisions", "totals", "problems"),
+        *("remote_fraction", "costs", "decisions", "totals", "affinity", "problems"),
     }
     assert document["placement"].keys() == {"version", "directive", "physical_to_logical"}
     assert document["load"].keys() == {"steps", "tokens", "hottest"}
@@ -181,6 +186,24 @@ async def test_the_brief_form_has_nothing_that_grows_with_the_model(client, engi
 def test_ages_go_on_after_the_writing():
     parsed = {"written_s": 100.0, "decisions": [{"age_s": 2.0}], "step": 1}
     assert as_of(parsed, 103.5) == {"decisions": [{"age_s": 5.5}], "step": 1}
+
+
+async def test_affinity_is_recorded_on_request_alone(client, engine):
+    document = engine.run_until(lambda document: document["decisions"])
+    assert document["affinity"] is None
+    assert not engine.first.wants_routing
+    assert await post(client, {"action": "affinity"}) == (202, {"version": 1})
+    document = engine.run_until(lambda document: (document["affinity"] or {}).get("passes") == AFFINITY_PASSES)
+    affinity = document["affinity"]
+    assert (affinity["directive"], affinity["wanted_passes"]) == (1, AFFINITY_PASSES)
+    assert affinity["tokens"] == 5 * AFFINITY_PASSES
+    # Every token takes the experts 0 and 3 in each layer: four pairs, as frequent as by chance.
+    first = {(row["expert"], row["next"]): row for row in affinity["strongest"] if row["layer"] == 0}
+    assert first.keys() == {(0, 0), (0, 3), (3, 0), (3, 3)}
+    assert {row["over_chance"] for row in first.values()} == {1.0}
+    assert {row["tokens"] for row in first.values()} == {5 * AFFINITY_PASSES}
+    assert not engine.first.wants_routing
+    assert document["placement"]["directive"] == 1
 
 
 async def test_without_an_expert_group_there_is_nothing_to_show_or_to_ask(tmp_path):
@@ -225,7 +248,7 @@ async def test_a_person_has_a_decision_made_now(client, engine, agent):
     ("body", "path", "message"),
     [
         (b"{", "", "not JSON"),
-        ({"action": "move"}, "action", "unknown 'move'; known: apply, plan, rollback"),
+        ({"action": "move"}, "action", "unknown 'move'; known: affinity, apply, plan, rollback"),
         ({}, "action", "required, but absent"),
         ({"action": "plan", "when": "now"}, "when", "unknown field"),
         ({"action": "apply"}, "physical_to_logical", "required for apply"),
@@ -313,8 +336,8 @@ def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path
     with ControlRecordWriter(tmp_path, control), ControlRecordReader(tmp_path):
         engine = Engine(tmp_path)
         engine.run(100)
-    assert not engine.first.controller.log.rows
-    assert engine.first.controller.inbox.settled == 3
+    assert not engine.first.controller.bookkeeping.rows
+    assert engine.first.controller.pending.settled == 3
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"action": "apply"}', '{"version": 4, "action": "apply"}'])
@@ -326,14 +349,14 @@ def test_a_directive_file_that_is_none_ends_with_the_reason(tmp_path, content):
             directive_path(tmp_path).write_text(content)
         page.write(Control(version=2, request=RequestSettings(), expert=settings, directive=4))
         engine.run(100)
-    (row,) = engine.first.controller.log.rows
-    assert row.outcome is Outcome.FAILED
+    (row,) = engine.first.controller.bookkeeping.rows
+    assert row.outcome is DecisionOutcome.FAILED
     assert row.reason.startswith("directive 4 cannot be followed: ")
-    assert engine.first.controller.inbox.settled == 4
+    assert engine.first.controller.pending.settled == 4
 
 
 def test_a_decision_that_fails_is_told_with_its_reason(tmp_path):
-    def fail(question: Question) -> Answer:
+    def fail(request: PlanRequest) -> PlanResult:
         raise ValueError("no such load")
 
     settings = ExpertSettings(mode=ExpertMode.DRY_RUN, interval_steps=50)

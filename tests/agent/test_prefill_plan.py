@@ -264,9 +264,9 @@ def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(loc
 
 @pytest.fixture
 def local_group(virtual_engines):
-    from moe_agent.vllm.prefill_group import PagedPrefillGroup
+    from moe_agent.vllm.prefill_group import SharedMemoryPrefillGroup
 
-    return PagedPrefillGroup
+    return SharedMemoryPrefillGroup
 
 
 STATE = PrefillState(5.0, 4.0, RankLoad(100, 7, 2), RankLoad(0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6)))

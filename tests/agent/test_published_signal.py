@@ -11,8 +11,10 @@ from moe_agent.shared_memory.rank_record import RankRecordReader, RankState
 def check(engine: Any, state: RankState) -> None:
     """Compares with the statistics, which are kept from the inputs and outputs of the steps alone."""
     scheduler, signal = engine.scheduler, state.signal
-    left = [engine.stats.left(request.request_id) for request in scheduler.running if known(engine, request)]
-    unknown = [engine.stats.tokens[request.request_id] for request in scheduler.running if not known(engine, request)]
+    left = [engine.progress.left(request.request_id) for request in scheduler.running if known(engine, request)]
+    unknown = [
+        engine.progress.tokens[request.request_id] for request in scheduler.running if not known(engine, request)
+    ]
     assert signal.running == len(scheduler.running)
     assert signal.waiting == len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
     assert signal.running_prefill_tokens == sum(left) + sum(unknown)
@@ -22,7 +24,7 @@ def check(engine: Any, state: RankState) -> None:
 
 def known(engine: Any, request: Any) -> bool:
     """Whether a step that carried the request is over; scheduled ahead, its first may still be on its way."""
-    return request.request_id in engine.stats.target
+    return request.request_id in engine.progress.target
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_agent.api import broadcaster
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
-from moe_agent.control_tokens import ControlTokens
-from moe_agent.experts.published import PublishedExperts
+from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.control_record import ControlRecordReader, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords, RankRecordWriter, RankState
 from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
 from moe_contract.agent_config import AgentConfig
+from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.signals import EngineSignal, StepTime
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -243,7 +243,7 @@ async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
     server = AgentServer(nameless, tokens, agent.supervisor, agent.records, agent.control, None, agent.changed)
-    assert server.snapshot()["name"] == socket.gethostname()
+    assert server.snapshot().name == socket.gethostname()
 
 
 async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):
@@ -273,8 +273,8 @@ async def test_settings_reach_the_control_page_and_absent_fields_keep_their_valu
     )
     status, body = await put(client, {"request": {"ageing_rate": 5}})
     assert (status, body["request"]["policy"], body["request"]["ageing_rate"]) == (200, "fcfs", 5.0)
-    with ControlRecordReader(agent.config.run_dir) as page:
-        assert page.read() == agent.control.control
+    with ControlRecordReader(agent.config.run_dir) as record:
+        assert record.read() == agent.control.control
     assert (await (await client.get("/v1/state")).json())["config"]["version"] == 3
 
 
@@ -289,8 +289,8 @@ async def test_settings_of_experts_are_taken_beside_those_of_requests(client, ra
     status, body = await put(client, {"expert": {"mode": "active", "interval_steps": 40}})
     assert (status, body["expert"]["mode"], body["expert"]["window_steps"]) == (200, "active", 1000)
     assert body["request"] == asdict(agent.config.request)
-    with ControlRecordReader(agent.config.run_dir) as page:
-        assert page.read().expert.interval_steps == 40
+    with ControlRecordReader(agent.config.run_dir) as record:
+        assert record.read().expert.interval_steps == 40
     state = await (await client.get("/v1/state")).json()
     assert state["config"]["expert"]["mode"] == "active"
 

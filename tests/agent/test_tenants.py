@@ -38,7 +38,7 @@ def test_vllm_keeps_the_gateways_id_within_its_own():
 
 
 @pytest.mark.parametrize(
-    ("horizon_s", "place"), [(8.0, 6), (0.0, 20)], ids=["tenants told apart", "tenants not told apart"]
+    ("horizon_s", "place"), [(8.0, 6), (0.0, 20)], ids=["tenants distinguished", "tenants not distinguished"]
 )
 def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizon_s, place):
     settings.put(policy="sjf", ageing_rate=1000.0, fairness_horizon_s=horizon_s)
@@ -90,11 +90,11 @@ def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, setting
 
 @pytest.mark.parametrize(("its", "first"), [(FLOOD, "long"), (SMALL, "short")])
 def test_a_prompt_in_chunks_counts_with_its_tenants_lead(make_engine, settings, its, first):
-    """The short one comes too late to overtake by its size; what its own tenant has not had it does by its lead."""
+    """The short one comes too late to overtake by its size; by the lag of the flooding tenant it does."""
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=4.0, kv_growth_blocks=0)
     engine = make_engine(max_num_seqs=4, step_tokens=256, kv_blocks=2000)
     engine.add(of(FLOOD, "long"), 3500)
-    # Both tenants wait once, so that they are told apart; then what is charged counts.
+    # Both tenants wait once, so that the queue distinguishes them; then what is charged counts.
     engine.add(of(SMALL, "early"), 10)
     for _ in range(8):
         engine.step()

@@ -18,9 +18,9 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
-from moe_gateway.configuration import parse_model
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.gateway import Gateway
 
 from tests.gateway.fake_api import FakeApi

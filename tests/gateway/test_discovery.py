@@ -4,11 +4,11 @@ import asyncio
 import logging
 
 import pytest
-from lightkube import AsyncClient
+from moe_contract.api_server import ApiServer
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.input_errors import InvalidInput
-from moe_gateway.configuration import parse_model
-from moe_gateway.control_tokens import ControlTokens
 from moe_gateway.engines.discovery import Discovery
 from moe_gateway.gateway import Gateway
 
@@ -219,7 +219,7 @@ async def test_an_api_server_that_fails_later_takes_no_engine_away(make_engine, 
 
 async def test_what_a_dead_watch_did_not_tell_is_found_by_the_next_list(make_engine, api):
     told = []
-    discovery = Discovery(AsyncClient(), "models", 1, told.append, relist_s=0.3)
+    discovery = Discovery(ApiServer(), "models", 1, told.append, relist_s=0.3)
     following = asyncio.ensure_future(discovery.run(["tiny-engine"]))
     await until(lambda: api.watches == 1)
     api.mute = True

@@ -5,7 +5,8 @@ import time
 
 import aiohttp
 from aiohttp import web
-from moe_contract.gateway_config import EngineAddress, GatewayConfig, Listen
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.sections import Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.request_stats import RequestStats

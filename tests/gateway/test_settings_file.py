@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from moe_contract.gateway_config import Group
+from moe_contract.gateway_config import Group, load_gateway_config
 from moe_contract.input_errors import InvalidInput
-from moe_gateway.configuration import load_config
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan import pods
 
@@ -32,20 +31,20 @@ def write(tmp_path):
 def test_the_settings_file_is_laid_over_field_by_field(write):
     own = {"dispatch": {"policy": "roundRobin", "stickiness_s": 0.7}, "request": {"policy": "fcfs"}}
     path = write({"dispatch": {"policy": "leastRequests"}, "request": {"ageing_rate": 7.0}}, **own)
-    found = load_config(path)
+    found = load_gateway_config(path)
     assert (found.dispatch.policy, found.dispatch.stickiness_s) == ("leastRequests", 0.7)
     assert (found.request.policy, found.request.ageing_rate) == ("fcfs", 7.0)
 
 
 @pytest.mark.parametrize("settings", [None, {}])
 def test_without_settings_the_file_stands_alone(write, settings):
-    found = load_config(write(settings, dispatch={"policy": "roundRobin"}, discovery=DISCOVERY))
+    found = load_gateway_config(write(settings, dispatch={"policy": "roundRobin"}, discovery=DISCOVERY))
     assert (found.dispatch.policy, found.discovery.groups) == ("roundRobin", (Group(service="old"),))
 
 
 def test_groups_of_the_settings_stand_for_those_of_the_file(write):
     settings = {"groups": [{"service": "stable", "weight": 90}, {"service": "canary", "weight": 10}]}
-    found = load_config(write(settings, discovery=DISCOVERY)).discovery
+    found = load_gateway_config(write(settings, discovery=DISCOVERY)).discovery
     assert found.groups == (Group(service="stable", weight=90), Group(service="canary", weight=10))
     assert found.ranks == 2
 
@@ -66,23 +65,23 @@ def test_groups_of_the_settings_stand_for_those_of_the_file(write):
 )
 def test_bad_settings_are_told_with_their_path(write, tmp_path, settings, sections, message):
     with pytest.raises(InvalidInput) as refused:
-        load_config(write(settings, **sections))
+        load_gateway_config(write(settings, **sections))
     assert str(refused.value).startswith(f"settings_file: {tmp_path / 'settings.json'}: {message}")
     assert "\n" not in str(refused.value)
 
 
 def test_settings_that_cannot_be_read_are_told(write, tmp_path):
     with pytest.raises(InvalidInput) as refused:
-        load_config(write(settings_file=str(tmp_path)))
+        load_gateway_config(write(settings_file=str(tmp_path)))
     assert str(refused.value) == f"settings_file: cannot read {tmp_path}: Is a directory"
 
 
 def test_engines_are_listed_or_found_but_not_both(write):
     engines = [{"name": "a", "url": "http://h"}]
     with pytest.raises(InvalidInput, match="engines: the engines are found by discovery"):
-        load_config(write(engines=engines, discovery=DISCOVERY))
+        load_gateway_config(write(engines=engines, discovery=DISCOVERY))
     with pytest.raises(InvalidInput, match="groups: service named twice: old"):
-        load_config(write(discovery=DISCOVERY | {"groups": DISCOVERY["groups"] * 2}))
+        load_gateway_config(write(discovery=DISCOVERY | {"groups": DISCOVERY["groups"] * 2}))
 
 
 def test_what_the_operator_writes_is_taken(write):
@@ -92,7 +91,7 @@ def test_what_the_operator_writes_is_taken(write):
     planned = pods.build_gateway_config(resource).model_dump(
         mode="json", exclude_defaults=True, exclude={"settings_file"}
     )
-    found = load_config(write(pods.build_gateway_file(resource, groups), **planned))
+    found = load_gateway_config(write(pods.build_gateway_file(resource, groups), **planned))
     assert (found.discovery.groups, found.model) == (groups, "tiny")
 
 

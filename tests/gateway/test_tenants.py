@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.input_errors import InvalidInput
 from moe_contract.tenancy import DEFAULT_HEADER, hash_tenant, tenant_of
-from moe_gateway.configuration import parse_model
 from moe_gateway.http.heads import read_tenant
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 

@@ -6,9 +6,7 @@ of 1 is a constant.
 """
 
 import pytest
-from moe_kernels.co_activation import pair_kernel
-from moe_kernels.expert_load import count_kernel
-from moe_kernels.packed_experts import copy_kernel
+from moe_kernels.expert_load import map_and_record_kernel
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -17,32 +15,24 @@ TARGETS = {
     "H100": (GPUTarget("cuda", 90, 32), "cubin"),
     "MI300X": (GPUTarget("hip", "gfx942", 64), "hsaco"),
 }
-COUNT = {"TOP_K": 8, "BY_SOURCE": True, "BLOCK": 1024}
-PAIR = {"TOP_K": 8, "NEXT_TOP_K": 6, "BLOCK": 1024}
-COPY = {"GATHER": True, "BLOCK": 1024}
-IDS_OF_ONE = {"layer_stride": 1, "token_stride": 1, "slot_stride": 1, "num_experts": 1, "TOP_K": 1}
-SOURCE_OF_ONE = {"source_stride": 1, "num_sources": 1, "num_layers": 1}
-NEXT_OF_ONE = {"next_layer_stride": 1, "next_token_stride": 1, "next_slot_stride": 1, "num_next": 1, "NEXT_TOP_K": 1}
-ROW_OF_ONE = {"row_words": 1, "row_stride": 1, "part_stride": 1, "row_blocks": 1}
+ONE = {"num_experts": 1, "width": 1, "top_k": 1}
+TYPES = {"load": "*i32", "slots": "*i64", "replicas": "*i64", "enabled": "*i1"}
 
 # Types of what is not a 32-bit number, and constants.
 CASES = {
-    count_kernel: [
-        ({"load": "*i32", "ids": "*i32", "sources": "*i32"}, COUNT | {"BY_SOURCE": False}),
-        ({"load": "*i64", "ids": "*i64", "sources": "*i32"}, COUNT),
-        ({"load": "*i32", "ids": "*u32", "sources": "*i64"}, COUNT),
-        ({"load": "*i32", "ids": "*u8", "sources": "*i8"}, COUNT | IDS_OF_ONE | SOURCE_OF_ONE),
-    ],
-    pair_kernel: [
-        ({"pairs": "*i32", "ids": "*i32", "next_ids": "*i32"}, PAIR),
-        ({"pairs": "*i64", "ids": "*i64", "next_ids": "*u32"}, PAIR),
-        ({"pairs": "*i32", "ids": "*u8", "next_ids": "*i16"}, PAIR | IDS_OF_ONE | NEXT_OF_ONE),
-    ],
-    copy_kernel: [
-        ({"rows": "*i64", "part": "*i64", "chosen": "*i64"}, COPY),
-        ({"rows": "*i32", "part": "*i32", "chosen": "*i64"}, COPY | {"GATHER": False}),
-        ({"rows": "*i16", "part": "*i16", "chosen": "*i64"}, COPY | ROW_OF_ONE),
-        ({"rows": "*u8", "part": "*u8", "chosen": "*i64"}, COPY | ROW_OF_ONE | {"GATHER": False}),
+    map_and_record_kernel: [
+        (
+            TYPES | {"ids": "*i32", "mapped": "*i32", "num_tokens": "*i32"},
+            {"HAS_NUM_TOKENS": True, "BLOCK": 256},
+        ),
+        (
+            TYPES | {"ids": "*i64", "mapped": "*i64", "num_tokens": "*i1"},
+            {"HAS_NUM_TOKENS": False, "BLOCK": 256},
+        ),
+        (
+            TYPES | {"ids": "*u32", "mapped": "*u32", "num_tokens": "*i32"},
+            {"HAS_NUM_TOKENS": True, "BLOCK": 256} | ONE,
+        ),
     ],
 }
 

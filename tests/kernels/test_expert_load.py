@@ -1,4 +1,4 @@
-"""The load kernel and its reference count what a count by hand counts, by source, layer and expert."""
+"""The mapping kernel and its reference give the slots and the counts that a loop in plain Python gives."""
 
 from collections import Counter
 from functools import partial
@@ -8,181 +8,150 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_kernels.expert_load import (
-    add_expert_load,
-    add_expert_load_reference,
-    add_expert_load_triton,
-    count_kernel,
-    expert_load,
+    KNUTH_MULTIPLIER,
+    map_and_record,
+    map_and_record_kernel,
+    map_and_record_reference,
+    map_and_record_triton,
 )
-from moe_kernels.routing import INTEGERS
 
+INTEGERS = (torch.int32, torch.int64, torch.uint32, torch.int16)
 SHAPES = [
-    # layers, tokens, real tokens, top_k, experts, sources
-    (1, 0, 0, 2, 4, 1),
-    (3, 5, 0, 2, 4, 2),
-    (1, 1, 1, 1, 1, 1),
-    (2, 7, 5, 2, 16, 3),
-    (4, 700, 700, 2, 16, 2),
-    (3, 513, 100, 8, 128, 2),
-    (2, 130, 129, 9, 256, 5),
-    (2, 4, 4, 0, 8, 2),
-    (0, 4, 4, 2, 8, 2),
-    (2, 4, 4, 2, 0, 2),
-    (2, 4, 4, 2, 8, 0),
+    # tokens, real tokens, top_k, experts, slots of an expert at most
+    (0, 0, 2, 4, 1),
+    (5, 0, 2, 4, 2),
+    (1, 1, 1, 1, 1),
+    (7, 5, 2, 16, 3),
+    (700, 700, 2, 16, 2),
+    (513, 100, 8, 128, 4),
+    (130, 129, 9, 256, 5),
 ]
 
 
-def routed(layers: int, tokens: int, top_k: int, experts: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(tokens * 1000 + top_k)
-    return torch.randint(0, max(experts, 1), (layers, tokens, top_k), generator=generator).to(dtype)
+def drawn(tokens: int, top_k: int, experts: int, width: int):
+    """Ids, and the slots of each expert: some experts have several."""
+    dice = torch.Generator().manual_seed(tokens * 1000 + top_k)
+    ids = torch.randint(0, experts, (tokens, top_k), generator=dice).to(torch.int32)
+    replicas = torch.randint(1, width + 1, (experts,), generator=dice)
+    slots = torch.arange(experts * width).reshape(experts, width)
+    slots[torch.arange(width)[None] >= replicas[:, None]] = -1
+    return ids, slots, replicas
 
 
-def counted_by_hand(shape, ids, real: int, sources) -> list[list[list[int]]]:
+def by_hand(ids, slots, replicas, experts: int, real: int) -> tuple[list[list[int]], list[int]]:
     """The definition, token by token, in Python's own numbers."""
-    counts = Counter(
-        (source, layer, expert)
-        for layer, tokens in enumerate(ids)
-        for source, token in zip(sources[:real], tokens, strict=False)
-        for expert in token
-    )
-    return [[[counts[s, layer, e] for e in range(shape[2])] for layer in range(shape[1])] for s in range(shape[0])]
+    mapped, counts = [], Counter()
+    for token, chosen in enumerate(ids):
+        hashed = token * KNUTH_MULTIPLIER & 0xFFFFFFFF
+        known = [0 <= expert < experts for expert in chosen]
+        mapped.append(
+            [slots[expert][hashed % replicas[expert]] if ok else -1 for expert, ok in zip(chosen, known, strict=True)]
+        )
+        counts.update(expert for expert, ok in zip(chosen, known, strict=True) if ok and token < real)
+    return mapped, [counts[expert] for expert in range(experts)]
 
 
 @pytest.fixture(scope="session", params=["reference", "kernel"])
-def add(request, machine):
-    """Either way of counting, on tensors of the machine."""
-    if request.param == "reference":
-        return add_expert_load_reference
-    return partial(add_expert_load_triton, kernel=machine.launchable(count_kernel))
+def run(request, machine):
+    """Either way of mapping, on tensors of the machine: ids, slots, replicas, enabled, real tokens -> mapped, load."""
+    way = map_and_record_reference
+    if request.param == "kernel":
+        way = partial(map_and_record_triton, kernel=machine.launchable(map_and_record_kernel))
+    elif machine.device != "cpu":
+        pytest.skip("the reference hashes positions on the CPU")
+
+    def call(ids, slots, replicas, enabled=True, real=None):
+        device = machine.device
+        load = torch.zeros(len(replicas) + 3, dtype=torch.int32, device=device)
+        real_tokens = None if real is None else torch.tensor(real, dtype=torch.int32, device=device)
+        given = (load, slots.to(device), replicas.to(device), torch.tensor(enabled, device=device), real_tokens)
+        mapped = way(ids.to(device), *given)
+        return mapped.cpu(), load.cpu()
+
+    return call
 
 
-def test_counted_by_hand(add, machine):
-    ids = torch.tensor([[[0, 2], [2, 3], [1, 1]], [[3, 3], [0, 1], [2, 2]]], device=machine.device)
-    load = torch.zeros(2, 2, 4, dtype=torch.int32, device=machine.device)
-    add(load, ids, 2, torch.tensor([1, 0, 0], device=machine.device))
-    assert load.tolist() == [[[0, 0, 1, 1], [1, 1, 0, 0]], [[1, 0, 1, 0], [0, 0, 0, 2]]]
-
-
-@pytest.mark.parametrize("counter", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("layers", "tokens", "real", "top_k", "experts", "num_sources"), SHAPES)
-def test_the_kernel_counts_what_the_reference_counts(
-    machine, layers, tokens, real, top_k, experts, num_sources, counter
-):
-    ids = routed(layers, tokens, top_k, experts)
-    sources = torch.arange(tokens) % max(num_sources, 1)
-    expected = torch.zeros(num_sources, layers, experts, dtype=counter)
-    add_expert_load_reference(expected, ids, real, sources)
-    load = torch.zeros_like(expected, device=machine.device)
-    kernel = machine.launchable(count_kernel)
-    add_expert_load_triton(load, ids.to(machine.device), real, sources.to(machine.device), kernel)
-    assert torch.equal(load.cpu(), expected)
-    assert int(expected.sum()) == (layers * real * top_k if experts and num_sources else 0)
+@pytest.mark.parametrize(("tokens", "real", "top_k", "experts", "width"), SHAPES)
+def test_slots_and_counts_are_those_of_a_loop(run, tokens, real, top_k, experts, width):
+    ids, slots, replicas = drawn(tokens, top_k, experts, width)
+    mapped, load = run(ids, slots, replicas, real=real)
+    expected = by_hand(ids.tolist(), slots.tolist(), replicas.tolist(), experts, real)
+    assert (mapped.tolist(), load[:experts].tolist()) == expected
+    assert not load[experts:].any(), "only experts are counted"
+    assert mapped.dtype == ids.dtype
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_ids_and_sources_of_any_integer_type(add, machine, dtype):
-    ids = routed(2, 40, 3, 100, dtype)
-    sources = (torch.arange(40) % 3).to(dtype)
-    load = torch.zeros(3, 2, 100, dtype=torch.int32, device=machine.device)
-    add(load, ids.to(machine.device), 33, sources.to(machine.device))
-    assert load.tolist() == counted_by_hand(load.shape, ids.tolist(), 33, sources.tolist())
+def test_ids_of_any_integer_type(run, dtype):
+    ids, slots, replicas = drawn(40, 3, 100, 2)
+    mapped, load = run(ids.to(dtype), slots, replicas, real=33)
+    expected = by_hand(ids.tolist(), slots.tolist(), replicas.tolist(), 100, 33)
+    assert (mapped.long().tolist(), load[:100].tolist()) == expected
 
 
-# What an index of 32 bits, a sign or a division would turn into some expert.
 STRANGE = [-1, -2, 4, 5, -4, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, -(2**32) + 2, 2**63 - 1, -(2**63)]
 
 
-def test_what_is_no_expert_and_no_source_is_not_counted(add, machine):
-    ids = torch.tensor([[[number, 3] for number in STRANGE]], device=machine.device)
-    around = torch.zeros(4, 1, 4, dtype=torch.int32, device=machine.device)
-    add(around[1:2], ids, len(STRANGE), None)
-    assert around.tolist() == [[[0, 0, 0, 0]], [[0, 0, 0, len(STRANGE)]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]]
-    around.zero_()
-    sources = torch.tensor([2 if number == 4 else number for number in STRANGE], device=machine.device)
-    add(around[1:3], torch.full_like(ids, 2), len(STRANGE), sources)
-    assert not around.any()
+def test_what_is_no_expert_has_no_slot_and_is_not_counted(run):
+    _, slots, replicas = drawn(1, 1, 4, 2)
+    mapped, load = run(torch.tensor([[number, 3] for number in STRANGE]), slots, replicas)
+    assert mapped[:, 0].tolist() == [-1] * len(STRANGE)
+    assert load.tolist() == [0, 0, 0, len(STRANGE), 0, 0, 0]
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_ids_are_counted_as_by_hand(add, machine, data):
-    layers, tokens, top_k, experts, sources = (data.draw(st.integers(1, top)) for top in (3, 6, 3, 5, 3))
+def test_any_ids_are_mapped_and_counted_as_by_hand(run, data):
+    tokens, top_k, experts, width = (data.draw(st.integers(1, top)) for top in (6, 3, 5, 3))
     number = st.integers(-2, 6) | st.sampled_from(STRANGE)
     token = st.lists(number, min_size=top_k, max_size=top_k)
-    layer = st.lists(token, min_size=tokens, max_size=tokens)
-    ids = data.draw(st.lists(layer, min_size=layers, max_size=layers))
-    origin = data.draw(st.lists(number, min_size=tokens, max_size=tokens))
+    ids = data.draw(st.lists(token, min_size=tokens, max_size=tokens))
     real = data.draw(st.integers(0, tokens + 2))
-    load = torch.zeros(sources, layers, experts, dtype=torch.int64, device=machine.device)
-    add(load, torch.tensor(ids, device=machine.device), real, torch.tensor(origin, device=machine.device))
-    assert load.tolist() == counted_by_hand(load.shape, ids, real, origin)
+    _, slots, replicas = drawn(tokens, top_k, experts, width)
+    mapped, load = run(torch.tensor(ids), slots, replicas, real=real)
+    expected = by_hand(ids, slots.tolist(), replicas.tolist(), experts, real)
+    assert (mapped.tolist(), load[:experts].tolist()) == expected
 
 
-def test_steps_add_up_and_sources_share_the_whole(add, machine):
-    ids = routed(3, 90, 2, 8).to(machine.device)
-    sources = (torch.arange(90) % 4).to(machine.device)
-    whole, steps = (torch.zeros(1, 3, 8, dtype=torch.int32, device=machine.device) for _ in range(2))
-    by_source = torch.zeros(4, 3, 8, dtype=torch.int32, device=machine.device)
-    add(whole, ids, 90, None)
-    add(by_source, ids, 90, sources)
-    for first in range(0, 90, 30):
-        add(steps, ids[:, first : first + 30], 30, None)
-    assert torch.equal(steps, whole)
-    assert torch.equal(by_source.sum(0, keepdim=True), whole)
+def test_switched_off_it_maps_and_counts_nothing(run):
+    ids, slots, replicas = drawn(30, 2, 8, 2)
+    mapped, load = run(ids, slots, replicas, enabled=False)
+    assert mapped.tolist() == by_hand(ids.tolist(), slots.tolist(), replicas.tolist(), 8, 30)[0]
+    assert not load.any()
 
 
-def test_ids_need_not_be_contiguous(add, machine):
-    by_token = routed(50, 3, 4, 8).to(machine.device)
-    ids = by_token.transpose(0, 1)[..., ::2]
-    sources = (torch.arange(100) % 2).to(machine.device)[::2]
-    load, expected = (torch.zeros(2, 3, 8, dtype=torch.int32, device=machine.device) for _ in range(2))
-    add(load, ids, 45, sources)
-    add(expected, ids.contiguous(), 45, sources.contiguous())
-    assert torch.equal(load, expected)
-    assert int(load.sum()) == 3 * 45 * 2
+def test_without_a_number_of_real_tokens_all_are_counted(run):
+    ids, slots, replicas = drawn(30, 2, 8, 2)
+    assert int(run(ids, slots, replicas)[1].sum()) == 60
 
 
-def test_counters_of_one_layer_may_lie_in_those_of_all(add, machine):
-    ids = routed(1, 30, 2, 8).to(machine.device)
-    sources = torch.zeros(30, dtype=torch.int32, device=machine.device)
-    for origin in (sources, None):
-        every = torch.zeros(1, 3, 8, dtype=torch.int32, device=machine.device)
-        add(every[:, 1:2], ids, 30, origin)
-        assert every.sum(2).tolist() == [[0, 60, 0]]
+def test_ids_need_not_be_contiguous(run):
+    ids, slots, replicas = drawn(30, 4, 8, 2)
+    apart, dense = run(ids[:, ::2], slots, replicas), run(ids[:, ::2].contiguous(), slots, replicas)
+    assert apart[0].tolist() == dense[0].tolist()
+    assert apart[1].tolist() == dense[1].tolist()
 
 
-LOAD, IDS = torch.zeros(2, 3, 8, dtype=torch.int32), torch.zeros(3, 5, 2, dtype=torch.int32)
-SOURCES = torch.zeros(5, dtype=torch.int32)
+def test_passes_add_up(machine):
+    ids, slots, replicas = (tensor.to(machine.device) for tensor in drawn(30, 2, 8, 2))
+    load = torch.zeros(8, dtype=torch.int32, device=machine.device)
+    enabled = torch.tensor(True, device=machine.device)
+    for _ in range(3):
+        map_and_record(ids, load, slots, replicas, enabled)
+    assert int(load.sum()) == 3 * 60
 
 
-@pytest.mark.parametrize(
-    ("load", "ids", "real", "sources", "message"),
-    [
-        (LOAD, IDS[0], 5, SOURCES, r"topk_ids: integers \[layers, padded_tokens, top_k\].*\[5, 2\]"),
-        (LOAD, IDS.float(), 5, SOURCES, "topk_ids: integers .*float32"),
-        (LOAD, IDS, -1, SOURCES, "num_tokens: -1 is below 0"),
-        (LOAD, IDS, 5, None, r"load: shape \[1, 3, any\] is needed, this is \[2, 3, 8\]"),
-        (LOAD[:, :2], IDS, 5, SOURCES, r"load: shape \[any, 3, any\] is needed, this is \[2, 2, 8\]"),
-        (LOAD[0], IDS, 5, SOURCES, "load: shape"),
-        (LOAD.float(), IDS, 5, SOURCES, "load: contiguous int32 or int64 on cpu is needed, this is torch.float32"),
-        (LOAD[..., ::2], IDS, 5, SOURCES, "load: contiguous"),
-        (LOAD.to("meta"), IDS, 5, SOURCES, "on meta"),
-        (LOAD, IDS, 5, SOURCES[:4], r"sources: integers \[5\] on cpu are needed, .*\[4\]"),
-        (LOAD, IDS, 5, SOURCES.bool(), "sources: integers .*torch.bool"),
-        (LOAD, IDS, 5, SOURCES.to("meta"), "sources: .* on meta"),
-    ],
-)
-@pytest.mark.parametrize("count", [add_expert_load_reference, add_expert_load_triton, add_expert_load])
-def test_what_does_not_fit_is_refused(count, load, ids, real, sources, message):
-    with pytest.raises(ValueError, match=message):
-        count(load, ids, real, sources)
-    assert load.is_meta or not load.any()
-
-
-def test_the_devices_own_way_serves(machine):
-    ids = routed(4, 4096, 8, 128).to(machine.device)
-    load, expected = (torch.zeros(1, 4, 128, dtype=torch.int32, device=machine.device) for _ in range(2))
-    add_expert_load(load, ids, 4000)
-    add_expert_load_reference(expected, ids, 4000)
-    assert torch.equal(load, expected)
-    assert torch.equal(expert_load(ids[1], 128, 4000), load[0, 1])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_graph_counts_each_replay():
+    ids, slots, replicas = (tensor.to("cuda") for tensor in drawn(30, 2, 8, 2))
+    load = torch.zeros(8, dtype=torch.int32, device="cuda")
+    enabled, real = torch.tensor(False, device="cuda"), torch.tensor(30, dtype=torch.int32, device="cuda")
+    map_and_record(ids, load, slots, replicas, enabled, real)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        map_and_record(ids, load, slots, replicas, enabled, real)
+    for on, tokens in ((True, 30), (False, 30), (True, 7)):
+        enabled.fill_(on)
+        real.fill_(tokens)
+        graph.replay()
+    assert int(load.sum()) == 2 * (30 + 7)

@@ -39,7 +39,7 @@ def with_spec(**sections: Any) -> dict[str, Any]:
 def refusal(document: object) -> list[str]:
     with pytest.raises(InvalidInput) as caught:
         parse_resource(document)
-    return [str(problem) for problem in caught.value.problems]
+    return [str(problem) for problem in caught.value.errors]
 
 
 def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from moe_contract.documents import section_in
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import (
     Condition,
@@ -20,8 +21,10 @@ from moe_operator.api import (
 )
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
-from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism, Spec
-from moe_operator.api.section import Section, section_in
+from moe_operator.api.engine import Engine, Parallelism
+from moe_operator.api.model import Cache, Model
+from moe_operator.api.resource import MoEServing, Spec
+from moe_operator.api.section import Section
 
 ROOT = Path(__file__).parents[2]
 CRD = build_crd()

@@ -1,17 +1,18 @@
 """What a real expert group publishes is what the operator's side reads: the agent's state machine, in virtual time."""
 
 import json
+import tempfile
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from moe_agent.experts.document import build_document, render_document
-from moe_agent.experts.outcome import Outcome, ProblemKind
-from moe_agent.experts.published import as_of, brief
+from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
+from moe_agent.experts.document import PublishedExperts, build_document, write_document
+from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.cli.experts import describe_change
 from moe_operator.experts import report
-from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.heat import render_experts
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import plan_document
@@ -23,13 +24,16 @@ from tests.agent.test_expert_controller import BETTER, Group, answer
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-def published(group: Group) -> dict[str, Any]:
-    written = json.loads(render_document(build_document(group.controller, group.now_s)))
-    return as_of(written, group.now_s + 3.0)
+def published(group: Group, *, short: bool = False) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_document(Path(folder), build_document(group.controller, group.now_s))
+        document = PublishedExperts(Path(folder)).read(group.now_s + 3.0, short=short)
+    assert document is not None
+    return json.loads(json.dumps(document))
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    found = read_experts(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    found = read_experts(json.dumps(document).encode())
     assert found is not None
     return found
 
@@ -51,10 +55,10 @@ def test_a_dry_run_is_read_shown_and_can_be_applied() -> None:
     # Expert 2 is on the first rank alone.
     group.tokens = np.array([0, 0, 9, 1])
     group.planner.answer = answer()
-    group.run_until(Outcome.DRY_RUN)
+    group.run_until(DecisionOutcome.DRY_RUN)
     document = published(group)
     assert told(document) == ("False", "DryRunWouldMove")
-    assert told(brief(document)) == ("False", "DryRunWouldMove")
+    assert told(published(group, short=True)) == ("False", "DryRunWouldMove")
     found = read(document)
     load, placement = read_load(found), read_placement(found.placement.physical_to_logical, found)
     assert load is not None
@@ -68,10 +72,10 @@ def test_a_dry_run_is_read_shown_and_can_be_applied() -> None:
     Console(quiet=True).print(render_experts("e0", found))
 
 
-@pytest.mark.parametrize("outcome", [Outcome.MOVED, Outcome.STAYED])
-def test_what_became_of_a_decision_is_read(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [DecisionOutcome.MOVED, DecisionOutcome.STAYED])
+def test_what_became_of_a_decision_is_read(outcome: DecisionOutcome) -> None:
     group = Group()
-    group.planner.answer = answer(pays=outcome is Outcome.MOVED)
+    group.planner.answer = answer(pays=outcome is DecisionOutcome.MOVED)
     group.run_until(outcome)
     last = report.build_experts({"e0": read(published(group))}, NOW).last_decision
     assert last is not None
@@ -82,7 +86,7 @@ def test_what_became_of_a_decision_is_read(outcome: Outcome) -> None:
 def test_every_outcome_and_problem_of_the_agent_is_known_here() -> None:
     document = published(Group(mode=ExpertMode.DRY_RUN))
     document |= {"load": {"steps": 10.0}, "balance": {"mean": 1.9, "worst": 1.9}}
-    for outcome in Outcome:
+    for outcome in DecisionOutcome:
         decision = {"number": 1, "age_s": 1.0, "outcome": outcome.value, "reason": "r"}
         assert told(document | {"decisions": [decision]})[0] == "False"
     reasons = {told(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}

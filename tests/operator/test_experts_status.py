@@ -1,12 +1,14 @@
 """What agents say of experts as `status.experts` and the condition `ExpertsBalanced`."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from experts_documents import DECISION, decided, experts, in_brief
+from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
-from moe_operator.experts.document import ExpertsDocument, read_experts
+from moe_operator.autoscale.signal import States
 from moe_operator.experts.report import (
     BALANCED_AGAIN,
     BALANCED_UP_TO,
@@ -22,8 +24,8 @@ from moe_operator.plan.names import Names
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    found = read_experts(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    found = read_experts(json.dumps(document).encode())
     assert found is not None
     return found
 
@@ -77,9 +79,10 @@ def test_a_balance_that_nothing_was_recorded_for_is_none() -> None:
 
 
 def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:
-    assert read_experts(experts(future={"x": 1})) is not None
+    assert read_experts(json.dumps(experts(future={"x": 1})).encode()).ranks == 2
     for broken in ({}, None, [], experts(ranks=0), experts(placement={}), experts(balance={"mean": float("nan")})):
-        assert read_experts(broken) is None
+        with pytest.raises(ValueError, match="ExpertsState"):
+            read_experts(json.dumps(broken).encode())
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,9 @@ def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
 
 def status_document(before: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resource = {"metadata": {"name": "a", "generation": 1}, "spec": {}, "status": before}
-    told, seen = build_status(resource, Names("a"), "default", Seen(has_experts=True), [], {}, {"e0": read(document)})
+    told, seen = build_status(
+        resource, Names("a"), "default", Seen(has_experts=True), [], States(), {"e0": read(document)}
+    )
     assert seen.experts == ExpertsStatus.model_validate(told["experts"])
     return told
 

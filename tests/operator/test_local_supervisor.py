@@ -15,7 +15,9 @@ from moe_operator.local.record import Life, ProcessRecord, Record, SiteRecord, f
 from moe_operator.local.restarts import Rules
 from moe_operator.local.supervisor import Supervisor
 
-RULES = Rules(first_backoff_s=0.05, last_backoff_s=0.2, steady_s=60.0, end_grace_s=2.0, hurry_s=2.0, look_every_s=0.05)
+RULES = Rules(
+    first_backoff_s=0.05, last_backoff_s=0.2, steady_s=60.0, end_grace_s=2.0, force_stop_s=2.0, look_every_s=0.05
+)
 GIVE_UP_S = 30.0
 
 # `sleep` runs beside the shell, so that a trap runs at once.

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from cluster_debian import require
 from moe_agent.api.metrics import AgentCollector
+from moe_contract.agent_state import AgentState
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
@@ -66,9 +68,9 @@ def gateway_port(stats: RequestStats) -> Iterator[int]:
 def agent_port() -> Iterator[int]:
     tokens = itertools.count(1000, 100)
 
-    def state() -> Document:
-        ranks = [rank | {"computed_tokens": next(tokens)} for rank in agent()["ranks"]]
-        return agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True, ranks=ranks)
+    def state() -> AgentState:
+        found = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
+        return replace(found, ranks=tuple(replace(rank, computed_tokens=next(tokens)) for rank in found.ranks))
 
     yield from exposed(AgentCollector(state, lambda: None))
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
-from lightkube.types import PatchType
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import POD
 from moe_operator.kubernetes.store import Key
@@ -37,8 +36,7 @@ class Peers:
         spec = {"containers": [{"name": component, "image": "none", "ports": [port]}]}
         await api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
         status = {"phase": "Running", "podIP": address, "conditions": READY}
-        client: Any = api._client
-        await client.patch(POD.status, name, {"status": status}, namespace=key.namespace, patch_type=PatchType.MERGE)
+        await api.server.merge(POD, key.namespace, name, {"status": status}, "kubelet", subresource="status")
         return address
 
     async def tell(self, request: web.Request) -> web.Response:

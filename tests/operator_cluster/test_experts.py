@@ -16,7 +16,8 @@ import pytest
 from cluster_api import ApiCluster, free_ports
 from cluster_problem import ClusterProblem
 from fresh_operator import FreshOperator, conditions, fetch_serving, started, writes
-from moe_contract.agent_config import AgentConfig, EngineConfig, Listen
+from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.sections import Listen
 from moe_operator.kubernetes.kinds import DEPLOYMENT, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
 from moe_scheduling.expert.decision import ExpertSettings

@@ -15,7 +15,6 @@ import yaml
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
 from fresh_operator import conditions, fetch_children, fetch_serving, served, started, told, writes
-from lightkube.types import PatchType
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
 from moe_operator.kubernetes.store import Key
@@ -156,11 +155,9 @@ async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader
             await peers.make(operator.api, key, "gateway", "tiny-gateway-a")
             # As its controller tells that one group of one is up to date.
             status = {"replicas": 1, "readyReplicas": 1, "updatedReplicas": 1, "conditions": [{"type": "Available"}]}
-            client: Any = operator.api._client
-            await client.patch(
-                LEADER_WORKER_SET.status, "tiny-engine", {"status": status}, namespace=namespace,
-                patch_type=PatchType.MERGE,
-            )  # fmt: skip
+            await operator.api.server.merge(
+                LEADER_WORKER_SET, namespace, "tiny-engine", {"status": status}, "lws", subresource="status"
+            )
             await operator.relist()
             await operator.settle(key)
             serving_status = (await fetch_serving(operator.api, key) or {})["status"]

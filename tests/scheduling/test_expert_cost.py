@@ -7,10 +7,9 @@ import pytest
 from moe_scheduling.expert.cost import (
     ExpertCosts,
     ExpertLoad,
-    carry_costs,
-    handover_costs,
     link_costs,
     score_placement,
+    traffic_costs,
 )
 from moe_scheduling.expert.placement import Placement
 
@@ -47,16 +46,16 @@ def test_traffic_goes_there_and_back_on_links_side_by_side():
     assert balance.internode_fraction == pytest.approx(internode / 16)
 
 
-def test_what_is_carried_sums_to_the_traffic():
+def test_the_traffic_of_the_parts_sums_to_the_traffic():
     generator = np.random.default_rng(3)
     load = ExpertLoad(tokens=generator.random((2, 3, 6)))
     table = np.array([generator.permutation(6) for _ in range(3)])
     placement = Placement(physical_to_logical=np.hstack([table, table[:, :2]]), ranks=4, nodes=2)
     costs = ExpertCosts(token_s=0.0, remote_token_s=1.0, internode_token_s=3.0)
-    carried = carry_costs(load, link_costs(load, placement, costs))
+    traffic = traffic_costs(load, link_costs(load, placement, costs))
     copies = np.array([np.bincount(row, minlength=6) for row in placement.physical_to_logical])
     total = sum(
-        carried[layer, expert, slot // 2] / copies[layer, expert]
+        traffic[layer, expert, slot // 2] / copies[layer, expert]
         for layer, row in enumerate(placement.physical_to_logical)
         for slot, expert in enumerate(row)
     )
@@ -83,24 +82,6 @@ def test_a_single_source_says_nothing_of_traffic():
     assert (terms.traffic_s, balance.remote_fraction, balance.internode_fraction) == (0.0, 0.0, 0.0)
 
 
-def test_what_stays_with_its_expert_between_layers_is_not_handed_over():
-    load = ExpertLoad(tokens=[[[4, 2], [3, 3]]], pairs=[[[3, 1], [0, 2]]])
-    costs = ExpertCosts(token_s=0.0, handover_token_s=1.0)
-    straight, crossed = placed([0, 1], [0, 1]), placed([0, 1], [1, 0])
-    assert score_placement(load, straight, costs)[0].handover_s == pytest.approx(1 / 2)
-    assert score_placement(load, crossed, costs)[0].handover_s == pytest.approx(5 / 2)
-    saved = handover_costs(load, straight, costs)
-    assert saved[0].tolist() == [[-1.5, -0.5], [0.0, -1.0]]
-    assert saved[1].tolist() == [[-1.5, 0.0], [-0.5, -1.0]]
-
-
-def test_without_pairs_or_a_price_nothing_is_handed_over():
-    load, placement = ExpertLoad(tokens=[[[4, 2]]]), placed([0, 1])
-    assert handover_costs(load, placement, ExpertCosts(token_s=1.0, handover_token_s=1.0)) is None
-    load = ExpertLoad(tokens=[[[4, 2], [3, 3]]], pairs=[[[3, 1], [0, 2]]])
-    assert handover_costs(load, placed([0, 1], [0, 1]), ExpertCosts(token_s=1.0)) is None
-
-
 def test_an_idle_group_is_balanced():
     load = ExpertLoad(tokens=np.zeros((2, 1, 2)))
     terms, balance = score_placement(load, placed([0, 1]), ExpertCosts(token_s=1.0, remote_token_s=1.0))
@@ -116,8 +97,6 @@ def test_an_idle_group_is_balanced():
         ({"tokens": [[[1.0, np.nan]]]}, "tokens must be finite"),
         ({"tokens": [[[1.0, -1.0]]]}, "tokens must not be negative"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"pairs": np.zeros((1, 2, 2))}, "pairs must be [layer, expert, next] for each layer but the last"),
-        ({"pairs": np.full((0, 2), 1.0)}, "pairs must have 3 dimensions"),
     ],
 )
 def test_a_load_that_is_none_is_refused(fields, message):
@@ -125,11 +104,7 @@ def test_a_load_that_is_none_is_refused(fields, message):
         ExpertLoad(**({"tokens": [[[1.0, 2.0]]]} | fields))
 
 
-def test_a_load_of_one_layer_has_no_pairs():
-    assert ExpertLoad(tokens=[[[1.0, 2.0]]], pairs=np.zeros((0, 2, 2))).pairs.shape == (0, 2, 2)
-
-
-@pytest.mark.parametrize("name", ["token_s", "remote_token_s", "internode_token_s", "handover_token_s", "move_s"])
+@pytest.mark.parametrize("name", ["token_s", "remote_token_s", "internode_token_s", "move_s"])
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_a_cost_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite"):

@@ -24,7 +24,6 @@ costs = st.builds(
     token_s=PRICES,
     remote_token_s=PRICES,
     internode_token_s=PRICES,
-    handover_token_s=PRICES,
     move_s=PRICES,
     horizon_steps=st.integers(1, 5000),
 )
@@ -48,15 +47,14 @@ def groups(draw):
     shape = (sources, layers, experts)
     tokens = draw(st.sampled_from([1e-6, 1.0, 1e9])) * generator.pareto(draw(st.sampled_from([0.5, 1.5])), shape)
     tokens *= generator.random(shape) < draw(st.sampled_from([0.1, 0.9, 1.1]))
-    pairs = generator.random((layers - 1, experts, experts)) if draw(st.booleans()) else None
-    return ExpertLoad(tokens=tokens, pairs=pairs), Placement(physical_to_logical=table, ranks=ranks, nodes=nodes)
+    return ExpertLoad(tokens=tokens), Placement(physical_to_logical=table, ranks=ranks, nodes=nodes)
 
 
 @st.composite
 def histories(draw, load):
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     earlier = ExpertLoad(tokens=load.tokens * generator.random(load.tokens.shape)) if draw(st.booleans()) else None
-    return ExpertHistory(load=earlier, trust=draw(st.floats(-1.0, 1.0)))
+    return ExpertHistory(load=earlier, hit_rate=draw(st.floats(-1.0, 1.0)))
 
 
 @given(groups(), costs, choices, st.data())
@@ -117,7 +115,7 @@ def test_the_same_arguments_give_the_same_decision(group, costs, choices, data):
     first, second = (plan_experts(load, placement, costs, choices, history) for _ in range(2))
     assert type(first) is type(second)
     assert (first.candidate.physical_to_logical == second.candidate.physical_to_logical).all()
-    assert (first.gain_s, first.history.trust) == (second.gain_s, second.history.trust)
+    assert (first.gain_s, first.history.hit_rate) == (second.gain_s, second.history.hit_rate)
 
 
 @given(groups(), choices, st.sampled_from([2.0, 1024.0]))

@@ -19,8 +19,8 @@ def problems(draw):
     rows = [np.concatenate([np.arange(experts), generator.integers(0, experts, spare)]) for _ in range(layers)]
     table = np.array([generator.permutation(row) for row in rows])
     work = generator.pareto(draw(st.sampled_from([0.5, 1.5])), (layers, experts)) * draw(st.sampled_from([0.0, 1.0]))
-    carry = generator.random((layers, experts, ranks)).astype(np.float32) if draw(st.booleans()) else None
-    problem = SearchInput(work_s=work, carry_s=carry, move_price_s=0.01, most_moves=draw(st.integers(0, 20)))
+    traffic = generator.random((layers, experts, ranks)).astype(np.float32) if draw(st.booleans()) else None
+    problem = SearchInput(work_s=work, traffic_s=traffic, move_price_s=0.01, max_moves=draw(st.integers(0, 20)))
     return problem, Placement(physical_to_logical=table, ranks=ranks)
 
 
@@ -30,10 +30,12 @@ def cost(problem: SearchInput, table: np.ndarray, ranks: int) -> np.ndarray:
     copies = count_copies(table, experts)
     rank, layer = np.arange(table.shape[1]) // (table.shape[1] // ranks), np.arange(layers)[:, None]
     load = (problem.work_s / copies)[layer, table].reshape(layers, ranks, -1).sum(2).max(1)
-    carry = (
-        np.zeros(layers) if problem.carry_s is None else (problem.carry_s[layer, table, rank] / copies[layer, table])
+    traffic = (
+        np.zeros(layers)
+        if problem.traffic_s is None
+        else (problem.traffic_s[layer, table, rank] / copies[layer, table])
     )
-    return load + carry.reshape(layers, -1).sum(1)
+    return load + traffic.reshape(layers, -1).sum(1)
 
 
 def states(path: Path):
@@ -49,7 +51,7 @@ def test_each_state_of_the_path_wins_and_moves_what_it_says(given_problem):
     for number, state in enumerate(states(path)):
         table = apply_steps(path, start, state)
         won = before - cost(problem, table, placement.ranks)
-        assert won == pytest.approx(path.won_s[number], rel=1e-3, abs=1e-4 * (1 + before.max()))
+        assert won == pytest.approx(path.gain_s[number], rel=1e-3, abs=1e-4 * (1 + before.max()))
         after = Placement(physical_to_logical=table, ranks=placement.ranks)
         assert count_moves(placement, after).tolist() == path.moves[number].tolist()
         assert (count_copies(table, problem.work_s.shape[1]) > 0).all()
@@ -69,9 +71,9 @@ def test_a_layer_is_searched_as_if_it_were_alone(given_problem, seed):
     problem, placement = given_problem
     order = np.random.default_rng(seed).permutation(placement.layers)
     for layer in order[:1]:
-        carry = None if problem.carry_s is None else problem.carry_s[[layer]]
+        traffic = None if problem.traffic_s is None else problem.traffic_s[[layer]]
         alone = SearchInput(
-            work_s=problem.work_s[[layer]], carry_s=carry, move_price_s=0.01, most_moves=problem.most_moves
+            work_s=problem.work_s[[layer]], traffic_s=traffic, move_price_s=0.01, max_moves=problem.max_moves
         )
         table = placement.physical_to_logical
         one = search_steps(alone, Placement(physical_to_logical=table[[layer]], ranks=placement.ranks))

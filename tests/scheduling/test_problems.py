@@ -214,6 +214,6 @@ def test_choices_are_in_alphabetical_order():
 def test_invalid_input_carries_its_problems_and_reads_as_their_lines():
     problems = [InputError("a", "is bad"), InputError("", "is worse")]
     error = InvalidInput(problems)
-    assert error.problems == tuple(problems)
+    assert error.errors == tuple(problems)
     assert str(error) == "a: is bad\nis worse"
     assert isinstance(error, ValueError)

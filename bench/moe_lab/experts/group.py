@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from moe_contract.experts_state import ExpertsState, Slots
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api import load_resource
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive
-from moe_operator.experts.document import ExpertsDocument, Slots
 from moe_operator.experts.reach import Agent, Reached, reach_local
 from moe_operator.local.folder import Folder
 from moe_operator.local.model import check_model
 from moe_scheduling.expert.decision import ExpertSettings
-from moe_tools.demo import Scene, find_checkout, served, set_scene, wait_ready
-from moe_tools.deployment import Deployment
+from moe_tools.deployment import Deployment, DeploymentPlan, find_checkout, plan_deployment, served, wait_ready
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.server import call_json
 from moe_tools.streaming import Endpoint
@@ -35,7 +34,7 @@ EVENLY = {"engine": {"policy": "roundRobin"}}
 class Group(Protocol):
     """An expert group that runs."""
 
-    async def look(self) -> ExpertsDocument:
+    async def look(self) -> ExpertsState:
         """What the group says of its experts."""
         ...
 
@@ -67,7 +66,7 @@ class LocalGroup:
     def _agent(self) -> Agent:
         return self.reached.agents[0]
 
-    async def look(self) -> ExpertsDocument:
+    async def look(self) -> ExpertsState:
         """See `Group`."""
         return (await fetch_experts(self.reached))[self._agent.engine]
 
@@ -90,7 +89,7 @@ class LocalGroup:
         return await fetch_settings(self._agent)
 
 
-def plan_group(model: Path | None, *, interval_steps: int, window_steps: int) -> Scene:
+def plan_group(model: Path | None, *, interval_steps: int, window_steps: int) -> DeploymentPlan:
     """Writes the resource into the checkout's `.cache/bench-experts`: the sample, with this model, only observing.
 
     Raises:
@@ -103,7 +102,7 @@ def plan_group(model: Path | None, *, interval_steps: int, window_steps: int) ->
     _write(path, document)
     resource = load_resource(path)
     check_model(resource)
-    return set_scene(path, PLACE)
+    return plan_deployment(path, PLACE)
 
 
 def read_sample(checkout: Path) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def standing(scene: Scene, say: ProgressPrinter) -> Iterator[LocalGroup]:
+def standing(scene: DeploymentPlan, say: ProgressPrinter) -> Iterator[LocalGroup]:
     """Starts the group and gives it when it serves; stops it, however the block ends.
 
     Raises:

@@ -12,6 +12,18 @@ from moe_scheduling.expert.decision import ExpertLoad, Placement, initial_placem
 Floats = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairedLoad(ExpertLoad):
+    """A load with its inter-layer affinity, which of the policies compared only Gimbal's anchor reads.
+
+    Attributes:
+        pairs: [layer, expert, next], tokens a step that take `expert` in a layer and `next` in the following one, for
+            each layer but the last; None where it was not recorded.
+    """
+
+    pairs: Floats | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Sizes of an expert group; `routing_groups` are the model's own groups of experts, which vLLM packs by node."""
@@ -56,17 +68,18 @@ def _orders(group: Group, exponent: float, tenants: int, generator: np.random.Ge
 
 
 def as_load(parts: Floats, group: Group, tenants: int) -> ExpertLoad:
-    """Parts by tenant as tokens by source; neighbouring layers are paired as independent within a tenant."""
+    """Parts by tenant as tokens by source; a tenant's choices in neighbouring layers are independent of each other."""
     source = np.arange(group.ranks) * tenants // group.ranks
     each = TOKENS_A_STEP / group.ranks
     share = np.bincount(source, minlength=tenants)[:, None, None] * each
     pairs = np.einsum("tle,tlf->lef", share * parts[:, :-1], parts[:, 1:])
-    return ExpertLoad(tokens=parts[source] * each, pairs=pairs)
+    return PairedLoad(tokens=parts[source] * each, pairs=pairs)
 
 
 def sample(load: ExpertLoad, steps: int, generator: np.random.Generator) -> ExpertLoad:
     """What a window of so many steps would count of it, in tokens a step."""
-    return ExpertLoad(tokens=generator.poisson(load.tokens * steps) / steps, pairs=load.pairs, steps=steps)
+    pairs = load.pairs if isinstance(load, PairedLoad) else None
+    return PairedLoad(tokens=generator.poisson(load.tokens * steps) / steps, pairs=pairs, steps=steps)
 
 
 Drift = Callable[[Group, np.random.Generator, int], Iterator[Floats]]
@@ -152,6 +165,6 @@ def read_sequence(path: Path) -> list[ExpertLoad]:
         if array.ndim != 4 or len(array) < 2:
             raise ValueError("load must be [round, source, layer, expert] with two rounds at least")
         pairs = [None] * len(array) if pairs is None else pairs
-        return [ExpertLoad(tokens=load, pairs=shared) for load, shared in zip(array, pairs, strict=True)]
+        return [PairedLoad(tokens=load, pairs=shared) for load, shared in zip(array, pairs, strict=True)]
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise InvalidInput([InputError(str(path), f"no recorded sequence of loads: {error}")]) from None

@@ -19,12 +19,13 @@ from moe_scheduling.expert.decision import (
     ExpertSettings,
     Move,
     Placement,
+    add_steps,
     plan_experts,
 )
 from moe_scheduling.expert.placement import Ints, keep_slots
 from vllm.distributed.eplb.policy import EPLB_POLICIES
 
-from moe_lab.experts.loads import Group
+from moe_lab.experts.loads import Group, PairedLoad
 
 Policy = Callable[[ExpertLoad, Placement], Placement]
 
@@ -48,7 +49,7 @@ def make_policies(group: Group, costs: ExpertCosts, settings: ExpertSettings) ->
 
 
 class Ours:
-    """The product's decision, its history carried on as the engine does; `decisions` are all that it took."""
+    """The product's decision with its history, as an engine keeps it; `decisions` has all that were made."""
 
     def __init__(self, costs: ExpertCosts, settings: ExpertSettings) -> None:
         self._costs = costs
@@ -57,10 +58,15 @@ class Ours:
         self.decisions: list[object] = []
 
     def __call__(self, load: ExpertLoad, placement: Placement) -> Placement:
-        decision = plan_experts(load, placement, self._costs, self._settings, self._history)
+        history = add_steps(self._history, load, placement, self._costs, self._costs.horizon_steps)
+        decision = plan_experts(load, placement, self._costs, self._settings, history)
         self._history = decision.history
         self.decisions.append(decision)
-        return decision.placement if isinstance(decision, Move) else placement
+        if not isinstance(decision, Move):
+            return placement
+        assert self._history.regret is not None
+        self._history = replace(self._history, regret=self._history.regret.add_moves(decision.cost_s))
+        return decision.placement
 
 
 def _without_gate(costs: ExpertCosts, settings: ExpertSettings) -> Policy:
@@ -161,7 +167,7 @@ def _anchor_layer(layer: int, load: ExpertLoad, placement: Placement) -> list[in
 
 def _pool(layer: int, load: ExpertLoad, size: int) -> list[int]:
     """Experts of a layer with the strongest tie to one of the next layer; none where pairs are not known."""
-    if load.pairs is None or layer >= len(load.pairs):
+    if not isinstance(load, PairedLoad) or load.pairs is None or layer >= len(load.pairs):
         return []
     pairs = load.pairs[layer]
     chance = np.outer(pairs.sum(1), pairs.sum(0)) / max(float(pairs.sum()), 1e-300)

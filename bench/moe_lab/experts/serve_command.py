@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from moe_operator.local.failure import Failure
-from moe_tools.demo import stopped_by_signals
+from moe_tools.deployment import stopped_by_signals
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.replay_command import write_json
 from moe_tools.report import read_environment

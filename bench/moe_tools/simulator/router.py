@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits, Listen
+from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits
+from moe_contract.sections import Listen
 from moe_gateway.engines.dispatcher import Dispatcher, InFlightRequest
 from moe_gateway.request.exchange import ATTEMPTS
 from moe_gateway.request.parsing import Parsed

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from moe_contract.input_errors import InputError, InvalidInput, errors_from_pydantic, render_choices, unknown_choice
+from moe_contract.documents import invalid_input
+from moe_contract.input_errors import InputError, InvalidInput, render_choices, unknown_choice
 from moe_operator.api import engine_settings, load_document, request_settings
-from moe_operator.api.resource import EngineScheduling, RequestScheduling
-from moe_operator.api.section import Rule, Section, fields_of
+from moe_operator.api.scheduling import EngineScheduling, RequestScheduling
+from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import DurationBetween, duration_s
 from pydantic import Field, ValidationError
 
@@ -76,14 +77,14 @@ class Level(Section):
 
 
 class Loop(Section):
-    """So many clients, each with one request at a time."""
+    """A closed loop: each client has one request at a time."""
 
     clients: Count
     think_time: Duration = "0s"
 
 
 class Workload(Section):
-    """What comes: a trace file, or a generated shape."""
+    """The requests: a trace file, or a generated shape."""
 
     trace: Path | None = None
     format: str | None = None
@@ -146,7 +147,7 @@ class LossSection(Section):
 
 
 class Signals(Section):
-    """How what engines say travels."""
+    """Source, period and delay of the engines' signals."""
 
     source: SignalSource = SignalSource.AGENT
     period: Annotated[str, DurationBetween("1ms", "1h")] = "10ms"
@@ -196,8 +197,7 @@ def parse_scenario(document: object, folder: Path) -> Scenario:
     try:
         scenario = Scenario.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
-        rows = error.errors(include_url=False)
-        raise InvalidInput(errors_from_pydantic(rows, lambda location: fields_of(Scenario, location))) from None
+        raise invalid_input(Scenario, error) from None
     if problems := _check(scenario):
         raise InvalidInput(problems)
     trace = scenario.workload.trace

@@ -30,7 +30,8 @@ from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.engine.ttft_calibration import TtftCalibration
 from moe_scheduling.engine.weighted_round_robin import WeightedRoundRobin
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
-from moe_scheduling.request.order import RequestSettings, WaitingQueue
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, Target
 
 from moe_gateway.request.parsing import Parsed
@@ -446,7 +447,7 @@ class Dispatcher:
         """
         if self.discovers and not self.accepting:
             return max(1, min(60, math.ceil(self._hold_timeout_s - (self.held_since_s(now_s) or 0.0))))
-        lines = [books.line for books in self._ordered_books if books.line is not None]
+        lines = [state.step_time_model for state in self._ordered_books if state.step_time_model is not None]
         if not lines:
             return 1
         seconds = self._queue.size_tokens * lines[0].prefill_s / max(1, len(self._ordered_books))

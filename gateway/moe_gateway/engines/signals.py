@@ -14,11 +14,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import aiohttp
-import orjson
-from moe_scheduling.signals import EngineSignal, StepTime, Target
+from moe_contract.agent_state import EngineState, read_engine_state
+from moe_contract.routes import STATE
+from moe_scheduling.signals import EngineSignal, Target
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_gateway.engines.dispatcher import Dispatcher, Engine
@@ -62,7 +62,7 @@ async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
 
 async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_S)
-    url = f"{engine.address.agent_url}/v1/state"
+    url = f"{engine.address.agent_url}{STATE}"
     async with session.get(url, params={"watch": "1"}, timeout=timeout) as answer:
         answer.raise_for_status()
         rest = b""
@@ -72,33 +72,18 @@ async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
                 raise ValueError("a line of the agent's state has no end")
             if lines := [line for line in lines if line]:
                 # What came together is told together: only the newest matters.
-                take_snapshot(engine, orjson.loads(lines[-1]), dispatcher, time.monotonic())
+                take_state(engine, read_engine_state(lines[-1]), dispatcher, time.monotonic())
 
 
-def take_snapshot(engine: Engine, snapshot: dict[str, Any], dispatcher: Dispatcher, now_s: float) -> None:
-    """Tells the dispatcher what an agent's snapshot says."""
+def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s: float) -> None:
+    """Hands an agent's state to the dispatcher."""
     name = engine.address.name
     engine.reachable = True
-    model = snapshot["engine"]["model"]
-    dispatcher.set_models(name, frozenset({model}) if isinstance(model, str) else frozenset())
-    dispatcher.set_process(name, snapshot["engine"]["pid"])
-    dispatcher.set_ready(name, bool(snapshot["accepting"]) and snapshot["phase"] == "ready", now_s)
-    for rank in snapshot["ranks"]:
-        signal, age_s = read_signal(rank)
-        dispatcher.observe(Target(name, rank["rank"]), signal, now_s - age_s, now_s)
-
-
-def read_signal(rank: dict[str, Any]) -> tuple[EngineSignal, float]:
-    """A rank's signal and its age in seconds; unknown fields of a newer agent are left alone."""
-    line = rank.get("step_time")
-    values = {name: rank[name] for name in _SIGNAL_FIELDS if name in rank}
-    step_time = (
-        None if line is None else StepTime(**{name: float(line[name]) for name in ("base_s", "prefill_s", "decode_s")})
-    )
-    return EngineSignal(**values, step_time=step_time), max(0.0, float(rank["age_s"]))
-
-
-_SIGNAL_FIELDS = tuple(name for name in EngineSignal.__dataclass_fields__ if name != "step_time")
+    dispatcher.set_models(name, frozenset() if state.engine.model is None else frozenset({state.engine.model}))
+    dispatcher.set_process(name, state.engine.pid)
+    dispatcher.set_ready(name, state.accepting and state.ready, now_s)
+    for rank in state.ranks:
+        dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)
 
 
 # A plain vLLM server.

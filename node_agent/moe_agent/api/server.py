@@ -3,32 +3,31 @@
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
-from typing import Any
 
-import orjson
 from aiohttp import web
-from moe_contract.agent_config import AgentConfig
-from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.agent_config import AgentConfig, AgentSettings, parse_agent_settings
+from moe_contract.agent_state import AgentState, write_agent_state
+from moe_contract.control_tokens import ControlTokens
+from moe_contract.documents import parse_document
+from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from moe_agent.api.broadcaster import StateBroadcaster
 from moe_agent.api.metrics import AgentCollector
-from moe_agent.api.state import build_snapshot
-from moe_agent.control_tokens import ControlTokens
+from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
-from moe_agent.experts.published import Document, PublishedExperts, brief, shape_of
-from moe_agent.parsing import parse_change, parse_document
+from moe_agent.experts.document import Document, PublishedExperts, shape_of
 from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import Supervisor
 
-TAKE_TIMEOUT_S = 5.0
 # The placement of a hundred layers over a thousand slots takes half of it.
 _MAX_BODY_BYTES = 1024 * 1024
 
@@ -60,23 +59,23 @@ class AgentServer:
 
     def build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
-        app.router.add_get("/v1/state", self._get_state)
-        app.router.add_get("/v1/experts", self._get_experts)
-        app.router.add_post("/v1/experts", self._with_token(self._post_experts))
-        app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/healthz", self._get_health)
-        app.router.add_get("/readyz", self._get_ready)
-        app.router.add_put("/v1/config", self._with_token(self._put_config))
-        app.router.add_post("/v1/drain", self._with_token(self._post_drain))
+        app.router.add_get(STATE, self._get_state)
+        app.router.add_get(EXPERTS, self._get_experts)
+        app.router.add_post(EXPERTS, self._with_token(self._post_experts))
+        app.router.add_get(METRICS, self._get_metrics)
+        app.router.add_get(HEALTHZ, self._get_health)
+        app.router.add_get(READYZ, self._get_ready)
+        app.router.add_put(CONFIG, self._with_token(self._put_config))
+        app.router.add_post(DRAIN, self._with_token(self._post_drain))
         return app
 
     def end_streams(self) -> None:
         """Ends the watched streams after one last snapshot."""
         self._broadcaster.end()
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> AgentState:
         """The state as of now."""
-        return build_snapshot(
+        return build_state(
             self._name,
             self._model,
             self._supervisor,
@@ -89,7 +88,7 @@ class AgentServer:
         try:
             watch = _read_flag(request, "watch")
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
             return web.Response(body=self._serialise(), content_type="application/json")
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
@@ -103,7 +102,7 @@ class AgentServer:
         return stream
 
     def _serialise(self) -> bytes:
-        return orjson.dumps(self.snapshot(), option=orjson.OPT_APPEND_NEWLINE)
+        return write_agent_state(self.snapshot())
 
     def _snapshot_version(self) -> tuple[int, ...]:
         return (self._supervisor.revision, self._control.control.version, *self._ranks.versions())
@@ -122,9 +121,9 @@ class AgentServer:
         try:
             document = parse_document(await request.read())
             current = self._control.control
-            settings = parse_change(document, current.request, current.expert)
+            settings = parse_agent_settings(document, AgentSettings(request=current.request, expert=current.expert))
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         taken = await self._control.apply(settings.request, settings.expert, TAKE_TIMEOUT_S)
         if isinstance(taken, NotTaken):
             ranks = ", ".join(map(str, taken.ranks))
@@ -133,17 +132,17 @@ class AgentServer:
         answer = {"version": taken.version, "request": asdict(taken.request), "expert": asdict(taken.expert)}
         return web.json_response(answer)
 
-    def _read_experts(self) -> Document | None:
-        return None if self._experts is None else self._experts.read(time.monotonic())
+    def _read_experts(self, *, short: bool = True) -> Document | None:
+        return None if self._experts is None else self._experts.read(time.monotonic(), short=short)
 
     async def _get_experts(self, request: web.Request) -> web.Response:
         try:
             short = _read_flag(request, "brief")
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
-        if (document := self._read_experts()) is None:
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
+        if (document := self._read_experts(short=short)) is None:
             return self._no_experts()
-        return web.json_response(brief(document) if short else document)
+        return web.json_response(document)
 
     async def _post_experts(self, request: web.Request) -> web.Response:
         if (document := self._read_experts()) is None:
@@ -156,7 +155,7 @@ class AgentServer:
             asked = parse_document(await request.read())
             directive = parse_directive(asked, control.directive + 1, shape_of(document))
         except InvalidInput as error:
-            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.problems)
+            return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         write_directive(self._run_dir, directive)
         self._control.announce_directive(directive.version)
         return web.json_response({"version": directive.version}, status=HTTPStatus.ACCEPTED)
@@ -189,6 +188,5 @@ def _read_flag(request: web.Request, name: str) -> bool:
     return value == "1"
 
 
-def _errors(status: HTTPStatus, problems: Any) -> web.Response:
-    rows = [{"path": problem.path, "message": problem.message} for problem in problems]
-    return web.json_response({"errors": rows}, status=status)
+def _errors(status: HTTPStatus, errors: Iterable[InputError]) -> web.Response:
+    return web.json_response(error_document(errors), status=status)

@@ -1,7 +1,7 @@
-"""A person's word to an expert group: one JSON file in the run folder, replaced whole by the agent.
+"""Directives: what a person asks of an expert group, as one JSON file in the run folder that the agent replaces whole.
 
-The agent writes it and names its version in the control page; the group's first rank reads it then. What comes in over
-HTTP is checked here against the group's published shape, and by the first rank once more when it reads the file.
+The agent writes the file and puts its version into the control record; the group's first rank then reads it. A
+directive is checked against the group's published shape when it arrives over HTTP, and again by the first rank.
 """
 
 import json
@@ -12,25 +12,29 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moe_contract.documents import parse_model
 from moe_contract.input_errors import InputError, InvalidInput
 from pydantic import BaseModel, ConfigDict, StrictInt
-
-from moe_agent.parsing import parse_model
 
 Rows = tuple[tuple[int, ...], ...]
 
 
 class DirectiveAction(StrEnum):
-    """What is asked for."""
+    """Kinds of directive.
+
+    `apply` moves to a given placement, `plan` decides now, `rollback` goes back to the placement before the last move,
+    `affinity` records the inter-layer affinity for a while.
+    """
 
     APPLY = "apply"
     PLAN = "plan"
     ROLLBACK = "rollback"
+    AFFINITY = "affinity"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directive:
-    """One directive; `physical_to_logical[layer][slot]` is the placement of an `apply`, else None."""
+    """One directive. `physical_to_logical[layer][slot]` is the placement of an `apply`, else None."""
 
     version: int
     action: DirectiveAction
@@ -49,6 +53,7 @@ class GroupShape:
 
     @property
     def slots(self) -> int:
+        """Number of slots of a layer, over all ranks."""
         return self.ranks * self.slots_per_rank
 
 
@@ -60,7 +65,7 @@ class _Body(BaseModel):
 
 
 def parse_directive(document: object, version: int, shape: GroupShape) -> Directive:
-    """The directive that a body or a file asks for.
+    """Returns the directive in a request body or a file.
 
     Raises:
         InvalidInput: an unknown action, or a placement that the group cannot have.
@@ -77,7 +82,7 @@ def parse_directive(document: object, version: int, shape: GroupShape) -> Direct
 
 
 def list_placement_problems(rows: Sequence[Sequence[int]], shape: GroupShape) -> list[InputError]:
-    """Why a group of this shape cannot have the placement; empty when it can."""
+    """Returns why a group of this shape cannot have the placement; empty where it can."""
     if len(rows) != shape.layers:
         return [_problem(f"{shape.layers} layers are needed, got {len(rows)}")]
     problems = [_row_problem(layer, row, shape) for layer, row in enumerate(rows)]
@@ -100,21 +105,21 @@ def _problem(message: str, at: str = "") -> InputError:
 
 
 def directive_path(run_dir: Path) -> Path:
-    """Where the newest directive lies."""
+    """Returns the path of the newest directive in a run folder."""
     return run_dir / "experts-directive.json"
 
 
 def write_directive(run_dir: Path, directive: Directive) -> None:
-    """Replaces the file whole."""
+    """Replaces the directive file of a run folder."""
     document = {name: value for name, value in asdict(directive).items() if value is not None}
     replace_file(directive_path(run_dir), json.dumps(document).encode())
 
 
 def read_directive(run_dir: Path, shape: GroupShape) -> Directive:
-    """The directive in the file.
+    """Returns the directive in the file of a run folder.
 
     Raises:
-        InvalidInput: there is none, or none that the group can follow.
+        InvalidInput: there is none, or the group cannot follow it.
     """
     try:
         document: dict[str, Any] = json.loads(directive_path(run_dir).read_bytes())
@@ -125,7 +130,56 @@ def read_directive(run_dir: Path, shape: GroupShape) -> Directive:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
+    """Replaces a file atomically: readers see the old content or the new, never a part."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_bytes(content)
     os.replace(fresh, path)
+
+
+class PendingDirective:
+    """Directives received and not completed; the controller owns it. A newer `apply` or `rollback` replaces an older
+    one.
+
+    Attributes:
+        received: version of the newest directive received.
+        settled: version of the newest directive completed, whatever its result.
+        plan_wanted: whether a decision was asked for that has not begun.
+        change: the `apply` or `rollback` that has not begun.
+    """
+
+    def __init__(self) -> None:
+        self.received = self.settled = 0
+        self.plan_wanted = False
+        self.change: Directive | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether something asked for has not begun."""
+        return self.plan_wanted or self.change is not None
+
+    def add(self, directive: Directive) -> None:
+        """Adds a directive that waits until the controller begins it."""
+        if directive.action is DirectiveAction.PLAN:
+            self.plan_wanted = True
+        elif directive.action is not DirectiveAction.AFFINITY:
+            self.change = directive
+
+    def take_change(self) -> Directive | None:
+        """Returns the `apply` or `rollback` that waits, and removes it."""
+        directive, self.change = self.change, None
+        return directive
+
+    def skip(self, version: int) -> None:
+        """Marks directives up to this version as completed: they are older than the group."""
+        self.received = self.settled = version
+
+    def clear(self) -> None:
+        """Removes what waits."""
+        self.change, self.plan_wanted = None, False
+
+    def settle(self) -> bool:
+        """Marks all received directives as completed unless something waits; returns whether that changed anything."""
+        if self.waits or self.settled == self.received:
+            return False
+        self.settled = self.received
+        return True

@@ -1,7 +1,7 @@
-"""Prometheus metrics of an expert group, made from its published document.
+"""Prometheus metrics of an expert group, from its published document.
 
-The number of series is bounded by the layers, the ranks and `HOTTEST`, never by the experts: the hottest ones are
-series by their place, with layer, expert and tokens as values.
+The number of series is bounded by the layers, the ranks and `HOTTEST`, never by the experts: the hottest experts are
+series by their rank in the order, with layer, expert and tokens as values.
 """
 
 from collections.abc import Iterator
@@ -10,28 +10,27 @@ from typing import Any
 from moe_scheduling.expert.decision import ExpertMode, StayReason
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moe_agent.experts.outcome import Outcome, ProblemKind
+from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
 
 
 def expert_metrics(name: str, document: dict[str, Any]) -> Iterator[Metric]:
-    """The series of one engine's expert group."""
+    """Yields the series of the expert group of the engine `name`; `document` may be the short form."""
     yield from _balance_metrics(name, document)
     yield from _hottest_metrics(name, document["load"]["hottest"])
     yield from _decision_metrics(name, document)
     yield _states("moeserving_expert_mode", "1 for the mode in force.", name, "mode", ExpertMode, {document["mode"]})
     kinds = {problem["kind"] for problem in document["problems"]}
-    yield _states("moeserving_expert_problem", "1 while the watchdog says so.", name, "kind", ProblemKind, kinds)
+    yield _states("moeserving_expert_problem", "1 while the problem is present.", name, "kind", ProblemKind, kinds)
 
 
 def _balance_metrics(name: str, document: dict[str, Any]) -> Iterator[Metric]:
     balance = document["balance"]
-    text = "Max over mean of the ranks' tokens in a layer."
+    text = "Tokens of the busiest rank over the mean, by layer."
     yield _rows("moeserving_expert_balance_ratio", text, name, "layer", balance["by_layer"])
     text = "Tokens of a rank over the mean of the group."
     yield _rows("moeserving_expert_pressure_ratio", text, name, "rank", balance["by_rank"])
-    remote = GaugeMetricFamily(
-        "moeserving_expert_remote_ratio", "Part of the tokens whose expert is on a foreign rank.", labels=["engine"]
-    )
+    text = "Part of the tokens whose expert is on another rank than their request."
+    remote = GaugeMetricFamily("moeserving_expert_remote_ratio", text, labels=["engine"])
     remote.add_metric([name], document["remote_fraction"])
     yield remote
     version = GaugeMetricFamily(
@@ -55,7 +54,7 @@ def _decision_metrics(name: str, document: dict[str, Any]) -> Iterator[Metric]:
     for metric, text, value in (
         ("moeserving_expert_moves", "Experts moved since the engine started.", totals["moves"]),
         ("moeserving_expert_lost_seconds", "Time that moving took since the engine started.", totals["lost_s"]),
-        ("moeserving_expert_won_seconds", "Time that moves have won, as measured.", totals["won_s"]),
+        ("moeserving_expert_won_seconds", "Time gained by moves, as measured.", totals["won_s"]),
     ):
         counter = CounterMetricFamily(metric, text, labels=["engine"])
         counter.add_metric([name], value)
@@ -63,7 +62,7 @@ def _decision_metrics(name: str, document: dict[str, Any]) -> Iterator[Metric]:
     decisions = CounterMetricFamily(
         "moeserving_expert_decisions", "Decisions since the engine started.", labels=["engine", "outcome"]
     )
-    for outcome in Outcome:
+    for outcome in DecisionOutcome:
         decisions.add_metric([name, outcome.value], totals["decisions"].get(outcome.value, 0))
     yield decisions
     stayed = CounterMetricFamily(

@@ -1,75 +1,109 @@
-"""What an expert group's controller asks a planner, and what it is answered; decisions are made aside.
+"""A decision as the controller asks for it and gets it: computed in a thread, because a step must not wait for it.
 
-A step must not wait for a decision, so `Planner.ask` returns at once, and the answer is polled for at later beats.
+`Planner.ask` returns at once; the result is polled in later sync rounds. `Decider` runs the decision of
+`moe_scheduling.expert.decision` and keeps its history.
 """
 
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from moe_scheduling.expert.decision import ExpertSettings
-from numpy.typing import NDArray
+from moe_scheduling.expert.decision import (
+    ExpertCosts,
+    ExpertHistory,
+    ExpertSettings,
+    Move,
+    RegretBound,
+    add_steps,
+    plan_experts,
+)
 
 from moe_agent.experts.directive import GroupShape
-from moe_agent.experts.window import Floats
+from moe_agent.experts.load import Floats, Slots, make_load, make_placement
 
-Slots = NDArray[np.int64]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Costs:
-    """Seconds, as measured so far: of expert work a token, of traffic a token and direction, of one expert moved."""
+class MeasuredCosts:
+    """Seconds, as measured so far.
+
+    Attributes:
+        token_s: expert work of one token.
+        remote_token_s: transfer of one token, in one direction, between two ranks of a node.
+        internode_token_s: transfer of one token, in one direction, between two nodes.
+        move_s: one expert moved to another rank.
+    """
 
     token_s: float
     remote_token_s: float
     internode_token_s: float
     move_s: float
 
+    def over(self, horizon_steps: int) -> ExpertCosts:
+        """Returns them as coefficients of the cost model for a number of steps until the next decision."""
+        return ExpertCosts(
+            token_s=self.token_s,
+            remote_token_s=self.remote_token_s,
+            internode_token_s=self.internode_token_s,
+            move_s=self.move_s,
+            horizon_steps=horizon_steps,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What a planner is asked.
+class PlanRequest:
+    """Input of one decision.
 
     Attributes:
-        tokens, pairs: the load a step, of a window of `steps`.
-        placement: in force, of this `version`.
-        shape: of the group.
+        tokens: [source, layer, expert], tokens a step.
+        steps: steps of the window that they were recorded in.
+        placement: [layer, slot] in force.
+        version: version of that placement.
+        shape: sizes of the group.
         costs: as measured so far.
         settings: in force.
-        horizon_steps: until the next decision.
-        spells: placements that decisions brought about since the last answer, each with the steps it was in force; also
-            what was taken back since, and what a move came to that ended half-way.
+        horizon_steps: steps until the next decision.
+        regret: gains and costs until `accounted_steps` ago; None: the placement in force is the beginning.
+        step: number of the present step.
+        accounted_steps: steps since `regret`, all with the placement in force.
     """
 
     tokens: Floats
-    pairs: Floats | None
     steps: float
     placement: Slots
-    shape: GroupShape
     version: int
-    costs: Costs
+    shape: GroupShape
+    costs: MeasuredCosts
     settings: ExpertSettings
     horizon_steps: int
-    spells: tuple[tuple[Slots, int], ...] = ()
+    regret: RegretBound | None = None
+    step: int = 0
+    accounted_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a planner answers.
+class PlanResult:
+    """Result of one decision.
 
     Attributes:
         pays: whether to move.
-        kept_by: in one word, why nothing is to move; empty where it pays.
-        reason: why, or why not, in a sentence.
-        placement: the candidate, also where it does not pay.
-        gain_s: seconds a step that it would save.
+        stay_reason: class of the reason not to move; empty where it pays.
+        reason: the reason as a sentence.
+        placement: [layer, slot], the candidate, also where it does not pay.
+        gain_s: predicted gain in seconds a step.
         cost_s: seconds that moving takes.
-        balance_before, balance_after: max / mean over ranks.
-        seconds: that the decision took.
+        balance_before: tokens of the busiest rank over the mean, with the placement in force.
+        balance_after: the same with the candidate.
+        seconds: duration of the decision.
+        regret: gains and costs with the steps of the request.
     """
 
     pays: bool
-    kept_by: str
+    stay_reason: str
     reason: str
     placement: Slots
     gain_s: float
@@ -77,11 +111,73 @@ class Answer:
     balance_before: float
     balance_after: float
     seconds: float
+    regret: RegretBound | None = None
 
 
 class Planner(Protocol):
-    """Decides aside: `ask` returns at once, `poll` has the answer later, once."""
+    """Decides outside the step: `ask` returns at once, `poll` returns the result once, when it is there."""
 
-    def ask(self, question: Question) -> None: ...
+    def ask(self, request: PlanRequest) -> None: ...
 
-    def poll(self) -> Answer | Exception | None: ...
+    def poll(self) -> PlanResult | Exception | None: ...
+
+
+Decide = Callable[[PlanRequest], PlanResult]
+
+
+class ThreadedPlanner:
+    """A planner that calls `decide` in a thread."""
+
+    def __init__(self, decide: Decide, thread: ThreadPoolExecutor) -> None:
+        self._decide, self._thread = decide, thread
+        self._future: Future[PlanResult] | None = None
+
+    def ask(self, request: PlanRequest) -> None:
+        """Starts the decision."""
+        self._future = self._thread.submit(self._decide, request)
+
+    def poll(self) -> PlanResult | Exception | None:
+        """Returns the result or the error of the decision, once; None while there is none."""
+        future = self._future
+        if future is None or not future.done():
+            return None
+        self._future = None
+        try:
+            return future.result()
+        except Exception as error:
+            log.exception("the decision about experts failed")
+            return error
+
+
+class Decider:
+    """Runs decisions, with the history that each passes on to the next."""
+
+    def __init__(self) -> None:
+        self._history = ExpertHistory()
+
+    def decide(self, request: PlanRequest) -> PlanResult:
+        """Returns whether to move which experts where.
+
+        Raises:
+            ValueError: the load does not fit the group.
+        """
+        begun_s = time.perf_counter()
+        load = make_load(request.tokens, request.steps)
+        placement = make_placement(request.placement, request.shape, request.version)
+        costs = request.costs.over(request.horizon_steps)
+        known = replace(self._history, regret=request.regret)
+        known = add_steps(known, load, placement, costs, request.accounted_steps)
+        found = plan_experts(load, placement, costs, request.settings, known)
+        self._history = found.history
+        return PlanResult(
+            pays=isinstance(found, Move),
+            stay_reason="" if isinstance(found, Move) else found.reason.value,
+            reason="; ".join(found.reasons) if isinstance(found, Move) else f"{found.reason}: {found.why}",
+            placement=found.candidate.physical_to_logical,
+            gain_s=found.gain_s,
+            cost_s=found.cost_s,
+            balance_before=found.balance_before.mean,
+            balance_after=found.balance_after.mean,
+            seconds=time.perf_counter() - begun_s,
+            regret=known.regret,
+        )

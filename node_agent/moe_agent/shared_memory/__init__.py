@@ -10,7 +10,3 @@
 A record's layout is derived from the type of its value (`layout`), and a sequence lock guards it (`seqlock`). There is
 no notification: readers look when they need a value, the agent ten times a second while anyone watches its state.
 """
-
-RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
-# Set where the engine's ranks are an expert group.
-EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"

@@ -43,14 +43,14 @@ def control_record_path(run_dir: Path) -> Path:
 
 
 class ControlRecordWriter(RecordWriter[Control]):
-    """The agent's side."""
+    """Writes the settings in force; opened by the agent."""
 
     def __init__(self, run_dir: Path, first: Control) -> None:
         super().__init__(control_record_path(run_dir), LAYOUT, first)
 
 
 class ControlRecordReader(RecordReader[Control]):
-    """A rank's side; a read within an engine step does not wait."""
+    """Reads the settings in a rank's scheduler or worker; a read within an engine step does not wait."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(control_record_path(run_dir), LAYOUT)
@@ -89,7 +89,7 @@ class SettingsPublisher:
 
     @property
     def control(self) -> Control:
-        """The settings in force."""
+        """The settings in force and their version."""
         return self._control
 
     async def apply(self, request: RequestSettings, expert: ExpertSettings, timeout_s: float) -> Control | NotTaken:

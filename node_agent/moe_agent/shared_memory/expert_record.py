@@ -34,14 +34,14 @@ def expert_record_path(run_dir: Path, rank: int) -> Path:
 
 
 class ExpertRecordWriter(RecordWriter[ExpertState]):
-    """The worker's side."""
+    """Writes the record of one rank; opened by the rank's worker."""
 
     def __init__(self, run_dir: Path, rank: int, first: ExpertState) -> None:
         super().__init__(expert_record_path(run_dir, rank), LAYOUT, first)
 
 
 class ExpertRecordReader(RecordReader[ExpertState]):
-    """The scheduler's side; a read within an engine step does not wait."""
+    """Reads the record of one rank in its scheduler; a read within an engine step does not wait."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         super().__init__(expert_record_path(run_dir, rank), LAYOUT)

@@ -49,14 +49,14 @@ def prefill_record_path(run_dir: Path, rank: int) -> Path:
 
 
 class PrefillRecordWriter(RecordWriter[PrefillState]):
-    """A rank's side of its own record."""
+    """Writes the prefill state of one rank; opened by its scheduler."""
 
     def __init__(self, run_dir: Path, rank: int, first: PrefillState) -> None:
         super().__init__(prefill_record_path(run_dir, rank), LAYOUT, first)
 
 
 class PrefillRecordReader(RecordReader[PrefillState]):
-    """A rank's side of another rank's record; a read within an engine step does not wait."""
+    """Reads the prefill state of another rank; a read within an engine step does not wait."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         super().__init__(prefill_record_path(run_dir, rank), LAYOUT)

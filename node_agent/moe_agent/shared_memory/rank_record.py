@@ -43,21 +43,21 @@ def rank_record_path(run_dir: Path, rank: int) -> Path:
 
 
 class RankRecordWriter(RecordWriter[RankState]):
-    """The scheduler's side."""
+    """Writes the state of one rank; opened by its scheduler."""
 
     def __init__(self, run_dir: Path, rank: int, first: RankState) -> None:
         super().__init__(rank_record_path(run_dir, rank), LAYOUT, first)
 
 
 class RankRecordReader(RecordReader[RankState]):
-    """The agent's side, for one rank."""
+    """Reads the state of one rank in the agent."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         super().__init__(rank_record_path(run_dir, rank), LAYOUT, _PATIENCE_S)
 
 
 class RankRecords:
-    """The agent's side, for all ranks of this node; a rank that has published nothing yet is left out."""
+    """Reads the states of all ranks of this node in the agent; a rank that has published nothing yet is left out."""
 
     def __init__(self, run_dir: Path, ranks: range) -> None:
         self._run_dir, self._ranks = run_dir, ranks

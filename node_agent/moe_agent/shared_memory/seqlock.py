@@ -58,7 +58,7 @@ class RecordWriter(Generic[T]):
         os.replace(fresh, path)
 
     def write(self, value: T) -> None:
-        """Replaces the value."""
+        """Replaces the value; `value` is any object that the layout can pack."""
         packed = self._pack(value)
         number = self._sequence + 1
         self._sequence = number + 1
@@ -122,7 +122,7 @@ class RecordReader(Generic[T]):
             time.sleep(_SLEEP_S)
 
     def close(self) -> None:
-        """Unmaps the record."""
+        """Unmaps the record; its file stays."""
         self._map.close()
 
     def __enter__(self) -> Self:

@@ -22,6 +22,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 from moe_contract.agent_config import EngineConfig
+from moe_contract.engine_process import END_GRACE_S, SETTLE_S
 
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
@@ -59,8 +60,8 @@ class Rules:
     steady_s: float = 60.0
     health_every_s: float = 1.0
     health_timeout_s: float = 5.0
-    settle_s: float = 0.5
-    end_grace_s: float = 10.0
+    settle_s: float = SETTLE_S
+    end_grace_s: float = END_GRACE_S
 
     def backoff_s(self, failures: int) -> float:
         """Pause after the `failures`-th failure in a row."""
@@ -293,7 +294,7 @@ def find_port_conflict(host: str, port: int) -> str | None:
 
 
 def kill_group(group: int) -> None:
-    """Kills what is left of a process group; nothing when nothing is."""
+    """Kills the remaining processes of a group; does nothing when none remains."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 

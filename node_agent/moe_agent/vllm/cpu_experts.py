@@ -1,20 +1,18 @@
-"""Expert parallelism with movable experts on vLLM's CPU build: seven small repairs, applied by the plugin.
+"""Expert parallelism with movable experts on vLLM's CPU build: six small repairs, applied by the plugin.
 
 Each function repairs one thing that vLLM 0.32 lacks on the CPU, where its own GPU code has it; none is applied on a GPU
 build. `tests/agent/test_cpu_experts.py` fails when what they hold on to has moved.
 
 1. `allow_balancer` (`cpu_config.py`): the configuration admits expert load balancing on a CPU.
 2. `skip_foreign_experts`: a rank computes the experts that it holds, and of its own tokens those alone.
-3. `map_to_slots`: logical experts become slots, replicas by token, as the GPU kernel does it.
-4. `build_balancer`: the model runner makes the balancer's state.
-5. `allow_streamless_moves`: weights move without an accelerator's streams.
-6. `exchange_tokens`: gather and scatter of unequal numbers of tokens between data-parallel ranks, over gloo.
-7. `keep_layers_opaque`: a compiled model calls an MoE layer as one operation, as on GPUs.
+3. `build_balancer`: the model runner makes the balancer's state.
+4. `allow_streamless_moves`: weights move without an accelerator's streams.
+5. `exchange_tokens`: gather and scatter of unequal numbers of tokens between data-parallel ranks, over gloo.
+6. `keep_layers_opaque`: a compiled model calls an MoE layer as one operation, as on GPUs.
 """
 
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,12 +21,11 @@ from torch import Tensor
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from moe_agent.experts.work_meter import WorkMeter
+from moe_agent.experts.step_times import WorkMeter
 from moe_agent.vllm.cpu_config import allow_balancer
 from moe_agent.vllm.version import replace_attribute
 
@@ -37,7 +34,6 @@ def repair_cpu_experts(meter: WorkMeter) -> None:
     """Applies all repairs, once in a process; `meter` learns what expert work takes, while it is on."""
     allow_balancer()
     skip_foreign_experts(meter)
-    map_to_slots()
     build_balancer()
     allow_streamless_moves()
     exchange_tokens()
@@ -93,41 +89,6 @@ def skip_foreign_experts(meter: WorkMeter) -> None:
 
 # 3.
 
-# floor(2**32 / phi): the multiplier of the GPU kernel, so that replicas share tokens alike.
-_KNUTH_MULTIPLIER = 2654435769
-
-
-@lru_cache(maxsize=64)
-def _hash_tokens(tokens: int) -> Tensor:
-    return ((torch.arange(tokens) * _KNUTH_MULTIPLIER) & 0xFFFFFFFF).unsqueeze(1)
-
-
-def map_and_record(
-    topk_ids: Tensor,
-    expert_load_view: Tensor,
-    logical_to_physical_map: Tensor,
-    logical_replica_count: Tensor,
-    record_enabled: Tensor,
-    num_unpadded_tokens: Tensor | None = None,
-) -> Tensor:
-    """Slots for logical experts, `[token, place]`; replicas take turns by the token's number. Counts where asked to."""
-    logical = topk_ids.long()
-    replica = _hash_tokens(logical.shape[0]) % logical_replica_count[logical].clamp(min=1)
-    slots = logical_to_physical_map[logical, replica]
-    if bool(record_enabled):
-        real = slots if num_unpadded_tokens is None else slots[: int(num_unpadded_tokens)]
-        counts = torch.bincount(real.flatten(), minlength=expert_load_view.shape[0])
-        expert_load_view.add_(counts.to(expert_load_view.dtype))
-    return slots.to(topk_ids.dtype)
-
-
-def map_to_slots() -> None:
-    """vLLM's own function returns the ids as they came where there is no Triton."""
-    replace_attribute(base_router, "eplb_map_to_physical_and_record", map_and_record)
-
-
-# 4.
-
 
 def build_balancer() -> None:
     """As `GPUModelRunner.load_model` does it, which the CPU's replaces."""
@@ -145,7 +106,7 @@ def build_balancer() -> None:
     replace_attribute(CPUModelRunner, "load_model", load_model)
 
 
-# 5.
+# 4.
 
 
 class _NoStream:
@@ -158,7 +119,7 @@ def allow_streamless_moves() -> None:
     replace_attribute(torch.accelerator, "current_stream", lambda *_, **__: _NoStream())
 
 
-# 6.
+# 5.
 
 
 def gather_rows(tensors: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
@@ -213,7 +174,7 @@ def exchange_tokens() -> None:
     replace_attribute(CpuCommunicator, "reduce_scatterv", reduce_scatterv)
 
 
-# 7.
+# 6.
 
 
 def keep_layers_opaque() -> None:

@@ -1,13 +1,13 @@
-"""One rank of an expert group inside vLLM: it counts routing, keeps the beat, and moves weights when all ranks do.
+"""One rank of an expert group inside vLLM: it records load, enters the sync rounds, and moves weights with all ranks.
 
-`join_expert_group`, called by the plugin in each process of an engine with an expert group, puts it in the place of
-vLLM's own balancer: `EplbState.add_model` makes an `ExpertGroup`, `prepare_forward` and `step` tell it of each pass.
-vLLM's load window and policy are not used; its maps, its buffer and its communicator are, and its asynchronous worker,
-where one was started, is never woken: a move is cut into slices that fit into a step.
+`join_expert_group`, called by the plugin in each process of an engine with an expert group, replaces vLLM's own
+balancer: `EplbState.add_model` makes an `ExpertGroup`, `prepare_forward` and `step` report each pass to it. vLLM's load
+window and policy are not used; its counters, maps, buffer and communicator are. Its asynchronous worker, where one was
+started, is never woken: a move is cut into slices that fit into a step.
 
-What is decided is in `moe_agent.experts`; here is what touches vLLM and torch. Every collective here is entered by all
-ranks, because each reads the same beat (`moe_agent.experts.protocol`). An error in the midst of a move ends the engine:
-weights of which nobody knows whose they are must not answer a request, and the agent starts the whole group anew.
+Decisions are in `moe_agent.experts`; what touches vLLM and torch is here. Every collective here is entered by all
+ranks, because each has read the same sync round (`moe_agent.experts.sync_round`). An error during a move ends the
+engine: weights in an unknown state must not answer a request, and the agent restarts the whole group.
 """
 
 import os
@@ -19,42 +19,44 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from moe_contract.engine_process import RUN_DIR_VARIABLE
+from moe_kernels.expert_load import map_and_record
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, transfer_layer
 from vllm.distributed.parallel_state import get_ep_group, get_node_count, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.v1.worker.gpu_worker import Worker
 
-from moe_agent.experts.decision import Decider
+from moe_agent.experts.coordinator import Coordinator, checksum
 from moe_agent.experts.directive import GroupShape, list_placement_problems
-from moe_agent.experts.first_rank import FirstRank, checksum
-from moe_agent.experts.planning import Costs, Slots
-from moe_agent.experts.protocol import Action, Beat, beat_size, pack_beat, unpack_beat
-from moe_agent.experts.published import experts_path
-from moe_agent.experts.recording import Counted, Report, RoutingRecorder
-from moe_agent.experts.step_times import load_class
-from moe_agent.experts.work_meter import WorkMeter
-from moe_agent.shared_memory import RUN_DIR_VARIABLE
+from moe_agent.experts.document import experts_path
+from moe_agent.experts.load import RankReport, Slots
+from moe_agent.experts.planning import Decider, MeasuredCosts
+from moe_agent.experts.step_times import WorkMeter
+from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
 from moe_agent.shared_memory.expert_record import ExpertRecordWriter, ExpertState
-from moe_agent.vllm.device_recording import DeviceRecorder
+from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
 logger = init_logger(__name__)
 
-# Bytes that a second moves, until the first move has been measured.
+# Assumed speed of moves until the first one has been measured.
 FIRST_MOVE_BYTES_PER_S = 1e9
 # Between passes that are further apart the engine was idle.
-LONGEST_STEP_S = 2.0
-# On other nodes than the first rank's nobody waits until the group has taken settings of experts.
+MAX_STEP_S = 2.0
+# Config version of ranks on other nodes than the coordinator's: nobody there waits until the group has taken settings.
 NOT_ASKED = 2**63
 
 
 def join_expert_group(meter: WorkMeter) -> None:
-    """Puts expert groups in the place of vLLM's balancer, in this process; `meter` learns what expert work takes."""
+    """Replaces vLLM's balancer by expert groups in this process; `meter` learns the cost of expert work."""
     groups: dict[int, ExpertGroup] = {}
     add_model, prepare_forward, step = EplbState.add_model, EplbState.prepare_forward, EplbState.step
+    execute_dummy_batch = Worker.execute_dummy_batch
 
     def add_and_join(self: EplbState, model: Any, model_config: Any, model_name: str | None = None) -> None:
         add_model(self, model, model_config, model_name)
@@ -73,13 +75,22 @@ def join_expert_group(meter: WorkMeter) -> None:
         elif not is_profile:
             group.end_pass(is_dummy)
 
+    def execute_unrecorded(self: Worker) -> None:
+        for group in groups.values():
+            with group.recorder.paused():
+                execute_dummy_batch(self)
+            return
+        execute_dummy_batch(self)
+
     replace_attribute(EplbState, "add_model", add_and_join)
     replace_attribute(EplbState, "prepare_forward", prepare_and_note)
     replace_attribute(EplbState, "step", end_pass)
+    replace_attribute(Worker, "execute_dummy_batch", execute_unrecorded)
+    replace_attribute(base_router, "eplb_map_to_physical_and_record", map_and_record)
 
 
 class ExpertGroup:
-    """See the module; made on all ranks at once, while they load the model."""
+    """One rank's part in an expert group; made on all ranks at the same time, while they load the model."""
 
     def __init__(self, state: EplbState, run_dir: Path, meter: WorkMeter) -> None:
         self._model_state = next(iter(state.model_states.values()))
@@ -89,20 +100,23 @@ class ExpertGroup:
         self._rank, self._first = group.rank_in_group, group.ranks[0]
         self._meter, self._run_dir = meter, run_dir
         self._shape = self._read_shape(group.world_size)
-        self._recorder = self._make_recorder(state)
-        self._capture_routing()
-        if state.should_record_tensor is not None:
-            # vLLM's own counts have no reader here.
-            state.should_record_tensor.fill_(False)
+        assert state.should_record_tensor is not None, "vLLM makes it with the balancer"
+        self.recorder = LoadRecorder(self._model_state, state.should_record_tensor, self._shape.experts)
         self._passes = 0
-        self._next_beat = 1
+        self._next_round = 1
         self._real_tokens = 0
         self._all_tokens: list[int] = []
         self._begun_s = self._ended_s = 0.0
-        self._page = self._open_page(state)
-        self._mind = self._make_mind() if self._rank == 0 else None
+        self._report: Tensor | None = None
+        self._report_head = torch.zeros(2, dtype=torch.int64)
+        self._gathering: tuple[dist.Work, list[Tensor]] | None = None
+        self._routing: list[Tensor] | None = None
+        self._record = self._open_record(state)
+        self._coordinator = self._make_coordinator() if self._rank == 0 else None
+        self._warn_of_monolithic()
+        self._capture_tokens()
 
-    # 1. What the group is.
+    # 1. The group.
 
     def _read_shape(self, ranks: int) -> GroupShape:
         model = self._model_state.model
@@ -114,40 +128,31 @@ class ExpertGroup:
             slots_per_rank=model.num_local_physical_experts,
         )
 
-    def _make_recorder(self, state: EplbState) -> RoutingRecorder | DeviceRecorder:
-        layers, experts = self._shape.layers, self._shape.experts
-        if self.on_cpu:
-            return RoutingRecorder(layers, experts)
-        config = self._runner(0).moe_config
-        return DeviceRecorder(layers, experts, config.max_num_tokens, config.experts_per_token, state.device)
-
     def _runner(self, layer: int) -> Any:
         return self._model_state.model.moe_layers[layer]
 
-    def _capture_routing(self) -> None:
+    def _warn_of_monolithic(self) -> None:
         for layer in range(self._shape.layers):
             runner = self._runner(layer)
             if runner.is_monolithic or not isinstance(runner.router, BaseRouter):
                 logger.warning("The kernel of %s routes by itself: its load is not recorded", runner.layer_name)
-                continue
-            runner.router.set_capture_fn(partial(self._capture, layer))
 
-    def _open_page(self, state: EplbState) -> ExpertRecordWriter | None:
-        """Of the ranks that one scheduler drives, the first tells it."""
+    def _open_record(self, state: EplbState) -> ExpertRecordWriter | None:
+        """Opens the record for the scheduler: the first of the ranks that it drives writes it."""
         if get_tp_group().rank_in_group != 0:
             return None
         return ExpertRecordWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
 
-    def _make_mind(self) -> FirstRank:
+    def _make_coordinator(self) -> Coordinator:
         sharing = 1 if self._runner(0).moe_config.is_sequence_parallel else get_tp_group().world_size
         placement = self._placement()
-        return FirstRank(self._run_dir, self._shape, placement, self._costs(), Decider().decide, sharing)
+        return Coordinator(self._run_dir, self._shape, placement, self._costs(), Decider().decide, sharing)
 
-    def _costs(self) -> Costs:
-        """What is known before anything was measured."""
+    def _costs(self) -> MeasuredCosts:
+        """Returns the costs assumed before anything was measured."""
         expert_bytes = sum(weight[0].nbytes for weight in self._model_state.model.expert_weights[0])
         move_s = expert_bytes / FIRST_MOVE_BYTES_PER_S
-        return Costs(token_s=0.0, remote_token_s=0.0, internode_token_s=0.0, move_s=move_s)
+        return MeasuredCosts(token_s=0.0, remote_token_s=0.0, internode_token_s=0.0, move_s=move_s)
 
     def _placement(self) -> Slots:
         placement: Slots = self._model_state.physical_to_logical_map.cpu().numpy().astype(np.int64)
@@ -156,100 +161,147 @@ class ExpertGroup:
     # 2. Each pass.
 
     def begin_pass(self, real_tokens: int) -> None:
-        """A pass with so many real tokens of this rank begins."""
+        """Begins a pass with this number of real tokens of this rank."""
         self._real_tokens, self._begun_s = real_tokens, time.perf_counter()
-
-    def _capture(self, layer: int, ids: Tensor) -> None:
-        if not self.on_cpu:
-            self._recorder.capture(layer, ids)  # type: ignore[arg-type]
-        elif self._recorder.on:
-            if layer == 0:
-                self._all_tokens = read_tokens_of_ranks()
-            self._recorder.capture(layer, ids.numpy())  # type: ignore[arg-type]
+        if self._routing is not None:
+            self._routing.clear()
 
     def end_pass(self, is_dummy: bool) -> None:
-        """A pass has ended on all ranks; the same number of it everywhere."""
+        """Ends a pass. All ranks end the same passes in the same order."""
         real_tokens = 0 if is_dummy else self._real_tokens
         now_s = time.perf_counter()
         # A device works on while the host goes ahead: there a step lasts from one end of a pass to the next.
         step_s, self._ended_s = now_s - (self._begun_s if self.on_cpu else self._ended_s), now_s
-        if self._recorder.on and real_tokens and step_s < LONGEST_STEP_S:
+        if self.recorder.on and real_tokens and step_s < MAX_STEP_S:
             self._learn_step(self._all_tokens or [real_tokens], step_s)
-        self._recorder.end_pass(real_tokens)
+        if self._routing and real_tokens:
+            self._hand_over_routing(self._routing)
         self._passes += 1
-        if self._passes >= self._next_beat:
-            self._keep_beat()
+        self.recorder.end_pass()
+        if self._passes >= self._next_round:
+            self._sync()
 
     def _learn_step(self, tokens: list[int], step_s: float) -> None:
-        if self._mind is not None:
-            self._mind.controller.step_took(load_class(sum(tokens), max(tokens)), step_s)
+        most = max(tokens)
+        if self._coordinator is not None:
+            self._coordinator.controller.step_took(self._passes, sum(tokens), most, step_s)
         if not self.on_cpu:
-            # An upper bound of what a token of expert work takes: all that a token takes, laid on its experts.
-            self._meter.add(max(tokens) * self._runner(0).moe_config.experts_per_token * self._shape.layers, step_s)
+            # An upper bound of the cost of expert work: all time of the step attributed to it.
+            self._meter.add(most * self._runner(0).moe_config.experts_per_token * self._shape.layers, step_s)
 
-    # 3. The beat.
+    def _capture_tokens(self) -> None:
+        """On a CPU the tokens of all ranks are read while the first layer runs; a CUDA graph runs no Python."""
+        if self.on_cpu:
+            self._runner(0).router.set_capture_fn(self._note_tokens)
 
-    def _keep_beat(self) -> None:
+    def _note_tokens(self, _ids: Tensor) -> None:
+        if self.recorder.on:
+            self._all_tokens = read_tokens_of_ranks()
+
+    # Affinity, on request: the routing of some passes that run outside CUDA graphs.
+
+    def _switch_routing(self) -> None:
+        """Begins or ends to capture the routing of this rank, as the coordinator wants it."""
+        wanted = self._coordinator is not None and self._coordinator.wants_routing
+        if wanted is (self._routing is not None):
+            return
+        self._routing = [] if wanted else None
+        for layer in range(self._shape.layers):
+            self._runner(layer).router.set_capture_fn(partial(self._capture, layer) if wanted else None)
+        if not wanted:
+            self._capture_tokens()
+
+    def _capture(self, layer: int, ids: Tensor) -> None:
+        if layer == 0:
+            self._note_tokens(ids)
+        if self._routing is not None and len(self._routing) == layer:
+            self._routing.append(ids[: self._real_tokens].clone())
+
+    def _hand_over_routing(self, routing: list[Tensor]) -> None:
+        assert self._coordinator is not None
+        if len(routing) == self._shape.layers and self._coordinator.wants_routing:
+            chosen = list(routing)
+            self._coordinator.add_routing(lambda: torch.stack(chosen).cpu().numpy())
+
+    # 3. Sync rounds.
+
+    def _sync(self) -> None:
         begun_s = time.perf_counter()
-        beat = self._share_beat()
-        self._next_beat = self._passes + beat.next_in
-        if beat.recording and not self._recorder.on:
-            self._recorder.take()
-        self._recorder.on = self._meter.on = beat.recording
-        if beat.action is Action.GATHER:
-            self._gather()
-        elif beat.action is Action.MOVE:
-            moved = self._move(beat)
-            if self._mind is not None:
-                self._mind.controller.moved(time.perf_counter() - begun_s, moved)
-        self._tell_scheduler(beat)
+        self._continue_gather()
+        content = self._share_round()
+        self._next_round = self._passes + content.next_in
+        self.recorder.switch(content.recording)
+        self._meter.on = content.recording
+        self._switch_routing()
+        if content.action is RoundAction.GATHER:
+            self._begin_gather()
+        elif content.action is RoundAction.MOVE:
+            moved = self._move(content)
+            if self._coordinator is not None:
+                self._coordinator.controller.moved(time.perf_counter() - begun_s, moved)
+        self._publish_to_scheduler(content)
 
-    def _share_beat(self) -> Beat:
-        numbers = torch.zeros(beat_size(self._shape.ranks), dtype=torch.float64)
-        if self._mind is not None:
-            self._mind.controller.learn_work(self._meter.token_s)
-            numbers = torch.from_numpy(pack_beat(self._mind.beat(self._passes)))
+    def _share_round(self) -> SyncRound:
+        numbers = torch.zeros(round_size(self._shape.ranks), dtype=torch.float64)
+        if self._coordinator is not None:
+            self._coordinator.controller.learn_work(self._meter.token_s)
+            numbers = torch.from_numpy(pack_round(self._coordinator.sync_round(self._passes)))
         dist.broadcast(numbers, src=self._first, group=self._group)
-        return unpack_beat(numbers.numpy())
+        return unpack_round(numbers.numpy())
 
-    def _tell_scheduler(self, beat: Beat) -> None:
-        if self._page is None:
+    def _publish_to_scheduler(self, content: SyncRound) -> None:
+        if self._record is None:
             return
         ranks = get_tp_group().world_size
-        pressure = max(beat.pressures[self._rank : self._rank + ranks])
-        version = beat.config_version if self._is_beside_first else NOT_ASKED
-        self._page.write(ExpertState(config_version=version, balance=beat.balance, pressure=pressure))
+        pressure = max(content.pressures[self._rank : self._rank + ranks])
+        version = content.config_version if self._is_beside_first else NOT_ASKED
+        self._record.write(ExpertState(config_version=version, balance=content.balance, pressure=pressure))
 
     @cached_property
     def _is_beside_first(self) -> bool:
-        """Whether the settings of this node's agent are those that the group goes by; known at the first beat."""
+        """Whether the settings of this node's agent are those of the group; known in the first round."""
         return experts_path(self._run_dir).exists()
 
-    def _gather(self) -> None:
-        counted = self._recorder.take()
-        head = np.array([checksum(self._placement()), counted.pair_passes], np.int64)
-        mine = torch.from_numpy(np.concatenate([head, counted.tokens.ravel(), counted.pairs.ravel()]))
-        if self._mind is None:
-            dist.gather(mine, dst=self._first, group=self._group)
-            return
-        everyone = [torch.empty_like(mine) for _ in range(self._shape.ranks)]
-        dist.gather(mine, everyone, dst=self._first, group=self._group)
-        self._mind.controller.gathered([self._read_report(row.numpy(), counted) for row in everyone])
+    # A gather takes three rounds, so that no step waits for it: counts are copied to the host, sent, delivered.
 
-    def _read_report(self, numbers: Slots, like: Counted) -> Report:
-        tokens, pairs = np.split(numbers[2:], [like.tokens.size])
-        counted = Counted(
-            tokens=tokens.reshape(like.tokens.shape), pairs=pairs.reshape(like.pairs.shape), pair_passes=int(numbers[1])
-        )
-        return Report(counted=counted, checksum=int(numbers[0]))
+    def _begin_gather(self) -> None:
+        counts, passes = self.recorder.take()
+        self._report = counts
+        self._report_head = torch.tensor([checksum(self._placement()), passes])
+
+    def _continue_gather(self) -> None:
+        if self._gathering is not None:
+            self._deliver(*self._gathering)
+            self._gathering = None
+        elif self._report is not None:
+            self._gathering = self._send(self._report)
+            self._report = None
+
+    def _send(self, counts: Tensor) -> tuple[dist.Work, list[Tensor]]:
+        mine = torch.cat([self._report_head, counts.flatten().long()])
+        everyone = [] if self._coordinator is None else [torch.empty_like(mine) for _ in range(self._shape.ranks)]
+        given = everyone or None
+        work = dist.gather(mine, given, dst=self._first, group=self._group, async_op=True)
+        assert work is not None
+        # What is sent must live until it has arrived.
+        return work, everyone or [mine]
+
+    def _deliver(self, work: dist.Work, reports: list[Tensor]) -> None:
+        work.wait()
+        if self._coordinator is not None:
+            self._coordinator.controller.gathered([self._read_report(row.numpy()) for row in reports])
+
+    def _read_report(self, numbers: Slots) -> RankReport:
+        tokens = numbers[2:].reshape(self._shape.layers, self._shape.experts)
+        return RankReport(tokens=tokens, passes=int(numbers[1]), checksum=int(numbers[0]))
 
     # 4. A move.
 
-    def _move(self, beat: Beat) -> bool:
-        """Moves the layers of a beat; False, and nothing moved, when a rank cannot take part."""
-        plan = torch.zeros((beat.layers, 1 + self._shape.slots), dtype=torch.int64)
-        if self._mind is not None:
-            layers, rows = self._mind.controller.move_rows()
+    def _move(self, content: SyncRound) -> bool:
+        """Moves the layers of a round; returns False, with nothing moved, where a rank cannot take part."""
+        plan = torch.zeros((content.layers, 1 + self._shape.slots), dtype=torch.int64)
+        if self._coordinator is not None:
+            layers, rows = self._coordinator.controller.move_rows()
             plan = torch.from_numpy(np.column_stack([np.array(layers, np.int64), rows]))
         dist.broadcast(plan, src=self._first, group=self._group)
         if not self._all_agree(self._can_move(plan)):
@@ -279,7 +331,7 @@ class ExpertGroup:
         return bool(vote.item())
 
     def _move_layer(self, layer: int, row: Tensor) -> None:
-        """One layer's weights and maps, as vLLM's own rearrangement moves each layer in turn."""
+        """Moves one layer's weights and maps, as vLLM's own rearrangement does layer by layer."""
         state: EplbModelState = self._model_state
         weights = state.model.expert_weights[layer]
         transferred = transfer_layer(
@@ -302,7 +354,7 @@ class ExpertGroup:
 
 
 def read_tokens_of_ranks() -> list[int]:
-    """Tokens of each data-parallel rank in the pass under way, padded ones included; none where there is one rank."""
+    """Returns the tokens of each data-parallel rank in the present pass, padded ones included; [] with one rank."""
     if not is_forward_context_available():
         return []
     metadata = get_forward_context().dp_metadata

@@ -1,7 +1,7 @@
-"""The prefill load of the ranks of a lockstep group, exchanged through shared-memory records in their run folder.
+"""Prefill states that the ranks of a lockstep group exchange through shared-memory records in their common folder.
 
-Made by the scheduler of each rank where ranks step together; no collective and no message, so a rank never waits for
-another. Ranks on other machines are not seen: the ranks of each machine coordinate among themselves.
+Made by the scheduler of each rank where ranks step together; without collectives and messages, so that a rank never
+waits for another. Ranks on other machines are not seen: the ranks of each machine coordinate among themselves.
 
 Invariant: a record that cannot be read, or that is old, counts as an idle rank.
 """
@@ -15,32 +15,32 @@ from moe_scheduling.request.prefill_budget import RankLoad
 from moe_agent.shared_memory.prefill_record import PrefillRecordReader, PrefillRecordWriter, PrefillState, StepPart
 from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
-# A rank that has published nothing for this long is idle: while one rank of a group computes, all make steps, and those
-# with requests publish at each.
+# Seconds after its last write from which a rank counts as idle: while one rank of a group computes, all make steps, and
+# ranks with requests write at each.
 IDLE_AFTER_S = 1.0
-# Steps are counted by turns: from 0 on in each wave, which begins when an idle group begins to step.
+# Turns number the steps: from 0 on in each wave; a wave begins when an idle group begins to step.
 WAVE_TURNS = 2**32
-# Calls between two searches for the records of ranks that are not there yet, or were replaced.
-_SEARCH_EVERY = 64
+# Calls between two attempts to open records that do not exist yet or were replaced.
+_LOOK_EVERY = 64
 
 
 class PrefillGroup(Protocol):
-    """Exchange of prefill loads between the ranks of a group, as one rank sees it."""
+    """The exchange with the other ranks of a group."""
 
     def publish(self, state: PrefillState) -> None:
-        """Makes the own state visible to the other ranks."""
+        """Writes the state of this rank for the others."""
 
     def others(self, now_s: float) -> Sequence[PrefillState]:
-        """The last state of each other rank that is not idle."""
+        """Returns the newest state of each other rank that is not idle."""
 
 
-class LocalPrefillGroup:
-    """The ranks on this machine, through shared-memory records.
+class SharedMemoryPrefillGroup:
+    """The exchange with the ranks on this machine.
 
     Args:
         run_dir: folder of the records.
-        rank: the own rank.
-        ranks: number of ranks in the group.
+        rank: number of this rank.
+        ranks: number of ranks of the group.
     """
 
     def __init__(self, run_dir: Path, rank: int, ranks: int) -> None:
@@ -53,19 +53,19 @@ class LocalPrefillGroup:
         self._record.write(state)
 
     def others(self, now_s: float) -> Sequence[PrefillState]:
-        searches = self._calls % _SEARCH_EVERY == 0
+        reopens = self._calls % _LOOK_EVERY == 0
         self._calls += 1
         states = []
         for rank, reader in self._readers.items():
             state = _read(reader)
-            if searches and (state is None or now_s - state.written_s > IDLE_AFTER_S):
+            if reopens and (state is None or now_s - state.written_s > IDLE_AFTER_S):
                 state = _read(self._open(rank))
             if state is not None and now_s - state.written_s <= IDLE_AFTER_S:
                 states.append(state)
         return states
 
     def _open(self, rank: int) -> PrefillRecordReader | None:
-        """A reader of the record in place now: an engine that starts again replaces it."""
+        """Opens the record that is in place now: a restarted engine replaces its record. None where there is none."""
         if (old := self._readers[rank]) is not None:
             old.close()
         try:
@@ -84,12 +84,12 @@ def _read(reader: PrefillRecordReader | None) -> PrefillState | None:
 
 
 class OtherParts(NamedTuple):
-    """The load that the other ranks put into a step.
+    """Load of the other ranks in one step.
 
     Attributes:
-        prefill_tokens: most prompt tokens of one rank.
-        decoding: most decoding requests of one rank.
-        tokens: all tokens of all these ranks.
+        prefill_tokens: greatest number of prompt tokens of one rank.
+        decoding: greatest number of decoding requests of one rank.
+        tokens: tokens of all of them.
     """
 
     prefill_tokens: int = 0
@@ -98,7 +98,7 @@ class OtherParts(NamedTuple):
 
 
 def sum_parts(parts: Iterable[StepPart]) -> OtherParts:
-    """The load of one part for each rank; a rank without a part put nothing in."""
+    """Returns the load of a step from the parts of the other ranks; missing parts count as empty."""
     prefill_tokens = decoding = tokens = 0
     for part in parts:
         prefill_tokens = max(prefill_tokens, part.prefill_tokens)
@@ -108,15 +108,15 @@ def sum_parts(parts: Iterable[StepPart]) -> OtherParts:
 
 
 def load_in_this_step(state: PrefillState, last_decided_s: float, now_s: float) -> RankLoad:
-    """The load of another rank that counts for the step that is planned now.
+    """Returns the load that another rank had before its part of the step that is planned now.
 
-    The ranks plan a step at nearly the same time, in no certain order. A rank that has planned it already has taken its
-    own part from its load, so its load before that counts. Two steps are further apart than two ranks are within one,
-    so a plan made after the middle between the own last plan and now belongs to this step.
+    The ranks plan a step at nearly the same time, in any order. A rank that has planned it already has subtracted its
+    part, so its load before counts. Plans of two steps are further apart than plans of one step, so a plan made after
+    the middle between this rank's last plan and now belongs to this step.
 
     Args:
-        state: the state that the rank published.
-        last_decided_s: when the own rank planned the step before.
-        now_s: monotonic clock of the machine.
+        state: the other rank's state.
+        last_decided_s: when this rank planned the step before.
+        now_s: the time, on the monotonic clock of the machine.
     """
     return state.before if state.decided_s > (last_decided_s + now_s) / 2 else state.after

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -33,7 +34,6 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.shared_memory import RUN_DIR_VARIABLE
 from moe_agent.shared_memory.control_record import ControlRecordReader
 from moe_agent.shared_memory.expert_record import ExpertRecordReader, ExpertState
 from moe_agent.shared_memory.rank_record import RankRecordWriter, RankState
@@ -41,7 +41,7 @@ from moe_agent.shared_memory.seqlock import RecordUnreadableError
 from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.deferred_start import defer_steps
-from moe_agent.vllm.prefill_group import LocalPrefillGroup, OtherParts, PrefillGroup
+from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.version import check_version
@@ -104,7 +104,7 @@ class OrderedScheduler(AsyncScheduler):
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
-            self.join(LocalPrefillGroup(Path(run_dir), rank, ranks))
+            self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moe_contract.input_errors import InputError, InvalidInput, Location, errors_from_pydantic, unknown_choice
+from moe_contract.documents import invalid_input
+from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from pydantic import ValidationError
 
 from moe_operator.api.document import load_document, parse_document
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.section import fields_of
 
 
 def load_resource(path: Path) -> MoEServing:
@@ -42,8 +42,7 @@ def parse_resource(document: object) -> MoEServing:
     try:
         return MoEServing.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
-        rows = error.errors(include_url=False)
-        raise InvalidInput(errors_from_pydantic(rows, _fields_at)) from None
+        raise invalid_input(MoEServing, error) from None
 
 
 def resource_document(resource: MoEServing) -> dict[str, Any]:
@@ -80,16 +79,12 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def _check_header(document: Mapping[Any, Any]) -> list[InputError]:
-    """A document of another kind is told so, not which of its fields ours does not have."""
+    """An error that names the kind, for a document of another kind, in place of one for each of its fields."""
     return [
         unknown_choice(name, document[name], [known])
         for name, known in (("apiVersion", API_VERSION), ("kind", KIND))
         if document.get(name) is not None and document[name] != known
     ]
-
-
-def _fields_at(location: Location) -> list[str]:
-    return list(fields_of(MoEServing, location))
 
 
 def _kind(document: object) -> str:

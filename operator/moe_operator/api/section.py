@@ -5,15 +5,18 @@ API server refuse the same things with the same words. Sections are frozen, refu
 and read a null as "absent", as the API server does.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self
 
-from moe_contract.input_errors import Location
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+# A number in quotes, or a true for a 1, is an error as it is for the API server.
+Count = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,24 +79,3 @@ class Section(BaseModel):
 def _details(rule: Rule) -> InitErrorDetails:
     error = PydanticCustomError("value_error", "{error}", {"error": rule.message})
     return InitErrorDetails(type=error, loc=tuple(rule.field.split(".")), input=None)
-
-
-def section_in(annotation: object) -> type[Section] | None:
-    """The section that a field of this type holds, if it holds one (itself, optional, or as the items of a list)."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple):
-        return next((found for found in map(section_in, get_args(annotation)) if found), None)
-    return None
-
-
-def fields_of(root: type[Section], location: Location) -> Iterator[str]:
-    """Names, as YAML has them, of the fields of the section at `location` below `root`; none where it is no section."""
-    section: type[Section] | None = root
-    for part in location:
-        if isinstance(part, int) or section is None:
-            continue
-        fields = {field.alias: field.annotation for field in section.model_fields.values()}
-        section = section_in(fields.get(part))
-    if section is not None:
-        yield from (field.alias or "" for field in section.model_fields.values())

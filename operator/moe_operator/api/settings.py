@@ -4,7 +4,7 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.expert.decision import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 
-from moe_operator.api.resource import EngineScheduling, ExpertScheduling, RequestScheduling
+from moe_operator.api.scheduling import EngineScheduling, ExpertScheduling, RequestScheduling
 from moe_operator.api.units import duration_s
 
 

@@ -37,7 +37,7 @@ def problems_shown() -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        for problem in error.problems:
+        for problem in error.errors:
             typer.echo(one_line(str(problem)), err=True)
         raise typer.Exit(INVALID) from None
 

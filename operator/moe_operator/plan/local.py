@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_contract.agent_config import AgentConfig
-from moe_contract.agent_config import Listen as AgentListen
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
-from moe_contract.gateway_config import Listen as GatewayListen
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.sections import Listen
 
-from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.engine import Runtime
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.settings import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
@@ -119,7 +119,7 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
     return AgentConfig(
         name=name,
         run_dir=site.state_dir / name,
-        listen=AgentListen(host=HOST, port=agent_port),
+        listen=Listen(host=HOST, port=agent_port),
         token_file=site.token_file,
         engine=build_engine(resource, port=engine_port, share=_share(resource, site, index)),
         request=request_settings(resource.spec.scheduling.request),
@@ -129,8 +129,8 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
 
 def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentConfig, ...]) -> GatewayConfig:
     return GatewayConfig(
-        listen=GatewayListen(host=HOST, port=resource.spec.gateway.port or site.ports[0]),
-        admin=GatewayListen(host=HOST, port=site.ports[1]),
+        listen=Listen(host=HOST, port=resource.spec.gateway.port or site.ports[0]),
+        admin=Listen(host=HOST, port=site.ports[1]),
         token_file=site.token_file,
         engines=tuple(_build_address(agent) for agent in agents),
         dispatch=engine_settings(resource.spec.scheduling.engine),

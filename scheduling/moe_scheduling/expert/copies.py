@@ -1,7 +1,7 @@
-"""Which experts of a layer should have copies, and laying them over copies that are not needed: a step of the search.
+"""Replicas of hot experts: how many each expert should have, and placing them in slots of replicas that are not needed.
 
-A share may be as large as leaves the other places of its rank room for the coldest experts. Copies are laid the largest
-share first, each on the least loaded rank that can take it.
+A share (the tokens of one replica) may be so large that the other places of its rank still have room for the coldest
+experts. Replicas are placed by decreasing share, each on the least loaded rank that can take it.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import numpy as np
 from moe_scheduling.expert.placement import Flags, Ints, Singles, mark_hosts
 from moe_scheduling.expert.search_state import BLOCKED, SearchState, Step
 
-# Part of a rank's mean that a share may take where copies would take most of the moves.
+# Largest share, as part of a rank's mean, where replicas would take most of the moves.
 _FILLING = np.float32(0.8)
 
 Change = tuple[Ints, Ints, Ints]
@@ -21,12 +21,19 @@ Change = tuple[Ints, Ints, Ints]
 def wanted_copies(
     work: Singles, spare: int, ranks: int, places: int, part: float = 1.0, cheap: int | None = None
 ) -> Ints:
-    """Copies that each expert should have: [layer, expert] -> [layer, expert], `spare` more than experts at most.
+    """Returns the replicas that each expert should have, [layer, expert], at most `spare` more than experts in a layer.
 
-    A share may be as large as leaves the other places of its rank room for the coldest experts: a larger one forces its
-    rank above the mean, a smaller one costs moves and wins nothing. `part` of that limit is taken. Where this takes
-    more than `cheap` copies, which leave few moves for all else, shares may be as large as fill a rank in part; None:
-    copies cost nothing. Where `spare` copies do not reach, the largest share is as small as they make it.
+    The largest share leaves the other places of its rank room for the coldest experts: a larger one puts its rank above
+    the mean, a smaller one costs moves and gains nothing.
+
+    Args:
+        work: [layer, expert], work of all replicas of an expert.
+        spare: slots of a layer in addition to one for each expert.
+        ranks: ranks of the group.
+        places: slots of a rank.
+        part: factor on the largest share.
+        cheap: replicas beyond which a share may fill most of a rank, so that moves are left for swaps; None: no such
+            limit. Where `spare` replicas are too few, the largest share is as small as they allow.
     """
     limit = _largest_share(work, ranks, places) * np.float32(part)
     if cheap is not None:
@@ -37,7 +44,7 @@ def wanted_copies(
 
 
 def _raise_share(work: Singles, low: Singles, high: Singles, most: int) -> Singles:
-    """By layer, the least share from `low` to `high` that needs no more than `most` copies; `high` where none is."""
+    """Returns by layer the least share from `low` to `high` that needs at most `most` replicas, else `high`."""
     short = _extra_copies(work, low).sum(1) > most
     start = low
     for _ in range(16):
@@ -66,27 +73,27 @@ def _largest_share(work: Singles, ranks: int, places: int) -> Singles:
     return np.asarray(share, dtype=np.float32)
 
 
-def spread_copies(board: SearchState, wanted: Ints) -> None:
-    """Lays copies that are wanted over spare ones, as one state of the path: half of them may make a layer worse."""
-    queue = _queue_of_copies(board, wanted)
+def spread_copies(state: SearchState, wanted: Ints) -> None:
+    """Places the wanted replicas in spare slots, as one step of the path: a half of them may make a layer worse."""
+    queue = _queue_of_copies(state, wanted)
     if not queue.shape[1]:
         return
-    laying = _Laying(board, wanted)
-    changes = [change for expert in queue.T for change in laying.lay(expert)]
+    placing = _ReplicaPlacement(state, wanted)
+    changes = [change for expert in queue.T for change in placing.place(expert)]
     layers, slots, experts = (np.concatenate(parts) for parts in zip(*changes, strict=True))
     if len(layers):
-        # A slot that changes twice has what it gets last, as numpy assigns.
-        board.steps.append(Step(layers=layers, slots=slots, experts=experts))
-        board.settle()
-        board.record()
+        # A slot that changes twice gets its last value, as numpy assigns in order.
+        state.steps.append(Step(layers=layers, slots=slots, experts=experts))
+        state.refresh()
+        state.record()
 
 
-def _queue_of_copies(board: SearchState, wanted: Ints) -> Ints:
-    """[layer, place in the queue]: the experts that lack copies, the largest share first; -1 behind the last."""
-    lacking = np.maximum(wanted - board.copies, 0)
+def _queue_of_copies(state: SearchState, wanted: Ints) -> Ints:
+    """Returns [layer, position]: experts that lack replicas by decreasing share; -1 behind the last."""
+    lacking = np.maximum(wanted - state.copies, 0)
     layer, expert = np.nonzero(lacking)
     times = lacking[layer, expert]
-    share = board.work[layer, expert] / wanted[layer, expert]
+    share = state.work[layer, expert] / wanted[layer, expert]
     order = np.lexsort((expert, -share, layer))
     layer, expert = np.repeat(layer[order], times[order]), np.repeat(expert[order], times[order])
     lengths = lacking.sum(1)
@@ -96,23 +103,24 @@ def _queue_of_copies(board: SearchState, wanted: Ints) -> Ints:
 
 
 @dataclass(slots=True)
-class _Laying:
-    """Copies on their way: what is spare, and how full the ranks are by now.
+class _ReplicaPlacement:
+    """Mutable tables while replicas are placed one by one.
 
     Attributes:
-        board: whose `experts` are changed; the rest of it is settled afterwards.
-        wanted: [layer, expert], copies.
-        share: [layer, expert], work of a copy once all are laid.
-        load: [layer, rank], work above the mean by now.
-        hosts: [layer, expert, rank], by now.
-        spare: [layer, expert], copies that are not needed, by now.
-        slots: [layer, n], those of experts that had copies to spare, padded.
-        ranks: of these slots.
-        held: what lay in them.
-        freed: what their rank gets rid of when a new expert comes, less than nothing; `BLOCKED` where none can.
+        state: the search state; its `experts` are changed here, its other tables are refreshed afterwards.
+        wanted: [layer, expert], replicas.
+        share: [layer, expert], work of one replica once all are placed.
+        load: [layer, rank], present work above the mean.
+        hosts: [layer, expert, rank], whether a rank has the expert at present.
+        spare: [layer, expert], replicas not needed at present.
+        slots: [layer, n], slots of experts that had replicas to spare, padded.
+        ranks: [layer, n], the ranks of these slots.
+        held: [layer, n], the experts that were in these slots.
+        freed: [layer, n], work removed from the rank when the slot gets another expert, as a negative number;
+            `BLOCKED` where the slot is taken.
     """
 
-    board: SearchState
+    state: SearchState
     wanted: Ints
     share: Singles = field(init=False)
     load: Singles = field(init=False)
@@ -124,19 +132,19 @@ class _Laying:
     freed: Singles = field(init=False)
 
     def __post_init__(self) -> None:
-        board, table = self.board, self.board.table
-        _, ranks, places = board.shape
-        self.share = np.divide(board.work, self.wanted, dtype=np.float32)
-        self.load, self.hosts = board.excess.copy(), mark_hosts(table, board.work.shape[1], ranks)
-        self.spare = board.copies - self.wanted
+        state, table = self.state, self.state.table
+        _, ranks, places = state.shape
+        self.share = np.divide(state.work, self.wanted, dtype=np.float32)
+        self.load, self.hosts = state.imbalance.copy(), mark_hosts(table, state.work.shape[1], ranks)
+        self.spare = state.copies - self.wanted
         is_spare = np.take_along_axis(self.spare > 0, table, 1)
         self.slots = np.argsort(~is_spare, axis=1, kind="stable")[:, : int(is_spare.sum(1).max())]
         self.ranks, self.held = self.slots // places, np.take_along_axis(table, self.slots, 1)
         self.freed = -np.take_along_axis(self.share, self.held, 1)
         self.freed[~np.take_along_axis(is_spare, self.slots, 1)] = BLOCKED
 
-    def lay(self, expert: Ints) -> list[Change]:
-        """One expert for each layer, where it is not -1."""
+    def place(self, expert: Ints) -> list[Change]:
+        """Places one replica of `expert[layer]` in each layer where it is not -1, and returns the changes."""
         layers, experts, ranks = self.hosts.shape
         row = np.arange(layers)
         room = self.load.take(row[:, None] * ranks + self.ranks)
@@ -148,29 +156,32 @@ class _Laying:
         layer = np.nonzero(due & found)[0]
         changes = [self._take(layer, pick[layer], expert[layer])]
         layer = np.nonzero(due & ~found)[0]
-        return changes + self._lay_elsewhere(layer, room[layer], expert[layer]) if len(layer) else changes
+        return changes + self._place_elsewhere(layer, room[layer], expert[layer]) if len(layer) else changes
 
-    def _lay_elsewhere(self, layer: Ints, room: Singles, expert: Ints) -> list[Change]:
-        """Where each rank with a spare copy has the expert: another takes it, and gives one of its own for the copy."""
-        places, row = self.board.shape[2], np.arange(len(layer))
+    def _place_elsewhere(self, layer: Ints, room: Singles, expert: Ints) -> list[Change]:
+        """Places replicas whose spare slots are all on ranks that have the expert.
+
+        Another rank takes the replica and gives one of its own experts for the spare slot.
+        """
+        places, row = self.state.shape[2], np.arange(len(layer))
         pick = room.argmin(1)
         giver = np.where(self.hosts[layer, expert], BLOCKED, self.load[layer]).argmin(1)
-        theirs, to = self.board.experts[:, layer, giver], self.ranks[layer, pick]
+        theirs, to = self.state.experts[:, layer, giver], self.ranks[layer, pick]
         given = self.share[layer, theirs]
         after = np.maximum(self.load[layer, giver] + self.share[layer, expert] - given, room[row, pick] + given)
         after[self.hosts[layer, theirs, to] | self.hosts[layer, expert, giver]] = BLOCKED
         place = after.argmin(0)
         good = after[place, row] < BLOCKED / 2
         layer, pick, expert, giver, place = layer[good], pick[good], expert[good], giver[good], place[good]
-        given_expert = self.board.experts[place, layer, giver]
+        given_expert = self.state.experts[place, layer, giver]
         return [self._put(layer, giver * places + place, expert), self._take(layer, pick, given_expert)]
 
     def _take(self, layer: Ints, pick: Ints, expert: Ints) -> Change:
-        """A spare slot gets an expert."""
+        """Puts an expert into a spare slot and updates what is spare."""
         held = self.held[layer, pick]
         self.freed[layer, pick] = BLOCKED
         self.spare[layer, held] -= 1
-        # What has no copy to spare any more gives none.
+        # Experts without a spare replica left give up no further slot.
         last = self.spare[layer, held] == 0
         none, held = layer[last], held[last]
         freed = self.freed[none]
@@ -179,10 +190,10 @@ class _Laying:
         return self._put(layer, self.slots[layer, pick], expert)
 
     def _put(self, layer: Ints, slot: Ints, expert: Ints) -> Change:
-        rank, place = np.divmod(slot, self.board.shape[2])
-        old = self.board.experts[place, layer, rank]
+        rank, place = np.divmod(slot, self.state.shape[2])
+        old = self.state.experts[place, layer, rank]
         self.load[layer, rank] += self.share[layer, expert] - self.share[layer, old]
-        self.board.experts[place, layer, rank] = expert
-        self.hosts[layer, old, rank] = (self.board.experts[:, layer, rank] == old).any(0)
+        self.state.experts[place, layer, rank] = expert
+        self.hosts[layer, old, rank] = (self.state.experts[:, layer, rank] == old).any(0)
         self.hosts[layer, expert, rank] = True
         return layer, slot, expert

@@ -1,13 +1,15 @@
-"""What a placement of experts costs in one engine step, in seconds: the one currency of `expert.py`.
+"""Cost model of an expert placement: seconds of one engine step, by term.
 
 The papers weigh balance, traffic and moves by hand-set factors alpha, beta, gamma (Gimbal, arXiv 2606.15177). Here each
-term is a time, from a coefficient that was measured, so nothing is left to weigh.
+term is a time from a measured coefficient, so no weights are needed.
 
-A layer of an expert group ends when its slowest rank does: its work is `token_s` times the tokens of the busiest rank.
-A token's copies share alike, since vLLM picks the copy by the token's position. Each token travels from the rank that
-has its request to the rank of its expert and back; the ranks' links work side by side, so the time is that of the mean
-rank. Where a token stays with its expert between two layers, only what changes ranks is handed over; vLLM brings every
-token home after each layer, hence `handover_token_s` is 0 there.
+- Load: a layer of an expert group ends with its slowest rank, so it takes `token_s` times the tokens of the busiest
+  rank. Replicas of an expert share its tokens evenly, because vLLM picks the replica by the token's position.
+- Traffic: each token travels from the rank that has its request to the rank of its expert and back. The links of all
+  ranks work in parallel, so the time is that of the mean rank.
+
+Which experts the same token takes in neighbouring layers has no term: vLLM returns every token to its own rank after
+each layer, so that the next layer's traffic does not depend on it.
 """
 
 import math
@@ -16,97 +18,86 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moe_scheduling.expert.placement import Flags, Floats, Placement, Singles, count_copies, mark_hosts
+from moe_scheduling.expert.placement import Flags, Floats, Placement, Singles, count_copies
 
-# Size of a product of matrices (m * n * k) up to which numpy's BLAS asks no other threads for help: on a busy machine
-# they are waited for many times longer than they save.
-_ALONE = 2**18
-# A token goes to its expert, and its result comes back.
+# Size of a matrix product (m * n * k) up to which numpy's BLAS uses one thread. On a busy machine waiting for its other
+# threads takes many times what they save.
+_ONE_THREAD = 2**18
+# A token is sent to its expert, and the result is sent back.
 _DIRECTIONS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertLoad:
-    """What the experts had to do.
+    """Recorded load of the experts, in tokens a step.
 
     Attributes:
         tokens: [source, layer, expert], tokens a step that the data-parallel rank `source` sends to a logical expert.
             The sources divide the ranks of the group evenly among themselves, in order; a single source stands for
-            all ranks, and then nothing is known of traffic.
-        pairs: [layer, expert, next], tokens a step that go to `expert` in a layer and to `next` in the following one,
-            a layer less than `tokens`; None where it was not recorded.
-        steps: engine steps that were looked at.
+            all ranks, and then the traffic is unknown and counted as 0.
+        steps: engine steps in the recorded window.
         by_expert: [layer, expert], tokens a step of all sources.
 
     Raises:
-        ValueError: a shape does not fit, or a figure is negative or not finite.
+        ValueError: a shape does not fit, or a value is negative or not finite.
     """
 
     tokens: Floats
-    pairs: Floats | None = None
     steps: int = 1
     by_expert: Floats = field(init=False)
 
     def __post_init__(self) -> None:
-        tokens = _checked(self.tokens, "tokens", 3)
+        tokens = _check_tokens(self.tokens)
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "by_expert", tokens.sum(0))
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
-        if self.pairs is None:
-            return
-        pairs = _checked(self.pairs, "pairs", 3)
-        if pairs.shape != (tokens.shape[1] - 1, tokens.shape[2], tokens.shape[2]):
-            raise ValueError("pairs must be [layer, expert, next] for each layer but the last")
-        object.__setattr__(self, "pairs", pairs)
 
     @property
     def layers(self) -> int:
-        """Layers that have experts."""
+        """Number of MoE layers."""
         return int(self.tokens.shape[1])
 
     @property
     def experts(self) -> int:
-        """Logical experts of a layer."""
+        """Number of logical experts in a layer."""
         return int(self.tokens.shape[2])
 
 
-def _checked(values: npt.ArrayLike, name: str, dimensions: int) -> Floats:
+def _check_tokens(values: npt.ArrayLike) -> Floats:
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != dimensions or (name == "tokens" and not array.size):
-        raise ValueError(f"{name} must have {dimensions} dimensions and not be empty")
+    if array.ndim != 3 or not array.size:
+        raise ValueError("tokens must have 3 dimensions and not be empty")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite")
+        raise ValueError("tokens must be finite")
     if (array < 0).any():
-        raise ValueError(f"{name} must not be negative")
+        raise ValueError("tokens must not be negative")
     return array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCosts:
-    """Seconds, each measured or given.
+    """Coefficients of the cost model in seconds, measured or given.
 
     Attributes:
         token_s: work of a rank on one token of one expert.
-        remote_token_s: one token, in one direction, between two ranks of a node.
-        internode_token_s: one token, in one direction, between two nodes.
-        handover_token_s: one token between the ranks of its experts in two neighbouring layers; 0 in vLLM, see above.
-        move_s: one expert brought to a rank, as serving is held up by it.
+        remote_token_s: transfer of one token, in one direction, between two ranks of a node.
+        internode_token_s: transfer of one token, in one direction, between two nodes.
+        move_s: time that serving stands still for one expert moved to a rank.
         horizon_steps: engine steps until the next decision, over which a move has to pay.
 
     Raises:
-        ValueError: a figure is negative or not finite.
+        ValueError: a value is negative or not finite.
     """
 
     token_s: float
     remote_token_s: float = 0.0
     internode_token_s: float = 0.0
-    handover_token_s: float = 0.0
     move_s: float = 0.0
     horizon_steps: int = 3000
 
     def __post_init__(self) -> None:
-        for name in ("token_s", "remote_token_s", "internode_token_s", "handover_token_s", "move_s"):
+        for name in ("token_s", "remote_token_s", "internode_token_s", "move_s"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite")
         if self.horizon_steps < 1:
@@ -115,29 +106,27 @@ class ExpertCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """Seconds a step that the experts take, over all layers.
+    """Cost of a placement: seconds of one engine step over all layers.
 
     Attributes:
-        load_s: work of the busiest rank, layer by layer.
-        balanced_s: what that would be if all ranks had the same; no placement is below.
-        traffic_s: tokens to foreign ranks and back.
-        handover_s: tokens between layers.
+        load_s: sum over the layers of the busiest rank's work.
+        balanced_s: the same if all ranks had equal work; the lower bound of `load_s`.
+        traffic_s: transfer of tokens to other ranks and back.
     """
 
     load_s: float
     balanced_s: float
     traffic_s: float
-    handover_s: float
 
     @property
     def total_s(self) -> float:
-        """What a placement is judged by."""
-        return self.load_s + self.traffic_s + self.handover_s
+        """Seconds of one step; placements are compared by it."""
+        return self.load_s + self.traffic_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Balance:
-    """How evenly the ranks are loaded, without units; 1 is even.
+    """How evenly the ranks are loaded, as ratios; 1 is even.
 
     Attributes:
         mean: busiest rank over the mean rank, mean over the layers weighted by their tokens.
@@ -157,7 +146,7 @@ class Balance:
 
 
 def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> tuple[Terms, Balance]:
-    """The seconds of one engine step under a load, and how even it is.
+    """The cost of one engine step under a load, and the balance of the ranks.
 
     Raises:
         ValueError: the sources do not divide the ranks evenly.
@@ -166,8 +155,7 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     terms = Terms(
         load_s=float(ranks.max(1).sum()) * costs.token_s,
         balanced_s=float(ranks.mean(1).sum()) * costs.token_s,
-        traffic_s=arrivals.carried_s(costs) / placement.ranks,
-        handover_s=_handover_s(load, placement, costs),
+        traffic_s=arrivals.traffic_s(costs) / placement.ranks,
     )
     mean = ranks.mean(1)
     by_layer = np.divide(ranks.max(1), mean, out=np.ones_like(mean), where=mean > 0)
@@ -184,7 +172,7 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
 
 
 def load_of_ranks(load: ExpertLoad, placement: Placement) -> Floats:
-    """Tokens a step of each rank: [layer, rank]; an expert's copies share alike."""
+    """Tokens a step of each rank: [layer, rank]; replicas of an expert share its tokens evenly."""
     table = placement.physical_to_logical
     share = load.by_expert / count_copies(table, load.experts)
     by_slot = np.take_along_axis(share, table, 1)
@@ -192,7 +180,7 @@ def load_of_ranks(load: ExpertLoad, placement: Placement) -> Floats:
 
 
 def link_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
-    """Seconds of one token from a source to a rank, and back: [source, rank].
+    """Seconds of one token from a source to a rank and back: [source, rank].
 
     Raises:
         ValueError: the sources do not divide the ranks evenly.
@@ -202,52 +190,33 @@ def link_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Fl
     return np.asarray(_DIRECTIONS * np.where(same_node, near, costs.internode_token_s))
 
 
-def carry_costs(load: ExpertLoad, links: Floats) -> Singles:
-    """Seconds of traffic if all tokens of an expert went to one rank: [layer, expert, rank].
+def traffic_costs(load: ExpertLoad, links: Floats) -> Singles:
+    """Seconds of traffic a step if all tokens of an expert went to one rank: [layer, expert, rank].
 
-    The links of all ranks work side by side, hence the division by their number.
+    Args:
+        load: recorded load.
+        links: seconds of one token from a source to a rank and back, [source, rank], as `link_costs` returns them.
     """
     sources, ranks = links.shape
     tokens = load.tokens.astype(np.float32).transpose(1, 2, 0)
+    # The links of all ranks work in parallel.
     weights = (links / ranks).astype(np.float32)
-    carried = np.empty((load.layers, load.experts, ranks), np.float32)
-    width = max(_ALONE // (sources * ranks), 1)
+    traffic = np.empty((load.layers, load.experts, ranks), np.float32)
+    width = max(_ONE_THREAD // (sources * ranks), 1)
     for first in range(0, load.experts, width):
-        carried[:, first : first + width] = tokens[:, first : first + width] @ weights
-    return carried
-
-
-def handover_costs(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats | None:
-    """As `carry_costs`, for what is handed over to and from the neighbouring layers as they lie now; None if nothing.
-
-    What is saved is negative: tokens whose neighbour has a copy on the rank. An expert counts each of its two sides.
-    """
-    if load.pairs is None or not costs.handover_token_s:
-        return None
-    shares = _shares_on_ranks(load, placement)
-    saved = np.zeros(shares.shape)
-    saved[:-1] += load.pairs @ shares[1:]
-    saved[1:] += load.pairs.transpose(0, 2, 1) @ shares[:-1]
-    return -costs.handover_token_s / placement.ranks * saved
-
-
-def _handover_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> float:
-    if load.pairs is None or not costs.handover_token_s:
-        return 0.0
-    shares = _shares_on_ranks(load, placement)
-    kept = float(((load.pairs @ shares[1:]) * shares[:-1]).sum())
-    return (float(load.pairs.sum()) - kept) * costs.handover_token_s / placement.ranks
+        traffic[:, first : first + width] = tokens[:, first : first + width] @ weights
+    return traffic
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrivals:
-    """Tokens a step of all layers, those that stay on their source's ranks, and those that stay on its node."""
+    """Tokens a step over all layers: the total, those that stay on their source's ranks and on its node."""
 
     total: float
     in_rank: float
     in_node: float
 
-    def carried_s(self, costs: ExpertCosts) -> float:
+    def traffic_s(self, costs: ExpertCosts) -> float:
         one_way_s = (self.in_node - self.in_rank) * costs.remote_token_s
         return _DIRECTIONS * (one_way_s + (self.total - self.in_node) * costs.internode_token_s)
 
@@ -269,19 +238,6 @@ def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     near = np.stack([by_source[on_node].sum(0) for on_node in same_node[:, ::ranks_of_node].T])
     by_node = near[rank // ranks_of_node, cells] * part
     return _Arrivals(total, float(own.sum()), float(by_node.sum()))
-
-
-def _shares_on_ranks(load: ExpertLoad, placement: Placement) -> Floats:
-    """Part of an expert's tokens that a rank gets: [layer, expert, rank]."""
-    table, experts = placement.physical_to_logical, load.experts
-    copies = count_copies(table, experts)
-    if copies.max() == 1:
-        return mark_hosts(table, experts, placement.ranks).astype(np.float64)
-    shape = (placement.layers, experts, placement.ranks)
-    rank = np.arange(placement.slots) // placement.slots_per_rank
-    cells = (np.arange(placement.layers)[:, None] * experts + table) * placement.ranks + rank
-    held = np.bincount(cells.ravel(), minlength=int(np.prod(shape))).reshape(shape)
-    return held / copies[..., None]
 
 
 def _nearness(load: ExpertLoad, placement: Placement) -> tuple[Flags, Flags]:

@@ -1,7 +1,6 @@
-"""Where the experts of an expert group lie: the value, its counters, and what a change of it moves.
+"""The placement of experts in an expert group, with functions that count its replicas and the moves of a change.
 
-Read by `expert.py` and its siblings, by the node agent, by `moeserving experts` and by the benchmarks, so that everyone
-counts moves alike.
+Used by the decision, the node agent, `moeserving experts` and the benchmarks, so that all count moves the same way.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ class Placement:
         physical_to_logical: [layer, slot], the logical expert; slots are numbered rank by rank.
         ranks: ranks of the group; each has as many slots as the others.
         nodes: machines that the ranks lie on, as many ranks on each, in their order.
-        version: rises with each change that was carried out.
+        version: number of the placement; rises by one with each change carried out.
 
     Raises:
         ValueError: the shape is not that of whole ranks on whole nodes, or a slot holds no expert's number.
@@ -49,25 +48,25 @@ class Placement:
 
     @property
     def layers(self) -> int:
-        """Layers that have experts."""
+        """Number of MoE layers."""
         return int(self.physical_to_logical.shape[0])
 
     @property
     def slots(self) -> int:
-        """Slots of a layer, over all ranks."""
+        """Number of slots in a layer, over all ranks."""
         return int(self.physical_to_logical.shape[1])
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots of a layer on one rank."""
+        """Number of slots in a layer on one rank."""
         return self.slots // self.ranks
 
 
 def initial_placement(*, layers: int, experts: int, redundant: int, ranks: int, nodes: int = 1) -> Placement:
-    """vLLM's placement at the start: the experts in order, then the first ones once more as the redundant.
+    """Returns vLLM's placement at the start: the experts in order, then the first `redundant` of them again.
 
     Raises:
-        ValueError: experts and redundant do not fill whole ranks, or the numbers have no meaning.
+        ValueError: experts and redundant do not fill whole ranks, or a number is out of range.
     """
     if min(layers, experts) < 1 or redundant < 0:
         raise ValueError("layers and experts must be at least 1, redundant at least 0")
@@ -76,10 +75,10 @@ def initial_placement(*, layers: int, experts: int, redundant: int, ranks: int, 
 
 
 def check_experts(placement: Placement, *, layers: int, experts: int) -> None:
-    """Refuses a placement that does not fit a model.
+    """Checks that a placement fits a model.
 
     Raises:
-        ValueError: other layers, an expert that the model does not have, or one that has no slot.
+        ValueError: the number of layers differs, the model lacks an expert of the placement, or an expert has no slot.
     """
     table = placement.physical_to_logical
     if table.shape[0] != layers:
@@ -93,14 +92,14 @@ def check_experts(placement: Placement, *, layers: int, experts: int) -> None:
 
 
 def count_copies(table: Ints, experts: int) -> Ints:
-    """Slots that each expert has: [layer, slot] -> [layer, expert]."""
+    """Returns the number of slots of each expert: [layer, slot] -> [layer, expert]."""
     layers = table.shape[0]
     flat = (np.arange(layers)[:, None] * experts + table).ravel()
     return np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
 
 
 def mark_hosts(table: Ints, experts: int, ranks: int) -> Flags:
-    """Whether a rank has an expert: [layer, slot] -> [layer, expert, rank]."""
+    """Returns whether a rank has an expert: [layer, slot] -> [layer, expert, rank]."""
     layers, slots = table.shape
     hosts = np.zeros((layers, experts, ranks), dtype=np.bool_)
     hosts[np.arange(layers)[:, None], table, np.arange(slots) // (slots // ranks)] = True
@@ -108,9 +107,9 @@ def mark_hosts(table: Ints, experts: int, ranks: int) -> Flags:
 
 
 def count_moves(before: Placement, after: Placement) -> Ints:
-    """Experts that have to be brought to a rank, by layer: slots whose expert was in no slot of that rank before.
+    """Returns the moves by layer: slots whose expert was in no slot of that rank before.
 
-    What changes slots within its rank is copied there and no move, as in vLLM.
+    An expert that changes its slot within a rank is copied there and is no move, as in vLLM.
     """
     table = after.physical_to_logical
     experts = max(int(table.max()), int(before.physical_to_logical.max())) + 1
@@ -121,7 +120,7 @@ def count_moves(before: Placement, after: Placement) -> Ints:
 
 
 def keep_slots(before: Ints, after: Ints, ranks: int) -> Ints:
-    """The placement `after` with each expert that stays on its rank back in the slot that it has there in `before`."""
+    """Returns `after` [layer, slot] with each expert that stays on its rank in the slot that it has in `before`."""
     shape = (before.shape[0], ranks, -1)
     old, new = before.reshape(shape), after.reshape(shape).copy()
     for slot in range(old.shape[2]):

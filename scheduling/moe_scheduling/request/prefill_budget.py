@@ -15,7 +15,7 @@ from math import fsum
 from typing import NamedTuple
 
 # Seconds of TPOT that one second of TTFT is worth, summed over the requests, when a backlog is cut. How it was chosen:
-# docs/adr/0011-prefills-of-a-group-coincide.md.
+# docs/adr/0011-prefills-of-a-lockstep-group.md.
 TTFT_WEIGHT = 40.0
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_agent.api.state import build_state as build_agent_state
-from moe_agent.shared_memory.records import Control, RankState
+from moe_agent.shared_memory.control_record import Control
+from moe_agent.shared_memory.rank_record import RankState
 from moe_agent.supervisor.supervisor import Phase
 from moe_contract.agent_state import RankReport, read_agent_state, read_engine_state, write_agent_state
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, initial_settings

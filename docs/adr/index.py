@@ -14,7 +14,7 @@ Written by `make generate` from the records. A superseded record stays as it was
 |---|---|---|
 """
 _TITLE = re.compile(r"# (\d{4}): (.+)")
-_STATUS = re.compile(r"Status: (accepted|superseded by (\d{4}))(?:[.,;].*)?")
+_STATUS = re.compile(r"Status: (accepted|superseded in part|superseded by \D*(\d{4}))\b(.*)")
 
 
 def render_index(folder: Path) -> str:
@@ -33,8 +33,12 @@ def _row(path: Path) -> str:
     if title is None or title[1] != path.name[:4]:
         raise ValueError(f"{path.name}: the first line must be '# {path.name[:4]}: title'")
     if status is None or (status[2] and not list(path.parent.glob(f"{status[2]}-*.md"))):
-        raise ValueError(f"{path.name}: the third line must be 'Status: accepted' or 'Status: superseded by NNNN'")
-    return f"| [{title[1]}]({path.name}) | {title[2]} | {status[1]} |\n"
+        known = "'Status: accepted', 'Status: superseded in part' or 'Status: superseded by NNNN'"
+        raise ValueError(f"{path.name}: the third line must begin with {known}")
+    shown = f"superseded by {status[2]}" if status[2] else status[1]
+    if "superseded" in status[3]:
+        shown += ", in part superseded"
+    return f"| [{title[1]}]({path.name}) | {title[2]} | {shown} |\n"
 
 
 def main(option: str) -> int:

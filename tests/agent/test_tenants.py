@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.fairness import OUTPUT_WEIGHT
+from moe_scheduling.request.order import RequestSettings
 from moe_tools.modelless import foreign_warnings
 
 FLOOD, SMALL = "aaaaaaaa", "bbbbbbbb"
@@ -53,8 +53,9 @@ def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizo
     assert horizon_s or order(engine).index("small") == 20
 
 
-def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings):
-    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0)
+@pytest.mark.parametrize("weight", [0.0, 2.0, 5.0])
+def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings, weight):
+    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0, output_weight=weight)
     engine = make_engine(max_num_seqs=1, step_tokens=256, kv_blocks=2000)
     queue = engine.scheduler.waiting
     engine.add(of(FLOOD, "long"), 3000, out=500)
@@ -68,7 +69,7 @@ def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_
     while of(FLOOD, "long") not in engine.finished_order:
         before = queue._queue.lag_s(FLOOD)
         engine.step()
-    assert queue._queue.lag_s(FLOOD) - before == pytest.approx(OUTPUT_WEIGHT * 500 / 1000, abs=0.02)
+    assert queue._queue.lag_s(FLOOD) - before == pytest.approx(weight * 500 / 1000, abs=0.02)
     engine.run()
 
 
@@ -82,8 +83,9 @@ def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, setting
         engine.step()
     before = engine.scheduler.waiting._queue.lag_s(FLOOD)
     engine.abort(of(FLOOD, "running"))
-    answered = 1500 * OUTPUT_WEIGHT
-    assert engine.scheduler.waiting._queue.lag_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * OUTPUT_WEIGHT)
+    weight = RequestSettings().output_weight
+    answered = 1500 * weight
+    assert engine.scheduler.waiting._queue.lag_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * weight)
     assert before == 0.0
     engine.run()
 

@@ -167,6 +167,6 @@ async def fetch(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Doc
     return found
 
 
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
+async def fetch_conditions(operator: FreshOperator, key: Key) -> dict[str, Document]:
     """The resource's conditions by type."""
     return conditions(await fetch_serving(operator.api, key) or {})

@@ -149,7 +149,7 @@ class RooflineCost:
     source: str
 
     def group_step_s(self, works: Sequence[Work]) -> float:
-        """See the protocol."""
+        """Seconds of a step of the group: the slowest rank's work, attention, experts and exchange by the roofline."""
         gpu, model, efficiency = self.gpu, self.model, self.efficiency
         ranks = len(works)
         flops = gpu.flops * efficiency.compute
@@ -190,7 +190,7 @@ class RooflineCost:
         return model.moe_layers * efficiency.exposed * max(efficiency.exchange_s, moved_s)
 
     def expert_pressures(self, works: Sequence[Work]) -> tuple[float, tuple[float, ...]]:
-        """See the protocol."""
+        """Balance and pressures of the experts under this placement, the same in every step."""
         return self.balance.worst, self.balance.by_rank
 
     def kv_blocks(self, ranks: int, block_tokens: int = 16, used_share: float = 0.9) -> int:

@@ -11,6 +11,7 @@ from fresh_operator import (
     FreshOperator,
     change,
     fetch,
+    fetch_all,
     fetch_children,
     fetch_conditions,
     fetch_serving,
@@ -29,7 +30,7 @@ CACHE = {"path": "/cache", "size": "1Gi", "storageClass": "fast"}
 
 
 async def templates(operator: FreshOperator, key: Key) -> dict[str, Document]:
-    found = await operator.api.list(DEPLOYMENT, [key.namespace]) or []
+    found = await fetch_all(operator.api, DEPLOYMENT, key.namespace)
     return {row["metadata"]["name"]: row["spec"]["template"] for row in found}
 
 

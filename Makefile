@@ -52,12 +52,14 @@ test-e2e: $(STAMP) ## Run the suite on a real one-node Kubernetes (root on Linux
 
 generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart values, README figures, list of decisions
 	$(BIN)/python -m moe_operator.api.crd --write
+	$(BIN)/python -m moe_contract.reference --write
 	$(BIN)/python charts/generate.py --write
 	$(BIN)/python -m moe_lab.experiments.readme --write
 	$(BIN)/python docs/adr/index.py --write
 
 verify: $(STAMP) ## Fail if a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
+	$(BIN)/python -m moe_contract.reference --check
 	$(BIN)/python charts/generate.py --check
 	$(BIN)/python -m moe_lab.experiments.readme --check
 	$(BIN)/python docs/adr/index.py --check

@@ -5,7 +5,7 @@ vLLM as the baseline); only the model is not: it hands back one token for each r
 `pace` gives the seconds of a step. Importing this module does not import vllm or torch.
 
 The scheduler's shared-memory record and settings are found through the environment, as in an engine
-(`moe_agent.shared_memory.records`).
+(`moe_agent.shared_memory`).
 """
 
 import copy
@@ -25,14 +25,14 @@ class EngineShape:
     """Limits of an engine.
 
     Attributes:
-        seats: requests that run at once.
+        max_num_seqs: requests that run at once.
         step_tokens: tokens that a step may carry.
         kv_blocks: KV blocks, of 16 tokens each.
         vllm_policy: vLLM's own scheduling policy, `fcfs` or `priority`.
         ahead: steps on their way at once; 2 is vLLM's asynchronous scheduling.
     """
 
-    seats: int = 4
+    max_num_seqs: int = 4
     step_tokens: int = 256
     kv_blocks: int = 1000
     vllm_policy: Literal["fcfs", "priority"] = "fcfs"
@@ -192,7 +192,7 @@ class VirtualEngines:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-        config = copy.deepcopy(self._config(shape.seats, shape.step_tokens, shape.vllm_policy))
+        config = copy.deepcopy(self._config(shape.max_num_seqs, shape.step_tokens, shape.vllm_policy))
         hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
         kind = AsyncScheduler if stock else OrderedScheduler

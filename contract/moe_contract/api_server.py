@@ -245,6 +245,8 @@ class _Login:
 
         configuration = Configuration()
         configuration.client_session_kwargs = {"trust_env": trust_env}
+        # 0: no bound. Each watch keeps a connection, and with many namespaces calls would wait for ever behind them.
+        configuration.connection_pool_maxsize = 0
         if self._kubeconfig is None:
             load_incluster_config(configuration)
         else:

@@ -130,6 +130,42 @@ class Totals(_Part):
     won_s: Number = 0.0
 
 
+class PairPart(_Part):
+    """Experts of neighbouring layers that the same tokens take.
+
+    Attributes:
+        layer: of the first expert.
+        expert: its logical number.
+        next: logical number of the expert in the following layer.
+        tokens: that take both.
+        over_chance: these over the number expected by chance.
+    """
+
+    layer: Natural
+    expert: Natural
+    next: Natural
+    tokens: Natural
+    over_chance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class AffinityPart(_Part):
+    """Inter-layer affinity, recorded on request.
+
+    Attributes:
+        directive: version of the directive that asked for it.
+        passes: forward passes recorded so far.
+        wanted_passes: passes after which it is complete.
+        tokens: tokens recorded.
+        strongest: pairs that exceed chance by most tokens, the strongest first.
+    """
+
+    directive: Natural
+    passes: Natural
+    wanted_passes: Natural
+    tokens: Natural
+    strongest: tuple[PairPart, ...] = ()
+
+
 class ProblemPart(_Part):
     """Something that keeps the experts from being balanced.
 
@@ -160,6 +196,7 @@ class ExpertsState(_Part):
         costs: seconds by name: of a token's expert work, of its traffic, of one moved expert.
         decisions: the last 20, the newest first.
         totals: counters.
+        affinity: inter-layer affinity; None until it was recorded on request.
         problems: what is wrong at present.
     """
 
@@ -177,6 +214,7 @@ class ExpertsState(_Part):
     costs: dict[str, Number | None] | None = None
     decisions: tuple[Decision, ...] = ()
     totals: Totals = Totals()
+    affinity: AffinityPart | None = None
     problems: tuple[ProblemPart, ...] = ()
 
     @property

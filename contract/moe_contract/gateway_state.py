@@ -36,7 +36,7 @@ class TargetReport:
         in_flight: requests sent there that have not ended.
         unanswered_prefill_tokens: uncached prompt tokens sent there that no first token has answered.
         signal_age_s: age of its newest signal; None without one.
-        signal_source: where its load is known from: `agent`, `scrape`, or the gateway's own accounting.
+        signal_source: where its load is known from: `agent`, `scrape`, or `in_flight`, the gateway's own accounting.
         signal: its newest signal; None without one.
     """
 

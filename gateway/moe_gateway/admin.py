@@ -14,6 +14,7 @@ from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, STATE
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
+from moe_gateway.request_stats import RequestStats
 from moe_gateway.state import build_state
 
 MOST_BODY_BYTES = 1024 * 1024
@@ -24,6 +25,7 @@ class Administered(Protocol):
     """What the routes read and change."""
 
     dispatcher: Dispatcher
+    stats: RequestStats
     in_force: GatewaySettings
     clock: Callable[[], float]
 
@@ -62,13 +64,15 @@ class Admin:
         return web.Response(status=503, text=self._gateway.not_ready + "\n")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.clock)
+        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.stats, self._gateway.clock)
         return web.Response(body=render_metrics(collector), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _state(self, request: web.Request) -> web.Response:
         gateway = self._gateway
         now_s = gateway.clock()
-        document = build_state(gateway.dispatcher, gateway.in_force, draining=gateway.draining, now_s=now_s)
+        document = build_state(
+            gateway.dispatcher, gateway.stats, gateway.in_force, draining=gateway.draining, now_s=now_s
+        )
         return web.Response(body=write_gateway_state(document), content_type=JSON)
 
     async def _put_config(self, request: web.Request) -> web.Response:

@@ -6,11 +6,13 @@ from moe_contract.gateway_state import GatewayState, RequestTotals, TargetReport
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.request_stats import RequestStats
 
 
-def build_state(dispatcher: Dispatcher, settings: GatewaySettings, *, draining: bool, now_s: float) -> GatewayState:
+def build_state(
+    dispatcher: Dispatcher, stats: RequestStats, settings: GatewaySettings, *, draining: bool, now_s: float
+) -> GatewayState:
     """The answer of `GET /v1/state`; `now_s` is the gateway's clock."""
-    stats = dispatcher.stats
     recent = stats.recent
     return GatewayState(
         accepting=dispatcher.accepting and not draining,
@@ -35,7 +37,7 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> Target
         name=target.server,
         rank=target.rank,
         group=engine.group or None,
-        reachable=engine.reachable,
+        reachable=engine.is_reachable,
         accepting=state.accepting,
         in_flight=state.in_flight,
         unanswered_prefill_tokens=state.unanswered_prefill_tokens,

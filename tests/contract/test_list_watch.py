@@ -251,6 +251,14 @@ async def test_a_listener_that_fails_gets_the_objects_again(api: FakeApi, follow
     await until(lambda: "a" in copy.objects)
 
 
+async def test_many_watches_leave_calls_a_connection(
+    api: FakeApi, server: ApiServer, follow: Callable[..., Copy]
+) -> None:
+    copies = [follow() for _ in range(120)]
+    await until(lambda: api.watches == len(copies))
+    assert (await asyncio.wait_for(server.list(SLICES, "models", SELECTOR), 5)).items == []
+
+
 async def test_errors_name_the_status_and_the_reason_of_the_server(api: FakeApi, server: ApiServer) -> None:
     async def error_of(call: Callable[[], Awaitable[Any]]) -> ApiError:
         with pytest.raises(ApiError) as caught:

@@ -7,7 +7,7 @@ import string
 import httptools
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from moe_contract.agent_state import read_engine_state
 from moe_contract.documents import parse_model
@@ -238,6 +238,8 @@ DOCUMENTS = st.recursive(
 
 
 @given(DOCUMENTS)
+@example({"bytes": None})
+@example({"dispatch": {"str": 1}})
 def test_any_change_is_valid_or_names_its_problems(document):
     try:
         change = parse_gateway_settings(document, IN_FORCE)

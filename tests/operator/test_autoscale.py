@@ -161,7 +161,7 @@ async def test_a_load_above_the_target_asks_for_more() -> None:
 
 
 @pytest.mark.parametrize("silent", ["tiny-gateway-a", "all"])
-async def test_without_a_signal_nothing_changes_and_that_is_told(silent: str) -> None:
+async def test_without_a_signal_nothing_changes_and_that_is_reported(silent: str) -> None:
     by_pod = {} if silent == "all" else {name: state for name, state in STATES.items() if name != silent}
     outcome = await decide(resource(**BUSY), by_pod=by_pod)
     assert outcome.replicas == 2
@@ -169,7 +169,7 @@ async def test_without_a_signal_nothing_changes_and_that_is_told(silent: str) ->
     assert outcome.limited[0] == "NoSignal"
 
 
-async def test_the_most_engines_hold_the_number_back_and_that_is_told() -> None:
+async def test_the_most_engines_hold_the_number_back_and_that_is_reported() -> None:
     outcome = await decide(resource(**BUSY | {"maxReplicas": 2}))
     assert (outcome.replicas, outcome.limited and outcome.limited[0]) == (2, "TooFewReplicas")
 
@@ -297,11 +297,11 @@ def names_exposed() -> set[str]:
         }
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
-    dispatcher = Dispatcher(config, RequestStats())
-    for books in dispatcher.target_states.values():
-        books.accepting = True
+    dispatcher = Dispatcher(config)
+    for target in dispatcher.target_states.values():
+        target.accepting = True
     registry = CollectorRegistry()
-    registry.register(GatewayCollector(dispatcher, lambda: 1.0))
+    registry.register(GatewayCollector(dispatcher, RequestStats(), lambda: 1.0))
     registry.register(AgentCollector(lambda: state, lambda: None))
     text = generate_latest(registry).decode()
     return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}

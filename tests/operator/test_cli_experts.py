@@ -221,7 +221,7 @@ def test_an_idle_engine_has_taken_it_and_says_that_it_moves_nothing_yet(served: 
     assert "not carried out within 0.5 s; an engine without requests makes no steps" in said
 
 
-def test_a_wrong_token_and_the_mode_off_are_told(served: Served) -> None:
+def test_a_wrong_token_and_the_mode_off_are_reported(served: Served) -> None:
     token = served.folder.root / "a" / "token"
     right = token.read_text()
     token.write_text("wrong\n")
@@ -321,7 +321,7 @@ def test_in_a_cluster_the_way_leads_through_kubectl(served: Served, kubectl: Pat
     assert served.placement("a-engine-0")[0] == version + 1
 
 
-def test_what_kubectl_refuses_is_told_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kubectl_refuses_is_reported_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert say("show", "a", "-n", "other", code=1) == "kubectl: Error from server (Forbidden): not there\n"
     text = kubectl.read_text()
     kubectl.write_text(text.replace("'name': 'pod-1'", "'name': 'gone'"))
@@ -365,7 +365,7 @@ def test_a_change_without_load_says_that_its_worth_is_unknown() -> None:
         command.describe_change(read(experts()), [[0]])
 
 
-def test_a_deployment_without_an_expert_group_is_told_so(tmp_path: Path) -> None:
+def test_a_deployment_without_an_expert_group_is_reported_so(tmp_path: Path) -> None:
     alone = Served(tmp_path, replicas=1, parallelism={"data": 2})
     try:
         said = alone.say("show", code=1)

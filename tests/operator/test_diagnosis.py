@@ -23,7 +23,7 @@ def with_container(field: str = "containerStatuses", **status: Any) -> Document:
     return found
 
 
-def waiting(reason: str, message: str = "told") -> Document:
+def waiting(reason: str, message: str = "detail") -> Document:
     return {"state": {"waiting": {"reason": reason, "message": message}}}
 
 
@@ -141,7 +141,7 @@ def test_what_is_well_or_on_its_way_is_no_finding(found: Document) -> None:
     assert find_problems([found], States()) == []
 
 
-def test_a_reason_is_told_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
+def test_a_reason_is_reported_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
     long = with_container(**waiting("ErrImagePull", "x" * 5000))
     other = with_container(**waiting("ErrImagePull")) | {"metadata": pod("tiny-engine-b")["metadata"]}
     (finding,) = find_problems([other, long], States())
@@ -149,13 +149,13 @@ def test_a_reason_is_told_once_by_the_first_pod_and_a_long_message_is_cut() -> N
     assert len(finding.message) == LONGEST_MESSAGE
 
 
-def test_the_newest_pod_is_told_first() -> None:
+def test_the_newest_pod_is_reported_first() -> None:
     old = with_container(**waiting("ImagePullBackOff"))
     new = with_container(**waiting("CreateContainerConfigError", 'secret "absent" not found'))
     old["metadata"] |= {"name": "a", "creationTimestamp": "2026-01-01T00:00:00Z"}
     new["metadata"] |= {"name": "b", "creationTimestamp": "2026-01-01T00:01:00Z"}
-    told = [finding.reason for finding in find_problems([old, new], States())]
-    assert told == ["SecretMissing", "ImageCannotBePulled"]
+    reasons = [finding.reason for finding in find_problems([old, new], States())]
+    assert reasons == ["SecretMissing", "ImageCannotBePulled"]
 
 
 def test_pods_without_any_status_are_no_finding() -> None:

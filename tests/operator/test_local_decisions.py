@@ -71,7 +71,7 @@ def test_only_a_steady_life_makes_the_next_failure_a_first_one(failures: int, li
 @pytest.mark.parametrize(
     ("status", "words"), [(2, "exit status 2"), (-9, "killed by SIGKILL"), (-99, "killed by signal 99")]
 )
-def test_an_exit_is_told_in_words(status: int, words: str) -> None:
+def test_an_exit_is_reported_in_words(status: int, words: str) -> None:
     assert describe_exit(status) == words
 
 

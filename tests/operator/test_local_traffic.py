@@ -97,7 +97,7 @@ def test_a_gateway_that_gives_no_answer_ends_the_window() -> None:
     assert extend_window((totals(0.0), totals(1.0)), None) == ()
 
 
-def test_the_page_tells_engines_processes_and_traffic() -> None:
+def test_the_status_shows_engines_processes_and_traffic() -> None:
     lines = page(look(GATEWAY, AGENT), Throughput(requests_per_s=2.25, ttft_mean_s=0.125)).splitlines()
     assert lines[0].split() == ["tiny", "http://127.0.0.1:8000", "model", "served"]
     assert any(

@@ -58,10 +58,10 @@ def stats() -> RequestStats:
 def gateway_port(stats: RequestStats) -> Iterator[int]:
     engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
     document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
-    dispatcher = Dispatcher(GatewayConfig.model_validate(document), stats)
-    for books in dispatcher.target_states.values():
-        books.accepting = True
-    yield from exposed(GatewayCollector(dispatcher, time.monotonic))
+    dispatcher = Dispatcher(GatewayConfig.model_validate(document))
+    for target in dispatcher.target_states.values():
+        target.accepting = True
+    yield from exposed(GatewayCollector(dispatcher, stats, time.monotonic))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ async def busy(stats: RequestStats) -> None:
         await asyncio.sleep(0.1)
 
 
-async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, stats: RequestStats) -> None:
+async def test_prometheus_has_what_gateways_and_agents_count(prometheus: str, stats: RequestStats) -> None:
     load = asyncio.create_task(busy(stats))
     try:
         found = await signal_of_a_full_window(prometheus)

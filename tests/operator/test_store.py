@@ -34,7 +34,7 @@ def test_another_object_of_the_name_is_news_whatever_its_version() -> None:
     store = Store()
     store.put(POD, document(version=9))
     assert store.put(POD, document(version=3, uid="another")) == KEY
-    assert store.remove(POD, document(version=9)) == KEY, "the end of the old one is told late"
+    assert store.remove(POD, document(version=9)) == KEY, "the event of its end came late"
     assert store.of(KEY, POD) == [document(version=3, uid="another")]
 
 

@@ -95,12 +95,17 @@ async def let_go_of_claims(api: Api, store: Store, key: Key) -> None:
             store.remove(CLAIM, now)
 
 
+async def fetch_all(api: Api, kind: Kind, namespace: str) -> list[Document]:
+    """The operator's objects of a kind in a namespace."""
+    listing = await api.list(kind, namespace)
+    return [] if listing is None else listing.items
+
+
 async def fetch_children(api: Api, namespace: str) -> dict[tuple[str, str], Document]:
     """All children in a namespace, by kind and name."""
     found: dict[tuple[str, str], Document] = {}
     for kind in CHILDREN:
-        listing = await api.list(kind, namespace)
-        for document in [] if listing is None else listing.items:
+        for document in await fetch_all(api, kind, namespace):
             found[kind.name, document["metadata"]["name"]] = document
     return found
 
@@ -135,6 +140,7 @@ __all__ = [
     "comparable",
     "conditions",
     "connect",
+    "fetch_all",
     "fetch_children",
     "fetch_serving",
     "let_go_of_claims",
@@ -167,6 +173,6 @@ async def fetch(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Doc
     return found
 
 
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
+async def fetch_conditions(operator: FreshOperator, key: Key) -> dict[str, Document]:
     """The resource's conditions by type."""
     return conditions(await fetch_serving(operator.api, key) or {})

@@ -1,4 +1,4 @@
-"""Any valid resource becomes real and then costs nothing; any invalid one is refused or told."""
+"""Any valid resource becomes real and then costs nothing; any invalid one is refused, or reported by a condition."""
 
 import asyncio
 import json
@@ -71,8 +71,8 @@ async def test_every_valid_resource_becomes_real_and_a_new_operator_then_writes_
 ) -> None:
     chosen = with_names_of_their_own(examples(documents(max_nodes=1), count))
     assert len(chosen) == count
-    lanes = [chosen[lane::AT_A_TIME] for lane in range(AT_A_TIME)]
-    await asyncio.gather(*(make_real(kubeconfig, namespace, lane) for lane in lanes))
+    parts = [chosen[part::AT_A_TIME] for part in range(AT_A_TIME)]
+    await asyncio.gather(*(make_real(kubeconfig, namespace, part) for part in parts))
     async with started(kubeconfig, namespace) as another:
         for document in chosen:
             await another.reconciler.reconcile(Key(namespace, document["metadata"]["name"]))
@@ -98,7 +98,7 @@ async def refused(operator: FreshOperator, document: Document) -> int:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", INVALID)
-async def test_every_invalid_resource_is_refused_by_the_api_server_or_told_by_a_condition(
+async def test_every_invalid_resource_is_refused_by_the_api_server_or_reported_by_a_condition(
     kubeconfig: Path, namespace: str, count: int
 ) -> None:
     chosen = [document for document in examples(mutated(), 2 * count) if not is_valid(document)][:count]
@@ -109,13 +109,13 @@ async def test_every_invalid_resource_is_refused_by_the_api_server_or_told_by_a_
             metadata = document["metadata"] | {"namespace": namespace}
             refusal = await refused(operator, document | {"metadata": metadata})
             assert refusal in (0, 400, 422), document
-            outcomes["refused" if refusal else "told"] += 1
+            outcomes["refused" if refusal else "reported"] += 1
             if not refusal:
-                await assert_told(operator, Key(namespace, document["metadata"]["name"]))
+                await assert_reported(operator, Key(namespace, document["metadata"]["name"]))
     assert outcomes["refused"] > 0.9 * count, f"the schema says too little: {outcomes}"
 
 
-async def assert_told(operator: FreshOperator, key: Key) -> None:
+async def assert_reported(operator: FreshOperator, key: Key) -> None:
     operator.store.put(SERVING, await fetch_serving(operator.api, key) or {})
     assert await operator.reconciler.reconcile(key) is None
     live = await fetch_serving(operator.api, key) or {}
@@ -136,10 +136,10 @@ async def assert_told(operator: FreshOperator, key: Key) -> None:
         ),
     ],
 )
-async def test_what_only_a_plan_can_tell_is_told_by_a_condition(
+async def test_an_error_that_only_a_plan_finds_is_reported_by_a_condition(
     kubeconfig: Path, namespace: str, spec: Document, message: str
 ) -> None:
     async with started(kubeconfig, namespace) as operator:
         key = await create(operator, namespace, serving(**spec))
-        await assert_told(operator, key)
+        await assert_reported(operator, key)
         assert conditions(await fetch_serving(operator.api, key) or {})["Degraded"]["message"] == message

@@ -64,7 +64,7 @@ def test_about_the_wanted_share_of_steps_ends_before_the_next_is_scheduled(seed)
         step_s = 0.05 * dice.uniform(0.67, 1.33)
         early += number >= 2000 and step_s < deferral.wait_s(0.05)
         deferral.observe(0.05, step_s)
-    # The lead comes off the wait, so that fewer end before it.
+    # `LEAD_S` is subtracted from the wait, so that fewer end before it.
     assert 0.0 < early / 10_000 < EARLY_SHARE * 1.5
 
 

@@ -79,7 +79,7 @@ class Gateway:
 
 
 class Fleet:
-    """Runs so many requests, which come at random to the gateways, to their ends."""
+    """Serves a number of requests, which arrive at random gateways."""
 
     def __init__(self, gateways, engines, *, rate, requests, period_s, seed, shares_traffic=True):
         self.random = random.Random(seed)

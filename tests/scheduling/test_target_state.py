@@ -105,6 +105,7 @@ def test_ahead_is_the_queue_of_the_signal_and_the_requests_sent_since():
     its.sent("after", 7, 2.5)
     its.observe(EngineSignal(waiting_prefill_tokens=1000, running_prefill_tokens=500), 2.0)
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1517
+    assert its.sent_since_signal == 2
     its.first_token("before", 3.0)
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1517
     its.first_token("after", 3.0)

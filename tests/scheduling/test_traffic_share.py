@@ -11,7 +11,7 @@ STALE_AFTER_S = 2.0
 
 
 def engine(running, own, *, waiting=0, observed_s=0.0):
-    """State of an engine with so many requests by its signal, `own` of them from this gateway."""
+    """State of an engine with `running` and `waiting` requests by its signal, `own` of them from this gateway."""
     state = TargetState(Target("a"))
     for number in range(own):
         state.sent(number, 10, observed_s)

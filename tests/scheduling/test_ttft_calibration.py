@@ -15,7 +15,7 @@ ABSURD = [math.nan, math.inf, -math.inf, -1.0, 10**400]
 
 
 def taught(ratios, *, predicted_s=0.5, each_s=0.01, rounds=400):
-    """TtftCalibration that saw so many answers of each target, which took so many times as long as predicted."""
+    """A calibration after `rounds` answers of each target, which took `ratio` times as long as predicted."""
     calibration = TtftCalibration()
     for number in range(rounds):
         for target, ratio in ratios.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moe_agent.shared_memory.records import Control, ControlPageWriter
+from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
 from moe_agent.vllm.version import is_cpu_build
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, InvalidInput
@@ -79,7 +79,7 @@ def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | No
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
-        with ControlPageWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
+        with ControlRecordWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
             llm = _load(engine)
             source = f"measured: {engine.model.name} on this machine, {read_environment()['system']}"
             try:

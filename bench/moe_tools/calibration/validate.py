@@ -173,7 +173,7 @@ def _simulated_s(simulation: Simulation) -> float:
 
 def serve(llm: Any, control: Any, order: RequestPolicy, trace: Sequence[TraceRequest], version: int) -> list[float]:
     """Times to first token on the engine; the priority of a request is its prompt's length, as in the simulator."""
-    from moe_agent.shared_memory.records import Control
+    from moe_agent.shared_memory.control_record import Control
 
     control.write(Control(version=version, request=_request(order)))
     engine = llm.llm_engine

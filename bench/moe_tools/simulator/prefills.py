@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe_tools.simulator.rank import Rank
 
 if TYPE_CHECKING:
-    from moe_agent.shared_memory.records import PrefillState
+    from moe_agent.shared_memory.prefill_record import PrefillState
 
 
 def share_prefills(ranks: Sequence[Rank]) -> None:

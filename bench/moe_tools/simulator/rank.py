@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,6 @@ from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_ha
 
 OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
 STOCK = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-_SIGNAL_FIELDS = frozenset(field.name for field in fields(EngineSignal))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,7 @@ class Rank:
         self._requests: dict[str, SimRequest] = {}
         scheduler.clock = lambda: self.now_s
         if publishes:
-            scheduler._page = _RecordTap(self)
+            scheduler._record = _RecordTap(self)
         _count_preemptions(scheduler, self)
 
     def add(self, request: SimRequest, now_s: float) -> None:
@@ -134,7 +133,7 @@ class Rank:
     def defer_s(self, now_s: float) -> float:
         """Seconds by which the scheduling of the next step is still deferred; 0 for vLLM's own scheduler."""
         self.now_s = now_s
-        return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
+        return float(self.scheduler.defer_s()) if hasattr(self.scheduler, "defer_s") else 0.0
 
     def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
         """Schedules the next step; returns its work."""
@@ -213,10 +212,9 @@ class _RecordTap:
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
 
-    def write(self, *, written_s: float, **values: Any) -> None:
-        values.update(self._rank.expert_values)
-        self._rank.published = EngineSignal(**{name: values[name] for name in values.keys() & _SIGNAL_FIELDS})
-        self._rank.published_s = written_s
+    def write(self, state: Any) -> None:
+        self._rank.published = EngineSignal(**{**vars(state.signal), **self._rank.expert_values})
+        self._rank.published_s = state.written_s
 
     def close(self) -> None:
         """Does nothing; a record has to be closed."""
@@ -278,7 +276,7 @@ class RankMaker:
         config = copy.deepcopy(self._config(limits))
         with _control_record(request):
             made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
-        return Rank(made, publishes=hasattr(made, "_page"))
+        return Rank(made, publishes=hasattr(made, "_record"))
 
     def _make_config(self, limits: EngineLimits) -> Any:
         return make_config(
@@ -311,14 +309,14 @@ def find_scheduler(path: str) -> SchedulerFactory:
 @contextmanager
 def _control_record(settings: RequestSettings) -> Iterator[None]:
     """The control record that an agent writes before its engine starts."""
-    from moe_agent.shared_memory.records import Control, ControlPageWriter
+    from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
     from moe_contract.engine_process import RUN_DIR_VARIABLE
 
     before = os.environ.get(RUN_DIR_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
         try:
-            with ControlPageWriter(Path(folder), Control(version=1, request=settings)):
+            with ControlRecordWriter(Path(folder), Control(version=1, request=settings)):
                 yield
         finally:
             del os.environ[RUN_DIR_VARIABLE]

@@ -39,9 +39,9 @@ class SignalPlan:
     """
 
     source: SignalSource = SignalSource.AGENT
-    # The agent's watch stream: at most one line each 10 ms (docs/interfaces.md).
-    period_s: float = 0.01
-    # A wake-up of the agent (docs/adr/0019), a line, the network: rather less, assumed.
+    # The agent looks at the shared-memory records this often (moe_agent.api.broadcaster).
+    period_s: float = 0.1
+    # A wake-up of the agent, a line, the network: rather less, assumed.
     delay_s: float = 0.003
     losses: Sequence[Loss] = ()
 

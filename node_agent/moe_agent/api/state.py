@@ -2,7 +2,8 @@
 
 from moe_contract.agent_state import AgentSettingsInForce, AgentState, EngineProcess, RankReport
 
-from moe_agent.shared_memory.records import Control, RankState
+from moe_agent.shared_memory.control_record import Control
+from moe_agent.shared_memory.rank_record import RankState
 from moe_agent.supervisor.supervisor import Phase, Supervisor
 
 

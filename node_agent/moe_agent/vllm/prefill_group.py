@@ -12,13 +12,8 @@ from typing import NamedTuple, Protocol
 
 from moe_scheduling.request.prefill_budget import RankLoad
 
-from moe_agent.shared_memory.records import (
-    PageUnreadableError,
-    PrefillPageReader,
-    PrefillPageWriter,
-    PrefillState,
-    StepPart,
-)
+from moe_agent.shared_memory.prefill_record import PrefillRecordReader, PrefillRecordWriter, PrefillState, StepPart
+from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
 # Seconds after its last write from which a rank counts as idle: while one rank of a group computes, all make steps, and
 # ranks with requests write at each.
@@ -50,8 +45,8 @@ class SharedMemoryPrefillGroup:
 
     def __init__(self, run_dir: Path, rank: int, ranks: int) -> None:
         self._run_dir = run_dir
-        self._record = PrefillPageWriter(run_dir, rank, PrefillState(0.0, 0.0, RankLoad(), RankLoad()))
-        self._readers: dict[int, PrefillPageReader | None] = {other: None for other in range(ranks) if other != rank}
+        self._record = PrefillRecordWriter(run_dir, rank, PrefillState(0.0, 0.0, RankLoad(), RankLoad()))
+        self._readers: dict[int, PrefillRecordReader | None] = {other: None for other in range(ranks) if other != rank}
         self._calls = 0
 
     def publish(self, state: PrefillState) -> None:
@@ -69,22 +64,22 @@ class SharedMemoryPrefillGroup:
                 states.append(state)
         return states
 
-    def _open(self, rank: int) -> PrefillPageReader | None:
+    def _open(self, rank: int) -> PrefillRecordReader | None:
         """Opens the record that is in place now: a restarted engine replaces its record. None where there is none."""
         if (old := self._readers[rank]) is not None:
             old.close()
         try:
-            reader = PrefillPageReader(self._run_dir, rank)
-        except PageUnreadableError:
+            reader = PrefillRecordReader(self._run_dir, rank)
+        except RecordUnreadableError:
             reader = None
         self._readers[rank] = reader
         return reader
 
 
-def _read(reader: PrefillPageReader | None) -> PrefillState | None:
+def _read(reader: PrefillRecordReader | None) -> PrefillState | None:
     try:
         return None if reader is None else reader.read()
-    except PageUnreadableError:
+    except RecordUnreadableError:
         return None
 
 

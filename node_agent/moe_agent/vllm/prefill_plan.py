@@ -18,7 +18,7 @@ from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve, plan_
 from moe_scheduling.request.waiting_queue import Waiting
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.shared_memory.records import PrefillState, StepPart
+from moe_agent.shared_memory.prefill_record import PrefillState, StepPart
 from moe_agent.vllm.prefill_group import WAVE_TURNS, OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53

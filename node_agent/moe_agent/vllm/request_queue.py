@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.fairness import OUTPUT_WEIGHT
 from moe_scheduling.request.order import RequestSettings, order_key
 from moe_scheduling.request.waiting_queue import Waiting, WaitingQueue
 from vllm.v1.core.sched.request_queue import RequestQueue
@@ -67,7 +66,8 @@ class OrderedRequestQueue(RequestQueue):
     def charge_output(self, request: Request) -> None:
         """Charges the tenant of a request that has ended for its output tokens."""
         if self._queue.charges:
-            self._queue.charge(tenant_of(request.request_id), OUTPUT_WEIGHT * request.num_output_tokens)
+            weight = self._queue.settings.output_weight
+            self._queue.charge(tenant_of(request.request_id), weight * request.num_output_tokens)
 
     # The rest is vLLM's interface.
 

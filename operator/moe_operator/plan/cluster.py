@@ -17,7 +17,7 @@ from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.pods import Update
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access

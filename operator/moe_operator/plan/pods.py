@@ -28,7 +28,7 @@ from moe_contract.sections import Listen
 from moe_operator.api.engine import Runtime
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing
-from moe_operator.api.settings import engine_settings, expert_settings, request_settings
+from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits

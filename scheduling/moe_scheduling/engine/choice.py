@@ -20,6 +20,7 @@ from moe_scheduling.engine.target_list import LARGE_FLEET, TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+from moe_scheduling.settings import check_settings, setting
 from moe_scheduling.signals import StepTime, Target
 
 
@@ -36,35 +37,37 @@ class DispatchPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Settings of the choice of the engine.
-
-    Attributes:
-        policy: `predicted` takes the least predicted time to first token, `leastRequests` the fewest requests,
-            `roundRobin` each target in turn.
-        stickiness_s: under `predicted`, a session stays at its last target while the prediction there is worse than the
-            best by at most this (seconds).
-        stale_after_s: age of a signal (seconds) from which it is not believed and the gateway counts its own requests
-            alone.
-        saturation_s: predicted wait before the prefill of a request (seconds) at which a target is saturated; while
-            all are, requests are held in the gateway's queue. None: never. Off by default, because a queue in the
-            gateway was measured to raise TTFT (docs/adr/0017).
+    """Choice of the engine for a request.
 
     Raises:
         ValueError: a value is out of its range or not finite.
     """
 
-    policy: DispatchPolicy = DispatchPolicy.PREDICTED
-    stickiness_s: float = 0.1
-    stale_after_s: float = 2.0
-    saturation_s: float | None = None
+    policy: DispatchPolicy = setting(
+        DispatchPolicy.PREDICTED,
+        "`predicted` takes the engine with the least predicted time to first token, `leastRequests` the one with the "
+        "fewest requests in flight, `roundRobin` each engine in turn.",
+    )
+    stickiness_s: float = setting(
+        0.1,
+        "Under `predicted`, a session stays at its engine while it is worse than the best by at most this.",
+        least=0,
+    )
+    stale_after_s: float = setting(
+        2.0,
+        "Age at which the gateway ignores an engine's signal and uses its own in-flight accounting alone.",
+        above=0,
+    )
+    # Off by default: a queue in the gateway was measured to raise TTFT (docs/adr/0017).
+    saturation_s: float | None = setting(
+        None,
+        "Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. Absent: it "
+        "never does.",
+        above=0,
+    )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.stickiness_s < math.inf:
-            raise ValueError("stickiness_s must be at least 0 and finite")
-        if not 0.0 < self.stale_after_s < math.inf:
-            raise ValueError("stale_after_s must be greater than 0 and finite")
-        if self.saturation_s is not None and not 0.0 < self.saturation_s < math.inf:
-            raise ValueError("saturation_s must be greater than 0 and finite, or absent")
+        check_settings(self)
 
 
 class Job(NamedTuple):

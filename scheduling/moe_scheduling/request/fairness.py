@@ -16,8 +16,6 @@ from collections import OrderedDict
 
 # The tenant of requests that name none.
 ANONYMOUS_TENANT = ""
-# Weight of an output token, where a prompt token weighs 1 (Sheng et al.).
-OUTPUT_WEIGHT = 2.0
 REMEMBERED_TENANTS = 1024
 # Part of the horizon by which a tenant may be ahead without a lag. Equal tenants differ by chance that much, and the
 # order by size, which shortens the mean wait of all, should hold between them.

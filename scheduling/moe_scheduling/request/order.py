@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moe_scheduling.settings import check_settings, setting
+
 # Whole numbers up to here are exact in a float; no prompt length and no level of priority is near it.
 LARGEST_EXACT = 2**53
 _LARGEST_SHIFT_S = 1e300
@@ -33,19 +35,9 @@ class RequestPolicy(StrEnum):
 class RequestSettings:
     """Order of the waiting queue, and the prefills of a step.
 
-    Under `fcfs` and `priority` an engine does what vLLM does, step for step: the fields from `ageing_rate` on act under
-    `sjf` alone. The last four are switches for ablations and calibration; no field of the resource sets them.
+    Under `fcfs` and `priority` an engine does what vLLM does, step for step: all other fields act under `sjf` alone.
 
     Attributes:
-        policy: `sjf` orders by uncached prefill tokens with ageing, `fcfs` by arrival, `priority` by (priority,
-            arrival).
-        ageing_rate: uncached prefill tokens that one second of waiting makes up for, in tokens/s. A request of S tokens
-            is never overtaken by one that arrived more than S / ageing_rate seconds after it.
-        ageing_horizon_s: upper bound of that time, in seconds: no request is overtaken by one of its priority that
-            arrived later by more.
-        priority_step_s: head start of one level of priority, in seconds; a lower level is more urgent.
-        fairness_horizon_s: most seconds by which requests of a tenant that received more service come later. 0: all
-            requests count as one tenant's.
         yield_prefills: whether a prompt that is computed in chunks lets waiting requests go first whose key is less
             than the key of its rest.
         cut_prefills: whether a step may take fewer prompt tokens than it has room for, where further tokens cost more
@@ -55,31 +47,55 @@ class RequestSettings:
         kv_growth_blocks: KV blocks that stay free for each running request when another is admitted, so that running
             requests can grow without a preemption. 0: none, as in vLLM.
 
+    These four are switches for ablations and calibration; the others are declared below, with their meaning.
+
     Raises:
         ValueError: a value is out of its range or not finite.
     """
 
-    policy: RequestPolicy = RequestPolicy.SJF
-    ageing_rate: float = 1000.0
-    ageing_horizon_s: float = 10.0
-    priority_step_s: float = 2.0
-    fairness_horizon_s: float = 10.0
+    policy: RequestPolicy = setting(
+        RequestPolicy.SJF,
+        "`sjf` takes the request with the fewest uncached prefill tokens first and lets waiting requests age, `fcfs` "
+        "keeps the order of arrival, `priority` the order of the priority field, then of arrival.",
+    )
+    ageing_rate: float = setting(
+        1000.0,
+        "Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater is nearer to "
+        "the order of arrival.",
+        above=0,
+    )
+    ageing_horizon_s: float = setting(
+        10.0,
+        "Under `sjf`, no request is overtaken by one of its priority that arrived later by more than this.",
+        least=0,
+    )
+    priority_step_s: float = setting(
+        2.0,
+        "Head start that one level of a request's priority is worth under `sjf` (lower is more urgent).",
+        least=0,
+    )
+    fairness_horizon_s: float = setting(
+        10.0,
+        "Under `sjf`, requests of a tenant that was served more than another that waits come later by up to this; "
+        "`gateway.tenantHeader` names the tenant of a request. 0s: tenants are not distinguished.",
+        least=0,
+    )
+    output_weight: float = setting(
+        2.0,
+        "Under `sjf`, prompt tokens that one token of an answer counts as in the service that a tenant received; such "
+        "as the ratio of their prices. 0: prompts alone count.",
+        least=0,
+        most=1000,
+    )
     yield_prefills: bool = True
     cut_prefills: bool = True
     defer_scheduling: bool = True
     kv_growth_blocks: int = 1
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ageing_rate < math.inf:
-            raise ValueError("ageing_rate must be greater than 0 and finite")
-        if not 0.0 <= self.ageing_horizon_s < math.inf:
-            raise ValueError("ageing_horizon_s must be at least 0 and finite")
-        if not 0.0 <= self.priority_step_s < math.inf:
-            raise ValueError("priority_step_s must be at least 0 and finite")
+        check_settings(self)
         if not 0 <= self.kv_growth_blocks <= LARGEST_EXACT:
             raise ValueError("kv_growth_blocks must be at least 0")
-        if not 0.0 <= self.fairness_horizon_s < math.inf:
-            raise ValueError("fairness_horizon_s must be at least 0 and finite")
 
     @property
     def is_fair(self) -> bool:

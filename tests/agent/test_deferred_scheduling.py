@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from moe_agent.shared_memory.records import PrefillState
-from moe_agent.vllm import deferred_start as late_start
-from moe_agent.vllm.deferred_start import EVENTS, has_ended, start_late, wait
+from moe_agent.shared_memory.prefill_record import PrefillState
+from moe_agent.vllm import deferred_start
+from moe_agent.vllm.deferred_start import EVENTS, defer_steps, has_ended, wait
 from moe_agent.vllm.prefill_group import WAVE_TURNS
 from moe_scheduling.request.deferred_scheduling import LEAD_S
 from moe_scheduling.request.prefill_budget import RankLoad
@@ -101,7 +101,7 @@ class Core(EngineCoreProc):
         later.start()
 
 
-class LateCore(Core):
+class DeferringCore(Core):
     """The same, waiting."""
 
 
@@ -111,7 +111,7 @@ def engine(make_engine, settings):
     made = make_engine()
     made.scheduler.clock = time.monotonic
     made.scheduler._step_curve.step_s = lambda *_: STEP_S
-    made.scheduler._late._least_part = 0.9
+    made.scheduler._deferral._least_part = 0.9
     return made
 
 
@@ -137,8 +137,8 @@ def steps_until_scheduled(core, engine, name):
 
 
 def test_a_request_that_comes_within_a_step_is_in_the_next_one(engine):
-    start_late(LateCore)
-    core = LateCore(engine.scheduler)
+    defer_steps(DeferringCore)
+    core = DeferringCore(engine.scheduler)
     engine.add("first", 40, out=8)
     # The step that it came in ends in the same turn that schedules it: vLLM schedules, then waits for the result.
     assert steps_until_scheduled(core, engine, "second") == 1
@@ -153,23 +153,23 @@ def test_vllm_itself_lets_it_wait_for_a_step_more(engine):
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_under_vllms_own_orders_it_does_what_vllm_does(engine, settings, policy):
     settings.put(policy=policy)
-    start_late(LateCore)
-    core = LateCore(engine.scheduler)
+    defer_steps(DeferringCore)
+    core = DeferringCore(engine.scheduler)
     engine.add("first", 40, out=8)
     assert steps_until_scheduled(core, engine, "second") == 2
 
 
 def test_switched_off_it_does_what_vllm_does(engine, settings):
     settings.put(policy="sjf", defer_scheduling=False)
-    start_late(LateCore)
-    core = LateCore(engine.scheduler)
+    defer_steps(DeferringCore)
+    core = DeferringCore(engine.scheduler)
     engine.add("first", 40, out=8)
     assert steps_until_scheduled(core, engine, "second") == 2
 
 
 def test_a_step_that_ends_sooner_than_predicted_ends_the_wait(engine):
-    start_late(LateCore)
-    core = LateCore(engine.scheduler)
+    defer_steps(DeferringCore)
+    core = DeferringCore(engine.scheduler)
     engine.scheduler._step_curve.step_s = lambda *_: 60.0
     engine.add("first", 40, out=3)
     begun_s = time.monotonic()
@@ -180,9 +180,9 @@ def test_a_step_that_ends_sooner_than_predicted_ends_the_wait(engine):
 
 
 def test_an_idle_engine_schedules_at_once(engine):
-    assert engine.scheduler.late_s() == 0.0
+    assert engine.scheduler.defer_s() == 0.0
     engine.add("first", 40)
-    assert engine.scheduler.late_s() == 0.0
+    assert engine.scheduler.defer_s() == 0.0
 
 
 def test_the_scheduler_learns_how_long_steps_take_and_waits_for_part_of_the_next(make_engine, settings):
@@ -195,10 +195,10 @@ def test_the_scheduler_learns_how_long_steps_take_and_waits_for_part_of_the_next
         for _ in range(4):
             engine.step()
     engine.run()
-    assert engine.scheduler._late.wait_s(0.02) > 0.6 * 0.02 - 0.003
+    assert engine.scheduler._deferral.wait_s(0.02) > 0.6 * 0.02 - 0.003
 
 
-def serve_late(scheduler, steps, *, step_s, host_s, tells_end):
+def serve_deferred(scheduler, steps, *, step_s, host_s, tells_end):
     """The core's loop in virtual time: a step is launched `host_s` after it is scheduled, and outputs come after that.
 
     Returns:
@@ -207,9 +207,9 @@ def serve_late(scheduler, steps, *, step_s, host_s, tells_end):
     now_s, running_ends_s, previous, idle_s = 0.0, 0.0, None, []
     scheduler.clock = lambda: now_s
     for _ in range(steps):
-        if previous is not None and (late_s := scheduler.late_s()) > 0.0:
-            ended = tells_end and running_ends_s <= now_s + late_s
-            now_s = max(now_s, running_ends_s) if ended else now_s + late_s
+        if previous is not None and (defer_s := scheduler.defer_s()) > 0.0:
+            ended = tells_end and running_ends_s <= now_s + defer_s
+            now_s = max(now_s, running_ends_s) if ended else now_s + defer_s
             scheduler.waited(has_ended=ended)
         output = scheduler.schedule()
         now_s += host_s
@@ -230,11 +230,11 @@ def test_what_launching_takes_is_not_learnt_as_the_steps_own_time(make_engine, s
     settings.put(policy="sjf")
     engine = make_engine()
     engine.add("one", 16, out=3000)
-    idle_s = serve_late(engine.scheduler, 1500, step_s=0.020, host_s=host_s, tells_end=tells_end)
+    idle_s = serve_deferred(engine.scheduler, 1500, step_s=0.020, host_s=host_s, tells_end=tells_end)
     assert engine.scheduler._step_curve.step_s(0, 1, 1) == pytest.approx(0.020, rel=0.1)
     # One step in twenty may end before the next is launched.
     assert sum(idle_s) / len(idle_s) < 0.15 * host_s
-    assert engine.scheduler._late.wait_s(0.020) > 0.3 * 0.020
+    assert engine.scheduler._deferral.wait_s(0.020) > 0.3 * 0.020
 
 
 # The seam to vLLM.
@@ -244,9 +244,9 @@ def test_a_class_is_made_to_wait_once():
     class Plain:
         def _process_input_queue(self) -> None: ...
 
-    start_late(Plain)
+    defer_steps(Plain)
     first = Plain._process_input_queue
-    start_late(Plain)
+    defer_steps(Plain)
     assert Plain._process_input_queue is first
 
 
@@ -255,12 +255,12 @@ def test_a_core_without_a_batch_queue_never_waits():
 
     class Plain:
         batch_queue = None
-        scheduler = SimpleNamespace(late_s=lambda: pytest.fail("asked"))
+        scheduler = SimpleNamespace(defer_s=lambda: pytest.fail("asked"))
 
         def _process_input_queue(self) -> None:
             called.append(1)
 
-    start_late(Plain)
+    defer_steps(Plain)
     Plain()._process_input_queue()
     assert called == [1]
 
@@ -289,7 +289,7 @@ def test_cores_wait_where_vllm_schedules_ahead_and_has_no_pipeline(
     config.scheduler_config.async_scheduling = ahead
     config.parallel_config.pipeline_parallel_size = stages
     made = []
-    monkeypatch.setattr("moe_agent.vllm.scheduler._start_late", lambda: made.append(1))
+    monkeypatch.setattr("moe_agent.vllm.scheduler._defer_steps", lambda: made.append(1))
     build_scheduler(type(scheduler), config, 100, log_stats=False).shutdown()
     assert bool(made) is waits
 
@@ -299,10 +299,10 @@ def test_a_shutdown_ends_the_wait(monkeypatch):
     core = SimpleNamespace(
         batch_queue=[(Future(), None, None)], input_queue=queue.Queue(), is_running=lambda: next(looks)
     )
-    monkeypatch.setattr(late_start, "_LOOK_S", 0.001)
+    monkeypatch.setattr(deferred_start, "_CHECK_INTERVAL_S", 0.001)
     waited = []
     scheduler = SimpleNamespace(
-        late_s=lambda: 60.0,
+        defer_s=lambda: 60.0,
         others_scheduled=lambda: False,
         waited=lambda *, has_ended: waited.append(has_ended),
     )
@@ -320,16 +320,16 @@ def test_all_that_has_come_is_taken_in_when_the_wait_ends():
     )
     for number in range(5):
         core.input_queue.put((number,))
-    late_s = iter([0.001, 0.0])
+    defer_s = iter([0.001, 0.0])
     scheduler = SimpleNamespace(
-        late_s=lambda: next(late_s), others_scheduled=lambda: False, waited=lambda has_ended: None
+        defer_s=lambda: next(defer_s), others_scheduled=lambda: False, waited=lambda has_ended: None
     )
     wait(core, scheduler)
     assert taken == [(number,) for number in range(5)]
 
 
 def test_vllm_calls_the_hook_between_two_steps():
-    """What `start_late` replaces: where the loop of either core takes in what has come."""
+    """What `defer_steps` replaces: where the loop of either core takes in what has come."""
     assert "_process_input_queue" not in vars(DPEngineCoreProc)
     for core_class in (EngineCoreProc, DPEngineCoreProc):
         _, loop = inspect.getsource(core_class).split("def run_busy_loop")
@@ -339,14 +339,14 @@ def test_vllm_calls_the_hook_between_two_steps():
 # Ranks of a group.
 
 
-class Told:
-    """What the other rank told."""
+class FakeGroup:
+    """A group with one other rank, whose state the test sets."""
 
     def __init__(self) -> None:
         self.state = PrefillState(0.0, 0.0, RankLoad(), RankLoad())
 
     def publish(self, state: PrefillState) -> None:
-        """Not looked at."""
+        """Nothing reads it."""
 
     def others(self, now_s: float) -> list[PrefillState]:
         return [self.state]
@@ -355,12 +355,12 @@ class Told:
 @pytest.fixture
 def grouped(engine):
     """The core of a rank in a group that runs; two turns of its wave are over."""
-    start_late(LateCore)
-    told = Told()
-    engine.scheduler.join(told)
-    core = LateCore(engine.scheduler)
+    defer_steps(DeferringCore)
+    group = FakeGroup()
+    engine.scheduler.join(group)
+    core = DeferringCore(engine.scheduler)
     core.engines_running, core.current_wave, core.step_counter = True, 3, 2
-    return core, told
+    return core, group
 
 
 def waited_s(core):
@@ -373,23 +373,23 @@ TURN = 3 * WAVE_TURNS + 2
 
 
 def test_a_rank_with_nothing_on_its_way_waits_until_another_one_schedules(grouped):
-    core, told = grouped
-    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
-    later = threading.Timer(0.1, lambda: setattr(told, "state", told.state._replace(turn=TURN)))
+    core, group = grouped
+    group.state = group.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
+    later = threading.Timer(0.1, lambda: setattr(group, "state", group.state._replace(turn=TURN)))
     later.start()
     assert 0.08 < waited_s(core) < 10.0
     assert core.scheduler.turn == TURN
 
 
 def test_it_waits_no_longer_than_the_other_one_means_to(grouped):
-    core, told = grouped
-    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.1)
+    core, group = grouped
+    group.state = group.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.1)
     assert 0.08 < waited_s(core) < 10.0
 
 
 def test_what_comes_to_it_meanwhile_is_taken_in(grouped, engine):
-    core, told = grouped
-    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.2)
+    core, group = grouped
+    group.state = group.state._replace(turn=TURN - 1, next_s=time.monotonic() + 0.2)
     core.arrive_in(0.05, request_of(engine, "new"))
     core._process_input_queue()
     assert "new" in engine.scheduler.requests
@@ -400,34 +400,34 @@ def test_what_comes_to_it_meanwhile_is_taken_in(grouped, engine):
 )
 def test_it_waits_for_none_that_was_not_in_the_step_before(grouped, turn):
     """Nor does a rank whose wave is another hold it up, which may be so for a moment when a group begins to step."""
-    core, told = grouped
-    told.state = told.state._replace(turn=turn, next_s=time.monotonic() + 60.0)
+    core, group = grouped
+    group.state = group.state._replace(turn=turn, next_s=time.monotonic() + 60.0)
     assert waited_s(core) < 10.0
 
 
 def test_a_group_that_does_not_run_is_not_waited_for(grouped, engine):
-    core, told = grouped
+    core, group = grouped
     core.engines_running = False
     core.input_queue.put((EngineCoreRequestType.ADD, (request_of(engine, "new"), 0)))
-    told.state = told.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
+    group.state = group.state._replace(turn=TURN - 1, next_s=time.monotonic() + 60.0)
     assert waited_s(core) < 10.0
 
 
 def test_the_first_that_schedules_ends_the_wait_of_those_that_compute(grouped, engine):
-    core, told = grouped
+    core, group = grouped
     engine.add("first", 40, out=8)
     core.model_executor.step_s = engine.scheduler._step_curve.step_s() * 40
     engine.scheduler._step_curve.step_s = lambda *_: 10.0
     core._process_engine_step()
     assert len(core.batch_queue) == 1
-    told.state = told.state._replace(turn=TURN)
+    group.state = group.state._replace(turn=TURN)
     assert waited_s(core) < 2.0
 
 
-def test_a_rank_tells_when_it_will_schedule_next(grouped, engine):
-    core, told = grouped
+def test_a_rank_publishes_when_it_will_schedule_next(grouped, engine):
+    core, group = grouped
     states = []
-    told.publish = states.append
+    group.publish = states.append
     core._process_input_queue()
     engine.add("first", 40, out=8)
     core._process_engine_step()

@@ -1,10 +1,10 @@
-"""The shortcut reads what is usual as the parser does, and leaves everything else to it."""
+"""The fast reader reads the usual request as llhttp does, and leaves every other one to it."""
 
 import httptools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.http.shortcut import LONGEST_HEAD_BYTES, read_usual_request
+from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, read_whole_request
 
 USUAL = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nContent-Length: 2\r\nX-B: c d\r\n\r\n{}"
 NAMES = ["accept", "x-a", "content-type", "authorization", "x-session-id", "x-request-id", "connection", "host"]
@@ -36,19 +36,19 @@ class Parsed:
 
 
 def test_a_usual_request_is_read_and_its_own_headers_go_on_as_they_came():
-    assert read_usual_request(USUAL) == (b"/v1/completions", b"Accept: */*\r\nX-B: c d\r\n", b"{}", b"", None)
+    assert read_whole_request(USUAL) == (b"/v1/completions", b"Accept: */*\r\nX-B: c d\r\n", b"{}", b"", None)
 
 
 def test_id_and_session_are_read_and_a_rank_from_outside_is_dropped():
     special = b"X-Request-Id: r1\r\nX-Session-Id: s1\r\nX-Data-Parallel-Rank: 3\r\nConnection: Keep-Alive\r\n"
     request = USUAL.replace(b"Accept: */*\r\n", special)
-    url, headers, body, request_id, session = read_usual_request(request)
+    url, headers, body, request_id, session = read_whole_request(request)
     assert (url, body, request_id, session) == (b"/v1/completions", b"{}", b"r1", "s1")
     assert headers == b"X-B: c d\r\nx-session-id: s1\r\n"
 
 
-def test_an_id_that_is_none_is_ignored():
-    assert read_usual_request(USUAL.replace(b"X-B: c d", b"X-Request-Id: a b"))[3] == b""
+def test_an_unusable_request_id_is_ignored():
+    assert read_whole_request(USUAL.replace(b"X-B: c d", b"X-Request-Id: a b"))[3] == b""
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_an_id_that_is_none_is_ignored():
         (b"Accept: */*", b"X-A: " + b"a" * LONGEST_HEAD_BYTES),
     ],
 )
-def test_what_is_not_usual_is_left_to_the_parser(old, new):
+def test_any_other_request_is_left_to_the_parser(old, new):
     assert USUAL.count(old) == 1
-    assert read_usual_request(USUAL.replace(old, new)) is None
+    assert read_whole_request(USUAL.replace(old, new)) is None
 
 
 @given(
@@ -105,14 +105,14 @@ def test_what_is_not_usual_is_left_to_the_parser(old, new):
     line=st.sampled_from(["\r\n", "\r\n", "\n"]),
     body=st.sampled_from([b"{}", b"", b"{}\r\n"]),
 )
-def test_what_it_reads_the_parser_reads_alike(fields, line, body):
+def test_the_parser_reads_the_same_of_each_request_that_it_reads(fields, line, body):
     lines = [
         "POST /v1/completions HTTP/1.1",
         "Content-Length: 2",
         *(f"{name}:{gap}{value}" for name, gap, value in fields),
     ]
     request = (line.join(lines) + line + line).encode("latin-1", "replace") + body
-    usual = read_usual_request(request)
+    usual = read_whole_request(request)
     if usual is None:
         return
     url, headers, read_body, _, _ = usual

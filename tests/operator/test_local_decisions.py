@@ -63,9 +63,9 @@ def test_the_pause_doubles_up_to_its_bound(failures: int, pause_s: float) -> Non
     assert backoff_s(failures, RULES) == pause_s
 
 
-@given(failures=st.integers(0, 10_000), lived_s=st.floats(0, 1e6))
-def test_only_a_steady_life_makes_the_next_failure_a_first_one(failures: int, lived_s: float) -> None:
-    assert next_failures(failures, lived_s, RULES) == (1 if lived_s >= RULES.steady_s else failures + 1)
+@given(failures=st.integers(0, 10_000), uptime_s=st.floats(0, 1e6))
+def test_only_a_steady_life_makes_the_next_failure_a_first_one(failures: int, uptime_s: float) -> None:
+    assert next_failures(failures, uptime_s, RULES) == (1 if uptime_s >= RULES.steady_s else failures + 1)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ class Rules:
     look_every_s: float = 1.0
 
 
-def next_failures(failures: int, lived_s: float, rules: Rules) -> int:
+def next_failures(failures: int, uptime_s: float, rules: Rules) -> int:
     """Failures in a row, the one now included, of a process that had `failures` before."""
-    return 1 if lived_s >= rules.steady_s else failures + 1
+    return 1 if uptime_s >= rules.steady_s else failures + 1
 
 
 def backoff_s(failures: int, rules: Rules) -> float:

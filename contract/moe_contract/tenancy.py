@@ -1,4 +1,4 @@
-"""Who a request is from, as a part of its id: how the gateway tells an engine, and how the engine's plugin reads it.
+"""The tenant of a request as a part of its id: written by the gateway, read by the plugin in the engine.
 
 The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
 A tenant is these digits; the nameless one, of requests without the header, is the empty string. For `/v1/responses`

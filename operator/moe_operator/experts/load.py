@@ -56,12 +56,12 @@ def read_placement(rows: Any, document: ExpertsState) -> Placement | None:
 
 def read_costs(document: ExpertsState, horizon_steps: int) -> ExpertCosts | None:
     """The costs that the engine measured; None before it has."""
-    told = {name: value for name, value in (document.costs or {}).items() if value is not None}
-    if not told.get("token_s"):
+    measured = {name: value for name, value in (document.costs or {}).items() if value is not None}
+    if not measured.get("token_s"):
         return None
     known = ("token_s", "remote_token_s", "internode_token_s", "handover_token_s", "move_s")
     try:
-        return ExpertCosts(**{name: told[name] for name in known if name in told}, horizon_steps=horizon_steps)
+        return ExpertCosts(**{name: measured[name] for name in known if name in measured}, horizon_steps=horizon_steps)
     except ValueError:
         return None
 

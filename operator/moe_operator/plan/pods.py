@@ -132,7 +132,7 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
         "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, startup_tries),
-        # A drain is told to gateways by the agent itself at once; here a busy node must not look like one.
+        # Gateways learn of a drain from the agent at once; this probe must not take a busy node for a draining one.
         "readinessProbe": _probe(READYZ, AGENT_PORT_NAME, 1, 3, timeout_s=3),
         "livenessProbe": _probe(HEALTHZ, AGENT_PORT_NAME, 10, 6),
         "lifecycle": {"preStop": {"sleep": {"seconds": ENGINE_NOTICE_S}}},

@@ -69,7 +69,9 @@ def agent_text(*signals: EngineSignal, **process: Any) -> bytes:
 
 def gateway_text(dispatcher: Dispatcher) -> bytes:
     """The answer that a gateway with this dispatcher writes."""
-    return write_gateway_state(build_gateway_state(dispatcher, initial_settings(CONFIG), draining=False, now_s=3.0))
+    return write_gateway_state(
+        build_gateway_state(dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0)
+    )
 
 
 @given(st.lists(SIGNALS, max_size=4))
@@ -87,10 +89,10 @@ def test_what_ranks_publish_reaches_every_reader_of_the_agent_whole(signals: lis
 
 
 def test_the_agents_state_reaches_the_gateways_dispatcher_and_its_own_state() -> None:
-    dispatcher = Dispatcher(CONFIG, RequestStats())
+    dispatcher = Dispatcher(CONFIG)
     engine = dispatcher.engines["e"]
     take_state(engine, read_engine_state(agent_text(SIGNAL, dataclasses.replace(SIGNAL, step=9))), dispatcher, 3.0)
-    assert engine.reachable
+    assert engine.is_reachable
     state = read_gateway_state(gateway_text(dispatcher))
     assert [(row.name, row.rank, row.accepting, row.signal_source) for row in state.engines] == [
         ("e", 0, True, "agent"), ("e", 1, True, "agent"),
@@ -101,9 +103,9 @@ def test_the_agents_state_reaches_the_gateways_dispatcher_and_its_own_state() ->
 
 
 def test_the_gateways_state_is_read_as_it_was_written_and_gives_the_fleets_signal() -> None:
-    dispatcher = Dispatcher(CONFIG, RequestStats())
+    dispatcher = Dispatcher(CONFIG)
     take_state(dispatcher.engines["e"], read_engine_state(agent_text(SIGNAL, SIGNAL)), dispatcher, 3.0)
-    written = build_gateway_state(dispatcher, initial_settings(CONFIG), draining=False, now_s=3.0)
+    written = build_gateway_state(dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0)
     read = read_gateway_state(write_gateway_state(written))
     assert read == written
     assert (read.dispatch_policy, read.totals.requests) == (CONFIG.dispatch.policy, 0)
@@ -135,7 +137,7 @@ def test_what_is_no_state_of_an_agent_is_refused(text: bytes) -> None:
 
 
 def test_a_gateway_of_another_version_is_read_and_nonsense_is_refused() -> None:
-    document = json.loads(gateway_text(Dispatcher(CONFIG, RequestStats())))
+    document = json.loads(gateway_text(Dispatcher(CONFIG)))
     document["future"] = document["engines"][0]["future"] = 1
     document["config"]["dispatch"]["policy"] = "of the future"
     del document["wait_s"], document["totals"]
@@ -159,7 +161,7 @@ def test_the_operator_sees_which_settings_a_peer_lacks() -> None:
 
     states = States(
         engines={"a": read_agent_state(agent_text(SIGNAL))},
-        gateways={"b": read_gateway_state(gateway_text(Dispatcher(CONFIG, RequestStats())))},
+        gateways={"b": read_gateway_state(gateway_text(Dispatcher(CONFIG)))},
     )
     agent = Peer(pod="a", url="", component="engine", revision="")
     gateway = Peer(pod="b", url="", component="gateway", revision="")

@@ -92,6 +92,7 @@ def test_the_agents_state_reaches_the_gateways_dispatcher_and_its_own_state() ->
     dispatcher = Dispatcher(CONFIG)
     engine = dispatcher.engines["e"]
     take_state(engine, read_engine_state(agent_text(SIGNAL, dataclasses.replace(SIGNAL, step=9))), dispatcher, 3.0)
+    assert engine.is_reachable
     state = read_gateway_state(gateway_text(dispatcher))
     assert [(row.name, row.rank, row.reachable, row.signal_source) for row in state.engines] == [
         ("e", 0, True, "agent"), ("e", 1, True, "agent"),

@@ -187,19 +187,19 @@ class World:
     def _go_on(self, server: _Server) -> None:
         group = server.group
         assert group is not None
-        defer_s = group.fill(self.now_s)
+        deferred_s = group.fill(self.now_s)
         if group.is_running:
             self._at(self.now_s + group.current_s, self._step_ends, server, server.epoch)
-            if defer_s:
-                self._at(self.now_s + defer_s, self._schedule_deferred, server, server.epoch, group.steps_made)
+            if deferred_s:
+                self._at(self.now_s + deferred_s, self._schedule_deferred, server, server.epoch, group.steps_made)
 
     def _schedule_deferred(self, server: _Server, epoch: int, steps_made: int) -> None:
         """The wait is over; nothing to do where the step that ran has ended before."""
         group = server.group
         if group is None or epoch != server.epoch or group.steps_made != steps_made:
             return
-        if defer_s := group.fill(self.now_s):
-            self._at(self.now_s + defer_s, self._schedule_deferred, server, epoch, steps_made)
+        if deferred_s := group.fill(self.now_s):
+            self._at(self.now_s + deferred_s, self._schedule_deferred, server, epoch, steps_made)
         else:
             self._changed(server)
 

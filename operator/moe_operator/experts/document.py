@@ -84,6 +84,34 @@ class Totals(_Part):
     won_s: Number = 0.0
 
 
+class PairPart(_Part):
+    """Tokens that take `expert` in `layer` and `next` in the following one, and how many times as many as by chance."""
+
+    layer: Natural
+    expert: Natural
+    next: Natural
+    tokens: Natural
+    over_chance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class AffinityPart(_Part):
+    """Inter-layer affinity, recorded on request.
+
+    Attributes:
+        directive: version of the directive that asked for it.
+        passes: forward passes recorded so far.
+        wanted_passes: passes after which it is complete.
+        tokens: tokens recorded.
+        strongest: pairs that exceed chance by most tokens, the strongest first.
+    """
+
+    directive: Natural
+    passes: Natural
+    wanted_passes: Natural
+    tokens: Natural
+    strongest: tuple[PairPart, ...] = ()
+
+
 class ProblemPart(_Part):
     """What is wrong."""
 
@@ -108,6 +136,7 @@ class ExpertsDocument(_Part):
     costs: dict[str, Number | None] | None = None
     decisions: tuple[Decision, ...] = ()
     totals: Totals = Totals()
+    affinity: AffinityPart | None = None
     problems: tuple[ProblemPart, ...] = ()
 
     @property

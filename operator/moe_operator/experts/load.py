@@ -60,7 +60,7 @@ def read_costs(document: ExpertsDocument, horizon_steps: int) -> ExpertCosts | N
     told = {name: value for name, value in (document.costs or {}).items() if value is not None}
     if not told.get("token_s"):
         return None
-    known = ("token_s", "remote_token_s", "internode_token_s", "handover_token_s", "move_s")
+    known = ("token_s", "remote_token_s", "internode_token_s", "move_s")
     try:
         return ExpertCosts(**{name: told[name] for name in known if name in told}, horizon_steps=horizon_steps)
     except ValueError:

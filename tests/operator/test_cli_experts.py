@@ -240,7 +240,7 @@ def test_affinity_of_an_engine_that_records_nothing_says_why(served: Served) -> 
     assert "passes outside CUDA graphs" in said
 
 
-def test_a_wrong_token_and_the_mode_off_are_told(served: Served) -> None:
+def test_a_wrong_token_and_the_mode_off_are_refused(served: Served) -> None:
     token = served.folder.root / "a" / "token"
     right = token.read_text()
     token.write_text("wrong\n")
@@ -340,7 +340,7 @@ def test_in_a_cluster_the_way_leads_through_kubectl(served: Served, kubectl: Pat
     assert served.placement("a-engine-0")[0] == version + 1
 
 
-def test_what_kubectl_refuses_is_told_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kubectl_refuses_is_shown_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert say("show", "a", "-n", "other", code=1) == "kubectl: Error from server (Forbidden): not there\n"
     text = kubectl.read_text()
     kubectl.write_text(text.replace("'name': 'pod-1'", "'name': 'gone'"))
@@ -384,7 +384,7 @@ def test_a_change_without_load_says_that_its_worth_is_unknown() -> None:
         command.describe_change(read(experts()), [[0]])
 
 
-def test_a_deployment_without_an_expert_group_is_told_so(tmp_path: Path) -> None:
+def test_a_deployment_without_an_expert_group_says_so(tmp_path: Path) -> None:
     alone = Served(tmp_path, replicas=1, parallelism={"data": 2})
     try:
         said = alone.say("show", code=1)

@@ -38,7 +38,7 @@ def read(document: dict[str, Any]) -> ExpertsDocument:
     return found
 
 
-def told(document: dict[str, Any]) -> tuple[str, str]:
+def judged(document: dict[str, Any]) -> tuple[str, str]:
     experts = report.build_experts({"e0": read(document)}, NOW)
     state, reason, _ = report.judge_experts(experts, has_group=True, before=None)
     return state.value, reason
@@ -46,7 +46,7 @@ def told(document: dict[str, Any]) -> tuple[str, str]:
 
 def test_a_group_that_has_just_started_is_read() -> None:
     document = published(Group())
-    assert told(document) == ("Unknown", "NotRecorded")
+    assert judged(document) == ("Unknown", "NotRecorded")
     assert read_load(read(document)) is None
 
 
@@ -57,8 +57,8 @@ def test_a_dry_run_is_read_shown_and_can_be_applied() -> None:
     group.planner.answer = answer()
     group.run_until(DecisionOutcome.DRY_RUN)
     document = published(group)
-    assert told(document) == ("False", "DryRunWouldMove")
-    assert told(published(group, short=True)) == ("False", "DryRunWouldMove")
+    assert judged(document) == ("False", "DryRunWouldMove")
+    assert judged(published(group, short=True)) == ("False", "DryRunWouldMove")
     found = read(document)
     load, placement = read_load(found), read_placement(found.placement.physical_to_logical, found)
     assert load is not None
@@ -88,6 +88,6 @@ def test_every_outcome_and_problem_of_the_agent_is_known_here() -> None:
     document |= {"load": {"steps": 10.0}, "balance": {"mean": 1.9, "worst": 1.9}}
     for outcome in DecisionOutcome:
         decision = {"number": 1, "age_s": 1.0, "outcome": outcome.value, "reason": "r"}
-        assert told(document | {"decisions": [decision]})[0] == "False"
-    reasons = {told(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
+        assert judged(document | {"decisions": [decision]})[0] == "False"
+    reasons = {judged(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
     assert reasons == {"NoDecision", "SlowMove", "VersionSkew", "RolledBack"}

@@ -57,11 +57,11 @@ def test_the_status_is_of_the_engine_that_is_worst_off() -> None:
 
 
 def test_the_status_has_what_the_agent_says_rounded_for_people() -> None:
-    told = status(decided("dryRun", moves=5, balance_after=1.0999))
-    assert (told.engine, told.mode, told.balance, told.remote_fraction, told.placement_version) == (
+    found = status(decided("dryRun", moves=5, balance_after=1.0999))
+    assert (found.engine, found.mode, found.balance, found.remote_fraction, found.placement_version) == (
         "e0", "dryRun", 1.6, 0.48, 7,
     )  # fmt: skip
-    last = told.last_decision
+    last = found.last_decision
     assert last is not None
     assert (last.outcome, last.moves, last.balance_before, last.balance_after) == ("dryRun", 5, 1.6, 1.1)
     assert last.time == NOW - timedelta(seconds=4), "3.2 s before, in whole seconds"
@@ -108,9 +108,9 @@ def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:
 def test_the_condition_says_what_holds_why_and_what_to_do(
     document: dict[str, Any], state: str, reason: str, words: str
 ) -> None:
-    told = verdict(document)
-    assert told[:2] == (state, reason)
-    assert words in told[2]
+    found = verdict(document)
+    assert found[:2] == (state, reason)
+    assert words in found[2]
 
 
 def test_without_a_group_or_an_answer_nothing_is_known() -> None:
@@ -143,27 +143,27 @@ def test_only_what_somebody_has_to_act_on_is_a_warning() -> None:
 
 
 def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
-    def told(before: dict[str, Condition], **changes: Any) -> tuple[dict[str, Condition], list[str]]:
+    def found(before: dict[str, Condition], **changes: Any) -> tuple[dict[str, Condition], list[str]]:
         seen = Seen(has_experts=True, experts=status(experts(**changes)))
         after = build_conditions(seen, before, NOW)
         events = [row.reason for row in changed_conditions(before, after) if row.type == CONDITION]
         return {row.type: row for row in after}, events
 
-    before, events = told({}, **balance(1.0))
+    before, events = found({}, **balance(1.0))
     assert events == ["Balanced"]
-    before, events = told(before, **balance(1.15))
+    before, events = found(before, **balance(1.15))
     assert events == []
-    before, events = told(before, **balance(1.5))
+    before, events = found(before, **balance(1.5))
     assert events == ["Imbalanced"]
-    before, events = told(before, **balance(1.7))
+    before, events = found(before, **balance(1.7))
     assert events == []
 
 
 def status_document(before: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resource = {"metadata": {"name": "a", "generation": 1}, "spec": {}, "status": before}
-    told, seen = build_status(resource, Names("a"), "default", Seen(has_experts=True), [], {}, {"e0": read(document)})
-    assert seen.experts == ExpertsStatus.model_validate(told["experts"])
-    return told
+    found, seen = build_status(resource, Names("a"), "default", Seen(has_experts=True), [], {}, {"e0": read(document)})
+    assert seen.experts == ExpertsStatus.model_validate(found["experts"])
+    return found
 
 
 def test_numbers_alone_are_not_written_again_while_they_are_young() -> None:

@@ -36,7 +36,8 @@ class Overhead:
         preset: the model on its hardware.
         requests: decoding requests of each rank.
         step_us: modelled step.
-        pass_us: processor time of a pass on the first rank, one value for each repetition.
+        pass_us: processor time of a pass on the first rank with its thread, one value for each repetition.
+        path_us: the same of the thread that steps alone: what lies in the step's path.
         other_us: the same on another rank.
         counting_us: processor time that counting one pass adds on a CPU engine, one value for each repetition.
     """
@@ -45,17 +46,21 @@ class Overhead:
     requests: int
     step_us: float
     pass_us: Sequence[float]
+    path_us: Sequence[float]
     other_us: Sequence[float]
     counting_us: Sequence[float]
 
 
 def measure_overhead(preset: str, *, requests: int, passes: int, repetitions: int) -> Overhead:
     """Measures one shape; the placement has one spare slot for each 8 experts."""
+    # Loaded once, before the ranks are forked.
+    from moe_agent.vllm import expert_group  # noqa: F401
+
     found = PRESETS[preset]
     cost = found.cost(found.ranks, placement=PlacementPolicy.EVEN)
     works = [Work(decode_requests=requests, context_tokens=requests * CONTEXT_TOKENS)] * found.ranks
     step_s = cost.group_step_s(works)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     values: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         given = (found.model, found.ranks, requests, step_s, passes, repetitions, folder, values)
@@ -69,8 +74,9 @@ def measure_overhead(preset: str, *, requests: int, passes: int, repetitions: in
         preset=preset,
         requests=requests,
         step_us=step_s * 1e6,
-        pass_us=results[0],
-        other_us=results[1],
+        pass_us=[row[0] for row in results[0]],
+        path_us=[row[1] for row in results[0]],
+        other_us=[row[0] for row in results[1]],
         counting_us=measure_counting(found.model, requests, repetitions),
     )
 
@@ -101,7 +107,7 @@ def _run_rank(
     tokens = torch.from_numpy(popularity / popularity.sum(1, keepdims=True) * requests * model.top_k)
     measured = []
     for repetition in range(1 + repetitions):
-        begun_s = time.process_time()
+        begun_s, alone_s = time.process_time(), time.thread_time()
         for _ in range(passes):
             clock.passes += 1
             group.begin_pass(requests)
@@ -110,7 +116,8 @@ def _run_rank(
             group.end_pass(False)
             _wait_for_thread(group)
         if repetition:
-            measured.append((time.process_time() - begun_s) / passes * 1e6)
+            seconds = time.process_time() - begun_s, time.thread_time() - alone_s
+            measured.append([value / passes * 1e6 for value in seconds])
     values.put((rank, measured))
     dist.barrier()
     if control is not None:
@@ -248,7 +255,15 @@ def measure_counting(model: Model, requests: int, repetitions: int) -> list[floa
 def render_overhead(rows: Sequence[Overhead]) -> Table:
     """Medians over the repetitions, with their range, and the part of the modelled step."""
     table = Table(title="Expert layer in its default mode: host time a step", title_justify="left")
-    for heading in ("shape", "requests a rank", "step, modelled", "first rank", "part of the step", "other ranks"):
+    for heading in (
+        "shape",
+        "requests a rank",
+        "step, modelled",
+        "step's path, first rank",
+        "with its thread",
+        "part of the step",
+        "other ranks",
+    ):
         table.add_column(heading)
     table.add_column("counting, CPU engine alone")
     for row in rows:
@@ -257,6 +272,7 @@ def render_overhead(rows: Sequence[Overhead]) -> Table:
             row.preset,
             str(row.requests),
             f"{row.step_us / 1e3:.1f} ms",
+            _spread(row.path_us, "us"),
             _spread(row.pass_us, "us"),
             f"{np.median(part):.3%} [{min(part):.3%}, {max(part):.3%}]",
             _spread(row.other_us, "us"),

@@ -100,7 +100,8 @@ def write_document(run_dir: Path, document: Document) -> None:
     arrays: dict[str, Any] = {}
     head = json.dumps(_without_arrays(document, "", arrays)).encode()
     content = io.BytesIO()
-    np.savez(content, **{_HEAD: np.frombuffer(head, np.uint8)}, **arrays)
+    arrays[_HEAD] = np.frombuffer(head, np.uint8)
+    np.savez(content, allow_pickle=False, **arrays)
     replace_file(experts_path(run_dir), content.getvalue())
 
 

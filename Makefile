@@ -8,15 +8,15 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
 EXTRAS := gateway,operator,agent,cpu,bench,dev
-SOURCES := scheduling contract gateway node_agent kernels operator bench tests
+SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator format clean
 
-help: ## This list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
 setup: $(STAMP) ## Make the virtual environment from constraints.txt
 
@@ -29,59 +29,63 @@ $(STAMP): pyproject.toml constraints.txt overrides.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt --override overrides.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP) ## Serve a small MoE model on two engines, chat, replay a trace, compare with vLLM's own order
+demo: $(STAMP) ## Serve a small MoE model on two engines and compare our scheduling with vLLM's own order (5 minutes)
 	$(BIN)/moeserving demo
 
-check: $(STAMP) ## Lint, types, import rules
+check: $(STAMP) ## Run linters, type checker and import contracts
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check verify ## All tests but the long ones on real engines and on a real node; a smoke of both is in
+test: check verify ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
-test-vllm: $(STAMP) ## The whole real-engine suite
+test-vllm: $(STAMP) ## Run the suite on real engines
 	$(BIN)/pytest -m vllm tests/vllm
 
-test-vllm-experts: $(STAMP) ## Experts that move on a real group of two ranks, against a plain engine; one rank is killed behind the gateway
+test-vllm-experts: $(STAMP) ## Run its part that moves experts between two real ranks and kills a rank behind the gateway
 	$(BIN)/pytest -m vllm tests/vllm/test_experts.py tests/vllm/test_experts_behind_gateway.py
 
-test-e2e: $(STAMP) ## The whole suite on a real one-node Kubernetes (root on Linux), and the full counts against an API server
+test-e2e: $(STAMP) ## Run the suite on a real one-node Kubernetes (root on Linux) and the full counts against an API server
 	$(BIN)/pytest -m "cluster_node or long"
 
-generate: $(STAMP) ## Write what is generated: the CRD, the tables of fields and of the chart's values, the README's figures
+generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart values, README figures, list of decisions
 	$(BIN)/python -m moe_operator.api.crd --write
+	$(BIN)/python -m moe_contract.reference --write
 	$(BIN)/python charts/generate.py --write
 	$(BIN)/python -m moe_lab.experiments.readme --write
+	$(BIN)/python docs/adr/index.py --write
 
-verify: $(STAMP) ## Fail when a generated file differs from its source
+verify: $(STAMP) ## Fail if a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
+	$(BIN)/python -m moe_contract.reference --check
 	$(BIN)/python charts/generate.py --check
 	$(BIN)/python -m moe_lab.experiments.readme --check
+	$(BIN)/python docs/adr/index.py --check
 
-bench: $(STAMP) ## Micro-benchmarks of the decisions and of the telemetry; gateway and operator have targets of their own
+bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 	$(BIN)/python -m moe_lab
 
-bench-gateway: $(STAMP) $(ROUTER)/.ready ## The gateway and vllm-router, side by side
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
 
-bench-serving: $(STAMP) $(ROUTER)/.ready ## MoEServing and stock vLLM behind vllm-router, on real engines of this machine (ARGS="--pairs 12")
+bench-serving: $(STAMP) $(ROUTER)/.ready ## Measure MoEServing beside stock vLLM and vllm-router on real engines (ARGS="--pairs 12")
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/python -m moe_lab.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
 
-bench-operator: $(STAMP) ## The operator under 1,000 resources, against a real API server
+bench-operator: $(STAMP) ## Measure the operator with 1,000 resources on a real API server
 	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \
 	kubeconfig=$$($(BIN)/python tests/cluster up --state-dir $$folder/state); \
 	$(BIN)/python -m moe_lab.reconciling --kubeconfig $$kubeconfig
 
 WORKERS ?= $(shell nproc)
 
-experiments: $(STAMP) ## Run what is missing of the simulator's experiments, then write docs/results (TRACES=DIR with the public traces)
+experiments: $(STAMP) ## Run the missing simulated experiments and write docs/results (TRACES=DIR with the public traces)
 	$(BIN)/python -m moe_lab.experiments run --workers $(WORKERS) $(if $(TRACES),--traces $(TRACES))
 	$(BIN)/python -m moe_lab.experiments report
 
-validate-simulator: $(STAMP) ## The same requests on a real CPU engine and in the simulator: mean TTFT and order side by side
+validate-simulator: $(STAMP) ## Compare the simulator with a real CPU engine on the same requests
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/moeserving calibrate .cache/models/tiny --validate 100 --json .cache/validation.json
 
@@ -89,6 +93,10 @@ $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)
 	$(BIN)/uv pip install -q --python $(ROUTER)/bin/python vllm-router==0.1.17
 	@touch $@
+
+pictures: $(STAMP) ## Draw the README's pictures again, from real runs on the tiny model (5 minutes)
+	$(BIN)/moeserving model tiny .cache/models/tiny
+	BIN=$(BIN) bench/pictures.sh
 
 format: $(STAMP) ## Format the sources
 	$(BIN)/ruff check --fix $(SOURCES)

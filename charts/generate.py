@@ -94,14 +94,14 @@ def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
 
 
 def render_table(rows: tuple[Row, ...]) -> str:
-    """The rows in Markdown."""
+    """The table of values in Markdown."""
     lines = ["| value | default | what |", "|---|---|---|"]
     lines += [f"| `{row.path}` | {row.default} | {row.text} |".replace("||", "\\|\\|") for row in rows]
     return "\n".join(lines)
 
 
 def render_readme(values: str, version: str) -> str:
-    """The chart's README.md."""
+    """Text of the chart's README.md."""
     return README.format(version=version, table=render_table(read_rows(values)))
 
 
@@ -167,7 +167,7 @@ An unknown value and one of the wrong type are refused.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs `--write` or `--check`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python charts/generate.py", description="The chart's generated files.")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--write", action="store_true", help="write the generated files below --root")

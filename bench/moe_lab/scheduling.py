@@ -1,4 +1,4 @@
-"""Micro-benchmarks of the decisions on a request's way: its order, the choice of its engine, its prefix, the books.
+"""Micro-benchmarks of the decisions for a request: order, prefill budget, choice of the engine, prefix, accounting.
 
 Run by `python -m moe_lab`. Each value is the CPU time of one call, as the mean over a batch of calls.
 """
@@ -14,8 +14,9 @@ from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, ch
 from moe_scheduling.engine.prefix_index import PrefixIndex, block_keys
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 from moe_lab.rows import Row
@@ -30,13 +31,13 @@ NOW_S = 100.0
 
 
 def run() -> Iterator[Row]:
-    """All of them."""
+    """Yields the rows of all benchmarks."""
     yield from _queue_rows()
     yield from _tenant_rows()
     yield from _plan_rows()
     yield from _choice_rows()
     yield from _prefix_rows()
-    yield _books_row()
+    yield _accounting_row()
 
 
 def _queue_rows() -> Iterator[Row]:
@@ -61,7 +62,7 @@ def _queue_rows() -> Iterator[Row]:
 
 
 def _tenant_rows() -> Iterator[Row]:
-    """As the engine has it: what is taken out is charged, and the first few are looked at before each step."""
+    """The engine's use: each popped request is charged, and the first few are read before each step."""
     randomness = random.Random(0)
     queue: WaitingQueue[int] = WaitingQueue(RequestSettings())
     count = WAITING + BATCHES * CALLS
@@ -105,26 +106,26 @@ def _plan_rows() -> Iterator[Row]:
 
 def _choice_rows() -> Iterator[Row]:
     for count, goal in ((1, ""), (2, "< 5 us"), (10, ""), (100, ""), (1000, "< 50 us")):
-        books = TargetList(_busy_books(Target(f"engine-{number}")) for number in range(count))
-        job = Job(1000, {books[0].target: 512}, books[-1].target)
+        states = TargetList(_busy_state(Target(f"engine-{number}")) for number in range(count))
+        job = Job(1000, {states[0].target: 512}, states[-1].target)
         for policy in DispatchPolicy:
             settings = EngineSettings(policy=policy)
-            values = _call_us(partial(_choose_next, itertools.count(), job, books, settings))
+            values = _call_us(partial(_choose_next, itertools.count(), job, states, settings))
             shown = goal if policy is DispatchPolicy.PREDICTED or count < 10 else ""
             yield _row("choice of the engine", f"{policy}, {count} targets", values, shown)
 
 
-def _choose_next(turns: Iterator[int], job: Job, books: TargetList, settings: EngineSettings) -> None:
-    choose_target(job, books, settings, turn=next(turns), now_s=NOW_S)
+def _choose_next(turns: Iterator[int], job: Job, states: TargetList, settings: EngineSettings) -> None:
+    choose_target(job, states, settings, turn=next(turns), now_s=NOW_S)
 
 
-def _busy_books(target: Target) -> TargetState:
-    books = TargetState(target)
-    line = StepTime(base_s=0.004, prefill_s=0.0001, decode_s=0.0002)
-    books.observe(EngineSignal(running=8, waiting_prefill_tokens=3000, decode_tokens=8, step_time=line), NOW_S - 1)
+def _busy_state(target: Target) -> TargetState:
+    state = TargetState(target)
+    step_time = StepTime(base_s=0.004, prefill_s=0.0001, decode_s=0.0002)
+    state.observe(EngineSignal(running=8, waiting_prefill_tokens=3000, decode_tokens=8, step_time=step_time), NOW_S - 1)
     for key in range(IN_FLIGHT):
-        books.sent(key, 500, NOW_S)
-    return books
+        state.sent(key, 500, NOW_S)
+    return state
 
 
 def _prefix_rows() -> Iterator[Row]:
@@ -138,15 +139,15 @@ def _prefix_rows() -> Iterator[Row]:
     yield _row("prefix", f"record, {case}", _call_us(lambda: index.record(keys, targets[0])))
 
 
-def _books_row() -> Row:
-    books = _busy_books(Target("engine-0"))
+def _accounting_row() -> Row:
+    state = _busy_state(Target("engine-0"))
 
     def one_request() -> None:
-        books.sent("request", 500, NOW_S)
-        books.first_token("request", NOW_S)
-        books.settled("request", NOW_S)
+        state.sent("request", 500, NOW_S)
+        state.first_token("request", NOW_S)
+        state.settled("request", NOW_S)
 
-    return _row("books", f"a request's three entries, {IN_FLIGHT} in flight", _call_us(one_request))
+    return _row("in-flight accounting", f"sent, first token and settled, {IN_FLIGHT} in flight", _call_us(one_request))
 
 
 def _row(benchmark: str, case: str, values: Sequence[float], goal: str = "") -> Row:

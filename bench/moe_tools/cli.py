@@ -26,6 +26,7 @@ MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", help="Longest prompt with its answer; else what the server says it takes."),
 ]
+AnswerTokens = Annotated[int, typer.Option("--answer-tokens", min=1, help="Median answer of a generated shape.")]
 InFlight = Annotated[
     int,
     typer.Option("--in-flight", min=1, help="Requests of the closed loop that finds the capacity; a GPU wants more."),
@@ -81,6 +82,7 @@ def replay_command(
     seed: Seed = 0,
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
+    answer_tokens: AnswerTokens = 48,
     label: Annotated[str, typer.Option("--policy-label", help="Name of what is measured, for table and JSON.")] = "",
     json_out: JsonOut = None,
 ) -> None:
@@ -89,7 +91,7 @@ def replay_command(
 
     source = Source(
         trace=trace, trace_format=trace_format, shape=shape, rate=rate, speed=speed, limit=limit, seed=seed,
-        scale=scale, max_tokens=max_tokens,
+        scale=scale, max_tokens=max_tokens, answer_tokens=answer_tokens,
     )  # fmt: skip
     if run_replay(url, model, source, label, json_out):
         raise typer.Exit(1)
@@ -112,6 +114,7 @@ def compare_command(
     seed: Seed = 0,
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
+    answer_tokens: AnswerTokens = 48,
     state_dir: Annotated[Path | None, typer.Option("--state-dir", help="State folder of the deployment.")] = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -120,7 +123,10 @@ def compare_command(
     from moe_tools.deployment import Deployment
     from moe_tools.replay_command import Source
 
-    source = Source(trace=trace, trace_format=trace_format, shape=shape, seed=seed, scale=scale, max_tokens=max_tokens)
+    source = Source(
+        trace=trace, trace_format=trace_format, shape=shape, seed=seed, scale=scale, max_tokens=max_tokens,
+        answer_tokens=answer_tokens,
+    )  # fmt: skip
     effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
     run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out)
 

@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
+    """Extent of a measurement. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
 
     `of_knee`: the load is a share of the knee instead (`moe_lab.serving`). `in_flight` requests of a closed loop find
     the capacity: too few to fill the engines, and it is too low. No pair but the first begins after `until_s` (of the
@@ -54,7 +54,7 @@ class Effort:
 def run_compare(
     deployment: Deployment, url: str, model: str | None, source: Source, effort: Effort, json_out: Path | None
 ) -> None:
-    """The whole command. The deployment is left with our policies."""
+    """Runs `moeserving compare`. The deployment is left with our policies."""
     say = ProgressPrinter()
     check_source(source)
     pairs, rate = run_async(measure_pairs(deployment, url, model, source, effort, say))
@@ -86,7 +86,7 @@ async def measure_pairs(
 
 
 async def find_capacity(requests: tuple[TraceRequest, ...], load: Load, effort: Effort) -> float:
-    """Requests a second of a closed loop."""
+    """Requests a second that a closed loop of `effort.in_flight` requests completes."""
     return await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
 
 

@@ -220,7 +220,7 @@ def p99_ttft_ms(run: Run) -> float | None:
 
 
 def longest_p99_ttft_ms(run: Run) -> float | None:
-    """The same among the requests with the longest tenth of the prompts: whom shortest-first could starve."""
+    """The same among the longest tenth of the prompts, which a shortest-first order could starve."""
     return _p99([row.ttft_s * 1e3 for row in select_longest(run.answered)])
 
 

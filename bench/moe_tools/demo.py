@@ -31,6 +31,7 @@ FOLDER = "demo"
 QUESTION = "What does os.path.join do?"
 ANSWER_TOKENS = 60
 SHAPE = "twoEnd"
+SHAPE_ANSWER_TOKENS = 16
 REQUESTS = 2000
 MEASURE_UNTIL_S = 200.0
 """No pair begins later than this after the start, so that the demo ends within 5 minutes."""
@@ -46,12 +47,19 @@ def run_demo(*, trace: Path | None, manifest: Path | None, effort: Effort, seed:
     effort = replace(effort, until_s=time.monotonic() + MEASURE_UNTIL_S)
     say = ProgressPrinter()
     plan = plan_deployment(manifest, FOLDER)
-    source = Source(trace=trace, seed=seed) if trace else Source(shape=SHAPE, limit=REQUESTS, seed=seed)
+    source = choose_source(trace, seed)
     check_source(source)
     if manifest is None:
         make_model(plan.checkout / ".cache" / "models" / "tiny", say)
     pairs = measure(plan, source, effort, say)
     show(pairs, source, effort, say)
+
+
+def choose_source(trace: Path | None, seed: int) -> Source:
+    """The trace, or requests of which half have long prompts, with short answers: prompts wait for prompts."""
+    if trace:
+        return Source(trace=trace, seed=seed)
+    return Source(shape=SHAPE, answer_tokens=SHAPE_ANSWER_TOKENS, limit=REQUESTS, seed=seed)
 
 
 def make_model(directory: Path, say: ProgressPrinter) -> None:
@@ -67,7 +75,7 @@ def measure(plan: DeploymentPlan, source: Source, effort: Effort, say: ProgressP
     with stopped_by_signals(), served(plan, say, wait_ready):
         say(f"asking: {QUESTION}")
         say(f"answer: {run_async(ask(plan.url, QUESTION))}")
-        say(f"requests: {source.trace or f'half of the prompts short, half long (--shape {source.shape})'}")
+        say(f"requests: {source.trace or 'half of the prompts short, half long; short answers'}")
         pairs, _ = run_async(measure_pairs(plan.deployment, plan.url, None, source, effort, say))
     return pairs
 

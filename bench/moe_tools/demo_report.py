@@ -40,20 +40,19 @@ def render_measured(measured: Sequence[Comparison], pairs: Sequence[Pair]) -> Ta
 
 
 def render_modelled(measured: Sequence[Comparison], modelled: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
-    """Measured and modelled ratios side by side; it fits 80 columns."""
+    """Measured and modelled ratios side by side; the table fits 80 columns."""
     caption = (
-        "B/A: ours over vLLM's own order with round robin, below 1 is better (but for output\n"
-        f"tokens); in brackets the 95 % t interval over the pairs, {len(pairs)} of them measured.\n"
-        "Modelled: vLLM's real scheduler and our decisions in virtual time; step times and\n"
-        f"network are modelled.\n{render_failures(pairs)}"
+        "A: vLLM's own order, round robin. B: ours. In brackets: 95 % t interval.\n"
+        f"Measured: {len(pairs)} pairs of runs. {render_failures(pairs)}\n"
+        "Modelled: vLLM's real scheduler and our decisions in virtual time, where\n"
+        "step times and network are modelled and a machine's noise is absent."
     )
     table = Table(title="What users got", caption=caption, caption_justify="left", title_justify="left")
     table.add_column("")
-    for name in ("B/A measured here", "B/A modelled"):
+    for name in ("B/A, measured here", "B/A, modelled"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("modelled B is")
     for real, virtual in zip(measured, modelled, strict=True):
-        table.add_row(real.metric, render_ratio(real.ratio), render_ratio(virtual.ratio), virtual.verdict)
+        table.add_row(real.metric, render_ratio(real.ratio), render_ratio(virtual.ratio))
     return table
 
 
@@ -82,11 +81,12 @@ def render_next_steps() -> list[str]:
     """Commands to go on with."""
     return [
         "Next:",
-        "  moeserving up -f manifests/local-cpu.yaml --port 8000           the same engines, for you to use",
-        "  moeserving compare tiny --url http://127.0.0.1:8000 --shape twoEnd --load 1.4 --pairs 12   measured longer",
-        "  moeserving demo --trace FILE          your own requests (docs/measuring.md: formats)",
-        "  make bench-serving                    beside stock vLLM behind vllm-router",
-        "  docs/results/README.md                every workload, load and rival, also where ours is worse",
+        "  .venv/bin/moeserving up -f manifests/local-cpu.yaml --port 8000   the same engines, to use",
+        "  .venv/bin/moeserving compare tiny --url http://127.0.0.1:8000 --shape twoEnd \\",
+        "      --answer-tokens 16 --load 1.4 --pairs 16                       the same, measured longer",
+        "  .venv/bin/moeserving demo --trace FILE                            your own requests",
+        "  make bench-serving                                                beside stock vLLM behind vllm-router",
+        "  docs/results/README.md                                            all workloads, loads and rivals",
     ]
 
 

@@ -24,7 +24,7 @@ class Answered:
 
     index: int
     due_s: float
-    late_s: float
+    lateness_s: float
     prompt_tokens: int
     output_tokens: int
     ttft_s: float
@@ -45,7 +45,7 @@ class Failed:
 
     index: int
     due_s: float
-    late_s: float
+    lateness_s: float
     prompt_tokens: int
     kind: str
     detail: str
@@ -173,7 +173,7 @@ def read_outcome(
     return Answered(
         index=index,
         due_s=request.arrival_s,
-        late_s=sent_s - due_s,
+        lateness_s=sent_s - due_s,
         prompt_tokens=request.prompt_tokens,
         output_tokens=request.output_tokens,
         ttft_s=answer.first_s - due_s,
@@ -211,7 +211,7 @@ def _failure(index: int, request: TraceRequest, due_s: float, sent_s: float, kin
     return Failed(
         index=index,
         due_s=request.arrival_s,
-        late_s=sent_s - due_s,
+        lateness_s=sent_s - due_s,
         prompt_tokens=request.prompt_tokens,
         kind=kind,
         detail=detail,

@@ -20,11 +20,16 @@ from moe_tools.traces import Fitted, TraceRequest, cut_piece, fit_lengths, read_
 
 DEFAULT_MAX_TOKENS = 4096
 SHAPE_REQUESTS = 200
+MEDIAN_ANSWER_TOKENS = 48
+LONGEST_ANSWER_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A trace file, or a shape where `trace` is None, and what is done to its requests."""
+    """A trace file, or a shape where `trace` is None, and how its requests are changed.
+
+    `answer_tokens` is the median length of a generated answer; the longest is 11 times that, 512 at most.
+    """
 
     trace: Path | None = None
     trace_format: str | None = None
@@ -35,6 +40,7 @@ class Source:
     seed: int = 0
     scale: float = 1.0
     max_tokens: int | None = None
+    answer_tokens: int = MEDIAN_ANSWER_TOKENS
 
     @property
     def title(self) -> str:
@@ -58,7 +64,11 @@ def read_source(source: Source, served: ServedModel) -> Fitted:
 
 
 def check_source(source: Source) -> None:
-    """Reports what is wrong with the file or the shape before anything else is done."""
+    """Reads the source once, before a server is asked.
+
+    Raises:
+        InvalidInput: the file or the shape is unusable.
+    """
     read_source(source, ServedModel(name="", max_tokens=None))
 
 
@@ -117,14 +127,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _generate(source: Source, limit_tokens: int) -> tuple[TraceRequest, ...]:
-    output = max(1, min(512, limit_tokens // 4))
+    output = max(1, min(LONGEST_ANSWER_TOKENS, 11 * source.answer_tokens, limit_tokens // 4))
     settings = ShapeSettings(
         rate=source.rate,
         count=source.limit or SHAPE_REQUESTS,
         seed=source.seed & 0xFFFFFFFF,
         longest_tokens=max(1, min(3072, limit_tokens - output)),
         shortest_tokens=1 if limit_tokens < 64 else 16,
-        median_output_tokens=max(1, min(48, output)),
+        median_output_tokens=max(1, min(source.answer_tokens, output)),
         longest_output_tokens=output,
     )
     return build_shape(parse_shape(source.shape), settings)

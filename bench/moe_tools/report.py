@@ -47,7 +47,7 @@ class Summary:
 def summarise(run: Run) -> Summary:
     """All figures of a run; a metric that no request has is left out."""
     answered = run.answered
-    late = [outcome.late_s for outcome in run.outcomes] or [0.0]
+    late = [outcome.lateness_s for outcome in run.outcomes] or [0.0]
     output_tokens = sum(row.output_tokens for row in answered)
     prompt_tokens = sum(row.prompt_tokens for row in answered)
     return Summary(

@@ -78,7 +78,7 @@ def _long_tail(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _middle(random: np.random.Generator, count: int) -> np.ndarray:
-    """A bell about the middle."""
+    """Normal about the middle."""
     return np.clip(random.normal(0.5, 0.12, count), 0.0, 1.0)
 
 

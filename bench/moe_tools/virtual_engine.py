@@ -1,11 +1,11 @@
-"""vLLM's own scheduler, without a model and in virtual time: what it would do, exactly and without noise.
+"""vLLM's own scheduler, without a model and in virtual time: the same decisions, without noise.
 
 Used by the tests of the queue order and by the micro-benchmark of the telemetry. The scheduler is real (ours, or stock
 vLLM as the baseline); only the model is not: it hands back one token for each request that has computed all it has, and
-a step takes as long as `pace` says. Importing this module does not import vllm or torch.
+`pace` gives the seconds of a step. Importing this module does not import vllm or torch.
 
-The scheduler's page and settings are found through the environment, as in an engine
-(`moe_agent.shared_memory.records`).
+The scheduler's shared-memory record and settings are found through the environment, as in an engine
+(`moe_agent.shared_memory`).
 """
 
 import copy
@@ -22,25 +22,25 @@ from moe_tools.modelless import BLOCK_TOKENS, build_scheduler, foreign_warnings,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """What bounds an engine.
+    """Limits of an engine.
 
     Attributes:
-        seats: requests that run at once.
+        max_num_seqs: requests that run at once.
         step_tokens: tokens that a step may carry.
         kv_blocks: KV blocks, of 16 tokens each.
         vllm_policy: vLLM's own scheduling policy, `fcfs` or `priority`.
         ahead: steps on their way at once; 2 is vLLM's asynchronous scheduling.
     """
 
-    seats: int = 4
+    max_num_seqs: int = 4
     step_tokens: int = 256
     kv_blocks: int = 1000
     vllm_policy: Literal["fcfs", "priority"] = "fcfs"
     ahead: int = 1
 
 
-class Ledger:
-    """What each request has computed, kept from what the steps carried and handed back alone."""
+class RequestProgress:
+    """Computed tokens of each request, counted from the scheduled steps and their outputs alone."""
 
     def __init__(self) -> None:
         self.target: dict[str, int] = {}
@@ -81,7 +81,7 @@ class VirtualEngine:
 
     def __init__(self, scheduler: Any, block_hasher: Any, *, ahead: int) -> None:
         self.scheduler = scheduler
-        self.stats = Ledger()
+        self.progress = RequestProgress()
         self.now_s = 0.0
         self.pace: Callable[[int, int], float] = lambda prefill_tokens, decoding: 0.001
         self.first_token_order: list[str] = []
@@ -108,7 +108,7 @@ class VirtualEngine:
         # Of other tokens for each name, so that no two share a prefix by chance.
         seed = zlib.crc32(name.encode())
         tokens = prompt if isinstance(prompt, list) else [(seed >> i % 20) % 1000 for i in range(prompt)]
-        self.stats.arrive(name, len(tokens))
+        self.progress.arrive(name, len(tokens))
         request = Request(
             request_id=name,
             prompt_token_ids=tokens,
@@ -128,7 +128,7 @@ class VirtualEngine:
         self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
 
     def step(self) -> bool:
-        """One round; False when there is nothing left to do."""
+        """Schedules and ends one step; False when no request is left."""
         while len(self._in_flight) < self._ahead and self.scheduler.has_requests():
             output = self.scheduler.schedule()
             # Whoever has computed all its tokens samples one, as the model runner would.
@@ -151,8 +151,8 @@ class VirtualEngine:
     def _finish(self, output: Any, sampling: list[str]) -> None:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        self.stats.schedule(output)
-        self.now_s += self.pace(*self.stats.load(output))
+        self.progress.schedule(output)
+        self.now_s += self.pace(*self.progress.load(output))
         names = list(output.num_scheduled_tokens)
         answers = self.scheduler.update_from_output(
             output,
@@ -163,7 +163,7 @@ class VirtualEngine:
             ),
         )
         rows = [row for answer in answers.values() for row in answer.outputs]
-        self.stats.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
+        self.progress.end(output, {row.request_id: len(row.new_token_ids) for row in rows})
         for row in rows:
             if row.new_token_ids and row.request_id not in self.first_token_order:
                 self.first_token_order.append(row.request_id)
@@ -192,7 +192,7 @@ class VirtualEngines:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-        config = copy.deepcopy(self._config(shape.seats, shape.step_tokens, shape.vllm_policy))
+        config = copy.deepcopy(self._config(shape.max_num_seqs, shape.step_tokens, shape.vllm_policy))
         hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
         kind = AsyncScheduler if stock else OrderedScheduler
@@ -201,11 +201,11 @@ class VirtualEngines:
         scheduler.clock = lambda: engine.now_s
         return engine
 
-    def _make_config(self, seats: int, step_tokens: int, policy: Literal["fcfs", "priority"]) -> Any:
+    def _make_config(self, max_num_seqs: int, step_tokens: int, policy: Literal["fcfs", "priority"]) -> Any:
         return make_config(
             self._folder,
             max_model_len=4096,
-            max_num_seqs=seats,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=step_tokens,
             scheduling_policy=policy,
         )

@@ -108,7 +108,14 @@ def errors_from_pydantic(
 
 def _input_error(row: Mapping[str, Any], fields_at: Callable[[Location], Iterable[str]], root: str) -> InputError:
     location: Location = tuple(row["loc"])
-    if location and location[-1] in _UNION_MEMBERS and location[-1] not in fields_at(location[:-1]):
+    is_unknown_field = row["type"] in {"extra_forbidden", "unexpected_keyword_argument"}
+    # The last part of an unknown field's location is its name, even where that is spelt like a type.
+    if (
+        location
+        and not is_unknown_field
+        and location[-1] in _UNION_MEMBERS
+        and location[-1] not in fields_at(location[:-1])
+    ):
         location = location[:-1]
     is_key = bool(location) and location[-1] == "[key]"
     if is_key:

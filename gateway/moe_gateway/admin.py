@@ -8,10 +8,13 @@ from aiohttp import web
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_document
 from moe_contract.gateway_config import GatewaySettings, parse_gateway_settings
+from moe_contract.gateway_state import write_gateway_state
 from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, STATE
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
+from moe_gateway.request_stats import RequestStats
 from moe_gateway.state import build_state
 
 MOST_BODY_BYTES = 1024 * 1024
@@ -22,6 +25,7 @@ class Administered(Protocol):
     """What the routes read and change."""
 
     dispatcher: Dispatcher
+    stats: RequestStats
     in_force: GatewaySettings
     clock: Callable[[], float]
 
@@ -44,11 +48,11 @@ class Admin:
     def build(self) -> web.Application:
         """The application."""
         application = web.Application(client_max_size=MOST_BODY_BYTES)
-        application.router.add_get("/healthz", self._healthz)
-        application.router.add_get("/readyz", self._readyz)
-        application.router.add_get("/metrics", self._metrics)
-        application.router.add_get("/v1/state", self._state)
-        application.router.add_put("/v1/config", self._authorised(self._put_config))
+        application.router.add_get(HEALTHZ, self._healthz)
+        application.router.add_get(READYZ, self._readyz)
+        application.router.add_get(METRICS, self._metrics)
+        application.router.add_get(STATE, self._state)
+        application.router.add_put(CONFIG, self._authorised(self._put_config))
         return application
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -60,14 +64,16 @@ class Admin:
         return web.Response(status=503, text=self._gateway.not_ready + "\n")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.clock)
+        collector = GatewayCollector(self._gateway.dispatcher, self._gateway.stats, self._gateway.clock)
         return web.Response(body=render_metrics(collector), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _state(self, request: web.Request) -> web.Response:
         gateway = self._gateway
         now_s = gateway.clock()
-        document = build_state(gateway.dispatcher, gateway.in_force, draining=gateway.draining, now_s=now_s)
-        return web.Response(body=orjson.dumps(document), content_type=JSON)
+        document = build_state(
+            gateway.dispatcher, gateway.stats, gateway.in_force, draining=gateway.draining, now_s=now_s
+        )
+        return web.Response(body=write_gateway_state(document), content_type=JSON)
 
     async def _put_config(self, request: web.Request) -> web.Response:
         try:

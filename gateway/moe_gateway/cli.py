@@ -38,12 +38,12 @@ def gateway(
 
 
 async def _run(served: Gateway) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, force_stop = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+        (force_stop if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await run_gateway(served, stop, hurry)
+    await run_gateway(served, stop, force_stop)

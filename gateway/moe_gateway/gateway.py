@@ -1,4 +1,4 @@
-"""The gateway as a whole: two ports, the connections, where engines come from, a watcher for each, a clean end."""
+"""The gateway as a whole: its two ports, its connections, a watcher for each engine, and a clean end."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,8 @@ from moe_gateway.engines.endpoints import Endpoint
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.upstream import Pool
-from moe_gateway.request.exchange import Exchange, ExchangeContext
+from moe_gateway.request.context import ExchangeContext
+from moe_gateway.request.exchange import Exchange
 from moe_gateway.request_stats import RequestStats
 
 CHECK_PERIOD_S = 0.1
@@ -43,9 +44,9 @@ class Gateway:
         self._tokens = tokens
         self._access_log = access_log
         self.clock = time.monotonic
+        self.stats = RequestStats(self.clock())
         # Gateways that share engines do not begin their rounds at the same one.
-        first_turn = secrets.randbelow(1 << 16)
-        self.dispatcher = Dispatcher(config, RequestStats(self.clock()), first_turn=first_turn)
+        self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
         self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
         self._discovering: asyncio.Task[None] | None = None
@@ -58,8 +59,9 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
         self._request_id_prefix = secrets.token_hex(4)
-        self._surroundings = ExchangeContext(
+        self._context = ExchangeContext(
             dispatcher=self.dispatcher,
+            stats=self.stats,
             pool_of=self._pool_of,
             clock=self.clock,
             spawn=self._spawn,
@@ -70,20 +72,20 @@ class Gateway:
 
     @property
     def draining(self) -> bool:
-        """No new work is taken."""
-        return self._surroundings.draining
+        """Whether the gateway takes no new requests because it stops."""
+        return self._context.draining
 
     @property
     def ready(self) -> bool:
-        """Whether requests should come here."""
+        """Whether requests should be sent to this gateway."""
         return not self.not_ready
 
     @property
     def not_ready(self) -> str:
-        """Why no requests should come here; empty when they may.
+        """Why no requests should be sent to this gateway; empty when they may be.
 
-        With discovery they may as soon as it is known which engines there are, even none: requests are held for those
-        that come.
+        With discovery they may be as soon as it is known which engines there are, even none: requests are held for
+        those that come.
         """
         if self.draining:
             return "the gateway drains"
@@ -120,7 +122,7 @@ class Gateway:
         await self._session.close()
 
     def apply(self, change: GatewaySettings) -> None:
-        """Other settings and engines, from now on, all of them or none: nothing here can fail half-way."""
+        """Puts other settings and engines in force, all of them or none: nothing here can fail half-way."""
         before, self.in_force = self.in_force, change
         if change.engines != before.engines:
             self.dispatcher.set_engines(change.engines)
@@ -132,8 +134,8 @@ class Gateway:
         self.dispatcher.set_policies(change.dispatch, change.request, self.clock())
 
     async def drain(self) -> None:
-        """Takes no new work, lets what runs end, then closes. What is silent ends by the idle timeout."""
-        self._surroundings.draining = True
+        """Takes no new requests, waits for the running ones, then closes. A silent one ends by the idle timeout."""
+        self._context.draining = True
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
@@ -143,14 +145,14 @@ class Gateway:
         await self.close()
 
     async def close(self) -> None:
-        """Closes at once; requests that run are cut short."""
+        """Closes at once; requests that run are ended by force."""
         if self._server is not None:
             self._server.close()
         for task in (self._checker, self._discovering, *self._watchers.values()):
             if task is not None:
                 task.cancel()
         for connection in list(self._connections):
-            connection.cut()
+            connection.force_stop()
         for pool in self._pools.values():
             pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -206,7 +208,7 @@ class Gateway:
     # Clients.
 
     def _connection(self) -> ClientConnection:
-        connection = ClientConnection(self._surroundings, self._config.limits, self._new_request_id, self._on_close)
+        connection = ClientConnection(self._context, self._config.limits, self._new_request_id, self._on_close)
         self._connections.add(connection)
         return connection
 
@@ -262,8 +264,8 @@ def _services(in_force: GatewaySettings) -> list[str]:
     return [group.service for group in in_force.groups or ()]
 
 
-async def run_gateway(gateway: Gateway, stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    """Serves until `stop`, then drains; `hurry` cuts the draining short.
+async def run_gateway(gateway: Gateway, stop: asyncio.Event, force_stop: asyncio.Event) -> None:
+    """Serves until `stop`, then drains; `force_stop` ends the draining at once.
 
     Raises:
         OSError: a port is taken.
@@ -271,9 +273,9 @@ async def run_gateway(gateway: Gateway, stop: asyncio.Event, hurry: asyncio.Even
     await gateway.start()
     await stop.wait()
     draining = asyncio.ensure_future(gateway.drain())
-    hurrying = asyncio.ensure_future(hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    hurrying.cancel()
+    forced = asyncio.ensure_future(force_stop.wait())
+    await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
+    forced.cancel()
     if not draining.done():
         draining.cancel()
         with contextlib.suppress(asyncio.CancelledError):

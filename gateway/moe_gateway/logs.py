@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on standard error."""
+"""Structured logs: one JSON object a line, on standard error."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "t
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, message, and what the call gave as `extra`."""
+    """Renders time, level, message, and the fields that the call gave as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         row = {
@@ -25,7 +25,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logs() -> None:
-    """For the gateway's process."""
+    """Makes the process log that way, from level INFO on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

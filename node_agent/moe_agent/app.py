@@ -1,4 +1,4 @@
-"""The agent as a process: builds its parts, serves until told to end, and leaves no engine behind."""
+"""The agent as a process: builds its parts, serves until a signal asks for the end, and leaves no engine behind."""
 
 import asyncio
 import ctypes
@@ -8,20 +8,21 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from ipaddress import ip_address
 
 from aiohttp import web
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
+from moe_contract.engine_process import engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.api.server import AgentServer
 from moe_agent.experts.document import PublishedExperts
-from moe_agent.shared_memory.notifier import Announcements, Bell, Ticks
-from moe_agent.shared_memory.telemetry import ControlPage, RankPages
-from moe_agent.supervisor.engine_command import build_command, build_environment
+from moe_agent.shared_memory.control_record import SettingsPublisher
+from moe_agent.shared_memory.expert_record import remove_expert_records
+from moe_agent.shared_memory.rank_record import RankRecords
+from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.supervisor import Supervisor
 from moe_agent.vllm.version import is_cpu_build
@@ -33,7 +34,7 @@ NUMA_LIBRARY = "libnuma.so.1"
 
 
 async def run_agent(config: AgentConfig) -> None:
-    """Runs until a signal asks for the end: the first drains the engine, the second kills it.
+    """Runs one engine until a signal asks for the end: the first drains the engine, the second kills it.
 
     Raises:
         InvalidInput: a file or address that the configuration names cannot be used.
@@ -41,22 +42,19 @@ async def run_agent(config: AgentConfig) -> None:
     tokens = ControlTokens(config.token_file)
     node = with_own_address(build_node(config.engine, os.environ))
     prepare_run_dir(config)
-    with closing(hang_bell(config)) as bell:
-        await _run(config, tokens, node, bell)
-
-
-async def _run(config: AgentConfig, tokens: ControlTokens, node: Node, bell: Announcements) -> None:
-    ranks = RankPages(config.run_dir, node.ranks)
-    control = ControlPage(config.run_dir, config.request, config.expert, ranks, bell.ring)
+    changed = asyncio.Event()
+    ranks = RankRecords(config.run_dir, node.ranks)
+    control = SettingsPublisher(config.run_dir, config.request, config.expert, ranks, changed.set)
     experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
 
-    def forget() -> None:
-        ranks.forget()
+    def remove_records() -> None:
+        ranks.remove()
+        remove_expert_records(config.run_dir, node.ranks)
         if experts is not None:
             experts.forget()
 
-    supervisor = build_supervisor(config, node, forget, bell.ring)
-    server = AgentServer(config, tokens, supervisor, ranks, control, experts, bell)
+    supervisor = build_supervisor(config, node, remove_records, changed.set)
+    server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
@@ -71,24 +69,19 @@ async def _run(config: AgentConfig, tokens: ControlTokens, node: Node, bell: Ann
 
 
 def prepare_run_dir(config: AgentConfig) -> None:
-    """Makes the folder, or says why it cannot be."""
+    """Makes the folder of the records and the log; raises `InvalidInput` when that cannot be done."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput([InputError("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
 
 
-def hang_bell(config: AgentConfig) -> Bell | Ticks:
-    """The bell of the engine, or what stands in for it where the file system can have none."""
-    try:
-        return Bell(config.run_dir)
-    except OSError as error:
-        log.warning("no FIFO can be made in %s (%s): pages are looked at now and then", config.run_dir, error.strerror)
-        return Ticks()
-
-
 def with_own_address(node: Node) -> Node:
-    """On the leader an address in place of a name: vLLM listens there, and ZeroMQ resolves no name to listen on."""
+    """The node with its own address in place of the leader's name, where it is the leader.
+
+    vLLM listens there, and ZeroMQ does not resolve a name to listen on. Raises `InvalidInput` when the machine's name
+    has no address.
+    """
     if node.headless or is_address(node.leader):
         return node
     try:
@@ -99,7 +92,7 @@ def with_own_address(node: Node) -> Node:
 
 
 def is_address(text: str) -> bool:
-    """Whether it is an IP address, not a name."""
+    """Whether `text` is an IP address rather than a host name."""
     try:
         ip_address(text)
     except ValueError:
@@ -108,33 +101,36 @@ def is_address(text: str) -> bool:
 
 
 def build_supervisor(
-    config: AgentConfig, node: Node, forget: Callable[[], None], tell: Callable[[], None]
+    config: AgentConfig, node: Node, remove_records: Callable[[], None], on_change: Callable[[], None]
 ) -> Supervisor:
     """The supervisor of vLLM on this node.
 
     Args:
         config: the agent's configuration.
         node: this node.
-        forget: removes what an engine published, when none lives.
-        tell: called when something has changed.
+        remove_records: removes the records of an engine; called when none lives.
+        on_change: called after each change of the phase and each start of a process.
     """
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)
-    environment = build_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
+    environment = engine_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
     return Supervisor(
         config.engine,
         [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build, expert=config.expert)],
         environment,
         config.run_dir / "engine.log",
         headless=node.headless,
-        on_restart=forget,
-        on_change=tell,
+        on_restart=remove_records,
+        on_change=on_change,
     )
 
 
 def check_library(name: str) -> None:
-    """Without it vLLM's kernels fail to load, and vLLM then complains of something else."""
+    """Raises `InvalidInput` when a shared library is missing.
+
+    Without libnuma vLLM's kernels fail to load, and vLLM then reports something else.
+    """
     try:
         ctypes.CDLL(name)
     except OSError:
@@ -143,7 +139,7 @@ def check_library(name: str) -> None:
 
 
 async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
-    """Opens the agent's own port."""
+    """Opens the agent's own port; raises `InvalidInput` when it is taken or not allowed."""
     try:
         await web.TCPSite(runner, config.listen.host, config.listen.port).start()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The frozen snapshots that decisions read: what an engine last said about itself.
+"""The frozen snapshots of engines that decisions read.
 
 Written by the node agent's scheduler plugin at every engine step, carried over HTTP as JSON with these field names,
-read by `books.py` and `engine.py`. One snapshot describes one dispatch target: one data-parallel rank of one server.
+read by `engine/` and `fleet/`. One snapshot describes one dispatch target: one data-parallel rank of one server.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Target(NamedTuple):
     """Where a request can be sent: data-parallel rank `rank` of the server named `server`.
 
-    A key in each request's look-ups, hence a tuple: it hashes and compares several times faster than a dataclass.
+    A tuple because it is a key of look-ups for each request: it hashes several times faster than a frozen dataclass.
     """
 
     server: str
@@ -20,10 +20,10 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Step time of an engine as a line: `base_s + prefill_s * prefill_tokens + decode_s * decoding_requests`.
+    """Step-time model of an engine: `base_s + prefill_s * prefill_tokens + decode_s * decoding_requests` seconds.
 
     Attributes:
-        base_s: seconds that a step takes whatever it carries.
+        base_s: seconds of an empty step.
         prefill_s: seconds for each prefill token in the step.
         decode_s: seconds for each decoding request in the step.
     """
@@ -43,13 +43,14 @@ class EngineSignal:
         waiting: requests in the waiting queues.
         waiting_prefill_tokens: prompt tokens of waiting requests that are not in the prefix cache.
         running_prefill_tokens: prompt tokens of running requests that are not yet computed.
-        decode_tokens: tokens that a step spends on decoding, which is the number of decoding requests.
+        decode_tokens: output tokens of a step, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
         preemptions: preempted requests since the engine started.
         computed_tokens: prompt and output tokens computed since the engine started.
-        step_time: the fitted step-time line; None until enough steps were seen.
-        expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced.
-        expert_pressure: expert tokens of this rank / the mean of its expert group's ranks; 1 without a group.
+        step_time: the fitted step-time model; None until enough steps were seen.
+        expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced. Shown to
+            people; no decision reads it.
+        expert_pressure: expert tokens of this rank / mean over its group's ranks; 1 without a group. Shown likewise.
     """
 
     step: int = 0

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
 
@@ -24,11 +25,12 @@ def virtual_engines(tmp_path_factory: pytest.TempPathFactory) -> VirtualEngines:
 
 @pytest.fixture
 def make_engine(virtual_engines: VirtualEngines) -> Iterator[Callable[..., VirtualEngine]]:
-    """Makes a virtual engine with our scheduler, or with vLLM's own (`stock=True`)."""
+    """Makes a virtual engine with our scheduler, which publishes at every step, or with vLLM's own (`stock=True`)."""
     made = []
 
     def make(*, stock: bool = False, **shape: Any) -> VirtualEngine:
         made.append(virtual_engines.make(EngineShape(**shape), stock=stock))
+        made[-1].scheduler.publish_interval_s = 0.0
         return made[-1]
 
     yield make
@@ -42,7 +44,7 @@ class Settings:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._version = 1
-        self._writer = ControlPageWriter(run_dir, Control(version=1, request=RequestSettings()))
+        self._writer = ControlRecordWriter(run_dir, Control(version=1, request=RequestSettings()))
 
     def put(self, **values: Any) -> None:
         values["policy"] = RequestPolicy(values["policy"])

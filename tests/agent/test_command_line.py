@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from moe_agent.app import check_library
 from moe_agent.cli import app
-from moe_agent.supervisor.engine_command import CPU_KV_CACHE_BYTES, build_arguments, build_environment
+from moe_agent.supervisor.engine_command import CPU_KV_CACHE_BYTES, build_arguments
 from moe_agent.supervisor.node import Node
 from moe_contract.agent_config import AgentConfig, load_agent_config
+from moe_contract.engine_process import engine_environment
 from moe_contract.input_errors import InvalidInput
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from typer.testing import CliRunner, Result
@@ -209,19 +210,19 @@ def test_vllm_understands_the_arguments_of_an_expert_group(config, virtual_engin
 
 def test_the_environment_is_ours_below_the_inherited_below_the_resources(config):
     inherited = {"PATH": "/bin", "OMP_NUM_THREADS": "3", "MOESERVING_RUN_DIR": "/elsewhere"}
-    made = build_environment(config, inherited, cpu_build=True, cpus=8)
+    made = engine_environment(config, inherited, cpu_build=True, cpus=8)
     assert made["PATH"] == "/bin"
     assert made["OMP_NUM_THREADS"] == "3"
     assert made["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert made["HF_HUB_OFFLINE"] == "1", "the model is a folder"
     assert made["MOESERVING_RUN_DIR"] == str(config.run_dir)
     own = config.model_copy(update={"engine": config.engine.model_copy(update={"env": {"OMP_NUM_THREADS": "5"}})})
-    assert build_environment(own, inherited, cpu_build=True, cpus=8)["OMP_NUM_THREADS"] == "5"
+    assert engine_environment(own, inherited, cpu_build=True, cpus=8)["OMP_NUM_THREADS"] == "5"
 
 
 def test_a_hub_model_stays_online_and_a_gpu_has_no_cpu_settings(config):
     hub = config.model_copy(update={"engine": config.engine.model_copy(update={"model": "org/name"})})
-    made = build_environment(hub, {}, cpu_build=False, cpus=8)
+    made = engine_environment(hub, {}, cpu_build=False, cpus=8)
     assert made.keys() == {"VLLM_NO_USAGE_STATS", "MOESERVING_RUN_DIR"}
 
 
@@ -230,25 +231,25 @@ def test_a_rank_of_one_worker_computes_in_its_engine_core_on_the_cpu(config, dat
     engine = config.engine.model_copy(update={"data_parallel": data, "tensor_parallel": tensor})
     config = config.model_copy(update={"engine": engine})
     assert ("uni" in build_arguments(engine, ALONE, cpu_build=True)) is in_core
-    assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in build_environment(config, {}, cpu_build=True, cpus=1)) is in_core
+    assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in engine_environment(config, {}, cpu_build=True, cpus=1)) is in_core
     assert "uni" not in build_arguments(engine, ALONE, cpu_build=False)
 
 
 def test_one_rank_on_a_cpu_computes_in_the_engine_core(config):
     pairs = dict(itertools.pairwise(build_arguments(config.engine, ALONE, cpu_build=True)))
     assert pairs["--distributed-executor-backend"] == "uni"
-    assert build_environment(config, {}, cpu_build=True, cpus=2)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert engine_environment(config, {}, cpu_build=True, cpus=2)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     two = config.model_copy(update={"engine": config.engine.model_copy(update={"tensor_parallel": 2})})
     assert "--distributed-executor-backend" not in build_arguments(two.engine, ALONE, cpu_build=True)
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in build_environment(two, {}, cpu_build=True, cpus=2)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in engine_environment(two, {}, cpu_build=True, cpus=2)
 
 
 def test_kv_memory_that_the_resource_asks_for_wins_over_an_inherited_variable(config):
     inherited = {"VLLM_CPU_KVCACHE_SPACE": "40"}
-    assert build_environment(config, inherited, cpu_build=True, cpus=2)["VLLM_CPU_KVCACHE_SPACE"] == "40"
+    assert engine_environment(config, inherited, cpu_build=True, cpus=2)["VLLM_CPU_KVCACHE_SPACE"] == "40"
     asked = config.engine.model_copy(update={"args": ("--kv-cache-memory-bytes=1000",)})
     changed = config.model_copy(update={"engine": asked})
-    assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(changed, inherited, cpu_build=True, cpus=2)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment(changed, inherited, cpu_build=True, cpus=2)
 
 
 def test_a_missing_system_library_is_named_with_its_package():

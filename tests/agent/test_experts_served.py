@@ -1,13 +1,14 @@
-"""An expert group's first rank and its agent, over real pages and files: settings and directives in, the document out.
+"""An expert group's first rank and its agent, over real records and files: settings and directives in, document out.
 
 The other ranks are played: they count what `HOT` says, and move what each content says.
 """
 
+import asyncio
 import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from moe_agent.experts.document import PublishedExperts, as_of, experts_path
 from moe_agent.experts.load import AFFINITY_PASSES, RankReport
 from moe_agent.experts.planning import MeasuredCosts, PlanRequest, PlanResult
 from moe_agent.experts.sync_round import RoundAction
-from moe_agent.shared_memory.notifier import Bell
-from moe_agent.shared_memory.records import Control, ControlPageReader, ControlPageWriter
-from moe_agent.shared_memory.telemetry import ControlPage, RankPages
+from moe_agent.shared_memory.control_record import Control, ControlRecordReader, ControlRecordWriter, SettingsPublisher
+from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import Supervisor
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
@@ -121,20 +121,17 @@ class Agent:
             }
         )
         (folder / "token").write_text(TOKEN)
-        pages = RankPages(folder, range(2))
-        self.control = ControlPage(folder, self.config.request, self.config.expert, pages)
+        records = RankRecords(folder, range(2))
+        self.control = SettingsPublisher(folder, self.config.request, self.config.expert, records)
         supervisor = Supervisor(self.config.engine, [sys.executable], dict(os.environ), folder / "engine.log")
         self.experts = PublishedExperts(folder) if group else None
         tokens = ControlTokens(folder / "token")
-        self.bell = Bell(folder)
-        self.server = AgentServer(self.config, tokens, supervisor, pages, self.control, self.experts, self.bell)
+        self.server = AgentServer(self.config, tokens, supervisor, records, self.control, self.experts, asyncio.Event())
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(tmp_path)
-    yield made
-    made.bell.close()
+def agent(tmp_path: Path) -> Agent:
+    return Agent(tmp_path)
 
 
 @pytest.fixture
@@ -336,7 +333,7 @@ async def test_the_metrics_have_balance_hottest_experts_moves_and_outcomes(clien
 def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path):
     directive_path(tmp_path).write_text(json.dumps({"version": 3, "action": "rollback"}))
     control = Control(version=5, request=RequestSettings(), expert=ExpertSettings(), directive=3)
-    with ControlPageWriter(tmp_path, control), ControlPageReader(tmp_path):
+    with ControlRecordWriter(tmp_path, control), ControlRecordReader(tmp_path):
         engine = Engine(tmp_path)
         engine.run(100)
     assert not engine.first.controller.bookkeeping.rows
@@ -346,7 +343,7 @@ def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path
 @pytest.mark.parametrize("content", [None, "", "[]", '{"action": "apply"}', '{"version": 4, "action": "apply"}'])
 def test_a_directive_file_that_is_none_ends_with_the_reason(tmp_path, content):
     settings = ExpertSettings(mode=ExpertMode.OBSERVE)
-    with ControlPageWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)) as page:
+    with ControlRecordWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)) as page:
         engine = Engine(tmp_path)
         if content is not None:
             directive_path(tmp_path).write_text(content)
@@ -363,14 +360,14 @@ def test_a_decision_that_fails_is_shown_with_its_reason(tmp_path):
         raise ValueError("no such load")
 
     settings = ExpertSettings(mode=ExpertMode.DRY_RUN, interval_steps=50)
-    with ControlPageWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)):
+    with ControlRecordWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)):
         document = Engine(tmp_path, fail).run_until(lambda document: document["decisions"])
     assert document["decisions"][0]["outcome"] == "failed"
     assert "no such load" in document["decisions"][0]["reason"]
 
 
 def test_what_an_engine_published_is_gone_with_it(tmp_path):
-    with ControlPageWriter(tmp_path, Control(version=1, request=RequestSettings())):
+    with ControlRecordWriter(tmp_path, Control(version=1, request=RequestSettings())):
         engine = Engine(tmp_path)
         engine.run_until(lambda _: True)
     engine.published.forget()

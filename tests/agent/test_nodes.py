@@ -1,4 +1,4 @@
-"""A replica over several nodes: which ranks a node runs, and how vLLM is told of it."""
+"""A replica over several nodes: which ranks a node runs, and which arguments vLLM gets."""
 
 import itertools
 from typing import Any

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from moe_agent.shared_memory.records import PrefillPageReader, PrefillPageWriter, PrefillState, StepPart
+from moe_agent.shared_memory.prefill_record import PrefillRecordReader, PrefillRecordWriter, PrefillState, StepPart
 from moe_scheduling.request.prefill_budget import RankLoad
 from moe_scheduling.signals import StepTime
 from moe_tools.virtual_engine import VirtualEngine
@@ -40,14 +40,14 @@ def test_the_chunk_takes_what_the_short_one_leaves_of_the_step(make_engine, sett
     engine.step()
     step = engine.schedules[1]
     assert step["short"] == 100
-    # One token of the step is left aside for the seat of the long one.
+    # One token of the step is left aside for the sequence of the long one.
     assert step["long"] in (155, 156)
     engine.run()
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones_that_never_end(make_engine, settings):
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=1.0)
-    engine = make_engine(step_tokens=128, seats=8, kv_blocks=2000)
+    engine = make_engine(step_tokens=128, max_num_seqs=8, kv_blocks=2000)
     engine.pace = lambda prefill_tokens, decoding: 0.01
     engine.add("long", 3000, arrival_s=0.0)
     number = 0
@@ -76,7 +76,7 @@ def test_other_orders_let_nobody_go_first(make_engine, settings, policy):
 
 def through_a_small_cache(make_engine: Any, settings: Any, growth: int) -> VirtualEngine:
     settings.put(policy="sjf", kv_growth_blocks=growth)
-    engine = make_engine(seats=8, step_tokens=128, kv_blocks=32)
+    engine = make_engine(max_num_seqs=8, step_tokens=128, kv_blocks=32)
     for number in range(24):
         engine.add(f"r{number}", 60, out=40, arrival_s=number * 0.001)
     return engine.run()
@@ -99,17 +99,17 @@ def test_more_room_than_there_is_serves_one_by_one(make_engine, settings):
 # Ranks that keep step.
 
 
-class Board:
-    """What ranks told one another, for tests."""
+class SharedStates:
+    """The published states of a group, as one rank sees them."""
 
-    def __init__(self, told: dict[int, PrefillState], number: int) -> None:
-        self.told, self.number = told, number
+    def __init__(self, states: dict[int, PrefillState], number: int) -> None:
+        self.states, self.number = states, number
 
-    def tell(self, state: PrefillState) -> None:
-        self.told[self.number] = state
+    def publish(self, state: PrefillState) -> None:
+        self.states[self.number] = state
 
     def others(self, now_s: float) -> list[PrefillState]:
-        return [state for number, state in self.told.items() if number != self.number]
+        return [state for number, state in self.states.items() if number != self.number]
 
 
 class Lockstep:
@@ -117,11 +117,11 @@ class Lockstep:
 
     def __init__(self, engines: list[VirtualEngine]) -> None:
         self.engines = engines
-        told: dict[int, PrefillState] = {}
+        states: dict[int, PrefillState] = {}
         for number, engine in enumerate(engines):
             engine.scheduler._step_time._line = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0)
             engine.scheduler._step_time.observe = lambda **_: None
-            engine.scheduler.join(Board(told, number))
+            engine.scheduler.join(SharedStates(states, number))
 
     def step(self) -> bool:
         """One step of all; the order in which ranks plan changes from step to step."""
@@ -137,7 +137,7 @@ class Lockstep:
 def lockstep(make_engine, settings):
     def make(**values: Any) -> Lockstep:
         settings.put(policy="sjf", **values)
-        engines = [make_engine(seats=32, step_tokens=1024, kv_blocks=4000) for _ in range(2)]
+        engines = [make_engine(max_num_seqs=32, step_tokens=1024, kv_blocks=4000) for _ in range(2)]
         for engine in engines:
             engine.pace = lambda prefill_tokens, decoding: 0.01 + 0.0001 * prefill_tokens
         return Lockstep(engines)
@@ -216,7 +216,7 @@ def play_on_two(engines: list[VirtualEngine], step: Callable[[], bool], seed: in
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_ranks_that_step_together_do_as_stock_vllm_under_other_orders(make_engine, settings, policy, seed):
-    shape = {"seats": 6, "step_tokens": 256, "kv_blocks": 60}
+    shape = {"max_num_seqs": 6, "step_tokens": 256, "kv_blocks": 60}
     settings.put(policy=policy, yield_prefills=True, cut_prefills=True, kv_growth_blocks=4)
     group = Lockstep([make_engine(vllm_policy="priority", **shape) for _ in range(2)])
     stock = [make_engine(vllm_policy=policy, stock=True, **shape) for _ in range(2)]
@@ -227,7 +227,7 @@ def test_ranks_that_step_together_do_as_stock_vllm_under_other_orders(make_engin
 
 def test_the_levers_come_and_go_with_the_order_while_it_runs(make_engine, settings):
     settings.put(policy="sjf", kv_growth_blocks=1000)
-    engine = make_engine(seats=8, step_tokens=128, kv_blocks=64)
+    engine = make_engine(max_num_seqs=8, step_tokens=128, kv_blocks=64)
     for number in range(4):
         engine.add(f"r{number}", 30, out=30, arrival_s=number * 0.001)
     together = []
@@ -259,44 +259,44 @@ def test_a_rank_learns_from_what_the_others_did_and_not_from_what_it_guessed(loc
         assert [row["all_tokens"] for row in rows[1:both]] == together[1:both]
 
 
-# The pages.
+# The records.
 
 
 @pytest.fixture
-def paged(virtual_engines):
-    from moe_agent.vllm.prefill_group import PagedPrefillGroup
+def local_group(virtual_engines):
+    from moe_agent.vllm.prefill_group import SharedMemoryPrefillGroup
 
-    return PagedPrefillGroup
+    return SharedMemoryPrefillGroup
 
 
 STATE = PrefillState(5.0, 4.0, RankLoad(100, 7, 2), RankLoad(0, 9, 1), (StepPart(4.0, 90, 7), StepPart(3.0, 0, 6)))
 
 
-def test_ranks_read_what_the_others_tell(paged, tmp_path):
-    groups = [paged(tmp_path, rank, 3) for rank in range(3)]
-    groups[1].tell(STATE)
+def test_ranks_read_what_the_others_publish(local_group, tmp_path):
+    groups = [local_group(tmp_path, rank, 3) for rank in range(3)]
+    groups[1].publish(STATE)
     assert groups[0].others(5.5) == [STATE]
-    groups[2].tell(STATE._replace(written_s=5.2))
+    groups[2].publish(STATE._replace(written_s=5.2))
     assert groups[0].others(5.5) == [STATE, STATE._replace(written_s=5.2)]
     assert groups[1].others(5.5) == [STATE._replace(written_s=5.2)]
 
 
-def test_a_rank_that_tells_nothing_is_idle(paged, tmp_path):
-    first, second = paged(tmp_path, 0, 2), paged(tmp_path, 1, 2)
-    second.tell(STATE)
+def test_a_rank_that_publishes_nothing_is_idle(local_group, tmp_path):
+    first, second = local_group(tmp_path, 0, 2), local_group(tmp_path, 1, 2)
+    second.publish(STATE)
     assert first.others(6.0) == [STATE]
     assert first.others(6.1) == []
 
 
-def test_ranks_of_other_machines_are_not_seen(paged, tmp_path):
-    assert paged(tmp_path, 0, 16).others(5.0) == []
+def test_ranks_of_other_machines_are_not_seen(local_group, tmp_path):
+    assert local_group(tmp_path, 0, 16).others(5.0) == []
 
 
-def test_a_rank_that_comes_later_or_starts_again_is_found(paged, tmp_path):
-    group = paged(tmp_path, 0, 2)
+def test_a_rank_that_comes_later_or_starts_again_is_found(local_group, tmp_path):
+    group = local_group(tmp_path, 0, 2)
     assert group.others(5.0) == []
     for start in range(2):
-        other = PrefillPageWriter(tmp_path, 1, STATE._replace(written_s=10.0 * start))
+        other = PrefillRecordWriter(tmp_path, 1, STATE._replace(written_s=10.0 * start))
         calls = 0
         while not group.others(10.0 * start + 0.5):
             calls += 1
@@ -304,8 +304,8 @@ def test_a_rank_that_comes_later_or_starts_again_is_found(paged, tmp_path):
         other.close()
 
 
-def test_what_a_rank_tells_is_read_whole(tmp_path):
-    with PrefillPageWriter(tmp_path, 3, STATE), PrefillPageReader(tmp_path, 3) as reader:
+def test_what_a_rank_publishes_is_read_whole(tmp_path):
+    with PrefillRecordWriter(tmp_path, 3, STATE), PrefillRecordReader(tmp_path, 3) as reader:
         assert reader.read() == STATE
 
 

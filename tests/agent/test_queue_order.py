@@ -4,12 +4,12 @@ import random
 from typing import Any
 
 import pytest
-from moe_agent.shared_memory.records import RankPageReader
+from moe_agent.shared_memory.rank_record import RankRecordReader
 
 
 def test_short_jobs_are_served_before_a_long_one_that_came_first(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("long", 2000, arrival_s=0.1)
@@ -20,7 +20,7 @@ def test_short_jobs_are_served_before_a_long_one_that_came_first(make_engine, se
 
 def test_fcfs_serves_by_arrival(make_engine, settings):
     settings.put(policy="fcfs")
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("long", 2000, arrival_s=0.1)
@@ -30,7 +30,7 @@ def test_fcfs_serves_by_arrival(make_engine, settings):
 
 def test_a_long_job_that_waited_long_enough_is_served_first(make_engine, settings):
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=10.0)
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("long", 2000, arrival_s=0.0)
@@ -41,7 +41,7 @@ def test_a_long_job_that_waited_long_enough_is_served_first(make_engine, setting
 
 def test_priority_serves_the_lower_level_first(make_engine, settings):
     settings.put(policy="priority")
-    engine = make_engine(seats=1, vllm_policy="priority")
+    engine = make_engine(max_num_seqs=1, vllm_policy="priority")
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("plain", 10, arrival_s=0.1)
@@ -52,7 +52,7 @@ def test_priority_serves_the_lower_level_first(make_engine, settings):
 
 def test_a_level_of_priority_is_worth_its_head_start_under_sjf(make_engine, settings):
     settings.put(policy="sjf", priority_step_s=2.0)
-    engine = make_engine(seats=1, vllm_policy="priority")
+    engine = make_engine(max_num_seqs=1, vllm_policy="priority")
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("plain", 100, arrival_s=0.1)
@@ -62,7 +62,7 @@ def test_a_level_of_priority_is_worth_its_head_start_under_sjf(make_engine, sett
 
 def test_the_size_of_a_job_is_what_the_prefix_cache_does_not_hold(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     shared = list(range(800))
     engine.add("first", shared, out=1)
     engine.run()
@@ -78,7 +78,7 @@ def test_the_size_of_a_job_is_what_the_prefix_cache_does_not_hold(make_engine, s
 
 def test_a_change_of_settings_reorders_what_waits(make_engine, settings):
     settings.put(policy="fcfs")
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     engine.add("running", 16, out=20)
     engine.step()
     engine.add("long", 2000, arrival_s=0.1)
@@ -87,14 +87,14 @@ def test_a_change_of_settings_reorders_what_waits(make_engine, settings):
     settings.put(policy="sjf")
     engine.step()
     assert [request.request_id for request in engine.scheduler.waiting] == ["short", "long"]
-    with RankPageReader(settings.run_dir, 0) as page:
-        assert page.read().config_version == 3
+    with RankRecordReader(settings.run_dir, 0) as record:
+        assert record.read().config_version == 3
     assert engine.run().first_token_order == ["running", "short", "long"]
 
 
 def test_aborts_of_waiting_running_and_unknown_requests_leave_the_rest_in_order(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=1)
+    engine = make_engine(max_num_seqs=1)
     engine.add("running", 16, out=20)
     engine.step()
     for index in range(6):
@@ -107,18 +107,18 @@ def test_aborts_of_waiting_running_and_unknown_requests_leave_the_rest_in_order(
 
 def test_a_preempted_request_comes_back_and_ends(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, kv_blocks=12)
+    engine = make_engine(max_num_seqs=4, kv_blocks=12)
     for index in range(4):
         engine.add(f"r{index}", 30, out=60, arrival_s=index * 0.01)
     engine.run()
-    with RankPageReader(settings.run_dir, 0) as page:
-        assert page.read().signal.preemptions > 0
+    with RankRecordReader(settings.run_dir, 0) as record:
+        assert record.read().signal.preemptions > 0
     assert sorted(engine.finished_order) == ["r0", "r1", "r2", "r3"]
 
 
 def test_the_oldest_of_equals_is_never_the_victim_of_a_preemption(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=4, kv_blocks=12, vllm_policy="priority")
+    engine = make_engine(max_num_seqs=4, kv_blocks=12, vllm_policy="priority")
     requests = [engine.add(f"r{index}", 40 - 5 * index, out=60, arrival_s=index * 0.001) for index in range(4)]
     engine.run()
     assert requests[0].num_preemptions == 0
@@ -147,7 +147,7 @@ def play(engine: Any, seed: int, priorities: tuple[int, ...]) -> tuple[list[dict
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("policy", "priorities"), [("fcfs", (0,)), ("priority", (-1, 0, 0, 1))])
 def test_each_step_equals_that_of_stock_vllm(make_engine, settings, policy, priorities, seed, ahead):
-    shape = {"seats": 6, "step_tokens": 128, "kv_blocks": 40, "ahead": ahead}
+    shape = {"max_num_seqs": 6, "step_tokens": 128, "kv_blocks": 40, "ahead": ahead}
     settings.put(policy=policy)
     ours = play(make_engine(vllm_policy="priority", **shape), seed, priorities)
     stock = play(make_engine(vllm_policy=policy, stock=True, **shape), seed, priorities)
@@ -156,9 +156,9 @@ def test_each_step_equals_that_of_stock_vllm(make_engine, settings, policy, prio
 
 def test_the_equality_is_tested_with_preemptions(make_engine, settings):
     settings.put(policy="fcfs")
-    play(make_engine(seats=6, step_tokens=128, kv_blocks=40, vllm_policy="priority"), 0, (0,))
-    with RankPageReader(settings.run_dir, 0) as page:
-        assert page.read().signal.preemptions > 3
+    play(make_engine(max_num_seqs=6, step_tokens=128, kv_blocks=40, vllm_policy="priority"), 0, (0,))
+    with RankRecordReader(settings.run_dir, 0) as record:
+        assert record.read().signal.preemptions > 3
 
 
 def play_session(engine: Any) -> tuple[list[dict[str, int]], list[str]]:
@@ -178,21 +178,21 @@ def play_session(engine: Any) -> tuple[list[dict[str, int]], list[str]]:
 
 def test_a_session_of_streaming_input_goes_on_as_in_stock_vllm(make_engine, settings):
     settings.put(policy="fcfs")
-    ours = play_session(make_engine(seats=2, step_tokens=64, vllm_policy="priority"))
-    assert ours == play_session(make_engine(seats=2, step_tokens=64, stock=True))
+    ours = play_session(make_engine(max_num_seqs=2, step_tokens=64, vllm_policy="priority"))
+    assert ours == play_session(make_engine(max_num_seqs=2, step_tokens=64, stock=True))
     assert sum("session" in carried for carried in ours[0]) >= 4 * 3
-    with RankPageReader(settings.run_dir, 0) as page:
-        assert page.read().idle
+    with RankRecordReader(settings.run_dir, 0) as record:
+        assert record.read().idle
 
 
 def test_a_session_is_no_waiting_work_between_its_chunks(make_engine, settings):
     settings.put(policy="sjf")
-    engine = make_engine(seats=2)
+    engine = make_engine(max_num_seqs=2)
     engine.add("session", 50, out=3, resumable=True)
     engine.run()
-    with RankPageReader(settings.run_dir, 0) as page:
-        assert page.read().signal.waiting_prefill_tokens == 0
+    with RankRecordReader(settings.run_dir, 0) as record:
+        assert record.read().signal.waiting_prefill_tokens == 0
         engine.add("session", 20, out=3, resumable=True)
         # The last token of a chunk's answer is not computed yet, and vLLM takes it back.
-        assert page.read().signal.waiting_prefill_tokens == 20
+        assert record.read().signal.waiting_prefill_tokens == 20
     engine.run()

@@ -1,4 +1,4 @@
-"""The agent's HTTP server over real pages and a supervised fake engine."""
+"""The agent's HTTP server over real shared-memory records and a supervised fake engine."""
 
 import asyncio
 import json
@@ -7,20 +7,19 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from moe_agent.api import broadcaster as feed
+from moe_agent.api import broadcaster
 from moe_agent.api import server as server_module
 from moe_agent.api.server import AgentServer
 from moe_agent.experts.document import PublishedExperts
-from moe_agent.shared_memory.notifier import Bell
-from moe_agent.shared_memory.records import ControlPageReader, RankPageWriter, RankState
-from moe_agent.shared_memory.telemetry import ControlPage, RankPages
+from moe_agent.shared_memory.control_record import ControlRecordReader, SettingsPublisher
+from moe_agent.shared_memory.rank_record import RankRecords, RankRecordWriter, RankState
 from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
@@ -41,28 +40,17 @@ class Rank:
     """A rank's scheduler, played by the test."""
 
     def __init__(self, run_dir: Path, number: int) -> None:
-        self.values: dict[str, Any] = {
-            "pid": os.getpid(),
-            "config_version": 1,
-            "step": 0,
-            "running": 0,
-            "waiting": 0,
-            "waiting_prefill_tokens": 0,
-            "running_prefill_tokens": 0,
-            "decode_tokens": 0,
-            "kv_usage": 0.0,
-            "preemptions": 0,
-            "computed_tokens": 0,
-            "step_time": None,
-            "expert_balance": 1.0,
-            "expert_pressure": 1.0,
-        }
-        first = RankState(pid=os.getpid(), written_s=time.monotonic(), config_version=1, signal=EngineSignal())
-        self._writer = RankPageWriter(run_dir, number, first)
+        self._state = RankState(pid=os.getpid(), written_s=time.monotonic(), config_version=1, signal=EngineSignal())
+        self._writer = RankRecordWriter(run_dir, number, self._state)
 
-    def publish(self, *, age_s: float = 0.0, **changed: Any) -> None:
-        self.values |= changed
-        self._writer.write(written_s=time.monotonic() - age_s, **self.values)
+    def publish(self, *, age_s: float = 0.0, config_version: int | None = None, **changed: Any) -> None:
+        self._state = replace(
+            self._state,
+            written_s=time.monotonic() - age_s,
+            config_version=config_version or self._state.config_version,
+            signal=replace(self._state.signal, **changed),
+        )
+        self._writer.write(self._state)
 
 
 class Agent:
@@ -80,23 +68,25 @@ class Agent:
         )
         command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
         rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
-        self.pages = RankPages(folder, range(ranks))
-        self.bell = Bell(folder)
-        self.control = ControlPage(folder, self.config.request, self.config.expert, self.pages, self.bell.ring)
+        self.records = RankRecords(folder, range(ranks))
+        self.changed = asyncio.Event()
+        self.control = SettingsPublisher(
+            folder, self.config.request, self.config.expert, self.records, self.changed.set
+        )
         self.supervisor = Supervisor(
             self.config.engine,
             command,
             dict(os.environ),
             folder / "engine.log",
             rules,
-            on_restart=self.pages.forget,
-            on_change=self.bell.ring,
+            on_restart=self.records.remove,
+            on_change=self.changed.set,
         )
         (folder / "token").write_text(TOKEN)
         tokens = ControlTokens(folder / "token")
         self.experts = PublishedExperts(folder) if ranks > 1 else None
         self.server = AgentServer(
-            self.config, tokens, self.supervisor, self.pages, self.control, self.experts, self.bell
+            self.config, tokens, self.supervisor, self.records, self.control, self.experts, self.changed
         )
 
 
@@ -110,7 +100,6 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
     yield made
     made.supervisor.request_kill()
     await asyncio.wait_for(task, 20)
-    made.bell.close()
 
 
 @pytest.fixture
@@ -120,9 +109,9 @@ async def client(agent: Agent) -> AsyncIterator[TestClient[web.Request, web.Appl
 
 
 @pytest.fixture
-def only_the_bell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A watch sees nothing by looking now and then."""
-    monkeypatch.setattr(feed, "LOOK_S", 60.0)
+def without_polling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch sees only what the agent itself reports as changed."""
+    monkeypatch.setattr(broadcaster, "POLL_INTERVAL_S", 60.0)
 
 
 @pytest.fixture
@@ -156,7 +145,6 @@ async def test_an_idle_rank_is_read_as_current_while_its_engine_is_ready(client,
     assert (await (await client.get("/v1/state")).json())["ranks"][0]["age_s"] >= 100.0
 
 
-@pytest.mark.usefixtures("only_the_bell")
 async def test_a_watch_has_the_state_now_then_each_change_and_one_a_second(client, ranks):
     async with client.get("/v1/state?watch=1") as answer:
         assert answer.content_type == "application/x-ndjson"
@@ -171,7 +159,7 @@ async def test_a_watch_has_the_state_now_then_each_change_and_one_a_second(clien
         assert (await line())["ranks"][0]["step"] == 3, "the one of the second without a change"
 
 
-@pytest.mark.usefixtures("only_the_bell")
+@pytest.mark.usefixtures("without_polling")
 async def test_a_drain_reaches_a_watcher_before_the_engine_ends(client, ranks, agent):
     async with client.get("/v1/state?watch=1") as answer:
         assert json.loads(await answer.content.readline())["accepting"]
@@ -187,9 +175,9 @@ async def test_a_drain_reaches_a_watcher_before_the_engine_ends(client, ranks, a
     assert (await client.get("/healthz")).status == 200
 
 
-@pytest.mark.usefixtures("only_the_bell")
+@pytest.mark.usefixtures("without_polling")
 async def test_new_settings_reach_a_watcher_at_once(client, monkeypatch):
-    monkeypatch.setattr(feed, "MOST_S", 60.0)
+    monkeypatch.setattr(broadcaster, "HEARTBEAT_S", 60.0)
     async with client.get("/v1/state?watch=1") as answer:
         await answer.content.readline()
         assert (await put(client, {"request": {"policy": "fcfs"}}))[0] == 200
@@ -197,9 +185,9 @@ async def test_new_settings_reach_a_watcher_at_once(client, monkeypatch):
     assert state["config"]["request"]["policy"] == "fcfs"
 
 
-@pytest.mark.usefixtures("only_the_bell")
+@pytest.mark.usefixtures("without_polling")
 async def test_watches_end_when_the_agent_ends(client, agent, monkeypatch):
-    monkeypatch.setattr(feed, "MOST_S", 60.0)
+    monkeypatch.setattr(broadcaster, "HEARTBEAT_S", 60.0)
     async with client.get("/v1/state?watch=1") as answer:
         await answer.content.readline()
         agent.server.end_streams()
@@ -254,8 +242,8 @@ async def test_a_token_file_that_cannot_be_read_lets_nobody_in_and_breaks_nothin
 async def test_an_engine_without_a_name_has_the_machines(agent):
     nameless = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
-    server = AgentServer(nameless, tokens, agent.supervisor, agent.pages, agent.control, None, agent.bell)
-    assert server.snapshot()["name"] == socket.gethostname()
+    server = AgentServer(nameless, tokens, agent.supervisor, agent.records, agent.control, None, agent.changed)
+    assert server.snapshot().name == socket.gethostname()
 
 
 async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_path):
@@ -267,7 +255,6 @@ async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_pat
         assert (ready.status, await ready.json()) == (503, {"phase": "starting"})
     loading.supervisor.request_kill()
     await asyncio.wait_for(task, 20)
-    loading.bell.close()
 
 
 async def put(client: Any, body: Any) -> tuple[int, Any]:
@@ -286,8 +273,8 @@ async def test_settings_reach_the_control_page_and_absent_fields_keep_their_valu
     )
     status, body = await put(client, {"request": {"ageing_rate": 5}})
     assert (status, body["request"]["policy"], body["request"]["ageing_rate"]) == (200, "fcfs", 5.0)
-    with ControlPageReader(agent.config.run_dir) as page:
-        assert page.read() == agent.control.control
+    with ControlRecordReader(agent.config.run_dir) as record:
+        assert record.read() == agent.control.control
     assert (await (await client.get("/v1/state")).json())["config"]["version"] == 3
 
 
@@ -302,8 +289,8 @@ async def test_settings_of_experts_are_taken_beside_those_of_requests(client, ra
     status, body = await put(client, {"expert": {"mode": "active", "interval_steps": 40}})
     assert (status, body["expert"]["mode"], body["expert"]["window_steps"]) == (200, "active", 1000)
     assert body["request"] == asdict(agent.config.request)
-    with ControlPageReader(agent.config.run_dir) as page:
-        assert page.read().expert.interval_steps == 40
+    with ControlRecordReader(agent.config.run_dir) as record:
+        assert record.read().expert.interval_steps == 40
     state = await (await client.get("/v1/state")).json()
     assert state["config"]["expert"]["mode"] == "active"
 
@@ -377,7 +364,7 @@ async def test_metrics_have_the_signal_by_rank(client, ranks):
     assert 'policy="sjf"' in text
 
 
-async def test_pages_of_an_engine_that_ended_are_not_read_as_those_of_the_next(client, ranks, agent):
+async def test_records_of_an_engine_that_ended_are_not_read_as_those_of_the_next(client, ranks, agent):
     ranks[0].publish(running=9)
     os.kill(agent.supervisor.pid, 9)
     assert await until_restarted(agent) == 1

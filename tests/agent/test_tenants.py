@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.fairness import OUTPUT_WEIGHT
+from moe_scheduling.request.order import RequestSettings
 from moe_tools.modelless import foreign_warnings
 
 FLOOD, SMALL = "aaaaaaaa", "bbbbbbbb"
@@ -38,11 +38,11 @@ def test_vllm_keeps_the_gateways_id_within_its_own():
 
 
 @pytest.mark.parametrize(
-    ("horizon_s", "place"), [(8.0, 6), (0.0, 20)], ids=["tenants told apart", "tenants not told apart"]
+    ("horizon_s", "place"), [(8.0, 6), (0.0, 20)], ids=["tenants distinguished", "tenants not distinguished"]
 )
 def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizon_s, place):
     settings.put(policy="sjf", ageing_rate=1000.0, fairness_horizon_s=horizon_s)
-    engine = make_engine(seats=1, step_tokens=1024)
+    engine = make_engine(max_num_seqs=1, step_tokens=1024)
     for number in range(20):
         engine.add(of(FLOOD, f"f{number:02}"), 1000, arrival_s=number / 100)
     engine.step()
@@ -53,9 +53,10 @@ def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizo
     assert horizon_s or order(engine).index("small") == 20
 
 
-def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings):
-    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0)
-    engine = make_engine(seats=1, step_tokens=256, kv_blocks=2000)
+@pytest.mark.parametrize("weight", [0.0, 2.0, 5.0])
+def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings, weight):
+    settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0, output_weight=weight)
+    engine = make_engine(max_num_seqs=1, step_tokens=256, kv_blocks=2000)
     queue = engine.scheduler.waiting
     engine.add(of(FLOOD, "long"), 3000, out=500)
     for tenant in (FLOOD, SMALL):
@@ -68,13 +69,13 @@ def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_
     while of(FLOOD, "long") not in engine.finished_order:
         before = queue._queue.lag_s(FLOOD)
         engine.step()
-    assert queue._queue.lag_s(FLOOD) - before == pytest.approx(OUTPUT_WEIGHT * 500 / 1000, abs=0.02)
+    assert queue._queue.lag_s(FLOOD) - before == pytest.approx(weight * 500 / 1000, abs=0.02)
     engine.run()
 
 
 def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, settings):
     settings.put(policy="sjf", ageing_rate=1.0, fairness_horizon_s=8000.0)
-    engine = make_engine(seats=1, step_tokens=256)
+    engine = make_engine(max_num_seqs=1, step_tokens=256)
     engine.add(of(FLOOD, "running"), 10, out=2000)
     for tenant in (FLOOD, SMALL):
         engine.add(of(tenant, "waits"), 10, arrival_s=0.1)
@@ -82,19 +83,20 @@ def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, setting
         engine.step()
     before = engine.scheduler.waiting._queue.lag_s(FLOOD)
     engine.abort(of(FLOOD, "running"))
-    answered = 1500 * OUTPUT_WEIGHT
-    assert engine.scheduler.waiting._queue.lag_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * OUTPUT_WEIGHT)
+    weight = RequestSettings().output_weight
+    answered = 1500 * weight
+    assert engine.scheduler.waiting._queue.lag_s(FLOOD) == pytest.approx(10 + answered - 2000, abs=2 * weight)
     assert before == 0.0
     engine.run()
 
 
 @pytest.mark.parametrize(("its", "first"), [(FLOOD, "long"), (SMALL, "short")])
 def test_a_prompt_in_chunks_counts_with_its_tenants_lead(make_engine, settings, its, first):
-    """The short one comes too late to overtake by its size; what its own tenant has not had it does by its lead."""
+    """The short one comes too late to overtake by its size; by the lag of the flooding tenant it does."""
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=4.0, kv_growth_blocks=0)
-    engine = make_engine(seats=4, step_tokens=256, kv_blocks=2000)
+    engine = make_engine(max_num_seqs=4, step_tokens=256, kv_blocks=2000)
     engine.add(of(FLOOD, "long"), 3500)
-    # Both tenants wait once, so that they are told apart; then what is charged counts.
+    # Both tenants wait once, so that the queue distinguishes them; then what is charged counts.
     engine.add(of(SMALL, "early"), 10)
     for _ in range(8):
         engine.step()
@@ -107,7 +109,7 @@ def test_a_prompt_in_chunks_counts_with_its_tenants_lead(make_engine, settings, 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_the_orders_of_vllm_know_no_tenants(make_engine, settings, policy):
     settings.put(policy=policy, ageing_rate=1000.0, fairness_horizon_s=8.0)
-    engine = make_engine(seats=1, step_tokens=1024)
+    engine = make_engine(max_num_seqs=1, step_tokens=1024)
     for number in range(10):
         engine.add(of(FLOOD, f"f{number}"), 1000, arrival_s=number / 100)
     engine.step()
@@ -120,7 +122,7 @@ def test_one_tenant_is_scheduled_as_without_tenants(make_engine, settings):
     steps = []
     for horizon_s in (0.0, 8.0):
         settings.put(policy="sjf", fairness_horizon_s=horizon_s)
-        engine = make_engine(seats=4, step_tokens=256, kv_blocks=200)
+        engine = make_engine(max_num_seqs=4, step_tokens=256, kv_blocks=200)
         for number in range(40):
             engine.add(of(FLOOD, f"r{number}"), 10 + number * 97 % 500, out=5, arrival_s=number / 50)
             engine.step()

@@ -121,7 +121,7 @@ def test_a_dead_engine_says_what_the_gateway_knows_it_by():
 
 
 def test_vllm_marks_the_ids_that_come_from_a_body_and_no_others():
-    """By the `_` after them `tenant_of` tells them apart; chats have one only where they are several in one body."""
+    """By the `_` after them `tenant_of` distinguishes them; chats have one only where they are several in one body."""
     import vllm
 
     served = Path(vllm.__file__).parent / "entrypoints" / "openai"

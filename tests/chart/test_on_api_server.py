@@ -241,9 +241,9 @@ def test_the_rights_are_enough_to_make_and_to_end_a_resource(cluster, release, o
     cluster.kubectl("delete", "-n", "team", "moes/olmoe", "--timeout=60s")
     assert names(cluster, "deployment,service,secret,networkpolicy", "-n", "team") == []
     process.terminate()
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 0, told
-    lines = [line for line in told.splitlines() if "forbidden" in line.lower() or "error" in line.lower()]
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    lines = [line for line in output.splitlines() if "forbidden" in line.lower() or "error" in line.lower()]
     assert lines == []
 
 

@@ -60,7 +60,7 @@ class ApiCluster:
 
     @property
     def kubeconfig(self) -> Path:
-        """The administrator's."""
+        """Path of the administrator's kubeconfig."""
         return self.state_dir / "kubeconfig"
 
     @property

@@ -70,7 +70,7 @@ def locate(name: str) -> Path:
 
 
 def locate_all(names: Sequence[str]) -> dict[str, Path]:
-    """As `locate`, for several."""
+    """Paths of several binaries, as `locate` finds them."""
     check_names(names)
     if missing := [name for name in names if not find(name)]:
         with FileLock(bin_folder() / ".lock"):

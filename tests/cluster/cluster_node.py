@@ -37,7 +37,7 @@ static void quit(int number) { _exit(0); }
 int main() { signal(SIGTERM, quit); signal(SIGINT, quit); for (;;) pause(); }
 """
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
-# Programs keep things here and cannot be told not to: in the node they are memory.
+# Programs keep things here and have no option against it: in the node they are memory.
 HIDDEN = ("/run", "/var/log", "/var/lib/kubelet", "/var/lib/cni")
 CGROUPS = Path("/sys/fs/cgroup")
 LINK = "moetest"

@@ -60,7 +60,7 @@ class Processes:
         return [process for name, process in self.all() if name == part and is_of_first_group(process)]
 
     def running(self) -> set[str]:
-        """The parts that run."""
+        """Names of the parts that run now."""
         return {name for name, process in self.all() if is_of_first_group(process)}
 
     def stop(self, part: str, *, kill: bool = False, patience_s: float = 30.0) -> None:

@@ -154,7 +154,7 @@ def test_without_binaries_and_go_one_line_says_what_gets_them(tmp_path: Path) ->
     assert "KUBEBUILDER_ASSETS" in answer.stderr
 
 
-def test_an_unknown_program_is_told_with_the_known_ones() -> None:
+def test_an_unknown_program_is_reported_with_the_known_ones() -> None:
     answer = run("binaries", "kubectll")
     assert answer.returncode == 1
     assert answer.stderr.startswith("unknown program 'kubectll'; known: coredns, etcd")

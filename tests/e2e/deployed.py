@@ -114,7 +114,7 @@ class Serving:
 
     @property
     def url(self) -> str:
-        """The gateway's Service."""
+        """URL of the gateway's Service."""
         spec = self.kubectl.get("service", self.name)["spec"]
         return f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}"
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(1500)
 
 
 class Load:
-    """Chats from a thread until `stop`, so many at a time; keeps what came of each."""
+    """Chats from a thread until `stop`, `clients` at a time; keeps the outcome of each."""
 
     def __init__(self, url: str, clients: int, tokens: int = 48) -> None:
         self.statuses: list[int] = []
@@ -65,7 +65,7 @@ class LongStream(threading.Thread):
         started_s = time.monotonic()
         try:
             asyncio.run(self._read())
-        except Exception as error:  # told by the test
+        except Exception as error:  # reported by the test
             self.error = repr(error)
         self.seconds = time.monotonic() - started_s
 
@@ -222,7 +222,7 @@ def test_other_arguments_roll_the_engines_under_load_without_a_failed_request(se
 def test_what_is_wrong_stands_in_the_conditions(serving: Serving) -> None:
     serving.apply(engine={"image": "registry.invalid/no/such:image"})
     wrong_image = wait_for(
-        "the image is told",
+        "the image is named",
         lambda: (found := serving.condition("Degraded")).get("reason") == "ImageCannotBePulled" and found,
         90,
     )
@@ -230,21 +230,21 @@ def test_what_is_wrong_stands_in_the_conditions(serving: Serving) -> None:
     serving.spec = {}
     serving.apply(model={"uri": "hf://org/gated", "tokenSecret": {"name": "absent"}})
     missing = wait_for(
-        "the secret is told",
+        "the secret is named",
         lambda: (found := serving.condition("Degraded")).get("reason") == "SecretMissing" and found,
         90,
     )
     assert 'secret "absent" not found' in missing["message"]
 
 
-def test_more_than_the_nodes_have_is_told(serving: Serving) -> None:
+def test_more_than_the_nodes_have_is_reported(serving: Serving) -> None:
     serving.apply(engine={"runtime": "vllm", "parallelism": {"tensor": 8}, "resources": None})
-    told = wait_for(
-        "the missing GPUs are told",
+    condition = wait_for(
+        "the missing GPUs are named",
         lambda: (found := serving.condition("Degraded")).get("reason") == "Unschedulable" and found,
         60,
     )
-    assert "nvidia.com/gpu: 8" in told["message"]
+    assert "nvidia.com/gpu: 8" in condition["message"]
 
 
 def test_a_deleted_resource_leaves_nothing(serving: Serving) -> None:

@@ -1,4 +1,4 @@
-"""A Kubernetes API server at its HTTP seam, for EndpointSlices alone: lists, watches, and what goes wrong with both.
+"""A Kubernetes API server at its HTTP seam, for EndpointSlices alone: lists, watches, and failures of both.
 
 `tests/gateway/test_discovery_api.py` runs the same gateway against a real one.
 """
@@ -43,8 +43,16 @@ def engine_slice(engine: Any, service: str = "tiny-engine", *, name: str = "", *
 
 
 class FakeApi:
-    """See the module. `lists` and `watches` count requests; `answer` makes every request fail with that status;
-    `mute` makes watches tell nothing, as over a connection that died unseen.
+    """The API server.
+
+    Attributes:
+        lists: number of lists that were asked for, each page as one.
+        watches: number of watches that were asked for.
+        answer: status of the refusal of every request; None answers them.
+        refusals: answers to the next watches in place of events, each used once.
+        mute: watches send nothing, as over a connection that died unseen.
+        page: most objects in an answer to a list; None is what is asked for.
+        watched_from: versions that the watches began at.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -53,7 +61,10 @@ class FakeApi:
         self.lists = self.watches = 0
         self.answer: int | None = None
         self.gone_as_event = self.mute = False
-        self._gone = False
+        self.page: int | None = None
+        self.refusals: list[web.Response] = []
+        self.watched_from: list[int] = []
+        self._gone = self._ending = False
         self._slices: dict[str, dict[str, Any]] = {}
         self._events: list[tuple[int, dict[str, Any]]] = []
         self._versions = itertools.count(1)
@@ -102,8 +113,21 @@ class FakeApi:
         self._generation += 1
         self._changed.set()
 
+    def bookmark(self, version: int) -> None:
+        """Sends a bookmark to the watches."""
+        self._version = version
+        self._versions = itertools.count(version + 1)
+        row = {"kind": "EndpointSlice", "metadata": {"resourceVersion": str(version), "labels": {SERVICE: ""}}}
+        self._events.append((version, {"type": "BOOKMARK", "object": row}))
+        self._changed.set()
+
+    def end_watches(self) -> None:
+        """Ends all watches as a server does when their time is over."""
+        self._ending = True
+        self.drop()
+
     def forget(self) -> None:
-        """The next watch is told that its version is too old, and what happened since is in no event."""
+        """The next watch is refused because its version is too old, and no event has the changes since."""
         self._gone = True
         self._events.clear()
 
@@ -122,10 +146,20 @@ class FakeApi:
             return await self._watch(request)
         self.lists += 1
         items = [row for row in self._slices.values() if selected(row, request)]
-        return web.json_response({"metadata": {"resourceVersion": str(self._version)}, "items": items})
+        first, limit = int(request.query.get("continue", 0)), self.page or int(request.query["limit"])
+        metadata = {"resourceVersion": str(self._version)}
+        if first + limit < len(items):
+            metadata["continue"] = str(first + limit)
+        # As of a real one, the items do not say their kind.
+        page = [{name: value for name, value in row.items() if name not in ("kind", "apiVersion")} for row in items]
+        return web.json_response({"metadata": metadata, "items": page[first : first + limit]})
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         self.watches += 1
+        self.watched_from.append(int(request.query["resourceVersion"]))
+        assert request.query["allowWatchBookmarks"] == "true"
+        if self.refusals:
+            return self.refusals.pop(0)
         gone, self._gone = self._gone, False
         if gone and not self.gone_as_event:
             return web.json_response(status_of(410), status=410)
@@ -140,10 +174,10 @@ class FakeApi:
             self._changed = changed = asyncio.Event() if self._changed.is_set() else self._changed
             for version, event in [row for row in self._events if row[0] > seen]:
                 seen = version
-                if selected(event["object"], request) and not self.mute:
+                if (event["type"] == "BOOKMARK" or selected(event["object"], request)) and not self.mute:
                     await stream.write(json.dumps(event).encode() + b"\n")
             await changed.wait()
-        if request.transport is not None:
+        if not self._ending and request.transport is not None:
             request.transport.abort()
         return stream
 

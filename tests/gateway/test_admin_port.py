@@ -5,21 +5,10 @@ import asyncio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateway.conftest import (
-    OK,
-    SSE_END,
-    SSE_HEAD,
-    TOKEN,
-    event,
-    free_port,
-    get,
-    never,
-    post,
-    prompt,
-    put,
-    reset,
-    until,
-)
+from tests.gateway.clients import TOKEN, get, put
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.peers import never, reset
+from tests.gateway.waiting import free_port, until
 
 
 async def test_health_is_life_and_readiness_is_an_engine_that_accepts(make_engine, serve):
@@ -284,7 +273,7 @@ async def test_a_gateway_that_drains_ends_idle_connections_and_takes_no_new_ones
         await served.connect()
 
 
-async def test_who_still_waits_when_the_gateway_ends_at_once_is_told_to_come_again(make_engine, serve):
+async def test_a_forced_stop_answers_held_requests_with_a_retry_after(make_engine, serve):
     engine = await make_engine(never)
     served = await serve(engine, dispatch={"saturation_s": 0.5})
     sent, held = await served.connect(), await served.connect()
@@ -299,7 +288,7 @@ async def test_who_still_waits_when_the_gateway_ends_at_once_is_told_to_come_aga
         assert (answer.status, answer.json["error"]["code"]) == (503, "gateway_ended")
         assert answer.headers[b"retry-after"] == b"1"
         assert await client.ended()
-    assert served.gateway.dispatcher.stats.refusals == {"gateway_ended": 2}
+    assert served.gateway.stats.refusals == {"gateway_ended": 2}
 
 
 async def test_a_start_that_fails_leaves_no_port_open(make_engine, serve):

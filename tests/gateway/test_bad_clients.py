@@ -1,4 +1,4 @@
-"""A bad client gets one OpenAI-shaped error, costs little, and nobody beside it notices."""
+"""A bad client gets one OpenAI-shaped error, costs little, and does not affect other clients."""
 
 import asyncio
 import json
@@ -6,17 +6,9 @@ import tracemalloc
 
 import pytest
 
-from tests.gateway.conftest import (
-    OK,
-    SSE_END,
-    SSE_HEAD,
-    answer_ok,
-    chunk,
-    event,
-    post,
-    prompt,
-    until,
-)
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, post, prompt
+from tests.gateway.peers import answer_ok
+from tests.gateway.waiting import until
 
 SHORT = {"header_timeout_s": 0.3, "body_timeout_s": 0.3}
 
@@ -137,7 +129,7 @@ async def test_what_the_gateway_does_not_need_is_the_engines_to_judge(make_engin
         assert engine.requests[-1].body == body
 
 
-async def test_an_unknown_model_is_told_the_known_ones(make_engine, serve):
+async def test_the_error_for_an_unknown_model_names_the_known_ones(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine)
     answer = await served.ask(post(prompt() | {"model": "large\n" * 100}))
@@ -176,7 +168,7 @@ async def test_a_body_of_100_mb_is_refused_without_being_kept(make_engine, serve
     assert engine.requests == []
 
 
-async def test_who_expects_100_continue_for_too_much_is_not_told_to_continue(make_engine, serve):
+async def test_100_continue_is_not_sent_for_a_body_that_is_too_large(make_engine, serve):
     served = await serve(await make_engine(), limits={"max_body_bytes": 10})
     answer = await served.ask(post(prompt(), extra=b"Expect: 100-continue\r\n"))
     assert answer.status == 413
@@ -222,7 +214,7 @@ async def test_a_trailer_without_end_is_refused(make_engine, serve):
 @pytest.mark.parametrize(
     "part", [b"GET /v1/mod", b"GET /v1/models HTTP/1.1\r\nx: y\r\n", post(prompt())[:-3]], ids=["line", "head", "body"]
 )
-async def test_a_slow_client_is_told_so_in_the_end(make_engine, serve, part):
+async def test_a_slow_client_gets_a_timeout_error(make_engine, serve, part):
     served = await serve(await make_engine(), limits=SHORT)
     client = await served.connect()
     client.send(part)
@@ -385,7 +377,7 @@ async def test_bad_clients_do_not_disturb_a_good_stream(make_engine, serve):
 
 async def test_refusals_are_counted_once_each(make_engine, serve):
     served = await serve(await make_engine())
-    stats = served.gateway.dispatcher.stats
+    stats = served.gateway.stats
     await served.ask(post(b"{"))
     await served.ask(b"GET /pause HTTP/1.1\r\n\r\n")
     await served.ask(b"GET /v1/completions HTTP/1.1\r\n\r\n")

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, answer_ok, event, json_answer, never, post, prompt, until
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, json_answer, post, prompt
+from tests.gateway.peers import answer_ok, never
+from tests.gateway.waiting import until
 
 FCFS = {"policy": "fcfs"}
 
@@ -107,7 +109,7 @@ async def test_a_gateway_learns_its_share_of_the_work_from_what_engines_say(make
     assert served.target_state(engine.name).traffic_share == 1.0
     engine.agent.say_rank(running=200)
     await until(lambda: served.target_state(engine.name).traffic_share < 0.5)
-    assert served.gateway.dispatcher.traffic_share == served.target_state(engine.name).traffic_share
+    assert served.gateway.dispatcher.targets.traffic_share == served.target_state(engine.name).traffic_share
 
 
 @pytest.mark.parametrize("where", ["header", "user"])
@@ -131,11 +133,11 @@ async def test_a_prefix_goes_where_it_was_computed_until_that_engine_restarts(ma
         await served.ask(post(prompt(shared + str(turn))))
     home, other = sorted(engines, key=lambda engine: -len(engine.requests))
     assert (len(home.requests), len(other.requests)) == (6, 0)
-    job, _ = served.gateway.dispatcher.size(parsed_of(shared), None)
+    job, _ = served.gateway.dispatcher.build_job(parsed_of(shared), None)
     assert job.cached.keys() == {(home.name, 0)}
     home.agent.say(engine=home.agent.state["engine"] | {"pid": 2})
     await until(lambda: served.gateway.dispatcher.engines[home.name].pid == 2)
-    job, _ = served.gateway.dispatcher.size(parsed_of(shared), None)
+    job, _ = served.gateway.dispatcher.build_job(parsed_of(shared), None)
     assert job.cached == {}
 
 
@@ -151,10 +153,10 @@ async def test_the_size_of_prompts_is_learned_from_what_engines_report(make_engi
         writer.write(json_answer({"usage": {"prompt_tokens": 6000}}))
 
     served = await serve(await make_engine(dense))
-    before = served.gateway.dispatcher.size(parsed_of("x" * 8000), None)[0].prompt_tokens
+    before = served.gateway.dispatcher.build_job(parsed_of("x" * 8000), None)[0].prompt_tokens
     for _ in range(5):
         await served.ask(post(prompt("x" * 8000)))
-    assert served.gateway.dispatcher.size(parsed_of("x" * 8000), None)[0].prompt_tokens > before * 1.5
+    assert served.gateway.dispatcher.build_job(parsed_of("x" * 8000), None)[0].prompt_tokens > before * 1.5
 
 
 # Holding.
@@ -169,7 +171,7 @@ async def test_without_an_engine_that_accepts_a_request_waits_for_one(make_engin
     assert (await client.answer()).json == OK
 
 
-async def test_a_request_is_held_for_so_long_and_told_when_to_come_back(make_engine, serve):
+async def test_a_request_is_held_up_to_its_timeout_and_then_gets_a_retry_after(make_engine, serve):
     engine = await make_engine()
     engine.agent.say(accepting=False)
     served = await serve(engine, ready=False, limits={"hold_timeout_s": 0.2})
@@ -179,7 +181,7 @@ async def test_a_request_is_held_for_so_long_and_told_when_to_come_back(make_eng
     assert served.gateway.dispatcher.held == 0
 
 
-async def test_without_any_engine_configured_the_client_is_told_at_once(serve):
+async def test_without_any_engine_configured_a_request_is_refused_at_once(serve):
     answer = await (await serve()).ask(post(prompt()))
     assert (answer.status, answer.headers[b"retry-after"]) == (503, b"1")
 
@@ -249,7 +251,7 @@ async def test_a_question_that_needs_no_computing_is_not_held_behind_those_that_
     assert (await held.answer()).json == OK
 
 
-async def test_a_question_waits_too_where_nobody_is_there_to_answer(make_engine, serve):
+async def test_a_question_is_held_too_where_there_is_no_engine(make_engine, serve):
     engine = await make_engine()
     engine.agent.say(accepting=False)
     served = await serve(engine, ready=False)
@@ -260,7 +262,7 @@ async def test_a_question_waits_too_where_nobody_is_there_to_answer(make_engine,
     assert (await client.answer()).status == 200
 
 
-async def test_saturation_holds_by_the_own_books_until_an_answer_begins(make_engine, serve):
+async def test_saturation_holds_by_the_requests_in_flight_until_an_answer_begins(make_engine, serve):
     first_token = asyncio.Event()
 
     async def waits(request, writer):
@@ -280,7 +282,7 @@ async def test_saturation_holds_by_the_own_books_until_an_answer_begins(make_eng
     assert (await second.answer()).json == OK
 
 
-async def test_a_signal_that_grows_stale_holds_nobody_back(make_engine, serve):
+async def test_a_stale_signal_holds_no_request(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine, dispatch={"saturation_s": 1.0, "stale_after_s": 0.5})
     engine.agent.say_rank(waiting=100, waiting_prefill_tokens=100_000)

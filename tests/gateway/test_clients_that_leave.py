@@ -11,17 +11,9 @@ import tracemalloc
 
 import pytest
 
-from tests.gateway.conftest import (
-    OK,
-    SSE_HEAD,
-    always,
-    event,
-    json_answer,
-    never,
-    post,
-    prompt,
-    until,
-)
+from tests.gateway.messages import OK, SSE_HEAD, event, json_answer, post, prompt
+from tests.gateway.peers import always, never
+from tests.gateway.waiting import until
 
 GONE_WITHIN_S = 1.0
 
@@ -60,7 +52,7 @@ async def test_a_client_that_leaves_takes_its_request_along(make_engine, serve, 
     await asyncio.wait_for(engine.requests[0].gone.wait(), GONE_WITHIN_S)
     assert time.monotonic() - left_s < GONE_WITHIN_S
     await until(lambda: served.in_flight == 0)
-    stats = served.gateway.dispatcher.stats
+    stats = served.gateway.stats
     assert (stats.requests["completions", 499], stats.finished, stats.failed) == (1, 1, 0)
     assert stats.refusals["client_gone"] == 1
     assert served.gateway.dispatcher.engines[engine.name].failures == 0
@@ -84,7 +76,7 @@ async def test_a_held_request_leaves_the_queue_with_its_client(make_engine, serv
 async def test_a_client_that_leaves_while_the_gateway_connects_costs_nothing(make_engine, serve):
     engine = await make_engine(start=False)
     with socket.socket() as busy:
-        # A listener whose backlog is full lets nobody in and refuses nobody.
+        # A listener whose backlog is full neither accepts nor refuses a connection.
         busy.bind(("127.0.0.1", engine.port))
         busy.listen(0)
         fillers = [socket.socket() for _ in range(3)]
@@ -99,7 +91,7 @@ async def test_a_client_that_leaves_while_the_gateway_connects_costs_nothing(mak
         await until(lambda: served.in_flight == 0)
         for filler in fillers:
             filler.close()
-    assert served.gateway.dispatcher.stats.requests == {("completions", 499): 1}
+    assert served.gateway.stats.requests == {("completions", 499): 1}
 
 
 # Clients that do not read.
@@ -160,7 +152,7 @@ async def test_a_client_that_pipelines_and_does_not_read_gets_its_answers_one_by
         assert len((await client.answer()).body) > 100_000
 
 
-async def test_a_client_that_asks_and_never_reads_is_not_heard_without_end(make_engine, serve):
+async def test_a_client_that_asks_and_never_reads_is_not_read_without_end(make_engine, serve):
     served = await serve(await make_engine())
     client = await served.connect(limit=1024)
     asking = b"GET /pause HTTP/1.1\r\n\r\n" * 1000

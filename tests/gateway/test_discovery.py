@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 import pytest
-from lightkube import AsyncClient
+from moe_contract.api_server import ApiServer
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
@@ -12,8 +12,9 @@ from moe_contract.input_errors import InvalidInput
 from moe_gateway.engines.discovery import Discovery
 from moe_gateway.gateway import Gateway
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, free_port, post, prompt, until
 from tests.gateway.fake_api import engine_slice, make_slice
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.waiting import free_port, until
 
 LOST = "lost the API server"
 
@@ -119,7 +120,7 @@ async def test_an_engine_that_moves_to_another_slice_is_never_away(make_engine, 
     other = await make_engine()
     api.put(engine_slice(other, name="third"))
     await served.takes(engine, other)
-    # The same object, so that its books and its connections were kept.
+    # The same object, so its accounting and its connections were kept.
     assert served.gateway.dispatcher.engines[engine.name] is known
 
 
@@ -217,14 +218,14 @@ async def test_an_api_server_that_fails_later_takes_no_engine_away(make_engine, 
     assert said == [LOST, "the API server answers again"]
 
 
-async def test_what_a_dead_watch_did_not_tell_is_found_by_the_next_list(make_engine, api):
-    told = []
-    discovery = Discovery(AsyncClient(), "models", 1, told.append, relist_s=0.3)
+async def test_what_a_dead_watch_did_not_show_is_found_by_the_next_list(make_engine, api):
+    reported = []
+    discovery = Discovery(ApiServer(), "models", 1, reported.append, relist_s=0.3)
     following = asyncio.ensure_future(discovery.run(["tiny-engine"]))
     await until(lambda: api.watches == 1)
     api.mute = True
     api.put(engine_slice(await make_engine(name="late")))
-    await until(lambda: told and [row.address.name for row in told[-1]] == ["late"])
+    await until(lambda: reported and [row.address.name for row in reported[-1]] == ["late"])
     assert (discovery.synced, api.lists >= 2) == (True, True)
     following.cancel()
     await asyncio.wait([following])

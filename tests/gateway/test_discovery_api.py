@@ -13,8 +13,9 @@ from cluster_binaries import locate
 from moe_operator.plan.access import build_access
 from moe_operator.plan.names import Names
 
-from tests.gateway.conftest import OK, post, prompt, until
 from tests.gateway.fake_api import engine_slice
+from tests.gateway.messages import OK, post, prompt
+from tests.gateway.waiting import until
 
 NAMES = Names("tiny")
 

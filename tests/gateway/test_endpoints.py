@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lightkube.models.discovery_v1 import EndpointSlice
 from moe_gateway.engines.endpoints import Endpoint, read_endpoints
 
 from tests.gateway.fake_api import make_slice
@@ -15,7 +14,7 @@ GROUPS = (STABLE, CANARY)
 
 
 def read(*rows: dict[str, Any], groups: tuple[str, ...] = GROUPS, ranks: int = 1) -> tuple[Endpoint, ...]:
-    return read_endpoints([EndpointSlice.from_dict(row) for row in rows], groups, ranks)
+    return read_endpoints(rows, groups, ranks)
 
 
 def offered(*rows: dict[str, Any]) -> dict[str, bool]:

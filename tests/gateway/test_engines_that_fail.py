@@ -1,25 +1,13 @@
-"""An engine may fail: before its first byte another one answers, once; after it the client is told and nobody else."""
+"""An engine may fail: before its first byte another one answers, once; after it the stream ends with an error."""
 
 import asyncio
 import json
 
 import pytest
 
-from tests.gateway.conftest import (
-    OK,
-    SSE_END,
-    SSE_HEAD,
-    always,
-    answer_ok,
-    chunk,
-    event,
-    json_answer,
-    never,
-    post,
-    prompt,
-    reset,
-    until,
-)
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
+from tests.gateway.peers import always, answer_ok, never, reset
+from tests.gateway.waiting import until
 
 
 async def reset_at_once(_request, writer):
@@ -71,7 +59,7 @@ async def test_before_the_first_byte_another_engine_answers(make_engine, serve, 
     assert log_of(bad, good) == [1, 2]
     assert {request.body for request in good.requests + bad.requests} == {body}
     assert bad.requests[0].headers[b"x-request-id"] in [row.headers[b"x-request-id"] for row in good.requests]
-    assert served.gateway.dispatcher.stats.retried == 1
+    assert served.gateway.stats.retried == 1
     assert served.in_flight == 0
 
 
@@ -86,7 +74,7 @@ async def test_a_refused_connection_is_tried_elsewhere(make_engine, serve):
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_when_the_second_engine_fails_too_the_client_is_told(make_engine, serve, failure):
+async def test_when_the_second_engine_fails_too_the_client_gets_an_error(make_engine, serve, failure):
     engines = [await make_engine(failure), await make_engine(failure)]
     served = await serve(*engines)
     client = await served.connect()
@@ -99,7 +87,7 @@ async def test_when_the_second_engine_fails_too_the_client_is_told(make_engine, 
         assert answer.json["error"]["type"] == "server_error"
     assert log_of(*engines) == [1, 1]
     assert served.in_flight == 0
-    stats = served.gateway.dispatcher.stats
+    stats = served.gateway.stats
     assert (stats.finished, stats.failed, stats.retried) == (1, 1, 1)
 
 
@@ -139,8 +127,8 @@ async def test_an_engine_that_is_full_keeps_its_good_name_and_gets_new_work_a_mo
     served = await serve(full, other, dispatch=TURNS)
     for _ in range(6):
         assert (await served.ask(post(prompt()))).json == OK
-    stats, engine = served.gateway.dispatcher.stats, served.gateway.dispatcher.engines["full"]
-    assert (engine.failures, dict(stats.ejections), stats.failed) == (0, {}, 0)
+    stats, engine = served.gateway.stats, served.gateway.dispatcher.engines["full"]
+    assert (engine.failures, dict(served.gateway.dispatcher.ejections), stats.failed) == (0, {}, 0)
     assert stats.retried == len(full.requests)
     full.script = answer_ok
     await until(lambda: served.target_state("full").accepting)
@@ -159,7 +147,7 @@ async def test_what_the_only_engine_turned_away_waits_until_it_has_room(make_eng
     engine.script = answer_ok
     assert (await client.answer()).json == OK
     assert len(engine.requests) == 2
-    assert served.gateway.dispatcher.stats.ejections == {}
+    assert served.gateway.dispatcher.ejections == {}
 
 
 async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_engine, serve):
@@ -177,8 +165,8 @@ async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_en
         client.send(post(prompt()))
         assert (await client.answer()).json == OK
         await asyncio.sleep(0.045)
-    stats = served.gateway.dispatcher.stats
-    assert (stats.retried, dict(stats.ejections)) == (0, {})
+    stats = served.gateway.stats
+    assert (stats.retried, dict(served.gateway.dispatcher.ejections)) == (0, {})
 
 
 # An engine whose processes have died, while its server goes on for some seconds.
@@ -210,7 +198,7 @@ async def test_the_only_engine_gets_nothing_until_it_has_started_anew(make_engin
     assert log_of(engine) == [1]
     engine.script = answer_ok
     engine.agent.say(accepting=False, phase="backoff")
-    await until(lambda: not served.gateway.dispatcher.engines[engine.name].ready)
+    await until(lambda: not served.gateway.dispatcher.engines[engine.name].is_ready)
     engine.agent.say(accepting=True, phase="ready")
     assert (await client.answer()).json == OK
 
@@ -221,7 +209,7 @@ async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
     assert (await served.ask(post(prompt()))).status == 500
     engine.script = always(SSE_HEAD + event('{"error": 1}') + SSE_END)
     assert b"error" in (await served.ask(post(prompt(stream=True)))).body
-    assert served.gateway.dispatcher.stats.retried == 0
+    assert served.gateway.stats.retried == 0
 
 
 @pytest.mark.parametrize(
@@ -237,7 +225,7 @@ async def test_a_clients_text_within_an_error_is_no_engines_death(make_engine, s
     engine = await make_engine(always(json_answer(answer, status="500 Internal Server Error")))
     served = await serve(engine)
     assert (await served.ask(post(prompt()))).json == answer
-    assert served.gateway.dispatcher.stats.retried == 0
+    assert served.gateway.stats.retried == 0
 
 
 async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engine, serve):
@@ -247,7 +235,7 @@ async def test_an_engine_that_cannot_be_reached_is_tried_until_it_can(make_engin
     await engine.stop()
     client = await served.connect()
     client.send(post(prompt()))
-    await until(lambda: served.gateway.dispatcher.stats.retried > 2)
+    await until(lambda: served.gateway.stats.retried > 2)
     await engine.start()
     assert (await client.answer()).json == OK
     await agent.stop()
@@ -278,8 +266,8 @@ async def test_what_was_computed_for_longer_than_that_may_wait_for_the_engines_n
     await asyncio.sleep(1.1)
     agent, engine.agent = engine.agent, None
     await engine.stop()
-    # It has begun to find that nobody is there.
-    await until(lambda: served.gateway.dispatcher.stats.retried > 1)
+    # It has begun to find the engine unreachable.
+    await until(lambda: served.gateway.stats.retried > 1)
     engine.script = answer_ok
     await engine.start()
     assert (await client.answer()).json == OK
@@ -308,7 +296,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_the_connection(
     assert (len(events), error["code"], error["type"]) == (3, "engine_failed", "server_error")
     assert await client.ended()
     assert sum(log_of(engine, other)) == 1
-    stats = served.gateway.dispatcher.stats
+    stats = served.gateway.stats
     assert (stats.requests["completions", 200], stats.failed, stats.retried) == (1, 1, 0)
 
 
@@ -346,7 +334,7 @@ async def test_an_answer_that_breaks_is_cut_short_and_never_looks_whole(make_eng
     client = await served.connect()
     client.send(post(prompt()))
     assert (await client.rest()).endswith(b"\r\n\r\nhalf")
-    assert served.gateway.dispatcher.stats.failed == 1
+    assert served.gateway.stats.failed == 1
 
 
 FORGED = b"HTTP/1.1 500 Oops\r\ncontent-length: 6\r\n\r\nforged"
@@ -359,10 +347,10 @@ async def test_what_follows_an_answer_is_no_answer_to_the_next_request(make_engi
     client = await served.connect()
     client.send(post(prompt()) + post(prompt()))
     assert (await client.answer()).json == OK
-    # What came with the answer cannot be told from it any more, but the connection ends there.
+    # Bytes behind the answer cannot be distinguished from it, but the connection ends there.
     assert await client.rest() in (b"", junk)
     assert (await served.ask(post(prompt()))).json == OK
-    assert served.gateway.dispatcher.stats.failed == 0
+    assert served.gateway.stats.failed == 0
     assert engine.connections == 2
 
 
@@ -443,4 +431,4 @@ async def test_each_failure_in_a_row_keeps_an_engine_out_for_longer(make_engine,
     assert (await served.ask(post(prompt()))).status == 502
     assert served.gateway.dispatcher.engines["bad"].failures == 2
     now_s = served.gateway.clock()
-    assert served.gateway.dispatcher.engines["bad"].closed_until_s - now_s > 0.3
+    assert served.gateway.dispatcher.engines["bad"].ejected_until_s - now_s > 0.3

@@ -1,4 +1,4 @@
-"""No engine runs: requests are held for the first one up to a count and a time, and the autoscaler is told of them."""
+"""No engine runs: requests are held for the first one up to a count and a time, and the autoscaler sees them."""
 
 import asyncio
 import json
@@ -6,8 +6,10 @@ import json
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, get, post, prompt, put, until
+from tests.gateway.clients import get, put
 from tests.gateway.fake_api import engine_slice
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.waiting import until
 
 LIMITS = {"hold_requests": 5, "hold_timeout_s": 60.0}
 
@@ -48,10 +50,10 @@ async def test_what_came_while_there_was_no_engine_is_served_by_the_first(make_e
     assert sorted(json.loads(request.body)["prompt"] for request in engine.requests) == [
         f"number {number}" for number in range(5)
     ]
-    assert served.gateway.dispatcher.stats.failed == 0
+    assert served.gateway.stats.failed == 0
 
 
-async def test_beyond_the_count_a_request_is_told_to_come_again_when_there_is_room(api, discover):
+async def test_beyond_the_count_retry_after_says_when_there_is_room(api, discover):
     served = await discover(limits=LIMITS)
     await asking(served, 5)
     answer = await served.ask(post(prompt()))
@@ -61,7 +63,7 @@ async def test_beyond_the_count_a_request_is_told_to_come_again_when_there_is_ro
     assert served.gateway.dispatcher.held == 5
 
 
-async def test_beyond_the_time_a_request_is_told_to_come_again(api, discover):
+async def test_beyond_the_time_the_error_has_a_retry_after(api, discover):
     served = await discover(limits=LIMITS | {"hold_timeout_s": 0.3})
     clients = await asking(served, 3)
     for client in clients:
@@ -85,7 +87,7 @@ async def test_the_place_of_a_client_that_leaves_is_free(make_engine, api, disco
     assert len(engine.requests) == 5
 
 
-async def test_a_model_that_nobody_serves_is_refused_at_once_and_wakes_nobody(api, discover):
+async def test_an_unknown_model_is_refused_at_once_and_starts_no_engine(api, discover):
     served = await discover(model="tiny", limits=LIMITS)
     answer = await served.ask(post({"model": "large", "prompt": "x"}))
     assert (answer.status, answer.json["error"]["code"]) == (404, "model_not_found")
@@ -95,7 +97,7 @@ async def test_a_model_that_nobody_serves_is_refused_at_once_and_wakes_nobody(ap
     assert (state["held"], state["in_flight"], state["arrivals_per_s"]) == (0, 0, 0.0)
 
 
-async def test_the_autoscaler_is_told_who_waits_and_how_long_without_an_engine(make_engine, api, discover):
+async def test_the_autoscaler_sees_held_requests_and_how_long_they_wait(make_engine, api, discover):
     served = await discover(limits=LIMITS)
     idle = await state_of(served)
     assert {name: idle[name] for name in ("accepting", "held", "held_since_s", "in_flight", "wait_s", "ttft_s")} == {
@@ -173,7 +175,7 @@ async def test_the_last_engine_goes_without_cutting_its_stream_and_the_next_requ
     assert (await client.answer()).json == OK
 
 
-async def test_engines_of_weight_0_serve_nobody_until_they_have_a_weight(make_engine, api, discover):
+async def test_engines_of_weight_0_get_no_requests_until_they_have_a_weight(make_engine, api, discover):
     canary = await make_engine()
     api.put(engine_slice(canary, "canary"))
     served = await discover({"stable": 100, "canary": 0}, limits=LIMITS)

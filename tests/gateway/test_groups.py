@@ -7,26 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.gateway_config import Discovery, EngineAddress, GatewayConfig, Group
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.request_stats import RequestStats
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Hold, Job, Refuse, RefuseReason, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
 
-from tests.gateway.conftest import OK, get, post, prompt, put
+from tests.gateway.clients import get, put
 from tests.gateway.fake_api import engine_slice
+from tests.gateway.messages import OK, post, prompt
 
 STABLE, CANARY = "tiny-engine", "tiny-engine-canary"
 NOW_S = 100.0
 
 
 def fleet(weights, engines, **settings):
-    """A dispatcher that knows so many engines of each group, all of which accept."""
+    """A dispatcher with this many engines in each group, all of which accept."""
     groups = tuple(Group(service=name, weight=weight) for name, weight in weights.items())
     listen = {"port": 1}
     config = GatewayConfig.model_validate(
         {"listen": listen, "admin": listen, "token_file": "t", "discovery": Discovery(groups=groups)}
     )
-    dispatcher = Dispatcher(config, RequestStats())
+    dispatcher = Dispatcher(config)
     dispatcher.set_policies(EngineSettings(**settings), RequestSettings(), NOW_S)
     names = {f"{group}-{number}": group for group, total in engines.items() for number in range(total)}
     dispatcher.set_engines([EngineAddress(name=name, url="http://h") for name in names])
@@ -41,8 +41,8 @@ def send(dispatcher, job=None, session=None):
     decision = dispatcher.choose(job or Job(10), NOW_S)
     if not isinstance(decision, Send):
         return None
-    placed = dispatcher.place(job or Job(10), (), session, decision, NOW_S)
-    dispatcher.settled(placed, NOW_S)
+    in_flight = dispatcher.send(job or Job(10), (), session, decision, NOW_S)
+    dispatcher.settle(in_flight, NOW_S)
     return dispatcher.engines[decision.target.server].group
 
 

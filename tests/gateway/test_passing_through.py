@@ -5,19 +5,9 @@ import json
 
 import pytest
 
-from tests.gateway.conftest import (
-    OK,
-    SSE_END,
-    SSE_HEAD,
-    always,
-    chunk,
-    event,
-    json_answer,
-    never,
-    post,
-    prompt,
-    until,
-)
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
+from tests.gateway.peers import always, never
+from tests.gateway.waiting import until
 
 ODD_JSON = b'{ "model" :\t"tiny", "prompt":"h\\u00e9llo \xf0\x9f\x8c\x8d", "x": 1.00, "x": 1e0 ,"stream":false}\r\n'
 
@@ -62,7 +52,7 @@ async def test_an_answer_without_a_length_ends_with_the_connection(make_engine, 
     client.send(post(prompt()))
     answer = await client.answer()
     assert (answer.body, answer.headers[b"connection"]) == (b"all of it", b"close")
-    assert served.gateway.dispatcher.stats.failed == 0
+    assert served.gateway.stats.failed == 0
 
 
 async def test_a_large_answer_and_a_large_body_pass_whole(make_engine, serve):
@@ -116,17 +106,17 @@ async def test_models_and_tokenize_pass(make_engine, serve):
 # Heads.
 
 
-async def test_a_request_id_is_taken_or_made_and_told_to_both_sides(make_engine, serve):
+async def test_a_request_id_is_taken_or_made_and_sent_to_both_sides(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine)
     own = await served.ask(post(prompt(), extra=b"X-Request-Id: mine-1\r\n"))
     made = await served.ask(post(prompt()))
     bad = await served.ask(post(prompt(), extra=b"X-Request-Id: has space\r\n"))
-    told = [answer.headers[b"x-request-id"] for answer in (own, made, bad)]
-    assert told == [request.headers[b"x-request-id"] for request in engine.requests]
-    assert told[0] == b"mine-1"
-    assert b" " not in told[2]
-    assert len(set(told)) == 3
+    seen = [answer.headers[b"x-request-id"] for answer in (own, made, bad)]
+    assert seen == [request.headers[b"x-request-id"] for request in engine.requests]
+    assert seen[0] == b"mine-1"
+    assert b" " not in seen[2]
+    assert len(set(seen)) == 3
 
 
 async def test_errors_carry_the_request_id(make_engine, serve):
@@ -240,7 +230,7 @@ async def test_a_chunked_body_reaches_the_engine_with_its_length(make_engine, se
     assert engine.requests[0].headers[b"content-length"] == str(len(body)).encode()
 
 
-async def test_who_expects_100_continue_is_told_so_before_the_body(make_engine, serve):
+async def test_100_continue_is_sent_before_the_body(make_engine, serve):
     served = await serve(await make_engine())
     client = await served.connect()
     head, body = post(prompt(), extra=b"Expect: 100-continue\r\n").split(b"\r\n\r\n")

@@ -12,7 +12,10 @@ import pytest
 from moe_gateway.cli import app
 from typer.testing import CliRunner
 
-from tests.gateway.conftest import SSE_END, SSE_HEAD, Client, answer_ok, event, free_port, post, prompt, until
+from tests.gateway.clients import Client
+from tests.gateway.messages import SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.peers import answer_ok
+from tests.gateway.waiting import free_port, until
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ async def readiness(config: dict[str, Any]) -> int:
         ({"listen": {"port": 9}, "admin": {"port": 9}, "dispatch": {"policy": "x"}}, "dispatch.policy: unknown 'x'"),
     ],
 )
-def test_a_bad_configuration_is_told_in_a_line(tmp_path, document, line):
+def test_a_bad_configuration_is_one_line_of_error(tmp_path, document, line):
     path, token_path = tmp_path / "gateway.json", tmp_path / "token"
     token_path.write_text("secret\n")
     if isinstance(document, dict):
@@ -117,7 +120,7 @@ def test_an_empty_token_is_no_token(tmp_path):
     assert (result.exit_code, result.stderr) == (2, f"token_file: {token_path} is empty\n")
 
 
-async def test_a_port_that_is_taken_is_told_in_a_line(launch, make_engine):
+async def test_a_port_that_is_taken_is_one_line_of_error(launch, make_engine):
     engine = await make_engine()
     process = await launch(ports() | {"admin": {"port": engine.port}})
     _, errors = await process.communicate()
@@ -223,8 +226,8 @@ async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
     process.send_signal(signal.SIGINT)
     assert await asyncio.wait_for(process.wait(), 20) == 0
     assert engine.requests[0].gone.is_set() or await asyncio.wait_for(engine.requests[0].gone.wait(), 1)
-    # The client and the log are told that it was the gateway, and not the client or the engine.
+    # The client and the log say that it was the gateway, and not the client or the engine.
     assert b'"code":"gateway_ended"' in await client.rest()
     _, errors = await process.communicate()
     (row,) = [row for row in map(json.loads, errors.splitlines()) if row["message"] == "request"]
-    assert (row["status"], row["reason"]) == (200, "the gateway was told to end at once")
+    assert (row["status"], row["reason"]) == (200, "the gateway was stopped by force")

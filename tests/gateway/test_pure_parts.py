@@ -7,12 +7,13 @@ import string
 import httptools
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from moe_contract.agent_state import read_engine_state
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, parse_gateway_settings
 from moe_contract.input_errors import InvalidInput
-from moe_gateway.engines.signals import read_metrics, read_signal
+from moe_gateway.engines.signals import read_metrics
 from moe_gateway.http.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
 from moe_gateway.http.replies import REASONS, Outcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import ROUTES, Route, find_route
@@ -237,6 +238,8 @@ DOCUMENTS = st.recursive(
 
 
 @given(DOCUMENTS)
+@example({"bytes": None})
+@example({"dispatch": {"str": 1}})
 def test_any_change_is_valid_or_names_its_problems(document):
     try:
         change = parse_gateway_settings(document, IN_FORCE)
@@ -300,5 +303,6 @@ def test_any_samples_yield_signals_of_ranks(text):
 
 
 def test_a_signal_of_a_newer_agent_is_read_by_the_names_that_are_known():
-    signal, age_s = read_signal({"rank": 0, "age_s": -1, "waiting": 2, "from_the_future": 1, "step_time": None})
-    assert (signal.waiting, signal.step_time, age_s) == (2, None, 0.0)
+    text = b'{"phase": "ready", "ranks": [{"rank": 0, "age_s": -1, "waiting": 2, "from_the_future": 1}]}'
+    (row,) = read_engine_state(text).ranks
+    assert (row.signal.waiting, row.signal.step_time, row.age_s) == (2, None, -1.0)

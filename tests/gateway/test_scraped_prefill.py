@@ -1,4 +1,4 @@
-"""A plain vLLM server says nothing of its prefill work: the gateway's own books stand in for it."""
+"""A plain vLLM server says nothing of its prefill work: the gateway's own requests in flight stand in for it."""
 
 import asyncio
 import time
@@ -9,7 +9,6 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.sections import Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.signals import watch_engine
-from moe_gateway.request_stats import RequestStats
 
 METRICS = 'vllm:num_requests_running{engine="0"} 1.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
 
@@ -34,19 +33,19 @@ async def serve_plain_engine() -> web.AppRunner:
     return runner
 
 
-async def test_a_scrape_does_not_wipe_out_the_prefill_that_the_books_know_of(tmp_path):
+async def test_a_scrape_keeps_the_prefill_of_the_requests_in_flight(tmp_path):
     runner = await serve_plain_engine()
     address = EngineAddress(name="plain", url=f"http://127.0.0.1:{runner.addresses[0][1]}")
     config = GatewayConfig(listen=Listen(port=1), admin=Listen(port=2), token_file=tmp_path, engines=(address,))
-    dispatcher = Dispatcher(config, RequestStats())
+    dispatcher = Dispatcher(config)
     (engine,) = dispatcher.engines.values()
-    (books,) = dispatcher.target_states.values()
-    books.sent("a long one", 5000, time.monotonic())
+    (state,) = dispatcher.target_states.values()
+    state.sent("a long one", 5000, time.monotonic())
     async with aiohttp.ClientSession() as session:
         watcher = asyncio.create_task(watch_engine(engine, dispatcher, session))
-        while books.signal is None:
+        while state.signal is None:
             await asyncio.sleep(0.01)
         watcher.cancel()
     await runner.cleanup()
-    assert books.signal.waiting == 2
-    assert books.ahead_prefill_tokens(time.monotonic(), 60.0) == 5000
+    assert state.signal.waiting == 2
+    assert state.ahead_prefill_tokens(time.monotonic(), 60.0) == 5000

@@ -8,7 +8,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan import pods
 
-from tests.gateway.conftest import put
+from tests.gateway.clients import put
 
 DISCOVERY = {"groups": [{"service": "old"}], "ranks": 2}
 

@@ -1,4 +1,4 @@
-"""What engines say of themselves changes where requests go; what they fail to say, or say wrongly, harms nobody."""
+"""The signals of engines change where requests go; missing and wrong signals harm no request."""
 
 import asyncio
 
@@ -7,7 +7,9 @@ import pytest
 from moe_gateway.engines.signals import read_metrics
 from moe_scheduling.signals import EngineSignal
 
-from tests.gateway.conftest import OK, SSE_END, SSE_HEAD, event, post, prompt, rank_row, until
+from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.peers import rank_row
+from tests.gateway.waiting import until
 
 
 @pytest.mark.parametrize(
@@ -37,35 +39,35 @@ async def test_an_engine_that_drains_gets_no_new_work_and_ends_its_streams(make_
     assert (len(leaving.requests), len(staying.requests)) == (1, 5)
 
 
-async def test_an_agent_that_is_lost_leaves_its_engine_at_work_by_the_own_books(make_engine, serve):
+async def test_an_engine_whose_agent_is_lost_stays_in_use_by_its_requests_in_flight(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine, dispatch={"stale_after_s": 0.3})
     assert (await state_of(served))[0]["signal_source"] == "agent"
     await engine.agent.stop()
-    await until(lambda: not served.gateway.dispatcher.engines[engine.name].reachable)
+    await until(lambda: not served.gateway.dispatcher.engines[engine.name].is_reachable)
     await asyncio.sleep(0.4)
     row = (await state_of(served))[0]
-    assert (row["signal_source"], row["reachable"], row["accepting"]) == ("books", False, True)
+    assert (row["signal_source"], row["reachable"], row["accepting"]) == ("in_flight", False, True)
     assert row["signal_age_s"] > 0.3
     assert (await served.ask(post(prompt()))).json == OK
     await engine.agent.start()
-    await until(lambda: served.gateway.dispatcher.engines[engine.name].reachable)
+    await until(lambda: served.gateway.dispatcher.engines[engine.name].is_reachable)
 
 
-async def test_what_a_rank_says_of_its_experts_reaches_the_books_and_a_new_imbalance_the_choice(make_engine, serve):
+async def test_the_expert_signals_of_a_rank_are_shown_and_no_part_of_the_choice(make_engine, serve):
     line = {"base_s": 0.01, "prefill_s": 0.001, "decode_s": 0.0}
     grown, even = await make_engine(), await make_engine()
     served = await serve(grown, even)
     for engine in (grown, even):
         engine.agent.say(ranks=[rank_row(step=1000, step_time=line)])
-    await until(lambda: all(served.target_state(engine.name).line is not None for engine in (grown, even)))
+    await until(lambda: all(served.target_state(engine.name).step_time_model is not None for engine in (grown, even)))
     grown.agent.say(ranks=[rank_row(step=1001, step_time=line, expert_balance=1.6, expert_pressure=0.4)])
     await until(lambda: served.target_state(grown.name).signal.expert_balance == 1.6)
     signal = next(row["signal"] for row in await state_of(served) if row["name"] == grown.name)
     assert (signal["expert_balance"], signal["expert_pressure"]) == (1.6, 0.4)
     for _ in range(4):
         await served.ask(post(prompt()))
-    assert (len(grown.requests), len(even.requests)) == (0, 4)
+    assert (len(grown.requests), len(even.requests)) == (2, 2)
 
 
 async def state_of(served):
@@ -101,7 +103,7 @@ async def test_an_agent_that_talks_nonsense_harms_no_request(make_engine, serve,
     await until(lambda: served.target_state(odd.name).signal.waiting == 3, "the agent's return to reason")
 
 
-async def test_an_engine_is_not_used_before_its_agent_was_heard(make_engine, serve):
+async def test_an_engine_is_not_used_before_the_first_snapshot_of_its_agent(make_engine, serve):
     engine = await make_engine()
     engine.agent.mute = True
     served = await serve(engine, ready=False)
@@ -151,7 +153,7 @@ async def test_a_plain_server_is_scraped_and_avoided_when_loaded(make_engine, se
     loaded.metrics = text
     served = await serve(loaded, free, dispatch={"policy": "leastRequests"})
     await until(lambda: served.target_state(loaded.name).signal is not None)
-    assert [row["signal_source"] for row in await state_of(served)] == ["scrape", "books"]
+    assert [row["signal_source"] for row in await state_of(served)] == ["scrape", "in_flight"]
     for _ in range(4):
         await served.ask(post(prompt()))
     assert (len(loaded.requests), len(free.requests)) == (0, 4)
@@ -175,12 +177,12 @@ async def test_a_plain_server_serves_all_its_names(make_engine, serve):
 async def test_a_plain_server_is_followed_by_its_health(make_engine, serve):
     engine = await make_engine(agent=False)
     served = await serve(engine)
-    books = served.target_state(engine.name)
+    state = served.target_state(engine.name)
     engine.health = "503 Service Unavailable"
-    await until(lambda: not books.accepting)
+    await until(lambda: not state.accepting)
     engine.health = "200 OK"
-    await until(lambda: books.accepting)
+    await until(lambda: state.accepting)
     await engine.stop()
-    await until(lambda: not books.accepting)
+    await until(lambda: not state.accepting)
     await engine.start()
-    await until(lambda: books.accepting)
+    await until(lambda: state.accepting)

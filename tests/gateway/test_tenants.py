@@ -10,7 +10,7 @@ from moe_contract.tenancy import DEFAULT_HEADER, hash_tenant, tenant_of
 from moe_gateway.http.heads import read_tenant
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 
-from tests.gateway.conftest import post, prompt
+from tests.gateway.messages import post, prompt
 
 HEADER = DEFAULT_HEADER.encode()
 OFF = {"fairness_horizon_s": 0.0}
@@ -20,7 +20,7 @@ def of(tenant: bytes, request_id: bytes = b"mine", header: bytes = b"X-Gateway-I
     return post(prompt(), extra=b"%b: %b\r\nX-Request-Id: %b\r\n" % (header, tenant, request_id))
 
 
-async def test_the_engine_is_told_the_tenant_and_the_client_sees_its_own_id(make_engine, serve):
+async def test_the_engine_gets_the_tenant_and_the_client_its_own_id(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine)
     answer = await served.ask(of(b"team-a"))
@@ -30,7 +30,7 @@ async def test_the_engine_is_told_the_tenant_and_the_client_sees_its_own_id(make
     assert engine.requests[0].headers[HEADER] == b"team-a"
 
 
-async def test_the_long_way_through_the_parser_tells_the_same(make_engine, serve):
+async def test_a_request_that_the_parser_reads_has_the_same_tenant(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine)
     client = await served.connect()
@@ -42,7 +42,7 @@ async def test_the_long_way_through_the_parser_tells_the_same(make_engine, serve
 
 
 @pytest.mark.parametrize("off", [{"request": OFF}, {"request": {"policy": "fcfs"}}])
-async def test_where_tenants_are_not_told_apart_ids_are_as_they_were(make_engine, serve, off):
+async def test_without_tenants_request_ids_stay_as_they_were(make_engine, serve, off):
     engine = await make_engine()
     served = await serve(engine, **off)
     await served.ask(of(b"team-a", b"a.t1a2b3c4d"))
@@ -62,8 +62,8 @@ async def test_another_header_may_name_the_tenant(make_engine, serve):
     served = await serve(engine, tenant_header="x-team")
     await served.ask(of(b"a", header=b"X-Team"))
     await served.ask(of(b"a"))
-    told = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
-    assert told == [hash_tenant(b"a"), ANONYMOUS_TENANT]
+    seen = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
+    assert seen == [hash_tenant(b"a"), ANONYMOUS_TENANT]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ async def test_an_id_that_names_another_tenant_is_not_believed(make_engine, serv
     served = await serve(engine)
     victim = hash_tenant(b"victim").encode()
     answers = [await served.ask(of(name, b"x.t" + victim)) for name in (b"", b"team-a")]
-    told = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
-    assert told == [ANONYMOUS_TENANT, hash_tenant(b"team-a")]
+    seen = [tenant_of(request.headers[b"x-request-id"].decode()) for request in engine.requests]
+    assert seen == [ANONYMOUS_TENANT, hash_tenant(b"team-a")]
     assert [answer.headers[b"x-request-id"] for answer in answers] == [b"x.t" + victim] * 2
 
 

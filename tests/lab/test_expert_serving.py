@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 from moe_lab.experts import group as group_module
 from moe_lab.experts import serve_command as command
@@ -44,7 +45,6 @@ from moe_lab.experts.serving import (
 )
 from moe_lab.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
 from moe_operator.api import load_resource
-from moe_operator.experts.document import read_experts
 from moe_operator.local.failure import Failure
 from moe_scheduling.expert.decision import ExpertSettings
 from moe_tools.comparison import build_salt
@@ -70,13 +70,13 @@ def short(monkeypatch) -> None:
 
 def answered(ttft_s: float, last_s: float, tokens: int = 11) -> Answered:
     return Answered(
-        index=0, due_s=0.0, late_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
+        index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
         end_s=last_s,
     )  # fmt: skip
 
 
 def failed() -> Failed:
-    return Failed(index=0, due_s=0.0, late_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
+    return Failed(index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
 
 
 def wave_of(step_s: float) -> Run:
@@ -102,7 +102,7 @@ class FakeGroup:
     async def look(self):
         placement = {"version": 1, "directive": 0, "physical_to_logical": [list(row) for row in self.slots]}
         document = {"mode": self.mode, "placement": placement, "decisions": self.rows[:20]} | self.changes
-        return read_experts(experts(**document))
+        return ExpertsState.model_validate(experts(**document))
 
     async def read_steps(self) -> int:
         return self.steps
@@ -287,7 +287,7 @@ def test_the_gain_that_the_engine_measured_is_kept_where_something_moved(serve):
 
 
 def test_crowded_puts_the_hottest_experts_on_the_first_rank(serve):
-    document = read_experts(experts())
+    document = ExpertsState.model_validate(experts())
     first = crowd(document)[0]
     assert set(first[:3]) == {0, 1}
     assert set(first[3:]) == {2, 3}
@@ -297,7 +297,7 @@ def test_crowded_puts_the_hottest_experts_on_the_first_rank(serve):
 
 def test_crowded_needs_a_load():
     with pytest.raises(Failure, match="no load was recorded"):
-        crowd(read_experts(experts(load={"steps": 0, "tokens": None})))
+        crowd(ExpertsState.model_validate(experts(load={"steps": 0, "tokens": None})))
 
 
 def test_a_group_that_does_not_move_is_told_with_its_last_decision(monkeypatch):
@@ -361,8 +361,11 @@ def test_one_pair_is_enough_and_its_interval_is_open(serve):
 
 
 def measured_of(pairs, outcomes=()) -> Measured:
-    document = read_experts(experts())
-    rows = [read_experts(experts(decisions=[{**DECISION, "outcome": outcome}])).decisions[0] for outcome in outcomes]
+    document = ExpertsState.model_validate(experts())
+    rows = [
+        ExpertsState.model_validate(experts(decisions=[{**DECISION, "outcome": outcome}])).decisions[0]
+        for outcome in outcomes
+    ]
     decisions = tuple(Seen(at_s=float(at), decision=row) for at, row in enumerate(rows))
     target = Target(slots=B, origin=Origin.KEPT)
     return Measured(start=A, target=target, decisions=decisions, pairs=tuple(pairs), document=document)
@@ -532,7 +535,7 @@ def test_a_signal_stops_all(checkout, monkeypatch, number):
 
 
 def test_the_group_is_told_through_its_agent(monkeypatch):
-    document, asked = read_experts(experts()), []
+    document, asked = ExpertsState.model_validate(experts()), []
     agent = group_module.Agent(engine="tiny-engine-0", url="http://127.0.0.1:7")
     reached = group_module.Reached(name="tiny", agents=(agent,), tokens=("t",))
 

@@ -69,7 +69,7 @@ def compared(measurement: Measurement, *ratios: float) -> Compared:
 
 
 def in_group_of(pid: int) -> set[int]:
-    """Processes that descend from it, by the parents that /proc tells."""
+    """Processes that descend from it, by the parents in /proc."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -211,16 +211,16 @@ def test_the_clock_of_a_router_is_that_of_its_cpu_time_and_of_all_its_threads():
 
 
 def test_both_routers_are_measured_end_to_end_and_everything_ends(stand_in, tmp_path):
-    told = []
+    lines = []
     before = in_group_of(os.getpid())
-    with running(stand_in, tmp_path) as bed:
-        found = compare(bed, pairs=2, seconds=0.5, told=told.append)
+    with running(stand_in, tmp_path) as testbed:
+        found = compare(testbed, pairs=2, seconds=0.5, progress=lines.append)
         started = in_group_of(os.getpid()) - before
         document = json.loads(json.dumps(build_document(found, read_machine("0", "random"), 0.5)))
     assert [row["name"] for row in document["measurements"]] == ["requests", "latency", "events"]
     assert all(pair["ours"] > 0 and pair["theirs"] > 0 for row in document["measurements"] for pair in row["pairs"])
     assert all(math.isfinite(row.ratio.high) for row in found)
-    assert len(told) == 6
+    assert len(lines) == 6
     assert len(started) == processes.ENGINES + 2
     assert not started & in_group_of(os.getpid())
 

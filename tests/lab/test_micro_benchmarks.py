@@ -13,7 +13,13 @@ def test_every_decision_is_measured(monkeypatch):
     monkeypatch.setattr(scheduling, "CALLS", 2)
     monkeypatch.setattr(scheduling, "BATCHES", 2)
     rows = list(scheduling.run())
-    assert {row.benchmark for row in rows} == {"queue", "prefill", "choice of the engine", "prefix", "books"}
+    assert {row.benchmark for row in rows} == {
+        "queue",
+        "prefill",
+        "choice of the engine",
+        "prefix",
+        "in-flight accounting",
+    }
     assert all(row.values and min(row.values) >= 0 for row in rows)
     assert render_rows(rows).row_count == len(rows)
 

@@ -51,7 +51,7 @@ def decided(outcome: str, **changes: Any) -> Document:
 
 
 def in_brief(document: Document) -> Document:
-    """Without what is large."""
+    """The document without its large tables, as `?brief=1` answers."""
     brief = deepcopy(document)
     brief["placement"].pop("physical_to_logical", None)
     brief["load"].pop("tokens", None)

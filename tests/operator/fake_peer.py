@@ -88,7 +88,7 @@ def direct(body: dict) -> tuple[int, dict]:
 
 
 class Control(BaseHTTPRequestHandler):
-    """State and control route."""
+    """A peer's state and its control route."""
 
     def do_GET(self) -> None:
         path, query = urlsplit(self.path)[2:4]

@@ -1,7 +1,12 @@
 """Pods of these tests, as the API server shows them."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from moe_contract.agent_state import AgentState, read_agent_state
+from moe_contract.gateway_state import GatewayState, read_gateway_state
+from moe_operator.autoscale.signal import States
 from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
@@ -31,21 +36,29 @@ def pod(
     }
 
 
-def agent(phase: str = "ready", **values: Any) -> Document:
-    """What an agent says."""
+def agent(phase: str = "ready", **values: Any) -> AgentState:
+    """The state of an agent, read from its JSON."""
     rank = {
         "rank": 0, "age_s": 0.0, "step": 1, "running": 3, "waiting": 1, "waiting_prefill_tokens": 9,
         "running_prefill_tokens": 4, "decode_tokens": 2, "kv_usage": 0.5, "preemptions": 0, "computed_tokens": 1000,
         "step_time": None, "expert_balance": 1.0, "expert_pressure": 1.0,
     }  # fmt: skip
     state = {"phase": phase, "engine": {"restarts": 0, "last_exit": ""}, "ranks": [rank], "config": {}}
-    return state | values
+    return read_agent_state(json.dumps(state | values).encode())
 
 
-def gateway(**values: Any) -> Document:
-    """What a gateway says."""
+def gateway(**values: Any) -> GatewayState:
+    """The state of a gateway, read from its JSON."""
     state = {
         "held": 0, "held_since_s": None, "in_flight": 2, "wait_s": 0.25, "ttft_s": 0.5, "arrivals_per_s": 2.0,
         "config": {},
     }  # fmt: skip
-    return state | values
+    return read_gateway_state(json.dumps(state | values).encode())
+
+
+def states(by_pod: Mapping[str, AgentState | GatewayState]) -> States:
+    """The states of agents and gateways by pod."""
+    return States(
+        engines={name: state for name, state in by_pod.items() if isinstance(state, AgentState)},
+        gateways={name: state for name, state in by_pod.items() if isinstance(state, GatewayState)},
+    )

@@ -263,7 +263,7 @@ gateways = section(
 
 @st.composite
 def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
-    """A valid resource."""
+    """Strategy of valid resource documents."""
     spec = {"model": draw(models())} | draw(
         section(
             engine=engines(max_nodes=max_nodes),

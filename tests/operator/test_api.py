@@ -282,7 +282,7 @@ def test_a_mistake_is_one_line_that_names_path_value_and_choices(section: dict[s
     assert refusal(with_spec(**section)) == [line]
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_their_paths() -> None:
+def test_all_mistakes_are_reported_at_once_in_the_order_of_their_paths() -> None:
     lines = refusal(with_spec(model={}, gateway={"port": 0}, engine={"replica": 2, "drainTimeout": "x"}))
     assert [line.partition(":")[0] for line in lines] == [
         "spec.engine.drainTimeout",
@@ -304,7 +304,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_their_paths() -> None:
         ({key: MINIMAL[key] for key in ("apiVersion", "metadata", "spec")}, "kind: required, but absent"),
     ],
 )
-def test_what_is_no_moeserving_is_told_so(document: object, line: str) -> None:
+def test_what_is_no_moeserving_is_reported_so(document: object, line: str) -> None:
     assert refusal(document) == [line]
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_agent.api.metrics import AgentCollector
+from moe_contract.agent_state import AgentState
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.gateway_state import GatewayState
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
@@ -26,22 +29,22 @@ from moe_operator.autoscale.source import Sources
 from moe_operator.plan import Observed
 from moe_operator.plan.names import LWS_WORKER_INDEX, Names
 from moe_scheduling.fleet.size import FleetSignal
-from pods import agent, gateway, pod
+from pods import agent, gateway, pod, states
 from prometheus_client import CollectorRegistry, generate_latest
 
 Document = dict[str, Any]
 
 
 def fleet(
-    *gateways: Document, engines: dict[str, Document] | None = None, wanted: int | None = None, at_s: float = 0.0
+    *gateways: GatewayState, engines: dict[str, AgentState] | None = None, wanted: int | None = None, at_s: float = 0.0
 ):
     count = len(gateways) if wanted is None else wanted
     return Fleet(gateways=gateways, engines=engines or {}, gateways_wanted=count, observed_s=at_s)
 
 
-def computed(tokens: int, phase: str = "ready") -> Document:
+def computed(tokens: int, phase: str = "ready") -> AgentState:
     state = agent(phase)
-    return state | {"ranks": [rank | {"computed_tokens": tokens} for rank in state["ranks"]]}
+    return replace(state, ranks=tuple(replace(rank, computed_tokens=tokens) for rank in state.ranks))
 
 
 def test_the_signal_is_the_whole_fleets() -> None:
@@ -121,11 +124,14 @@ STATES = {"tiny-engine-a": agent(), "tiny-engine-b": agent(), "tiny-gateway-a": 
 
 
 async def decide(
-    wanted: MoEServing, replicas: int | None = 2, pods: list[Document] = PODS, states: dict[str, Document] = STATES
+    wanted: MoEServing,
+    replicas: int | None = 2,
+    pods: list[Document] = PODS,
+    by_pod: dict[str, AgentState | GatewayState] = STATES,
 ):
     async with aiohttp.ClientSession() as session:
         observed = Observed(tokens=("t",), replicas=replicas)
-        return await Sources(session).decide(("ns", "tiny"), wanted, observed, pods, states)
+        return await Sources(session).decide(("ns", "tiny"), wanted, observed, pods, states(by_pod))
 
 
 async def test_without_autoscaling_the_number_is_the_resources() -> None:
@@ -155,24 +161,24 @@ async def test_a_load_above_the_target_asks_for_more() -> None:
 
 
 @pytest.mark.parametrize("silent", ["tiny-gateway-a", "all"])
-async def test_without_a_signal_nothing_changes_and_that_is_told(silent: str) -> None:
-    states = {} if silent == "all" else {name: state for name, state in STATES.items() if name != silent}
-    outcome = await decide(resource(**BUSY), states=states)
+async def test_without_a_signal_nothing_changes_and_that_is_reported(silent: str) -> None:
+    by_pod = {} if silent == "all" else {name: state for name, state in STATES.items() if name != silent}
+    outcome = await decide(resource(**BUSY), by_pod=by_pod)
     assert outcome.replicas == 2
     assert outcome.limited is not None
     assert outcome.limited[0] == "NoSignal"
 
 
-async def test_the_most_engines_hold_the_number_back_and_that_is_told() -> None:
+async def test_the_most_engines_hold_the_number_back_and_that_is_reported() -> None:
     outcome = await decide(resource(**BUSY | {"maxReplicas": 2}))
     assert (outcome.replicas, outcome.limited and outcome.limited[0]) == (2, "TooFewReplicas")
 
 
 async def test_of_several_nodes_the_leader_alone_is_an_engine() -> None:
     workers = [pod(f"tiny-engine-{index}", **{LWS_WORKER_INDEX: str(index)}) for index in range(4)]
-    states = {f"tiny-engine-{index}": agent() for index in range(4)} | {"tiny-gateway-a": gateway(wait_s=0.0)}
+    by_pod = {f"tiny-engine-{index}": agent() for index in range(4)} | {"tiny-gateway-a": gateway(wait_s=0.0)}
     in_proportion = resource(mode="internal", maxReplicas=8, targets={"kvUsage": 0.5})
-    outcome = await decide(in_proportion, replicas=1, pods=[*workers, PODS[2]], states=states)
+    outcome = await decide(in_proportion, replicas=1, pods=[*workers, PODS[2]], by_pod=by_pod)
     assert outcome.replicas == 1, "a KV cache that is used as wanted, on one replica of four nodes"
 
 
@@ -291,11 +297,11 @@ def names_exposed() -> set[str]:
         }
     )
     state = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
-    dispatcher = Dispatcher(config, RequestStats())
-    for books in dispatcher.target_states.values():
-        books.accepting = True
+    dispatcher = Dispatcher(config)
+    for target in dispatcher.target_states.values():
+        target.accepting = True
     registry = CollectorRegistry()
-    registry.register(GatewayCollector(dispatcher, lambda: 1.0))
+    registry.register(GatewayCollector(dispatcher, RequestStats(), lambda: 1.0))
     registry.register(AgentCollector(lambda: state, lambda: None))
     text = generate_latest(registry).decode()
     return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}

@@ -169,7 +169,7 @@ def test_a_taken_port_is_refused_and_leaves_nothing(place: Place) -> None:
     assert not place.state.exists()
 
 
-def test_a_missing_model_folder_is_told_with_the_way_to_make_one(place: Place) -> None:
+def test_a_missing_model_folder_is_reported_with_the_way_to_make_one(place: Place) -> None:
     place.file.write_text(place.file.read_text().replace("file://model", "file://nowhere"))
     said = place.up(code=2)
     assert "no such folder" in said
@@ -345,7 +345,7 @@ def test_a_reader_that_has_enough_of_the_logs_is_no_error(place: Place) -> None:
         assert command.wait(TIMEOUT_S) == 1
 
 
-def test_a_name_that_is_not_there_is_told_with_those_that_are(served: Place) -> None:
+def test_a_name_that_is_not_there_is_reported_with_those_that_are(served: Place) -> None:
     for verb in ("down", "status"):
         assert served.run(verb, "b", code=2) == "NAME: no deployment 'b'; known: a\n"
     served.up("--name", "c")

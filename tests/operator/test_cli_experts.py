@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from experts_documents import decided, experts, in_brief
+from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.cli import experts as command
 from moe_operator.cli.command import app
-from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.planned import plan_document
 from moe_operator.experts.reach import Cluster, find_engines
 from moe_operator.local.folder import Folder
@@ -109,8 +109,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made.end()
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    return ExpertsDocument.model_validate(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    return ExpertsState.model_validate(document)
 
 
 def test_show_has_the_load_by_rank_the_hottest_and_the_decisions_of_each_engine(served: Served) -> None:

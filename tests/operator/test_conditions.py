@@ -16,7 +16,7 @@ BROKEN = Finding(reason="ImageCannotBePulled", message="the image x cannot be pu
 ALSO = Finding(reason="OutOfMemory", message="more memory", pod="q")
 
 
-def told(seen: Seen) -> dict[str, tuple[str, str, str]]:
+def verdicts(seen: Seen) -> dict[str, tuple[str, str, str]]:
     return {row.type: (row.status.value, row.reason, row.message) for row in build_conditions(seen, {}, NOW)}
 
 
@@ -60,11 +60,11 @@ def told(seen: Seen) -> dict[str, tuple[str, str, str]]:
     ],
 )
 def test_each_condition_says_what_holds_and_why(seen: Seen, kind: str, status: str, reason: str, message: str) -> None:
-    assert told(seen)[kind] == (status, reason, message)
+    assert verdicts(seen)[kind] == (status, reason, message)
 
 
 def test_a_missing_kind_is_named_with_what_to_do_before_anything_else() -> None:
-    status, reason, message = told(replace(WELL, missing_kind="LeaderWorkerSet", refused="x", findings=[BROKEN]))[
+    status, reason, message = verdicts(replace(WELL, missing_kind="LeaderWorkerSet", refused="x", findings=[BROKEN]))[
         "Degraded"
     ]
     assert (status, reason) == ("True", "LeaderWorkerSetMissing")

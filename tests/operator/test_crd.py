@@ -21,7 +21,9 @@ from moe_operator.api import (
 )
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
-from moe_operator.api.resource import Cache, Engine, Model, MoEServing, Parallelism, Spec
+from moe_operator.api.engine import Engine, Parallelism
+from moe_operator.api.model import Cache, Model
+from moe_operator.api.resource import MoEServing, Spec
 from moe_operator.api.section import Section
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.diagnosis import LONGEST_MESSAGE, find_problems
-from pods import agent, pod
+from pods import agent, pod, states
 
 Document = dict[str, Any]
 
@@ -22,7 +23,7 @@ def with_container(field: str = "containerStatuses", **status: Any) -> Document:
     return found
 
 
-def waiting(reason: str, message: str = "told") -> Document:
+def waiting(reason: str, message: str = "detail") -> Document:
     return {"state": {"waiting": {"reason": reason, "message": message}}}
 
 
@@ -88,7 +89,7 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
     ],
 )  # fmt: skip
 def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: str, advice: str) -> None:
-    (finding,) = find_problems([found], {})
+    (finding,) = find_problems([found], States())
     assert finding.reason == reason
     assert finding.message.startswith(advice), finding.message
     assert finding.pod == "tiny-engine-a"
@@ -112,7 +113,7 @@ def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: 
 )
 def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str) -> None:
     state = agent("backoff", engine={"restarts": 1, "last_exit": last_exit})
-    (finding,) = find_problems([pod(ready=False)], {"tiny-engine-a": state})
+    (finding,) = find_problems([pod(ready=False)], states({"tiny-engine-a": state}))
     assert finding.reason == reason
     assert finding.message.startswith(advice)
     assert last_exit in finding.message, "the words of the engine stand in full"
@@ -121,7 +122,7 @@ def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str)
 @pytest.mark.parametrize("phase", ["ready", "draining", "stopped"])
 def test_an_engine_that_runs_again_is_no_finding(phase: str) -> None:
     state = agent(phase, engine={"restarts": 1, "last_exit": "CUDA out of memory"})
-    assert find_problems([pod()], {"tiny-engine-a": state}) == []
+    assert find_problems([pod()], states({"tiny-engine-a": state})) == []
 
 
 @pytest.mark.parametrize(
@@ -137,26 +138,26 @@ def test_an_engine_that_runs_again_is_no_finding(phase: str) -> None:
     ids=["ready", "not yet", "creating", "came back", "first", "ending"],
 )  # fmt: skip
 def test_what_is_well_or_on_its_way_is_no_finding(found: Document) -> None:
-    assert find_problems([found], {}) == []
+    assert find_problems([found], States()) == []
 
 
-def test_a_reason_is_told_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
+def test_a_reason_is_reported_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
     long = with_container(**waiting("ErrImagePull", "x" * 5000))
     other = with_container(**waiting("ErrImagePull")) | {"metadata": pod("tiny-engine-b")["metadata"]}
-    (finding,) = find_problems([other, long], {})
+    (finding,) = find_problems([other, long], States())
     assert finding.pod == "tiny-engine-a"
     assert len(finding.message) == LONGEST_MESSAGE
 
 
-def test_the_newest_pod_is_told_first() -> None:
+def test_the_newest_pod_is_reported_first() -> None:
     old = with_container(**waiting("ImagePullBackOff"))
     new = with_container(**waiting("CreateContainerConfigError", 'secret "absent" not found'))
     old["metadata"] |= {"name": "a", "creationTimestamp": "2026-01-01T00:00:00Z"}
     new["metadata"] |= {"name": "b", "creationTimestamp": "2026-01-01T00:01:00Z"}
-    told = [finding.reason for finding in find_problems([old, new], {})]
-    assert told == ["SecretMissing", "ImageCannotBePulled"]
+    reasons = [finding.reason for finding in find_problems([old, new], States())]
+    assert reasons == ["SecretMissing", "ImageCannotBePulled"]
 
 
 def test_pods_without_any_status_are_no_finding() -> None:
     bare: Document = {"metadata": {"name": "x"}, "spec": {"containers": [{"name": "engine"}]}}
-    assert find_problems([bare], {}) == []
+    assert find_problems([bare], States()) == []

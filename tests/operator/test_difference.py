@@ -91,7 +91,7 @@ def test_what_was_just_applied_needs_no_apply_and_a_change_of_any_leaf_does(docu
 
 @settings(max_examples=30)
 @given(documents(), documents())
-def test_a_field_that_the_plan_no_longer_has_is_told_by_the_digest(first: Document, second: Document) -> None:
+def test_a_field_that_the_plan_no_longer_has_is_reported_by_the_digest(first: Document, second: Document) -> None:
     second["metadata"]["name"] = first["metadata"]["name"]
     before = {(row["kind"], row["metadata"]["name"]): row for row in planned(first)}
     for wanted in planned(second):

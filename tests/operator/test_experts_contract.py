@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
 from moe_agent.experts.document import PublishedExperts, build_document, write_document
+from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.cli.experts import describe_change
 from moe_operator.experts import report
-from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.heat import render_experts
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import plan_document
@@ -32,13 +32,13 @@ def published(group: Group, *, short: bool = False) -> dict[str, Any]:
     return json.loads(json.dumps(document))
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    found = read_experts(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    found = read_experts(json.dumps(document).encode())
     assert found is not None
     return found
 
 
-def judged(document: dict[str, Any]) -> tuple[str, str]:
+def verdict(document: dict[str, Any]) -> tuple[str, str]:
     experts = report.build_experts({"e0": read(document)}, NOW)
     state, reason, _ = report.judge_experts(experts, has_group=True, before=None)
     return state.value, reason
@@ -46,7 +46,7 @@ def judged(document: dict[str, Any]) -> tuple[str, str]:
 
 def test_a_group_that_has_just_started_is_read() -> None:
     document = published(Group())
-    assert judged(document) == ("Unknown", "NotRecorded")
+    assert verdict(document) == ("Unknown", "NotRecorded")
     assert read_load(read(document)) is None
 
 
@@ -57,8 +57,8 @@ def test_a_dry_run_is_read_shown_and_can_be_applied() -> None:
     group.planner.answer = answer()
     group.run_until(DecisionOutcome.DRY_RUN)
     document = published(group)
-    assert judged(document) == ("False", "DryRunWouldMove")
-    assert judged(published(group, short=True)) == ("False", "DryRunWouldMove")
+    assert verdict(document) == ("False", "DryRunWouldMove")
+    assert verdict(published(group, short=True)) == ("False", "DryRunWouldMove")
     found = read(document)
     load, placement = read_load(found), read_placement(found.placement.physical_to_logical, found)
     assert load is not None
@@ -88,6 +88,30 @@ def test_every_outcome_and_problem_of_the_agent_is_known_here() -> None:
     document |= {"load": {"steps": 10.0}, "balance": {"mean": 1.9, "worst": 1.9}}
     for outcome in DecisionOutcome:
         decision = {"number": 1, "age_s": 1.0, "outcome": outcome.value, "reason": "r"}
-        assert judged(document | {"decisions": [decision]})[0] == "False"
-    reasons = {judged(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
+        assert verdict(document | {"decisions": [decision]})[0] == "False"
+    reasons = {verdict(document | {"problems": [{"kind": kind.value, "message": "m"}]})[1] for kind in ProblemKind}
     assert reasons == {"NoDecision", "SlowMove", "VersionSkew", "RolledBack"}
+
+
+def unknown_fields(document: Any, read_back: Any, path: str = "") -> list[str]:
+    """Paths of the fields that a reader skipped."""
+    if isinstance(document, dict) and isinstance(read_back, dict):
+        skipped = [f"{path}.{name}" for name in document if name not in read_back]
+        known = document.keys() & read_back.keys()
+        return skipped + [
+            row for name in known for row in unknown_fields(document[name], read_back[name], f"{path}.{name}")
+        ]
+    if isinstance(document, list) and isinstance(read_back, list):
+        return [row for pair in zip(document, read_back, strict=True) for row in unknown_fields(*pair, path)]
+    return []
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_reader_knows_every_field_that_the_writer_writes(short: bool) -> None:
+    group = Group(mode=ExpertMode.DRY_RUN)
+    group.tokens = np.array([0, 0, 9, 1])
+    group.planner.answer = answer()
+    group.run_until(DecisionOutcome.DRY_RUN)
+    document = published(group, short=short)
+    assert unknown_fields(document, read(document).model_dump(mode="json")) == []
+    assert short or document.keys() >= ExpertsState.model_fields.keys()

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 from experts_documents import decided, experts, in_brief
-from moe_operator.experts.document import ExpertsDocument
+from moe_contract.experts_state import ExpertsState
 from moe_operator.experts.heat import MAX_NUMBERED_RANKS, render_experts, render_heat, shade
 from moe_operator.experts.load import find_hottest, over_mean, read_costs, read_load, read_placement
 from rich.console import Console
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    return ExpertsDocument.model_validate(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    return ExpertsState.model_validate(document)
 
 
 def shown(document: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """What agents say of experts as `status.experts` and the condition `ExpertsBalanced`."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from experts_documents import DECISION, decided, experts, in_brief
+from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
-from moe_operator.experts.document import ExpertsDocument, read_experts
+from moe_operator.autoscale.signal import States
 from moe_operator.experts.report import (
     BALANCED_AGAIN,
     BALANCED_UP_TO,
@@ -22,8 +24,8 @@ from moe_operator.plan.names import Names
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def read(document: dict[str, Any]) -> ExpertsDocument:
-    found = read_experts(document)
+def read(document: dict[str, Any]) -> ExpertsState:
+    found = read_experts(json.dumps(document).encode())
     assert found is not None
     return found
 
@@ -57,11 +59,11 @@ def test_the_status_is_of_the_engine_that_is_worst_off() -> None:
 
 
 def test_the_status_has_what_the_agent_says_rounded_for_people() -> None:
-    found = status(decided("dryRun", moves=5, balance_after=1.0999))
-    assert (found.engine, found.mode, found.balance, found.remote_fraction, found.placement_version) == (
+    reported = status(decided("dryRun", moves=5, balance_after=1.0999))
+    assert (reported.engine, reported.mode, reported.balance, reported.remote_fraction, reported.placement_version) == (
         "e0", "dryRun", 1.6, 0.48, 7,
     )  # fmt: skip
-    last = found.last_decision
+    last = reported.last_decision
     assert last is not None
     assert (last.outcome, last.moves, last.balance_before, last.balance_after) == ("dryRun", 5, 1.6, 1.1)
     assert last.time == NOW - timedelta(seconds=4), "3.2 s before, in whole seconds"
@@ -77,9 +79,10 @@ def test_a_balance_that_nothing_was_recorded_for_is_none() -> None:
 
 
 def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:
-    assert read_experts(experts(future={"x": 1})) is not None
+    assert read_experts(json.dumps(experts(future={"x": 1})).encode()).ranks == 2
     for broken in ({}, None, [], experts(ranks=0), experts(placement={}), experts(balance={"mean": float("nan")})):
-        assert read_experts(broken) is None
+        with pytest.raises(ValueError, match="ExpertsState"):
+            read_experts(json.dumps(broken).encode())
 
 
 @pytest.mark.parametrize(
@@ -108,9 +111,9 @@ def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:
 def test_the_condition_says_what_holds_why_and_what_to_do(
     document: dict[str, Any], state: str, reason: str, words: str
 ) -> None:
-    found = verdict(document)
-    assert found[:2] == (state, reason)
-    assert words in found[2]
+    reported = verdict(document)
+    assert reported[:2] == (state, reason)
+    assert words in reported[2]
 
 
 def test_without_a_group_or_an_answer_nothing_is_known() -> None:
@@ -143,27 +146,29 @@ def test_only_what_somebody_has_to_act_on_is_a_warning() -> None:
 
 
 def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
-    def found(before: dict[str, Condition], **changes: Any) -> tuple[dict[str, Condition], list[str]]:
+    def reported(before: dict[str, Condition], **changes: Any) -> tuple[dict[str, Condition], list[str]]:
         seen = Seen(has_experts=True, experts=status(experts(**changes)))
         after = build_conditions(seen, before, NOW)
         events = [row.reason for row in changed_conditions(before, after) if row.type == CONDITION]
         return {row.type: row for row in after}, events
 
-    before, events = found({}, **balance(1.0))
+    before, events = reported({}, **balance(1.0))
     assert events == ["Balanced"]
-    before, events = found(before, **balance(1.15))
+    before, events = reported(before, **balance(1.15))
     assert events == []
-    before, events = found(before, **balance(1.5))
+    before, events = reported(before, **balance(1.5))
     assert events == ["Imbalanced"]
-    before, events = found(before, **balance(1.7))
+    before, events = reported(before, **balance(1.7))
     assert events == []
 
 
 def status_document(before: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resource = {"metadata": {"name": "a", "generation": 1}, "spec": {}, "status": before}
-    found, seen = build_status(resource, Names("a"), "default", Seen(has_experts=True), [], {}, {"e0": read(document)})
-    assert seen.experts == ExpertsStatus.model_validate(found["experts"])
-    return found
+    written, seen = build_status(
+        resource, Names("a"), "default", Seen(has_experts=True), [], States(), {"e0": read(document)}
+    )
+    assert seen.experts == ExpertsStatus.model_validate(written["experts"])
+    return written
 
 
 def test_numbers_alone_are_not_written_again_while_they_are_young() -> None:

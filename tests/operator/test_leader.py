@@ -5,13 +5,12 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightkube import ApiError
+from moe_contract.api_server import ApiError, Kind
 from moe_operator.kubernetes.api import Api, NotLeading
-from moe_operator.kubernetes.kinds import CONFIG_MAP, Kind
+from moe_operator.kubernetes.kinds import CONFIG_MAP
 from moe_operator.kubernetes.leader import Election, Terms
 from virtual_time import run_in_virtual_time
 
@@ -20,9 +19,7 @@ TERMS = Terms()
 
 
 def refusal(code: int) -> ApiError:
-    request = httpx2.Request("PUT", "https://api.test")
-    status = {"kind": "Status", "code": code, "message": "no"}
-    return ApiError(request=request, response=httpx2.Response(code, json=status, request=request))
+    return ApiError(code, "no")
 
 
 class Leases:
@@ -69,11 +66,11 @@ class Way:
         what, there_s, back_s = self.mood()
         await asyncio.sleep(there_s)
         if what == "lost":
-            raise httpx2.ConnectError("refused")
+            raise ApiError(0, "ClientConnectorError: refused")
         found = effect()
         await asyncio.sleep(back_s)
         if what == "unheard":
-            raise httpx2.ReadError("broken")
+            raise ApiError(0, "ServerDisconnectedError: broken")
         return found
 
 

@@ -1,5 +1,6 @@
 """The supervisor's and the commands' decisions: restarts, how far a start is, the status, ports, GPUs."""
 
+import json
 import socket
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.agent_state import AgentState, read_agent_state
+from moe_contract.gateway_state import read_gateway_state
 from moe_operator.api.status import ConditionStatus
 from moe_operator.local.machine import find_free_ports, find_gpus, is_port_free, query_gpus, select_gpus
 from moe_operator.local.observation import Observation
@@ -38,17 +41,21 @@ def record(*rows: ProcessRecord, ready: bool = True) -> Record:
     )
 
 
-def agent(phase: str = "ready", policy: str = "sjf", restarts: int = 0, ranks: tuple[float, ...] = (0.0,)) -> Any:
-    return {
+def agent(
+    phase: str = "ready", policy: str = "sjf", restarts: int = 0, ranks: tuple[float, ...] = (0.0,)
+) -> AgentState:
+    document = {
         "phase": phase,
         "engine": {"restarts": restarts, "last_exit": "killed by SIGKILL" if restarts else ""},
         "config": {"request": {"policy": policy}},
-        "ranks": [{"running": 2, "waiting": 3, "kv_usage": kv_usage} for kv_usage in ranks],
+        "ranks": [{"rank": 0, "running": 2, "waiting": 3, "kv_usage": kv_usage} for kv_usage in ranks],
     }
+    return read_agent_state(json.dumps(document).encode())
 
 
 def seen(*agents: Any, gateway: Any = GATEWAY_STATE, of: Record | None = None) -> Observation:
-    return Observation(record=of or record(), agents=agents or (agent(), agent()), gateway=gateway)
+    state = None if gateway is None else read_gateway_state(json.dumps(gateway).encode())
+    return Observation(record=of or record(), agents=agents or (agent(), agent()), gateway=state)
 
 
 @pytest.mark.parametrize(("failures", "pause_s"), [(1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 8.0), (5000, 8.0)])
@@ -64,7 +71,7 @@ def test_only_a_steady_life_makes_the_next_failure_a_first_one(failures: int, li
 @pytest.mark.parametrize(
     ("status", "words"), [(2, "exit status 2"), (-9, "killed by SIGKILL"), (-99, "killed by signal 99")]
 )
-def test_an_exit_is_told_in_words(status: int, words: str) -> None:
+def test_an_exit_is_reported_in_words(status: int, words: str) -> None:
     assert describe_exit(status) == words
 
 

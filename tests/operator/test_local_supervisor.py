@@ -15,13 +15,15 @@ from moe_operator.local.record import Life, ProcessRecord, Record, SiteRecord, f
 from moe_operator.local.restarts import Rules
 from moe_operator.local.supervisor import Supervisor
 
-RULES = Rules(first_backoff_s=0.05, last_backoff_s=0.2, steady_s=60.0, end_grace_s=2.0, hurry_s=2.0, look_every_s=0.05)
+RULES = Rules(
+    first_backoff_s=0.05, last_backoff_s=0.2, steady_s=60.0, end_grace_s=2.0, force_stop_s=2.0, look_every_s=0.05
+)
 GIVE_UP_S = 30.0
 
 # `sleep` runs beside the shell, so that a trap runs at once.
 SERVES = "echo serves; trap 'echo ends; exit 0' TERM; while :; do sleep 0.02; done"
 DEAF = "echo serves; trap 'echo deaf' TERM; while :; do sleep 0.02; done"
-HURRIES = "echo serves; trap 'echo drains; trap \"echo hurried; exit 0\" TERM' TERM; while :; do sleep 0.02; done"
+FORCED = "echo serves; trap 'echo drains; trap \"echo forced; exit 0\" TERM' TERM; while :; do sleep 0.02; done"
 FAILS = "echo no such thing; exit 3"
 
 
@@ -68,7 +70,7 @@ class Deployment:
                 assert not self.task.done(), f"the supervisor ended before: {what}"
                 await asyncio.sleep(0.01)
 
-    async def until_told(self, holds: Callable[[], bool]) -> None:
+    async def until_reported(self, holds: Callable[[], bool]) -> None:
         """Without a look at the state."""
         give_up_s = time.monotonic() + GIVE_UP_S
         while not holds():
@@ -146,7 +148,7 @@ async def test_a_state_that_cannot_be_written_does_not_end_what_serves(
         state.unlink()
         state.mkdir()
         before.kill()
-        await deployment.until_told(lambda: caplog.text.count("cannot be written") >= 2)
+        await deployment.until_reported(lambda: caplog.text.count("cannot be written") >= 2)
         state.rmdir()
         deployment.seen["gateway"].kill()
         both = ("gateway", "agent-0")
@@ -159,22 +161,22 @@ async def test_a_state_that_cannot_be_written_does_not_end_what_serves(
 async def test_a_process_that_outstays_its_time_is_asked_again_before_it_is_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Deployment(tmp_path, drain_timeout_s=1.0, gateway=HURRIES, agent_0=DEAF) as deployment:
+    async with Deployment(tmp_path, drain_timeout_s=1.0, gateway=FORCED, agent_0=DEAF) as deployment:
         await deployment.serves("gateway", "agent-0")
         await deployment.stop()
-        assert deployment.said("gateway") == "serves\ndrains\nhurried\n"
+        assert deployment.said("gateway") == "serves\ndrains\nforced\n"
         assert deployment.said("agent-0") == "serves\ndeaf\ndeaf\n"
-        assert caplog.text.count("gateway: not ended within 1 s, what still runs there is cut") == 1
+        assert caplog.text.count("gateway: not ended within 1 s, requests that still run there are cut") == 1
         assert caplog.text.count("agent-0: not ended within") == 2
 
 
 async def test_a_second_request_to_stop_does_not_wait_for_the_drain_time(tmp_path: Path) -> None:
-    async with Deployment(tmp_path, drain_timeout_s=10 * GIVE_UP_S, gateway=HURRIES, agent_0=SERVES) as deployment:
+    async with Deployment(tmp_path, drain_timeout_s=10 * GIVE_UP_S, gateway=FORCED, agent_0=SERVES) as deployment:
         await deployment.serves("gateway", "agent-0")
         deployment.supervisor.request_stop()
         await deployment.until(lambda _: "drains" in deployment.said("gateway"), "it drains")
         await deployment.stop()
-        assert deployment.said("gateway") == "serves\ndrains\nhurried\n"
+        assert deployment.said("gateway") == "serves\ndrains\nforced\n"
 
 
 async def test_a_stop_in_the_pause_before_a_restart_ends_it(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """What is shown of a deployment that serves: its pace from two looks, and the page made of a look."""
 
+import json
 from datetime import UTC, datetime
 from io import StringIO
 from typing import Any
 
 import pytest
+from moe_contract.agent_state import read_agent_state
+from moe_contract.gateway_state import read_gateway_state
 from moe_operator.cli.table import render_status
 from moe_operator.local.change import Call, explain_refusal
 from moe_operator.local.observation import Observation
@@ -22,11 +25,16 @@ moeserving_gateway_ttft_seconds_count 5.0
 moeserving_gateway_ttft_seconds_sum 1.25
 moeserving_gateway_retries_total 9.0
 """
-GATEWAY = {"accepting": True, "held": 6, "engines": [{"in_flight": 4}], "totals": {"requests": 8, "failed": 2}}
+GATEWAY = {
+    "accepting": True,
+    "held": 6,
+    "engines": [{"name": "e", "in_flight": 4}],
+    "totals": {"requests": 8, "failed": 2},
+}
 AGENT = {
     "phase": "ready",
     "engine": {"restarts": 1, "last_exit": "exit status 3"},
-    "ranks": [{"running": 12, "waiting": 34, "kv_usage": 0.56}],
+    "ranks": [{"rank": 0, "running": 12, "waiting": 34, "kv_usage": 0.56}],
 }
 
 
@@ -43,13 +51,18 @@ def look(gateway: dict[str, Any] | None = None, agent: dict[str, Any] | None = N
             row("agent-0", life=Life.BACKOFF, restarts=7, last_exit="killed by SIGKILL"),
         ),
     )  # fmt: skip
-    return Observation(record=record, agents=(agent,), gateway=gateway, metrics=metrics)
+    return Observation(
+        record=record,
+        agents=(None if agent is None else read_agent_state(json.dumps(agent).encode()),),
+        gateway=None if gateway is None else read_gateway_state(json.dumps(gateway).encode()),
+        metrics=metrics,
+    )
 
 
 def page(seen: Observation, pace: Throughput | None = None) -> str:
     console = Console(width=120, file=StringIO())
     with console.capture() as capture:
-        console.print(render_status(seen, build_status(seen, datetime.now(UTC)), pace=pace))
+        console.print(render_status(seen, build_status(seen, datetime.now(UTC)), throughput=pace))
     return capture.get()
 
 
@@ -84,7 +97,7 @@ def test_a_gateway_that_gives_no_answer_ends_the_window() -> None:
     assert extend_window((totals(0.0), totals(1.0)), None) == ()
 
 
-def test_the_page_tells_engines_processes_and_traffic() -> None:
+def test_the_status_shows_engines_processes_and_traffic() -> None:
     lines = page(look(GATEWAY, AGENT), Throughput(requests_per_s=2.25, ttft_mean_s=0.125)).splitlines()
     assert lines[0].split() == ["tiny", "http://127.0.0.1:8000", "model", "served"]
     assert any(

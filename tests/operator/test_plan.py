@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from moe_contract.agent_config import AgentConfig
+from moe_contract.engine_process import engine_environment
 from moe_contract.gateway_config import GatewayConfig, Limits
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, load_resource, parse_resource
@@ -155,9 +156,10 @@ def test_arguments_and_environment_of_the_resource_come_last_and_win() -> None:
     [("hf://org/a", "org/a", False), ("file:///m/a", "/m/a", True), ("s3://bucket/a", "s3://bucket/a", True)],
 )
 def test_each_kind_of_uri_reaches_vllm_as_vllm_wants_it(uri: str, model: str, offline: bool) -> None:
-    engine = plan_local(resource(model={"uri": uri}), site()).agents[0].engine
+    agent = plan_local(resource(model={"uri": uri}), site()).agents[0]
+    engine = agent.engine
     assert engine.model == model
-    assert ("HF_HUB_OFFLINE" in engine.env) == offline
+    assert ("HF_HUB_OFFLINE" in engine_environment(agent, {}, cpu_build=False, cpus=1)) == offline
     assert ("--load-format=runai_streamer" in engine.args) == uri.startswith("s3")
 
 

@@ -177,7 +177,7 @@ def test_the_number_of_engines(autoscaling: Document | None, live: int | None, w
 
 
 def test_a_number_that_another_manager_owns_is_not_in_the_plan() -> None:
-    observed = Observed(tokens=("t",), replicas=7, foreign_replicas=True)
+    observed = Observed(tokens=("t",), replicas=7, externally_managed_replicas=True)
     planned = plan_cluster(parse_resource(serving()), "ns", observed, Defaults())
     numbers = {
         row["metadata"]["name"]: row["spec"].get("replicas") for row in planned.objects if row["kind"] == "Deployment"

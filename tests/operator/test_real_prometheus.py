@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from cluster_debian import require
 from moe_agent.api.metrics import AgentCollector
+from moe_contract.agent_state import AgentState
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
@@ -56,19 +58,19 @@ def stats() -> RequestStats:
 def gateway_port(stats: RequestStats) -> Iterator[int]:
     engine = EngineAddress(name="e", url="http://127.0.0.1:1").model_dump()
     document = {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [engine]}
-    dispatcher = Dispatcher(GatewayConfig.model_validate(document), stats)
-    for books in dispatcher.target_states.values():
-        books.accepting = True
-    yield from exposed(GatewayCollector(dispatcher, time.monotonic))
+    dispatcher = Dispatcher(GatewayConfig.model_validate(document))
+    for target in dispatcher.target_states.values():
+        target.accepting = True
+    yield from exposed(GatewayCollector(dispatcher, stats, time.monotonic))
 
 
 @pytest.fixture
 def agent_port() -> Iterator[int]:
     tokens = itertools.count(1000, 100)
 
-    def state() -> Document:
-        ranks = [rank | {"computed_tokens": next(tokens)} for rank in agent()["ranks"]]
-        return agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True, ranks=ranks)
+    def state() -> AgentState:
+        found = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
+        return replace(found, ranks=tuple(replace(rank, computed_tokens=next(tokens)) for rank in found.ranks))
 
     yield from exposed(AgentCollector(state, lambda: None))
 
@@ -115,7 +117,7 @@ async def busy(stats: RequestStats) -> None:
         await asyncio.sleep(0.1)
 
 
-async def test_prometheus_tells_what_gateways_and_agents_count(prometheus: str, stats: RequestStats) -> None:
+async def test_prometheus_has_what_gateways_and_agents_count(prometheus: str, stats: RequestStats) -> None:
     load = asyncio.create_task(busy(stats))
     try:
         found = await signal_of_a_full_window(prometheus)

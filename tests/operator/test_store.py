@@ -4,7 +4,8 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_operator.kubernetes.kinds import CONFIG_MAP, POD, SERVING, Kind
+from moe_contract.api_server import Kind, Listing
+from moe_operator.kubernetes.kinds import CONFIG_MAP, POD, SERVING
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan.names import INSTANCE
 
@@ -33,7 +34,7 @@ def test_another_object_of_the_name_is_news_whatever_its_version() -> None:
     store = Store()
     store.put(POD, document(version=9))
     assert store.put(POD, document(version=3, uid="another")) == KEY
-    assert store.remove(POD, document(version=9)) == KEY, "the end of the old one is told late"
+    assert store.remove(POD, document(version=9)) == KEY, "the event of its end came late"
     assert store.of(KEY, POD) == [document(version=3, uid="another")]
 
 
@@ -58,13 +59,15 @@ def test_what_is_forgotten_leaves_nothing_behind() -> None:
 
 def test_a_list_says_what_is_gone_but_not_of_what_came_after_it_was_asked_for() -> None:
     store = Store()
-    store.put(POD, document("gone"))
-    store.put(POD, document("stays"))
-    before = store.places(POD)
-    store.put(POD, document("new"))
-    assert store.replace(POD, [document("stays")], before) == {KEY}
+    store.put(POD, document("gone", version=1))
+    store.put(POD, document("stays", version=2))
+    store.put(POD, document("new", version=8))
+    assert store.replace(POD, Listing(items=[document("stays", version=2)], version="7"), "elsewhere") == set()
+    assert store.replace(POD, Listing(items=[document("stays", version=2)], version="7"), "ns") == {KEY}
     assert {row["metadata"]["name"] for row in store.every(POD)} == {"stays", "new"}
-    assert store.replace(POD, [document("stays"), document("new")], store.places(POD)) == set(), "no news"
+    both = [document("stays", version=2), document("new", version=8)]
+    assert store.replace(POD, Listing(items=both, version="9"), None) == set(), "no news"
+    assert store.replace(POD, Listing(items=[], version="9"), None) == {KEY}
 
 
 kinds = st.sampled_from([POD, CONFIG_MAP])

@@ -97,7 +97,7 @@ def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_a_file_that_holds_no_document_is_told_in_one_line(text: str | bytes, line: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_document_is_reported_in_one_line(text: str | bytes, line: str, tmp_path: Path) -> None:
     assert errors_in(text, tmp_path) == [line]
 
 
@@ -113,7 +113,7 @@ def test_anchors_and_merges_of_sane_size_are_fine(tmp_path: Path) -> None:
     assert run("validate", "-f", str(path)).exit_code == 0
 
 
-def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported_in_one_line(tmp_path: Path) -> None:
     assert errors_of(tmp_path / "absent.yaml") == ["FILE: no such file"]
     assert errors_of(tmp_path) == ["FILE: is a folder, not a file"]
     assert errors_of(Path("/proc/self/mem")) == ["FILE: cannot be read: Input/output error"]

@@ -32,7 +32,7 @@ class _Nothing(selectors.BaseSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """See the module."""
+    """An event loop whose clock jumps to the next timer when nothing else is ready."""
 
     def __init__(self) -> None:
         self._nothing = _Nothing()
@@ -43,6 +43,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, Any]) -> Any:
-    """What the coroutine returns."""
+    """Runs a coroutine in virtual time; returns its result."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

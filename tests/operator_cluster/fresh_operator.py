@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx2
-from lightkube import AsyncClient, KubeConfig
+from moe_contract.api_server import ApiServer, Kind
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, WATCHED, Kind
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, WATCHED
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults
@@ -27,18 +26,18 @@ _SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", 
 
 
 def writes(api: Api) -> dict[tuple[str, str], int]:
-    """Calls that change something."""
+    """Number of changing calls by verb and kind."""
     return {call: count for call, count in api.calls.items() if call[0] not in NO_WRITES}
 
 
 @contextlib.asynccontextmanager
-async def connect(kubeconfig: Path) -> AsyncIterator[AsyncClient]:
-    """A client of the API server."""
-    client = AsyncClient(KubeConfig.from_file(kubeconfig).get(), timeout=httpx2.Timeout(30.0), trust_env=False)
+async def connect(kubeconfig: Path) -> AsyncIterator[ApiServer]:
+    """A connection to the API server."""
+    server = ApiServer(kubeconfig, trust_env=False)
     try:
-        yield client
+        yield server
     finally:
-        await client.close()
+        await server.close()
 
 
 class FreshOperator:
@@ -47,18 +46,19 @@ class FreshOperator:
     def __init__(self, api: Api, session: aiohttp.ClientSession, namespaces: Iterable[str]) -> None:
         self.api, self.namespaces = api, tuple(namespaces)
         self.store = Store()
-        self.reconciler = Reconciler(api, self.store, session, Defaults())
+        self.kinds: frozenset[Kind] = frozenset()
+        self.reconciler = Reconciler(api, self.store, session, Defaults(), lambda: self.kinds)
 
     async def relist(self) -> None:
         """As the operator at its start and at each resync."""
         present = set()
         for kind in WATCHED:
-            before = self.store.places(kind)
-            documents = await self.api.list(kind, self.namespaces)
-            if documents is not None:
-                present.add(kind)
-                self.store.replace(kind, documents, before)
-        self.reconciler.kinds = frozenset(present)
+            for namespace in self.namespaces:
+                listing = await self.api.list(kind, namespace)
+                if listing is not None:
+                    present.add(kind)
+                    self.store.replace(kind, listing, namespace)
+        self.kinds = frozenset(present)
 
     async def settle(self, key: Key) -> int:
         """Passes until one writes nothing; how many it took."""
@@ -78,8 +78,8 @@ class FreshOperator:
 @contextlib.asynccontextmanager
 async def started(kubeconfig: Path, *namespaces: str) -> AsyncIterator[FreshOperator]:
     """A fresh operator that has listed what there is."""
-    async with connect(kubeconfig) as client, aiohttp.ClientSession() as session:
-        operator = FreshOperator(Api(client), session, namespaces)
+    async with connect(kubeconfig) as server, aiohttp.ClientSession() as session:
+        operator = FreshOperator(Api(server), session, namespaces)
         await operator.relist()
         yield operator
 
@@ -95,17 +95,23 @@ async def let_go_of_claims(api: Api, store: Store, key: Key) -> None:
             store.remove(CLAIM, now)
 
 
+async def fetch_all(api: Api, kind: Kind, namespace: str) -> list[Document]:
+    """The operator's objects of a kind in a namespace."""
+    listing = await api.list(kind, namespace)
+    return [] if listing is None else listing.items
+
+
 async def fetch_children(api: Api, namespace: str) -> dict[tuple[str, str], Document]:
     """All children in a namespace, by kind and name."""
     found: dict[tuple[str, str], Document] = {}
     for kind in CHILDREN:
-        for document in await api.list(kind, [namespace]) or []:
+        for document in await fetch_all(api, kind, namespace):
             found[kind.name, document["metadata"]["name"]] = document
     return found
 
 
 async def fetch_serving(api: Api, key: Key) -> Document | None:
-    """The resource."""
+    """The resource as the API server has it, None when it is gone."""
     return await api.get(SERVING, key.namespace, key.name)
 
 
@@ -125,16 +131,16 @@ def comparable(document: Document) -> Document:
 
 
 def conditions(document: Document) -> dict[str, Document]:
-    """The conditions by type."""
+    """The conditions of a resource by type."""
     return {row["type"]: row for row in document.get("status", {}).get("conditions", [])}
 
 
 __all__ = [
     "FreshOperator",
-    "Kind",
     "comparable",
     "conditions",
     "connect",
+    "fetch_all",
     "fetch_children",
     "fetch_serving",
     "let_go_of_claims",
@@ -144,7 +150,7 @@ __all__ = [
 
 
 async def served(operator: FreshOperator, namespace: str, document: Document | None = None) -> Key:
-    """The resource, made real."""
+    """Creates a resource and settles it; returns its key."""
     document = document or serving()
     made = await operator.api.create(SERVING, document | {"metadata": document["metadata"] | {"namespace": namespace}})
     operator.store.put(SERVING, made)
@@ -167,6 +173,6 @@ async def fetch(operator: FreshOperator, kind: Kind, key: Key, name: str) -> Doc
     return found
 
 
-async def told(operator: FreshOperator, key: Key) -> dict[str, Document]:
+async def fetch_conditions(operator: FreshOperator, key: Key) -> dict[str, Document]:
     """The resource's conditions by type."""
     return conditions(await fetch_serving(operator.api, key) or {})

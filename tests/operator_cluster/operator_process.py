@@ -70,7 +70,7 @@ class OperatorProcess:
 
 
 def eventually(holds: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Waits until something holds."""
+    """Waits until a condition holds; fails after the timeout."""
     give_up_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < give_up_s, f"not within {timeout_s:g} s: {what}"

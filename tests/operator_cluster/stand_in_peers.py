@@ -1,4 +1,4 @@
-"""Pods as a kubelet would tell of them, and agents and gateways that answer at their addresses."""
+"""Pods with the status that a kubelet would set, and agents and gateways that answer at their addresses."""
 
 import contextlib
 import itertools
@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
-from lightkube.types import PatchType
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import POD
 from moe_operator.kubernetes.store import Key
@@ -18,7 +17,7 @@ READY = [{"type": "Ready", "status": "True"}]
 
 
 class Peers:
-    """Answers at every loopback address as an agent or a gateway; `settings` holds what it was told there."""
+    """Answers at every loopback address as an agent or a gateway; `settings` holds what was put there."""
 
     def __init__(self, tokens: set[str] | None = None) -> None:
         self.settings: dict[str, Document] = {}
@@ -37,18 +36,17 @@ class Peers:
         spec = {"containers": [{"name": component, "image": "none", "ports": [port]}]}
         await api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
         status = {"phase": "Running", "podIP": address, "conditions": READY}
-        client: Any = api._client
-        await client.patch(POD.status, name, {"status": status}, namespace=key.namespace, patch_type=PatchType.MERGE)
+        await api.server.merge(POD, key.namespace, name, {"status": status}, "kubelet", subresource="status")
         return address
 
-    async def tell(self, request: web.Request) -> web.Response:
+    async def get_state(self, request: web.Request) -> web.Response:
         rank = {"rank": 0, "running": 1, "waiting": 0, "kv_usage": 0.5, "computed_tokens": 0}
         config = self.settings.setdefault(_address(request), {})
         return web.json_response(
             {"phase": "ready", "engine": {"restarts": 0}, "ranks": [rank], "config": config, "held": 0}
         )
 
-    async def take(self, request: web.Request) -> web.Response:
+    async def put_config(self, request: web.Request) -> web.Response:
         token = request.headers["Authorization"].removeprefix("Bearer ")
         if self.tokens is not None and token not in self.tokens:
             return web.json_response({"errors": []}, status=401)
@@ -66,8 +64,8 @@ async def peers_listening() -> AsyncIterator[Peers]:
     """Until the end of the block."""
     peers = Peers()
     app = web.Application()
-    app.router.add_get("/v1/state", peers.tell)
-    app.router.add_put("/v1/config", peers.take)
+    app.router.add_get("/v1/state", peers.get_state)
+    app.router.add_put("/v1/config", peers.put_config)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     with socket.create_server(("0.0.0.0", 0)) as listener:

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 from fresh_operator import FreshOperator, comparable, connect, fetch_children, fetch_serving, let_go_of_claims
-from lightkube import AsyncClient
+from moe_contract.api_server import ApiServer
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Key
@@ -29,18 +29,18 @@ AFTER = serving(
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the end of the operator's process."""
 
 
 class Scissors:
-    """A client that ends with its process: before a call reaches the API server, or after it did."""
+    """A connection that ends with its process: before a call reaches the API server, or after it did."""
 
-    def __init__(self, client: Any, calls_left: int, *, after: bool) -> None:
-        self._client, self._calls_left, self._after = client, calls_left, after
+    def __init__(self, server: Any, calls_left: int, *, after: bool) -> None:
+        self._server, self._calls_left, self._after = server, calls_left, after
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        return self._cutting(method) if name in ("patch", "create", "replace", "delete", "get") else method
+        method = getattr(self._server, name)
+        return self._cutting(method) if name in ("apply", "merge", "create", "replace", "delete", "get") else method
 
     def _cutting(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(*arguments: Any, **options: Any) -> Any:
@@ -60,9 +60,9 @@ class Life:
     """A resource from its creation to its end, under operators that are killed and replaced."""
 
     def __init__(
-        self, client: AsyncClient, session: aiohttp.ClientSession, key: Key, gaps: list[int], chance: random.Random
+        self, server: ApiServer, session: aiohttp.ClientSession, key: Key, gaps: list[int], chance: random.Random
     ) -> None:
-        self._client, self._api, self._session, self.key = client, Api(client), session, key
+        self._server, self._api, self._session, self.key = server, Api(server), session, key
         self._gaps, self._chance, self.kills = gaps, chance, 0
 
     async def run(self) -> list[State]:
@@ -82,7 +82,7 @@ class Life:
     async def _start(self) -> None:
         api = self._api
         if self._gaps:
-            scissors: Any = Scissors(self._client, self._gaps.pop(), after=self._chance.random() < 0.5)
+            scissors: Any = Scissors(self._server, self._gaps.pop(), after=self._chance.random() < 0.5)
             api = Api(scissors)
         self._operator = FreshOperator(api, self._session, [self.key.namespace])
         await self._operator.relist()
@@ -104,8 +104,8 @@ class Life:
 async def live(kubeconfig: Path, namespace: str, kills: int, seed: int) -> tuple[list[State], int]:
     chance = random.Random(seed)
     gaps = [chance.randint(1, MOST_CALLS_BETWEEN_KILLS) for _ in range(kills)]
-    async with connect(kubeconfig) as client, aiohttp.ClientSession() as session:
-        life = Life(client, session, Key(namespace, "tiny"), gaps, chance)
+    async with connect(kubeconfig) as server, aiohttp.ClientSession() as session:
+        life = Life(server, session, Key(namespace, "tiny"), gaps, chance)
         return await life.run(), life.kills
 
 

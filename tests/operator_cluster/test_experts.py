@@ -144,9 +144,9 @@ async def test_the_status_has_what_the_agent_says_and_the_mode_reaches_it_withou
             await operator.relist()
             await operator.settle(key)
             live = await fetch_serving(operator.api, key) or {}
-            told = live["status"]["experts"]
-            assert (told["engine"], told["mode"], told["balance"]) == ("tiny-engine-x", "dryRun", 1.6)
-            assert (told["placementVersion"], told["lastDecision"]["outcome"]) == (7, "dryRun")
+            experts = live["status"]["experts"]
+            assert (experts["engine"], experts["mode"], experts["balance"]) == ("tiny-engine-x", "dryRun", 1.6)
+            assert (experts["placementVersion"], experts["lastDecision"]["outcome"]) == (7, "dryRun")
             assert conditions(live)["ExpertsBalanced"]["reason"] == "DryRunWouldMove"
             assert "1.6" in serving_cluster.kubectl("get", "moes", "tiny", "-n", namespace)
             generation = await template_generation(operator, key)

@@ -14,8 +14,7 @@ import pytest
 import yaml
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
-from fresh_operator import conditions, fetch_children, fetch_serving, served, started, told, writes
-from lightkube.types import PatchType
+from fresh_operator import conditions, fetch_children, fetch_conditions, fetch_serving, served, started, writes
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
 from moe_operator.kubernetes.store import Key
@@ -120,12 +119,12 @@ def serves(cluster: ApiCluster, plural: str) -> bool:
     return True
 
 
-async def test_several_nodes_without_leader_worker_sets_are_told_with_what_to_do(
+async def test_several_nodes_without_leader_worker_sets_are_reported_with_what_to_do(
     kubeconfig: Path, namespace: str
 ) -> None:
     async with started(kubeconfig, namespace) as operator:
         key = await served(operator, namespace, serving(engine=TWO_NODES))
-        degraded = (await told(operator, key))["Degraded"]
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
         assert (degraded["status"], degraded["reason"]) == ("True", "LeaderWorkerSetMissing")
         assert degraded["message"] == (
             "the cluster has no LeaderWorkerSet, which engines on several nodes need; install it (lws.sigs.k8s.io) "
@@ -134,7 +133,7 @@ async def test_several_nodes_without_leader_worker_sets_are_told_with_what_to_do
         await operator.api.merge(SERVING, *key, {"spec": {"engine": {"parallelism": {"nodes": 1}}}})
         await operator.relist()
         await operator.settle(key)
-        assert (await told(operator, key))["Degraded"]["status"] == "False"
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
 
 
 async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader(
@@ -143,7 +142,7 @@ async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader
     with installed(serving_cluster, LEADER_WORKER_SETS):
         async with started(serving_cluster.kubeconfig, namespace) as operator, peers_listening() as peers:
             key = await served(operator, namespace, serving(engine=TWO_NODES | {"replicas": 1}))
-            assert (await told(operator, key))["Degraded"]["status"] == "False"
+            assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
             live = await operator.api.get(LEADER_WORKER_SET, namespace, "tiny-engine")
             assert live is not None
             spec = live["spec"]["leaderWorkerTemplate"]
@@ -154,19 +153,17 @@ async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader
                     operator.api, key, "engine", f"tiny-engine-0-{index}", **{LWS_WORKER_INDEX: str(index)}
                 )
             await peers.make(operator.api, key, "gateway", "tiny-gateway-a")
-            # As its controller tells that one group of one is up to date.
+            # As its controller reports one group of one as up to date.
             status = {"replicas": 1, "readyReplicas": 1, "updatedReplicas": 1, "conditions": [{"type": "Available"}]}
-            client: Any = operator.api._client
-            await client.patch(
-                LEADER_WORKER_SET.status, "tiny-engine", {"status": status}, namespace=namespace,
-                patch_type=PatchType.MERGE,
-            )  # fmt: skip
+            await operator.api.server.merge(
+                LEADER_WORKER_SET, namespace, "tiny-engine", {"status": status}, "lws", subresource="status"
+            )
             await operator.relist()
             await operator.settle(key)
             serving_status = (await fetch_serving(operator.api, key) or {})["status"]
             assert [row["name"] for row in serving_status["engines"]] == ["tiny-engine-0-0"]
             assert (serving_status["replicas"], serving_status["readyReplicas"]) == (1, 1)
-            assert "tiny-engine" not in (await told(operator, key))["Progressing"]["message"]
+            assert "tiny-engine" not in (await fetch_conditions(operator, key))["Progressing"]["message"]
             before = writes(operator.api)
             await operator.settle(key)
             assert writes(operator.api) == before

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
-from fresh_operator import FreshOperator, change, fetch, fetch_children, fetch_serving, served, started, told, writes
+from fresh_operator import (
+    FreshOperator,
+    change,
+    fetch,
+    fetch_all,
+    fetch_children,
+    fetch_conditions,
+    fetch_serving,
+    served,
+    started,
+    writes,
+)
 from moe_operator.kubernetes import observed
 from moe_operator.kubernetes.kinds import CLAIM, CONFIG_MAP, DEPLOYMENT, POD, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
@@ -19,7 +30,7 @@ CACHE = {"path": "/cache", "size": "1Gi", "storageClass": "fast"}
 
 
 async def templates(operator: FreshOperator, key: Key) -> dict[str, Document]:
-    found = await operator.api.list(DEPLOYMENT, [key.namespace]) or []
+    found = await fetch_all(operator.api, DEPLOYMENT, key.namespace)
     return {row["metadata"]["name"]: row["spec"]["template"] for row in found}
 
 
@@ -79,7 +90,7 @@ async def test_what_only_a_start_can_change_rolls_the_engines_and_not_the_gatewa
         assert config["engine"]["args"] == ["--seed=7"]
         deployment = await fetch(operator, DEPLOYMENT, key, "tiny-engine")
         assert deployment["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": rolling}
-        progress = (await told(operator, key))["Progressing"]
+        progress = (await fetch_conditions(operator, key))["Progressing"]
         assert (progress["status"], progress["reason"]) == ("True", "Updating")
         assert "tiny-engine: 0 of 1 pods are up to date" in progress["message"]
 
@@ -105,7 +116,7 @@ async def test_a_field_that_cannot_change_is_refused_with_a_message(
         assert (await fetch(operator, CLAIM, key, "tiny-cache"))["spec"]["storageClassName"] == "fast"
 
 
-async def test_a_claim_that_would_have_to_shrink_is_told_and_the_rest_stays(kubeconfig: Path, namespace: str) -> None:
+async def test_a_claim_that_would_shrink_is_reported_and_the_rest_stays(kubeconfig: Path, namespace: str) -> None:
     async with started(kubeconfig, namespace) as operator:
         key = await served(operator, namespace, serving(model={"uri": "hf://org/tiny", "cache": CACHE}))
         before = await templates(operator, key)
@@ -114,7 +125,7 @@ async def test_a_claim_that_would_have_to_shrink_is_told_and_the_rest_stays(kube
         )
         await operator.relist()
         await operator.settle(key)
-        degraded = (await told(operator, key))["Degraded"]
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
         assert degraded["reason"] == "Refused"
         assert f"PersistentVolumeClaim {namespace}/tiny-cache" in degraded["message"]
         assert await templates(operator, key) == before
@@ -128,14 +139,14 @@ async def test_while_it_is_paused_nothing_changes_and_then_all_does(kubeconfig: 
         await operator.api.delete(CONFIG_MAP, before["ConfigMap", "tiny-settings"])
         await operator.relist()
         await operator.settle(key)
-        paused = (await told(operator, key))["Paused"]
+        paused = (await fetch_conditions(operator, key))["Paused"]
         assert (paused["status"], paused["reason"]) == ("True", "Paused")
         status = (await fetch_serving(operator.api, key) or {})["status"]
         assert status["desiredReplicas"] == 1, "what is left as it is, not what the resource says by now"
         after = await fetch_children(operator.api, namespace)
         assert after == {place: row for place, row in before.items() if place != ("ConfigMap", "tiny-settings")}
         await change(operator, key, paused=False)
-        assert (await told(operator, key))["Paused"]["status"] == "False"
+        assert (await fetch_conditions(operator, key))["Paused"]["status"] == "False"
         assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 3
         assert ("ConfigMap", "tiny-settings") in await fetch_children(operator.api, namespace)
 
@@ -306,7 +317,7 @@ async def test_names_of_63_characters_that_differ_at_their_end_alone_have_childr
                 operator, namespace, serving(name, engine=canary, model={"uri": "hf://org/t", "cache": CACHE})
             )
             await change(operator, key, engine={"args": ["--seed=2"]})
-            assert (await told(operator, key))["Degraded"]["status"] == "False"
+            assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
         found = await fetch_children(operator.api, namespace)
         owned = {name: [] for name in names}
         for (kind, child), document in found.items():

@@ -1,10 +1,10 @@
-"""What is others' stays, what is the resource's own comes back, and strangers are told and not touched."""
+"""Objects of others stay, objects of the resource come back, and strangers of a name are reported and not touched."""
 
 from typing import Any
 
 import pytest
 from cluster_api import ApiCluster
-from fresh_operator import change, fetch, fetch_children, fetch_serving, served, started, told, writes
+from fresh_operator import change, fetch, fetch_children, fetch_conditions, fetch_serving, served, started, writes
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING, Kind
 from moe_operator.kubernetes.reconciler import REFUSED_S
 from moe_operator.kubernetes.store import Key
@@ -97,7 +97,7 @@ async def test_a_child_that_is_deleted_comes_back(serving_cluster: ApiCluster, n
 
 
 @pytest.mark.parametrize("labels", [{}, {"app.kubernetes.io/managed-by": "moeserving"}, "ours"], ids=str)
-async def test_a_stranger_with_the_name_of_a_child_is_told_and_not_touched(
+async def test_a_stranger_with_the_name_of_a_child_is_reported_and_not_touched(
     serving_cluster: ApiCluster, namespace: str, labels: Any
 ) -> None:
     if labels == "ours":
@@ -109,7 +109,7 @@ async def test_a_stranger_with_the_name_of_a_child_is_told_and_not_touched(
         await operator.relist()
         key = await served(operator, namespace)
         message = f"ConfigMap {namespace}/tiny-settings exists and is not this resource's own"
-        assert (await told(operator, key))["Degraded"]["message"] == message
+        assert (await fetch_conditions(operator, key))["Degraded"]["message"] == message
         assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
         assert (await operator.api.get(DEPLOYMENT, namespace, "tiny-engine")) is None, "nothing is made in part"
         await operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": namespace}})
@@ -119,15 +119,15 @@ async def test_a_stranger_with_the_name_of_a_child_is_told_and_not_touched(
         assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
 
 
-async def test_two_resources_whose_services_would_be_one_are_told_apart(
+async def test_two_resources_whose_services_would_be_one_are_reported_apart(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:
     async with started(serving_cluster.kubeconfig, namespace) as operator:
         first = await served(operator, namespace, serving("tiny-engine"))
         second = await served(operator, namespace, serving("tiny"))
-        assert (await told(operator, first))["Degraded"]["status"] == "False"
+        assert (await fetch_conditions(operator, first))["Degraded"]["status"] == "False"
         message = f"Service {namespace}/tiny-engine exists and is not this resource's own"
-        assert (await told(operator, second))["Degraded"]["message"] == message
+        assert (await fetch_conditions(operator, second))["Degraded"]["message"] == message
 
 
 async def test_an_autoscaler_on_the_deployment_keeps_its_number_in_the_external_mode(
@@ -162,7 +162,7 @@ async def test_without_autoscaling_a_scaled_deployment_is_put_back(serving_clust
         assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 1
 
 
-async def test_what_a_quota_refuses_is_told_and_tried_again_until_it_allows_it(
+async def test_what_a_quota_refuses_is_reported_and_tried_again_until_it_allows_it(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:
     serving_cluster.kubectl("create", "quota", "none", "-n", namespace, "--hard=services=1")
@@ -177,10 +177,10 @@ async def test_what_a_quota_refuses_is_told_and_tried_again_until_it_allows_it(
         operator.store.put(SERVING, await operator.api.create(SERVING, document | {"metadata": place}))
         key = Key(namespace, "tiny")
         assert await operator.reconciler.reconcile(key) == REFUSED_S
-        degraded = (await told(operator, key))["Degraded"]
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
         assert degraded["reason"] == "Refused"
         assert f"Service {namespace}/tiny" in degraded["message"]
         assert "exceeded quota: none" in degraded["message"]
         serving_cluster.kubectl("delete", "quota/none", "-n", namespace)
         await operator.reconciler.reconcile(key)
-        assert (await told(operator, key))["Degraded"]["status"] == "False"
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"

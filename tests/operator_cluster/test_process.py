@@ -111,7 +111,7 @@ def test_one_that_stood_still_writes_nothing_when_it_goes_on_and_ends(
     assert second.lives()
 
 
-def test_one_that_is_told_to_end_hands_over_at_once(serving_cluster: ApiCluster, namespace: str, start: Start) -> None:
+def test_one_that_gets_sigterm_hands_over_at_once(serving_cluster: ApiCluster, namespace: str, start: Start) -> None:
     first = start("first", "--namespace", namespace, "--lease-duration", "60")
     eventually(first.leads, "the first leads")
     second = start("second", "--namespace", namespace, "--lease-duration", "60")
@@ -149,7 +149,7 @@ def test_one_line_says_what_is_ready(serving_cluster: ApiCluster, namespace: str
     assert head.split() == ["NAME", "READY", "ENGINES", "DESIRED", "BALANCE", "TTFT", "AGE"]
     assert line.split()[:4] == ["tiny", "False", "0", "1"]
     wide = serving_cluster.kubectl("get", "events", "-n", namespace, "-o", "name")
-    assert "event/tiny." in wide, "what holds at first is told"
+    assert "event/tiny." in wide, "an event for each condition that holds at first"
 
 
 def test_liveness_says_what_the_probe_of_the_chart_asks(start: Start) -> None:

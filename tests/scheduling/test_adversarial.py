@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, Send, choose_target, explain
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 A, B = Target("a"), Target("b")
@@ -69,7 +70,7 @@ def test_every_key_compares(settings, size_tokens, arrival_s, priority):
     assert not any(math.isnan(part) for part in key)
 
 
-LINES = st.none() | st.builds(StepTime, base_s=NUMBERS, prefill_s=NUMBERS, decode_s=NUMBERS)
+STEP_TIMES = st.none() | st.builds(StepTime, base_s=NUMBERS, prefill_s=NUMBERS, decode_s=NUMBERS)
 SIGNALS = st.builds(
     EngineSignal,
     step=NUMBERS,
@@ -81,7 +82,7 @@ SIGNALS = st.builds(
     kv_usage=NUMBERS,
     preemptions=NUMBERS,
     computed_tokens=NUMBERS,
-    step_time=LINES,
+    step_time=STEP_TIMES,
     expert_balance=NUMBERS,
     expert_pressure=NUMBERS,
 )
@@ -94,28 +95,28 @@ EVENTS = st.lists(
 )
 
 
-def books_after(events, now_s):
-    books = TargetState(A)
+def state_after(events, now_s):
+    state = TargetState(A)
     for name, subject, value in events:
         match name:
             case "observe":
-                books.observe(subject, value)
+                state.observe(subject, value)
             case "sent":
-                books.sent(subject, value, now_s)
+                state.sent(subject, value, now_s)
             case "first_token":
-                books.first_token(subject, now_s)
+                state.first_token(subject, now_s)
             case _:
-                books.settled(subject, now_s)
-    return books
+                state.settled(subject, now_s)
+    return state
 
 
 @given(EVENTS, NUMBERS, st.sampled_from(DispatchPolicy), st.floats(-1e9, 1e9))
 def test_every_prediction_is_a_time_whatever_an_engine_said(events, cached, policy, now_s):
-    books = [books_after(events, now_s), TargetState(B)]
+    states = [state_after(events, now_s), TargetState(B)]
     settings, job = EngineSettings(policy=policy, saturation_s=1e12), Job(1000, {A: cached})
-    for row in explain(job, books, settings, now_s=now_s):
+    for row in explain(job, states, settings, now_s=now_s):
         assert 0.0 <= row.wait_s <= row.predicted_s < math.inf
-    decision = choose_target(job, books, settings, turn=0, now_s=now_s)
+    decision = choose_target(job, states, settings, turn=0, now_s=now_s)
     if isinstance(decision, Send):
         assert 0.0 <= decision.predicted_s < math.inf
 
@@ -123,15 +124,15 @@ def test_every_prediction_is_a_time_whatever_an_engine_said(events, cached, poli
 @given(EVENTS, st.floats(-1e6, 1e6))
 def test_once_all_is_settled_and_sane_signals_came_nothing_is_left_of_the_absurd(events, now_s):
     events = [event for event in events if event[0] != "observe" or not now_s < event[2] < math.inf]
-    books = books_after(events, now_s)
+    state = state_after(events, now_s)
     for key in range(4):
-        books.settled(key, now_s)
-    line = StepTime(base_s=1.0, prefill_s=1.0, decode_s=0.0)
+        state.settled(key, now_s)
+    step_time = StepTime(base_s=1.0, prefill_s=1.0, decode_s=0.0)
     for step in (1, 10**9):
-        books.observe(EngineSignal(step=step, waiting_prefill_tokens=7, step_time=line), now_s)
-    assert (books.in_flight, books.unanswered_prefill_tokens) == (0, 0)
-    assert books.ahead_prefill_tokens(now_s, 2.0) == 7
-    assert choose_target(Job(3), [books], EngineSettings(), turn=0, now_s=now_s).predicted_s == 11.0
+        state.observe(EngineSignal(step=step, waiting_prefill_tokens=7, step_time=step_time), now_s)
+    assert (state.in_flight, state.unanswered_prefill_tokens) == (0, 0)
+    assert state.ahead_prefill_tokens(now_s, 2.0) == 7
+    assert choose_target(Job(3), [state], EngineSettings(), turn=0, now_s=now_s).predicted_s == 11.0
 
 
 @pytest.mark.parametrize("cached", [math.nan, math.inf, -5, 10**9])
@@ -141,6 +142,6 @@ def test_an_absurd_cache_makes_a_job_of_at_least_one_token(cached):
 
 
 def test_one_target_takes_all_turns():
-    books = [TargetState(A)]
+    states = [TargetState(A)]
     for turn in (-1, 0, 1, 10**12):
-        assert choose_target(Job(1), books, EngineSettings(), turn=turn, now_s=0.0).target == A
+        assert choose_target(Job(1), states, EngineSettings(), turn=turn, now_s=0.0).target == A

@@ -1,4 +1,4 @@
-"""Tenants in one queue: who is served next, what a lead is bounded by, and that one tenant is as if there were none."""
+"""Tenants in one queue: who is served next, the bound of a lag, and one tenant is served as if there were none."""
 
 import random
 from collections import Counter
@@ -9,15 +9,16 @@ from weakref import ref
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_scheduling.request.fairness import REMEMBERED_TENANTS, TenantShares
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.fairness import REMEMBERED_TENANTS, TenantCounters
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import WaitingQueue
 
 # Powers of two keep the arithmetic exact: 1024 tokens are a second.
 FAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0, fairness_horizon_s=4.0)
 UNFAIR = RequestSettings(ageing_rate=1024.0, ageing_horizon_s=8.0)
 RATE, HORIZON_S = FAIR.ageing_rate, FAIR.fairness_horizon_s
-# So many tokens are no lead yet.
-BAND = 1024
+# Tokens by which a tenant may be ahead without a lag.
+TOLERANCE = 1024
 
 
 class Item:
@@ -43,9 +44,9 @@ def drained(queue):
     ("charges", "order"),
     [
         ([], "abxy"),
-        ([("a", BAND)], "abxy"),
-        ([("a", BAND + 1024)], "axby"),
-        ([("a", BAND + 2048)], "xayb"),
+        ([("a", TOLERANCE)], "abxy"),
+        ([("a", TOLERANCE + 1024)], "axby"),
+        ([("a", TOLERANCE + 2048)], "xayb"),
         ([("a", 10**9)], "xyab"),
         ([("a", 2048), ("x", 2048)], "abxy"),
         ([("stranger", 10**6)], "abxy"),
@@ -61,16 +62,16 @@ def test_a_tenant_that_was_served_more_comes_later_by_what_it_was_served(charges
     assert "".join(drained(queue)) == order
 
 
-def test_a_key_counts_from_the_lead_of_its_tenant():
+def test_the_lag_of_a_tenant_is_added_to_its_keys():
     queue = filled([("a", "a", 1024, 0.0), ("x", "x", 0, 0.0)])
-    queue.charge("a", BAND + 512)
+    queue.charge("a", TOLERANCE + 512)
     keys = {waiting.item: waiting.key for waiting in queue.in_order()}
     assert keys["a"] == (1.0 + queue.lag_s("a"), 0.0)
     assert queue.lag_s("a") - queue.lag_s("x") == 0.5
     assert keys["x"] == (queue.lag_s("x"), 0.0)
 
 
-def test_nobody_has_a_lead_before_a_second_tenant_waits():
+def test_nobody_has_a_lag_before_a_second_tenant_waits():
     queue = filled([("a", "a", 1024, 0.0)])
     queue.charge("a", 512)
     assert not queue.charges
@@ -142,39 +143,39 @@ def test_what_was_removed_is_not_found_however_much_it_was():
 
 
 def test_a_tenant_that_idled_has_saved_up_nothing():
-    shares = TenantShares(RATE, HORIZON_S)
+    counters = TenantCounters(RATE, HORIZON_S)
     for tenant in ("busy", "idler"):
-        shares.enter(tenant)
-    shares.leave("idler")
+        counters.enter(tenant)
+    counters.leave("idler")
     for _ in range(1000):
-        shares.charge("busy", RATE)
-    shares.enter("idler")
-    assert shares.lag_s("busy") == shares.lag_s("idler") == 0.0
+        counters.charge("busy", RATE)
+    counters.enter("idler")
+    assert counters.lag_s("busy") == counters.lag_s("idler") == 0.0
 
 
 def test_a_tenant_that_is_new_begins_with_the_least_of_those_that_wait():
-    shares = TenantShares(RATE, HORIZON_S)
+    counters = TenantCounters(RATE, HORIZON_S)
     for tenant in ("busy", "other"):
-        shares.enter(tenant)
-    shares.charge("busy", 3 * RATE)
-    shares.charge("other", RATE)
-    shares.enter("new")
-    shares.charge("new", RATE)
-    assert shares.lag_s("busy") == 1.0
-    shares.charge("other", BAND + 512)
-    shares.charge("new", BAND + 512)
-    assert shares.lag_s("busy") == 0.0
+        counters.enter(tenant)
+    counters.charge("busy", 3 * RATE)
+    counters.charge("other", RATE)
+    counters.enter("new")
+    counters.charge("new", RATE)
+    assert counters.lag_s("busy") == 1.0
+    counters.charge("other", TOLERANCE + 512)
+    counters.charge("new", TOLERANCE + 512)
+    assert counters.lag_s("busy") == 0.0
 
 
 def test_what_is_served_while_nothing_waits_counts_too():
-    shares = TenantShares(RATE, HORIZON_S)
-    shares.enter("a")
-    shares.enter("x")
-    shares.leave("a")
-    shares.charge("a", BAND + RATE)
-    assert shares.lag_s("a") == 1.0
-    shares.enter("a")
-    assert (shares.lag_s("a"), shares.lag_s("x")) == (1.0, 0.0)
+    counters = TenantCounters(RATE, HORIZON_S)
+    counters.enter("a")
+    counters.enter("x")
+    counters.leave("a")
+    counters.charge("a", TOLERANCE + RATE)
+    assert counters.lag_s("a") == 1.0
+    counters.enter("a")
+    assert (counters.lag_s("a"), counters.lag_s("x")) == (1.0, 0.0)
 
 
 # Bounds.
@@ -186,20 +187,20 @@ actions = st.lists(
 
 
 @given(actions)
-def test_leads_are_bounded_and_nothing_served_is_forgotten_while_a_tenant_waits(rows):
-    shares, waiting = TenantShares(RATE, HORIZON_S), set()
+def test_lags_are_bounded_and_nothing_served_is_forgotten_while_a_tenant_waits(rows):
+    counters, waiting = TenantCounters(RATE, HORIZON_S), set()
     for action, tenant, tokens in rows:
-        before = {name: shares.offset_s(name) for name in waiting}
+        before = {name: counters.virtual_time_s(name) for name in waiting}
         if action == "charge":
-            shares.charge(tenant, tokens)
+            counters.charge(tenant, tokens)
         elif action == "enter" and tenant not in waiting:
             waiting.add(tenant)
-            shares.enter(tenant)
+            counters.enter(tenant)
         elif action == "leave" and tenant in waiting:
             waiting.remove(tenant)
-            shares.leave(tenant)
-        assert all(shares.offset_s(name) >= before[name] for name in before.keys() & waiting)
-        assert all(0.0 <= shares.lag_s(name) <= HORIZON_S for name in "abcde")
+            counters.leave(tenant)
+        assert all(counters.virtual_time_s(name) >= before[name] for name in before.keys() & waiting)
+        assert all(0.0 <= counters.lag_s(name) <= HORIZON_S for name in "abcde")
 
 
 requests = st.lists(
@@ -270,21 +271,21 @@ def test_a_flood_does_not_hold_up_the_other_tenant():
     while queue.pop() != "small":
         served += 1
         queue.charge("flood", 512)
-    # Its arrival is a second after the first of the flood, and a second of service is no lead: two requests each.
+    # It arrives a second after the first of the flood, and a second of service is within the tolerance.
     assert served <= 6
 
 
 def test_thousands_of_tenants_cost_bounded_memory():
-    shares = TenantShares(RATE, HORIZON_S)
-    shares.enter("steady")
+    counters = TenantCounters(RATE, HORIZON_S)
+    counters.enter("steady")
     for number in range(20 * REMEMBERED_TENANTS):
-        shares.enter(f"t{number}")
-        shares.charge(f"t{number}", 100)
-        shares.leave(f"t{number}")
-        shares.charge(f"never-waited-{number}", 100)
-    assert len(shares._idle) == REMEMBERED_TENANTS
-    assert len(shares._served) == 1
-    assert len(shares._least) < 200
+        counters.enter(f"t{number}")
+        counters.charge(f"t{number}", 100)
+        counters.leave(f"t{number}")
+        counters.charge(f"never-waited-{number}", 100)
+    assert len(counters._idle) == REMEMBERED_TENANTS
+    assert len(counters._served) == 1
+    assert len(counters._by_served) == 1
 
 
 def test_a_tenant_that_comes_and_goes_leaves_nothing_behind():
@@ -292,12 +293,11 @@ def test_a_tenant_that_comes_and_goes_leaves_nothing_behind():
     for number in range(2000):
         queue.push(number, size_tokens=1, arrival_s=float(number), tenant="x")
         queue.remove(number)
-    assert queue._lanes.heaped <= 200
+    assert queue._tenants._queues.keys() == {"a"}
     assert drained(queue) == ["a"]
 
 
 def test_tenants_that_come_and_go_while_another_waits_leave_nothing_behind():
-    """Each leaves a bid behind the one that waits, which never comes to the front meanwhile."""
     queue = filled([("a", "a", 0, 0.0), ("b", "b", 0, 0.0)])
     gone = []
     for number in range(2000):
@@ -307,7 +307,7 @@ def test_tenants_that_come_and_go_while_another_waits_leave_nothing_behind():
         assert queue.peek() == "a"
         queue.remove(item)
     del item
-    assert len(queue._lanes._race) <= 200
+    assert len(queue._tenants._heads) == len(queue._tenants._head_of) == 2
     assert not any(one() for one in gone)
     assert drained(queue) == ["a", "b"]
 

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 from moe_scheduling.fleet.latency import LatencyHistory
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRecord, ScalingRules
+from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
-    FleetTargets,
     Keep,
     KeepReason,
     Limit,

@@ -14,12 +14,11 @@ from moe_scheduling.fleet.scaling import (
     bound_change,
     stabilise,
 )
+from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
-    FleetTargets,
     Keep,
     KeepReason,
     Metric,

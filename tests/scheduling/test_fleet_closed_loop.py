@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
-    FleetTargets,
     Scale,
     plan_fleet,
 )

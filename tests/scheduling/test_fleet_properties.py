@@ -6,12 +6,11 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
+from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
-    FleetTargets,
     Keep,
     KeepReason,
     Scale,

@@ -73,8 +73,8 @@ def test_an_engine_is_ordered_by_name_among_equals():
 
 def cost(work_s, carried=None):
     """The cost of an engine whose ranks have so much work."""
-    line = StepTime(base_s=work_s / 128, prefill_s=0.0, decode_s=0.0)
-    engine = EngineWork(name="a", ranks=(EngineSignal(running=1, step_time=line),), cost=carried)
+    step_time = StepTime(base_s=work_s / 128, prefill_s=0.0, decode_s=0.0)
+    engine = EngineWork(name="a", ranks=(EngineSignal(running=1, step_time=step_time),), cost=carried)
     return order_victims([engine])[0].cost
 
 

@@ -1,6 +1,6 @@
-"""Several gateways with books of their own share the engines nearly as well as one gateway that knows all.
+"""Several gateways with target states of their own share the engines nearly as well as one gateway that knows all.
 
-Engines, requests and the way of signals are in virtual time; the choice, the books and the share are the product's.
+Engines, requests and signals are in virtual time; the choice, the target states and the share are the product's.
 """
 
 import heapq
@@ -17,7 +17,7 @@ from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
-LINE = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0002)
+STEP_TIME = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.0002)
 STEP_TOKENS = 2048
 NETWORK_S = 0.003
 SETTINGS = EngineSettings()
@@ -42,7 +42,7 @@ class Engine:
     prefilling: list[Request] = field(default_factory=list)
     decoding: list[Request] = field(default_factory=list)
     busy: bool = False
-    told_s: float = -math.inf
+    signalled_s: float = -math.inf
 
     def signal(self) -> EngineSignal:
         return EngineSignal(
@@ -50,43 +50,43 @@ class Engine:
             waiting=len(self.prefilling),
             waiting_prefill_tokens=sum(request.left for request in self.prefilling),
             decode_tokens=len(self.decoding),
-            step_time=LINE,
+            step_time=STEP_TIME,
         )
 
 
 class Gateway:
-    def __init__(self, targets, first_turn, *, knows_peers):
+    def __init__(self, targets, first_turn, *, shares_traffic):
         self.target_states = [TargetState(target) for target in targets]
-        for books in self.target_states:
-            books.observe(EngineSignal(step_time=LINE), 0.0)
-        self.peers = TrafficShare() if knows_peers else None
+        for state in self.target_states:
+            state.observe(EngineSignal(step_time=STEP_TIME), 0.0)
+        self.traffic_share = TrafficShare() if shares_traffic else None
         self.turn = first_turn
         self.ticked_s = 0.0
 
     def send(self, request, now_s):
-        if self.peers is not None and now_s - self.ticked_s >= 0.1:
+        if self.traffic_share is not None and now_s - self.ticked_s >= 0.1:
             self.ticked_s = now_s
-            share = self.peers.observe(self.target_states, now_s, SETTINGS.stale_after_s)
-            for books in self.target_states:
-                books.traffic_share = share
+            share = self.traffic_share.observe(self.target_states, now_s, SETTINGS.stale_after_s)
+            for state in self.target_states:
+                state.traffic_share = share
         self.turn += 1
         decision = choose_target(Job(request.tokens), self.target_states, SETTINGS, turn=self.turn, now_s=now_s)
         self.of(decision.target).sent(id(request), request.tokens, now_s)
         return decision.target
 
     def of(self, target):
-        return next(books for books in self.target_states if books.target == target)
+        return next(state for state in self.target_states if state.target == target)
 
 
 class Fleet:
-    """Runs so many requests, which come at random to the gateways, to their ends."""
+    """Serves a number of requests, which arrive at random gateways."""
 
-    def __init__(self, gateways, engines, *, rate, requests, period_s, seed, knows_peers=True):
+    def __init__(self, gateways, engines, *, rate, requests, period_s, seed, shares_traffic=True):
         self.random = random.Random(seed)
         targets = [Target(f"engine-{number}") for number in range(engines)]
         self.engines = {target: Engine(target) for target in targets}
         self.gateways = [
-            Gateway(targets, self.random.randrange(1000), knows_peers=knows_peers) for _ in range(gateways)
+            Gateway(targets, self.random.randrange(1000), shares_traffic=shares_traffic) for _ in range(gateways)
         ]
         self.period_s = period_s
         self.ttft_s, self.spread_tokens, self.sent = [], [], Counter()
@@ -127,7 +127,9 @@ class Fleet:
             budget -= parts[-1][1]
             if not budget:
                 break
-        length_s = LINE.base_s + LINE.prefill_s * (STEP_TOKENS - budget) + LINE.decode_s * len(engine.decoding)
+        length_s = (
+            STEP_TIME.base_s + STEP_TIME.prefill_s * (STEP_TOKENS - budget) + STEP_TIME.decode_s * len(engine.decoding)
+        )
         self._at(now_s + length_s, self._end_step, (engine, parts))
 
     def _end_step(self, ending, now_s):
@@ -144,13 +146,13 @@ class Fleet:
                 engine.prefilling.remove(request)
                 engine.decoding.append(request)
                 self._at(now_s + NETWORK_S, self._answer, (engine, request))
-        if now_s - engine.told_s >= self.period_s:
-            engine.told_s = now_s
-            self._at(now_s + 4 * NETWORK_S, self._tell, (engine, engine.signal(), now_s))
+        if now_s - engine.signalled_s >= self.period_s:
+            engine.signalled_s = now_s
+            self._at(now_s + 4 * NETWORK_S, self._signal, (engine, engine.signal(), now_s))
         self._begin_step(engine, now_s)
 
-    def _tell(self, told, _now_s):
-        engine, signal, observed_s = told
+    def _signal(self, signalled, _now_s):
+        engine, signal, observed_s = signalled
         for gateway in self.gateways:
             gateway.of(engine.target).observe(signal, observed_s)
 
@@ -164,8 +166,8 @@ class Fleet:
         request.gateway.of(engine.target).settled(id(request), now_s)
 
 
-def runs(gateways, *, seeds=3, engines=4, rate=20.0, requests=700, period_s=FRESH, knows_peers=True):
-    options = {"rate": rate, "requests": requests, "period_s": period_s, "knows_peers": knows_peers}
+def runs(gateways, *, seeds=3, engines=4, rate=20.0, requests=700, period_s=FRESH, shares_traffic=True):
+    options = {"rate": rate, "requests": requests, "period_s": period_s, "shares_traffic": shares_traffic}
     return [Fleet(gateways, engines, seed=seed, **options) for seed in range(seeds)]
 
 
@@ -187,7 +189,7 @@ def test_with_signals_of_each_step_several_gateways_are_nearly_as_good_as_one(al
 @pytest.mark.parametrize("gateways", [2, 4])
 def test_where_signals_are_rare_to_know_of_the_others_saves_a_quarter_of_what_they_cost(alone, gateways):
     known = mean_ttft_s(runs(gateways, period_s=AGED)) / alone[AGED] - 1.0
-    unknown = mean_ttft_s(runs(gateways, period_s=AGED, knows_peers=False)) / alone[AGED] - 1.0
+    unknown = mean_ttft_s(runs(gateways, period_s=AGED, shares_traffic=False)) / alone[AGED] - 1.0
     assert known < 0.75 * unknown
 
 
@@ -197,9 +199,9 @@ def test_the_engines_get_even_parts_of_the_work():
 
 
 def test_gateways_that_begin_at_the_same_moment_do_not_choose_the_same_engine():
-    """Nothing has been heard of what anybody sent, and all engines are alike."""
+    """No signal has come since the first requests, and all engines are alike."""
     targets = [Target(f"engine-{number}") for number in range(4)]
-    gateways = [Gateway(targets, first_turn, knows_peers=True) for first_turn in range(4)]
+    gateways = [Gateway(targets, first_turn, shares_traffic=True) for first_turn in range(4)]
     request = Request(tokens=1000, outputs=1)
     assert {gateway.send(request, 0.01) for gateway in gateways} == set(targets)
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
 
@@ -78,6 +78,12 @@ def test_what_is_cut_is_never_cut_to_nothing_and_never_more_than_without(ranks, 
     assert min(1, whole) <= cut <= whole
 
 
+# Each token costs the same whatever the step: the plan must not depend on rounding.
+@example(
+    [RankLoad(62), RankLoad(486, 8, 1)],
+    StepTimeCurve(0.0, 0.0, (RooflineKnee(1, 1.0000000000000003e-09),)),
+    2,
+)
 @given(st.lists(loads, min_size=1, max_size=4), curves, st.integers(2, 50))
 def test_more_that_wait_for_their_first_token_never_cut_more(ranks, curve, factor):
     more = [rank._replace(prefilling=rank.prefilling * factor) for rank in ranks]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestPolicy, RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import WaitingQueue
 
 FCFS = RequestSettings(policy=RequestPolicy.FCFS)
 PRIORITY = RequestSettings(policy=RequestPolicy.PRIORITY)

@@ -131,7 +131,7 @@ async def test_one_request_in_flight_finds_no_more_than_one_at_a_time(server, sc
     assert 0 < rate <= 1 / server.first_token_s
 
 
-async def test_a_refused_switch_is_told_in_its_own_words(scripted_command):
+async def test_a_refused_switch_is_reported_in_its_own_words(scripted_command):
     (scripted_command.parent / "refuse").touch()
     with pytest.raises(InvalidInput, match="moeserving set tiny: no such deployment"):
         await Deployment(name="tiny").set(["a=b"])

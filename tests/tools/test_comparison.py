@@ -29,12 +29,12 @@ def trace(count: int) -> list[TraceRequest]:
 
 def answered(index: int, ttft_s: float, prompt: int = 10, tpot_s: float = 0.01) -> Answered:
     last = ttft_s + 4 * tpot_s
-    times = {"due_s": 0.0, "late_s": 0.0, "ttft_s": ttft_s, "last_token_s": last, "end_s": last}
+    times = {"due_s": 0.0, "lateness_s": 0.0, "ttft_s": ttft_s, "last_token_s": last, "end_s": last}
     return Answered(index=index, prompt_tokens=prompt, output_tokens=5, **times)
 
 
 def failed(index: int) -> Failed:
-    return Failed(index=index, due_s=0, late_s=0, prompt_tokens=1, kind="HTTP 429", detail="")
+    return Failed(index=index, due_s=0, lateness_s=0, prompt_tokens=1, kind="HTTP 429", detail="")
 
 
 def run_of(*ttfts: float, wall_s: float = 10.0) -> Run:

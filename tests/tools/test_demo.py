@@ -77,7 +77,7 @@ def test_a_measurement_that_shows_a_difference_needs_no_model(monkeypatch):
 def test_a_noisy_measurement_says_so_and_shows_the_modelled_one_beside_it(monkeypatch):
     text, asked = shown(monkeypatch, NOISY)
     assert asked == [(Source(), Effort())]
-    for part in ("too noisy", "B/A measured here", "B/A modelled", "no verdict", "wait 36% less", "0.85 [0.12"):
+    for part in ("too noisy", "B/A, measured here", "B/A, modelled", "no verdict", "wait 36% less", "0.85 [0.12"):
         assert part in text, part
     assert max(len(line) for line in text.splitlines() if "│" in line or "┃" in line) <= 80
 

@@ -33,7 +33,7 @@ def test_a_line_is_found_again(base_s, prefill_s, decode_s, context_s, pair_s):
     assert fit.bias == pytest.approx(1.0, abs=1e-3)
 
 
-def test_noise_is_the_error_that_is_told():
+def test_noise_is_the_error_that_is_reported():
     fit = fit_cost(steps(LinearCost(0.01, 1e-4, 1e-4), noise=0.1), "test")
     assert 0.03 < fit.error_median < 0.15
     assert fit.cost.prefill_s == pytest.approx(1e-4, rel=0.1)

@@ -67,7 +67,7 @@ async def test_an_answer_of_one_token_has_no_time_per_output_token(server):
 async def test_times_count_from_the_moment_a_request_was_due(server):
     server.first_token_s = 0.1
     run = await replay(requests_at(0.0, 0.2), load_on(server))
-    assert all(row.ttft_s >= max(0.1, row.late_s) for row in run.answered)
+    assert all(row.ttft_s >= max(0.1, row.lateness_s) for row in run.answered)
     assert run.wall_s >= 0.3
 
 
@@ -140,10 +140,10 @@ async def test_something_that_does_not_speak_http_is_an_error():
 
 
 async def test_a_run_tells_of_each_outcome_once(server):
-    told: list[Answered | Failed] = []
-    run = await replay(requests_at(0.0, 0.0, 0.0), load_on(server), told.append)
-    assert sorted(row.index for row in told) == [0, 1, 2]
-    assert set(told) == set(run.outcomes)
+    seen: list[Answered | Failed] = []
+    run = await replay(requests_at(0.0, 0.0, 0.0), load_on(server), seen.append)
+    assert sorted(row.index for row in seen) == [0, 1, 2]
+    assert set(seen) == set(run.outcomes)
 
 
 async def test_closed_loop_keeps_the_concurrency_and_counts_completions(server):
@@ -211,7 +211,7 @@ def test_a_url_is_taken_with_and_without_its_version(url, shown):
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h", "http://", "http://h:99999", "http://h:x"])
-def test_a_url_that_cannot_be_meant_is_told(url):
+def test_a_url_that_cannot_be_meant_is_reported(url):
     with pytest.raises(InvalidInput, match=r"^url: "):
         Endpoint.parse(url)
 

@@ -65,7 +65,7 @@ def test_the_seed_decides():
     assert build_shape(Shape.RANDOM, SETTINGS) != build_shape(Shape.RANDOM, other)
 
 
-def test_what_cannot_be_meant_is_told():
+def test_what_cannot_be_meant_is_reported():
     known = "average, central, descending, random, twoEnd"
     with pytest.raises(InvalidInput, match=f"shape: unknown 'twoend'; known: {known}"):
         parse_shape("twoend")

@@ -48,14 +48,14 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_another_shape_is_told_with_those_that_are_known(tmp_path):
+def test_another_shape_is_reported_with_those_that_are_known(tmp_path):
     done = CliRunner().invoke(app, ["model", "skeleton", str(tmp_path / "new"), "--like", "gpt"])
     assert done.exit_code == 2
     assert done.stderr == f"--like: unknown 'gpt'; known: {DEFAULT_SHAPE}\n"
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="cannot make the model here"):
         make_skeleton(tmp_path / "file" / "model", DEFAULT_SHAPE, None, CORPUS)

@@ -89,7 +89,7 @@ def test_the_format_found_is_the_format_named(tmp_path, text, name):
         ("hello\n", ":1: the first line fits no known format; known: azure, jsonl, mooncake"),
     ],
 )
-def test_a_malformed_line_is_told_by_file_and_number(tmp_path, text, where):
+def test_a_malformed_line_is_reported_by_file_and_number(tmp_path, text, where):
     path = write(tmp_path, text)
     with pytest.raises(InvalidInput) as caught:
         read_trace(path)
@@ -100,14 +100,14 @@ def test_a_malformed_line_is_told_by_file_and_number(tmp_path, text, where):
     ("content", "message"),
     [(b"", "is empty"), (b"\xff\xfe\x00bin", "is not UTF-8 text"), (AZURE.splitlines()[0].encode(), "has no requests")],
 )
-def test_a_file_that_is_no_trace_is_told(tmp_path, content, message):
+def test_a_file_that_is_no_trace_is_reported(tmp_path, content, message):
     path = tmp_path / "trace"
     path.write_bytes(content)
     with pytest.raises(InvalidInput, match=message):
         read_trace(path)
 
 
-def test_an_absent_file_and_a_folder_are_told(tmp_path):
+def test_an_absent_file_and_a_folder_are_reported(tmp_path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(InvalidInput, match="cannot be read"):
             read_trace(path)
@@ -173,7 +173,7 @@ def test_scaled_lengths_scale_the_shared_blocks_too():
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf])
-def test_impossible_factors_are_told(factor):
+def test_impossible_factors_are_reported(factor):
     with pytest.raises(InvalidInput, match=r"^scale-lengths: "):
         scale_lengths([request()], factor)
     with pytest.raises(InvalidInput, match=r"^speed: "):

@@ -9,11 +9,13 @@ from moe_tools.simulator.simulation import load_vllm
 from moe_tools.virtual_comparison import TINY_MODEL_LIMITS, VirtualEngines, model_pairs
 
 SEED = 3
+# vLLM is loaded once, which takes a while on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
 
 def model(**effort):
     served = ServedModel(name="", max_tokens=TINY_MODEL_LIMITS.max_model_len)
-    requests = read_source(Source(shape="twoEnd", limit=400, seed=SEED), served).requests
+    requests = read_source(Source(shape="twoEnd", answer_tokens=16, limit=400, seed=SEED), served).requests
     return model_pairs(requests, Effort(**effort), SEED, VirtualEngines(), load_vllm())
 
 
@@ -30,7 +32,7 @@ def test_at_the_knee_short_prompts_do_not_wait_for_long_ones():
 def test_far_below_the_capacity_every_order_is_alike():
     low, high = ttft(model(pairs=3, piece_s=6.0, load=0.3)), ttft(model(pairs=3, piece_s=6.0, load=1.4))
     assert low.ratio.value > 0.85
-    assert low.stock < high.stock / 3
+    assert low.stock < high.stock / 2
 
 
 def test_both_policies_serve_the_same_requests_and_all_are_answered():

@@ -28,7 +28,7 @@ def experiments_run(
     workload: Annotated[list[str] | None, typer.Option("--workload", help="Workload; may be given again.")] = None,
     variant: Annotated[list[str] | None, typer.Option("--variant", help="Variant; may be given again.")] = None,
     load: Annotated[list[float] | None, typer.Option("--load", help="Part of the saturation; repeatable.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="So many seeds.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option("--first-seed", min=1, help="From 101 on they are kept apart.")] = 1,
     count: Annotated[int, typer.Option("--count", min=20, help="Requests of a run.")] = 600,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; each needs 1 GiB.")] = 1,

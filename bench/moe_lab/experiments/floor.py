@@ -77,10 +77,10 @@ def flow_s(jobs: Sequence[tuple[float, float]], speeds: Sequence[float]) -> list
 
 
 def speeds_of(cost: CostModel, ranks: int, trace: Sequence[TraceRequest], decoding: float) -> list[float]:
-    """Prompt tokens/s of a rank while 1, 2, ... of them prefill, each beside so many decoding requests."""
+    """Prompt tokens/s of a rank while 1, 2, ... of them prefill, each beside `decoding` requests."""
     context = sum(row.prompt_tokens for row in trace) / len(trace)
     decodes = Work(decode_requests=int(decoding), context_tokens=int(decoding * context))
-    # A token of a prompt attends to half of it on the mean.
+    # A token of a prompt attends to half of the prompt on the mean.
     full = decodes._replace(prefill_tokens=STEP_TOKENS, prefill_pairs=int(STEP_TOKENS * context / 2))
     return [STEP_TOKENS / cost.group_step_s([full] * busy + [decodes] * (ranks - busy)) for busy in range(1, ranks + 1)]
 
@@ -90,7 +90,7 @@ def floor_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -
 
     Args:
         simulation: the requests at their times, and the cost.
-        figures: of vLLM's run of them: its answers' pace says how many decode at once.
+        figures: of vLLM's run of them: the TPOT gives how many decode at once.
         rate: requests a second.
     """
     trace = simulation.trace

@@ -140,7 +140,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=(0.95,),
     ),
     "tenants": Experiment(
-        title="Tenants told apart, and not",
+        title="Tenants treated as tenants, and not",
         workloads=("flood", "equals"),
         variants=(REFERENCE, PRODUCT, "oursUnfair"),
         loads=(0.95, 1.1, 1.25, 2.0),
@@ -157,7 +157,7 @@ class Selection:
         workloads: names of workloads.
         variants: names of variants.
         loads: loads.
-        seeds: so many.
+        seeds: how many.
         first_seed: the first of them; from `workloads.KEPT_APART` on nothing of the product was chosen on them.
         count: requests of a run.
     """

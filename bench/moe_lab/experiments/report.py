@@ -1,6 +1,6 @@
 """`docs/results/`: the tables, the plots and `summary.json`, made of a file of results and of nothing else.
 
-Each figure that a page of the project states comes from `summary.json`. The text says what is measured and what is
+Each figure that a page of the project states comes from `summary.json`. The text says which figures are
 modelled, and where the product is worse.
 """
 
@@ -82,7 +82,7 @@ Sustained: the greatest load with a P99 TTFT of at most {TTFT_TARGET_S:g} s and 
 
 
 def write_report(raw: Path, folder: Path) -> None:
-    """Makes the folder's pages anew.
+    """Writes the folder's files.
 
     Raises:
         InvalidInput: there are no results.

@@ -83,7 +83,7 @@ class Results:
         return sorted(self._figures, key=lambda case: (case.fleet, case.workload, case.load))
 
     def variants(self, case: Case) -> list[str]:
-        """Those that were run there, or on both sides of it, in the order of their table."""
+        """The variants that were run at the knee, or at loads on both sides, in the order of their table."""
         around = [self._figures[side] for side in self._around(case)]
         return [name for name in VARIANTS if around and all(name in rows for rows in around)]
 

@@ -30,26 +30,30 @@ from moe_lab.experiments.variants import VARIANTS
 from moe_lab.experiments.workloads import ALL
 
 ROOT = Path(__file__).parents[3]
-_SIMULATOR = (
+# The sources that decide the figures of a rival's run, and those that the product's runs need besides.
+SIMULATOR_SOURCES = (
     "bench/moe_tools/simulator",
+    *(f"bench/moe_tools/{name}.py" for name in ("modelless", "shapes", "traces")),
     *(f"bench/moe_lab/experiments/{name}.py" for name in ("plan", "workloads")),
 )
-_PRODUCT = (
+PRODUCT_SOURCES = (
     "scheduling/moe_scheduling",
+    "contract/moe_contract",
     "gateway/moe_gateway",
     "node_agent/moe_agent/vllm",
+    "node_agent/moe_agent/shared_memory",
     *(f"node_agent/moe_agent/{name}.py" for name in ("step_curve", "step_time")),
 )
-# Of what comes all at once.
+# Rate of a workload whose requests arrive all at once.
 NO_RATE = 1.0
-# Where the search for a saturation begins, requests a second.
+# Requests a second at which the search for a saturation begins.
 _GUESS = 8.0
 
 Record = Mapping[str, Any]
 
 
 def run_experiments(selection: Selection, *, workers: int, traces: Path | None, out: Path) -> None:
-    """Makes what is missing of the selected runs."""
+    """Makes those of the selected runs that are missing."""
     selection.check()
     console = Console()
     runs = _with_traces(plan_runs(selection), traces, console)
@@ -174,8 +178,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 def source_digests() -> dict[bool, str]:
-    """The digest of what a run of the product, and one of a rival, comes from."""
-    return {True: code_digest(ROOT, (*_SIMULATOR, *_PRODUCT)), False: code_digest(ROOT, _SIMULATOR)}
+    """The digests of the sources of a run: of the product (True) and of a rival (False)."""
+    return {
+        True: code_digest(ROOT, (*SIMULATOR_SOURCES, *PRODUCT_SOURCES)),
+        False: code_digest(ROOT, SIMULATOR_SOURCES),
+    }
 
 
 def digest_of(variant: str, digests: Mapping[bool, str]) -> str:

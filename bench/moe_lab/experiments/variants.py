@@ -1,4 +1,4 @@
-"""What is compared: the product, its ablations, and the rivals, each in the strongest way that it can be run.
+"""The variants: the product, its ablations, and the rivals, each in the strongest way that it can be run.
 
 A variant changes a simulation: the scheduler, its limits, the choice of the engine. `is_rival` says whether it is one
 of those that the product is measured against.
@@ -52,7 +52,7 @@ class Variant:
         return changed
 
     def describe(self) -> str:
-        """All that a run of it depends on, beside the sources of the simulator and of the product."""
+        """All that its runs depend on, beside the sources of the simulator and of the product."""
         return f"{self!r}\n{inspect.getsource(Variant)}"
 
 
@@ -111,9 +111,9 @@ VARIANTS: Mapping[str, Variant] = {
     "oursNoOrder": _less("ours, by arrival", ageing_horizon_s=0.0),
     "oursNoYield": _less("ours, chunks do not yield", yield_prefills=False),
     "oursNoCut": _less("ours, prefills not cut", cut_prefills=False),
-    "oursNotLate": _less("ours, steps not scheduled late", defer_scheduling=False),
+    "oursNotLate": _less("ours, steps not deferred", defer_scheduling=False),
     "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
-    "oursUnfair": _less("ours, tenants not told apart", fairness_horizon_s=0.0),
+    "oursUnfair": _less("ours, without tenants", fairness_horizon_s=0.0),
     "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),

@@ -36,7 +36,7 @@ class Workload:
     """A kind of load.
 
     Attributes:
-        build: so many requests for a seed; their times are set later.
+        build: `count` requests for a seed; their times are set later.
         arrivals: how they come.
         senders: who sends them.
         trace: name of the trace's file that it needs; empty for none.
@@ -87,7 +87,7 @@ def find_start(length: int, count: int, seed: int) -> int:
         seed: draws the place.
 
     Raises:
-        InvalidInput: what is left beside their pieces is too short.
+        InvalidInput: the rest of the trace is too short.
     """
     random = np.random.default_rng(seed)
     draws = (int(random.integers(0, max(1, length - count))) for _ in range(_DRAWS))

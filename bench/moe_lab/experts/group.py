@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from moe_contract.experts_state import ExpertsState, Slots
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api import load_resource
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive
-from moe_operator.experts.document import ExpertsDocument, Slots
 from moe_operator.experts.reach import Agent, Reached, reach_local
 from moe_operator.local.folder import Folder
 from moe_operator.local.model import check_model
@@ -35,7 +35,7 @@ EVENLY = {"engine": {"policy": "roundRobin"}}
 class Group(Protocol):
     """An expert group that runs."""
 
-    async def look(self) -> ExpertsDocument:
+    async def look(self) -> ExpertsState:
         """What the group says of its experts."""
         ...
 
@@ -67,7 +67,7 @@ class LocalGroup:
     def _agent(self) -> Agent:
         return self.reached.agents[0]
 
-    async def look(self) -> ExpertsDocument:
+    async def look(self) -> ExpertsState:
         """See `Group`."""
         return (await fetch_experts(self.reached))[self._agent.engine]
 

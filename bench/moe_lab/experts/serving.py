@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from moe_operator.experts.document import Decision, ExpertsDocument, Slots
+from moe_contract.experts_state import Decision, ExpertsState, Slots
 from moe_operator.experts.planned import decision_document, plan_document
 from moe_operator.local.failure import Failure
 from moe_tools.comparison import build_salt
@@ -110,7 +110,7 @@ class Measured:
     target: Target | None
     decisions: tuple[Seen, ...]
     pairs: tuple[Pair, ...]
-    document: ExpertsDocument
+    document: ExpertsState
 
 
 async def measure(group: Group, load: Load, settings: WaveSettings, effort: Effort, say: Say) -> Measured:
@@ -161,7 +161,7 @@ async def warm_up(wave: Wave) -> float:
             return run.wall_s
 
 
-def crowd(document: ExpertsDocument) -> Slots:
+def crowd(document: ExpertsState) -> Slots:
     """The hottest experts of each layer on the first rank, the coldest on the last: the worst start without copies.
 
     Raises:
@@ -247,7 +247,7 @@ class DecisionLog:
         """The oldest first."""
         return tuple(self._rows[number] for number in sorted(self._rows))
 
-    def note(self, at_s: float, document: ExpertsDocument) -> list[Decision]:
+    def note(self, at_s: float, document: ExpertsState) -> list[Decision]:
         """Takes a look into account; the decisions that are new in it, the oldest first."""
         found = []
         for row in sorted(document.decisions, key=lambda row: row.number):
@@ -262,9 +262,7 @@ class DecisionLog:
         return found
 
 
-async def choose_target(
-    group: Group, start: Slots, decisions: Sequence[Seen], document: ExpertsDocument
-) -> Target | None:
+async def choose_target(group: Group, start: Slots, decisions: Sequence[Seen], document: ExpertsState) -> Target | None:
     """B; None where the decision finds nothing better than A."""
     now = _slots(document)
     if now != start:
@@ -316,7 +314,7 @@ async def measure_window(group: Group, wave: Wave, first: int, waves: int, *, mo
     )
 
 
-def _slots(document: ExpertsDocument) -> Slots:
+def _slots(document: ExpertsState) -> Slots:
     slots = document.placement.physical_to_logical
     if slots is None:
         raise Failure("the agent does not say where the experts are")

@@ -41,29 +41,29 @@ def main(
     if policy not in POLICIES:
         raise InvalidInput([InputError("--policy", f"unknown {policy!r}; known: {', '.join(POLICIES)}")])
     machine = read_machine(read_version(vllm_router), policy)
-    narrator = ProgressPrinter()
+    progress = ProgressPrinter()
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    # Whoever ends this process by the usual signal ends what it started, too.
+    # The usual signal that ends this process ends the processes that it started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with (
             tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder,
-            running(vllm_router, Path(folder), policy) as bed,
+            running(vllm_router, Path(folder), policy) as testbed,
         ):
-            narrator("two mock engines, the gateway and vllm-router are up")
-            compared = compare(bed, pairs=pairs, seconds=seconds, told=narrator)
+            progress("two mock engines, the gateway and vllm-router are up")
+            compared = compare(testbed, pairs=pairs, seconds=seconds, progress=progress)
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    narrator.console.print(render_comparison(compared, machine))
+    progress.console.print(render_comparison(compared, machine))
     for line in [*map(describe, compared), *warn_if_busy(machine)]:
-        narrator.console.print(line, highlight=False, soft_wrap=True)
+        progress.console.print(line, highlight=False, soft_wrap=True)
     if json_out is not None:
         json_out.write_text(json.dumps(build_document(compared, machine, seconds), indent=1) + "\n", "utf-8")
 
 
 def read_version(vllm_router: Path) -> str:
-    """The version of the package that the program comes with, as its environment's Python tells it.
+    """The version of the package that the program comes with, by its environment's Python.
 
     Raises:
         InvalidInput: there is no such program.
@@ -74,12 +74,12 @@ def read_version(vllm_router: Path) -> str:
         )
     script = "from importlib.metadata import version; print(version('vllm-router'))"
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             [vllm_router.parent / "python", "-c", script], capture_output=True, text=True, check=False
         )
     except OSError:
         return "of unknown version"
-    return told.stdout.strip() or "of unknown version"
+    return answer.stdout.strip() or "of unknown version"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured of both routers, in alternating pairs, and how it is put into a table.
+"""Measures both routers in alternating pairs and renders the table.
 
 A pair is ours and theirs one directly after the other, in an order that turns with each pair, so that a slow drift of
 the machine falls on both alike.
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_lab.gateway.engine import STEP_S
 from moe_lab.gateway.load import ask_in_turns, ask_repeatedly, stream_at_once
-from moe_lab.gateway.processes import Bed, Router
+from moe_lab.gateway.processes import Router, Testbed
 
 CONNECTIONS = 32
 STREAMS = 64
@@ -34,7 +34,7 @@ class TooNoisy(RuntimeError):
 
 
 class Measurement(Enum):
-    """Title with its unit, whether more is better, and the ratio that is aimed at."""
+    """Title with its unit, whether more is better, and the goal for the ratio."""
 
     REQUESTS = ("requests / CPU s", True, 2.0)
     LATENCY = ("added p50, us", False, 0.5)
@@ -64,7 +64,7 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """The conclusion that the interval allows."""
         if self.ratio.covers(1.0):
             return "no difference shown: the interval covers 1"
         better = (self.ratio.value > 1.0) == self.measurement.more_is_better
@@ -72,7 +72,7 @@ class Compared:
 
     @property
     def reaches_goal(self) -> bool:
-        """Whether the ratio itself, not its interval, is as good as what is aimed at."""
+        """Whether the ratio itself, not its interval, reaches the goal."""
         more_is_better, goal = self.measurement.more_is_better, self.measurement.goal
         return self.ratio.value >= goal if more_is_better else self.ratio.value <= goal
 
@@ -83,32 +83,34 @@ def estimate_ratio(pairs: Sequence[Pair]) -> Estimate:
     return Estimate(value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high), count=found.count)
 
 
-def compare(bed: Bed, *, pairs: int, seconds: float, told: Callable[[str], None]) -> list[Compared]:
-    """Measures everything; one line for each pair to `told`."""
-    return [_compare_one(bed, measurement, pairs, seconds, told) for measurement in Measurement]
+def compare(testbed: Testbed, *, pairs: int, seconds: float, progress: Callable[[str], None]) -> list[Compared]:
+    """Measures everything; one line for each pair to `progress`."""
+    return [_compare_one(testbed, measurement, pairs, seconds, progress) for measurement in Measurement]
 
 
 def _compare_one(
-    bed: Bed, measurement: Measurement, pairs: int, seconds: float, told: Callable[[str], None]
+    testbed: Testbed, measurement: Measurement, pairs: int, seconds: float, progress: Callable[[str], None]
 ) -> Compared:
-    _measure_pair(measurement, bed, (bed.ours, bed.theirs), WARM_UP_S)
+    _measure_pair(measurement, testbed, (testbed.ours, testbed.theirs), WARM_UP_S)
     measured = []
     for number in range(pairs):
-        order = (bed.ours, bed.theirs) if number % 2 == 0 else (bed.theirs, bed.ours)
-        values = _measure_pair(measurement, bed, order, seconds)
-        pair = Pair(ours=values[bed.ours.name], theirs=values[bed.theirs.name])
-        told(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
+        order = (testbed.ours, testbed.theirs) if number % 2 == 0 else (testbed.theirs, testbed.ours)
+        values = _measure_pair(measurement, testbed, order, seconds)
+        pair = Pair(ours=values[testbed.ours.name], theirs=values[testbed.theirs.name])
+        progress(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
         measured.append(pair)
     return Compared(measurement=measurement, pairs=tuple(measured), ratio=estimate_ratio(measured))
 
 
-def _measure_pair(measurement: Measurement, bed: Bed, order: Sequence[Router], seconds: float) -> dict[str, float]:
+def _measure_pair(
+    measurement: Measurement, testbed: Testbed, order: Sequence[Router], seconds: float
+) -> dict[str, float]:
     """By the routers' names; it takes twice `seconds`."""
     match measurement:
         case Measurement.REQUESTS:
             return {router.name: asyncio.run(_requests_per_cpu_s(router, seconds)) for router in order}
         case Measurement.LATENCY:
-            return asyncio.run(_added_p50_us(bed.direct_port, order, 2 * seconds))
+            return asyncio.run(_added_p50_us(testbed.direct_port, order, 2 * seconds))
         case Measurement.EVENTS:
             return {router.name: asyncio.run(_events_per_cpu_s(router, seconds)) for router in order}
 
@@ -143,7 +145,7 @@ async def _added_p50_us(direct_port: int, order: Sequence[Router], seconds: floa
 
 
 def render_comparison(compared: Sequence[Compared], environment: Mapping[str, Any]) -> Table:
-    """One row for each measurement: medians, the ratio with its interval, what is aimed at."""
+    """One row for each measurement: medians, the ratio with its interval, the goal."""
     table = Table(
         title="The gateway and vllm-router in front of the same two mock engines",
         caption=_caption(compared, environment),
@@ -181,7 +183,7 @@ def _cells(row: Compared) -> tuple[str, ...]:
 
 
 def describe(row: Compared) -> str:
-    """What a measurement says, in one line."""
+    """The conclusion of a measurement, in one line."""
     goal = "reached" if row.reaches_goal else "not reached"
     return f"{row.measurement.title}: {row.verdict}; the goal of {row.measurement.goal:g} is {goal}"
 

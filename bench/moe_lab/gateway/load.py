@@ -29,7 +29,7 @@ class WrongAnswer(RuntimeError):
 
 
 def build_request(*, events: int | None = None) -> bytes:
-    """A chat request: for a small JSON answer, or for a stream of so many events."""
+    """A chat request: for a small JSON answer, or for a stream of `events` events."""
     document: dict[str, object] = {"model": MODEL, "messages": [{"role": "user", "content": _QUESTION}]}
     document |= {"max_tokens": 16, "temperature": 0} if events is None else {"max_tokens": events, "stream": True}
     body = orjson.dumps(document)
@@ -155,7 +155,7 @@ async def ask_in_turns(ports: Sequence[int], *, seconds: float) -> list[Answers]
 
 
 async def stream_at_once(port: int, *, streams: int, events: int, seconds: float) -> Answers:
-    """Asks for so many streams of so many events, all at once; `count` is of the events that came back.
+    """Asks for `streams` streams of `events` events each, all at once; `count` is that of the events that came back.
 
     Raises:
         WrongAnswer: a stream is not the engine's, whole.

@@ -1,6 +1,6 @@
 """The processes of the comparison: two mock engines and the two routers in front of them, each with its cores.
 
-Everything started here ends with the `Bed`. A router's cost is the CPU time of its process.
+Everything started here ends with the `Testbed`. A router's cost is the CPU time of its process.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bed:
-    """All that runs; `direct_port` is that of the first engine."""
+class Testbed:
+    """All processes that run; `direct_port` is that of the first engine."""
 
     ours: Router
     theirs: Router
@@ -68,7 +68,7 @@ def share_cores(available: Sequence[int]) -> Cores:
 
 
 @contextlib.contextmanager
-def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[Bed]:
+def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[Testbed]:
     """Starts everything and waits until both routers answer a chat request; logs are in `folder`.
 
     `policy` is vllm-router's; ours runs in its default configuration.
@@ -84,13 +84,13 @@ def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> It
         config = _write_config(folder, ours_port, admin_port, engines)
         ours = [sys.executable, "-m", "moe_gateway", "--config", str(config)]
         theirs = vllm_router_command(vllm_router, policy, theirs_port, metrics_port, engines)
-        bed = Bed(
+        testbed = Testbed(
             ours=stack.enter_context(_router("moeserving", ours, ours_port, cores.router, folder)),
             theirs=stack.enter_context(_router("vllm-router", theirs, theirs_port, cores.router, folder)),
             direct_port=engines[0],
         )
         stack.enter_context(_pinned(cores.rest))
-        yield bed
+        yield testbed
 
 
 def _write_config(folder: Path, port: int, admin_port: int, engines: Sequence[int]) -> Path:
@@ -138,7 +138,7 @@ def _started(command: list[str], cores: frozenset[int], **streams: object) -> It
     with _pinned(cores):
         try:
             # The affinity of this process is inherited by all threads of the child. In a session of its own the child
-            # does not hear Ctrl-C: it is ended below, whatever ends this process's work.
+            # does not get Ctrl-C: it is ended below, for whatever reason this process ends.
             process = subprocess.Popen(  # type: ignore[call-overload]
                 command, stdin=subprocess.DEVNULL, start_new_session=True, **streams
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from lightkube.core.exceptions import ConfigError
+from moe_contract.api_server import LoginError
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.report import read_environment
@@ -34,33 +34,33 @@ def main(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Time to converge, length of a pass, memory, and calls of the operator under many resources."""
-    narrator = ProgressPrinter()
+    progress = ProgressPrinter()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-operator-") as folder:
-            measured = asyncio.run(_run(kubeconfig, Path(folder, "operator.log"), resources, changes, idle, narrator))
-    except ConfigError as error:
+            measured = asyncio.run(_run(kubeconfig, Path(folder, "operator.log"), resources, changes, idle, progress))
+    except LoginError as error:
         raise InvalidInput([InputError("--kubeconfig", str(error))]) from None
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    narrator.console.print(render(measured))
+    progress.console.print(render(measured))
     for line in describe(measured):
-        narrator.console.print(line, highlight=False, soft_wrap=True)
+        progress.console.print(line, highlight=False, soft_wrap=True)
     if json_out is not None:
         json_out.write_text(json.dumps(build_document(measured), indent=1) + "\n", "utf-8")
 
 
 async def _run(
-    kubeconfig: Path, log: Path, resources: int, changes: int, idle_s: float, told: ProgressPrinter
+    kubeconfig: Path, log: Path, resources: int, changes: int, idle_s: float, progress: ProgressPrinter
 ) -> Measured:  # fmt: skip
     async with connect(kubeconfig) as cluster, stand_in() as port:
         return await measure(
-            cluster, kubeconfig, log, port, resources=resources, changes=changes, idle_s=idle_s, told=told
+            cluster, kubeconfig, log, port, resources=resources, changes=changes, idle_s=idle_s, progress=progress
         )
 
 
 def render(measured: Measured) -> Table:
-    """One phase a row."""
+    """The table, one phase in each row."""
     environment = read_environment()
     table = Table(
         title=f"The operator under {measured.resources} resources",
@@ -104,7 +104,7 @@ def describe(measured: Measured) -> Iterable[str]:
 
 
 def build_document(measured: Measured) -> dict[str, object]:
-    """All figures, for programs."""
+    """All figures as a JSON document."""
     document = asdict(measured)
     for phase in document["phases"]:
         phase["calls"] = {f"{verb} {kind}": count for (verb, kind), count in phase["calls"].items()}

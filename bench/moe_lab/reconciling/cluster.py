@@ -1,7 +1,7 @@
 """Resources and pods on an API server that has no nodes, and a stand-in for all agents and gateways.
 
 Where no controller runs nobody makes pods of a Deployment: one engine and one gateway of each resource are made here,
-as ready as a kubelet would tell, at an address where the stand-in answers.
+with the status that a kubelet would set, at an address where the stand-in answers.
 """
 
 import asyncio
@@ -13,27 +13,25 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from aiohttp import web
-from lightkube import AsyncClient, KubeConfig
-from lightkube.generic_resource import GenericGlobalResource, create_api_info
-from lightkube.types import PatchType
+from moe_contract.api_server import ApiError, ApiServer, Kind
 from moe_operator.api.crd import build_crd
 from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import DEPLOYMENT, POD, SERVING, Kind
+from moe_operator.kubernetes.kinds import DEPLOYMENT, POD, SERVING
 from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
 NAMESPACE = "bench"
 AT_A_TIME = 8
-_NAMESPACES = Kind("", "v1", "Namespace", "namespaces")
-_CRDS = Kind("apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions")
+_NAMESPACES = Kind("", "v1", "Namespace", "namespaces", namespaced=False)
+_CRDS = Kind("apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False)
+_MANAGER = "bench"
 READY = [{"type": "Ready", "status": "True"}]
 
 
 def build_serving(name: str) -> Document:
-    """A small resource."""
+    """The smallest resource of this name with one engine."""
     metadata = {"name": name, "namespace": NAMESPACE}
     spec = {"model": {"uri": "hf://org/model"}, "engine": {"replicas": 1}}
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
@@ -63,29 +61,27 @@ def build_pods(name: str, port: int) -> list[Document]:
 class Cluster:
     """The API server as this benchmark uses it."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client: Any = client
-        self.api = Api(client)
+    def __init__(self, server: ApiServer) -> None:
+        self._server = server
+        self.api = Api(server)
 
     async def prepare(self) -> None:
-        """The CRD and a namespace."""
-        patch = {"patch_type": PatchType.APPLY, "field_manager": "bench", "force": True}
-        crd = build_crd()
-        await self._client.patch(_cluster_wide(_CRDS), crd["metadata"]["name"], crd, **patch)
+        """Applies the CRD and the namespace; returns once the kind is served."""
+        await self._server.apply(_CRDS, build_crd(), _MANAGER)
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-        await self._client.patch(_cluster_wide(_NAMESPACES), NAMESPACE, namespace, **patch)
+        await self._server.apply(_NAMESPACES, namespace, _MANAGER)
         while True:
-            with contextlib.suppress(httpx2.HTTPStatusError):
-                await self.api.list(SERVING, [NAMESPACE])
+            with contextlib.suppress(ApiError):
+                await self.api.list(SERVING, NAMESPACE)
                 return
             await asyncio.sleep(0.1)
 
     async def create(self, names: Iterable[str]) -> None:
-        """Resources."""
+        """Creates the resources of these names."""
         await _each(names, lambda name: self.api.create(SERVING, build_serving(name)))
 
     async def create_pods(self, names: Iterable[str], port: int) -> None:
-        """Their pods, ready, each at a loopback address of its own; their Deployments say so."""
+        """Creates their pods, ready, each at its own loopback address, and sets the status of their Deployments."""
         addresses = map(str, ipaddress.IPv4Network("127.1.0.0/16").hosts())
 
         async def create(name: str) -> None:
@@ -100,10 +96,10 @@ class Cluster:
         await _each(names, create)
 
     async def _set_status(self, kind: Kind, name: str, status: Document) -> None:
-        await self._client.patch(kind.status, name, {"status": status}, namespace=NAMESPACE, patch_type=PatchType.MERGE)
+        await self._server.merge(kind, NAMESPACE, name, {"status": status}, _MANAGER, subresource="status")
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Resources; their pods go at once, as no kubelet has to end them."""
+        """Deletes the resources and their pods; no kubelet delays the end of a pod here."""
 
         async def delete(name: str) -> None:
             await self.api.delete(SERVING, build_serving(name))
@@ -113,15 +109,16 @@ class Cluster:
         await _each(names, delete)
 
     async def servings(self) -> list[Document]:
-        """All resources."""
-        return await self.api.list(SERVING, [NAMESPACE]) or []
+        """All resources of the benchmark's namespace."""
+        listing = await self.api.list(SERVING, NAMESPACE)
+        return [] if listing is None else listing.items
 
     async def set_replicas(self, name: str, replicas: int) -> None:
-        """A change of one resource."""
+        """Changes the replicas of one resource."""
         await self.api.merge(SERVING, NAMESPACE, name, {"spec": {"engine": {"replicas": replicas}}})
 
     async def deployed_replicas(self, name: str) -> int:
-        """What its engines' Deployment has."""
+        """Replicas of its engines' Deployment; -1 without one."""
         found = await self.api.get(DEPLOYMENT, NAMESPACE, Names(name).engine)
         return int(found["spec"]["replicas"]) if found is not None else -1
 
@@ -130,8 +127,8 @@ def is_converged(document: Document) -> bool:
     """Whether the operator says that this generation is as it should be."""
     status = document.get("status", {})
     conditions = {row["type"]: row["status"] for row in status.get("conditions", [])}
-    told = status.get("observedGeneration") == document["metadata"]["generation"]
-    return bool(told and conditions.get("Degraded") == "False")
+    is_current = status.get("observedGeneration") == document["metadata"]["generation"]
+    return bool(is_current and conditions.get("Degraded") == "False")
 
 
 @contextlib.asynccontextmanager
@@ -139,20 +136,20 @@ async def connect(kubeconfig: Path) -> AsyncIterator[Cluster]:
     """The cluster that the file names.
 
     Raises:
-        ConfigError: there is no such file, or it is no kubeconfig.
+        LoginError: there is no such file, or it is no kubeconfig.
     """
-    client = AsyncClient(KubeConfig.from_file(kubeconfig).get(), timeout=httpx2.Timeout(60.0), trust_env=False)
+    server = ApiServer(kubeconfig, trust_env=False)
     try:
-        yield Cluster(client)
+        yield Cluster(server)
     finally:
-        await client.close()
+        await server.close()
 
 
 @contextlib.asynccontextmanager
 async def stand_in() -> AsyncIterator[int]:
-    """Answers at every loopback address as an idle agent and an idle gateway; gives its port.
+    """Answers at every loopback address as an idle agent and an idle gateway; yields its port.
 
-    What it is told at an address is in force there from then on.
+    Settings that are put at an address are in force there from then on.
     """
     settings: defaultdict[str, Document] = defaultdict(dict)
 
@@ -160,16 +157,16 @@ async def stand_in() -> AsyncIterator[int]:
         transport = request.transport
         return str(transport.get_extra_info("sockname")[0]) if transport is not None else ""
 
-    async def tell(request: web.Request) -> web.Response:
+    async def get_state(request: web.Request) -> web.Response:
         return web.json_response(build_state(settings[address(request)]))
 
-    async def take(request: web.Request) -> web.Response:
+    async def put_config(request: web.Request) -> web.Response:
         settings[address(request)].update(await request.json())
         return web.json_response({})
 
     app = web.Application()
-    app.router.add_get("/v1/state", tell)
-    app.router.add_put("/v1/config", take)
+    app.router.add_get("/v1/state", get_state)
+    app.router.add_put("/v1/config", put_config)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     with socket.create_server(("0.0.0.0", 0), backlog=1024) as listener:
@@ -200,8 +197,3 @@ async def _each(names: Iterable[str], do: Callable[[str], Awaitable[object]]) ->
             await do(name)
 
     await asyncio.gather(*map(guarded, names))
-
-
-def _cluster_wide(kind: Kind) -> Any:
-    info = create_api_info(kind.group, kind.version, kind.name, kind.plural)
-    return type(kind.name, (GenericGlobalResource,), {"_api_info": info})

@@ -60,7 +60,7 @@ class Measured:
 
 async def measure(
     cluster: Cluster, kubeconfig: Path, log: Path, port: int, *, resources: int, changes: int, idle_s: float,
-    told: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Measured:  # fmt: skip
     """Runs every phase.
 
@@ -71,28 +71,28 @@ async def measure(
     await cluster.prepare()
     started_s = time.monotonic()
     await cluster.create(names)
-    told(f"{resources} resources are made, in {time.monotonic() - started_s:.1f} s")
+    progress(f"{resources} resources are made, in {time.monotonic() - started_s:.1f} s")
     phases = []
     async with OperatorProcess(kubeconfig, log, "first") as operator:
         phases.append(await _phase("from nothing", operator, None))
         await _check(cluster, resources)
-        told(_tell(phases[-1]))
+        progress(_render(phases[-1]))
         await cluster.create_pods(names, port)
         await _quiet(operator, writes_only=True)
-        told("an engine and a gateway of each stand ready")
+        progress("an engine and a gateway of each stand ready")
         phases.append(await _phase("idle", operator, idle_s))
-        told(_tell(phases[-1]))
+        progress(_render(phases[-1]))
         changes_s = [await _change(cluster, name) for name in names[:: max(1, resources // changes)][:changes]]
-        told(f"{len(changes_s)} changes, in {sum(changes_s):.1f} s")
+        progress(f"{len(changes_s)} changes, in {sum(changes_s):.1f} s")
         await _quiet(operator, writes_only=True)
     async with OperatorProcess(kubeconfig, log, "second") as operator:
         phases.append(await _phase("taken over", operator, None, at_least=resources))
-        told(_tell(phases[-1]))
+        progress(_render(phases[-1]))
         await cluster.delete(names)
         phases.append(await _phase("to nothing", operator, None))
         if left := await cluster.servings():
             raise RuntimeError(f"{len(left)} resources are left")
-        told(_tell(phases[-1]))
+        progress(_render(phases[-1]))
     return Measured(resources=resources, phases=tuple(phases), changes_s=tuple(changes_s))
 
 
@@ -164,5 +164,5 @@ async def _change(cluster: Cluster, name: str) -> float:
     return time.monotonic() - started_s
 
 
-def _tell(phase: Phase) -> str:
+def _render(phase: Phase) -> str:
     return f"{phase.name}: {phase.passes} passes and {phase.writes} writes in {phase.seconds:.1f} s"

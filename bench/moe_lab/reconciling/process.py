@@ -28,7 +28,7 @@ class Metrics:
     Attributes:
         calls: to the API server since the start, by verb and kind.
         passes: that ended, by outcome.
-        buckets: passes that took at most so many seconds.
+        buckets: number of passes by the upper bound of their seconds, cumulative.
         queue: resources that wait for a worker.
     """
 
@@ -44,7 +44,7 @@ class Metrics:
 
     @property
     def ended(self) -> float:
-        """Passes that ended."""
+        """Number of passes that ended, whatever their outcome."""
         return sum(self.passes.values())
 
 
@@ -121,12 +121,12 @@ class OperatorProcess:
             await asyncio.sleep(0.02)
 
     async def metrics(self) -> Metrics:
-        """Its counters now."""
+        """The counters that it serves at /metrics."""
         async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
             return parse_metrics(await answer.text())
 
     def memory_bytes(self) -> int:
-        """Resident memory now."""
+        """Resident memory of the process, in bytes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def cpu_s(self) -> float:

@@ -1,7 +1,8 @@
 """`python -m moe_lab.serving [--vllm-router PATH]`: starts both sides, measures, prints the table."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
@@ -22,7 +23,7 @@ from moe_lab.serving.measurement import measure
 from moe_lab.serving.processes import DoesNotServe
 from moe_lab.serving.report import build_document, describe, render
 from moe_lab.serving.stock import Rival
-from moe_lab.serving.testbed import plan_testbed, running_testbed
+from moe_lab.serving.testbed import TestbedPlan, plan_testbed, running_testbed
 
 GENERATED_REQUESTS = 6000
 """Of a generated shape: enough that pieces need not overlap."""
@@ -75,11 +76,22 @@ def main(
         pairs=pairs, piece_s=piece_s, load=load or (1.0 if knee else 0.9), rate=rate, in_flight=in_flight, of_knee=knee
     )
     plan = plan_testbed(manifest, Rival(program=vllm_router, policy=policy), piece_s)
+    run(plan, source, effort, environment, json_out)
+
+
+def run(
+    plan: TestbedPlan, source: Source, effort: Effort, environment: Mapping[str, Any], json_out: Path | None
+) -> None:
+    """Starts both sides, measures, prints the table and writes the JSON.
+
+    Raises:
+        typer.Exit: a side does not serve, or there is no knee.
+    """
     say = ProgressPrinter()
     try:
-        with stopped_by_signals(), running_testbed(plan, say) as bed:
-            sides = Sides(stock=bed.stock.policy, ours=bed.ours.policy)
-            measured = run_async(measure(bed.stock, bed.ours, bed.engine_url, source, effort, say))
+        with stopped_by_signals(), running_testbed(plan, say) as testbed:
+            sides = Sides(stock=testbed.stock.policy, ours=testbed.ours.policy)
+            measured = run_async(measure(testbed.stock, testbed.ours, testbed.engine_url, source, effort, say))
     except (DoesNotServe, NoKnee) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -87,7 +99,7 @@ def main(
     for line in describe(measured, environment):
         say.console.print(line, highlight=False, soft_wrap=True)
     if json_out:
-        commands = {program.name: program.command for program in bed.programs}
+        commands = {program.name: program.command for program in testbed.programs}
         write_json(json_out, build_document(measured, sides, source, effort, environment, commands))
 
 

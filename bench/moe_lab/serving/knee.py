@@ -1,8 +1,8 @@
 """Where stock's knee is: the rate of arrivals at which its mean TTFT is five times that of requests served alone.
 
 Bracketed and bisected from the measured capacity on, each time with the same requests in the same order and other text.
-A real engine's TTFT at one rate is noisy, so the rates are few and the answer is the middle of what is left. Beyond the
-capacity of a closed loop it exists only because a piece ends: a longer one has its knee at a lower rate.
+A real engine's TTFT at one rate is noisy, so the rates are few and the answer is the middle of the last interval. It
+can lie beyond the capacity of a closed loop because a piece ends: a longer one has its knee at a lower rate.
 """
 
 import math

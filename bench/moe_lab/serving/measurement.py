@@ -1,4 +1,4 @@
-"""What is measured: the capacity of both sides, then the same pieces of the workload on each, in alternating pairs.
+"""The order of a measurement: capacities first, then the same pieces of the workload on both sides, in pairs.
 
 Both sides stand all the time and one of them works at a time; the other is suspended. Idle engines and an idle agent
 look around several times a second, which took 0.02 (A) and 0.06 (B) cores of the machine that this was written on: on
@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two: its words for the table, where clients reach it, and its processes (roots of their trees)."""
+    """One side: its policy for the table, its URL, and its processes (roots of their trees)."""
 
     policy: Policy
     url: str
@@ -53,7 +53,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One run: who worked, for how long, and the CPU seconds that both sides took meanwhile."""
+    """One run: the side that worked, its duration, and the CPU seconds of both sides."""
 
     label: str
     wall_s: float
@@ -85,7 +85,7 @@ class Measured:
 
 
 class Turns:
-    """Whose turn it is; sends each run to that side and keeps what both took of the CPU."""
+    """The side that works: sends each run to it, and keeps the CPU seconds of both sides."""
 
     def __init__(self, stock: Side, ours: Side, load: Load) -> None:
         self._sides = {side.policy.label: side for side in (stock, ours)}
@@ -94,7 +94,7 @@ class Turns:
         self.work: list[Work] = []
 
     async def switch(self, policy: Policy) -> None:
-        """It is this side's turn; the other is suspended."""
+        """Resumes this side and suspends the other."""
         self._now = policy.label
         for label, side in self._sides.items():
             if label != self._now:
@@ -138,7 +138,7 @@ async def measure(stock: Side, ours: Side, engine_url: str, source: Source, effo
         engine_url: an engine of A, asked for its model and its tokenizer: vllm-router need not offer them.
         source: the requests.
         effort: how much.
-        say: hears of each step.
+        say: gets a line for each step.
     """
     load, served = await prepare_load(engine_url, None, source.seed)
     fitted = read_source(source, served)
@@ -185,7 +185,7 @@ async def warm_up(
 async def find_capacities(
     turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], effort: Effort, say: Say
 ) -> tuple[float, float]:
-    """Those of A and of B by the same closed loop."""
+    """Capacities of A and of B, from the same closed loop."""
     found = []
     for side in sides:
         await turns.switch(side.policy)

@@ -1,7 +1,7 @@
-"""Runs A's processes; suspends the side whose turn it is not, and tells what CPU time each takes.
+"""Runs A's processes; suspends the side that does not work, and reads the CPU time of both.
 
 Every process is a child of the agent's launcher and leads a group of its own: Ctrl-C at the terminal does not reach it,
-and it cannot outlive this process, however that ends. B is a deployment that `moeserving up` runs (`moe_tools.demo`).
+and it cannot outlive this process, however that ends. B is a deployment of `moeserving up` (`moe_tools.deployment`).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from moe_lab.serving.stock import Program
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.5
-_LAST_WORDS = 2000
+_LOG_END = 2000
 
 
 class DoesNotServe(RuntimeError):
@@ -61,7 +61,7 @@ def starting(programs: Sequence[Program], folder: Path) -> Iterator[list[Started
             started.append(_start(program, folder))
         yield started
     finally:
-        # The way in before the engines.
+        # The router before the engines.
         for each in reversed(started):
             _ask_to_end(each.process)
         for each in reversed(started):
@@ -101,8 +101,8 @@ def wait_until_serving(started: Sequence[Started], timeout_s: float = START_TIME
 
 
 def _failure(each: Started, what: str) -> DoesNotServe:
-    words = each.log.read_text(errors="replace")[-_LAST_WORDS:]
-    return DoesNotServe(f"{each.program.name} {what}; its last words:\n{words}")
+    words = each.log.read_text(errors="replace")[-_LOG_END:]
+    return DoesNotServe(f"{each.program.name} {what}; the end of its log:\n{words}")
 
 
 def _serves(url: str) -> bool:

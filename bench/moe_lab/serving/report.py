@@ -1,4 +1,4 @@
-"""What came out: the table, the lines under it, and the JSON with all raw rows."""
+"""The result: the table, the lines under it, and the JSON with all raw rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from moe_lab.serving.measurement import Measured
 
 GOAL = 0.6
 """The mean TTFT that is aimed at, as a part of A's."""
-MEANT = "TTFT, mean"
+DECIDING = "TTFT, mean"
 IDLE_LIMIT_CORES = 0.02
 """More than this, and the side whose turn it is not disturbs the other."""
 
@@ -43,7 +43,7 @@ def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
 
 def describe_goal(comparisons: Sequence[Comparison]) -> str:
     """Whether the goal is reached, and whether the interval shows a difference at all."""
-    ratio = next(row.ratio for row in comparisons if row.metric == MEANT)
+    ratio = next(row.ratio for row in comparisons if row.metric == DECIDING)
     goal = f"the goal of {GOAL:g} times stock's mean TTFT, with the interval clear of 1,"
     if ratio is None:
         return f"{goal} was not measured"
@@ -55,7 +55,7 @@ def describe_slowdown(measured: Measured) -> list[str]:
     """How many times slower than alone the requests of the pairs got their first token, where that is known."""
     if measured.alone_s is None:
         return []
-    means = next(row for row in compare_metrics(measured.pairs) if row.metric == MEANT)
+    means = next(row for row in compare_metrics(measured.pairs) if row.metric == DECIDING)
     values = (("A", means.stock), ("B", means.ours))
     times = [f"{side} {render_number(value / (measured.alone_s * 1e3))}" for side, value in values]
     return [f"mean TTFT over that of requests alone under A ({measured.alone_s * 1e3:.0f} ms): {', '.join(times)}"]
@@ -86,7 +86,7 @@ def build_document(
     return {
         "environment": dict(environment),
         **build_comparison_document(measured.pairs, source, effort, measured.rate, sides),
-        "goal": {"metric": MEANT, "ratio": GOAL, "says": describe_goal(compare_metrics(measured.pairs))},
+        "goal": {"metric": DECIDING, "ratio": GOAL, "says": describe_goal(compare_metrics(measured.pairs))},
         "capacities": measured.capacities,
         "alone_s": measured.alone_s,
         "work": [asdict(row) for row in measured.work],

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE
-from moe_agent.supervisor.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments, build_environment
+from moe_agent.supervisor.engine_command import MIDDLEWARE, SCHEDULER, SERVER, build_arguments
 from moe_agent.supervisor.node import build_node
 from moe_contract.agent_config import AgentConfig
+from moe_contract.engine_process import RUN_DIR_VARIABLE, engine_environment
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api import MoEServing
-from moe_operator.api.resource import Runtime
+from moe_operator.api.engine import Runtime
 from moe_operator.api.units import duration_s
 
 from moe_lab.gateway.processes import vllm_router_command
@@ -24,7 +24,7 @@ from moe_lab.gateway.processes import vllm_router_command
 OURS = (("--scheduler-cls", SCHEDULER), ("--scheduling-policy", "priority"), ("--middleware", MIDDLEWARE))
 """The arguments that carry our layers into vLLM."""
 MOST_GPU_MEMORY = 0.48
-"""Of a GPU that an engine of each side stands on; what is left is for what vLLM does not count."""
+"""Of a GPU that an engine of each side may take; the rest is for memory that vLLM does not count."""
 SUSPENDED_PART = 0.75
 """Of the liveness timeout; the rest is for the answers that come after a piece's last arrival."""
 # An empty list of plugins: vLLM loads none, ours neither.
@@ -33,7 +33,7 @@ NO_PLUGINS = {"VLLM_PLUGINS": ""}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A process to start, and the page that it answers when it serves."""
+    """A process to start, and the URL that answers when it serves."""
 
     name: str
     command: tuple[str, ...]
@@ -67,7 +67,7 @@ def check_comparable(resource: MoEServing, rival: Rival) -> None:
         )
     if engine.runtime is Runtime.VLLM:
         if engine.resources.kv_cache_memory is None:
-            message = "must be given: with engines of both sides on one GPU, vLLM cannot find what is free there"
+            message = "must be given: with engines of both sides on one GPU, vLLM cannot find the free memory"
             problems.append(InputError("spec.engine.resources.kvCacheMemory", message))
         if not 0 < find_gpu_memory(engine.args) <= MOST_GPU_MEMORY:
             message = f"must have --gpu-memory-utilization=PART, at most {MOST_GPU_MEMORY}: both sides share each GPU"
@@ -138,7 +138,7 @@ def _plan_engine(
 ) -> Program:
     engine = agent.engine
     arguments = remove_ours(build_arguments(engine, build_node(engine, inherited), cpu_build=cpu_build))
-    environment = build_environment(agent, inherited, cpu_build=cpu_build, cpus=cpus)
+    environment = engine_environment(agent, inherited, cpu_build=cpu_build, cpus=cpus)
     environment.pop(RUN_DIR_VARIABLE)
     return Program(
         name=f"stock-engine-{index}",

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
 from moe_agent.vllm.version import is_cpu_build
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_scheduling.request.order import RequestSettings
 from rich.console import Console
@@ -49,7 +50,7 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What is measured: a model's folder, the longest prompt with its answer, and more of vLLM's own arguments."""
+    """The engine to calibrate: the model's folder, the longest prompt with its answer, and more of vLLM's arguments."""
 
     model: Path
     max_model_len: int
@@ -78,7 +79,7 @@ def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | No
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
-        with ControlPageWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
+        with ControlRecordWriter(Path(folder), Control(version=1, request=RequestSettings())) as control:
             llm = _load(engine)
             source = f"measured: {engine.model.name} on this machine, {read_environment()['system']}"
             try:
@@ -96,7 +97,7 @@ def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | No
 def _measure(
     llm: Any, control: Any, console: Console, effort: Effort, source: str, seed: int
 ) -> tuple[Fit, Sequence[MeasuredStep], tuple[Agreement, ...]]:
-    """Fits, and compares where that is asked for, by turns; prints what comes of it."""
+    """Fits the step time, and compares with the simulator where asked for, in turns; prints the results."""
     measured = llm.llm_engine.engine_core.engine_core.scheduler.measured
     course = Course(llm, control, seed)
     steps: list[MeasuredStep] = []

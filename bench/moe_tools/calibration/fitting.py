@@ -12,7 +12,7 @@ from moe_tools.simulator.costs import LinearCost, Work
 
 HELD_OUT = 0.2
 LEAST_STEPS = 50
-# Weights hardly change after so many.
+# Iterations; the weights hardly change after this many.
 _ROUNDS = 5
 # As the product's own fit (`moe_agent.step_time`).
 _OUTLIER = 3.0
@@ -41,7 +41,7 @@ class Fit:
         steps: it was fitted on.
         held_out: steps that it was checked on.
         error_median: of |predicted - measured| / measured.
-        error_p90: the 90th percentile of it.
+        error_p90: 90th percentile of that error.
         bias: predicted / measured, all held-out steps summed; 1 is none.
     """
 

@@ -19,7 +19,7 @@ from moe_tools.simulator.rank import work_of
 
 
 class RecordingScheduler(OrderedScheduler):
-    """See the module.
+    """Our scheduler, which also measures the work and the duration of each step.
 
     Attributes:
         measured: the steps so far.

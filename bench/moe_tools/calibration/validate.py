@@ -34,7 +34,7 @@ FITTED_LOADS = (0.5, 0.8, 1.0)
 FITTED_REQUESTS = 60
 ORDERS = (RequestPolicy.FCFS, RequestPolicy.PRIORITY, RequestPolicy.SJF)
 _GUESS = 4.0
-# Of the control page; the first is written with it.
+# Versions of the control record; the first is written at its creation.
 _FIRST_VERSION = 2
 
 
@@ -70,7 +70,7 @@ class Course:
 
     Args:
         llm: the engine, in this process.
-        control: writer of its control page.
+        control: writer of its control record.
         seed: of the requests.
     """
 
@@ -173,7 +173,7 @@ def _simulated_s(simulation: Simulation) -> float:
 
 def serve(llm: Any, control: Any, order: RequestPolicy, trace: Sequence[TraceRequest], version: int) -> list[float]:
     """Times to first token on the engine; the priority of a request is its prompt's length, as in the simulator."""
-    from moe_agent.shared_memory.records import Control
+    from moe_agent.shared_memory.control_record import Control
 
     control.write(Control(version=version, request=_request(order)))
     engine = llm.llm_engine

@@ -1,12 +1,12 @@
 """The simulator: N engines that are N real vLLM schedulers, the product's own decisions, virtual time, no model.
 
-What is real: vLLM's scheduler and KV manager (ours on top of it, or stock), prefix caching, preemption, and every
+Real: vLLM's scheduler and KV manager (ours on top of it, or stock), prefix caching, preemption, and every
 decision of `moe_scheduling` through the product's own shells (`moe_gateway.engines.dispatcher`,
 `moe_agent.vllm.scheduler`).
-What is modelled: how long a step takes (`costs`), the network, and how old what a gateway knows is (`signals`).
+Modelled: the time of a step (`costs`), the network, and the age of signals (`signals`).
 
-Read in this order: `workload` (what comes), `rank` (one scheduler), `group` (ranks that step together), `router` (who
-chooses), `world` (the clock and the events), `outcome` (what users got), `scenario` (the file that names it all).
+Read in this order: `workload` (requests), `rank` (one scheduler), `group` (ranks that step together), `router` (choice
+of the engine), `world` (clock and events), `outcome` (figures), `scenario` (the file that describes a run).
 
 Importing this package imports neither vllm nor torch.
 """

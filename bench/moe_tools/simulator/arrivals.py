@@ -27,7 +27,7 @@ class ArrivalShape(StrEnum):
 # Coefficient of variation of BurstGPT's gaps between arrivals is well above 1 (arXiv 2401.17644 fits Gamma
 # distributions); a Gamma shape of 0.25 gives 2.
 BURSTY_SHAPE = 0.25
-# A tooth lasts so many requests; within it the rate rises from 0 to twice the mean.
+# Requests of one tooth; within it the rate rises from 0 to twice the mean.
 TOOTH_REQUESTS = 200
 
 
@@ -67,7 +67,7 @@ def _gaps(trace: Sequence[TraceRequest], shape: ArrivalShape, seed: int) -> np.n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Senders:
-    """Who sends: tenants by weight, sessions, priorities, and the gateway that each request comes to.
+    """Senders of the requests: tenants by weight, sessions, priorities, and the gateway that gets each request.
 
     Attributes:
         tenant_weights: share of the requests of each tenant.
@@ -118,7 +118,7 @@ class OpenLoop:
 
 
 class ClosedLoop:
-    """So many clients, each with one request at a time; the requests are taken in their order.
+    """`clients` clients, each with one request at a time; the requests are taken in their order.
 
     Args:
         requests: the first of them begin at 0 s.

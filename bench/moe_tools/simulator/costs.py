@@ -1,4 +1,4 @@
-"""How long a step takes: what a rank computes in it goes in, seconds come out.
+"""Time of a step: in goes the work of each rank, out come seconds.
 
 A model answers for a whole lockstep group: the ranks of a group end a step together, and under expert parallelism
 their experts work on the tokens of all of them. A single engine is a group of one.
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 
 class Work(NamedTuple):
-    """What one rank computes in one step.
+    """Work of one rank in one step.
 
     Attributes:
         prefill_tokens: prompt tokens (and tokens computed again after a preemption).
@@ -71,7 +71,7 @@ class LinearCost(NamedTuple):
     source: str = "given in the scenario"
 
     def group_step_s(self, works: Sequence[Work]) -> float:
-        """See the protocol."""
+        """Seconds of the step, as `CostModel` has it."""
         base_s, prefill_s, decode_s, context_s, pair_s, _ = self
         return base_s + max(
             prefill_s * work.prefill_tokens
@@ -82,5 +82,5 @@ class LinearCost(NamedTuple):
         )
 
     def expert_pressures(self, works: Sequence[Work]) -> tuple[float, tuple[float, ...]]:
-        """Nothing is known of experts here."""
+        """All 1: this model has no experts."""
         return 1.0, (1.0,) * len(works)

@@ -1,7 +1,7 @@
 """Gimbal's order inside an engine (SJFS, arXiv 2602.21626), reconstructed: a rival, for measurements alone.
 
 The shortest prompt first; a request that has waited for more than 5 s (theta_age) goes before all others, the oldest
-first. Whether the paper promotes to the front or adds a bonus is not published; a threshold is what its summaries say.
+first. The paper does not say whether it promotes to the front or adds a bonus; its summaries describe a threshold.
 """
 
 import time
@@ -18,7 +18,10 @@ AGE_S = 5.0
 
 
 class GimbalQueue(RequestQueue):
-    """See the module; removed requests leave the two orders when they come to the front."""
+    """Orders by prompt length, but serves requests older than `AGE_S` first, the oldest before the others.
+
+    Removed requests leave the two orders when they reach the front.
+    """
 
     def __init__(self, scheduler: "GimbalScheduler") -> None:
         self._scheduler = scheduler
@@ -31,7 +34,7 @@ class GimbalQueue(RequestQueue):
         self._by_age.append(request.request_id)
 
     def prepend_request(self, request: Request) -> None:
-        """A preempted request: it has waited before, so it is among the oldest."""
+        """Puts back a preempted request, which has waited before, so it is among the oldest."""
         self._push(request)
         self._by_age.appendleft(request.request_id)
 
@@ -77,7 +80,7 @@ class GimbalQueue(RequestQueue):
 
 
 class GimbalScheduler(AsyncScheduler):
-    """vLLM's scheduler with that queue; the simulator sets its clock."""
+    """vLLM's scheduler with a `GimbalQueue`; the simulator sets its clock."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

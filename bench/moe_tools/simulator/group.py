@@ -3,7 +3,7 @@
 As vLLM's `DPEngineCoreProc` (0.32): a counter of steps that all ranks share decides in which of them prefills may
 begin (`prefill_schedule_interval`), and starts anew when the whole group has become idle. Each rank schedules its part
 of the next step by itself, and the step is launched when the last one has. With asynchronous scheduling a rank may have
-two parts on their way; what comes meanwhile waits for the next. Our scheduler lets the core wait with that (`late_s`).
+two parts on their way; what comes meanwhile waits for the next. Our scheduler defers the second (`Rank.defer_s`).
 
 A rank that has no part on its way, in a group that runs, has nothing to keep it: vLLM's core enters the next dummy pass
 at once, and is stuck in it until the others have scheduled. Ours waits until one of them has, and those that still wait
@@ -35,13 +35,13 @@ class GroupStep(NamedTuple):
 
 
 class Group:
-    """See the module.
+    """The ranks of one server in lockstep: schedules their parts of a step and ends it for all.
 
     Args:
         name: of the server.
         ranks: its ranks.
         cost: of its steps.
-        prefill_interval: in every so manieth step prefills may begin.
+        prefill_interval: prefills may begin in every n-th step.
         ahead: parts of a rank on their way at once: 2 is vLLM's asynchronous scheduling, its default; 1 is without.
         exposed_s: seconds from the scheduling of a step to its begin, where no other step runs as long.
     """
@@ -75,20 +75,20 @@ class Group:
 
     @property
     def is_running(self) -> bool:
-        """Whether a step is on its way."""
+        """Whether a step runs."""
         return bool(self._on_way)
 
     @property
     def requests(self) -> list[SimRequest]:
-        """Those that have not ended."""
+        """Requests that have not finished."""
         return [request for rank in self.ranks for request in rank.requests]
 
     def fill(self, now_s: float) -> float:
-        """Lets the ranks schedule what they may; seconds until the next may, 0 where it has to wait for an end."""
+        """Lets the ranks schedule their parts; returns seconds until the next is due, 0 if a step must end first."""
         while any(rank.has_requests for rank in self.ranks):
-            late_s = self._schedule_parts(now_s)
+            wait_s = self._schedule_parts(now_s)
             if len(self._parts) < len(self.ranks):
-                return late_s
+                return wait_s
             step = self._launch(now_s)
             if not any(part is not None and part.work.tokens for part in step.steps):
                 return 0.0
@@ -115,7 +115,7 @@ class Group:
             return math.inf
         rank = self.ranks[number]
         if on_way:
-            return rank.late_s(now_s)
+            return rank.defer_s(now_s)
         others_run = any(self._parts_on_way(other) for other in range(len(self.ranks)) if other != number)
         return _WITH_OTHERS if others_run and rank.keeps_step and self._ahead > 1 else 0.0
 
@@ -128,12 +128,12 @@ class Group:
         self._parts = {}
         works = [IDLE if step is None else step.work for step in steps]
         if any(work.tokens for work in works):
-            # What of the scheduling was not hidden behind the step that runs.
+            # The part of the scheduling that the running step does not hide.
             left_s = self._ends_s - now_s if self._on_way else 0.0
             duration_s = self._cost.group_step_s(works) + max(0.0, self._exposed_s - left_s)
             self.steps_made += 1
         elif self._on_way or not any(rank.has_unfinished for rank in self.ranks):
-            # Only takes note of what ended, or of what is on its way already.
+            # Only updates the scheduler: requests have ended, or all tokens are on their way.
             duration_s = 0.0
         else:
             duration_s = NOTHING_TO_RUN_S if len(self.ranks) == 1 else self._cost.group_step_s(works)
@@ -149,7 +149,7 @@ class Group:
         return self._on_way[0].duration_s
 
     def finish(self, now_s: float) -> Progress:
-        """The step that runs is over."""
+        """Ends the running step; returns its progress."""
         step = self._on_way.popleft()
         self.busy_s += step.duration_s
         if self._on_way:

@@ -1,6 +1,6 @@
 """Step times of GPUs from published figures: a roofline of each part of a step, the experts' by their slowest rank.
 
-Everything that comes of it is modelled, not measured, and reports say so. Each figure has its source beside it; where
+All its results are modelled, not measured, and reports say so. Each figure has its source beside it; where
 none is published, the comment says "assumed".
 
 The parts of a step follow each other in every layer, so a step is their sum, and in each part the group waits for its
@@ -122,10 +122,10 @@ class Efficiency:
 # 37e9 * 52,300 / 8 = 484 TFLOP/s a GPU, 0.24 of FP8's, all losses in it. In BF16 the same losses weigh half:
 # 0.45 (assumed).
 # Memory: 0.8 of the bandwidth, what STREAM-like kernels reach on HBM (assumed). Host: 2 ms (assumed).
-# Exchange: two collectives of about 15 us over NVLink in each layer (assumed); vLLM's default hides none of it.
+# Exchange: two collectives of about 15 us over NVLink in each layer (assumed); vLLM's default overlaps none.
 NVLINK_BF16 = Efficiency(compute=0.45, memory=0.8, host_s=0.002, exchange_s=30e-6, exposed=1.0)
 # Between two nodes DeepEP's low-latency kernels take 118 us to dispatch and 195 us to combine (docs/legacy.md, EP 16).
-# Two-batch overlap hides part of it: SGLang gains 27 to 35 % of prefill by it (same post), so half is left (assumed).
+# Two-batch overlap hides a part: SGLang gains 27 to 35 % of prefill by it (same post), so half is left (assumed).
 # Compute without the exchange: 0.35 gives 54,800 input tokens a second and node with balanced experts.
 TWO_NODES_FP8 = Efficiency(compute=0.35, memory=0.8, host_s=0.002, exchange_s=313e-6, exposed=0.5)
 
@@ -137,7 +137,7 @@ class RooflineCost:
     Attributes:
         gpu: of each rank.
         model: served by the group.
-        efficiency: what is reached.
+        efficiency: reached share of it.
         balance: of the experts over the ranks.
         source: for reports.
     """
@@ -149,7 +149,7 @@ class RooflineCost:
     source: str
 
     def group_step_s(self, works: Sequence[Work]) -> float:
-        """See the protocol."""
+        """Seconds of a step of the group: the slowest rank's work, attention, experts and exchange by the roofline."""
         gpu, model, efficiency = self.gpu, self.model, self.efficiency
         ranks = len(works)
         flops = gpu.flops * efficiency.compute
@@ -180,7 +180,7 @@ class RooflineCost:
         return max(compute_s, read_s)
 
     def _exchange_s(self, tokens: int, ranks: int) -> float:
-        """Each token goes to the other places that hold an expert of it, in one byte a value, and comes back in two."""
+        """Each token goes to the other places that hold its experts, in one byte a value, and comes back in two."""
         if ranks == 1:
             return 0.0
         model, efficiency = self.model, self.efficiency
@@ -190,11 +190,11 @@ class RooflineCost:
         return model.moe_layers * efficiency.exposed * max(efficiency.exchange_s, moved_s)
 
     def expert_pressures(self, works: Sequence[Work]) -> tuple[float, tuple[float, ...]]:
-        """See the protocol."""
+        """Balance and pressures of the experts under this placement, the same in every step."""
         return self.balance.worst, self.balance.by_rank
 
     def kv_blocks(self, ranks: int, block_tokens: int = 16, used_share: float = 0.9) -> int:
-        """KV blocks of one rank: what is left of its memory beside the weights; vLLM uses 0.9 of it by default."""
+        """KV blocks of one rank: its memory beside the weights; vLLM uses 0.9 of the memory by default."""
         model = self.model
         experts = model.expert_parameters * model.experts * model.moe_layers / ranks
         weights = (model.dense_parameters + experts) * model.weight_bytes
@@ -229,7 +229,7 @@ class Preset:
         redundant: int = 0,
         seed: int = 0,
     ) -> RooflineCost:
-        """The cost of a group of so many ranks.
+        """The cost of a group of `ranks` ranks.
 
         Args:
             ranks: of the group.

@@ -72,7 +72,7 @@ class Figures:
 def measure(
     requests: Sequence[SimRequest], totals: Totals, servers: int, floor_s: Callable[[SimRequest], float]
 ) -> Figures:
-    """The figures of a run of so many servers; `floor_s` is the time to first token of a request that is alone."""
+    """The figures of a run of `servers` servers; `floor_s` is the time to first token of a request that is alone."""
     answered = [row for row in requests if not row.failure]
     steady = _steady(answered)
     ttft = np.array([_ttft(row) for row in steady])

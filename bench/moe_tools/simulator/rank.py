@@ -3,8 +3,8 @@
 Made by `RankMaker`, which loads vLLM once and keeps its configurations, whose making takes seconds. The scheduler's
 class is the caller's choice: vLLM's own, ours, or any class by its path, as for vLLM's `--scheduler-cls`.
 
-The settings of layer 1 reach our scheduler as in an engine, through the agent's control page. What it publishes is
-caught where it would be written to the rank's page.
+The settings of layer 1 reach our scheduler as in an engine, through the agent's control record. Its signal is caught
+where it would be written to the rank's record in shared memory.
 """
 
 import copy
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,12 +29,11 @@ from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_ha
 
 OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
 STOCK = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-_SIGNAL_FIELDS = frozenset(field.name for field in fields(EngineSignal))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What bounds an engine, by the names of vLLM's own arguments.
+    """Limits of an engine, by the names of vLLM's own arguments.
 
     Attributes:
         max_num_seqs: requests that run at once.
@@ -43,7 +42,7 @@ class EngineLimits:
         max_model_len: longest prompt with its answer.
         scheduling_policy: vLLM's own order of its waiting queue.
         long_prefill_token_threshold: tokens of one prompt that a step takes at most; 0 for no bound.
-        prefill_schedule_interval: prefills begin in every so manieth step of a lockstep group alone.
+        prefill_schedule_interval: prefills begin in every n-th step of a lockstep group alone.
     """
 
     max_num_seqs: int = 256
@@ -64,32 +63,32 @@ class Step(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What users see of a finished step."""
+    """First tokens and finished requests of a step."""
 
     first_tokens: list[SimRequest]
     finished: list[SimRequest]
 
 
 class Rank:
-    """See the module. All times are arguments; `now_s` is what the scheduler reads as its clock.
+    """One data-parallel rank of a server. All times are arguments; the scheduler reads `now_s` as its clock.
 
     Args:
         scheduler: a vLLM scheduler.
-        has_page: whether it publishes a page.
+        publishes: whether it publishes a signal.
     """
 
-    def __init__(self, scheduler: Any, *, has_page: bool) -> None:
+    def __init__(self, scheduler: Any, *, publishes: bool) -> None:
         self.scheduler = scheduler
         self.now_s = 0.0
-        self.published: EngineSignal | None = EngineSignal() if has_page else None
+        self.published: EngineSignal | None = EngineSignal() if publishes else None
         self.published_s = 0.0
         self.preemptions = 0
         # What the expert layer of an engine measures; here the cost model knows it.
         self.expert_values: dict[str, float] = {}
         self._requests: dict[str, SimRequest] = {}
         scheduler.clock = lambda: self.now_s
-        if has_page:
-            scheduler._page = _PageTap(self)
+        if publishes:
+            scheduler._record = _RecordTap(self)
         _count_preemptions(scheduler, self)
 
     def add(self, request: SimRequest, now_s: float) -> None:
@@ -113,7 +112,7 @@ class Rank:
 
     @property
     def requests(self) -> list[SimRequest]:
-        """Those that have not ended here."""
+        """Requests that have not finished on this rank."""
         return list(self._requests.values())
 
     @property
@@ -131,13 +130,13 @@ class Rank:
         """Whether the rank schedules its part of a step no sooner than another has to, and with the first that does."""
         return bool(getattr(self.scheduler, "keeps_step", False))
 
-    def late_s(self, now_s: float) -> float:
-        """Seconds that the scheduling of the next step may still wait; vLLM's own scheduler knows of no waiting."""
+    def defer_s(self, now_s: float) -> float:
+        """Seconds by which the scheduling of the next step is still deferred; 0 for vLLM's own scheduler."""
         self.now_s = now_s
-        return float(self.scheduler.late_s()) if hasattr(self.scheduler, "late_s") else 0.0
+        return float(self.scheduler.defer_s()) if hasattr(self.scheduler, "defer_s") else 0.0
 
     def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
-        """What the next step carries."""
+        """Schedules the next step; returns its work."""
         self.now_s = now_s
         scheduler = self.scheduler
         output = scheduler.schedule(throttle_prefills)
@@ -174,7 +173,7 @@ class Rank:
         return Progress(first_tokens, finished)
 
     def counts(self) -> EngineSignal:
-        """What vLLM's own metrics say of it: nothing of prefill work."""
+        """The signal that vLLM's own metrics give: no prefill tokens."""
         running, waiting = self.scheduler.get_request_counts()
         return EngineSignal(
             running=running,
@@ -185,7 +184,7 @@ class Rank:
         )
 
     def close(self) -> None:
-        """The engine is gone."""
+        """Shuts the scheduler down."""
         self.scheduler.shutdown()
 
 
@@ -207,19 +206,18 @@ def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
     return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
 
 
-class _PageTap:
-    """Stands where our scheduler has its page, and keeps what would be written."""
+class _RecordTap:
+    """Takes the place of our scheduler's shared-memory record, and keeps the last signal."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
 
-    def write(self, *, written_s: float, **values: Any) -> None:
-        values.update(self._rank.expert_values)
-        self._rank.published = EngineSignal(**{name: values[name] for name in values.keys() & _SIGNAL_FIELDS})
-        self._rank.published_s = written_s
+    def write(self, state: Any) -> None:
+        self._rank.published = EngineSignal(**{**vars(state.signal), **self._rank.expert_values})
+        self._rank.published_s = state.written_s
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing; a record has to be closed."""
 
 
 def _count_preemptions(scheduler: Any, rank: Rank) -> None:
@@ -264,7 +262,7 @@ class RankMaker:
         self._config = functools.cache(self._make_config)
 
     def make(self, limits: EngineLimits, scheduler: str | SchedulerFactory, request: RequestSettings) -> Rank:
-        """A rank without requests.
+        """Returns a new rank without requests.
 
         Args:
             limits: of the engine.
@@ -276,9 +274,9 @@ class RankMaker:
         """
         factory = find_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         config = copy.deepcopy(self._config(limits))
-        with _control_page(request):
+        with _control_record(request):
             made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
-        return Rank(made, has_page=hasattr(made, "_page"))
+        return Rank(made, publishes=hasattr(made, "_record"))
 
     def _make_config(self, limits: EngineLimits) -> Any:
         return make_config(
@@ -309,15 +307,16 @@ def find_scheduler(path: str) -> SchedulerFactory:
 
 
 @contextmanager
-def _control_page(settings: RequestSettings) -> Iterator[None]:
-    """What the agent of an engine would have written before its start."""
-    from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, Control, ControlPageWriter
+def _control_record(settings: RequestSettings) -> Iterator[None]:
+    """The control record that an agent writes before its engine starts."""
+    from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
+    from moe_contract.engine_process import RUN_DIR_VARIABLE
 
     before = os.environ.get(RUN_DIR_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUN_DIR_VARIABLE] = folder
         try:
-            with ControlPageWriter(Path(folder), Control(version=1, request=settings)):
+            with ControlRecordWriter(Path(folder), Control(version=1, request=settings)):
                 yield
         finally:
             del os.environ[RUN_DIR_VARIABLE]

@@ -31,11 +31,11 @@ class _Maker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rival:
-    """How one is made, and what it knows.
+    """A rival router, the signals that it gets, and its source.
 
     Attributes:
         make: makes the router of gateway number N.
-        signals: as its own system has them.
+        signals: source, period and delay of the signals in its own system.
         source: where its rule is published.
     """
 
@@ -45,7 +45,7 @@ class Rival:
 
 
 class RoundRobin(Balancer):
-    """Each in turn; gateways begin at different places."""
+    """Sends to each target in turn; gateways begin at different targets."""
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets)
@@ -57,11 +57,11 @@ class RoundRobin(Balancer):
         return chosen
 
 
-class _BookedBalancer(Balancer):
-    """A rule that the product offers as a policy too: the function is the product's, asked about the product's books.
+class _AccountingBalancer(Balancer):
+    """Base of the rules in `rival_rules.py`: keeps a `TargetState` for each target.
 
-    The candidates begin one further with each request, each gateway at a different place. Signals are believed for
-    ever, and the books never hear of a first token: what was sent counts until it has ended or a signal tells of it.
+    The order of the candidates rotates by one with each request, from a different start at each gateway. Signals never
+    become stale, and first tokens are not counted: a request counts until it has ended or a signal includes it.
     """
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
@@ -70,7 +70,7 @@ class _BookedBalancer(Balancer):
         self._start = number * len(targets) // gateways
 
     def in_turn(self, candidates: Sequence[Target]) -> list[TargetState]:
-        """Their books, beginning with the one whose turn it is."""
+        """Returns their states in rotated order, the one whose turn it is first."""
         start = self._start % len(candidates)
         self._start += 1
         return [self.target_states[target] for target in (*candidates[start:], *candidates[:start])]
@@ -82,17 +82,17 @@ class _BookedBalancer(Balancer):
         self.target_states[target].settled(request, now_s)
 
 
-class VllmInternal(_BookedBalancer):
+class VllmInternal(_AccountingBalancer):
     """vLLM 0.32's own data-parallel balancer, by `pick_as_vllm`.
 
-    Statistics count from when they come, as in vLLM: each choice counts as waiting until the next ones. vLLM lets a
-    request count until then that has ended meanwhile, within 0.1 s; the books let it go.
+    Statistics count from their arrival, as in vLLM: each choice counts as waiting until the next ones. vLLM counts a
+    request that ended meanwhile until then, within 0.1 s; here it is dropped at its end.
     """
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets, number, gateways=gateways, seed=seed)
-        for books in self.target_states.values():
-            books.traffic_share = 1.0 / gateways
+        for state in self.target_states.values():
+            state.traffic_share = 1.0 / gateways
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         self.target_states[target].observe(signal, now_s)
@@ -101,7 +101,7 @@ class VllmInternal(_BookedBalancer):
         return pick_as_vllm(self.in_turn(candidates), now_s, math.inf).target
 
 
-class PowerOfTwo(_BookedBalancer):
+class PowerOfTwo(_AccountingBalancer):
     """Two engines drawn at random, the one with fewer requests in flight, by `pick_of_two`."""
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
@@ -109,7 +109,7 @@ class PowerOfTwo(_BookedBalancer):
         self._random = random.Random(f"{seed}/{number}")
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
-        # vllm-router draws at random: so is the turn that the product's draw is made of.
+        # vllm-router draws at random, so the turn that the draw is made from is random.
         return pick_of_two(self.in_turn(candidates), self._random.getrandbits(64)).target
 
 
@@ -142,7 +142,7 @@ def _place(key: bytes) -> int:
 
 
 class _PrefixBalancer(Balancer):
-    """Remembers what prefixes it sent where, in the product's own index: a rival gains nothing by a worse one."""
+    """Remembers the prefixes sent to each target in the product's own index, so that no rival has a worse one."""
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets)
@@ -155,7 +155,7 @@ class _PrefixBalancer(Balancer):
         super().arrive(request, now_s)
 
     def held_shares(self, request: SimRequest) -> Mapping[Target, float]:
-        """The part of the prompt that each target holds, in full blocks of the index."""
+        """Returns the part of the prompt that each target holds, in full blocks of the index."""
         keys = self._keys[request]
         return {target: count / len(keys) for target, count in self._prefixes.held_blocks(keys).items()}
 
@@ -201,12 +201,11 @@ class CacheAware(_PrefixBalancer):
         super().sent(request, target, now_s)
 
 
-class Gimbal(_BookedBalancer):
+class Gimbal(_AccountingBalancer):
     """The threshold cascade of Gimbal's DPLB module (arXiv 2602.21626), by `pick_as_gimbal`.
 
-    Its load is "running tokens", which the paper does not define. In the product it is what the engine has still to
-    prefill; here, where a rival is to have what it can have, the prompt tokens of all that is in flight. So the signals
-    tell of KV use alone, as of before all that was sent: the books then count each request until it ends.
+    Its load is "running tokens", which the paper does not define: here the prompt tokens of all requests in flight. So
+    only the KV use of a signal is taken, dated before all requests, which then count until they end.
     """
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
@@ -218,8 +217,8 @@ class Gimbal(_BookedBalancer):
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
         last = self._last.get(request.session) if request.session else None
-        books, _ = pick_as_gimbal(self.in_turn(candidates), last, now_s, math.inf)
-        return books.target
+        state, _ = pick_as_gimbal(self.in_turn(candidates), last, now_s, math.inf)
+        return state.target
 
     def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         super().sent(request, target, now_s)

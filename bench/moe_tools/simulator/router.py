@@ -1,10 +1,11 @@
-"""Who chooses the engine: the protocol of a router, the product's own gateway behind it, and the base of its rivals.
+"""Routers of the simulator: the protocol, the product's own gateway behind it, and the base of its rivals.
 
-`OwnGateway` is the product: `moe_gateway.engines.dispatcher.Dispatcher` with its books, prefixes, hold queue and
-ejections, driven as an exchange of the gateway drives it. A rival is a `Balancer` with a `choose` of its own.
+`OwnGateway` is the product: `moe_gateway.engines.dispatcher.Dispatcher`, which chooses, holds and ejects, and
+`moe_scheduling.engine.attempts.RequestAttempts`, which decides about retries, driven as the gateway's exchange drives
+them. A rival is a `Balancer` with a `choose` of its own; it retries by the same rule.
 
-Invariants: a router knows only what it was told (`observe`) and what it did itself; it sends a request to one engine
-at a time, to another one once when the first failed before its first token.
+Invariants: a router knows only the signals that it got (`observe`) and what it did itself; it sends a request to one
+engine at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,32 +15,42 @@ from typing import Protocol
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits
 from moe_contract.sections import Listen
-from moe_gateway.engines.dispatcher import Dispatcher, InFlightRequest
-from moe_gateway.request.exchange import ATTEMPTS
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.hold_queue import Rejection
+from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request_stats import RequestStats
+from moe_scheduling.engine.attempts import Failure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import EngineSettings, Job, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
 
 from moe_tools.simulator.workload import SimRequest, prompt_bytes
 
+ENGINE_FAILED = "its engine failed"
+_REJECTIONS = {
+    Rejection.NO_ENGINE_CONFIGURED: "there is no engine",
+    Rejection.QUEUE_FULL_NO_ENGINE: "the hold queue is full",
+    Rejection.QUEUE_FULL_SATURATED: "the hold queue is full",
+    Rejection.TIMEOUT_NO_ENGINE: "held for too long",
+    Rejection.TIMEOUT_SATURATED: "held for too long",
+}
+
 
 class Wire(Protocol):
-    """What a router can do."""
+    """The network of a router, by which it sends or refuses requests."""
 
     def send(self, request: SimRequest, target: Target) -> None:
         """Sends it to an engine."""
 
     def refuse(self, request: SimRequest, reason: str) -> None:
-        """Turns it away; it has failed."""
+        """Answers it with an error; it has failed."""
 
 
 class Router(Protocol):
-    """One gateway. Times are seconds of the run."""
+    """One gateway, the product's or a rival's. Times are seconds of the run."""
 
     def arrive(self, request: SimRequest, now_s: float) -> None:
-        """A request has come: sends, holds or refuses it."""
+        """A request arrived: sends, holds or refuses it."""
 
     def answered(self, request: SimRequest, now_s: float) -> None:
         """Its first token is there."""
@@ -48,7 +59,7 @@ class Router(Protocol):
         """Its answer is whole."""
 
     def failed(self, request: SimRequest, now_s: float) -> None:
-        """Its engine broke it off."""
+        """Its engine broke off the attempt."""
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         """An engine was in this state at `observed_s`."""
@@ -72,26 +83,26 @@ RouterFactory = Callable[[Wire, Sequence[Target], int], Router]
 
 @dataclass(slots=True, eq=False)
 class _Exchange:
-    """A request at the gateway; what `moe_gateway.request.exchange.Exchange` is to the dispatcher."""
+    """A request at the gateway: the `Waiter` that `moe_gateway.request.exchange.Exchange` is in the product."""
 
     gateway: "OwnGateway"
     request: SimRequest
     job: Job
     keys: tuple[int, ...]
-    tried: set[Target]
-    placed: InFlightRequest | None = None
+    attempts: RequestAttempts
+    in_flight: InFlightRequest | None = None
     # Each asks for tokens.
     computes: bool = True
 
     def release(self, decision: Send) -> None:
-        self.gateway.place(self, decision)
+        self.gateway.send(self, decision)
 
-    def expire(self) -> None:
-        self.gateway.wire.refuse(self.request, "held for too long")
+    def reject(self, rejection: Rejection) -> None:
+        self.gateway.reject(self, rejection)
 
 
 class OwnGateway:
-    """See the module.
+    """The product's gateway in virtual time.
 
     Args:
         wire: to the engines.
@@ -128,64 +139,70 @@ class OwnGateway:
             request=request,
             limits=Limits(hold_requests=hold_requests, hold_timeout_s=hold_timeout_s),
         )
-        self.dispatcher = Dispatcher(config, RequestStats(), first_turn=first_turn)
+        self.dispatcher = Dispatcher(config, first_turn=first_turn)
         self._exchanges: dict[SimRequest, _Exchange] = {}
 
     def arrive(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
         parsed = Parsed(None, True, request.priority, None, prompt_bytes(request), None)
-        job, keys = self.dispatcher.size(parsed, request.session, request.sender)
-        exchange = _Exchange(self, request, job, keys, set())
-        self._exchanges[request] = exchange
+        job, keys = self.dispatcher.build_job(parsed, request.session, request.sender)
+        attempts = RequestAttempts(self.dispatcher.hold_timeout_s, now_s)
+        self._exchanges[request] = exchange = _Exchange(self, request, job, keys, attempts)
         self._begin(exchange)
 
     def _begin(self, exchange: _Exchange) -> None:
-        dispatcher, now_s = self.dispatcher, self._now_s
-        if dispatcher.held:
-            dispatcher.pump(now_s)
-        decision = None if dispatcher.held else dispatcher.choose(exchange.job, now_s, exchange.tried)
-        if isinstance(decision, Send):
-            self.place(exchange, decision)
-        elif not dispatcher.hold(exchange, now_s):
-            del self._exchanges[exchange.request]
-            self.wire.refuse(exchange.request, "the hold queue is full")
+        admission = self.dispatcher.admit(exchange, self._now_s)
+        if isinstance(admission, Send):
+            self.send(exchange, admission)
+        elif isinstance(admission, Rejection):
+            self.reject(exchange, admission)
 
-    def place(self, exchange: _Exchange, decision: Send) -> None:
-        """The dispatcher's choice."""
+    def send(self, exchange: _Exchange, decision: Send) -> None:
+        """Sends a request to the chosen target."""
         request = exchange.request
-        placed = self.dispatcher.place(exchange.job, exchange.keys, request.session, decision, self._now_s)
-        exchange.placed = placed
-        request.predicted_s = placed.predicted_s
-        self.wire.send(request, placed.target)
+        in_flight = self.dispatcher.send(exchange.job, exchange.keys, request.session, decision, self._now_s)
+        exchange.in_flight = in_flight
+        exchange.attempts.begin()
+        exchange.attempts.receive()
+        request.predicted_s = in_flight.predicted_s
+        self.wire.send(request, in_flight.target)
+
+    def reject(self, exchange: _Exchange, rejection: Rejection) -> None:
+        """Answers a request that no engine takes."""
+        del self._exchanges[exchange.request]
+        self.wire.refuse(exchange.request, _REJECTIONS[rejection])
 
     def answered(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
-        if (placed := self._exchanges[request].placed) is not None:
-            self.dispatcher.answered(placed, now_s)
+        exchange = self._exchanges[request]
+        assert exchange.in_flight is not None
+        exchange.attempts.is_answering = True
+        self.dispatcher.answer(exchange.in_flight, now_s)
 
     def settled(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
-        if (placed := self._exchanges.pop(request).placed) is not None:
-            self.dispatcher.settled(placed, now_s)
+        exchange = self._exchanges.pop(request)
+        assert exchange.in_flight is not None
+        self.dispatcher.settle(exchange.in_flight, now_s)
 
     def failed(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
         exchange = self._exchanges[request]
-        assert exchange.placed is not None
-        self.dispatcher.failed(exchange.placed.target, now_s)
-        self.dispatcher.settled(exchange.placed, now_s)
-        if request.first_token_s is None and request.attempts < ATTEMPTS:
-            exchange.tried.add(exchange.placed.target)
+        assert exchange.in_flight is not None
+        step = exchange.attempts.after_failure(exchange.in_flight.target, Failure.BROKEN, now_s)
+        self.dispatcher.fail(exchange.in_flight.target, now_s)
+        self.dispatcher.settle(exchange.in_flight, now_s)
+        if step is NextStep.RETRY:
             self._begin(exchange)
         else:
             del self._exchanges[request]
-            self.wire.refuse(request, "its engine failed")
+            self.wire.refuse(request, ENGINE_FAILED)
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         self._now_s = now_s
-        if self._scrapes and (books := self.dispatcher.target_states.get(target)) is not None:
-            # As the gateway's own scraper: vLLM's metrics say nothing of prefill work.
-            signal = replace(signal, waiting_prefill_tokens=books.unanswered_prefill_tokens)
+        if self._scrapes and (state := self.dispatcher.target_states.get(target)) is not None:
+            # As the gateway's own scraper: vLLM's metrics have no prefill work.
+            signal = replace(signal, waiting_prefill_tokens=state.unanswered_prefill_tokens)
         self.dispatcher.observe(target, signal, observed_s, now_s)
 
     def set_ready(self, server: str, ready: bool, now_s: float) -> None:
@@ -231,6 +248,7 @@ class Balancer:
         self.ready: set[str] = set()
         self.in_flight = dict.fromkeys(self.targets, 0)
         self.signals = dict.fromkeys(self.targets, EngineSignal())
+        self._attempts: dict[SimRequest, RequestAttempts] = {}
         self._sent_to: dict[SimRequest, Target] = {}
 
     def choose(self, request: SimRequest, candidates: Sequence[Target], now_s: float) -> Target:
@@ -238,20 +256,27 @@ class Balancer:
         raise NotImplementedError
 
     def arrive(self, request: SimRequest, now_s: float) -> None:
+        self._attempts[request] = RequestAttempts(0.0, now_s)
         self._route(request, now_s)
 
     def _route(self, request: SimRequest, now_s: float) -> None:
-        tried = self._sent_to.get(request)
-        candidates = [target for target in self.targets if target.server in self.ready and target != tried]
+        attempts = self._attempts[request]
+        failed = attempts.failed_targets
+        candidates = [target for target in self.targets if target.server in self.ready and target not in failed]
         if not candidates:
-            self._sent_to.pop(request, None)
-            self.wire.refuse(request, "no engine is ready")
+            self._refuse(request, "no engine is ready")
             return
         target = self.choose(request, candidates, now_s)
+        attempts.begin()
         self._sent_to[request] = target
         self.in_flight[target] += 1
         self.sent(request, target, now_s)
         self.wire.send(request, target)
+
+    def _refuse(self, request: SimRequest, reason: str) -> None:
+        del self._attempts[request]
+        self._sent_to.pop(request, None)
+        self.wire.refuse(request, reason)
 
     def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         """For rivals that remember more."""
@@ -263,19 +288,20 @@ class Balancer:
         """For rivals that remember more; whole or broken."""
 
     def settled(self, request: SimRequest, now_s: float) -> None:
+        del self._attempts[request]
         target = self._sent_to.pop(request)
         self.in_flight[target] -= 1
         self.ended(request, target, now_s)
 
     def failed(self, request: SimRequest, now_s: float) -> None:
-        target = self._sent_to[request]
+        target, attempts = self._sent_to[request], self._attempts[request]
         self.in_flight[target] -= 1
         self.ended(request, target, now_s)
-        if request.first_token_s is None and request.attempts < ATTEMPTS:
+        attempts.is_answering = request.first_token_s is not None
+        if attempts.after_failure(target, Failure.BROKEN, now_s) is NextStep.RETRY:
             self._route(request, now_s)
         else:
-            del self._sent_to[request]
-            self.wire.refuse(request, "its engine failed")
+            self._refuse(request, ENGINE_FAILED)
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         self.signals[target] = signal

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from moe_contract.documents import invalid_input
 from moe_contract.input_errors import InputError, InvalidInput, render_choices, unknown_choice
 from moe_operator.api import engine_settings, load_document, request_settings
-from moe_operator.api.resource import EngineScheduling, RequestScheduling
+from moe_operator.api.scheduling import EngineScheduling, RequestScheduling
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import DurationBetween, duration_s
 from pydantic import Field, ValidationError
@@ -77,14 +77,14 @@ class Level(Section):
 
 
 class Loop(Section):
-    """So many clients, each with one request at a time."""
+    """A closed loop: each client has one request at a time."""
 
     clients: Count
     think_time: Duration = "0s"
 
 
 class Workload(Section):
-    """What comes: a trace file, or a generated shape."""
+    """The requests: a trace file, or a generated shape."""
 
     trace: Path | None = None
     format: str | None = None
@@ -147,7 +147,7 @@ class LossSection(Section):
 
 
 class Signals(Section):
-    """How what engines say travels."""
+    """Source, period and delay of the engines' signals."""
 
     source: SignalSource = SignalSource.AGENT
     period: Annotated[str, DurationBetween("1ms", "1h")] = "10ms"

@@ -1,4 +1,4 @@
-"""How old what a gateway knows is: published by the agent at each change, scraped now and then, or lost.
+"""Age of the signals that a gateway has: published by the agent at each change, scraped at intervals, or lost.
 
 The world asks when the next message of a server is due, takes the snapshot, and delivers it after the delay.
 """
@@ -28,7 +28,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalPlan:
-    """How signals travel.
+    """Source, period, delay and losses of signals.
 
     Attributes:
         source: `agent`: the whole signal, at each change, at most one each `period_s`, at least one a second. `scrape`:
@@ -39,9 +39,9 @@ class SignalPlan:
     """
 
     source: SignalSource = SignalSource.AGENT
-    # The agent's watch stream: at most one line each 10 ms (docs/interfaces.md).
-    period_s: float = 0.01
-    # A wake-up of the agent (docs/adr/0019), a line, the network: rather less, assumed.
+    # The agent looks at the shared-memory records this often (moe_agent.api.broadcaster).
+    period_s: float = 0.1
+    # A wake-up of the agent, a line, the network: rather less, assumed.
     delay_s: float = 0.003
     losses: Sequence[Loss] = ()
 
@@ -50,5 +50,5 @@ class SignalPlan:
         return not any(loss.from_s <= now_s < loss.until_s and loss.server in (None, server) for loss in self.losses)
 
 
-# An agent says something at least once a second (docs/interfaces.md).
+# An agent sends a state at least once a second (docs/interfaces.md).
 HEARTBEAT_S = 1.0

@@ -1,6 +1,6 @@
-"""One run, as values: what is simulated, and the one call that does it.
+"""One run, as values: the simulation, its outcome, and the call between them.
 
-Made from a scenario file by `scenario`, or directly by who tries a policy: the scheduler's class and the router are
+Made from a scenario file by `scenario`, or directly to try a policy: the scheduler's class and the router are
 factories, so that a new policy needs no change here.
 
     maker = load_vllm()
@@ -42,7 +42,7 @@ class Clients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """What is simulated.
+    """Requests, engines, policies, signals and failures of one run.
 
     Attributes:
         trace: the requests, at their times of arrival.
@@ -53,17 +53,17 @@ class Simulation:
         scheduler: class of the engines' scheduler by its path, or a factory that takes vLLM's own arguments.
         request: settings of layer 1, in the engines and in the hold queue.
         dispatch: settings of layer 2, the name of a rival, or a factory of routers.
-        gateways: how many, each with books of its own.
+        gateways: how many, each with a `TargetState` of its own for each target.
         hold_requests: requests that a gateway holds at most.
         hold_timeout_s: how long.
-        signals: how what engines say travels; None: as the router would have it.
-        clients: a closed loop of so many; None: the trace's times count.
+        signals: source, period and delay of the engines' signals; None: those of the chosen router.
+        clients: a closed loop of this many clients; None: requests come at the trace's times.
         senders: tenants, sessions, priorities.
         startup_s: when each server is ready first: one value for all, or one for each.
-        failures: what breaks.
+        failures: servers that die.
         async_scheduling: whether a step is scheduled while the one before it runs, as vLLM does by default.
         exposed_s: seconds that a step takes longer when it was not scheduled while another one ran.
-        seed: of senders and of what rivals draw.
+        seed: of senders and of the rivals' random draws.
     """
 
     trace: Sequence[TraceRequest]
@@ -89,7 +89,7 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of it."""
+    """Requests with their times, totals and figures of one run."""
 
     requests: Sequence[SimRequest]
     totals: Totals

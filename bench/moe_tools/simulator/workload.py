@@ -1,4 +1,4 @@
-"""What comes to the gateways: requests with the content of their prompts, from a trace, as the parts of a run see them.
+"""Requests of a run, with the content of their prompts, made from a trace.
 
 The content is a name, not a text: pieces with equal ids hold equal tokens. The gateway sees it as bytes (4 a token, the
 ratio that it starts from), vLLM as the hashes of its own blocks.
@@ -22,7 +22,7 @@ VLLM_BLOCK_TOKENS = 16
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SimRequest:
-    """One request and what became of it. Times are seconds of the run; None until they have come.
+    """One request and its progress. Times are seconds of the run; None until they have come.
 
     Attributes:
         index: number in the run, its identity.
@@ -73,7 +73,7 @@ class SimRequest:
 
     @property
     def sender(self) -> str:
-        """The tenant as the schedulers know it; the first one is nameless, as where nobody is told apart."""
+        """The tenant as the schedulers know it; the first one is anonymous, as where tenants are off."""
         return f"{self.tenant:08x}" if self.tenant else ANONYMOUS_TENANT
 
 

@@ -75,11 +75,11 @@ class _Counts:
 
 
 class World:
-    """See the module; runs once.
+    """One run: its servers, its gateways, and the events between them; `run` is called once.
 
     Args:
         servers: the fleet.
-        gateways: how many there are; each knows only its own books.
+        gateways: how many there are; each knows only its own requests in flight.
         router: makes each of them.
         signals: how what engines say travels.
         arrivals: what comes.
@@ -116,7 +116,7 @@ class World:
             self.now_s, _, call, arguments = heappop(events)
             call(*arguments)
         for server in self._servers.values():
-            self._bury(server)
+            self._remove_group(server)
         counts = self._counts
         counts.requests.sort(key=lambda request: request.index)
         return counts.requests, Totals(
@@ -161,7 +161,7 @@ class World:
         self._changed(server)
 
     def refuse(self, request: SimRequest, reason: str) -> None:
-        """Of `Wire`: a router turns a request away."""
+        """Of `Wire`: a router refuses a request."""
         request.failure = reason
         self._end(request)
 
@@ -222,7 +222,7 @@ class World:
         if group is None:
             return
         broken = group.requests
-        self._bury(server)
+        self._remove_group(server)
         for router in self._routers:
             router.set_ready(failure.server, False, self.now_s)
         for request in broken:
@@ -230,7 +230,7 @@ class World:
         if failure.startup_s is not None:
             self._at(self.now_s + failure.startup_s, self._start, server)
 
-    def _bury(self, server: _Server) -> None:
+    def _remove_group(self, server: _Server) -> None:
         group, server.group = server.group, None
         if group is not None:
             self._counts.steps += group.steps_made
@@ -271,7 +271,7 @@ class World:
             signal, observed_s = rank.counts(), self.now_s
             if plan.source is SignalSource.AGENT and rank.published is not None:
                 signal = rank.published
-                # An idle engine makes no steps: its page is as good as new.
+                # An idle engine makes no steps: its last signal is still true.
                 observed_s = rank.published_s if rank.has_unfinished else self.now_s
             self._at(self.now_s + plan.delay_s, self._deliver, Target(server.plan.name, number), signal, observed_s)
 

@@ -11,7 +11,7 @@ from moe_tools.tiny.training import Progress as Report
 
 @contextmanager
 def shown_progress(*, enabled: bool) -> Iterator[Report]:
-    """A bar on standard error; off, it swallows what it is told."""
+    """A bar on standard error; nothing is shown unless `enabled`."""
     columns = (TextColumn("tiny model: {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
         task = bar.add_task("starting", total=1.0)

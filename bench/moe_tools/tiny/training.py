@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 Progress = Callable[[str, float], None]
-"""Told the stage and how much of it is done, from 0 to 1."""
+"""Gets the stage's name and the part of it that is done, from 0 to 1."""
 
 SHARES = {"exchanges": 0.5, "prose": 0.35, "sources": 0.15}
 HELD_OUT = 0.05
@@ -36,7 +36,7 @@ ROUTER_RATE_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Token ids (int64): all of the text in order; what is trained on and what is measured, (sequences, tokens)."""
+    """Token ids (int64): all of the text in order; the training set and the held-out set, (sequences, tokens)."""
 
     all_ids: np.ndarray
     sequences: np.ndarray

@@ -6,8 +6,7 @@ Invariants: the answer depends on the slices alone, not on their order; each nam
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from lightkube.models.discovery_v1 import Endpoint as SliceEndpoint
-from lightkube.models.discovery_v1 import EndpointSlice
+from moe_contract.api_server import Document
 from moe_contract.gateway_config import EngineAddress
 from pydantic import ValidationError
 
@@ -20,7 +19,7 @@ ADDRESS_TYPES = ("IPv4", "IPv6")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """An engine as its Service has it.
+    """One engine behind a Service.
 
     Attributes:
         address: where it is.
@@ -40,7 +39,7 @@ class Endpoint:
         return self.ready and not self.terminating
 
 
-def read_endpoints(slices: Iterable[EndpointSlice], groups: Iterable[str], ranks: int) -> tuple[Endpoint, ...]:
+def read_endpoints(slices: Iterable[Document], groups: Iterable[str], ranks: int) -> tuple[Endpoint, ...]:
     """The engines, in the order of their names.
 
     Args:
@@ -50,8 +49,8 @@ def read_endpoints(slices: Iterable[EndpointSlice], groups: Iterable[str], ranks
     """
     places = {group: place for place, group in enumerate(groups)}
     rows = sorted(
-        (row for row in slices if _group_of(row) in places and row.addressType in ADDRESS_TYPES),
-        key=lambda row: (places[_group_of(row)], ADDRESS_TYPES.index(row.addressType), name_of_slice(row)),
+        (row for row in slices if _group_of(row) in places and row.get("addressType") in ADDRESS_TYPES),
+        key=lambda row: (places[_group_of(row)], ADDRESS_TYPES.index(row["addressType"]), name_of_slice(row)),
     )
     found: dict[str, Endpoint] = {}
     addresses: dict[str, str] = {}
@@ -64,24 +63,24 @@ def read_endpoints(slices: Iterable[EndpointSlice], groups: Iterable[str], ranks
     return tuple(found[name] for name in sorted(found))
 
 
-def name_of_slice(row: EndpointSlice) -> str:
+def name_of_slice(row: Document) -> str:
     """Its name, which every slice of an API server has."""
-    return (row.metadata.name if row.metadata is not None else None) or ""
+    return str(row["metadata"].get("name") or "")
 
 
-def _group_of(row: EndpointSlice) -> str:
-    labels = (row.metadata.labels if row.metadata is not None else None) or {}
-    return str(labels.get(SERVICE_LABEL, ""))
+def _group_of(row: Document) -> str:
+    return str((row["metadata"].get("labels") or {}).get(SERVICE_LABEL, ""))
 
 
-def _endpoints_of(row: EndpointSlice, ranks: int) -> Iterator[Endpoint]:
-    ports = {port.name: port.port for port in row.ports or () if port.port and port.protocol in (None, "TCP")}
+def _endpoints_of(row: Document, ranks: int) -> Iterator[Endpoint]:
+    rows = [port for port in row.get("ports") or () if port.get("port") and port.get("protocol") in (None, "TCP")]
+    ports = {port.get("name"): port["port"] for port in rows}
     if (engine_port := ports.get(ENGINE_PORT)) is None:
         return
-    for given in row.endpoints or ():
-        if not given.addresses:
+    for given in row.get("endpoints") or ():
+        if not given.get("addresses"):
             continue
-        host = f"[{given.addresses[0]}]" if row.addressType == "IPv6" else given.addresses[0]
+        host = f"[{given['addresses'][0]}]" if row["addressType"] == "IPv6" else given["addresses"][0]
         agent_port = ports.get(AGENT_PORT)
         try:
             address = EngineAddress(
@@ -95,26 +94,24 @@ def _endpoints_of(row: EndpointSlice, ranks: int) -> Iterator[Endpoint]:
         yield _with_conditions(given, address, _group_of(row))
 
 
-def _name_of(given: SliceEndpoint) -> str:
-    return (given.targetRef.name if given.targetRef is not None else None) or given.addresses[0]
+def _name_of(given: Document) -> str:
+    return str((given.get("targetRef") or {}).get("name") or given["addresses"][0])
 
 
-def _with_conditions(given: SliceEndpoint, address: EngineAddress, group: str) -> Endpoint:
+def _with_conditions(given: Document, address: EngineAddress, group: str) -> Endpoint:
     """`ready` and `serving` count as true where they are absent, `terminating` as false, as the API has it.
 
-    A Service that publishes addresses which are not ready has `ready` true for all of them: there `serving` tells.
+    A Service that publishes addresses which are not ready has `ready` true for all of them: there `serving` counts.
     """
-    conditions = given.conditions
-    if conditions is None:
-        return Endpoint(address=address, group=group, ready=True, terminating=False)
-    ready = conditions.ready is not False and conditions.serving is not False
-    return Endpoint(address=address, group=group, ready=ready, terminating=bool(conditions.terminating))
+    conditions = given.get("conditions") or {}
+    ready = conditions.get("ready") is not False and conditions.get("serving") is not False
+    return Endpoint(address=address, group=group, ready=ready, terminating=bool(conditions.get("terminating")))
 
 
 def _merge(known: Endpoint | None, again: Endpoint) -> Endpoint:
     """The same engine in another slice: an endpoint that moves is in two for a while, with two families it always is.
 
-    What is newer cannot be told, so readiness is believed where one says so; that a pod ends is never taken back.
+    Which of the two is newer is unknown: ready in one is ready, and a pod that terminates in one terminates.
     """
     if known is None:
         return again

@@ -1,8 +1,8 @@
-"""What an engine whose processes have died still says through its HTTP server, for some seconds. Pure.
+"""Recognises the answers of a vLLM server whose engine process has died. Pure.
 
-vLLM's server outlives its engine: it answers what was under way and what comes with status 500, and a stream with an
-event in place of the first token. Neither is an answer: another engine can take the request over, or the same one once
-it has started anew.
+The server outlives its engine by some seconds. It answers running and new requests with status 500, and streams with an
+error event in place of the first token. Neither is an answer: another engine can take the request over, or the same one
+once it has started anew.
 """
 
 import re
@@ -15,7 +15,7 @@ _STREAM_BEGINS_WITH_ERROR = re.compile(rb"(?:[0-9a-fA-F]{1,8}\r\n)?(?:event: err
 
 
 def says_engine_is_dead(status: int, body: bytes) -> bool:
-    """Whether an answer tells of a dead engine; `body` is what came of it first, of a stream the first event."""
+    """Whether an answer reports a dead engine; `body` is its first bytes, of a stream the first event."""
     if ENGINE_DEAD not in body or _MESSAGE_BEGINS_WITH_IT.search(body) is None:
         return False
     return status == 500 or (status == 200 and _STREAM_BEGINS_WITH_ERROR.match(body) is not None)

@@ -1,10 +1,10 @@
-"""How the gateway learns of an engine: one watcher task for each, which tells the dispatcher and nobody else.
+"""The signals of an engine: one watcher task for each, which reports to the dispatcher alone.
 
-An engine with an agent is watched: its stream of snapshots. A plain vLLM server is asked for its metrics and health,
+Of an engine with an agent the stream of snapshots is read. A plain vLLM server is asked for its metrics and its health
 several times a second. A watcher never ends by itself.
 
-A lost source of signals is not a lost engine: it keeps its work, judged by the gateway's own books and by what
-becomes of the requests that are sent there.
+A lost source of signals is not a lost engine: it keeps its work, judged by the requests that this gateway has in flight
+there and by how they end.
 """
 
 import asyncio
@@ -14,21 +14,22 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import aiohttp
-import orjson
-from moe_scheduling.signals import EngineSignal, StepTime, Target
+from moe_contract.agent_state import EngineState, read_engine_state
+from moe_contract.routes import STATE
+from moe_scheduling.signals import EngineSignal, Target
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_gateway.engines.dispatcher import Dispatcher, Engine
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.fleet import Engine
 
 SCRAPE_PERIOD_S = 0.25
-# One in so many scrapes asks for the names of the models, which change when adapters are loaded.
+# One scrape in this many asks for the names of the models, which change when adapters are loaded.
 SCRAPES_FOR_MODELS = 20
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
-# An agent says something at least once a second.
+# An agent sends a snapshot at least once a second.
 SILENCE_S = 5.0
 LONGEST_LINE_BYTES = 4 * 1024 * 1024
 
@@ -50,9 +51,11 @@ async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
             await follow(engine, dispatcher, session)
         except Exception as error:
             # Whatever an engine says or fails to say, its watcher goes on.
-            if engine.reachable:
-                log.warning("lost engine", extra={"engine": engine.address.name, "reason": repr(error)})
-        engine.reachable = False
+            if dispatcher.set_reachable(engine.address.name, False):
+                extra = {"engine": engine.address.name, "reason": repr(error)}
+                log.warning("lost the signals of an engine", extra=extra)
+        else:
+            dispatcher.set_reachable(engine.address.name, False)
         wait_s = FIRST_RETRY_S if time.monotonic() - started_s > LONGEST_RETRY_S else min(LONGEST_RETRY_S, 2 * wait_s)
         await asyncio.sleep(wait_s)
 
@@ -62,7 +65,7 @@ async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
 
 async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_S)
-    url = f"{engine.address.agent_url}/v1/state"
+    url = f"{engine.address.agent_url}{STATE}"
     async with session.get(url, params={"watch": "1"}, timeout=timeout) as answer:
         answer.raise_for_status()
         rest = b""
@@ -71,34 +74,19 @@ async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
             if len(rest) > LONGEST_LINE_BYTES:
                 raise ValueError("a line of the agent's state has no end")
             if lines := [line for line in lines if line]:
-                # What came together is told together: only the newest matters.
-                take_snapshot(engine, orjson.loads(lines[-1]), dispatcher, time.monotonic())
+                # Of states that came together only the newest matters.
+                take_state(engine, read_engine_state(lines[-1]), dispatcher, time.monotonic())
 
 
-def take_snapshot(engine: Engine, snapshot: dict[str, Any], dispatcher: Dispatcher, now_s: float) -> None:
-    """Tells the dispatcher what an agent's snapshot says."""
+def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s: float) -> None:
+    """Reports an agent's state to the dispatcher."""
     name = engine.address.name
-    engine.reachable = True
-    model = snapshot["engine"]["model"]
-    dispatcher.set_models(name, frozenset({model}) if isinstance(model, str) else frozenset())
-    dispatcher.set_process(name, snapshot["engine"]["pid"])
-    dispatcher.set_ready(name, bool(snapshot["accepting"]) and snapshot["phase"] == "ready", now_s)
-    for rank in snapshot["ranks"]:
-        signal, age_s = read_signal(rank)
-        dispatcher.observe(Target(name, rank["rank"]), signal, now_s - age_s, now_s)
-
-
-def read_signal(rank: dict[str, Any]) -> tuple[EngineSignal, float]:
-    """A rank's signal and its age in seconds; unknown fields of a newer agent are left alone."""
-    line = rank.get("step_time")
-    values = {name: rank[name] for name in _SIGNAL_FIELDS if name in rank}
-    step_time = (
-        None if line is None else StepTime(**{name: float(line[name]) for name in ("base_s", "prefill_s", "decode_s")})
-    )
-    return EngineSignal(**values, step_time=step_time), max(0.0, float(rank["age_s"]))
-
-
-_SIGNAL_FIELDS = tuple(name for name in EngineSignal.__dataclass_fields__ if name != "step_time")
+    dispatcher.set_reachable(name, True)
+    dispatcher.set_models(name, frozenset() if state.engine.model is None else frozenset({state.engine.model}))
+    dispatcher.set_process(name, state.engine.pid)
+    dispatcher.set_ready(name, state.accepting and state.ready, now_s)
+    for rank in state.ranks:
+        dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)
 
 
 # A plain vLLM server.
@@ -110,25 +98,23 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
     name, url = engine.address.name, engine.address.url
     for turn in itertools.count():
         started_s = time.monotonic()
-        # vLLM's metrics say nothing of prefill work: what the own books have of it stands in.
-        prefill_tokens = {
-            target.rank: dispatcher.target_states[target].unanswered_prefill_tokens for target in engine.targets
-        }
+        # vLLM's metrics have no prefill work: that of the requests which this gateway sent stands in.
+        prefill_tokens = dispatcher.unanswered_prefill_tokens(name)
         try:
             async with session.get(f"{url}/health", timeout=_SCRAPE_TIMEOUT) as answer:
                 healthy = answer.status == 200
         except aiohttp.ClientConnectorError:
-            # The port is the engine's own: who does not listen there takes no request either.
+            # The port is the engine's own: a server that does not listen there takes no request either.
             dispatcher.set_ready(name, False, time.monotonic())
             raise
         if turn % SCRAPES_FOR_MODELS == 0:
             dispatcher.set_models(name, await _fetch_models(url, session))
-        # Its signals are a help, its health is what counts.
+        # Its health alone decides; its signals only help.
         dispatcher.set_ready(name, healthy, time.monotonic())
         async with session.get(f"{url}/metrics", timeout=_SCRAPE_TIMEOUT) as answer:
             answer.raise_for_status()
             text = await answer.text()
-        engine.reachable = True
+        dispatcher.set_reachable(name, True)
         now_s = time.monotonic()
         for rank, counted in read_metrics(text):
             signal = replace(counted, waiting_prefill_tokens=prefill_tokens.get(rank, 0))

@@ -41,7 +41,7 @@ def build_request_head(
 def read_tenant(headers: bytes, name: bytes) -> str:
     """The tenant of a request by its header lines, each ended by CRLF; `name` is the header's in lower case.
 
-    The first such header counts; one without a value names nobody.
+    The first such header counts; one without a value names no tenant.
     """
     mark = b"\r\n%b:" % name
     begin = (b"\r\n" + headers).lower().find(mark)
@@ -78,7 +78,7 @@ def stamp_response(answer: bytes, lower_head: bytes, request_id: bytes, *, close
 
 _NOT_FOR_CLIENTS = re.compile(rb"\r\n(?:connection|keep-alive|proxy-connection|te|upgrade|x-request-id):")
 _DROPPED = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"x-request-id"})
-# What frames the message stays, whatever a connection header says of it.
+# The framing fields stay, whatever a connection header names.
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 

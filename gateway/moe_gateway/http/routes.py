@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class Route(Enum):
-    """What is done with a request: its methods, and whether its body is parsed for a model and a prompt."""
+    """A path of the serving port, with its method."""
 
     CHAT = (b"/v1/chat/completions", b"POST")
     COMPLETIONS = (b"/v1/completions", b"POST")
@@ -25,9 +25,9 @@ class Route(Enum):
         self._only_reads = self.name == "EMBEDDINGS"
 
     def shows_first_token(self, *, stream: bool) -> bool:
-        """Whether the answer's first byte comes when the prompt has been computed.
+        """Whether the first byte of the answer's body comes with the first token.
 
-        Not that of an answer in one piece, which comes with its last token, nor that of a stream of `/v1/responses`,
+        It does not for an answer in one piece, which comes with its last token, nor for a stream of `/v1/responses`,
         which vLLM opens with an event before it computes.
         """
         return self._only_reads or (stream and self._streams_tokens)
@@ -37,5 +37,5 @@ ROUTES: dict[bytes, Route] = {route.path: route for route in Route}
 
 
 def find_route(url: bytes) -> Route | None:
-    """The route of a request target, by its exact path; a query is allowed, any other spelling of a path is not."""
+    """The route of a request target; None unless its path, without a query, is spelt exactly."""
     return ROUTES.get(url if b"?" not in url else url[: url.index(b"?")])

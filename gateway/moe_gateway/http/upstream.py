@@ -1,7 +1,7 @@
 """Connections to engines: one request at a time on each, kept open and used again.
 
 An exchange takes a connection from the engine's pool, writes its request, and gets the answer's bytes as they come. The
-parser only looks for where the head and the message end; the bytes themselves are never taken apart.
+parser only looks for the ends of the head and of the message; the bytes themselves are passed on unchanged.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ LONGEST_HEAD_BYTES = 256 * 1024
 
 
 class Receiver(Protocol):
-    """Who gets the answer."""
+    """The exchange that gets the answer."""
 
     def received(self, data: bytes, connection: "UpstreamConnection") -> None:
-        """More bytes of the answer; `connection` says how far it is."""
+        """More bytes of the answer came; `connection` has its state."""
 
     def lost(self, connection: "UpstreamConnection", reason: str) -> None:
-        """The connection ended, or said what is not HTTP, before the answer was whole."""
+        """The connection ended, or its bytes were not HTTP, before the answer was whole."""
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -61,7 +61,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.overrun = False
         self.keep_alive = False
 
-    # What an exchange does.
+    # What an exchange calls.
 
     def request(self, receiver: Receiver, head: bytes, body: bytes) -> None:
         """Writes a request; the answer goes to `receiver`."""
@@ -75,7 +75,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.write(body)
 
     def release(self) -> None:
-        """The answer is whole: the connection is free, or closed if it cannot be used again."""
+        """The answer is whole: returns the connection to its pool, or closes it if it cannot be used again."""
         self.receiver = None
         if self.keep_alive and self.complete and not self.overrun:
             self.reused = True
@@ -84,12 +84,12 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """The engine learns at once that nobody listens."""
+        """Closes the connection at once, by which the engine learns that its answer is not wanted."""
         self.receiver = None
         if self.transport is not None:
             self.transport.abort()
 
-    # What the event loop does.
+    # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
@@ -121,7 +121,7 @@ class UpstreamConnection(asyncio.Protocol):
         if receiver is not None:
             receiver.lost(self, reason)
 
-    # What the parser does.
+    # What the parser calls.
 
     def on_message_begin(self) -> None:
         if self.complete:
@@ -140,7 +140,7 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class Pool:
-    """The idle connections to one address, newest last, and the making of new ones."""
+    """The idle connections to one address, newest last; makes new ones."""
 
     def __init__(self, host: str, port: int, connect_timeout_s: float) -> None:
         self._host = host
@@ -150,7 +150,7 @@ class Pool:
         self._closed = False
 
     def take(self) -> UpstreamConnection | None:
-        """An idle connection, the one used last."""
+        """Takes out the idle connection that was used last; None when there is none."""
         while self._idle:
             connection = self._idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
@@ -158,19 +158,19 @@ class Pool:
         return None
 
     def put(self, connection: UpstreamConnection) -> None:
-        """The connection is idle."""
+        """Takes back a connection that is idle now."""
         if self._closed:
             connection.abort()
         else:
             self._idle.append(connection)
 
     def remove(self, connection: UpstreamConnection) -> None:
-        """The connection has ended."""
+        """Forgets a connection that has ended."""
         if connection in self._idle:
             self._idle.remove(connection)
 
     async def connect(self) -> UpstreamConnection:
-        """A new connection.
+        """Opens a new connection.
 
         Raises:
             OSError: the engine cannot be reached, or not within the time (TimeoutError is one).
@@ -181,7 +181,7 @@ class Pool:
         return connection
 
     def close(self) -> None:
-        """Ends all idle connections, and those in use once they are idle."""
+        """Closes all idle connections, and those in use once they are idle."""
         self._closed = True
         for connection in list(self._idle):
             connection.abort()

@@ -1,6 +1,6 @@
-"""What the gateway reads of a request's body, once: model, stream, priority, session, and the prompt's size. Pure.
+"""Reads the fields of a request's body that dispatch needs: model, stream, priority, session, prompt. Pure.
 
-The body itself goes to the engine as it came. What the gateway does not need, it does not check: that is the engine's.
+The body itself goes to the engine as it came. The engine checks all other fields.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from moe_gateway.http.routes import Route
 
 
 class BadBody(ValueError):
-    """The body cannot be dispatched; the text is for the client, `param` the field that it is about."""
+    """The body cannot be dispatched; the text is for the client, `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class BadBody(ValueError):
 
 
 class Parsed(NamedTuple):
-    """What matters of a body; a tuple, because one is made for each request.
+    """The fields that dispatch needs; a tuple, because one is made for each request.
 
     Attributes:
         model: name of the model asked for; None when the body names none.
@@ -82,7 +82,7 @@ def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | No
 
 
 def _read_messages(messages: object) -> bytes:
-    """As `_texts`, but for the usual messages, each a role and a text, at a fraction of its cost."""
+    """The prompt of messages; for the usual ones, each a role and a text, at a fraction of the cost of `_texts`."""
     parts: list[str] = []
     for message in messages if type(messages) is list else ():
         if type(message) is not dict or len(message) != 2:
@@ -99,7 +99,7 @@ def _join(texts: Iterable[str]) -> bytes:
 
 
 def _read_input(value: object) -> tuple[bytes, int | None]:
-    """A text, texts, token ids, or lists of token ids."""
+    """The prompt of a text, texts, token ids or lists of token ids, and its exact tokens where they are ids."""
     if type(value) is str:
         return value.encode("utf-8", "replace"), None
     if type(value) is list and value:
@@ -111,7 +111,7 @@ def _read_input(value: object) -> tuple[bytes, int | None]:
 
 
 def _spell(ids: list[Any]) -> bytes:
-    """Token ids as bytes, for their prefix; nothing where they are nested as no ids are."""
+    """Token ids as bytes, for the prefix index; empty where they are nested too deep to be ids."""
     try:
         return orjson.dumps(ids)
     except orjson.JSONEncodeError:

@@ -1,112 +1,109 @@
-"""The watched stream of snapshots: one line for every change, made once for all who watch.
+"""The watched stream of state snapshots: one snapshot is serialised for each change and fanned out to all watchers.
 
-Run by `moe_agent.api.server`. While anyone watches, one task waits for the bell, looks whether something has changed,
-and makes the new line for everybody.
+Run by `moe_agent.api.server`. While anyone watches, one task looks at the shared-memory records every
+`POLL_INTERVAL_S`; a change within the agent itself (phase, settings) wakes it at once.
 
-Invariants: a watcher gets the state as of its begin, then the newest after each change: at most `LEAST_S` after it rang
-the bell, else `LOOK_S`; lines for all are no closer than `LEAST_S`, and one comes at least each `MOST_S`. Who is slow
-misses lines, never the newest. After `end` each watch has one more line, that of then. Where something goes wrong here,
-all watches end with that error, and the next one begins anew.
+Invariants: a watcher first gets the current snapshot, then each newer one; a slow watcher skips snapshots, never the
+latest. At least one snapshot is sent every `HEARTBEAT_S`. After `end` each watch yields one last snapshot. An error
+while a snapshot is made ends all watches with that error, and the next watch begins anew.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 
-from moe_agent.shared_memory.notifier import Announcements
-
-LEAST_S = 0.01
-MOST_S = 1.0
-# By itself, in case a ring is lost.
-LOOK_S = 0.25
+# A signal 0.1 s old costs nothing measurable in TTFT, and one look takes the agent a quarter of a millisecond.
+POLL_INTERVAL_S = 0.1
+HEARTBEAT_S = 1.0
 
 
 class StateBroadcaster:
-    """See the module.
+    """Sends the newest snapshot of the agent's state to everyone who watches it.
 
     Args:
-        bell: rings when a page has been written, or when something has changed in the agent itself.
-        fingerprint: differs when anything has changed.
-        line: the state as of now.
+        changed: set when something has changed in the agent itself.
+        version: differs from its last value when anything has changed.
+        serialise: the current state as one line of JSON.
     """
 
-    def __init__(self, bell: Announcements, fingerprint: Callable[[], object], line: Callable[[], bytes]) -> None:
-        self._bell, self._fingerprint, self._line = bell, fingerprint, line
+    def __init__(self, changed: asyncio.Event, version: Callable[[], object], serialise: Callable[[], bytes]) -> None:
+        self._changed, self._version, self._serialise = changed, version, serialise
         self._watchers = 0
-        self._looking: asyncio.Task[None] | None = None
-        self._told: _Told
+        self._polling: asyncio.Task[None] | None = None
+        self._latest: _LatestSnapshot
         self._ended = False
 
     def end(self) -> None:
-        """Lets all watches end after a last line."""
+        """Ends all watches after one last snapshot."""
         self._ended = True
-        self._bell.ring()
+        self._changed.set()
 
     async def watch(self) -> AsyncGenerator[bytes, None]:
-        """Lines, the first at once; ends after `end`."""
+        """Yields snapshots, the first at once; returns after `end`."""
         self._watchers += 1
         try:
-            if self._looking is None or self._looking.done():
-                self._told = _Told()
-                self._looking = asyncio.create_task(self._look(self._fingerprint()))
-            told, heard, ends = self._told, self._told.lines, False
-            yield self._line()
+            if self._polling is None or self._polling.done():
+                self._latest = _LatestSnapshot()
+                self._polling = asyncio.create_task(self._poll(self._version()))
+            latest, seen, ends = self._latest, self._latest.number, False
+            yield self._serialise()
             while not ends:
-                heard = await told.newer(heard)
-                ends = told.is_last
-                yield told.line
+                seen = await latest.wait_newer(seen)
+                ends = latest.is_last
+                yield latest.snapshot
         finally:
             self._watchers -= 1
             if self._watchers == 0:
                 await self._stop()
 
     async def _stop(self) -> None:
-        looking, self._looking = self._looking, None
-        if looking is not None:
-            looking.cancel()
-            await asyncio.wait({looking})
+        polling, self._polling = self._polling, None
+        if polling is not None:
+            polling.cancel()
+            await asyncio.wait({polling})
 
-    async def _look(self, seen: object) -> None:
-        told_s = time.monotonic()
+    async def _poll(self, sent: object) -> None:
+        """Publishes a snapshot whenever the version differs from that of the last one."""
+        sent_s = time.monotonic()
         try:
-            while not self._told.is_last:
-                await self._bell.wait(max(0.0, min(LOOK_S, told_s + MOST_S - time.monotonic())))
-                # Steps that are shorter than this share a line.
-                if (early_s := told_s + LEAST_S - time.monotonic()) > 0.0:
-                    await asyncio.sleep(early_s)
-                self._bell.hush()
-                found, now_s = self._fingerprint(), time.monotonic()
-                if found != seen or now_s - told_s >= MOST_S or self._ended:
-                    seen, told_s = found, now_s
-                    self._told.tell(self._line(), is_last=self._ended)
+            while not self._latest.is_last:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_INTERVAL_S):
+                        await self._changed.wait()
+                self._changed.clear()
+                version, now_s = self._version(), time.monotonic()
+                if version != sent or now_s - sent_s >= HEARTBEAT_S or self._ended:
+                    sent, sent_s = version, now_s
+                    self._latest.publish(self._serialise(), is_last=self._ended)
         except Exception as error:
-            self._told.fail(error)
+            self._latest.fail(error)
 
 
-class _Told:
-    """What was told since somebody began to look; the newest line alone is kept, however slow a watcher is."""
+class _LatestSnapshot:
+    """The newest snapshot with its number; older ones are not kept, however slow a watcher is."""
 
     def __init__(self) -> None:
-        self.lines, self.line, self.is_last = 0, b"", False
+        self.number, self.snapshot, self.is_last = 0, b"", False
         self._error: Exception | None = None
-        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def tell(self, line: bytes, *, is_last: bool) -> None:
-        self.lines, self.line, self.is_last = self.lines + 1, line, is_last
+    def publish(self, snapshot: bytes, *, is_last: bool) -> None:
+        self.number, self.snapshot, self.is_last = self.number + 1, snapshot, is_last
         self._wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
         self._wake()
 
-    async def newer(self, heard: int) -> int:
-        """How many lines there are, once there are more than `heard`."""
-        while self.lines == heard:
+    async def wait_newer(self, seen: int) -> int:
+        """The number of the newest snapshot, once it is greater than `seen`; raises the error of `fail`."""
+        while self.number == seen:
             if self._error is not None:
                 raise self._error
-            await asyncio.shield(self._news)
-        return self.lines
+            await asyncio.shield(self._replaced)
+        return self.number
 
     def _wake(self) -> None:
-        news, self._news = self._news, asyncio.get_running_loop().create_future()
-        news.set_result(None)
+        replaced, self._replaced = self._replaced, asyncio.get_running_loop().create_future()
+        replaced.set_result(None)

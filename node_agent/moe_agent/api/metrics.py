@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moe_contract.agent_state import AgentState
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -50,7 +51,7 @@ _STEP_TIME_GAUGES = {
 class AgentCollector(Collector):
     """Registered once; `snapshot` gives the document of `GET /v1/state`, `experts` that of `GET /v1/experts`."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], experts: Callable[[], dict[str, Any] | None]) -> None:
+    def __init__(self, snapshot: Callable[[], AgentState], experts: Callable[[], dict[str, Any] | None]) -> None:
         self._snapshot, self._experts = snapshot, experts
 
     def describe(self) -> list[Metric]:
@@ -62,46 +63,46 @@ class AgentCollector(Collector):
         yield from _engine_metrics(state)
         yield from _rank_metrics(state)
         if (experts := self._experts()) is not None:
-            yield from expert_metrics(state["name"], experts)
+            yield from expert_metrics(state.name, experts)
 
 
-def _engine_metrics(state: dict[str, Any]) -> Iterator[Metric]:
-    name = state["name"]
+def _engine_metrics(state: AgentState) -> Iterator[Metric]:
+    name = state.name
     phase = GaugeMetricFamily(
         "moeserving_engine_phase", "1 for the phase the engine is in.", labels=["engine", "phase"]
     )
     for known in Phase:
-        phase.add_metric([name, known.value], float(state["phase"] == known.value))
+        phase.add_metric([name, known.value], float(state.phase == known.value))
     yield phase
     accepting = GaugeMetricFamily("moeserving_engine_accepting", "1 while work is accepted.", labels=["engine"])
-    accepting.add_metric([name], float(state["accepting"]))
+    accepting.add_metric([name], float(state.accepting))
     yield accepting
     restarts = CounterMetricFamily("moeserving_engine_restarts", "Restarts after a failure.", labels=["engine"])
-    restarts.add_metric([name], state["engine"]["restarts"])
+    restarts.add_metric([name], state.engine.restarts)
     yield restarts
     version = GaugeMetricFamily("moeserving_engine_config_version", "Version of the settings.", labels=["engine"])
-    version.add_metric([name], state["config"]["version"])
+    version.add_metric([name], state.config.version)
     yield version
     policy = InfoMetricFamily("moeserving_engine_request_policy", "Order of the waiting queue.", labels=["engine"])
-    policy.add_metric([name], {key: str(value) for key, value in state["config"]["request"].items()})
+    policy.add_metric([name], {key: str(value) for key, value in state.config.document()["request"].items()})
     yield policy
 
 
-def _rank_metrics(state: dict[str, Any]) -> Iterator[Metric]:
-    rows = [([state["name"], str(row["rank"])], row) for row in state["ranks"]]
+def _rank_metrics(state: AgentState) -> Iterator[Metric]:
+    rows = [([state.name, str(row.rank)], row) for row in state.ranks]
     for key, (metric, text) in _RANK_GAUGES.items():
         gauge = GaugeMetricFamily(metric, text, labels=["engine", "rank"])
         for labels, row in rows:
-            gauge.add_metric(labels, row[key])
+            gauge.add_metric(labels, getattr(row, key))
         yield gauge
     for key, (metric, text) in _RANK_COUNTERS.items():
         counter = CounterMetricFamily(metric, text, labels=["engine", "rank"])
         for labels, row in rows:
-            counter.add_metric(labels, row[key])
+            counter.add_metric(labels, getattr(row, key))
         yield counter
     for key, (metric, text) in _STEP_TIME_GAUGES.items():
         gauge = GaugeMetricFamily(metric, text, labels=["engine", "rank"])
         for labels, row in rows:
-            if row["step_time"] is not None:
-                gauge.add_metric(labels, row["step_time"][key])
+            if row.step_time is not None:
+                gauge.add_metric(labels, getattr(row.step_time, key))
         yield gauge

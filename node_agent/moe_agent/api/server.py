@@ -1,33 +1,33 @@
 """The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
-from typing import Any
 
-import orjson
 from aiohttp import web
 from moe_contract.agent_config import AgentConfig, AgentSettings, parse_agent_settings
+from moe_contract.agent_state import AgentState, write_agent_state
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_document
 from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from moe_agent.api.broadcaster import StateBroadcaster
 from moe_agent.api.metrics import AgentCollector
-from moe_agent.api.state import build_snapshot
+from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.document import Document, PublishedExperts, shape_of
-from moe_agent.shared_memory.notifier import Announcements
-from moe_agent.shared_memory.telemetry import ControlPage, NotTaken, RankPages
+from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
+from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import Supervisor
 
-TAKE_TIMEOUT_S = 5.0
 # The placement of a hundred layers over a thousand slots takes half of it.
 _MAX_BODY_BYTES = 1024 * 1024
 
@@ -35,7 +35,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AgentServer:
-    """Routes over the agent's parts; holds no state but the feed of those who watch.
+    """Routes over the agent's parts; holds no state but the broadcaster of the watched stream.
 
     `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
     """
@@ -45,37 +45,37 @@ class AgentServer:
         config: AgentConfig,
         tokens: ControlTokens,
         supervisor: Supervisor,
-        ranks: RankPages,
-        control: ControlPage,
+        ranks: RankRecords,
+        control: SettingsPublisher,
         experts: PublishedExperts | None,
-        bell: Announcements,
+        changed: asyncio.Event,
     ) -> None:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(self.snapshot, self._read_experts))
-        self._feed = StateBroadcaster(bell, self._fingerprint, self._line)
+        self._broadcaster = StateBroadcaster(changed, self._snapshot_version, self._serialise)
 
     def build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
-        app.router.add_get("/v1/state", self._get_state)
-        app.router.add_get("/v1/experts", self._get_experts)
-        app.router.add_post("/v1/experts", self._with_token(self._post_experts))
-        app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/healthz", self._get_health)
-        app.router.add_get("/readyz", self._get_ready)
-        app.router.add_put("/v1/config", self._with_token(self._put_config))
-        app.router.add_post("/v1/drain", self._with_token(self._post_drain))
+        app.router.add_get(STATE, self._get_state)
+        app.router.add_get(EXPERTS, self._get_experts)
+        app.router.add_post(EXPERTS, self._with_token(self._post_experts))
+        app.router.add_get(METRICS, self._get_metrics)
+        app.router.add_get(HEALTHZ, self._get_health)
+        app.router.add_get(READYZ, self._get_ready)
+        app.router.add_put(CONFIG, self._with_token(self._put_config))
+        app.router.add_post(DRAIN, self._with_token(self._post_drain))
         return app
 
     def end_streams(self) -> None:
-        """Lets the watched streams end after their last line."""
-        self._feed.end()
+        """Ends the watched streams after one last snapshot."""
+        self._broadcaster.end()
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> AgentState:
         """The state as of now."""
-        return build_snapshot(
+        return build_state(
             self._name,
             self._model,
             self._supervisor,
@@ -90,22 +90,22 @@ class AgentServer:
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
-            return web.Response(body=self._line(), content_type="application/json")
+            return web.Response(body=self._serialise(), content_type="application/json")
         stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await stream.prepare(request)
-        async with aclosing(self._feed.watch()) as lines:
+        async with aclosing(self._broadcaster.watch()) as snapshots:
             try:
-                async for line in lines:
-                    await stream.write(line)
+                async for snapshot in snapshots:
+                    await stream.write(snapshot)
             except ConnectionResetError:
                 return stream
         return stream
 
-    def _line(self) -> bytes:
-        return orjson.dumps(self.snapshot(), option=orjson.OPT_APPEND_NEWLINE)
+    def _serialise(self) -> bytes:
+        return write_agent_state(self.snapshot())
 
-    def _fingerprint(self) -> tuple[int, ...]:
-        return (self._supervisor.revision, self._control.control.version, *self._ranks.fingerprint())
+    def _snapshot_version(self) -> tuple[int, ...]:
+        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions())
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

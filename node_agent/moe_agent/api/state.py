@@ -1,56 +1,37 @@
-"""The agent's snapshot, one JSON document of the supervisor, the ranks' pages and the settings in force. Pure."""
+"""The agent's state document, built from the supervisor, the ranks' records and the settings in force. Pure."""
 
-from dataclasses import fields, is_dataclass
-from functools import cache
-from typing import Any
+from moe_contract.agent_state import AgentSettingsInForce, AgentState, EngineProcess, RankReport
 
-from moe_agent.shared_memory.records import Control, RankState
+from moe_agent.shared_memory.control_record import Control
+from moe_agent.shared_memory.rank_record import RankState
 from moe_agent.supervisor.supervisor import Phase, Supervisor
 
 
-def build_snapshot(
+def build_state(
     name: str, model: str, supervisor: Supervisor, control: Control, ranks: dict[int, RankState], now_s: float
-) -> dict[str, Any]:
-    """The document of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
+) -> AgentState:
+    """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
     ready = supervisor.phase is Phase.READY
-    return {
-        "name": name,
-        "phase": supervisor.phase.value,
-        "accepting": supervisor.accepting,
-        "engine": {
-            "url": supervisor.url,
-            "model": model,
-            "pid": supervisor.pid,
-            "restarts": supervisor.restarts,
-            "last_exit": supervisor.last_exit,
-            "max_model_len": supervisor.max_model_len,
-        },
-        "config": {
-            "version": control.version,
-            "request": _fields(control.request),
-            "expert": _fields(control.expert),
-        },
-        "ranks": [
-            {"rank": rank, "age_s": signal_age_s(state, ready, now_s), **_fields(state.signal)}
+    return AgentState(
+        name=name,
+        phase=supervisor.phase.value,
+        accepting=supervisor.accepting,
+        engine=EngineProcess(
+            url=supervisor.url,
+            model=model,
+            pid=supervisor.pid,
+            restarts=supervisor.restarts,
+            last_exit=supervisor.last_exit,
+            max_model_len=supervisor.max_model_len,
+        ),
+        config=AgentSettingsInForce(version=control.version, request=control.request, expert=control.expert),
+        ranks=tuple(
+            RankReport.of(rank, signal_age_s(state, ready, now_s), state.signal)
             for rank, state in sorted(ranks.items())
-        ],
-    }
+        ),
+    )
 
 
 def signal_age_s(state: RankState, ready: bool, now_s: float) -> float:
-    """How old a rank's page is. An idle rank makes no steps, so its page stays true while its engine is ready."""
+    """Age of a rank's record. An idle rank makes no steps, so its record stays valid while its engine is ready."""
     return 0.0 if ready and state.idle else max(0.0, now_s - state.written_s)
-
-
-def _fields(values: Any) -> dict[str, Any]:
-    """As `dataclasses.asdict`, which copies each value deeply and takes ten times as long; made at each step."""
-    made = {}
-    for name in _names(values.__class__):
-        value = getattr(values, name)
-        made[name] = _fields(value) if is_dataclass(value) else value
-    return made
-
-
-@cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))

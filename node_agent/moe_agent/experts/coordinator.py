@@ -21,7 +21,8 @@ from moe_agent.experts.document import Document, build_document, write_document
 from moe_agent.experts.load import AFFINITY_PASSES, Affinity, Counts, Slots
 from moe_agent.experts.planning import Decide, MeasuredCosts, ThreadedPlanner
 from moe_agent.experts.sync_round import SyncRound
-from moe_agent.shared_memory.records import ControlPageReader, PageUnreadableError
+from moe_agent.shared_memory.control_record import ControlRecordReader
+from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Coordinator:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
         planner = ThreadedPlanner(decide, self._thread)
         self.controller = Controller(shape, placement, costs, planner, checksum, sharing)
-        self._control = ControlPageReader(run_dir)
+        self._control = ControlRecordReader(run_dir)
         self._sequence = 0
         self._affinity: Affinity | None = None
         self._passes_to_count = 0
@@ -84,7 +85,7 @@ class Coordinator:
             return
         try:
             control = self._control.read()
-        except PageUnreadableError:
+        except RecordUnreadableError:
             return
         self._sequence = sequence
         self.controller.configure(control.version, control.expert)

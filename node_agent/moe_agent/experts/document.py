@@ -101,7 +101,7 @@ def write_document(run_dir: Path, document: Document) -> None:
     head = json.dumps(_without_arrays(document, "", arrays)).encode()
     content = io.BytesIO()
     arrays[_HEAD] = np.frombuffer(head, np.uint8)
-    np.savez(content, allow_pickle=False, **arrays)
+    np.savez(content, **arrays)
     replace_file(experts_path(run_dir), content.getvalue())
 
 

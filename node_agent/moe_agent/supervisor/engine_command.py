@@ -1,22 +1,17 @@
-"""The command line and environment of vLLM on one node, from the agent's configuration. Pure."""
+"""The command line of vLLM on one node, from the agent's configuration. Pure."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
-from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.agent_config import EngineConfig
+from moe_contract.engine_process import DATA_PARALLEL_PORT, KV_CACHE_OPTION
 from moe_scheduling.expert.decision import ExpertSettings
 
-from moe_agent.shared_memory.records import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
 from moe_agent.supervisor.node import Node
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
 MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
-
-
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 HEADLESS = ("-m", "moe_agent.vllm.headless", "--headless")
-DATA_PARALLEL_PORT = 13345
 DEFAULT_EXPERT = ExpertSettings()
 # vLLM's own default on a CPU takes half of the machine, which several engines on one machine cannot.
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -58,7 +53,7 @@ def build_arguments(
     if engine.has_expert_group:
         arguments += _build_balancer_arguments(engine, expert, cpu_build=cpu_build)
     if cpu_build:
-        arguments += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
+        arguments += [KV_CACHE_OPTION, str(CPU_KV_CACHE_BYTES)]
         if engine.tensor_parallel == 1:
             arguments += ["--distributed-executor-backend", "uni"]
     return [*arguments, *engine.args]
@@ -97,37 +92,3 @@ def _build_node_arguments(engine: EngineConfig, node: Node) -> list[str]:
         *("--data-parallel-rpc-port", str(DATA_PARALLEL_PORT)),
     ]
     return [*arguments, "--data-parallel-start-rank", str(node.ranks.start)] if node.headless else arguments
-
-
-def build_environment(
-    config: AgentConfig, inherited: Mapping[str, str], *, cpu_build: bool, cpus: int
-) -> dict[str, str]:
-    """Environment of the engine's process: inherited, then ours, then the resource's own.
-
-    Args:
-        config: the agent's configuration.
-        inherited: the agent's own environment; what a person set there stays.
-        cpu_build: the installed vLLM runs on CPUs.
-        cpus: CPUs that this process may use.
-    """
-    defaults = {"VLLM_NO_USAGE_STATS": "1"}
-    if cpu_build:
-        defaults |= {
-            # Binding by NUMA node would put every engine of the machine on the same cores.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(cpus),
-        }
-        if config.engine.tensor_parallel == 1:
-            # Allows `uni` on the CPU, which vLLM would turn into `mp` because it binds threads from a parent process;
-            # here they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a
-            # third of the start and of the memory, and a message each way at every step.
-            defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if Path(config.engine.model).is_dir():
-        defaults["HF_HUB_OFFLINE"] = "1"
-    environment = {**defaults, **inherited, RUN_DIR_VARIABLE: str(config.run_dir.absolute())}
-    if config.engine.has_expert_group:
-        environment[EXPERT_GROUP_VARIABLE] = "1"
-    if any(argument.startswith("--kv-cache-memory-bytes") for argument in config.engine.args):
-        # vLLM lets this variable win over the argument that the resource asked for.
-        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return {**environment, **config.engine.env}

@@ -1,6 +1,6 @@
 """Which node of a replica this is: from the configuration and what a LeaderWorkerSet sets in each pod. Pure.
 
-Used by `moe_agent.app`, which gives it to what depends on it: the engine's arguments, its pages, its supervisor.
+Used by `moe_agent.app` for the engine's arguments, its shared-memory records and its supervisor.
 """
 
 from collections.abc import Mapping

@@ -22,6 +22,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 from moe_contract.agent_config import EngineConfig
+from moe_contract.engine_process import END_GRACE_S, SETTLE_S
 
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
-    """Where the engine is in its life."""
+    """Phase of the engine's life cycle."""
 
     STARTING = "starting"
     READY = "ready"
@@ -46,11 +47,11 @@ class Rules:
     Attributes:
         first_backoff_s: pause before the first restart; each further failure doubles it.
         last_backoff_s: longest pause between restarts.
-        steady_s: an engine that was ready for so long has recovered: the next failure is a first one again.
-        health_every_s: time between two looks at the engine's health.
-        health_timeout_s: patience for one answer.
-        settle_s: time between `accepting` turning false and the engine being told, in which gateways stop sending; a
-            request that reaches a draining engine gets an error.
+        steady_s: an engine that was ready for this long has recovered: the next failure counts as a first one.
+        health_every_s: time between two health checks.
+        health_timeout_s: time limit of one health check.
+        settle_s: time between `accepting` turning false and SIGTERM, in which gateways stop sending; a request that
+            reaches a draining engine gets an error.
         end_grace_s: time for the engine to end after its streams are over, before it is killed.
     """
 
@@ -59,8 +60,8 @@ class Rules:
     steady_s: float = 60.0
     health_every_s: float = 1.0
     health_timeout_s: float = 5.0
-    settle_s: float = 0.5
-    end_grace_s: float = 10.0
+    settle_s: float = SETTLE_S
+    end_grace_s: float = END_GRACE_S
 
     def backoff_s(self, failures: int) -> float:
         """Pause after the `failures`-th failure in a row."""
@@ -68,7 +69,7 @@ class Rules:
 
 
 class Supervisor:
-    """See the module.
+    """Runs one engine process: starts it, restarts it after a failure, and drains it on request.
 
     Args:
         engine: address and time limits of the engine.
@@ -97,7 +98,7 @@ class Supervisor:
         self._log = EngineLog(log_path)
         self._headless = headless
         self._on_restart, self._on_change = on_restart, on_change
-        self._drain, self._hurry = asyncio.Event(), asyncio.Event()
+        self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._server_pid: int | None = None
         self._phase = Phase.STARTING
@@ -131,16 +132,16 @@ class Supervisor:
         return self._server_pid
 
     def request_drain(self) -> None:
-        """Takes no more work from now on, ends the engine once its streams are over. Again: no effect."""
+        """Stops accepting work, and ends the engine once its streams are over; further calls change nothing."""
         if not self._drain.is_set():
             self._drain.set()
             if self._phase is not Phase.STOPPED:
                 self._enter(Phase.DRAINING)
 
     def request_kill(self) -> None:
-        """Ends the engine now."""
+        """Ends the engine without waiting for its streams."""
         self.request_drain()
-        self._hurry.set()
+        self._force_stop.set()
 
     async def run(self) -> None:
         """Keeps an engine alive until a drain is asked for; returns when it has ended."""
@@ -161,13 +162,13 @@ class Supervisor:
         self._enter(Phase.STOPPED)
 
     async def _live_once(self) -> str:
-        """One life of the engine; answers why it ended."""
+        """Starts the engine once and returns, when it has ended, the reason."""
         self._ready_since_s = None
         if not self._headless and (taken := find_port_conflict(self._engine.host, self._engine.port)) is not None:
             return taken
         self._on_restart()
         process = self._process = await self._spawn()
-        self._tell_change()
+        self._notify_change()
         watchers = {
             asyncio.create_task(process.wait(), name="exit"),
             asyncio.create_task(self._watch_process() if self._headless else self._watch_health(), name="health"),
@@ -206,17 +207,17 @@ class Supervisor:
 
     async def _drain_engine(self, process: asyncio.subprocess.Process) -> None:
         streams = self._ready_since_s is not None
-        hurry = asyncio.create_task(self._hurry.wait())
+        forced = asyncio.create_task(self._force_stop.wait())
         exited = asyncio.create_task(process.wait())
         try:
             if streams:
-                await asyncio.wait({hurry}, timeout=self._rules.settle_s)
+                await asyncio.wait({forced}, timeout=self._rules.settle_s)
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
             limit_s = self._rules.end_grace_s + (self._engine.drain_timeout_s if streams else 0.0)
-            await asyncio.wait({hurry, exited}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({forced, exited}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hurry.cancel()
+            forced.cancel()
             exited.cancel()
 
     async def _watch_health(self) -> str:
@@ -255,15 +256,15 @@ class Supervisor:
         if self._drain.is_set() and phase not in (Phase.DRAINING, Phase.STOPPED):
             return
         self._phase = phase
-        self._tell_change()
+        self._notify_change()
 
-    def _tell_change(self) -> None:
+    def _notify_change(self) -> None:
         self.revision += 1
         self._on_change()
 
 
 async def is_healthy(session: aiohttp.ClientSession) -> bool:
-    """One look at the engine's `/health`."""
+    """Whether the engine's `/health` answers 200."""
     try:
         async with session.get("/health") as answer:
             return answer.status == 200
@@ -293,7 +294,7 @@ def find_port_conflict(host: str, port: int) -> str | None:
 
 
 def kill_group(group: int) -> None:
-    """Kills what is left of a process group; nothing when nothing is."""
+    """Kills the remaining processes of a group; does nothing when none remains."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 

@@ -8,7 +8,8 @@ so that they need no patch; an expert group does, and only the processes of one 
 import multiprocessing
 import os
 
-from moe_agent.shared_memory.records import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
+from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
+
 from moe_agent.vllm.version import check_version, is_cpu_build
 
 

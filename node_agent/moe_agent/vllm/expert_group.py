@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_kernels.expert_load import map_and_record
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
@@ -37,7 +38,7 @@ from moe_agent.experts.load import RankReport, Slots
 from moe_agent.experts.planning import Decider, MeasuredCosts
 from moe_agent.experts.step_times import WorkMeter
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
-from moe_agent.shared_memory.records import RUN_DIR_VARIABLE, ExpertPageWriter, ExpertState
+from moe_agent.shared_memory.expert_record import ExpertRecordWriter, ExpertState
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -99,7 +100,7 @@ class ExpertGroup:
         self._rank, self._first = group.rank_in_group, group.ranks[0]
         self._meter, self._run_dir = meter, run_dir
         self._shape = self._read_shape(group.world_size)
-        assert state.should_record_tensor is not None
+        assert state.should_record_tensor is not None, "vLLM makes it with the balancer"
         self.recorder = LoadRecorder(self._model_state, state.should_record_tensor, self._shape.experts)
         self._passes = 0
         self._next_round = 1
@@ -110,7 +111,7 @@ class ExpertGroup:
         self._report_head = torch.zeros(2, dtype=torch.int64)
         self._gathering: tuple[dist.Work, list[Tensor]] | None = None
         self._routing: list[Tensor] | None = None
-        self._page = self._open_page(state)
+        self._record = self._open_record(state)
         self._coordinator = self._make_coordinator() if self._rank == 0 else None
         self._warn_of_monolithic()
         self._capture_tokens()
@@ -136,11 +137,11 @@ class ExpertGroup:
             if runner.is_monolithic or not isinstance(runner.router, BaseRouter):
                 logger.warning("The kernel of %s routes by itself: its load is not recorded", runner.layer_name)
 
-    def _open_page(self, state: EplbState) -> ExpertPageWriter | None:
+    def _open_record(self, state: EplbState) -> ExpertRecordWriter | None:
         """Opens the record for the scheduler: the first of the ranks that it drives writes it."""
         if get_tp_group().rank_in_group != 0:
             return None
-        return ExpertPageWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
+        return ExpertRecordWriter(self._run_dir, state.parallel_config.data_parallel_index, ExpertState())
 
     def _make_coordinator(self) -> Coordinator:
         sharing = 1 if self._runner(0).moe_config.is_sequence_parallel else get_tp_group().world_size
@@ -248,12 +249,12 @@ class ExpertGroup:
         return unpack_round(numbers.numpy())
 
     def _publish_to_scheduler(self, content: SyncRound) -> None:
-        if self._page is None:
+        if self._record is None:
             return
         ranks = get_tp_group().world_size
         pressure = max(content.pressures[self._rank : self._rank + ranks])
         version = content.config_version if self._is_beside_first else NOT_ASKED
-        self._page.write(ExpertState(config_version=version, balance=content.balance, pressure=pressure))
+        self._record.write(ExpertState(config_version=version, balance=content.balance, pressure=pressure))
 
     @cached_property
     def _is_beside_first(self) -> bool:

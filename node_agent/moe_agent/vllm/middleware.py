@@ -51,7 +51,7 @@ def is_serving_path(path: str, raw_path: bytes | None = None) -> bool:
 
 
 class ServingRoutesOnly:
-    """See the module."""
+    """ASGI middleware that lets requests for serving routes pass and answers all others with 404."""
 
     def __init__(self, app: App) -> None:
         self._app = app

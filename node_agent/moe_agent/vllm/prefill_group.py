@@ -1,9 +1,9 @@
-"""What the ranks of a lockstep group know of one another's prefills, through pages in the folder they share.
+"""Prefill states that the ranks of a lockstep group exchange through shared-memory records in their common folder.
 
-Made by the scheduler of each rank where ranks step together; no collective and no message, so a rank never waits for
-another. Ranks on other machines are not seen: each machine's ranks keep step among themselves.
+Made by the scheduler of each rank where ranks step together; without collectives and messages, so that a rank never
+waits for another. Ranks on other machines are not seen: the ranks of each machine coordinate among themselves.
 
-Invariant: a page that cannot be read, or that is old, counts as an idle rank.
+Invariant: a record that cannot be read, or that is old, counts as an idle rank.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,89 +12,84 @@ from typing import NamedTuple, Protocol
 
 from moe_scheduling.request.prefill_budget import RankLoad
 
-from moe_agent.shared_memory.records import (
-    PageUnreadableError,
-    PrefillPageReader,
-    PrefillPageWriter,
-    PrefillState,
-    StepPart,
-)
+from moe_agent.shared_memory.prefill_record import PrefillRecordReader, PrefillRecordWriter, PrefillState, StepPart
+from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
-# A rank that has told nothing for so long is idle: while one rank of a group computes, all make steps, and those with
-# requests tell at each.
+# Seconds after its last write from which a rank counts as idle: while one rank of a group computes, all make steps, and
+# ranks with requests write at each.
 IDLE_AFTER_S = 1.0
-# Steps are counted by turns: from 0 on in each wave, which begins when an idle group begins to step.
+# Turns number the steps: from 0 on in each wave; a wave begins when an idle group begins to step.
 WAVE_TURNS = 2**32
-# Calls between two looks for the pages of ranks that are not there yet, or were put in place anew.
+# Calls between two attempts to open records that do not exist yet or were replaced.
 _LOOK_EVERY = 64
 
 
 class PrefillGroup(Protocol):
-    """The other ranks."""
+    """The exchange with the other ranks of a group."""
 
-    def tell(self, state: PrefillState) -> None:
-        """Shows the own state to the others."""
+    def publish(self, state: PrefillState) -> None:
+        """Writes the state of this rank for the others."""
 
     def others(self, now_s: float) -> Sequence[PrefillState]:
-        """What those of the others last told that are not idle."""
+        """Returns the newest state of each other rank that is not idle."""
 
 
-class PagedPrefillGroup:
-    """The ranks on this machine.
+class SharedMemoryPrefillGroup:
+    """The exchange with the ranks on this machine.
 
     Args:
-        run_dir: where the pages are.
-        rank: the own one.
-        ranks: how many the group has.
+        run_dir: folder of the records.
+        rank: number of this rank.
+        ranks: number of ranks of the group.
     """
 
     def __init__(self, run_dir: Path, rank: int, ranks: int) -> None:
         self._run_dir = run_dir
-        self._page = PrefillPageWriter(run_dir, rank, PrefillState(0.0, 0.0, RankLoad(), RankLoad()))
-        self._readers: dict[int, PrefillPageReader | None] = {other: None for other in range(ranks) if other != rank}
+        self._record = PrefillRecordWriter(run_dir, rank, PrefillState(0.0, 0.0, RankLoad(), RankLoad()))
+        self._readers: dict[int, PrefillRecordReader | None] = {other: None for other in range(ranks) if other != rank}
         self._calls = 0
 
-    def tell(self, state: PrefillState) -> None:
-        self._page.write(state)
+    def publish(self, state: PrefillState) -> None:
+        self._record.write(state)
 
     def others(self, now_s: float) -> Sequence[PrefillState]:
-        looks = self._calls % _LOOK_EVERY == 0
+        reopens = self._calls % _LOOK_EVERY == 0
         self._calls += 1
         states = []
         for rank, reader in self._readers.items():
             state = _read(reader)
-            if looks and (state is None or now_s - state.written_s > IDLE_AFTER_S):
+            if reopens and (state is None or now_s - state.written_s > IDLE_AFTER_S):
                 state = _read(self._open(rank))
             if state is not None and now_s - state.written_s <= IDLE_AFTER_S:
                 states.append(state)
         return states
 
-    def _open(self, rank: int) -> PrefillPageReader | None:
-        """The page in place now: an engine that starts again puts a new one there."""
+    def _open(self, rank: int) -> PrefillRecordReader | None:
+        """Opens the record that is in place now: a restarted engine replaces its record. None where there is none."""
         if (old := self._readers[rank]) is not None:
             old.close()
         try:
-            reader = PrefillPageReader(self._run_dir, rank)
-        except PageUnreadableError:
+            reader = PrefillRecordReader(self._run_dir, rank)
+        except RecordUnreadableError:
             reader = None
         self._readers[rank] = reader
         return reader
 
 
-def _read(reader: PrefillPageReader | None) -> PrefillState | None:
+def _read(reader: PrefillRecordReader | None) -> PrefillState | None:
     try:
         return None if reader is None else reader.read()
-    except PageUnreadableError:
+    except RecordUnreadableError:
         return None
 
 
 class OtherParts(NamedTuple):
-    """What the other ranks put into a step.
+    """Load of the other ranks in one step.
 
     Attributes:
-        prefill_tokens: most prompt tokens of one of them.
-        decoding: most decoding requests of one of them.
-        tokens: all tokens of all of them.
+        prefill_tokens: greatest number of prompt tokens of one rank.
+        decoding: greatest number of decoding requests of one rank.
+        tokens: tokens of all of them.
     """
 
     prefill_tokens: int = 0
@@ -103,7 +98,7 @@ class OtherParts(NamedTuple):
 
 
 def sum_parts(parts: Iterable[StepPart]) -> OtherParts:
-    """Of one part of each rank; one that is missing put nothing in."""
+    """Returns the load of a step from the parts of the other ranks; missing parts count as empty."""
     prefill_tokens = decoding = tokens = 0
     for part in parts:
         prefill_tokens = max(prefill_tokens, part.prefill_tokens)
@@ -113,15 +108,15 @@ def sum_parts(parts: Iterable[StepPart]) -> OtherParts:
 
 
 def load_in_this_step(state: PrefillState, last_decided_s: float, now_s: float) -> RankLoad:
-    """What another rank had, or still has, to put into the step that is planned now.
+    """Returns the load that another rank had before its part of the step that is planned now.
 
-    The ranks plan a step at nearly the same time, in no certain order. One that has planned it already has taken its
-    own part from its load: what counts is the load before. Two steps are further apart than two ranks are within one,
-    so a plan made after the middle between the own last one and now belongs to this step.
+    The ranks plan a step at nearly the same time, in any order. A rank that has planned it already has subtracted its
+    part, so its load before counts. Plans of two steps are further apart than plans of one step, so a plan made after
+    the middle between this rank's last plan and now belongs to this step.
 
     Args:
-        state: what it told.
-        last_decided_s: when the own rank planned the step before.
-        now_s: monotonic clock of the machine.
+        state: the other rank's state.
+        last_decided_s: when this rank planned the step before.
+        now_s: the time, on the monotonic clock of the machine.
     """
     return state.before if state.decided_s > (last_decided_s + now_s) / 2 else state.after

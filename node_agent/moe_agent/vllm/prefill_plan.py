@@ -1,11 +1,11 @@
-"""The prefills of the next step of one rank: who could start, how many tokens, and who lets others go first.
+"""The prefills of the next step of one rank: which requests, and how many tokens of each.
 
-Made and asked by the scheduler, which alone calls it: `begin` before vLLM schedules a step, `grant` for each prompt
-that vLLM is about to put into it, `end` after.
+Made and called by the scheduler alone: `begin` before vLLM schedules a step, `grant` for each prompt that vLLM is about
+to put into it, `end` after it.
 
-Invariants: decoding requests are never touched; where nothing decodes, all that vLLM would take is granted, so that no
-request is ever stuck; a request gets no more than vLLM would have given. Under another order than `sjf` all is granted
-always: `fcfs` and `priority` are vLLM's own, step for step.
+Invariants: decoding requests are never changed; where nothing decodes, vLLM's own amount is granted, so that no request
+is ever stuck; a request gets at most what vLLM would have given it. Under `fcfs` and `priority` everything is granted:
+an engine does what vLLM does, step for step.
 """
 
 import math
@@ -13,18 +13,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from moe_scheduling.request.order import RequestPolicy, RequestSettings, Waiting
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.waiting_queue import Waiting
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.shared_memory.records import PrefillState, StepPart
+from moe_agent.shared_memory.prefill_record import PrefillState, StepPart
 from moe_agent.vllm.prefill_group import WAVE_TURNS, OtherParts, PrefillGroup, load_in_this_step, sum_parts
 
 _UNBOUNDED = 2**53
 
 
 class PrefillPlan:
-    """See the module.
+    """Bounds the prompt tokens of each step by the plan of the rank's group.
 
     Args:
         scheduler: a vLLM scheduler whose waiting queue is an `OrderedRequestQueue`.
@@ -40,15 +41,15 @@ class PrefillPlan:
         self._allowed: dict[str, int] = {}
         self._settings = RequestSettings()
         self.group: PrefillGroup | None = None
-        self._told: PrefillState | None = None
+        self._published: PrefillState | None = None
         self._parts = (StepPart(), StepPart())
         self._turn, self._next_s = 0, 0.0
-        # What the other ranks put into the planned step, as far as is known; and what into the one before it.
+        # Tokens and requests of the other ranks in the planned step, as far as known; and in the step before it.
         self.others = OtherParts()
         self.others_before = OtherParts()
 
     def take(self, settings: RequestSettings) -> None:
-        """Plans by `settings` from now on; what does more than order acts under `sjf` alone."""
+        """Plans by `settings` from now on; all switches are off under another policy than `sjf`."""
         if settings.policy is not RequestPolicy.SJF:
             settings = replace(
                 settings, yield_prefills=False, cut_prefills=False, defer_scheduling=False, kv_growth_blocks=0
@@ -57,7 +58,7 @@ class PrefillPlan:
 
     @property
     def settings(self) -> RequestSettings:
-        """Those in force."""
+        """The settings in force; switches are off where the policy turns them off."""
         return self._settings
 
     def begin(self, curve: StepTimeCurve | None, now_s: float) -> None:
@@ -73,7 +74,7 @@ class PrefillPlan:
         elif self._settings.cut_prefills and curve is not None and curve.knees:
             self._bound([self._load(ready)], curve)
         if self._settings.yield_prefills and partial and scheduler.waiting:
-            self._let_others_first(ready)
+            self._yield_to_waiting(ready)
 
     def _plan_group(
         self, group: PrefillGroup, ready: list[Waiting[Request]], curve: StepTimeCurve | None, now_s: float
@@ -93,15 +94,15 @@ class PrefillPlan:
         self.others = sum_parts(StepPart(now_s, min(level, load.prefill_tokens), load.decoding) for load in others)
 
     def _bound(self, loads: list[RankLoad], curve: StepTimeCurve | None) -> int:
-        """The own load comes first."""
+        """Returns the planned level and makes it the bound of this step. The rank's own load comes first."""
         level = plan_prefill_tokens(loads, curve if self._settings.cut_prefills else None)
-        # The level is made of estimates: where nothing is to be cut it must not cut either.
+        # The level comes from estimates: where cutting is off it must not bound the step.
         if loads[0].decoding and self._settings.cut_prefills:
             self._left = level
         return level
 
     def grant(self, request: Request, tokens: int) -> int:
-        """How many of the tokens that vLLM would compute of a prompt it may; 0: none in this step."""
+        """Returns how many of `tokens`, which vLLM would compute of a prompt, this step may; 0: none."""
         if not request.is_prefill_chunk and request.status is RequestStatus.RUNNING:
             return tokens
         if request.num_computed_tokens == 0 and not self._fits(request):
@@ -111,37 +112,44 @@ class PrefillPlan:
         return granted
 
     def end(self, computed_tokens: int, now_s: float, turn: int, next_s: float) -> None:
-        """The step of this turn was scheduled with so many prompt tokens; the next one will be at `next_s`."""
+        """Publishes that the step of this turn was scheduled.
+
+        Args:
+            computed_tokens: its prompt tokens.
+            now_s: the time.
+            turn: number of the step, as all ranks count.
+            next_s: when the next step will be scheduled.
+        """
         if self.group is None:
             return
         self._turn, self._next_s = turn, next_s
         self._parts = (StepPart(now_s, computed_tokens, self._before.decoding), self._parts[0])
-        self.tell(now_s)
+        self.publish(now_s)
 
-    def tell(self, now_s: float) -> None:
-        """Shows the other ranks what is there now."""
+    def publish(self, now_s: float) -> None:
+        """Publishes the present load to the other ranks."""
         if self.group is not None:
             after = self._load(self._ready())
-            self._told = PrefillState(
+            self._published = PrefillState(
                 now_s, self._decided_s, self._before, after, self._parts, self._turn, self._next_s
             )
-            self.group.tell(self._told)
+            self.group.publish(self._published)
 
     def expect(self, next_s: float, now_s: float) -> None:
-        """More is known of when the next step will be scheduled."""
-        if self.group is not None and self._told is not None and self._settings.defer_scheduling:
+        """Publishes a better estimate of when the next step will be scheduled."""
+        if self.group is not None and self._published is not None and self._settings.defer_scheduling:
             self._next_s = next_s
-            self._told = self._told._replace(written_s=now_s, next_s=next_s)
-            self.group.tell(self._told)
+            self._published = self._published._replace(written_s=now_s, next_s=next_s)
+            self.group.publish(self._published)
 
     def others_scheduled(self, turn: int, now_s: float) -> bool:
-        """Whether another rank has scheduled its part of the step of this turn."""
+        """Returns whether another rank has scheduled its part of the step of this turn."""
         return self.group is not None and any(
             turn <= state.turn < turn + WAVE_TURNS - turn % WAVE_TURNS for state in self.group.others(now_s)
         )
 
     def others_next_s(self, turn: int, now_s: float) -> float:
-        """When the last of those schedules that took part in the step before this turn; 0 where none did."""
+        """Returns when the last rank of the step before this turn schedules the next one; 0 where none took part."""
         if self.group is None:
             return 0.0
         return max((state.next_s for state in self.group.others(now_s) if state.turn == turn - 1), default=0.0)
@@ -164,18 +172,18 @@ class PrefillPlan:
         )
 
     def _ready(self) -> list[Waiting[Request]]:
-        """Those first in the queue that KV blocks and seats allow, up to the tokens of a step."""
+        """Returns the first waiting requests that KV blocks, `max_num_seqs` and the token budget of a step allow."""
         scheduler = self._scheduler
         if not scheduler.waiting:
             return []
-        seats = scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input
+        free_seqs = scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks() - self._blocks(_left(scheduler))
         running = len(scheduler.running)
         tokens = 0
         ready: list[Waiting[Request]] = []
         for waiting in scheduler.waiting.in_order():
             free -= self._blocks(waiting.size_tokens)
-            if seats <= len(ready) or tokens >= scheduler.max_num_scheduled_tokens:
+            if free_seqs <= len(ready) or tokens >= scheduler.max_num_scheduled_tokens:
                 break
             if running + len(ready) and free < self._growth(running + len(ready)):
                 break
@@ -183,8 +191,8 @@ class PrefillPlan:
             ready.append(waiting)
         return ready
 
-    def _let_others_first(self, ready: list[Waiting[Request]]) -> None:
-        """A prompt in chunks gets what waiting ones that come before it leave."""
+    def _yield_to_waiting(self, ready: list[Waiting[Request]]) -> None:
+        """Grants each prompt in chunks the tokens that waiting requests with a lesser key leave of the step."""
         scheduler = self._scheduler
         step_tokens = min(self._left, scheduler.max_num_scheduled_tokens - len(scheduler.running))
         for request in scheduler._inflight_prefills:
@@ -194,7 +202,7 @@ class PrefillPlan:
                 self._allowed[request.request_id] = max(0, step_tokens - before)
 
     def _fits(self, request: Request) -> bool:
-        """Whether the running requests can still grow once this one is admitted."""
+        """Returns whether enough KV blocks stay free for the running requests once this one is admitted."""
         scheduler = self._scheduler
         running = len(scheduler.running)
         if not self._settings.kv_growth_blocks or not running:

@@ -1,12 +1,12 @@
-"""vLLM's waiting queue in the order of layer 1: vLLM's `RequestQueue` over `moe_scheduling.request.order.WaitingQueue`.
+"""vLLM's waiting queue in the order of layer 1: its `RequestQueue` over `WaitingQueue` of `moe_scheduling.request`.
 
-Made by the scheduler, which alone calls it. Under `fcfs` the order equals that of vLLM's own `FCFSRequestQueue`, under
+Made and called by the scheduler alone. Under `fcfs` the order equals that of vLLM's own `FCFSRequestQueue`, under
 `priority` that of its `PriorityRequestQueue`.
 
 Invariants: a request that leaves the queue and comes back (skipped in a scheduling pass) takes its old place again. A
 preempted one keeps its arrival and counts with the tokens that it has to compute again; under `fcfs` it comes first.
-The size of a job is measured when it is pushed; what comes into the prefix cache later is found when it is scheduled.
-Whose a request is stands in its id.
+The size of a request is measured when it is pushed; tokens that enter the prefix cache later are found when it is
+scheduled. The tenant of a request is part of its id.
 """
 
 import math
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.fairness import OUTPUT_WEIGHT
-from moe_scheduling.request.order import RequestSettings, Waiting, WaitingQueue, order_key
+from moe_scheduling.request.order import RequestSettings, order_key
+from moe_scheduling.request.waiting_queue import Waiting, WaitingQueue
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 
 class OrderedRequestQueue(RequestQueue):
-    """The adapter.
+    """A vLLM request queue that delegates the order to `WaitingQueue`.
 
     Args:
-        settings: the order.
-        measure: uncached prefill tokens of a request, as of now.
+        settings: policy and figures of the order.
+        measure: returns the uncached prefill tokens of a request, as of now.
     """
 
     def __init__(self, settings: RequestSettings, measure: Callable[[Request], int]) -> None:
@@ -40,15 +40,15 @@ class OrderedRequestQueue(RequestQueue):
         return self._queue.size_tokens
 
     def reorder(self, settings: RequestSettings) -> None:
-        """Orders what waits, and what comes, by `settings`."""
+        """Orders waiting and coming requests by `settings`."""
         self._queue.reorder(settings)
 
     def in_order(self) -> Iterator[Waiting[Request]]:
-        """What waits, found one by one in the order of service."""
+        """Yields the waiting requests lazily in the order of service."""
         return self._queue.in_order()
 
     def key(self, request: Request, size_tokens: int) -> tuple[float, float]:
-        """The place that a request with so many tokens left would have."""
+        """Returns the key that a request would have with `size_tokens` left to compute."""
         primary, arrival_s = order_key(
             self._queue.settings,
             size_tokens=size_tokens,
@@ -58,15 +58,16 @@ class OrderedRequestQueue(RequestQueue):
         return primary + self._queue.lag_s(tenant_of(request.request_id)), arrival_s
 
     def charge_prefill(self, tokens: Mapping[str, int]) -> None:
-        """So many tokens of the prompts of these requests are computed, for their tenants."""
+        """Charges the tenants of these requests for the prompt tokens that a step computes."""
         if self._queue.charges:
             for request_id, count in tokens.items():
                 self._queue.charge(tenant_of(request_id), count)
 
     def charge_output(self, request: Request) -> None:
-        """The request has ended."""
+        """Charges the tenant of a request that has ended for its output tokens."""
         if self._queue.charges:
-            self._queue.charge(tenant_of(request.request_id), OUTPUT_WEIGHT * request.num_output_tokens)
+            weight = self._queue.settings.output_weight
+            self._queue.charge(tenant_of(request.request_id), weight * request.num_output_tokens)
 
     # The rest is vLLM's interface.
 
@@ -74,11 +75,11 @@ class OrderedRequestQueue(RequestQueue):
         self._push(request)
 
     def prepend_request(self, request: Request) -> None:
-        """A preempted request."""
+        """Puts back a preempted request."""
         self._push(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Requests that a scheduling pass took out and could not use, the last one first, as for vLLM's own queue."""
+        """Puts back requests that a scheduling pass took out and could not use, the last one first."""
         for request in requests:
             self._push(request)
 
@@ -119,7 +120,7 @@ class OrderedRequestQueue(RequestQueue):
         )
 
     def _arrival_s(self, request: Request) -> float:
-        """The request's own time of arrival, moved up to after that of every earlier one.
+        """Returns the request's time of arrival, moved to after that of every earlier request.
 
         API servers stamp the arrival by the wall clock, which may step back; the order of arrival here must not.
         """

@@ -1,4 +1,4 @@
-"""vLLM's scheduler with the queue order of layer 1, publishing the engine's state at every step.
+"""vLLM's scheduler with the queue order of layer 1; publishes the engine's state.
 
 Named to vLLM by `--scheduler-cls moe_agent.vllm.scheduler.OrderedScheduler`; runs in the process of the engine core,
 one for each data-parallel rank. Without `MOESERVING_RUN_DIR` it orders by the default settings and publishes nothing.
@@ -6,19 +6,23 @@ one for each data-parallel rank. Without `MOESERVING_RUN_DIR` it orders by the d
 vLLM calls this interface not public: `moe_agent.vllm.version` refuses unknown versions, and `tests/agent` fails when
 one of the attributes used here is gone.
 
-Invariants: the settings of the control page are in force before any decision that follows their write; the page is true
-at the end of every step, and also after a request was added or ended while no step runs. What the rank's worker found
-about its expert group is passed on as it is; settings count as taken when the group is in step with them too.
+Invariants: the settings of the control record are in force before any decision that follows their write. The rank's
+record is written when a request is added or aborted and when the last one ends; between steps it is at most
+`PUBLISH_INTERVAL_S` behind. What the rank's worker found about its expert group is passed on as it is; settings count
+as taken when the group applies them too.
 """
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -30,30 +34,27 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from moe_agent.shared_memory.records import (
-    RUN_DIR_VARIABLE,
-    ControlPageReader,
-    ExpertPageReader,
-    ExpertState,
-    PageUnreadableError,
-    RankPageWriter,
-    RankState,
-)
-from moe_agent.step_curve import StepCurve
+from moe_agent.shared_memory.control_record import ControlRecordReader
+from moe_agent.shared_memory.expert_record import ExpertRecordReader, ExpertState
+from moe_agent.shared_memory.rank_record import RankRecordWriter, RankState
+from moe_agent.shared_memory.seqlock import RecordUnreadableError
+from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
-from moe_agent.vllm.deferred_start import start_late
-from moe_agent.vllm.prefill_group import OtherParts, PagedPrefillGroup, PrefillGroup
+from moe_agent.vllm.deferred_start import defer_steps
+from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.version import check_version
 
-# An output that is there so soon after the launch of the next step was there before it.
+# Between two writes of the rank's record while requests run: its reader looks every 100 ms.
+PUBLISH_INTERVAL_S = 0.05
+# An output that is there this soon after the launch of the next step was there before it.
 _AT_ONCE_S = 0.001
 
 
 @dataclass(slots=True)
 class StepWork:
-    """What one scheduled step carries, until its time is learnt from: the other ranks' part decides with the own."""
+    """The load of one scheduled step, of this rank and of the others, kept until the fits learn from its time."""
 
     scheduled_s: float
     prefill_tokens: dict[str, int]
@@ -63,23 +64,24 @@ class StepWork:
     others: OtherParts
     predicted_s: float = 0.0
     step_s: float = 0.0
-    # Whether the next step waited for it to end nearly, and when it was seen to have ended; 0: it was not.
+    # Whether the next step was deferred until its end, and when it was seen to have ended; 0: it was not.
     waited_for: bool = False
     ended_s: float = 0.0
 
 
 class OrderedScheduler(AsyncScheduler):
-    """See the module."""
+    """vLLM's asynchronous scheduler with our waiting queue, prefill plan and deferral of steps, one for each rank."""
 
     waiting: OrderedRequestQueue
     # The clock of the machine; virtual time sets its own.
     clock = staticmethod(time.monotonic)
+    publish_interval_s = PUBLISH_INTERVAL_S
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_version()
         super().__init__(*args, **kwargs)
         run_dir = os.environ.get(RUN_DIR_VARIABLE)
-        self._control = ControlPageReader(Path(run_dir)) if run_dir else None
+        self._control = ControlRecordReader(Path(run_dir)) if run_dir else None
         self._pid = os.getpid()
         self._control_sequence = 0
         self._config_version = 0
@@ -90,9 +92,9 @@ class OrderedScheduler(AsyncScheduler):
         self._last_planned: StepWork | None = None
         self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
-        self._step_curve = StepCurve()
-        self._late = DeferredScheduling()
-        # Of the next step, in a count that all ranks of a group share; set by the core where steps are scheduled late.
+        self._step_curve = StepTimeCurveFit()
+        self._deferral = DeferredScheduling()
+        # Number of the next step, in a count that all ranks of a group share; set by the core where steps are deferred.
         self.turn = 0
         self._last_output_s = self._launched_s = 0.0
         self._busy = False
@@ -102,14 +104,20 @@ class OrderedScheduler(AsyncScheduler):
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
-            self.join(PagedPrefillGroup(Path(run_dir), rank, ranks))
+            self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
-            _start_late()
-        self._expert_page = _open_expert_page(Path(run_dir), rank) if run_dir else None
+            _defer_steps()
+        self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
-        self._page = RankPageWriter(Path(run_dir), rank, self._first_state()) if run_dir else None
+        state = RankState(
+            pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
+        )
+        self._record = RankRecordWriter(Path(run_dir), rank, state) if run_dir else None
+        # The same fields, writable: a frozen snapshot for each write would take longer than the write.
+        self._state: Any = _writable(state)
+        self._publish_at_s = -math.inf
 
     # 1. Decide by the settings in force.
 
@@ -125,12 +133,12 @@ class OrderedScheduler(AsyncScheduler):
         return output
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM asks this of every request that it is about to put into a step; 0 leaves the request out of it."""
+        """The tokens of a request that a step may take; vLLM asks for each prompt, and 0 leaves the request out."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return self._plan.grant(request, tokens)
 
     def join(self, group: PrefillGroup) -> None:
-        """Keeps step with the prefills of other ranks."""
+        """Plans prefills together with the other ranks of `group` from now on."""
         self._plan.group = group
 
     def _curve(self) -> StepTimeCurve | None:
@@ -141,7 +149,7 @@ class OrderedScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         self.take_settings()
         super().add_request(request)
-        self._plan.tell(self.clock())
+        self._plan.publish(self.clock())
         self.publish()
 
     # 2. Observe what happened.
@@ -173,23 +181,17 @@ class OrderedScheduler(AsyncScheduler):
         """Requests in the midst of their prefill."""
         return [request.request_id for request in self._inflight_prefills]
 
-    def begin_step(self, output: SchedulerOutput, prefilling: Iterable[str], scheduled_s: float) -> StepWork:
-        """Notes what a step carries: who was in the midst of a prefill, is new or resumed prefills, others decode."""
-        scheduled = output.num_scheduled_tokens
-        candidates = [*prefilling, *output.scheduled_cached_reqs.resumed_req_ids]
-        candidates += [new.req_id for new in output.scheduled_new_reqs]
-        prefill_tokens = {name: scheduled[name] for name in candidates if name in scheduled} if candidates else {}
-        work = StepWork(
-            scheduled_s,
-            prefill_tokens,
-            output.total_num_scheduled_tokens,
-            sum(prefill_tokens.values()),
-            len(scheduled) - len(prefill_tokens),
-            self._plan.others,
-        )
+    def begin_step(self, output: SchedulerOutput, prefilling: list[str], scheduled_s: float) -> StepWork:
+        """Records the load of a scheduled step: requests amid a prefill, new or resumed prefill, all others decode."""
+        prefill_tokens = _prefill_tokens(output, prefilling)
+        own_prefill_tokens = 0
         if prefill_tokens:
+            own_prefill_tokens = sum(prefill_tokens.values())
             self.waiting.charge_prefill(prefill_tokens)
-        if work.tokens:
+        tokens = output.total_num_scheduled_tokens
+        decoding = len(output.num_scheduled_tokens) - len(prefill_tokens)
+        work = StepWork(scheduled_s, prefill_tokens, tokens, own_prefill_tokens, decoding, self._plan.others)
+        if tokens:
             work.predicted_s = self._step_curve.step_s(*_fullest(work))
         self._step_work.append(work)
         self._last_planned = work
@@ -202,14 +204,17 @@ class OrderedScheduler(AsyncScheduler):
             self._computed_tokens += work.tokens
             work.step_s = (work.ended_s or now_s) - self._begun_s(work)
             overran = work.waited_for and (work.ended_s > 0.0 or now_s - self._launched_s < _AT_ONCE_S)
-            self._late.observe(work.predicted_s, work.step_s, overran=overran)
+            self._deferral.observe(work.predicted_s, work.step_s, overran=overran)
             # The time of a step that had ended unseen is that of the wait, and would teach to wait for longer.
             if work.ended_s or not overran:
-                self._learn_when_told(work)
+                self._learn_when_complete(work)
         self._last_output_s, self._busy = now_s, bool(self.running)
         self._steps += 1
-        self._plan.expect(self._next_s(), now_s)
-        self.publish()
+        if self._plan.group is not None:
+            self._plan.expect(self._next_s(), now_s)
+        # While requests run another step ends soon; a state without any must not be left unpublished.
+        if now_s >= self._publish_at_s or not self._busy:
+            self.publish()
 
     def _begun_s(self, work: StepWork) -> float:
         """With asynchronous scheduling a step is scheduled while its predecessor runs, so it begins when that one's
@@ -221,10 +226,10 @@ class OrderedScheduler(AsyncScheduler):
         """Whether this rank schedules no sooner than another one of its group has to, and with the first that does."""
         return self._plan.group is not None and self._plan.settings.defer_scheduling
 
-    def late_s(self) -> float:
-        """Seconds that the scheduling of the next step may still wait for what comes; 0 where it may not.
+    def defer_s(self) -> float:
+        """Seconds by which the scheduling of the next step may still be deferred; 0 where it may not.
 
-        A rank without a step on its way has those of its group to wait for.
+        A rank without a step in flight waits for the ranks of its group that have one.
         """
         if len(self._step_work) > 1 or not self._plan.settings.defer_scheduling:
             return 0.0
@@ -233,19 +238,19 @@ class OrderedScheduler(AsyncScheduler):
         return max(0.0, next_s - now_s)
 
     def _next_s(self) -> float:
-        """When the next step is to be scheduled; while two are on their way, as far as can be told."""
+        """When the next step will be scheduled; an estimate while two steps are in flight; 0 while none is."""
         if not self._step_work:
             return 0.0
         first, last = self._step_work[0], self._step_work[-1]
         ends_s = first.predicted_s if last is not first else 0.0
-        return self._begun_s(first) + ends_s + self._late.wait_s(last.predicted_s)
+        return self._begun_s(first) + ends_s + self._deferral.wait_s(last.predicted_s)
 
     def others_scheduled(self) -> bool:
         """Whether another rank of the group has scheduled its part of the next step."""
         return self._plan.others_scheduled(self.turn, self.clock())
 
     def waited(self, *, has_ended: bool) -> None:
-        """The next step waited for the one that runs."""
+        """Notes that the next step was deferred; `has_ended`: the step that runs was seen to have ended."""
         work = self._step_work[0]
         work.waited_for, work.ended_s = True, self.clock() if has_ended else 0.0
 
@@ -255,12 +260,12 @@ class OrderedScheduler(AsyncScheduler):
         return super().get_grammar_bitmask(scheduler_output)
 
     def _complete_last_step(self) -> None:
-        """A step is planned from what the others may put into it; before the next one they have told what they did."""
+        """Replaces the predicted load of the other ranks in the last step by the load that they published since."""
         if self._last_planned is not None and self._plan.group is not None:
             self._last_planned.others = self._plan.others_before
 
-    def _learn_when_told(self, work: StepWork) -> None:
-        """In a group a step is learnt from at the end of the next: its others are known by then, whatever ends when."""
+    def _learn_when_complete(self, work: StepWork) -> None:
+        """Learns from a step; in a group at the end of the next step, when the load of all ranks is known."""
         if self._plan.group is None:
             self._learn(work)
             return
@@ -270,42 +275,43 @@ class OrderedScheduler(AsyncScheduler):
 
     def _learn(self, work: StepWork) -> None:
         prefill_tokens, decoding, all_tokens = _fullest(work)
-        self._step_time.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding, step_s=work.step_s)
+        step_s = work.step_s
+        self._step_time.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding, step_s=step_s)
         self._step_curve.observe(
-            prefill_tokens=prefill_tokens, decoding_requests=decoding, all_tokens=all_tokens, step_s=work.step_s
+            prefill_tokens=prefill_tokens, decoding_requests=decoding, all_tokens=all_tokens, step_s=step_s
         )
 
     # 3. Publish.
 
     def publish(self) -> None:
-        """Writes the page, if there is one."""
-        if self._page is None:
+        """Writes the rank's record, if there is one."""
+        if self._record is None:
             return
         self.take_experts()
         prefilling, prefill_tokens = self._prefill_left()
         running, waiting = self.get_request_counts()
-        self._page.write(
-            pid=self._pid,
-            written_s=self.clock(),
-            config_version=self._taken_version(),
-            step=self._steps,
-            running=running,
-            waiting=waiting,
-            waiting_prefill_tokens=self._waiting_prefill_tokens(),
-            running_prefill_tokens=prefill_tokens,
-            decode_tokens=running - prefilling,
-            kv_usage=self.get_kv_cache_usage(),
-            preemptions=self._preemptions,
-            computed_tokens=self._computed_tokens,
-            step_time=self._step_time.line,
-            expert_balance=self._experts.balance,
-            expert_pressure=self._experts.pressure,
-        )
+        state, signal, now_s = self._state, self._state.signal, self.clock()
+        state.written_s = now_s
+        state.config_version = self._taken_version()
+        signal.step = self._steps
+        signal.running = running
+        signal.waiting = waiting
+        signal.waiting_prefill_tokens = self._waiting_prefill_tokens()
+        signal.running_prefill_tokens = prefill_tokens
+        signal.decode_tokens = running - prefilling
+        signal.kv_usage = self.get_kv_cache_usage()
+        signal.preemptions = self._preemptions
+        signal.computed_tokens = self._computed_tokens
+        signal.step_time = self._step_time.line
+        signal.expert_balance = self._experts.balance
+        signal.expert_pressure = self._experts.pressure
+        self._record.write(state)
+        self._publish_at_s = now_s + self.publish_interval_s
 
     def _prefill_left(self) -> tuple[int, int]:
-        """Running requests whose prompt is not computed yet, and the tokens of it that are left.
+        """How many running requests have prompt tokens left to compute, and how many tokens these are.
 
-        vLLM counts a token as computed once it is scheduled; a step that is still on its way has not computed its own.
+        vLLM counts a token as computed once it is scheduled; the tokens of a step in flight are counted as left here.
         """
         if not self._inflight_prefills and not any(work.prefill_tokens for work in self._step_work):
             return 0, 0
@@ -328,11 +334,6 @@ class OrderedScheduler(AsyncScheduler):
                 tokens += request.num_tokens - request.num_computed_tokens
         return tokens
 
-    def _first_state(self) -> RankState:
-        return RankState(
-            pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
-        )
-
     # 4. Size and order.
 
     def _uncached_prefill_tokens(self, request: Request) -> int:
@@ -346,12 +347,15 @@ class OrderedScheduler(AsyncScheduler):
         return request.num_tokens - cached_tokens
 
     def take_settings(self) -> None:
-        """Two loads from memory when nothing changed; settings that are being written are taken at the next step."""
+        """Applies new settings; settings that are being written are taken at the next step.
+
+        Two loads from memory when nothing changed.
+        """
         if self._control is None or (sequence := self._control.sequence()) == self._control_sequence:
             return
         try:
             control = self._control.read()
-        except PageUnreadableError:
+        except RecordUnreadableError:
             return
         self._control_sequence, self._config_version = sequence, control.version
         self.waiting.reorder(control.request)
@@ -361,42 +365,57 @@ class OrderedScheduler(AsyncScheduler):
         self.policy = SchedulingPolicy.FCFS if control.request.policy == "fcfs" else SchedulingPolicy.PRIORITY
 
     def take_experts(self) -> None:
-        """What the rank's worker last found; one load from memory when that is nothing new."""
-        if self._expert_page is None or (sequence := self._expert_page.sequence()) == self._expert_sequence:
+        """Reads the state of the expert group; one load from memory when it has not changed."""
+        if self._expert_record is None or (sequence := self._expert_record.sequence()) == self._expert_sequence:
             return
         try:
-            self._experts = self._expert_page.read()
-        except PageUnreadableError:
+            self._experts = self._expert_record.read()
+        except RecordUnreadableError:
             return
         self._expert_sequence = sequence
 
     def _taken_version(self) -> int:
-        """Version of the settings that the queue is ordered by and the expert group is in step with."""
-        if self._expert_page is None:
+        """Version of the settings that both the queue and the expert group apply."""
+        if self._expert_record is None:
             return self._config_version
         return min(self._config_version, self._experts.config_version)
 
 
-def _start_late() -> None:
+def _defer_steps() -> None:
     """Here and not above: only an engine core has loaded the module of the cores already."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    start_late(EngineCoreProc)
+    defer_steps(EngineCoreProc)
+
+
+def _prefill_tokens(output: SchedulerOutput, prefilling: list[str]) -> dict[str, int]:
+    """Prompt tokens that a step computes, by request; a step that only decodes is found without looking at requests."""
+    resumed, new = output.scheduled_cached_reqs.resumed_req_ids, output.scheduled_new_reqs
+    if not (prefilling or resumed or new):
+        return {}
+    scheduled = output.num_scheduled_tokens
+    candidates = [*prefilling, *resumed, *(request.req_id for request in new)]
+    return {name: scheduled[name] for name in candidates if name in scheduled}
 
 
 def _fullest(work: StepWork) -> tuple[int, int, int]:
     """Prompt tokens and decoding requests of the fullest rank, and the tokens of all ranks."""
-    others = work.others
-    return (
-        max(work.own_prefill_tokens, others.prefill_tokens),
-        max(work.own_decoding, others.decoding),
-        work.tokens + others.tokens,
-    )
+    prefill_tokens, decoding, tokens = work.others
+    if not tokens:
+        return work.own_prefill_tokens, work.own_decoding, work.tokens
+    return max(work.own_prefill_tokens, prefill_tokens), max(work.own_decoding, decoding), work.tokens + tokens
 
 
-def _open_expert_page(run_dir: Path, rank: int) -> ExpertPageReader | None:
-    """The worker puts its page in place while it loads the model, which is before there is a scheduler."""
+def _writable(state: RankState) -> SimpleNamespace:
+    """The fields of a state, in objects whose fields can be set."""
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    signal = SimpleNamespace(**{field.name: getattr(state.signal, field.name) for field in fields(state.signal)})
+    return SimpleNamespace(**{**values, "signal": signal})
+
+
+def _open_expert_record(run_dir: Path, rank: int) -> ExpertRecordReader | None:
+    """The worker puts its record in place while it loads the model, which is before there is a scheduler."""
     try:
-        return ExpertPageReader(run_dir, rank)
-    except PageUnreadableError:
+        return ExpertRecordReader(run_dir, rank)
+    except RecordUnreadableError:
         return None

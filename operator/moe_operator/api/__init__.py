@@ -1,9 +1,10 @@
 """The MoEServing resource: its models, the way in and out of YAML, and the settings that it asks for."""
 
 from moe_operator.api.document import load_document
+from moe_operator.api.engine import Runtime
 from moe_operator.api.parse import dump_resource, load_resource, parse_resource, resource_document, set_field
-from moe_operator.api.resource import API_VERSION, KIND, MoEServing, Runtime
-from moe_operator.api.settings import engine_settings, expert_settings, request_settings
+from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.status import (
     Condition,
     ConditionStatus,

@@ -16,7 +16,7 @@ Number = Annotated[float, Strict()]
 
 
 class AutoscalingMode(StrEnum):
-    """Who decides."""
+    """Who sets the number of engines: the operator or another autoscaler."""
 
     INTERNAL = "internal"
     EXTERNAL = "external"
@@ -40,7 +40,7 @@ class Targets(Section):
 
 
 class ScalingPolicyType(StrEnum):
-    """Unit of a step."""
+    """Unit of a scaling step: engines or percent."""
 
     PODS = "pods"
     PERCENT = "percent"
@@ -55,7 +55,7 @@ class ScalingPolicy(Section):
 
 
 class SelectPolicy(StrEnum):
-    """Which policy counts."""
+    """Which of several scaling policies applies."""
 
     MAX = "max"
     MIN = "min"

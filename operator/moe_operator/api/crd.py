@@ -30,7 +30,7 @@ _COLUMNS = (
 
 
 def build_crd() -> dict[str, Any]:
-    """The whole object."""
+    """The CustomResourceDefinition as a document."""
     names = {
         "kind": KIND,
         "listKind": f"{KIND}List",
@@ -99,7 +99,7 @@ def _build_schema() -> Schema:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs `--write` or `--check`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m moe_operator.api.crd", description="The generated CRD.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--write", action="store_true", help="write the generated files below --root")

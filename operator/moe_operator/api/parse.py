@@ -79,7 +79,7 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def _check_header(document: Mapping[Any, Any]) -> list[InputError]:
-    """A document of another kind is told so, not which of its fields ours does not have."""
+    """An error that names the kind, for a document of another kind, in place of one for each of its fields."""
     return [
         unknown_choice(name, document[name], [known])
         for name, known in (("apiVersion", API_VERSION), ("kind", KIND))

@@ -1,4 +1,4 @@
-"""The reference of the resource's fields as a Markdown page, generated from the same schema as the CRD."""
+"""The reference of the resource's fields in Markdown, generated from the same schema as the CRD."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ quantities (`500m`, `4Gi`). An unknown key is an error. `moeserving validate -f 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One field of the page."""
+    """One row of the reference."""
 
     path: str
     kind: str
@@ -27,7 +27,7 @@ class Row:
 
 
 def render_reference() -> str:
-    """The whole page."""
+    """The reference of all fields in Markdown."""
     fields = structural_schema(MoEServing)["properties"]
     parts = [_HEAD]
     for section, title in (("metadata", "Metadata"), ("spec", "What should run"), ("status", "What runs")):

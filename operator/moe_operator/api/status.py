@@ -11,7 +11,7 @@ Natural = Annotated[int, Field(ge=0)]
 
 
 class ConditionStatus(StrEnum):
-    """Kubernetes' three truth values."""
+    """The three values of a condition in Kubernetes."""
 
     TRUE = "True"
     FALSE = "False"
@@ -44,10 +44,10 @@ class EnginePhase(StrEnum):
 
 
 class EngineStatus(Section):
-    """One engine in brief."""
+    """Summary of one engine."""
 
     name: str = Field(description="Name of the engine.")
-    phase: EnginePhase = Field(description="What it is doing.")
+    phase: EnginePhase = Field(description="State of the engine as its agent reports it.")
     restarts: Natural = Field(default=0, description="Restarts since its agent began.")
     last_exit: str = Field(default="", description="How it last ended; empty when it never did.")
     running: Natural = Field(default=0, description="Requests in its running set, all ranks together.")
@@ -94,7 +94,7 @@ class ExpertsStatus(Section):
     """The experts of the engine whose ranks are the least balanced."""
 
     engine: str = Field(default="", description="Name of that engine; empty while none has an expert group.")
-    mode: str | None = Field(default=None, description="The mode in force; absent while no engine tells it.")
+    mode: str | None = Field(default=None, description="The mode in force; absent while no engine reports one.")
     balance: Annotated[float, Field(ge=1)] | None = Field(
         default=None,
         description="Load of the busiest expert-parallel rank over the mean, mean over the layers; absent while "
@@ -111,7 +111,7 @@ class ExpertsStatus(Section):
 
 
 class Status(Section):
-    """What runs."""
+    """Observed state of a deployment."""
 
     observed_generation: Natural | None = Field(default=None, description="Generation of the spec that this is about.")
     conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")

@@ -49,7 +49,7 @@ def _duration(text: str) -> Decimal:
 
 
 def render_duration(seconds: float) -> str:
-    """The shortest text that means so many seconds, to the millisecond: 0.1 -> `100ms`, 90 -> `1m30s`."""
+    """The shortest duration text for a number of seconds, to the millisecond: 0.1 -> `100ms`, 90 -> `1m30s`."""
     milliseconds = round(seconds * 1000)
     if milliseconds % 1000:
         return f"{milliseconds}ms"
@@ -95,7 +95,7 @@ def canonical_quantity(text: str) -> str:
 
 
 def render_bytes(count: int) -> str:
-    """The quantity of so many bytes in the largest binary unit that divides it: 33554432 -> `32Mi`."""
+    """A number of bytes as a quantity in the largest binary unit that divides it: 33554432 -> `32Mi`."""
     for unit in ("Ti", "Gi", "Mi", "Ki"):
         if count and count % int(_FACTORS[unit]) == 0:
             return f"{count // int(_FACTORS[unit])}{unit}"

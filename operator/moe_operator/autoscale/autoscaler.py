@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_scheduling.fleet.settings import FleetSettings
 from moe_scheduling.fleet.size import (
     FleetHistory,
     FleetObservation,
-    FleetSettings,
     FleetSignal,
     Keep,
     KeepReason,
@@ -39,7 +39,7 @@ _LIMITS = {
 
 
 class Autoscaler:
-    """See the module."""
+    """The autoscaler of one resource, with its history of recommendations."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -62,7 +62,7 @@ async def fetch_signal(url: str, key: tuple[str, str], fleet: Fleet) -> FleetSig
     age_s = values.pop("age_s")
     if age_s is None:
         return None
-    held = max(int(values.pop("held") or 0), sum(int(state.get("held", 0)) for state in fleet.gateways))
+    held = max(int(values.pop("held") or 0), sum(state.held for state in fleet.gateways))
     in_flight = int(values.pop("in_flight") or 0)
     return FleetSignal(observed_s=time.monotonic() - max(0.0, age_s), held=held, in_flight=in_flight, **values)
 

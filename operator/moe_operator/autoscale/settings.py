@@ -1,18 +1,18 @@
-"""The autoscaler's settings that a resource asks for: camelCase, durations and units become plain numbers. Pure."""
+"""Converts `spec.autoscaling` to the settings of the core: durations and units become numbers. Pure."""
 
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
-from moe_scheduling.fleet.size import FleetSettings, FleetTargets
+from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 
 from moe_operator.api.autoscaling import Autoscaling, ScaleDown, ScaleUp
 from moe_operator.api.units import duration_s
 
-# A signal of this many intervals is too old to act on.
+# Age from which a signal changes nothing: this many intervals, at least `_LEAST_STALE_S`.
 _STALE_INTERVALS = 6
 _LEAST_STALE_S = 15.0
 
 
 def fleet_settings(section: Autoscaling) -> FleetSettings:
-    """Bounds, targets and behaviour."""
+    """The autoscaling section as settings of the fleet's decision."""
     targets = section.targets
     return FleetSettings(
         targets=FleetTargets(

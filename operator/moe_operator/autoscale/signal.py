@@ -1,14 +1,23 @@
-"""What the states of gateways and agents say of the whole fleet. Pure."""
+"""The signal of the whole fleet, from the states of gateways and agents. Pure."""
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+from moe_contract.agent_state import AgentState
+from moe_contract.gateway_state import GatewayState
 from moe_scheduling.fleet.size import FleetSignal
-from moe_scheduling.signals import EngineSignal, StepTime
 
-Document = Mapping[str, Any]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """The agents and gateways of one resource that answered, each by its pod."""
+
+    engines: Mapping[str, AgentState] = field(default_factory=dict)
+    gateways: Mapping[str, GatewayState] = field(default_factory=dict)
+
+    def __contains__(self, pod: str) -> bool:
+        """Whether this pod answered."""
+        return pod in self.engines or pod in self.gateways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +32,8 @@ class Fleet:
         observed_s: when they answered, on the operator's monotonic clock.
     """
 
-    gateways: tuple[Document, ...]
-    engines: Mapping[str, Document]
+    gateways: tuple[GatewayState, ...]
+    engines: Mapping[str, AgentState]
     gateways_wanted: int
     observed_s: float
 
@@ -33,44 +42,27 @@ def build_signal(now: Fleet, before: Fleet | None) -> FleetSignal | None:
     """The fleet's signal; None when no gateway, or not every ready one, answered."""
     if not now.gateways or len(now.gateways) < now.gateways_wanted:
         return None
-    ready = [engine for engine in now.engines.values() if engine.get("phase") == "ready"]
+    ready = [engine for engine in now.engines.values() if engine.ready]
     return FleetSignal(
         observed_s=now.observed_s,
-        wait_s=min(_numbers(now.gateways, "wait_s"), default=None),
-        kv_usage=_mean(max((rank["kv_usage"] for rank in engine["ranks"]), default=0.0) for engine in ready),
+        wait_s=min(_known(state.wait_s for state in now.gateways), default=None),
+        kv_usage=_mean(engine.kv_usage for engine in ready),
         ttft_s=mean_ttft_s(now.gateways),
         tokens_per_s=_tokens_per_s(now, before),
-        arrivals_per_s=_sum(_numbers(now.gateways, "arrivals_per_s")),
-        held=int(sum(_numbers(now.gateways, "held"))),
-        held_since_s=max(_numbers(now.gateways, "held_since_s"), default=None),
-        in_flight=int(sum(_numbers(now.gateways, "in_flight"))),
+        arrivals_per_s=_sum(_known(state.arrivals_per_s for state in now.gateways)),
+        held=sum(state.held for state in now.gateways),
+        held_since_s=max(_known(state.held_since_s for state in now.gateways), default=None),
+        in_flight=sum(state.in_flight for state in now.gateways),
     )
 
 
-def mean_ttft_s(gateways: Iterable[Document]) -> float | None:
+def mean_ttft_s(gateways: Iterable[GatewayState]) -> float | None:
     """Mean time to first token over the gateways, each by its requests."""
-    rows = [
-        (float(state["ttft_s"]), float(state.get("arrivals_per_s") or 0.0))
-        for state in gateways
-        if state.get("ttft_s") is not None
-    ]
+    rows = [(state.ttft_s, state.arrivals_per_s or 0.0) for state in gateways if state.ttft_s is not None]
     weight = sum(arrivals for _, arrivals in rows)
     if not rows:
         return None
     return sum(value * arrivals for value, arrivals in rows) / weight if weight > 0.0 else _mean(row[0] for row in rows)
-
-
-def read_ranks(engine: Document) -> tuple[EngineSignal, ...]:
-    """The signals of an engine's ranks."""
-    return tuple(map(_read_rank, engine.get("ranks", ())))
-
-
-def _read_rank(rank: Document) -> EngineSignal:
-    line = rank.get("step_time")
-    values = {name: rank[name] for name in EngineSignal.__dataclass_fields__ if name in rank and name != "step_time"}
-    names = ("base_s", "prefill_s", "decode_s")
-    step_time = None if line is None else StepTime(**{name: float(line[name]) for name in names})
-    return EngineSignal(**values, step_time=step_time)
 
 
 def _tokens_per_s(now: Fleet, before: Fleet | None) -> float | None:
@@ -81,18 +73,13 @@ def _tokens_per_s(now: Fleet, before: Fleet | None) -> float | None:
     for pod, state in now.engines.items():
         if (old := before.engines.get(pod)) is not None:
             common = True
-            count, known = _computed(state), _computed(old)
+            count, known = state.computed_tokens, old.computed_tokens
             tokens += count - known if count >= known else count
     return tokens / (now.observed_s - before.observed_s) if common else None
 
 
-def _computed(state: Document) -> float:
-    return sum(float(rank.get("computed_tokens", 0)) for rank in state.get("ranks", ()))
-
-
-def _numbers(states: Iterable[Document], name: str) -> list[float]:
-    values = (state.get(name) for state in states)
-    return [float(value) for value in values if value is not None and math.isfinite(value)]
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _sum(values: list[float]) -> float | None:

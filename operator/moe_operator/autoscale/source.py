@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -12,7 +12,7 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import fetch_signal
 from moe_operator.autoscale.settings import fleet_settings
-from moe_operator.autoscale.signal import Fleet, build_signal
+from moe_operator.autoscale.signal import Fleet, States, build_signal
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
 from moe_operator.plan.names import COMPONENT, REVISION, is_replica
@@ -41,7 +41,7 @@ class Sources:
         resource: MoEServing,
         observed: Observed,
         pods: Sequence[Document],
-        states: Mapping[str, Document],
+        states: States,
     ) -> Outcome:
         """Engines that should run; without autoscaling, what the resource says."""
         replicas = plan_replicas(resource, observed)
@@ -52,7 +52,7 @@ class Sources:
         if observed.replicas is None:
             return Outcome(replicas=replicas, reason="first", limited=None)
         fleet = _read_fleet(pods, states)
-        ready, loading = _engines(pods, states)
+        ready, loading = _engines(pods)
         prometheus = resource.spec.metrics.prometheus
         if prometheus is None:
             signal = build_signal(fleet, self._before.get(key))
@@ -75,22 +75,22 @@ def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
     )
 
 
-def _read_fleet(pods: Sequence[Document], states: Mapping[str, Document]) -> Fleet:
-    gateways = [pod for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
+def _read_fleet(pods: Sequence[Document], states: States) -> Fleet:
+    gateways = [pod["metadata"]["name"] for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
     engines = {
         pod["metadata"]["name"]
         for pod in pods
         if _label(pod, COMPONENT) == "engine" and is_replica(pod["metadata"]["labels"])
     }
     return Fleet(
-        gateways=tuple(states[pod["metadata"]["name"]] for pod in gateways if pod["metadata"]["name"] in states),
-        engines={name: state for name, state in states.items() if name in engines},
+        gateways=tuple(states.gateways[name] for name in gateways if name in states.gateways),
+        engines={name: state for name, state in states.engines.items() if name in engines},
         gateways_wanted=len(gateways),
         observed_s=time.monotonic(),
     )
 
 
-def _engines(pods: Sequence[Document], states: Mapping[str, Document]) -> tuple[set[str], set[str]]:
+def _engines(pods: Sequence[Document]) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
     stable = [
         pod

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Entry point of the command `moeserving`."""
     try:
         from moe_operator.cli.command import app
     except ModuleNotFoundError as error:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from moe_contract.experts_state import AffinityPart, ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
 from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
 from moe_operator.cli.validate import one_line
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive, wait_for_directive
-from moe_operator.experts.document import AffinityPart, ExpertsDocument
 from moe_operator.experts.files import ASSUMED_COSTS, find_placement, read_load_file
 from moe_operator.experts.load import balance_of, read_load, read_placement
 from moe_operator.experts.planned import decision_document, plan_document, render_decision
@@ -202,7 +202,7 @@ def reach(name: str | None, state_dir: Path | None, namespace: str | None, conte
         yield reached
 
 
-def describe_change(document: ExpertsDocument, rows: Any) -> str:
+def describe_change(document: ExpertsState, rows: Any) -> str:
     """Returns a sentence about what a placement changes. Pure.
 
     Raises:
@@ -281,7 +281,7 @@ async def _record_affinity(reached: Reached, engine: str, version: int, timeout_
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _planned(document: ExpertsDocument) -> list[list[int]]:
+def _planned(document: ExpertsState) -> list[list[int]]:
     newest = document.newest
     if newest is None or newest.physical_to_logical is None:
         how = "make one with `moeserving experts plan NAME --json FILE` and name it with --plan"
@@ -289,7 +289,7 @@ def _planned(document: ExpertsDocument) -> list[list[int]]:
     return [list(row) for row in newest.physical_to_logical]
 
 
-def _choose(documents: dict[str, ExpertsDocument], engine: str | None) -> dict[str, ExpertsDocument]:
+def _choose(documents: dict[str, ExpertsState], engine: str | None) -> dict[str, ExpertsState]:
     if engine is None:
         return documents
     if engine not in documents:
@@ -297,7 +297,7 @@ def _choose(documents: dict[str, ExpertsDocument], engine: str | None) -> dict[s
     return {engine: documents[engine]}
 
 
-def _only(documents: dict[str, ExpertsDocument], engine: str | None) -> tuple[str, ExpertsDocument]:
+def _only(documents: dict[str, ExpertsState], engine: str | None) -> tuple[str, ExpertsState]:
     chosen = _choose(documents, engine)
     if len(chosen) > 1:
         raise InvalidInput([InputError("--engine", f"name one; known: {', '.join(chosen)}")])
@@ -335,14 +335,14 @@ async def _direct(reached: Reached, agent: Agent, body: dict[str, Any], timeout_
         raise typer.Exit(FAILED)
 
 
-def _draw(documents: dict[str, ExpertsDocument], path: Path, kind: str) -> None:
+def _draw(documents: dict[str, ExpertsState], path: Path, kind: str) -> None:
     from moe_operator.experts.picture import draw_experts
 
     engine, document = _only(documents, None)
     draw_experts(engine, document, path, kind)
 
 
-def _print(documents: dict[str, ExpertsDocument]) -> None:
+def _print(documents: dict[str, ExpertsState]) -> None:
     from rich.console import Console
 
     from moe_operator.experts.heat import render_experts

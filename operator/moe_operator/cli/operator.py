@@ -9,7 +9,7 @@ import sys
 from typing import Annotated
 
 import typer
-from lightkube.core.exceptions import ConfigError
+from moe_contract.api_server import LoginError
 
 from moe_operator.kubernetes.leader import Terms
 from moe_operator.kubernetes.operator import Operator
@@ -33,7 +33,7 @@ def operator(
 ) -> None:
     """Make the MoEServings of a cluster real, until SIGTERM."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx2", "httpx", "kopf", "aiohttp.access"):
+    for name in ("kopf", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     own = read_own_namespace(os.environ)
     settings = OperatorSettings(
@@ -48,10 +48,11 @@ def operator(
         identity=identity or socket.gethostname(),
     )
     try:
-        asyncio.run(_run(Operator(settings)))
-    except ConfigError as error:
+        running = Operator(settings)
+    except LoginError as error:
         typer.echo(f"no cluster: {error}; set KUBECONFIG or run in a pod", err=True)
         raise typer.Exit(_UNUSABLE) from None
+    asyncio.run(_run(running))
 
 
 async def _run(running: Operator) -> None:

@@ -62,11 +62,11 @@ class Commands(TyperGroup):
     """The group of all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All names."""
+        """Names of all commands, those of other rooms included."""
         return [*OWN, *ROOMS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command for the help page: only its name and words."""
+        """A command for the help text, with its name and summary alone."""
         command = OWN.get(cmd_name) or ROOMS.get(cmd_name)
         return TyperCommand(name=cmd_name, help=command.help) if command else None
 

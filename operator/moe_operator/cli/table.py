@@ -1,7 +1,6 @@
 """A deployment as a table. Pure."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -15,19 +14,19 @@ from moe_operator.local.traffic import Throughput
 _COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
 
 
-def render_status(seen: Observation, status: Status, *, pace: Throughput | None = None) -> Group:
-    """The whole page; `pace` is that of the last seconds, where somebody watches."""
+def render_status(seen: Observation, status: Status, *, throughput: Throughput | None = None) -> Group:
+    """The whole status; `throughput` is that of the last seconds, given while the status is watched."""
     lines = [
         Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
         _render_ready(status),
         Text(render_policies(status)),
         *([Text(render_experts(status))] if status.experts.mode is not None else []),
     ]
-    return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, pace)))
+    return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, throughput)))
 
 
 def render_engines(engines: Sequence[EngineStatus]) -> Table:
-    """One row an engine."""
+    """The engines, one in each row of a table."""
     table = _table("engine", "phase", "running", "waiting", "KV use", "restarts", "last exit")
     for engine in engines:
         phase = Text(str(engine.phase), style=_COLOURS.get(engine.phase, "yellow"))
@@ -59,24 +58,21 @@ def render_experts(status: Status) -> str:
     return f"experts: mode {experts.mode}, {word}: {message}"
 
 
-def render_traffic(seen: Observation, pace: Throughput | None) -> str:
-    """Requests through the gateway."""
+def render_traffic(seen: Observation, throughput: Throughput | None) -> str:
+    """Counts of the requests through the gateway as text."""
     if seen.gateway is None:
         return "requests: the gateway gives no answer"
-    totals: dict[str, Any] = seen.gateway.get("totals") or {}
-    counts = ", ".join(f"{totals.get(name, 0)} {word}" for name, word in _TOTALS)
-    flying = sum(engine.get("in_flight", 0) for engine in seen.gateway.get("engines") or [])
-    return f"requests: {_render_pace(pace)}{flying} in flight, {seen.gateway.get('held', 0)} held, {counts}"
+    totals = seen.gateway.totals
+    counts = f"{totals.requests} ended, {totals.failed} failed, {totals.retried} retried"
+    flying = sum(engine.in_flight for engine in seen.gateway.engines)
+    return f"requests: {_render_pace(throughput)}{flying} in flight, {seen.gateway.held} held, {counts}"
 
 
-def _render_pace(pace: Throughput | None) -> str:
-    if pace is None:
+def _render_pace(throughput: Throughput | None) -> str:
+    if throughput is None:
         return ""
-    ttft = "" if pace.ttft_mean_s is None else f"TTFT {pace.ttft_mean_s:.3f} s (mean), "
-    return f"{pace.requests_per_s:.1f}/s, {ttft}"
-
-
-_TOTALS = (("requests", "ended"), ("failed", "failed"), ("retried", "retried"))
+    ttft = "" if throughput.ttft_mean_s is None else f"TTFT {throughput.ttft_mean_s:.3f} s (mean), "
+    return f"{throughput.requests_per_s:.1f}/s, {ttft}"
 
 
 def _render_ready(status: Status) -> Text:

@@ -1,4 +1,4 @@
-"""Watches a deployment from its start: tells how it comes up, shows what it does, and stops it at Ctrl-C.
+"""Watches a deployment from its start: reports how it starts, shows its status, and stops it at Ctrl-C.
 
 Used by `moeserving up`. The supervisor is a process of its own; this one looks at it as `status` does and sends it
 signals.
@@ -69,7 +69,7 @@ class Watch:
     async def _wait_ready(self) -> Record | None:
         """The record once it is ready; None when it was interrupted."""
         began_s = time.monotonic()
-        told: dict[str, str] = {}
+        reported: dict[str, str] = {}
         while not self._interrupted.is_set():
             seen = await self._look()
             if seen is not None:
@@ -79,7 +79,7 @@ class Watch:
                     case Failed() as failed:
                         self._fail(failed)
                     case Starting(phases=phases):
-                        told = self._tell(phases, told, time.monotonic() - began_s)
+                        reported = self._report(phases, reported, time.monotonic() - began_s)
             await self._pause()
         return None
 
@@ -93,7 +93,7 @@ class Watch:
             window = extend_window(window, read_totals(seen, time.monotonic()))
             if self._live is not None:
                 status = build_status(seen, datetime.now(UTC))
-                self._live.update(render_status(seen, status, pace=build_throughput(window)))
+                self._live.update(render_status(seen, status, throughput=build_throughput(window)))
             await self._pause()
 
     async def _finish(self, answer: int) -> int:
@@ -145,12 +145,12 @@ class Watch:
         )
         return self._live or nullcontext()
 
-    def _tell(self, phases: dict[str, str], told: dict[str, str], elapsed_s: float) -> dict[str, str]:
+    def _report(self, phases: dict[str, str], reported: dict[str, str], elapsed_s: float) -> dict[str, str]:
         """How far the engines are: in place on a terminal, else a line at each change."""
         words = ", ".join(f"{name} {phase}" for name, phase in phases.items())
         if self._live is not None:
             self._live.update(Text(f"{self._folder.name}: {elapsed_s:.0f} s: {words}"))
-        elif phases != told:
+        elif phases != reported:
             self._say(f"{self._folder.name}: {elapsed_s:.0f} s: {words}")
         return phases
 
@@ -176,7 +176,7 @@ class Watch:
 
 
 def render_curl(record: Record) -> str:
-    """A request to copy."""
+    """A curl command for one chat request."""
     body = (
         f'{{"model": "{record.served_name}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 60}}'
     )

@@ -1,57 +1,35 @@
-"""Agents asked about their experts and told what to do with them, over HTTP."""
+"""The experts of a deployment's engines over HTTP: their state, settings in force, and directives."""
 
 import asyncio
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from moe_contract.clients import AgentClient, PeerError, Refused, Unreachable
+from moe_contract.experts_state import ExpertsState
+from moe_contract.routes import EXPERTS_TIMEOUT_S
 from moe_scheduling.expert.decision import ExpertSettings
-from pydantic import TypeAdapter
 
-from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.experts.reach import Agent, Reached
-from moe_operator.local.change import explain_answer
 from moe_operator.local.failure import Failure
 
-# The whole document of a large model has some megabytes.
-_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=5.0)
 _LOOK_EVERY_S = 0.25
-_NO_GROUP = 404
-_SETTINGS = TypeAdapter(ExpertSettings)
 
 
-async def fetch_experts(reached: Reached, *, brief: bool = False) -> dict[str, ExpertsDocument]:
-    """What each engine with an expert group says, by its name.
+async def fetch_experts(reached: Reached, *, brief: bool = False) -> dict[str, ExpertsState]:
+    """The state of each engine's expert group, by the engine's name.
 
     Raises:
-        Failure: no engine has one, or an agent gives no answer that can be read.
+        Failure: no engine has a group, or an agent gives no answer that can be read.
     """
-    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+    async with aiohttp.ClientSession() as session:
         answers = await asyncio.gather(*(_fetch(session, agent, brief=brief) for agent in reached.agents))
     found = {agent.engine: answer for agent, answer in zip(reached.agents, answers, strict=True) if answer is not None}
     if not found:
         raise Failure(f"{reached.name}: no engine has an expert group; see spec.engine.parallelism.expert")
     return found
-
-
-async def _fetch(session: aiohttp.ClientSession, agent: Agent, *, brief: bool) -> ExpertsDocument | None:
-    """The document; None on an engine without an expert group."""
-    try:
-        async with session.get(f"{agent.url}/v1/experts", params={"brief": int(brief)}) as answer:
-            body = await answer.read()
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        raise Failure(f"{agent.engine}: its agent cannot be reached") from None
-    if answer.status == _NO_GROUP:
-        return None
-    if answer.status != 200:
-        raise Failure(f"{agent.engine}: {explain_answer(answer.status, body)}")
-    document = read_experts(_parse(body))
-    if document is None:
-        raise Failure(f"{agent.engine}: its agent says of its experts what this version does not understand")
-    return document
 
 
 async def fetch_settings(agent: Agent) -> ExpertSettings:
@@ -60,60 +38,62 @@ async def fetch_settings(agent: Agent) -> ExpertSettings:
     Raises:
         Failure: its agent gives no answer that can be read.
     """
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=_TIMEOUT) as session,
-            session.get(f"{agent.url}/v1/state") as answer,
-        ):
-            told = _parse(await answer.read())["config"]["expert"]
-        known = {field.name for field in fields(ExpertSettings)}
-        return _SETTINGS.validate_python({name: value for name, value in told.items() if name in known})
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        raise Failure(f"{agent.engine}: its agent cannot be reached") from None
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise Failure(f"{agent.engine}: its agent does not say which settings of experts are in force") from None
+    async with aiohttp.ClientSession() as session:
+        with _failures(agent):
+            settings = (await _client(session, agent).state()).config.expert
+    if settings is None:
+        raise Failure(f"{agent.engine}: its agent does not say which settings of experts are in force")
+    return settings
 
 
 async def send_directive(agent: Agent, tokens: Sequence[str], body: dict[str, Any]) -> int:
-    """Tells one engine what to do; the number of the directive.
-
-    While a token is being replaced an agent may know only the old one yet.
+    """Sends a directive to one engine; its number.
 
     Raises:
-        Failure: it refuses or gives no answer.
+        Failure: the engine refuses or gives no answer.
     """
-    told = "no control token"
-    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
-        for token in tokens:
-            headers = {"Authorization": f"Bearer {token}"}
-            try:
-                async with session.post(f"{agent.url}/v1/experts", json=body, headers=headers) as answer:
-                    text = await answer.read()
-            except (aiohttp.ClientError, TimeoutError, OSError):
-                raise Failure(f"{agent.engine}: its agent cannot be reached") from None
-            if answer.status == 202:
-                return int(_parse(text)["version"])
-            told = explain_answer(answer.status, text)
-            if answer.status != 401:
-                break
-    raise Failure(f"{agent.engine} refused: {told}")
+    async with aiohttp.ClientSession() as session:
+        try:
+            with _failures(agent):
+                return await _client(session, agent).send_directive(body, tokens)
+        except Refused as error:
+            raise Failure(f"{agent.engine} {error}") from None
 
 
-async def wait_for_directive(agent: Agent, version: int, timeout_s: float) -> ExpertsDocument | None:
-    """The document once the engine has dealt with a directive; None when it has not within the time."""
+async def wait_for_directive(agent: Agent, version: int, timeout_s: float) -> ExpertsState | None:
+    """The state once the engine has carried out a directive; None when it has not within the time."""
     give_up_s = time.monotonic() + timeout_s
-    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+    async with aiohttp.ClientSession() as session:
         while True:
-            document = await _fetch(session, agent, brief=True)
-            if document is not None and document.placement.directive >= version:
-                return document
+            state = await _fetch(session, agent, brief=True)
+            if state is not None and state.placement.directive >= version:
+                return state
             if time.monotonic() >= give_up_s:
                 return None
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _parse(body: bytes) -> Any:
+async def _fetch(session: aiohttp.ClientSession, agent: Agent, *, brief: bool) -> ExpertsState | None:
+    """The state; None on an engine without an expert group."""
     try:
-        return json.loads(body)
-    except ValueError:
-        return None
+        with _failures(agent):
+            return await _client(session, agent).experts(brief=brief)
+    except Refused as error:
+        raise Failure(f"{agent.engine}: {error.reason}") from None
+
+
+def _client(session: aiohttp.ClientSession, agent: Agent) -> AgentClient:
+    return AgentClient(session, agent.url, timeout_s=EXPERTS_TIMEOUT_S)
+
+
+@contextmanager
+def _failures(agent: Agent) -> Iterator[None]:
+    """Turns the errors of a call, but for refusals, into failures that name the engine."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Unreachable:
+        raise Failure(f"{agent.engine}: its agent cannot be reached") from None
+    except PeerError as error:
+        raise Failure(f"{agent.engine}: its agent {error}") from None

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
+from moe_contract.experts_state import AffinityPart, BalancePart, Decision, ExpertsState
 from moe_scheduling.expert.cost import load_of_ranks
 from moe_scheduling.expert.placement import Floats
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_operator.experts.document import AffinityPart, BalancePart, Decision, ExpertsDocument
 from moe_operator.experts.load import find_hottest, over_mean, read_load, read_placement
 
 # Ranks up to which a cell shows a number; above, a shade.
@@ -20,12 +20,12 @@ _STYLES = ((0.8, "blue"), (0.95, "cyan"), (1.05, ""), (1.2, "yellow"), (1.5, "re
 _HOT_STYLE = "bold white on red"
 
 
-def render_experts(name: str, document: ExpertsDocument) -> Group:
+def render_experts(name: str, document: ExpertsState) -> Group:
     """Returns everything shown of one engine."""
     return Group(*_parts(name, document))
 
 
-def _parts(name: str, document: ExpertsDocument) -> Iterator[RenderableType]:
+def _parts(name: str, document: ExpertsState) -> Iterator[RenderableType]:
     yield Text.assemble((name, "bold"), f"  {_summary(document)}")
     if (balance := document.recorded) is not None:
         yield Text(_balance(balance, document))
@@ -43,7 +43,7 @@ def _parts(name: str, document: ExpertsDocument) -> Iterator[RenderableType]:
         yield Text(f"{problem.kind}: {problem.message}", style="red")
 
 
-def _summary(document: ExpertsDocument) -> str:
+def _summary(document: ExpertsState) -> str:
     copies = document.ranks * document.slots_per_rank - document.experts
     return (
         f"mode {document.mode}, {document.layers} layers, {document.experts} experts and {copies} copies over "
@@ -52,7 +52,7 @@ def _summary(document: ExpertsDocument) -> str:
     )
 
 
-def _balance(balance: BalancePart, document: ExpertsDocument) -> str:
+def _balance(balance: BalancePart, document: ExpertsState) -> str:
     remote = "" if document.remote_fraction is None else f", {document.remote_fraction:.0%} of tokens to other ranks"
     return (
         f"balance {balance.mean:.2f} (busiest rank over the mean; worst layer {balance.worst:.2f}) over "
@@ -96,7 +96,7 @@ def _style(value: float) -> str:
     return next((style for bound, style in _STYLES if value < bound), _HOT_STYLE)
 
 
-def _decisions(document: ExpertsDocument) -> Iterator[RenderableType]:
+def _decisions(document: ExpertsState) -> Iterator[RenderableType]:
     if not document.decisions:
         yield Text("no decision yet")
         return

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from moe_contract.experts_state import ExpertsState
 from moe_scheduling.expert.cost import load_of_ranks
 from moe_scheduling.expert.decision import ExpertCosts, ExpertLoad, Placement
 from moe_scheduling.expert.placement import Floats, check_experts
-
-from moe_operator.experts.document import ExpertsDocument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class HotExpert:
     ranks: tuple[int, ...]
 
 
-def read_load(document: ExpertsDocument) -> ExpertLoad | None:
+def read_load(document: ExpertsState) -> ExpertLoad | None:
     """The load; None in the brief form, before a load was recorded, and where it does not fit the group."""
     if document.load.tokens is None or document.load.steps < 1:
         return None
@@ -40,7 +39,7 @@ def read_load(document: ExpertsDocument) -> ExpertLoad | None:
     return load if fits and document.ranks % len(load.tokens) == 0 else None
 
 
-def read_placement(rows: Any, document: ExpertsDocument) -> Placement | None:
+def read_placement(rows: Any, document: ExpertsState) -> Placement | None:
     """A placement of this group; None where it is none: every expert has a slot in every layer."""
     try:
         placement = Placement(
@@ -55,7 +54,7 @@ def read_placement(rows: Any, document: ExpertsDocument) -> Placement | None:
     return placement if placement.slots_per_rank == document.slots_per_rank else None
 
 
-def read_costs(document: ExpertsDocument, horizon_steps: int) -> ExpertCosts | None:
+def read_costs(document: ExpertsState, horizon_steps: int) -> ExpertCosts | None:
     """The costs that the engine measured; None before it has."""
     told = {name: value for name, value in (document.costs or {}).items() if value is not None}
     if not told.get("token_s"):

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from moe_contract.experts_state import ExpertsState
 from moe_scheduling.expert.cost import load_of_ranks
 
-from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.load import over_mean, read_load, read_placement
 from moe_operator.local.failure import Failure
 
@@ -13,7 +13,7 @@ from moe_operator.local.failure import Failure
 _HOTTEST = 2.0
 
 
-def draw_experts(name: str, document: ExpertsDocument, path: Path, kind: str) -> None:
+def draw_experts(name: str, document: ExpertsState, path: Path, kind: str) -> None:
     """Writes the picture; `kind` is `png` or `svg`.
 
     Raises:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_scheduling.expert.decision import ExpertSettings, Move, Stay, plan_experts
 
-from moe_operator.experts.document import ExpertsDocument
 from moe_operator.experts.load import read_costs, read_load, read_placement
 
 
-def plan_document(document: ExpertsDocument, settings: ExpertSettings) -> Move | Stay:
+def plan_document(document: ExpertsState, settings: ExpertSettings) -> Move | Stay:
     """What would be decided now, under these settings.
 
     Raises:

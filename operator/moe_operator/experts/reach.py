@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from moe_contract.engine_process import AGENT_PORT_NAME
+
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder
 from moe_operator.local.observation import name_engine
 from moe_operator.local.start import require_running
 from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
 
-AGENT_PORT = "agent"
 KUBECTL = "kubectl"
 _ANSWER_TIMEOUT_S = 30.0
 _FORWARDING = re.compile(r"Forwarding from 127\.0\.0\.1:(\d+)")
@@ -111,7 +112,7 @@ def find_engines(pods: Sequence[Document]) -> dict[str, int]:
 def _agent_ports(pod: Document) -> Iterator[int]:
     for container in pod["spec"]["containers"]:
         for port in container.get("ports", []):
-            if port.get("name") == AGENT_PORT:
+            if port.get("name") == AGENT_PORT_NAME:
                 yield int(port["containerPort"])
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
+from moe_contract.experts_state import OFF, Decision, ExpertsState
+
 from moe_operator.api.status import Condition, ConditionStatus, ExpertDecision, ExpertProblem, ExpertsStatus
-from moe_operator.experts.document import OFF, Decision, ExpertsDocument
 
 CONDITION = "ExpertsBalanced"
 Verdict = tuple[ConditionStatus, str, str]
@@ -31,7 +32,7 @@ _PROBLEMS: Final = {
 TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), "MoveFailed"})
 
 
-def build_experts(documents: Mapping[str, ExpertsDocument], now: datetime) -> ExpertsStatus:
+def build_experts(documents: Mapping[str, ExpertsState], now: datetime) -> ExpertsStatus:
     """Returns the status of the engine in the worst state: one with problems, else the least balanced, else the
     first.
     """
@@ -51,7 +52,7 @@ def build_experts(documents: Mapping[str, ExpertsDocument], now: datetime) -> Ex
     )
 
 
-def _badness(document: ExpertsDocument) -> tuple[bool, float]:
+def _badness(document: ExpertsState) -> tuple[bool, float]:
     grave = any(row.kind in _PROBLEMS for row in document.problems)
     return grave, 0.0 if document.recorded is None else document.recorded.mean
 

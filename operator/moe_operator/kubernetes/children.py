@@ -1,7 +1,7 @@
 """Brings a resource's children to what the plan says: applies what differs, deletes what is no longer planned.
 
-A plan is refused as a whole where that can be told beforehand: the workloads, whose pod templates people write in part,
-and claims, which cannot shrink, are tried without effect before anything else is changed.
+A plan is refused as a whole where that is known beforehand: a dry run of the workloads, whose pod templates users write
+in part, and of claims, which cannot shrink, precedes every change.
 """
 
 import logging
@@ -9,19 +9,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightkube import ApiError
+from moe_contract.api_server import BAD_REQUEST, CONFLICT, FORBIDDEN, UNPROCESSABLE, ApiError, Kind
 
 from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.difference import needs_apply, was_applied, with_digest
-from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, DEPLOYMENT, LEADER_WORKER_SET, Kind, kind_of
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan.names import MANAGED_BY, MANAGER
 
 Document = dict[str, Any]
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
-_REFUSALS = {400, 403, 409, 422}
+_REFUSALS = {BAD_REQUEST, FORBIDDEN, CONFLICT, UNPROCESSABLE}
 # An error of the server by its number, and none that goes away by itself: no address or port is left for a Service.
 _EXHAUSTED = "failed to allocate"
 _TERSE = 500
@@ -31,12 +31,12 @@ log = logging.getLogger("moeserving.operator")
 
 @dataclass(slots=True, kw_only=True)
 class Applied:
-    """What came of it.
+    """Result of applying a plan.
 
     Attributes:
-        refused: what the API server did not take, in words.
-        missing: kinds that the plan has and the cluster lacks.
-        waiting: something is on its way out and has to be gone first.
+        refused: refusals of the API server, one text for each object.
+        missing: names of kinds that the plan has and the cluster lacks.
+        waiting: an object is being deleted and must be gone first.
     """
 
     refused: list[str] = field(default_factory=list)
@@ -45,15 +45,20 @@ class Applied:
 
 
 class Children:
-    """See the module."""
+    """Applies and prunes the objects of a plan.
+
+    Args:
+        api: for every change.
+        store: the objects as they were last seen; gets the answers to changes.
+    """
 
     def __init__(self, api: Api, store: Store) -> None:
         self._api, self._store = api, store
-        # Objects that the API server writes in other words than the plan, as they were when it said so.
+        # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
         self._in_other_words: dict[str, tuple[Any, ...]] = {}
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
-        """Applies what differs, in order."""
+        """Applies the objects that differ, in order; returns the result, without a change when one is refused."""
         result = Applied()
         changed = [
             wanted
@@ -92,9 +97,9 @@ class Children:
         return changed
 
     async def _is_in_other_words(self, key: Key, wanted: Document) -> bool:
-        """Whether an object that was applied already means the same, though it reads otherwise.
+        """Whether an object that was applied already means the same, though its text differs.
 
-        People write pod templates in any form that the API takes (`1e3`, `.5`): only the API server knows what that is.
+        Users write quantities in any form that the API takes (`1e3`, `.5`); only the API server normalises them.
         """
         kind, metadata = kind_of(wanted), wanted["metadata"]
         live = self._store.get(key, kind, metadata["name"])
@@ -144,7 +149,7 @@ class Children:
             log.info("applied %s", _title(wanted))
 
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
-        """Deletes children that no plan has; whether any was there."""
+        """Deletes the children that the plan lacks; returns whether there was any."""
         planned = {(kind_of(entry), entry["metadata"]["name"]) for entry in objects}
         found = False
         for kind, live in self._store.children(key, CHILDREN):
@@ -156,7 +161,7 @@ class Children:
         return found
 
     async def delete(self, kind: Kind, live: Document) -> None:
-        """Deletes one."""
+        """Deletes one object of a resource and forgets it, unless a finalizer delays its end."""
         log.info("deleting %s", _title(live))
         self._in_other_words.pop(live["metadata"].get("uid", ""), None)
         await self._api.delete(kind, live)
@@ -174,7 +179,7 @@ def _is_child(live: Mapping[str, Any]) -> bool:
 
 
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an object is not told by others or by the API server about it."""
+    """An object without its status and without metadata of the API server and of others."""
     metadata = document["metadata"]
     kept = {name: metadata.get(name) for name in ("labels", "annotations", "ownerReferences", "deletionTimestamp")}
     return {name: value for name, value in document.items() if name != "status"} | {"metadata": kept}
@@ -189,6 +194,6 @@ def _title(document: Document) -> str:
 
 
 def _refusal(document: Document, error: ApiError) -> str:
-    if error.status.code not in _REFUSALS and _EXHAUSTED not in str(error.status.message):
+    if error.status not in _REFUSALS and _EXHAUSTED not in error.message:
         raise error
-    return f"{_title(document)}: {str(error.status.message)[:_TERSE]}"
+    return f"{_title(document)}: {error.message[:_TERSE]}"

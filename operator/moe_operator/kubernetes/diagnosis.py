@@ -1,12 +1,16 @@
-"""What is wrong with pods, in words that say what to do. Pure: from pods and agents' states to findings.
+"""Problems of pods with their remedies. Pure: from pods and states of agents to findings.
 
 The messages of the cluster stand in full behind ours, so that nothing is hidden.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from moe_contract.agent_state import AgentState
+
+from moe_operator.autoscale.signal import States
 
 Document = dict[str, Any]
 
@@ -25,11 +29,11 @@ LONGEST_MESSAGE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem of a pod.
 
     Attributes:
         reason: in one word, for the condition.
-        message: what it is and what to do.
+        message: the problem and its remedy.
         pod: where it was seen.
     """
 
@@ -38,7 +42,7 @@ class Finding:
     pod: str
 
 
-def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> list[Finding]:
+def find_problems(pods: Sequence[Document], states: States) -> list[Finding]:
     """The findings over all pods that are not on their way out, the first pod of each reason.
 
     The newest pods come first: older ones may stay, with what was wrong then, until a newer one is ready.
@@ -47,7 +51,11 @@ def find_problems(pods: Sequence[Document], states: Mapping[str, Document]) -> l
     for pod in sorted(sorted(pods, key=_name), key=_created, reverse=True):
         if "deletionTimestamp" in pod["metadata"]:
             continue
-        for finding in (*_scheduling(pod), *_containers(pod), *_engine(pod, states.get(pod["metadata"]["name"]))):
+        for finding in (
+            *_scheduling(pod),
+            *_containers(pod),
+            *_engine(pod, states.engines.get(pod["metadata"]["name"])),
+        ):
             found.setdefault(finding.reason, finding)
     return list(found.values())
 
@@ -64,14 +72,14 @@ def _scheduling(pod: Document) -> Iterator[Finding]:
     for condition in pod.get("status", {}).get("conditions", []):
         if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
             continue
-        told = condition.get("message", "")
-        short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, told))
+        detail = condition.get("message", "")
+        short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail))
         advice = f"no node has {short} free" if short else "no node can take the pod"
-        yield _finding(pod, "Unschedulable", f"{advice}; add nodes or ask for less, see spec.engine", told)
+        yield _finding(pod, "Unschedulable", f"{advice}; add nodes or ask for less, see spec.engine", detail)
 
 
-def _missing_resources(pod: Document, told: str) -> Iterator[tuple[str, str]]:
-    for name in dict.fromkeys(match[1] for match in _TOO_FEW.finditer(told)):
+def _missing_resources(pod: Document, detail: str) -> Iterator[tuple[str, str]]:
+    for name in dict.fromkeys(match[1] for match in _TOO_FEW.finditer(detail)):
         for container in pod["spec"]["containers"]:
             requests = container.get("resources", {}).get("requests", {})
             if name in requests:
@@ -83,19 +91,19 @@ def _containers(pod: Document) -> Iterator[Finding]:
     images = {container["name"]: container.get("image", "") for container in pod["spec"]["containers"]}
     for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
         waiting = container.get("state", {}).get("waiting", {})
-        reason, told = waiting.get("reason", ""), waiting.get("message", "")
+        reason, detail = waiting.get("reason", ""), waiting.get("message", "")
         image = images.get(container["name"], container.get("image", ""))
         if reason in _IMAGE_REASONS:
             advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
-            yield _finding(pod, "ImageCannotBePulled", advice, f"{reason}: {told}")
+            yield _finding(pod, "ImageCannotBePulled", advice, f"{reason}: {detail}")
         elif reason == "CreateContainerConfigError":
-            secret = "secret" in told.lower()
+            secret = "secret" in detail.lower()
             advice = (
                 "make the Secret that spec.model.tokenSecret names" if secret else "correct the pod's configuration"
             )
-            yield _finding(pod, "SecretMissing" if secret else "ContainerCannotStart", advice, told)
+            yield _finding(pod, "SecretMissing" if secret else "ContainerCannotStart", advice, detail)
         elif reason in ("CreateContainerError", "RunContainerError"):
-            yield _finding(pod, "ContainerCannotStart", "the container cannot be started", f"{reason}: {told}")
+            yield _finding(pod, "ContainerCannotStart", "the container cannot be started", f"{reason}: {detail}")
         last = container.get("lastState", {}).get("terminated", {})
         if last.get("reason") == "OOMKilled":
             yield _finding(pod, "OutOfMemory", "raise spec.engine.resources.memory or serve with less", "OOMKilled")
@@ -106,11 +114,11 @@ def _containers(pod: Document) -> Iterator[Finding]:
             yield _finding(pod, "CrashLooping", advice, last.get("message", ""))
 
 
-def _engine(pod: Document, state: Document | None) -> Iterator[Finding]:
+def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:
     """What an agent says of an engine that ended and has not come back."""
-    if state is None or state.get("phase") in ("ready", "draining", "stopped"):
+    if state is None or state.phase in ("ready", "draining", "stopped"):
         return
-    last_exit = str(state.get("engine", {}).get("last_exit", ""))
+    last_exit = state.engine.last_exit
     if not last_exit:
         return
     if _MEMORY.search(last_exit):
@@ -125,8 +133,8 @@ def _engine(pod: Document, state: Document | None) -> Iterator[Finding]:
         yield _finding(pod, "EngineFailing", "vLLM ends before it is ready; see the pod's log", last_exit)
 
 
-def _finding(pod: Document, reason: str, advice: str, told: str) -> Finding:
+def _finding(pod: Document, reason: str, advice: str, detail: str) -> Finding:
     message = (
-        f"{advice} (pod {pod['metadata']['name']}: {told})" if told else f"{advice} (pod {pod['metadata']['name']})"
+        f"{advice} (pod {pod['metadata']['name']}: {detail})" if detail else f"{advice} (pod {pod['metadata']['name']})"
     )
     return Finding(reason=reason, message=message[:LONGEST_MESSAGE], pod=pod["metadata"]["name"])

@@ -1,8 +1,8 @@
 """Whether an object has to be applied: is what the plan says already there? Pure.
 
 The operator makes no write when nothing changed, so this question is answered here and not by the API server. An object
-carries a digest of what was last applied, which tells of fields that the plan no longer has; the comparison of the plan
-with the object tells of changes by others to fields that are ours. Fields that the plan does not have are others'.
+carries a digest of what was last applied, which shows fields that the plan no longer has; the comparison of the plan
+with the object shows changes by others to our fields. Fields that the plan does not have belong to others.
 
 Source of the keys: `listType`, `listMapKey` and `mapType` of the types in k8s.io/api v0.34. A list without a key is one
 value, and so is all that stands in it; so are selectors.

@@ -11,15 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-import httpx2
-from lightkube import ApiError
+from moe_contract.api_server import CONFLICT, ApiError, Document
 
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import LEASE
 
-Document = dict[str, Any]
 log = logging.getLogger("moeserving.operator")
 
 
@@ -28,8 +25,8 @@ class Terms:
     """Times of the election, those of client-go.
 
     Attributes:
-        duration_s: a Lease that was not renewed for so long is free.
-        renew_s: a holder that could not renew for so long is none any more.
+        duration_s: time without a renewal after which a Lease is free.
+        renew_s: time without a renewal after which a holder stops.
         retry_s: time between two tries.
     """
 
@@ -39,7 +36,19 @@ class Terms:
 
 
 class Election:
-    """See the module; `leading` is set from the first success on until the lead is lost."""
+    """One candidate for a Lease.
+
+    Args:
+        api: reads and writes the Lease.
+        namespace: where the Lease is.
+        name: of the Lease.
+        identity: of this candidate, different from all others.
+        terms: times of the election.
+        clock: monotonic seconds.
+
+    Attributes:
+        leading: set from the first success until the lead is lost.
+    """
 
     def __init__(
         self,
@@ -57,7 +66,7 @@ class Election:
         self._seen: tuple[str, str, float] = ("", "", clock())
 
     def holds(self) -> bool:
-        """Whether this operator may write now: also a process that stood still, and does not know it yet, may not."""
+        """Whether this operator may write now; False also in a process that was suspended beyond its term."""
         return self.leading.is_set() and self._left_s() > 0.0
 
     async def run(self) -> None:
@@ -89,7 +98,7 @@ class Election:
             return None
 
     async def release(self) -> None:
-        """Lets another take over at once."""
+        """Empties the Lease, so that another candidate takes over at once."""
         if not self.leading.is_set():
             return
         self.leading.clear()
@@ -99,19 +108,16 @@ class Election:
             await self._write(lease)
 
     async def _try(self) -> bool | None:
-        """Whether it holds the Lease; None when that cannot be told now."""
+        """Whether it holds the Lease; None when that is unknown."""
         try:
             lease = await asyncio.wait_for(self._api.get(LEASE, self._namespace, self._name), self._terms.retry_s * 2)
             if lease is None:
                 await self._api.create(LEASE, self._document({}, transitions=0))
                 return True
             return await self._take(lease)
-        except ApiError as error:
-            if error.status.code == 409:
+        except (ApiError, TimeoutError) as error:
+            if isinstance(error, ApiError) and error.status == CONFLICT:
                 return False if not self.leading.is_set() else None
-            log.warning("lease: %s", error)
-            return None
-        except (httpx2.HTTPError, TimeoutError, OSError) as error:
             log.warning("lease: %r", error)
             return None
 

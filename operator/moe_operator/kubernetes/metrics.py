@@ -20,7 +20,11 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
-    """See the module; `calls` are the API calls by verb and kind."""
+    """Counters, gauges and the HTTP server of `/metrics`.
+
+    Attributes:
+        calls: number of calls to the API server by verb and kind.
+    """
 
     def __init__(self, queue: WorkQueue[Any], store: Store) -> None:
         self.calls: Counts[tuple[str, str]] = Counts()
@@ -38,12 +42,12 @@ class Metrics:
         self._registry.register(_Calls(self))
 
     def observe(self, outcome: str, seconds: float) -> None:
-        """A pass has ended."""
+        """Counts a pass that ended, with its outcome and length."""
         self._passes.labels(outcome).inc()
         self._seconds.observe(seconds)
 
     async def start(self, port: int) -> None:
-        """Opens the port."""
+        """Serves `/metrics` on this port of all addresses."""
         app = web.Application()
         app.router.add_get("/metrics", self._answer)
         self._runner = web.AppRunner(app, access_log=None)
@@ -51,7 +55,7 @@ class Metrics:
         await web.TCPSite(self._runner, "0.0.0.0", port).start()
 
     async def stop(self) -> None:
-        """Closes it."""
+        """Ends the HTTP server."""
         await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:

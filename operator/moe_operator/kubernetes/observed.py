@@ -1,9 +1,11 @@
-"""What of the store a plan depends on. Pure, but for a new token when there is none."""
+"""The facts of the store that a plan depends on. Pure, but for a new token when there is none."""
 
 import base64
 import secrets
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from moe_contract.api_server import Kind
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import MoEServing
@@ -14,7 +16,6 @@ from moe_operator.kubernetes.kinds import (
     POD_MONITOR,
     SECRET,
     SERVICE_MONITOR,
-    Kind,
 )
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Observed
@@ -29,7 +30,7 @@ TOKEN_OVERLAP = timedelta(minutes=10)
 def read_observed(
     store: Store, key: Key, document: Document, resource: MoEServing, kinds: frozenset[Kind], now: datetime
 ) -> Observed:
-    """The facts."""
+    """Reads the facts that a plan of this resource needs from the store."""
     names = Names(resource.metadata.name)
     workload = engines_workload(store, key, names)
     settings = store.get(key, CONFIG_MAP, names.settings)
@@ -42,13 +43,13 @@ def read_observed(
         rotated_at=rotated_at,
         stable=None if text is None else parse_revision(text),
         replicas=None if workload is None else workload.get("spec", {}).get("replicas"),
-        foreign_replicas=external and workload is not None and _owns_replicas(workload),
+        externally_managed_replicas=external and workload is not None and _owns_replicas(workload),
         has_service_monitors={SERVICE_MONITOR, POD_MONITOR} <= kinds,
     )
 
 
 def engines_workload(store: Store, key: Key, names: Names) -> Document | None:
-    """What makes the stable engines' pods."""
+    """The workload of the stable engines, None when there is none."""
     return store.get(key, DEPLOYMENT, names.engine) or store.get(key, LEADER_WORKER_SET, names.engine)
 
 

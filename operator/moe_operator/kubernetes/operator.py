@@ -1,8 +1,8 @@
-"""The operator's process: kopf watches, a queue gathers, workers reconcile, a Lease says who may.
+"""The operator's process: watches fill the store, a queue gathers, workers reconcile, a Lease says which operator may.
 
-kopf brings the watches (with selectors on the server's side, reconnection and a bound on silence), the liveness
-endpoint and the handling of signals. Its handlers here only put what they see into the store and the resource's key
-into the queue: kopf keeps no annotation, finalizer or progress of its own in any object.
+kopf is the frame: it watches the resource (and waits for its CRD), answers the liveness probe, and keeps the login of
+its watch fresh. Its handler only puts the resource into the store and the key into the queue: kopf keeps no annotation,
+finalizer or progress of its own in any object. All other kinds are followed by the list-watch that the gateway uses.
 """
 
 import asyncio
@@ -12,47 +12,65 @@ import time
 from typing import Any, cast
 
 import aiohttp
-import httpx2
 import kopf
-from lightkube import ApiError, AsyncClient
+from moe_contract.api_server import ApiError, ApiServer
+from moe_contract.list_watch import Times
 
-from moe_operator.kubernetes.api import ALL, Api, NotLeading
-from moe_operator.kubernetes.kinds import SELECTOR, SERVING, WATCHED, Kind
+from moe_operator.kubernetes.api import Api, NotLeading
+from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.settings import OperatorSettings
 from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.watches import Watches
 
 LEASE_NAME = "moeserving-operator"
 # The API server sends a bookmark each minute: a watch that is silent for longer is dead.
 INACTIVITY_S = 90.0
 KOPF_END_S = 10.0
 BEGIN_EVERY_S = 2.0
-# Of kinds that the cluster lacked: who installs one waits for no resync.
+# A kind that is installed later is noticed within this time.
 KINDS_EVERY_S = 60.0
 
 log = logging.getLogger("moeserving.operator")
 
 
 class Operator:
-    """See the module; `run` ends when it no longer leads or is told to stop."""
+    """One operator; `run` ends when it no longer leads or after `stop`.
+
+    Raises:
+        LoginError: neither a pod's account nor a usable kubeconfig is there.
+    """
 
     def __init__(self, settings: OperatorSettings) -> None:
-        self._settings = settings
+        self._settings, self._server = settings, ApiServer()
         self._store: Store = Store()
         self._queue: WorkQueue[Key] = WorkQueue()
         self._stop = asyncio.Event()
         self._metrics = Metrics(self._queue, self._store)
 
     async def run(self) -> None:
-        """Runs until stopped."""
+        """Runs until `stop` or the loss of the lead.
+
+        Raises:
+            Exception: a part of the operator failed.
+        """
         settings = self._settings
-        self._api = Api(AsyncClient(timeout=httpx2.Timeout(30.0, connect=5.0)))
+        self._api = Api(self._server)
         self._metrics.calls = self._api.calls
+        times = Times(
+            watch_s=settings.watch_s,
+            relist_s=settings.resync_s,
+            silence_s=INACTIVITY_S,
+            absent_s=min(KINDS_EVERY_S, settings.resync_s),
+        )
+        self._watches = Watches(self._server, self._store, self._namespaces(), self._queue.add, self._api.calls, times)
         async with aiohttp.ClientSession() as session:
-            self._reconciler = Reconciler(self._api, self._store, session, settings.defaults)
+            self._reconciler = Reconciler(
+                self._api, self._store, session, settings.defaults, lambda: self._watches.kinds
+            )
             self._election = Election(self._api, settings.own_namespace, LEASE_NAME, settings.identity, settings.terms)
             self._api.may_write = self._election.holds
             await self._metrics.start(settings.metrics_port)
@@ -60,21 +78,21 @@ class Operator:
                 await self._run_parts()
             finally:
                 await self._metrics.stop()
-                await self._api.close()
+                await self._server.close()
 
     def stop(self) -> None:
-        """Ends it."""
+        """Has `run` end."""
         self._stop.set()
 
     async def _run_parts(self) -> None:
         if not await self._begin():
             return
         parts = [
-            asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(self._watch(), name="kopf"),
             asyncio.create_task(self._election.run(), name="election"),
             asyncio.create_task(self._lead(), name="workers"),
             asyncio.create_task(self._resync(), name="resync"),
-            asyncio.create_task(self._find_kinds(), name="kinds"),
+            asyncio.create_task(self._watches.run(), name="watches"),
         ]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -95,33 +113,28 @@ class Operator:
     async def _let_go(self) -> None:
         try:
             await asyncio.wait_for(self._election.release(), self._settings.terms.retry_s)
-        except (ApiError, httpx2.HTTPError, TimeoutError, OSError) as error:
+        except (ApiError, TimeoutError) as error:
             log.warning("the lease runs out by itself: %r", error)
 
-    # What is seen.
+    # Watches.
 
-    def _namespaces(self) -> tuple[str, ...]:
-        return self._settings.namespaces or (ALL,)
+    def _namespaces(self) -> tuple[str | None, ...]:
+        return self._settings.namespaces or (None,)
 
-    async def _relist(self) -> None:
-        """Everything as it is now: what the store begins with, and what a watch may have lost."""
-        present = set()
-        for kind in WATCHED:
-            before = self._store.places(kind)
-            documents = await self._api.list(kind, self._namespaces())
-            if documents is None:
-                continue
-            present.add(kind)
-            for key in self._store.replace(kind, documents, before):
+    async def _list_servings(self) -> None:
+        """Lists the resources; `ApiError` when the API server or their kind is not there."""
+        for namespace in self._namespaces():
+            listing = await self._api.list(SERVING, namespace)
+            assert listing is not None, "its own kind is not optional"
+            for key in self._store.replace(SERVING, listing, namespace):
                 self._queue.add(key)
-        self._reconciler.kinds = frozenset(present)
 
     async def _begin(self) -> bool:
-        """The first look, once the API server answers and knows the resource; False when told to stop before."""
+        """Waits until the API server answers and knows the resource; False when stopped before."""
         while not self._stop.is_set():
             try:
-                await self._relist()
-            except (ApiError, httpx2.HTTPError, OSError) as error:
+                await self._list_servings()
+            except ApiError as error:
                 log.warning("not yet: %s; is the CRD installed, does the API server run?", error)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), BEGIN_EVERY_S)
@@ -130,37 +143,22 @@ class Operator:
         return False
 
     async def _resync(self) -> None:
+        """Queues every resource again and again, against changes that were lost on the way."""
         while True:
             await asyncio.sleep(self._settings.resync_s)
-            await self._look_at_everything()
-
-    async def _find_kinds(self) -> None:
-        while True:
-            await asyncio.sleep(min(KINDS_EVERY_S, self._settings.resync_s))
-            missing = [kind for kind in WATCHED if kind not in self._reconciler.kinds]
             try:
-                found = [kind.name for kind in missing if await self._api.list(kind, self._namespaces()) is not None]
-            except (ApiError, httpx2.HTTPError, OSError) as error:
-                log.warning("kinds: %r", error)
+                await self._list_servings()
+            except ApiError as error:
+                log.warning("resync: %r", error)
                 continue
-            if found:
-                log.info("the cluster has %s now", ", ".join(found))
-                await self._look_at_everything()
-
-    async def _look_at_everything(self) -> None:
-        try:
-            await self._relist()
-        except (ApiError, httpx2.HTTPError, OSError) as error:
-            log.warning("resync: %r", error)
-            return
-        for key in self._store.known():
-            self._queue.add(key)
+            for key in self._store.known():
+                self._queue.add(key)
 
     async def _watch(self) -> None:
+        """Runs kopf until the end: the watch of the resource, its login and the liveness endpoint."""
         registry = kopf.OperatorRegistry()
-        for kind in WATCHED:
-            self._register(registry, kind)
-        kopf.on.login(id="login", registry=registry)(_login)
+        kopf.on.event(SERVING.group, SERVING.version, SERVING.plural, id="resource", registry=registry)(self._see)
+        kopf.on.login(id="login", registry=registry)(kopf.login_via_client)
         kopf.on.probe(id="queue", registry=registry)(self._probe)
         namespaces = self._settings.namespaces
         await kopf.operator(
@@ -175,17 +173,12 @@ class Operator:
             stop_flag=self._stop,
         )
 
-    def _register(self, registry: kopf.OperatorRegistry, kind: Kind) -> None:
-        place = (kind.group, kind.version, kind.plural) if kind.group else (kind.version, kind.plural)
-
-        async def see(event: Any, **_: Any) -> None:
-            document = {**event["object"], "apiVersion": kind.api_version, "kind": kind.name}
-            deleted = event["type"] == "DELETED"
-            key = self._store.remove(kind, document) if deleted else self._store.put(kind, document)
-            if key is not None:
-                self._queue.add(key)
-
-        kopf.on.event(*place, id=f"see-{kind.plural}", registry=registry)(see)
+    async def _see(self, event: Any, **_: Any) -> None:
+        document = {**event["object"], "apiVersion": SERVING.api_version, "kind": SERVING.name}
+        deleted = event["type"] == "DELETED"
+        key = self._store.remove(SERVING, document) if deleted else self._store.put(SERVING, document)
+        if key is not None:
+            self._queue.add(key)
 
     def _kopf_settings(self) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
@@ -197,10 +190,6 @@ class Operator:
         watching.connect_timeout = 10.0
         watching.inactivity_timeout = INACTIVITY_S
         watching.chunk_size = 500
-        for kind in WATCHED:
-            if kind != SERVING:
-                place = (kind.group, kind.version, kind.plural) if kind.group else (kind.version, kind.plural)
-                watching.label_selectors[place] = SELECTOR
         # A change is only put into a queue here, so little is ever in the way of an end.
         settings.batching.worker_limit = 64
         settings.batching.idle_timeout = 1.0
@@ -212,9 +201,10 @@ class Operator:
     async def _probe(self, **_: Any) -> dict[str, Any]:
         return {"queue": len(self._queue), "leading": self._election.leading.is_set()}
 
-    # What is done.
+    # Workers.
 
     async def _lead(self) -> None:
+        await self._watches.synced.wait()
         await self._election.leading.wait()
         for key in self._store.known():
             self._queue.add(key)
@@ -233,9 +223,9 @@ class Operator:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                # Whatever one resource brings about, the others go on.
+                # An error of one resource stops none of the others.
                 delay_s = self._queue.failed(key)
-                expected = isinstance(error, ApiError | httpx2.HTTPError | OSError | TimeoutError | NotLeading)
+                expected = isinstance(error, ApiError | OSError | TimeoutError | NotLeading)
                 log.log(
                     logging.WARNING if expected else logging.ERROR,
                     "%s: %r; again in %.1f s",
@@ -248,8 +238,3 @@ class Operator:
             else:
                 self._queue.done(key, again_after_s=again_after_s)
                 self._metrics.observe("ok", time.monotonic() - started_s)
-
-
-def _login(**kwargs: Any) -> Any:
-    """The pod's service account, else KUBECONFIG: what lightkube takes, too."""
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)

@@ -1,20 +1,21 @@
-"""Agents and gateways of a resource over HTTP: what they say, and settings for those that run."""
+"""Agents and gateways of a resource over HTTP: their states, and new settings for those that run."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+from moe_contract.clients import AgentClient, GatewayClient, PeerError
+from moe_contract.engine_process import ADMIN_PORT_NAME, AGENT_PORT_NAME
+from moe_contract.experts_state import ExpertsState
 
-from moe_operator.experts.document import ExpertsDocument, read_experts
+from moe_operator.autoscale.signal import States
 from moe_operator.plan.names import COMPONENT, REVISION
 
 Document = dict[str, Any]
-TIMEOUT = aiohttp.ClientTimeout(total=5.0, sock_connect=1.0)
-# A change is answered once every rank has taken it, which takes a step of the engine.
-CHANGE_TIMEOUT = aiohttp.ClientTimeout(total=10.0, sock_connect=1.0)
-AGENT_PORT, ADMIN_PORT = "agent", "admin"
+Answer = TypeVar("Answer")
+ENGINE = "engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ def find_peers(pods: Iterable[Document]) -> list[Peer]:
     for pod in pods:
         address, labels = pod.get("status", {}).get("podIP"), pod["metadata"].get("labels", {})
         component = labels.get(COMPONENT)
-        port = _port(pod, AGENT_PORT if component == "engine" else ADMIN_PORT)
+        port = _port(pod, AGENT_PORT_NAME if component == ENGINE else ADMIN_PORT_NAME)
         if not address or port is None or "deletionTimestamp" in pod["metadata"]:
             continue
         host = f"[{address}]" if ":" in address else address
@@ -63,56 +64,49 @@ def _port(pod: Document, name: str) -> int | None:
     return None
 
 
-async def fetch_states(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, Document]:
-    """The state of each peer that answers, by pod."""
-    answers = await asyncio.gather(*(_fetch(session, f"{peer.url}/v1/state") for peer in peers))
+async def fetch_states(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> States:
+    """The state of each peer that answers."""
+    engines = [peer for peer in peers if peer.component == ENGINE]
+    gateways = [peer for peer in peers if peer.component != ENGINE]
+    agent_states, gateway_states = await asyncio.gather(
+        asyncio.gather(*(_or_none(AgentClient(session, peer.url).state()) for peer in engines)),
+        asyncio.gather(*(_or_none(GatewayClient(session, peer.url).state()) for peer in gateways)),
+    )
+    return States(engines=_by_pod(engines, agent_states), gateways=_by_pod(gateways, gateway_states))
+
+
+async def fetch_experts(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, ExpertsState]:
+    """The experts of each engine that answers, in brief, by pod; those without an expert group are left out."""
+    engines = [peer for peer in peers if peer.component == ENGINE]
+    answers = await asyncio.gather(*(_or_none(AgentClient(session, peer.url).experts(brief=True)) for peer in engines))
+    return _by_pod(engines, answers)
+
+
+def _by_pod(peers: Sequence[Peer], answers: Sequence[Answer | None]) -> dict[str, Answer]:
     return {peer.pod: answer for peer, answer in zip(peers, answers, strict=True) if answer is not None}
 
 
-async def fetch_experts(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, ExpertsDocument]:
-    """What each engine says of its experts, in brief, by pod; those without an expert group are left out."""
-    engines = [peer for peer in peers if peer.component == "engine"]
-    answers = await asyncio.gather(*(_fetch(session, f"{peer.url}/v1/experts?brief=1") for peer in engines))
-    read = ((peer.pod, read_experts(answer)) for peer, answer in zip(engines, answers, strict=True))
-    return {pod: document for pod, document in read if document is not None}
-
-
-async def _fetch(session: aiohttp.ClientSession, url: str) -> Document | None:
+async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:
     try:
-        async with session.get(url, timeout=TIMEOUT) as answer:
-            if answer.status != 200:
-                return None
-            document = await answer.json()
-    except (aiohttp.ClientError, TimeoutError, ValueError, OSError):
+        return await call
+    except PeerError:
         return None
-    return document if isinstance(document, dict) else None
 
 
 async def put_settings(
     session: aiohttp.ClientSession, peer: Peer, settings: Mapping[str, Any], tokens: Sequence[str]
 ) -> str:
-    """Gives a running peer other settings; empty when it took them, else why not.
-
-    While a token is being replaced a peer may know only the old one yet.
-    """
-    told = "no control token"
-    for token in tokens:
-        headers = {"Authorization": f"Bearer {token}"}
-        try:
-            async with session.put(
-                f"{peer.url}/v1/config", json=dict(settings), headers=headers, timeout=CHANGE_TIMEOUT
-            ) as answer:
-                if answer.status == 200:
-                    return ""
-                told = f"status {answer.status}: {(await answer.text())[:200]}"
-                if answer.status != 401:
-                    return told
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return repr(error)
-    return told
+    """Gives a running peer other settings; empty when it took them, else why not."""
+    client = AgentClient if peer.component == ENGINE else GatewayClient
+    try:
+        await client(session, peer.url).put_settings(settings, tokens)
+    except PeerError as error:
+        return str(error)
+    return ""
 
 
-def differs(wanted: Mapping[str, Any], state: Document) -> bool:
-    """Whether the settings in force in a peer are not the wanted ones."""
-    in_force = state.get("config", {})
+def differs(wanted: Mapping[str, Any], peer: Peer, states: States) -> bool:
+    """Whether the settings in force in a peer that answered are not the wanted ones."""
+    state = states.engines.get(peer.pod) or states.gateways.get(peer.pod)
+    in_force = {} if state is None or state.config is None else state.config.document()
     return any(in_force.get(name) != value for name, value in wanted.items())

@@ -14,7 +14,7 @@ FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 120.0
 
 
 class WorkQueue(Generic[Item]):
-    """See the module."""
+    """Items to work on, with a delay and a backoff for each."""
 
     def __init__(self) -> None:
         self._ready: dict[Item, None] = {}
@@ -30,7 +30,7 @@ class WorkQueue(Generic[Item]):
         return len(self._ready)
 
     def add(self, item: Item) -> None:
-        """Now, or once the worker that has it is done."""
+        """Queues an item now, or once the worker that has it is done."""
         if item in self._busy:
             self._again.add(item)
             return
@@ -38,7 +38,7 @@ class WorkQueue(Generic[Item]):
         self._changed.set()
 
     def add_after(self, item: Item, delay_s: float) -> None:
-        """After a while, unless it is due sooner anyway."""
+        """Queues an item after a delay, unless it is due sooner anyway."""
         due_s = asyncio.get_running_loop().time() + delay_s
         if self._due_s.get(item, float("inf")) <= due_s:
             return
@@ -47,7 +47,7 @@ class WorkQueue(Generic[Item]):
         self._changed.set()
 
     async def take(self) -> Item:
-        """The next; `done` or `failed` has to follow."""
+        """Waits for the next item; `done` or `failed` has to follow."""
         while True:
             wait_s = self._release_due()
             if self._ready:
@@ -62,14 +62,14 @@ class WorkQueue(Generic[Item]):
                 continue
 
     def done(self, item: Item, *, again_after_s: float | None = None) -> None:
-        """It went well."""
+        """Ends the work on an item with success; it comes again after a time, or only by `add`."""
         self._failures.pop(item, None)
         self._finish(item)
         if again_after_s is not None:
             self.add_after(item, again_after_s)
 
     def failed(self, item: Item) -> float:
-        """It did not; the time after which it comes again."""
+        """Ends the work on an item with a failure; returns the seconds after which it comes again."""
         failures = self._failures[item] = self._failures.get(item, 0) + 1
         self._finish(item)
         delay_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 16))

@@ -1,4 +1,4 @@
-"""One pass over one resource: observe, decide, apply, tell. Called by the operator's workers, one at a time a resource.
+"""One pass over one resource: observe, decide, apply, report. Called by workers, one at a time for each resource.
 
 Level-based: what is done follows from what is, never from which event came, so that a pass can be cut anywhere and the
 next one goes on from there. A pass over what is as it should be writes nothing.
@@ -7,13 +7,14 @@ next one goes on from there. A pass over what is as it should be writes nothing.
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
-from lightkube import ApiError
+from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
+from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
@@ -21,13 +22,13 @@ from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
+from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
-from moe_operator.experts.document import ExpertsDocument
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
 from moe_operator.kubernetes.diagnosis import find_problems
-from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING, Kind
+from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
@@ -48,25 +49,40 @@ log = logging.getLogger("moeserving.operator")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """What one pass knows of its resource."""
+    """The facts of one pass over a resource."""
 
     key: Key
     document: Document
     resource: MoEServing
     observed: Observed
     pods: list[Document]
-    states: Mapping[str, Document]
-    experts: Mapping[str, ExpertsDocument]
+    states: States
+    experts: Mapping[str, ExpertsState]
 
 
 class Reconciler:
-    """See the module."""
+    """Makes one resource after the other real.
 
-    def __init__(self, api: Api, store: Store, session: aiohttp.ClientSession, defaults: Defaults) -> None:
+    Args:
+        api: for every change.
+        store: the cluster as it was last seen.
+        session: for calls to agents and gateways.
+        defaults: images and the like.
+        kinds: those that the cluster has now.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        store: Store,
+        session: aiohttp.ClientSession,
+        defaults: Defaults,
+        kinds: Callable[[], frozenset[Kind]],
+    ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
         self._sources = Sources(session)
-        self.kinds: frozenset[Kind] = frozenset()
+        self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; the time after which the next is wanted, None when only a change calls for one."""
@@ -79,10 +95,10 @@ class Reconciler:
         try:
             resource = parse_resource(_without_server_fields(document))
         except InvalidInput as error:
-            return await self._tell_invalid(key, document, str(error))
+            return await self._report_invalid(key, document, str(error))
         await self._hold_on(document)
         if resource.spec.paused:
-            return await self._tell_paused(key, document, resource)
+            return await self._report_paused(key, document, resource)
         return await self._make_real(key, document, resource)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
@@ -90,7 +106,7 @@ class Reconciler:
         peers = find_peers(pods)
         states, experts = await self._ask(peers, resource)
         now = datetime.now(UTC)
-        observed = read_observed(self._store, key, document, resource, self.kinds, now)
+        observed = read_observed(self._store, key, document, resource, self._kinds(), now)
         current = Pass(
             key=key,
             document=document,
@@ -104,19 +120,17 @@ class Reconciler:
         try:
             plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
         except InvalidInput as error:
-            return await self._tell_invalid(key, document, str(error))
+            return await self._report_invalid(key, document, str(error))
         await mark_victims(self._api, self._store, key, plan, pods, states)
         uid = document["metadata"]["uid"]
-        applied = await self._children.apply(key, plan.objects, self.kinds, uid)
+        applied = await self._children.apply(key, plan.objects, self._kinds(), uid)
         if not applied.refused:
             applied.waiting |= await self._children.prune(key, plan.objects, uid)
         late = await self._push_settings(plan, peers, current)
-        status_after_s = await self._tell(current, plan, applied, outcome.limited)
+        status_after_s = await self._report(current, plan, applied, outcome.limited)
         return self._next_s(current, applied, late, status_after_s)
 
-    async def _ask(
-        self, peers: list[Peer], resource: MoEServing
-    ) -> tuple[dict[str, Document], dict[str, ExpertsDocument]]:
+    async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
         """What agents and gateways say of themselves, and engines of their experts where they have a group."""
         if not resource.spec.engine.parallelism.expert:
             return await fetch_states(self._session, peers), {}
@@ -140,15 +154,17 @@ class Reconciler:
             for peer in peers
             if peer.pod in current.states
         ]
-        behind = [(peer, settings) for peer, settings in wanted if differs(settings, current.states[peer.pod])]
-        told = await asyncio.gather(
+        behind = [(peer, settings) for peer, settings in wanted if differs(settings, peer, current.states)]
+        answers = await asyncio.gather(
             *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
         )
-        for (peer, _), problem in zip(behind, told, strict=True):
+        for (peer, _), problem in zip(behind, answers, strict=True):
             log.log(logging.WARNING if problem else logging.INFO, "settings for %s: %s", peer.pod, problem or "taken")
-        return any(told)
+        return any(answers)
 
-    async def _tell(self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None) -> float:
+    async def _report(
+        self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None
+    ) -> float:
         names = Names(current.key.name)
         seen = Seen(
             refused="; ".join(applied.refused),
@@ -163,13 +179,13 @@ class Reconciler:
             current.key, current.document, names, seen, current.pods, current.states, current.experts
         )
 
-    async def _tell_invalid(self, key: Key, document: Document, problem: str) -> float | None:
+    async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
         seen = Seen(invalid=problem, desired=self._live_replicas(key))
-        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), {}, {})
+        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), States(), {})
         return None
 
-    async def _tell_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
+    async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         states, experts = await self._ask(find_peers(pods), resource)
         seen = Seen(
@@ -193,8 +209,8 @@ class Reconciler:
         names: Names,
         seen: Seen,
         pods: list[Document],
-        states: Mapping[str, Document],
-        experts: Mapping[str, ExpertsDocument],
+        states: States,
+        experts: Mapping[str, ExpertsState],
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
@@ -258,7 +274,7 @@ class Reconciler:
             await self._api.apply(SERVING, _own(document, []))
         except ApiError as error:
             # Gone already: its uid is no longer there.
-            if error.status.code not in (404, 409):
+            if error.status not in (NOT_FOUND, CONFLICT):
                 raise
         self._store.remove(SERVING, document)
         return None
@@ -291,13 +307,13 @@ def _without_server_fields(document: Document) -> Document:
 
 def _rolling(store: Store, key: Key) -> list[str]:
     """Workloads of which not all pods are of the newest template yet."""
-    told = []
+    rolling = []
     for _, live in store.children(key, WORKLOADS):
         spec, status = live.get("spec", {}), live.get("status", {})
         wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
         if _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
-            told.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
-    return told
+            rolling.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
+    return rolling
 
 
 def _is_unseen(workload: Document) -> bool:

@@ -10,10 +10,13 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from moe_contract.agent_state import AgentState
+from moe_contract.experts_state import ExpertsState
+from moe_contract.gateway_state import GatewayState
+
 from moe_operator.api.status import EnginePhase, EngineStatus, ExpertsStatus, PoliciesInForce, status_document
 from moe_operator.api.status import Status as StatusSection
-from moe_operator.autoscale.signal import mean_ttft_s
-from moe_operator.experts.document import ExpertsDocument
+from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import Seen
 from moe_operator.plan.names import COMPONENT, Names, is_replica, selector_text
@@ -31,14 +34,14 @@ def build_status(
     namespace: str,
     seen: Seen,
     pods: Sequence[Document],
-    states: Mapping[str, Document],
-    experts: Mapping[str, ExpertsDocument],
+    states: States,
+    experts: Mapping[str, ExpertsState],
 ) -> tuple[Document, Seen]:
     """The status without conditions, and what was seen, completed by the pods and the experts' documents."""
     engines = [pod for pod in pods if _is_replica(pod) and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
     seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
-    gateway_states = [states[_name(pod)] for pod in gateways if _name(pod) in states]
+    gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
     suffix = "" if port == 80 else f":{port}"
@@ -49,19 +52,21 @@ def build_status(
         desired_replicas=seen.desired,
         selector=selector_text(names.labels("engine", "stable")),
         endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
-        engines=tuple(_engine(pod, states.get(pod["metadata"]["name"])) for pod in sorted(engines, key=_name)),
-        policies=_policies([states[_name(pod)] for pod in engines if _name(pod) in states], gateway_states),
+        engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
+        policies=_policies(
+            [states.engines[_name(pod)] for pod in engines if _name(pod) in states.engines], gateway_states
+        ),
         ttft=_render_ttft(mean_ttft_s(gateway_states)),
         experts=build_experts(experts, datetime.now(UTC)),
     )
-    told = _keep_numbers(status_document(status), before)
-    return told, replace(seen, experts=ExpertsStatus.model_validate(told["experts"]))
+    current = _keep_numbers(status_document(status), before)
+    return current, replace(seen, experts=ExpertsStatus.model_validate(current["experts"]))
 
 
-def _policies(engines: Sequence[Document], gateways: Sequence[Document]) -> PoliciesInForce:
+def _policies(engines: Sequence[AgentState], gateways: Sequence[GatewayState]) -> PoliciesInForce:
     """What all that answer have in force; absent while they differ."""
-    requests = {state.get("config", {}).get("request", {}).get("policy") for state in engines}
-    choices = {state.get("config", {}).get("dispatch", {}).get("policy") for state in gateways}
+    requests = {state.request_policy for state in engines}
+    choices = {state.dispatch_policy for state in gateways}
     return PoliciesInForce(
         request=requests.pop() if len(requests) == 1 else None, engine=choices.pop() if len(choices) == 1 else None
     )
@@ -102,7 +107,7 @@ def _with_kept_time(now: Document, before: Document) -> Document:
 
 
 def _is_same_story(now: Document, before: Document) -> bool:
-    """Whether of the experts numbers alone differ: what somebody waits for is told at once."""
+    """Whether the experts differ in numbers alone; any other change is written at once."""
 
     def story(experts: Document) -> tuple[Any, ...]:
         last, problems = experts.get("lastDecision") or {}, experts.get("problems", [])
@@ -119,18 +124,17 @@ def _parse_time(text: Any) -> datetime | None:
         return None
 
 
-def _engine(pod: Document, state: Document | None) -> EngineStatus:
-    state = state or {}
-    ranks = state.get("ranks", [])
-    phase = str(state.get("phase", "unknown"))
+def _engine(pod: Document, state: AgentState | None) -> EngineStatus:
+    if state is None:
+        return EngineStatus(name=_name(pod), phase=EnginePhase.UNKNOWN)
     return EngineStatus(
         name=_name(pod),
-        phase=EnginePhase(phase) if phase in [known.value for known in EnginePhase] else EnginePhase.UNKNOWN,
-        restarts=state.get("engine", {}).get("restarts", 0),
-        last_exit=str(state.get("engine", {}).get("last_exit", ""))[:500],
-        running=sum(rank["running"] for rank in ranks),
-        waiting=sum(rank["waiting"] for rank in ranks),
-        kv_usage=round(max((float(rank["kv_usage"]) for rank in ranks), default=0.0), 2),
+        phase=EnginePhase(state.phase) if state.phase in set(EnginePhase) else EnginePhase.UNKNOWN,
+        restarts=state.engine.restarts,
+        last_exit=state.engine.last_exit[:500],
+        running=sum(rank.running for rank in state.ranks),
+        waiting=sum(rank.waiting for rank in state.ranks),
+        kv_usage=round(state.kv_usage, 2),
     )
 
 

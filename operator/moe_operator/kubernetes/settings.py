@@ -26,7 +26,7 @@ class OperatorSettings:
         metrics_port: of `/metrics`; 0 chooses a free one.
         workers: resources that are reconciled at a time. One core makes the documents of all of them: more workers than
             calls of one pass leave it idle only make each pass take longer.
-        resync_s: time between two looks at everything, which find what a watch lost.
+        resync_s: time between two lists of everything, which find what a watch lost.
         watch_s: length of one watch, after which it is opened anew.
         defaults: images and the like.
         terms: of the election.
@@ -45,7 +45,7 @@ class OperatorSettings:
 
 
 def read_defaults(environment: Mapping[str, str], own_namespace: str) -> Defaults:
-    """Images as the chart names them."""
+    """Defaults of a plan, with the images that the chart sets in the environment."""
     known = Defaults()
     return Defaults(
         engine_image=environment.get(IMAGE_ENGINE) or known.engine_image,
@@ -57,7 +57,7 @@ def read_defaults(environment: Mapping[str, str], own_namespace: str) -> Default
 
 
 def read_own_namespace(environment: Mapping[str, str]) -> str:
-    """Where the operator runs."""
+    """Namespace of the operator: from the environment, else of its pod, else `default`."""
     if name := environment.get(OWN_NAMESPACE):
         return name
     return _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.is_file() else "default"

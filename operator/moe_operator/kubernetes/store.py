@@ -1,17 +1,17 @@
-"""What the operator knows of the cluster: the newest version seen of each object, found by resource and kind.
+"""The operator's copy of the cluster: the newest version seen of each object, found by resource and kind.
 
-Fed by the watches, by the answers to the operator's own writes, and by whole lists (which alone see what vanished while
-no watch was open). Owned by the operator's event loop.
+Fed by watches, by the answers to the operator's own writes, and by whole lists (which alone show what vanished while no
+watch was open). Owned by the operator's event loop.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moe_operator.kubernetes.kinds import SERVING, Kind
+from moe_contract.api_server import Document, Kind, Listing
+
+from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.plan.names import INSTANCE
-
-Document = dict[str, Any]
 
 
 class Key(NamedTuple):
@@ -25,13 +25,13 @@ class Key(NamedTuple):
 
 
 class Store:
-    """See the module."""
+    """The objects of the cluster by resource, kind and name."""
 
     def __init__(self) -> None:
         self._objects: dict[Key, dict[tuple[Kind, str], Document]] = defaultdict(dict)
 
     def put(self, kind: Kind, document: Document) -> Key | None:
-        """Keeps an object unless a newer version is known; the resource that it belongs to, None when it is no news."""
+        """Keeps an object unless a newer version is known; returns its resource, None when nothing changed."""
         key = key_of(kind, document)
         if key is None:
             return None
@@ -55,25 +55,25 @@ class Store:
             del self._objects[key]
         return key
 
-    def replace(self, kind: Kind, documents: Iterable[Document], before: frozenset[tuple[str, str]]) -> set[Key]:
-        """Takes a whole list of a kind: what was known `before` it was asked for and is not in it is gone."""
-        touched: set[Key] = set()
-        seen = set()
-        for document in documents:
-            seen.add((document["metadata"]["namespace"], document["metadata"]["name"]))
-            touched |= {key for key in [self.put(kind, document)] if key is not None}
+    def replace(self, kind: Kind, listing: Listing, namespace: str | None) -> set[Key]:
+        """Takes a whole list of a kind in a namespace (None: all); returns the resources of what is new or gone.
+
+        An object that is newer than the list was made after it, so its absence from the list says nothing.
+        """
+        touched = {self.put(kind, document) for document in listing.items}
+        seen = {_place(document) for document in listing.items}
         for document in [*self.every(kind)]:
-            place = (document["metadata"]["namespace"], document["metadata"]["name"])
-            if place in before and place not in seen:
-                touched |= {key for key in [self.remove(kind, document)] if key is not None}
-        return touched
+            in_scope = namespace in (None, document["metadata"]["namespace"])
+            if in_scope and _place(document) not in seen and _version(document) <= int(listing.version):
+                touched.add(self.remove(kind, document))
+        return {key for key in touched if key is not None}
 
     def get(self, key: Key, kind: Kind, name: str) -> Document | None:
-        """One object."""
+        """One object of a resource, None when it is not known."""
         return self._objects.get(key, {}).get((kind, name))
 
     def serving(self, key: Key) -> Document | None:
-        """The resource itself."""
+        """The resource itself, None when it is not known."""
         return self.get(key, SERVING, key.name)
 
     def of(self, key: Key, kind: Kind) -> list[Document]:
@@ -93,12 +93,8 @@ class Store:
         for shelf in self._objects.values():
             yield from (document for (of_kind, _), document in shelf.items() if of_kind == kind)
 
-    def places(self, kind: Kind) -> frozenset[tuple[str, str]]:
-        """Namespace and name of all objects of a kind."""
-        return frozenset((doc["metadata"]["namespace"], doc["metadata"]["name"]) for doc in self.every(kind))
-
     def known(self) -> list[Key]:
-        """All resources of which anything is known."""
+        """All resources with at least one known object."""
         return list(self._objects)
 
 
@@ -107,6 +103,10 @@ def key_of(kind: Kind, document: Document) -> Key | None:
     metadata = document["metadata"]
     name = metadata["name"] if kind == SERVING else metadata.get("labels", {}).get(INSTANCE)
     return None if name is None else Key(metadata["namespace"], name)
+
+
+def _place(document: Document) -> tuple[str, str]:
+    return document["metadata"]["namespace"], document["metadata"]["name"]
 
 
 def _version(document: Document) -> int:

@@ -1,11 +1,12 @@
-"""Before engines are let go: tells Kubernetes which ones, by the work that they have left."""
+"""Pod deletion costs by the work left in each engine, written before the engines are scaled down."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from moe_contract.agent_state import AgentState
 from moe_scheduling.fleet.victims import EngineWork, order_victims
 
-from moe_operator.autoscale.signal import read_ranks
+from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import DEPLOYMENT, POD
 from moe_operator.kubernetes.store import Key, Store
@@ -18,7 +19,7 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 
 
 async def mark_victims(
-    api: Api, store: Store, key: Key, plan: ClusterPlan, pods: Sequence[Document], states: Mapping[str, Document]
+    api: Api, store: Store, key: Key, plan: ClusterPlan, pods: Sequence[Document], states: States
 ) -> None:
     """Writes the deletion costs of the stable engines when the plan has fewer of them than there are.
 
@@ -28,7 +29,7 @@ async def mark_victims(
     if workload is None or plan.replicas == 0 or plan.replicas >= workload.get("spec", {}).get("replicas", 0):
         return
     by_name = {pod["metadata"]["name"]: pod for pod in pods if is_stable_engine(pod)}
-    for victim in order_victims(_work(pod, states.get(name)) for name, pod in by_name.items()):
+    for victim in order_victims(_work(pod, states.engines.get(name)) for name, pod in by_name.items()):
         if _cost(by_name[victim.name]) != victim.cost:
             patch = {"metadata": {"annotations": {COST: str(victim.cost)}}}
             store.put(POD, await api.merge(POD, key.namespace, victim.name, patch))
@@ -40,14 +41,14 @@ def is_stable_engine(pod: Document) -> bool:
     return bool(labels.get(COMPONENT) == "engine" and labels.get(REVISION) == STABLE)
 
 
-def _work(pod: Document, state: Document | None) -> EngineWork:
-    draining = "deletionTimestamp" in pod["metadata"] or (state or {}).get("phase") in ("draining", "stopped")
+def _work(pod: Document, state: AgentState | None) -> EngineWork:
+    draining = "deletionTimestamp" in pod["metadata"] or (state is not None and state.phase in ("draining", "stopped"))
     return EngineWork(
         name=pod["metadata"]["name"],
-        # An engine of which nothing is heard may well be busy: it counts as working, not as not ready.
-        ready=state is None or state.get("phase") == "ready",
+        # An engine without a state may be busy: it counts as ready.
+        ready=state is None or state.ready,
         draining=draining,
-        ranks=read_ranks(state or {}),
+        ranks=() if state is None else state.ranks,
         cost=_cost(pod),
     )
 

@@ -5,7 +5,6 @@ called. When one refuses or does not answer, files and the others are put back.
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +12,15 @@ from typing import Any
 
 import aiohttp
 from moe_contract.agent_config import AgentConfig
+from moe_contract.clients import AgentClient, GatewayClient, PeerError
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, dump_resource, load_resource, parse_resource, resource_document, set_field
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, held, write_whole
-from moe_operator.local.record import ProcessRecord, Record
+from moe_operator.local.record import GATEWAY, ProcessRecord, Record
 from moe_operator.local.start import build_configs, require_running
 from moe_operator.plan import LocalPlan, LocalSite, plan_local
-
-# An agent answers when every rank has taken the change, for which it allows 5 s.
-_ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,24 +119,25 @@ def _agent_settings(agent: AgentConfig) -> dict[str, Any]:
 
 
 async def _apply(calls: Sequence[Call], token: str, write: Callable[[], None], put_back: Callable[[], None]) -> None:
-    timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout, headers={"Authorization": f"Bearer {token}"}) as session:
+    async with aiohttp.ClientSession() as session:
+
+        async def send(bodies: Sequence[dict[str, Any]]) -> list[str]:
+            pairs = zip(calls, bodies, strict=True)
+            return await asyncio.gather(*(put_config(session, call, body, token) for call, body in pairs))
+
+        undo = [call.undo for call in calls]
         try:
             write()
-            answers = await _send(session, [(call.row, call.body) for call in calls])
+            answers = await send([call.body for call in calls])
         except BaseException:  # a full disk, a Ctrl-C
             put_back()
-            await _send(session, [(call.row, call.undo) for call in calls])
+            await send(undo)
             raise
         if any(answers):
             put_back()
             # Also to those that refused: one that timed out may have taken it.
-            undone = await _send(session, [(call.row, call.undo) for call in calls])
+            undone = await send(undo)
             raise Failure(explain_refusal(calls, answers, undone))
-
-
-async def _send(session: aiohttp.ClientSession, calls: Sequence[tuple[ProcessRecord, dict[str, Any]]]) -> list[str]:
-    return await asyncio.gather(*(put_config(session, row, body) for row, body in calls))
 
 
 def explain_refusal(calls: Sequence[Call], answers: Sequence[str], undone: Sequence[str]) -> str:
@@ -152,26 +150,14 @@ def explain_refusal(calls: Sequence[Call], answers: Sequence[str], undone: Seque
     return f"{why}; {', '.join(kept)} took the change and could not be put back: set the value again once all answer"
 
 
-async def put_config(session: aiohttp.ClientSession, row: ProcessRecord, body: Mapping[str, Any]) -> str:
-    """Calls the control route; answers what went wrong, empty when nothing did."""
+async def put_config(session: aiohttp.ClientSession, call: Call, body: Mapping[str, Any], token: str) -> str:
+    """Calls the control route of a process; why it failed, empty when it did not."""
+    client = GatewayClient if call.row.name == GATEWAY else AgentClient
     try:
-        async with session.put(f"{row.url}/v1/config", json=body) as answer:
-            if answer.status == 200:
-                return ""
-            return f"{row.name} refused: {explain_answer(answer.status, await answer.read())}"
-    except TimeoutError:
-        return f"{row.name} gave no answer within {_ANSWER_TIMEOUT_S:g} s"
-    except (aiohttp.ClientError, OSError):
-        return f"{row.name} cannot be reached"
-
-
-def explain_answer(status: int, body: bytes) -> str:
-    """What a control route that refused said. Pure."""
-    try:
-        rows = json.loads(body)["errors"]
-        return ", ".join(str(InputError(row["path"], row["message"])) for row in rows)
-    except (ValueError, KeyError, TypeError):
-        return f"status {status}"
+        await client(session, call.row.url).put_settings(body, (token,))
+    except PeerError as error:
+        return f"{call.row.name} {error}"
+    return ""
 
 
 def _existing(folder: Folder) -> Folder:

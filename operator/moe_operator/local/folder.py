@@ -25,7 +25,7 @@ class Folder:
 
     @property
     def path(self) -> Path:
-        """The deployment's own folder."""
+        """Folder of this deployment in the state directory."""
         return self.root / self.name
 
     @property
@@ -35,7 +35,7 @@ class Folder:
 
     @property
     def resource(self) -> Path:
-        """The resource in force."""
+        """File of the resource that is in force."""
         return self.path / "moeserving.yaml"
 
     @property
@@ -45,7 +45,7 @@ class Folder:
 
     @property
     def lock(self) -> Path:
-        """Held by the supervisor."""
+        """File whose lock the supervisor holds."""
         return self.path / "lock"
 
     @property

@@ -19,7 +19,7 @@ def count_cpus() -> int:
 
 
 def memory_bytes() -> int:
-    """The machine's memory."""
+    """Total memory of this machine in bytes."""
     return int(psutil.virtual_memory().total)
 
 

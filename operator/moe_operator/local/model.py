@@ -1,4 +1,4 @@
-"""The model's folder on this machine: what is wrong with it is told before an engine takes a minute to find out."""
+"""The model's folder on this machine: checked before an engine needs a minute to fail on it."""
 
 import json
 from pathlib import Path

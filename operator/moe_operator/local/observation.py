@@ -1,55 +1,60 @@
-"""One look at a running deployment: its record, and what agents and gateway say about themselves."""
+"""One look at a running deployment: its record, and the states of its agents and its gateway."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+from moe_contract.agent_state import AgentState
+from moe_contract.clients import AgentClient, GatewayClient, PeerError
+from moe_contract.experts_state import ExpertsState
+from moe_contract.gateway_state import GatewayState
 
-from moe_operator.experts.document import ExpertsDocument, read_experts
 from moe_operator.local.record import Record
 
 _ANSWER_TIMEOUT_S = 2.0
 
-Document = dict[str, Any]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What was seen; None in place of an answer that did not come.
+    """The answers of all processes at one moment; None in place of an answer that did not come.
 
     Attributes:
-        agents: `/v1/state` of each agent, in the order of the record.
-        gateway: `/v1/state` of the gateway.
+        record: of the deployment.
+        agents: the state of each agent, in the order of the record.
+        gateway: the state of the gateway.
         metrics: `/metrics` of the gateway; empty when it gave none.
-        experts: what each engine with an expert group says of it, by the engine's name.
+        experts: state of each expert group, by the engine's name.
     """
 
     record: Record
-    agents: tuple[Document | None, ...]
-    gateway: Document | None
+    agents: tuple[AgentState | None, ...]
+    gateway: GatewayState | None
     metrics: str = ""
-    experts: Mapping[str, ExpertsDocument] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsState] = field(default_factory=dict)
 
 
 async def fetch_observation(record: Record) -> Observation:
-    """Asks all at once."""
-    timeout = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        agents, gateway, metrics, experts = await asyncio.gather(
-            asyncio.gather(*(fetch_state(session, row.url) for row in record.agents)),
-            fetch_state(session, record.gateway.url),
-            fetch_metrics(session, record.gateway.url),
-            asyncio.gather(*(fetch_document(session, f"{row.url}/v1/experts?brief=1") for row in record.agents)),
+    """Asks all processes at once."""
+    async with aiohttp.ClientSession() as session:
+        agents = [AgentClient(session, row.url, timeout_s=_ANSWER_TIMEOUT_S) for row in record.agents]
+        gateway = GatewayClient(session, record.gateway.url, timeout_s=_ANSWER_TIMEOUT_S)
+        states, gateway_state, metrics, experts = await asyncio.gather(
+            asyncio.gather(*(_or_none(agent.state()) for agent in agents)),
+            _or_none(gateway.state()),
+            _or_none(gateway.metrics()),
+            asyncio.gather(*(_or_none(agent.experts(brief=True)) for agent in agents)),
         )
-    read = ((name_engine(record, index), read_experts(answer)) for index, answer in enumerate(experts))
+    named = ((name_engine(record, index), answer) for index, answer in enumerate(experts))
     return Observation(
         record=record,
-        agents=tuple(agents),
-        gateway=gateway,
-        metrics=metrics,
-        experts={name: document for name, document in read if document is not None},
+        agents=tuple(states),
+        gateway=gateway_state,
+        metrics=metrics or "",
+        experts={name: answer for name, answer in named if answer is not None},
     )
 
 
@@ -58,25 +63,8 @@ def name_engine(record: Record, index: int) -> str:
     return f"{record.name}-engine-{index}"
 
 
-async def fetch_state(session: aiohttp.ClientSession, url: str) -> Document | None:
-    """One snapshot, or None."""
-    return await fetch_document(session, f"{url}/v1/state")
-
-
-async def fetch_document(session: aiohttp.ClientSession, url: str) -> Document | None:
-    """A JSON object, or None."""
+async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:
     try:
-        async with session.get(url) as answer:
-            document = await answer.json()
-            return document if answer.status == 200 and isinstance(document, dict) else None
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return await call
+    except PeerError:
         return None
-
-
-async def fetch_metrics(session: aiohttp.ClientSession, url: str) -> str:
-    """The text of the metrics, or nothing."""
-    try:
-        async with session.get(f"{url}/metrics") as answer:
-            return await answer.text() if answer.status == 200 else ""
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return ""

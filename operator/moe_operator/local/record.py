@@ -25,7 +25,7 @@ class Life(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alive:
-    """A process, told from a later one with the same id by its start (seconds since 1970, as psutil counts)."""
+    """A process by its id and start time (seconds since 1970, as psutil counts), since ids are used again."""
 
     pid: int
     started: float
@@ -90,7 +90,7 @@ class Record:
 
     @property
     def gateway(self) -> ProcessRecord:
-        """The gateway's row."""
+        """The record of the gateway's process."""
         return next(row for row in self.processes if row.name == GATEWAY)
 
     @property
@@ -108,7 +108,7 @@ def save_record(folder: Folder, record: Record) -> None:
 
 
 def record_document(record: Record) -> dict[str, Any]:
-    """As JSON has it."""
+    """The record as a JSON document."""
     return asdict(record)
 
 
@@ -149,5 +149,5 @@ def find_process(alive: Alive | None) -> psutil.Process | None:
 
 
 def leftovers(record: Record) -> list[psutil.Process]:
-    """Supervised processes that live."""
+    """Processes of the record that are still alive."""
     return [process for row in record.processes if (process := find_process(row.process)) is not None]

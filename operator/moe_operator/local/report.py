@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from moe_contract.agent_state import AgentState
+
 from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, PoliciesInForce, Status
 from moe_operator.experts.report import build_experts
-from moe_operator.local.observation import Document, Observation, name_engine
+from moe_operator.local.observation import Observation, name_engine
 from moe_operator.local.record import GATEWAY, Life
 
 # A start that failed so often is not a passing trouble: the same input gives the same failure.
@@ -53,7 +55,7 @@ def judge_start(seen: Observation) -> Progress:
 
 def accepts(seen: Observation) -> bool:
     """Whether the gateway can pass a request to an engine."""
-    return seen.gateway is not None and bool(seen.gateway.get("accepting"))
+    return seen.gateway is not None and seen.gateway.accepting
 
 
 def build_status(seen: Observation, now: datetime) -> Status:
@@ -88,12 +90,12 @@ def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: dat
 
 def build_policies(seen: Observation) -> PoliciesInForce:
     """The policies that run; one on which engines differ is left out."""
-    orders = {_at(agent, "config", "request", "policy") for agent in seen.agents}
+    orders = {None if agent is None else agent.request_policy for agent in seen.agents}
     order = orders.pop() if len(orders) == 1 else None
-    return PoliciesInForce(request=order, engine=_at(seen.gateway, "config", "dispatch", "policy"))
+    return PoliciesInForce(request=order, engine=None if seen.gateway is None else seen.gateway.dispatch_policy)
 
 
-def build_processes(seen: Observation) -> list[Document]:
+def build_processes(seen: Observation) -> list[dict[str, Any]]:
     """The supervised processes, for JSON: what the status of a resource has no place for on one machine."""
     return [
         {
@@ -107,16 +109,17 @@ def build_processes(seen: Observation) -> list[Document]:
     ]
 
 
-def _build_engine(name: str, agent: Document | None) -> EngineStatus:
-    phase, ranks = _at(agent, "phase"), (agent or {}).get("ranks") or []
+def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
+    if agent is None:
+        return EngineStatus(name=name, phase=EnginePhase.UNKNOWN)
     return EngineStatus(
         name=name,
-        phase=EnginePhase(phase) if phase in set(EnginePhase) else EnginePhase.UNKNOWN,
-        restarts=_at(agent, "engine", "restarts") or 0,
-        last_exit=_at(agent, "engine", "last_exit") or "",
-        running=sum(rank["running"] for rank in ranks),
-        waiting=sum(rank["waiting"] for rank in ranks),
-        kv_usage=min(1.0, max((rank["kv_usage"] for rank in ranks), default=0.0)),
+        phase=EnginePhase(agent.phase) if agent.phase in set(EnginePhase) else EnginePhase.UNKNOWN,
+        restarts=agent.engine.restarts,
+        last_exit=agent.engine.last_exit,
+        running=sum(rank.running for rank in agent.ranks),
+        waiting=sum(rank.waiting for rank in agent.ranks),
+        kv_usage=min(1.0, agent.kv_usage),
     )
 
 
@@ -131,10 +134,3 @@ def _explain(seen: Observation, engines: list[EngineStatus], ready: bool) -> tup
         ended = f" since it ended: {gateway.last_exit}" if gateway.life is Life.BACKOFF else ""
         return "GatewayUnreachable", f"the gateway gives no answer{ended}"
     return "NoEngineReady", f"{count} of {len(engines)} engines accept requests"
-
-
-def _at(document: Document | None, *path: str) -> Any:
-    value: Any = document
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value

@@ -1,4 +1,4 @@
-"""When a process that ended is started again. Pure."""
+"""Backoff of a process that ended. Pure."""
 
 import signal
 from contextlib import suppress
@@ -12,9 +12,9 @@ class Rules:
     Attributes:
         first_backoff_s: pause before the first restart; each further failure in a row doubles it.
         last_backoff_s: longest pause.
-        steady_s: a process that lived so long has recovered: its next failure is a first one again.
+        steady_s: uptime after which the next failure counts as a first one again.
         end_grace_s: time beyond the drain time for a process to end before it is killed.
-        hurry_s: the same in a hurry, in place of the drain time too.
+        force_stop_s: both of these after a forced stop.
         look_every_s: time between two looks at whether the gateway accepts requests.
     """
 
@@ -22,7 +22,7 @@ class Rules:
     last_backoff_s: float = 30.0
     steady_s: float = 60.0
     end_grace_s: float = 20.0
-    hurry_s: float = 2.0
+    force_stop_s: float = 2.0
     look_every_s: float = 1.0
 
 

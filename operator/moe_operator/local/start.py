@@ -86,7 +86,7 @@ def start(resource: MoEServing, folder: Folder, programs: Programs, *, tied: boo
 
 
 def check_port(resource: MoEServing, folder: Folder) -> None:
-    """A port that another program has is refused; a deployment of this name is told as that instead."""
+    """Refuses a port that another program has; a running deployment of this name is named as the reason instead."""
     if not folder.state.exists():
         check_port_free(resource)
 
@@ -139,7 +139,7 @@ def write_files(resource: MoEServing, folder: Folder, plan: LocalPlan) -> None:
 
 
 def build_configs(folder: Folder, plan: LocalPlan) -> Mapping[Path, str]:
-    """The configuration files."""
+    """Configuration files by path, as text."""
     agents = {folder.config(f"agent-{index}"): agent for index, agent in enumerate(plan.agents)}
     configs: dict[Path, Any] = {folder.config(GATEWAY): plan.gateway, **agents}
     return {path: config.model_dump_json(indent=1) + "\n" for path, config in configs.items()}

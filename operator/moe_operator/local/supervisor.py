@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import aiohttp
+from moe_contract.clients import GatewayClient
 
 from moe_operator.local import launcher
 from moe_operator.local.folder import Folder
@@ -29,20 +30,26 @@ _LOG_BYTES = 64 * 1024 * 1024
 
 
 class Supervisor:
-    """See the module."""
+    """Starts, restarts and ends the processes of one deployment.
+
+    Args:
+        folder: files of the deployment.
+        record: its processes.
+        rules: times of restarts and of the end.
+    """
 
     def __init__(self, folder: Folder, record: Record, rules: Rules) -> None:
         self._folder, self._rules = folder, rules
         self._record = replace(record, supervisor=identify(os.getpid()))
-        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stop, self._force_stop = asyncio.Event(), asyncio.Event()
         self._children: dict[str, asyncio.subprocess.Process] = {}
 
     def request_stop(self) -> None:
-        """Drains; asked again, it hurries."""
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        """Begins to drain; a second call shortens the drain to `force_stop_s`."""
+        (self._force_stop if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> None:
-        """Until a stop is asked for and done."""
+        """Runs until a requested stop is done."""
         save_record(self._folder, self._record)
         keepers = {row.name: asyncio.create_task(self._keep(row)) for row in self._record.processes}
         watcher = asyncio.create_task(self._watch_ready())
@@ -80,7 +87,7 @@ class Supervisor:
         self._change_row(row.name, life=Life.STOPPED, process=None)
 
     async def _run_once(self, row: ProcessRecord) -> str:
-        """One life of a process; answers how it ended."""
+        """Runs a process until it ends; returns how it ended."""
         try:
             child = await self._spawn(row)
         except OSError as error:
@@ -108,22 +115,22 @@ class Supervisor:
             )
 
     async def _end(self, keepers: dict[str, "asyncio.Task[None]"]) -> None:
-        """Asks processes to end, asks again when they take too long or there is a hurry, then kills."""
+        """Asks processes to end, asks again after the drain time or at a forced stop, then kills."""
         patience = ((signal.SIGTERM, self._record.drain_timeout_s), (signal.SIGTERM, self._rules.end_grace_s))
         waiting = set(keepers.values())
         for number, patience_s in patience:
             self._send(keepers, number)
-            limit_s = min(patience_s, self._rules.hurry_s) if self._hurry.is_set() else patience_s
-            hurrying = asyncio.create_task(self._hurry.wait())
+            limit_s = min(patience_s, self._rules.force_stop_s) if self._force_stop.is_set() else patience_s
+            forcing = asyncio.create_task(self._force_stop.wait())
             done = asyncio.ensure_future(asyncio.wait(waiting))
-            until = {done} if self._hurry.is_set() else {done, hurrying}
+            until = {done} if self._force_stop.is_set() else {done, forcing}
             await asyncio.wait(until, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            hurrying.cancel()
+            forcing.cancel()
             done.cancel()
             if all(keeper.done() for keeper in waiting):
                 return
             late = ", ".join(name for name in keepers if name in self._children)
-            log.warning("%s: not ended within %.0f s, what still runs there is cut", late, limit_s)
+            log.warning("%s: not ended within %.0f s, requests that still run there are cut", late, limit_s)
         self._send(keepers, signal.SIGKILL)
         await asyncio.gather(*waiting)
 
@@ -135,10 +142,10 @@ class Supervisor:
 
     async def _watch_ready(self) -> None:
         """Notes when the deployment became ready, and when it no longer was."""
-        timeout = aiohttp.ClientTimeout(total=5.0)
-        async with aiohttp.ClientSession(self._record.gateway.url, timeout=timeout) as session:
+        async with aiohttp.ClientSession() as session:
+            gateway = GatewayClient(session, self._record.gateway.url)
             while True:
-                if (ready := await is_ready(session)) != self._record.ready:
+                if (ready := await gateway.is_ready()) != self._record.ready:
                     log.info("ready" if ready else "no longer ready")
                     self._change(ready=ready, ready_changed=time.time())
                 await asyncio.sleep(self._rules.look_every_s)
@@ -159,17 +166,8 @@ class Supervisor:
             log.error("%s cannot be written: %s", self._folder.state, error.strerror)
 
 
-async def is_ready(session: aiohttp.ClientSession) -> bool:
-    """One look at the gateway's `/readyz`."""
-    try:
-        async with session.get("/readyz") as answer:
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
-
-
 async def run_supervisor(folder: Folder, record: Record, rules: Rules) -> None:
-    """Supervises until SIGTERM or SIGINT; a second one hurries."""
+    """Supervises until SIGTERM or SIGINT; a second signal forces the stop."""
     supervisor = Supervisor(folder, record, rules)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)

@@ -32,13 +32,12 @@ def read_totals(seen: Observation, at_s: float) -> Totals | None:
     """The totals of one look; None when the gateway gave no answer."""
     if seen.gateway is None:
         return None
-    ended = int((seen.gateway.get("totals") or {}).get("requests", 0))
     values = dict(
         line.split(" ", 1) for line in seen.metrics.splitlines() if line.startswith(_TTFT) and "{" not in line
     )
     return Totals(
         at_s=at_s,
-        ended=ended,
+        ended=seen.gateway.totals.requests,
         answers=int(float(values.get(f"{_TTFT}count", 0))),
         ttft_s=float(values.get(f"{_TTFT}sum", 0)),
     )

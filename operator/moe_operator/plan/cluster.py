@@ -17,7 +17,7 @@ from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.pods import Update
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.settings import engine_settings, request_settings
+from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
@@ -40,7 +40,7 @@ class Observed:
         rotated_at: what the Secret says of its last rotation; empty before the first.
         stable: the revision of the stable engines; None before the first.
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
-        foreign_replicas: another manager (an autoscaler) owns the number of the engines' workload.
+        externally_managed_replicas: another manager (an autoscaler) owns the number of the engines' workload.
         has_service_monitors: the cluster knows ServiceMonitors.
     """
 
@@ -49,7 +49,7 @@ class Observed:
     rotated_at: str = ""
     stable: Revision | None = None
     replicas: int | None = None
-    foreign_replicas: bool = False
+    externally_managed_replicas: bool = False
     has_service_monitors: bool = False
 
 
@@ -207,7 +207,7 @@ def _build_engines(
     name = names.engine if revision == STABLE else names.canary
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
     metadata = {"name": name, "labels": names.labels("engine", revision)}
-    count = {} if observed.foreign_replicas and revision == STABLE else {"replicas": replicas}
+    count = {} if observed.externally_managed_replicas and revision == STABLE else {"replicas": replicas}
     surge, away = (1, 0) if resource.spec.engine.update is Update.SURGE else (0, 1)
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": away}}
     nodes = resource.spec.engine.parallelism.nodes

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from moe_contract.agent_config import EngineConfig
+from moe_contract.engine_process import kv_cache_argument, share_environment
 
-from moe_operator.api.resource import Model as ModelSection
-from moe_operator.api.resource import MoEServing, Runtime
+from moe_operator.api.engine import Runtime
+from moe_operator.api.model import Model as ModelSection
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
 
 # Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the
@@ -68,24 +70,12 @@ def _model_argument(model: ModelSection) -> str:
 def _arguments(model: ModelSection, share: Share) -> list[str]:
     arguments = []
     if share.kv_cache_bytes is not None:
-        arguments.append(f"--kv-cache-memory-bytes={share.kv_cache_bytes}")
+        arguments.append(kv_cache_argument(share.kv_cache_bytes))
     if model.uri.startswith("s3://"):
         arguments.append("--load-format=runai_streamer")
     return arguments
 
 
 def _environment(resource: MoEServing, share: Share) -> dict[str, str]:
-    model = resource.spec.model
-    environment = {"VLLM_NO_USAGE_STATS": "1"}
-    if resource.spec.engine.runtime is Runtime.VLLM_CPU:
-        # vLLM's own binding gives every engine the same first cores, so that two engines share them.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if share.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(share.threads)
-    if share.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
-    if not model.uri.startswith("hf://"):
-        environment["HF_HUB_OFFLINE"] = "1"
-    if model.cache is not None:
-        environment["HF_HUB_CACHE"] = model.cache.path
-    return environment
+    cache = resource.spec.model.cache
+    return share_environment(threads=share.threads, gpus=share.gpus, hub_cache=None if cache is None else cache.path)

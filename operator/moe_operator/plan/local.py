@@ -12,8 +12,9 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.sections import Listen
 
-from moe_operator.api.resource import MoEServing, Runtime
-from moe_operator.api.settings import engine_settings, expert_settings, request_settings
+from moe_operator.api.engine import Runtime
+from moe_operator.api.resource import MoEServing
+from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT, ENGINE_PORT_NAME
+
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
 from moe_operator.plan.pods import Defaults
@@ -42,7 +44,7 @@ def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str,
             "selector": {**labels, **leader},
             "ports": [
                 {"name": port, "port": number, "targetPort": port, "protocol": "TCP"}
-                for port, number in (("engine", 8000), ("agent", 8080))
+                for port, number in ((ENGINE_PORT_NAME, ENGINE_PORT), (AGENT_PORT_NAME, AGENT_PORT))
             ],
         },
     }

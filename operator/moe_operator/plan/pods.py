@@ -7,28 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from moe_contract.agent_config import AgentConfig
+from moe_contract.engine_process import (
+    ADMIN_PORT,
+    ADMIN_PORT_NAME,
+    AGENT_PORT,
+    AGENT_PORT_NAME,
+    ENGINE_NOTICE_S,
+    ENGINE_PORT,
+    ENGINE_PORT_NAME,
+    GATEWAY_NOTICE_S,
+    HTTP_PORT,
+    HTTP_PORT_NAME,
+    engine_grace_s,
+    gateway_grace_s,
+)
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
+from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 
+from moe_operator.api.engine import Runtime
 from moe_operator.api.pods import PodTemplate
-from moe_operator.api.resource import MoEServing, Runtime
-from moe_operator.api.settings import engine_settings, expert_settings, request_settings
+from moe_operator.api.resource import MoEServing
+from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 
-ENGINE_PORT, AGENT_PORT = 8000, 8080
-GATEWAY_PORT, ADMIN_PORT = 8000, 8081
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
 RUN_DIR = "/run/moeserving"
 MODELS_DIR = "/var/lib/moeserving/models"
 
-# Gateways and kube-proxy take notice of a pod that ends within this time; until then it serves as before.
-ENGINE_NOTICE_S, GATEWAY_NOTICE_S = 2, 5
-# What the agent adds to the drain: its pause before the engine is told, the engine's own end; and a margin.
-ENGINE_END_S, MARGIN_S = 11, 10
 STARTUP_PERIOD_S = 5
 NON_ROOT = 65532
 
@@ -66,7 +76,7 @@ def build_engine_template(
         "spec": {
             "serviceAccountName": names.engine,
             "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": engine_grace_s(resource),
+            "terminationGracePeriodSeconds": engine_grace_s(duration_s(engine.drain_timeout)),
             "containers": [_engine_container(resource, defaults)],
             "volumes": _engine_volumes(resource, names),
         },
@@ -94,16 +104,6 @@ def _model_argument(resource: MoEServing, argument: str) -> str:
     return f"{MODELS_DIR}/{folder}".rstrip("/")
 
 
-def engine_grace_s(resource: MoEServing) -> int:
-    """Time from a pod's deletion until it is killed: notice, drain, the engine's end, a margin."""
-    return ENGINE_NOTICE_S + math.ceil(duration_s(resource.spec.engine.drain_timeout)) + ENGINE_END_S + MARGIN_S
-
-
-def gateway_grace_s(resource: MoEServing) -> int:
-    """As long as the longest stream of an engine that drains."""
-    return GATEWAY_NOTICE_S + math.ceil(duration_s(resource.spec.engine.drain_timeout)) + MARGIN_S
-
-
 def _share(resource: MoEServing) -> Share:
     engine = resource.spec.engine
     ranks = engine.parallelism.ranks // engine.parallelism.nodes
@@ -119,22 +119,22 @@ def _share(resource: MoEServing) -> Share:
 def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any]:
     engine = resource.spec.engine
     default = defaults.engine_image if engine.runtime is Runtime.VLLM else defaults.engine_cpu_image
-    startup_s = duration_s(engine.startup_timeout)
+    startup_tries = math.ceil(2 * duration_s(engine.startup_timeout) / STARTUP_PERIOD_S) + 6
     return _with_pull_policy(defaults) | {
         "name": "engine",
         "image": engine.image or default,
         "command": ["moeserving", "agent", "--config", f"{CONFIG_DIR}/agent.json"],
         "ports": [
-            {"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"},
-            {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
+            {"name": ENGINE_PORT_NAME, "containerPort": ENGINE_PORT, "protocol": "TCP"},
+            {"name": AGENT_PORT_NAME, "containerPort": AGENT_PORT, "protocol": "TCP"},
         ],
         **({"env": _engine_env(resource)} if resource.spec.model.token_secret else {}),
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
-        "startupProbe": _probe("/readyz", "agent", STARTUP_PERIOD_S, math.ceil(2 * startup_s / STARTUP_PERIOD_S) + 6),
+        "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, startup_tries),
         # A drain is told to gateways by the agent itself at once; here a busy node must not look like one.
-        "readinessProbe": _probe("/readyz", "agent", 1, 3, timeout_s=3),
-        "livenessProbe": _probe("/healthz", "agent", 10, 6),
+        "readinessProbe": _probe(READYZ, AGENT_PORT_NAME, 1, 3, timeout_s=3),
+        "livenessProbe": _probe(HEALTHZ, AGENT_PORT_NAME, 10, 6),
         "lifecycle": {"preStop": {"sleep": {"seconds": ENGINE_NOTICE_S}}},
         "securityContext": {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}},
         "volumeMounts": _engine_mounts(resource),
@@ -201,12 +201,12 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
         "image": gateway.image or defaults.gateway_image,
         "command": ["moeserving", "gateway", "--config", f"{CONFIG_DIR}/gateway.json"],
         "ports": [
-            {"name": "http", "containerPort": GATEWAY_PORT, "protocol": "TCP"},
-            {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
+            {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
+            {"name": ADMIN_PORT_NAME, "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": _probe("/healthz", "admin", 1, 120, timeout_s=3),
-        "readinessProbe": _probe("/readyz", "admin", 1, 3, timeout_s=3),
-        "livenessProbe": _probe("/healthz", "admin", 10, 3),
+        "startupProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 1, 120, timeout_s=3),
+        "readinessProbe": _probe(READYZ, ADMIN_PORT_NAME, 1, 3, timeout_s=3),
+        "livenessProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 10, 3),
         "lifecycle": {"preStop": {"sleep": {"seconds": GATEWAY_NOTICE_S}}},
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
         "securityContext": {
@@ -223,7 +223,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
         },
         "spec": {
             "serviceAccountName": names.gateway,
-            "terminationGracePeriodSeconds": gateway_grace_s(resource),
+            "terminationGracePeriodSeconds": gateway_grace_s(duration_s(resource.spec.engine.drain_timeout)),
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": NON_ROOT,
@@ -241,7 +241,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
 def build_gateway_config(resource: MoEServing) -> GatewayConfig:
     """The gateway's file; the policies and the groups of engines are in the settings."""
     return GatewayConfig(
-        listen=Listen(host="0.0.0.0", port=GATEWAY_PORT),
+        listen=Listen(host="0.0.0.0", port=HTTP_PORT),
         admin=Listen(host="0.0.0.0", port=ADMIN_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "gateway.json"),

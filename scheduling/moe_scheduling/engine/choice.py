@@ -1,12 +1,12 @@
 """Layer 2: the choice of the engine for a request, called by the gateway for each request and by the simulator.
 
-`choose_target` reads the books and changes nothing: the caller then tells the books and the prefix index what it did.
+`choose_target` changes nothing: the caller then updates the `TargetState` and the prefix index of the chosen target.
 
-A policy is a function that picks one of the candidates. All policies share what stands around it: which targets are
-candidates, when a request is held, what is predicted for the target that was picked.
+A policy is a function that picks one of the candidates. The rest is common to all policies: which targets are
+candidates, when a request is held, and the prediction for the chosen target.
 
-Invariants: the answer depends on the arguments alone; a target that does not accept or is excluded is never chosen;
-among equals the choice goes round with `turn`.
+Invariants: the decision depends on the arguments alone; a target that does not accept or is excluded is never chosen;
+ties go round with `turn`.
 """
 
 import math
@@ -20,6 +20,7 @@ from moe_scheduling.engine.target_list import LARGE_FLEET, TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+from moe_scheduling.settings import check_settings, setting
 from moe_scheduling.signals import StepTime, Target
 
 
@@ -30,51 +31,56 @@ class DispatchPolicy(StrEnum):
     PREDICTED = "predicted"
     ROUND_ROBIN = "roundRobin"
 
-    # Enum's own is a function in Python; this is looked up for each request.
+    # Enum's own hash is a function in Python; this one is called for each request.
     __hash__ = str.__hash__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Choice of the engine.
-
-    Attributes:
-        policy: `predicted` takes the least predicted time to first token; the others are there to compare with.
-        stickiness_s: under `predicted`, a session stays at its last target while that one's prediction is worse by at
-            most so many seconds.
-        stale_after_s: age at which a signal is no longer believed and the gateway's own books stand alone.
-        saturation_s: predicted wait before the own prefill at which a target is saturated; the request is held in the
-            gateway's queue when every target is. None never holds.
+    """Choice of the engine for a request.
 
     Raises:
         ValueError: a value is out of its range or not finite.
     """
 
-    policy: DispatchPolicy = DispatchPolicy.PREDICTED
-    stickiness_s: float = 0.1
-    stale_after_s: float = 2.0
-    saturation_s: float | None = None
+    policy: DispatchPolicy = setting(
+        DispatchPolicy.PREDICTED,
+        "`predicted` takes the engine with the least predicted time to first token, `leastRequests` the one with the "
+        "fewest requests in flight, `roundRobin` each engine in turn.",
+    )
+    stickiness_s: float = setting(
+        0.1,
+        "Under `predicted`, a session stays at its engine while it is worse than the best by at most this.",
+        least=0,
+    )
+    stale_after_s: float = setting(
+        2.0,
+        "Age at which the gateway ignores an engine's signal and uses its own in-flight accounting alone.",
+        above=0,
+    )
+    # Off by default: a queue in the gateway was measured to raise TTFT (docs/adr/0017).
+    saturation_s: float | None = setting(
+        None,
+        "Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. Absent: it "
+        "never does.",
+        above=0,
+    )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.stickiness_s < math.inf:
-            raise ValueError("stickiness_s must be at least 0 and finite")
-        if not 0.0 < self.stale_after_s < math.inf:
-            raise ValueError("stale_after_s must be greater than 0 and finite")
-        if self.saturation_s is not None and not 0.0 < self.saturation_s < math.inf:
-            raise ValueError("saturation_s must be greater than 0 and finite, or absent")
+        check_settings(self)
 
 
 class Job(NamedTuple):
-    """What a request asks of an engine.
+    """The parts of a request that the choice reads.
 
     A tuple, as `Send` is: one is made for each request, and a frozen dataclass takes twice as long to make.
 
     Attributes:
         prompt_tokens: tokens of the prompt, estimated.
-        cached: how many of them each target holds in its prefix cache; absent means none.
-        session_target: where the session's last request went; None without a session or before its first.
-        priority: level for the hold queue; lower is more urgent.
-        tenant: whose it is, for the hold queue.
+        cached: how many of them each target holds in its prefix cache; an absent target holds none.
+        session_target: the target of the session's last request; None without a session or before its first.
+        priority: level in the hold queue; lower is more urgent.
+        tenant: the tenant in the hold queue.
     """
 
     prompt_tokens: int
@@ -84,7 +90,7 @@ class Job(NamedTuple):
     tenant: str = ANONYMOUS_TENANT
 
     def uncached_tokens(self, target: Target) -> int:
-        """Tokens that this target has to compute; at least 1, since the last token of a prompt is always computed."""
+        """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""
         uncached = self.prompt_tokens
         if self.cached and (held := self.cached.get(target, 0)) > 0:
             uncached -= held
@@ -92,12 +98,12 @@ class Job(NamedTuple):
 
     @property
     def size_tokens(self) -> int:
-        """Size of the job for the order of requests: the uncached tokens where most is cached."""
+        """Size in the order of requests: the uncached tokens at the target that holds the most, at least 1."""
         return max(1, self.prompt_tokens - max(0, *self.cached.values(), 0))
 
 
 class SendReason(StrEnum):
-    """Why this target; a metric label."""
+    """Why a target was chosen; a metric label."""
 
     LEAST_PREDICTED = "least_predicted"
     LEAST_REQUESTS = "least_requests"
@@ -108,20 +114,20 @@ class SendReason(StrEnum):
 
 
 class HoldReason(StrEnum):
-    """Why the request has to wait in the gateway; a metric label."""
+    """Why a request has to wait in the gateway; a metric label."""
 
     SATURATED = "saturated"
 
 
 class RefuseReason(StrEnum):
-    """Why there is no target; a metric label."""
+    """Why no target can take a request; a metric label."""
 
     NO_ENGINE = "no_engine"
     NO_OTHER_ENGINE = "no_other_engine"
 
 
 class Send(NamedTuple):
-    """Send it to this target, whose first token is predicted in so many seconds."""
+    """Send the request to this target; its first token is predicted in `predicted_s` seconds."""
 
     target: Target
     predicted_s: float
@@ -130,14 +136,14 @@ class Send(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Keep it in the gateway's queue."""
+    """Keep the request in the gateway's queue."""
 
     reason: HoldReason
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Nobody can take it now."""
+    """No target can take the request now."""
 
     reason: RefuseReason
 
@@ -147,66 +153,66 @@ Decision = Send | Hold | Refuse
 
 def choose_target(
     job: Job,
-    books: Sequence[TargetState],
+    states: Sequence[TargetState],
     settings: EngineSettings,
     *,
     turn: int,
     now_s: float,
     exclude: Collection[Target] = (),
 ) -> Decision:
-    """Which target takes the job.
+    """Returns the target that takes the job, or why none does.
 
-    Under `predicted` the one with the least predicted time to first token: the prefill tokens ahead and the own that it
-    does not hold, through the engine's pace (see `pace.py`). Remaining prefill work, KV use and expert pressure are the
+    Under `predicted` it is the one with the least predicted time to first token: the prefill tokens ahead and the job's
+    own uncached tokens, through the TTFT model of the engine (`ttft_model.py`). Remaining prefill work and KV use are
     signals of the second Gimbal paper's dispatch (arXiv 2606.15177); counting uncached instead of all prompt tokens
     follows the KV router of NVIDIA Dynamo; a session that yields by a margin stands between Gimbal's first paper, which
     keeps a user on an engine, and its second, which dropped that.
 
-    O(targets); of a large fleet, given as a `TargetList`, `predicted` looks at a sample alone, and so it holds a
-    request when the whole sample is saturated.
+    O(targets). Of a large fleet, given as a `TargetList`, `predicted` compares a sample alone, and so holds a request
+    when the whole sample is saturated.
 
     Args:
         job: the request.
-        books: one for each known target, in an order that stays.
+        states: one for each known target, in a stable order.
         settings: the policy and its figures.
-        turn: a number that rises by one with each request: whose turn it is, under `roundRobin` and among equals.
-        now_s: the time, on the clock of the books.
+        turn: a number that rises by one with each request; decides `roundRobin` and ties.
+        now_s: the time, on the clock of the states.
         exclude: targets that failed this request before.
     """
-    if len(books) > LARGE_FLEET and settings.policy is _PREDICTED and isinstance(books, TargetList):
-        sample = books.sample(job.cached, job.session_target, turn)
+    if len(states) > LARGE_FLEET and settings.policy is _PREDICTED and isinstance(states, TargetList):
+        sample = states.sample(job.cached, job.session_target, turn)
         decision = choose_target(job, sample, settings, turn=turn, now_s=now_s, exclude=exclude)
         if type(decision) is not Refuse:
             return decision
-    candidates = [book for book in books if book.accepting]
+    candidates = [state for state in states if state.accepting]
     if not candidates:
         return _NO_ENGINE
     if exclude:
-        candidates = [book for book in candidates if book.target not in exclude]
+        candidates = [state for state in candidates if state.target not in exclude]
         if not candidates:
             return _NO_OTHER_ENGINE
-    line = books[0].line or _common_line(books)
+    fleet_default = states[0].step_time_model or _fleet_default(states)
     saturation_s = settings.saturation_s
-    if saturation_s is not None and _all_wait(saturation_s, candidates, line, settings, now_s):
+    if saturation_s is not None and _all_saturated(saturation_s, candidates, fleet_default, settings, now_s):
         return _SATURATED
-    # Whose turn it is comes first, and the first of equals is chosen.
+    # The list begins at the turn, and the first of equals is chosen.
     if start := turn % len(candidates):
         candidates = candidates[start:] + candidates[:start]
-    return _POLICIES[settings.policy](job, candidates, line, settings, now_s)
+    return _POLICIES[settings.policy](job, candidates, fleet_default, settings, now_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What is predicted of one target, term by term.
+    """The prediction for one target, term by term.
 
     Attributes:
         target: the target.
         ahead_tokens: prefill tokens ahead.
-        uncached_tokens: own tokens to compute.
-        requests: requests there.
+        uncached_tokens: tokens of the job that the target has to compute.
+        requests: requests at the target.
         fresh: whether its signal is believed.
-        kv_s: seconds until KV blocks are free, part of the wait.
-        wait_s: seconds until the own prefill begins.
+        kv_s: seconds until KV blocks are free, part of `wait_s`.
+        wait_s: seconds until the job's prefill begins.
         predicted_s: seconds until the first token.
     """
 
@@ -220,67 +226,74 @@ class Explanation:
     predicted_s: float
 
 
-def explain(job: Job, books: Sequence[TargetState], settings: EngineSettings, *, now_s: float) -> list[Explanation]:
-    """What `choose_target` compares, for each accepting target in their order: for logs, not for each request."""
-    line, stale_after_s = _common_line(books), settings.stale_after_s
-    return [_explanation(job, book, line, now_s, stale_after_s) for book in books if book.accepting]
+def explain(job: Job, states: Sequence[TargetState], settings: EngineSettings, *, now_s: float) -> list[Explanation]:
+    """Returns the terms that `choose_target` compares, for each accepting target in order.
+
+    For logs and metrics, not for each request: O(targets), with an object for each.
+    """
+    fleet_default, stale_after_s = _fleet_default(states), settings.stale_after_s
+    return [_explanation(job, state, fleet_default, now_s, stale_after_s) for state in states if state.accepting]
 
 
 def _explanation(
-    job: Job, books: TargetState, common_line: StepTime, now_s: float, stale_after_s: float
+    job: Job, state: TargetState, fleet_default: StepTime, now_s: float, stale_after_s: float
 ) -> Explanation:
-    pace = books.pace(common_line, now_s, stale_after_s)
-    ahead_tokens = books.ahead_prefill_tokens(now_s, stale_after_s)
-    uncached_tokens = job.uncached_tokens(books.target)
+    model = state.ttft_model(fleet_default, now_s, stale_after_s)
+    ahead_tokens = state.ahead_prefill_tokens(now_s, stale_after_s)
+    uncached_tokens = job.uncached_tokens(state.target)
     return Explanation(
-        target=books.target,
+        target=state.target,
         ahead_tokens=ahead_tokens,
         uncached_tokens=uncached_tokens,
-        requests=books.requests(now_s, stale_after_s),
-        fresh=books.is_fresh(now_s, stale_after_s),
-        kv_s=pace.kv_s,
-        wait_s=pace.wait_s(ahead_tokens),
-        predicted_s=pace.first_token_s(ahead_tokens + uncached_tokens),
+        requests=state.requests(now_s, stale_after_s),
+        fresh=state.is_fresh(now_s, stale_after_s),
+        kv_s=model.kv_s,
+        wait_s=model.wait_s(ahead_tokens),
+        predicted_s=model.first_token_s(ahead_tokens + uncached_tokens),
     )
 
 
 _NO_ENGINE = Refuse(RefuseReason.NO_ENGINE)
 _NO_OTHER_ENGINE = Refuse(RefuseReason.NO_OTHER_ENGINE)
 _SATURATED = Hold(HoldReason.SATURATED)
-# Looking a member up in its enum takes longer than the rest of making a decision of it.
+# A look-up of a member in its enum takes longer than the rest of building a decision.
 _PREDICTED = DispatchPolicy.PREDICTED
 _SESSION = SendReason.SESSION
 _LEAST_PREDICTED = SendReason.LEAST_PREDICTED
 
 
-def _common_line(books: Sequence[TargetState]) -> StepTime:
-    """The line of the first engine that has one: what has not been seen at work yet is taken to be like its peers."""
-    for book in books:
-        if book.line is not None:
-            return book.line
+def _fleet_default(states: Sequence[TargetState]) -> StepTime:
+    """Returns the step-time model of the first engine that has one; new engines are assumed to be like it."""
+    for state in states:
+        if state.step_time_model is not None:
+            return state.step_time_model
     return DEFAULT_STEP_TIME
 
 
-def _all_wait(
-    least_s: float, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
+def _all_saturated(
+    saturation_s: float,
+    candidates: Sequence[TargetState],
+    fleet_default: StepTime,
+    settings: EngineSettings,
+    now_s: float,
 ) -> bool:
     stale_after_s = settings.stale_after_s
-    for books in candidates:
-        ahead_tokens = books.ahead_prefill_tokens(now_s, stale_after_s)
-        if books.pace(line, now_s, stale_after_s).wait_s(ahead_tokens) < least_s:
+    for state in candidates:
+        ahead_tokens = state.ahead_prefill_tokens(now_s, stale_after_s)
+        if state.ttft_model(fleet_default, now_s, stale_after_s).wait_s(ahead_tokens) < saturation_s:
             return False
     return True
 
 
 def _by_prediction(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetState], fleet_default: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
     stale_after_s, session = settings.stale_after_s, job.session_target
     chosen = candidates[0].target
     least_s = session_s = math.inf
-    for books in candidates:
-        target = books.target
-        predicted_s = books.first_token_s(job.uncached_tokens(target), line, now_s, stale_after_s)
+    for state in candidates:
+        target = state.target
+        predicted_s = state.first_token_s(job.uncached_tokens(target), fleet_default, now_s, stale_after_s)
         if predicted_s < least_s:
             chosen, least_s = target, predicted_s
         if target == session:
@@ -291,27 +304,31 @@ def _by_prediction(
 
 
 def _by_requests(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetState], fleet_default: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
-    """The requests that are known of, whoever sent them, and nothing else."""
-    stale_after_s = settings.stale_after_s
-    requests = [books.requests(now_s, stale_after_s) for books in candidates]
+    """The fewest requests, of whichever gateway; nothing else counts."""
+    requests = [state.requests(now_s, settings.stale_after_s) for state in candidates]
     chosen = candidates[requests.index(min(requests))]
-    return _send(job, chosen, line, settings, now_s, SendReason.LEAST_REQUESTS)
+    return _send(job, chosen, fleet_default, settings, now_s, SendReason.LEAST_REQUESTS)
 
 
 def _by_turn(
-    job: Job, candidates: Sequence[TargetState], line: StepTime, settings: EngineSettings, now_s: float
+    job: Job, candidates: Sequence[TargetState], fleet_default: StepTime, settings: EngineSettings, now_s: float
 ) -> Send:
-    return _send(job, candidates[0], line, settings, now_s, SendReason.TURN)
+    return _send(job, candidates[0], fleet_default, settings, now_s, SendReason.TURN)
 
 
 def _send(
-    job: Job, chosen: TargetState, line: StepTime, settings: EngineSettings, now_s: float, reason: SendReason
+    job: Job,
+    chosen: TargetState,
+    fleet_default: StepTime,
+    settings: EngineSettings,
+    now_s: float,
+    reason: SendReason,
 ) -> Send:
-    """A choice made without predictions, with the prediction of the chosen."""
+    """Returns a choice that was made without predictions, with the prediction for the chosen target."""
     own_tokens = job.uncached_tokens(chosen.target)
-    predicted_s = chosen.first_token_s(own_tokens, line, now_s, settings.stale_after_s)
+    predicted_s = chosen.first_token_s(own_tokens, fleet_default, now_s, settings.stale_after_s)
     return Send(chosen.target, predicted_s, reason)
 
 

@@ -1,11 +1,11 @@
-"""Which target holds which beginning of a prompt, as far as the gateway can tell from what it sent where.
+"""Which target holds which prefix of a prompt in its KV cache, judged by the prompts that were sent there.
 
-The gateway's dispatcher (or the simulator) owns one index: `block_keys` for each request, `held_blocks` before the
-choice, `record` after it. Nothing asks the engines: what an engine evicted early is believed held until it ages out
-here.
+The gateway's dispatcher (or the simulator) owns one index and calls `block_keys` for each request, `held_blocks` before
+the choice, `record` after it. Engines are not asked: a block that an engine evicted early counts as held until it ages
+out here.
 
-Invariants: a target that holds a block holds all blocks before it, because each record also renews the earlier blocks,
-after the later ones, and the oldest leave first; memory is bounded by targets times `capacity_blocks`.
+Invariants: a target that holds a block holds all blocks before it, because `record` renews earlier blocks after later
+ones and the oldest leave first; memory is bounded by targets times `capacity_blocks`.
 """
 
 from bisect import bisect_left
@@ -14,20 +14,20 @@ from collections.abc import Sequence
 
 from moe_scheduling.signals import Target
 
-# 512 bytes are about 128 tokens, eight of vLLM's own blocks. On average half a block of a shared prefix goes unseen, 64
-# tokens, a few milliseconds of prefill; a smaller block would see more, but each block costs about a microsecond.
+# 512 bytes are about 128 tokens, eight of vLLM's own blocks. On average half a block of a shared prefix is missed, 64
+# tokens, a few milliseconds of prefill; a smaller block would miss less, but each block costs about a microsecond.
 DEFAULT_BLOCK_BYTES = 512
 # 8 MiB of prompts, about two million tokens: more than the KV cache of one rank usually holds, at about 3 MB here.
 DEFAULT_CAPACITY_BLOCKS = 16384
 
 
 def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[int, ...]:
-    """The keys of the full blocks of a prompt; each depends on all bytes up to the end of its block.
+    """Returns the keys of the full blocks of a prompt; each depends on all bytes up to the end of its block.
 
-    They are Python's own keyed hashes: fast, no client can aim at a collision, but meaningless in another process.
+    Keys are Python's keyed hashes: fast, and no client can construct a collision; they mean nothing in another process.
 
     Raises:
-        ValueError: the block has no bytes.
+        ValueError: `block_bytes` is less than 1.
     """
     if block_bytes < 1:
         raise ValueError(f"block_bytes must be at least 1, got {block_bytes}")
@@ -40,10 +40,10 @@ def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[i
 
 
 class PrefixIndex:
-    """The blocks of each target, least recently used first.
+    """Remembers the blocks of each target in least-recently-used order.
 
     Args:
-        capacity_blocks: blocks remembered of each target, about what its KV cache holds.
+        capacity_blocks: most blocks remembered of each target, about as many as its KV cache holds.
 
     Raises:
         ValueError: the capacity is less than 1.
@@ -58,7 +58,7 @@ class PrefixIndex:
         self._held: dict[Target, OrderedDict[int, None]] = {}
 
     def held_blocks(self, keys: Sequence[int]) -> dict[Target, int]:
-        """How many leading blocks each target holds; targets that hold none are left out. Changes nothing."""
+        """Returns the number of leading blocks that each target holds, where it holds any. Changes nothing."""
         if not keys:
             return {}
         first, last, count = keys[0], keys[-1], len(keys)
@@ -66,12 +66,12 @@ class PrefixIndex:
         for target, held in self._held.items():
             if first not in held:
                 continue
-            # What is held is a leading run, so its end can be bisected.
+            # The held blocks are a leading run, so its end can be bisected.
             held_blocks[target] = count if last in held else bisect_left(keys, True, key=lambda key: key not in held)
         return held_blocks
 
     def record(self, keys: Sequence[int], target: Target) -> None:
-        """A prompt with these blocks was sent to this target, so it holds them from now on."""
+        """Notes that a prompt with these blocks was sent to the target, which holds them from now on."""
         held = self._held.setdefault(target, OrderedDict())
         for key in reversed(keys):
             held[key] = None
@@ -80,5 +80,5 @@ class PrefixIndex:
             held.popitem(last=False)
 
     def forget(self, target: Target) -> None:
-        """This target holds nothing any more: its engine restarted, or it is gone."""
+        """Drops all blocks of a target whose engine restarted or is gone."""
         self._held.pop(target, None)

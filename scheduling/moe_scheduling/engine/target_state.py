@@ -1,22 +1,20 @@
-"""The books of one target: what was sent to it and has not answered, and what its engine last said about itself.
+"""State of one target: the requests that this gateway has in flight there, and the newest signal of its engine.
 
-Owned by one task, the gateway's dispatcher or the simulator, and read by `engine.py`. All clocks are arguments, on one
-monotonic time line.
+Owned by one task, the gateway's dispatcher or the simulator; read by `choice.py`. All times are arguments, on one
+monotonic clock.
 
-Invariants: sums never go below zero; every call is O(1), amortised over what was sent; calls about unknown keys,
-repeated calls and absurd signals change nothing that a later decision reads.
+The two views are joined. The signal knows the engine's queue exactly, but as of some milliseconds ago; in-flight
+accounting knows the requests sent since. Without a fresh signal, in-flight accounting stands alone.
+
+Invariants: sums never go below zero; every call is O(1), amortised over the requests sent; calls about unknown keys,
+repeated calls and implausible signals change nothing that a later decision reads.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from moe_scheduling.engine.ttft_model import (
-    LINE_MEMORY_STEPS,
-    TtftModel,
-    build_ttft_model,
-    build_unsignalled_ttft_model,
-)
+from moe_scheduling.engine.ttft_model import TtftModel, build_ttft_model, build_unsignalled_ttft_model
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 # Whole numbers up to here are exact in a float; no engine counts as far.
@@ -27,37 +25,36 @@ _GREATEST_BALANCE = 1024.0
 
 
 class TargetState:
-    """See the module.
+    """In-flight accounting and newest signal of one target.
 
     A request is unanswered from `sent` to its first token, and in flight from `sent` to `settled`.
 
     Args:
-        target: whose books they are.
-        accepting: whether it takes new requests; the owner changes it as the engine's phase changes.
+        target: the data-parallel rank that requests are sent to.
+        accepting: whether it takes new requests; the owner changes it with the engine's phase.
 
     Attributes:
-        line: the last step-time line that the engine told, which outlives the signal: it is a property of the engine,
-            not of the moment; None before the first.
-        traffic_share: part of the engines' work that the owner sends, above 0, at most 1; it changes it as `peers.py`
-            says.
-            What it sends stands for what others send meanwhile, until a signal tells.
+        step_time_model: the newest step-time model in a signal; None before the first. It outlives the signal, because
+            it describes the engine and not the moment.
+        traffic_share: part of the engines' requests that this gateway sends, above 0 and at most 1, set by the owner
+            (`traffic_share.py`). Until the next signal, each request sent stands for `1 / traffic_share` requests of
+            all gateways.
     """
 
     __slots__ = (
         "_answered",
         "_engine_tokens",
-        "_fitted_balance",
         "_observed_s",
-        "_pace",
-        "_pace_line",
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
         "_ttft_factor",
+        "_ttft_model",
+        "_ttft_model_step_time",
         "_unanswered",
         "_unanswered_tokens",
         "accepting",
-        "line",
+        "step_time_model",
         "target",
         "traffic_share",
     )
@@ -65,42 +62,41 @@ class TargetState:
     def __init__(self, target: Target, *, accepting: bool = True) -> None:
         self.target = target
         self.accepting = accepting
-        self.line: StepTime | None = None
+        self.step_time_model: StepTime | None = None
         self.traffic_share = 1.0
         self._ttft_factor = 1.0
+        # Time of sending and uncached prompt tokens of each unanswered request.
         self._unanswered: dict[Hashable, tuple[float, int]] = {}
         self._unanswered_tokens = 0
+        # Time of sending of each answered request in flight.
         self._answered: dict[Hashable, float] = {}
-        # The unanswered requests that the signal cannot know of yet, in the order of their sending, with what they
-        # stand for.
+        # The unanswered requests that were sent after the signal, in the order of sending: time, and the tokens that
+        # all gateways sent meanwhile by the traffic share.
         self._since_signal: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
         self._since_signal_tokens = 0
         self._signal: EngineSignal | None = None
         self._observed_s = -math.inf
         self._engine_tokens = 0
-        # Of the experts, over the steps that the line remembers.
-        self._fitted_balance = 1.0
-        # Made by this line when the signal was first asked about, and kept until the next signal or another
-        # ttft_factor;
-        # None before.
-        self._pace_line: StepTime | None = None
-        self._pace = TtftModel(0.0, 0.0, 0.0)
+        # The TTFT model of the present signal and factor, and the step-time model that it was built from; None: not
+        # built yet.
+        self._ttft_model_step_time: StepTime | None = None
+        self._ttft_model = TtftModel(0.0, 0.0, 0.0)
 
     @property
     def ttft_factor(self) -> float:
-        """Measured over predicted times to the first token, as far as known; the owner sets it by `correction.py`."""
+        """Measured TTFT over predicted TTFT; the owner sets it from `TtftCalibration.factor`."""
         return self._ttft_factor
 
     @ttft_factor.setter
     def ttft_factor(self, ttft_factor: float) -> None:
         if ttft_factor != self._ttft_factor:
             self._ttft_factor = ttft_factor
-            self._pace_line = None
+            self._ttft_model_step_time = None
 
-    # What happens to requests.
+    # In-flight accounting.
 
     def sent(self, key: Hashable, prefill_tokens: int, now_s: float) -> None:
-        """A request with so many uncached prompt tokens went out; the same key again starts anew."""
+        """Counts a request with `prefill_tokens` uncached prompt tokens as unanswered. A known key begins anew."""
         self.settled(key, now_s)
         tokens = _count(prefill_tokens)
         everyones = tokens if self.traffic_share == 1.0 else _count(tokens / self.traffic_share)
@@ -110,7 +106,7 @@ class TargetState:
         self._since_signal_tokens += everyones
 
     def first_token(self, key: Hashable, now_s: float) -> float | None:
-        """The request has answered: its prefill is done.
+        """Counts a request as answered: its prefill is done.
 
         Returns the seconds since it was sent; None when it is unknown or had answered before.
         """
@@ -121,7 +117,7 @@ class TargetState:
         return now_s - sent_s
 
     def settled(self, key: Hashable, now_s: float) -> float | None:
-        """The request has ended, in whatever way.
+        """Stops counting a request that has ended, whatever its outcome.
 
         Returns the seconds since it was sent; None when it is unknown.
         """
@@ -140,22 +136,21 @@ class TargetState:
             self._since_signal_tokens -= since[1]
         return sent_s
 
-    # What the engine says.
+    # The engine's signal.
 
     def observe(self, signal: EngineSignal, observed_s: float) -> None:
-        """The engine was in this state at `observed_s`.
+        """Takes the engine's state as of `observed_s`.
 
-        Ignored when it is older than the signal at hand, or its time is none. A time in the future would shut out what
-        comes after it: who computes it as receipt minus age has to keep the age from being negative.
+        Ignored when it is older than the present signal, or its time is not finite. A time in the future would shut out
+        later signals: a caller that computes it as receipt minus age keeps the age from being negative.
         """
         if not self._observed_s <= observed_s < math.inf:
             return
-        before, self._signal = self._signal, (signal := _plausible(signal))
-        self._fitted_balance = _remembered_balance(self._fitted_balance, before, signal)
+        self._signal = signal = _plausible(signal)
         self._observed_s = observed_s
         self._engine_tokens = signal.waiting_prefill_tokens + signal.running_prefill_tokens
-        self.line = signal.step_time or self.line
-        self._pace_line = None
+        self.step_time_model = signal.step_time or self.step_time_model
+        self._ttft_model_step_time = None
         since = self._since_signal
         while since:
             key, (sent_s, tokens) = next(iter(since.items()))
@@ -166,7 +161,7 @@ class TargetState:
 
     @property
     def signal(self) -> EngineSignal | None:
-        """The newest signal, what is absurd in it replaced; None before the first."""
+        """The newest signal, implausible values replaced; None before the first."""
         return self._signal
 
     @property
@@ -175,23 +170,23 @@ class TargetState:
         return None if self._signal is None else self._observed_s
 
     def signal_age_s(self, now_s: float) -> float | None:
-        """Age of the newest signal; None before the first."""
+        """Returns the age of the newest signal; None before the first."""
         return None if self._signal is None else now_s - self._observed_s
 
     def is_fresh(self, now_s: float, stale_after_s: float) -> bool:
-        """Whether there is a signal to believe: not older than `stale_after_s`, nor further in the future than that."""
+        """Returns whether there is a signal at most `stale_after_s` old, nor further in the future than that."""
         return -stale_after_s <= now_s - self._observed_s <= stale_after_s
 
     # What a decision reads.
 
     @property
     def in_flight(self) -> int:
-        """Requests sent and not settled."""
+        """Requests of this gateway that were sent and have not ended."""
         return len(self._unanswered) + len(self._answered)
 
     @property
     def sent_since_signal(self) -> int:
-        """Unanswered requests that were sent after the newest signal, so that it cannot know of them."""
+        """Unanswered requests that were sent after the newest signal, so that it cannot count them."""
         return len(self._since_signal)
 
     @property
@@ -200,52 +195,55 @@ class TargetState:
         return self._unanswered_tokens
 
     def ahead_prefill_tokens(self, now_s: float, stale_after_s: float) -> int:
-        """Prompt tokens to be computed before those of a new request.
+        """Returns the prompt tokens that the engine computes before those of a new request.
 
-        By a fresh signal what waits and runs in the engine, whoever sent it, and what was sent since, by others too;
-        else the own unanswered alone.
+        By a fresh signal: of all requests at the engine, and of those sent since, by other gateways too. Else: of this
+        gateway's unanswered requests.
         """
         if self.is_fresh(now_s, stale_after_s):
             return self._engine_tokens + self._since_signal_tokens
         return self._unanswered_tokens
 
-    def pace(self, common_line: StepTime, now_s: float, stale_after_s: float) -> TtftModel:
-        """How fast the engine computes: in the state that a fresh signal says, else with the own answered decoding.
+    def ttft_model(self, fleet_default: StepTime, now_s: float, stale_after_s: float) -> TtftModel:
+        """Returns the TTFT model of the present, `ttft_factor` included.
 
-        Its `ttft_factor` is in it.
+        By a fresh signal: in the state that it describes. Else: with this gateway's answered requests decoding.
 
         Args:
-            common_line: the line of an engine that has not told its own.
+            fleet_default: step-time model of an engine that has not sent its own.
             now_s: the time.
-            stale_after_s: age at which a signal is no longer believed.
+            stale_after_s: age from which a signal is not believed.
         """
-        line, signal = self.line or common_line, self._signal
+        step_time, signal = self.step_time_model or fleet_default, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return build_unsignalled_ttft_model(line, len(self._answered)).times(self._ttft_factor)
-        if line is not self._pace_line:
-            pace = build_ttft_model(line, signal, self._fitted_balance)
-            self._pace_line, self._pace = line, pace.times(self._ttft_factor)
-        return self._pace
+            return build_unsignalled_ttft_model(step_time, len(self._answered)).times(self._ttft_factor)
+        if step_time is not self._ttft_model_step_time:
+            self._ttft_model_step_time = step_time
+            self._ttft_model = build_ttft_model(step_time, signal).times(self._ttft_factor)
+        return self._ttft_model
 
-    def first_token_s(self, own_tokens: int, common_line: StepTime, now_s: float, stale_after_s: float) -> float:
-        """Predicted seconds until the first token of a new request: what is ahead and its own, through the pace.
+    def first_token_s(self, own_tokens: int, fleet_default: StepTime, now_s: float, stale_after_s: float) -> float:
+        """Returns the predicted seconds until the first token of a new request.
 
         The one call that a choice makes for each target, so the usual case reads its parts without further calls.
 
         Args:
             own_tokens: its uncached prompt tokens.
-            common_line: the line of an engine that has not told its own.
+            fleet_default: step-time model of an engine that has not sent its own.
             now_s: the time.
-            stale_after_s: age at which a signal is no longer believed.
+            stale_after_s: age from which a signal is not believed.
         """
-        line = self.line or common_line
-        if line is self._pace_line and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
-            return self._pace.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
+        step_time = self.step_time_model or fleet_default
+        if step_time is self._ttft_model_step_time and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
+            return self._ttft_model.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
         tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)
-        return self.pace(common_line, now_s, stale_after_s).first_token_s(tokens)
+        return self.ttft_model(fleet_default, now_s, stale_after_s).first_token_s(tokens)
 
     def requests(self, now_s: float, stale_after_s: float) -> int:
-        """Requests at the engine: the own in flight, or what it says by a fresh signal and was sent since, if more."""
+        """Returns the requests at the engine.
+
+        The greater of this gateway's requests in flight and, by a fresh signal, those at the engine and sent since.
+        """
         own = len(self._unanswered) + len(self._answered)
         signal = self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
@@ -253,16 +251,8 @@ class TargetState:
         return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.traffic_share))
 
 
-def _remembered_balance(known: float, before: EngineSignal | None, signal: EngineSignal) -> float:
-    """Mean balance over an engine's steps as its line remembers them; of a new or restarted engine the present one."""
-    if before is None or signal.step < before.step:
-        return signal.expert_balance
-    kept = math.exp((before.step - signal.step) / LINE_MEMORY_STEPS)
-    return signal.expert_balance + kept * (known - signal.expert_balance)
-
-
 def _plausible(signal: EngineSignal) -> EngineSignal:
-    """The signal with what is absurd replaced by the least possible: a count by 0, a balance by 1, a line by none."""
+    """Returns the signal with implausible values replaced: counts by 0, a balance by 1, a step-time model by None."""
     return EngineSignal(
         step=_count(signal.step),
         running=_count(signal.running),
@@ -275,7 +265,6 @@ def _plausible(signal: EngineSignal) -> EngineSignal:
         computed_tokens=_count(signal.computed_tokens),
         step_time=signal.step_time if signal.step_time is not None and _predicts(signal.step_time) else None,
         expert_balance=_within(signal.expert_balance, 1.0, _GREATEST_BALANCE),
-        # A rank that says it has no pressure at all would be the most attractive of all.
         expert_pressure=_within(signal.expert_pressure, 0.0, _GREATEST_BALANCE) or 1.0,
     )
 
@@ -285,11 +274,11 @@ def _count(value: float) -> int:
 
 
 def _within(value: float, least: float, most: float) -> float:
-    """The nearest in the range; the least for what is not a number."""
+    """Returns the nearest value in the range; `least` for NaN."""
     return min(value, most) if value > least else least
 
 
-def _predicts(line: StepTime) -> bool:
-    """Whether a line can be one of step times: no part negative or beyond all measure, and not all of them zero."""
-    parts = (line.base_s, line.prefill_s, line.decode_s)
+def _predicts(step_time: StepTime) -> bool:
+    """Returns whether all coefficients are plausible times, and one of them is positive."""
+    parts = (step_time.base_s, step_time.prefill_s, step_time.decode_s)
     return all(0.0 <= part < _LONGEST_STEP_S for part in parts) and any(parts)

@@ -1,10 +1,10 @@
-"""How many tokens a text has, without a tokenizer: bytes per token, learned from what the engines report.
+"""Estimates the tokens of a text without a tokenizer, by bytes per token learned from the usage that engines report.
 
-The gateway owns one for each model: `observe` takes the prompt tokens of a finished response (its `usage`), `tokens`
-sizes the next job.
+The gateway owns one estimate for each model: `observe` takes the prompt tokens of a finished response (its `usage`),
+`tokens` sizes the next job.
 
-Invariants: the ratio stays between one byte a token, the least that a byte-level tokenizer can do, and 16; one
-observation moves it by at most a third of the way, so no single absurd report spoils it.
+Invariants: the ratio stays between 1 byte a token, the least of a byte-level tokenizer, and 16; one observation moves
+it by at most a third of the way, so that no single report spoils it.
 """
 
 import math
@@ -19,7 +19,7 @@ _MOST_TOKENS_AT_ONCE = 4096
 
 
 class TokenRatio:
-    """Exponentially weighted mean of bytes per token."""
+    """Keeps an exponentially weighted mean of bytes per token."""
 
     __slots__ = ("_bytes_per_token",)
 
@@ -28,15 +28,15 @@ class TokenRatio:
 
     @property
     def bytes_per_token(self) -> float:
-        """The estimate."""
+        """The present estimate, 1 to 16."""
         return self._bytes_per_token
 
     def tokens(self, n_bytes: int) -> int:
-        """Tokens of a text of `n_bytes` bytes, rounded up; 0 for none."""
+        """Returns the estimated tokens of a text of `n_bytes` bytes, rounded up; 0 for no bytes."""
         return math.ceil(n_bytes / self._bytes_per_token) if n_bytes > 0 else 0
 
     def observe(self, n_bytes: int, n_tokens: int) -> None:
-        """A text of `n_bytes` bytes had `n_tokens` tokens. What cannot be is ignored."""
+        """Learns that `n_bytes` bytes had `n_tokens` tokens. Values that are not positive or finite are ignored."""
         if not (0 < n_bytes < math.inf and 0 < n_tokens < math.inf):
             return
         seen = min(_MOST_BYTES, max(_LEAST_BYTES, n_bytes / n_tokens))

@@ -1,15 +1,15 @@
-"""How much of the engines' work is this gateway's own: several gateways share the engines, each with its own books.
+"""The part of the engines' requests that this gateway sends, where several gateways share the engines.
 
-A gateway sees what its peers sent only in what engines say, which is older than the choice. All of them choose by the
-same rule from the same signals, so what the peers sent since is guessed to be where the own went, in proportion; else
-each would fill the gap that all of them see. `books.py` does that, by the share that is estimated here for the
-gateway's dispatcher a few times a second.
+A gateway sees what its peers sent only in the engines' signals, which are older than the choice. All gateways choose by
+the same rule from the same signals, so the requests that peers sent since a signal are assumed to have gone where its
+own went, in proportion; without that all gateways would fill the same gap. `TargetState` applies the share, which the
+gateway's dispatcher estimates here a few times a second.
 
-Counts of requests are compared, at the engines and in the own books, both averaged over `MEMORY_S`, because single
-counts are of different moments. Reading a load by its age and by the others' arrivals goes back to Dahlin,
-"Interpreting stale load information" (ICDCS 1999).
+The share compares counts of requests, at the engines and in flight from this gateway, both averaged over `MEMORY_S`,
+because single counts are of different moments. To correct a load by its age and by the arrivals of others goes back to
+Dahlin, "Interpreting Stale Load Information" (ICDCS 1999).
 
-Invariants: the share is within `LEAST_SHARE` and 1; without fresh signals, and without requests, it goes to 1.
+Invariants: the share is between `LEAST_SHARE` and 1; without fresh signals, or without requests, it goes to 1.
 """
 
 import math
@@ -17,16 +17,17 @@ from collections.abc import Iterable
 
 from moe_scheduling.engine.target_state import TargetState
 
+# Time constant of the averages, in seconds.
 MEMORY_S = 10.0
-# An engine counts a request with several choices once for each. A share that is too small costs next to nothing, as
-# long as it is not out of all proportion.
+# An engine counts a request with several choices once for each, which makes the share too small. A small error costs
+# next to nothing; this bounds it.
 LEAST_SHARE = 1 / 8
-# Requests that are taken to be the own before anything was seen: below so few, a count says nothing.
+# Requests that are assumed to be this gateway's own before any was seen: below such counts a ratio means little.
 OWN_BEFORE = 1.0
 
 
 class TrafficShare:
-    """See the module."""
+    """Estimates the gateway's traffic share from signals and in-flight counts."""
 
     __slots__ = ("_at_engines", "_observed_s", "_own")
 
@@ -35,19 +36,19 @@ class TrafficShare:
         self._own = 0.0
         self._observed_s = -math.inf
 
-    def observe(self, books: Iterable[TargetState], now_s: float, stale_after_s: float) -> float:
-        """The own part of the requests that the engines have.
+    def observe(self, states: Iterable[TargetState], now_s: float, stale_after_s: float) -> float:
+        """Takes the present counts into account and returns the share.
 
         Args:
-            books: of all targets; those without a fresh signal say nothing.
+            states: of all targets; those without a fresh signal are skipped.
             now_s: the time, not before that of the last call.
-            stale_after_s: age at which a signal is no longer believed.
+            stale_after_s: age from which a signal is not believed.
         """
         at_engines = own = 0
-        for row in books:
-            if row.signal is not None and row.is_fresh(now_s, stale_after_s):
-                at_engines += row.signal.running + row.signal.waiting
-                own += row.in_flight
+        for state in states:
+            if state.signal is not None and state.is_fresh(now_s, stale_after_s):
+                at_engines += state.signal.running + state.signal.waiting
+                own += state.in_flight
         kept = math.exp(min(0.0, (self._observed_s - now_s) / MEMORY_S))
         self._at_engines += (1.0 - kept) * (at_engines - self._at_engines)
         self._own += (1.0 - kept) * (own - self._own)

@@ -37,6 +37,7 @@ from moe_scheduling.expert.placement import (
 )
 from moe_scheduling.expert.regret_bound import RegretBound, plan_rollback
 from moe_scheduling.expert.search import Path, SearchInput, apply_steps, search_steps
+from moe_scheduling.settings import check_settings, setting
 
 __all__ = [
     "Balance",
@@ -92,41 +93,43 @@ class ExpertMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSettings:
-    """Settings of the expert layer: when experts are moved, and how many.
-
-    Attributes:
-        mode: `off` records nothing; `observe` records the load and shows it; `dryRun` also decides and shows the
-            decision; `active` carries it out.
-        interval_steps: engine steps between two decisions, at least 1; the default is that of vLLM.
-        window_steps: engine steps of load that a decision considers, with newer ones weighted more; the default is
-            that of vLLM.
-        move_budget: most experts moved in a round; 0: the gate decides, with at most about a quarter of the moves of a
-            placement computed from nothing.
-        max_stall_s: bound on the time that moving may add to one engine step; sets how many layers move in a step.
-        hysteresis: part by which the time gained must exceed the cost of moving.
+    """Placement of the experts: when they are moved, and how many.
 
     Raises:
         ValueError: a value is out of its range or not finite.
     """
 
-    mode: ExpertMode = ExpertMode.DRY_RUN
-    interval_steps: int = 3000
-    window_steps: int = 1000
-    move_budget: int = 0
-    max_stall_s: float = 0.05
-    hysteresis: float = 0.1
+    mode: ExpertMode = setting(
+        ExpertMode.DRY_RUN,
+        "`off` (in quotes: YAML reads a bare off as false) records nothing, `observe` records the load of the experts "
+        "and shows it, `dryRun` decides as well and shows what it would move, `active` moves experts where that pays.",
+    )
+    # Interval and window are vLLM's defaults.
+    interval_steps: int = setting(3000, "Engine steps between two decisions.", least=1)
+    window_steps: int = setting(
+        1000, "Engine steps of load that a decision looks at, the newer ones weighing more.", least=1
+    )
+    move_budget: int = setting(
+        0,
+        "Most experts moved in one round; 0 sets no bound beside what pays, which is at most about a quarter of the "
+        "moves of a new placement.",
+        least=0,
+    )
+    max_stall_s: float = setting(
+        0.05,
+        "Most that moving may add to one step of the engine; it sets how many layers move in a step.",
+        above=0,
+        most=60,
+    )
+    hysteresis: float = setting(
+        0.1,
+        "Part by which the time won until the next decision must exceed the cost of moving (0.1: by 10 %).",
+        least=0,
+        most=1000,
+    )
 
     def __post_init__(self) -> None:
-        if self.interval_steps < 1:
-            raise ValueError("interval_steps must be at least 1")
-        if self.window_steps < 1:
-            raise ValueError("window_steps must be at least 1")
-        if self.move_budget < 0:
-            raise ValueError("move_budget must be at least 0")
-        if not 0.0 < self.max_stall_s < math.inf:
-            raise ValueError("max_stall_s must be greater than 0 and finite")
-        if not 0.0 <= self.hysteresis < math.inf:
-            raise ValueError("hysteresis must be at least 0 and finite")
+        check_settings(self)
 
 
 class StayReason(StrEnum):

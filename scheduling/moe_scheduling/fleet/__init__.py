@@ -1,1 +1,1 @@
-"""The number of engines, and which of them end first when it falls."""
+"""The number of engines, and the order in which they end when it falls."""

@@ -1,41 +1,41 @@
-"""How many engines a target of latency asks for; called by `fleet.py` for the wait and for the time to first token.
+"""The number of engines that a latency target asks for; called by `size.py` for the wait and for the TTFT.
 
-Latency does not grow in proportion to the load of an engine: it is small up to near saturation and endless beyond. So
-no formula leads from a latency to a number of engines, and the rule is one of steps and evidence:
+Latency is not in proportion to the load of an engine: it is small up to near saturation and unbounded beyond. So no
+formula leads from a latency to a number of engines, and the number changes in steps, by evidence:
 
-- Above the target the number grows by the factor by which the target is missed, `STEP` at most; then no further step is
-  made before those engines serve and the signals speak of them (`SETTLE_S`), nor while the latency falls so fast that
-  it is within the target before another engine could serve: a backlog that the present ones work off needs no more.
-- Within the target the number falls when the computed tokens per second and engine would stay within what engines were
-  seen to serve within their targets, or at half of what was seen to fail. Where there is no such evidence, it falls by
-  one engine on trial, when the latency is below `TRIAL_BELOW` of the target and the load of the remaining engines below
-  what was seen to fail by a margin.
+- Above the target the number grows by the factor by which the target is missed, at most `STEP`. No further step follows
+  before the new engines serve and the signals include them (`SETTLE_S`), nor while the latency falls so fast that it is
+  within the target before another engine could serve: a backlog that the present engines work off needs no more.
+- Within the target the number falls when the computed tokens per second and engine would stay at most at a rate that
+  engines served within their targets, or at half of a rate at which a target was missed. Without such evidence it falls
+  by one engine on trial, when the latency is below `TRIAL_BELOW` of the target and the rate of the remaining engines is
+  below the missed rate by a margin.
 
-Invariants: a load that was seen to be too much for an engine is not put on one again while the load does not fall; the
-number asked for never falls when a latency or the load is greater.
+Invariants: a rate at which an engine missed a target is not put on one again while the load does not fall; a greater
+latency or load never gives a smaller number.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-# Time over which the gateways average what they report (docs/interfaces.md, `ttft_s`): after a change of the engines no
-# signal before its end speaks of the new ones alone.
+# Seconds over which the gateways average their latencies (docs/interfaces.md, `ttft_s`): until then a signal after a
+# change of the engines mixes in the time before it.
 SETTLE_S = 30.0
 # As fast as the default policies of the HorizontalPodAutoscaler let a number grow in one period.
 STEP = 2.0
 # Without evidence: going from two engines to one doubles the load of the one.
 TRIAL_BELOW = 0.5
-# Part of a load seen to fail that engines are not brought back to.
+# Part of a rate that missed a target that engines are not brought back to.
 _FAILED_MARGIN = 0.8
-# Part of a load seen to fail that engines are brought back to without a trial: in any queue whose wait grows as that of
-# M/M/1, one that is half used has next to none.
+# Part of a rate that missed a target to which the number may fall without a trial: an M/M/1 queue at half of its load
+# has a short wait.
 _FAILED_SAFE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A latency against its target: `ratio` is value / target, None when the value is not known."""
+    """A latency as part of its target: `ratio` is value / target; None when the value is unknown."""
 
     name: str
     ratio: float | None
@@ -43,14 +43,14 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """Engines that a decision starts from.
+    """The engines before a decision.
 
     Attributes:
-        wanted: engines asked for now.
-        ready: engines that take work.
+        wanted: engines wanted now.
+        ready: engines that take requests.
         coming: whether engines are still expected to become ready.
-        startup_s: how long an engine takes to become ready.
-        tokens_per_s: tokens that they compute together; None when not known.
+        startup_s: seconds that an engine takes to become ready.
+        tokens_per_s: tokens per second that they compute together; None when unknown.
     """
 
     wanted: int
@@ -62,17 +62,17 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyHistory:
-    """What is remembered of latencies.
+    """Evidence from latencies.
 
     Attributes:
-        wanted: engines asked for when last looked.
-        ready: engines that took work then; None before the first look.
-        since_s: when those two numbers were first seen.
-        marks: the latencies that later ones are compared with, for whether they fall.
-        marked_s: when those were taken.
-        met_since_s: since when all targets are met; None when one is not.
-        served_rate: most tokens/s of an engine seen to serve within the targets.
-        failed_rate: tokens/s of an engine when a target was last missed; None when that was proved wrong since.
+        wanted: engines wanted at the last decision.
+        ready: engines that took requests then; None before the first decision.
+        since_s: time when those two numbers were first seen.
+        marks: latencies that later ones are compared with, to see whether they fall.
+        marked_s: time of `marks`.
+        met_since_s: time since when all targets are met; None when one is not.
+        served_rate: greatest tokens/s of one engine within the targets.
+        failed_rate: tokens/s of one engine when a target was last missed; None when later evidence refuted it.
     """
 
     wanted: int = 0
@@ -85,7 +85,7 @@ class LatencyHistory:
     failed_rate: float | None = None
 
     def until(self, now_s: float) -> "LatencyHistory":
-        """The same; what lies ahead, after a clock's jump, happened now."""
+        """Returns the same evidence; times after `now_s`, which a clock that jumped back leaves, become `now_s`."""
         met_since_s = self.met_since_s if self.met_since_s is None else min(self.met_since_s, now_s)
         since_s, marked_s = min(self.since_s, now_s), min(self.marked_s, now_s)
         return replace(self, since_s=since_s, marked_s=marked_s, met_since_s=met_since_s)
@@ -94,7 +94,7 @@ class LatencyHistory:
 def observe_latency(
     history: LatencyHistory, latencies: Sequence[Latency], wanted: int, ready: int, now_s: float
 ) -> LatencyHistory:
-    """The history once the numbers of engines are known: a change of one starts the comparison anew."""
+    """Returns the history with the present numbers of engines; a changed number restarts the comparison."""
     if (history.wanted, history.ready) != (wanted, ready):
         marks = tuple(latencies)
         return replace(
@@ -108,7 +108,7 @@ def observe_latency(
 def engines_for_latency(
     latency: Latency, engines: Engines, history: LatencyHistory, tolerance: float, now_s: float
 ) -> int | None:
-    """How many engines this latency asks for; None when it is not known."""
+    """Returns the number of engines that this latency asks for; None when the latency is unknown."""
     if latency.ratio is None:
         return None
     if not _settled(engines, history, now_s):
@@ -130,7 +130,16 @@ def learn_from_latency(
     tolerance: float,
     now_s: float,
 ) -> LatencyHistory:
-    """The history with what this look teaches; `missed` says that a latency asked for more engines."""
+    """Returns the history with the evidence of this decision.
+
+    Args:
+        history: the evidence before.
+        latencies: the present latencies.
+        engines: the engines before the decision.
+        missed: whether a latency asked for more engines.
+        tolerance: part of a target by which a metric may be off.
+        now_s: the time.
+    """
     history = _mark(history, latencies, now_s)
     if not _are_met(latencies) or not _settled(engines, history, now_s):
         history = replace(history, met_since_s=None)
@@ -155,7 +164,7 @@ def _settled(engines: Engines, history: LatencyHistory, now_s: float) -> bool:
 
 
 def _falls_in_time(name: str, ratio: float, startup_s: float, history: LatencyHistory, now_s: float) -> bool:
-    """Whether the latency, falling on as it does, is at its target before an engine that starts now is ready."""
+    """Returns whether the latency, at its present rate of fall, meets its target before a new engine could be ready."""
     before = next((mark.ratio for mark in history.marks if mark.name == name), None)
     if before is None:
         return False
@@ -172,7 +181,7 @@ def _mark(history: LatencyHistory, latencies: Sequence[Latency], now_s: float) -
 
 
 def _fewer(engines: Engines, history: LatencyHistory, ratio: float) -> int:
-    """The fewest engines on which the load is known to be served, or one less on trial."""
+    """Returns the fewest engines that are known to serve the load, or one less on trial."""
     tokens_per_s = engines.tokens_per_s
     if tokens_per_s is None or engines.wanted <= 1:
         return engines.wanted
@@ -185,7 +194,7 @@ def _proved(tokens_per_s: float, wanted: int, history: LatencyHistory) -> int:
     rate = max(history.served_rate or 0.0, (history.failed_rate or 0.0) * _FAILED_SAFE)
     if rate == 0.0:
         return wanted
-    # Division loses a bit: what is a whole number of engines must not become one more.
+    # Division rounds: a whole number of engines must not become one more.
     return max(1, min(wanted, math.ceil(min(tokens_per_s / rate, wanted) - 1e-9)))
 
 

@@ -1,11 +1,11 @@
-"""Behaviour of a changing number of engines, in HorizontalPodAutoscaler v2's own terms; called by `fleet.py`.
+"""Behaviour of a changing number of engines, in HorizontalPodAutoscaler v2's own terms; called by `size.py`.
 
 The rules are those of the Kubernetes documentation ("Configurable scaling behavior") and of its controller
 (`pkg/controller/podautoscaler/horizontal.go`, 1.34): a stabilisation window takes the most cautious of the numbers that
 were recommended within it; policies bound the change within a period.
 
 Invariants: `stabilise` and `bound_change` never turn a rise into a fall or the other way round; a `ScalingRecord` never
-holds a time that lies ahead, so that a clock that jumps back makes windows longer and never endless.
+holds a future time, so that a clock that jumps back makes windows longer, but not endless.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class PolicyType(StrEnum):
 
 
 class PolicySelection(StrEnum):
-    """Which of the policies counts: the one that allows the greatest change, the least, or none at all."""
+    """Which policy counts: the one that allows the greatest change (max), the least (min), or none (disabled)."""
 
     DISABLED = "disabled"
     MAX = "max"
@@ -55,7 +55,7 @@ class ScalingPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingRules:
-    """Behaviour in one direction.
+    """Scaling behaviour in one direction.
 
     Attributes:
         stabilization_window_s: of the numbers recommended within it the most cautious is taken: the least when rising,
@@ -85,7 +85,7 @@ SCALE_DOWN = ScalingRules(stabilization_window_s=300.0, policies=(_DOUBLE,))
 
 @dataclass(frozen=True, slots=True)
 class Dated:
-    """A number of engines, or a change of it, and when."""
+    """A number of engines, or a change of it, and its time."""
 
     at_s: float
     count: int
@@ -93,7 +93,7 @@ class Dated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingRecord:
-    """What windows and periods look back on.
+    """Past recommendations and changes, as far as windows and periods reach.
 
     Attributes:
         peaks: recommendations that can still be the greatest of a window: each is greater than all after it.
@@ -106,31 +106,31 @@ class ScalingRecord:
     changes: tuple[Dated, ...] = ()
 
     def until(self, now_s: float) -> "ScalingRecord":
-        """The record without what no window reaches; what lies ahead, after a clock's jump, happened now."""
+        """Returns the record within the longest window; times after `now_s` (a clock jumped back) become `now_s`."""
         return ScalingRecord(
             peaks=_recent(self.peaks, now_s), valleys=_recent(self.valleys, now_s), changes=_recent(self.changes, now_s)
         )
 
     def recommended(self, count: int, now_s: float) -> "ScalingRecord":
-        """The record with one more recommendation."""
+        """Returns the record with a recommendation of `count` engines added."""
         newest = Dated(now_s, count)
         peaks = tuple(peak for peak in self.peaks if peak.count > count)
         valleys = tuple(valley for valley in self.valleys if valley.count < count)
         return replace(self, peaks=(*peaks, newest), valleys=(*valleys, newest))
 
     def changed(self, change: int, now_s: float) -> "ScalingRecord":
-        """The record with one more change."""
+        """Returns the record with a change by `change` engines added."""
         return replace(self, changes=(*self.changes, Dated(now_s, change)))
 
     def change_within(self, period_s: float, now_s: float) -> int:
-        """By how much the number changed within the period that ends now."""
+        """Returns the sum of the changes within the period that ends at `now_s`."""
         return sum(change.count for change in self.changes if change.at_s > now_s - period_s)
 
 
 def stabilise(
     current: int, wanted: int, record: ScalingRecord, up: ScalingRules, down: ScalingRules, now_s: float
 ) -> int:
-    """The number nearest to `current` between the least of the upward and the greatest of the downward window.
+    """Returns the number nearest to `current` between the least of the upward and the greatest of the downward window.
 
     As `stabilizeRecommendationWithBehaviors` does: the windows include `wanted`, which is not yet in the record.
     """
@@ -143,7 +143,7 @@ def stabilise(
 def bound_change(
     current: int, wanted: int, record: ScalingRecord, up: ScalingRules, down: ScalingRules, now_s: float
 ) -> int:
-    """The number nearest to `wanted` that the policies allow."""
+    """Returns the number nearest to `wanted` that the policies allow."""
     if wanted > current:
         highest = _highest(current, record, up, now_s)
         return wanted if highest is None else min(wanted, max(current, highest))
@@ -153,7 +153,7 @@ def bound_change(
 
 
 def _highest(current: int, record: ScalingRecord, rules: ScalingRules, now_s: float) -> int | None:
-    """As `calculateScaleUpLimitWithScalingRules`: a percentage is rounded up, else one engine stays one."""
+    """As `calculateScaleUpLimitWithScalingRules`: a percentage is rounded up, so that one engine can become two."""
     if rules.select_policy is PolicySelection.DISABLED:
         return current
     allowed: list[int] = []

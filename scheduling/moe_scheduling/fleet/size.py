@@ -1,10 +1,10 @@
 """How many engines run: `plan_fleet`, called by the operator's autoscaler at each interval and by the simulator.
 
-Invariants: a number outside `min_replicas` to `max_replicas` is never planned, and one that stands outside is brought
-inside at once, whatever is known; else nothing is done on a missing or stale signal; a metric that is not known forbids
-to let engines go; the answer depends on the arguments alone.
+Invariants: no number outside `min_replicas` to `max_replicas` is planned, and a present number outside is brought
+inside at once, with or without a signal; otherwise a missing or stale signal changes nothing; an unknown metric never
+lets the number fall; the decision depends on the arguments alone.
 
-`order_victims` (in `victims.py`) says which engines are let go.
+`order_victims` (in `victims.py`) orders the engines that end when the number falls.
 """
 
 import math
@@ -19,7 +19,8 @@ from moe_scheduling.fleet.latency import (
     learn_from_latency,
     observe_latency,
 )
-from moe_scheduling.fleet.scaling import SCALE_DOWN, SCALE_UP, ScalingRecord, ScalingRules, bound_change, stabilise
+from moe_scheduling.fleet.scaling import ScalingRecord, ScalingRules, bound_change, stabilise
+from moe_scheduling.fleet.settings import FleetSettings
 
 # As long as the startup probe of an engine allows, until a start has been seen.
 _STARTUP_S = 1800.0
@@ -28,7 +29,7 @@ _MOST_REPLICAS = 2**31 - 1
 
 
 class Metric(StrEnum):
-    """What is kept at a target; a metric label."""
+    """A metric that has a target; a metric label."""
 
     WAIT = "wait"
     KV_USAGE = "kv_usage"
@@ -60,7 +61,7 @@ class KeepReason(StrEnum):
 
 
 class Limit(StrEnum):
-    """What holds the number back from what the metrics ask for: the reason of the condition AutoscalingLimited."""
+    """What keeps the number from what the metrics ask for: the reason of the condition AutoscalingLimited."""
 
     MAX_REPLICAS = "max_replicas"
     MIN_REPLICAS = "min_replicas"
@@ -69,84 +70,14 @@ class Limit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FleetTargets:
-    """What to keep; None is not looked at.
-
-    Attributes:
-        wait_s: wait of a new request at the best engine, or in the gateway's queue.
-        kv_usage: used part of the KV caches, mean over the engines, at most 1.
-        ttft_s: time to first token.
-        tokens_per_s: prompt and output tokens computed by one engine.
-
-    Raises:
-        ValueError: none is set, or one is not greater than 0 and finite.
-    """
-
-    wait_s: float | None = None
-    kv_usage: float | None = None
-    ttft_s: float | None = None
-    tokens_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        named = {name: getattr(self, name) for name in ("wait_s", "kv_usage", "ttft_s", "tokens_per_s")}
-        if all(value is None for value in named.values()):
-            raise ValueError("at least one target is needed")
-        for name, value in named.items():
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be greater than 0 and finite, or absent")
-        if self.kv_usage is not None and self.kv_usage > 1.0:
-            raise ValueError("kv_usage must be at most 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetSettings:
-    """Bounds, targets and behaviour.
-
-    Attributes:
-        targets: what to keep.
-        min_replicas: fewest engines; 0 lets the last one go when idle.
-        max_replicas: most engines, at least 1.
-        idle_s: time without any request after which no engine runs, with `min_replicas` 0.
-        tolerance: part of a target within which its metric asks for no change; that of Kubernetes.
-        stale_after_s: age from which a signal is not acted on.
-        scale_up: behaviour when rising.
-        scale_down: behaviour when falling.
-
-    Raises:
-        ValueError: a value is out of its range or not finite.
-    """
-
-    targets: FleetTargets
-    min_replicas: int = 1
-    max_replicas: int = 1
-    idle_s: float = 600.0
-    tolerance: float = 0.1
-    stale_after_s: float = 30.0
-    scale_up: ScalingRules = SCALE_UP
-    scale_down: ScalingRules = SCALE_DOWN
-
-    def __post_init__(self) -> None:
-        if self.min_replicas < 0:
-            raise ValueError("min_replicas must be at least 0")
-        if self.max_replicas < max(1, self.min_replicas):
-            raise ValueError("max_replicas must be at least 1 and at least min_replicas")
-        if not 0.0 < self.idle_s < math.inf:
-            raise ValueError("idle_s must be greater than 0 and finite")
-        if not 0.0 <= self.tolerance < 1.0:
-            raise ValueError("tolerance must be at least 0 and less than 1")
-        if not 0.0 < self.stale_after_s < math.inf:
-            raise ValueError("stale_after_s must be greater than 0 and finite")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetObservation:
-    """The engines.
+    """The engines as the cluster reports them.
 
     Attributes:
-        replicas: engines wanted now, the scale's own number.
-        ready: engines that take new work; one that drains does not.
+        replicas: engines wanted now, `replicas` of the scale.
+        ready: engines that take new requests; a draining one does not.
         loading: engines that have started and are not ready.
-        startup_s: how long the last engines took to become ready; None before any did.
+        startup_s: seconds that the last engines took to become ready; None before any did.
 
     Raises:
         ValueError: a number is negative.
@@ -164,17 +95,17 @@ class FleetObservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSignal:
-    """One look at the whole fleet. What is negative, NaN or endless counts as not known.
+    """The state of the whole fleet at one time. Values that are negative, NaN or infinite count as unknown.
 
     Attributes:
-        observed_s: when it was true, on the clock of `plan_fleet`'s `now_s`.
-        wait_s: least predicted wait of a new request; None when not known.
-        kv_usage: used part of the KV caches, mean over the ready engines; None when not known.
-        ttft_s: mean measured time to first token; None when none was measured.
-        tokens_per_s: tokens that all engines compute; None when not known.
-        arrivals_per_s: requests that come; None, when not known, neither wakes an engine nor lets the last one go.
+        observed_s: its time, on the clock of `plan_fleet`'s `now_s`.
+        wait_s: least predicted wait of a new request (seconds); None when unknown.
+        kv_usage: used part of the KV caches, mean over the ready engines; None when unknown.
+        ttft_s: mean measured time to first token (seconds); None when none was measured.
+        tokens_per_s: tokens per second that all engines compute together; None when unknown.
+        arrivals_per_s: requests per second; None, when unknown, neither wakes an engine nor ends the last one.
         held: requests held in the gateways.
-        held_since_s: how long the oldest of them has been held; None when none is.
+        held_since_s: age of the oldest held request (seconds); None without one.
         in_flight: requests at the engines.
     """
 
@@ -191,13 +122,13 @@ class FleetSignal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetHistory:
-    """What decisions look back on. The first is made on an empty one; each returns the one for the next.
+    """Past of a fleet. The first decision gets an empty one; each decision returns the one for the next.
 
     Attributes:
         record: recommendations and changes, for windows and periods; None before the first decision.
-        latency: what latencies have taught.
-        busy_s: when a request was last seen, or may have come unseen.
-        seen_s: when a signal was last acted on.
+        latency: evidence from latencies.
+        busy_s: time when a request was last seen, or may have come unseen.
+        seen_s: time of the last signal that was acted on.
     """
 
     record: ScalingRecord | None = None
@@ -208,13 +139,13 @@ class FleetHistory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricView:
-    """A metric against its target.
+    """A metric beside its target.
 
     Attributes:
         metric: the metric.
-        value: its value as compared: of one engine for `tokens_per_s`; None when not known.
+        value: its value as compared, per engine for `tokens_per_s`; None when unknown.
         target: its target.
-        replicas: engines that it asks for, bounds aside; None when not known.
+        replicas: engines that it asks for, before bounds; None when unknown.
     """
 
     metric: Metric
@@ -228,12 +159,12 @@ class Scale:
     """Change the number of engines.
 
     Attributes:
-        replicas: the number.
-        reason: why.
-        binding: the metric that asked for most; None when no metric was asked.
+        replicas: the new number.
+        reason: why it changes.
+        binding: the metric that asked for the most engines; None when no metric counted.
         metrics: all metrics that have a target.
-        limit: what held the number back; None when nothing did.
-        history: for the next decision.
+        limit: what kept the number from what the metrics ask for; None when nothing did.
+        history: argument of the next decision.
     """
 
     replicas: int
@@ -246,7 +177,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """Leave the number as it is; the fields as those of `Scale`."""
+    """Leave the number as it is. The fields mean what those of `Scale` mean."""
 
     reason: KeepReason
     binding: Metric | None = None
@@ -265,46 +196,45 @@ def plan_fleet(
     history: FleetHistory,
     now_s: float,
 ) -> FleetDecision:
-    """How many engines are to run.
+    """Returns how many engines run from now on, with the reason.
 
-    For metrics that grow in proportion to an engine's load (KV use, tokens per second) the number is that of the
+    For metrics in proportion to an engine's load (KV use, tokens per second) the number is that of the
     HorizontalPodAutoscaler (Kubernetes, "Algorithm details"): `ceil(ready * value / target)`, and no change while
-    `ready * value / (wanted * target)` is within the tolerance of 1. `wanted` has engines that are still loading in it,
-    as Kubernetes counts pods that are not ready: they are capacity to come. The number after a fall serves the same
-    load within the target, and rises again only past the tolerance. For latencies see `latency.py`. The metric that
-    asks for most engines is followed; one that is not known can only hinder a fall. Then come bounds, stabilisation and
-    policies, in the order of Kubernetes.
+    `ready * value / (wanted * target)` is within the tolerance of 1. `wanted` includes loading engines, as Kubernetes
+    counts pods that are not ready: they are capacity to come. The number after a fall serves the same load within the
+    target, and rises again only beyond the tolerance. Latencies: `latency.py`. The greatest of the numbers counts; an
+    unknown metric can only prevent a fall. Then bounds, stabilisation and policies apply, in the order of Kubernetes.
 
-    From zero one engine is woken at once by any request, past stabilisation and policies. To zero the number goes when
-    no request was seen for `idle_s`, which takes the place of the stabilisation window.
+    At zero any request starts one engine at once, without stabilisation and policies. The number falls to zero when no
+    request was seen for `idle_s`, which replaces the stabilisation window.
 
     Args:
         observation: the engines.
-        signal: what they and the gateways say; None when nothing is known.
+        signal: the state of engines and gateways; None when unknown.
         settings: bounds, targets and behaviour.
-        history: of the decision before, or an empty one.
-        now_s: the time, on the clock of the signal and of the decisions before.
+        history: that of the last decision, or an empty one.
+        now_s: the time, on the clock of the signal and of earlier decisions.
 
     Raises:
         ValueError: `now_s` is not finite.
     """
     if not math.isfinite(now_s):
         raise ValueError("now_s must be finite")
-    look = _Look(observation, settings, now_s)
+    decision = _Decision(observation, settings, now_s)
     history = _until(history, observation.replicas, now_s)
     bounded = min(max(observation.replicas, settings.min_replicas), settings.max_replicas)
     if bounded != observation.replicas:
-        return look.scale(bounded, ScaleReason.BOUNDS, history)
+        return decision.scale(bounded, ScaleReason.BOUNDS, history)
     if signal is None:
         return Keep(reason=KeepReason.MISSING, history=history)
     if not abs(now_s - signal.observed_s) <= settings.stale_after_s:
         return Keep(reason=KeepReason.STALE, history=history)
-    return look.by_signal(signal, _seen(history, signal, settings, now_s))
+    return decision.by_signal(signal, _seen(history, signal, settings, now_s))
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What all parts of one decision read."""
+class _Decision:
+    """The arguments of one decision, and its steps."""
 
     observation: FleetObservation
     settings: FleetSettings
@@ -330,7 +260,7 @@ class _Look:
         return replace(decision, limit=Limit.SCALE_DOWN_RATE) if replicas else decision
 
     def by_metrics(self, signal: FleetSignal, history: FleetHistory) -> FleetDecision:
-        """1. what each metric asks for, 2. the most of it, 3. bounds, 4. stabilisation, 5. policies."""
+        """1. The number by each metric, 2. the greatest of them, 3. bounds, 4. stabilisation, 5. policies."""
         metrics, latency = self._view(signal, history.latency)
         history = replace(history, latency=latency)
         binding, wanted = self._most(metrics)
@@ -355,7 +285,7 @@ class _Look:
         )
 
     def _view(self, signal: FleetSignal, history: LatencyHistory) -> tuple[tuple[MetricView, ...], LatencyHistory]:
-        """What each metric that has a target asks for, and what the latencies teach."""
+        """Returns each metric with a target and the number that it asks for, and the evidence of latencies."""
         values = _values(signal, self.observation.ready)
         targets, latencies = self._targets(), self._latencies(values)
         history = observe_latency(history, latencies, self.observation.replicas, self.observation.ready, self.now_s)
@@ -393,7 +323,7 @@ class _Look:
         )
 
     def _engines(self, tokens_per_s: float | None, history: LatencyHistory) -> Engines:
-        """Engines that stay away for twice the time of a start are not waited for any longer."""
+        """Returns the engines; missing ones count as coming until twice the time of a start has passed."""
         observation = self.observation
         seen_s = _plausible(observation.startup_s)
         startup_s = _STARTUP_S if seen_s is None else seen_s
@@ -407,14 +337,14 @@ class _Look:
         )
 
     def _by_ratio(self, value: float | None, metric: Metric, targets: dict[Metric, float]) -> int | None:
-        """`value` is of all engines together."""
+        """Returns the number for a metric in proportion to the load; `value` is the sum over all engines."""
         target = targets.get(metric)
         if value is None or target is None:
             return None
         needed, current = value / target, self.observation.replicas
         if abs(needed / current - 1.0) <= self.settings.tolerance:
             return current
-        # Division loses a bit, and what is a whole number of engines must not become one more.
+        # Division rounds: a whole number of engines must not become one more.
         return max(1, math.ceil(min(needed, _MOST_REPLICAS) - 1e-9))
 
     def _most(self, metrics: tuple[MetricView, ...]) -> tuple[Metric | None, int]:
@@ -442,9 +372,9 @@ def _record(history: FleetHistory) -> ScalingRecord:
 
 
 def _until(history: FleetHistory, replicas: int, now_s: float) -> FleetHistory:
-    """The history as of now.
+    """Returns the history as of now.
 
-    An empty one begins as Kubernetes' does, with the present number recommended: the first window is a whole one.
+    An empty one begins as that of Kubernetes, with the present number recommended, so that the first window is full.
     """
     if history.record is None:
         return replace(history, record=ScalingRecord().recommended(replicas, now_s))
@@ -458,29 +388,29 @@ def _until(history: FleetHistory, replicas: int, now_s: float) -> FleetHistory:
 
 
 def _seen(history: FleetHistory, signal: FleetSignal, settings: FleetSettings, now_s: float) -> FleetHistory:
-    """Who has not looked for as long as `idle_s` cannot say that no request came."""
+    """Returns the history after a signal. After a gap of `idle_s` without one, requests may have come unseen."""
     busy = not _idle(signal) or now_s - history.seen_s > settings.idle_s
     return replace(history, busy_s=now_s if busy else history.busy_s, seen_s=now_s)
 
 
 def _asks(signal: FleetSignal) -> bool:
-    """Whether a request is known to have come; arrivals that are not known wake nobody."""
+    """Returns whether a request is known to have come; unknown arrivals start no engine."""
     return signal.held > 0 or signal.in_flight > 0 or (_plausible(signal.arrivals_per_s) or 0.0) > 0.0
 
 
 def _idle(signal: FleetSignal) -> bool:
-    """Whether it is known that none did; arrivals that are not known let nobody sleep."""
+    """Returns whether it is known that no request came; unknown arrivals end no engine."""
     return signal.held <= 0 and signal.in_flight <= 0 and signal.arrivals_per_s == 0.0
 
 
 def _values(signal: FleetSignal, ready: int) -> dict[Metric, float | None]:
-    """What is known of each metric. KV use and tokens are of all ready engines together; of none, nothing is known."""
+    """Returns the value of each metric, None when unknown; KV use and tokens as sums over the ready engines."""
     if ready == 0:
         return dict.fromkeys(Metric)
     kv_usage, held_s = _plausible(signal.kv_usage), _plausible(signal.held_since_s)
     wait_s, ttft_s = _plausible(signal.wait_s), _plausible(signal.ttft_s)
     if signal.held > 0 and held_s is not None:
-        # What the queue in the gateway costs is measured; the engines behind it say only what they add.
+        # The wait in the gateway is measured; the prediction covers only the wait at the engines behind it.
         wait_s = held_s if wait_s is None else max(wait_s, held_s)
     if signal.ttft_s is None and signal.held <= 0 and signal.in_flight <= 0:
         ttft_s = 0.0

@@ -1,10 +1,10 @@
-"""Which engine is let go first: the one with the least work left. Called by the operator before each scale-down.
+"""The order in which engines end when the fleet shrinks: least remaining work first.
 
-The answer is the annotation `controller.kubernetes.io/pod-deletion-cost`: Kubernetes deletes pods of lower cost first.
+Called by the operator before each scale-down. The result becomes the annotation
+`controller.kubernetes.io/pod-deletion-cost`: Kubernetes deletes pods of lower cost first.
 
-Invariants: an engine that drains comes before one that is not ready, that before an idle one, and that before all that
-work; a cost changes only when the work left has changed by more than a bucket's slack, so that small steps of the load
-write no annotation.
+Invariants: draining engines come first, then engines that are not ready, then idle ones, then all others; a cost
+changes only when the remaining work leaves its bucket by more than the slack, so that small changes write nothing.
 """
 
 import math
@@ -17,10 +17,10 @@ from moe_scheduling.signals import EngineSignal
 DRAINING_COST = -2
 NOT_READY_COST = -1
 IDLE_COST = 0
-# Output tokens that a request still has before it, as long as nobody knows better: outputs are some hundred long, and
-# a request is on average met half-way.
+# Output tokens that a request is assumed to have left: outputs are some hundred tokens long, and an observed request is
+# half done on average.
 TOKENS_LEFT = 128
-# Costs of working engines are buckets of work: each twice the one before, from a tenth of a second on.
+# Costs of working engines are buckets of work, each twice as long as the one before, the first in seconds.
 _FIRST_BUCKET_S = 0.1
 _SLACK = 1.25
 _MOST_BUCKETS = 40
@@ -28,14 +28,14 @@ _MOST_BUCKETS = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineWork:
-    """What is known of an engine.
+    """Load of an engine, and its present deletion cost.
 
     Attributes:
         name: its name.
         ready: whether it serves.
-        draining: whether it takes no new work and ends what it has.
-        ranks: the last signals of its data-parallel ranks; none when nothing is known of it.
-        cost: the cost that it carries; None without one.
+        draining: whether it takes no new requests and finishes the present ones.
+        ranks: the newest signals of its data-parallel ranks; empty when its load is unknown.
+        cost: its present deletion cost; None without one.
     """
 
     name: str
@@ -47,12 +47,12 @@ class EngineWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victim:
-    """An engine's place in the order.
+    """An engine with its deletion cost.
 
     Attributes:
         name: the engine.
-        cost: its deletion cost; lower is let go first.
-        work_s: work left (see `work_left_s`), over all its ranks.
+        cost: its deletion cost; an engine with a lower cost ends first.
+        work_s: remaining work of all its ranks (`work_left_s`), in seconds.
     """
 
     name: str
@@ -61,24 +61,24 @@ class Victim:
 
 
 def order_victims(engines: Iterable[EngineWork]) -> tuple[Victim, ...]:
-    """The engines, the first to let go first: by cost, then by the work left, then by name."""
+    """Returns the engines in the order in which they end: by cost, then by remaining work, then by name."""
     victims = [_victim(engine) for engine in engines]
     return tuple(sorted(victims, key=lambda victim: (victim.cost, victim.work_s, victim.name)))
 
 
 def work_left_s(rank: EngineSignal) -> float:
-    """Seconds that the requests of a rank still take, each request's counted.
+    """Returns the remaining work of a rank in request-seconds; infinite when the signal is implausible.
 
-    The prompt tokens that are not computed yet and `TOKENS_LEFT` steps of each request, through the fitted step time.
-    Steps are counted for each request although they decode together: what a drain may not cut short is requests. What
-    is no plausible number counts as endless.
+    The prompt tokens that are not computed yet, and `TOKENS_LEFT` steps of each request, through the step-time model.
+    Steps count once for each request, although requests decode together, because a drain has to wait for requests.
     """
-    line = rank.step_time or DEFAULT_STEP_TIME
+    step_time = rank.step_time or DEFAULT_STEP_TIME
     requests = max(rank.running, rank.decode_tokens) + rank.waiting
     prefill_tokens = rank.waiting_prefill_tokens + rank.running_prefill_tokens
     if requests <= 0 and prefill_tokens <= 0:
         return 0.0
-    work_s = prefill_tokens * line.prefill_s + requests * TOKENS_LEFT * (line.base_s + requests * line.decode_s)
+    work_s = prefill_tokens * step_time.prefill_s
+    work_s += requests * TOKENS_LEFT * (step_time.base_s + requests * step_time.decode_s)
     return work_s if work_s > 0.0 else math.inf
 
 
@@ -94,9 +94,9 @@ def _cost(engine: EngineWork, work_s: float) -> int:
         return NOT_READY_COST
     if work_s == 0.0:
         return IDLE_COST
-    carried = engine.cost
-    if carried is not None and 0 < carried <= _MOST_BUCKETS and _within(carried, work_s):
-        return carried
+    present = engine.cost
+    if present is not None and 0 < present <= _MOST_BUCKETS and _within(present, work_s):
+        return present
     return _bucket(work_s)
 
 
@@ -107,7 +107,7 @@ def _bucket(work_s: float) -> int:
 
 
 def _within(bucket: int, work_s: float) -> bool:
-    """Whether the work is in the bucket or beside it by no more than the slack."""
+    """Returns whether the work is in the bucket, widened by the slack."""
     upper_s = math.inf if bucket == _MOST_BUCKETS else _FIRST_BUCKET_S * 2.0 ** (bucket - 1)
     lower_s = 0.0 if bucket == 1 else _FIRST_BUCKET_S * 2.0 ** (bucket - 2)
     return lower_s / _SLACK < work_s <= upper_s * _SLACK

@@ -1,93 +1,92 @@
-"""What each tenant of a queue was served, and how far ahead of the others that puts it.
+"""Fairness between the tenants of a queue: how much service each has received, and by how much its requests lag.
 
-Made by `WaitingQueue` once a second tenant waits there. Virtual token counters (Sheng et al., "Fairness in Serving
-Large Language Models", OSDI 2024), in the currency of the queue's order: a lead of so many tokens is the seconds that
-waiting makes up for, so that it adds to the key of a request.
+Made by `WaitingQueue` once a second tenant waits there. These are virtual token counters (Sheng et al., "Fairness in
+Serving Large Language Models", OSDI 2024) in the unit of the queue's keys: tokens of service, divided by the ageing
+rate, are seconds of virtual time, which are added to the key of a request.
 
-A lead is what a tenant was served more than the least served of those that wait, beyond a part of the horizon.
+    lag = max(0, served - min served of waiting tenants - 0.25 * horizon), at most horizon; in s at the ageing rate
 
-Invariants: a lead is at least 0 and at most the horizon; the counter of a tenant that waits never falls; nobody saves
-up by idling, who comes back begins with the least counter of those that wait or with its own, whichever is greater; so
-many tenants are remembered and no more. What orders the tenants never falls either: the race in `lanes.py` lives by it.
+Invariants: 0 <= lag <= horizon; the counter and the virtual time of a waiting tenant never fall (`TenantQueues` relies
+on it); an idle tenant gains no credit: it comes back with the least counter of the waiting tenants, or with its own if
+that is greater; at most `REMEMBERED_TENANTS` idle tenants are remembered.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from heapq import heapify, heappop, heappush, heapreplace
 
 # The tenant of requests that name none.
 ANONYMOUS_TENANT = ""
-# What a token of the answer counts, where one of the prompt counts 1: Sheng et al.
-OUTPUT_WEIGHT = 2.0
 REMEMBERED_TENANTS = 1024
-# Part of the horizon by which a tenant may be ahead without a lead: equal tenants are by chance, and the order by size,
-# which is worth more to all, stays as it is between them.
-_BAND = 0.25
-# Old entries that the search for the least may hold beyond as many as there are tenants that wait.
-_SPARE_ENTRIES = 64
+# Part of the horizon by which a tenant may be ahead without a lag. Equal tenants differ by chance that much, and the
+# order by size, which shortens the mean wait of all, should hold between them.
+_TOLERANCE = 0.25
 
 
-class TenantShares:
-    """See the module.
+class TenantCounters:
+    """Counts the tokens served to each tenant and turns the counts into virtual time.
+
+    `enter`, `leave` and `charge` are O(log waiting tenants), the rest O(1).
 
     Args:
-        ageing_rate: tokens that one second of lead is.
-        horizon_s: the greatest lead.
+        ageing_rate: tokens of service that are one second of virtual time.
+        horizon_s: the greatest lag, in seconds.
     """
 
-    __slots__ = ("_band", "_begin", "_floor", "_idle", "_least", "_rate", "_served", "_window")
+    __slots__ = ("_base", "_by_served", "_horizon", "_idle", "_least", "_rate", "_row_served", "_served", "_tolerance")
 
     def __init__(self, ageing_rate: float, horizon_s: float) -> None:
         self._rate = ageing_rate
-        self._window = horizon_s * ageing_rate
-        self._band = self._window * _BAND
-        # Tokens served: of those that wait, and of those that do not, the longest idle first.
+        self._horizon = horizon_s * ageing_rate
+        self._tolerance = self._horizon * _TOLERANCE
+        # Tokens served: to waiting tenants, and to idle ones, the longest idle first.
         self._served: dict[str, float] = {}
         self._idle: OrderedDict[str, float] = OrderedDict()
-        # One entry for each that waits, with what it was served when the entry was made.
-        self._least: list[tuple[float, str]] = []
-        # The least of those that wait, as it last was, and what is no lead yet.
-        self._begin = 0.0
-        self._floor = self._band
+        # One row for each waiting tenant, ascending by its counter as of when the row was made; and these counters.
+        self._by_served: list[tuple[float, str]] = []
+        self._row_served: dict[str, float] = {}
+        # The least counter of the waiting tenants, kept while none waits; and the counter up to which there is no lag.
+        self._least = 0.0
+        self._base = self._tolerance
 
     def enter(self, tenant: str) -> None:
-        """From now on the tenant waits."""
-        served = self._served[tenant] = max(self._idle.pop(tenant, 0.0), self._begin)
-        heappush(self._least, (served, tenant))
-        if len(self._least) > 2 * len(self._served) + _SPARE_ENTRIES:
-            self._least = [(served, tenant) for tenant, served in self._served.items()]
-            heapify(self._least)
-        self._raise_floor()
+        """Counts the tenant as waiting; it did not wait before."""
+        served = self._served[tenant] = max(self._idle.pop(tenant, 0.0), self._least)
+        self._add_row(tenant, served)
+        self._update_least()
 
     def leave(self, tenant: str) -> None:
-        """Nothing of the tenant waits any more."""
-        self._remember(tenant, self._served.pop(tenant))
-        self._raise_floor()
+        """Counts the tenant as idle; it waited before."""
+        served = self._served.pop(tenant)
+        del self._by_served[bisect_left(self._by_served, (self._row_served.pop(tenant), tenant))]
+        self._remember(tenant, served)
+        self._update_least()
 
     def charge(self, tenant: str, tokens: float) -> None:
-        """The tenant was served so many tokens."""
-        served = min(self._of(tenant) + tokens, self._floor + self._window)
+        """Adds tokens of service to the tenant, waiting or not, up to the counter that has the greatest lag."""
+        served = min(self._counter(tenant) + tokens, self._base + self._horizon)
         if tenant in self._served:
             self._served[tenant] = served
-            self._raise_floor()
+            self._update_least()
         else:
             self._remember(tenant, served)
 
-    def offset_s(self, tenant: str) -> float:
-        """What orders the tenants that wait: leads, all of them later by the same."""
-        return max(self._floor, self._served[tenant]) / self._rate
+    def virtual_time_s(self, tenant: str) -> float:
+        """Returns the virtual time of a waiting tenant, in seconds; its requests are ordered by key + virtual time."""
+        served = self._served[tenant]
+        return (max(self._base, served)) / self._rate
 
     @property
-    def floor_s(self) -> float:
-        """The offset that is no lead."""
-        return self._floor / self._rate
+    def base_s(self) -> float:
+        """The virtual time of tenants without a lag, in seconds."""
+        return self._base / self._rate
 
     def lag_s(self, tenant: str) -> float:
-        """Seconds by which requests of the tenant, waiting or not, come later."""
-        return max(0.0, self._of(tenant) - self._floor) / self._rate
+        """Returns the seconds by which requests of the tenant, waiting or not, come later than their keys."""
+        return max(0.0, self._counter(tenant) - self._base) / self._rate
 
-    def _of(self, tenant: str) -> float:
+    def _counter(self, tenant: str) -> float:
         served = self._served.get(tenant)
-        return max(self._idle.get(tenant, 0.0), self._begin) if served is None else served
+        return max(self._idle.get(tenant, 0.0), self._least) if served is None else served
 
     def _remember(self, tenant: str, served: float) -> None:
         self._idle[tenant] = served
@@ -95,15 +94,17 @@ class TenantShares:
         if len(self._idle) > REMEMBERED_TENANTS:
             self._idle.popitem(last=False)
 
-    def _raise_floor(self) -> None:
-        least = self._least
-        while least:
-            served, tenant = least[0]
-            now = self._served.get(tenant)
+    def _add_row(self, tenant: str, served: float) -> None:
+        self._row_served[tenant] = served
+        insort(self._by_served, (served, tenant))
+
+    def _update_least(self) -> None:
+        """Brings the first rows up to date. Counters never fall, so the first row that holds is the least counter."""
+        while self._by_served:
+            served, tenant = self._by_served[0]
+            now = self._served[tenant]
             if now == served:
-                self._begin, self._floor = served, served + self._band
+                self._least, self._base = served, served + self._tolerance
                 return
-            if now is None:
-                heappop(least)
-            else:
-                heapreplace(least, (now, tenant))
+            del self._by_served[0]
+            self._add_row(tenant, now)

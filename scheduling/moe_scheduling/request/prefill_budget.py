@@ -15,8 +15,10 @@ from math import fsum
 from typing import NamedTuple
 
 # Seconds of TPOT that one second of TTFT is worth, summed over the requests, when a backlog is cut. How it was chosen:
-# docs/adr/0011-prefills-of-a-group-coincide.md.
+# docs/adr/0011-prefills-of-a-lockstep-group.md.
 TTFT_WEIGHT = 40.0
+# Relative difference up to which two costs count as equal.
+_ROUNDING = 1e-9
 
 
 class RankLoad(NamedTuple):
@@ -86,7 +88,8 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) 
         added_s = curve.token_s * candidate + _beyond_knees_s(curve, decoding + tokens)
         added_s -= _beyond_knees_s(curve, decoding)
         cost = (decoding * added_s + waiting * (added_s + curve.floor_s)) / tokens
-        if cost < best_cost:
+        # Costs that differ by rounding alone are equal: then the largest backlog, which comes first, stays.
+        if cost < best_cost * (1.0 - _ROUNDING):
             best, best_cost = candidate, cost
     return best
 

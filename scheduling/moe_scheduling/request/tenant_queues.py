@@ -1,27 +1,40 @@
-"""The requests of several tenants in one order: a heap for each tenant, and a race of the heaps' heads.
+"""The waiting requests of several tenants in one order: a sorted queue for each tenant, and the heads of all queues.
 
-Made by `WaitingQueue` once a second tenant waits there; it tells which entries still count. The next is the one with
-the least key, its tenant's lead added (`fairness.py`). A lead moves all of a tenant's requests alike, so that each heap
-stays as it is when something is charged, and only the race is run anew, where its first comes to the front.
+Made by `WaitingQueue` once a second tenant waits there. The next request is the one with the least key, the virtual
+time of its tenant added (`fairness.py`). A charge moves all requests of a tenant alike, so that the order within its
+queue stays; only the place of its head changes.
 
-Invariants: the race holds a bid of each lane, at or before the lane's true place, so that the first true bid wins;
-within a tenant the order is that of the keys alone.
+Invariants: each waiting tenant has one row among the sorted heads. The row stands at or before the true place of the
+tenant's first request, because the keys of a queue's head and virtual times only rise until a push moves the row; so
+the first row that is up to date is the next request. Within a tenant the order is that of the keys alone.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from heapq import heapify, heappop, heappush, heapreplace
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterable, Iterator
+from heapq import heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
 
-from moe_scheduling.request.fairness import TenantShares
+from sortedcontainers import SortedList
+
+from moe_scheduling.request.fairness import TenantCounters
 
 T = TypeVar("T", bound=Hashable)
 
-# Old bids that the race may hold beyond as many as there are lanes.
-_SPARE_BIDS = 64
-
 
 class Entry(NamedTuple, Generic[T]):
-    """One request in a heap. The first three fields order it; `sequence` is unique, so the rest never compares."""
+    """One waiting request. The first three fields order it; `sequence` is unique, so the rest is never compared.
+
+    Attributes:
+        primary: first part of its key (`order_key`).
+        secondary: second part of its key.
+        sequence: number of its push.
+        item: the request.
+        size_tokens: uncached prefill tokens, as given.
+        arrival_s: arrival, as given.
+        priority: level, as given.
+        front: number of the pushes to the front up to this one; 0 for a push to the order's own place.
+        tenant: whose it is.
+    """
 
     primary: float
     secondary: float
@@ -34,151 +47,104 @@ class Entry(NamedTuple, Generic[T]):
     tenant: str
 
 
-class _Lane(Generic[T]):
-    """The requests of one tenant; those that count, `living`, are some of the heap's."""
-
-    __slots__ = ("bid", "heap", "living", "tenant")
-
-    def __init__(self, tenant: str) -> None:
-        self.tenant = tenant
-        self.heap: list[Entry[T]] = []
-        self.living = 0
-        self.bid: _Bid[T] | None = None
-
-
-class _Bid(NamedTuple, Generic[T]):
-    """A lane's place in the race, as it was when the bid was made; `number` is unique."""
-
-    primary: float
-    secondary: float
-    sequence: int
-    number: int
-    lane: _Lane[T]
+# Place of a head: key with the virtual time of its tenant, sequence, tenant.
+_Head = tuple[float, float, int, str]
 
 
 class TenantQueues(Generic[T]):
-    """See the module.
+    """Orders the requests of all tenants by key and virtual time.
+
+    `push`, `remove` and `first` are O(log n), amortised; memory is O(n).
 
     Args:
-        shares: what the tenants were served.
-        living: the entries that count, by their items; the queue's own table, which it changes before it tells.
-        entries: what waits.
+        counters: the service of the tenants.
+        entries: the requests that wait now.
     """
 
-    __slots__ = ("_bids", "_heaped", "_lanes", "_living", "_race", "_shares")
+    __slots__ = ("_counters", "_head_of", "_heads", "_queues")
 
-    def __init__(self, shares: TenantShares, living: Mapping[T, Entry[T]], entries: Iterable[Entry[T]]) -> None:
-        self._shares = shares
-        self._living = living
-        self._lanes: dict[str, _Lane[T]] = {}
-        self._race: list[_Bid[T]] = []
-        self._bids = 0
-        self._heaped = 0
+    def __init__(self, counters: TenantCounters, entries: Iterable[Entry[T]]) -> None:
+        self._counters = counters
+        self._queues: dict[str, SortedList[Entry[T]]] = {}
+        self._heads: list[_Head] = []
+        self._head_of: dict[str, _Head] = {}
         for entry in entries:
             self.push(entry)
 
     def push(self, entry: Entry[T]) -> None:
-        """One more."""
-        lane = self._lanes.get(entry.tenant)
-        if lane is None:
-            lane = self._lanes[entry.tenant] = _Lane(entry.tenant)
-            self._shares.enter(entry.tenant)
-        lane.living += 1
-        self._heaped += 1
-        heappush(lane.heap, entry)
-        if lane.heap[0] is entry:
-            heappush(self._race, self._bid(lane))
+        """Adds a request."""
+        queue = self._queues.get(entry.tenant)
+        if queue is None:
+            queue = self._queues[entry.tenant] = SortedList()
+            self._counters.enter(entry.tenant)
+        queue.add(entry)
+        if queue[0] is entry:
+            self._place_head(entry)
 
-    def first(self) -> Entry[T] | None:
-        """The next; None where nothing waits."""
-        race = self._race
-        while race:
-            bid = race[0]
-            lane = bid.lane
-            if lane.bid is not bid:
-                heappop(race)
-                continue
-            head = self._head(lane)
-            if head.sequence == bid.sequence and self._place(lane, head) == bid.primary:
-                return head
-            heapreplace(race, self._bid(lane))
-        return None
+    def remove(self, entry: Entry[T]) -> None:
+        """Takes out a request that waits."""
+        queue = self._queues[entry.tenant]
+        queue.remove(entry)
+        if not queue:
+            self._leave(entry.tenant)
 
-    def removed(self, entry: Entry[T]) -> None:
-        """It no longer counts."""
-        lane = self._lanes[entry.tenant]
-        lane.living -= 1
-        if not lane.living:
-            self._heaped -= len(lane.heap)
-            # Its bids stay in the race until they come to the front: they must not keep alive what waited.
-            lane.heap, lane.bid = [], None
-            del self._lanes[lane.tenant]
-            self._shares.leave(lane.tenant)
-            if len(self._race) > 2 * len(self._lanes) + _SPARE_BIDS:
-                self._race = [row.bid for row in self._lanes.values() if row.bid is not None]
-                heapify(self._race)
+    def pop(self) -> Entry[T]:
+        """Takes out and returns the request to serve next; at least one waits."""
+        entry = self.first()
+        queue = self._queues[entry.tenant]
+        queue.pop(0)
+        if not queue:
+            self._leave(entry.tenant)
+        return entry
 
-    @property
-    def heaped(self) -> int:
-        """Entries in the heaps, those too that no longer count."""
-        return self._heaped
+    def first(self) -> Entry[T]:
+        """Returns the request to serve next; at least one waits."""
+        while True:
+            place, _, sequence, tenant = self._heads[0]
+            entry: Entry[T] = self._queues[tenant][0]
+            if sequence == entry.sequence and place == entry.primary + self._counters.virtual_time_s(tenant):
+                return entry
+            self._place_head(entry)
 
     def in_order(self) -> Iterator[tuple[Entry[T], float]]:
-        """The entries with the first part of their keys, leads added, found one by one; nothing may change meanwhile.
+        """Yields each request with the first part of its key, the lag added, in the order of service.
 
-        A walk down the race and the heaps at once: each is a heap, and so is what is reached of them.
+        Lazy: the first k of n requests of m tenants cost O(k log m). Nothing may be pushed, removed or charged
+        meanwhile.
         """
-        race, living = self._race, self._living
-        floor_s = self._shares.floor_s
-        number = 0
-        # The place, a number that makes it unique, the lane and the index in its heap; without a lane, in the race.
-        frontier: list[tuple[float, float, int, int, _Lane[T] | None, int]] = [
-            (*bid[:3], number, None, 0) for bid in race[:1]
-        ]
-        while frontier:
-            place, _, _, _, lane, at = heappop(frontier)
-            if lane is None:
-                bid = race[at]
-                if bid.lane.bid is bid:
-                    number += 1
-                    heappush(frontier, self._step(bid.lane, 0, number))
-                for child in range(2 * at + 1, min(2 * at + 3, len(race))):
-                    number += 1
-                    heappush(frontier, (*race[child][:3], number, None, child))
-                continue
-            for child in range(2 * at + 1, min(2 * at + 3, len(lane.heap))):
-                number += 1
-                heappush(frontier, self._step(lane, child, number))
-            entry = lane.heap[at]
-            if living.get(entry.item) is entry:
-                yield entry, place - floor_s
+        rows = iter(self._heads)
+        row = next(rows, None)
+        base_s = self._counters.base_s
+        # The next request of each tenant whose row was reached, at its true place.
+        reached: list[tuple[float, float, int, Entry[T], float, Iterator[Entry[T]]]] = []
+        while True:
+            while row is not None and (not reached or row < reached[0][:3]):
+                queue = iter(self._queues[row[3]])
+                heappush(reached, self._next_of(next(queue), self._counters.virtual_time_s(row[3]), queue))
+                row = next(rows, None)
+            if not reached:
+                return
+            place, _, _, entry, virtual_s, queue = heappop(reached)
+            yield entry, place - base_s
+            if (following := next(queue, None)) is not None:
+                heappush(reached, self._next_of(following, virtual_s, queue))
 
-    def _step(self, lane: _Lane[T], at: int, number: int) -> tuple[float, float, int, int, _Lane[T], int]:
-        entry = lane.heap[at]
-        return self._place(lane, entry), entry.secondary, entry.sequence, number, lane, at
+    @staticmethod
+    def _next_of(
+        entry: Entry[T], virtual_s: float, queue: Iterator[Entry[T]]
+    ) -> tuple[float, float, int, Entry[T], float, Iterator[Entry[T]]]:
+        return entry.primary + virtual_s, entry.secondary, entry.sequence, entry, virtual_s, queue
 
-    def _head(self, lane: _Lane[T]) -> Entry[T]:
-        """The lane's first that counts; there is one."""
-        heap, living = lane.heap, self._living
-        while living.get(heap[0].item) is not heap[0]:
-            heappop(heap)
-            self._heaped -= 1
-        return heap[0]
+    def _leave(self, tenant: str) -> None:
+        del self._queues[tenant]
+        del self._heads[bisect_left(self._heads, self._head_of.pop(tenant))]
+        self._counters.leave(tenant)
 
-    def _place(self, lane: _Lane[T], entry: Entry[T]) -> float:
-        return entry.primary + self._shares.offset_s(lane.tenant)
-
-    def _bid(self, lane: _Lane[T]) -> _Bid[T]:
-        head = lane.heap[0]
-        self._bids += 1
-        lane.bid = _Bid(self._place(lane, head), head.secondary, head.sequence, self._bids, lane)
-        return lane.bid
-
-    def compact(self) -> None:
-        """Only what counts is kept."""
-        for lane in self._lanes.values():
-            lane.heap = [entry for entry in lane.heap if self._living.get(entry.item) is entry]
-            heapify(lane.heap)
-        self._heaped = len(self._living)
-        self._race = [self._bid(lane) for lane in self._lanes.values()]
-        heapify(self._race)
+    def _place_head(self, entry: Entry[T]) -> None:
+        """Puts the row of a tenant whose first request is `entry` at its place as of now."""
+        tenant = entry.tenant
+        if (before := self._head_of.get(tenant)) is not None:
+            del self._heads[bisect_left(self._heads, before)]
+        place = entry.primary + self._counters.virtual_time_s(tenant)
+        head = self._head_of[tenant] = place, entry.secondary, entry.sequence, tenant
+        insort(self._heads, head)

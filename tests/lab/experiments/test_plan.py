@@ -16,6 +16,7 @@ from moe_lab.experiments.plan import (
     plan_runs,
     saturation_runs,
 )
+from moe_lab.experiments.runner import PRODUCT_SOURCES, ROOT, SIMULATOR_SOURCES
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_lab.experiments.workloads import (
     ADVERSARIAL,
@@ -91,7 +92,7 @@ def test_a_piece_kept_apart_has_no_request_of_those_in_use(count, seed):
         assert not set(range(start, start + count)) & set(range(other, other + count))
 
 
-def test_a_trace_that_is_too_short_for_a_piece_of_its_own_is_told():
+def test_a_trace_that_is_too_short_for_a_piece_of_its_own_is_reported():
     with pytest.raises(InvalidInput, match="--count: 400 requests do not fit into a trace of 500"):
         find_start(500, 400, KEPT_APART)
 
@@ -113,17 +114,17 @@ def test_saturation_is_measured_once_for_each_workload_seed_and_fleet():
 
 
 @pytest.mark.parametrize(
-    ("selection", "told"),
+    ("selection", "message"),
     [
         (Selection(only=("rival",)), "only: unknown 'rival'; known: ablation, adversarial"),
         (Selection(workloads=("round",)), "workload: unknown 'round'"),
         (Selection(variants=("nobody",)), "variant: unknown 'nobody'"),
     ],
 )
-def test_unknown_names_are_told(selection, told):
+def test_unknown_names_are_reported(selection, message):
     with pytest.raises(InvalidInput) as caught:
         selection.check()
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("name", WITHOUT_TRACE)
@@ -165,7 +166,7 @@ def test_the_saturation_is_where_the_slowdown_passes_five(knee, guess):
 
 
 @pytest.mark.parametrize("level", [1.0, 9.0])
-def test_without_a_saturation_it_is_told(level):
+def test_without_a_saturation_it_is_reported(level):
     with pytest.raises(ValueError, match="does not pass 5"):
         find_saturation(lambda rate: level, 1.0)
 
@@ -192,3 +193,8 @@ def test_a_digest_changes_with_the_sources(tmp_path):
     source.write_text("x = 2\n")
     assert code_digest(tmp_path, ["a"]) != before
     assert code_digest(tmp_path, ["a/one.py"]) == code_digest(Path(tmp_path), ["a"])
+
+
+def test_the_sources_of_a_run_are_there():
+    places = [ROOT / place for place in (*SIMULATOR_SOURCES, *PRODUCT_SOURCES)]
+    assert [place for place in places if not (place.is_file() or any(place.glob("*.py")))] == []

@@ -3,7 +3,17 @@
 import json
 
 import pytest
-from moe_lab.experiments.readme import BEGIN, END, README, SUMMARY, main, render_block, replace_block
+from moe_lab.experiments.readme import (
+    BEGIN,
+    END,
+    README,
+    ROOT,
+    SUMMARY,
+    find_unsupported,
+    main,
+    render_block,
+    replace_block,
+)
 
 RATIO = {"value": 0.7012, "low": 0.6, "high": 0.8, "pairs": 8}
 COLUMNS = ("ttft_mean", "ttft_p99", "ttft_p99_longest", "tpot_mean", "output_tokens_per_s")
@@ -24,6 +34,7 @@ def summary(value=0.7012, high=0.8):
 def root(tmp_path):
     (tmp_path / SUMMARY).parent.mkdir(parents=True)
     (tmp_path / SUMMARY).write_text(json.dumps(summary()))
+    (tmp_path / SUMMARY).with_name("README.md").write_text("0.70 [0.60, 0.80]")
     (tmp_path / README).write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return tmp_path
 
@@ -40,19 +51,43 @@ def test_what_is_written_is_what_is_checked(root, capsys):
     assert "old" not in text
 
 
-def test_seeds_kept_apart_are_a_sentence():
+def test_seeds_kept_apart_come_first():
     found = summary()
-    assert "nothing of the product was chosen on" not in render_block(found)
-    found["kept_apart"] = {"a fleet, two: 1": found["at_knee"]["a fleet"]}
-    told = render_block(found).splitlines()[-1]
-    assert "(a fleet, two, 100% of the load, 8 pairs)" in told
-    assert told.count("0.70 [0.60, 0.80]") == 2
+    assert "no choice was made on" not in render_block(found)
+    found["kept_apart"] = {"a fleet, two: 1": {**found["at_knee"]["a fleet"]}}
+    block = " ".join(render_block(found).split())
+    assert "Near saturation, a fleet, two, modelled step times" in block
+    assert "(8 pairs, on requests that no choice was made on, " in block
+    assert block.count("0.70 [0.60, 0.80]") == 2
+    assert max(map(len, render_block(found).splitlines())) <= 120
+
+
+def test_an_interval_must_stand_on_the_page_linked_after_it(root, capsys):
+    main(["--write", "--root", str(root)])
+    capsys.readouterr()
+    page, readme = root / "docs" / "measuring.md", root / README
+    page.write_text("| **1.05 [1.02, 1.08]** |\n")
+    kept = readme.read_text()
+    readme.write_text(f"{kept}\n1.05\n[1.02, 1.08] ([measured](docs/measuring.md#there))\n")
+    assert main(["--check", "--root", str(root)]) == 0
+    readme.write_text(f"{kept}\n1.06 [1.02, 1.08] ([measured](docs/measuring.md#there)) 1.05 [1.02, 1.08]\n")
+    assert main(["--check", "--root", str(root)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == [
+        "1.06 [1.02, 1.08] is not in docs/measuring.md",
+        "1.05 [1.02, 1.08] is not in any page linked after it",
+    ]
+
+
+def test_the_repository_states_no_figure_without_its_page():
+    assert list(find_unsupported((ROOT / README).read_text(), ROOT)) == []
 
 
 def test_a_figure_that_was_changed_by_hand_is_found(root):
     main(["--write", "--root", str(root)])
     path = root / README
     path.write_text(path.read_text().replace("0.70", "0.50", 1))
+    assert "0.50" in path.read_text()
     assert main(["--check", "--root", str(root)]) == 1
 
 
@@ -69,10 +104,7 @@ def test_without_results_it_says_so(root, capsys):
     assert str(SUMMARY) in capsys.readouterr().err
 
 
-def test_an_interval_without_an_end_and_a_column_without_a_pair():
-    made = summary(high=None)
-    made["at_knee"]["a fleet"]["against_best"] = dict.fromkeys(COLUMNS)
-    block = render_block(made)
+def test_an_interval_without_an_end():
+    block = render_block(summary(high=None))
     assert "0.70 [0.60, inf]" in block
-    assert "| - |" in block
     assert replace_block(f"{BEGIN}{END}", block) == f"{BEGIN}\n{block}{END}"

@@ -220,6 +220,6 @@ def test_one_seed_has_no_interval(tmp_path):
     assert (estimate["value"], estimate["low"], estimate["high"]) == (0.5, 0.0, None)
 
 
-def test_no_results_are_told(tmp_path):
+def test_no_results_are_reported(tmp_path):
     with pytest.raises(InvalidInput, match="has no results"):
         write_report(tmp_path / "runs.jsonl", tmp_path / "results")

@@ -32,9 +32,9 @@ async def test_requests_go_to_the_side_whose_turn_it_is_and_both_are_watched(ser
         return spent_s[processes[0]]
 
     monkeypatch.setattr(measurement, "read_cpu_s", spend)
-    monkeypatch.setattr(measurement, "suspend", lambda processes: told.append(f"-{processes[0]}"))
-    monkeypatch.setattr(measurement, "resume", lambda processes: told.append(f"+{processes[0]}"))
-    told: list[str] = []
+    monkeypatch.setattr(measurement, "suspend", lambda processes: switched.append(f"-{processes[0]}"))
+    monkeypatch.setattr(measurement, "resume", lambda processes: switched.append(f"+{processes[0]}"))
+    switched: list[str] = []
     stock = Side(policy=SIDES.stock, url=server.url, processes=(1,))
     ours = Side(policy=SIDES.ours, url="http://127.0.0.1:9", processes=(2,))
     said: list[str] = []
@@ -46,7 +46,7 @@ async def test_requests_go_to_the_side_whose_turn_it_is_and_both_are_watched(ser
     assert found.idle_cores == pytest.approx(6 / sum(row.wall_s for row in found.work))
     stock_works, ours_works = ["-2", "+1"], ["-1", "+2"]
     warm = [*stock_works, *ours_works]
-    assert told == [*warm, *stock_works, *ours_works, *ours_works, *stock_works, "+1", "+2"]
+    assert switched == [*warm, *stock_works, *ours_works, *ours_works, *stock_works, "+1", "+2"]
     assert (found.capacities, found.rate) == (None, 40.0)
     assert sum(line.startswith("warming up") for line in said) == 2
 
@@ -141,7 +141,7 @@ def test_the_goal_is_reached_by_value_and_interval(pairs, says):
     assert says in describe_goal(compare_metrics(measured_of(*pairs).pairs))
 
 
-def test_a_goal_that_was_not_measured_is_told():
+def test_a_goal_that_was_not_measured_is_reported():
     assert "was not measured" in describe_goal(compare_metrics(()))
 
 

@@ -52,16 +52,16 @@ async def test_a_measurement_that_fails_leaves_nobody_suspended(server, tmp_path
         until(lambda: not is_stopped(psutil.Process(processes[0]).children()[0]))
 
 
-def test_a_process_that_ends_takes_the_others_with_it_and_is_told_with_its_last_words(tmp_path):
+def test_a_process_that_ends_takes_the_others_with_it_and_is_reported_with_the_end_of_its_log(tmp_path):
     broken = program("broken", code="import sys; print('no such option'); sys.exit(3)")
-    said = "broken ended with status 3; its last words:\nno such option"
+    said = "broken ended with status 3; the end of its log:\nno such option"
     with pytest.raises(DoesNotServe, match=said), running([program("one"), broken], tmp_path):
         pass
     left = [child for child in psutil.Process().children(recursive=True) if "launcher" in " ".join(child.cmdline())]
     assert not left
 
 
-def test_a_process_that_never_serves_is_told(tmp_path):
+def test_a_process_that_never_serves_is_reported(tmp_path):
     silent = program("silent", code="import time; print('thinking', flush=True); time.sleep(600)")
     with pytest.raises(DoesNotServe, match="silent does not serve after 0 s"), running([silent], tmp_path, timeout_s=0):
         pass

@@ -134,7 +134,7 @@ def test_pieces_in_which_an_agent_would_take_its_engine_for_dead_are_refused(man
     assert done.stderr.startswith("--piece-s: must be 45 at most")
 
 
-def test_a_model_that_is_missing_is_told_with_the_command_that_makes_it(manifest):
+def test_a_model_that_is_missing_is_reported_with_the_command_that_makes_it(manifest):
     model = manifest.parents[1] / ".cache" / "models" / "tiny"
     (model / "config.json").unlink()
     model.rmdir()

@@ -1,4 +1,4 @@
-"""The scenario file: what is refused and how it is told, and that every shipped one is read."""
+"""The scenario file: refused documents with their messages, and every shipped scenario."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_there_are_shipped_scenarios():
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("cost.preset", "h100-gpt2", "cost.preset: unknown 'h100-gpt2'; known: a100-qwen3-30b-a3b"),
         ("cost.linear", {"baseS": 1, "prefillS": 0, "decodeS": 0}, "cost.preset: a preset or a linear cost is needed"),
@@ -64,12 +64,12 @@ def test_there_are_shipped_scenarios():
         ("signals.period", "0s", "signals.period: a duration from 1ms to 1h is needed"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_path(path, value, told):
-    if told is None:
+def test_what_is_wrong_is_reported_by_its_path(path, value, message):
+    if message is None:
         # The class is looked for when the engines are made.
         build_simulation(parse_scenario(changed(path, value), Path()))
         return
-    assert any(told in line for line in problems(changed(path, value))), problems(changed(path, value))
+    assert any(message in line for line in problems(changed(path, value))), problems(changed(path, value))
 
 
 @pytest.mark.parametrize("document", [None, [], "text", 3])

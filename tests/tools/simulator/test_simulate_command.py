@@ -1,14 +1,12 @@
-"""`moeserving simulate` and `calibrate`, and the laboratory's experiments, as a person calls them."""
+"""`moeserving simulate` and `calibrate` as a user calls them."""
 
 import io
 import itertools
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from moe_lab.experiments import __main__ as laboratory
 from moe_scheduling.request.order import RequestPolicy
 from moe_tools.calibration import validate
 from moe_tools.calibration.calibrate import _rounds, _share
@@ -38,10 +36,6 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def run_experiments(*arguments):
-    return CliRunner().invoke(laboratory.app, [str(argument) for argument in arguments])
-
-
 @pytest.mark.timeout(900)
 def test_the_same_scenario_gives_the_same_bytes(scenario, tmp_path):
     for name in ("one", "other"):
@@ -66,46 +60,26 @@ def test_what_is_wrong_is_a_line_and_status_2(scenario):
     )
 
 
-def test_an_absent_file_is_told(tmp_path):
+def test_an_absent_file_is_reported(tmp_path):
     result = run("simulate", "-f", tmp_path / "absent.yaml")
     assert (result.exit_code, "absent.yaml" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--only", "rival"], "only: unknown 'rival'"),
-        (["--workload", "round"], "workload: unknown 'round'"),
-        (["--load", "0.33"], "only: these filters leave no run"),
-    ],
-)
-def test_filters_of_the_experiments_are_checked(tmp_path, arguments, told):
-    result = run_experiments("run", *arguments, "--raw", tmp_path / "runs.jsonl")
-    assert result.exit_code == 2
-    assert told in result.stderr
-
-
-def test_a_report_without_results_is_told(tmp_path):
-    result = run_experiments("report", "--raw", tmp_path / "runs.jsonl", "--out", tmp_path / "results")
-    assert result.exit_code == 2
-    assert "has no results" in result.stderr
-
-
-def test_what_is_no_model_is_told(tmp_path):
+def test_what_is_no_model_is_reported(tmp_path):
     result = run("calibrate", tmp_path)
     assert result.exit_code == 2
     assert "is no model's folder; make one: moeserving model tiny DIR" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("{", "--engine-args: is no JSON"), ("[1]", "--engine-args: must be an object, such as")],
 )
-def test_arguments_of_the_engine_that_are_none_are_told(tmp_path, text, told):
+def test_arguments_of_the_engine_that_are_none_are_reported(tmp_path, text, message):
     (tmp_path / "config.json").write_text("{}")
     result = run("calibrate", tmp_path, "--engine-args", text)
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_calibration_serves_short_and_long_alone_and_together():
@@ -206,19 +180,3 @@ def test_what_does_not_agree_is_shown():
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(render_agreement(rows((1.0, 1.0), (1.0, 2.0))))
     assert console.export_text().count(f"not within {TOLERANCE:.0%}") == 1
-
-
-def test_the_traces_folder_is_checked_before_anything_is_run(tmp_path):
-    result = run_experiments(
-        "run",
-        "--workload",
-        "azure",
-        "--variant",
-        "ours",
-        "--raw",
-        tmp_path / "runs.jsonl",
-        "--traces",
-        Path("/nowhere"),
-    )
-    assert result.exit_code == 2
-    assert "azure_llm_2023_conv.csv" in result.stderr

@@ -221,7 +221,7 @@ def test_a_scheduler_may_be_any_factory(maker):
     assert outcome.figures.failed == 0
 
 
-def test_a_class_that_is_not_there_is_told(maker):
+def test_a_class_that_is_not_there_is_reported(maker):
     with pytest.raises(InvalidInput, match=r"engines\.scheduler: no class 'no\.such\.Class'"):
         simulate(simulation(scheduler="no.such.Class"), maker)
 

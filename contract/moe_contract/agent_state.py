@@ -1,0 +1,174 @@
+"""The state of a node agent, `GET /v1/state`: what its engine does, and the settings in force.
+
+The agent writes one JSON object with `write_agent_state`, or with `?watch=1` one line for each change. The operator and
+the command line read it with `read_agent_state`, the gateway, which reads one at each engine step, with
+`read_engine_state`: the same without the settings, which costs a third less. During a rolling upgrade both sides may
+differ in version: a reader skips unknown fields and uses the defaults of absent ones.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Self, TypeVar
+
+import orjson
+from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.signals import EngineSignal
+from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+READY = "ready"
+
+
+def none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """The validated value, or None: settings of a newer version must not make the rest unreadable."""
+    try:
+        return validate(value)
+    except ValidationError:
+        return None
+
+
+T = TypeVar("T")
+Lenient = Annotated[T | None, WrapValidator(none_if_invalid)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProcess:
+    """The engine that the agent runs.
+
+    Attributes:
+        url: of vLLM's HTTP server.
+        model: name of the model that clients use.
+        pid: of the newest process; None while none runs.
+        restarts: restarts after a failure since the agent started.
+        last_exit: how the last process ended; empty before the first end.
+        max_model_len: longest sequence of the model in tokens; None until the engine is ready.
+    """
+
+    url: str = ""
+    model: str | None = None
+    pid: int | None = None
+    restarts: int = 0
+    last_exit: str = ""
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettingsInForce:
+    """The settings that the ranks order by.
+
+    Attributes:
+        version: rises by one at each change, starting at 1.
+        request: order of the waiting queue; None where this version cannot read it.
+        expert: placement of experts; None where this version cannot read it.
+    """
+
+    version: int = 0
+    request: Lenient[RequestSettings] = None
+    expert: Lenient[ExpertSettings] = None
+
+    def document(self) -> dict[str, Any]:
+        """The settings in the form of a control body; a section that could not be read is absent."""
+        sections = (("request", self.request), ("expert", self.expert))
+        return {name: asdict(settings) for name, settings in sections if settings is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport(EngineSignal):
+    """The newest signal of one data-parallel rank: an `EngineSignal` with two more fields.
+
+    Attributes:
+        rank: number of the rank.
+        age_s: seconds between the signal's writing and this answer; 0 for an idle rank of an engine that is ready.
+    """
+
+    rank: int
+    age_s: float = 0.0
+
+    @classmethod
+    def of(cls, rank: int, age_s: float, signal: EngineSignal) -> Self:
+        """The report of a signal."""
+        return cls(rank=rank, age_s=age_s, **{name: getattr(signal, name) for name in _SIGNAL_FIELDS})
+
+    @property
+    def signal(self) -> EngineSignal:
+        """The signal without rank and age."""
+        return EngineSignal(**{name: getattr(self, name) for name in _SIGNAL_FIELDS})
+
+
+_SIGNAL_FIELDS = tuple(field.name for field in fields(EngineSignal))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """The part of the answer that changes with the engine's steps.
+
+    Attributes:
+        phase: `starting`, `ready`, `draining`, `stopped` or `backoff`.
+        accepting: whether the engine takes new requests.
+        engine: the process.
+        ranks: one row for each rank whose record can be read, by number.
+    """
+
+    phase: str
+    accepting: bool = False
+    engine: EngineProcess = EngineProcess()
+    ranks: tuple[RankReport, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine has loaded its model and serves."""
+        return self.phase == READY
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt and output tokens that all ranks computed since the engine's start."""
+        return sum(rank.computed_tokens for rank in self.ranks)
+
+    @property
+    def kv_usage(self) -> float:
+        """Used part of the KV blocks of the fullest rank, 0 to 1; 0 without a rank."""
+        return max((rank.kv_usage for rank in self.ranks), default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentState(EngineState):
+    """The whole answer.
+
+    Attributes:
+        name: of the engine.
+        config: the settings in force.
+    """
+
+    name: str = ""
+    config: AgentSettingsInForce = AgentSettingsInForce()
+
+    @property
+    def request_policy(self) -> str | None:
+        """Name of the order of the waiting queue; None where it is not known."""
+        return None if self.config.request is None else self.config.request.policy.value
+
+
+_READER = TypeAdapter(AgentState)
+_ENGINE_READER = TypeAdapter(EngineState)
+
+
+def write_agent_state(state: AgentState) -> bytes:
+    """The state as one line of JSON, newline included."""
+    return orjson.dumps(state, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def read_agent_state(text: bytes) -> AgentState:
+    """The state in a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, lacks a required field, or a field has another type.
+    """
+    return _READER.validate_json(text)
+
+
+def read_engine_state(text: bytes) -> EngineState:
+    """The state in a JSON text, without name and settings.
+
+    Raises:
+        ValueError: as `read_agent_state`.
+    """
+    return _ENGINE_READER.validate_json(text)

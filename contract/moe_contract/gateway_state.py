@@ -1,0 +1,122 @@
+"""The state of a gateway, `GET /v1/state` of its admin port: load, engines and the settings in force.
+
+The gateway writes it with `write_gateway_state`; the operator, its autoscaler and the command line read it with
+`read_gateway_state`, which skips unknown fields and uses the defaults of absent ones.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import orjson
+from moe_scheduling.signals import EngineSignal
+from pydantic import AfterValidator, TypeAdapter
+
+from moe_contract.agent_state import Lenient
+from moe_contract.gateway_config import GatewaySettings
+
+
+def _none_if_infinite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Figure = Annotated[float | None, AfterValidator(_none_if_infinite)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetReport:
+    """One data-parallel rank of one engine, as the gateway sees it.
+
+    Attributes:
+        name: of the engine.
+        rank: number of the rank.
+        group: Service through which the engine was found; None for a fixed list.
+        reachable: whether its source of signals answers.
+        accepting: whether it takes new requests.
+        in_flight: requests sent there that have not ended.
+        unanswered_prefill_tokens: uncached prompt tokens sent there that no first token has answered.
+        signal_age_s: age of its newest signal; None without one.
+        signal_source: where its load is known from: `agent`, `scrape`, or `in_flight`, the gateway's own accounting.
+        signal: its newest signal; None without one.
+    """
+
+    name: str
+    rank: int = 0
+    group: str | None = None
+    reachable: bool = False
+    accepting: bool = False
+    in_flight: int = 0
+    unanswered_prefill_tokens: int = 0
+    signal_age_s: float | None = None
+    signal_source: str = ""
+    signal: EngineSignal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTotals:
+    """Requests since the gateway's start.
+
+    Attributes:
+        requests: that ended.
+        failed: that ended with an error.
+        retried: that were sent to a second engine.
+    """
+
+    requests: int = 0
+    failed: int = 0
+    retried: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayState:
+    """The whole answer.
+
+    Attributes:
+        accepting: whether a new request can be sent to an engine.
+        held: requests in the hold queue.
+        held_since_s: age of the oldest of them; None without one.
+        in_flight: requests at engines.
+        wait_s: least predicted wait of a new request over the accepting targets; None without one.
+        ttft_s: mean time to first token of the last 30 s; None without a request.
+        prompt_tokens_per_s: prompt tokens of requests that arrived in the last 30 s.
+        arrivals_per_s: requests that arrived in the last 30 s.
+        config: the settings in force; None where this version cannot read them.
+        engines: one row for each rank of each engine.
+        totals: counters.
+    """
+
+    accepting: bool = False
+    held: int = 0
+    held_since_s: Figure = None
+    in_flight: int = 0
+    wait_s: Figure = None
+    ttft_s: Figure = None
+    prompt_tokens_per_s: Figure = None
+    arrivals_per_s: Figure = None
+    config: Lenient[GatewaySettings] = None
+    engines: tuple[TargetReport, ...] = ()
+    totals: RequestTotals = RequestTotals()
+
+    @property
+    def dispatch_policy(self) -> str | None:
+        """Name of the choice of the engine; None where it is not known."""
+        return None if self.config is None else self.config.dispatch.policy.value
+
+
+_READER = TypeAdapter(GatewayState)
+_NAMES = tuple(field.name for field in fields(GatewayState) if field.name != "config")
+
+
+def write_gateway_state(state: GatewayState) -> bytes:
+    """The state as JSON."""
+    document = {name: getattr(state, name) for name in _NAMES}
+    return orjson.dumps(document | {"config": None if state.config is None else state.config.document()})
+
+
+def read_gateway_state(text: bytes) -> GatewayState:
+    """The state in a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or a field has another type.
+    """
+    return _READER.validate_json(text)

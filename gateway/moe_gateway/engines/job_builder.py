@@ -1,0 +1,71 @@
+"""Makes a request's job: its prompt tokens, how many of them each target has cached, and its session's target.
+
+Owned by the dispatcher. What targets have cached is this gateway's own record of the prompts that it sent there.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from moe_scheduling.engine.choice import Job
+from moe_scheduling.engine.prefix_index import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
+from moe_scheduling.engine.token_ratio import TokenRatio
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+from moe_scheduling.signals import Target
+
+from moe_gateway.request.parsing import Parsed
+
+REMEMBERED_SESSIONS = 100_000
+# Clients name their sessions; a longer name is not remembered, so that memory has a bound.
+LONGEST_SESSION = 256
+
+_NONE_CACHED: Mapping[Target, int] = {}
+
+
+class JobBuilder:
+    """Sizes of prompts, the prefix index and the sessions."""
+
+    def __init__(self) -> None:
+        self._prefixes = PrefixIndex()
+        self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
+        self._sessions: OrderedDict[str, Target] = OrderedDict()
+
+    def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
+        """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
+        prompt, tokens = parsed.prompt, parsed.prompt_tokens
+        if tokens is None:
+            tokens = self._ratio(parsed.model).tokens(len(prompt))
+        session_target = None if session is None else self._sessions.get(session)
+        if len(prompt) < DEFAULT_BLOCK_BYTES:
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant), ()
+        keys = block_keys(prompt)
+        block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
+        held = self._prefixes.held_blocks(keys)
+        cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
+        return Job(tokens, cached, session_target, parsed.priority, tenant), keys
+
+    def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:
+        """A job was sent to this target, which will have its prompt cached."""
+        if keys:
+            self._prefixes.record(keys, target)
+        if session is not None and len(session) <= LONGEST_SESSION:
+            self._sessions[session] = target
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > REMEMBERED_SESSIONS:
+                self._sessions.popitem(last=False)
+
+    def forget(self, target: Target) -> None:
+        """The target's cache is empty."""
+        self._prefixes.forget(target)
+
+    def set_models(self, models: frozenset[str]) -> None:
+        """The models that engines serve. Only these get a token ratio of their own: other names come from clients."""
+        for model in models - self._ratios.keys():
+            self._ratios[model] = TokenRatio()
+
+    def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:
+        """An engine reported how many tokens a prompt had."""
+        if parsed.prompt_tokens is None:
+            self._ratio(parsed.model).observe(len(parsed.prompt), prompt_tokens)
+
+    def _ratio(self, model: str | None) -> TokenRatio:
+        return self._ratios.get(model) or self._ratios[None]

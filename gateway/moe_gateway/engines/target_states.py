@@ -1,0 +1,146 @@
+"""The state of every target: requests in flight, the newest signal, the TTFT calibration. Owned by the dispatcher.
+
+This module is the one writer of `TargetState`; the choice of a target only reads it. A target that is known no more
+keeps its count of requests in flight until they have ended.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from moe_scheduling.engine.choice import Send
+from moe_scheduling.engine.target_list import TargetList
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.traffic_share import TrafficShare
+from moe_scheduling.engine.ttft_calibration import TtftCalibration
+from moe_scheduling.signals import EngineSignal, Target
+
+from moe_gateway.engines.fleet import Engine
+from moe_gateway.request_stats import PredictionStats
+
+
+@dataclass(slots=True, kw_only=True)
+class InFlightRequest:
+    """A request that was sent and has not ended.
+
+    Attributes:
+        target: where it was sent.
+        key: its key in the target's state.
+        sent_s: when.
+        predicted_s: predicted seconds to its first token, `ttft_factor` included.
+        ttft_factor: the calibration factor in that prediction.
+    """
+
+    target: Target
+    key: int
+    sent_s: float
+    predicted_s: float
+    ttft_factor: float = 1.0
+
+
+class TargetStates:
+    """All targets of the known engines.
+
+    Attributes:
+        by_target: state by target.
+        ordered: the same in an order that stays, as `choose_target` takes it.
+        traffic_share: part of the requests at the engines that this gateway sent, 0 to 1; the rest is of others.
+        sent: requests sent so far.
+        predictions: predicted and measured times to first token.
+    """
+
+    def __init__(self) -> None:
+        self.by_target: dict[Target, TargetState] = {}
+        self.ordered = TargetList()
+        self.traffic_share = 1.0
+        self.sent = 0
+        self.predictions = PredictionStats()
+        self._departed: list[TargetState] = []
+        self._share_estimate = TrafficShare()
+        self._calibration = TtftCalibration()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and have not ended, those at targets that are known no more included."""
+        return sum(state.in_flight for state in (*self.ordered, *self._departed))
+
+    # Which targets there are.
+
+    def replace(self, engines: Collection[Engine], gone: Collection[Engine]) -> None:
+        """Makes the targets of `engines` the known ones; those of `gone` are known no more. Others keep their state."""
+        before = self.by_target
+        for engine in gone:
+            for target in engine.targets:
+                self.forget(target)
+                self.predictions.forget(target)
+                if (state := before.pop(target)).in_flight:
+                    self._departed.append(state)
+        self.by_target = {
+            target: before.get(target) or TargetState(target, accepting=False)
+            for engine in engines
+            for target in engine.targets
+        }
+        self.ordered = TargetList(self.by_target.values())
+
+    def set_accepting(self, targets: Collection[Target], accepting: bool) -> None:
+        """Whether these targets may get new requests."""
+        for target in targets:
+            self.by_target[target].accepting = accepting
+
+    def forget(self, target: Target) -> None:
+        """The target is another engine process from now on: its calibration begins anew."""
+        self._calibration.forget(target)
+
+    # Requests in flight.
+
+    def send(self, sending: Send, prefill_tokens: int, now_s: float) -> InFlightRequest:
+        """Counts a request with this many uncached prompt tokens as in flight at the chosen target."""
+        state = self.by_target[sending.target]
+        self.sent += 1
+        state.sent(self.sent, prefill_tokens, now_s)
+        return InFlightRequest(
+            target=sending.target,
+            key=self.sent,
+            sent_s=now_s,
+            predicted_s=sending.predicted_s,
+            ttft_factor=state.ttft_factor,
+        )
+
+    def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool) -> None:
+        """The answer has begun; where its first byte shows the first token, the prediction is compared with it."""
+        if (state := self.by_target.get(request.target)) is None:
+            return
+        state.first_token(request.key, now_s)
+        if is_first_token:
+            measured_s = now_s - request.sent_s
+            self.predictions.compare(request.target, request.predicted_s, measured_s)
+            uncalibrated_s = request.predicted_s / request.ttft_factor
+            self._calibration.observe(request.target, uncalibrated_s, measured_s, now_s)
+
+    def settle(self, request: InFlightRequest, now_s: float) -> None:
+        """The request has ended there, in whatever way; a second call changes nothing."""
+        if (state := self.by_target.get(request.target)) is not None:
+            state.settled(request.key, now_s)
+        if self._departed:
+            for state in self._departed:
+                state.settled(request.key, now_s)
+            self._departed = [state for state in self._departed if state.in_flight]
+
+    # Signals.
+
+    def observe(self, target: Target, signal: EngineSignal, observed_s: float) -> bool:
+        """An engine's rank was in this state at `observed_s`; returns whether the target is known."""
+        if (state := self.by_target.get(target)) is None:
+            return False
+        state.observe(signal, observed_s)
+        return True
+
+    def recalibrate(self, now_s: float, stale_after_s: float) -> None:
+        """Writes the newest traffic share and TTFT factors into the states; called a few times a second."""
+        self.traffic_share = self._share_estimate.observe(self.ordered, now_s, stale_after_s)
+        for state in self.ordered:
+            state.traffic_share = self.traffic_share
+            state.ttft_factor = self._calibration.factor(state.target, now_s)
+
+    def unanswered_prefill_tokens(self, targets: Collection[Target]) -> Mapping[int, int]:
+        """By rank, uncached prompt tokens of the requests sent to these known targets that have no answer yet."""
+        return {target.rank: self.by_target[target].unanswered_prefill_tokens for target in targets}

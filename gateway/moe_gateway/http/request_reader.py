@@ -1,0 +1,238 @@
+"""Whole requests from the bytes of a client's connection, read by httptools (llhttp).
+
+Owned by a `ClientConnection`, which feeds it. llhttp refuses what request smuggling lives on; sizes are limited here. A
+bad message becomes a refusal, after which nothing more is read, because nothing behind it can be believed.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import httptools
+from moe_contract.gateway_config import Limits
+
+from moe_gateway.http.heads import HOP_BY_HOP
+from moe_gateway.http.replies import Outcome
+from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, WholeRequest, read_whole_request
+from moe_gateway.request.context import ClientRequest
+
+_HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
+# Header lines that are left out when a head is read again without its offer of another protocol.
+_OFFER = (b"connection:", b"upgrade:", b"expect:")
+
+
+class ReaderOwner(Protocol):
+    """The connection whose bytes are read."""
+
+    def expect_within(self, seconds: float) -> None:
+        """The next part of a request has to arrive within this time."""
+
+    def expect_nothing(self) -> None:
+        """The request is whole: no part of it is missing."""
+
+    def allow_body(self) -> None:
+        """The client waits for `100 Continue` before it sends its body."""
+
+
+class RequestReader:
+    """Reads one message after the other.
+
+    Args:
+        owner: the connection, which keeps the deadlines.
+        limits: of sizes and times.
+        new_request_id: names a request that has no usable id of its own.
+        clock: monotonic seconds.
+
+    Attributes:
+        requests: whole requests that were not taken yet, oldest first.
+        refusal: why nothing more is read; None while all is well.
+        in_head: whether the head of a message is under way.
+    """
+
+    __slots__ = (
+        "_body",
+        "_body_bytes",
+        "_chunk_bytes",
+        "_clock",
+        "_connection_tokens",
+        "_expects",
+        "_head_bytes",
+        "_hop_by_hop",
+        "_limits",
+        "_lines",
+        "_new_request_id",
+        "_owner",
+        "_parser",
+        "_request_id",
+        "_session",
+        "_url",
+        "in_head",
+        "refusal",
+        "requests",
+    )
+
+    def __init__(
+        self, owner: ReaderOwner, limits: Limits, new_request_id: Callable[[], bytes], clock: Callable[[], float]
+    ) -> None:
+        self._owner = owner
+        self._limits = limits
+        self._new_request_id = new_request_id
+        self._clock = clock
+        self._parser = httptools.HttpRequestParser(self)
+        self.requests: deque[ClientRequest] = deque()
+        self.refusal: tuple[Outcome, str] | None = None
+        self._chunk_bytes = 0
+        self._start_message()
+        self.in_head = False
+
+    def _start_message(self) -> None:
+        self._url = b""
+        # Lines of the head, each ended by CRLF; those that concern the connection apart.
+        self._lines: list[bytes] = []
+        self._hop_by_hop: list[bytes] = []
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._head_bytes = 0
+        self.in_head = True
+        self._expects = False
+        self._connection_tokens = b""
+        self._request_id = b""
+        self._session: str | None = None
+
+    @property
+    def is_within_message(self) -> bool:
+        """Whether a part of a message has come and its end has not."""
+        return bool(self.in_head or self._body or self._url)
+
+    # What the connection calls.
+
+    def feed(self, data: bytes) -> None:
+        """Reads more bytes; whole requests are in `requests` then, and the reason to read no more is in `refusal`."""
+        if not (self._url or self.in_head or self._body) and len(data) <= self._limits.max_body_bytes:
+            whole = read_whole_request(data)
+            if whole is not None:
+                self._take_whole(whole)
+                return
+        self._chunk_bytes = len(data)
+        self._head_bytes += len(data)
+        try:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                self._decline_upgrade(data[offer.args[0] :])
+        except httptools.HttpParserError as error:
+            self.refuse(Outcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
+        if self._head_bytes > LONGEST_HEAD_BYTES:
+            self.refuse(*_HEAD_TOO_LARGE)
+
+    def _take_whole(self, whole: WholeRequest) -> None:
+        request_id = whole.request_id or self._new_request_id()
+        session, arrived_s = whole.session, self._clock()
+        self.requests.append(
+            ClientRequest(b"POST", whole.url, whole.headers, whole.body, request_id, session, True, False, arrived_s)
+        )
+        self._owner.expect_nothing()
+
+    def refuse(self, outcome: Outcome, message: str) -> None:
+        """Reads nothing more; the first reason is the one that the client is answered with."""
+        self.refusal = self.refusal or (outcome, message)
+
+    def drop_message(self) -> None:
+        """Forgets the message that is under way."""
+        self._body, self._url = [], b""
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Ignores the offer of another protocol, for which the parser stops: it reads the head again without the offer.
+
+        Java's HTTP client makes that offer with its first request on each connection.
+        """
+        offered = self.requests.pop() if self.requests else None
+        if self.refusal is not None or offered is None or offered.method == b"CONNECT":
+            self.refuse(Outcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone")
+            return
+        first = b"%b %b HTTP/1.%d\r\n" % (offered.method, offered.url, not offered.http10)
+        kept = [line for line in self._hop_by_hop if not line.startswith(_OFFER)]
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"".join([first, *self._lines, *kept, b"\r\n", rest]))
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        self._start_message()
+        self._owner.expect_within(self._limits.header_timeout_s)
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head:
+            # A trailer: nothing that the engines need, and no header.
+            return
+        name = name.lower()
+        line = b"%b: %b\r\n" % (name, value)
+        if name in HOP_BY_HOP:
+            self._hop_by_hop.append(line)
+            self._read_hop_by_hop(name, value)
+            return
+        if name == b"x-session-id":
+            self._session = value.decode("latin-1")
+        self._lines.append(line)
+
+    def _read_hop_by_hop(self, name: bytes, value: bytes) -> None:
+        if name == b"content-length":
+            if len(value) > 15 or int(value) > self._limits.max_body_bytes:
+                self._refuse_body()
+        elif name == b"expect":
+            self._expects = value.lower() == b"100-continue"
+        elif name == b"connection":
+            self._connection_tokens += value.lower() + b","
+        elif name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            self._request_id = value
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        self._owner.expect_within(self._limits.body_timeout_s)
+        if self._head_bytes + self._chunk_bytes > LONGEST_HEAD_BYTES and self._exact_head_bytes() > LONGEST_HEAD_BYTES:
+            self.refuse(*_HEAD_TOO_LARGE)
+        if self._connection_tokens:
+            named = {token.strip() for token in self._connection_tokens.split(b",")} - {b"keep-alive", b"close", b""}
+            if named:
+                self._lines = [line for line in self._lines if line[: line.index(b":")] not in named]
+        if self._expects and self.refusal is None:
+            self._owner.allow_body()
+
+    def on_body(self, body: bytes) -> None:
+        # Bytes outside the body are limited like a head: the frames of chunks and the trailer.
+        self._head_bytes = 0
+        self._body_bytes += len(body)
+        if self._body_bytes > self._limits.max_body_bytes:
+            self._refuse_body()
+        elif self.refusal is None:
+            self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if self.refusal is not None:
+            return
+        parser = self._parser
+        self.requests.append(
+            ClientRequest(
+                method=parser.get_method(),
+                url=self._url,
+                headers=b"".join(self._lines),
+                body=b"".join(self._body),
+                request_id=self._request_id or self._new_request_id(),
+                session=self._session,
+                keep_alive=parser.should_keep_alive(),
+                http10=parser.get_http_version() == "1.0",
+                arrived_s=self._clock(),
+            )
+        )
+        self.drop_message()
+        self._owner.expect_nothing()
+
+    def _exact_head_bytes(self) -> int:
+        return len(self._url) + sum(map(len, self._lines))
+
+    def _refuse_body(self) -> None:
+        self._body.clear()
+        self.refuse(Outcome.BODY_TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")

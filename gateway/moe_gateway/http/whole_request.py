@@ -1,0 +1,68 @@
+"""A faster reader of the usual request: whole in one read, with a plain head. Pure; called by `RequestReader`.
+
+Two regular expressions read its head instead of one Python call for each header. Measured on whole gateways (load of
+`moe_lab.gateway`, 24 alternating pairs of 1 s, ratio of requests per CPU second with it to those without): 1.14
+[1.06, 1.27] with the 17 headers that OpenAI's Python client sends, 1.02 [0.97, 1.13] with 5 headers. CPU time of
+reading alone (30 pairs of 3,000 requests): 13.8 us instead of 25.0 with 17 headers, 6.6 us instead of 9.7 with 5.
+
+Invariant: it reads a strict subset of what llhttp takes, with the same result; a test compares both on generated heads.
+A request that is framed in any other way (a second length, chunks, a folded line, a bare line feed), that wants an
+answer in between, or whose body is not all there, is left to llhttp.
+"""
+
+import re
+from typing import NamedTuple
+
+from moe_gateway.http.heads import HOP_BY_HOP
+
+LONGEST_HEAD_BYTES = 64 * 1024
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+# The lines are captured with the line feed before them, so that each begins with one: a literal is found fastest.
+_HEAD = re.compile(
+    rb"POST ([!-~]++) HTTP/1\.1\r(\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)++)\r\n"
+)
+_SPECIAL = re.compile(rb"\n((?i:%b|x-session-id)):[ \t]*+([^\r]*+)\r(?=\n)" % b"|".join(sorted(HOP_BY_HOP)))
+
+
+class WholeRequest(NamedTuple):
+    """A POST of HTTP/1.1 that keeps its connection open.
+
+    Attributes:
+        headers: lines for the engine, each ended by CRLF.
+        request_id: empty when it has none that can be used.
+        session: value of the session header; None without one.
+    """
+
+    url: bytes
+    headers: bytes
+    body: bytes
+    request_id: bytes
+    session: str | None
+
+
+def read_whole_request(data: bytes) -> WholeRequest | None:
+    """The request that `data` is exactly; None when it is left to the parser."""
+    head = _HEAD.match(data)
+    if head is None or head.end() > LONGEST_HEAD_BYTES:
+        return None
+    url, lines = head.groups()
+    parts = _SPECIAL.split(lines)
+    special = {parts[at].lower(): parts[at + 1] for at in range(1, len(parts), 3)}
+    length = special.get(b"content-length", b"")
+    body = data[head.end() :]
+    if len(special) != len(parts) // 3 or not length.isdigit() or len(length) > 15 or int(length) != len(body):
+        return None
+    if special.keys() - _UNDERSTOOD or special.get(b"connection", b"keep-alive").lower() != b"keep-alive":
+        return None
+    headers, session = b"".join(parts[::3])[1:], special.get(b"x-session-id")
+    request_id = special.get(b"x-request-id", b"")
+    if request_id and REQUEST_ID.fullmatch(request_id) is None:
+        request_id = b""
+    if session is None:
+        return WholeRequest(url, headers, body, request_id, None)
+    headers = b"%bx-session-id: %b\r\n" % (headers, session)
+    return WholeRequest(url, headers, body, request_id, session.decode("latin-1"))
+
+
+_UNDERSTOOD = {b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id", b"x-session-id"}

@@ -1,0 +1,70 @@
+"""Section `spec.gateway`: replicas, limits and holding of requests."""
+
+from typing import Annotated
+
+from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
+from pydantic import AfterValidator, Field
+
+from moe_operator.api.pods import GatewayService, Image, PodTemplate
+from moe_operator.api.section import Count, Section
+from moe_operator.api.units import DurationBetween, QuantityBetween
+
+
+class GatewayLimits(Section):
+    """What one client may cost."""
+
+    max_body: Annotated[str, QuantityBetween("1Ki", "1Gi", "32Mi")] = Field(
+        default="32Mi", description="Largest body of a request (bytes); a larger one is refused with status 413."
+    )
+    header_timeout: Annotated[str, DurationBetween("100ms")] = Field(
+        default="10s", description="Time for the head of a request to arrive."
+    )
+    body_timeout: Annotated[str, DurationBetween("100ms")] = Field(
+        default="30s", description="Time for the body of a request to arrive."
+    )
+    connect_timeout: Annotated[str, DurationBetween("10ms")] = Field(
+        default="2s", description="Time for a connection to an engine to open."
+    )
+    idle_timeout: Annotated[str, DurationBetween("1s")] = Field(
+        default="5m",
+        description="Longest silence of an engine or client within a request; a stream's length has no bound.",
+    )
+
+
+class GatewayHold(Section):
+    """The queue of requests that wait in the gateway while all engines are saturated or none accepts."""
+
+    requests: Annotated[Count, Field(ge=0, le=1_000_000)] = Field(
+        default=1000, description="Most requests held (requests); one more is refused with status 429."
+    )
+    timeout: Annotated[str, DurationBetween("100ms")] = Field(
+        default="1m", description="Longest time that a request is held before it is refused."
+    )
+
+
+class Gateway(Section):
+    """The way in for clients."""
+
+    port: Annotated[Count, Field(ge=1, le=65535)] | None = Field(
+        default=None,
+        description="Port for clients on one machine. Absent: a free one is chosen and shown. A cluster has `service`.",
+    )
+    replicas: Annotated[Count, Field(ge=1, le=64)] = Field(
+        default=1, description="Number of gateways, which share the load. One machine has one."
+    )
+    image: Image | None = Field(
+        default=None, description="Image of the gateway. Absent: the operator's. Only in a cluster."
+    )
+    service: GatewayService = GatewayService()
+    pod_template: PodTemplate = Field(
+        default={},
+        description="Merged into the gateways' pods (strategic merge; the container is `gateway`). Only in a cluster.",
+    )
+    tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN), AfterValidator(check_tenant_header)] = Field(
+        default=DEFAULT_HEADER,
+        description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; whoever stands "
+        "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
+        "Empty: all requests are of one tenant.",
+    )
+    limits: GatewayLimits = GatewayLimits()
+    hold: GatewayHold = GatewayHold()

@@ -1,0 +1,101 @@
+"""The attempts of one request: when it may wait, which targets failed it, and what follows a failed attempt. Pure.
+
+Driven by the gateway's exchange and by the simulator's gateway, which report what happened and carry out what
+`after_failure` returns. All times are arguments on one monotonic clock.
+
+A request has two budgets. `MAX_ATTEMPTS` bounds how often it is sent. `hold_timeout_s` bounds how long it may be
+without an engine, counted from its arrival, or from the failure of the last engine that had received it. An engine that
+cannot be reached has not seen the request, so that attempt is not counted while the second budget lasts.
+
+Invariant: once the answer has begun, nothing is sent again.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from moe_scheduling.signals import Target
+
+MAX_ATTEMPTS = 2
+
+
+class Failure(StrEnum):
+    """Why an attempt brought no whole answer.
+
+    `UNREACHABLE`: no connection was made, so the engine has not seen the request. `BROKEN`: the connection ended early,
+    or what came is no answer. `ENGINE_DEAD`: the engine's server answered that its engine process is dead.
+    `ENGINE_FULL`: it answered 503, which is no fault of the engine.
+    """
+
+    UNREACHABLE = "unreachable"
+    BROKEN = "broken"
+    ENGINE_DEAD = "engine_dead"
+    ENGINE_FULL = "engine_full"
+
+
+class NextStep(Enum):
+    """What follows a failed attempt: choose a target again, answer with an error, or end the answer that has begun."""
+
+    RETRY = "retry"
+    REFUSE = "refuse"
+    BREAK_OFF = "break_off"
+
+
+@dataclass(slots=True)
+class RequestAttempts:
+    """The state of one request between its arrival and the beginning of its answer.
+
+    Attributes:
+        hold_timeout_s: longest time without an engine, in seconds.
+        waiting_since_s: when the request arrived, or lost the last engine that had received it.
+        count: attempts that count against `MAX_ATTEMPTS`.
+        failed_targets: targets that failed it; they are chosen again only when there is no other.
+        is_answering: whether the answer has begun.
+    """
+
+    hold_timeout_s: float
+    waiting_since_s: float
+    count: int = 0
+    failed_targets: set[Target] = field(default_factory=set)
+    is_answering: bool = False
+    _is_received: bool = False
+
+    def may_wait(self, now_s: float) -> bool:
+        """Whether the request may still be without an engine: held, or tried at engines that cannot be reached."""
+        return now_s - self.waiting_since_s < self.hold_timeout_s
+
+    def begin(self) -> None:
+        """An attempt begins: a target was chosen."""
+        self.count += 1
+
+    def receive(self) -> None:
+        """The request was written to the connection of an engine."""
+        self._is_received = True
+
+    def failure_of_status(self, status: int, *, is_accepting: bool) -> Failure | None:
+        """The failure that an HTTP status stands for; None when it is the answer for the client.
+
+        An engine that is full or about to end answers 503, and 500 while it drains. With no attempt left, both are
+        passed on.
+
+        Args:
+            status: of the engine's answer.
+            is_accepting: whether its target takes new requests; a drained one does not.
+        """
+        if self.count >= MAX_ATTEMPTS:
+            return None
+        if status == 503:
+            return Failure.ENGINE_FULL
+        return Failure.BROKEN if status == 500 and not is_accepting else None
+
+    def after_failure(self, target: Target, failure: Failure, now_s: float) -> NextStep:
+        """Counts the failure of an attempt at `target` and returns what to do with the request."""
+        if self.is_answering:
+            return NextStep.BREAK_OFF
+        if failure is Failure.UNREACHABLE and self.may_wait(now_s):
+            self.count -= 1
+        if self.count >= MAX_ATTEMPTS:
+            return NextStep.REFUSE
+        self.failed_targets.add(target)
+        if self._is_received:
+            self._is_received, self.waiting_since_s = False, now_s
+        return NextStep.RETRY

@@ -1,0 +1,145 @@
+"""The login to the API server: tokens of a pod and of a kubeconfig are read again, for both are replaced in use."""
+
+import datetime
+import json
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from cluster_certificates import Certificates
+from kubernetes.aio.config import incluster_config
+from moe_contract import api_server
+from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError
+
+from tests.gateway.conftest import free_port
+
+POD = Kind("", "v1", "Pod", "pods")
+
+
+class Clock(datetime.datetime):
+    """Now, moved by `passed`."""
+
+    passed = datetime.timedelta()
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return datetime.datetime.now(tz) + cls.passed
+
+
+class TlsApi:
+    """An API server over TLS that answers one token."""
+
+    def __init__(self, folder: Path) -> None:
+        self.certificates = Certificates(folder=folder)
+        self.certificates.make(["localhost"], ["127.0.0.1"])
+        self.port, self.token = free_port(), "first"
+
+    async def start(self) -> web.AppRunner:
+        application = web.Application()
+        application.router.add_get("/{path:.*}", self._answer)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificates.path("apiserver.crt"), self.certificates.path("apiserver.key"))
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=context).start()
+        return runner
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if (scheme.lower(), token) != ("bearer", self.token):
+            return web.json_response({"kind": "Status", "code": 401, "message": "Unauthorized"}, status=401)
+        return web.json_response({"kind": "Pod", "metadata": {"name": "a"}})
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[TlsApi]:
+    server = TlsApi(tmp_path / "pki")
+    runner = await server.start()
+    yield server
+    await runner.cleanup()
+
+
+@pytest.fixture
+def account(tmp_path: Path, api: TlsApi, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a pod's account, as kubelet mounts it."""
+    folder = tmp_path / "account"
+    folder.mkdir()
+    (folder / "token").write_text(api.token)
+    (folder / "ca.crt").write_bytes(api.certificates.path("ca.crt").read_bytes())
+    (folder / "namespace").write_text("models")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(folder / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(folder / "ca.crt"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
+    return folder
+
+
+async def status(server: ApiServer) -> int:
+    try:
+        await server.get(POD, "models", "a")
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+async def test_a_token_that_kubelet_replaces_is_used_within_a_minute(
+    api: TlsApi, account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = type("module", (), {"datetime": Clock, "timedelta": datetime.timedelta})
+    monkeypatch.setattr(incluster_config, "datetime", module)
+    server = ApiServer(trust_env=False)
+    assert server.namespace == "models"
+    assert await status(server) == 200
+    (account / "token").write_text("second")
+    api.token = "second"
+    assert await status(server) == 401, "the old one, until it is read again"
+    monkeypatch.setattr(Clock, "passed", datetime.timedelta(seconds=61))
+    assert await status(server) == 200
+    # While kubelet replaces it the file may be away or empty: an error of that call, and no more.
+    (account / "token").write_text("")
+    monkeypatch.setattr(Clock, "passed", datetime.timedelta(seconds=122))
+    assert await status(server) == 0
+    (account / "token").write_text("second")
+    assert await status(server) == 200
+    await server.close()
+
+
+async def test_a_token_file_of_a_kubeconfig_is_read_again(
+    api: TlsApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_server, "REFRESH_S", 0.0)
+    (tmp_path / "token").write_text("first")
+    cluster = {"server": f"https://127.0.0.1:{api.port}", "certificate-authority": "pki/ca.crt"}
+    document = {
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": {"tokenFile": "token"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(document))
+    server = ApiServer(tmp_path / "kubeconfig", trust_env=False)
+    assert await status(server) == 200
+    (tmp_path / "token").write_text("second")
+    assert await status(server) == 401
+    api.token = "second"
+    assert await status(server) == 200
+    await server.close()
+
+
+async def test_a_server_of_another_authority_is_not_talked_to(api: TlsApi, account: Path, tmp_path: Path) -> None:
+    other = Certificates(folder=tmp_path / "other")
+    other.make(["localhost"], ["127.0.0.1"])
+    (account / "ca.crt").write_bytes(other.path("ca.crt").read_bytes())
+    server = ApiServer(trust_env=False)
+    with pytest.raises(ApiError, match="CERTIFICATE_VERIFY_FAILED"):
+        await server.get(POD, "models", "a")
+    await server.close()
+
+
+def test_an_account_without_a_token_is_refused(account: Path) -> None:
+    (account / "token").unlink()
+    with pytest.raises(LoginError, match=r"neither a pod's account .*token file"):
+        ApiServer()

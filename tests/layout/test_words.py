@@ -1,0 +1,122 @@
+"""Words and sizes: private names of earlier versions stay out of the tree, files and functions stay small.
+
+Exempt are this file, the changelog, `docs/results/` (generated from earlier runs) and superseded decisions, which stay
+as they were written. What to say instead: docs/glossary.md.
+"""
+
+import ast
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_LINES = 500
+MOST_FUNCTION_LINES = 50
+# Names of classes, functions, fields and files, as whole words of Python sources.
+NAMES = (
+    "Bell", "BellRope", "hush", "Ticks", "Announcements", "Feed", "Told", "TargetBooks", "Ledger", "Bid", "Roster",
+    "PeerLoad", "own_share", r"Shares\(", "Corrections", "slowness", "Pace", "common_line", "Bend", "Curve",
+    "LateStart", "late_s", "schedule_late", "Board", "fees", "Account", "in_the_red", "lived_s", "Spell", "Spells",
+    "plan_retreat", "kept_by", "Beat", "keep_beat", "FirstRank", "first_rank", "Surroundings", "Placed", "lesson",
+    "wants_lesson", "seats", "hurry", "foreign_replicas", "Problem", "problems_of", "complaints", "Narrator", "Bed",
+    "Stage", "Scene", "bury", "books", "lanes", "lane", "inbox", "RankPageReader", "RankPageWriter",
+    "ControlPageWriter", "ControlPageReader",
+)  # fmt: skip
+# Prose of sources and pages, without regard to case.
+PHRASES = (
+    r"(the|a|its|one|each) bell",
+    r"rings? (the|its|for|a|when|wakes)",
+    r"(own|the|its|their|gateway's|our) books",
+    r"per-tenant lanes?|(the|a|its|each) lanes?",
+    r"(the|a|its|control|rank's|memory-mapped) pages? (of|in) (the )?(engine|shared memory|rank)",
+    r"control page",
+    r"in the red",
+    r"(one|the|a|each) beat",
+    r"ledger",
+    r"so many(?! as)",
+    r"so manieth",
+    r"(is|are|was|were|be|been|gets?) told",
+    r"who comes",
+    r"See the module",
+)
+MODULE = re.compile(r"See the (module|class|protocol)\b")
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Text files that git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return tuple(path for path in paths if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".sh"})
+
+
+def is_exempt(path: Path) -> bool:
+    """Whether history keeps earlier words here."""
+    if path == Path(__file__) or path.name == "CHANGELOG.md" or ROOT / "docs" / "results" in path.parents:
+        return True
+    is_decision = path.parent == ROOT / "docs" / "adr"
+    return is_decision and (path.name == "README.md" or "Status: superseded" in path.read_text("utf-8"))
+
+
+@cache
+def read(suffixes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Path and text of the files with these suffixes that are not exempt."""
+    paths = [path for path in tracked() if path.suffix in suffixes and not is_exempt(path)]
+    return tuple((str(path.relative_to(ROOT)), path.read_text("utf-8")) for path in paths)
+
+
+def find(patterns: tuple[str, ...], suffixes: tuple[str, ...], flags: int = 0) -> list[str]:
+    """`path:line: text` of each line that has one of the patterns as whole words."""
+    known = re.compile(rf"(?<![\w-])(?:{'|'.join(patterns)})(?![\w-])", flags)
+    return [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name, text in read(suffixes)
+        if known.search(text)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if known.search(line)
+    ]
+
+
+def test_private_names_are_gone():
+    assert "\n".join(find(NAMES, (".py",))) == ""
+
+
+def test_private_phrases_are_gone():
+    assert "\n".join(find(PHRASES, (".py", ".md", ".yaml"), re.IGNORECASE)) == ""
+
+
+def test_no_file_is_long():
+    long = {name: text.count("\n") for name, text in read((".py",)) if text.count("\n") > MOST_LINES}
+    assert long == {}
+
+
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Each function of the sources and tests with its place."""
+    return [
+        (f"{name}:{node.lineno}: {node.name}", node)
+        for name, text in read((".py",))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def test_no_function_is_long():
+    lengths = {place: node.end_lineno - node.lineno + 1 for place, node in functions() if node.end_lineno}
+    assert {place: length for place, length in lengths.items() if length > MOST_FUNCTION_LINES} == {}
+
+
+def test_docstrings_say_something_themselves():
+    found = []
+    for name, text in read((".py",)):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = ast.get_docstring(node) or ""
+                if MODULE.search(words):
+                    found.append(f"{name}:{node.lineno}: {node.name}")
+    assert found == []

@@ -140,12 +140,12 @@ class _Clock:
 
 
 def _open_control(run_dir: Path) -> Any:
-    from moe_agent.shared_memory.records import Control, ControlPageWriter
+    from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
     from moe_scheduling.expert.decision import ExpertSettings
     from moe_scheduling.request.order import RequestSettings
 
     # The default mode and interval.
-    return ControlPageWriter(run_dir, Control(version=1, request=RequestSettings(), expert=ExpertSettings()))
+    return ControlRecordWriter(run_dir, Control(version=1, request=RequestSettings(), expert=ExpertSettings()))
 
 
 def _make_group(rank: int, model: Model, ranks: int, run_dir: Path, clock: _Clock) -> tuple[Any, Any]:

@@ -188,7 +188,7 @@ def test_a_move_is_cut_into_steps_by_the_bound_on_one(max_stall_s, layers_a_step
     assert [content.version for content in moves] == [1] * (len(moves) - 1) + [2]
 
 
-def test_a_move_longer_than_its_bound_is_told_until_one_is_within_it():
+def test_a_move_longer_than_its_bound_is_reported_until_one_is_within_it():
     group = Group(max_stall_s=0.02)
     group.planner.answer = answer()
     group.move_s = 0.5
@@ -226,7 +226,7 @@ def test_a_rank_that_cannot_take_part_ends_the_move_and_nothing_hangs():
     group.run_until(DecisionOutcome.MOVED)
 
 
-def test_ranks_with_another_placement_are_told_and_stop_all_decisions():
+def test_ranks_with_another_placement_are_reported_and_stop_all_decisions():
     group = Group()
     group.planner.answer = answer()
     group.stray = 1
@@ -362,7 +362,7 @@ def test_the_steps_of_a_decision_are_accounted_once():
     assert third.regret.duration_s > second.regret.duration_s > 0.0
 
 
-def test_a_planner_that_never_answers_is_told():
+def test_a_planner_that_never_answers_is_reported():
     group = Group()
     group.planner.late = 10**9
     group.run(64 * 4 + 2 * MIN_SYNC_PASSES)

@@ -355,7 +355,7 @@ def test_a_directive_file_that_is_none_ends_with_the_reason(tmp_path, content):
     assert engine.first.controller.pending.settled == 4
 
 
-def test_a_decision_that_fails_is_told_with_its_reason(tmp_path):
+def test_a_decision_that_fails_is_shown_with_its_reason(tmp_path):
     def fail(request: PlanRequest) -> PlanResult:
         raise ValueError("no such load")
 

@@ -69,6 +69,12 @@ def direct(body: dict) -> tuple[int, dict]:
         return 409, {"errors": [{"path": "", "message": "the mode is off"}]}
     placement = EXPERTS["placement"]
     version = placement["directive"] + 1
+    if body["action"] == "affinity":
+        pair = {"layer": 0, "expert": 1, "next": 3, "tokens": 50, "over_chance": 2.5}
+        passes = 0 if switch("idle") else 64
+        recorded = {"directive": version, "passes": passes, "wanted_passes": 64, "tokens": 640, "strongest": [pair]}
+        EXPERTS["affinity"], placement["directive"] = recorded, version
+        return 202, {"version": version}
     wanted = {"apply": body.get("physical_to_logical"), "rollback": BEFORE, "plan": None}[body["action"]]
     if body["action"] == "apply" and len(wanted[0]) != len(BEFORE[0]):
         return 422, {"errors": [{"path": "physical_to_logical[0]", "message": "6 slots are needed"}]}

@@ -221,7 +221,26 @@ def test_an_idle_engine_has_taken_it_and_says_that_it_moves_nothing_yet(served: 
     assert "not carried out within 0.5 s; an engine without requests makes no steps" in said
 
 
-def test_a_wrong_token_and_the_mode_off_are_reported(served: Served) -> None:
+def test_affinity_is_recorded_when_it_is_asked_for_and_said_to_have_no_use_in_an_engine(served: Served) -> None:
+    engine = ("--engine", "a-engine-1")
+    assert served.documents()["a-engine-1"]["affinity"] is None
+    said = served.say("show", "--affinity", *engine)
+    assert "the same tokens take (640 tokens of 64 passes of the first rank)" in said
+    assert said.splitlines()[2].split() == ["0", "1", "3", "50", "2.50"]
+    assert "No decision uses this" in said
+    assert served.say("show", "--affinity", code=2) == "--engine: name one; known: a-engine-0, a-engine-1\n"
+
+
+def test_affinity_of_an_engine_that_records_nothing_says_why(served: Served) -> None:
+    idle = served.folder.root / "a" / "agent-1.json.idle"
+    idle.touch()
+    said = served.say("show", "--affinity", "--engine", "a-engine-1", "--timeout", "0.5", code=1)
+    idle.unlink()
+    assert "a-engine-1: no pass was recorded within 0.5 s. An engine without requests makes none" in said
+    assert "passes outside CUDA graphs" in said
+
+
+def test_a_wrong_token_and_the_mode_off_are_refused(served: Served) -> None:
     token = served.folder.root / "a" / "token"
     right = token.read_text()
     token.write_text("wrong\n")
@@ -321,7 +340,7 @@ def test_in_a_cluster_the_way_leads_through_kubectl(served: Served, kubectl: Pat
     assert served.placement("a-engine-0")[0] == version + 1
 
 
-def test_what_kubectl_refuses_is_reported_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kubectl_refuses_is_shown_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert say("show", "a", "-n", "other", code=1) == "kubectl: Error from server (Forbidden): not there\n"
     text = kubectl.read_text()
     kubectl.write_text(text.replace("'name': 'pod-1'", "'name': 'gone'"))
@@ -365,7 +384,7 @@ def test_a_change_without_load_says_that_its_worth_is_unknown() -> None:
         command.describe_change(read(experts()), [[0]])
 
 
-def test_a_deployment_without_an_expert_group_is_reported_so(tmp_path: Path) -> None:
+def test_a_deployment_without_an_expert_group_says_so(tmp_path: Path) -> None:
     alone = Served(tmp_path, replicas=1, parallelism={"data": 2})
     try:
         said = alone.say("show", code=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from experts_documents import decided, experts, in_brief
 from moe_contract.experts_state import ExpertsState
-from moe_operator.experts.heat import MOST_NUMBERS, render_experts, render_heat, shade
+from moe_operator.experts.heat import MAX_NUMBERED_RANKS, render_experts, render_heat, shade
 from moe_operator.experts.load import find_hottest, over_mean, read_costs, read_load, read_placement
 from rich.console import Console
 
@@ -25,8 +25,8 @@ def shown(document: dict[str, Any]) -> str:
 def test_few_ranks_are_numbers_and_many_are_shades() -> None:
     few = render_heat(np.array([[1.0, 2.0], [0.5, 1.5]])).plain.splitlines()
     assert few == ["layer      0     1", "    0   1.00  2.00", "    1   0.50  1.50"]
-    many = render_heat(np.full((2, MOST_NUMBERS + 1), 1.0)).plain.splitlines()
-    assert many[1:] == ["    0 " + "▒" * (MOST_NUMBERS + 1), "    1 " + "▒" * (MOST_NUMBERS + 1)]
+    many = render_heat(np.full((2, MAX_NUMBERED_RANKS + 1), 1.0)).plain.splitlines()
+    assert many[1:] == ["    0 " + "▒" * (MAX_NUMBERED_RANKS + 1), "    1 " + "▒" * (MAX_NUMBERED_RANKS + 1)]
     assert "· below 0.8, ░ from 0.8, ▒ from 0.95, ▓ from 1.05, █ from 1.2" in many[0]
 
 
@@ -41,7 +41,7 @@ def test_a_map_of_a_large_model_has_a_line_for_each_layer_and_fits_a_terminal() 
     assert max(map(len, lines[1:])) <= 80
 
 
-def test_what_was_not_recorded_is_reported_and_no_map_is_shown() -> None:
+def test_what_was_not_recorded_is_said_and_no_map_is_shown() -> None:
     assert "no load recorded yet" in shown(experts(load={"steps": 0}))
     assert "no decision yet" in shown(experts())
     assert "the agent gives no load by expert" in shown(in_brief(experts()))

@@ -52,7 +52,7 @@ def test_what_an_engine_takes_while_it_runs_rolls_no_pod(change: dict[str, Any])
     before, after = plan(resource({})), plan(resource(change))
     assert engine_template(after) == engine_template(before)
     assert after.agent != before.agent
-    assert settings_file(after) == after.agent, "an engine that starts gets the settings that the others have"
+    assert settings_file(after) == after.agent, "a process that starts begins with the settings of the others"
 
 
 def test_copies_of_experts_are_part_of_the_pod() -> None:
@@ -62,7 +62,7 @@ def test_copies_of_experts_are_part_of_the_pod() -> None:
     assert after.agent == before.agent
 
 
-def test_agents_are_reported_of_experts_only_where_these_are_spread() -> None:
+def test_agents_get_settings_of_experts_only_where_these_are_spread() -> None:
     alone = resource({"mode": "active"}, parallelism={"data": 2})
     assert list(plan(alone).agent) == ["request"]
     assert ExpertSettings(**plan(resource({"mode": "active"})).agent["expert"]) == ExpertSettings(mode="active")  # type: ignore[arg-type]

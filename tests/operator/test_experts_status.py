@@ -96,7 +96,7 @@ def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:
         (decided("stayed"), "False", "Imbalanced", "nothing was moved: the time won would not pay for the moves"),
         (decided("dryRun", moves=5), "False", "DryRunWouldMove", "would move 5 experts for a balance of 1.10"),
         (decided("dryRun", balance_after=None), "False", "DryRunWouldMove", "`moeserving experts show`"),
-        (decided("rolledBack", reason="0.2 ms slower"), "False", "RolledBack", "taken back: 0.2 ms slower"),
+        (decided("rolledBack", reason="0.2 ms slower"), "False", "RolledBack", "rolled back: 0.2 ms slower"),
         (decided("moved"), "False", "Imbalanced", "does not show yet or was not enough"),
         (decided("failed", reason="rank 1: timeout"), "False", "MoveFailed", "(rank 1: timeout)"),
         (

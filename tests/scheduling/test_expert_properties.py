@@ -68,7 +68,7 @@ def test_each_expert_keeps_a_slot_and_no_rank_gets_one_more(group, costs, choice
 
 
 @given(groups(), costs, choices)
-def test_what_is_told_is_what_is_planned(group, costs, choices):
+def test_the_figures_of_a_decision_are_those_of_its_placement(group, costs, choices):
     load, placement = group
     decision = plan_experts(load, placement, costs, choices)
     terms, balance = score_placement(load, decision.candidate, costs)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from moe_lab.experts.compare import COSTS, compare, render_compared
 from moe_lab.experts.loads import DRIFTS, Group, make_sequence, read_sequence
+from moe_lab.experts.overhead import measure_overhead, render_overhead
 from moe_lab.experts.recording import SCENARIOS, record
 from moe_lab.experts.replay import render_decided, render_replayed, replay
 from moe_lab.experts.serve_command import serve_command
@@ -99,6 +100,20 @@ def record_command(
 
 
 app.command("serve")(serve_command)
+
+
+@app.command("overhead")
+def overhead_command(
+    requests: Annotated[int, typer.Option(min=1, help="Decoding requests of each rank.")] = 64,
+    passes: Annotated[int, typer.Option(min=1, help="Passes of a repetition; a decision comes each 3,000.")] = 6000,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measured repetitions.")] = 5,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure what the expert layer adds to a step in its default mode, at the shapes of two models."""
+    shapes = ("h100-qwen3-30b-a3b", "h100-deepseek-v3")
+    rows = [measure_overhead(name, requests=requests, passes=passes, repetitions=repetitions) for name in shapes]
+    Console(width=_WIDTH).print(render_overhead(rows))
+    _write(json_out, {"overhead": [asdict(row) for row in rows]})
 
 
 def _group_of(load: ExpertLoad, ranks: int, nodes: int, redundant: int) -> Group:

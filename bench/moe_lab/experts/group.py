@@ -1,6 +1,7 @@
-"""The product's real expert group on this machine: planned from the sample, run by `moeserving up`, told what to do.
+"""The product's real expert group on this machine: planned from the sample, run by `moeserving up`, directed over its
+agent.
 
-What the bench asks of it is `Group`; tests put another in its place.
+The bench uses the protocol `Group`; tests put another implementation in its place.
 """
 
 import contextlib

@@ -196,8 +196,8 @@ async def move(group: Group, slots: Slots, wave: Wave) -> bool:
             return changes
         if time.monotonic() > give_up_s:
             newest = document.newest
-            told = "" if newest is None else f"; its last decision: {newest.outcome} {newest.reason}"
-            raise Failure(f"the group has not moved within {MOVE_TIMEOUT_S:.0f} s{told}")
+            last = "" if newest is None else f"; its last decision: {newest.outcome} {newest.reason}"
+            raise Failure(f"the group has not moved within {MOVE_TIMEOUT_S:.0f} s{last}")
 
 
 async def watch_active(group: Group, wave: Wave, seconds: float, say: Say) -> tuple[Seen, ...]:

@@ -85,7 +85,7 @@ class Controller:
         self._move: Relocation | None = None
         self._gather: _Gather | None = None
         self._times = StepTimes()
-        self._gathered_at = self._decided_at = 0
+        self.gathered_at = self._decided_at = 0
         self._now_s = 0.0
         self._config_version = 0
         self._recording = False
@@ -141,7 +141,7 @@ class Controller:
         """Takes what all ranks report in the gather that the last `GATHER` round began."""
         gather, self._gather = self._gather, None
         assert gather is not None
-        steps, self._gathered_at = max(1, gather.step - self._gathered_at), gather.step
+        steps, self.gathered_at = max(1, gather.step - self.gathered_at), gather.step
         sources = [report.tokens for report in reports[:: self._sharing]]
         if reports[0].passes and self.settings.mode is not ExpertMode.OFF:
             self.window.add(sources, reports[0].passes, steps, self.settings.window_steps)
@@ -213,7 +213,7 @@ class Controller:
         """Ranks begin to count with the round that says so."""
         on = self.settings.mode is not ExpertMode.OFF
         if on and not self._recording:
-            self._gathered_at = self.step
+            self.gathered_at = self.step
         self._recording = on
 
     def move_rows(self) -> tuple[tuple[int, ...], Slots]:
@@ -254,7 +254,7 @@ class Controller:
     def _gathers(self) -> bool:
         if self.settings.mode is ExpertMode.OFF or self._gather is not None:
             return False
-        since = self.step - self._gathered_at
+        since = self.step - self.gathered_at
         return since >= min(GATHER_PASSES, self.settings.interval_steps) or (since > 0 and self._wants_plan())
 
     def _wants_plan(self) -> bool:

@@ -26,9 +26,10 @@ from moe_agent.shared_memory.seqlock import RecordUnreadableError
 
 log = logging.getLogger(__name__)
 
-# Least seconds between two publications without an event, and the part of the time that publications may take.
-PUBLISH_EVERY_S = 1.0
-_PUBLISH_PART = 1 / 2000
+# Seconds between two publications without an event: at least the first after a gather, the second without one.
+PUBLISH_LOAD_S, PUBLISH_IDLE_S = 1.0, 30.0
+# Part of the time that publications without an event may take.
+_PUBLISH_PART = 1 / 5000
 
 
 class Coordinator:
@@ -62,8 +63,9 @@ class Coordinator:
         self._passes_to_count = 0
         self._published_s = 0.0
         self._published: tuple[int, object] = (-1, None)
+        self._published_load = 0
         self._publication: Future[None] | None = None
-        self._pause_s = PUBLISH_EVERY_S
+        self._pause_s = PUBLISH_LOAD_S
         self._take_control(self.controller.pending.skip)
         # There before the engine is ready.
         self._publish()
@@ -127,19 +129,21 @@ class Coordinator:
     # Publication.
 
     def _publish(self) -> None:
-        """Publishes after an event, and from time to time; one publication at a time."""
+        """Publishes after an event, and from time to time a newer load; one publication at a time."""
         if self._publication is not None and not self._publication.done():
             return
         now_s, state = time.monotonic(), (self.controller.revision, self.controller.affinity)
-        if state == self._published and now_s - self._published_s < self._pause_s:
+        load = self.controller.gathered_at
+        pause_s = PUBLISH_IDLE_S if load == self._published_load else self._pause_s
+        if state == self._published and now_s - self._published_s < pause_s:
             return
-        self._published_s, self._published = now_s, state
+        self._published_s, self._published, self._published_load = now_s, state, load
         self._publication = self._thread.submit(self._write, build_document(self.controller, now_s))
 
     def _write(self, document: Document) -> None:
         begun_s = time.thread_time()
         write_document(self._run_dir, document)
-        self._pause_s = max(PUBLISH_EVERY_S, (time.thread_time() - begun_s) / _PUBLISH_PART)
+        self._pause_s = max(PUBLISH_LOAD_S, (time.thread_time() - begun_s) / _PUBLISH_PART)
 
 
 def checksum(placement: Slots) -> int:

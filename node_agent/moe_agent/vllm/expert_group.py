@@ -172,8 +172,8 @@ class ExpertGroup:
         now_s = time.perf_counter()
         # A device works on while the host goes ahead: there a step lasts from one end of a pass to the next.
         step_s, self._ended_s = now_s - (self._begun_s if self.on_cpu else self._ended_s), now_s
-        if self.recorder.on and real_tokens and step_s < MAX_STEP_S:
-            self._learn_step(self._all_tokens or [real_tokens], step_s)
+        if self._coordinator is not None and self.recorder.on and real_tokens and step_s < MAX_STEP_S:
+            self._learn_step(self._coordinator, self._all_tokens or [real_tokens], step_s)
         if self._routing and real_tokens:
             self._hand_over_routing(self._routing)
         self._passes += 1
@@ -181,10 +181,9 @@ class ExpertGroup:
         if self._passes >= self._next_round:
             self._sync()
 
-    def _learn_step(self, tokens: list[int], step_s: float) -> None:
+    def _learn_step(self, coordinator: Coordinator, tokens: list[int], step_s: float) -> None:
         most = max(tokens)
-        if self._coordinator is not None:
-            self._coordinator.controller.step_took(self._passes, sum(tokens), most, step_s)
+        coordinator.controller.step_took(self._passes, sum(tokens), most, step_s)
         if not self.on_cpu:
             # An upper bound of the cost of expert work: all time of the step attributed to it.
             self._meter.add(most * self._runner(0).moe_config.experts_per_token * self._shape.layers, step_s)

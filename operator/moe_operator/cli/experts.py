@@ -1,7 +1,7 @@
-"""`moeserving experts`: look at the experts of a deployment that runs, move them by hand, take a move back.
+"""`moeserving experts`: shows the experts of a running deployment, plans and applies moves, rolls a move back.
 
 As with a rebalance in Kafka's operators: plan, look, apply, and roll back if it did not help. With `--namespace` or
-`--context` the deployment is one in a cluster, else one on this machine.
+`--context` the deployment is in a cluster, else on this machine.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_contract.experts_state import ExpertsState
+from moe_contract.experts_state import AffinityPart, ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
@@ -30,6 +30,7 @@ from moe_operator.local.failure import Failure
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 _FILE_WIDTH = 160
+_LOOK_EVERY_S = 0.25
 
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)
@@ -48,7 +49,7 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds to w
 
 @app.callback()
 def experts() -> None:
-    """Look at the experts of a running deployment, plan, apply and take back moves."""
+    """Look at the experts of a running deployment; plan, apply and roll back moves."""
 
 
 @app.command()
@@ -61,9 +62,17 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="What the agents say, by engine, as JSON.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="Also draw the load of one engine there.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the load of one engine there.")] = None,
+    affinity: Annotated[
+        bool,
+        typer.Option("--affinity", help="Record which experts of neighbouring layers tokens take, and show it."),
+    ] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.0, help="With --affinity: seconds to record.")] = 60.0,
 ) -> None:
-    """Show where the load of the experts is, what is hot and what was decided."""
+    """Show the load of the experts by layer and rank, the hottest experts and the last decisions."""
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
+        if affinity:
+            _show_affinity(reached, engine, timeout)
+            return
         documents = _choose(asyncio.run(fetch_experts(reached)), engine)
         for path, kind in ((png, "png"), (svg, "svg")):
             if path is not None:
@@ -173,7 +182,7 @@ def rollback(
     yes: Yes = False,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Put experts back to where they were before the last move."""
+    """Roll back the last move."""
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         chosen, document = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
         typer.echo(f"{chosen}: back to the placement before {document.placement.version}")
@@ -183,7 +192,7 @@ def rollback(
 
 @contextmanager
 def reach(name: str | None, state_dir: Path | None, namespace: str | None, context: str | None) -> Iterator[Reached]:
-    """The deployment that is meant, on this machine or in a cluster."""
+    """Yields the agents of a deployment on this machine or in a cluster."""
     if namespace is None and context is None:
         yield reach_local(find_folder(name, state_dir))
         return
@@ -194,7 +203,7 @@ def reach(name: str | None, state_dir: Path | None, namespace: str | None, conte
 
 
 def describe_change(document: ExpertsState, rows: Any) -> str:
-    """What a placement changes, in words. Pure.
+    """Returns a sentence about what a placement changes. Pure.
 
     Raises:
         InvalidInput: the group cannot have it.
@@ -215,10 +224,10 @@ def describe_change(document: ExpertsState, rows: Any) -> str:
 
 
 def read_plan(path: Path) -> list[list[int]]:
-    """The placement in a file of `experts plan --json`.
+    """Returns the placement in a file of `experts plan --json`.
 
     Raises:
-        InvalidInput: there is none in it.
+        InvalidInput: the file cannot be read, or has none.
     """
     try:
         document = json.loads(path.read_bytes())
@@ -234,6 +243,42 @@ def read_plan(path: Path) -> list[list[int]]:
             [InputError(str(path), "has no physical_to_logical; `moeserving experts plan --json` writes it")]
         )
     return slots
+
+
+def _show_affinity(reached: Reached, engine: str | None, timeout_s: float) -> None:
+    """Has one engine record the inter-layer affinity, and shows it.
+
+    Raises:
+        Failure: the engine refuses, or has recorded nothing within the time.
+    """
+    from rich.console import Console
+
+    from moe_operator.experts.heat import render_affinity
+
+    chosen, _ = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
+    agent = _agent(reached, chosen)
+    version = asyncio.run(send_directive(agent, reached.tokens, {"action": "affinity"}))
+    found = asyncio.run(_record_affinity(reached, chosen, version, timeout_s))
+    if found is None or not found.passes:
+        raise Failure(
+            f"{chosen}: no pass was recorded within {timeout_s:g} s. An engine without requests makes none; on a GPU "
+            "only passes outside CUDA graphs count, which are those with more tokens than the largest captured batch "
+            "(long prompts)"
+        )
+    if found.passes < found.wanted_passes:
+        typer.echo(f"{chosen}: {found.passes} of {found.wanted_passes} passes were recorded within {timeout_s:g} s")
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(render_affinity(chosen, found))
+
+
+async def _record_affinity(reached: Reached, engine: str, version: int, timeout_s: float) -> AffinityPart | None:
+    """Waits until the affinity that a directive asked for is complete or the time is over, and returns it."""
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        found = (await fetch_experts(reached, brief=True))[engine].affinity
+        found = None if found is None or found.directive < version else found
+        if (found is not None and found.passes >= found.wanted_passes) or time.monotonic() >= give_up_s:
+            return found
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def _planned(document: ExpertsState) -> list[list[int]]:
@@ -274,7 +319,7 @@ def _ask(yes: bool) -> None:
 
 
 async def _direct(reached: Reached, agent: Agent, body: dict[str, Any], timeout_s: float) -> None:
-    """Sends a directive and tells what became of it."""
+    """Sends a directive, waits for it and prints its result."""
     version = await send_directive(agent, reached.tokens, body)
     document = await wait_for_directive(agent, version, timeout_s)
     if document is None:
@@ -284,8 +329,8 @@ async def _direct(reached: Reached, agent: Agent, body: dict[str, Any], timeout_
         )
         raise typer.Exit(FAILED)
     newest = document.newest
-    told = "" if newest is None else f": {newest.outcome}" + (f" ({newest.reason})" if newest.reason else "")
-    typer.echo(one_line(f"{agent.engine}: placement {document.placement.version}{told}"))
+    result = "" if newest is None else f": {newest.outcome}" + (f" ({newest.reason})" if newest.reason else "")
+    typer.echo(one_line(f"{agent.engine}: placement {document.placement.version}{result}"))
     if newest is not None and newest.outcome == "failed":
         raise typer.Exit(FAILED)
 

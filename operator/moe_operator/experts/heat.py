@@ -1,8 +1,8 @@
-"""The experts of an engine for a terminal: how the load is spread, what is hot, what was decided. Pure."""
+"""The experts of an engine for a terminal: load by layer and rank, hottest experts, decisions, affinity. Pure."""
 
 from collections.abc import Iterator
 
-from moe_contract.experts_state import BalancePart, Decision, ExpertsState
+from moe_contract.experts_state import AffinityPart, BalancePart, Decision, ExpertsState
 from moe_scheduling.expert.cost import load_of_ranks
 from moe_scheduling.expert.placement import Floats
 from rich.console import Group, RenderableType
@@ -11,17 +11,17 @@ from rich.text import Text
 
 from moe_operator.experts.load import find_hottest, over_mean, read_load, read_placement
 
-# Up to so many ranks a cell has room for a number; above, a shade stands for it.
-MOST_NUMBERS = 12
+# Ranks up to which a cell shows a number; above, a shade.
+MAX_NUMBERED_RANKS = 12
 HOTTEST = 5
 _SHADES = "·░▒▓█"
-# A cell's colour by its load over the mean: what is below, at, and above it.
+# Colour of a cell whose load over the mean is below the bound.
 _STYLES = ((0.8, "blue"), (0.95, "cyan"), (1.05, ""), (1.2, "yellow"), (1.5, "red"))
 _HOT_STYLE = "bold white on red"
 
 
 def render_experts(name: str, document: ExpertsState) -> Group:
-    """The whole page of one engine."""
+    """Returns everything shown of one engine."""
     return Group(*_parts(name, document))
 
 
@@ -61,10 +61,12 @@ def _balance(balance: BalancePart, document: ExpertsState) -> str:
 
 
 def render_heat(ratios: Floats) -> Text:
-    """One line a layer, one cell a rank: its load over the mean of the layer."""
+    """Returns a line for each layer with a cell for each rank: its load over the mean of the layer, ratios [layer,
+    rank].
+    """
     layers, ranks = ratios.shape
     width = len(str(layers - 1))
-    numbers = ranks <= MOST_NUMBERS
+    numbers = ranks <= MAX_NUMBERED_RANKS
     head = "".join(f"{rank:>6}" for rank in range(ranks)) if numbers else f" rank 0 to {ranks - 1}: {_legend()}"
     text = Text(f"layer {' ' * max(0, width - 5)}{head}\n", style="bold")
     for layer, row in enumerate(ratios):
@@ -79,7 +81,7 @@ def render_heat(ratios: Floats) -> Text:
 
 
 def shade(value: float) -> int:
-    """0 to 4: below 0.8, to 0.95, to 1.05, to 1.2, above."""
+    """Returns the shade of a load over the mean: 0 below 0.8, 1 to 0.95, 2 to 1.05, 3 to 1.2, 4 above."""
     return sum(value >= bound for bound, _ in _STYLES[:4])
 
 
@@ -128,3 +130,22 @@ def _seconds(value: float | None, word: str) -> str:
         return ""
     scale, unit = (1e6, "us") if abs(value) < 1e-3 else (1e3, "ms") if abs(value) < 1.0 else (1.0, "s")
     return f"{value * scale:.3g} {unit}{word}"
+
+
+def render_affinity(name: str, affinity: AffinityPart) -> Group:
+    """Returns what is shown of the inter-layer affinity of one engine."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "expert", "expert of the next layer", "tokens", "times chance"):
+        table.add_column(column, justify="right")
+    for pair in affinity.strongest:
+        numbers = (pair.layer, pair.expert, pair.next, pair.tokens)
+        table.add_row(*map(str, numbers), f"{pair.over_chance:.2f}")
+    recorded = f"{affinity.tokens} tokens of {affinity.passes} passes of the first rank"
+    return Group(
+        Text(f"{name}: experts of neighbouring layers that the same tokens take ({recorded})"),
+        table,
+        Text(
+            "No decision uses this: vLLM returns each token to its own rank after every layer, so that nothing is "
+            "gained by experts of neighbouring layers on one rank."
+        ),
+    )

@@ -1,6 +1,7 @@
-"""What agents say of experts as the status of the resource: `status.experts` and the condition `ExpertsBalanced`. Pure.
+"""The status of experts in the resource, from the agents' documents: `status.experts` and `ExpertsBalanced`. Pure.
 
-One deployment has several engines, each with an expert group of its own: the status is about the one that is worst off.
+A deployment may have several engines, each with its own expert group: the status is that of the engine in the worst
+state.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,8 @@ from moe_operator.api.status import Condition, ConditionStatus, ExpertDecision, 
 CONDITION = "ExpertsBalanced"
 Verdict = tuple[ConditionStatus, str, str]
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-# Load of the busiest rank over the mean up to which experts count as balanced; once they do not, they do again only
-# below the second, so that a load between the two makes no event after event.
+# Load of the busiest rank over the mean up to which experts count as balanced; an unbalanced group counts as balanced
+# again below the second, so that a load between the two gives no series of events.
 BALANCED_UP_TO, BALANCED_AGAIN = 1.2, 1.1
 _TERSE = 1000
 
@@ -27,12 +28,14 @@ _PROBLEMS: Final = {
     ),
     "no_decision": ("NoDecision", "nothing decides any more; look into the engine's log, restart it if this stays"),
 }
-# Reasons of the condition that somebody has to do something about.
+# Reasons of the condition that need a person.
 TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), "MoveFailed"})
 
 
 def build_experts(documents: Mapping[str, ExpertsState], now: datetime) -> ExpertsStatus:
-    """The status of the engine that is worst off: one with problems, else the least balanced, else the first."""
+    """Returns the status of the engine in the worst state: one with problems, else the least balanced, else the
+    first.
+    """
     if not documents:
         return ExpertsStatus()
     name = max(sorted(documents), key=lambda name: _badness(documents[name]))
@@ -67,12 +70,12 @@ def _build_decision(decision: Decision, now: datetime) -> ExpertDecision:
 
 
 def _ratio(value: float) -> float:
-    """To two digits; at least 1, which rounding in the engine may miss."""
+    """Returns a ratio to two digits, at least 1: rounding in the engine may give less."""
     return max(1.0, round(value, 2))
 
 
 def judge_experts(experts: ExpertsStatus, *, has_group: bool, before: Condition | None) -> Verdict:
-    """Status, reason and message of the condition.
+    """Returns status, reason and message of the condition.
 
     Args:
         experts: what the engines say.
@@ -92,10 +95,10 @@ def judge_experts(experts: ExpertsStatus, *, has_group: bool, before: Condition 
 
 
 def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None:
-    """Why nothing is known, where nothing can be."""
+    """Returns the verdict where nothing is known; None where something is."""
     if not has_group:
-        told = "spec.engine.parallelism.expert is not set: nothing to balance, scheduling.expert has no effect"
-        return UNKNOWN, "NoExpertGroup", told
+        message = "spec.engine.parallelism.expert is not set: nothing to balance, scheduling.expert has no effect"
+        return UNKNOWN, "NoExpertGroup", message
     if experts.mode is None:
         return UNKNOWN, "NotRecorded", "no engine says anything of its experts yet"
     if experts.mode == OFF:
@@ -105,10 +108,10 @@ def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None
 
 
 def _judge_problems(experts: ExpertsStatus) -> Iterator[Verdict]:
-    told = {row.kind: row.message for row in experts.problems}
+    messages = {row.kind: row.message for row in experts.problems}
     for kind, (reason, advice) in _PROBLEMS.items():
-        if kind in told:
-            yield FALSE, reason, f"{experts.engine}: {advice} ({told[kind]})"[:_TERSE]
+        if kind in messages:
+            yield FALSE, reason, f"{experts.engine}: {advice} ({messages[kind]})"[:_TERSE]
     last = experts.last_decision
     if last is not None and last.outcome == "failed":
         advice = "moving experts failed; what holds is the placement before it"
@@ -116,7 +119,7 @@ def _judge_problems(experts: ExpertsStatus) -> Iterator[Verdict]:
 
 
 def _explain_imbalance(experts: ExpertsStatus) -> tuple[str, str]:
-    """Reason and what to do."""
+    """Returns the reason of an imbalance and the advice."""
     backoff = next((row.message for row in experts.problems if row.kind == "backoff"), None)
     if backoff is not None:
         return "RolledBack", f"moving did not pay and was undone; the engine waits before it tries again: {backoff}"
@@ -134,7 +137,7 @@ def _explain_decision(last: ExpertDecision) -> tuple[str, str]:
             how = "look with `moeserving experts show`, then `apply`, or set spec.scheduling.expert.mode to active"
             return "DryRunWouldMove", f"a dry run would move {last.moves} experts{after}: {how}"
         case "rolledBack":
-            return "RolledBack", f"the last move was taken back: {last.reason}"
+            return "RolledBack", f"the last move was rolled back: {last.reason}"
         case "stayed":
             return "Imbalanced", f"nothing was moved: {last.reason}"
         case _:

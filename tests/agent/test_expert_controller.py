@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
-from moe_agent.experts.controller import GATHER_PASSES, MAX_SYNC_PASSES, MIN_SYNC_PASSES
+from moe_agent.experts.controller import GATHER_PASSES, MAX_SYNC_PASSES, MAX_SYNC_S, MIN_SYNC_PASSES
 from moe_agent.experts.directive import DirectiveAction
 from moe_agent.experts.planning import PlanRequest
 from moe_agent.experts.sync_round import RoundAction
+from moe_contract.routes import TAKE_TIMEOUT_S
 from moe_scheduling.expert.decision import ExpertMode
 from moe_scheduling.expert.placement import count_copies
 
@@ -52,6 +53,18 @@ def test_a_question_carries_the_load_the_placement_and_the_horizon():
     assert request.tokens[1, 2].tolist() == pytest.approx(HOT.tolist())
     assert (request.placement == START).all()
     assert request.horizon_steps == 64
+
+
+def test_slow_steps_shorten_the_pause_between_rounds():
+    """The agent answers a change of the settings with 504 when the group has not taken it in time."""
+    group = Group(interval_steps=4096)
+    passes = {}
+    for step_s in (0.01, 0.1, 0.2, 30.0, 0.01):
+        group.step_s = step_s
+        group.run(3 * MAX_SYNC_PASSES)
+        passes[step_s] = group.rounds[-1].next_in
+    assert passes == {0.01: MAX_SYNC_PASSES, 0.1: 20, 0.2: 10, 30.0: MIN_SYNC_PASSES}
+    assert 2 * MAX_SYNC_S < TAKE_TIMEOUT_S
 
 
 def test_active_moves_what_pays_and_keeps_what_won():

@@ -37,6 +37,8 @@ from moe_agent.experts.sync_round import Relocation, RoundAction, SyncRound, cha
 # Passes between two sync rounds while nothing is under way: an eighth of the decision interval within these bounds. A
 # mode is in force, and a directive is begun, after at most this many passes.
 MIN_SYNC_PASSES, MAX_SYNC_PASSES = 8, 64
+# Fewer, not below the least, where they would take longer: whoever changes settings waits for the next round.
+MAX_SYNC_S = 2.0
 # Passes between two gathers of the counts; a decision gathers in any case.
 GATHER_PASSES = 512
 
@@ -86,7 +88,7 @@ class Controller:
         self._gather: _Gather | None = None
         self._times = StepTimes()
         self.gathered_at = self._decided_at = 0
-        self._now_s = 0.0
+        self._now_s = self._pass_s = 0.0
         self._config_version = 0
         self._recording = False
 
@@ -186,6 +188,8 @@ class Controller:
 
     def sync_round(self, step: int, now_s: float) -> SyncRound:
         """Returns what all ranks do now, `step` passes after the start."""
+        if self.step:
+            self._pass_s = (now_s - self._now_s) / max(1, step - self.step)
         self.step, self._now_s = step, now_s
         self._switch_recording()
         self.bookkeeping.count_won(step)
@@ -241,7 +245,10 @@ class Controller:
         )
 
     def _sync_passes(self) -> int:
-        return max(MIN_SYNC_PASSES, min(MAX_SYNC_PASSES, self.settings.interval_steps // 8))
+        passes = min(MAX_SYNC_PASSES, self.settings.interval_steps // 8)
+        if passes * self._pass_s > MAX_SYNC_S:
+            passes = round(MAX_SYNC_S / self._pass_s)
+        return max(MIN_SYNC_PASSES, passes)
 
     # 3. Deciding.
 

@@ -1,6 +1,7 @@
 """Counts of a rank's load, and the window over them: exact, of real tokens alone, steady under a steady load."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,38 @@ def test_a_dummy_pass_counts_nothing():
         rank.route(ONE_PASS, 2)
     assert rank.enabled
     assert int(rank.recorder.take()[0].sum()) == 0
+
+
+class Event:
+    """A device's event, of which it is seen whether the work before it was waited for."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def record(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize(("on_cpu", "events"), [(True, 0), (False, 1)])
+def test_the_thread_reads_the_routing_of_a_pass_after_the_device_has_made_it(
+    monkeypatch, virtual_engines, on_cpu, events
+):
+    """vLLM computes in a stream of its own, which the thread's stream does not wait for."""
+    from moe_agent.vllm import expert_group
+
+    made, handed = [], []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: made.append(Event()) or made[-1])
+    group = object.__new__(expert_group.ExpertGroup)
+    group.on_cpu = on_cpu
+    group._shape = SimpleNamespace(layers=LAYERS)
+    group._coordinator = SimpleNamespace(wants_routing=True, add_routing=handed.append)
+    group._hand_over_routing([torch.full((2, TOP_K), layer) for layer in range(LAYERS)])
+    assert [event.waited for event in made] == [False] * events
+    assert handed[0]()[:, 0, 0].tolist() == list(range(LAYERS))
+    assert [event.waited for event in made] == [True] * events
 
 
 def steady(tokens: int) -> np.ndarray:

@@ -219,8 +219,11 @@ class ExpertGroup:
     def _hand_over_routing(self, routing: list[Tensor]) -> None:
         assert self._coordinator is not None
         if len(routing) == self._shape.layers and self._coordinator.wants_routing:
-            chosen = list(routing)
-            self._coordinator.add_routing(lambda: torch.stack(chosen).cpu().numpy())
+            # vLLM computes in a stream of its own, which the stream of the coordinator's thread does not wait for.
+            made = None if self.on_cpu else torch.cuda.Event()
+            if made is not None:
+                made.record()
+            self._coordinator.add_routing(partial(_read_routing, list(routing), made))
 
     # 3. Sync rounds.
 
@@ -350,6 +353,14 @@ class ExpertGroup:
             ep_rank=self._rank,
         )
         _commit_eplb_maps_for_layer(state, row, layer)
+
+
+def _read_routing(routing: list[Tensor], made: torch.cuda.Event | None) -> Slots:
+    """Returns the routing of a pass [layer, token, place], once the device has made it."""
+    if made is not None:
+        made.synchronize()
+    chosen: Slots = torch.stack(routing).cpu().numpy()
+    return chosen
 
 
 def read_tokens_of_ranks() -> list[int]:

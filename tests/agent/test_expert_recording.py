@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_agent.experts.document import experts_path
 from moe_agent.experts.load import STRONGEST, Affinity, LoadWindow
+from moe_agent.experts.sync_round import RoundAction, SyncRound
+from moe_agent.shared_memory.expert_record import ExpertRecordReader, ExpertRecordWriter, ExpertState
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_kernels.expert_load import map_and_record
 
@@ -127,6 +130,37 @@ def test_the_thread_reads_the_routing_of_a_pass_after_the_device_has_made_it(
     assert [event.waited for event in made] == [False] * events
     assert handed[0]()[:, 0, 0].tolist() == list(range(LAYERS))
     assert [event.waited for event in made] == [True] * events
+
+
+@pytest.mark.parametrize("beside_first", [True, False])
+def test_a_rank_on_another_node_than_the_coordinator_has_taken_all_settings_of_its_agent(
+    tmp_path, monkeypatch, virtual_engines, beside_first
+):
+    from moe_agent.vllm import expert_group
+
+    monkeypatch.setattr(expert_group, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    if beside_first:
+        experts_path(tmp_path).touch()
+    group = object.__new__(expert_group.ExpertGroup)
+    group._rank, group._run_dir = 1, tmp_path
+    group._record = ExpertRecordWriter(tmp_path, 1, ExpertState())
+    with ExpertRecordReader(tmp_path, 1) as reader:
+        group._publish_to_scheduler(
+            SyncRound(
+                next_in=8,
+                action=RoundAction.NONE,
+                recording=True,
+                config_version=3,
+                version=1,
+                layers=0,
+                balance=1.25,
+                pressures=(0.5, 1.5),
+            )
+        )
+        state = reader.read()
+    assert (state.config_version == 3) is beside_first
+    assert state.config_version >= 3
+    assert (state.balance, state.pressure) == (1.25, 1.5)
 
 
 def steady(tokens: int) -> np.ndarray:

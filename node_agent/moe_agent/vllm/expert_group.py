@@ -49,7 +49,8 @@ FIRST_MOVE_BYTES_PER_S = 1e9
 # Between passes that are further apart the engine was idle.
 MAX_STEP_S = 2.0
 # Config version of ranks on other nodes than the coordinator's: nobody there waits until the group has taken settings.
-NOT_ASKED = 2**63
+# The greatest integer of a record.
+NOT_ASKED = 2**63 - 1
 
 
 def join_expert_group(meter: WorkMeter) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_agent.shared_memory.control_record import Control, ControlRecordReader, ControlRecordWriter
-from moe_agent.shared_memory.expert_record import ExpertRecordReader, ExpertRecordWriter, ExpertState
+from moe_agent.shared_memory.expert_record import NOT_ASKED, ExpertRecordReader, ExpertRecordWriter, ExpertState
 from moe_agent.shared_memory.layout import Layout
 from moe_agent.shared_memory.rank_record import RankRecordReader, RankRecordWriter, RankState, rank_record_path
 from moe_agent.shared_memory.seqlock import RecordUnreadableError, RecordWriter
@@ -96,8 +96,9 @@ def test_the_settings_of_experts_and_the_directive_are_read(tmp_path, mode):
         assert reader.read() == control
 
 
-def test_what_a_worker_knows_of_its_expert_group_is_read(tmp_path):
-    found = ExpertState(config_version=3, balance=1.5, pressure=0.5)
+@pytest.mark.parametrize("config_version", [3, NOT_ASKED])
+def test_what_a_worker_knows_of_its_expert_group_is_read(tmp_path, config_version):
+    found = ExpertState(config_version=config_version, balance=1.5, pressure=0.5)
     with ExpertRecordWriter(tmp_path, 1, ExpertState()) as writer, ExpertRecordReader(tmp_path, 1) as reader:
         assert reader.read() == ExpertState(config_version=0, balance=1.0, pressure=1.0)
         writer.write(found)

@@ -9,6 +9,10 @@ from pathlib import Path
 from moe_agent.shared_memory.layout import Layout
 from moe_agent.shared_memory.seqlock import RecordReader, RecordWriter
 
+# Config version of ranks on other nodes than the coordinator's: nobody there waits until the group has taken settings.
+# The greatest integer that a record holds.
+NOT_ASKED = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertState:

@@ -38,7 +38,7 @@ from moe_agent.experts.load import RankReport, Slots
 from moe_agent.experts.planning import Decider, MeasuredCosts
 from moe_agent.experts.step_times import WorkMeter
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
-from moe_agent.shared_memory.expert_record import ExpertRecordWriter, ExpertState
+from moe_agent.shared_memory.expert_record import NOT_ASKED, ExpertRecordWriter, ExpertState
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -48,9 +48,6 @@ logger = init_logger(__name__)
 FIRST_MOVE_BYTES_PER_S = 1e9
 # Between passes that are further apart the engine was idle.
 MAX_STEP_S = 2.0
-# Config version of ranks on other nodes than the coordinator's: nobody there waits until the group has taken settings.
-# The greatest integer of a record.
-NOT_ASKED = 2**63 - 1
 
 
 def join_expert_group(meter: WorkMeter) -> None:

@@ -46,7 +46,7 @@ class Origin(StrEnum):
     """Where B comes from; the words of the report."""
 
     KEPT = "active moved there and stayed there"
-    TAKEN_BACK = "active moved there and took it back"
+    ROLLED_BACK = "active moved there and rolled it back"
     PLANNED = "active did not move; what `moeserving experts plan` would do"
 
 
@@ -271,7 +271,7 @@ async def choose_target(group: Group, start: Slots, decisions: Sequence[Seen], d
     promising = sorted(moved, key=lambda row: row.predicted_gain_s or 0.0, reverse=True)
     tried = [row.physical_to_logical for row in promising if row.physical_to_logical not in (None, start)]
     if tried and tried[0] is not None:
-        return Target(slots=tried[0], origin=Origin.TAKEN_BACK)
+        return Target(slots=tried[0], origin=Origin.ROLLED_BACK)
     planned = plan_document(document, await group.read_settings())
     slots = tuple(tuple(int(expert) for expert in row) for row in planned.candidate.physical_to_logical)
     if slots == start:

@@ -53,7 +53,7 @@ class Reached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Which cluster, as kubectl is told it; None leaves it to the user's own configuration."""
+    """Namespace and context, as in kubectl's options; None: those of the user's kubeconfig."""
 
     namespace: str | None = None
     context: str | None = None

@@ -1,4 +1,4 @@
-"""What a person is told about what they wrote, from pydantic's real errors."""
+"""Messages about wrong input, from pydantic's real errors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

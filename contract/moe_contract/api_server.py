@@ -93,7 +93,11 @@ class ApiServer:
         self._resources: dict[tuple[Kind, str], Any] = {}
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Document:
-        """One object."""
+        """Returns one object.
+
+        Raises:
+            ApiError: it does not exist (404), or the call failed.
+        """
         return await self._call("get", kind, name=name, namespace=namespace)
 
     async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
@@ -146,7 +150,11 @@ class ApiServer:
     async def merge(
         self, kind: Kind, namespace: str | None, name: str, patch: Document, manager: str, *, subresource: str = ""
     ) -> Document:
-        """Merge patch (RFC 7386)."""
+        """Applies a merge patch (RFC 7386) and returns the object after it.
+
+        Raises:
+            ApiError: the call failed.
+        """
         return await self._call(
             "patch",
             kind,
@@ -192,7 +200,7 @@ class ApiServer:
                 answer.close()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections; without any it does nothing."""
         if self._client is not None:
             await self._client.client.close()
 

@@ -140,7 +140,11 @@ class AgentClient(_Client):
     """
 
     async def state(self) -> AgentState:
-        """`GET /v1/state`."""
+        """Returns the answer of `GET /v1/state`.
+
+        Raises:
+            PeerError: it cannot be reached, refuses, or answers what this version cannot read.
+        """
         text = await self._call("GET", STATE)
         try:
             return read_agent_state(text)
@@ -177,7 +181,11 @@ class GatewayClient(_Client):
     """Calls of a gateway's admin port; arguments as `AgentClient`."""
 
     async def state(self) -> GatewayState:
-        """`GET /v1/state`."""
+        """Returns the answer of `GET /v1/state`.
+
+        Raises:
+            PeerError: it cannot be reached, refuses, or answers what this version cannot read.
+        """
         text = await self._call("GET", STATE)
         try:
             return read_gateway_state(text)

@@ -287,7 +287,7 @@ def test_ranks_gather_unequal_rows_and_scatter_their_sums(monkeypatch, sizes):
     assert torch.equal(torch.cat([scattered[0], scattered[1]]), partial[0] + partial[1])
 
 
-def test_a_name_that_vllm_has_no_more_is_told(monkeypatch):
+def test_a_name_that_vllm_has_no_more_is_reported(monkeypatch):
     class Moved:
         pass
 

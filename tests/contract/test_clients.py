@@ -103,7 +103,7 @@ async def test_a_directive_gives_its_number(answers: Any, session: aiohttp.Clien
         await AgentClient(session, url).send_directive({}, ("new",))
 
 
-async def test_what_cannot_be_read_or_reached_is_told_apart(answers: Any, session: aiohttp.ClientSession) -> None:
+async def test_unreadable_and_unreachable_are_different_errors(answers: Any, session: aiohttp.ClientSession) -> None:
     peer, url = answers
     peer.text = "[]"
     for call in (AgentClient(session, url).state, AgentClient(session, url).experts, GatewayClient(session, url).state):

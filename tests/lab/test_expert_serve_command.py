@@ -45,15 +45,15 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_resource_is_the_sample_that_only_observes_and_caches_no_prefix(checkout):
-    scene = plan_group(None, interval_steps=200, window_steps=100)
-    resource = load_resource(scene.manifest)
-    assert scene.manifest.is_relative_to(checkout / ".cache")
+    plan = plan_group(None, interval_steps=200, window_steps=100)
+    resource = load_resource(plan.manifest)
+    assert plan.manifest.is_relative_to(checkout / ".cache")
     assert resource.spec.model.uri == f"file://{checkout / '.cache' / 'models' / 'tiny'}"
     expert = resource.spec.scheduling.expert
     assert resource.spec.scheduling.engine.policy == "roundRobin"
     assert (expert.mode, expert.interval, expert.window, expert.redundant_experts) == ("observe", 200, 100, 2)
     assert resource.spec.engine.args[-1] == NO_PREFIX_CACHE
-    assert scene.deployment.name == "tiny-experts"
+    assert plan.deployment.name == "tiny-experts"
 
 
 def test_the_sample_stays_as_it_is():
@@ -64,7 +64,7 @@ def test_the_sample_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["missing"], "no such folder"),
         (["manifests"], "holds no model"),
@@ -73,25 +73,25 @@ def test_the_sample_stays_as_it_is():
         (["--start", "crowd"], "crowded"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_starts(checkout, monkeypatch, words, told):
+def test_what_cannot_be_measured_is_reported_before_anything_starts(checkout, monkeypatch, words, message):
     monkeypatch.setattr(group_module, "served", None)
     answer = CliRunner().invoke(app, ["serve", *words])
     assert answer.exit_code == 2
-    assert told in answer.output
+    assert message in answer.output
     assert "Traceback" not in answer.output
 
 
 def stand(monkeypatch, group: FakeGroup) -> list[str]:
     """The command, on a stand-in; what was started and stopped."""
-    told = []
+    events = []
 
     @contextmanager
-    def fake_standing(scene, say):
-        told.append("up")
+    def fake_standing(plan, say):
+        events.append("up")
         try:
             yield group
         finally:
-            told.append("down")
+            events.append("down")
 
     async def prepare(*_):
         return None
@@ -99,21 +99,21 @@ def stand(monkeypatch, group: FakeGroup) -> list[str]:
     monkeypatch.setattr(command, "standing", fake_standing)
     monkeypatch.setattr(command, "prepare_waves", prepare)
     monkeypatch.setattr(serving, "run_wave", group.serve)
-    return told
+    return events
 
 
 def test_the_command_measures_prints_and_writes(checkout, monkeypatch):
-    told = stand(monkeypatch, FakeGroup(plans=[("moved", B)]))
+    events = stand(monkeypatch, FakeGroup(plans=[("moved", B)]))
     answer = CliRunner().invoke(app, ["serve", "--pairs", "2", "--window-s", "1", "--active-s", "0.1", "--json", "o"])
     assert answer.exit_code == 0, answer.output
-    assert told == ["up", "down"]
+    assert events == ["up", "down"]
     assert "B's steps are shorter" in answer.output
     assert json.loads((checkout / "o").read_text())["environment"]["python"]
 
 
-def test_a_failure_is_told_in_a_line_and_all_is_stopped(checkout, monkeypatch):
+def test_a_failure_is_reported_in_a_line_and_all_is_stopped(checkout, monkeypatch):
     group = FakeGroup()
-    told = stand(monkeypatch, group)
+    events = stand(monkeypatch, group)
 
     async def gone():
         raise Failure("tiny-experts-engine-0: its agent cannot be reached")
@@ -122,13 +122,13 @@ def test_a_failure_is_told_in_a_line_and_all_is_stopped(checkout, monkeypatch):
     answer = CliRunner().invoke(app, ["serve"])
     assert answer.exit_code == 1
     assert "cannot be reached" in answer.output
-    assert told == ["up", "down"]
+    assert events == ["up", "down"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_stops_all(checkout, monkeypatch, number):
     group = FakeGroup()
-    told = stand(monkeypatch, group)
+    events = stand(monkeypatch, group)
 
     async def interrupted(*_):
         signal.raise_signal(number)
@@ -137,10 +137,10 @@ def test_a_signal_stops_all(checkout, monkeypatch, number):
     monkeypatch.setattr(serving, "run_wave", interrupted)
     answer = CliRunner().invoke(app, ["serve"])
     assert answer.exit_code != 0
-    assert told == ["up", "down"]
+    assert events == ["up", "down"]
 
 
-def test_the_group_is_told_through_its_agent(monkeypatch):
+def test_the_group_gets_directives_through_its_agent(monkeypatch):
     document, asked = ExpertsState.model_validate(experts()), []
     agent = group_module.Agent(engine="tiny-engine-0", url="http://127.0.0.1:7")
     reached = group_module.Reached(name="tiny", agents=(agent,), tokens=("t",))
@@ -175,8 +175,8 @@ def test_a_group_that_does_not_start_is_taken_down(checkout, monkeypatch):
         return Done()
 
     monkeypatch.setattr("subprocess.run", run)
-    scene = plan_group(None, interval_steps=1, window_steps=1)
-    with pytest.raises(InvalidInput, match="up failed"), standing(scene, lambda _: None):
+    plan = plan_group(None, interval_steps=1, window_steps=1)
+    with pytest.raises(InvalidInput, match="up failed"), standing(plan, lambda _: None):
         raise AssertionError("does not get here")
     assert calls == ["up", "down"]
 

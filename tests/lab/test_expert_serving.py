@@ -21,7 +21,18 @@ from moe_lab.experts.serve_report import (
     render_pairs,
     warn,
 )
-from moe_lab.experts.serving import DecisionLog, Measured, Origin, Pair, Seen, Start, Target, crowd, measure, move
+from moe_lab.experts.serving import (
+    DecisionLog,
+    Measured,
+    Origin,
+    Pair,
+    Start,
+    Target,
+    TimedDecision,
+    crowd,
+    measure,
+    move,
+)
 from moe_lab.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
 from moe_operator.local.failure import Failure
 from moe_tools.comparison import build_salt
@@ -96,7 +107,7 @@ def test_prompts_are_of_the_topic_in_the_servers_own_tokens(monkeypatch):
     assert (load.model, load.prompts.salt) == ("tiny", 3)
 
 
-def test_a_request_that_the_model_does_not_take_is_told_before_it_is_sent(monkeypatch):
+def test_a_request_that_the_model_does_not_take_is_reported_before_it_is_sent(monkeypatch):
     serve_model(monkeypatch, 14)
     with pytest.raises(InvalidInput, match="15 tokens, tiny takes 14"):
         asyncio.run(waves.prepare_waves("http://127.0.0.1:1", "prose", SETTINGS, 0))
@@ -199,7 +210,7 @@ def test_crowded_needs_a_load():
         crowd(ExpertsState.model_validate(experts(load={"steps": 0, "tokens": None})))
 
 
-def test_a_group_that_does_not_move_is_told_with_its_last_decision(monkeypatch):
+def test_a_group_that_does_not_move_is_reported_with_its_last_decision(monkeypatch):
     monkeypatch.setattr(serving, "MOVE_TIMEOUT_S", 0.0)
     group = FakeGroup(obeys=False)
     group.decide("failed", A, reason="a rank cannot")
@@ -265,7 +276,7 @@ def measured_of(pairs, outcomes=()) -> Measured:
         ExpertsState.model_validate(experts(decisions=[{**DECISION, "outcome": outcome}])).decisions[0]
         for outcome in outcomes
     ]
-    decisions = tuple(Seen(at_s=float(at), decision=row) for at, row in enumerate(rows))
+    decisions = tuple(TimedDecision(at_s=float(at), decision=row) for at, row in enumerate(rows))
     target = Target(slots=B, origin=Origin.KEPT)
     return Measured(start=A, target=target, decisions=decisions, pairs=tuple(pairs), document=document)
 
@@ -295,12 +306,12 @@ def test_a_metric_that_was_not_measured_is_no_number():
 
 
 def test_what_active_did_is_counted():
-    told = describe_active(measured_of([], outcomes=("stayed", "moved", "rolledBack")))
-    assert told == ["in the mode active 3 decisions: 1 moved, 1 rolled back by itself"]
+    lines = describe_active(measured_of([], outcomes=("stayed", "moved", "rolledBack")))
+    assert lines == ["in the mode active 3 decisions: 1 moved, 1 rolled back by itself"]
     assert describe_active(measured_of([])) == ["in the mode active nothing was decided"]
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_reported():
     assert "measure again when idle" in warn({"load_average": 1.5, "cores": 2})[0]
     assert warn(IDLE) == []
 

@@ -20,7 +20,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 @given(request_id=ids, name=names)
-def test_the_engine_finds_who_the_gateway_named(way, request_id, name):
+def test_the_engine_finds_the_tenant_that_the_gateway_named(way, request_id, name):
     tenant = hash_tenant(name)
     assert tenant_of(way.format(sign_request_id(request_id, tenant).decode())) == tenant != ANONYMOUS_TENANT
 

@@ -162,7 +162,7 @@ def warn(environment: Mapping[str, Any]) -> list[str]:
 def build_document(
     measured: Measured, settings: WaveSettings, topic: str, effort: Effort, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything, raw rows included."""
+    """Returns the JSON document of a measurement: environment, settings, group, decisions, pairs and comparisons."""
     target = measured.target
     return {
         "environment": dict(environment),

@@ -92,7 +92,7 @@ class Resources(Section):
 
 
 # Options of vLLM that the plan or the agent sets, and where a person sets them instead. Of an option given twice vLLM
-# takes the last, so one of these in `args` would make the engine differ from what the rest of the deployment believes.
+# takes the last, so one of these in `args` would make the engine differ from the rest of the deployment.
 OWNED_OPTIONS = {
     "--model": "spec.model.uri",
     "--served-model-name": "spec.model.name",

@@ -81,7 +81,7 @@ class Operator:
                 await self._server.close()
 
     def stop(self) -> None:
-        """Has `run` end."""
+        """Makes `run` return once its work has ended."""
         self._stop.set()
 
     async def _run_parts(self) -> None:

@@ -1,4 +1,4 @@
-"""The folder of one deployment: where its files are, who holds its lock, and files that change as a whole.
+"""The folder of one deployment: its files, the holder of its lock, and files that change as a whole.
 
 `lock` is held by the supervisor for its whole life (`up` takes it and hands it on), so at most one runs for a name. It
 is never deleted: a second file of that name would be a second lock.

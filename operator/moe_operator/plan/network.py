@@ -1,4 +1,4 @@
-"""Services, and who may reach and remove what: network policies, disruption budgets, service monitors. Pure."""
+"""Services, access and removal: network policies, disruption budgets, service monitors. Pure."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -353,13 +353,13 @@ def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings
     largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
     unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks or 1.0
     per_layer = max(_MIN_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
-    problem = SearchInput(
+    given = SearchInput(
         work_s=load.by_expert * (costs.token_s / unit_s),
         traffic_s=_traffic(load, placement, costs, unit_s),
         move_price_s=(1 + settings.hysteresis) * costs.move_s / costs.horizon_steps / unit_s,
         max_moves=min(budget, math.ceil(_SEARCH_AHEAD * per_layer)),
     )
-    path = search_steps(problem, placement)
+    path = search_steps(given, placement)
     return replace(path, gain_s=path.gain_s * unit_s)
 
 

@@ -1,4 +1,4 @@
-"""The state machine on an expert group's first rank, without vLLM: decide, move, measure, take back, obey a person."""
+"""The state machine on an expert group's first rank, without vLLM: decide, move, measure, roll back, directives."""
 
 from itertools import cycle
 

@@ -44,7 +44,7 @@ def test_a_suffix_is_short_and_says_nothing_of_the_name(name):
     assert set(suffix[2:]) <= set(b"0123456789abcdef")
 
 
-def test_no_name_is_the_nameless_tenant_and_leaves_the_id_as_it_is():
+def test_no_name_is_the_anonymous_tenant_and_leaves_the_id_as_it_is():
     assert hash_tenant(b"") == ANONYMOUS_TENANT
     assert sign_request_id(b"id", ANONYMOUS_TENANT) == b"id"
 

@@ -153,7 +153,7 @@ def read_conditions(document: Mapping[str, Any]) -> dict[str, Condition]:
 
 
 def is_bad(condition: Condition) -> bool:
-    """Whether somebody has to do something."""
+    """Returns whether the condition needs a person to act."""
     if condition.type == BALANCED:
         return condition.reason in TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE

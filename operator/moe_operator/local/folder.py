@@ -110,7 +110,7 @@ def take_lock(path: Path) -> int | None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds a lock for a block; waits for whoever holds it."""
+    """Holds a lock for a block; waits while another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

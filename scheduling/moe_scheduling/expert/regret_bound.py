@@ -6,7 +6,7 @@ the placement at the beginning. When the loss exceeds its budget, no new plan is
 bandits (Wu et al., arXiv 1602.04282); and as in ski rental, a placement that has lost more than its rollback costs is
 rolled back, so that the loss is at most about twice that cost.
 
-Whoever runs the steps keeps the value: the node agent's planner in an engine, the replay in a benchmark.
+The caller that runs the steps keeps the value: the node agent's planner in an engine, the replay in a benchmark.
 """
 
 from dataclasses import dataclass, replace

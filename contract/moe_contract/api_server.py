@@ -173,8 +173,8 @@ class ApiServer:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
-        resource = await self._resource(kind)
         with _api_errors():
+            resource = await self._resource(kind)
             answer = await resource.get(
                 namespace=namespace,
                 label_selector=selector or None,

@@ -53,7 +53,7 @@ class Reached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Which cluster, as kubectl is told it; None leaves it to the user's own configuration."""
+    """Namespace and context for kubectl; None leaves each to the user's own configuration."""
 
     namespace: str | None = None
     context: str | None = None
@@ -149,8 +149,8 @@ def _forward(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
             match = _FORWARDING.match(process.stdout.readline())
             if match is None:
                 process.kill()
-                _, told = process.communicate()
-                raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(told)}")
+                _, output = process.communicate()
+                raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(output)}")
             yield f"http://127.0.0.1:{match[1]}"
         finally:
             process.kill()

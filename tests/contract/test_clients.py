@@ -136,5 +136,5 @@ async def test_a_peer_that_takes_no_connection_cannot_be_reached() -> None:
             raise aiohttp.ConnectionTimeoutError("connection timeout")
 
     session: Any = Session()
-    with pytest.raises(Unreachable, match="^cannot be reached$"):
+    with pytest.raises(Unreachable, match=r"^cannot be reached$"):
         await AgentClient(session, "http://127.0.0.1:1").state()

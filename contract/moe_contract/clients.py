@@ -121,6 +121,8 @@ class _Client:
                 method, self._url + route, params=params, json=json_body, headers=headers, timeout=timeout
             ) as answer:
                 text = await answer.read()
+        except aiohttp.ConnectionTimeoutError:
+            raise Unreachable("cannot be reached") from None
         except TimeoutError:
             raise Unreachable(f"gave no answer within {limit_s:g} s") from None
         except (aiohttp.ClientError, OSError):

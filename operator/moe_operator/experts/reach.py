@@ -53,7 +53,7 @@ class Reached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Namespace and context, as in kubectl's options; None: those of the user's kubeconfig."""
+    """Namespace and context for kubectl; None leaves each to the user's own configuration."""
 
     namespace: str | None = None
     context: str | None = None

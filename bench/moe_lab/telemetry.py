@@ -45,10 +45,10 @@ def _measure(run_dir: Path) -> Iterator[Row]:
     engines = VirtualEngines(run_dir)
     for running in RUNNING:
         engine = decode(engines, running)
-        account = account_step(engine)
-        yield _row(f"all that a step adds, {running} running", account, goal=_GOAL)
+        run_step = make_step(engine)
+        yield _row(f"all that a step adds, {running} running", run_step, goal=_GOAL)
         engine.scheduler.publish_interval_s = 0.0
-        yield _row(f"the same, of a step that publishes, {running} running", account)
+        yield _row(f"the same, of a step that publishes, {running} running", run_step)
         engine.scheduler.shutdown()
     with RankRecordReader(run_dir, 0) as record:
         yield _row("the agent reads a record", record.read)
@@ -64,19 +64,19 @@ def decode(engines: VirtualEngines, running: int) -> VirtualEngine:
     return engine
 
 
-def account_step(engine: VirtualEngine) -> Callable[[], None]:
+def make_step(engine: VirtualEngine) -> Callable[[], None]:
     """The work that our scheduler does at a step and vLLM's own does not."""
     scheduler: Any = engine.scheduler
     output = scheduler.schedule()
     scheduler.end_step(output, engine.now_s)
 
-    def account() -> None:
+    def run_step() -> None:
         scheduler.take_settings()
         scheduler.begin_step(output, scheduler.prefilling(), engine.now_s)
         engine.now_s += _STEP_S
         scheduler.end_step(output, engine.now_s)
 
-    return account
+    return run_step
 
 
 def _observe_steps() -> Callable[[], None]:

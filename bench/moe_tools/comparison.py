@@ -133,7 +133,7 @@ async def probe_capacity(
 
 
 def measure_with(load: Load) -> Measure:
-    """The real measurement."""
+    """Returns the measurement that replays a piece of a trace against a server."""
 
     async def run(piece: Sequence[TraceRequest], salt: int) -> Run:
         return await replay(piece, load.salted(salt))
@@ -193,7 +193,7 @@ def render_number(value: float) -> str:
 
 
 def render_ratio(ratio: Estimate | None) -> str:
-    """`0.80 [0.71, 0.90]`."""
+    """Returns a ratio with its interval, such as `0.80 [0.71, 0.90]`; `-` without one."""
     if ratio is None:
         return "-"
     high = "inf" if math.isinf(ratio.high) else f"{ratio.high:.2f}"
@@ -230,7 +230,7 @@ def mean_tpot_ms(run: Run) -> float | None:
 
 
 def output_tokens_per_s(run: Run) -> float | None:
-    """Throughput."""
+    """Returns output tokens of answered requests per second of the run; None without any."""
     tokens = sum(row.output_tokens for row in run.answered)
     return tokens / run.wall_s if tokens else None
 

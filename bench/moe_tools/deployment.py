@@ -70,7 +70,7 @@ class DeploymentPlan:
 
     @property
     def url(self) -> str:
-        """Address of the gateway."""
+        """Address of the gateway on this machine."""
         return f"http://127.0.0.1:{self.port}"
 
 

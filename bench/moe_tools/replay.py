@@ -63,7 +63,7 @@ class Run:
 
     @property
     def answered(self) -> list[Answered]:
-        """The requests that succeeded."""
+        """The requests that got a whole answer."""
         return [outcome for outcome in self.outcomes if isinstance(outcome, Answered)]
 
     @property

@@ -119,7 +119,11 @@ async def replay_shown(requests: Sequence[TraceRequest], load: Load, console: Co
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Indented JSON."""
+    """Writes a document as indented JSON.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+    """
     try:
         path.write_text(json.dumps(document, indent=1, default=str) + "\n", "utf-8")
     except OSError as error:

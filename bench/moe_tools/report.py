@@ -89,7 +89,7 @@ def render_caption(summary: Summary) -> str:
 
 
 def render_ms(value: Estimate) -> str:
-    """Milliseconds with the interval."""
+    """Returns seconds with their interval as milliseconds, such as `12 [10, 15]`."""
     return f"{_short(value.value * 1e3)} [{_short(value.low * 1e3)}, {_short(value.high * 1e3)}]"
 
 

@@ -20,7 +20,7 @@ TAIL_SPREAD = 1.0
 
 
 class Shape(StrEnum):
-    """The five names."""
+    """Distribution of the prompts' lengths, by the names of the Gimbal paper."""
 
     RANDOM = "random"
     CENTRAL = "central"
@@ -78,7 +78,7 @@ def _long_tail(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _middle(random: np.random.Generator, count: int) -> np.ndarray:
-    """Normal about the middle."""
+    """Normally distributed values about 0.5, within 0 and 1."""
     return np.clip(random.normal(0.5, 0.12, count), 0.0, 1.0)
 
 

@@ -51,7 +51,7 @@ class Fitted:
 
 
 class TraceFormat(StrEnum):
-    """The line formats."""
+    """Format of the lines of a trace file."""
 
     AZURE = "azure"
     MOONCAKE = "mooncake"
@@ -238,8 +238,8 @@ def _parse_lines(path: Path, lines: list[str], trace_format: TraceFormat) -> Ite
 
 
 def _at_line(path: Path, number: int, error: ValidationError, model: _Line) -> list[InputError]:
-    problems = errors_from_pydantic(error.errors(), lambda _: model.model_fields)
-    return [InputError(f"{path}:{number}", str(problem)) for problem in problems]
+    errors = errors_from_pydantic(error.errors(), lambda _: model.model_fields)
+    return [InputError(f"{path}:{number}", str(error)) for error in errors]
 
 
 def _csv_rows(lines: list[str]) -> Iterator[tuple[int, Callable[[], Any]]]:

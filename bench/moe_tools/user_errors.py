@@ -20,8 +20,8 @@ def report_user_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except InvalidInput as error:
-            for problem in error.errors:
-                typer.echo(str(problem), err=True)
+            for row in error.errors:
+                typer.echo(str(row), err=True)
             raise typer.Exit(2) from error
 
     guarded.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]

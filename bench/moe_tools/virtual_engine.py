@@ -131,7 +131,7 @@ class VirtualEngine:
         """Schedules and ends one step; False when no request is left."""
         while len(self._in_flight) < self._ahead and self.scheduler.has_requests():
             output = self.scheduler.schedule()
-            # Whoever has computed all its tokens samples one, as the model runner would.
+            # A request whose tokens are all computed samples one, as the model runner would.
             sampling = [
                 name for name in output.num_scheduled_tokens if not self.scheduler.requests[name].is_prefill_chunk
             ]

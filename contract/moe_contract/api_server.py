@@ -93,7 +93,11 @@ class ApiServer:
         self._resources: dict[tuple[Kind, str], Any] = {}
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Document:
-        """One object."""
+        """Returns one object.
+
+        Raises:
+            ApiError: it does not exist (404), or the call failed.
+        """
         return await self._call("get", kind, name=name, namespace=namespace)
 
     async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
@@ -146,7 +150,11 @@ class ApiServer:
     async def merge(
         self, kind: Kind, namespace: str | None, name: str, patch: Document, manager: str, *, subresource: str = ""
     ) -> Document:
-        """Merge patch (RFC 7386)."""
+        """Applies a merge patch (RFC 7386) and returns the object after it.
+
+        Raises:
+            ApiError: the call failed.
+        """
         return await self._call(
             "patch",
             kind,
@@ -173,8 +181,8 @@ class ApiServer:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
-        resource = await self._resource(kind)
         with _api_errors():
+            resource = await self._resource(kind)
             answer = await resource.get(
                 namespace=namespace,
                 label_selector=selector or None,
@@ -192,7 +200,7 @@ class ApiServer:
                 answer.close()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections; without any it does nothing."""
         if self._client is not None:
             await self._client.client.close()
 
@@ -264,13 +272,16 @@ class _Login:
 def _find_login(kubeconfig: Path | None) -> _Login:
     from kubernetes.aio.config import ConfigException, incluster_config, kube_config
 
+    tried = []
     if kubeconfig is None and incluster_config.SERVICE_HOST_ENV_NAME in os.environ:
         try:
             incluster_config.load_incluster_config(_configuration())
         except (ConfigException, OSError) as error:
-            raise _unusable(error) from None
-        place = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace")
-        return _Login(place.read_text().strip() if place.is_file() else "default", None)
+            # A pod without a token may have a kubeconfig.
+            tried.append(error)
+        else:
+            place = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace")
+            return _Login(place.read_text().strip() if place.is_file() else "default", None)
     paths = str(kubeconfig or os.environ.get("KUBECONFIG") or Path.home() / ".kube/config")
     try:
         merged = kube_config.KubeConfigMerger(paths).config
@@ -281,7 +292,7 @@ def _find_login(kubeconfig: Path | None) -> _Login:
         context: Mapping[str, Any] = loader.current_context["context"]
     except Exception as error:
         # A file that is no kubeconfig fails in the loader in any way that a wrong type can.
-        raise _unusable(error) from None
+        raise _unusable(*tried, error) from None
     return _Login(context.get("namespace") or "default", loader)
 
 
@@ -291,8 +302,9 @@ def _configuration() -> Any:
     return Configuration()
 
 
-def _unusable(error: Exception) -> LoginError:
-    return LoginError(f"neither a pod's account nor a usable kubeconfig: {str(error) or type(error).__name__}")
+def _unusable(*errors: Exception) -> LoginError:
+    reasons = "; ".join(str(error) or type(error).__name__ for error in errors)
+    return LoginError(f"neither a pod's account nor a usable kubeconfig: {reasons}")
 
 
 def _parse_event(line: bytes) -> Document:

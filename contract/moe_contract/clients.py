@@ -121,6 +121,8 @@ class _Client:
                 method, self._url + route, params=params, json=json_body, headers=headers, timeout=timeout
             ) as answer:
                 text = await answer.read()
+        except aiohttp.ConnectionTimeoutError:
+            raise Unreachable("cannot be reached") from None
         except TimeoutError:
             raise Unreachable(f"gave no answer within {limit_s:g} s") from None
         except (aiohttp.ClientError, OSError):
@@ -140,7 +142,11 @@ class AgentClient(_Client):
     """
 
     async def state(self) -> AgentState:
-        """`GET /v1/state`."""
+        """Returns the answer of `GET /v1/state`.
+
+        Raises:
+            PeerError: it cannot be reached, refuses, or answers what this version cannot read.
+        """
         text = await self._call("GET", STATE)
         try:
             return read_agent_state(text)
@@ -177,7 +183,11 @@ class GatewayClient(_Client):
     """Calls of a gateway's admin port; arguments as `AgentClient`."""
 
     async def state(self) -> GatewayState:
-        """`GET /v1/state`."""
+        """Returns the answer of `GET /v1/state`.
+
+        Raises:
+            PeerError: it cannot be reached, refuses, or answers what this version cannot read.
+        """
         text = await self._call("GET", STATE)
         try:
             return read_gateway_state(text)

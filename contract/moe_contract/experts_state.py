@@ -224,7 +224,7 @@ class ExpertsState(_Part):
 
     @property
     def newest(self) -> Decision | None:
-        """The last decision."""
+        """The last decision; None before the first."""
         return self.decisions[0] if self.decisions else None
 
 

@@ -108,7 +108,7 @@ _NAMES = tuple(field.name for field in fields(GatewayState) if field.name != "co
 
 
 def write_gateway_state(state: GatewayState) -> bytes:
-    """The state as JSON."""
+    """Returns the state as JSON, the body of `GET /v1/state`."""
     document = {name: getattr(state, name) for name in _NAMES}
     return orjson.dumps(document | {"config": None if state.config is None else state.config.document()})
 

@@ -1,10 +1,10 @@
 """The tenant of a request as a part of its id: written by the gateway, read by the plugin in the engine.
 
 The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
-A tenant is these digits; the nameless one, of requests without the header, is the empty string. For `/v1/responses`
-vLLM 0.32 takes no header's id but the body's, which is the client's: what comes there is the nameless one's.
+A tenant is these digits; the anonymous tenant, of requests without the header, is the empty string. For `/v1/responses`
+vLLM 0.32 takes the id from the body, where the client chose it: these requests count as the anonymous tenant's.
 
-Invariants: nothing that a client wrote is in the suffix; whoever adds one is believed over what stands before it.
+Invariants: nothing that a client wrote is in the suffix; the last suffix of an id counts.
 """
 
 import re
@@ -37,7 +37,7 @@ NOT_FORWARDED = frozenset(
 _MARK = ".t"
 _DIGITS = 8
 _HEX = frozenset("0123456789abcdef")
-# The nameless one's, where the id that a client chose could pass for another's.
+# Of the anonymous tenant, where an id that a client chose could be read as another tenant's.
 _OF_NOBODY = "0" * _DIGITS
 # vLLM puts it after the id of a request of `/v1/responses`, and after no id that comes from a header.
 _AFTER_BODYS_ID = "_"
@@ -58,7 +58,7 @@ def check_tenant_header(name: str) -> str:
 
 
 def hash_tenant(name: bytes) -> str:
-    """The tenant that goes by this name, which may be any bytes; without any it is the nameless one."""
+    """The tenant of this name, which may be any bytes; an empty name is the anonymous tenant's."""
     return blake2b(name, digest_size=_DIGITS // 2).hexdigest() if name else ANONYMOUS_TENANT
 
 

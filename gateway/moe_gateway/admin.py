@@ -46,7 +46,7 @@ class Admin:
         self._tokens = tokens
 
     def build(self) -> web.Application:
-        """The application."""
+        """Returns the application with the routes of the admin address."""
         application = web.Application(client_max_size=MOST_BODY_BYTES)
         application.router.add_get(HEALTHZ, self._healthz)
         application.router.add_get(READYZ, self._readyz)

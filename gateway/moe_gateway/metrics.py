@@ -18,7 +18,7 @@ _TARGET_GAUGES = {
     "unanswered_prefill_tokens": "Uncached prompt tokens of the requests sent to the target that have no answer yet.",
     "engine_accepting": "1 when the target takes new requests.",
     "signal_age_seconds": "Age of the target's newest signal; absent before the first.",
-    "signal_stale": "1 when the newest signal is too old to be believed: only the gateway's own requests count.",
+    "signal_stale": "1 when the newest signal is too old to be used: only the gateway's own requests in flight count.",
     "ttft_factor": "Measured over predicted time to first token; predictions are multiplied by it.",
 }
 

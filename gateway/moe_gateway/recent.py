@@ -27,7 +27,7 @@ class RecentDemand:
         self._ttft_s = [0.0] * WINDOW_S
 
     def arrive(self, prompt_tokens: int, now_s: float) -> None:
-        """A request arrived."""
+        """Counts a request and its prompt tokens in the second of its arrival."""
         second = int(now_s)
         if second > self._newest_s:
             self._advance_to(second)
@@ -45,7 +45,7 @@ class RecentDemand:
         self._ttft_s[slot] += ttft_s
 
     def arrivals_per_s(self, now_s: float) -> float:
-        """Arrivals per second."""
+        """Returns requests per second over the window."""
         return self._sum(self._arrivals, now_s) / self._watched_s(now_s)
 
     def prompt_tokens_per_s(self, now_s: float) -> float:

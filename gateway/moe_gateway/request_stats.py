@@ -22,7 +22,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Counts one value."""
+        """Counts one value in its bucket and in the sum."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 

@@ -1,6 +1,5 @@
 """The gateway's state document for people, peers and the autoscaler, built from its dispatcher. Pure."""
 
-from moe_contract.agent_state import RankReport
 from moe_contract.gateway_config import GatewaySettings
 from moe_contract.gateway_state import GatewayState, RequestTotals, TargetReport
 from moe_scheduling.signals import Target
@@ -32,7 +31,6 @@ def build_state(
 def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> TargetReport:
     """The row of one target."""
     state, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
-    signal = state.signal.signal if isinstance(state.signal, RankReport) else state.signal
     return TargetReport(
         name=target.server,
         rank=target.rank,
@@ -43,5 +41,5 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> Target
         unanswered_prefill_tokens=state.unanswered_prefill_tokens,
         signal_age_s=state.signal_age_s(now_s),
         signal_source=dispatcher.source(target, now_s).value,
-        signal=signal,
+        signal=state.signal,
     )

@@ -55,12 +55,12 @@ class StepTimeFit:
         self._normal = np.zeros((3, 3))
         self._right = np.zeros(3)
         self._scaled = np.zeros(3)
-        self._line: StepTime | None = None
+        self._model: StepTime | None = None
 
     @property
     def line(self) -> StepTime | None:
         """The fitted line; None until enough steps were seen."""
-        return self._line
+        return self._model
 
     def observe(self, *, prefill_tokens: int, decoding_requests: int, step_s: float) -> None:
         """Takes one step into account. Steps that carried nothing, and times that are no time, are ignored."""
@@ -78,7 +78,7 @@ class StepTimeFit:
         columns[0] = 1.0
         np.multiply(batch[:2], _PER_SCALE[1:, None], out=columns[1:])
         step_s = batch[2]
-        expected_s = self._scaled @ columns if self._line is not None else step_s
+        expected_s = self._scaled @ columns if self._model is not None else step_s
         normal, right, fade = weigh_steps(columns, step_s, expected_s, self._keep, self._outlier_factor)
         self._normal = fade * self._normal + normal
         self._right = fade * self._right + right
@@ -94,7 +94,7 @@ class StepTimeFit:
             row = max(_on_the_bound(matrix, right), key=lambda row: sum(map(mul, right, row)))
         self._scaled = np.array(row)
         base, prefill, decode = (self._scaled / _SCALE).tolist()
-        self._line = StepTime(base_s=base, prefill_s=prefill, decode_s=decode)
+        self._model = StepTime(base_s=base, prefill_s=prefill, decode_s=decode)
 
 
 def stack_rows(rows: Sequence[tuple[float, ...]]) -> np.ndarray:

@@ -24,7 +24,7 @@ MOVES = 2 * SHAPE.layers
 
 
 class Planner:
-    """Returns the result that the test put, `late` polls after it was asked, with the account of the request."""
+    """Returns the result that the test put, `late` polls after it was asked, with the regret bound of the request."""
 
     def __init__(self) -> None:
         self.answer: Any = None
@@ -42,12 +42,12 @@ class Planner:
         self._polls -= 1
         if self._polls >= 0:
             return None
-        return (
-            self.answer if isinstance(self.answer, Exception) else replace(self.answer, regret=account(self.asked[-1]))
-        )
+        if isinstance(self.answer, Exception):
+            return self.answer
+        return replace(self.answer, regret=regret_of(self.asked[-1]))
 
 
-def account(request: PlanRequest) -> RegretBound | None:
+def regret_of(request: PlanRequest) -> RegretBound | None:
     """The regret bound as the real decision keeps it."""
     load, placement = make_load(request.tokens, request.steps), make_placement(request.placement, request.shape)
     history = ExpertHistory(regret=request.regret)

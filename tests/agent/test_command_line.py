@@ -46,7 +46,7 @@ def run(*arguments: str) -> Result:
         (b'{"name": "x"}', "engine: required, but absent"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path, content, line):
+def test_a_file_that_is_no_configuration_is_reported_in_one_line(tmp_path, content, line):
     path = tmp_path / "agent.json"
     if content is not None:
         path.write_bytes(content)
@@ -56,7 +56,7 @@ def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path, content, 
     assert "Traceback" not in ended.stderr
 
 
-def test_an_unknown_key_is_told_with_its_nearest(tmp_path):
+def test_an_unknown_key_is_reported_with_its_nearest(tmp_path):
     path = tmp_path / "agent.json"
     path.write_text(json.dumps(document(tmp_path, engin={})))
     ended = run("--config", str(path))
@@ -64,7 +64,7 @@ def test_an_unknown_key_is_told_with_its_nearest(tmp_path):
     assert ended.stderr.startswith("engin: unknown field; nearest known: engine")
 
 
-def test_an_absent_token_is_told(tmp_path):
+def test_an_absent_token_is_reported(tmp_path):
     path = tmp_path / "agent.json"
     path.write_text(json.dumps(document(tmp_path)))
     ended = run("--config", str(path))
@@ -96,7 +96,7 @@ def test_the_settings_file_is_laid_over_the_request_when_it_exists(tmp_path):
         ('{"expert": {"mode": "auto"}}', "expert.mode: unknown 'auto'; known: active, dryRun, observe, off"),
     ],
 )
-def test_a_settings_file_that_is_bad_is_told_in_one_line_with_its_path(tmp_path, text, message):
+def test_a_settings_file_that_is_bad_is_reported_in_one_line_with_its_path(tmp_path, text, message):
     path, settings = tmp_path / "agent.json", tmp_path / "request.json"
     path.write_text(json.dumps(document(tmp_path, settings_file=str(settings))))
     settings.write_text(text)
@@ -106,14 +106,14 @@ def test_a_settings_file_that_is_bad_is_told_in_one_line_with_its_path(tmp_path,
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_settings_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_settings_file_that_cannot_be_read_is_reported(tmp_path):
     path = tmp_path / "agent.json"
     path.write_text(json.dumps(document(tmp_path, settings_file=str(tmp_path))))
     ended = run("--config", str(path))
     assert ended.stderr.strip() == f"settings_file: cannot read {tmp_path}: Is a directory"
 
 
-def test_an_agents_port_that_is_taken_is_told(tmp_path):
+def test_an_agents_port_that_is_taken_is_reported(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -225,6 +225,33 @@ def test_slots_are_those_of_the_experts_and_replicas_share_the_tokens():
     assert load.sum() == 20
 
 
+class ThreadRank(threading.local):
+    """Number of the rank that a thread plays."""
+
+    number = 0
+
+
+def exchange_between_threads(monkeypatch: pytest.MonkeyPatch, dist: Any) -> ThreadRank:
+    """Makes collectives of two threads from those of `torch.distributed`; returns what names the caller's rank."""
+    parts: dict[int, Any] = {}
+    barrier = threading.Barrier(2, timeout=30)
+    rank = ThreadRank()
+
+    def exchange(mine: Any) -> list[Any]:
+        parts[rank.number] = mine
+        barrier.wait()
+        both = [parts[0].clone(), parts[1].clone()]
+        barrier.wait()
+        return both
+
+    def gather(everyone: Any, mine: Any, group: Any) -> None:
+        everyone.copy_(torch.cat(exchange(mine)))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.copy_(sum(exchange(tensor))))
+    return rank
+
+
 @pytest.mark.parametrize("sizes", [[2, 2], [3, 1], [1, 4], [0, 2]])
 def test_ranks_gather_unequal_rows_and_scatter_their_sums(monkeypatch, sizes):
     from moe_agent.vllm import cpu_experts
@@ -233,28 +260,7 @@ def test_ranks_gather_unequal_rows_and_scatter_their_sums(monkeypatch, sizes):
         [torch.randn(size, 5), torch.randint(0, 9, (size, 2), dtype=torch.int32), torch.rand(size, 2, 3)]
         for size in sizes
     ]
-    parts: dict[int, Any] = {}
-    barrier = threading.Barrier(2, timeout=30)
-
-    def meet(rank: int, mine: Any) -> list[Any]:
-        parts[rank] = mine
-        barrier.wait()
-        met = [parts[0].clone(), parts[1].clone()]
-        barrier.wait()
-        return met
-
-    class Rank(threading.local):
-        number = 0
-
-    rank = Rank()
-    monkeypatch.setattr(
-        cpu_experts.dist,
-        "all_gather_into_tensor",
-        lambda everyone, mine, group: everyone.copy_(torch.cat(meet(rank.number, mine))),
-    )
-    monkeypatch.setattr(
-        cpu_experts.dist, "all_reduce", lambda tensor, group: tensor.copy_(sum(meet(rank.number, tensor)))
-    )
+    rank = exchange_between_threads(monkeypatch, cpu_experts.dist)
 
     class Communicator:
         world_size, cpu_group = 2, None
@@ -281,7 +287,7 @@ def test_ranks_gather_unequal_rows_and_scatter_their_sums(monkeypatch, sizes):
     assert torch.equal(torch.cat([scattered[0], scattered[1]]), partial[0] + partial[1])
 
 
-def test_a_name_that_vllm_has_no_more_is_told(monkeypatch):
+def test_a_name_that_vllm_has_no_more_is_reported(monkeypatch):
     class Moved:
         pass
 

@@ -433,7 +433,7 @@ def test_a_rank_publishes_when_it_will_schedule_next(grouped, engine):
     core._process_engine_step()
     before = states[-1]
     assert before.turn == TURN
-    # Nine tenths of the step, as was learnt, less the lead; the second step is not scheduled yet.
+    # Nine tenths of the step, as was learnt, less `LEAD_S`; the second step is not scheduled yet.
     assert before.next_s == pytest.approx(before.decided_s + 0.9 * STEP_S - LEAD_S, abs=0.01)
     core._process_engine_step()
     core._process_engine_step()

@@ -1,4 +1,4 @@
-"""The state machine on an expert group's first rank, without vLLM: decide, move, measure, take back, obey a person."""
+"""The state machine on an expert group's first rank, without vLLM: decide, move, measure, roll back, directives."""
 
 from itertools import cycle
 
@@ -84,7 +84,7 @@ def test_active_moves_what_pays_and_keeps_what_won():
     assert (group.kinds(), group.controller.version) == (set(), 2)
 
 
-def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time():
+def test_a_move_that_won_nothing_is_rolled_back_and_the_pause_doubles_each_time():
     group = Group()
     group.planner.answer = answer()
     pauses, last = [], 0
@@ -107,7 +107,7 @@ def test_a_move_that_won_nothing_is_taken_back_and_the_pause_doubles_each_time()
     assert group.kinds() == set(), "what wins ends the back-off"
 
 
-def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_not_shown():
+def test_a_move_within_the_noise_is_measured_for_longer_and_then_rolled_back_as_not_shown():
     group = Group()
     group.planner.answer = answer()
     noise = cycle([0.0, 0.004, 0.001, 0.003])
@@ -123,7 +123,7 @@ def test_a_move_within_the_noise_is_measured_for_longer_and_then_taken_back_as_n
 
 
 @pytest.mark.parametrize("mode", [ExpertMode.OBSERVE, ExpertMode.DRY_RUN])
-def test_nothing_is_taken_back_once_a_person_has_left_active(mode):
+def test_nothing_is_rolled_back_once_a_user_has_left_active(mode):
     group = Group()
     group.planner.answer = answer()
     group.run_until(DecisionOutcome.MOVED)
@@ -286,7 +286,7 @@ def test_what_was_decided_before_ranks_parted_is_not_carried_out():
     assert (group.held == START).all()
 
 
-def test_nothing_is_taken_back_while_ranks_hold_different_placements():
+def test_nothing_is_rolled_back_while_ranks_hold_different_placements():
     group = Group()
     group.planner.answer = answer()
     group.run_until(DecisionOutcome.MOVED)

@@ -24,7 +24,7 @@ def test_a_person_applies_a_placement_and_takes_it_back(mode):
     assert (group.newest.outcome, group.controller.version) == (DecisionOutcome.ROLLED_BACK, 3)
 
 
-def test_what_a_person_applied_is_measured_and_not_taken_back():
+def test_what_a_user_applied_is_measured_and_not_rolled_back():
     group = Group(mode=ExpertMode.OBSERVE, interval_steps=100)
     group.run(30)
     group.direct(DirectiveAction.APPLY, BETTER)

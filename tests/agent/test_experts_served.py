@@ -343,11 +343,11 @@ def test_an_old_directive_is_not_followed_by_an_engine_that_starts_anew(tmp_path
 @pytest.mark.parametrize("content", [None, "", "[]", '{"action": "apply"}', '{"version": 4, "action": "apply"}'])
 def test_a_directive_file_that_is_none_ends_with_the_reason(tmp_path, content):
     settings = ExpertSettings(mode=ExpertMode.OBSERVE)
-    with ControlRecordWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)) as page:
+    with ControlRecordWriter(tmp_path, Control(version=1, request=RequestSettings(), expert=settings)) as record:
         engine = Engine(tmp_path)
         if content is not None:
             directive_path(tmp_path).write_text(content)
-        page.write(Control(version=2, request=RequestSettings(), expert=settings, directive=4))
+        record.write(Control(version=2, request=RequestSettings(), expert=settings, directive=4))
         engine.run(100)
     (row,) = engine.first.controller.bookkeeping.rows
     assert row.outcome is DecisionOutcome.FAILED

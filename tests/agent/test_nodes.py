@@ -69,7 +69,7 @@ def test_a_further_node_has_no_server_and_its_ranks_follow_the_leaders():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_one_rank_over_several_nodes_is_told_by_their_number_and_master(index):
+def test_one_rank_over_several_nodes_is_configured_by_their_number_and_master(index):
     config = engine(tensor_parallel=16)
     command = build_command(config, build_node(config, environment(index)), cpu_build=False)
     found = pairs(command)
@@ -97,7 +97,7 @@ def test_one_rank_over_several_nodes_is_told_by_their_number_and_master(index):
         ),
     ],
 )
-def test_a_shape_or_an_environment_that_does_not_fit_is_told(shape, variables, problem):
+def test_a_shape_or_an_environment_that_does_not_fit_is_reported(shape, variables, problem):
     with pytest.raises(InvalidInput) as refused:
         build_node(engine(**shape), variables)
     assert str(refused.value).startswith(problem)

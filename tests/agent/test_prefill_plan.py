@@ -1,4 +1,4 @@
-"""Prefills of a step, in vLLM's own scheduler: who lets others go first, room to grow, and ranks that keep step."""
+"""Prefills of a step, in vLLM's own scheduler: prompts that yield, KV blocks kept free, ranks that step together."""
 
 import random
 from collections.abc import Callable

@@ -240,9 +240,9 @@ async def test_a_token_file_that_cannot_be_read_lets_nobody_in_and_breaks_nothin
 
 
 async def test_an_engine_without_a_name_has_the_machines(agent):
-    nameless = agent.config.model_copy(update={"name": None})
+    unnamed = agent.config.model_copy(update={"name": None})
     tokens = ControlTokens(agent.config.token_file)
-    server = AgentServer(nameless, tokens, agent.supervisor, agent.records, agent.control, None, agent.changed)
+    server = AgentServer(unnamed, tokens, agent.supervisor, agent.records, agent.control, None, agent.changed)
     assert server.snapshot().name == socket.gethostname()
 
 
@@ -262,7 +262,7 @@ async def put(client: Any, body: Any) -> tuple[int, Any]:
     return answer.status, await answer.json()
 
 
-async def test_settings_reach_the_control_page_and_absent_fields_keep_their_value(client, ranks, agent):
+async def test_settings_reach_the_control_record_and_absent_fields_keep_their_value(client, ranks, agent):
     assert await put(client, {"request": {"policy": "fcfs"}}) == (
         200,
         {

@@ -29,7 +29,7 @@ def predict(curve: StepTimeCurveFit, prefill: int, decoding: int, everything: in
     found = curve.at(decoding)
     assert found is not None
     beyond_s = sum(knee.token_s * max(0, everything - knee.tokens) for knee in found.knees)
-    return found.floor_s + found.token_s * prefill + beyond_s
+    return found.decode_only_s + found.token_s * prefill + beyond_s
 
 
 CASES = [(0, 10, 20), (500, 20, 540), (1000, 20, 2040), (2000, 20, 4040), (2000, 20, 2040)]
@@ -97,7 +97,7 @@ def test_no_coefficient_is_ever_negative_or_endless(rows):
         )
     found = curve.at(3)
     if found is not None:
-        values = [found.token_s, found.floor_s, *(knee.token_s for knee in found.knees)]
+        values = [found.token_s, found.decode_only_s, *(knee.token_s for knee in found.knees)]
         assert all(0.0 <= value < float("inf") for value in values)
         assert [knee.tokens for knee in found.knees] == sorted(knee.tokens for knee in found.knees)
         assert {knee.tokens for knee in found.knees} <= set(KNEES)

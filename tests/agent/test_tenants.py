@@ -1,4 +1,4 @@
-"""Tenants in vLLM's real scheduler: who is charged, who is served next, and nothing of it where it is off."""
+"""Tenants in vLLM's real scheduler: which is charged, which is served next, and none of that where it is off."""
 
 from types import SimpleNamespace
 
@@ -61,11 +61,11 @@ def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_
     engine.add(of(FLOOD, "long"), 3000, out=500)
     for tenant in (FLOOD, SMALL):
         engine.add(of(tenant, "waits"), 10, arrival_s=0.1)
-    no_lead_s, computed_s = 0.25 * 8.0, 0.0
+    no_lag_s, computed_s = 0.25 * 8.0, 0.0
     while computed_s < 2.5:
         engine.step()
         computed_s = sum(sum(row.values()) for row in engine.schedules) / 1000
-        assert queue._queue.lag_s(FLOOD) == pytest.approx(max(0.0, computed_s - no_lead_s))
+        assert queue._queue.lag_s(FLOOD) == pytest.approx(max(0.0, computed_s - no_lag_s))
     while of(FLOOD, "long") not in engine.finished_order:
         before = queue._queue.lag_s(FLOOD)
         engine.step()
@@ -91,7 +91,7 @@ def test_an_aborted_request_is_charged_what_it_was_answered(make_engine, setting
 
 
 @pytest.mark.parametrize(("its", "first"), [(FLOOD, "long"), (SMALL, "short")])
-def test_a_prompt_in_chunks_counts_with_its_tenants_lead(make_engine, settings, its, first):
+def test_a_prompt_in_chunks_counts_with_its_tenants_lag(make_engine, settings, its, first):
     """The short one comes too late to overtake by its size; by the lag of the flooding tenant it does."""
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=4.0, kv_growth_blocks=0)
     engine = make_engine(max_num_seqs=4, step_tokens=256, kv_blocks=2000)

@@ -143,3 +143,18 @@ def test_an_account_without_a_token_is_refused(account: Path) -> None:
     (account / "token").unlink()
     with pytest.raises(LoginError, match=r"neither a pod's account .*token file"):
         ApiServer()
+
+
+async def test_a_pod_without_a_token_takes_its_kubeconfig(
+    api: TlsApi, account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (account / "token").unlink()
+    document = {
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "of-the-context"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(document))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    assert ApiServer().namespace == "of-the-context"

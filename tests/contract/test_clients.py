@@ -103,7 +103,7 @@ async def test_a_directive_gives_its_number(answers: Any, session: aiohttp.Clien
         await AgentClient(session, url).send_directive({}, ("new",))
 
 
-async def test_what_cannot_be_read_or_reached_is_told_apart(answers: Any, session: aiohttp.ClientSession) -> None:
+async def test_unreadable_and_unreachable_are_different_errors(answers: Any, session: aiohttp.ClientSession) -> None:
     peer, url = answers
     peer.text = "[]"
     for call in (AgentClient(session, url).state, AgentClient(session, url).experts, GatewayClient(session, url).state):
@@ -126,3 +126,15 @@ async def test_a_peer_that_is_silent_is_given_up(session: aiohttp.ClientSession)
     async with TestServer(app) as server:
         with pytest.raises(Unreachable, match=r"gave no answer within 0\.1 s"):
             await AgentClient(session, str(server.make_url("")).rstrip("/"), timeout_s=0.1).state()
+
+
+async def test_a_peer_that_takes_no_connection_cannot_be_reached() -> None:
+    class Session:
+        """Stands for a session whose connections are never answered."""
+
+        def request(self, *_: Any, **__: Any) -> Any:
+            raise aiohttp.ConnectionTimeoutError("connection timeout")
+
+    session: Any = Session()
+    with pytest.raises(Unreachable, match=r"^cannot be reached$"):
+        await AgentClient(session, "http://127.0.0.1:1").state()

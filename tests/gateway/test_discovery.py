@@ -44,7 +44,9 @@ async def test_engines_that_were_there_before_the_gateway_are_found(make_engine,
 @pytest.mark.parametrize(
     "conditions", [{"ready": False}, {"terminating": True}, {"ready": False, "serving": True, "terminating": True}]
 )
-async def test_who_is_not_ready_or_ends_gets_no_new_work_and_ends_its_streams(make_engine, api, discover, conditions):
+async def test_an_engine_that_is_not_ready_gets_no_new_work_and_ends_its_streams(
+    make_engine, api, discover, conditions
+):
     go_on = asyncio.Event()
 
     async def stream(_request, writer):
@@ -85,7 +87,7 @@ async def test_an_engine_that_becomes_ready_gets_what_was_held(make_engine, api,
     assert (await client.answer()).json == OK
 
 
-async def test_an_engine_is_not_used_before_its_agent_was_heard(make_engine, api, discover):
+async def test_an_engine_is_not_used_before_its_agent_answered(make_engine, api, discover):
     engine = await make_engine()
     engine.agent.say(phase="starting", accepting=False)
     api.put(engine_slice(engine))

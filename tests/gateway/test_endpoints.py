@@ -64,7 +64,7 @@ def test_several_slices_of_a_service_are_one_list_in_the_order_of_names():
         ({"ready": True, "serving": False, "terminating": False}, False),
     ],
 )
-def test_who_is_not_ready_or_is_about_to_end_is_known_and_not_offered(conditions, expected):
+def test_an_endpoint_that_is_not_ready_or_is_about_to_end_is_known_and_not_offered(conditions, expected):
     assert offered(make_slice("s", STABLE, {"a": {"address": "10.0.0.1", **conditions}})) == {"a": expected}
 
 
@@ -81,7 +81,7 @@ def test_conditions_that_are_absent_altogether_count_as_ready():
     ],
 )
 def test_an_endpoint_in_two_slices_is_one_engine(first, second, expected):
-    """While a controller moves it from one to the other: readiness is believed, and so is its end."""
+    """While a controller moves it from one to the other: the newest readiness counts, and so does its end."""
     rows = [
         make_slice(f"s-{at}", STABLE, {"a": {"address": "10.0.0.1", **row}}) for at, row in enumerate((first, second))
     ]

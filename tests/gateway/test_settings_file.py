@@ -63,14 +63,14 @@ def test_groups_of_the_settings_stand_for_those_of_the_file(write):
         ({"groups": []}, {}, "groups: there are none: the engines are a fixed list here"),
     ],
 )
-def test_bad_settings_are_told_with_their_path(write, tmp_path, settings, sections, message):
+def test_bad_settings_are_reported_with_their_path(write, tmp_path, settings, sections, message):
     with pytest.raises(InvalidInput) as refused:
         load_gateway_config(write(settings, **sections))
     assert str(refused.value).startswith(f"settings_file: {tmp_path / 'settings.json'}: {message}")
     assert "\n" not in str(refused.value)
 
 
-def test_settings_that_cannot_be_read_are_told(write, tmp_path):
+def test_settings_that_cannot_be_read_are_reported(write, tmp_path):
     with pytest.raises(InvalidInput) as refused:
         load_gateway_config(write(settings_file=str(tmp_path)))
     assert str(refused.value) == f"settings_file: cannot read {tmp_path}: Is a directory"

@@ -1,4 +1,4 @@
-"""Loads out of a trained model's routing: who reads what when, and what is said of a folder without a model."""
+"""Loads out of a trained model's routing: which topics are read when, and the error about a folder without a model."""
 
 import numpy as np
 import pytest
@@ -71,16 +71,16 @@ def test_the_topics_are_different_texts():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["MISSING", "out.npz"], "no MoE model"),
         (["MISSING", "out.npz", "--scenario", "drfit"], "drift"),
     ],
 )
-def test_what_cannot_be_recorded_is_told_and_writes_nothing(tmp_path, monkeypatch, words, told):
+def test_what_cannot_be_recorded_is_reported_and_writes_nothing(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(app, ["record", *words])
     assert answer.exit_code != 0
-    assert told in answer.output
+    assert message in answer.output
     assert "Traceback" not in answer.output
     assert not (tmp_path / "out.npz").exists()

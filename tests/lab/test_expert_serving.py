@@ -1,23 +1,15 @@
-"""The bench of a real expert group, with a group and a server that are stand-ins."""
+"""The bench of a real expert group: load, order of measurement and report, on a stand-in."""
 
 import asyncio
 import io
 import json
-import signal
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
-from moe_lab.experts import group as group_module
-from moe_lab.experts import serve_command as command
 from moe_lab.experts import serving, waves
-from moe_lab.experts.__main__ import app
-from moe_lab.experts.group import NO_PREFIX_CACHE, SAMPLE, LocalGroup, edit_sample, plan_group, read_sample, standing
 from moe_lab.experts.serve_report import (
     build_document,
     compare_windows,
@@ -31,112 +23,30 @@ from moe_lab.experts.serve_report import (
 )
 from moe_lab.experts.serving import (
     DecisionLog,
-    Effort,
     Measured,
     Origin,
     Pair,
-    Seen,
     Start,
     Target,
+    TimedDecision,
     crowd,
     measure,
-    measure_pairs,
     move,
 )
 from moe_lab.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
-from moe_operator.api import load_resource
 from moe_operator.local.failure import Failure
-from moe_scheduling.expert.decision import ExpertSettings
 from moe_tools.comparison import build_salt
-from moe_tools.deployment import find_checkout
-from moe_tools.replay import Answered, Failed, Run
+from moe_tools.replay import Run
 from rich.console import Console
-from typer.testing import CliRunner
 
-from tests.operator.experts_documents import DECISION, PLACED, experts
-
-A = tuple(tuple(row) for row in PLACED)
-B = ((0, 2, 3, 1, 2, 3), (0, 2, 3, 1, 2, 3))
-C = ((0, 3, 2, 1, 3, 2), (0, 3, 2, 1, 3, 2))
-SETTINGS = WaveSettings(users=2, prompt_tokens=4, output_tokens=11)
-IDLE = {"load_average": 0.0, "cores": 2}
+from tests.lab.expert_stand_ins import IDLE, SETTINGS, A, B, C, FakeGroup, answered, effort_of, failed, window_of
+from tests.operator.experts_documents import DECISION, experts
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
     monkeypatch.setattr(serving, "WARM_UP_S", 0.0)
     monkeypatch.setattr(serving, "LOOK_EVERY_S", 0.0)
-
-
-def answered(ttft_s: float, last_s: float, tokens: int = 11) -> Answered:
-    return Answered(
-        index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
-        end_s=last_s,
-    )  # fmt: skip
-
-
-def failed() -> Failed:
-    return Failed(index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
-
-
-def wave_of(step_s: float) -> Run:
-    return Run(outcomes=(answered(step_s, 11 * step_s), answered(2 * step_s, 12 * step_s)), wall_s=12 * step_s)
-
-
-def window_of(step_s: float, gain_s: float | None = None, balance: float = 1.2) -> Window:
-    return Window(waves=(wave_of(step_s),) * 2, steps=24, balance=balance, by_rank=(1.2, 0.8), engine_gain_s=gain_s)
-
-
-def effort_of(**changes) -> Effort:
-    return Effort(**({"pairs": 3, "window_s": 0.2, "active_s": 0.0, "start": Start.INITIAL, "seed": 5} | changes))
-
-
-class FakeGroup:
-    """Moves with the next wave, and in the mode active when `plans` say so; its steps last 10 ms, 8 ms under B."""
-
-    def __init__(self, plans=(), promises=(), obeys: bool = True, **document) -> None:
-        self.slots, self.wanted, self.mode = A, None, "observe"
-        self.steps, self.number, self.rows, self.told = 0, 0, [], []
-        self.plans, self.promises, self.obeys, self.changes = list(plans), list(promises), obeys, document
-
-    async def look(self):
-        placement = {"version": 1, "directive": 0, "physical_to_logical": [list(row) for row in self.slots]}
-        document = {"mode": self.mode, "placement": placement, "decisions": self.rows[:20]} | self.changes
-        return ExpertsState.model_validate(experts(**document))
-
-    async def read_steps(self) -> int:
-        return self.steps
-
-    async def apply(self, slots) -> None:
-        self.wanted = slots
-        self.told.append(("apply", slots))
-
-    async def set(self, settings) -> None:
-        self.told.append(("set", *settings))
-        self.mode = settings[0].partition("=")[2]
-
-    async def read_settings(self) -> ExpertSettings:
-        return ExpertSettings(interval_steps=3000)
-
-    def decide(self, outcome: str, slots, **changes) -> None:
-        self.number += 1
-        for row in self.rows:
-            row.pop("physical_to_logical", None)
-        placed = {"physical_to_logical": [list(row) for row in slots]}
-        self.rows.insert(0, {**DECISION, "number": self.number, "outcome": outcome, **placed, **changes})
-
-    async def serve(self, load, settings, salt) -> Run:
-        await asyncio.sleep(0)
-        self.told.append(("wave", salt))
-        if self.mode == "active" and self.plans:
-            outcome, self.slots = self.plans.pop(0)
-            promise = self.promises.pop(0) if outcome == "moved" and self.promises else None
-            self.decide(outcome, self.slots, predicted_gain_s=promise)
-        if self.wanted and self.obeys:
-            self.slots, self.wanted = self.wanted, None
-            self.decide("applied", self.slots, measured_gain_s=0.002 if self.slots == B else -0.002)
-        self.steps += 12
-        return wave_of(0.008 if self.slots == B else 0.01)
 
 
 @pytest.fixture
@@ -197,13 +107,13 @@ def test_prompts_are_of_the_topic_in_the_servers_own_tokens(monkeypatch):
     assert (load.model, load.prompts.salt) == ("tiny", 3)
 
 
-def test_a_request_that_the_model_does_not_take_is_told_before_it_is_sent(monkeypatch):
+def test_a_request_that_the_model_does_not_take_is_reported_before_it_is_sent(monkeypatch):
     serve_model(monkeypatch, 14)
     with pytest.raises(InvalidInput, match="15 tokens, tiny takes 14"):
         asyncio.run(waves.prepare_waves("http://127.0.0.1:1", "prose", SETTINGS, 0))
 
 
-# What is measured, in which order.
+# The order of measurement.
 
 
 def test_where_active_moved_and_stayed_its_placement_is_b(serve):
@@ -213,9 +123,9 @@ def test_where_active_moved_and_stayed_its_placement_is_b(serve):
     assert any("decision 2: moved" in line for line in said)
 
 
-def test_where_active_took_its_move_back_b_is_what_it_had_moved_to(serve):
+def test_where_active_rolled_its_move_back_b_is_what_it_had_moved_to(serve):
     measured, _ = serve(FakeGroup(plans=[("moved", B), ("rolledBack", A)]), active_s=0.2)
-    assert measured.target == Target(slots=B, origin=Origin.TAKEN_BACK)
+    assert measured.target == Target(slots=B, origin=Origin.ROLLED_BACK)
 
 
 def test_where_active_does_not_move_b_is_the_plan_of_the_product(serve):
@@ -235,19 +145,19 @@ def test_where_the_plan_is_the_placement_itself_nothing_is_compared(serve, monke
     assert build_document(measured, SETTINGS, "prose", effort_of(), IDLE)["placements"]["b"] is None
 
 
-def test_of_several_moves_that_were_taken_back_b_is_the_most_promising(serve):
-    group = FakeGroup(plans=[("moved", B), ("rolledBack", A), ("moved", C), ("rolledBack", A)], promises=[3e-3, 1e-3])
+def test_of_several_moves_that_were_rolled_back_b_is_the_most_promising(serve):
+    group = FakeGroup(plans=[("moved", B), ("rolledBack", A), ("moved", C), ("rolledBack", A)], predicted=[3e-3, 1e-3])
     measured, _ = serve(group, active_s=0.2)
-    assert measured.target == Target(slots=B, origin=Origin.TAKEN_BACK)
+    assert measured.target == Target(slots=B, origin=Origin.ROLLED_BACK)
 
 
 def test_the_mode_is_active_for_its_time_and_observing_for_the_pairs(serve):
     group = FakeGroup(plans=[("moved", B)])
     serve(group, active_s=0.1)
-    modes = [row[1] for row in group.told if row[0] == "set"]
+    modes = [row[1] for row in group.calls if row[0] == "set"]
     assert modes == ["scheduling.expert.mode=active", "scheduling.expert.mode=observe"]
-    last = max(at for at, row in enumerate(group.told) if row[0] == "set")
-    assert [row[1] for row in group.told[last:] if row[0] == "apply"] == [A, B, A, B]
+    last = max(at for at, row in enumerate(group.calls) if row[0] == "set")
+    assert [row[1] for row in group.calls[last:] if row[0] == "apply"] == [A, B, A, B]
 
 
 def test_the_order_turns_with_each_pair_and_both_windows_have_the_same_prompts(serve, monkeypatch):
@@ -273,10 +183,10 @@ def test_a_wave_that_counts_nowhere_comes_between_a_move_and_its_window(serve):
     group = FakeGroup(plans=[("moved", B)])
     serve(group, active_s=0.1)
     counted = {build_salt(5, number * 256 + wave, 0) for number in range(3) for wave in range(2)}
-    for at, row in enumerate(group.told):
+    for at, row in enumerate(group.calls):
         if row[0] == "apply":
-            assert group.told[at + 1][0] == "wave"
-            assert group.told[at + 1][1] not in counted
+            assert group.calls[at + 1][0] == "wave"
+            assert group.calls[at + 1][1] not in counted
 
 
 def test_the_gain_that_the_engine_measured_is_kept_where_something_moved(serve):
@@ -300,7 +210,7 @@ def test_crowded_needs_a_load():
         crowd(ExpertsState.model_validate(experts(load={"steps": 0, "tokens": None})))
 
 
-def test_a_group_that_does_not_move_is_told_with_its_last_decision(monkeypatch):
+def test_a_group_that_does_not_move_is_reported_with_its_last_decision(monkeypatch):
     monkeypatch.setattr(serving, "MOVE_TIMEOUT_S", 0.0)
     group = FakeGroup(obeys=False)
     group.decide("failed", A, reason="a rank cannot")
@@ -319,7 +229,7 @@ def test_a_placement_that_is_there_is_not_asked_for_again():
         return await group.serve(None, None, number)
 
     assert asyncio.run(move(group, A, wave)) is False
-    assert [row[0] for row in group.told] == ["wave"]
+    assert [row[0] for row in group.calls] == ["wave"]
 
 
 def test_a_load_that_is_not_answered_ends_the_measurement(monkeypatch):
@@ -357,7 +267,7 @@ def test_one_pair_is_enough_and_its_interval_is_open(serve):
     assert "no difference is shown" in describe_pairs(measured)[0]
 
 
-# What is said.
+# The report.
 
 
 def measured_of(pairs, outcomes=()) -> Measured:
@@ -366,7 +276,7 @@ def measured_of(pairs, outcomes=()) -> Measured:
         ExpertsState.model_validate(experts(decisions=[{**DECISION, "outcome": outcome}])).decisions[0]
         for outcome in outcomes
     ]
-    decisions = tuple(Seen(at_s=float(at), decision=row) for at, row in enumerate(rows))
+    decisions = tuple(TimedDecision(at_s=float(at), decision=row) for at, row in enumerate(rows))
     target = Target(slots=B, origin=Origin.KEPT)
     return Measured(start=A, target=target, decisions=decisions, pairs=tuple(pairs), document=document)
 
@@ -396,12 +306,12 @@ def test_a_metric_that_was_not_measured_is_no_number():
 
 
 def test_what_active_did_is_counted():
-    told = describe_active(measured_of([], outcomes=("stayed", "moved", "rolledBack")))
-    assert told == ["in the mode active 3 decisions: 1 moved, 1 taken back by itself"]
+    lines = describe_active(measured_of([], outcomes=("stayed", "moved", "rolledBack")))
+    assert lines == ["in the mode active 3 decisions: 1 moved, 1 rolled back by itself"]
     assert describe_active(measured_of([])) == ["in the mode active nothing was decided"]
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_reported():
     assert "measure again when idle" in warn({"load_average": 1.5, "cores": 2})[0]
     assert warn(IDLE) == []
 
@@ -420,160 +330,3 @@ def test_tables_and_document_have_everything():
     assert document["active"][0]["outcome"] == "moved"
     assert document["pairs"][0]["b"]["step, mean"] == pytest.approx(8.0)
     assert next(row["verdict"] for row in document["comparisons"]) == "better"
-
-
-# The group and the command.
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    """With the samples and a folder that looks like a model."""
-    (tmp_path / "manifests").mkdir()
-    for name in ("local-cpu.yaml", SAMPLE.name):
-        (tmp_path / "manifests" / name).write_text((find_checkout() / "manifests" / name).read_text())
-    model = tmp_path / ".cache" / "models" / "tiny"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps({"num_experts": 16}))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_resource_is_the_sample_that_only_observes_and_caches_no_prefix(checkout):
-    scene = plan_group(None, interval_steps=200, window_steps=100)
-    resource = load_resource(scene.manifest)
-    assert scene.manifest.is_relative_to(checkout / ".cache")
-    assert resource.spec.model.uri == f"file://{checkout / '.cache' / 'models' / 'tiny'}"
-    expert = resource.spec.scheduling.expert
-    assert resource.spec.scheduling.engine.policy == "roundRobin"
-    assert (expert.mode, expert.interval, expert.window, expert.redundant_experts) == ("observe", 200, 100, 2)
-    assert resource.spec.engine.args[-1] == NO_PREFIX_CACHE
-    assert scene.deployment.name == "tiny-experts"
-
-
-def test_the_sample_stays_as_it_is():
-    sample = read_sample(find_checkout())
-    before = yaml.safe_dump(sample)
-    edit_sample(sample, Path("/m"), 1, 1)
-    assert yaml.safe_dump(sample) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["missing"], "no such folder"),
-        (["manifests"], "holds no model"),
-        (["--topic", "pros"], "unknown 'pros'"),
-        (["--users", "500"], "128"),
-        (["--start", "crowd"], "crowded"),
-    ],
-)
-def test_what_cannot_be_measured_is_told_before_anything_starts(checkout, monkeypatch, words, told):
-    monkeypatch.setattr(group_module, "served", None)
-    answer = CliRunner().invoke(app, ["serve", *words])
-    assert answer.exit_code == 2
-    assert told in answer.output
-    assert "Traceback" not in answer.output
-
-
-def stand(monkeypatch, group: FakeGroup) -> list[str]:
-    """The command, on a stand-in; what was started and stopped."""
-    told = []
-
-    @contextmanager
-    def fake_standing(scene, say):
-        told.append("up")
-        try:
-            yield group
-        finally:
-            told.append("down")
-
-    async def prepare(*_):
-        return None
-
-    monkeypatch.setattr(command, "standing", fake_standing)
-    monkeypatch.setattr(command, "prepare_waves", prepare)
-    monkeypatch.setattr(serving, "run_wave", group.serve)
-    return told
-
-
-def test_the_command_measures_prints_and_writes(checkout, monkeypatch):
-    told = stand(monkeypatch, FakeGroup(plans=[("moved", B)]))
-    answer = CliRunner().invoke(app, ["serve", "--pairs", "2", "--window-s", "1", "--active-s", "0.1", "--json", "o"])
-    assert answer.exit_code == 0, answer.output
-    assert told == ["up", "down"]
-    assert "B's steps are shorter" in answer.output
-    assert json.loads((checkout / "o").read_text())["environment"]["python"]
-
-
-def test_a_failure_is_told_in_a_line_and_all_is_stopped(checkout, monkeypatch):
-    group = FakeGroup()
-    told = stand(monkeypatch, group)
-
-    async def gone():
-        raise Failure("tiny-experts-engine-0: its agent cannot be reached")
-
-    group.look = gone
-    answer = CliRunner().invoke(app, ["serve"])
-    assert answer.exit_code == 1
-    assert "cannot be reached" in answer.output
-    assert told == ["up", "down"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_stops_all(checkout, monkeypatch, number):
-    group = FakeGroup()
-    told = stand(monkeypatch, group)
-
-    async def interrupted(*_):
-        signal.raise_signal(number)
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(serving, "run_wave", interrupted)
-    answer = CliRunner().invoke(app, ["serve"])
-    assert answer.exit_code != 0
-    assert told == ["up", "down"]
-
-
-def test_the_group_is_told_through_its_agent(monkeypatch):
-    document, asked = ExpertsState.model_validate(experts()), []
-    agent = group_module.Agent(engine="tiny-engine-0", url="http://127.0.0.1:7")
-    reached = group_module.Reached(name="tiny", agents=(agent,), tokens=("t",))
-
-    async def fetch(_):
-        return {"tiny-engine-0": document}
-
-    async def send(*words):
-        asked.append(words)
-
-    async def call(endpoint, method, path, body=None):
-        return {"ranks": [{"step": 3}, {"step": 7}]}
-
-    monkeypatch.setattr(group_module, "fetch_experts", fetch)
-    monkeypatch.setattr(group_module, "send_directive", send)
-    monkeypatch.setattr(group_module, "call_json", call)
-    local = LocalGroup(deployment=None, reached=reached)
-    assert asyncio.run(local.look()) is document
-    assert asyncio.run(local.read_steps()) == 7
-    asyncio.run(local.apply(B))
-    assert asked == [(agent, ("t",), {"action": "apply", "physical_to_logical": [list(row) for row in B]})]
-
-
-def test_a_group_that_does_not_start_is_taken_down(checkout, monkeypatch):
-    calls = []
-
-    class Done:
-        returncode = 1
-
-    def run(words, check):
-        calls.append(words[1])
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", run)
-    scene = plan_group(None, interval_steps=1, window_steps=1)
-    with pytest.raises(InvalidInput, match="up failed"), standing(scene, lambda _: None):
-        raise AssertionError("does not get here")
-    assert calls == ["up", "down"]
-
-
-def test_pairs_none_give_none():
-    assert asyncio.run(measure_pairs(FakeGroup(), None, (A, B), 0, 1, print)) == ()

@@ -191,7 +191,7 @@ def test_the_table_shows_medians_ratio_interval_goal_versions_and_sample_sizes()
 
 
 @pytest.mark.parametrize(("load", "lines"), [(0.2, 0), (5.0, 1)])
-def test_a_busy_machine_is_told(load, lines):
+def test_a_busy_machine_is_reported(load, lines):
     assert len(warn_if_busy({"load_average": load, "cores": 2})) == lines
 
 
@@ -254,7 +254,7 @@ def test_wrong_input_is_one_line_that_names_what_is_wrong(arguments, line):
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_program_that_is_no_router_is_told_with_its_last_words(tmp_path):
+def test_a_program_that_is_no_router_is_reported_with_its_last_words(tmp_path):
     program = tmp_path / "vllm-router"
     program.write_text("#!/bin/sh\necho I am something else >&2\nexit 3\n")
     program.chmod(0o755)

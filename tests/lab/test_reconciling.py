@@ -85,7 +85,7 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
     assert "idle, API calls a minute:" in done.stdout
 
 
-def test_a_kubeconfig_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_kubeconfig_that_is_not_there_is_reported_in_a_line(tmp_path: Path) -> None:
     words = ["--kubeconfig", str(tmp_path / "none")]
     done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2

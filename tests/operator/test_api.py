@@ -58,7 +58,7 @@ INTERNAL_SETTINGS = {"yield_prefills", "cut_prefills", "defer_scheduling", "kv_g
 def test_every_setting_of_the_core_can_be_set() -> None:
     request = {
         "policy": "priority", "ageingRate": 2.5, "ageingHorizon": "1m", "priorityStep": "0s",
-        "fairnessHorizon": "3s",
+        "fairnessHorizon": "3s", "outputWeight": 1.5,
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
     expert = {
@@ -82,6 +82,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         ageing_horizon_s=60,
         priority_step_s=0,
         fairness_horizon_s=3,
+        output_weight=1.5,
     )
     assert asdict(given_engine) == {
         "policy": "roundRobin",
@@ -161,7 +162,7 @@ def test_what_the_core_refuses_at_zero_the_resource_refuses(layer: str, name: st
 def test_a_field_that_was_removed_is_refused_with_the_fields_that_are_known(field: str) -> None:
     (line,) = refusal(with_spec(scheduling={"request": {field: 0}}))
     assert line.startswith(f"spec.scheduling.request.{field}: unknown field; ")
-    assert line.endswith("known: ageingHorizon, ageingRate, fairnessHorizon, policy, priorityStep")
+    assert line.endswith("known: ageingHorizon, ageingRate, fairnessHorizon, outputWeight, policy, priorityStep")
 
 
 @pytest.mark.parametrize("policy", ["gimbal", "powerOfTwo", "vllmInternal"])
@@ -191,7 +192,7 @@ def test_a_policy_that_was_removed_is_refused_with_the_policies_that_are_known(p
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
             "spec.scheduling.request.ageing_rate: unknown field; nearest known: ageingRate; "
-            "known: ageingHorizon, ageingRate, fairnessHorizon, policy, priorityStep",
+            "known: ageingHorizon, ageingRate, fairnessHorizon, outputWeight, policy, priorityStep",
         ),
         ({"engine": {"replicas": "2"}}, "spec.engine.replicas: input should be a valid integer, got '2'"),
         ({"engine": {"replicas": True}}, "spec.engine.replicas: input should be a valid integer, got True"),

@@ -132,7 +132,7 @@ def test_one_engine_of_several_is_chosen_by_name(served: Served) -> None:
     assert served.say("apply", "--yes", code=2) == "--engine: name one; known: a-engine-0, a-engine-1\n"
 
 
-def test_the_engines_own_plan_is_applied_and_taken_back(served: Served) -> None:
+def test_the_engines_own_plan_is_applied_and_rolled_back(served: Served) -> None:
     engine = ("--engine", "a-engine-0")
     version, before = served.placement("a-engine-0")
     said = served.say("apply", *engine, "--yes")

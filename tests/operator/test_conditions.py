@@ -7,21 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_operator.api.status import Condition, ConditionStatus
-from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
+from moe_operator.kubernetes.conditions import (
+    ConditionInputs,
+    build_conditions,
+    changed_conditions,
+    is_bad,
+    read_conditions,
+)
 from moe_operator.kubernetes.diagnosis import Finding
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-WELL = Seen(desired=2, engines=2, ready=2, gateways=1)
+WELL = ConditionInputs(desired=2, engines=2, ready=2, gateways=1)
 BROKEN = Finding(reason="ImageCannotBePulled", message="the image x cannot be pulled", pod="p")
 ALSO = Finding(reason="OutOfMemory", message="more memory", pod="q")
 
 
-def verdicts(seen: Seen) -> dict[str, tuple[str, str, str]]:
-    return {row.type: (row.status.value, row.reason, row.message) for row in build_conditions(seen, {}, NOW)}
+def verdicts(inputs: ConditionInputs) -> dict[str, tuple[str, str, str]]:
+    return {row.type: (row.status.value, row.reason, row.message) for row in build_conditions(inputs, {}, NOW)}
 
 
 @pytest.mark.parametrize(
-    ("seen", "kind", "status", "reason", "message"),
+    ("inputs", "kind", "status", "reason", "message"),
     [
         (WELL, "Ready", "True", "Serving", "2 of 2 engines accept requests"),
         (WELL, "Progressing", "False", "Complete", "everything is as it should be"),
@@ -59,8 +65,10 @@ def verdicts(seen: Seen) -> dict[str, tuple[str, str, str]]:
         (replace(WELL, limited=("TooFewReplicas", "more")), "AutoscalingLimited", "True", "TooFewReplicas", "more"),
     ],
 )
-def test_each_condition_says_what_holds_and_why(seen: Seen, kind: str, status: str, reason: str, message: str) -> None:
-    assert verdicts(seen)[kind] == (status, reason, message)
+def test_each_condition_says_what_holds_and_why(
+    inputs: ConditionInputs, kind: str, status: str, reason: str, message: str
+) -> None:
+    assert verdicts(inputs)[kind] == (status, reason, message)
 
 
 def test_a_missing_kind_is_named_with_what_to_do_before_anything_else() -> None:
@@ -99,8 +107,8 @@ def test_conditions_are_read_back_and_what_cannot_be_read_is_left_out() -> None:
 
 
 findings = st.lists(st.sampled_from([BROKEN, ALSO]), max_size=2)
-anything_seen = st.builds(
-    Seen,
+any_inputs = st.builds(
+    ConditionInputs,
     invalid=st.sampled_from(["", "spec: no"]),
     refused=st.sampled_from(["", "no"]),
     paused=st.booleans(),
@@ -115,12 +123,14 @@ anything_seen = st.builds(
 )
 
 
-@given(anything_seen)
-def test_whatever_was_seen_there_is_one_condition_of_each_kind_and_nothing_changes_without_a_change(seen: Seen) -> None:
-    rows = build_conditions(seen, {}, NOW)
+@given(any_inputs)
+def test_there_is_one_condition_of_each_kind_and_none_changes_without_a_change(
+    inputs: ConditionInputs,
+) -> None:
+    rows = build_conditions(inputs, {}, NOW)
     assert len({row.type for row in rows}) == len(rows) == 6
     before = {row.type: row for row in rows}
-    assert build_conditions(seen, before, NOW + timedelta(days=1)) == rows
+    assert build_conditions(inputs, before, NOW + timedelta(days=1)) == rows
     ready: Condition = before["Ready"]
     if ready.status is ConditionStatus.TRUE:
-        assert seen.gateways, "without a gateway nothing serves"
+        assert inputs.gateways, "without a gateway nothing serves"

@@ -17,7 +17,7 @@ from moe_operator.experts.report import (
     build_experts,
     judge_experts,
 )
-from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad
+from moe_operator.kubernetes.conditions import ConditionInputs, build_conditions, changed_conditions, is_bad
 from moe_operator.kubernetes.report import build_status
 from moe_operator.plan.names import Names
 
@@ -147,8 +147,8 @@ def test_only_what_somebody_has_to_act_on_is_a_warning() -> None:
 
 def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
     def reported(before: dict[str, Condition], **changes: Any) -> tuple[dict[str, Condition], list[str]]:
-        seen = Seen(has_experts=True, experts=status(experts(**changes)))
-        after = build_conditions(seen, before, NOW)
+        inputs = ConditionInputs(has_experts=True, experts=status(experts(**changes)))
+        after = build_conditions(inputs, before, NOW)
         events = [row.reason for row in changed_conditions(before, after) if row.type == CONDITION]
         return {row.type: row for row in after}, events
 
@@ -164,10 +164,10 @@ def test_an_event_comes_with_a_transition_and_not_with_a_number() -> None:
 
 def status_document(before: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resource = {"metadata": {"name": "a", "generation": 1}, "spec": {}, "status": before}
-    written, seen = build_status(
-        resource, Names("a"), "default", Seen(has_experts=True), [], States(), {"e0": read(document)}
+    written, inputs = build_status(
+        resource, Names("a"), "default", ConditionInputs(has_experts=True), [], States(), {"e0": read(document)}
     )
-    assert seen.experts == ExpertsStatus.model_validate(written["experts"])
+    assert inputs.experts == ExpertsStatus.model_validate(written["experts"])
     return written
 
 

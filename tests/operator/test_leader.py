@@ -255,3 +255,21 @@ def test_whatever_becomes_of_their_calls_never_may_two_write_and_in_the_end_one_
         await end(last)
 
     virtually(steps)
+
+
+@pytest.mark.parametrize("rounds", range(20))
+@pytest.mark.parametrize("leads", [False, True])
+def test_an_election_that_is_cancelled_ends_at_whatever_point_it_is(rounds: int, leads: bool) -> None:
+    async def steps() -> None:
+        one = election(Way(Leases()), "a")
+        run = asyncio.create_task(one.run())
+        if leads:
+            # Up to the moment of the next renewal.
+            await asyncio.sleep(TERMS.retry_s)
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        run.cancel()
+        await asyncio.wait([run], timeout=60.0)
+        assert run.cancelled()
+
+    virtually(steps)

@@ -73,7 +73,7 @@ def test_a_state_of_another_kind_is_a_line(folder: Folder) -> None:
         load_record(folder)
 
 
-def test_a_process_is_reported_from_a_later_one_with_its_id() -> None:
+def test_a_process_differs_from_a_later_one_with_its_id() -> None:
     alive = identify(os.getpid())
     assert find_process(alive) is not None
     assert find_process(Alive(pid=alive.pid, started=alive.started - 10)) is None

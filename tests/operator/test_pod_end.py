@@ -1,4 +1,4 @@
-"""How pods end: everybody has time to notice, and running streams have the time of the drain."""
+"""How pods end: gateways have time to notice, and running streams have the time of the drain."""
 
 import pytest
 from moe_operator.api.resource import MoEServing

@@ -161,3 +161,23 @@ def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
 
     in_queue(steps)
+
+
+@pytest.mark.parametrize("rounds", range(6))
+def test_a_worker_that_is_cancelled_as_an_item_comes_ends(rounds: int) -> None:
+    async def steps(queue: Queue) -> None:
+        async def work() -> None:
+            while True:
+                queue.done(await queue.take())
+
+        queue.add_after("later", 3600.0)
+        worker = asyncio.create_task(work())
+        await asyncio.sleep(1.0)
+        queue.add("a")
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        worker.cancel()
+        await asyncio.wait([worker], timeout=60.0)
+        assert worker.cancelled()
+
+    in_queue(steps)

@@ -25,7 +25,7 @@ Document = dict[str, Any]
 
 
 def examples(strategy: SearchStrategy[Document], count: int) -> list[Document]:
-    """So many documents, the same at each run."""
+    """Returns `count` documents, the same at each run."""
     found: list[Document] = []
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])

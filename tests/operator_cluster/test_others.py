@@ -119,7 +119,7 @@ async def test_a_stranger_with_the_name_of_a_child_is_reported_and_not_touched(
         assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
 
 
-async def test_two_resources_whose_services_would_be_one_are_reported_apart(
+async def test_of_two_resources_whose_services_would_be_one_the_second_is_refused(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:
     async with started(serving_cluster.kubeconfig, namespace) as operator:

@@ -176,7 +176,7 @@ def test_equals_take_turns_evenly(settings):
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.policy)
-def test_who_does_not_accept_or_failed_is_passed_over(settings):
+def test_a_target_that_does_not_accept_or_failed_is_passed_over(settings):
     states = [engine(A, accepting=False), engine(B), engine(C, waiting_prefill_tokens=10**6, waiting=9)]
     for turn in range(3):
         assert choose(Job(1), states, settings, turn=turn, exclude=(B,)).target == C

@@ -166,7 +166,7 @@ def test_a_round_moves_no_more_than_a_quarter_of_a_new_placement():
 HOT = [[[5.0, 5.0, 1.0, 1.0]]]
 
 
-def test_a_load_that_does_not_last_moves_nothing_but_what_is_taken_back():
+def test_a_load_that_does_not_last_moves_nothing_but_what_is_rolled_back():
     """Another pair of experts is hot each time: what one load asks for, the next does not."""
     start = placement = placed([0, 1, 2, 3])
     history, outcomes = None, []

@@ -1,4 +1,4 @@
-"""The regret bound: the account of gains and costs since the beginning, the rollback, and the bound on the loss."""
+"""The regret bound: gains and costs since the beginning, the rollback, and the bound on the loss."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def figures(regret):
     return regret.won_s, regret.paid_s, regret.duration_s
 
 
-def test_the_account_counts_what_placements_win_against_the_first_and_what_moves_cost():
+def test_the_regret_counts_what_placements_win_against_the_first_and_what_moves_cost():
     first = RegretBound(began=START).add_steps(HOT, START, COSTS, 1000)
     assert figures(first) == (0.0, 0.0, 10.0)
     there = first.add_moves(1.0).add_steps(HOT, SWAPPED, COSTS, 1000)
@@ -102,7 +102,7 @@ def test_what_a_placement_lost_before_it_was_rolled_back_counts():
     assert regret.won_s == pytest.approx(-2.0)
 
 
-def test_the_account_is_passed_on_to_the_next_decision():
+def test_the_regret_is_passed_on_to_the_next_decision():
     history = add_steps(None, HOT, START, COSTS, 1000)
     decision = plan_experts(HOT, START, COSTS, ExpertSettings(), history)
     assert isinstance(decision, Move)
@@ -179,8 +179,8 @@ def test_whatever_comes_little_is_lost_against_moving_nothing(seed, move_s):
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2e-3, 0.05, 0.5, 2.0]), st.sampled_from(["whole", "half", "any"]))
 @settings(max_examples=40, deadline=None)
-def test_whatever_is_taken_back_or_ends_half_way_little_is_lost_against_moving_nothing(seed, move_s, ends):
-    """As the controller does: what does not win under the load that comes is taken back after half of it."""
+def test_whatever_is_rolled_back_or_ends_half_way_little_is_lost_against_moving_nothing(seed, move_s, ends):
+    """As the controller does: what does not win under the load that comes is rolled back after half of it."""
     generator = np.random.default_rng(seed)
     costs = ExpertCosts(token_s=2.2e-7, move_s=move_s)
     start = placement = initial_placement(layers=4, experts=16, redundant=2, ranks=2)

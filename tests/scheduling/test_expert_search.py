@@ -20,20 +20,18 @@ def problems(draw):
     table = np.array([generator.permutation(row) for row in rows])
     work = generator.pareto(draw(st.sampled_from([0.5, 1.5])), (layers, experts)) * draw(st.sampled_from([0.0, 1.0]))
     traffic = generator.random((layers, experts, ranks)).astype(np.float32) if draw(st.booleans()) else None
-    problem = SearchInput(work_s=work, traffic_s=traffic, move_price_s=0.01, max_moves=draw(st.integers(0, 20)))
-    return problem, Placement(physical_to_logical=table, ranks=ranks)
+    inputs = SearchInput(work_s=work, traffic_s=traffic, move_price_s=0.01, max_moves=draw(st.integers(0, 20)))
+    return inputs, Placement(physical_to_logical=table, ranks=ranks)
 
 
-def cost(problem: SearchInput, table: np.ndarray, ranks: int) -> np.ndarray:
+def cost(inputs: SearchInput, table: np.ndarray, ranks: int) -> np.ndarray:
     """[layer]: the busiest rank and the traffic."""
-    layers, experts = problem.work_s.shape
+    layers, experts = inputs.work_s.shape
     copies = count_copies(table, experts)
     rank, layer = np.arange(table.shape[1]) // (table.shape[1] // ranks), np.arange(layers)[:, None]
-    load = (problem.work_s / copies)[layer, table].reshape(layers, ranks, -1).sum(2).max(1)
+    load = (inputs.work_s / copies)[layer, table].reshape(layers, ranks, -1).sum(2).max(1)
     traffic = (
-        np.zeros(layers)
-        if problem.traffic_s is None
-        else (problem.traffic_s[layer, table, rank] / copies[layer, table])
+        np.zeros(layers) if inputs.traffic_s is None else (inputs.traffic_s[layer, table, rank] / copies[layer, table])
     )
     return load + traffic.reshape(layers, -1).sum(1)
 
@@ -44,40 +42,40 @@ def states(path: Path):
 
 
 @given(problems())
-def test_each_state_of_the_path_wins_and_moves_what_it_says(given_problem):
-    problem, placement = given_problem
-    path, start = search_steps(problem, placement), placement.physical_to_logical
-    before = cost(problem, start, placement.ranks)
+def test_each_state_of_the_path_wins_and_moves_what_it_says(given_input):
+    inputs, placement = given_input
+    path, start = search_steps(inputs, placement), placement.physical_to_logical
+    before = cost(inputs, start, placement.ranks)
     for number, state in enumerate(states(path)):
         table = apply_steps(path, start, state)
-        won = before - cost(problem, table, placement.ranks)
+        won = before - cost(inputs, table, placement.ranks)
         assert won == pytest.approx(path.gain_s[number], rel=1e-3, abs=1e-4 * (1 + before.max()))
         after = Placement(physical_to_logical=table, ranks=placement.ranks)
         assert count_moves(placement, after).tolist() == path.moves[number].tolist()
-        assert (count_copies(table, problem.work_s.shape[1]) > 0).all()
+        assert (count_copies(table, inputs.work_s.shape[1]) > 0).all()
 
 
 @given(problems())
-def test_the_search_leaves_what_it_was_given_as_it_was(given_problem):
-    problem, placement = given_problem
-    table, work = placement.physical_to_logical.copy(), problem.work_s.copy()
-    search_steps(problem, placement)
+def test_the_search_leaves_what_it_was_given_as_it_was(given_input):
+    inputs, placement = given_input
+    table, work = placement.physical_to_logical.copy(), inputs.work_s.copy()
+    search_steps(inputs, placement)
     assert (placement.physical_to_logical == table).all()
-    assert (problem.work_s == work).all()
+    assert (inputs.work_s == work).all()
 
 
 @given(problems(), st.integers(0, 2**32 - 1))
-def test_a_layer_is_searched_as_if_it_were_alone(given_problem, seed):
-    problem, placement = given_problem
+def test_a_layer_is_searched_as_if_it_were_alone(given_input, seed):
+    inputs, placement = given_input
     order = np.random.default_rng(seed).permutation(placement.layers)
     for layer in order[:1]:
-        traffic = None if problem.traffic_s is None else problem.traffic_s[[layer]]
+        traffic = None if inputs.traffic_s is None else inputs.traffic_s[[layer]]
         alone = SearchInput(
-            work_s=problem.work_s[[layer]], traffic_s=traffic, move_price_s=0.01, max_moves=problem.max_moves
+            work_s=inputs.work_s[[layer]], traffic_s=traffic, move_price_s=0.01, max_moves=inputs.max_moves
         )
         table = placement.physical_to_logical
         one = search_steps(alone, Placement(physical_to_logical=table[[layer]], ranks=placement.ranks))
-        every = search_steps(problem, placement)
+        every = search_steps(inputs, placement)
         end = apply_steps(every, table, np.full(placement.layers, len(every.moves)))[layer]
         assert (apply_steps(one, table[[layer]], np.array([len(one.moves)]))[0] == end).all()
 

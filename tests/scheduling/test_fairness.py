@@ -1,4 +1,4 @@
-"""Tenants in one queue: who is served next, the bound of a lag, and one tenant is served as if there were none."""
+"""Tenants in one queue: which is served next, the bound of a lag, and one tenant is served as if there were none."""
 
 import random
 from collections import Counter
@@ -313,7 +313,7 @@ def test_tenants_that_come_and_go_while_another_waits_leave_nothing_behind():
 
 
 def test_new_names_for_each_request_gain_nothing_over_a_tenant_that_waits_with_one():
-    """Who takes a new name for each request is served as one tenant with the least counter would be."""
+    """A client that takes a new name for each request is served as one tenant with the least counter would be."""
     dice = random.Random(0)
     queue, served = WaitingQueue(FAIR), Counter()
     for number in range(4000):

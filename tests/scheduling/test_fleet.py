@@ -229,7 +229,7 @@ def test_a_request_starts_the_idle_time_anew():
     assert [type(decision) for decision in decisions] == [Keep, Keep, Keep, Scale]
 
 
-def test_who_did_not_look_for_the_idle_time_cannot_say_that_no_request_came():
+def test_without_an_observation_as_old_as_the_idle_time_nothing_shows_that_no_request_came():
     rules = settings(min_replicas=0, idle_s=600.0)
     decisions = run_idle(rules, engines(1), [0.0, 601.0, 1200.0, 1201.0])
     assert [type(decision) for decision in decisions] == [Keep, Keep, Keep, Scale]

@@ -23,13 +23,13 @@ DECODING = RankLoad(decoding=10)
         ("the others decode", [RankLoad(1000, decoding=5), DECODING], 1000),
     ],
 )
-@pytest.mark.parametrize("curve", [None, StepTimeCurve(token_s=0.0001, floor_s=0.1, knees=())])
+@pytest.mark.parametrize("curve", [None, StepTimeCurve(token_s=0.0001, decode_only_s=0.1, knees=())])
 def test_without_a_knee_nothing_is_cut(case, ranks, tokens, curve):
     assert plan_prefill_tokens(ranks, curve) == tokens, case
 
 
 # From 1,000 tokens of all ranks on, each token takes twice as long.
-CURVE = StepTimeCurve(token_s=0.0001, floor_s=0.1, knees=(RooflineKnee(1000, 0.0001),))
+CURVE = StepTimeCurve(token_s=0.0001, decode_only_s=0.1, knees=(RooflineKnee(1000, 0.0001),))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_more_that_wait_for_their_first_token_never_cut_more(ranks, curve, facto
 
 
 @pytest.mark.parametrize("value", [0.0, math.ulp(0.0)])
-def test_a_curve_without_a_slope_or_a_floor_is_no_error(value):
+def test_a_curve_without_a_slope_or_a_decoding_time_is_no_error(value):
     curve = StepTimeCurve(value, value, (RooflineKnee(1000, value),))
     assert 1 <= plan_prefill_tokens([RankLoad(4000, 10, 1), DECODING], curve) <= 4000

@@ -94,7 +94,7 @@ def test_requests_stand_for_those_of_other_gateways_until_the_next_signal():
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1400
     its.observe(EngineSignal(waiting_prefill_tokens=1350), 3.0)
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1350
-    # Where no signal is believed, the own requests count alone.
+    # Without a fresh signal, the own requests count alone.
     assert its.ahead_prefill_tokens(30.0, STALE_AFTER_S) == 100
 
 
@@ -169,7 +169,7 @@ def test_a_step_time_model_outlives_its_signal():
 
 
 @pytest.mark.parametrize(
-    ("said", "believed"),
+    ("given", "used"),
     [
         ({"running": -1, "waiting": math.nan, "step": -3}, {"running": 0, "waiting": 0, "step": 0}),
         ({"waiting_prefill_tokens": math.inf, "preemptions": 10**400}, {"waiting_prefill_tokens": 0, "preemptions": 0}),
@@ -192,20 +192,20 @@ def test_a_step_time_model_outlives_its_signal():
         ({"step_time": STEP_TIME}, {"step_time": STEP_TIME}),
     ],
 )
-def test_implausible_values_of_a_signal_are_replaced(said, believed):
+def test_implausible_values_of_a_signal_are_replaced(given, used):
     its = new_state()
-    its.observe(EngineSignal(**said), 1.0)
-    assert {name: getattr(its.signal, name) for name in believed} == believed
+    its.observe(EngineSignal(**given), 1.0)
+    assert {name: getattr(its.signal, name) for name in used} == used
 
 
 @pytest.mark.parametrize("signal", [{"expert_balance": 1.6}, {"expert_balance": 1.6, "expert_pressure": 0.4}])
 def test_the_load_of_the_experts_changes_no_prediction(signal):
     """A lasting imbalance is in the fitted step time already; all ranks of a group wait for the busiest one."""
     predicted_s = set()
-    for said in ({}, signal):
+    for given in ({}, signal):
         its = new_state()
         its.observe(EngineSignal(step=1000, step_time=STEP_TIME), 1.0)
-        its.observe(EngineSignal(step=1010, step_time=STEP_TIME, **said), 1.0)
+        its.observe(EngineSignal(step=1010, step_time=STEP_TIME, **given), 1.0)
         predicted_s.add(its.first_token_s(100, STEP_TIME, 1.0, STALE_AFTER_S))
     assert len(predicted_s) == 1
 

@@ -20,7 +20,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 @given(request_id=ids, name=names)
-def test_the_engine_finds_who_the_gateway_named(way, request_id, name):
+def test_the_engine_finds_the_tenant_that_the_gateway_named(way, request_id, name):
     tenant = hash_tenant(name)
     assert tenant_of(way.format(sign_request_id(request_id, tenant).decode())) == tenant != ANONYMOUS_TENANT
 
@@ -44,7 +44,7 @@ def test_a_suffix_is_short_and_says_nothing_of_the_name(name):
     assert set(suffix[2:]) <= set(b"0123456789abcdef")
 
 
-def test_no_name_is_the_nameless_tenant_and_leaves_the_id_as_it_is():
+def test_no_name_is_the_anonymous_tenant_and_leaves_the_id_as_it_is():
     assert hash_tenant(b"") == ANONYMOUS_TENANT
     assert sign_request_id(b"id", ANONYMOUS_TENANT) == b"id"
 

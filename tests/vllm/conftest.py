@@ -195,7 +195,7 @@ def start_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
 @pytest.fixture
 def start_nodes(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., list[Agent]]]:
-    """Starts the agents of one replica that spans so many nodes, all on this machine."""
+    """Starts the agents of one replica that spans several nodes, all on this machine."""
     agents: list[Agent] = []
 
     def start(nodes: int, **shape: Any) -> list[Agent]:

@@ -106,7 +106,7 @@ def random_placement(dice: random.Random) -> list[list[int]]:
     return rows
 
 
-def test_each_rank_serves_the_requests_that_name_it_and_has_its_own_page(group, prompts, expected):
+def test_each_rank_serves_the_requests_that_name_it_and_has_its_own_record(group, prompts, expected):
     before = {row["rank"]: row["computed_tokens"] for row in group.state()["ranks"]}
     assert before.keys() == {0, 1}
     for rank in (0, 1):
@@ -176,13 +176,13 @@ def test_a_person_takes_a_move_back(group, prompts, expected):
     before = experts(group)
     direct(group, action="rollback")
     version = before["placement"]["version"]
-    document = serve_until(group, "taken back", lambda document: document["placement"]["version"] > version)
+    document = serve_until(group, "rolled back", lambda document: document["placement"]["version"] > version)
     assert document["decisions"][0]["outcome"] == "rolledBack"
     assert document["placement"]["physical_to_logical"] != before["placement"]["physical_to_logical"]
     assert answer_all(group, prompts) == expected
 
 
-def test_the_pressure_of_the_ranks_reaches_their_pages(group, prompts):
+def test_the_pressure_of_the_ranks_reaches_their_records(group, prompts):
     crowded = [[*range(9), *range(9, 16), 15, 15] for _ in range(LAYERS)]
     direct(group, action="apply", physical_to_logical=crowded)
     answer_all(group, prompts)

@@ -119,7 +119,7 @@ def take_document(document: Any, outcome: Outcome) -> None:
 
 
 class Load:
-    """Clients that ask one thing after the other, every other one for a stream, until they are told to stop."""
+    """Clients that ask one thing after the other, every other one for a stream, until they are stopped."""
 
     def __init__(self, session: aiohttp.ClientSession, prompts: Sequence[Sequence[int]]) -> None:
         self.outcomes: list[Outcome] = []
@@ -138,7 +138,7 @@ class Load:
             turn += CLIENTS + 1
 
     async def wait_for_answers(self, count: int) -> None:
-        """Until so many further requests have ended well."""
+        """Returns when `count` further requests have ended well."""
         wanted = self.answered + count
         async with asyncio.timeout(WAIT_S * 3):
             while self.answered < wanted:

@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def experiments() -> None:
-    """Experiments on the simulator."""
+    """Experiments on the simulator, one command each."""
 
 
 @app.command("run")

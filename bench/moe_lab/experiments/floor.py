@@ -85,7 +85,7 @@ def speeds_of(cost: CostModel, ranks: int, trace: Sequence[TraceRequest], decodi
     return [STEP_TOKENS / cost.group_step_s([full] * busy + [decodes] * (ranks - busy)) for busy in range(1, ranks + 1)]
 
 
-def floor_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -> float:
+def bound_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -> float:
     """The mean TTFT of the fluid model.
 
     Args:
@@ -110,7 +110,7 @@ class Floor:
     workload: str
     load: float
     seed: int
-    floor_s: float
+    bound_s: float
     best_s: float
     ours_s: float
 
@@ -131,10 +131,10 @@ def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet
             experiment="floor", workload=workload, variant=REFERENCE, load=load, seed=seed, count=base["count"],
             fleet=fleet,
         )  # fmt: skip
-        least_s = floor_s(build_run(run, traces, base["rate"]), base["figures"], base["rate"])
+        least_s = bound_s(build_run(run, traces, base["rate"]), base["figures"], base["rate"])
         ours_s = runs[PRODUCT]["figures"]["ttft_mean"]
         floors.append(
-            Floor(workload=workload, load=load, seed=seed, floor_s=least_s, best_s=min(rivals), ours_s=ours_s)
+            Floor(workload=workload, load=load, seed=seed, bound_s=least_s, best_s=min(rivals), ours_s=ours_s)
         )
     return floors
 
@@ -146,7 +146,7 @@ def render_floors(floors: Sequence[Floor]) -> Table:
         table.add_column(name, justify="right")
     for load in sorted({row.load for row in floors}):
         rows = [row for row in floors if row.load == load]
-        ratios = [row.floor_s / row.best_s for row in rows]
+        ratios = [row.bound_s / row.best_s for row in rows]
         table.add_row(
             f"{load:.0%}",
             str(len(rows)),
@@ -154,7 +154,7 @@ def render_floors(floors: Sequence[Floor]) -> Table:
             f"{min(ratios):.2f}",
             f"{max(ratios):.2f}",
             f"{_mean([row.ours_s / row.best_s for row in rows]):.2f}",
-            f"{_mean([row.ours_s / row.floor_s for row in rows]):.2f}",
+            f"{_mean([row.ours_s / row.bound_s for row in rows]):.2f}",
         )
     return table
 

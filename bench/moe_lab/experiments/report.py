@@ -65,7 +65,7 @@ Ours / ours with this otherwise, over all workloads but the adversarial ones: ab
 _TENANTS = """## Between tenants
 
 Light: tenants that ask for no more than an equal part of the tokens. Index: Jain's, over the tenants' mean slowdown
-(TTFT over that alone on an idle engine); who asks for less than its part may well be served better than others.
+(TTFT over that alone on an idle engine); a tenant that asks for less than its part may be served better than others.
 """
 _KEPT_APART = f"""## On seeds kept apart
 

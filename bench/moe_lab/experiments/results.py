@@ -51,7 +51,7 @@ TENANT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Where variants are compared."""
+    """One fleet, workload and load (part of the fleet's capacity) at which variants are compared."""
 
     fleet: str
     workload: str
@@ -79,7 +79,7 @@ class Results:
 
     @property
     def cases(self) -> list[Case]:
-        """All, in order."""
+        """Returns all cases, ordered by fleet, workload and load."""
         return sorted(self._figures, key=lambda case: (case.fleet, case.workload, case.load))
 
     def variants(self, case: Case) -> list[str]:
@@ -213,7 +213,7 @@ def crossing(points: Sequence[tuple[float, float]], level: float) -> float | Non
 
 
 def fleet_name(fleet: Mapping[str, Any]) -> str:
-    """For tables: what serves."""
+    """Returns preset, number of servers and ranks in words, for tables."""
     ranks = f"{fleet['ranks']} ranks in lockstep" if fleet["ranks"] > 1 else "1 rank"
     servers = f"{fleet['servers']} servers of {ranks}" if fleet["servers"] > 1 else f"one server of {ranks}"
     return f"{fleet['preset']}, {servers}"

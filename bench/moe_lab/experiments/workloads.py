@@ -38,7 +38,7 @@ class Workload:
     Attributes:
         build: `count` requests for a seed; their times are set later.
         arrivals: how they come.
-        senders: who sends them.
+        senders: their tenants.
         trace: name of the trace's file that it needs; empty for none.
         length: how many times the requests of a run that others have: many are on their way at once where prompts are
             short, and a run has to last for several of their lives.

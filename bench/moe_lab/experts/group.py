@@ -48,7 +48,7 @@ class Group(Protocol):
         ...
 
     async def set(self, settings: Sequence[str]) -> None:
-        """`moeserving set`."""
+        """Changes settings given as `PATH=VALUE`, as `moeserving set` does."""
         ...
 
     async def read_settings(self) -> ExpertSettings:
@@ -68,25 +68,25 @@ class LocalGroup:
         return self.reached.agents[0]
 
     async def look(self) -> ExpertsState:
-        """See `Group`."""
+        """Returns the experts' state of the group's engine."""
         return (await fetch_experts(self.reached))[self._agent.engine]
 
     async def read_steps(self) -> int:
-        """See `Group`."""
+        """Returns the greatest step number of the engine's ranks."""
         state = await call_json(Endpoint.parse(self._agent.url), "GET", "/v1/state")
         return max(int(row["step"]) for row in state["ranks"])
 
     async def apply(self, slots: Slots) -> None:
-        """See `Group`."""
+        """Asks the engine for a placement, `[layer][slot]`; returns before it is in force."""
         body = {"action": "apply", "physical_to_logical": [list(row) for row in slots]}
         await send_directive(self._agent, self.reached.tokens, body)
 
     async def set(self, settings: Sequence[str]) -> None:
-        """See `Group`."""
+        """Changes settings of the deployment, given as `PATH=VALUE`."""
         await self.deployment.set(settings)
 
     async def read_settings(self) -> ExpertSettings:
-        """See `Group`."""
+        """Returns the expert settings in force at the agent."""
         return await fetch_settings(self._agent)
 
 
@@ -134,14 +134,14 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def standing(scene: DeploymentPlan, say: ProgressPrinter) -> Iterator[LocalGroup]:
+def standing(plan: DeploymentPlan, say: ProgressPrinter) -> Iterator[LocalGroup]:
     """Starts the group and gives it when it serves; stops it, however the block ends.
 
     Raises:
         InvalidInput: `moeserving up` fails.
         Failure: it has ended again.
     """
-    with served(scene, say, wait_ready):
-        assert scene.deployment.state_dir is not None
-        folder = Folder(root=scene.deployment.state_dir, name=scene.deployment.name)
-        yield LocalGroup(deployment=scene.deployment, reached=reach_local(folder))
+    with served(plan, say, wait_ready):
+        assert plan.deployment.state_dir is not None
+        folder = Folder(root=plan.deployment.state_dir, name=plan.deployment.name)
+        yield LocalGroup(deployment=plan.deployment, reached=reach_local(folder))

@@ -77,7 +77,7 @@ def as_load(parts: Floats, group: Group, tenants: int) -> ExpertLoad:
 
 
 def sample(load: ExpertLoad, steps: int, generator: np.random.Generator) -> ExpertLoad:
-    """What a window of so many steps would count of it, in tokens a step."""
+    """Returns the load that a window of `steps` steps would count, in tokens a step: Poisson counts around `load`."""
     pairs = load.pairs if isinstance(load, PairedLoad) else None
     return PairedLoad(tokens=generator.poisson(load.tokens * steps) / steps, pairs=pairs, steps=steps)
 
@@ -143,7 +143,7 @@ DRIFTS: Mapping[str, Drift] = {
 
 
 def make_sequence(name: str, group: Group, *, rounds: int, seed: int) -> Iterator[ExpertLoad]:
-    """The loads of so many rounds; a round is the steps between two decisions."""
+    """Yields the load of each of `rounds` rounds; a round is the steps between two decisions."""
     generator = np.random.default_rng(seed)
     for parts in DRIFTS[name](group, generator, rounds):
         yield as_load(parts, group, 2)

@@ -36,7 +36,7 @@ class Replayed:
 
     @property
     def total_s(self) -> float:
-        """Time of all rounds."""
+        """Seconds of all rounds together."""
         return sum(self.times_s)
 
 

@@ -1,4 +1,4 @@
-"""Who places experts: each takes a load and the present placement and gives the next one.
+"""Rival placements of experts: each function takes a load and the present placement and gives the next one.
 
 vLLM's policy is imported from vLLM. DeepSeek's is written from the description in the README of DeepSeek's EPLB and in
 the DeepSeek-V3 report; Gimbal's from what is known of Algorithm 3 of arXiv 2602.21626, of which no formula is

@@ -49,15 +49,15 @@ def serve_command(
     settings = WaveSettings(users=users, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     effort = Effort(pairs=pairs, window_s=window_s, active_s=active_s, start=start, seed=seed)
     environment = read_environment() | {"load_average": os.getloadavg()[0]}
-    scene = plan_group(model, interval_steps=interval, window_steps=window)
+    plan = plan_group(model, interval_steps=interval, window_steps=window)
     say = ProgressPrinter()
 
     async def work(group: Group) -> Measured:
-        load = await prepare_waves(scene.url, topic, settings, seed)
+        load = await prepare_waves(plan.url, topic, settings, seed)
         return await measure(group, load, settings, effort, say)
 
     try:
-        with stopped_by_signals(), standing(scene, say) as group:
+        with stopped_by_signals(), standing(plan, say) as group:
             measured = run_async(work(group))
     except Failure as error:
         typer.echo("\n".join((str(error), *error.details)), err=True)

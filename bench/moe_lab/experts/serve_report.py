@@ -112,12 +112,12 @@ def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
 
 
 def describe_active(measured: Measured) -> list[str]:
-    """Moves and what was taken back."""
+    """Returns a sentence on the decisions in the mode `active`: how many moved, how many were rolled back."""
     outcomes = [row.decision.outcome for row in measured.decisions]
     if not outcomes:
         return ["in the mode active nothing was decided"]
     moved, back = outcomes.count("moved"), outcomes.count("rolledBack")
-    return [f"in the mode active {len(outcomes)} decisions: {moved} moved, {back} taken back by itself"]
+    return [f"in the mode active {len(outcomes)} decisions: {moved} moved, {back} rolled back by itself"]
 
 
 def describe_pairs(measured: Measured) -> list[str]:
@@ -162,7 +162,7 @@ def warn(environment: Mapping[str, Any]) -> list[str]:
 def build_document(
     measured: Measured, settings: WaveSettings, topic: str, effort: Effort, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything, raw rows included."""
+    """Returns the JSON document of a measurement: environment, settings, group, decisions, pairs and comparisons."""
     target = measured.target
     return {
         "environment": dict(environment),

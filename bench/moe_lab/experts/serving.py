@@ -46,7 +46,7 @@ class Origin(StrEnum):
     """Where B comes from; the words of the report."""
 
     KEPT = "active moved there and stayed there"
-    TAKEN_BACK = "active moved there and took it back"
+    ROLLED_BACK = "active moved there and rolled it back"
     PLANNED = "active did not move; what `moeserving experts plan` would do"
 
 
@@ -70,7 +70,7 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class TimedDecision:
     """A decision in the mode active, and when it was first seen."""
 
     at_s: float
@@ -79,7 +79,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """B."""
+    """Placement B with its origin, and what the decision's gate said where it was planned."""
 
     slots: Slots
     origin: Origin
@@ -108,7 +108,7 @@ class Measured:
 
     start: Slots
     target: Target | None
-    decisions: tuple[Seen, ...]
+    decisions: tuple[TimedDecision, ...]
     pairs: tuple[Pair, ...]
     document: ExpertsState
 
@@ -127,7 +127,7 @@ async def measure(group: Group, load: Load, settings: WaveSettings, effort: Effo
         say("the hottest experts of each layer go to the first rank")
         await move(group, crowd(document), wave)
     start = _slots(await group.look())
-    decisions: tuple[Seen, ...] = ()
+    decisions: tuple[TimedDecision, ...] = ()
     if effort.active_s:
         decisions = await watch_active(group, wave, effort.active_s, say)
     document = await group.look()
@@ -200,7 +200,7 @@ async def move(group: Group, slots: Slots, wave: Wave) -> bool:
             raise Failure(f"the group has not moved within {MOVE_TIMEOUT_S:.0f} s{last}")
 
 
-async def watch_active(group: Group, wave: Wave, seconds: float, say: Say) -> tuple[Seen, ...]:
+async def watch_active(group: Group, wave: Wave, seconds: float, say: Say) -> tuple[TimedDecision, ...]:
     """The mode active for some seconds under load, then observe; what was decided."""
     known = await group.look()
     before = known.newest.number if known.newest else 0
@@ -240,11 +240,11 @@ class DecisionLog:
 
     def __init__(self, after: int) -> None:
         self._after = after
-        self._rows: dict[int, Seen] = {}
+        self._rows: dict[int, TimedDecision] = {}
 
     @property
-    def rows(self) -> tuple[Seen, ...]:
-        """The oldest first."""
+    def rows(self) -> tuple[TimedDecision, ...]:
+        """All decisions noted so far, the oldest first."""
         return tuple(self._rows[number] for number in sorted(self._rows))
 
     def note(self, at_s: float, document: ExpertsState) -> list[Decision]:
@@ -254,16 +254,18 @@ class DecisionLog:
             known = self._rows.get(row.number)
             if row.number > self._after and known is None:
                 found.append(row)
-                self._rows[row.number] = Seen(at_s=at_s, decision=row)
+                self._rows[row.number] = TimedDecision(at_s=at_s, decision=row)
             elif known is not None:
                 slots = row.physical_to_logical or known.decision.physical_to_logical
                 decision = row.model_copy(update={"physical_to_logical": slots})
-                self._rows[row.number] = Seen(at_s=known.at_s, decision=decision)
+                self._rows[row.number] = TimedDecision(at_s=known.at_s, decision=decision)
         return found
 
 
-async def choose_target(group: Group, start: Slots, decisions: Sequence[Seen], document: ExpertsState) -> Target | None:
-    """B; None where the decision finds nothing better than A."""
+async def choose_target(
+    group: Group, start: Slots, decisions: Sequence[TimedDecision], document: ExpertsState
+) -> Target | None:
+    """Returns placement B; None where the decision finds nothing better than A."""
     now = _slots(document)
     if now != start:
         return Target(slots=now, origin=Origin.KEPT)
@@ -271,7 +273,7 @@ async def choose_target(group: Group, start: Slots, decisions: Sequence[Seen], d
     promising = sorted(moved, key=lambda row: row.predicted_gain_s or 0.0, reverse=True)
     tried = [row.physical_to_logical for row in promising if row.physical_to_logical not in (None, start)]
     if tried and tried[0] is not None:
-        return Target(slots=tried[0], origin=Origin.TAKEN_BACK)
+        return Target(slots=tried[0], origin=Origin.ROLLED_BACK)
     planned = plan_document(document, await group.read_settings())
     slots = tuple(tuple(int(expert) for expert in row) for row in planned.candidate.physical_to_logical)
     if slots == start:

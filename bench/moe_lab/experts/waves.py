@@ -28,7 +28,7 @@ class WaveSettings:
 
     @property
     def requests(self) -> tuple[TraceRequest, ...]:
-        """All due at once."""
+        """The requests of one wave, one for each user, all due at once."""
         one = TraceRequest(arrival_s=0.0, prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens)
         return (one,) * self.users
 
@@ -59,7 +59,7 @@ class Window:
 
     @property
     def failed(self) -> list[Failed]:
-        """All that did not."""
+        """Requests of all waves that got no whole answer."""
         return [row for wave in self.waves for row in wave.failed]
 
     @property
@@ -119,7 +119,7 @@ def decode_step_ms(window: Window) -> float | None:
 
 
 def tpot_ms(window: Window) -> float | None:
-    """Mean over all requests."""
+    """Returns the mean time per output token of the answered requests in ms; None without one."""
     return _mean_ms([row.tpot_s for row in window.answered])
 
 
@@ -129,7 +129,7 @@ def ttft_ms(window: Window) -> float | None:
 
 
 def output_tokens_per_s(window: Window) -> float | None:
-    """Throughput."""
+    """Returns output tokens of answered requests per second of the window; None without any."""
     tokens = sum(row.output_tokens for row in window.answered)
     return tokens / window.wall_s if tokens else None
 

@@ -18,7 +18,7 @@ MODEL = "mock"
 
 
 def frame_response(body: bytes, content_type: bytes = b"application/json") -> bytes:
-    """A whole response."""
+    """Returns a whole HTTP/1.1 response of status 200 with this body."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n" % (content_type, len(body))
     return head + body
 
@@ -85,7 +85,7 @@ class Batch:
         self._left[connection] = events
 
     def remove(self, connection: "Connection") -> None:
-        """The client is gone."""
+        """Drops the request of a connection whose client has gone."""
         self._left.pop(connection, None)
 
     def _step(self) -> None:

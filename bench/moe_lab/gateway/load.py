@@ -61,7 +61,7 @@ class Asker(asyncio.Protocol):
         self._transport.write(request)
 
     def close(self) -> None:
-        """No more questions."""
+        """Closes the connection; no further request is sent."""
         if self._transport is not None:
             transport, self._transport = self._transport, None
             transport.close()

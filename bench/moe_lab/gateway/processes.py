@@ -32,7 +32,7 @@ _SCHEDULED_TIME = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """A running router."""
+    """A running process of a gateway or router, with its port."""
 
     name: str
     port: int

@@ -60,23 +60,21 @@ def check_comparable(resource: MoEServing, rival: Rival) -> None:
             not see, or several engines and no router.
     """
     engine = resource.spec.engine
-    problems = []
+    errors = []
     if rival.program is None and engine.replicas != 1:
-        problems.append(
-            InputError("spec.engine.replicas", "must be 1 without --vllm-router: nothing else would choose")
-        )
+        errors.append(InputError("spec.engine.replicas", "must be 1 without --vllm-router: nothing else would choose"))
     if engine.runtime is Runtime.VLLM:
         if engine.resources.kv_cache_memory is None:
             message = "must be given: with engines of both sides on one GPU, vLLM cannot find the free memory"
-            problems.append(InputError("spec.engine.resources.kvCacheMemory", message))
+            errors.append(InputError("spec.engine.resources.kvCacheMemory", message))
         if not 0 < find_gpu_memory(engine.args) <= MOST_GPU_MEMORY:
             message = f"must have --gpu-memory-utilization=PART, at most {MOST_GPU_MEMORY}: both sides share each GPU"
-            problems.append(InputError("spec.engine.args", message))
+            errors.append(InputError("spec.engine.args", message))
     if engine.parallelism.ranks > 1:
         message = "must leave each engine one rank: vllm-router chooses engines, and stock vLLM on a CPU has no groups"
-        problems.append(InputError("spec.engine.parallelism", message))
-    if problems:
-        raise InvalidInput(problems)
+        errors.append(InputError("spec.engine.parallelism", message))
+    if errors:
+        raise InvalidInput(errors)
 
 
 def find_gpu_memory(arguments: Sequence[str]) -> float:

@@ -139,7 +139,7 @@ def _saturation(base: Simulation, seed: int) -> float:
 
 
 def read_limits(llm: Any) -> EngineLimits:
-    """What bounds the engine."""
+    """Returns the limits of a running engine: batch, step tokens, KV blocks of 16 tokens, model length."""
     config = llm.llm_engine.vllm_config
     scheduler, cache = config.scheduler_config, config.cache_config
     return EngineLimits(
@@ -223,7 +223,7 @@ def _rank_alike(one: Agreement, other: Agreement) -> bool:
 
 
 def render_agreement(rows: Sequence[Agreement]) -> Table:
-    """Side by side."""
+    """Returns a table of mean TTFT on the real engine beside that of the simulator."""
     table = Table(title="Mean TTFT", title_justify="left")
     for name in ("load", "order", "real engine", "its passes", "simulator", "ratio", ""):
         table.add_column(name, justify="left" if name in ("order", "") else "right")

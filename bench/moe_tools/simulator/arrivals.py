@@ -15,7 +15,7 @@ from moe_tools.traces import TraceRequest, rebase
 
 
 class ArrivalShape(StrEnum):
-    """When requests come."""
+    """Process by which requests arrive."""
 
     TRACE = "trace"
     POISSON = "poisson"
@@ -86,7 +86,7 @@ class Senders:
     def sign(self, requests: Iterable[SimRequest], seed: int) -> list[SimRequest]:
         """Writes the senders into the requests."""
         signed = list(requests)
-        # Another stream for each, so that more gateways do not change who the tenants are.
+        # Another stream for each, so that more gateways do not change the tenants.
         streams = [np.random.default_rng([seed, number]) for number in range(4)]
         tenants = _draw(streams[0], self.tenant_weights, len(signed))
         levels = _draw(streams[1], [weight for _, weight in self.priorities], len(signed))

@@ -18,7 +18,7 @@ from moe_tools.simulator.simulation import Outcome, load_vllm, simulate
 
 
 def run_simulate(path: Path, json_out: Path | None) -> None:
-    """The whole command."""
+    """Simulates the scenario in a file, prints its figures, and writes them as JSON where a path is given."""
     scenario = load_scenario(path)
     simulation = build_simulation(scenario)
     console = Console()

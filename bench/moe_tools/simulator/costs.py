@@ -35,7 +35,7 @@ IDLE = Work()
 
 
 class CostModel(Protocol):
-    """Seconds of a step."""
+    """Model of the seconds that a step takes."""
 
     @property
     def source(self) -> str:

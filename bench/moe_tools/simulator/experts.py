@@ -52,7 +52,7 @@ class Balance:
 
 
 def even_balance(ranks: int) -> Balance:
-    """Every rank the same."""
+    """Returns the balance in which every rank has the same expert tokens."""
     return Balance(slowest=1.0, by_rank=(1.0,) * ranks)
 
 
@@ -84,7 +84,7 @@ def place(shares: np.ndarray, policy: PlacementPolicy, *, ranks: int, nodes: int
 
 
 def _settle(shares: np.ndarray, placement: Placement) -> Placement:
-    """Decides until nothing moves."""
+    """Returns the placement after repeated decisions on one load, until nothing moves."""
     load = ExpertLoad(tokens=shares[None] * _TOKENS_PER_STEP)
     history = None
     for _ in range(_ROUNDS):

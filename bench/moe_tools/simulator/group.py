@@ -75,7 +75,7 @@ class Group:
 
     @property
     def is_running(self) -> bool:
-        """Whether a step runs."""
+        """Whether a step of the group is under way."""
         return bool(self._on_way)
 
     @property
@@ -167,7 +167,7 @@ class Group:
         return Progress(first_tokens, finished)
 
     def close(self) -> None:
-        """The server is gone."""
+        """Ends the server: drops its steps under way and closes its ranks."""
         self._on_way.clear()
         self._parts = {}
         for rank in self.ranks:

@@ -70,18 +70,18 @@ class Figures:
 
 
 def measure(
-    requests: Sequence[SimRequest], totals: Totals, servers: int, floor_s: Callable[[SimRequest], float]
+    requests: Sequence[SimRequest], totals: Totals, servers: int, alone_s: Callable[[SimRequest], float]
 ) -> Figures:
-    """The figures of a run of `servers` servers; `floor_s` is the time to first token of a request that is alone."""
+    """The figures of a run of `servers` servers; `alone_s` is the time to first token of a request that is alone."""
     answered = [row for row in requests if not row.failure]
     steady = _steady(answered)
     ttft = np.array([_ttft(row) for row in steady])
-    floor = np.array([floor_s(row) for row in steady])
+    floor = np.array([alone_s(row) for row in steady])
     tpot = np.array([value for row in steady if (value := _tpot(row)) is not None])
     longest = sorted(steady, key=lambda row: (-row.prompt_tokens, row.index))
     longest = longest[: math.ceil(len(steady) * LONGEST_SHARE)]
     errors = [abs(row.predicted_s - _wait(row)) for row in steady if row.predicted_s is not None]
-    tenants = measure_tenants(requests, floor_s)
+    tenants = measure_tenants(requests, alone_s)
     equal_tokens = sum(row.tokens for row in tenants) / max(1, len(tenants))
     span_s = max((row.finished_s or 0.0 for row in answered), default=0.0)
     prompt_tokens = sum(row.prompt_tokens for row in answered)
@@ -138,7 +138,7 @@ def _steady(answered: Sequence[SimRequest]) -> Sequence[SimRequest]:
     return answered[math.floor(len(answered) * WARM_UP_SHARE) :]
 
 
-def measure_tenants(requests: Sequence[SimRequest], floor_s: Callable[[SimRequest], float]) -> list[TenantFigures]:
+def measure_tenants(requests: Sequence[SimRequest], alone_s: Callable[[SimRequest], float]) -> list[TenantFigures]:
     """The tenants in order; warm-up left out, as in `measure`."""
     by_tenant: dict[int, list[SimRequest]] = {}
     for row in _steady([row for row in requests if not row.failure]):
@@ -149,7 +149,7 @@ def measure_tenants(requests: Sequence[SimRequest], floor_s: Callable[[SimReques
             requests=len(own),
             tokens=sum(row.prompt_tokens + row.output_tokens for row in own),
             ttft_mean=_mean(np.array([_ttft(row) for row in own])),
-            slowdown_mean=_mean(np.array([max(_ttft(row), 1e-9) / max(floor_s(row), 1e-9) for row in own])),
+            slowdown_mean=_mean(np.array([max(_ttft(row), 1e-9) / max(alone_s(row), 1e-9) for row in own])),
         )
         for tenant, own in sorted(by_tenant.items())
     ]

@@ -184,7 +184,7 @@ class Rank:
         )
 
     def close(self) -> None:
-        """Shuts the scheduler down."""
+        """Shuts vLLM's scheduler of this rank down."""
         self.scheduler.shutdown()
 
 

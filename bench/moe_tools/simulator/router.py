@@ -56,7 +56,7 @@ class Router(Protocol):
         """Its first token is there."""
 
     def settled(self, request: SimRequest, now_s: float) -> None:
-        """Its answer is whole."""
+        """Called when the answer of a request is complete."""
 
     def failed(self, request: SimRequest, now_s: float) -> None:
         """Its engine broke off the attempt."""
@@ -316,4 +316,4 @@ class Balancer:
         """For rivals that remember prefixes."""
 
     def tick(self, now_s: float) -> None:
-        """Nothing waits here."""
+        """Does nothing: a balancer holds no requests."""

@@ -123,7 +123,7 @@ class Engines(Section):
 
 
 class Scheduling(Section):
-    """As in the resource."""
+    """Layers 1 and 2, with the field names of the resource."""
 
     request: RequestScheduling = RequestScheduling()
     engine: EngineScheduling = EngineScheduling()
@@ -164,7 +164,7 @@ class FailureSection(Section):
 
 
 class Scenario(Section):
-    """The file."""
+    """One simulation, as its file describes it."""
 
     name: str = ""
     seed: Annotated[int, Field(ge=0, le=2**31)] = 0
@@ -198,8 +198,8 @@ def parse_scenario(document: object, folder: Path) -> Scenario:
         scenario = Scenario.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
         raise invalid_input(Scenario, error) from None
-    if problems := _check(scenario):
-        raise InvalidInput(problems)
+    if errors := _check(scenario):
+        raise InvalidInput(errors)
     trace = scenario.workload.trace
     if trace is None:
         return scenario
@@ -209,23 +209,23 @@ def parse_scenario(document: object, folder: Path) -> Scenario:
 
 def _check(scenario: Scenario) -> list[InputError]:
     """What spans sections, or names what other modules know."""
-    problems = []
+    errors = []
     cost, engines, rival = scenario.cost, scenario.engines, scenario.gateways.rival
     if cost.preset is not None and cost.preset not in PRESETS:
-        problems.append(unknown_choice("cost.preset", cost.preset, PRESETS))
+        errors.append(unknown_choice("cost.preset", cost.preset, PRESETS))
     if rival is not None and rival not in RIVALS:
-        problems.append(unknown_choice("gateways.rival", rival, RIVALS))
+        errors.append(unknown_choice("gateways.rival", rival, RIVALS))
     if engines.scheduler not in SHORT_NAMES and "." not in engines.scheduler:
         known = f"{render_choices(SHORT_NAMES)}, or a class as package.module.Class"
-        problems.append(InputError("engines.scheduler", f"unknown {engines.scheduler!r}; known: {known}"))
+        errors.append(InputError("engines.scheduler", f"unknown {engines.scheduler!r}; known: {known}"))
     if engines.max_num_batched_tokens < engines.max_num_seqs:
-        problems.append(InputError("engines.maxNumBatchedTokens", "must be at least maxNumSeqs"))
+        errors.append(InputError("engines.maxNumBatchedTokens", "must be at least maxNumSeqs"))
     for index, failure in enumerate(scenario.failures):
         if failure.server >= engines.servers:
-            problems.append(InputError(f"failures[{index}].server", f"there are servers 0 to {engines.servers - 1}"))
-    if not problems:
-        problems += _check_experts(scenario) or _check_memory(scenario)
-    return problems
+            errors.append(InputError(f"failures[{index}].server", f"there are servers 0 to {engines.servers - 1}"))
+    if not errors:
+        errors += _check_experts(scenario) or _check_memory(scenario)
+    return errors
 
 
 def _check_experts(scenario: Scenario) -> list[InputError]:
@@ -245,7 +245,7 @@ def _check_memory(scenario: Scenario) -> list[InputError]:
 
 
 def cost_of(scenario: Scenario) -> CostModel:
-    """The cost model."""
+    """Returns the cost model that a scenario names, linear or by preset."""
     cost = scenario.cost
     if cost.linear is not None:
         return LinearCost(**cost.linear.model_dump(by_alias=False))

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class SignalSource(StrEnum):
-    """Where signals come from."""
+    """Source of the signals that the gateways see."""
 
     AGENT = "agent"
     SCRAPE = "scrape"

@@ -34,7 +34,7 @@ from moe_tools.traces import TraceRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clients:
-    """A closed loop."""
+    """A closed loop: `count` clients, each of which waits `think_s` after an answer before its next request."""
 
     count: int
     think_s: float = 0.0
@@ -125,7 +125,7 @@ def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
         failures=simulation.failures,
     )
     requests, totals = world.run()
-    floor = functools.partial(floor_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
+    floor = functools.partial(alone_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
     return Outcome(
         requests=requests,
         totals=totals,
@@ -134,7 +134,7 @@ def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
     )
 
 
-def floor_s(cost: CostModel, step_tokens: int, ranks: int, request: SimRequest) -> float:
+def alone_s(cost: CostModel, step_tokens: int, ranks: int, request: SimRequest) -> float:
     """Seconds to the first token of a request that is alone: its own prefill, less the cached. No order beats it."""
     seconds, done = 0.0, request.cached_tokens
     while done < request.prompt_tokens:
@@ -146,7 +146,7 @@ def floor_s(cost: CostModel, step_tokens: int, ranks: int, request: SimRequest) 
 
 
 def plan_servers(simulation: Simulation, maker: RankMaker) -> list[ServerPlan]:
-    """The fleet."""
+    """Returns the plan of each server of the fleet: name, ranks, and the time at which it is ready."""
     return [
         ServerPlan(
             name=server_name(number),
@@ -159,7 +159,7 @@ def plan_servers(simulation: Simulation, maker: RankMaker) -> list[ServerPlan]:
 
 
 def server_name(number: int) -> str:
-    """Of server number N."""
+    """Returns the name of the server with this number."""
     return f"engine-{number}"
 
 

@@ -32,7 +32,7 @@ class SimRequest:
         pieces: ids of the prompt's pieces of `piece_tokens` each; empty: it shares nothing.
         piece_tokens: tokens of a piece.
         session: name of the session that it belongs to, or None.
-        tenant: who sends it.
+        tenant: its sender.
         priority: level; lower is more urgent.
         gateway: number of the gateway that it came to.
         sent_s: when it was last sent to an engine.

@@ -26,7 +26,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int, context_tokens: int) 
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
-    """The merges alone."""
+    """Trains a byte-level BPE tokenizer with `vocabulary` entries on texts; it has no chat template yet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -78,7 +78,7 @@ class Discovery:
         await ListWatch(self._server, ENDPOINT_SLICE, self._namespace, selector, self, self._times).run()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections to the API server."""
         await self._server.close()
 
     def listed(self, listing: Listing) -> None:
@@ -90,7 +90,7 @@ class Discovery:
         self._replace(self._slices | {name_of_slice(document): document})
 
     def deleted(self, document: Document) -> None:
-        """Forgets a slice."""
+        """Forgets an EndpointSlice that was deleted."""
         gone = name_of_slice(document)
         self._replace({name: row for name, row in self._slices.items() if name != gone})
 

@@ -45,7 +45,7 @@ TOKENISATION_PERIOD = 16
 
 
 class SignalSource(StrEnum):
-    """What a choice believes of an engine: its agent, a scrape of its metrics, or only what was sent to it."""
+    """Source of what a choice knows of an engine: its agent, a scrape of its metrics, or only what was sent to it."""
 
     AGENT = "agent"
     SCRAPE = "scrape"
@@ -260,7 +260,7 @@ class Dispatcher:
 
     @property
     def held(self) -> int:
-        """Number of held requests."""
+        """Number of requests in the hold queue."""
         return len(self._queue.waiters)
 
     def release_held(self, now_s: float) -> None:
@@ -356,7 +356,7 @@ class Dispatcher:
         return min((row.wait_s for row in rows), default=None)
 
     def source(self, target: Target, now_s: float) -> SignalSource:
-        """What the choice believes of a target."""
+        """Returns the load of a target as the choice sees it."""
         if not self.target_states[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.IN_FLIGHT
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moe_contract.api_server import Document
+from moe_contract.engine_process import AGENT_PORT_NAME, ENGINE_PORT_NAME
 from moe_contract.gateway_config import EngineAddress
 from pydantic import ValidationError
 
 SERVICE_LABEL = "kubernetes.io/service-name"
-ENGINE_PORT = "engine"
-AGENT_PORT = "agent"
 # The order in which one of an endpoint's addresses is chosen; slices of names are no longer made by Kubernetes.
 ADDRESS_TYPES = ("IPv4", "IPv6")
 
@@ -75,13 +74,13 @@ def _group_of(row: Document) -> str:
 def _endpoints_of(row: Document, ranks: int) -> Iterator[Endpoint]:
     rows = [port for port in row.get("ports") or () if port.get("port") and port.get("protocol") in (None, "TCP")]
     ports = {port.get("name"): port["port"] for port in rows}
-    if (engine_port := ports.get(ENGINE_PORT)) is None:
+    if (engine_port := ports.get(ENGINE_PORT_NAME)) is None:
         return
     for given in row.get("endpoints") or ():
         if not given.get("addresses"):
             continue
         host = f"[{given['addresses'][0]}]" if row["addressType"] == "IPv6" else given["addresses"][0]
-        agent_port = ports.get(AGENT_PORT)
+        agent_port = ports.get(AGENT_PORT_NAME)
         try:
             address = EngineAddress(
                 name=_name_of(given),

@@ -30,7 +30,7 @@ class GroupRotation:
         self.set_weights(groups)
 
     def set_weights(self, groups: Collection[Group]) -> None:
-        """Other names and weights."""
+        """Replaces the groups and their weights; the rotation begins anew."""
         self._weights = WeightedRoundRobin({group.service: group.weight for group in groups})
 
     def set_targets(self, group_by_state: Iterable[tuple[str, TargetState]]) -> None:

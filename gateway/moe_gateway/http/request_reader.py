@@ -1,7 +1,7 @@
 """Whole requests from the bytes of a client's connection, read by httptools (llhttp).
 
 Owned by a `ClientConnection`, which feeds it. llhttp refuses what request smuggling lives on; sizes are limited here. A
-bad message becomes a refusal, after which nothing more is read, because nothing behind it can be believed.
+bad message becomes a refusal, after which nothing more is read, because where the next message begins is then unknown.
 """
 
 from collections import deque

@@ -158,7 +158,7 @@ class Pool:
         return None
 
     def put(self, connection: UpstreamConnection) -> None:
-        """Takes back a connection that is idle now."""
+        """Keeps a connection that is idle now for the next request."""
         if self._closed:
             connection.abort()
         else:

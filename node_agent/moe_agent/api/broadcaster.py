@@ -19,7 +19,7 @@ HEARTBEAT_S = 1.0
 
 
 class StateBroadcaster:
-    """Sends the newest snapshot of the agent's state to everyone who watches it.
+    """Sends the newest snapshot of the agent's state to all watchers.
 
     Args:
         changed: set when something has changed in the agent itself.

@@ -1,4 +1,4 @@
-"""The agent's HTTP server: state for anyone who can reach it, control for whoever has the token."""
+"""The agent's HTTP server: state for any client, control for holders of the token."""
 
 import asyncio
 import socket
@@ -149,8 +149,8 @@ class AgentServer:
             return self._no_experts()
         control = self._control.control
         if control.expert.mode is ExpertMode.OFF:
-            problem = InputError("mode", "off: nothing is recorded; others: active, dryRun, observe")
-            return _errors(HTTPStatus.CONFLICT, [problem])
+            error = InputError("mode", "off: nothing is recorded; others: active, dryRun, observe")
+            return _errors(HTTPStatus.CONFLICT, [error])
         try:
             asked = parse_document(await request.read())
             directive = parse_directive(asked, control.directive + 1, shape_of(document))
@@ -162,8 +162,8 @@ class AgentServer:
 
     def _no_experts(self) -> web.Response:
         if self._experts is None:
-            problem = InputError("", "this node's engine has no expert group whose first rank is here")
-            return _errors(HTTPStatus.NOT_FOUND, [problem])
+            error = InputError("", "this node's engine has no expert group whose first rank is here")
+            return _errors(HTTPStatus.NOT_FOUND, [error])
         return _errors(HTTPStatus.SERVICE_UNAVAILABLE, [InputError("", "the expert group has published nothing yet")])
 
     async def _post_drain(self, request: web.Request) -> web.Response:

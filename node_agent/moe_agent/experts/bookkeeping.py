@@ -1,5 +1,4 @@
-"""The one account of an expert group's moves: decisions with their results, gains and costs, the trial under way,
-alarms.
+"""Bookkeeping of an expert group's moves: decisions with their results, gains and costs, the trial under way, alarms.
 
 Owned by the controller. A decision is a line for people; its predicted gain is replaced by a measured one after the
 trial: steps of the same load before and after the move. The regret bound (`moe_scheduling.expert.regret_bound`)
@@ -121,7 +120,7 @@ class Trial:
 
 
 class Bookkeeping:
-    """The account.
+    """Decisions, totals, the trial under way and the regret of one expert group.
 
     Attributes:
         rows: the last decisions, the newest first.

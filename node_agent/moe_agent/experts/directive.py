@@ -73,34 +73,34 @@ def parse_directive(document: object, version: int, shape: GroupShape) -> Direct
     body = parse_model(_Body, document)
     rows = body.physical_to_logical
     if body.action is DirectiveAction.APPLY:
-        problems = [_problem("required for apply")] if rows is None else list_placement_problems(rows, shape)
+        errors = [_error("required for apply")] if rows is None else list_placement_errors(rows, shape)
     else:
-        problems = [] if rows is None else [_problem(f"only apply takes it, not {body.action.value}")]
-    if problems:
-        raise InvalidInput(problems)
+        errors = [] if rows is None else [_error(f"only apply takes it, not {body.action.value}")]
+    if errors:
+        raise InvalidInput(errors)
     return Directive(version=version, action=body.action, physical_to_logical=rows)
 
 
-def list_placement_problems(rows: Sequence[Sequence[int]], shape: GroupShape) -> list[InputError]:
+def list_placement_errors(rows: Sequence[Sequence[int]], shape: GroupShape) -> list[InputError]:
     """Returns why a group of this shape cannot have the placement; empty where it can."""
     if len(rows) != shape.layers:
-        return [_problem(f"{shape.layers} layers are needed, got {len(rows)}")]
-    problems = [_row_problem(layer, row, shape) for layer, row in enumerate(rows)]
-    return [problem for problem in problems if problem is not None]
+        return [_error(f"{shape.layers} layers are needed, got {len(rows)}")]
+    errors = [_row_error(layer, row, shape) for layer, row in enumerate(rows)]
+    return [error for error in errors if error is not None]
 
 
-def _row_problem(layer: int, row: Sequence[int], shape: GroupShape) -> InputError | None:
+def _row_error(layer: int, row: Sequence[int], shape: GroupShape) -> InputError | None:
     path = f"[{layer}]"
     if len(row) != shape.slots:
-        return _problem(f"{shape.slots} slots are needed, got {len(row)}", path)
+        return _error(f"{shape.slots} slots are needed, got {len(row)}", path)
     if stray := [expert for expert in row if not 0 <= expert < shape.experts]:
-        return _problem(f"no expert {stray[0]}; known: 0 to {shape.experts - 1}", path)
+        return _error(f"no expert {stray[0]}; known: 0 to {shape.experts - 1}", path)
     if absent := sorted(set(range(shape.experts)).difference(row)):
-        return _problem(f"expert {absent[0]} has no slot", path)
+        return _error(f"expert {absent[0]} has no slot", path)
     return None
 
 
-def _problem(message: str, at: str = "") -> InputError:
+def _error(message: str, at: str = "") -> InputError:
     return InputError(f"physical_to_logical{at}", message)
 
 
@@ -174,7 +174,7 @@ class PendingDirective:
         self.received = self.settled = version
 
     def clear(self) -> None:
-        """Removes what waits."""
+        """Drops the pending change and the pending plan."""
         self.change, self.plan_wanted = None, False
 
     def settle(self) -> bool:

@@ -53,7 +53,7 @@ class LoadWindow:
         self._steps = 0.0
 
     def clear(self) -> None:
-        """Forgets all load."""
+        """Forgets the load recorded so far."""
         self._tokens[...] = 0.0
         self._steps = 0.0
 

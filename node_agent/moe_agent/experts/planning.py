@@ -133,7 +133,7 @@ class ThreadedPlanner:
         self._future: Future[PlanResult] | None = None
 
     def ask(self, request: PlanRequest) -> None:
-        """Starts the decision."""
+        """Starts a decision in the thread; `poll` returns its result."""
         self._future = self._thread.submit(self._decide, request)
 
     def poll(self) -> PlanResult | Exception | None:

@@ -75,7 +75,7 @@ class StepTimes:
         return {kind: list(samples) for kind, samples in by_class.items()}
 
     def clear(self) -> None:
-        """Forgets all steps."""
+        """Forgets the step times recorded so far."""
         self._steps.clear()
 
 

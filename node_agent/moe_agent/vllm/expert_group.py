@@ -32,7 +32,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.v1.worker.gpu_worker import Worker
 
 from moe_agent.experts.coordinator import Coordinator, checksum
-from moe_agent.experts.directive import GroupShape, list_placement_problems
+from moe_agent.experts.directive import GroupShape, list_placement_errors
 from moe_agent.experts.document import experts_path
 from moe_agent.experts.load import RankReport, Slots
 from moe_agent.experts.planning import Decider, MeasuredCosts
@@ -319,7 +319,7 @@ class ExpertGroup:
             experts=self._shape.experts,
             slots_per_rank=self._shape.slots_per_rank,
         )
-        problems = list_placement_problems(rows, one_layer)
+        problems = list_placement_errors(rows, one_layer)
         if problems or not all(0 <= layer < self._shape.layers for layer in layers):
             logger.error("rank %d cannot move experts: %s", self._rank, problems or layers)
             return False

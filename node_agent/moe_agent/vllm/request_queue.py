@@ -24,7 +24,7 @@ class OrderedRequestQueue(RequestQueue):
     """A vLLM request queue that delegates the order to `WaitingQueue`.
 
     Args:
-        settings: policy and figures of the order.
+        settings: policy and parameters of the order.
         measure: returns the uncached prefill tokens of a request, as of now.
     """
 

@@ -16,7 +16,7 @@ Number = Annotated[float, Strict()]
 
 
 class AutoscalingMode(StrEnum):
-    """Who sets the number of engines: the operator or another autoscaler."""
+    """Owner of the number of engines: the operator or another autoscaler."""
 
     INTERNAL = "internal"
     EXTERNAL = "external"

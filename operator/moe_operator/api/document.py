@@ -29,16 +29,16 @@ def load_document(path: Path) -> object:
 
 
 def parse_document(data: bytes | str, name: str) -> object:
-    """The document in a text; `name` stands in the problems."""
+    """The document in a text; `name` stands in the errors."""
     try:
         loader = yaml.SafeLoader(data)
     except yaml.YAMLError as error:
         _refuse(name, _describe(error))
     try:
         node = _only_node(loader, name)
-        problems = [*_check_expansion(node, name)] or [*_check_keys(node)]
-        if problems:
-            raise InvalidInput(problems)
+        errors = [*_check_expansion(node, name)] or [*_check_keys(node)]
+        if errors:
+            raise InvalidInput(errors)
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         _refuse(name, _describe(error))

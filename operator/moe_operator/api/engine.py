@@ -4,6 +4,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
+from moe_contract.engine_process import KV_CACHE_OPTION, RUN_DIR_VARIABLE
 from pydantic import AfterValidator, Field
 
 from moe_operator.api.pods import Canary, Image, PodTemplate, Update
@@ -92,7 +93,7 @@ class Resources(Section):
 
 
 # Options of vLLM that the plan or the agent sets, and where a person sets them instead. Of an option given twice vLLM
-# takes the last, so one of these in `args` would make the engine differ from what the rest of the deployment believes.
+# takes the last, so one of these in `args` would make the engine differ from the rest of the deployment.
 OWNED_OPTIONS = {
     "--model": "spec.model.uri",
     "--served-model-name": "spec.model.name",
@@ -107,7 +108,7 @@ OWNED_OPTIONS = {
     "--enable-eplb": "spec.engine.parallelism.expert",
     "--no-enable-eplb": "spec.engine.parallelism.expert",
     "--eplb-config": "spec.scheduling.expert",
-    "--kv-cache-memory-bytes": "spec.engine.resources.kvCacheMemory",
+    KV_CACHE_OPTION: "spec.engine.resources.kvCacheMemory",
     "--shutdown-timeout": "spec.engine.drainTimeout",
     "--host": "the deployment",
     "--port": "the deployment",
@@ -140,7 +141,7 @@ Argument = Annotated[
     AfterValidator(_check_argument),
 ]
 ENV_NAME_PATTERN = "^[A-Za-z_][A-Za-z0-9_]*$"
-OWNED_ENV = "MOESERVING_RUN_DIR"
+OWNED_ENV = RUN_DIR_VARIABLE
 
 
 class Engine(Section):

@@ -62,7 +62,7 @@ class Gateway(Section):
     )
     tenant_header: Annotated[str, Field(pattern=HEADER_PATTERN), AfterValidator(check_tenant_header)] = Field(
         default=DEFAULT_HEADER,
-        description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; whoever stands "
+        description="Header, in lower case, that names the tenant of a request, for `fairnessHorizon`; a proxy "
         "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
         "Empty: all requests are of one tenant.",
     )

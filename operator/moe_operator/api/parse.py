@@ -37,8 +37,8 @@ def parse_resource(document: object) -> MoEServing:
         raise InvalidInput(
             [InputError("", f"a mapping with apiVersion, kind, metadata and spec is needed, got {_kind(document)}")]
         )
-    if problems := _check_header(document):
-        raise InvalidInput(problems)
+    if errors := _check_header(document):
+        raise InvalidInput(errors)
     try:
         return MoEServing.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:

@@ -44,7 +44,7 @@ class EnginePhase(StrEnum):
 
 
 class EngineStatus(Section):
-    """Summary of one engine."""
+    """State of one engine, as its agent reports it."""
 
     name: str = Field(description="Name of the engine.")
     phase: EnginePhase = Field(description="State of the engine as its agent reports it.")

@@ -1,7 +1,7 @@
 """Durations and quantities as Kubernetes writes them: field types of the resource, and their values as numbers.
 
-A field keeps the text that a person wrote (so that a resource survives reading and writing); who needs the number asks
-`duration_s` or `quantity_value`. Each type carries its JSON schema with the same bounds as a CEL rule.
+A field keeps the text that a user wrote (so that a resource survives reading and writing); `duration_s` and
+`quantity_value` return its number. Each type carries its JSON schema with the same bounds as a CEL rule.
 """
 
 import re
@@ -141,7 +141,7 @@ class QuantityBetween:
     Attributes:
         minimum: the least.
         maximum: the greatest.
-        example: what a person who wrote no quantity is shown.
+        example: a quantity for the error message.
     """
 
     minimum: str

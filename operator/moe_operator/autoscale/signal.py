@@ -16,7 +16,7 @@ class States:
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
 
     def __contains__(self, pod: str) -> bool:
-        """Whether this pod answered."""
+        """Whether the agent or gateway in this pod answered."""
         return pod in self.engines or pod in self.gateways
 
 

@@ -31,7 +31,7 @@ class Sources:
         self._due_s: dict[tuple[str, str], tuple[float, Outcome]] = {}
 
     def forget(self, key: tuple[str, str]) -> None:
-        """The resource is gone."""
+        """Drops what is kept for a resource that was deleted."""
         for kept in (self._autoscalers, self._before, self._due_s):
             kept.pop(key, None)
 

@@ -129,9 +129,9 @@ def plan(
 
 
 def _refuse(given: Mapping[str, object], message: str) -> None:
-    problems = [InputError(name, message) for name, value in given.items() if value is not None]
-    if problems:
-        raise InvalidInput(problems)
+    errors = [InputError(name, message) for name, value in given.items() if value is not None]
+    if errors:
+        raise InvalidInput(errors)
 
 
 def _plan_file(path: Path, current: Path | None, group: dict[str, int], output: Path | None) -> None:

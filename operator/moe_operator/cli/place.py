@@ -13,7 +13,7 @@ import typer
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing
-from moe_operator.cli.validate import INVALID, one_line, problems_shown
+from moe_operator.cli.validate import INVALID, input_errors_shown, one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, default_state_dir, known_names
 from moe_operator.plan.ignored import find_idle
@@ -47,8 +47,8 @@ def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = Fal
     if name is None and len(known) == 1:
         return Folder(root=root, name=known[0])
     if name is None:
-        problem = InputError("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
-        raise InvalidInput([problem])
+        error = InputError("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
+        raise InvalidInput([error])
     if name not in known:
         raise InvalidInput([InputError("NAME", f"no deployment {name!r}; {listed}")])
     return Folder(root=root, name=name)
@@ -58,7 +58,7 @@ def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = Fal
 def errors_shown() -> Iterator[None]:
     """Each error is a line: status 2 for what was asked wrongly, 1 for what failed."""
     try:
-        with problems_shown():
+        with input_errors_shown():
             yield
     except Failure as failure:
         show_failure(failure)

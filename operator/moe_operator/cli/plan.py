@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from moe_operator.api import load_resource
-from moe_operator.cli.validate import File, problems_shown
+from moe_operator.cli.validate import File, input_errors_shown
 from moe_operator.plan import (
     ClusterPlan,
     Defaults,
@@ -40,7 +40,7 @@ def plan(
 
     The control token is a new one each time. With --local: the agents and the gateway on one machine.
     """
-    with problems_shown():
+    with input_errors_shown():
         resource = load_resource(file)
         if local:
             text = "# Ports and the state folder are chosen at the start; those shown are examples.\n"

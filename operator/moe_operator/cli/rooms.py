@@ -40,7 +40,7 @@ OWN = {
     "status": Own("running", "status", "Show engines, policies in force, restarts."),
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
-    "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and take back moves."),
+    "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
     "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
     "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),

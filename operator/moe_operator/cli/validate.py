@@ -21,7 +21,7 @@ File = Annotated[Path, typer.Option("--file", "-f", help="YAML file of a MoEServ
 
 def validate(file: File) -> None:
     """Check a file: status 0 when it is valid, 2 with one line per error when not."""
-    with problems_shown():
+    with input_errors_shown():
         load_resource(file)
     typer.echo(f"{one_line(str(file))}: valid")
 
@@ -32,13 +32,13 @@ def crd() -> None:
 
 
 @contextmanager
-def problems_shown() -> Iterator[None]:
+def input_errors_shown() -> Iterator[None]:
     """Turns invalid input into one line per error on stderr and status 2."""
     try:
         yield
     except InvalidInput as error:
-        for problem in error.errors:
-            typer.echo(one_line(str(problem)), err=True)
+        for row in error.errors:
+            typer.echo(one_line(str(row)), err=True)
         raise typer.Exit(INVALID) from None
 
 

@@ -97,7 +97,7 @@ class Watch:
             await self._pause()
 
     async def _finish(self, answer: int) -> int:
-        """Drains after an interrupt; a supervisor that somebody else stopped is no failure either."""
+        """Drains after an interrupt; a supervisor that another command stopped is no failure either."""
         if self._interrupted.is_set():
             self._say(f"{self._folder.name}: stopping, running streams end first (again Ctrl-C hurries)")
             request_stop(self._supervisor)
@@ -118,7 +118,7 @@ class Watch:
         return status
 
     async def _look(self) -> Observation | None:
-        """What is seen now; None before the supervisor has begun and after a stop.
+        """Returns the present observation; None before the supervisor has begun and after a stop.
 
         Raises:
             Failure: the supervisor ended by itself.

@@ -1,6 +1,6 @@
 """The way to the agents of a deployment that runs: on this machine, or in a cluster through `kubectl`.
 
-kubectl knows how to reach a cluster wherever its user does, with whatever proves who that is. A forwarded port enters
+kubectl knows how to reach a cluster wherever its user does, with the credentials of that user. A forwarded port enters
 the pod itself, so the NetworkPolicy that closes the agents' port to others need not be opened for it.
 """
 
@@ -53,13 +53,13 @@ class Reached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Which cluster, as kubectl is told it; None leaves it to the user's own configuration."""
+    """Namespace and context for kubectl; None leaves each to the user's own configuration."""
 
     namespace: str | None = None
     context: str | None = None
 
     def command(self, *words: str) -> list[str]:
-        """The command line."""
+        """Returns the command line of kubectl for this cluster."""
         namespace = [] if self.namespace is None else ["--namespace", self.namespace]
         context = [] if self.context is None else ["--context", self.context]
         return [KUBECTL, *namespace, *context, *words]
@@ -149,8 +149,8 @@ def _forward(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
             match = _FORWARDING.match(process.stdout.readline())
             if match is None:
                 process.kill()
-                _, told = process.communicate()
-                raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(told)}")
+                _, output = process.communicate()
+                raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(output)}")
             yield f"http://127.0.0.1:{match[1]}"
         finally:
             process.kill()

@@ -1,4 +1,4 @@
-"""The conditions of a resource. Pure: from what was seen to what holds, each with a reason and what to do."""
+"""The conditions of a resource. Pure: from observations to what holds, each with a reason and what to do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ LIMITED = "AutoscalingLimited"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What a resource's conditions are made of.
+class ConditionInputs:
+    """Observations from which the conditions of a resource are computed.
 
     Attributes:
         invalid: why the resource cannot be planned; empty when it can.
@@ -53,15 +53,15 @@ Verdict = tuple[ConditionStatus, str, str]
 TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
 
 
-def build_conditions(seen: Seen, before: Mapping[str, Condition], now: datetime) -> tuple[Condition, ...]:
+def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], now: datetime) -> tuple[Condition, ...]:
     """All conditions; one whose status did not change keeps its time."""
     verdicts = {
-        READY: _ready(seen),
-        PROGRESSING: _progressing(seen),
-        DEGRADED: _degraded(seen),
-        PAUSED: _paused(seen),
-        LIMITED: _limited(seen),
-        BALANCED: judge_experts(seen.experts, has_group=seen.has_experts, before=before.get(BALANCED)),
+        READY: _ready(inputs),
+        PROGRESSING: _progressing(inputs),
+        DEGRADED: _degraded(inputs),
+        PAUSED: _paused(inputs),
+        LIMITED: _limited(inputs),
+        BALANCED: judge_experts(inputs.experts, has_group=inputs.has_experts, before=before.get(BALANCED)),
     }
     return tuple(_build(kind, verdict, before.get(kind), now) for kind, verdict in verdicts.items())
 
@@ -72,59 +72,59 @@ def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime)
     return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)
 
 
-def _ready(seen: Seen) -> Verdict:
-    if seen.invalid and not seen.ready:
-        return FALSE, "InvalidSpec", seen.invalid
-    if not seen.gateways:
+def _ready(inputs: ConditionInputs) -> Verdict:
+    if inputs.invalid and not inputs.ready:
+        return FALSE, "InvalidSpec", inputs.invalid
+    if not inputs.gateways:
         return FALSE, "NoGateway", "no gateway is ready yet"
-    if seen.ready:
-        return TRUE, "Serving", f"{seen.ready} of {seen.desired} engines accept requests"
-    if seen.desired == 0:
+    if inputs.ready:
+        return TRUE, "Serving", f"{inputs.ready} of {inputs.desired} engines accept requests"
+    if inputs.desired == 0:
         return TRUE, "ScaledToZero", "no engine runs; the next request wakes one"
-    if seen.findings:
-        return FALSE, seen.findings[0].reason, seen.findings[0].message
-    return FALSE, "NoEngine", f"none of {seen.desired} engines accepts requests yet"
+    if inputs.findings:
+        return FALSE, inputs.findings[0].reason, inputs.findings[0].message
+    return FALSE, "NoEngine", f"none of {inputs.desired} engines accepts requests yet"
 
 
-def _progressing(seen: Seen) -> Verdict:
-    if seen.paused:
+def _progressing(inputs: ConditionInputs) -> Verdict:
+    if inputs.paused:
         return FALSE, "Paused", "spec.paused is set"
-    if seen.invalid:
+    if inputs.invalid:
         return FALSE, "InvalidSpec", "nothing is changed until the resource is valid"
-    if seen.rolling:
-        return TRUE, "Updating", "; ".join(seen.rolling)
-    if seen.ready < seen.desired:
-        return TRUE, "EnginesStarting", f"{seen.ready} of {seen.desired} engines are ready"
+    if inputs.rolling:
+        return TRUE, "Updating", "; ".join(inputs.rolling)
+    if inputs.ready < inputs.desired:
+        return TRUE, "EnginesStarting", f"{inputs.ready} of {inputs.desired} engines are ready"
     return FALSE, "Complete", "everything is as it should be"
 
 
-def _degraded(seen: Seen) -> Verdict:
-    if seen.invalid:
-        return TRUE, "InvalidSpec", seen.invalid
-    if seen.missing_kind:
+def _degraded(inputs: ConditionInputs) -> Verdict:
+    if inputs.invalid:
+        return TRUE, "InvalidSpec", inputs.invalid
+    if inputs.missing_kind:
         message = (
-            f"the cluster has no {seen.missing_kind}, which engines on several nodes need; install it "
+            f"the cluster has no {inputs.missing_kind}, which engines on several nodes need; install it "
             "(lws.sigs.k8s.io) or set spec.engine.parallelism.nodes to 1"
         )
-        return TRUE, f"{seen.missing_kind}Missing", message
-    if seen.refused:
-        return TRUE, "Refused", seen.refused
-    if seen.findings:
-        more = f"; also: {', '.join(finding.reason for finding in seen.findings[1:])}" if seen.findings[1:] else ""
-        return TRUE, seen.findings[0].reason, seen.findings[0].message + more
+        return TRUE, f"{inputs.missing_kind}Missing", message
+    if inputs.refused:
+        return TRUE, "Refused", inputs.refused
+    if inputs.findings:
+        more = f"; also: {', '.join(finding.reason for finding in inputs.findings[1:])}" if inputs.findings[1:] else ""
+        return TRUE, inputs.findings[0].reason, inputs.findings[0].message + more
     return FALSE, "AsExpected", ""
 
 
-def _paused(seen: Seen) -> Verdict:
-    if seen.paused:
+def _paused(inputs: ConditionInputs) -> Verdict:
+    if inputs.paused:
         return TRUE, "Paused", "spec.paused is set: everything is left as it is"
     return FALSE, "NotPaused", ""
 
 
-def _limited(seen: Seen) -> Verdict:
-    if seen.limited is None:
+def _limited(inputs: ConditionInputs) -> Verdict:
+    if inputs.limited is None:
         return FALSE, "NotLimited", ""
-    return TRUE, *seen.limited
+    return TRUE, *inputs.limited
 
 
 def changed_conditions(before: Mapping[str, Condition], after: Sequence[Condition]) -> list[Condition]:
@@ -153,7 +153,7 @@ def read_conditions(document: Mapping[str, Any]) -> dict[str, Condition]:
 
 
 def is_bad(condition: Condition) -> bool:
-    """Whether somebody has to do something."""
+    """Returns whether the condition needs a person to act."""
     if condition.type == BALANCED:
         return condition.reason in TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE

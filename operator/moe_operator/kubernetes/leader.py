@@ -3,6 +3,9 @@
 A holder renews; one that could not for `renew_s` ends its work before others may take over at `duration_s`. Times are
 taken from the own clock, a holder's from before it asked, the others' since a change was seen, so clocks of machines
 need not agree. All writes carry the version of the Lease that was read: two that try at once cannot both succeed.
+
+Calls are bounded by `asyncio.timeout`. `wait_for` of Python 3.11 loses a cancellation that comes together with the
+answer, and an election that was cancelled would then go on renewing.
 """
 
 import asyncio
@@ -93,7 +96,8 @@ class Election:
         if not self.leading.is_set():
             return await self._try()
         try:
-            return await asyncio.wait_for(self._try(), self._left_s())
+            async with asyncio.timeout(self._left_s()):
+                return await self._try()
         except TimeoutError:
             return None
 
@@ -110,7 +114,8 @@ class Election:
     async def _try(self) -> bool | None:
         """Whether it holds the Lease; None when that is unknown."""
         try:
-            lease = await asyncio.wait_for(self._api.get(LEASE, self._namespace, self._name), self._terms.retry_s * 2)
+            async with asyncio.timeout(self._terms.retry_s * 2):
+                lease = await self._api.get(LEASE, self._namespace, self._name)
             if lease is None:
                 await self._api.create(LEASE, self._document({}, transitions=0))
                 return True
@@ -136,7 +141,8 @@ class Election:
         return True
 
     async def _write(self, lease: Document) -> None:
-        await asyncio.wait_for(self._api.replace(LEASE, lease), self._terms.retry_s * 2)
+        async with asyncio.timeout(self._terms.retry_s * 2):
+            await self._api.replace(LEASE, lease)
 
     def _document(self, metadata: Document, *, transitions: int, since: Document | None = None) -> Document:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

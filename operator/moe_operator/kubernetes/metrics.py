@@ -55,7 +55,7 @@ class Metrics:
         await web.TCPSite(self._runner, "0.0.0.0", port).start()
 
     async def stop(self) -> None:
-        """Ends the HTTP server."""
+        """Ends the HTTP server of the metrics."""
         await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:

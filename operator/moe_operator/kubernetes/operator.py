@@ -81,7 +81,7 @@ class Operator:
                 await self._server.close()
 
     def stop(self) -> None:
-        """Has `run` end."""
+        """Makes `run` return once its work has ended."""
         self._stop.set()
 
     async def _run_parts(self) -> None:
@@ -89,7 +89,7 @@ class Operator:
             return
         parts = [
             asyncio.create_task(self._watch(), name="kopf"),
-            asyncio.create_task(self._election.run(), name="election"),
+            asyncio.create_task(self._elect(), name="election"),
             asyncio.create_task(self._lead(), name="workers"),
             asyncio.create_task(self._resync(), name="resync"),
             asyncio.create_task(self._watches.run(), name="watches"),
@@ -142,6 +142,19 @@ class Operator:
                 return True
         return False
 
+    async def _is_synced(self) -> bool:
+        """Waits until every kind was read once; False when stopped before.
+
+        An operator that cannot read one of them is not live, and leaves the Lease to another.
+        """
+        waits = [asyncio.ensure_future(one.wait()) for one in (self._watches.synced, self._stop)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self._stop.is_set()
+
     async def _resync(self) -> None:
         """Queues every resource again and again, against changes that were lost on the way."""
         while True:
@@ -156,6 +169,8 @@ class Operator:
 
     async def _watch(self) -> None:
         """Runs kopf until the end: the watch of the resource, its login and the liveness endpoint."""
+        if not await self._is_synced():
+            return
         registry = kopf.OperatorRegistry()
         kopf.on.event(SERVING.group, SERVING.version, SERVING.plural, id="resource", registry=registry)(self._see)
         kopf.on.login(id="login", registry=registry)(kopf.login_via_client)
@@ -191,10 +206,9 @@ class Operator:
         watching.inactivity_timeout = INACTIVITY_S
         watching.chunk_size = 500
         # A change is only put into a queue here, so little is ever in the way of an end.
-        settings.batching.worker_limit = 64
-        settings.batching.idle_timeout = 1.0
-        settings.batching.exit_timeout = 0.5
-        settings.batching.batch_window = 0.05
+        settings.queueing.worker_limit = 64
+        settings.queueing.idle_timeout = 1.0
+        settings.queueing.exit_timeout = 0.5
         settings.posting.enabled = False
         return settings
 
@@ -203,8 +217,11 @@ class Operator:
 
     # Workers.
 
+    async def _elect(self) -> None:
+        if await self._is_synced():
+            await self._election.run()
+
     async def _lead(self) -> None:
-        await self._watches.synced.wait()
         await self._election.leading.wait()
         for key in self._store.known():
             self._queue.add(key)

@@ -26,7 +26,13 @@ from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
-from moe_operator.kubernetes.conditions import Seen, build_conditions, changed_conditions, is_bad, read_conditions
+from moe_operator.kubernetes.conditions import (
+    ConditionInputs,
+    build_conditions,
+    changed_conditions,
+    is_bad,
+    read_conditions,
+)
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
@@ -166,7 +172,7 @@ class Reconciler:
         self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None
     ) -> float:
         names = Names(current.key.name)
-        seen = Seen(
+        inputs = ConditionInputs(
             refused="; ".join(applied.refused),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
@@ -176,25 +182,25 @@ class Reconciler:
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
         return await self._write_status(
-            current.key, current.document, names, seen, current.pods, current.states, current.experts
+            current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
 
     async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
-        seen = Seen(invalid=problem, desired=self._live_replicas(key))
-        await self._write_status(key, document, Names(key.name), seen, self._store.of(key, POD), States(), {})
+        inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
+        await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
         return None
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         states, experts = await self._ask(find_peers(pods), resource)
-        seen = Seen(
+        inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
             findings=find_problems(pods, states),
             has_experts=resource.spec.engine.parallelism.expert,
         )
-        await self._write_status(key, document, Names(key.name), seen, pods, states, experts)
+        await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
         return STEADY_S if pods else None
 
     def _live_replicas(self, key: Key) -> int:
@@ -207,15 +213,15 @@ class Reconciler:
         key: Key,
         document: Document,
         names: Names,
-        seen: Seen,
+        inputs: ConditionInputs,
         pods: list[Document],
         states: States,
         experts: Mapping[str, ExpertsState],
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
-        status, seen = build_status(document, names, key.namespace, seen, pods, states, experts)
-        conditions = build_conditions(seen, before, now)
+        status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
+        conditions = build_conditions(inputs, before, now)
         wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
         if wanted != document.get("status"):
             header = _own(document, None)
@@ -223,7 +229,7 @@ class Reconciler:
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
             for condition in changed_conditions(before, conditions):
                 await self._post_event(document, condition)
-        return SOON_S if seen.rolling or seen.ready < seen.desired or seen.findings else STEADY_S
+        return SOON_S if inputs.rolling or inputs.ready < inputs.desired or inputs.findings else STEADY_S
 
     async def _post_event(self, document: Document, condition: Condition) -> None:
         metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

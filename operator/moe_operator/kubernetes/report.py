@@ -1,7 +1,7 @@
 """The status of a resource but for its conditions. Pure: from pods, what their agents say, and the status before.
 
 Numbers that change all the time, such as waiting requests, are written at most every half minute: a status is for
-people; who needs numbers reads metrics.
+people; numbers are in metrics.
 """
 
 import math
@@ -18,7 +18,7 @@ from moe_operator.api.status import EnginePhase, EngineStatus, ExpertsStatus, Po
 from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
-from moe_operator.kubernetes.conditions import Seen
+from moe_operator.kubernetes.conditions import ConditionInputs
 from moe_operator.plan.names import COMPONENT, Names, is_replica, selector_text
 
 Document = dict[str, Any]
@@ -32,24 +32,24 @@ def build_status(
     document: Document,
     names: Names,
     namespace: str,
-    seen: Seen,
+    inputs: ConditionInputs,
     pods: Sequence[Document],
     states: States,
     experts: Mapping[str, ExpertsState],
-) -> tuple[Document, Seen]:
-    """The status without conditions, and what was seen, completed by the pods and the experts' documents."""
+) -> tuple[Document, ConditionInputs]:
+    """Returns the status without conditions, and the inputs of the conditions with what pods and experts add."""
     engines = [pod for pod in pods if _is_replica(pod) and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
-    seen = replace(seen, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
+    inputs = replace(inputs, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
     suffix = "" if port == 80 else f":{port}"
     status = StatusSection(
         observed_generation=document["metadata"].get("generation"),
-        replicas=seen.engines,
-        ready_replicas=seen.ready,
-        desired_replicas=seen.desired,
+        replicas=inputs.engines,
+        ready_replicas=inputs.ready,
+        desired_replicas=inputs.desired,
         selector=selector_text(names.labels("engine", "stable")),
         endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
@@ -60,7 +60,7 @@ def build_status(
         experts=build_experts(experts, datetime.now(UTC)),
     )
     current = _keep_numbers(status_document(status), before)
-    return current, replace(seen, experts=ExpertsStatus.model_validate(current["experts"]))
+    return current, replace(inputs, experts=ExpertsStatus.model_validate(current["experts"]))
 
 
 def _policies(engines: Sequence[AgentState], gateways: Sequence[GatewayState]) -> PoliciesInForce:

@@ -81,7 +81,7 @@ class Watches:
         self._report(self._store.put(kind, document))
 
     def deleted(self, kind: Kind, document: Document) -> None:
-        """Forgets an object."""
+        """Removes a deleted object from the store."""
         self._report(self._store.remove(kind, document))
 
     def _report(self, key: Key | None) -> None:

@@ -1,4 +1,4 @@
-"""The folder of one deployment: where its files are, who holds its lock, and files that change as a whole.
+"""The folder of one deployment: its files, the holder of its lock, and files that change as a whole.
 
 `lock` is held by the supervisor for its whole life (`up` takes it and hands it on), so at most one runs for a name. It
 is never deleted: a second file of that name would be a second lock.
@@ -110,7 +110,7 @@ def take_lock(path: Path) -> int | None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds a lock for a block; waits for whoever holds it."""
+    """Holds a lock for a block; waits while another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

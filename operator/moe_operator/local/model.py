@@ -26,8 +26,8 @@ def check_model(resource: MoEServing) -> None:
         raise InvalidInput([InputError("spec.model.uri", message)])
     if not (Path(path) / "config.json").is_file():
         raise InvalidInput([InputError("spec.model.uri", f"the folder {path} holds no model: it has no config.json")])
-    if problem := find_uneven(resource, read_experts(Path(path) / "config.json")):
-        raise InvalidInput([problem])
+    if error := find_uneven(resource, read_experts(Path(path) / "config.json")):
+        raise InvalidInput([error])
 
 
 def read_experts(path: Path) -> int | None:

@@ -79,10 +79,10 @@ def build_engines(seen: Observation) -> tuple[EngineStatus, ...]:
 
 
 def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: datetime) -> Condition:
-    """`Ready`, with why."""
+    """Returns the condition `Ready` of a local deployment, with its reason."""
     ready = accepts(seen) and not seen.record.draining
     reason, message = _explain(seen, list(engines), ready)
-    # The record knows when it changed; it lags behind what is seen by the time between two looks.
+    # The record knows when it changed; it lags behind by up to the interval of looks.
     since = datetime.fromtimestamp(seen.record.ready_changed, UTC) if seen.record.ready == ready else now
     status = ConditionStatus.TRUE if ready else ConditionStatus.FALSE
     return Condition(type="Ready", status=status, reason=reason, message=message, last_transition_time=since)

@@ -45,7 +45,7 @@ class LocalSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPlan:
-    """What should run."""
+    """Configurations of the processes of a deployment on one machine: its agents and its gateway."""
 
     agents: tuple[AgentConfig, ...]
     gateway: GatewayConfig

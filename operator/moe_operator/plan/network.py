@@ -1,9 +1,10 @@
-"""Services, and who may reach and remove what: network policies, disruption budgets, service monitors. Pure."""
+"""Services, access and removal: network policies, disruption budgets, service monitors. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT, ENGINE_PORT_NAME
+from moe_contract.routes import METRICS
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
@@ -143,7 +144,7 @@ def _build_monitor(name: str, names: Names, component: str, port: str) -> Object
         "metadata": {"name": name},
         "spec": {
             "selector": {"matchLabels": {INSTANCE: names.name, COMPONENT: component}},
-            "endpoints": [{"port": port, "path": "/metrics", "interval": "15s"}],
+            "endpoints": [{"port": port, "path": METRICS, "interval": "15s"}],
         },
     }
 
@@ -155,6 +156,6 @@ def _build_pod_monitor(name: str, names: Names, component: str, port: str) -> Ob
         "metadata": {"name": name},
         "spec": {
             "selector": {"matchLabels": {INSTANCE: names.name, COMPONENT: component}},
-            "podMetricsEndpoints": [{"port": port, "path": "/metrics", "interval": "15s"}],
+            "podMetricsEndpoints": [{"port": port, "path": METRICS, "interval": "15s"}],
         },
     }

@@ -258,7 +258,7 @@ def build_request_file(resource: MoEServing) -> str:
 
 
 def build_agent_settings(resource: MoEServing) -> dict[str, Any]:
-    """Settings for agents that run. Of experts only where there is a group: who has none keeps its defaults."""
+    """Settings for agents that run. Those of experts only where there is a group; others keep their defaults."""
     scheduling = resource.spec.scheduling
     settings = {"request": as_json(request_settings(scheduling.request))}
     if resource.spec.engine.parallelism.expert:

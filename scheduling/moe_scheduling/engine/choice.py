@@ -210,7 +210,7 @@ class Explanation:
         ahead_tokens: prefill tokens ahead.
         uncached_tokens: tokens of the job that the target has to compute.
         requests: requests at the target.
-        fresh: whether its signal is believed.
+        fresh: whether its signal is young enough to be used.
         kv_s: seconds until KV blocks are free, part of `wait_s`.
         wait_s: seconds until the job's prefill begins.
         predicted_s: seconds until the first token.

@@ -212,7 +212,7 @@ class TargetState:
         Args:
             fleet_default: step-time model of an engine that has not sent its own.
             now_s: the time.
-            stale_after_s: age from which a signal is not believed.
+            stale_after_s: age from which a signal is ignored.
         """
         step_time, signal = self.step_time_model or fleet_default, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
@@ -231,7 +231,7 @@ class TargetState:
             own_tokens: its uncached prompt tokens.
             fleet_default: step-time model of an engine that has not sent its own.
             now_s: the time.
-            stale_after_s: age from which a signal is not believed.
+            stale_after_s: age from which a signal is ignored.
         """
         step_time = self.step_time_model or fleet_default
         if step_time is self._ttft_model_step_time and -stale_after_s <= now_s - self._observed_s <= stale_after_s:

@@ -42,7 +42,7 @@ class TrafficShare:
         Args:
             states: of all targets; those without a fresh signal are skipped.
             now_s: the time, not before that of the last call.
-            stale_after_s: age from which a signal is not believed.
+            stale_after_s: age from which a signal is ignored.
         """
         at_engines = own = 0
         for state in states:

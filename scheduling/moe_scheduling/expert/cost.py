@@ -55,7 +55,7 @@ class ExpertLoad:
 
     @property
     def layers(self) -> int:
-        """Number of MoE layers."""
+        """Number of layers with experts."""
         return int(self.tokens.shape[1])
 
     @property

@@ -11,6 +11,7 @@ the result depends on the arguments alone.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -222,6 +223,17 @@ class Stay(_Answer):
     why: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Option:
+    """A candidate placement with its score."""
+
+    placement: Placement
+    moves: int
+    gain_s: float
+    stability: float
+    score: Score
+
+
 def add_steps(
     history: ExpertHistory | None, load: ExpertLoad, placement: Placement, costs: ExpertCosts, steps: float
 ) -> ExpertHistory:
@@ -279,18 +291,27 @@ def plan_experts(
         table = apply_steps(path, placement.physical_to_logical, cut_path(path, price_s, budget))
         return _weigh_option(table, load, placement, costs, before, known)
 
-    option = weigh(price_s)
-    if 0.0 < option.stability < 1.0 and not whole:
-        smaller = weigh(price_s / max(option.stability, _MIN_STABILITY))
-        option = smaller if smaller.gain_s > 0 else option
-    if option.gain_s <= 0:
-        option = weigh(least_s)
+    option = _choose_option(weigh, price_s, least_s, whole=whole)
     if known.regret is not None and known.regret.budget_exhausted:
         back = plan_rollback(known.regret, placement, budget, costs)
         if back is not placement:
             return _roll_back(back, known.regret, load, placement, costs, before, known)
         option = replace(option, stability=0.0)
     return _decide(option, load, placement, costs, settings, before, known)
+
+
+def _choose_option(weigh: Callable[[float], _Option], price_s: float, least_s: float, *, whole: bool) -> _Option:
+    """Returns the candidate at a price for each move, in seconds a step.
+
+    Where only a part of the gain is counted on, the price rises by that part and fewer moves are taken, unless none is
+    left. Where no move gains the price, it is the candidate at the least price `least_s`: the answer shows what was
+    turned down.
+    """
+    option = weigh(price_s)
+    if 0.0 < option.stability < 1.0 and not whole:
+        smaller = weigh(price_s / max(option.stability, _MIN_STABILITY))
+        option = smaller if smaller.gain_s > 0 else option
+    return option if option.gain_s > 0 else weigh(least_s)
 
 
 def cut_path(path: Path, price_s: float, budget: int) -> Ints:
@@ -320,17 +341,6 @@ def cut_path(path: Path, price_s: float, budget: int) -> Ints:
     return states if path.moves[states, layers].sum() <= budget else np.zeros_like(states)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Option:
-    """A candidate placement with its score."""
-
-    placement: Placement
-    moves: int
-    gain_s: float
-    stability: float
-    score: Score
-
-
 def _round_budget(placement: Placement) -> int:
     from_nothing = placement.slots * (1 - 1 / placement.ranks)
     return int(placement.layers * max(_MIN_ROUND, _ROUND_PART * from_nothing))
@@ -343,13 +353,13 @@ def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings
     largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
     unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks or 1.0
     per_layer = max(_MIN_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
-    problem = SearchInput(
+    given = SearchInput(
         work_s=load.by_expert * (costs.token_s / unit_s),
         traffic_s=_traffic(load, placement, costs, unit_s),
         move_price_s=(1 + settings.hysteresis) * costs.move_s / costs.horizon_steps / unit_s,
         max_moves=min(budget, math.ceil(_SEARCH_AHEAD * per_layer)),
     )
-    path = search_steps(problem, placement)
+    path = search_steps(given, placement)
     return replace(path, gain_s=path.gain_s * unit_s)
 
 

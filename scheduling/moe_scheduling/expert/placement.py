@@ -48,7 +48,7 @@ class Placement:
 
     @property
     def layers(self) -> int:
-        """Number of MoE layers."""
+        """Number of layers with experts."""
         return int(self.physical_to_logical.shape[0])
 
     @property

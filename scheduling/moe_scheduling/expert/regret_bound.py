@@ -6,7 +6,7 @@ the placement at the beginning. When the loss exceeds its budget, no new plan is
 bandits (Wu et al., arXiv 1602.04282); and as in ski rental, a placement that has lost more than its rollback costs is
 rolled back, so that the loss is at most about twice that cost.
 
-Whoever runs the steps keeps the value: the node agent's planner in an engine, the replay in a benchmark.
+The caller that runs the steps keeps the value: the node agent's planner in an engine, the replay in a benchmark.
 """
 
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ class RegretBound:
         return self.won_s - self.paid_s < -_LOSS_BUDGET * self.duration_s
 
     def add_steps(self, load: ExpertLoad, placement: Placement, costs: ExpertCosts, steps: float) -> "RegretBound":
-        """Returns the account after `steps` engine steps with a placement under a load."""
+        """Returns the bound after `steps` engine steps with a placement under a load."""
         step_s = score_placement(load, placement, costs)[0].total_s
         won_s = 0.0
         if count_moves(self.began, placement).any():
@@ -50,7 +50,7 @@ class RegretBound:
         return replace(self, won_s=self.won_s + won_s * steps, duration_s=self.duration_s + step_s * steps)
 
     def add_moves(self, seconds: float) -> "RegretBound":
-        """Returns the account after moves that took `seconds`."""
+        """Returns the bound after moves that took `seconds`."""
         return replace(self, paid_s=self.paid_s + seconds)
 
 
@@ -58,7 +58,7 @@ def plan_rollback(bound: RegretBound, placement: Placement, budget: int, costs: 
     """Returns the placement to go to when the loss budget is exhausted.
 
     Args:
-        bound: the account.
+        bound: the regret bound.
         placement: the present placement.
         budget: most moves; of the layers that differ from the beginning those with the fewest moves go first.
         costs: `move_s` is the cost of one move back.

@@ -71,23 +71,23 @@ class SearchInput:
     max_moves: int
 
 
-def search_steps(problem: SearchInput, placement: Placement) -> Path:
+def search_steps(given: SearchInput, placement: Placement) -> Path:
     """Returns a path of changes from a placement to better ones.
 
     Args:
-        problem: loads and prices.
+        given: loads and prices.
         placement: the present placement; each expert has a slot.
     """
-    state = _build_state(problem, placement)
+    state = _build_state(given, placement)
     state.record()
     every = np.ones(len(state.mean), np.bool_)
-    spread_copies(state, _wanted(state, 1.0, cheap=int(_COPIES_PART * problem.max_moves)))
-    _level_ranks(state, problem, every)
-    stuck = (state.imbalance.max(1) > _STUCK * state.mean) & (state.moves < problem.max_moves)
+    spread_copies(state, _wanted(state, 1.0, cheap=int(_COPIES_PART * given.max_moves)))
+    _level_ranks(state, given, every)
+    stuck = (state.imbalance.max(1) > _STUCK * state.mean) & (state.moves < given.max_moves)
     if stuck.any():
         spread_copies(state, np.where(stuck[:, None], _wanted(state, _SECOND_SHARE), state.copies))
-        _level_ranks(state, problem, stuck)
-    _reduce_traffic(state, problem)
+        _level_ranks(state, given, stuck)
+    _reduce_traffic(state, given)
     peaks = np.array(state.peaks)
     return Path(steps=tuple(state.steps), gain_s=peaks[0] - peaks, moves=np.array(state.counts))
 
@@ -101,15 +101,15 @@ def apply_steps(path: Path, table: Ints, states: Ints) -> Ints:
     return table
 
 
-def _build_state(problem: SearchInput, placement: Placement) -> SearchState:
+def _build_state(given: SearchInput, placement: Placement) -> SearchState:
     table = placement.physical_to_logical
     layers = len(table)
-    work = problem.work_s.astype(np.float32)
+    work = given.work_s.astype(np.float32)
     return SearchState(
         experts=table.reshape(layers, placement.ranks, -1).transpose(2, 0, 1).copy(),
         work=work,
         mean=np.divide(work.sum(1), placement.ranks, dtype=np.float32),
-        traffic=problem.traffic_s,
+        traffic=given.traffic_s,
     )
 
 
@@ -121,7 +121,7 @@ def _wanted(state: SearchState, part: float, cheap: int | None = None) -> Ints:
 # --- swaps that take load off hot ranks
 
 
-def _level_ranks(state: SearchState, problem: SearchInput, allowed: Flags) -> None:
+def _level_ranks(state: SearchState, given: SearchInput, allowed: Flags) -> None:
     """Swaps experts of hot ranks for lighter ones of cold ranks, the hottest ranks of all layers in each round."""
     layers, ranks, _ = state.shape
     hot_ranks, half = max(1, ranks // _RANKS_PER_HOT_RANK), ranks // 2
@@ -134,7 +134,7 @@ def _level_ranks(state: SearchState, problem: SearchInput, allowed: Flags) -> No
         order = np.argsort(state.imbalance, axis=1, kind="stable")
         hot = order[:, : -hot_ranks - 1 : -1]
         above = np.take_along_axis(state.imbalance, hot, 1)
-        alive &= (above[:, 0] > _EVEN_ENOUGH * state.mean) & (state.moves < problem.max_moves)
+        alive &= (above[:, 0] > _EVEN_ENOUGH * state.mean) & (state.moves < given.max_moves)
         due = alive[:, None] & (above > _HOT_PART * above[:, :1]) & (above > _EVEN_ENOUGH * state.mean[:, None])
         layer, turn = np.nonzero(due)
         if not len(layer):
@@ -190,20 +190,20 @@ def _best_swaps(state: SearchState, layer: Ints, a: Ints, cold: Ints, price: Sin
 # --- swaps that reduce traffic
 
 
-def _reduce_traffic(state: SearchState, problem: SearchInput) -> None:
+def _reduce_traffic(state: SearchState, given: SearchInput) -> None:
     """Swaps the experts with the most avoidable traffic for those whose place saves most, all layers at once."""
     layers, ranks, _ = state.shape
     if state.traffic is None or ranks < 2:
         return
     part = np.divide(1, state.copies, dtype=np.float32)
     nearest, column = state.traffic.min(2) * part, np.arange(layers)
-    price = np.maximum(np.float32(problem.move_price_s), _MIN_GAIN)
+    price = np.maximum(np.float32(given.move_price_s), _MIN_GAIN)
     # [layer, slot], where the slots are numbered place by place.
     experts = state.experts.swapaxes(0, 1).reshape(layers, -1)
     avoidable = _by_layer(state.slot_traffic) - nearest[column[:, None], experts]
-    for _ in range(problem.max_moves):
+    for _ in range(given.max_moves):
         slot = avoidable.argmax(1)
-        layer = np.nonzero((avoidable[column, slot] > 2 * price) & (state.moves < problem.max_moves))[0]
+        layer = np.nonzero((avoidable[column, slot] > 2 * price) & (state.moves < given.max_moves))[0]
         if not len(layer):
             return
         swaps = _nearest_swaps(state, layer, slot[layer], price)

@@ -99,7 +99,7 @@ class RequestSettings:
 
     @property
     def is_fair(self) -> bool:
-        """Whether tenants are separated."""
+        """Whether service is shared among tenants."""
         return self.policy is RequestPolicy.SJF and self.fairness_horizon_s > 0.0
 
 

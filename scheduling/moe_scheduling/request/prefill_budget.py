@@ -52,12 +52,12 @@ class StepTimeCurve(NamedTuple):
 
     Attributes:
         token_s: seconds for each prompt token of the fullest rank.
-        floor_s: seconds of a step without prompt tokens, with the requests that decode now.
+        decode_only_s: seconds of a step without prompt tokens, with the requests that decode now.
         knees: where the slope grows, in ascending order of tokens.
     """
 
     token_s: float
-    floor_s: float
+    decode_only_s: float
     knees: tuple[RooflineKnee, ...]
 
 
@@ -65,10 +65,10 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) 
     """Returns the most prompt tokens that each rank may compute in the next step; 0 only where no rank has any.
 
     Without a knee it is the largest backlog, so nothing is cut. With knees, the part of it that minimises the cost of
-    working the backlogs off. In steps of T tokens that take f seconds, `floor_s` of them without any prefill, a backlog
-    of W tokens takes W / T steps. In each, decoding requests wait `f - floor_s` longer, and requests before their first
-    token wait f, at `TTFT_WEIGHT`: `W / T * (decoding * (f - floor_s) + TTFT_WEIGHT * prefilling * f)`. Large steps
-    share out `floor_s`, small ones stay below the knees. The best T does not depend on W.
+    working the backlogs off. In steps of T tokens that take f seconds, d = `decode_only_s` of them without any prefill,
+    a backlog of W tokens takes W / T steps. In each, decoding requests wait f - d longer, and requests before their
+    first token wait f, at `TTFT_WEIGHT`: `W / T * (decoding * (f - d) + TTFT_WEIGHT * prefilling * f)`. Large steps
+    share out d, small ones stay below the knees. The best T does not depend on W.
 
     O(ranks * (ranks + knees)).
 
@@ -87,7 +87,7 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) 
         tokens = sum(min(candidate, backlog) for backlog in backlogs)
         added_s = curve.token_s * candidate + _beyond_knees_s(curve, decoding + tokens)
         added_s -= _beyond_knees_s(curve, decoding)
-        cost = (decoding * added_s + waiting * (added_s + curve.floor_s)) / tokens
+        cost = (decoding * added_s + waiting * (added_s + curve.decode_only_s)) / tokens
         # Costs that differ by rounding alone are equal: then the largest backlog, which comes first, stays.
         if cost < best_cost * (1.0 - _ROUNDING):
             best, best_cost = candidate, cost

@@ -72,7 +72,7 @@ class TenantQueues(Generic[T]):
             self.push(entry)
 
     def push(self, entry: Entry[T]) -> None:
-        """Adds a request."""
+        """Adds an entry to the queue of its tenant."""
         queue = self._queues.get(entry.tenant)
         if queue is None:
             queue = self._queues[entry.tenant] = SortedList()

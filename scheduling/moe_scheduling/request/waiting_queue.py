@@ -73,7 +73,7 @@ class WaitingQueue(Generic[T]):
 
     @property
     def settings(self) -> RequestSettings:
-        """The settings in force."""
+        """The settings of the order in force."""
         return self._settings
 
     @property

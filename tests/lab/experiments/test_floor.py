@@ -69,7 +69,7 @@ def record(variant, ttft_s, workload="random", rate=4.0):
 def test_the_floor_is_below_what_is_measured_and_adversarial_loads_are_left_out():
     records = [record(REFERENCE, 0.3), record("dynamo", 0.2), record(PRODUCT, 0.15), record(PRODUCT, 1.0, "allLong")]
     (floor,) = read_floors(records, None, PAIR)
-    assert 0.01 < floor.floor_s < 0.15
+    assert 0.01 < floor.bound_s < 0.15
     assert (floor.best_s, floor.ours_s) == (0.2, 0.15)
 
 
@@ -78,7 +78,7 @@ def test_a_case_without_rivals_has_nothing_to_be_compared_with():
 
 
 def test_the_table_has_a_row_for_each_load():
-    floors = [Floor(workload="random", load=load, seed=1, floor_s=0.1, best_s=0.2, ours_s=0.15) for load in (0.5, 0.85)]
+    floors = [Floor(workload="random", load=load, seed=1, bound_s=0.1, best_s=0.2, ours_s=0.15) for load in (0.5, 0.85)]
     console = Console(record=True, width=120)
     console.print(render_floors(floors))
     text = console.export_text()

@@ -82,5 +82,5 @@ def test_the_index_is_between_one_nth_and_one(values):
     assert 1 / len(values) - 1e-9 <= jain_index(np.array(values)) <= 1 + 1e-9
 
 
-def test_the_index_of_one_who_has_it_all():
+def test_the_fairness_index_where_one_tenant_has_everything():
     assert jain_index(np.array([1.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)

@@ -88,7 +88,7 @@ def test_the_second_that_is_drawn_wins_where_it_has_less():
     [
         ([engine(A, kv_usage=0.3), engine(B, kv_usage=0.1)], A, (B, GimbalRule.KV)),
         ([engine(A, kv_usage=0.2), engine(B, kv_usage=0.1)], None, (A, GimbalRule.TURN)),
-        # Who is full is no candidate, also where it was the user's.
+        # A full engine is no candidate, also where it was the user's.
         ([engine(A, kv_usage=0.9), engine(B, kv_usage=0.85)], A, (B, GimbalRule.TURN)),
         ([engine(A, kv_usage=0.95), engine(B, kv_usage=0.9)], B, (B, GimbalRule.USER)),
         ([engine(A, waiting_prefill_tokens=3001), engine(B)], A, (B, GimbalRule.LOAD)),

@@ -1,4 +1,4 @@
-"""What a person is told about what they wrote, from pydantic's real errors."""
+"""Messages about wrong input, from pydantic's real errors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -78,7 +78,7 @@ def fields_at(location) -> Iterator[str]:
     return Engine.model_fields if location[:1] == ("engines",) and len(location) == 2 else sections.get(location, ())
 
 
-def told(document, *, root=""):
+def lines_of(document, *, root=""):
     validate = Document.model_validate_json if isinstance(document, str) else Document.model_validate
     with pytest.raises(ValidationError) as raised:
         validate(document)
@@ -143,11 +143,11 @@ REQUEST_FIELDS = ", ".join(sorted(field.name for field in fields(RequestSettings
     ],
 )
 def test_one_error_is_one_line(document, line):
-    assert told(document) == [line]
+    assert lines_of(document) == [line]
 
 
 def test_the_members_of_a_union_do_not_enter_the_path():
-    assert told({"either": []}) == [
+    assert lines_of({"either": []}) == [
         "either: input should be a valid integer, got []",
         "either: input should be a valid string, got []",
     ]
@@ -159,7 +159,7 @@ def test_a_field_named_like_a_member_of_a_union_keeps_its_name():
 
 
 def test_all_errors_come_in_the_order_of_their_paths_below_the_root():
-    assert told({"only": 1, "engines": [{}, 1], "count": "x"}, root="spec") == [
+    assert lines_of({"only": 1, "engines": [{}, 1], "count": "x"}, root="spec") == [
         "spec.count: input should be a valid integer, unable to parse string as an integer, got 'x'",
         "spec.engines[0].url: required, but absent",
         "spec.engines[1]: a mapping of fields is needed, got 1",
@@ -172,15 +172,15 @@ def test_no_errors_are_no_problems():
 
 
 def test_what_was_written_is_shown_in_part_when_it_is_long():
-    (line,) = told({"count": "x" * 10_000})
+    (line,) = lines_of({"count": "x" * 10_000})
     assert len(line) < 200
     assert line.endswith("...")
-    (line,) = told({"only": "x" * 10_000})
+    (line,) = lines_of({"only": "x" * 10_000})
     assert line.endswith("xxx...; known: one")
 
 
 def test_an_absurdly_long_key_is_refused_like_any_other():
-    (line,) = told({"k" * 100_000: 1})
+    (line,) = lines_of({"k" * 100_000: 1})
     assert line.startswith("kkk")
     assert "unknown field; known: count" in line
 

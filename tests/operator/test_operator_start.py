@@ -1,0 +1,93 @@
+"""The operator stands for election, and answers its liveness probe, once it has read every kind."""
+
+import asyncio
+from typing import Any
+
+import kopf
+import pytest
+from moe_contract.api_server import FORBIDDEN, NOT_FOUND, ApiError, Kind, Listing
+from moe_operator.kubernetes import operator as module
+from moe_operator.kubernetes.kinds import LEASE, SECRET
+from moe_operator.kubernetes.operator import Operator
+from moe_operator.kubernetes.settings import OperatorSettings
+
+
+class FakeServer:
+    """An API server without objects, which refuses to list Secrets while `refuses` is set."""
+
+    def __init__(self) -> None:
+        self.refuses = True
+        self.leases: list[str] = []
+
+    async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
+        if kind == SECRET and self.refuses:
+            raise ApiError(FORBIDDEN, "secrets is forbidden")
+        return Listing(items=[], version="1")
+
+    async def watch(self, *_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+        yield {}
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Any:
+        assert kind == LEASE
+        self.leases.append(name)
+        raise ApiError(NOT_FOUND, "no such lease")
+
+    async def create(self, kind: Kind, document: Any, *, strict: bool = False) -> Any:
+        return document
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeKopf:
+    """Counts its starts, and runs until it is stopped."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+
+    async def __call__(self, *, stop_flag: asyncio.Event, **_: Any) -> None:
+        self.starts += 1
+        await stop_flag.wait()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    server = FakeServer()
+    monkeypatch.setattr(module, "ApiServer", lambda: server)
+    return server
+
+
+@pytest.fixture
+def frame(monkeypatch: pytest.MonkeyPatch) -> FakeKopf:
+    frame = FakeKopf()
+    monkeypatch.setattr(kopf, "operator", frame)
+    return frame
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_operator_that_may_not_read_a_kind_neither_leads_nor_is_live(
+    server: FakeServer, frame: FakeKopf
+) -> None:
+    operator = Operator(OperatorSettings(metrics_port=0))
+    running = asyncio.create_task(operator.run())
+    await asyncio.sleep(0.3)
+    assert (server.leases, frame.starts) == ([], 0)
+    server.refuses = False
+    await until(lambda: server.leases and frame.starts)
+    operator.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_an_operator_that_waits_for_a_kind_ends_when_it_is_stopped(server: FakeServer, frame: FakeKopf) -> None:
+    operator = Operator(OperatorSettings(metrics_port=0))
+    running = asyncio.create_task(operator.run())
+    await asyncio.sleep(0.1)
+    operator.stop()
+    await asyncio.wait_for(running, 10)
+    assert server.leases == []

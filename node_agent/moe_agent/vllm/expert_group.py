@@ -218,7 +218,7 @@ class ExpertGroup:
         assert self._coordinator is not None
         if len(routing) == self._shape.layers and self._coordinator.wants_routing:
             # vLLM computes in a stream of its own, which the stream of the coordinator's thread does not wait for.
-            made = None if self.on_cpu else torch.cuda.Event()
+            made = None if self.on_cpu else torch.cuda.Event()  # type: ignore[no-untyped-call]
             if made is not None:
                 made.record()
             self._coordinator.add_routing(partial(_read_routing, list(routing), made))

@@ -284,9 +284,10 @@ def _find_login(kubeconfig: Path | None) -> _Login:
             return _Login(place.read_text().strip() if place.is_file() else "default", None)
     paths = str(kubeconfig or os.environ.get("KUBECONFIG") or Path.home() / ".kube/config")
     try:
-        merged = kube_config.KubeConfigMerger(paths).config
-        if merged is None:
+        # The merger logs a warning of its own where no file is there.
+        if not any(Path(path).expanduser().exists() for path in paths.split(os.pathsep) if path):
             raise ConfigException(f"no such file: {paths}")
+        merged = kube_config.KubeConfigMerger(paths).config
         # None: relative paths are relative to the file that has them.
         loader = kube_config.KubeConfigLoader(config_dict=merged, config_base_path=None)
         context: Mapping[str, Any] = loader.current_context["context"]

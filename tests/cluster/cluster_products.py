@@ -27,6 +27,7 @@ LENT = ("PIP_CERT", "PIP_INDEX_URL", "UV_DEFAULT_INDEX", "SSL_CERT_FILE", "SSL_C
 # What the image of operator and gateway is made of: another one of these makes another image.
 SOURCES = (
     "scheduling",
+    "contract",
     "gateway",
     "node_agent",
     "kernels",

@@ -3,7 +3,7 @@
 1. A small Mixture-of-Experts model is made, or found.
 2. Two engines and the gateway are started from the sample resource, and answer a question.
 3. The same requests are served under both policies, in alternating pairs, as `moeserving compare` does.
-4. The table, or where the machine was too noisy a second one in virtual time beside it (`demo_report`).
+4. The table, or where it shows no difference a second one in virtual time beside it (`demo_report`).
 
 The load is where the order of requests matters: half of the prompts are long, and each piece is a peak that brings
 requests faster than the engines complete them. The deployment is taken down at the end, however the end comes.
@@ -85,7 +85,7 @@ def show(pairs: tuple[Pair, ...], source: Source, effort: Effort, say: ProgressP
     measured = compare_metrics(pairs)
     verdict = judge(measured)
     if verdict is Verdict.UNCLEAR:
-        say("this machine was too noisy to show a difference; the same comparison in virtual time, without its noise:")
+        say("no difference is shown on this machine; the same comparison in virtual time, without its noise:")
         modelled = compare_metrics(model(source, effort))
         say.console.print(render_modelled(measured, modelled, pairs))
         lines = render_conclusion(verdict, measured, modelled)

@@ -24,9 +24,14 @@ class Verdict(StrEnum):
 def judge(comparisons: Sequence[Comparison]) -> Verdict:
     """The verdict on the mean TTFT."""
     ratio = find(comparisons, DECIDING).ratio
-    if ratio is None or ratio.covers(1.0) or ratio.low <= 0 or ratio.high / ratio.low > WIDEST:
+    if ratio is None or is_noisy(ratio) or ratio.covers(1.0):
         return Verdict.UNCLEAR
     return Verdict.BETTER if ratio.value < 1 else Verdict.WORSE
+
+
+def is_noisy(ratio: Estimate | None) -> bool:
+    """Whether the interval is missing, or wider than `WIDEST`: it can tell nothing."""
+    return ratio is None or ratio.low <= 0 or ratio.high / ratio.low > WIDEST
 
 
 def find(comparisons: Sequence[Comparison], metric: str) -> Comparison:
@@ -70,8 +75,9 @@ def render_conclusion(
     if verdict is Verdict.UNCLEAR:
         virtual = find(modelled, DECIDING).ratio
         return [
-            f"Look at the row '{DECIDING}'. Measured {render_ratio(ratio)}: no verdict, this machine was too noisy.",
+            f"Look at the row '{DECIDING}'. Measured {render_ratio(ratio)}: {_why_unclear(ratio)}",
             f"Modelled {render_ratio(virtual)}: {_in_words(virtual)}",
+            *_why_not_seen(ratio, virtual),
             *_why(),
         ]
     return [f"Look at the row '{DECIDING}': {render_ratio(ratio)}. {_in_words(ratio)}", *_why()]
@@ -87,6 +93,21 @@ def render_next_steps() -> list[str]:
         "  .venv/bin/moeserving demo --trace FILE                            your own requests",
         "  make bench-serving                                                beside stock vLLM behind vllm-router",
         "  docs/results/README.md                                            all workloads, loads and rivals",
+    ]
+
+
+def _why_unclear(ratio: Estimate | None) -> str:
+    if is_noisy(ratio):
+        return "no verdict, this machine was too noisy."
+    return "no difference is shown on this machine."
+
+
+def _why_not_seen(measured: Estimate | None, modelled: Estimate | None) -> list[str]:
+    """A line where a measurement that is not noisy excludes the modelled gain."""
+    if measured is None or modelled is None or is_noisy(measured) or modelled.high >= measured.low:
+        return []
+    return [
+        "The modelled gain is not seen here. The model leaves out that engines, gateway and client share the cores."
     ]
 
 

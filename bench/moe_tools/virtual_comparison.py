@@ -1,6 +1,6 @@
 """The comparison of `compare_command` in virtual time: real schedulers and our decisions, modelled step times.
 
-The demo shows it where a machine is too noisy for a measurement. The speed of this machine does not enter: the same
+The demo shows it where a measurement shows no difference. The speed of this machine does not enter: the same
 requests give the same figures everywhere. Importing this module imports neither vllm nor torch.
 
 Modelled are the step times (`TINY_MODEL_COST`), the network and the age of signals. Real are vLLM's scheduler with ours

@@ -20,6 +20,7 @@ CLEAR = ((1.0, 0.6), (1.0, 0.65), (1.0, 0.7), (1.0, 0.62))
 WORSE = tuple((ours, stock) for stock, ours in CLEAR)
 NOISY = ((1.0, 0.4), (1.0, 1.9), (1.0, 0.8))
 WIDE = ((1.0, 0.1), (1.0, 0.3), (1.0, 0.2))
+NARROW = ((1.0, 0.96), (1.0, 1.04), (1.0, 0.98), (1.0, 1.02))
 
 
 def pairs_of(ratios) -> tuple[Pair, ...]:
@@ -80,6 +81,14 @@ def test_a_noisy_measurement_says_so_and_shows_the_modelled_one_beside_it(monkey
     for part in ("too noisy", "B/A, measured here", "B/A, modelled", "no verdict", "wait 36% less", "0.85 [0.12"):
         assert part in text, part
     assert max(len(line) for line in text.splitlines() if "│" in line or "┃" in line) <= 80
+
+
+def test_a_narrow_measurement_without_a_difference_is_not_called_noise(monkeypatch):
+    text, asked = shown(monkeypatch, NARROW)
+    assert asked == [(Source(), Effort())]
+    assert "no difference is shown on this machine" in text
+    assert "The modelled gain is not seen here" in text
+    assert "too noisy" not in text
 
 
 def test_a_model_without_a_difference_claims_none(monkeypatch):

@@ -20,7 +20,7 @@ from moe_operator.local.stop import request_stop, stop_leftovers, wait_stopped
 def down(name: Name = None, state_dir: StateDir = None) -> None:
     """Stop a deployment once its streams have ended.
 
-    Ctrl-C hurries it.
+    Ctrl-C forces it.
     """
     with errors_shown():
         folder = find_folder(name, state_dir)
@@ -30,7 +30,7 @@ def down(name: Name = None, state_dir: StateDir = None) -> None:
             if stop_leftovers(folder):
                 typer.echo(f"{folder.name}: its supervisor was killed; what it left was cleaned up")
             return
-        typer.echo(f"{folder.name}: stopping, running streams end first (Ctrl-C hurries)")
+        typer.echo(f"{folder.name}: stopping, running streams end first (Ctrl-C stops at once)")
         if record is not None and not record.draining:
             request_stop(supervisor)
         try:

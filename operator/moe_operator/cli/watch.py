@@ -99,7 +99,7 @@ class Watch:
     async def _finish(self, answer: int) -> int:
         """Drains after an interrupt; a supervisor that another command stopped is no failure either."""
         if self._interrupted.is_set():
-            self._say(f"{self._folder.name}: stopping, running streams end first (again Ctrl-C hurries)")
+            self._say(f"{self._folder.name}: stopping, running streams end first (another Ctrl-C stops at once)")
             request_stop(self._supervisor)
         status = await self._wait_ended()
         if status != 0:
@@ -108,7 +108,7 @@ class Watch:
         return answer
 
     async def _wait_ended(self) -> int:
-        """Until the supervisor has ended; each further interrupt hurries it."""
+        """Until the supervisor has ended; each further interrupt forces it."""
         self._interrupted.clear()
         while (status := self._process.poll()) is None:
             if self._interrupted.is_set():

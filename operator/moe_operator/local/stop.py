@@ -15,7 +15,7 @@ _LOOK_EVERY_S = 0.1
 
 
 def request_stop(supervisor: Alive | None) -> None:
-    """Asks the supervisor to drain; asked again, it hurries."""
+    """Asks the supervisor to drain; asked again, it stops at once."""
     if (process := find_process(supervisor)) is not None:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -77,7 +77,7 @@ class Batch:
         self._next_s = 0.0
 
     def add(self, connection: "Connection", events: int) -> None:
-        """One more stream, from the next step on."""
+        """Adds a stream, which is written to from the next step on."""
         if not self._left:
             loop = asyncio.get_running_loop()
             self._next_s = loop.time() + STEP_S

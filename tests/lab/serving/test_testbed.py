@@ -17,6 +17,7 @@ from tests.lab.serving.stand_ins import (
     DIRECTLY,
     ROUTER,
     SERVER,
+    launchers_left,
     plan_of,
     program,
 )
@@ -73,7 +74,7 @@ def test_a_refused_start_of_ours_takes_stock_down(manifest, scripted):
     with pytest.raises(InvalidInput, match="moeserving up failed"), stand_ins(manifest):
         pass
     assert scripted.read_text().split() == ["up", "down"]
-    assert not [child for child in psutil.Process().children() if "launcher" in " ".join(child.cmdline())]
+    assert not launchers_left()
 
 
 def test_a_signal_that_ends_the_command_takes_both_down(manifest, scripted):

@@ -30,7 +30,7 @@ class ChartError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ValueRow:
     """A documented value: its path in dots, what it is, its default as text."""
 
     path: str
@@ -38,7 +38,7 @@ class Row:
     default: str
 
 
-def read_rows(text: str) -> tuple[Row, ...]:
+def read_rows(text: str) -> tuple[ValueRow, ...]:
     """The documented values of a values.yaml.
 
     Raises:
@@ -71,7 +71,7 @@ def _documented(text: str) -> Iterator[tuple[str, list[str]]]:
             comment = []
 
 
-def _row(path: str, comment: list[str], values: Mapping[str, Any]) -> Row:
+def _row(path: str, comment: list[str], values: Mapping[str, Any]) -> ValueRow:
     value: Any = values
     for key in path.split("."):
         value = value[key]
@@ -82,7 +82,7 @@ def _row(path: str, comment: list[str], values: Mapping[str, Any]) -> Row:
             default = line.removeprefix(_DEFAULT)
         else:
             said.append(line)
-    return Row(path=path, text=" ".join(said), default=default)
+    return ValueRow(path=path, text=" ".join(said), default=default)
 
 
 def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
             yield ".".join((*path, key))
 
 
-def render_table(rows: tuple[Row, ...]) -> str:
+def render_table(rows: tuple[ValueRow, ...]) -> str:
     """The table of values in Markdown."""
     lines = ["| value | default | what |", "|---|---|---|"]
     lines += [f"| `{row.path}` | {row.default} | {row.text} |".replace("||", "\\|\\|") for row in rows]

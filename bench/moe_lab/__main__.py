@@ -1,6 +1,6 @@
 """`python -m moe_lab`: runs every micro-benchmark of this package and prints what it measured.
 
-A micro-benchmark is a module here with `run() -> Iterable[Row]`; it is found by that function alone.
+A micro-benchmark is a module here with `run() -> Iterable[BenchmarkRow]`; it is found by that function alone.
 """
 
 import ast
@@ -14,13 +14,13 @@ from moe_tools.statistics import estimate, percentile_of
 from rich.console import Console
 from rich.table import Table
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 
 def main() -> None:
     """Prints the table as a whole at the end, and each module's name as it runs."""
     console = Console()
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     for name in find_benchmarks(Path(__file__).parent):
         console.print(f"{name} ...", style="dim")
         rows.extend(importlib.import_module(f"moe_lab.{name}").run())
@@ -36,7 +36,7 @@ def find_benchmarks(folder: Path) -> Iterator[str]:
                 yield path.stem
 
 
-def render_rows(rows: Iterable[Row]) -> Table:
+def render_rows(rows: Iterable[BenchmarkRow]) -> Table:
     """Median with its interval, and p99, of each case."""
     environment = read_environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -53,7 +53,7 @@ def render_rows(rows: Iterable[Row]) -> Table:
     return table
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: BenchmarkRow) -> tuple[str, ...]:
     middle = estimate(row.values, percentile_of(50))
     return (
         row.benchmark,

@@ -9,12 +9,12 @@ from functools import partial
 
 from moe_scheduling.expert.decision import ExpertSettings, plan_experts
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 DECISIONS = 20
 
 
-def run() -> Iterator[Row]:
+def run() -> Iterator[BenchmarkRow]:
     """All sizes: the whole decision, and vLLM's placement alone."""
     # They bring torch and vLLM, which a look for benchmarks does without.
     import torch
@@ -30,9 +30,9 @@ def run() -> Iterator[Row]:
         theirs = make_policies(group, COSTS, settings)["vLLM"]
         goal = "< 50 ms" if name.startswith("DeepSeek-V3") else ""
         ours_ms = _decisions_ms(partial(plan_experts, load, start, COSTS, settings))
-        yield Row(benchmark="experts", case=f"decision, {name}", unit="ms", values=ours_ms, goal=goal)
+        yield BenchmarkRow(benchmark="experts", case=f"decision, {name}", unit="ms", values=ours_ms, goal=goal)
         theirs_ms = _decisions_ms(partial(theirs, load, start))
-        yield Row(benchmark="experts", case=f"vLLM's placement, {name}", unit="ms", values=theirs_ms)
+        yield BenchmarkRow(benchmark="experts", case=f"vLLM's placement, {name}", unit="ms", values=theirs_ms)
 
 
 def _decisions_ms(decide: Callable[[], object]) -> list[float]:

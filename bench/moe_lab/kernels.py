@@ -15,7 +15,7 @@ import torch
 from moe_kernels.expert_load import map_and_record_reference, map_and_record_triton
 from rich.console import Console
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 REPETITIONS = 30
 BATCH_S = 0.02
@@ -44,7 +44,7 @@ ROUTINGS = (
 Call = Callable[[], object]
 
 
-def run() -> Iterator[Row]:
+def run() -> Iterator[BenchmarkRow]:
     """All cases, on the CPU and on the GPU if there is one."""
     has_gpu = torch.cuda.is_available()
     Console().print(describe_device(has_gpu), style="dim" if has_gpu else "yellow", soft_wrap=True)
@@ -59,7 +59,7 @@ def describe_device(has_gpu: bool) -> str:
     return "No GPU here: the Triton kernels need one to be timed. These are the CPU paths alone."
 
 
-def measure(routings: Sequence[Routing], device: str, repetitions: int = REPETITIONS) -> Iterator[Row]:
+def measure(routings: Sequence[Routing], device: str, repetitions: int = REPETITIONS) -> Iterator[BenchmarkRow]:
     """One row for each case and each way of `device` to do it, `repetitions` values each, in microseconds a call."""
     for routing in routings:
         for recorded in (True, False):
@@ -85,7 +85,7 @@ def _routed(routing: Routing) -> torch.Tensor:
     return (even**3 * routing.experts).to(torch.int32)
 
 
-def _rows(benchmark: str, case: str, ways: tuple[Call, Call], device: str, repetitions: int) -> Iterator[Row]:
+def _rows(benchmark: str, case: str, ways: tuple[Call, Call], device: str, repetitions: int) -> Iterator[BenchmarkRow]:
     """The kernel and the reference of one case on a GPU, the reference alone on the CPU."""
     kernel, reference = ways
     if device == "cuda":
@@ -96,8 +96,8 @@ def _rows(benchmark: str, case: str, ways: tuple[Call, Call], device: str, repet
             yield _row(benchmark, f"{case}, CPU", _cpu_us(call=reference, repetitions=repetitions))
 
 
-def _row(benchmark: str, case: str, values: list[float]) -> Row:
-    return Row(benchmark=benchmark, case=case, unit="us", values=values)
+def _row(benchmark: str, case: str, values: list[float]) -> BenchmarkRow:
+    return BenchmarkRow(benchmark=benchmark, case=case, unit="us", values=values)
 
 
 def _cpu_us(call: Call, repetitions: int) -> list[float]:

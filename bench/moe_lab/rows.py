@@ -1,7 +1,8 @@
 """One line of a micro-benchmark's report.
 
-A module of this package that measures something has `run() -> Iterable[Row]`; `python -m moe_lab` finds it, runs it
-and prints its rows. A row keeps every measured value, so that the report can state its spread and its sample size.
+A module of this package that measures something has `run() -> Iterable[BenchmarkRow]`; `python -m moe_lab` finds it,
+runs it and prints its rows. A row keeps every measured value, so that the report can state its spread and its sample
+size.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class BenchmarkRow:
     """What one case measured: `values` are repetitions of the same measurement in `unit`, at least one."""
 
     benchmark: str

@@ -19,7 +19,7 @@ from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTi
 from moe_scheduling.request.waiting_queue import WaitingQueue
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 BATCHES = 30
 CALLS = 1000
@@ -30,7 +30,7 @@ PROMPT_BYTES = 4096
 NOW_S = 100.0
 
 
-def run() -> Iterator[Row]:
+def run() -> Iterator[BenchmarkRow]:
     """Yields the rows of all benchmarks."""
     yield from _queue_rows()
     yield from _tenant_rows()
@@ -40,7 +40,7 @@ def run() -> Iterator[Row]:
     yield _accounting_row()
 
 
-def _queue_rows() -> Iterator[Row]:
+def _queue_rows() -> Iterator[BenchmarkRow]:
     randomness = random.Random(0)
     sizes = [randomness.randrange(5000) for _ in range(WAITING + BATCHES * CALLS)]
     for policy in RequestPolicy:
@@ -61,7 +61,7 @@ def _queue_rows() -> Iterator[Row]:
         yield _row("queue", f"pop, {policy}, {WAITING} wait", pops, "< 5 us")
 
 
-def _tenant_rows() -> Iterator[Row]:
+def _tenant_rows() -> Iterator[BenchmarkRow]:
     """The engine's use: each popped request is charged, and the first few are read before each step."""
     randomness = random.Random(0)
     queue: WaitingQueue[int] = WaitingQueue(RequestSettings())
@@ -91,7 +91,7 @@ def _tenant_rows() -> Iterator[Row]:
     yield _row("queue", f"first 4, {case}", firsts)
 
 
-def _plan_rows() -> Iterator[Row]:
+def _plan_rows() -> Iterator[BenchmarkRow]:
     curve = StepTimeCurve(0.00002, 0.01, (RooflineKnee(1536, 0.00001),))
     for count in (2, 8):
         ranks = [RankLoad(number * 500 % 2048, 50, 4) for number in range(count)]
@@ -104,7 +104,7 @@ def _plan_rows() -> Iterator[Row]:
     yield _row("prefill", f"first 4 of {WAITING} that wait", _call_us(lambda: list(islice(queue.in_order(), 4))))
 
 
-def _choice_rows() -> Iterator[Row]:
+def _choice_rows() -> Iterator[BenchmarkRow]:
     for count, goal in ((1, ""), (2, "< 5 us"), (10, ""), (100, ""), (1000, "< 50 us")):
         states = TargetList(_busy_state(Target(f"engine-{number}")) for number in range(count))
         job = Job(1000, {states[0].target: 512}, states[-1].target)
@@ -128,7 +128,7 @@ def _busy_state(target: Target) -> TargetState:
     return state
 
 
-def _prefix_rows() -> Iterator[Row]:
+def _prefix_rows() -> Iterator[BenchmarkRow]:
     prompt = random.Random(0).randbytes(PROMPT_BYTES)
     keys, index, targets = block_keys(prompt), PrefixIndex(), [Target("engine-0"), Target("engine-1")]
     for target in targets:
@@ -139,7 +139,7 @@ def _prefix_rows() -> Iterator[Row]:
     yield _row("prefix", f"record, {case}", _call_us(lambda: index.record(keys, targets[0])))
 
 
-def _accounting_row() -> Row:
+def _accounting_row() -> BenchmarkRow:
     state = _busy_state(Target("engine-0"))
 
     def one_request() -> None:
@@ -150,8 +150,8 @@ def _accounting_row() -> Row:
     return _row("in-flight accounting", f"sent, first token and settled, {IN_FLIGHT} in flight", _call_us(one_request))
 
 
-def _row(benchmark: str, case: str, values: Sequence[float], goal: str = "") -> Row:
-    return Row(benchmark=benchmark, case=case, unit="us", values=tuple(values), goal=goal)
+def _row(benchmark: str, case: str, values: Sequence[float], goal: str = "") -> BenchmarkRow:
+    return BenchmarkRow(benchmark=benchmark, case=case, unit="us", values=tuple(values), goal=goal)
 
 
 def _call_us(call: Callable[[], object]) -> list[float]:

@@ -12,14 +12,14 @@ from moe_tools.simulator.costs import LinearCost
 from moe_tools.simulator.rank import STOCK, EngineLimits
 from moe_tools.simulator.simulation import Simulation, load_vllm, simulate
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 REPETITIONS = 3
 REQUESTS = 1000
 RATE = 40.0
 
 
-def run() -> Iterator[Row]:
+def run() -> Iterator[BenchmarkRow]:
     """Ours, and stock vLLM with its own balancer."""
     maker = load_vllm()
     base = Simulation(
@@ -35,6 +35,6 @@ def run() -> Iterator[Row]:
             begun_s = time.process_time()
             simulate(simulation, maker)
             values.append(time.process_time() - begun_s)
-        yield Row(
+        yield BenchmarkRow(
             benchmark="simulator", case=f"{REQUESTS} requests, 4 engines, {case}", unit="s", values=values, goal="< 10"
         )

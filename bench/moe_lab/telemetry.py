@@ -17,9 +17,9 @@ from moe_agent.shared_memory.rank_record import RankRecordReader
 from moe_agent.step_time import StepTimeFit
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestSettings
-from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
+from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngineFactory
 
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 RUNNING = (1, 64, 256)
 _REPETITIONS = 40
@@ -28,7 +28,7 @@ _STEP_S = 0.01
 _GOAL = "<= 10"
 
 
-def run() -> Iterator[Row]:
+def run() -> Iterator[BenchmarkRow]:
     """Cost of each part, in microseconds of processor time: other load on the machine does not count."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
@@ -40,9 +40,9 @@ def run() -> Iterator[Row]:
             del os.environ[RUN_DIR_VARIABLE]
 
 
-def _measure(run_dir: Path) -> Iterator[Row]:
+def _measure(run_dir: Path) -> Iterator[BenchmarkRow]:
     yield _row("fit of the step time, one step", _observe_steps())
-    engines = VirtualEngines(run_dir)
+    engines = VirtualEngineFactory(run_dir)
     for running in RUNNING:
         engine = decode(engines, running)
         run_step = make_step(engine)
@@ -54,7 +54,7 @@ def _measure(run_dir: Path) -> Iterator[Row]:
         yield _row("the agent reads a record", record.read)
 
 
-def decode(engines: VirtualEngines, running: int) -> VirtualEngine:
+def decode(engines: VirtualEngineFactory, running: int) -> VirtualEngine:
     """An engine in which `running` requests decode."""
     engine = engines.make(EngineShape(max_num_seqs=running, step_tokens=8192, kv_blocks=8192))
     for index in range(running):
@@ -90,11 +90,11 @@ def _observe_steps() -> Callable[[], None]:
     return observe
 
 
-def _row(case: str, call: Callable[[], object], goal: str = "") -> Row:
+def _row(case: str, call: Callable[[], object], goal: str = "") -> BenchmarkRow:
     values = []
     for _ in range(_REPETITIONS):
         begun_s = time.thread_time()
         for _ in range(_CALLS):
             call()
         values.append((time.thread_time() - begun_s) / _CALLS * 1e6)
-    return Row(benchmark="telemetry", case=case, unit="us", values=values, goal=goal)
+    return BenchmarkRow(benchmark="telemetry", case=case, unit="us", values=values, goal=goal)

@@ -119,7 +119,7 @@ def compare_command(
     json_out: JsonOut = None,
 ) -> None:
     """Compare our scheduling with vLLM's own order and round robin on a running deployment, in alternating pairs."""
-    from moe_tools.compare_command import Effort, run_compare
+    from moe_tools.compare_command import ComparisonEffort, run_compare
     from moe_tools.deployment import Deployment
     from moe_tools.replay_command import Source
 
@@ -127,7 +127,7 @@ def compare_command(
         trace=trace, trace_format=trace_format, shape=shape, seed=seed, scale=scale, max_tokens=max_tokens,
         answer_tokens=answer_tokens,
     )  # fmt: skip
-    effort = Effort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
+    effort = ComparisonEffort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
     run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out)
 
 
@@ -144,10 +144,12 @@ def demo_command(
     seed: Seed = 0,
 ) -> None:
     """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""
-    from moe_tools.compare_command import Effort
+    from moe_tools.compare_command import ComparisonEffort
     from moe_tools.demo import run_demo
 
-    run_demo(trace=trace, manifest=manifest, effort=Effort(pairs=pairs, piece_s=piece_s, load=load), seed=seed)
+    run_demo(
+        trace=trace, manifest=manifest, effort=ComparisonEffort(pairs=pairs, piece_s=piece_s, load=load), seed=seed
+    )
 
 
 @app.command("calibrate")
@@ -167,10 +169,10 @@ def calibrate_command(
     json_out: JsonOut = None,
 ) -> None:
     """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
-    from moe_tools.calibration.calibrate import Effort, Engine, read_arguments, run_calibrate
+    from moe_tools.calibration.calibrate import CalibratedEngine, CalibrationEffort, read_arguments, run_calibrate
 
-    engine = Engine(model=model, max_model_len=max_model_len, arguments=read_arguments(engine_args))
-    if not run_calibrate(engine, Effort(rounds=rounds, validate_requests=validate), seed, json_out):
+    engine = CalibratedEngine(model=model, max_model_len=max_model_len, arguments=read_arguments(engine_args))
+    if not run_calibrate(engine, CalibrationEffort(rounds=rounds, validate_requests=validate), seed, json_out):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from moe_tools.comparison import (
     OURS,
     PROBE_CONCURRENCY,
     SIDES,
-    Pair,
+    PiecePair,
     Plan,
     Sides,
     compare,
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class ComparisonEffort:
     """Extent of a measurement. `load` is the rate of arrivals as a share of the capacity; a `rate` needs no probe.
 
     `of_knee`: the load is a share of the knee instead (`moe_lab.serving`). `in_flight` requests of a closed loop find
@@ -52,7 +52,7 @@ class Effort:
 
 
 def run_compare(
-    deployment: Deployment, url: str, model: str | None, source: Source, effort: Effort, json_out: Path | None
+    deployment: Deployment, url: str, model: str | None, source: Source, effort: ComparisonEffort, json_out: Path | None
 ) -> None:
     """Runs `moeserving compare`. The deployment is left with our policies."""
     say = ProgressPrinter()
@@ -64,8 +64,8 @@ def run_compare(
 
 
 async def measure_pairs(
-    deployment: Deployment, url: str, model: str | None, source: Source, effort: Effort, say: Say
-) -> tuple[tuple[Pair, ...], float]:
+    deployment: Deployment, url: str, model: str | None, source: Source, effort: ComparisonEffort, say: Say
+) -> tuple[tuple[PiecePair, ...], float]:
     """The pairs, and the rate of arrivals that they were served at."""
     load, served = await prepare_load(url, model, source.seed)
     fitted = read_source(source, served)
@@ -85,12 +85,12 @@ async def measure_pairs(
     return pairs, rate
 
 
-async def find_capacity(requests: tuple[TraceRequest, ...], load: Load, effort: Effort) -> float:
+async def find_capacity(requests: tuple[TraceRequest, ...], load: Load, effort: ComparisonEffort) -> float:
     """Requests a second that a closed loop of `effort.in_flight` requests completes."""
     return await probe_capacity(requests, load.salted(PROBE_SALT), effort.piece_s, effort.in_flight)
 
 
-async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Effort, say: Say) -> float:
+async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: ComparisonEffort, say: Say) -> float:
     """A share of the measured capacity: only where requests wait does their order matter."""
     capacity = await find_capacity(requests, load, effort)
     rate = capacity * effort.load
@@ -102,7 +102,7 @@ async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Effo
 
 
 def build_comparison_document(
-    pairs: tuple[Pair, ...], source: Source, effort: Effort, rate: float, sides: Sides = SIDES
+    pairs: tuple[PiecePair, ...], source: Source, effort: ComparisonEffort, rate: float, sides: Sides = SIDES
 ) -> dict[str, Any]:
     """Ratios, and each run with its raw rows."""
     return {

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from moe_tools.replay import Answered, Load, Run, replay, replay_closed
+from moe_tools.replay import AnsweredRequest, Load, ReplayResult, replay, replay_closed
 from moe_tools.statistics import Estimate, paired_ratio
 from moe_tools.traces import TraceRequest, cut_piece, mean_rate, speed_up
 
@@ -57,18 +57,18 @@ class Sides:
 SIDES = Sides()
 
 Switch = Callable[[Policy], Awaitable[None]]
-Measure = Callable[[Sequence[TraceRequest], int], Awaitable[Run]]
+Measure = Callable[[Sequence[TraceRequest], int], Awaitable[ReplayResult]]
 """Replays a piece with a salt for its prompts."""
 Say = Callable[[str], None]
 """Gets one line of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class PiecePair:
     """One piece under both policies."""
 
-    stock: Run
-    ours: Run
+    stock: ReplayResult
+    ours: ReplayResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +102,20 @@ def plan_pieces(
 
 async def compare(
     plan: Plan, switch: Switch, measure: Measure, say: Say = lambda _: None, sides: Sides = SIDES
-) -> tuple[Pair, ...]:
+) -> tuple[PiecePair, ...]:
     """Serves each piece under both policies; the policy that begins alternates."""
-    pairs: list[Pair] = []
+    pairs: list[PiecePair] = []
     for number, piece in enumerate(plan.pieces):
         if pairs and plan.until_s is not None and time.monotonic() > plan.until_s:
             say(f"time is up: {len(pairs)} of {len(plan.pieces)} pairs")
             break
         order = (sides.stock, sides.ours) if number % 2 == 0 else (sides.ours, sides.stock)
-        runs: dict[str, Run] = {}
+        runs: dict[str, ReplayResult] = {}
         for turn, policy in enumerate(order):
             say(f"pair {number + 1} of {len(plan.pieces)}: {policy.label}, {len(piece)} requests")
             await switch(policy)
             runs[policy.label] = await measure(piece, build_salt(plan.seed, number, turn))
-        pairs.append(Pair(stock=runs[sides.stock.label], ours=runs[sides.ours.label]))
+        pairs.append(PiecePair(stock=runs[sides.stock.label], ours=runs[sides.ours.label]))
     return tuple(pairs)
 
 
@@ -135,7 +135,7 @@ async def probe_capacity(
 def measure_with(load: Load) -> Measure:
     """Returns the measurement that replays a piece of a trace against a server."""
 
-    async def run(piece: Sequence[TraceRequest], salt: int) -> Run:
+    async def run(piece: Sequence[TraceRequest], salt: int) -> ReplayResult:
         return await replay(piece, load.salted(salt))
 
     return run
@@ -163,12 +163,12 @@ class Comparison:
         return "better" if better else "worse"
 
 
-def compare_metrics(pairs: Sequence[Pair]) -> tuple[Comparison, ...]:
+def compare_metrics(pairs: Sequence[PiecePair]) -> tuple[Comparison, ...]:
     """Every metric over the pairs in which both runs have it."""
     return tuple(_compare_metric(metric, unit, read, higher, pairs) for metric, unit, read, higher in _METRICS)
 
 
-def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[Pair], sides: Sides = SIDES) -> Table:
+def render_comparison(comparisons: Sequence[Comparison], pairs: Sequence[PiecePair], sides: Sides = SIDES) -> Table:
     """The table that `make demo` ends with; it fits 80 columns."""
     caption = (
         f"A: {sides.stock.label}. B: {sides.ours.label}.\n"
@@ -200,7 +200,7 @@ def render_ratio(ratio: Estimate | None) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {high}]"
 
 
-def render_failures(pairs: Sequence[Pair], sides: Sides = SIDES) -> str:
+def render_failures(pairs: Sequence[PiecePair], sides: Sides = SIDES) -> str:
     """How many requests failed under each policy."""
     stock = sum(len(pair.stock.failed) for pair in pairs)
     ours = sum(len(pair.ours.failed) for pair in pairs)
@@ -209,39 +209,39 @@ def render_failures(pairs: Sequence[Pair], sides: Sides = SIDES) -> str:
     return f"Of {requests} requests {stock + ours} failed ({by_side})."
 
 
-def mean_ttft_ms(run: Run) -> float | None:
+def mean_ttft_ms(run: ReplayResult) -> float | None:
     """Mean time to first token."""
     return _mean([row.ttft_s * 1e3 for row in run.answered])
 
 
-def p99_ttft_ms(run: Run) -> float | None:
+def p99_ttft_ms(run: ReplayResult) -> float | None:
     """99th percentile of the time to first token."""
     return _p99([row.ttft_s * 1e3 for row in run.answered])
 
 
-def longest_p99_ttft_ms(run: Run) -> float | None:
+def longest_p99_ttft_ms(run: ReplayResult) -> float | None:
     """The same among the longest tenth of the prompts, which a shortest-first order could starve."""
     return _p99([row.ttft_s * 1e3 for row in select_longest(run.answered)])
 
 
-def mean_tpot_ms(run: Run) -> float | None:
+def mean_tpot_ms(run: ReplayResult) -> float | None:
     """Mean time per output token after the first."""
     return _mean([row.tpot_s * 1e3 for row in run.answered if row.tpot_s is not None])
 
 
-def output_tokens_per_s(run: Run) -> float | None:
+def output_tokens_per_s(run: ReplayResult) -> float | None:
     """Returns output tokens of answered requests per second of the run; None without any."""
     tokens = sum(row.output_tokens for row in run.answered)
     return tokens / run.wall_s if tokens else None
 
 
-def select_longest(answered: Sequence[Answered]) -> list[Answered]:
+def select_longest(answered: Sequence[AnsweredRequest]) -> list[AnsweredRequest]:
     """The requests with the longest tenth of the prompts, at least one where there is any."""
     count = math.ceil(len(answered) * LONGEST_SHARE)
     return sorted(answered, key=lambda row: (-row.prompt_tokens, row.index))[:count]
 
 
-_METRICS: tuple[tuple[str, str, Callable[[Run], float | None], bool], ...] = (
+_METRICS: tuple[tuple[str, str, Callable[[ReplayResult], float | None], bool], ...] = (
     ("TTFT, mean", "ms", mean_ttft_ms, False),
     ("TTFT, p99", "ms", p99_ttft_ms, False),
     ("TTFT, p99, longest tenth", "ms", longest_p99_ttft_ms, False),
@@ -251,7 +251,7 @@ _METRICS: tuple[tuple[str, str, Callable[[Run], float | None], bool], ...] = (
 
 
 def _compare_metric(
-    metric: str, unit: str, read: Callable[[Run], float | None], higher: bool, pairs: Sequence[Pair]
+    metric: str, unit: str, read: Callable[[ReplayResult], float | None], higher: bool, pairs: Sequence[PiecePair]
 ) -> Comparison:
     values = [(read(pair.stock), read(pair.ours)) for pair in pairs]
     usable = [(stock, ours) for stock, ours in values if stock and ours and stock > 0 and ours > 0]

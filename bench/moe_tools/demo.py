@@ -16,14 +16,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moe_tools.compare_command import Effort, measure_pairs
-from moe_tools.comparison import Pair, compare_metrics
+from moe_tools.compare_command import ComparisonEffort, measure_pairs
+from moe_tools.comparison import PiecePair, compare_metrics
 from moe_tools.demo_report import Verdict, judge, render_conclusion, render_measured, render_modelled, render_next_steps
 from moe_tools.deployment import DeploymentPlan, plan_deployment, served, stopped_by_signals, wait_ready
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.replay_command import Source, check_source, read_source
 from moe_tools.server import ServedModel, call_json, discover_model, run_async
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 from moe_tools.tiny import ensure_tiny_model, read_report
 from moe_tools.tiny.report import render_report
 
@@ -38,7 +38,7 @@ MEASURE_UNTIL_S = 200.0
 CONTEXT_TOKENS = 4096
 
 
-def run_demo(*, trace: Path | None, manifest: Path | None, effort: Effort, seed: int) -> None:
+def run_demo(*, trace: Path | None, manifest: Path | None, effort: ComparisonEffort, seed: int) -> None:
     """Runs the demo. A stage that fails ends it, after the deployment is down.
 
     Raises:
@@ -70,7 +70,9 @@ def make_model(directory: Path, say: ProgressPrinter) -> None:
         say(f"  {line}")
 
 
-def measure(plan: DeploymentPlan, source: Source, effort: Effort, say: ProgressPrinter) -> tuple[Pair, ...]:
+def measure(
+    plan: DeploymentPlan, source: Source, effort: ComparisonEffort, say: ProgressPrinter
+) -> tuple[PiecePair, ...]:
     """Serves, asks a question, and measures the pairs."""
     with stopped_by_signals(), served(plan, say, wait_ready):
         say(f"asking: {QUESTION}")
@@ -80,7 +82,7 @@ def measure(plan: DeploymentPlan, source: Source, effort: Effort, say: ProgressP
     return pairs
 
 
-def show(pairs: tuple[Pair, ...], source: Source, effort: Effort, say: ProgressPrinter) -> None:
+def show(pairs: tuple[PiecePair, ...], source: Source, effort: ComparisonEffort, say: ProgressPrinter) -> None:
     """Prints the table with a verdict, and the modelled comparison where the measured one has none."""
     measured = compare_metrics(pairs)
     verdict = judge(measured)
@@ -95,7 +97,7 @@ def show(pairs: tuple[Pair, ...], source: Source, effort: Effort, say: ProgressP
     print_lines(say.console, [*lines, "", *render_next_steps()])
 
 
-def model(source: Source, effort: Effort) -> tuple[Pair, ...]:
+def model(source: Source, effort: ComparisonEffort) -> tuple[PiecePair, ...]:
     """The pairs in virtual time, from the same source with the same effort."""
     from moe_tools.simulator.simulation import load_vllm
     from moe_tools.virtual_comparison import VirtualEngines, model_pairs
@@ -116,7 +118,7 @@ def print_lines(console: Console, lines: list[str]) -> None:
 
 async def ask(url: str, question: str) -> str:
     """Asks one chat question; returns the answer's text in one line."""
-    endpoint = Endpoint.parse(url)
+    endpoint = ServerAddress.parse(url)
     served_model = await discover_model(endpoint)
     body = {
         "model": served_model.name,

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from rich.table import Table
 
-from moe_tools.comparison import Comparison, Pair, render_comparison, render_failures, render_ratio
+from moe_tools.comparison import Comparison, PiecePair, render_comparison, render_failures, render_ratio
 from moe_tools.statistics import Estimate
 
 DECIDING = "TTFT, mean"
@@ -39,12 +39,14 @@ def find(comparisons: Sequence[Comparison], metric: str) -> Comparison:
     return next(row for row in comparisons if row.metric == metric)
 
 
-def render_measured(measured: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
+def render_measured(measured: Sequence[Comparison], pairs: Sequence[PiecePair]) -> Table:
     """The table of `moeserving compare`."""
     return render_comparison(measured, pairs)
 
 
-def render_modelled(measured: Sequence[Comparison], modelled: Sequence[Comparison], pairs: Sequence[Pair]) -> Table:
+def render_modelled(
+    measured: Sequence[Comparison], modelled: Sequence[Comparison], pairs: Sequence[PiecePair]
+) -> Table:
     """Measured and modelled ratios side by side; the table fits 80 columns."""
     caption = (
         "A: vLLM's own order, round robin. B: ours. In brackets: 95 % t interval.\n"

@@ -21,7 +21,7 @@ from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.server import discover_model, run_async
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 
 COMMAND = Path(sys.executable).with_name("moeserving")
 SAMPLE = Path("manifests") / "local-cpu.yaml"
@@ -162,7 +162,7 @@ async def wait_until_ready(url: str, timeout_s: float = READY_TIMEOUT_S) -> None
     Raises:
         InvalidInput: it does not within `timeout_s`; the message is that of the last attempt.
     """
-    endpoint = Endpoint.parse(url)
+    endpoint = ServerAddress.parse(url)
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + timeout_s
     while True:

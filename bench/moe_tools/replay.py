@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from moe_tools.prompts import PromptMaker
-from moe_tools.streaming import Answer, Endpoint, exchange
+from moe_tools.streaming import Answer, ServerAddress, exchange
 from moe_tools.traces import TraceRequest
 
 _USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
@@ -19,7 +19,7 @@ _ERROR_EVENT = re.compile(rb'^(data:\s*\{\s*"error"|event:\s*error)', re.MULTILI
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class AnsweredRequest:
     """A request that got all its tokens. Times in seconds from the moment it was due."""
 
     index: int
@@ -40,7 +40,7 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
+class FailedRequest:
     """A request that did not; `kind` groups the like ones, such as `HTTP 429`."""
 
     index: int
@@ -51,32 +51,32 @@ class Failed:
     detail: str
 
 
-Outcome = Answered | Failed
+RequestResult = AnsweredRequest | FailedRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ReplayResult:
     """All outcomes of one replay, in the order of the trace, and the seconds until the last answer."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RequestResult, ...]
     wall_s: float
 
     @property
-    def answered(self) -> list[Answered]:
+    def answered(self) -> list[AnsweredRequest]:
         """The requests that got a whole answer."""
-        return [outcome for outcome in self.outcomes if isinstance(outcome, Answered)]
+        return [outcome for outcome in self.outcomes if isinstance(outcome, AnsweredRequest)]
 
     @property
-    def failed(self) -> list[Failed]:
+    def failed(self) -> list[FailedRequest]:
         """The requests that did not."""
-        return [outcome for outcome in self.outcomes if isinstance(outcome, Failed)]
+        return [outcome for outcome in self.outcomes if isinstance(outcome, FailedRequest)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Where and how to send: the same for each request of a run."""
 
-    endpoint: Endpoint
+    endpoint: ServerAddress
     model: str
     prompts: PromptMaker
     timeout_s: float = 600.0
@@ -86,15 +86,15 @@ class Load:
         return replace(self, prompts=replace(self.prompts, salt=salt))
 
 
-OnOutcome = Callable[[Outcome], None]
+OnOutcome = Callable[[RequestResult], None]
 
 
-async def replay(requests: Sequence[TraceRequest], load: Load, on_outcome: OnOutcome = lambda _: None) -> Run:
+async def replay(requests: Sequence[TraceRequest], load: Load, on_outcome: OnOutcome = lambda _: None) -> ReplayResult:
     """Sends `requests` (ordered by arrival) at their times, waits for all answers, and calls `on_outcome` for each."""
     loop = asyncio.get_running_loop()
     bodies = _next_body(requests, load)
     start_s = loop.time()
-    tasks: list[asyncio.Task[Outcome]] = []
+    tasks: list[asyncio.Task[RequestResult]] = []
     for index, request in enumerate(requests):
         body = next(bodies)
         due_s = start_s + request.arrival_s
@@ -102,12 +102,12 @@ async def replay(requests: Sequence[TraceRequest], load: Load, on_outcome: OnOut
             await asyncio.sleep(wait_s)
         tasks.append(asyncio.create_task(_send_and_report(index, request, body, due_s, load, on_outcome)))
     outcomes = await asyncio.gather(*tasks)
-    return Run(outcomes=tuple(outcomes), wall_s=loop.time() - start_s)
+    return ReplayResult(outcomes=tuple(outcomes), wall_s=loop.time() - start_s)
 
 
 async def replay_closed(
     requests: Sequence[TraceRequest], load: Load, concurrency: int, duration_s: float
-) -> tuple[Run, float]:
+) -> tuple[ReplayResult, float]:
     """Keeps `concurrency` requests in flight for `duration_s`: the run, and the requests a second that were completed.
 
     The rate is counted between the first and the last completion within the time, so that neither the beginning, when
@@ -117,7 +117,7 @@ async def replay_closed(
     numbered = iter(enumerate(requests))
     start_s = loop.time()
     ends: list[float] = []
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestResult] = []
 
     async def worker() -> None:
         for index, request in numbered:
@@ -131,7 +131,7 @@ async def replay_closed(
     within = [end for end in ends if end - start_s <= duration_s]
     span_s = within[-1] - within[0] if len(within) > 1 else 0.0
     rate = (len(within) - 1) / span_s if span_s > 0 else len(ends) / (loop.time() - start_s)
-    return Run(outcomes=tuple(outcomes), wall_s=loop.time() - start_s), rate
+    return ReplayResult(outcomes=tuple(outcomes), wall_s=loop.time() - start_s), rate
 
 
 def build_body(index: int, request: TraceRequest, load: Load) -> bytes:
@@ -150,10 +150,10 @@ def build_body(index: int, request: TraceRequest, load: Load) -> bytes:
 
 def read_outcome(
     answer: Answer, index: int, request: TraceRequest, due_s: float, sent_s: float, end_s: float
-) -> Outcome:
+) -> RequestResult:
     """Judges an answer: complete, without an error event, and of the length that was asked for."""
 
-    def failed(kind: str, detail: str = "") -> Failed:
+    def failed(kind: str, detail: str = "") -> FailedRequest:
         return _failure(index, request, due_s, sent_s, kind, detail)
 
     if answer.status != 200:
@@ -170,7 +170,7 @@ def read_outcome(
         return failed("no tokens")
     if int(usage[-1]) != request.output_tokens:
         return failed("wrong length", f"{int(usage[-1])} tokens instead of {request.output_tokens}")
-    return Answered(
+    return AnsweredRequest(
         index=index,
         due_s=request.arrival_s,
         lateness_s=sent_s - due_s,
@@ -189,13 +189,13 @@ def _next_body(requests: Sequence[TraceRequest], load: Load):  # type: ignore[no
 
 async def _send_and_report(
     index: int, request: TraceRequest, body: bytes, due_s: float, load: Load, on_outcome: OnOutcome
-) -> Outcome:
+) -> RequestResult:
     outcome = await _send(index, request, body, due_s, load)
     on_outcome(outcome)
     return outcome
 
 
-async def _send(index: int, request: TraceRequest, body: bytes, due_s: float, load: Load) -> Outcome:
+async def _send(index: int, request: TraceRequest, body: bytes, due_s: float, load: Load) -> RequestResult:
     clock = asyncio.get_running_loop().time
     sent_s = clock()
     try:
@@ -207,8 +207,8 @@ async def _send(index: int, request: TraceRequest, body: bytes, due_s: float, lo
     return read_outcome(answer, index, request, due_s, sent_s, clock())
 
 
-def _failure(index: int, request: TraceRequest, due_s: float, sent_s: float, kind: str, detail: str) -> Failed:
-    return Failed(
+def _failure(index: int, request: TraceRequest, due_s: float, sent_s: float, kind: str, detail: str) -> FailedRequest:
+    return FailedRequest(
         index=index,
         due_s=request.arrival_s,
         lateness_s=sent_s - due_s,

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_tools.prompts import PromptMaker
-from moe_tools.replay import Failed, Load, Outcome, Run, replay
+from moe_tools.replay import FailedRequest, Load, ReplayResult, RequestResult, replay
 from moe_tools.report import build_document, render_summary, summarise
 from moe_tools.server import ServedModel, discover_model, fetch_token_pool, run_async
 from moe_tools.shapes import ShapeSettings, build_shape, parse_shape
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 from moe_tools.traces import Fitted, TraceRequest, cut_piece, fit_lengths, read_trace, scale_lengths, speed_up
 
 DEFAULT_MAX_TOKENS = 4096
@@ -74,7 +74,7 @@ def check_source(source: Source) -> None:
 
 async def prepare_load(url: str, model: str | None, seed: int) -> tuple[Load, ServedModel]:
     """Asks the server for its model and for the tokens of some text."""
-    endpoint = Endpoint.parse(url)
+    endpoint = ServerAddress.parse(url)
     served = await discover_model(endpoint, model)
     pool = await fetch_token_pool(endpoint, served.name)
     return Load(endpoint=endpoint, model=served.name, prompts=PromptMaker(pool, seed & 0xFFFFFFFF)), served
@@ -97,7 +97,7 @@ def run_replay(url: str, model: str | None, source: Source, label: str, json_out
     return bool(run.failed)
 
 
-async def replay_shown(requests: Sequence[TraceRequest], load: Load, console: Console) -> Run:
+async def replay_shown(requests: Sequence[TraceRequest], load: Load, console: Console) -> ReplayResult:
     """A replay with its progress bar, drawn at most twice a second."""
     columns = (
         TextColumn("answered"),
@@ -110,9 +110,9 @@ async def replay_shown(requests: Sequence[TraceRequest], load: Load, console: Co
     with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bar:
         task = bar.add_task("", total=len(requests), failed="")
 
-        def count(outcome: Outcome) -> None:
+        def count(outcome: RequestResult) -> None:
             nonlocal failed
-            failed += isinstance(outcome, Failed)
+            failed += isinstance(outcome, FailedRequest)
             bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
 
         return await replay(requests, load, count)
@@ -144,8 +144,8 @@ def _generate(source: Source, limit_tokens: int) -> tuple[TraceRequest, ...]:
     return build_shape(parse_shape(source.shape), settings)
 
 
-def _show_failures(run: Run, console: Console) -> None:
-    seen: dict[str, Failed] = {}
+def _show_failures(run: ReplayResult, console: Console) -> None:
+    seen: dict[str, FailedRequest] = {}
     for failure in run.failed:
         seen.setdefault(failure.kind, failure)
     for kind, failure in seen.items():

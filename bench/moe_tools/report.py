@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_tools.replay import Answered, Run
+from moe_tools.replay import AnsweredRequest, ReplayResult
 from moe_tools.statistics import Estimate, Statistic, estimate, mean_of, percentile_of
 
 STATISTICS: Mapping[str, Statistic] = {
@@ -20,7 +20,7 @@ STATISTICS: Mapping[str, Statistic] = {
     "p90": percentile_of(90),
     "p99": percentile_of(99),
 }
-METRICS: Mapping[str, Callable[[Answered], float | None]] = {
+METRICS: Mapping[str, Callable[[AnsweredRequest], float | None]] = {
     "TTFT": lambda answered: answered.ttft_s,
     "TPOT": lambda answered: answered.tpot_s,
     "end to end": lambda answered: answered.end_s,
@@ -44,7 +44,7 @@ class Summary:
     lateness_p99_s: float
 
 
-def summarise(run: Run) -> Summary:
+def summarise(run: ReplayResult) -> Summary:
     """All figures of a run; a metric that no request has is left out."""
     answered = run.answered
     late = [outcome.lateness_s for outcome in run.outcomes] or [0.0]
@@ -93,11 +93,11 @@ def render_ms(value: Estimate) -> str:
     return f"{_short(value.value * 1e3)} [{_short(value.low * 1e3)}, {_short(value.high * 1e3)}]"
 
 
-def build_document(run: Run, summary: Summary, settings: Mapping[str, Any]) -> dict[str, Any]:
+def build_document(run: ReplayResult, summary: Summary, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about a run, raw rows included."""
     rows = [
         {"outcome": "answered", **asdict(row), "tpot_s": row.tpot_s}
-        if isinstance(row, Answered)
+        if isinstance(row, AnsweredRequest)
         else {"outcome": "failed", **asdict(row)}
         for row in run.outcomes
     ]
@@ -115,7 +115,7 @@ def read_environment() -> dict[str, Any]:
     }
 
 
-def _values(answered: list[Answered]) -> dict[str, list[float]]:
+def _values(answered: list[AnsweredRequest]) -> dict[str, list[float]]:
     return {name: [value for row in answered if (value := read(row)) is not None] for name, read in METRICS.items()}
 
 

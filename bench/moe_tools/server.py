@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 
-from moe_tools.streaming import Answer, Endpoint, exchange
+from moe_tools.streaming import Answer, ServerAddress, exchange
 from moe_tools.tiny.corpus import read_prose
 
 CALL_TIMEOUT_S = 60.0
@@ -26,7 +26,7 @@ class ServedModel:
     max_tokens: int | None
 
 
-async def discover_model(endpoint: Endpoint, wanted: str | None = None) -> ServedModel:
+async def discover_model(endpoint: ServerAddress, wanted: str | None = None) -> ServedModel:
     """The wanted model, or the only one the server has."""
     listing = await call_json(endpoint, "GET", "/v1/models")
     models = {str(entry["id"]): entry for entry in listing.get("data", [])}
@@ -41,7 +41,7 @@ async def discover_model(endpoint: Endpoint, wanted: str | None = None) -> Serve
     return ServedModel(name=name, max_tokens=int(limit) if limit else None)
 
 
-async def fetch_token_pool(endpoint: Endpoint, model: str) -> tuple[int, ...]:
+async def fetch_token_pool(endpoint: ServerAddress, model: str) -> tuple[int, ...]:
     """Token ids of real text, by the server's own tokenizer."""
     text = "\n\n".join(read_prose())
     pieces = [text[start : start + POOL_PIECE_CHARACTERS] for start in range(0, len(text), POOL_PIECE_CHARACTERS)]
@@ -53,7 +53,9 @@ async def fetch_token_pool(endpoint: Endpoint, model: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-async def call_json(endpoint: Endpoint, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+async def call_json(
+    endpoint: ServerAddress, method: str, path: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """One call; anything but 200 with a JSON object is reported with the server's own words."""
     where = f"{endpoint}{path}"
     content = b"" if body is None else json.dumps(body).encode()

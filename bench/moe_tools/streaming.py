@@ -20,7 +20,7 @@ _TOKEN_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class ServerAddress:
     """Address of an HTTP server: host, port, TLS, and a prefix of all paths."""
 
     host: str
@@ -29,7 +29,7 @@ class Endpoint:
     prefix: str
 
     @classmethod
-    def parse(cls, url: str) -> "Endpoint":
+    def parse(cls, url: str) -> "ServerAddress":
         """From `http://host:port`; a path before `/v1` is kept, a trailing `/v1` is not needed."""
         try:
             parts: SplitResult = urlsplit(url)
@@ -104,7 +104,7 @@ class _AnswerProtocol(asyncio.Protocol):
 
 
 async def exchange(
-    endpoint: Endpoint, method: str, path: str, body: bytes = b"", *, stream: bool, timeout_s: float
+    endpoint: ServerAddress, method: str, path: str, body: bytes = b"", *, stream: bool, timeout_s: float
 ) -> Answer:
     """Sends one request and reads its answer to the end.
 
@@ -125,7 +125,7 @@ async def exchange(
             transport.abort()
 
 
-def build_request(endpoint: Endpoint, method: str, path: str, body: bytes) -> bytes:
+def build_request(endpoint: ServerAddress, method: str, path: str, body: bytes) -> bytes:
     """Returns the bytes of an HTTP/1.1 request with a JSON body."""
     headers: Mapping[str, str] = {
         "host": f"{endpoint.host}:{endpoint.port}",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
 
-from moe_tools.compare_command import Effort
-from moe_tools.comparison import Pair, plan_pieces
-from moe_tools.replay import Answered, Run
+from moe_tools.compare_command import ComparisonEffort
+from moe_tools.comparison import PiecePair, plan_pieces
+from moe_tools.replay import AnsweredRequest, ReplayResult
 from moe_tools.simulator.costs import CostModel, LinearCost
 from moe_tools.simulator.rank import EngineLimits, RankMaker
 from moe_tools.simulator.simulation import Clients, Simulation, simulate
@@ -59,8 +59,8 @@ OURS = VirtualPolicy(request=RequestSettings(), dispatch=EngineSettings())
 
 
 def model_pairs(
-    requests: Sequence[TraceRequest], effort: Effort, seed: int, engines: VirtualEngines, maker: RankMaker
-) -> tuple[Pair, ...]:
+    requests: Sequence[TraceRequest], effort: ComparisonEffort, seed: int, engines: VirtualEngines, maker: RankMaker
+) -> tuple[PiecePair, ...]:
     """The pairs of `measure_pairs`, in virtual time: the same procedure, requests, pieces and load.
 
     Args:
@@ -75,12 +75,12 @@ def model_pairs(
     rate = effort.rate or closed_loop_rate(loop) * effort.load
     pieces = plan_pieces(requests, pairs=effort.pairs, piece_s=effort.piece_s, rate=rate, seed=seed)
     return tuple(
-        Pair(stock=_simulate(piece, STOCK, engines, maker), ours=_simulate(piece, OURS, engines, maker))
+        PiecePair(stock=_simulate(piece, STOCK, engines, maker), ours=_simulate(piece, OURS, engines, maker))
         for piece in pieces
     )
 
 
-def closed_loop_rate(run: Run) -> float:
+def closed_loop_rate(run: ReplayResult) -> float:
     """Requests a second that were completed while the loop was full: until its last request was sent."""
     full_s = max(row.due_s for row in run.answered)
     ends_s = sorted(end_s for row in run.answered if (end_s := row.due_s + row.end_s) <= full_s)
@@ -93,7 +93,7 @@ def _simulate(
     engines: VirtualEngines,
     maker: RankMaker,
     clients: Clients | None = None,
-) -> Run:
+) -> ReplayResult:
     simulation = Simulation(
         trace=requests,
         cost=engines.cost,
@@ -106,14 +106,14 @@ def _simulate(
         async_scheduling=False,
     )
     answered = [_answer(request) for request in simulate(simulation, maker).requests]
-    return Run(outcomes=tuple(answered), wall_s=max(row.due_s + row.end_s for row in answered))
+    return ReplayResult(outcomes=tuple(answered), wall_s=max(row.due_s + row.end_s for row in answered))
 
 
-def _answer(request: SimRequest) -> Answered:
+def _answer(request: SimRequest) -> AnsweredRequest:
     """Nothing fails in virtual time: no engine dies, and no client waits too long."""
     assert request.first_token_s is not None
     assert request.finished_s is not None
-    return Answered(
+    return AnsweredRequest(
         index=request.index,
         due_s=request.arrival_s,
         lateness_s=0.0,

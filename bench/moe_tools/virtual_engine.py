@@ -171,7 +171,7 @@ class VirtualEngine:
                 self.finished_order.append(row.request_id)
 
 
-class VirtualEngines:
+class VirtualEngineFactory:
     """Makes virtual engines; loads vLLM once, and keeps its configurations, whose making takes seconds.
 
     Args:

@@ -112,7 +112,7 @@ class Decision(_Part):
     physical_to_logical: Slots | None = None
 
 
-class Totals(_Part):
+class TotalsPart(_Part):
     """Counters since the engine's start.
 
     Attributes:
@@ -213,7 +213,7 @@ class ExpertsState(_Part):
     remote_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     costs: dict[str, Number | None] | None = None
     decisions: tuple[Decision, ...] = ()
-    totals: Totals = Totals()
+    totals: TotalsPart = TotalsPart()
     affinity: AffinityPart | None = None
     problems: tuple[ProblemPart, ...] = ()
 

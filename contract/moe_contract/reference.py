@@ -56,7 +56,7 @@ _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class FieldRow:
     """One field of a table: its path, type, default and meaning as Markdown."""
 
     path: str
@@ -83,7 +83,7 @@ def render_table(document: type) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(section: type, before: str) -> Iterator[Row]:
+def _rows(section: type, before: str) -> Iterator[FieldRow]:
     meanings = _meanings(section)
     for name, (annotation, default) in _fields(section).items():
         inner = section_in(annotation) or _lenient(annotation)
@@ -91,7 +91,7 @@ def _rows(section: type, before: str) -> Iterator[Row]:
         kind = _kind(annotation) if inner is None else ("list of sections" if _is_list(annotation) else "section")
         if inner in _SHARED:
             kind = f"[{_SHARED[inner]}](#{_SHARED[inner].lower()})"
-        yield Row(path=path, kind=kind, default="" if inner else _default(default), meaning=meanings.get(name, ""))
+        yield FieldRow(path=path, kind=kind, default="" if inner else _default(default), meaning=meanings.get(name, ""))
         if inner is not None and inner not in _SHARED:
             yield from _rows(inner, f"{path}.")
 

@@ -24,7 +24,7 @@ from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
-from moe_agent.supervisor.supervisor import Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor
 from moe_agent.vllm.version import is_cpu_build
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def is_address(text: str) -> bool:
 
 def build_supervisor(
     config: AgentConfig, node: Node, remove_records: Callable[[], None], on_change: Callable[[], None]
-) -> Supervisor:
+) -> EngineSupervisor:
     """The supervisor of vLLM on this node.
 
     Args:
@@ -115,7 +115,7 @@ def build_supervisor(
     if cpu_build:
         check_library(NUMA_LIBRARY)
     environment = engine_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
-    return Supervisor(
+    return EngineSupervisor(
         config.engine,
         [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build, expert=config.expert)],
         environment,
@@ -149,7 +149,7 @@ async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
     log.info("agent %s listens on %s:%d", config.name or socket.gethostname(), config.listen.host, config.listen.port)
 
 
-def handle_signals(supervisor: Supervisor) -> asyncio.Event:
+def handle_signals(supervisor: EngineSupervisor) -> asyncio.Event:
     """The first SIGTERM or SIGINT drains and sets the event, each further one kills the engine."""
     leave = asyncio.Event()
 

@@ -8,7 +8,7 @@ import pytest
 from moe_agent.shared_memory.control_record import Control, ControlRecordWriter
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
-from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngines
+from moe_tools.virtual_engine import EngineShape, VirtualEngine, VirtualEngineFactory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,12 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def virtual_engines(tmp_path_factory: pytest.TempPathFactory) -> VirtualEngines:
-    return VirtualEngines(tmp_path_factory.mktemp("model"))
+def virtual_engines(tmp_path_factory: pytest.TempPathFactory) -> VirtualEngineFactory:
+    return VirtualEngineFactory(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def make_engine(virtual_engines: VirtualEngines) -> Iterator[Callable[..., VirtualEngine]]:
+def make_engine(virtual_engines: VirtualEngineFactory) -> Iterator[Callable[..., VirtualEngine]]:
     """Makes a virtual engine with our scheduler, which publishes at every step, or with vLLM's own (`stock=True`)."""
     made = []
 

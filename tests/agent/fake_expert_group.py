@@ -9,7 +9,7 @@ from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.coordinator import checksum
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape
-from moe_agent.experts.load import RankReport, make_load, make_placement
+from moe_agent.experts.load import RankLoadReport, make_load, make_placement
 from moe_agent.experts.planning import MeasuredCosts, PlanRequest, PlanResult
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, unpack_round
 from moe_scheduling.expert.decision import ExpertHistory, ExpertMode, ExpertSettings, RegretBound, add_steps
@@ -92,7 +92,7 @@ class Group:
         self.recorded_steps = 0
         self.recording = False
         self.stray: int | None = None
-        self.reports: list[RankReport] | None = None
+        self.reports: list[RankLoadReport] | None = None
 
     def put(self, **changed: Any) -> None:
         self.settings |= changed
@@ -153,10 +153,10 @@ class Group:
             self.controller.moved(self.move_s, self.ok)
             assert self.controller.version == content.version or not self.ok
 
-    def _report(self, rank: int) -> RankReport:
+    def _report(self, rank: int) -> RankLoadReport:
         tokens = np.tile(self.tokens * self.recorded_steps, (SHAPE.layers, 1))
         held = 1 if rank == self.stray else checksum(self.held)
-        return RankReport(tokens=tokens, passes=self.recorded_steps, checksum=held)
+        return RankLoadReport(tokens=tokens, passes=self.recorded_steps, checksum=held)
 
     def kinds(self) -> set[ProblemKind]:
         return {kind for kind, _ in self.controller.problems()}

@@ -21,12 +21,12 @@ from moe_agent.experts.bookkeeping import DecisionOutcome
 from moe_agent.experts.coordinator import Coordinator, checksum
 from moe_agent.experts.directive import GroupShape, directive_path
 from moe_agent.experts.document import PublishedExperts, as_of, experts_path
-from moe_agent.experts.load import AFFINITY_PASSES, RankReport
+from moe_agent.experts.load import AFFINITY_PASSES, RankLoadReport
 from moe_agent.experts.planning import MeasuredCosts, PlanRequest, PlanResult
 from moe_agent.experts.sync_round import RoundAction
 from moe_agent.shared_memory.control_record import Control, ControlRecordReader, ControlRecordWriter, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
-from moe_agent.supervisor.supervisor import Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
@@ -65,7 +65,7 @@ class Engine:
         self.held = START.copy()
         self.step, self.next_round, self.counted = 0, 1, 0
         self.recording = False
-        self.reports: list[RankReport] | None = None
+        self.reports: list[RankLoadReport] | None = None
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -85,7 +85,7 @@ class Engine:
         controller = self.first.controller
         if content.action is RoundAction.GATHER:
             tokens = np.tile(HOT * self.counted, (SHAPE.layers, 1))
-            report = RankReport(tokens=tokens, passes=self.counted, checksum=checksum(self.held))
+            report = RankLoadReport(tokens=tokens, passes=self.counted, checksum=checksum(self.held))
             self.counted, self.reports = 0, [report] * SHAPE.ranks
         elif content.action is RoundAction.MOVE:
             layers, rows = controller.move_rows()
@@ -123,7 +123,7 @@ class Agent:
         (folder / "token").write_text(TOKEN)
         records = RankRecords(folder, range(2))
         self.control = SettingsPublisher(folder, self.config.request, self.config.expert, records)
-        supervisor = Supervisor(self.config.engine, [sys.executable], dict(os.environ), folder / "engine.log")
+        supervisor = EngineSupervisor(self.config.engine, [sys.executable], dict(os.environ), folder / "engine.log")
         self.experts = PublishedExperts(folder) if group else None
         tokens = ControlTokens(folder / "token")
         self.server = AgentServer(self.config, tokens, supervisor, records, self.control, self.experts, asyncio.Event())

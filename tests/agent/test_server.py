@@ -20,7 +20,7 @@ from moe_agent.api.server import AgentServer
 from moe_agent.experts.document import PublishedExperts
 from moe_agent.shared_memory.control_record import ControlRecordReader, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords, RankRecordWriter, RankState
-from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
 from moe_scheduling.signals import EngineSignal, StepTime
@@ -67,13 +67,13 @@ class Agent:
             }
         )
         command = [sys.executable, str(FAKE), str(self.config.engine.port), json.dumps(ways)]
-        rules = Rules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
+        rules = SupervisorRules(health_every_s=0.02, settle_s=0.05, first_backoff_s=0.05)
         self.records = RankRecords(folder, range(ranks))
         self.changed = asyncio.Event()
         self.control = SettingsPublisher(
             folder, self.config.request, self.config.expert, self.records, self.changed.set
         )
-        self.supervisor = Supervisor(
+        self.supervisor = EngineSupervisor(
             self.config.engine,
             command,
             dict(os.environ),

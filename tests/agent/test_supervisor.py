@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 from moe_agent.supervisor.engine_log import find_error_line
-from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor, describe_exit
+from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules, describe_exit
 from moe_contract.agent_config import EngineConfig
 
 FAKE = Path(__file__).with_name("fake_engine.py")
-QUICK = Rules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=0.5)
+QUICK = SupervisorRules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=0.5)
 
 
 def free_port() -> int:
@@ -42,27 +42,29 @@ def alive(pid: int) -> bool:
         return False
 
 
-Start = Callable[..., Awaitable[Supervisor]]
+Start = Callable[..., Awaitable[EngineSupervisor]]
 
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Runs supervisors of fake engines, and ends them."""
-    running: list[tuple[Supervisor, asyncio.Task[None]]] = []
+    running: list[tuple[EngineSupervisor, asyncio.Task[None]]] = []
 
     async def begin(
         *,
-        rules: Rules = QUICK,
+        rules: SupervisorRules = QUICK,
         port: int | None = None,
         limits: dict[str, float] | None = None,
         headless: bool = False,
         **ways: Any,
-    ) -> Supervisor:
+    ) -> EngineSupervisor:
         engine = EngineConfig(
             port=port or free_port(), model="m", served_name="fake", **({"drain_timeout_s": 5.0} | (limits or {}))
         )
         command = [sys.executable, str(FAKE), str(engine.port), json.dumps(ways)]
-        supervisor = Supervisor(engine, command, dict(os.environ), tmp_path / "engine.log", rules, headless=headless)
+        supervisor = EngineSupervisor(
+            engine, command, dict(os.environ), tmp_path / "engine.log", rules, headless=headless
+        )
         running.append((supervisor, asyncio.create_task(supervisor.run())))
         return supervisor
 
@@ -72,7 +74,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         await asyncio.wait_for(task, 20)
 
 
-async def ready(supervisor: Supervisor) -> None:
+async def ready(supervisor: EngineSupervisor) -> None:
     await until(lambda: supervisor.phase is Phase.READY, "ready")
 
 
@@ -109,7 +111,7 @@ async def test_an_engine_that_is_killed_is_started_again(start):
 
 
 async def test_restarts_wait_longer_each_time_up_to_the_last_pause():
-    rules = Rules(first_backoff_s=1.0, last_backoff_s=60.0)
+    rules = SupervisorRules(first_backoff_s=1.0, last_backoff_s=60.0)
     assert [rules.backoff_s(failures) for failures in (1, 2, 3, 7, 100)] == [1.0, 2.0, 4.0, 60.0, 60.0]
 
 
@@ -197,7 +199,7 @@ async def test_a_drain_during_the_start_ends_it(start):
 
 
 async def test_a_drain_during_back_off_ends_it(start):
-    supervisor = await start(error="x", rules=Rules(first_backoff_s=600.0, last_backoff_s=600.0))
+    supervisor = await start(error="x", rules=SupervisorRules(first_backoff_s=600.0, last_backoff_s=600.0))
     await until(lambda: supervisor.phase is Phase.BACKOFF, "back-off")
     supervisor.request_drain()
     await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
@@ -217,12 +219,13 @@ AGENT = """
 import asyncio, json, os, sys
 from pathlib import Path
 from moe_contract.agent_config import EngineConfig
-from moe_agent.supervisor.supervisor import Rules, Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor, SupervisorRules
 
 port, command = int(sys.argv[1]), json.loads(sys.argv[2])
 engine = EngineConfig(port=port, model="m", served_name="fake")
 async def main():
-    supervisor = Supervisor(engine, command, dict(os.environ), Path(sys.argv[3]), Rules(health_every_s=0.05))
+    rules = SupervisorRules(health_every_s=0.05)
+    supervisor = EngineSupervisor(engine, command, dict(os.environ), Path(sys.argv[3]), rules)
     task = asyncio.create_task(supervisor.run())
     while not supervisor.accepting:
         await asyncio.sleep(0.02)

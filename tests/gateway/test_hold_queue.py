@@ -6,7 +6,7 @@ import pytest
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Limits, Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.hold_queue import HELD, HoldQueue, Rejection
-from moe_scheduling.engine.attempts import Failure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send, SendReason
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.signals import Target
@@ -119,7 +119,7 @@ def test_an_engine_that_fails_within_a_release_is_left_for_another_in_the_same_p
             sent = dispatcher.send(self.job, (), None, decision, NOW_S)
             self.attempts.begin()
             if self.attempts.count == 1:
-                step = self.attempts.after_failure(decision.target, Failure.BROKEN, NOW_S)
+                step = self.attempts.after_failure(decision.target, AttemptFailure.BROKEN, NOW_S)
                 dispatcher.fail(decision.target, NOW_S)
                 dispatcher.settle(sent, NOW_S)
                 assert step is NextStep.RETRY

@@ -15,7 +15,7 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySet
 from moe_contract.input_errors import InvalidInput
 from moe_gateway.engines.signals import read_metrics
 from moe_gateway.http.heads import build_request_head, ends_between_chunks, skip_informational, stamp_response
-from moe_gateway.http.replies import REASONS, Outcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.replies import REASONS, RequestOutcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import ROUTES, Route, find_route
 from moe_gateway.request.parsing import BadBody, parse_body
 from moe_scheduling.engine.choice import EngineSettings
@@ -177,7 +177,7 @@ def test_any_bytes_are_chunks_or_not(data):
 # Replies.
 
 
-@given(st.sampled_from([outcome for outcome in Outcome if outcome.status in REASONS]), st.text(), st.booleans())
+@given(st.sampled_from([outcome for outcome in RequestOutcome if outcome.status in REASONS]), st.text(), st.booleans())
 def test_every_refusal_is_a_whole_http_message(outcome, message, close):
     class Reader:
         body, complete, keep_alive = b"", False, False
@@ -197,12 +197,12 @@ def test_every_refusal_is_a_whole_http_message(outcome, message, close):
 
 
 def test_every_outcome_that_is_answered_has_a_reason_phrase():
-    assert {outcome.status for outcome in Outcome} - {Outcome.CLIENT_GONE.status} <= set(REASONS)
+    assert {outcome.status for outcome in RequestOutcome} - {RequestOutcome.CLIENT_GONE.status} <= set(REASONS)
 
 
 def test_an_error_event_ends_what_was_unfinished():
-    assert build_stream_error(Outcome.ENGINE_FAILED, "x").startswith(b"\n\ndata: {")
-    assert build_stream_error(Outcome.ENGINE_FAILED, "a\nb").count(b"\n\n") == 2
+    assert build_stream_error(RequestOutcome.ENGINE_FAILED, "x").startswith(b"\n\ndata: {")
+    assert build_stream_error(RequestOutcome.ENGINE_FAILED, "a\nb").count(b"\n\n") == 2
 
 
 # Configuration.

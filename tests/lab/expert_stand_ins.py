@@ -3,10 +3,10 @@
 import asyncio
 
 from moe_contract.experts_state import ExpertsState
-from moe_lab.experts.serving import Effort, Start
+from moe_lab.experts.serving import ExpertServingEffort, Start
 from moe_lab.experts.waves import WaveSettings, Window
 from moe_scheduling.expert.decision import ExpertSettings
-from moe_tools.replay import Answered, Failed, Run
+from moe_tools.replay import AnsweredRequest, FailedRequest, ReplayResult
 
 from tests.operator.experts_documents import DECISION, PLACED, experts
 
@@ -17,27 +17,29 @@ SETTINGS = WaveSettings(users=2, prompt_tokens=4, output_tokens=11)
 IDLE = {"load_average": 0.0, "cores": 2}
 
 
-def answered(ttft_s: float, last_s: float, tokens: int = 11) -> Answered:
-    return Answered(
+def answered(ttft_s: float, last_s: float, tokens: int = 11) -> AnsweredRequest:
+    return AnsweredRequest(
         index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, output_tokens=tokens, ttft_s=ttft_s, last_token_s=last_s,
         end_s=last_s,
     )  # fmt: skip
 
 
-def failed() -> Failed:
-    return Failed(index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
+def failed() -> FailedRequest:
+    return FailedRequest(index=0, due_s=0.0, lateness_s=0.0, prompt_tokens=4, kind="HTTP 503", detail="nobody there")
 
 
-def wave_of(step_s: float) -> Run:
-    return Run(outcomes=(answered(step_s, 11 * step_s), answered(2 * step_s, 12 * step_s)), wall_s=12 * step_s)
+def wave_of(step_s: float) -> ReplayResult:
+    return ReplayResult(outcomes=(answered(step_s, 11 * step_s), answered(2 * step_s, 12 * step_s)), wall_s=12 * step_s)
 
 
 def window_of(step_s: float, gain_s: float | None = None, balance: float = 1.2) -> Window:
     return Window(waves=(wave_of(step_s),) * 2, steps=24, balance=balance, by_rank=(1.2, 0.8), engine_gain_s=gain_s)
 
 
-def effort_of(**changes) -> Effort:
-    return Effort(**({"pairs": 3, "window_s": 0.2, "active_s": 0.0, "start": Start.INITIAL, "seed": 5} | changes))
+def effort_of(**changes) -> ExpertServingEffort:
+    return ExpertServingEffort(
+        **({"pairs": 3, "window_s": 0.2, "active_s": 0.0, "start": Start.INITIAL, "seed": 5} | changes)
+    )
 
 
 class FakeGroup:
@@ -74,7 +76,7 @@ class FakeGroup:
         placed = {"physical_to_logical": [list(row) for row in slots]}
         self.rows.insert(0, {**DECISION, "number": self.number, "outcome": outcome, **placed, **changes})
 
-    async def serve(self, load, settings, salt) -> Run:
+    async def serve(self, load, settings, salt) -> ReplayResult:
         await asyncio.sleep(0)
         self.calls.append(("wave", salt))
         if self.mode == "active" and self.plans:

@@ -23,12 +23,12 @@ from moe_lab.experts.serve_report import (
 )
 from moe_lab.experts.serving import (
     DecisionLog,
-    Measured,
+    ExpertServingResult,
     Origin,
-    Pair,
     Start,
-    Target,
+    TargetPlacement,
     TimedDecision,
+    WindowPair,
     crowd,
     measure,
     move,
@@ -36,7 +36,7 @@ from moe_lab.experts.serving import (
 from moe_lab.experts.waves import WaveSettings, Window, decode_step_ms, output_tokens_per_s, step_ms, tpot_ms
 from moe_operator.local.failure import Failure
 from moe_tools.comparison import build_salt
-from moe_tools.replay import Run
+from moe_tools.replay import ReplayResult
 from rich.console import Console
 
 from tests.lab.expert_stand_ins import IDLE, SETTINGS, A, B, C, FakeGroup, answered, effort_of, failed, window_of
@@ -79,12 +79,12 @@ def test_a_window_is_measured_by_steps_by_requests_and_by_tokens():
 
 def test_a_decode_step_counts_from_the_last_first_token_of_a_wave():
     early, late = answered(0.1, 1.6), answered(0.5, 1.5)
-    window = Window(waves=(Run(outcomes=(early, late, failed()), wall_s=2.0),), steps=1, balance=1.0)
+    window = Window(waves=(ReplayResult(outcomes=(early, late, failed()), wall_s=2.0),), steps=1, balance=1.0)
     assert decode_step_ms(window) == pytest.approx(100.0)
 
 
 def test_a_window_without_answers_has_no_figures():
-    window = Window(waves=(Run(outcomes=(failed(),), wall_s=1.0),), steps=0, balance=1.0)
+    window = Window(waves=(ReplayResult(outcomes=(failed(),), wall_s=1.0),), steps=0, balance=1.0)
     assert [read(window) for read in (step_ms, decode_step_ms, tpot_ms, output_tokens_per_s)] == [None] * 4
     assert len(window.failed) == 1
 
@@ -118,14 +118,14 @@ def test_a_request_that_the_model_does_not_take_is_reported_before_it_is_sent(mo
 
 def test_where_active_moved_and_stayed_its_placement_is_b(serve):
     measured, said = serve(FakeGroup(plans=[("stayed", A), ("moved", B)]), active_s=0.2)
-    assert (measured.start, measured.target) == (A, Target(slots=B, origin=Origin.KEPT))
+    assert (measured.start, measured.target) == (A, TargetPlacement(slots=B, origin=Origin.KEPT))
     assert [row.decision.outcome for row in measured.decisions] == ["stayed", "moved"]
     assert any("decision 2: moved" in line for line in said)
 
 
 def test_where_active_rolled_its_move_back_b_is_what_it_had_moved_to(serve):
     measured, _ = serve(FakeGroup(plans=[("moved", B), ("rolledBack", A)]), active_s=0.2)
-    assert measured.target == Target(slots=B, origin=Origin.ROLLED_BACK)
+    assert measured.target == TargetPlacement(slots=B, origin=Origin.ROLLED_BACK)
 
 
 def test_where_active_does_not_move_b_is_the_plan_of_the_product(serve):
@@ -148,7 +148,7 @@ def test_where_the_plan_is_the_placement_itself_nothing_is_compared(serve, monke
 def test_of_several_moves_that_were_rolled_back_b_is_the_most_promising(serve):
     group = FakeGroup(plans=[("moved", B), ("rolledBack", A), ("moved", C), ("rolledBack", A)], predicted=[3e-3, 1e-3])
     measured, _ = serve(group, active_s=0.2)
-    assert measured.target == Target(slots=B, origin=Origin.ROLLED_BACK)
+    assert measured.target == TargetPlacement(slots=B, origin=Origin.ROLLED_BACK)
 
 
 def test_the_mode_is_active_for_its_time_and_observing_for_the_pairs(serve):
@@ -234,7 +234,7 @@ def test_a_placement_that_is_there_is_not_asked_for_again():
 
 def test_a_load_that_is_not_answered_ends_the_measurement(monkeypatch):
     async def refuse(load, settings, salt):
-        return Run(outcomes=(failed(),), wall_s=0.1)
+        return ReplayResult(outcomes=(failed(),), wall_s=0.1)
 
     monkeypatch.setattr(serving, "run_wave", refuse)
     with pytest.raises(Failure, match="HTTP 503 nobody there"):
@@ -270,19 +270,19 @@ def test_one_pair_is_enough_and_its_interval_is_open(serve):
 # The report.
 
 
-def measured_of(pairs, outcomes=()) -> Measured:
+def measured_of(pairs, outcomes=()) -> ExpertServingResult:
     document = ExpertsState.model_validate(experts())
     rows = [
         ExpertsState.model_validate(experts(decisions=[{**DECISION, "outcome": outcome}])).decisions[0]
         for outcome in outcomes
     ]
     decisions = tuple(TimedDecision(at_s=float(at), decision=row) for at, row in enumerate(rows))
-    target = Target(slots=B, origin=Origin.KEPT)
-    return Measured(start=A, target=target, decisions=decisions, pairs=tuple(pairs), document=document)
+    target = TargetPlacement(slots=B, origin=Origin.KEPT)
+    return ExpertServingResult(start=A, target=target, decisions=decisions, pairs=tuple(pairs), document=document)
 
 
-def pairs_of(*steps: tuple[float, float]) -> list[Pair]:
-    return [Pair(first=window_of(a), second=window_of(b, balance=1.05)) for a, b in steps]
+def pairs_of(*steps: tuple[float, float]) -> list[WindowPair]:
+    return [WindowPair(first=window_of(a), second=window_of(b, balance=1.05)) for a, b in steps]
 
 
 @pytest.mark.parametrize(
@@ -298,11 +298,11 @@ def test_the_sentence_follows_the_interval(steps, says):
 
 
 def test_a_metric_that_was_not_measured_is_no_number():
-    empty = Window(waves=(Run(outcomes=(failed(),), wall_s=1.0),), steps=0, balance=1.0)
-    rows = {row.metric: row for row in compare_windows([Pair(first=empty, second=empty)])}
+    empty = Window(waves=(ReplayResult(outcomes=(failed(),), wall_s=1.0),), steps=0, balance=1.0)
+    rows = {row.metric: row for row in compare_windows([WindowPair(first=empty, second=empty)])}
     assert rows["step, mean"].ratio is None
     assert rows["balance"].ratio is not None
-    assert describe_pairs(measured_of([Pair(first=empty, second=empty)])) == ["the steps were not counted"]
+    assert describe_pairs(measured_of([WindowPair(first=empty, second=empty)])) == ["the steps were not counted"]
 
 
 def test_what_active_did_is_counted():

@@ -8,13 +8,13 @@ import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_lab.experts.__main__ import app
 from moe_lab.experts.compare import COSTS
-from moe_lab.experts.loads import DRIFTS, Group, PairedLoad, make_sequence, make_tenants, read_sequence
+from moe_lab.experts.loads import DRIFTS, GroupSizes, PairedLoad, make_sequence, make_tenants, read_sequence
 from moe_lab.experts.replay import render_decided, render_replayed, replay
 from moe_lab.experts.rivals import copy_hottest, make_policies, pack_evenly, plan_anchor
 from moe_scheduling.expert.decision import ExpertLoad, ExpertSettings, count_moves, score_placement
 from typer.testing import CliRunner
 
-GROUP = Group(layers=3, experts=32, ranks=4, nodes=2, redundant=8, routing_groups=4)
+GROUP = GroupSizes(layers=3, experts=32, ranks=4, nodes=2, redundant=8, routing_groups=4)
 SETTINGS = ExpertSettings()
 
 

@@ -17,9 +17,9 @@ import orjson
 import pytest
 from moe_lab.gateway import processes
 from moe_lab.gateway.comparison import (
-    Compared,
+    GatewayComparison,
     Measurement,
-    Pair,
+    MeasurementPair,
     build_document,
     compare,
     describe,
@@ -30,7 +30,7 @@ from moe_lab.gateway.comparison import (
 )
 from moe_lab.gateway.engine import ANSWER, Batch, Connection
 from moe_lab.gateway.load import TURN_REQUESTS, WrongAnswer, ask_in_turns, ask_repeatedly, stream_at_once
-from moe_lab.gateway.processes import Router, running, share_cores
+from moe_lab.gateway.processes import GatewayProcess, running, share_cores
 from rich.console import Console
 
 COMMAND = [sys.executable, "-m", "moe_lab.gateway"]
@@ -60,12 +60,12 @@ def stand_in(tmp_path) -> Path:
     return program
 
 
-def pairs(*ratios: float) -> tuple[Pair, ...]:
-    return tuple(Pair(ours=100.0 * ratio, theirs=100.0) for ratio in ratios)
+def pairs(*ratios: float) -> tuple[MeasurementPair, ...]:
+    return tuple(MeasurementPair(ours=100.0 * ratio, theirs=100.0) for ratio in ratios)
 
 
-def compared(measurement: Measurement, *ratios: float) -> Compared:
-    return Compared(measurement=measurement, pairs=pairs(*ratios), ratio=estimate_ratio(pairs(*ratios)))
+def compared(measurement: Measurement, *ratios: float) -> GatewayComparison:
+    return GatewayComparison(measurement=measurement, pairs=pairs(*ratios), ratio=estimate_ratio(pairs(*ratios)))
 
 
 def in_group_of(pid: int) -> set[int]:
@@ -205,7 +205,7 @@ def test_the_clock_of_a_router_is_that_of_its_cpu_time_and_of_all_its_threads():
     script = busy + "[x.start() for x in t]; [x.join() for x in t]; print(time.process_time(), flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         own_s = float(process.stdout.readline())
-        seen_s = Router(name="busy", port=0, process=process).cpu_s()
+        seen_s = GatewayProcess(name="busy", port=0, process=process).cpu_s()
         process.communicate(b"\n")
     assert own_s <= seen_s < own_s + 0.5
 

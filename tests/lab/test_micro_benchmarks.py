@@ -6,7 +6,7 @@ import moe_lab
 import pytest
 from moe_lab import scheduling
 from moe_lab.__main__ import find_benchmarks, render_rows
-from moe_lab.rows import Row
+from moe_lab.rows import BenchmarkRow
 
 
 def test_every_decision_is_measured(monkeypatch):
@@ -36,10 +36,10 @@ def test_benchmarks_are_found_by_their_run_function(tmp_path):
 
 
 def test_rows_become_a_table_with_their_sample_size():
-    table = render_rows([Row(benchmark="b", case="c", unit="us", values=[1.0, 2.0, 3.0], goal="< 20")])
+    table = render_rows([BenchmarkRow(benchmark="b", case="c", unit="us", values=[1.0, 2.0, 3.0], goal="< 20")])
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells[2].startswith("2 [")
     assert (cells[4], cells[5], cells[6]) == ("us", "3", "< 20")
     assert "moeserving" in str(table.caption)
     with pytest.raises(ValueError, match="at least one value"):
-        Row(benchmark="b", case="c", unit="us", values=[])
+        BenchmarkRow(benchmark="b", case="c", unit="us", values=[])

@@ -7,6 +7,7 @@ as they were written. What to say instead: docs/glossary.md.
 import ast
 import re
 import subprocess
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +57,17 @@ PHRASES = (
     r"(take|takes|taken|took) back",
     r"See the module",
 )
+# Names that several classes have because they are one idea, and what it is.
+SHARED_CLASS_NAMES = {
+    "Discovery": "finding engines by their Services: the gateway's setting, and what carries it out",
+    "Engine": "a vLLM server that takes requests: the resource's section, and the gateway's state of one",
+    "Gateway": "the way in for clients: the resource's section, and the program",
+    "Metrics": "what is scraped of the operator and its engines: the resource's section, and the operator's registry",
+    "ScalingPolicy": "the most that may change in a period: the resource's section, and the rule for the decision",
+    "Scheduling": "settings of the layers: the resource's section, and the same field names in a scenario",
+    "Section": "base of the sections of a file, frozen and strict: of the resource, and of configuration files",
+    "_PlainDumper": "YAML without aliases: of the CRD, and of a plan; neither module imports the other",
+}
 MODULE = re.compile(r"See the (module|class|protocol)\b")
 
 
@@ -132,6 +144,20 @@ def names_in(tree: ast.AST) -> set[str]:
 def test_no_name_has_a_private_word():
     found = [f"{path}: {name}" for path, tree in modules() for name in sorted(names_in(tree)) if parts_of(name) & PARTS]
     assert found == []
+
+
+def test_a_class_name_is_one_idea():
+    """Outside tests."""
+    places = defaultdict(list)
+    for path, tree in modules():
+        if not path.startswith("tests/"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(path)
+    shared = {name: paths for name, paths in places.items() if len(paths) > 1}
+    assert {name: paths for name, paths in shared.items() if name not in SHARED_CLASS_NAMES} == {}
+    assert SHARED_CLASS_NAMES.keys() <= shared.keys()
+    assert [name for name, paths in shared.items() if len(paths) > 2] == []
 
 
 def test_private_phrases_are_gone():

@@ -3,17 +3,17 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine.attempts import MAX_ATTEMPTS, Failure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import MAX_ATTEMPTS, AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.signals import Target
 
 ARRIVED_S, HOLD_S = 100.0, 60.0
 A, B = Target("a"), Target("b")
 
 
-def attempt(attempts: RequestAttempts, target: Target, failure: Failure, now_s: float) -> NextStep:
+def attempt(attempts: RequestAttempts, target: Target, failure: AttemptFailure, now_s: float) -> NextStep:
     """One attempt that fails, as a gateway reports it."""
     attempts.begin()
-    if failure is not Failure.UNREACHABLE:
+    if failure is not AttemptFailure.UNREACHABLE:
         attempts.receive()
     return attempts.after_failure(target, failure, now_s)
 
@@ -23,7 +23,7 @@ def attempts() -> RequestAttempts:
     return RequestAttempts(HOLD_S, ARRIVED_S)
 
 
-@pytest.mark.parametrize("failure", [Failure.BROKEN, Failure.ENGINE_DEAD, Failure.ENGINE_FULL])
+@pytest.mark.parametrize("failure", [AttemptFailure.BROKEN, AttemptFailure.ENGINE_DEAD, AttemptFailure.ENGINE_FULL])
 def test_a_failed_attempt_is_repeated_elsewhere_once(attempts, failure):
     assert attempt(attempts, A, failure, 101.0) is NextStep.RETRY
     assert attempts.failed_targets == {A}
@@ -33,17 +33,17 @@ def test_a_failed_attempt_is_repeated_elsewhere_once(attempts, failure):
 
 def test_an_engine_that_has_not_seen_the_request_uses_up_no_attempt_within_the_hold_time(attempts):
     for number in range(10):
-        assert attempt(attempts, A, Failure.UNREACHABLE, ARRIVED_S + number) is NextStep.RETRY
+        assert attempt(attempts, A, AttemptFailure.UNREACHABLE, ARRIVED_S + number) is NextStep.RETRY
     assert (attempts.count, attempts.waiting_since_s) == (0, ARRIVED_S)
-    assert attempt(attempts, A, Failure.UNREACHABLE, ARRIVED_S + HOLD_S) is NextStep.RETRY
-    assert attempt(attempts, A, Failure.UNREACHABLE, ARRIVED_S + HOLD_S) is NextStep.REFUSE
+    assert attempt(attempts, A, AttemptFailure.UNREACHABLE, ARRIVED_S + HOLD_S) is NextStep.RETRY
+    assert attempt(attempts, A, AttemptFailure.UNREACHABLE, ARRIVED_S + HOLD_S) is NextStep.REFUSE
 
 
 def test_the_hold_time_counts_from_the_loss_of_the_last_engine_that_received_it(attempts):
-    assert attempt(attempts, A, Failure.BROKEN, ARRIVED_S + 500.0) is NextStep.RETRY
+    assert attempt(attempts, A, AttemptFailure.BROKEN, ARRIVED_S + 500.0) is NextStep.RETRY
     assert attempts.may_wait(ARRIVED_S + 500.0 + HOLD_S - 0.001)
     assert not attempts.may_wait(ARRIVED_S + 500.0 + HOLD_S)
-    attempt(attempts, A, Failure.UNREACHABLE, ARRIVED_S + 510.0)
+    attempt(attempts, A, AttemptFailure.UNREACHABLE, ARRIVED_S + 510.0)
     assert attempts.waiting_since_s == ARRIVED_S + 500.0
 
 
@@ -51,16 +51,16 @@ def test_an_answer_that_has_begun_is_broken_off_and_never_repeated(attempts):
     attempts.begin()
     attempts.receive()
     attempts.is_answering = True
-    assert attempts.after_failure(A, Failure.BROKEN, 101.0) is NextStep.BREAK_OFF
+    assert attempts.after_failure(A, AttemptFailure.BROKEN, 101.0) is NextStep.BREAK_OFF
     assert attempts.failed_targets == set()
 
 
 @pytest.mark.parametrize(
     ("status", "accepting", "failure"),
     [
-        (503, True, Failure.ENGINE_FULL),
-        (503, False, Failure.ENGINE_FULL),
-        (500, False, Failure.BROKEN),
+        (503, True, AttemptFailure.ENGINE_FULL),
+        (503, False, AttemptFailure.ENGINE_FULL),
+        (500, False, AttemptFailure.BROKEN),
         (500, True, None),
         (502, False, None),
         (200, False, None),
@@ -75,12 +75,12 @@ def test_the_status_of_a_full_or_draining_engine_is_a_failure_while_an_attempt_i
     assert attempts.failure_of_status(status, is_accepting=accepting) is None
 
 
-@given(st.lists(st.tuples(st.sampled_from(Failure), st.floats(0.0, 30.0)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(AttemptFailure), st.floats(0.0, 30.0)), max_size=40))
 def test_a_request_is_received_by_no_more_engines_than_it_has_attempts(steps):
     attempts, now_s, received = RequestAttempts(HOLD_S, ARRIVED_S), ARRIVED_S, 0
     for failure, step_s in steps:
         now_s += step_s
-        received += failure is not Failure.UNREACHABLE
+        received += failure is not AttemptFailure.UNREACHABLE
         if attempt(attempts, A, failure, now_s) is not NextStep.RETRY:
             break
         assert attempts.waiting_since_s <= now_s

@@ -6,7 +6,7 @@ import json
 import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_tools.cli import app
-from moe_tools.compare_command import Effort, build_comparison_document, measure_pairs
+from moe_tools.compare_command import ComparisonEffort, build_comparison_document, measure_pairs
 from moe_tools.comparison import OURS, STOCK
 from moe_tools.deployment import Deployment
 from moe_tools.replay_command import Source, read_source
@@ -104,21 +104,21 @@ async def test_a_comparison_switches_through_the_command_and_leaves_our_policies
     said: list[str] = []
     deployment = Deployment(name="tiny", state_dir=tmp_path)
     pairs, rate = await measure_pairs(
-        deployment, server.url, None, Source(limit=40), Effort(pairs=2, piece_s=0.2, rate=40.0), said.append
+        deployment, server.url, None, Source(limit=40), ComparisonEffort(pairs=2, piece_s=0.2, rate=40.0), said.append
     )
     calls = scripted_command.read_text().splitlines()
     stock, ours = (f"set tiny {' '.join(policy.settings)} --state-dir {tmp_path}" for policy in (STOCK, OURS))
     assert calls == [ours, stock, ours, ours, stock, ours]
     assert rate == 40.0
     assert all(len(pair.stock.answered) == len(pair.ours.answered) == 8 for pair in pairs)
-    document = build_comparison_document(pairs, Source(), Effort(), rate)
+    document = build_comparison_document(pairs, Source(), ComparisonEffort(), rate)
     assert len(json.loads(json.dumps(document, default=str))["pairs"]) == 2
 
 
 async def test_the_load_follows_from_the_measured_capacity(server, scripted_command):
     server.first_token_s = 0.02
     said: list[str] = []
-    effort = Effort(pairs=1, piece_s=0.5, load=0.5)
+    effort = ComparisonEffort(pairs=1, piece_s=0.5, load=0.5)
     _, rate = await measure_pairs(Deployment(name="tiny"), server.url, None, Source(limit=200), effort, said.append)
     assert rate > 0
     assert any("arrivals at 50% of it" in line for line in said)
@@ -126,7 +126,7 @@ async def test_the_load_follows_from_the_measured_capacity(server, scripted_comm
 
 async def test_one_request_in_flight_finds_no_more_than_one_at_a_time(server, scripted_command):
     server.first_token_s = 0.05
-    effort = Effort(pairs=1, piece_s=0.5, load=1.0, in_flight=1)
+    effort = ComparisonEffort(pairs=1, piece_s=0.5, load=1.0, in_flight=1)
     _, rate = await measure_pairs(Deployment(name="tiny"), server.url, None, Source(limit=200), effort, lambda _: None)
     assert 0 < rate <= 1 / server.first_token_s
 

@@ -6,7 +6,7 @@ import pytest
 from moe_tools.comparison import (
     OURS,
     STOCK,
-    Pair,
+    PiecePair,
     Plan,
     build_salt,
     compare,
@@ -18,8 +18,8 @@ from moe_tools.comparison import (
     select_longest,
 )
 from moe_tools.prompts import PromptMaker
-from moe_tools.replay import Answered, Failed, Load, Run
-from moe_tools.streaming import Endpoint
+from moe_tools.replay import AnsweredRequest, FailedRequest, Load, ReplayResult
+from moe_tools.streaming import ServerAddress
 from moe_tools.traces import TraceRequest, mean_rate
 
 
@@ -27,18 +27,18 @@ def trace(count: int) -> list[TraceRequest]:
     return [TraceRequest(arrival_s=n * 0.5, prompt_tokens=10 + n, output_tokens=5) for n in range(count)]
 
 
-def answered(index: int, ttft_s: float, prompt: int = 10, tpot_s: float = 0.01) -> Answered:
+def answered(index: int, ttft_s: float, prompt: int = 10, tpot_s: float = 0.01) -> AnsweredRequest:
     last = ttft_s + 4 * tpot_s
     times = {"due_s": 0.0, "lateness_s": 0.0, "ttft_s": ttft_s, "last_token_s": last, "end_s": last}
-    return Answered(index=index, prompt_tokens=prompt, output_tokens=5, **times)
+    return AnsweredRequest(index=index, prompt_tokens=prompt, output_tokens=5, **times)
 
 
-def failed(index: int) -> Failed:
-    return Failed(index=index, due_s=0, lateness_s=0, prompt_tokens=1, kind="HTTP 429", detail="")
+def failed(index: int) -> FailedRequest:
+    return FailedRequest(index=index, due_s=0, lateness_s=0, prompt_tokens=1, kind="HTTP 429", detail="")
 
 
-def run_of(*ttfts: float, wall_s: float = 10.0) -> Run:
-    return Run(outcomes=tuple(answered(n, ttft) for n, ttft in enumerate(ttfts)), wall_s=wall_s)
+def run_of(*ttfts: float, wall_s: float = 10.0) -> ReplayResult:
+    return ReplayResult(outcomes=tuple(answered(n, ttft) for n, ttft in enumerate(ttfts)), wall_s=wall_s)
 
 
 class Script:
@@ -51,7 +51,7 @@ class Script:
     async def switch(self, policy) -> None:
         self.now = policy.label
 
-    async def measure(self, piece, salt) -> Run:
+    async def measure(self, piece, salt) -> ReplayResult:
         self.seen.append((self.now, piece[0].prompt_tokens, salt))
         base = 0.1 + 0.01 * piece[0].prompt_tokens
         return run_of(*[base * (self.gain if self.now == OURS.label else 1.0)] * 3)
@@ -89,23 +89,25 @@ async def test_a_steady_gain_is_called_better_and_none_is_called_none():
 
 
 def test_more_throughput_is_better_and_less_is_worse():
-    faster = [Pair(stock=run_of(1.0, wall_s=10 + n), ours=run_of(1.0, wall_s=(10 + n) / 2)) for n in range(3)]
-    slower = [Pair(stock=pair.ours, ours=pair.stock) for pair in faster]
+    faster = [PiecePair(stock=run_of(1.0, wall_s=10 + n), ours=run_of(1.0, wall_s=(10 + n) / 2)) for n in range(3)]
+    slower = [PiecePair(stock=pair.ours, ours=pair.stock) for pair in faster]
     assert compare_metrics(faster)[-1].verdict == "better"
     assert compare_metrics(slower)[-1].verdict == "worse"
 
 
 def test_one_pair_shows_no_difference():
-    rows = compare_metrics([Pair(stock=run_of(1.0, 2.0), ours=run_of(0.1, 0.2))])
+    rows = compare_metrics([PiecePair(stock=run_of(1.0, 2.0), ours=run_of(0.1, 0.2))])
     assert rows[0].verdict == "covers 1: unclear"
 
 
 def test_pairs_without_answers_are_left_out_and_said():
-    empty = Run(outcomes=(failed(0), failed(1)), wall_s=1.0)
-    nothing = compare_metrics([Pair(stock=empty, ours=run_of(1.0))])
+    empty = ReplayResult(outcomes=(failed(0), failed(1)), wall_s=1.0)
+    nothing = compare_metrics([PiecePair(stock=empty, ours=run_of(1.0))])
     assert all(row.ratio is None and row.verdict == "not measured" for row in nothing)
-    assert "2 failed (2 under vLLM's own order, 0 under ours)" in render_failures([Pair(stock=empty, ours=run_of(1.0))])
-    assert render_comparison(nothing, [Pair(stock=empty, ours=run_of(1.0))]).row_count == len(nothing)
+    assert "2 failed (2 under vLLM's own order, 0 under ours)" in render_failures(
+        [PiecePair(stock=empty, ours=run_of(1.0))]
+    )
+    assert render_comparison(nothing, [PiecePair(stock=empty, ours=run_of(1.0))]).row_count == len(nothing)
 
 
 def test_the_longest_tenth_is_by_prompt():
@@ -137,7 +139,7 @@ def test_a_trace_of_one_moment_keeps_its_moment():
 
 async def test_capacity_is_what_the_server_completes(server):
     server.first_token_s = 0.05
-    load = Load(endpoint=Endpoint.parse(server.url), model="mock", prompts=PromptMaker(tuple(range(100)), 0))
+    load = Load(endpoint=ServerAddress.parse(server.url), model="mock", prompts=PromptMaker(tuple(range(100)), 0))
     rate = await probe_capacity(trace(400), load, 1.0, concurrency=2)
     # Two at a time, at least 50 ms each.
     assert 0 < rate <= 2 / 0.05 * 1.1

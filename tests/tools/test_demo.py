@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from moe_tools import demo, demo_report
-from moe_tools.compare_command import Effort
-from moe_tools.comparison import Pair, Plan, Policy, compare, compare_metrics
+from moe_tools.compare_command import ComparisonEffort
+from moe_tools.comparison import PiecePair, Plan, Policy, compare, compare_metrics
 from moe_tools.demo_report import WIDEST, Verdict, judge, render_conclusion, render_next_steps
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.replay_command import Source
@@ -23,8 +23,8 @@ WIDE = ((1.0, 0.1), (1.0, 0.3), (1.0, 0.2))
 NARROW = ((1.0, 0.96), (1.0, 1.04), (1.0, 0.98), (1.0, 1.02))
 
 
-def pairs_of(ratios) -> tuple[Pair, ...]:
-    return tuple(Pair(stock=run_of(stock, stock), ours=run_of(ours, ours)) for stock, ours in ratios)
+def pairs_of(ratios) -> tuple[PiecePair, ...]:
+    return tuple(PiecePair(stock=run_of(stock, stock), ours=run_of(ours, ours)) for stock, ours in ratios)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def shown(monkeypatch, ratios, modelled=CLEAR) -> tuple[str, list[object]]:
 
     monkeypatch.setattr(demo, "model", model)
     console = Console(width=80, record=True, quiet=False, file=SimpleNamespace(write=len, flush=lambda: None))
-    demo.show(pairs_of(ratios), Source(), Effort(), ProgressPrinter(console))
+    demo.show(pairs_of(ratios), Source(), ComparisonEffort(), ProgressPrinter(console))
     return console.export_text(), asked
 
 
@@ -77,7 +77,7 @@ def test_a_measurement_that_shows_a_difference_needs_no_model(monkeypatch):
 
 def test_a_noisy_measurement_says_so_and_shows_the_modelled_one_beside_it(monkeypatch):
     text, asked = shown(monkeypatch, NOISY)
-    assert asked == [(Source(), Effort())]
+    assert asked == [(Source(), ComparisonEffort())]
     for part in ("too noisy", "B/A, measured here", "B/A, modelled", "no verdict", "wait 36% less", "0.85 [0.12"):
         assert part in text, part
     assert max(len(line) for line in text.splitlines() if "│" in line or "┃" in line) <= 80
@@ -85,7 +85,7 @@ def test_a_noisy_measurement_says_so_and_shows_the_modelled_one_beside_it(monkey
 
 def test_a_narrow_measurement_without_a_difference_is_not_called_noise(monkeypatch):
     text, asked = shown(monkeypatch, NARROW)
-    assert asked == [(Source(), Effort())]
+    assert asked == [(Source(), ComparisonEffort())]
     assert "no difference is shown on this machine" in text
     assert "The modelled gain is not seen here" in text
     assert "too noisy" not in text
@@ -128,6 +128,6 @@ def test_the_demo_measures_a_generated_shape_where_no_trace_is_named(monkeypatch
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"arrival_s": 0, "prompt_tokens": 9, "output_tokens": 3}\n')
     for named in (None, trace):
-        demo.run_demo(trace=named, manifest=Path("mine.yaml"), effort=Effort(), seed=1)
+        demo.run_demo(trace=named, manifest=Path("mine.yaml"), effort=ComparisonEffort(), seed=1)
     assert [(source.trace, source.shape) for source, _ in asked] == [(None, "twoEnd"), (trace, "random")]
     assert all(0 < effort.until_s - time.monotonic() <= demo.MEASURE_UNTIL_S for _, effort in asked)

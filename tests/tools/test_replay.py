@@ -9,10 +9,10 @@ import pytest
 from aiohttp import web
 from moe_contract.input_errors import InvalidInput
 from moe_tools.prompts import PromptMaker
-from moe_tools.replay import Answered, Failed, Load, replay, replay_closed
+from moe_tools.replay import AnsweredRequest, FailedRequest, Load, replay, replay_closed
 from moe_tools.report import build_document, render_caption, render_summary, summarise
 from moe_tools.server import discover_model, fetch_token_pool
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 from moe_tools.traces import TraceRequest
 
 
@@ -22,7 +22,9 @@ def requests_at(*arrivals: float, prompt: int = 20, output: int = 5) -> list[Tra
 
 def load_on(server, timeout_s: float = 20.0) -> Load:
     pool = tuple(range(1000))
-    return Load(endpoint=Endpoint.parse(server.url), model="mock", prompts=PromptMaker(pool, 1), timeout_s=timeout_s)
+    return Load(
+        endpoint=ServerAddress.parse(server.url), model="mock", prompts=PromptMaker(pool, 1), timeout_s=timeout_s
+    )
 
 
 async def test_every_request_is_sent_once_with_exactly_its_lengths(server):
@@ -118,7 +120,7 @@ async def test_an_answer_of_another_length_is_an_error(server):
 
 
 async def test_a_server_that_is_gone_is_an_error_of_each_request():
-    load = Load(endpoint=Endpoint.parse("http://127.0.0.1:9"), model="m", prompts=PromptMaker((1, 2), 0))
+    load = Load(endpoint=ServerAddress.parse("http://127.0.0.1:9"), model="m", prompts=PromptMaker((1, 2), 0))
     run = await replay(requests_at(0.0, 0.0), load)
     assert [failure.kind for failure in run.failed] == ["no connection", "no connection"]
 
@@ -132,7 +134,7 @@ async def test_something_that_does_not_speak_http_is_an_error():
     other = await asyncio.start_server(babble, "127.0.0.1", 0)
     async with other:
         port = other.sockets[0].getsockname()[1]
-        load = Load(endpoint=Endpoint.parse(f"http://127.0.0.1:{port}"), model="m", prompts=PromptMaker((1, 2), 0))
+        load = Load(endpoint=ServerAddress.parse(f"http://127.0.0.1:{port}"), model="m", prompts=PromptMaker((1, 2), 0))
         run = await replay(requests_at(0.0), load)
         assert [failure.kind for failure in run.failed] == ["no HTTP"]
         with pytest.raises(InvalidInput, match="nothing that is HTTP"):
@@ -140,7 +142,7 @@ async def test_something_that_does_not_speak_http_is_an_error():
 
 
 async def test_a_run_tells_of_each_outcome_once(server):
-    seen: list[Answered | Failed] = []
+    seen: list[AnsweredRequest | FailedRequest] = []
     run = await replay(requests_at(0.0, 0.0, 0.0), load_on(server), seen.append)
     assert sorted(row.index for row in seen) == [0, 1, 2]
     assert set(seen) == set(run.outcomes)
@@ -186,14 +188,14 @@ async def test_the_table_orders_its_percentiles(server):
 
 
 async def test_the_server_names_its_model_and_longest_length(server):
-    endpoint = Endpoint.parse(server.url + "/v1")
+    endpoint = ServerAddress.parse(server.url + "/v1")
     assert dataclasses.astuple(await discover_model(endpoint)) == ("mock", 1000)
     with pytest.raises(InvalidInput, match="model: unknown 'other'; known: mock"):
         await discover_model(endpoint, "other")
 
 
 async def test_the_pool_is_text_in_the_servers_own_tokens(server):
-    pool = await fetch_token_pool(Endpoint.parse(server.url), "mock")
+    pool = await fetch_token_pool(ServerAddress.parse(server.url), "mock")
     assert len(pool) > 100_000
     assert "Python" in "".join(map(chr, pool))
 
@@ -207,13 +209,13 @@ async def test_the_pool_is_text_in_the_servers_own_tokens(server):
     ],
 )
 def test_a_url_is_taken_with_and_without_its_version(url, shown):
-    assert str(Endpoint.parse(url)) == shown
+    assert str(ServerAddress.parse(url)) == shown
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h", "http://", "http://h:99999", "http://h:x"])
 def test_a_url_that_cannot_be_meant_is_reported(url):
     with pytest.raises(InvalidInput, match=r"^url: "):
-        Endpoint.parse(url)
+        ServerAddress.parse(url)
 
 
 async def begin(request: web.Request) -> web.StreamResponse:

@@ -6,11 +6,13 @@ import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_tools.cli import app
 from moe_tools.skeleton import DEFAULT_SHAPE, SHAPES, make_skeleton
-from moe_tools.tiny.corpus import Corpus, Exchange
+from moe_tools.tiny.corpus import Corpus, QuestionAndAnswer
 from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
-CORPUS = Corpus(prose=(), sources=(), exchanges=(Exchange(question="q", answer="a path joins to another path"),))
+CORPUS = Corpus(
+    prose=(), sources=(), exchanges=(QuestionAndAnswer(question="q", answer="a path joins to another path"),)
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The demo's comparison in virtual time: the measured procedure, without a machine's noise."""
 
 import pytest
-from moe_tools.compare_command import Effort
+from moe_tools.compare_command import ComparisonEffort
 from moe_tools.comparison import compare_metrics
 from moe_tools.replay_command import Source, read_source
 from moe_tools.server import ServedModel
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 def model(**effort):
     served = ServedModel(name="", max_tokens=TINY_MODEL_LIMITS.max_model_len)
     requests = read_source(Source(shape="twoEnd", answer_tokens=16, limit=400, seed=SEED), served).requests
-    return model_pairs(requests, Effort(**effort), SEED, VirtualEngines(), load_vllm())
+    return model_pairs(requests, ComparisonEffort(**effort), SEED, VirtualEngines(), load_vllm())
 
 
 def ttft(pairs):

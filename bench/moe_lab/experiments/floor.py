@@ -24,7 +24,7 @@ from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 from rich.table import Table
 
-from moe_lab.experiments.plan import PAIR, Fleet, Run, build_run
+from moe_lab.experiments.plan import PAIR, ExperimentRun, FleetPreset, build_run
 from moe_lab.experiments.raw import RAW_RESULTS, RawResults
 from moe_lab.experiments.runner import Record, is_current, read_records, source_digests
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
@@ -115,7 +115,7 @@ class Floor:
     ours_s: float
 
 
-def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet: Fleet) -> list[Floor]:
+def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet: FleetPreset) -> list[Floor]:
     """Of each case of this fleet in which both vLLM as it comes and ours were run."""
     cases: dict[tuple[str, float, int], dict[str, Mapping[str, Any]]] = {}
     for record in records:
@@ -127,7 +127,7 @@ def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet
         if REFERENCE not in runs or PRODUCT not in runs or len(rivals) < 2:
             continue
         base = runs[REFERENCE]
-        run = Run(
+        run = ExperimentRun(
             experiment="floor", workload=workload, variant=REFERENCE, load=load, seed=seed, count=base["count"],
             fleet=fleet,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from moe_tools.simulator.simulation import Simulation
 from moe_tools.traces import TraceRequest
 
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CONTEXT_TOKENS, WORKLOADS, Workload
+from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CONTEXT_TOKENS, WORKLOADS, WorkloadKind
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
+class FleetPreset:
     """What serves: a preset of hardware, and how many."""
 
     preset: str
@@ -41,14 +41,14 @@ class Fleet:
 
 
 # The shape of the first Gimbal paper: one lockstep group of two ranks; the second a fleet without lockstep.
-PAIR = Fleet(preset="a100-qwen3-30b-a3b", servers=1, ranks=2)
-FOUR = Fleet(preset="a100-qwen3-30b-a3b", servers=4, ranks=1)
+PAIR = FleetPreset(preset="a100-qwen3-30b-a3b", servers=1, ranks=2)
+FOUR = FleetPreset(preset="a100-qwen3-30b-a3b", servers=4, ranks=1)
 # As the second Gimbal paper: four GPUs in one expert group.
-GROUP = Fleet(preset="h100-qwen3-30b-a3b", servers=1, ranks=4)
+GROUP = FleetPreset(preset="h100-qwen3-30b-a3b", servers=1, ranks=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ExperimentRun:
     """One run. `load` 0 measures the saturation."""
 
     experiment: str
@@ -57,7 +57,7 @@ class Run:
     load: float
     seed: int
     count: int
-    fleet: Fleet
+    fleet: FleetPreset
 
     @property
     def id(self) -> str:
@@ -66,7 +66,7 @@ class Run:
         return f"{fleet}/{self.workload}/{self.load:g}/{self.seed}/{self.count}/{self.variant}"
 
     @property
-    def saturation(self) -> "Run":
+    def saturation(self) -> "ExperimentRun":
         """The run that measures what its load is a part of."""
         return replace(self, experiment=SATURATION, variant=REFERENCE, load=0.0)
 
@@ -79,7 +79,7 @@ class Experiment:
     workloads: Sequence[str]
     variants: Sequence[str]
     loads: Sequence[float]
-    fleet: Fleet = PAIR
+    fleet: FleetPreset = PAIR
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -186,9 +186,9 @@ class Selection:
             raise InvalidInput(sorted(problems))
 
 
-def plan_runs(selection: Selection) -> tuple[Run, ...]:
+def plan_runs(selection: Selection) -> tuple[ExperimentRun, ...]:
     """The runs, each once, without those that measure the saturation. A seed's runs come together, so that pairs do."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, ExperimentRun] = {}
     for seed in range(selection.first_seed, selection.first_seed + selection.seeds):
         for name, experiment in EXPERIMENTS.items():
             if not selection.only or name in selection.only:
@@ -196,11 +196,11 @@ def plan_runs(selection: Selection) -> tuple[Run, ...]:
     return tuple(runs.values())
 
 
-def _runs(name: str, experiment: Experiment, selection: Selection, seed: int) -> Iterator[Run]:
+def _runs(name: str, experiment: Experiment, selection: Selection, seed: int) -> Iterator[ExperimentRun]:
     for workload in _chosen(experiment.workloads, selection.workloads):
         for load in _chosen(experiment.loads, selection.loads):
             for variant in _chosen(experiment.variants, selection.variants):
-                yield Run(
+                yield ExperimentRun(
                     experiment=name, workload=workload, variant=variant, load=load, seed=seed,
                     count=selection.count, fleet=experiment.fleet,
                 )  # fmt: skip
@@ -210,13 +210,13 @@ def _chosen(known: Sequence[T], wanted: Sequence[T]) -> list[T]:
     return [entry for entry in known if not wanted or entry in wanted]
 
 
-def saturation_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
+def saturation_runs(runs: Sequence[ExperimentRun]) -> tuple[ExperimentRun, ...]:
     """The runs that measure the saturations of these, each once; what comes all at once has none."""
     found = {run.saturation.id: run.saturation for run in runs if ALL[run.workload].arrivals is not ArrivalShape.BURST}
     return tuple(found.values())
 
 
-def build_run(run: Run, traces: Path | None, rate: float) -> Simulation:
+def build_run(run: ExperimentRun, traces: Path | None, rate: float) -> Simulation:
     """The simulation of a run.
 
     Args:
@@ -230,7 +230,7 @@ def build_run(run: Run, traces: Path | None, rate: float) -> Simulation:
     return VARIANTS[run.variant].apply(_base(run, workload, trace))
 
 
-def _base(run: Run, workload: Workload, trace: tuple[TraceRequest, ...]) -> Simulation:
+def _base(run: ExperimentRun, workload: WorkloadKind, trace: tuple[TraceRequest, ...]) -> Simulation:
     fleet = run.fleet
     cost = PRESETS[fleet.preset].cost(fleet.ranks, placement=VARIANTS[run.variant].placement, seed=run.seed)
     return Simulation(

@@ -21,11 +21,11 @@ from moe_contract.input_errors import InputError, InvalidInput
 from moe_tools.report import read_environment
 from moe_tools.simulator.hardware import PRESETS
 from moe_tools.simulator.saturation import find_saturation
-from moe_tools.simulator.simulation import Outcome, load_vllm, simulate
+from moe_tools.simulator.simulation import SimulationResult, load_vllm, simulate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moe_lab.experiments.plan import Run, Selection, build_run, code_digest, plan_runs, saturation_runs
+from moe_lab.experiments.plan import ExperimentRun, Selection, build_run, code_digest, plan_runs, saturation_runs
 from moe_lab.experiments.variants import VARIANTS
 from moe_lab.experiments.workloads import ALL
 
@@ -83,7 +83,7 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
         _work(pool, [(run, traces, rates.get(run.saturation.id, NO_RATE)) for run in todo], keep, "runs", console)
 
 
-def _with_traces(runs: Sequence[Run], traces: Path | None, console: Console) -> Sequence[Run]:
+def _with_traces(runs: Sequence[ExperimentRun], traces: Path | None, console: Console) -> Sequence[ExperimentRun]:
     """The runs whose trace is there; without a folder, those that need none, and what was left out is said.
 
     Raises:
@@ -112,7 +112,7 @@ def _prepare() -> None:
 
 def _work(
     pool: ProcessPoolExecutor,
-    tasks: Sequence[tuple[Run, Path | None, float | None]],
+    tasks: Sequence[tuple[ExperimentRun, Path | None, float | None]],
     keep: Callable[[Record], None],
     title: str,
     console: Console,
@@ -125,7 +125,7 @@ def _work(
             progress.advance(task)
 
 
-def measure_run(run: Run, traces: Path | None, saturation: float | None) -> Record:
+def measure_run(run: ExperimentRun, traces: Path | None, saturation: float | None) -> Record:
     """The record of one run, without versions: called in a worker."""
     began_s = time.perf_counter()
     if saturation is None:
@@ -145,11 +145,11 @@ def measure_run(run: Run, traces: Path | None, saturation: float | None) -> Reco
     }
 
 
-def _simulate(run: Run, traces: Path | None, rate: float) -> Outcome:
+def _simulate(run: ExperimentRun, traces: Path | None, rate: float) -> SimulationResult:
     return simulate(build_run(run, traces, rate), load_vllm())
 
 
-def slowdown(outcome: Outcome) -> float:
+def slowdown(outcome: SimulationResult) -> float:
     """Mean TTFT over that of each request alone on an idle engine."""
     return outcome.figures.ttft_mean / outcome.figures.ttft_floor
 

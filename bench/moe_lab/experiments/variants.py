@@ -13,7 +13,7 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_tools.simulator.experts import PlacementPolicy
 from moe_tools.simulator.rank import OURS, STOCK
-from moe_tools.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_tools.simulator.signals import Loss, SignalKind, SignalPlan
 from moe_tools.simulator.simulation import SCRAPED, Simulation
 
 
@@ -117,7 +117,7 @@ VARIANTS: Mapping[str, Variant] = {
     "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
-    "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalSource.NONE, period_s=1.0)),
+    "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalKind.NONE, period_s=1.0)),
     "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
     "oursLost": replace(_ours("ours, signals lost half way"), lost_from=0.5),
     "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),

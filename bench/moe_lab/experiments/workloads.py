@@ -32,7 +32,7 @@ BURST_LENGTH = 10_000 / 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
+class WorkloadKind:
     """A kind of load.
 
     Attributes:
@@ -117,25 +117,25 @@ def _same_prefix(count: int, seed: int, folder: Path | None) -> tuple[TraceReque
     )
 
 
-WORKLOADS: Mapping[str, Workload] = {
-    **{shape.value: Workload(build=_shape(shape)) for shape in Shape},
-    "azure": Workload(
+WORKLOADS: Mapping[str, WorkloadKind] = {
+    **{shape.value: WorkloadKind(build=_shape(shape)) for shape in Shape},
+    "azure": WorkloadKind(
         build=_trace("azure_llm_2023_conv.csv"),
         arrivals=ArrivalShape.TRACE,
         trace="azure_llm_2023_conv.csv",
         length=3.0,
     ),
-    "mooncake": Workload(
+    "mooncake": WorkloadKind(
         build=_trace("mooncake_conversation.jsonl"), arrivals=ArrivalShape.TRACE, trace="mooncake_conversation.jsonl"
     ),
-    "bursty": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURSTY),
+    "bursty": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURSTY),
 }
-ADVERSARIAL: Mapping[str, Workload] = {
-    "allLong": Workload(build=_all_long),
-    "flood": Workload(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(FLOOD_WEIGHT, 1.0))),
-    "equals": Workload(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(1.0,) * EQUAL_TENANTS)),
-    "samePrefix": Workload(build=_same_prefix),
-    "burst": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURST, length=BURST_LENGTH),
-    "sawtooth": Workload(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.SAWTOOTH),
+ADVERSARIAL: Mapping[str, WorkloadKind] = {
+    "allLong": WorkloadKind(build=_all_long),
+    "flood": WorkloadKind(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(FLOOD_WEIGHT, 1.0))),
+    "equals": WorkloadKind(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(1.0,) * EQUAL_TENANTS)),
+    "samePrefix": WorkloadKind(build=_same_prefix),
+    "burst": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURST, length=BURST_LENGTH),
+    "sawtooth": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.SAWTOOTH),
 }
 ALL = {**WORKLOADS, **ADVERSARIAL}

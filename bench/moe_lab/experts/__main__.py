@@ -15,7 +15,7 @@ from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 
 from moe_lab.experts.compare import COSTS, compare, render_compared
-from moe_lab.experts.loads import DRIFTS, Group, make_sequence, read_sequence
+from moe_lab.experts.loads import DRIFTS, GroupSizes, make_sequence, read_sequence
 from moe_lab.experts.overhead import measure_overhead, render_overhead
 from moe_lab.experts.recording import SCENARIOS, record
 from moe_lab.experts.replay import render_decided, render_replayed, replay
@@ -24,7 +24,7 @@ from moe_lab.experts.serve_command import serve_command
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write rows and versions here.")]
 _WIDTH = 200
-_REPLAYED = Group(layers=8, experts=128, ranks=8, nodes=2, redundant=16)
+_REPLAYED = GroupSizes(layers=8, experts=128, ranks=8, nodes=2, redundant=16)
 
 
 @app.command("compare")
@@ -116,8 +116,8 @@ def overhead_command(
     _write(json_out, {"overhead": [asdict(row) for row in rows]})
 
 
-def _group_of(load: ExpertLoad, ranks: int, nodes: int, redundant: int) -> Group:
-    group = Group(layers=load.layers, experts=load.experts, ranks=ranks, nodes=nodes, redundant=redundant)
+def _group_of(load: ExpertLoad, ranks: int, nodes: int, redundant: int) -> GroupSizes:
+    group = GroupSizes(layers=load.layers, experts=load.experts, ranks=ranks, nodes=nodes, redundant=redundant)
     if ranks % len(load.tokens):
         raise InvalidInput([InputError("--ranks", f"{len(load.tokens)} sources do not divide {ranks} ranks evenly")])
     try:

@@ -12,7 +12,7 @@ from moe_scheduling.expert.decision import (
 )
 from rich.table import Table
 
-from moe_lab.experts.loads import GROUPS, Group, make_tenants
+from moe_lab.experts.loads import GROUPS, GroupSizes, make_tenants
 from moe_lab.experts.rivals import make_policies
 
 # Of DeepSeek-V3 on H100s, by data sheets: 88 MFLOP a token, 21 kB a token there and back, 44 MB an expert.
@@ -22,7 +22,7 @@ _REPETITIONS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class PolicyComparison:
     """One policy on one load. Moves are over all layers; fractions are of the tokens."""
 
     group: str
@@ -38,7 +38,7 @@ class Compared:
     seconds: float
 
 
-def compare(seeds: int) -> Iterator[Compared]:
+def compare(seeds: int) -> Iterator[PolicyComparison]:
     """All groups, loads and policies."""
     for group_name, group in GROUPS.items():
         for load_name, (exponent, tenants) in LOADS.items():
@@ -48,8 +48,8 @@ def compare(seeds: int) -> Iterator[Compared]:
 
 
 def _one_load(
-    group_name: str, group: Group, load_name: str, exponent: float, tenants: int, seed: int
-) -> Iterator[Compared]:
+    group_name: str, group: GroupSizes, load_name: str, exponent: float, tenants: int, seed: int
+) -> Iterator[PolicyComparison]:
     load, start = make_tenants(group, exponent=exponent, tenants=tenants, seed=seed), group.start
     for name, policy in make_policies(group, COSTS, ExpertSettings()).items():
         if name == "ours, no gate":
@@ -62,7 +62,7 @@ def _one_load(
             after = asked(load, start)
             seconds.append(time.process_time() - begun_s)
         terms, balance = score_placement(load, after, COSTS)
-        yield Compared(
+        yield PolicyComparison(
             group=group_name,
             load=load_name,
             seed=seed,
@@ -77,7 +77,7 @@ def _one_load(
         )
 
 
-def render_compared(rows: list[Compared]) -> Table:
+def render_compared(rows: list[PolicyComparison]) -> Table:
     """Means over the seeds; the worst layer and the worst seed in its own column."""
     table = Table(title=f"One decision; mean of {len({row.seed for row in rows})} seeds", title_justify="left")
     headings = (

@@ -1,7 +1,7 @@
 """The product's real expert group on this machine: planned from the sample, run by `moeserving up`, directed over its
 agent.
 
-The bench uses the protocol `Group`; tests put another implementation in its place.
+The bench uses the protocol `RunningGroup`; tests put another implementation in its place.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from moe_scheduling.expert.decision import ExpertSettings
 from moe_tools.deployment import Deployment, DeploymentPlan, find_checkout, plan_deployment, served, wait_ready
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.server import call_json
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 
 SAMPLE = Path("manifests") / "local-cpu-experts.yaml"
 MODEL = Path(".cache") / "models" / "tiny"
@@ -32,7 +32,7 @@ NO_PREFIX_CACHE = "--no-enable-prefix-caching"
 EVENLY = {"engine": {"policy": "roundRobin"}}
 
 
-class Group(Protocol):
+class RunningGroup(Protocol):
     """An expert group that runs."""
 
     async def look(self) -> ExpertsState:
@@ -73,7 +73,7 @@ class LocalGroup:
 
     async def read_steps(self) -> int:
         """Returns the greatest step number of the engine's ranks."""
-        state = await call_json(Endpoint.parse(self._agent.url), "GET", "/v1/state")
+        state = await call_json(ServerAddress.parse(self._agent.url), "GET", "/v1/state")
         return max(int(row["step"]) for row in state["ranks"])
 
     async def apply(self, slots: Slots) -> None:

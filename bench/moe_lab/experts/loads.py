@@ -25,7 +25,7 @@ class PairedLoad(ExpertLoad):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class GroupSizes:
     """Sizes of an expert group; `routing_groups` are the model's own groups of experts, which vLLM packs by node."""
 
     layers: int
@@ -44,22 +44,26 @@ class Group:
 
 
 # 256 experts and 32 copies do not divide by 64 ranks: there it is 64.
-GROUPS: Mapping[str, Group] = {
-    "16 experts, 2 ranks": Group(layers=4, experts=16, ranks=2, nodes=1, redundant=2),
-    "128 experts, 8 ranks": Group(layers=48, experts=128, ranks=8, nodes=1, redundant=16),
-    "128 experts, 8 ranks, 2 nodes": Group(layers=48, experts=128, ranks=8, nodes=2, redundant=16),
-    "DeepSeek-V3, 32 ranks, 4 nodes": Group(layers=58, experts=256, ranks=32, nodes=4, redundant=32, routing_groups=8),
-    "DeepSeek-V3, 64 ranks, 8 nodes": Group(layers=58, experts=256, ranks=64, nodes=8, redundant=64, routing_groups=8),
+GROUPS: Mapping[str, GroupSizes] = {
+    "16 experts, 2 ranks": GroupSizes(layers=4, experts=16, ranks=2, nodes=1, redundant=2),
+    "128 experts, 8 ranks": GroupSizes(layers=48, experts=128, ranks=8, nodes=1, redundant=16),
+    "128 experts, 8 ranks, 2 nodes": GroupSizes(layers=48, experts=128, ranks=8, nodes=2, redundant=16),
+    "DeepSeek-V3, 32 ranks, 4 nodes": GroupSizes(
+        layers=58, experts=256, ranks=32, nodes=4, redundant=32, routing_groups=8
+    ),
+    "DeepSeek-V3, 64 ranks, 8 nodes": GroupSizes(
+        layers=58, experts=256, ranks=64, nodes=8, redundant=64, routing_groups=8
+    ),
 }
 TOKENS_A_STEP = 32768.0
 
 
-def make_tenants(group: Group, *, exponent: float, tenants: int, seed: int) -> ExpertLoad:
+def make_tenants(group: GroupSizes, *, exponent: float, tenants: int, seed: int) -> ExpertLoad:
     """Each tenant has equal sources and its own Zipf order of the experts in each layer; one tenant: all alike."""
     return as_load(_orders(group, exponent, tenants, np.random.default_rng(seed)), group, tenants)
 
 
-def _orders(group: Group, exponent: float, tenants: int, generator: np.random.Generator) -> Floats:
+def _orders(group: GroupSizes, exponent: float, tenants: int, generator: np.random.Generator) -> Floats:
     """[tenant, layer, expert], parts of the tokens."""
     weights = np.arange(1, group.experts + 1) ** -exponent
     rows = [[generator.permutation(weights) for _ in range(group.layers)] for _ in range(tenants)]
@@ -67,7 +71,7 @@ def _orders(group: Group, exponent: float, tenants: int, generator: np.random.Ge
     return parts
 
 
-def as_load(parts: Floats, group: Group, tenants: int) -> ExpertLoad:
+def as_load(parts: Floats, group: GroupSizes, tenants: int) -> ExpertLoad:
     """Parts by tenant as tokens by source; a tenant's choices in neighbouring layers are independent of each other."""
     source = np.arange(group.ranks) * tenants // group.ranks
     each = TOKENS_A_STEP / group.ranks
@@ -82,22 +86,22 @@ def sample(load: ExpertLoad, steps: int, generator: np.random.Generator) -> Expe
     return PairedLoad(tokens=generator.poisson(load.tokens * steps) / steps, pairs=pairs, steps=steps)
 
 
-Drift = Callable[[Group, np.random.Generator, int], Iterator[Floats]]
+Drift = Callable[[GroupSizes, np.random.Generator, int], Iterator[Floats]]
 
 
-def _still(group: Group, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+def _still(group: GroupSizes, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
     parts = _orders(group, 0.8, 2, generator)
     for _ in range(rounds):
         yield parts
 
 
-def _even(group: Group, _generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+def _even(group: GroupSizes, _generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
     for _ in range(rounds):
         yield np.full((2, group.layers, group.experts), 1 / group.experts)
 
 
 def _walk(pace: float) -> Drift:
-    def drift(group: Group, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+    def drift(group: GroupSizes, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
         logs = np.log(_orders(group, 0.8, 2, generator))
         for _ in range(rounds):
             parts = np.exp(logs)
@@ -108,7 +112,7 @@ def _walk(pace: float) -> Drift:
 
 
 def _turns(length: int) -> Drift:
-    def drift(group: Group, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+    def drift(group: GroupSizes, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
         both = [_orders(group, 1.0, 2, generator) for _ in range(2)]
         for number in range(rounds):
             yield both[number // length % 2]
@@ -116,12 +120,12 @@ def _turns(length: int) -> Drift:
     return drift
 
 
-def _strangers(group: Group, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+def _strangers(group: GroupSizes, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
     for _ in range(rounds):
         yield _orders(group, 1.0, 2, generator)
 
 
-def _one_switch(group: Group, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
+def _one_switch(group: GroupSizes, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
     yield from (_orders(group, 1.0, 2, generator) for _ in range(1))
     first, second = (_orders(group, 1.0, 2, generator) for _ in range(2))
     for number in range(rounds - 1):
@@ -142,7 +146,7 @@ DRIFTS: Mapping[str, Drift] = {
 }
 
 
-def make_sequence(name: str, group: Group, *, rounds: int, seed: int) -> Iterator[ExpertLoad]:
+def make_sequence(name: str, group: GroupSizes, *, rounds: int, seed: int) -> Iterator[ExpertLoad]:
     """Yields the load of each of `rounds` rounds; a round is the steps between two decisions."""
     generator = np.random.default_rng(seed)
     for parts in DRIFTS[name](group, generator, rounds):

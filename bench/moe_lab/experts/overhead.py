@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from moe_tools.simulator.costs import Work
 from moe_tools.simulator.experts import PlacementPolicy
-from moe_tools.simulator.hardware import PRESETS, Model
+from moe_tools.simulator.hardware import PRESETS, ModelArchitecture
 from rich.table import Table
 
 PROCESSES = 2
@@ -83,7 +83,7 @@ def measure_overhead(preset: str, *, requests: int, passes: int, repetitions: in
 
 def _run_rank(
     rank: int,
-    model: Model,
+    model: ModelArchitecture,
     ranks: int,
     requests: int,
     step_s: float,
@@ -148,7 +148,7 @@ def _open_control(run_dir: Path) -> Any:
     return ControlRecordWriter(run_dir, Control(version=1, request=RequestSettings(), expert=ExpertSettings()))
 
 
-def _make_group(rank: int, model: Model, ranks: int, run_dir: Path, clock: _Clock) -> tuple[Any, Any]:
+def _make_group(rank: int, model: ModelArchitecture, ranks: int, run_dir: Path, clock: _Clock) -> tuple[Any, Any]:
     """Returns the group of this rank, with what it reads of vLLM's in plain objects, and vLLM's counters."""
     import torch
     import torch.distributed as dist
@@ -230,7 +230,7 @@ def _wait_for_thread(group: Any) -> None:
             future.exception()
 
 
-def measure_counting(model: Model, requests: int, repetitions: int) -> list[float]:
+def measure_counting(model: ModelArchitecture, requests: int, repetitions: int) -> list[float]:
     """Processor time in microseconds that counting adds to the mapping of one pass on a CPU engine."""
     import torch
     from moe_kernels.expert_load import map_and_record_reference

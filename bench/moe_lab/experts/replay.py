@@ -21,7 +21,7 @@ from moe_scheduling.expert.decision import (
 )
 from rich.table import Table
 
-from moe_lab.experts.loads import Group, sample
+from moe_lab.experts.loads import GroupSizes, sample
 from moe_lab.experts.rivals import Ours, make_policies
 
 
@@ -57,7 +57,7 @@ class Decided:
 def replay(
     scenario: str,
     loads: Iterable[ExpertLoad],
-    group: Group,
+    group: GroupSizes,
     costs: ExpertCosts,
     settings: ExpertSettings,
     *,

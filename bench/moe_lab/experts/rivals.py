@@ -25,7 +25,7 @@ from moe_scheduling.expert.decision import (
 from moe_scheduling.expert.placement import Ints, keep_slots
 from vllm.distributed.eplb.policy import EPLB_POLICIES
 
-from moe_lab.experts.loads import Group, PairedLoad
+from moe_lab.experts.loads import GroupSizes, PairedLoad
 
 Policy = Callable[[ExpertLoad, Placement], Placement]
 
@@ -35,7 +35,7 @@ _AFFINITY = 1.2
 _POOL_PART = 0.5
 
 
-def make_policies(group: Group, costs: ExpertCosts, settings: ExpertSettings) -> Mapping[str, Policy]:
+def make_policies(group: GroupSizes, costs: ExpertCosts, settings: ExpertSettings) -> Mapping[str, Policy]:
     """All of them, for a group; those with a memory begin anew."""
     return {
         "static": lambda _load, placement: placement,
@@ -74,7 +74,7 @@ def _without_gate(costs: ExpertCosts, settings: ExpertSettings) -> Policy:
     return lambda load, placement: plan_experts(load, placement, free, settings).candidate
 
 
-def _vllm(group: Group) -> Policy:
+def _vllm(group: GroupSizes) -> Policy:
     policy = EPLB_POLICIES["default"]
 
     def plan(load: ExpertLoad, placement: Placement) -> Placement:

@@ -14,10 +14,10 @@ from moe_tools.server import run_async
 from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 
-from moe_lab.experts.group import MODEL, Group, plan_group, standing
+from moe_lab.experts.group import MODEL, RunningGroup, plan_group, standing
 from moe_lab.experts.recording import TOPICS
 from moe_lab.experts.serve_report import build_document, describe, render_decisions, render_pairs
-from moe_lab.experts.serving import Effort, Measured, Start, measure
+from moe_lab.experts.serving import ExpertServingEffort, ExpertServingResult, Start, measure
 from moe_lab.experts.waves import WaveSettings, check_topic, prepare_waves
 
 MOST_USERS = 128
@@ -47,12 +47,12 @@ def serve_command(
     """Measure steps of a real group before and after experts are moved, and what the mode active does by itself."""
     check_topic(topic)
     settings = WaveSettings(users=users, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-    effort = Effort(pairs=pairs, window_s=window_s, active_s=active_s, start=start, seed=seed)
+    effort = ExpertServingEffort(pairs=pairs, window_s=window_s, active_s=active_s, start=start, seed=seed)
     environment = read_environment() | {"load_average": os.getloadavg()[0]}
     plan = plan_group(model, interval_steps=interval, window_steps=window)
     say = ProgressPrinter()
 
-    async def work(group: Group) -> Measured:
+    async def work(group: RunningGroup) -> ExpertServingResult:
         load = await prepare_waves(plan.url, topic, settings, seed)
         return await measure(group, load, settings, effort, say)
 

@@ -10,7 +10,7 @@ from moe_tools.comparison import Comparison, render_number
 from moe_tools.statistics import Estimate, paired_ratio
 from rich.table import Table
 
-from moe_lab.experts.serving import Effort, Measured, Pair
+from moe_lab.experts.serving import ExpertServingEffort, ExpertServingResult, WindowPair
 from moe_lab.experts.waves import (
     WaveSettings,
     Window,
@@ -34,13 +34,13 @@ METRICS: tuple[tuple[str, str, Callable[[Window], float | None], bool], ...] = (
 _OF_GROUP = {"ranks", "nodes", "layers", "experts", "slots_per_rank", "costs", "totals", "problems"}
 
 
-def compare_windows(pairs: Sequence[Pair]) -> tuple[Comparison, ...]:
+def compare_windows(pairs: Sequence[WindowPair]) -> tuple[Comparison, ...]:
     """Every metric over the pairs in which both windows have it."""
     return tuple(_compare(metric, unit, read, higher, pairs) for metric, unit, read, higher in METRICS)
 
 
 def _compare(
-    metric: str, unit: str, read: Callable[[Window], float | None], higher: bool, pairs: Sequence[Pair]
+    metric: str, unit: str, read: Callable[[Window], float | None], higher: bool, pairs: Sequence[WindowPair]
 ) -> Comparison:
     values = [(read(pair.first), read(pair.second)) for pair in pairs]
     usable = [(first, second) for first, second in values if first and second]
@@ -54,7 +54,7 @@ def _compare(
     )
 
 
-def render_pairs(measured: Measured) -> Table:
+def render_pairs(measured: ExpertServingResult) -> Table:
     """A, B and their ratio."""
     assert measured.target is not None
     failed = sum(len(pair.first.failed) + len(pair.second.failed) for pair in measured.pairs)
@@ -85,7 +85,7 @@ def render_interval(ratio: Estimate | None) -> str:
     return "-" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def render_decisions(measured: Measured) -> Table:
+def render_decisions(measured: ExpertServingResult) -> Table:
     """What the mode active decided, the oldest first."""
     table = Table(title="In the mode active", title_justify="left")
     for name in ("s", "outcome", "moves", "balance", "predicted us", "measured us", "cost ms"):
@@ -101,7 +101,7 @@ def render_decisions(measured: Measured) -> Table:
     return table
 
 
-def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
+def describe(measured: ExpertServingResult, environment: Mapping[str, Any]) -> list[str]:
     """In sentences: what active did, what the pairs show, what makes them doubtful."""
     return [
         *describe_active(measured),
@@ -111,7 +111,7 @@ def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe_active(measured: Measured) -> list[str]:
+def describe_active(measured: ExpertServingResult) -> list[str]:
     """Returns a sentence on the decisions in the mode `active`: how many moved, how many were rolled back."""
     outcomes = [row.decision.outcome for row in measured.decisions]
     if not outcomes:
@@ -120,7 +120,7 @@ def describe_active(measured: Measured) -> list[str]:
     return [f"in the mode active {len(outcomes)} decisions: {moved} moved, {back} rolled back by itself"]
 
 
-def describe_pairs(measured: Measured) -> list[str]:
+def describe_pairs(measured: ExpertServingResult) -> list[str]:
     """The mean step of B beside that of A."""
     if measured.target is None:
         return ["the decision finds nothing better than the placement at the start: there is nothing to compare"]
@@ -133,7 +133,7 @@ def describe_pairs(measured: Measured) -> list[str]:
     return [f"step time B/A {shown}: B's steps are {'shorter' if row.ratio.value < 1.0 else 'longer'}"]
 
 
-def describe_engine(pairs: Sequence[Pair]) -> list[str]:
+def describe_engine(pairs: Sequence[WindowPair]) -> list[str]:
     """What the engine itself measured of the same changes: towards B as it is, towards A with its sign turned."""
     gains = engine_gains_s(pairs)
     if not gains:
@@ -145,7 +145,7 @@ def describe_engine(pairs: Sequence[Pair]) -> list[str]:
     ]
 
 
-def engine_gains_s(pairs: Sequence[Pair]) -> list[float]:
+def engine_gains_s(pairs: Sequence[WindowPair]) -> list[float]:
     """Seconds a step that B wins, of each change that the engine measured."""
     first = [-pair.first.engine_gain_s for pair in pairs if pair.first.engine_gain_s is not None]
     return first + [pair.second.engine_gain_s for pair in pairs if pair.second.engine_gain_s is not None]
@@ -160,7 +160,11 @@ def warn(environment: Mapping[str, Any]) -> list[str]:
 
 
 def build_document(
-    measured: Measured, settings: WaveSettings, topic: str, effort: Effort, environment: Mapping[str, Any]
+    measured: ExpertServingResult,
+    settings: WaveSettings,
+    topic: str,
+    effort: ExpertServingEffort,
+    environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the JSON document of a measurement: environment, settings, group, decisions, pairs and comparisons."""
     target = measured.target

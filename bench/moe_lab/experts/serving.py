@@ -18,9 +18,9 @@ from moe_contract.experts_state import Decision, ExpertsState, Slots
 from moe_operator.experts.planned import decision_document, plan_document
 from moe_operator.local.failure import Failure
 from moe_tools.comparison import build_salt
-from moe_tools.replay import Load, Run
+from moe_tools.replay import Load, ReplayResult
 
-from moe_lab.experts.group import Group
+from moe_lab.experts.group import RunningGroup
 from moe_lab.experts.waves import WaveSettings, Window, run_wave
 
 WARM_UP_S = 8.0
@@ -31,7 +31,7 @@ _UNCOUNTED = 1 << 18
 _WAVES_A_PAIR = 1 << 8
 
 Say = Callable[[str], None]
-Wave = Callable[[int], Awaitable[Run]]
+Wave = Callable[[int], Awaitable[ReplayResult]]
 """Serves one wave; equal numbers have equal prompts."""
 
 
@@ -51,7 +51,7 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class ExpertServingEffort:
     """How much.
 
     Attributes:
@@ -78,7 +78,7 @@ class TimedDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class TargetPlacement:
     """Placement B with its origin, and what the decision's gate said where it was planned."""
 
     slots: Slots
@@ -87,7 +87,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class WindowPair:
     """A window of A and one of B, with the same prompts."""
 
     first: Window
@@ -95,7 +95,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class ExpertServingResult:
     """All that was measured.
 
     Attributes:
@@ -107,13 +107,15 @@ class Measured:
     """
 
     start: Slots
-    target: Target | None
+    target: TargetPlacement | None
     decisions: tuple[TimedDecision, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[WindowPair, ...]
     document: ExpertsState
 
 
-async def measure(group: Group, load: Load, settings: WaveSettings, effort: Effort, say: Say) -> Measured:
+async def measure(
+    group: RunningGroup, load: Load, settings: WaveSettings, effort: ExpertServingEffort, say: Say
+) -> ExpertServingResult:
     """Everything, in order.
 
     Raises:
@@ -133,15 +135,15 @@ async def measure(group: Group, load: Load, settings: WaveSettings, effort: Effo
     document = await group.look()
     target = await choose_target(group, start, decisions, document)
     if target is None:
-        return Measured(start=start, target=None, decisions=decisions, pairs=(), document=document)
+        return ExpertServingResult(start=start, target=None, decisions=decisions, pairs=(), document=document)
     say(f"B: {target.origin.value}")
     waves = max(1, round(effort.window_s / wave_s))
     pairs = await measure_pairs(group, wave, (start, target.slots), effort.pairs, waves, say)
-    return Measured(start=start, target=target, decisions=decisions, pairs=pairs, document=document)
+    return ExpertServingResult(start=start, target=target, decisions=decisions, pairs=pairs, document=document)
 
 
 def _make_wave(load: Load, settings: WaveSettings, seed: int) -> Wave:
-    async def wave(number: int) -> Run:
+    async def wave(number: int) -> ReplayResult:
         run = await run_wave(load, settings, build_salt(seed, number, 0))
         if not run.answered:
             first = run.failed[0]
@@ -179,7 +181,7 @@ def crowd(document: ExpertsState) -> Slots:
     return tuple(rows)
 
 
-async def move(group: Group, slots: Slots, wave: Wave) -> bool:
+async def move(group: RunningGroup, slots: Slots, wave: Wave) -> bool:
     """Moves under load (an idle engine makes no steps) and returns after a wave at least; whether it had to move.
 
     Raises:
@@ -200,7 +202,7 @@ async def move(group: Group, slots: Slots, wave: Wave) -> bool:
             raise Failure(f"the group has not moved within {MOVE_TIMEOUT_S:.0f} s{last}")
 
 
-async def watch_active(group: Group, wave: Wave, seconds: float, say: Say) -> tuple[TimedDecision, ...]:
+async def watch_active(group: RunningGroup, wave: Wave, seconds: float, say: Say) -> tuple[TimedDecision, ...]:
     """The mode active for some seconds under load, then observe; what was decided."""
     known = await group.look()
     before = known.newest.number if known.newest else 0
@@ -263,27 +265,27 @@ class DecisionLog:
 
 
 async def choose_target(
-    group: Group, start: Slots, decisions: Sequence[TimedDecision], document: ExpertsState
-) -> Target | None:
+    group: RunningGroup, start: Slots, decisions: Sequence[TimedDecision], document: ExpertsState
+) -> TargetPlacement | None:
     """Returns placement B; None where the decision finds nothing better than A."""
     now = _slots(document)
     if now != start:
-        return Target(slots=now, origin=Origin.KEPT)
+        return TargetPlacement(slots=now, origin=Origin.KEPT)
     moved = [row.decision for row in decisions if row.decision.outcome == "moved"]
     promising = sorted(moved, key=lambda row: row.predicted_gain_s or 0.0, reverse=True)
     tried = [row.physical_to_logical for row in promising if row.physical_to_logical not in (None, start)]
     if tried and tried[0] is not None:
-        return Target(slots=tried[0], origin=Origin.ROLLED_BACK)
+        return TargetPlacement(slots=tried[0], origin=Origin.ROLLED_BACK)
     planned = plan_document(document, await group.read_settings())
     slots = tuple(tuple(int(expert) for expert in row) for row in planned.candidate.physical_to_logical)
     if slots == start:
         return None
-    return Target(slots=slots, origin=Origin.PLANNED, gate=str(decision_document(planned, 0.0)["gate"]))
+    return TargetPlacement(slots=slots, origin=Origin.PLANNED, gate=str(decision_document(planned, 0.0)["gate"]))
 
 
 async def measure_pairs(
-    group: Group, wave: Wave, placements: tuple[Slots, Slots], pairs: int, waves: int, say: Say
-) -> tuple[Pair, ...]:
+    group: RunningGroup, wave: Wave, placements: tuple[Slots, Slots], pairs: int, waves: int, say: Say
+) -> tuple[WindowPair, ...]:
     """A B, B A and so on, `waves` a window."""
     found = []
     for number in range(pairs):
@@ -296,11 +298,11 @@ async def measure_pairs(
                 f"pair {number + 1} of {pairs}: {'AB'[side]}, {waves} waves in {window.wall_s:.1f} s, "
                 f"{window.steps} steps, balance {window.balance:.3f}"
             )
-        found.append(Pair(first=windows[0], second=windows[1]))
+        found.append(WindowPair(first=windows[0], second=windows[1]))
     return tuple(found)
 
 
-async def measure_window(group: Group, wave: Wave, first: int, waves: int, *, moved: bool) -> Window:
+async def measure_window(group: RunningGroup, wave: Wave, first: int, waves: int, *, moved: bool) -> Window:
     """Waves number `first` and on, one after the other; `moved`: just before, so that the engine measures a gain."""
     steps = await group.read_steps()
     runs = [await wave(first + number) for number in range(waves)]

@@ -10,9 +10,9 @@ from statistics import fmean
 
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_tools.prompts import PromptMaker
-from moe_tools.replay import Answered, Failed, Load, Run, replay
+from moe_tools.replay import AnsweredRequest, FailedRequest, Load, ReplayResult, replay
 from moe_tools.server import POOL_PIECE_CHARACTERS, call_json, discover_model
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 from moe_tools.traces import TraceRequest
 
 from moe_lab.experts.recording import TOPICS, topic_texts
@@ -46,19 +46,19 @@ class Window:
             nothing or did not measure.
     """
 
-    waves: tuple[Run, ...]
+    waves: tuple[ReplayResult, ...]
     steps: int
     balance: float
     by_rank: tuple[float, ...] = ()
     engine_gain_s: float | None = None
 
     @property
-    def answered(self) -> list[Answered]:
+    def answered(self) -> list[AnsweredRequest]:
         """All requests that got their answer."""
         return [row for wave in self.waves for row in wave.answered]
 
     @property
-    def failed(self) -> list[Failed]:
+    def failed(self) -> list[FailedRequest]:
         """Requests of all waves that got no whole answer."""
         return [row for wave in self.waves for row in wave.failed]
 
@@ -74,7 +74,7 @@ async def prepare_waves(url: str, topic: str, settings: WaveSettings, seed: int)
     Raises:
         InvalidInput: no such server, or its model does not take so long a request.
     """
-    endpoint = Endpoint.parse(url)
+    endpoint = ServerAddress.parse(url)
     served = await discover_model(endpoint)
     asked = settings.prompt_tokens + settings.output_tokens
     if served.max_tokens is not None and asked > served.max_tokens:
@@ -102,7 +102,7 @@ def check_topic(topic: str) -> None:
         raise InvalidInput([unknown_choice("--topic", topic, TOPICS)])
 
 
-async def run_wave(load: Load, settings: WaveSettings, salt: int) -> Run:
+async def run_wave(load: Load, settings: WaveSettings, salt: int) -> ReplayResult:
     """One wave; equal salts have equal prompts."""
     return await replay(settings.requests, load.salted(salt))
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_lab.gateway.engine import STEP_S
 from moe_lab.gateway.load import ask_in_turns, ask_repeatedly, stream_at_once
-from moe_lab.gateway.processes import Router, Testbed
+from moe_lab.gateway.processes import GatewayProcess, GatewayTestbed
 
 CONNECTIONS = 32
 STREAMS = 64
@@ -47,7 +47,7 @@ class Measurement(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class MeasurementPair:
     """One value of each, measured side by side."""
 
     ours: float
@@ -55,11 +55,11 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class GatewayComparison:
     """All pairs of one measurement; the ratio is ours to theirs."""
 
     measurement: Measurement
-    pairs: tuple[Pair, ...]
+    pairs: tuple[MeasurementPair, ...]
     ratio: Estimate
 
     @property
@@ -77,33 +77,35 @@ class Compared:
         return self.ratio.value >= goal if more_is_better else self.ratio.value <= goal
 
 
-def estimate_ratio(pairs: Sequence[Pair]) -> Estimate:
+def estimate_ratio(pairs: Sequence[MeasurementPair]) -> Estimate:
     """The median of the pairs' ratios, ours to theirs, with its 95 % bootstrap interval."""
     found = estimate([math.log(pair.ours / pair.theirs) for pair in pairs], percentile_of(50))
     return Estimate(value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high), count=found.count)
 
 
-def compare(testbed: Testbed, *, pairs: int, seconds: float, progress: Callable[[str], None]) -> list[Compared]:
+def compare(
+    testbed: GatewayTestbed, *, pairs: int, seconds: float, progress: Callable[[str], None]
+) -> list[GatewayComparison]:
     """Measures everything; one line for each pair to `progress`."""
     return [_compare_one(testbed, measurement, pairs, seconds, progress) for measurement in Measurement]
 
 
 def _compare_one(
-    testbed: Testbed, measurement: Measurement, pairs: int, seconds: float, progress: Callable[[str], None]
-) -> Compared:
+    testbed: GatewayTestbed, measurement: Measurement, pairs: int, seconds: float, progress: Callable[[str], None]
+) -> GatewayComparison:
     _measure_pair(measurement, testbed, (testbed.ours, testbed.theirs), WARM_UP_S)
     measured = []
     for number in range(pairs):
         order = (testbed.ours, testbed.theirs) if number % 2 == 0 else (testbed.theirs, testbed.ours)
         values = _measure_pair(measurement, testbed, order, seconds)
-        pair = Pair(ours=values[testbed.ours.name], theirs=values[testbed.theirs.name])
+        pair = MeasurementPair(ours=values[testbed.ours.name], theirs=values[testbed.theirs.name])
         progress(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
         measured.append(pair)
-    return Compared(measurement=measurement, pairs=tuple(measured), ratio=estimate_ratio(measured))
+    return GatewayComparison(measurement=measurement, pairs=tuple(measured), ratio=estimate_ratio(measured))
 
 
 def _measure_pair(
-    measurement: Measurement, testbed: Testbed, order: Sequence[Router], seconds: float
+    measurement: Measurement, testbed: GatewayTestbed, order: Sequence[GatewayProcess], seconds: float
 ) -> dict[str, float]:
     """By the routers' names; it takes twice `seconds`."""
     match measurement:
@@ -115,20 +117,20 @@ def _measure_pair(
             return {router.name: asyncio.run(_events_per_cpu_s(router, seconds)) for router in order}
 
 
-async def _requests_per_cpu_s(router: Router, seconds: float) -> float:
+async def _requests_per_cpu_s(router: GatewayProcess, seconds: float) -> float:
     before_s = router.cpu_s()
     answers = await ask_repeatedly(router.port, connections=CONNECTIONS, seconds=seconds)
     return answers.count / (router.cpu_s() - before_s)
 
 
-async def _events_per_cpu_s(router: Router, seconds: float) -> float:
+async def _events_per_cpu_s(router: GatewayProcess, seconds: float) -> float:
     before_s = router.cpu_s()
     events = max(1, round(seconds / STEP_S))
     answers = await stream_at_once(router.port, streams=STREAMS, events=events, seconds=seconds)
     return answers.count / (router.cpu_s() - before_s)
 
 
-async def _added_p50_us(direct_port: int, order: Sequence[Router], seconds: float) -> dict[str, float]:
+async def _added_p50_us(direct_port: int, order: Sequence[GatewayProcess], seconds: float) -> dict[str, float]:
     """The median through each router less the median straight to an engine, all three asked in turns.
 
     Raises:
@@ -144,7 +146,7 @@ async def _added_p50_us(direct_port: int, order: Sequence[Router], seconds: floa
     return added_us
 
 
-def render_comparison(compared: Sequence[Compared], environment: Mapping[str, Any]) -> Table:
+def render_comparison(compared: Sequence[GatewayComparison], environment: Mapping[str, Any]) -> Table:
     """One row for each measurement: medians, the ratio with its interval, the goal."""
     table = Table(
         title="The gateway and vllm-router in front of the same two mock engines",
@@ -160,7 +162,7 @@ def render_comparison(compared: Sequence[Compared], environment: Mapping[str, An
     return table
 
 
-def _caption(compared: Sequence[Compared], environment: Mapping[str, Any]) -> str:
+def _caption(compared: Sequence[GatewayComparison], environment: Mapping[str, Any]) -> str:
     pairs = ", ".join(f"{len(row.pairs)}" for row in compared)
     return (
         f"Medians of {pairs} alternating pairs; the ratio is the median of the pairs' ratios, ours to theirs.\n"
@@ -171,7 +173,7 @@ def _caption(compared: Sequence[Compared], environment: Mapping[str, Any]) -> st
     )
 
 
-def _cells(row: Compared) -> tuple[str, ...]:
+def _cells(row: GatewayComparison) -> tuple[str, ...]:
     ratio, measurement = row.ratio, row.measurement
     return (
         measurement.title,
@@ -182,7 +184,7 @@ def _cells(row: Compared) -> tuple[str, ...]:
     )
 
 
-def describe(row: Compared) -> str:
+def describe(row: GatewayComparison) -> str:
     """The conclusion of a measurement, in one line."""
     goal = "reached" if row.reaches_goal else "not reached"
     return f"{row.measurement.title}: {row.verdict}; the goal of {row.measurement.goal:g} is {goal}"
@@ -218,7 +220,9 @@ def _read_cpu() -> str:
     return "processor of unknown model"
 
 
-def build_document(compared: Sequence[Compared], environment: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def build_document(
+    compared: Sequence[GatewayComparison], environment: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
     """Everything measured, raw pairs included."""
     return {
         "environment": dict(environment),

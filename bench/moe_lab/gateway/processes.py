@@ -1,6 +1,6 @@
 """The processes of the comparison: two mock engines and the two routers in front of them, each with its cores.
 
-Everything started here ends with the `Testbed`. A router's cost is the CPU time of its process.
+Everything started here ends with the `GatewayTestbed`. A router's cost is the CPU time of its process.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _SCHEDULED_TIME = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
+class GatewayProcess:
     """A running process of a gateway or router, with its port."""
 
     name: str
@@ -46,11 +46,11 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Testbed:
+class GatewayTestbed:
     """All processes that run; `direct_port` is that of the first engine."""
 
-    ours: Router
-    theirs: Router
+    ours: GatewayProcess
+    theirs: GatewayProcess
     direct_port: int
 
 
@@ -68,7 +68,7 @@ def share_cores(available: Sequence[int]) -> Cores:
 
 
 @contextlib.contextmanager
-def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[Testbed]:
+def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[GatewayTestbed]:
     """Starts everything and waits until both routers answer a chat request; logs are in `folder`.
 
     `policy` is vllm-router's; ours runs in its default configuration.
@@ -84,7 +84,7 @@ def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> It
         config = _write_config(folder, ours_port, admin_port, engines)
         ours = [sys.executable, "-m", "moe_gateway", "--config", str(config)]
         theirs = vllm_router_command(vllm_router, policy, theirs_port, metrics_port, engines)
-        testbed = Testbed(
+        testbed = GatewayTestbed(
             ours=stack.enter_context(_router("moeserving", ours, ours_port, cores.router, folder)),
             theirs=stack.enter_context(_router("vllm-router", theirs, theirs_port, cores.router, folder)),
             direct_port=engines[0],
@@ -126,11 +126,11 @@ def _engine(cores: frozenset[int]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _router(name: str, command: list[str], port: int, cores: frozenset[int], folder: Path) -> Iterator[Router]:
+def _router(name: str, command: list[str], port: int, cores: frozenset[int], folder: Path) -> Iterator[GatewayProcess]:
     log = folder / f"{name}.log"
     with log.open("wb") as output, _started(command, cores, stdout=output, stderr=output) as process:
         _wait_until_serving(name, process, port, log)
-        yield Router(name=name, port=port, process=process)
+        yield GatewayProcess(name=name, port=port, process=process)
 
 
 @contextlib.contextmanager

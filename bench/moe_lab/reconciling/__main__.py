@@ -18,7 +18,7 @@ from moe_tools.user_errors import report_user_errors
 from rich.table import Table
 
 from moe_lab.reconciling.cluster import connect, stand_in
-from moe_lab.reconciling.measurement import Measured, Phase, measure
+from moe_lab.reconciling.measurement import BenchmarkPhase, ReconcilingResult, measure
 
 app = typer.Typer(add_completion=False)
 MIB = 1 << 20
@@ -52,14 +52,14 @@ def main(
 
 async def _run(
     kubeconfig: Path, log: Path, resources: int, changes: int, idle_s: float, progress: ProgressPrinter
-) -> Measured:  # fmt: skip
+) -> ReconcilingResult:  # fmt: skip
     async with connect(kubeconfig) as cluster, stand_in() as port:
         return await measure(
             cluster, kubeconfig, log, port, resources=resources, changes=changes, idle_s=idle_s, progress=progress
         )
 
 
-def render(measured: Measured) -> Table:
+def render(measured: ReconcilingResult) -> Table:
     """The table, one phase in each row."""
     environment = read_environment()
     table = Table(
@@ -75,7 +75,7 @@ def render(measured: Measured) -> Table:
     return table
 
 
-def _cells(phase: Phase) -> tuple[str, ...]:
+def _cells(phase: BenchmarkPhase) -> tuple[str, ...]:
     return (
         phase.name,
         f"{phase.seconds:.1f}",
@@ -89,7 +89,7 @@ def _cells(phase: Phase) -> tuple[str, ...]:
     )
 
 
-def describe(measured: Measured) -> Iterable[str]:
+def describe(measured: ReconcilingResult) -> Iterable[str]:
     """What the table has no room for."""
     half, most = (estimate(measured.changes_s, percentile_of(percent)) for percent in (50, 99))
     yield (
@@ -103,7 +103,7 @@ def describe(measured: Measured) -> Iterable[str]:
             yield f"idle, API calls a minute: {sum(calls.values()):.0f} ({rows or 'none'})"
 
 
-def build_document(measured: Measured) -> dict[str, object]:
+def build_document(measured: ReconcilingResult) -> dict[str, object]:
     """All figures as a JSON document."""
     document = asdict(measured)
     for phase in document["phases"]:

@@ -58,7 +58,7 @@ def build_pods(name: str, port: int) -> list[Document]:
     ]
 
 
-class Cluster:
+class BenchmarkCluster:
     """The API server as this benchmark uses it."""
 
     def __init__(self, server: ApiServer) -> None:
@@ -132,7 +132,7 @@ def is_converged(document: Document) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def connect(kubeconfig: Path) -> AsyncIterator[Cluster]:
+async def connect(kubeconfig: Path) -> AsyncIterator[BenchmarkCluster]:
     """The cluster that the file names.
 
     Raises:
@@ -140,7 +140,7 @@ async def connect(kubeconfig: Path) -> AsyncIterator[Cluster]:
     """
     server = ApiServer(kubeconfig, trust_env=False)
     try:
-        yield Cluster(server)
+        yield BenchmarkCluster(server)
     finally:
         await server.close()
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lab.reconciling.cluster import Cluster, is_converged
-from moe_lab.reconciling.process import Metrics, OperatorProcess, quantile_s
+from moe_lab.reconciling.cluster import BenchmarkCluster, is_converged
+from moe_lab.reconciling.process import OperatorMetrics, OperatorProcess, quantile_s
 
 LOOK_EVERY_S = 0.25
 QUIET_S = 5.0
@@ -15,7 +15,7 @@ PATIENCE_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
+class BenchmarkPhase:
     """The work of one operator over a time.
 
     Attributes:
@@ -44,7 +44,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class ReconcilingResult:
     """All of it.
 
     Attributes:
@@ -54,14 +54,14 @@ class Measured:
     """
 
     resources: int
-    phases: tuple[Phase, ...]
+    phases: tuple[BenchmarkPhase, ...]
     changes_s: tuple[float, ...]
 
 
 async def measure(
-    cluster: Cluster, kubeconfig: Path, log: Path, port: int, *, resources: int, changes: int, idle_s: float,
+    cluster: BenchmarkCluster, kubeconfig: Path, log: Path, port: int, *, resources: int, changes: int, idle_s: float,
     progress: Callable[[str], None],
-) -> Measured:  # fmt: skip
+) -> ReconcilingResult:  # fmt: skip
     """Runs every phase.
 
     Raises:
@@ -93,10 +93,10 @@ async def measure(
         if left := await cluster.servings():
             raise RuntimeError(f"{len(left)} resources are left")
         progress(_render(phases[-1]))
-    return Measured(resources=resources, phases=tuple(phases), changes_s=tuple(changes_s))
+    return ReconcilingResult(resources=resources, phases=tuple(phases), changes_s=tuple(changes_s))
 
 
-async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *, at_least: int = 1) -> Phase:
+async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *, at_least: int = 1) -> BenchmarkPhase:
     """What happens until all is quiet, or for a time.
 
     Args:
@@ -113,8 +113,8 @@ async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *,
         await asyncio.sleep(seconds)
         ended_s = time.monotonic()
     after = await operator.metrics()
-    before = before or Metrics(calls={}, passes={}, buckets={}, queue=0.0)
-    return Phase(
+    before = before or OperatorMetrics(calls={}, passes={}, buckets={}, queue=0.0)
+    return BenchmarkPhase(
         name=name,
         seconds=ended_s - started_s,
         passes=round(after.ended - before.ended),
@@ -146,14 +146,14 @@ async def _quiet(operator: OperatorProcess, *, at_least: int = 1, writes_only: b
     raise RuntimeError(f"no end within {PATIENCE_S:.0f} s")
 
 
-async def _check(cluster: Cluster, resources: int) -> None:
+async def _check(cluster: BenchmarkCluster, resources: int) -> None:
     rows = await cluster.servings()
     behind = [row["metadata"]["name"] for row in rows if not is_converged(row)]
     if behind or len(rows) != resources:
         raise RuntimeError(f"of {len(rows)} resources {len(behind)} are not as they should be, such as {behind[:3]}")
 
 
-async def _change(cluster: Cluster, name: str) -> float:
+async def _change(cluster: BenchmarkCluster, name: str) -> float:
     """Seconds from a change of a resource to that of its Deployment."""
     started_s = time.monotonic()
     await cluster.set_replicas(name, 2)
@@ -164,5 +164,5 @@ async def _change(cluster: Cluster, name: str) -> float:
     return time.monotonic() - started_s
 
 
-def _render(phase: Phase) -> str:
+def _render(phase: BenchmarkPhase) -> str:
     return f"{phase.name}: {phase.passes} passes and {phase.writes} writes in {phase.seconds:.1f} s"

@@ -22,7 +22,7 @@ _READS = ("get", "list", "dry run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
+class OperatorMetrics:
     """The operator's counters at one moment.
 
     Attributes:
@@ -48,7 +48,7 @@ class Metrics:
         return sum(self.passes.values())
 
 
-def parse_metrics(text: str) -> Metrics:
+def parse_metrics(text: str) -> OperatorMetrics:
     """The counters out of Prometheus' text format."""
     calls: dict[tuple[str, str], float] = {}
     passes: dict[str, float] = {}
@@ -67,7 +67,7 @@ def parse_metrics(text: str) -> Metrics:
                 buckets[float(labels["le"])] = value
             case "queue":
                 queue = value
-    return Metrics(calls=calls, passes=passes, buckets=buckets, queue=queue)
+    return OperatorMetrics(calls=calls, passes=passes, buckets=buckets, queue=queue)
 
 
 def quantile_s(before: Mapping[float, float], after: Mapping[float, float], quantile: float) -> float:
@@ -120,7 +120,7 @@ class OperatorProcess:
                 raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s; see {self._log}")
             await asyncio.sleep(0.02)
 
-    async def metrics(self) -> Metrics:
+    async def metrics(self) -> OperatorMetrics:
         """The counters that it serves at /metrics."""
         async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
             return parse_metrics(await answer.text())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_tools.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
-from moe_tools.compare_command import Effort
+from moe_tools.compare_command import ComparisonEffort
 from moe_tools.comparison import Sides
 from moe_tools.deployment import stopped_by_signals
 from moe_tools.progress_printer import ProgressPrinter
@@ -22,7 +22,7 @@ from moe_lab.serving.knee import NoKnee
 from moe_lab.serving.measurement import measure
 from moe_lab.serving.processes import DoesNotServe
 from moe_lab.serving.report import build_document, describe, render
-from moe_lab.serving.stock import Rival
+from moe_lab.serving.stock import StockRouter
 from moe_lab.serving.testbed import TestbedPlan, plan_testbed, running_testbed
 
 GENERATED_REQUESTS = 6000
@@ -72,15 +72,15 @@ def main(
         scale=scale, max_tokens=max_tokens,
     )  # fmt: skip
     check_source(source)
-    effort = Effort(
+    effort = ComparisonEffort(
         pairs=pairs, piece_s=piece_s, load=load or (1.0 if knee else 0.9), rate=rate, in_flight=in_flight, of_knee=knee
     )
-    plan = plan_testbed(manifest, Rival(program=vllm_router, policy=policy), piece_s)
+    plan = plan_testbed(manifest, StockRouter(program=vllm_router, policy=policy), piece_s)
     run(plan, source, effort, environment, json_out)
 
 
 def run(
-    plan: TestbedPlan, source: Source, effort: Effort, environment: Mapping[str, Any], json_out: Path | None
+    plan: TestbedPlan, source: Source, effort: ComparisonEffort, environment: Mapping[str, Any], json_out: Path | None
 ) -> None:
     """Starts both sides, measures, prints the table and writes the JSON.
 

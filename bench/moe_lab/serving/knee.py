@@ -9,7 +9,7 @@ import math
 from collections.abc import Awaitable, Callable
 
 from moe_tools.comparison import mean_ttft_ms
-from moe_tools.replay import Run
+from moe_tools.replay import ReplayResult
 from moe_tools.simulator.saturation import KNEE_FACTOR
 
 STEP = 1.35
@@ -58,7 +58,7 @@ async def _bracket(slowdown_at: SlowdownAt, capacity: float) -> tuple[float, flo
     )
 
 
-def read_ttft_s(run: Run) -> float:
+def read_ttft_s(run: ReplayResult) -> float:
     """Mean TTFT of a run in which nothing failed.
 
     Raises:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from moe_tools.compare_command import Effort, find_capacity
+from moe_tools.compare_command import ComparisonEffort, find_capacity
 from moe_tools.comparison import (
-    Pair,
+    PiecePair,
     Plan,
     Policy,
     Sides,
@@ -24,9 +24,9 @@ from moe_tools.comparison import (
     plan_pieces,
     probe_capacity,
 )
-from moe_tools.replay import Load, Run, replay_closed
+from moe_tools.replay import Load, ReplayResult, replay_closed
 from moe_tools.replay_command import Source, prepare_load, read_source
-from moe_tools.streaming import Endpoint
+from moe_tools.streaming import ServerAddress
 from moe_tools.traces import TraceRequest, speed_up
 
 from moe_lab.serving.knee import find_knee, read_ttft_s
@@ -52,7 +52,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class CpuUsage:
     """One run: the side that worked, its duration, and the CPU seconds of both sides."""
 
     label: str
@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class ServingResult:
     """All that was measured.
 
     Attributes:
@@ -71,10 +71,10 @@ class Measured:
         alone_s: mean TTFT of requests that A serves one at a time; None when no knee was looked for.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PiecePair, ...]
     rate: float
     capacities: tuple[float, float] | None
-    work: tuple[Work, ...]
+    work: tuple[CpuUsage, ...]
     alone_s: float | None = None
 
     @property
@@ -91,7 +91,7 @@ class Turns:
         self._sides = {side.policy.label: side for side in (stock, ours)}
         self._load = load
         self._now = stock.policy.label
-        self.work: list[Work] = []
+        self.work: list[CpuUsage] = []
 
     async def switch(self, policy: Policy) -> None:
         """Resumes this side and suspends the other."""
@@ -107,7 +107,7 @@ class Turns:
         for side in self._sides.values():
             resume(side.processes)
 
-    async def measure(self, piece: Sequence[TraceRequest], salt: int) -> Run:
+    async def measure(self, piece: Sequence[TraceRequest], salt: int) -> ReplayResult:
         """One run on the side whose turn it is."""
         before = {label: read_cpu_s(side.processes) for label, side in self._sides.items()}
         begun_s = time.monotonic()
@@ -115,7 +115,7 @@ class Turns:
         took = {label: read_cpu_s(side.processes) - before[label] for label, side in self._sides.items()}
         busy_s = took.pop(self._now)
         self.work.append(
-            Work(
+            CpuUsage(
                 label=self._now,
                 wall_s=time.monotonic() - begun_s,
                 busy_cpu_s=busy_s,
@@ -126,10 +126,12 @@ class Turns:
 
     def load_of(self, label: str) -> Load:
         """The load, sent to that side."""
-        return replace(self._load, endpoint=Endpoint.parse(self._sides[label].url))
+        return replace(self._load, endpoint=ServerAddress.parse(self._sides[label].url))
 
 
-async def measure(stock: Side, ours: Side, engine_url: str, source: Source, effort: Effort, say: Say) -> Measured:
+async def measure(
+    stock: Side, ours: Side, engine_url: str, source: Source, effort: ComparisonEffort, say: Say
+) -> ServingResult:
     """Everything, in order.
 
     Args:
@@ -151,8 +153,13 @@ async def measure(stock: Side, ours: Side, engine_url: str, source: Source, effo
 
 
 async def _measure_in_turns(
-    turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], seed: int, effort: Effort, say: Say
-) -> Measured:
+    turns: Turns,
+    sides: tuple[Side, Side],
+    requests: tuple[TraceRequest, ...],
+    seed: int,
+    effort: ComparisonEffort,
+    say: Say,
+) -> ServingResult:
     await warm_up(turns, sides, requests, seed, say, effort.in_flight)
     capacities = alone_s = None
     if (rate := effort.rate) is None:
@@ -168,7 +175,7 @@ async def _measure_in_turns(
     pairs = await compare(Plan(pieces=pieces, seed=seed), turns.switch, turns.measure, say, policies)
     # What the search for the knee took is no part of the pairs.
     work = tuple(turns.work[-2 * len(pairs) :])
-    return Measured(pairs=pairs, rate=rate, capacities=capacities, work=work, alone_s=alone_s)
+    return ServingResult(pairs=pairs, rate=rate, capacities=capacities, work=work, alone_s=alone_s)
 
 
 async def warm_up(
@@ -183,7 +190,7 @@ async def warm_up(
 
 
 async def find_capacities(
-    turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], effort: Effort, say: Say
+    turns: Turns, sides: tuple[Side, Side], requests: tuple[TraceRequest, ...], effort: ComparisonEffort, say: Say
 ) -> tuple[float, float]:
     """Capacities of A and of B, from the same closed loop."""
     found = []
@@ -195,7 +202,13 @@ async def find_capacities(
 
 
 async def find_stock_knee(
-    turns: Turns, stock: Side, requests: tuple[TraceRequest, ...], capacity: float, seed: int, effort: Effort, say: Say
+    turns: Turns,
+    stock: Side,
+    requests: tuple[TraceRequest, ...],
+    capacity: float,
+    seed: int,
+    effort: ComparisonEffort,
+    say: Say,
 ) -> tuple[float, float]:
     """A's mean TTFT of requests alone, in seconds, and A's knee, in requests a second.
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moe_tools.compare_command import Effort, build_comparison_document
+from moe_tools.compare_command import ComparisonEffort, build_comparison_document
 from moe_tools.comparison import Comparison, Sides, compare_metrics, render_comparison, render_number
 from moe_tools.replay_command import Source
 from rich.table import Table
 
-from moe_lab.serving.measurement import Measured
+from moe_lab.serving.measurement import ServingResult
 
 GOAL = 0.6
 """The mean TTFT that is aimed at, as a part of A's."""
@@ -18,7 +18,7 @@ IDLE_LIMIT_CORES = 0.02
 """More than this, and the side whose turn it is not disturbs the other."""
 
 
-def render(measured: Measured, sides: Sides, environment: Mapping[str, Any]) -> Table:
+def render(measured: ServingResult, sides: Sides, environment: Mapping[str, Any]) -> Table:
     """The table of `moeserving compare`, with the versions in its caption."""
     table = render_comparison(compare_metrics(measured.pairs), measured.pairs, sides)
     packages = environment["packages"]
@@ -31,7 +31,7 @@ def render(measured: Measured, sides: Sides, environment: Mapping[str, Any]) -> 
     return table
 
 
-def describe(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
+def describe(measured: ServingResult, environment: Mapping[str, Any]) -> list[str]:
     """The lines under the table: the goal, and what could have disturbed the measurement."""
     return [
         describe_goal(compare_metrics(measured.pairs)),
@@ -51,7 +51,7 @@ def describe_goal(comparisons: Sequence[Comparison]) -> str:
     return f"{goal} is {'reached' if reached else 'not reached'}: {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def describe_slowdown(measured: Measured) -> list[str]:
+def describe_slowdown(measured: ServingResult) -> list[str]:
     """How many times slower than alone the requests of the pairs got their first token, where that is known."""
     if measured.alone_s is None:
         return []
@@ -61,7 +61,7 @@ def describe_slowdown(measured: Measured) -> list[str]:
     return [f"mean TTFT over that of requests alone under A ({measured.alone_s * 1e3:.0f} ms): {', '.join(times)}"]
 
 
-def warn(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
+def warn(measured: ServingResult, environment: Mapping[str, Any]) -> list[str]:
     """What makes the figures doubtful."""
     lines = []
     if measured.idle_cores > IDLE_LIMIT_CORES:
@@ -75,10 +75,10 @@ def warn(measured: Measured, environment: Mapping[str, Any]) -> list[str]:
 
 
 def build_document(
-    measured: Measured,
+    measured: ServingResult,
     sides: Sides,
     source: Source,
-    effort: Effort,
+    effort: ComparisonEffort,
     environment: Mapping[str, Any],
     commands: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:

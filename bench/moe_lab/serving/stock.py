@@ -42,7 +42,7 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rival:
+class StockRouter:
     """vllm-router: the program and its policy; without the program clients reach the one engine itself."""
 
     program: Path | None
@@ -52,7 +52,7 @@ class Rival:
         return f"stock vLLM behind vllm-router, {self.policy}" if self.program else "stock vLLM, reached directly"
 
 
-def check_comparable(resource: MoEServing, rival: Rival) -> None:
+def check_comparable(resource: MoEServing, rival: StockRouter) -> None:
     """Refuses what stock vLLM could not serve in the same way beside it.
 
     Raises:
@@ -118,7 +118,7 @@ def plan_engines(
 
 
 def plan_router(
-    rival: Rival, engines: Sequence[Program], *, port: int, metrics_port: int, inherited: Mapping[str, str]
+    rival: StockRouter, engines: Sequence[Program], *, port: int, metrics_port: int, inherited: Mapping[str, str]
 ) -> Program:
     """The router in front of them; there is one."""
     assert rival.program is not None

@@ -25,13 +25,13 @@ from moe_tools.progress_printer import ProgressPrinter
 
 from moe_lab.serving.measurement import Side
 from moe_lab.serving.processes import running, starting, wait_until_serving
-from moe_lab.serving.stock import Program, Rival, check_comparable, check_piece, plan_engines, plan_router
+from moe_lab.serving.stock import Program, StockRouter, check_comparable, check_piece, plan_engines, plan_router
 
 PLACE = "bench-serving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Testbed:
+class ServingTestbed:
     """Both sides while they run, the URL of one engine of A (for calls that vllm-router lacks), and A's programs."""
 
     stock: Side
@@ -46,10 +46,10 @@ class TestbedPlan:
 
     place: DeploymentPlan
     engines: tuple[Program, ...]
-    rival: Rival
+    rival: StockRouter
 
 
-def plan_testbed(manifest: Path | None, rival: Rival, piece_s: float) -> TestbedPlan:
+def plan_testbed(manifest: Path | None, rival: StockRouter, piece_s: float) -> TestbedPlan:
     """Reads the resource and plans A's engines from it.
 
     Raises:
@@ -69,7 +69,7 @@ def plan_testbed(manifest: Path | None, rival: Rival, piece_s: float) -> Testbed
 
 
 @contextlib.contextmanager
-def running_testbed(plan: TestbedPlan, say: ProgressPrinter) -> Iterator[Testbed]:
+def running_testbed(plan: TestbedPlan, say: ProgressPrinter) -> Iterator[ServingTestbed]:
     """Starts both sides, yields them when they serve, and stops them, however the block ends.
 
     The gateway's and the router's ports are chosen as late as can be: within the minute that engines take to start,
@@ -94,7 +94,7 @@ def running_testbed(plan: TestbedPlan, say: ProgressPrinter) -> Iterator[Testbed
             processes += stack.enter_context(running([router], logs))
             programs.append(router)
         say(f"{plan.rival}: serving at {programs[-1].url}")
-        yield Testbed(
+        yield ServingTestbed(
             stock=Side(policy=name_stock(plan.rival), url=programs[-1].url, processes=tuple(processes)),
             ours=Side(policy=OURS, url=place.url, processes=_find_processes(place)),
             engine_url=plan.engines[0].url,
@@ -105,7 +105,7 @@ def running_testbed(plan: TestbedPlan, say: ProgressPrinter) -> Iterator[Testbed
 OURS = Policy(label="MoEServing as the resource has it", brief="MoEServing")
 
 
-def name_stock(rival: Rival) -> Policy:
+def name_stock(rival: StockRouter) -> Policy:
     """Policy of A, as the table names it."""
     return Policy(label=str(rival), brief="stock vLLM")
 

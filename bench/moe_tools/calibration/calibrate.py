@@ -41,7 +41,7 @@ GPU_ENGINE = {"max_num_seqs": 256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class CalibrationEffort:
     """How much is measured: rounds of requests, and requests under each order to check the simulator with; 0: none."""
 
     rounds: int = 36
@@ -49,7 +49,7 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class CalibratedEngine:
     """The engine to calibrate: the model's folder, the longest prompt with its answer, and more of vLLM's arguments."""
 
     model: Path
@@ -72,7 +72,7 @@ def read_arguments(text: str) -> Mapping[str, Any]:
     return arguments
 
 
-def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | None) -> bool:
+def run_calibrate(engine: CalibratedEngine, effort: CalibrationEffort, seed: int, json_out: Path | None) -> bool:
     """The whole command; False when the simulator was checked and does not agree."""
     if not (engine.model / "config.json").is_file():
         raise InvalidInput([InputError(str(engine.model), "is no model's folder; make one: moeserving model tiny DIR")])
@@ -95,7 +95,7 @@ def run_calibrate(engine: Engine, effort: Effort, seed: int, json_out: Path | No
 
 
 def _measure(
-    llm: Any, control: Any, console: Console, effort: Effort, source: str, seed: int
+    llm: Any, control: Any, console: Console, effort: CalibrationEffort, source: str, seed: int
 ) -> tuple[Fit, Sequence[MeasuredStep], tuple[Agreement, ...]]:
     """Fits the step time, and compares with the simulator where asked for, in turns; prints the results."""
     measured = llm.llm_engine.engine_core.engine_core.scheduler.measured
@@ -122,7 +122,7 @@ def _measure(
     return fit, steps, rows
 
 
-def _load(engine: Engine) -> Any:
+def _load(engine: CalibratedEngine) -> Any:
     # In this process, so that the scheduler can be read; set before vLLM reads it.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

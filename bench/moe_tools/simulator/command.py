@@ -14,7 +14,7 @@ from moe_tools.replay_command import write_json
 from moe_tools.report import read_environment
 from moe_tools.simulator.outcome import Figures, build_rows
 from moe_tools.simulator.scenario import Scenario, build_simulation, cost_of, load_scenario
-from moe_tools.simulator.simulation import Outcome, load_vllm, simulate
+from moe_tools.simulator.simulation import SimulationResult, load_vllm, simulate
 
 
 def run_simulate(path: Path, json_out: Path | None) -> None:
@@ -32,7 +32,7 @@ def run_simulate(path: Path, json_out: Path | None) -> None:
         write_json(json_out, build_document(scenario, outcome))
 
 
-def build_document(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
+def build_document(scenario: Scenario, outcome: SimulationResult) -> dict[str, Any]:
     """What depends on the scenario and the versions alone."""
     environment = read_environment()
     return {
@@ -50,7 +50,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def render_figures(scenario: Scenario, outcome: Outcome) -> Table:
+def render_figures(scenario: Scenario, outcome: SimulationResult) -> Table:
     """The figures that decide, for people."""
     figures = outcome.figures
     table = Table(

@@ -34,7 +34,7 @@ class PlacementPolicy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Balance:
+class PlacementBalance:
     """What a placement makes of a traffic.
 
     Attributes:
@@ -51,9 +51,9 @@ class Balance:
         return max(self.by_rank)
 
 
-def even_balance(ranks: int) -> Balance:
+def even_balance(ranks: int) -> PlacementBalance:
     """Returns the balance in which every rank has the same expert tokens."""
-    return Balance(slowest=1.0, by_rank=(1.0,) * ranks)
+    return PlacementBalance(slowest=1.0, by_rank=(1.0,) * ranks)
 
 
 def draw_traffic(*, layers: int, experts: int, spread: float, seed: int) -> np.ndarray:
@@ -110,7 +110,7 @@ def _place_as_vllm(shares: np.ndarray, placement: Placement) -> Placement:
     return Placement(physical_to_logical=placed.numpy(), ranks=placement.ranks, nodes=placement.nodes)
 
 
-def balance_of(shares: np.ndarray, placement: Placement) -> Balance:
+def balance_of(shares: np.ndarray, placement: Placement) -> PlacementBalance:
     """The balance of a traffic `shares[layer, expert]` under a placement.
 
     Raises:
@@ -125,4 +125,6 @@ def balance_of(shares: np.ndarray, placement: Placement) -> Balance:
         if not copies.all():
             raise ValueError(f"layer {layer}: expert {int(np.argmin(copies))} has no slot")
         loads[layer] = (shares[layer] / copies)[logical].reshape(ranks, -1).sum(axis=1) * ranks
-    return Balance(slowest=float(loads.max(axis=1).mean()), by_rank=tuple(float(load) for load in loads.mean(axis=0)))
+    return PlacementBalance(
+        slowest=float(loads.max(axis=1).mean()), by_rank=tuple(float(load) for load in loads.mean(axis=0))
+    )

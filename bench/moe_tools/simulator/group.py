@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_tools.simulator.costs import IDLE, CostModel
-from moe_tools.simulator.rank import Progress, Rank, Step
+from moe_tools.simulator.rank import Progress, Rank, ScheduledStep
 from moe_tools.simulator.workload import SimRequest
 
 # vLLM's engine core sleeps so long when it has requests and could schedule none.
@@ -30,11 +30,11 @@ _WITH_OTHERS = -1.0
 class GroupStep(NamedTuple):
     """One step of all ranks."""
 
-    steps: tuple[Step | None, ...]
+    steps: tuple[ScheduledStep | None, ...]
     duration_s: float
 
 
-class Group:
+class LockstepGroup:
     """The ranks of one server in lockstep: schedules their parts of a step and ends it for all.
 
     Args:
@@ -68,7 +68,7 @@ class Group:
         self._on_way: deque[GroupStep] = deque()
         self._ends_s = 0.0
         # Of the step that is being made, by rank.
-        self._parts: dict[int, Step | None] = {}
+        self._parts: dict[int, ScheduledStep | None] = {}
         balance, pressures = cost.expert_pressures([IDLE] * len(self.ranks))
         for rank, pressure in zip(self.ranks, pressures, strict=True):
             rank.expert_values = {"expert_balance": balance, "expert_pressure": pressure}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from moe_tools.simulator.costs import Work
-from moe_tools.simulator.experts import Balance, PlacementPolicy, balance_of, draw_traffic, even_balance, place
+from moe_tools.simulator.experts import PlacementBalance, PlacementPolicy, balance_of, draw_traffic, even_balance, place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ A100_BF16 = Gpu(flops=312e12, memory_bytes_per_s=2.039e12, memory_bytes=80e9, li
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class ModelArchitecture:
     """A Mixture-of-Experts model. Parameters are counts; `weight_bytes` and `kv_bytes` are of a parameter and a token.
 
     Attributes:
@@ -72,7 +72,7 @@ class Model:
 # Qwen/Qwen3-30B-A3B, config.json: 48 layers, hidden 2048, 32 heads and 4 KV heads of 128, 128 experts of width 768, 8
 # of them for a token, vocabulary 151,936, BF16. Dense: 48 * (2048 * 128 * (32 + 4 + 4) + 32 * 128 * 2048) of attention
 # and 151,936 * 2048 of the head. A pair: 2 * 2 * 32 * 128 FLOPs in each of 48 layers. KV: 2 * 4 * 128 * 2 bytes * 48.
-QWEN3_30B_A3B = Model(
+QWEN3_30B_A3B = ModelArchitecture(
     moe_layers=48,
     hidden=2048,
     dense_parameters=48 * (2048 * 128 * 40 + 4096 * 2048) + 151_936 * 2048,
@@ -86,7 +86,7 @@ QWEN3_30B_A3B = Model(
 # DeepSeek-V3 (arXiv 2412.19437): 61 layers, 58 of them with 256 routed experts of width 2048, 8 for a token, and a
 # shared one; hidden 7168; 37 B parameters active of 671 B, so 37e9 - 58 * 8 * 3 * 7168 * 2048 are dense. MLA: 128 heads
 # over a latent of 512 + 64: a pair takes 2 * 128 * (576 + 512) FLOPs a layer; KV 576 * 2 bytes * 61. Weights in FP8.
-DEEPSEEK_V3 = Model(
+DEEPSEEK_V3 = ModelArchitecture(
     moe_layers=58,
     hidden=7168,
     dense_parameters=37e9 - 58 * 8 * 3 * 7168 * 2048,
@@ -143,9 +143,9 @@ class RooflineCost:
     """
 
     gpu: Gpu
-    model: Model
+    model: ModelArchitecture
     efficiency: Efficiency
-    balance: Balance
+    balance: PlacementBalance
     source: str
 
     def group_step_s(self, works: Sequence[Work]) -> float:
@@ -215,7 +215,7 @@ class Preset:
     """
 
     gpu: Gpu
-    model: Model
+    model: ModelArchitecture
     efficiency: Efficiency
     ranks: int
     spread: float

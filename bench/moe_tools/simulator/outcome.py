@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_tools.comparison import LONGEST_SHARE
 from moe_tools.simulator.workload import SimRequest
-from moe_tools.simulator.world import Totals
+from moe_tools.simulator.world import RunTotals
 
 # Requests that come before the queues have filled and those that leave while they drain say little of a load.
 WARM_UP_SHARE = 0.1
@@ -70,7 +70,7 @@ class Figures:
 
 
 def measure(
-    requests: Sequence[SimRequest], totals: Totals, servers: int, alone_s: Callable[[SimRequest], float]
+    requests: Sequence[SimRequest], totals: RunTotals, servers: int, alone_s: Callable[[SimRequest], float]
 ) -> Figures:
     """The figures of a run of `servers` servers; `alone_s` is the time to first token of a request that is alone."""
     answered = [row for row in requests if not row.failure]

@@ -54,7 +54,7 @@ class EngineLimits:
     prefill_schedule_interval: int = 1
 
 
-class Step(NamedTuple):
+class ScheduledStep(NamedTuple):
     """One scheduled step of a rank, until its output is there."""
 
     output: Any
@@ -135,7 +135,7 @@ class Rank:
         self.now_s = now_s
         return float(self.scheduler.defer_s()) if hasattr(self.scheduler, "defer_s") else 0.0
 
-    def schedule(self, now_s: float, *, throttle_prefills: bool) -> Step:
+    def schedule(self, now_s: float, *, throttle_prefills: bool) -> ScheduledStep:
         """Schedules the next step; returns its work."""
         self.now_s = now_s
         scheduler = self.scheduler
@@ -143,9 +143,9 @@ class Rank:
         for new in output.scheduled_new_reqs:
             self._requests[new.req_id].cached_tokens = new.num_computed_tokens
         work, sampling = work_of(output, scheduler.requests)
-        return Step(output, work, sampling)
+        return ScheduledStep(output, work, sampling)
 
-    def finish(self, step: Step, now_s: float) -> Progress:
+    def finish(self, step: ScheduledStep, now_s: float) -> Progress:
         """The output of a step is there. Steps end in the order of their beginning."""
         from vllm.v1.outputs import ModelRunnerOutput
 

@@ -19,10 +19,10 @@ from moe_scheduling.signals import EngineSignal, Target
 
 from moe_tools.simulator.rival_rules import pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_tools.simulator.router import Balancer, Router, Wire
-from moe_tools.simulator.signals import SignalPlan, SignalSource
+from moe_tools.simulator.signals import SignalKind, SignalPlan
 from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, prompt_bytes
 
-NO_SIGNALS = SignalPlan(source=SignalSource.NONE, period_s=1.0, delay_s=0.0)
+NO_SIGNALS = SignalPlan(source=SignalKind.NONE, period_s=1.0, delay_s=0.0)
 
 
 class _Maker(Protocol):
@@ -30,7 +30,7 @@ class _Maker(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rival:
+class RivalRouter:
     """A rival router, the signals that it gets, and its source.
 
     Attributes:
@@ -293,21 +293,24 @@ class Dynamo(_PrefixBalancer):
 
 
 # vLLM's coordinator publishes at most each 100 ms (`v1/engine/coordinator.py`).
-_COORDINATOR = SignalPlan(source=SignalSource.SCRAPE, period_s=0.1, delay_s=0.001)
+_COORDINATOR = SignalPlan(source=SignalKind.SCRAPE, period_s=0.1, delay_s=0.001)
 # llm-d scrapes each engine each 50 ms.
-_ENDPOINT_PICKER = SignalPlan(source=SignalSource.SCRAPE, period_s=0.05, delay_s=0.005)
+_ENDPOINT_PICKER = SignalPlan(source=SignalKind.SCRAPE, period_s=0.05, delay_s=0.005)
 
 
-def _rivals() -> Iterator[tuple[str, Rival]]:
+def _rivals() -> Iterator[tuple[str, RivalRouter]]:
     router = "vllm-router 0.1.17"
-    yield "roundRobin", Rival(make=RoundRobin, signals=NO_SIGNALS, source=f"{router}, `round_robin`")
-    yield "powerOfTwo", Rival(make=PowerOfTwo, signals=NO_SIGNALS, source=f"{router}, `power_of_two`")
-    yield "consistentHash", Rival(make=ConsistentHash, signals=NO_SIGNALS, source=f"{router}, `consistent_hash`")
-    yield "cacheAware", Rival(make=CacheAware, signals=NO_SIGNALS, source=f"{router}, `cache_aware`")
-    yield "vllmInternal", Rival(make=VllmInternal, signals=_COORDINATOR, source="vLLM 0.32, data-parallel balancer")
-    yield "gimbal", Rival(make=Gimbal, signals=_COORDINATOR, source="arXiv 2602.21626, reconstructed")
-    yield "llmD", Rival(make=LlmD, signals=_ENDPOINT_PICKER, source="llm-d 0.8, default scorers")
-    yield "dynamo", Rival(make=Dynamo, signals=NO_SIGNALS, source="NVIDIA Dynamo, KV router, defaults")
+    yield "roundRobin", RivalRouter(make=RoundRobin, signals=NO_SIGNALS, source=f"{router}, `round_robin`")
+    yield "powerOfTwo", RivalRouter(make=PowerOfTwo, signals=NO_SIGNALS, source=f"{router}, `power_of_two`")
+    yield "consistentHash", RivalRouter(make=ConsistentHash, signals=NO_SIGNALS, source=f"{router}, `consistent_hash`")
+    yield "cacheAware", RivalRouter(make=CacheAware, signals=NO_SIGNALS, source=f"{router}, `cache_aware`")
+    yield (
+        "vllmInternal",
+        RivalRouter(make=VllmInternal, signals=_COORDINATOR, source="vLLM 0.32, data-parallel balancer"),
+    )
+    yield "gimbal", RivalRouter(make=Gimbal, signals=_COORDINATOR, source="arXiv 2602.21626, reconstructed")
+    yield "llmD", RivalRouter(make=LlmD, signals=_ENDPOINT_PICKER, source="llm-d 0.8, default scorers")
+    yield "dynamo", RivalRouter(make=Dynamo, signals=NO_SIGNALS, source="NVIDIA Dynamo, KV router, defaults")
 
 
-RIVALS: Mapping[str, Rival] = dict(_rivals())
+RIVALS: Mapping[str, RivalRouter] = dict(_rivals())

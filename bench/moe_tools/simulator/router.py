@@ -19,7 +19,7 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.request.parsing import Parsed
-from moe_scheduling.engine.attempts import Failure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import EngineSettings, Job, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
@@ -189,7 +189,7 @@ class OwnGateway:
         self._now_s = now_s
         exchange = self._exchanges[request]
         assert exchange.in_flight is not None
-        step = exchange.attempts.after_failure(exchange.in_flight.target, Failure.BROKEN, now_s)
+        step = exchange.attempts.after_failure(exchange.in_flight.target, AttemptFailure.BROKEN, now_s)
         self.dispatcher.fail(exchange.in_flight.target, now_s)
         self.dispatcher.settle(exchange.in_flight, now_s)
         if step is NextStep.RETRY:
@@ -298,7 +298,7 @@ class Balancer:
         self.in_flight[target] -= 1
         self.ended(request, target, now_s)
         attempts.is_answering = request.first_token_s is not None
-        if attempts.after_failure(target, Failure.BROKEN, now_s) is NextStep.RETRY:
+        if attempts.after_failure(target, AttemptFailure.BROKEN, now_s) is NextStep.RETRY:
             self._route(request, now_s)
         else:
             self._refuse(request, ENGINE_FAILED)

@@ -23,9 +23,9 @@ from moe_tools.simulator.experts import PlacementPolicy
 from moe_tools.simulator.hardware import PRESETS, RooflineCost
 from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
 from moe_tools.simulator.rivals import RIVALS
-from moe_tools.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_tools.simulator.signals import Loss, SignalKind, SignalPlan
 from moe_tools.simulator.simulation import Clients, Simulation, default_signals, server_name
-from moe_tools.simulator.world import Failure
+from moe_tools.simulator.world import ServerFailure
 from moe_tools.traces import TraceRequest, cut_piece, fit_lengths, mean_rate, read_trace, scale_lengths
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -149,7 +149,7 @@ class LossSection(Section):
 class Signals(Section):
     """Source, period and delay of the engines' signals."""
 
-    source: SignalSource = SignalSource.AGENT
+    source: SignalKind = SignalKind.AGENT
     period: Annotated[str, DurationBetween("1ms", "1h")] = "10ms"
     delay: Duration = "3ms"
     losses: tuple[LossSection, ...] = ()
@@ -339,7 +339,7 @@ def build_simulation(scenario: Scenario) -> Simulation:
         seed=scenario.seed,
     )
     signals = simulation.signals or default_signals(simulation)
-    if signals.source is SignalSource.AGENT and simulation.scheduler == STOCK:
+    if signals.source is SignalKind.AGENT and simulation.scheduler == STOCK:
         raise InvalidInput([InputError("signals.source", "vLLM's own scheduler publishes nothing: scrape or none")])
     return simulation
 
@@ -371,8 +371,8 @@ def _senders(workload: Workload, gateways: int) -> Senders:
     )
 
 
-def _failure(row: FailureSection) -> Failure:
-    return Failure(
+def _failure(row: FailureSection) -> ServerFailure:
+    return ServerFailure(
         server=server_name(row.server),
         at_s=duration_s(row.after),
         startup_s=None if row.startup is None else duration_s(row.startup),

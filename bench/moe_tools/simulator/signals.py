@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class SignalSource(StrEnum):
+class SignalKind(StrEnum):
     """Source of the signals that the gateways see."""
 
     AGENT = "agent"
@@ -38,7 +38,7 @@ class SignalPlan:
         losses: when nothing arrives.
     """
 
-    source: SignalSource = SignalSource.AGENT
+    source: SignalKind = SignalKind.AGENT
     # The agent looks at the shared-memory records this often (moe_agent.api.broadcaster).
     period_s: float = 0.1
     # A wake-up of the agent, a line, the network: rather less, assumed.

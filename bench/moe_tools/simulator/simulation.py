@@ -20,15 +20,15 @@ from moe_scheduling.signals import Target
 
 from moe_tools.simulator.arrivals import ClosedLoop, OpenLoop, Senders
 from moe_tools.simulator.costs import IDLE, CostModel, Work
-from moe_tools.simulator.group import Group
+from moe_tools.simulator.group import LockstepGroup
 from moe_tools.simulator.outcome import Figures, TenantFigures, measure, measure_tenants
 from moe_tools.simulator.prefills import share_prefills
 from moe_tools.simulator.rank import OURS, EngineLimits, RankMaker, SchedulerFactory
 from moe_tools.simulator.rivals import RIVALS
 from moe_tools.simulator.router import OwnGateway, Router, RouterFactory, Wire
-from moe_tools.simulator.signals import SignalPlan, SignalSource
+from moe_tools.simulator.signals import SignalKind, SignalPlan
 from moe_tools.simulator.workload import SimRequest, build_requests
-from moe_tools.simulator.world import Arrivals, Failure, ServerPlan, Totals, World
+from moe_tools.simulator.world import Arrivals, RunTotals, ServerFailure, ServerPlan, World
 from moe_tools.traces import TraceRequest
 
 
@@ -81,18 +81,18 @@ class Simulation:
     clients: Clients | None = None
     senders: Senders = field(default_factory=Senders)
     startup_s: float | tuple[float, ...] = 0.0
-    failures: Sequence[Failure] = ()
+    failures: Sequence[ServerFailure] = ()
     async_scheduling: bool = True
     exposed_s: float = 0.0
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class SimulationResult:
     """Requests with their times, totals and figures of one run."""
 
     requests: Sequence[SimRequest]
-    totals: Totals
+    totals: RunTotals
     figures: Figures
     tenants: Sequence[TenantFigures]
 
@@ -113,7 +113,7 @@ def _load_vllm() -> RankMaker:
     return maker
 
 
-def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
+def simulate(simulation: Simulation, maker: RankMaker) -> SimulationResult:
     """Runs it to the end of the last request. The same simulation gives the same outcome."""
     signals = simulation.signals or default_signals(simulation)
     world = World(
@@ -126,7 +126,7 @@ def simulate(simulation: Simulation, maker: RankMaker) -> Outcome:
     )
     requests, totals = world.run()
     floor = functools.partial(alone_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
-    return Outcome(
+    return SimulationResult(
         requests=requests,
         totals=totals,
         figures=measure(requests, totals, simulation.servers, floor),
@@ -168,10 +168,10 @@ def _ready_s(simulation: Simulation, number: int) -> float:
     return startup_s if isinstance(startup_s, int | float) else startup_s[number]
 
 
-def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> Group:
+def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> LockstepGroup:
     ranks = [maker.make(simulation.limits, simulation.scheduler, simulation.request) for _ in range(simulation.ranks)]
     share_prefills(ranks)
-    return Group(
+    return LockstepGroup(
         name,
         ranks,
         simulation.cost,
@@ -192,7 +192,7 @@ def default_signals(simulation: Simulation) -> SignalPlan:
 
 
 # The period of the gateway's own scraper (`moe_gateway.engines.signals`), and a scrape's way.
-SCRAPED = SignalPlan(source=SignalSource.SCRAPE, period_s=0.25, delay_s=0.01)
+SCRAPED = SignalPlan(source=SignalKind.SCRAPE, period_s=0.25, delay_s=0.01)
 
 
 def router_factory(simulation: Simulation, signals: SignalPlan) -> RouterFactory:
@@ -212,7 +212,7 @@ def router_factory(simulation: Simulation, signals: SignalPlan) -> RouterFactory
             hold_requests=simulation.hold_requests,
             hold_timeout_s=simulation.hold_timeout_s,
             first_turn=number,
-            scrapes=signals.source is SignalSource.SCRAPE,
+            scrapes=signals.source is SignalKind.SCRAPE,
         )
 
     return make

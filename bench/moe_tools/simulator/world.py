@@ -10,16 +10,16 @@ from typing import Any, Protocol
 
 from moe_scheduling.signals import Target
 
-from moe_tools.simulator.group import Group
+from moe_tools.simulator.group import LockstepGroup
 from moe_tools.simulator.router import Router, RouterFactory
-from moe_tools.simulator.signals import HEARTBEAT_S, SignalPlan, SignalSource
+from moe_tools.simulator.signals import HEARTBEAT_S, SignalKind, SignalPlan
 from moe_tools.simulator.workload import SimRequest
 
 TICK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class ServerFailure:
     """A server dies at `at_s` with all that it has; a new one is ready `startup_s` later, None: never."""
 
     server: str
@@ -33,7 +33,7 @@ class ServerPlan:
 
     name: str
     ranks: int
-    make: Callable[[], Group]
+    make: Callable[[], LockstepGroup]
     ready_s: float = 0.0
 
 
@@ -50,14 +50,14 @@ class Arrivals(Protocol):
 @dataclass(slots=True, kw_only=True)
 class _Server:
     plan: ServerPlan
-    group: Group | None = None
+    group: LockstepGroup | None = None
     epoch: int = 0
     last_sent_s: float = -1.0
     send_is_due: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
+class RunTotals:
     """What a run counted. `busy_s` and `steps` are sums over all servers, dead ones too."""
 
     now_s: float
@@ -94,7 +94,7 @@ class World:
         router: RouterFactory,
         signals: SignalPlan,
         arrivals: Arrivals,
-        failures: Sequence[Failure] = (),
+        failures: Sequence[ServerFailure] = (),
     ) -> None:
         self.now_s = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -108,7 +108,7 @@ class World:
         self._open = 0
         self._counts = _Counts()
 
-    def run(self) -> tuple[list[SimRequest], Totals]:
+    def run(self) -> tuple[list[SimRequest], RunTotals]:
         """To the end of the last request."""
         self._begin()
         events = self._events
@@ -119,7 +119,7 @@ class World:
             self._remove_group(server)
         counts = self._counts
         counts.requests.sort(key=lambda request: request.index)
-        return counts.requests, Totals(
+        return counts.requests, RunTotals(
             now_s=self.now_s, steps=counts.steps, busy_s=counts.busy_s, preemptions=counts.preemptions
         )
 
@@ -216,7 +216,7 @@ class World:
             self._end(request)
         self._changed(server)
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: ServerFailure) -> None:
         server = self._servers[failure.server]
         group = server.group
         if group is None:
@@ -243,7 +243,7 @@ class World:
     def _changed(self, server: _Server) -> None:
         """The agent's stream: a line at a change, but not sooner than a period after the last."""
         plan = self._signals
-        if plan.source is SignalSource.AGENT and not server.send_is_due:
+        if plan.source is SignalKind.AGENT and not server.send_is_due:
             server.send_is_due = True
             due_s = max(self.now_s, server.last_sent_s + plan.period_s)
             self._at(due_s, self._publish, server, server.epoch)
@@ -252,10 +252,10 @@ class World:
         """What is sent without a change: a line a second, or a scrape each period."""
         if server.group is None or epoch != server.epoch:
             return
-        if self._signals.source is SignalSource.AGENT:
+        if self._signals.source is SignalKind.AGENT:
             self._changed(server)
             self._at(self.now_s + HEARTBEAT_S, self._watch, server, epoch)
-        elif self._signals.source is SignalSource.SCRAPE:
+        elif self._signals.source is SignalKind.SCRAPE:
             self._publish(server, epoch)
             self._at(self.now_s + self._signals.period_s, self._watch, server, epoch)
 
@@ -269,7 +269,7 @@ class World:
             return
         for number, rank in enumerate(group.ranks):
             signal, observed_s = rank.counts(), self.now_s
-            if plan.source is SignalSource.AGENT and rank.published is not None:
+            if plan.source is SignalKind.AGENT and rank.published is not None:
                 signal = rank.published
                 # An idle engine makes no steps: its last signal is still true.
                 observed_s = rank.published_s if rank.has_unfinished else self.now_s

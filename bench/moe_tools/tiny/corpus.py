@@ -17,7 +17,7 @@ SOURCE_FILES = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class QuestionAndAnswer:
     """A question about a name of the standard library, and the answer its docstring gives."""
 
     question: str
@@ -30,7 +30,7 @@ class Corpus:
 
     prose: tuple[str, ...]
     sources: tuple[str, ...]
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[QuestionAndAnswer, ...]
 
 
 def read_corpus() -> Corpus:
@@ -60,13 +60,13 @@ def parse_docstrings(source: str, module: str) -> list[tuple[str, str]]:
     return list(_walk_docstrings(tree, f"{module}."))
 
 
-def build_exchanges(documented: Iterable[tuple[str, str]]) -> Iterator[Exchange]:
+def build_exchanges(documented: Iterable[tuple[str, str]]) -> Iterator[QuestionAndAnswer]:
     """Questions in a few wordings, answered by the docstring's first paragraph."""
     wordings = ("What does {} do?", "Explain {}.", "What is {}?", "How do I use {} in Python?")
     for index, (name, text) in enumerate(documented):
         answer = " ".join(text.split("\n\n")[0].split())
         if 20 <= len(answer) <= 400:
-            yield Exchange(question=wordings[index % len(wordings)].format(name), answer=answer)
+            yield QuestionAndAnswer(question=wordings[index % len(wordings)].format(name), answer=answer)
 
 
 def _walk_docstrings(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:

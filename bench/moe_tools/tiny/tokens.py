@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from moe_tools.tiny.corpus import Exchange
+from moe_tools.tiny.corpus import QuestionAndAnswer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,6 +56,6 @@ def dress_tokenizer(tokenizer: "Tokenizer", context_tokens: int) -> "PreTrainedT
     )
 
 
-def render_exchange(exchange: Exchange) -> str:
+def render_exchange(exchange: QuestionAndAnswer) -> str:
     """The exchange as the chat template writes it."""
     return f"{START}user\n{exchange.question}{END}\n{START}assistant\n{exchange.answer}{END}\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_contract.gateway_config import Limits
 
-from moe_gateway.http.replies import Outcome, build_error, build_health, build_models
+from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route
 from moe_gateway.request.context import ClientRequest, ExchangeContext
@@ -109,7 +109,7 @@ class ClientConnection(asyncio.Protocol):
         """The client sends no more: within a request that is an error, otherwise it is gone."""
         reader = self._reader
         if self._exchange is None and not reader.requests and not self._is_lingering and reader.is_within_message:
-            reader.refuse(Outcome.BAD_REQUEST, "the request ended before it was whole")
+            reader.refuse(RequestOutcome.BAD_REQUEST, "the request ended before it was whole")
             self._refuse_connection()
         return False
 
@@ -170,10 +170,10 @@ class ClientConnection(asyncio.Protocol):
     def _serve(self, request: ClientRequest) -> None:
         route = find_route(request.url)
         if route is None:
-            self._reply_error(request, None, Outcome.NOT_FOUND, "no such path here")
+            self._reply_error(request, None, RequestOutcome.NOT_FOUND, "no such path here")
         elif request.method != route.method and not (route is Route.HEALTH and request.method == b"HEAD"):
             message = f"this path takes {route.method.decode()} alone"
-            self._reply_error(request, route, Outcome.METHOD_NOT_ALLOWED, message)
+            self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
         elif route is Route.HEALTH:
             self._serve_health(request)
         elif route is Route.MODELS and not self._context.dispatcher.accepting and self._context.model:
@@ -188,18 +188,20 @@ class ClientConnection(asyncio.Protocol):
             answer = build_health(request.request_id, close=not self._keeps(request), head_only=head_only)
             self._reply(request, Route.HEALTH, 200, answer)
         else:
-            self._reply_error(request, Route.HEALTH, Outcome.NO_ENGINE, "no engine accepts requests", retry_after_s=1)
+            self._reply_error(
+                request, Route.HEALTH, RequestOutcome.NO_ENGINE, "no engine accepts requests", retry_after_s=1
+            )
 
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
             parsed = parse_body(route, request.body) if route.method == b"POST" else _NO_BODY
         except BadBody as error:
-            self._reply_error(request, route, Outcome.BAD_REQUEST, str(error), param=error.param)
+            self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
         models = self._context.dispatcher.models
         if parsed.model is not None and models and parsed.model not in models:
             message = f"the model {parsed.model[:200]!r} does not exist; known: {', '.join(sorted(models))}"
-            self._reply_error(request, route, Outcome.MODEL_NOT_FOUND, message, param="model")
+            self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
             return
         self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
         if self._is_writing_paused:
@@ -239,7 +241,7 @@ class ClientConnection(asyncio.Protocol):
         self,
         request: ClientRequest,
         route: Route | None,
-        outcome: Outcome,
+        outcome: RequestOutcome,
         message: str,
         *,
         param: str | None = None,
@@ -253,7 +255,7 @@ class ClientConnection(asyncio.Protocol):
             close=not self._keeps(request),
             retry_after_s=retry_after_s,
             head_only=request.method == b"HEAD",
-            allow=route.method if outcome is Outcome.METHOD_NOT_ALLOWED and route is not None else None,
+            allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
         )
         self.transport.write(answer)
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
@@ -297,7 +299,7 @@ class ClientConnection(asyncio.Protocol):
                 self._close()
             else:
                 what = "head" if self._reader.in_head else "body"
-                self._reader.refuse(Outcome.REQUEST_TIMEOUT, f"the {what} of the request did not arrive in time")
+                self._reader.refuse(RequestOutcome.REQUEST_TIMEOUT, f"the {what} of the request did not arrive in time")
                 self._refuse_connection()
 
     def drain(self) -> None:

@@ -8,7 +8,7 @@ from enum import Enum
 import orjson
 
 
-class Outcome(Enum):
+class RequestOutcome(Enum):
     """How a request can end without an engine's answer: label, status, OpenAI error type."""
 
     BAD_REQUEST = ("bad_request", 400, "invalid_request_error")
@@ -46,13 +46,13 @@ REASONS = {
 }
 
 
-def build_error_document(outcome: Outcome, message: str, param: str | None = None) -> bytes:
+def build_error_document(outcome: RequestOutcome, message: str, param: str | None = None) -> bytes:
     """The error object of OpenAI's API."""
     return orjson.dumps({"error": {"message": message, "type": outcome.kind, "param": param, "code": outcome.label}})
 
 
 def build_error(
-    outcome: Outcome,
+    outcome: RequestOutcome,
     message: str,
     *,
     request_id: bytes = b"",
@@ -104,7 +104,7 @@ def build_models(model: str, request_id: bytes, *, close: bool) -> bytes:
     return build_response(200, orjson.dumps({"object": "list", "data": [row]}), request_id=request_id, close=close)
 
 
-def build_stream_error(outcome: Outcome, message: str) -> bytes:
+def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:
     """The event that ends a stream which was broken off, after a blank line that ends what was left unfinished."""
     return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
 

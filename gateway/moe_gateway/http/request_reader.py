@@ -12,11 +12,11 @@ import httptools
 from moe_contract.gateway_config import Limits
 
 from moe_gateway.http.heads import HOP_BY_HOP
-from moe_gateway.http.replies import Outcome
+from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, WholeRequest, read_whole_request
 from moe_gateway.request.context import ClientRequest
 
-_HEAD_TOO_LARGE = (Outcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
+_HEAD_TOO_LARGE = (RequestOutcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
 # Header lines that are left out when a head is read again without its offer of another protocol.
 _OFFER = (b"connection:", b"upgrade:", b"expect:")
 
@@ -80,7 +80,7 @@ class RequestReader:
         self._clock = clock
         self._parser = httptools.HttpRequestParser(self)
         self.requests: deque[ClientRequest] = deque()
-        self.refusal: tuple[Outcome, str] | None = None
+        self.refusal: tuple[RequestOutcome, str] | None = None
         self._chunk_bytes = 0
         self._start_message()
         self.in_head = False
@@ -121,7 +121,7 @@ class RequestReader:
             except httptools.HttpParserUpgrade as offer:
                 self._decline_upgrade(data[offer.args[0] :])
         except httptools.HttpParserError as error:
-            self.refuse(Outcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
+            self.refuse(RequestOutcome.BAD_REQUEST, f"not a valid HTTP request: {error}")
         if self._head_bytes > LONGEST_HEAD_BYTES:
             self.refuse(*_HEAD_TOO_LARGE)
 
@@ -133,7 +133,7 @@ class RequestReader:
         )
         self._owner.expect_nothing()
 
-    def refuse(self, outcome: Outcome, message: str) -> None:
+    def refuse(self, outcome: RequestOutcome, message: str) -> None:
         """Reads nothing more; the first reason is the one that the client is answered with."""
         self.refusal = self.refusal or (outcome, message)
 
@@ -148,7 +148,7 @@ class RequestReader:
         """
         offered = self.requests.pop() if self.requests else None
         if self.refusal is not None or offered is None or offered.method == b"CONNECT":
-            self.refuse(Outcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone")
+            self.refuse(RequestOutcome.BAD_REQUEST, "the gateway speaks HTTP/1.1 alone")
             return
         first = b"%b %b HTTP/1.%d\r\n" % (offered.method, offered.url, not offered.http10)
         kept = [line for line in self._hop_by_hop if not line.startswith(_OFFER)]
@@ -235,4 +235,4 @@ class RequestReader:
 
     def _refuse_body(self) -> None:
         self._body.clear()
-        self.refuse(Outcome.BODY_TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")
+        self.refuse(RequestOutcome.BODY_TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")

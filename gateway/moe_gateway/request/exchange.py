@@ -12,7 +12,7 @@ import asyncio
 import re
 
 from moe_contract.tenancy import sign_request_id
-from moe_scheduling.engine.attempts import Failure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
@@ -27,7 +27,7 @@ from moe_gateway.http.heads import (
     skip_informational,
     stamp_response,
 )
-from moe_gateway.http.replies import Outcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
@@ -40,11 +40,11 @@ FORCED_STOP = "the gateway was stopped by force"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 _REJECTIONS = {
-    Rejection.NO_ENGINE_CONFIGURED: (Outcome.NO_ENGINE, "no engine is configured"),
-    Rejection.QUEUE_FULL_NO_ENGINE: (Outcome.NO_ENGINE, "no engine accepts requests and the queue is full"),
-    Rejection.QUEUE_FULL_SATURATED: (Outcome.BUSY, "all engines are saturated and the queue is full"),
-    Rejection.TIMEOUT_NO_ENGINE: (Outcome.NO_ENGINE, "no engine accepted requests in time"),
-    Rejection.TIMEOUT_SATURATED: (Outcome.NO_ENGINE, "every engine stayed saturated"),
+    Rejection.NO_ENGINE_CONFIGURED: (RequestOutcome.NO_ENGINE, "no engine is configured"),
+    Rejection.QUEUE_FULL_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepts requests and the queue is full"),
+    Rejection.QUEUE_FULL_SATURATED: (RequestOutcome.BUSY, "all engines are saturated and the queue is full"),
+    Rejection.TIMEOUT_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepted requests in time"),
+    Rejection.TIMEOUT_SATURATED: (RequestOutcome.NO_ENGINE, "every engine stayed saturated"),
 }
 
 
@@ -170,7 +170,7 @@ class Exchange:
             connection = await pool.connect()
         except (OSError, ValueError) as error:
             self._connecting = None
-            self._fail(f"no connection to the engine: {str(error) or type(error).__name__}", Failure.UNREACHABLE)
+            self._fail(f"no connection to the engine: {str(error) or type(error).__name__}", AttemptFailure.UNREACHABLE)
             return
         self._connecting = None
         if self._ended:
@@ -245,7 +245,7 @@ class Exchange:
             return
         if says_engine_is_dead(connection.status, buffer[head_end:]):
             self._drop_upstream()
-            self._fail(ENGINE_DEAD, Failure.ENGINE_DEAD)
+            self._fail(ENGINE_DEAD, AttemptFailure.ENGINE_DEAD)
             return
         self._count_first_byte(connection.status)
         head = buffer[:head_end].lower()
@@ -308,16 +308,16 @@ class Exchange:
         else:
             self._fail(reason)
 
-    def _fail(self, reason: str, failure: Failure = Failure.BROKEN) -> None:
+    def _fail(self, reason: str, failure: AttemptFailure = AttemptFailure.BROKEN) -> None:
         """The attempt failed: reports the engine, then retries, refuses, or breaks off the answer that has begun."""
         assert self._in_flight is not None
         context, target = self._context, self._in_flight.target
         now_s = context.clock()
         step = self.attempts.after_failure(target, failure, now_s)
-        if failure is Failure.ENGINE_FULL:
+        if failure is AttemptFailure.ENGINE_FULL:
             context.dispatcher.pause_full(target, now_s)
         else:
-            context.dispatcher.fail(target, now_s, dead=failure is Failure.ENGINE_DEAD)
+            context.dispatcher.fail(target, now_s, dead=failure is AttemptFailure.ENGINE_DEAD)
         if step is NextStep.BREAK_OFF:
             self._break_off(reason)
             return
@@ -326,16 +326,16 @@ class Exchange:
             context.stats.retry()
             self.begin()
         else:
-            self._refuse(Outcome.ENGINE_FAILED, reason)
+            self._refuse(RequestOutcome.ENGINE_FAILED, reason)
 
-    def _break_off(self, reason: str, outcome: Outcome = Outcome.ENGINE_FAILED) -> None:
+    def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
         if self._chunked and self.parsed.stream and ends_between_chunks(self._last):
             self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
         self._client.answered(keep_alive=False)
 
-    def _refuse(self, outcome: Outcome, message: str, *, retry_after_s: int | None = None) -> None:
+    def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
         keep_alive = self._keeps_alive
         answer = build_error(
             outcome, message, request_id=self.request.request_id, close=not keep_alive, retry_after_s=retry_after_s
@@ -347,15 +347,15 @@ class Exchange:
     def abandon(self) -> None:
         """The client is gone: the engine's connection is closed at once."""
         if not self._ended:
-            outcome = Outcome.CLIENT_GONE
+            outcome = RequestOutcome.CLIENT_GONE
             self._end(outcome.status, "the client closed the connection", refusal=outcome.label)
 
     def force_stop(self) -> None:
         """The gateway stops at once: a stream ends with an error event, an unanswered request with status 503."""
         if self.attempts.is_answering:
-            self._break_off(FORCED_STOP, Outcome.GATEWAY_ENDED)
+            self._break_off(FORCED_STOP, RequestOutcome.GATEWAY_ENDED)
         else:
-            self._refuse(Outcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
+            self._refuse(RequestOutcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
 
     def check(self, now_s: float, idle_timeout_s: float) -> None:
         """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`."""
@@ -368,7 +368,7 @@ class Exchange:
         if self.attempts.is_answering:
             self._break_off(reason)
         else:
-            self._refuse(Outcome.ENGINE_SILENT, reason)
+            self._refuse(RequestOutcome.ENGINE_SILENT, reason)
 
     # 5. Back-pressure, and the end.
 

@@ -26,7 +26,7 @@ from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.document import Document, PublishedExperts, shape_of
 from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
-from moe_agent.supervisor.supervisor import Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor
 
 # The placement of a hundred layers over a thousand slots takes half of it.
 _MAX_BODY_BYTES = 1024 * 1024
@@ -44,7 +44,7 @@ class AgentServer:
         self,
         config: AgentConfig,
         tokens: ControlTokens,
-        supervisor: Supervisor,
+        supervisor: EngineSupervisor,
         ranks: RankRecords,
         control: SettingsPublisher,
         experts: PublishedExperts | None,

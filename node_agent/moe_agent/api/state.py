@@ -4,11 +4,11 @@ from moe_contract.agent_state import AgentSettingsInForce, AgentState, EnginePro
 
 from moe_agent.shared_memory.control_record import Control
 from moe_agent.shared_memory.rank_record import RankState
-from moe_agent.supervisor.supervisor import Phase, Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor, Phase
 
 
 def build_state(
-    name: str, model: str, supervisor: Supervisor, control: Control, ranks: dict[int, RankState], now_s: float
+    name: str, model: str, supervisor: EngineSupervisor, control: Control, ranks: dict[int, RankState], now_s: float
 ) -> AgentState:
     """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
     ready = supervisor.phase is Phase.READY

@@ -47,7 +47,7 @@ class ProblemKind(StrEnum):
 
 
 @dataclass(slots=True, kw_only=True)
-class Decision:
+class DecisionEntry:
     """One line of the log of decisions.
 
     Attributes:
@@ -82,7 +82,7 @@ class Decision:
 
 
 @dataclass(slots=True)
-class Totals:
+class MoveTotals:
     """Sums since the engine started.
 
     Attributes:
@@ -112,7 +112,7 @@ class Trial:
         prolongable: times that it may still be prolonged.
     """
 
-    decision: Decision
+    decision: DecisionEntry
     before: Samples
     until: int
     judged: bool
@@ -133,8 +133,8 @@ class Bookkeeping:
     """
 
     def __init__(self) -> None:
-        self.rows: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
-        self.totals = Totals()
+        self.rows: deque[DecisionEntry] = deque(maxlen=KEPT_DECISIONS)
+        self.totals = MoveTotals()
         self.trial: Trial | None = None
         self.failures = 0
         self.regret: RegretBound | None = None
@@ -146,10 +146,10 @@ class Bookkeeping:
 
     # 1. Decisions.
 
-    def add(self, step: int, now_s: float, outcome: DecisionOutcome, reason: str, **fields: Any) -> Decision:
-        """Adds a decision made at `step`, `now_s` on the monotonic clock; `fields` are those of `Decision`."""
+    def add(self, step: int, now_s: float, outcome: DecisionOutcome, reason: str, **fields: Any) -> DecisionEntry:
+        """Adds a decision made at `step`, `now_s` on the monotonic clock; `fields` are those of `DecisionEntry`."""
         self._number += 1
-        decision = Decision(number=self._number, step=step, made_s=now_s, outcome=outcome, reason=reason, **fields)
+        decision = DecisionEntry(number=self._number, step=step, made_s=now_s, outcome=outcome, reason=reason, **fields)
         for older in self.rows:
             older.placement = None
         self.rows.appendleft(decision)

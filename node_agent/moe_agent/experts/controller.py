@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from moe_scheduling.expert.decision import Balance, ExpertMode, ExpertSettings
 
-from moe_agent.experts.bookkeeping import Bookkeeping, Decision, DecisionOutcome, ProblemKind, Trial, explain_loss
+from moe_agent.experts.bookkeeping import Bookkeeping, DecisionEntry, DecisionOutcome, ProblemKind, Trial, explain_loss
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape, PendingDirective
 from moe_agent.experts.load import (
     LoadWindow,
-    RankReport,
+    RankLoadReport,
     Slots,
     count_moves_by_layer,
     make_load,
@@ -139,7 +139,7 @@ class Controller:
         if self._move is None and self.settings.mode is not ExpertMode.OFF:
             self._times.add(step, tokens, most_tokens, step_s)
 
-    def gathered(self, reports: Sequence[RankReport]) -> None:
+    def gathered(self, reports: Sequence[RankLoadReport]) -> None:
         """Takes what all ranks report in the gather that the last `GATHER` round began."""
         gather, self._gather = self._gather, None
         assert gather is not None
@@ -324,7 +324,7 @@ class Controller:
         if acts:
             self._begin_move(result.placement, decision, own=True, judged=True)
 
-    def _log(self, outcome: DecisionOutcome, reason: str, **fields: Any) -> Decision:
+    def _log(self, outcome: DecisionOutcome, reason: str, **fields: Any) -> DecisionEntry:
         self.revision += 1
         return self.bookkeeping.add(self.step, self._now_s, outcome, reason, **fields)
 
@@ -355,7 +355,7 @@ class Controller:
         )
         self._begin_move(target, decision, own=own, judged=False)
 
-    def _begin_move(self, target: Slots, decision: Decision, *, own: bool, judged: bool) -> None:
+    def _begin_move(self, target: Slots, decision: DecisionEntry, *, own: bool, judged: bool) -> None:
         layers = changed_layers(self.placement, target)
         self.bookkeeping.trial = None
         self.bookkeeping.begin_gain(self.step, 0.0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_agent.experts.bookkeeping import Decision
+from moe_agent.experts.bookkeeping import DecisionEntry
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, replace_file
 from moe_agent.experts.load import Floats
@@ -67,7 +67,7 @@ def build_document(controller: Controller, now_s: float) -> Document:
     }
 
 
-def _decision(row: Decision, now_s: float) -> Document:
+def _decision(row: DecisionEntry, now_s: float) -> Document:
     shown: Document = {
         "number": row.number,
         "step": row.step,

@@ -25,7 +25,7 @@ _NO_COSTS = ExpertCosts(token_s=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankReport:
+class RankLoadReport:
     """What a rank reports in a gather.
 
     Attributes:

@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_agent.experts.bookkeeping import Decision
+from moe_agent.experts.bookkeeping import DecisionEntry
 from moe_agent.experts.step_times import Samples
 
 Slots = NDArray[np.int64]
@@ -110,7 +110,7 @@ class Relocation:
 
     target: Slots
     layers: deque[int]
-    decision: Decision
+    decision: DecisionEntry
     own: bool
     judged: bool
     before: Samples

@@ -41,7 +41,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class SupervisorRules:
     """Times of the supervisor that no resource sets.
 
     Attributes:
@@ -68,7 +68,7 @@ class Rules:
         return min(self.last_backoff_s, self.first_backoff_s * 2.0 ** min(failures - 1, 30))
 
 
-class Supervisor:
+class EngineSupervisor:
     """Runs one engine process: starts it, restarts it after a failure, and drains it on request.
 
     Args:
@@ -88,7 +88,7 @@ class Supervisor:
         command: Sequence[str],
         environment: Mapping[str, str],
         log_path: Path,
-        rules: Rules = Rules(),
+        rules: SupervisorRules = SupervisorRules(),
         *,
         headless: bool = False,
         on_restart: Callable[[], None] = lambda: None,

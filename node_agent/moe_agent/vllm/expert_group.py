@@ -34,7 +34,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from moe_agent.experts.coordinator import Coordinator, checksum
 from moe_agent.experts.directive import GroupShape, list_placement_errors
 from moe_agent.experts.document import experts_path
-from moe_agent.experts.load import RankReport, Slots
+from moe_agent.experts.load import RankLoadReport, Slots
 from moe_agent.experts.planning import Decider, MeasuredCosts
 from moe_agent.experts.step_times import WorkMeter
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
@@ -291,9 +291,9 @@ class ExpertGroup:
         if self._coordinator is not None:
             self._coordinator.controller.gathered([self._read_report(row.numpy()) for row in reports])
 
-    def _read_report(self, numbers: Slots) -> RankReport:
+    def _read_report(self, numbers: Slots) -> RankLoadReport:
         tokens = numbers[2:].reshape(self._shape.layers, self._shape.experts)
-        return RankReport(tokens=tokens, passes=int(numbers[1]), checksum=int(numbers[0]))
+        return RankLoadReport(tokens=tokens, passes=int(numbers[1]), checksum=int(numbers[0]))
 
     # 4. A move.
 

@@ -18,7 +18,7 @@ from moe_scheduling.signals import Target
 MAX_ATTEMPTS = 2
 
 
-class Failure(StrEnum):
+class AttemptFailure(StrEnum):
     """Why an attempt brought no whole answer.
 
     `UNREACHABLE`: no connection was made, so the engine has not seen the request. `BROKEN`: the connection ended early,
@@ -71,7 +71,7 @@ class RequestAttempts:
         """The request was written to the connection of an engine."""
         self._is_received = True
 
-    def failure_of_status(self, status: int, *, is_accepting: bool) -> Failure | None:
+    def failure_of_status(self, status: int, *, is_accepting: bool) -> AttemptFailure | None:
         """The failure that an HTTP status stands for; None when it is the answer for the client.
 
         An engine that is full or about to end answers 503, and 500 while it drains. With no attempt left, both are
@@ -84,14 +84,14 @@ class RequestAttempts:
         if self.count >= MAX_ATTEMPTS:
             return None
         if status == 503:
-            return Failure.ENGINE_FULL
-        return Failure.BROKEN if status == 500 and not is_accepting else None
+            return AttemptFailure.ENGINE_FULL
+        return AttemptFailure.BROKEN if status == 500 and not is_accepting else None
 
-    def after_failure(self, target: Target, failure: Failure, now_s: float) -> NextStep:
+    def after_failure(self, target: Target, failure: AttemptFailure, now_s: float) -> NextStep:
         """Counts the failure of an attempt at `target` and returns what to do with the request."""
         if self.is_answering:
             return NextStep.BREAK_OFF
-        if failure is Failure.UNREACHABLE and self.may_wait(now_s):
+        if failure is AttemptFailure.UNREACHABLE and self.may_wait(now_s):
             self.count -= 1
         if self.count >= MAX_ATTEMPTS:
             return NextStep.REFUSE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_scheduling.expert.placement import Flags, Ints, Singles, mark_hosts
-from moe_scheduling.expert.search_state import BLOCKED, SearchState, Step
+from moe_scheduling.expert.search_state import BLOCKED, PlacementChange, SearchState
 
 # Largest share, as part of a rank's mean, where replicas would take most of the moves.
 _FILLING = np.float32(0.8)
@@ -83,7 +83,7 @@ def spread_copies(state: SearchState, wanted: Ints) -> None:
     layers, slots, experts = (np.concatenate(parts) for parts in zip(*changes, strict=True))
     if len(layers):
         # A slot that changes twice gets its last value, as numpy assigns in order.
-        state.steps.append(Step(layers=layers, slots=slots, experts=experts))
+        state.steps.append(PlacementChange(layers=layers, slots=slots, experts=experts))
         state.refresh()
         state.record()
 

@@ -105,7 +105,7 @@ class ExpertCosts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class CostTerms:
     """Cost of a placement: seconds of one engine step over all layers.
 
     Attributes:
@@ -145,14 +145,14 @@ class Balance:
     internode_fraction: float
 
 
-def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> tuple[Terms, Balance]:
+def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> tuple[CostTerms, Balance]:
     """The cost of one engine step under a load, and the balance of the ranks.
 
     Raises:
         ValueError: the sources do not divide the ranks evenly.
     """
     ranks, arrivals = load_of_ranks(load, placement), _count_arrivals(load, placement)
-    terms = Terms(
+    terms = CostTerms(
         load_s=float(ranks.max(1).sum()) * costs.token_s,
         balanced_s=float(ranks.mean(1).sum()) * costs.token_s,
         traffic_s=arrivals.traffic_s(costs) / placement.ranks,

@@ -20,9 +20,9 @@ import numpy as np
 
 from moe_scheduling.expert.cost import (
     Balance,
+    CostTerms,
     ExpertCosts,
     ExpertLoad,
-    Terms,
     link_costs,
     score_placement,
     traffic_costs,
@@ -42,6 +42,7 @@ from moe_scheduling.settings import check_settings, setting
 
 __all__ = [
     "Balance",
+    "CostTerms",
     "ExpertCosts",
     "ExpertHistory",
     "ExpertLoad",
@@ -53,7 +54,6 @@ __all__ = [
     "RegretBound",
     "Stay",
     "StayReason",
-    "Terms",
     "add_steps",
     "count_moves",
     "initial_placement",
@@ -80,7 +80,7 @@ _MIN_WORTH_OF_WHOLE = 1e-5
 _MISS_WEIGHT = 0.5
 _HIT_WEIGHT = 0.2
 
-Score = tuple[Terms, Balance]
+Score = tuple[CostTerms, Balance]
 
 
 class ExpertMode(StrEnum):
@@ -198,8 +198,8 @@ class _Answer:
     stability: float
     balance_before: Balance
     balance_after: Balance
-    terms_before: Terms
-    terms_after: Terms
+    terms_before: CostTerms
+    terms_after: CostTerms
     history: ExpertHistory
 
 
@@ -465,7 +465,7 @@ def _common_fields(
     }
 
 
-def _reasons(option: _Option, before: Terms, gained_s: float, cost_s: float) -> tuple[str, ...]:
+def _reasons(option: _Option, before: CostTerms, gained_s: float, cost_s: float) -> tuple[str, ...]:
     after = option.score[0]
     names = (("load", "load_s"), ("traffic", "traffic_s"))
     pairs = [(name, getattr(before, field), getattr(after, field)) for name, field in names]

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_scheduling.expert.copies import spread_copies, wanted_copies
 from moe_scheduling.expert.placement import Flags, Floats, Ints, Placement, Singles
-from moe_scheduling.expert.search_state import BLOCKED, SearchState, Step, Swaps
+from moe_scheduling.expert.search_state import BLOCKED, PlacementChange, SearchState, Swaps
 
 # Part of the mean; a rank whose imbalance is below it is not changed.
 _EVEN_ENOUGH = np.float32(1e-4)
@@ -48,7 +48,7 @@ class Path:
         moves: [state, layer], experts that are on a rank that did not have them at the start.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlacementChange, ...]
     gain_s: Floats
     moves: Ints
 

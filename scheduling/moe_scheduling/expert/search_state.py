@@ -14,7 +14,7 @@ BLOCKED = np.float32(1e30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
+class PlacementChange:
     """One change of the placement: `slots[i]` of layer `layers[i]` gets the expert `experts[i]`."""
 
     layers: Ints
@@ -75,7 +75,7 @@ class SearchState:
     imbalance: Singles = field(init=False)
     total_traffic: Singles = field(init=False)
     moves: Ints = field(init=False)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[PlacementChange] = field(default_factory=list)
     peaks: list[Floats] = field(default_factory=list)
     counts: list[Ints] = field(default_factory=list)
 
@@ -150,5 +150,5 @@ class SearchState:
             now_in_place,
             now_traffic,
         )
-        self.steps.append(Step(layers=layer, slots=rank * places + place, experts=coming))
+        self.steps.append(PlacementChange(layers=layer, slots=rank * places + place, experts=coming))
         self.record()

@@ -42,7 +42,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engines:
+class FleetCapacity:
     """The engines before a decision.
 
     Attributes:
@@ -106,7 +106,7 @@ def observe_latency(
 
 
 def engines_for_latency(
-    latency: Latency, engines: Engines, history: LatencyHistory, tolerance: float, now_s: float
+    latency: Latency, engines: FleetCapacity, history: LatencyHistory, tolerance: float, now_s: float
 ) -> int | None:
     """Returns the number of engines that this latency asks for; None when the latency is unknown."""
     if latency.ratio is None:
@@ -124,7 +124,7 @@ def engines_for_latency(
 def learn_from_latency(
     history: LatencyHistory,
     latencies: Sequence[Latency],
-    engines: Engines,
+    engines: FleetCapacity,
     *,
     missed: bool,
     tolerance: float,
@@ -159,7 +159,7 @@ def _are_met(latencies: Sequence[Latency]) -> bool:
     return all(latency.ratio is not None and latency.ratio <= 1.0 for latency in latencies)
 
 
-def _settled(engines: Engines, history: LatencyHistory, now_s: float) -> bool:
+def _settled(engines: FleetCapacity, history: LatencyHistory, now_s: float) -> bool:
     return not engines.coming and now_s - history.since_s >= SETTLE_S
 
 
@@ -180,7 +180,7 @@ def _mark(history: LatencyHistory, latencies: Sequence[Latency], now_s: float) -
     return replace(history, marks=tuple(latencies), marked_s=now_s)
 
 
-def _fewer(engines: Engines, history: LatencyHistory, ratio: float) -> int:
+def _fewer(engines: FleetCapacity, history: LatencyHistory, ratio: float) -> int:
     """Returns the fewest engines that are known to serve the load, or one less on trial."""
     tokens_per_s = engines.tokens_per_s
     if tokens_per_s is None or engines.wanted <= 1:

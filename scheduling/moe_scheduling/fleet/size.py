@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moe_scheduling.fleet.latency import (
-    Engines,
+    FleetCapacity,
     Latency,
     LatencyHistory,
     engines_for_latency,
@@ -322,13 +322,13 @@ class _Decision:
             if metric in targets
         )
 
-    def _engines(self, tokens_per_s: float | None, history: LatencyHistory) -> Engines:
+    def _engines(self, tokens_per_s: float | None, history: LatencyHistory) -> FleetCapacity:
         """Returns the engines; missing ones count as coming until twice the time of a start has passed."""
         observation = self.observation
         seen_s = _plausible(observation.startup_s)
         startup_s = _STARTUP_S if seen_s is None else seen_s
         missing = observation.loading > 0 or observation.ready < observation.replicas
-        return Engines(
+        return FleetCapacity(
             wanted=observation.replicas,
             ready=observation.ready,
             coming=missing and self.now_s < history.since_s + 2.0 * startup_s,
@@ -431,7 +431,7 @@ def _metric_view(
     values: dict[Metric, float | None],
     target: float,
     asked: dict[str, int | None],
-    engines: Engines,
+    engines: FleetCapacity,
 ) -> MetricView:
     value = values[metric]
     if value is not None and metric in (Metric.KV_USAGE, Metric.TOKENS_PER_S):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 from moe_lab.serving import testbed
-from moe_lab.serving.measurement import Measured, Work
-from moe_lab.serving.stock import Program, Rival
+from moe_lab.serving.measurement import CpuUsage, ServingResult
+from moe_lab.serving.stock import Program, StockRouter
 from moe_operator.local.machine import find_free_ports
-from moe_tools.comparison import Pair, Policy, Sides
+from moe_tools.comparison import PiecePair, Policy, Sides
 
 from tests.tools.test_comparison import run_of
 
@@ -33,8 +33,8 @@ del sys.argv[1 : sys.argv.index("--port") + 1]
 SIDES = Sides(stock=Policy(label="stock", brief="stock vLLM"), ours=Policy(label="ours", brief="MoEServing"))
 
 
-RIVAL = Rival(program=Path("vllm-router"), policy="round_robin")
-DIRECTLY = Rival(program=None, policy="round_robin")
+RIVAL = StockRouter(program=Path("vllm-router"), policy="round_robin")
+DIRECTLY = StockRouter(program=None, policy="round_robin")
 
 
 def plan_of(manifest: Path) -> testbed.TestbedPlan:
@@ -55,12 +55,12 @@ def program(name: str, *, port: int | None = None, code: str = SERVER) -> Progra
     )
 
 
-def measured_of(*pairs: tuple[float, float], idle_s: float = 0.0) -> Measured:
-    return Measured(
-        pairs=tuple(Pair(stock=run_of(a, a), ours=run_of(b, b)) for a, b in pairs),
+def measured_of(*pairs: tuple[float, float], idle_s: float = 0.0) -> ServingResult:
+    return ServingResult(
+        pairs=tuple(PiecePair(stock=run_of(a, a), ours=run_of(b, b)) for a, b in pairs),
         rate=2.0,
         capacities=(2.2, 2.4),
-        work=(Work(label="stock", wall_s=10.0, busy_cpu_s=15.0, idle_cpu_s=idle_s),),
+        work=(CpuUsage(label="stock", wall_s=10.0, busy_cpu_s=15.0, idle_cpu_s=idle_s),),
     )
 
 

@@ -12,7 +12,7 @@ from moe_lab.serving import measurement
 from moe_lab.serving.knee import NoKnee, find_knee
 from moe_lab.serving.measurement import Side, measure
 from moe_lab.serving.report import build_document, describe, describe_goal, describe_slowdown, render
-from moe_tools.compare_command import Effort
+from moe_tools.compare_command import ComparisonEffort
 from moe_tools.comparison import compare_metrics
 from moe_tools.replay_command import Source
 from rich.console import Console
@@ -38,7 +38,7 @@ async def test_requests_go_to_the_side_whose_turn_it_is_and_both_are_watched(ser
     stock = Side(policy=SIDES.stock, url=server.url, processes=(1,))
     ours = Side(policy=SIDES.ours, url="http://127.0.0.1:9", processes=(2,))
     said: list[str] = []
-    effort = Effort(pairs=2, piece_s=0.1, rate=40.0)
+    effort = ComparisonEffort(pairs=2, piece_s=0.1, rate=40.0)
     found = await measure(stock, ours, server.url, Source(limit=40), effort, said.append)
     assert all(len(pair.stock.failed) == 0 and len(pair.ours.answered) == 0 for pair in found.pairs)
     assert [row.label for row in found.work] == ["stock", "ours", "ours", "stock"]
@@ -53,7 +53,7 @@ async def test_requests_go_to_the_side_whose_turn_it_is_and_both_are_watched(ser
 
 async def test_the_load_follows_from_the_capacity_of_stock(server):
     sides = [Side(policy=policy, url=server.url, processes=()) for policy in (SIDES.stock, SIDES.ours)]
-    effort = Effort(pairs=1, piece_s=0.2, load=0.5)
+    effort = ComparisonEffort(pairs=1, piece_s=0.2, load=0.5)
     server.first_token_s = 0.02
     found = await measure(*sides, server.url, Source(limit=200), effort, lambda _: None)
     assert found.rate == pytest.approx(found.capacities[0] * 0.5)
@@ -95,7 +95,7 @@ async def test_the_load_follows_from_the_knee_of_stock(server, monkeypatch):
 
     monkeypatch.setattr(measurement, "find_knee", find)
     sides = [Side(policy=policy, url=server.url, processes=()) for policy in (SIDES.stock, SIDES.ours)]
-    effort = Effort(pairs=1, piece_s=0.5, load=0.5, of_knee=True)
+    effort = ComparisonEffort(pairs=1, piece_s=0.5, load=0.5, of_knee=True)
     server.first_token_s = 0.02
     said: list[str] = []
     found = await measure(*sides, server.url, Source(limit=400), effort, said.append)
@@ -117,12 +117,14 @@ async def test_no_knee_is_named_where_requests_fail(server):
 
     server.misbehave = refuse
     with pytest.raises(NoKnee, match="no knee can be found: HTTP 503"):
-        await measure(*sides, server.url, Source(limit=40), Effort(piece_s=0.1, of_knee=True), lambda _: None)
+        await measure(*sides, server.url, Source(limit=40), ComparisonEffort(piece_s=0.1, of_knee=True), lambda _: None)
 
 
 async def test_no_prompt_is_sent_twice_by_what_is_measured_and_what_is_not(server):
     stock, ours = (Side(policy=policy, url=server.url, processes=()) for policy in (SIDES.stock, SIDES.ours))
-    await measure(stock, ours, server.url, Source(limit=40), Effort(pairs=2, piece_s=0.1, rate=40.0), lambda _: None)
+    await measure(
+        stock, ours, server.url, Source(limit=40), ComparisonEffort(pairs=2, piece_s=0.1, rate=40.0), lambda _: None
+    )
     prompts = [tuple(body["prompt"][:16]) for body in server.asked]
     warm = len(prompts) - 4 * 4
     assert len(set(prompts[warm:])) == 16
@@ -157,7 +159,7 @@ def test_table_lines_and_json_have_sides_versions_and_what_disturbs():
     lines = describe(measured, machine)
     assert "took 0.200 cores" in lines[1]
     assert len(lines) == 4
-    document = build_document(measured, SIDES, Source(), Effort(), machine, {"vllm-router": ("a", "b")})
+    document = build_document(measured, SIDES, Source(), ComparisonEffort(), machine, {"vllm-router": ("a", "b")})
     read = json.loads(json.dumps(document, default=str))
     assert read["policies"]["ours"]["label"] == "ours"
     assert len(read["pairs"]) == 2

@@ -8,7 +8,7 @@ import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_lab.serving.measurement import Side, measure
 from moe_lab.serving.processes import DoesNotServe, read_cpu_s, resume, running, suspend
-from moe_tools.compare_command import Effort
+from moe_tools.compare_command import ComparisonEffort
 from moe_tools.replay_command import Source
 
 from tests.lab.serving.stand_ins import (
@@ -49,7 +49,7 @@ async def test_a_measurement_that_fails_leaves_nobody_suspended(server, tmp_path
         stock = Side(policy=SIDES.stock, url=server.url, processes=tuple(processes))
         ours = Side(policy=SIDES.ours, url="no URL", processes=())
         with pytest.raises(InvalidInput, match="must look like"):
-            await measure(stock, ours, server.url, Source(limit=40), Effort(rate=40.0), lambda _: None)
+            await measure(stock, ours, server.url, Source(limit=40), ComparisonEffort(rate=40.0), lambda _: None)
         until(lambda: not is_stopped(psutil.Process(processes[0]).children()[0]))
 
 

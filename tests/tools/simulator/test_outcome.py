@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_tools.simulator.outcome import jain_index, measure, measure_tenants
 from moe_tools.simulator.workload import SimRequest
-from moe_tools.simulator.world import Totals
+from moe_tools.simulator.world import RunTotals
 
-TOTALS = Totals(now_s=100.0, steps=10, busy_s=50.0, preemptions=3)
+TOTALS = RunTotals(now_s=100.0, steps=10, busy_s=50.0, preemptions=3)
 
 
 def answered(index, ttft_s, *, prompt_tokens=10, output_tokens=11, tenant=0):

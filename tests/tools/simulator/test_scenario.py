@@ -9,7 +9,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_scheduling.request.order import RequestPolicy
 from moe_tools.simulator.rank import OURS, STOCK
 from moe_tools.simulator.scenario import build_simulation, load_scenario, parse_scenario
-from moe_tools.simulator.signals import SignalSource
+from moe_tools.simulator.signals import SignalKind
 
 SHIPPED = sorted((Path(__file__).parents[3] / "bench" / "scenarios").glob("*.yaml"))
 SMALLEST = {"cost": {"preset": "h100-qwen3-30b-a3b"}, "engines": {"ranks": 2}}
@@ -113,7 +113,7 @@ def test_signals_and_failures_are_in_seconds():
         "failures": [{"server": 0, "after": "2s", "startup": "1m"}],
     }
     simulation = build_simulation(parse_scenario(document, Path()))
-    assert simulation.signals.source is SignalSource.SCRAPE
+    assert simulation.signals.source is SignalKind.SCRAPE
     assert not simulation.signals.arrives("engine-0", 1.5)
     assert simulation.signals.arrives("engine-0", 0.5)
     assert simulation.failures[0].startup_s == 60.0

@@ -14,9 +14,9 @@ from moe_tools.simulator.costs import LinearCost
 from moe_tools.simulator.outcome import build_rows
 from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
 from moe_tools.simulator.rivals import RIVALS
-from moe_tools.simulator.signals import Loss, SignalPlan, SignalSource
+from moe_tools.simulator.signals import Loss, SignalKind, SignalPlan
 from moe_tools.simulator.simulation import Clients, Simulation, load_vllm, simulate
-from moe_tools.simulator.world import Failure
+from moe_tools.simulator.world import ServerFailure
 from moe_tools.traces import TraceRequest
 
 LINE = LinearCost(base_s=0.006, prefill_s=0.00004, decode_s=0.0001)
@@ -271,7 +271,7 @@ def test_a_full_hold_queue_refuses(maker):
 def test_an_engine_that_dies_breaks_streams_and_its_unanswered_go_elsewhere(maker):
     trace = short_trace(count=100, rate=60.0)
     outcome = simulate(
-        simulation(trace=trace, servers=2, failures=[Failure(server="engine-0", at_s=0.5, startup_s=0.5)]), maker
+        simulation(trace=trace, servers=2, failures=[ServerFailure(server="engine-0", at_s=0.5, startup_s=0.5)]), maker
     )
     assert {row.failure for row in outcome.requests} <= {"", "its engine failed"}
     moved = [row for row in outcome.requests if row.attempts == 2 and not row.failure]
@@ -296,8 +296,8 @@ def test_without_any_engine_requests_are_held_until_one_is_there(maker):
 @pytest.mark.parametrize(
     "signals",
     [
-        SignalPlan(source=SignalSource.NONE, period_s=1.0),
-        SignalPlan(source=SignalSource.SCRAPE, period_s=0.25),
+        SignalPlan(source=SignalKind.NONE, period_s=1.0),
+        SignalPlan(source=SignalKind.SCRAPE, period_s=0.25),
         SignalPlan(delay_s=1.0),
         SignalPlan(losses=[Loss(from_s=0.3)]),
     ],

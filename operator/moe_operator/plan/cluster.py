@@ -28,6 +28,8 @@ from moe_operator.plan.revision import Revision, at_revision, build_revision
 
 Object = dict[str, Any]
 STABLE, CANARY = "stable", "canary"
+# Kubernetes keeps such fields in 32 bits.
+MOST_SECONDS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +222,7 @@ def _build_engines(
                 **count,
                 "selector": {"matchLabels": names.labels("engine", revision)},
                 "strategy": rolling,
-                "progressDeadlineSeconds": 2
-                * template["spec"]["containers"][0]["startupProbe"]["failureThreshold"]
-                * 5,
+                "progressDeadlineSeconds": plan_progress_deadline_s(resource, template),
                 "template": template,
             },
         }
@@ -242,6 +242,15 @@ def _build_engines(
             },
         },
     }
+
+
+def plan_progress_deadline_s(resource: MoEServing, template: Object) -> int:
+    """Seconds after which an update of the engines counts as stuck: twice what a start may take.
+
+    A pod template may give the start more time than the resource does, or none at all.
+    """
+    start_s = max(pods.planned_startup_s(resource), pods.startup_s(template, "engine"))
+    return min(MOST_SECONDS, 2 * max(1, start_s))
 
 
 def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Object:

@@ -191,7 +191,7 @@ def test_all_that_is_lost_is_named() -> None:
         with_container(lifecycle=None, livenessProbe=None, readinessProbe=None, securityContext=None, resources=None),
         with_container(image=None, command=None, env=[{"name": "HOME", "value": "/x"}]),
         with_container(ports=[{"containerPort": 53}, {"containerPort": 53, "protocol": "UDP"}]),
-        with_container(volumeMounts=[{"mountPath": "/dev/infiniband", "name": "a"}, {"mountPath": "/etc/x", "name": "a"}]),
+        with_container(volumeMounts=[{"mountPath": "/dev/infiniband", "name": "a"}, {"mountPath": "/e", "name": "a"}]),
         {"spec": {"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}]}},
         {"spec": {"volumes": [{"name": "run", "emptyDir": {"sizeLimit": "1Gi"}}]}},
         {"spec": {"containers": [{"name": "a", "ports": [{"containerPort": 8000, "protocol": "UDP"}]}]}},

@@ -36,6 +36,7 @@ from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
+from moe_operator.plan.one_node import on_one_node
 from moe_operator.plan.own import check_cache_path, find_clashes
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
@@ -87,7 +88,8 @@ def build_engine_template(
             "volumes": _engine_volumes(resource, names),
         },
     }
-    return _merged(base, engine.pod_template, "spec.engine.podTemplate", _fields_of_variables(resource))
+    merged = _merged(base, engine.pod_template, "spec.engine.podTemplate", _fields_of_variables(resource))
+    return on_one_node(merged, names.labels("engine")) if resource.spec.model.keeps_one_node else merged
 
 
 def planned_startup_s(resource: MoEServing) -> int:

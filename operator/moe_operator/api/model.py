@@ -36,6 +36,13 @@ class AccessMode(StrEnum):
     READ_WRITE_ONCE = "ReadWriteOnce"
 
 
+class WhenDeleted(StrEnum):
+    """The fate of a claim when its resource is deleted, in the words of a StatefulSet."""
+
+    RETAIN = "Retain"
+    DELETE = "Delete"
+
+
 class Cache(Section):
     """Where downloads from the hub are kept. Absent: the hub's own default folder. Only with `hf://`."""
 
@@ -52,7 +59,13 @@ class Cache(Section):
     )
     access_mode: Annotated[AccessMode, IMMUTABLE] = Field(
         default=AccessMode.READ_WRITE_MANY,
-        description="Access mode of that claim; `ReadWriteOnce` keeps all engines on one node. It cannot change.",
+        description="Access mode of that claim, or of the one that `claim` names. `ReadWriteOnce`, which one node can "
+        "mount, puts all engines on one node (required pod affinity) and replaces them `inPlace`. It cannot change.",
+    )
+    when_deleted: WhenDeleted = Field(
+        default=WhenDeleted.RETAIN,
+        description="What happens to that claim when the resource is deleted. Another change never deletes it: without "
+        "`size` it is kept, with what it holds, until a person deletes it or the same resource asks for it again.",
     )
     claim: Name | None = Field(
         default=None, description="A PersistentVolumeClaim that exists already, instead. Only in a cluster."
@@ -115,6 +128,13 @@ class Model(Section):
             holds=lambda model: model.token_secret is None or model.uri.startswith("hf://"),
         ),
     )
+
+    @property
+    def keeps_one_node(self) -> bool:
+        """Whether the engines share a volume that one node alone can mount."""
+        cache = self.cache
+        has_volume = cache is not None and (cache.size is not None or cache.claim is not None)
+        return cache is not None and has_volume and cache.access_mode is AccessMode.READ_WRITE_ONCE
 
     @property
     def served_name(self) -> str:

@@ -3,27 +3,33 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from moe_operator.api.pod_template import METADATA_PARTS, find_problems
 from moe_operator.api.section import Section
+from moe_operator.api.units import CountOrPercent
 
 Count = Annotated[int, Strict()]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=1024)]
-TEMPLATE_PARTS = ("metadata", "spec")
-METADATA_PARTS = ("annotations", "labels")
 
 
 def _check_template(template: dict[str, Any]) -> dict[str, Any]:
-    for name in template:
-        if name not in TEMPLATE_PARTS:
-            raise ValueError(f"unknown field {name!r}; known: {', '.join(TEMPLATE_PARTS)}")
-    for name, part in template.items():
-        if not isinstance(part, dict):
-            raise ValueError(f"{name} must be a mapping")
-    if unknown := [name for name in template.get("metadata", {}) if name not in METADATA_PARTS]:
-        raise ValueError(f"unknown field {f'metadata.{unknown[0]}'!r}; known: {', '.join(METADATA_PARTS)}")
-    return template
+    """The template without parts that are null, which mean nothing.
+
+    Raises:
+        ValidationError: one row for each problem.
+    """
+    if problems := [*find_problems(template)]:
+        raise ValidationError.from_exception_data("podTemplate", [_details(*problem) for problem in problems])
+    return {name: part for name, part in template.items() if part is not None}
+
+
+def _details(place: tuple[str | int, ...], message: str) -> InitErrorDetails:
+    return InitErrorDetails(
+        type=PydanticCustomError("value_error", "{error}", {"error": message}), loc=place, input=None
+    )
 
 
 PodTemplate = Annotated[
@@ -103,9 +109,9 @@ class Canary(Section):
 class Disruption(Section):
     """What a drain of a node may take away at a time. Only in a cluster."""
 
-    max_unavailable: Annotated[str, Field(pattern=r"^([0-9]{1,3}|[0-9]{1,2}%|100%)$", max_length=4)] = Field(
+    max_unavailable: Annotated[str, CountOrPercent(3)] = Field(
         default="1",
-        description="Engines, and gateways, that may be away at a time: a number or a percentage, as a string.",
+        description="Engines, and gateways, that may be away at a time: a number or a percentage such as `25%`.",
     )
 
 

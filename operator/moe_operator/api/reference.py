@@ -75,7 +75,7 @@ def _amount(node: Schema) -> str:
     rules = node.get("x-kubernetes-validations", ())
     if "x-kubernetes-int-or-string" not in node and "duration(self)" not in str(rules):
         return ""
-    return str(rules[0]["message"]).removeprefix("a ").removesuffix(" is needed")
+    return str(rules[0]["message"]).removeprefix("a ").removesuffix(" is needed").removesuffix(",")
 
 
 def _range(node: Schema) -> str:

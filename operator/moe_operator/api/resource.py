@@ -42,6 +42,14 @@ class Spec(Section):
             cel="self.scheduling.expert.redundantExperts == 0 || self.engine.parallelism.expert",
             holds=lambda spec: spec.scheduling.expert.redundant_experts == 0 or spec.engine.parallelism.expert,
         ),
+        Rule(
+            field="model.cache.accessMode",
+            message="a replica of several nodes needs a cache that all of them can mount: ReadWriteMany",
+            cel="self.engine.parallelism.nodes == 1 || !has(self.model.cache) || "
+            "self.model.cache.accessMode == 'ReadWriteMany' || "
+            "!has(self.model.cache.size) && !has(self.model.cache.claim)",
+            holds=lambda spec: spec.engine.parallelism.nodes == 1 or not spec.model.keeps_one_node,
+        ),
     )
 
 

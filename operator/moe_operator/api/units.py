@@ -173,3 +173,43 @@ class QuantityBetween:
     @property
     def _needed(self) -> str:
         return f"a quantity from {self.minimum} to {self.maximum} is needed"
+
+
+@dataclass(frozen=True, slots=True)
+class CountOrPercent:
+    """Marks a text as a count or a percentage of all, such as `1` or `25%`; a count may stand without quotes.
+
+    Attributes:
+        digits: the most digits of a count.
+    """
+
+    digits: int
+
+    def check(self, value: object) -> str:
+        """The text as it was given."""
+        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(text, str) or not re.fullmatch(self._pattern, text):
+            raise _error(self._needed, value)
+        return text
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "maxLength": MAX_TEXT,
+            "pattern": self._pattern,
+            "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [
+                {"rule": f"string(self).matches('{self._pattern}')", "message": self._needed},
+            ],
+        }
+
+    @property
+    def _pattern(self) -> str:
+        return f"^([0-9]{{1,{self.digits}}}|[0-9]{{1,2}}%|100%)$"
+
+    @property
+    def _needed(self) -> str:
+        return f"a number of at most {self.digits} digits, or a percentage such as 25%, is needed"

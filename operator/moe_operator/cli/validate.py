@@ -13,6 +13,7 @@ from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import load_resource
 from moe_operator.api.crd import render_crd
+from moe_operator.plan import Defaults, Observed, plan_cluster
 
 INVALID = 2
 
@@ -20,9 +21,12 @@ File = Annotated[Path, typer.Option("--file", "-f", help="YAML file of a MoEServ
 
 
 def validate(file: File) -> None:
-    """Check a file: status 0 when it is valid, 2 with one line per error when not."""
+    """Check a file: status 0 when it is valid, 2 with one line per error when not.
+
+    What only a plan for a cluster shows is checked too, such as a volume that clashes with one of the operator's own.
+    """
     with input_errors_shown():
-        load_resource(file)
+        plan_cluster(load_resource(file), "default", Observed(tokens=("",)), Defaults())
     typer.echo(f"{one_line(str(file))}: valid")
 
 

@@ -1,30 +1,34 @@
 """Brings a resource's children to what the plan says: applies what differs, deletes what is no longer planned.
 
-A plan is refused as a whole where that is known beforehand: a dry run of the workloads, whose pod templates users write
-in part, and of claims, which cannot shrink, precedes every change.
+A change of the pods is refused as a whole where that is known beforehand: a dry run of the workloads, whose pod
+templates users write in part, and of claims, which cannot shrink, precedes every change. What is refused keeps back
+only what belongs to it: claims, the settings with the revision, and workloads that would start other pods.
+
+Claims hold what was downloaded, and outlive the plan: one that is no longer planned is let go of, not deleted.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_contract.api_server import BAD_REQUEST, CONFLICT, FORBIDDEN, UNPROCESSABLE, ApiError, Kind
+from moe_contract.api_server import NOT_FOUND, ApiError, Kind
 
+from moe_operator.api.model import WhenDeleted
 from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.difference import needs_apply, was_applied, with_digest
-from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, DEPLOYMENT, LEADER_WORKER_SET, kind_of
+from moe_operator.kubernetes.difference import is_covered, needs_apply, was_applied, with_digest
+from moe_operator.kubernetes.failure import AWAY, TERSE
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.plan.names import MANAGED_BY, MANAGER
+from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER
+from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
-_REFUSALS = {BAD_REQUEST, FORBIDDEN, CONFLICT, UNPROCESSABLE}
-# An error of the server by its number, and none that goes away by itself: no address or port is left for a Service.
-_EXHAUSTED = "failed to allocate"
-_TERSE = 500
+# What belongs to a revision of the pods, and is applied with it or not at all.
+_OF_A_REVISION = (*_TRIED, CONFIG_MAP)
 
 log = logging.getLogger("moeserving.operator")
 
@@ -50,15 +54,16 @@ class Children:
     Args:
         api: for every change.
         store: the objects as they were last seen; gets the answers to changes.
+        say_kept: called with the name of a claim that outlives its plan.
     """
 
-    def __init__(self, api: Api, store: Store) -> None:
-        self._api, self._store = api, store
+    def __init__(self, api: Api, store: Store, say_kept: Callable[[Key, str], Awaitable[None]]) -> None:
+        self._api, self._store, self._say_kept = api, store, say_kept
         # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
         self._in_other_words: dict[str, tuple[Any, ...]] = {}
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
-        """Applies the objects that differ, in order; returns the result, without a change when one is refused."""
+        """Applies the objects that differ, in order, but for those that are refused or belong to what is."""
         result = Applied()
         changed = [
             wanted
@@ -67,15 +72,32 @@ class Children:
         ]
         if result.waiting:
             return result
-        foreign = [wanted for wanted in changed if await self._is_foreign(key, wanted)]
-        result.refused += map(_foreign, foreign)
-        if not result.refused:
-            result.refused += await self._try(changed)
+        for wanted in changed:
+            await self._note_foreign(key, wanted, result)
         if result.refused:
             return result
+        refused = await self._try(changed)
+        result.refused += [text for _, text in refused]
+        held = self._find_held(key, changed, [wanted for wanted, _ in refused])
         for wanted in changed:
-            await self._apply(wanted, result)
+            if not any(wanted is other for other in held):
+                await self._apply(wanted, result)
         return result
+
+    def _find_held(self, key: Key, changed: list[Document], refused: list[Document]) -> list[Document]:
+        """What is not applied: the refused, and with a change of pods or claims all that belongs to it."""
+        if all(self._is_scaling(key, wanted) for wanted in refused):
+            return refused
+        of_revision = [wanted for wanted in changed if kind_of(wanted) in _OF_A_REVISION]
+        return [wanted for wanted in of_revision if wanted in refused or not self._is_scaling(key, wanted)]
+
+    def _is_scaling(self, key: Key, wanted: Document) -> bool:
+        """Whether a workload differs from what runs in its number alone, so that no pod would be another."""
+        live = self._store.get(key, kind_of(wanted), wanted["metadata"]["name"])
+        if live is None or kind_of(wanted) not in WORKLOADS:
+            return False
+        spec = {name: value for name, value in wanted["spec"].items() if name != "replicas"}
+        return is_covered(spec, live.get("spec", {}))
 
     def _find_changed(
         self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str, result: Applied
@@ -87,9 +109,12 @@ class Children:
                 result.missing.append(kind.name)
                 continue
             live = self._store.get(key, kind, wanted["metadata"]["name"])
-            if live is not None and not _is_owned(live, owner) and not _is_child(live):
+            is_kept = live is not None and _is_kept(live)
+            if live is not None and not is_kept and not _is_owned(live, owner) and not _is_child(live):
                 result.refused.append(_foreign(wanted))
-            elif live is not None and ("deletionTimestamp" in live["metadata"] or not _is_owned(live, owner)):
+            elif live is not None and (
+                "deletionTimestamp" in live["metadata"] or not (is_kept or _is_owned(live, owner))
+            ):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
             elif needs_apply(wanted, live):
@@ -117,18 +142,23 @@ class Children:
         self._in_other_words[uid] = mark
         return True
 
-    async def _is_foreign(self, key: Key, wanted: Document) -> bool:
-        """Whether an object of this name exists that the operator does not manage."""
+    async def _note_foreign(self, key: Key, wanted: Document, result: Applied) -> None:
+        """Adds a refusal where an object of this name exists that the operator does not manage."""
         kind, metadata = kind_of(wanted), wanted["metadata"]
         if self._store.get(key, kind, metadata["name"]) is not None:
-            return False
-        live = await self._api.get(kind, metadata["namespace"], metadata["name"])
-        if live is None:
-            return False
-        labels = live["metadata"].get("labels", {})
-        return bool(labels.get(MANAGED_BY) != MANAGER or not _is_owned(live, metadata["ownerReferences"][0]["uid"]))
+            return
+        try:
+            live = await self._api.get(kind, metadata["namespace"], metadata["name"])
+        except ApiError as error:
+            result.refused.append(_refusal(wanted, error))
+            return
+        labels = {} if live is None else live["metadata"].get("labels", {})
+        owners = [row["uid"] for row in metadata.get("ownerReferences", ())]
+        is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
+        if live is not None and not (is_ours and (_is_kept(live) or any(_is_owned(live, uid) for uid in owners))):
+            result.refused.append(_foreign(wanted))
 
-    async def _try(self, changed: Iterable[Document]) -> list[str]:
+    async def _try(self, changed: Iterable[Document]) -> list[tuple[Document, str]]:
         refused = []
         for wanted in changed:
             kind = kind_of(wanted)
@@ -136,7 +166,7 @@ class Children:
                 try:
                     await self._api.apply(kind, wanted, dry_run=True)
                 except ApiError as error:
-                    refused.append(_refusal(wanted, error))
+                    refused.append((wanted, _refusal(wanted, error)))
         return refused
 
     async def _apply(self, wanted: Document, result: Applied) -> None:
@@ -149,16 +179,53 @@ class Children:
             log.info("applied %s", _title(wanted))
 
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
-        """Deletes the children that the plan lacks; returns whether there was any."""
-        planned = {(kind_of(entry), entry["metadata"]["name"]) for entry in objects}
-        found = False
+        """Deletes the children that the plan lacks and does not refer to; returns whether there was any.
+
+        Of a claim it lets go instead, unless the resource ends and says that its claim ends with it.
+        """
+        objects = [*objects]
+        planned = {(kind_of(entry).name, entry["metadata"]["name"]) for entry in objects}
+        needed = planned | find_references(objects)
+        found, errors = False, []
         for kind, live in self._store.children(key, CHILDREN):
-            name = live["metadata"]["name"]
-            if _is_child(live) and ((kind, name) not in planned or not _is_owned(live, owner)):
-                found = True
-                if "deletionTimestamp" not in live["metadata"]:
-                    await self.delete(kind, live)
+            place = kind.name, live["metadata"]["name"]
+            is_old = not _is_owned(live, owner)
+            if place in planned and not (is_old and _is_child(live)):
+                continue
+            try:
+                if kind == CLAIM and not self._ends_with_claim(key):
+                    await self._let_go(key, live)
+                elif _is_child(live) and (is_old or place not in needed):
+                    found = True
+                    if "deletionTimestamp" not in live["metadata"]:
+                        await self.delete(kind, live)
+            except ApiError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return found
+
+    def _ends_with_claim(self, key: Key) -> bool:
+        document = self._store.serving(key) or {"metadata": {}}
+        cache = document.get("spec", {}).get("model", {}).get("cache") or {}
+        return "deletionTimestamp" in document["metadata"] and cache.get("whenDeleted") == WhenDeleted.DELETE
+
+    async def _let_go(self, key: Key, live: Document) -> None:
+        """Takes a claim out of the ownership of its resource and says so, once."""
+        metadata = live["metadata"]
+        if KEPT in metadata.get("annotations", {}) and not _is_child(live):
+            return
+        owners = [row for row in metadata.get("ownerReferences", ()) if row.get("kind") != KIND]
+        patch = {"metadata": {"ownerReferences": owners, "annotations": {KEPT: "true"}}}
+        try:
+            self._store.put(CLAIM, await self._api.merge(CLAIM, key.namespace, metadata["name"], patch))
+        except ApiError as error:
+            if error.status != NOT_FOUND:
+                raise
+            self._store.remove(CLAIM, live)
+        else:
+            log.info("keeping %s", _title(live))
+            await self._say_kept(key, metadata["name"])
 
     async def delete(self, kind: Kind, live: Document) -> None:
         """Deletes one object of a resource and forgets it, unless a finalizer delays its end."""
@@ -178,6 +245,12 @@ def _is_child(live: Mapping[str, Any]) -> bool:
     return any(entry.get("kind") == KIND for entry in live["metadata"].get("ownerReferences", ()))
 
 
+def _is_kept(live: Mapping[str, Any]) -> bool:
+    """Whether it is a claim that the operator made and no resource owns: it waits for one of its name."""
+    labels = live["metadata"].get("labels", {})
+    return live.get("kind") == CLAIM.name and labels.get(MANAGED_BY) == MANAGER and not _is_child(live)
+
+
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     """An object without its status and without metadata of the API server and of others."""
     metadata = document["metadata"]
@@ -186,7 +259,8 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _foreign(wanted: Document) -> str:
-    return f"{_title(wanted)} exists and is not this resource's own"
+    advice = "; to use it, set spec.model.cache.claim" if wanted["kind"] == CLAIM.name else ""
+    return f"{_title(wanted)} exists and is not this resource's own{advice}"
 
 
 def _title(document: Document) -> str:
@@ -194,6 +268,7 @@ def _title(document: Document) -> str:
 
 
 def _refusal(document: Document, error: ApiError) -> str:
-    if error.status not in _REFUSALS and _EXHAUSTED not in error.message:
+    """The API server's words about an object; raises the error again when the API server is away."""
+    if error.status in AWAY:
         raise error
-    return f"{_title(document)}: {error.message[:_TERSE]}"
+    return f"{_title(document)}: {error.message[:TERSE]}"

@@ -12,6 +12,9 @@ from moe_operator.kubernetes.diagnosis import Finding
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
 LIMITED = "AutoscalingLimited"
+FAILED = "ReconcileError"
+# Characters of a message; the API server takes 32,768.
+MOST = 8000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class ConditionInputs:
     Attributes:
         invalid: why the resource cannot be planned; empty when it can.
         refused: what the API server refused; empty when nothing.
+        failed: what kept the pass from doing all that it should; empty when nothing.
         paused: the operator leaves everything as it is.
         desired: engines that should exist.
         engines: engines that exist.
@@ -36,6 +40,7 @@ class ConditionInputs:
 
     invalid: str = ""
     refused: str = ""
+    failed: str = ""
     paused: bool = False
     desired: int = 0
     engines: int = 0
@@ -87,10 +92,11 @@ def _ready(inputs: ConditionInputs) -> Verdict:
 
 
 def _progressing(inputs: ConditionInputs) -> Verdict:
-    if inputs.paused:
-        return FALSE, "Paused", "spec.paused is set"
-    if inputs.invalid:
-        return FALSE, "InvalidSpec", "nothing is changed until the resource is valid"
+    if inputs.paused or inputs.invalid:
+        message = "spec.paused is set" if inputs.paused else "nothing is changed until the resource is valid"
+        return FALSE, "Paused" if inputs.paused else "InvalidSpec", message
+    if inputs.failed or inputs.refused:
+        return FALSE, FAILED if inputs.failed else "Refused", "not all that is planned was made; it is tried again"
     if inputs.rolling:
         return TRUE, "Updating", "; ".join(inputs.rolling)
     if inputs.ready < inputs.desired:
@@ -107,8 +113,10 @@ def _degraded(inputs: ConditionInputs) -> Verdict:
             "(lws.sigs.k8s.io) or set spec.engine.parallelism.nodes to 1"
         )
         return TRUE, f"{inputs.missing_kind}Missing", message
+    if inputs.failed:
+        return TRUE, FAILED, "; ".join(filter(None, (inputs.failed, inputs.refused)))[:MOST]
     if inputs.refused:
-        return TRUE, "Refused", inputs.refused
+        return TRUE, "Refused", inputs.refused[:MOST]
     if inputs.findings:
         more = f"; also: {', '.join(finding.reason for finding in inputs.findings[1:])}" if inputs.findings[1:] else ""
         return TRUE, inputs.findings[0].reason, inputs.findings[0].message + more

@@ -16,7 +16,8 @@ import kopf
 from moe_contract.api_server import ApiError, ApiServer
 from moe_contract.list_watch import Times
 
-from moe_operator.kubernetes.api import Api, NotLeading
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.failure import is_expected
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
 from moe_operator.kubernetes.metrics import Metrics
@@ -242,7 +243,7 @@ class Operator:
             except Exception as error:
                 # An error of one resource stops none of the others.
                 delay_s = self._queue.failed(key)
-                expected = isinstance(error, ApiError | OSError | TimeoutError | NotLeading)
+                expected = is_expected(error)
                 log.log(
                     logging.WARNING if expected else logging.ERROR,
                     "%s: %r; again in %.1f s",

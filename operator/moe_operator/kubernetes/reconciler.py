@@ -6,8 +6,7 @@ next one goes on from there. A pass over what is as it should be writes nothing.
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -22,9 +21,10 @@ from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
+from moe_operator.autoscale.autoscaler import Outcome
 from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
-from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.api import Api, NotLeading
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import (
     ConditionInputs,
@@ -34,6 +34,8 @@ from moe_operator.kubernetes.conditions import (
     read_conditions,
 )
 from moe_operator.kubernetes.diagnosis import find_problems
+from moe_operator.kubernetes.events import build_event
+from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
@@ -41,6 +43,7 @@ from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
+from moe_operator.plan.cluster import plan_replicas
 from moe_operator.plan.names import COMPONENT, GROUP, Names
 
 Document = dict[str, Any]
@@ -86,16 +89,29 @@ class Reconciler:
         kinds: Callable[[], frozenset[Kind]],
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
-        self._children = Children(api, store)
+        self._children = Children(api, store, self._say_kept)
         self._sources = Sources(session)
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
-        """One pass; the time after which the next is wanted, None when only a change calls for one."""
+        """One pass; the time after which the next is wanted, None when only a change calls for one.
+
+        Raises:
+            Exception: the pass failed, and the status says so unless the API server is away; it is to be tried again.
+        """
         document = self._store.serving(key)
         if document is None:
             self._sources.forget(key)
             return None
+        try:
+            return await self._pass(key, document)
+        except (NotLeading, PassFailed):
+            raise
+        except Exception as error:
+            await self._report_failure(key, describe(error), States(), {})
+            raise
+
+    async def _pass(self, key: Key, document: Document) -> float | None:
         if "deletionTimestamp" in document["metadata"]:
             return await self._end(key, document)
         try:
@@ -108,11 +124,23 @@ class Reconciler:
         return await self._make_real(key, document, resource)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
+        parts = Parts()
         pods = self._store.of(key, POD)
         peers = find_peers(pods)
-        states, experts = await self._ask(peers, resource)
+        states, experts = await parts.run("asking engines and gateways", self._ask(peers, resource), (States(), {}))
         now = datetime.now(UTC)
-        observed = read_observed(self._store, key, document, resource, self._kinds(), now)
+        try:
+            observed = read_observed(self._store, key, document, resource, self._kinds(), now)
+            as_it_is = Outcome(replicas=plan_replicas(resource, observed), reason="failed", limited=None)
+            deciding = self._sources.decide(key, resource, observed, pods, states)
+            outcome = await parts.run("autoscaling", deciding, as_it_is)
+            plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
+        except InvalidInput as error:
+            return await self._report_invalid(key, document, str(error))
+        except Exception as error:
+            log.exception("%s: planning failed", key)
+            await self._report_failure(key, f"planning: {describe(error)}", states, experts)
+            raise PassFailed(f"planning: {describe(error)}") from error
         current = Pass(
             key=key,
             document=document,
@@ -122,19 +150,27 @@ class Reconciler:
             states=states,
             experts=experts,
         )
-        outcome = await self._sources.decide(key, resource, observed, pods, states)
-        try:
-            plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
-        except InvalidInput as error:
-            return await self._report_invalid(key, document, str(error))
-        await mark_victims(self._api, self._store, key, plan, pods, states)
-        uid = document["metadata"]["uid"]
-        applied = await self._children.apply(key, plan.objects, self._kinds(), uid)
-        if not applied.refused:
-            applied.waiting |= await self._children.prune(key, plan.objects, uid)
-        late = await self._push_settings(plan, peers, current)
-        status_after_s = await self._report(current, plan, applied, outcome.limited)
+        applied, late = await self._carry_out(current, plan, peers, parts)
+        status_after_s = await self._report(current, plan, applied, outcome.limited, parts.problems)
+        if parts.problems:
+            raise PassFailed("; ".join(parts.problems))
         return self._next_s(current, applied, late, status_after_s)
+
+    async def _carry_out(
+        self, current: Pass, plan: ClusterPlan, peers: list[Peer], parts: Parts
+    ) -> tuple[Applied, bool]:
+        """Makes the plan real, each part whatever becomes of the others; whether a peer is late with its settings."""
+        key, uid = current.key, current.document["metadata"]["uid"]
+        victims = mark_victims(self._api, self._store, key, plan, current.pods, current.states)
+        await parts.run("marking engines that may go", victims, None)
+        applied = await parts.run(
+            "applying objects", self._children.apply(key, plan.objects, self._kinds(), uid), Applied()
+        )
+        if not applied.refused and not parts.problems:
+            pruned = await parts.run("deleting objects", self._children.prune(key, plan.objects, uid), True)
+            applied.waiting |= pruned
+        late = await parts.run("giving settings", self._push_settings(plan, peers, current), True)
+        return applied, late
 
     async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
         """What agents and gateways say of themselves, and engines of their experts where they have a group."""
@@ -169,11 +205,17 @@ class Reconciler:
         return any(answers)
 
     async def _report(
-        self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None
+        self,
+        current: Pass,
+        plan: ClusterPlan,
+        applied: Applied,
+        limited: tuple[str, str] | None,
+        problems: Sequence[str],
     ) -> float:
         names = Names(current.key.name)
         inputs = ConditionInputs(
             refused="; ".join(applied.refused),
+            failed=_failed(problems),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
             rolling=tuple(_rolling(self._store, current.key)),
@@ -190,6 +232,30 @@ class Reconciler:
         inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
         await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
         return None
+
+    async def _report_failure(
+        self, key: Key, problem: str, states: States, experts: Mapping[str, ExpertsState]
+    ) -> None:
+        """Says in the status that a pass failed; where that cannot be written either, the log has both."""
+        document = self._store.serving(key)
+        if document is None:
+            return
+        try:
+            inputs = ConditionInputs(failed=_failed([problem]), desired=self._live_replicas(key))
+            await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), states, experts)
+        except NotLeading:
+            raise
+        except Exception as error:
+            log.warning("%s: the status does not say that a pass failed: %r", key, error)
+
+    async def _say_kept(self, key: Key, claim: str) -> None:
+        """Posts an event about a claim that outlives what it was made for."""
+        document = self._store.serving(key)
+        if document is not None:
+            message = f"PersistentVolumeClaim {claim} is kept; when what it holds is of no more use: " + (
+                f"kubectl delete pvc {claim} -n {key.namespace}"
+            )
+            await self._api.create(EVENT, build_event(document, "ClaimKept", message, "Normal"))
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
@@ -232,28 +298,9 @@ class Reconciler:
         return SOON_S if inputs.rolling or inputs.ready < inputs.desired or inputs.findings else STEADY_S
 
     async def _post_event(self, document: Document, condition: Condition) -> None:
-        metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         message = condition.message or f"{condition.status.value} ({condition.reason})"
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{metadata['name']}.{secrets.token_hex(8)}", "namespace": metadata["namespace"]},
-            "involvedObject": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": metadata["name"],
-                "namespace": metadata["namespace"],
-                "uid": metadata["uid"],
-            },
-            "reason": condition.reason,
-            "message": f"{condition.type}: {message}"[:1000],
-            "type": "Warning" if is_bad(condition) else "Normal",
-            "source": {"component": "moeserving-operator"},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
-        await self._api.create(EVENT, event)
+        kind = "Warning" if is_bad(condition) else "Normal"
+        await self._api.create(EVENT, build_event(document, condition.reason, f"{condition.type}: {message}", kind))
 
     def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
         autoscaling = current.resource.spec.autoscaling
@@ -290,6 +337,10 @@ class Reconciler:
             ours = live["metadata"].get("labels", {}).get(COMPONENT) == component
             if ours and "deletionTimestamp" not in live["metadata"]:
                 await self._children.delete(kind, live)
+
+
+def _failed(problems: Sequence[str]) -> str:
+    return f"{'; '.join(problems)} ({SEE_LOG})" if problems else ""
 
 
 def _own(document: Document, finalizers: list[str] | None) -> Document:

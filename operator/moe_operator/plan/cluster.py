@@ -15,6 +15,7 @@ from moe_contract.gateway_config import Group
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.model import WhenDeleted
 from moe_operator.api.pods import Update
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.scheduling import engine_settings, request_settings
@@ -28,6 +29,8 @@ from moe_operator.plan.revision import Revision, at_revision, build_revision
 
 Object = dict[str, Any]
 STABLE, CANARY = "stable", "canary"
+# Kubernetes keeps such fields in 32 bits.
+MOST_SECONDS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +211,9 @@ def _build_engines(
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
     metadata = {"name": name, "labels": names.labels("engine", revision)}
     count = {} if observed.externally_managed_replicas and revision == STABLE else {"replicas": replicas}
-    surge, away = (1, 0) if resource.spec.engine.update is Update.SURGE else (0, 1)
+    # A new engine beside the old ones would have to find room on their one node.
+    can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
+    surge, away = (1, 0) if can_surge else (0, 1)
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": away}}
     nodes = resource.spec.engine.parallelism.nodes
     if nodes == 1:
@@ -220,9 +225,7 @@ def _build_engines(
                 **count,
                 "selector": {"matchLabels": names.labels("engine", revision)},
                 "strategy": rolling,
-                "progressDeadlineSeconds": 2
-                * template["spec"]["containers"][0]["startupProbe"]["failureThreshold"]
-                * 5,
+                "progressDeadlineSeconds": plan_progress_deadline_s(resource, template),
                 "template": template,
             },
         }
@@ -242,6 +245,15 @@ def _build_engines(
             },
         },
     }
+
+
+def plan_progress_deadline_s(resource: MoEServing, template: Object) -> int:
+    """Seconds after which an update of the engines counts as stuck: twice what a start may take.
+
+    A pod template may give the start more time than the resource does, or none at all.
+    """
+    start_s = max(pods.planned_startup_s(resource), pods.startup_s(template, "engine"))
+    return min(MOST_SECONDS, 2 * max(1, start_s))
 
 
 def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
@@ -269,8 +281,15 @@ def _finish(entry: Object, resource: MoEServing, names: Names, namespace: str, o
         "controller": True,
         "blockOwnerDeletion": True,
     }
-    owners = {"ownerReferences": [owner]} if observed.uid else {}
+    # A claim without an owner outlives its resource.
+    is_owned = entry["kind"] != "PersistentVolumeClaim" or _ends_with_claim(resource)
+    owners = {"ownerReferences": [owner]} if observed.uid and is_owned else {}
     return {**entry, "metadata": {**metadata, "namespace": namespace, "labels": labels, **owners}}
+
+
+def _ends_with_claim(resource: MoEServing) -> bool:
+    cache = resource.spec.model.cache
+    return cache is not None and cache.when_deleted is WhenDeleted.DELETE
 
 
 __all__ = ["CANARY", "STABLE", "ClusterPlan", "Defaults", "Observed", "plan_cluster", "plan_replicas"]

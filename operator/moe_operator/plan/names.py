@@ -13,6 +13,8 @@ MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
 CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
+# On a claim that the operator made and no resource uses any more.
+KEPT = f"{GROUP}/kept"
 ROTATE = f"{GROUP}/rotate-token"
 ROTATED_AT = f"{GROUP}/rotated-at"
 MANAGED_BY = "app.kubernetes.io/managed-by"

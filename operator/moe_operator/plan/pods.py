@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moe_contract.engine_process import (
     gateway_grace_s,
 )
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
+from moe_contract.input_errors import InvalidInput
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 
@@ -34,12 +36,16 @@ from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
+from moe_operator.plan.one_node import on_one_node
+from moe_operator.plan.own import check_cache_path, find_clashes
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
 RUN_DIR = "/run/moeserving"
 MODELS_DIR = "/var/lib/moeserving/models"
 
 STARTUP_PERIOD_S = 5
+# Of Kubernetes, for a probe that does not say.
+PROBE_PERIOD_S, PROBE_FAILURES = 10, 3
 NON_ROOT = 65532
 
 
@@ -68,6 +74,7 @@ def build_engine_template(
     """The template of one engine's pods; with several nodes leader and workers have the same."""
     engine = resource.spec.engine
     labels = names.labels("engine", revision)
+    _check_cache(resource)
     base = {
         "metadata": {
             "labels": labels,
@@ -81,7 +88,23 @@ def build_engine_template(
             "volumes": _engine_volumes(resource, names),
         },
     }
-    return _merged(base, engine.pod_template)
+    merged = _merged(base, engine.pod_template, "spec.engine.podTemplate", _fields_of_variables(resource))
+    return on_one_node(merged, names.labels("engine")) if resource.spec.model.keeps_one_node else merged
+
+
+def planned_startup_s(resource: MoEServing) -> int:
+    """Longest time (seconds) that the operator's own startup probe gives an engine."""
+    return _startup_tries(resource) * STARTUP_PERIOD_S
+
+
+def startup_s(template: Mapping[str, Any], container: str) -> int:
+    """Longest time (seconds) that the startup probe of a container gives it; 0 without one."""
+    found = next(row for row in template["spec"]["containers"] if row["name"] == container)
+    probe = found.get("startupProbe")
+    if probe is None:
+        return 0
+    period_s, failures = probe.get("periodSeconds", PROBE_PERIOD_S), probe.get("failureThreshold", PROBE_FAILURES)
+    return int(probe.get("initialDelaySeconds", 0) + period_s * failures)
 
 
 def build_agent_config(resource: MoEServing) -> AgentConfig:
@@ -119,7 +142,6 @@ def _share(resource: MoEServing) -> Share:
 def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any]:
     engine = resource.spec.engine
     default = defaults.engine_image if engine.runtime is Runtime.VLLM else defaults.engine_cpu_image
-    startup_tries = math.ceil(2 * duration_s(engine.startup_timeout) / STARTUP_PERIOD_S) + 6
     return _with_pull_policy(defaults) | {
         "name": "engine",
         "image": engine.image or default,
@@ -131,7 +153,7 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
         **({"env": _engine_env(resource)} if resource.spec.model.token_secret else {}),
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
-        "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, startup_tries),
+        "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, _startup_tries(resource)),
         # Gateways learn of a drain from the agent at once; this probe must not take a busy node for a draining one.
         "readinessProbe": _probe(READYZ, AGENT_PORT_NAME, 1, 3, timeout_s=3),
         "livenessProbe": _probe(HEALTHZ, AGENT_PORT_NAME, 10, 6),
@@ -139,6 +161,10 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
         "securityContext": {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}},
         "volumeMounts": _engine_mounts(resource),
     }
+
+
+def _startup_tries(resource: MoEServing) -> int:
+    return math.ceil(2 * duration_s(resource.spec.engine.startup_timeout) / STARTUP_PERIOD_S) + 6
 
 
 def _engine_env(resource: MoEServing) -> list[dict[str, Any]]:
@@ -235,7 +261,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             "volumes": [*_control_volumes(names, "gateway.json"), {"name": "tmp", "emptyDir": {}}],
         },
     }
-    return _merged(base, gateway.pod_template)
+    return _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
 
 
 def build_gateway_config(resource: MoEServing) -> GatewayConfig:
@@ -285,13 +311,34 @@ def _dump(config: AgentConfig | GatewayConfig) -> str:
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
 
 
-def _merged(base: dict[str, Any], patch: PodTemplate) -> dict[str, Any]:
+def _merged(base: dict[str, Any], patch: PodTemplate, path: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The base with the patch laid over; `InvalidInput` where that takes away what is the operator's own."""
+    if not patch:
+        return base
     merged = merge_template(base, patch)
-    metadata = merged["metadata"]
+    if clashes := [*find_clashes(base, patch, merged, path, fields)]:
+        raise InvalidInput(sorted(clashes))
+    metadata = merged.setdefault("metadata", {})
     # Selectors, and the file that the container reads, are the operator's own.
     for part, own in (("labels", base["metadata"]["labels"]), ("annotations", base["metadata"]["annotations"])):
         metadata[part] = {**metadata.get(part, {}), **own}
     return merged
+
+
+def _check_cache(resource: MoEServing) -> None:
+    cache = resource.spec.model.cache
+    others = [row for row in _engine_mounts(resource) if row["name"] != "cache"]
+    if cache is not None and (problems := [*check_cache_path(cache.path, others)]):
+        raise InvalidInput(problems)
+
+
+def _fields_of_variables(resource: MoEServing) -> dict[str, str]:
+    """The field that sets each variable of an engine that a field sets."""
+    model, resources = resource.spec.model, resource.spec.engine.resources
+    fields = {"HF_TOKEN": model.token_secret and "spec.model.tokenSecret"}
+    fields |= {"HF_HUB_CACHE": model.cache and "spec.model.cache.path"}
+    fields |= {"OMP_NUM_THREADS": resources.cpu and "spec.engine.resources.cpu"}
+    return {name: field for name, field in fields.items() if field}
 
 
 def _with_pull_policy(defaults: Defaults) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.proxies import with_direct_hosts
 from moe_contract.service_links import without_service_links
 
 # Ports of the pods in a cluster; on one machine the plan takes free ones. The names are those of the containers' ports
@@ -73,7 +74,8 @@ def engine_environment(
 ) -> dict[str, str]:
     """Environment of the engine's process: defaults, then the inherited one, then the configuration's.
 
-    Variables that Kubernetes derives from the names of Services are not inherited.
+    Variables that Kubernetes derives from the names of Services are not inherited. Where a proxy is set, it is for
+    downloads: this machine, Services and the pod's own address are reached without it.
 
     Args:
         config: the agent's configuration.
@@ -91,7 +93,8 @@ def engine_environment(
     if any(argument.startswith(KV_CACHE_OPTION) for argument in config.engine.args):
         # vLLM lets this variable win over the argument that the resource asked for.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return {**environment, **config.engine.env}
+    own = [inherited.get(name, "") for name in (POD_IP_VARIABLE, "KUBERNETES_SERVICE_HOST")]
+    return with_direct_hosts({**environment, **config.engine.env}, own)
 
 
 def _defaults(engine: EngineConfig, *, cpu_build: bool, cpus: int) -> dict[str, str]:

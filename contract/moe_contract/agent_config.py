@@ -11,6 +11,7 @@ from moe_scheduling.expert.decision import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from pydantic import Field
 
+from moe_contract.addresses import LOOPBACK
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.sections import Listen, Port, Seconds, Section
@@ -20,7 +21,7 @@ class EngineConfig(Section):
     """One vLLM server, as the agent starts it.
 
     Attributes:
-        host: address that vLLM listens on.
+        host: address that vLLM listens on; `::` is all addresses of IPv4 and IPv6.
         port: its port, the same over restarts.
         model: folder, id on the hub, or `s3://` address.
         served_name: name of the model that clients use.
@@ -38,7 +39,7 @@ class EngineConfig(Section):
         drain_timeout_s: time that running streams have to end when the engine stops.
     """
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: Port
     model: str
     served_name: str
@@ -76,7 +77,7 @@ class AgentConfig(Section):
     """The agent's configuration file.
 
     Attributes:
-        name: of the engine; None is the machine's host name, which in a cluster is the pod's.
+        name: of the engine; None is the pod's, from `MOESERVING_POD_NAME`, else the machine's host name.
         run_dir: folder for shared-memory records and the engine's log `engine.log`; made if absent.
         listen: address of the agent's HTTP server.
         token_file: control tokens, one a line.

@@ -11,8 +11,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
+
+from moe_contract.proxies import is_local
 
 Document = dict[str, Any]
 BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, GONE, UNPROCESSABLE, TOO_MANY = 400, 403, 404, 409, 410, 422, 429
@@ -75,7 +78,8 @@ class ApiServer:
 
     Args:
         kubeconfig: file to use; None takes the pod's service account, then `KUBECONFIG`, then `~/.kube/config`.
-        trust_env: whether proxies are taken from the environment.
+        trust_env: whether proxies are taken from the environment; never for the pod's own API server, nor for one on
+            this machine.
 
     Raises:
         LoginError: neither a service account nor a usable kubeconfig is there.
@@ -252,7 +256,6 @@ class _Login:
         from kubernetes.aio.config import load_incluster_config
 
         configuration = Configuration()
-        configuration.client_session_kwargs = {"trust_env": trust_env}
         # 0: no bound. Each watch keeps a connection, and with many namespaces calls would wait for ever behind them.
         configuration.connection_pool_maxsize = 0
         if self._kubeconfig is None:
@@ -260,6 +263,10 @@ class _Login:
         else:
             await self._kubeconfig.load_and_set(configuration)
             configuration.refresh_api_key_hook = self._refresh
+        by_proxy = (
+            trust_env and self._kubeconfig is not None and not is_local(urlsplit(configuration.host).hostname or "")
+        )
+        configuration.client_session_kwargs = {"trust_env": by_proxy}
         return ApiClient(configuration)
 
     async def _refresh(self, configuration: Any) -> None:

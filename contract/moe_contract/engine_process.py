@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.proxies import with_direct_hosts
+from moe_contract.service_links import without_service_links
 
 # Ports of the pods in a cluster; on one machine the plan takes free ones. The names are those of the containers' ports
 # and of the Services', by which gateways and the operator find them.
@@ -21,6 +23,8 @@ HTTP_PORT, ADMIN_PORT = 8000, 8081
 DATA_PARALLEL_PORT = 13345
 
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
+# Name and address of the pod, which the plan takes from the downward API.
+POD_NAME_VARIABLE, POD_IP_VARIABLE = "MOESERVING_POD_NAME", "MOESERVING_POD_IP"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
 KV_CACHE_OPTION = "--kv-cache-memory-bytes"
@@ -70,20 +74,27 @@ def engine_environment(
 ) -> dict[str, str]:
     """Environment of the engine's process: defaults, then the inherited one, then the configuration's.
 
+    Variables that Kubernetes derives from the names of Services are not inherited. Where a proxy is set, it is for
+    downloads: this machine, Services and the pod's own address are reached without it.
+
     Args:
         config: the agent's configuration.
         inherited: the agent's own environment.
         cpu_build: the installed vLLM runs on CPUs.
         cpus: CPUs that this process may use.
     """
-    environment = {**_defaults(config.engine, cpu_build=cpu_build, cpus=cpus), **inherited}
+    environment = {**_defaults(config.engine, cpu_build=cpu_build, cpus=cpus), **without_service_links(inherited)}
+    if config.engine.nodes > 1 and POD_IP_VARIABLE in inherited:
+        # vLLM's own guess is the address of the default route, which need not be the one that the other nodes know.
+        environment.setdefault("VLLM_HOST_IP", inherited[POD_IP_VARIABLE])
     environment[RUN_DIR_VARIABLE] = str(config.run_dir.absolute())
     if config.engine.has_expert_group:
         environment[EXPERT_GROUP_VARIABLE] = "1"
     if any(argument.startswith(KV_CACHE_OPTION) for argument in config.engine.args):
         # vLLM lets this variable win over the argument that the resource asked for.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return {**environment, **config.engine.env}
+    own = [inherited.get(name, "") for name in (POD_IP_VARIABLE, "KUBERNETES_SERVICE_HOST")]
+    return with_direct_hosts({**environment, **config.engine.env}, own)
 
 
 def _defaults(engine: EngineConfig, *, cpu_build: bool, cpus: int) -> dict[str, str]:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moe_contract.addresses import LOOPBACK
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -18,9 +20,9 @@ class Listen(Section):
     """An address that a process listens on.
 
     Attributes:
-        host: name or IP address.
+        host: name or IP address; `::` is all addresses of IPv4 and IPv6, of IPv4 alone on a machine without IPv6.
         port: TCP port.
     """
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: Port

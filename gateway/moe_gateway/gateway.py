@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
+from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
 
@@ -103,10 +104,11 @@ class Gateway:
         self._session = aiohttp.ClientSession()
         listen, admin = self._config.listen, self._config.admin
         try:
-            self._server = await loop.create_server(self._connection, listen.host, listen.port, backlog=BACKLOG)
+            listener = bind_socket(listen.host, listen.port)
+            self._server = await loop.create_server(self._connection, sock=listener, backlog=BACKLOG)
             self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
             await self._runner.setup()
-            await web.TCPSite(self._runner, admin.host, admin.port).start()
+            await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
         except OSError:
             await self._abandon_start()
             raise

@@ -5,13 +5,11 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from ipaddress import ip_address
 
 from aiohttp import web
+from moe_contract.addresses import authority, bind_socket, present_host
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.engine_process import engine_environment
@@ -24,7 +22,8 @@ from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
-from moe_agent.supervisor.supervisor import EngineSupervisor
+from moe_agent.supervisor.own_pod import with_name, with_own_address
+from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
 from moe_agent.vllm.version import is_cpu_build
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,8 @@ async def run_agent(config: AgentConfig) -> None:
         InvalidInput: a file or address that the configuration names cannot be used.
     """
     tokens = ControlTokens(config.token_file)
-    node = with_own_address(build_node(config.engine, os.environ))
+    config = with_present_host(with_name(config, os.environ))
+    node = with_own_address(build_node(config.engine, os.environ), os.environ)
     prepare_run_dir(config)
     changed = asyncio.Event()
     ranks = RankRecords(config.run_dir, node.ranks)
@@ -76,28 +76,10 @@ def prepare_run_dir(config: AgentConfig) -> None:
         raise InvalidInput([InputError("run_dir", f"cannot make {config.run_dir}: {error.strerror}")]) from None
 
 
-def with_own_address(node: Node) -> Node:
-    """The node with its own address in place of the leader's name, where it is the leader.
-
-    vLLM listens there, and ZeroMQ does not resolve a name to listen on. Raises `InvalidInput` when the machine's name
-    has no address.
-    """
-    if node.headless or is_address(node.leader):
-        return node
-    try:
-        return replace(node, leader=socket.gethostbyname(socket.gethostname()))
-    except OSError as error:
-        message = f"the leader's own name {socket.gethostname()!r} has no address: {error.strerror}"
-        raise InvalidInput([InputError("engine.nodes", message)]) from None
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is an IP address rather than a host name."""
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
+def with_present_host(config: AgentConfig) -> AgentConfig:
+    """The configuration with an address for the engine that this machine has: `::` needs IPv6."""
+    host = present_host(config.engine.host)
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"host": host})})
 
 
 def build_supervisor(
@@ -140,13 +122,13 @@ def check_library(name: str) -> None:
 
 async def listen(runner: web.AppRunner, config: AgentConfig) -> None:
     """Opens the agent's own port; raises `InvalidInput` when it is taken or not allowed."""
+    address = authority(config.listen.host, config.listen.port)
     try:
-        await web.TCPSite(runner, config.listen.host, config.listen.port).start()
+        await web.SockSite(runner, bind_socket(config.listen.host, config.listen.port)).start()
     except OSError as error:
-        address = f"{config.listen.host}:{config.listen.port}"
-        reason = os.strerror(error.errno or 0).lower()
+        reason = explain_os_error(error)
         raise InvalidInput([InputError("listen", f"cannot listen on {address}: {reason}")]) from None
-    log.info("agent %s listens on %s:%d", config.name or socket.gethostname(), config.listen.host, config.listen.port)
+    log.info("agent %s listens on %s", config.name, address)
 
 
 def handle_signals(supervisor: EngineSupervisor) -> asyncio.Event:

@@ -2,12 +2,14 @@
 
 `python fake_engine.py PORT JSON`, where JSON may hold `start_delay_s`, `error` (printed, then exit 1), `crash_file`
 (exits when the file is there), `sick_file` (unhealthy while it is there), `drain_s` (time between SIGTERM and the end),
-`deaf` (ignores SIGTERM) and `worker_file` (starts a child of its own and writes its process id there).
+`deaf` (ignores SIGTERM), `host` (an address to listen on), `environment_file` (its environment is written there) and
+`worker_file` (starts a child of its own and writes its process id there).
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -57,4 +59,9 @@ if "error" in WAYS:
 if "crash_file" in WAYS:
     threading.Thread(target=watch_for_crash, daemon=True).start()
 time.sleep(WAYS.get("start_delay_s", 0.0))
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+if "environment_file" in WAYS:
+    Path(WAYS["environment_file"]).write_text(json.dumps(dict(os.environ)))
+host = WAYS.get("host", "127.0.0.1")
+# As vLLM does: the family of the address.
+ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+ThreadingHTTPServer((host, int(sys.argv[1])), Handler).serve_forever()

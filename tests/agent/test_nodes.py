@@ -4,7 +4,6 @@ import itertools
 from typing import Any
 
 import pytest
-from moe_agent.app import with_own_address
 from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
 from moe_contract.agent_config import EngineConfig
@@ -101,14 +100,6 @@ def test_a_shape_or_an_environment_that_does_not_fit_is_reported(shape, variable
     with pytest.raises(InvalidInput) as refused:
         build_node(engine(**shape), variables)
     assert str(refused.value).startswith(problem)
-
-
-def test_the_leader_listens_on_an_address_and_the_others_keep_its_name():
-    leader, other = (Node(index=index, leader="localhost-0.group.ns", ranks=range(1)) for index in (0, 1))
-    assert with_own_address(leader).leader.count(".") == 3
-    assert with_own_address(other) is other
-    addressed = Node(index=0, leader="127.0.0.7", ranks=range(1))
-    assert with_own_address(addressed) is addressed
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -14,6 +14,7 @@ from kubernetes.aio.config import incluster_config
 from moe_contract import api_server
 from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError
 
+from tests.contract.refusing_proxy import refusing_proxy
 from tests.gateway.conftest import free_port
 
 POD = Kind("", "v1", "Pod", "pods")
@@ -158,3 +159,32 @@ async def test_a_pod_without_a_token_takes_its_kubeconfig(
     (tmp_path / "kubeconfig").write_text(json.dumps(document))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     assert ApiServer().namespace == "of-the-context"
+
+
+async def test_a_proxy_of_the_environment_does_not_cut_a_pod_off_from_the_api_server(
+    api: TlsApi, account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing_proxy(monkeypatch) as proxy:
+        server = ApiServer()
+        assert await status(server) == 200
+        await server.close()
+        assert proxy.asked == []
+
+
+@pytest.mark.parametrize(("host", "by_proxy"), [("127.0.0.1", False), ("cluster.test", True)])
+async def test_with_a_kubeconfig_a_proxy_is_used_for_servers_elsewhere_alone(
+    api: TlsApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, by_proxy: bool
+) -> None:
+    cluster = {"server": f"https://{host}:{api.port}", "certificate-authority": "pki/ca.crt"}
+    document = {
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": {"token": "first"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(document))
+    with refusing_proxy(monkeypatch) as proxy:
+        server = ApiServer(tmp_path / "kubeconfig")
+        assert await status(server) == (0 if by_proxy else 200)
+        await server.close()
+        assert proxy.asked == ([f"CONNECT {host}:{api.port} HTTP/1.1"] if by_proxy else [])

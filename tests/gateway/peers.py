@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from moe_contract.addresses import http_url
+
 from tests.gateway.messages import OK, Received, json_answer, parse_headers
 from tests.gateway.waiting import free_port
 
@@ -49,7 +51,7 @@ class PeerServer:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return http_url(self.host, self.port)
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._accept, self.host, self.port, limit=2**26)

@@ -6,6 +6,7 @@ Invariants: the answer depends on the slices alone, not on their order; each nam
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from moe_contract.addresses import http_url
 from moe_contract.api_server import Document
 from moe_contract.engine_process import AGENT_PORT_NAME, ENGINE_PORT_NAME
 from moe_contract.gateway_config import EngineAddress
@@ -79,13 +80,13 @@ def _endpoints_of(row: Document, ranks: int) -> Iterator[Endpoint]:
     for given in row.get("endpoints") or ():
         if not given.get("addresses"):
             continue
-        host = f"[{given['addresses'][0]}]" if row["addressType"] == "IPv6" else given["addresses"][0]
+        host = given["addresses"][0]
         agent_port = ports.get(AGENT_PORT_NAME)
         try:
             address = EngineAddress(
                 name=_name_of(given),
-                url=f"http://{host}:{engine_port}",
-                agent_url=None if agent_port is None else f"http://{host}:{agent_port}",
+                url=http_url(host, engine_port),
+                agent_url=None if agent_port is None else http_url(host, agent_port),
                 ranks=ranks,
             )
         except ValidationError:

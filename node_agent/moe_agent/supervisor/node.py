@@ -6,12 +6,12 @@ Used by `moe_agent.app` for the engine's arguments, its shared-memory records an
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moe_contract.addresses import loopback
 from moe_contract.agent_config import EngineConfig
 from moe_contract.input_errors import InputError, InvalidInput
 
 INDEX_VARIABLE = "LWS_WORKER_INDEX"
 LEADER_VARIABLE = "LWS_LEADER_ADDRESS"
-LEADERS_OWN_ADDRESS = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def build_node(engine: EngineConfig, environment: Mapping[str, str]) -> Node:
         InvalidInput: the shape does not spread evenly over the nodes, or the environment does not say which node it is.
     """
     if engine.nodes == 1:
-        return Node(index=0, leader=LEADERS_OWN_ADDRESS, ranks=range(engine.data_parallel))
+        return Node(index=0, leader=loopback(), ranks=range(engine.data_parallel))
     check_shape(engine)
     index, leader = _read_index(engine.nodes, environment), environment.get(LEADER_VARIABLE, "")
     if not leader:

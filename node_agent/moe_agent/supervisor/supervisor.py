@@ -21,6 +21,7 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+from moe_contract.addresses import authority, bind_socket, http_url, local_host
 from moe_contract.agent_config import EngineConfig
 from moe_contract.engine_process import END_GRACE_S, SETTLE_S
 
@@ -97,6 +98,7 @@ class EngineSupervisor:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
         self._headless = headless
+        self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -118,8 +120,7 @@ class EngineSupervisor:
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._engine.host, self._engine.host)
-        return f"http://[{host}]:{self._engine.port}" if ":" in host else f"http://{host}:{self._engine.port}"
+        return http_url(self._local_host, self._engine.port)
 
     @property
     def pid(self) -> int | None:
@@ -283,14 +284,17 @@ async def fetch_max_model_len(session: aiohttp.ClientSession) -> int | None:
 
 def find_port_conflict(host: str, port: int) -> str | None:
     """Why an engine could not listen there; None when it could. Another server's answers must not pass for its own."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}"
+    try:
+        bind_socket(host, port).close()
+    except OSError as error:
+        return f"cannot listen on {authority(host, port)}: {explain_os_error(error)}"
     return None
+
+
+def explain_os_error(error: OSError) -> str:
+    """The reason of an error in lower case; that of a name that does not resolve has no number of the system's."""
+    name_error = isinstance(error, socket.gaierror)
+    return str(error.strerror if name_error else os.strerror(error.errno or 0)).lower()
 
 
 def kill_group(group: int) -> None:

@@ -10,6 +10,8 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from moe_agent.vllm.leader_address import wait_for_address
+
 
 def main() -> None:
     """Runs this node's part of the engine until it ends or SIGTERM comes."""
@@ -19,6 +21,9 @@ def main() -> None:
     configure_logging_from_args(arguments)
     validate_parsed_serve_args(arguments)
     arguments.headless, arguments.api_server_count = True, 0
+    if arguments.data_parallel_address is not None:
+        arguments.data_parallel_address = wait_for_address(arguments.data_parallel_address)
+    arguments.master_addr = wait_for_address(arguments.master_addr)
     run_headless(arguments)
 
 

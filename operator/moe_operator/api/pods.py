@@ -1,18 +1,20 @@
 """Parts of the resource about pods: what a cluster adds to an engine or a gateway. One machine leaves them alone."""
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, Strict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from moe_operator.api.labels import ObjectMetadata
 from moe_operator.api.pod_template import METADATA_PARTS, find_problems
-from moe_operator.api.section import Section
+from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import CountOrPercent
 
 Count = Annotated[int, Strict()]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=1024)]
+_CLASS_PATTERN = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
 
 
 def _check_template(template: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +82,38 @@ class ServiceType(StrEnum):
     LOAD_BALANCER = "LoadBalancer"
 
 
-class GatewayService(Section):
+class IpFamilyPolicy(StrEnum):
+    """Address families of a Service."""
+
+    SINGLE_STACK = "SingleStack"
+    PREFER_DUAL_STACK = "PreferDualStack"
+    REQUIRE_DUAL_STACK = "RequireDualStack"
+
+
+class GatewayService(ObjectMetadata):
     """The Service of the gateway. Only in a cluster."""
 
     type: ServiceType = Field(default=ServiceType.CLUSTER_IP, description="Type of the Service.")
     port: Annotated[Count, Field(ge=1, le=65535)] = Field(default=80, description="Port of the Service.")
+    load_balancer_class: Annotated[str, Field(pattern=_CLASS_PATTERN, max_length=317)] | None = Field(
+        default=None,
+        description="Class of the load balancer, such as `service.k8s.aws/nlb`. Absent: the cluster's default. Only "
+        "with the type `LoadBalancer`; Kubernetes does not let it change.",
+    )
+    ip_family_policy: IpFamilyPolicy | None = Field(
+        default=None,
+        description="Address families of the Service. Absent: IPv4 and IPv6 where the cluster has both; with the type "
+        "`LoadBalancer` the cluster's first, for not every load balancer has two.",
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="loadBalancerClass",
+            message="a class needs the type LoadBalancer",
+            cel="self.type == 'LoadBalancer' || !has(self.loadBalancerClass)",
+            holds=lambda service: service.type is ServiceType.LOAD_BALANCER or service.load_balancer_class is None,
+        ),
+    )
 
 
 class Update(StrEnum):
@@ -123,8 +152,8 @@ class Prometheus(Section):
     )
 
 
-class Metrics(Section):
-    """Where metrics go. Only in a cluster."""
+class Metrics(ObjectMetadata):
+    """Where metrics go; labels and annotations are those of the monitors. Only in a cluster."""
 
     service_monitor: Annotated[bool, Strict()] = Field(
         default=True,

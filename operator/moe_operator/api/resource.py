@@ -11,7 +11,9 @@ from pydantic import Field
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.engine import Engine
 from moe_operator.api.gateway import Gateway
+from moe_operator.api.labels import CommonMetadata
 from moe_operator.api.model import Model
+from moe_operator.api.network import NetworkPolicySection
 from moe_operator.api.pods import Disruption, Metrics
 from moe_operator.api.scheduling import Scheduling
 from moe_operator.api.section import Flag, Rule, Section
@@ -30,6 +32,8 @@ class Spec(Section):
     gateway: Gateway = Gateway()
     autoscaling: Autoscaling | None = None
     metrics: Metrics = Metrics()
+    network_policy: NetworkPolicySection = NetworkPolicySection()
+    common_metadata: CommonMetadata = CommonMetadata()
     disruption: Disruption = Disruption()
     paused: Flag = Field(
         default=False, description="The operator leaves everything as it is. One machine takes no notice."

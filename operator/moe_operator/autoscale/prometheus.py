@@ -7,12 +7,16 @@ configuration sets. What has no sample, or an old one, is not known.
 import asyncio
 import logging
 import math
+import os
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
+from moe_contract.proxies import is_within_cluster
 from moe_scheduling.fleet.size import FleetSignal
 from prometheus_api_client import PrometheusConnect
 from prometheus_api_client.exceptions import PrometheusApiClientException
+from requests import Session
 from requests.exceptions import RequestException
 from urllib3.util.retry import Retry
 
@@ -69,8 +73,13 @@ async def fetch_signal(url: str, key: tuple[str, str], fleet: Fleet) -> FleetSig
 
 def _query(url: str, queries: dict[str, str]) -> dict[str, Any]:
     # Without tries anew, which would hold the pass for seconds: the next pass is one.
-    prometheus = PrometheusConnect(url=url, timeout=TIMEOUT_S, retry=Retry(total=0))
-    return {name: _value(prometheus.custom_query(query)) for name, query in queries.items()}
+    with Session() as session:
+        if is_within_cluster(urlsplit(url).hostname or ""):
+            # It is not behind the proxy that is set for others; the bundle of authorities in the environment counts.
+            session.trust_env = False
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        prometheus = PrometheusConnect(url=url, timeout=TIMEOUT_S, retry=Retry(total=0), session=session)
+        return {name: _value(prometheus.custom_query(query)) for name, query in queries.items()}
 
 
 def _value(rows: list[dict[str, Any]]) -> float | None:

@@ -9,7 +9,7 @@ import psutil
 import typer
 import yaml
 
-from moe_operator.api import load_resource
+from moe_operator.api import MoEServing, load_resource
 from moe_operator.cli.validate import File, input_errors_shown
 from moe_operator.plan import (
     ClusterPlan,
@@ -38,7 +38,8 @@ def plan(
 ) -> None:
     """Show the Kubernetes objects that the operator would make, as YAML in an order that can be applied.
 
-    The control token is a new one each time. With --local: the agents and the gateway on one machine.
+    The control token is a new one each time. Monitors, whose kinds a cluster may lack, are among them where
+    `spec.metrics` labels or annotates them. With --local: the agents and the gateway on one machine.
     """
     with input_errors_shown():
         resource = load_resource(file)
@@ -47,9 +48,13 @@ def plan(
             text += render_local(plan_local(resource, _example_site(ports_needed(resource), cpus, gpus)))
         else:
             place = namespace or resource.metadata.namespace or "default"
-            observed = Observed(tokens=(secrets.token_urlsafe(32),), has_service_monitors=False)
+            observed = Observed(tokens=(secrets.token_urlsafe(32),), has_service_monitors=_asks_for_monitors(resource))
             text = render_cluster(plan_cluster(resource, place, observed, Defaults()))
     typer.echo(text, nl=False)
+
+
+def _asks_for_monitors(resource: MoEServing) -> bool:
+    return bool(resource.spec.metrics.labels or resource.spec.metrics.annotations)
 
 
 def _example_site(ports: int, cpus: int | None, gpus: int) -> LocalSite:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aiohttp import web
+from moe_contract.addresses import ANY, bind_socket
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -47,12 +48,12 @@ class Metrics:
         self._seconds.observe(seconds)
 
     async def start(self, port: int) -> None:
-        """Serves `/metrics` on this port of all addresses."""
+        """Serves `/metrics` on this port of all addresses, of both families."""
         app = web.Application()
         app.router.add_get("/metrics", self._answer)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "0.0.0.0", port).start()
+        await web.SockSite(self._runner, bind_socket(ANY, port)).start()
 
     async def stop(self) -> None:
         """Ends the HTTP server of the metrics."""

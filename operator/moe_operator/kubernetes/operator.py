@@ -1,8 +1,8 @@
 """The operator's process: watches fill the store, a queue gathers, workers reconcile, a Lease says which operator may.
 
-kopf is the frame: it watches the resource (and waits for its CRD), answers the liveness probe, and keeps the login of
-its watch fresh. Its handler only puts the resource into the store and the key into the queue: kopf keeps no annotation,
-finalizer or progress of its own in any object. All other kinds are followed by the list-watch that the gateway uses.
+kopf is the frame: it watches the resource (and waits for its CRD) and keeps the login of its watch fresh. Its handler
+only puts the resource into the store and the key into the queue: kopf keeps no annotation, finalizer or progress of its
+own in any object. All other kinds are followed by the list-watch that the gateway uses.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.failure import is_expected
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
+from moe_operator.kubernetes.liveness import serve_liveness
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
@@ -169,25 +170,24 @@ class Operator:
                 self._queue.add(key)
 
     async def _watch(self) -> None:
-        """Runs kopf until the end: the watch of the resource, its login and the liveness endpoint."""
+        """Runs kopf until the end: the watch of the resource and its login, and the liveness endpoint."""
         if not await self._is_synced():
             return
         registry = kopf.OperatorRegistry()
         kopf.on.event(SERVING.group, SERVING.version, SERVING.plural, id="resource", registry=registry)(self._see)
         kopf.on.login(id="login", registry=registry)(kopf.login_via_client)
-        kopf.on.probe(id="queue", registry=registry)(self._probe)
         namespaces = self._settings.namespaces
-        await kopf.operator(
-            registry=registry,
-            settings=self._kopf_settings(),
-            standalone=True,
-            # Else kopf asks for the name of the user, which in a container has none.
-            identity=cast(Any, self._settings.identity),
-            clusterwide=not namespaces,
-            namespaces=namespaces,
-            liveness_endpoint=f"http://0.0.0.0:{self._settings.liveness_port}/healthz",
-            stop_flag=self._stop,
-        )
+        async with serve_liveness(self._settings.liveness_port, self._probe):
+            await kopf.operator(
+                registry=registry,
+                settings=self._kopf_settings(),
+                standalone=True,
+                # Else kopf asks for the name of the user, which in a container has none.
+                identity=cast(Any, self._settings.identity),
+                clusterwide=not namespaces,
+                namespaces=namespaces,
+                stop_flag=self._stop,
+            )
 
     async def _see(self, event: Any, **_: Any) -> None:
         document = {**event["object"], "apiVersion": SERVING.api_version, "kind": SERVING.name}
@@ -213,8 +213,8 @@ class Operator:
         settings.posting.enabled = False
         return settings
 
-    async def _probe(self, **_: Any) -> dict[str, Any]:
-        return {"queue": len(self._queue), "leading": self._election.leading.is_set()}
+    async def _probe(self) -> dict[str, Any]:
+        return {"queue": {"queue": len(self._queue), "leading": self._election.leading.is_set()}}
 
     # Workers.
 

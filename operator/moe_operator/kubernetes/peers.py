@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
+from moe_contract.addresses import http_url
 from moe_contract.clients import AgentClient, GatewayClient, PeerError
 from moe_contract.engine_process import ADMIN_PORT_NAME, AGENT_PORT_NAME
 from moe_contract.experts_state import ExpertsState
@@ -44,11 +45,10 @@ def find_peers(pods: Iterable[Document]) -> list[Peer]:
         port = _port(pod, AGENT_PORT_NAME if component == ENGINE else ADMIN_PORT_NAME)
         if not address or port is None or "deletionTimestamp" in pod["metadata"]:
             continue
-        host = f"[{address}]" if ":" in address else address
         peers.append(
             Peer(
                 pod=pod["metadata"]["name"],
-                url=f"http://{host}:{port}",
+                url=http_url(address, port),
                 component=component,
                 revision=labels.get(REVISION, ""),
             )

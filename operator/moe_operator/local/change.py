@@ -98,6 +98,7 @@ def plan_for(resource: MoEServing, folder: Folder, record: Record) -> LocalPlan:
             cpus=site.cpus,
             memory_bytes=site.memory_bytes,
             gpus=site.gpus,
+            host=site.host,
         ),
     )
 

@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterable
 from contextlib import ExitStack
 
 import psutil
+from moe_contract.addresses import bind_socket, is_bindable, loopback
 
-HOST = "127.0.0.1"
+HOST = loopback()
 _ASK_TIMEOUT_S = 20.0
 
 
@@ -51,13 +51,7 @@ def select_gpus(indices: Iterable[str], visible: str | None) -> tuple[str, ...]:
 
 def is_port_free(port: int) -> bool:
     """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError):
-            return False
-    return True
+    return is_bindable(HOST, port)
 
 
 def find_free_ports(number: int, without: Iterable[int] = ()) -> tuple[int, ...]:
@@ -66,8 +60,7 @@ def find_free_ports(number: int, without: Iterable[int] = ()) -> tuple[int, ...]
     found: list[int] = []
     with ExitStack() as stack:
         while len(found) < number:
-            probe = stack.enter_context(socket.socket())
-            probe.bind((HOST, 0))
+            probe = stack.enter_context(bind_socket(HOST, 0))
             if (port := int(probe.getsockname()[1])) not in taken:
                 found.append(port)
     return tuple(found)

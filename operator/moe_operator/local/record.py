@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 import psutil
+from moe_contract.addresses import LOOPBACK
 from pydantic import TypeAdapter, ValidationError
 
 from moe_operator.local.failure import Failure
@@ -61,6 +62,7 @@ class SiteRecord:
     cpus: int
     memory_bytes: int
     gpus: tuple[str, ...]
+    host: str = LOOPBACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from moe_contract.addresses import http_url
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, dump_resource, parse_resource, resource_document, set_field
@@ -127,6 +128,7 @@ def find_site(resource: MoEServing, folder: Folder) -> LocalSite:
         cpus=machine.count_cpus(),
         memory_bytes=machine.memory_bytes(),
         gpus=machine.find_gpus(),
+        host=machine.HOST,
     )
 
 
@@ -149,16 +151,18 @@ def build_record(resource: MoEServing, folder: Folder, site: LocalSite, plan: Lo
     """The record of a deployment of which nothing runs yet."""
     listen, admin = plan.gateway.listen, plan.gateway.admin
     agents = [
-        _build_row(folder, f"agent-{index}", programs.agent, f"http://{agent.listen.host}:{agent.listen.port}")
+        _build_row(folder, f"agent-{index}", programs.agent, http_url(agent.listen.host, agent.listen.port))
         for index, agent in enumerate(plan.agents)
     ]
     return Record(
         name=folder.name,
-        endpoint=f"http://{listen.host}:{listen.port}",
+        endpoint=http_url(listen.host, listen.port),
         served_name=plan.agents[0].engine.served_name,
         drain_timeout_s=plan.agents[0].engine.drain_timeout_s,
-        site=SiteRecord(ports=site.ports, cpus=site.cpus, memory_bytes=site.memory_bytes, gpus=site.gpus),
-        processes=(_build_row(folder, GATEWAY, programs.gateway, f"http://{admin.host}:{admin.port}"), *agents),
+        site=SiteRecord(
+            ports=site.ports, cpus=site.cpus, memory_bytes=site.memory_bytes, gpus=site.gpus, host=site.host
+        ),
+        processes=(_build_row(folder, GATEWAY, programs.gateway, http_url(admin.host, admin.port)), *agents),
         ready_changed=time.time(),
     )
 

@@ -22,6 +22,7 @@ from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
+from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import ROTATED_AT, Names
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.pods import Defaults
@@ -271,8 +272,9 @@ def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Ob
 
 
 def _finish(entry: Object, resource: MoEServing, names: Names, namespace: str, observed: Observed) -> Object:
+    entry = with_metadata(entry, resource)
     metadata = entry["metadata"]
-    labels = {**names.labels(), **metadata.get("labels", {})}
+    labels = {**metadata.get("labels", {}), **names.labels()}
     owner = {
         "apiVersion": API_VERSION,
         "kind": KIND,

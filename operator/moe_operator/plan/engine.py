@@ -31,10 +31,11 @@ class Share:
     gpus: tuple[str, ...] = ()
 
 
-def build_engine(resource: MoEServing, *, port: int, share: Share) -> EngineConfig:
+def build_engine(resource: MoEServing, *, host: str, port: int, share: Share) -> EngineConfig:
     """The engine part of an agent's configuration. What the resource says itself comes last and wins."""
     engine, model = resource.spec.engine, resource.spec.model
     return EngineConfig(
+        host=host,
         port=port,
         model=_model_argument(model),
         served_name=model.served_name,

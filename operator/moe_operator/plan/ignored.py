@@ -19,6 +19,8 @@ _ONLY_IN_A_CLUSTER = (
     ("gateway", "service"),
     ("gateway", "podTemplate"),
     ("autoscaling",),
+    ("networkPolicy",),
+    ("commonMetadata",),
     ("disruption",),
     ("paused",),
 )

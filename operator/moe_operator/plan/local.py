@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_contract.addresses import LOOPBACK, http_url
 from moe_contract.agent_config import AgentConfig
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InputError, InvalidInput
@@ -18,8 +19,6 @@ from moe_operator.api.scheduling import engine_settings, expert_settings, reques
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
-
-HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,7 @@ class LocalSite:
         cpus: CPUs that the deployment may use.
         memory_bytes: memory of the machine.
         gpus: names of the GPUs as CUDA_VISIBLE_DEVICES takes them; empty on a machine without.
+        host: address that all processes listen on.
     """
 
     state_dir: Path
@@ -41,6 +41,7 @@ class LocalSite:
     cpus: int
     memory_bytes: int
     gpus: tuple[str, ...] = ()
+    host: str = LOOPBACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +120,9 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
     return AgentConfig(
         name=name,
         run_dir=site.state_dir / name,
-        listen=Listen(host=HOST, port=agent_port),
+        listen=Listen(host=site.host, port=agent_port),
         token_file=site.token_file,
-        engine=build_engine(resource, port=engine_port, share=_share(resource, site, index)),
+        engine=build_engine(resource, host=site.host, port=engine_port, share=_share(resource, site, index)),
         request=request_settings(resource.spec.scheduling.request),
         expert=expert_settings(resource.spec.scheduling.expert),
     )
@@ -129,8 +130,8 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
 
 def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentConfig, ...]) -> GatewayConfig:
     return GatewayConfig(
-        listen=Listen(host=HOST, port=resource.spec.gateway.port or site.ports[0]),
-        admin=Listen(host=HOST, port=site.ports[1]),
+        listen=Listen(host=site.host, port=resource.spec.gateway.port or site.ports[0]),
+        admin=Listen(host=site.host, port=site.ports[1]),
         token_file=site.token_file,
         engines=tuple(_build_address(agent) for agent in agents),
         dispatch=engine_settings(resource.spec.scheduling.engine),
@@ -143,7 +144,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
 def _build_address(agent: AgentConfig) -> EngineAddress:
     return EngineAddress(
         name=agent.name,
-        url=f"http://{agent.engine.host}:{agent.engine.port}",
-        agent_url=f"http://{agent.listen.host}:{agent.listen.port}",
+        url=http_url(agent.engine.host, agent.engine.port),
+        agent_url=http_url(agent.listen.host, agent.listen.port),
         ranks=agent.engine.data_parallel,
     )

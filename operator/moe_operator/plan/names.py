@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
+from moe_operator.api import labels
+
 GROUP = "moeserving.dev"
 MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
@@ -17,9 +19,7 @@ APPLIED = f"{GROUP}/applied"
 KEPT = f"{GROUP}/kept"
 ROTATE = f"{GROUP}/rotate-token"
 ROTATED_AT = f"{GROUP}/rotated-at"
-MANAGED_BY = "app.kubernetes.io/managed-by"
-INSTANCE = "app.kubernetes.io/instance"
-COMPONENT = "app.kubernetes.io/component"
+MANAGED_BY, INSTANCE, COMPONENT = labels.MANAGED_BY, labels.INSTANCE, labels.COMPONENT
 LWS_WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
 
 # Names of Services, and values of labels, have at most 63 characters. A Deployment's pod carries 17 more, a
@@ -90,12 +90,12 @@ class Names:
 
     def labels(self, component: str | None = None, revision: str | None = None) -> dict[str, str]:
         """Labels of a child; also the selector of its pods."""
-        labels = {MANAGED_BY: MANAGER, INSTANCE: self.name}
+        found = {MANAGED_BY: MANAGER, INSTANCE: self.name}
         if component is not None:
-            labels[COMPONENT] = component
+            found[COMPONENT] = component
         if revision is not None:
-            labels[REVISION] = revision
-        return labels
+            found[REVISION] = revision
+        return found
 
 
 def is_replica(labels: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Services, access and removal: network policies, disruption budgets, service monitors. Pure."""
+"""Services, disruption budgets and monitors. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,32 +6,44 @@ from typing import Any
 from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT, ENGINE_PORT_NAME
 from moe_contract.routes import METRICS
 
+from moe_operator.api.pods import GatewayService, IpFamilyPolicy, ServiceType
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
+from moe_operator.plan.network_policies import build_network_policies
 from moe_operator.plan.pods import Defaults
 
 Object = dict[str, Any]
-_NAMESPACE_NAME = "kubernetes.io/metadata.name"
 
 
 def build_services(resource: MoEServing, names: Names, engines: Mapping[str, str]) -> list[Object]:
     """One headless Service for each revision of the engines, and the gateway's for clients."""
     leader = {LWS_WORKER_INDEX: "0"} if resource.spec.engine.parallelism.nodes > 1 else {}
     services = [_build_headless(name, names, revision, leader) for revision, name in engines.items()]
-    service = resource.spec.gateway.service
-    return [
-        *services,
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": names.service, "labels": names.labels("gateway")},
-            "spec": {
-                "type": service.type.value,
-                "selector": names.labels("gateway"),
-                "ports": [{"name": "http", "port": service.port, "targetPort": "http", "protocol": "TCP"}],
-            },
-        },
-    ]
+    return [*services, _build_gateway_service(resource.spec.gateway.service, names)]
+
+
+def _build_gateway_service(service: GatewayService, names: Names) -> Object:
+    spec: Object = {
+        "type": service.type.value,
+        "selector": names.labels("gateway"),
+        "ports": [{"name": "http", "port": service.port, "targetPort": "http", "protocol": "TCP"}],
+    }
+    if service.load_balancer_class is not None:
+        spec["loadBalancerClass"] = service.load_balancer_class
+    if (families := _families(service)) is not None:
+        spec["ipFamilyPolicy"] = families.value
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": names.service, "labels": names.labels("gateway")},
+        "spec": spec,
+    }
+
+
+def _families(service: GatewayService) -> IpFamilyPolicy | None:
+    if service.ip_family_policy is None and service.type is not ServiceType.LOAD_BALANCER:
+        return IpFamilyPolicy.PREFER_DUAL_STACK
+    return service.ip_family_policy
 
 
 def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str, str]) -> Object:
@@ -62,8 +74,7 @@ def build_policies(
     """What stands around the pods."""
     objects = [_build_budget(name, names.labels("engine", revision), resource) for revision, name in engines.items()]
     objects.append(_build_budget(names.gateway, names.labels("gateway"), resource))
-    objects.append(_build_engine_policy(resource, names, defaults))
-    objects.append(_build_gateway_policy(resource, names, defaults))
+    objects += build_network_policies(resource, names, defaults)
     if has_service_monitors and resource.spec.metrics.service_monitor:
         objects += [_build_monitor(names.engine, names, "engine", "agent")]
         objects += [_build_pod_monitor(names.gateway, names, "gateway", "admin")]
@@ -83,58 +94,6 @@ def _build_budget(name: str, selector: Mapping[str, str], resource: MoEServing) 
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
         },
     }
-
-
-def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
-    """The engine's port for gateways, the agent's also for operator and scrapers; all ports among a group's nodes."""
-    gateways = {"podSelector": {"matchLabels": names.labels("gateway")}}
-    rules = [
-        {"from": [gateways], "ports": _ports("engine")},
-        {"from": [gateways, *_operator_peers(defaults), *_scrapers(resource)], "ports": _ports("agent")},
-    ]
-    if resource.spec.engine.parallelism.nodes > 1:
-        rules.append({"from": [{"podSelector": {"matchLabels": names.labels("engine")}}]})
-    return _build_policy(names.engine, names.labels("engine"), rules)
-
-
-def _build_gateway_policy(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
-    """The clients' port for everyone, the admin port for the operator and scrapers."""
-    admins = [*_operator_peers(defaults), *_scrapers(resource)]
-    rules: list[Object] = [{"ports": _ports("http")}]
-    if admins:
-        rules.append({"from": admins, "ports": _ports("admin")})
-    return _build_policy(names.gateway, names.labels("gateway"), rules)
-
-
-def _build_policy(name: str, selector: Mapping[str, str], rules: list[Object]) -> Object:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": name},
-        "spec": {"podSelector": {"matchLabels": dict(selector)}, "policyTypes": ["Ingress"], "ingress": rules},
-    }
-
-
-def _ports(name: str) -> list[Object]:
-    return [{"port": name, "protocol": "TCP"}]
-
-
-def _operator_peers(defaults: Defaults) -> list[Object]:
-    if not defaults.operator_namespace:
-        return []
-    return [
-        {
-            "namespaceSelector": {"matchLabels": {_NAMESPACE_NAME: defaults.operator_namespace}},
-            "podSelector": {"matchLabels": {COMPONENT: "operator"}},
-        }
-    ]
-
-
-def _scrapers(resource: MoEServing) -> list[Object]:
-    """Prometheus may live in any namespace: pods that carry its usual name."""
-    if not resource.spec.metrics.service_monitor:
-        return []
-    return [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}]
 
 
 def _build_monitor(name: str, names: Names, component: str, port: str) -> Object:

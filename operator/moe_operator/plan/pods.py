@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_contract.addresses import ANY
 from moe_contract.agent_config import AgentConfig
 from moe_contract.engine_process import (
     ADMIN_PORT,
@@ -38,6 +39,13 @@ from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
 from moe_operator.plan.own import check_cache_path, find_clashes
+from moe_operator.plan.surroundings import (
+    build_cache_variables,
+    build_own_pod_variables,
+    build_writable_mounts,
+    build_writable_volumes,
+    with_cluster_names,
+)
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
 RUN_DIR = "/run/moeserving"
@@ -46,7 +54,6 @@ MODELS_DIR = "/var/lib/moeserving/models"
 STARTUP_PERIOD_S = 5
 # Of Kubernetes, for a probe that does not say.
 PROBE_PERIOD_S, PROBE_FAILURES = 10, 3
-NON_ROOT = 65532
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +90,7 @@ def build_engine_template(
         "spec": {
             "serviceAccountName": names.engine,
             "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
             "terminationGracePeriodSeconds": engine_grace_s(duration_s(engine.drain_timeout)),
             "containers": [_engine_container(resource, defaults)],
             "volumes": _engine_volumes(resource, names),
@@ -109,13 +117,13 @@ def startup_s(template: Mapping[str, Any], container: str) -> int:
 
 def build_agent_config(resource: MoEServing) -> AgentConfig:
     """The agent's file: what only a start can change, and nothing of a pod or of what can change while it runs."""
-    engine = build_engine(resource, port=ENGINE_PORT, share=_share(resource))
+    engine = build_engine(resource, host=ANY, port=ENGINE_PORT, share=_share(resource))
     return AgentConfig(
         run_dir=Path(RUN_DIR),
-        listen=Listen(host="0.0.0.0", port=AGENT_PORT),
+        listen=Listen(host=ANY, port=AGENT_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "request.json"),
-        engine=engine.model_copy(update={"host": "0.0.0.0", "model": _model_argument(resource, engine.model)}),
+        engine=engine.model_copy(update={"model": _model_argument(resource, engine.model)}),
     )
 
 
@@ -150,7 +158,7 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
             {"name": ENGINE_PORT_NAME, "containerPort": ENGINE_PORT, "protocol": "TCP"},
             {"name": AGENT_PORT_NAME, "containerPort": AGENT_PORT, "protocol": "TCP"},
         ],
-        **({"env": _engine_env(resource)} if resource.spec.model.token_secret else {}),
+        "env": _engine_env(resource),
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
         "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, _startup_tries(resource)),
@@ -168,9 +176,11 @@ def _startup_tries(resource: MoEServing) -> int:
 
 
 def _engine_env(resource: MoEServing) -> list[dict[str, Any]]:
-    secret = resource.spec.model.token_secret
-    assert secret is not None
-    return [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}]
+    variables = [*build_own_pod_variables(), *build_cache_variables()]
+    if (secret := resource.spec.model.token_secret) is not None:
+        token = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
+        variables.append({"name": "HF_TOKEN", "valueFrom": token})
+    return variables
 
 
 def _engine_resources(resource: MoEServing) -> dict[str, Any]:
@@ -194,6 +204,7 @@ def _engine_volumes(resource: MoEServing, names: Names) -> list[dict[str, Any]]:
         *_control_volumes(names, "agent.json"),
         {"name": "run", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_bytes}},
+        *build_writable_volumes(),
     ]
     if model.uri.startswith("pvc://"):
         claim = model.uri.removeprefix("pvc://").partition("/")[0]
@@ -211,6 +222,7 @@ def _engine_mounts(resource: MoEServing) -> list[dict[str, Any]]:
         *_control_mounts(),
         {"name": "run", "mountPath": RUN_DIR},
         {"name": "shm", "mountPath": "/dev/shm"},
+        *build_writable_mounts(),
     ]
     if model.uri.startswith("pvc://"):
         mounts.append({"name": "models", "mountPath": MODELS_DIR, "readOnly": True})
@@ -249,12 +261,11 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
         },
         "spec": {
             "serviceAccountName": names.gateway,
+            "enableServiceLinks": False,
             "terminationGracePeriodSeconds": gateway_grace_s(duration_s(resource.spec.engine.drain_timeout)),
             "securityContext": {
+                # Which user is the image's business, or the cluster's: OpenShift assigns one to each namespace.
                 "runAsNonRoot": True,
-                "runAsUser": NON_ROOT,
-                "runAsGroup": NON_ROOT,
-                "fsGroup": NON_ROOT,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container],
@@ -267,8 +278,8 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
 def build_gateway_config(resource: MoEServing) -> GatewayConfig:
     """The gateway's file; the policies and the groups of engines are in the settings."""
     return GatewayConfig(
-        listen=Listen(host="0.0.0.0", port=HTTP_PORT),
-        admin=Listen(host="0.0.0.0", port=ADMIN_PORT),
+        listen=Listen(host=ANY, port=HTTP_PORT),
+        admin=Listen(host=ANY, port=ADMIN_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "gateway.json"),
         model=resource.spec.model.served_name,
@@ -322,7 +333,7 @@ def _merged(base: dict[str, Any], patch: PodTemplate, path: str, fields: Mapping
     # Selectors, and the file that the container reads, are the operator's own.
     for part, own in (("labels", base["metadata"]["labels"]), ("annotations", base["metadata"]["annotations"])):
         metadata[part] = {**metadata.get(part, {}), **own}
-    return merged
+    return merged | {"spec": with_cluster_names(merged["spec"])}
 
 
 def _check_cache(resource: MoEServing) -> None:

@@ -177,12 +177,13 @@ def test_a_move_that_cannot_be_measured_stays_and_says_so():
     group = Group()
     group.planner.answer = answer()
     group.run_until(DecisionOutcome.MOVED)
-    moved = group.newest
+    number = group.newest.number
     group.planner.answer = answer(pays=False)
     while group.controller.bookkeeping.trial is None:
         group.run(1)
     group.controller.step_took = lambda *_: None  # type: ignore[method-assign]
     group.run(60)
+    (moved,) = (row for row in group.controller.bookkeeping.rows if row.number == number)
     assert moved.measured_gain_s is None
     assert moved.reason.endswith("not measured: no steps of the same load before and after")
     assert (group.held == BETTER).all()

@@ -197,7 +197,7 @@ class ExpertsState(_Part):
         decisions: the last 20, the newest first.
         totals: counters.
         affinity: inter-layer affinity; None until it was recorded on request.
-        problems: what is wrong at present.
+        problems: the present ones.
     """
 
     mode: str

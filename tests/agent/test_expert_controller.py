@@ -300,7 +300,7 @@ def test_nothing_is_rolled_back_while_ranks_hold_different_placements():
     group.stray = None
     group.planner.answer = answer(pays=False)
     group.run(70)
-    assert (group.held == START).all(), "what is on trial is judged once they are one again"
+    assert (group.held == START).all(), "a move on trial is judged once the ranks agree again"
 
 
 def next_request(group: Group, after: int) -> PlanRequest:

@@ -161,7 +161,7 @@ class Bookkeeping:
         return decision
 
     def amend(self, number: int, change: Callable[[DecisionEntry], DecisionEntry]) -> None:
-        """Replaces the decision of this number by `change` of it; nothing happens where it is no longer kept."""
+        """Replaces the decision of this number by `change(decision)`; does nothing where it is no longer kept."""
         for at, row in enumerate(self.rows):
             if row.number == number:
                 self.rows[at] = change(row)

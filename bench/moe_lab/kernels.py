@@ -142,7 +142,7 @@ def _wait_for_gpu() -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one core, as processor time is what is measured; the number of before afterwards."""
+    """Torch on one core, as processor time is measured; the number of before afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

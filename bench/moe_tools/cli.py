@@ -83,7 +83,7 @@ def replay_command(
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
     answer_tokens: AnswerTokens = 48,
-    label: Annotated[str, typer.Option("--policy-label", help="Name of what is measured, for table and JSON.")] = "",
+    label: Annotated[str, typer.Option("--policy-label", help="Name of the measured policy, for table and JSON.")] = "",
     json_out: JsonOut = None,
 ) -> None:
     """Send a trace's requests at their own times, whatever the answers do, and report what users got."""

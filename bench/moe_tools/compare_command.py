@@ -95,7 +95,7 @@ async def find_rate(requests: tuple[TraceRequest, ...], load: Load, effort: Comp
     capacity = await find_capacity(requests, load, effort)
     rate = capacity * effort.load
     say(
-        f"capacity {capacity:.2f} requests/s; arrivals at {effort.load:.0%} of it, {rate:.2f} requests/s: "
+        f"capacity {capacity:.2f} requests/s; arrivals at {effort.load:.0%} of that, {rate:.2f} requests/s: "
         "the order matters only while requests wait"
     )
     return rate

@@ -1,8 +1,8 @@
 """A deployment on this machine, handled through the `moeserving` command as a user would.
 
-`DeploymentPlan` says what is served and where; `served` keeps it running for the length of a block. Called by the demo
-and by the benches on real engines. The state of a deployment that a tool starts lies in the checkout's `.cache`, so
-that it meets no deployment of the user's.
+`DeploymentPlan` names the model, the engines and their folder; `served` keeps it running for the length of a block.
+Called by the demo and by the benches on real engines. The state of a deployment that a tool starts lies in the
+checkout's `.cache`, so that it meets no deployment of the user's.
 """
 
 import asyncio

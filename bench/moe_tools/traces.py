@@ -184,7 +184,7 @@ def scale_lengths(requests: Iterable[TraceRequest], factor: float) -> tuple[Trac
 
 
 def fit_lengths(requests: Iterable[TraceRequest], limit_tokens: int | None) -> Fitted:
-    """Cuts requests longer than `limit_tokens`: the answer to half of it at most, then the prompt to the rest."""
+    """Cuts requests longer than `limit_tokens`: the answer to half the limit at most, then the prompt to the rest."""
     whole = tuple(requests)
     if limit_tokens is None:
         return Fitted(requests=whole, cut=0, limit_tokens=None)

@@ -127,7 +127,7 @@ def parse_agent_settings(document: object, current: AgentSettings) -> AgentSetti
     """The settings that a control body or a settings file asks for; an absent field keeps its current value.
 
     Raises:
-        InvalidInput: the document is not valid, and nothing of it is used.
+        InvalidInput: the document is not valid; no part takes effect.
     """
     if isinstance(document, dict):
         document = dict(document)

@@ -1,7 +1,7 @@
 """The Kubernetes API server as gateway and operator see it: plain JSON documents, one error type, one way to log in.
 
 The only module that calls the official client (`kubernetes.aio`, its dynamic client). The client is imported when a
-connection is made and not with this module, because it takes 20 MiB and a second and most processes need none of it.
+connection is made and not with this module, because it takes 20 MiB and a second and most processes never connect.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class ApiError(Exception):
 
 
 class LoginError(Exception):
-    """Neither a pod's account nor a usable kubeconfig is there; the text says what was tried."""
+    """Neither a pod's account nor a usable kubeconfig is there; the text names the attempts."""
 
 
 @dataclass(frozen=True)

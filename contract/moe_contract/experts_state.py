@@ -137,8 +137,8 @@ class PairPart(_Part):
         layer: of the first expert.
         expert: its logical number.
         next: logical number of the expert in the following layer.
-        tokens: that take both.
-        over_chance: these over the number expected by chance.
+        tokens: tokens that take both experts.
+        over_chance: `tokens` over the number expected by chance.
     """
 
     layer: Natural
@@ -197,7 +197,7 @@ class ExpertsState(_Part):
         decisions: the last 20, the newest first.
         totals: counters.
         affinity: inter-layer affinity; None until it was recorded on request.
-        problems: what is wrong at present.
+        problems: present obstacles to balancing the experts.
     """
 
     mode: str

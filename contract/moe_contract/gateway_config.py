@@ -215,7 +215,7 @@ def parse_gateway_settings(document: object, current: GatewaySettings) -> Gatewa
     """The settings that a control body asks for; an absent field keeps its current value.
 
     Raises:
-        InvalidInput: the body is not valid, and nothing of it is used.
+        InvalidInput: the body is not valid; no part takes effect.
     """
     if isinstance(document, dict):
         if current.groups is not None and "engines" in document:

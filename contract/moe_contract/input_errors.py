@@ -22,7 +22,7 @@ class InputError:
 
     Attributes:
         path: of the field in dotted form (`spec.engine.replicas`, `engines[0].url`); empty for the whole document.
-        message: what is wrong and which values are allowed.
+        message: the error and the allowed values.
     """
 
     path: str

@@ -133,7 +133,7 @@ class Group:
         return self.controller.bookkeeping.rows[0]
 
     def _sync(self) -> None:
-        # What is gathered arrives in the round after it was asked for.
+        # Gathered counts arrive in the round after the request.
         if self.reports is not None:
             self.controller.gathered(self.reports)
             self.reports = None

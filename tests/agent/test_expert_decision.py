@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from moe_agent.experts.bookkeeping import KEPT_DECISIONS, DecisionOutcome
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.coordinator import checksum
 from moe_agent.experts.directive import GroupShape
-from moe_agent.experts.document import PublishedExperts, build_document, list_hottest, write_document
+from moe_agent.experts.document import PublishedExperts, build_state, list_hottest, take_publication, write_document
 from moe_agent.experts.load import count_moves_by_layer, measure_balance
 from moe_agent.experts.planning import Decider, MeasuredCosts, PlanRequest
+from moe_contract.experts_state import HotExpertPart, read_experts
 from moe_scheduling.expert.decision import ExpertSettings, initial_placement
 
 SHAPE = GroupShape(ranks=2, nodes=1, layers=2, experts=4, slots_per_rank=3)
@@ -85,7 +87,7 @@ def test_a_rolled_back_move_is_accounted_with_the_time_that_it_was_in_force():
 
 def test_what_is_published_is_read_with_all_its_tables_or_in_short(tmp_path):
     controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
-    write_document(tmp_path, build_document(controller, 5.0))
+    write_document(tmp_path, take_publication(controller, 5.0))
     published = PublishedExperts(tmp_path)
     document = published.read(5.0)
     assert document["placement"]["physical_to_logical"] == START.tolist()
@@ -100,6 +102,37 @@ def test_what_is_published_is_read_with_all_its_tables_or_in_short(tmp_path):
 
 def test_the_hottest_come_first_and_those_without_tokens_not_at_all():
     rows = list_hottest(SKEWED)
-    assert rows[0] == {"layer": 1, "expert": 2, "tokens": 40.0}
-    assert [row["tokens"] for row in rows] == sorted((row["tokens"] for row in rows), reverse=True)
+    assert rows[0] == HotExpertPart(layer=1, expert=2, tokens=40.0)
+    assert [row.tokens for row in rows] == sorted((row.tokens for row in rows), reverse=True)
     assert len(rows) == 5
+
+
+def test_a_publication_keeps_what_it_took_when_the_controller_goes_on():
+    controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
+    decision = controller.bookkeeping.add(1, 2.0, DecisionOutcome.MOVED, "because", placement=START)
+    taken = take_publication(controller, 5.0)
+    controller.bookkeeping.amend(decision.number, lambda row: replace(row, measured_gain_s=0.5))
+    controller.bookkeeping.append_reason(decision.number, "and more")
+    controller.bookkeeping.add(2, 3.0, DecisionOutcome.STAYED, "idle")
+    controller.placement[...] = 0
+    state = build_state(taken)
+    assert [(row.reason, row.measured_gain_s, row.age_s) for row in state.decisions] == [("because", None, 3.0)]
+    assert dict(state.totals.decisions) == {"moved": 1}
+    assert (taken.placement == START).all()
+    found = {row.number: (row.reason, row.measured_gain_s, row.placement) for row in controller.bookkeeping.rows}
+    assert found == {1: ("because; and more", 0.5, None), 2: ("idle", None, None)}
+
+
+def test_a_decision_that_is_no_longer_kept_is_not_amended():
+    controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
+    for _ in range(KEPT_DECISIONS + 1):
+        controller.bookkeeping.add(1, 2.0, DecisionOutcome.STAYED, "idle")
+    controller.bookkeeping.append_reason(1, "never seen")
+    assert {row.reason for row in controller.bookkeeping.rows} == {"idle"}
+
+
+def test_the_brief_form_is_valid_by_the_contract():
+    controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
+    controller.bookkeeping.add(1, 2.0, DecisionOutcome.DRY_RUN, "because", placement=START, predicted_gain_s=0.1)
+    state = build_state(take_publication(controller, 5.0))
+    assert read_experts(state.model_dump_json().encode()) == state

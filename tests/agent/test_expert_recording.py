@@ -198,11 +198,11 @@ def test_the_affinity_equals_a_count_by_hand(rows):
             for token in range(real):
                 pairs.update((layer, int(a), int(b)) for a in ids[layer, token] for b in ids[layer + 1, token])
     shown = affinity.summarise()
-    assert (shown["directive"], shown["passes"], shown["tokens"]) == (7, len(rows), sum(real for _, real in rows))
-    assert len(shown["strongest"]) <= STRONGEST
-    for row in shown["strongest"]:
-        assert row["tokens"] == pairs[row["layer"], row["expert"], row["next"]]
-        before = sum(n for (layer, a, _), n in pairs.items() if (layer, a) == (row["layer"], row["expert"]))
-        after = sum(n for (layer, _, b), n in pairs.items() if (layer, b) == (row["layer"], row["next"]))
-        every = sum(n for (layer, _, _), n in pairs.items() if layer == row["layer"])
-        assert row["over_chance"] == pytest.approx(row["tokens"] * every / (before * after))
+    assert (shown.directive, shown.passes, shown.tokens) == (7, len(rows), sum(real for _, real in rows))
+    assert len(shown.strongest) <= STRONGEST
+    for row in shown.strongest:
+        assert row.tokens == pairs[row.layer, row.expert, row.next]
+        before = sum(n for (layer, a, _), n in pairs.items() if (layer, a) == (row.layer, row.expert))
+        after = sum(n for (layer, _, b), n in pairs.items() if (layer, b) == (row.layer, row.next))
+        every = sum(n for (layer, _, _), n in pairs.items() if layer == row.layer)
+        assert row.over_chance == pytest.approx(row.tokens * every / (before * after))

@@ -184,8 +184,8 @@ async def test_the_brief_form_has_nothing_that_grows_with_the_model(client, engi
 
 
 def test_ages_go_on_after_the_writing():
-    parsed = {"written_s": 100.0, "decisions": [{"age_s": 2.0}], "step": 1}
-    assert as_of(parsed, 103.5) == {"decisions": [{"age_s": 5.5}], "step": 1}
+    published = {"decisions": [{"age_s": 2.0}], "step": 1}
+    assert as_of(published, 3.5) == {"decisions": [{"age_s": 5.5}], "step": 1}
 
 
 async def test_affinity_is_recorded_on_request_alone(client, engine):

@@ -71,7 +71,7 @@ def test_the_size_of_a_job_is_what_the_prefix_cache_does_not_hold(make_engine, s
     engine.add("fresh", [900 + i % 50 for i in range(200)], arrival_s=0.1)
     engine.add("cached", [*shared, 1, 2, 3], arrival_s=0.2)
     assert engine.scheduler.waiting.prefill_tokens == 200 + 3
-    # vLLM empties these counts at each step, so what is there now came from the two looks above.
+    # vLLM empties these counts at each step, so the present ones came from the two looks above.
     assert engine.scheduler.kv_cache_manager.prefix_cache_stats.requests == 0
     assert engine.run().first_token_order[-2:] == ["cached", "fresh"]
 

@@ -96,7 +96,7 @@ def test_a_prompt_in_chunks_counts_with_its_tenants_lag(make_engine, settings, i
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=4.0, kv_growth_blocks=0)
     engine = make_engine(max_num_seqs=4, step_tokens=256, kv_blocks=2000)
     engine.add(of(FLOOD, "long"), 3500)
-    # Both tenants wait once, so that the queue distinguishes them; then what is charged counts.
+    # Both tenants wait once, so that the queue distinguishes them; then the charges count.
     engine.add(of(SMALL, "early"), 10)
     for _ in range(8):
         engine.step()

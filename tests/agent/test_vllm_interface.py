@@ -92,7 +92,7 @@ def test_vllm_asks_of_every_chunk_how_long_it_may_be_and_leaves_out_what_may_hav
 
 
 def test_the_policy_of_vllm_decides_the_victim_of_a_preemption_and_nothing_else():
-    """Our scheduler sets `policy` while it runs, so a further use of it would be a surprise."""
+    """Our scheduler sets `policy` while it runs, so a further use would be a surprise."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     assert inspect.getsource(Scheduler).count("self.policy") == 5

@@ -1,4 +1,4 @@
-"""The chart's values: each has an effect, and what is none is refused."""
+"""The chart's values: each has an effect, and an unknown one is refused."""
 
 import copy
 import importlib.util
@@ -158,5 +158,5 @@ def test_a_value_without_a_comment_is_found():
 
 
 def test_a_row_has_all_lines_of_its_comment_and_its_own_default():
-    (row,) = generate.read_rows("# Not of it.\n\n# -- One\n# and two.\n# @default -- nothing\na: {}\n")
+    (row,) = generate.read_rows("# Not a value's.\n\n# -- One\n# and two.\n# @default -- nothing\na: {}\n")
     assert (row.path, row.text, row.default) == ("a", "One and two.", "nothing")

@@ -167,7 +167,7 @@ class ApiCluster:
         return write_kubeconfig(self.state_dir / f"{user}.kubeconfig", self.server, self.certificates, identity)
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
-        """A kubeconfig with a token of this service account, made when it is absent: what a pod of it would use."""
+        """A kubeconfig with a token of this service account, made when it is absent: what its pods would use."""
         if not self.kubectl("get", "serviceaccount", name, "-n", namespace, "--ignore-not-found"):
             self.kubectl("create", "serviceaccount", name, "-n", namespace)
         token = self.kubectl("create", "token", name, "-n", namespace, "--duration", "24h").strip()

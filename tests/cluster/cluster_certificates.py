@@ -1,4 +1,4 @@
-"""Certificates, keys and kubeconfigs of a test cluster, for the control plane; all of it ends with the state folder."""
+"""Certificates, keys and kubeconfigs of a test cluster, for the control plane; all end with the state folder."""
 
 import base64
 import datetime

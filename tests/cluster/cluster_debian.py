@@ -15,7 +15,7 @@ from cluster_binaries import cache_folder, say
 from cluster_problem import ClusterProblem
 from filelock import FileLock
 
-# Package and a file of it, absolute or found by PATH.
+# Package and one of its files, absolute or found by PATH.
 NODE_PACKAGES = {
     "containerd": "containerd",
     "runc": "runc",
@@ -33,7 +33,7 @@ SUITE = "bookworm"
 
 
 def require(packages: Mapping[str, str]) -> None:
-    """Installs what is missing where that is allowed, else says in one line what to install."""
+    """Installs missing packages where that is allowed, else names them in one line."""
     missing = [name for name, file in packages.items() if not is_there(file)]
     if not missing:
         return

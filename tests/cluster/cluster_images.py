@@ -20,7 +20,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """What a container of it starts with. `name` is full: with registry and tag."""
+    """Defaults of its containers. `name` is full: with registry and tag."""
 
     name: str
     entrypoint: Sequence[str] = ()
@@ -29,7 +29,7 @@ class Image:
 
 
 class HashingWriter:
-    """Passes on what is written, and knows its SHA-256 and length."""
+    """Passes on written bytes, and knows their SHA-256 and length."""
 
     def __init__(self, output: BinaryIO) -> None:
         self._output = output

@@ -43,7 +43,7 @@ def default_state_dir(level: str) -> Path:
 
 
 def up(level: str, state_dir: Path, *, tied: bool = False) -> ApiCluster:
-    """The cluster in this folder: the one that runs, or a new one. What is left of a broken one is taken down first.
+    """The cluster in this folder: the one that runs, or a new one. Remains of a broken one are removed first.
 
     A `tied` cluster ends with this process, however that ends.
     """

@@ -1,6 +1,6 @@
 """A whole Kubernetes of one node: control plane, kubelet, containerd, pod network, Services, DNS. The level `node`.
 
-All of it runs in mount, network and process namespaces of its own, so that the end of one process ends it
+All processes run in mount, network and process namespaces of its own, so that the end of one process ends it
 whole and without a trace: what the machine itself sees are one link with two routes, and a cgroup.
 """
 

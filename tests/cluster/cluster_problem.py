@@ -2,4 +2,4 @@
 
 
 class ClusterProblem(Exception):
-    """The message says what is wrong and which command or setting mends it."""
+    """The message names the cause and the command or setting that mends it."""

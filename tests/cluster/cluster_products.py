@@ -65,7 +65,7 @@ def import_products(cluster: NodeCluster) -> dict[str, str]:
 
 
 def dependencies_root() -> Path:
-    """Debian, Python and all that the product needs, but for the product; kept until what is pinned changes."""
+    """Debian, Python and all that the product needs, but for the product; kept until a pinned version changes."""
     pins = b"".join(
         Path(ROOT, name).read_bytes() for name in ("constraints.txt", "pyproject.toml", "images/install.sh")
     )

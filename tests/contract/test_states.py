@@ -1,4 +1,4 @@
-"""Each writer's real output, fed to each reader of it: agent -> gateway, operator; gateway -> operator, autoscaler."""
+"""Each writer's real output, fed to each reader: agent -> gateway, operator; gateway -> operator, autoscaler."""
 
 import dataclasses
 import json

@@ -51,7 +51,7 @@ class FakeApi:
         answer: status of the refusal of every request; None answers them.
         refusals: answers to the next watches in place of events, each used once.
         mute: watches send nothing, as over a connection that died unseen.
-        page: most objects in an answer to a list; None is what is asked for.
+        page: most objects in an answer to a list; None: as many as the request asks for.
         watched_from: versions that the watches began at.
     """
 

@@ -18,7 +18,7 @@ SEND = Send(Target("a"), 0.1, SendReason.TURN)
 
 @dataclass(eq=False)
 class Waiting:
-    """A held request that writes down what becomes of it, and calls `on_release` within its release."""
+    """A held request that records its end, and calls `on_release` within its release."""
 
     name: str
     log: list[str]

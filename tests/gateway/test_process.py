@@ -20,7 +20,7 @@ from tests.gateway.waiting import free_port, until
 
 @pytest.fixture
 async def clients() -> AsyncIterator[list[Client]]:
-    """What is connected by a test, closed after it."""
+    """Connections of a test, closed after it."""
     connected: list[Client] = []
     yield connected
     for client in connected:

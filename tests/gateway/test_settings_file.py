@@ -1,4 +1,4 @@
-"""What is laid over the gateway's file at its start, and the tokens that are read anew while it runs."""
+"""Settings laid over the gateway's file at its start, and the tokens that are read anew while it runs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whose a request is: from the client's header to the engine's request id and to the order of what is held."""
+"""Whose a request is: from the client's header to the engine's request id and to the order of held requests."""
 
 import pytest
 from hypothesis import given

@@ -18,7 +18,7 @@ TARGETS = {
 ONE = {"num_experts": 1, "width": 1, "top_k": 1}
 TYPES = {"load": "*i32", "slots": "*i64", "replicas": "*i64", "enabled": "*i1"}
 
-# Types of what is not a 32-bit number, and constants.
+# Types other than 32-bit numbers, and constants.
 CASES = {
     map_and_record_kernel: [
         (

@@ -57,6 +57,12 @@ PHRASES = (
     r"(take|takes|taken|took) back",
     r"See the module",
 )
+# Phrases for which English has a noun: "the present problems", not "what is wrong".
+PRONOUNS = (r"what (is|are|was|were)", r"of it", r"what (comes?|came|becomes?|became) of")
+# Text of a prompt and of an answer.
+QUOTED = ('"What is {}?"', '"all of it"')
+# Rooms whose sources are read for these phrases, and all pages but the generated ones.
+ROOMS = ("bench/", "contract/", "gateway/", "kernels/", "node_agent/", "scheduling/", "charts/", "README.md", "docs/")
 # Names that several classes have because they are one idea, and what it is.
 SHARED_CLASS_NAMES = {
     "Discovery": "finding engines by their Services: the gateway's setting, and what carries it out",
@@ -162,6 +168,17 @@ def test_a_class_name_is_one_idea():
 
 def test_private_phrases_are_gone():
     assert "\n".join(find(PHRASES, (".py", ".md", ".yaml"), re.IGNORECASE)) == ""
+
+
+def test_nouns_stand_where_english_has_them():
+    found = [
+        row
+        for row in find(PRONOUNS, (".py", ".md"), re.IGNORECASE)
+        if row.startswith(ROOMS)
+        and not row.startswith(("docs/adr/", "docs/reference/"))
+        and not any(words in row for words in QUOTED)
+    ]
+    assert "\n".join(found) == ""
 
 
 def test_no_file_is_long():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moe_agent.experts.bookkeeping import DecisionOutcome, ProblemKind
-from moe_agent.experts.document import PublishedExperts, build_document, write_document
+from moe_agent.experts.document import PublishedExperts, take_publication, write_document
 from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.cli.experts import describe_change
 from moe_operator.experts import report
@@ -26,7 +26,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 def published(group: Group, *, short: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        write_document(Path(folder), build_document(group.controller, group.now_s))
+        write_document(Path(folder), take_publication(group.controller, group.now_s))
         document = PublishedExperts(Path(folder)).read(group.now_s + 3.0, short=short)
     assert document is not None
     return json.loads(json.dumps(document))

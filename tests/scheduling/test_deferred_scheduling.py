@@ -21,8 +21,8 @@ def learn(ratios, predicted_s=0.05):
 @pytest.mark.parametrize(
     ("what", "ratios", "least", "most"),
     [
-        ("before anything was seen, half of it", [], 0.5, 0.5),
-        ("steps take what is predicted", [1.0] * 300, 0.95, 1.0),
+        ("before anything was seen, half the time", [], 0.5, 0.5),
+        ("steps take as long as predicted", [1.0] * 300, 0.95, 1.0),
         ("steps take twice as long as predicted, but no wait is longer than that", [2.0] * 300, 1.0, 1.0),
         ("steps take half", [0.5] * 300, 0.4, 0.55),
         ("one step in ten takes a third", ([1.0] * 9 + [0.34]) * 100, 0.2, 0.5),

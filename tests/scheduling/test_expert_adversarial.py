@@ -53,7 +53,7 @@ def test_one_expert_with_all_the_tokens_is_copied_as_far_as_it_goes(redundant):
 
 
 def test_an_expert_hotter_than_all_ranks_together_leaves_the_rest_alone():
-    """The ideal is out of reach: what is left above it is the hottest expert's own."""
+    """The ideal is out of reach: the rest above the ideal is the hottest expert's own load."""
     tokens = np.full((1, 1, 16), 1.0)
     tokens[:, :, 3] = 1e5
     decision = plan(tokens, redundant=0, ranks=4)

@@ -173,14 +173,14 @@ def test_whatever_comes_little_is_lost_against_moving_nothing(seed, move_s):
         if isinstance(decision, Move):
             placement, ours_s = decision.placement, ours_s + decision.cost_s
             history = moved(history, decision.cost_s)
-    # What may be lost, and one window's surprise and the way back on top of it.
+    # The regret bound, and on top one window's surprise and the way back.
     assert ours_s <= still_s * (1.005 + 1 / rounds)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2e-3, 0.05, 0.5, 2.0]), st.sampled_from(["whole", "half", "any"]))
 @settings(max_examples=40, deadline=None)
 def test_whatever_is_rolled_back_or_ends_half_way_little_is_lost_against_moving_nothing(seed, move_s, ends):
-    """As the controller does: what does not win under the load that comes is rolled back after half of it."""
+    """As the controller does: what does not win under the load that comes is rolled back after half its steps."""
     generator = np.random.default_rng(seed)
     costs = ExpertCosts(token_s=2.2e-7, move_s=move_s)
     start = placement = initial_placement(layers=4, experts=16, redundant=2, ranks=2)
@@ -217,6 +217,6 @@ def test_whatever_is_rolled_back_or_ends_half_way_little_is_lost_against_moving_
             tried = replace(placement, physical_to_logical=table, version=placement.version + 1)
             there_s = count_moves(placement, tried).sum() * move_s
             ours_s, history = ours_s + there_s, moved(history, there_s)
-    assert history.regret.began is start, "nothing of it is a new beginning"
-    # What may be lost, and one window's surprise with the way there and back on top of it.
+    assert history.regret.began is start, "no move is a new beginning"
+    # The regret bound, and on top one window's surprise with the way there and back.
     assert ours_s <= still_s * (1.005 + 2 / rounds)

@@ -37,7 +37,7 @@ def drained(queue):
     return [queue.pop() for _ in range(len(queue))]
 
 
-# What is next.
+# The next request.
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_nothing_wakes_without_a_request(arrivals_per_s):
 
 
 def run_idle(rules, observation, times, signals=None, history=None):
-    """What is decided at each of the times."""
+    """The decision at each of the times."""
     history, decisions = history or FleetHistory(), []
     for number, at_s in enumerate(times):
         signal = replace(signals[number] if signals else idle(), observed_s=at_s)

@@ -78,7 +78,7 @@ looks = st.lists(st.tuples(observations, st.none() | signals, times, st.booleans
 
 
 def follow(looks, rules):
-    """Each look with what is decided on it, the history carried on; `fresh` dates the signal by the look."""
+    """Each look with its decision, the history carried on; `fresh` dates the signal by the look."""
     history = FleetHistory()
     for observation, signal, now_s, fresh in looks:
         dated = replace(signal, observed_s=now_s) if signal is not None and fresh else signal

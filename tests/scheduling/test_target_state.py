@@ -88,7 +88,7 @@ def test_requests_stand_for_those_of_other_gateways_until_the_next_signal():
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1000 + 440
     assert its.first_token_s(10, STEP_TIME, 3.0, STALE_AFTER_S) == pytest.approx(1.45 + 0.01)
     assert (its.requests(3.0, STALE_AFTER_S), its.in_flight, its.unanswered_prefill_tokens) == (3 + 8, 2, 110)
-    # Another share counts for what is sent from then on.
+    # Another share counts for requests sent from then on.
     its.traffic_share = 1.0
     its.first_token("q", 3.0)
     assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1400

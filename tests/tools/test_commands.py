@@ -121,7 +121,7 @@ async def test_the_load_follows_from_the_measured_capacity(server, scripted_comm
     effort = ComparisonEffort(pairs=1, piece_s=0.5, load=0.5)
     _, rate = await measure_pairs(Deployment(name="tiny"), server.url, None, Source(limit=200), effort, said.append)
     assert rate > 0
-    assert any("arrivals at 50% of it" in line for line in said)
+    assert any("arrivals at 50% of that" in line for line in said)
 
 
 async def test_one_request_in_flight_finds_no_more_than_one_at_a_time(server, scripted_command):

@@ -1,4 +1,4 @@
-"""The fit of a real engine's step time: known lines are found again, and what is not linear shows as an error."""
+"""The fit of a real engine's step time: known lines are found again, and a curve shows as an error."""
 
 import numpy as np
 import pytest

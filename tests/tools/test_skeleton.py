@@ -1,4 +1,4 @@
-"""A model's shape without weights: what programs load of it, and what is refused."""
+"""A model's shape without weights: what programs load, and which folders are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A real expert group behind the real gateway, under load: one engine of it is killed while experts move.
+"""A real expert group behind the real gateway, under load: one of its engines is killed while experts move.
 
 Nothing that had not begun to stream is lost, what had begun ends with an error that its client sees, and the group that
 starts anew answers as before.

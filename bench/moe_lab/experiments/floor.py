@@ -116,7 +116,7 @@ class Floor:
 
 
 def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet: FleetPreset) -> list[Floor]:
-    """Of each case of this fleet in which both vLLM as it comes and ours were run."""
+    """Figures of each case of this fleet in which both stock vLLM and ours were run."""
     cases: dict[tuple[str, float, int], dict[str, Mapping[str, Any]]] = {}
     for record in records:
         if record["load"] and record["fleet"] == asdict(fleet) and record["workload"] not in ADVERSARIAL:

@@ -23,7 +23,7 @@ from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CONTEXT_TOKENS, WORK
 T = TypeVar("T")
 
 SATURATION = "saturation"
-# The greatest is beyond the saturation of vLLM as it comes, where the knee of its best rival is.
+# The greatest is beyond the saturation of stock vLLM, where the knee of its best rival is.
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.25)
 # What scheduling and launching a step take where they are not hidden behind another step, on a GPU (assumed).
 EXPOSED_S = 0.002

@@ -30,7 +30,7 @@ def render_block(summary: Mapping[str, Any]) -> str:
     fleet = case.rpartition(": ")[0] if kept_apart else case
     ttft = figures["against_vllm"]["ttft_mean"]
     text = (
-        f"- **Near saturation, {fleet}, modelled step times.** Mean TTFT {_cell(ttft)} of vLLM 0.32 as it comes and "
+        f"- **Near saturation, {fleet}, modelled step times.** Mean TTFT {_cell(ttft)} of stock vLLM 0.32 and "
         f"{_cell(figures['against_best_in_ttft']['ttft_mean'])} of the best of its settings and of other routers "
         f"({ttft['pairs']} pairs{', on requests that no choice was made on' if kept_apart else ''}, "
         "[simulated](docs/results/README.md))."

@@ -72,7 +72,7 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
     with _pool(workers) as pool, out.open("a", encoding="utf-8") as file:
 
         def keep(record: Record) -> None:
-            # Sources may change while a long series runs; what was read at its start is what the workers run.
+            # Sources may change while a long series runs; the workers run the sources as read at its start.
             full = {**record, "digest": digest_of(record["variant"], digests), "versions": versions}
             file.write(json.dumps(full, sort_keys=True) + "\n")
             file.flush()
@@ -84,7 +84,7 @@ def run_experiments(selection: Selection, *, workers: int, traces: Path | None, 
 
 
 def _with_traces(runs: Sequence[ExperimentRun], traces: Path | None, console: Console) -> Sequence[ExperimentRun]:
-    """The runs whose trace is there; without a folder, those that need none, and what was left out is said.
+    """The runs whose trace is there; without a folder, those that need none. Prints the number omitted.
 
     Raises:
         InvalidInput: the folder does not have a file that is needed.

@@ -124,7 +124,7 @@ VARIANTS: Mapping[str, Variant] = {
     # With the experts placed.
     "oursExperts": replace(_ours("ours, experts by our decisions"), placement=PlacementPolicy.PLANNED),
     "vllmExperts": replace(_stock("vLLM, experts by its own balancer"), placement=PlacementPolicy.VLLM, is_rival=False),
-    # vLLM, as it comes and tuned.
+    # vLLM, stock and tuned.
     REFERENCE: _stock("vLLM 0.32"),
     "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),
     "vllm1024": _stock("vLLM, 1,024 tokens a step", max_num_batched_tokens=1024),

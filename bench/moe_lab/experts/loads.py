@@ -156,7 +156,7 @@ def make_sequence(name: str, group: GroupSizes, *, rounds: int, seed: int) -> It
 def read_sequence(path: Path) -> list[ExpertLoad]:
     """A recorded sequence: the array `load[round, source, layer, expert]` of an npz file, in tokens a step.
 
-    Where the file has them, `pairs[round, layer, expert, next]` are what neighbouring experts share of it.
+    Where the file has them, `pairs[round, layer, expert, next]` count the tokens that neighbouring experts share.
 
     Raises:
         InvalidInput: the file has no such array.

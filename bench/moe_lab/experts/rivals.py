@@ -1,7 +1,7 @@
 """Rival placements of experts: each function takes a load and the present placement and gives the next one.
 
 vLLM's policy is imported from vLLM. DeepSeek's is written from the description in the README of DeepSeek's EPLB and in
-the DeepSeek-V3 report; Gimbal's from what is known of Algorithm 3 of arXiv 2602.21626, of which no formula is
+the DeepSeek-V3 report; Gimbal's from the published parts of Algorithm 3 of arXiv 2602.21626, of which no formula is
 published: a pool of experts with the strongest affinity is pinned to one anchor rank, the rest is spread greedily by
 load.
 """

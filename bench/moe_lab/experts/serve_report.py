@@ -76,12 +76,12 @@ def render_pairs(measured: ExpertServingResult) -> Table:
 
 
 def render_balance(value: float) -> str:
-    """Three digits behind the point: what is to be won is behind it."""
+    """Returns the value with three decimals, since gains are often below a hundredth."""
     return f"{value:.3f}"
 
 
 def render_interval(ratio: Estimate | None) -> str:
-    """`0.992 [0.981, 1.003]`: what is to be won is often a hundredth."""
+    """Returns `0.992 [0.981, 1.003]`: three decimals, since gains are often a hundredth."""
     return "-" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 

@@ -203,7 +203,7 @@ async def move(group: RunningGroup, slots: Slots, wave: Wave) -> bool:
 
 
 async def watch_active(group: RunningGroup, wave: Wave, seconds: float, say: Say) -> tuple[TimedDecision, ...]:
-    """The mode active for some seconds under load, then observe; what was decided."""
+    """The mode active for some seconds under load, then observe; returns the decisions."""
     known = await group.look()
     before = known.newest.number if known.newest else 0
     say(f"mode active for {seconds:.0f} s")

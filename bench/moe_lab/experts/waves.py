@@ -1,4 +1,4 @@
-"""The load of the bench on a real group: waves of requests of one topic, and what a window of them comes to.
+"""The load of the bench on a real group: waves of requests of one topic, and the figures of a window of waves.
 
 In a wave all users ask at once and all wait for the last answer: a closed loop whose steps are alike. Its first steps
 compute the prompts, the others decode for all users together. Texts of one topic use some experts more than others.
@@ -38,7 +38,7 @@ class Window:
     """Waves under one placement.
 
     Attributes:
-        waves: what came of them.
+        waves: their results.
         steps: that the engine made for them, of the rank that made most.
         balance: busiest rank over the mean, as the engine says at the end.
         by_rank: tokens of each rank over the mean.

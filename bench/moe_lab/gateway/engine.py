@@ -3,7 +3,7 @@
 It answers each chat request at once: with a small JSON document, or with a stream of events, one for each stream at
 every step, as an engine's batch does. Its metrics and its health are those of an idle vLLM server.
 
-Invariant: what it answers depends on the request alone, so that two routers in front of it carry the same bytes.
+Invariant: its answer depends on the request alone, so that two routers in front carry the same bytes.
 """
 
 import asyncio

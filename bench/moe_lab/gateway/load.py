@@ -1,6 +1,6 @@
 """The load on a router: keep-alive connections that ask, read the whole answer, check it, and ask again.
 
-Runs in the process of the benchmark, on uvloop; nothing of it is counted as a router's work.
+Runs in the process of the benchmark, on uvloop; its work is not counted as a router's.
 """
 
 import asyncio

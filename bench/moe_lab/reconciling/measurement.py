@@ -1,4 +1,4 @@
-"""What is measured: from nothing to many resources, an idle time, changes of single ones, another operator, the end."""
+"""The measurement: from nothing to many resources, an idle time, changes of single ones, another operator, the end."""
 
 import asyncio
 import time
@@ -45,7 +45,7 @@ class BenchmarkPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconcilingResult:
-    """All of it.
+    """The result of one measurement.
 
     Attributes:
         resources: how many there were.

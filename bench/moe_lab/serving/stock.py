@@ -1,4 +1,4 @@
-"""A of the comparison: vLLM as it comes, behind vllm-router, planned from the same resource as MoEServing. Pure.
+"""A of the comparison: stock vLLM behind vllm-router, planned from the same resource as MoEServing. Pure.
 
 The engines get the arguments and the environment that our agent would give them, without all that is ours: so model,
 precision, batch limits, KV cache and threads are equal by construction. What remains equal beyond that favours A: it

@@ -85,7 +85,7 @@ def _row(work: Work) -> tuple[float, ...]:
 
 
 def _solve(rows: np.ndarray, step_s: np.ndarray) -> np.ndarray:
-    """Least squares by error relative to what is predicted: relative to what was measured, noise would pull it down.
+    """Least squares by error relative to the prediction: relative to the measurement, noise would pull it down.
 
     What takes far longer than expected, since something else ran on the machine, counts for a bounded part.
     """

@@ -1,6 +1,6 @@
 """The simulator: N engines that are N real vLLM schedulers, the product's own decisions, virtual time, no model.
 
-Real: vLLM's scheduler and KV manager (ours on top of it, or stock), prefix caching, preemption, and every
+Real: vLLM's scheduler and KV manager (with our scheduler above it, or stock), prefix caching, preemption, and every
 decision of `moe_scheduling` through the product's own shells (`moe_gateway.engines.dispatcher`,
 `moe_agent.vllm.scheduler`).
 Modelled: the time of a step (`costs`), the network, and the age of signals (`signals`).

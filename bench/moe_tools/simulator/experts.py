@@ -19,7 +19,7 @@ from moe_scheduling.expert.placement import Placement, initial_placement
 
 # Rounds of decisions until a placement has settled; each moves a part of what a new one would.
 _ROUNDS = 20
-# What is moved costs nothing here: the placement that the decisions come to is looked at, not the way there.
+# Moves cost nothing here: only the placement that the decisions end with is compared.
 _COSTS = ExpertCosts(token_s=1e-6)
 _TOKENS_PER_STEP = 1000.0
 

@@ -137,7 +137,7 @@ class RooflineCost:
     Attributes:
         gpu: of each rank.
         model: served by the group.
-        efficiency: reached share of it.
+        efficiency: reached share of that figure.
         balance: of the experts over the ranks.
         source: for reports.
     """

@@ -41,7 +41,7 @@ def pick_as_vllm(candidates: Sequence[TargetState], now_s: float, stale_after_s:
     """The least score of vLLM's own data-parallel balancer (0.32, `DPLBAsyncMPClient.get_core_engine_for_request`).
 
     `max(clients * own in flight, waiting + running)`, and where requests wait `6 * waiting * max(0, kv - 0.5)` on top.
-    How many clients there are, here gateways, is read from the own share. What was sent since a signal counts as
+    How many clients there are, here gateways, is read from the own share. Requests sent since a signal count as
     waiting, as vLLM counts each choice until the next statistics.
     """
     scores = [_vllm_score(state, now_s, stale_after_s) for state in candidates]

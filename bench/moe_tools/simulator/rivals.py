@@ -176,7 +176,8 @@ class CacheAware(_PrefixBalancer):
     """vllm-router 0.1.17's `cache_aware`, which is SGLang's, with its documented defaults.
 
     When the fleet is unbalanced, `max - min > 64 and max > 1.5 * min` requests in flight, the engine with the fewest;
-    else the one that holds the most of the prompt if that is more than 0.3 of it, else the one with the smallest tree.
+    else the one that holds the longest part of the prompt, if that is more than 0.3; else the one with the smallest
+    tree.
     """
 
     _THRESHOLD, _ABSOLUTE, _RELATIVE = 0.3, 64, 1.5

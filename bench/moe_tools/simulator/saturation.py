@@ -1,7 +1,7 @@
 """Where a workload saturates what serves it: the rate at which vLLM's mean TTFT is five times that on an idle engine.
 
 A finite run has no rate that it cannot serve, only queues that grow; so the saturation is a latency's, found by
-bisection on the same requests in the same order. Loads of the experiments are parts of it.
+bisection on the same requests in the same order. Loads of the experiments are parts of that rate.
 """
 
 import math

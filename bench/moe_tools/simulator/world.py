@@ -249,7 +249,7 @@ class World:
             self._at(due_s, self._publish, server, server.epoch)
 
     def _watch(self, server: _Server, epoch: int) -> None:
-        """What is sent without a change: a line a second, or a scrape each period."""
+        """Signals that are sent without a change: a line a second, or a scrape each period."""
         if server.group is None or epoch != server.epoch:
             return
         if self._signals.source is SignalKind.AGENT:

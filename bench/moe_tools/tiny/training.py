@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 Progress = Callable[[str, float], None]
-"""Gets the stage's name and the part of it that is done, from 0 to 1."""
+"""Called with the stage's name and its completed part, from 0 to 1."""
 
 SHARES = {"exchanges": 0.5, "prose": 0.35, "sources": 0.15}
 HELD_OUT = 0.05

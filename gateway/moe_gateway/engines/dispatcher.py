@@ -45,7 +45,7 @@ TOKENISATION_PERIOD = 16
 
 
 class SignalSource(StrEnum):
-    """Source of what a choice knows of an engine: its agent, a scrape of its metrics, or only what was sent to it."""
+    """Source of an engine's load in a choice: its agent, a scrape of its metrics, or only the requests sent to it."""
 
     AGENT = "agent"
     SCRAPE = "scrape"
@@ -88,7 +88,7 @@ class Dispatcher:
     def set_engines(self, addresses: Collection[EngineAddress]) -> None:
         """These engines and no others; those whose address stays keep their state.
 
-        What was sent to an engine that goes runs to its end there, and counts as in flight until then.
+        Requests at an engine that goes run to their end there, and count as in flight until then.
         """
         gone = self._fleet.replace(addresses)
         self._targets.replace(self.engines.values(), gone)

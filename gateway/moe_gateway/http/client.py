@@ -263,7 +263,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def _refuse_connection(self) -> None:
-        """Answers what was no request at all, and ends the connection once the client has had time to read it."""
+        """Answers bytes that are no request, and ends the connection once the client has had time to read it."""
         assert self._reader.refusal is not None
         outcome, message = self._reader.refusal
         self._is_lingering = True

@@ -105,7 +105,7 @@ def build_models(model: str, request_id: bytes, *, close: bool) -> bytes:
 
 
 def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:
-    """The event that ends a stream which was broken off, after a blank line that ends what was left unfinished."""
+    """The event that ends a stream which was broken off, after a blank line that ends an unfinished event."""
     return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
 
 

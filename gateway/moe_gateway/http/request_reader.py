@@ -28,7 +28,7 @@ class ReaderOwner(Protocol):
         """The next part of a request has to arrive within this time."""
 
     def expect_nothing(self) -> None:
-        """The request is whole: no part of it is missing."""
+        """Whether the request is complete: head and body have arrived."""
 
     def allow_body(self) -> None:
         """The client waits for `100 Continue` before it sends its body."""

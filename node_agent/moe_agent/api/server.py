@@ -28,7 +28,7 @@ from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import EngineSupervisor
 
-# The placement of a hundred layers over a thousand slots takes half of it.
+# Twice the size of a placement of a hundred layers over a thousand slots.
 _MAX_BODY_BYTES = 1024 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

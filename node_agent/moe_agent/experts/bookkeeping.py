@@ -8,8 +8,8 @@ Invariant: only the newest decision keeps its placement, which has megabytes in 
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -46,9 +46,9 @@ class ProblemKind(StrEnum):
     BACKOFF = "backoff"
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionEntry:
-    """One line of the log of decisions.
+    """One line of the log of decisions; a later finding replaces it (`Bookkeeping.amend`).
 
     Attributes:
         number: 1 for the first.
@@ -99,20 +99,24 @@ class MoveTotals:
     decisions: Counter[str] = field(default_factory=Counter)
     stayed: Counter[str] = field(default_factory=Counter)
 
+    def copy(self) -> "MoveTotals":
+        """Returns the present sums, which no later decision changes."""
+        return MoveTotals(self.moves, self.lost_s, self.won_s, self.decisions.copy(), self.stayed.copy())
+
 
 @dataclass(slots=True, kw_only=True)
 class Trial:
     """A placement whose gain is being measured.
 
     Attributes:
-        decision: the decision that it measures.
+        decision: number of the decision that it measures.
         before: step times before the move.
         until: step at which it is judged.
         judged: whether the move is rolled back if it gains nothing.
         prolongable: times that it may still be prolonged.
     """
 
-    decision: DecisionEntry
+    decision: int
     before: Samples
     until: int
     judged: bool
@@ -150,11 +154,22 @@ class Bookkeeping:
         """Adds a decision made at `step`, `now_s` on the monotonic clock; `fields` are those of `DecisionEntry`."""
         self._number += 1
         decision = DecisionEntry(number=self._number, step=step, made_s=now_s, outcome=outcome, reason=reason, **fields)
-        for older in self.rows:
-            older.placement = None
+        if self.rows:
+            self.rows[0] = replace(self.rows[0], placement=None)
         self.rows.appendleft(decision)
         self.totals.decisions[outcome.value] += 1
         return decision
+
+    def amend(self, number: int, change: Callable[[DecisionEntry], DecisionEntry]) -> None:
+        """Replaces the decision of this number by `change(decision)`; does nothing where it is no longer kept."""
+        for at, row in enumerate(self.rows):
+            if row.number == number:
+                self.rows[at] = change(row)
+                return
+
+    def append_reason(self, number: int, text: str) -> None:
+        """Adds a clause to the reason of the decision of this number."""
+        self.amend(number, lambda row: replace(row, reason=f"{row.reason}; {text}"))
 
     # 2. Gains, as measured.
 
@@ -185,9 +200,10 @@ class Bookkeeping:
             return None
         self.trial = None
         if gain is None:
-            trial.decision.reason += "; not measured: no steps of the same load before and after"
+            self.append_reason(trial.decision, "not measured: no steps of the same load before and after")
             return None
-        trial.decision.measured_gain_s = gain.mean_s
+        measured_s = gain.mean_s
+        self.amend(trial.decision, lambda row: replace(row, measured_gain_s=measured_s))
         return gain
 
     def move_failed(self) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from moe_contract.experts_state import AffinityPart
 from moe_scheduling.expert.decision import Balance, ExpertMode, ExpertSettings
 
 from moe_agent.experts.bookkeeping import Bookkeeping, DecisionEntry, DecisionOutcome, ProblemKind, Trial, explain_loss
@@ -80,7 +81,7 @@ class Controller:
         self.bookkeeping, self.pending = Bookkeeping(), PendingDirective()
         self.step = self.revision = self.affinity_version = 0
         # Set by the coordinator, which counts it.
-        self.affinity: dict[str, Any] | None = None
+        self.affinity: AffinityPart | None = None
         self._planner, self._checksum, self._sharing = planner, checksum, sharing
         self._asked: PlanRequest | None = None
         self._previous: Slots | None = None
@@ -178,7 +179,7 @@ class Controller:
         self.placement[layers] = move.target[layers]
         self.bookkeeping.totals.moves += moves
         self.bookkeeping.totals.lost_s += seconds
-        move.decision.cost_s += seconds
+        self.bookkeeping.amend(move.decision.number, lambda row: replace(row, cost_s=row.cost_s + seconds))
         move.paid_s += seconds
         self._learn_move(seconds, moves, len(layers))
         if not move.layers:
@@ -392,14 +393,17 @@ class Controller:
         self.balance = self._measure(self.placement)
         if move.decision.outcome is not DecisionOutcome.ROLLED_BACK and self.settings.mode is not ExpertMode.OFF:
             until = self.step + self._trial_steps()
-            self.bookkeeping.trial = Trial(decision=move.decision, before=move.before, until=until, judged=move.judged)
+            self.bookkeeping.trial = Trial(
+                decision=move.decision.number, before=move.before, until=until, judged=move.judged
+            )
         self._decided_at = max(self._decided_at, self.step)
 
     def _abandon(self, move: Relocation) -> None:
         """A rank said that it cannot move; no rank has moved anything in this round."""
         self._close_move(move)
-        move.decision.outcome = DecisionOutcome.FAILED
-        move.decision.reason += "; a rank could not take part, and nothing more was moved"
+        number = move.decision.number
+        self.bookkeeping.amend(number, lambda row: replace(row, outcome=DecisionOutcome.FAILED))
+        self.bookkeeping.append_reason(number, "a rank could not take part, and nothing more was moved")
         self.bookkeeping.move_failed()
 
     def _close_move(self, move: Relocation) -> None:

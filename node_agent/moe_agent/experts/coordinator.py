@@ -17,7 +17,7 @@ from moe_contract.input_errors import InvalidInput
 
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, read_directive
-from moe_agent.experts.document import Document, build_document, write_document
+from moe_agent.experts.document import Publication, take_publication, write_document
 from moe_agent.experts.load import AFFINITY_PASSES, Affinity, Counts, Slots
 from moe_agent.experts.planning import Decide, MeasuredCosts, ThreadedPlanner
 from moe_agent.experts.sync_round import SyncRound
@@ -138,11 +138,11 @@ class Coordinator:
         if state == self._published and now_s - self._published_s < pause_s:
             return
         self._published_s, self._published, self._published_load = now_s, state, load
-        self._publication = self._thread.submit(self._write, build_document(self.controller, now_s))
+        self._publication = self._thread.submit(self._write, take_publication(self.controller, now_s))
 
-    def _write(self, document: Document) -> None:
+    def _write(self, publication: Publication) -> None:
         begun_s = time.thread_time()
-        write_document(self._run_dir, document)
+        write_document(self._run_dir, publication)
         self._pause_s = max(PUBLISH_LOAD_S, (time.thread_time() - begun_s) / _PUBLISH_PART)
 
 

@@ -1,30 +1,51 @@
-"""The published document of an expert group: written by the first rank in the engine, read by the agent.
+"""The published state of an expert group: written by the first rank in the engine, read by the agent.
 
-`experts.npz` in the run folder has the document as JSON and its large arrays as they lie in memory, because text of the
-load of a large model would take the interpreter from the engine's own thread for a tenth of a second. The agent makes
-JSON of it when it is asked (`GET /v1/experts`). Ages are those of the writing, with the machine's monotonic clock
-beside them (`written_s`); the reader adds the time since.
+Three steps: the engine's thread takes a `Publication`, which copies what later changes and builds nothing; the thread
+beside it makes a `moe_contract.experts_state.ExpertsState` and writes `experts.npz` in the run folder; the agent makes
+the answer to `GET /v1/experts`. The file has the state in its brief form as JSON, and the large tables as they lie in
+memory, because text of the load of a large model would take the interpreter from the engine's own thread for a tenth
+of a second. Ages are those of the writing, with the machine's monotonic clock beside them; the reader adds the time
+since.
 """
 
 import io
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moe_contract.experts_state import (
+    AffinityPart,
+    BalancePart,
+    Decision,
+    ExpertsState,
+    HotExpertPart,
+    LoadPart,
+    PlacementPart,
+    ProblemPart,
+    TotalsPart,
+)
+from moe_scheduling.expert.decision import Balance
 
-from moe_agent.experts.bookkeeping import DecisionEntry
+from moe_agent.experts.bookkeeping import DecisionEntry, MoveTotals, ProblemKind
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, replace_file
-from moe_agent.experts.load import Floats
+from moe_agent.experts.load import Floats, Slots
+from moe_agent.experts.planning import MeasuredCosts
 
 HOTTEST = 10
 # Decimals of a value; more make the answer larger and have no meaning.
 _DECIMALS = 6
-_HEAD = "document"
+# Entries of the file.
+_STATE, _WRITTEN_S, _PLACEMENT, _LOAD, _CANDIDATE = "state", "written_s", "placement", "load", "candidate"
+# Fields that the brief form lacks.
+_TABLES: Any = {
+    "placement": {"physical_to_logical"},
+    "load": {"tokens"},
+    "decisions": {"__all__": {"physical_to_logical"}},
+}
 
 Document = dict[str, Any]
 
@@ -32,91 +53,149 @@ Document = dict[str, Any]
 # --- the writer, in the engine
 
 
-def build_document(controller: Controller, now_s: float) -> Document:
-    """Returns the document as of `now_s` (monotonic clock), with copies of the arrays; it formats nothing."""
-    shape, balance, bookkeeping = controller.shape, controller.balance, controller.bookkeeping
-    return {
-        "written_s": now_s,
-        "mode": controller.settings.mode.value,
-        **asdict(shape),
-        "step": controller.step,
-        "placement": {
-            "version": controller.version,
-            "directive": controller.pending.settled,
-            "physical_to_logical": controller.placement.copy(),
-        },
-        "load": {"steps": controller.window.steps, "tokens": controller.window.tokens_a_step()},
-        "balance": {
-            "mean": balance.mean,
-            "worst": balance.worst,
-            "by_layer": balance.by_layer,
-            "by_rank": balance.by_rank,
-        },
-        "remote_fraction": balance.remote_fraction,
-        "costs": asdict(controller.costs),
-        "decisions": [_decision(row, now_s) for row in bookkeeping.rows],
-        "totals": {
-            "moves": bookkeeping.totals.moves,
-            "decisions": dict(bookkeeping.totals.decisions),
-            "stayed": dict(bookkeeping.totals.stayed),
-            "lost_s": bookkeeping.totals.lost_s,
-            "won_s": bookkeeping.totals.won_s,
-        },
-        "affinity": controller.affinity,
-        "problems": [{"kind": kind.value, "message": message} for kind, message in controller.problems()],
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """All that is published at one moment; nothing of the controller changes it later.
+
+    Attributes:
+        written_s: the moment, on the monotonic clock.
+        mode: the mode in force.
+        shape: sizes of the group.
+        step: number of the engine's step.
+        version: version of the placement.
+        directive: newest directive that was carried out.
+        placement: [layer, slot], a copy.
+        load_steps: weighted steps of the window.
+        load: [source, layer, expert], tokens a step.
+        balance: of the ranks under that load.
+        costs: as measured so far.
+        decisions: the newest first.
+        totals: sums since the start.
+        affinity: None until it was recorded on request.
+        problems: each with a sentence.
+    """
+
+    written_s: float
+    mode: str
+    shape: GroupShape
+    step: int
+    version: int
+    directive: int
+    placement: Slots
+    load_steps: float
+    load: Floats
+    balance: Balance
+    costs: MeasuredCosts
+    decisions: tuple[DecisionEntry, ...]
+    totals: MoveTotals
+    affinity: AffinityPart | None
+    problems: list[tuple[ProblemKind, str]]
 
 
-def _decision(row: DecisionEntry, now_s: float) -> Document:
-    shown: Document = {
-        "number": row.number,
-        "step": row.step,
-        "age_s": now_s - row.made_s,
-        "outcome": row.outcome.value,
-        "reason": row.reason,
-        "moves": row.moves,
-        "predicted_gain_s": row.predicted_gain_s,
-        "measured_gain_s": row.measured_gain_s,
-        "cost_s": row.cost_s,
-        "balance_before": row.balance_before,
-        "balance_after": row.balance_after,
-        "seconds": row.seconds,
-    }
-    return shown if row.placement is None else shown | {"physical_to_logical": row.placement}
+def take_publication(controller: Controller, now_s: float) -> Publication:
+    """Returns the state as of `now_s` (monotonic clock); called in the engine's thread, so it only copies."""
+    return Publication(
+        written_s=now_s,
+        mode=controller.settings.mode.value,
+        shape=controller.shape,
+        step=controller.step,
+        version=controller.version,
+        directive=controller.pending.settled,
+        placement=controller.placement.copy(),
+        load_steps=controller.window.steps,
+        load=controller.window.tokens_a_step(),
+        balance=controller.balance,
+        costs=controller.costs,
+        decisions=tuple(controller.bookkeeping.rows),
+        totals=controller.bookkeeping.totals.copy(),
+        affinity=controller.affinity,
+        problems=controller.problems(),
+    )
 
 
-def list_hottest(tokens: Floats) -> list[Document]:
+def build_state(taken: Publication) -> ExpertsState:
+    """Returns the brief form, without the tables. Unvalidated: its readers validate, and the engine spends no time."""
+    shape, totals = taken.shape, taken.totals
+    return ExpertsState.model_construct(
+        mode=taken.mode,
+        ranks=shape.ranks,
+        nodes=shape.nodes,
+        layers=shape.layers,
+        experts=shape.experts,
+        slots_per_rank=shape.slots_per_rank,
+        step=taken.step,
+        placement=PlacementPart.model_construct(version=taken.version, directive=taken.directive),
+        load=LoadPart.model_construct(steps=taken.load_steps, hottest=list_hottest(taken.load)),
+        balance=_balance(taken.balance),
+        remote_fraction=float(taken.balance.remote_fraction),
+        costs=dict(asdict(taken.costs)),
+        decisions=tuple(_decision(row, taken.written_s) for row in taken.decisions),
+        totals=TotalsPart.model_construct(
+            moves=totals.moves,
+            decisions=dict(totals.decisions),
+            stayed=dict(totals.stayed),
+            lost_s=totals.lost_s,
+            won_s=totals.won_s,
+        ),
+        affinity=taken.affinity,
+        problems=tuple(ProblemPart.model_construct(kind=kind.value, message=text) for kind, text in taken.problems),
+    )
+
+
+def _balance(balance: Balance) -> BalancePart:
+    return BalancePart.model_construct(
+        mean=float(balance.mean),
+        worst=float(balance.worst),
+        by_layer=tuple(np.round(balance.by_layer, _DECIMALS).tolist()),
+        by_rank=tuple(np.round(balance.by_rank, _DECIMALS).tolist()),
+    )
+
+
+def _decision(row: DecisionEntry, now_s: float) -> Decision:
+    return Decision.model_construct(
+        number=row.number,
+        step=row.step,
+        age_s=now_s - row.made_s,
+        outcome=row.outcome.value,
+        reason=row.reason,
+        moves=row.moves,
+        predicted_gain_s=row.predicted_gain_s,
+        measured_gain_s=row.measured_gain_s,
+        cost_s=row.cost_s,
+        balance_before=row.balance_before,
+        balance_after=row.balance_after,
+        seconds=row.seconds,
+    )
+
+
+def list_hottest(tokens: Floats) -> tuple[HotExpertPart, ...]:
     """Returns the experts with the most tokens a step over all sources, the hottest first; none without tokens."""
     total = tokens.sum(axis=0)
     order = np.argsort(-total, axis=None, kind="stable")[:HOTTEST]
     places = zip(*np.unravel_index(order, total.shape), strict=True)
-    rows = [{"layer": int(at), "expert": int(of), "tokens": float(total[at, of])} for at, of in places]
-    return [row for row in rows if row["tokens"] > 0.0]
+    rows = ((int(layer), int(expert), float(total[layer, expert])) for layer, expert in places)
+    return tuple(
+        HotExpertPart.model_construct(layer=layer, expert=expert, tokens=tokens_a_step)
+        for layer, expert, tokens_a_step in rows
+        if tokens_a_step > 0.0
+    )
 
 
-def write_document(run_dir: Path, document: Document) -> None:
+def write_document(run_dir: Path, taken: Publication) -> None:
     """Replaces the published document of a run folder."""
-    document = document | {"load": document["load"] | {"hottest": list_hottest(document["load"]["tokens"])}}
-    arrays: dict[str, Any] = {}
-    head = json.dumps(_without_arrays(document, "", arrays)).encode()
+    state = build_state(taken).model_dump_json(exclude=_TABLES).encode()
+    arrays: dict[str, Any] = {
+        _STATE: np.frombuffer(state, np.uint8),
+        _WRITTEN_S: np.float64(taken.written_s),
+        _PLACEMENT: taken.placement,
+        _LOAD: taken.load.astype(np.float32),
+    }
+    # The newest decision alone keeps its placement.
+    if taken.decisions and taken.decisions[0].placement is not None:
+        arrays[_CANDIDATE] = taken.decisions[0].placement
     content = io.BytesIO()
-    arrays[_HEAD] = np.frombuffer(head, np.uint8)
     np.savez(content, **arrays)
     replace_file(experts_path(run_dir), content.getvalue())
-
-
-def _without_arrays(value: Any, path: str, arrays: dict[str, Any]) -> Any:
-    """Returns the value with each table replaced by a reference, and adds the table to `arrays`."""
-    if isinstance(value, dict):
-        return {key: _without_arrays(inner, f"{path}.{key}", arrays) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_arrays(inner, f"{path}.{number}", arrays) for number, inner in enumerate(value)]
-    if not isinstance(value, np.ndarray):
-        return value
-    if value.ndim == 1:
-        return np.round(value, _DECIMALS).tolist()
-    arrays[path] = value.astype(np.float32) if value.dtype == np.float64 else value
-    return {"array": path}
 
 
 # --- the reader, in the agent
@@ -133,13 +212,15 @@ class PublishedExperts:
     def __init__(self, run_dir: Path) -> None:
         self._path = experts_path(run_dir)
         self._stamp: tuple[int, int] | None = None
-        self._head: Document | None = None
+        self._brief: Document = {}
         self._whole: Document | None = None
+        self._written_s = 0.0
 
     def forget(self) -> None:
         """Removes the file after its writer has ended."""
         self._path.unlink(missing_ok=True)
-        self._stamp = self._head = self._whole = None
+        self._stamp = self._whole = None
+        self._brief = {}
 
     def read(self, now_s: float, *, short: bool = False) -> Document | None:
         """Returns the document as of `now_s` (monotonic clock); None while there is none.
@@ -153,49 +234,45 @@ class PublishedExperts:
                 found = os.fstat(file.fileno())
                 stamp = found.st_ino, found.st_mtime_ns
                 if stamp != self._stamp:
-                    self._head, self._whole, self._stamp = _read_head(file), None, stamp
+                    self._brief, self._written_s = _read_state(file)
+                    self._whole, self._stamp = None, stamp
                 if not short and self._whole is None:
                     file.seek(0)
-                    self._whole = _with_arrays(self._head, np.load(file, allow_pickle=False))
+                    self._whole = _read_tables(file, self._brief)
         except FileNotFoundError:
             return None
-        document = _with_arrays(self._head, None) if short else self._whole
-        return None if document is None else as_of(document, now_s)
+        document = self._brief if short else self._whole
+        return None if document is None else as_of(document, now_s - self._written_s)
 
 
-def _read_head(file: Any) -> Document:
+def _read_state(file: Any) -> tuple[Document, float]:
+    """Returns the brief form, and the monotonic clock when it was written."""
     with np.load(file, allow_pickle=False) as archive:
-        head: Document = json.loads(archive[_HEAD].tobytes())
-    return head
+        brief: Document = json.loads(archive[_STATE].tobytes())
+        return brief, float(archive[_WRITTEN_S])
 
 
-def _with_arrays(value: Any, arrays: Mapping[str, Any] | None) -> Any:
-    """Returns the value with each reference replaced by its table as lists, or left out where `arrays` is None."""
-    if isinstance(value, list):
-        return [_with_arrays(row, arrays) for row in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"array"}:
-        assert arrays is not None
-        return _plain(arrays[value["array"]])
-    if arrays is None:
-        value = {key: inner for key, inner in value.items() if not _is_reference(inner)}
-    return {key: _with_arrays(inner, arrays) for key, inner in value.items()}
-
-
-def _is_reference(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"array"}
+def _read_tables(file: Any, brief: Document) -> Document:
+    """Returns the whole document: the brief form with its tables as lists."""
+    with np.load(file, allow_pickle=False) as archive:
+        whole = brief | {
+            "placement": brief["placement"] | {"physical_to_logical": _plain(archive[_PLACEMENT])},
+            "load": brief["load"] | {"tokens": _plain(archive[_LOAD])},
+        }
+        if _CANDIDATE in archive:
+            newest, *older = brief["decisions"]
+            whole["decisions"] = [newest | {"physical_to_logical": _plain(archive[_CANDIDATE])}, *older]
+    return whole
 
 
 def _plain(table: Any) -> Any:
     return (np.round(table.astype(np.float64), _DECIMALS) if table.dtype.kind == "f" else table).tolist()
 
 
-def as_of(parsed: Document, now_s: float) -> Document:
-    """Returns the document with its ages increased to `now_s` and without the time of its writing."""
-    since_s = max(0.0, now_s - parsed["written_s"])
-    decisions = [row | {"age_s": row["age_s"] + since_s} for row in parsed["decisions"]]
-    return {name: value for name, value in parsed.items() if name != "written_s"} | {"decisions": decisions}
+def as_of(document: Document, since_s: float) -> Document:
+    """Returns the document with the ages of its decisions increased by the seconds since it was written."""
+    older_s = max(0.0, since_s)
+    return document | {"decisions": [row | {"age_s": row["age_s"] + older_s} for row in document["decisions"]]}
 
 
 def shape_of(document: Document) -> GroupShape:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from moe_contract.experts_state import AffinityPart, PairPart
 from moe_scheduling.expert.decision import Balance, ExpertCosts, ExpertLoad, Placement, count_moves, score_placement
 from numpy.typing import NDArray
 
@@ -137,26 +138,26 @@ class Affinity:
         self.passes += 1
         self.tokens += int(chosen.shape[1])
 
-    def summarise(self) -> dict[str, Any]:
-        """Returns the counts and the pairs that exceed chance by most tokens, as the document shows them."""
+    def summarise(self) -> AffinityPart:
+        """Returns the counts and the pairs that exceed chance by most tokens, as the agent publishes them."""
         total = self._pairs.sum(axis=(1, 2), keepdims=True)
         chance = self._pairs.sum(2, keepdims=True) * self._pairs.sum(1, keepdims=True) / np.maximum(total, 1)
         order = np.argsort((chance - self._pairs).ravel(), kind="stable")[:STRONGEST]
-        rows = [
-            {
-                "layer": int(layer),
-                "expert": int(expert),
-                "next": int(following),
-                "tokens": int(self._pairs[layer, expert, following]),
-                "over_chance": float(self._pairs[layer, expert, following] / chance[layer, expert, following]),
-            }
+        strongest = tuple(
+            PairPart(
+                layer=int(layer),
+                expert=int(expert),
+                next=int(following),
+                tokens=int(self._pairs[layer, expert, following]),
+                over_chance=float(self._pairs[layer, expert, following] / chance[layer, expert, following]),
+            )
             for layer, expert, following in zip(*np.unravel_index(order, self._pairs.shape), strict=True)
             if self._pairs[layer, expert, following]
-        ]
-        return {
-            "directive": self.version,
-            "passes": self.passes,
-            "wanted_passes": AFFINITY_PASSES,
-            "tokens": self.tokens,
-            "strongest": rows,
-        }
+        )
+        return AffinityPart(
+            directive=self.version,
+            passes=self.passes,
+            wanted_passes=AFFINITY_PASSES,
+            tokens=self.tokens,
+            strongest=strongest,
+        )

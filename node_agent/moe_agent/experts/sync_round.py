@@ -100,7 +100,7 @@ class Relocation:
     Attributes:
         target: [layer, slot], the placement that it leads to.
         layers: layers not moved yet.
-        decision: its line in the log of decisions.
+        decision: its line in the log of decisions, as the move began.
         own: whether the group decided it; else a person asked for it.
         judged: whether it is rolled back if it gains nothing.
         before: step times just before it began.

@@ -283,7 +283,7 @@ class ExpertGroup:
         given = everyone or None
         work = dist.gather(mine, given, dst=self._first, group=self._group, async_op=True)
         assert work is not None
-        # What is sent must live until it has arrived.
+        # A sent tensor must live until it has arrived.
         return work, everyone or [mine]
 
     def _deliver(self, work: dist.Work, reports: list[Tensor]) -> None:

@@ -31,7 +31,7 @@ class LoadRecorder:
         enabled.fill_(False)
 
     def switch(self, on: bool) -> None:
-        """Switches recording; what was counted before is forgotten when it is switched on."""
+        """Switches recording; earlier counts are dropped when it is switched on."""
         if on == self.on:
             return
         if on:
@@ -52,7 +52,7 @@ class LoadRecorder:
         self._enabled.fill_(self.on)
 
     def take(self) -> tuple[Tensor, int]:
-        """Returns what was counted since the last call, and the passes since then.
+        """Returns the counts since the last call, and the passes since then.
 
         The first is int32 [layers, experts] in the host's memory. The copy from a GPU may still be under way; it is
         complete before the next pass ends.

@@ -56,7 +56,7 @@ class Autoscaler:
             replicas: engines wanted now.
             ready: names of the engines that accept requests.
             loading: names of those that start.
-            signal: what is known of the fleet.
+            signal: the newest state of the fleet.
             settings: bounds, targets, behaviour.
         """
         now_s = self._clock()

@@ -347,7 +347,7 @@ def _print(documents: dict[str, ExpertsState]) -> None:
 
     from moe_operator.experts.heat import render_experts
 
-    # What is not a terminal has no width of its own.
+    # A file or pipe has no width.
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     for engine, document in documents.items():
         console.print(render_experts(engine, document))

@@ -63,7 +63,7 @@ def errors_shown() -> Iterator[None]:
     except Failure as failure:
         show_failure(failure)
         raise typer.Exit(FAILED) from None
-    except BrokenPipeError:  # as in `logs | head`; what is still buffered would complain once more at the exit
+    except BrokenPipeError:  # as in `logs | head`; buffered output would raise once more at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except OSError as error:

@@ -71,7 +71,7 @@ def logs(
         str | None,
         typer.Option("--process", "-p", help="gateway, supervisor, agent-N or engine-N.", show_default="all"),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow new lines, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each log.")] = 50,
 ) -> None:
     """Show logs, also of a deployment that has stopped."""
@@ -104,7 +104,7 @@ def set_fields(
 ) -> None:
     """Change policies of a running deployment.
 
-    All of what is named holds afterwards, or nothing of it.
+    Either every named setting takes effect, or none.
     """
     from moe_operator.local.change import apply_changes
 

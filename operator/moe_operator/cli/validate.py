@@ -1,6 +1,6 @@
 """Commands that only read: `validate` and `crd`. The command line registers these functions.
 
-What is wrong with a file goes to stderr, one line per error, and the status is 2.
+Errors in a file go to stderr, one line each, and the status is 2.
 """
 
 from collections.abc import Iterator

@@ -133,7 +133,7 @@ def _seconds(value: float | None, word: str) -> str:
 
 
 def render_affinity(name: str, affinity: AffinityPart) -> Group:
-    """Returns what is shown of the inter-layer affinity of one engine."""
+    """Returns the view of one engine's inter-layer affinity."""
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "expert", "expert of the next layer", "tokens", "times chance"):
         table.add_column(column, justify="right")

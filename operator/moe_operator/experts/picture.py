@@ -9,7 +9,7 @@ from moe_scheduling.expert.cost import load_of_ranks
 from moe_operator.experts.load import over_mean, read_load, read_placement
 from moe_operator.local.failure import Failure
 
-# Load over the mean at which the colours end; what is hotter looks the same.
+# Load over the mean at which the colours end; hotter experts look the same.
 _HOTTEST = 2.0
 
 

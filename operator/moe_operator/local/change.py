@@ -1,4 +1,4 @@
-"""Changes the policies of a running deployment: `moeserving set`. All of a change holds afterwards, or nothing of it.
+"""Changes the policies of a running deployment: `moeserving set`. A change takes effect as a whole, or not at all.
 
 The files change first, so that a process which restarts meanwhile starts with the change; then the control routes are
 called. When one refuses or does not answer, files and the others are put back.

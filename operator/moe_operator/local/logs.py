@@ -1,4 +1,4 @@
-"""The logs of a deployment: their last lines, and what is added."""
+"""The logs of a deployment: their last lines, and new ones."""
 
 import os
 import time
@@ -51,7 +51,7 @@ class Follower:
 
 
 def follow(paths: dict[str, Path], lines: int) -> Iterator[tuple[str, str]]:
-    """The last lines of each file, then what is added, as (name, line), until the caller stops."""
+    """The last lines of each file, then new lines, as (name, line), until the caller stops."""
     followers = {}
     for name, path in paths.items():
         tail, position = read_tail_at(path, lines)

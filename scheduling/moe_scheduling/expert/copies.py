@@ -177,7 +177,7 @@ class _ReplicaPlacement:
         return [self._put(layer, giver * places + place, expert), self._take(layer, pick, given_expert)]
 
     def _take(self, layer: Ints, pick: Ints, expert: Ints) -> Change:
-        """Puts an expert into a spare slot and updates what is spare."""
+        """Puts an expert into a spare slot and updates the list of spare slots."""
         held = self.held[layer, pick]
         self.freed[layer, pick] = BLOCKED
         self.spare[layer, held] -= 1

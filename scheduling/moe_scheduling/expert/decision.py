@@ -304,8 +304,8 @@ def _choose_option(weigh: Callable[[float], _Option], price_s: float, least_s: f
     """Returns the candidate at a price for each move, in seconds a step.
 
     Where only a part of the gain is counted on, the price rises by that part and fewer moves are taken, unless none is
-    left. Where no move gains the price, it is the candidate at the least price `least_s`: the answer shows what was
-    turned down.
+    left. Where no move gains the price, it is the candidate at the least price `least_s`: the answer shows the
+    refused candidate.
     """
     option = weigh(price_s)
     if 0.0 < option.stability < 1.0 and not whole:

@@ -85,7 +85,7 @@ SCALE_DOWN = ScalingRules(stabilization_window_s=300.0, policies=(_DOUBLE,))
 
 @dataclass(frozen=True, slots=True)
 class Dated:
-    """A number of engines, or a change of it, and its time."""
+    """A number of engines, or a difference between two, with its time."""
 
     at_s: float
     count: int

@@ -64,11 +64,11 @@ class StepTimeCurve(NamedTuple):
 def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) -> int:
     """Returns the most prompt tokens that each rank may compute in the next step; 0 only where no rank has any.
 
-    Without a knee it is the largest backlog, so nothing is cut. With knees, the part of it that minimises the cost of
-    working the backlogs off. In steps of T tokens that take f seconds, d = `decode_only_s` of them without any prefill,
-    a backlog of W tokens takes W / T steps. In each, decoding requests wait f - d longer, and requests before their
-    first token wait f, at `TTFT_WEIGHT`: `W / T * (decoding * (f - d) + TTFT_WEIGHT * prefilling * f)`. Large steps
-    share out d, small ones stay below the knees. The best T does not depend on W.
+    Without a knee it is the largest backlog, so nothing is cut. With knees, the part of that backlog that minimises the
+    cost of working the backlogs off. In steps of T tokens that take f seconds, d = `decode_only_s` of them without any
+    prefill, a backlog of W tokens takes W / T steps. In each, decoding requests wait f - d longer, and requests before
+    their first token wait f, at `TTFT_WEIGHT`: `W / T * (decoding * (f - d) + TTFT_WEIGHT * prefilling * f)`. Large
+    steps share out d, small ones stay below the knees. The best T does not depend on W.
 
     O(ranks * (ranks + knees)).
 

@@ -1,4 +1,4 @@
-"""What is concluded from the runs, and the report: on made-up records, whose conclusions are known."""
+"""Conclusions from the runs, and the report: on made-up records, whose conclusions are known."""
 
 import json
 import math

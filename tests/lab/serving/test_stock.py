@@ -1,4 +1,4 @@
-"""Side A: stock vLLM and vllm-router, planned from the same resource as ours; what is refused."""
+"""Side A: stock vLLM and vllm-router, planned from the same resource as ours; and which resources are refused."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Whole runs on vLLM's real schedulers: what is real must behave as in vLLM, and a run depends on its inputs alone."""
+"""Whole runs on vLLM's real schedulers: the real parts behave as in vLLM, and a run depends on its inputs alone."""
 
 import json
 from dataclasses import asdict, replace

@@ -73,6 +73,7 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
 
 def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime) -> Condition:
     status, reason, message = verdict
+    message = message if len(message) <= MOST else message[:MOST] + " ..."
     since = before.last_transition_time if before is not None and before.status is status else now
     return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)
 
@@ -114,9 +115,9 @@ def _degraded(inputs: ConditionInputs) -> Verdict:
         )
         return TRUE, f"{inputs.missing_kind}Missing", message
     if inputs.failed:
-        return TRUE, FAILED, "; ".join(filter(None, (inputs.failed, inputs.refused)))[:MOST]
+        return TRUE, FAILED, "; ".join(filter(None, (inputs.failed, inputs.refused)))
     if inputs.refused:
-        return TRUE, "Refused", inputs.refused[:MOST]
+        return TRUE, "Refused", inputs.refused
     if inputs.findings:
         more = f"; also: {', '.join(finding.reason for finding in inputs.findings[1:])}" if inputs.findings[1:] else ""
         return TRUE, inputs.findings[0].reason, inputs.findings[0].message + more

@@ -35,7 +35,7 @@ from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_limits
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
-from moe_operator.plan.surroundings import (
+from moe_operator.plan.pod_environment import (
     build_cache_variables,
     build_own_pod_variables,
     build_writable_mounts,

@@ -13,7 +13,6 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestSettings
 from pydantic import AfterValidator, Field
 
-from moe_contract.addresses import http_url
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.sections import Listen, Seconds, Section
@@ -32,7 +31,7 @@ def _check_address(url: str) -> str:
         parts = urlsplit(url)
         rebuilt = f"http://[{parts.hostname}]" if ":" in (parts.hostname or "") else f"http://{parts.hostname}"
         if parts.port is not None:
-            rebuilt = http_url(parts.hostname or "", parts.port)
+            rebuilt += f":{parts.port}"
     except ValueError:
         rebuilt = ""
     if not url.isascii() or not url.isprintable() or " " in url or rebuilt != url.lower():

@@ -83,7 +83,7 @@ def test_urls_have_brackets_around_ipv6(host: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("::", True), ("10.0.0.1", True), ("localhost", False), ("", False)])
-def test_an_address_is_told_from_a_name(text: str, wanted: bool) -> None:
+def test_an_address_is_no_name(text: str, wanted: bool) -> None:
     assert is_address(text) is wanted
 
 

@@ -294,7 +294,7 @@ async def test_a_forced_stop_answers_held_requests_with_a_retry_after(make_engin
 async def test_a_start_that_fails_leaves_no_port_open(make_engine, serve):
     taken = await make_engine()
     port = free_port()
-    with pytest.raises(OSError, match="address"):
+    with pytest.raises(OSError, match="Address already in use"):
         await serve(listen={"port": port}, admin={"port": taken.port})
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", port)

@@ -31,7 +31,7 @@ async def test_clients_of_both_families_reach_engines_of_either(make_engine, ser
     assert len(engine.requests) == 2
 
 
-async def test_a_gateway_listens_where_it_is_told_and_nowhere_else(make_engine, serve):
+async def test_a_gateway_listens_at_its_configured_address_alone(make_engine, serve):
     engine = await make_engine()
     served = await serve(engine, listen={"host": LOOPBACK_IPV6, "port": free_port()})
     assert await ask(LOOPBACK_IPV6, served.config.listen.port) == OK

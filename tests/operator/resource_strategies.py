@@ -243,11 +243,47 @@ scheduling = section(
         hysteresis=st.floats(0, 1000) | st.integers(0, 1000),
     ),
 )
+label_keys = st.sampled_from(["team", "team.test/owner", "kueue.x-k8s.io/queue-name", "app.kubernetes.io/part-of"])
+labels = st.dictionaries(label_keys, st.sampled_from(["", "a", "A-1_b.c"]), max_size=2)
+annotations = st.dictionaries(st.sampled_from(["team.test/owner", "note"]), texts, max_size=2)
+services = st.one_of(
+    section(
+        type=st.sampled_from(["ClusterIP", "NodePort"]),
+        port=st.integers(1, 65535),
+        ipFamilyPolicy=st.sampled_from(["SingleStack", "PreferDualStack"]),
+        labels=labels,
+        annotations=annotations,
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("LoadBalancer")},
+        optional={
+            "loadBalancerClass": st.sampled_from(["internal", "service.k8s.aws/nlb"]),
+            "annotations": annotations,
+        },
+    ),
+)
+selectors = st.sampled_from(
+    [{}, {"matchLabels": {"a": "b"}}, {"matchExpressions": [{"key": "a", "operator": "In", "values": ["b", "c"]}]}]
+)
+peers = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"podSelector": selectors}, optional={"namespaceSelector": selectors}),
+        st.fixed_dictionaries({"namespaceSelector": selectors}),
+        st.sampled_from(
+            [
+                {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}},
+                {"ipBlock": {"cidr": "fd00::/8"}},
+            ]
+        ),
+    ),
+    max_size=2,
+)
+network_policies = section(enabled=flags, allowFrom=peers, metricsFrom=peers, meshPort=st.just(15008))
 gateways = section(
     port=st.integers(1, 65535),
     replicas=st.integers(1, 64),
     image=images,
-    service=section(type=st.sampled_from(["ClusterIP", "LoadBalancer"]), port=st.integers(1, 65535)),
+    service=services,
     podTemplate=pod_templates("gateway"),
     tenantHeader=st.sampled_from(["", "x-tenant"]),
     limits=section(
@@ -270,7 +306,14 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
             scheduling=scheduling,
             gateway=gateways,
             autoscaling=autoscaling,
-            metrics=section(serviceMonitor=flags, prometheus=st.just({"url": "http://127.0.0.1:1"})),
+            metrics=section(
+                serviceMonitor=flags,
+                prometheus=st.just({"url": "http://127.0.0.1:1"}),
+                labels=labels,
+                annotations=annotations,
+            ),
+            networkPolicy=network_policies,
+            commonMetadata=section(labels=labels, annotations=annotations),
             disruption=section(maxUnavailable=st.sampled_from(["0", "1", "25%", "100%", "999"])),
             paused=st.just(False),
         )

@@ -187,7 +187,8 @@ def test_a_policy_that_was_removed_is_refused_with_the_policies_that_are_known(p
         (
             {"enginee": {}},
             "spec.enginee: unknown field; nearest known: engine; "
-            "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
+            "known: autoscaling, commonMetadata, disruption, engine, gateway, metrics, model, networkPolicy, paused, "
+            "scheduling",
         ),
         (
             {"scheduling": {"request": {"ageing_rate": 1}}},
@@ -392,7 +393,8 @@ def test_setting_null_takes_a_field_back() -> None:
         (
             "gatway.port=1",
             "spec.gatway: unknown field; nearest known: gateway; "
-            "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
+            "known: autoscaling, commonMetadata, disruption, engine, gateway, metrics, model, networkPolicy, paused, "
+            "scheduling",
         ),
         ("engine.replicas=[", "spec.engine.replicas: input should be a valid integer, got '['"),
         ("model.uri=null", "spec.model.uri: required, but absent"),

@@ -23,6 +23,8 @@ from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
 from moe_operator.api.model import Cache, Model
+from moe_operator.api.network import Peer
+from moe_operator.api.pods import GatewayService
 from moe_operator.api.resource import MoEServing, Spec
 from moe_operator.api.section import Section
 
@@ -140,8 +142,10 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Autoscaling,
         Cache,
         Engine,
+        GatewayService,
         Model,
         Parallelism,
+        Peer,
         Spec,
     }
     for rule in rules:

@@ -123,7 +123,7 @@ async def test_prometheus_has_what_gateways_and_agents_count(prometheus: str, st
         found = await signal_of_a_full_window(prometheus)
     finally:
         load.cancel()
-    assert found.kv_usage == agent()["ranks"][0]["kv_usage"]
+    assert found.kv_usage == agent().ranks[0].kv_usage
     assert found.ttft_s == pytest.approx(0.25)
     assert found.wait_s is not None
     assert found.wait_s >= 0.0

@@ -59,7 +59,8 @@ def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     spec = "spec:\n  model: {uri: hf://org/a}\n  scheduling: {request: {policy: sjff}}\n  enginee: {}\n"
     assert errors_in(HEAD + spec, tmp_path) == [
         "spec.enginee: unknown field; nearest known: engine; "
-        "known: autoscaling, disruption, engine, gateway, metrics, model, paused, scheduling",
+        "known: autoscaling, commonMetadata, disruption, engine, gateway, metrics, model, networkPolicy, paused, "
+        "scheduling",
         "spec.scheduling.request.policy: unknown 'sjff'; known: fcfs, priority, sjf",
     ]
 

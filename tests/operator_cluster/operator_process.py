@@ -27,7 +27,6 @@ class OperatorProcess:
         environment = os.environ | {
             "KUBECONFIG": str(kubeconfig),
             "MOESERVING_OPERATOR_NAMESPACE": own_namespace,
-            "NO_PROXY": "127.0.0.1,localhost",
         }
         with log.open("ab") as output:
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

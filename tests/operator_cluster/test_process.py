@@ -15,9 +15,12 @@ import yaml
 from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
 from fresh_operator import comparable
+from moe_contract.addresses import LOOPBACK, LOOPBACK_IPV6, http_url, is_bindable
 from moe_operator.kubernetes.kinds import CHILDREN
 from operator_process import OperatorProcess, eventually
 from serving_documents import CRD, serving
+
+from tests.contract.refusing_proxy import refusing_proxy
 
 Document = dict[str, Any]
 KINDS = ",".join(kind.plural for kind in CHILDREN if not kind.optional)
@@ -70,6 +73,21 @@ def healthy(operator: OperatorProcess) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+@pytest.mark.skipif(not is_bindable(LOOPBACK_IPV6), reason="this machine has no IPv6 on loopback")
+def test_probes_and_metrics_answer_in_both_families_and_no_call_goes_by_a_proxy(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing_proxy(monkeypatch) as proxy:
+        operator = start("first")
+        eventually(operator.leads, "it leads")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        for host in (LOOPBACK, LOOPBACK_IPV6):
+            for port, path in ((operator.liveness_port, "healthz"), (operator.metrics_port, "metrics")):
+                with opener.open(f"{http_url(host, port)}/{path}", timeout=5) as answer:
+                    assert answer.status == 200
+        assert proxy.asked == []
 
 
 def test_of_two_operators_one_writes_and_the_other_follows_when_it_dies(

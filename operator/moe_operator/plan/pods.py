@@ -39,7 +39,7 @@ from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
 from moe_operator.plan.own import check_cache_path, find_clashes
-from moe_operator.plan.surroundings import (
+from moe_operator.plan.pod_environment import (
     build_cache_variables,
     build_own_pod_variables,
     build_writable_mounts,

@@ -3,10 +3,12 @@
 import contextlib
 import itertools
 import socket
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
+from moe_contract.pod_identity import identity_variables
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import POD
 from moe_operator.kubernetes.store import Key
@@ -17,10 +19,15 @@ READY = [{"type": "Ready", "status": "True"}]
 
 
 class Peers:
-    """Answers at every loopback address as an agent or a gateway; `settings` holds what was put there."""
+    """Answers at every loopback address as an agent or a gateway.
+
+    By address: `settings` holds what was put there, `calls` the tokens that came with it, `pods` who answers.
+    """
 
     def __init__(self, tokens: set[str] | None = None) -> None:
         self.settings: dict[str, Document] = {}
+        self.calls: dict[str, list[str]] = defaultdict(list)
+        self.pods: dict[str, Document] = {}
         self.tokens = tokens
         self.port = 0
         self._addresses = (f"127.2.0.{number}" for number in itertools.count(1))
@@ -33,8 +40,10 @@ class Peers:
         own = names.labels(component, revision if component == "engine" else None)
         port = {"name": "agent" if component == "engine" else "admin", "containerPort": self.port}
         metadata = {"name": name, "namespace": key.namespace, "labels": own | labels}
-        spec = {"containers": [{"name": component, "image": "none", "ports": [port]}]}
-        await api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        container = {"name": component, "image": "none", "ports": [port], "env": identity_variables()}
+        spec = {"containers": [container]}
+        made = await api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        self.pods[address] = {"name": name, "uid": made["metadata"]["uid"]}
         status = {"phase": "Running", "podIP": address, "conditions": READY}
         await api.server.merge(POD, key.namespace, name, {"status": status}, "kubelet", subresource="status")
         return address
@@ -42,12 +51,12 @@ class Peers:
     async def get_state(self, request: web.Request) -> web.Response:
         rank = {"rank": 0, "running": 1, "waiting": 0, "kv_usage": 0.5, "computed_tokens": 0}
         config = self.settings.setdefault(_address(request), {})
-        return web.json_response(
-            {"phase": "ready", "engine": {"restarts": 0}, "ranks": [rank], "config": config, "held": 0}
-        )
+        state = {"phase": "ready", "engine": {"restarts": 0}, "ranks": [rank], "config": config, "held": 0}
+        return web.json_response(state | {"pod": self.pods.get(_address(request), {})})
 
     async def put_config(self, request: web.Request) -> web.Response:
         token = request.headers["Authorization"].removeprefix("Bearer ")
+        self.calls[_address(request)].append(token)
         if self.tokens is not None and token not in self.tokens:
             return web.json_response({"errors": []}, status=401)
         self.settings.setdefault(_address(request), {}).update(await request.json())

@@ -10,10 +10,17 @@ from moe_scheduling.fleet.size import FleetSignal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """The agents and gateways of one resource that answered, each by its pod."""
+    """The agents and gateways of one resource that answered, each by its pod.
+
+    Attributes:
+        engines: states of agents.
+        gateways: states of gateways.
+        strangers: pods at whose address another pod answered; their states are in neither.
+    """
 
     engines: Mapping[str, AgentState] = field(default_factory=dict)
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
+    strangers: frozenset[str] = frozenset()
 
     def __contains__(self, pod: str) -> bool:
         """Whether the agent or gateway in this pod answered."""

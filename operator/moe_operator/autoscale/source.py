@@ -15,7 +15,8 @@ from moe_operator.autoscale.settings import fleet_settings
 from moe_operator.autoscale.signal import Fleet, States, build_signal
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
-from moe_operator.plan.names import COMPONENT, REVISION, is_replica
+from moe_operator.plan.names import REVISION
+from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
 
 Document = dict[str, Any]
 log = logging.getLogger("moeserving.operator")
@@ -76,37 +77,18 @@ def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
 
 
 def _read_fleet(pods: Sequence[Document], states: States) -> Fleet:
-    gateways = [pod["metadata"]["name"] for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
-    engines = {
-        pod["metadata"]["name"]
-        for pod in pods
-        if _label(pod, COMPONENT) == "engine" and is_replica(pod["metadata"]["labels"])
-    }
+    ready = [pod["metadata"]["name"] for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
+    engines = {pod["metadata"]["name"] for pod in pods if is_engine(pod)}
     return Fleet(
-        gateways=tuple(states.gateways[name] for name in gateways if name in states.gateways),
+        gateways=tuple(states.gateways[name] for name in ready if name in states.gateways),
         engines={name: state for name, state in states.engines.items() if name in engines},
-        gateways_wanted=len(gateways),
+        gateways_wanted=len(ready),
         observed_s=time.monotonic(),
     )
 
 
 def _engines(pods: Sequence[Document]) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
-    stable = [
-        pod
-        for pod in pods
-        if _label(pod, REVISION) == STABLE and is_replica(pod["metadata"]["labels"])
-        if "deletionTimestamp" not in pod["metadata"]
-    ]
-    ready = {pod["metadata"]["name"] for pod in stable if _is_ready(pod)}
+    stable = [pod for pod in pods if is_engine(pod) and label_of(pod, REVISION) == STABLE and is_live(pod)]
+    ready = {pod["metadata"]["name"] for pod in stable if is_ready(pod)}
     return ready, {pod["metadata"]["name"] for pod in stable} - ready
-
-
-def _label(pod: Document, name: str) -> str:
-    return str(pod["metadata"].get("labels", {}).get(name, ""))
-
-
-def _is_ready(pod: Document) -> bool:
-    conditions = pod.get("status", {}).get("conditions", [])
-    ready = any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]

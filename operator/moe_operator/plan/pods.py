@@ -22,6 +22,7 @@ from moe_contract.engine_process import (
     gateway_grace_s,
 )
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
+from moe_contract.pod_identity import identity_variables
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 
@@ -128,7 +129,7 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
             {"name": ENGINE_PORT_NAME, "containerPort": ENGINE_PORT, "protocol": "TCP"},
             {"name": AGENT_PORT_NAME, "containerPort": AGENT_PORT, "protocol": "TCP"},
         ],
-        **({"env": _engine_env(resource)} if resource.spec.model.token_secret else {}),
+        "env": _engine_env(resource),
         "resources": _engine_resources(resource),
         # The agent itself starts an engine anew that takes too long; the probe gives it the time for a second try.
         "startupProbe": _probe(READYZ, AGENT_PORT_NAME, STARTUP_PERIOD_S, startup_tries),
@@ -143,8 +144,10 @@ def _engine_container(resource: MoEServing, defaults: Defaults) -> dict[str, Any
 
 def _engine_env(resource: MoEServing) -> list[dict[str, Any]]:
     secret = resource.spec.model.token_secret
-    assert secret is not None
-    return [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}]
+    if secret is None:
+        return identity_variables()
+    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}
+    return [*identity_variables(), token]
 
 
 def _engine_resources(resource: MoEServing) -> dict[str, Any]:
@@ -204,6 +207,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": ADMIN_PORT_NAME, "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
+        "env": identity_variables(),
         "startupProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 1, 120, timeout_s=3),
         "readinessProbe": _probe(READYZ, ADMIN_PORT_NAME, 1, 3, timeout_s=3),
         "livenessProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 10, 3),

@@ -11,6 +11,7 @@ from aiohttp import web
 from moe_contract.pod_identity import identity_variables
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import POD
+from moe_operator.kubernetes.serving import ENDPOINT_SLICE, SERVICE_LABEL
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.names import Names
 
@@ -46,12 +47,21 @@ class Peers:
         self.pods[address] = {"name": name, "uid": made["metadata"]["uid"]}
         status = {"phase": "Running", "podIP": address, "conditions": READY}
         await api.server.merge(POD, key.namespace, name, {"status": status}, "kubelet", subresource="status")
+        if component == "gateway":
+            await api.create(ENDPOINT_SLICE, endpoint_slice(key, name, names.service, address))
         return address
 
     async def get_state(self, request: web.Request) -> web.Response:
         rank = {"rank": 0, "running": 1, "waiting": 0, "kv_usage": 0.5, "computed_tokens": 0}
         config = self.settings.setdefault(_address(request), {})
-        state = {"phase": "ready", "engine": {"restarts": 0}, "ranks": [rank], "config": config, "held": 0}
+        state = {
+            "phase": "ready",
+            "accepting": True,
+            "engine": {"restarts": 0},
+            "ranks": [rank],
+            "config": config,
+            "held": 0,
+        }
         return web.json_response(state | {"pod": self.pods.get(_address(request), {})})
 
     async def put_config(self, request: web.Request) -> web.Response:
@@ -61,6 +71,18 @@ class Peers:
             return web.json_response({"errors": []}, status=401)
         self.settings.setdefault(_address(request), {}).update(await request.json())
         return web.json_response({})
+
+
+def endpoint_slice(key: Key, name: str, service: str, address: str, *, ready: bool = True) -> Document:
+    """What the controller of EndpointSlices makes of a pod behind a Service."""
+    return {
+        "apiVersion": ENDPOINT_SLICE.api_version,
+        "kind": ENDPOINT_SLICE.name,
+        "metadata": {"name": name, "namespace": key.namespace, "labels": {SERVICE_LABEL: service}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [address], "conditions": {"ready": ready}}],
+        "ports": [{"name": "http", "port": 8000, "protocol": "TCP"}],
+    }
 
 
 def _address(request: web.Request) -> str:

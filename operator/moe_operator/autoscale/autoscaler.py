@@ -16,6 +16,8 @@ from moe_scheduling.fleet.size import (
     plan_fleet,
 )
 
+from moe_operator.api.reasons import Reason
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -29,12 +31,12 @@ class Outcome:
 
     replicas: int
     reason: str
-    limited: tuple[str, str] | None
+    limited: tuple[Reason, str] | None
 
 
 _LIMITS = {
-    Limit.MAX_REPLICAS: ("TooFewReplicas", "the load asks for more engines than autoscaling.maxReplicas allows"),
-    Limit.MIN_REPLICAS: ("TooManyReplicas", "the load asks for fewer engines than autoscaling.minReplicas allows"),
+    Limit.MAX_REPLICAS: (Reason.TOO_FEW_REPLICAS, "the load asks for more engines than autoscaling.maxReplicas"),
+    Limit.MIN_REPLICAS: (Reason.TOO_MANY_REPLICAS, "the load asks for fewer engines than autoscaling.minReplicas"),
 }
 
 
@@ -79,7 +81,7 @@ class Autoscaler:
                 del self._loading_since[name]
 
 
-def _limited(decision: Scale | Keep) -> tuple[str, str] | None:
+def _limited(decision: Scale | Keep) -> tuple[Reason, str] | None:
     if isinstance(decision, Keep) and decision.reason in (KeepReason.STALE, KeepReason.MISSING):
-        return "NoSignal", f"the number of engines stays as it is: signals are {decision.reason.value}"
+        return Reason.NO_SIGNAL, f"the number of engines stays as it is: signals are {decision.reason.value}"
     return _LIMITS.get(decision.limit) if decision.limit is not None else None

@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 
 from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import fetch_signal
@@ -67,13 +68,12 @@ class Sources:
         return outcome
 
 
-def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
+def _external_limit(resource: MoEServing) -> tuple[Reason, str] | None:
     section, replicas = resource.spec.autoscaling, resource.spec.engine.replicas
     if section is None or section.min_replicas <= replicas <= section.max_replicas:
         return None
-    return "OutOfBounds", f"engine.replicas is {replicas}, outside of autoscaling's {section.min_replicas} to " + str(
-        section.max_replicas
-    )
+    bounds = f"{section.min_replicas} to {section.max_replicas}"
+    return Reason.OUT_OF_BOUNDS, f"engine.replicas is {replicas}, outside of autoscaling's {bounds}"
 
 
 def _read_fleet(pods: Sequence[Document], states: States) -> Fleet:

@@ -6,7 +6,6 @@ next one goes on from there. A pass over what is as it should be writes nothing.
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,8 +18,8 @@ from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
@@ -30,14 +29,17 @@ from moe_operator.kubernetes.conditions import (
     ConditionInputs,
     build_conditions,
     changed_conditions,
-    is_bad,
+    is_serving,
     read_conditions,
+    summarise,
 )
-from moe_operator.kubernetes.diagnosis import find_problems
-from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.event_recorder import EventRecorder
+from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.report import build_status
+from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -87,6 +89,9 @@ class Reconciler:
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
+        self._problems = ProblemFinder(api, store)
+        self._endpoints = GatewayEndpoints(api)
+        self._events = EventRecorder(api)
         self._sources = Sources(session)
         self._kinds = kinds
 
@@ -94,7 +99,7 @@ class Reconciler:
         """One pass; the time after which the next is wanted, None when only a change calls for one."""
         document = self._store.serving(key)
         if document is None:
-            self._sources.forget(key)
+            self._forget(key)
             return None
         if "deletionTimestamp" in document["metadata"]:
             return await self._end(key, document)
@@ -106,6 +111,10 @@ class Reconciler:
         if resource.spec.paused:
             return await self._report_paused(key, document, resource)
         return await self._make_real(key, document, resource)
+
+    def _forget(self, key: Key) -> None:
+        for part in (self._sources, self._problems, self._endpoints):
+            part.forget(key)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
@@ -169,15 +178,17 @@ class Reconciler:
         return any(answers)
 
     async def _report(
-        self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None
+        self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[Reason, str] | None
     ) -> float:
         names = Names(current.key.name)
+        problems = await self._problems.find(current.key, current.pods, current.states)
         inputs = ConditionInputs(
             refused="; ".join(applied.refused),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
             rolling=tuple(_rolling(self._store, current.key)),
-            findings=find_problems(current.pods, current.states),
+            findings=problems.findings,
+            gated=problems.gated,
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
@@ -194,10 +205,12 @@ class Reconciler:
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         states, experts = await self._ask(find_peers(pods), resource)
+        problems = await self._problems.find(key, pods, states)
         inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
-            findings=find_problems(pods, states),
+            findings=problems.findings,
+            gated=problems.gated,
             has_experts=resource.spec.engine.parallelism.expert,
         )
         await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
@@ -220,40 +233,21 @@ class Reconciler:
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
+        inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)
-        wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
+        rows = [row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in conditions]
+        wanted = status | {"summary": summarise(conditions), "conditions": rows}
         if wanted != document.get("status"):
+            for condition in changed_conditions(before, conditions):
+                await self._events.record(document, condition)
             header = _own(document, None)
             header["metadata"].pop("uid")
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
-            for condition in changed_conditions(before, conditions):
-                await self._post_event(document, condition)
-        return SOON_S if inputs.rolling or inputs.ready < inputs.desired or inputs.findings else STEADY_S
-
-    async def _post_event(self, document: Document, condition: Condition) -> None:
-        metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        message = condition.message or f"{condition.status.value} ({condition.reason})"
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{metadata['name']}.{secrets.token_hex(8)}", "namespace": metadata["namespace"]},
-            "involvedObject": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": metadata["name"],
-                "namespace": metadata["namespace"],
-                "uid": metadata["uid"],
-            },
-            "reason": condition.reason,
-            "message": f"{condition.type}: {message}"[:1000],
-            "type": "Warning" if is_bad(condition) else "Normal",
-            "source": {"component": "moeserving-operator"},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
-        await self._api.create(EVENT, event)
+        unsettled = inputs.rolling or inputs.ready < inputs.desired or inputs.findings
+        # What comes from gateways and EndpointSlices brings no pass by itself.
+        unseen = inputs.gateways and inputs.ready and not is_serving(inputs)
+        return SOON_S if unsettled or unseen or not inputs.endpoint else STEADY_S
 
     def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
         autoscaling = current.resource.spec.autoscaling
@@ -267,7 +261,7 @@ class Reconciler:
 
     async def _end(self, key: Key, document: Document) -> float | None:
         """The gateway ends first, so that no new request comes; then the engines; then all else."""
-        self._sources.forget(key)
+        self._forget(key)
         if FINALIZER not in document["metadata"].get("finalizers", []):
             return None
         for component in ("gateway", "engine"):

@@ -19,6 +19,7 @@ from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
+from moe_operator.kubernetes.serving import sees_engines
 from moe_operator.plan.names import Names, selector_text
 from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready
 
@@ -41,13 +42,20 @@ def build_status(
     """Returns the status without conditions, and the inputs of the conditions with what pods and experts add."""
     engines = [pod for pod in pods if is_engine(pod) and is_live(pod)]
     gateways = [pod for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
-    inputs = replace(inputs, engines=len(engines), ready=sum(map(is_ready, engines)), gateways=len(gateways))
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
+    inputs = replace(
+        inputs,
+        engines=len(engines),
+        ready=sum(map(is_ready, engines)),
+        gateways=len(gateways),
+        seen=sees_engines(gateway_states),
+        generation=document["metadata"].get("generation"),
+    )
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
     suffix = "" if port == 80 else f":{port}"
     status = StatusSection(
-        observed_generation=document["metadata"].get("generation"),
+        observed_generation=inputs.generation,
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,

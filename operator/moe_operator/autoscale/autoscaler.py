@@ -50,7 +50,14 @@ class Autoscaler:
         self._startup_s: float | None = None
 
     def decide(
-        self, replicas: int, ready: set[str], loading: set[str], signal: FleetSignal | None, settings: FleetSettings
+        self,
+        replicas: int,
+        ready: set[str],
+        loading: set[str],
+        signal: FleetSignal | None,
+        settings: FleetSettings,
+        *,
+        asked: bool = False,
     ) -> Outcome:
         """How many engines should run.
 
@@ -60,11 +67,12 @@ class Autoscaler:
             loading: names of those that start.
             signal: what is known of the fleet.
             settings: bounds, targets, behaviour.
+            asked: some source knows of a request, whatever the signal.
         """
         now_s = self._clock()
         self._learn_startup(ready, loading, now_s)
         observation = FleetObservation(
-            replicas=replicas, ready=len(ready), loading=len(loading), startup_s=self._startup_s
+            replicas=replicas, ready=len(ready), loading=len(loading), startup_s=self._startup_s, asked=asked
         )
         decision = plan_fleet(observation, signal, settings, self._history, now_s)
         self._history = decision.history

@@ -31,6 +31,7 @@ class Peers:
         self.pods: dict[str, Document] = {}
         self.tokens = tokens
         self.port = 0
+        self.accepting = True
         self._addresses = (f"127.2.0.{number}" for number in itertools.count(1))
 
     async def make(

@@ -183,7 +183,9 @@ def test_a_pod_that_a_queue_holds_back_is_a_wait_and_no_finding() -> None:
     ("age", "node", "phase", "count"),
     [(61, "", "Pending", 1), (59, "", "Pending", 0), (999, "n", "Pending", 0), (999, "", "Running", 0)],
 )
-def test_a_pod_that_no_scheduler_looks_at_is_told_after_a_minute(age: int, node: str, phase: str, count: int) -> None:
+def test_a_pod_that_no_scheduler_looks_at_is_reported_after_a_minute(
+    age: int, node: str, phase: str, count: int
+) -> None:
     found = pod(ready=False, phase=phase)
     found["metadata"]["creationTimestamp"] = (NOW - timedelta(seconds=age)).isoformat()
     found["spec"] |= {"schedulerName": "bin-packer"} | ({"nodeName": node} if node else {})
@@ -200,7 +202,7 @@ def over(name: str, created: str, reason: str = "Evicted") -> Document:
 
 
 @pytest.mark.parametrize("reason", ["Evicted", "NodeLost", "UnexpectedAdmissionError", "OutOfcpu", "Terminated"])
-def test_a_pod_that_is_over_is_told_while_its_place_is_empty(reason: str) -> None:
+def test_a_pod_that_is_over_is_reported_while_its_place_is_empty(reason: str) -> None:
     workload = {"metadata": {"name": "tiny-engine", "labels": pod()["metadata"]["labels"]}, "spec": {"replicas": 1}}
     first, second = over("a", "2026-01-01T00:00:00Z"), over("b", "2026-01-01T00:00:09Z", reason)
     (finding,) = find_problems([first, second, pod("c", ready=False)], States(), NOW, [workload])
@@ -214,7 +216,7 @@ def test_a_pod_that_is_over_is_told_while_its_place_is_empty(reason: str) -> Non
     )
 
 
-def test_a_pod_at_whose_address_another_answers_is_told_once_it_is_ready() -> None:
+def test_a_pod_at_whose_address_another_answers_is_reported_once_it_is_ready() -> None:
     strangers = States(strangers=frozenset({"tiny-engine-a"}))
     (finding,) = find_problems([pod()], strangers, NOW)
     assert (finding.reason, finding.pod) == ("IdentityMismatch", "tiny-engine-a")

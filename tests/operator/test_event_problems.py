@@ -113,7 +113,7 @@ def test_an_image_on_its_way_is_no_fault_however_long_it_takes(reason: str) -> N
     assert mount is not None, "a volume of another container"
 
 
-def test_a_node_that_says_nothing_for_two_minutes_is_told() -> None:
+def test_a_node_that_says_nothing_for_two_minutes_is_reported() -> None:
     assert read_events(SUSPECT, [event("Scheduled", severity="Normal")], NOW) is None
     late = Suspect(kind="Pod", name="tiny-engine-a", since=NOW - timedelta(seconds=121))
     finding = read_events(late, [event("Scheduled", severity="Normal")], NOW)
@@ -130,7 +130,7 @@ def test_the_events_of_an_earlier_pod_of_the_name_say_nothing() -> None:
 FORBIDDEN = 'create Pod tiny-engine-0 in StatefulSet tiny-engine failed error: pods "tiny-engine-0" is forbidden: quota'
 
 
-def test_a_stateful_set_that_may_not_make_pods_is_told() -> None:
+def test_a_stateful_set_that_may_not_make_pods_is_reported() -> None:
     suspect = Suspect(kind="StatefulSet", name="tiny-engine", component="engine")
     finding = read_events(suspect, [event("FailedCreate", FORBIDDEN, **_about("StatefulSet"))], NOW)
     assert finding is not None
@@ -144,7 +144,7 @@ def _about(kind: str) -> Document:
 
 
 @pytest.mark.parametrize("reason", ["ProvisioningFailed", "FailedBinding"])
-def test_a_claim_for_which_no_volume_is_made_is_told(reason: str) -> None:
+def test_a_claim_for_which_no_volume_is_made_is_reported(reason: str) -> None:
     found = pod(ready=False, phase="Pending")
     message = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."
     found["status"]["conditions"].append({"type": "PodScheduled", "status": "False", "message": message})
@@ -215,7 +215,7 @@ def deployment(**conditions: tuple[str, str, str]) -> Document:
     return {"kind": "Deployment", "metadata": metadata, "status": {"conditions": rows}}
 
 
-def test_what_a_deployment_says_of_itself_is_told_and_disappears_with_it() -> None:
+def test_what_a_deployment_says_of_itself_is_reported_and_disappears_with_it() -> None:
     quota = 'pods "x" is forbidden: exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0'
     broken = deployment(ReplicaFailure=("True", "FailedCreate", quota), Progressing=("True", "NewReplicaSet", ""))
     (finding,) = find_failures_to_create([broken])
@@ -257,7 +257,7 @@ async def test_a_resource_that_is_well_costs_no_call_and_a_broken_one_few() -> N
     events.rows = [event("FailedCreatePodSandBox")]
     problems = await finder.find(KEY, [found], States())
     assert [row.reason for row in problems.findings] == [Reason.FAILED_SANDBOX]
-    assert (await finder.find(KEY, [pod()], States())).findings == (), "it runs: what was wrong is told no more"
+    assert (await finder.find(KEY, [pod()], States())).findings == (), "it runs: what was wrong is reported no more"
     assert len(events.fields) == 2
 
 

@@ -1,4 +1,4 @@
-"""Who is asked, who is believed, and who gets the control token."""
+"""Who is asked, who is accepted, and who gets the control token."""
 
 import asyncio
 import itertools
@@ -109,20 +109,20 @@ def peer(url: str, component: str, *, asked: bool = True) -> Peer:
 
 @pytest.mark.parametrize("component", ["engine", "gateway"])
 @pytest.mark.parametrize(
-    ("uid", "asked", "believed", "tokens"),
+    ("uid", "asked", "accepted", "tokens"),
     [("mine", True, True, 1), ("other", True, False, 0), ("", True, False, 0), ("", False, True, 0)],
     ids=["itself", "another's", "no agent of this build", "a pod of an earlier build"],
 )
-async def test_what_another_pod_answers_is_not_believed_and_it_gets_no_token(
-    serve: Serve, component: str, uid: str, asked: bool, believed: bool, tokens: int
+async def test_what_another_pod_answers_is_not_accepted_and_it_gets_no_token(
+    serve: Serve, component: str, uid: str, asked: bool, accepted: bool, tokens: int
 ) -> None:
     answering = Answering()
     answering.uids = itertools.repeat(uid)
     one = peer(await serve(answering), component, asked=asked)
     async with aiohttp.ClientSession() as session:
         found = await fetch_states(session, [one])
-        assert ("p" in found) is believed
-        assert ("p" in found.strangers) is (not believed)
+        assert ("p" in found) is accepted
+        assert ("p" in found.strangers) is (not accepted)
         problem = await put_settings(session, one, {"request": {}}, ("secret",))
     assert answering.tokens == ["Bearer secret"] * tokens
     assert bool(problem) is (tokens == 0)

@@ -5,8 +5,8 @@ the objects of all other tests.
 """
 
 import asyncio
-import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster_life
+import psutil
 from cluster_api import ApiCluster
 from cluster_binaries import locate
 from fresh_operator import FreshOperator, conditions, fetch_serving
@@ -30,7 +31,6 @@ CONTROLLERS = (
     "persistentvolume-binder-controller",
 )
 PATIENCE_S = 180.0
-_ADDRESSES = (f"127.9.0.{number}" for number in itertools.count(1))
 
 
 @contextmanager
@@ -83,10 +83,10 @@ def set_status(cluster: ApiCluster, pod: Document, status: Document) -> None:
 
 
 def make_ready(cluster: ApiCluster, namespace: str, component: str) -> None:
-    """The pods of a component run and are ready, each at an address where nobody answers."""
+    """The pods of a component run and are ready, at an address of this machine where nobody answers."""
     eventually(lambda: pods_of(cluster, namespace, component), f"a pod of {component} is made")
     for pod in pods_of(cluster, namespace, component):
-        address = next(_ADDRESSES)
+        address = own_address()
         status = {
             "phase": "Running",
             "podIP": address,
@@ -94,6 +94,12 @@ def make_ready(cluster: ApiCluster, namespace: str, component: str) -> None:
             "conditions": [{"type": "Ready", "status": "True"}],
         }
         set_status(cluster, pod, status)
+
+
+def own_address() -> str:
+    """An address of this machine that is not of loopback, for EndpointSlices take none of these."""
+    rows = (row for rows in psutil.net_if_addrs().values() for row in rows if row.family is socket.AF_INET)
+    return next((row.address for row in rows if not row.address.startswith("127.")), "192.0.2.1")
 
 
 async def until(operator: FreshOperator, key: Key, holds: Callable[[dict[str, Document]], object], what: str) -> None:

@@ -49,7 +49,7 @@ class Peers:
         status = {"phase": "Running", "podIP": address, "conditions": READY}
         await api.server.merge(POD, key.namespace, name, {"status": status}, "kubelet", subresource="status")
         if component == "gateway":
-            await api.create(ENDPOINT_SLICE, endpoint_slice(key, name, names.service, address))
+            await api.create(ENDPOINT_SLICE, endpoint_slice(key, name, names.service))
         return address
 
     async def get_state(self, request: web.Request) -> web.Response:
@@ -74,14 +74,17 @@ class Peers:
         return web.json_response({})
 
 
-def endpoint_slice(key: Key, name: str, service: str, address: str, *, ready: bool = True) -> Document:
-    """What the controller of EndpointSlices makes of a pod behind a Service."""
+def endpoint_slice(key: Key, name: str, service: str) -> Document:
+    """What the controller of EndpointSlices makes of a ready pod behind a Service, but for the address.
+
+    The API server takes no loopback address there.
+    """
     return {
         "apiVersion": ENDPOINT_SLICE.api_version,
         "kind": ENDPOINT_SLICE.name,
         "metadata": {"name": name, "namespace": key.namespace, "labels": {SERVICE_LABEL: service}},
         "addressType": "IPv4",
-        "endpoints": [{"addresses": [address], "conditions": {"ready": ready}}],
+        "endpoints": [{"addresses": ["192.0.2.1"], "conditions": {"ready": True}}],
         "ports": [{"name": "http", "port": 8000, "protocol": "TCP"}],
     }
 

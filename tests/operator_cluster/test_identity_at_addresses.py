@@ -1,4 +1,4 @@
-"""Addresses that belong to another pod by now: not believed, no token; and gateways that see no engine."""
+"""Addresses that belong to another pod by now: not accepted, no token; and gateways that see no engine."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ async def test_a_pod_that_is_over_counts_nowhere_and_its_address_is_not_called(
 
 
 @pytest.mark.parametrize("stranger", [{"name": "tiny-engine-a", "uid": "another"}, {}], ids=["another pod", "no agent"])
-async def test_an_address_of_another_tenant_gets_no_token_and_is_not_believed(
+async def test_an_address_of_another_tenant_gets_no_token_and_is_not_accepted(
     kubeconfig: Path, namespace: str, stranger: Document
 ) -> None:
     async with started(kubeconfig, namespace) as operator, peers_listening() as peers:

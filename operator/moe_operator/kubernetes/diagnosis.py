@@ -161,7 +161,7 @@ def _identity(pod: Document, states: States) -> Iterator[Finding]:
     """A pod that its kubelet calls ready, and at whose address another one answers."""
     if _name(pod) in states.strangers and is_ready(pod):
         advice = (
-            "the answer does not carry this pod's uid, so it is not believed and no settings are sent; use an image of "
+            "the answer does not carry this pod's uid, so it is not accepted and no settings are sent; use an image of "
             "this release, or look for another pod at the address"
         )
         yield _finding(pod, Reason.IDENTITY_MISMATCH, advice, str(pod["status"].get("podIP", "")))

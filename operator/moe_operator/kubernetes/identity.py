@@ -2,9 +2,9 @@
 
 Between two looks at the cluster the address of a pod may have become another pod's, of another tenant perhaps. So
 agents and gateways repeat the uid of their pod in their states. An answer with another uid, or with none from a pod
-whose template asks for it, is not believed, and no control token goes there.
+whose template asks for it, is not accepted, and no control token goes there.
 
-A pod of an earlier build has a template without the uid. During the upgrade, which replaces it, its state is believed;
+A pod of an earlier build has a template without the uid. During the upgrade, which replaces it, its state is accepted;
 it gets no token, for its settings come with the new pod.
 """
 
@@ -19,7 +19,7 @@ Document = dict[str, Any]
 
 
 class Identity(StrEnum):
-    """What an answer proves."""
+    """What the answer of a pod proves."""
 
     PROVED = "proved"
     """The uid in the answer is that of the pod."""

@@ -1,6 +1,6 @@
 """Agents and gateways of a resource over HTTP: their states, and new settings for those that run.
 
-A state is believed, and settings with the control token are sent, only where `identity.py` allows it.
+A state is accepted, and settings with the control token are sent, only where `identity.py` allows it.
 """
 
 import asyncio

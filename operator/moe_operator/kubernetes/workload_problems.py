@@ -46,5 +46,5 @@ def _find(workloads: Iterable[Document], kind: str, status: str, reason: Reason,
 
 
 def component_of_workload(workload: Document) -> str:
-    """`engine` or `gateway`."""
+    """The component of its pods: `engine` or `gateway`."""
     return str((workload["metadata"].get("labels") or {}).get(COMPONENT, ""))

@@ -60,7 +60,9 @@ def is_ready(cluster: ApiCluster, place: str) -> bool:
     return True
 
 
-async def test_a_quota_is_told_and_when_it_is_raised_it_is_told_no_more(cluster: ApiCluster, place: str) -> None:
+async def test_a_quota_is_reported_and_when_it_is_raised_it_is_reported_no_more(
+    cluster: ApiCluster, place: str
+) -> None:
     cluster.kubectl("create", "quota", "none", "--hard=pods=0", "-n", place)
     async with started(cluster.kubeconfig, place) as operator:
         key = await begin(operator, place)
@@ -77,7 +79,7 @@ async def test_a_quota_is_told_and_when_it_is_raised_it_is_told_no_more(cluster:
         assert "also" not in (await fetch_conditions(operator, key))["Degraded"]["message"]
 
 
-async def test_pod_security_is_told_of_the_engines_and_the_gateways_run(cluster: ApiCluster, place: str) -> None:
+async def test_pod_security_is_reported_of_the_engines_and_the_gateways_run(cluster: ApiCluster, place: str) -> None:
     cluster.kubectl("label", "namespace", place, "pod-security.kubernetes.io/enforce=restricted")
     async with started(cluster.kubeconfig, place) as operator:
         key = await begin(operator, place)
@@ -98,7 +100,7 @@ async def test_a_pod_that_kueue_holds_back_is_a_wait_and_no_fault(cluster: ApiCl
         assert "SchedulingGated: pod tiny-engine-" in line(cluster, place)
 
 
-async def test_a_claim_for_which_no_volume_is_made_is_told(cluster: ApiCluster, place: str) -> None:
+async def test_a_claim_for_which_no_volume_is_made_is_reported(cluster: ApiCluster, place: str) -> None:
     cache = {"path": "/cache", "size": "1Gi", "storageClass": "absent"}
     async with started(cluster.kubeconfig, place) as operator:
         key = await begin(operator, place, model={"uri": "hf://org/tiny", "cache": cache}, engine=CPU)
@@ -123,7 +125,7 @@ def as_kubelet(pod: Document, reason: str, message: str) -> Document:
     }
 
 
-async def test_a_volume_that_cannot_be_mounted_is_told_from_the_kubelets_events(
+async def test_a_volume_that_cannot_be_mounted_is_reported_from_the_kubelets_events(
     cluster: ApiCluster, place: str
 ) -> None:
     async with started(cluster.kubeconfig, place) as operator:

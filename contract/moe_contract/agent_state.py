@@ -15,6 +15,8 @@ from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal
 from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
+from moe_contract.pod_identity import NO_POD, PodIdentity
+
 READY = "ready"
 
 
@@ -136,10 +138,12 @@ class AgentState(EngineState):
     Attributes:
         name: of the engine.
         config: the settings in force.
+        pod: the pod that answers; empty outside of a cluster.
     """
 
     name: str = ""
     config: AgentSettingsInForce = AgentSettingsInForce()
+    pod: PodIdentity = NO_POD
 
     @property
     def request_policy(self) -> str | None:

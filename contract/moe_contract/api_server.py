@@ -104,13 +104,26 @@ class ApiServer:
         """
         return await self._call("get", kind, name=name, namespace=namespace)
 
-    async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
-        """All objects of a kind in a namespace, read in pages; None means all namespaces."""
+    async def list(self, kind: Kind, namespace: str | None, selector: str = "", *, fields: str = "") -> Listing:
+        """All objects of a kind in a namespace, read in pages; None means all namespaces.
+
+        Args:
+            kind: of the objects.
+            namespace: where they are.
+            selector: by labels; empty is all.
+            fields: by the fields that the kind can be selected by; empty is all.
+        """
         items: list[Document] = []
         proceed = None
         while True:
             page = await self._call(
-                "get", kind, namespace=namespace, label_selector=selector or None, limit=PAGE, _continue=proceed
+                "get",
+                kind,
+                namespace=namespace,
+                label_selector=selector or None,
+                field_selector=fields or None,
+                limit=PAGE,
+                _continue=proceed,
             )
             # The items of a list do not say their kind.
             items += (row | {"apiVersion": kind.api_version, "kind": kind.name} for row in page.get("items") or ())

@@ -24,7 +24,7 @@ DATA_PARALLEL_PORT = 13345
 
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Name and address of the pod, which the plan takes from the downward API.
-POD_NAME_VARIABLE, POD_IP_VARIABLE = "MOESERVING_POD_NAME", "MOESERVING_POD_IP"
+POD_IP_VARIABLE = "MOESERVING_POD_IP"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
 KV_CACHE_OPTION = "--kv-cache-memory-bytes"

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from moe_contract.agent_state import Lenient
 from moe_contract.gateway_config import GatewaySettings
+from moe_contract.pod_identity import NO_POD, PodIdentity
 
 
 def _none_if_infinite(value: float | None) -> float | None:
@@ -83,6 +84,7 @@ class GatewayState:
         config: the settings in force; None where this version cannot read them.
         engines: one row for each rank of each engine.
         totals: counters.
+        pod: the pod that answers; empty outside of a cluster.
     """
 
     accepting: bool = False
@@ -96,6 +98,7 @@ class GatewayState:
     config: Lenient[GatewaySettings] = None
     engines: tuple[TargetReport, ...] = ()
     totals: RequestTotals = RequestTotals()
+    pod: PodIdentity = NO_POD
 
     @property
     def dispatch_policy(self) -> str | None:

@@ -1,5 +1,6 @@
 """The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
 
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from moe_contract.documents import parse_document
 from moe_contract.gateway_config import GatewaySettings, parse_gateway_settings
 from moe_contract.gateway_state import write_gateway_state
 from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, STATE
 
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -44,6 +46,7 @@ class Admin:
     def __init__(self, gateway: Administered, tokens: ControlTokens) -> None:
         self._gateway = gateway
         self._tokens = tokens
+        self._pod = read_identity(os.environ)
 
     def build(self) -> web.Application:
         """Returns the application with the routes of the admin address."""
@@ -71,7 +74,12 @@ class Admin:
         gateway = self._gateway
         now_s = gateway.clock()
         document = build_state(
-            gateway.dispatcher, gateway.stats, gateway.in_force, draining=gateway.draining, now_s=now_s
+            gateway.dispatcher,
+            gateway.stats,
+            gateway.in_force,
+            draining=gateway.draining,
+            now_s=now_s,
+            pod=self._pod,
         )
         return web.Response(body=write_gateway_state(document), content_type=JSON)
 

@@ -2,6 +2,7 @@
 
 from moe_contract.gateway_config import GatewaySettings
 from moe_contract.gateway_state import GatewayState, RequestTotals, TargetReport
+from moe_contract.pod_identity import PodIdentity
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -9,7 +10,13 @@ from moe_gateway.request_stats import RequestStats
 
 
 def build_state(
-    dispatcher: Dispatcher, stats: RequestStats, settings: GatewaySettings, *, draining: bool, now_s: float
+    dispatcher: Dispatcher,
+    stats: RequestStats,
+    settings: GatewaySettings,
+    *,
+    draining: bool,
+    now_s: float,
+    pod: PodIdentity,
 ) -> GatewayState:
     """The answer of `GET /v1/state`; `now_s` is the gateway's clock."""
     recent = stats.recent
@@ -25,6 +32,7 @@ def build_state(
         config=settings,
         engines=tuple(build_target(dispatcher, target, now_s) for target in dispatcher.target_states),
         totals=RequestTotals(requests=stats.finished, failed=stats.failed, retried=stats.retried),
+        pod=pod,
     )
 
 

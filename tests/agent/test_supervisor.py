@@ -267,6 +267,41 @@ async def test_an_agent_that_is_killed_leaves_no_process_behind(tmp_path):
             "usage: api_server\napi_server.py: error: unrecognized arguments: --x\n",
             "error: unrecognized arguments: --x",
         ),
+        (
+            "(EngineCore_DP0 pid=7) ValueError: too long\n"
+            "(APIServer pid=1) WARNING 08-01 12:00:00 [a.py:5] First inference may OOM due to MemoryError: lower it\n",
+            "ValueError: too long",
+        ),
+        ("(APIServer pid=1) WARNING 08-01 12:00:00 [a.py:5] may fail with torch.OutOfMemoryError: lower it\n", ""),
+        ("(APIServer pid=1) INFO 08-01 12:00:00 [a.py:5] Using max model len 4096\n", ""),
+        ("\x1b[1;36m(Worker pid=1)\x1b[0;0m WARNING 08-01 12:00:00 [a.py:5] OOM\nbye\n", "bye"),
+        ("/x/y.py:3: UserWarning: CUDA out of memory is near\n  warn()\n", "warn()"),
+        ("[W1129 12:00:00.1 ProcessGroupNCCL.cpp:1] Warning: out of memory\n[rank0]: ValueError: x\n", "ValueError: x"),
+        (
+            "(EngineCore_DP0 pid=7) ERROR 08-01 12:00:00 [core.py:1] EngineCore failed to start.\n"
+            "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. "
+            "Failed core proc(s): {'EngineCore_DP0': 1}\n",
+            "EngineCore failed to start.",
+        ),
+        (
+            "(APIServer pid=1) INFO 08-01 12:00:00 [a.py:5] loading\n"
+            "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. "
+            "Failed core proc(s): {'EngineCore_DP0': -9}\n",
+            "RuntimeError: Engine core initialization failed. See root cause above. "
+            "Failed core proc(s): {'EngineCore_DP0': -9}",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, Invalid repository ID or local directory specified: 'x'.\n",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: "
+            "Value error, Invalid repository ID or local directory specified: 'x'.",
+        ),
+        (
+            "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  x\n",
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+        ),
+        ("Fatal Python error: Segmentation fault\n\nThread 0x1:\n  File x\n", "Fatal Python error: Segmentation fault"),
+        ("MemoryError\n", "MemoryError"),
     ],
 )
 def test_the_error_line_is_the_last_that_says_why(text, line):

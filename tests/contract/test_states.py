@@ -16,6 +16,7 @@ from moe_agent.supervisor.supervisor import Phase
 from moe_contract.agent_state import RankReport, read_agent_state, read_engine_state, write_agent_state
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, initial_settings
 from moe_contract.gateway_state import read_gateway_state, write_gateway_state
+from moe_contract.pod_identity import PodIdentity
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.signals import take_state
 from moe_gateway.request_stats import RequestStats
@@ -49,6 +50,7 @@ SIGNALS = st.builds(
     expert_pressure=st.floats(0, 100),
 )
 SIGNAL = EngineSignal(step=3, running=2, waiting=1, kv_usage=0.5, computed_tokens=70, decode_tokens=2)
+POD = PodIdentity(name="tiny-engine-a", uid="1")
 ADDRESS = EngineAddress(name="e", url="http://127.0.0.1:1", agent_url="http://127.0.0.1:2", ranks=2)
 CONFIG = GatewayConfig.model_validate(
     {"listen": {"port": 1}, "admin": {"port": 2}, "token_file": "/t", "engines": [ADDRESS.model_dump()]}
@@ -64,13 +66,13 @@ def agent_text(*signals: EngineSignal, **process: Any) -> bytes:
         for number, signal in enumerate(signals)
     }
     control = Control(version=4, request=RequestSettings(ageing_rate=7.0), expert=ExpertSettings(move_budget=9))
-    return write_agent_state(build_agent_state("e", "tiny", supervisor, control, ranks, now_s=3.0))
+    return write_agent_state(build_agent_state("e", "tiny", supervisor, control, ranks, now_s=3.0, pod=POD))
 
 
 def gateway_text(dispatcher: Dispatcher) -> bytes:
     """The answer that a gateway with this dispatcher writes."""
     return write_gateway_state(
-        build_gateway_state(dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0)
+        build_gateway_state(dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0, pod=POD)
     )
 
 
@@ -82,6 +84,7 @@ def test_what_ranks_publish_reaches_every_reader_of_the_agent_whole(signals: lis
         assert [row.rank for row in state.ranks] == list(range(len(signals)))
         assert (state.phase, state.accepting, state.ready) == ("ready", True, True)
         assert (state.engine.model, state.engine.pid, state.engine.last_exit) == ("tiny", 7, "exit status 3")
+    assert read_agent_state(text).pod == POD
     config = read_agent_state(text).config
     assert (config.version, config.request, config.expert) == (
         4, RequestSettings(ageing_rate=7.0), ExpertSettings(move_budget=9),
@@ -105,12 +108,15 @@ def test_the_agents_state_reaches_the_gateways_dispatcher_and_its_own_state() ->
 def test_the_gateways_state_is_read_as_it_was_written_and_gives_the_fleets_signal() -> None:
     dispatcher = Dispatcher(CONFIG)
     take_state(dispatcher.engines["e"], read_engine_state(agent_text(SIGNAL, SIGNAL)), dispatcher, 3.0)
-    written = build_gateway_state(dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0)
+    written = build_gateway_state(
+        dispatcher, RequestStats(), initial_settings(CONFIG), draining=False, now_s=3.0, pod=POD
+    )
     read = read_gateway_state(write_gateway_state(written))
     assert read == written
+    assert read.pod == POD
     assert (read.dispatch_policy, read.totals.requests) == (CONFIG.dispatch.policy, 0)
     agent = read_agent_state(agent_text(SIGNAL, dataclasses.replace(SIGNAL, kv_usage=0.75)))
-    signal = build_signal(Fleet(gateways=(read,), engines={"e": agent}, gateways_wanted=1, observed_s=3.0), None)
+    signal = build_signal(Fleet(gateways=(read,), engines={"e": agent}, silent=0, ready=1, observed_s=3.0), None)
     assert signal is not None
     assert (signal.kv_usage, signal.held, signal.in_flight) == (0.75, 0, 0)
 

@@ -2,8 +2,9 @@
 
 `python fake_peer.py agent|gateway --config FILE`. A file `FILE.refuse` makes the control route refuse, `FILE.crash`
 ends the process at its start, `FILE.starting` keeps an engine from becoming ready, `FILE.idle` keeps its experts from
-moving, as without requests. `GET /stream` at the gateway's client port streams numbers for a second. With
-`expert_parallel` an agent has the experts of `experts_documents.py`; a directive is carried out at once.
+moving, as without requests. `FILE.pod` has the pod that it says it is. `GET /stream` at the gateway's client port
+streams numbers for a second. With `expert_parallel` an agent has the experts of `experts_documents.py`; a directive is
+carried out at once.
 """
 
 import json
@@ -32,6 +33,11 @@ def switch(name: str) -> bool:
     return PATH.with_name(f"{PATH.name}.{name}").exists()
 
 
+def pod() -> dict:
+    path = PATH.with_name(f"{PATH.name}.pod")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def agent_state() -> dict:
     ready = not switch("starting")
     engine = {"url": "", "model": CONFIG["engine"]["served_name"], "pid": 1, "restarts": 0, "last_exit": ""}
@@ -43,6 +49,7 @@ def agent_state() -> dict:
         "engine": engine,
         "config": {"version": 1, "request": CONFIG["request"], "expert": CONFIG["expert"]},
         "ranks": [rank] if ready else [],
+        "pod": pod(),
     }
 
 

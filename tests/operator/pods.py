@@ -20,6 +20,7 @@ def pod(
     ready: bool = True,
     revision: str = "stable",
     ending: bool = False,
+    phase: str = "Running",
     **labels: str,
 ) -> Document:
     """A pod of the resource `tiny`, with an address."""
@@ -32,7 +33,7 @@ def pod(
     return {
         "metadata": metadata,
         "spec": {"containers": [{"name": component, "image": "registry.test/it:1", "ports": [port]}]},
-        "status": {"podIP": "10.0.0.7", "conditions": [condition]},
+        "status": {"phase": phase, "podIP": "10.0.0.7", "conditions": [condition]},
     }
 
 

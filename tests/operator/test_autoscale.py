@@ -22,7 +22,7 @@ from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
 from moe_operator.api import MoEServing, parse_resource
 from moe_operator.autoscale.autoscaler import Autoscaler
-from moe_operator.autoscale.prometheus import build_queries, fetch_signal
+from moe_operator.autoscale.prometheus import build_queries, fetch_reading
 from moe_operator.autoscale.settings import fleet_settings
 from moe_operator.autoscale.signal import Fleet, build_signal, mean_ttft_s
 from moe_operator.autoscale.source import Sources
@@ -39,7 +39,7 @@ def fleet(
     *gateways: GatewayState, engines: dict[str, AgentState] | None = None, wanted: int | None = None, at_s: float = 0.0
 ):
     count = len(gateways) if wanted is None else wanted
-    return Fleet(gateways=gateways, engines=engines or {}, gateways_wanted=count, observed_s=at_s)
+    return Fleet(gateways=gateways, engines=engines or {}, silent=count - len(gateways), ready=count, observed_s=at_s)
 
 
 def computed(tokens: int, phase: str = "ready") -> AgentState:
@@ -231,6 +231,7 @@ ANSWERS = {
     "ttft_seconds_sum": "NaN",
     "computed_tokens_total": "1200",
     "held_seconds": "0",
+    "count(": "1",
     "held_requests": "0",
     "in_flight_requests": "7",
 }
@@ -253,7 +254,7 @@ async def test_prometheus_gives_the_signal_with_its_age_and_gateways_what_they_h
 ) -> None:
     url, handler = prometheus
     now_s = build_signal(fleet(gateway()), None)
-    signal = await fetch_signal(url, ("ns", "tiny"), fleet(gateway(held=3)))
+    signal = (await fetch_reading(url, ("ns", "tiny"), fleet(gateway(held=3)))).signal
     assert signal is not None
     assert now_s is not None
     assert (signal.wait_s, signal.kv_usage, signal.tokens_per_s) == (0.75, 0.5, 1200.0)
@@ -265,9 +266,9 @@ async def test_prometheus_gives_the_signal_with_its_age_and_gateways_what_they_h
 
 async def test_old_samples_are_an_old_signal(prometheus: tuple[str, type[Prometheus]]) -> None:
     url, handler = prometheus
-    young = await fetch_signal(url, ("ns", "tiny"), fleet(gateway()))
+    young = (await fetch_reading(url, ("ns", "tiny"), fleet(gateway()))).signal
     handler.answers["time() -"] = "200"
-    old = await fetch_signal(url, ("ns", "tiny"), fleet(gateway()))
+    old = (await fetch_reading(url, ("ns", "tiny"), fleet(gateway()))).signal
     assert young is not None
     assert old is not None
     assert young.observed_s - old.observed_s > 190.0
@@ -281,10 +282,10 @@ async def test_a_prometheus_that_knows_no_gateway_refuses_or_is_away_is_no_signa
 ) -> None:
     url, handler = prometheus
     handler.answers = {}
-    assert await fetch_signal(url, ("ns", "tiny"), fleet()) is None
+    assert (await fetch_reading(url, ("ns", "tiny"), fleet())).signal is None
     handler.status = 503
-    assert await fetch_signal(url, ("ns", "tiny"), fleet()) is None
-    assert await fetch_signal("http://127.0.0.1:1", ("ns", "tiny"), fleet()) is None
+    assert (await fetch_reading(url, ("ns", "tiny"), fleet())).signal is None
+    assert (await fetch_reading("http://127.0.0.1:1", ("ns", "tiny"), fleet())).signal is None
 
 
 def names_exposed() -> set[str]:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus
 from moe_operator.kubernetes.conditions import (
     ConditionInputs,
@@ -13,13 +14,39 @@ from moe_operator.kubernetes.conditions import (
     changed_conditions,
     is_bad,
     read_conditions,
+    summarise,
 )
-from moe_operator.kubernetes.diagnosis import Finding
+from moe_operator.kubernetes.finding import Finding
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+LIMITED = (Reason.TOO_FEW_REPLICAS, "more")
 WELL = ConditionInputs(desired=2, engines=2, ready=2, gateways=1)
-BROKEN = Finding(reason="ImageCannotBePulled", message="the image x cannot be pulled", pod="p")
-ALSO = Finding(reason="OutOfMemory", message="more memory", pod="q")
+BROKEN = Finding(reason=Reason.IMAGE_CANNOT_BE_PULLED, message="the image x cannot be pulled", pod="p")
+ALSO = Finding(reason=Reason.OUT_OF_MEMORY, message="more memory", pod="q")
+
+NO_GATEWAYS = Finding(reason=Reason.FAILED_CREATE, message="quota", component="gateway")
+NO_ENGINES = Finding(reason=Reason.FAILED_CREATE, message="quota", component="engine")
+ANYBODY = Finding(reason=Reason.PROGRESS_DEADLINE_EXCEEDED, message="late")
+GATED = replace(WELL, ready=0, gated=("pod a waits for kueue.x-k8s.io/admission",))
+ROWS = [
+    (replace(WELL, endpoint=False), "Ready", "False", "NoEndpoint", "a gateway is ready, but not yet an endpoint of"),
+    (replace(WELL, seen=False), "Ready", "False", "EnginesNotSeen", "engines accept requests, but no gateway sees one"),
+    (replace(WELL, seen=None), "Ready", "True", "Serving", "2 of 2 engines accept requests"),
+    (replace(WELL, seen=True), "Ready", "True", "Serving", "2 of 2 engines accept requests"),
+    (replace(WELL, ready=0, desired=0, endpoint=False), "Ready", "False", "NoEndpoint", "a gateway is ready, but"),
+    (replace(WELL, gateways=0, findings=[NO_GATEWAYS]), "Ready", "False", "FailedCreate", "quota"),
+    (replace(WELL, gateways=0, findings=[NO_ENGINES]), "Ready", "False", "NoGateway", "no gateway is ready yet"),
+    (replace(WELL, ready=0, findings=[NO_ENGINES]), "Ready", "False", "FailedCreate", "quota"),
+    (replace(WELL, ready=0, findings=[NO_GATEWAYS]), "Ready", "False", "NoEngine", "none of 2 engines accepts"),
+    (replace(WELL, ready=0, findings=[NO_GATEWAYS, ANYBODY]), "Ready", "False", "ProgressDeadlineExceeded", "late"),
+    (replace(WELL, ready=1, findings=[NO_ENGINES]), "Ready", "True", "Serving", "1 of 2 engines accept requests"),
+    (replace(WELL, ready=1, findings=[NO_ENGINES]), "Degraded", "True", "FailedCreate", "quota"),
+    (replace(WELL, gateways=0, refused="no"), "Ready", "False", "Refused", "no"),
+    (replace(WELL, ready=0, desired=0, invalid="spec: no"), "Ready", "False", "InvalidSpec", "spec: no"),
+    (GATED, "Ready", "False", "SchedulingGated", "pod a waits for kueue.x-k8s.io/admission"),
+    (GATED, "Progressing", "True", "SchedulingGated", "pod a waits for kueue.x-k8s.io/admission"),
+    (GATED, "Degraded", "False", "AsExpected", ""),
+]
 
 
 def verdicts(inputs: ConditionInputs) -> dict[str, tuple[str, str, str]]:
@@ -85,13 +112,17 @@ def verdicts(inputs: ConditionInputs) -> dict[str, tuple[str, str, str]]:
         ),
         (replace(WELL, failed="x"), "Ready", "True", "Serving", "2 of 2 engines accept requests"),
         (replace(WELL, invalid="x" * 10**6), "Degraded", "True", "InvalidSpec", "x" * 8000 + " ..."),
-        (replace(WELL, limited=("TooFewReplicas", "more")), "AutoscalingLimited", "True", "TooFewReplicas", "more"),
+        (replace(WELL, limited=LIMITED), "AutoscalingLimited", "True", "TooFewReplicas", "more"),
+        *ROWS,
     ],
 )
 def test_each_condition_says_what_holds_and_why(
     inputs: ConditionInputs, kind: str, status: str, reason: str, message: str
 ) -> None:
-    assert verdicts(inputs)[kind] == (status, reason, message)
+    found = verdicts(inputs)[kind]
+    assert found[:2] == (status, reason)
+    assert found[2].startswith(message)
+    assert bool(message) == bool(found[2])
 
 
 def test_a_missing_kind_is_named_with_what_to_do_before_anything_else() -> None:
@@ -143,7 +174,11 @@ any_inputs = st.builds(
     rolling=st.sampled_from([(), ("a",)]),
     missing_kind=st.sampled_from(["", "LeaderWorkerSet"]),
     findings=findings,
-    limited=st.sampled_from([None, ("NoSignal", "stale")]),
+    endpoint=st.booleans(),
+    seen=st.sampled_from([None, True, False]),
+    gated=st.sampled_from([(), ("pod a waits",)]),
+    generation=st.sampled_from([None, 3]),
+    limited=st.sampled_from([None, (Reason.NO_SIGNAL, "stale")]),
 )
 
 
@@ -158,3 +193,27 @@ def test_there_is_one_condition_of_each_kind_and_none_changes_without_a_change(
     ready: Condition = before["Ready"]
     if ready.status is ConditionStatus.TRUE:
         assert inputs.gateways, "without a gateway nothing serves"
+        assert inputs.endpoint, "without an endpoint no client comes in"
+        assert inputs.seen is not False or not inputs.ready, "an engine that no gateway sees serves nobody"
+    assert {row.observed_generation for row in rows} == {inputs.generation}
+    assert {row.reason for row in rows} <= set(Reason)
+    assert summarise(rows)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        (WELL, "Serving"),
+        (replace(WELL, ready=0, desired=0), "ScaledToZero"),
+        (replace(WELL, findings=[BROKEN]), "ImageCannotBePulled: the image x cannot be pulled"),
+        (replace(WELL, gateways=0), "NoGateway: no gateway is ready yet"),
+        (replace(WELL, paused=True), "Paused: spec.paused is set: everything is left as it is"),
+        (replace(WELL, limited=LIMITED), "TooFewReplicas: more"),
+        (replace(WELL, rolling=("a: 0 of 1",)), "Updating: a: 0 of 1"),
+        (GATED, "SchedulingGated: pod a waits for kueue.x-k8s.io/admission"),
+        (replace(WELL, refused="line\n two  words"), "Refused: line two words"),
+        (replace(WELL, invalid="x" * 500), "InvalidSpec: " + "x" * 186 + "…"),
+    ],
+)
+def test_one_line_says_what_is_wrong_or_that_it_serves(inputs: ConditionInputs, line: str) -> None:
+    assert summarise(build_conditions(inputs, {}, NOW)) == line

@@ -238,6 +238,7 @@ def test_kubectl_shows_and_scales_it() -> None:
         "Balance",
         "TTFT",
         "Age",
+        "Status",
     ]
     paths = {path for path, _ in nodes(SCHEMA)}
     scale = VERSION["subresources"]["scale"]

@@ -1,13 +1,15 @@
 """What is wrong with pods, in words that say what to do."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from moe_operator.autoscale.signal import States
-from moe_operator.kubernetes.diagnosis import LONGEST_MESSAGE, find_problems
+from moe_operator.kubernetes.diagnosis import LONGEST_MESSAGE, find_gated, find_problems
 from pods import agent, pod, states
 
 Document = dict[str, Any]
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def unscheduled(message: str, **requests: str) -> Document:
@@ -89,7 +91,7 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
     ],
 )  # fmt: skip
 def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: str, advice: str) -> None:
-    (finding,) = find_problems([found], States())
+    (finding,) = find_problems([found], States(), NOW)
     assert finding.reason == reason
     assert finding.message.startswith(advice), finding.message
     assert finding.pod == "tiny-engine-a"
@@ -113,7 +115,7 @@ def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: 
 )
 def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str) -> None:
     state = agent("backoff", engine={"restarts": 1, "last_exit": last_exit})
-    (finding,) = find_problems([pod(ready=False)], states({"tiny-engine-a": state}))
+    (finding,) = find_problems([pod(ready=False)], states({"tiny-engine-a": state}), NOW)
     assert finding.reason == reason
     assert finding.message.startswith(advice)
     assert last_exit in finding.message, "the words of the engine stand in full"
@@ -122,7 +124,7 @@ def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str)
 @pytest.mark.parametrize("phase", ["ready", "draining", "stopped"])
 def test_an_engine_that_runs_again_is_no_finding(phase: str) -> None:
     state = agent(phase, engine={"restarts": 1, "last_exit": "CUDA out of memory"})
-    assert find_problems([pod()], states({"tiny-engine-a": state})) == []
+    assert find_problems([pod()], states({"tiny-engine-a": state}), NOW) == []
 
 
 @pytest.mark.parametrize(
@@ -138,13 +140,13 @@ def test_an_engine_that_runs_again_is_no_finding(phase: str) -> None:
     ids=["ready", "not yet", "creating", "came back", "first", "ending"],
 )  # fmt: skip
 def test_what_is_well_or_on_its_way_is_no_finding(found: Document) -> None:
-    assert find_problems([found], States()) == []
+    assert find_problems([found], States(), NOW) == []
 
 
 def test_a_reason_is_reported_once_by_the_first_pod_and_a_long_message_is_cut() -> None:
     long = with_container(**waiting("ErrImagePull", "x" * 5000))
     other = with_container(**waiting("ErrImagePull")) | {"metadata": pod("tiny-engine-b")["metadata"]}
-    (finding,) = find_problems([other, long], States())
+    (finding,) = find_problems([other, long], States(), NOW)
     assert finding.pod == "tiny-engine-a"
     assert len(finding.message) == LONGEST_MESSAGE
 
@@ -154,10 +156,68 @@ def test_the_newest_pod_is_reported_first() -> None:
     new = with_container(**waiting("CreateContainerConfigError", 'secret "absent" not found'))
     old["metadata"] |= {"name": "a", "creationTimestamp": "2026-01-01T00:00:00Z"}
     new["metadata"] |= {"name": "b", "creationTimestamp": "2026-01-01T00:01:00Z"}
-    reasons = [finding.reason for finding in find_problems([old, new], States())]
+    reasons = [finding.reason for finding in find_problems([old, new], States(), NOW)]
     assert reasons == ["SecretMissing", "ImageCannotBePulled"]
 
 
 def test_pods_without_any_status_are_no_finding() -> None:
     bare: Document = {"metadata": {"name": "x"}, "spec": {"containers": [{"name": "engine"}]}}
-    assert find_problems([bare], States()) == []
+    assert find_problems([bare], States(), NOW) == []
+
+
+def gated(*gates: str) -> Document:
+    found = pod(ready=False, phase="Pending")
+    found["status"]["conditions"].append({"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"})
+    found["spec"]["schedulingGates"] = [{"name": gate} for gate in gates]
+    return found
+
+
+def test_a_pod_that_a_queue_holds_back_is_a_wait_and_no_finding() -> None:
+    found = gated("kueue.x-k8s.io/admission", "mine")
+    assert find_problems([found], States(), NOW) == []
+    assert find_gated([found, pod("b")]) == ["pod tiny-engine-a waits for kueue.x-k8s.io/admission, mine"]
+    assert find_gated([pod(), gated() | {"metadata": pod(ending=True)["metadata"]}]) == []
+
+
+@pytest.mark.parametrize(
+    ("age", "node", "phase", "count"),
+    [(61, "", "Pending", 1), (59, "", "Pending", 0), (999, "n", "Pending", 0), (999, "", "Running", 0)],
+)
+def test_a_pod_that_no_scheduler_looks_at_is_reported_after_a_minute(
+    age: int, node: str, phase: str, count: int
+) -> None:
+    found = pod(ready=False, phase=phase)
+    found["metadata"]["creationTimestamp"] = (NOW - timedelta(seconds=age)).isoformat()
+    found["spec"] |= {"schedulerName": "bin-packer"} | ({"nodeName": node} if node else {})
+    findings = find_problems([found], States(), NOW)
+    assert len(findings) == count
+    assert all("does bin-packer run?" in row.message and row.reason == "Unschedulable" for row in findings)
+
+
+def over(name: str, created: str, reason: str = "Evicted") -> Document:
+    found = pod(name, phase="Failed", ready=False)
+    found["metadata"]["creationTimestamp"] = created
+    found["status"] |= {"reason": reason, "message": "The node was low on resource: memory."}
+    return found
+
+
+@pytest.mark.parametrize("reason", ["Evicted", "NodeLost", "UnexpectedAdmissionError", "OutOfcpu", "Terminated"])
+def test_a_pod_that_is_over_is_reported_while_its_place_is_empty(reason: str) -> None:
+    workload = {"metadata": {"name": "tiny-engine", "labels": pod()["metadata"]["labels"]}, "spec": {"replicas": 1}}
+    first, second = over("a", "2026-01-01T00:00:00Z"), over("b", "2026-01-01T00:00:09Z", reason)
+    (finding,) = find_problems([first, second, pod("c", ready=False)], States(), NOW, [workload])
+    assert (finding.reason, finding.pod, finding.component) == ("PodFailed", "b", "engine")
+    assert finding.message.startswith(f"a pod ended as {reason} and its place is not filled yet (pod b: The node was")
+    assert find_problems([first, second, pod("c")], States(), NOW, [workload]) == []
+    assert find_problems([first, second], States(), NOW, [workload | {"spec": {"replicas": 0}}]) == []
+    front = pod("g", "gateway")
+    assert [row.pod for row in find_problems([first, front], States(), NOW, [workload])] == ["a"], (
+        "a gateway is no engine"
+    )
+
+
+def test_a_pod_at_whose_address_another_answers_is_reported_once_it_is_ready() -> None:
+    strangers = States(strangers=frozenset({"tiny-engine-a"}))
+    (finding,) = find_problems([pod()], strangers, NOW)
+    assert (finding.reason, finding.pod) == ("IdentityMismatch", "tiny-engine-a")
+    assert find_problems([pod(ready=False)], strangers, NOW) == []

@@ -19,7 +19,7 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
-from moe_operator.autoscale.prometheus import fetch_signal
+from moe_operator.autoscale.prometheus import fetch_reading
 from moe_operator.autoscale.signal import Fleet
 from moe_scheduling.fleet.size import FleetSignal
 from pods import agent
@@ -27,7 +27,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 KEY = ("ns", "tiny")
-NOBODY = Fleet(gateways=(), engines={}, gateways_wanted=0, observed_s=0.0)
+NOBODY = Fleet(gateways=(), engines={}, silent=0, ready=0, observed_s=0.0)
 Document = dict[str, Any]
 
 
@@ -101,7 +101,7 @@ def prometheus(tmp_path: Path, gateway_port: int, agent_port: int) -> Iterator[s
 async def signal_of_a_full_window(url: str) -> FleetSignal:
     """The first signal with all that is known, once enough of the rates' window has samples."""
     for _ in range(480):
-        found = await fetch_signal(url, KEY, NOBODY)
+        found = (await fetch_reading(url, KEY, NOBODY)).signal
         if found is not None and found.ttft_s is not None and (found.arrivals_per_s or 0.0) > 5.0:
             return found
         await asyncio.sleep(0.25)
@@ -138,9 +138,9 @@ async def test_prometheus_has_what_gateways_and_agents_count(prometheus: str, st
 async def test_the_pods_of_others_are_not_counted(prometheus: str, stats: RequestStats) -> None:
     stats.arrive(100, time.monotonic())
     for _ in range(240):
-        if await fetch_signal(prometheus, KEY, NOBODY) is not None:
+        if (await fetch_reading(prometheus, KEY, NOBODY)).signal is not None:
             break
         await asyncio.sleep(0.25)
-    assert await fetch_signal(prometheus, KEY, NOBODY) is not None
-    assert await fetch_signal(prometheus, ("ns", "gateway"), NOBODY) is None
-    assert await fetch_signal(prometheus, ("other", "tiny"), NOBODY) is None
+    assert (await fetch_reading(prometheus, KEY, NOBODY)).signal is not None
+    assert (await fetch_reading(prometheus, ("ns", "gateway"), NOBODY)).signal is None
+    assert (await fetch_reading(prometheus, ("other", "tiny"), NOBODY)).signal is None

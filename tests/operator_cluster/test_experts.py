@@ -17,6 +17,7 @@ from cluster_api import ApiCluster, free_ports
 from cluster_problem import ClusterProblem
 from fresh_operator import FreshOperator, conditions, fetch_serving, started, writes
 from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.pod_identity import identity_variables
 from moe_contract.sections import Listen
 from moe_operator.kubernetes.kinds import DEPLOYMENT, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
@@ -95,15 +96,16 @@ def state(port: int) -> Document:
     return document
 
 
-def add_pod(cluster: ApiCluster, namespace: str, port: int) -> None:
-    """A pod of the resource that runs and is reached at this machine."""
+def add_pod(cluster: ApiCluster, namespace: str, port: int, identity: Path) -> None:
+    """A pod of the resource that runs and is reached at this machine; the file gets its name and uid."""
     labels = {
         "app.kubernetes.io/managed-by": "moeserving",
         "app.kubernetes.io/instance": "tiny",
         "app.kubernetes.io/component": "engine",
         "moeserving.dev/revision": "stable",
     }
-    container = {"name": "engine", "image": "e:1", "ports": [{"name": "agent", "containerPort": port}]}
+    ports = [{"name": "agent", "containerPort": port}]
+    container = {"name": "engine", "image": "e:1", "ports": ports, "env": identity_variables()}
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -111,6 +113,8 @@ def add_pod(cluster: ApiCluster, namespace: str, port: int) -> None:
         "spec": {"serviceAccountName": "tiny-engine", "containers": [container]},
     }
     apply(cluster, namespace, pod)
+    made = json.loads(cluster.kubectl("get", "-n", namespace, "pod/tiny-engine-x", "-o", "json"))["metadata"]
+    identity.write_text(json.dumps({"name": made["name"], "uid": made["uid"]}))
     lives = {"status": {"phase": "Running", "podIP": "127.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}}
     cluster.kubectl("patch", "-n", namespace, "pod/tiny-engine-x", "--subresource=status", "-p", json.dumps(lives))
 
@@ -140,7 +144,7 @@ async def test_the_status_has_what_the_agent_says_and_the_mode_reaches_it_withou
         live = await fetch_serving(operator.api, key) or {}
         assert conditions(live)["ExpertsBalanced"]["reason"] == "NotRecorded"
         with fake_agent(tmp_path, token) as port:
-            add_pod(serving_cluster, namespace, port)
+            add_pod(serving_cluster, namespace, port, tmp_path / "agent.json.pod")
             await operator.relist()
             await operator.settle(key)
             live = await fetch_serving(operator.api, key) or {}

@@ -161,11 +161,12 @@ def test_one_line_says_what_is_ready(serving_cluster: ApiCluster, namespace: str
     apply(serving_cluster, namespace, serving())
     start("operator")
     eventually(
-        lambda: len(serving_cluster.kubectl("get", "moes", "-n", namespace, "--no-headers").split()) == 5, "a status"
+        lambda: "NoGateway" in serving_cluster.kubectl("get", "moes", "-n", namespace, "--no-headers"), "a status"
     )
     head, line = serving_cluster.kubectl("get", "moes", "-n", namespace).splitlines()
-    assert head.split() == ["NAME", "READY", "ENGINES", "DESIRED", "BALANCE", "TTFT", "AGE"]
+    assert head.split() == ["NAME", "READY", "ENGINES", "DESIRED", "BALANCE", "TTFT", "AGE", "STATUS"]
     assert line.split()[:4] == ["tiny", "False", "0", "1"]
+    assert line.endswith("NoGateway: no gateway is ready yet")
     wide = serving_cluster.kubectl("get", "events", "-n", namespace, "-o", "name")
     assert "event/tiny." in wide, "an event for each condition that holds at first"
 

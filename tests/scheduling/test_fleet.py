@@ -198,6 +198,24 @@ def test_any_request_wakes_one_engine_at_once(signal):
     assert (decision.replicas, decision.reason) == (1, ScaleReason.WAKE)
 
 
+@pytest.mark.parametrize("signal", [None, busy(observed_s=0.0), idle(), busy()])
+def test_a_request_that_anybody_knows_of_wakes_one_engine_whatever_the_signal(signal):
+    decision = plan(engines(0, asked=True), signal, settings(min_replicas=0))
+    assert (decision.replicas, decision.reason) == (1, ScaleReason.WAKE)
+    assert decision.history.busy_s == NOW_S
+
+
+def test_a_request_that_the_signal_does_not_show_starts_the_idle_time_anew():
+    rules, history = settings(min_replicas=0, idle_s=600.0), FleetHistory()
+    for at_s, asked in ((0.0, False), (300.0, True), (899.0, False)):
+        signal = replace(idle(), observed_s=at_s)
+        decision = plan_fleet(engines(1, asked=asked), signal, rules, history, at_s)
+        history = decision.history
+        assert type(decision) is Keep
+    ends = plan_fleet(engines(1), replace(idle(), observed_s=900.0), rules, history, 900.0)
+    assert (ends.replicas, ends.reason) == (0, ScaleReason.IDLE)
+
+
 @pytest.mark.parametrize("arrivals_per_s", [0.0, None, float("nan"), float("inf"), -1.0])
 def test_nothing_wakes_without_a_request(arrivals_per_s):
     decision = plan(engines(0), idle(arrivals_per_s=arrivals_per_s), settings(min_replicas=0))

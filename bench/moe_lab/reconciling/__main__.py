@@ -53,7 +53,7 @@ def main(
 async def _run(
     kubeconfig: Path, log: Path, resources: int, changes: int, idle_s: float, progress: ProgressPrinter
 ) -> ReconcilingResult:  # fmt: skip
-    async with connect(kubeconfig) as cluster, stand_in() as port:
+    async with connect(kubeconfig) as cluster, stand_in(cluster.pods) as port:
         return await measure(
             cluster, kubeconfig, log, port, resources=resources, changes=changes, idle_s=idle_s, progress=progress
         )

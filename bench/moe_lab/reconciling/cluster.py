@@ -9,12 +9,13 @@ import contextlib
 import ipaddress
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from moe_contract.api_server import ApiError, ApiServer, Kind
+from moe_contract.pod_identity import identity_variables
 from moe_operator.api.crd import build_crd
 from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.kubernetes.api import Api
@@ -47,7 +48,12 @@ def build_pods(name: str, port: int) -> list[Document]:
             "metadata": {"name": f"{workload}-0", "namespace": NAMESPACE, "labels": labels},
             "spec": {
                 "containers": [
-                    {"name": component, "image": "none", "ports": [{"name": port_name, "containerPort": port}]}
+                    {
+                        "name": component,
+                        "image": "none",
+                        "ports": [{"name": port_name, "containerPort": port}],
+                        "env": identity_variables(),
+                    }
                 ]
             },
         }
@@ -59,10 +65,11 @@ def build_pods(name: str, port: int) -> list[Document]:
 
 
 class BenchmarkCluster:
-    """The API server as this benchmark uses it."""
+    """The API server as this benchmark uses it; `pods` has name and uid of each pod by its address."""
 
     def __init__(self, server: ApiServer) -> None:
         self._server = server
+        self.pods: dict[str, Document] = {}
         self.api = Api(server)
 
     async def prepare(self) -> None:
@@ -86,8 +93,9 @@ class BenchmarkCluster:
 
         async def create(name: str) -> None:
             for pod in build_pods(name, port):
-                await self.api.create(POD, pod)
-                status = {"phase": "Running", "podIP": next(addresses), "conditions": READY}
+                made, address = (await self.api.create(POD, pod))["metadata"], next(addresses)
+                self.pods[address] = {"name": made["name"], "uid": made["uid"]}
+                status = {"phase": "Running", "podIP": address, "conditions": READY}
                 await self._set_status(POD, pod["metadata"]["name"], status)
             for workload in (Names(name).engine, Names(name).gateway):
                 counts = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1}
@@ -146,10 +154,10 @@ async def connect(kubeconfig: Path) -> AsyncIterator[BenchmarkCluster]:
 
 
 @contextlib.asynccontextmanager
-async def stand_in() -> AsyncIterator[int]:
+async def stand_in(pods: Mapping[str, Document]) -> AsyncIterator[int]:
     """Answers at every loopback address as an idle agent and an idle gateway; yields its port.
 
-    Settings that are put at an address are in force there from then on.
+    Settings that are put at an address are in force there from then on; `pods` has the pod of each address.
     """
     settings: defaultdict[str, Document] = defaultdict(dict)
 
@@ -158,7 +166,8 @@ async def stand_in() -> AsyncIterator[int]:
         return str(transport.get_extra_info("sockname")[0]) if transport is not None else ""
 
     async def get_state(request: web.Request) -> web.Response:
-        return web.json_response(build_state(settings[address(request)]))
+        at = address(request)
+        return web.json_response(build_state(settings[at]) | {"pod": pods.get(at, {})})
 
     async def put_config(request: web.Request) -> web.Response:
         settings[address(request)].update(await request.json())

@@ -70,7 +70,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch, patch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [get, list, create, patch]
 # Its own only by lending it: the operator grants gateways this, and nobody may grant what they do not have.
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]

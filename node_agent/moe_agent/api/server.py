@@ -1,6 +1,7 @@
 """The agent's HTTP server: state for any client, control for holders of the token."""
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,6 +15,7 @@ from moe_contract.agent_state import AgentState, write_agent_state
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_document
 from moe_contract.input_errors import InputError, InvalidInput, error_document
+from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
@@ -53,6 +55,7 @@ class AgentServer:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
+        self._pod = read_identity(os.environ)
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(self.snapshot, self._read_experts))
         self._broadcaster = StateBroadcaster(changed, self._snapshot_version, self._serialise)
@@ -82,6 +85,7 @@ class AgentServer:
             self._control.control,
             self._ranks.read(),
             time.monotonic(),
+            self._pod,
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:

@@ -1,6 +1,7 @@
 """The agent's state document, built from the supervisor, the ranks' records and the settings in force. Pure."""
 
 from moe_contract.agent_state import AgentSettingsInForce, AgentState, EngineProcess, RankReport
+from moe_contract.pod_identity import PodIdentity
 
 from moe_agent.shared_memory.control_record import Control
 from moe_agent.shared_memory.rank_record import RankState
@@ -8,7 +9,13 @@ from moe_agent.supervisor.supervisor import EngineSupervisor, Phase
 
 
 def build_state(
-    name: str, model: str, supervisor: EngineSupervisor, control: Control, ranks: dict[int, RankState], now_s: float
+    name: str,
+    model: str,
+    supervisor: EngineSupervisor,
+    control: Control,
+    ranks: dict[int, RankState],
+    now_s: float,
+    pod: PodIdentity,
 ) -> AgentState:
     """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
     ready = supervisor.phase is Phase.READY
@@ -29,6 +36,7 @@ def build_state(
             RankReport.of(rank, signal_age_s(state, ready, now_s), state.signal)
             for rank, state in sorted(ranks.items())
         ),
+        pod=pod,
     )
 
 

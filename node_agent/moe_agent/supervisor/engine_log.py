@@ -2,15 +2,31 @@
 
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 _TAIL_BYTES = 64 * 1024
 _ROTATE_BYTES = 64 * 1024 * 1024
 _LINE_LENGTH = 300
-_ERROR = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt): .+|: error: .+")
+# A line of vLLM's log: `(EngineCore_DP0 pid=7) WARNING 08-01 12:00:00 [core.py:5] text`; the level may have colours.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_PREFIX = re.compile(
+    r"^(?:\([^()]*pid=\d+\)\s*)?(?:\[rank\d+\]:\s*)?"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+[\d-]+ (?:[\d:.]+ )?(?:\[[^\]]*\]\s*)?)?"
+)
+# Warnings of Python's own module, and of the logs of PyTorch and of glog.
+_WARNING = re.compile(r"^\[?[WI]\d{4}\b|\b\w*Warning: ")
+# The last line of a traceback, of argparse, of C++'s end of a process or of the interpreter's.
+_ERROR = re.compile(
+    r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt)(?:: .+)?$|(?<=: )error: .+|^Fatal Python error: .+"
+    r"|^terminate called after .+"
+)
+# Pydantic says on the next line what is wrong.
+_HEADING = re.compile(r"\d+ validation errors? for ")
 # Says only that another process, whose error stands above, failed.
-_SECOND_HAND = "See root cause above"
+_SECOND_HAND = re.compile(r"See root cause above|See stack trace \(above\) for the root cause")
+_QUIET = ("DEBUG", "INFO", "WARNING")
 
 
 class EngineLog:
@@ -36,8 +52,35 @@ class EngineLog:
 
 
 def find_error_line(text: str) -> str:
-    """The last first-hand error line of a log, else its last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [match.group() for line in lines if (match := _ERROR.search(line)) and _SECOND_HAND not in line]
-    found = (errors or lines or [""])[-1]
-    return found.removeprefix(": ")[:_LINE_LENGTH]
+    """The line of a log that says best why its process ended; empty where none does.
+
+    In this order: the last error of a traceback that is first-hand, the last line of the level ERROR, a second-hand
+    error, the last line that is no log message. Messages of lower levels are no cause: they give advice.
+    """
+    best: dict[int, str] = {}
+    lines = [*map(_read_line, text.splitlines()), ("", "")]
+    for (level, line), (_, after) in pairwise(lines):
+        if line and level not in _QUIET and not _WARNING.search(line):
+            error = _ERROR.search(line)
+            rank = _rank(line, level, is_error=error is not None)
+            best[rank] = (error.group() if error else line) + _what_follows(line, after)
+    return best[min(best)][:_LINE_LENGTH] if best else ""
+
+
+def _what_follows(line: str, after: str) -> str:
+    return f": {after}" if _HEADING.search(line) and after else ""
+
+
+def _read_line(raw: str) -> tuple[str, str]:
+    """Level and text of a line; the level is empty where it is no log message."""
+    line = _COLOUR.sub("", raw).strip()
+    match = _PREFIX.match(line)
+    return ("", line) if match is None else (match["level"] or "", line[match.end() :].strip())
+
+
+def _rank(line: str, level: str, *, is_error: bool) -> int:
+    if _SECOND_HAND.search(line):
+        return 2
+    if is_error:
+        return 0
+    return 1 if level in ("ERROR", "CRITICAL") else 3

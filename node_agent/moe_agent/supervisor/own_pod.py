@@ -12,8 +12,9 @@ from ipaddress import ip_address
 
 from moe_contract.addresses import is_address
 from moe_contract.agent_config import AgentConfig
-from moe_contract.engine_process import POD_IP_VARIABLE, POD_NAME_VARIABLE
+from moe_contract.engine_process import POD_IP_VARIABLE
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.pod_identity import NAME_VARIABLE
 
 from moe_agent.supervisor.node import Node
 
@@ -23,7 +24,7 @@ _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 def with_name(config: AgentConfig, environment: Mapping[str, str]) -> AgentConfig:
     """The configuration with the engine's name: the configured one, else the pod's, else the machine's."""
-    name = config.name or environment.get(POD_NAME_VARIABLE) or socket.gethostname()
+    name = config.name or environment.get(NAME_VARIABLE) or socket.gethostname()
     return config.model_copy(update={"name": name})
 
 

@@ -26,6 +26,7 @@ _COLUMNS = (
     ("Balance", "number", ".status.experts.balance"),
     ("TTFT", "string", ".status.ttft"),
     ("Age", "date", ".metadata.creationTimestamp"),
+    ("Status", "string", ".status.summary"),
 )
 
 

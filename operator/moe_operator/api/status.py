@@ -30,6 +30,9 @@ class Condition(Section):
     )
     message: Annotated[str, Field(max_length=32768)] = Field(default="", description="Why, in words for people.")
     last_transition_time: AwareDatetime = Field(description="When `status` last changed.")
+    observed_generation: Natural | None = Field(
+        default=None, description="Generation of the resource from which this was judged."
+    )
 
 
 class EnginePhase(StrEnum):
@@ -114,6 +117,10 @@ class Status(Section):
     """Observed state of a deployment."""
 
     observed_generation: Natural | None = Field(default=None, description="Generation of the spec that this is about.")
+    summary: str = Field(
+        default="",
+        description="The conditions in one line: what is wrong, else what changes, else that it serves.",
+    )
     conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")
     replicas: Natural = Field(default=0, description="Engines that exist.")
     ready_replicas: Natural = Field(default=0, description="Engines that accept requests.")

@@ -16,6 +16,8 @@ from moe_scheduling.fleet.size import (
     plan_fleet,
 )
 
+from moe_operator.api.reasons import Reason
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -29,12 +31,12 @@ class Outcome:
 
     replicas: int
     reason: str
-    limited: tuple[str, str] | None
+    limited: tuple[Reason, str] | None
 
 
 _LIMITS = {
-    Limit.MAX_REPLICAS: ("TooFewReplicas", "the load asks for more engines than autoscaling.maxReplicas allows"),
-    Limit.MIN_REPLICAS: ("TooManyReplicas", "the load asks for fewer engines than autoscaling.minReplicas allows"),
+    Limit.MAX_REPLICAS: (Reason.TOO_FEW_REPLICAS, "the load asks for more engines than autoscaling.maxReplicas"),
+    Limit.MIN_REPLICAS: (Reason.TOO_MANY_REPLICAS, "the load asks for fewer engines than autoscaling.minReplicas"),
 }
 
 
@@ -48,7 +50,14 @@ class Autoscaler:
         self._startup_s: float | None = None
 
     def decide(
-        self, replicas: int, ready: set[str], loading: set[str], signal: FleetSignal | None, settings: FleetSettings
+        self,
+        replicas: int,
+        ready: set[str],
+        loading: set[str],
+        signal: FleetSignal | None,
+        settings: FleetSettings,
+        *,
+        asked: bool = False,
     ) -> Outcome:
         """How many engines should run.
 
@@ -58,11 +67,12 @@ class Autoscaler:
             loading: names of those that start.
             signal: the newest state of the fleet.
             settings: bounds, targets, behaviour.
+            asked: some source knows of a request, whatever the signal.
         """
         now_s = self._clock()
         self._learn_startup(ready, loading, now_s)
         observation = FleetObservation(
-            replicas=replicas, ready=len(ready), loading=len(loading), startup_s=self._startup_s
+            replicas=replicas, ready=len(ready), loading=len(loading), startup_s=self._startup_s, asked=asked
         )
         decision = plan_fleet(observation, signal, settings, self._history, now_s)
         self._history = decision.history
@@ -79,7 +89,7 @@ class Autoscaler:
                 del self._loading_since[name]
 
 
-def _limited(decision: Scale | Keep) -> tuple[str, str] | None:
+def _limited(decision: Scale | Keep) -> tuple[Reason, str] | None:
     if isinstance(decision, Keep) and decision.reason in (KeepReason.STALE, KeepReason.MISSING):
-        return "NoSignal", f"the number of engines stays as it is: signals are {decision.reason.value}"
+        return Reason.NO_SIGNAL, f"the number of engines stays as it is: signals are {decision.reason.value}"
     return _LIMITS.get(decision.limit) if decision.limit is not None else None

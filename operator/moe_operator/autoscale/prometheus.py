@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +28,9 @@ from moe_operator.plan.names import Names
 TIMEOUT_S = 5
 # Four scrapes of the monitors that the plan makes: with fewer a rate has gaps.
 WINDOW = "1m"
+
+# Of `build_queries`: what says how much of the fleet is known, and how old it is.
+_OF_SAMPLES = ("age_s", "gateways", "held", "in_flight")
 
 log = logging.getLogger("moeserving.operator")
 
@@ -48,27 +53,65 @@ def build_queries(namespace: str, names: Names) -> dict[str, str]:
         "held": f"sum({_GATEWAY}_held_requests{gateway})",
         "held_since_s": f"max({_GATEWAY}_held_seconds{gateway})",
         "in_flight": f"sum({_GATEWAY}_in_flight_requests{gateway})",
+        "gateways": f"count({_GATEWAY}_held_requests{gateway})",
         # Age of the newest sample: Prometheus itself goes on answering with old ones for five minutes.
         "age_s": f"time() - min(timestamp({_GATEWAY}_held_requests{gateway}))",
     }
 
 
-async def fetch_signal(url: str, key: tuple[str, str], fleet: Fleet) -> FleetSignal | None:
-    """The signal; None when Prometheus gives no answer or knows no gateway of the resource.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a source of signals says.
 
-    Requests that are held are asked of the gateways too: waking the first engine cannot wait for a scrape.
+    Attributes:
+        signal: of the whole fleet; None when a part of it is not known.
+        held: requests that it knows to be held, of however few gateways.
+        held_at_s: time of the oldest sample of `held`, on the operator's monotonic clock.
+    """
+
+    signal: FleetSignal | None = None
+    held: int = 0
+    held_at_s: float = -math.inf
+
+    def asks(self, since_s: float) -> bool:
+        """Whether requests were held at `since_s` or later."""
+        return self.held > 0 and self.held_at_s >= since_s
+
+
+async def fetch_reading(url: str, key: tuple[str, str], fleet: Fleet) -> Reading:
+    """What Prometheus knows: nothing when it gives no answer or has no gateway of the resource.
+
+    The signal is None while it has not every ready gateway: what the others hold and send is not known. Requests that
+    are held are asked of the gateways too: waking the first engine cannot wait for a scrape.
     """
     try:
         values = await asyncio.to_thread(_query, url, build_queries(key[0], Names(key[1])))
     except (PrometheusApiClientException, RequestException, ValueError, KeyError) as error:
         log.warning("%s/%s: no signal from Prometheus: %s", *key, error)
-        return None
-    age_s = values.pop("age_s")
+        return Reading()
+    reading = read_values(values, fleet, time.monotonic())
+    if reading.signal is None:
+        log.warning("%s/%s: no signal from Prometheus: it lacks a ready gateway", *key)
+    return reading
+
+
+def read_values(values: Mapping[str, float | None], fleet: Fleet, now_s: float) -> Reading:
+    """What the answers to `build_queries` say. Pure."""
+    known = {name: value for name, value in values.items() if name not in _OF_SAMPLES}
+    age_s, gateways, held, in_flight = (values.get(name) for name in _OF_SAMPLES)
     if age_s is None:
-        return None
-    held = max(int(values.pop("held") or 0), sum(state.held for state in fleet.gateways))
-    in_flight = int(values.pop("in_flight") or 0)
-    return FleetSignal(observed_s=time.monotonic() - max(0.0, age_s), held=held, in_flight=in_flight, **values)
+        return Reading()
+    observed_s = now_s - max(0.0, age_s)
+    reading = Reading(held=_count(held), held_at_s=observed_s)
+    if held is None or in_flight is None or _count(gateways) < fleet.ready:
+        return reading
+    total = max(_count(held), sum(state.held for state in fleet.gateways))
+    signal = FleetSignal(observed_s=observed_s, held=total, in_flight=_count(in_flight), **known)
+    return replace(reading, signal=signal)
+
+
+def _count(value: float | None) -> int:
+    return 0 if value is None else max(0, math.ceil(value))
 
 
 def _query(url: str, queries: dict[str, str]) -> dict[str, Any]:

@@ -10,10 +10,17 @@ from moe_scheduling.fleet.size import FleetSignal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """The agents and gateways of one resource that answered, each by its pod."""
+    """The agents and gateways of one resource that answered, each by its pod.
+
+    Attributes:
+        engines: states of agents.
+        gateways: states of gateways.
+        strangers: pods at whose address another pod answered; their states are in neither.
+    """
 
     engines: Mapping[str, AgentState] = field(default_factory=dict)
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
+    strangers: frozenset[str] = frozenset()
 
     def __contains__(self, pod: str) -> bool:
         """Whether the agent or gateway in this pod answered."""
@@ -25,22 +32,24 @@ class Fleet:
     """The states at one moment.
 
     Attributes:
-        gateways: state of each gateway that answered.
+        gateways: state of each gateway that answered, ready or not.
         engines: state of each agent that answered, by pod.
-        gateways_wanted: gateways that should answer; the signal is not known while one does not, for what it holds and
+        silent: ready gateways that did not answer; the signal is not known while there is one, for what it holds and
             sends is not known either.
+        ready: gateways that are ready, silent ones included.
         observed_s: when they answered, on the operator's monotonic clock.
     """
 
     gateways: tuple[GatewayState, ...]
     engines: Mapping[str, AgentState]
-    gateways_wanted: int
+    silent: int
+    ready: int
     observed_s: float
 
 
 def build_signal(now: Fleet, before: Fleet | None) -> FleetSignal | None:
     """The fleet's signal; None when no gateway, or not every ready one, answered."""
-    if not now.gateways or len(now.gateways) < now.gateways_wanted:
+    if not now.gateways or now.silent:
         return None
     ready = [engine for engine in now.engines.values() if engine.ready]
     return FleetSignal(
@@ -54,6 +63,11 @@ def build_signal(now: Fleet, before: Fleet | None) -> FleetSignal | None:
         held_since_s=max(_known(state.held_since_s for state in now.gateways), default=None),
         in_flight=sum(state.in_flight for state in now.gateways),
     )
+
+
+def asks(gateways: Iterable[GatewayState]) -> bool:
+    """Whether one of the gateways has a request; what others would say changes nothing of that."""
+    return any(state.held > 0 or state.in_flight > 0 or (state.arrivals_per_s or 0.0) > 0.0 for state in gateways)
 
 
 def mean_ttft_s(gateways: Iterable[GatewayState]) -> float | None:

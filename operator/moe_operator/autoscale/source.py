@@ -8,14 +8,16 @@ from typing import Any
 import aiohttp
 
 from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
-from moe_operator.autoscale.prometheus import fetch_signal
+from moe_operator.autoscale.prometheus import Reading, fetch_reading
 from moe_operator.autoscale.settings import fleet_settings
-from moe_operator.autoscale.signal import Fleet, States, build_signal
+from moe_operator.autoscale.signal import Fleet, States, asks, build_signal
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
-from moe_operator.plan.names import COMPONENT, REVISION, is_replica
+from moe_operator.plan.names import REVISION
+from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
 
 Document = dict[str, Any]
 log = logging.getLogger("moeserving.operator")
@@ -53,60 +55,56 @@ class Sources:
             return Outcome(replicas=replicas, reason="first", limited=None)
         fleet = _read_fleet(pods, states)
         ready, loading = _engines(pods)
-        prometheus = resource.spec.metrics.prometheus
-        if prometheus is None:
-            signal = build_signal(fleet, self._before.get(key))
-        else:
-            signal = await fetch_signal(prometheus.url, key, fleet)
+        settings = fleet_settings(section)
+        reading = await self._read(key, resource, fleet, asleep=observed.replicas == 0)
         self._before[key] = fleet
-        autoscaler = self._autoscalers.setdefault(key, Autoscaler())
-        outcome = autoscaler.decide(observed.replicas, ready, loading, signal, fleet_settings(section))
+        outcome = self._autoscalers.setdefault(key, Autoscaler()).decide(
+            observed.replicas,
+            ready,
+            loading,
+            reading.signal,
+            settings,
+            asked=asks(fleet.gateways) or reading.asks(time.monotonic() - settings.stale_after_s),
+        )
         if outcome.replicas != observed.replicas:
             log.info("%s/%s: %d -> %d engines: %s", *key, observed.replicas, outcome.replicas, outcome.reason)
         return outcome
 
+    async def _read(self, key: tuple[str, str], resource: MoEServing, fleet: Fleet, *, asleep: bool) -> Reading:
+        """The signal of the source that the resource names.
 
-def _external_limit(resource: MoEServing) -> tuple[str, str] | None:
+        A request that a gateway has wakes the first engine, whatever Prometheus says: it is not waited for.
+        """
+        prometheus = resource.spec.metrics.prometheus
+        if prometheus is None:
+            return Reading(signal=build_signal(fleet, self._before.get(key)))
+        if asleep and asks(fleet.gateways):
+            return Reading()
+        return await fetch_reading(prometheus.url, key, fleet)
+
+
+def _external_limit(resource: MoEServing) -> tuple[Reason, str] | None:
     section, replicas = resource.spec.autoscaling, resource.spec.engine.replicas
     if section is None or section.min_replicas <= replicas <= section.max_replicas:
         return None
-    return "OutOfBounds", f"engine.replicas is {replicas}, outside of autoscaling's {section.min_replicas} to " + str(
-        section.max_replicas
-    )
+    bounds = f"{section.min_replicas} to {section.max_replicas}"
+    return Reason.OUT_OF_BOUNDS, f"engine.replicas is {replicas}, outside of autoscaling's {bounds}"
 
 
 def _read_fleet(pods: Sequence[Document], states: States) -> Fleet:
-    gateways = [pod["metadata"]["name"] for pod in pods if _label(pod, COMPONENT) == "gateway" and _is_ready(pod)]
-    engines = {
-        pod["metadata"]["name"]
-        for pod in pods
-        if _label(pod, COMPONENT) == "engine" and is_replica(pod["metadata"]["labels"])
-    }
+    ready = [pod["metadata"]["name"] for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
+    engines = {pod["metadata"]["name"] for pod in pods if is_engine(pod)}
     return Fleet(
-        gateways=tuple(states.gateways[name] for name in gateways if name in states.gateways),
+        gateways=tuple(states.gateways.values()),
         engines={name: state for name, state in states.engines.items() if name in engines},
-        gateways_wanted=len(gateways),
+        silent=sum(name not in states.gateways for name in ready),
+        ready=len(ready),
         observed_s=time.monotonic(),
     )
 
 
 def _engines(pods: Sequence[Document]) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
-    stable = [
-        pod
-        for pod in pods
-        if _label(pod, REVISION) == STABLE and is_replica(pod["metadata"]["labels"])
-        if "deletionTimestamp" not in pod["metadata"]
-    ]
-    ready = {pod["metadata"]["name"] for pod in stable if _is_ready(pod)}
+    stable = [pod for pod in pods if is_engine(pod) and label_of(pod, REVISION) == STABLE and is_live(pod)]
+    ready = {pod["metadata"]["name"] for pod in stable if is_ready(pod)}
     return ready, {pod["metadata"]["name"] for pod in stable} - ready
-
-
-def _label(pod: Document, name: str) -> str:
-    return str(pod["metadata"].get("labels", {}).get(name, ""))
-
-
-def _is_ready(pod: Document) -> bool:
-    conditions = pod.get("status", {}).get("conditions", [])
-    ready = any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]

@@ -10,10 +10,11 @@ from typing import Final
 
 from moe_contract.experts_state import OFF, Decision, ExpertsState
 
+from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus, ExpertDecision, ExpertProblem, ExpertsStatus
 
 CONDITION = "ExpertsBalanced"
-Verdict = tuple[ConditionStatus, str, str]
+Verdict = tuple[ConditionStatus, Reason, str]
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 # Load of the busiest rank over the mean up to which experts count as balanced; an unbalanced group counts as balanced
 # again below the second, so that a load between the two gives no series of events.
@@ -21,15 +22,18 @@ BALANCED_UP_TO, BALANCED_AGAIN = 1.2, 1.1
 _TERSE = 1000
 
 _PROBLEMS: Final = {
-    "version_skew": ("VersionSkew", "its ranks hold different placements; restart that engine"),
+    "version_skew": (Reason.VERSION_SKEW, "its ranks hold different placements; restart that engine"),
     "slow_move": (
-        "SlowMove",
+        Reason.SLOW_MOVE,
         "moving takes longer than it may; lower scheduling.expert.moveBudget or set mode observe",
     ),
-    "no_decision": ("NoDecision", "nothing decides any more; look into the engine's log, restart it if this stays"),
+    "no_decision": (
+        Reason.NO_DECISION,
+        "nothing decides any more; look into the engine's log, restart it if this stays",
+    ),
 }
 # Reasons of the condition that need a person.
-TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), "MoveFailed"})
+TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), Reason.MOVE_FAILED})
 
 
 def build_experts(documents: Mapping[str, ExpertsState], now: datetime) -> ExpertsStatus:
@@ -85,11 +89,11 @@ def judge_experts(experts: ExpertsStatus, *, has_group: bool, before: Condition 
     if (verdict := _judge_silence(experts, has_group=has_group) or next(_judge_problems(experts), None)) is not None:
         return verdict
     if experts.balance is None:
-        return UNKNOWN, "NotRecorded", f"{experts.engine} has recorded no load yet; it does once requests come"
+        return UNKNOWN, Reason.NOT_RECORDED, f"{experts.engine} has recorded no load yet; it does once requests come"
     limit = BALANCED_AGAIN if before is not None and before.status is FALSE else BALANCED_UP_TO
     busiest = f"{experts.engine}: the busiest rank has {experts.balance:.2f} times the mean load"
     if experts.balance <= limit:
-        return TRUE, "Balanced", busiest
+        return TRUE, Reason.BALANCED, busiest
     reason, advice = _explain_imbalance(experts)
     return FALSE, reason, f"{busiest}; {advice}"[:_TERSE]
 
@@ -98,12 +102,12 @@ def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None
     """Returns the verdict where nothing is known; None where something is."""
     if not has_group:
         message = "spec.engine.parallelism.expert is not set: nothing to balance, scheduling.expert has no effect"
-        return UNKNOWN, "NoExpertGroup", message
+        return UNKNOWN, Reason.NO_EXPERT_GROUP, message
     if experts.mode is None:
-        return UNKNOWN, "NotRecorded", "no engine says anything of its experts yet"
+        return UNKNOWN, Reason.NOT_RECORDED, "no engine says anything of its experts yet"
     if experts.mode == OFF:
         how = "set spec.scheduling.expert.mode to observe or dryRun to see it"
-        return UNKNOWN, "Off", f"the load of the experts is not recorded; {how}"
+        return UNKNOWN, Reason.OFF, f"the load of the experts is not recorded; {how}"
     return None
 
 
@@ -115,30 +119,33 @@ def _judge_problems(experts: ExpertsStatus) -> Iterator[Verdict]:
     last = experts.last_decision
     if last is not None and last.outcome == "failed":
         advice = "moving experts failed; what holds is the placement before it"
-        yield FALSE, "MoveFailed", f"{experts.engine}: {advice} ({last.reason})"[:_TERSE]
+        yield FALSE, Reason.MOVE_FAILED, f"{experts.engine}: {advice} ({last.reason})"[:_TERSE]
 
 
-def _explain_imbalance(experts: ExpertsStatus) -> tuple[str, str]:
+def _explain_imbalance(experts: ExpertsStatus) -> tuple[Reason, str]:
     """Returns the reason of an imbalance and the advice."""
     backoff = next((row.message for row in experts.problems if row.kind == "backoff"), None)
     if backoff is not None:
-        return "RolledBack", f"moving did not pay and was undone; the engine waits before it tries again: {backoff}"
+        how = "moving did not pay and was undone; the engine waits before it tries again"
+        return Reason.ROLLED_BACK, f"{how}: {backoff}"
     if experts.mode == "observe":
-        return "Imbalanced", "mode observe decides nothing; with spec.scheduling.expert.mode dryRun it tells what would"
+        how = "with spec.scheduling.expert.mode dryRun it tells what would"
+        return Reason.IMBALANCED, f"mode observe decides nothing; {how}"
     if experts.last_decision is None:
-        return "Imbalanced", "nothing was decided yet; the first decision comes after spec.scheduling.expert.interval"
+        how = "the first decision comes after spec.scheduling.expert.interval"
+        return Reason.IMBALANCED, f"nothing was decided yet; {how}"
     return _explain_decision(experts.last_decision)
 
 
-def _explain_decision(last: ExpertDecision) -> tuple[str, str]:
+def _explain_decision(last: ExpertDecision) -> tuple[Reason, str]:
     match last.outcome:
         case "dryRun":
             after = "" if last.balance_after is None else f" for a balance of {last.balance_after:.2f}"
             how = "look with `moeserving experts show`, then `apply`, or set spec.scheduling.expert.mode to active"
-            return "DryRunWouldMove", f"a dry run would move {last.moves} experts{after}: {how}"
+            return Reason.DRY_RUN_WOULD_MOVE, f"a dry run would move {last.moves} experts{after}: {how}"
         case "rolledBack":
-            return "RolledBack", f"the last move was rolled back: {last.reason}"
+            return Reason.ROLLED_BACK, f"the last move was rolled back: {last.reason}"
         case "stayed":
-            return "Imbalanced", f"nothing was moved: {last.reason}"
+            return Reason.IMBALANCED, f"nothing was moved: {last.reason}"
         case _:
-            return "Imbalanced", "the last change does not show yet or was not enough; the next decision sees it"
+            return Reason.IMBALANCED, "the last change does not show yet or was not enough; the next decision sees it"

@@ -1,7 +1,7 @@
 """Calls of the operator to the API server: one field manager, calls counted, no change without the lead."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moe_contract.api_server import NOT_FOUND, ApiError, ApiServer, Document, Kind, Listing
 
@@ -85,6 +85,11 @@ class Api:
             if error.status == NOT_FOUND and kind.optional:
                 return None
             raise
+
+    async def select(self, kind: Kind, namespace: str, *, labels: str = "", fields: str = "") -> Sequence[Document]:
+        """Objects of a namespace by selectors of labels and fields, whoever made them."""
+        self.calls["list", kind.name] += 1
+        return (await self.server.list(kind, namespace, labels, fields=fields)).items
 
 
 def selector_of(kind: Kind) -> str:

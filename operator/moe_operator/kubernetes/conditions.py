@@ -5,16 +5,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.experts.report import CONDITION as BALANCED
-from moe_operator.experts.report import TO_ACT_ON, judge_experts
-from moe_operator.kubernetes.diagnosis import Finding
+from moe_operator.experts.report import TO_ACT_ON, Verdict, judge_experts
+from moe_operator.kubernetes.finding import Finding
+from moe_operator.plan.pod_status import ENGINE, GATEWAY
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
 LIMITED = "AutoscalingLimited"
-FAILED = "ReconcileError"
 # Characters of a message; the API server takes 32,768.
 MOST = 8000
+# What `kubectl get` shows without a line break in a usual terminal is less; the rest is in the conditions.
+LONGEST_SUMMARY = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +33,16 @@ class ConditionInputs:
         engines: engines that exist.
         ready: engines that accept requests.
         gateways: gateways that are ready.
+        endpoint: whether clients reach a ready gateway through its Service.
+        seen: whether a gateway sees an engine that takes requests; None when no gateway answers.
         rolling: workloads that are not yet what was planned, in words.
+        gated: pods that a queueing system holds back, in words.
         missing_kind: a kind that the plan needs and the cluster lacks.
-        findings: what is wrong with pods.
+        findings: what is wrong with pods and workloads.
         limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
         has_experts: the engines should have expert groups.
         experts: what the engines say of their experts.
+        generation: of the resource from which all this was computed.
     """
 
     invalid: str = ""
@@ -46,15 +53,18 @@ class ConditionInputs:
     engines: int = 0
     ready: int = 0
     gateways: int = 0
+    endpoint: bool = True
+    seen: bool | None = None
     rolling: tuple[str, ...] = ()
+    gated: tuple[str, ...] = ()
     missing_kind: str = ""
     findings: Sequence[Finding] = ()
-    limited: tuple[str, str] | None = None
+    limited: tuple[Reason, str] | None = None
     has_experts: bool = False
     experts: ExpertsStatus = field(default_factory=ExpertsStatus)
+    generation: int | None = None
 
 
-Verdict = tuple[ConditionStatus, str, str]
 TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
 
 
@@ -68,71 +78,114 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
         LIMITED: _limited(inputs),
         BALANCED: judge_experts(inputs.experts, has_group=inputs.has_experts, before=before.get(BALANCED)),
     }
-    return tuple(_build(kind, verdict, before.get(kind), now) for kind, verdict in verdicts.items())
+    return tuple(_build(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items())
 
 
-def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime) -> Condition:
+def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime, generation: int | None) -> Condition:
     status, reason, message = verdict
     message = message if len(message) <= MOST else message[:MOST] + " ..."
     since = before.last_transition_time if before is not None and before.status is status else now
-    return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)
+    return Condition(
+        type=kind,
+        status=status,
+        reason=reason,
+        message=message,
+        last_transition_time=since,
+        observed_generation=generation,
+    )
+
+
+def is_serving(inputs: ConditionInputs) -> bool:
+    """Whether a request reaches an engine now."""
+    return bool(inputs.gateways and inputs.endpoint and inputs.ready and inputs.seen is not False)
 
 
 def _ready(inputs: ConditionInputs) -> Verdict:
-    if inputs.invalid and not inputs.ready:
-        return FALSE, "InvalidSpec", inputs.invalid
+    if is_serving(inputs):
+        return TRUE, Reason.SERVING, f"{inputs.ready} of {inputs.desired} engines accept requests"
+    if inputs.gateways and inputs.endpoint and not inputs.desired and not inputs.ready and not inputs.invalid:
+        return TRUE, Reason.SCALED_TO_ZERO, "no engine runs; the next request wakes one"
+    return (FALSE, *_why_not_ready(inputs))
+
+
+def _why_not_ready(inputs: ConditionInputs) -> tuple[Reason, str]:
+    """The problem of what is missing, else that nobody is there yet."""
+    if inputs.gateways and inputs.endpoint and inputs.ready:
+        return Reason.ENGINES_NOT_SEEN, "engines accept requests, but no gateway sees one yet"
+    missing = ENGINE if inputs.gateways and inputs.endpoint else GATEWAY
+    if (problem := _problem(inputs, missing)) is not None:
+        return problem
     if not inputs.gateways:
-        return FALSE, "NoGateway", "no gateway is ready yet"
-    if inputs.ready:
-        return TRUE, "Serving", f"{inputs.ready} of {inputs.desired} engines accept requests"
-    if inputs.desired == 0:
-        return TRUE, "ScaledToZero", "no engine runs; the next request wakes one"
-    if inputs.findings:
-        return FALSE, inputs.findings[0].reason, inputs.findings[0].message
-    return FALSE, "NoEngine", f"none of {inputs.desired} engines accepts requests yet"
+        return Reason.NO_GATEWAY, "no gateway is ready yet"
+    if not inputs.endpoint:
+        return Reason.NO_ENDPOINT, "a gateway is ready, but not yet an endpoint of its Service"
+    if inputs.gated:
+        return Reason.SCHEDULING_GATED, "; ".join(inputs.gated)
+    return Reason.NO_ENGINE, f"none of {inputs.desired} engines accepts requests yet"
 
 
 def _progressing(inputs: ConditionInputs) -> Verdict:
-    if inputs.paused or inputs.invalid:
-        message = "spec.paused is set" if inputs.paused else "nothing is changed until the resource is valid"
-        return FALSE, "Paused" if inputs.paused else "InvalidSpec", message
-    if inputs.failed or inputs.refused:
-        return FALSE, FAILED if inputs.failed else "Refused", "not all that is planned was made; it is tried again"
+    if (stopped := _why_stopped(inputs)) is not None:
+        return FALSE, *stopped
+    if inputs.gated:
+        return TRUE, Reason.SCHEDULING_GATED, "; ".join(inputs.gated)
     if inputs.rolling:
-        return TRUE, "Updating", "; ".join(inputs.rolling)
+        return TRUE, Reason.UPDATING, "; ".join(inputs.rolling)
     if inputs.ready < inputs.desired:
-        return TRUE, "EnginesStarting", f"{inputs.ready} of {inputs.desired} engines are ready"
-    return FALSE, "Complete", "everything is as it should be"
+        return TRUE, Reason.ENGINES_STARTING, f"{inputs.ready} of {inputs.desired} engines are ready"
+    return FALSE, Reason.COMPLETE, "everything is as it should be"
+
+
+def _why_stopped(inputs: ConditionInputs) -> tuple[Reason, str] | None:
+    """Why the pass did not do all that it should; None when it did."""
+    if inputs.paused:
+        return Reason.PAUSED, "spec.paused is set"
+    if inputs.invalid:
+        return Reason.INVALID_SPEC, "nothing is changed until the resource is valid"
+    if inputs.failed or inputs.refused:
+        reason = Reason.RECONCILE_ERROR if inputs.failed else Reason.REFUSED
+        return reason, "not all that is planned was made; it is tried again"
+    return None
 
 
 def _degraded(inputs: ConditionInputs) -> Verdict:
+    if (problem := _problem(inputs)) is None:
+        return FALSE, Reason.AS_EXPECTED, ""
+    reason, message = problem
+    others = [finding.reason for finding in inputs.findings if finding.reason is not reason]
+    more = f"; also: {', '.join(others)}" if others and reason is inputs.findings[0].reason else ""
+    return TRUE, reason, message + more
+
+
+def _problem(inputs: ConditionInputs, component: str | None = None) -> tuple[Reason, str] | None:
+    """The gravest problem: of everything, or of what keeps a component (`engine`, `gateway`) from serving."""
     if inputs.invalid:
-        return TRUE, "InvalidSpec", inputs.invalid
+        return Reason.INVALID_SPEC, inputs.invalid
     if inputs.missing_kind:
         message = (
             f"the cluster has no {inputs.missing_kind}, which engines on several nodes need; install it "
             "(lws.sigs.k8s.io) or set spec.engine.parallelism.nodes to 1"
         )
-        return TRUE, f"{inputs.missing_kind}Missing", message
+        return Reason.LEADER_WORKER_SET_MISSING, message
     if inputs.failed:
-        return TRUE, FAILED, "; ".join(filter(None, (inputs.failed, inputs.refused)))
+        return Reason.RECONCILE_ERROR, "; ".join(filter(None, (inputs.failed, inputs.refused)))
     if inputs.refused:
-        return TRUE, "Refused", inputs.refused
-    if inputs.findings:
-        more = f"; also: {', '.join(finding.reason for finding in inputs.findings[1:])}" if inputs.findings[1:] else ""
-        return TRUE, inputs.findings[0].reason, inputs.findings[0].message + more
-    return FALSE, "AsExpected", ""
+        return Reason.REFUSED, inputs.refused
+    for finding in inputs.findings:
+        if component is None or finding.component in (component, ""):
+            return finding.reason, finding.message
+    return None
 
 
 def _paused(inputs: ConditionInputs) -> Verdict:
     if inputs.paused:
-        return TRUE, "Paused", "spec.paused is set: everything is left as it is"
-    return FALSE, "NotPaused", ""
+        return TRUE, Reason.PAUSED, "spec.paused is set: everything is left as it is"
+    return FALSE, Reason.NOT_PAUSED, ""
 
 
 def _limited(inputs: ConditionInputs) -> Verdict:
     if inputs.limited is None:
-        return FALSE, "NotLimited", ""
+        return FALSE, Reason.NOT_LIMITED, ""
     return TRUE, *inputs.limited
 
 
@@ -166,3 +219,21 @@ def is_bad(condition: Condition) -> bool:
     if condition.type == BALANCED:
         return condition.reason in TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE
+
+
+def summarise(conditions: Sequence[Condition]) -> str:
+    """The conditions in one line, for `kubectl get`: what is wrong, else what is on its way, else that it serves."""
+    by_type = {row.type: row for row in conditions}
+    for kind, status in ((DEGRADED, TRUE), (READY, FALSE), (PAUSED, TRUE), (LIMITED, TRUE)):
+        if (row := by_type.get(kind)) is not None and row.status is status:
+            return _in_one_line(row)
+    if (row := by_type.get(BALANCED)) is not None and is_bad(row):
+        return _in_one_line(row)
+    if (row := by_type.get(PROGRESSING)) is not None and row.status is TRUE:
+        return _in_one_line(row)
+    return by_type[READY].reason if READY in by_type else ""
+
+
+def _in_one_line(condition: Condition) -> str:
+    text = " ".join(f"{condition.reason}: {condition.message}".split()) if condition.message else condition.reason
+    return text if len(text) <= LONGEST_SUMMARY else text[: LONGEST_SUMMARY - 1] + "…"

@@ -1,63 +1,73 @@
 """Problems of pods with their remedies. Pure: from pods and states of agents to findings.
 
-The messages of the cluster stand in full behind ours, so that nothing is hidden.
+The messages of the cluster stand in full behind ours, so that nothing is hidden. What stands in events alone is in
+`event_problems.py`.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from moe_contract.agent_state import AgentState
 
+from moe_operator.api.reasons import Reason
 from moe_operator.autoscale.signal import States
+from moe_operator.kubernetes.exit_cause import explain_exit
+from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding, build_finding
+from moe_operator.plan.names import COMPONENT, REVISION, is_replica
+from moe_operator.plan.pod_status import component_of, condition_of, is_live, is_over, is_ready, label_of
 
 Document = dict[str, Any]
 
 _IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
-_MODEL_MISSING = re.compile(
-    r"not a valid model identifier|RepositoryNotFound|Repository Not Found|GatedRepo|401 Client Error|404 Client Error"
-    r"|does not appear to have a file|Can't load the configuration|LocalEntryNotFound|Invalid repository ID"
-    r"|No such file or directory|couldn't connect|cannot find the requested files",
-    re.IGNORECASE,
-)
-_MEMORY = re.compile(r"out of memory|OutOfMemory|OOM|No available memory for the cache blocks", re.IGNORECASE)
-_KILLED = re.compile(r"signal 9|SIGKILL|status 137")
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
-LONGEST_MESSAGE = 1000
+GATED = "SchedulingGated"
+# A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
+UNSEEN_FOR = timedelta(seconds=60)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One problem of a pod.
-
-    Attributes:
-        reason: in one word, for the condition.
-        message: the problem and its remedy.
-        pod: where it was seen.
-    """
-
-    reason: str
-    message: str
-    pod: str
-
-
-def find_problems(pods: Sequence[Document], states: States) -> list[Finding]:
+def find_problems(
+    pods: Sequence[Document], states: States, now: datetime, workloads: Iterable[Document] = ()
+) -> list[Finding]:
     """The findings over all pods that are not on their way out, the first pod of each reason.
 
     The newest pods come first: older ones may stay, with what was wrong then, until a newer one is ready.
+
+    Args:
+        pods: of the resource.
+        states: of their agents and gateways.
+        now: the time, for what lasts too long.
+        workloads: of the resource; pods that are over are a problem while one of them lacks ready pods.
     """
-    found: dict[str, Finding] = {}
-    for pod in sorted(sorted(pods, key=_name), key=_created, reverse=True):
-        if "deletionTimestamp" in pod["metadata"]:
-            continue
-        for finding in (
-            *_scheduling(pod),
-            *_containers(pod),
-            *_engine(pod, states.engines.get(pod["metadata"]["name"])),
-        ):
-            found.setdefault(finding.reason, finding)
+    found: list[Finding] = []
+    newest_first = sorted(sorted(pods, key=_name), key=_created, reverse=True)
+    for pod in filter(is_live, newest_first):
+        found += _scheduling(pod, now)
+        found += _containers(pod)
+        found += _engine(pod, states.engines.get(_name(pod)))
+        found += _identity(pod, states)
+    found += _over(newest_first, workloads)
+    return first_of_each_reason(found)
+
+
+def first_of_each_reason(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings without those whose reason an earlier one has."""
+    found: dict[Reason, Finding] = {}
+    for finding in findings:
+        found.setdefault(finding.reason, finding)
     return list(found.values())
+
+
+def find_gated(pods: Sequence[Document]) -> list[str]:
+    """Pods that a queueing system such as Kueue holds back, each with its gates, in words: a wait and no fault."""
+    waits = []
+    for pod in sorted(filter(is_live, pods), key=_name):
+        scheduled = condition_of(pod, "PodScheduled") or {}
+        if scheduled.get("reason") == GATED:
+            gates = ", ".join(row["name"] for row in pod["spec"].get("schedulingGates") or ())
+            waits.append(f"pod {_name(pod)} waits for {gates or 'its scheduling gates'}")
+    return waits
 
 
 def _name(pod: Document) -> str:
@@ -68,14 +78,34 @@ def _created(pod: Document) -> str:
     return str(pod["metadata"].get("creationTimestamp", ""))
 
 
-def _scheduling(pod: Document) -> Iterator[Finding]:
-    for condition in pod.get("status", {}).get("conditions", []):
-        if condition.get("type") != "PodScheduled" or condition.get("status") != "False":
-            continue
-        detail = condition.get("message", "")
+def _scheduling(pod: Document, now: datetime) -> Iterator[Finding]:
+    scheduled = condition_of(pod, "PodScheduled")
+    if scheduled is None:
+        yield from _unseen(pod, now)
+    elif scheduled.get("status") == "False" and scheduled.get("reason") != GATED:
+        detail = scheduled.get("message", "")
         short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail))
         advice = f"no node has {short} free" if short else "no node can take the pod"
-        yield _finding(pod, "Unschedulable", f"{advice}; add nodes or ask for less, see spec.engine", detail)
+        yield _finding(pod, Reason.UNSCHEDULABLE, f"{advice}; add nodes or ask for less, see spec.engine", detail)
+
+
+def _unseen(pod: Document, now: datetime) -> Iterator[Finding]:
+    """A pod that no scheduler has looked at."""
+    created = parse_time(_created(pod))
+    waits = pod.get("status", {}).get("phase") == "Pending" and not pod["spec"].get("nodeName")
+    if waits and created is not None and now - created > UNSEEN_FOR:
+        scheduler = pod["spec"].get("schedulerName", "default-scheduler")
+        advice = f"no scheduler has looked at the pod; does {scheduler} run?"
+        yield _finding(pod, Reason.UNSCHEDULABLE, advice, "")
+
+
+def parse_time(text: Any) -> datetime | None:
+    """A time of the API server; None where it is none."""
+    try:
+        found = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return found if found.tzinfo is not None else None
 
 
 def _missing_resources(pod: Document, detail: str) -> Iterator[tuple[str, str]]:
@@ -89,52 +119,75 @@ def _missing_resources(pod: Document, detail: str) -> Iterator[tuple[str, str]]:
 def _containers(pod: Document) -> Iterator[Finding]:
     status = pod.get("status", {})
     images = {container["name"]: container.get("image", "") for container in pod["spec"]["containers"]}
-    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
-        waiting = container.get("state", {}).get("waiting", {})
-        reason, detail = waiting.get("reason", ""), waiting.get("message", "")
-        image = images.get(container["name"], container.get("image", ""))
-        if reason in _IMAGE_REASONS:
-            advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
-            yield _finding(pod, "ImageCannotBePulled", advice, f"{reason}: {detail}")
-        elif reason == "CreateContainerConfigError":
-            secret = "secret" in detail.lower()
-            advice = (
-                "make the Secret that spec.model.tokenSecret names" if secret else "correct the pod's configuration"
-            )
-            yield _finding(pod, "SecretMissing" if secret else "ContainerCannotStart", advice, detail)
-        elif reason in ("CreateContainerError", "RunContainerError"):
-            yield _finding(pod, "ContainerCannotStart", "the container cannot be started", f"{reason}: {detail}")
+    for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+        yield from _waiting(pod, container, images.get(container["name"], container.get("image", "")))
         last = container.get("lastState", {}).get("terminated", {})
         if last.get("reason") == "OOMKilled":
-            yield _finding(pod, "OutOfMemory", "raise spec.engine.resources.memory or serve with less", "OOMKilled")
+            advice = "raise spec.engine.resources.memory or serve with less"
+            yield _finding(pod, Reason.OUT_OF_MEMORY, advice, "OOMKilled")
         elif last and not container.get("ready") and container.get("restartCount", 0) > 0:
             # Between two tries it runs for a moment: until it is ready once, it is no better.
             code = last.get("exitCode", "?")
             advice = f"the container {container['name']} ends again and again (status {code}); see its log"
-            yield _finding(pod, "CrashLooping", advice, last.get("message", ""))
+            yield _finding(pod, Reason.CRASH_LOOPING, advice, last.get("message", ""))
+
+
+def _waiting(pod: Document, container: Document, image: str) -> Iterator[Finding]:
+    """Why a container is not started."""
+    waiting = container.get("state", {}).get("waiting", {})
+    reason, detail = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in _IMAGE_REASONS:
+        advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
+        yield _finding(pod, Reason.IMAGE_CANNOT_BE_PULLED, advice, f"{reason}: {detail}")
+    elif reason == "CreateContainerConfigError" and "secret" in detail.lower():
+        advice = "make the Secret that spec.model.tokenSecret names"
+        yield _finding(pod, Reason.SECRET_MISSING, advice, detail)
+    elif reason == "CreateContainerConfigError":
+        yield _finding(pod, Reason.CONTAINER_CANNOT_START, "correct the pod's configuration", detail)
+    elif reason in ("CreateContainerError", "RunContainerError"):
+        advice = "the container cannot be started"
+        yield _finding(pod, Reason.CONTAINER_CANNOT_START, advice, f"{reason}: {detail}")
 
 
 def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:
     """What an agent says of an engine that ended and has not come back."""
-    if state is None or state.phase in ("ready", "draining", "stopped"):
+    if state is None or state.phase in ("ready", "draining", "stopped") or not state.engine.last_exit:
         return
-    last_exit = state.engine.last_exit
-    if not last_exit:
-        return
-    if _MEMORY.search(last_exit):
-        advice = "the engine ran out of memory; lower --max-model-len or spec.engine.resources.kvCacheMemory"
-        yield _finding(pod, "OutOfMemory", advice, last_exit)
-    elif _KILLED.search(last_exit):
-        yield _finding(pod, "OutOfMemory", "the engine was killed, as when memory runs out; raise the limit", last_exit)
-    elif _MODEL_MISSING.search(last_exit):
-        advice = "the model cannot be loaded; check spec.model.uri, its revision and spec.model.tokenSecret"
-        yield _finding(pod, "ModelNotFound", advice, last_exit)
-    else:
-        yield _finding(pod, "EngineFailing", "vLLM ends before it is ready; see the pod's log", last_exit)
+    cause = explain_exit(state.engine.last_exit)
+    yield _finding(pod, cause.reason, cause.advice, state.engine.last_exit)
 
 
-def _finding(pod: Document, reason: str, advice: str, detail: str) -> Finding:
-    message = (
-        f"{advice} (pod {pod['metadata']['name']}: {detail})" if detail else f"{advice} (pod {pod['metadata']['name']})"
-    )
-    return Finding(reason=reason, message=message[:LONGEST_MESSAGE], pod=pod["metadata"]["name"])
+def _identity(pod: Document, states: States) -> Iterator[Finding]:
+    """A pod that its kubelet calls ready, and at whose address another one answers."""
+    if _name(pod) in states.strangers and is_ready(pod):
+        advice = (
+            "the answer does not carry this pod's uid, so it is not accepted and no settings are sent; use an image of "
+            "this release, or look for another pod at the address"
+        )
+        yield _finding(pod, Reason.IDENTITY_MISMATCH, advice, str(pod["status"].get("podIP", "")))
+
+
+def _over(newest_first: Sequence[Document], workloads: Iterable[Document]) -> Iterator[Finding]:
+    """The newest pod that is over of each workload which has fewer ready pods than it asks for."""
+    for workload in workloads:
+        labels = workload["metadata"].get("labels") or {}
+        own = [pod for pod in newest_first if _is_of(pod, labels)]
+        ready = sum(is_ready(pod) and is_replica(pod["metadata"].get("labels") or {}) for pod in own)
+        short = ready < workload.get("spec", {}).get("replicas", 1)
+        over = next(filter(is_over, own), None) if short else None
+        if over is not None:
+            status = over["status"]
+            advice = f"a pod ended as {status.get('reason') or status['phase']} and its place is not filled yet"
+            yield _finding(over, Reason.POD_FAILED, advice, status.get("message", ""))
+
+
+def _is_of(pod: Document, labels: Document) -> bool:
+    return all(label_of(pod, name) == labels.get(name, "") for name in (COMPONENT, REVISION))
+
+
+def _finding(pod: Document, reason: Reason, advice: str, detail: str) -> Finding:
+    name = _name(pod)
+    return build_finding(reason, advice, where=f"pod {name}", detail=detail, component=component_of(pod), pod=name)
+
+
+__all__ = ["LONGEST_MESSAGE", "Finding", "find_gated", "find_problems", "first_of_each_reason", "parse_time"]

@@ -1,4 +1,7 @@
-"""Agents and gateways of a resource over HTTP: their states, and new settings for those that run."""
+"""Agents and gateways of a resource over HTTP: their states, and new settings for those that run.
+
+A state is accepted, and settings with the control token are sent, only where `identity.py` allows it.
+"""
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -7,16 +10,19 @@ from typing import Any, TypeVar
 
 import aiohttp
 from moe_contract.addresses import http_url
+from moe_contract.agent_state import AgentState
 from moe_contract.clients import AgentClient, GatewayClient, PeerError
 from moe_contract.engine_process import ADMIN_PORT_NAME, AGENT_PORT_NAME
 from moe_contract.experts_state import ExpertsState
+from moe_contract.gateway_state import GatewayState
 
 from moe_operator.autoscale.signal import States
-from moe_operator.plan.names import COMPONENT, REVISION
+from moe_operator.kubernetes.identity import Identity, judge_identity, says_uid
+from moe_operator.plan.names import REVISION
+from moe_operator.plan.pod_status import ENGINE, component_of, is_live, label_of
 
 Document = dict[str, Any]
 Answer = TypeVar("Answer")
-ENGINE = "engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,29 +34,34 @@ class Peer:
         url: of its agent, or of its gateway's admin port.
         component: `engine` or `gateway`.
         revision: of an engine; empty for a gateway.
+        uid: of the pod.
+        says_uid: whether the pod was made to say its uid in its answers.
     """
 
     pod: str
     url: str
     component: str
     revision: str
+    uid: str = ""
+    says_uid: bool = False
 
 
 def find_peers(pods: Iterable[Document]) -> list[Peer]:
-    """The pods that have an address and are not on their way out."""
+    """The pods that have an address, are not over and are not on their way out."""
     peers = []
     for pod in pods:
-        address, labels = pod.get("status", {}).get("podIP"), pod["metadata"].get("labels", {})
-        component = labels.get(COMPONENT)
+        address, component = pod.get("status", {}).get("podIP"), component_of(pod)
         port = _port(pod, AGENT_PORT_NAME if component == ENGINE else ADMIN_PORT_NAME)
-        if not address or port is None or "deletionTimestamp" in pod["metadata"]:
+        if not address or port is None or not is_live(pod):
             continue
         peers.append(
             Peer(
                 pod=pod["metadata"]["name"],
                 url=http_url(address, port),
                 component=component,
-                revision=labels.get(REVISION, ""),
+                revision=label_of(pod, REVISION),
+                uid=pod["metadata"].get("uid", ""),
+                says_uid=says_uid(pod),
             )
         )
     return peers
@@ -65,14 +76,29 @@ def _port(pod: Document, name: str) -> int | None:
 
 
 async def fetch_states(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> States:
-    """The state of each peer that answers."""
+    """The state of each peer that answers as itself; `strangers` has those where another pod answers."""
     engines = [peer for peer in peers if peer.component == ENGINE]
     gateways = [peer for peer in peers if peer.component != ENGINE]
     agent_states, gateway_states = await asyncio.gather(
         asyncio.gather(*(_or_none(AgentClient(session, peer.url).state()) for peer in engines)),
         asyncio.gather(*(_or_none(GatewayClient(session, peer.url).state()) for peer in gateways)),
     )
-    return States(engines=_by_pod(engines, agent_states), gateways=_by_pod(gateways, gateway_states))
+    answers = [*zip(engines, agent_states, strict=True), *zip(gateways, gateway_states, strict=True)]
+    strangers = frozenset(peer.pod for peer, state in answers if is_stranger(peer, state))
+    return States(
+        engines=_without(strangers, _by_pod(engines, agent_states)),
+        gateways=_without(strangers, _by_pod(gateways, gateway_states)),
+        strangers=strangers,
+    )
+
+
+def is_stranger(peer: Peer, state: AgentState | GatewayState | None) -> bool:
+    """Whether an answer, if there was one, is another pod's."""
+    return state is not None and judge_identity(peer.uid, peer.says_uid, state) is Identity.OTHER
+
+
+def _without(strangers: frozenset[str], by_pod: Mapping[str, Answer]) -> dict[str, Answer]:
+    return {pod: answer for pod, answer in by_pod.items() if pod not in strangers}
 
 
 async def fetch_experts(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, ExpertsState]:
@@ -96,9 +122,15 @@ async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:
 async def put_settings(
     session: aiohttp.ClientSession, peer: Peer, settings: Mapping[str, Any], tokens: Sequence[str]
 ) -> str:
-    """Gives a running peer other settings; empty when it took them, else why not."""
+    """Gives a running peer other settings; empty when it took them, else why not.
+
+    It is asked for its identity once more just before, for the token goes out with the settings.
+    """
     client = AgentClient if peer.component == ENGINE else GatewayClient
     try:
+        state = await client(session, peer.url).state()
+        if judge_identity(peer.uid, peer.says_uid, state) is not Identity.PROVED:
+            return "another pod answers at its address"
         await client(session, peer.url).put_settings(settings, tokens)
     except PeerError as error:
         return str(error)

@@ -18,8 +18,8 @@ from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode
+from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.status import Condition
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.autoscaler import Outcome
 from moe_operator.autoscale.signal import States
@@ -30,16 +30,18 @@ from moe_operator.kubernetes.conditions import (
     ConditionInputs,
     build_conditions,
     changed_conditions,
-    is_bad,
+    is_serving,
     read_conditions,
+    summarise,
 )
-from moe_operator.kubernetes.diagnosis import find_problems
-from moe_operator.kubernetes.events import build_event
+from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
-from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.report import build_status
+from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -89,7 +91,10 @@ class Reconciler:
         kinds: Callable[[], frozenset[Kind]],
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
+        self._events = EventRecorder(api)
         self._children = Children(api, store, self._say_kept)
+        self._problems = ProblemFinder(api, store)
+        self._endpoints = GatewayEndpoints(api)
         self._sources = Sources(session)
         self._kinds = kinds
 
@@ -101,7 +106,7 @@ class Reconciler:
         """
         document = self._store.serving(key)
         if document is None:
-            self._sources.forget(key)
+            self._forget(key)
             return None
         try:
             return await self._pass(key, document)
@@ -122,6 +127,10 @@ class Reconciler:
         if resource.spec.paused:
             return await self._report_paused(key, document, resource)
         return await self._make_real(key, document, resource)
+
+    def _forget(self, key: Key) -> None:
+        for part in (self._sources, self._problems, self._endpoints):
+            part.forget(key)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         parts = Parts()
@@ -209,17 +218,19 @@ class Reconciler:
         current: Pass,
         plan: ClusterPlan,
         applied: Applied,
-        limited: tuple[str, str] | None,
-        problems: Sequence[str],
+        limited: tuple[Reason, str] | None,
+        failures: Sequence[str],
     ) -> float:
         names = Names(current.key.name)
+        problems = await self._problems.find(current.key, current.pods, current.states)
         inputs = ConditionInputs(
             refused="; ".join(applied.refused),
-            failed=_failed(problems),
+            failed=_failed(failures),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
             rolling=tuple(_rolling(self._store, current.key)),
-            findings=find_problems(current.pods, current.states),
+            findings=problems.findings,
+            gated=problems.gated,
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
@@ -255,15 +266,17 @@ class Reconciler:
             message = f"PersistentVolumeClaim {claim} is kept; when what it holds is of no more use: " + (
                 f"kubectl delete pvc {claim} -n {key.namespace}"
             )
-            await self._api.create(EVENT, build_event(document, "ClaimKept", message, "Normal"))
+            await self._events.note(document, "ClaimKept", message)
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         states, experts = await self._ask(find_peers(pods), resource)
+        problems = await self._problems.find(key, pods, states)
         inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
-            findings=find_problems(pods, states),
+            findings=problems.findings,
+            gated=problems.gated,
             has_experts=resource.spec.engine.parallelism.expert,
         )
         await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
@@ -286,21 +299,21 @@ class Reconciler:
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
+        inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)
-        wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
+        rows = [row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in conditions]
+        wanted = status | {"summary": summarise(conditions), "conditions": rows}
         if wanted != document.get("status"):
+            for condition in changed_conditions(before, conditions):
+                await self._events.record(document, condition)
             header = _own(document, None)
             header["metadata"].pop("uid")
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
-            for condition in changed_conditions(before, conditions):
-                await self._post_event(document, condition)
-        return SOON_S if inputs.rolling or inputs.ready < inputs.desired or inputs.findings else STEADY_S
-
-    async def _post_event(self, document: Document, condition: Condition) -> None:
-        message = condition.message or f"{condition.status.value} ({condition.reason})"
-        kind = "Warning" if is_bad(condition) else "Normal"
-        await self._api.create(EVENT, build_event(document, condition.reason, f"{condition.type}: {message}", kind))
+        unsettled = inputs.rolling or inputs.ready < inputs.desired or inputs.findings
+        # What comes from gateways and EndpointSlices brings no pass by itself.
+        unseen = inputs.gateways and inputs.ready and not is_serving(inputs)
+        return SOON_S if unsettled or unseen or not inputs.endpoint else STEADY_S
 
     def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
         autoscaling = current.resource.spec.autoscaling
@@ -314,7 +327,7 @@ class Reconciler:
 
     async def _end(self, key: Key, document: Document) -> float | None:
         """The gateway ends first, so that no new request comes; then the engines; then all else."""
-        self._sources.forget(key)
+        self._forget(key)
         if FINALIZER not in document["metadata"].get("finalizers", []):
             return None
         for component in ("gateway", "engine"):
@@ -339,8 +352,8 @@ class Reconciler:
                 await self._children.delete(kind, live)
 
 
-def _failed(problems: Sequence[str]) -> str:
-    return f"{'; '.join(problems)} ({SEE_LOG})" if problems else ""
+def _failed(failures: Sequence[str]) -> str:
+    return f"{'; '.join(failures)} ({SEE_LOG})" if failures else ""
 
 
 def _own(document: Document, finalizers: list[str] | None) -> Document:

@@ -5,7 +5,7 @@ people; numbers are in metrics.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,7 +19,9 @@ from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
-from moe_operator.plan.names import COMPONENT, Names, is_replica, selector_text
+from moe_operator.kubernetes.serving import sees_engines
+from moe_operator.plan.names import Names, selector_text
+from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
@@ -38,15 +40,22 @@ def build_status(
     experts: Mapping[str, ExpertsState],
 ) -> tuple[Document, ConditionInputs]:
     """Returns the status without conditions, and the inputs of the conditions with what pods and experts add."""
-    engines = [pod for pod in pods if _is_replica(pod) and "deletionTimestamp" not in pod["metadata"]]
-    gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
-    inputs = replace(inputs, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
+    engines = [pod for pod in pods if is_engine(pod) and is_live(pod)]
+    gateways = [pod for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
+    inputs = replace(
+        inputs,
+        engines=len(engines),
+        ready=sum(map(is_ready, engines)),
+        gateways=len(gateways),
+        seen=sees_engines(gateway_states),
+        generation=document["metadata"].get("generation"),
+    )
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
     suffix = "" if port == 80 else f":{port}"
     status = StatusSection(
-        observed_generation=document["metadata"].get("generation"),
+        observed_generation=inputs.generation,
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,
@@ -148,19 +157,5 @@ def _render_ttft(seconds: float | None) -> str:
     return f"{milliseconds:.2g}ms" if milliseconds < 100.0 else f"{round(milliseconds, -1):.0f}ms"
 
 
-def _component(pod: Document) -> str:
-    return str(pod["metadata"].get("labels", {}).get(COMPONENT, ""))
-
-
-def _is_replica(pod: Document) -> bool:
-    return _component(pod) == "engine" and is_replica(pod["metadata"].get("labels", {}))
-
-
 def _name(pod: Document) -> str:
     return str(pod["metadata"]["name"])
-
-
-def _is_ready(pod: Document) -> bool:
-    conditions: Iterable[Document] = pod.get("status", {}).get("conditions", [])
-    ready = any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]

@@ -12,7 +12,8 @@ from moe_operator.kubernetes.kinds import DEPLOYMENT, POD
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import ClusterPlan
 from moe_operator.plan.cluster import STABLE
-from moe_operator.plan.names import COMPONENT, REVISION, Names
+from moe_operator.plan.names import REVISION, Names
+from moe_operator.plan.pod_status import ENGINE, component_of, is_over, label_of
 
 Document = dict[str, Any]
 COST = "controller.kubernetes.io/pod-deletion-cost"
@@ -36,9 +37,8 @@ async def mark_victims(
 
 
 def is_stable_engine(pod: Document) -> bool:
-    """Whether a pod is an engine of the stable revision."""
-    labels = pod["metadata"].get("labels", {})
-    return bool(labels.get(COMPONENT) == "engine" and labels.get(REVISION) == STABLE)
+    """Whether a pod runs an engine of the stable revision."""
+    return component_of(pod) == ENGINE and label_of(pod, REVISION) == STABLE and not is_over(pod)
 
 
 def _work(pod: Document, state: AgentState | None) -> EngineWork:

@@ -7,7 +7,8 @@ an engine and its libraries write lies on volumes.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_contract.engine_process import POD_IP_VARIABLE, POD_NAME_VARIABLE
+from moe_contract.engine_process import POD_IP_VARIABLE
+from moe_contract.pod_identity import identity_variables
 
 HOME_DIR, TEMPORARY_DIR = "/var/lib/moeserving/home", "/tmp"
 HOME_VOLUME, TEMPORARY_VOLUME = "home", "tmp"
@@ -29,9 +30,9 @@ _CACHE_VARIABLES = {
 
 
 def build_own_pod_variables() -> list[dict[str, Any]]:
-    """Name and address of the pod, which its host name does not tell on the host's network."""
-    fields = {POD_NAME_VARIABLE: "metadata.name", POD_IP_VARIABLE: "status.podIP"}
-    return [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    """Name, uid and address of the pod, which its host name does not tell on the host's network."""
+    address = {"name": POD_IP_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+    return [*identity_variables(), address]
 
 
 def build_cache_variables() -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from moe_contract.engine_process import (
 )
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
 from moe_contract.input_errors import InvalidInput
+from moe_contract.pod_identity import identity_variables
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 
@@ -242,6 +243,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": ADMIN_PORT_NAME, "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
+        "env": identity_variables(),
         "startupProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 1, 120, timeout_s=3),
         "readinessProbe": _probe(READYZ, ADMIN_PORT_NAME, 1, 3, timeout_s=3),
         "livenessProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 10, 3),

@@ -78,6 +78,8 @@ class FleetObservation:
         ready: engines that take new requests; a draining one does not.
         loading: engines that have started and are not ready.
         startup_s: seconds that the last engines took to become ready; None before any did.
+        asked: a gateway or a metric source is known to have a request, however little is known of the others: it
+            wakes the first engine, and time without requests begins anew.
 
     Raises:
         ValueError: a number is negative.
@@ -87,6 +89,7 @@ class FleetObservation:
     ready: int
     loading: int = 0
     startup_s: float | None = None
+    asked: bool = False
 
     def __post_init__(self) -> None:
         if min(self.replicas, self.ready, self.loading) < 0:
@@ -205,7 +208,8 @@ def plan_fleet(
     target, and rises again only beyond the tolerance. Latencies: `latency.py`. The greatest of the numbers counts; an
     unknown metric can only prevent a fall. Then bounds, stabilisation and policies apply, in the order of Kubernetes.
 
-    At zero any request starts one engine at once, without stabilisation and policies. The number falls to zero when no
+    At zero any request starts one engine at once, without stabilisation and policies, also where the signal is missing
+    or stale and `asked` alone says that there is one. The number falls to zero when no
     request was seen for `idle_s`, which replaces the stabilisation window.
 
     Args:
@@ -225,6 +229,10 @@ def plan_fleet(
     bounded = min(max(observation.replicas, settings.min_replicas), settings.max_replicas)
     if bounded != observation.replicas:
         return decision.scale(bounded, ScaleReason.BOUNDS, history)
+    if observation.asked:
+        history = replace(history, busy_s=now_s)
+        if observation.replicas == 0:
+            return decision.scale(1, ScaleReason.WAKE, history)
     if signal is None:
         return Keep(reason=KeepReason.MISSING, history=history)
     if not abs(now_s - signal.observed_s) <= settings.stale_after_s:

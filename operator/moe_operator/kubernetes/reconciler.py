@@ -33,12 +33,21 @@ from moe_operator.kubernetes.conditions import (
     is_bad,
     read_conditions,
 )
-from moe_operator.kubernetes.diagnosis import find_problems
+from moe_operator.kubernetes.diagnosis import Finding, find_problems
+from moe_operator.kubernetes.group_history import GroupHistory, merge_findings
+from moe_operator.kubernetes.groups import describe_rollout, read_nodes
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.takeover import (
+    Takeover,
+    read_takeover,
+    shrink_old_workload,
+    with_old_workload,
+    with_takeover,
+)
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.names import COMPONENT, GROUP, Names
@@ -88,6 +97,7 @@ class Reconciler:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
         self._sources = Sources(session)
+        self._groups = GroupHistory()
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -95,6 +105,7 @@ class Reconciler:
         document = self._store.serving(key)
         if document is None:
             self._sources.forget(key)
+            self._groups.forget(key)
             return None
         if "deletionTimestamp" in document["metadata"]:
             return await self._end(key, document)
@@ -123,17 +134,20 @@ class Reconciler:
             experts=experts,
         )
         outcome = await self._sources.decide(key, resource, observed, pods, states)
+        observed = replace(observed, replicas=outcome.replicas)
+        takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
         try:
-            plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
+            plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         await mark_victims(self._api, self._store, key, plan, pods, states)
         uid = document["metadata"]["uid"]
         applied = await self._children.apply(key, plan.objects, self._kinds(), uid)
         if not applied.refused:
-            applied.waiting |= await self._children.prune(key, plan.objects, uid)
+            applied.waiting |= await self._children.prune(key, with_old_workload(plan.objects, takeover), uid)
+            await shrink_old_workload(self._api, self._store, key, plan, takeover, pods, states)
         late = await self._push_settings(plan, peers, current)
-        status_after_s = await self._report(current, plan, applied, outcome.limited)
+        status_after_s = await self._report(current, plan, applied, outcome.limited, takeover)
         return self._next_s(current, applied, late, status_after_s)
 
     async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
@@ -169,21 +183,31 @@ class Reconciler:
         return any(answers)
 
     async def _report(
-        self, current: Pass, plan: ClusterPlan, applied: Applied, limited: tuple[str, str] | None
+        self,
+        current: Pass,
+        plan: ClusterPlan,
+        applied: Applied,
+        limited: tuple[str, str] | None,
+        takeover: Takeover | None,
     ) -> float:
         names = Names(current.key.name)
         inputs = ConditionInputs(
             refused="; ".join(applied.refused),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
-            rolling=tuple(_rolling(self._store, current.key)),
-            findings=find_problems(current.pods, current.states),
+            rolling=(*_rolling(self._store, current.key), *([takeover.text] if takeover else [])),
+            findings=self._find_problems(current.key, current.document, current.pods, current.states),
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
         return await self._write_status(
             current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
+
+    def _find_problems(self, key: Key, document: Document, pods: list[Document], states: States) -> list[Finding]:
+        """What is wrong with pods, and with groups of pods that were made anew."""
+        remade = self._groups.observe(key, pods, read_nodes(document), datetime.now(UTC))
+        return merge_findings(find_problems(pods, states), remade)
 
     async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
@@ -197,7 +221,7 @@ class Reconciler:
         inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
-            findings=find_problems(pods, states),
+            findings=self._find_problems(key, document, pods, states),
             has_experts=resource.spec.engine.parallelism.expert,
         )
         await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
@@ -314,12 +338,14 @@ def _without_server_fields(document: Document) -> Document:
 def _rolling(store: Store, key: Key) -> list[str]:
     """Workloads of which not all pods are of the newest template yet."""
     rolling = []
-    for _, live in store.children(key, WORKLOADS):
+    for kind, live in store.children(key, WORKLOADS):
         spec, status = live.get("spec", {}), live.get("status", {})
         wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
-        if _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
+        if kind == LEADER_WORKER_SET and not _is_unseen(live):
+            rolling.append(describe_rollout(live, store.of(key, POD)))
+        elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             rolling.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
-    return rolling
+    return [text for text in rolling if text]
 
 
 def _is_unseen(workload: Document) -> bool:

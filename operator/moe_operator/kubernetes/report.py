@@ -19,7 +19,8 @@ from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
-from moe_operator.plan.names import COMPONENT, Names, is_replica, selector_text
+from moe_operator.kubernetes.groups import read_nodes, whole_replicas
+from moe_operator.plan.names import COMPONENT, Names, is_replica, replica_labels, selector_text
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
@@ -40,7 +41,9 @@ def build_status(
     """Returns the status without conditions, and the inputs of the conditions with what pods and experts add."""
     engines = [pod for pod in pods if _is_replica(pod) and "deletionTimestamp" not in pod["metadata"]]
     gateways = [pod for pod in pods if _component(pod) == "gateway" and _is_ready(pod)]
-    inputs = replace(inputs, engines=len(engines), ready=sum(map(_is_ready, engines)), gateways=len(gateways))
+    whole = whole_replicas(pods, read_nodes(document))
+    ready = sum(_name(pod) in whole for pod in engines)
+    inputs = replace(inputs, engines=len(engines), ready=ready, gateways=len(gateways))
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
     before: Document = document.get("status", {})
     port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
@@ -50,7 +53,7 @@ def build_status(
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,
-        selector=selector_text(names.labels("engine", "stable")),
+        selector=selector_text(replica_labels(names, read_nodes(document))),
         endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
         policies=_policies(

@@ -11,6 +11,7 @@ from hashlib import sha256
 GROUP = "moeserving.dev"
 MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
+REVISION_DIGEST = f"{REVISION}-digest"
 CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
 ROTATE = f"{GROUP}/rotate-token"
@@ -18,7 +19,11 @@ ROTATED_AT = f"{GROUP}/rotated-at"
 MANAGED_BY = "app.kubernetes.io/managed-by"
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
+# Labels and an annotation that the LeaderWorkerSet controller sets on pods (v0.10).
+LWS_NAME = "leaderworkerset.sigs.k8s.io/name"
+LWS_GROUP_INDEX = "leaderworkerset.sigs.k8s.io/group-index"
 LWS_WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+LWS_SIZE = "leaderworkerset.sigs.k8s.io/size"
 
 # Names of Services, and values of labels, have at most 63 characters. A Deployment's pod carries 17 more, a
 # LeaderWorkerSet's `-0-0` and its StatefulSets' revision label 11 more; 52 is what all of them have room for.
@@ -94,6 +99,11 @@ class Names:
         if revision is not None:
             labels[REVISION] = revision
         return labels
+
+
+def replica_labels(names: Names, nodes: int) -> dict[str, str]:
+    """Labels of the pods that stand for the stable replicas: leaders alone where a replica spans several nodes."""
+    return names.labels("engine", "stable") | ({LWS_WORKER_INDEX: "0"} if nodes > 1 else {})
 
 
 def is_replica(labels: Mapping[str, str]) -> bool:

@@ -7,7 +7,7 @@ from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT
 from moe_contract.routes import METRICS
 
 from moe_operator.api.resource import MoEServing
-from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
+from moe_operator.plan.names import COMPONENT, INSTANCE, Names
 from moe_operator.plan.pods import Defaults
 
 Object = dict[str, Any]
@@ -16,8 +16,7 @@ _NAMESPACE_NAME = "kubernetes.io/metadata.name"
 
 def build_services(resource: MoEServing, names: Names, engines: Mapping[str, str]) -> list[Object]:
     """One headless Service for each revision of the engines, and the gateway's for clients."""
-    leader = {LWS_WORKER_INDEX: "0"} if resource.spec.engine.parallelism.nodes > 1 else {}
-    services = [_build_headless(name, names, revision, leader) for revision, name in engines.items()]
+    services = [_build_headless(name, names, revision) for revision, name in engines.items()]
     service = resource.spec.gateway.service
     return [
         *services,
@@ -34,7 +33,8 @@ def build_services(resource: MoEServing, names: Names, engines: Mapping[str, str
     ]
 
 
-def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str, str]) -> Object:
+def _build_headless(name: str, names: Names, revision: str) -> Object:
+    """Selects what serves, of one node or of several: a group's workers do not carry the label of its revision."""
     labels = names.labels("engine", revision)
     return {
         "apiVersion": "v1",
@@ -42,7 +42,7 @@ def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str,
         "metadata": {"name": name, "labels": labels},
         "spec": {
             "clusterIP": "None",
-            "selector": {**labels, **leader},
+            "selector": labels,
             "ports": [
                 {"name": port, "port": number, "targetPort": port, "protocol": "TCP"}
                 for port, number in ((ENGINE_PORT_NAME, ENGINE_PORT), (AGENT_PORT_NAME, AGENT_PORT))
@@ -57,12 +57,13 @@ def build_policies(
     engines: Mapping[str, str],
     defaults: Defaults,
     *,
+    spans_nodes: bool,
     has_service_monitors: bool,
 ) -> list[Object]:
-    """What stands around the pods."""
+    """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned."""
     objects = [_build_budget(name, names.labels("engine", revision), resource) for revision, name in engines.items()]
     objects.append(_build_budget(names.gateway, names.labels("gateway"), resource))
-    objects.append(_build_engine_policy(resource, names, defaults))
+    objects.append(_build_engine_policy(resource, names, defaults, spans_nodes=spans_nodes))
     objects.append(_build_gateway_policy(resource, names, defaults))
     if has_service_monitors and resource.spec.metrics.service_monitor:
         objects += [_build_monitor(names.engine, names, "engine", "agent")]
@@ -85,14 +86,14 @@ def _build_budget(name: str, selector: Mapping[str, str], resource: MoEServing) 
     }
 
 
-def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
+def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults, *, spans_nodes: bool) -> Object:
     """The engine's port for gateways, the agent's also for operator and scrapers; all ports among a group's nodes."""
     gateways = {"podSelector": {"matchLabels": names.labels("gateway")}}
     rules = [
         {"from": [gateways], "ports": _ports("engine")},
         {"from": [gateways, *_operator_peers(defaults), *_scrapers(resource)], "ports": _ports("agent")},
     ]
-    if resource.spec.engine.parallelism.nodes > 1:
+    if spans_nodes:
         rules.append({"from": [{"podSelector": {"matchLabels": names.labels("engine")}}]})
     return _build_policy(names.engine, names.labels("engine"), rules)
 

@@ -45,6 +45,7 @@ class Leader:
             else:
                 host = str(found[0][4][0])
                 self.url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+                log.info("the leader %s is at %s", self._name, host)
 
     async def wait_for_end(self) -> None:
         """Returns once the leader's engine has no streams any more: it says so, or its agent is gone."""

@@ -24,6 +24,8 @@ _TRIED = (*WORKLOADS, CLAIM)
 _REFUSALS = {BAD_REQUEST, FORBIDDEN, CONFLICT, UNPROCESSABLE}
 # An error of the server by its number, and none that goes away by itself: no address or port is left for a Service.
 _EXHAUSTED = "failed to allocate"
+# Also an error of the server by its number: a webhook that must be asked does not answer (k8s.io/apiserver v0.34).
+_WEBHOOK_AWAY = "failed calling webhook"
 _TERSE = 500
 
 log = logging.getLogger("moeserving.operator")
@@ -69,12 +71,15 @@ class Children:
             return result
         foreign = [wanted for wanted in changed if await self._is_foreign(key, wanted)]
         result.refused += map(_foreign, foreign)
+        postponed: dict[int, str] = {}
         if not result.refused:
-            result.refused += await self._try(changed)
+            result.refused += await self._try(changed, postponed)
         if result.refused:
             return result
-        for wanted in changed:
-            await self._apply(wanted, result)
+        for number, wanted in enumerate(changed):
+            if number not in postponed:
+                await self._apply(wanted, result)
+        result.refused += postponed.values()
         return result
 
     def _find_changed(
@@ -128,15 +133,19 @@ class Children:
         labels = live["metadata"].get("labels", {})
         return bool(labels.get(MANAGED_BY) != MANAGER or not _is_owned(live, metadata["ownerReferences"][0]["uid"]))
 
-    async def _try(self, changed: Iterable[Document]) -> list[str]:
+    async def _try(self, changed: Iterable[Document], postponed: dict[int, str]) -> list[str]:
+        """Returns what is refused; `postponed` gets, by number, what nobody can judge now: the rest does without it."""
         refused = []
-        for wanted in changed:
+        for number, wanted in enumerate(changed):
             kind = kind_of(wanted)
             if kind in _TRIED:
                 try:
                     await self._api.apply(kind, wanted, dry_run=True)
                 except ApiError as error:
-                    refused.append(_refusal(wanted, error))
+                    if _WEBHOOK_AWAY in error.message:
+                        postponed[number] = _describe(wanted, error)
+                    else:
+                        refused.append(_refusal(wanted, error))
         return refused
 
     async def _apply(self, wanted: Document, result: Applied) -> None:
@@ -194,6 +203,10 @@ def _title(document: Document) -> str:
 
 
 def _refusal(document: Document, error: ApiError) -> str:
-    if error.status not in _REFUSALS and _EXHAUSTED not in error.message:
+    if error.status not in _REFUSALS and not any(text in error.message for text in (_EXHAUSTED, _WEBHOOK_AWAY)):
         raise error
+    return _describe(document, error)
+
+
+def _describe(document: Document, error: ApiError) -> str:
     return f"{_title(document)}: {error.message[:_TERSE]}"

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_operator.plan.names import COMPONENT, CONFIG, LWS_GROUP_INDEX, LWS_NAME, LWS_SIZE, LWS_WORKER_INDEX, REVISION_DIGEST
+from moe_operator.plan.names import (
+    COMPONENT,
+    CONFIG,
+    LWS_GROUP_INDEX,
+    LWS_NAME,
+    LWS_SIZE,
+    LWS_WORKER_INDEX,
+    REVISION_DIGEST,
+)
 
 Document = dict[str, Any]
 # Pods are called `SET-GROUP` for the leader and `SET-GROUP-WORKER`; a set's own name ends in a word.

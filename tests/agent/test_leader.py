@@ -1,4 +1,4 @@
-"""A worker of a replica over several nodes outlasts its leader, also when both are told to end at the same moment."""
+"""A worker of a replica over several nodes outlasts its leader, also when both get the signal at the same moment."""
 
 import asyncio
 import contextlib

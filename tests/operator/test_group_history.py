@@ -1,4 +1,4 @@
-"""A group of pods that ends again and again is told, though its new pods have no restarts (LeaderWorkerSet v0.10)."""
+"""A group of pods that ends again and again is reported, though its new pods have no restarts (LeaderWorkerSet v0.10)."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,7 +40,7 @@ class Cluster:
         return pods
 
 
-def test_a_worker_that_is_killed_for_its_memory_is_told_though_its_pod_is_new():
+def test_a_worker_that_is_killed_for_its_memory_is_reported_though_its_pod_is_new():
     cluster = Cluster()
     for life in range(3):
         cluster.see(cluster.ended())
@@ -53,7 +53,7 @@ def test_a_worker_that_is_killed_for_its_memory_is_told_though_its_pod_is_new():
         ]
 
 
-def test_what_was_told_ends_once_the_group_was_whole_for_long_enough():
+def test_what_was_reported_ends_once_the_group_was_whole_for_long_enough():
     cluster = Cluster()
     cluster.see(cluster.ended())
     whole = cluster.fresh()
@@ -68,7 +68,7 @@ def test_an_update_is_no_failure_and_ends_the_old_ones():
     assert cluster.see(cluster.fresh(ready=False, digest="newer")) == []
 
 
-def test_a_worker_whose_program_ends_is_told_with_its_status():
+def test_a_worker_whose_program_ends_is_reported_with_its_status():
     cluster = Cluster()
     cluster.see(cluster.ended("Error", 1))
     ((reason, message),) = cluster.see(cluster.fresh(ready=False))
@@ -77,11 +77,11 @@ def test_a_worker_whose_program_ends_is_told_with_its_status():
     assert cluster.see(cluster.fresh()) == [], "a group that is whole again has no fault"
 
 
-@pytest.mark.parametrize(("lives", "told"), [(2, False), (3, False), (4, True)])
-def test_a_group_that_is_made_anew_often_is_told_also_when_nobody_saw_why(lives: int, told: bool):
+@pytest.mark.parametrize(("lives", "reported"), [(2, False), (3, False), (4, True)])
+def test_a_group_that_is_made_anew_often_is_reported_also_when_nobody_saw_why(lives: int, reported: bool):
     cluster = Cluster()
     seen = [cluster.see(cluster.fresh(ready=False)) for _ in range(lives)]
-    assert bool(seen[-1]) is told
+    assert bool(seen[-1]) is reported
 
 
 def test_the_ends_that_the_controller_itself_brings_about_are_no_failures():

@@ -96,7 +96,7 @@ def test_the_nodes_of_a_resource_are_one_where_it_does_not_say(document, nodes):
 
 
 def live_set(replicas: int = 1, observed: int | None = None, **status: Any) -> Document:
-    """A LeaderWorkerSet of the newest template, of which so many groups are observed."""
+    """A LeaderWorkerSet of the newest template, with a number of observed groups."""
     template = {"metadata": {"annotations": {REVISION_DIGEST: "new"}}}
     return {
         "kind": "LeaderWorkerSet",

@@ -196,7 +196,7 @@ async def test_a_replica_is_ready_as_a_whole(serving_cluster: ApiCluster, namesp
         await made.until(is_complete, "it is whole again")
 
 
-async def test_a_worker_that_no_node_can_take_is_told(serving_cluster: ApiCluster, namespace: str) -> None:
+async def test_a_worker_that_no_node_can_take_is_reported(serving_cluster: ApiCluster, namespace: str) -> None:
     async with world(serving_cluster, namespace, replicas=1) as made:
         made.kubelet.loads = lambda name: name != "tiny-engine-1-1"
         await made.change(engine={"replicas": 2})
@@ -212,7 +212,7 @@ async def test_a_worker_that_no_node_can_take_is_told(serving_cluster: ApiCluste
         assert (await made.status())["readyReplicas"] == 1
 
 
-async def test_a_worker_that_is_killed_for_its_memory_again_and_again_is_told(
+async def test_a_worker_that_is_killed_for_its_memory_again_and_again_is_reported(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:
     async with world(serving_cluster, namespace, replicas=1) as made:

@@ -1,6 +1,6 @@
 """The leader of a replica over several nodes, as a worker sees it: when it has ended, so that the worker may end.
 
-A worker lends its devices to the streams of its leader. Both may be told to end at once, as when a group is deleted in
+A worker lends its devices to the streams of its leader. Both may get the signal at once, as when a group is deleted in
 the foreground, and the leader then drains for longer than a worker would take. The leader's address is looked up while
 all is well: its name goes with its Service, which may be deleted before it.
 """
@@ -15,7 +15,7 @@ from moe_contract.clients import AgentClient, PeerError
 log = logging.getLogger(__name__)
 
 LOOK_UP_EVERY_S, ASK_EVERY_S = 1.0, 0.5
-# So many questions in a row without an answer mean that the leader's agent is gone.
+# This number of questions without an answer, one after the other, means that the leader's agent is gone.
 SILENT = 4
 # Phases in which the leader's engine may have streams.
 _MAY_SERVE = ("ready", "draining")

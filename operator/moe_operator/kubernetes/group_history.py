@@ -18,7 +18,7 @@ from moe_operator.plan.names import REVISION_DIGEST
 Document = dict[str, Any]
 # A group that was whole for so long has recovered.
 STEADY = timedelta(minutes=10)
-# A group is made anew for many a good reason, such as a node that is drained; more often than this it is told.
+# A group is made anew for many a good reason, such as a node that is drained; more often than this it is a fault.
 FEW = 2
 
 

@@ -76,9 +76,11 @@ class GroupController:
             await self._step_set(live)
 
     async def _step_set(self, live: Document) -> None:
+        # A revision is the pods' templates and the network's policy.
         template = live["spec"]["leaderWorkerTemplate"]
-        revision = sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]
-        self._templates[revision] = template
+        content = {"network": live["spec"].get("networkConfig", {})} | template
+        revision = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        self._templates[revision] = content
         await self._restart_groups(live)
         groups = await self._groups(live)
         wanted = live["spec"].get("replicas", 1)
@@ -142,7 +144,7 @@ class GroupController:
     async def _make_group(self, live: Document, index: int, pods: list[Document], revision: str) -> None:
         name, template = live["metadata"]["name"], self._templates[_revision(pods) or revision]
         leader = f"{name}-{index}"
-        unique = live["spec"].get("networkConfig", {}).get("subdomainPolicy") == "UniquePerReplica"
+        unique = template["network"].get("subdomainPolicy") == "UniquePerReplica"
         subdomain = leader if unique else name
         own = {LWS_NAME: name} | ({LWS_GROUP_INDEX: str(index)} if unique else {})
         services = {row["metadata"]["name"] for row in await self._namespace.list(SERVICE)}
@@ -292,7 +294,7 @@ class Kubelet:
             if worker not in pods or not self.loads(worker):
                 return False
             found = await resolve(self._namespace, environment(pods[worker])["LWS_LEADER_ADDRESS"])
-            if found != pods[metadata["name"]].get("status", {}).get("podIP"):
+            if found is None or found != pods[metadata["name"]].get("status", {}).get("podIP"):
                 return False
         return True
 

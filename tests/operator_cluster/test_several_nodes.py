@@ -151,11 +151,10 @@ async def test_from_one_node_to_several_and_back_the_old_serve_until_the_new_are
     async with world(serving_cluster, namespace, replicas=2, parallelism=parallelism) as made:
         for nodes, new, other in ((2, LEADER_WORKER_SET, DEPLOYMENT), (1, DEPLOYMENT, LEADER_WORKER_SET)):
             before = set(await made.serving_pods())
-            await made.nodes(nodes)
-            await made.rounds(1)
             # The new are made, and load; nothing else changes for as long as they do.
-            made.kubelet.loads = before.union(await made.namespace.pods()).intersection(before).__contains__
-            await made.rounds(4)
+            made.kubelet.loads = {*await made.namespace.pods()}.__contains__
+            await made.nodes(nodes)
+            await made.rounds(5)
             assert set(await made.serving_pods()) == before
             assert (await fetch(made.operator, new, made.key, SET))["spec"]["replicas"] == 1, "one at a time"
             assert (await made.verdict("Ready"))[0] == "True"
@@ -168,6 +167,7 @@ async def test_from_one_node_to_several_and_back_the_old_serve_until_the_new_are
                 assert not [name for name in now if name.count("-") == 3], "no worker is in the Service"
                 if is_complete(await made.status()):
                     break
+            await made.round()
             assert len(await made.serving_pods()) == 2
             assert not before & set(await made.serving_pods())
             assert await made.operator.api.get(other, namespace, SET) is None

@@ -174,6 +174,20 @@ async def test_from_one_node_to_several_and_back_the_old_serve_until_the_new_are
             assert (await fetch(made.operator, new, made.key, SET))["spec"]["replicas"] == 2
 
 
+async def test_without_their_kind_in_the_cluster_engines_of_one_node_stay(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    async with started(serving_cluster.kubeconfig, namespace) as operator:
+        engine = {"parallelism": {"data": 2}, "update": "inPlace"}
+        key = await served(operator, namespace, serving(engine=engine))
+        await operator.api.merge(SERVING, *key, {"spec": {"engine": {"parallelism": {"nodes": 2}}}})
+        await operator.relist()
+        await operator.settle(key)
+        assert await operator.api.get(DEPLOYMENT, namespace, SET) is not None
+        degraded = conditions(await fetch_serving(operator.api, key) or {})["Degraded"]
+        assert degraded["reason"] == "LeaderWorkerSetMissing"
+
+
 async def test_with_in_place_the_old_workload_goes_first(serving_cluster: ApiCluster, namespace: str) -> None:
     async with world(serving_cluster, namespace, replicas=1, update="inPlace") as made:
         await made.nodes(1)

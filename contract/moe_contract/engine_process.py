@@ -36,11 +36,23 @@ SETTLE_S = 0.5
 # For the engine to end after its streams are over, before it is killed.
 END_GRACE_S = 10.0
 MARGIN_S = 10
+# A worker of a replica over several nodes may get its signal so much earlier than its leader.
+LEADER_NOTICE_S = 5
 
 
 def engine_grace_s(drain_timeout_s: float) -> int:
     """Seconds from a pod's deletion to its kill: notice, drain, the agent's pause, the engine's end, a margin."""
     return ENGINE_NOTICE_S + math.ceil(drain_timeout_s) + math.ceil(SETTLE_S + END_GRACE_S) + MARGIN_S
+
+
+def leader_end_s(drain_timeout_s: float) -> float:
+    """Most seconds that a worker waits for the end of its leader, which drains: the leader's notice, drain and end."""
+    return LEADER_NOTICE_S + ENGINE_NOTICE_S + drain_timeout_s + SETTLE_S + END_GRACE_S
+
+
+def worker_grace_s(drain_timeout_s: float) -> int:
+    """Seconds from the deletion of a worker's pod to its kill: the wait for its leader's end, then its own."""
+    return ENGINE_NOTICE_S + math.ceil(leader_end_s(drain_timeout_s) + END_GRACE_S) + MARGIN_S
 
 
 def gateway_grace_s(drain_timeout_s: float) -> int:

@@ -1,12 +1,13 @@
 """The agent as a process: builds its parts, serves until a signal asks for the end, and leaves no engine behind."""
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 from moe_contract.addresses import authority, bind_socket, present_host
@@ -21,6 +22,7 @@ from moe_agent.shared_memory.control_record import SettingsPublisher
 from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.engine_command import build_command
+from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
 from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
@@ -53,19 +55,32 @@ async def run_agent(config: AgentConfig) -> None:
         if experts is not None:
             experts.forget()
 
-    supervisor = build_supervisor(config, node, remove_records, changed.set)
+    leader = Leader(node.leader, config.listen.port) if node.headless else None
+    supervisor = build_supervisor(config, node, remove_records, changed.set, leader)
     server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
         await listen(runner, config)
         leave = handle_signals(supervisor)
-        await supervisor.run()
+        async with leader_known(leader):
+            await supervisor.run()
         # An engine that was drained over HTTP leaves an agent that still says so.
         await leave.wait()
     finally:
         server.end_streams()
         await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def leader_known(leader: Leader | None) -> AsyncIterator[None]:
+    """Looks for the leader's address while the block runs."""
+    finding = asyncio.create_task(leader.find() if leader is not None else asyncio.sleep(0))
+    try:
+        yield
+    finally:
+        finding.cancel()
+        await asyncio.gather(finding, return_exceptions=True)
 
 
 def prepare_run_dir(config: AgentConfig) -> None:
@@ -83,7 +98,11 @@ def with_present_host(config: AgentConfig) -> AgentConfig:
 
 
 def build_supervisor(
-    config: AgentConfig, node: Node, remove_records: Callable[[], None], on_change: Callable[[], None]
+    config: AgentConfig,
+    node: Node,
+    remove_records: Callable[[], None],
+    on_change: Callable[[], None],
+    leader: Leader | None = None,
 ) -> EngineSupervisor:
     """The supervisor of vLLM on this node.
 
@@ -92,6 +111,7 @@ def build_supervisor(
         node: this node.
         remove_records: removes the records of an engine; called when none lives.
         on_change: called after each change of the phase and each start of a process.
+        leader: the leader of the replica; None on the leader itself, and where a replica has one node.
     """
     cpu_build = is_cpu_build()
     if cpu_build:
@@ -103,6 +123,7 @@ def build_supervisor(
         environment,
         config.run_dir / "engine.log",
         headless=node.headless,
+        leader_end=None if leader is None else leader.wait_for_end,
         on_restart=remove_records,
         on_change=on_change,
     )

@@ -2,8 +2,9 @@
 
 `python fake_engine.py PORT JSON`, where JSON may hold `start_delay_s`, `error` (printed, then exit 1), `crash_file`
 (exits when the file is there), `sick_file` (unhealthy while it is there), `drain_s` (time between SIGTERM and the end),
-`deaf` (ignores SIGTERM), `host` (an address to listen on), `environment_file` (its environment is written there) and
-`worker_file` (starts a child of its own and writes its process id there).
+`drain_file` (ends after SIGTERM once the file is there), `deaf` (ignores SIGTERM), `host` (an address to listen on),
+`environment_file` (its environment is written there) and `worker_file` (starts a child of its own and writes its
+process id there).
 """
 
 import json
@@ -37,8 +38,16 @@ class Handler(BaseHTTPRequestHandler):
 
 def on_term(*_: Any) -> None:
     print("drains", flush=True)
-    if not WAYS.get("deaf"):
+    if "drain_file" in WAYS:
+        threading.Thread(target=end_at, args=[Path(WAYS["drain_file"])]).start()
+    elif not WAYS.get("deaf"):
         threading.Timer(WAYS.get("drain_s", 0.0), os._exit, args=[0]).start()
+
+
+def end_at(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def watch_for_crash() -> None:

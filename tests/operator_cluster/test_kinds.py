@@ -1,19 +1,16 @@
 """Kinds that a cluster may lack: LeaderWorkerSets for several nodes, monitors of Prometheus; and an older CRD of ours.
 
-The CRDs of others stand here as their documentation has them, what this product does not use left out: LeaderWorkerSet
-of lws.sigs.k8s.io v0.7 (whose status says no `observedGeneration`), monitors of the Prometheus operator v0.85.
+The CRDs of others are in `foreign_kinds`.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from cluster_api import ApiCluster
-from cluster_problem import ClusterProblem
+from foreign_kinds import LEADER_WORKER_SETS, PROMETHEUS, installed
 from fresh_operator import conditions, fetch_children, fetch_conditions, fetch_serving, served, started, writes
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
@@ -25,98 +22,7 @@ from stand_in_peers import peers_listening
 from typer.testing import CliRunner
 
 Document = dict[str, Any]
-ANY = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-COUNT = {"type": "integer", "format": "int32"}
-EITHER = {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
 TWO_NODES = {"parallelism": {"data": 16, "nodes": 2, "expert": True}}
-
-
-def an_object(**fields: Document) -> Document:
-    return {"type": "object", "properties": fields}
-
-
-def one_of(*values: str) -> Document:
-    return {"type": "string", "enum": list(values)}
-
-
-SETS = an_object(
-    spec=an_object(
-        replicas=COUNT | {"default": 1},
-        startupPolicy=one_of("LeaderCreated", "LeaderReady") | {"default": "LeaderCreated"},
-        rolloutStrategy=an_object(
-            type=one_of("RollingUpdate") | {"default": "RollingUpdate"},
-            rollingUpdateConfiguration=an_object(
-                partition=COUNT | {"default": 0},
-                maxUnavailable=EITHER | {"default": 1},
-                maxSurge=EITHER | {"default": 0},
-            ),
-        ),
-        leaderWorkerTemplate=an_object(
-            size=COUNT | {"default": 1},
-            restartPolicy=one_of("Default", "RecreateGroupOnPodRestart", "None") | {"default": "None"},
-            leaderTemplate=ANY,
-            workerTemplate=ANY,
-        )
-        | {"required": ["workerTemplate"]},
-        networkConfig=an_object(subdomainPolicy=one_of("Shared", "UniquePerReplica")),
-    )
-    | {"required": ["leaderWorkerTemplate"]},
-    status=an_object(
-        conditions={"type": "array", "items": ANY},
-        replicas=COUNT,
-        readyReplicas=COUNT,
-        updatedReplicas=COUNT,
-        hpaPodSelector={"type": "string"},
-    ),
-)
-
-
-def endpoints() -> Document:
-    endpoint = an_object(port={"type": "string"}, path={"type": "string"}, interval={"type": "string"})
-    return {"type": "array", "items": endpoint}
-
-
-SELECTOR = an_object(matchLabels={"type": "object", "additionalProperties": {"type": "string"}})
-MONITORS = {
-    "ServiceMonitor": an_object(spec=an_object(selector=SELECTOR, endpoints=endpoints())),
-    "PodMonitor": an_object(spec=an_object(selector=SELECTOR, podMetricsEndpoints=endpoints())),
-}
-
-
-def crd(group: str, kind: str, schema: Document, **more: Any) -> Document:
-    plural = f"{kind.lower()}s"
-    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
-    names = {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {"group": group, "scope": "Namespaced", "names": names, "versions": [version | more]},
-    }
-
-
-LEADER_WORKER_SETS = crd("leaderworkerset.x-k8s.io", "LeaderWorkerSet", SETS, subresources={"status": {}})
-PROMETHEUS = [crd("monitoring.coreos.com", kind, schema) for kind, schema in MONITORS.items()]
-
-
-@contextlib.contextmanager
-def installed(cluster: ApiCluster, *crds: Document) -> Iterator[None]:
-    """These kinds, until the end of the block."""
-    names = [f"crd/{row['metadata']['name']}" for row in crds]
-    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(crds))
-    try:
-        eventually(lambda: all(serves(cluster, row["spec"]["names"]["plural"]) for row in crds), "they are served")
-        yield
-    finally:
-        cluster.kubectl("delete", *names)
-
-
-def serves(cluster: ApiCluster, plural: str) -> bool:
-    try:
-        cluster.kubectl("get", plural, "-A")
-    except ClusterProblem:
-        return False
-    return True
 
 
 async def test_several_nodes_without_leader_worker_sets_are_reported_with_what_to_do(
@@ -147,7 +53,8 @@ async def test_several_nodes_are_a_leader_worker_set_and_a_replica_is_its_leader
             assert live is not None
             spec = live["spec"]["leaderWorkerTemplate"]
             assert (spec["size"], spec["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")
-            assert spec["leaderTemplate"] == spec["workerTemplate"]
+            leader, worker = spec["leaderTemplate"], spec["workerTemplate"]
+            assert leader["spec"]["containers"] == worker["spec"]["containers"]
             for index in range(2):
                 await peers.make(
                     operator.api, key, "engine", f"tiny-engine-0-{index}", **{LWS_WORKER_INDEX: str(index)}

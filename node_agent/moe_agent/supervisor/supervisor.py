@@ -13,17 +13,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
 from moe_contract.addresses import authority, bind_socket, http_url, local_host
 from moe_contract.agent_config import EngineConfig
-from moe_contract.engine_process import END_GRACE_S, SETTLE_S
+from moe_contract.engine_process import END_GRACE_S, SETTLE_S, leader_end_s
 
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
@@ -79,6 +80,8 @@ class EngineSupervisor:
         log_path: where its output goes.
         rules: times.
         headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
+        leader_end: for a headless engine: returns once the leader, to which the engine lends its devices, has ended. A
+            drain waits for it.
         on_restart: called before each start and after each end of the engine, when no engine lives.
         on_change: called after each change of the phase and each start of a process.
     """
@@ -92,12 +95,13 @@ class EngineSupervisor:
         rules: SupervisorRules = SupervisorRules(),
         *,
         headless: bool = False,
+        leader_end: Callable[[], Coroutine[Any, Any, None]] | None = None,
         on_restart: Callable[[], None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
-        self._headless = headless
+        self._headless, self._leader_end = headless, leader_end
         self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
@@ -207,12 +211,13 @@ class EngineSupervisor:
             )
 
     async def _drain_engine(self, process: asyncio.subprocess.Process) -> None:
-        streams = self._ready_since_s is not None
+        streams = self._ready_since_s is not None and not self._headless
         forced = asyncio.create_task(self._force_stop.wait())
         exited = asyncio.create_task(process.wait())
         try:
             if streams:
                 await asyncio.wait({forced}, timeout=self._rules.settle_s)
+            await self._wait_for_leader(forced, exited)
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
             limit_s = self._rules.end_grace_s + (self._engine.drain_timeout_s if streams else 0.0)
@@ -220,6 +225,18 @@ class EngineSupervisor:
         finally:
             forced.cancel()
             exited.cancel()
+
+    async def _wait_for_leader(self, forced: asyncio.Task[Any], exited: asyncio.Task[Any]) -> None:
+        """Lets a headless engine live while its leader's streams may need it, for as long as the leader may take."""
+        if self._leader_end is None:
+            return
+        ended = asyncio.create_task(self._leader_end())
+        try:
+            limit_s = leader_end_s(self._engine.drain_timeout_s)
+            await asyncio.wait({forced, exited, ended}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
 
     async def _watch_health(self) -> str:
         """Returns, with the reason, when the engine did not come up in time or has stopped answering."""

@@ -29,6 +29,8 @@ WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
 # What belongs to a revision of the pods, and is applied with it or not at all.
 _OF_A_REVISION = (*_TRIED, CONFIG_MAP)
+# An error of the server by its number: a webhook that must be asked does not answer (k8s.io/apiserver v0.34).
+_WEBHOOK_AWAY = "failed calling webhook"
 
 log = logging.getLogger("moeserving.operator")
 
@@ -78,7 +80,9 @@ class Children:
             return result
         refused = await self._try(changed)
         result.refused += [text for _, text in refused]
-        held = self._find_held(key, changed, [wanted for wanted, _ in refused])
+        # What nobody can judge now keeps back itself alone.
+        held = [wanted for wanted, text in refused if _WEBHOOK_AWAY in text]
+        held += self._find_held(key, changed, [wanted for wanted, text in refused if _WEBHOOK_AWAY not in text])
         for wanted in changed:
             if not any(wanted is other for other in held):
                 await self._apply(wanted, result)

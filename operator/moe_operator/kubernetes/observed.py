@@ -36,14 +36,16 @@ def read_observed(
     settings = store.get(key, CONFIG_MAP, names.settings)
     text = (settings or {}).get("data", {}).get("revision.json")
     tokens, rotated_at = plan_tokens(store.get(key, SECRET, names.control), document, now)
+    both = takes_over(store, key, names)
     external = resource.spec.autoscaling is not None and resource.spec.autoscaling.mode is AutoscalingMode.EXTERNAL
     return Observed(
         uid=document["metadata"]["uid"],
         tokens=tokens,
         rotated_at=rotated_at,
         stable=None if text is None else parse_revision(text),
-        replicas=None if workload is None else workload.get("spec", {}).get("replicas"),
-        externally_managed_replicas=external and workload is not None and _owns_replicas(workload),
+        replicas=_read_replicas(document, workload, both=both),
+        externally_managed_replicas=external and not both and workload is not None and _owns_replicas(workload),
+        has_groups=any(kind == LEADER_WORKER_SET for kind, _ in store.children(key, (LEADER_WORKER_SET,))),
         has_service_monitors={SERVICE_MONITOR, POD_MONITOR} <= kinds,
     )
 
@@ -51,6 +53,19 @@ def read_observed(
 def engines_workload(store: Store, key: Key, names: Names) -> Document | None:
     """The workload of the stable engines, None when there is none."""
     return store.get(key, DEPLOYMENT, names.engine) or store.get(key, LEADER_WORKER_SET, names.engine)
+
+
+def takes_over(store: Store, key: Key, names: Names) -> bool:
+    """Whether stable engines of both kinds of workload exist, so that neither has all of them."""
+    return all(store.get(key, kind, names.engine) for kind in (DEPLOYMENT, LEADER_WORKER_SET))
+
+
+def _read_replicas(document: Document, workload: Document | None, *, both: bool) -> int | None:
+    """Wanted number of stable engines; while one kind of workload takes over from another only the status has it."""
+    if both:
+        replicas: int | None = document.get("status", {}).get("desiredReplicas")
+        return replicas
+    return None if workload is None else workload.get("spec", {}).get("replicas")
 
 
 def plan_tokens(secret: Document | None, document: Document, now: datetime) -> tuple[tuple[str, ...], str]:

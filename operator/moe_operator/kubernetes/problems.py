@@ -19,6 +19,7 @@ from moe_operator.kubernetes.children import WORKLOADS
 from moe_operator.kubernetes.diagnosis import find_gated, find_problems, first_of_each_reason
 from moe_operator.kubernetes.event_problems import Suspect, find_suspects, read_events
 from moe_operator.kubernetes.finding import Finding
+from moe_operator.kubernetes.group_history import GroupHistory
 from moe_operator.kubernetes.kinds import EVENT
 from moe_operator.kubernetes.serving import find_blind_gateways
 from moe_operator.kubernetes.store import Key, Store
@@ -55,19 +56,22 @@ class ProblemFinder:
 
     def __init__(self, api: Api, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._api, self._store, self._clock = api, store, clock
+        self._groups = GroupHistory()
         self._read: dict[Key, tuple[float, list[Suspect], list[Finding]]] = {}
 
     def forget(self, key: Key) -> None:
         """Drops what is kept for a resource that was deleted."""
         self._read.pop(key, None)
+        self._groups.forget(key)
 
-    async def find(self, key: Key, pods: Sequence[Document], states: States) -> Problems:
-        """The problems of a resource as of now."""
+    async def find(self, key: Key, pods: Sequence[Document], states: States, nodes: int) -> Problems:
+        """The problems of a resource as of now; `nodes` is how many one engine spans."""
         now = datetime.now(UTC)
         workloads = [live for _, live in self._store.children(key, WORKLOADS)]
         found = [
             *find_failures_to_create(workloads),
             *find_problems(pods, states, now, workloads),
+            *self._groups.observe(key, pods, nodes, now),
             *await self._from_events(key, find_suspects(pods, workloads, now), now),
             *find_blind_gateways(pods, states, now),
             *find_deadlines(workloads),
@@ -76,7 +80,7 @@ class ProblemFinder:
 
     async def _from_events(self, key: Key, suspects: list[Suspect], now: datetime) -> list[Finding]:
         if not suspects:
-            self.forget(key)
+            self._read.pop(key, None)
             return []
         read_s, of, findings = self._read.get(key, (0.0, [], []))
         if of == suspects and self._clock() - read_s < EVENTS_EVERY_S:

@@ -36,6 +36,7 @@ from moe_operator.kubernetes.conditions import (
 )
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
+from moe_operator.kubernetes.groups import describe_rollout, read_nodes
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
@@ -43,6 +44,13 @@ from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.takeover import (
+    Takeover,
+    read_takeover,
+    shrink_old_workload,
+    with_old_workload,
+    with_takeover,
+)
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.cluster import plan_replicas
@@ -143,7 +151,9 @@ class Reconciler:
             as_it_is = Outcome(replicas=plan_replicas(resource, observed), reason="failed", limited=None)
             deciding = self._sources.decide(key, resource, observed, pods, states)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
-            plan = plan_cluster(resource, key.namespace, replace(observed, replicas=outcome.replicas), self._defaults)
+            observed = replace(observed, replicas=outcome.replicas)
+            takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
+            plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         except Exception as error:
@@ -159,14 +169,14 @@ class Reconciler:
             states=states,
             experts=experts,
         )
-        applied, late = await self._carry_out(current, plan, peers, parts)
-        status_after_s = await self._report(current, plan, applied, outcome.limited, parts.problems)
+        applied, late = await self._carry_out(current, plan, peers, takeover, parts)
+        status_after_s = await self._report(current, plan, applied, outcome.limited, takeover, parts.problems)
         if parts.problems:
             raise PassFailed("; ".join(parts.problems))
         return self._next_s(current, applied, late, status_after_s)
 
     async def _carry_out(
-        self, current: Pass, plan: ClusterPlan, peers: list[Peer], parts: Parts
+        self, current: Pass, plan: ClusterPlan, peers: list[Peer], takeover: Takeover | None, parts: Parts
     ) -> tuple[Applied, bool]:
         """Makes the plan real, each part whatever becomes of the others; whether a peer is late with its settings."""
         key, uid = current.key, current.document["metadata"]["uid"]
@@ -176,8 +186,10 @@ class Reconciler:
             "applying objects", self._children.apply(key, plan.objects, self._kinds(), uid), Applied()
         )
         if not applied.refused and not parts.problems:
-            pruned = await parts.run("deleting objects", self._children.prune(key, plan.objects, uid), True)
-            applied.waiting |= pruned
+            pruning = self._children.prune(key, with_old_workload(plan.objects, takeover), uid)
+            applied.waiting |= await parts.run("deleting objects", pruning, True)
+            shrinking = shrink_old_workload(self._api, self._store, key, plan, takeover, current.pods, current.states)
+            await parts.run("ending engines of the old kind of workload", shrinking, None)
         late = await parts.run("giving settings", self._push_settings(plan, peers, current), True)
         return applied, late
 
@@ -219,16 +231,17 @@ class Reconciler:
         plan: ClusterPlan,
         applied: Applied,
         limited: tuple[Reason, str] | None,
+        takeover: Takeover | None,
         failures: Sequence[str],
     ) -> float:
         names = Names(current.key.name)
-        problems = await self._problems.find(current.key, current.pods, current.states)
+        problems = await self._problems.find(current.key, current.pods, current.states, read_nodes(current.document))
         inputs = ConditionInputs(
             refused="; ".join(applied.refused),
             failed=_failed(failures),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
-            rolling=tuple(_rolling(self._store, current.key)),
+            rolling=(*_rolling(self._store, current.key), *([takeover.text] if takeover else [])),
             findings=problems.findings,
             gated=problems.gated,
             limited=limited,
@@ -271,7 +284,7 @@ class Reconciler:
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         states, experts = await self._ask(find_peers(pods), resource)
-        problems = await self._problems.find(key, pods, states)
+        problems = await self._problems.find(key, pods, states, read_nodes(document))
         inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
@@ -378,12 +391,14 @@ def _without_server_fields(document: Document) -> Document:
 def _rolling(store: Store, key: Key) -> list[str]:
     """Workloads of which not all pods are of the newest template yet."""
     rolling = []
-    for _, live in store.children(key, WORKLOADS):
+    for kind, live in store.children(key, WORKLOADS):
         spec, status = live.get("spec", {}), live.get("status", {})
         wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
-        if _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
+        if kind == LEADER_WORKER_SET and not _is_unseen(live):
+            rolling.append(describe_rollout(live, store.of(key, POD)))
+        elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             rolling.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
-    return rolling
+    return [text for text in rolling if text]
 
 
 def _is_unseen(workload: Document) -> bool:

@@ -19,8 +19,9 @@ from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
+from moe_operator.kubernetes.groups import read_nodes, whole_replicas
 from moe_operator.kubernetes.serving import sees_engines
-from moe_operator.plan.names import Names, selector_text
+from moe_operator.plan.names import Names, replica_labels, selector_text
 from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready
 
 Document = dict[str, Any]
@@ -42,11 +43,12 @@ def build_status(
     """Returns the status without conditions, and the inputs of the conditions with what pods and experts add."""
     engines = [pod for pod in pods if is_engine(pod) and is_live(pod)]
     gateways = [pod for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
+    whole = whole_replicas(pods, read_nodes(document))
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
     inputs = replace(
         inputs,
         engines=len(engines),
-        ready=sum(map(is_ready, engines)),
+        ready=sum(_name(pod) in whole for pod in engines),
         gateways=len(gateways),
         seen=sees_engines(gateway_states),
         generation=document["metadata"].get("generation"),
@@ -59,7 +61,7 @@ def build_status(
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,
-        selector=selector_text(names.labels("engine", "stable")),
+        selector=selector_text(replica_labels(names, read_nodes(document))),
         endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
         policies=_policies(

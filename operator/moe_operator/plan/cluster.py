@@ -22,6 +22,7 @@ from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
+from moe_operator.plan.leader_worker_set import build_leader_worker_set, build_worker_budgets
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import ROTATED_AT, Names
 from moe_operator.plan.network import build_policies, build_services
@@ -45,6 +46,9 @@ class Observed:
         stable: the revision of the stable engines; None before the first.
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
         externally_managed_replicas: another manager (an autoscaler) owns the number of the engines' workload.
+        first_replicas: number of stable engines of the planned kind of workload while another kind still serves; None
+            where none does.
+        has_groups: engines that span several nodes exist.
         has_service_monitors: the cluster knows ServiceMonitors.
     """
 
@@ -54,6 +58,8 @@ class Observed:
     stable: Revision | None = None
     replicas: int | None = None
     externally_managed_replicas: bool = False
+    first_replicas: int | None = None
+    has_groups: bool = False
     has_service_monitors: bool = False
 
 
@@ -96,17 +102,27 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     request = pods.as_json(request_settings(resource.spec.scheduling.request))
     dispatch = pods.as_json(engine_settings(resource.spec.scheduling.engine))
     engines = {STABLE: names.engine} | ({CANARY: names.canary} if has_canary else {})
+    at_stable, canary = at_revision(resource, stable), resource.spec.engine.canary
+    spans_nodes = observed.has_groups or max(map(_nodes, (resource, at_stable))) > 1
     objects: list[Object] = [
         _build_control(names, observed),
         _build_settings(resource, names, stable, groups),
         *build_access(names),
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
-        *build_policies(resource, names, engines, defaults, has_service_monitors=observed.has_service_monitors),
-        _build_engines(at_revision(resource, stable), names, STABLE, stable, replicas, observed, defaults),
+        *build_policies(
+            resource,
+            names,
+            engines,
+            defaults,
+            spans_nodes=spans_nodes,
+            has_service_monitors=observed.has_service_monitors,
+        ),
+        *build_worker_budgets(at_stable, names, names.engine, replicas),
+        _build_engines(at_stable, names, STABLE, stable, replicas, observed, defaults),
     ]
-    canary = resource.spec.engine.canary
     if has_canary and canary is not None:
+        objects += build_worker_budgets(resource, names, names.canary, canary.replicas)
         objects.append(_build_engines(resource, names, CANARY, wanted, canary.replicas, observed, defaults))
     objects.append(_build_gateway(resource, names, defaults))
     return ClusterPlan(
@@ -145,6 +161,11 @@ def _stable_revision(resource: MoEServing, observed: Observed, wanted: Revision)
     if canary is None or canary.weight == 100 or observed.stable is None:
         return wanted
     return observed.stable
+
+
+def stable_nodes(resource: MoEServing, observed: Observed) -> int:
+    """Nodes that a stable engine spans: under a canary those of the old revision."""
+    return _nodes(at_revision(resource, _stable_revision(resource, observed, build_revision(resource))))
 
 
 def _plan_groups(resource: MoEServing, names: Names, has_canary: bool) -> tuple[Group, ...]:
@@ -211,13 +232,12 @@ def _build_engines(
     name = names.engine if revision == STABLE else names.canary
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
     metadata = {"name": name, "labels": names.labels("engine", revision)}
-    count = {} if observed.externally_managed_replicas and revision == STABLE else {"replicas": replicas}
+    count = _count(observed, revision, replicas)
     # A new engine beside the old ones would have to find room on their one node.
     can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
     surge, away = (1, 0) if can_surge else (0, 1)
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": away}}
-    nodes = resource.spec.engine.parallelism.nodes
-    if nodes == 1:
+    if _nodes(resource) == 1:
         return {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
@@ -230,22 +250,20 @@ def _build_engines(
                 "template": template,
             },
         }
-    return {
-        "apiVersion": "leaderworkerset.x-k8s.io/v1",
-        "kind": "LeaderWorkerSet",
-        "metadata": metadata,
-        "spec": {
-            **count,
-            "startupPolicy": "LeaderCreated",
-            "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": rolling["rollingUpdate"]},
-            "leaderWorkerTemplate": {
-                "size": nodes,
-                "restartPolicy": "RecreateGroupOnPodRestart",
-                "leaderTemplate": template,
-                "workerTemplate": template,
-            },
-        },
-    }
+    return build_leader_worker_set(resource, metadata, template, count, rolling["rollingUpdate"])
+
+
+def _count(observed: Observed, revision: str, replicas: int) -> dict[str, int]:
+    """The number of a workload's replicas; empty where another manager owns it."""
+    if revision != STABLE:
+        return {"replicas": replicas}
+    if observed.first_replicas is not None:
+        return {"replicas": observed.first_replicas}
+    return {} if observed.externally_managed_replicas else {"replicas": replicas}
+
+
+def _nodes(resource: MoEServing) -> int:
+    return resource.spec.engine.parallelism.nodes
 
 
 def plan_progress_deadline_s(resource: MoEServing, template: Object) -> int:
@@ -294,4 +312,4 @@ def _ends_with_claim(resource: MoEServing) -> bool:
     return cache is not None and cache.when_deleted is WhenDeleted.DELETE
 
 
-__all__ = ["CANARY", "STABLE", "ClusterPlan", "Defaults", "Observed", "plan_cluster", "plan_replicas"]
+__all__ = ["CANARY", "STABLE", "ClusterPlan", "Defaults", "Observed", "plan_cluster", "plan_replicas", "stable_nodes"]

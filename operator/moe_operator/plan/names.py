@@ -13,6 +13,7 @@ from moe_operator.api import labels
 GROUP = "moeserving.dev"
 MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
+REVISION_DIGEST = f"{REVISION}-digest"
 CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
 # On a claim that the operator made and no resource uses any more.
@@ -20,7 +21,11 @@ KEPT = f"{GROUP}/kept"
 ROTATE = f"{GROUP}/rotate-token"
 ROTATED_AT = f"{GROUP}/rotated-at"
 MANAGED_BY, INSTANCE, COMPONENT = labels.MANAGED_BY, labels.INSTANCE, labels.COMPONENT
+# Labels and an annotation that the LeaderWorkerSet controller sets on pods (v0.10).
+LWS_NAME = "leaderworkerset.sigs.k8s.io/name"
+LWS_GROUP_INDEX = "leaderworkerset.sigs.k8s.io/group-index"
 LWS_WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+LWS_SIZE = "leaderworkerset.sigs.k8s.io/size"
 
 # Names of Services, and values of labels, have at most 63 characters. A Deployment's pod carries 17 more, a
 # LeaderWorkerSet's `-0-0` and its StatefulSets' revision label 11 more; 52 is what all of them have room for.
@@ -96,6 +101,11 @@ class Names:
         if revision is not None:
             found[REVISION] = revision
         return found
+
+
+def replica_labels(names: Names, nodes: int) -> dict[str, str]:
+    """Labels of the pods that stand for the stable replicas: leaders alone where a replica spans several nodes."""
+    return names.labels("engine", "stable") | ({LWS_WORKER_INDEX: "0"} if nodes > 1 else {})
 
 
 def is_replica(labels: Mapping[str, str]) -> bool:

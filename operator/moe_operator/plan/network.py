@@ -8,7 +8,7 @@ from moe_contract.routes import METRICS
 
 from moe_operator.api.pods import GatewayService, IpFamilyPolicy, ServiceType
 from moe_operator.api.resource import MoEServing
-from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
+from moe_operator.plan.names import COMPONENT, INSTANCE, Names
 from moe_operator.plan.network_policies import build_network_policies
 from moe_operator.plan.pods import Defaults
 
@@ -17,8 +17,7 @@ Object = dict[str, Any]
 
 def build_services(resource: MoEServing, names: Names, engines: Mapping[str, str]) -> list[Object]:
     """One headless Service for each revision of the engines, and the gateway's for clients."""
-    leader = {LWS_WORKER_INDEX: "0"} if resource.spec.engine.parallelism.nodes > 1 else {}
-    services = [_build_headless(name, names, revision, leader) for revision, name in engines.items()]
+    services = [_build_headless(name, names, revision) for revision, name in engines.items()]
     return [*services, _build_gateway_service(resource.spec.gateway.service, names)]
 
 
@@ -46,7 +45,8 @@ def _families(service: GatewayService) -> IpFamilyPolicy | None:
     return service.ip_family_policy
 
 
-def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str, str]) -> Object:
+def _build_headless(name: str, names: Names, revision: str) -> Object:
+    """Selects what serves, of one node or of several: a group's workers do not carry the label of its revision."""
     labels = names.labels("engine", revision)
     return {
         "apiVersion": "v1",
@@ -54,7 +54,7 @@ def _build_headless(name: str, names: Names, revision: str, leader: Mapping[str,
         "metadata": {"name": name, "labels": labels},
         "spec": {
             "clusterIP": "None",
-            "selector": {**labels, **leader},
+            "selector": labels,
             "ports": [
                 {"name": port, "port": number, "targetPort": port, "protocol": "TCP"}
                 for port, number in ((ENGINE_PORT_NAME, ENGINE_PORT), (AGENT_PORT_NAME, AGENT_PORT))
@@ -69,12 +69,13 @@ def build_policies(
     engines: Mapping[str, str],
     defaults: Defaults,
     *,
+    spans_nodes: bool,
     has_service_monitors: bool,
 ) -> list[Object]:
-    """What stands around the pods."""
+    """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned."""
     objects = [_build_budget(name, names.labels("engine", revision), resource) for revision, name in engines.items()]
     objects.append(_build_budget(names.gateway, names.labels("gateway"), resource))
-    objects += build_network_policies(resource, names, defaults)
+    objects += build_network_policies(resource, names, defaults, spans_nodes=spans_nodes)
     if has_service_monitors and resource.spec.metrics.service_monitor:
         objects += [_build_monitor(names.engine, names, "engine", "agent")]
         objects += [_build_pod_monitor(names.gateway, names, "gateway", "admin")]

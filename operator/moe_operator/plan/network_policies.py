@@ -15,14 +15,24 @@ _NAMESPACE_NAME = "kubernetes.io/metadata.name"
 _PROMETHEUS = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
 
 
-def build_network_policies(resource: MoEServing, names: Names, defaults: Defaults) -> list[Object]:
-    """One policy for all engines and one for the gateways; none where they are turned off."""
+def build_network_policies(
+    resource: MoEServing, names: Names, defaults: Defaults, *, spans_nodes: bool
+) -> list[Object]:
+    """One policy for all engines and one for the gateways; none where they are turned off.
+
+    Args:
+        resource: the resource.
+        names: of its objects.
+        defaults: says where the operator is.
+        spans_nodes: engines of several nodes exist or are planned.
+    """
     if not resource.spec.network_policy.enabled:
         return []
-    return [_build_engine_policy(resource, names, defaults), _build_gateway_policy(resource, names, defaults)]
+    engines = _build_engine_policy(resource, names, defaults, spans_nodes=spans_nodes)
+    return [engines, _build_gateway_policy(resource, names, defaults)]
 
 
-def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
+def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults, *, spans_nodes: bool) -> Object:
     """The engine's port for gateways, the agent's also for operator and scrapers; all ports among a group's nodes."""
     gateways = {"podSelector": {"matchLabels": names.labels("gateway")}}
     readers = [gateways, *_operator_peers(defaults), *_scrapers(resource)]
@@ -32,7 +42,7 @@ def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults)
     ]
     if (tunnel := resource.spec.network_policy.mesh_port) is not None:
         rules.append({"from": readers, "ports": _ports(tunnel)})
-    if resource.spec.engine.parallelism.nodes > 1:
+    if spans_nodes:
         rules.append({"from": [{"podSelector": {"matchLabels": names.labels("engine")}}]})
     return _build_policy(names.engine, names.labels("engine"), [*rules, *_further(resource)])
 

@@ -1,0 +1,142 @@
+"""The change between engines of one node and engines of several, where another kind of workload takes over.
+
+Both workloads have one name, and leaders and single pods the same labels, so gateways see the engines of both. With
+`surge` the new workload has one engine more than are ready, and the old one gives up as many as are ready, as in a
+rolling update: the number that serves stays, and one engine more than before has to find room. With `inPlace` the old
+workload goes first.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_contract.api_server import Kind
+
+from moe_operator.api.pods import Update
+from moe_operator.api.resource import MoEServing
+from moe_operator.autoscale.signal import States
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.groups import is_in_group, whole_replicas
+from moe_operator.kubernetes.kinds import DEPLOYMENT, LEADER_WORKER_SET
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.victims import mark_victims
+from moe_operator.plan import ClusterPlan, Observed
+from moe_operator.plan.cluster import STABLE, plan_replicas, stable_nodes
+from moe_operator.plan.names import REVISION, Names, is_replica
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takeover:
+    """A workload that still serves while one of another kind takes over.
+
+    Attributes:
+        kind: of the old workload.
+        old: the old workload.
+        wanted: stable engines in all.
+        ready: engines of the new workload that are wholly ready.
+    """
+
+    kind: Kind
+    old: Document
+    wanted: int
+    ready: int
+
+    @property
+    def new_replicas(self) -> int:
+        """Engines that the new workload has for now: one more than are ready."""
+        return min(self.wanted, self.ready + 1)
+
+    @property
+    def old_replicas(self) -> int:
+        """Engines that the old workload keeps: those that no ready new one stands for, and never more than it has."""
+        return min(max(0, self.wanted - self.ready), int(self.old["spec"].get("replicas", 1)))
+
+    @property
+    def text(self) -> str:
+        """How far it is, for people."""
+        new = LEADER_WORKER_SET if self.kind == DEPLOYMENT else DEPLOYMENT
+        name = self.old["metadata"]["name"]
+        return f"{name}: a {new.name} takes over from the {self.kind.name}, {self.ready} of {self.wanted} are ready"
+
+
+def read_takeover(
+    store: Store,
+    key: Key,
+    resource: MoEServing,
+    observed: Observed,
+    pods: Sequence[Document],
+    kinds: Container[Kind],
+) -> Takeover | None:
+    """Returns the takeover that goes on in a resource, None where there is none; `kinds` are those of the cluster."""
+    name, several = Names(key.name).engine, store.get(key, LEADER_WORKER_SET, Names(key.name).engine)
+    if several is None and resource.spec.engine.parallelism.nodes == 1:
+        return None
+    nodes = stable_nodes(resource, observed)
+    kind = DEPLOYMENT if nodes > 1 else LEADER_WORKER_SET
+    old = store.get(key, kind, name)
+    if old is None or "deletionTimestamp" in old["metadata"]:
+        return None
+    wanted = plan_replicas(resource, observed)
+    if kind == DEPLOYMENT and LEADER_WORKER_SET not in kinds:
+        # What cannot be made takes over from nothing.
+        return Takeover(kind=kind, old=old, wanted=wanted, ready=0)
+    return plan_takeover(kind, old, resource.spec.engine.update, wanted, nodes, pods)
+
+
+def plan_takeover(
+    kind: Kind, old: Document, update: Update, wanted: int, nodes: int, pods: Sequence[Document]
+) -> Takeover | None:
+    """Returns the takeover that goes on; None when the old workload may go: it does not serve, or is no longer needed.
+
+    Args:
+        kind: of the old workload.
+        old: the old workload.
+        update: how engines are replaced.
+        wanted: stable engines.
+        nodes: that an engine spans.
+        pods: of the resource.
+    """
+    if update is not Update.SURGE:
+        return None
+    whole = whole_replicas(pods, nodes)
+    stable = [pod for pod in pods if pod["metadata"]["name"] in whole and _is_stable_replica(pod)]
+    in_groups = sum(map(is_in_group, stable))
+    singles = len(stable) - in_groups
+    serving_old, ready_new = (in_groups, singles) if kind == LEADER_WORKER_SET else (singles, in_groups)
+    if not serving_old or ready_new >= wanted:
+        return None
+    return Takeover(kind=kind, old=old, wanted=wanted, ready=ready_new)
+
+
+def with_takeover(observed: Observed, takeover: Takeover | None) -> Observed:
+    """Returns what is observed with the number of new engines for now."""
+    return observed if takeover is None else replace(observed, first_replicas=takeover.new_replicas)
+
+
+def with_old_workload(objects: Sequence[Document], takeover: Takeover | None) -> list[Document]:
+    """Returns the objects that must stay: those of a plan and the workload that still serves."""
+    return [*objects] if takeover is None else [*objects, takeover.old]
+
+
+async def shrink_old_workload(
+    api: Api,
+    store: Store,
+    key: Key,
+    plan: ClusterPlan,
+    takeover: Takeover | None,
+    pods: Sequence[Document],
+    states: States,
+) -> None:
+    """Takes from the old workload as many engines as new ones are ready; of single pods those with the least work."""
+    if takeover is None or takeover.old_replicas >= takeover.old["spec"].get("replicas", 1):
+        return
+    await mark_victims(api, store, key, replace(plan, replicas=takeover.old_replicas), pods, states)
+    patch = {"spec": {"replicas": takeover.old_replicas}}
+    store.put(takeover.kind, await api.merge(takeover.kind, key.namespace, takeover.old["metadata"]["name"], patch))
+
+
+def _is_stable_replica(pod: Document) -> bool:
+    labels = pod["metadata"].get("labels", {})
+    return labels.get(REVISION) == STABLE and is_replica(labels)

@@ -1,0 +1,91 @@
+"""Engines that span several nodes: their LeaderWorkerSet, what sets its workers apart, and the budget of workers. Pure.
+
+A replica is a group of pods: a leader, which serves, and workers, which lend their devices to it. Only a leader carries
+the label of its revision, by which Services, budgets and the scale subresource find what serves. The facts about the
+controller are those of LeaderWorkerSet v0.10 (lws.sigs.k8s.io).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_contract.engine_process import engine_grace_s, worker_grace_s
+
+from moe_operator.api.resource import MoEServing
+from moe_operator.api.units import duration_s
+from moe_operator.plan.names import LWS_NAME, LWS_WORKER_INDEX, REVISION, Names
+
+Object = dict[str, Any]
+WORKERS = "workers"
+
+
+def build_leader_worker_set(
+    resource: MoEServing, metadata: Object, template: Object, count: Mapping[str, int], rolling: Object
+) -> Object:
+    """Returns the LeaderWorkerSet whose leaders have this template; `count` is empty where another sets the number."""
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": metadata,
+        "spec": {
+            **count,
+            "startupPolicy": "LeaderCreated",
+            "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": rolling},
+            # A Service of its own for each group, `NAME-0`, which publishes pods that are not ready: a leader is ready
+            # only when its workers have found it. The Service that all groups share would bear this set's name, which
+            # is that of the Service for gateways, and the controller makes it only where there is none.
+            "networkConfig": {"subdomainPolicy": "UniquePerReplica"},
+            "leaderWorkerTemplate": {
+                "size": resource.spec.engine.parallelism.nodes,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": template,
+                "workerTemplate": build_worker_template(resource, template),
+            },
+        },
+    }
+
+
+def build_worker_template(resource: MoEServing, leader: Object) -> Object:
+    """Returns the template of a group's workers: not labelled as what serves, and with time to outlast the leader."""
+    metadata, spec = leader["metadata"], leader["spec"]
+    labels = {name: value for name, value in metadata["labels"].items() if name != REVISION}
+    drain_s = duration_s(resource.spec.engine.drain_timeout)
+    if spec.get("terminationGracePeriodSeconds") == engine_grace_s(drain_s):
+        spec = {**spec, "terminationGracePeriodSeconds": worker_grace_s(drain_s)}
+    return {**leader, "metadata": {**metadata, "labels": labels}, "spec": spec}
+
+
+def build_worker_budgets(resource: MoEServing, names: Names, workload: str, replicas: int) -> list[Object]:
+    """Returns the budget of evictions of a workload's workers, none where it has no workers.
+
+    No more workers than groups may be away at a time: a group without one of its workers does not serve, so a share of
+    the pods would take more groups than it says.
+    """
+    if resource.spec.engine.parallelism.nodes == 1:
+        return []
+    return [_build_worker_budget(resource, names, workload, replicas)]
+
+
+def _build_worker_budget(resource: MoEServing, names: Names, name: str, replicas: int) -> Object:
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": f"{name}-{WORKERS}"},
+        "spec": {
+            "maxUnavailable": groups_away(resource.spec.disruption.max_unavailable, replicas),
+            "selector": {
+                "matchLabels": {**names.labels("engine"), LWS_NAME: name},
+                "matchExpressions": [
+                    {"key": LWS_WORKER_INDEX, "operator": "Exists"},
+                    {"key": LWS_WORKER_INDEX, "operator": "NotIn", "values": ["0"]},
+                ],
+            },
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        },
+    }
+
+
+def groups_away(limit: str | int, replicas: int) -> int:
+    """Returns how many of the groups a limit, `2` or `25%`, lets go; a share is rounded up, as Kubernetes does."""
+    share, percent, _ = str(limit).partition("%")
+    return math.ceil(int(share) * replicas / 100) if percent else int(share)

@@ -236,7 +236,7 @@ def _build_engines(
     # A new engine beside the old ones would have to find room on their one node.
     can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
     surge, away = (1, 0) if can_surge else (0, 1)
-    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": away}}
+    steps = {"maxSurge": surge, "maxUnavailable": away}
     if _nodes(resource) == 1:
         return {
             "apiVersion": "apps/v1",
@@ -245,12 +245,12 @@ def _build_engines(
             "spec": {
                 **count,
                 "selector": {"matchLabels": names.labels("engine", revision)},
-                "strategy": rolling,
+                "strategy": {"type": "RollingUpdate", "rollingUpdate": steps},
                 "progressDeadlineSeconds": plan_progress_deadline_s(resource, template),
                 "template": template,
             },
         }
-    return build_leader_worker_set(resource, metadata, template, count, rolling["rollingUpdate"])
+    return build_leader_worker_set(resource, metadata, template, count, steps)
 
 
 def _count(observed: Observed, revision: str, replicas: int) -> dict[str, int]:

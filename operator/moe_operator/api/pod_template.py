@@ -33,8 +33,6 @@ Problem = tuple[Location, str]
 _QUANTITY = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][+-]?[0-9]+)?")
 _BYTES = re.compile(r"([0-9.]+) ?([kKMGTPE])(i?)[bB]?")
 _KEY_DEFAULTS = {"protocol": "TCP"}
-# Lists in which the API server takes an entry twice, and in which that can only be an oversight.
-_WITHOUT_REPEATS = ("tolerations",)
 
 
 def find_problems(template: Mapping[str, Any]) -> Iterator[Problem]:
@@ -136,7 +134,7 @@ def _entry_problem(entry: Any, field: PodField) -> str:
 def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[Problem]:
     seen: dict[Any, int] = {}
     for index, entry in enumerate(entries):
-        key = _identity(entry, field, place[-1])
+        key = _identity(entry, field)
         if key is None:
             continue
         if key in seen:
@@ -144,10 +142,10 @@ def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[P
         seen.setdefault(key, index)
 
 
-def _identity(entry: Any, field: PodField, name: str | int) -> str | None:
+def _identity(entry: Any, field: PodField) -> str | None:
     """What tells an entry from others of its list; None where that does not matter or cannot be said."""
-    if field.is_set or name in _WITHOUT_REPEATS:
-        return repr(sorted(entry.items(), key=str) if isinstance(entry, Mapping) else entry)
+    if field.is_set:
+        return repr(entry)
     if not field.keys or not isinstance(entry, Mapping) or not entry.keys() & set(field.keys):
         return None
     return repr([entry.get(key, _KEY_DEFAULTS.get(key)) for key in field.keys])

@@ -52,7 +52,7 @@ async def made(operator: FreshOperator, namespace: str, document: Document) -> K
     return Key(namespace, document["metadata"]["name"])
 
 
-async def generation_told(operator: FreshOperator, key: Key) -> bool:
+async def reports_its_generation(operator: FreshOperator, key: Key) -> bool:
     live = await fetch_serving(operator.api, key) or {}
     return bool(live["status"]["observedGeneration"] == live["metadata"]["generation"])
 
@@ -78,7 +78,7 @@ async def test_an_unexpected_error_of_the_plan_stands_in_the_status_and_ends_wit
         )
         assert found["Ready"]["status"] == "False"
         assert (found["Progressing"]["status"], found["Progressing"]["reason"]) == ("False", "ReconcileError")
-        assert await generation_told(operator, key)
+        assert await reports_its_generation(operator, key)
         await operator.settle(key)
         assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
 

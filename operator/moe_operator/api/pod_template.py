@@ -27,7 +27,7 @@ METADATA_PARTS = ("annotations", "labels")
 PATCH = "$patch"
 DELETE, REPLACE, MERGE = "delete", "replace", "merge"
 
-Problem = tuple[Location, str]
+Mistake = tuple[Location, str]
 
 # Source: k8s.io/apimachinery, resource.Quantity.
 _QUANTITY = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][+-]?[0-9]+)?")
@@ -35,7 +35,7 @@ _BYTES = re.compile(r"([0-9.]+) ?([kKMGTPE])(i?)[bB]?")
 _KEY_DEFAULTS = {"protocol": "TCP"}
 
 
-def find_problems(template: Mapping[str, Any]) -> Iterator[Problem]:
+def find_mistakes(template: Mapping[str, Any]) -> Iterator[Mistake]:
     """The problems of a template, each with its place below the template."""
     for name, part in template.items():
         if name not in TEMPLATE_PARTS:
@@ -47,7 +47,7 @@ def find_problems(template: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _check_structure(template["spec"], ROOT, ("spec",))
 
 
-def _check_metadata(metadata: Any) -> Iterator[Problem]:
+def _check_metadata(metadata: Any) -> Iterator[Mistake]:
     for name, part in metadata.items() if isinstance(metadata, Mapping) else ():
         if name not in METADATA_PARTS:
             yield ("metadata", name), unknown_field("", name, METADATA_PARTS).message
@@ -55,7 +55,7 @@ def _check_metadata(metadata: Any) -> Iterator[Problem]:
             yield from _check(part, PodField(type=MAP + STRING), ("metadata", name))
 
 
-def _check(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _check(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     """Problems of one value; null removes what the operator has there."""
     if value is None or field.type == ANYTHING:
         return
@@ -69,7 +69,7 @@ def _check(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
         yield place, problem
 
 
-def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Problem]:
+def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, Mapping):
         yield place, _needed("a mapping of fields", value)
         return
@@ -83,7 +83,7 @@ def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Pr
             yield from _check(entry, fields[name], (*place, name))
 
 
-def _check_map(value: Any, of: str, place: Location) -> Iterator[Problem]:
+def _check_map(value: Any, of: str, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, Mapping):
         yield place, _needed("a mapping", value)
         return
@@ -94,7 +94,7 @@ def _check_map(value: Any, of: str, place: Location) -> Iterator[Problem]:
             yield from _check(entry, PodField(type=of), (*place, name))
 
 
-def _check_directive(name: str, value: Any, place: Location) -> Iterator[Problem]:
+def _check_directive(name: str, value: Any, place: Location) -> Iterator[Mistake]:
     """Directives of a strategic merge begin with a dollar; no field does."""
     if name != PATCH:
         yield (*place, name), f"this directive of a strategic merge is not supported; known: {PATCH}"
@@ -102,7 +102,7 @@ def _check_directive(name: str, value: Any, place: Location) -> Iterator[Problem
         yield (*place, name), unknown_choice("", value, (DELETE, REPLACE, MERGE)).message
 
 
-def _check_list(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _check_list(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, list | tuple):
         yield place, _needed("a list", value)
         return
@@ -131,7 +131,7 @@ def _entry_problem(entry: Any, field: PodField) -> str:
     return ""
 
 
-def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     seen: dict[Any, int] = {}
     for index, entry in enumerate(entries):
         key = _identity(entry, field)

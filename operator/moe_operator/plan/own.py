@@ -65,7 +65,7 @@ def check_cache_path(path: str, mounts: Sequence[Document]) -> Iterator[InputErr
     normal, field = normal_path(path), "spec.model.cache.path"
     own = next((row for row in mounts if _overlap(normal, row["mountPath"], closed=_is_closed(row["name"]))), None)
     if own is not None:
-        yield InputError(field, f"{path} clashes with {own['mountPath']}, a folder of the deployment's own")
+        yield InputError(field, f"{path} is, holds or lies in {own['mountPath']}, a folder of the deployment's own")
     elif normal in _SYSTEM_FOLDERS or any(_is_below(normal, folder) for folder in _KERNEL_FOLDERS):
         yield InputError(field, f"{path} is a folder of the system; take one of its own, such as /cache")
     elif ":" in path:
@@ -155,7 +155,9 @@ def _mount_clashes(own: Document, theirs: Mapping[str, Any], merged: Document, p
         folder = row.get("mountPath")
         clash = None if folder is None or folder in mine else _clash_of(folder, own["volumeMounts"])
         if clash is not None:
-            yield InputError(f"{path}[{index}]", f"{folder} clashes with {clash}, a folder of the operator's own")
+            yield InputError(
+                f"{path}[{index}]", f"{folder} is, holds or lies in {clash}, a folder of the operator's own"
+            )
 
 
 def _clash_of(folder: str, own: Sequence[Document]) -> str | None:

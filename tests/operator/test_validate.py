@@ -64,7 +64,8 @@ def test_a_valid_file_is_said_to_be_so(path: Path) -> None:
         ),
         (
             "{model: {uri: hf://org/a}, gateway: {podTemplate: {spec: {volumes: [{name: config, emptyDir: {}}]}}}}",
-            "spec.gateway.podTemplate.spec.volumes[0]: the volume 'config' is the operator's own; give yours another name",
+            "spec.gateway.podTemplate.spec.volumes[0]: "
+            "the volume 'config' is the operator's own; give yours another name",
         ),
         ("{model: {uri: pvc:///a}}", "spec.model.uri: the name of a claim is needed, such as pvc://models/qwen3"),
     ],

@@ -133,6 +133,7 @@ def models(draw: st.DrawFn) -> Document:
                 optional={
                     "storageClass": object_names,
                     "accessMode": st.sampled_from(["ReadWriteMany", "ReadWriteOnce"]),
+                    "whenDeleted": st.sampled_from(["Retain", "Delete"]),
                 },
             ),
             st.builds(lambda claim: {"path": "/cache", "claim": claim}, object_names),
@@ -314,10 +315,12 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
             ),
             networkPolicy=network_policies,
             commonMetadata=section(labels=labels, annotations=annotations),
-            disruption=section(maxUnavailable=st.sampled_from(["0", "1", "25%", "100%", "999"])),
+            disruption=section(maxUnavailable=st.sampled_from(["0", "1", "25%", "100%", "999", 1])),
             paused=st.just(False),
         )
     )
+    if spec.get("engine", {}).get("parallelism", {}).get("nodes", 1) > 1:
+        spec["model"].get("cache", {}).pop("accessMode", None)
     if spec.get("engine", {}).get("parallelism", {}).get("expert") and draw(flags):
         spec.setdefault("scheduling", {}).setdefault("expert", {})["redundantExperts"] = draw(st.integers(0, 4096))
     metadata = {"name": draw(names)} | draw(

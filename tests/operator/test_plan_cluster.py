@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, settings
+from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.api.units import duration_s
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import CHILDREN, kind_of
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER
+from moe_operator.plan.references import find_references
 from resource_strategies import documents
 from typer.testing import CliRunner
 
@@ -69,6 +71,10 @@ def container(template: Document) -> Document:
     return next(row for row in template["spec"]["containers"] if row["name"] in names)
 
 
+def ends_with_claim(document: Document) -> bool:
+    return bool(document["spec"]["model"]["cache"].get("whenDeleted") == "Delete")
+
+
 @settings(max_examples=60)
 @given(documents())
 def test_every_object_of_a_plan_is_known_owned_labelled_and_there_once(document: Document) -> None:
@@ -82,6 +88,9 @@ def test_every_object_of_a_plan_is_known_owned_labelled_and_there_once(document:
         assert metadata["namespace"] == "ns"
         assert metadata["labels"][MANAGED_BY] == MANAGER
         assert metadata["labels"][INSTANCE] == document["metadata"]["name"]
+        if entry["kind"] == "PersistentVolumeClaim" and not ends_with_claim(document):
+            assert "ownerReferences" not in metadata
+            continue
         (owner,) = metadata["ownerReferences"]
         assert (owner["uid"], owner["name"], owner["controller"]) == ("u", document["metadata"]["name"], True)
 
@@ -210,6 +219,77 @@ def test_a_pod_template_is_merged_but_selectors_and_the_configuration_stay_ours(
     assert engine["resources"]["requests"]["cpu"] == "7"
     assert engine["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert engine["command"][0] == "moeserving"
+
+
+def cached(**cache: Any) -> Document:
+    return {"uri": "hf://org/a", "cache": {"path": "/cache"} | cache}
+
+
+ONCE = {"accessMode": "ReadWriteOnce"}
+
+
+@pytest.mark.parametrize(
+    ("model", "update", "on_one_node"),
+    [
+        (cached(size="1Gi"), "surge", False),
+        (cached(size="1Gi", **ONCE), "surge", True),
+        (cached(size="1Gi", **ONCE), "inPlace", True),
+        (cached(claim="mine", **ONCE), "surge", True),
+        (cached(claim="mine"), "surge", False),
+        (cached(**ONCE), "surge", False),
+    ],
+)
+def test_engines_share_a_node_where_they_share_a_disk_of_one(model: Document, update: str, on_one_node: bool) -> None:
+    planned = plan(serving(model=model, engine={"update": update, "replicas": 2}))
+    (engines,) = (
+        row for row in planned.objects if row["metadata"]["name"] == "tiny-engine" and row["kind"] in WORKLOADS
+    )
+    assert ("affinity" in engines["spec"]["template"]["spec"]) is on_one_node
+    surges = update == "surge" and not on_one_node
+    assert engines["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == int(surges)
+
+
+def test_a_disk_of_one_node_is_refused_for_a_replica_of_several() -> None:
+    shape = {"tensor": 16, "nodes": 2}
+    assert plan(serving(model=cached(**ONCE), engine={"parallelism": shape})).objects
+    with pytest.raises(InvalidInput, match=r"spec\.model\.cache\.accessMode: .*ReadWriteMany"):
+        plan(serving(model=cached(size="1Gi", **ONCE), engine={"parallelism": shape}))
+
+
+@pytest.mark.parametrize(("value", "planned_value"), [(1, 1), ("1", 1), (0, 0), ("25%", "25%"), ("100%", "100%")])
+def test_a_number_or_a_percentage_may_be_away(value: Any, planned_value: Any) -> None:
+    budgets = [row for row in plan(serving(disruption={"maxUnavailable": value})).objects if "Budget" in row["kind"]]
+    assert [row["spec"]["maxUnavailable"] for row in budgets] == [planned_value] * 2
+
+
+@pytest.mark.parametrize("value", [-1, 1000, True, 1.0, "101%", "x", ""])
+def test_what_is_neither_a_number_nor_a_percentage_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"spec\.disruption\.maxUnavailable: a number of at most 3 digits, or a per"):
+        plan(serving(disruption={"maxUnavailable": value}))
+
+
+def test_references_of_pods_are_found_wherever_they_stand() -> None:
+    env = [
+        {"name": "A", "valueFrom": {"secretKeyRef": {"name": "s1", "key": "k"}}},
+        {"name": "B", "valueFrom": {"configMapKeyRef": {"name": "c1", "key": "k"}}},
+    ]
+    projected = [{"secret": {"name": "s2", "items": [{"key": "a", "path": "b"}]}}, {"configMap": {"name": "c2"}}]
+    volumes = [
+        {"name": "v", "persistentVolumeClaim": {"claimName": "p1"}},
+        {"name": "w", "secret": {"secretName": "s3"}},
+        {"name": "x", "configMap": {"name": "c3"}},
+        {"name": "y", "projected": {"sources": projected}},
+    ]
+    container = {"name": "n", "env": env, "envFrom": [{"secretRef": {"name": "s4"}}, {"configMapRef": {"name": "c4"}}]}
+    spec = {"containers": [container], "volumes": volumes, "imagePullSecrets": [{"name": "s5"}]}
+    found = find_references(
+        [{"kind": "Deployment", "spec": {"template": {"spec": spec}}}, {"kind": "Secret", "data": {}}]
+    )
+    assert found == {
+        ("PersistentVolumeClaim", "p1"),
+        *(("Secret", f"s{number}") for number in range(1, 6)),
+        *(("ConfigMap", f"c{number}") for number in range(1, 5)),
+    }
 
 
 def test_the_order_survives_yaml() -> None:

@@ -55,6 +55,25 @@ def test_a_valid_file_is_said_to_be_so(path: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{path}: valid\n", "")
 
 
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        (
+            "{model: {uri: hf://org/a, cache: {path: /dev/shm}}}",
+            "spec.model.cache.path: /dev/shm is, holds or lies in /dev/shm, a folder of the deployment's own",
+        ),
+        (
+            "{model: {uri: hf://org/a}, gateway: {podTemplate: {spec: {volumes: [{name: config, emptyDir: {}}]}}}}",
+            "spec.gateway.podTemplate.spec.volumes[0]: "
+            "the volume 'config' is the operator's own; give yours another name",
+        ),
+        ("{model: {uri: pvc:///a}}", "spec.model.uri: the name of a claim is needed, such as pvc://models/qwen3"),
+    ],
+)
+def test_an_error_that_only_a_plan_finds_is_found(spec: str, error: str, tmp_path: Path) -> None:
+    assert errors_in(f"{HEAD}spec: {spec}\n", tmp_path) == [error]
+
+
 def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     spec = "spec:\n  model: {uri: hf://org/a}\n  scheduling: {request: {policy: sjff}}\n  enginee: {}\n"
     assert errors_in(HEAD + spec, tmp_path) == [

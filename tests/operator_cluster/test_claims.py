@@ -130,3 +130,23 @@ async def test_a_secret_that_a_pod_refers_to_is_not_pruned(kubeconfig: Path, nam
         await change(operator, key, engine={"podTemplate": {"spec": {"volumes": [volume]}}})
         assert (await fetch(operator, SECRET, key, "copied"))["metadata"]["name"] == "copied"
         assert await operator.api.get(SECRET, namespace, "other") is None
+
+
+async def test_a_claim_that_is_deleted_while_pods_use_it_is_reported_and_keeps_back_nothing(
+    kubeconfig: Path, namespace: str
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, cached())
+        await operator.api.delete(CLAIM, {"metadata": {"name": "tiny-cache", "namespace": namespace}})
+        await operator.api.merge(SERVING, *key, {"spec": {"engine": {"replicas": 3}}})
+        await operator.relist()
+        await operator.reconciler.reconcile(key)
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
+        assert degraded["reason"] == "Refused"
+        assert "tiny-cache is being deleted, which waits for the pods that use it" in degraded["message"]
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 3
+        await operator.settle(key)
+        await operator.relist()
+        await operator.settle(key)
+        assert "deletionTimestamp" not in (await fetch(operator, CLAIM, key, "tiny-cache"))["metadata"]
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"

@@ -52,7 +52,7 @@ async def made(operator: FreshOperator, namespace: str, document: Document) -> K
     return Key(namespace, document["metadata"]["name"])
 
 
-async def generation_told(operator: FreshOperator, key: Key) -> bool:
+async def reports_its_generation(operator: FreshOperator, key: Key) -> bool:
     live = await fetch_serving(operator.api, key) or {}
     return bool(live["status"]["observedGeneration"] == live["metadata"]["generation"])
 
@@ -78,7 +78,7 @@ async def test_an_unexpected_error_of_the_plan_stands_in_the_status_and_ends_wit
         )
         assert found["Ready"]["status"] == "False"
         assert (found["Progressing"]["status"], found["Progressing"]["reason"]) == ("False", "ReconcileError")
-        assert await generation_told(operator, key)
+        assert await reports_its_generation(operator, key)
         await operator.settle(key)
         assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
 
@@ -185,3 +185,30 @@ async def test_a_mistake_that_the_api_server_alone_finds_has_its_words(kubeconfi
         )
         await change(operator, key, engine={"podTemplate": None})
         assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
+
+
+async def test_where_the_api_server_is_away_amid_a_pass_the_status_says_so(kubeconfig: Path, namespace: str) -> None:
+    async with faulty(kubeconfig, namespace) as (operator, front), peers_listening() as peers:
+        key = await served(operator, namespace)
+        await peers.make(operator.api, key, "engine", "tiny-engine-0")
+        await operator.relist()
+        front.fault = fail("apply", "Deployment", ApiError(503, "apiserver is shutting down"))
+        await operator.api.merge(SERVING, *key, {"spec": {"engine": {"replicas": 3}}})
+        await operator.relist()
+        with pytest.raises(PassFailed):
+            await operator.reconciler.reconcile(key)
+        status = (await fetch_serving(operator.api, key) or {})["status"]
+        degraded = conditions({"status": status})["Degraded"]
+        assert degraded["reason"] == "ReconcileError"
+        assert degraded["message"].startswith("the API server answered 503: apiserver is shutting down")
+        assert [row["phase"] for row in status["engines"]] == ["ready"], "what engines say is still reported"
+
+
+async def test_an_object_that_cannot_be_looked_at_keeps_back_no_other(kubeconfig: Path, namespace: str) -> None:
+    async with faulty(kubeconfig, namespace) as (operator, front):
+        key = await made(operator, namespace, serving())
+        front.fault = fail("get", "Role", ApiError(403, "roles is forbidden"))
+        assert await operator.reconciler.reconcile(key) == REFUSED_S
+        message = (await fetch_conditions(operator, key))["Degraded"]["message"]
+        assert message == f"Role {namespace}/tiny-gateway: roles is forbidden"
+        assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)

@@ -27,17 +27,15 @@ METADATA_PARTS = ("annotations", "labels")
 PATCH = "$patch"
 DELETE, REPLACE, MERGE = "delete", "replace", "merge"
 
-Problem = tuple[Location, str]
+Mistake = tuple[Location, str]
 
 # Source: k8s.io/apimachinery, resource.Quantity.
 _QUANTITY = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][+-]?[0-9]+)?")
 _BYTES = re.compile(r"([0-9.]+) ?([kKMGTPE])(i?)[bB]?")
 _KEY_DEFAULTS = {"protocol": "TCP"}
-# Lists in which the API server takes an entry twice, and in which that can only be an oversight.
-_WITHOUT_REPEATS = ("tolerations",)
 
 
-def find_problems(template: Mapping[str, Any]) -> Iterator[Problem]:
+def find_mistakes(template: Mapping[str, Any]) -> Iterator[Mistake]:
     """The problems of a template, each with its place below the template."""
     for name, part in template.items():
         if name not in TEMPLATE_PARTS:
@@ -49,7 +47,7 @@ def find_problems(template: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _check_structure(template["spec"], ROOT, ("spec",))
 
 
-def _check_metadata(metadata: Any) -> Iterator[Problem]:
+def _check_metadata(metadata: Any) -> Iterator[Mistake]:
     for name, part in metadata.items() if isinstance(metadata, Mapping) else ():
         if name not in METADATA_PARTS:
             yield ("metadata", name), unknown_field("", name, METADATA_PARTS).message
@@ -57,7 +55,7 @@ def _check_metadata(metadata: Any) -> Iterator[Problem]:
             yield from _check(part, PodField(type=MAP + STRING), ("metadata", name))
 
 
-def _check(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _check(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     """Problems of one value; null removes what the operator has there."""
     if value is None or field.type == ANYTHING:
         return
@@ -71,7 +69,7 @@ def _check(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
         yield place, problem
 
 
-def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Problem]:
+def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, Mapping):
         yield place, _needed("a mapping of fields", value)
         return
@@ -85,7 +83,7 @@ def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Pr
             yield from _check(entry, fields[name], (*place, name))
 
 
-def _check_map(value: Any, of: str, place: Location) -> Iterator[Problem]:
+def _check_map(value: Any, of: str, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, Mapping):
         yield place, _needed("a mapping", value)
         return
@@ -96,7 +94,7 @@ def _check_map(value: Any, of: str, place: Location) -> Iterator[Problem]:
             yield from _check(entry, PodField(type=of), (*place, name))
 
 
-def _check_directive(name: str, value: Any, place: Location) -> Iterator[Problem]:
+def _check_directive(name: str, value: Any, place: Location) -> Iterator[Mistake]:
     """Directives of a strategic merge begin with a dollar; no field does."""
     if name != PATCH:
         yield (*place, name), f"this directive of a strategic merge is not supported; known: {PATCH}"
@@ -104,7 +102,7 @@ def _check_directive(name: str, value: Any, place: Location) -> Iterator[Problem
         yield (*place, name), unknown_choice("", value, (DELETE, REPLACE, MERGE)).message
 
 
-def _check_list(value: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _check_list(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     if not isinstance(value, list | tuple):
         yield place, _needed("a list", value)
         return
@@ -133,10 +131,10 @@ def _entry_problem(entry: Any, field: PodField) -> str:
     return ""
 
 
-def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[Problem]:
+def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[Mistake]:
     seen: dict[Any, int] = {}
     for index, entry in enumerate(entries):
-        key = _identity(entry, field, place[-1])
+        key = _identity(entry, field)
         if key is None:
             continue
         if key in seen:
@@ -144,10 +142,10 @@ def _find_repeated(entries: Any, field: PodField, place: Location) -> Iterator[P
         seen.setdefault(key, index)
 
 
-def _identity(entry: Any, field: PodField, name: str | int) -> str | None:
+def _identity(entry: Any, field: PodField) -> str | None:
     """What tells an entry from others of its list; None where that does not matter or cannot be said."""
-    if field.is_set or name in _WITHOUT_REPEATS:
-        return repr(sorted(entry.items(), key=str) if isinstance(entry, Mapping) else entry)
+    if field.is_set:
+        return repr(entry)
     if not field.keys or not isinstance(entry, Mapping) or not entry.keys() & set(field.keys):
         return None
     return repr([entry.get(key, _KEY_DEFAULTS.get(key)) for key in field.keys])

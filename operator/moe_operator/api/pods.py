@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, Strict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moe_operator.api.labels import ObjectMetadata
-from moe_operator.api.pod_template import METADATA_PARTS, find_problems
+from moe_operator.api.pod_template import METADATA_PARTS, find_mistakes
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import CountOrPercent
 
@@ -23,7 +23,7 @@ def _check_template(template: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValidationError: one row for each problem.
     """
-    if problems := [*find_problems(template)]:
+    if problems := [*find_mistakes(template)]:
         raise ValidationError.from_exception_data("podTemplate", [_details(*problem) for problem in problems])
     return {name: part for name, part in template.items() if part is not None}
 

@@ -21,7 +21,7 @@ from moe_operator.kubernetes.difference import is_covered, needs_apply, was_appl
 from moe_operator.kubernetes.failure import AWAY, TERSE
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER
+from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER, Names
 from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
@@ -31,6 +31,8 @@ _TRIED = (*WORKLOADS, CLAIM)
 _OF_A_REVISION = (*_TRIED, CONFIG_MAP)
 # An error of the server by its number: a webhook that must be asked does not answer (k8s.io/apiserver v0.34).
 _WEBHOOK_AWAY = "failed calling webhook"
+
+_ENDING = "is being deleted, which waits for the pods that use it; delete these and it is made anew"
 
 log = logging.getLogger("moeserving.operator")
 
@@ -42,12 +44,20 @@ class Applied:
     Attributes:
         refused: refusals of the API server, one text for each object.
         missing: names of kinds that the plan has and the cluster lacks.
+        foreign: one of the refusals is an object of somebody else with the name of a child.
         waiting: an object is being deleted and must be gone first.
     """
 
     refused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    foreign: bool = False
     waiting: bool = False
+
+    def note_foreign(self, wanted: Document) -> None:
+        """Adds the refusal to touch an object of somebody else."""
+        advice = "; to use it, set spec.model.cache.claim" if wanted["kind"] == CLAIM.name else ""
+        self.refused.append(f"{_title(wanted)} exists and is not this resource's own{advice}")
+        self.foreign = True
 
 
 class Children:
@@ -74,26 +84,25 @@ class Children:
         ]
         if result.waiting:
             return result
-        for wanted in changed:
-            await self._note_foreign(key, wanted, result)
-        if result.refused:
+        unread = [wanted for wanted in changed if not await self._is_free(key, wanted, result)]
+        if result.foreign:
             return result
-        refused = await self._try(changed)
+        refused = await self._try([wanted for wanted in changed if wanted not in unread])
         result.refused += [text for _, text in refused]
         # What nobody can judge now keeps back itself alone.
         held = [wanted for wanted, text in refused if _WEBHOOK_AWAY in text]
-        held += self._find_held(key, changed, [wanted for wanted, text in refused if _WEBHOOK_AWAY not in text])
+        judged = [wanted for wanted, text in refused if _WEBHOOK_AWAY not in text]
+        held += self._find_held(key, changed, unread + judged)
         for wanted in changed:
-            if not any(wanted is other for other in held):
+            if wanted not in held:
                 await self._apply(wanted, result)
         return result
 
     def _find_held(self, key: Key, changed: list[Document], refused: list[Document]) -> list[Document]:
         """What is not applied: the refused, and with a change of pods or claims all that belongs to it."""
-        if all(self._is_scaling(key, wanted) for wanted in refused):
-            return refused
         of_revision = [wanted for wanted in changed if kind_of(wanted) in _OF_A_REVISION]
-        return [wanted for wanted in of_revision if wanted in refused or not self._is_scaling(key, wanted)]
+        changing = [wanted for wanted in of_revision if not self._is_scaling(key, wanted)]
+        return refused + (changing if any(wanted in changing for wanted in refused) else [])
 
     def _is_scaling(self, key: Key, wanted: Document) -> bool:
         """Whether a workload differs from what runs in its number alone, so that no pod would be another."""
@@ -114,11 +123,12 @@ class Children:
                 continue
             live = self._store.get(key, kind, wanted["metadata"]["name"])
             is_kept = live is not None and _is_kept(live)
+            is_ending = live is not None and "deletionTimestamp" in live["metadata"]
             if live is not None and not is_kept and not _is_owned(live, owner) and not _is_child(live):
-                result.refused.append(_foreign(wanted))
-            elif live is not None and (
-                "deletionTimestamp" in live["metadata"] or not (is_kept or _is_owned(live, owner))
-            ):
+                result.note_foreign(wanted)
+            elif is_ending and kind == CLAIM:
+                result.refused.append(f"{_title(wanted)} {_ENDING}")
+            elif live is not None and (is_ending or not (is_kept or _is_owned(live, owner))):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
             elif needs_apply(wanted, live):
@@ -146,21 +156,25 @@ class Children:
         self._in_other_words[uid] = mark
         return True
 
-    async def _note_foreign(self, key: Key, wanted: Document, result: Applied) -> None:
-        """Adds a refusal where an object of this name exists that the operator does not manage."""
+    async def _is_free(self, key: Key, wanted: Document, result: Applied) -> bool:
+        """Whether no object of this name exists that the operator does not manage; adds a refusal when one does."""
         kind, metadata = kind_of(wanted), wanted["metadata"]
         if self._store.get(key, kind, metadata["name"]) is not None:
-            return
+            return True
         try:
             live = await self._api.get(kind, metadata["namespace"], metadata["name"])
         except ApiError as error:
             result.refused.append(_refusal(wanted, error))
-            return
-        labels = {} if live is None else live["metadata"].get("labels", {})
+            return False
+        if live is None:
+            return True
+        labels = live["metadata"].get("labels", {})
         owners = [row["uid"] for row in metadata.get("ownerReferences", ())]
         is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
-        if live is not None and not (is_ours and (_is_kept(live) or any(_is_owned(live, uid) for uid in owners))):
-            result.refused.append(_foreign(wanted))
+        if is_ours and (_is_kept(live) or any(_is_owned(live, uid) for uid in owners)):
+            return True
+        result.note_foreign(wanted)
+        return False
 
     async def _try(self, changed: Iterable[Document]) -> list[tuple[Document, str]]:
         refused = []
@@ -217,7 +231,8 @@ class Children:
     async def _let_go(self, key: Key, live: Document) -> None:
         """Takes a claim out of the ownership of its resource and says so, once."""
         metadata = live["metadata"]
-        if KEPT in metadata.get("annotations", {}) and not _is_child(live):
+        is_announced = KEPT in metadata.get("annotations", {}) or metadata["name"] != Names(key.name).cache
+        if (is_announced and not _is_child(live)) or "deletionTimestamp" in metadata:
             return
         owners = [row for row in metadata.get("ownerReferences", ()) if row.get("kind") != KIND]
         patch = {"metadata": {"ownerReferences": owners, "annotations": {KEPT: "true"}}}
@@ -260,11 +275,6 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     metadata = document["metadata"]
     kept = {name: metadata.get(name) for name in ("labels", "annotations", "ownerReferences", "deletionTimestamp")}
     return {name: value for name, value in document.items() if name != "status"} | {"metadata": kept}
-
-
-def _foreign(wanted: Document) -> str:
-    advice = "; to use it, set spec.model.cache.claim" if wanted["kind"] == CLAIM.name else ""
-    return f"{_title(wanted)} exists and is not this resource's own{advice}"
 
 
 def _title(document: Document) -> str:

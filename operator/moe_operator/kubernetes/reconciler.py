@@ -169,7 +169,11 @@ class Reconciler:
             states=states,
             experts=experts,
         )
-        applied, late = await self._carry_out(current, plan, peers, takeover, parts)
+        try:
+            applied, late = await self._carry_out(current, plan, peers, takeover, parts)
+        except ApiError as error:
+            await self._report_failure(key, describe(error), states, experts)
+            raise PassFailed(describe(error)) from error
         status_after_s = await self._report(current, plan, applied, outcome.limited, takeover, parts.problems)
         if parts.problems:
             raise PassFailed("; ".join(parts.problems))

@@ -9,13 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
-from moe_contract.input_errors import InputError
+from moe_contract.input_errors import InputError, render_choices
 
 Document = dict[str, Any]
 
 # Scratch space may be given another size, medium or kind of disk, and folders in it may be mounts of their own.
 _SCRATCH_SOURCES = {"emptyDir", "ephemeral"}
 _CLOSED_VOLUMES = {"config", "control", "settings", "run", "shm", "models"}
+_PROBE_HANDLERS = ("exec", "grpc", "httpGet", "tcpSocket")
+_HANDLERS = {
+    **dict.fromkeys(("livenessProbe", "readinessProbe", "startupProbe"), _PROBE_HANDLERS),
+    **dict.fromkeys(("lifecycle.postStart", "lifecycle.preStop"), ("exec", "httpGet", "sleep", "tcpSocket")),
+}
 _RESERVED_ENV = {RUN_DIR_VARIABLE, EXPERT_GROUP_VARIABLE}
 # Of a container, where nothing but these may lie, or may be mounted at all.
 _SYSTEM_FOLDERS = ("/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr")
@@ -46,8 +51,13 @@ def find_clashes(
         yield from _port_losses(container, containers[name], place)
         yield from _port_clashes(container, given.get("containers"), f"{path}.spec.containers")
         yield from _mount_clashes(container, theirs, containers[name], f"{place}.volumeMounts")
+        yield from _handler_clashes(containers[name], place)
         yield from _env_clashes(container, theirs, containers[name], f"{place}.env", fields)
     yield from _name_clashes(spec, f"{path}.spec.initContainers")
+    for kind in ("containers", "initContainers"):
+        yield from _gaps(
+            spec, given.get(kind), kind, f"{path}.spec.{kind}", ", ".join(row["name"] for row in own["containers"])
+        )
 
 
 def check_cache_path(path: str, mounts: Sequence[Document]) -> Iterator[InputError]:
@@ -55,7 +65,7 @@ def check_cache_path(path: str, mounts: Sequence[Document]) -> Iterator[InputErr
     normal, field = normal_path(path), "spec.model.cache.path"
     own = next((row for row in mounts if _overlap(normal, row["mountPath"], closed=_is_closed(row["name"]))), None)
     if own is not None:
-        yield InputError(field, f"{path} clashes with {own['mountPath']}, a folder of the deployment's own")
+        yield InputError(field, f"{path} is, holds or lies in {own['mountPath']}, a folder of the deployment's own")
     elif normal in _SYSTEM_FOLDERS or any(_is_below(normal, folder) for folder in _KERNEL_FOLDERS):
         yield InputError(field, f"{path} is a folder of the system; take one of its own, such as /cache")
     elif ":" in path:
@@ -145,7 +155,9 @@ def _mount_clashes(own: Document, theirs: Mapping[str, Any], merged: Document, p
         folder = row.get("mountPath")
         clash = None if folder is None or folder in mine else _clash_of(folder, own["volumeMounts"])
         if clash is not None:
-            yield InputError(f"{path}[{index}]", f"{folder} clashes with {clash}, a folder of the operator's own")
+            yield InputError(
+                f"{path}[{index}]", f"{folder} is, holds or lies in {clash}, a folder of the operator's own"
+            )
 
 
 def _clash_of(folder: str, own: Sequence[Document]) -> str | None:
@@ -163,6 +175,37 @@ def _env_clashes(
     for name in sorted(referring | ((_RESERVED_ENV | fields.keys()) & places.keys())):
         owner = f"is set by {fields[name]}; take one of the two away" if name in fields else "is the operator's own"
         yield InputError(places.get(name, path), f"{name} {owner}")
+
+
+def _handler_clashes(merged: Document, place: str) -> Iterator[InputError]:
+    """Probes and hooks that have not one handler: a merge lays another one beside the operator's."""
+    for part, handlers in _HANDLERS.items():
+        found: Any = merged
+        for name in part.split("."):
+            found = (found or {}).get(name)
+        there = sorted(set(handlers) & found.keys()) if found is not None else handlers[:1]
+        if len(there) != 1:
+            has = " and ".join(there) or "none"
+            advice = (
+                "with `$patch: replace` beside yours the operator's goes" if there else "`$patch: delete` removes it"
+            )
+            yield InputError(f"{place}.{part}", f"one of {', '.join(handlers)} is needed, got {has}; {advice}")
+
+
+def _gaps(spec: Document, given: Any, kind: str, path: str, own: str) -> Iterator[InputError]:
+    """Containers without an image, as one with a mistyped name is, and mounts without a volume."""
+    volumes = {row["name"] for row in spec.get("volumes") or ()}
+    for container in spec.get(kind) or ():
+        place, theirs = _find_entry(given, container["name"], path)
+        if theirs and not container.get("image"):
+            yield InputError(
+                place, f"image is needed for {container['name']!r}; the operator's own container is {own!r}"
+            )
+        for index, mount in enumerate(theirs.get("volumeMounts") or ()):
+            name = mount.get("name")
+            if name is not None and name not in volumes:
+                message = f"no volume {name!r}; known: {render_choices(volumes)}"
+                yield InputError(f"{place}.volumeMounts[{index}].name", message)
 
 
 def _name_clashes(spec: Document, path: str) -> Iterator[InputError]:

@@ -348,12 +348,12 @@ def _check_cache(resource: MoEServing) -> None:
 def _fields_of_variables(resource: MoEServing) -> dict[str, str]:
     """The field that sets each variable of an engine that a field sets."""
     model, resources = resource.spec.model, resource.spec.engine.resources
-    fields = [
-        ("HF_TOKEN", "spec.model.tokenSecret", model.token_secret),
-        ("HF_HUB_CACHE", "spec.model.cache.path", model.cache),
-        ("OMP_NUM_THREADS", "spec.engine.resources.cpu", resources.cpu),
-    ]
-    return {name: field for name, field, value in fields if value}
+    fields = {
+        "HF_TOKEN": (model.token_secret, "spec.model.tokenSecret"),
+        "HF_HUB_CACHE": (model.cache, "spec.model.cache.path"),
+        "OMP_NUM_THREADS": (resources.cpu, "spec.engine.resources.cpu"),
+    }
+    return {name: field for name, (value, field) in fields.items() if value is not None}
 
 
 def _with_pull_policy(defaults: Defaults) -> dict[str, Any]:

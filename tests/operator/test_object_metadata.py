@@ -189,7 +189,7 @@ def test_further_peers_stand_as_they_were_written_and_add_to_what_was_open():
         assert rules == [*policies()[name], {"from": peers}]
 
 
-def test_who_scrapes_takes_the_place_of_prometheus():
+def test_given_scrapers_take_the_place_of_prometheus():
     vmagent = {"podSelector": {"matchLabels": {"app": "vmagent"}}, "namespaceSelector": {}}
     for rules in policies(metricsFrom=[vmagent]).values():
         assert vmagent in rules[1]["from"]

@@ -32,6 +32,8 @@ from moe_scheduling.fleet.size import FleetSignal
 from pods import agent, gateway, pod, states
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.contract.refusing_proxy import refusing_proxy
+
 Document = dict[str, Any]
 
 
@@ -285,6 +287,17 @@ async def test_a_prometheus_that_knows_no_gateway_refuses_or_is_away_is_no_signa
     handler.status = 503
     assert await fetch_signal(url, ("ns", "tiny"), fleet()) is None
     assert await fetch_signal("http://127.0.0.1:1", ("ns", "tiny"), fleet()) is None
+
+
+async def test_a_prometheus_in_the_cluster_is_asked_without_a_proxy_and_one_elsewhere_with_it(
+    prometheus: tuple[str, type[Prometheus]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = prometheus
+    with refusing_proxy(monkeypatch) as proxy:
+        assert await fetch_signal(url, ("ns", "tiny"), fleet(gateway())) is not None
+        assert proxy.asked == []
+        assert await fetch_signal("http://prometheus.company.test", ("ns", "tiny"), fleet(gateway())) is None
+        assert proxy.asked[0].startswith("GET http://prometheus.company.test/api/v1/query")
 
 
 def names_exposed() -> set[str]:

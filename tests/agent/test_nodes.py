@@ -1,11 +1,13 @@
 """A replica over several nodes: which ranks a node runs, and which arguments vLLM gets."""
 
 import itertools
+import socket
 from typing import Any
 
 import pytest
 from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.node import Node, build_node
+from moe_contract.addresses import ANY, LOOPBACK, LOOPBACK_IPV6, is_bindable
 from moe_contract.agent_config import EngineConfig
 from moe_contract.input_errors import InvalidInput
 
@@ -100,6 +102,27 @@ def test_a_shape_or_an_environment_that_does_not_fit_is_reported(shape, variable
     with pytest.raises(InvalidInput) as refused:
         build_node(engine(**shape), variables)
     assert str(refused.value).startswith(problem)
+
+
+@pytest.mark.skipif(not is_bindable(LOOPBACK_IPV6), reason="this machine has no IPv6 on loopback")
+@pytest.mark.parametrize(
+    ("host", "reached"), [(ANY, {LOOPBACK, LOOPBACK_IPV6}), (LOOPBACK_IPV6, {LOOPBACK_IPV6}), (LOOPBACK, {LOOPBACK})]
+)
+def test_vllms_own_socket_takes_the_families_of_the_agents_address(virtual_engines, host, reached):
+    from vllm.entrypoints.launchers.launcher import create_server_socket
+
+    with create_server_socket((host, 0), reuse_port=False) as server:
+        server.listen()
+        port = server.getsockname()[1]
+        assert {known for known in (LOOPBACK, LOOPBACK_IPV6) if connects(known, port)} == reached
+
+
+def connects(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("index", [0, 1])

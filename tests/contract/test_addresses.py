@@ -40,7 +40,7 @@ def connects(host: str, port: int) -> bool:
         (LOOPBACK, {LOOPBACK}),
     ],
 )
-def test_who_reaches_a_server_by_the_host_that_it_listens_on(host: str, reached: set[str]) -> None:
+def test_a_server_is_reached_in_the_families_of_its_host(host: str, reached: set[str]) -> None:
     with bind_socket(host, 0) as server:
         server.listen()
         port = server.getsockname()[1]

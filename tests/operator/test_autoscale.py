@@ -32,6 +32,8 @@ from moe_scheduling.fleet.size import FleetSignal
 from pods import agent, gateway, pod, states
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.contract.refusing_proxy import refusing_proxy
+
 Document = dict[str, Any]
 
 
@@ -286,6 +288,18 @@ async def test_a_prometheus_that_knows_no_gateway_refuses_or_is_away_is_no_signa
     handler.status = 503
     assert (await fetch_reading(url, ("ns", "tiny"), fleet())).signal is None
     assert (await fetch_reading("http://127.0.0.1:1", ("ns", "tiny"), fleet())).signal is None
+
+
+async def test_a_prometheus_in_the_cluster_is_asked_without_a_proxy_and_one_elsewhere_with_it(
+    prometheus: tuple[str, type[Prometheus]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = prometheus
+    with refusing_proxy(monkeypatch) as proxy:
+        assert (await fetch_reading(url, ("ns", "tiny"), fleet(gateway()))).signal is not None
+        assert proxy.asked == []
+        outside = "http://prometheus.company.test"
+        assert (await fetch_reading(outside, ("ns", "tiny"), fleet(gateway()))).signal is None
+        assert proxy.asked[0].startswith("GET http://prometheus.company.test/api/v1/query")
 
 
 def names_exposed() -> set[str]:

@@ -20,6 +20,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.cli import experts as command
 from moe_operator.cli.command import app
+from moe_operator.experts import reach
 from moe_operator.experts.planned import plan_document
 from moe_operator.experts.reach import Cluster, find_engines
 from moe_operator.local.folder import Folder
@@ -338,6 +339,19 @@ def test_in_a_cluster_the_way_leads_through_kubectl(served: Served, kubectl: Pat
         "rollback", "a", "-n", "ns", "--engine", "pod-0", "--yes"
     )
     assert served.placement("a-engine-0")[0] == version + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "address"),
+    [
+        ("Forwarding from 127.0.0.1:4711 -> 8080\n", "127.0.0.1:4711"),
+        ("Forwarding from [::1]:4711 -> 8080\n", "[::1]:4711"),
+        ("error: no pod\n", None),
+    ],
+)
+def test_kubectl_forwards_from_the_loopback_address_of_either_family(line: str, address: str | None) -> None:
+    found = reach._FORWARDING.match(line)
+    assert (None if found is None else found[1]) == address
 
 
 def test_what_kubectl_refuses_is_shown_in_its_last_line(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_further_peers_stand_as_they_were_written_and_add_to_what_was_open():
         assert rules == [*policies()[name], {"from": peers}]
 
 
-def test_who_scrapes_takes_the_place_of_prometheus():
+def test_given_scrapers_take_the_place_of_prometheus():
     vmagent = {"podSelector": {"matchLabels": {"app": "vmagent"}}, "namespaceSelector": {}}
     for rules in policies(metricsFrom=[vmagent]).values():
         assert vmagent in rules[1]["from"]
@@ -198,7 +198,7 @@ def test_who_scrapes_takes_the_place_of_prometheus():
         assert "prometheus" not in str(rules)
 
 
-def test_a_tunnel_is_open_to_those_who_may_reach_another_port():
+def test_a_tunnel_is_open_where_another_port_is():
     before, after = policies(), policies(meshPort=15008)
     tunnel = [{"port": 15008, "protocol": "TCP"}]
     assert after["tiny-engine"] == [*before["tiny-engine"], {"from": before["tiny-engine"][1]["from"], "ports": tunnel}]

@@ -23,7 +23,8 @@ from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_WORKER_INDEX, Names
 
 KUBECTL = "kubectl"
 _ANSWER_TIMEOUT_S = 30.0
-_FORWARDING = re.compile(r"Forwarding from 127\.0\.0\.1:(\d+)")
+# The loopback address of the machine's first family; with both kubectl has a line for each.
+_FORWARDING = re.compile(r"Forwarding from (127\.0\.0\.1:\d+|\[::1\]:\d+)")
 
 Document = dict[str, Any]
 
@@ -138,7 +139,7 @@ def _get(cluster: Cluster, *words: str) -> Document:
 @contextmanager
 def _forward(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
     """The URL of an agent while the block runs."""
-    command = cluster.command("port-forward", "--address", "127.0.0.1", f"pod/{pod}", f":{port}")
+    command = cluster.command("port-forward", "--address", "localhost", f"pod/{pod}", f":{port}")
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
@@ -151,7 +152,7 @@ def _forward(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
                 process.kill()
                 _, output = process.communicate()
                 raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(output)}")
-            yield f"http://127.0.0.1:{match[1]}"
+            yield f"http://{match[1]}"
         finally:
             process.kill()
 

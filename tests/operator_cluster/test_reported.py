@@ -60,9 +60,7 @@ def is_ready(cluster: ApiCluster, place: str) -> bool:
     return True
 
 
-async def test_a_quota_is_reported_and_when_it_is_raised_it_is_reported_no_more(
-    cluster: ApiCluster, place: str
-) -> None:
+async def test_a_quota_is_reported_and_no_more_once_it_is_raised(cluster: ApiCluster, place: str) -> None:
     cluster.kubectl("create", "quota", "none", "--hard=pods=0", "-n", place)
     async with started(cluster.kubeconfig, place) as operator:
         key = await begin(operator, place)

@@ -206,7 +206,7 @@ def test_a_pod_template_is_merged_but_selectors_and_the_configuration_stay_ours(
     assert json.loads(template["metadata"]["annotations"]["moeserving.dev/config"])["engine"]["model"] == "org/a"
     engine, mesh = template["spec"]["containers"]
     assert (engine["name"], mesh["name"]) == ("engine", "mesh")
-    assert engine["env"] == [{"name": "A", "value": "1"}]
+    assert [row["name"] for row in engine["env"]] == ["MOESERVING_POD_NAME", "MOESERVING_POD_UID", "A"]
     assert engine["resources"]["requests"]["cpu"] == "7"
     assert engine["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert engine["command"][0] == "moeserving"

@@ -66,7 +66,9 @@ async def test_a_quota_is_reported_and_no_more_once_it_is_raised(cluster: ApiClu
         key = await begin(operator, place)
         await until(operator, key, says("Degraded", "True", "FailedCreate", "exceeded quota: none"), "the quota")
         await until(operator, key, says("Ready", "False", "FailedCreate", "exceeded quota: none"), "why nobody serves")
-        assert "FailedCreate: pods may not be made; raise the quota" in line(cluster, place)
+        shown = line(cluster, place)
+        assert "FailedCreate: pods may not be made; see quotas" in shown
+        assert "exceeded quota: none" in shown
         described = cluster.kubectl("describe", "moes", "tiny", "-n", place)
         assert "Warning" in described
         assert "exceeded quota: none" in described

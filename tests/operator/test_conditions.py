@@ -212,7 +212,7 @@ def test_there_is_one_condition_of_each_kind_and_none_changes_without_a_change(
         (replace(WELL, rolling=("a: 0 of 1",)), "Updating: a: 0 of 1"),
         (GATED, "SchedulingGated: pod a waits for kueue.x-k8s.io/admission"),
         (replace(WELL, refused="line\n two  words"), "Refused: line two words"),
-        (replace(WELL, invalid="x" * 500), "InvalidSpec: " + "x" * 186 + "…"),
+        (replace(WELL, invalid="x" * 500), "InvalidSpec: " + "x" * 236 + "…"),
     ],
 )
 def test_one_line_says_what_is_wrong_or_that_it_serves(inputs: ConditionInputs, line: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 from cluster_debian import require
@@ -19,10 +20,13 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
+from moe_operator.api import MoEServing, parse_resource
 from moe_operator.autoscale.prometheus import fetch_reading
 from moe_operator.autoscale.signal import Fleet
+from moe_operator.autoscale.source import Sources
+from moe_operator.plan import Observed
 from moe_scheduling.fleet.size import FleetSignal
-from pods import agent
+from pods import agent, gateway, pod, states
 from prometheus_client import CollectorRegistry, start_http_server
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
@@ -144,3 +148,43 @@ async def test_the_pods_of_others_are_not_counted(prometheus: str, stats: Reques
     assert (await fetch_reading(prometheus, KEY, NOBODY)).signal is not None
     assert (await fetch_reading(prometheus, ("ns", "gateway"), NOBODY)).signal is None
     assert (await fetch_reading(prometheus, ("other", "tiny"), NOBODY)).signal is None
+
+
+def asleep_or_idle(url: str) -> MoEServing:
+    """A resource that may go to zero after a second without requests."""
+    autoscaling = {"minReplicas": 0, "maxReplicas": 2, "idleAfter": "1s", "interval": "1s"}
+    spec = {
+        "model": {"uri": "hf://org/a"}, "autoscaling": autoscaling, "metrics": {"prometheus": {"url": url}},
+    }  # fmt: skip
+    header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "tiny"}}
+    return parse_resource(header | {"spec": spec})
+
+
+async def test_a_gateway_that_prometheus_lacks_keeps_the_last_engine_and_one_that_holds_wakes_it(
+    prometheus: str,
+) -> None:
+    wanted, engine = asleep_or_idle(prometheus), pod()
+    seen, unseen = pod("tiny-gateway-5d9c-x7", "gateway"), pod("tiny-gateway-5d9c-y8", "gateway")
+    one = Observed(tokens=("t",), replicas=1)
+    async with aiohttp.ClientSession() as session:
+        sources = Sources(session)
+
+        async def decide(*pods: Document, observed: Observed = one, **gateways: Any) -> int:
+            found = {f"tiny-gateway-5d9c-{name}": state for name, state in gateways.items()}
+            return (await sources.decide(KEY, wanted, observed, [engine, *pods], states(found))).replicas
+
+        for _ in range(240):
+            if (await fetch_reading(prometheus, KEY, NOBODY)).signal is not None:
+                break
+            await asyncio.sleep(0.25)
+        for _ in range(8):
+            assert await decide(seen, unseen) == 1, "what the gateway that is not scraped has is not known"
+            await asyncio.sleep(0.25)
+        asleep = Observed(tokens=("t",), replicas=0)
+        assert await decide(seen, unseen, observed=asleep) == 0
+        assert await decide(seen, unseen, observed=asleep, y8=gateway(held=1)) == 1
+        for _ in range(240):
+            if await decide(seen) == 0:
+                return
+            await asyncio.sleep(0.25)
+    raise AssertionError("every gateway is idle and scraped, and the last engine never ended")

@@ -53,7 +53,7 @@ def values(held: float | None, *, age_s: float | None = 2.0, gateways: float | N
     }
 
 
-# What Prometheus says while gateways hold so many requests; None is one that gives no answer.
+# What Prometheus says while gateways hold this number of requests; None is one that gives no answer.
 PROMETHEUS = {
     "up": values,
     "empty": lambda _: values(None, age_s=None, gateways=None),

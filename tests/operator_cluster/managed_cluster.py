@@ -30,7 +30,8 @@ CONTROLLERS = (
     "endpointslice-controller",
     "persistentvolume-binder-controller",
 )
-PATIENCE_S = 180.0
+# A ReplicaSet tries again after pauses that double with each refusal.
+PATIENCE_S = 240.0
 
 
 @contextmanager

@@ -80,4 +80,3 @@ async def test_engines_that_no_gateway_sees_are_not_ready(serving_cluster: ApiCl
         peers.accepting = True
         await operator.settle(key)
         assert (await fetch_conditions(operator, key))["Ready"]["status"] == "True"
-        assert "Serving" in serving_cluster.kubectl("get", "moes", "tiny", "-n", namespace)

@@ -60,15 +60,15 @@ def is_ready(cluster: ApiCluster, place: str) -> bool:
     return True
 
 
-async def test_a_quota_is_reported_and_when_it_is_raised_it_is_reported_no_more(
-    cluster: ApiCluster, place: str
-) -> None:
+async def test_a_quota_is_reported_and_no_more_once_it_is_raised(cluster: ApiCluster, place: str) -> None:
     cluster.kubectl("create", "quota", "none", "--hard=pods=0", "-n", place)
     async with started(cluster.kubeconfig, place) as operator:
         key = await begin(operator, place)
         await until(operator, key, says("Degraded", "True", "FailedCreate", "exceeded quota: none"), "the quota")
         await until(operator, key, says("Ready", "False", "FailedCreate", "exceeded quota: none"), "why nobody serves")
-        assert "FailedCreate: pods may not be made; raise the quota" in line(cluster, place)
+        shown = line(cluster, place)
+        assert "FailedCreate: pods may not be made; see quotas" in shown
+        assert "exceeded quota: none" in shown
         described = cluster.kubectl("describe", "moes", "tiny", "-n", place)
         assert "Warning" in described
         assert "exceeded quota: none" in described

@@ -20,6 +20,7 @@ from moe_operator.api.crd import build_crd
 from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import DEPLOYMENT, POD, SERVING
+from moe_operator.kubernetes.serving import ENDPOINT_SLICE, SERVICE_LABEL
 from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
@@ -64,6 +65,19 @@ def build_pods(name: str, port: int) -> list[Document]:
     ]
 
 
+def build_endpoints(name: str) -> Document:
+    """What the controller of EndpointSlices makes of the ready gateway behind a resource's Service."""
+    return {
+        "apiVersion": ENDPOINT_SLICE.api_version,
+        "kind": ENDPOINT_SLICE.name,
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": {SERVICE_LABEL: Names(name).service}},
+        "addressType": "IPv4",
+        # The API server takes no loopback address, which is where the stand-in answers.
+        "endpoints": [{"addresses": ["192.0.2.1"], "conditions": {"ready": True}}],
+        "ports": [{"name": "http", "port": 8000, "protocol": "TCP"}],
+    }
+
+
 class BenchmarkCluster:
     """The API server as this benchmark uses it; `pods` has name and uid of each pod by its address."""
 
@@ -97,6 +111,7 @@ class BenchmarkCluster:
                 self.pods[address] = {"name": made["name"], "uid": made["uid"]}
                 status = {"phase": "Running", "podIP": address, "conditions": READY}
                 await self._set_status(POD, pod["metadata"]["name"], status)
+            await self.api.create(ENDPOINT_SLICE, build_endpoints(name))
             for workload in (Names(name).engine, Names(name).gateway):
                 counts = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1}
                 await self._set_status(DEPLOYMENT, workload, counts)
@@ -113,6 +128,7 @@ class BenchmarkCluster:
             await self.api.delete(SERVING, build_serving(name))
             for pod in build_pods(name, 1):
                 await self.api.delete(POD, pod)
+            await self.api.delete(ENDPOINT_SLICE, build_endpoints(name))
 
         await _each(names, delete)
 

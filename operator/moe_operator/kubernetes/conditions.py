@@ -17,7 +17,7 @@ LIMITED = "AutoscalingLimited"
 # Characters of a message; the API server takes 32,768.
 MOST = 8000
 # What `kubectl get` shows without a line break in a usual terminal is less; the rest is in the conditions.
-LONGEST_SUMMARY = 200
+LONGEST_SUMMARY = 250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ def _degraded(inputs: ConditionInputs) -> Verdict:
     if (problem := _problem(inputs)) is None:
         return FALSE, Reason.AS_EXPECTED, ""
     reason, message = problem
-    others = [finding.reason for finding in inputs.findings if finding.reason is not reason]
+    others = [*dict.fromkeys(finding.reason for finding in inputs.findings if finding.reason is not reason)]
     more = f"; also: {', '.join(others)}" if others and reason is inputs.findings[0].reason else ""
     return TRUE, reason, message + more
 

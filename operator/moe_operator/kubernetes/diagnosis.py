@@ -52,10 +52,10 @@ def find_problems(
 
 
 def first_of_each_reason(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings without those whose reason an earlier one has."""
-    found: dict[Reason, Finding] = {}
+    """The findings without those that have reason and component of an earlier one."""
+    found: dict[tuple[Reason, str], Finding] = {}
     for finding in findings:
-        found.setdefault(finding.reason, finding)
+        found.setdefault((finding.reason, finding.component), finding)
     return list(found.values())
 
 

@@ -12,9 +12,9 @@ from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.plan.names import COMPONENT
 
 Document = dict[str, Any]
-FORBIDDEN_ADVICE = (
-    "pods may not be made; raise the quota, allow them in the namespace's Pod Security Standard or correct podTemplate"
-)
+# A paused rollout is Progressing=Unknown.
+_REASONS = ("FailedCreate", "ProgressDeadlineExceeded")
+FORBIDDEN_ADVICE = "pods may not be made; see quotas, Pod Security and podTemplate"
 
 
 def find_failures_to_create(workloads: Iterable[Document]) -> list[Finding]:
@@ -25,22 +25,18 @@ def find_failures_to_create(workloads: Iterable[Document]) -> list[Finding]:
 def find_deadlines(workloads: Iterable[Document]) -> list[Finding]:
     """Rollouts that have made no progress for the time that an engine or a gateway has to start."""
     advice = "the rollout makes no progress; look at its newest pods"
-    return [
-        finding
-        for finding in _find(workloads, "Progressing", "False", Reason.PROGRESS_DEADLINE_EXCEEDED, advice)
-        if "ProgressDeadlineExceeded" in finding.message
-    ]
+    return [*_find(workloads, "Progressing", "False", Reason.PROGRESS_DEADLINE_EXCEEDED, advice)]
 
 
 def _find(workloads: Iterable[Document], kind: str, status: str, reason: Reason, advice: str) -> Iterator[Finding]:
     for live in workloads:
         for row in live.get("status", {}).get("conditions") or ():
-            if row.get("type") == kind and row.get("status") == status:
+            if (row.get("type"), row.get("status")) == (kind, status) and row.get("reason") in _REASONS:
                 yield build_finding(
                     reason,
                     advice,
                     where=f"{live.get('kind', 'Deployment')} {live['metadata']['name']}",
-                    detail=": ".join(filter(None, (row.get("reason"), row.get("message")))),
+                    detail=row.get("message") or row.get("reason", ""),
                     component=component_of_workload(live),
                 )
 

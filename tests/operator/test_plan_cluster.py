@@ -17,7 +17,7 @@ from moe_operator.api.units import duration_s
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import CHILDREN, kind_of
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
-from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER
+from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER, OWNER
 from resource_strategies import documents
 from typer.testing import CliRunner
 
@@ -82,8 +82,7 @@ def test_every_object_of_a_plan_is_known_owned_labelled_and_there_once(document:
         assert metadata["namespace"] == "ns"
         assert metadata["labels"][MANAGED_BY] == MANAGER
         assert metadata["labels"][INSTANCE] == document["metadata"]["name"]
-        (owner,) = metadata["ownerReferences"]
-        assert (owner["uid"], owner["name"], owner["controller"]) == ("u", document["metadata"]["name"], True)
+        assert metadata["annotations"][OWNER] == "u"
 
 
 @settings(max_examples=60)

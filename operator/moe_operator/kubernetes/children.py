@@ -11,12 +11,12 @@ from typing import Any
 
 from moe_contract.api_server import BAD_REQUEST, CONFLICT, FORBIDDEN, UNPROCESSABLE, ApiError, Kind
 
-from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.difference import needs_apply, was_applied, with_digest
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.plan.names import MANAGED_BY, MANAGER
+from moe_operator.plan.names import MANAGED_BY, MANAGER, OWNER
+from moe_operator.plan.owners import is_child, is_owned
 
 Document = dict[str, Any]
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
@@ -87,9 +87,9 @@ class Children:
                 result.missing.append(kind.name)
                 continue
             live = self._store.get(key, kind, wanted["metadata"]["name"])
-            if live is not None and not _is_owned(live, owner) and not _is_child(live):
+            if live is not None and not is_owned(live, owner) and not is_child(live):
                 result.refused.append(_foreign(wanted))
-            elif live is not None and ("deletionTimestamp" in live["metadata"] or not _is_owned(live, owner)):
+            elif live is not None and ("deletionTimestamp" in live["metadata"] or not is_owned(live, owner)):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
             elif needs_apply(wanted, live):
@@ -126,7 +126,7 @@ class Children:
         if live is None:
             return False
         labels = live["metadata"].get("labels", {})
-        return bool(labels.get(MANAGED_BY) != MANAGER or not _is_owned(live, metadata["ownerReferences"][0]["uid"]))
+        return bool(labels.get(MANAGED_BY) != MANAGER or not is_owned(live, metadata["annotations"][OWNER]))
 
     async def _try(self, changed: Iterable[Document]) -> list[str]:
         refused = []
@@ -154,7 +154,7 @@ class Children:
         found = False
         for kind, live in self._store.children(key, CHILDREN):
             name = live["metadata"]["name"]
-            if _is_child(live) and ((kind, name) not in planned or not _is_owned(live, owner)):
+            if is_child(live) and ((kind, name) not in planned or not is_owned(live, owner)):
                 found = True
                 if "deletionTimestamp" not in live["metadata"]:
                     await self.delete(kind, live)
@@ -167,15 +167,6 @@ class Children:
         await self._api.delete(kind, live)
         if not live["metadata"].get("finalizers"):
             self._store.remove(kind, live)
-
-
-def _is_owned(live: Mapping[str, Any], owner: str) -> bool:
-    return any(entry.get("uid") == owner for entry in live["metadata"].get("ownerReferences", ()))
-
-
-def _is_child(live: Mapping[str, Any]) -> bool:
-    """Objects that carry our labels and have no MoEServing for an owner were made by people: they stay."""
-    return any(entry.get("kind") == KIND for entry in live["metadata"].get("ownerReferences", ()))
 
 
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:

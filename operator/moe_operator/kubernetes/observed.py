@@ -28,7 +28,13 @@ TOKEN_OVERLAP = timedelta(minutes=10)
 
 
 def read_observed(
-    store: Store, key: Key, document: Document, resource: MoEServing, kinds: frozenset[Kind], now: datetime
+    store: Store,
+    key: Key,
+    document: Document,
+    resource: MoEServing,
+    kinds: frozenset[Kind],
+    now: datetime,
+    namespace_uid: str | None = None,
 ) -> Observed:
     """Reads the facts that a plan of this resource needs from the store."""
     names = Names(resource.metadata.name)
@@ -39,6 +45,7 @@ def read_observed(
     external = resource.spec.autoscaling is not None and resource.spec.autoscaling.mode is AutoscalingMode.EXTERNAL
     return Observed(
         uid=document["metadata"]["uid"],
+        namespace_uid=namespace_uid,
         tokens=tokens,
         rotated_at=rotated_at,
         stable=None if text is None else parse_revision(text),

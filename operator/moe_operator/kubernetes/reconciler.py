@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
-from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
+from moe_contract.api_server import Kind
 from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 
@@ -34,17 +34,18 @@ from moe_operator.kubernetes.conditions import (
     read_conditions,
 )
 from moe_operator.kubernetes.diagnosis import find_problems
+from moe_operator.kubernetes.ending import FINALIZER, Ending, own_part
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
-from moe_operator.plan.names import COMPONENT, GROUP, Names
+from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
-FINALIZER = f"{GROUP}/drain"
 # While something is on its way, and while all is well but pods want to be looked at.
 SOON_S, STEADY_S = 2.0, 15.0
 # What was refused may be taken later without a change of ours: a quota is raised, a stranger's object goes.
@@ -87,17 +88,18 @@ class Reconciler:
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
+        self._namespaces = Namespaces(api)
+        self._ending = Ending(api, store, self._children, self._namespaces, self._post_event)
         self._sources = Sources(session)
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; the time after which the next is wanted, None when only a change calls for one."""
         document = self._store.serving(key)
-        if document is None:
+        if document is None or "deletionTimestamp" in document["metadata"]:
             self._sources.forget(key)
-            return None
-        if "deletionTimestamp" in document["metadata"]:
-            return await self._end(key, document)
+            self._namespaces.forget(key.namespace)
+            return await (self._ending.sweep(key) if document is None else self._ending.run(key, document))
         try:
             resource = parse_resource(_without_server_fields(document))
         except InvalidInput as error:
@@ -112,7 +114,8 @@ class Reconciler:
         peers = find_peers(pods)
         states, experts = await self._ask(peers, resource)
         now = datetime.now(UTC)
-        observed = read_observed(self._store, key, document, resource, self._kinds(), now)
+        place = await self._namespaces.fetch_uid(key.namespace)
+        observed = read_observed(self._store, key, document, resource, self._kinds(), now, place)
         current = Pass(
             key=key,
             document=document,
@@ -146,7 +149,7 @@ class Reconciler:
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
         if FINALIZER not in document["metadata"].get("finalizers", []):
-            self._store.put(SERVING, await self._api.apply(SERVING, _own(document, [FINALIZER])))
+            self._store.put(SERVING, await self._api.apply(SERVING, own_part(document, [FINALIZER])))
 
     async def _push_settings(self, plan: ClusterPlan, peers: list[Peer], current: Pass) -> bool:
         """Gives running engines and gateways the settings that they do not have; whether one did not take them."""
@@ -224,7 +227,7 @@ class Reconciler:
         conditions = build_conditions(inputs, before, now)
         wanted = status | {"conditions": [row.model_dump(mode="json", by_alias=True) for row in conditions]}
         if wanted != document.get("status"):
-            header = _own(document, None)
+            header = own_part(document, None)
             header["metadata"].pop("uid")
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
             for condition in changed_conditions(before, conditions):
@@ -264,44 +267,6 @@ class Reconciler:
         if applied.refused:
             return REFUSED_S
         return status_after_s if current.pods else None
-
-    async def _end(self, key: Key, document: Document) -> float | None:
-        """The gateway ends first, so that no new request comes; then the engines; then all else."""
-        self._sources.forget(key)
-        if FINALIZER not in document["metadata"].get("finalizers", []):
-            return None
-        for component in ("gateway", "engine"):
-            await self._end_component(key, component)
-            if any(pod["metadata"].get("labels", {}).get(COMPONENT) == component for pod in self._store.of(key, POD)):
-                return SOON_S
-        if await self._children.prune(key, (), document["metadata"]["uid"]):
-            return 0.1
-        try:
-            await self._api.apply(SERVING, _own(document, []))
-        except ApiError as error:
-            # Gone already: its uid is no longer there.
-            if error.status not in (NOT_FOUND, CONFLICT):
-                raise
-        self._store.remove(SERVING, document)
-        return None
-
-    async def _end_component(self, key: Key, component: str) -> None:
-        for kind, live in self._store.children(key, WORKLOADS):
-            ours = live["metadata"].get("labels", {}).get(COMPONENT) == component
-            if ours and "deletionTimestamp" not in live["metadata"]:
-                await self._children.delete(kind, live)
-
-
-def _own(document: Document, finalizers: list[str] | None) -> Document:
-    """The resource as the operator applies it: what stands in it is the operator's."""
-    metadata = document["metadata"]
-    # The uid keeps an apply from making anew what was deleted meanwhile.
-    own = {name: metadata[name] for name in ("name", "namespace", "uid")}
-    return {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "metadata": own | ({} if finalizers is None else {"finalizers": finalizers}),
-    }
 
 
 def _without_server_fields(document: Document) -> Document:

@@ -16,12 +16,13 @@ from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.pods import Update
-from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
 from moe_operator.plan.names import ROTATED_AT, Names
+from moe_operator.plan.owners import build_owners
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.pods import Defaults
 from moe_operator.plan.revision import Revision, at_revision, build_revision
@@ -36,6 +37,7 @@ class Observed:
 
     Attributes:
         uid: of the resource; None leaves out the owner of the children.
+        namespace_uid: of its namespace; None where the operator may not read it.
         tokens: control tokens in force, the newest first.
         rotated_at: what the Secret says of its last rotation; empty before the first.
         stable: the revision of the stable engines; None before the first.
@@ -45,6 +47,7 @@ class Observed:
     """
 
     uid: str | None = None
+    namespace_uid: str | None = None
     tokens: tuple[str, ...]
     rotated_at: str = ""
     stable: Revision | None = None
@@ -261,16 +264,10 @@ def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Ob
 def _finish(entry: Object, resource: MoEServing, names: Names, namespace: str, observed: Observed) -> Object:
     metadata = entry["metadata"]
     labels = {**names.labels(), **metadata.get("labels", {})}
-    owner = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": resource.metadata.name,
-        "uid": observed.uid,
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
-    owners = {"ownerReferences": [owner]} if observed.uid else {}
-    return {**entry, "metadata": {**metadata, "namespace": namespace, "labels": labels, **owners}}
+    owned = build_owners(entry, resource.metadata.name, namespace, observed.uid, observed.namespace_uid)
+    annotations = {**metadata.get("annotations", {}), **owned.pop("annotations", {})}
+    noted = {"annotations": annotations} if annotations else {}
+    return {**entry, "metadata": {**metadata, "namespace": namespace, "labels": labels, **noted, **owned}}
 
 
 __all__ = ["CANARY", "STABLE", "ClusterPlan", "Defaults", "Observed", "plan_cluster", "plan_replicas"]

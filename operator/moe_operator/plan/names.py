@@ -13,6 +13,8 @@ MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
 CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
+# On each child: the uid of its resource; empty once a resource was deleted and its children were to stay.
+OWNER = f"{GROUP}/owner"
 ROTATE = f"{GROUP}/rotate-token"
 ROTATED_AT = f"{GROUP}/rotated-at"
 MANAGED_BY = "app.kubernetes.io/managed-by"

@@ -1,0 +1,251 @@
+"""The end of a resource: gateways, then engines, then all else, whatever the propagation policy of its deletion.
+
+Called by the reconciler for each resource that is marked for deletion, and for children whose resource is gone. What is
+waited for, and until when, stands in the resource's conditions; nothing is waited for without a bound.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from moe_contract.api_server import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, Kind
+
+from moe_operator.api.resource import API_VERSION, KIND
+from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.children import WORKLOADS, Children
+from moe_operator.kubernetes.conditions import DEGRADED, PROGRESSING, READY, changed_conditions, read_conditions
+from moe_operator.kubernetes.kinds import CHILDREN, POD, SERVING
+from moe_operator.kubernetes.namespaces import Namespaces
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.waits import Wait, render_overdue, render_waits, split_waits, wait_for_object, wait_for_pod
+from moe_operator.plan.names import COMPONENT, GROUP, OWNER
+from moe_operator.plan.owners import is_child, is_orphaned, owner_of
+
+Document = dict[str, Any]
+FINALIZER = f"{GROUP}/drain"
+SOON_S, SHORTLY_S, REFUSED_S = 2.0, 0.2, 30.0
+_PARTS = ("gateway", "engine")
+
+log = logging.getLogger("moeserving.operator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where an end stands.
+
+    Attributes:
+        waits: what has to go before the next part; empty when nothing is left to wait for.
+        overdue: what should have gone and was not waited for any longer.
+        part: what is being ended, in words.
+        again_s: time after which to look again.
+    """
+
+    waits: tuple[Wait, ...] = ()
+    overdue: tuple[Wait, ...] = ()
+    part: str = ""
+    again_s: float = SOON_S
+
+
+class Ending:
+    """Ends one resource after the other.
+
+    Args:
+        api: for every change.
+        store: the cluster as it was last seen.
+        children: deletes objects.
+        namespaces: tells which are being deleted themselves.
+        announce: posts the event of a changed condition.
+        clock: the time now.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        store: Store,
+        children: Children,
+        namespaces: Namespaces,
+        announce: Callable[[Document, Condition], Awaitable[None]],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._api, self._store, self._children = api, store, children
+        self._namespaces, self._announce, self._clock = namespaces, announce, clock
+        # When something that no deletion time tells of was first waited for: by resource and part.
+        self._since: dict[tuple[Key, str], datetime] = {}
+
+    async def run(self, key: Key, document: Document) -> float | None:
+        """One pass over a resource that is marked for deletion; the time after which the next is wanted."""
+        if FINALIZER not in document["metadata"].get("finalizers", []):
+            return None
+        if await self._namespaces.fetch_is_ending(key.namespace):
+            # The namespace controller deletes everything at once, the operator's own rights too.
+            log.info("%s: its namespace is being deleted; nothing is drained", key)
+            await self._release(key, document)
+            return None
+        try:
+            return await self._run(key, document)
+        except ApiError as error:
+            if error.status != FORBIDDEN:
+                raise
+            await self._report(key, document, Progress(part="nothing"), problem=error.message)
+            return REFUSED_S
+
+    async def _run(self, key: Key, document: Document) -> float | None:
+        if is_orphaned(document, self._list_children(key)):
+            await self._leave_children(key)
+            await self._release(key, document)
+            return None
+        progress = await self._end_parts(key)
+        if progress.waits or progress.overdue:
+            await self._report(key, document, progress)
+        if progress.waits:
+            return progress.again_s
+        await self._release(key, document)
+        return None
+
+    async def sweep(self, key: Key) -> float | None:
+        """One pass over children whose resource is gone without its finalizer, as after a forced removal of that."""
+        left = (child for child in self._list_children(key) if "deletionTimestamp" not in child["metadata"])
+        if not any(owner_of(child) for child in left):
+            return None
+        if any(row["metadata"]["name"] == key.name for row in await self._list_servings(key.namespace)):
+            return SOON_S
+        log.warning("%s is gone and has left objects behind; they are ended now", key)
+        progress = await self._end_parts(key)
+        return progress.again_s if progress.waits else None
+
+    async def _list_servings(self, namespace: str) -> list[Document]:
+        """The resources of a namespace; a list, since its refusal differs from "no such object" without the CRD."""
+        listing = await self._api.list(SERVING, namespace)
+        assert listing is not None, "its own kind is not optional"
+        return listing.items
+
+    async def _end_parts(self, key: Key) -> Progress:
+        """Ends one part after the other; stops at the first that is waited for."""
+        overdue: list[Wait] = []
+        for part in _PARTS:
+            await self._delete_workloads(key, part)
+            pods = [pod for pod in self._store.of(key, POD) if _component(pod) == part]
+            waits, late = split_waits((wait_for_pod(pod, self._first_seen(key, part)) for pod in pods), self._clock())
+            overdue += late
+            if waits:
+                return Progress(waits=tuple(waits), overdue=tuple(overdue), part=f"{part}s")
+        return await self._end_rest(key, overdue)
+
+    async def _delete_workloads(self, key: Key, part: str) -> None:
+        for kind, live in self._store.children(key, WORKLOADS):
+            if _component(live) == part and is_child(live) and "deletionTimestamp" not in live["metadata"]:
+                await self._children.delete(kind, live)
+
+    async def _end_rest(self, key: Key, overdue: Iterable[Wait]) -> Progress:
+        found = False
+        for kind, live in self._children_of(key):
+            if "deletionTimestamp" not in live["metadata"]:
+                found = True
+                await self._children.delete(kind, live)
+        since = self._first_seen(key, "rest")
+        left = (wait_for_object(live, since) for _, live in self._children_of(key))
+        waits, late = split_waits(left, self._clock())
+        return Progress(
+            waits=tuple(waits),
+            overdue=(*overdue, *late),
+            part="the other objects",
+            again_s=SHORTLY_S if found else SOON_S,
+        )
+
+    async def _leave_children(self, key: Key) -> None:
+        """Marks the children so that a later resource of this name adopts them, and none is swept away."""
+        for kind, live in self._children_of(key):
+            if owner_of(live) != "":
+                patch = {"metadata": {"annotations": {OWNER: ""}}}
+                made = await self._api.merge(kind, key.namespace, live["metadata"]["name"], patch)
+                self._store.put(kind, made)
+        log.info("%s: deleted with its children left as they are", key)
+
+    async def _release(self, key: Key, document: Document) -> None:
+        """Lets the resource go."""
+        try:
+            await self._api.apply(SERVING, own_part(document, []))
+        except ApiError as error:
+            # Gone already: its uid is no longer there.
+            if error.status not in (NOT_FOUND, CONFLICT):
+                raise
+        self._store.remove(SERVING, document)
+        self._since = {place: since for place, since in self._since.items() if place[0] != key}
+
+    def _first_seen(self, key: Key, part: str) -> datetime:
+        return self._since.setdefault((key, part), self._clock())
+
+    def _children_of(self, key: Key) -> list[tuple[Kind, Document]]:
+        return [(kind, live) for kind, live in self._store.children(key, CHILDREN) if is_child(live)]
+
+    def _list_children(self, key: Key) -> list[Document]:
+        return [live for _, live in self._children_of(key)]
+
+    async def _report(self, key: Key, document: Document, progress: Progress, *, problem: str = "") -> None:
+        """Writes the conditions of an end; all else of the status stays as it was last."""
+        before = read_conditions(document)
+        conditions = plan_conditions(progress, problem, before, self._clock())
+        rows = [row.model_dump(mode="json", by_alias=True) for row in conditions]
+        status = document.get("status", {})
+        if rows == status.get("conditions"):
+            return
+        header = own_part(document, None)
+        header["metadata"].pop("uid")
+        written = await self._api.apply(SERVING, {**header, "status": status | {"conditions": rows}}, subresource="status")
+        self._store.put(SERVING, written)
+        for condition in changed_conditions(before, conditions):
+            await self._announce(document, condition)
+
+
+def plan_conditions(
+    progress: Progress, problem: str, before: dict[str, Condition], now: datetime
+) -> tuple[Condition, ...]:
+    """The conditions of a resource that ends; those that tell of other things stay as they were."""
+    true, false = ConditionStatus.TRUE, ConditionStatus.FALSE
+    waiting = f"ends {progress.part}; waits for {render_waits(progress.waits)}" if progress.waits else "all was ended"
+    verdicts = {
+        READY: (false, "Deleting", "the resource is being deleted"),
+        PROGRESSING: (true, "Deleting", problem or waiting),
+        DEGRADED: _judge_end(progress, problem),
+    }
+    current = {
+        kind: Condition(
+            type=kind,
+            status=status,
+            reason=reason,
+            message=message,
+            last_transition_time=before[kind].last_transition_time
+            if kind in before and before[kind].status is status
+            else now,
+        )
+        for kind, (status, reason, message) in verdicts.items()
+    }
+    return tuple((before | current).values())
+
+
+def _judge_end(progress: Progress, problem: str) -> tuple[ConditionStatus, str, str]:
+    if problem:
+        return ConditionStatus.TRUE, "NotPermitted", f"cannot end it: {problem}"
+    if progress.overdue:
+        message = f"should have ended and did not (is its node lost?): {render_overdue(progress.overdue)}"
+        return ConditionStatus.TRUE, "NotEnding", f"{message}; the deletion goes on without"
+    return ConditionStatus.FALSE, "AsExpected", ""
+
+
+def own_part(document: Document, finalizers: list[str] | None) -> Document:
+    """The resource as the operator applies it: what stands in it is the operator's."""
+    metadata = document["metadata"]
+    # The uid keeps an apply from making anew what was deleted meanwhile.
+    own = {name: metadata[name] for name in ("name", "namespace", "uid")}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": own | ({} if finalizers is None else {"finalizers": finalizers}),
+    }
+
+
+def _component(live: Document) -> str:
+    return str(live["metadata"].get("labels", {}).get(COMPONENT, ""))

@@ -5,20 +5,20 @@ waited for, and until when, stands in the resource's conditions; nothing is wait
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from moe_contract.api_server import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, Kind
 
-from moe_operator.api.resource import API_VERSION, KIND
-from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.api.status import ConditionStatus
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Children
-from moe_operator.kubernetes.conditions import DEGRADED, PROGRESSING, READY, changed_conditions, read_conditions
+from moe_operator.kubernetes.conditions import DEGRADED, PROGRESSING, READY, Verdict
 from moe_operator.kubernetes.kinds import CHILDREN, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
+from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.waits import Wait, render_overdue, render_waits, split_waits, wait_for_object, wait_for_pod
 from moe_operator.plan.names import COMPONENT, GROUP, OWNER
@@ -26,7 +26,9 @@ from moe_operator.plan.owners import is_child, is_orphaned, owner_of
 
 Document = dict[str, Any]
 FINALIZER = f"{GROUP}/drain"
-SOON_S, SHORTLY_S, REFUSED_S = 2.0, 0.2, 30.0
+SOON_S, SHORTLY_S = 2.0, 0.2
+# What was refused may be taken later without a change of ours: a quota is raised, a stranger's object goes.
+REFUSED_S = 30.0
 _PARTS = ("gateway", "engine")
 
 log = logging.getLogger("moeserving.operator")
@@ -57,7 +59,8 @@ class Ending:
         store: the cluster as it was last seen.
         children: deletes objects.
         namespaces: tells which are being deleted themselves.
-        announce: posts the event of a changed condition.
+        notices: writes conditions.
+        blind_spot: why a namespace's objects are not known; empty where they are.
         clock: the time now.
     """
 
@@ -67,11 +70,13 @@ class Ending:
         store: Store,
         children: Children,
         namespaces: Namespaces,
-        announce: Callable[[Document, Condition], Awaitable[None]],
+        notices: Notices,
+        blind_spot: Callable[[str], str],
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._api, self._store, self._children = api, store, children
-        self._namespaces, self._announce, self._clock = namespaces, announce, clock
+        self._namespaces, self._notices = namespaces, notices
+        self._blind_spot, self._clock = blind_spot, clock
         # When something that no deletion time tells of was first waited for: by resource and part.
         self._since: dict[tuple[Key, str], datetime] = {}
 
@@ -84,13 +89,15 @@ class Ending:
             log.info("%s: its namespace is being deleted; nothing is drained", key)
             await self._release(key, document)
             return None
-        try:
-            return await self._run(key, document)
-        except ApiError as error:
-            if error.status != FORBIDDEN:
-                raise
-            await self._report(key, document, Progress(part="nothing"), problem=error.message)
-            return REFUSED_S
+        if not (problem := self._blind_spot(key.namespace)):
+            try:
+                return await self._run(key, document)
+            except ApiError as error:
+                if error.status != FORBIDDEN:
+                    raise
+                problem = error.message
+        await self._report(document, Progress(), problem=problem)
+        return REFUSED_S
 
     async def _run(self, key: Key, document: Document) -> float | None:
         if is_orphaned(document, self._list_children(key)):
@@ -99,7 +106,7 @@ class Ending:
             return None
         progress = await self._end_parts(key)
         if progress.waits or progress.overdue:
-            await self._report(key, document, progress)
+            await self._report(document, progress)
         if progress.waits:
             return progress.again_s
         await self._release(key, document)
@@ -109,6 +116,10 @@ class Ending:
         """One pass over children whose resource is gone without its finalizer, as after a forced removal of that."""
         left = (child for child in self._list_children(key) if "deletionTimestamp" not in child["metadata"])
         if not any(owner_of(child) for child in left):
+            return None
+        if problem := self._blind_spot(key.namespace):
+            # A namespace that went, or whose rights did: all of it is looked at anew once it can be read.
+            log.info("%s is gone; what it left cannot be read: %s", key, problem)
             return None
         if any(row["metadata"]["name"] == key.name for row in await self._list_servings(key.namespace)):
             return SOON_S
@@ -184,46 +195,23 @@ class Ending:
     def _list_children(self, key: Key) -> list[Document]:
         return [live for _, live in self._children_of(key)]
 
-    async def _report(self, key: Key, document: Document, progress: Progress, *, problem: str = "") -> None:
-        """Writes the conditions of an end; all else of the status stays as it was last."""
-        before = read_conditions(document)
-        conditions = plan_conditions(progress, problem, before, self._clock())
-        rows = [row.model_dump(mode="json", by_alias=True) for row in conditions]
-        status = document.get("status", {})
-        if rows == status.get("conditions"):
-            return
-        header = own_part(document, None)
-        header["metadata"].pop("uid")
-        written = await self._api.apply(SERVING, {**header, "status": status | {"conditions": rows}}, subresource="status")
-        self._store.put(SERVING, written)
-        for condition in changed_conditions(before, conditions):
-            await self._announce(document, condition)
+    async def _report(self, document: Document, progress: Progress, *, problem: str = "") -> None:
+        await self._notices.write(document, judge_progress(progress, problem), self._clock())
 
 
-def plan_conditions(
-    progress: Progress, problem: str, before: dict[str, Condition], now: datetime
-) -> tuple[Condition, ...]:
-    """The conditions of a resource that ends; those that tell of other things stay as they were."""
-    true, false = ConditionStatus.TRUE, ConditionStatus.FALSE
+def judge_progress(progress: Progress, problem: str) -> dict[str, Verdict]:
+    """The conditions of a resource that ends; those that tell of other things are not among them.
+
+    Args:
+        progress: where the end stands.
+        problem: why it cannot go on; empty when it can.
+    """
     waiting = f"ends {progress.part}; waits for {render_waits(progress.waits)}" if progress.waits else "all was ended"
-    verdicts = {
-        READY: (false, "Deleting", "the resource is being deleted"),
-        PROGRESSING: (true, "Deleting", problem or waiting),
+    return {
+        READY: (ConditionStatus.FALSE, "Deleting", "the resource is being deleted"),
+        PROGRESSING: (ConditionStatus.TRUE, "Deleting", problem or waiting),
         DEGRADED: _judge_end(progress, problem),
     }
-    current = {
-        kind: Condition(
-            type=kind,
-            status=status,
-            reason=reason,
-            message=message,
-            last_transition_time=before[kind].last_transition_time
-            if kind in before and before[kind].status is status
-            else now,
-        )
-        for kind, (status, reason, message) in verdicts.items()
-    }
-    return tuple((before | current).values())
 
 
 def _judge_end(progress: Progress, problem: str) -> tuple[ConditionStatus, str, str]:
@@ -233,18 +221,6 @@ def _judge_end(progress: Progress, problem: str) -> tuple[ConditionStatus, str, 
         message = f"should have ended and did not (is its node lost?): {render_overdue(progress.overdue)}"
         return ConditionStatus.TRUE, "NotEnding", f"{message}; the deletion goes on without"
     return ConditionStatus.FALSE, "AsExpected", ""
-
-
-def own_part(document: Document, finalizers: list[str] | None) -> Document:
-    """The resource as the operator applies it: what stands in it is the operator's."""
-    metadata = document["metadata"]
-    # The uid keeps an apply from making anew what was deleted meanwhile.
-    own = {name: metadata[name] for name in ("name", "namespace", "uid")}
-    return {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "metadata": own | ({} if finalizers is None else {"finalizers": finalizers}),
-    }
 
 
 def _component(live: Document) -> str:

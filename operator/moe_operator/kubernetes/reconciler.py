@@ -20,13 +20,15 @@ from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
-from moe_operator.api.status import Condition
+from moe_operator.api.status import Condition, ConditionStatus
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.signal import States
 from moe_operator.autoscale.source import Sources
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import (
+    DEGRADED,
+    READY,
     ConditionInputs,
     build_conditions,
     changed_conditions,
@@ -34,9 +36,10 @@ from moe_operator.kubernetes.conditions import (
     read_conditions,
 )
 from moe_operator.kubernetes.diagnosis import find_problems
-from moe_operator.kubernetes.ending import FINALIZER, Ending, own_part
+from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
+from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.report import build_status
@@ -48,8 +51,6 @@ from moe_operator.plan.names import Names
 Document = dict[str, Any]
 # While something is on its way, and while all is well but pods want to be looked at.
 SOON_S, STEADY_S = 2.0, 15.0
-# What was refused may be taken later without a change of ours: a quota is raised, a stranger's object goes.
-REFUSED_S = 30.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -76,6 +77,7 @@ class Reconciler:
         session: for calls to agents and gateways.
         defaults: images and the like.
         kinds: those that the cluster has now.
+        blind_spot: why the objects of a namespace are not known; empty where they are.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Reconciler:
         session: aiohttp.ClientSession,
         defaults: Defaults,
         kinds: Callable[[], frozenset[Kind]],
+        blind_spot: Callable[[str], str] = lambda namespace: "",
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
         self._namespaces = Namespaces(api)
-        self._ending = Ending(api, store, self._children, self._namespaces, self._post_event)
+        self._notices, self._blind_spot = Notices(api, store, self._post_event), blind_spot
+        self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
         self._kinds = kinds
 
@@ -104,6 +108,8 @@ class Reconciler:
             resource = parse_resource(_without_server_fields(document))
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
+        if problem := self._blind_spot(key.namespace):
+            return await self._report_blind(document, problem)
         await self._hold_on(document)
         if resource.spec.paused:
             return await self._report_paused(key, document, resource)
@@ -193,6 +199,16 @@ class Reconciler:
         inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
         await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
         return None
+
+    async def _report_blind(self, document: Document, problem: str) -> float:
+        """Nothing is touched: what is not seen may be running."""
+        message = f"the operator cannot read the objects of this namespace: {problem}"
+        verdicts = {
+            READY: (ConditionStatus.UNKNOWN, "NotPermitted", message),
+            DEGRADED: (ConditionStatus.TRUE, "NotPermitted", message),
+        }
+        await self._notices.write(document, verdicts, datetime.now(UTC))
+        return REFUSED_S
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)

@@ -22,8 +22,8 @@ from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
 from moe_operator.plan.names import ROTATED_AT, Names
-from moe_operator.plan.owners import build_owners
 from moe_operator.plan.network import build_policies, build_services
+from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 

@@ -21,10 +21,12 @@ from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
+from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_count
 from moe_operator.plan.names import ROTATED_AT, Names
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
+from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 
 Object = dict[str, Any]
@@ -42,7 +44,8 @@ class Observed:
         rotated_at: what the Secret says of its last rotation; empty before the first.
         stable: the revision of the stable engines; None before the first.
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
-        externally_managed_replicas: another manager (an autoscaler) owns the number of the engines' workload.
+        scaled: workloads, by kind and name, whose number of replicas another manager (an autoscaler) set last.
+        gateways: wanted number of gateways, as the live object has it; None without one.
         has_service_monitors: the cluster knows ServiceMonitors.
     """
 
@@ -52,7 +55,8 @@ class Observed:
     rotated_at: str = ""
     stable: Revision | None = None
     replicas: int | None = None
-    externally_managed_replicas: bool = False
+    scaled: Mapping[Place, Scaled] = field(default_factory=dict)
+    gateways: int | None = None
     has_service_monitors: bool = False
 
 
@@ -89,7 +93,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     names = Names(resource.metadata.name)
     wanted = build_revision(resource)
     stable = _stable_revision(resource, observed, wanted)
-    replicas = plan_replicas(resource, observed)
+    count = plan_engine_count(resource, observed)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
     request = pods.as_json(request_settings(resource.spec.scheduling.request))
@@ -102,15 +106,18 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
         *build_policies(resource, names, engines, defaults, has_service_monitors=observed.has_service_monitors),
-        _build_engines(at_revision(resource, stable), names, STABLE, stable, replicas, observed, defaults),
+        _build_engines(at_revision(resource, stable), names, STABLE, stable, count, defaults),
     ]
     canary = resource.spec.engine.canary
     if has_canary and canary is not None:
-        objects.append(_build_engines(resource, names, CANARY, wanted, canary.replicas, observed, defaults))
-    objects.append(_build_gateway(resource, names, defaults))
+        place = (_engines_kind(resource), names.canary)
+        beside = count_replicas(place, canary.replicas, observed.scaled)
+        objects.append(_build_engines(resource, names, CANARY, wanted, beside, defaults))
+    objects.append(_build_gateway(resource, names, observed, defaults))
+    objects += build_gateway_scaler(resource, names)
     return ClusterPlan(
         objects=tuple(_finish(entry, resource, names, namespace, observed) for entry in objects),
-        replicas=replicas,
+        replicas=count.replicas,
         groups=groups,
         agent=pods.build_agent_settings(resource),
         request=request,
@@ -127,6 +134,19 @@ def plan_replicas(resource: MoEServing, observed: Observed) -> int:
     if autoscaling.mode is AutoscalingMode.INTERNAL and observed.replicas is not None:
         replicas = observed.replicas
     return min(autoscaling.max_replicas, max(autoscaling.min_replicas, replicas))
+
+
+def plan_engine_count(resource: MoEServing, observed: Observed) -> Count:
+    """The number of stable engines, and whether it is the resource's or another manager's."""
+    planned, autoscaling = plan_replicas(resource, observed), resource.spec.autoscaling
+    if autoscaling is not None and autoscaling.mode is AutoscalingMode.INTERNAL:
+        return own_replicas(planned)
+    place = (_engines_kind(resource), Names(resource.metadata.name).engine)
+    return count_replicas(place, planned, observed.scaled)
+
+
+def _engines_kind(resource: MoEServing) -> str:
+    return "Deployment" if resource.spec.engine.parallelism.nodes == 1 else "LeaderWorkerSet"
 
 
 def _check(resource: MoEServing) -> None:
@@ -203,14 +223,13 @@ def _build_engines(
     names: Names,
     revision: str,
     content: Revision,
-    replicas: int,
-    observed: Observed,
+    count: Count,
     defaults: Defaults,
 ) -> Object:
     name = names.engine if revision == STABLE else names.canary
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
-    metadata = {"name": name, "labels": names.labels("engine", revision)}
-    count = {} if observed.externally_managed_replicas and revision == STABLE else {"replicas": replicas}
+    labels = names.labels("engine", revision)
+    metadata = {"name": name, "labels": labels, "annotations": dict(count.annotations)}
     surge, away = (1, 0) if resource.spec.engine.update is Update.SURGE else (0, 1)
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": away}}
     nodes = resource.spec.engine.parallelism.nodes
@@ -220,7 +239,7 @@ def _build_engines(
             "kind": "Deployment",
             "metadata": metadata,
             "spec": {
-                **count,
+                **count.spec,
                 "selector": {"matchLabels": names.labels("engine", revision)},
                 "strategy": rolling,
                 "progressDeadlineSeconds": 2
@@ -234,7 +253,7 @@ def _build_engines(
         "kind": "LeaderWorkerSet",
         "metadata": metadata,
         "spec": {
-            **count,
+            **count.spec,
             "startupPolicy": "LeaderCreated",
             "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": rolling["rollingUpdate"]},
             "leaderWorkerTemplate": {
@@ -247,13 +266,18 @@ def _build_engines(
     }
 
 
-def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
+def _build_gateway(resource: MoEServing, names: Names, observed: Observed, defaults: Defaults) -> Object:
+    count = plan_gateway_count(resource, names, observed)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": names.gateway, "labels": names.labels("gateway")},
+        "metadata": {
+            "name": names.gateway,
+            "labels": names.labels("gateway"),
+            "annotations": dict(count.annotations),
+        },
         "spec": {
-            "replicas": resource.spec.gateway.replicas,
+            **count.spec,
             "selector": {"matchLabels": names.labels("gateway")},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": pods.build_gateway_template(resource, names, defaults),

@@ -11,6 +11,7 @@ from moe_operator.kubernetes.waits import (
     POD_MARGIN,
     UNMARKED,
     Wait,
+    find_remains,
     render_overdue,
     render_waits,
     split_waits,
@@ -52,6 +53,13 @@ def pod(**metadata: Any) -> Document:
 )
 def test_what_is_waited_for_and_until_when(wait: Wait, text: str, until: datetime) -> None:
     assert (wait.text, wait.until) == (text, until)
+
+
+def test_what_holds_the_place_of_another_object_is_named() -> None:
+    held = {"name": "tiny-cache", "deletionTimestamp": MARKED, "finalizers": ["kubernetes.io/pvc-protection"]}
+    rows = [{"kind": "Service", "metadata": {"name": "tiny"}}, {"kind": "PersistentVolumeClaim", "metadata": held}]
+    text = "waits for PersistentVolumeClaim tiny-cache (held by kubernetes.io/pvc-protection), which is being deleted"
+    assert find_remains(rows) == [text]
 
 
 waits = st.lists(

@@ -80,11 +80,18 @@ class Node:
 
     def remove_ended(self, component: str = "") -> None:
         """Removes the pods that are marked for deletion, as a kubelet does once their processes have ended."""
-        for pod in self.pods(component):
-            if "deletionTimestamp" in pod["metadata"]:
-                name = pod["metadata"]["name"]
-                words = ("-n", self._namespace, "--grace-period=0", "--force", "--ignore-not-found", "--wait=false")
-                self._cluster.kubectl("delete", "pod", name, *words)
+        self.remove_ended_of({pod["metadata"]["name"] for pod in self.pods(component)})
+
+    def remove_ended_of(self, names: set[str]) -> None:
+        """Removes those of these pods that are marked for deletion."""
+        for pod in self.pods():
+            if "deletionTimestamp" in pod["metadata"] and pod["metadata"]["name"] in names:
+                self.remove(pod["metadata"]["name"])
+
+    def remove(self, name: str) -> None:
+        """Removes a pod's object at once."""
+        words = ("-n", self._namespace, "--grace-period=0", "--force", "--ignore-not-found", "--wait=false")
+        self._cluster.kubectl("delete", "pod", name, *words)
 
     def wait_for_pods(self, count: int) -> None:
         """Makes pods ready until there are so many."""

@@ -37,7 +37,7 @@ from moe_operator.kubernetes.conditions import (
 )
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
-from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.kinds import CHILDREN, EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed
@@ -45,6 +45,7 @@ from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_st
 from moe_operator.kubernetes.report import build_status
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
+from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.names import Names
 
@@ -185,7 +186,7 @@ class Reconciler:
             refused="; ".join(applied.refused),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
-            rolling=tuple(_rolling(self._store, current.key)),
+            rolling=(*_rolling(self._store, current.key), *self._find_remains(current.key)),
             findings=find_problems(current.pods, current.states),
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
@@ -193,6 +194,9 @@ class Reconciler:
         return await self._write_status(
             current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
+
+    def _find_remains(self, key: Key) -> list[str]:
+        return find_remains(live for _, live in self._store.children(key, CHILDREN))
 
     async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""

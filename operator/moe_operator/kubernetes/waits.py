@@ -63,6 +63,12 @@ def wait_for_object(live: Mapping[str, Any], since: datetime) -> Wait:
     )
 
 
+def find_remains(children: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The objects that are being deleted and whose place another is to take, in words, sorted."""
+    rows = (wait_for_object(live, datetime.min).text for live in children if "deletionTimestamp" in live["metadata"])
+    return [f"waits for {text}, which is being deleted" for text in sorted(rows)]
+
+
 def split_waits(waits: Iterable[Wait], now: datetime) -> tuple[list[Wait], list[Wait]]:
     """Those that still run, and those that are over."""
     rows = [*waits]

@@ -18,9 +18,12 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.secrets = 503
+        self.closed = ""
         self.leases: list[str] = []
 
     async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
+        if namespace is not None and namespace == self.closed:
+            raise ApiError(FORBIDDEN, f"no {kind.plural} in {namespace}")
         if kind == SECRET and self.secrets:
             raise ApiError(self.secrets, "no secrets")
         return Listing(items=[], version="1")
@@ -110,5 +113,17 @@ async def leads(server: FakeServer, frame: FakeKopf) -> None:
     operator = Operator(OperatorSettings(metrics_port=0))
     running = asyncio.create_task(operator.run())
     await until(lambda: server.leases and frame.starts)
+    operator.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_namespace_that_is_closed_keeps_no_other_waiting(server: FakeServer, frame: FakeKopf) -> None:
+    server.secrets, server.closed = 0, "a"
+    operator = Operator(OperatorSettings(metrics_port=0, namespaces=("a", "b")))
+    running = asyncio.create_task(operator.run())
+    await until(lambda: server.leases and frame.starts)
+    sight = operator._watches.sight
+    assert (sight.blind_spot("a") != "", sight.blind_spot("b")) == (True, "")
+    assert {namespace for _, namespace in sight.unreadable()} == {"a"}
     operator.stop()
     await asyncio.wait_for(running, 10)

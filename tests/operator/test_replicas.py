@@ -20,9 +20,9 @@ PLACE = ("Deployment", "tiny-gateway")
         (2, Scaled(count=5, note="ours"), 2, True),
         (2, Scaled(count=0, note="2"), 0, False),
     ],
-    ids=["nobody else", "scaled", "scaled before there were notes", "new number", "taken back", "scaled to zero"],
+    ids=["nobody else", "scaled", "scaled before there were notes", "new number", "claimed again", "scaled to zero"],
 )
-def test_who_sets_the_number(planned: int, other: Scaled | None, replicas: int, ours: bool) -> None:
+def test_the_manager_that_sets_the_number(planned: int, other: Scaled | None, replicas: int, ours: bool) -> None:
     count = count_replicas(PLACE, planned, {} if other is None else {PLACE: other})
     assert count == Count(
         replicas=replicas, spec={"replicas": planned} if ours else {}, annotations={NOTE: str(planned)}

@@ -152,7 +152,7 @@ def test_without_the_right_to_read_all_leases_those_of_the_own_namespace_count()
     run_in_virtual_time(scenario())
 
 
-def test_who_waits_in_the_lease_of_another_release_says_so() -> None:
+def test_a_candidate_in_the_lease_of_another_release_says_so() -> None:
     async def scenario() -> None:
         cluster = Cluster()
         first, second = release(cluster, "x", "same", "a"), release(cluster, "x", "same", "b")

@@ -94,7 +94,7 @@ class Node:
         self._cluster.kubectl("delete", "pod", name, *words)
 
     def wait_for_pods(self, count: int) -> None:
-        """Makes pods ready until there are so many."""
+        """Makes pods ready until that number of them runs."""
 
         def ready() -> bool:
             self.run_pods()

@@ -1,6 +1,6 @@
 """One life of a resource under many faults, beside real controllers; what stands for a kubelet and Prometheus is here.
 
-Each fault is done, told by a condition where it lasts, mended, and followed by a check that the resource is whole:
+Each fault is done, reported by a condition where it lasts, mended, and followed by a check that the resource is whole:
 as many ready engines as it asks for and each of them once, its claim the same, all its objects there.
 """
 
@@ -39,28 +39,28 @@ class Fault:
         name: of the fault, as the table has it.
         smoke: times in a short run.
         full: times in a full run.
-        told: where it is told.
+        report: where it is reported.
     """
 
     name: str
     smoke: int
     full: int
-    told: str
+    report: str
 
 
-KILL = Fault(name="operator killed amid a change", smoke=8, full=200, told="nothing is left half-done")
-OUTAGE = Fault(name="API server away", smoke=1, full=20, told="metric `moeserving_operator_reconciles_total`")
-SILENCE = Fault(name="Prometheus away", smoke=1, full=20, told="`AutoscalingLimited`: `NoSignal`")
-EVICTION = Fault(name="engine evicted", smoke=2, full=50, told="`Progressing`: `EnginesStarting` until it is replaced")
-LOSS = Fault(name="node lost with an engine", smoke=2, full=20, told="`Progressing`; at an end `Degraded`: `NotEnding`")
-QUOTA = Fault(name="quota that comes and goes", smoke=1, full=10, told="`Degraded`: `Refused`")
+KILL = Fault(name="operator killed amid a change", smoke=8, full=200, report="nothing is left half-done")
+OUTAGE = Fault(name="API server away", smoke=1, full=20, report="metric `moeserving_operator_reconciles_total`")
+SILENCE = Fault(name="Prometheus away", smoke=1, full=20, report="`AutoscalingLimited`: `NoSignal`")
+EVICTION = Fault(name="engine evicted", smoke=2, full=50, report="`Progressing`: `EnginesStarting`")
+LOSS = Fault(name="node lost with an engine", smoke=2, full=20, report="`Progressing`; at the end `NotEnding`")
+QUOTA = Fault(name="quota that comes and goes", smoke=1, full=10, report="`Degraded`: `Refused`")
 FAULTS = (KILL, OUTAGE, SILENCE, EVICTION, LOSS, QUOTA)
 
 
 def render_table(counts: Mapping[str, int]) -> str:
-    """The table of a run: each fault, how often, where it is told."""
-    rows = [f"| {fault.name} | {counts[fault.name]} | {fault.told} |" for fault in FAULTS]
-    return "\n".join(["| fault | times | told by |", "|---|---|---|", *rows])
+    """The table of a run: each fault, how often, where it is reported."""
+    rows = [f"| {fault.name} | {counts[fault.name]} | {fault.report} |" for fault in FAULTS]
+    return "\n".join(["| fault | times | reported by |", "|---|---|---|", *rows])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,25 +158,25 @@ class Life:
         return dict((await fetch_serving(Api(self.server), self.key) or {}).get("status", {}))
 
     async def is_whole(self) -> bool:
-        """Whether as many engines are ready as the resource asks for, each counted once, and all is told so."""
+        """Whether as many engines are ready as the resource asks for, each counted once, and the conditions say so."""
         live = await fetch_serving(self.operator.api, self.key) or {}
-        status, told = live.get("status", {}), conditions(live)
+        status, rows = live.get("status", {}), conditions(live)
         names = [row["name"] for row in status.get("engines", []) if row["name"] in self.engines()]
         whole = status.get("readyReplicas") == ENGINES == len(set(names)) == len(names) == len(self.engines())
-        return whole and told["Degraded"]["status"] == "False" and told["AutoscalingLimited"]["reason"] != "NoSignal"
+        return whole and rows["Degraded"]["status"] == "False" and rows["AutoscalingLimited"]["reason"] != "NoSignal"
 
     def engines(self) -> set[str]:
         """The engines that run."""
         pods = [pod for pod in self.node.pods("engine") if "deletionTimestamp" not in pod["metadata"]]
         return {pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Running"}
 
-    async def is_told(self, kind: str, reason: str) -> bool:
+    async def is_reported(self, kind: str, reason: str) -> bool:
         """Whether a condition has a reason."""
         live = await fetch_serving(self.operator.api, self.key) or {}
         return bool(conditions(live)[kind]["reason"] == reason)
 
     async def do(self, fault: Fault) -> None:
-        """Does a fault, has it told and mended, and checks that all is whole."""
+        """Does a fault, has it reported and mended, and checks that all is whole."""
         await {
             KILL.name: self.kill,
             OUTAGE.name: self.outage,
@@ -227,7 +227,7 @@ class Life:
     async def silence(self) -> None:
         """Prometheus is away until the resource says so."""
         self.prometheus.is_there = False
-        await self.until(lambda: self.is_told("AutoscalingLimited", "NoSignal"), "the silence is told")
+        await self.until(lambda: self.is_reported("AutoscalingLimited", "NoSignal"), "the silence is reported")
         self.prometheus.is_there = True
 
     async def evict(self) -> None:
@@ -262,7 +262,7 @@ class Life:
         await asyncio.to_thread(self.cluster.kubectl, *words)
         await asyncio.to_thread(self._wait_for_quota)
         await asyncio.to_thread(self.cluster.kubectl, "delete", "configmap", "tiny-settings", "-n", namespace)
-        await self.until(lambda: self.is_told("Degraded", "Refused"), "the quota is told")
+        await self.until(lambda: self.is_reported("Degraded", "Refused"), "the quota is reported")
         await asyncio.to_thread(self.cluster.kubectl, "delete", "quota", "none", "-n", namespace)
 
     def _wait_for_quota(self) -> None:

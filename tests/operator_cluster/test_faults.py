@@ -1,4 +1,4 @@
-"""Faults survived, in one life: nothing is stuck, no engine is counted twice, no claim is lost, each is told."""
+"""Faults survived, in one life: nothing is stuck, no engine is counted twice, no claim is lost, each is reported."""
 
 import random
 from datetime import timedelta

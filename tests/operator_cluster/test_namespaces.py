@@ -148,7 +148,7 @@ def test_a_namespace_that_comes_later_is_served_once_its_role_is_there(
     assert readiness(operator)[1]["unreadable"] == []
 
 
-def test_one_kind_that_is_refused_in_one_namespace_is_told_there_alone(
+def test_one_kind_that_is_refused_in_one_namespace_is_reported_there_alone(
     controlled_cluster: ControlledCluster, names: tuple[str, str], grant: Any, start: Any
 ) -> None:
     cluster, (first, second) = controlled_cluster, names

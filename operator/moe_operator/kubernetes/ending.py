@@ -176,7 +176,7 @@ class Ending:
         log.info("%s: deleted with its children left as they are", key)
 
     async def _release(self, key: Key, document: Document) -> None:
-        """Lets the resource go."""
+        """Removes the finalizer, so that the resource goes."""
         try:
             await self._api.apply(SERVING, own_part(document, []))
         except ApiError as error:

@@ -34,6 +34,6 @@ class Presence:
         return self.role in (Role.LEADS, Role.STANDS_BY)
 
     def document(self) -> dict[str, Any]:
-        """The answer of `/readyz`."""
+        """Returns the body of the answer of `/readyz`."""
         unreadable = [{"kind": kind, "namespace": namespace} for kind, namespace in self.unreadable]
         return {"role": self.role.value, "rivals": [*self.rivals], "unreadable": unreadable}

@@ -100,7 +100,7 @@ class Watches:
         self._count(kind, namespace)
 
     def failed(self, kind: Kind, namespace: str | None, error: ApiError) -> None:
-        """Notes that a kind cannot be read; its resources are told so where that is no passing failure."""
+        """Notes that a kind cannot be read; its resources report it unless the failure passes by itself."""
         log.warning("%s cannot be read: %s", place_text(kind, namespace), error)
         if self.sight.failed(kind, namespace, error):
             self._sync()

@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from cluster_problem import ClusterProblem
 from controlled import ControlledCluster, Node
 from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving
 from moe_contract.api_server import ApiError, ApiServer
@@ -148,7 +149,7 @@ class Life:
                 await asyncio.to_thread(self.node.run_pods)
                 if await holds():
                     return
-            except ApiError:
+            except (ApiError, ClusterProblem):
                 self.failed_passes += 1
             assert time.monotonic() < give_up_s, f"{what}: {await self.describe()}"
             await asyncio.sleep(0.05)
@@ -161,8 +162,9 @@ class Life:
         """Whether as many engines are ready as the resource asks for, each counted once, and the conditions say so."""
         live = await fetch_serving(self.operator.api, self.key) or {}
         status, rows = live.get("status", {}), conditions(live)
-        names = [row["name"] for row in status.get("engines", []) if row["name"] in self.engines()]
-        whole = status.get("readyReplicas") == ENGINES == len(set(names)) == len(names) == len(self.engines())
+        running = self.engines()
+        names = [row["name"] for row in status.get("engines", []) if row["name"] in running]
+        whole = status.get("readyReplicas") == ENGINES == len(set(names)) == len(names) == len(running)
         return whole and rows["Degraded"]["status"] == "False" and rows["AutoscalingLimited"]["reason"] != "NoSignal"
 
     def engines(self) -> set[str]:
@@ -215,13 +217,14 @@ class Life:
     async def outage(self) -> None:
         """Kills the API server; a pass fails; the server comes back."""
         before = self.failed_passes
-        await asyncio.to_thread(lambda: self.cluster.stop_api_server(kill=True))
+        self.cluster.stop_api_server(kill=True)
         try:
             await self.operator.relist()
             await self.operator.reconciler.reconcile(self.key)
         except ApiError:
             self.failed_passes += 1
-        await asyncio.to_thread(self.cluster.start_api_server)
+        # Here and not in a thread: a server that is tied ends with the thread that started it.
+        self.cluster.start_api_server()
         assert self.failed_passes > before
 
     async def silence(self) -> None:

@@ -59,16 +59,21 @@ class Life:
         self._operator = FreshOperator(api, self._session, [self.key.namespace])
         await self._operator.relist()
 
+    async def _pass_until_quiet(self) -> None:
+        await self._operator.relist()
+        await self._operator.settle(self.key)
+
     async def _settle(self) -> State:
         while True:
             try:
-                await self._operator.relist()
-                await self._operator.settle(self.key)
+                await self._pass_until_quiet()
+                # A pass after a kill may find nothing to write but a claim that is held.
+                await let_go_of_claims(self._api, self._operator.store, self.key)
+                await self._pass_until_quiet()
                 break
             except Killed:
                 self.kills += 1
                 await self._start()
-        await let_go_of_claims(self._api, self._operator.store, self.key)
         found = await fetch_children(self._api, self.key.namespace)
         return {place: comparable(document) for place, document in found.items()}
 

@@ -8,8 +8,8 @@ import pytest
 import typer
 import yaml
 from moe_operator.cli.operator import operator
-from moe_operator.kubernetes.kinds import CHILDREN, EVENT, LEASE, POD, SERVING
-from moe_operator.kubernetes.operator import LEASE_NAME
+from moe_operator.kubernetes.kinds import CHILDREN, EVENT, LEASE, NAMESPACE, POD, SERVING
+from moe_operator.kubernetes.rivals import FORMER_LEASE
 from moe_operator.kubernetes.settings import read_defaults
 from moe_operator.plan.access import build_access
 from moe_operator.plan.names import COMPONENT, Names
@@ -53,6 +53,7 @@ def needed():
     yield from ((SERVING.group, f"{SERVING.plural}/status", verb) for verb in ("get", "patch"))
     yield SERVING.group, f"{SERVING.plural}/finalizers", "update"
     yield from ((EVENT.group, EVENT.plural, verb) for verb in ("create", "patch"))
+    yield NAMESPACE.group, NAMESPACE.plural, "get"
 
 
 def lent():
@@ -61,7 +62,10 @@ def lent():
     return granted(role["rules"])
 
 
-CLUSTER_ONLY = {("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("get", "list", "watch")}
+LEASES = {(LEASE.group, LEASE.plural, "list")}
+CLUSTER_ONLY = LEASES | {
+    ("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("get", "list", "watch")
+}
 
 
 def test_the_operator_may_do_in_the_cluster_what_it_does_and_no_more(render):
@@ -70,10 +74,14 @@ def test_the_operator_may_do_in_the_cluster_what_it_does_and_no_more(render):
     assert [role["metadata"]["name"] for role in of_kind(documents, "Role")] == ["moeserving-election"]
 
 
-def test_with_namespaces_the_operator_may_do_nothing_outside_of_them(render):
+def test_with_namespaces_the_operator_may_outside_of_them_only_what_outlasts_their_roles(render):
     documents = render({"watchNamespaces": ["team-a", "team-b"]})
-    assert not of_kind(documents, "ClusterRole")
-    assert not of_kind(documents, "ClusterRoleBinding")
+    resource = {row for row in needed() if row[0] == SERVING.group}
+    across = granted(one(documents, "ClusterRole")["rules"])
+    assert across == resource | LEASES | {(NAMESPACE.group, NAMESPACE.plural, "get")}
+    closed = render({"watchNamespaces": ["team-a", "team-b"], "rbac": {"acrossNamespaces": False}})
+    assert not of_kind(closed, "ClusterRole")
+    assert not of_kind(closed, "ClusterRoleBinding")
     roles = {role["metadata"]["namespace"]: role for role in of_kind(documents, "Role")}
     assert set(roles) == {"team-a", "team-b", "moeserving-system"}
     for namespace in ("team-a", "team-b"):
@@ -95,7 +103,8 @@ def test_the_own_namespace_may_be_one_of_those_served(render):
 def test_the_operator_may_hold_its_lease_and_no_other(render, values):
     (role,) = [row for row in of_kind(render(values), "Role") if row["metadata"]["name"] == "moeserving-election"]
     by_name = {tuple(rule.get("resourceNames", [])): set(rule["verbs"]) for rule in role["rules"]}
-    assert by_name == {(LEASE_NAME,): {"get", "update"}, (): {"create"}}
+    assert by_name == {("moeserving",): {"get", "update"}, (FORMER_LEASE,): {"get"}, (): {"create", "list"}}
+    assert "--lease=moeserving" in operator_pod(render(values))["spec"]["containers"][0]["command"]
     assert {(rule["apiGroups"][0], rule["resources"][0]) for rule in role["rules"]} == {(LEASE.group, LEASE.plural)}
 
 

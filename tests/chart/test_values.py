@@ -49,6 +49,7 @@ OTHER = {
     "images.engineCpu.tag": "9.9.9",
     "imagePullSecrets": [{"name": "registry"}],
     "rbac.create": False,
+    "rbac.acrossNamespaces": False,
     "serviceAccount.create": False,
     "serviceAccount.name": "other",
     "serviceAccount.annotations": {"example.com/role": "reader"},
@@ -70,6 +71,7 @@ OTHER = {
     "affinity": {"nodeAffinity": {}},
 }
 BESIDE = {
+    "rbac.acrossNamespaces": {"watchNamespaces": ["team-a"]},
     "serviceMonitor.interval": {"serviceMonitor.enabled": True},
     "serviceMonitor.labels": {"serviceMonitor.enabled": True},
     "podDisruptionBudget.enabled": {"replicas": 2},

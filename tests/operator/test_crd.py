@@ -22,6 +22,7 @@ from moe_operator.api import (
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
+from moe_operator.api.gateway import GatewayAutoscaling
 from moe_operator.api.model import Cache, Model
 from moe_operator.api.network import Peer
 from moe_operator.api.pods import GatewayService
@@ -142,6 +143,7 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Autoscaling,
         Cache,
         Engine,
+        GatewayAutoscaling,
         GatewayService,
         Model,
         Parallelism,

@@ -1,4 +1,4 @@
-"""The operator stands for election, and answers its liveness probe, once it has read every kind."""
+"""The operator stands for election, and answers its liveness probe, once every kind was read or refused."""
 
 import asyncio
 from typing import Any
@@ -7,21 +7,25 @@ import kopf
 import pytest
 from moe_contract.api_server import FORBIDDEN, NOT_FOUND, ApiError, Kind, Listing
 from moe_operator.kubernetes import operator as module
+from moe_operator.kubernetes import watches
 from moe_operator.kubernetes.kinds import LEASE, SECRET
 from moe_operator.kubernetes.operator import Operator
 from moe_operator.kubernetes.settings import OperatorSettings
 
 
 class FakeServer:
-    """An API server without objects, which refuses to list Secrets while `refuses` is set."""
+    """An API server without objects, whose lists of Secrets fail with `secrets` while that is set."""
 
     def __init__(self) -> None:
-        self.refuses = True
+        self.secrets = 503
+        self.closed = ""
         self.leases: list[str] = []
 
     async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
-        if kind == SECRET and self.refuses:
-            raise ApiError(FORBIDDEN, "secrets is forbidden")
+        if namespace is not None and namespace == self.closed:
+            raise ApiError(FORBIDDEN, f"no {kind.plural} in {namespace}")
+        if kind == SECRET and self.secrets:
+            raise ApiError(self.secrets, "no secrets")
         return Listing(items=[], version="1")
 
     async def watch(self, *_: Any, **__: Any) -> Any:
@@ -71,14 +75,14 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_an_operator_that_may_not_read_a_kind_neither_leads_nor_is_live(
+async def test_an_operator_that_has_not_read_a_kind_neither_leads_nor_is_live(
     server: FakeServer, frame: FakeKopf
 ) -> None:
     operator = Operator(OperatorSettings(metrics_port=0))
     running = asyncio.create_task(operator.run())
     await asyncio.sleep(0.3)
     assert (server.leases, frame.starts) == ([], 0)
-    server.refuses = False
+    server.secrets = 0
     await until(lambda: server.leases and frame.starts)
     operator.stop()
     await asyncio.wait_for(running, 10)
@@ -91,3 +95,35 @@ async def test_an_operator_that_waits_for_a_kind_ends_when_it_is_stopped(server:
     operator.stop()
     await asyncio.wait_for(running, 10)
     assert server.leases == []
+
+
+async def test_a_kind_that_is_refused_keeps_nobody_waiting(server: FakeServer, frame: FakeKopf) -> None:
+    server.secrets = FORBIDDEN
+    await leads(server, frame)
+
+
+async def test_a_kind_that_fails_again_and_again_keeps_the_work_waiting_for_a_while_alone(
+    server: FakeServer, frame: FakeKopf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watches, "PATIENCE_S", 0.0)
+    await leads(server, frame)
+
+
+async def leads(server: FakeServer, frame: FakeKopf) -> None:
+    operator = Operator(OperatorSettings(metrics_port=0))
+    running = asyncio.create_task(operator.run())
+    await until(lambda: server.leases and frame.starts)
+    operator.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_namespace_that_is_closed_keeps_no_other_waiting(server: FakeServer, frame: FakeKopf) -> None:
+    server.secrets, server.closed = 0, "a"
+    operator = Operator(OperatorSettings(metrics_port=0, namespaces=("a", "b")))
+    running = asyncio.create_task(operator.run())
+    await until(lambda: server.leases and frame.starts)
+    sight = operator._watches.sight
+    assert (sight.blind_spot("a") != "", sight.blind_spot("b")) == (True, "")
+    assert {namespace for _, namespace in sight.unreadable()} == {"a"}
+    operator.stop()
+    await asyncio.wait_for(running, 10)

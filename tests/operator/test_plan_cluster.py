@@ -18,8 +18,9 @@ from moe_operator.api.units import duration_s
 from moe_operator.cli.command import app
 from moe_operator.kubernetes.kinds import CHILDREN, kind_of
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
-from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER
+from moe_operator.plan.names import COMPONENT, INSTANCE, MANAGED_BY, MANAGER, OWNER
 from moe_operator.plan.references import find_references
+from moe_operator.plan.replicas import Scaled
 from resource_strategies import documents
 from typer.testing import CliRunner
 
@@ -90,9 +91,9 @@ def test_every_object_of_a_plan_is_known_owned_labelled_and_there_once(document:
         assert metadata["labels"][INSTANCE] == document["metadata"]["name"]
         if entry["kind"] == "PersistentVolumeClaim" and not ends_with_claim(document):
             assert "ownerReferences" not in metadata
+            assert OWNER not in metadata.get("annotations", {})
             continue
-        (owner,) = metadata["ownerReferences"]
-        assert (owner["uid"], owner["name"], owner["controller"]) == ("u", document["metadata"]["name"], True)
+        assert metadata["annotations"][OWNER] == "u"
 
 
 @settings(max_examples=60)
@@ -186,12 +187,13 @@ def test_the_number_of_engines(autoscaling: Document | None, live: int | None, w
 
 
 def test_a_number_that_another_manager_owns_is_not_in_the_plan() -> None:
-    observed = Observed(tokens=("t",), replicas=7, externally_managed_replicas=True)
+    observed = Observed(tokens=("t",), scaled={("Deployment", "tiny-engine"): Scaled(count=7, note="1")})
     planned = plan_cluster(parse_resource(serving()), "ns", observed, Defaults())
     numbers = {
         row["metadata"]["name"]: row["spec"].get("replicas") for row in planned.objects if row["kind"] == "Deployment"
     }
     assert numbers == {"tiny-engine": None, "tiny-gateway": 1}
+    assert planned.replicas == 7
 
 
 def test_a_pod_template_is_merged_but_selectors_and_the_configuration_stay_ours() -> None:

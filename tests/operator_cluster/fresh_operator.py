@@ -15,7 +15,7 @@ from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, WATCHED
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults
-from moe_operator.plan.names import APPLIED
+from moe_operator.plan.names import APPLIED, OWNER
 from serving_documents import serving
 
 Document = dict[str, Any]
@@ -118,9 +118,9 @@ async def fetch_serving(api: Api, key: Key) -> Document | None:
 def comparable(document: Document) -> Document:
     """An object without what differs between two that are made alike: what the API server chose, and the token."""
     metadata = {name: value for name, value in document["metadata"].items() if name not in _SERVERS_OWN}
-    # The digest is over the owner's uid, too.
+    # Both tell of the owner's uid.
     metadata["annotations"] = {
-        name: value for name, value in metadata.get("annotations", {}).items() if name != APPLIED
+        name: value for name, value in metadata.get("annotations", {}).items() if name not in (APPLIED, OWNER)
     }
     rest = {name: value for name, value in document.items() if name != "status"}
     if document["kind"] == "Secret":

@@ -1,7 +1,6 @@
 """An operator that is killed at any moment: the next one goes on, and what comes of it is the same."""
 
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from moe_contract.api_server import ApiServer
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import CLAIM, SERVING
 from moe_operator.kubernetes.store import Key
+from scissors import Killed, Scissors
 from serving_documents import serving
 
 KILLS_IN_A_LIFE = 12
@@ -26,34 +26,6 @@ AFTER = serving(
     engine={"replicas": 3, "args": ["--seed=1"], "canary": {"weight": 20}},
     gateway={"service": {"port": 8080}},
 )
-
-
-class Killed(BaseException):
-    """Stands for the end of the operator's process."""
-
-
-class Scissors:
-    """A connection that ends with its process: before a call reaches the API server, or after it did."""
-
-    def __init__(self, server: Any, calls_left: int, *, after: bool) -> None:
-        self._server, self._calls_left, self._after = server, calls_left, after
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._server, name)
-        return self._cutting(method) if name in ("apply", "merge", "create", "replace", "delete", "get") else method
-
-    def _cutting(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def call(*arguments: Any, **options: Any) -> Any:
-            self._calls_left -= 1
-            if self._calls_left == 0 and not self._after:
-                raise Killed
-            try:
-                return await method(*arguments, **options)
-            finally:
-                if self._calls_left == 0:
-                    raise Killed
-
-        return call
 
 
 class Life:
@@ -89,16 +61,21 @@ class Life:
         self._operator = FreshOperator(api, self._session, [self.key.namespace])
         await self._operator.relist()
 
+    async def _pass_until_quiet(self) -> None:
+        await self._operator.relist()
+        await self._operator.settle(self.key)
+
     async def _settle(self) -> State:
         while True:
             try:
-                await self._operator.relist()
-                await self._operator.settle(self.key)
+                await self._pass_until_quiet()
+                # A pass after a kill may find nothing to write but a claim that is held.
+                await let_go_of_claims(self._api, self._operator.store, self.key)
+                await self._pass_until_quiet()
                 break
             except Killed:
                 self.kills += 1
                 await self._start()
-        await let_go_of_claims(self._api, self._operator.store, self.key)
         found = await fetch_children(self._api, self.key.namespace)
         return {place: comparable(document) for place, document in found.items()}
 

@@ -153,15 +153,6 @@ async def test_the_scale_subresource_sets_the_engines(serving_cluster: ApiCluste
         assert '"selector":"app.kubernetes.io/managed-by=moeserving,app.kubernetes.io/instance=tiny' in scale
 
 
-async def test_without_autoscaling_a_scaled_deployment_is_put_back(serving_cluster: ApiCluster, namespace: str) -> None:
-    async with started(serving_cluster.kubeconfig, namespace) as operator:
-        key = await served(operator, namespace)
-        serving_cluster.kubectl("scale", "-n", namespace, "deployment/tiny-engine", "--replicas=7")
-        await operator.relist()
-        await operator.settle(key)
-        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 1
-
-
 async def test_what_a_quota_refuses_is_reported_and_tried_again_until_it_allows_it(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:

@@ -33,8 +33,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $image.repository }}:{{ $image.tag | default $root.Chart.AppVersion }}
 {{- end }}
 
-{{- /* What the operator may do in a namespace that it serves, and no more than it does. */}}
-{{- define "moeserving.rules" -}}
+{{- /* What the operator may do with the resource itself. */}}
+{{- define "moeserving.resource" -}}
 - apiGroups: [moeserving.dev]
   resources: [moeservings]
   verbs: [get, list, watch, patch]
@@ -44,11 +44,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [moeserving.dev]
   resources: [moeservings/finalizers]
   verbs: [update]
+{{- end }}
+
+{{- /* What the operator may do in a namespace that it serves, and no more than it does. */}}
+{{- define "moeserving.rules" -}}
+{{ include "moeserving.resource" . }}
 - apiGroups: [""]
   resources: [services, configmaps, secrets, serviceaccounts, persistentvolumeclaims]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [apps]
   resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [leaderworkerset.x-k8s.io]
   resources: [leaderworkersets]
@@ -71,6 +79,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [""]
   resources: [events]
   verbs: [get, list, create, patch]
+# Whether a namespace is being deleted, and its uid for the owner references of what is made in it.
+- apiGroups: [""]
+  resources: [namespaces]
+  verbs: [get]
 # Its own only by lending it: the operator grants gateways this, and nobody may grant what they do not have.
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]

@@ -1,12 +1,12 @@
 """Section `spec.gateway`: replicas, limits and holding of requests."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
 from moe_operator.api.pods import GatewayService, Image, PodTemplate
-from moe_operator.api.section import Count, Section
+from moe_operator.api.section import Count, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
 
 
@@ -42,6 +42,27 @@ class GatewayHold(Section):
     )
 
 
+class GatewayAutoscaling(Section):
+    """How many gateways run, by their use of the processor: a HorizontalPodAutoscaler that the operator makes."""
+
+    min_replicas: Annotated[Count, Field(ge=1, le=64)] = Field(default=1, description="Fewest gateways.")
+    max_replicas: Annotated[Count, Field(ge=1, le=64)] = Field(default=4, description="Most gateways.")
+    target_cpu: Annotated[str, QuantityBetween("10m", "64", "700m")] = Field(
+        default="700m",
+        description="Mean use of the processor by one gateway (cores) that is kept. A gateway is one process: at 1 "
+        "core it is at its end.",
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="maxReplicas",
+            message="maxReplicas must be at least minReplicas",
+            cel="self.maxReplicas >= self.minReplicas",
+            holds=lambda section: section.max_replicas >= section.min_replicas,
+        ),
+    )
+
+
 class Gateway(Section):
     """The way in for clients."""
 
@@ -51,6 +72,10 @@ class Gateway(Section):
     )
     replicas: Annotated[Count, Field(ge=1, le=64)] = Field(
         default=1, description="Number of gateways, which share the load. One machine has one."
+    )
+    autoscaling: GatewayAutoscaling | None = Field(
+        default=None,
+        description="Number of gateways by load, in place of `replicas`; needs a metrics server. Only in a cluster.",
     )
     image: Image | None = Field(
         default=None, description="Image of the gateway. Absent: the operator's. Only in a cluster."

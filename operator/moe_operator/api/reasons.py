@@ -29,8 +29,13 @@ class Reason(StrEnum):
     REFUSED = "Refused"
     RECONCILE_ERROR = "ReconcileError"
     LEADER_WORKER_SET_MISSING = "LeaderWorkerSetMissing"
+    NOT_PERMITTED = "NotPermitted"
     FAILED_CREATE = "FailedCreate"
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
+
+    # A resource that ends.
+    DELETING = "Deleting"
+    NOT_ENDING = "NotEnding"
 
     # Degraded, of a pod.
     UNSCHEDULABLE = "Unschedulable"

@@ -13,6 +13,7 @@ from moe_contract.api_server import LoginError
 
 from moe_operator.kubernetes.leader import Terms
 from moe_operator.kubernetes.operator import Operator
+from moe_operator.kubernetes.rivals import FORMER_LEASE
 from moe_operator.kubernetes.settings import OperatorSettings, read_defaults, read_own_namespace
 
 _UNUSABLE = 2
@@ -29,6 +30,7 @@ def operator(
     lease_duration: Annotated[
         float, typer.Option(min=1.0, help="Seconds after which a leader that is gone is replaced.")
     ] = 15.0,
+    lease: Annotated[str, typer.Option(help="Lease in the operator's namespace; one for each release.")] = FORMER_LEASE,
     identity: Annotated[str | None, typer.Option(help="Name in the Lease.", show_default="host name")] = None,
 ) -> None:
     """Make the MoEServings of a cluster real, until SIGTERM."""
@@ -39,6 +41,7 @@ def operator(
     settings = OperatorSettings(
         namespaces=tuple(namespace or ()),
         own_namespace=own,
+        lease=lease,
         liveness_port=liveness_port,
         metrics_port=metrics_port,
         workers=workers,

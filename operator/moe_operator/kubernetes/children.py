@@ -21,7 +21,8 @@ from moe_operator.kubernetes.difference import is_covered, needs_apply, was_appl
 from moe_operator.kubernetes.failure import AWAY, TERSE
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER, Names
+from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER, OWNER, Names
+from moe_operator.plan.owners import is_child, is_owned
 from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
@@ -124,11 +125,11 @@ class Children:
             live = self._store.get(key, kind, wanted["metadata"]["name"])
             is_kept = live is not None and _is_kept(live)
             is_ending = live is not None and "deletionTimestamp" in live["metadata"]
-            if live is not None and not is_kept and not _is_owned(live, owner) and not _is_child(live):
+            if live is not None and not is_kept and not is_owned(live, owner) and not is_child(live):
                 result.note_foreign(wanted)
             elif is_ending and kind == CLAIM:
                 result.refused.append(f"{_title(wanted)} {_ENDING}")
-            elif live is not None and (is_ending or not (is_kept or _is_owned(live, owner))):
+            elif live is not None and (is_ending or not (is_kept or is_owned(live, owner))):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
             elif needs_apply(wanted, live):
@@ -169,9 +170,9 @@ class Children:
         if live is None:
             return True
         labels = live["metadata"].get("labels", {})
-        owners = [row["uid"] for row in metadata.get("ownerReferences", ())]
+        owner = metadata.get("annotations", {}).get(OWNER)
         is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
-        if is_ours and (_is_kept(live) or any(_is_owned(live, uid) for uid in owners)):
+        if is_ours and (_is_kept(live) or (owner is not None and is_owned(live, owner))):
             return True
         result.note_foreign(wanted)
         return False
@@ -199,7 +200,7 @@ class Children:
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
         """Deletes the children that the plan lacks and does not refer to; returns whether there was any.
 
-        Of a claim it lets go instead, unless the resource ends and says that its claim ends with it.
+        Of a claim it lets go instead.
         """
         objects = [*objects]
         planned = {(kind_of(entry).name, entry["metadata"]["name"]) for entry in objects}
@@ -207,13 +208,13 @@ class Children:
         found, errors = False, []
         for kind, live in self._store.children(key, CHILDREN):
             place = kind.name, live["metadata"]["name"]
-            is_old = not _is_owned(live, owner)
-            if place in planned and not (is_old and _is_child(live)):
+            is_old = not is_owned(live, owner)
+            if place in planned and not (is_old and is_child(live)):
                 continue
             try:
-                if kind == CLAIM and not self._ends_with_claim(key):
-                    await self._let_go(key, live)
-                elif _is_child(live) and (is_old or place not in needed):
+                if kind == CLAIM:
+                    await self.release_claim(key, live)
+                elif is_child(live) and (is_old or place not in needed):
                     found = True
                     if "deletionTimestamp" not in live["metadata"]:
                         await self.delete(kind, live)
@@ -223,19 +224,22 @@ class Children:
             raise errors[0]
         return found
 
-    def _ends_with_claim(self, key: Key) -> bool:
-        document = self._store.serving(key) or {"metadata": {}}
+    async def release_claims(self, key: Key) -> None:
+        """Takes the claims of a resource that ends out of its ownership, unless it says that they end with it."""
+        document = self._store.serving(key) or {}
         cache = document.get("spec", {}).get("model", {}).get("cache") or {}
-        return "deletionTimestamp" in document["metadata"] and cache.get("whenDeleted") == WhenDeleted.DELETE
+        if cache.get("whenDeleted") != WhenDeleted.DELETE:
+            for _, live in self._store.children(key, (CLAIM,)):
+                await self.release_claim(key, live)
 
-    async def _let_go(self, key: Key, live: Document) -> None:
+    async def release_claim(self, key: Key, live: Document) -> None:
         """Takes a claim out of the ownership of its resource and says so, once."""
         metadata = live["metadata"]
         is_announced = KEPT in metadata.get("annotations", {}) or metadata["name"] != Names(key.name).cache
-        if (is_announced and not _is_child(live)) or "deletionTimestamp" in metadata:
+        if (is_announced and not is_child(live)) or "deletionTimestamp" in metadata:
             return
-        owners = [row for row in metadata.get("ownerReferences", ()) if row.get("kind") != KIND]
-        patch = {"metadata": {"ownerReferences": owners, "annotations": {KEPT: "true"}}}
+        owners = [row for row in metadata.get("ownerReferences", ()) if row.get("kind") not in (KIND, "Namespace")]
+        patch = {"metadata": {"ownerReferences": owners, "annotations": {KEPT: "true", OWNER: None}}}
         try:
             self._store.put(CLAIM, await self._api.merge(CLAIM, key.namespace, metadata["name"], patch))
         except ApiError as error:
@@ -255,19 +259,10 @@ class Children:
             self._store.remove(kind, live)
 
 
-def _is_owned(live: Mapping[str, Any], owner: str) -> bool:
-    return any(entry.get("uid") == owner for entry in live["metadata"].get("ownerReferences", ()))
-
-
-def _is_child(live: Mapping[str, Any]) -> bool:
-    """Objects that carry our labels and have no MoEServing for an owner were made by people: they stay."""
-    return any(entry.get("kind") == KIND for entry in live["metadata"].get("ownerReferences", ()))
-
-
 def _is_kept(live: Mapping[str, Any]) -> bool:
     """Whether it is a claim that the operator made and no resource owns: it waits for one of its name."""
     labels = live["metadata"].get("labels", {})
-    return live.get("kind") == CLAIM.name and labels.get(MANAGED_BY) == MANAGER and not _is_child(live)
+    return live.get("kind") == CLAIM.name and labels.get(MANAGED_BY) == MANAGER and not is_child(live)
 
 
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:

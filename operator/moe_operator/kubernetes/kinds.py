@@ -13,7 +13,10 @@ DEPLOYMENT = Kind("apps", "v1", "Deployment", "deployments")
 LEADER_WORKER_SET = Kind("leaderworkerset.x-k8s.io", "v1", "LeaderWorkerSet", "leaderworkersets", optional=True)
 SERVICE_MONITOR = Kind("monitoring.coreos.com", "v1", "ServiceMonitor", "servicemonitors", optional=True)
 POD_MONITOR = Kind("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors", optional=True)
+# Every cluster has it; optional, since an operator without the right to read it needs it for nothing else.
+AUTOSCALER = Kind("autoscaling", "v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers", optional=True)
 EVENT = Kind("", "v1", "Event", "events")
+NAMESPACE = Kind("", "v1", "Namespace", "namespaces", namespaced=False)
 LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases")
 SECRET = Kind("", "v1", "Secret", "secrets")
 CONFIG_MAP = Kind("", "v1", "ConfigMap", "configmaps")
@@ -34,6 +37,7 @@ CHILDREN = (
     POD_MONITOR,
     DEPLOYMENT,
     LEADER_WORKER_SET,
+    AUTOSCALER,
 )
 # What the store keeps up to date.
 WATCHED = (SERVING, POD, *CHILDREN)

@@ -11,14 +11,16 @@ answer, and an election that was cancelled would then go on renewing.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from moe_contract.api_server import CONFLICT, ApiError, Document
 
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import LEASE
+from moe_operator.kubernetes.rivals import SERVES, Rival
 
 log = logging.getLogger("moeserving.operator")
 
@@ -48,9 +50,13 @@ class Election:
         identity: of this candidate, different from all others.
         terms: times of the election.
         clock: monotonic seconds.
+        find_rivals: asked before the Lease is taken and once more before it leads; while it returns any, this candidate
+            stands by.
+        metadata: labels and annotations of the Lease.
 
     Attributes:
         leading: set from the first success until the lead is lost.
+        rivals: those that were found last.
     """
 
     def __init__(
@@ -61,10 +67,14 @@ class Election:
         identity: str,
         terms: Terms = Terms(),
         clock: Callable[[], float] = time.monotonic,
+        find_rivals: Callable[[], Awaitable[list[Rival]]] | None = None,
+        metadata: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         self._api, self._namespace, self._name, self._identity = api, namespace, name, identity
         self._terms, self._clock = terms, clock
+        self._find_rivals, self._metadata = find_rivals, metadata
         self.leading = asyncio.Event()
+        self.rivals: list[Rival] = []
         self._renewed_s = clock()
         self._seen: tuple[str, str, float] = ("", "", clock())
 
@@ -79,7 +89,7 @@ class Election:
             held = await self._try_in_time()
             if held:
                 self._renewed_s = began_s
-                if not self.leading.is_set():
+                if not self.leading.is_set() and not await self._is_rivalled():
                     log.info("%s leads", self._identity)
                     self.leading.set()
             elif self.leading.is_set() and (held is False or self._left_s() <= 0.0):
@@ -88,6 +98,21 @@ class Election:
                 return
             left_s = max(0.0, self._left_s()) if self.leading.is_set() else self._terms.retry_s
             await asyncio.sleep(min(self._terms.retry_s, left_s))
+
+    async def _is_rivalled(self) -> bool:
+        """Whether another release serves a namespace of this one, or that is not known."""
+        if self._find_rivals is None:
+            return False
+        try:
+            async with asyncio.timeout(self._terms.retry_s * 2):
+                rivals = await self._find_rivals()
+        except (ApiError, TimeoutError) as error:
+            log.warning("leases of other releases: %r", error)
+            return True
+        if rivals and rivals != self.rivals:
+            log.error("%s stands by: %s serves the same namespaces", self._identity, ", ".join(map(str, rivals)))
+        self.rivals = rivals
+        return bool(rivals)
 
     def _left_s(self) -> float:
         return self._renewed_s + self._terms.renew_s - self._clock()
@@ -117,6 +142,8 @@ class Election:
             async with asyncio.timeout(self._terms.retry_s * 2):
                 lease = await self._api.get(LEASE, self._namespace, self._name)
             if lease is None:
+                if await self._is_rivalled():
+                    return False
                 await self._api.create(LEASE, self._document({}, transitions=0))
                 return True
             return await self._take(lease)
@@ -133,12 +160,35 @@ class Election:
             self._seen = (holder, version, self._clock())
         free = not holder or self._clock() - self._seen[2] > float(spec.get("leaseDurationSeconds") or 0)
         if holder != self._identity and not free:
+            self._judge_holder(metadata)
+            return False
+        if not self.leading.is_set() and await self._is_rivalled():
+            await self._give_way(lease)
             return False
         transitions = int(spec.get("leaseTransitions") or 0) + (holder != self._identity)
         await self._write(
             self._document(metadata, transitions=transitions, since=spec if holder == self._identity else {})
         )
         return True
+
+    def _judge_holder(self, metadata: Document) -> None:
+        """A Lease that is held for other namespaces is another release's: who waits for it serves nobody."""
+        wanted, found = self._metadata.get("annotations", {}), metadata.get("annotations") or {}
+        differs = SERVES in found and found[SERVES] != wanted.get(SERVES, found[SERVES])
+        rivals = [Rival(place=f"{self._namespace}/{self._name}", scope=found[SERVES])] if differs else []
+        if rivals and rivals != self.rivals:
+            log.error("%s stands by: %s has its Lease; give each release its own", self._identity, rivals[0])
+        self.rivals = rivals
+
+    async def _give_way(self, lease: Document) -> None:
+        """Lets go of a Lease that it took while a rival took another: the first by name keeps its own."""
+        held = lease.get("spec", {}).get("holderIdentity") == self._identity
+        if held and any(rival.place < f"{self._namespace}/{self._name}" for rival in self.rivals):
+            lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
+            await self._write(lease)
+
+    def _marks(self, metadata: Document) -> Document:
+        return {part: {**(metadata.get(part) or {}), **values} for part, values in self._metadata.items()}
 
     async def _write(self, lease: Document) -> None:
         async with asyncio.timeout(self._terms.retry_s * 2):
@@ -149,7 +199,7 @@ class Election:
         return {
             "apiVersion": LEASE.api_version,
             "kind": LEASE.name,
-            "metadata": {**metadata, "name": self._name, "namespace": self._namespace},
+            "metadata": {**metadata, **self._marks(metadata), "name": self._name, "namespace": self._namespace},
             "spec": {
                 "holderIdentity": self._identity,
                 "leaseDurationSeconds": round(self._terms.duration_s),

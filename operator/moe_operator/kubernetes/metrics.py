@@ -1,18 +1,19 @@
-"""The operator's own Prometheus metrics, on a port of their own."""
+"""The operator's own Prometheus metrics and its readiness, on a port of their own."""
 
 from collections import Counter as Counts
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from aiohttp import web
 from moe_contract.addresses import ANY, bind_socket
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moe_operator.kubernetes.kinds import SERVING
+from moe_operator.kubernetes.presence import Presence, Role
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.store import Store
 
@@ -25,10 +26,12 @@ class Metrics:
 
     Attributes:
         calls: number of calls to the API server by verb and kind.
+        describe: says what this operator does now.
     """
 
     def __init__(self, queue: WorkQueue[Any], store: Store) -> None:
         self.calls: Counts[tuple[str, str]] = Counts()
+        self.describe: Callable[[], Presence] = Presence
         self._registry = CollectorRegistry()
         self._seconds = Histogram(
             f"{PREFIX}reconcile_seconds", "Length of a pass.", buckets=BUCKETS_S, registry=self._registry
@@ -41,6 +44,7 @@ class Metrics:
             lambda: sum(1 for _ in store.every(SERVING))
         )
         self._registry.register(_Calls(self))
+        self._registry.register(_Presence(self))
 
     def observe(self, outcome: str, seconds: float) -> None:
         """Counts a pass that ended, with its outcome and length."""
@@ -51,6 +55,7 @@ class Metrics:
         """Serves `/metrics` on this port of all addresses, of both families."""
         app = web.Application()
         app.router.add_get("/metrics", self._answer)
+        app.router.add_get("/readyz", self._answer_readiness)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.SockSite(self._runner, bind_socket(ANY, port)).start()
@@ -61,6 +66,30 @@ class Metrics:
 
     async def _answer(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _answer_readiness(self, request: web.Request) -> web.Response:
+        presence = self.describe()
+        return web.json_response(presence.document(), status=200 if presence.is_ready else 503)
+
+
+class _Presence(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        presence = self._metrics.describe()
+        role = GaugeMetricFamily(f"{PREFIX}role", "1 for the part that this operator has now.", labels=["role"])
+        for known in Role:
+            role.add_metric([known.value], float(known is presence.role))
+        yield role
+        blind = GaugeMetricFamily(
+            f"{PREFIX}unreadable",
+            "1 for each kind in a namespace (empty: all) that cannot be read.",
+            labels=["kind", "namespace"],
+        )
+        for kind, namespace in presence.unreadable:
+            blind.add_metric([kind, namespace], 1.0)
+        yield blind
 
 
 class _Calls(Collector):

@@ -2,12 +2,12 @@
 
 import base64
 import secrets
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from moe_contract.api_server import Kind
 
-from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import MoEServing
 from moe_operator.kubernetes.kinds import (
     CONFIG_MAP,
@@ -20,6 +20,7 @@ from moe_operator.kubernetes.kinds import (
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Observed
 from moe_operator.plan.names import MANAGER, ROTATE, ROTATED_AT, Names
+from moe_operator.plan.replicas import NOTE, Place, Scaled
 from moe_operator.plan.revision import parse_revision
 
 Document = dict[str, Any]
@@ -28,7 +29,13 @@ TOKEN_OVERLAP = timedelta(minutes=10)
 
 
 def read_observed(
-    store: Store, key: Key, document: Document, resource: MoEServing, kinds: frozenset[Kind], now: datetime
+    store: Store,
+    key: Key,
+    document: Document,
+    resource: MoEServing,
+    kinds: frozenset[Kind],
+    now: datetime,
+    namespace_uid: str | None = None,
 ) -> Observed:
     """Reads the facts that a plan of this resource needs from the store."""
     names = Names(resource.metadata.name)
@@ -37,15 +44,17 @@ def read_observed(
     text = (settings or {}).get("data", {}).get("revision.json")
     tokens, rotated_at = plan_tokens(store.get(key, SECRET, names.control), document, now)
     both = takes_over(store, key, names)
-    external = resource.spec.autoscaling is not None and resource.spec.autoscaling.mode is AutoscalingMode.EXTERNAL
+    gateway = store.get(key, DEPLOYMENT, names.gateway)
     return Observed(
         uid=document["metadata"]["uid"],
+        namespace_uid=namespace_uid,
         tokens=tokens,
         rotated_at=rotated_at,
         stable=None if text is None else parse_revision(text),
         replicas=_read_replicas(document, workload, both=both),
-        externally_managed_replicas=external and not both and workload is not None and _owns_replicas(workload),
         has_groups=any(kind == LEADER_WORKER_SET for kind, _ in store.children(key, (LEADER_WORKER_SET,))),
+        scaled=find_scaled(live for _, live in store.children(key, (DEPLOYMENT, LEADER_WORKER_SET))),
+        gateways=None if gateway is None else gateway.get("spec", {}).get("replicas"),
         has_service_monitors={SERVICE_MONITOR, POD_MONITOR} <= kinds,
     )
 
@@ -97,8 +106,19 @@ def _when(note: str, now: datetime) -> datetime:
         return now - 2 * TOKEN_OVERLAP
 
 
-def _owns_replicas(workload: Document) -> bool:
-    """Whether another manager than the operator set the number of replicas last."""
+def find_scaled(workloads: Iterable[Document]) -> dict[Place, Scaled]:
+    """The workloads whose number of replicas another manager set last, by kind and name."""
+    return {
+        (live["kind"], live["metadata"]["name"]): Scaled(
+            count=live["spec"].get("replicas", 1), note=(live["metadata"].get("annotations") or {}).get(NOTE)
+        )
+        for live in workloads
+        if _is_scaled(live)
+    }
+
+
+def _is_scaled(workload: Document) -> bool:
+    """Whether another manager than the operator owns the number of replicas."""
     for entry in workload["metadata"].get("managedFields", []):
         if entry.get("manager") != MANAGER and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}):
             return True

@@ -22,13 +22,14 @@ from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
 from moe_operator.kubernetes.liveness import serve_liveness
 from moe_operator.kubernetes.metrics import Metrics
+from moe_operator.kubernetes.presence import Presence, Role
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
+from moe_operator.kubernetes.rivals import LABELS, SERVES, Rivals, render_scope
 from moe_operator.kubernetes.settings import OperatorSettings
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.watches import Watches
 
-LEASE_NAME = "moeserving-operator"
 # The API server sends a bookmark each minute: a watch that is silent for longer is dead.
 INACTIVITY_S = 90.0
 KOPF_END_S = 10.0
@@ -71,9 +72,15 @@ class Operator:
         self._watches = Watches(self._server, self._store, self._namespaces(), self._queue.add, self._api.calls, times)
         async with aiohttp.ClientSession() as session:
             self._reconciler = Reconciler(
-                self._api, self._store, session, settings.defaults, lambda: self._watches.kinds
+                self._api,
+                self._store,
+                session,
+                settings.defaults,
+                lambda: self._watches.kinds,
+                self._watches.sight.blind_spot,
             )
-            self._election = Election(self._api, settings.own_namespace, LEASE_NAME, settings.identity, settings.terms)
+            self._election = self._stand_for_election()
+            self._metrics.describe = self._describe
             self._api.may_write = self._election.holds
             await self._metrics.start(settings.metrics_port)
             try:
@@ -81,6 +88,29 @@ class Operator:
             finally:
                 await self._metrics.stop()
                 await self._server.close()
+
+    def _stand_for_election(self) -> Election:
+        settings, scope = self._settings, render_scope(self._settings.namespaces)
+        return Election(
+            self._api,
+            settings.own_namespace,
+            settings.lease,
+            settings.identity,
+            settings.terms,
+            find_rivals=Rivals(self._api, settings.own_namespace, settings.lease, scope).find,
+            metadata={"labels": LABELS, "annotations": {SERVES: scope}},
+        )
+
+    def _describe(self) -> Presence:
+        """What this operator does now, for its readiness and its metrics."""
+        rivals = tuple(map(str, self._election.rivals))
+        if self._election.leading.is_set():
+            role = Role.LEADS
+        elif rivals:
+            role = Role.RIVALLED
+        else:
+            role = Role.STANDS_BY if self._watches.synced.is_set() else Role.STARTS
+        return Presence(role=role, rivals=rivals, unreadable=tuple(self._watches.sight.unreadable()))
 
     def stop(self) -> None:
         """Makes `run` return once its work has ended."""
@@ -124,12 +154,21 @@ class Operator:
         return self._settings.namespaces or (None,)
 
     async def _list_servings(self) -> None:
-        """Lists the resources; `ApiError` when the API server or their kind is not there."""
+        """Lists the resources; `ApiError` when the API server or their kind is not there, in no namespace."""
+        refusals = []
         for namespace in self._namespaces():
-            listing = await self._api.list(SERVING, namespace)
+            try:
+                listing = await self._api.list(SERVING, namespace)
+            except ApiError as error:
+                refusals.append(error)
+                continue
             assert listing is not None, "its own kind is not optional"
             for key in self._store.replace(SERVING, listing, namespace):
                 self._queue.add(key)
+        if len(refusals) == len(self._namespaces()):
+            raise refusals[0]
+        for error in refusals:
+            log.warning("not all namespaces can be read: %s", error)
 
     async def _begin(self) -> bool:
         """Waits until the API server answers and knows the resource; False when stopped before."""
@@ -145,10 +184,7 @@ class Operator:
         return False
 
     async def _is_synced(self) -> bool:
-        """Waits until every kind was read once; False when stopped before.
-
-        An operator that cannot read one of them is not live, and leaves the Lease to another.
-        """
+        """Waits until every kind was read once, or was refused; False when stopped before."""
         waits = [asyncio.ensure_future(one.wait()) for one in (self._watches.synced, self._stop)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -170,11 +206,15 @@ class Operator:
                 self._queue.add(key)
 
     async def _watch(self) -> None:
-        """Runs kopf until the end: the watch of the resource and its login, and the liveness endpoint."""
+        """Runs kopf until the end: the watch of the resource and its login, and the liveness endpoint.
+
+        Of some namespaces alone the resource is followed by `Watches`: a refusal in one would end kopf for all.
+        """
         if not await self._is_synced():
             return
         registry = kopf.OperatorRegistry()
-        kopf.on.event(SERVING.group, SERVING.version, SERVING.plural, id="resource", registry=registry)(self._see)
+        if not self._settings.namespaces:
+            kopf.on.event(SERVING.group, SERVING.version, SERVING.plural, id="resource", registry=registry)(self._see)
         kopf.on.login(id="login", registry=registry)(kopf.login_via_client)
         namespaces = self._settings.namespaces
         async with serve_liveness(self._settings.liveness_port, self._probe):

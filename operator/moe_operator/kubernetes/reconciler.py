@@ -12,14 +12,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
-from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
+from moe_contract.api_server import ApiError, Kind
 from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 
 from moe_operator.api import parse_resource
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.reasons import Reason
-from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.resource import MoEServing
+from moe_operator.api.status import ConditionStatus
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.autoscaler import Outcome
 from moe_operator.autoscale.signal import States
@@ -27,6 +28,8 @@ from moe_operator.autoscale.source import Sources
 from moe_operator.kubernetes.api import Api, NotLeading
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import (
+    DEGRADED,
+    READY,
     ConditionInputs,
     build_conditions,
     changed_conditions,
@@ -34,10 +37,13 @@ from moe_operator.kubernetes.conditions import (
     read_conditions,
     summarise,
 )
+from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.groups import describe_rollout, read_nodes
-from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.namespaces import Namespaces
+from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
@@ -52,16 +58,14 @@ from moe_operator.kubernetes.takeover import (
     with_takeover,
 )
 from moe_operator.kubernetes.victims import mark_victims
+from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.cluster import plan_replicas
-from moe_operator.plan.names import COMPONENT, GROUP, Names
+from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
-FINALIZER = f"{GROUP}/drain"
 # While something is on its way, and while all is well but pods want to be looked at.
 SOON_S, STEADY_S = 2.0, 15.0
-# What was refused may be taken later without a change of ours: a quota is raised, a stranger's object goes.
-REFUSED_S = 30.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -88,6 +92,7 @@ class Reconciler:
         session: for calls to agents and gateways.
         defaults: images and the like.
         kinds: those that the cluster has now.
+        blind_spot: why the objects of a namespace are not known; empty where they are.
     """
 
     def __init__(
@@ -97,12 +102,16 @@ class Reconciler:
         session: aiohttp.ClientSession,
         defaults: Defaults,
         kinds: Callable[[], frozenset[Kind]],
+        blind_spot: Callable[[str], str] = lambda namespace: "",
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._events = EventRecorder(api)
         self._children = Children(api, store, self._say_kept)
         self._problems = ProblemFinder(api, store)
         self._endpoints = GatewayEndpoints(api)
+        self._namespaces = Namespaces(api)
+        self._notices, self._blind_spot = Notices(api, store, self._events.record), blind_spot
+        self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
         self._kinds = kinds
 
@@ -115,7 +124,7 @@ class Reconciler:
         document = self._store.serving(key)
         if document is None:
             self._forget(key)
-            return None
+            return await self._ending.sweep(key)
         try:
             return await self._pass(key, document)
         except (NotLeading, PassFailed):
@@ -126,11 +135,14 @@ class Reconciler:
 
     async def _pass(self, key: Key, document: Document) -> float | None:
         if "deletionTimestamp" in document["metadata"]:
-            return await self._end(key, document)
+            self._forget(key)
+            return await self._ending.run(key, document)
         try:
             resource = parse_resource(_without_server_fields(document))
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
+        if problem := self._blind_spot(key.namespace):
+            return await self._report_blind(document, problem)
         await self._hold_on(document)
         if resource.spec.paused:
             return await self._report_paused(key, document, resource)
@@ -139,6 +151,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         for part in (self._sources, self._problems, self._endpoints):
             part.forget(key)
+        self._namespaces.forget(key.namespace)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         parts = Parts()
@@ -147,7 +160,8 @@ class Reconciler:
         states, experts = await parts.run("asking engines and gateways", self._ask(peers, resource), (States(), {}))
         now = datetime.now(UTC)
         try:
-            observed = read_observed(self._store, key, document, resource, self._kinds(), now)
+            place = await self._namespaces.fetch_uid(key.namespace)
+            observed = read_observed(self._store, key, document, resource, self._kinds(), now, place)
             as_it_is = Outcome(replicas=plan_replicas(resource, observed), reason="failed", limited=None)
             deciding = self._sources.decide(key, resource, observed, pods, states)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
@@ -207,7 +221,7 @@ class Reconciler:
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
         if FINALIZER not in document["metadata"].get("finalizers", []):
-            self._store.put(SERVING, await self._api.apply(SERVING, _own(document, [FINALIZER])))
+            self._store.put(SERVING, await self._api.apply(SERVING, own_part(document, [FINALIZER])))
 
     async def _push_settings(self, plan: ClusterPlan, peers: list[Peer], current: Pass) -> bool:
         """Gives running engines and gateways the settings that they do not have; whether one did not take them."""
@@ -245,7 +259,11 @@ class Reconciler:
             failed=_failed(failures),
             missing_kind=next(iter(applied.missing), ""),
             desired=plan.replicas,
-            rolling=(*_rolling(self._store, current.key), *([takeover.text] if takeover else [])),
+            rolling=(
+                *_rolling(self._store, current.key),
+                *([takeover.text] if takeover else []),
+                *self._find_remains(current.key),
+            ),
             findings=problems.findings,
             gated=problems.gated,
             limited=limited,
@@ -255,11 +273,24 @@ class Reconciler:
             current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
 
+    def _find_remains(self, key: Key) -> list[str]:
+        return find_remains(live for _, live in self._store.children(key, CHILDREN))
+
     async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
         inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
         await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
         return None
+
+    async def _report_blind(self, document: Document, problem: str) -> float:
+        """Nothing is touched: what is not seen may be running."""
+        message = f"the operator cannot read the objects of this namespace: {problem}"
+        verdicts = {
+            READY: (ConditionStatus.UNKNOWN, Reason.NOT_PERMITTED, message),
+            DEGRADED: (ConditionStatus.TRUE, Reason.NOT_PERMITTED, message),
+        }
+        await self._notices.write(document, verdicts, datetime.now(UTC))
+        return REFUSED_S
 
     async def _report_failure(
         self, key: Key, problem: str, states: States, experts: Mapping[str, ExpertsState]
@@ -324,7 +355,7 @@ class Reconciler:
         if wanted != document.get("status"):
             for condition in changed_conditions(before, conditions):
                 await self._events.record(document, condition)
-            header = _own(document, None)
+            header = own_part(document, None)
             header["metadata"].pop("uid")
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
         unsettled = inputs.rolling or inputs.ready < inputs.desired or inputs.findings
@@ -342,47 +373,9 @@ class Reconciler:
             return REFUSED_S
         return status_after_s if current.pods else None
 
-    async def _end(self, key: Key, document: Document) -> float | None:
-        """The gateway ends first, so that no new request comes; then the engines; then all else."""
-        self._forget(key)
-        if FINALIZER not in document["metadata"].get("finalizers", []):
-            return None
-        for component in ("gateway", "engine"):
-            await self._end_component(key, component)
-            if any(pod["metadata"].get("labels", {}).get(COMPONENT) == component for pod in self._store.of(key, POD)):
-                return SOON_S
-        if await self._children.prune(key, (), document["metadata"]["uid"]):
-            return 0.1
-        try:
-            await self._api.apply(SERVING, _own(document, []))
-        except ApiError as error:
-            # Gone already: its uid is no longer there.
-            if error.status not in (NOT_FOUND, CONFLICT):
-                raise
-        self._store.remove(SERVING, document)
-        return None
-
-    async def _end_component(self, key: Key, component: str) -> None:
-        for kind, live in self._store.children(key, WORKLOADS):
-            ours = live["metadata"].get("labels", {}).get(COMPONENT) == component
-            if ours and "deletionTimestamp" not in live["metadata"]:
-                await self._children.delete(kind, live)
-
 
 def _failed(failures: Sequence[str]) -> str:
     return f"{'; '.join(failures)} ({SEE_LOG})" if failures else ""
-
-
-def _own(document: Document, finalizers: list[str] | None) -> Document:
-    """The resource as the operator applies it: what stands in it is the operator's."""
-    metadata = document["metadata"]
-    # The uid keeps an apply from making anew what was deleted meanwhile.
-    own = {name: metadata[name] for name in ("name", "namespace", "uid")}
-    return {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "metadata": own | ({} if finalizers is None else {"finalizers": finalizers}),
-    }
 
 
 def _without_server_fields(document: Document) -> Document:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_operator.kubernetes.leader import Terms
+from moe_operator.kubernetes.rivals import FORMER_LEASE
 from moe_operator.plan import Defaults
 
 IMAGE_ENGINE, IMAGE_ENGINE_CPU = "MOESERVING_IMAGE_ENGINE", "MOESERVING_IMAGE_ENGINE_CPU"
@@ -21,9 +22,10 @@ class OperatorSettings:
     Attributes:
         namespaces: those that it serves; empty means all.
         own_namespace: where its Lease is.
+        lease: name of its Lease, which the operators of one release share.
         identity: its name in the Lease.
         liveness_port: of `/healthz`.
-        metrics_port: of `/metrics`; 0 chooses a free one.
+        metrics_port: of `/metrics` and `/readyz`; 0 chooses a free one.
         workers: resources that are reconciled at a time. One core makes the documents of all of them: more workers than
             calls of one pass leave it idle only make each pass take longer.
         resync_s: time between two lists of everything, which find what a watch lost.
@@ -34,6 +36,7 @@ class OperatorSettings:
 
     namespaces: tuple[str, ...] = ()
     own_namespace: str = "default"
+    lease: str = FORMER_LEASE
     identity: str = field(default_factory=socket.gethostname)
     liveness_port: int = 8080
     metrics_port: int = 8081

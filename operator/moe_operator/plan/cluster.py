@@ -8,7 +8,7 @@ Invariant: equal arguments give equal plans.
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_contract.gateway_config import Group
@@ -17,16 +17,19 @@ from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.model import WhenDeleted
 from moe_operator.api.pods import Update
-from moe_operator.api.resource import API_VERSION, KIND, MoEServing
+from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, request_settings
 from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
+from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_count
 from moe_operator.plan.leader_worker_set import build_leader_worker_set, build_worker_budgets
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import ROTATED_AT, Names
 from moe_operator.plan.network import build_policies, build_services
+from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
+from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 
 Object = dict[str, Any]
@@ -41,25 +44,29 @@ class Observed:
 
     Attributes:
         uid: of the resource; None leaves out the owner of the children.
+        namespace_uid: of its namespace; None where the operator may not read it.
         tokens: control tokens in force, the newest first.
         rotated_at: what the Secret says of its last rotation; empty before the first.
         stable: the revision of the stable engines; None before the first.
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
-        externally_managed_replicas: another manager (an autoscaler) owns the number of the engines' workload.
         first_replicas: number of stable engines of the planned kind of workload while another kind still serves; None
             where none does.
         has_groups: engines that span several nodes exist.
+        scaled: workloads, by kind and name, whose number of replicas another manager (an autoscaler) set last.
+        gateways: wanted number of gateways, as the live object has it; None without one.
         has_service_monitors: the cluster knows ServiceMonitors.
     """
 
     uid: str | None = None
+    namespace_uid: str | None = None
     tokens: tuple[str, ...]
     rotated_at: str = ""
     stable: Revision | None = None
     replicas: int | None = None
-    externally_managed_replicas: bool = False
     first_replicas: int | None = None
     has_groups: bool = False
+    scaled: Mapping[Place, Scaled] = field(default_factory=dict)
+    gateways: int | None = None
     has_service_monitors: bool = False
 
 
@@ -96,7 +103,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     names = Names(resource.metadata.name)
     wanted = build_revision(resource)
     stable = _stable_revision(resource, observed, wanted)
-    replicas = plan_replicas(resource, observed)
+    count = plan_engine_count(resource, observed)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
     request = pods.as_json(request_settings(resource.spec.scheduling.request))
@@ -118,16 +125,19 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
             spans_nodes=spans_nodes,
             has_service_monitors=observed.has_service_monitors,
         ),
-        *build_worker_budgets(at_stable, names, names.engine, replicas),
-        _build_engines(at_stable, names, STABLE, stable, replicas, observed, defaults),
+        *build_worker_budgets(at_stable, names, names.engine, count.replicas),
+        _build_engines(at_stable, names, STABLE, stable, count, defaults),
     ]
     if has_canary and canary is not None:
-        objects += build_worker_budgets(resource, names, names.canary, canary.replicas)
-        objects.append(_build_engines(resource, names, CANARY, wanted, canary.replicas, observed, defaults))
-    objects.append(_build_gateway(resource, names, defaults))
+        place = (_engines_kind(_nodes(resource)), names.canary)
+        beside = count_replicas(place, canary.replicas, observed.scaled)
+        objects += build_worker_budgets(resource, names, names.canary, beside.replicas)
+        objects.append(_build_engines(resource, names, CANARY, wanted, beside, defaults))
+    objects.append(_build_gateway(resource, names, observed, defaults))
+    objects += build_gateway_scaler(resource, names)
     return ClusterPlan(
         objects=tuple(_finish(entry, resource, names, namespace, observed) for entry in objects),
-        replicas=replicas,
+        replicas=count.replicas,
         groups=groups,
         agent=pods.build_agent_settings(resource),
         request=request,
@@ -144,6 +154,24 @@ def plan_replicas(resource: MoEServing, observed: Observed) -> int:
     if autoscaling.mode is AutoscalingMode.INTERNAL and observed.replicas is not None:
         replicas = observed.replicas
     return min(autoscaling.max_replicas, max(autoscaling.min_replicas, replicas))
+
+
+def plan_engine_count(resource: MoEServing, observed: Observed) -> Count:
+    """The number of stable engines, and whether it is the resource's or another manager's."""
+    planned, autoscaling = plan_replicas(resource, observed), resource.spec.autoscaling
+    if autoscaling is not None and autoscaling.mode is AutoscalingMode.INTERNAL:
+        count = own_replicas(planned)
+    else:
+        place = (_engines_kind(stable_nodes(resource, observed)), Names(resource.metadata.name).engine)
+        count = count_replicas(place, planned, observed.scaled)
+    if observed.first_replicas is None:
+        return count
+    # Another kind of workload still serves: the number grows with the engines that are ready.
+    return replace(count, spec={"replicas": observed.first_replicas})
+
+
+def _engines_kind(nodes: int) -> str:
+    return "Deployment" if nodes == 1 else "LeaderWorkerSet"
 
 
 def _check(resource: MoEServing) -> None:
@@ -225,14 +253,12 @@ def _build_engines(
     names: Names,
     revision: str,
     content: Revision,
-    replicas: int,
-    observed: Observed,
+    count: Count,
     defaults: Defaults,
 ) -> Object:
     name = names.engine if revision == STABLE else names.canary
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
-    metadata = {"name": name, "labels": names.labels("engine", revision)}
-    count = _count(observed, revision, replicas)
+    metadata = {"name": name, "labels": names.labels("engine", revision), "annotations": dict(count.annotations)}
     # A new engine beside the old ones would have to find room on their one node.
     can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
     surge, away = (1, 0) if can_surge else (0, 1)
@@ -243,23 +269,14 @@ def _build_engines(
             "kind": "Deployment",
             "metadata": metadata,
             "spec": {
-                **count,
+                **count.spec,
                 "selector": {"matchLabels": names.labels("engine", revision)},
                 "strategy": {"type": "RollingUpdate", "rollingUpdate": steps},
                 "progressDeadlineSeconds": plan_progress_deadline_s(resource, template),
                 "template": template,
             },
         }
-    return build_leader_worker_set(resource, metadata, template, count, steps)
-
-
-def _count(observed: Observed, revision: str, replicas: int) -> dict[str, int]:
-    """The number of a workload's replicas; empty where another manager owns it."""
-    if revision != STABLE:
-        return {"replicas": replicas}
-    if observed.first_replicas is not None:
-        return {"replicas": observed.first_replicas}
-    return {} if observed.externally_managed_replicas else {"replicas": replicas}
+    return build_leader_worker_set(resource, metadata, template, count.spec, steps)
 
 
 def _nodes(resource: MoEServing) -> int:
@@ -275,13 +292,18 @@ def plan_progress_deadline_s(resource: MoEServing, template: Object) -> int:
     return min(MOST_SECONDS, 2 * max(1, start_s))
 
 
-def _build_gateway(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
+def _build_gateway(resource: MoEServing, names: Names, observed: Observed, defaults: Defaults) -> Object:
+    count = plan_gateway_count(resource, names, observed)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": names.gateway, "labels": names.labels("gateway")},
+        "metadata": {
+            "name": names.gateway,
+            "labels": names.labels("gateway"),
+            "annotations": dict(count.annotations),
+        },
         "spec": {
-            "replicas": resource.spec.gateway.replicas,
+            **count.spec,
             "selector": {"matchLabels": names.labels("gateway")},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": pods.build_gateway_template(resource, names, defaults),
@@ -293,18 +315,13 @@ def _finish(entry: Object, resource: MoEServing, names: Names, namespace: str, o
     entry = with_metadata(entry, resource)
     metadata = entry["metadata"]
     labels = {**metadata.get("labels", {}), **names.labels()}
-    owner = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": resource.metadata.name,
-        "uid": observed.uid,
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
     # A claim without an owner outlives its resource.
     is_owned = entry["kind"] != "PersistentVolumeClaim" or _ends_with_claim(resource)
-    owners = {"ownerReferences": [owner]} if observed.uid and is_owned else {}
-    return {**entry, "metadata": {**metadata, "namespace": namespace, "labels": labels, **owners}}
+    uid = observed.uid if is_owned else None
+    owned = build_owners(entry, resource.metadata.name, namespace, uid, observed.namespace_uid)
+    annotations = {**metadata.get("annotations", {}), **owned.pop("annotations", {})}
+    noted = {"annotations": annotations} if annotations else {}
+    return {**entry, "metadata": {**metadata, "namespace": namespace, "labels": labels, **noted, **owned}}
 
 
 def _ends_with_claim(resource: MoEServing) -> bool:

@@ -15,6 +15,7 @@ _ONLY_IN_A_CLUSTER = (
     ("engine", "podTemplate"),
     ("engine", "resources", "memory"),
     ("gateway", "replicas"),
+    ("gateway", "autoscaling"),
     ("gateway", "image"),
     ("gateway", "service"),
     ("gateway", "podTemplate"),

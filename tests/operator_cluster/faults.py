@@ -1,0 +1,292 @@
+"""One life of a resource under many faults, beside real controllers; what stands for a kubelet and Prometheus is here.
+
+Each fault is done, reported by a condition where it lasts, mended, and followed by a check that the resource is whole:
+as many ready engines as it asks for and each of them once, its claim the same, all its objects there.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from cluster_problem import ClusterProblem
+from controlled import ControlledCluster, Node
+from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving
+from moe_contract.api_server import ApiError, ApiServer
+from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.kinds import CLAIM, SERVING
+from moe_operator.kubernetes.store import Key
+from scissors import Killed, Scissors
+from serving_documents import serving
+
+Document = dict[str, Any]
+ENGINES, PATIENCE_S = 2, 90.0
+MOST_CALLS_BETWEEN_KILLS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A kind of fault.
+
+    Attributes:
+        name: of the fault, as the table has it.
+        smoke: times in a short run.
+        full: times in a full run.
+        report: where it is reported.
+    """
+
+    name: str
+    smoke: int
+    full: int
+    report: str
+
+
+KILL = Fault(name="operator killed amid a change", smoke=8, full=200, report="nothing is left half-done")
+OUTAGE = Fault(name="API server away", smoke=1, full=20, report="metric `moeserving_operator_reconciles_total`")
+SILENCE = Fault(name="Prometheus away", smoke=1, full=20, report="`AutoscalingLimited`: `NoSignal`")
+EVICTION = Fault(name="engine evicted", smoke=2, full=50, report="`Progressing`: `EnginesStarting`")
+LOSS = Fault(name="node lost with an engine", smoke=2, full=20, report="`Progressing`; at the end `NotEnding`")
+QUOTA = Fault(name="quota that comes and goes", smoke=1, full=10, report="`Degraded`: `Refused`")
+FAULTS = (KILL, OUTAGE, SILENCE, EVICTION, LOSS, QUOTA)
+
+
+def render_table(counts: Mapping[str, int]) -> str:
+    """The table of a run: each fault, how often, where it is reported."""
+    rows = [f"| {fault.name} | {counts[fault.name]} | {fault.report} |" for fault in FAULTS]
+    return "\n".join(["| fault | times | reported by |", "|---|---|---|", *rows])
+
+
+@dataclass(slots=True, kw_only=True)
+class Prometheus:
+    """Answers every query with nothing to do, while it is there."""
+
+    is_there: bool = True
+    port: int = 0
+
+    async def query(self, request: web.Request) -> web.Response:
+        if not self.is_there:
+            return web.Response(status=503)
+        now_s = time.time()
+        rows = [{"metric": {}, "value": [now_s, "0"]}]
+        return web.json_response({"status": "success", "data": {"resultType": "vector", "result": rows}})
+
+
+@asynccontextmanager
+async def prometheus_listening() -> AsyncIterator[Prometheus]:
+    """A Prometheus until the end of the block."""
+    prometheus = Prometheus()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", prometheus.query)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        prometheus.port = listener.getsockname()[1]
+        await web.SockSite(runner, listener).start()
+        try:
+            yield prometheus
+        finally:
+            await runner.cleanup()
+
+
+def resource(port: int) -> Document:
+    """A resource with a claim, whose number of engines follows Prometheus and stays at the least."""
+    return serving(
+        model={"uri": "hf://org/tiny", "cache": {"path": "/cache", "size": "1Gi"}},
+        engine={"drainTimeout": "1s"},
+        autoscaling={"minReplicas": ENGINES, "maxReplicas": 4},
+        metrics={"prometheus": {"url": f"http://127.0.0.1:{port}"}},
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class Life:
+    """The resource, the operators that follow one another, and the faults that were done."""
+
+    cluster: ControlledCluster
+    server: ApiServer
+    session: aiohttp.ClientSession
+    prometheus: Prometheus
+    key: Key
+    chance: random.Random
+    counts: dict[str, int] = field(default_factory=lambda: {fault.name: 0 for fault in FAULTS})
+    failed_passes: int = 0
+    operator: Any = None
+    node: Any = None
+    claim: str = ""
+    lost: set[str] = field(default_factory=set)
+
+    async def begin(self) -> None:
+        """Makes the resource, and waits until it is whole."""
+        self.node = Node(self.cluster, self.key.namespace)
+        self.start()
+        place = {"name": self.key.name, "namespace": self.key.namespace}
+        await self.operator.api.create(SERVING, resource(self.prometheus.port) | {"metadata": place})
+        await self.until(self.is_whole, "it is made")
+        self.claim = (await self.operator.api.get(CLAIM, self.key.namespace, "tiny-cache"))["metadata"]["uid"]
+
+    def start(self, calls_left: int = 0) -> None:
+        """A fresh operator; with a number of calls it is killed at the last of them."""
+        server: Any = self.server
+        if calls_left:
+            server = Scissors(self.server, calls_left, after=self.chance.random() < 0.5)
+        self.operator = FreshOperator(Api(server), self.session, [self.key.namespace])
+
+    async def until(self, holds: Callable[[], Awaitable[bool]], what: str) -> None:
+        """Passes, each followed by a kubelet's look at its pods, until it holds."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                await self.operator.relist()
+                await self.operator.reconciler.reconcile(self.key)
+                await asyncio.to_thread(self.node.run_pods)
+                if await holds():
+                    return
+            except (ApiError, ClusterProblem):
+                self.failed_passes += 1
+            assert time.monotonic() < give_up_s, f"{what}: {await self.describe()}"
+            await asyncio.sleep(0.05)
+
+    async def describe(self) -> Document:
+        """The status, for the message of a failure."""
+        return dict((await fetch_serving(Api(self.server), self.key) or {}).get("status", {}))
+
+    async def is_whole(self) -> bool:
+        """Whether as many engines are ready as the resource asks for, each counted once, and the conditions say so."""
+        live = await fetch_serving(self.operator.api, self.key) or {}
+        status, rows = live.get("status", {}), conditions(live)
+        running = self.engines()
+        names = [row["name"] for row in status.get("engines", []) if row["name"] in running]
+        whole = status.get("readyReplicas") == ENGINES == len(set(names)) == len(names) == len(running)
+        return whole and rows["Degraded"]["status"] == "False" and rows["AutoscalingLimited"]["reason"] != "NoSignal"
+
+    def engines(self) -> set[str]:
+        """The engines that run."""
+        pods = [pod for pod in self.node.pods("engine") if "deletionTimestamp" not in pod["metadata"]]
+        return {pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Running"}
+
+    async def is_reported(self, kind: str, reason: str) -> bool:
+        """Whether a condition has a reason."""
+        live = await fetch_serving(self.operator.api, self.key) or {}
+        return bool(conditions(live)[kind]["reason"] == reason)
+
+    async def do(self, fault: Fault) -> None:
+        """Does a fault, has it reported and mended, and checks that all is whole."""
+        await {
+            KILL.name: self.kill,
+            OUTAGE.name: self.outage,
+            SILENCE.name: self.silence,
+            EVICTION.name: self.evict,
+            LOSS.name: self.lose_node,
+            QUOTA.name: self.refuse,
+        }[fault.name]()
+        self.counts[fault.name] += 1
+        await self.until(self.is_whole, f"whole after: {fault.name}")
+        claim = await self.operator.api.get(CLAIM, self.key.namespace, "tiny-cache")
+        assert claim is not None, "the claim is there"
+        assert (claim["metadata"]["uid"], "deletionTimestamp" in claim["metadata"]) == (self.claim, False)
+
+    async def kill(self) -> None:
+        """Changes several objects, and kills the operator at any call that this takes."""
+        port, away = self.chance.randint(1000, 9999), self.chance.randint(1, 9)
+        spec = {"gateway": {"service": {"port": port}}, "disruption": {"maxUnavailable": str(away)}}
+        await Api(self.server).merge(SERVING, *self.key, {"spec": spec})
+        self.start(self.chance.randint(1, MOST_CALLS_BETWEEN_KILLS))
+        with contextlib.suppress(Killed):
+            # One that has made the change in fewer calls ends at rest.
+            for _ in range(3):
+                await self.operator.relist()
+                await self.operator.reconciler.reconcile(self.key)
+        self.start()
+
+        async def is_changed() -> bool:
+            found = await fetch_children(self.operator.api, self.key.namespace)
+            ports = found["Service", "tiny"]["spec"]["ports"]
+            budget = found["PodDisruptionBudget", "tiny-engine"]["spec"]["maxUnavailable"]
+            return (ports[0]["port"], budget) == (port, away)
+
+        await self.until(is_changed, "the change is made by the next operator")
+
+    async def outage(self) -> None:
+        """Kills the API server; a pass fails; the server comes back."""
+        before = self.failed_passes
+        self.cluster.stop_api_server(kill=True)
+        try:
+            await self.operator.relist()
+            await self.operator.reconciler.reconcile(self.key)
+        except ApiError:
+            self.failed_passes += 1
+        # Here and not in a thread: a server that is tied ends with the thread that started it.
+        self.cluster.start_api_server()
+        assert self.failed_passes > before
+
+    async def silence(self) -> None:
+        """Prometheus is away until the resource says so."""
+        self.prometheus.is_there = False
+        await self.until(lambda: self.is_reported("AutoscalingLimited", "NoSignal"), "the silence is reported")
+        self.prometheus.is_there = True
+
+    async def evict(self) -> None:
+        """A kubelet evicts an engine: its pod is over and stays an object; later it is collected."""
+        name = min(self.engines())
+        status = {"status": {"phase": "Failed", "reason": "Evicted", "conditions": []}}
+        words = ("pod", name, "-n", self.key.namespace, "--subresource=status", "--type=merge")
+        await asyncio.to_thread(self.cluster.kubectl, "patch", *words, "-p", json.dumps(status))
+        await self.until(self.is_replaced(name), "another engine is ready")
+        await asyncio.to_thread(self.node.remove, name)
+
+    async def lose_node(self) -> None:
+        """A node is lost with an engine: its pod is marked for deletion and never goes by itself."""
+        name = min(self.engines())
+        words = ("delete", "pod", name, "-n", self.key.namespace, "--wait=false")
+        await asyncio.to_thread(self.cluster.kubectl, *words)
+        await self.until(self.is_replaced(name), "another engine is ready")
+
+    def is_replaced(self, name: str) -> Callable[[], Awaitable[bool]]:
+        """Whether all engines are ready without this one."""
+
+        async def holds() -> bool:
+            running = self.engines()
+            return name not in running and len(running) == ENGINES and await self.is_whole()
+
+        return holds
+
+    async def refuse(self) -> None:
+        """A quota refuses an object that has to be made anew, until it is taken away."""
+        namespace = self.key.namespace
+        words = ("create", "quota", "none", "-n", namespace, "--hard=count/configmaps=0")
+        await asyncio.to_thread(self.cluster.kubectl, *words)
+        await asyncio.to_thread(self._wait_for_quota)
+        await asyncio.to_thread(self.cluster.kubectl, "delete", "configmap", "tiny-settings", "-n", namespace)
+        await self.until(lambda: self.is_reported("Degraded", "Refused"), "the quota is reported")
+        await asyncio.to_thread(self.cluster.kubectl, "delete", "quota", "none", "-n", namespace)
+
+    def _wait_for_quota(self) -> None:
+        """The API server keeps to a quota once its controller has counted."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        words = ("get", "quota", "none", "-n", self.key.namespace, "-o", "jsonpath={.status.hard}")
+        while not self.cluster.kubectl(*words):
+            assert time.monotonic() < give_up_s, "the quota is counted"
+            time.sleep(0.1)
+
+    async def end(self) -> None:
+        """Deletes the resource while pods of lost nodes still hang, and has all else go."""
+        await self.operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": self.key.namespace}})
+
+        async def is_gone() -> bool:
+            running = [pod for pod in self.node.pods() if pod["metadata"]["name"] not in self.lost]
+            await asyncio.to_thread(self.node.remove_ended_of, {pod["metadata"]["name"] for pod in running})
+            return await fetch_serving(Api(self.server), self.key) is None
+
+        self.lost = {pod["metadata"]["name"] for pod in self.node.pods() if "deletionTimestamp" in pod["metadata"]}
+        await self.until(is_gone, "it is gone")
+        left = await fetch_children(Api(self.server), self.key.namespace)
+        assert [place for place, row in left.items() if "deletionTimestamp" not in row["metadata"]] == []
+        assert {pod["metadata"]["name"] for pod in self.node.pods()} <= self.lost

@@ -1,12 +1,14 @@
 """The namespaces of the resources: which uid they have, and whether one is being deleted."""
 
 import logging
+from typing import Any
 
 from moe_contract.api_server import FORBIDDEN, ApiError
 
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import NAMESPACE
-from moe_operator.kubernetes.store import Document
+
+Document = dict[str, Any]
 
 log = logging.getLogger("moeserving.operator")
 

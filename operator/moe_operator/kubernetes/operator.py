@@ -167,8 +167,8 @@ class Operator:
                 self._queue.add(key)
         if len(refusals) == len(self._namespaces()):
             raise refusals[0]
-        for error in refusals:
-            log.warning("not all namespaces can be read: %s", error)
+        for refusal in refusals:
+            log.warning("not all namespaces can be read: %s", refusal)
 
     async def _begin(self) -> bool:
         """Waits until the API server answers and knows the resource; False when stopped before."""

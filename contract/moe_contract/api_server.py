@@ -6,7 +6,9 @@ connection is made and not with this module, because it takes 20 MiB and a secon
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ Document = dict[str, Any]
 BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, GONE, UNPROCESSABLE, TOO_MANY = 400, 403, 404, 409, 410, 422, 429
 CALL_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 PAGE = 500
+# With the parameter, which the API server ignores, the client passes bytes on as they are.
+_APPLY = "application/apply-patch+yaml; charset=utf-8"
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7e]")
 # Credentials of a kubeconfig (a token file, a plugin) are read again after so long, as those of a pod are.
 REFRESH_S = 60.0
 
@@ -154,14 +159,16 @@ class ApiServer:
     ) -> Document:
         """Server-side apply that takes fields over from other managers; a dry run is checked and changes nothing."""
         return await self._call(
-            "server_side_apply",
+            "patch",
             kind,
             subresource=subresource,
-            body=document,
+            body=to_yaml(document),
+            name=document["metadata"]["name"],
             namespace=document["metadata"].get("namespace"),
             field_manager=manager,
             force_conflicts=True,
             dry_run="All" if dry_run else None,
+            content_type=_APPLY,
         )
 
     async def merge(
@@ -287,6 +294,19 @@ class _Login:
         if now_s - self._read_s > REFRESH_S:
             self._read_s = now_s
             await self._kubeconfig.load_and_set(configuration)
+
+
+def to_yaml(document: Document) -> bytes:
+    """The document as JSON that is YAML too, as server-side apply reads it, in ASCII.
+
+    Of a character beyond U+FFFF JSON has two escapes, which YAML refuses; it has one of eight digits instead.
+    """
+    text = json.dumps(document, ensure_ascii=False)
+    return _BEYOND_ASCII.sub(lambda found: _escape(ord(found[0])), text).encode()
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def _find_login(kubeconfig: Path | None) -> _Login:

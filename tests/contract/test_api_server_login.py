@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import web
 from cluster_certificates import Certificates
+from hypothesis import given
+from hypothesis import strategies as st
 from kubernetes.aio.config import incluster_config
 from moe_contract import api_server
-from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError
+from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError, to_yaml
 
 from tests.contract.refusing_proxy import refusing_proxy
 from tests.gateway.conftest import free_port
@@ -188,3 +191,19 @@ async def test_with_a_kubeconfig_a_proxy_is_used_for_servers_elsewhere_alone(
         assert await status(server) == (0 if by_proxy else 200)
         await server.close()
         assert proxy.asked == ([f"CONNECT {host}:{api.port} HTTP/1.1"] if by_proxy else [])
+
+
+@given(
+    st.recursive(
+        st.text() | st.integers() | st.booleans() | st.none(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_what_is_applied_is_the_same_read_as_yaml(value: Any) -> None:
+    text = to_yaml({"value": value})
+    assert text.isascii()
+    assert yaml.safe_load(text) == {"value": value}
+
+
+def test_a_character_of_four_bytes_is_one_escape() -> None:
+    assert to_yaml({"note": "a\U0001f600é\x7f\\u"}) == b'{"note": "a\\U0001f600\\u00e9\\u007f\\\\u"}'

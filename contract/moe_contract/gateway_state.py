@@ -77,7 +77,7 @@ class GatewayState:
         held_since_s: age of the oldest of them; None without one.
         in_flight: requests at engines.
         wait_s: least predicted wait of a new request over the accepting targets; None without one.
-        ttft_s: mean time to first token of the last 30 s; None without a request.
+        ttft_s: mean time to first token of the streams of the last 30 s; None without one.
         prompt_tokens_per_s: prompt tokens of requests that arrived in the last 30 s.
         arrivals_per_s: requests that arrived in the last 30 s.
         config: the settings in force; None where this version cannot read them.

@@ -51,7 +51,7 @@ class GatewayCollector(Collector):
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=dispatcher.held)
         share = "Part of the requests at the engines that this gateway sent; below 1 beside other gateways."
         yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=dispatcher.targets.traffic_share)
-        ttft = "Seconds from a request's arrival to the first byte of its answer's body."
+        ttft = "Seconds from a request's arrival to the first token of its stream."
         yield _histogram("ttft_seconds", ttft, stats.ttft)
 
     def _demand(self) -> Iterator[Metric]:
@@ -83,7 +83,7 @@ class GatewayCollector(Collector):
         predictions = self._dispatcher.targets.predictions
         error = "Predicted less measured seconds from dispatch to the first token."
         yield _histogram("prediction_error_seconds", error, predictions.error)
-        text = "Measured over predicted time to first token, of answers whose first byte shows it."
+        text = "Measured over predicted time to first token, of streams and embeddings."
         family = SummaryMetricFamily(PREFIX + "prediction_ratio", text, labels=["engine", "rank"])
         for target, (count, total) in sorted(predictions.ratios.items()):
             family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)

@@ -108,12 +108,6 @@ def test_only_the_exact_paths_have_a_route(url):
         assert find_route(path + b"?" + url) is ROUTES[path]
 
 
-@pytest.mark.parametrize("route", Route)
-def test_the_first_token_shows_where_nothing_comes_before_it(route):
-    assert route.shows_first_token(stream=True) is (route in {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS})
-    assert route.shows_first_token(stream=False) is (route is Route.EMBEDDINGS)
-
-
 def test_the_head_to_the_engine_is_exact():
     head = build_request_head(
         b"POST",

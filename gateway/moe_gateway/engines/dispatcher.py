@@ -159,7 +159,19 @@ class Dispatcher:
     def _refresh(self, engine: Engine, now_s: float) -> bool:
         accepting = engine.may_accept(now_s)
         self._targets.set_accepting(engine.targets, accepting)
-        return accepting
+        return self._use_the_last(now_s) or accepting
+
+    def _use_the_last(self, now_s: float) -> bool:
+        """Uses engines that answered errors while no other may get requests; returns whether there are any."""
+        suspects = self._fleet.ejected()
+        if not suspects:
+            return False
+        servers = {state.target.server for state in self._open_targets()}
+        is_alone = not any(self.engines[server].may_accept(now_s) for server in servers)
+        for engine in suspects:
+            accepting = engine.may_accept_alone(now_s) if is_alone else engine.may_accept(now_s)
+            self._targets.set_accepting(engine.targets, accepting)
+        return is_alone
 
     def _refresh_and_release(self, engine: Engine | None, now_s: float) -> None:
         if engine is not None and self._refresh(engine, now_s):
@@ -222,21 +234,43 @@ class Dispatcher:
         if keys or session is not None:
             self._jobs.record(keys, session, sending.target)
         self.decisions[sending.reason] += 1
-        return self._targets.send(sending, tokens, now_s)
+        request = self._targets.send(sending, tokens, now_s)
+        if (engine := self._fleet.begin_trial(request.target, request.key)) is not None:
+            self._refresh(engine, now_s)
+        return request
 
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
-        """The first byte of the answer's body is there; `is_first_token`: it came as soon as the first token."""
+        """The engine answers what it was asked; `is_first_token`: this came as soon as the first token.
+
+        An error is no such answer: of the engine it is reported to `count_error`, of the client to nobody.
+        """
         self._targets.answer(request, now_s, is_first_token=is_first_token)
         if (engine := self._fleet.succeed(request.target)) is not None:
             self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
             self.release_held(now_s)
 
+    def complete(self, request: InFlightRequest, now_s: float) -> None:
+        """The engine gave its whole answer without an error."""
+        self._refresh_and_release(self._fleet.complete(request.target), now_s)
+
     def settle(self, request: InFlightRequest, now_s: float) -> None:
         """The request has ended there, in whatever way; a second call changes nothing."""
         self._targets.settle(request, now_s)
+        if (engine := self._fleet.end_trial(request.target, request.key)) is not None:
+            self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
             self.release_held(now_s)
+
+    def count_error(self, target: Target, now_s: float) -> None:
+        """The engine answered with an error of its own; after some of them it is ejected while others work."""
+        self._refresh_and_release(self._fleet.err(target, now_s), now_s)
+
+    def has_other(self, target: Target, tried: Collection[Target]) -> bool:
+        """Whether a request that `target` and those in `tried` failed can be sent to another one at once."""
+        return any(
+            state.accepting and state.target != target and state.target not in tried for state in self._open_targets()
+        )
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
         """The engine broke a request or refused the connection: it is ejected for a while, for long if it is dead."""

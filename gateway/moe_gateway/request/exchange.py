@@ -1,11 +1,12 @@
 """One request from its whole arrival to the end of its answer: choose, send, retry, stream, settle.
 
-Made by a client connection for each request that goes to an engine. The head of the answer is kept back until the first
-byte of its body: until then another engine can take the request over without the client seeing it. `RequestAttempts`
-decides whether it does, `Dispatcher.admit` whether it is sent, held or rejected.
+Made by a client connection for each request that goes to an engine. The answer is kept back until the first byte of its
+body, a stream until its first token: until then another engine can take the request over without the client seeing it.
+Comments of a stream, which keep the connection alive, pass at once. `RequestAttempts` decides whether another engine
+does, `Dispatcher.admit` whether the request is sent, held or rejected.
 
-States: held or sent -> streaming -> ended. `_end` is reached once, by whichever of these comes first: the answer is
-whole, the engine fails for good, the client goes away, a timeout.
+States: held or sent, perhaps open (comments have passed) -> streaming -> ended. `_end` is reached once, by whichever of
+these comes first: the answer is whole, the engine fails for good, the client goes away, a timeout.
 """
 
 import asyncio
@@ -32,10 +33,21 @@ from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.stream_events import (
+    ERROR_MARK,
+    LONGEST_BEGINNING_BYTES,
+    AnswerPart,
+    find_error,
+    may_end_event,
+    part_of_status,
+    read_beginning,
+    split_chunks,
+)
 
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
+ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
@@ -57,7 +69,7 @@ class Exchange:
         job: what it asks of an engine.
         attempts: how often it was sent, and which targets failed it.
         last_s: when bytes of the answer came last, or it was sent.
-        ttft_s: seconds from its arrival to the first byte of the answer's body; None before.
+        ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
     """
 
     __slots__ = (
@@ -68,8 +80,13 @@ class Exchange:
         "_context",
         "_ended",
         "_framed",
+        "_has_answer",
+        "_has_error",
+        "_held_events",
         "_in_flight",
+        "_is_events",
         "_is_fair",
+        "_is_open",
         "_keys",
         "_last",
         "_needs_new_connection",
@@ -101,6 +118,9 @@ class Exchange:
         self._buffer = self._last = b""
         self._chunked = False
         self._framed = True
+        # Events that are kept back in an answer of which comments have passed.
+        self._held_events = b""
+        self._is_events = self._is_open = self._has_answer = self._has_error = False
         self._needs_new_connection = False
         self._paused = False
         self._ended = False
@@ -189,7 +209,8 @@ class Exchange:
             self._fail(ENGINE_GONE)
             return
         self._upstream = connection
-        self._buffer = b""
+        self._buffer = self._held_events = b""
+        self._is_events = False
         head = build_request_head(
             request.method,
             request.url,
@@ -212,6 +233,8 @@ class Exchange:
         self.last_s = self._context.clock()
         if self.attempts.is_answering:
             self._last = data
+            if self._is_events and ERROR_MARK in data:
+                self._note_error(data)
             self._client.write(data)
             if connection.complete:
                 self._finish(connection)
@@ -224,7 +247,8 @@ class Exchange:
             return
         if connection.status in (500, 503) and self._retry_by_status(connection.status):
             return
-        self._start(connection)
+        if not self._is_events or connection.complete or may_end_event(data, len(self._buffer)):
+            self._start(connection)
 
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
@@ -238,34 +262,110 @@ class Exchange:
         return True
 
     def _start(self, connection: UpstreamConnection) -> None:
-        """Begins the answer to the client, once the first byte of its body is there."""
+        """Begins the answer to the client, once the first byte of its body is there, of a stream its first token."""
         self._buffer = buffer = skip_informational(self._buffer)
         head_end = buffer.index(b"\r\n\r\n") + 4
         if len(buffer) == head_end and not connection.complete:
             return
-        if says_engine_is_dead(connection.status, buffer[head_end:]):
-            self._drop_upstream()
-            self._fail(ENGINE_DEAD, Failure.ENGINE_DEAD)
-            return
-        self._count_first_byte(connection.status)
         head = buffer[:head_end].lower()
         self._chunked = b"\r\ntransfer-encoding:" in head
+        self._is_events = connection.status == 200 and self.computes and b"text/event-stream" in head
+        part = self._read_events(head) if self._is_events else self._part_of_status(connection.status)
+        if part is AnswerPart.PENDING:
+            if not connection.complete:
+                return
+            # A stream without a token and without an end.
+            part = AnswerPart.ENGINE_ERROR
+        if part is AnswerPart.ENGINE_ERROR and self._retry_error(connection.status):
+            return
+        if self._is_open and not (self._is_events and self._chunked):
+            self._close_open(connection, head_end)
+            return
+        self._count_answer(part)
+        self._commit(head, connection)
+
+    def _part_of_status(self, status: int) -> AnswerPart:
+        return part_of_status(status) if self.computes else AnswerPart.REFUSAL
+
+    def _read_events(self, head: bytes) -> AnswerPart:
+        """Reads how far the stream has come. Comments pass to the client while nothing else counts yet."""
+        raw = self._buffer[len(head) :]
+        data, rest = split_chunks(raw) if self._chunked else (raw, b"")
+        beginning = read_beginning(self._held_events + data)
+        if beginning.part is AnswerPart.PENDING and len(raw) > LONGEST_BEGINNING_BYTES:
+            return AnswerPart.WHOLE
+        can_open = self._chunked and not self.request.http10
+        if self._is_open or (beginning.comments and can_open and beginning.part is AnswerPart.PENDING):
+            if not self._is_open:
+                self._is_open = True
+                close = not self._keeps_alive
+                self._client.write(
+                    stamp_response(self._buffer[: len(head)], head, self.request.request_id, close=close)
+                )
+            if beginning.comments:
+                self._client.write(frame_chunk(beginning.comments))
+            self._held_events, self._buffer = beginning.events, self._buffer[: len(head)] + rest
+        return beginning.part
+
+    def _retry_error(self, status: int) -> bool:
+        """An engine's error came in place of an answer: retries at another engine; returns False where none can."""
+        assert self._in_flight is not None
+        dispatcher, attempts = self._context.dispatcher, self.attempts
+        if (status == 500 or self._is_events) and says_engine_is_dead(self._held_events + self._buffer):
+            self._drop_upstream()
+            self._fail(ENGINE_DEAD, Failure.ENGINE_DEAD)
+            return True
+        if not attempts.may_repeat or not dispatcher.has_other(self._in_flight.target, attempts.failed_targets):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_ERROR, Failure.ENGINE_ERROR)
+        return True
+
+    def _commit(self, head: bytes, connection: UpstreamConnection) -> None:
+        """Passes on what was kept back: from now on the client sees each byte as it comes."""
         self._framed = self._chunked or b"\r\ncontent-length:" in head
         self.attempts.is_answering = True
-        self._last = buffer[head_end:]
-        close = not (self._keeps_alive and self._framed)
-        self._client.write(stamp_response(buffer, head, self.request.request_id, close=close))
+        self._last = self._buffer[len(head) :]
+        if self._is_events and ERROR_MARK in self._buffer:
+            self._note_error(self._held_events + self._last)
+        if self._is_open:
+            self._client.write((frame_chunk(self._held_events) if self._held_events else b"") + self._last)
+        else:
+            close = not (self._keeps_alive and self._framed)
+            self._client.write(stamp_response(self._buffer, head, self.request.request_id, close=close))
         if connection.complete:
             self._finish(connection)
 
-    def _count_first_byte(self, status: int) -> None:
+    def _close_open(self, connection: UpstreamConnection, head_end: int) -> None:
+        """Ends a stream of which comments have passed with the error that another engine answered."""
+        if not connection.complete:
+            return
+        raw = self._buffer[head_end:]
+        error = b" ".join((split_chunks(raw)[0] if self._chunked else raw).split())
+        self._count_answer(self._part_of_status(connection.status))
+        self._client.write(frame_chunk(b"data: " + error + b"\n\n") + b"0\r\n\r\n")
+        self._end(200, f"the engine answered {connection.status}", broken=True)
+        self._client.answered(keep_alive=False)
+
+    def _count_answer(self, part: AnswerPart) -> None:
+        """Reports what the answer shows of the engine. An error of the client shows nothing."""
         assert self._in_flight is not None
-        context = self._context
-        shows = status == 200 and self.route.shows_first_token(stream=self.parsed.stream)
-        context.dispatcher.answer(self._in_flight, self.last_s, is_first_token=shows)
-        self.ttft_s = self.last_s - self.request.arrived_s
-        if self.computes:
-            context.stats.answer(self.ttft_s, self.last_s)
+        context, now_s = self._context, self.last_s
+        self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
+        if part is AnswerPart.TOKEN:
+            context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
+            self.ttft_s = now_s - self.request.arrived_s
+            context.stats.answer(self.ttft_s, now_s)
+        elif part is AnswerPart.ENGINE_ERROR:
+            self._has_error = self._is_events
+            context.dispatcher.count_error(self._in_flight.target, now_s)
+        elif part is AnswerPart.WHOLE:
+            context.dispatcher.answer(self._in_flight, now_s, is_first_token=self.route.only_reads)
+
+    def _note_error(self, data: bytes) -> None:
+        """An error may be among these bytes of a stream that has begun."""
+        if not self._has_error and find_error(data) is AnswerPart.ENGINE_ERROR:
+            self._count_answer(AnswerPart.ENGINE_ERROR)
 
     @property
     def _keeps_alive(self) -> bool:
@@ -281,7 +381,9 @@ class Exchange:
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
         connection.release()
-        self._end(status)
+        if self._has_answer and self._in_flight is not None:
+            self._context.dispatcher.complete(self._in_flight, self.last_s)
+        self._end(status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
         self._client.answered(keep_alive=keep_alive)
 
     def _sample_tokenisation(self) -> None:
@@ -316,6 +418,8 @@ class Exchange:
         step = self.attempts.after_failure(target, failure, now_s)
         if failure is Failure.ENGINE_FULL:
             context.dispatcher.pause_full(target, now_s)
+        elif failure is Failure.ENGINE_ERROR:
+            context.dispatcher.count_error(target, now_s)
         else:
             context.dispatcher.fail(target, now_s, dead=failure is Failure.ENGINE_DEAD)
         if step is NextStep.BREAK_OFF:
@@ -330,12 +434,16 @@ class Exchange:
 
     def _break_off(self, reason: str, outcome: Outcome = Outcome.ENGINE_FAILED) -> None:
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
-        if self._chunked and self.parsed.stream and ends_between_chunks(self._last):
+        is_stream = self._is_open or (self._chunked and self.parsed.stream)
+        if is_stream and ends_between_chunks(self._last):
             self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
         self._client.answered(keep_alive=False)
 
     def _refuse(self, outcome: Outcome, message: str, *, retry_after_s: int | None = None) -> None:
+        if self._is_open:
+            self._break_off(message, outcome)
+            return
         keep_alive = self._keeps_alive
         answer = build_error(
             outcome, message, request_id=self.request.request_id, close=not keep_alive, retry_after_s=retry_after_s

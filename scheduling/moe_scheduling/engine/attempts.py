@@ -23,12 +23,14 @@ class Failure(StrEnum):
 
     `UNREACHABLE`: no connection was made, so the engine has not seen the request. `BROKEN`: the connection ended early,
     or what came is no answer. `ENGINE_DEAD`: the engine's server answered that its engine process is dead.
-    `ENGINE_FULL`: it answered 503, which is no fault of the engine.
+    `ENGINE_ERROR`: it answered with an error of its own before the first token. `ENGINE_FULL`: it answered 503, which
+    is no fault of the engine.
     """
 
     UNREACHABLE = "unreachable"
     BROKEN = "broken"
     ENGINE_DEAD = "engine_dead"
+    ENGINE_ERROR = "engine_error"
     ENGINE_FULL = "engine_full"
 
 
@@ -62,6 +64,11 @@ class RequestAttempts:
     def may_wait(self, now_s: float) -> bool:
         """Whether the request may still be without an engine: held, or tried at engines that cannot be reached."""
         return now_s - self.waiting_since_s < self.hold_timeout_s
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the request may be sent once more after this attempt."""
+        return self.count < MAX_ATTEMPTS and not self.is_answering
 
     def begin(self) -> None:
         """An attempt begins: a target was chosen."""

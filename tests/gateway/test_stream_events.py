@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_gateway.request.stream_events import (
     AnswerPart,
+    ends_stream,
     find_error,
     part_of_status,
     read_beginning,
@@ -115,3 +116,23 @@ def test_whatever_an_engine_sends_is_read(data):
 )
 def test_what_a_status_shows(status, part):
     assert part_of_status(status) is part
+
+
+ENDS = {
+    "done": (b"data: [DONE]\n\n", True),
+    "done in a chunk": (b"e\r\ndata: [DONE]\n\n\r\n", True),
+    "the last chunk": (b"e\r\ndata: [DONE]\n\n\r\n0\r\n", True),
+    "CRLF": (b"data: [DONE]\r\n\r\n", True),
+    "completed": (b'event: response.completed\ndata: {"response": {"id": "1"}}\n\n', True),
+    "end of a long last event": (b'..."sequence_number":9,"type":"response.completed"}\n\n\r\n', True),
+    "failed": (b'event: response.failed\ndata: {"response": {}}\n\n', True),
+    "a token": (b'data: {"choices": []}\n\n', False),
+    "half of the last event": (b'event: response.completed\ndata: {"response": {}', False),
+    "something after it": (b'data: [DONE]\n\ndata: {"x": 1}\n\n', False),
+    "nothing": (b"", False),
+}
+
+
+@pytest.mark.parametrize(("data", "ends"), ENDS.values(), ids=ENDS)
+def test_a_stream_ends_with_its_last_event(data, ends):
+    assert ends_stream(data) is ends

@@ -25,24 +25,16 @@ from moe_gateway.http.heads import (
     build_request_head,
     ends_between_chunks,
     read_tenant,
-    skip_informational,
     stamp_response,
 )
 from moe_gateway.http.replies import Outcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
+from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request.stream_events import (
-    ERROR_MARK,
-    LONGEST_BEGINNING_BYTES,
-    AnswerPart,
-    find_error,
-    may_end_event,
-    part_of_status,
-    read_beginning,
-    split_chunks,
-)
+from moe_gateway.request.rejections import REJECTIONS
+from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, find_error
 
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
@@ -50,14 +42,6 @@ ENGINE_DEAD = "the engine has died"
 ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-
-_REJECTIONS = {
-    Rejection.NO_ENGINE_CONFIGURED: (Outcome.NO_ENGINE, "no engine is configured"),
-    Rejection.QUEUE_FULL_NO_ENGINE: (Outcome.NO_ENGINE, "no engine accepts requests and the queue is full"),
-    Rejection.QUEUE_FULL_SATURATED: (Outcome.BUSY, "all engines are saturated and the queue is full"),
-    Rejection.TIMEOUT_NO_ENGINE: (Outcome.NO_ENGINE, "no engine accepted requests in time"),
-    Rejection.TIMEOUT_SATURATED: (Outcome.NO_ENGINE, "every engine stayed saturated"),
-}
 
 
 class Exchange:
@@ -73,23 +57,19 @@ class Exchange:
     """
 
     __slots__ = (
-        "_buffer",
-        "_chunked",
+        "_before_last",
+        "_beginning",
         "_client",
         "_connecting",
         "_context",
         "_ended",
-        "_framed",
         "_has_answer",
         "_has_error",
-        "_held_events",
         "_in_flight",
-        "_is_events",
         "_is_fair",
         "_is_open",
         "_keys",
         "_last",
-        "_needs_new_connection",
         "_paused",
         "_session",
         "_upstream",
@@ -115,13 +95,11 @@ class Exchange:
         self._client = client
         self._context = context
         self._session = session = request.session or parsed.user
-        self._buffer = self._last = b""
-        self._chunked = False
-        self._framed = True
-        # Events that are kept back in an answer of which comments have passed.
-        self._held_events = b""
-        self._is_events = self._is_open = self._has_answer = self._has_error = False
-        self._needs_new_connection = False
+        self._beginning = AnswerBeginning()
+        # The newest two pieces of the answer.
+        self._last = self._before_last = b""
+        # Open: comments have passed to the client, with the head of the answer that they were in.
+        self._is_open = self._has_answer = self._has_error = False
         self._paused = False
         self._ended = False
         self._in_flight: InFlightRequest | None = None
@@ -158,7 +136,7 @@ class Exchange:
 
     def reject(self, rejection: Rejection) -> None:
         """Answers with an error that says when to come again."""
-        outcome, message = _REJECTIONS[rejection]
+        outcome, message = REJECTIONS[rejection]
         context = self._context
         self._refuse(outcome, message, retry_after_s=context.dispatcher.retry_after_s(context.clock()))
 
@@ -170,7 +148,6 @@ class Exchange:
         self.last_s = now_s = context.clock()
         self._in_flight = context.dispatcher.send(self.job, self._keys, self._session, decision, now_s)
         self.attempts.begin()
-        self._needs_new_connection = False
         self._send()
 
     def _send(self) -> None:
@@ -179,7 +156,9 @@ class Exchange:
         if pool is None:
             self._fail(ENGINE_GONE)
             return
-        connection = None if self.request.http10 or self._needs_new_connection else pool.take()
+        # An idle connection may be about to close, which costs an attempt: the last one gets a connection of its own.
+        is_new = self.request.http10 or not self.attempts.may_repeat
+        connection = None if is_new else pool.take()
         if connection is not None:
             self._write_request(connection)
         else:
@@ -209,8 +188,7 @@ class Exchange:
             self._fail(ENGINE_GONE)
             return
         self._upstream = connection
-        self._buffer = self._held_events = b""
-        self._is_events = False
+        self._beginning = AnswerBeginning()
         head = build_request_head(
             request.method,
             request.url,
@@ -232,23 +210,27 @@ class Exchange:
         """Bytes of the answer came."""
         self.last_s = self._context.clock()
         if self.attempts.is_answering:
-            self._last = data
-            if self._is_events and ERROR_MARK in data:
+            self._before_last, self._last = self._last, data
+            if ERROR_MARK in data and self._beginning.is_events:
                 self._note_error(data)
             self._client.write(data)
             if connection.complete:
                 self._finish(connection)
             return
-        self._buffer = self._buffer + data if self._buffer else data
+        beginning = self._beginning
+        beginning.received += data
         if not connection.head_complete:
-            if len(self._buffer) > LONGEST_HEAD_BYTES:
+            if len(beginning.received) > LONGEST_HEAD_BYTES:
                 self._drop_upstream()
                 self._fail("the head of the engine's answer has no end")
             return
         if connection.status in (500, 503) and self._retry_by_status(connection.status):
             return
-        if not self._is_events or connection.complete or may_end_event(data, len(self._buffer)):
-            self._start(connection)
+        part = beginning.read(data, connection.status, computes=self.computes, complete=connection.complete)
+        if part is not AnswerPart.PENDING:
+            self._start(part, connection)
+        elif beginning.comments and beginning.is_chunked and not self.request.http10:
+            self._pass_comments()
 
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
@@ -261,57 +243,42 @@ class Exchange:
         self._fail(f"the engine answered {status}", failure)
         return True
 
-    def _start(self, connection: UpstreamConnection) -> None:
-        """Begins the answer to the client, once the first byte of its body is there, of a stream its first token."""
-        self._buffer = buffer = skip_informational(self._buffer)
-        head_end = buffer.index(b"\r\n\r\n") + 4
-        if len(buffer) == head_end and not connection.complete:
+    def _start(self, part: AnswerPart, connection: UpstreamConnection) -> None:
+        """Begins the answer to the client, once it shows what it is: it was kept back until then."""
+        beginning = self._beginning
+        if part is AnswerPart.ENGINE_ERROR and self._retry_error():
             return
-        head = buffer[:head_end].lower()
-        self._chunked = b"\r\ntransfer-encoding:" in head
-        self._is_events = connection.status == 200 and self.computes and b"text/event-stream" in head
-        part = self._read_events(head) if self._is_events else self._part_of_status(connection.status)
-        if part is AnswerPart.PENDING:
-            if not connection.complete:
-                return
-            # A stream without a token and without an end.
-            part = AnswerPart.ENGINE_ERROR
-        if part is AnswerPart.ENGINE_ERROR and self._retry_error(connection.status):
-            return
-        if self._is_open and not (self._is_events and self._chunked):
-            self._close_open(connection, head_end)
+        if self._is_open and not (beginning.is_events and beginning.is_chunked):
+            if connection.complete:
+                self._close_open(part)
             return
         self._count_answer(part)
-        self._commit(head, connection)
+        self.attempts.is_answering = True
+        self._last = body = beginning.body
+        if beginning.is_events and ERROR_MARK in body:
+            self._note_error(body)
+        if self._is_open:
+            self._client.write(body)
+        else:
+            close = not (self._keeps_alive and beginning.is_framed)
+            self._client.write(stamp_response(beginning.received, beginning.head, self.request.request_id, close=close))
+        if connection.complete:
+            self._finish(connection)
 
-    def _part_of_status(self, status: int) -> AnswerPart:
-        return part_of_status(status) if self.computes else AnswerPart.REFUSAL
+    def _pass_comments(self) -> None:
+        """Passes on comments, which keep the client's connection alive and commit to no engine."""
+        beginning = self._beginning
+        if not self._is_open:
+            self._is_open = True
+            head, close = beginning.received[: len(beginning.head)], not self._keeps_alive
+            self._client.write(stamp_response(head, beginning.head, self.request.request_id, close=close))
+        self._client.write(beginning.take_comments())
 
-    def _read_events(self, head: bytes) -> AnswerPart:
-        """Reads how far the stream has come. Comments pass to the client while nothing else counts yet."""
-        raw = self._buffer[len(head) :]
-        data, rest = split_chunks(raw) if self._chunked else (raw, b"")
-        beginning = read_beginning(self._held_events + data)
-        if beginning.part is AnswerPart.PENDING and len(raw) > LONGEST_BEGINNING_BYTES:
-            return AnswerPart.WHOLE
-        can_open = self._chunked and not self.request.http10
-        if self._is_open or (beginning.comments and can_open and beginning.part is AnswerPart.PENDING):
-            if not self._is_open:
-                self._is_open = True
-                close = not self._keeps_alive
-                self._client.write(
-                    stamp_response(self._buffer[: len(head)], head, self.request.request_id, close=close)
-                )
-            if beginning.comments:
-                self._client.write(frame_chunk(beginning.comments))
-            self._held_events, self._buffer = beginning.events, self._buffer[: len(head)] + rest
-        return beginning.part
-
-    def _retry_error(self, status: int) -> bool:
+    def _retry_error(self) -> bool:
         """An engine's error came in place of an answer: retries at another engine; returns False where none can."""
         assert self._in_flight is not None
-        dispatcher, attempts = self._context.dispatcher, self.attempts
-        if (status == 500 or self._is_events) and says_engine_is_dead(self._held_events + self._buffer):
+        beginning, dispatcher, attempts = self._beginning, self._context.dispatcher, self.attempts
+        if (beginning.status == 500 or beginning.is_events) and says_engine_is_dead(beginning.body):
             self._drop_upstream()
             self._fail(ENGINE_DEAD, Failure.ENGINE_DEAD)
             return True
@@ -321,30 +288,11 @@ class Exchange:
         self._fail(ENGINE_ERROR, Failure.ENGINE_ERROR)
         return True
 
-    def _commit(self, head: bytes, connection: UpstreamConnection) -> None:
-        """Passes on what was kept back: from now on the client sees each byte as it comes."""
-        self._framed = self._chunked or b"\r\ncontent-length:" in head
-        self.attempts.is_answering = True
-        self._last = self._buffer[len(head) :]
-        if self._is_events and ERROR_MARK in self._buffer:
-            self._note_error(self._held_events + self._last)
-        if self._is_open:
-            self._client.write((frame_chunk(self._held_events) if self._held_events else b"") + self._last)
-        else:
-            close = not (self._keeps_alive and self._framed)
-            self._client.write(stamp_response(self._buffer, head, self.request.request_id, close=close))
-        if connection.complete:
-            self._finish(connection)
-
-    def _close_open(self, connection: UpstreamConnection, head_end: int) -> None:
+    def _close_open(self, part: AnswerPart) -> None:
         """Ends a stream of which comments have passed with the error that another engine answered."""
-        if not connection.complete:
-            return
-        raw = self._buffer[head_end:]
-        error = b" ".join((split_chunks(raw)[0] if self._chunked else raw).split())
-        self._count_answer(self._part_of_status(connection.status))
-        self._client.write(frame_chunk(b"data: " + error + b"\n\n") + b"0\r\n\r\n")
-        self._end(200, f"the engine answered {connection.status}", broken=True)
+        self._count_answer(part)
+        self._client.write(frame_chunk(b"data: %b\n\n" % self._beginning.error) + b"0\r\n\r\n")
+        self._end(200, f"the engine answered {self._beginning.status}", broken=True)
         self._client.answered(keep_alive=False)
 
     def _count_answer(self, part: AnswerPart) -> None:
@@ -357,7 +305,7 @@ class Exchange:
             self.ttft_s = now_s - self.request.arrived_s
             context.stats.answer(self.ttft_s, now_s)
         elif part is AnswerPart.ENGINE_ERROR:
-            self._has_error = self._is_events
+            self._has_error = self._beginning.is_events
             context.dispatcher.count_error(self._in_flight.target, now_s)
         elif part is AnswerPart.WHOLE:
             context.dispatcher.answer(self._in_flight, now_s, is_first_token=self.route.only_reads)
@@ -376,7 +324,7 @@ class Exchange:
         if self._context.dispatcher.samples_tokenisation:
             self._sample_tokenisation()
         status = connection.status
-        keep_alive = self._keeps_alive and self._framed and not connection.overrun
+        keep_alive = self._keeps_alive and self._beginning.is_framed and not connection.overrun
         self._upstream = None
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
@@ -388,9 +336,9 @@ class Exchange:
 
     def _sample_tokenisation(self) -> None:
         """Reads how many tokens the prompt had, where the answer came in one short piece."""
-        if self.parsed.stream or not self.route.has_job or len(self._buffer) > USAGE_WINDOW_BYTES:
+        if self.parsed.stream or not self.route.has_job or len(self._beginning.received) > USAGE_WINDOW_BYTES:
             return
-        found = _PROMPT_TOKENS.search(self._buffer)
+        found = _PROMPT_TOKENS.search(self._beginning.received)
         if found is not None and len(found[1]) < 12:
             self._context.dispatcher.learn_tokens(self.parsed, int(found[1]))
 
@@ -399,13 +347,14 @@ class Exchange:
     def lost(self, connection: UpstreamConnection, reason: str) -> None:
         """The engine ended the connection before the answer was whole."""
         self._upstream = None
-        if self.attempts.is_answering and not self._framed:
+        if self.attempts.is_answering and not self._beginning.is_framed:
             # An answer without a length ends with the connection.
             self._end(connection.status)
             self._client.answered(keep_alive=False)
-        elif connection.reused and not self._buffer and not self._needs_new_connection:
-            # An idle connection was closed while the request was on its way: no failure of the engine.
-            self._needs_new_connection = True
+        elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
+            # The idle connection may have been closed while the request was on its way, which is no failure of the
+            # engine. But the engine may have read the request, so this was an attempt.
+            self.attempts.begin()
             self._send()
         else:
             self._fail(reason)
@@ -434,7 +383,7 @@ class Exchange:
 
     def _break_off(self, reason: str, outcome: Outcome = Outcome.ENGINE_FAILED) -> None:
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
-        is_stream = self._is_open or (self._chunked and self.parsed.stream)
+        is_stream = self._is_open or (self._beginning.is_chunked and self.parsed.stream)
         if is_stream and ends_between_chunks(self._last):
             self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
@@ -453,8 +402,13 @@ class Exchange:
         self._client.answered(keep_alive=keep_alive)
 
     def abandon(self) -> None:
-        """The client is gone: the engine's connection is closed at once."""
-        if not self._ended:
+        """The client is gone: the engine's connection is closed at once. One that has the last event got its answer."""
+        if self._ended:
+            return
+        is_whole = self.attempts.is_answering and self._beginning.is_events
+        if is_whole and ends_stream(self._before_last + self._last):
+            self._end(self._beginning.status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
+        else:
             outcome = Outcome.CLIENT_GONE
             self._end(outcome.status, "the client closed the connection", refusal=outcome.label)
 

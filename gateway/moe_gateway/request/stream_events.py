@@ -50,6 +50,9 @@ _USUAL_TOKEN = re.compile(
     rb'"delta": ?\{"(?:content|reasoning|reasoning_content)": ?"[^"]|"choices": ?\[\{"index": ?\d+, ?"text": ?"'
     rb"|(?:^|\n)event: response\.[a-z_.]+\.delta\r?\n"
 )
+_LAST_RESPONSE_EVENT = re.compile(
+    rb'(?:event: (?=[^\n]*\n)|"type": ?")response\.(?:completed|incomplete|failed)(?:"|\r?\ndata: )[^\n]*\Z'
+)
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 _CLIENTS_ERROR = re.compile(
@@ -125,6 +128,14 @@ def find_error(data: bytes) -> AnswerPart:
             if part in (AnswerPart.REFUSAL, AnswerPart.ENGINE_ERROR):
                 return part
     return AnswerPart.PENDING
+
+
+def ends_stream(data: bytes) -> bool:
+    """Whether these last bytes of a stream, chunked or not, end with its last event: nothing that counts is missing."""
+    tail = data.rstrip(b"\r\n").removesuffix(b"\r\n0").rstrip(b"\r\n")
+    if tail.endswith((b"data: [DONE]", b"data:[DONE]")):
+        return True
+    return tail.endswith(b"}") and data.endswith((b"\n", b"\r")) and _LAST_RESPONSE_EVENT.search(tail) is not None
 
 
 def read_event(event: bytes) -> AnswerPart:

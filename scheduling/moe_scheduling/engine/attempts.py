@@ -4,8 +4,9 @@ Driven by the gateway's exchange and by the simulator's gateway, which report wh
 `after_failure` returns. All times are arguments on one monotonic clock.
 
 A request has two budgets. `MAX_ATTEMPTS` bounds how often it is sent. `hold_timeout_s` bounds how long it may be
-without an engine, counted from its arrival, or from the failure of the last engine that had received it. An engine that
-cannot be reached has not seen the request, so that attempt is not counted while the second budget lasts.
+without an engine, counted from its arrival, or from the failure of the last engine that had received it. An attempt in
+which no connection was made wrote nothing, so it is not counted while the second budget lasts. Each time that bytes of
+the request are written to a connection counts, because the engine may have read them.
 
 Invariant: once the answer has begun, nothing is sent again.
 """

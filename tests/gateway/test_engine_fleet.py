@@ -105,7 +105,7 @@ def test_unknown_engines_and_repeated_words_change_nothing(fleet):
     nowhere = Target("nowhere")
     assert (fleet.fail(nowhere, NOW_S), fleet.pause_full(nowhere, NOW_S), fleet.succeed(nowhere)) == (None, None, None)
     assert (fleet.set_ready("nowhere", True), fleet.set_process("nowhere", 1)) == (None, None)
-    assert (fleet.set_reachable("a", False), fleet.set_models("a", frozenset())) == (None, None)
+    assert (fleet.set_reachable("a", False), fleet.set_models("a", {})) == (None, None)
     assert fleet.set_reachable("a", True) is fleet.engines["a"]
 
 

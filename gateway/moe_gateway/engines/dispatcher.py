@@ -11,9 +11,10 @@ requests), `TargetStates` (requests in flight, signals, calibration), `JobBuilde
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
+from typing import Any
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
 from moe_scheduling.engine.choice import (
@@ -36,6 +37,7 @@ from moe_gateway.engines.fleet import Engine, EngineFleet
 from moe_gateway.engines.group_rotation import GroupRotation
 from moe_gateway.engines.hold_queue import HELD, Held, HoldQueue, Rejection, Waiter
 from moe_gateway.engines.job_builder import JobBuilder
+from moe_gateway.engines.served_models import find_partial
 from moe_gateway.engines.target_states import InFlightRequest, TargetStates
 from moe_gateway.request.parsing import Parsed
 
@@ -64,6 +66,7 @@ class Dispatcher:
         request_settings: order of the hold queue.
         decisions: choices by reason; a metric.
         models: names of the models that can be asked for; empty while none is known.
+        partial_models: by a name that only some engines serve, the names of those engines.
     """
 
     def __init__(self, config: GatewayConfig, *, first_turn: int = 0) -> None:
@@ -75,6 +78,7 @@ class Dispatcher:
         self.decisions: Counter[str] = Counter()
         self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.models = self._configured_models
+        self.partial_models: Mapping[str, frozenset[str]] = {}
         self._fleet = EngineFleet()
         self._targets = TargetStates()
         self._jobs = JobBuilder()
@@ -123,6 +127,7 @@ class Dispatcher:
 
     def _gather_models(self) -> None:
         self.models = self._fleet.models() or self._configured_models
+        self.partial_models = find_partial(self.engines.values())
         self._jobs.set_models(self.models)
 
     # Signals of engines.
@@ -147,9 +152,9 @@ class Dispatcher:
                 self._targets.forget(target)
                 self._jobs.forget(target)
 
-    def set_models(self, name: str, models: frozenset[str]) -> None:
-        """The names of the models that an engine serves."""
-        if self._fleet.set_models(name, models) is not None:
+    def set_models(self, name: str, rows: Mapping[str, Any]) -> None:
+        """What an engine lists of the models that it serves, by their names."""
+        if self._fleet.set_models(name, rows) is not None:
             self._gather_models()
 
     def unanswered_prefill_tokens(self, name: str) -> Mapping[int, int]:
@@ -200,7 +205,16 @@ class Dispatcher:
             return decision
         if isinstance(decision, Refuse) and not self.engines and not self.discovers:
             return Rejection.NO_ENGINE_CONFIGURED
+        if isinstance(decision, Refuse) and not self._may_hold(waiter):
+            return Rejection.NO_ENGINE_FOR_MODEL
         return self._hold(waiter, now_s)
+
+    def _may_hold(self, waiter: Waiter) -> bool:
+        """Whether a request that no target takes may wait: one that waits for a few engines would stop all others."""
+        servers = self.partial_models.get(waiter.job.model) if waiter.job.model is not None else None
+        if servers is None:
+            return True
+        return not any(state.accepting for state in self._open_targets() if state.target.server not in servers)
 
     def _hold(self, waiter: Waiter, now_s: float) -> Held | Rejection:
         if self._queue.push(waiter, now_s):
@@ -210,9 +224,13 @@ class Dispatcher:
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = (), *, computes: bool = True) -> Decision:
         """Which target takes it now; what an engine answers without computing may go to a saturated one too."""
         self._turn += 1
+        servers = self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
         if not computes:
             states, settings = list(self._open_targets()), replace(self.settings, saturation_s=None)
+            states = states if servers is None else _at(servers, states)
             return choose_target(job, states, settings, turn=self._turn, now_s=now_s, exclude=tried)
+        if servers is not None:
+            return self._choose_among(servers, job, now_s, tried)
         if not self.discovers:
             return choose_target(job, self._targets.ordered, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
 
@@ -220,6 +238,16 @@ class Dispatcher:
             return choose_target(job, states, self.settings, turn=turn, now_s=now_s, exclude=tried)
 
         return self._groups.choose(choose_in, self._group_of(job.session_target))
+
+    def _choose_among(self, servers: frozenset[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
+        """The choice for a model that only these engines serve."""
+
+        def choose_in(states: TargetList, turn: int) -> Decision:
+            return choose_target(job, _at(servers, states), self.settings, turn=turn, now_s=now_s, exclude=tried)
+
+        if self.discovers:
+            return self._groups.choose(choose_in, self._group_of(job.session_target))
+        return choose_in(self._targets.ordered, self._turn)
 
     def _group_of(self, target: Target | None) -> str | None:
         engine = None if target is None else self.engines.get(target.server)
@@ -266,11 +294,12 @@ class Dispatcher:
         """The engine answered with an error of its own; after some of them it is ejected while others work."""
         self._refresh_and_release(self._fleet.err(target, now_s), now_s)
 
-    def has_other(self, target: Target, tried: Collection[Target]) -> bool:
-        """Whether a request that `target` and those in `tried` failed can be sent to another one at once."""
-        return any(
-            state.accepting and state.target != target and state.target not in tried for state in self._open_targets()
-        )
+    def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
+        """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
+        states: Iterable[TargetState] = self._open_targets()
+        if job.model is not None and (servers := self.partial_models.get(job.model)) is not None:
+            states = _at(servers, states)
+        return any(state.accepting and state.target != target and state.target not in tried for state in states)
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
         """The engine broke a request or refused the connection: it is ejected for a while, for long if it is dead."""
@@ -394,6 +423,10 @@ class Dispatcher:
         if not self.target_states[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.IN_FLIGHT
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
+
+
+def _at(servers: Collection[str], states: Iterable[TargetState]) -> list[TargetState]:
+    return [state for state in states if state.target.server in servers]
 
 
 def _clamp_s(seconds: float) -> int:

@@ -11,7 +11,8 @@ trial: it gets one request at a time, until one is answered.
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from moe_contract.gateway_config import EngineAddress
 from moe_scheduling.signals import Target
@@ -41,7 +42,8 @@ class Engine:
         ejected_until_s: no new requests before this time, because it failed or is full.
         suspended_until_s: no new requests before this time while another engine takes them, because it answered errors.
         trial: the one request that it gets while it is on trial; None without one.
-        models: names of the models that it serves, as far as known.
+        models: names of the models and adapters that it serves, as far as known.
+        model_rows: what it lists of them, by name.
         pid: of its serving process, as far as known.
     """
 
@@ -58,6 +60,7 @@ class Engine:
     suspended_until_s: float = -math.inf
     trial: int | None = None
     models: frozenset[str] = frozenset()
+    model_rows: Mapping[str, Any] = field(default_factory=dict)
     pid: int | None = None
 
     def may_accept(self, now_s: float) -> bool:
@@ -129,11 +132,14 @@ class EngineFleet:
         engine.pid = pid
         return engine
 
-    def set_models(self, name: str, models: frozenset[str]) -> Engine | None:
-        """The names of the models that an engine serves."""
-        if (engine := self.engines.get(name)) is None or models == engine.models:
+    def set_models(self, name: str, rows: Mapping[str, Any]) -> Engine | None:
+        """What an engine lists of the models that it serves, by their names."""
+        if (engine := self.engines.get(name)) is None:
             return None
-        engine.models = models
+        engine.model_rows = rows
+        if engine.models == rows.keys():
+            return None
+        engine.models = frozenset(rows)
         return engine
 
     def models(self) -> frozenset[str]:

@@ -36,12 +36,12 @@ class JobBuilder:
             tokens = self._ratio(parsed.model).tokens(len(prompt))
         session_target = None if session is None else self._sessions.get(session)
         if len(prompt) < DEFAULT_BLOCK_BYTES:
-            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant), ()
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model), ()
         keys = block_keys(prompt)
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
-        return Job(tokens, cached, session_target, parsed.priority, tenant), keys
+        return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model), keys
 
     def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:
         """A job was sent to this target, which will have its prompt cached."""

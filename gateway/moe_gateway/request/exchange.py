@@ -282,7 +282,9 @@ class Exchange:
             self._drop_upstream()
             self._fail(ENGINE_DEAD, Failure.ENGINE_DEAD)
             return True
-        if not attempts.may_repeat or not dispatcher.has_other(self._in_flight.target, attempts.failed_targets):
+        if not attempts.may_repeat or not dispatcher.has_other(
+            self.job, self._in_flight.target, attempts.failed_targets
+        ):
             return False
         self._drop_upstream()
         self._fail(ENGINE_ERROR, Failure.ENGINE_ERROR)

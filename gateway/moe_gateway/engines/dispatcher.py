@@ -206,12 +206,12 @@ class Dispatcher:
         if isinstance(decision, Refuse) and not self.engines and not self.discovers:
             return Rejection.NO_ENGINE_CONFIGURED
         if isinstance(decision, Refuse) and not self._may_hold(waiter):
-            return Rejection.NO_ENGINE_FOR_MODEL
+            return Rejection.NO_FITTING_ENGINE
         return self._hold(waiter, now_s)
 
     def _may_hold(self, waiter: Waiter) -> bool:
         """Whether a request that no target takes may wait: one that waits for a few engines would stop all others."""
-        servers = self.partial_models.get(waiter.job.model) if waiter.job.model is not None else None
+        servers = self._servers_of(waiter.job)
         if servers is None:
             return True
         return not any(state.accepting for state in self._open_targets() if state.target.server not in servers)
@@ -224,7 +224,7 @@ class Dispatcher:
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = (), *, computes: bool = True) -> Decision:
         """Which target takes it now; what an engine answers without computing may go to a saturated one too."""
         self._turn += 1
-        servers = self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
+        servers = self._servers_of(job)
         if not computes:
             states, settings = list(self._open_targets()), replace(self.settings, saturation_s=None)
             states = states if servers is None else _at(servers, states)
@@ -238,6 +238,20 @@ class Dispatcher:
             return choose_target(job, states, self.settings, turn=turn, now_s=now_s, exclude=tried)
 
         return self._groups.choose(choose_in, self._group_of(job.session_target))
+
+    def _servers_of(self, job: Job) -> frozenset[str] | None:
+        """The names of the engines that can answer a job; None: any."""
+        if job.server is not None:
+            return frozenset({job.server})
+        return self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
+
+    def record_response(self, response_id: str, target: Target) -> None:
+        """A response came from this target, whose engine keeps it."""
+        self._jobs.responses.record(response_id, target.server)
+
+    def is_lost(self, response_id: str) -> bool:
+        """Whether no engine is known that has a response; a single engine is asked in any case."""
+        return len(self.engines) > 1 and self._jobs.responses.find(response_id) is None
 
     def _choose_among(self, servers: frozenset[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
         """The choice for a model that only these engines serve."""
@@ -297,7 +311,7 @@ class Dispatcher:
     def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
         """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
         states: Iterable[TargetState] = self._open_targets()
-        if job.model is not None and (servers := self.partial_models.get(job.model)) is not None:
+        if (servers := self._servers_of(job)) is not None:
             states = _at(servers, states)
         return any(state.accepting and state.target != target and state.target not in tried for state in states)
 

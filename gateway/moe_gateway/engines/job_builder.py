@@ -12,6 +12,7 @@ from moe_scheduling.engine.token_ratio import TokenRatio
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.engines.response_homes import ResponseHomes
 from moe_gateway.request.parsing import Parsed
 
 REMEMBERED_SESSIONS = 100_000
@@ -22,12 +23,17 @@ _NONE_CACHED: Mapping[Target, int] = {}
 
 
 class JobBuilder:
-    """Sizes of prompts, the prefix index and the sessions."""
+    """Sizes of prompts, the prefix index, the sessions and where responses are kept.
+
+    Attributes:
+        responses: the engine of each response.
+    """
 
     def __init__(self) -> None:
         self._prefixes = PrefixIndex()
         self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
         self._sessions: OrderedDict[str, Target] = OrderedDict()
+        self.responses = ResponseHomes()
 
     def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
@@ -35,13 +41,15 @@ class JobBuilder:
         if tokens is None:
             tokens = self._ratio(parsed.model).tokens(len(prompt))
         session_target = None if session is None else self._sessions.get(session)
+        previous = parsed.previous_response
+        server = None if previous is None else self.responses.find(previous)
         if len(prompt) < DEFAULT_BLOCK_BYTES:
-            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model), ()
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model, server), ()
         keys = block_keys(prompt)
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
-        return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model), keys
+        return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
 
     def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:
         """A job was sent to this target, which will have its prompt cached."""
@@ -54,8 +62,9 @@ class JobBuilder:
                 self._sessions.popitem(last=False)
 
     def forget(self, target: Target) -> None:
-        """The target's cache is empty."""
+        """The target's cache is empty, and its server has no responses."""
         self._prefixes.forget(target)
+        self.responses.forget(target.server)
 
     def set_models(self, models: frozenset[str]) -> None:
         """The models that engines serve. Only these get a token ratio of their own: other names come from clients."""

@@ -211,6 +211,11 @@ class ClientConnection(asyncio.Protocol):
             message = f"the model {parsed.model[:200]!r} does not exist; known: {', '.join(sorted(models))}"
             self._reply_error(request, route, Outcome.MODEL_NOT_FOUND, message, param="model")
             return
+        previous = parsed.previous_response
+        if previous is not None and self._context.dispatcher.is_lost(previous):
+            message = f"no engine is known to have the response {previous[:200]!r}: its engine or this gateway has restarted"
+            self._reply_error(request, route, Outcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
+            return
         self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
         if self._is_writing_paused:
             exchange.pause()

@@ -14,6 +14,7 @@ class Outcome(Enum):
     BAD_REQUEST = ("bad_request", 400, "invalid_request_error")
     NOT_FOUND = ("not_found", 404, "invalid_request_error")
     MODEL_NOT_FOUND = ("model_not_found", 404, "invalid_request_error")
+    RESPONSE_NOT_FOUND = ("response_not_found", 404, "invalid_request_error")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error")
     REQUEST_TIMEOUT = ("request_timeout", 408, "invalid_request_error")
     BODY_TOO_LARGE = ("body_too_large", 413, "invalid_request_error")

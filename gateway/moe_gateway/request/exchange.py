@@ -41,6 +41,8 @@ ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
 ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
+# The first id in an answer of `/v1/responses` is its own.
+_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
@@ -302,6 +304,10 @@ class Exchange:
         assert self._in_flight is not None
         context, now_s = self._context, self.last_s
         self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
+        if self._has_answer and self.route is Route.RESPONSES:
+            found = _RESPONSE_ID.search(self._beginning.body)
+            if found is not None:
+                context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
         if part is AnswerPart.TOKEN:
             context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
             self.ttft_s = now_s - self.request.arrived_s

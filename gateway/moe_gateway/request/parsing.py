@@ -29,6 +29,7 @@ class Parsed(NamedTuple):
         user: `user` field, the session where no header names one.
         prompt: text of the prompt as bytes, for its size and its prefix.
         prompt_tokens: exact number of tokens where the prompt is token ids, else None.
+        previous_response: id of the response that is continued; None: none is.
     """
 
     model: str | None
@@ -37,6 +38,7 @@ class Parsed(NamedTuple):
     user: str | None
     prompt: bytes
     prompt_tokens: int | None
+    previous_response: str | None = None
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:
@@ -62,7 +64,24 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     user = document.get("user")
     prompt, prompt_tokens = read_prompt(route, document)
     session = user if type(user) is str and user else None
-    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens)
+    previous = _read_previous_response(document) if route is Route.RESPONSES else None
+    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens, previous)
+
+
+def _read_previous_response(document: dict[str, Any]) -> str | None:
+    """The response that a body of `/v1/responses` continues.
+
+    Raises:
+        BadBody: it asks for state that could not be found again here, or the id is of the wrong type.
+    """
+    if document.get("background"):
+        raise BadBody("background responses cannot be fetched here; ask without background, or stream", "background")
+    if document.get("conversation") is not None:
+        raise BadBody("conversations are not kept here; continue with previous_response_id", "conversation")
+    previous = document.get("previous_response_id")
+    if previous is not None and type(previous) is not str:
+        raise BadBody("previous_response_id must be a string", "previous_response_id")
+    return previous or None
 
 
 def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | None]:

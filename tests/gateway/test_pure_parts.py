@@ -48,7 +48,7 @@ POSTED = st.sampled_from([route for route in Route if route.method == b"POST"])
         (
             Route.CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"image_url": "x"}]}]},
-            "user\na",
+            "user\na\nimage",
             None,
         ),
         (Route.RESPONSES, {"instructions": "be", "input": [{"role": "user", "content": "hi"}]}, "be\nuser\nhi", None),

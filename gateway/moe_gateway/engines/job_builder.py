@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from moe_scheduling.engine.choice import Job
 from moe_scheduling.engine.prefix_index import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
-from moe_scheduling.engine.token_ratio import TokenRatio
+from moe_scheduling.engine.token_ratio import MediaTokens, TokenRatio
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
@@ -32,6 +32,7 @@ class JobBuilder:
     def __init__(self) -> None:
         self._prefixes = PrefixIndex()
         self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
+        self._media: dict[str | None, MediaTokens] = {None: MediaTokens()}
         self._sessions: OrderedDict[str, Target] = OrderedDict()
         self.responses = ResponseHomes()
 
@@ -40,6 +41,8 @@ class JobBuilder:
         prompt, tokens = parsed.prompt, parsed.prompt_tokens
         if tokens is None:
             tokens = self._ratio(parsed.model).tokens(len(prompt))
+            if parsed.media:
+                tokens += self._media_tokens(parsed.model).tokens(parsed.media)
         session_target = None if session is None else self._sessions.get(session)
         previous = parsed.previous_response
         server = None if previous is None else self.responses.find(previous)
@@ -69,12 +72,24 @@ class JobBuilder:
     def set_models(self, models: frozenset[str]) -> None:
         """The models that engines serve. Only these get a token ratio of their own: other names come from clients."""
         for model in models - self._ratios.keys():
-            self._ratios[model] = TokenRatio()
+            self._ratios[model], self._media[model] = TokenRatio(), MediaTokens()
 
     def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:
-        """An engine reported how many tokens a prompt had."""
-        if parsed.prompt_tokens is None:
-            self._ratio(parsed.model).observe(len(parsed.prompt), prompt_tokens)
+        """An engine reported how many tokens a prompt had.
+
+        A body that continues a response is only the end of its prompt, so nothing is learned from it.
+        """
+        if parsed.prompt_tokens is not None or parsed.previous_response is not None:
+            return
+        ratio = self._ratio(parsed.model)
+        if parsed.media:
+            rest = prompt_tokens - ratio.tokens(len(parsed.prompt))
+            self._media_tokens(parsed.model).observe(parsed.media, rest)
+        else:
+            ratio.observe(len(parsed.prompt), prompt_tokens)
+
+    def _media_tokens(self, model: str | None) -> MediaTokens:
+        return self._media.get(model) or self._media[None]
 
     def _ratio(self, model: str | None) -> TokenRatio:
         return self._ratios.get(model) or self._ratios[None]

@@ -213,7 +213,7 @@ class ClientConnection(asyncio.Protocol):
             return
         previous = parsed.previous_response
         if previous is not None and self._context.dispatcher.is_lost(previous):
-            message = f"no engine is known to have the response {previous[:200]!r}: its engine or this gateway has restarted"
+            message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
             self._reply_error(request, route, Outcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
             return
         self._exchange = exchange = Exchange(request, route, parsed, self, self._context)

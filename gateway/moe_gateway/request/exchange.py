@@ -43,7 +43,8 @@ ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
 # The first id in an answer of `/v1/responses` is its own.
 _RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
+# `/v1/responses` names them `input_tokens`.
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
 
 
 class Exchange:

@@ -33,6 +33,7 @@ class TargetReport:
         group: Service through which the engine was found; None for a fixed list.
         reachable: whether its source of signals answers.
         accepting: whether it takes new requests.
+        stalled: whether it has an unanswered request and makes no steps.
         in_flight: requests sent there that have not ended.
         unanswered_prefill_tokens: uncached prompt tokens sent there that no first token has answered.
         signal_age_s: age of its newest signal; None without one.
@@ -45,6 +46,7 @@ class TargetReport:
     group: str | None = None
     reachable: bool = False
     accepting: bool = False
+    stalled: bool = False
     in_flight: int = 0
     unanswered_prefill_tokens: int = 0
     signal_age_s: float | None = None

@@ -93,6 +93,7 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
         "group": None,
         "reachable": True,
         "accepting": True,
+        "stalled": False,
         "in_flight": 0,
         "unanswered_prefill_tokens": 0,
         "signal_source": "agent",

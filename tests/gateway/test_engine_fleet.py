@@ -60,6 +60,15 @@ def test_errors_eject_from_the_third_on_and_good_answers_forgive_half_of_them(fl
     assert fleet.ejections == {"a": 9}
 
 
+def test_an_engine_that_makes_no_steps_is_ejected_at_once_and_again_while_it_stays_so(fleet):
+    engine = fleet.engines["a"]
+    assert fleet.stall(A, NOW_S) is engine
+    assert (engine.may_accept(NOW_S), engine.may_accept_alone(NOW_S)) == (False, True)
+    assert fleet.stall(A, NOW_S + 0.2) is None
+    fleet.stall(A, NOW_S + 0.25)
+    assert engine.suspended_until_s == NOW_S + 0.75
+
+
 def test_an_engine_on_trial_gets_one_request_at_a_time(fleet):
     engine = fleet.engines["a"]
     assert fleet.begin_trial(A, 1) is None

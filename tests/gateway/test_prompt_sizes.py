@@ -24,14 +24,15 @@ CALL = {
     "type": "function",
     "function": {"name": "write", "arguments": json.dumps({"text": "line\n" * 4000})},
 }
+TOOLS_TOKENS = len(json.dumps(TOOLS)) / 4
 SIZES = {
     "a plain chat": (Route.CHAT, {"messages": [{"role": "user", "content": "word " * 800}]}, 1000),
     "tools": (
         Route.CHAT,
         {"messages": [{"role": "user", "content": "list"}], "tools": TOOLS},
-        len(json.dumps(TOOLS)) / 4,
+        TOOLS_TOKENS,
     ),
-    "functions": (Route.CHAT, {"messages": [], "functions": TOOLS}, len(json.dumps(TOOLS)) / 4),
+    "functions": (Route.CHAT, {"messages": [], "functions": TOOLS}, TOOLS_TOKENS),
     "arguments of a call": (
         Route.CHAT,
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
@@ -63,7 +64,7 @@ SIZES = {
         {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": IMAGE}}]}]},
         400,
     ),
-    "responses: tools": (Route.RESPONSES, {"input": "list", "tools": TOOLS}, len(json.dumps(TOOLS)) / 4),
+    "responses: tools": (Route.RESPONSES, {"input": "list", "tools": TOOLS}, TOOLS_TOKENS),
     "responses: function output": (
         Route.RESPONSES,
         {"input": [{"type": "function_call_output", "call_id": "c", "output": "line of a file\n" * 400}]},

@@ -9,6 +9,7 @@ requests), `TargetStates` (requests in flight, signals, calibration), `JobBuilde
 `GroupRotation` (weights and turns) and `HoldQueue` (requests that wait).
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -45,6 +46,8 @@ from moe_gateway.request.parsing import Parsed
 FIRST_TOKENISATION_SAMPLES = 1000
 TOKENISATION_PERIOD = 16
 
+log = logging.getLogger("moeserving.gateway")
+
 
 class SignalSource(StrEnum):
     """Source of what a choice knows of an engine: its agent, a scrape of its metrics, or only what was sent to it."""
@@ -66,6 +69,7 @@ class Dispatcher:
         request_settings: order of the hold queue.
         decisions: choices by reason; a metric.
         models: names of the models that can be asked for; empty while none is known.
+        stalled: targets that have an unanswered request and make no steps.
         partial_models: by a name that only some engines serve, the names of those engines.
     """
 
@@ -85,6 +89,7 @@ class Dispatcher:
         self._groups = GroupRotation(() if discovery is None else discovery.groups, first_turn=first_turn)
         self._queue = HoldQueue(config.request, most_requests=config.limits.hold_requests)
         self._turn = first_turn
+        self.stalled: frozenset[Target] = frozenset()
         self.set_engines(config.engines)
 
     # Configuration.
@@ -363,12 +368,32 @@ class Dispatcher:
         for engine in self._fleet.ejected():
             self._refresh_and_release(engine, now_s)
         self._targets.recalibrate(now_s, self.settings.stale_after_s)
+        self._eject_stalled(now_s)
         self.release_held(now_s)
         for waiter in self._queue.expired(now_s):
             # The end of one can release another.
             if waiter in self._queue.waiters:
                 self._queue.discard(waiter)
                 waiter.reject(Rejection.TIMEOUT_SATURATED if self.accepting else Rejection.TIMEOUT_NO_ENGINE)
+
+    def _eject_stalled(self, now_s: float) -> None:
+        stalled = self._targets.stalled(now_s)
+        for target in stalled:
+            if target not in self.stalled:
+                log.warning("an engine makes no steps", extra={"engine": target.server, "rank": target.rank})
+            self._refresh_and_release(self._fleet.stall(target, now_s), now_s)
+        self.stalled = frozenset(stalled)
+
+    def note_progress(self, target: Target, at_s: float) -> None:
+        """A part of an answer came from there at this time."""
+        self._targets.note_progress(target, at_s)
+
+    def is_abandoned(self, target: Target, *, stream: bool) -> bool:
+        """Whether a request that waits there for its answer is better sent to another engine.
+
+        An answer in one piece takes as long as it takes: without signals that show steps it is waited for.
+        """
+        return target in self.stalled and (stream or self._targets.counts_steps(target))
 
     def retry_after_s(self, now_s: float) -> int:
         """After how many seconds a client may ask again, 1 to 60.

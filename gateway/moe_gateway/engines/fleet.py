@@ -177,6 +177,14 @@ class EngineFleet:
             self.ejections[target.server] += 1
         return engine
 
+    def stall(self, target: Target, now_s: float) -> Engine | None:
+        """An engine has work and makes no steps: it is ejected as for errors, again while it stays so."""
+        engine = self.engines.get(target.server)
+        if engine is None or now_s < engine.suspended_until_s:
+            return None
+        engine.errors = max(engine.errors, ERRORS_TO_EJECT - 1)
+        return self.err(target, now_s)
+
     def begin_trial(self, target: Target, key: int) -> Engine | None:
         """A request was sent to an engine; one that is on trial gets no other until that one is decided."""
         engine = self.engines.get(target.server)

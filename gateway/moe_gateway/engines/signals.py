@@ -41,6 +41,8 @@ LONGEST_LINE_BYTES = 4 * 1024 * 1024
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+# The count of a histogram that has one value for each step.
+STEPS = "vllm:iteration_tokens_total_count"
 PREEMPTIONS = "vllm:num_preemptions_total"
 
 log = logging.getLogger("moeserving.gateway")
@@ -176,6 +178,7 @@ def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
         yield (
             number,
             EngineSignal(
+                step=int(values.get("step", 0)),
                 running=int(values.get("running", 0)),
                 waiting=int(values.get("waiting", 0)),
                 decode_tokens=int(values.get("running", 0)),
@@ -189,5 +192,6 @@ _METRICS = {
     RUNNING: "running",
     WAITING: "waiting",
     PREEMPTIONS: "preemptions",
+    STEPS: "step",
     **dict.fromkeys(KV_USAGE, "kv_usage"),
 }

@@ -20,7 +20,7 @@ from moe_scheduling.signals import Target
 
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
-from moe_gateway.engines.target_states import InFlightRequest
+from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.heads import (
     build_request_head,
     ends_between_chunks,
@@ -39,6 +39,7 @@ from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_strea
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
+ENGINE_STALLED = "the engine makes no steps"
 ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
 # The first id in an answer of `/v1/responses` is its own.
@@ -157,7 +158,7 @@ class Exchange:
         assert self._in_flight is not None
         pool = self._context.pool_of(self._in_flight.target.server)
         if pool is None:
-            self._fail(ENGINE_GONE)
+            self._fail(ENGINE_GONE, Failure.UNREACHABLE)
             return
         # An idle connection may be about to close, which costs an attempt: the last one gets a connection of its own.
         is_new = self.request.http10 or not self.attempts.may_repeat
@@ -188,7 +189,7 @@ class Exchange:
         engine = self._context.dispatcher.engines.get(target.server)
         if engine is None:
             connection.abort()
-            self._fail(ENGINE_GONE)
+            self._fail(ENGINE_GONE, Failure.UNREACHABLE)
             return
         self._upstream = connection
         self._beginning = AnswerBeginning()
@@ -305,10 +306,9 @@ class Exchange:
         assert self._in_flight is not None
         context, now_s = self._context, self.last_s
         self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
-        if self._has_answer and self.route is Route.RESPONSES:
-            found = _RESPONSE_ID.search(self._beginning.body)
-            if found is not None:
-                context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
+        keeps = self._has_answer and self.route is Route.RESPONSES
+        if keeps and (found := _RESPONSE_ID.search(self._beginning.body)) is not None:
+            context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
         if part is AnswerPart.TOKEN:
             context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
             self.ttft_s = now_s - self.request.arrived_s
@@ -429,8 +429,18 @@ class Exchange:
             self._refuse(Outcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
 
     def check(self, now_s: float, idle_timeout_s: float) -> None:
-        """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`."""
-        if self._ended or self._in_flight is None or now_s - self.last_s < idle_timeout_s:
+        """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.
+
+        Before its answer has begun it goes to another engine where its own makes no steps.
+        """
+        if self._ended or self._in_flight is None:
+            return
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        if self.attempts.is_answering:
+            dispatcher.note_progress(target, self.last_s)
+        elif self._upstream and self._retry_stalled(target, now_s):
+            return
+        if now_s - self.last_s < idle_timeout_s:
             return
         if not self._upstream and self._connecting is None:
             return
@@ -439,7 +449,21 @@ class Exchange:
         if self.attempts.is_answering:
             self._break_off(reason)
         else:
+            dispatcher.count_error(target, now_s)
             self._refuse(Outcome.ENGINE_SILENT, reason)
+
+    def _retry_stalled(self, target: Target, now_s: float) -> bool:
+        """Sends it to another engine where its own makes no steps; returns False where it stays."""
+        assert self._in_flight is not None
+        dispatcher, attempts = self._context.dispatcher, self.attempts
+        is_due = now_s - self._in_flight.sent_s > STALL_S and attempts.may_repeat
+        if not is_due or not dispatcher.is_abandoned(target, stream=self.parsed.stream):
+            return False
+        if not dispatcher.has_other(self.job, target, attempts.failed_targets):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_STALLED, Failure.ENGINE_ERROR)
+        return True
 
     # 5. Back-pressure, and the end.
 

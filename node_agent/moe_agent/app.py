@@ -53,7 +53,7 @@ async def run_agent(config: AgentConfig) -> None:
         if experts is not None:
             experts.forget()
 
-    supervisor = build_supervisor(config, node, remove_records, changed.set)
+    supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s)
     server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
@@ -101,7 +101,11 @@ def is_address(text: str) -> bool:
 
 
 def build_supervisor(
-    config: AgentConfig, node: Node, remove_records: Callable[[], None], on_change: Callable[[], None]
+    config: AgentConfig,
+    node: Node,
+    remove_records: Callable[[], None],
+    on_change: Callable[[], None],
+    unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
 ) -> Supervisor:
     """The supervisor of vLLM on this node.
 
@@ -110,6 +114,7 @@ def build_supervisor(
         node: this node.
         remove_records: removes the records of an engine; called when none lives.
         on_change: called after each change of the phase and each start of a process.
+        unstepped_s: for how long the engine has made no step though it has requests.
     """
     cpu_build = is_cpu_build()
     if cpu_build:
@@ -121,6 +126,7 @@ def build_supervisor(
         environment,
         config.run_dir / "engine.log",
         headless=node.headless,
+        unstepped_s=unstepped_s,
         on_restart=remove_records,
         on_change=on_change,
     )

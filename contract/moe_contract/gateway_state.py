@@ -34,6 +34,7 @@ class TargetReport:
         group: Service through which the engine was found; None for a fixed list.
         reachable: whether its source of signals answers.
         accepting: whether it takes new requests.
+        stalled: whether it has an unanswered request and makes no steps.
         in_flight: requests sent there that have not ended.
         unanswered_prefill_tokens: uncached prompt tokens sent there that no first token has answered.
         signal_age_s: age of its newest signal; None without one.
@@ -46,6 +47,7 @@ class TargetReport:
     group: str | None = None
     reachable: bool = False
     accepting: bool = False
+    stalled: bool = False
     in_flight: int = 0
     unanswered_prefill_tokens: int = 0
     signal_age_s: float | None = None
@@ -78,7 +80,7 @@ class GatewayState:
         held_since_s: age of the oldest of them; None without one.
         in_flight: requests at engines.
         wait_s: least predicted wait of a new request over the accepting targets; None without one.
-        ttft_s: mean time to first token of the last 30 s; None without a request.
+        ttft_s: mean time to first token of the streams of the last 30 s; None without one.
         prompt_tokens_per_s: prompt tokens of requests that arrived in the last 30 s.
         arrivals_per_s: requests that arrived in the last 30 s.
         config: the settings in force; None where this version cannot read them.

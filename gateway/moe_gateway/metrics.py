@@ -17,6 +17,7 @@ _TARGET_GAUGES = {
     "in_flight_requests": "Requests sent to the target that have not ended.",
     "unanswered_prefill_tokens": "Uncached prompt tokens of the requests sent to the target that have no answer yet.",
     "engine_accepting": "1 when the target takes new requests.",
+    "engine_stalled": "1 when the target has an unanswered request and makes no steps.",
     "signal_age_seconds": "Age of the target's newest signal; absent before the first.",
     "signal_stale": "1 when the newest signal is too old to be used: only the gateway's own requests in flight count.",
     "ttft_factor": "Measured over predicted time to first token; predictions are multiplied by it.",
@@ -51,7 +52,7 @@ class GatewayCollector(Collector):
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=dispatcher.held)
         share = "Part of the requests at the engines that this gateway sent; below 1 beside other gateways."
         yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=dispatcher.targets.traffic_share)
-        ttft = "Seconds from a request's arrival to the first byte of its answer's body."
+        ttft = "Seconds from a request's arrival to the first token of its stream."
         yield _histogram("ttft_seconds", ttft, stats.ttft)
 
     def _demand(self) -> Iterator[Metric]:
@@ -74,7 +75,8 @@ class GatewayCollector(Collector):
             for name, text in _TARGET_GAUGES.items()
         }
         for target, state in self._dispatcher.target_states.items():
-            for name, value in _target_values(state, now_s, stale_after_s).items():
+            values = _target_values(state, now_s, stale_after_s)
+            for name, value in {**values, "engine_stalled": target in self._dispatcher.stalled}.items():
                 if value is not None:
                     families[name].add_metric([target.server, str(target.rank)], float(value))
         yield from families.values()
@@ -83,7 +85,7 @@ class GatewayCollector(Collector):
         predictions = self._dispatcher.targets.predictions
         error = "Predicted less measured seconds from dispatch to the first token."
         yield _histogram("prediction_error_seconds", error, predictions.error)
-        text = "Measured over predicted time to first token, of answers whose first byte shows it."
+        text = "Measured over predicted time to first token, of streams and embeddings."
         family = SummaryMetricFamily(PREFIX + "prediction_ratio", text, labels=["engine", "rank"])
         for target, (count, total) in sorted(predictions.ratios.items()):
             family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)

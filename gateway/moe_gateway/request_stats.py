@@ -70,7 +70,7 @@ class RequestStats:
         finished: all finished requests.
         arrivals: requests that an engine has to compute for, when they arrive.
         prompt_tokens: estimated prompt tokens of those.
-        ttft: seconds from arrival at the gateway to the first byte of the answer's body.
+        ttft: seconds from arrival at the gateway to the first token of a stream.
         recent: arrivals, prompt tokens and TTFT of the last half minute.
     """
 
@@ -92,7 +92,7 @@ class RequestStats:
         self.recent.arrive(prompt_tokens, now_s)
 
     def answer(self, ttft_s: float, now_s: float) -> None:
-        """The first byte of its answer's body came."""
+        """The first token of its stream came."""
         self.ttft.observe(ttft_s)
         self.recent.answer(ttft_s, now_s)
 

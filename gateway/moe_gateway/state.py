@@ -45,6 +45,7 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> Target
         group=engine.group or None,
         reachable=engine.is_reachable,
         accepting=state.accepting,
+        stalled=target in dispatcher.stalled,
         in_flight=state.in_flight,
         unanswered_prefill_tokens=state.unanswered_prefill_tokens,
         signal_age_s=state.signal_age_s(now_s),

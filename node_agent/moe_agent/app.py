@@ -56,7 +56,7 @@ async def run_agent(config: AgentConfig) -> None:
             experts.forget()
 
     leader = Leader(node.leader, config.listen.port) if node.headless else None
-    supervisor = build_supervisor(config, node, remove_records, changed.set, leader)
+    supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s, leader)
     server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
@@ -102,6 +102,7 @@ def build_supervisor(
     node: Node,
     remove_records: Callable[[], None],
     on_change: Callable[[], None],
+    unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
     leader: Leader | None = None,
 ) -> EngineSupervisor:
     """The supervisor of vLLM on this node.
@@ -111,6 +112,7 @@ def build_supervisor(
         node: this node.
         remove_records: removes the records of an engine; called when none lives.
         on_change: called after each change of the phase and each start of a process.
+        unstepped_s: for how long the engine has made no step though it has requests.
         leader: the leader of the replica; None on the leader itself, and where a replica has one node.
     """
     cpu_build = is_cpu_build()
@@ -124,6 +126,7 @@ def build_supervisor(
         config.run_dir / "engine.log",
         headless=node.headless,
         leader_end=None if leader is None else leader.wait_for_end,
+        unstepped_s=unstepped_s,
         on_restart=remove_records,
         on_change=on_change,
     )

@@ -1,10 +1,10 @@
 """A stand-in for vLLM's API server at the supervisor's seam: answers `/health` and `/v1/models`, misbehaves on demand.
 
 `python fake_engine.py PORT JSON`, where JSON may hold `start_delay_s`, `error` (printed, then exit 1), `crash_file`
-(exits when the file is there), `sick_file` (unhealthy while it is there), `drain_s` (time between SIGTERM and the end),
-`drain_file` (ends after SIGTERM once the file is there), `deaf` (ignores SIGTERM), `host` (an address to listen on),
-`environment_file` (its environment is written there) and `worker_file` (starts a child of its own and writes its
-process id there).
+(exits when the file is there), `sick_file` (unhealthy while it is there), `asleep_file` (the same, asleep), `drain_s`
+(time between SIGTERM and the end), `drain_file` (ends after SIGTERM once the file is there), `deaf` (ignores SIGTERM),
+`host` (an address to listen on), `environment_file` (its environment is written there) and `worker_file` (starts a
+child of its own and writes its process id there).
 """
 
 import json
@@ -25,7 +25,8 @@ WAYS: dict[str, Any] = json.loads(sys.argv[2])
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         sick = "sick_file" in WAYS and Path(WAYS["sick_file"]).exists()
-        body = json.dumps({"data": [{"id": "fake", "max_model_len": 4096}]}).encode()
+        asleep = "asleep_file" in WAYS and Path(WAYS["asleep_file"]).exists()
+        body = json.dumps({"data": [{"id": "fake", "max_model_len": 4096}], "is_sleeping": asleep}).encode()
         self.send_response(503 if sick else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from moe_agent.supervisor import leader as leader_module
 from moe_agent.supervisor.leader import SILENT, Leader
-from moe_agent.supervisor.supervisor import Phase, Rules, Supervisor
+from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules
 from moe_contract.agent_config import EngineConfig
 from moe_contract.engine_process import (
     END_GRACE_S,
@@ -28,7 +28,7 @@ from moe_contract.engine_process import (
 )
 
 FAKE = Path(__file__).with_name("fake_engine.py")
-QUICK = Rules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=5.0)
+QUICK = SupervisorRules(first_backoff_s=0.05, last_backoff_s=0.2, health_every_s=0.02, settle_s=0.05, end_grace_s=5.0)
 
 
 class LeadersAgent:
@@ -120,14 +120,14 @@ async def test_a_leader_that_was_never_found_is_not_waited_for():
     await asyncio.wait_for(Leader("nowhere.invalid", 1).wait_for_end(), 60)
 
 
-async def worker(tmp_path: Path, leader: Leader) -> tuple[Supervisor, asyncio.Task[None]]:
+async def worker(tmp_path: Path, leader: Leader) -> tuple[EngineSupervisor, asyncio.Task[None]]:
     """The supervisor of a worker's engine, which lives."""
     engine = EngineConfig(port=1, model="m", served_name="fake", drain_timeout_s=60.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(FAKE), str(port), json.dumps({})]
-    supervisor = Supervisor(
+    supervisor = EngineSupervisor(
         engine,
         command,
         dict(os.environ),

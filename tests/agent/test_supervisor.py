@@ -56,6 +56,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         port: int | None = None,
         limits: dict[str, float] | None = None,
         headless: bool = False,
+        unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
         **ways: Any,
     ) -> EngineSupervisor:
         engine = EngineConfig(
@@ -63,7 +64,13 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         )
         command = [sys.executable, str(FAKE), str(engine.port), json.dumps(ways)]
         supervisor = EngineSupervisor(
-            engine, command, dict(os.environ), tmp_path / "engine.log", rules, headless=headless
+            engine,
+            command,
+            dict(os.environ),
+            tmp_path / "engine.log",
+            rules,
+            headless=headless,
+            unstepped_s=unstepped_s,
         )
         running.append((supervisor, asyncio.create_task(supervisor.run())))
         return supervisor
@@ -99,6 +106,34 @@ async def test_a_crash_is_seen_at_once_and_the_engine_is_started_again_on_its_po
     await ready(supervisor)
     assert supervisor.pid != first
     assert supervisor.url == url
+
+
+async def test_an_engine_whose_core_hangs_is_started_again_unless_it_sleeps(start, tmp_path):
+    unstepped_s, checks = 0.0, 0
+    asleep = tmp_path / "asleep"
+
+    def look(_now_s: float) -> float:
+        nonlocal checks
+        checks += 1
+        return unstepped_s
+
+    async def more_checks() -> None:
+        before = checks
+        await until(lambda: checks > before + 3, "some checks")
+
+    supervisor = await start(unstepped_s=look, asleep_file=str(asleep))
+    await ready(supervisor)
+    asleep.touch()
+    unstepped_s = QUICK.hang_s + 1.0
+    await more_checks()
+    assert supervisor.restarts == 0
+    asleep.unlink()
+    await until(lambda: supervisor.restarts == 1, "a restart")
+    assert supervisor.last_exit == "no step for 600 s though there are requests"
+    unstepped_s = QUICK.hang_s - 1.0
+    await ready(supervisor)
+    await more_checks()
+    assert supervisor.restarts == 1
 
 
 async def test_an_engine_that_is_killed_is_started_again(start):

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway.clients import TOKEN, get, put
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, post, prompt
-from tests.gateway.peers import never, reset
+from tests.gateway.peers import always, never, reset
 from tests.gateway.waiting import free_port, until
 
 
@@ -53,7 +53,7 @@ async def test_metrics_parse_and_count_each_request_once(make_engine, serve):
     assert samples["retries_total",] == 0
     assert samples["held_requests",] == 0
     assert 0 < samples["traffic_share",] <= 1
-    assert samples["ttft_seconds_count",] == 4
+    assert samples["ttft_seconds_count",] == 1
     assert samples["in_flight_requests", "0", engine.name] == 1
     assert samples["engine_accepting", "0", engine.name] == 1
     assert samples["signal_stale", "0", engine.name] == 0
@@ -73,7 +73,11 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     demand = {"held_since_s", "in_flight", "wait_s", "ttft_s", "prompt_tokens_per_s", "arrivals_per_s"}
     assert set(state) == {"accepting", "held", "config", "engines", "totals"} | demand
     assert (state["held_since_s"], state["in_flight"], state["wait_s"]) == (None, 0, 0.0)
-    assert state["ttft_s"] > 0.0
+    assert state["ttft_s"] is None, "an answer in one piece has no first token"
+    engine.script = always(SSE_HEAD + event("a") + SSE_END)
+    await served.ask(post(prompt(stream=True)))
+    _, later = await get(served, "/v1/state")
+    assert later["ttft_s"] > 0.0
     # It has run for less than a second or a little more.
     assert 0.1 < state["arrivals_per_s"] <= 1.0
     assert state["prompt_tokens_per_s"] == pytest.approx(2 * state["arrivals_per_s"])
@@ -89,6 +93,7 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
         "group": None,
         "reachable": True,
         "accepting": True,
+        "stalled": False,
         "in_flight": 0,
         "unanswered_prefill_tokens": 0,
         "signal_source": "agent",

@@ -11,7 +11,7 @@ import tracemalloc
 
 import pytest
 
-from tests.gateway.messages import OK, SSE_HEAD, event, json_answer, post, prompt
+from tests.gateway.messages import OK, SSE_HEAD, chunk, event, json_answer, post, prompt
 from tests.gateway.peers import always, never
 from tests.gateway.waiting import until
 
@@ -194,3 +194,19 @@ async def test_an_answer_that_is_not_fetched_does_not_hold_the_connection_for_ev
     client.send(post(prompt(), extra=b"Connection: close\r\n"))
     await until(lambda: served.gateway._connections)
     await until(lambda: not served.gateway._connections)
+
+
+async def test_a_client_that_closes_after_the_last_event_got_its_answer(make_engine, serve):
+    async def never_ends(_request, writer):
+        writer.write(SSE_HEAD + event("a") + chunk(b"data: [DONE]\n\n"))
+
+    engine = await make_engine(never_ends)
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt(stream=True)))
+    await client.reader.readuntil(b"[DONE]\n\n")
+    client.writer.close()
+    stats = served.gateway.stats
+    await until(lambda: stats.finished == 1)
+    assert dict(stats.requests) == {("completions", 200): 1}
+    assert (dict(stats.refusals), stats.failed, served.in_flight) == ({}, 0, 0)

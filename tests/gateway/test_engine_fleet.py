@@ -41,6 +41,50 @@ def test_failures_in_a_row_double_the_ejection_up_to_a_bound_and_an_answer_ends_
     assert fleet.ejections == {"a": 44}
 
 
+def test_errors_eject_from_the_third_on_and_good_answers_forgive_half_of_them(fleet):
+    engine = fleet.engines["a"]
+    for _ in range(2):
+        fleet.err(A, NOW_S)
+    assert engine.may_accept(NOW_S)
+    fleet.complete(A)
+    assert engine.errors == 1
+    now_s = NOW_S
+    for ejection_s in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
+        fleet.err(A, now_s)
+        assert engine.may_accept(now_s + ejection_s)
+        assert not ejection_s or not engine.may_accept(now_s + ejection_s - 0.001)
+        # Requests that were sent before the ejection prolong nothing.
+        assert not ejection_s or fleet.err(A, now_s) is None
+        assert engine.may_accept_alone(now_s)
+        now_s += ejection_s
+    assert fleet.ejections == {"a": 9}
+
+
+def test_an_engine_that_makes_no_steps_is_ejected_at_once_and_again_while_it_stays_so(fleet):
+    engine = fleet.engines["a"]
+    assert fleet.stall(A, NOW_S) is engine
+    assert (engine.may_accept(NOW_S), engine.may_accept_alone(NOW_S)) == (False, True)
+    assert fleet.stall(A, NOW_S + 0.2) is None
+    fleet.stall(A, NOW_S + 0.25)
+    assert engine.suspended_until_s == NOW_S + 0.75
+
+
+def test_an_engine_on_trial_gets_one_request_at_a_time(fleet):
+    engine = fleet.engines["a"]
+    assert fleet.begin_trial(A, 1) is None
+    fleet.fail(A, NOW_S)
+    later_s = NOW_S + 1.0
+    assert engine.may_accept(later_s)
+    assert fleet.begin_trial(A, 2) is engine
+    assert (engine.may_accept(later_s), engine.may_accept_alone(later_s), fleet.ejected()) == (False, True, [engine])
+    assert (fleet.begin_trial(A, 3), fleet.end_trial(A, 3)) == (None, None)
+    assert fleet.end_trial(A, 2) is engine
+    assert engine.may_accept(later_s)
+    fleet.begin_trial(A, 4)
+    fleet.succeed(A)
+    assert (engine.may_accept(later_s), engine.is_on_trial, fleet.ejected()) == (True, False, [])
+
+
 def test_a_full_engine_pauses_without_a_failure_and_never_shortens_an_ejection(fleet):
     engine = fleet.pause_full(A, NOW_S)
     assert (engine.failures, engine.may_accept(NOW_S), engine.may_accept(NOW_S + FULL_PAUSE_S)) == (0, False, True)
@@ -70,13 +114,14 @@ def test_unknown_engines_and_repeated_words_change_nothing(fleet):
     nowhere = Target("nowhere")
     assert (fleet.fail(nowhere, NOW_S), fleet.pause_full(nowhere, NOW_S), fleet.succeed(nowhere)) == (None, None, None)
     assert (fleet.set_ready("nowhere", True), fleet.set_process("nowhere", 1)) == (None, None)
-    assert (fleet.set_reachable("a", False), fleet.set_models("a", frozenset())) == (None, None)
+    assert (fleet.set_reachable("a", False), fleet.set_models("a", {})) == (None, None)
     assert fleet.set_reachable("a", True) is fleet.engines["a"]
 
 
 WRITERS = {
     "engines/fleet.py": {
         *("is_ready", "is_offered", "is_reachable", "failures", "ejected_until_s", "group", "models", "pid"),
+        *("errors", "suspended_until_s", "trial"),
     },
     "engines/target_states.py": {"accepting", "traffic_share", "ttft_factor"},
     "request_stats.py": {"retried", "failed", "finished", "arrivals", "prompt_tokens"},

@@ -108,6 +108,7 @@ def make_dispatcher(tmp_path, *names: str, **limits: float) -> Dispatcher:
 def test_an_engine_that_fails_within_a_release_is_left_for_another_in_the_same_pass(tmp_path):
     dispatcher, log = make_dispatcher(tmp_path, "a", "b"), []
     depth = most = 0
+    now_s = NOW_S
 
     class Failing(Waiting):
         """Its first attempt fails at once, as where the engine was taken away; what follows is the gateway's way."""
@@ -116,15 +117,16 @@ def test_an_engine_that_fails_within_a_release_is_left_for_another_in_the_same_p
             nonlocal depth, most
             depth += 1
             most = max(most, depth)
-            sent = dispatcher.send(self.job, (), None, decision, NOW_S)
+            sent = dispatcher.send(self.job, (), None, decision, now_s)
             self.attempts.begin()
             if self.attempts.count == 1:
-                step = self.attempts.after_failure(decision.target, AttemptFailure.BROKEN, NOW_S)
-                dispatcher.fail(decision.target, NOW_S)
-                dispatcher.settle(sent, NOW_S)
+                step = self.attempts.after_failure(decision.target, AttemptFailure.BROKEN, now_s)
+                dispatcher.fail(decision.target, now_s)
+                dispatcher.settle(sent, now_s)
                 assert step is NextStep.RETRY
-                dispatcher.admit(self, NOW_S)
+                dispatcher.admit(self, now_s)
             else:
+                dispatcher.answer(sent, now_s)
                 log.append(f"{self.name} at {decision.target.server}")
             depth -= 1
 
@@ -133,7 +135,9 @@ def test_an_engine_that_fails_within_a_release_is_left_for_another_in_the_same_p
     dispatcher.set_ready("a", True, NOW_S)
     assert log == []
     dispatcher.set_ready("b", True, NOW_S)
-    dispatcher.tick(NOW_S + 1.0)
+    for _ in range(3):
+        now_s += 1.0
+        dispatcher.tick(now_s)
     assert sorted(row[0] for row in log) == ["x", "y", "z"]
     assert (dispatcher.held, most) == (0, 1)
 

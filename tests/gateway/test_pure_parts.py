@@ -48,7 +48,7 @@ POSTED = st.sampled_from([route for route in Route if route.method == b"POST"])
         (
             Route.CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"image_url": "x"}]}]},
-            "user\na",
+            "user\na\nimage",
             None,
         ),
         (Route.RESPONSES, {"instructions": "be", "input": [{"role": "user", "content": "hi"}]}, "be\nuser\nhi", None),
@@ -106,12 +106,6 @@ def test_only_the_exact_paths_have_a_route(url):
         assert find_route(b"/" + path) is None
         assert find_route(path + b"/") is None
         assert find_route(path + b"?" + url) is ROUTES[path]
-
-
-@pytest.mark.parametrize("route", Route)
-def test_the_first_token_shows_where_nothing_comes_before_it(route):
-    assert route.shows_first_token(stream=True) is (route in {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS})
-    assert route.shows_first_token(stream=False) is (route is Route.EMBEDDINGS)
 
 
 def test_the_head_to_the_engine_is_exact():

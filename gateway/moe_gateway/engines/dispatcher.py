@@ -9,11 +9,13 @@ requests), `TargetStates` (requests in flight, signals, calibration), `JobBuilde
 `GroupRotation` (weights and turns) and `HoldQueue` (requests that wait).
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
+from typing import Any
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
 from moe_scheduling.engine.choice import (
@@ -36,12 +38,15 @@ from moe_gateway.engines.fleet import Engine, EngineFleet
 from moe_gateway.engines.group_rotation import GroupRotation
 from moe_gateway.engines.hold_queue import HELD, Held, HoldQueue, Rejection, Waiter
 from moe_gateway.engines.job_builder import JobBuilder
+from moe_gateway.engines.served_models import find_partial
 from moe_gateway.engines.target_states import InFlightRequest, TargetStates
 from moe_gateway.request.parsing import Parsed
 
 # The tokens of a prompt are read from this many first answers, then from one in `TOKENISATION_PERIOD`.
 FIRST_TOKENISATION_SAMPLES = 1000
 TOKENISATION_PERIOD = 16
+
+log = logging.getLogger("moeserving.gateway")
 
 
 class SignalSource(StrEnum):
@@ -64,6 +69,8 @@ class Dispatcher:
         request_settings: order of the hold queue.
         decisions: choices by reason; a metric.
         models: names of the models that can be asked for; empty while none is known.
+        stalled: targets that have an unanswered request and make no steps.
+        partial_models: by a name that only some engines serve, the names of those engines.
     """
 
     def __init__(self, config: GatewayConfig, *, first_turn: int = 0) -> None:
@@ -75,12 +82,14 @@ class Dispatcher:
         self.decisions: Counter[str] = Counter()
         self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.models = self._configured_models
+        self.partial_models: Mapping[str, frozenset[str]] = {}
         self._fleet = EngineFleet()
         self._targets = TargetStates()
         self._jobs = JobBuilder()
         self._groups = GroupRotation(() if discovery is None else discovery.groups, first_turn=first_turn)
         self._queue = HoldQueue(config.request, most_requests=config.limits.hold_requests)
         self._turn = first_turn
+        self.stalled: frozenset[Target] = frozenset()
         self.set_engines(config.engines)
 
     # Configuration.
@@ -123,6 +132,7 @@ class Dispatcher:
 
     def _gather_models(self) -> None:
         self.models = self._fleet.models() or self._configured_models
+        self.partial_models = find_partial(self.engines.values())
         self._jobs.set_models(self.models)
 
     # Signals of engines.
@@ -147,9 +157,9 @@ class Dispatcher:
                 self._targets.forget(target)
                 self._jobs.forget(target)
 
-    def set_models(self, name: str, models: frozenset[str]) -> None:
-        """The names of the models that an engine serves."""
-        if self._fleet.set_models(name, models) is not None:
+    def set_models(self, name: str, rows: Mapping[str, Any]) -> None:
+        """What an engine lists of the models that it serves, by their names."""
+        if self._fleet.set_models(name, rows) is not None:
             self._gather_models()
 
     def unanswered_prefill_tokens(self, name: str) -> Mapping[int, int]:
@@ -159,7 +169,19 @@ class Dispatcher:
     def _refresh(self, engine: Engine, now_s: float) -> bool:
         accepting = engine.may_accept(now_s)
         self._targets.set_accepting(engine.targets, accepting)
-        return accepting
+        return self._use_the_last(now_s) or accepting
+
+    def _use_the_last(self, now_s: float) -> bool:
+        """Uses engines that answered errors while no other may get requests; returns whether there are any."""
+        suspects = self._fleet.ejected()
+        if not suspects:
+            return False
+        servers = {state.target.server for state in self._open_targets()}
+        is_alone = not any(self.engines[server].may_accept(now_s) for server in servers)
+        for engine in suspects:
+            accepting = engine.may_accept_alone(now_s) if is_alone else engine.may_accept(now_s)
+            self._targets.set_accepting(engine.targets, accepting)
+        return is_alone
 
     def _refresh_and_release(self, engine: Engine | None, now_s: float) -> None:
         if engine is not None and self._refresh(engine, now_s):
@@ -188,7 +210,16 @@ class Dispatcher:
             return decision
         if isinstance(decision, Refuse) and not self.engines and not self.discovers:
             return Rejection.NO_ENGINE_CONFIGURED
+        if isinstance(decision, Refuse) and not self._may_hold(waiter):
+            return Rejection.NO_FITTING_ENGINE
         return self._hold(waiter, now_s)
+
+    def _may_hold(self, waiter: Waiter) -> bool:
+        """Whether a request that no target takes may wait: one that waits for a few engines would stop all others."""
+        servers = self._servers_of(waiter.job)
+        if servers is None:
+            return True
+        return not any(state.accepting for state in self._open_targets() if state.target.server not in servers)
 
     def _hold(self, waiter: Waiter, now_s: float) -> Held | Rejection:
         if self._queue.push(waiter, now_s):
@@ -198,9 +229,13 @@ class Dispatcher:
     def choose(self, job: Job, now_s: float, tried: Collection[Target] = (), *, computes: bool = True) -> Decision:
         """Which target takes it now; what an engine answers without computing may go to a saturated one too."""
         self._turn += 1
+        servers = self._servers_of(job)
         if not computes:
             states, settings = list(self._open_targets()), replace(self.settings, saturation_s=None)
+            states = states if servers is None else _at(servers, states)
             return choose_target(job, states, settings, turn=self._turn, now_s=now_s, exclude=tried)
+        if servers is not None:
+            return self._choose_among(servers, job, now_s, tried)
         if not self.discovers:
             return choose_target(job, self._targets.ordered, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
 
@@ -208,6 +243,30 @@ class Dispatcher:
             return choose_target(job, states, self.settings, turn=turn, now_s=now_s, exclude=tried)
 
         return self._groups.choose(choose_in, self._group_of(job.session_target))
+
+    def _servers_of(self, job: Job) -> frozenset[str] | None:
+        """The names of the engines that can answer a job; None: any."""
+        if job.server is not None:
+            return frozenset({job.server})
+        return self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
+
+    def record_response(self, response_id: str, target: Target) -> None:
+        """A response came from this target, whose engine keeps it."""
+        self._jobs.responses.record(response_id, target.server)
+
+    def is_lost(self, response_id: str) -> bool:
+        """Whether no engine is known that has a response; a single engine is asked in any case."""
+        return len(self.engines) > 1 and self._jobs.responses.find(response_id) is None
+
+    def _choose_among(self, servers: frozenset[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
+        """The choice for a model that only these engines serve."""
+
+        def choose_in(states: TargetList, turn: int) -> Decision:
+            return choose_target(job, _at(servers, states), self.settings, turn=turn, now_s=now_s, exclude=tried)
+
+        if self.discovers:
+            return self._groups.choose(choose_in, self._group_of(job.session_target))
+        return choose_in(self._targets.ordered, self._turn)
 
     def _group_of(self, target: Target | None) -> str | None:
         engine = None if target is None else self.engines.get(target.server)
@@ -222,21 +281,44 @@ class Dispatcher:
         if keys or session is not None:
             self._jobs.record(keys, session, sending.target)
         self.decisions[sending.reason] += 1
-        return self._targets.send(sending, tokens, now_s)
+        request = self._targets.send(sending, tokens, now_s)
+        if (engine := self._fleet.begin_trial(request.target, request.key)) is not None:
+            self._refresh(engine, now_s)
+        return request
 
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
-        """The first byte of the answer's body is there; `is_first_token`: it came as soon as the first token."""
+        """The engine answers what it was asked; `is_first_token`: this came as soon as the first token.
+
+        An error is no such answer: of the engine it is reported to `count_error`, of the client to nobody.
+        """
         self._targets.answer(request, now_s, is_first_token=is_first_token)
         if (engine := self._fleet.succeed(request.target)) is not None:
             self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
             self.release_held(now_s)
 
+    def complete(self, request: InFlightRequest, now_s: float) -> None:
+        """The engine gave its whole answer without an error."""
+        self._refresh_and_release(self._fleet.complete(request.target), now_s)
+
     def settle(self, request: InFlightRequest, now_s: float) -> None:
         """The request has ended there, in whatever way; a second call changes nothing."""
         self._targets.settle(request, now_s)
+        if (engine := self._fleet.end_trial(request.target, request.key)) is not None:
+            self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
             self.release_held(now_s)
+
+    def count_error(self, target: Target, now_s: float) -> None:
+        """The engine answered with an error of its own; after some of them it is ejected while others work."""
+        self._refresh_and_release(self._fleet.err(target, now_s), now_s)
+
+    def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
+        """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
+        states: Iterable[TargetState] = self._open_targets()
+        if (servers := self._servers_of(job)) is not None:
+            states = _at(servers, states)
+        return any(state.accepting and state.target != target and state.target not in tried for state in states)
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
         """The engine broke a request or refused the connection: it is ejected for a while, for long if it is dead."""
@@ -286,12 +368,32 @@ class Dispatcher:
         for engine in self._fleet.ejected():
             self._refresh_and_release(engine, now_s)
         self._targets.recalibrate(now_s, self.settings.stale_after_s)
+        self._eject_stalled(now_s)
         self.release_held(now_s)
         for waiter in self._queue.expired(now_s):
             # The end of one can release another.
             if waiter in self._queue.waiters:
                 self._queue.discard(waiter)
                 waiter.reject(Rejection.TIMEOUT_SATURATED if self.accepting else Rejection.TIMEOUT_NO_ENGINE)
+
+    def _eject_stalled(self, now_s: float) -> None:
+        stalled = self._targets.stalled(now_s)
+        for target in stalled:
+            if target not in self.stalled:
+                log.warning("an engine makes no steps", extra={"engine": target.server, "rank": target.rank})
+            self._refresh_and_release(self._fleet.stall(target, now_s), now_s)
+        self.stalled = frozenset(stalled)
+
+    def note_progress(self, target: Target, at_s: float) -> None:
+        """A part of an answer came from there at this time."""
+        self._targets.note_progress(target, at_s)
+
+    def is_abandoned(self, target: Target, *, stream: bool) -> bool:
+        """Whether a request that waits there for its answer is better sent to another engine.
+
+        An answer in one piece takes as long as it takes: without signals that show steps it is waited for.
+        """
+        return target in self.stalled and (stream or self._targets.counts_steps(target))
 
     def retry_after_s(self, now_s: float) -> int:
         """After how many seconds a client may ask again, 1 to 60.
@@ -360,6 +462,10 @@ class Dispatcher:
         if not self.target_states[target].is_fresh(now_s, self.settings.stale_after_s):
             return SignalSource.IN_FLIGHT
         return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
+
+
+def _at(servers: Collection[str], states: Iterable[TargetState]) -> list[TargetState]:
+    return [state for state in states if state.target.server in servers]
 
 
 def _clamp_s(seconds: float) -> int:

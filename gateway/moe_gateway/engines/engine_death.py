@@ -11,11 +11,12 @@ import re
 # its message, as a text of the client's, whose quotes are escaped there.
 ENGINE_DEAD = b"EngineCore encountered an issue"
 _MESSAGE_BEGINS_WITH_IT = re.compile(rb"\"message\": ?\"" + ENGINE_DEAD)
-_STREAM_BEGINS_WITH_ERROR = re.compile(rb"(?:[0-9a-fA-F]{1,8}\r\n)?(?:event: error\r?\n)?data: \{[^{]{0,40}\"error\"")
 
 
-def says_engine_is_dead(status: int, body: bytes) -> bool:
-    """Whether an answer reports a dead engine; `body` is its first bytes, of a stream the first event."""
-    if ENGINE_DEAD not in body or _MESSAGE_BEGINS_WITH_IT.search(body) is None:
-        return False
-    return status == 500 or (status == 200 and _STREAM_BEGINS_WITH_ERROR.match(body) is not None)
+def says_engine_is_dead(error: bytes) -> bool:
+    """Whether an error reports a dead engine.
+
+    Args:
+        error: first bytes of an answer of status 500, or of a stream up to an event that is an error.
+    """
+    return ENGINE_DEAD in error and _MESSAGE_BEGINS_WITH_IT.search(error) is not None

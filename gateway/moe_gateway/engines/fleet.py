@@ -1,19 +1,26 @@
 """Which engines there are and which of them may get new requests. Owned by the dispatcher; no I/O, no clock.
 
-An engine may get new requests while Kubernetes offers it, it says that it is ready, and it is not ejected. A failure
-ejects it for `FIRST_EJECTION_S`, doubled by each further failure in a row.
+An engine may get new requests while Kubernetes offers it, it says that it is ready, and it is not ejected.
+
+Failures and errors eject it, for `FIRST_EJECTION_S` first and twice as long each further time. A failure, such as a
+broken connection, ejects at once. An error that the engine answers may be due to the request, so it takes
+`ERRORS_TO_EJECT` of them, and such an engine is still used while there is no other. After an ejection an engine is on
+trial: it gets one request at a time, until one is answered.
 """
 
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from moe_contract.gateway_config import EngineAddress
 from moe_scheduling.signals import Target
 
 FIRST_EJECTION_S = 0.25
 LONGEST_EJECTION_S = 30.0
+# Errors, less half of them at each good answer, from which an engine is ejected.
+ERRORS_TO_EJECT = 3
 # An engine that refused a request as full gets no new one for this long; it is no failure.
 FULL_PAUSE_S = 0.1
 
@@ -31,8 +38,12 @@ class Engine:
         is_ready: whether its agent or its health route says that it takes requests; False before the first word.
         is_reachable: whether the source of its signals answers.
         failures: failures in a row.
+        errors: errors that it answered, halved by each good answer.
         ejected_until_s: no new requests before this time, because it failed or is full.
-        models: names of the models that it serves, as far as known.
+        suspended_until_s: no new requests before this time while another engine takes them, because it answered errors.
+        trial: the one request that it gets while it is on trial; None without one.
+        models: names of the models and adapters that it serves, as far as known.
+        model_rows: what it lists of them, by name.
         pid: of its serving process, as far as known.
     """
 
@@ -44,13 +55,26 @@ class Engine:
     is_ready: bool = False
     is_reachable: bool = False
     failures: int = 0
+    errors: int = 0
     ejected_until_s: float = -math.inf
+    suspended_until_s: float = -math.inf
+    trial: int | None = None
     models: frozenset[str] = frozenset()
+    model_rows: Mapping[str, Any] = field(default_factory=dict)
     pid: int | None = None
 
     def may_accept(self, now_s: float) -> bool:
-        """Whether it may get new requests."""
+        """Whether it may get new requests while there are other engines."""
+        return self.may_accept_alone(now_s) and now_s >= self.suspended_until_s and self.trial is None
+
+    def may_accept_alone(self, now_s: float) -> bool:
+        """Whether it may get new requests while no other engine may."""
         return self.is_offered and self.is_ready and now_s >= self.ejected_until_s
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether it has failed and not answered since."""
+        return self.failures > 0 or self.errors >= ERRORS_TO_EJECT
 
 
 class EngineFleet:
@@ -66,6 +90,8 @@ class EngineFleet:
     def __init__(self) -> None:
         self.engines: dict[str, Engine] = {}
         self.ejections: Counter[str] = Counter()
+        # Names of the engines that may be ejected or on trial; usually empty, so that asking for them costs nothing.
+        self._troubled: set[str] = set()
 
     def replace(self, addresses: Collection[EngineAddress]) -> list[Engine]:
         """Makes these the known engines and returns those that are known no more.
@@ -106,11 +132,14 @@ class EngineFleet:
         engine.pid = pid
         return engine
 
-    def set_models(self, name: str, models: frozenset[str]) -> Engine | None:
-        """The names of the models that an engine serves."""
-        if (engine := self.engines.get(name)) is None or models == engine.models:
+    def set_models(self, name: str, rows: Mapping[str, Any]) -> Engine | None:
+        """What an engine lists of the models that it serves, by their names."""
+        if (engine := self.engines.get(name)) is None:
             return None
-        engine.models = models
+        engine.model_rows = rows
+        if engine.models == rows.keys():
+            return None
+        engine.models = frozenset(rows)
         return engine
 
     def models(self) -> frozenset[str]:
@@ -124,33 +153,104 @@ class EngineFleet:
         """
         if (engine := self.engines.get(target.server)) is None:
             return None
+        self._troubled.add(target.server)
         engine.failures += 1
-        ejection_s = LONGEST_EJECTION_S if dead else FIRST_EJECTION_S * 2 ** min(engine.failures - 1, 16)
-        engine.ejected_until_s = now_s + min(LONGEST_EJECTION_S, ejection_s)
+        ejection_s = LONGEST_EJECTION_S if dead else _ejection_s(engine.failures)
+        engine.ejected_until_s = now_s + ejection_s
+        engine.trial = None
         self.ejections[target.server] += 1
+        return engine
+
+    def err(self, target: Target, now_s: float) -> Engine | None:
+        """An engine answered with an error of its own: from `ERRORS_TO_EJECT` of them on it is ejected.
+
+        Errors of requests that were sent before an ejection do not prolong it.
+        """
+        engine = self.engines.get(target.server)
+        if engine is None or now_s < engine.suspended_until_s:
+            return None
+        engine.errors += 1
+        engine.trial = None
+        if engine.errors >= ERRORS_TO_EJECT:
+            self._troubled.add(target.server)
+            engine.suspended_until_s = now_s + _ejection_s(engine.errors - ERRORS_TO_EJECT + 1)
+            self.ejections[target.server] += 1
+        return engine
+
+    def stall(self, target: Target, now_s: float) -> Engine | None:
+        """An engine has work and makes no steps: it is ejected as for errors, again while it stays so."""
+        engine = self.engines.get(target.server)
+        if engine is None or now_s < engine.suspended_until_s:
+            return None
+        engine.errors = max(engine.errors, ERRORS_TO_EJECT - 1)
+        return self.err(target, now_s)
+
+    def begin_trial(self, target: Target, key: int) -> Engine | None:
+        """A request was sent to an engine; one that is on trial gets no other until that one is decided."""
+        engine = self.engines.get(target.server)
+        if engine is None or not engine.is_on_trial or engine.trial is not None:
+            return None
+        self._troubled.add(target.server)
+        engine.trial = key
+        return engine
+
+    def end_trial(self, target: Target, key: int) -> Engine | None:
+        """A request has ended: where it was the one of a trial, the next may follow."""
+        engine = self.engines.get(target.server)
+        if engine is None or engine.trial != key:
+            return None
+        engine.trial = None
         return engine
 
     def pause_full(self, target: Target, now_s: float) -> Engine | None:
         """An engine answered 503: it is full or about to end, which is no failure. It gets a short pause."""
         if (engine := self.engines.get(target.server)) is None:
             return None
+        self._troubled.add(target.server)
         engine.ejected_until_s = max(engine.ejected_until_s, now_s + FULL_PAUSE_S)
         return engine
 
     def succeed(self, target: Target) -> Engine | None:
-        """An engine answered: its failures in a row end, and with them its ejection."""
-        if (engine := self.engines.get(target.server)) is None or not engine.failures:
+        """An engine begins an answer: its failures in a row end, and with them its ejection and its trial."""
+        engine = self.engines.get(target.server)
+        if engine is None or not (engine.failures or engine.trial is not None):
             return None
-        _forgive(engine)
+        engine.failures, engine.ejected_until_s, engine.trial = 0, -math.inf, None
+        return engine
+
+    def complete(self, target: Target) -> Engine | None:
+        """An engine gave a whole answer without an error: half of its errors are forgiven."""
+        engine = self.engines.get(target.server)
+        if engine is None or not engine.errors:
+            return None
+        engine.errors //= 2
+        if engine.errors < ERRORS_TO_EJECT:
+            engine.suspended_until_s = -math.inf
         return engine
 
     def ejected(self) -> list[Engine]:
-        """The engines that are or were ejected."""
-        return [engine for engine in self.engines.values() if engine.ejected_until_s > -math.inf]
+        """The engines that are or were ejected and have not answered since."""
+        if not self._troubled:
+            return []
+        ejected = [
+            engine for engine in self.engines.values() if engine.address.name in self._troubled and _is_out(engine)
+        ]
+        self._troubled = {engine.address.name for engine in ejected}
+        return ejected
 
 
 def _forgive(engine: Engine) -> None:
-    engine.failures, engine.ejected_until_s = 0, -math.inf
+    engine.failures = engine.errors = 0
+    engine.ejected_until_s = engine.suspended_until_s = -math.inf
+    engine.trial = None
+
+
+def _is_out(engine: Engine) -> bool:
+    return max(engine.ejected_until_s, engine.suspended_until_s) > -math.inf or engine.trial is not None
+
+
+def _ejection_s(times: int) -> float:
+    return min(LONGEST_EJECTION_S, FIRST_EJECTION_S * 2.0 ** min(times - 1, 16))
 
 
 def _new_engine(address: EngineAddress) -> Engine:

@@ -18,6 +18,7 @@ class Rejection(Enum):
     """Why a request is answered without an engine."""
 
     NO_ENGINE_CONFIGURED = "no_engine_configured"
+    NO_FITTING_ENGINE = "no_fitting_engine"
     QUEUE_FULL_NO_ENGINE = "queue_full_no_engine"
     QUEUE_FULL_SATURATED = "queue_full_saturated"
     TIMEOUT_NO_ENGINE = "timeout_no_engine"

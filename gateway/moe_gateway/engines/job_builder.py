@@ -8,10 +8,11 @@ from collections.abc import Mapping
 
 from moe_scheduling.engine.choice import Job
 from moe_scheduling.engine.prefix_index import DEFAULT_BLOCK_BYTES, PrefixIndex, block_keys
-from moe_scheduling.engine.token_ratio import TokenRatio
+from moe_scheduling.engine.token_ratio import MediaTokens, TokenRatio
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.engines.response_homes import ResponseHomes
 from moe_gateway.request.parsing import Parsed
 
 REMEMBERED_SESSIONS = 100_000
@@ -22,26 +23,36 @@ _NONE_CACHED: Mapping[Target, int] = {}
 
 
 class JobBuilder:
-    """Sizes of prompts, the prefix index and the sessions."""
+    """Sizes of prompts, the prefix index, the sessions and where responses are kept.
+
+    Attributes:
+        responses: the engine of each response.
+    """
 
     def __init__(self) -> None:
         self._prefixes = PrefixIndex()
         self._ratios: dict[str | None, TokenRatio] = {None: TokenRatio()}
+        self._media: dict[str | None, MediaTokens] = {None: MediaTokens()}
         self._sessions: OrderedDict[str, Target] = OrderedDict()
+        self.responses = ResponseHomes()
 
     def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
         prompt, tokens = parsed.prompt, parsed.prompt_tokens
         if tokens is None:
             tokens = self._ratio(parsed.model).tokens(len(prompt))
+            if parsed.media:
+                tokens += self._media_tokens(parsed.model).tokens(parsed.media)
         session_target = None if session is None else self._sessions.get(session)
+        previous = parsed.previous_response
+        server = None if previous is None else self.responses.find(previous)
         if len(prompt) < DEFAULT_BLOCK_BYTES:
-            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant), ()
+            return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model, server), ()
         keys = block_keys(prompt)
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
-        return Job(tokens, cached, session_target, parsed.priority, tenant), keys
+        return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
 
     def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:
         """A job was sent to this target, which will have its prompt cached."""
@@ -54,18 +65,31 @@ class JobBuilder:
                 self._sessions.popitem(last=False)
 
     def forget(self, target: Target) -> None:
-        """The target's cache is empty."""
+        """The target's cache is empty, and its server has no responses."""
         self._prefixes.forget(target)
+        self.responses.forget(target.server)
 
     def set_models(self, models: frozenset[str]) -> None:
         """The models that engines serve. Only these get a token ratio of their own: other names come from clients."""
         for model in models - self._ratios.keys():
-            self._ratios[model] = TokenRatio()
+            self._ratios[model], self._media[model] = TokenRatio(), MediaTokens()
 
     def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:
-        """An engine reported how many tokens a prompt had."""
-        if parsed.prompt_tokens is None:
-            self._ratio(parsed.model).observe(len(parsed.prompt), prompt_tokens)
+        """An engine reported how many tokens a prompt had.
+
+        A body that continues a response is only the end of its prompt, so nothing is learned from it.
+        """
+        if parsed.prompt_tokens is not None or parsed.previous_response is not None:
+            return
+        ratio = self._ratio(parsed.model)
+        if parsed.media:
+            rest = prompt_tokens - ratio.tokens(len(parsed.prompt))
+            self._media_tokens(parsed.model).observe(parsed.media, rest)
+        else:
+            ratio.observe(len(parsed.prompt), prompt_tokens)
+
+    def _media_tokens(self, model: str | None) -> MediaTokens:
+        return self._media.get(model) or self._media[None]
 
     def _ratio(self, model: str | None) -> TokenRatio:
         return self._ratios.get(model) or self._ratios[None]

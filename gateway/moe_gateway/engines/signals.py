@@ -8,12 +8,14 @@ there and by how they end.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 from moe_contract.agent_state import EngineState, read_engine_state
@@ -23,10 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.fleet import Engine
+from moe_gateway.engines.served_models import model_row
 
 SCRAPE_PERIOD_S = 0.25
 # One scrape in this many asks for the names of the models, which change when adapters are loaded.
 SCRAPES_FOR_MODELS = 20
+# Seconds between two of these questions to an engine with an agent.
+MODELS_PERIOD_S = SCRAPE_PERIOD_S * SCRAPES_FOR_MODELS
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 # An agent sends a snapshot at least once a second.
@@ -36,6 +41,8 @@ LONGEST_LINE_BYTES = 4 * 1024 * 1024
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+# The count of a histogram that has one value for each step.
+STEPS = "vllm:iteration_tokens_total_count"
 PREEMPTIONS = "vllm:num_preemptions_total"
 
 log = logging.getLogger("moeserving.gateway")
@@ -43,7 +50,18 @@ log = logging.getLogger("moeserving.gateway")
 
 async def watch_engine(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
     """Follows one engine until cancelled."""
-    follow = _scrape if engine.address.agent_url is None else _watch_agent
+    if engine.address.agent_url is None:
+        await _follow(_scrape, engine, dispatcher, session)
+    else:
+        await asyncio.gather(
+            _follow(_watch_agent, engine, dispatcher, session), _watch_models(engine, dispatcher, session)
+        )
+
+
+Watch = Callable[[Engine, Dispatcher, aiohttp.ClientSession], Awaitable[None]]
+
+
+async def _follow(follow: Watch, engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
     wait_s = FIRST_RETRY_S
     while True:
         started_s = time.monotonic()
@@ -82,11 +100,26 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     """Reports an agent's state to the dispatcher."""
     name = engine.address.name
     dispatcher.set_reachable(name, True)
-    dispatcher.set_models(name, frozenset() if state.engine.model is None else frozenset({state.engine.model}))
+    if state.engine.model is not None and state.engine.model not in engine.models:
+        # What else it serves is asked of the engine itself.
+        dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)})
     dispatcher.set_process(name, state.engine.pid)
     dispatcher.set_ready(name, state.accepting and state.ready, now_s)
     for rank in state.ranks:
         dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)
+
+
+async def _watch_models(engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
+    """Asks an engine with an agent, while it is ready, for all names that it serves: aliases and LoRA adapters too."""
+    wait_s = FIRST_RETRY_S
+    while True:
+        await asyncio.sleep(wait_s)
+        wait_s = FIRST_RETRY_S
+        if engine.is_ready:
+            with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+                if rows := await _fetch_models(engine.address.url, session):
+                    dispatcher.set_models(engine.address.name, rows)
+                wait_s = MODELS_PERIOD_S
 
 
 # A plain vLLM server.
@@ -122,12 +155,12 @@ async def _scrape(engine: Engine, dispatcher: Dispatcher, session: aiohttp.Clien
         await asyncio.sleep(SCRAPE_PERIOD_S)
 
 
-async def _fetch_models(url: str, session: aiohttp.ClientSession) -> frozenset[str]:
-    """The names that a plain server serves: its model's, perhaps several, and those of its LoRA adapters."""
+async def _fetch_models(url: str, session: aiohttp.ClientSession) -> dict[str, Any]:
+    """What a server lists by name: its model under one or several names, and its LoRA adapters."""
     async with session.get(f"{url}/v1/models", timeout=_SCRAPE_TIMEOUT) as answer:
         if answer.status != 200:
-            return frozenset()
-        return frozenset(str(row["id"]) for row in (await answer.json())["data"])
+            return {}
+        return {str(row["id"]): row for row in (await answer.json())["data"]}
 
 
 def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
@@ -145,6 +178,7 @@ def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
         yield (
             number,
             EngineSignal(
+                step=int(values.get("step", 0)),
                 running=int(values.get("running", 0)),
                 waiting=int(values.get("waiting", 0)),
                 decode_tokens=int(values.get("running", 0)),
@@ -158,5 +192,6 @@ _METRICS = {
     RUNNING: "running",
     WAITING: "waiting",
     PREEMPTIONS: "preemptions",
+    STEPS: "step",
     **dict.fromkeys(KV_USAGE, "kv_usage"),
 }

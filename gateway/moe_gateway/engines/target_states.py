@@ -37,6 +37,20 @@ class InFlightRequest:
     ttft_factor: float = 1.0
 
 
+# An engine that has an unanswered request and makes no step for this long hangs, or is as good as one that does. Steps
+# take milliseconds on GPUs and at most some seconds on CPUs; a long prompt is computed in many steps. A step that
+# compiles may take longer, which costs the engine new requests for that time while others take them.
+STALL_S = 20.0
+
+
+def _has_stepped(before: EngineSignal | None, after: EngineSignal) -> bool:
+    """Whether an engine has worked between two signals. What waits there is no sign: arrivals change it too."""
+    return before is None or (
+        (before.step, before.computed_tokens, before.running, before.preemptions, before.kv_usage)
+        != (after.step, after.computed_tokens, after.running, after.preemptions, after.kv_usage)
+    )
+
+
 class TargetStates:
     """All targets of the known engines.
 
@@ -55,6 +69,7 @@ class TargetStates:
         self.sent = 0
         self.predictions = PredictionStats()
         self._departed: list[TargetState] = []
+        self._progress_s: dict[Target, float] = {}
         self._share_estimate = TrafficShare()
         self._calibration = TtftCalibration()
 
@@ -72,6 +87,7 @@ class TargetStates:
             for target in engine.targets:
                 self.forget(target)
                 self.predictions.forget(target)
+                self._progress_s.pop(target, None)
                 if (state := before.pop(target)).in_flight:
                     self._departed.append(state)
         self.by_target = {
@@ -110,6 +126,7 @@ class TargetStates:
         if (state := self.by_target.get(request.target)) is None:
             return
         state.first_token(request.key, now_s)
+        self.note_progress(request.target, now_s)
         if is_first_token:
             measured_s = now_s - request.sent_s
             self.predictions.compare(request.target, request.predicted_s, measured_s)
@@ -131,8 +148,32 @@ class TargetStates:
         """An engine's rank was in this state at `observed_s`; returns whether the target is known."""
         if (state := self.by_target.get(target)) is None:
             return False
+        if _has_stepped(state.signal, signal):
+            self.note_progress(target, observed_s)
         state.observe(signal, observed_s)
         return True
+
+    # Engines that hang.
+
+    def note_progress(self, target: Target, at_s: float) -> None:
+        """The engine made a step, or sent a part of an answer."""
+        self._progress_s[target] = at_s
+
+    def stalled(self, now_s: float) -> list[Target]:
+        """The targets with an unanswered request that have made no step, and sent nothing, for `STALL_S`."""
+        before_s = now_s - STALL_S
+        return [
+            state.target
+            for state in self.ordered
+            if (sent_s := state.oldest_unanswered_s) is not None
+            and sent_s < before_s
+            and self._progress_s.get(state.target, sent_s) < before_s
+        ]
+
+    def counts_steps(self, target: Target) -> bool:
+        """Whether the signals of a target show its steps, so that silence is no long answer in one piece."""
+        state = self.by_target.get(target)
+        return state is not None and state.signal is not None and state.signal.step > 0
 
     def recalibrate(self, now_s: float, stale_after_s: float) -> None:
         """Writes the newest traffic share and TTFT factors into the states; called a few times a second."""

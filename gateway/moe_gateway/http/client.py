@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_contract.gateway_config import Limits
 
+from moe_gateway.engines.served_models import list_models, model_row
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route
@@ -176,11 +177,20 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
         elif route is Route.HEALTH:
             self._serve_health(request)
-        elif route is Route.MODELS and not self._context.dispatcher.accepting and self._context.model:
+        elif route is Route.MODELS and (models := self._list_models()) is not None:
             close = not self._keeps(request)
-            self._reply(request, route, 200, build_models(self._context.model, request.request_id, close=close))
+            self._reply(request, route, 200, build_models(models, request.request_id, close=close))
         else:
             self._dispatch(request, route)
+
+    def _list_models(self) -> object | None:
+        """The list of models where no engine alone has it: while none is there, or where they serve different names."""
+        dispatcher, model = self._context.dispatcher, self._context.model
+        if dispatcher.partial_models:
+            return list_models(dispatcher.engines.values())
+        if not dispatcher.accepting and model:
+            return {"object": "list", "data": [model_row(model)]}
+        return None
 
     def _serve_health(self, request: ClientRequest) -> None:
         if self._context.dispatcher.accepting and not self._context.draining:
@@ -202,6 +212,11 @@ class ClientConnection(asyncio.Protocol):
         if parsed.model is not None and models and parsed.model not in models:
             message = f"the model {parsed.model[:200]!r} does not exist; known: {', '.join(sorted(models))}"
             self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
+            return
+        previous = parsed.previous_response
+        if previous is not None and self._context.dispatcher.is_lost(previous):
+            message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
+            self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
             return
         self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
         if self._is_writing_paused:

@@ -14,6 +14,7 @@ class RequestOutcome(Enum):
     BAD_REQUEST = ("bad_request", 400, "invalid_request_error")
     NOT_FOUND = ("not_found", 404, "invalid_request_error")
     MODEL_NOT_FOUND = ("model_not_found", 404, "invalid_request_error")
+    RESPONSE_NOT_FOUND = ("response_not_found", 404, "invalid_request_error")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error")
     REQUEST_TIMEOUT = ("request_timeout", 408, "invalid_request_error")
     BODY_TOO_LARGE = ("body_too_large", 413, "invalid_request_error")
@@ -98,10 +99,9 @@ def build_health(request_id: bytes, *, close: bool, head_only: bool) -> bytes:
     return build_response(200, b'{"status":"ok"}', request_id=request_id, close=close, head_only=head_only)
 
 
-def build_models(model: str, request_id: bytes, *, close: bool) -> bytes:
-    """The list of models while no engine is there to be asked: the one name that they will serve."""
-    row = {"id": model, "object": "model", "created": 0, "owned_by": "moeserving"}
-    return build_response(200, orjson.dumps({"object": "list", "data": [row]}), request_id=request_id, close=close)
+def build_models(document: object, request_id: bytes, *, close: bool) -> bytes:
+    """A list of models that the gateway answers itself; `document` is its JSON object."""
+    return build_response(200, orjson.dumps(document), request_id=request_id, close=close)
 
 
 def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:

@@ -21,16 +21,8 @@ class Route(Enum):
         self.label = self.name.lower()
         # Whether an engine computes for it, so that its size and its first token count.
         self.has_job = self.name in {"CHAT", "COMPLETIONS", "RESPONSES", "EMBEDDINGS"}
-        self._streams_tokens = self.name in {"CHAT", "COMPLETIONS"}
-        self._only_reads = self.name == "EMBEDDINGS"
-
-    def shows_first_token(self, *, stream: bool) -> bool:
-        """Whether the first byte of the answer's body comes with the first token.
-
-        It does not for an answer in one piece, which comes with its last token, nor for a stream of `/v1/responses`,
-        which vLLM opens with an event before it computes.
-        """
-        return self._only_reads or (stream and self._streams_tokens)
+        # Whether its answer in one piece comes once the prompt is computed, as the first token of a stream does.
+        self.only_reads = self.name == "EMBEDDINGS"
 
 
 ROUTES: dict[bytes, Route] = {route.path: route for route in Route}

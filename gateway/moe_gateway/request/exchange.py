@@ -1,11 +1,12 @@
 """One request from its whole arrival to the end of its answer: choose, send, retry, stream, settle.
 
-Made by a client connection for each request that goes to an engine. The head of the answer is kept back until the first
-byte of its body: until then another engine can take the request over without the client seeing it. `RequestAttempts`
-decides whether it does, `Dispatcher.admit` whether it is sent, held or rejected.
+Made by a client connection for each request that goes to an engine. The answer is kept back until the first byte of its
+body, a stream until its first token: until then another engine can take the request over without the client seeing it.
+Comments of a stream, which keep the connection alive, pass at once. `RequestAttempts` decides whether another engine
+does, `Dispatcher.admit` whether the request is sent, held or rejected.
 
-States: held or sent -> streaming -> ended. `_end` is reached once, by whichever of these comes first: the answer is
-whole, the engine fails for good, the client goes away, a timeout.
+States: held or sent, perhaps open (comments have passed) -> streaming -> ended. `_end` is reached once, by whichever of
+these comes first: the answer is whole, the engine fails for good, the client goes away, a timeout.
 """
 
 import asyncio
@@ -19,33 +20,32 @@ from moe_scheduling.signals import Target
 
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
-from moe_gateway.engines.target_states import InFlightRequest
+from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.heads import (
     build_request_head,
     ends_between_chunks,
     read_tenant,
-    skip_informational,
     stamp_response,
 )
 from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
+from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.rejections import REJECTIONS
+from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, find_error
 
 USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
+ENGINE_STALLED = "the engine makes no steps"
+ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-
-_REJECTIONS = {
-    Rejection.NO_ENGINE_CONFIGURED: (RequestOutcome.NO_ENGINE, "no engine is configured"),
-    Rejection.QUEUE_FULL_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepts requests and the queue is full"),
-    Rejection.QUEUE_FULL_SATURATED: (RequestOutcome.BUSY, "all engines are saturated and the queue is full"),
-    Rejection.TIMEOUT_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepted requests in time"),
-    Rejection.TIMEOUT_SATURATED: (RequestOutcome.NO_ENGINE, "every engine stayed saturated"),
-}
+# The first id in an answer of `/v1/responses` is its own.
+_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
+# `/v1/responses` names them `input_tokens`.
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
 
 
 class Exchange:
@@ -57,22 +57,23 @@ class Exchange:
         job: what it asks of an engine.
         attempts: how often it was sent, and which targets failed it.
         last_s: when bytes of the answer came last, or it was sent.
-        ttft_s: seconds from its arrival to the first byte of the answer's body; None before.
+        ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
     """
 
     __slots__ = (
-        "_buffer",
-        "_chunked",
+        "_before_last",
+        "_beginning",
         "_client",
         "_connecting",
         "_context",
         "_ended",
-        "_framed",
+        "_has_answer",
+        "_has_error",
         "_in_flight",
         "_is_fair",
+        "_is_open",
         "_keys",
         "_last",
-        "_needs_new_connection",
         "_paused",
         "_session",
         "_upstream",
@@ -98,10 +99,11 @@ class Exchange:
         self._client = client
         self._context = context
         self._session = session = request.session or parsed.user
-        self._buffer = self._last = b""
-        self._chunked = False
-        self._framed = True
-        self._needs_new_connection = False
+        self._beginning = AnswerBeginning()
+        # The newest two pieces of the answer.
+        self._last = self._before_last = b""
+        # Open: comments have passed to the client, with the head of the answer that they were in.
+        self._is_open = self._has_answer = self._has_error = False
         self._paused = False
         self._ended = False
         self._in_flight: InFlightRequest | None = None
@@ -138,7 +140,7 @@ class Exchange:
 
     def reject(self, rejection: Rejection) -> None:
         """Answers with an error that says when to come again."""
-        outcome, message = _REJECTIONS[rejection]
+        outcome, message = REJECTIONS[rejection]
         context = self._context
         self._refuse(outcome, message, retry_after_s=context.dispatcher.retry_after_s(context.clock()))
 
@@ -150,16 +152,17 @@ class Exchange:
         self.last_s = now_s = context.clock()
         self._in_flight = context.dispatcher.send(self.job, self._keys, self._session, decision, now_s)
         self.attempts.begin()
-        self._needs_new_connection = False
         self._send()
 
     def _send(self) -> None:
         assert self._in_flight is not None
         pool = self._context.pool_of(self._in_flight.target.server)
         if pool is None:
-            self._fail(ENGINE_GONE)
+            self._fail(ENGINE_GONE, AttemptFailure.UNREACHABLE)
             return
-        connection = None if self.request.http10 or self._needs_new_connection else pool.take()
+        # An idle connection may be about to close, which costs an attempt: the last one gets a connection of its own.
+        is_new = self.request.http10 or not self.attempts.may_repeat
+        connection = None if is_new else pool.take()
         if connection is not None:
             self._write_request(connection)
         else:
@@ -186,10 +189,10 @@ class Exchange:
         engine = self._context.dispatcher.engines.get(target.server)
         if engine is None:
             connection.abort()
-            self._fail(ENGINE_GONE)
+            self._fail(ENGINE_GONE, AttemptFailure.UNREACHABLE)
             return
         self._upstream = connection
-        self._buffer = b""
+        self._beginning = AnswerBeginning()
         head = build_request_head(
             request.method,
             request.url,
@@ -211,20 +214,27 @@ class Exchange:
         """Bytes of the answer came."""
         self.last_s = self._context.clock()
         if self.attempts.is_answering:
-            self._last = data
+            self._before_last, self._last = self._last, data
+            if ERROR_MARK in data and self._beginning.is_events:
+                self._note_error(data)
             self._client.write(data)
             if connection.complete:
                 self._finish(connection)
             return
-        self._buffer = self._buffer + data if self._buffer else data
+        beginning = self._beginning
+        beginning.received += data
         if not connection.head_complete:
-            if len(self._buffer) > LONGEST_HEAD_BYTES:
+            if len(beginning.received) > LONGEST_HEAD_BYTES:
                 self._drop_upstream()
                 self._fail("the head of the engine's answer has no end")
             return
         if connection.status in (500, 503) and self._retry_by_status(connection.status):
             return
-        self._start(connection)
+        part = beginning.read(data, connection.status, computes=self.computes, complete=connection.complete)
+        if part is not AnswerPart.PENDING:
+            self._start(part, connection)
+        elif beginning.comments and beginning.is_chunked and not self.request.http10:
+            self._pass_comments()
 
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
@@ -237,35 +247,82 @@ class Exchange:
         self._fail(f"the engine answered {status}", failure)
         return True
 
-    def _start(self, connection: UpstreamConnection) -> None:
-        """Begins the answer to the client, once the first byte of its body is there."""
-        self._buffer = buffer = skip_informational(self._buffer)
-        head_end = buffer.index(b"\r\n\r\n") + 4
-        if len(buffer) == head_end and not connection.complete:
+    def _start(self, part: AnswerPart, connection: UpstreamConnection) -> None:
+        """Begins the answer to the client, once it shows what it is: it was kept back until then."""
+        beginning = self._beginning
+        if part is AnswerPart.ENGINE_ERROR and self._retry_error():
             return
-        if says_engine_is_dead(connection.status, buffer[head_end:]):
-            self._drop_upstream()
-            self._fail(ENGINE_DEAD, AttemptFailure.ENGINE_DEAD)
+        if self._is_open and not (beginning.is_events and beginning.is_chunked):
+            if connection.complete:
+                self._close_open(part)
             return
-        self._count_first_byte(connection.status)
-        head = buffer[:head_end].lower()
-        self._chunked = b"\r\ntransfer-encoding:" in head
-        self._framed = self._chunked or b"\r\ncontent-length:" in head
+        self._count_answer(part)
         self.attempts.is_answering = True
-        self._last = buffer[head_end:]
-        close = not (self._keeps_alive and self._framed)
-        self._client.write(stamp_response(buffer, head, self.request.request_id, close=close))
+        self._last = body = beginning.body
+        if beginning.is_events and ERROR_MARK in body:
+            self._note_error(body)
+        if self._is_open:
+            self._client.write(body)
+        else:
+            close = not (self._keeps_alive and beginning.is_framed)
+            self._client.write(stamp_response(beginning.received, beginning.head, self.request.request_id, close=close))
         if connection.complete:
             self._finish(connection)
 
-    def _count_first_byte(self, status: int) -> None:
+    def _pass_comments(self) -> None:
+        """Passes on comments, which keep the client's connection alive and commit to no engine."""
+        beginning = self._beginning
+        if not self._is_open:
+            self._is_open = True
+            head, close = beginning.received[: len(beginning.head)], not self._keeps_alive
+            self._client.write(stamp_response(head, beginning.head, self.request.request_id, close=close))
+        self._client.write(beginning.take_comments())
+
+    def _retry_error(self) -> bool:
+        """An engine's error came in place of an answer: retries at another engine; returns False where none can."""
         assert self._in_flight is not None
-        context = self._context
-        shows = status == 200 and self.route.shows_first_token(stream=self.parsed.stream)
-        context.dispatcher.answer(self._in_flight, self.last_s, is_first_token=shows)
-        self.ttft_s = self.last_s - self.request.arrived_s
-        if self.computes:
-            context.stats.answer(self.ttft_s, self.last_s)
+        beginning, dispatcher, attempts = self._beginning, self._context.dispatcher, self.attempts
+        if (beginning.status == 500 or beginning.is_events) and says_engine_is_dead(beginning.body):
+            self._drop_upstream()
+            self._fail(ENGINE_DEAD, AttemptFailure.ENGINE_DEAD)
+            return True
+        if not attempts.may_repeat or not dispatcher.has_other(
+            self.job, self._in_flight.target, attempts.failed_targets
+        ):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_ERROR, AttemptFailure.ENGINE_ERROR)
+        return True
+
+    def _close_open(self, part: AnswerPart) -> None:
+        """Ends a stream of which comments have passed with the error that another engine answered."""
+        self._count_answer(part)
+        self._client.write(frame_chunk(b"data: %b\n\n" % self._beginning.error) + b"0\r\n\r\n")
+        self._end(200, f"the engine answered {self._beginning.status}", broken=True)
+        self._client.answered(keep_alive=False)
+
+    def _count_answer(self, part: AnswerPart) -> None:
+        """Reports what the answer shows of the engine. An error of the client shows nothing."""
+        assert self._in_flight is not None
+        context, now_s = self._context, self.last_s
+        self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
+        keeps = self._has_answer and self.route is Route.RESPONSES
+        if keeps and (found := _RESPONSE_ID.search(self._beginning.body)) is not None:
+            context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
+        if part is AnswerPart.TOKEN:
+            context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
+            self.ttft_s = now_s - self.request.arrived_s
+            context.stats.answer(self.ttft_s, now_s)
+        elif part is AnswerPart.ENGINE_ERROR:
+            self._has_error = self._beginning.is_events
+            context.dispatcher.count_error(self._in_flight.target, now_s)
+        elif part is AnswerPart.WHOLE:
+            context.dispatcher.answer(self._in_flight, now_s, is_first_token=self.route.only_reads)
+
+    def _note_error(self, data: bytes) -> None:
+        """An error may be among these bytes of a stream that has begun."""
+        if not self._has_error and find_error(data) is AnswerPart.ENGINE_ERROR:
+            self._count_answer(AnswerPart.ENGINE_ERROR)
 
     @property
     def _keeps_alive(self) -> bool:
@@ -276,19 +333,21 @@ class Exchange:
         if self._context.dispatcher.samples_tokenisation:
             self._sample_tokenisation()
         status = connection.status
-        keep_alive = self._keeps_alive and self._framed and not connection.overrun
+        keep_alive = self._keeps_alive and self._beginning.is_framed and not connection.overrun
         self._upstream = None
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
         connection.release()
-        self._end(status)
+        if self._has_answer and self._in_flight is not None:
+            self._context.dispatcher.complete(self._in_flight, self.last_s)
+        self._end(status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
         self._client.answered(keep_alive=keep_alive)
 
     def _sample_tokenisation(self) -> None:
         """Reads how many tokens the prompt had, where the answer came in one short piece."""
-        if self.parsed.stream or not self.route.has_job or len(self._buffer) > USAGE_WINDOW_BYTES:
+        if self.parsed.stream or not self.route.has_job or len(self._beginning.received) > USAGE_WINDOW_BYTES:
             return
-        found = _PROMPT_TOKENS.search(self._buffer)
+        found = _PROMPT_TOKENS.search(self._beginning.received)
         if found is not None and len(found[1]) < 12:
             self._context.dispatcher.learn_tokens(self.parsed, int(found[1]))
 
@@ -297,13 +356,14 @@ class Exchange:
     def lost(self, connection: UpstreamConnection, reason: str) -> None:
         """The engine ended the connection before the answer was whole."""
         self._upstream = None
-        if self.attempts.is_answering and not self._framed:
+        if self.attempts.is_answering and not self._beginning.is_framed:
             # An answer without a length ends with the connection.
             self._end(connection.status)
             self._client.answered(keep_alive=False)
-        elif connection.reused and not self._buffer and not self._needs_new_connection:
-            # An idle connection was closed while the request was on its way: no failure of the engine.
-            self._needs_new_connection = True
+        elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
+            # The idle connection may have been closed while the request was on its way, which is no failure of the
+            # engine. But the engine may have read the request, so this was an attempt.
+            self.attempts.begin()
             self._send()
         else:
             self._fail(reason)
@@ -316,6 +376,8 @@ class Exchange:
         step = self.attempts.after_failure(target, failure, now_s)
         if failure is AttemptFailure.ENGINE_FULL:
             context.dispatcher.pause_full(target, now_s)
+        elif failure is AttemptFailure.ENGINE_ERROR:
+            context.dispatcher.count_error(target, now_s)
         else:
             context.dispatcher.fail(target, now_s, dead=failure is AttemptFailure.ENGINE_DEAD)
         if step is NextStep.BREAK_OFF:
@@ -330,12 +392,16 @@ class Exchange:
 
     def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
-        if self._chunked and self.parsed.stream and ends_between_chunks(self._last):
+        is_stream = self._is_open or (self._beginning.is_chunked and self.parsed.stream)
+        if is_stream and ends_between_chunks(self._last):
             self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
         self._end(200, reason, broken=True)
         self._client.answered(keep_alive=False)
 
     def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
+        if self._is_open:
+            self._break_off(message, outcome)
+            return
         keep_alive = self._keeps_alive
         answer = build_error(
             outcome, message, request_id=self.request.request_id, close=not keep_alive, retry_after_s=retry_after_s
@@ -345,8 +411,13 @@ class Exchange:
         self._client.answered(keep_alive=keep_alive)
 
     def abandon(self) -> None:
-        """The client is gone: the engine's connection is closed at once."""
-        if not self._ended:
+        """The client is gone: the engine's connection is closed at once. One that has the last event got its answer."""
+        if self._ended:
+            return
+        is_whole = self.attempts.is_answering and self._beginning.is_events
+        if is_whole and ends_stream(self._before_last + self._last):
+            self._end(self._beginning.status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
+        else:
             outcome = RequestOutcome.CLIENT_GONE
             self._end(outcome.status, "the client closed the connection", refusal=outcome.label)
 
@@ -358,8 +429,18 @@ class Exchange:
             self._refuse(RequestOutcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
 
     def check(self, now_s: float, idle_timeout_s: float) -> None:
-        """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`."""
-        if self._ended or self._in_flight is None or now_s - self.last_s < idle_timeout_s:
+        """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.
+
+        Before its answer has begun it goes to another engine where its own makes no steps.
+        """
+        if self._ended or self._in_flight is None:
+            return
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        if self.attempts.is_answering:
+            dispatcher.note_progress(target, self.last_s)
+        elif self._upstream and self._retry_stalled(target, now_s):
+            return
+        if now_s - self.last_s < idle_timeout_s:
             return
         if not self._upstream and self._connecting is None:
             return
@@ -368,7 +449,21 @@ class Exchange:
         if self.attempts.is_answering:
             self._break_off(reason)
         else:
+            dispatcher.count_error(target, now_s)
             self._refuse(RequestOutcome.ENGINE_SILENT, reason)
+
+    def _retry_stalled(self, target: Target, now_s: float) -> bool:
+        """Sends it to another engine where its own makes no steps; returns False where it stays."""
+        assert self._in_flight is not None
+        dispatcher, attempts = self._context.dispatcher, self.attempts
+        is_due = now_s - self._in_flight.sent_s > STALL_S and attempts.may_repeat
+        if not is_due or not dispatcher.is_abandoned(target, stream=self.parsed.stream):
+            return False
+        if not dispatcher.has_other(self.job, target, attempts.failed_targets):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_STALLED, AttemptFailure.ENGINE_ERROR)
+        return True
 
     # 5. Back-pressure, and the end.
 

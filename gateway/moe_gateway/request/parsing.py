@@ -3,12 +3,15 @@
 The body itself goes to the engine as it came. The engine checks all other fields.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import orjson
 
 from moe_gateway.http.routes import Route
+
+_NO_MEDIA: Mapping[str, int] = MappingProxyType({})
 
 
 class BadBody(ValueError):
@@ -29,6 +32,8 @@ class Parsed(NamedTuple):
         user: `user` field, the session where no header names one.
         prompt: text of the prompt as bytes, for its size and its prefix.
         prompt_tokens: exact number of tokens where the prompt is token ids, else None.
+        previous_response: id of the response that is continued; None: none is.
+        media: how many images, audio and video parts the prompt has, by kind.
     """
 
     model: str | None
@@ -37,6 +42,8 @@ class Parsed(NamedTuple):
     user: str | None
     prompt: bytes
     prompt_tokens: int | None
+    previous_response: str | None = None
+    media: Mapping[str, int] = _NO_MEDIA
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:
@@ -60,54 +67,94 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     elif type(priority) is not int:
         raise BadBody("priority must be an integer", "priority")
     user = document.get("user")
-    prompt, prompt_tokens = read_prompt(route, document)
+    prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
-    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens)
+    previous = _read_previous_response(document) if route is Route.RESPONSES else None
+    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens, previous, media)
 
 
-def read_prompt(route: Route, document: dict[str, Any]) -> tuple[bytes, int | None]:
-    """The prompt as bytes, and its tokens where they are given as ids."""
+def _read_previous_response(document: dict[str, Any]) -> str | None:
+    """The response that a body of `/v1/responses` continues.
+
+    Raises:
+        BadBody: it asks for state that could not be found again here, or the id is of the wrong type.
+    """
+    if document.get("background"):
+        raise BadBody("background responses cannot be fetched here; ask without background, or stream", "background")
+    if document.get("conversation") is not None:
+        raise BadBody("conversations are not kept here; continue with previous_response_id", "conversation")
+    previous = document.get("previous_response_id")
+    if previous is not None and type(previous) is not str:
+        raise BadBody("previous_response_id must be a string", "previous_response_id")
+    return previous or None
+
+
+class Prompt(NamedTuple):
+    """What a prompt is made of.
+
+    Attributes:
+        text: its texts as bytes, about as a chat template renders them.
+        tokens: its exact tokens where they are given as ids, else None.
+        media: how many images, audio and video parts it has, by kind.
+    """
+
+    text: bytes
+    tokens: int | None = None
+    media: Mapping[str, int] = _NO_MEDIA
+
+
+def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
+    """The prompt of a body, by where its route has it."""
     match route:
         case Route.CHAT:
-            return _read_messages(document.get("messages")), None
+            return _with_tools(document, _read_messages(document.get("messages")))
         case Route.RESPONSES:
-            parts = [*_texts(document.get("instructions")), *_texts(document.get("input"))]
-            return _join(parts), None
+            return _with_tools(document, _read_texts([document.get("instructions"), document.get("input")]))
         case Route.COMPLETIONS:
             return _read_input(document.get("prompt"))
         case Route.EMBEDDINGS:
+            if "input" not in document and "messages" in document:
+                return _read_messages(document["messages"])
             return _read_input(document.get("input"))
         case _:
-            return b"", 0
+            return Prompt(b"", 0)
 
 
-def _read_messages(messages: object) -> bytes:
-    """The prompt of messages; for the usual ones, each a role and a text, at a fraction of the cost of `_texts`."""
+def _with_tools(document: dict[str, Any], prompt: Prompt) -> Prompt:
+    """The prompt behind its tools, which chat templates render first, as JSON."""
+    tools = document.get("tools") or document.get("functions")
+    if type(tools) is not list or not tools:
+        return prompt
+    return prompt._replace(text=_spell(tools) + b"\n" + prompt.text)
+
+
+def _read_messages(messages: object) -> Prompt:
+    """The prompt of messages; for the usual ones, each a role and a text, it costs a fraction of `_read_texts`."""
     parts: list[str] = []
     for message in messages if type(messages) is list else ():
         if type(message) is not dict or len(message) != 2:
-            return _join(_texts(messages))
+            return _read_texts(messages)
         role, text = message.get("role"), message.get("content")
         if type(role) is not str or type(text) is not str:
-            return _join(_texts(messages))
+            return _read_texts(messages)
         parts += (role, text)
-    return _join(parts)
+    return Prompt(_join(parts))
 
 
 def _join(texts: Iterable[str]) -> bytes:
     return "\n".join(texts).encode("utf-8", "replace")
 
 
-def _read_input(value: object) -> tuple[bytes, int | None]:
-    """The prompt of a text, texts, token ids or lists of token ids, and its exact tokens where they are ids."""
+def _read_input(value: object) -> Prompt:
+    """The prompt of a text, texts, token ids or lists of token ids."""
     if type(value) is str:
-        return value.encode("utf-8", "replace"), None
+        return Prompt(value.encode("utf-8", "replace"))
     if type(value) is list and value:
         if type(value[0]) is int:
-            return _spell(value), len(value)
+            return Prompt(_spell(value), len(value))
         if type(value[0]) is list:
-            return _spell(value), sum(len(ids) for ids in value if type(ids) is list)
-    return _join(_texts(value)), None
+            return Prompt(_spell(value), sum(len(ids) for ids in value if type(ids) is list))
+    return _read_texts(value)
 
 
 def _spell(ids: list[Any]) -> bytes:
@@ -118,9 +165,25 @@ def _spell(ids: list[Any]) -> bytes:
         return b""
 
 
-def _texts(value: object) -> list[str]:
-    """All texts below messages, content parts or lists of them, in their order; without recursion, for any depth."""
-    texts, waiting = [], [value]
+# Fields of messages, content parts, tool calls and items of `/v1/responses` that chat templates render, the last first.
+_RENDERED = (
+    *("text", "refusal", "summary", "output", "arguments", "function", "function_call", "tool_calls", "content"),
+    *("reasoning_content", "reasoning", "name", "role"),
+)
+_MEDIA_FIELDS = {
+    **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "image"),
+    **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), "audio"),
+    **dict.fromkeys(("video_url", "input_video", "video"), "video"),
+}
+# Characters at the end of a medium that stand for it in the text: enough for another one to differ.
+_MARK_CHARACTERS = 32
+
+
+def _read_texts(value: object) -> Prompt:
+    """All texts below messages, items, parts or lists of them, in their order; without recursion, for any depth."""
+    texts: list[str] = []
+    media: dict[str, int] = {}
+    waiting = [value]
     while waiting:
         part = waiting.pop()
         if type(part) is str:
@@ -128,7 +191,31 @@ def _texts(value: object) -> list[str]:
         elif type(part) is list:
             waiting.extend(reversed(part))
         elif type(part) is dict:
-            for name in ("text", "content", "role"):
-                if name in part:
-                    waiting.append(part[name])
-    return texts
+            if (field := _media_field(part)) is not None:
+                kind = _MEDIA_FIELDS[field]
+                media[kind] = media.get(kind, 0) + 1
+                texts.append(_mark(kind, part))
+            else:
+                waiting.extend(part[name] for name in _RENDERED if name in part)
+    return Prompt(_join(texts), None, media or _NO_MEDIA)
+
+
+def _media_field(part: dict[str, Any]) -> str | None:
+    """The field or type by which a content part is an image, audio or video; None for any other part."""
+    kind = part.get("type")
+    if type(kind) is str:
+        return kind if kind in _MEDIA_FIELDS else None
+    if "role" in part or "text" in part:
+        return None
+    return next((name for name in _MEDIA_FIELDS if name in part), None)
+
+
+def _mark(kind: str, part: dict[str, Any]) -> str:
+    """A short text that stands for a medium: its end, found below at most two objects."""
+    values: list[Any] = [part]
+    for _ in range(3):
+        longest = max((row for row in values if type(row) is str), key=len, default="")
+        if len(longest) >= _MARK_CHARACTERS:
+            return f"{kind} {len(longest)} {longest[-_MARK_CHARACTERS:]}"
+        values = [inner for row in values if type(row) is dict for inner in row.values()]
+    return kind

@@ -86,6 +86,13 @@ class RankRecords:
                     continue
         return states
 
+    def unstepped_s(self, now_s: float) -> float:
+        """Longest time, in seconds, for which a rank with requests has published nothing; 0 where all are idle.
+
+        A rank publishes at the end of its steps, and when a request comes.
+        """
+        return max((now_s - state.written_s for state in self.read().values() if not state.idle), default=0.0)
+
     def _reader(self, rank: int) -> RankRecordReader | None:
         if rank not in self._readers:
             try:

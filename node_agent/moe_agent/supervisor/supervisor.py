@@ -55,6 +55,9 @@ class SupervisorRules:
         settle_s: time between `accepting` turning false and SIGTERM, in which gateways stop sending; a request that
             reaches a draining engine gets an error.
         end_grace_s: time for the engine to end after its streams are over, before it is killed.
+        hang_s: time for which an engine that has requests makes no step, after which it is restarted. It is far above
+            any step: one takes up to some seconds on CPUs, moves of experts take seconds, and kernels that are compiled
+            for a first request some minutes at most. It is twice the silence after which a gateway gives a request up.
     """
 
     first_backoff_s: float = 1.0
@@ -64,6 +67,7 @@ class SupervisorRules:
     health_timeout_s: float = 5.0
     settle_s: float = SETTLE_S
     end_grace_s: float = END_GRACE_S
+    hang_s: float = 600.0
 
     def backoff_s(self, failures: int) -> float:
         """Pause after the `failures`-th failure in a row."""
@@ -82,6 +86,7 @@ class EngineSupervisor:
         headless: the engine has no HTTP server here; it is ready, and healthy, while its process lives.
         leader_end: for a headless engine: returns once the leader, to which the engine lends its devices, has ended. A
             drain waits for it.
+        unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
         on_restart: called before each start and after each end of the engine, when no engine lives.
         on_change: called after each change of the phase and each start of a process.
     """
@@ -96,12 +101,13 @@ class EngineSupervisor:
         *,
         headless: bool = False,
         leader_end: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
         on_restart: Callable[[], None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
-        self._headless, self._leader_end = headless, leader_end
+        self._headless, self._leader_end, self._unstepped_s = headless, leader_end, unstepped_s
         self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
@@ -257,7 +263,13 @@ class EngineSupervisor:
                     return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
                 elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
                     return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
+                if self._ready_since_s is not None and await self._hangs(session, now_s):
+                    return f"no step for {self._rules.hang_s:g} s though there are requests"
                 await asyncio.sleep(self._rules.health_every_s)
+
+    async def _hangs(self, session: aiohttp.ClientSession, now_s: float) -> bool:
+        """Whether the engine's core hangs while its server lives. One that sleeps or is paused keeps its requests."""
+        return self._unstepped_s(now_s) > self._rules.hang_s and not await is_asleep(session)
 
     async def _watch_process(self) -> str:
         """For an engine without a server: ready from its start; its end is seen elsewhere."""
@@ -288,6 +300,18 @@ async def is_healthy(session: aiohttp.ClientSession) -> bool:
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False
+
+
+async def is_asleep(session: aiohttp.ClientSession) -> bool:
+    """Whether the engine was put to sleep or paused on request; False where it has no such routes."""
+    for name in ("is_sleeping", "is_paused"):
+        try:
+            async with session.get(f"/{name}") as answer:
+                if answer.status == 200 and (await answer.json()).get(name) is True:
+                    return True
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, AttributeError):
+            continue
+    return False
 
 
 async def fetch_max_model_len(session: aiohttp.ClientSession) -> int | None:

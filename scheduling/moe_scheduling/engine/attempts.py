@@ -4,8 +4,9 @@ Driven by the gateway's exchange and by the simulator's gateway, which report wh
 `after_failure` returns. All times are arguments on one monotonic clock.
 
 A request has two budgets. `MAX_ATTEMPTS` bounds how often it is sent. `hold_timeout_s` bounds how long it may be
-without an engine, counted from its arrival, or from the failure of the last engine that had received it. An engine that
-cannot be reached has not seen the request, so that attempt is not counted while the second budget lasts.
+without an engine, counted from its arrival, or from the failure of the last engine that had received it. An attempt in
+which no connection was made wrote nothing, so it is not counted while the second budget lasts. Each time that bytes of
+the request are written to a connection counts, because the engine may have read them.
 
 Invariant: once the answer has begun, nothing is sent again.
 """
@@ -23,12 +24,14 @@ class AttemptFailure(StrEnum):
 
     `UNREACHABLE`: no connection was made, so the engine has not seen the request. `BROKEN`: the connection ended early,
     or what came is no answer. `ENGINE_DEAD`: the engine's server answered that its engine process is dead.
-    `ENGINE_FULL`: it answered 503, which is no fault of the engine.
+    `ENGINE_ERROR`: it answered with an error of its own before the first token. `ENGINE_FULL`: it answered 503, which
+    is no fault of the engine.
     """
 
     UNREACHABLE = "unreachable"
     BROKEN = "broken"
     ENGINE_DEAD = "engine_dead"
+    ENGINE_ERROR = "engine_error"
     ENGINE_FULL = "engine_full"
 
 
@@ -62,6 +65,11 @@ class RequestAttempts:
     def may_wait(self, now_s: float) -> bool:
         """Whether the request may still be without an engine: held, or tried at engines that cannot be reached."""
         return now_s - self.waiting_since_s < self.hold_timeout_s
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the request may be sent once more after this attempt."""
+        return self.count < MAX_ATTEMPTS and not self.is_answering
 
     def begin(self) -> None:
         """An attempt begins: a target was chosen."""

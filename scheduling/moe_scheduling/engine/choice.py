@@ -81,6 +81,8 @@ class Job(NamedTuple):
         session_target: the target of the session's last request; None without a session or before its first.
         priority: level in the hold queue; lower is more urgent.
         tenant: the tenant in the hold queue.
+        model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
+        server: the only server that can answer it, because it continues a response kept there; None: any.
     """
 
     prompt_tokens: int
@@ -88,6 +90,8 @@ class Job(NamedTuple):
     session_target: Target | None = None
     priority: int = 0
     tenant: str = ANONYMOUS_TENANT
+    model: str | None = None
+    server: str | None = None
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""

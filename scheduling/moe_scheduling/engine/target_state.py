@@ -185,6 +185,11 @@ class TargetState:
         return len(self._unanswered) + len(self._answered)
 
     @property
+    def oldest_unanswered_s(self) -> float | None:
+        """When the request was sent that has been unanswered for longest; None without one."""
+        return next(iter(self._unanswered.values()))[0] if self._unanswered else None
+
+    @property
     def sent_since_signal(self) -> int:
         """Unanswered requests that were sent after the newest signal, so that it cannot count them."""
         return len(self._since_signal)

@@ -3,11 +3,15 @@
 The gateway owns one estimate for each model: `observe` takes the prompt tokens of a finished response (its `usage`),
 `tokens` sizes the next job.
 
+Images, audio and video cost tokens that have nothing to do with their bytes. `MediaTokens` learns the tokens of one of
+each kind, so that the ratio is learned from texts alone.
+
 Invariants: the ratio stays between 1 byte a token, the least of a byte-level tokenizer, and 16; one observation moves
 it by at most a third of the way, so that no single report spoils it.
 """
 
 import math
+from collections.abc import Mapping
 
 _START_BYTES = 4.0
 _LEAST_BYTES = 1.0
@@ -42,3 +46,32 @@ class TokenRatio:
         seen = min(_MOST_BYTES, max(_LEAST_BYTES, n_bytes / n_tokens))
         weight = min(n_tokens, _MOST_TOKENS_AT_ONCE)
         self._bytes_per_token += (seen - self._bytes_per_token) * weight / (weight + _MEMORY_TOKENS)
+
+
+# Tokens of one until some were observed: an image of about a megapixel, half a minute of audio, some seconds of video.
+_START_MEDIA_TOKENS: Mapping[str, float] = {"image": 1000.0, "audio": 400.0, "video": 4000.0}
+_MOST_MEDIA_TOKENS = 1_000_000.0
+# One observation changes an estimate by at most this factor, half of the way on a logarithmic scale.
+_MOST_MEDIA_CHANGE = 4.0
+
+
+class MediaTokens:
+    """Estimates the prompt tokens of images, audio and video by their number."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self) -> None:
+        self._tokens = dict(_START_MEDIA_TOKENS)
+
+    def tokens(self, counts: Mapping[str, int]) -> int:
+        """Returns the estimated tokens of this many of each kind: `image`, `audio` or `video`."""
+        return math.ceil(sum(self._tokens[kind] * count for kind, count in counts.items()))
+
+    def observe(self, counts: Mapping[str, int], n_tokens: int) -> None:
+        """Learns that these cost `n_tokens` tokens together; of several kinds all change alike."""
+        estimated = self.tokens(counts)
+        if estimated <= 0:
+            return
+        ratio = min(_MOST_MEDIA_CHANGE, max(1.0 / _MOST_MEDIA_CHANGE, n_tokens / estimated))
+        for kind in counts:
+            self._tokens[kind] = min(_MOST_MEDIA_TOKENS, max(1.0, self._tokens[kind] * math.sqrt(ratio)))

@@ -1,0 +1,35 @@
+"""Which names of models the engines serve: of the base model, its aliases and LoRA adapters. Pure.
+
+Most fleets serve the same names everywhere. A name that only some engines serve, such as an adapter that was loaded at
+run time, goes to those alone. An engine whose names are not known yet may serve any.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moe_gateway.engines.fleet import Engine
+
+
+def find_partial(engines: Collection[Engine]) -> dict[str, frozenset[str]]:
+    """Returns, for each name that some engines do not serve, the names of the engines that may serve it."""
+    models = {model for engine in engines for model in engine.models}
+    partial = {}
+    for model in models:
+        servers = frozenset(engine.address.name for engine in engines if not engine.models or model in engine.models)
+        if len(servers) < len(engines):
+            partial[model] = servers
+    return partial
+
+
+def model_row(name: str) -> dict[str, Any]:
+    """The row of a model of which nothing but its name is known."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "moeserving"}
+
+
+def list_models(engines: Collection[Engine]) -> dict[str, Any]:
+    """The union of what engines list, as a document of `/v1/models`: each name once, in the order of the engines."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for engine in engines:
+        for name in sorted(engine.models):
+            rows.setdefault(name, engine.model_rows.get(name) or model_row(name))
+    return {"object": "list", "data": list(rows.values())}

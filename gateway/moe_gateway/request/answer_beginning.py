@@ -1,0 +1,97 @@
+"""The beginning of an answer, kept back by an exchange until it shows what it is.
+
+An exchange feeds it the bytes of one attempt's answer. It says what they show so far, which comments may pass already,
+and what has to be passed on once the answer begins.
+"""
+
+from moe_gateway.http.heads import skip_informational
+from moe_gateway.http.replies import frame_chunk
+from moe_gateway.request.stream_events import (
+    LONGEST_BEGINNING_BYTES,
+    AnswerPart,
+    may_end_event,
+    part_of_status,
+    read_beginning,
+    split_chunks,
+)
+
+
+class AnswerBeginning:
+    """Bytes of an answer that are kept back.
+
+    Attributes:
+        received: all bytes so far that have not passed, its head included.
+        head: its head in lower case; empty before it is whole.
+        status: its HTTP status, once the head is there.
+        is_chunked: whether its body comes in chunks.
+        is_events: whether it is a stream of events that a model computes.
+        comments: comments that may pass now.
+    """
+
+    __slots__ = ("_events", "comments", "head", "is_chunked", "is_events", "received", "status")
+
+    def __init__(self) -> None:
+        self.received = self.head = self.comments = self._events = b""
+        self.status = 0
+        self.is_chunked = self.is_events = False
+
+    def read(self, data: bytes, status: int, *, computes: bool, complete: bool) -> AnswerPart:
+        """Takes more bytes of an answer whose head is whole, and returns what it shows so far.
+
+        Args:
+            data: the newest bytes, which are in `received` already.
+            status: the HTTP status.
+            computes: whether the request has a job.
+            complete: whether the answer is whole.
+        """
+        if not self.head:
+            self._read_head(status, computes=computes)
+        if len(self.received) == len(self.head) and not complete:
+            return AnswerPart.PENDING
+        if not self.is_events:
+            return part_of_status(status) if computes else AnswerPart.REFUSAL
+        if not complete and not may_end_event(data, len(self.received)):
+            return AnswerPart.PENDING
+        part = self._read_events()
+        # A stream without a token and without an end is none.
+        return AnswerPart.ENGINE_ERROR if complete and part is AnswerPart.PENDING else part
+
+    def _read_head(self, status: int, *, computes: bool) -> None:
+        self.received = received = skip_informational(self.received)
+        self.head = head = received[: received.index(b"\r\n\r\n") + 4].lower()
+        self.status = status
+        self.is_chunked = b"\r\ntransfer-encoding:" in head
+        self.is_events = status == 200 and computes and b"text/event-stream" in head
+
+    def _read_events(self) -> AnswerPart:
+        raw = self.received[len(self.head) :]
+        data, _ = split_chunks(raw) if self.is_chunked else (raw, b"")
+        part, self.comments, _ = read_beginning(self._events + data)
+        if part is AnswerPart.PENDING and len(raw) > LONGEST_BEGINNING_BYTES:
+            return AnswerPart.WHOLE
+        return part
+
+    def take_comments(self) -> bytes:
+        """Takes the comments out, as a chunk of their own; the events between them stay."""
+        data, rest = split_chunks(self.received[len(self.head) :])
+        _, comments, self._events = read_beginning(self._events + data)
+        self.received = self.received[: len(self.head)] + rest
+        self.comments = b""
+        return frame_chunk(comments)
+
+    @property
+    def is_framed(self) -> bool:
+        """Whether the end of its body shows, so that the connection may outlive it."""
+        return self.is_chunked or b"\r\ncontent-length:" in self.head
+
+    @property
+    def body(self) -> bytes:
+        """What came of its body and has not passed, framed as the answer is."""
+        body = self.received[len(self.head) :]
+        return frame_chunk(self._events) + body if self._events else body
+
+    @property
+    def error(self) -> bytes:
+        """Its body as one line, without the frames of chunks."""
+        body = self.received[len(self.head) :]
+        return b" ".join((split_chunks(body)[0] if self.is_chunked else body).split())

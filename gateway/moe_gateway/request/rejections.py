@@ -1,0 +1,16 @@
+"""How a request that the dispatcher rejects is answered."""
+
+from moe_gateway.engines.hold_queue import Rejection
+from moe_gateway.http.replies import RequestOutcome
+
+REJECTIONS = {
+    Rejection.NO_ENGINE_CONFIGURED: (RequestOutcome.NO_ENGINE, "no engine is configured"),
+    Rejection.NO_FITTING_ENGINE: (
+        RequestOutcome.NO_ENGINE,
+        "no engine that serves this model, or has the response that is continued, accepts requests",
+    ),
+    Rejection.QUEUE_FULL_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepts requests and the queue is full"),
+    Rejection.QUEUE_FULL_SATURATED: (RequestOutcome.BUSY, "all engines are saturated and the queue is full"),
+    Rejection.TIMEOUT_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepted requests in time"),
+    Rejection.TIMEOUT_SATURATED: (RequestOutcome.NO_ENGINE, "every engine stayed saturated"),
+}

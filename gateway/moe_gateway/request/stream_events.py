@@ -1,0 +1,224 @@
+"""Reads the beginning of a streamed answer: which of its server-sent events is the first token. Pure.
+
+Before the first token of a stream come comments that keep the connection alive, the role of the assistant, or
+`response.created`. None of them shows that the prompt was computed, so an exchange keeps the answer back until one
+event does, or is an error. The usual first token is found by its bytes; other events are parsed, and only before it.
+"""
+
+import re
+from enum import Enum
+from typing import Any, NamedTuple
+
+import orjson
+
+
+class AnswerPart(Enum):
+    """What an answer has shown so far.
+
+    `PENDING`: nothing that counts. `TOKEN`: the first token of a stream. `WHOLE`: an answer in one piece, or the end of
+    a stream without a token. `REFUSAL`: an error of the client, or an answer that shows nothing about the engine.
+    `ENGINE_ERROR`: an error of the engine.
+    """
+
+    PENDING = "pending"
+    TOKEN = "token"
+    WHOLE = "whole"
+    REFUSAL = "refusal"
+    ENGINE_ERROR = "engine_error"
+
+
+class Beginning(NamedTuple):
+    """The beginning of a stream.
+
+    Attributes:
+        part: what its first event of interest is.
+        comments: the comments before that event.
+        events: everything else, in its order.
+    """
+
+    part: AnswerPart
+    comments: bytes
+    events: bytes
+
+
+# A longer beginning is passed on unread.
+LONGEST_BEGINNING_BYTES = 1024 * 1024
+SMALL_READ_BYTES = 4096
+ERROR_MARK = b'"error"'
+# An error within a text has its quotes escaped, so the mark stands in the frame of an event alone.
+_USUAL_TOKEN = re.compile(
+    rb'"delta": ?\{"(?:content|reasoning|reasoning_content)": ?"[^"]|"choices": ?\[\{"index": ?\d+, ?"text": ?"'
+    rb"|(?:^|\n)event: response\.[a-z_.]+\.delta\r?\n"
+)
+_LAST_RESPONSE_EVENT = re.compile(
+    rb'(?:event: (?=[^\n]*\n)|"type": ?")response\.(?:completed|incomplete|failed)(?:"|\r?\ndata: )[^\n]*\Z'
+)
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+_CLIENTS_ERROR = re.compile(
+    r"bad_?request|invalid|not_?found|unprocessable|unsupported|not_?implemented|content_filter|context_length",
+    re.IGNORECASE,
+)
+
+
+def part_of_status(status: int) -> AnswerPart:
+    """What the status of an answer to a request with a job says, where the answer is no stream of events."""
+    if status >= 500 and status != 501:
+        return AnswerPart.ENGINE_ERROR
+    return AnswerPart.REFUSAL if status >= 400 else AnswerPart.WHOLE
+
+
+def split_chunks(raw: bytes) -> tuple[bytes, bytes]:
+    """Returns the data of the whole chunks at the start of a chunked body, and the bytes that follow them as they are.
+
+    The last chunk, of size zero, is left to the rest.
+    """
+    parts, at = [], 0
+    while (head := _CHUNK_SIZE.match(raw, at)) is not None:
+        end = head.end() + int(head[1], 16)
+        if end == head.end() or len(raw) < end + 2:
+            break
+        parts.append(raw[head.end() : end])
+        at = end + 2
+    return b"".join(parts), raw[at:]
+
+
+def read_beginning(data: bytes) -> Beginning:
+    """Reads the beginning of a stream of events.
+
+    Args:
+        data: its bytes so far, without the frames of chunks; the last event may be unfinished.
+    """
+    if ERROR_MARK not in data and _USUAL_TOKEN.search(data) is not None:
+        return Beginning(AnswerPart.TOKEN, b"", data)
+    comments, events, at = [], [], 0
+    part = AnswerPart.PENDING
+    for blank in _BLANK_LINE.finditer(data):
+        event, at = data[at : blank.end()], blank.end()
+        if _is_comment(event):
+            comments.append(event)
+            continue
+        events.append(event)
+        if (part := read_event(event)) is not AnswerPart.PENDING:
+            break
+    return Beginning(part, b"".join(comments), b"".join(events) + data[at:])
+
+
+def may_end_event(data: bytes, held_bytes: int) -> bool:
+    """Whether a beginning is worth reading again: an event that comes in large pieces is not read at each of them.
+
+    Args:
+        data: the newest bytes.
+        held_bytes: length of the beginning with them.
+    """
+    if len(data) < SMALL_READ_BYTES or held_bytes > LONGEST_BEGINNING_BYTES:
+        return True
+    return b"\n\n" in data or b"\r\n\r\n" in data or b"\r\r" in data
+
+
+def find_error(data: bytes) -> AnswerPart:
+    """Returns which kind of error is among the events in these bytes of a stream; `PENDING` where none is.
+
+    Args:
+        data: with or without the frames of chunks; an event that is not whole is passed over.
+    """
+    for line in data.split(b"\n"):
+        if line.startswith(b"data:") and ERROR_MARK in line:
+            part = read_event(line)
+            if part in (AnswerPart.REFUSAL, AnswerPart.ENGINE_ERROR):
+                return part
+    return AnswerPart.PENDING
+
+
+def ends_stream(data: bytes) -> bool:
+    """Whether these last bytes of a stream, chunked or not, end with its last event: nothing that counts is missing."""
+    tail = data.rstrip(b"\r\n").removesuffix(b"\r\n0").rstrip(b"\r\n")
+    if tail.endswith((b"data: [DONE]", b"data:[DONE]")):
+        return True
+    return tail.endswith(b"}") and data.endswith((b"\n", b"\r")) and _LAST_RESPONSE_EVENT.search(tail) is not None
+
+
+def read_event(event: bytes) -> AnswerPart:
+    """Returns what one event shows; `PENDING` for one that is no token, no end and no error."""
+    name, data = _read_fields(event)
+    if data == b"[DONE]":
+        return AnswerPart.WHOLE
+    if name.startswith(b"response.") and name != b"response.failed":
+        return _part_of_response(name.decode("ascii", "replace"), {})
+    if not data:
+        return AnswerPart.PENDING
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return AnswerPart.TOKEN
+    return _part_of_document(document) if type(document) is dict else AnswerPart.TOKEN
+
+
+def _is_comment(event: bytes) -> bool:
+    return all(line.startswith(b":") for line in event.splitlines() if line)
+
+
+def _read_fields(event: bytes) -> tuple[bytes, bytes]:
+    """The name and the data of an event."""
+    name, data = b"", []
+    for line in event.splitlines():
+        field, _, value = line.partition(b":")
+        if field == b"event":
+            name = value.strip()
+        elif field == b"data":
+            data.append(value.removeprefix(b" "))
+    return name, b"\n".join(data)
+
+
+def _part_of_document(document: dict[str, Any]) -> AnswerPart:
+    kind = document.get("type")
+    if type(kind) is str and kind.startswith("response."):
+        return _part_of_response(kind, document)
+    if kind == "error" or document.get("object") == "error":
+        return _part_of_error(document.get("error") or document)
+    if document.get("error") is not None:
+        return _part_of_error(document["error"])
+    choices = document.get("choices")
+    if type(choices) is not list:
+        return AnswerPart.TOKEN
+    return AnswerPart.TOKEN if any(map(_has_token, choices)) else AnswerPart.PENDING
+
+
+def _part_of_response(kind: str, document: dict[str, Any]) -> AnswerPart:
+    if kind.endswith(".delta"):
+        return AnswerPart.TOKEN
+    if kind in ("response.completed", "response.incomplete"):
+        return AnswerPart.WHOLE
+    if kind == "response.failed":
+        response = document.get("response")
+        return _part_of_error(response.get("error") if type(response) is dict else None)
+    return AnswerPart.PENDING
+
+
+def _part_of_error(error: object) -> AnswerPart:
+    """An error of the client by its code or type; every other one is of the engine."""
+    if type(error) is not dict:
+        return AnswerPart.ENGINE_ERROR
+    code = error.get("code")
+    if type(code) is str and code.isdecimal() and len(code) == 3:
+        code = int(code)
+    if type(code) is int:
+        return AnswerPart.REFUSAL if 400 <= code < 500 or code == 501 else AnswerPart.ENGINE_ERROR
+    kinds = f"{code} {error.get('type')}"
+    return AnswerPart.REFUSAL if _CLIENTS_ERROR.search(kinds) else AnswerPart.ENGINE_ERROR
+
+
+_TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal", "audio")
+
+
+def _has_token(choice: object) -> bool:
+    """Whether a choice has a token, or its end; the role alone is none.
+
+    vLLM sends a chunk without a role for each token, also for one that completes no character and so has no text.
+    """
+    if type(choice) is not dict or choice.get("finish_reason") is not None:
+        return True
+    delta = choice.get("delta")
+    if type(delta) is not dict:
+        return True
+    return any(delta.get(name) for name in _TOKEN_FIELDS) or ("role" not in delta and "content" in delta)

@@ -1,0 +1,105 @@
+"""An engine whose core hangs while its server lives gets no new requests, and what waits there goes elsewhere."""
+
+import pytest
+from moe_contract.gateway_config import EngineAddress, GatewayConfig
+from moe_contract.sections import Listen
+from moe_gateway.engines import target_states
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.target_states import STALL_S
+from moe_gateway.request import exchange
+from moe_scheduling.engine.choice import Job, Send
+from moe_scheduling.signals import EngineSignal, Target
+
+from tests.gateway.clients import get
+from tests.gateway.messages import OK, post, prompt
+from tests.gateway.peers import answer_ok, never
+from tests.gateway.waiting import until
+
+A, B, NOW_S = Target("a"), Target("b"), 100.0
+
+
+@pytest.fixture
+def dispatcher(tmp_path) -> Dispatcher:
+    listen, engines = Listen(port=1), tuple(EngineAddress(name=name, url=f"http://{name}") for name in "ab")
+    dispatcher = Dispatcher(GatewayConfig(listen=listen, admin=Listen(port=2), token_file=tmp_path, engines=engines))
+    for name in "ab":
+        dispatcher.set_ready(name, True, NOW_S)
+    return dispatcher
+
+
+def send(dispatcher, target=A):
+    decision = dispatcher.choose(Job(10), NOW_S, {B if target == A else A})
+    assert isinstance(decision, Send)
+    return dispatcher.send(Job(10), (), None, decision, NOW_S)
+
+
+def test_an_engine_with_work_and_without_steps_is_ejected_until_it_steps(dispatcher):
+    sent = send(dispatcher)
+    dispatcher.tick(NOW_S + STALL_S - 0.1)
+    assert (dispatcher.stalled, dispatcher.is_accepting(A)) == (frozenset(), True)
+    later_s = NOW_S + STALL_S + 0.1
+    dispatcher.tick(later_s)
+    assert (dispatcher.stalled, dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == ({A}, False, True)
+    dispatcher.tick(later_s + 60.0)
+    assert not dispatcher.is_accepting(A)
+    dispatcher.answer(sent, later_s + 61.0)
+    dispatcher.complete(sent, later_s + 62.0)
+    dispatcher.settle(sent, later_s + 62.0)
+    dispatcher.tick(later_s + 62.1)
+    assert dispatcher.stalled == frozenset()
+    dispatcher.tick(later_s + 100.0)
+    assert dispatcher.is_accepting(A)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_progress"),
+    [
+        ({"step": 2}, True),
+        ({"computed_tokens": 9}, True),
+        ({"waiting": 5}, False),
+        ({"waiting_prefill_tokens": 9}, False),
+    ],
+)
+def test_steps_are_progress_and_arrivals_are_none(dispatcher, change, is_progress):
+    dispatcher.observe(A, EngineSignal(step=1), NOW_S, NOW_S)
+    send(dispatcher)
+    half_s = NOW_S + STALL_S / 2
+    dispatcher.observe(A, EngineSignal(**({"step": 1} | change)), half_s, half_s)
+    dispatcher.tick(NOW_S + STALL_S + 1.0)
+    assert (dispatcher.stalled == frozenset()) is is_progress
+
+
+def test_an_idle_engine_and_one_that_streams_do_not_hang(dispatcher):
+    dispatcher.tick(NOW_S + 1000.0)
+    assert dispatcher.stalled == frozenset()
+    send(dispatcher)
+    dispatcher.note_progress(A, NOW_S + STALL_S)
+    dispatcher.tick(NOW_S + STALL_S + 10.0)
+    assert dispatcher.stalled == frozenset()
+
+
+def test_the_last_engine_is_used_though_it_hangs(dispatcher):
+    dispatcher.set_ready("b", False, NOW_S)
+    send(dispatcher)
+    dispatcher.tick(NOW_S + STALL_S + 1.0)
+    assert (dispatcher.stalled, dispatcher.is_accepting(A)) == ({A}, True)
+
+
+async def test_what_waits_at_an_engine_that_hangs_is_answered_by_another(make_engine, serve, monkeypatch):
+    for module in (target_states, exchange):
+        monkeypatch.setattr(module, "STALL_S", 0.3)
+    hung, good = await make_engine(never), await make_engine()
+    served = await serve(hung, good, dispatch={"policy": "roundRobin"})
+    clients = [await served.connect() for _ in range(8)]
+    for client in clients:
+        client.send(post(prompt(stream=True)))
+    await until(lambda: served.gateway.dispatcher.stalled, "a stalled engine")
+    rows = (await get(served, "/v1/state"))[1]["engines"]
+    assert {row["name"]: row["stalled"] for row in rows} == {hung.name: True, good.name: False}
+    assert [(await client.answer()).json for client in clients] == [OK] * 8
+    assert (len(hung.requests), len(good.requests)) == (4, 8)
+    assert not served.target_state(hung.name).accepting
+    hung.script = answer_ok
+    for client in clients[:2]:
+        client.send(post(prompt()))
+        assert (await client.answer()).json == OK

@@ -1,0 +1,99 @@
+"""A response is continued at the engine that keeps it, or refused in plain words."""
+
+import itertools
+import json
+
+import pytest
+from moe_gateway.engines.response_homes import REMEMBERED_RESPONSES, ResponseHomes
+
+from tests.gateway.messages import SSE_HEAD, chunk, json_answer, post
+from tests.gateway.waiting import until
+
+TURNS = {"policy": "roundRobin"}
+IDS = itertools.count()
+
+
+async def keeps(request, writer):
+    """As vLLM with its response store: an unknown response is 404."""
+    body = json.loads(request.body)
+    known = KEPT.setdefault(writer.get_extra_info("sockname"), set())
+    if (previous := body.get("previous_response_id")) and previous not in known:
+        writer.write(json_answer({"error": {"message": "not found", "code": 404}}, status="404 Not Found"))
+        return
+    known.add(name := f"resp_{next(IDS)}")
+    if body.get("stream"):
+        created = {"response": {"id": name, "object": "response"}, "type": "response.created"}
+        delta = {"type": "response.output_text.delta", "delta": "x"}
+        writer.write(SSE_HEAD + chunk(b"event: response.created\ndata: " + json.dumps(created).encode() + b"\n\n"))
+        writer.write(chunk(b"data: " + json.dumps(delta).encode() + b"\n\n") + b"0\r\n\r\n")
+    else:
+        writer.write(json_answer({"id": name, "object": "response", "usage": {"input_tokens": 3}}))
+
+
+KEPT: dict[object, set[str]] = {}
+
+
+def turn(previous=None, **fields):
+    return post({"model": "tiny", "input": "x", "previous_response_id": previous, **fields}, "/v1/responses")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["one piece", "stream"])
+async def test_a_conversation_stays_where_its_responses_are(make_engine, serve, stream):
+    engines = [await make_engine(keeps) for _ in range(3)]
+    served = await serve(*engines, dispatch=TURNS)
+    for _ in range(3):
+        previous = None
+        for _ in range(5):
+            answer = await served.ask(turn(previous, stream=stream))
+            assert answer.status == 200
+            start = answer.body.index(b'"resp_') + 1
+            previous = answer.body[start : answer.body.index(b'"', start)].decode()
+    assert sum(len(engine.requests) for engine in engines) == 15
+    assert sum(1 for engine in engines if engine.requests) >= 2
+
+
+async def test_a_response_that_no_engine_is_known_to_have_is_refused(make_engine, serve):
+    engines = [await make_engine(keeps) for _ in range(2)]
+    served = await serve(*engines, dispatch=TURNS)
+    unknown = await served.ask(turn("resp_nobody"))
+    assert (unknown.status, unknown.json["error"]["code"]) == (404, "response_not_found")
+    first = (await served.ask(turn())).json["id"]
+    home = next(engine for engine in engines if engine.requests)
+    home.agent.say(accepting=False, phase="draining")
+    await until(lambda: not served.target_state(home.name).accepting)
+    away = await served.ask(turn(first))
+    assert (away.status, away.json["error"]["code"]) == (503, "no_engine")
+    home.agent.state["engine"]["pid"] = 2
+    home.agent.say(accepting=True, phase="ready")
+    await until(lambda: served.target_state(home.name).accepting)
+    lost = await served.ask(turn(first))
+    assert (lost.status, lost.json["error"]["code"]) == (404, "response_not_found")
+
+
+async def test_a_single_engine_is_asked_for_whatever_response(make_engine, serve):
+    engine = await make_engine(keeps)
+    served = await serve(engine)
+    assert (await served.ask(turn("resp_of_another_gateway"))).json["error"]["message"] == "not found"
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"background": True}, "background"), ({"conversation": "c"}, "conversation"), ({}, "previous_response_id")],
+)
+async def test_what_cannot_be_found_again_is_refused(make_engine, serve, fields, param):
+    engine = await make_engine(keeps)
+    served = await serve(engine)
+    answer = await served.ask(turn(*([] if fields else [7]), **fields))
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+    assert engine.requests == []
+    assert (await served.ask(turn(background=False, conversation=None))).status == 200
+
+
+def test_the_oldest_responses_are_forgotten_first():
+    homes = ResponseHomes()
+    for number in range(REMEMBERED_RESPONSES + 1):
+        homes.record(f"resp_{number}", "a" if number % 2 else "b")
+    assert (homes.find("resp_0"), homes.find("resp_1"), homes.find("resp_2")) == (None, "a", "b")
+    homes.forget("a")
+    assert (homes.find("resp_1"), homes.find("resp_2")) == (None, "b")

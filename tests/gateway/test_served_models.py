@@ -1,0 +1,76 @@
+"""A name goes to the engines that serve it, and the list of models is the union of what engines serve."""
+
+import pytest
+from moe_contract.gateway_config import EngineAddress
+from moe_gateway.engines.fleet import EngineFleet
+from moe_gateway.engines.served_models import find_partial, list_models, model_row
+
+from tests.gateway.messages import OK, post
+from tests.gateway.waiting import until
+
+TURNS = {"policy": "roundRobin"}
+MODELS = b"GET /v1/models HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+def fleet_of(**names: tuple[str, ...]):
+    fleet = EngineFleet()
+    fleet.replace([EngineAddress(name=name, url=f"http://{name}") for name in names])
+    for name, models in names.items():
+        fleet.set_models(name, {model: {"id": model, "root": name} for model in models})
+    return fleet.engines.values()
+
+
+@pytest.mark.parametrize(
+    ("engines", "partial"),
+    [
+        ({"a": ("m",), "b": ("m",)}, {}),
+        ({"a": ("m", "lora"), "b": ("m", "lora")}, {}),
+        ({"a": ("m", "lora"), "b": ("m",)}, {"lora": {"a"}}),
+        ({"a": ("m", "lora"), "b": ("m",), "c": ()}, {"m": None, "lora": {"a", "c"}}),
+        ({"a": ("m",), "b": ("canary",)}, {"m": {"a"}, "canary": {"b"}}),
+        ({}, {}),
+    ],
+)
+def test_the_engines_of_a_name(engines, partial):
+    expected = {name: servers for name, servers in partial.items() if servers is not None}
+    assert find_partial(fleet_of(**engines)) == expected
+
+
+def test_the_union_has_each_name_once_as_its_first_engine_lists_it():
+    listed = list_models(fleet_of(a=("m",), b=("m", "lora")))
+    assert listed == {"object": "list", "data": [{"id": "m", "root": "a"}, {"id": "lora", "root": "b"}]}
+    assert model_row("x")["id"] == "x"
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "plain"])
+@pytest.mark.parametrize("policy", ["predicted", "roundRobin"])
+async def test_an_adapter_is_asked_for_where_it_is_loaded(make_engine, serve, agent, policy):
+    with_adapter, without = await make_engine(agent=agent, start=False), await make_engine(agent=agent)
+    with_adapter.models = ["tiny", "summaries"]
+    await with_adapter.start()
+    served = await serve(with_adapter, without, dispatch={"policy": policy})
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "summaries"}, "the names")
+    for _ in range(6):
+        assert (await served.ask(post({"model": "summaries", "prompt": "x"}))).json == OK
+    assert (len(with_adapter.requests), len(without.requests)) == (6, 0)
+    for _ in range(6):
+        assert (await served.ask(post({"model": "tiny", "prompt": "x"}))).json == OK
+    assert len(without.requests) >= 1
+    listed = await served.ask(MODELS)
+    assert [row["id"] for row in listed.json["data"]] == ["summaries", "tiny"]
+    refused = await served.ask(post({"model": "other", "prompt": "x"}))
+    assert (refused.status, refused.json["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_request_for_an_engine_that_is_away_is_refused_and_holds_up_no_other(make_engine, serve):
+    with_adapter, without = await make_engine(start=False), await make_engine()
+    with_adapter.models = ["tiny", "summaries"]
+    await with_adapter.start()
+    served = await serve(with_adapter, without, dispatch=TURNS)
+    await until(lambda: "summaries" in served.gateway.dispatcher.models, "the names")
+    with_adapter.agent.say(accepting=False, phase="draining")
+    await served.takes(without)
+    answer = await served.ask(post({"model": "summaries", "prompt": "x"}))
+    assert (answer.status, answer.json["error"]["code"]) == (503, "no_engine")
+    assert answer.headers[b"retry-after"]
+    assert (await served.ask(post({"model": "tiny", "prompt": "x"}))).json == OK

@@ -24,7 +24,7 @@ from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
 from moe_operator.api.gateway import GatewayAutoscaling
 from moe_operator.api.model import Cache, Model
-from moe_operator.api.network import Peer
+from moe_operator.api.network import NetworkPeer
 from moe_operator.api.pods import GatewayService
 from moe_operator.api.resource import MoEServing, Spec
 from moe_operator.api.section import Section
@@ -147,7 +147,7 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         GatewayService,
         Model,
         Parallelism,
-        Peer,
+        NetworkPeer,
         Spec,
     }
     for rule in rules:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from moe_contract.api_server import FORBIDDEN, ApiError, Kind
 from moe_operator.api.status import Condition, ConditionStatus
-from moe_operator.kubernetes.ending import Progress, judge_progress
+from moe_operator.kubernetes.ending import EndingProgress, judge_progress
 from moe_operator.kubernetes.kinds import NAMESPACE
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import with_verdicts
@@ -21,13 +21,13 @@ TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
     ("progress", "problem", "progressing", "degraded"),
     [
         (
-            Progress(waits=(POD,), part="gateways"),
+            EndingProgress(waits=(POD,), part="gateways"),
             "",
             "ends gateways; waits for pod tiny-a on node n1, until 2026-01-02T03:04:05Z at the latest",
             (FALSE, "AsExpected", ""),
         ),
         (
-            Progress(overdue=(POD,), part="the other objects"),
+            EndingProgress(overdue=(POD,), part="the other objects"),
             "",
             "all was ended",
             (
@@ -37,11 +37,11 @@ TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
                 "the deletion goes on without",
             ),
         ),
-        (Progress(), "no right", "no right", (TRUE, "NotPermitted", "cannot end it: no right")),
+        (EndingProgress(), "no right", "no right", (TRUE, "NotPermitted", "cannot end it: no right")),
     ],
     ids=["waits", "overdue", "not permitted"],
 )
-def test_what_an_end_says(progress: Progress, problem: str, progressing: str, degraded: tuple[Any, ...]) -> None:
+def test_what_an_end_says(progress: EndingProgress, problem: str, progressing: str, degraded: tuple[Any, ...]) -> None:
     verdicts = judge_progress(progress, problem)
     assert verdicts["Ready"][:2] == (FALSE, "Deleting")
     assert verdicts["Progressing"] == (TRUE, "Deleting", progressing)

@@ -86,7 +86,7 @@ class AnswerBeginning:
 
     @property
     def body(self) -> bytes:
-        """What came of its body and has not passed, framed as the answer is."""
+        """The part of its body that has come and not passed, framed as the answer is."""
         body = self.received[len(self.head) :]
         return frame_chunk(self._events) + body if self._events else body
 

@@ -22,7 +22,7 @@ _ERROR = re.compile(
     r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt)(?:: .+)?$|(?<=: )error: .+|^Fatal Python error: .+"
     r"|^terminate called after .+"
 )
-# Pydantic says on the next line what is wrong.
+# Pydantic names the problem on the next line.
 _HEADING = re.compile(r"\d+ validation errors? for ")
 # Says only that another process, whose error stands above, failed.
 _SECOND_HAND = re.compile(r"See root cause above|See stack trace \(above\) for the root cause")

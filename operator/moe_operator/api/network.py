@@ -61,7 +61,7 @@ class IpBlock(Section):
     )
 
 
-class Peer(Section):
+class NetworkPeer(Section):
     """Who may come in, as in a Kubernetes NetworkPolicy: pods by labels, of this namespace or others, or addresses."""
 
     pod_selector: LabelSelector | None = Field(
@@ -86,7 +86,7 @@ class Peer(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
 
 
-Peers = Annotated[tuple[Peer, ...], Field(max_length=32)]
+Peers = Annotated[tuple[NetworkPeer, ...], Field(max_length=32)]
 
 
 class NetworkPolicySection(Section):

@@ -37,7 +37,7 @@ log = logging.getLogger("moeserving.operator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class EndingProgress:
     """Where an end stands.
 
     Attributes:
@@ -98,7 +98,7 @@ class Ending:
                 if error.status != FORBIDDEN:
                     raise
                 problem = error.message
-        await self._report(document, Progress(), problem=problem)
+        await self._report(document, EndingProgress(), problem=problem)
         return REFUSED_S
 
     async def _run(self, key: Key, document: Document) -> float | None:
@@ -135,7 +135,7 @@ class Ending:
         assert listing is not None, "its own kind is not optional"
         return listing.items
 
-    async def _end_parts(self, key: Key) -> Progress:
+    async def _end_parts(self, key: Key) -> EndingProgress:
         """Ends one part after the other; stops at the first that is waited for."""
         overdue: list[Wait] = []
         for part in _PARTS:
@@ -144,7 +144,7 @@ class Ending:
             waits, late = split_waits((wait_for_pod(pod, self._first_seen(key, part)) for pod in pods), self._clock())
             overdue += late
             if waits:
-                return Progress(waits=tuple(waits), overdue=tuple(overdue), part=f"{part}s")
+                return EndingProgress(waits=tuple(waits), overdue=tuple(overdue), part=f"{part}s")
         return await self._end_rest(key, overdue)
 
     async def _delete_workloads(self, key: Key, part: str) -> None:
@@ -152,7 +152,7 @@ class Ending:
             if _component(live) == part and is_child(live) and "deletionTimestamp" not in live["metadata"]:
                 await self._children.delete(kind, live)
 
-    async def _end_rest(self, key: Key, overdue: Iterable[Wait]) -> Progress:
+    async def _end_rest(self, key: Key, overdue: Iterable[Wait]) -> EndingProgress:
         await self._children.release_claims(key)
         found = False
         for kind, live in self._children_of(key):
@@ -162,7 +162,7 @@ class Ending:
         since = self._first_seen(key, "rest")
         left = (wait_for_object(live, since) for _, live in self._children_of(key))
         waits, late = split_waits(left, self._clock())
-        return Progress(
+        return EndingProgress(
             waits=tuple(waits),
             overdue=(*overdue, *late),
             part="the other objects",
@@ -198,11 +198,11 @@ class Ending:
     def _list_children(self, key: Key) -> list[Document]:
         return [live for _, live in self._children_of(key)]
 
-    async def _report(self, document: Document, progress: Progress, *, problem: str = "") -> None:
+    async def _report(self, document: Document, progress: EndingProgress, *, problem: str = "") -> None:
         await self._notices.write(document, judge_progress(progress, problem), self._clock())
 
 
-def judge_progress(progress: Progress, problem: str) -> dict[str, Verdict]:
+def judge_progress(progress: EndingProgress, problem: str) -> dict[str, Verdict]:
     """The conditions of a resource that ends; those that tell of other things are not among them.
 
     Args:
@@ -217,7 +217,7 @@ def judge_progress(progress: Progress, problem: str) -> dict[str, Verdict]:
     }
 
 
-def _judge_end(progress: Progress, problem: str) -> Verdict:
+def _judge_end(progress: EndingProgress, problem: str) -> Verdict:
     if problem:
         return ConditionStatus.TRUE, Reason.NOT_PERMITTED, f"cannot end it: {problem}"
     if progress.overdue:

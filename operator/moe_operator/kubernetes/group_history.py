@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_operator.api.reasons import Reason
 from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding
-from moe_operator.kubernetes.groups import Group, read_groups
+from moe_operator.kubernetes.groups import PodGroup, read_groups
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.names import REVISION_DIGEST
 from moe_operator.plan.pod_status import ENGINE
@@ -25,7 +25,7 @@ FEW = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class GroupFailure:
     """How a container of a group ended, which made the controller make the group anew.
 
     Attributes:
@@ -46,7 +46,7 @@ class _Record:
     leader: str = ""
     revision: str = ""
     remade: int = 0
-    failure: Failure | None = None
+    failure: GroupFailure | None = None
     whole_since: datetime | None = None
 
 
@@ -76,7 +76,7 @@ class GroupHistory:
         return findings
 
 
-def _update(record: _Record, group: Group, now: datetime) -> None:
+def _update(record: _Record, group: PodGroup, now: datetime) -> None:
     metadata: Document = {} if group.leader is None else group.leader["metadata"]
     leader, revision = metadata.get("uid", ""), metadata.get("annotations", {}).get(REVISION_DIGEST, "")
     if leader and leader != record.leader:
@@ -95,7 +95,7 @@ def _update(record: _Record, group: Group, now: datetime) -> None:
         record.remade, record.failure = 0, None
 
 
-def _failures(group: Group) -> Iterator[Failure]:
+def _failures(group: PodGroup) -> Iterator[GroupFailure]:
     """Ends that made the controller act, not those of pods that it ended itself."""
     for pod in group.pods:
         status = pod.get("status", {})
@@ -104,10 +104,10 @@ def _failures(group: Group) -> Iterator[Failure]:
             last, present = (end.get("terminated") or {} for end in ends)
             end = present if present.get("reason") == "OOMKilled" else last
             if end.get("exitCode", 0):
-                yield Failure(pod=pod["metadata"]["name"], reason=end.get("reason", ""), status=end["exitCode"])
+                yield GroupFailure(pod=pod["metadata"]["name"], reason=end.get("reason", ""), status=end["exitCode"])
 
 
-def _find(record: _Record, group: Group) -> Finding | None:
+def _find(record: _Record, group: PodGroup) -> Finding | None:
     name, failure = f"{group.workload}-{group.index}", record.failure
     again = f"the group {name} was made anew {record.remade} times"
     if failure is not None and failure.reason == "OOMKilled":

@@ -26,7 +26,7 @@ _OF_THE_TEMPLATE = (CONFIG, REVISION_DIGEST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class PodGroup:
     """The pods of one engine over several nodes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Group:
         return self.leader is not None and len(self.pods) >= self.size and all(map(is_ready, self.pods))
 
 
-def read_groups(pods: Sequence[Document], nodes: int) -> list[Group]:
+def read_groups(pods: Sequence[Document], nodes: int) -> list[PodGroup]:
     """Returns the groups among the pods, in order; `nodes` is the size of one whose pods do not say it."""
     found: dict[tuple[str, int], list[Document]] = {}
     for pod in pods:
@@ -114,7 +114,7 @@ def _unfinished(status: Mapping[str, Any]) -> str:
     return ""
 
 
-def _is_current(group: Group, live: Document) -> bool:
+def _is_current(group: PodGroup, live: Document) -> bool:
     """Whether every pod of the group is of the set's newest template, as far as the pods say of which they are."""
     parts = live["spec"]["leaderWorkerTemplate"]
     template = (parts.get("leaderTemplate") or parts["workerTemplate"]).get("metadata", {}).get("annotations", {})
@@ -140,10 +140,10 @@ def _place(pod: Document) -> tuple[str, int] | None:
     return (name["workload"], int(name["index"])) if name else None
 
 
-def _build_group(place: tuple[str, int], members: Sequence[Document], nodes: int) -> Group:
+def _build_group(place: tuple[str, int], members: Sequence[Document], nodes: int) -> PodGroup:
     leaders = [pod for pod in members if pod["metadata"]["labels"][LWS_WORKER_INDEX] == "0"]
     sizes = [int(pod["metadata"].get("annotations", {}).get(LWS_SIZE, nodes)) for pod in members]
-    return Group(
+    return PodGroup(
         workload=place[0],
         index=place[1],
         size=max(sizes),

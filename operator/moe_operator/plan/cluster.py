@@ -129,10 +129,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         _build_engines(at_stable, names, STABLE, stable, count, defaults),
     ]
     if has_canary and canary is not None:
-        place = (_engines_kind(_nodes(resource)), names.canary)
-        beside = count_replicas(place, canary.replicas, observed.scaled)
-        objects += build_worker_budgets(resource, names, names.canary, beside.replicas)
-        objects.append(_build_engines(resource, names, CANARY, wanted, beside, defaults))
+        objects += _build_canary(resource, names, canary.replicas, wanted, observed, defaults)
     objects.append(_build_gateway(resource, names, observed, defaults))
     objects += build_gateway_scaler(resource, names)
     return ClusterPlan(
@@ -144,6 +141,14 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         dispatch=dispatch,
         engines=engines,
     )
+
+
+def _build_canary(
+    resource: MoEServing, names: Names, replicas: int, wanted: Revision, observed: Observed, defaults: Defaults
+) -> list[Object]:
+    count = count_replicas((_engines_kind(_nodes(resource)), names.canary), replicas, observed.scaled)
+    budgets = build_worker_budgets(resource, names, names.canary, count.replicas)
+    return [*budgets, _build_engines(resource, names, CANARY, wanted, count, defaults)]
 
 
 def plan_replicas(resource: MoEServing, observed: Observed) -> int:

@@ -259,7 +259,7 @@ class Reconciler:
             message = f"PersistentVolumeClaim {claim} is kept; when what it holds is of no more use: " + (
                 f"kubectl delete pvc {claim} -n {key.namespace}"
             )
-            await self._api.create(EVENT, build_event(document, "ClaimKept", message, "Normal"))
+            await self._create_event(build_event(document, "ClaimKept", message, "Normal"))
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
@@ -304,7 +304,14 @@ class Reconciler:
     async def _post_event(self, document: Document, condition: Condition) -> None:
         message = condition.message or f"{condition.status.value} ({condition.reason})"
         kind = "Warning" if is_bad(condition) else "Normal"
-        await self._api.create(EVENT, build_event(document, condition.reason, f"{condition.type}: {message}", kind))
+        await self._create_event(build_event(document, condition.reason, f"{condition.type}: {message}", kind))
+
+    async def _create_event(self, event: Document) -> None:
+        """Posts an event; one that is refused, as in a namespace that ends, fails no pass: the status says it all."""
+        try:
+            await self._api.create(EVENT, event)
+        except ApiError as error:
+            log.warning("no event %s: %s", event["reason"], error)
 
     def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
         autoscaling = current.resource.spec.autoscaling

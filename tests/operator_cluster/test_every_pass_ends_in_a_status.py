@@ -212,3 +212,10 @@ async def test_an_object_that_cannot_be_looked_at_keeps_back_no_other(kubeconfig
         message = (await fetch_conditions(operator, key))["Degraded"]["message"]
         assert message == f"Role {namespace}/tiny-gateway: roles is forbidden"
         assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)
+
+
+async def test_an_event_that_is_refused_fails_no_pass(kubeconfig: Path, namespace: str) -> None:
+    async with faulty(kubeconfig, namespace) as (operator, front):
+        front.fault = fail("create", "Event", ApiError(403, "events is forbidden"))
+        key = await served(operator, namespace)
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"

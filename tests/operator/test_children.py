@@ -1,0 +1,218 @@
+"""What is applied and what is held back when objects are refused, against an API server in memory."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_contract.api_server import NOT_FOUND, ApiError, Kind
+from moe_operator.api import parse_resource
+from moe_operator.kubernetes.children import Applied, Children
+from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, kind_of
+from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan import Defaults, Observed, plan_cluster
+from moe_operator.plan.names import KEPT
+
+Document = dict[str, Any]
+Place = tuple[str, str]
+KEY, UID = Key("ns", "tiny"), "u"
+CACHE = {"path": "/cache", "size": "1Gi"}
+REFUSAL = ApiError(422, "must not be")
+
+
+class MemoryApi:
+    """Keeps what is applied; `refuses` says which place is refused with which error."""
+
+    def __init__(self) -> None:
+        self.objects: dict[Place, Document] = {}
+        self.refuses: Callable[[Place], ApiError | None] = lambda _place: None
+        self.unreadable: set[Place] = set()
+        self._version = 0
+
+    async def apply(self, kind: Kind, document: Document, *, dry_run: bool = False) -> Document:
+        place = kind.name, document["metadata"]["name"]
+        if (error := self.refuses(place)) is not None:
+            raise error
+        return document if dry_run else self._keep(place, document)
+
+    async def get(self, kind: Kind, _namespace: str, name: str) -> Document | None:
+        if (kind.name, name) in self.unreadable:
+            raise ApiError(403, "forbidden")
+        return self.objects.get((kind.name, name))
+
+    async def merge(self, kind: Kind, _namespace: str, name: str, patch: Document) -> Document:
+        if (live := self.objects.get((kind.name, name))) is None:
+            raise ApiError(NOT_FOUND, "gone")
+        metadata = live["metadata"] | patch["metadata"]
+        return self._keep((kind.name, name), live | {"metadata": metadata})
+
+    async def delete(self, kind: Kind, document: Document) -> None:
+        self.objects.pop((kind.name, document["metadata"]["name"]), None)
+
+    def _keep(self, place: Place, document: Document) -> Document:
+        self._version += 1
+        uid = self.objects.get(place, {}).get("metadata", {}).get("uid", f"{self._version}")
+        metadata = document["metadata"] | {"resourceVersion": f"{self._version}", "uid": uid}
+        self.objects[place] = document | {"metadata": metadata}
+        return self.objects[place]
+
+
+class Cluster:
+    """One resource's children over that server."""
+
+    def __init__(self) -> None:
+        self.api, self.store, self.kept = MemoryApi(), Store(), list[str]()
+        self.children = Children(self.api, self.store, self._say_kept)  # type: ignore[arg-type]
+
+    async def _say_kept(self, _key: Key, name: str) -> None:
+        self.kept.append(name)
+
+    def apply(self, **spec: Any) -> Applied:
+        return asyncio.run(self.children.apply(KEY, plan(**spec), frozenset(CHILDREN), UID))
+
+    def prune(self, objects: tuple[Document, ...]) -> bool:
+        return asyncio.run(self.children.prune(KEY, objects, UID))
+
+    def refuse(self, *places: Place, error: ApiError = REFUSAL) -> None:
+        self.api.refuses = lambda place: error if place in places else None
+
+    def serve(self, *, ends: bool, **cache: Any) -> None:
+        """Puts the resource itself into the store."""
+        deleted = {"deletionTimestamp": "now"} if ends else {}
+        metadata = {"name": "tiny", "namespace": "ns", "uid": UID, "resourceVersion": "1", **deleted}
+        self.store.put(SERVING, {"metadata": metadata, "spec": {"model": {"cache": CACHE | cache}}})
+
+
+def plan(**spec: Any) -> tuple[Document, ...]:
+    header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "tiny"}}
+    resource = parse_resource(header | {"spec": {"model": {"uri": "hf://org/a", "cache": CACHE}, **spec}})
+    return plan_cluster(resource, "ns", Observed(uid=UID, tokens=("t",)), Defaults()).objects
+
+
+def places(objects: tuple[Document, ...]) -> set[Place]:
+    return {(kind_of(entry).name, entry["metadata"]["name"]) for entry in objects}
+
+
+ENGINES, GATEWAYS, SETTINGS = (
+    ("Deployment", "tiny-engine"),
+    ("Deployment", "tiny-gateway"),
+    ("ConfigMap", "tiny-settings"),
+)
+CACHE_CLAIM = ("PersistentVolumeClaim", "tiny-cache")
+OF_A_REVISION = {ENGINES, GATEWAYS, SETTINGS, CACHE_CLAIM}
+ALL = sorted(places(plan()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.sampled_from(ALL)), st.sampled_from([REFUSAL, ApiError(500, "webhook away"), ApiError(403, "quota")]))
+def test_of_a_new_resource_all_is_made_but_what_is_refused_and_what_belongs_to_it(
+    refused: set[Place], error: ApiError
+) -> None:
+    cluster = Cluster()
+    cluster.refuse(*refused, error=error)
+    result = cluster.apply()
+    is_held = refused & {ENGINES, GATEWAYS, CACHE_CLAIM}
+    wanted = set(ALL) - refused - (OF_A_REVISION if is_held else set())
+    assert cluster.api.objects.keys() == wanted
+    reported = {text.split(":")[0] for text in result.refused}
+    assert {f"{kind} ns/{name}" for kind, name in refused - ({SETTINGS} if is_held else set())} == reported
+    assert all(text.endswith(error.message) for text in result.refused)
+    cluster.refuse()
+    assert cluster.apply().refused == []
+    assert cluster.api.objects.keys() == set(ALL)
+
+
+@pytest.mark.parametrize("status", [0, 401, 429, 503, 504])
+def test_an_api_server_that_is_away_ends_the_pass(status: int) -> None:
+    cluster = Cluster()
+    cluster.refuse(("Service", "tiny"), error=ApiError(status, "away"))
+    with pytest.raises(ApiError):
+        cluster.apply()
+
+
+@pytest.mark.parametrize(
+    ("refused", "spec", "engines", "gateway_rolls"),
+    [
+        (GATEWAYS, {"engine": {"replicas": 4}, "gateway": {"image": "x:2"}}, (4, False), False),
+        (GATEWAYS, {"engine": {"args": ["--seed=1"]}, "gateway": {"image": "x:2"}}, (1, False), False),
+        (ENGINES, {"engine": {"args": ["--seed=1"]}, "gateway": {"image": "x:2"}}, (1, False), False),
+        (ENGINES, {"engine": {"replicas": 4}, "gateway": {"image": "x:2"}}, (1, False), True),
+        (ENGINES, {"engine": {"args": ["--seed=1"]}, "gateway": {"replicas": 3}}, (1, False), False),
+        (None, {"engine": {"args": ["--seed=1"], "replicas": 4}, "gateway": {"image": "x:2"}}, (4, True), True),
+    ],
+)
+def test_a_refused_change_of_pods_leaves_all_pods_and_another_number_is_taken(
+    refused: Place | None, spec: Document, engines: tuple[int, bool], gateway_rolls: bool
+) -> None:
+    cluster = Cluster()
+    cluster.apply()
+    before = dict(cluster.api.objects)
+    if refused is not None:
+        cluster.refuse(refused)
+    assert len(cluster.apply(**spec).refused) == (refused is not None)
+    after = cluster.api.objects
+    replicas, rolls = engines
+    assert after[ENGINES]["spec"]["replicas"] == replicas
+    assert (after[ENGINES]["spec"]["template"] != before[ENGINES]["spec"]["template"]) is rolls
+    assert (after[GATEWAYS]["spec"]["template"] != before[GATEWAYS]["spec"]["template"]) is gateway_rolls
+    if spec["gateway"].get("replicas"):
+        assert after[GATEWAYS]["spec"]["replicas"] == 3
+
+
+def test_what_cannot_be_read_is_held_back_alone_and_a_stranger_holds_back_all() -> None:
+    cluster = Cluster()
+    cluster.api.unreadable = {("Role", "tiny-gateway")}
+    assert cluster.apply().refused == ["Role ns/tiny-gateway: forbidden"]
+    assert cluster.api.objects.keys() == set(ALL) - {("Role", "tiny-gateway")}
+    strange = Cluster()
+    metadata = {"name": "tiny", "namespace": "ns", "labels": {}}
+    strange.api.objects[("Service", "tiny")] = {"kind": "Service", "metadata": metadata}
+    result = strange.apply()
+    assert result.foreign
+    assert result.refused == ["Service ns/tiny exists and is not this resource's own"]
+    assert strange.api.objects.keys() == {("Service", "tiny")}
+
+
+def claim_of(cluster: Cluster) -> Document | None:
+    return cluster.api.objects.get(CACHE_CLAIM)
+
+
+@pytest.mark.parametrize(
+    ("ends", "when_deleted", "is_left"),
+    [(False, "Retain", True), (False, "Delete", True), (True, "Retain", True), (True, "Delete", False)],
+)
+def test_a_claim_is_deleted_with_its_resource_alone_and_when_that_says_so(
+    ends: bool, when_deleted: str, is_left: bool
+) -> None:
+    cluster = Cluster()
+    model = {"uri": "hf://org/a", "cache": CACHE | {"whenDeleted": when_deleted}}
+    cluster.apply(model=model)
+    cluster.serve(ends=ends, whenDeleted=when_deleted)
+    for _ in range(2):
+        cluster.prune(() if ends else plan(model={"uri": "hf://org/a"}))
+    left = claim_of(cluster)
+    assert (left is not None) is is_left
+    assert cluster.kept == (["tiny-cache"] if is_left else []), "once"
+    if left is not None:
+        assert not left["metadata"].get("ownerReferences")
+        assert left["metadata"]["annotations"][KEPT] == "true"
+    if ends:
+        assert cluster.api.objects.keys() == ({CACHE_CLAIM} if is_left else set())
+
+
+def test_a_kept_claim_is_taken_up_again_and_a_strangers_is_not() -> None:
+    cluster = Cluster()
+    cluster.apply()
+    cluster.prune(plan(model={"uri": "hf://org/a"}))
+    uid = (claim_of(cluster) or {})["metadata"]["uid"]
+    assert cluster.apply(engine={"replicas": 2}).refused == []
+    assert (claim_of(cluster) or {})["metadata"]["uid"] == uid
+    other = Cluster()
+    other.api.objects[CACHE_CLAIM] = {
+        "kind": CLAIM.name,
+        "metadata": {"name": "tiny-cache", "namespace": "ns", "labels": {"app.kubernetes.io/instance": "tiny"}},
+    }
+    (refused,) = other.apply().refused
+    assert refused.endswith("is not this resource's own; to use it, set spec.model.cache.claim")

@@ -61,6 +61,8 @@ def add_node(cluster: ApiCluster) -> None:
     """A node on which nothing runs."""
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node1"}}
     cluster.kubectl("create", "-f", "-", stdin=json.dumps(node))
+    # The API server taints a new node until its kubelet and the controller of nodes say that it is ready.
+    cluster.kubectl("patch", "node", "node1", "--type=merge", "-p", '{"spec":{"taints":null}}')
     status = {
         "allocatable": {"cpu": "64", "memory": "256Gi", "pods": "500", "ephemeral-storage": "100Gi"},
         "conditions": [{"type": "Ready", "status": "True"}],

@@ -57,7 +57,7 @@ class Peers:
         config = self.settings.setdefault(_address(request), {})
         state = {
             "phase": "ready",
-            "accepting": True,
+            "accepting": self.accepting,
             "engine": {"restarts": 0},
             "ranks": [rank],
             "config": config,

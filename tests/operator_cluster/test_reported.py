@@ -76,7 +76,7 @@ async def test_a_quota_is_reported_and_no_more_once_it_is_raised(cluster: ApiClu
         cluster.kubectl("delete", "quota", "none", "-n", place)
         gpus = "no node has nvidia.com/gpu: 1 free"
         await until(operator, key, says("Degraded", "True", "Unschedulable", gpus), "the real scheduler's words")
-        assert "also" not in (await fetch_conditions(operator, key))["Degraded"]["message"]
+        assert "FailedCreate" not in (await fetch_conditions(operator, key))["Degraded"]["message"]
 
 
 async def test_pod_security_is_reported_of_the_engines_and_the_gateways_run(cluster: ApiCluster, place: str) -> None:
@@ -132,6 +132,7 @@ async def test_a_volume_that_cannot_be_mounted_is_reported_from_the_kubelets_eve
         key = await begin(operator, place, engine=CPU)
         await until(operator, key, lambda _: pods_of(cluster, place, "engine"), "an engine's pod")
         (pod,) = pods_of(cluster, place, "engine")
+        make_ready(cluster, place, "gateway")
         scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
         creating = {"name": "engine", "state": {"waiting": {"reason": "ContainerCreating"}}, "ready": False}
         row = creating | {"image": "x", "imageID": "", "restartCount": 0}

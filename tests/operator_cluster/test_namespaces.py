@@ -66,8 +66,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., OperatorProcess]]:
         words = [word for name in namespaces for word in ("--namespace", name)]
         log = tmp_path / f"log-{len(running)}"
         identity = f"operator-{len(running)}"
-        place = {"own_namespace": SYSTEM}
-        running.append(OperatorProcess(kubeconfig, log, "--identity", identity, "--lease", lease, *words, **place))
+        # A watch that is open outlasts the rights that it began with: a list shows that they are gone.
+        words += ["--resync", "5", "--identity", identity, "--lease", lease]
+        running.append(OperatorProcess(kubeconfig, log, *words, own_namespace=SYSTEM))
         return running[-1]
 
     yield begin

@@ -123,6 +123,18 @@ class Ending:
             # A namespace that went, or whose rights did: all of it is looked at anew once it can be read.
             log.info("%s is gone; what it left cannot be read: %s", key, problem)
             return None
+        try:
+            return await self._sweep(key)
+        except ApiError as error:
+            if error.status != FORBIDDEN:
+                raise
+            # The rights went, and a watch that is open does not notice: the next list will.
+            log.info("%s is gone; what it left cannot be ended: %s", key, error.message)
+            return None
+
+    async def _sweep(self, key: Key) -> float | None:
+        if await self._namespaces.fetch_is_ending(key.namespace):
+            return None
         if any(row["metadata"]["name"] == key.name for row in await self._list_servings(key.namespace)):
             return SOON_S
         log.warning("%s is gone and has left objects behind; they are ended now", key)

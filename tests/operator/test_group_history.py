@@ -1,4 +1,4 @@
-"""A group of pods that ends again and again is reported, though its new pods have no restarts (LeaderWorkerSet v0.10)."""
+"""A group of pods that ends again and again is reported, though new pods have no restarts (LeaderWorkerSet v0.10)."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

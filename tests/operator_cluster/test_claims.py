@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster_api import ApiCluster
-from fresh_operator import FreshOperator, change, fetch, fetch_conditions, fetch_serving, served, started
+from fresh_operator import (
+    FreshOperator,
+    change,
+    fetch,
+    fetch_conditions,
+    fetch_serving,
+    let_go_of_claims,
+    served,
+    started,
+)
 from moe_operator.kubernetes.kinds import CLAIM, DEPLOYMENT, EVENT, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
@@ -145,8 +154,7 @@ async def test_a_claim_that_is_deleted_while_pods_use_it_is_reported_and_keeps_b
         assert degraded["reason"] == "Refused"
         assert "tiny-cache is being deleted, which waits for the pods that use it" in degraded["message"]
         assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine"))["spec"]["replicas"] == 3
-        await operator.settle(key)
-        await operator.relist()
+        await let_go_of_claims(operator.api, operator.store, key)
         await operator.settle(key)
         assert "deletionTimestamp" not in (await fetch(operator, CLAIM, key, "tiny-cache"))["metadata"]
         assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"

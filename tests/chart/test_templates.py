@@ -13,7 +13,7 @@ from moe_operator.kubernetes.rivals import FORMER_LEASE
 from moe_operator.kubernetes.settings import read_defaults
 from moe_operator.plan.access import build_access
 from moe_operator.plan.names import COMPONENT, Names
-from moe_operator.plan.network import _operator_peers
+from moe_operator.plan.network_policies import _operator_peers
 from moe_operator.plan.pods import Defaults
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -43,7 +43,7 @@ async def test_a_recipe_becomes_real_and_then_costs_nothing(kubeconfig: Path, na
 
 def with_labels(document: Document) -> None:
     document["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "other", "team": "b"}
-    document["spec"]["commonMetadata"] = {"labels": {"cost-center": "7"}, "annotations": {"note": "b"}}
+    document["spec"]["commonMetadata"] = {"labels": {"cost-center": "7"}, "annotations": {"note": "b \U0001f600"}}
 
 
 def without_labels(document: Document) -> None:
@@ -73,6 +73,8 @@ async def test_other_labels_reach_the_objects_and_restart_no_pod(
         labels = row["metadata"]["labels"]
         expected = {key: value for key, value in wanted.items() if "kueue" not in key or name.endswith("engine")}
         assert expected.items() <= labels.items()
+        wanted_note = changed["spec"].get("commonMetadata", {}).get("annotations", {}).get("note")
+        assert row["metadata"]["annotations"].get("note") == wanted_note
         assert "gone" not in labels, "what is no longer asked for is taken away"
         assert row["spec"]["template"] == before[name]["spec"]["template"]
 

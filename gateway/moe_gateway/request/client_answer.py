@@ -1,0 +1,84 @@
+"""The answer of one request as its client gets it: head, comments, body, and an error where it cannot go on.
+
+Owned by an exchange, which decides what passes and when. Everything here writes to the client's connection at once.
+"""
+
+from moe_gateway.http.heads import ends_between_chunks, stamp_response
+from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.stream_events import ends_stream
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class ClientAnswer:
+    """One answer to one client.
+
+    Attributes:
+        is_open: whether the head of a stream and comments have passed, but no event.
+    """
+
+    __slots__ = ("_before_last", "_client", "_context", "_last", "_request", "is_open")
+
+    def __init__(self, request: ClientRequest, client: ClientSide, context: ExchangeContext) -> None:
+        self._request = request
+        self._client = client
+        self._context = context
+        # The newest two pieces of the answer.
+        self._last = self._before_last = b""
+        self.is_open = False
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client's connection stays open after a whole answer."""
+        return self._request.keep_alive and not self._context.draining
+
+    def begin(self, beginning: AnswerBeginning) -> None:
+        """Passes on what was kept back."""
+        self._last = beginning.body
+        if self.is_open:
+            self._client.write(self._last)
+        else:
+            close = not (self.keeps_alive and beginning.is_framed)
+            head = beginning.head
+            self._client.write(stamp_response(beginning.received, head, self._request.request_id, close=close))
+
+    def pass_on(self, data: bytes) -> None:
+        """Passes on the next bytes."""
+        self._before_last, self._last = self._last, data
+        self._client.write(data)
+
+    def pass_comments(self, beginning: AnswerBeginning) -> None:
+        """Passes on comments, which keep the client's connection alive and commit to no engine."""
+        if not self.is_open:
+            self.is_open = True
+            head, close = beginning.received[: len(beginning.head)], not self.keeps_alive
+            self._client.write(stamp_response(head, beginning.head, self._request.request_id, close=close))
+        self._client.write(beginning.take_comments())
+
+    @property
+    def has_last_event(self) -> bool:
+        """Whether the last event of a stream has passed."""
+        return ends_stream(self._before_last + self._last)
+
+    def end_with_engine_error(self, error: bytes) -> None:
+        """Ends an open stream with the error, one line of JSON, that an engine answered."""
+        self._client.write(frame_chunk(b"data: %b\n\n" % error) + LAST_CHUNK)
+
+    def break_off(self, outcome: RequestOutcome, reason: str, *, is_stream: bool) -> None:
+        """Ends a stream with an error event where a client would understand one; any other answer just ends."""
+        # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
+        if (is_stream or self.is_open) and ends_between_chunks(self._last):
+            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + LAST_CHUNK)
+
+    def refuse(self, outcome: RequestOutcome, message: str, *, close: bool, retry_after_s: int | None = None) -> None:
+        """Answers with an error of the gateway; nothing has passed before."""
+        request_id = self._request.request_id
+        self._client.write(
+            build_error(outcome, message, request_id=request_id, close=close, retry_after_s=retry_after_s)
+        )
+
+    def finish(self, *, keep_alive: bool) -> None:
+        """The answer is over; the client's connection stays open or is closed."""
+        self._client.answered(keep_alive=keep_alive)

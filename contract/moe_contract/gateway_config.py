@@ -66,7 +66,8 @@ class Limits(Section):
         header_timeout_s: time for the head of a request to arrive.
         body_timeout_s: time for the body of a request to arrive.
         connect_timeout_s: time for a connection to an engine to open.
-        idle_timeout_s: longest silence of an engine or client within a request.
+        idle_timeout_s: longest silence of an engine that makes no steps, or of a client, within a request.
+        stream_head_after_s: a stream without a token for this long gets its head; later errors come as events.
         hold_requests: most requests held; one more is refused with status 429.
         hold_timeout_s: longest time that a request is held.
     """
@@ -76,6 +77,7 @@ class Limits(Section):
     body_timeout_s: Seconds = 30.0
     connect_timeout_s: Seconds = 2.0
     idle_timeout_s: Seconds = 300.0
+    stream_head_after_s: Seconds = 1.0
     hold_requests: Annotated[int, Field(ge=0)] = 1000
     hold_timeout_s: Seconds = 60.0
 

@@ -4,6 +4,7 @@ This module is the one writer of `TargetState`; the choice of a target only read
 keeps its count of requests in flight until they have ended.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -174,6 +175,15 @@ class TargetStates:
         """Whether the signals of a target show its steps, so that silence is no long answer in one piece."""
         state = self.by_target.get(target)
         return state is not None and state.signal is not None and state.signal.step > 0
+
+    def is_working(self, target: Target, now_s: float, *, within_s: float, stale_after_s: float) -> bool:
+        """Whether a target has made a step within this time; where none are counted, whether a request runs there."""
+        state = self.by_target.get(target)
+        if state is None or state.signal is None:
+            return False
+        if state.signal.step > 0:
+            return now_s - self._progress_s.get(target, -math.inf) < within_s
+        return state.signal.running > 0 and state.is_fresh(now_s, stale_after_s)
 
     def recalibrate(self, now_s: float, stale_after_s: float) -> None:
         """Writes the newest traffic share and TTFT factors into the states; called a few times a second."""

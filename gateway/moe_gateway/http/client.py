@@ -306,7 +306,7 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what took too long; called several times a second."""
         if self._exchange is not None:
-            self._exchange.check(now_s, self._limits.idle_timeout_s)
+            self._exchange.check(now_s, self._limits)
         elif now_s >= self._deadline_s:
             if self._is_lingering:
                 self.transport.abort()

@@ -109,6 +109,15 @@ def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:
     return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
 
 
+def build_stream_head(request_id: bytes, *, close: bool) -> bytes:
+    """The head of a stream of events whose engine has not sent its own."""
+    return b"HTTP/1.1 200 OK\r\nx-request-id: %b\r\n%b%b" % (
+        request_id,
+        b"connection: close\r\n" if close else b"",
+        b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n",
+    )
+
+
 def frame_chunk(data: bytes) -> bytes:
     """One chunk of chunked transfer coding."""
     return b"%x\r\n%b\r\n" % (len(data), data)

@@ -4,22 +4,25 @@ Owned by an exchange, which decides what passes and when. Everything here writes
 """
 
 from moe_gateway.http.heads import ends_between_chunks, stamp_response
-from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, build_stream_head, frame_chunk
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.stream_events import ends_stream
 
 LAST_CHUNK = b"0\r\n\r\n"
+# An open stream gets a comment this often until its first token; proxies end connections that are silent for longer.
+KEEP_ALIVE_S = 10.0
+KEEP_ALIVE = frame_chunk(b": keep-alive\n\n")
 
 
 class ClientAnswer:
     """One answer to one client.
 
     Attributes:
-        is_open: whether the head of a stream and comments have passed, but no event.
+        is_open: whether the head of a stream has passed, and perhaps comments, but no event.
     """
 
-    __slots__ = ("_before_last", "_client", "_context", "_last", "_request", "is_open")
+    __slots__ = ("_before_last", "_client", "_context", "_last", "_request", "_wrote_s", "is_open")
 
     def __init__(self, request: ClientRequest, client: ClientSide, context: ExchangeContext) -> None:
         self._request = request
@@ -28,6 +31,7 @@ class ClientAnswer:
         # The newest two pieces of the answer.
         self._last = self._before_last = b""
         self.is_open = False
+        self._wrote_s = request.arrived_s
 
     @property
     def keeps_alive(self) -> bool:
@@ -49,12 +53,32 @@ class ClientAnswer:
         self._before_last, self._last = self._last, data
         self._client.write(data)
 
-    def pass_comments(self, beginning: AnswerBeginning) -> None:
+    def keep_alive(self, beginning: AnswerBeginning, head_after_s: float, now_s: float) -> None:
+        """Called a few times a second before the first token of a stream: sends its head in time, then comments."""
+        if now_s - self._wrote_s < (KEEP_ALIVE_S if self.is_open else head_after_s):
+            return
+        self._wrote_s = now_s
+        if self.is_open:
+            self._client.write(KEEP_ALIVE)
+        else:
+            self._open(beginning)
+
+    def _open(self, beginning: AnswerBeginning) -> None:
+        """Sends the head of a stream, which commits to no engine: the engine's own where it has come."""
+        if self.is_open or not beginning.may_open:
+            return
+        self.is_open = True
+        request_id, close = self._request.request_id, not self.keeps_alive
+        if beginning.head:
+            head = stamp_response(beginning.own_head, beginning.head, request_id, close=close)
+        else:
+            head = build_stream_head(request_id, close=close)
+        self._client.write(head)
+
+    def pass_comments(self, beginning: AnswerBeginning, now_s: float) -> None:
         """Passes on comments, which keep the client's connection alive and commit to no engine."""
-        if not self.is_open:
-            self.is_open = True
-            head, close = beginning.received[: len(beginning.head)], not self.keeps_alive
-            self._client.write(stamp_response(head, beginning.head, self._request.request_id, close=close))
+        self._wrote_s = now_s
+        self._open(beginning)
         self._client.write(beginning.take_comments())
 
     @property

@@ -11,6 +11,7 @@ these comes first: the answer is whole, the engine fails for good, the client go
 
 import asyncio
 
+from moe_contract.gateway_config import Limits
 from moe_contract.tenancy import sign_request_id
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
@@ -219,7 +220,7 @@ class Exchange:
         if part is not AnswerPart.PENDING:
             self._start(part, connection)
         elif beginning.comments and beginning.is_chunked and not self.request.http10:
-            self._answer.pass_comments(beginning)
+            self._answer.pass_comments(beginning, self.last_s)
 
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
@@ -328,18 +329,21 @@ class Exchange:
         context.dispatcher.settle(self._in_flight, now_s)
         if step is NextStep.RETRY:
             context.stats.retry()
+            self._beginning = AnswerBeginning()
             self.begin()
         else:
             self._refuse(RequestOutcome.ENGINE_FAILED, reason)
 
-    def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
+    def _break_off(
+        self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED, *, refusal: str = ""
+    ) -> None:
         self._answer.break_off(outcome, reason, is_stream=self._beginning.is_chunked and self.parsed.stream)
-        self._end(200, reason, broken=True)
+        self._end(200, reason, refusal=refusal, broken=True)
         self._answer.finish(keep_alive=False)
 
     def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
         if self._answer.is_open:
-            self._break_off(message, outcome)
+            self._break_off(message, outcome, refusal=outcome.label)
             return
         keep_alive = self._answer.keeps_alive
         self._answer.refuse(outcome, message, close=not keep_alive, retry_after_s=retry_after_s)
@@ -364,21 +368,37 @@ class Exchange:
         else:
             self._refuse(RequestOutcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
 
-    def check(self, now_s: float, idle_timeout_s: float) -> None:
+    @property
+    def _may_open(self) -> bool:
+        """Whether the answer is a stream that has not begun, so that its head may go before."""
+        if self.attempts.is_answering or not self.parsed.stream or self.request.http10:
+            return False
+        return self.route.has_job and not self.route.only_reads
+
+    def check(self, now_s: float, limits: Limits) -> None:
         """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.
 
-        Before its answer has begun it goes to another engine where its own makes no steps.
+        An engine that makes steps moves. Before its answer has begun, a stream gets its head and comments, and a
+        request goes to another engine where its own makes no steps.
         """
-        if self._ended or self._in_flight is None:
+        if self._ended:
+            return
+        if self._may_open:
+            self._answer.keep_alive(self._beginning, limits.stream_head_after_s, now_s)
+        if self._in_flight is None:
             return
         dispatcher, target = self._context.dispatcher, self._in_flight.target
         if self.attempts.is_answering:
             dispatcher.note_progress(target, self.last_s)
         elif self._upstream and self._retry_stalled(target, now_s):
             return
-        if now_s - self.last_s < idle_timeout_s:
-            return
-        if not self._upstream and self._connecting is None:
+        if now_s - self.last_s >= limits.idle_timeout_s and (self._upstream or self._connecting is not None):
+            self._end_silent(target, now_s, limits.idle_timeout_s)
+
+    def _end_silent(self, target: Target, now_s: float, idle_timeout_s: float) -> None:
+        """Ends it after a silence, unless its engine works and its client reads."""
+        dispatcher = self._context.dispatcher
+        if self._upstream and not self._paused and dispatcher.is_working(target, now_s, idle_timeout_s):
             return
         reason = f"nothing moved for {idle_timeout_s:g} s"
         self._drop_upstream()

@@ -27,7 +27,13 @@ class GatewayLimits(Section):
     )
     idle_timeout: Annotated[str, DurationBetween("1s")] = Field(
         default="5m",
-        description="Longest silence of an engine or client within a request; a stream's length has no bound.",
+        description="Longest silence within a request of an engine that makes no steps, or of a client; the length of "
+        "an answer has no bound.",
+    )
+    stream_head_after: Annotated[str, DurationBetween("1ms")] = Field(
+        default="1s",
+        description="A stream without a token for this long gets its head, status 200, so that clients' time-outs for "
+        "heads meet no long prompt; an error after it is an event of the stream.",
     )
 
 

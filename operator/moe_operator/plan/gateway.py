@@ -15,6 +15,7 @@ def build_limits(resource: MoEServing) -> Limits:
         body_timeout_s=duration_s(limits.body_timeout),
         connect_timeout_s=duration_s(limits.connect_timeout),
         idle_timeout_s=duration_s(limits.idle_timeout),
+        stream_head_after_s=duration_s(limits.stream_head_after),
         hold_requests=hold.requests,
         hold_timeout_s=duration_s(hold.timeout),
     )

@@ -64,7 +64,7 @@ class Limits(Section):
     Attributes:
         max_body_bytes: largest body of a request.
         header_timeout_s: time for the head of a request to arrive.
-        body_timeout_s: time for the body of a request to arrive.
+        body_timeout_s: longest pause within the body of a request; on the whole it may also take 1 s for each KiB.
         connect_timeout_s: time for a connection to an engine to open.
         idle_timeout_s: longest silence of an engine that makes no steps, or of a client, within a request.
         stream_head_after_s: a stream without a token for this long gets its head; later errors come as events.

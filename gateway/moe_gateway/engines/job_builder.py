@@ -52,6 +52,9 @@ class JobBuilder:
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
+        if session is parsed.user and session_target not in cached:
+            # `user` may name an application: without a common prefix its requests are no conversation.
+            session_target = None
         return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
 
     def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:

@@ -14,7 +14,7 @@ from moe_contract.gateway_config import Limits
 from moe_gateway.engines.served_models import list_models, model_row
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models
 from moe_gateway.http.request_reader import RequestReader
-from moe_gateway.http.routes import Route, find_route
+from moe_gateway.http.routes import Route, find_route, strip_authority
 from moe_gateway.request.context import ClientRequest, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed, parse_body
@@ -169,6 +169,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport.resume_reading()
 
     def _serve(self, request: ClientRequest) -> None:
+        request.url = strip_authority(request.url)
         route = find_route(request.url)
         if route is None:
             self._reply_error(request, None, RequestOutcome.NOT_FOUND, "no such path here")

@@ -64,6 +64,7 @@ class Exchange:
         "_paused",
         "_session",
         "_upstream",
+        "_user",
         "attempts",
         "job",
         "last_s",
@@ -84,7 +85,10 @@ class Exchange:
         self._answer = ClientAnswer(request, client, context)
         self._account = AnswerAccount(route, request.arrived_s, context)
         self._context = context
-        self._session = session = request.session or parsed.user
+        self._session = session = request.session
+        self._user = parsed.user if session is None else None
+        if self._user is not None and context.open_users.enter(self._user):
+            self._session = session = self._user
         self._beginning = AnswerBeginning()
         self._paused = False
         self._ended = False
@@ -447,6 +451,8 @@ class Exchange:
     def _end(self, status: int, reason: str = "", *, refusal: str = "", broken: bool = False) -> None:
         self._ended = True
         context = self._context
+        if self._user is not None:
+            context.open_users.leave(self._user)
         context.dispatcher.unhold(self)
         if self._upstream is not None or self._connecting is not None:
             self._drop_upstream()

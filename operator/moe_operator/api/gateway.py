@@ -20,7 +20,8 @@ class GatewayLimits(Section):
         default="10s", description="Time for the head of a request to arrive."
     )
     body_timeout: Annotated[str, DurationBetween("100ms")] = Field(
-        default="30s", description="Time for the body of a request to arrive."
+        default="30s",
+        description="Longest pause within the body of a request; on the whole it may also take 1 s for each KiB.",
     )
     connect_timeout: Annotated[str, DurationBetween("10ms")] = Field(
         default="2s", description="Time for a connection to an engine to open."

@@ -5,7 +5,7 @@ keeps its count of requests in flight until they have ended.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_scheduling.engine.choice import Send
@@ -29,6 +29,7 @@ class InFlightRequest:
         sent_s: when.
         predicted_s: predicted seconds to its first token, `ttft_factor` included.
         ttft_factor: the calibration factor in that prediction.
+        uncomputed_keys: keys of the blocks of its prompt that nobody had computed there before it.
     """
 
     target: Target
@@ -36,6 +37,7 @@ class InFlightRequest:
     sent_s: float
     predicted_s: float
     ttft_factor: float = 1.0
+    uncomputed_keys: Sequence[int] = ()
 
 
 # An engine that has an unanswered request and makes no step for this long hangs, or is as good as one that does. Steps

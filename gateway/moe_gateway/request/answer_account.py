@@ -10,7 +10,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request.stream_events import AnswerPart, find_error
+from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
 
 USAGE_WINDOW_BYTES = 64 * 1024
 # The first id in an answer of `/v1/responses` is its own.
@@ -25,17 +25,18 @@ class AnswerAccount:
     Attributes:
         ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
         has_answer: whether the engine answered what it was asked.
-        has_error: whether the engine sent an error as an event.
+        error_status: HTTP status that an error in its events stands for; 0 without one.
     """
 
-    __slots__ = ("_arrived_s", "_context", "_route", "has_answer", "has_error", "ttft_s")
+    __slots__ = ("_arrived_s", "_context", "_route", "error_status", "has_answer", "ttft_s")
 
     def __init__(self, route: Route, arrived_s: float, context: ExchangeContext) -> None:
         self._route = route
         self._arrived_s = arrived_s
         self._context = context
         self.ttft_s: float | None = None
-        self.has_answer = self.has_error = False
+        self.has_answer = False
+        self.error_status = 0
 
     def count(self, part: AnswerPart, beginning: AnswerBeginning, sent: InFlightRequest, now_s: float) -> None:
         """Reports the part of an answer with which it begins."""
@@ -49,15 +50,18 @@ class AnswerAccount:
             self.ttft_s = now_s - self._arrived_s
             self._context.stats.answer(self.ttft_s, now_s)
         elif part is AnswerPart.ENGINE_ERROR:
-            self.has_error = beginning.is_events
+            self.error_status = find_error(beginning.body) or 500 if beginning.is_events else 0
             dispatcher.count_error(sent.target, now_s)
         elif part is AnswerPart.WHOLE:
             dispatcher.answer(sent, now_s, is_first_token=self._route.only_reads)
 
     def note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:
         """An error may be among these bytes of a stream that has begun."""
-        if not self.has_error and find_error(data) is AnswerPart.ENGINE_ERROR:
-            self.has_answer, self.has_error = False, True
+        if self.error_status:
+            return
+        self.error_status = status = find_error(data)
+        if status and part_of_status(status) is AnswerPart.ENGINE_ERROR:
+            self.has_answer = False
             self._context.dispatcher.count_error(sent.target, now_s)
 
     def sample_tokenisation(self, parsed: Parsed, beginning: AnswerBeginning) -> None:

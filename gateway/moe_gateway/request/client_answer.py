@@ -39,7 +39,7 @@ class ClientAnswer:
         return self._request.keep_alive and not self._context.draining
 
     def begin(self, beginning: AnswerBeginning) -> None:
-        """Passes on what was kept back."""
+        """Passes on the bytes that were kept back."""
         self._last = beginning.body
         if self.is_open:
             self._client.write(self._last)

@@ -277,7 +277,8 @@ class Exchange:
         assert self._in_flight is not None
         self._account.count(part, self._beginning, self._in_flight, self.last_s)
         self._answer.end_with_engine_error(self._beginning.error)
-        self._end(200, f"the engine answered {self._beginning.status}", broken=True)
+        status = self._beginning.status
+        self._end(status, f"the engine answered {status}", broken=True)
         self._answer.finish(keep_alive=False)
 
     def _finish(self, connection: UpstreamConnection) -> None:
@@ -295,8 +296,9 @@ class Exchange:
         self._answer.finish(keep_alive=keep_alive)
 
     def _end_whole(self, status: int) -> None:
-        has_error = self._account.has_error
-        self._end(status, ENGINE_ERROR if has_error else "", broken=has_error)
+        """Ends it with this status, or that of the error with which its stream ended."""
+        error_status = self._account.error_status
+        self._end(error_status or status, ENGINE_ERROR if error_status >= 500 else "")
 
     # 4. Failures.
 
@@ -338,16 +340,14 @@ class Exchange:
         else:
             self._refuse(RequestOutcome.ENGINE_FAILED, reason)
 
-    def _break_off(
-        self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED, *, refusal: str = ""
-    ) -> None:
+    def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
         self._answer.break_off(outcome, reason, is_stream=self._beginning.is_chunked and self.parsed.stream)
-        self._end(200, reason, refusal=refusal, broken=True)
+        self._end(outcome.status, reason, refusal=outcome.label, broken=True)
         self._answer.finish(keep_alive=False)
 
     def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
         if self._answer.is_open:
-            self._break_off(message, outcome, refusal=outcome.label)
+            self._break_off(message, outcome)
             return
         keep_alive = self._answer.keeps_alive
         self._answer.refuse(outcome, message, close=not keep_alive, retry_after_s=retry_after_s)

@@ -94,6 +94,13 @@ def build_response(
     return head if head_only else head + body
 
 
+def build_preflight(request_id: bytes, lines: bytes, *, close: bool) -> bytes:
+    """The answer to a preflight of a browser; `lines` say what is allowed."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 2\r\n"
+    ending = b"connection: close\r\n" if close else b""
+    return b"%bx-request-id: %b\r\n%b%b\r\nOK" % (head, request_id, ending, lines)
+
+
 def build_health(request_id: bytes, *, close: bool, head_only: bool) -> bytes:
     """The gateway's own answer to `/health`."""
     return build_response(200, b'{"status":"ok"}', request_id=request_id, close=close, head_only=head_only)

@@ -109,6 +109,11 @@ class RequestReader:
         """Whether a part of a message has come and its end has not."""
         return bool(self.in_head or self._body or self._url)
 
+    @property
+    def headers(self) -> bytes:
+        """The header lines of the message that is under way, as far as they have come."""
+        return b"".join(self._lines)
+
     # What the connection calls.
 
     def feed(self, data: bytes) -> None:

@@ -3,6 +3,7 @@
 Owned by an exchange, which decides what passes and when. Everything here writes to the client's connection at once.
 """
 
+from moe_gateway.http.cors import insert_lines
 from moe_gateway.http.heads import ends_between_chunks, stamp_response
 from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, build_stream_head, frame_chunk
 from moe_gateway.request.answer_beginning import AnswerBeginning
@@ -45,8 +46,15 @@ class ClientAnswer:
             self._client.write(self._last)
         else:
             close = not (self.keeps_alive and beginning.is_framed)
-            head = beginning.head
-            self._client.write(stamp_response(beginning.received, head, self._request.request_id, close=close))
+            self._client.write(self._stamp(beginning.received, beginning, close=close))
+
+    def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
+        request = self._request
+        lines = self._context.cors.answer_lines(request.headers)
+        return stamp_response(answer, beginning.head, request.request_id, close=close, extra=lines)
+
+    def _insert_cors(self, answer: bytes) -> bytes:
+        return insert_lines(answer, self._context.cors.answer_lines(self._request.headers))
 
     def pass_on(self, data: bytes) -> None:
         """Passes on the next bytes."""
@@ -68,11 +76,11 @@ class ClientAnswer:
         if self.is_open or not beginning.may_open:
             return
         self.is_open = True
-        request_id, close = self._request.request_id, not self.keeps_alive
+        close = not self.keeps_alive
         if beginning.head:
-            head = stamp_response(beginning.own_head, beginning.head, request_id, close=close)
+            head = self._stamp(beginning.own_head, beginning, close=close)
         else:
-            head = build_stream_head(request_id, close=close)
+            head = self._insert_cors(build_stream_head(self._request.request_id, close=close))
         self._client.write(head)
 
     def pass_comments(self, beginning: AnswerBeginning, now_s: float) -> None:
@@ -99,9 +107,8 @@ class ClientAnswer:
     def refuse(self, outcome: RequestOutcome, message: str, *, close: bool, retry_after_s: int | None = None) -> None:
         """Answers with an error of the gateway; nothing has passed before."""
         request_id = self._request.request_id
-        self._client.write(
-            build_error(outcome, message, request_id=request_id, close=close, retry_after_s=retry_after_s)
-        )
+        answer = build_error(outcome, message, request_id=request_id, close=close, retry_after_s=retry_after_s)
+        self._client.write(self._insert_cors(answer))
 
     def finish(self, *, keep_alive: bool) -> None:
         """The answer is over; the client's connection stays open or is closed."""

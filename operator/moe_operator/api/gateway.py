@@ -2,6 +2,7 @@
 
 from typing import Annotated, ClassVar
 
+from moe_contract.gateway_config import ORIGIN_PATTERN
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
@@ -46,6 +47,19 @@ class GatewayHold(Section):
     )
     timeout: Annotated[str, DurationBetween("100ms")] = Field(
         default="1m", description="Longest time that a request is held before it is refused."
+    )
+
+
+class GatewayCors(Section):
+    """Pages in browsers that may use the gateway (CORS)."""
+
+    allowed_origins: (
+        Annotated[tuple[Annotated[str, Field(pattern=ORIGIN_PATTERN, max_length=300)], ...], Field(max_length=64)]
+        | None
+    ) = Field(
+        default=None,
+        description="Origins of the pages, such as `https://chat.example.org`; `*` is any, an empty list none. Absent: "
+        "those of `--allowed-origins` in `engine.args`, else any, as vLLM's server has it.",
     )
 
 
@@ -98,5 +112,6 @@ class Gateway(Section):
         "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
         "Empty: all requests are of one tenant.",
     )
+    cors: GatewayCors = GatewayCors()
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

@@ -31,6 +31,9 @@ InFlight = Annotated[
     int,
     typer.Option("--in-flight", min=1, help="Requests of the closed loop that finds the capacity; a GPU wants more."),
 ]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="File with the server's key; else OPENAI_API_KEY, if it is set.")
+]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write figures, raw rows and versions here.")]
 
 
@@ -84,16 +87,18 @@ def replay_command(
     max_tokens: MaxTokens = None,
     answer_tokens: AnswerTokens = 48,
     label: Annotated[str, typer.Option("--policy-label", help="Name of the measured policy, for table and JSON.")] = "",
+    api_key_file: ApiKeyFile = None,
     json_out: JsonOut = None,
 ) -> None:
     """Send a trace's requests at their own times, whatever the answers do, and report what users got."""
+    from moe_tools.api_key import read_api_key
     from moe_tools.replay_command import Source, run_replay
 
     source = Source(
         trace=trace, trace_format=trace_format, shape=shape, rate=rate, speed=speed, limit=limit, seed=seed,
         scale=scale, max_tokens=max_tokens, answer_tokens=answer_tokens,
     )  # fmt: skip
-    if run_replay(url, model, source, label, json_out):
+    if run_replay(url, model, source, label, json_out, read_api_key(api_key_file)):
         raise typer.Exit(1)
 
 
@@ -116,9 +121,11 @@ def compare_command(
     max_tokens: MaxTokens = None,
     answer_tokens: AnswerTokens = 48,
     state_dir: Annotated[Path | None, typer.Option("--state-dir", help="State folder of the deployment.")] = None,
+    api_key_file: ApiKeyFile = None,
     json_out: JsonOut = None,
 ) -> None:
     """Compare our scheduling with vLLM's own order and round robin on a running deployment, in alternating pairs."""
+    from moe_tools.api_key import read_api_key
     from moe_tools.compare_command import ComparisonEffort, run_compare
     from moe_tools.deployment import Deployment
     from moe_tools.replay_command import Source
@@ -128,7 +135,8 @@ def compare_command(
         answer_tokens=answer_tokens,
     )  # fmt: skip
     effort = ComparisonEffort(pairs=pairs, piece_s=piece_s, load=load, rate=rate, in_flight=in_flight)
-    run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out)
+    key = read_api_key(api_key_file)
+    run_compare(Deployment(name=name, state_dir=state_dir), url, model, source, effort, json_out, key)
 
 
 @app.command("demo")

@@ -52,22 +52,34 @@ class ComparisonEffort:
 
 
 def run_compare(
-    deployment: Deployment, url: str, model: str | None, source: Source, effort: ComparisonEffort, json_out: Path | None
+    deployment: Deployment,
+    url: str,
+    model: str | None,
+    source: Source,
+    effort: ComparisonEffort,
+    json_out: Path | None,
+    key: str = "",
 ) -> None:
     """Runs `moeserving compare`. The deployment is left with our policies."""
     say = ProgressPrinter()
     check_source(source)
-    pairs, rate = run_async(measure_pairs(deployment, url, model, source, effort, say))
+    pairs, rate = run_async(measure_pairs(deployment, url, model, source, effort, say, key))
     say.console.print(render_comparison(compare_metrics(pairs), pairs))
     if json_out:
         write_json(json_out, build_comparison_document(pairs, source, effort, rate))
 
 
 async def measure_pairs(
-    deployment: Deployment, url: str, model: str | None, source: Source, effort: ComparisonEffort, say: Say
+    deployment: Deployment,
+    url: str,
+    model: str | None,
+    source: Source,
+    effort: ComparisonEffort,
+    say: Say,
+    key: str = "",
 ) -> tuple[tuple[PiecePair, ...], float]:
     """The pairs, and the rate of arrivals that they were served at."""
-    load, served = await prepare_load(url, model, source.seed)
+    load, served = await prepare_load(url, model, source.seed, key)
     fitted = read_source(source, served)
     say(f"{source.name}: {fitted}")
     await deployment.set(OURS.settings)

@@ -72,19 +72,19 @@ def check_source(source: Source) -> None:
     read_source(source, ServedModel(name="", max_tokens=None))
 
 
-async def prepare_load(url: str, model: str | None, seed: int) -> tuple[Load, ServedModel]:
+async def prepare_load(url: str, model: str | None, seed: int, key: str = "") -> tuple[Load, ServedModel]:
     """Asks the server for its model and for the tokens of some text."""
-    endpoint = ServerAddress.parse(url)
+    endpoint = ServerAddress.parse(url, key)
     served = await discover_model(endpoint, model)
     pool = await fetch_token_pool(endpoint, served.name)
     return Load(endpoint=endpoint, model=served.name, prompts=PromptMaker(pool, seed & 0xFFFFFFFF)), served
 
 
-def run_replay(url: str, model: str | None, source: Source, label: str, json_out: Path | None) -> bool:
+def run_replay(url: str, model: str | None, source: Source, label: str, json_out: Path | None, key: str = "") -> bool:
     """The whole command; True when any request failed."""
     console = Console()
     check_source(source)
-    load, served = run_async(prepare_load(url, model, source.seed))
+    load, served = run_async(prepare_load(url, model, source.seed, key))
     fitted = read_source(source, served)
     console.print(f"{source.title}: {fitted}")
     run = run_async(replay_shown(fitted.requests, load, console))

@@ -21,15 +21,16 @@ _TOKEN_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Address of an HTTP server: host, port, TLS, and a prefix of all paths."""
+    """Address of an HTTP server: host, port, TLS, a prefix of all paths, and the key that it asks for; empty: none."""
 
     host: str
     port: int
     tls: bool
     prefix: str
+    key: str = field(default="", repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> "ServerAddress":
+    def parse(cls, url: str, key: str = "") -> "ServerAddress":
         """From `http://host:port`; a path before `/v1` is kept, a trailing `/v1` is not needed."""
         try:
             parts: SplitResult = urlsplit(url)
@@ -40,7 +41,7 @@ class ServerAddress:
             raise InvalidInput([InputError("url", f"must look like http://HOST:PORT, got {url!r}")])
         tls = parts.scheme == "https"
         prefix = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if tls else 80), tls, prefix)
+        return cls(parts.hostname, port or (443 if tls else 80), tls, prefix, key)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -128,6 +129,7 @@ async def exchange(
 def build_request(endpoint: ServerAddress, method: str, path: str, body: bytes) -> bytes:
     """Returns the bytes of an HTTP/1.1 request with a JSON body."""
     headers: Mapping[str, str] = {
+        **({"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}),
         "host": f"{endpoint.host}:{endpoint.port}",
         "content-type": "application/json",
         "content-length": str(len(body)),

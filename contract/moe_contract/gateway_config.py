@@ -3,6 +3,7 @@
 The operator's plan writes the file, `moeserving gateway` loads it, and `PUT /v1/config` changes the settings.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,9 +65,10 @@ class Limits(Section):
     Attributes:
         max_body_bytes: largest body of a request.
         header_timeout_s: time for the head of a request to arrive.
-        body_timeout_s: time for the body of a request to arrive.
+        body_timeout_s: longest pause within the body of a request; on the whole it may also take 1 s for each KiB.
         connect_timeout_s: time for a connection to an engine to open.
-        idle_timeout_s: longest silence of an engine or client within a request.
+        idle_timeout_s: longest silence of an engine that makes no steps, or of a client, within a request.
+        stream_head_after_s: a stream without a token for this long gets its head; later errors come as events.
         hold_requests: most requests held; one more is refused with status 429.
         hold_timeout_s: longest time that a request is held.
     """
@@ -76,8 +78,35 @@ class Limits(Section):
     body_timeout_s: Seconds = 30.0
     connect_timeout_s: Seconds = 2.0
     idle_timeout_s: Seconds = 300.0
+    stream_head_after_s: Seconds = 1.0
     hold_requests: Annotated[int, Field(ge=0)] = 1000
     hold_timeout_s: Seconds = 60.0
+
+
+def _check_origin(origin: str) -> str:
+    """The origin itself, which must be `*`, `null` or `SCHEME://HOST[:PORT]`.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    if re.fullmatch(ORIGIN_PATTERN, origin) is None:
+        raise ValueError(f"an origin such as https://chat.example.org or * is needed, got {origin[:80]!r}")
+    return origin
+
+
+# As browsers send it: in lower case, without a path, and without the port that a scheme has by itself.
+ORIGIN_PATTERN = r"^(\*|null|[a-z][a-z0-9+.-]{0,30}://[a-z0-9.:\[\]_-]{1,260})$"
+Origin = Annotated[str, AfterValidator(_check_origin)]
+
+
+class Cors(Section):
+    """Pages in browsers that may use the gateway.
+
+    Attributes:
+        allowed_origins: origins of the pages; `*` is any, as vLLM's server has it by default; empty: none.
+    """
+
+    allowed_origins: tuple[Origin, ...] = ("*",)
 
 
 class Group(Section):
@@ -121,6 +150,7 @@ class GatewayConfig(Section):
         dispatch: choice of the engine, at the start.
         request: order of the hold queue, at the start.
         limits: bounds on requests.
+        cors: pages in browsers that may use the gateway. Only a start can change it.
         tenant_header: header, in lower case, that names the tenant of a request; empty: all belong to the anonymous
             tenant. Only a start can change it.
     """
@@ -135,6 +165,7 @@ class GatewayConfig(Section):
     dispatch: EngineSettings = EngineSettings()
     request: RequestSettings = RequestSettings()
     limits: Limits = Limits()
+    cors: Cors = Cors()
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
 
 

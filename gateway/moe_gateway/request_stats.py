@@ -63,7 +63,7 @@ class RequestStats:
     """Requests of clients; one for a gateway. Each request is finished once, by what answered it.
 
     Attributes:
-        requests: finished requests by (route, status).
+        requests: finished requests by (route, status), a stream that ended with an error by the status of the error.
         refusals: requests that ended without an engine's whole answer, by outcome label.
         retried: attempts after the first.
         failed: requests that ended in an error of an engine or of the gateway (status 500 and up, or a broken stream).
@@ -105,7 +105,7 @@ class RequestStats:
 
         Args:
             route: label of its route.
-            status: of the answer.
+            status: of the answer, or that which the error at the end of a stream stands for.
             refusal: label of the outcome where the gateway or the client ended it; empty where an engine answered.
             broken: whether its answer had begun and was broken off.
         """

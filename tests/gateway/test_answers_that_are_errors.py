@@ -113,8 +113,42 @@ async def test_an_error_within_a_stream_counts_as_a_failure_of_the_engine(make_e
     answers = [await served.ask(post(prompt(stream=True))) for _ in range(8)]
     assert sum(b"CUDA" in answer.body for answer in answers) == 3
     assert served.gateway.stats.failed == 3
+    assert served.gateway.stats.requests == {("completions", 200): 5, ("completions", 500): 3}
     assert served.gateway.dispatcher.ejections["bad"] == 1
     assert all(answer.body.endswith(b"data: [DONE]\n\n") for answer in answers if b"CUDA" in answer.body)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (REFUSED, 400),
+        ({"error": {"message": "x", "code": "429"}}, 429),
+        ({"error": {"message": "x", "type": "invalid_request_error"}}, 400),
+        ({"object": "error", "message": "x", "code": 503}, 503),
+        ({"error": {"message": "x", "code": 7}}, 500),
+        ({"error": "x"}, 500),
+    ],
+)
+@pytest.mark.parametrize("before", [[], [ROLE], [ROLE, TOKEN]], ids=["first", "after the role", "after a token"])
+async def test_a_stream_that_ends_with_an_error_counts_as_that_error(make_engine, serve, before, error, code):
+    served = await serve(await make_engine(stream(*before, data(error))))
+    assert (await served.ask(post(prompt(stream=True)))).status == 200
+    stats = served.gateway.stats
+    assert stats.requests == {("completions", code): 1}
+    assert stats.failed == (code >= 500)
+
+
+async def test_a_stream_that_breaks_off_counts_as_a_failure_of_the_gateway(make_engine, serve):
+    async def breaks(_request, writer):
+        writer.write(SSE_HEAD + chunk(TOKEN))
+        await writer.drain()
+        reset(writer)
+
+    served = await serve(await make_engine(breaks))
+    await served.ask(post(prompt(stream=True)))
+    stats = served.gateway.stats
+    assert stats.requests == {("completions", 502): 1}
+    assert (stats.refusals, stats.failed) == ({"engine_failed": 1}, 1)
 
 
 async def test_models_that_are_listed_forgive_no_errors(make_engine, serve):

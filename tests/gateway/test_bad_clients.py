@@ -49,8 +49,12 @@ def error_of(answer) -> tuple[int, str, str | None]:
         "/v1/config",
         "/pause?/v1/models",
         "/pause?x=/v1/models",
-        "http://127.0.0.1/v1/models",
         "http://127.0.0.1/pause",
+        "http://127.0.0.1",
+        "http://127.0.0.1?x=/v1/models",
+        "http://127.0.0.1//v1/models",
+        "http:///v1/models",
+        "ftp://127.0.0.1/v1/models",
         "*",
         "/v1/models#/pause",
         "/tokenize%00",
@@ -103,7 +107,8 @@ async def test_an_error_to_head_has_no_body(make_engine, serve):
         (b'{"model": ["tiny"]}', "model"),
         (b'{"model": "tiny", "priority": "high"}', "priority"),
         (b'{"model": "tiny", "priority": 1.5}', "priority"),
-        (b'{"model": "tiny", "priority": true}', "priority"),
+        (b'{"model": "tiny", "priority": []}', "priority"),
+        (b'{"model": "tiny", "priority": NaN}', "priority"),
     ],
 )
 async def test_a_body_that_cannot_be_dispatched_is_refused_and_the_connection_lives(make_engine, serve, body, param):

@@ -297,7 +297,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_the_connection(
     assert await client.ended()
     assert sum(log_of(engine, other)) == 1
     stats = served.gateway.stats
-    assert (stats.requests["completions", 200], stats.failed, stats.retried) == (1, 1, 0)
+    assert (stats.requests["completions", 502], stats.failed, stats.retried) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(

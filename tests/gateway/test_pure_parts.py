@@ -64,7 +64,7 @@ def test_the_prompt_is_found_where_each_route_has_it(route, document, text, toke
 def test_the_fields_that_dispatch_needs_are_read():
     parsed = parse_body(Route.CHAT, b'{"model":"m","stream":true,"priority":-3,"user":"u","messages":[]}')
     assert (parsed.model, parsed.stream, parsed.priority, parsed.user) == ("m", True, -3, "u")
-    parsed = parse_body(Route.CHAT, b'{"stream":1,"priority":null,"user":7}')
+    parsed = parse_body(Route.CHAT, b'{"stream":2,"priority":null,"user":7}')
     assert (parsed.model, parsed.stream, parsed.priority, parsed.user) == (None, False, 0, None)
 
 

@@ -184,6 +184,24 @@ def test_the_gateways_limits_are_those_of_the_resource() -> None:
     assert plan_local(resource(), site()).gateway.limits == Limits(), "the defaults of both are the same"
 
 
+@pytest.mark.parametrize(
+    ("cors", "args", "origins"),
+    [
+        ({}, [], ("*",)),
+        ({}, ['--allowed-origins=["http://localhost:3000"]'], ("http://localhost:3000",)),
+        ({}, ["--allowed-origins", '["https://a.org", "https://b.org"]'], ("https://a.org", "https://b.org")),
+        ({}, ["--allowed-origins=[]"], ()),
+        ({}, ["--allowed-origins=nonsense"], ("*",)),
+        ({}, ["--allowed-origins"], ("*",)),
+        ({"allowedOrigins": []}, ['--allowed-origins=["*"]'], ()),
+        ({"allowedOrigins": ["https://a.org"]}, [], ("https://a.org",)),
+    ],
+)
+def test_pages_that_may_use_the_engine_may_use_the_gateway(cors, args, origins):
+    planned = plan_local(resource(gateway={"cors": cors}, engine={"args": args}), site())
+    assert planned.gateway.cors.allowed_origins == origins
+
+
 def test_the_header_that_names_the_tenant_reaches_the_gateway() -> None:
     assert plan_local(resource(gateway={"tenantHeader": "x-team"}), site()).gateway.tenant_header == "x-team"
     assert plan_local(resource(), site()).gateway.tenant_header == "x-gateway-inference-fairness-id"

@@ -110,3 +110,55 @@ def test_what_is_held_is_the_run_that_a_plain_walk_finds(prompts, capacity_block
         keys = tuple(tuple(path[: end + 1]) for end in range(len(path)))
         walked = {target: leading_run(keys, [key for key in keys if key in held]) for target, held in recent.items()}
         assert index.held_blocks(keys) == {target: run for target, run in walked.items() if run}
+
+
+def test_blocks_of_a_request_that_computed_nothing_are_held_no_more():
+    index = PrefixIndex()
+    index.record((1, 2), A)
+    uncomputed = index.record((1, 2, 3, 4), A, request=7)
+    assert (tuple(uncomputed), index.held_blocks((1, 2, 3, 4))) == ((3, 4), {A: 4})
+    index.discard(uncomputed, A, 7)
+    assert index.held_blocks((1, 2, 3, 4)) == {A: 2}
+
+
+def test_blocks_that_another_request_computes_stay():
+    index = PrefixIndex()
+    first = index.record((1, 2), A, request=1)
+    second = index.record((1, 2, 3), A, request=2)
+    index.discard(first, A, 1)
+    assert index.held_blocks((1, 2, 3)) == {A: 3}
+    index.confirm(second, A)
+    index.discard(second, A, 2)
+    assert index.held_blocks((1, 2, 3)) == {A: 3}
+
+
+def test_a_confirmed_block_is_nobodys_to_discard():
+    index = PrefixIndex()
+    first, second = index.record((1, 2), A, request=1), index.record((1, 2), A, request=2)
+    index.confirm(first, A)
+    index.discard(second, A, 2)
+    assert index.held_blocks((1, 2)) == {A: 2}
+    index.forget(A)
+    index.confirm(first, A)
+    index.discard(second, A, 2)
+    assert index.held_blocks((1, 2)) == {}
+
+
+REQUESTS = st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.booleans()), max_size=12)
+
+
+@given(REQUESTS)
+def test_after_all_have_ended_only_what_was_computed_is_held(requests):
+    index, computed = PrefixIndex(), set()
+    paths = [tuple(hash(tuple(blocks[: end + 1])) for end in range(len(blocks))) for blocks, _ in requests]
+    sent = [index.record(keys, A, request=number) for number, keys in enumerate(paths, 1)]
+    for number, (keys, uncomputed, (_, succeeds)) in enumerate(zip(paths, sent, requests, strict=True), 1):
+        if succeeds:
+            index.confirm(uncomputed, A)
+            computed.update(keys)
+        else:
+            index.discard(uncomputed, A, number)
+    for keys in paths:
+        held = index.held_blocks(keys).get(A, 0)
+        assert set(keys[:held]) <= computed
+        assert held == next((at for at, key in enumerate(keys) if key not in computed), len(keys))

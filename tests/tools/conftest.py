@@ -19,6 +19,7 @@ class MockServer:
     """What it was asked, and how it behaves. `misbehave` may answer in place of the stream."""
 
     url: str = ""
+    key: str = ""
     max_model_len: int | None = 1000
     token_gap_s: float = 0.0
     first_token_s: float = 0.0
@@ -69,7 +70,14 @@ def event(payload: dict[str, Any]) -> bytes:
 @pytest.fixture
 async def server() -> AsyncIterator[MockServer]:
     mock = MockServer()
-    app = web.Application(client_max_size=2**24)
+
+    @web.middleware
+    async def check_key(request: web.Request, handler: Any) -> web.StreamResponse:
+        if mock.key and request.headers.get("authorization") != f"Bearer {mock.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    app = web.Application(client_max_size=2**24, middlewares=[check_key])
     app.router.add_get("/v1/models", mock.models)
     app.router.add_post("/tokenize", mock.tokenize)
     app.router.add_post("/v1/completions", mock.completions)

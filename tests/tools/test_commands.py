@@ -5,6 +5,7 @@ import json
 
 import pytest
 from moe_contract.input_errors import InvalidInput
+from moe_tools.api_key import read_api_key
 from moe_tools.cli import app
 from moe_tools.compare_command import ComparisonEffort, build_comparison_document, measure_pairs
 from moe_tools.comparison import OURS, STOCK
@@ -32,6 +33,36 @@ async def test_replay_prints_the_table_and_writes_rows(server, tmp_path):
     document = json.loads(out.read_text())
     assert [row["prompt_tokens"] for row in document["rows"]] == [20, 21, 22, 23, 24, 25]
     assert sorted(len(body["prompt"]) for body in server.asked) == [20, 21, 22, 23, 24, 25]
+
+
+@pytest.mark.parametrize("where", ["file", "environment", "both"])
+async def test_replay_sends_the_servers_key(server, tmp_path, monkeypatch, where):
+    server.key, path = "sk-1", tmp_path / "key"
+    path.write_text("sk-1\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1" if where == "environment" else "sk-other")
+    named = [] if where == "environment" else ["--api-key-file", str(path)]
+    done = await invoke("replay", "--url", server.url, "--rate", "100", "--limit", "3", *named)
+    assert done.exit_code == 0, done.output
+    assert len(server.asked) == 3
+    assert "sk-1" not in done.output
+
+
+async def test_a_wrong_key_is_the_servers_to_refuse(server, monkeypatch):
+    server.key = "sk-1"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-2")
+    done = await invoke("replay", "--url", server.url)
+    assert done.exit_code == 2
+    assert "401" in done.output
+    assert "sk-2" not in done.output
+
+
+@pytest.mark.parametrize("text", ["", "\n", "two words", "a\nb", "caf\u00e9", None])
+def test_a_file_that_holds_no_key_is_named(tmp_path, text):
+    path = tmp_path / "key"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InvalidInput, match="--api-key-file"):
+        read_api_key(path)
 
 
 async def test_replay_cuts_to_what_the_server_takes_and_says_so(server):

@@ -290,10 +290,10 @@ class Dispatcher:
         """Counts the job as in flight at the chosen target, and remembers its prefix and session there."""
         tokens = job.uncached_tokens(sending.target)
         self._queue.charge(job.tenant, tokens)
-        if keys or session is not None:
-            self._jobs.record(keys, session, sending.target)
         self.decisions[sending.reason] += 1
         request = self._targets.send(sending, tokens, now_s)
+        if keys or session is not None:
+            self._jobs.record(keys, session, request)
         if (engine := self._fleet.begin_trial(request.target, request.key, now_s)) is not None:
             self._refresh(engine, now_s)
         return request
@@ -304,6 +304,8 @@ class Dispatcher:
         An error is no such answer: of the engine it is reported to `count_error`, of the client to nobody.
         """
         self._targets.answer(request, now_s, is_first_token=is_first_token)
+        if request.uncomputed_keys:
+            self._jobs.confirm(request)
         if (engine := self._fleet.succeed(request.target)) is not None:
             self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
@@ -316,6 +318,8 @@ class Dispatcher:
     def settle(self, request: InFlightRequest, now_s: float) -> None:
         """The request has ended there, in whatever way; a second call changes nothing."""
         self._targets.settle(request, now_s)
+        if request.uncomputed_keys:
+            self._jobs.discard(request)
         if (engine := self._fleet.end_trial(request.target, request.key)) is not None:
             self._refresh_and_release(engine, now_s)
         if self._queue.waiters:
@@ -409,6 +413,11 @@ class Dispatcher:
         An answer in one piece takes as long as it takes: without signals that show steps it is waited for.
         """
         return target in self.stalled and (stream or self._shows_steps(target))
+
+    def is_working(self, target: Target, now_s: float, within_s: float) -> bool:
+        """Whether the signals of a target show that it has worked within this time, so that an answer may yet come."""
+        stale_after_s = self.settings.stale_after_s
+        return self._targets.is_working(target, now_s, within_s=within_s, stale_after_s=stale_after_s)
 
     def _shows_steps(self, target: Target) -> bool:
         """Whether the source of a target's signals answers and shows its steps: a lost source is not a lost engine."""

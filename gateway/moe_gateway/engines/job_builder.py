@@ -13,6 +13,7 @@ from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.response_homes import ResponseHomes
+from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.request.parsing import Parsed
 
 REMEMBERED_SESSIONS = 100_000
@@ -52,17 +53,31 @@ class JobBuilder:
         block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
+        if session is parsed.user and session_target not in cached:
+            # `user` may name an application: without a common prefix its requests are no conversation.
+            session_target = None
         return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
 
-    def record(self, keys: tuple[int, ...], session: str | None, target: Target) -> None:
-        """A job was sent to this target, which will have its prompt cached."""
+    def record(self, keys: tuple[int, ...], session: str | None, request: InFlightRequest) -> None:
+        """A job was sent to a target, which will have its prompt cached."""
+        target = request.target
         if keys:
-            self._prefixes.record(keys, target)
+            request.uncomputed_keys = self._prefixes.record(keys, target, request.key)
         if session is not None and len(session) <= LONGEST_SESSION:
             self._sessions[session] = target
             self._sessions.move_to_end(session)
             if len(self._sessions) > REMEMBERED_SESSIONS:
                 self._sessions.popitem(last=False)
+
+    def confirm(self, request: InFlightRequest) -> None:
+        """The prompt of a request was computed."""
+        self._prefixes.confirm(request.uncomputed_keys, request.target)
+        request.uncomputed_keys = ()
+
+    def discard(self, request: InFlightRequest) -> None:
+        """A request has ended before its prompt was computed, as far as its answer shows."""
+        self._prefixes.discard(request.uncomputed_keys, request.target, request.key)
+        request.uncomputed_keys = ()
 
     def forget(self, target: Target) -> None:
         """The target's cache is empty, and its server has no responses."""

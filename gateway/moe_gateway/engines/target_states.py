@@ -4,7 +4,8 @@ This module is the one writer of `TargetState`; the choice of a target only read
 keeps its count of requests in flight until they have ended.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_scheduling.engine.choice import Send
@@ -28,6 +29,7 @@ class InFlightRequest:
         sent_s: when.
         predicted_s: predicted seconds to its first token, `ttft_factor` included.
         ttft_factor: the calibration factor in that prediction.
+        uncomputed_keys: keys of the blocks of its prompt that nobody had computed there before it.
     """
 
     target: Target
@@ -35,6 +37,7 @@ class InFlightRequest:
     sent_s: float
     predicted_s: float
     ttft_factor: float = 1.0
+    uncomputed_keys: Sequence[int] = ()
 
 
 # An engine that has an unanswered request and makes no step for this long hangs, or is as good as one that does. Steps
@@ -174,6 +177,15 @@ class TargetStates:
         """Whether the signals of a target show its steps, so that silence is no long answer in one piece."""
         state = self.by_target.get(target)
         return state is not None and state.signal is not None and state.signal.step > 0
+
+    def is_working(self, target: Target, now_s: float, *, within_s: float, stale_after_s: float) -> bool:
+        """Whether a target has made a step within this time; where none are counted, whether a request runs there."""
+        state = self.by_target.get(target)
+        if state is None or state.signal is None:
+            return False
+        if state.signal.step > 0:
+            return now_s - self._progress_s.get(target, -math.inf) < within_s
+        return state.signal.running > 0 and state.is_fresh(now_s, stale_after_s)
 
     def recalibrate(self, now_s: float, stale_after_s: float) -> None:
         """Writes the newest traffic share and TTFT factors into the states; called a few times a second."""

@@ -12,9 +12,10 @@ from typing import Any
 from moe_contract.gateway_config import Limits
 
 from moe_gateway.engines.served_models import list_models, model_row
-from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models
+from moe_gateway.http.cors import insert_lines, is_preflight
+from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
-from moe_gateway.http.routes import Route, find_route
+from moe_gateway.http.routes import Route, find_route, strip_authority
 from moe_gateway.request.context import ClientRequest, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed, parse_body
@@ -169,9 +170,12 @@ class ClientConnection(asyncio.Protocol):
         self.transport.resume_reading()
 
     def _serve(self, request: ClientRequest) -> None:
+        request.url = strip_authority(request.url)
         route = find_route(request.url)
         if route is None:
             self._reply_error(request, None, RequestOutcome.NOT_FOUND, "no such path here")
+        elif is_preflight(request.method, request.headers):
+            self._serve_preflight(request, route)
         elif request.method != route.method and not (route is Route.HEALTH and request.method == b"HEAD"):
             message = f"this path takes {route.method.decode()} alone"
             self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
@@ -182,6 +186,13 @@ class ClientConnection(asyncio.Protocol):
             self._reply(request, route, 200, build_models(models, request.request_id, close=close))
         else:
             self._dispatch(request, route)
+
+    def _serve_preflight(self, request: ClientRequest, route: Route) -> None:
+        if lines := self._context.cors.preflight_lines(request.headers):
+            answer = build_preflight(request.request_id, lines, close=not self._keeps(request))
+            self._reply(request, route, 200, answer)
+        else:
+            self._reply_error(request, route, RequestOutcome.BAD_REQUEST, "this origin is not allowed")
 
     def _list_models(self) -> object | None:
         """The list of models where no engine alone has it: while none is there, or where they serve different names."""
@@ -247,6 +258,8 @@ class ClientConnection(asyncio.Protocol):
         return request.keep_alive and not self._context.draining
 
     def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes) -> None:
+        if not is_preflight(request.method, request.headers):
+            answer = insert_lines(answer, self._context.cors.answer_lines(request.headers))
         self.transport.write(answer)
         self._context.stats.finish(route.label, status)
         if not self._keeps(request):
@@ -272,7 +285,7 @@ class ClientConnection(asyncio.Protocol):
             head_only=request.method == b"HEAD",
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
         )
-        self.transport.write(answer)
+        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
         if not self._keeps(request):
             self._close()
@@ -287,7 +300,8 @@ class ClientConnection(asyncio.Protocol):
         self._reader.drop_message()
         if self.transport.is_closing():
             return
-        self.transport.write(build_error(outcome, message, request_id=self._new_request_id(), close=True))
+        answer = build_error(outcome, message, request_id=self._new_request_id(), close=True)
+        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(self._reader.headers)))
         self._context.stats.finish(OTHER, outcome.status, refusal=outcome.label)
         if self._is_reading_paused:
             self._resume_reading()
@@ -306,7 +320,7 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what took too long; called several times a second."""
         if self._exchange is not None:
-            self._exchange.check(now_s, self._limits.idle_timeout_s)
+            self._exchange.check(now_s, self._limits)
         elif now_s >= self._deadline_s:
             if self._is_lingering:
                 self.transport.abort()

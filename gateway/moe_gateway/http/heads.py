@@ -58,7 +58,7 @@ def skip_informational(answer: bytes) -> bytes:
     return answer
 
 
-def stamp_response(answer: bytes, lower_head: bytes, request_id: bytes, *, close: bool) -> bytes:
+def stamp_response(answer: bytes, lower_head: bytes, request_id: bytes, *, close: bool, extra: bytes = b"") -> bytes:
     """The beginning of an engine's answer, its head rewritten, the rest as it came.
 
     The head gets the request's id, and the notice that the connection ends where it does; what concerned the engine's
@@ -69,14 +69,18 @@ def stamp_response(answer: bytes, lower_head: bytes, request_id: bytes, *, close
         lower_head: the head in lower case, which the caller has at hand.
         request_id: of the request.
         close: whether the client's connection ends after this answer.
+        extra: further header lines, each ended by CRLF.
     """
     if not answer.startswith(b"HTTP/1.1") or _NOT_FOR_CLIENTS.search(lower_head):
         answer = _without_hop_by_hop(answer[: len(lower_head)]) + answer[len(lower_head) :]
-    extra = b"connection: close\r\n" if close else b""
+    if close:
+        extra += b"connection: close\r\n"
     return answer.replace(b"\r\n", b"\r\nx-request-id: %b\r\n%b" % (request_id, extra), 1)
 
 
-_NOT_FOR_CLIENTS = re.compile(rb"\r\n(?:connection|keep-alive|proxy-connection|te|upgrade|x-request-id):")
+_NOT_FOR_CLIENTS = re.compile(
+    rb"\r\n(?:connection|keep-alive|proxy-connection|te|upgrade|x-request-id|access-control-[a-z-]+):"
+)
 _DROPPED = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"x-request-id"})
 # The framing fields stay, whatever a connection header names.
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
@@ -92,7 +96,10 @@ def _without_hop_by_hop(head: bytes) -> bytes:
         for token in line.split(b":", 1)[1].split(b",")
     }
     dropped = _DROPPED | (nominated - _FRAMING)
-    kept = [b"HTTP/1.1" + status_line[8:], *(line for name, line in rows if name not in dropped)]
+    kept = [
+        b"HTTP/1.1" + status_line[8:],
+        *(line for name, line in rows if name not in dropped and not name.startswith(b"access-control-")),
+    ]
     return b"\r\n".join(kept) + b"\r\n\r\n"
 
 

@@ -94,6 +94,13 @@ def build_response(
     return head if head_only else head + body
 
 
+def build_preflight(request_id: bytes, lines: bytes, *, close: bool) -> bytes:
+    """The answer to a preflight of a browser; `lines` say what is allowed."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 2\r\n"
+    ending = b"connection: close\r\n" if close else b""
+    return b"%bx-request-id: %b\r\n%b%b\r\nOK" % (head, request_id, ending, lines)
+
+
 def build_health(request_id: bytes, *, close: bool, head_only: bool) -> bytes:
     """The gateway's own answer to `/health`."""
     return build_response(200, b'{"status":"ok"}', request_id=request_id, close=close, head_only=head_only)
@@ -107,6 +114,15 @@ def build_models(document: object, request_id: bytes, *, close: bool) -> bytes:
 def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:
     """The event that ends a stream which was broken off, after a blank line that ends an unfinished event."""
     return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
+
+
+def build_stream_head(request_id: bytes, *, close: bool) -> bytes:
+    """The head of a stream of events whose engine has not sent its own."""
+    return b"HTTP/1.1 200 OK\r\nx-request-id: %b\r\n%b%b" % (
+        request_id,
+        b"connection: close\r\n" if close else b"",
+        b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n",
+    )
 
 
 def frame_chunk(data: bytes) -> bytes:

@@ -16,6 +16,9 @@ from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, WholeRequest, read_whole_request
 from moe_gateway.request.context import ClientRequest
 
+# A body that keeps coming has time at this rate, besides `body_timeout_s`: the longest body takes 9 hours, but whoever
+# holds a connection with it has to send all the while.
+LEAST_BYTES_PER_S = 1024
 _HEAD_TOO_LARGE = (RequestOutcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
 # Header lines that are left out when a head is read again without its offer of another protocol.
 _OFFER = (b"connection:", b"upgrade:", b"expect:")
@@ -51,6 +54,7 @@ class RequestReader:
 
     __slots__ = (
         "_body",
+        "_body_began_s",
         "_body_bytes",
         "_chunk_bytes",
         "_clock",
@@ -92,6 +96,7 @@ class RequestReader:
         self._hop_by_hop: list[bytes] = []
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._body_began_s = 0.0
         self._head_bytes = 0
         self.in_head = True
         self._expects = False
@@ -103,6 +108,11 @@ class RequestReader:
     def is_within_message(self) -> bool:
         """Whether a part of a message has come and its end has not."""
         return bool(self.in_head or self._body or self._url)
+
+    @property
+    def headers(self) -> bytes:
+        """The header lines of the message that is under way, as far as they have come."""
+        return b"".join(self._lines)
 
     # What the connection calls.
 
@@ -191,6 +201,7 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         self.in_head = False
+        self._body_began_s = self._clock()
         self._owner.expect_within(self._limits.body_timeout_s)
         if self._head_bytes + self._chunk_bytes > LONGEST_HEAD_BYTES and self._exact_head_bytes() > LONGEST_HEAD_BYTES:
             self.refuse(*_HEAD_TOO_LARGE)
@@ -209,6 +220,13 @@ class RequestReader:
             self._refuse_body()
         elif self.refusal is None:
             self._body.append(body)
+            self._owner.expect_within(self._body_time_s())
+
+    def _body_time_s(self) -> float:
+        """Seconds for more of the body to come: fewer for one that is slower than `LEAST_BYTES_PER_S` on the whole."""
+        spent_s = self._clock() - self._body_began_s
+        limit_s = self._limits.body_timeout_s
+        return min(limit_s, limit_s + self._body_bytes / LEAST_BYTES_PER_S - spent_s)
 
     def on_message_complete(self) -> None:
         if self.refusal is not None:

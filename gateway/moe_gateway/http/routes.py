@@ -1,5 +1,6 @@
 """Which paths the serving port knows: a closed list, so that no admin route of an engine can be reached. Pure."""
 
+import re
 from enum import Enum
 
 
@@ -26,6 +27,14 @@ class Route(Enum):
 
 
 ROUTES: dict[bytes, Route] = {route.path: route for route in Route}
+
+
+def strip_authority(target: bytes) -> bytes:
+    """The path and query of a request target that names a host too (RFC 9112, 3.2.2); any other target as it is."""
+    return _ABSOLUTE.sub(b"/", target, count=1) if target[:1] != b"/" else target
+
+
+_ABSOLUTE = re.compile(rb"\Ahttps?://[^/?#]+(?:/|(?=\?)|\Z)", re.IGNORECASE)
 
 
 def find_route(url: bytes) -> Route | None:

@@ -82,6 +82,16 @@ class AnswerBeginning:
         return frame_chunk(comments)
 
     @property
+    def own_head(self) -> bytes:
+        """Its head as the engine sent it."""
+        return self.received[: len(self.head)]
+
+    @property
+    def may_open(self) -> bool:
+        """Whether the head of a stream may pass before its first token: no other answer has begun to come."""
+        return not self.head or (self.is_events and self.is_chunked)
+
+    @property
     def is_framed(self) -> bool:
         """Whether the end of its body shows, so that the connection may outlive it."""
         return self.is_chunked or b"\r\ncontent-length:" in self.head

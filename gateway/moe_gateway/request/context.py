@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.http.cors import Cors
 from moe_gateway.http.upstream import Pool
+from moe_gateway.request.open_users import OpenUsers
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class ExchangeContext:
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
+        cors: which pages in browsers may see answers.
+        open_users: users that have requests under way.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -68,4 +72,6 @@ class ExchangeContext:
     on_end: Callable[["Exchange", int, str], None]
     model: str | None = None
     tenant_header: bytes = b""
+    cors: Cors = field(default_factory=Cors)
+    open_users: OpenUsers = field(default_factory=OpenUsers)
     draining: bool = False

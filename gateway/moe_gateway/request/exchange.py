@@ -10,8 +10,8 @@ these comes first: the answer is whole, the engine fails for good, the client go
 """
 
 import asyncio
-import re
 
+from moe_contract.gateway_config import Limits
 from moe_contract.tenancy import sign_request_id
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
@@ -21,31 +21,23 @@ from moe_scheduling.signals import Target
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
-from moe_gateway.http.heads import (
-    build_request_head,
-    ends_between_chunks,
-    read_tenant,
-    stamp_response,
-)
-from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.heads import build_request_head, read_tenant
+from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
+from moe_gateway.request.answer_account import AnswerAccount
 from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.client_answer import ClientAnswer
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
-from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, find_error
+from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart
 
-USAGE_WINDOW_BYTES = 64 * 1024
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
 ENGINE_STALLED = "the engine makes no steps"
 ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
-# The first id in an answer of `/v1/responses` is its own.
-_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
-# `/v1/responses` names them `input_tokens`.
-_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
 
 
 class Exchange:
@@ -57,33 +49,28 @@ class Exchange:
         job: what it asks of an engine.
         attempts: how often it was sent, and which targets failed it.
         last_s: when bytes of the answer came last, or it was sent.
-        ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
     """
 
     __slots__ = (
-        "_before_last",
+        "_account",
+        "_answer",
         "_beginning",
-        "_client",
         "_connecting",
         "_context",
         "_ended",
-        "_has_answer",
-        "_has_error",
         "_in_flight",
         "_is_fair",
-        "_is_open",
         "_keys",
-        "_last",
         "_paused",
         "_session",
         "_upstream",
+        "_user",
         "attempts",
         "job",
         "last_s",
         "parsed",
         "request",
         "route",
-        "ttft_s",
     )
 
     def __init__(
@@ -95,15 +82,14 @@ class Exchange:
         self.parsed = parsed
         self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s)
         self.last_s = request.arrived_s
-        self.ttft_s: float | None = None
-        self._client = client
+        self._answer = ClientAnswer(request, client, context)
+        self._account = AnswerAccount(route, request.arrived_s, context)
         self._context = context
-        self._session = session = request.session or parsed.user
+        self._session = session = request.session
+        self._user = parsed.user if session is None else None
+        if self._user is not None and context.open_users.enter(self._user):
+            self._session = session = self._user
         self._beginning = AnswerBeginning()
-        # The newest two pieces of the answer.
-        self._last = self._before_last = b""
-        # Open: comments have passed to the client, with the head of the answer that they were in.
-        self._is_open = self._has_answer = self._has_error = False
         self._paused = False
         self._ended = False
         self._in_flight: InFlightRequest | None = None
@@ -122,6 +108,11 @@ class Exchange:
     def target(self) -> Target | None:
         """Where it was sent last; None before."""
         return None if self._in_flight is None else self._in_flight.target
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from its arrival to the first token of its stream; None before, and for an answer without one."""
+        return self._account.ttft_s
 
     @property
     def computes(self) -> bool:
@@ -214,10 +205,9 @@ class Exchange:
         """Bytes of the answer came."""
         self.last_s = self._context.clock()
         if self.attempts.is_answering:
-            self._before_last, self._last = self._last, data
-            if ERROR_MARK in data and self._beginning.is_events:
-                self._note_error(data)
-            self._client.write(data)
+            if ERROR_MARK in data and self._beginning.is_events and self._in_flight is not None:
+                self._account.note_error(data, self._in_flight, self.last_s)
+            self._answer.pass_on(data)
             if connection.complete:
                 self._finish(connection)
             return
@@ -234,7 +224,7 @@ class Exchange:
         if part is not AnswerPart.PENDING:
             self._start(part, connection)
         elif beginning.comments and beginning.is_chunked and not self.request.http10:
-            self._pass_comments()
+            self._answer.pass_comments(beginning, self.last_s)
 
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
@@ -252,31 +242,19 @@ class Exchange:
         beginning = self._beginning
         if part is AnswerPart.ENGINE_ERROR and self._retry_error():
             return
-        if self._is_open and not (beginning.is_events and beginning.is_chunked):
+        answer = self._answer
+        if answer.is_open and not (beginning.is_events and beginning.is_chunked):
             if connection.complete:
                 self._close_open(part)
             return
-        self._count_answer(part)
+        assert self._in_flight is not None
+        self._account.count(part, beginning, self._in_flight, self.last_s)
         self.attempts.is_answering = True
-        self._last = body = beginning.body
-        if beginning.is_events and ERROR_MARK in body:
-            self._note_error(body)
-        if self._is_open:
-            self._client.write(body)
-        else:
-            close = not (self._keeps_alive and beginning.is_framed)
-            self._client.write(stamp_response(beginning.received, beginning.head, self.request.request_id, close=close))
+        if beginning.is_events and ERROR_MARK in beginning.body:
+            self._account.note_error(beginning.body, self._in_flight, self.last_s)
+        answer.begin(beginning)
         if connection.complete:
             self._finish(connection)
-
-    def _pass_comments(self) -> None:
-        """Passes on comments, which keep the client's connection alive and commit to no engine."""
-        beginning = self._beginning
-        if not self._is_open:
-            self._is_open = True
-            head, close = beginning.received[: len(beginning.head)], not self._keeps_alive
-            self._client.write(stamp_response(head, beginning.head, self.request.request_id, close=close))
-        self._client.write(beginning.take_comments())
 
     def _retry_error(self) -> bool:
         """An engine's error came in place of an answer: retries at another engine; returns False where none can."""
@@ -296,60 +274,31 @@ class Exchange:
 
     def _close_open(self, part: AnswerPart) -> None:
         """Ends a stream of which comments have passed with the error that another engine answered."""
-        self._count_answer(part)
-        self._client.write(frame_chunk(b"data: %b\n\n" % self._beginning.error) + b"0\r\n\r\n")
-        self._end(200, f"the engine answered {self._beginning.status}", broken=True)
-        self._client.answered(keep_alive=False)
-
-    def _count_answer(self, part: AnswerPart) -> None:
-        """Reports what the answer shows of the engine. An error of the client shows nothing."""
         assert self._in_flight is not None
-        context, now_s = self._context, self.last_s
-        self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
-        keeps = self._has_answer and self.route is Route.RESPONSES
-        if keeps and (found := _RESPONSE_ID.search(self._beginning.body)) is not None:
-            context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
-        if part is AnswerPart.TOKEN:
-            context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
-            self.ttft_s = now_s - self.request.arrived_s
-            context.stats.answer(self.ttft_s, now_s)
-        elif part is AnswerPart.ENGINE_ERROR:
-            self._has_error = self._beginning.is_events
-            context.dispatcher.count_error(self._in_flight.target, now_s)
-        elif part is AnswerPart.WHOLE:
-            context.dispatcher.answer(self._in_flight, now_s, is_first_token=self.route.only_reads)
-
-    def _note_error(self, data: bytes) -> None:
-        """An error may be among these bytes of a stream that has begun."""
-        if not self._has_error and find_error(data) is AnswerPart.ENGINE_ERROR:
-            self._count_answer(AnswerPart.ENGINE_ERROR)
-
-    @property
-    def _keeps_alive(self) -> bool:
-        return self.request.keep_alive and not self._context.draining
+        self._account.count(part, self._beginning, self._in_flight, self.last_s)
+        self._answer.end_with_engine_error(self._beginning.error)
+        status = self._beginning.status
+        self._end(status, f"the engine answered {status}", broken=True)
+        self._answer.finish(keep_alive=False)
 
     def _finish(self, connection: UpstreamConnection) -> None:
         """The answer is whole: the engine's connection is free, and the client's for its next request."""
-        if self._context.dispatcher.samples_tokenisation:
-            self._sample_tokenisation()
+        self._account.sample_tokenisation(self.parsed, self._beginning)
         status = connection.status
-        keep_alive = self._keeps_alive and self._beginning.is_framed and not connection.overrun
+        keep_alive = self._answer.keeps_alive and self._beginning.is_framed and not connection.overrun
         self._upstream = None
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
         connection.release()
-        if self._has_answer and self._in_flight is not None:
+        if self._account.has_answer and self._in_flight is not None:
             self._context.dispatcher.complete(self._in_flight, self.last_s)
-        self._end(status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
-        self._client.answered(keep_alive=keep_alive)
+        self._end_whole(status)
+        self._answer.finish(keep_alive=keep_alive)
 
-    def _sample_tokenisation(self) -> None:
-        """Reads how many tokens the prompt had, where the answer came in one short piece."""
-        if self.parsed.stream or not self.route.has_job or len(self._beginning.received) > USAGE_WINDOW_BYTES:
-            return
-        found = _PROMPT_TOKENS.search(self._beginning.received)
-        if found is not None and len(found[1]) < 12:
-            self._context.dispatcher.learn_tokens(self.parsed, int(found[1]))
+    def _end_whole(self, status: int) -> None:
+        """Ends it with this status, or that of the error with which its stream ended."""
+        error_status = self._account.error_status
+        self._end(error_status or status, ENGINE_ERROR if error_status >= 500 else "")
 
     # 4. Failures.
 
@@ -359,7 +308,7 @@ class Exchange:
         if self.attempts.is_answering and not self._beginning.is_framed:
             # An answer without a length ends with the connection.
             self._end(connection.status)
-            self._client.answered(keep_alive=False)
+            self._answer.finish(keep_alive=False)
         elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
             # The idle connection may have been closed while the request was on its way, which is no failure of the
             # engine. But the engine may have read the request, so this was an attempt.
@@ -386,37 +335,32 @@ class Exchange:
         context.dispatcher.settle(self._in_flight, now_s)
         if step is NextStep.RETRY:
             context.stats.retry()
+            self._beginning = AnswerBeginning()
             self.begin()
         else:
             self._refuse(RequestOutcome.ENGINE_FAILED, reason)
 
     def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
-        # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
-        is_stream = self._is_open or (self._beginning.is_chunked and self.parsed.stream)
-        if is_stream and ends_between_chunks(self._last):
-            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
-        self._end(200, reason, broken=True)
-        self._client.answered(keep_alive=False)
+        self._answer.break_off(outcome, reason, is_stream=self._beginning.is_chunked and self.parsed.stream)
+        self._end(outcome.status, reason, refusal=outcome.label, broken=True)
+        self._answer.finish(keep_alive=False)
 
     def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
-        if self._is_open:
+        if self._answer.is_open:
             self._break_off(message, outcome)
             return
-        keep_alive = self._keeps_alive
-        answer = build_error(
-            outcome, message, request_id=self.request.request_id, close=not keep_alive, retry_after_s=retry_after_s
-        )
-        self._client.write(answer)
+        keep_alive = self._answer.keeps_alive
+        self._answer.refuse(outcome, message, close=not keep_alive, retry_after_s=retry_after_s)
         self._end(outcome.status, message, refusal=outcome.label)
-        self._client.answered(keep_alive=keep_alive)
+        self._answer.finish(keep_alive=keep_alive)
 
     def abandon(self) -> None:
         """The client is gone: the engine's connection is closed at once. One that has the last event got its answer."""
         if self._ended:
             return
         is_whole = self.attempts.is_answering and self._beginning.is_events
-        if is_whole and ends_stream(self._before_last + self._last):
-            self._end(self._beginning.status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
+        if is_whole and self._answer.has_last_event:
+            self._end_whole(self._beginning.status)
         else:
             outcome = RequestOutcome.CLIENT_GONE
             self._end(outcome.status, "the client closed the connection", refusal=outcome.label)
@@ -428,21 +372,37 @@ class Exchange:
         else:
             self._refuse(RequestOutcome.GATEWAY_ENDED, FORCED_STOP, retry_after_s=1)
 
-    def check(self, now_s: float, idle_timeout_s: float) -> None:
+    @property
+    def _may_open(self) -> bool:
+        """Whether the answer is a stream that has not begun, so that its head may go before."""
+        if self.attempts.is_answering or not self.parsed.stream or self.request.http10:
+            return False
+        return self.route.has_job and not self.route.only_reads
+
+    def check(self, now_s: float, limits: Limits) -> None:
         """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.
 
-        Before its answer has begun it goes to another engine where its own makes no steps.
+        An engine that makes steps moves. Before its answer has begun, a stream gets its head and comments, and a
+        request goes to another engine where its own makes no steps.
         """
-        if self._ended or self._in_flight is None:
+        if self._ended:
+            return
+        if self._may_open:
+            self._answer.keep_alive(self._beginning, limits.stream_head_after_s, now_s)
+        if self._in_flight is None:
             return
         dispatcher, target = self._context.dispatcher, self._in_flight.target
         if self.attempts.is_answering:
             dispatcher.note_progress(target, self.last_s)
         elif self._upstream and self._retry_stalled(target, now_s):
             return
-        if now_s - self.last_s < idle_timeout_s:
-            return
-        if not self._upstream and self._connecting is None:
+        if now_s - self.last_s >= limits.idle_timeout_s and (self._upstream or self._connecting is not None):
+            self._end_silent(target, now_s, limits.idle_timeout_s)
+
+    def _end_silent(self, target: Target, now_s: float, idle_timeout_s: float) -> None:
+        """Ends it after a silence, unless its engine works and its client reads."""
+        dispatcher = self._context.dispatcher
+        if self._upstream and not self._paused and dispatcher.is_working(target, now_s, idle_timeout_s):
             return
         reason = f"nothing moved for {idle_timeout_s:g} s"
         self._drop_upstream()
@@ -491,6 +451,8 @@ class Exchange:
     def _end(self, status: int, reason: str = "", *, refusal: str = "", broken: bool = False) -> None:
         self._ended = True
         context = self._context
+        if self._user is not None:
+            context.open_users.leave(self._user)
         context.dispatcher.unhold(self)
         if self._upstream is not None or self._connecting is not None:
             self._drop_upstream()

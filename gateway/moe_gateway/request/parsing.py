@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import orjson
-
 from moe_gateway.http.routes import Route
+from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
 
 _NO_MEDIA: Mapping[str, int] = MappingProxyType({})
 
@@ -53,8 +52,8 @@ def parse_body(route: Route, body: bytes) -> Parsed:
         BadBody: it is not a JSON object, or a field that dispatch needs has the wrong type.
     """
     try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        document = load_json(body)
+    except ValueError as error:
         raise BadBody(f"the body is not valid JSON: {error}") from None
     if type(document) is not dict:
         raise BadBody("the body must be a JSON object")
@@ -65,12 +64,18 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     if priority is None:
         priority = 0
     elif type(priority) is not int:
-        raise BadBody("priority must be an integer", "priority")
+        try:
+            priority = read_integer(priority)
+        except ValueError:
+            raise BadBody("priority must be an integer", "priority") from None
+    stream = document.get("stream", False)
+    if type(stream) is not bool:
+        stream = read_flag(stream)
     user = document.get("user")
     prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
     previous = _read_previous_response(document) if route is Route.RESPONSES else None
-    return Parsed(model, document.get("stream") is True, priority, session, prompt, prompt_tokens, previous, media)
+    return Parsed(model or None, stream, priority, session, prompt, prompt_tokens, previous, media)
 
 
 def _read_previous_response(document: dict[str, Any]) -> str | None:
@@ -125,7 +130,7 @@ def _with_tools(document: dict[str, Any], prompt: Prompt) -> Prompt:
     tools = document.get("tools") or document.get("functions")
     if type(tools) is not list or not tools:
         return prompt
-    return prompt._replace(text=_spell(tools) + b"\n" + prompt.text)
+    return prompt._replace(text=dump_text(tools) + b"\n" + prompt.text)
 
 
 def _read_messages(messages: object) -> Prompt:
@@ -151,18 +156,10 @@ def _read_input(value: object) -> Prompt:
         return Prompt(value.encode("utf-8", "replace"))
     if type(value) is list and value:
         if type(value[0]) is int:
-            return Prompt(_spell(value), len(value))
+            return Prompt(dump_text(value), len(value))
         if type(value[0]) is list:
-            return Prompt(_spell(value), sum(len(ids) for ids in value if type(ids) is list))
+            return Prompt(dump_text(value), sum(len(ids) for ids in value if type(ids) is list))
     return _read_texts(value)
-
-
-def _spell(ids: list[Any]) -> bytes:
-    """Token ids as bytes, for the prefix index; empty where they are nested too deep to be ids."""
-    try:
-        return orjson.dumps(ids)
-    except orjson.JSONEncodeError:
-        return b""
 
 
 # Fields of messages, content parts, tool calls and items of `/v1/responses` that chat templates render, the last first.

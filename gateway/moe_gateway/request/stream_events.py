@@ -118,18 +118,18 @@ def may_end_event(data: bytes, held_bytes: int) -> bool:
     return b"\n\n" in data or b"\r\n\r\n" in data or b"\r\r" in data
 
 
-def find_error(data: bytes) -> AnswerPart:
-    """Returns which kind of error is among the events in these bytes of a stream; `PENDING` where none is.
+def find_error(data: bytes) -> int:
+    """Returns the HTTP status that the first error among the events in these bytes stands for; 0 where none is.
 
     Args:
         data: with or without the frames of chunks; an event that is not whole is passed over.
     """
     for line in data.split(b"\n"):
         if line.startswith(b"data:") and ERROR_MARK in line:
-            part = read_event(line)
-            if part in (AnswerPart.REFUSAL, AnswerPart.ENGINE_ERROR):
-                return part
-    return AnswerPart.PENDING
+            _name, event = _read_fields(line)
+            if (document := _load(event)) is not None and (error := _error_of(document)) is not None:
+                return _status_of(error)
+    return 0
 
 
 def ends_stream(data: bytes) -> bool:
@@ -149,11 +149,17 @@ def read_event(event: bytes) -> AnswerPart:
         return _part_of_response(name.decode("ascii", "replace"), {})
     if not data:
         return AnswerPart.PENDING
+    document = _load(data)
+    return AnswerPart.TOKEN if document is None else _part_of_document(document)
+
+
+def _load(data: bytes) -> dict[str, Any] | None:
+    """The object in an event; None where there is none."""
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return AnswerPart.TOKEN
-    return _part_of_document(document) if type(document) is dict else AnswerPart.TOKEN
+        return None
+    return document if type(document) is dict else None
 
 
 def _is_comment(event: bytes) -> bool:
@@ -176,10 +182,8 @@ def _part_of_document(document: dict[str, Any]) -> AnswerPart:
     kind = document.get("type")
     if type(kind) is str and kind.startswith("response."):
         return _part_of_response(kind, document)
-    if kind == "error" or document.get("object") == "error":
-        return _part_of_error(document.get("error") or document)
-    if document.get("error") is not None:
-        return _part_of_error(document["error"])
+    if (error := _error_of(document)) is not None:
+        return part_of_status(_status_of(error))
     choices = document.get("choices")
     if type(choices) is not list:
         return AnswerPart.TOKEN
@@ -192,22 +196,33 @@ def _part_of_response(kind: str, document: dict[str, Any]) -> AnswerPart:
     if kind in ("response.completed", "response.incomplete"):
         return AnswerPart.WHOLE
     if kind == "response.failed":
-        response = document.get("response")
-        return _part_of_error(response.get("error") if type(response) is dict else None)
+        return part_of_status(_status_of(_error_of(document)))
     return AnswerPart.PENDING
 
 
-def _part_of_error(error: object) -> AnswerPart:
-    """An error of the client by its code or type; every other one is of the engine."""
+def _error_of(document: dict[str, Any]) -> object:
+    """The error in an event; None where there is none."""
+    kind = document.get("type")
+    if kind == "response.failed":
+        response = document.get("response")
+        return (response.get("error") if type(response) is dict else None) or {}
+    if type(kind) is str and kind.startswith("response."):
+        return None
+    if kind == "error" or document.get("object") == "error":
+        return document.get("error") or document
+    return document.get("error")
+
+
+def _status_of(error: object) -> int:
+    """The status of an error by its code or type: 400 for one of the client, 500 for every other without a code."""
     if type(error) is not dict:
-        return AnswerPart.ENGINE_ERROR
+        return 500
     code = error.get("code")
     if type(code) is str and code.isdecimal() and len(code) == 3:
         code = int(code)
     if type(code) is int:
-        return AnswerPart.REFUSAL if 400 <= code < 500 or code == 501 else AnswerPart.ENGINE_ERROR
-    kinds = f"{code} {error.get('type')}"
-    return AnswerPart.REFUSAL if _CLIENTS_ERROR.search(kinds) else AnswerPart.ENGINE_ERROR
+        return code if 400 <= code < 600 else 500
+    return 400 if _CLIENTS_ERROR.search(f"{code} {error.get('type')}") else 500
 
 
 _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal", "audio")

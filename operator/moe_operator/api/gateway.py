@@ -2,6 +2,7 @@
 
 from typing import Annotated, ClassVar
 
+from moe_contract.gateway_config import ORIGIN_PATTERN
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
@@ -20,14 +21,21 @@ class GatewayLimits(Section):
         default="10s", description="Time for the head of a request to arrive."
     )
     body_timeout: Annotated[str, DurationBetween("100ms")] = Field(
-        default="30s", description="Time for the body of a request to arrive."
+        default="30s",
+        description="Longest pause within the body of a request; on the whole it may also take 1 s for each KiB.",
     )
     connect_timeout: Annotated[str, DurationBetween("10ms")] = Field(
         default="2s", description="Time for a connection to an engine to open."
     )
     idle_timeout: Annotated[str, DurationBetween("1s")] = Field(
         default="5m",
-        description="Longest silence of an engine or client within a request; a stream's length has no bound.",
+        description="Longest silence within a request of an engine that makes no steps, or of a client; the length of "
+        "an answer has no bound.",
+    )
+    stream_head_after: Annotated[str, DurationBetween("1ms")] = Field(
+        default="1s",
+        description="A stream without a token for this long gets its head, status 200, so that clients' time-outs for "
+        "heads meet no long prompt; an error after it is an event of the stream.",
     )
 
 
@@ -39,6 +47,19 @@ class GatewayHold(Section):
     )
     timeout: Annotated[str, DurationBetween("100ms")] = Field(
         default="1m", description="Longest time that a request is held before it is refused."
+    )
+
+
+class GatewayCors(Section):
+    """Pages in browsers that may use the gateway (CORS)."""
+
+    allowed_origins: (
+        Annotated[tuple[Annotated[str, Field(pattern=ORIGIN_PATTERN, max_length=300)], ...], Field(max_length=64)]
+        | None
+    ) = Field(
+        default=None,
+        description="Origins of the pages, such as `https://chat.example.org`; `*` is any, an empty list none. Absent: "
+        "those of `--allowed-origins` in `engine.args`, else any, as vLLM's server has it.",
     )
 
 
@@ -91,5 +112,6 @@ class Gateway(Section):
         "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
         "Empty: all requests are of one tenant.",
     )
+    cors: GatewayCors = GatewayCors()
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

@@ -2,10 +2,12 @@
 
 The gateway's dispatcher (or the simulator) owns one index and calls `block_keys` for each request, `held_blocks` before
 the choice, `record` after it. Engines are not asked: a block that an engine evicted early counts as held until it ages
-out here.
+out here. A block counts from when its request is sent, so that requests with the same prefix meet while it is computed;
+where the request ends before (`discard`), the blocks that no other request has recorded since are held no more.
 
 Invariants: a target that holds a block holds all blocks before it, because `record` renews earlier blocks after later
-ones and the oldest leave first; memory is bounded by targets times `capacity_blocks`.
+ones and the oldest leave first (a request that is discarded may leave later blocks of another one without them, which
+then do not count until they are recorded again); memory is bounded by targets times `capacity_blocks`.
 """
 
 from bisect import bisect_left
@@ -19,6 +21,9 @@ from moe_scheduling.signals import Target
 DEFAULT_BLOCK_BYTES = 512
 # 8 MiB of prompts, about two million tokens: more than the KV cache of one rank usually holds, at about 3 MB here.
 DEFAULT_CAPACITY_BLOCKS = 16384
+
+# In place of the number of a request: the block is computed.
+COMPUTED = 0
 
 
 def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[int, ...]:
@@ -55,7 +60,8 @@ class PrefixIndex:
         if capacity_blocks < 1:
             raise ValueError(f"capacity_blocks must be at least 1, got {capacity_blocks}")
         self._capacity_blocks = capacity_blocks
-        self._held: dict[Target, OrderedDict[int, None]] = {}
+        # By block, the newest request that has yet to compute it; `COMPUTED` once one has.
+        self._held: dict[Target, OrderedDict[int, int]] = {}
 
     def held_blocks(self, keys: Sequence[int]) -> dict[Target, int]:
         """Returns the number of leading blocks that each target holds, where it holds any. Changes nothing."""
@@ -70,14 +76,42 @@ class PrefixIndex:
             held_blocks[target] = count if last in held else bisect_left(keys, True, key=lambda key: key not in held)
         return held_blocks
 
-    def record(self, keys: Sequence[int], target: Target) -> None:
-        """Notes that a prompt with these blocks was sent to the target, which holds them from now on."""
+    def record(self, keys: Sequence[int], target: Target, request: int = COMPUTED) -> Sequence[int]:
+        """Notes that a prompt with these blocks was sent to the target, which holds them from now on.
+
+        Args:
+            keys: of the prompt.
+            target: where it was sent.
+            request: a number other than 0 for a request that may be discarded; 0: the blocks are computed.
+
+        Returns:
+            The keys of the blocks that the request has to compute, to be given to `confirm` or `discard`.
+        """
         held = self._held.setdefault(target, OrderedDict())
+        computed = 0
         for key in reversed(keys):
-            held[key] = None
+            if held.get(key) == COMPUTED:
+                computed += 1
+            else:
+                held[key] = request
             held.move_to_end(key)
         while len(held) > self._capacity_blocks:
             held.popitem(last=False)
+        return keys[computed:]
+
+    def confirm(self, keys: Sequence[int], target: Target) -> None:
+        """Notes that the target has computed these blocks."""
+        held = self._held.get(target, {})
+        for key in keys:
+            if key in held:
+                held[key] = COMPUTED
+
+    def discard(self, keys: Sequence[int], target: Target, request: int) -> None:
+        """Forgets the blocks that this request was to compute, and no later one."""
+        held = self._held.get(target, {})
+        for key in keys:
+            if held.get(key) == request:
+                del held[key]
 
     def forget(self, target: Target) -> None:
         """Drops all blocks of a target whose engine restarted or is gone."""

@@ -1,0 +1,76 @@
+"""What the answer of one request shows of its engine, reported to the dispatcher and the counts of the gateway.
+
+Owned by an exchange. An error of the client shows nothing of the engine.
+"""
+
+import re
+
+from moe_gateway.engines.target_states import InFlightRequest
+from moe_gateway.http.routes import Route
+from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.context import ExchangeContext
+from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
+
+USAGE_WINDOW_BYTES = 64 * 1024
+# The first id in an answer of `/v1/responses` is its own.
+_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
+# `/v1/responses` names them `input_tokens`.
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
+
+
+class AnswerAccount:
+    """What one answer has shown so far.
+
+    Attributes:
+        ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
+        has_answer: whether the engine answered what it was asked.
+        error_status: HTTP status that an error in its events stands for; 0 without one.
+    """
+
+    __slots__ = ("_arrived_s", "_context", "_route", "error_status", "has_answer", "ttft_s")
+
+    def __init__(self, route: Route, arrived_s: float, context: ExchangeContext) -> None:
+        self._route = route
+        self._arrived_s = arrived_s
+        self._context = context
+        self.ttft_s: float | None = None
+        self.has_answer = False
+        self.error_status = 0
+
+    def count(self, part: AnswerPart, beginning: AnswerBeginning, sent: InFlightRequest, now_s: float) -> None:
+        """Reports the part of an answer with which it begins."""
+        dispatcher = self._context.dispatcher
+        self.has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
+        keeps = self.has_answer and self._route is Route.RESPONSES
+        if keeps and (found := _RESPONSE_ID.search(beginning.body)) is not None:
+            dispatcher.record_response(found[1].decode(), sent.target)
+        if part is AnswerPart.TOKEN:
+            dispatcher.answer(sent, now_s, is_first_token=True)
+            self.ttft_s = now_s - self._arrived_s
+            self._context.stats.answer(self.ttft_s, now_s)
+        elif part is AnswerPart.ENGINE_ERROR:
+            self.error_status = find_error(beginning.body) or 500 if beginning.is_events else 0
+            dispatcher.count_error(sent.target, now_s)
+        elif part is AnswerPart.WHOLE:
+            dispatcher.answer(sent, now_s, is_first_token=self._route.only_reads)
+
+    def note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:
+        """An error may be among these bytes of a stream that has begun."""
+        if self.error_status:
+            return
+        self.error_status = status = find_error(data)
+        if status and part_of_status(status) is AnswerPart.ENGINE_ERROR:
+            self.has_answer = False
+            self._context.dispatcher.count_error(sent.target, now_s)
+
+    def sample_tokenisation(self, parsed: Parsed, beginning: AnswerBeginning) -> None:
+        """Reads how many tokens the prompt had, where the answer came in one short piece."""
+        dispatcher = self._context.dispatcher
+        if not dispatcher.samples_tokenisation or parsed.stream or not self._route.has_job:
+            return
+        if len(beginning.received) > USAGE_WINDOW_BYTES:
+            return
+        found = _PROMPT_TOKENS.search(beginning.received)
+        if found is not None and len(found[1]) < 12:
+            dispatcher.learn_tokens(parsed, int(found[1]))

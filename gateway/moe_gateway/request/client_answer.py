@@ -1,0 +1,115 @@
+"""The answer of one request as its client gets it: head, comments, body, and an error where it cannot go on.
+
+Owned by an exchange, which decides what passes and when. Everything here writes to the client's connection at once.
+"""
+
+from moe_gateway.http.cors import insert_lines
+from moe_gateway.http.heads import ends_between_chunks, stamp_response
+from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, build_stream_head, frame_chunk
+from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.stream_events import ends_stream
+
+LAST_CHUNK = b"0\r\n\r\n"
+# An open stream gets a comment this often until its first token; proxies end connections that are silent for longer.
+KEEP_ALIVE_S = 10.0
+KEEP_ALIVE = frame_chunk(b": keep-alive\n\n")
+
+
+class ClientAnswer:
+    """One answer to one client.
+
+    Attributes:
+        is_open: whether the head of a stream has passed, and perhaps comments, but no event.
+    """
+
+    __slots__ = ("_before_last", "_client", "_context", "_last", "_request", "_wrote_s", "is_open")
+
+    def __init__(self, request: ClientRequest, client: ClientSide, context: ExchangeContext) -> None:
+        self._request = request
+        self._client = client
+        self._context = context
+        # The newest two pieces of the answer.
+        self._last = self._before_last = b""
+        self.is_open = False
+        self._wrote_s = request.arrived_s
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client's connection stays open after a whole answer."""
+        return self._request.keep_alive and not self._context.draining
+
+    def begin(self, beginning: AnswerBeginning) -> None:
+        """Passes on the bytes that were kept back."""
+        self._last = beginning.body
+        if self.is_open:
+            self._client.write(self._last)
+        else:
+            close = not (self.keeps_alive and beginning.is_framed)
+            self._client.write(self._stamp(beginning.received, beginning, close=close))
+
+    def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
+        request = self._request
+        lines = self._context.cors.answer_lines(request.headers)
+        return stamp_response(answer, beginning.head, request.request_id, close=close, extra=lines)
+
+    def _insert_cors(self, answer: bytes) -> bytes:
+        return insert_lines(answer, self._context.cors.answer_lines(self._request.headers))
+
+    def pass_on(self, data: bytes) -> None:
+        """Passes on the next bytes."""
+        self._before_last, self._last = self._last, data
+        self._client.write(data)
+
+    def keep_alive(self, beginning: AnswerBeginning, head_after_s: float, now_s: float) -> None:
+        """Called a few times a second before the first token of a stream: sends its head in time, then comments."""
+        if now_s - self._wrote_s < (KEEP_ALIVE_S if self.is_open else head_after_s):
+            return
+        self._wrote_s = now_s
+        if self.is_open:
+            self._client.write(KEEP_ALIVE)
+        else:
+            self._open(beginning)
+
+    def _open(self, beginning: AnswerBeginning) -> None:
+        """Sends the head of a stream, which commits to no engine: the engine's own where it has come."""
+        if self.is_open or not beginning.may_open:
+            return
+        self.is_open = True
+        close = not self.keeps_alive
+        if beginning.head:
+            head = self._stamp(beginning.own_head, beginning, close=close)
+        else:
+            head = self._insert_cors(build_stream_head(self._request.request_id, close=close))
+        self._client.write(head)
+
+    def pass_comments(self, beginning: AnswerBeginning, now_s: float) -> None:
+        """Passes on comments, which keep the client's connection alive and commit to no engine."""
+        self._wrote_s = now_s
+        self._open(beginning)
+        self._client.write(beginning.take_comments())
+
+    @property
+    def has_last_event(self) -> bool:
+        """Whether the last event of a stream has passed."""
+        return ends_stream(self._before_last + self._last)
+
+    def end_with_engine_error(self, error: bytes) -> None:
+        """Ends an open stream with the error, one line of JSON, that an engine answered."""
+        self._client.write(frame_chunk(b"data: %b\n\n" % error) + LAST_CHUNK)
+
+    def break_off(self, outcome: RequestOutcome, reason: str, *, is_stream: bool) -> None:
+        """Ends a stream with an error event where a client would understand one; any other answer just ends."""
+        # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
+        if (is_stream or self.is_open) and ends_between_chunks(self._last):
+            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + LAST_CHUNK)
+
+    def refuse(self, outcome: RequestOutcome, message: str, *, close: bool, retry_after_s: int | None = None) -> None:
+        """Answers with an error of the gateway; nothing has passed before."""
+        request_id = self._request.request_id
+        answer = build_error(outcome, message, request_id=request_id, close=close, retry_after_s=retry_after_s)
+        self._client.write(self._insert_cors(answer))
+
+    def finish(self, *, keep_alive: bool) -> None:
+        """The answer is over; the client's connection stays open or is closed."""
+        self._client.answered(keep_alive=keep_alive)

@@ -112,7 +112,7 @@ class GatewayConfig(Section):
     Attributes:
         listen: address for clients; only serving routes are there.
         admin: address of `/healthz`, `/readyz`, `/metrics`, `/v1/state` and `PUT /v1/config`.
-        token_file: control tokens, one a line.
+        token_file: control tokens, one a line; None: settings cannot be changed over HTTP.
         settings_file: a JSON object with any of `dispatch`, `request` and `groups`, laid over this file at the start
             when it exists.
         model: name of the model that the engines serve, when it is known before any engine is.
@@ -127,7 +127,7 @@ class GatewayConfig(Section):
 
     listen: Listen
     admin: Listen
-    token_file: Path
+    token_file: Path | None = None
     settings_file: Path | None = None
     model: str | None = None
     discovery: Discovery | None = None

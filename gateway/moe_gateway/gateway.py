@@ -25,6 +25,7 @@ from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.exchange import Exchange
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 CHECK_PERIOD_S = 0.1
@@ -46,6 +47,7 @@ class Gateway:
         self._access_log = access_log
         self.clock = time.monotonic
         self.stats = RequestStats(self.clock())
+        self.recent = RecentRequests()
         # Gateways that share engines do not begin their rounds at the same one.
         self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
@@ -66,7 +68,8 @@ class Gateway:
             pool_of=self._pool_of,
             clock=self.clock,
             spawn=self._spawn,
-            on_end=self._log_end,
+            on_end=self._on_end,
+            recent=self.recent,
             model=config.model,
             tenant_header=config.tenant_header.encode(),
         )
@@ -235,7 +238,8 @@ class Gateway:
         for connection in list(self._connections):
             connection.check(now_s)
 
-    def _log_end(self, exchange: Exchange, status: int, reason: str) -> None:
+    def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
+        self.recent.end(exchange, status, reason, self.clock())
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.upstream import Pool
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ExchangeContext:
         clock: monotonic seconds.
         spawn: starts a task that ends with the gateway at the latest.
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
+        recent: the newest requests, to explain them later.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         draining: whether the gateway stops, so that each connection ends with its answer.
@@ -66,6 +68,7 @@ class ExchangeContext:
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
+    recent: RecentRequests
     model: str | None = None
     tenant_header: bytes = b""
     draining: bool = False

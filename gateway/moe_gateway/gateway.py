@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,6 +27,9 @@ from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
+
+if TYPE_CHECKING:
+    from moe_gateway.tracing import RequestTracer
 
 CHECK_PERIOD_S = 0.1
 BACKLOG = 4096
@@ -70,6 +73,7 @@ class Gateway:
             spawn=self._spawn,
             on_end=self._on_end,
             recent=self.recent,
+            tracer=_make_tracer(config),
             model=config.model,
             tenant_header=config.tenant_header.encode(),
         )
@@ -161,6 +165,8 @@ class Gateway:
         for pool in self._pools.values():
             pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._context.tracer is not None:
+            await asyncio.to_thread(self._context.tracer.close)
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
@@ -240,6 +246,8 @@ class Gateway:
 
     def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
         self.recent.end(exchange, status, reason, self.clock())
+        if self._context.tracer is not None:
+            self._context.tracer.end(exchange, status, reason)
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request
@@ -268,6 +276,15 @@ class Gateway:
 
 def _services(in_force: GatewaySettings) -> list[str]:
     return [group.service for group in in_force.groups or ()]
+
+
+def _make_tracer(config: GatewayConfig) -> "RequestTracer | None":
+    """The tracer that the configuration asks for; its SDK is imported only then, for it takes a second and 15 MiB."""
+    if config.tracing is None:
+        return None
+    from moe_gateway.tracing import RequestTracer
+
+    return RequestTracer(config.tracing)
 
 
 async def run_gateway(gateway: Gateway, stop: asyncio.Event, force_stop: asyncio.Event) -> None:

@@ -11,7 +11,10 @@ from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from moe_gateway.request.exchange import Exchange
+    from moe_gateway.tracing import RequestTracer
 
 
 @dataclass(slots=True)
@@ -24,6 +27,7 @@ class ClientRequest:
         keep_alive: whether the client lets its connection stay open after the answer.
         http10: whether it speaks HTTP/1.0.
         arrived_s: when its last byte came.
+        span: of its trace; None where requests are not traced.
     """
 
     method: bytes
@@ -35,6 +39,7 @@ class ClientRequest:
     keep_alive: bool
     http10: bool
     arrived_s: float
+    span: "Span | None" = None
 
 
 class ClientSide(Protocol):
@@ -57,6 +62,7 @@ class ExchangeContext:
         spawn: starts a task that ends with the gateway at the latest.
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
         recent: the newest requests, to explain them later.
+        tracer: makes traces of requests; None: nobody wants them.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         draining: whether the gateway stops, so that each connection ends with its answer.
@@ -69,6 +75,7 @@ class ExchangeContext:
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
     recent: RecentRequests
+    tracer: "RequestTracer | None" = None
     model: str | None = None
     tenant_header: bytes = b""
     draining: bool = False

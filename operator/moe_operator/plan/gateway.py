@@ -1,6 +1,6 @@
 """Parts of the gateway's configuration that one machine and a cluster share. Pure."""
 
-from moe_contract.gateway_config import Limits
+from moe_contract.gateway_config import Limits, Tracing
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
@@ -18,3 +18,9 @@ def build_limits(resource: MoEServing) -> Limits:
         hold_requests=hold.requests,
         hold_timeout_s=duration_s(hold.timeout),
     )
+
+
+def build_tracing(resource: MoEServing) -> Tracing | None:
+    """Where the gateway sends traces of requests."""
+    tracing = resource.spec.gateway.tracing
+    return None if tracing is None else Tracing(endpoint=tracing.endpoint, sample_ratio=tracing.sample_percent / 100)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
@@ -16,6 +17,7 @@ from moe_contract.control_tokens import authorization
 from moe_contract.experts_state import ExpertsState, read_experts
 from moe_contract.gateway_state import GatewayState, read_gateway_state
 from moe_contract.input_errors import read_error_document
+from moe_contract.request_record import RequestRecord, read_request_record
 from moe_contract.routes import (
     CHANGE_TIMEOUT_S,
     CONFIG,
@@ -25,6 +27,7 @@ from moe_contract.routes import (
     METRICS,
     READ_TIMEOUT_S,
     READYZ,
+    REQUESTS,
     STATE,
 )
 
@@ -200,3 +203,20 @@ class GatewayClient(_Client):
             return read_gateway_state(text)
         except ValueError:
             raise Unreadable("says of itself what this version does not understand") from None
+
+    async def request(self, request_id: str) -> RequestRecord | None:
+        """`GET /v1/requests/{id}`; None where the gateway does not know the request.
+
+        Raises:
+            PeerError: it cannot be reached, refuses, or answers what this version cannot read.
+        """
+        try:
+            text = await self._call("GET", f"{REQUESTS}/{quote(request_id, safe='')}")
+        except Refused as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        try:
+            return read_request_record(text)
+        except ValueError:
+            raise Unreadable("says of a request what this version does not understand") from None

@@ -14,21 +14,21 @@ BEARER = "Bearer"
 
 
 class ControlTokens:
-    """Checks `Authorization` headers against a token file.
+    """Checks `Authorization` headers against a token file; without a file it allows none.
 
     Raises:
         InvalidInput: the file cannot be read, or has no token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        if not parse_tokens(read_file(path, "token_file")):
+        if path is not None and not parse_tokens(read_file(path, "token_file")):
             raise InvalidInput([InputError("token_file", f"{path} is empty")])
 
     def allow(self, authorization: str) -> bool:
         """Whether an `Authorization` header carries a token of the file."""
         scheme, _, given = authorization.partition(" ")
-        if scheme.lower() != BEARER.lower():
+        if self._path is None or scheme.lower() != BEARER.lower():
             return False
         try:
             known = parse_tokens(self._path.read_bytes())

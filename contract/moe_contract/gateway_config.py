@@ -40,6 +40,22 @@ def _check_address(url: str) -> str:
     return url
 
 
+def check_endpoint(url: str) -> str:
+    """The address of a collector itself, `http://` or `https://`, perhaps with a path.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or not url.isascii() or not url.isprintable() or set(url) & set(" ?#@"):
+        raise ValueError(f"an address such as http://collector:4318 is needed, got {url[:80]!r}")
+    return url
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
 
 
@@ -109,6 +125,18 @@ class Cors(Section):
     allowed_origins: tuple[Origin, ...] = ("*",)
 
 
+class Tracing(Section):
+    """OpenTelemetry traces of requests.
+
+    Attributes:
+        endpoint: of the collector, OTLP over HTTP, such as `http://collector:4318`; `/v1/traces` is added.
+        sample_ratio: part of the requests that are traced, 0 to 1, where the client's own trace does not decide it.
+    """
+
+    endpoint: Annotated[str, AfterValidator(check_endpoint)]
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
 class Group(Section):
     """A revision of the engines: those behind one Service.
 
@@ -141,7 +169,8 @@ class GatewayConfig(Section):
     Attributes:
         listen: address for clients; only serving routes are there.
         admin: address of `/healthz`, `/readyz`, `/metrics`, `/v1/state` and `PUT /v1/config`.
-        token_file: control tokens, one a line.
+        token_file: control tokens, one a line; None: settings cannot be changed over HTTP.
+        tracing: where traces of requests are sent; None: nowhere.
         settings_file: a JSON object with any of `dispatch`, `request` and `groups`, laid over this file at the start
             when it exists.
         model: name of the model that the engines serve, when it is known before any engine is.
@@ -157,7 +186,8 @@ class GatewayConfig(Section):
 
     listen: Listen
     admin: Listen
-    token_file: Path
+    token_file: Path | None = None
+    tracing: Tracing | None = None
     settings_file: Path | None = None
     model: str | None = None
     discovery: Discovery | None = None

@@ -31,6 +31,7 @@ from moe_contract.documents import section_in
 from moe_contract.experts_state import ExpertsState
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.gateway_state import GatewayState
+from moe_contract.request_record import RequestRecord
 
 PAGE = Path("docs/interfaces.md")
 DOCUMENTS: dict[str, type] = {
@@ -38,6 +39,7 @@ DOCUMENTS: dict[str, type] = {
     "agent_state": AgentState,
     "gateway_config": GatewayConfig,
     "gateway_state": GatewayState,
+    "request_record": RequestRecord,
     "experts_state": ExpertsState,
     "request_settings": RequestSettings,
     "engine_settings": EngineSettings,

@@ -1,6 +1,7 @@
 """HTTP routes of the node agent and of the gateway's admin port, and the times that both sides keep to."""
 
 STATE, CONFIG, EXPERTS, DRAIN = "/v1/state", "/v1/config", "/v1/experts", "/v1/drain"
+REQUESTS = "/v1/requests"
 METRICS, READYZ, HEALTHZ = "/metrics", "/readyz", "/healthz"
 
 # A rank takes a change at its next step; an agent answers 504 after the first time, and its client waits longer.

@@ -12,10 +12,12 @@ from moe_contract.gateway_config import GatewaySettings, parse_gateway_settings
 from moe_contract.gateway_state import write_gateway_state
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
-from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, STATE
+from moe_contract.request_record import write_request_record
+from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, REQUESTS, STATE
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
+from moe_gateway.request.recent_requests import REMEMBERED_REQUESTS, RecentRequests
 from moe_gateway.request_stats import RequestStats
 from moe_gateway.state import build_state
 
@@ -28,6 +30,7 @@ class Administered(Protocol):
 
     dispatcher: Dispatcher
     stats: RequestStats
+    recent: RecentRequests
     in_force: GatewaySettings
     clock: Callable[[], float]
 
@@ -55,6 +58,7 @@ class Admin:
         application.router.add_get(READYZ, self._readyz)
         application.router.add_get(METRICS, self._metrics)
         application.router.add_get(STATE, self._state)
+        application.router.add_get(REQUESTS + "/{request_id}", self._request)
         application.router.add_put(CONFIG, self._authorised(self._put_config))
         return application
 
@@ -82,6 +86,14 @@ class Admin:
             pod=self._pod,
         )
         return web.Response(body=write_gateway_state(document), content_type=JSON)
+
+    async def _request(self, request: web.Request) -> web.Response:
+        request_id = request.match_info["request_id"]
+        record = self._gateway.recent.record(request_id)
+        if record is None:
+            message = f"not among the last {REMEMBERED_REQUESTS} requests that were meant for an engine"
+            return _refuse(404, [InputError("request_id", message)])
+        return web.Response(body=write_request_record(record), content_type=JSON)
 
     async def _put_config(self, request: web.Request) -> web.Response:
         try:

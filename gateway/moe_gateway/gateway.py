@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -26,7 +26,11 @@ from moe_gateway.http.cors import Cors
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.exchange import Exchange
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
+
+if TYPE_CHECKING:
+    from moe_gateway.tracing import RequestTracer
 
 CHECK_PERIOD_S = 0.1
 BACKLOG = 4096
@@ -47,6 +51,7 @@ class Gateway:
         self._access_log = access_log
         self.clock = time.monotonic
         self.stats = RequestStats(self.clock())
+        self.recent = RecentRequests()
         # Gateways that share engines do not begin their rounds at the same one.
         self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
@@ -67,7 +72,9 @@ class Gateway:
             pool_of=self._pool_of,
             clock=self.clock,
             spawn=self._spawn,
-            on_end=self._log_end,
+            on_end=self._on_end,
+            recent=self.recent,
+            tracer=_make_tracer(config),
             model=config.model,
             tenant_header=config.tenant_header.encode(),
             cors=Cors(config.cors.allowed_origins),
@@ -160,6 +167,8 @@ class Gateway:
         for pool in self._pools.values():
             pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._context.tracer is not None:
+            await asyncio.to_thread(self._context.tracer.close)
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
@@ -237,7 +246,10 @@ class Gateway:
         for connection in list(self._connections):
             connection.check(now_s)
 
-    def _log_end(self, exchange: Exchange, status: int, reason: str) -> None:
+    def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
+        self.recent.end(exchange, status, reason, self.clock())
+        if self._context.tracer is not None:
+            self._context.tracer.end(exchange, status, reason)
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request
@@ -266,6 +278,15 @@ class Gateway:
 
 def _services(in_force: GatewaySettings) -> list[str]:
     return [group.service for group in in_force.groups or ()]
+
+
+def _make_tracer(config: GatewayConfig) -> "RequestTracer | None":
+    """The tracer that the configuration asks for; its SDK is imported only then, for it takes a second and 15 MiB."""
+    if config.tracing is None:
+        return None
+    from moe_gateway.tracing import RequestTracer
+
+    return RequestTracer(config.tracing)
 
 
 async def run_gateway(gateway: Gateway, stop: asyncio.Event, force_stop: asyncio.Event) -> None:

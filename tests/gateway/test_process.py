@@ -231,3 +231,50 @@ async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
     _, errors = await process.communicate()
     (row,) = [row for row in map(json.loads, errors.splitlines()) if row["message"] == "request"]
     assert (row["status"], row["reason"]) == (200, "the gateway was stopped by force")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "--engine: name engines, or a file with --config"),
+        (["--engine", "127.0.0.1:8001"], "--engine: an address such as http://127.0.0.1:8001 is needed"),
+        (["--engine", "http://[1"], "--engine: an address such as http://127.0.0.1:8001 is needed"),
+        (["--engine", "http://a:1/v1"], "--engine: an address such as http://127.0.0.1:8001 is needed"),
+        (["--engine", "http://a:1", "--engine", "http://A:1"], "--engine: http://A:1 is given twice"),
+        (["--config", "x.json", "--engine", "http://a:1"], "--engine: is in the file of --config"),
+        (["--config", "x.json", "--port", "1"], "--port: is in the file of --config"),
+    ],
+)
+def test_engines_that_are_named_wrongly_are_one_line_of_error(arguments, line):
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(line)
+    assert len(result.stderr.splitlines()) == 1
+
+
+async def all_accept(session: aiohttp.ClientSession, admin: str) -> bool:
+    async with session.get(f"{admin}/v1/state") as answer:
+        return all(row["accepting"] for row in (await answer.json())["engines"])
+
+
+async def test_plain_engines_are_served_without_a_file_and_no_token_changes_settings(make_engine, clients):
+    engines = [await make_engine(agent=False), await make_engine(agent=False)]
+    port, admin_port = free_port(), free_port()
+    named = [word for engine in engines for word in ("--engine", engine.url)]
+    options = ["--port", str(port), "--admin-port", str(admin_port), *named]
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "moe_gateway", *options)
+    try:
+        client = await ready(clients, port)
+        async with aiohttp.ClientSession() as session:
+            admin = f"http://127.0.0.1:{admin_port}"
+            while not await all_accept(session, admin):
+                await asyncio.sleep(0.02)
+            for number in range(8):
+                client.send(post({"prompt": f"request {number}"}))
+                assert (await client.answer()).status == 200
+            assert all(engine.requests for engine in engines)
+            async with session.put(f"{admin}/v1/config", json={}, headers={"Authorization": "Bearer None"}) as answer:
+                assert answer.status == 401
+    finally:
+        process.terminate()
+        await process.wait()

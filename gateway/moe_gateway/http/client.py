@@ -229,6 +229,8 @@ class ClientConnection(asyncio.Protocol):
             message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
             return
+        if self._context.tracer is not None:
+            self._context.tracer.begin(request, route, self._context.clock())
         self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
         if self._is_writing_paused:
             exchange.pause()

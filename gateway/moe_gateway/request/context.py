@@ -9,10 +9,14 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.cors import Cors
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from moe_gateway.request.exchange import Exchange
+    from moe_gateway.tracing import RequestTracer
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class ClientRequest:
         keep_alive: whether the client lets its connection stay open after the answer.
         http10: whether it speaks HTTP/1.0.
         arrived_s: when its last byte came.
+        span: of its trace; None where requests are not traced.
     """
 
     method: bytes
@@ -36,6 +41,7 @@ class ClientRequest:
     keep_alive: bool
     http10: bool
     arrived_s: float
+    span: "Span | None" = None
 
 
 class ClientSide(Protocol):
@@ -57,6 +63,8 @@ class ExchangeContext:
         clock: monotonic seconds.
         spawn: starts a task that ends with the gateway at the latest.
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
+        recent: the newest requests, to explain them later.
+        tracer: makes traces of requests; None: nobody wants them.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         cors: which pages in browsers may see answers.
@@ -70,6 +78,8 @@ class ExchangeContext:
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
+    recent: RecentRequests
+    tracer: "RequestTracer | None" = None
     model: str | None = None
     tenant_header: bytes = b""
     cors: Cors = field(default_factory=Cors)

@@ -141,6 +141,7 @@ class Exchange:
         """Sends it to the chosen target."""
         context = self._context
         self.last_s = now_s = context.clock()
+        context.recent.attempt(self, decision, context.dispatcher, now_s)
         self._in_flight = context.dispatcher.send(self.job, self._keys, self._session, decision, now_s)
         self.attempts.begin()
         self._send()

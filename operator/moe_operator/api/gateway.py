@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from moe_contract.gateway_config import ORIGIN_PATTERN
+from moe_contract.gateway_config import ORIGIN_PATTERN, check_endpoint
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
@@ -84,6 +84,18 @@ class GatewayAutoscaling(Section):
     )
 
 
+class GatewayTracing(Section):
+    """OpenTelemetry traces of requests; the W3C context of clients is continued and given to the engines."""
+
+    endpoint: Annotated[str, Field(min_length=1, max_length=256), AfterValidator(check_endpoint)] = Field(
+        description="Address of the collector, OTLP over HTTP, such as `http://collector:4318`."
+    )
+    sample_percent: Annotated[Count, Field(ge=0, le=100)] = Field(
+        default=100,
+        description="Part of the requests that are traced (percent), where the client's own trace does not decide it.",
+    )
+
+
 class Gateway(Section):
     """The way in for clients."""
 
@@ -113,5 +125,6 @@ class Gateway(Section):
         "Empty: all requests are of one tenant.",
     )
     cors: GatewayCors = GatewayCors()
+    tracing: GatewayTracing | None = Field(default=None, description="Traces of requests. Absent: none.")
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

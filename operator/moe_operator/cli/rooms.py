@@ -39,6 +39,7 @@ OWN = {
     "down": Own("running", "down", "Stop a deployment once its streams have ended."),
     "status": Own("running", "status", "Show engines, policies in force, restarts."),
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
+    "explain": Own("explain", "explain", "Show why a request went to its engine."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
     "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),

@@ -86,13 +86,14 @@ def reach_cluster(name: str, cluster: Cluster) -> Iterator[Reached]:
     """
     names = Names(name)
     selector = f"{INSTANCE}={name},{COMPONENT}=engine"
-    pods = find_engines(_get(cluster, "pods", "--selector", selector).get("items", []))
+    pods = find_engines(get_objects(cluster, "pods", "--selector", selector).get("items", []))
     if not pods:
         raise Failure(f"{name}: no engine runs there; see `kubectl get moes {name}`")
-    tokens = read_tokens(_get(cluster, "secret", names.control))
+    tokens = read_tokens(get_objects(cluster, "secret", names.control))
     with ExitStack() as forwards:
         agents = [
-            Agent(engine=pod, url=forwards.enter_context(_forward(cluster, pod, port))) for pod, port in pods.items()
+            Agent(engine=pod, url=forwards.enter_context(forward_port(cluster, pod, port)))
+            for pod, port in pods.items()
         ]
         yield Reached(name=name, agents=tuple(agents), tokens=tokens)
 
@@ -122,7 +123,12 @@ def read_tokens(secret: Document) -> tuple[str, ...]:
     return tuple(base64.b64decode(secret.get("data", {}).get("token", "")).decode(errors="replace").split())
 
 
-def _get(cluster: Cluster, *words: str) -> Document:
+def get_objects(cluster: Cluster, *words: str) -> Document:
+    """Returns the answer of `kubectl get`.
+
+    Raises:
+        Failure: kubectl is missing, says why not, or gives no answer.
+    """
     command = cluster.command("get", *words, "--output", "json")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, check=False)
@@ -137,8 +143,12 @@ def _get(cluster: Cluster, *words: str) -> Document:
 
 
 @contextmanager
-def _forward(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
-    """The URL of an agent while the block runs."""
+def forward_port(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
+    """The URL of a pod's port while the block runs.
+
+    Raises:
+        Failure: kubectl is missing or says why not.
+    """
     command = cluster.command("port-forward", "--address", "localhost", f"pod/{pod}", f":{port}")
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

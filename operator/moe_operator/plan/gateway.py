@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from moe_contract.gateway_config import ORIGIN_PATTERN, Cors, Limits
+from moe_contract.gateway_config import ORIGIN_PATTERN, Cors, Limits, Tracing
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
@@ -47,3 +47,9 @@ def _engine_origins(args: Sequence[str]) -> tuple[str, ...] | None:
         isinstance(origin, str) and re.fullmatch(ORIGIN_PATTERN, origin) for origin in origins
     )
     return tuple(origins) if is_usable else None
+
+
+def build_tracing(resource: MoEServing) -> Tracing | None:
+    """Where the gateway sends traces of requests."""
+    tracing = resource.spec.gateway.tracing
+    return None if tracing is None else Tracing(endpoint=tracing.endpoint, sample_ratio=tracing.sample_percent / 100)

@@ -1,0 +1,81 @@
+"""The record of a request as text and tables. Pure."""
+
+from moe_contract.request_record import AttemptRecord, RequestRecord
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+# By the label of a choice's reason.
+_REASONS = {
+    "least_predicted": "it had the least predicted time to first token",
+    "session": "the session's last request went there, and the best was not better by more than the stickiness",
+    "least_requests": "it had the fewest requests",
+    "turn": "it was its turn",
+}
+
+
+def render_record(record: RequestRecord) -> Group:
+    """The request, each engine that it was sent to, and the terms of each choice."""
+    parts: list[Text | Table] = [Text.assemble((record.request_id, "bold"), f"  {_describe(record)}")]
+    for number, attempt in enumerate(record.attempts, 1):
+        parts.append(Text(_describe_attempt(number, attempt)))
+        if attempt.targets:
+            parts.append(_render_terms(attempt))
+        else:
+            parts.append(Text("   the terms of this choice were not recorded: at most one choice in 10 ms is"))
+    if not record.attempts:
+        parts.append(Text("it was sent to no engine"))
+    parts.append(Text(_describe_end(record)))
+    return Group(*parts)
+
+
+def _describe(record: RequestRecord) -> str:
+    model = f", model {record.model}" if record.model else ""
+    priority = f", priority {record.priority}" if record.priority else ""
+    return f"{record.route}{model}, about {record.prompt_tokens} prompt tokens{priority}"
+
+
+def _describe_attempt(number: int, attempt: AttemptRecord) -> str:
+    reason = _REASONS.get(attempt.reason, attempt.reason)
+    return (
+        f"{number}. after {_time(attempt.after_s)} to {_target(attempt.name, attempt.rank)}, since {reason}; "
+        f"first token predicted {_time(attempt.predicted_s)} later"
+    )
+
+
+def _describe_end(record: RequestRecord) -> str:
+    first = "" if record.ttft_s is None else f"first token after {_time(record.ttft_s)}, "
+    if record.duration_s is None:
+        return f"{first}still running"
+    problem = f": {record.problem}" if record.problem else ""
+    return f"{first}ended after {_time(record.duration_s)} with status {record.status}{problem}"
+
+
+def _render_terms(attempt: AttemptRecord) -> Table:
+    columns = ("engine", "requests", "ahead", "own uncached", "signal", "wait for KV", "wait", "first token")
+    table = Table(box=None, pad_edge=True, header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("engine", "signal") else "right")
+    for row in attempt.targets:
+        is_chosen = (row.name, row.rank) == (attempt.name, attempt.rank)
+        table.add_row(
+            f"{'>' if is_chosen else ' '} {_target(row.name, row.rank)}",
+            str(row.requests),
+            f"{row.ahead_tokens} tokens",
+            f"{row.uncached_tokens} tokens",
+            "fresh" if row.fresh else "stale",
+            _time(row.kv_s),
+            _time(row.wait_s),
+            _time(row.predicted_s),
+        )
+    if attempt.more_targets:
+        table.add_row(f"  and {attempt.more_targets} more")
+    return table
+
+
+def _target(name: str, rank: int) -> str:
+    return f"{name} rank {rank}" if rank else name
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,167 @@
+"""`moeserving explain`: the gateway's record of a request, on one machine and in a cluster."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from moe_contract.engine_process import ADMIN_PORT
+from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms, write_request_record
+from moe_operator.cli import explain as explain_command
+from moe_operator.cli.command import app
+from moe_operator.cli.explanation import render_record
+from rich.console import Console
+from typer.testing import CliRunner
+
+TERMS = (
+    TargetTerms(name="a-1", requests=1, uncached_tokens=40, fresh=True, predicted_s=0.02),
+    TargetTerms(name="a-0", rank=1, requests=7, ahead_tokens=900, uncached_tokens=8, wait_s=1.5, predicted_s=1.5),
+)
+ATTEMPT = AttemptRecord(name="a-1", reason="least_predicted", after_s=0.001, predicted_s=0.02, targets=TERMS)
+RECORD = RequestRecord(
+    request_id="r-1", route="chat", model="tiny", prompt_tokens=40, attempts=(ATTEMPT,), status=200, duration_s=0.5
+)
+
+
+class Gateway(ThreadingHTTPServer):
+    """The admin port of a gateway that remembers these requests."""
+
+    def __init__(self, *records: RequestRecord) -> None:
+        self.records = {record.request_id: record for record in records}
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Gateway
+
+    def do_GET(self) -> None:
+        record = self.server.records.get(self.path.removeprefix("/v1/requests/"))
+        body = b"{}" if record is None else write_request_record(record)
+        self.send_response(404 if record is None else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gateways() -> Iterator[list[Gateway]]:
+    """Two gateways, of which the second remembers the request."""
+    running = [Gateway(), Gateway(RECORD)]
+    for server in running:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield running
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def kubectl(gateways: list[Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kubectl on the PATH that knows the gateways as running pods, beside one that is not."""
+    ports = {f"gateway-{number}": server.server_port for number, server in enumerate(gateways)}
+    pods = [{"metadata": {"name": name}, "status": {"phase": "Running"}} for name in ports]
+    pods.append({"metadata": {"name": "gone"}, "status": {"phase": "Failed"}})
+    script = tmp_path / "kubectl"
+    script.write_text(
+        f"""#!{sys.executable}
+import json, sys, time
+if "get" in sys.argv:
+    wanted = "app.kubernetes.io/instance=a,app.kubernetes.io/component=gateway" in sys.argv
+    print(json.dumps({{"items": {pods} if wanted else []}}))
+else:
+    name, port = sys.argv[-2].removeprefix("pod/"), sys.argv[-1]
+    assert port == ":{ADMIN_PORT}", port
+    print("Forwarding from 127.0.0.1:" + str({ports}[name]) + " -> {ADMIN_PORT}", flush=True)
+    time.sleep(600)
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["explain", *arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_in_a_cluster_the_gateway_that_knows_the_request_is_found(kubectl: None) -> None:
+    assert json.loads(run("r-1", "a", "-n", "models", "--json")) == json.loads(write_request_record(RECORD))
+    assert "no gateway knows it" in run("r-2", "a", "-n", "models", code=1)
+    assert "no gateway runs there" in run("r-1", "b", "-n", "models", code=1)
+    assert run("r-1", "-n", "models", code=2).startswith("NAME: name the deployment")
+
+
+def test_on_one_machine_its_gateway_is_asked(gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{gateways[1].server_port}"
+    monkeypatch.setattr(explain_command, "find_folder", lambda name, state_dir: name)
+    monkeypatch.setattr(
+        explain_command, "require_running", lambda _folder: SimpleNamespace(gateway=SimpleNamespace(url=url))
+    )
+    assert "> a-1" in run("r-1")
+    gateways[1].shutdown()
+    gateways[1].server_close()
+    assert run("r-1", code=1) == f"the gateway at {url} cannot be reached\n"
+
+
+def text_of(record: RequestRecord) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(render_record(record))
+    return capture.get()
+
+
+def test_the_chosen_engine_stands_first_with_its_terms() -> None:
+    first, second, _, chosen, other, last = text_of(RECORD).splitlines()
+    assert first == "r-1  chat, model tiny, about 40 prompt tokens"
+    assert second.startswith("1. after 1.0 ms to a-1, since it had the least predicted time to first token; ")
+    assert chosen.split() == [
+        ">",
+        "a-1",
+        "1",
+        "0",
+        "tokens",
+        "40",
+        "tokens",
+        "fresh",
+        "0.0",
+        "ms",
+        "0.0",
+        "ms",
+        "20.0",
+        "ms",
+    ]
+    assert other.split() == [
+        "a-0",
+        "rank",
+        "1",
+        "7",
+        "900",
+        "tokens",
+        "8",
+        "tokens",
+        "stale",
+        "0.0",
+        "ms",
+        "1.50",
+        "s",
+        "1.50",
+        "s",
+    ]
+    assert last == "ended after 500.0 ms with status 200"
+
+
+def test_a_request_that_was_never_sent_says_how_it_ended() -> None:
+    record = RequestRecord(request_id="r", route="chat", status=429, problem="the hold queue is full", duration_s=0.0)
+    assert text_of(record).splitlines()[1:] == [
+        "it was sent to no engine",
+        "ended after 0.0 ms with status 429: the hold queue is full",
+    ]

@@ -16,6 +16,8 @@ from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
 
+from moe_gateway.access.gate import Gate
+from moe_gateway.access.tls import Listener
 from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -37,7 +39,7 @@ class Gateway:
     """One gateway; `start`, then `drain`.
 
     Raises:
-        InvalidInput: engines are to be discovered, and no API server is known.
+        InvalidInput: engines are to be discovered, and no API server is known; keys or certificates cannot be used.
     """
 
     def __init__(self, config: GatewayConfig, tokens: ControlTokens, *, access_log: bool = False) -> None:
@@ -51,11 +53,12 @@ class Gateway:
         self.in_force = initial_settings(config)
         self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
         self._discovering: asyncio.Task[None] | None = None
+        self._issuing: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
         self._pools: dict[str, Pool] = {}
         self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
         self._empty = asyncio.Event()
-        self._server: asyncio.AbstractServer | None = None
+        self._listener = Listener(self._connection, config.tls, config.limits.header_timeout_s)
         self._runner: web.AppRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
@@ -66,9 +69,10 @@ class Gateway:
             pool_of=self._pool_of,
             clock=self.clock,
             spawn=self._spawn,
-            on_end=self._log_end,
+            on_end=self._on_end,
             model=config.model,
             tenant_header=config.tenant_header.encode(),
+            gate=None if config.auth is None else Gate(config.auth, self.clock),
         )
 
     @property
@@ -100,12 +104,10 @@ class Gateway:
         Raises:
             OSError: a port is taken.
         """
-        loop = asyncio.get_running_loop()
         self._session = aiohttp.ClientSession()
         listen, admin = self._config.listen, self._config.admin
         try:
-            listener = bind_socket(listen.host, listen.port)
-            self._server = await loop.create_server(self._connection, sock=listener, backlog=BACKLOG)
+            await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
             self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
             await self._runner.setup()
             await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
@@ -115,10 +117,11 @@ class Gateway:
         self._follow(self.in_force.engines)
         self._discover()
         self._checker = self._spawn(self._check())
+        if (gate := self._context.gate) is not None and gate.issuer is not None:
+            self._issuing = self._spawn(gate.issuer.run(self._session))
 
     async def _abandon_start(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
@@ -138,8 +141,7 @@ class Gateway:
     async def drain(self) -> None:
         """Takes no new requests, waits for the running ones, then closes. A silent one ends by the idle timeout."""
         self._context.draining = True
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         for connection in list(self._connections):
             connection.drain()
         if self._connections:
@@ -148,9 +150,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Closes at once; requests that run are ended by force."""
-        if self._server is not None:
-            self._server.close()
-        for task in (self._checker, self._discovering, *self._watchers.values()):
+        self._listener.close()
+        for task in (self._checker, self._discovering, self._issuing, *self._watchers.values()):
             if task is not None:
                 task.cancel()
         for connection in list(self._connections):
@@ -210,9 +211,9 @@ class Gateway:
     # Clients.
 
     def _connection(self) -> ClientConnection:
-        connection = ClientConnection(self._context, self._config.limits, self._new_request_id, self._on_close)
-        self._connections.add(connection)
-        return connection
+        return ClientConnection(
+            self._context, self._config.limits, self._new_request_id, self._connections.add, self._on_close
+        )
 
     def _on_close(self, connection: ClientConnection) -> None:
         self._connections.discard(connection)
@@ -227,15 +228,20 @@ class Gateway:
             await asyncio.sleep(CHECK_PERIOD_S)
             try:
                 self._check_once(self.clock())
+                await self._listener.reload(self.clock())
             except Exception:
                 log.exception("a periodic check failed")
 
     def _check_once(self, now_s: float) -> None:
         self.dispatcher.tick(now_s)
+        if self._context.gate is not None:
+            self._context.gate.tick(now_s)
         for connection in list(self._connections):
             connection.check(now_s)
 
-    def _log_end(self, exchange: Exchange, status: int, reason: str) -> None:
+    def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
+        if self._context.gate is not None and exchange.request.admission is not None:
+            self._context.gate.end(exchange.request.admission, status)
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request

@@ -11,11 +11,14 @@ from typing import Any
 
 from moe_contract.gateway_config import Limits
 
+from moe_gateway.access.deadlines import read_deadline
+from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.served_models import list_models, model_row
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route
-from moe_gateway.request.context import ClientRequest, ExchangeContext
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed, parse_body
 
@@ -37,6 +40,7 @@ class ClientConnection(asyncio.Protocol):
         context: the gateway's parts.
         limits: of sizes and times.
         new_request_id: names a request that has no usable id of its own.
+        on_open: called once the connection is open, with TLS after its handshake.
         on_close: called once the connection has ended.
     """
 
@@ -51,6 +55,7 @@ class ClientConnection(asyncio.Protocol):
         "_linger_end_s",
         "_new_request_id",
         "_on_close",
+        "_on_open",
         "_reader",
         "transport",
     )
@@ -60,10 +65,12 @@ class ClientConnection(asyncio.Protocol):
         context: ExchangeContext,
         limits: Limits,
         new_request_id: Callable[[], bytes],
+        on_open: Callable[["ClientConnection"], None],
         on_close: Callable[["ClientConnection"], None],
     ) -> None:
         self._context = context
         self._limits = limits
+        self._on_open = on_open
         self._on_close = on_close
         self._new_request_id = new_request_id
         self.transport: Any = None
@@ -84,6 +91,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self._on_open(self)
         self.expect_within(self._limits.header_timeout_s)
         if self._context.draining:
             self.drain()
@@ -177,11 +185,17 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
         elif route is Route.HEALTH:
             self._serve_health(request)
+        elif (gate := self._context.gate) is not None and (denial := gate.identify(request)) is not None:
+            self._deny(request, route, denial)
         elif route is Route.MODELS and (models := self._list_models()) is not None:
             close = not self._keeps(request)
             self._reply(request, route, 200, build_models(models, request.request_id, close=close))
         else:
             self._dispatch(request, route)
+
+    def _deny(self, request: ClientRequest, route: Route, denial: Denial) -> None:
+        answer = build_denial(request, denial, close=not self._keeps(request))
+        self._reply(request, route, denial.outcome.status, answer, denial.outcome.label)
 
     def _list_models(self) -> object | None:
         """The list of models where no engine alone has it: while none is there, or where they serve different names."""
@@ -205,6 +219,7 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
             parsed = parse_body(route, request.body) if route.method == b"POST" else _NO_BODY
+            read_deadline(request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
@@ -218,7 +233,15 @@ class ClientConnection(asyncio.Protocol):
             message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
             return
-        self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
+        client: ClientSide = self
+        if self._context.gate is not None and route.method == b"POST":
+            tokens = self._context.dispatcher.count_tokens(parsed)
+            admitted = self._context.gate.admit(request, parsed, self, tokens, has_job=route.has_job)
+            if isinstance(admitted, Denial):
+                self._deny(request, route, admitted)
+                return
+            parsed, client = admitted
+        self._exchange = exchange = Exchange(request, route, parsed, client, self._context)
         if self._is_writing_paused:
             exchange.pause()
         exchange.begin()
@@ -246,9 +269,9 @@ class ClientConnection(asyncio.Protocol):
     def _keeps(self, request: ClientRequest) -> bool:
         return request.keep_alive and not self._context.draining
 
-    def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes) -> None:
+    def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes, refusal: str = "") -> None:
         self.transport.write(answer)
-        self._context.stats.finish(route.label, status)
+        self._context.stats.finish(route.label, status, refusal=refusal)
         if not self._keeps(request):
             self._close()
 
@@ -306,7 +329,10 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what took too long; called several times a second."""
         if self._exchange is not None:
-            self._exchange.check(now_s, self._limits.idle_timeout_s)
+            if self._exchange.attempts.is_late(now_s):
+                self._exchange.reject(Rejection.DEADLINE)
+            else:
+                self._exchange.check(now_s, self._limits.idle_timeout_s)
         elif now_s >= self._deadline_s:
             if self._is_lingering:
                 self.transport.abort()

@@ -1,15 +1,21 @@
 """What an exchange works with: the client's request, the client's connection, and the gateway's parts."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.http.heads import read_tenant
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from moe_gateway.access.gate import Admission, Gate
+    from moe_gateway.access.key_table import Caller
     from moe_gateway.request.exchange import Exchange
 
 
@@ -23,6 +29,9 @@ class ClientRequest:
         keep_alive: whether the client lets its connection stay open after the answer.
         http10: whether it speaks HTTP/1.0.
         arrived_s: when its last byte came.
+        deadline_s: when its answer must have begun.
+        caller: whose credential it had; None without keys.
+        admission: its charge to a quota; None before, and without keys.
     """
 
     method: bytes
@@ -34,6 +43,16 @@ class ClientRequest:
     keep_alive: bool
     http10: bool
     arrived_s: float
+    deadline_s: float = math.inf
+    caller: "Caller | None" = None
+    admission: "Admission | None" = None
+
+
+def find_tenant(request: ClientRequest, header: bytes) -> str:
+    """The tenant of a request: that of its credential, or the one that the header of this name says."""
+    if request.caller is not None:
+        return request.caller.tenant
+    return read_tenant(request.headers, header) if header else ANONYMOUS_TENANT
 
 
 class ClientSide(Protocol):
@@ -57,6 +76,7 @@ class ExchangeContext:
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
+        gate: who may send requests; None: everyone.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -68,4 +88,5 @@ class ExchangeContext:
     on_end: Callable[["Exchange", int, str], None]
     model: str | None = None
     tenant_header: bytes = b""
+    gate: "Gate | None" = None
     draining: bool = False

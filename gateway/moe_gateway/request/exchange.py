@@ -24,14 +24,13 @@ from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.heads import (
     build_request_head,
     ends_between_chunks,
-    read_tenant,
     stamp_response,
 )
 from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.answer_beginning import AnswerBeginning
-from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
 from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, find_error
@@ -93,7 +92,7 @@ class Exchange:
         self.request = request
         self.route = route
         self.parsed = parsed
-        self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s)
+        self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s, request.deadline_s)
         self.last_s = request.arrived_s
         self.ttft_s: float | None = None
         self._client = client
@@ -112,8 +111,7 @@ class Exchange:
         self.job: Job
         self._keys: tuple[int, ...]
         self._is_fair = dispatcher.request_settings.is_fair
-        header = context.tenant_header
-        tenant = read_tenant(request.headers, header) if self._is_fair and header else ANONYMOUS_TENANT
+        tenant = find_tenant(request, context.tenant_header) if self._is_fair else ANONYMOUS_TENANT
         self.job, self._keys = dispatcher.build_job(parsed, session, tenant)
         if self.computes:
             context.stats.arrive(self.job.prompt_tokens, request.arrived_s)

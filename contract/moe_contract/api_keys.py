@@ -3,7 +3,7 @@
 Each file of a folder is an entry of the Secret. Its name is the tenant, its text either keys, one a line, or a JSON
 object:
 
-    {"keys": ["sk-..."], "tenant": "team-a", "priority": 10, "quota": {"requests_per_minute": 600}}
+    {"keys": ["sk-..."], "tenant": "team-a", "priority": 10, "quota": {"requestsPerMinute": 600}}
 
 Invariant: no error shows a part of a key.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.alias_generators import to_camel
 
 from moe_contract.access_config import Quota
 from moe_contract.documents import parse_document, parse_model, read_file
@@ -23,6 +24,12 @@ from moe_contract.sections import Section
 SHORTEST_KEY = 16
 # The kubelet's link to the folder of the Secret's newest content, which it replaces as a whole.
 CURRENT = "..data"
+
+
+class EntryQuota(Quota):
+    """A quota with its fields spelt as in the resource."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
 
 
 class KeyEntry(Section):
@@ -37,8 +44,8 @@ class KeyEntry(Section):
 
     keys: tuple[str, ...]
     tenant: Annotated[str, Field(min_length=1, max_length=253)] | None = None
-    priority: int | None = None
-    quota: Quota | None = None
+    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] | None = None
+    quota: EntryQuota | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

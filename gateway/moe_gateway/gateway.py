@@ -51,7 +51,8 @@ class Gateway:
         # Gateways that share engines do not begin their rounds at the same one.
         self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
-        self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
+        discovery = config.discovery
+        self._discovery = None if discovery is None else connect(discovery, self._on_endpoints, self._on_gateways)
         self._discovering: asyncio.Task[None] | None = None
         self._issuing: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
@@ -186,6 +187,10 @@ class Gateway:
         groups = {endpoint.address.name: endpoint.group for endpoint in endpoints}
         offered = {endpoint.address.name for endpoint in endpoints if endpoint.offered}
         self.dispatcher.set_offers(groups, offered, self.clock())
+
+    def _on_gateways(self, number: int) -> None:
+        if self._context.gate is not None:
+            self._context.gate.divide(number)
 
     def _pool_of(self, server: str) -> Pool | None:
         return self._pools.get(server)

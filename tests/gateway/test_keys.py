@@ -194,7 +194,11 @@ def test_keys_that_are_not_valid_change_nothing_and_are_named_without_the_key(ke
         ("sk-0123456789abcdef 0123", "team-keys/e: key 1: has a character that no header can carry"),
         ("sk-0123456789abcdefgh\nsk-ü0123456789abcdefg", "team-keys/e: key 2: has a character"),
         (KEY, "team-a: has the same key as e"),
-        (json.dumps({"keys": [OTHER], "quota": {"requests_per_minute": 0}}), "team-keys/e: quota.requests_per_minute"),
+        (json.dumps({"keys": [OTHER], "quota": {"requestsPerMinute": 0}}), "team-keys/e: quota.requestsPerMinute"),
+        (
+            json.dumps({"keys": [OTHER], "quota": {"requests": 1}}),
+            "team-keys/e: quota.requests: unknown field; nearest",
+        ),
         (json.dumps({"keys": [OTHER], "priority": "high"}), "team-keys/e: priority"),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_gateway.access.metering import read_usage
 from moe_gateway.access.priorities import class_priority, write_priority
+from pydantic.alias_generators import to_camel
 
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
 from tests.gateway.peers import always, answer_ok, never
@@ -23,7 +24,8 @@ def limited(make_engine, serve, tmp_path):
     async def start(script=answer_ok, *, engines=1, priority=None, **quota):
         folder = tmp_path / "keys"
         folder.mkdir()
-        (folder / "team-a").write_text(json.dumps({"keys": [KEY], "priority": priority, "quota": quota}))
+        spelt = {to_camel(name): bound for name, bound in quota.items()}
+        (folder / "team-a").write_text(json.dumps({"keys": [KEY], "priority": priority, "quota": spelt}))
         made = [await make_engine(script) for _ in range(engines)]
         return made[0], await serve(*made, auth={"key_dirs": [str(folder)]})
 

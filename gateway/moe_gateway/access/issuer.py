@@ -53,6 +53,7 @@ class Issuer:
     def __init__(self, settings: Jwt, clock: Callable[[], float]) -> None:
         self._settings = settings
         self._clock = clock
+        self._document: object = None
         self._keys: Mapping[str | None, jwt.PyJWK] = {}
         self._fetched_s: float | None = None
         self._wanted = asyncio.Event()
@@ -123,16 +124,17 @@ class Issuer:
     async def _fetch(self, session: aiohttp.ClientSession) -> bool:
         """Fetches the keys; those before stay where that fails."""
         try:
-            keys = read_jwks(await self._get(session))
+            document = await self._get(session)
+            keys = read_jwks(document)
         except (aiohttp.ClientError, TimeoutError, ValueError, jwt.PyJWTError) as error:
             log.warning("the keys of the issuer were not fetched", extra={"reason": str(error) or type(error).__name__})
             return False
-        if keys.keys() != self._keys.keys():
-            log.info("keys of the issuer", extra={"keys": len(keys)})
-        if not self._keys.keys() <= keys.keys():
-            # A key was withdrawn: what it signed counts no more.
+        if document != self._document:
+            log.info("new keys of the issuer", extra={"keys": len(keys)})
+            # A key may have been withdrawn: what it signed counts no more.
             self._checked.clear()
-        self._keys, self._fetched_s = keys, self._clock()
+            self._document, self._keys = document, keys
+        self._fetched_s = self._clock()
         return True
 
     async def _get(self, session: aiohttp.ClientSession) -> object:

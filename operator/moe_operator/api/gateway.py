@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
+from moe_operator.api.access import GatewayAuth, GatewayTls
 from moe_operator.api.pods import GatewayService, Image, PodTemplate
 from moe_operator.api.section import Count, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
@@ -91,5 +92,7 @@ class Gateway(Section):
         "before the gateway should set it. Not one that the gateway writes itself, such as `host` and `x-request-id`. "
         "Empty: all requests are of one tenant.",
     )
+    auth: GatewayAuth | None = None
+    tls: GatewayTls | None = None
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

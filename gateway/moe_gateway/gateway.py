@@ -15,6 +15,7 @@ from aiohttp import web
 from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
+from moe_contract.peer_tokens import PeerTokens
 
 from moe_gateway.access.gate import Gate
 from moe_gateway.access.tls import Listener
@@ -45,6 +46,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, tokens: ControlTokens, *, access_log: bool = False) -> None:
         self._config = config
         self._tokens = tokens
+        self._peer_tokens = PeerTokens(config.token_file)
         self._access_log = access_log
         self.clock = time.monotonic
         self.stats = RequestStats(self.clock())
@@ -204,7 +206,9 @@ class Gateway:
             pool = self._pools.get(address.name)
             if pool is None or address not in self._watchers:
                 limit_s = self._config.limits.connect_timeout_s
-                pool = Pool(parts.hostname or "", parts.port or 80, limit_s)
+                # A server without an agent is not the deployment's own.
+                tokens = None if address.agent_url is None else self._peer_tokens
+                pool = Pool(parts.hostname or "", parts.port or 80, limit_s, tokens)
             pools[address.name] = pool
             if address not in self._watchers:
                 engine = self.dispatcher.engines[address.name]
@@ -239,6 +243,7 @@ class Gateway:
 
     def _check_once(self, now_s: float) -> None:
         self.dispatcher.tick(now_s)
+        self._peer_tokens.refresh()
         if self._context.gate is not None:
             self._context.gate.tick(now_s)
         for connection in list(self._connections):

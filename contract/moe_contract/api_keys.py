@@ -120,7 +120,7 @@ def _parse_entry(text: bytes, name: str) -> KeyEntry:
     try:
         return parse_model(KeyEntry, parse_document(text))
     except InvalidInput as error:
-        # Messages about `keys` would show what was given there.
+        # Messages about `keys` would show the value, which may be a key.
         rows = [
             InputError(name, f"{row.path}: a list of texts is needed" if row.path.startswith("keys") else str(row))
             for row in error.errors

@@ -18,7 +18,7 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySet
 from moe_contract.peer_tokens import PeerTokens
 
 from moe_gateway.access.gate import Gate
-from moe_gateway.access.tls import Listener
+from moe_gateway.access.tls import ServingPort
 from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -61,7 +61,7 @@ class Gateway:
         self._pools: dict[str, Pool] = {}
         self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
         self._empty = asyncio.Event()
-        self._listener = Listener(self._connection, config.tls, config.limits.header_timeout_s)
+        self._listener = ServingPort(self._connection, config.tls, config.limits.header_timeout_s)
         self._runner: web.AppRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)

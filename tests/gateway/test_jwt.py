@@ -185,7 +185,7 @@ async def test_until_the_keys_are_known_a_client_is_asked_to_come_again(trusting
 async def test_a_key_that_is_new_is_fetched_when_a_token_names_it(trusting, jwks):
     _, served, issuer = await trusting()
     jwks.keys = [jwk(OTHER_RSA, "two")]
-    # Fresh keys are believed: a token that names an invented key makes nobody ask.
+    # While the keys are fresh a token that names an invented one does not lead to another fetch.
     assert (await ask(served, token(OTHER_RSA, "two"))).status == 401
     asked = jwks.asked
     issuer._fetched_s -= 60.0

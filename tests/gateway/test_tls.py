@@ -39,7 +39,7 @@ def secure(make_engine, serve, tmp_path):
     return start
 
 
-def trust(folder: Path | None = None) -> ssl.SSLContext:
+def client_context(folder: Path | None = None) -> ssl.SSLContext:
     """A client's context, with the certificate of this folder."""
     context = ssl.create_default_context(cadata=AUTHORITY.pem.decode())
     if folder is not None:
@@ -53,7 +53,7 @@ def url_of(served) -> str:
 
 async def serial_of(served) -> int:
     """The serial number of the certificate that a new connection gets."""
-    client = await served.connect(ssl=trust(), server_hostname="localhost")
+    client = await served.connect(ssl=client_context(), server_hostname="localhost")
     data = client.writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     client.writer.close()
     return x509.load_der_x509_certificate(data).serial_number
@@ -65,7 +65,7 @@ def serial_in(folder: Path) -> int:
 
 async def test_openais_client_and_httpx_are_served(secure):
     engine, served = await secure()
-    async with httpx.AsyncClient(verify=trust(), base_url=url_of(served)) as client:
+    async with httpx.AsyncClient(verify=client_context(), base_url=url_of(served)) as client:
         answers = [await client.post("/v1/completions", json=prompt()) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200] * 3
         async with openai.AsyncOpenAI(api_key="x", base_url=url_of(served) + "/v1", http_client=client) as official:
@@ -105,7 +105,7 @@ async def test_large_bodies_pass_both_ways(secure):
 
     _, served = await secure(echo)
     text = "x" * 3_000_000
-    async with httpx.AsyncClient(verify=trust()) as client:
+    async with httpx.AsyncClient(verify=client_context()) as client:
         answer = await client.post(url_of(served) + "/v1/completions", json=prompt(text))
     assert answer.json() == prompt(text)
 
@@ -113,11 +113,11 @@ async def test_large_bodies_pass_both_ways(secure):
 async def test_a_client_without_a_certificate_is_refused_where_one_is_needed(secure, tmp_path):
     engine, served = await secure(client_ca=OTHERS)
     mine, wrong = OTHERS.issue(tmp_path / "mine"), AUTHORITY.issue(tmp_path / "wrong")
-    for context in (trust(), trust(wrong)):
+    for context in (client_context(), client_context(wrong)):
         async with httpx.AsyncClient(verify=context) as client:
             with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.WriteError, httpx.RemoteProtocolError)):
                 await client.post(url_of(served) + "/v1/completions", json=prompt())
-    async with httpx.AsyncClient(verify=trust(mine)) as client:
+    async with httpx.AsyncClient(verify=client_context(mine)) as client:
         assert (await client.post(url_of(served) + "/v1/completions", json=prompt())).status_code == 200
     assert len(engine.requests) == 1
 
@@ -125,7 +125,7 @@ async def test_a_client_without_a_certificate_is_refused_where_one_is_needed(sec
 async def test_a_client_authority_that_was_replaced_is_trusted_no_more(secure, tmp_path):
     _, served = await secure(client_ca=OTHERS)
     mine = OTHERS.issue(tmp_path / "mine")
-    context = trust(mine)
+    context = client_context(mine)
     async with httpx.AsyncClient(verify=context) as client:
         assert (await client.get(url_of(served) + "/health")).status_code == 200
     before = served.gateway._listener._server
@@ -146,7 +146,7 @@ async def test_new_connections_get_a_replaced_certificate_and_open_ones_go_on(se
 
     engine, served = await secure(stream)
     assert await serial_of(served) == serial_in(tmp_path / "cert")
-    client = await served.connect(ssl=trust(), server_hostname="localhost")
+    client = await served.connect(ssl=client_context(), server_hostname="localhost")
     client.send(post(prompt(stream=True)))
     await until(lambda: engine.requests)
     before = served.gateway._listener._server
@@ -172,7 +172,9 @@ async def test_no_connection_is_lost_while_certificates_are_replaced(secure, tmp
 
     async def ask() -> int:
         count = 0
-        async with httpx.AsyncClient(verify=trust(), limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        async with httpx.AsyncClient(
+            verify=client_context(), limits=httpx.Limits(max_keepalive_connections=0)
+        ) as client:
             while not done.is_set() or not count:
                 assert (await client.get(url_of(served) + "/health")).status_code == 200
                 count += 1

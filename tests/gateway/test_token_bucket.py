@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_contract.access_config import Quota
 from moe_gateway.access import quotas as quotas_module
 from moe_gateway.access.key_table import build_caller
-from moe_gateway.access.quotas import Lease, Limit, OverQuota, Quotas
+from moe_gateway.access.quotas import Lease, QuotaBound, OverQuota, Quotas
 from moe_gateway.access.token_bucket import TokenBucket
 
 
@@ -44,7 +44,7 @@ steps = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1e6)), max_size=30)
 
 
 @given(rates, steps)
-def test_who_waits_as_long_as_was_said_gets_it_and_no_earlier(per_minute, rows):
+def test_a_wait_is_as_long_as_needed_and_no_longer(per_minute, rows):
     bucket, now_s = TokenBucket(per_minute, per_minute, 0.0), 0.0
     for pause_s, amount in rows:
         now_s += pause_s
@@ -104,7 +104,7 @@ def test_requests_a_minute_are_counted_by_tenant():
     admit(quotas).end(0, 0.0)
     admit(quotas).end(0, 0.0)
     over = refuse(quotas)
-    assert (over.limit, over.bound, over.wait_s) == (Limit.REQUESTS, 2, pytest.approx(30.0))
+    assert (over.limit, over.bound, over.wait_s) == (QuotaBound.REQUESTS, 2, pytest.approx(30.0))
     admit(quotas, B)
     admit(quotas, now_s=30.0)
 
@@ -112,7 +112,7 @@ def test_requests_a_minute_are_counted_by_tenant():
 def test_requests_at_a_time_are_given_back_once_at_their_end():
     quotas = Quotas(Quota(concurrency=2))
     first, _ = admit(quotas), admit(quotas)
-    assert refuse(quotas, now_s=1.0).limit is Limit.CONCURRENCY
+    assert refuse(quotas, now_s=1.0).limit is QuotaBound.CONCURRENCY
     first.end(0, 5.0)
     first.end(0, 5.0)
     admit(quotas, now_s=5.0)
@@ -128,7 +128,7 @@ def test_tokens_are_charged_at_the_admission_and_set_right_at_the_end():
     lease.end(100, 0.0)
     admit(quotas, tokens=500).end(1100, 0.0)
     over = refuse(quotas, tokens=100)
-    assert (over.limit, over.wait_s) == (Limit.TOKENS, pytest.approx((600 + 100) / 10))
+    assert (over.limit, over.wait_s) == (QuotaBound.TOKENS, pytest.approx((600 + 100) / 10))
 
 
 def test_a_request_that_is_refused_costs_nothing():
@@ -149,8 +149,8 @@ def test_a_prompt_larger_than_the_quota_goes_once_nothing_else_was_taken():
 def test_of_several_bounds_the_one_that_lasts_longest_is_named():
     quotas = Quotas(Quota(requests_per_minute=1, concurrency=1))
     admit(quotas)
-    assert refuse(quotas).limit is Limit.REQUESTS
-    assert refuse(quotas, now_s=60.0).limit is Limit.CONCURRENCY
+    assert refuse(quotas).limit is QuotaBound.REQUESTS
+    assert refuse(quotas, now_s=60.0).limit is QuotaBound.CONCURRENCY
 
 
 def test_a_key_may_have_a_quota_of_its_own_and_another_one_holds_at_once():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from moe_gateway.access.quotas import Limit, OverQuota
+from moe_gateway.access.quotas import QuotaBound, OverQuota
 from moe_gateway.http.replies import RequestOutcome, build_error, build_response
 from moe_gateway.request.context import ClientRequest
 
@@ -35,7 +35,7 @@ def deny_over(over: OverQuota) -> Denial:
     """The answer to a request that is over its quota."""
     seconds = max(1, math.ceil(over.wait_s))
     message = f"the limit of {over.bound} {over.limit} is reached"
-    if over.limit is not Limit.CONCURRENCY:
+    if over.limit is not QuotaBound.CONCURRENCY:
         message += f"; ask again in {seconds} s"
     return Denial(outcome=RequestOutcome.OVER_QUOTA, message=message, retry_after_s=seconds)
 

@@ -120,7 +120,7 @@ class Gate:
         admission.lease.end(tokens, self._clock())
 
     def divide(self, gateways: int) -> None:
-        """So many gateways share the requests of all tenants."""
+        """This number of gateways share the requests of all tenants."""
         self._quotas.divide(gateways, self._clock())
 
     def tick(self, now_s: float) -> None:

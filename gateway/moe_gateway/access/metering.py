@@ -41,7 +41,7 @@ class MeteredClient:
         self._client.write(data)
 
     def answered(self, *, keep_alive: bool) -> None:
-        """The answer is over."""
+        """The answer is over; passes this on."""
         self._client.answered(keep_alive=keep_alive)
 
     def count_tokens(self, *, is_answer: bool) -> int:

@@ -14,13 +14,13 @@ from moe_contract.access_config import Quota
 from moe_gateway.access.key_table import Caller
 from moe_gateway.access.token_bucket import TokenBucket
 
-# Names of tenants come from outside: those that owe nothing are forgotten from so many on.
+# Names of tenants come from outside: beyond this number those that owe nothing are forgotten.
 MOST_IDLE_TENANTS = 10_000
 # Weight of the newest request in the mean duration of a tenant's requests.
 _NEWEST = 0.1
 
 
-class Limit(StrEnum):
+class QuotaBound(StrEnum):
     """Which bound of a quota is reached."""
 
     REQUESTS = "requests a minute"
@@ -39,7 +39,7 @@ class OverQuota:
             usually ends.
     """
 
-    limit: Limit
+    limit: QuotaBound
     bound: int
     wait_s: float
 
@@ -113,7 +113,7 @@ class Quotas:
         return len(self._uses)
 
     def admit(self, caller: Caller, tokens: int, now_s: float) -> Lease | OverQuota:
-        """Admits a request with so many prompt tokens, or says which bound it has reached; then it costs nothing."""
+        """Admits a request with this number of prompt tokens, or names the bound that it has reached, at no cost."""
         use = self._find_use(caller, now_s)
         if (over := _find_limit(use, tokens, now_s)) is not None:
             return over
@@ -125,7 +125,7 @@ class Quotas:
         return Lease(use, now_s, tokens)
 
     def divide(self, gateways: int, now_s: float) -> None:
-        """So many gateways share the requests of all tenants; none at all counts as one."""
+        """This number of gateways share the requests of all tenants; none at all counts as one."""
         self._gateways = max(1, gateways)
         for use in self._uses.values():
             self._size(use, now_s)
@@ -167,9 +167,9 @@ def _resize(bucket: TokenBucket | None, per_minute: int | None, gateways: int, n
 def _find_limit(use: TenantUse, tokens: int, now_s: float) -> OverQuota | None:
     quota, found = use.quota, []
     if use.concurrency is not None and use.in_flight >= use.concurrency:
-        found.append(OverQuota(Limit.CONCURRENCY, quota.concurrency or 0, use.mean_s / use.concurrency))
+        found.append(OverQuota(QuotaBound.CONCURRENCY, quota.concurrency or 0, use.mean_s / use.concurrency))
     if use.requests is not None and (wait_s := use.requests.wait_s(1, now_s)) > 0:
-        found.append(OverQuota(Limit.REQUESTS, quota.requests_per_minute or 0, wait_s))
+        found.append(OverQuota(QuotaBound.REQUESTS, quota.requests_per_minute or 0, wait_s))
     if use.tokens is not None and (wait_s := use.tokens.wait_s(max(1, tokens), now_s)) > 0:
-        found.append(OverQuota(Limit.TOKENS, quota.tokens_per_minute or 0, wait_s))
+        found.append(OverQuota(QuotaBound.TOKENS, quota.tokens_per_minute or 0, wait_s))
     return max(found, key=lambda over: over.wait_s, default=None)

@@ -56,7 +56,7 @@ def _refuse_password() -> str:
     raise ValueError("the key is encrypted; one without a password is needed")
 
 
-class Listener:
+class ServingPort:
     """The server of a port, with TLS or without.
 
     Args:

@@ -1,6 +1,6 @@
 """A token bucket: an amount a minute, saved up for one minute at most. Pure; its owner has the clock.
 
-What is taken may be more than there is, since the tokens of an answer are known at its end: the level falls below zero,
+More may be taken than the bucket holds, since the tokens of an answer are known at its end: the level falls below zero,
 and nothing more is given until it has risen again.
 """
 
@@ -13,7 +13,7 @@ class TokenBucket:
 
     Attributes:
         per_minute: what flows in, and the most that it holds.
-        level: what was there at `at_s`; below zero after more was taken than there was.
+        level: amount at `at_s`; below zero while more was taken than has flowed in.
         at_s: monotonic seconds.
     """
 

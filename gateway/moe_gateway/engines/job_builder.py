@@ -51,7 +51,7 @@ class JobBuilder:
         return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
 
     def count_tokens(self, parsed: Parsed) -> int:
-        """The tokens of a prompt: exact where it is token ids, else by what was learned of its model."""
+        """The tokens of a prompt: exact where it is token ids, else by its model's learned ratio."""
         tokens = parsed.prompt_tokens
         if tokens is None:
             tokens = self._ratio(parsed.model).tokens(len(parsed.prompt))

@@ -146,7 +146,7 @@ class Pool:
     """The idle connections to one address, newest last; makes new ones.
 
     Attributes:
-        tokens: what is shown to the engine with each request; None: nothing.
+        tokens: shown to the engine with each request; None: the engine is not shown any.
     """
 
     def __init__(self, host: str, port: int, connect_timeout_s: float, tokens: PeerTokens | None = None) -> None:

@@ -37,6 +37,7 @@ class EngineConfig(Section):
         startup_timeout_s: time to load the model, after which an engine that is not ready is restarted.
         liveness_timeout_s: time without an answer after which the engine is restarted.
         drain_timeout_s: time that running streams have to end when the engine stops.
+        guarded: answer the deployment's own gateways alone (`peer_tokens.py`).
     """
 
     host: str = LOOPBACK
@@ -54,6 +55,7 @@ class EngineConfig(Section):
     startup_timeout_s: Seconds = 1800.0
     liveness_timeout_s: Seconds = 60.0
     drain_timeout_s: Seconds = 120.0
+    guarded: bool = False
 
     @property
     def has_expert_group(self) -> bool:

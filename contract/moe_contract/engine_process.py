@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.peer_tokens import TOKENS_VARIABLE
 from moe_contract.proxies import with_direct_hosts
 from moe_contract.service_links import without_service_links
 
@@ -100,6 +101,8 @@ def engine_environment(
         # vLLM's own guess is the address of the default route, which need not be the one that the other nodes know.
         environment.setdefault("VLLM_HOST_IP", inherited[POD_IP_VARIABLE])
     environment[RUN_DIR_VARIABLE] = str(config.run_dir.absolute())
+    if config.engine.guarded:
+        environment[TOKENS_VARIABLE] = str(config.token_file.absolute())
     if config.engine.has_expert_group:
         environment[EXPERT_GROUP_VARIABLE] = "1"
     if any(argument.startswith(KV_CACHE_OPTION) for argument in config.engine.args):

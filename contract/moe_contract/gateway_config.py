@@ -14,6 +14,7 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestSettings
 from pydantic import AfterValidator, Field
 
+from moe_contract.access_config import Auth, Tls
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.sections import Listen, Seconds, Section
@@ -156,11 +157,13 @@ class Discovery(Section):
         namespace: where; None is the pod's own.
         groups: Services of the engines.
         ranks: data-parallel ranks of each engine.
+        gateways: name of the gateways' own Service, by whose endpoints quotas are divided; None: not divided.
     """
 
     namespace: str | None = None
     groups: tuple[Group, ...] = ()
     ranks: Annotated[int, Field(ge=1)] = 1
+    gateways: str | None = None
 
 
 class GatewayConfig(Section):
@@ -182,6 +185,8 @@ class GatewayConfig(Section):
         cors: pages in browsers that may use the gateway. Only a start can change it.
         tenant_header: header, in lower case, that names the tenant of a request; empty: all belong to the anonymous
             tenant. Only a start can change it.
+        auth: who may send requests, and how much; None: everyone.
+        tls: TLS on `listen`; None: plain HTTP.
     """
 
     listen: Listen
@@ -197,6 +202,8 @@ class GatewayConfig(Section):
     limits: Limits = Limits()
     cors: Cors = Cors()
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
+    auth: Auth | None = None
+    tls: Tls | None = None
 
 
 class SettingsFile(Section):

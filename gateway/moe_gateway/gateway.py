@@ -15,7 +15,10 @@ from aiohttp import web
 from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
+from moe_contract.peer_tokens import PeerTokens
 
+from moe_gateway.access.gate import Gate
+from moe_gateway.access.tls import ServingPort
 from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -42,12 +45,13 @@ class Gateway:
     """One gateway; `start`, then `drain`.
 
     Raises:
-        InvalidInput: engines are to be discovered, and no API server is known.
+        InvalidInput: engines are to be discovered, and no API server is known; keys or certificates cannot be used.
     """
 
     def __init__(self, config: GatewayConfig, tokens: ControlTokens, *, access_log: bool = False) -> None:
         self._config = config
         self._tokens = tokens
+        self._peer_tokens = PeerTokens(config.token_file)
         self._access_log = access_log
         self.clock = time.monotonic
         self.stats = RequestStats(self.clock())
@@ -55,13 +59,15 @@ class Gateway:
         # Gateways that share engines do not begin their rounds at the same one.
         self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
-        self._discovery = None if config.discovery is None else connect(config.discovery, self._on_endpoints)
+        discovery = config.discovery
+        self._discovery = None if discovery is None else connect(discovery, self._on_endpoints, self._on_gateways)
         self._discovering: asyncio.Task[None] | None = None
+        self._issuing: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
         self._pools: dict[str, Pool] = {}
         self._watchers: dict[EngineAddress, asyncio.Task[None]] = {}
         self._empty = asyncio.Event()
-        self._server: asyncio.AbstractServer | None = None
+        self._listener = ServingPort(self._connection, config.tls, config.limits.header_timeout_s)
         self._runner: web.AppRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
@@ -78,6 +84,7 @@ class Gateway:
             model=config.model,
             tenant_header=config.tenant_header.encode(),
             cors=Cors(config.cors.allowed_origins),
+            gate=None if config.auth is None else Gate(config.auth, self.clock),
         )
 
     @property
@@ -109,12 +116,10 @@ class Gateway:
         Raises:
             OSError: a port is taken.
         """
-        loop = asyncio.get_running_loop()
         self._session = aiohttp.ClientSession()
         listen, admin = self._config.listen, self._config.admin
         try:
-            listener = bind_socket(listen.host, listen.port)
-            self._server = await loop.create_server(self._connection, sock=listener, backlog=BACKLOG)
+            await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
             self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
             await self._runner.setup()
             await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
@@ -124,10 +129,11 @@ class Gateway:
         self._follow(self.in_force.engines)
         self._discover()
         self._checker = self._spawn(self._check())
+        if (gate := self._context.gate) is not None and gate.issuer is not None:
+            self._issuing = self._spawn(gate.issuer.run(self._session))
 
     async def _abandon_start(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
@@ -147,8 +153,7 @@ class Gateway:
     async def drain(self) -> None:
         """Takes no new requests, waits for the running ones, then closes. A silent one ends by the idle timeout."""
         self._context.draining = True
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         for connection in list(self._connections):
             connection.drain()
         if self._connections:
@@ -157,9 +162,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Closes at once; requests that run are ended by force."""
-        if self._server is not None:
-            self._server.close()
-        for task in (self._checker, self._discovering, *self._watchers.values()):
+        self._listener.close()
+        for task in (self._checker, self._discovering, self._issuing, *self._watchers.values()):
             if task is not None:
                 task.cancel()
         for connection in list(self._connections):
@@ -197,6 +201,10 @@ class Gateway:
         offered = {endpoint.address.name for endpoint in endpoints if endpoint.offered}
         self.dispatcher.set_offers(groups, offered, self.clock())
 
+    def _on_gateways(self, number: int) -> None:
+        if self._context.gate is not None:
+            self._context.gate.divide(number)
+
     def _pool_of(self, server: str) -> Pool | None:
         return self._pools.get(server)
 
@@ -209,7 +217,9 @@ class Gateway:
             pool = self._pools.get(address.name)
             if pool is None or address not in self._watchers:
                 limit_s = self._config.limits.connect_timeout_s
-                pool = Pool(parts.hostname or "", parts.port or 80, limit_s)
+                # A server without an agent is not the deployment's own.
+                tokens = None if address.agent_url is None else self._peer_tokens
+                pool = Pool(parts.hostname or "", parts.port or 80, limit_s, tokens)
             pools[address.name] = pool
             if address not in self._watchers:
                 engine = self.dispatcher.engines[address.name]
@@ -221,9 +231,9 @@ class Gateway:
     # Clients.
 
     def _connection(self) -> ClientConnection:
-        connection = ClientConnection(self._context, self._config.limits, self._new_request_id, self._on_close)
-        self._connections.add(connection)
-        return connection
+        return ClientConnection(
+            self._context, self._config.limits, self._new_request_id, self._connections.add, self._on_close
+        )
 
     def _on_close(self, connection: ClientConnection) -> None:
         self._connections.discard(connection)
@@ -238,11 +248,15 @@ class Gateway:
             await asyncio.sleep(CHECK_PERIOD_S)
             try:
                 self._check_once(self.clock())
+                await self._listener.reload(self.clock())
             except Exception:
                 log.exception("a periodic check failed")
 
     def _check_once(self, now_s: float) -> None:
         self.dispatcher.tick(now_s)
+        self._peer_tokens.refresh()
+        if self._context.gate is not None:
+            self._context.gate.tick(now_s)
         for connection in list(self._connections):
             connection.check(now_s)
 
@@ -250,6 +264,8 @@ class Gateway:
         self.recent.end(exchange, status, reason, self.clock())
         if self._context.tracer is not None:
             self._context.tracer.end(exchange, status, reason)
+        if self._context.gate is not None and exchange.request.admission is not None:
+            self._context.gate.end(exchange.request.admission, status)
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request

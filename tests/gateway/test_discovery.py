@@ -249,3 +249,25 @@ def test_without_an_api_server_to_be_found_the_start_is_refused_in_a_line(tmp_pa
     with pytest.raises(InvalidInput) as refused:
         Gateway(parse_model(GatewayConfig, document), ControlTokens(token))
     assert str(refused.value).startswith("discovery: neither a pod's account nor a usable kubeconfig")
+
+
+async def test_a_quota_is_divided_among_the_gateways_that_are_ready(make_engine, api, serve, tmp_path):
+    (keys := tmp_path / "keys").mkdir()
+    engine = await make_engine()
+    api.put(engine_slice(engine))
+    discovery = {"namespace": "models", "groups": [{"service": "tiny-engine"}], "gateways": "tiny"}
+    served = await serve(ready=False, discovery=discovery, auth={"key_dirs": [str(keys)]})
+    quotas = served.gateway._context.gate._quotas
+    await until(lambda: served.accepting == {engine.name}, "the engine, and nothing of the gateways")
+    rows = {f"gateway-{number}": {"address": f"10.0.0.{number}", "ready": number < 3} for number in range(4)}
+    api.put(make_slice("gateways", "tiny", rows, ports=[{"name": "http", "port": 8000}]))
+    await until(lambda: quotas._gateways == 3, "three gateways")
+    # The same pods, in the slice of their other addresses.
+    sixth = {name: row | {"address": f"fd00::{name[-1]}"} for name, row in rows.items()}
+    api.put(make_slice("sixth", "tiny", sixth, addressType="IPv6", ports=[{"name": "http", "port": 8000}]))
+    api.put(make_slice("gateways", "tiny", {name: rows[name] for name in list(rows)[:2]}))
+    api.delete("sixth")
+    await until(lambda: quotas._gateways == 2, "two gateways")
+    api.delete("gateways")
+    await until(lambda: quotas._gateways == 1, "this one alone")
+    assert served.accepting == {engine.name}

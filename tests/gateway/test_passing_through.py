@@ -134,7 +134,8 @@ async def test_fields_of_one_connection_and_the_rank_do_not_pass_the_gateway(mak
     )
     await served.ask(post(prompt(), extra=extra))
     headers = engine.requests[0].headers
-    assert set(headers) == {b"host", b"x-request-id", b"content-length", b"content-type", b"authorization", b"x-other"}
+    of_the_gateway = {b"host", b"x-request-id", b"content-length", b"x-moeserving-peer"}
+    assert set(headers) == of_the_gateway | {b"content-type", b"authorization", b"x-other"}
     assert headers[b"host"] == f"127.0.0.1:{engine.port}".encode()
 
 

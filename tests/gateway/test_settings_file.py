@@ -7,6 +7,7 @@ from moe_contract.gateway_config import Group, load_gateway_config
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan import pods
+from moe_operator.plan.names import Names
 
 from tests.gateway.clients import put
 
@@ -88,7 +89,7 @@ def test_what_the_operator_writes_is_taken(write):
     document = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "tiny"}}
     resource = MoEServing.model_validate(document | {"spec": {"model": {"uri": "hf://org/tiny"}}})
     groups = (Group(service="tiny-engine", weight=95), Group(service="tiny-engine-canary", weight=5))
-    planned = pods.build_gateway_config(resource).model_dump(
+    planned = pods.build_gateway_config(resource, Names("tiny")).model_dump(
         mode="json", exclude_defaults=True, exclude={"settings_file"}
     )
     found = load_gateway_config(write(pods.build_gateway_file(resource, groups), **planned))

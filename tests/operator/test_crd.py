@@ -19,6 +19,7 @@ from moe_operator.api import (
     parse_resource,
     status_document,
 )
+from moe_operator.api.access import GatewayAuth
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
@@ -143,6 +144,7 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Autoscaling,
         Cache,
         Engine,
+        GatewayAuth,
         GatewayAutoscaling,
         GatewayService,
         Model,

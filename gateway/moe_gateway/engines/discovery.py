@@ -13,7 +13,7 @@ from moe_contract.gateway_config import Discovery as Settings
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.list_watch import ListWatch, Times
 
-from moe_gateway.engines.endpoints import SERVICE_LABEL, Endpoint, name_of_slice, read_endpoints
+from moe_gateway.engines.endpoints import SERVICE_LABEL, Endpoint, count_ready, name_of_slice, read_endpoints
 
 ENDPOINT_SLICE = Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
 TIMES = Times(watch_s=60.0, relist_s=60.0)
@@ -21,7 +21,7 @@ TIMES = Times(watch_s=60.0, relist_s=60.0)
 log = logging.getLogger("moeserving.gateway")
 
 
-def connect(settings: Settings, on_endpoints: "OnEndpoints") -> "Discovery":
+def connect(settings: Settings, on_endpoints: "OnEndpoints", on_gateways: "OnGateways") -> "Discovery":
     """A discovery that has not begun; inside a cluster by the pod's own account, elsewhere by `KUBECONFIG`.
 
     Raises:
@@ -31,10 +31,14 @@ def connect(settings: Settings, on_endpoints: "OnEndpoints") -> "Discovery":
         server = ApiServer()
     except LoginError as error:
         raise InvalidInput([InputError("discovery", str(error))]) from None
-    return Discovery(server, settings.namespace, settings.ranks, on_endpoints)
+    discovery = Discovery(server, settings.namespace, settings.ranks, on_endpoints)
+    if settings.gateways is not None:
+        discovery.count_gateways(settings.gateways, on_gateways)
+    return discovery
 
 
 OnEndpoints = Callable[[tuple[Endpoint, ...]], None]
+OnGateways = Callable[[int], None]
 
 
 class Discovery:
@@ -65,7 +69,13 @@ class Discovery:
         self._ranks, self._on_endpoints = ranks, on_endpoints
         self._times = replace(TIMES, relist_s=relist_s)
         self._groups: tuple[str, ...] = ()
+        self._gateways: tuple[str, ...] = ()
+        self._on_gateways: OnGateways | None = None
         self._slices: dict[str, Document] = {}
+
+    def count_gateways(self, service: str, on_gateways: OnGateways) -> None:
+        """Reports the number of ready endpoints of the gateways' own Service too; called before `run`."""
+        self._gateways, self._on_gateways = (service,), on_gateways
 
     async def run(self, groups: Collection[str]) -> None:
         """Follows these Services until it is cancelled."""
@@ -74,7 +84,7 @@ class Discovery:
             # Nothing can be found, which is known at once.
             self._replace({})
             return
-        selector = f"{SERVICE_LABEL} in ({','.join(self._groups)})"
+        selector = f"{SERVICE_LABEL} in ({','.join([*self._groups, *self._gateways])})"
         await ListWatch(self._server, ENDPOINT_SLICE, self._namespace, selector, self, self._times).run()
 
     async def close(self) -> None:
@@ -108,3 +118,5 @@ class Discovery:
     def _replace(self, slices: dict[str, Document]) -> None:
         self._slices, self.synced = slices, True
         self._on_endpoints(read_endpoints(slices.values(), self._groups, self._ranks))
+        if self._on_gateways is not None:
+            self._on_gateways(count_ready(slices.values(), self._gateways))

@@ -204,11 +204,17 @@ class Dispatcher:
         """The job of a request, and the keys of its prompt's blocks."""
         return self._jobs.build(parsed, session, tenant)
 
+    def count_tokens(self, parsed: Parsed) -> int:
+        """Tokens of a prompt, as far as they are known before an engine has read it."""
+        return self._jobs.count_tokens(parsed)
+
     def admit(self, waiter: Waiter, now_s: float) -> Send | Held | Rejection:
         """Decides about a request that came, or that another engine failed: send it now, hold it, or reject it.
 
         Held requests go first: while any request that needs computing stays held, so does this one.
         """
+        if waiter.attempts.is_late(now_s):
+            return Rejection.DEADLINE
         waiting = self._queue.waiters
         if waiting and waiter.computes:
             self.release_held(now_s)
@@ -367,6 +373,8 @@ class Dispatcher:
             self._queue.release_while(lambda waiter: self._choose_held(waiter, now_s))
 
     def _choose_held(self, waiter: Waiter, now_s: float) -> Send | Rejection | None:
+        if waiter.attempts.is_late(now_s):
+            return Rejection.DEADLINE
         failed = waiter.attempts.failed_targets
         decision = self.choose(waiter.job, now_s, failed, computes=waiter.computes)
         if isinstance(decision, Refuse) and decision.reason is RefuseReason.NO_OTHER_ENGINE:

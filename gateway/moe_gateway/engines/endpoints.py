@@ -3,7 +3,7 @@
 Invariants: the answer depends on the slices alone, not on their order; each name and each address is there once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moe_contract.addresses import http_url
@@ -61,6 +61,13 @@ def read_endpoints(slices: Iterable[Document], groups: Iterable[str], ranks: int
             if addresses.setdefault(endpoint.address.url, name) == name:
                 found[name] = _merge(found.get(name), endpoint)
     return tuple(found[name] for name in sorted(found))
+
+
+def count_ready(slices: Iterable[Document], services: Collection[str]) -> int:
+    """Number of pods that are ready behind these Services; one that has addresses of two families counts once."""
+    rows = [row for row in slices if _group_of(row) in services]
+    given = [given for row in rows for given in row.get("endpoints") or () if given.get("addresses")]
+    return len({_name_of(row) for row in given if (row.get("conditions") or {}).get("ready") is not False})
 
 
 def name_of_slice(row: Document) -> str:

@@ -23,6 +23,7 @@ class Rejection(Enum):
     QUEUE_FULL_SATURATED = "queue_full_saturated"
     TIMEOUT_NO_ENGINE = "timeout_no_engine"
     TIMEOUT_SATURATED = "timeout_saturated"
+    DEADLINE = "deadline"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,7 @@ class JobBuilder:
 
     def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
-        prompt, tokens = parsed.prompt, parsed.prompt_tokens
-        if tokens is None:
-            tokens = self._ratio(parsed.model).tokens(len(prompt))
-            if parsed.media:
-                tokens += self._media_tokens(parsed.model).tokens(parsed.media)
+        prompt, tokens = parsed.prompt, self.count_tokens(parsed)
         session_target = None if session is None else self._sessions.get(session)
         previous = parsed.previous_response
         server = None if previous is None else self.responses.find(previous)
@@ -57,6 +53,15 @@ class JobBuilder:
             # `user` may name an application: without a common prefix its requests are no conversation.
             session_target = None
         return Job(tokens, cached, session_target, parsed.priority, tenant, parsed.model, server), keys
+
+    def count_tokens(self, parsed: Parsed) -> int:
+        """The tokens of a prompt: exact where it is token ids, else by its model's learned ratio."""
+        tokens = parsed.prompt_tokens
+        if tokens is None:
+            tokens = self._ratio(parsed.model).tokens(len(parsed.prompt))
+            if parsed.media:
+                tokens += self._media_tokens(parsed.model).tokens(parsed.media)
+        return tokens
 
     def record(self, keys: tuple[int, ...], session: str | None, request: InFlightRequest) -> None:
         """A job was sent to a target, which will have its prompt cached."""

@@ -11,12 +11,15 @@ from typing import Any
 
 from moe_contract.gateway_config import Limits
 
+from moe_gateway.access.deadlines import read_deadline
+from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.served_models import list_models, model_row
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, strip_authority
-from moe_gateway.request.context import ClientRequest, ExchangeContext
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed, parse_body
 
@@ -38,6 +41,7 @@ class ClientConnection(asyncio.Protocol):
         context: the gateway's parts.
         limits: of sizes and times.
         new_request_id: names a request that has no usable id of its own.
+        on_open: called once the connection is open, with TLS after its handshake.
         on_close: called once the connection has ended.
     """
 
@@ -52,6 +56,7 @@ class ClientConnection(asyncio.Protocol):
         "_linger_end_s",
         "_new_request_id",
         "_on_close",
+        "_on_open",
         "_reader",
         "transport",
     )
@@ -61,10 +66,12 @@ class ClientConnection(asyncio.Protocol):
         context: ExchangeContext,
         limits: Limits,
         new_request_id: Callable[[], bytes],
+        on_open: Callable[["ClientConnection"], None],
         on_close: Callable[["ClientConnection"], None],
     ) -> None:
         self._context = context
         self._limits = limits
+        self._on_open = on_open
         self._on_close = on_close
         self._new_request_id = new_request_id
         self.transport: Any = None
@@ -85,6 +92,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self._on_open(self)
         self.expect_within(self._limits.header_timeout_s)
         if self._context.draining:
             self.drain()
@@ -181,6 +189,8 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
         elif route is Route.HEALTH:
             self._serve_health(request)
+        elif (gate := self._context.gate) is not None and (denial := gate.identify(request)) is not None:
+            self._deny(request, route, denial)
         elif route is Route.MODELS and (models := self._list_models()) is not None:
             close = not self._keeps(request)
             self._reply(request, route, 200, build_models(models, request.request_id, close=close))
@@ -193,6 +203,10 @@ class ClientConnection(asyncio.Protocol):
             self._reply(request, route, 200, answer)
         else:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, "this origin is not allowed")
+
+    def _deny(self, request: ClientRequest, route: Route, denial: Denial) -> None:
+        answer = build_denial(request, denial, close=not self._keeps(request))
+        self._reply(request, route, denial.outcome.status, answer, denial.outcome.label)
 
     def _list_models(self) -> object | None:
         """The list of models where no engine alone has it: while none is there, or where they serve different names."""
@@ -216,6 +230,7 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
             parsed = parse_body(route, request.body) if route.method == b"POST" else _NO_BODY
+            read_deadline(request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
@@ -229,9 +244,17 @@ class ClientConnection(asyncio.Protocol):
             message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
             return
+        client: ClientSide = self
+        if self._context.gate is not None and route.method == b"POST":
+            tokens = self._context.dispatcher.count_tokens(parsed)
+            admitted = self._context.gate.admit(request, parsed, self, tokens, has_job=route.has_job)
+            if isinstance(admitted, Denial):
+                self._deny(request, route, admitted)
+                return
+            parsed, client = admitted
         if self._context.tracer is not None:
             self._context.tracer.begin(request, route, self._context.clock())
-        self._exchange = exchange = Exchange(request, route, parsed, self, self._context)
+        self._exchange = exchange = Exchange(request, route, parsed, client, self._context)
         if self._is_writing_paused:
             exchange.pause()
         exchange.begin()
@@ -259,11 +282,11 @@ class ClientConnection(asyncio.Protocol):
     def _keeps(self, request: ClientRequest) -> bool:
         return request.keep_alive and not self._context.draining
 
-    def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes) -> None:
+    def _reply(self, request: ClientRequest, route: Route, status: int, answer: bytes, refusal: str = "") -> None:
         if not is_preflight(request.method, request.headers):
             answer = insert_lines(answer, self._context.cors.answer_lines(request.headers))
         self.transport.write(answer)
-        self._context.stats.finish(route.label, status)
+        self._context.stats.finish(route.label, status, refusal=refusal)
         if not self._keeps(request):
             self._close()
 
@@ -322,7 +345,10 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what took too long; called several times a second."""
         if self._exchange is not None:
-            self._exchange.check(now_s, self._limits)
+            if self._exchange.attempts.is_late(now_s):
+                self._exchange.reject(Rejection.DEADLINE)
+            else:
+                self._exchange.check(now_s, self._limits)
         elif now_s >= self._deadline_s:
             if self._is_lingering:
                 self.transport.abort()

@@ -12,6 +12,7 @@ class RequestOutcome(Enum):
     """How a request can end without an engine's answer: label, status, OpenAI error type."""
 
     BAD_REQUEST = ("bad_request", 400, "invalid_request_error")
+    UNAUTHORIZED = ("invalid_api_key", 401, "invalid_request_error")
     NOT_FOUND = ("not_found", 404, "invalid_request_error")
     MODEL_NOT_FOUND = ("model_not_found", 404, "invalid_request_error")
     RESPONSE_NOT_FOUND = ("response_not_found", 404, "invalid_request_error")
@@ -20,11 +21,14 @@ class RequestOutcome(Enum):
     BODY_TOO_LARGE = ("body_too_large", 413, "invalid_request_error")
     HEAD_TOO_LARGE = ("head_too_large", 431, "invalid_request_error")
     BUSY = ("busy", 429, "rate_limit_error")
+    OVER_QUOTA = ("rate_limit_exceeded", 429, "rate_limit_error")
     CLIENT_GONE = ("client_gone", 499, "")
     ENGINE_FAILED = ("engine_failed", 502, "server_error")
     NO_ENGINE = ("no_engine", 503, "server_error")
     GATEWAY_ENDED = ("gateway_ended", 503, "server_error")
+    ISSUER_UNKNOWN = ("issuer_unknown", 503, "server_error")
     ENGINE_SILENT = ("engine_silent", 504, "server_error")
+    DEADLINE_EXCEEDED = ("deadline_exceeded", 504, "server_error")
 
     def __init__(self, label: str, status: int, kind: str) -> None:
         self.label = label
@@ -35,6 +39,7 @@ class RequestOutcome(Enum):
 REASONS = {
     200: "OK",
     400: "Bad Request",
+    401: "Unauthorized",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
@@ -62,11 +67,14 @@ def build_error(
     retry_after_s: int | None = None,
     head_only: bool = False,
     allow: bytes | None = None,
+    challenge: bytes = b"",
 ) -> bytes:
-    """A whole HTTP response; `Retry-After` in whole seconds and `Allow` where given."""
+    """A whole HTTP response; `Retry-After` in whole seconds, `Allow` and `WWW-Authenticate` where given."""
     extra = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
     if allow is not None:
         extra += b"allow: %b\r\n" % allow
+    if challenge:
+        extra += b"www-authenticate: %b\r\n" % challenge
     body = build_error_document(outcome, message, param)
     return build_response(outcome.status, body, request_id=request_id, extra=extra, close=close, head_only=head_only)
 

@@ -8,6 +8,7 @@ import asyncio
 from typing import Protocol
 
 import httptools
+from moe_contract.peer_tokens import PeerTokens
 
 LONGEST_HEAD_BYTES = 256 * 1024
 
@@ -68,6 +69,8 @@ class UpstreamConnection(asyncio.Protocol):
         assert self.transport is not None
         self._reset()
         self.receiver = receiver
+        if (tokens := self._pool.tokens) is not None:
+            head = head[:-2] + tokens.head_end
         if len(body) < 16384:
             self.transport.write(head + body)
         else:
@@ -140,9 +143,14 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class Pool:
-    """The idle connections to one address, newest last; makes new ones."""
+    """The idle connections to one address, newest last; makes new ones.
 
-    def __init__(self, host: str, port: int, connect_timeout_s: float) -> None:
+    Attributes:
+        tokens: shown to the engine with each request; None: the engine is not shown any.
+    """
+
+    def __init__(self, host: str, port: int, connect_timeout_s: float, tokens: PeerTokens | None = None) -> None:
+        self.tokens = tokens
         self._host = host
         self._port = port
         self._connect_timeout_s = connect_timeout_s

@@ -1,12 +1,16 @@
 """What an exchange works with: the client's request, the client's connection, and the gateway's parts."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.cors import Cors
+from moe_gateway.http.heads import read_tenant
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
 from moe_gateway.request.recent_requests import RecentRequests
@@ -15,6 +19,8 @@ from moe_gateway.request_stats import RequestStats
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+    from moe_gateway.access.gate import Admission, Gate
+    from moe_gateway.access.key_table import Caller
     from moe_gateway.request.exchange import Exchange
     from moe_gateway.tracing import RequestTracer
 
@@ -30,6 +36,9 @@ class ClientRequest:
         http10: whether it speaks HTTP/1.0.
         arrived_s: when its last byte came.
         span: of its trace; None where requests are not traced.
+        deadline_s: when its answer must have begun.
+        caller: whose credential it had; None without keys.
+        admission: its charge to a quota; None before, and without keys.
     """
 
     method: bytes
@@ -42,6 +51,16 @@ class ClientRequest:
     http10: bool
     arrived_s: float
     span: "Span | None" = None
+    deadline_s: float = math.inf
+    caller: "Caller | None" = None
+    admission: "Admission | None" = None
+
+
+def find_tenant(request: ClientRequest, header: bytes) -> str:
+    """The tenant of a request: that of its credential, or the one that the header of this name says."""
+    if request.caller is not None:
+        return request.caller.tenant
+    return read_tenant(request.headers, header) if header else ANONYMOUS_TENANT
 
 
 class ClientSide(Protocol):
@@ -69,6 +88,7 @@ class ExchangeContext:
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
+        gate: who may send requests; None: everyone.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -84,4 +104,5 @@ class ExchangeContext:
     tenant_header: bytes = b""
     cors: Cors = field(default_factory=Cors)
     open_users: OpenUsers = field(default_factory=OpenUsers)
+    gate: "Gate | None" = None
     draining: bool = False

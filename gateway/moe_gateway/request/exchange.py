@@ -21,14 +21,14 @@ from moe_scheduling.signals import Target
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
-from moe_gateway.http.heads import build_request_head, read_tenant
+from moe_gateway.http.heads import build_request_head
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.answer_account import AnswerAccount
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.client_answer import ClientAnswer
-from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
 from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart
@@ -80,7 +80,7 @@ class Exchange:
         self.request = request
         self.route = route
         self.parsed = parsed
-        self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s)
+        self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s, request.deadline_s)
         self.last_s = request.arrived_s
         self._answer = ClientAnswer(request, client, context)
         self._account = AnswerAccount(route, request.arrived_s, context)
@@ -98,8 +98,7 @@ class Exchange:
         self.job: Job
         self._keys: tuple[int, ...]
         self._is_fair = dispatcher.request_settings.is_fair
-        header = context.tenant_header
-        tenant = read_tenant(request.headers, header) if self._is_fair and header else ANONYMOUS_TENANT
+        tenant = find_tenant(request, context.tenant_header) if self._is_fair else ANONYMOUS_TENANT
         self.job, self._keys = dispatcher.build_job(parsed, session, tenant)
         if self.computes:
             context.stats.arrive(self.job.prompt_tokens, request.arrived_s)

@@ -13,4 +13,5 @@ REJECTIONS = {
     Rejection.QUEUE_FULL_SATURATED: (RequestOutcome.BUSY, "all engines are saturated and the queue is full"),
     Rejection.TIMEOUT_NO_ENGINE: (RequestOutcome.NO_ENGINE, "no engine accepted requests in time"),
     Rejection.TIMEOUT_SATURATED: (RequestOutcome.NO_ENGINE, "every engine stayed saturated"),
+    Rejection.DEADLINE: (RequestOutcome.DEADLINE_EXCEEDED, "X-Request-Timeout passed before the answer began"),
 }

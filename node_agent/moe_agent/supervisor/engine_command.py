@@ -9,6 +9,7 @@ from moe_scheduling.expert.decision import ExpertSettings
 from moe_agent.supervisor.node import Node
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
+GUARD = "moe_agent.vllm.peer_guard.PeersOnly"
 MIDDLEWARE = "moe_agent.vllm.middleware.ServingRoutesOnly"
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 HEADLESS = ("-m", "moe_agent.vllm.headless", "--headless")
@@ -61,7 +62,8 @@ def build_arguments(
 
 def _build_server_arguments(engine: EngineConfig) -> list[str]:
     address = ["--host", engine.host, "--port", str(engine.port)]
-    return [*address, "--middleware", MIDDLEWARE, "--disable-uvicorn-access-log"]
+    guard = ["--middleware", GUARD] if engine.guarded else []
+    return [*address, *guard, "--middleware", MIDDLEWARE, "--disable-uvicorn-access-log"]
 
 
 def _build_balancer_arguments(engine: EngineConfig, expert: ExpertSettings, *, cpu_build: bool) -> list[str]:

@@ -6,6 +6,7 @@ from moe_contract.gateway_config import ORIGIN_PATTERN, check_endpoint
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
 from pydantic import AfterValidator, Field
 
+from moe_operator.api.access import GatewayAuth, GatewayTls
 from moe_operator.api.pods import GatewayService, Image, PodTemplate
 from moe_operator.api.section import Count, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
@@ -126,5 +127,7 @@ class Gateway(Section):
     )
     cors: GatewayCors = GatewayCors()
     tracing: GatewayTracing | None = Field(default=None, description="Traces of requests. Absent: none.")
+    auth: GatewayAuth | None = None
+    tls: GatewayTls | None = None
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

@@ -65,6 +65,7 @@ def _example_site(ports: int, cpus: int | None, gpus: int) -> LocalSite:
         cpus=cpus or len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         gpus=tuple(str(index) for index in range(gpus)),
+        secrets_dir=Path("SECRETS_DIR"),
     )
 
 

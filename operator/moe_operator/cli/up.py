@@ -1,6 +1,7 @@
 """`moeserving up`: start a deployment, and watch it."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,15 @@ def up(
     port: Annotated[
         int | None, typer.Option("--port", min=1, max=65535, help="Port for clients.", show_default="a free one")
     ] = None,
+    secrets: Annotated[
+        Path | None,
+        typer.Option(
+            "--secrets",
+            envvar="MOESERVING_SECRETS",
+            help="Folder with a folder of files for each Secret of `gateway.auth` and `gateway.tls`.",
+            show_default=False,
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; `down` stops it.")] = False,
 ) -> None:
     """Serve a file on this machine until Ctrl-C (or `down`)."""
@@ -33,6 +43,6 @@ def up(
         tell_idle(resource)
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
-        process = start(resource, folder, programs, tied=not detach)
+        process = start(resource, folder, programs, tied=not detach, secrets_dir=secrets)
         status = asyncio.run(Watch(folder, process, detach=detach).run())
     raise typer.Exit(status)

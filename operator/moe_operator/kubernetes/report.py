@@ -54,15 +54,14 @@ def build_status(
         generation=document["metadata"].get("generation"),
     )
     before: Document = document.get("status", {})
-    port = document.get("spec", {}).get("gateway", {}).get("service", {}).get("port", 80)
-    suffix = "" if port == 80 else f":{port}"
+    gateway = document.get("spec", {}).get("gateway", {})
     status = StatusSection(
         observed_generation=inputs.generation,
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,
         selector=selector_text(replica_labels(names, read_nodes(document))),
-        endpoint=f"http://{names.service}.{namespace}.svc{suffix}",
+        endpoint=_endpoint(gateway, f"{names.service}.{namespace}.svc"),
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
         policies=_policies(
             [states.engines[_name(pod)] for pod in engines if _name(pod) in states.engines], gateway_states
@@ -72,6 +71,13 @@ def build_status(
     )
     current = _keep_numbers(status_document(status), before)
     return current, replace(inputs, experts=ExpertsStatus.model_validate(current["experts"]))
+
+
+def _endpoint(gateway: Document, host: str) -> str:
+    """The URL for clients within the cluster."""
+    scheme, usual = ("https", 443) if gateway.get("tls") else ("http", 80)
+    port = gateway.get("service", {}).get("port", 80)
+    return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
 def _policies(engines: Sequence[AgentState], gateways: Sequence[GatewayState]) -> PoliciesInForce:

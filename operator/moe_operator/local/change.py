@@ -99,6 +99,7 @@ def plan_for(resource: MoEServing, folder: Folder, record: Record) -> LocalPlan:
             memory_bytes=site.memory_bytes,
             gpus=site.gpus,
             host=site.host,
+            secrets_dir=site.secrets_dir,
         ),
     )
 

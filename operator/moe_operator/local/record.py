@@ -1,8 +1,9 @@
 """`state.json`: what the supervisor says about the deployment. It is the file's only writer once it runs."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -63,6 +64,7 @@ class SiteRecord:
     memory_bytes: int
     gpus: tuple[str, ...]
     host: str = LOOPBACK
+    secrets_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ def save_record(folder: Folder, record: Record) -> None:
 
 def record_document(record: Record) -> dict[str, Any]:
     """The record as a JSON document."""
-    return asdict(record)
+    return dict(_RECORD.dump_python(record, mode="json"))
 
 
 def load_record(folder: Folder) -> Record | None:

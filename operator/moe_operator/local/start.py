@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from moe_contract.addresses import http_url
+from moe_contract.addresses import authority, http_url
+from moe_contract.api_keys import read_keys
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, dump_resource, parse_resource, resource_document, set_field
@@ -61,8 +62,12 @@ def name_resource(resource: MoEServing, name: str | None, port: int | None) -> M
     return parse_resource(document)
 
 
-def start(resource: MoEServing, folder: Folder, programs: Programs, *, tied: bool) -> subprocess.Popen[bytes]:
+def start(
+    resource: MoEServing, folder: Folder, programs: Programs, *, tied: bool, secrets_dir: Path | None = None
+) -> subprocess.Popen[bytes]:
     """Starts the supervisor; `tied` ends it, with a drain, when this process ends.
+
+    `secrets_dir` has the files of the gateway's Secrets.
 
     Raises:
         InvalidInput: the machine lacks what the resource needs, a port is taken, or the name is served already.
@@ -77,8 +82,9 @@ def start(resource: MoEServing, folder: Folder, programs: Programs, *, tied: boo
     try:
         clean(folder)
         check_port_free(resource)
-        site = find_site(resource, folder)
+        site = find_site(resource, folder, secrets_dir)
         plan = plan_local(resource, site)
+        check_secrets(plan)
         write_files(resource, folder, plan)
         save_record(folder, build_record(resource, folder, site, plan, programs))
         return _spawn(folder, lock, tied=tied)
@@ -118,7 +124,7 @@ def clean(folder: Folder) -> None:
     folder.state.unlink(missing_ok=True)
 
 
-def find_site(resource: MoEServing, folder: Folder) -> LocalSite:
+def find_site(resource: MoEServing, folder: Folder, secrets_dir: Path | None = None) -> LocalSite:
     """This machine, with free ports chosen."""
     taken = [port] if (port := resource.spec.gateway.port) else []
     return LocalSite(
@@ -129,7 +135,22 @@ def find_site(resource: MoEServing, folder: Folder) -> LocalSite:
         memory_bytes=machine.memory_bytes(),
         gpus=machine.find_gpus(),
         host=machine.HOST,
+        secrets_dir=None if secrets_dir is None else secrets_dir.absolute(),
     )
+
+
+def check_secrets(plan: LocalPlan) -> None:
+    """Refuses keys that are not valid, and certificates that are not there, before a gateway fails on them."""
+    auth, tls = plan.gateway.auth, plan.gateway.tls
+    if auth is not None:
+        read_keys(auth.key_dirs)
+    if tls is None:
+        return
+    files = [tls.cert_dir / "tls.crt", tls.cert_dir / "tls.key"]
+    if tls.client_ca_dir is not None:
+        files.append(tls.client_ca_dir / "ca.crt")
+    if missing := [InputError("spec.gateway.tls", f"no file {path}") for path in files if not path.is_file()]:
+        raise InvalidInput(missing)
 
 
 def write_files(resource: MoEServing, folder: Folder, plan: LocalPlan) -> None:
@@ -156,11 +177,16 @@ def build_record(resource: MoEServing, folder: Folder, site: LocalSite, plan: Lo
     ]
     return Record(
         name=folder.name,
-        endpoint=http_url(listen.host, listen.port),
+        endpoint=f"{'http' if plan.gateway.tls is None else 'https'}://{authority(listen.host, listen.port)}",
         served_name=plan.agents[0].engine.served_name,
         drain_timeout_s=plan.agents[0].engine.drain_timeout_s,
         site=SiteRecord(
-            ports=site.ports, cpus=site.cpus, memory_bytes=site.memory_bytes, gpus=site.gpus, host=site.host
+            ports=site.ports,
+            cpus=site.cpus,
+            memory_bytes=site.memory_bytes,
+            gpus=site.gpus,
+            host=site.host,
+            secrets_dir=site.secrets_dir,
         ),
         processes=(_build_row(folder, GATEWAY, programs.gateway, http_url(admin.host, admin.port)), *agents),
         ready_changed=time.time(),

@@ -50,6 +50,8 @@ def build_engine(resource: MoEServing, *, host: str, port: int, share: Share) ->
         startup_timeout_s=duration_s(engine.startup_timeout),
         liveness_timeout_s=duration_s(engine.liveness_timeout),
         drain_timeout_s=duration_s(engine.drain_timeout),
+        # Where clients need keys, nobody else's requests are answered.
+        guarded=resource.spec.gateway.auth is not None,
     )
 
 

@@ -3,8 +3,10 @@
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from moe_contract.access_config import Auth, Jwt, Quota, Tls
 from moe_contract.gateway_config import ORIGIN_PATTERN, Cors, Limits, Tracing
 
 from moe_operator.api.resource import MoEServing
@@ -53,3 +55,33 @@ def build_tracing(resource: MoEServing) -> Tracing | None:
     """Where the gateway sends traces of requests."""
     tracing = resource.spec.gateway.tracing
     return None if tracing is None else Tracing(endpoint=tracing.endpoint, sample_ratio=tracing.sample_percent / 100)
+
+
+def find_secrets(resource: MoEServing) -> tuple[str, ...]:
+    """The Secrets that a gateway reads, each once, in the order of their fields."""
+    auth, tls = resource.spec.gateway.auth, resource.spec.gateway.tls
+    names = [*(auth.secrets if auth else ()), *((tls.secret_name, tls.client_ca_secret) if tls else ())]
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def build_auth(resource: MoEServing, folder_of: Callable[[str], Path]) -> Auth | None:
+    """Who may send requests; `folder_of` says where the files of a Secret are."""
+    auth = resource.spec.gateway.auth
+    if auth is None:
+        return None
+    return Auth(
+        key_dirs=tuple(folder_of(name) for name in dict.fromkeys(auth.secrets)),
+        jwt=None if auth.jwt is None else Jwt(**auth.jwt.model_dump(by_alias=False)),
+        quota=Quota(**auth.quota.model_dump(by_alias=False)),
+    )
+
+
+def build_tls(resource: MoEServing, folder_of: Callable[[str], Path]) -> Tls | None:
+    """TLS for clients; `folder_of` says where the files of a Secret are."""
+    tls = resource.spec.gateway.tls
+    if tls is None:
+        return None
+    return Tls(
+        cert_dir=folder_of(tls.secret_name),
+        client_ca_dir=None if tls.client_ca_secret is None else folder_of(tls.client_ca_secret),
+    )

@@ -18,7 +18,7 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
-from moe_operator.plan.gateway import build_cors, build_limits, build_tracing
+from moe_operator.plan.gateway import build_auth, build_cors, build_limits, build_tls, build_tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class LocalSite:
         memory_bytes: memory of the machine.
         gpus: names of the GPUs as CUDA_VISIBLE_DEVICES takes them; empty on a machine without.
         host: address that all processes listen on.
+        secrets_dir: folder that has a folder of files for each Secret; None: there is none.
     """
 
     state_dir: Path
@@ -42,6 +43,7 @@ class LocalSite:
     memory_bytes: int
     gpus: tuple[str, ...] = ()
     host: str = LOOPBACK
+    secrets_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ def plan_local(resource: MoEServing, site: LocalSite) -> LocalPlan:
     """
     if len(site.ports) < ports_needed(resource):
         raise ValueError(f"{ports_needed(resource)} ports are needed, got {len(site.ports)}")
-    if problems := [*_check_model(resource), *_check_machine(resource, site)]:
+    if problems := [*_check_model(resource), *_check_machine(resource, site), *_check_secrets(resource, site)]:
         raise InvalidInput(problems)
     agents = tuple(_build_agent(resource, site, index) for index in range(resource.spec.engine.replicas))
     return LocalPlan(agents=agents, gateway=_build_gateway(resource, site, agents))
@@ -78,6 +80,17 @@ def _check_model(resource: MoEServing) -> Iterator[InputError]:
         yield InputError("spec.model.uri", f"an absolute folder is needed here, got {resource.spec.model.uri!r}")
     if scheme == "pvc":
         yield InputError("spec.model.uri", "pvc:// is only for a cluster; on one machine name the folder with file://")
+
+
+def _check_secrets(resource: MoEServing, site: LocalSite) -> Iterator[InputError]:
+    if site.secrets_dir is not None:
+        return
+    auth, tls = resource.spec.gateway.auth, resource.spec.gateway.tls
+    advice = "on one machine name the folder that has them: moeserving up --secrets DIR, or MOESERVING_SECRETS"
+    if auth is not None and auth.secrets:
+        yield InputError("spec.gateway.auth.secrets", advice)
+    if tls is not None:
+        yield InputError("spec.gateway.tls.secretName", advice)
 
 
 def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError]:
@@ -129,6 +142,9 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
 
 
 def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentConfig, ...]) -> GatewayConfig:
+    def folder_of(name: str) -> Path:
+        return (site.secrets_dir or site.state_dir) / name
+
     return GatewayConfig(
         listen=Listen(host=site.host, port=resource.spec.gateway.port or site.ports[0]),
         admin=Listen(host=site.host, port=site.ports[1]),
@@ -140,6 +156,8 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         cors=build_cors(resource),
         tracing=build_tracing(resource),
         tenant_header=resource.spec.gateway.tenant_header,
+        auth=build_auth(resource, folder_of),
+        tls=build_tls(resource, folder_of),
     )
 
 

@@ -18,14 +18,17 @@ Object = dict[str, Any]
 def build_services(resource: MoEServing, names: Names, engines: Mapping[str, str]) -> list[Object]:
     """One headless Service for each revision of the engines, and the gateway's for clients."""
     services = [_build_headless(name, names, revision) for revision, name in engines.items()]
-    return [*services, _build_gateway_service(resource.spec.gateway.service, names)]
+    has_tls = resource.spec.gateway.tls is not None
+    return [*services, _build_gateway_service(resource.spec.gateway.service, names, has_tls=has_tls)]
 
 
-def _build_gateway_service(service: GatewayService, names: Names) -> Object:
+def _build_gateway_service(service: GatewayService, names: Names, *, has_tls: bool) -> Object:
+    # Meshes and Ingress controllers read the protocol from the port's name.
+    name = "https" if has_tls else "http"
     spec: Object = {
         "type": service.type.value,
         "selector": names.labels("gateway"),
-        "ports": [{"name": "http", "port": service.port, "targetPort": "http", "protocol": "TCP"}],
+        "ports": [{"name": name, "port": service.port, "targetPort": "http", "protocol": "TCP"}],
     }
     if service.load_balancer_class is not None:
         spec["loadBalancerClass"] = service.load_balancer_class

@@ -19,6 +19,8 @@ Document = dict[str, Any]
 _SCRATCH_SOURCES = {"emptyDir", "ephemeral"}
 # Another volume may be mounted in their place.
 _REPLACEABLE_VOLUMES = {HOME_VOLUME, TEMPORARY_VOLUME}
+# The beginning of the names of volumes with Secrets.
+SECRET_VOLUME = "secret-"
 _CLOSED_VOLUMES = {"config", "control", "settings", "run", "shm", "models"}
 _PROBE_HANDLERS = ("exec", "grpc", "httpGet", "tcpSocket")
 _HANDLERS = {
@@ -82,7 +84,7 @@ def normal_path(path: str) -> str:
 
 
 def _is_closed(volume: str) -> bool:
-    return volume in _CLOSED_VOLUMES
+    return volume in _CLOSED_VOLUMES or volume.startswith(SECRET_VOLUME)
 
 
 def _is_below(path: str, folder: str) -> bool:

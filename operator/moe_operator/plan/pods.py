@@ -35,11 +35,11 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
-from moe_operator.plan.gateway import build_cors, build_limits, build_tracing
+from moe_operator.plan.gateway import build_auth, build_cors, build_limits, build_tls, build_tracing, find_secrets
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
-from moe_operator.plan.own import check_cache_path, find_clashes
+from moe_operator.plan.own import SECRET_VOLUME, check_cache_path, find_clashes
 from moe_operator.plan.pod_environment import (
     build_cache_variables,
     build_own_pod_variables,
@@ -49,6 +49,8 @@ from moe_operator.plan.pod_environment import (
 )
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
+# The gateway's Secrets, each in a folder of its name.
+SECRETS_DIR = "/etc/moeserving-secrets"
 RUN_DIR = "/run/moeserving"
 MODELS_DIR = "/var/lib/moeserving/models"
 
@@ -254,12 +256,12 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             "capabilities": {"drop": ["ALL"]},
             "readOnlyRootFilesystem": True,
         },
-        "volumeMounts": [*_control_mounts(), {"name": "tmp", "mountPath": "/tmp"}],
+        "volumeMounts": [*_control_mounts(), *_secret_mounts(resource), {"name": "tmp", "mountPath": "/tmp"}],
     }
     base = {
         "metadata": {
             "labels": names.labels("gateway"),
-            "annotations": {CONFIG: _dump(build_gateway_config(resource))},
+            "annotations": {CONFIG: _dump(build_gateway_config(resource, names))},
         },
         "spec": {
             "serviceAccountName": names.gateway,
@@ -271,26 +273,39 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container],
-            "volumes": [*_control_volumes(names, "gateway.json"), {"name": "tmp", "emptyDir": {}}],
+            "volumes": [
+                *_control_volumes(names, "gateway.json"),
+                *_secret_volumes(resource),
+                {"name": "tmp", "emptyDir": {}},
+            ],
         },
     }
     return _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
 
 
-def build_gateway_config(resource: MoEServing) -> GatewayConfig:
+def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
     """The gateway's file; the policies and the groups of engines are in the settings."""
+    auth = build_auth(resource, _secret_folder)
     return GatewayConfig(
         listen=Listen(host=ANY, port=HTTP_PORT),
         admin=Listen(host=ANY, port=ADMIN_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "gateway.json"),
         model=resource.spec.model.served_name,
-        discovery=Discovery(ranks=resource.spec.engine.parallelism.data),
+        discovery=Discovery(
+            ranks=resource.spec.engine.parallelism.data, gateways=None if auth is None else names.service
+        ),
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),
         tenant_header=resource.spec.gateway.tenant_header,
+        auth=auth,
+        tls=build_tls(resource, _secret_folder),
     )
+
+
+def _secret_folder(name: str) -> Path:
+    return Path(SECRETS_DIR, name)
 
 
 def build_request_file(resource: MoEServing) -> str:
@@ -385,6 +400,21 @@ def _control_mounts() -> list[dict[str, Any]]:
         {"name": "config", "mountPath": CONFIG_DIR, "readOnly": True},
         {"name": "control", "mountPath": CONTROL_DIR, "readOnly": True},
         {"name": "settings", "mountPath": SETTINGS_DIR, "readOnly": True},
+    ]
+
+
+def _secret_volumes(resource: MoEServing) -> list[dict[str, Any]]:
+    # Names of Secrets may be longer than those of volumes.
+    return [
+        {"name": f"{SECRET_VOLUME}{index}", "secret": {"secretName": name}}
+        for index, name in enumerate(find_secrets(resource))
+    ]
+
+
+def _secret_mounts(resource: MoEServing) -> list[dict[str, Any]]:
+    return [
+        {"name": f"{SECRET_VOLUME}{index}", "mountPath": str(_secret_folder(name)), "readOnly": True}
+        for index, name in enumerate(find_secrets(resource))
     ]
 
 

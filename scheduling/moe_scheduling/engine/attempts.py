@@ -11,6 +11,7 @@ the request are written to a connection counts, because the engine may have read
 Invariant: once the answer has begun, nothing is sent again.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -50,6 +51,7 @@ class RequestAttempts:
     Attributes:
         hold_timeout_s: longest time without an engine, in seconds.
         waiting_since_s: when the request arrived, or lost the last engine that had received it.
+        deadline_s: when the answer must have begun.
         count: attempts that count against `MAX_ATTEMPTS`.
         failed_targets: targets that failed it; they are chosen again only when there is no other.
         is_answering: whether the answer has begun.
@@ -57,6 +59,7 @@ class RequestAttempts:
 
     hold_timeout_s: float
     waiting_since_s: float
+    deadline_s: float = math.inf
     count: int = 0
     failed_targets: set[Target] = field(default_factory=set)
     is_answering: bool = False
@@ -65,6 +68,10 @@ class RequestAttempts:
     def may_wait(self, now_s: float) -> bool:
         """Whether the request may still be without an engine: held, or tried at engines that cannot be reached."""
         return now_s - self.waiting_since_s < self.hold_timeout_s
+
+    def is_late(self, now_s: float) -> bool:
+        """Whether the deadline has passed before the answer began."""
+        return now_s >= self.deadline_s and not self.is_answering
 
     @property
     def may_repeat(self) -> bool:

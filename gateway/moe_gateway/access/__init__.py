@@ -1,0 +1,1 @@
+"""Who may send requests and how much: keys, tokens of issuers, quotas, priorities, deadlines, and TLS."""

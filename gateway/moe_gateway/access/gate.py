@@ -1,0 +1,140 @@
+"""The gate: whose request it is, and whether it is admitted. One for a gateway that has `auth`.
+
+A connection asks `identify` for each request to a route that is not open, and `admit` once its body is read. The
+gateway calls `tick` once in a while, which reloads keys that were replaced, and `end` when a request has ended.
+
+Invariant: a request that passed carries no credential any more, so that none reaches an engine or a log.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_contract.access_config import Auth
+from moe_contract.api_keys import read_keys
+from moe_contract.input_errors import InvalidInput
+
+from moe_gateway.access.credentials import split_credentials
+from moe_gateway.access.denials import Denial, deny_caller, deny_over
+from moe_gateway.access.folders import sign_folders
+from moe_gateway.access.issuer import Issuer, KeysAwaited
+from moe_gateway.access.key_table import Caller, KeyTable
+from moe_gateway.access.metering import MeteredClient
+from moe_gateway.access.priorities import class_priority, write_priority
+from moe_gateway.access.quotas import Lease, OverQuota, Quotas
+from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.request.context import ClientRequest, ClientSide
+from moe_gateway.request.parsing import Parsed
+
+RELOAD_PERIOD_S = 1.0
+NO_KEY = "an API key is needed: `Authorization: Bearer KEY` or `x-api-key: KEY`"
+WRONG_KEY = "the API key is not valid"
+
+log = logging.getLogger("moeserving.gateway")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """An admitted request.
+
+    Attributes:
+        lease: its charge to the quota of its tenant.
+        meter: counts the tokens of its answer; None where none are counted.
+    """
+
+    lease: Lease
+    meter: MeteredClient | None
+
+
+class Gate:
+    """Keys, quotas and priorities.
+
+    Args:
+        settings: the section `auth`.
+        clock: monotonic seconds.
+
+    Raises:
+        InvalidInput: the keys cannot be read.
+    """
+
+    def __init__(self, settings: Auth, clock: Callable[[], float]) -> None:
+        self._folders = settings.key_dirs
+        self._clock = clock
+        self._quotas = Quotas(settings.quota)
+        self._signature = sign_folders(self._folders)
+        self._keys = KeyTable(read_keys(self._folders))
+        self._looked_s = clock()
+        self.issuer = None if settings.jwt is None else Issuer(settings.jwt, clock)
+
+    def identify(self, request: ClientRequest) -> Denial | None:
+        """Names the caller in the request and takes its credentials out, or says why it does not pass."""
+        credentials, headers = split_credentials(request.headers)
+        for credential in credentials:
+            caller = self._find(credential)
+            if isinstance(caller, Caller):
+                request.caller, request.headers = caller, headers
+                return None
+            if caller is not None:
+                message = "the keys of the issuer are not known yet"
+                return Denial(outcome=RequestOutcome.ISSUER_UNKNOWN, message=message, retry_after_s=1)
+        if credentials:
+            return deny_caller(WRONG_KEY, b'Bearer realm="moeserving", error="invalid_token"')
+        return deny_caller(NO_KEY, b'Bearer realm="moeserving"')
+
+    def _find(self, credential: bytes) -> Caller | KeysAwaited | None:
+        caller = self._keys.find(credential)
+        if caller is not None or self.issuer is None:
+            return caller
+        return self.issuer.find(credential)
+
+    def admit(
+        self, request: ClientRequest, parsed: Parsed, client: ClientSide, tokens: int, *, has_job: bool
+    ) -> tuple[Parsed, ClientSide] | Denial:
+        """Charges the request to its tenant, and gives it the priority of its class.
+
+        Args:
+            request: from a caller that was identified.
+            parsed: its body.
+            client: where its answer goes.
+            tokens: of its prompt, as far as they are known.
+            has_job: whether an engine computes for it; what needs no computing costs no tokens.
+        """
+        caller = request.caller
+        assert caller is not None
+        lease = self._quotas.admit(caller, tokens if has_job else 0, self._clock())
+        if isinstance(lease, OverQuota):
+            return deny_over(lease)
+        meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None
+        request.admission = Admission(lease=lease, meter=meter)
+        if has_job and caller.priority is not None:
+            priority = class_priority(parsed.priority, caller.priority)
+            if priority != parsed.priority:
+                request.body, parsed = write_priority(request.body, priority), parsed._replace(priority=priority)
+        return parsed, meter or client
+
+    def end(self, admission: Admission, status: int) -> None:
+        """A request that was admitted has ended, with this status; 499 is a client that left."""
+        meter = admission.meter
+        is_answer = status < 400 or status == 499
+        tokens = 0 if meter is None else meter.count_tokens(is_answer=is_answer)
+        admission.lease.end(tokens, self._clock())
+
+    def divide(self, gateways: int) -> None:
+        """This number of gateways share the requests of all tenants."""
+        self._quotas.divide(gateways, self._clock())
+
+    def tick(self, now_s: float) -> None:
+        """Reloads keys that were replaced; those in force stay where the new ones are not valid."""
+        if now_s - self._looked_s < RELOAD_PERIOD_S:
+            return
+        self._looked_s = now_s
+        signature = sign_folders(self._folders)
+        if signature == self._signature:
+            return
+        self._signature = signature
+        try:
+            self._keys = KeyTable(read_keys(self._folders))
+        except InvalidInput as error:
+            log.error("keys were not reloaded, those before stay in force", extra={"reason": str(error)})
+        else:
+            log.info("keys were reloaded", extra={"keys": len(self._keys)})

@@ -100,6 +100,11 @@ class RequestReader:
         self._session: str | None = None
 
     @property
+    def url(self) -> bytes:
+        """The target of the message that is under way; empty before it is known."""
+        return self._url
+
+    @property
     def is_within_message(self) -> bool:
         """Whether a part of a message has come and its end has not."""
         return bool(self.in_head or self._body or self._url)

@@ -10,7 +10,6 @@ these comes first: the answer is whole, the engine fails for good, the client go
 """
 
 import asyncio
-import re
 
 from moe_contract.tenancy import sign_request_id
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
@@ -27,10 +26,11 @@ from moe_gateway.http.heads import (
     read_tenant,
     stamp_response,
 )
-from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_chunk
+from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, frame_error, frame_last_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.answer_fields import find_prompt_tokens, find_response_id
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
@@ -42,10 +42,6 @@ ENGINE_DEAD = "the engine has died"
 ENGINE_STALLED = "the engine makes no steps"
 ENGINE_ERROR = "the engine answered with an error"
 FORCED_STOP = "the gateway was stopped by force"
-# The first id in an answer of `/v1/responses` is its own.
-_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
-# `/v1/responses` names them `input_tokens`.
-_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
 
 
 class Exchange:
@@ -297,7 +293,7 @@ class Exchange:
     def _close_open(self, part: AnswerPart) -> None:
         """Ends a stream of which comments have passed with the error that another engine answered."""
         self._count_answer(part)
-        self._client.write(frame_chunk(b"data: %b\n\n" % self._beginning.error) + b"0\r\n\r\n")
+        self._client.write(frame_last_chunk(frame_error(self._beginning.error, is_anthropic=self.route.is_anthropic)))
         self._end(200, f"the engine answered {self._beginning.status}", broken=True)
         self._client.answered(keep_alive=False)
 
@@ -307,8 +303,8 @@ class Exchange:
         context, now_s = self._context, self.last_s
         self._has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
         keeps = self._has_answer and self.route is Route.RESPONSES
-        if keeps and (found := _RESPONSE_ID.search(self._beginning.body)) is not None:
-            context.dispatcher.record_response(found[1].decode(), self._in_flight.target)
+        if keeps and (response_id := find_response_id(self._beginning.body)) is not None:
+            context.dispatcher.record_response(response_id, self._in_flight.target)
         if part is AnswerPart.TOKEN:
             context.dispatcher.answer(self._in_flight, now_s, is_first_token=True)
             self.ttft_s = now_s - self.request.arrived_s
@@ -332,7 +328,6 @@ class Exchange:
         """The answer is whole: the engine's connection is free, and the client's for its next request."""
         if self._context.dispatcher.samples_tokenisation:
             self._sample_tokenisation()
-        status = connection.status
         keep_alive = self._keeps_alive and self._beginning.is_framed and not connection.overrun
         self._upstream = None
         if self._paused and connection.transport is not None:
@@ -340,16 +335,15 @@ class Exchange:
         connection.release()
         if self._has_answer and self._in_flight is not None:
             self._context.dispatcher.complete(self._in_flight, self.last_s)
-        self._end(status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
+        self._end(connection.status, ENGINE_ERROR if self._has_error else "", broken=self._has_error)
         self._client.answered(keep_alive=keep_alive)
 
     def _sample_tokenisation(self) -> None:
         """Reads how many tokens the prompt had, where the answer came in one short piece."""
         if self.parsed.stream or not self.route.has_job or len(self._beginning.received) > USAGE_WINDOW_BYTES:
             return
-        found = _PROMPT_TOKENS.search(self._beginning.received)
-        if found is not None and len(found[1]) < 12:
-            self._context.dispatcher.learn_tokens(self.parsed, int(found[1]))
+        if (tokens := find_prompt_tokens(self._beginning.received)) is not None:
+            self._context.dispatcher.learn_tokens(self.parsed, tokens)
 
     # 4. Failures.
 
@@ -394,7 +388,8 @@ class Exchange:
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
         is_stream = self._is_open or (self._beginning.is_chunked and self.parsed.stream)
         if is_stream and ends_between_chunks(self._last):
-            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + b"0\r\n\r\n")
+            event = build_stream_error(outcome, reason, is_anthropic=self.route.is_anthropic)
+            self._client.write(frame_last_chunk(event))
         self._end(200, reason, broken=True)
         self._client.answered(keep_alive=False)
 
@@ -404,7 +399,12 @@ class Exchange:
             return
         keep_alive = self._keeps_alive
         answer = build_error(
-            outcome, message, request_id=self.request.request_id, close=not keep_alive, retry_after_s=retry_after_s
+            outcome,
+            message,
+            request_id=self.request.request_id,
+            close=not keep_alive,
+            retry_after_s=retry_after_s,
+            is_anthropic=self.route.is_anthropic,
         )
         self._client.write(answer)
         self._end(outcome.status, message, refusal=outcome.label)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import Enum
 
 
-class EngineWork(Enum):
+class RouteWork(Enum):
     """What an engine does for a request: nothing on the accelerator, computing its prompt, or generating tokens too."""
 
     NONE = "none"
@@ -21,50 +21,50 @@ class EngineWork(Enum):
 class Route(Enum):
     """A route that is served to users: path, method and work."""
 
-    CHAT = ("/v1/chat/completions", "POST", EngineWork.GENERATE)
-    CHAT_BATCH = ("/v1/chat/completions/batch", "POST", EngineWork.GENERATE)
-    COMPLETIONS = ("/v1/completions", "POST", EngineWork.GENERATE)
-    RESPONSES = ("/v1/responses", "POST", EngineWork.GENERATE)
-    RESPONSE = ("/v1/responses/{response_id}", "GET", EngineWork.NONE)
-    RESPONSE_CANCEL = ("/v1/responses/{response_id}/cancel", "POST", EngineWork.NONE)
-    MESSAGES = ("/v1/messages", "POST", EngineWork.GENERATE)
-    COUNT_TOKENS = ("/v1/messages/count_tokens", "POST", EngineWork.NONE)
-    TRANSCRIPTIONS = ("/v1/audio/transcriptions", "POST", EngineWork.GENERATE)
-    TRANSLATIONS = ("/v1/audio/translations", "POST", EngineWork.GENERATE)
-    DECISIONS = ("/v1/systemone", "POST", EngineWork.GENERATE)
-    GENERATE = ("/inference/v1/generate", "POST", EngineWork.GENERATE)
-    EMBEDDINGS = ("/v1/embeddings", "POST", EngineWork.READ)
-    EMBED_V2 = ("/v2/embed", "POST", EngineWork.READ)
-    POOLING = ("/pooling", "POST", EngineWork.READ)
-    CLASSIFY = ("/classify", "POST", EngineWork.READ)
-    SCORE = ("/score", "POST", EngineWork.READ)
-    SCORE_V1 = ("/v1/score", "POST", EngineWork.READ)
-    RERANK = ("/rerank", "POST", EngineWork.READ)
-    RERANK_V1 = ("/v1/rerank", "POST", EngineWork.READ)
-    RERANK_V2 = ("/v2/rerank", "POST", EngineWork.READ)
-    GENERATIVE_SCORING = ("/generative_scoring", "POST", EngineWork.READ)
-    CHAT_RENDER = ("/v1/chat/completions/render", "POST", EngineWork.NONE)
-    COMPLETIONS_RENDER = ("/v1/completions/render", "POST", EngineWork.NONE)
-    RESPONSES_RENDER = ("/v1/responses/render", "POST", EngineWork.NONE)
-    MESSAGES_RENDER = ("/v1/messages/render", "POST", EngineWork.NONE)
-    CHAT_DERENDER = ("/v1/chat/completions/derender", "POST", EngineWork.NONE)
-    COMPLETIONS_DERENDER = ("/v1/completions/derender", "POST", EngineWork.NONE)
-    TOKENIZE = ("/tokenize", "POST", EngineWork.NONE)
-    DETOKENIZE = ("/detokenize", "POST", EngineWork.NONE)
-    TOKENIZER_INFO = ("/tokenizer_info", "GET", EngineWork.NONE)
-    MODELS = ("/v1/models", "GET", EngineWork.NONE)
+    CHAT = ("/v1/chat/completions", "POST", RouteWork.GENERATE)
+    CHAT_BATCH = ("/v1/chat/completions/batch", "POST", RouteWork.GENERATE)
+    COMPLETIONS = ("/v1/completions", "POST", RouteWork.GENERATE)
+    RESPONSES = ("/v1/responses", "POST", RouteWork.GENERATE)
+    RESPONSE = ("/v1/responses/{response_id}", "GET", RouteWork.NONE)
+    RESPONSE_CANCEL = ("/v1/responses/{response_id}/cancel", "POST", RouteWork.NONE)
+    MESSAGES = ("/v1/messages", "POST", RouteWork.GENERATE)
+    COUNT_TOKENS = ("/v1/messages/count_tokens", "POST", RouteWork.NONE)
+    TRANSCRIPTIONS = ("/v1/audio/transcriptions", "POST", RouteWork.GENERATE)
+    TRANSLATIONS = ("/v1/audio/translations", "POST", RouteWork.GENERATE)
+    DECISIONS = ("/v1/systemone", "POST", RouteWork.GENERATE)
+    GENERATE = ("/inference/v1/generate", "POST", RouteWork.GENERATE)
+    EMBEDDINGS = ("/v1/embeddings", "POST", RouteWork.READ)
+    EMBED_V2 = ("/v2/embed", "POST", RouteWork.READ)
+    POOLING = ("/pooling", "POST", RouteWork.READ)
+    CLASSIFY = ("/classify", "POST", RouteWork.READ)
+    SCORE = ("/score", "POST", RouteWork.READ)
+    SCORE_V1 = ("/v1/score", "POST", RouteWork.READ)
+    RERANK = ("/rerank", "POST", RouteWork.READ)
+    RERANK_V1 = ("/v1/rerank", "POST", RouteWork.READ)
+    RERANK_V2 = ("/v2/rerank", "POST", RouteWork.READ)
+    GENERATIVE_SCORING = ("/generative_scoring", "POST", RouteWork.READ)
+    CHAT_RENDER = ("/v1/chat/completions/render", "POST", RouteWork.NONE)
+    COMPLETIONS_RENDER = ("/v1/completions/render", "POST", RouteWork.NONE)
+    RESPONSES_RENDER = ("/v1/responses/render", "POST", RouteWork.NONE)
+    MESSAGES_RENDER = ("/v1/messages/render", "POST", RouteWork.NONE)
+    CHAT_DERENDER = ("/v1/chat/completions/derender", "POST", RouteWork.NONE)
+    COMPLETIONS_DERENDER = ("/v1/completions/derender", "POST", RouteWork.NONE)
+    TOKENIZE = ("/tokenize", "POST", RouteWork.NONE)
+    DETOKENIZE = ("/detokenize", "POST", RouteWork.NONE)
+    TOKENIZER_INFO = ("/tokenizer_info", "GET", RouteWork.NONE)
+    MODELS = ("/v1/models", "GET", RouteWork.NONE)
     # The gateway answers it from the engines' lists; vLLM has no such route.
-    MODEL = ("/v1/models/{model}", "GET", EngineWork.NONE)
-    HEALTH = ("/health", "GET", EngineWork.NONE)
+    MODEL = ("/v1/models/{model}", "GET", RouteWork.NONE)
+    HEALTH = ("/health", "GET", RouteWork.NONE)
 
-    def __init__(self, path: str, method: str, work: EngineWork) -> None:
+    def __init__(self, path: str, method: str, work: RouteWork) -> None:
         self.path = path.encode()
         self.method = method.encode()
         self.label = self.name.lower()
         # Whether an engine computes for it, so that its size and its first token count.
-        self.has_job = work is not EngineWork.NONE
+        self.has_job = work is not RouteWork.NONE
         # Whether its answer in one piece comes once the prompt is computed, as the first token of a stream does.
-        self.only_reads = work is EngineWork.READ
+        self.only_reads = work is RouteWork.READ
         # Whether errors and streams have the shape of Anthropic's API; all others have that of OpenAI's.
         self.is_anthropic = path.startswith("/v1/messages")
         # Whether its body is a form with a file instead of a JSON object.

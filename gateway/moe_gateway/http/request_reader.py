@@ -13,7 +13,13 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.http.heads import HOP_BY_HOP
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, WholeRequest, read_whole_request
+from moe_gateway.http.whole_request import (
+    LONGEST_HEAD_BYTES,
+    REQUEST_ID,
+    SESSION_HEADERS,
+    WholeRequest,
+    read_whole_request,
+)
 from moe_gateway.request.context import ClientRequest
 
 _HEAD_TOO_LARGE = (RequestOutcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
@@ -179,7 +185,7 @@ class RequestReader:
             self._hop_by_hop.append(line)
             self._read_hop_by_hop(name, value)
             return
-        if name == b"x-session-id":
+        if name == SESSION_HEADERS[0] or (name == SESSION_HEADERS[1] and self._session is None):
             self._session = value.decode("latin-1")
         self._lines.append(line)
 

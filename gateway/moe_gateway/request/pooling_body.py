@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-# A model that scores pairs reads the query once for each document. More of it than this is not counted.
+# A model that scores pairs reads the query once for each document. It is counted up to this length.
 MOST_QUERY_CHARACTERS = 1024 * 1024
 _QUERIES = ("query", "queries", "text_1", "data_1")
 _DOCUMENTS = ("documents", "items", "text_2", "data_2")

@@ -262,9 +262,7 @@ def run_javascript(url: str, *names: str) -> dict[str, Any]:
     (JAVASCRIPT / checks.name).write_bytes(checks.read_bytes())
     command = ["node", str(JAVASCRIPT / checks.name), url, *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (
-        f"{done.stderr}\n`make {JAVASCRIPT.relative_to(Path.cwd())}/.ready` installs the clients"
-    )
+    assert done.returncode == 0, f"{done.stderr}\n`make .cache/javascript-clients/.ready` installs the clients"
     return dict(json.loads(done.stdout))
 
 

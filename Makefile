@@ -7,13 +7,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
+JAVASCRIPT := .cache/javascript-clients
 EXTRAS := gateway,operator,agent,cpu,bench,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-clients test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -38,11 +39,21 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check verify ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
-test-vllm: $(STAMP) ## Run the suite on real engines
+test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
 	$(BIN)/pytest -m vllm tests/vllm
+
+test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
+	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py
+
+$(JAVASCRIPT)/.ready: tests/vllm/javascript/package.json tests/vllm/javascript/package-lock.json
+	@command -v npm >/dev/null || $(call system_package,nodejs npm)
+	mkdir -p $(JAVASCRIPT)
+	cp $^ $(JAVASCRIPT)/
+	npm ci --prefix $(JAVASCRIPT) --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 test-vllm-experts: $(STAMP) ## Run its part that moves experts between two real ranks and kills a rank behind the gateway
 	$(BIN)/pytest -m vllm tests/vllm/test_experts.py tests/vllm/test_experts_behind_gateway.py

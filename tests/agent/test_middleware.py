@@ -39,7 +39,7 @@ async def test_serving_routes_pass(path):
     [
         *("/collective_rpc", "/pause", "/resume", "/sleep", "/wake_up", "/server_info", "/reset_prefix_cache"),
         *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply", "/v1/load_lora_adapter"),
-        *("/start_profile", "/update_weights", "/inference/v1/generate", "/docs", "/openapi.json", "/", ""),
+        *("/start_profile", "/update_weights", "/inference/v1/abort_requests", "/docs", "/openapi.json", "/", ""),
         *("/V1/models", "/health/", "/v1/models/../../sleep", "//sleep", "/v1//models", "/v1/models/;/sleep"),
         *("/v1/models/./x", "/v1/models/\\sleep", "/v1/models/%2e%2e", "/v1/responses/../x"),
     ],

@@ -15,8 +15,14 @@ IDS = itertools.count()
 
 async def keeps(request, writer):
     """As vLLM with its response store: an unknown response is 404."""
-    body = json.loads(request.body)
     known = KEPT.setdefault(writer.get_extra_info("sockname"), set())
+    path = request.line.split()[1].decode().partition("?")[0].split("/")
+    if len(path) > 3:
+        found = path[3] in known
+        answer = {"id": path[3], "status": "cancelled" if path[-1] == "cancel" else "completed"} if found else {}
+        writer.write(json_answer(answer, status="200 OK" if found else "404 Not Found"))
+        return
+    body = json.loads(request.body)
     if (previous := body.get("previous_response_id")) and previous not in known:
         writer.write(json_answer({"error": {"message": "not found", "code": 404}}, status="404 Not Found"))
         return
@@ -79,7 +85,7 @@ async def test_a_single_engine_is_asked_for_whatever_response(make_engine, serve
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"background": True}, "background"), ({"conversation": "c"}, "conversation"), ({}, "previous_response_id")],
+    [({"conversation": "c"}, "conversation"), ({}, "previous_response_id")],
 )
 async def test_what_cannot_be_found_again_is_refused(make_engine, serve, fields, param):
     engine = await make_engine(keeps)
@@ -88,6 +94,50 @@ async def test_what_cannot_be_found_again_is_refused(make_engine, serve, fields,
     assert (answer.status, answer.json["error"]["param"]) == (400, param)
     assert engine.requests == []
     assert (await served.ask(turn(background=False, conversation=None))).status == 200
+
+
+def about(response, *, cancel=False, query=""):
+    if cancel:
+        return post({}, f"/v1/responses/{response}/cancel")
+    return f"GET /v1/responses/{response}{query} HTTP/1.1\r\nhost: h\r\n\r\n".encode()
+
+
+async def test_a_background_response_is_fetched_and_cancelled_where_it_is_computed(make_engine, serve):
+    engines = [await make_engine(keeps) for _ in range(3)]
+    served = await serve(*engines, dispatch=TURNS)
+    names = [(await served.ask(turn(background=True))).json["id"] for _ in range(6)]
+    for name in names:
+        for query in ("", "?stream=true&starting_after=3"):
+            assert (await served.ask(about(name, query=query))).json == {"id": name, "status": "completed"}
+        assert (await served.ask(about(name, cancel=True))).json == {"id": name, "status": "cancelled"}
+    stats = served.gateway.stats
+    assert (stats.requests["response", 200], stats.requests["response_cancel", 200]) == (12, 6)
+    assert (served.in_flight, stats.failed, stats.retried) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("cancel", [False, True], ids=["fetch", "cancel"])
+async def test_a_response_that_is_gone_is_not_found(make_engine, serve, cancel):
+    engines = [await make_engine(keeps) for _ in range(2)]
+    served = await serve(*engines, dispatch=TURNS)
+    name = (await served.ask(turn(background=True))).json["id"]
+    home = next(engine for engine in engines if engine.requests)
+    home.agent.state["engine"]["pid"] = 2
+    home.agent.say(kv_usage=0.5)
+    await until(lambda: served.gateway.dispatcher.is_lost(name))
+    for gone in (name, "resp_nobody"):
+        answer = await served.ask(about(gone, cancel=cancel))
+        assert (answer.status, answer.json["error"]["code"]) == (404, "response_not_found")
+        assert (answer.json["error"]["param"], answer.json["error"]["type"]) == ("response_id", "invalid_request_error")
+    assert sum(len(engine.requests) for engine in engines) == 1
+
+
+async def test_a_response_is_fetched_from_a_saturated_engine_too(make_engine, serve):
+    engine = await make_engine(keeps)
+    served = await serve(engine, dispatch={"saturation_s": 0.5})
+    name = (await served.ask(turn(background=True))).json["id"]
+    engine.agent.say_rank(waiting=50, waiting_prefill_tokens=10**6)
+    await until(lambda: served.target_state(engine.name).signal.waiting_prefill_tokens == 10**6)
+    assert (await served.ask(about(name, cancel=True))).json["status"] == "cancelled"
 
 
 def test_the_oldest_responses_are_forgotten_first():

@@ -19,6 +19,14 @@ TOOLS = [
     }
     for number in range(25)
 ]
+
+
+def block(kind, **fields):
+    """A content block of Anthropic's API."""
+    return {"type": kind, **fields}
+
+
+IMAGE_BLOCK = block("image", source={"type": "base64", "media_type": "image/jpeg", "data": IMAGE})
 CALL = {
     "id": "a",
     "type": "function",
@@ -80,6 +88,104 @@ SIZES = {
         {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 4000}]}]},
         1000,
     ),
+    "messages: a system prompt": (
+        Route.MESSAGES,
+        {"system": [{"type": "text", "text": "word " * 400}], "messages": [{"role": "user", "content": "word " * 400}]},
+        1000,
+    ),
+    "messages: tools": (
+        Route.MESSAGES,
+        {"messages": [{"role": "user", "content": "list"}], "tools": TOOLS},
+        TOOLS_TOKENS,
+    ),
+    "messages: a call": (
+        Route.MESSAGES,
+        {
+            "messages": [
+                {"role": "assistant", "content": [block("tool_use", id="a", name="write", input={"text": "x" * 4000})]}
+            ]
+        },
+        1000,
+    ),
+    "messages: the result of a tool": (
+        Route.MESSAGES,
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        block("tool_result", tool_use_id="a", content="word " * 400),
+                        block("tool_result", tool_use_id="b", content=[block("text", text="word " * 400)]),
+                    ],
+                }
+            ]
+        },
+        1000,
+    ),
+    "messages: thinking": (
+        Route.MESSAGES,
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": [
+                        block("thinking", thinking="hmm " * 1000, signature="s" * 4000),
+                        block("redacted_thinking", data="x" * 4000),
+                    ],
+                }
+            ]
+        },
+        1000,
+    ),
+    "messages: images": (
+        Route.MESSAGES,
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        IMAGE_BLOCK,
+                        block("tool_result", tool_use_id="a", content=[IMAGE_BLOCK]),
+                    ],
+                }
+            ]
+        },
+        2000,
+    ),
+    "batch": (Route.CHAT_BATCH, {"messages": [[{"role": "user", "content": "word " * 400}]] * 2}, 1000),
+    "token ids": (Route.GENERATE, {"token_ids": [7] * 1000}, 1000),
+    "token ids and an image": (
+        Route.GENERATE,
+        {"token_ids": [7] * 1000, "content_parts": [{"type": "image_url", "image_url": {"url": IMAGE}}]},
+        1000,
+    ),
+    "a decision": (
+        Route.DECISIONS,
+        {"state": {"text": "x" * 2000}, "questions": {"q": {"type": "boolean", "instructions": "x" * 2000}}},
+        1000,
+    ),
+    "a decision on an image": (Route.DECISIONS, {"state": "", "questions": {}, "images": [IMAGE]}, 1000),
+    "rerank": (Route.RERANK_V2, {"query": "q" * 400, "documents": ["d" * 400] * 5}, 1000),
+    "rerank objects": (
+        Route.RERANK,
+        {"query": "q" * 400, "documents": [{"content": [{"type": "text", "text": "d" * 400}]}] * 5},
+        1000,
+    ),
+    "score": (Route.SCORE, {"text_1": "q" * 2000, "text_2": "d" * 2000}, 1000),
+    "score pairs": (Route.SCORE_V1, {"queries": ["q" * 400] * 5, "documents": ["d" * 400] * 5}, 1000),
+    "generative scoring": (Route.GENERATIVE_SCORING, {"query": [7] * 100, "items": [[1] * 100] * 5}, 1000),
+    "generative scoring of texts": (Route.GENERATIVE_SCORING, {"query": "q" * 400, "items": ["d" * 400] * 5}, 1000),
+    "classify": (Route.CLASSIFY, {"input": ["x" * 2000] * 2}, 1000),
+    "classify a chat": (Route.CLASSIFY, {"messages": [{"role": "user", "content": "x" * 4000}]}, 1000),
+    "pooling": (Route.POOLING, {"input": [7] * 1000}, 1000),
+    "pooling by a plugin": (Route.POOLING, {"data": "x" * 4000}, 1000),
+    "embed: texts": (Route.EMBED_V2, {"texts": ["x" * 2000] * 2}, 1000),
+    "embed: images": (Route.EMBED_V2, {"images": [IMAGE] * 2}, 2000),
+    "embed: inputs": (
+        Route.EMBED_V2,
+        {"inputs": [{"content": [{"type": "text", "text": "x" * 4000}]}]},
+        1000,
+    ),
     "responses: an image": (
         Route.RESPONSES,
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}]}]},
@@ -126,3 +232,32 @@ def test_a_continued_response_teaches_nothing_about_texts():
     for _ in range(30):
         jobs.learn_tokens(parsed, 50_000)
     assert jobs.build(parse(*SIZES["a plain chat"][:2]), None)[0].prompt_tokens == pytest.approx(1000, rel=0.01)
+
+
+@pytest.mark.parametrize("where", ["system", "blocks", "message"])
+def test_the_billing_header_of_a_coding_agent_is_no_part_of_its_prompt(where):
+    def prompt(billing):
+        header, text = f"x-anthropic-billing-header: cch={billing};", "word " * 100
+        user = {"role": "user", "content": text}
+        match where:
+            case "system":
+                document = {"system": header, "messages": [user]}
+            case "blocks":
+                blocks = [block("text", text=header), block("text", text=text)]
+                document = {"system": blocks, "messages": [user]}
+            case _:
+                document = {"messages": [{"role": "system", "content": header}, user]}
+        return parse(Route.MESSAGES, document).prompt
+
+    assert prompt("a1") == prompt("b2")
+    assert b"word" in prompt("a1")
+
+
+def test_a_long_query_is_not_multiplied_without_bound():
+    parsed = parse(Route.RERANK, {"query": "q" * 100_000, "documents": ["d"] * 10_000})
+    assert len(parsed.prompt) < 1_200_000
+
+
+def test_counting_tokens_is_no_work():
+    parsed = parse(Route.COUNT_TOKENS, {"messages": [{"role": "user", "content": "word " * 800}]})
+    assert (parsed.prompt_tokens, Route.COUNT_TOKENS.has_job) == (0, False)

@@ -90,7 +90,11 @@ def test_any_bytes_are_read_or_refused(route, body):
 def test_any_depth_is_read_or_refused(opening, depth):
     closing = {"[": "]", '{"content":': "}", '[{"text":': "}]", "[[1],": "]"}[opening]
     nested = opening * depth + "1" + closing * depth
-    for route, name in ((Route.CHAT, "messages"), (Route.COMPLETIONS, "prompt"), (Route.RESPONSES, "input")):
+    for route, name in (
+        *((Route.CHAT, "messages"), (Route.COMPLETIONS, "prompt"), (Route.RESPONSES, "input")),
+        *((Route.MESSAGES, "messages"), (Route.MESSAGES, "system"), (Route.MESSAGES, "tools")),
+        *((Route.RERANK, "documents"), (Route.DECISIONS, "state"), (Route.GENERATE, "token_ids")),
+    ):
         with contextlib.suppress(BadBody):
             parse_body(route, f'{{"{name}": {nested}}}'.encode())
 
@@ -101,7 +105,8 @@ def test_any_depth_is_read_or_refused(opening, depth):
 @given(st.text(string.printable).map(str.encode) | st.sampled_from(sorted(ROUTES)))
 def test_only_the_exact_paths_have_a_route(url):
     route = find_route(url)
-    assert route is (ROUTES.get(url.split(b"?")[0]))
+    if route is None or b"{" not in route.path:
+        assert route is (ROUTES.get(url.split(b"?")[0]))
     for path in ROUTES:
         assert find_route(b"/" + path) is None
         assert find_route(path + b"/") is None

@@ -27,6 +27,19 @@ def error(code, kind="x"):
     return {"error": {"message": "no", "type": kind, "param": None, "code": code}}
 
 
+def within(code):
+    """An error within a stream of `/v1/messages`, as vLLM 0.32 sends it."""
+    message = (
+        "2 validation errors for ChatCompletionStreamResponse\nmodel\n  Field required [type=missing, "
+        f"input_value={{'error': {{'message': 'Gr...am': None, 'code': {code}}}}}, input_type=dict]"
+    )
+    return {"type": "error", "error": {"type": "internal_error", "message": message}}
+
+
+def message(kind, **fields):
+    return {"type": kind, **fields}
+
+
 DOCUMENTS = {
     "role": (delta(role="assistant", content=""), PENDING),
     "role without content": (delta(role="assistant"), PENDING),
@@ -54,6 +67,18 @@ DOCUMENTS = {
     "older error, client": ({"object": "error", "message": "no", "code": 400}, REFUSAL),
     "older error": ({"object": "error", "message": "no", "code": 500}, ENGINE_ERROR),
     "responses: error": ({"type": "error", "code": "server_error", "message": "no"}, ENGINE_ERROR),
+    "messages: start": (message("message_start", message={"role": "assistant", "content": []}), PENDING),
+    "messages: ping": (message("ping"), PENDING),
+    "messages: block": (message("content_block_start", content_block={"type": "text", "text": ""}), PENDING),
+    "messages: text": (message("content_block_delta", delta={"type": "text_delta", "text": "x"}), TOKEN),
+    "messages: thinking": (message("content_block_delta", delta={"type": "thinking_delta", "thinking": "x"}), TOKEN),
+    "messages: call": (message("content_block_delta", delta={"type": "input_json_delta", "partial_json": "{"}), TOKEN),
+    "messages: no token": (message("message_delta", delta={"stop_reason": "max_tokens"}), WHOLE),
+    "messages: end": (message("message_stop"), WHOLE),
+    "messages: error": (message("error", error={"type": "api_error", "message": "no"}), ENGINE_ERROR),
+    "messages: bad": (message("error", error={"type": "invalid_request_error", "message": "no"}), REFUSAL),
+    "messages: an error within, client": (within(400), REFUSAL),
+    "messages: an error within": (within(500), ENGINE_ERROR),
     "responses: created": ({"type": "response.created", "response": {"error": None}}, PENDING),
     "responses: item": ({"type": "response.output_item.added", "item": {}}, PENDING),
     "responses: text": ({"type": "response.output_text.delta", "delta": "x"}, TOKEN),
@@ -73,7 +98,7 @@ def test_what_an_event_shows(document, part, separators, end):
     assert read_event(event) is part
     assert read_beginning(event).part is part
     name = document.get("type", "")
-    if name.startswith("response."):
+    if name.startswith(("response.", "message", "content", "ping")):
         named = b"event: " + name.encode() + end[: len(end) // 2] + event
         assert read_beginning(named).part is part
     status = find_error(event)
@@ -127,6 +152,10 @@ ENDS = {
     "completed": (b'event: response.completed\ndata: {"response": {"id": "1"}}\n\n', True),
     "end of a long last event": (b'..."sequence_number":9,"type":"response.completed"}\n\n\r\n', True),
     "failed": (b'event: response.failed\ndata: {"response": {}}\n\n', True),
+    "message_stop": (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', True),
+    "message_stop in a chunk": (b'33\r\nevent: message_stop\ndata: {"type": "message_stop"}\n\n\r\n', True),
+    "message_delta": (b'event: message_delta\ndata: {"type":"message_delta"}\n\n', False),
+    "message_stop in a text": (b'data: {"delta":{"text":"\\"type\\":\\"message_stop"}}\n\n', False),
     "a token": (b'data: {"choices": []}\n\n', False),
     "half of the last event": (b'event: response.completed\ndata: {"response": {}', False),
     "something after it": (b'data: [DONE]\n\ndata: {"x": 1}\n\n', False),

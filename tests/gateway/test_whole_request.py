@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, read_whole_request
 
 USUAL = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nContent-Length: 2\r\nX-B: c d\r\n\r\n{}"
-NAMES = ["accept", "x-a", "content-type", "authorization", "x-session-id", "x-request-id", "connection", "host"]
+NAMES = [
+    "accept",
+    "x-a",
+    "content-type",
+    "authorization",
+    "x-session-id",
+    "x-session-affinity",
+    "x-request-id",
+    "connection",
+    "host",
+]
 FRAMING = ["content-length", "transfer-encoding", "expect", "te", "trailer", "upgrade", "keep-alive"]
 
 
@@ -37,6 +47,20 @@ class Parsed:
 
 def test_a_usual_request_is_read_and_its_own_headers_go_on_as_they_came():
     assert read_whole_request(USUAL) == (b"/v1/completions", b"Accept: */*\r\nX-B: c d\r\n", b"{}", b"", None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "session"),
+    [
+        (b"X-Session-Affinity: a\r\n", "a"),
+        (b"X-Session-Affinity: a\r\nX-Session-ID: s\r\n", "s"),
+        (b"x-session-id: s\r\nx-session-affinity: a\r\n", "s"),
+    ],
+)
+def test_a_session_is_named_by_either_header_and_both_pass_on(lines, session):
+    read = read_whole_request(b"POST /v1/completions HTTP/1.1\r\n%bcontent-length: 2\r\n\r\n{}" % lines)
+    assert read.session == session
+    assert sorted(read.headers.split(b"\r\n")) == sorted(lines.lower().split(b"\r\n"))
 
 
 def test_id_and_session_are_read_and_a_rank_from_outside_is_dropped():

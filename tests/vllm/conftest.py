@@ -253,6 +253,19 @@ class Gateway:
         raise AssertionError(f"the gateway never: {what}; its log is {self.process.log.read_text()[-2000:]}")
 
 
+JAVASCRIPT = Path(__file__).parents[2] / ".cache/javascript-clients"
+
+
+def run_javascript(url: str, *names: str) -> dict[str, Any]:
+    """What the official JavaScript clients get from a server, by check; `make` installs them."""
+    checks = Path(__file__).parent / "javascript/checks.mjs"
+    (JAVASCRIPT / checks.name).write_bytes(checks.read_bytes())
+    command = ["node", str(JAVASCRIPT / checks.name), url, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stderr}\n`make .cache/javascript-clients/.ready` installs the clients"
+    return dict(json.loads(done.stdout))
+
+
 @pytest.fixture
 def start_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     gateways: list[Gateway] = []

@@ -10,6 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.vllm import official_clients as clients
+from tests.vllm.conftest import run_javascript
+
 
 @pytest.fixture(scope="module")
 def agent(start_agents: Any) -> Any:
@@ -36,6 +39,21 @@ def test_the_signal_moves_with_the_work(agent):
     assert idle["step"] >= before + 60
     assert (idle["waiting"], idle["decode_tokens"], idle["kv_usage"], idle["age_s"]) == (0, 0, 0.0, 0.0)
     assert idle["step_time"]["base_s"] + idle["step_time"]["decode_s"] > 0.0
+
+
+@pytest.mark.smoke
+def test_official_clients_get_through_the_gateway_what_they_get_from_the_engine(agent, start_gateway):
+    gateway = start_gateway([agent])
+    gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
+    checks = {name: clients.OPENAI[name] for name in ("chat", "chat_stream", "tools", "completions", "errors")}
+    for client in (clients.open_openai, clients.open_anthropic):
+        chosen = checks if client is clients.open_openai else clients.ANTHROPIC
+        for name, check in chosen.items():
+            assert check(client(gateway.url)) == check(client(agent.url)), name
+    names = ("chatStream", "tools", "responsesStream", "messageStream", "countedTokens", "messageErrors")
+    through, direct = run_javascript(gateway.url, *names), run_javascript(agent.url, *names)
+    assert through == direct
+    assert not [name for name, value in through.items() if isinstance(value, dict)]
 
 
 def test_a_request_may_carry_a_priority(agent):

@@ -4,7 +4,7 @@ Most fleets serve the same names everywhere. A name that only some engines serve
 run time, goes to those alone. An engine whose names are not known yet may serve any.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from moe_gateway.engines.fleet import Engine
@@ -24,6 +24,12 @@ def find_partial(engines: Collection[Engine]) -> dict[str, frozenset[str]]:
 def model_row(name: str) -> dict[str, Any]:
     """The row of a model of which nothing but its name is known."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "moeserving"}
+
+
+def find_model(name: str, engines: Iterable[Engine], known: Collection[str]) -> Mapping[str, Any] | None:
+    """The row of a model as the first engine that serves it lists it; None for a name that is not among the known."""
+    rows = (engine.model_rows[name] for engine in engines if name in engine.model_rows)
+    return next(rows, model_row(name) if name in known else None)
 
 
 def list_models(engines: Collection[Engine]) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from moe_contract.gateway_config import Limits
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial, build_denial
 from moe_gateway.engines.hold_queue import Rejection
-from moe_gateway.engines.served_models import list_models, model_row
+from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
-from moe_gateway.http.routes import Route, find_route, strip_authority
+from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
-from moe_gateway.request.parsing import BadBody, Parsed, parse_body
+from moe_gateway.request.parsing import BadBody
+from moe_gateway.request.reading import read_request
 
 # After a refusal the rest of what the client sends is read and thrown away for this long: closing at once would reset
 # the connection, and the client might lose the answer that says why.
@@ -31,7 +32,6 @@ LINGER_S = 2.0
 NOTICE_S = 1.0
 # The metric label of requests whose route is not known.
 OTHER = "other"
-_NO_BODY = Parsed(model=None, stream=False, priority=0, user=None, prompt=b"", prompt_tokens=0)
 
 
 class ClientConnection(asyncio.Protocol):
@@ -191,6 +191,8 @@ class ClientConnection(asyncio.Protocol):
             self._serve_health(request)
         elif (gate := self._context.gate) is not None and (denial := gate.identify(request)) is not None:
             self._deny(request, route, denial)
+        elif route is Route.MODEL:
+            self._serve_model(request)
         elif route is Route.MODELS and (models := self._list_models()) is not None:
             close = not self._keeps(request)
             self._reply(request, route, 200, build_models(models, request.request_id, close=close))
@@ -217,6 +219,21 @@ class ClientConnection(asyncio.Protocol):
             return {"object": "list", "data": [model_row(model)]}
         return None
 
+    def _serve_model(self, request: ClientRequest) -> None:
+        name, dispatcher = read_model_name(request.url), self._context.dispatcher
+        row = find_model(name, dispatcher.engines.values(), dispatcher.models)
+        if row is None:
+            self._reply_unknown_model(request, Route.MODEL, name)
+        else:
+            self._reply(
+                request, Route.MODEL, 200, build_models(row, request.request_id, close=not self._keeps(request))
+            )
+
+    def _reply_unknown_model(self, request: ClientRequest, route: Route, name: str) -> None:
+        known = ", ".join(sorted(self._context.dispatcher.models))
+        message = f"the model {name[:200]!r} does not exist; known: {known}"
+        self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
+
     def _serve_health(self, request: ClientRequest) -> None:
         if self._context.dispatcher.accepting and not self._context.draining:
             head_only = request.method == b"HEAD"
@@ -229,20 +246,20 @@ class ClientConnection(asyncio.Protocol):
 
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
-            parsed = parse_body(route, request.body) if route.method == b"POST" else _NO_BODY
+            parsed = read_request(route, request)
             read_deadline(request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
         models = self._context.dispatcher.models
         if parsed.model is not None and models and parsed.model not in models:
-            message = f"the model {parsed.model[:200]!r} does not exist; known: {', '.join(sorted(models))}"
-            self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
+            self._reply_unknown_model(request, route, parsed.model)
             return
         previous = parsed.previous_response
         if previous is not None and self._context.dispatcher.is_lost(previous):
             message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
-            self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param="previous_response_id")
+            param = "response_id" if route.names_response else "previous_response_id"
+            self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param=param)
             return
         client: ClientSide = self
         if self._context.gate is not None and route.method == b"POST":
@@ -309,6 +326,7 @@ class ClientConnection(asyncio.Protocol):
             retry_after_s=retry_after_s,
             head_only=request.method == b"HEAD",
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
+            is_anthropic=route is not None and route.is_anthropic,
         )
         self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
@@ -322,10 +340,12 @@ class ClientConnection(asyncio.Protocol):
         self._is_lingering = True
         now_s = self._context.clock()
         self._deadline_s, self._linger_end_s = now_s + LINGER_S, now_s + self._limits.body_timeout_s
+        route = find_route(self._reader.url)
+        is_anthropic = route is not None and route.is_anthropic
         self._reader.drop_message()
         if self.transport.is_closing():
             return
-        answer = build_error(outcome, message, request_id=self._new_request_id(), close=True)
+        answer = build_error(outcome, message, request_id=self._new_request_id(), close=True, is_anthropic=is_anthropic)
         self.transport.write(insert_lines(answer, self._context.cors.answer_lines(self._reader.headers)))
         self._context.stats.finish(OTHER, outcome.status, refusal=outcome.label)
         if self._is_reading_paused:

@@ -52,8 +52,26 @@ REASONS = {
 }
 
 
-def build_error_document(outcome: RequestOutcome, message: str, param: str | None = None) -> bytes:
-    """The error object of OpenAI's API."""
+# The types of Anthropic's API by status; every other one is an `api_error`.
+_ANTHROPIC_KINDS = {
+    **dict.fromkeys((400, 405, 415, 431), "invalid_request_error"),
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    **dict.fromkeys((408, 504), "timeout_error"),
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def build_error_document(
+    outcome: RequestOutcome, message: str, param: str | None = None, *, is_anthropic: bool = False
+) -> bytes:
+    """The error object of OpenAI's or of Anthropic's API."""
+    if is_anthropic:
+        kind = _ANTHROPIC_KINDS.get(outcome.status, "api_error")
+        return orjson.dumps({"type": "error", "error": {"type": kind, "message": message}})
     return orjson.dumps({"error": {"message": message, "type": outcome.kind, "param": param, "code": outcome.label}})
 
 
@@ -68,6 +86,7 @@ def build_error(
     head_only: bool = False,
     allow: bytes | None = None,
     challenge: bytes = b"",
+    is_anthropic: bool = False,
 ) -> bytes:
     """A whole HTTP response; `Retry-After` in whole seconds, `Allow` and `WWW-Authenticate` where given."""
     extra = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
@@ -75,7 +94,7 @@ def build_error(
         extra += b"allow: %b\r\n" % allow
     if challenge:
         extra += b"www-authenticate: %b\r\n" % challenge
-    body = build_error_document(outcome, message, param)
+    body = build_error_document(outcome, message, param, is_anthropic=is_anthropic)
     return build_response(outcome.status, body, request_id=request_id, extra=extra, close=close, head_only=head_only)
 
 
@@ -119,9 +138,15 @@ def build_models(document: object, request_id: bytes, *, close: bool) -> bytes:
     return build_response(200, orjson.dumps(document), request_id=request_id, close=close)
 
 
-def build_stream_error(outcome: RequestOutcome, message: str) -> bytes:
+def build_stream_error(outcome: RequestOutcome, message: str, *, is_anthropic: bool = False) -> bytes:
     """The event that ends a stream which was broken off, after a blank line that ends an unfinished event."""
-    return b"\n\ndata: %b\n\n" % build_error_document(outcome, message)
+    document = build_error_document(outcome, message, is_anthropic=is_anthropic)
+    return b"\n\n" + frame_error(document, is_anthropic=is_anthropic)
+
+
+def frame_error(document: bytes, *, is_anthropic: bool) -> bytes:
+    """The event of an error; Anthropic's API names its events."""
+    return b"%bdata: %b\n\n" % (b"event: error\n" if is_anthropic else b"", document)
 
 
 def build_stream_head(request_id: bytes, *, close: bool) -> bytes:
@@ -136,3 +161,8 @@ def build_stream_head(request_id: bytes, *, close: bool) -> bytes:
 def frame_chunk(data: bytes) -> bytes:
     """One chunk of chunked transfer coding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def frame_last_chunk(data: bytes) -> bytes:
+    """A chunk, and the end of the body."""
+    return frame_chunk(data) + b"0\r\n\r\n"

@@ -13,7 +13,13 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.http.heads import HOP_BY_HOP
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, WholeRequest, read_whole_request
+from moe_gateway.http.whole_request import (
+    LONGEST_HEAD_BYTES,
+    REQUEST_ID,
+    SESSION_HEADERS,
+    WholeRequest,
+    read_whole_request,
+)
 from moe_gateway.request.context import ClientRequest
 
 # A body that keeps coming has time at this rate, besides `body_timeout_s`: the longest body takes 9 hours, but whoever
@@ -105,6 +111,11 @@ class RequestReader:
         self._session: str | None = None
 
     @property
+    def url(self) -> bytes:
+        """The target of the message that is under way; empty before it is known."""
+        return self._url
+
+    @property
     def is_within_message(self) -> bool:
         """Whether a part of a message has come and its end has not."""
         return bool(self.in_head or self._body or self._url)
@@ -184,7 +195,7 @@ class RequestReader:
             self._hop_by_hop.append(line)
             self._read_hop_by_hop(name, value)
             return
-        if name == b"x-session-id":
+        if name == SESSION_HEADERS[0] or (name == SESSION_HEADERS[1] and self._session is None):
             self._session = value.decode("latin-1")
         self._lines.append(line)
 

@@ -1,32 +1,15 @@
-"""Which paths the serving port knows: a closed list, so that no admin route of an engine can be reached. Pure."""
+"""Finds the route of a request target. The list is closed, so that no admin route of an engine can be reached. Pure."""
 
 import re
-from enum import Enum
+from urllib.parse import unquote_to_bytes
 
+from moe_contract.serving_routes import Route
 
-class Route(Enum):
-    """A path of the serving port, with its method."""
+__all__ = ["ROUTES", "Route", "find_route", "read_model_name", "read_response_id"]
 
-    CHAT = (b"/v1/chat/completions", b"POST")
-    COMPLETIONS = (b"/v1/completions", b"POST")
-    RESPONSES = (b"/v1/responses", b"POST")
-    EMBEDDINGS = (b"/v1/embeddings", b"POST")
-    TOKENIZE = (b"/tokenize", b"POST")
-    DETOKENIZE = (b"/detokenize", b"POST")
-    MODELS = (b"/v1/models", b"GET")
-    HEALTH = (b"/health", b"GET")
-
-    def __init__(self, path: bytes, method: bytes) -> None:
-        self.path = path
-        self.method = method
-        self.label = self.name.lower()
-        # Whether an engine computes for it, so that its size and its first token count.
-        self.has_job = self.name in {"CHAT", "COMPLETIONS", "RESPONSES", "EMBEDDINGS"}
-        # Whether its answer in one piece comes once the prompt is computed, as the first token of a stream does.
-        self.only_reads = self.name == "EMBEDDINGS"
-
-
-ROUTES: dict[bytes, Route] = {route.path: route for route in Route}
+ROUTES: dict[bytes, Route] = {route.path: route for route in Route if b"{" not in route.path}
+_RESPONSE = re.compile(rb"/v1/responses/(?!\.{1,2}(?:/|\Z))([A-Za-z0-9._~:-]{1,200})(/cancel)?")
+_MODEL = re.compile(rb"/v1/models/([!-~]{1,1000})")
 
 
 def strip_authority(target: bytes) -> bytes:
@@ -39,4 +22,22 @@ _ABSOLUTE = re.compile(rb"\Ahttps?://[^/?#]+(?:/|(?=\?)|\Z)", re.IGNORECASE)
 
 def find_route(url: bytes) -> Route | None:
     """The route of a request target; None unless its path, without a query, is spelt exactly."""
-    return ROUTES.get(url if b"?" not in url else url[: url.index(b"?")])
+    path = url if b"?" not in url else url[: url.index(b"?")]
+    route = ROUTES.get(path)
+    if route is not None:
+        return route
+    if (found := _RESPONSE.fullmatch(path)) is not None:
+        return Route.RESPONSE_CANCEL if found[2] else Route.RESPONSE
+    return Route.MODEL if _MODEL.fullmatch(path) is not None else None
+
+
+def read_response_id(url: bytes) -> str:
+    """The id in the target of a route that names a response."""
+    found = _RESPONSE.match(url)
+    return "" if found is None else found[1].decode()
+
+
+def read_model_name(url: bytes) -> str:
+    """The name in the target of `Route.MODEL`; clients spell a slash in it as it is or percent-encoded."""
+    found = _MODEL.fullmatch(url.partition(b"?")[0])
+    return "" if found is None else unquote_to_bytes(found[1]).decode("utf-8", "replace")

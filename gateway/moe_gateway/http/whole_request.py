@@ -16,13 +16,15 @@ from typing import NamedTuple
 from moe_gateway.http.heads import HOP_BY_HOP
 
 LONGEST_HEAD_BYTES = 64 * 1024
+# Headers that name a session; where a request has several, the first of these counts.
+SESSION_HEADERS = (b"x-session-id", b"x-session-affinity")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 # The lines are captured with the line feed before them, so that each begins with one: a literal is found fastest.
 _HEAD = re.compile(
     rb"POST ([!-~]++) HTTP/1\.1\r(\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)++)\r\n"
 )
-_SPECIAL = re.compile(rb"\n((?i:%b|x-session-id)):[ \t]*+([^\r]*+)\r(?=\n)" % b"|".join(sorted(HOP_BY_HOP)))
+_SPECIAL = re.compile(rb"\n((?i:%b)):[ \t]*+([^\r]*+)\r(?=\n)" % b"|".join([*sorted(HOP_BY_HOP), *SESSION_HEADERS]))
 
 
 class WholeRequest(NamedTuple):
@@ -55,14 +57,14 @@ def read_whole_request(data: bytes) -> WholeRequest | None:
         return None
     if special.keys() - _UNDERSTOOD or special.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
-    headers, session = b"".join(parts[::3])[1:], special.get(b"x-session-id")
+    headers, sessions = b"".join(parts[::3])[1:], [name for name in SESSION_HEADERS if name in special]
     request_id = special.get(b"x-request-id", b"")
     if request_id and REQUEST_ID.fullmatch(request_id) is None:
         request_id = b""
-    if session is None:
+    if not sessions:
         return WholeRequest(url, headers, body, request_id, None)
-    headers = b"%bx-session-id: %b\r\n" % (headers, session)
-    return WholeRequest(url, headers, body, request_id, session.decode("latin-1"))
+    headers += b"".join(b"%b: %b\r\n" % (name, special[name]) for name in sessions)
+    return WholeRequest(url, headers, body, request_id, special[sessions[0]].decode("latin-1"))
 
 
-_UNDERSTOOD = {b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id", b"x-session-id"}
+_UNDERSTOOD = {b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id", *SESSION_HEADERS}

@@ -3,20 +3,15 @@
 Owned by an exchange. An error of the client shows nothing of the engine.
 """
 
-import re
-
 from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.answer_fields import find_prompt_tokens, find_response_id
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
 
 USAGE_WINDOW_BYTES = 64 * 1024
-# The first id in an answer of `/v1/responses` is its own.
-_RESPONSE_ID = re.compile(rb'"id": ?"(resp[!#-~]{1,128})"')
-# `/v1/responses` names them `input_tokens`.
-_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
 
 
 class AnswerAccount:
@@ -43,8 +38,8 @@ class AnswerAccount:
         dispatcher = self._context.dispatcher
         self.has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
         keeps = self.has_answer and self._route is Route.RESPONSES
-        if keeps and (found := _RESPONSE_ID.search(beginning.body)) is not None:
-            dispatcher.record_response(found[1].decode(), sent.target)
+        if keeps and (response_id := find_response_id(beginning.body)) is not None:
+            dispatcher.record_response(response_id, sent.target)
         if part is AnswerPart.TOKEN:
             dispatcher.answer(sent, now_s, is_first_token=True)
             self.ttft_s = now_s - self._arrived_s
@@ -71,6 +66,5 @@ class AnswerAccount:
             return
         if len(beginning.received) > USAGE_WINDOW_BYTES:
             return
-        found = _PROMPT_TOKENS.search(beginning.received)
-        if found is not None and len(found[1]) < 12:
-            dispatcher.learn_tokens(parsed, int(found[1]))
+        if (tokens := find_prompt_tokens(beginning.received)) is not None:
+            dispatcher.learn_tokens(parsed, tokens)

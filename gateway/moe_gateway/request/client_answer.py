@@ -5,12 +5,20 @@ Owned by an exchange, which decides what passes and when. Everything here writes
 
 from moe_gateway.http.cors import insert_lines
 from moe_gateway.http.heads import ends_between_chunks, stamp_response
-from moe_gateway.http.replies import RequestOutcome, build_error, build_stream_error, build_stream_head, frame_chunk
+from moe_gateway.http.replies import (
+    RequestOutcome,
+    build_error,
+    build_stream_error,
+    build_stream_head,
+    frame_chunk,
+    frame_error,
+    frame_last_chunk,
+)
+from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.stream_events import ends_stream
 
-LAST_CHUNK = b"0\r\n\r\n"
 # An open stream gets a comment this often until its first token; proxies end connections that are silent for longer.
 KEEP_ALIVE_S = 10.0
 KEEP_ALIVE = frame_chunk(b": keep-alive\n\n")
@@ -23,10 +31,11 @@ class ClientAnswer:
         is_open: whether the head of a stream has passed, and perhaps comments, but no event.
     """
 
-    __slots__ = ("_before_last", "_client", "_context", "_last", "_request", "_wrote_s", "is_open")
+    __slots__ = ("_before_last", "_client", "_context", "_is_anthropic", "_last", "_request", "_wrote_s", "is_open")
 
-    def __init__(self, request: ClientRequest, client: ClientSide, context: ExchangeContext) -> None:
+    def __init__(self, request: ClientRequest, route: Route, client: ClientSide, context: ExchangeContext) -> None:
         self._request = request
+        self._is_anthropic = route.is_anthropic
         self._client = client
         self._context = context
         # The newest two pieces of the answer.
@@ -96,18 +105,25 @@ class ClientAnswer:
 
     def end_with_engine_error(self, error: bytes) -> None:
         """Ends an open stream with the error, one line of JSON, that an engine answered."""
-        self._client.write(frame_chunk(b"data: %b\n\n" % error) + LAST_CHUNK)
+        self._client.write(frame_last_chunk(frame_error(error, is_anthropic=self._is_anthropic)))
 
     def break_off(self, outcome: RequestOutcome, reason: str, *, is_stream: bool) -> None:
         """Ends a stream with an error event where a client would understand one; any other answer just ends."""
         # The last bytes of the engine may end inside a chunk: then nothing can be added that a client would understand.
         if (is_stream or self.is_open) and ends_between_chunks(self._last):
-            self._client.write(frame_chunk(build_stream_error(outcome, reason)) + LAST_CHUNK)
+            event = build_stream_error(outcome, reason, is_anthropic=self._is_anthropic)
+            self._client.write(frame_last_chunk(event))
 
     def refuse(self, outcome: RequestOutcome, message: str, *, close: bool, retry_after_s: int | None = None) -> None:
         """Answers with an error of the gateway; nothing has passed before."""
-        request_id = self._request.request_id
-        answer = build_error(outcome, message, request_id=request_id, close=close, retry_after_s=retry_after_s)
+        answer = build_error(
+            outcome,
+            message,
+            request_id=self._request.request_id,
+            close=close,
+            retry_after_s=retry_after_s,
+            is_anthropic=self._is_anthropic,
+        )
         self._client.write(self._insert_cors(answer))
 
     def finish(self, *, keep_alive: bool) -> None:

@@ -82,7 +82,7 @@ class Exchange:
         self.parsed = parsed
         self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s, request.deadline_s)
         self.last_s = request.arrived_s
-        self._answer = ClientAnswer(request, client, context)
+        self._answer = ClientAnswer(request, route, client, context)
         self._account = AnswerAccount(route, request.arrived_s, context)
         self._context = context
         self._session = session = request.session

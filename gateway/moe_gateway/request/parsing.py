@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from moe_gateway.http.routes import Route
 from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
+from moe_gateway.request.messages_body import read_as_chat, read_session
+from moe_gateway.request.pooling_body import read_decision, read_embedded, read_scored
 
 _NO_MEDIA: Mapping[str, int] = MappingProxyType({})
 
@@ -71,7 +73,7 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     stream = document.get("stream", False)
     if type(stream) is not bool:
         stream = read_flag(stream)
-    user = document.get("user")
+    user = read_session(document) if route is Route.MESSAGES else document.get("user")
     prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
     previous = _read_previous_response(document) if route is Route.RESPONSES else None
@@ -84,8 +86,6 @@ def _read_previous_response(document: dict[str, Any]) -> str | None:
     Raises:
         BadBody: it asks for state that could not be found again here, or the id is of the wrong type.
     """
-    if document.get("background"):
-        raise BadBody("background responses cannot be fetched here; ask without background, or stream", "background")
     if document.get("conversation") is not None:
         raise BadBody("conversations are not kept here; continue with previous_response_id", "conversation")
     previous = document.get("previous_response_id")
@@ -117,10 +117,29 @@ def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
             return _with_tools(document, _read_texts([document.get("instructions"), document.get("input")]))
         case Route.COMPLETIONS:
             return _read_input(document.get("prompt"))
-        case Route.EMBEDDINGS:
+        case Route.EMBEDDINGS | Route.POOLING | Route.CLASSIFY:
             if "input" not in document and "messages" in document:
                 return _read_messages(document["messages"])
-            return _read_input(document.get("input"))
+            return _read_input(document.get("input", document.get("data")))
+        case _:
+            return _read_rare_prompt(route, document)
+
+
+def _read_rare_prompt(route: Route, document: dict[str, Any]) -> Prompt:
+    """The prompt of the other routes; none where an engine computes nothing."""
+    match route:
+        case Route.MESSAGES:
+            return _with_tools(document, _read_messages(read_as_chat(document)))
+        case Route.CHAT_BATCH:
+            return _read_texts(document.get("messages"))
+        case Route.EMBED_V2 | Route.DECISIONS:
+            return _read_texts(read_embedded(document) if route is Route.EMBED_V2 else read_decision(document))
+        case Route.GENERATE:
+            return _read_input(document.get("token_ids"))._replace(
+                media=_read_texts(document.get("content_parts")).media
+            )
+        case _ if route.only_reads:
+            return _read_input(read_scored(document))
         case _:
             return Prompt(b"", 0)
 

@@ -50,10 +50,11 @@ ERROR_MARK = b'"error"'
 # An error within a text has its quotes escaped, so the mark stands in the frame of an event alone.
 _USUAL_TOKEN = re.compile(
     rb'"delta": ?\{"(?:content|reasoning|reasoning_content)": ?"[^"]|"choices": ?\[\{"index": ?\d+, ?"text": ?"'
-    rb"|(?:^|\n)event: response\.[a-z_.]+\.delta\r?\n"
+    rb"|(?:^|\n)event: (?:response\.[a-z_.]+\.delta|content_block_delta)\r?\n"
 )
-_LAST_RESPONSE_EVENT = re.compile(
-    rb'(?:event: (?=[^\n]*\n)|"type": ?")response\.(?:completed|incomplete|failed)(?:"|\r?\ndata: )[^\n]*\Z'
+_LAST_NAMED_EVENT = re.compile(
+    rb'(?:event: (?=[^\n]*\n)|"type": ?")(?:response\.(?:completed|incomplete|failed)|message_stop)'
+    rb'(?:"|\r?\ndata: )[^\n]*\Z'
 )
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -61,6 +62,14 @@ _CLIENTS_ERROR = re.compile(
     r"bad_?request|invalid|not_?found|unprocessable|unsupported|not_?implemented|content_filter|context_length",
     re.IGNORECASE,
 )
+
+
+# Events of `/v1/messages`. A block of text, thinking or a tool call begins before its first token is there.
+_MESSAGE_EVENTS = {
+    **dict.fromkeys(("message_start", "ping", "content_block_start", "content_block_stop"), AnswerPart.PENDING),
+    "content_block_delta": AnswerPart.TOKEN,
+    **dict.fromkeys(("message_delta", "message_stop"), AnswerPart.WHOLE),
+}
 
 
 def part_of_status(status: int) -> AnswerPart:
@@ -137,7 +146,7 @@ def ends_stream(data: bytes) -> bool:
     tail = data.rstrip(b"\r\n").removesuffix(b"\r\n0").rstrip(b"\r\n")
     if tail.endswith((b"data: [DONE]", b"data:[DONE]")):
         return True
-    return tail.endswith(b"}") and data.endswith((b"\n", b"\r")) and _LAST_RESPONSE_EVENT.search(tail) is not None
+    return tail.endswith(b"}") and data.endswith((b"\n", b"\r")) and _LAST_NAMED_EVENT.search(tail) is not None
 
 
 def read_event(event: bytes) -> AnswerPart:
@@ -182,6 +191,8 @@ def _part_of_document(document: dict[str, Any]) -> AnswerPart:
     kind = document.get("type")
     if type(kind) is str and kind.startswith("response."):
         return _part_of_response(kind, document)
+    if type(kind) is str and kind in _MESSAGE_EVENTS:
+        return _MESSAGE_EVENTS[kind]
     if (error := _error_of(document)) is not None:
         return part_of_status(_status_of(error))
     choices = document.get("choices")
@@ -218,11 +229,22 @@ def _status_of(error: object) -> int:
     if type(error) is not dict:
         return 500
     code = error.get("code")
+    if code is None and error.get("type") == "internal_error":
+        code = _code_within(error.get("message"))
     if type(code) is str and code.isdecimal() and len(code) == 3:
         code = int(code)
     if type(code) is int:
         return code if 400 <= code < 600 else 500
     return 400 if _CLIENTS_ERROR.search(f"{code} {error.get('type')}") else 500
+
+
+# vLLM 0.32 puts an error within a stream of `/v1/messages` into the text of another one.
+_CODE_WITHIN = re.compile(r"for ChatCompletionStreamResponse\n[\s\S]*?'code': (\d{3})\b")
+
+
+def _code_within(message: object) -> str | None:
+    found = _CODE_WITHIN.search(message) if type(message) is str else None
+    return None if found is None else found[1]
 
 
 _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal", "audio")

@@ -11,35 +11,15 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from moe_contract.serving_routes import ENGINE_ONLY, Route, compile_templates
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-SERVING_ROUTES = frozenset(
-    {
-        "/detokenize",
-        "/health",
-        "/load",
-        "/metrics",
-        "/ping",
-        "/tokenize",
-        "/v1/audio/transcriptions",
-        "/v1/audio/translations",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/models",
-        "/v1/rerank",
-        "/v1/responses",
-        "/v1/score",
-        "/version",
-    }
-)
-# Routes with one more part, an id: `/v1/models/NAME`, `/v1/responses/ID`, `/v1/responses/ID/cancel`.
-_ROUTES_WITH_ID = ("/v1/models/", "/v1/responses/")
+SERVING_ROUTES = ENGINE_ONLY | {route.path.decode() for route in Route if b"{" not in route.path}
+_ROUTES_WITH_ID = compile_templates(route.path.decode() for route in Route)
 _AMBIGUOUS = ("//", "..", "/./", "\\", "%", "\0", ";")
 
 
@@ -47,7 +27,7 @@ def is_serving_path(path: str, raw_path: bytes | None = None) -> bool:
     """Whether a request for `path` (decoded) may reach the engine's router."""
     if any(mark in path for mark in _AMBIGUOUS) or (raw_path is not None and b"%2f" in raw_path.lower()):
         return False
-    return path in SERVING_ROUTES or path.startswith(_ROUTES_WITH_ID)
+    return path in SERVING_ROUTES or _ROUTES_WITH_ID.fullmatch(path) is not None
 
 
 class ServingRoutesOnly:

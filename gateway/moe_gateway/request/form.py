@@ -1,0 +1,131 @@
+"""Reads the forms of the audio routes: the model, whether a stream is asked for, and the length of the recording. Pure.
+
+The form itself goes to the engine as it came. `python-multipart`, which vLLM uses too, reads it.
+"""
+
+import math
+import struct
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from moe_gateway.request.parsing import BadBody, Parsed
+
+# Whisper makes 1,500 positions of 30 seconds.
+TOKENS_PER_S = 50
+# Bytes of a second of compressed sound, at the usual 128 kbit/s; its real length would have to be decoded.
+COMPRESSED_BYTES_PER_S = 16_000
+LONGEST_FIELD_BYTES = 64 * 1024
+_FILE = "file"
+
+
+class _Fields:
+    """Collects the fields of a form; of a file its length and its first bytes.
+
+    Attributes:
+        values: texts by the name of their field.
+        file_head: the first bytes of the file.
+        file_bytes: its length; None without a file.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.file_head = b""
+        self.file_bytes: int | None = None
+        self._name = ""
+        self._header = self._value = b""
+
+    def on_part_begin(self) -> None:
+        self._name = ""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value)
+            self._name = options.get(b"name", b"").decode("utf-8", "replace")
+            if self._name == _FILE and self.file_bytes is None:
+                self.file_bytes = 0
+        self._header = self._value = b""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == _FILE:
+            self.file_bytes = (self.file_bytes or 0) + end - start
+            self.file_head += data[start : min(end, start + LONGEST_FIELD_BYTES - len(self.file_head))]
+        else:
+            known = self.values.get(self._name, b"")
+            self.values[self._name] = known + data[start : min(end, start + LONGEST_FIELD_BYTES - len(known))]
+
+
+def parse_form(headers: bytes, body: bytes) -> Parsed:
+    """Reads a form.
+
+    Args:
+        headers: the lines of the request's head, each ended by CRLF.
+        body: the whole body.
+
+    Raises:
+        BadBody: it is not a form.
+    """
+    fields = _read_fields(_read_boundary(headers), body)
+    model = fields.values.get("model", b"").decode("utf-8", "replace")
+    stream = fields.values.get("stream", b"").strip().lower() in (b"true", b"1", b"yes", b"on")
+    seconds = 0.0 if fields.file_bytes is None else audio_s(fields.file_head, fields.file_bytes)
+    prompt = fields.values.get("prompt", b"")
+    tokens = math.ceil(seconds * TOKENS_PER_S) + len(prompt) // 4
+    return Parsed(model or None, stream, 0, None, b"", tokens)
+
+
+def audio_s(head: bytes, file_bytes: int) -> float:
+    """The length of a recording in seconds: exact for WAV, by `COMPRESSED_BYTES_PER_S` for all else.
+
+    Args:
+        head: its first bytes.
+        file_bytes: its whole length.
+    """
+    at = 12
+    bytes_per_s = 0
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return file_bytes / COMPRESSED_BYTES_PER_S
+    while at + 8 <= len(head):
+        name, size = head[at : at + 4], int(struct.unpack_from("<I", head, at + 4)[0])
+        if name == b"fmt " and at + 20 <= len(head):
+            bytes_per_s = int(struct.unpack_from("<I", head, at + 16)[0])
+        elif name == b"data" and bytes_per_s:
+            return min(size, file_bytes - at - 8) / bytes_per_s
+        at += 8 + size + size % 2
+    return file_bytes / (bytes_per_s or COMPRESSED_BYTES_PER_S)
+
+
+def _read_boundary(headers: bytes) -> bytes:
+    lines = (line.partition(b":") for line in headers.split(b"\r\n"))
+    content_type = next((value.strip() for name, _, value in lines if name.lower() == b"content-type"), b"")
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise BadBody("the body must be multipart/form-data with a boundary")
+    return boundary
+
+
+def _read_fields(boundary: bytes, body: bytes) -> _Fields:
+    fields = _Fields()
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": fields.on_part_begin,
+                "on_header_field": fields.on_header_field,
+                "on_header_value": fields.on_header_value,
+                "on_header_end": fields.on_header_end,
+                "on_part_data": fields.on_part_data,
+            },
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise BadBody(f"the body is not a valid form: {error}") from None
+    return fields

@@ -1,0 +1,94 @@
+"""Forms of the audio routes: the model, the stream and the length of the recording."""
+
+import contextlib
+import math
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_gateway.request.form import COMPRESSED_BYTES_PER_S, TOKENS_PER_S, audio_s, parse_form
+from moe_gateway.request.parsing import BadBody
+
+HEADERS = b'accept: x\r\nContent-Type: multipart/form-data; boundary="b-1"\r\n'
+
+
+def form(*fields):
+    rows = []
+    for name, value in fields:
+        more = b'; filename="a.wav"\r\ncontent-type: audio/wav' if name == "file" else b""
+        head = b'--b-1\r\nContent-Disposition: form-data; name="%b"%b' % (name.encode(), more)
+        rows.append(head + b"\r\n\r\n" + value + b"\r\n")
+    return b"".join(rows) + b"--b-1--\r\n"
+
+
+def wav(seconds, rate=16_000, *, extra=b""):
+    data = b"\0\0" * int(seconds * rate)
+    described = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+    rows = described + extra + struct.pack("<4sI", b"data", len(data)) + data
+    return struct.pack("<4sI4s", b"RIFF", len(rows) + 4, b"WAVE") + rows
+
+
+def test_the_model_and_the_stream_are_read_wherever_they_stand():
+    for fields in ((("model", b"w"), ("file", b"x"), ("stream", b"true")), (("stream", b"True"), ("file", b"x"))):
+        parsed = parse_form(HEADERS, form(*fields))
+        assert parsed.stream
+        assert parsed.model == (None if fields[0][0] == "stream" else "w")
+    assert not parse_form(HEADERS, form(("stream", b"false"))).stream
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5, 3, 30])
+@pytest.mark.parametrize("extra", [b"", struct.pack("<4sI", b"LIST", 3) + b"abc\0"], ids=["plain", "with a list"])
+def test_a_wav_has_its_real_length(seconds, extra):
+    parsed = parse_form(HEADERS, form(("file", wav(seconds, extra=extra))))
+    assert parsed.prompt_tokens == math.ceil(seconds * TOKENS_PER_S)
+
+
+def test_a_compressed_recording_is_estimated_by_its_bytes():
+    assert audio_s(b"ID3", 10 * COMPRESSED_BYTES_PER_S) == 10
+    assert audio_s(b"RIFF\0\0\0\0WAVE", COMPRESSED_BYTES_PER_S) == 1
+
+
+def test_a_stream_of_unknown_length_counts_what_is_there():
+    recording = bytearray(wav(2))
+    at = recording.index(b"data") + 4
+    recording[at : at + 4] = b"\xff\xff\xff\xff"
+    assert audio_s(bytes(recording[:100]), len(recording)) == pytest.approx(2)
+
+
+def test_a_file_that_looks_like_a_boundary_stays_a_file():
+    parsed = parse_form(HEADERS, form(("file", b"\r\n--b-" * 40_000), ("model", b"w")))
+    assert (parsed.model, parsed.prompt_tokens) == ("w", math.ceil(240_000 / COMPRESSED_BYTES_PER_S * TOKENS_PER_S))
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (b"", form(("model", b"w"))),
+        (b"content-type: application/json\r\n", b"{}"),
+        (b"content-type: multipart/form-data\r\n", form(("model", b"w"))),
+        (b"content-type: multipart/form-data; boundary=\r\n", form(("model", b"w"))),
+        (HEADERS, b"not a form"),
+        (HEADERS, b"--b-1\r\nno colon\r\n\r\nx\r\n--b-1--\r\n"),
+        (b"content-type: multipart/form-data; boundary=" + b"x" * 5000 + b"\r\n", b""),
+    ],
+    ids=["no type", "JSON", "no boundary", "empty boundary", "no form", "bad part", "long boundary"],
+)
+def test_what_is_no_form_is_refused(headers, body):
+    with pytest.raises(BadBody):
+        parse_form(headers, body)
+
+
+@given(st.binary(max_size=300), st.binary(max_size=100))
+def test_any_bytes_are_read_or_refused(body, headers):
+    for head in (headers, HEADERS):
+        with contextlib.suppress(BadBody):
+            parsed = parse_form(head, body)
+            assert parsed.prompt_tokens >= 0
+
+
+@given(st.binary(max_size=200), st.integers(0, 2**40))
+def test_any_recording_has_a_length(head, size):
+    assert audio_s(head, size) >= 0
+    assert audio_s(b"RIFF\0\0\0\0WAVE" + head, size) >= 0
+    assert audio_s(wav(1)[:40] + head, size + 100) >= 0

@@ -51,7 +51,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, tokens: ControlTokens, *, access_log: bool = False) -> None:
         self._config = config
         self._tokens = tokens
-        self._peer_tokens = PeerTokens(config.token_file)
+        self._peer_tokens = None if config.token_file is None else PeerTokens(config.token_file)
         self._access_log = access_log
         self.clock = time.monotonic
         self.stats = RequestStats(self.clock())
@@ -254,7 +254,8 @@ class Gateway:
 
     def _check_once(self, now_s: float) -> None:
         self.dispatcher.tick(now_s)
-        self._peer_tokens.refresh()
+        if self._peer_tokens is not None:
+            self._peer_tokens.refresh()
         if self._context.gate is not None:
             self._context.gate.tick(now_s)
         for connection in list(self._connections):

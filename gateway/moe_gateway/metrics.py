@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.load_report import least_wait_s
 from moe_gateway.request_stats import Histogram, RequestStats
 
 PREFIX = "moeserving_gateway_"
@@ -64,7 +65,7 @@ class GatewayCollector(Collector):
         yield CounterMetricFamily(PREFIX + "prompt_tokens", tokens, value=stats.prompt_tokens)
         oldest = "Seconds that the longest held request has been without an engine; 0 when none is held."
         yield GaugeMetricFamily(PREFIX + "held_seconds", oldest, value=dispatcher.held_since_s(now_s) or 0.0)
-        if (wait_s := dispatcher.least_wait_s(now_s)) is not None:
+        if (wait_s := least_wait_s(dispatcher, now_s)) is not None:
             text = "Least predicted seconds before a new request begins to be computed; absent without a target."
             yield GaugeMetricFamily(PREFIX + "wait_seconds", text, value=wait_s)
 

@@ -6,6 +6,7 @@ from moe_contract.pod_identity import PodIdentity
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.load_report import find_source, least_wait_s
 from moe_gateway.request_stats import RequestStats
 
 
@@ -25,7 +26,7 @@ def build_state(
         held=dispatcher.held,
         held_since_s=dispatcher.held_since_s(now_s),
         in_flight=dispatcher.in_flight,
-        wait_s=dispatcher.least_wait_s(now_s),
+        wait_s=least_wait_s(dispatcher, now_s),
         ttft_s=recent.mean_ttft_s(now_s),
         prompt_tokens_per_s=recent.prompt_tokens_per_s(now_s),
         arrivals_per_s=recent.arrivals_per_s(now_s),
@@ -49,6 +50,6 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> Target
         in_flight=state.in_flight,
         unanswered_prefill_tokens=state.unanswered_prefill_tokens,
         signal_age_s=state.signal_age_s(now_s),
-        signal_source=dispatcher.source(target, now_s).value,
+        signal_source=find_source(dispatcher, target, now_s).value,
         signal=state.signal,
     )

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.gateway_config import Discovery, EngineAddress, GatewayConfig, Group
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.load_report import least_wait_s
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Hold, Job, Refuse, RefuseReason, Send
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
@@ -92,7 +93,7 @@ def test_a_group_of_weight_0_gets_nothing_even_when_it_is_alone():
     dispatcher = fleet({STABLE: 100, CANARY: 0}, {STABLE: 1, CANARY: 1})
     dispatcher.set_ready(f"{STABLE}-0", False, NOW_S)
     assert dispatcher.choose(Job(10), NOW_S) == Refuse(RefuseReason.NO_ENGINE)
-    assert (dispatcher.accepting, dispatcher.least_wait_s(NOW_S)) == (False, None)
+    assert (dispatcher.accepting, least_wait_s(dispatcher, NOW_S)) == (False, None)
 
 
 def test_a_group_that_is_saturated_or_failed_the_request_cedes_it():

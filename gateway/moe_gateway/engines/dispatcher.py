@@ -14,7 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from enum import StrEnum
 from typing import Any
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
@@ -26,7 +25,6 @@ from moe_scheduling.engine.choice import (
     RefuseReason,
     Send,
     choose_target,
-    explain,
 )
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
@@ -49,14 +47,6 @@ TOKENISATION_PERIOD = 16
 SHORT_PAUSE_S = 0.5
 
 log = logging.getLogger("moeserving.gateway")
-
-
-class SignalSource(StrEnum):
-    """Source of an engine's load in a choice: its agent, a scrape of its metrics, or only the requests sent to it."""
-
-    AGENT = "agent"
-    SCRAPE = "scrape"
-    IN_FLIGHT = "in_flight"
 
 
 class Dispatcher:
@@ -178,7 +168,7 @@ class Dispatcher:
         suspects = self._fleet.ejected()
         if not suspects:
             return False
-        servers = {state.target.server for state in self._open_targets()}
+        servers = {state.target.server for state in self.open_targets()}
         is_alone = not any(self.engines[server].may_accept(now_s) for server in servers)
         sole = {
             server
@@ -237,7 +227,7 @@ class Dispatcher:
         known = (self.engines[server] for server in servers if server in self.engines)
         if any(engine.may_accept(now_s + SHORT_PAUSE_S) for engine in known):
             return True
-        return not any(state.accepting for state in self._open_targets() if state.target.server not in servers)
+        return not any(state.accepting for state in self.open_targets() if state.target.server not in servers)
 
     def _hold(self, waiter: Waiter, now_s: float) -> Held | Rejection:
         if self._queue.push(waiter, now_s):
@@ -249,7 +239,7 @@ class Dispatcher:
         self._turn += 1
         servers = self._servers_of(job)
         if not computes:
-            states, settings = list(self._open_targets()), replace(self.settings, saturation_s=None)
+            states, settings = list(self.open_targets()), replace(self.settings, saturation_s=None)
             states = states if servers is None else _at(servers, states)
             return choose_target(job, states, settings, turn=self._turn, now_s=now_s, exclude=tried)
         if servers is not None:
@@ -337,7 +327,7 @@ class Dispatcher:
 
     def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
         """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
-        states: Iterable[TargetState] = self._open_targets()
+        states: Iterable[TargetState] = self.open_targets()
         if (servers := self._servers_of(job)) is not None:
             states = _at(servers, states)
         return any(state.accepting and state.target != target and state.target not in tried for state in states)
@@ -469,14 +459,14 @@ class Dispatcher:
     @property
     def accepting(self) -> bool:
         """Whether any target takes new requests."""
-        return any(state.accepting for state in self._open_targets())
+        return any(state.accepting for state in self.open_targets())
 
     def is_accepting(self, target: Target) -> bool:
         """Whether this target takes new requests; False for one that is not known."""
         state = self.target_states.get(target)
         return state is not None and state.accepting
 
-    def _open_targets(self) -> Iterator[TargetState]:
+    def open_targets(self) -> Iterator[TargetState]:
         """The targets that may get a share of the requests."""
         return self._groups.open_targets() if self.discovers else iter(self._targets.ordered)
 
@@ -488,17 +478,6 @@ class Dispatcher:
     def held_since_s(self, now_s: float) -> float | None:
         """Seconds that the longest held request has been without an engine; None when none is held."""
         return self._queue.longest_wait_s(now_s)
-
-    def least_wait_s(self, now_s: float) -> float | None:
-        """Predicted seconds until a new request begins to be computed, where that is soonest; None without a target."""
-        rows = explain(Job(1), list(self._open_targets()), self.settings, now_s=now_s)
-        return min((row.wait_s for row in rows), default=None)
-
-    def source(self, target: Target, now_s: float) -> SignalSource:
-        """Returns the load of a target as the choice sees it."""
-        if not self.target_states[target].is_fresh(now_s, self.settings.stale_after_s):
-            return SignalSource.IN_FLIGHT
-        return SignalSource.SCRAPE if self.engines[target.server].address.agent_url is None else SignalSource.AGENT
 
 
 def _at(servers: Collection[str], states: Iterable[TargetState]) -> list[TargetState]:

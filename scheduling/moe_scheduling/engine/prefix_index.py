@@ -101,14 +101,14 @@ class PrefixIndex:
 
     def confirm(self, keys: Sequence[int], target: Target) -> None:
         """Notes that the target has computed these blocks."""
-        held = self._held.get(target, {})
+        held: dict[int, int] = self._held.get(target, OrderedDict())
         for key in keys:
             if key in held:
                 held[key] = COMPUTED
 
     def discard(self, keys: Sequence[int], target: Target, request: int) -> None:
         """Forgets the blocks that this request was to compute, and no later one."""
-        held = self._held.get(target, {})
+        held: dict[int, int] = self._held.get(target, OrderedDict())
         for key in keys:
             if held.get(key) == request:
                 del held[key]

@@ -142,6 +142,11 @@ class AgentState(EngineState):
     config: AgentSettingsInForce = AgentSettingsInForce()
 
     @property
+    def notable(self) -> tuple[object, ...]:
+        """What matters at once when it changes; the rest is numbers, which change with the load."""
+        return self.phase, self.accepting, self.engine, self.config
+
+    @property
     def request_policy(self) -> str | None:
         """Name of the order of the waiting queue; None where it is not known."""
         return None if self.config.request is None else self.config.request.policy.value

@@ -4,6 +4,7 @@ A plan is refused as a whole where that is known beforehand: a dry run of the wo
 in part, and of claims, which cannot shrink, precedes every change.
 """
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -67,14 +68,18 @@ class Children:
         ]
         if result.waiting:
             return result
-        foreign = [wanted for wanted in changed if await self._is_foreign(key, wanted)]
-        result.refused += map(_foreign, foreign)
+        are_foreign = await asyncio.gather(*(self._is_foreign(key, wanted) for wanted in changed))
+        result.refused += [
+            _foreign(wanted) for wanted, is_foreign in zip(changed, are_foreign, strict=True) if is_foreign
+        ]
         if not result.refused:
             result.refused += await self._try(changed)
         if result.refused:
             return result
-        for wanted in changed:
-            await self._apply(wanted, result)
+        # What the pods of a workload need is there before it; of the rest nothing waits for another.
+        for are_workloads in (False, True):
+            wave = [wanted for wanted in changed if (kind_of(wanted) in WORKLOADS) is are_workloads]
+            result.refused += filter(None, await asyncio.gather(*map(self._apply, wave)))
         return result
 
     def _find_changed(
@@ -129,24 +134,20 @@ class Children:
         return bool(labels.get(MANAGED_BY) != MANAGER or not _is_owned(live, metadata["ownerReferences"][0]["uid"]))
 
     async def _try(self, changed: Iterable[Document]) -> list[str]:
-        refused = []
-        for wanted in changed:
-            kind = kind_of(wanted)
-            if kind in _TRIED:
-                try:
-                    await self._api.apply(kind, wanted, dry_run=True)
-                except ApiError as error:
-                    refused.append(_refusal(wanted, error))
-        return refused
+        tried = [wanted for wanted in changed if kind_of(wanted) in _TRIED]
+        return [*filter(None, await asyncio.gather(*(self._apply(wanted, dry_run=True) for wanted in tried)))]
 
-    async def _apply(self, wanted: Document, result: Applied) -> None:
+    async def _apply(self, wanted: Document, *, dry_run: bool = False) -> str:
+        """Applies one object; returns why it was refused, empty when it was not."""
         kind = kind_of(wanted)
         try:
-            self._store.put(kind, await self._api.apply(kind, wanted))
+            live = await self._api.apply(kind, wanted, dry_run=dry_run)
         except ApiError as error:
-            result.refused.append(_refusal(wanted, error))
-        else:
+            return _refusal(wanted, error)
+        if not dry_run:
+            self._store.put(kind, live)
             log.info("applied %s", _title(wanted))
+        return ""
 
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
         """Deletes the children that the plan lacks; returns whether there was any."""

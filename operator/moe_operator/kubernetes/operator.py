@@ -17,12 +17,14 @@ from moe_contract.api_server import ApiError, ApiServer
 from moe_contract.list_watch import Times
 
 from moe_operator.kubernetes.api import Api, NotLeading
+from moe_operator.kubernetes.descriptors import most_streams
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.settings import OperatorSettings
+from moe_operator.kubernetes.state_streams import NUMBERS_EVERY_S, StateStreams
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.watches import Watches
 
@@ -67,9 +69,11 @@ class Operator:
             absent_s=min(KINDS_EVERY_S, settings.resync_s),
         )
         self._watches = Watches(self._server, self._store, self._namespaces(), self._queue.add, self._api.calls, times)
-        async with aiohttp.ClientSession() as session:
+        # 0: no bound. A stream keeps its connection.
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            streams = StateStreams(session, self._see_state, most_streams())
             self._reconciler = Reconciler(
-                self._api, self._store, session, settings.defaults, lambda: self._watches.kinds
+                self._api, self._store, session, settings.defaults, lambda: self._watches.kinds, streams
             )
             self._election = Election(self._api, settings.own_namespace, LEASE_NAME, settings.identity, settings.terms)
             self._api.may_write = self._election.holds
@@ -77,6 +81,7 @@ class Operator:
             try:
                 await self._run_parts()
             finally:
+                await streams.close()
                 await self._metrics.stop()
                 await self._server.close()
 
@@ -193,6 +198,13 @@ class Operator:
         deleted = event["type"] == "DELETED"
         key = self._store.remove(SERVING, document) if deleted else self._store.put(SERVING, document)
         if key is not None:
+            self._queue.add(key)
+
+    def _see_state(self, key: Key, numbers_only: bool) -> None:
+        """Queues a resource of which an agent or a gateway changed; numbers, which always change, can wait."""
+        if numbers_only:
+            self._queue.add_after(key, NUMBERS_EVERY_S)
+        else:
             self._queue.add(key)
 
     def _kopf_settings(self) -> kopf.OperatorSettings:

@@ -36,8 +36,9 @@ from moe_operator.kubernetes.conditions import (
 from moe_operator.kubernetes.diagnosis import find_problems
 from moe_operator.kubernetes.kinds import EVENT, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.observed import engines_workload, read_observed
-from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
-from moe_operator.kubernetes.report import build_status
+from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, find_peers, put_settings
+from moe_operator.kubernetes.report import build_status, numbers_due_s
+from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -75,6 +76,7 @@ class Reconciler:
         session: for calls to agents and gateways.
         defaults: images and the like.
         kinds: those that the cluster has now.
+        streams: of the states of agents and gateways; None opens some of its own, whose changes call nobody.
     """
 
     def __init__(
@@ -84,10 +86,12 @@ class Reconciler:
         session: aiohttp.ClientSession,
         defaults: Defaults,
         kinds: Callable[[], frozenset[Kind]],
+        streams: StateStreams | None = None,
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
         self._sources = Sources(session)
+        self._streams = streams or StateStreams(session, lambda *_: None)
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -95,6 +99,7 @@ class Reconciler:
         document = self._store.serving(key)
         if document is None:
             self._sources.forget(key)
+            self._streams.forget(key)
             return None
         if "deletionTimestamp" in document["metadata"]:
             return await self._end(key, document)
@@ -110,7 +115,7 @@ class Reconciler:
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
         peers = find_peers(pods)
-        states, experts = await self._ask(peers, resource)
+        states, experts = await self._ask(key, peers, resource)
         now = datetime.now(UTC)
         observed = read_observed(self._store, key, document, resource, self._kinds(), now)
         current = Pass(
@@ -136,12 +141,14 @@ class Reconciler:
         status_after_s = await self._report(current, plan, applied, outcome.limited)
         return self._next_s(current, applied, late, status_after_s)
 
-    async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
+    async def _ask(
+        self, key: Key, peers: list[Peer], resource: MoEServing
+    ) -> tuple[States, dict[str, ExpertsState]]:  # fmt: skip
         """What agents and gateways say of themselves, and engines of their experts where they have a group."""
+        states = self._streams.fetch(key, peers, numbers_interval_s(resource))
         if not resource.spec.engine.parallelism.expert:
-            return await fetch_states(self._session, peers), {}
-        states, experts = await asyncio.gather(fetch_states(self._session, peers), fetch_experts(self._session, peers))
-        return states, experts
+            return await states, {}
+        return await asyncio.gather(states, fetch_experts(self._session, peers))
 
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
@@ -193,15 +200,15 @@ class Reconciler:
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
-        states, experts = await self._ask(find_peers(pods), resource)
+        states, experts = await self._ask(key, find_peers(pods), resource)
         inputs = ConditionInputs(
             paused=True,
             desired=self._live_replicas(key),
             findings=find_problems(pods, states),
             has_experts=resource.spec.engine.parallelism.expert,
         )
-        await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
-        return STEADY_S if pods else None
+        after_s = await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
+        return self._without_looking(key, resource, max(after_s, STEADY_S)) if pods else None
 
     def _live_replicas(self, key: Key) -> int:
         """Engines that the workload asks for, whatever the resource says by now."""
@@ -229,7 +236,9 @@ class Reconciler:
             self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
             for condition in changed_conditions(before, conditions):
                 await self._post_event(document, condition)
-        return SOON_S if inputs.rolling or inputs.ready < inputs.desired or inputs.findings else STEADY_S
+        if inputs.rolling or inputs.ready < inputs.desired or inputs.findings:
+            return SOON_S
+        return STEADY_S + numbers_due_s(wanted, now)
 
     async def _post_event(self, document: Document, condition: Condition) -> None:
         metadata, now = document["metadata"], datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -263,11 +272,23 @@ class Reconciler:
             return SOON_S
         if applied.refused:
             return REFUSED_S
-        return status_after_s if current.pods else None
+        if len(current.observed.tokens) > 1:
+            # The old token ends by time alone.
+            return STEADY_S
+        return self._without_looking(current.key, current.resource, status_after_s) if current.pods else None
+
+    def _without_looking(self, key: Key, resource: MoEServing, after_s: float) -> float | None:
+        """The time until the next pass: where every change is pushed none is made only to look for one."""
+        if resource.spec.engine.parallelism.expert or not self._streams.is_pushed(key):
+            return min(after_s, STEADY_S)
+        if after_s == STEADY_S:
+            return None
+        return max(after_s, STEADY_S)
 
     async def _end(self, key: Key, document: Document) -> float | None:
         """The gateway ends first, so that no new request comes; then the engines; then all else."""
         self._sources.forget(key)
+        self._streams.forget(key)
         if FINALIZER not in document["metadata"].get("finalizers", []):
             return None
         for component in ("gateway", "engine"):

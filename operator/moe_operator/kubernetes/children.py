@@ -6,7 +6,7 @@ in part, and of claims, which cannot shrink, precedes every change.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,8 @@ class Children:
         self._api, self._store = api, store
         # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
         self._in_other_words: dict[str, tuple[Any, ...]] = {}
+        # Resources that met an object of somebody else: it is looked for before anything is applied.
+        self._careful: set[Key] = set()
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
         """Applies the objects that differ, in order; returns the result, without a change when one is refused."""
@@ -68,19 +70,33 @@ class Children:
         ]
         if result.waiting:
             return result
-        are_foreign = await asyncio.gather(*(self._is_foreign(key, wanted) for wanted in changed))
-        result.refused += [
-            _foreign(wanted) for wanted, is_foreign in zip(changed, are_foreign, strict=True) if is_foreign
-        ]
+        if key in self._careful:
+            result.refused += await _together(self._find_foreign(key, wanted) for wanted in changed)
         if not result.refused:
-            result.refused += await self._try(changed)
-        if result.refused:
-            return result
-        # What the pods of a workload need is there before it; of the rest nothing waits for another.
-        for are_workloads in (False, True):
-            wave = [wanted for wanted in changed if (kind_of(wanted) in WORKLOADS) is are_workloads]
-            result.refused += filter(None, await asyncio.gather(*map(self._apply, wave)))
+            tried = (wanted for wanted in changed if kind_of(wanted) in _TRIED)
+            result.refused += await _together(self._apply(key, wanted) for wanted in tried)
+        if not result.refused:
+            result.refused += await self._apply_all(key, changed)
+        if not result.refused:
+            self._careful.discard(key)
         return result
+
+    async def _apply_all(self, key: Key, changed: list[Document]) -> list[str]:
+        """Applies the objects; returns the refusals. What the pods of a workload need is there before the workload."""
+        made: list[tuple[Kind, Document]] = []
+        before = [wanted for wanted in changed if kind_of(wanted) not in WORKLOADS]
+        refused = await _together(self._apply(key, wanted, made) for wanted in before)
+        if any(_foreign(wanted) in refused for wanted in before):
+            # As if the stranger's object had been looked for first; the next passes do.
+            self._careful.add(key)
+            for kind, live in made:
+                await self.delete(kind, live)
+            return refused
+        workloads = [wanted for wanted in changed if kind_of(wanted) in WORKLOADS]
+        return refused + await _together(self._apply(key, wanted, made) for wanted in workloads)
+
+    def _find(self, key: Key, wanted: Document) -> Document | None:
+        return self._store.get(key, kind_of(wanted), wanted["metadata"]["name"])
 
     def _find_changed(
         self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str, result: Applied
@@ -133,12 +149,35 @@ class Children:
         labels = live["metadata"].get("labels", {})
         return bool(labels.get(MANAGED_BY) != MANAGER or not _is_owned(live, metadata["ownerReferences"][0]["uid"]))
 
-    async def _try(self, changed: Iterable[Document]) -> list[str]:
-        tried = [wanted for wanted in changed if kind_of(wanted) in _TRIED]
-        return [*filter(None, await asyncio.gather(*(self._apply(wanted, dry_run=True) for wanted in tried)))]
+    async def _find_foreign(self, key: Key, wanted: Document) -> str:
+        return _foreign(wanted) if await self._is_foreign(key, wanted) else ""
 
-    async def _apply(self, wanted: Document, *, dry_run: bool = False) -> str:
-        """Applies one object; returns why it was refused, empty when it was not."""
+    async def _apply(self, key: Key, wanted: Document, made: list[tuple[Kind, Document]] | None = None) -> str:
+        """Applies one object, or only tries to without `made`; returns why it was refused, empty when it was not.
+
+        Args:
+            key: its resource.
+            wanted: the object.
+            made: gets the object when it did not exist before.
+        """
+        kind, is_new = kind_of(wanted), self._find(key, wanted) is None
+        try:
+            live = await self._api.apply(kind, wanted, dry_run=made is None, create_only=is_new)
+        except ApiError as error:
+            if not is_new or error.status != CONFLICT:
+                return _refusal(wanted, error)
+            if await self._is_foreign(key, wanted):
+                return _foreign(wanted)
+            # It is the resource's own and not in the store yet.
+            return await self._apply_again(wanted, dry_run=made is None)
+        if made is not None:
+            self._store.put(kind, live)
+            if is_new:
+                made.append((kind, live))
+            log.info("applied %s", _title(wanted))
+        return ""
+
+    async def _apply_again(self, wanted: Document, *, dry_run: bool) -> str:
         kind = kind_of(wanted)
         try:
             live = await self._api.apply(kind, wanted, dry_run=dry_run)
@@ -168,6 +207,15 @@ class Children:
         await self._api.delete(kind, live)
         if not live["metadata"].get("finalizers"):
             self._store.remove(kind, live)
+
+
+async def _together(calls: Iterable[Coroutine[Any, Any, str]]) -> list[str]:
+    """The texts that are not empty, in order; returns when all calls have ended, with the first error as its own."""
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return [answer for answer in answers if isinstance(answer, str) and answer]
 
 
 def _is_owned(live: Mapping[str, Any], owner: str) -> bool:

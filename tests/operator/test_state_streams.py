@@ -235,7 +235,7 @@ def test_only_streams_of_present_peers_are_open() -> None:
         followed.streams.forget(KEY)
         await settle()
         assert followed.wires.open == 0
-        assert len(followed.streams) == 0
+        assert followed.streams.count == 0
         followed.wires.say("http://elsewhere", state("stopped"))
         await asyncio.sleep(60.0)
         assert followed.changes == []

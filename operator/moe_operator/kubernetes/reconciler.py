@@ -91,7 +91,7 @@ class Reconciler:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._children = Children(api, store)
         self._sources = Sources(session)
-        self._streams = streams or StateStreams(session, lambda *_: None)
+        self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:

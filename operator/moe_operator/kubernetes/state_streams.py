@@ -71,8 +71,10 @@ class StateStreams:
         self._session, self._on_change, self._most, self._read = session, on_change, most, read
         self._streams: dict[Key, dict[str, _Stream]] = {}
 
-    def __len__(self) -> int:
-        return sum(stream.is_open for streams in self._streams.values() for stream in streams.values())
+    @property
+    def count(self) -> int:
+        """How many peers have a stream, open or to be opened."""
+        return sum(not stream.is_asked for streams in self._streams.values() for stream in streams.values())
 
     async def fetch(self, key: Key, peers: Sequence[Peer], interval_s: float = NUMBERS_EVERY_S) -> States:
         """The newest states of these peers, those without a usable answer left out; other streams of it are closed.
@@ -124,7 +126,7 @@ class StateStreams:
         return [streams[pod] for pod in wanted]
 
     def _start(self, key: Key, peer: Peer, interval_s: float) -> "_Stream":
-        is_full = self._most <= len(self)
+        is_full = self._most <= self.count
         return _Stream(
             self._session,
             peer,

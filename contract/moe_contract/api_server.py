@@ -282,7 +282,7 @@ class _Connection:
         )
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections to the API server."""
         await self._session.close()
         await self._client.close()
 

@@ -1,4 +1,4 @@
-"""The states of agents and gateways as they are pushed: what is believed how long, and which streams are open when."""
+"""The states of agents and gateways as they are pushed: how long they are valid, and which streams are open when."""
 
 import asyncio
 import itertools
@@ -142,7 +142,7 @@ def test_a_peer_that_cannot_be_reached_has_no_state_and_is_tried_with_longer_and
     run_in_virtual_time(story())
 
 
-def test_a_pass_hurries_a_try_but_not_more_often_than_allowed() -> None:
+def test_a_pass_brings_a_try_forward_but_not_more_often_than_allowed() -> None:
     async def story() -> None:
         followed = Followed()
         await followed.streams.fetch(KEY, [engine()])
@@ -192,7 +192,7 @@ def test_a_peer_that_ends_each_stream_at_once_is_not_asked_in_a_tight_loop() -> 
 
 
 @pytest.mark.parametrize("word", [LOST, RuntimeError("whatever a peer sends")])
-def test_a_state_is_not_believed_once_its_stream_cannot_be_opened_anew(word: str | Exception) -> None:
+def test_a_state_is_not_valid_once_its_stream_cannot_be_opened_anew(word: str | Exception) -> None:
     async def story() -> None:
         followed = Followed()
         followed.wires.say("http://e-0", state())

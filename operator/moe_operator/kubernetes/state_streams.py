@@ -3,7 +3,7 @@
 Owned by the reconciler: a pass says which peers its resource has, and gets their newest states. A change calls
 `on_change`. A peer that cannot stream (of an older version, or without a descriptor for it) is asked at each pass.
 
-Invariants: a state is believed while its stream lives, which is `STREAM_SILENCE_S` after the last byte at most, and
+Invariants: a state is valid while its stream lives, which is `STREAM_SILENCE_S` after the last byte at most, and
 through one try to open the stream anew. No stream is open for a resource that was forgotten, nor after `close`.
 """
 
@@ -120,7 +120,7 @@ class StateStreams:
                 streams.pop(pod).stop()
         for pod, peer in wanted.items():
             if pod in streams:
-                streams[pod].hurry()
+                streams[pod].retry_now()
             else:
                 streams[pod] = self._start(key, peer, interval_s)
         return [streams[pod] for pod in wanted]
@@ -166,7 +166,7 @@ class _Stream:
         # The newest state as it was sent: most of them are never looked at.
         self._text: bytes | None = None
         self._notable: tuple[object, ...] | None = None
-        self._hurry = asyncio.Event()
+        self._retry = asyncio.Event()
         self._tried_s = -LEAST_RETRY_S
         if is_asked:
             self.answered.set()
@@ -178,13 +178,13 @@ class _Stream:
         self.answered.set()
         self.task.cancel()
 
-    def hurry(self) -> None:
+    def retry_now(self) -> None:
         """Ends the pause before the next try, unless the last one was just made."""
         if not self.is_open and _now_s() - self._tried_s >= LEAST_RETRY_S:
-            self._hurry.set()
+            self._retry.set()
 
     async def newest(self) -> State | None:
-        """The newest state; None when there is none that can be believed and read."""
+        """The newest state; None when there is none that is valid and can be read."""
         if self.is_asked:
             client = AgentClient if self.peer.component == ENGINE else GatewayClient
             return await _or_none(client(self._session, self.peer.url).state())
@@ -247,10 +247,10 @@ class _Stream:
             self._on_change(False)
 
     async def _pause(self, seconds: float) -> None:
-        self._hurry.clear()
+        self._retry.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._hurry.wait()
+                await self._retry.wait()
 
 
 async def _nothing() -> None:

@@ -15,7 +15,7 @@ from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 
 KILLS_IN_A_LIFE = 12
-MOST_CALLS_BETWEEN_KILLS = 14
+MOST_CALLS_BETWEEN_KILLS = 9
 Document = dict[str, Any]
 State = dict[tuple[str, str], Document]
 
@@ -44,13 +44,15 @@ class Scissors:
 
     def _cutting(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(*arguments: Any, **options: Any) -> Any:
+            # Of calls that are made together each has its own number; those that have begun go on without the process.
             self._calls_left -= 1
-            if self._calls_left == 0 and not self._after:
+            number = self._calls_left
+            if number < 0 or (number == 0 and not self._after):
                 raise Killed
             try:
                 return await method(*arguments, **options)
             finally:
-                if self._calls_left == 0:
+                if number == 0:
                     raise Killed
 
         return call

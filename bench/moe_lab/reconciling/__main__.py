@@ -64,8 +64,9 @@ def main(
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
+    progress.console.width = max(progress.console.width, WIDTH)
     for line in report(bound, builds):
-        progress.console.print(line, highlight=False, soft_wrap=True, width=WIDTH)
+        progress.console.print(line, highlight=False, soft_wrap=True)
     if json_out is not None:
         json_out.write_text(json.dumps(build_document(bound, builds), indent=1) + "\n", "utf-8")
 

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.api_server import Kind, Listing
-from moe_operator.kubernetes.kinds import CONFIG_MAP, POD, SERVING
+from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, POD, SERVING
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan.names import INSTANCE
 
@@ -96,3 +96,22 @@ def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tup
                 )
                 assert store.get(Key("ns", meta["labels"][INSTANCE]), kept, meta["name"]) == live
         assert all(store.children(key, [POD, CONFIG_MAP]) for key in store.known())
+
+
+def test_managed_fields_are_kept_only_where_somebody_asks_for_them() -> None:
+    store = Store()
+    for kind in (POD, DEPLOYMENT):
+        made = document()
+        made["metadata"]["managedFields"] = [{"manager": "somebody"}]
+        store.put(kind, made)
+    [pod], [deployment] = store.of(KEY, POD), store.of(KEY, DEPLOYMENT)
+    assert "managedFields" not in pod["metadata"]
+    assert deployment["metadata"]["managedFields"] == [{"manager": "somebody"}]
+
+
+def test_a_document_that_is_read_is_the_readers_own() -> None:
+    store = Store()
+    store.put(POD, document())
+    store.of(KEY, POD)[0]["metadata"]["labels"].clear()
+    assert store.of(KEY, POD) == [document()]
+    assert store.count(POD) == 1

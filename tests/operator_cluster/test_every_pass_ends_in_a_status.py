@@ -26,6 +26,7 @@ from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.failure import PassFailed
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING
 from moe_operator.kubernetes.reconciler import REFUSED_S
+from moe_operator.kubernetes.state_streams import StateStreams
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 from stand_in_peers import peers_listening
@@ -157,7 +158,7 @@ async def test_a_part_that_fails_unexpectedly_is_named_and_the_others_go_on(
     async with started(kubeconfig, namespace) as operator:
         key = await made(operator, namespace, serving())
         monkeypatch.setattr(reconciler_module, "mark_victims", broken)
-        monkeypatch.setattr(reconciler_module, "fetch_states", broken)
+        monkeypatch.setattr(StateStreams, "fetch", broken)
         with pytest.raises(PassFailed):
             await operator.reconciler.reconcile(key)
         assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)

@@ -7,10 +7,11 @@ only what belongs to it: claims, the settings with the revision, and workloads t
 Claims hold what was downloaded, and outlive the plan: one that is no longer planned is let go of, not deleted.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_contract.api_server import NOT_FOUND, ApiError, Kind
 
@@ -26,6 +27,7 @@ from moe_operator.plan.owners import is_child, is_owned
 from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
+Answer = TypeVar("Answer")
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
 # What belongs to a revision of the pods, and is applied with it or not at all.
@@ -85,7 +87,8 @@ class Children:
         ]
         if result.waiting:
             return result
-        unread = [wanted for wanted in changed if not await self._is_free(key, wanted, result)]
+        free = await _together(self._is_free(key, wanted, result) for wanted in changed)
+        unread = [wanted for wanted, is_free in zip(changed, free, strict=True) if not is_free]
         if result.foreign:
             return result
         refused = await self._try([wanted for wanted in changed if wanted not in unread])
@@ -94,9 +97,11 @@ class Children:
         held = [wanted for wanted, text in refused if _WEBHOOK_AWAY in text]
         judged = [wanted for wanted, text in refused if _WEBHOOK_AWAY not in text]
         held += self._find_held(key, changed, unread + judged)
-        for wanted in changed:
-            if wanted not in held:
-                await self._apply(wanted, result)
+        # What the pods of a workload need is there before the workload.
+        for are_workloads in (False, True):
+            part = [wanted for wanted in changed if (kind_of(wanted) in WORKLOADS) is are_workloads]
+            refusals = await _together(self._apply(wanted) for wanted in part if wanted not in held)
+            result.refused += filter(None, refusals)
         return result
 
     def _find_held(self, key: Key, changed: list[Document], refused: list[Document]) -> list[Document]:
@@ -178,24 +183,22 @@ class Children:
         return False
 
     async def _try(self, changed: Iterable[Document]) -> list[tuple[Document, str]]:
-        refused = []
-        for wanted in changed:
-            kind = kind_of(wanted)
-            if kind in _TRIED:
-                try:
-                    await self._api.apply(kind, wanted, dry_run=True)
-                except ApiError as error:
-                    refused.append((wanted, _refusal(wanted, error)))
-        return refused
+        """The objects that a dry run refuses, each with the reason."""
+        tried = [wanted for wanted in changed if kind_of(wanted) in _TRIED]
+        refusals = await _together(self._apply(wanted, dry_run=True) for wanted in tried)
+        return [(wanted, text) for wanted, text in zip(tried, refusals, strict=True) if text]
 
-    async def _apply(self, wanted: Document, result: Applied) -> None:
+    async def _apply(self, wanted: Document, *, dry_run: bool = False) -> str:
+        """Applies one object; returns why it was refused, empty when it was not."""
         kind = kind_of(wanted)
         try:
-            self._store.put(kind, await self._api.apply(kind, wanted))
+            live = await self._api.apply(kind, wanted, dry_run=dry_run)
         except ApiError as error:
-            result.refused.append(_refusal(wanted, error))
-        else:
+            return _refusal(wanted, error)
+        if not dry_run:
+            self._store.put(kind, live)
             log.info("applied %s", _title(wanted))
+        return ""
 
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
         """Deletes the children that the plan lacks and does not refer to; returns whether there was any.
@@ -257,6 +260,17 @@ class Children:
         await self._api.delete(kind, live)
         if not live["metadata"].get("finalizers"):
             self._store.remove(kind, live)
+
+
+async def _together(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
+    """The answers in order; returns when all calls have ended, with the first error as its own."""
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    answers = []
+    for answer in done:
+        if isinstance(answer, BaseException):
+            raise answer
+        answers.append(answer)
+    return answers
 
 
 def _is_kept(live: Mapping[str, Any]) -> bool:

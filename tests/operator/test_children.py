@@ -14,6 +14,7 @@ from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, kind_of
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Defaults, Observed, plan_cluster
 from moe_operator.plan.names import KEPT
+from moe_operator.plan.owners import is_child
 
 Document = dict[str, Any]
 Place = tuple[str, str]
@@ -74,6 +75,9 @@ class Cluster:
 
     def prune(self, objects: tuple[Document, ...]) -> bool:
         return asyncio.run(self.children.prune(KEY, objects, UID))
+
+    def release_claims(self) -> None:
+        asyncio.run(self.children.release_claims(KEY))
 
     def refuse(self, *places: Place, error: ApiError = REFUSAL) -> None:
         self.api.refuses = lambda place: error if place in places else None
@@ -180,26 +184,26 @@ def claim_of(cluster: Cluster) -> Document | None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "when_deleted", "is_left"),
+    ("ends", "when_deleted", "is_kept"),
     [(False, "Retain", True), (False, "Delete", True), (True, "Retain", True), (True, "Delete", False)],
 )
-def test_a_claim_is_deleted_with_its_resource_alone_and_when_that_says_so(
-    ends: bool, when_deleted: str, is_left: bool
+def test_a_claim_stays_a_child_only_of_a_resource_that_ends_and_says_that_its_claim_does_too(
+    ends: bool, when_deleted: str, is_kept: bool
 ) -> None:
     cluster = Cluster()
     model = {"uri": "hf://org/a", "cache": CACHE | {"whenDeleted": when_deleted}}
     cluster.apply(model=model)
     cluster.serve(ends=ends, whenDeleted=when_deleted)
     for _ in range(2):
-        cluster.prune(() if ends else plan(model={"uri": "hf://org/a"}))
+        if ends:
+            cluster.release_claims()
+        else:
+            cluster.prune(plan(model={"uri": "hf://org/a"}))
     left = claim_of(cluster)
-    assert (left is not None) is is_left
-    assert cluster.kept == (["tiny-cache"] if is_left else []), "once"
-    if left is not None:
-        assert not left["metadata"].get("ownerReferences")
-        assert left["metadata"]["annotations"][KEPT] == "true"
-    if ends:
-        assert cluster.api.objects.keys() == ({CACHE_CLAIM} if is_left else set())
+    assert left is not None
+    assert cluster.kept == (["tiny-cache"] if is_kept else []), "once"
+    assert is_child(left) is not is_kept
+    assert (KEPT in left["metadata"]["annotations"]) is is_kept
 
 
 def test_a_kept_claim_is_taken_up_again_and_a_strangers_is_not() -> None:

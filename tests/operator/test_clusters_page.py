@@ -133,7 +133,7 @@ def test_a_load_balancer_has_its_class_and_annotations_and_all_objects_the_commo
     rows = objects("balanced")
     service = rows["Service", ""]
     assert service["spec"]["loadBalancerClass"] == "service.k8s.aws/nlb"
-    assert service["metadata"]["annotations"] == {"service.beta.kubernetes.io/aws-load-balancer-scheme": "internal"}
+    assert service["metadata"]["annotations"]["service.beta.kubernetes.io/aws-load-balancer-scheme"] == "internal"
     assert all(row["metadata"]["labels"]["team"] == "search" for row in rows.values())
     assert "team" not in pod("balanced")["metadata"]["labels"]
 
@@ -157,7 +157,8 @@ def test_on_the_hosts_network_pods_know_their_address_and_the_clusters_names(rol
     assert template["spec"]["dnsPolicy"] == "ClusterFirstWithHostNet"
     variables = [row for row in container(template)["env"] if "valueFrom" in row]
     fields = {row["name"]: row["valueFrom"]["fieldRef"]["fieldPath"] for row in variables}
-    assert fields == {"MOESERVING_POD_NAME": "metadata.name", "MOESERVING_POD_IP": "status.podIP"}
+    assert fields["MOESERVING_POD_NAME"] == "metadata.name"
+    assert fields["MOESERVING_POD_IP"] == "status.podIP"
     assert {row["containerPort"] for row in container(template)["ports"]} == {8000, 8080}, "the scheduler sees them"
     assert "dnsPolicy" not in pod("rdma", "gateway")["spec"]
 

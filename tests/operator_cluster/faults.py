@@ -99,7 +99,7 @@ async def prometheus_listening() -> AsyncIterator[Prometheus]:
 def resource(port: int) -> Document:
     """A resource with a claim, whose number of engines follows Prometheus and stays at the least."""
     return serving(
-        model={"uri": "hf://org/tiny", "cache": {"path": "/cache", "size": "1Gi"}},
+        model={"uri": "hf://org/tiny", "cache": {"path": "/cache", "size": "1Gi", "whenDeleted": "Delete"}},
         engine={"drainTimeout": "1s"},
         autoscaling={"minReplicas": ENGINES, "maxReplicas": 4},
         metrics={"prometheus": {"url": f"http://127.0.0.1:{port}"}},

@@ -92,7 +92,7 @@ async def test_a_claim_that_is_asked_to_ends_with_its_resource(kubeconfig: Path,
         key = await served(operator, namespace, cached())
         await change(operator, key, model={"cache": {"whenDeleted": "Delete"}})
         owners = (await fetch(operator, CLAIM, key, "tiny-cache"))["metadata"]["ownerReferences"]
-        assert [row["name"] for row in owners] == ["tiny"]
+        assert [(row["kind"], row["name"]) for row in owners] == [("MoEServing", "tiny"), ("Namespace", namespace)]
         await delete(operator, key)
         assert await operator.api.get(CLAIM, namespace, "tiny-cache") is None
 

@@ -18,7 +18,7 @@ from serving_documents import serving
 
 Document = dict[str, Any]
 SENTINELS = {("PodDisruptionBudget", "tiny-engine"), ("PodDisruptionBudget", "tiny-gateway")}
-CACHE = {"path": "/cache", "size": "1Gi"}
+CACHE = {"path": "/cache", "size": "1Gi", "whenDeleted": "Delete"}
 
 
 async def passes(operator: FreshOperator, key: Key, holds: Callable[[set[tuple[str, str]]], bool], what: str) -> None:

@@ -93,9 +93,8 @@ class Children:
             return result
         refused = await self._try([wanted for wanted in changed if wanted not in unread])
         result.refused += [text for _, text in refused]
-        # What nobody can judge now keeps back itself alone.
-        held = [wanted for wanted, text in refused if _WEBHOOK_AWAY in text]
-        judged = [wanted for wanted, text in refused if _WEBHOOK_AWAY not in text]
+        held = [wanted for wanted, text in refused if _is_unjudged(wanted, text)]
+        judged = [wanted for wanted, text in refused if not _is_unjudged(wanted, text)]
         held += self._find_held(key, changed, unread + judged)
         # What the pods of a workload need is there before the workload.
         for are_workloads in (False, True):
@@ -288,6 +287,11 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _title(document: Document) -> str:
     return f"{document['kind']} {document['metadata']['namespace']}/{document['metadata']['name']}"
+
+
+def _is_unjudged(wanted: Document, text: str) -> bool:
+    """Whether a LeaderWorkerSet is refused because its controller is away: that keeps back this object alone."""
+    return kind_of(wanted) == LEADER_WORKER_SET and _WEBHOOK_AWAY in text
 
 
 def _refusal(document: Document, error: ApiError) -> str:

@@ -64,7 +64,7 @@ class ProblemFinder:
         self._read.pop(key, None)
         self._groups.forget(key)
 
-    async def find(self, key: Key, pods: Sequence[Document], states: States, nodes: int) -> Problems:
+    async def find(self, key: Key, pods: Sequence[Document], states: States, nodes: int = 1) -> Problems:
         """The problems of a resource as of now; `nodes` is how many one engine spans."""
         now = datetime.now(UTC)
         workloads = [live for _, live in self._store.children(key, WORKLOADS)]

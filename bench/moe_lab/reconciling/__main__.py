@@ -16,7 +16,7 @@ from moe_tools.user_errors import report_user_errors
 
 from moe_lab.reconciling.bound import Bound
 from moe_lab.reconciling.cluster import connect
-from moe_lab.reconciling.measurement import ReconcilingResult, Setting, measure
+from moe_lab.reconciling.measurement import ReconcilingResult, BenchmarkSetting, measure
 from moe_lab.reconciling.process import find_servers
 from moe_lab.reconciling.report import build_document, report
 from moe_lab.reconciling.stand_in import stand_in
@@ -47,7 +47,7 @@ def main(
     try:
         with tempfile.TemporaryDirectory(prefix="bench-operator-") as folder:
             settings = {
-                build: Setting(
+                build: BenchmarkSetting(
                     kubeconfig=kubeconfig,
                     log=Path(folder, f"{build}.log"),
                     python=python,
@@ -72,7 +72,7 @@ def main(
 
 
 async def _run(
-    settings: Mapping[str, Setting], progress: ProgressPrinter
+    settings: Mapping[str, BenchmarkSetting], progress: ProgressPrinter
 ) -> tuple[Bound, dict[str, ReconcilingResult]]:
     first = next(iter(settings.values()))
     measured = {}

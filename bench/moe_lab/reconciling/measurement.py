@@ -68,7 +68,7 @@ class ReconcilingResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class BenchmarkSetting:
     """Where and how much is measured.
 
     Attributes:
@@ -91,7 +91,7 @@ class Setting:
 
 
 async def measure(
-    cluster: BenchmarkCluster, stand_in: StandIn, setting: Setting, progress: Callable[[str], None]
+    cluster: BenchmarkCluster, stand_in: StandIn, setting: BenchmarkSetting, progress: Callable[[str], None]
 ) -> ReconcilingResult:
     """Runs every phase.
 
@@ -137,7 +137,7 @@ async def measure(
 
 
 async def _phase(
-    name: str, operator: OperatorProcess, setting: Setting, seconds: float | None, *, at_least: int = 1
+    name: str, operator: OperatorProcess, setting: BenchmarkSetting, seconds: float | None, *, at_least: int = 1
 ) -> BenchmarkPhase:
     """What happens until all is quiet, or for a time.
 

@@ -33,8 +33,8 @@ def engine(pod: str = "e-0", url: str = "http://e-0") -> Peer:
 GATEWAY = Peer(pod="g-0", url="http://g-0", component="gateway", revision="")
 
 
-def state(phase: str = "ready", running: int = 0) -> bytes:
-    return orjson.dumps({"phase": phase, "ranks": [{"rank": 0, "running": running}]})
+def state(phase: str = "ready", running: int = 0, uid: str = "") -> bytes:
+    return orjson.dumps({"phase": phase, "ranks": [{"rank": 0, "running": running}], "pod": {"uid": uid}})
 
 
 class Wires:
@@ -263,6 +263,43 @@ def test_a_peer_that_does_not_stream_is_not_pushed() -> None:
         followed.wires.say("http://e-0", NotStreamed(state()))
         await followed.streams._follow(KEY, [engine()], 1.0)[0].answered.wait()
         assert not followed.streams.is_pushed(KEY)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def asked(uid: str) -> Peer:
+    """An engine whose pod repeats its uid."""
+    return Peer(pod="e-0", url="http://e-0", component="engine", revision="stable", uid=uid, says_uid=True)
+
+
+@pytest.mark.parametrize(("uid", "is_accepted"), [("mine", True), ("another", False), ("", False)])
+def test_a_state_is_accepted_from_the_pod_that_was_meant_alone(uid: str, is_accepted: bool) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state(uid=uid))
+        states = await followed.streams.fetch(KEY, [asked("mine")])
+        assert ("e-0" in states) is is_accepted
+        assert states.strangers == (frozenset() if is_accepted else {"e-0"})
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_another_pod_at_the_address_is_reported_at_once_and_a_new_pod_of_the_name_has_a_stream_of_its_own() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state(uid="mine"))
+        await followed.streams.fetch(KEY, [asked("mine")])
+        followed.wires.say("http://e-0", ENDED, state(uid="another"))
+        await asyncio.sleep(5.0)
+        assert followed.changes == [(KEY, False)], "though it says the same but for its uid"
+        states = await followed.streams.fetch(KEY, [asked("mine")])
+        assert states.strangers == {"e-0"}
+        followed.wires.say("http://e-0", state(uid="another"))
+        states = await followed.streams.fetch(KEY, [asked("another")])
+        assert "e-0" in states
+        assert followed.wires.open == 1
         await followed.streams.close()
 
     run_in_virtual_time(story())

@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from cluster_api import ApiCluster
 from fresh_operator import fetch_serving, served, started
+from moe_contract.pod_identity import identity_variables
 from moe_contract.state_stream import NDJSON
 from moe_operator.kubernetes.kinds import POD
 from moe_operator.kubernetes.reconciler import Reconciler
@@ -28,13 +29,19 @@ class Agent:
         self.lines: asyncio.Queue[bytes] = asyncio.Queue()
         self.asked: Counter[str] = Counter()
         self.settings: dict[str, object] = {}
+        self.pod: dict[str, str] = {}
+
+    def state(self, restarts: int) -> dict[str, object]:
+        engine = {"restarts": restarts}
+        return {"phase": "ready", "accepting": True, "engine": engine, "config": self.settings, "pod": self.pod}
 
     def say(self, restarts: int) -> None:
-        state = {"phase": "ready", "accepting": True, "engine": {"restarts": restarts}, "config": self.settings}
-        self.lines.put_nowait(orjson.dumps(state) + b"\n")
+        self.lines.put_nowait(orjson.dumps(self.state(restarts)) + b"\n")
 
     async def get_state(self, request: web.Request) -> web.StreamResponse:
         self.asked[request.query.get("watch", "once")] += 1
+        if "watch" not in request.query:
+            return web.json_response(self.state(0))
         stream = web.StreamResponse(headers={"Content-Type": NDJSON})
         await stream.prepare(request)
         while line := await self.lines.get():
@@ -57,7 +64,7 @@ def pod_of(key: Key, port: int) -> dict[str, object]:
     names = Names(key.name)
     metadata = {"name": "e-0", "namespace": key.namespace, "labels": names.labels("engine", "stable")}
     ports = [{"name": "agent", "containerPort": port}]
-    spec = {"containers": [{"name": "engine", "image": "none", "ports": ports}]}
+    spec = {"containers": [{"name": "engine", "image": "none", "ports": ports, "env": identity_variables()}]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
@@ -75,7 +82,8 @@ async def test_a_change_that_is_pushed_reaches_the_status_and_nobody_is_asked(
             operator.api, operator.store, session, Defaults(), lambda: operator.kinds, streams=streams
         )
         key = await served(operator, namespace)
-        await operator.api.create(POD, pod_of(key, server.port or 0))
+        made = await operator.api.create(POD, pod_of(key, server.port or 0))
+        agent.pod = {"name": "e-0", "uid": made["metadata"]["uid"]}
         status = {"phase": "Running", "podIP": "127.0.0.1", "conditions": READY}
         await operator.api.server.merge(POD, namespace, "e-0", {"status": status}, "kubelet", subresource="status")
         await operator.relist()
@@ -88,6 +96,6 @@ async def test_a_change_that_is_pushed_reaches_the_status_and_nobody_is_asked(
         await operator.settle(key)
         document = await fetch_serving(operator.api, key) or {}
         assert [row["restarts"] for row in document["status"]["engines"]] == [7]
-        assert agent.asked == {"1": 1}
+        assert agent.asked == {"1": 1, "once": 1}, "once for its identity, before it got settings"
         agent.lines.put_nowait(b"")
         await streams.close()

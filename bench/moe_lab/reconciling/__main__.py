@@ -16,7 +16,7 @@ from moe_tools.user_errors import report_user_errors
 
 from moe_lab.reconciling.bound import Bound
 from moe_lab.reconciling.cluster import connect
-from moe_lab.reconciling.measurement import ReconcilingResult, BenchmarkSetting, measure
+from moe_lab.reconciling.measurement import BenchmarkSetting, ReconcilingResult, measure
 from moe_lab.reconciling.process import find_servers
 from moe_lab.reconciling.report import build_document, report
 from moe_lab.reconciling.stand_in import stand_in

@@ -33,6 +33,7 @@ from stand_in_peers import peers_listening
 
 Document = dict[str, Any]
 SERVICE = Kind("", "v1", "Service", "services")
+ROLE = Kind("rbac.authorization.k8s.io", "v1", "Role", "roles")
 WEBHOOK = ApiError(500, 'Internal error occurred: failed calling webhook "v.test": connect: connection refused')
 
 
@@ -205,14 +206,21 @@ async def test_where_the_api_server_is_away_amid_a_pass_the_status_says_so(kubec
         assert [row["phase"] for row in status["engines"]] == ["ready"], "what engines say is still reported"
 
 
-async def test_an_object_that_cannot_be_looked_at_keeps_back_no_other(kubeconfig: Path, namespace: str) -> None:
+async def test_an_object_that_exists_and_cannot_be_looked_at_keeps_back_no_other(
+    kubeconfig: Path, namespace: str
+) -> None:
     async with faulty(kubeconfig, namespace) as (operator, front):
         key = await made(operator, namespace, serving())
+        metadata = {"name": "tiny-gateway", "namespace": namespace}
+        role = {"apiVersion": ROLE.api_version, "kind": ROLE.name, "metadata": metadata, "rules": []}
+        await operator.api.create(ROLE, role)
         front.fault = fail("get", "Role", ApiError(403, "roles is forbidden"))
         assert await operator.reconciler.reconcile(key) == REFUSED_S
         message = (await fetch_conditions(operator, key))["Degraded"]["message"]
         assert message == f"Role {namespace}/tiny-gateway: roles is forbidden"
         assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)
+        front.fault = no_fault
+        assert not (await operator.api.get(ROLE, namespace, "tiny-gateway") or {}).get("rules"), "it is left as it is"
 
 
 async def test_an_event_that_is_refused_fails_no_pass(kubeconfig: Path, namespace: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from moe_contract.api_server import NOT_FOUND, ApiError, Kind
+from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
 
 from moe_operator.api.model import WhenDeleted
 from moe_operator.api.resource import KIND
@@ -56,11 +56,11 @@ class Applied:
     foreign: bool = False
     waiting: bool = False
 
-    def note_foreign(self, wanted: Document) -> None:
-        """Adds the refusal to touch an object of somebody else."""
+    def note_foreign(self, wanted: Document) -> str:
+        """Notes that an object of somebody else has this name; returns the refusal to touch it."""
         advice = "; to use it, set spec.model.cache.claim" if wanted["kind"] == CLAIM.name else ""
-        self.refused.append(f"{_title(wanted)} exists and is not this resource's own{advice}")
         self.foreign = True
+        return f"{_title(wanted)} exists and is not this resource's own{advice}"
 
 
 class Children:
@@ -76,6 +76,8 @@ class Children:
         self._api, self._store, self._say_kept = api, store, say_kept
         # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
         self._in_other_words: dict[str, tuple[Any, ...]] = {}
+        # Resources that met an object of somebody else: it is looked for before anything is applied.
+        self._careful: set[Key] = set()
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
         """Applies the objects that differ, in order, but for those that are refused or belong to what is."""
@@ -87,21 +89,45 @@ class Children:
         ]
         if result.waiting:
             return result
-        free = await _together(self._is_free(key, wanted, result) for wanted in changed)
-        unread = [wanted for wanted, is_free in zip(changed, free, strict=True) if not is_free]
+        unread = await self._look_for_strangers(key, changed, result) if key in self._careful else []
         if result.foreign:
             return result
-        refused = await self._try([wanted for wanted in changed if wanted not in unread])
+        refused = await self._try(key, [wanted for wanted in changed if wanted not in unread], result)
         result.refused += [text for _, text in refused]
+        if result.foreign:
+            self._careful.add(key)
+            return result
         held = [wanted for wanted, text in refused if _is_unjudged(wanted, text)]
         judged = [wanted for wanted, text in refused if not _is_unjudged(wanted, text)]
         held += self._find_held(key, changed, unread + judged)
-        # What the pods of a workload need is there before the workload.
-        for are_workloads in (False, True):
-            part = [wanted for wanted in changed if (kind_of(wanted) in WORKLOADS) is are_workloads]
-            refusals = await _together(self._apply(wanted) for wanted in part if wanted not in held)
-            result.refused += filter(None, refusals)
+        await self._apply_all(key, [wanted for wanted in changed if wanted not in held], result)
+        if not result.refused:
+            self._careful.discard(key)
         return result
+
+    async def _apply_all(self, key: Key, objects: list[Document], result: Applied) -> None:
+        """Applies the objects; those that the pods of a workload need are there before the workload."""
+        made: list[tuple[Kind, Document]] = []
+        for are_workloads in (False, True):
+            part = [wanted for wanted in objects if (kind_of(wanted) in WORKLOADS) is are_workloads]
+            refusals = await _together(self._apply(key, wanted, result, made) for wanted in part)
+            result.refused += filter(None, refusals)
+            if result.foreign:
+                # As if the stranger's object had been looked for first; the next passes do.
+                self._careful.add(key)
+                for kind, live in made:
+                    await self.delete(kind, live)
+                return
+
+    async def _look_for_strangers(self, key: Key, changed: list[Document], result: Applied) -> list[Document]:
+        """Returns the objects of which nobody can say whether they are free; adds the refusals."""
+        new = [wanted for wanted in changed if self._is_new(key, wanted)]
+        obstacles = await _together(self._find_obstacle(key, wanted, result) for wanted in new)
+        result.refused += filter(None, obstacles)
+        return [wanted for wanted, text in zip(new, obstacles, strict=True) if text]
+
+    def _is_new(self, key: Key, wanted: Document) -> bool:
+        return self._store.get(key, kind_of(wanted), wanted["metadata"]["name"]) is None
 
     def _find_held(self, key: Key, changed: list[Document], refused: list[Document]) -> list[Document]:
         """What is not applied: the refused, and with a change of pods or claims all that belongs to it."""
@@ -130,7 +156,7 @@ class Children:
             is_kept = live is not None and _is_kept(live)
             is_ending = live is not None and "deletionTimestamp" in live["metadata"]
             if live is not None and not is_kept and not is_owned(live, owner) and not is_child(live):
-                result.note_foreign(wanted)
+                result.refused.append(result.note_foreign(wanted))
             elif is_ending and kind == CLAIM:
                 result.refused.append(f"{_title(wanted)} {_ENDING}")
             elif live is not None and (is_ending or not (is_kept or is_owned(live, owner))):
@@ -161,34 +187,56 @@ class Children:
         self._in_other_words[uid] = mark
         return True
 
-    async def _is_free(self, key: Key, wanted: Document, result: Applied) -> bool:
-        """Whether no object of this name exists that the operator does not manage; adds a refusal when one does."""
+    async def _find_obstacle(self, key: Key, wanted: Document, result: Applied) -> str:
+        """Returns why an object of this name that may exist must not be applied; empty where it may."""
         kind, metadata = kind_of(wanted), wanted["metadata"]
-        if self._store.get(key, kind, metadata["name"]) is not None:
-            return True
         try:
             live = await self._api.get(kind, metadata["namespace"], metadata["name"])
         except ApiError as error:
-            result.refused.append(_refusal(wanted, error))
-            return False
+            return _refusal(wanted, error)
         if live is None:
-            return True
+            return ""
         labels = live["metadata"].get("labels", {})
         owner = metadata.get("annotations", {}).get(OWNER)
         is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
         if is_ours and (_is_kept(live) or (owner is not None and is_owned(live, owner))):
-            return True
-        result.note_foreign(wanted)
-        return False
+            return ""
+        return result.note_foreign(wanted)
 
-    async def _try(self, changed: Iterable[Document]) -> list[tuple[Document, str]]:
+    async def _try(self, key: Key, changed: Iterable[Document], result: Applied) -> list[tuple[Document, str]]:
         """The objects that a dry run refuses, each with the reason."""
         tried = [wanted for wanted in changed if kind_of(wanted) in _TRIED]
-        refusals = await _together(self._apply(wanted, dry_run=True) for wanted in tried)
+        refusals = await _together(self._apply(key, wanted, result) for wanted in tried)
         return [(wanted, text) for wanted, text in zip(tried, refusals, strict=True) if text]
 
-    async def _apply(self, wanted: Document, *, dry_run: bool = False) -> str:
-        """Applies one object; returns why it was refused, empty when it was not."""
+    async def _apply(
+        self, key: Key, wanted: Document, result: Applied, made: list[tuple[Kind, Document]] | None = None
+    ) -> str:
+        """Applies one object, or only tries to without `made`; returns why it was refused, empty when it was not.
+
+        Args:
+            key: its resource.
+            wanted: the object.
+            result: of the whole; learns of an object of somebody else.
+            made: gets the object when it did not exist before.
+        """
+        kind, is_new = kind_of(wanted), self._is_new(key, wanted)
+        try:
+            live = await self._api.apply(kind, wanted, dry_run=made is None, create_only=is_new)
+        except ApiError as error:
+            if not is_new or error.status != CONFLICT:
+                return _refusal(wanted, error)
+            obstacle = await self._find_obstacle(key, wanted, result)
+            # Else it is the resource's own and not in the store yet.
+            return obstacle or await self._apply_again(wanted, dry_run=made is None)
+        if made is not None:
+            self._store.put(kind, live)
+            if is_new:
+                made.append((kind, live))
+            log.info("applied %s", _title(wanted))
+        return ""
+
+    async def _apply_again(self, wanted: Document, *, dry_run: bool) -> str:
         kind = kind_of(wanted)
         try:
             live = await self._api.apply(kind, wanted, dry_run=dry_run)

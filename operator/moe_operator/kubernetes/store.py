@@ -99,9 +99,9 @@ class Store:
         return [document for _, document in self.children(key, (kind,))]
 
     def children(self, key: Key, kinds: Iterable[Kind]) -> Iterator[tuple[Kind, Document]]:
-        """The objects of these kinds that belong to a resource."""
+        """The objects of these kinds that belong to a resource, by name, whatever came first."""
         wanted = set(kinds)
-        for (kind, _), kept in [*self._objects.get(key, {}).items()]:
+        for (kind, _), kept in sorted(self._objects.get(key, {}).items(), key=lambda row: row[0][1]):
             if kind in wanted:
                 yield kind, orjson.loads(kept.text)
 

@@ -175,7 +175,7 @@ OWN_PORTS = "8000 (engine), 8080 (agent)"
         ({"spec": {"containers": [{"name": "vllm", "env": []}]}},
          "spec.containers[0]: image is needed for 'vllm'; the operator's own container is 'engine'"),
         (with_container(volumeMounts=[{"mountPath": "/a", "name": "mine"}]),
-         "spec.containers[0].volumeMounts[0].name: no volume 'mine'; known: cache, config, control, run, "),
+         "spec.containers[0].volumeMounts[0].name: no volume 'mine'; known: cache, config, control, home, "),
         ({"spec": {"initContainers": [{"name": "engine", "image": "a"}]}},
          "spec.initContainers: 'engine' is the name of another container of the pod"),
     ],
@@ -188,8 +188,9 @@ def test_what_takes_away_the_operators_own_is_refused_by_name(template: Document
 
 def test_all_that_is_lost_is_named() -> None:
     lost = problems({"spec": {"volumes": None}})
-    assert [row.split("'")[1] for row in lost] == ["cache", "config", "control", "run", "settings", "shm"]
-    assert len(problems(with_container(volumeMounts=None))) == 6
+    names = ["cache", "config", "control", "home", "run", "settings", "shm", "tmp"]
+    assert [row.split("'")[1] for row in lost] == names
+    assert len(problems(with_container(volumeMounts=None))) == len(names)
 
 
 @pytest.mark.parametrize(

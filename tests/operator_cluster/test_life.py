@@ -22,6 +22,7 @@ from fresh_operator import (
 from moe_operator.kubernetes import observed
 from moe_operator.kubernetes.kinds import CLAIM, CONFIG_MAP, DEPLOYMENT, POD, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
+from moe_operator.plan.names import INSTANCE
 from serving_documents import serving
 from stand_in_peers import peers_listening
 
@@ -321,7 +322,7 @@ async def test_names_of_63_characters_that_differ_at_their_end_alone_have_childr
         found = await fetch_children(operator.api, namespace)
         owned = {name: [] for name in names}
         for (kind, child), document in found.items():
-            owned[document["metadata"]["ownerReferences"][0]["name"]].append(kind)
+            owned[document["metadata"]["labels"][INSTANCE]].append(kind)
             assert len(child) <= (46 if kind == "Deployment" else 63)
         first, second = (sorted(kinds) for kinds in owned.values())
         assert first == second

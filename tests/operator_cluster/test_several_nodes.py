@@ -13,9 +13,11 @@ from foreign_kinds import LEADER_WORKER_SETS, installed
 from fresh_operator import FreshOperator, conditions, fetch, fetch_serving, served, started, writes
 from group_controller import SERVICE, GroupController, Kubelet, Namespace, SingleController, endpoints, resolve
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.serving import ENDPOINT_SLICE
 from moe_operator.kubernetes.store import Key
 from operator_process import eventually
 from serving_documents import serving
+from stand_in_peers import endpoint_slice
 
 Document = dict[str, Any]
 ROUNDS = 40
@@ -86,6 +88,7 @@ async def world(cluster: ApiCluster, namespace: str, **engine: Any) -> AsyncIter
         async with started(cluster.kubeconfig, namespace) as operator:
             made = World(operator, namespace)
             await served(operator, namespace, serving(engine=TWO_NODES | engine))
+            await operator.api.create(ENDPOINT_SLICE, endpoint_slice(made.key, "tiny-gateway-0", "tiny"))
             await made.until(is_complete, "it serves")
             yield made
 
@@ -122,6 +125,7 @@ async def test_in_the_service_that_all_groups_share_a_leader_would_not_be_found(
             assert await resolve(made.namespace, f"tiny-engine-0.tiny-engine.{namespace}") is None
             assert await made.serving_pods() == []
             # The operator of today takes over: the set is put right, and so are its groups.
+            await operator.api.create(ENDPOINT_SLICE, endpoint_slice(made.key, "tiny-gateway-0", "tiny"))
             await made.until(is_complete, "it serves")
             assert await made.serving_pods() == ["tiny-engine-0"]
 

@@ -11,10 +11,14 @@ from typing import Any
 from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, render_choices
 
+from moe_operator.plan.pod_environment import HOME_VOLUME, TEMPORARY_VOLUME
+
 Document = dict[str, Any]
 
 # Scratch space may be given another size, medium or kind of disk, and folders in it may be mounts of their own.
 _SCRATCH_SOURCES = {"emptyDir", "ephemeral"}
+# Another volume may be mounted in their place.
+_REPLACEABLE_VOLUMES = {HOME_VOLUME, TEMPORARY_VOLUME}
 _CLOSED_VOLUMES = {"config", "control", "settings", "run", "shm", "models"}
 _PROBE_HANDLERS = ("exec", "grpc", "httpGet", "tcpSocket")
 _HANDLERS = {
@@ -149,6 +153,8 @@ def _mount_clashes(own: Document, theirs: Mapping[str, Any], merged: Document, p
     found = {row["mountPath"]: row for row in merged.get("volumeMounts") or ()}
     for folder, row in mine.items():
         now = found.get(folder, {})
+        if now and row["name"] in _REPLACEABLE_VOLUMES:
+            continue
         if now.get("name") != row["name"] or now.keys() & {"subPath", "subPathExpr"}:
             yield InputError(path, f"{folder} is the operator's own, and needs its volume {row['name']!r}")
     for index, row in enumerate(theirs.get("volumeMounts") or ()):

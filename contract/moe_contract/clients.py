@@ -118,7 +118,14 @@ class _Client:
         json_body = None if body is None else dict(body)
         try:
             async with self._session.request(
-                method, self._url + route, params=params, json=json_body, headers=headers, timeout=timeout
+                method,
+                self._url + route,
+                params=params,
+                json=json_body,
+                headers=headers,
+                timeout=timeout,
+                # A stranger at an old address could lead a proof of identity on to the right pod.
+                allow_redirects=False,
             ) as answer:
                 text = await answer.read()
         except aiohttp.ConnectionTimeoutError:

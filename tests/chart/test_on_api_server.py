@@ -192,7 +192,7 @@ def operator(cluster, free_port):
             "KUBECONFIG": str(cluster.service_account_kubeconfig("moeserving-system", "moeserving")),
             "MOESERVING_OPERATOR_NAMESPACE": "moeserving-system",
         }
-        ports = ("--metrics-port=0", f"--liveness-port={free_port}")
+        ports = ("--metrics-port=0", f"--liveness-port={free_port}", "--lease=moeserving")
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_operator.cli", "operator", *ports, *words],
             env=environment,

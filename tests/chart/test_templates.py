@@ -52,7 +52,7 @@ def needed():
     yield from ((SERVING.group, SERVING.plural, verb) for verb in ("get", "list", "watch", "patch"))
     yield from ((SERVING.group, f"{SERVING.plural}/status", verb) for verb in ("get", "patch"))
     yield SERVING.group, f"{SERVING.plural}/finalizers", "update"
-    yield from ((EVENT.group, EVENT.plural, verb) for verb in ("create", "patch"))
+    yield from ((EVENT.group, EVENT.plural, verb) for verb in ("get", "list", "create", "patch"))
     yield NAMESPACE.group, NAMESPACE.plural, "get"
 
 

@@ -97,8 +97,10 @@ def test_ten_lines_of_yaml_become_a_chat(serving: Serving) -> None:
     assert status == 200
     assert json.loads(body)["choices"][0]["message"]["content"]
     shown = serving.kubectl("get", "moes", serving.name)
-    assert shown.splitlines()[0].split() == ["NAME", "READY", "ENGINES", "DESIRED", "BALANCE", "TTFT", "AGE"]
-    assert shown.splitlines()[1].split()[:4] == [serving.name, "True", "1", "1"]
+    headings = ["NAME", "READY", "ENGINES", "DESIRED", "BALANCE", "TTFT", "AGE", "STATUS"]
+    assert shown.splitlines()[0].split() == headings
+    row = shown.splitlines()[1].split()
+    assert (row[:4], row[-1]) == ([serving.name, "True", "1", "1"], "Serving")
     _change_of_the_ageing_rate_restarts_no_pod(serving)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import moe_gateway
 import pytest
 from moe_contract.gateway_config import EngineAddress
-from moe_gateway.engines.fleet import FULL_PAUSE_S, LONGEST_EJECTION_S, EngineFleet
+from moe_gateway.engines.fleet import FULL_PAUSE_S, LONGEST_EJECTION_S, LONGEST_TRIAL_S, EngineFleet
 from moe_scheduling.signals import Target
 
 A, NOW_S = Target("a"), 100.0
@@ -71,16 +71,18 @@ def test_an_engine_that_makes_no_steps_is_ejected_at_once_and_again_while_it_sta
 
 def test_an_engine_on_trial_gets_one_request_at_a_time(fleet):
     engine = fleet.engines["a"]
-    assert fleet.begin_trial(A, 1) is None
+    assert fleet.begin_trial(A, 1, NOW_S) is None
     fleet.fail(A, NOW_S)
     later_s = NOW_S + 1.0
     assert engine.may_accept(later_s)
-    assert fleet.begin_trial(A, 2) is engine
+    assert fleet.begin_trial(A, 2, later_s) is engine
     assert (engine.may_accept(later_s), engine.may_accept_alone(later_s), fleet.ejected()) == (False, True, [engine])
-    assert (fleet.begin_trial(A, 3), fleet.end_trial(A, 3)) == (None, None)
+    assert (fleet.begin_trial(A, 3, later_s), fleet.end_trial(A, 3)) == (None, None)
     assert fleet.end_trial(A, 2) is engine
     assert engine.may_accept(later_s)
-    fleet.begin_trial(A, 4)
+    fleet.begin_trial(A, 4, later_s)
+    assert not engine.may_accept(later_s + LONGEST_TRIAL_S - 0.1)
+    assert engine.may_accept(later_s + LONGEST_TRIAL_S), "a long answer in one piece does not keep others out"
     fleet.succeed(A)
     assert (engine.may_accept(later_s), engine.is_on_trial, fleet.ejected()) == (True, False, [])
 

@@ -367,7 +367,8 @@ async def test_what_an_engine_says_unasked_ends_its_connection(make_engine, serv
         client.send(post(prompt()))
         assert (await client.answer()).json == OK
         await asyncio.sleep(0.05)
-    assert engine.connections == 2
+    # A request each, and at times one more that asks for the models.
+    assert engine.connections >= 2
 
 
 # Silence.

@@ -34,6 +34,8 @@ def send(dispatcher, target=A):
 
 
 def test_an_engine_with_work_and_without_steps_is_ejected_until_it_steps(dispatcher):
+    dispatcher.set_reachable("a", True)
+    dispatcher.observe(A, EngineSignal(step=1), NOW_S, NOW_S)
     sent = send(dispatcher)
     dispatcher.tick(NOW_S + STALL_S - 0.1)
     assert (dispatcher.stalled, dispatcher.is_accepting(A)) == (frozenset(), True)
@@ -67,6 +69,25 @@ def test_steps_are_progress_and_arrivals_are_none(dispatcher, change, is_progres
     dispatcher.observe(A, EngineSignal(**({"step": 1} | change)), half_s, half_s)
     dispatcher.tick(NOW_S + STALL_S + 1.0)
     assert (dispatcher.stalled == frozenset()) is is_progress
+
+
+def test_a_lost_source_of_signals_is_not_a_lost_engine(dispatcher):
+    dispatcher.set_reachable("a", True)
+    dispatcher.observe(A, EngineSignal(step=1), NOW_S, NOW_S)
+    send(dispatcher)
+    dispatcher.set_reachable("a", False)
+    dispatcher.tick(NOW_S + STALL_S + 0.1)
+    assert (dispatcher.is_accepting(A), dispatcher.is_abandoned(A, stream=False)) == (True, False)
+
+
+def test_progress_never_goes_backwards(dispatcher):
+    dispatcher.set_reachable("a", True)
+    send(dispatcher)
+    dispatcher.observe(A, EngineSignal(step=1), NOW_S, NOW_S)
+    dispatcher.observe(A, EngineSignal(step=2), NOW_S + STALL_S, NOW_S + STALL_S)
+    dispatcher.note_progress(A, NOW_S)
+    dispatcher.tick(NOW_S + STALL_S + 1.0)
+    assert dispatcher.stalled == frozenset()
 
 
 def test_an_idle_engine_and_one_that_streams_do_not_hang(dispatcher):

@@ -20,6 +20,7 @@ from fresh_operator import (
     writes,
 )
 from moe_operator.kubernetes import observed
+from moe_operator.kubernetes.ending import FINALIZER
 from moe_operator.kubernetes.kinds import CLAIM, CONFIG_MAP, DEPLOYMENT, POD, SECRET, SERVING
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.names import INSTANCE
@@ -346,3 +347,22 @@ async def test_two_of_one_name_in_two_namespaces_do_not_meet(serving_cluster: Ap
         assert await fetch_children(operator.api, namespace) == {}
         assert (await fetch(operator, DEPLOYMENT, there, "tiny-engine"))["spec"]["replicas"] == 2
     serving_cluster.kubectl("delete", "namespace", other, "--wait=false")
+
+
+async def test_a_finalizer_that_came_with_the_resource_goes_with_it_and_one_of_others_stays(
+    kubeconfig: Path, namespace: str
+) -> None:
+    """As of a backup that was restored: the operator does not own that field."""
+    document = serving()
+    document = document | {"metadata": document["metadata"] | {"finalizers": [FINALIZER, "other.test/hold"]}}
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, document)
+        await operator.api.delete(SERVING, {"metadata": {"name": key.name, "namespace": namespace}})
+        await operator.relist()
+        await operator.settle(key)
+        left = await fetch_serving(operator.api, key)
+        assert left is not None
+        assert left["metadata"]["finalizers"] == ["other.test/hold"]
+        assert await fetch_children(operator.api, namespace) == {}
+        await operator.api.merge(SERVING, namespace, key.name, {"metadata": {"finalizers": []}})
+        assert await fetch_serving(operator.api, key) is None

@@ -31,6 +31,16 @@ def test_a_failed_attempt_is_repeated_elsewhere_once(attempts, failure):
     assert attempts.count == MAX_ATTEMPTS
 
 
+def test_a_request_may_be_repeated_until_its_last_attempt_and_not_once_it_is_answered(attempts):
+    attempts.begin()
+    assert attempts.may_repeat
+    attempts.is_answering = True
+    assert not attempts.may_repeat
+    attempts.is_answering = False
+    attempts.begin()
+    assert attempts.may_repeat is (attempts.count < MAX_ATTEMPTS)
+
+
 def test_an_engine_that_has_not_seen_the_request_uses_up_no_attempt_within_the_hold_time(attempts):
     for number in range(10):
         assert attempt(attempts, A, AttemptFailure.UNREACHABLE, ARRIVED_S + number) is NextStep.RETRY

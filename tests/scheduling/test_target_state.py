@@ -48,6 +48,16 @@ def test_each_step_time_model_and_each_signal_has_its_own_ttft_model():
     assert predicted_s(slower) == pytest.approx(0.11)
 
 
+def test_the_oldest_unanswered_request_is_the_first_that_waits():
+    its = new_state()
+    assert its.oldest_unanswered_s is None
+    its.sent("first", 100, 1.0)
+    its.sent("second", 100, 2.0)
+    assert its.oldest_unanswered_s == 1.0
+    its.first_token("first", 3.0)
+    assert its.oldest_unanswered_s == 2.0
+
+
 def test_a_request_may_end_without_an_answer():
     its = new_state()
     its.sent("r", 100, 1.0)

@@ -45,6 +45,8 @@ from moe_gateway.request.parsing import Parsed
 # The tokens of a prompt are read from this many first answers, then from one in `TOKENISATION_PERIOD`.
 FIRST_TOKENISATION_SAMPLES = 1000
 TOKENISATION_PERIOD = 16
+# A request that only few engines can answer waits for one that is out for no longer than this.
+SHORT_PAUSE_S = 0.5
 
 log = logging.getLogger("moeserving.gateway")
 
@@ -178,10 +180,17 @@ class Dispatcher:
             return False
         servers = {state.target.server for state in self._open_targets()}
         is_alone = not any(self.engines[server].may_accept(now_s) for server in servers)
+        sole = {
+            server
+            for named in self.partial_models.values()
+            if not any(self.engines[server].may_accept(now_s) for server in named)
+            for server in named
+        }
         for engine in suspects:
-            accepting = engine.may_accept_alone(now_s) if is_alone else engine.may_accept(now_s)
+            is_last = is_alone or engine.address.name in sole
+            accepting = engine.may_accept_alone(now_s) if is_last else engine.may_accept(now_s)
             self._targets.set_accepting(engine.targets, accepting)
-        return is_alone
+        return is_alone or bool(sole)
 
     def _refresh_and_release(self, engine: Engine | None, now_s: float) -> None:
         if engine is not None and self._refresh(engine, now_s):
@@ -210,14 +219,17 @@ class Dispatcher:
             return decision
         if isinstance(decision, Refuse) and not self.engines and not self.discovers:
             return Rejection.NO_ENGINE_CONFIGURED
-        if isinstance(decision, Refuse) and not self._may_hold(waiter):
+        if isinstance(decision, Refuse) and not self._may_hold(waiter, now_s):
             return Rejection.NO_FITTING_ENGINE
         return self._hold(waiter, now_s)
 
-    def _may_hold(self, waiter: Waiter) -> bool:
+    def _may_hold(self, waiter: Waiter, now_s: float) -> bool:
         """Whether a request that no target takes may wait: one that waits for a few engines would stop all others."""
         servers = self._servers_of(waiter.job)
         if servers is None:
+            return True
+        known = (self.engines[server] for server in servers if server in self.engines)
+        if any(engine.may_accept(now_s + SHORT_PAUSE_S) for engine in known):
             return True
         return not any(state.accepting for state in self._open_targets() if state.target.server not in servers)
 
@@ -282,7 +294,7 @@ class Dispatcher:
             self._jobs.record(keys, session, sending.target)
         self.decisions[sending.reason] += 1
         request = self._targets.send(sending, tokens, now_s)
-        if (engine := self._fleet.begin_trial(request.target, request.key)) is not None:
+        if (engine := self._fleet.begin_trial(request.target, request.key, now_s)) is not None:
             self._refresh(engine, now_s)
         return request
 
@@ -350,14 +362,16 @@ class Dispatcher:
         if self._queue.waiters:
             self._queue.release_while(lambda waiter: self._choose_held(waiter, now_s))
 
-    def _choose_held(self, waiter: Waiter, now_s: float) -> Send | None:
+    def _choose_held(self, waiter: Waiter, now_s: float) -> Send | Rejection | None:
         failed = waiter.attempts.failed_targets
         decision = self.choose(waiter.job, now_s, failed, computes=waiter.computes)
         if isinstance(decision, Refuse) and decision.reason is RefuseReason.NO_OTHER_ENGINE:
             # Only the engines that failed it are there: they may have come back meanwhile.
             failed.clear()
             decision = self.choose(waiter.job, now_s, computes=waiter.computes)
-        return decision if isinstance(decision, Send) else None
+        if isinstance(decision, Send):
+            return decision
+        return None if self._may_hold(waiter, now_s) else Rejection.NO_FITTING_ENGINE
 
     def unhold(self, waiter: Waiter) -> None:
         """The client of a request is gone; nothing happens when it is not held."""
@@ -381,7 +395,8 @@ class Dispatcher:
         for target in stalled:
             if target not in self.stalled:
                 log.warning("an engine makes no steps", extra={"engine": target.server, "rank": target.rank})
-            self._refresh_and_release(self._fleet.stall(target, now_s), now_s)
+            if self._shows_steps(target):
+                self._refresh_and_release(self._fleet.stall(target, now_s), now_s)
         self.stalled = frozenset(stalled)
 
     def note_progress(self, target: Target, at_s: float) -> None:
@@ -393,7 +408,12 @@ class Dispatcher:
 
         An answer in one piece takes as long as it takes: without signals that show steps it is waited for.
         """
-        return target in self.stalled and (stream or self._targets.counts_steps(target))
+        return target in self.stalled and (stream or self._shows_steps(target))
+
+    def _shows_steps(self, target: Target) -> bool:
+        """Whether the source of a target's signals answers and shows its steps: a lost source is not a lost engine."""
+        engine = self.engines.get(target.server)
+        return engine is not None and engine.is_reachable and self._targets.counts_steps(target)
 
     def retry_after_s(self, now_s: float) -> int:
         """After how many seconds a client may ask again, 1 to 60.

@@ -23,6 +23,8 @@ LONGEST_EJECTION_S = 30.0
 ERRORS_TO_EJECT = 3
 # An engine that refused a request as full gets no new one for this long; it is no failure.
 FULL_PAUSE_S = 0.1
+# A trial without an answer by then keeps others out no longer: a long answer in one piece shows nothing before its end.
+LONGEST_TRIAL_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,13 +61,18 @@ class Engine:
     ejected_until_s: float = -math.inf
     suspended_until_s: float = -math.inf
     trial: int | None = None
+    trial_until_s: float = -math.inf
     models: frozenset[str] = frozenset()
     model_rows: Mapping[str, Any] = field(default_factory=dict)
     pid: int | None = None
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
-        return self.may_accept_alone(now_s) and now_s >= self.suspended_until_s and self.trial is None
+        return self.may_accept_alone(now_s) and now_s >= self.suspended_until_s and not self.is_tried(now_s)
+
+    def is_tried(self, now_s: float) -> bool:
+        """Whether a request is on its way that has to be answered before the next one."""
+        return self.trial is not None and now_s < self.trial_until_s
 
     def may_accept_alone(self, now_s: float) -> bool:
         """Whether it may get new requests while no other engine may."""
@@ -185,13 +192,13 @@ class EngineFleet:
         engine.errors = max(engine.errors, ERRORS_TO_EJECT - 1)
         return self.err(target, now_s)
 
-    def begin_trial(self, target: Target, key: int) -> Engine | None:
+    def begin_trial(self, target: Target, key: int, now_s: float) -> Engine | None:
         """A request was sent to an engine; one that is on trial gets no other until that one is decided."""
         engine = self.engines.get(target.server)
-        if engine is None or not engine.is_on_trial or engine.trial is not None:
+        if engine is None or not engine.is_on_trial or engine.is_tried(now_s):
             return None
         self._troubled.add(target.server)
-        engine.trial = key
+        engine.trial, engine.trial_until_s = key, now_s + LONGEST_TRIAL_S
         return engine
 
     def end_trial(self, target: Target, key: int) -> Engine | None:

@@ -95,7 +95,7 @@ class HoldQueue:
             del self.waiters[waiter]
             self._queue.discard(waiter)
 
-    def release_while(self, decide: Callable[[Waiter], Send | None]) -> None:
+    def release_while(self, decide: Callable[[Waiter], Send | Rejection | None]) -> None:
         """Releases the requests in order while `decide` finds a target for the first of them.
 
         A release may fail at once, and what follows from it calls this again. The pass that runs then goes on with the
@@ -111,7 +111,10 @@ class HoldQueue:
                 if decision is None:
                     return
                 self.discard(waiter)
-                waiter.release(decision)
+                if isinstance(decision, Rejection):
+                    waiter.reject(decision)
+                else:
+                    waiter.release(decision)
         finally:
             self._is_releasing = False
 

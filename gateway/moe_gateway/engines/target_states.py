@@ -157,7 +157,7 @@ class TargetStates:
 
     def note_progress(self, target: Target, at_s: float) -> None:
         """The engine made a step, or sent a part of an answer."""
-        self._progress_s[target] = at_s
+        self._progress_s[target] = max(at_s, self._progress_s.get(target, at_s))
 
     def stalled(self, now_s: float) -> list[Target]:
         """The targets with an unanswered request that have made no step, and sent nothing, for `STALL_S`."""

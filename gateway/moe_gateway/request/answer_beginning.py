@@ -8,6 +8,7 @@ from moe_gateway.http.heads import skip_informational
 from moe_gateway.http.replies import frame_chunk
 from moe_gateway.request.stream_events import (
     LONGEST_BEGINNING_BYTES,
+    MOST_PENDING_EVENTS,
     AnswerPart,
     may_end_event,
     part_of_status,
@@ -66,8 +67,9 @@ class AnswerBeginning:
     def _read_events(self) -> AnswerPart:
         raw = self.received[len(self.head) :]
         data, _ = split_chunks(raw) if self.is_chunked else (raw, b"")
-        part, self.comments, _ = read_beginning(self._events + data)
-        if part is AnswerPart.PENDING and len(raw) > LONGEST_BEGINNING_BYTES:
+        part, self.comments, events = read_beginning(self._events + data)
+        is_long = len(events) > LONGEST_BEGINNING_BYTES or events.count(b"data:") > MOST_PENDING_EVENTS
+        if part is AnswerPart.PENDING and is_long:
             return AnswerPart.WHOLE
         return part
 

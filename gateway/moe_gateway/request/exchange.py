@@ -449,7 +449,8 @@ class Exchange:
         if self.attempts.is_answering:
             self._break_off(reason)
         else:
-            dispatcher.count_error(target, now_s)
+            if target in dispatcher.stalled:
+                dispatcher.count_error(target, now_s)
             self._refuse(RequestOutcome.ENGINE_SILENT, reason)
 
     def _retry_stalled(self, target: Target, now_s: float) -> bool:

@@ -43,6 +43,8 @@ class Beginning(NamedTuple):
 
 # A longer beginning is passed on unread.
 LONGEST_BEGINNING_BYTES = 1024 * 1024
+# So is one of more events: each new event reads all of them again.
+MOST_PENDING_EVENTS = 64
 SMALL_READ_BYTES = 4096
 ERROR_MARK = b'"error"'
 # An error within a text has its quotes escaped, so the mark stands in the frame of an event alone.
@@ -217,6 +219,8 @@ def _has_token(choice: object) -> bool:
     vLLM sends a chunk without a role for each token, also for one that completes no character and so has no text.
     """
     if type(choice) is not dict or choice.get("finish_reason") is not None:
+        return True
+    if choice.get("token_ids") or choice.get("logprobs"):
         return True
     delta = choice.get("delta")
     if type(delta) is not dict:

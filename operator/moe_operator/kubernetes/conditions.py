@@ -78,10 +78,15 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
         LIMITED: _limited(inputs),
         BALANCED: judge_experts(inputs.experts, has_group=inputs.has_experts, before=before.get(BALANCED)),
     }
-    return tuple(_build(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items())
+    return tuple(
+        build_condition(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items()
+    )
 
 
-def _build(kind: str, verdict: Verdict, before: Condition | None, now: datetime, generation: int | None) -> Condition:
+def build_condition(
+    kind: str, verdict: Verdict, before: Condition | None, now: datetime, generation: int | None
+) -> Condition:
+    """The condition of a verdict; `before` is the one of this kind until now, whose time stays with its status."""
     status, reason, message = verdict
     message = message if len(message) <= MOST else message[:MOST] + " ..."
     since = before.last_transition_time if before is not None and before.status is status else now

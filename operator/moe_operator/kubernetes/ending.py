@@ -23,7 +23,7 @@ from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.waits import Wait, render_overdue, render_waits, split_waits, wait_for_object, wait_for_pod
-from moe_operator.plan.names import COMPONENT, GROUP, OWNER
+from moe_operator.plan.names import COMPONENT, GROUP, OWNER, is_replica
 from moe_operator.plan.owners import is_child, is_orphaned, owner_of
 
 Document = dict[str, Any]
@@ -139,7 +139,14 @@ class Ending:
             return SOON_S
         log.warning("%s is gone and has left objects behind; they are ended now", key)
         progress = await self._end_parts(key)
-        return progress.again_s if progress.waits else None
+        if progress.waits:
+            return progress.again_s
+        self.forget(key)
+        return None
+
+    def forget(self, key: Key) -> None:
+        """Drops since when anything of a resource was waited for."""
+        self._since = {place: since for place, since in self._since.items() if place[0] != key}
 
     async def _list_servings(self, namespace: str) -> list[Document]:
         """The resources of a namespace; a list, since its refusal differs from "no such object" without the CRD."""
@@ -153,7 +160,10 @@ class Ending:
         for part in _PARTS:
             await self._delete_workloads(key, part)
             pods = [pod for pod in self._store.of(key, POD) if _component(pod) == part]
-            waits, late = split_waits((wait_for_pod(pod, self._first_seen(key, part)) for pod in pods), self._clock())
+            leaders = [pod for pod in pods if is_replica(pod["metadata"].get("labels", {}))]
+            # Workers of a group are marked only when their leader is gone: their time begins then.
+            since = self._first_seen(key, part if leaders else f"{part} workers") if pods else self._clock()
+            waits, late = split_waits((wait_for_pod(pod, since) for pod in leaders or pods), self._clock())
             overdue += late
             if waits:
                 return EndingProgress(waits=tuple(waits), overdue=tuple(overdue), part=f"{part}s")
@@ -193,13 +203,19 @@ class Ending:
     async def _release(self, key: Key, document: Document) -> None:
         """Removes the finalizer, so that the resource goes."""
         try:
-            await self._api.apply(SERVING, own_part(document, []))
+            made = await self._api.apply(SERVING, own_part(document, []))
+            left = made["metadata"].get("finalizers") or []
+            if FINALIZER in left:
+                # Another manager wrote it, as a restored backup does: an apply takes away only its own part.
+                rest = [name for name in left if name != FINALIZER]
+                patch = {"metadata": {"resourceVersion": made["metadata"]["resourceVersion"], "finalizers": rest}}
+                await self._api.merge(SERVING, key.namespace, key.name, patch)
         except ApiError as error:
             # Gone already: its uid is no longer there.
             if error.status not in (NOT_FOUND, CONFLICT):
                 raise
         self._store.remove(SERVING, document)
-        self._since = {place: since for place, since in self._since.items() if place[0] != key}
+        self.forget(key)
 
     def _first_seen(self, key: Key, part: str) -> datetime:
         return self._since.setdefault((key, part), self._clock())

@@ -8,7 +8,7 @@ from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.api.status import Condition
 from moe_operator.experts.report import Verdict
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.conditions import changed_conditions, read_conditions, summarise
+from moe_operator.kubernetes.conditions import build_condition, changed_conditions, read_conditions, summarise
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Store
 
@@ -52,17 +52,8 @@ def with_verdicts(
 ) -> tuple[Condition, ...]:
     """The conditions with some of them judged anew; one whose status did not change keeps its time."""
     current = dict(before)
-    for kind, (status, reason, message) in verdicts.items():
-        old = before.get(kind)
-        since = old.last_transition_time if old is not None and old.status is status else now
-        current[kind] = Condition(
-            type=kind,
-            status=status,
-            reason=reason,
-            message=message,
-            last_transition_time=since,
-            observed_generation=generation,
-        )
+    for kind, verdict in verdicts.items():
+        current[kind] = build_condition(kind, verdict, before.get(kind), now, generation)
     return tuple(current.values())
 
 

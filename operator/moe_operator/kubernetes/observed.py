@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from moe_contract.api_server import Kind
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.kubernetes.kinds import (
@@ -21,7 +22,7 @@ from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Observed
 from moe_operator.plan.names import MANAGER, ROTATE, ROTATED_AT, Names
 from moe_operator.plan.replicas import NOTE, Place, Scaled
-from moe_operator.plan.revision import parse_revision
+from moe_operator.plan.revision import Revision, parse_revision
 
 Document = dict[str, Any]
 # Pods see a changed Secret within the kubelet's sync period, a minute or two; until then the old token is good too.
@@ -50,13 +51,27 @@ def read_observed(
         namespace_uid=namespace_uid,
         tokens=tokens,
         rotated_at=rotated_at,
-        stable=None if text is None else parse_revision(text),
+        stable=_read_stable(text, resource),
         replicas=_read_replicas(document, workload, both=both),
         has_groups=any(kind == LEADER_WORKER_SET for kind, _ in store.children(key, (LEADER_WORKER_SET,))),
         scaled=find_scaled(live for _, live in store.children(key, (DEPLOYMENT, LEADER_WORKER_SET))),
         gateways=None if gateway is None else gateway.get("spec", {}).get("replicas"),
         has_service_monitors={SERVICE_MONITOR, POD_MONITOR} <= kinds,
     )
+
+
+def _read_stable(text: str | None, resource: MoEServing) -> Revision | None:
+    """The revision of the stable engines.
+
+    Raises:
+        InvalidInput: it stands there and is not valid for this release, and a canary would take its place.
+    """
+    stable = None if text is None else parse_revision(text)
+    canary = resource.spec.engine.canary
+    if text and stable is None and canary is not None and canary.weight < 100:
+        message = "this release cannot use the revision of the stable engines; set weight to 100 or remove the canary"
+        raise InvalidInput([InputError("spec.engine.canary", message)])
+    return stable
 
 
 def engines_workload(store: Store, key: Key, names: Names) -> Document | None:

@@ -26,7 +26,7 @@ from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.presence import Presence, Role
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
-from moe_operator.kubernetes.rivals import LABELS, SERVES, Rivals, render_scope
+from moe_operator.kubernetes.rivals import FORMER_LEASE, LABELS, SERVES, Rivals, render_scope
 from moe_operator.kubernetes.settings import OperatorSettings
 from moe_operator.kubernetes.state_streams import NUMBERS_EVERY_S, StateStreams
 from moe_operator.kubernetes.store import Key, Store
@@ -109,10 +109,13 @@ class Operator:
 
     def _describe(self) -> Presence:
         """What this operator does now, for its readiness and its metrics."""
-        rivals = tuple(map(str, self._election.rivals))
+        settings, rivals = self._settings, tuple(map(str, self._election.rivals))
+        # Its own Lease with another scope, or under the former name, is that of the pod that it replaces.
+        own = {f"{settings.own_namespace}/{name}" for name in (settings.lease, FORMER_LEASE)}
+        is_rivalled = any(rival.place not in own for rival in self._election.rivals)
         if self._election.leading.is_set():
             role = Role.LEADS
-        elif rivals:
+        elif is_rivalled:
             role = Role.RIVALLED
         else:
             role = Role.STANDS_BY if self._watches.synced.is_set() else Role.STARTS

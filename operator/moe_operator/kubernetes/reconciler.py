@@ -44,7 +44,7 @@ from moe_operator.kubernetes.groups import describe_rollout, read_nodes
 from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
-from moe_operator.kubernetes.observed import engines_workload, read_observed
+from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
 from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
@@ -142,6 +142,7 @@ class Reconciler:
         if "deletionTimestamp" in document["metadata"]:
             self._forget(key)
             return await self._ending.run(key, document)
+        self._ending.forget(key)
         try:
             resource = parse_resource(_without_server_fields(document))
         except InvalidInput as error:
@@ -225,7 +226,8 @@ class Reconciler:
         states = self._streams.fetch(key, peers, numbers_interval_s(resource))
         if not resource.spec.engine.parallelism.expert:
             return await states, {}
-        return await asyncio.gather(states, fetch_experts(self._session, peers))
+        said, experts = await asyncio.gather(states, fetch_experts(self._session, peers))
+        return said, {pod: state for pod, state in experts.items() if pod not in said.strangers}
 
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
@@ -264,9 +266,9 @@ class Reconciler:
         names = Names(current.key.name)
         problems = await self._problems.find(current.key, current.pods, current.states, read_nodes(current.document))
         inputs = ConditionInputs(
-            refused="; ".join(applied.refused),
+            refused="; ".join([*applied.refused, *_other_missing(applied)]),
             failed=_failed(failures),
-            missing_kind=next(iter(applied.missing), ""),
+            missing_kind=LEADER_WORKER_SET.name if LEADER_WORKER_SET.name in applied.missing else "",
             desired=plan.replicas,
             rolling=(
                 *_rolling(self._store, current.key),
@@ -343,7 +345,13 @@ class Reconciler:
 
     def _live_replicas(self, key: Key) -> int:
         """Engines that the workload asks for, whatever the resource says by now."""
-        workload = engines_workload(self._store, key, Names(key.name)) or {}
+        names = Names(key.name)
+        if takes_over(self._store, key, names):
+            # Neither workload has all of them: the status alone knows the number.
+            known = (self._store.serving(key) or {}).get("status", {}).get("desiredReplicas")
+            if known is not None:
+                return int(known)
+        workload = engines_workload(self._store, key, names) or {}
         return int(workload.get("spec", {}).get("replicas", 0))
 
     async def _write_status(
@@ -399,6 +407,12 @@ class Reconciler:
         if after_s < STEADY_S or not by_itself or not is_quiet(pods, states):
             return min(after_s, STEADY_S)
         return after_s if after_s > STEADY_S else None
+
+
+def _other_missing(applied: Applied) -> list[str]:
+    """Kinds but for LeaderWorkerSets that the plan needs and the operator cannot read, in words."""
+    others = (name for name in applied.missing if name != LEADER_WORKER_SET.name)
+    return [f"{name}: the cluster lacks this kind, or the operator the right to read it" for name in others]
 
 
 def _failed(failures: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ Each release has a Lease of its own, which says in an annotation which namespace
 same one, the second to come stands by and says why: two of them would write to the same objects.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from moe_contract.api_server import FORBIDDEN, ApiError, Document
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import LEASE
 from moe_operator.plan.names import COMPONENT, GROUP, MANAGED_BY, MANAGER
+
+log = logging.getLogger("moeserving.operator")
 
 # Of releases before the Lease took the release's name; without labels.
 FORMER_LEASE = "moeserving-operator"
@@ -86,7 +89,13 @@ class Rivals:
         except ApiError as error:
             if error.status != FORBIDDEN:
                 raise
-            listing = await self._api.list(LEASE, self._namespace)
+            try:
+                listing = await self._api.list(LEASE, self._namespace)
+            except ApiError as refusal:
+                if refusal.status != FORBIDDEN:
+                    raise
+                log.warning("Leases cannot be listed, so other releases are not noticed: %s", refusal)
+                listing = None
         rows = [] if listing is None else listing.items
         former = await self._api.get(LEASE, self._namespace, FORMER_LEASE)
         if former is not None and former["metadata"].get("labels", {}).get(MANAGED_BY) != MANAGER:

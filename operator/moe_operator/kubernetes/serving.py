@@ -4,11 +4,12 @@ A ready pod is not yet an endpoint, and a ready engine is not yet known to a gat
 both. `GatewayEndpoints` is owned by the reconciler; all else is pure.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from moe_contract.api_server import Kind
+from moe_contract.api_server import ApiError, Kind
 from moe_contract.gateway_state import GatewayState
 
 from moe_operator.api.reasons import Reason
@@ -18,6 +19,8 @@ from moe_operator.kubernetes.diagnosis import parse_time
 from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.pod_status import GATEWAY, component_of, condition_of, is_engine, is_ready
+
+log = logging.getLogger("moeserving.operator")
 
 Document = dict[str, Any]
 ENDPOINT_SLICE = Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
@@ -48,7 +51,12 @@ class GatewayEndpoints:
             return False
         if self._known.get(key) == ready:
             return True
-        slices = await self._api.select(ENDPOINT_SLICE, key.namespace, labels=f"{SERVICE_LABEL}={service}")
+        try:
+            slices = await self._api.select(ENDPOINT_SLICE, key.namespace, labels=f"{SERVICE_LABEL}={service}")
+        except ApiError as error:
+            # It is asked again soon; the status must be written all the same.
+            log.warning("%s: the endpoints of its gateways cannot be read: %s", key, error)
+            return key in self._known
         if any_ready(slices):
             self._known[key] = ready
             return True

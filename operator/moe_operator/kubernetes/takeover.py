@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_contract.api_server import Kind
 
+from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.pods import Update
 from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.signal import States
@@ -78,7 +79,10 @@ def read_takeover(
     old = store.get(key, kind, name)
     if old is None or "deletionTimestamp" in old["metadata"]:
         return None
-    wanted = plan_replicas(resource, observed)
+    wanted, scaled = plan_replicas(resource, observed), observed.scaled.get((kind.name, name))
+    if scaled is not None and not _scales_itself(resource):
+        # What another manager set serves on until as many new engines do.
+        wanted = max(wanted, scaled.count)
     if kind == DEPLOYMENT and LEADER_WORKER_SET not in kinds:
         # What cannot be made takes over from nothing.
         return Takeover(kind=kind, old=old, wanted=wanted, ready=0)
@@ -135,6 +139,12 @@ async def shrink_old_workload(
     await mark_victims(api, store, key, replace(plan, replicas=takeover.old_replicas), pods, states)
     patch = {"spec": {"replicas": takeover.old_replicas}}
     store.put(takeover.kind, await api.merge(takeover.kind, key.namespace, takeover.old["metadata"]["name"], patch))
+
+
+def _scales_itself(resource: MoEServing) -> bool:
+    """Whether the operator is the autoscaler of the engines."""
+    autoscaling = resource.spec.autoscaling
+    return autoscaling is not None and autoscaling.mode is AutoscalingMode.INTERNAL
 
 
 def _is_stable_replica(pod: Document) -> bool:

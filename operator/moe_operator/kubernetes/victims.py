@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_contract.agent_state import AgentState
+from moe_contract.api_server import NOT_FOUND, ApiError
 from moe_scheduling.fleet.victims import EngineWork, order_victims
 
 from moe_operator.autoscale.signal import States
@@ -33,7 +34,12 @@ async def mark_victims(
     for victim in order_victims(_work(pod, states.engines.get(name)) for name, pod in by_name.items()):
         if _cost(by_name[victim.name]) != victim.cost:
             patch = {"metadata": {"annotations": {COST: str(victim.cost)}}}
-            store.put(POD, await api.merge(POD, key.namespace, victim.name, patch))
+            try:
+                store.put(POD, await api.merge(POD, key.namespace, victim.name, patch))
+            except ApiError as error:
+                # It ended meanwhile.
+                if error.status != NOT_FOUND:
+                    raise
 
 
 def is_stable_engine(pod: Document) -> bool:

@@ -67,7 +67,9 @@ def is_orphaned(resource: Mapping[str, Any], children: list[Object]) -> bool:
     metadata = resource["metadata"]
     if ORPHAN_FINALIZER in metadata.get("finalizers", []):
         return True
-    return any(child["kind"] == SENTINEL and metadata["uid"] not in _uids(child) for child in children)
+    uid = metadata["uid"]
+    own = (child for child in children if child["kind"] == SENTINEL and owner_of(child) in (uid, ""))
+    return any(uid not in _uids(child) for child in own)
 
 
 def _uids(live: Mapping[str, Any]) -> set[str]:

@@ -42,9 +42,11 @@ def build_revision(resource: MoEServing) -> Revision:
     spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True)["spec"]
     engine = {name: value for name, value in spec.get("engine", {}).items() if name not in _NOT_OF_A_REVISION}
     redundant = resource.spec.scheduling.expert.redundant_experts
-    return Revision(
-        document={"model": spec["model"], "engine": engine, **({_REDUNDANT: redundant} if redundant else {})}
-    )
+    model = dict(spec["model"])
+    if isinstance(model.get("cache"), dict):
+        # The end of the claim concerns no engine.
+        model["cache"] = {name: value for name, value in model["cache"].items() if name != "whenDeleted"}
+    return Revision(document={"model": model, "engine": engine, **({_REDUNDANT: redundant} if redundant else {})})
 
 
 def parse_revision(text: str) -> Revision | None:

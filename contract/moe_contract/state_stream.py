@@ -85,6 +85,10 @@ class NotStreamed(Exception):
         self.state = state
 
 
+class Silent(Unreachable):
+    """A peer that took the connection and then sent nothing for too long, as one behind a buffering proxy seems to."""
+
+
 async def read_states(
     session: aiohttp.ClientSession, url: str, interval_s: float, silence_s: float = STREAM_SILENCE_S
 ) -> AsyncGenerator[bytes]:
@@ -100,12 +104,15 @@ async def read_states(
 
     Raises:
         NotStreamed: it answered once, as a peer of an older version does.
+        Silent: it sent nothing for too long.
         PeerError: it cannot be reached, refuses, or sends a line without an end.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
     params = {"watch": "1", "interval": f"{interval_s:g}"}
     try:
-        async with session.get(url + STATE, params=params, timeout=timeout) as answer:
+        # A stranger at an old address could lead on to the right pod.
+        request = session.get(url + STATE, params=params, timeout=timeout, allow_redirects=False)
+        async with request as answer:
             if answer.status != 200:
                 raise Refused(answer.status, await answer.read())
             if answer.content_type != NDJSON:
@@ -120,8 +127,10 @@ async def read_states(
                     raise Unreadable("sends a state without an end")
                 if lines := [line for line in lines if line]:
                     yield lines[-1]
+    except aiohttp.ConnectionTimeoutError:
+        raise Unreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
     except TimeoutError:
-        raise Unreachable(f"sent nothing within {silence_s:g} s") from None
+        raise Silent(f"sent nothing within {silence_s:g} s") from None
     except (aiohttp.ClientError, OSError):
         raise Unreachable("cannot be reached") from None
 

@@ -17,6 +17,7 @@ from moe_contract.state_stream import (
     LONGEST_LINE_BYTES,
     NDJSON,
     NotStreamed,
+    Silent,
     SparseStream,
     parse_interval,
     read_states,
@@ -139,12 +140,23 @@ async def test_a_refusal_a_line_without_an_end_and_silence_are_errors_of_the_pee
     expected: list[tuple[Callable[[web.Request], Awaitable[web.StreamResponse]], type[PeerError], str]] = [
         (refuse, Refused, "refused"),
         (flood, Unreadable, "without an end"),
-        (fall_silent, Unreachable, "sent nothing within 0.2 s"),
+        (fall_silent, Silent, "sent nothing within 0.2 s"),
     ]
     for answer, error, text in expected:
         async with answering(answer) as (session, url):
             with pytest.raises(error, match=text):
                 await read_all(session, url, silence_s=0.2)
+
+
+async def test_a_stranger_leads_on_to_no_other_peer() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if "right" in request.query:
+            return await streamed(request, b"1\n")
+        raise web.HTTPFound("/v1/state?right=1")
+
+    async with answering(answer) as (session, url):
+        with pytest.raises(Refused):
+            await read_all(session, url)
 
 
 async def test_a_peer_that_is_not_there_cannot_be_reached() -> None:

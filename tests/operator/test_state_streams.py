@@ -8,11 +8,13 @@ from typing import Any, cast
 import aiohttp
 import orjson
 import pytest
-from moe_contract.clients import Unreachable
-from moe_contract.state_stream import NotStreamed
+from moe_contract.agent_state import AgentState, read_agent_state
+from moe_contract.clients import Refused, Unreachable
+from moe_contract.state_stream import NotStreamed, Silent
 from moe_operator.api import parse_resource
 from moe_operator.kubernetes.peers import Peer
 from moe_operator.kubernetes.state_streams import (
+    ASKED_FOR_S,
     LEAST_RETRY_S,
     LONGEST_RETRY_S,
     NUMBERS_EVERY_S,
@@ -45,6 +47,7 @@ class Wires:
     def __init__(self) -> None:
         self.queues: dict[str, asyncio.Queue[bytes | str | Exception]] = {}
         self.opened: list[tuple[str, float]] = []
+        self.answers: dict[str, bytes] = {}
         self.open = 0
 
     def say(self, url: str, *words: bytes | str | Exception) -> None:
@@ -69,6 +72,10 @@ class Wires:
         finally:
             self.open -= 1
 
+    async def ask(self, _: object, peer: Peer) -> AgentState | None:
+        text = self.answers.get(peer.url)
+        return None if text is None else read_agent_state(text)
+
 
 class Followed:
     """Streams over wires, and what they reported."""
@@ -80,6 +87,7 @@ class Followed:
             lambda key, numbers_only: self.changes.append((key, numbers_only)),
             most,
             read=cast(Any, self.wires.read),
+            ask=cast(Any, self.wires.ask),
         )
 
 
@@ -263,6 +271,41 @@ def test_a_peer_that_does_not_stream_is_not_pushed() -> None:
         followed.wires.say("http://e-0", NotStreamed(state()))
         await followed.streams._follow(KEY, [engine()], 1.0)[0].answered.wait()
         assert not followed.streams.is_pushed(KEY)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+@pytest.mark.parametrize("word", [Silent("sent nothing"), Refused(404, b"")])
+def test_a_peer_that_gives_no_stream_but_answers_is_asked_and_tried_again_later(word: Exception) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", word)
+        followed.wires.answers["http://e-0"] = state("starting")
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "starting"
+        assert not followed.streams.is_pushed(KEY)
+        followed.wires.answers["http://e-0"] = state("ready")
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "ready"
+        await asyncio.sleep(0.9 * ASKED_FOR_S)
+        assert len(followed.wires.opened) == 1
+        followed.wires.say("http://e-0", state("draining"))
+        await asyncio.sleep(0.2 * ASKED_FOR_S)
+        assert followed.streams.is_pushed(KEY)
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "draining"
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_first_state_that_comes_after_its_pass_is_reported() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0")
+        assert "e-0" not in await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", state())
+        await settle()
+        assert followed.changes == [(KEY, False)]
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
         await followed.streams.close()
 
     run_in_virtual_time(story())

@@ -1,7 +1,8 @@
 """The states of agents and gateways, pushed over one stream for each pod instead of asked for at each pass.
 
 Owned by the reconciler: a pass says which peers its resource has, and gets their newest states. A change calls
-`on_change`. A peer that cannot stream (of an older version, or without a descriptor for it) is asked at each pass.
+`on_change`. A peer that cannot stream (of an older version, behind a proxy that buffers, or without a descriptor for
+it) is asked at each pass.
 
 Invariants: a state is valid while its stream lives, which is `STREAM_SILENCE_S` after the last byte at most, and
 through one try to open the stream anew. It is accepted only where the answer carries the uid of the pod
@@ -13,14 +14,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import aiohttp
 from moe_contract.agent_state import AgentState, read_agent_state
-from moe_contract.clients import PeerError
+from moe_contract.clients import PeerError, Refused, Unreadable
 from moe_contract.gateway_state import GatewayState, read_gateway_state
 from moe_contract.routes import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, STREAM_SILENCE_S
-from moe_contract.state_stream import NotStreamed, read_states
+from moe_contract.state_stream import NotStreamed, Silent, read_states
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import MoEServing
@@ -35,12 +36,15 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 15.0
 LEAST_RETRY_S = 2.0
 # A stream that lived for so long starts with short pauses again.
 STEADY_AFTER_S = 30.0
+# A peer that refuses a stream or sends nothing, but answers when it is asked, is asked for so long.
+ASKED_FOR_S = 300.0
 # Least time between two states of a peer that differ in numbers alone.
 NUMBERS_EVERY_S, LEAST_NUMBERS_EVERY_S = 15.0, 0.5
 NUMBERS_PER_DECISION = 5
 
 State = AgentState | GatewayState
 Read = Callable[[aiohttp.ClientSession, str, float, float], AsyncGenerator[bytes]]
+Ask = Callable[[aiohttp.ClientSession, Peer], Awaitable[State | None]]
 log = logging.getLogger("moeserving.operator")
 
 
@@ -60,6 +64,7 @@ class StateStreams:
         on_change: called with the resource of a peer whose state changed; the flag says that only numbers did.
         most: streams that may be open at a time; further peers are asked at each pass.
         read: the states of a peer, as `read_states`.
+        ask: the state of a peer as of now, as `fetch_state`.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class StateStreams:
         on_change: Callable[[Key, bool], None],
         most: int = 100_000,
         read: Read = read_states,
+        ask: Ask = fetch_state,
     ) -> None:
-        self._session, self._on_change, self._most, self._read = session, on_change, most, read
+        self._session, self._on_change, self._most = session, on_change, most
+        self._read, self._ask = read, ask
         self._streams: dict[Key, dict[str, _Stream]] = {}
 
     @property
@@ -87,6 +94,9 @@ class StateStreams:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + READ_TIMEOUT_S):
                 for stream in streams:
                     await stream.answered.wait()
+        for stream in streams:
+            # No pass waits for its first state any more, so that one is a change.
+            stream.answered.set()
         states = await asyncio.gather(*(stream.newest() for stream in streams))
         return accept_states((stream.peer, state) for stream, state in zip(streams, states, strict=True))
 
@@ -129,6 +139,7 @@ class StateStreams:
             peer,
             interval_s,
             self._read,
+            self._ask,
             lambda numbers_only: self._on_change(key, numbers_only),
             is_asked=is_full,
         )
@@ -141,7 +152,7 @@ class _Stream:
         peer: whose state it is.
         interval_s: least time between two states that differ in numbers alone.
         answered: set once the first try has given a state or failed.
-        is_asked: the peer does not stream; each pass asks it.
+        is_asked: the peer does not stream, or did not lately; each pass asks it.
         is_open: the stream is being read.
         task: that reads.
     """
@@ -152,12 +163,13 @@ class _Stream:
         peer: Peer,
         interval_s: float,
         read: Read,
+        ask: Ask,
         on_change: Callable[[bool], None],
         *,
         is_asked: bool,
     ) -> None:
         self.peer, self.interval_s = peer, interval_s
-        self._session, self._read_states, self._on_change = session, read, on_change
+        self._session, self._read_states, self._ask, self._on_change = session, read, ask, on_change
         self.answered = asyncio.Event()
         self.is_asked, self.is_open = is_asked, False
         # The newest state as it was sent: most of them are never looked at.
@@ -183,7 +195,7 @@ class _Stream:
     async def newest(self) -> State | None:
         """The newest state; None when there is none that is valid and can be read."""
         if self.is_asked:
-            return await fetch_state(self._session, self.peer)
+            return await self._ask(self._session, self.peer)
         return None if self._text is None else self._read(self._text)
 
     def _read(self, text: bytes) -> State | None:
@@ -202,6 +214,10 @@ class _Stream:
                 self.is_asked = True
                 self._take(answer.state)
                 return
+            except (Refused, Unreadable, Silent):
+                if not self.is_open and await self._answers():
+                    await asyncio.sleep(ASKED_FOR_S)
+                    continue
             except PeerError:
                 pass
             except Exception as error:
@@ -222,8 +238,17 @@ class _Stream:
         states = self._read_states(self._session, self.peer.url, self.interval_s, STREAM_SILENCE_S)
         async with contextlib.aclosing(states):
             async for text in states:
-                self.is_open = True
+                self.is_open, self.is_asked = True, False
                 self._take(text)
+
+    async def _answers(self) -> bool:
+        """Whether the peer, which gave no stream, says its state when it is asked; then it is asked at each pass."""
+        if await self._ask(self._session, self.peer) is None:
+            return False
+        self.is_asked, self._text, self._notable = True, None, None
+        self.answered.set()
+        self._on_change(False)
+        return True
 
     def _take(self, text: bytes) -> None:
         state = self._read(text)

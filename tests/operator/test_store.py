@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.api_server import Kind, Listing
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, POD, SERVING
-from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.store import Key, Store, pack
 from moe_operator.plan.names import INSTANCE
 
 Document = dict[str, Any]
@@ -55,6 +55,17 @@ def test_what_is_forgotten_leaves_nothing_behind() -> None:
     assert store.known() == []
     assert store.remove(POD, document()) == KEY
     assert store.known() == [], "the end of what was never known is kept nowhere"
+
+
+def test_a_packed_list_is_as_good_as_a_whole_one() -> None:
+    whole = document("stays", version=2) | {"spec": {"nodeName": "n"}}
+    packed = pack(POD, whole)
+    assert "spec" not in packed
+    store = Store()
+    store.put(POD, document("goes", version=1))
+    assert store.replace(POD, Listing(items=[packed], version="7"), None) == {KEY}
+    assert store.of(KEY, POD) == [whole]
+    assert store.replace(POD, Listing(items=[packed], version="9"), None) == set(), "no news"
 
 
 def test_a_list_says_what_is_gone_but_not_of_what_came_after_it_was_asked_for() -> None:

@@ -11,8 +11,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, TypeVar
 
+import orjson
 from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
 
 from moe_operator.api.model import WhenDeleted
@@ -74,8 +76,8 @@ class Children:
 
     def __init__(self, api: Api, store: Store, say_kept: Callable[[Key, str], Awaitable[None]]) -> None:
         self._api, self._store, self._say_kept = api, store, say_kept
-        # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
-        self._in_other_words: dict[str, tuple[Any, ...]] = {}
+        # Objects whose text differs from the plan's in form alone: a digest of both at the dry run that showed it.
+        self._in_other_words: dict[str, bytes] = {}
         # Resources that met an object of somebody else: it is looked for before anything is applied.
         self._careful: set[Key] = set()
 
@@ -175,7 +177,7 @@ class Children:
         live = self._store.get(key, kind, metadata["name"])
         if live is None or not was_applied(wanted, live):
             return False
-        uid, mark = live["metadata"]["uid"], (wanted["metadata"]["annotations"], _content(live))
+        uid, mark = live["metadata"]["uid"], _digest(wanted["metadata"]["annotations"], _content(live))
         if self._in_other_words.get(uid) == mark:
             return True
         try:
@@ -331,6 +333,10 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     metadata = document["metadata"]
     kept = {name: metadata.get(name) for name in ("labels", "annotations", "ownerReferences", "deletionTimestamp")}
     return {name: value for name, value in document.items() if name != "status"} | {"metadata": kept}
+
+
+def _digest(*parts: Document) -> bytes:
+    return sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).digest()
 
 
 def _title(document: Document) -> str:

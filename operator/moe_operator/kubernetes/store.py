@@ -6,7 +6,7 @@ watch was open). Owned by the operator's event loop.
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from moe_contract.api_server import Document, Kind, Listing
@@ -16,6 +16,7 @@ from moe_operator.plan.names import INSTANCE
 
 # Of these is asked who set a field; of all others the managed fields, half of an object, are left out.
 OWNED_FIELDS_MATTER = (SERVING, DEPLOYMENT, LEADER_WORKER_SET)
+_FOUND_BY = ("namespace", "name", "uid", "resourceVersion", "labels")
 
 
 class Key(NamedTuple):
@@ -35,6 +36,20 @@ class _Kept(NamedTuple):
     version: int
     uid: str
     text: bytes
+
+
+class Packed(dict[str, Any]):
+    """An object of a list as the store keeps it, beside the metadata by which the store finds it."""
+
+    def __init__(self, kind: Kind, document: Document) -> None:
+        metadata = document["metadata"]
+        super().__init__(metadata={name: metadata[name] for name in _FOUND_BY if name in metadata})
+        self.text = _text(kind, document)
+
+
+def pack(kind: Kind, document: Document) -> Packed:
+    """Makes of a listed object what the store takes; the whole of it takes ten times the memory meanwhile."""
+    return Packed(kind, document)
 
 
 class Store:
@@ -120,11 +135,15 @@ class Store:
 
 
 def _keep(kind: Kind, document: Document) -> _Kept:
+    text = document.text if isinstance(document, Packed) else _text(kind, document)
+    return _Kept(sys.intern(document["metadata"]["namespace"]), _version(document), _uid(document), text)
+
+
+def _text(kind: Kind, document: Document) -> bytes:
     metadata = document["metadata"]
     if kind not in OWNED_FIELDS_MATTER and "managedFields" in metadata:
         metadata = {name: value for name, value in metadata.items() if name != "managedFields"}
-    text = orjson.dumps({**document, "metadata": metadata})
-    return _Kept(sys.intern(metadata["namespace"]), _version(document), _uid(document), text)
+    return orjson.dumps({**document, "metadata": metadata})
 
 
 def key_of(kind: Kind, document: Document) -> Key | None:

@@ -129,7 +129,7 @@ class ApiServer:
             namespace: where they are.
             selector: by labels; empty is all.
             fields: by the fields that the kind can be selected by; empty is all.
-            pack: makes of each object what is kept of it, page by page: a list of many takes far less memory then.
+            pack: gives each object a smaller form, page by page, so that a long list needs little memory.
         """
         items: list[Document] = []
         params = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})

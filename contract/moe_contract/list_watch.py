@@ -69,7 +69,7 @@ class ListWatch:
         selector: label selector of the objects; empty is all.
         listener: called in the order of the events.
         times: of lists and watches.
-        pack: makes of each object of a list what its listener gets, as in `ApiServer.list`.
+        pack: gives each object of a list a smaller form, as in `ApiServer.list`.
     """
 
     def __init__(

@@ -15,7 +15,9 @@ from typing import IO
 import aiohttp
 import psutil
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+# On a machine that is busy with other work an operator would lose its lead by the default.
+LEASE_S = 60
 _SAMPLE = re.compile(r"moeserving_operator_(\w+?)(?:_total)?(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _PORT = re.compile(r"https?://(?:127\.0\.0\.1|localhost|\[::1\]):(\d+)")
@@ -101,6 +103,7 @@ class OperatorProcess:
         command = [
             *(str(self._python), "-m", "moe_operator.cli", "operator", "--identity", self._identity),
             *("--liveness-port", str(liveness_port), "--metrics-port", str(self._metrics_port)),
+            *("--lease-duration", str(LEASE_S)),
         ]
         environment = os.environ | {"KUBECONFIG": str(self._kubeconfig), "MOESERVING_OPERATOR_NAMESPACE": "default"}
         with self._log.open("ab") as output:
@@ -118,13 +121,23 @@ class OperatorProcess:
         give_up_s = time.monotonic() + START_TIMEOUT_S
         while f"{self._identity} leads" not in self._log.read_text("utf-8", errors="replace"):
             if self._process.poll() is not None or time.monotonic() > give_up_s:
-                raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s; see {self._log}")
+                raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s: {self._last_line()}")
             await asyncio.sleep(0.02)
 
     async def metrics(self) -> OperatorMetrics:
-        """The counters that it serves at /metrics."""
-        async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
-            return parse_metrics(await answer.text())
+        """The counters that it serves at /metrics.
+
+        Raises:
+            RuntimeError: it does not answer.
+        """
+        try:
+            async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
+                return parse_metrics(await answer.text())
+        except aiohttp.ClientError:
+            raise RuntimeError(f"the operator has ended: {self._last_line()}") from None
+
+    def _last_line(self) -> str:
+        return self._log.read_text("utf-8", errors="replace").rstrip().rpartition("\n")[2]
 
     def memory_bytes(self) -> tuple[int, int]:
         """Resident memory of the process, and the part that it shares with no other, in bytes."""

@@ -65,7 +65,7 @@ class Cache(Section):
     when_deleted: WhenDeleted = Field(
         default=WhenDeleted.RETAIN,
         description="What happens to that claim when the resource is deleted. Another change never deletes it: without "
-        "`size` it is kept, with what it holds, until a person deletes it or the same resource asks for it again.",
+        "`size` it is kept, with its content, until a person deletes it or the same resource asks for it again.",
     )
     claim: Name | None = Field(
         default=None, description="A PersistentVolumeClaim that exists already, instead. Only in a cluster."

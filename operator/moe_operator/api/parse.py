@@ -1,6 +1,6 @@
 """Documents to resources and back: the one door through which a MoEServing enters, from a file or the command line.
 
-All errors are `moe_contract.input_errors.InvalidInput`. Reading what was written gives an equal resource.
+All errors are `moe_contract.input_errors.InvalidInput`. Reading a written resource gives an equal one.
 """
 
 from collections.abc import Mapping
@@ -46,12 +46,12 @@ def parse_resource(document: object) -> MoEServing:
 
 
 def resource_document(resource: MoEServing) -> dict[str, Any]:
-    """The document of a resource: what was set, without defaults."""
+    """The document of a resource: its set fields, without defaults."""
     return resource.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def dump_resource(resource: MoEServing) -> str:
-    """The YAML of a resource: what was set, without defaults."""
+    """The YAML of a resource: its set fields, without defaults."""
     return yaml.safe_dump(resource_document(resource), sort_keys=False, allow_unicode=True)
 
 

@@ -46,7 +46,7 @@ def _structural(node: Schema, definitions: Schema) -> Schema:
 
 
 def _resolve(node: Schema, definitions: Schema) -> Schema:
-    """Follows a reference and takes null out of a union; what stands beside either wins."""
+    """Follows a reference and takes null out of a union; keys beside either win."""
     beside = {key: value for key, value in node.items() if key not in ("$ref", "anyOf")}
     if "$ref" in node:
         return _resolve(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions) | beside

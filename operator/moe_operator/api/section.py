@@ -25,7 +25,7 @@ class Rule:
 
     Attributes:
         field: path of the field to blame below the section, in camelCase (`parallelism.expert`).
-        message: what is needed, in words.
+        message: the requirement, in words.
         cel: the rule over `self` as the API server evaluates it.
         holds: the rule over the parsed section.
     """

@@ -107,7 +107,7 @@ class ExpertsStatus(Section):
         default=None, description="Part of the tokens whose expert is on another rank than they are, 0 to 1."
     )
     placement_version: Natural | None = Field(
-        default=None, description="Version of the placement; it rises by one at each change of it."
+        default=None, description="Version of the placement; it rises by one at each change."
     )
     last_decision: ExpertDecision | None = Field(default=None, description="What was last decided there.")
     problems: tuple[ExpertProblem, ...] = Field(default=(), description="What is wrong there.")
@@ -119,7 +119,7 @@ class Status(Section):
     observed_generation: Natural | None = Field(default=None, description="Generation of the spec that this is about.")
     summary: str = Field(
         default="",
-        description="The conditions in one line: what is wrong, else what changes, else that it serves.",
+        description="The conditions in one line: the first problem, else the change under way, else that it serves.",
     )
     conditions: tuple[Condition, ...] = Field(default=(), description="What holds and what does not.")
     replicas: Natural = Field(default=0, description="Engines that exist.")

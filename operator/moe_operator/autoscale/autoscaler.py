@@ -67,7 +67,7 @@ class Autoscaler:
             loading: names of those that start.
             signal: the newest state of the fleet.
             settings: bounds, targets, behaviour.
-            asked: some source knows of a request, whatever the signal.
+            asked: some source knows of a request, independent of the signal.
         """
         now_s = self._clock()
         self._learn_startup(ready, loading, now_s)

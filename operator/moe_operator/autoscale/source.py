@@ -33,7 +33,7 @@ class Sources:
         self._due_s: dict[tuple[str, str], tuple[float, Outcome]] = {}
 
     def forget(self, key: tuple[str, str]) -> None:
-        """Drops what is kept for a resource that was deleted."""
+        """Drops the records of a deleted resource."""
         for kept in (self._autoscalers, self._before, self._due_s):
             kept.pop(key, None)
 
@@ -73,7 +73,7 @@ class Sources:
     async def _read(self, key: tuple[str, str], resource: MoEServing, fleet: Fleet, *, asleep: bool) -> Reading:
         """The signal of the source that the resource names.
 
-        A request that a gateway has wakes the first engine, whatever Prometheus says: it is not waited for.
+        A request that a gateway has wakes the first engine without waiting for Prometheus.
         """
         prometheus = resource.spec.metrics.prometheus
         if prometheus is None:

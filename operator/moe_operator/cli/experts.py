@@ -218,7 +218,7 @@ def describe_change(document: ExpertsState, rows: Any) -> str:
         raise Failure("the agent does not say where the experts are")
     words = f"{count_moves(before, after).sum()} experts move"
     if (load := read_load(document)) is None:
-        return f"{words}; what it wins is not known, no load is recorded"
+        return f"{words}; its gain is not known, no load is recorded"
     old, new = (balance_of(load, placement) for placement in (before, after))
     return f"{words}, balance {old:.2f} -> {new:.2f} under the load of the last {document.load.steps:.0f} steps"
 

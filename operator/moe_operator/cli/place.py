@@ -56,7 +56,7 @@ def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = Fal
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Each error is a line: status 2 for what was asked wrongly, 1 for what failed."""
+    """Prints each error as a line and exits with 2 for wrong input, with 1 for a failure."""
     try:
         with input_errors_shown():
             yield

@@ -1,4 +1,4 @@
-"""The experts of deployments that run: what their agents say (`GET /v1/experts`), what it means, how it looks.
+"""The experts of running deployments: read from their agents (`GET /v1/experts`), evaluated, printed.
 
 One form for one machine and for a cluster; only the way to the agents differs (`reach.py`).
 """

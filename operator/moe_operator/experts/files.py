@@ -84,7 +84,7 @@ def _damage(error: Exception) -> str:
         return f"cannot be read: {error.strerror.lower()}"
     if "Object arrays" in str(error):
         return "holds pickled objects, which are not read; save plain numbers"
-    # NumPy takes whatever it does not know for pickled.
+    # NumPy takes any unknown format for pickled data.
     if "pickle" in str(error):
         return "is no npz file; pickled data is not read"
     return "is no npz file, or a damaged one"

@@ -18,7 +18,7 @@ FAILURES_TO_GIVE_UP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Starting:
-    """Not there yet; `phases` says by engine what it does."""
+    """Not ready yet; `phases` has the phase of each engine."""
 
     phases: dict[str, str]
 

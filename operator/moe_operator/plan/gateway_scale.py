@@ -26,8 +26,8 @@ def plan_gateway_count(resource: MoEServing, names: Names, observed: "Observed")
 def build_gateway_scaler(resource: MoEServing, names: Names) -> list[Object]:
     """The autoscaler of the gateways, where the resource wants one.
 
-    Its target is an amount and no part of the pods' request: that request says what is set aside, not what a gateway
-    can do.
+    Its target is an amount and no part of the pods' request: that request says how much is reserved, not how much
+    a gateway can do.
     """
     bounds = resource.spec.gateway.autoscaling
     if bounds is None:

@@ -1,6 +1,6 @@
 """The plan for one machine: which agents and which gateway should run for a resource, each with its configuration.
 
-Pure: the machine is an argument, and nothing is started or looked at. `moeserving up` writes what stands here to files.
+Pure: the machine is an argument, and nothing is started or read. `moeserving up` writes the plan to files.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ _ONE_NODE = "kubernetes.io/hostname"
 
 
 def on_one_node(template: Document, labels: Mapping[str, str]) -> Document:
-    """The pod template with a required affinity to the pods of these labels, beside what it has.
+    """The pod template with a required affinity to the pods of these labels, added to its own.
 
     The scheduler lets the first of them go anywhere, since it matches its own affinity.
     """

@@ -52,7 +52,7 @@ def is_child(live: Mapping[str, Any]) -> bool:
 
 
 def owner_of(live: Mapping[str, Any]) -> str | None:
-    """Uid of the resource that an object says it belongs to; empty: left alone on purpose; None: no word of it."""
+    """Uid of the resource that owns an object; empty: released on purpose; None: it names no owner."""
     uid = (live["metadata"].get("annotations") or {}).get(OWNER)
     return None if uid is None else str(uid)
 

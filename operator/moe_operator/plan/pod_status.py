@@ -1,4 +1,4 @@
-"""What the document of a pod says of it. Pure; the one place where pods are distinguished, for status and autoscaler.
+"""Reads the state of a pod from its document, for status and autoscaler: pods are distinguished here alone. Pure.
 
 A pod that is over (evicted, refused by its kubelet, run to its end) stays an object until somebody deletes it. It has
 no process and its address may be another pod's, so it counts nowhere.

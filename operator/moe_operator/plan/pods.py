@@ -325,7 +325,7 @@ def _dump(config: AgentConfig | GatewayConfig) -> str:
 
 
 def _merged(base: dict[str, Any], patch: PodTemplate, path: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """The base with the patch laid over; `InvalidInput` where that takes away what is the operator's own."""
+    """The base with the patch laid over; `InvalidInput` where that removes a part that the operator needs."""
     if not patch:
         return base
     merged = merge_template(base, patch)

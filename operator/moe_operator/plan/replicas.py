@@ -1,8 +1,8 @@
 """Who sets the number of a workload's replicas: the resource, or another manager such as an autoscaler. Pure.
 
-The number of the resource counts when it is new. Between two changes of it whoever scales the workload keeps what they
-set, by the managed fields of server-side apply: the operator then leaves `replicas` out of what it applies. What the
-resource said last stands in an annotation of the workload.
+The number of the resource counts when it is new. Between two changes of that number, another writer of the workload's
+scale keeps its own, by the managed fields of server-side apply: the operator then leaves `replicas` out of its apply.
+The last number of the resource stands in an annotation of the workload.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class Count:
 
 
 def count_replicas(place: Place, planned: int, scaled: Mapping[Place, Scaled], *, note: str | None = None) -> Count:
-    """The number of a workload's replicas and what of it is applied.
+    """The number of a workload's replicas, and whether the operator applies it.
 
     Args:
         place: kind and name of the workload.

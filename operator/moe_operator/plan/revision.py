@@ -1,7 +1,8 @@
 """A revision of the engines: the part of the resource that only a start can change. Pure.
 
 Two revisions stand side by side under a canary, so the stable one is written down (in the ConfigMap of settings) and
-read back. What a running engine can take over (the order of requests) and what is no part of an engine is not in it.
+read back. Settings that a running engine can change (the order of requests) and settings
+outside the engine are left out.
 """
 
 import json

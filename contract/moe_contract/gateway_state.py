@@ -105,7 +105,7 @@ class GatewayState:
     @property
     def notable(self) -> tuple[object, ...]:
         """What matters at once when it changes; the rest is numbers, which change with the load."""
-        return self.accepting, self.held > 0, self.config, self.pod
+        return self.accepting, self.held > 0 and not self.accepting, self.config, self.pod
 
     @property
     def dispatch_policy(self) -> str | None:

@@ -113,7 +113,9 @@ class Admin:
         """What a watcher gets now; ages of signals, which never stay the same, are no change."""
         gateway, now_s = self._gateway, self._gateway.clock()
         held, recent = gateway.dispatcher.held, gateway.stats.recent
-        notable = (gateway.dispatcher.accepting and not gateway.draining, held > 0, gateway.in_force)
+        accepting = gateway.dispatcher.accepting and not gateway.draining
+        # Under load requests are held now and then; where no engine takes any, one is waited for.
+        notable = (accepting, held > 0 and not accepting, gateway.in_force)
         numbers = (held, gateway.dispatcher.in_flight, gateway.stats.finished, recent.arrivals_per_s(now_s))
         return sparse.next_line(now_s, notable, numbers, lambda: self._write_state() + b"\n")
 

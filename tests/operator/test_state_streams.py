@@ -132,6 +132,22 @@ def test_numbers_are_reported_as_such_and_what_is_the_same_is_not() -> None:
     run_in_virtual_time(story())
 
 
+@pytest.mark.parametrize(("accepting", "numbers_only"), [(True, True), (False, False)])
+def test_a_held_request_is_more_than_a_number_only_where_no_engine_takes_any(
+    accepting: bool, numbers_only: bool
+) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://g-0", orjson.dumps({"accepting": accepting, "held": 0}))
+        await followed.streams.fetch(KEY, [GATEWAY])
+        followed.wires.say("http://g-0", orjson.dumps({"accepting": accepting, "held": 3}))
+        await settle()
+        assert followed.changes == [(KEY, numbers_only)]
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
 def test_a_peer_that_cannot_be_reached_has_no_state_and_is_tried_with_longer_and_longer_pauses() -> None:
     async def story() -> None:
         followed = Followed()

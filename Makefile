@@ -85,10 +85,10 @@ bench-serving: $(STAMP) $(ROUTER)/.ready ## Measure MoEServing beside stock vLLM
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/python -m moe_lab.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
 
-bench-operator: $(STAMP) ## Measure the operator with 1,000 resources on a real API server
+bench-operator: $(STAMP) ## Measure the operator with 1,000 resources on a real API server (BESIDE=PYTHON: another build, too)
 	@folder=$$(mktemp -d); trap "$(BIN)/python tests/cluster down --state-dir $$folder/state; rm -rf $$folder" EXIT; \
 	kubeconfig=$$($(BIN)/python tests/cluster up --state-dir $$folder/state); \
-	$(BIN)/python -m moe_lab.reconciling --kubeconfig $$kubeconfig
+	$(BIN)/python -m moe_lab.reconciling --kubeconfig $$kubeconfig $(if $(BESIDE),--beside $(BESIDE))
 
 WORKERS ?= $(shell nproc)
 

@@ -146,6 +146,11 @@ class AgentState(EngineState):
     pod: PodIdentity = NO_POD
 
     @property
+    def notable(self) -> tuple[object, ...]:
+        """What matters at once when it changes; the rest is numbers, which change with the load."""
+        return self.phase, self.accepting, self.engine, self.config, self.pod
+
+    @property
     def request_policy(self) -> str | None:
         """Name of the order of the waiting queue; None where it is not known."""
         return None if self.config.request is None else self.config.request.policy.value

@@ -1,6 +1,7 @@
 """The Kubernetes API server as gateway and operator see it: plain JSON documents, one error type, one way to log in.
 
-The only module that calls the official client (`kubernetes.aio`, its dynamic client). The client is imported when a
+The only module that calls the official client (`kubernetes.aio`), which logs in: a pod's account or a kubeconfig, with
+their certificates, plugins, proxies and tokens. The calls themselves are plain requests. The client is imported when a
 connection is made and not with this module, because it takes 20 MiB and a second and most processes never connect.
 """
 
@@ -9,11 +10,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import orjson
 
@@ -23,11 +25,14 @@ Document = dict[str, Any]
 BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, GONE, UNPROCESSABLE, TOO_MANY = 400, 403, 404, 409, 410, 422, 429
 CALL_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 PAGE = 500
-# With the parameter, which the API server ignores, the client passes bytes on as they are.
-_APPLY = "application/apply-patch+yaml; charset=utf-8"
-_BEYOND_ASCII = re.compile(r"[^\x00-\x7e]")
 # Credentials of a kubeconfig (a token file, a plugin) are read again after so long, as those of a pod are.
 REFRESH_S = 60.0
+JSON = "application/json"
+APPLY_PATCH, MERGE_PATCH = "application/apply-patch+yaml; charset=utf-8", "application/merge-patch+json"
+USER_AGENT = "moeserving"
+# An event of a watch is one line.
+READ_BUFFER_BYTES = 1 << 21
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7e]")
 
 
 class ApiError(Exception):
@@ -97,9 +102,8 @@ class ApiServer:
         self._login = _find_login(kubeconfig)
         self.namespace = self._login.namespace
         self._trust_env = trust_env
-        self._client: Any = None
+        self._connection: _Connection | None = None
         self._opening = asyncio.Lock()
-        self._resources: dict[tuple[Kind, str], Any] = {}
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Document:
         """Returns one object.
@@ -107,9 +111,17 @@ class ApiServer:
         Raises:
             ApiError: it does not exist (404), or the call failed.
         """
-        return await self._call("get", kind, name=name, namespace=namespace)
+        return await self._call("GET", _path(kind, namespace, name))
 
-    async def list(self, kind: Kind, namespace: str | None, selector: str = "", *, fields: str = "") -> Listing:
+    async def list(
+        self,
+        kind: Kind,
+        namespace: str | None,
+        selector: str = "",
+        *,
+        fields: str = "",
+        pack: Callable[[Document], Document] | None = None,
+    ) -> Listing:
         """All objects of a kind in a namespace, read in pages; None means all namespaces.
 
         Args:
@@ -117,59 +129,44 @@ class ApiServer:
             namespace: where they are.
             selector: by labels; empty is all.
             fields: by the fields that the kind can be selected by; empty is all.
+            pack: gives each object a smaller form, page by page, so that a long list needs little memory.
         """
         items: list[Document] = []
-        proceed = None
+        params = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
+        params |= {"fieldSelector": fields} if fields else {}
         while True:
-            page = await self._call(
-                "get",
-                kind,
-                namespace=namespace,
-                label_selector=selector or None,
-                field_selector=fields or None,
-                limit=PAGE,
-                _continue=proceed,
-            )
+            page = await self._call("GET", _path(kind, namespace), params)
             # The items of a list do not say their kind.
-            items += (row | {"apiVersion": kind.api_version, "kind": kind.name} for row in page.get("items") or ())
-            proceed = page["metadata"].get("continue")
-            if not proceed:
+            named = (row | {"apiVersion": kind.api_version, "kind": kind.name} for row in page.pop("items", None) or ())
+            items += named if pack is None else map(pack, named)
+            del named
+            params["continue"] = page["metadata"].get("continue", "")
+            if not params["continue"]:
                 return Listing(items=items, version=page["metadata"].get("resourceVersion", ""))
 
     async def create(self, kind: Kind, document: Document, *, strict: bool = False) -> Document:
         """Creates an object; with `strict` a field that its kind does not have is an error, else it is dropped."""
-        return await self._call(
-            "create",
-            kind,
-            body=document,
-            namespace=document["metadata"].get("namespace"),
-            query_params=[("fieldValidation", "Strict")] if strict else [],
-        )
+        path = _path(kind, document["metadata"].get("namespace"))
+        return await self._call("POST", path, {"fieldValidation": "Strict"} if strict else {}, orjson.dumps(document))
 
     async def replace(self, kind: Kind, document: Document) -> Document:
         """Writes the whole object; refused with 409 when the version in it is not the newest."""
-        return await self._call("replace", kind, body=document, namespace=document["metadata"].get("namespace"))
+        metadata = document["metadata"]
+        path = _path(kind, metadata.get("namespace"), metadata["name"])
+        return await self._call("PUT", path, {}, orjson.dumps(document))
 
     async def delete(self, kind: Kind, namespace: str | None, name: str) -> None:
         """Deletes an object and, in the background, the objects that it owns."""
-        await self._call("delete", kind, name=name, namespace=namespace)
+        await self._call("DELETE", _path(kind, namespace, name))
 
     async def apply(
         self, kind: Kind, document: Document, manager: str, *, subresource: str = "", dry_run: bool = False
     ) -> Document:
         """Server-side apply that takes fields over from other managers; a dry run is checked and changes nothing."""
-        return await self._call(
-            "patch",
-            kind,
-            subresource=subresource,
-            body=to_yaml(document),
-            name=document["metadata"]["name"],
-            namespace=document["metadata"].get("namespace"),
-            field_manager=manager,
-            force_conflicts=True,
-            dry_run="All" if dry_run else None,
-            content_type=_APPLY,
-        )
+        metadata = document["metadata"]
+        path = _path(kind, metadata.get("namespace"), metadata["name"], subresource)
+        params = {"fieldManager": manager, "force": "true"} | ({"dryRun": "All"} if dry_run else {})
+        return await self._call("PATCH", path, params, to_yaml(document), content_type=APPLY_PATCH)
 
     async def merge(
         self, kind: Kind, namespace: str | None, name: str, patch: Document, manager: str, *, subresource: str = ""
@@ -179,16 +176,9 @@ class ApiServer:
         Raises:
             ApiError: the call failed.
         """
-        return await self._call(
-            "patch",
-            kind,
-            subresource=subresource,
-            body=patch,
-            name=name,
-            namespace=namespace,
-            field_manager=manager,
-            content_type="application/merge-patch+json",
-        )
+        path = _path(kind, namespace, name, subresource)
+        text = orjson.dumps(patch)
+        return await self._call("PATCH", path, {"fieldManager": manager}, text, content_type=MERGE_PATCH)
 
     async def watch(
         self, kind: Kind, namespace: str | None, selector: str, version: str, *, watch_s: float, silence_s: float
@@ -204,20 +194,18 @@ class ApiServer:
         """
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
+        params = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": str(max(1, round(watch_s))),
+        } | ({"labelSelector": selector} if selector else {})
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
         with _api_errors():
-            resource = await self._resource(kind)
-            answer = await resource.get(
-                namespace=namespace,
-                label_selector=selector or None,
-                resource_version=version,
-                watch=True,
-                timeout_seconds=max(1, round(watch_s)),
-                query_params=[("allowWatchBookmarks", "true")],
-                _request_timeout=timeout,
-                serialize=False,
-            )
+            answer = await self._request("GET", _path(kind, namespace), params, limits=limits)
             try:
+                if answer.status >= BAD_REQUEST:
+                    raise _refusal(answer, await answer.read())
                 async for line in answer.content:
                     yield _parse_event(line)
             finally:
@@ -225,42 +213,123 @@ class ApiServer:
 
     async def close(self) -> None:
         """Closes the connections; without any it does nothing."""
-        if self._client is not None:
-            await self._client.client.close()
+        if self._connection is not None:
+            await self._connection.close()
 
-    async def _call(self, verb: str, kind: Kind, *, subresource: str = "", **arguments: Any) -> Document:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+        *,
+        content_type: str = JSON,
+    ) -> Document:
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        limits = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         with _api_errors():
-            resource = await self._resource(kind, subresource)
-            answer = await getattr(resource, verb)(serialize=False, _request_timeout=timeout, **arguments)
-            document: Document = orjson.loads(await answer.read())
+            answer = await self._request(method, path, params or {}, data, content_type, limits=limits)
+            async with answer:
+                text = await answer.read()
+            if answer.status >= BAD_REQUEST:
+                raise _refusal(answer, text)
+            document: Document = orjson.loads(text)
         return document
 
-    async def _resource(self, kind: Kind, subresource: str = "") -> Any:
-        """The dynamic client's handle; made by hand, for its discovery asks for every group and keeps a file."""
-        if (known := self._resources.get((kind, subresource))) is not None:
-            return known
-        from kubernetes.aio.dynamic import DynamicClient, Resource
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        data: bytes | None = None,
+        content_type: str = JSON,
+        *,
+        limits: Any,
+    ) -> Any:
+        """An answer whose body is not read yet."""
+        if self._connection is None:
+            async with self._opening:
+                self._connection = self._connection or await self._login.connect(self._trust_env)
+        return await self._connection.request(method, path, params, data, content_type, limits)
 
-        async with self._opening:
-            if self._client is None:
-                self._client = DynamicClient(await self._login.connect(self._trust_env))
-        made = Resource(
-            prefix="apis" if kind.group else "api",
-            group=kind.group or None,
-            api_version=kind.version,
-            kind=kind.name,
-            name=kind.plural,
-            namespaced=kind.namespaced,
-            client=self._client,
-            subresources={
-                "status": {"kind": kind.name, "name": f"{kind.plural}/status", "namespaced": kind.namespaced}
-            },
+
+def _path(kind: Kind, namespace: str | None, name: str = "", subresource: str = "") -> str:
+    """The path of an object, or without a name of all objects of a kind."""
+    group = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    within = f"/namespaces/{quote(namespace, safe='')}" if namespace and kind.namespaced else ""
+    rest = [quote(part, safe="") for part in (name, subresource) if part]
+    return "/".join((f"{group}{within}/{kind.plural}", *rest))
+
+
+class _Connection:
+    """Requests with what the official client has read from the login: address, certificates, proxy and credentials.
+
+    Its own request path encodes, copies and logs each call several times, and reads `.netrc` for each: of a call that
+    is one small object it was nine tenths of the time.
+    """
+
+    def __init__(self, client: Any, *, trust_env: bool) -> None:
+        import aiohttp
+
+        configuration, transport = client.configuration, client.rest_client
+        self._configuration, self._client = configuration, client
+        self._host = str(configuration.host).rstrip("/")
+        self._proxy, self._proxy_auth = _find_proxy(self._host, transport.proxy, trust_env=trust_env)
+        self._proxy_headers = transport.proxy_headers
+        # 0: no bound. Each watch keeps a connection, and with many namespaces calls would wait for ever behind them.
+        connector = aiohttp.TCPConnector(limit=0, ssl=transport.ssl_context)
+        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=READ_BUFFER_BYTES)
+
+    async def request(
+        self, method: str, path: str, params: Mapping[str, str], data: bytes | None, content_type: str, limits: Any
+    ) -> Any:
+        """An answer whose body is not read yet."""
+        import yarl
+
+        headers = {"Accept": JSON, "User-Agent": USER_AGENT}
+        if data is not None:
+            headers["Content-Type"] = content_type
+        # Reads a token again when it is time to.
+        key = await self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+        if key:
+            headers["Authorization"] = key
+        query = f"?{urlencode(params)}" if params else ""
+        return await self._session.request(
+            method,
+            yarl.URL(self._host + path + query, encoded=True),
+            headers=headers,
+            data=data,
+            timeout=limits,
+            proxy=self._proxy,
+            proxy_auth=self._proxy_auth,
+            proxy_headers=self._proxy_headers,
         )
-        self._resources[kind, ""], self._resources[kind, "status"] = made, made.subresources["status"]
-        return self._resources[kind, subresource]
+
+    async def close(self) -> None:
+        """Closes all connections to the API server."""
+        await self._session.close()
+        await self._client.close()
+
+
+def _find_proxy(host: str, configured: str | None, *, trust_env: bool) -> tuple[Any, Any]:
+    """The proxy on the way to the API server, and its credentials: of the login, else of the environment."""
+    import aiohttp
+    import yarl
+
+    address = urlsplit(host)
+    proxy = configured
+    if proxy is None and trust_env and not proxy_bypass(address.netloc):
+        proxy = getproxies().get(address.scheme)
+    if not proxy:
+        return None, None
+    url = yarl.URL(proxy)
+    auth = None if url.user is None else aiohttp.BasicAuth(url.user, url.password or "")
+    return url.with_user(None), auth
+
+
+def _refusal(answer: Any, text: bytes) -> ApiError:
+    return ApiError(answer.status, _message(text, answer.reason), _retry_after_s(answer.headers))
 
 
 class _Login:
@@ -270,24 +339,19 @@ class _Login:
         self.namespace, self._kubeconfig = namespace, kubeconfig
         self._read_s = 0.0
 
-    async def connect(self, trust_env: bool) -> Any:
-        """A client whose token is read again while it lives."""
+    async def connect(self, trust_env: bool) -> "_Connection":
+        """A connection whose token is read again while it lives."""
         from kubernetes.aio.client import ApiClient, Configuration
         from kubernetes.aio.config import load_incluster_config
 
         configuration = Configuration()
-        # 0: no bound. Each watch keeps a connection, and with many namespaces calls would wait for ever behind them.
-        configuration.connection_pool_maxsize = 0
         if self._kubeconfig is None:
             load_incluster_config(configuration)
         else:
             await self._kubeconfig.load_and_set(configuration)
             configuration.refresh_api_key_hook = self._refresh
-        by_proxy = (
-            trust_env and self._kubeconfig is not None and not is_local(urlsplit(configuration.host).hostname or "")
-        )
-        configuration.client_session_kwargs = {"trust_env": by_proxy}
-        return ApiClient(configuration)
+        is_elsewhere = self._kubeconfig is not None and not is_local(urlsplit(configuration.host).hostname or "")
+        return _Connection(ApiClient(configuration), trust_env=trust_env and is_elsewhere)
 
     async def _refresh(self, configuration: Any) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -381,22 +445,19 @@ def _retry_of_status(status: Mapping[str, Any]) -> float | None:
 def _api_errors() -> Iterator[None]:
     """The one place where errors of the client and of its connections become an `ApiError`."""
     import aiohttp
-    from kubernetes.aio.client import ApiException
     from kubernetes.aio.config import ConfigException
 
     try:
         yield
-    except ApiException as error:
-        raise ApiError(error.status or 0, _message(error), _retry_after_s(error.headers)) from error
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, ConfigException) as error:
         raise ApiError(0, f"{type(error).__name__}: {error}") from error
 
 
-def _message(error: Any) -> str:
+def _message(text: bytes, reason: str | None) -> str:
     try:
-        return str(orjson.loads(error.body)["message"])
+        return str(orjson.loads(text)["message"])
     except (ValueError, TypeError, KeyError):
-        return str(error.body or error.reason or type(error).__name__)[:1000]
+        return (text.decode(errors="replace") or reason or "")[:1000]
 
 
 def _retry_after_s(headers: Any) -> float | None:

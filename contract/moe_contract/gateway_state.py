@@ -103,6 +103,11 @@ class GatewayState:
     pod: PodIdentity = NO_POD
 
     @property
+    def notable(self) -> tuple[object, ...]:
+        """What matters at once when it changes; the rest is numbers, which change with the load."""
+        return self.accepting, self.held > 0 and not self.accepting, self.config, self.pod
+
+    @property
     def dispatch_policy(self) -> str | None:
         """Name of the choice of the engine; None where it is not known."""
         return None if self.config is None else self.config.dispatch.policy.value

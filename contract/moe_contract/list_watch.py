@@ -8,7 +8,7 @@ so that this module imports no client.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -68,6 +68,8 @@ class ListWatch:
         namespace: where they are; None is everywhere.
         selector: label selector of the objects; empty is all.
         listener: called in the order of the events.
+        times: of lists and watches.
+        pack: gives each object of a list a smaller form, as in `ApiServer.list`.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class ListWatch:
         selector: str,
         listener: Listener,
         times: Times = Times(),
+        pack: Callable[[Document], Document] | None = None,
     ) -> None:
         self._server, self._kind, self._namespace, self._selector = server, kind, namespace, selector
-        self._listener, self._times = listener, times
+        self._listener, self._times, self._pack = listener, times, pack
         # The newest version seen, from which a watch goes on; empty while a list is needed.
         self._version = ""
         self._listed_s = float("-inf")
@@ -126,7 +129,7 @@ class ListWatch:
         return min(error.retry_after_s or 0.0, LONGEST_RETRY_AFTER_S)
 
     async def _list(self) -> None:
-        listing = await self._server.list(self._kind, self._namespace, self._selector)
+        listing = await self._server.list(self._kind, self._namespace, self._selector, pack=self._pack)
         self._version, self._listed_s = listing.version, self._now_s()
         self._recover("list")
         self._listener.listed(listing)

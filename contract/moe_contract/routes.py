@@ -7,5 +7,7 @@ METRICS, READYZ, HEALTHZ = "/metrics", "/readyz", "/healthz"
 # A rank takes a change at its next step; an agent answers 504 after the first time, and its client waits longer.
 TAKE_TIMEOUT_S, CHANGE_TIMEOUT_S = 5.0, 10.0
 READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 5.0, 1.0
+# A stream of states sends an empty line after the first time without a change; after the second its reader gives it up.
+STREAM_HEARTBEAT_S, STREAM_SILENCE_S = 10.0, 25.0
 # The whole experts document of a large model has some megabytes.
 EXPERTS_TIMEOUT_S = 30.0

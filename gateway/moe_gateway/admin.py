@@ -1,7 +1,9 @@
 """The admin port: health, metrics, state, and the control route, which takes the deployment's token alone."""
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Protocol
 
 import orjson
@@ -14,6 +16,7 @@ from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.request_record import write_request_record
 from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, REQUESTS, STATE
+from moe_contract.state_stream import NDJSON, SparseStream, parse_interval
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
@@ -23,6 +26,8 @@ from moe_gateway.state import build_state
 
 MOST_BODY_BYTES = 1024 * 1024
 JSON = "application/json"
+# How often a stream of states looks for a change: a request held while no engine runs is known to the operator so soon.
+LOOK_EVERY_S = 0.2
 
 
 class Administered(Protocol):
@@ -50,6 +55,7 @@ class Admin:
         self._gateway = gateway
         self._tokens = tokens
         self._pod = read_identity(os.environ)
+        self._ends = asyncio.Event()
 
     def build(self) -> web.Application:
         """Returns the application with the routes of the admin address."""
@@ -60,6 +66,8 @@ class Admin:
         application.router.add_get(STATE, self._state)
         application.router.add_get(REQUESTS + "/{request_id}", self._request)
         application.router.add_put(CONFIG, self._authorised(self._put_config))
+        # A server that is closed waits for its answers, and these have no end.
+        application.on_shutdown.append(self._end_streams)
         return application
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -74,18 +82,49 @@ class Admin:
         collector = GatewayCollector(self._gateway.dispatcher, self._gateway.stats, self._gateway.clock)
         return web.Response(body=render_metrics(collector), headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def _state(self, request: web.Request) -> web.Response:
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        try:
+            interval_s = parse_interval(request.query)
+        except InvalidInput as error:
+            return _refuse(422, error.errors)
+        if request.query.get("watch") != "1" or interval_s is None:
+            return web.Response(body=self._write_state(), content_type=JSON)
+        stream = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
+        await stream.prepare(request)
+        sparse = SparseStream(interval_s)
+        with suppress(ConnectionError):
+            while not self._ends.is_set():
+                if line := self._next_line(sparse):
+                    await stream.write(line)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await self._ends.wait()
+        return stream
+
+    def _write_state(self) -> bytes:
         gateway = self._gateway
-        now_s = gateway.clock()
         document = build_state(
             gateway.dispatcher,
             gateway.stats,
             gateway.in_force,
             draining=gateway.draining,
-            now_s=now_s,
+            now_s=gateway.clock(),
             pod=self._pod,
         )
-        return web.Response(body=write_gateway_state(document), content_type=JSON)
+        return write_gateway_state(document)
+
+    def _next_line(self, sparse: SparseStream) -> bytes:
+        """What a watcher gets now; ages of signals, which never stay the same, are no change."""
+        gateway, now_s = self._gateway, self._gateway.clock()
+        held, recent = gateway.dispatcher.held, gateway.stats.recent
+        accepting = gateway.dispatcher.accepting and not gateway.draining
+        # Under load requests are held now and then; where no engine takes any, one is waited for.
+        notable = (accepting, held > 0 and not accepting, gateway.in_force)
+        numbers = (held, gateway.dispatcher.in_flight, gateway.stats.finished, recent.arrivals_per_s(now_s))
+        return sparse.next_line(now_s, notable, numbers, lambda: self._write_state() + b"\n")
+
+    async def _end_streams(self, application: web.Application) -> None:
+        self._ends.set()
 
     async def _request(self, request: web.Request) -> web.Response:
         request_id = request.match_info["request_id"]

@@ -159,6 +159,19 @@ async def test_a_watch_has_the_state_now_then_each_change_and_one_a_second(clien
         assert (await line())["ranks"][0]["step"] == 3, "the one of the second without a change"
 
 
+async def test_a_sparse_watch_has_changes_of_the_agent_and_neither_numbers_nor_heartbeats(client, ranks, agent):
+    async with client.get("/v1/state?watch=1&interval=3600") as answer:
+        assert json.loads(await answer.content.readline())["ranks"][0]["step"] == 0
+        ranks[0].publish(step=1)
+        async with client.get("/v1/state?watch=1") as dense:
+            while json.loads(await dense.content.readline())["ranks"][0]["step"] == 0:
+                pass
+        assert (await client.post("/v1/drain", headers=BEARER)).status == 202
+        state = json.loads(await asyncio.wait_for(answer.content.readline(), 10))
+        assert (state["accepting"], state["ranks"][0]["step"]) == (False, 1)
+    assert (await client.get("/v1/state?watch=1&interval=0")).status == 422
+
+
 @pytest.mark.usefixtures("without_polling")
 async def test_a_drain_reaches_a_watcher_before_the_engine_ends(client, ranks, agent):
     async with client.get("/v1/state?watch=1") as answer:

@@ -110,6 +110,8 @@ async def test_a_list_in_pages_is_one_list(api: FakeApi, server: ApiServer) -> N
     listing = await server.list(SLICES, "models", SELECTOR)
     assert ([one["metadata"]["name"] for one in listing.items], listing.version) == ([*"abcde"], "5")
     assert api.lists == 3
+    packed = await server.list(SLICES, "models", SELECTOR, pack=lambda one: {"name": one["metadata"]["name"]})
+    assert packed.items == [{"name": name} for name in "abcde"]
 
 
 REFUSED = {

@@ -1,8 +1,12 @@
 """The admin port: health, metrics that count right, state, and a control route that applies all or nothing."""
 
 import asyncio
+from contextlib import aclosing
 
+import aiohttp
 import pytest
+from moe_contract.gateway_state import read_gateway_state
+from moe_contract.state_stream import read_states
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway.clients import TOKEN, get, put
@@ -303,3 +307,34 @@ async def test_a_start_that_fails_leaves_no_port_open(make_engine, serve):
         await serve(listen={"port": port}, admin={"port": taken.port})
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", port)
+
+
+async def test_a_sparse_stream_says_at_once_that_a_request_is_held_and_ends_with_the_gateway(make_engine, serve):
+    engine = await make_engine()
+    served = await serve(engine)
+    await until(lambda: served.gateway.ready)
+    async with (
+        aiohttp.ClientSession() as session,
+        aclosing(read_states(session, served.admin_url, interval_s=3600.0)) as states,
+    ):
+        state = read_gateway_state(await anext(states))
+        assert (state.accepting, state.held) == (True, 0)
+        engine.agent.say(accepting=False)
+        while state.accepting:
+            state = read_gateway_state(await anext(states))
+        client = await served.connect()
+        client.send(post(prompt()))
+        while not state.held:
+            state = read_gateway_state(await anext(states))
+        closing = asyncio.create_task(served.gateway.close())
+        async with asyncio.timeout(20):
+            async for _ in states:
+                pass
+            await closing
+
+
+async def test_an_interval_that_is_no_time_is_refused(make_engine, serve):
+    served = await serve(await make_engine())
+    status, text = await get(served, "/v1/state?watch=1&interval=soon")
+    assert status == 422
+    assert text["errors"][0]["path"] == "interval"

@@ -70,8 +70,11 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
     done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(out.read_text("utf-8"))
-    assert [phase["name"] for phase in figures["phases"]] == ["from nothing", "idle", "taken over", "to nothing"]
-    phases = {phase["name"]: phase for phase in figures["phases"]}
+    assert figures["bound"]["writes"] == 3 * 16
+    assert figures["bound"]["server_cpu_s"] > 0
+    measured = figures["builds"]["now"]
+    assert [phase["name"] for phase in measured["phases"]] == ["from nothing", "idle", "taken over", "to nothing"]
+    phases = {phase["name"]: phase for phase in measured["phases"]}
     # Fourteen children, the finalizer, a status, an event.
     assert phases["from nothing"]["writes"] >= 3 * 17
     for name in ("idle", "taken over"):
@@ -79,10 +82,17 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
         changed = {call.partition(" ")[::2] for call, count in phases[name]["calls"].items() if count}
         assert {kind for verb, kind in changed if verb in CHANGING} <= {"Lease", "MoEServing"}
     assert phases["taken over"]["passes"] >= 3
-    assert all(phase["failed"] == 0 and phase["memory_bytes"] > 1e7 for phase in figures["phases"])
-    assert len(figures["changes_s"]) == 2
-    assert "from a change to its Deployment: p50" in done.stdout
-    assert "idle, API calls a minute:" in done.stdout
+    for phase in measured["phases"]:
+        assert phase["failed"] == 0
+        assert phase["memory_bytes"] > phase["own_memory_bytes"] > 1e7
+        assert phase["servers_cpu_s"].keys() == {"API server", "etcd"}
+    # Nothing happens, so no pass is made.
+    assert phases["idle"]["passes"] == 0
+    assert [len(measured[name]) for name in ("changes_s", "readiness_s", "states_s")] == [2, 2, 2]
+    for text in ("from a changed resource to its Deployment: p50", "from an agent's changed state to the status: p50"):
+        assert f"now, {text}" in done.stdout
+    assert "the API server's own bound: a bare client makes 48 writes in" in done.stdout
+    assert "now, idle, API calls a minute:" in done.stdout
 
 
 def test_a_kubeconfig_that_is_not_there_is_reported_in_a_line(tmp_path: Path) -> None:

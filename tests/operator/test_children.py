@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_contract.api_server import NOT_FOUND, ApiError, Kind
+from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
 from moe_operator.api import parse_resource
 from moe_operator.kubernetes.children import Applied, Children
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, SERVING, kind_of
@@ -30,15 +30,21 @@ class MemoryApi:
         self.objects: dict[Place, Document] = {}
         self.refuses: Callable[[Place], ApiError | None] = lambda _place: None
         self.unreadable: set[Place] = set()
+        self.reads = 0
         self._version = 0
 
-    async def apply(self, kind: Kind, document: Document, *, dry_run: bool = False) -> Document:
+    async def apply(
+        self, kind: Kind, document: Document, *, dry_run: bool = False, create_only: bool = False
+    ) -> Document:
         place = kind.name, document["metadata"]["name"]
+        if create_only and place in self.objects:
+            raise ApiError(CONFLICT, "exists")
         if (error := self.refuses(place)) is not None:
             raise error
         return document if dry_run else self._keep(place, document)
 
     async def get(self, kind: Kind, _namespace: str, name: str) -> Document | None:
+        self.reads += 1
         if (kind.name, name) in self.unreadable:
             raise ApiError(403, "forbidden")
         return self.objects.get((kind.name, name))
@@ -165,18 +171,46 @@ def test_a_refused_change_of_pods_leaves_all_pods_and_another_number_is_taken(
         assert after[GATEWAYS]["spec"]["replicas"] == 3
 
 
-def test_what_cannot_be_read_is_held_back_alone_and_a_stranger_holds_back_all() -> None:
+def test_a_new_resource_costs_no_look_at_what_may_exist() -> None:
+    cluster = Cluster()
+    cluster.apply()
+    assert cluster.api.reads == 0
+
+
+def test_what_exists_and_cannot_be_read_is_held_back_alone() -> None:
     cluster = Cluster()
     cluster.api.unreadable = {("Role", "tiny-gateway")}
+    cluster.api.objects["Role", "tiny-gateway"] = {"kind": "Role", "metadata": {"name": "tiny-gateway"}}
     assert cluster.apply().refused == ["Role ns/tiny-gateway: forbidden"]
-    assert cluster.api.objects.keys() == set(ALL) - {("Role", "tiny-gateway")}
-    strange = Cluster()
-    metadata = {"name": "tiny", "namespace": "ns", "labels": {}}
-    strange.api.objects[("Service", "tiny")] = {"kind": "Service", "metadata": metadata}
-    result = strange.apply()
-    assert result.foreign
-    assert result.refused == ["Service ns/tiny exists and is not this resource's own"]
-    assert strange.api.objects.keys() == {("Service", "tiny")}
+    assert cluster.api.objects.keys() == set(ALL)
+    assert "rules" not in cluster.api.objects["Role", "tiny-gateway"]
+
+
+@pytest.mark.parametrize("place", ALL, ids="/".join)
+def test_a_stranger_holds_back_all_until_it_is_gone(place: Place) -> None:
+    cluster = Cluster()
+    kind, name = place
+    metadata = {"name": name, "namespace": "ns", "labels": {}}
+    cluster.api.objects[place] = {"kind": kind, "metadata": metadata}
+    for _ in range(2):
+        result = cluster.apply()
+        assert result.foreign
+        assert [text.split(";")[0] for text in result.refused] == [
+            f"{kind} ns/{name} exists and is not this resource's own"
+        ]
+        assert cluster.api.objects.keys() == {place}
+    del cluster.api.objects[place]
+    assert not cluster.apply().refused
+    assert cluster.api.objects.keys() == set(ALL)
+
+
+def test_an_object_of_its_own_that_is_not_known_yet_is_applied() -> None:
+    cluster = Cluster()
+    cluster.apply()
+    late = Cluster()
+    late.api = late.children._api = cluster.api  # type: ignore[assignment]
+    assert late.apply(engine={"replicas": 3}).refused == []
+    assert cluster.api.objects[ENGINES]["spec"]["replicas"] == 3
 
 
 def claim_of(cluster: Cluster) -> Document | None:

@@ -105,3 +105,11 @@ def test_of_each_reason_one_finding_stays_and_pods_that_exist_come_first():
     present, past = (Finding(reason="OutOfMemory", message=text, pod="p") for text in ("now", "then"))
     other = Finding(reason="CrashLooping", message="c", pod="q")
     assert first_of_each_reason([present, past, other]) == [present, other]
+
+
+def test_a_group_that_was_whole_for_long_has_recovered_though_no_pass_was_made_meanwhile():
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.see(cluster.fresh())
+    cluster.now += STEADY
+    assert cluster.see(cluster.fresh(ready=False)) == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_contract.pod_identity import UID_VARIABLE, PodIdentity, identity_variables, read_identity
 from moe_operator.autoscale.source import _engines, _read_fleet
 from moe_operator.kubernetes.identity import Identity, judge_identity
-from moe_operator.kubernetes.peers import Peer, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.peers import Peer, accept_states, fetch_state, find_peers, put_settings
 from moe_operator.kubernetes.victims import is_stable_engine
 from moe_operator.plan.pod_status import is_live, is_over, is_ready
 from pods import agent, gateway, pod, states
@@ -120,7 +120,7 @@ async def test_what_another_pod_answers_is_not_accepted_and_it_gets_no_token(
     answering.uids = itertools.repeat(uid)
     one = peer(await serve(answering), component, asked=asked)
     async with aiohttp.ClientSession() as session:
-        found = await fetch_states(session, [one])
+        found = accept_states([(one, await fetch_state(session, one))])
         assert ("p" in found) is accepted
         assert ("p" in found.strangers) is (not accepted)
         problem = await put_settings(session, one, {"request": {}}, ("secret",))
@@ -133,7 +133,7 @@ async def test_an_address_that_changes_hands_between_the_look_and_the_settings_g
     answering.uids = iter(["mine", "other"])
     one = peer(await serve(answering), "engine")
     async with aiohttp.ClientSession() as session:
-        assert "p" in await fetch_states(session, [one])
+        assert "p" in accept_states([(one, await fetch_state(session, one))])
         assert await put_settings(session, one, {}, ("secret",)) == "another pod answers at its address"
     assert answering.tokens == []
 

@@ -21,7 +21,7 @@ class FakeServer:
         self.closed = ""
         self.leases: list[str] = []
 
-    async def list(self, kind: Kind, namespace: str | None, selector: str = "") -> Listing:
+    async def list(self, kind: Kind, namespace: str | None, selector: str = "", **_: Any) -> Listing:
         if namespace is not None and namespace == self.closed:
             raise ApiError(FORBIDDEN, f"no {kind.plural} in {namespace}")
         if kind == SECRET and self.secrets:

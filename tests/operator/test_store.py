@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.api_server import Kind, Listing
-from moe_operator.kubernetes.kinds import CONFIG_MAP, POD, SERVING
-from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, POD, SERVING
+from moe_operator.kubernetes.store import Key, Store, pack
 from moe_operator.plan.names import INSTANCE
 
 Document = dict[str, Any]
@@ -57,6 +57,17 @@ def test_what_is_forgotten_leaves_nothing_behind() -> None:
     assert store.known() == [], "the end of what was never known is kept nowhere"
 
 
+def test_a_packed_list_is_as_good_as_a_whole_one() -> None:
+    whole = document("stays", version=2) | {"spec": {"nodeName": "n"}}
+    packed = pack(POD, whole)
+    assert "spec" not in packed
+    store = Store()
+    store.put(POD, document("goes", version=1))
+    assert store.replace(POD, Listing(items=[packed], version="7"), None) == {KEY}
+    assert store.of(KEY, POD) == [whole]
+    assert store.replace(POD, Listing(items=[packed], version="9"), None) == set(), "no news"
+
+
 def test_a_list_says_what_is_gone_but_not_of_what_came_after_it_was_asked_for() -> None:
     store = Store()
     store.put(POD, document("gone", version=1))
@@ -96,3 +107,22 @@ def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tup
                 )
                 assert store.get(Key("ns", meta["labels"][INSTANCE]), kept, meta["name"]) == live
         assert all(store.children(key, [POD, CONFIG_MAP]) for key in store.known())
+
+
+def test_managed_fields_are_kept_only_where_somebody_asks_for_them() -> None:
+    store = Store()
+    for kind in (POD, DEPLOYMENT):
+        made = document()
+        made["metadata"]["managedFields"] = [{"manager": "somebody"}]
+        store.put(kind, made)
+    [pod], [deployment] = store.of(KEY, POD), store.of(KEY, DEPLOYMENT)
+    assert "managedFields" not in pod["metadata"]
+    assert deployment["metadata"]["managedFields"] == [{"manager": "somebody"}]
+
+
+def test_a_document_that_is_read_is_the_readers_own() -> None:
+    store = Store()
+    store.put(POD, document())
+    store.of(KEY, POD)[0]["metadata"]["labels"].clear()
+    assert store.of(KEY, POD) == [document()]
+    assert store.count(POD) == 1

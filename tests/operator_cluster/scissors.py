@@ -20,13 +20,15 @@ class Scissors:
 
     def _cutting(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(*arguments: Any, **options: Any) -> Any:
+            # Of calls that are made together each has its own number; those that have begun go on without the process.
             self._calls_left -= 1
-            if self._calls_left == 0 and not self._after:
+            number = self._calls_left
+            if number < 0 or (number == 0 and not self._after):
                 raise Killed
             try:
                 return await method(*arguments, **options)
             finally:
-                if self._calls_left == 0:
+                if number == 0:
                     raise Killed
 
         return call

@@ -26,12 +26,14 @@ from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.failure import PassFailed
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING
 from moe_operator.kubernetes.reconciler import REFUSED_S
+from moe_operator.kubernetes.state_streams import StateStreams
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 from stand_in_peers import peers_listening
 
 Document = dict[str, Any]
 SERVICE = Kind("", "v1", "Service", "services")
+ROLE = Kind("rbac.authorization.k8s.io", "v1", "Role", "roles")
 WEBHOOK = ApiError(500, 'Internal error occurred: failed calling webhook "v.test": connect: connection refused')
 
 
@@ -157,7 +159,7 @@ async def test_a_part_that_fails_unexpectedly_is_named_and_the_others_go_on(
     async with started(kubeconfig, namespace) as operator:
         key = await made(operator, namespace, serving())
         monkeypatch.setattr(reconciler_module, "mark_victims", broken)
-        monkeypatch.setattr(reconciler_module, "fetch_states", broken)
+        monkeypatch.setattr(StateStreams, "fetch", broken)
         with pytest.raises(PassFailed):
             await operator.reconciler.reconcile(key)
         assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)
@@ -204,14 +206,21 @@ async def test_where_the_api_server_is_away_amid_a_pass_the_status_says_so(kubec
         assert [row["phase"] for row in status["engines"]] == ["ready"], "what engines say is still reported"
 
 
-async def test_an_object_that_cannot_be_looked_at_keeps_back_no_other(kubeconfig: Path, namespace: str) -> None:
+async def test_an_object_that_exists_and_cannot_be_looked_at_keeps_back_no_other(
+    kubeconfig: Path, namespace: str
+) -> None:
     async with faulty(kubeconfig, namespace) as (operator, front):
         key = await made(operator, namespace, serving())
+        metadata = {"name": "tiny-gateway", "namespace": namespace}
+        role = {"apiVersion": ROLE.api_version, "kind": ROLE.name, "metadata": metadata, "rules": []}
+        await operator.api.create(ROLE, role)
         front.fault = fail("get", "Role", ApiError(403, "roles is forbidden"))
         assert await operator.reconciler.reconcile(key) == REFUSED_S
         message = (await fetch_conditions(operator, key))["Degraded"]["message"]
         assert message == f"Role {namespace}/tiny-gateway: roles is forbidden"
         assert ("Deployment", "tiny-engine") in await fetch_children(operator.api, namespace)
+        front.fault = no_fault
+        assert not (await operator.api.get(ROLE, namespace, "tiny-gateway") or {}).get("rules"), "it is left as it is"
 
 
 async def test_an_event_that_is_refused_fails_no_pass(kubeconfig: Path, namespace: str) -> None:

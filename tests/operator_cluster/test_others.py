@@ -111,7 +111,8 @@ async def test_a_stranger_with_the_name_of_a_child_is_reported_and_not_touched(
         message = f"ConfigMap {namespace}/tiny-settings exists and is not this resource's own"
         assert (await fetch_conditions(operator, key))["Degraded"]["message"] == message
         assert (await fetch(operator, CONFIG_MAP, key, "tiny-settings")) == made
-        assert (await operator.api.get(DEPLOYMENT, namespace, "tiny-engine")) is None, "nothing is made in part"
+        children = await fetch_children(operator.api, namespace)
+        assert set(children) <= {("ConfigMap", "tiny-settings")}, "nothing is made in part"
         await operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": namespace}})
         await operator.relist()
         await operator.settle(key)

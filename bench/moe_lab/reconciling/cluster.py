@@ -1,27 +1,27 @@
-"""Resources and pods on an API server that has no nodes, and a stand-in for all agents and gateways.
+"""Resources and pods on an API server that has no nodes.
 
 Where no controller runs nobody makes pods of a Deployment: one engine and one gateway of each resource are made here,
-with the status that a kubelet would set, at an address where the stand-in answers.
+with the status that a kubelet would set, at an address where `stand_in` answers.
 """
 
 import asyncio
 import contextlib
 import ipaddress
-import socket
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from aiohttp import web
 from moe_contract.api_server import ApiError, ApiServer, Kind
 from moe_contract.pod_identity import identity_variables
 from moe_operator.api.crd import build_crd
 from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import DEPLOYMENT, POD, SERVING
+from moe_operator.kubernetes.kinds import CHILDREN, DEPLOYMENT, POD, SERVING
 from moe_operator.kubernetes.serving import ENDPOINT_SLICE, SERVICE_LABEL
 from moe_operator.plan.names import Names
+
+from moe_lab.reconciling.bound import Bound, measure_bound
 
 Document = dict[str, Any]
 NAMESPACE = "bench"
@@ -101,14 +101,19 @@ class BenchmarkCluster:
         """Creates the resources of these names."""
         await _each(names, lambda name: self.api.create(SERVING, build_serving(name)))
 
-    async def create_pods(self, names: Iterable[str], port: int) -> None:
-        """Creates their pods, ready, each at its own loopback address, and sets the status of their Deployments."""
+    async def create_pods(self, names: Iterable[str], port: int) -> dict[str, str]:
+        """Creates their pods, ready, each at its own loopback address, and sets the status of their Deployments.
+
+        Returns the address of each resource's engine.
+        """
         addresses = map(str, ipaddress.IPv4Network("127.1.0.0/16").hosts())
+        engines: dict[str, str] = {}
 
         async def create(name: str) -> None:
             for pod in build_pods(name, port):
                 made, address = (await self.api.create(POD, pod))["metadata"], next(addresses)
                 self.pods[address] = {"name": made["name"], "uid": made["uid"]}
+                engines.setdefault(name, address)
                 status = {"phase": "Running", "podIP": address, "conditions": READY}
                 await self._set_status(POD, pod["metadata"]["name"], status)
             await self.api.create(ENDPOINT_SLICE, build_endpoints(name))
@@ -117,6 +122,7 @@ class BenchmarkCluster:
                 await self._set_status(DEPLOYMENT, workload, counts)
 
         await _each(names, create)
+        return engines
 
     async def _set_status(self, kind: Kind, name: str, status: Document) -> None:
         await self._server.merge(kind, NAMESPACE, name, {"status": status}, _MANAGER, subresource="status")
@@ -146,6 +152,61 @@ class BenchmarkCluster:
         found = await self.api.get(DEPLOYMENT, NAMESPACE, Names(name).engine)
         return int(found["spec"]["replicas"]) if found is not None else -1
 
+    async def bound(self, names: Iterable[str], processes: Iterable[int]) -> Bound:
+        """Measures the bare client on resources of these names, which it makes and takes away again."""
+        made: list[Document] = []
+
+        async def create(name: str) -> None:
+            made.append(await self.api.create(SERVING, build_serving(name)))
+
+        await _each(names, create)
+        bound = await measure_bound(self._server, made, AT_A_TIME, processes)
+        for kind in (SERVING, *CHILDREN):
+            await self._empty(kind)
+        return bound
+
+    async def _empty(self, kind: Kind) -> None:
+        """Deletes all objects of a kind that the benchmark made."""
+
+        async def delete(name: str) -> None:
+            if kind == SERVING:
+                patch: Document = {"metadata": {"finalizers": None}}
+                await self._server.merge(kind, NAMESPACE, name, patch, _MANAGER)
+            await self.api.delete(kind, {"metadata": {"namespace": NAMESPACE, "name": name}})
+
+        listing = await self.api.list(kind, NAMESPACE)
+        await _each([row["metadata"]["name"] for row in ([] if listing is None else listing.items)], delete)
+
+    async def version(self) -> str:
+        """The version of the resources, from which `wait_until` can go on."""
+        return (await self._server.list(SERVING, NAMESPACE)).version
+
+    async def wait_until(
+        self, names: Iterable[str], shows: Callable[[Document], bool], version: str, started_s: float
+    ) -> tuple[float, ...]:
+        """Seconds from a start until each of these resources, as it was written after a version, shows something."""
+        left, seconds = set(names), []
+        while left:
+            async with contextlib.aclosing(
+                cast(
+                    AsyncGenerator[Document],
+                    self._server.watch(SERVING, NAMESPACE, "", version, watch_s=60.0, silence_s=90.0),
+                )
+            ) as events:
+                async for event in events:
+                    row, version = event["object"], event["object"]["metadata"]["resourceVersion"]
+                    if row["metadata"].get("name") in left and shows(row):
+                        left.discard(row["metadata"]["name"])
+                        seconds.append(time.monotonic() - started_s)
+                    if not left:
+                        break
+        return tuple(seconds)
+
+    async def set_ready(self, name: str, *, ready: bool) -> None:
+        """Sets the readiness of a resource's engine, as a kubelet does."""
+        conditions = READY if ready else [{"type": "Ready", "status": "False"}]
+        await self._set_status(POD, f"{Names(name).engine}-0", {"conditions": conditions})
+
 
 def is_converged(document: Document) -> bool:
     """Whether the operator says that this generation is as it should be."""
@@ -167,51 +228,6 @@ async def connect(kubeconfig: Path) -> AsyncIterator[BenchmarkCluster]:
         yield BenchmarkCluster(server)
     finally:
         await server.close()
-
-
-@contextlib.asynccontextmanager
-async def stand_in(pods: Mapping[str, Document]) -> AsyncIterator[int]:
-    """Answers at every loopback address as an idle agent and an idle gateway; yields its port.
-
-    Settings that are put at an address are in force there from then on; `pods` has the pod of each address.
-    """
-    settings: defaultdict[str, Document] = defaultdict(dict)
-
-    def address(request: web.Request) -> str:
-        transport = request.transport
-        return str(transport.get_extra_info("sockname")[0]) if transport is not None else ""
-
-    async def get_state(request: web.Request) -> web.Response:
-        at = address(request)
-        return web.json_response(build_state(settings[at]) | {"pod": pods.get(at, {})})
-
-    async def put_config(request: web.Request) -> web.Response:
-        settings[address(request)].update(await request.json())
-        return web.json_response({})
-
-    app = web.Application()
-    app.router.add_get("/v1/state", get_state)
-    app.router.add_put("/v1/config", put_config)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    with socket.create_server(("0.0.0.0", 0), backlog=1024) as listener:
-        await web.SockSite(runner, listener).start()
-        try:
-            yield int(listener.getsockname()[1])
-        finally:
-            await runner.cleanup()
-
-
-def build_state(settings: Document) -> Document:
-    """The state of an idle agent and of an idle gateway at once."""
-    return {
-        "phase": "ready",
-        "accepting": True,
-        "engine": {"restarts": 0, "last_exit": ""},
-        "ranks": [{"rank": 0, "running": 0, "waiting": 0, "kv_usage": 0.0, "computed_tokens": 0}],
-        "config": settings,
-        "held": 0,
-    }
 
 
 async def _each(names: Iterable[str], do: Callable[[str], Awaitable[object]]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lab.reconciling.cluster import BenchmarkCluster, is_converged
-from moe_lab.reconciling.process import OperatorMetrics, OperatorProcess, quantile_s
+from moe_lab.reconciling.process import OperatorMetrics, OperatorProcess, cpu_s, quantile_s
+from moe_lab.reconciling.stand_in import StandIn
 
 LOOK_EVERY_S = 0.25
-QUIET_S = 5.0
+QUIET_S, QUIET_WITH_PODS_S = 5.0, 20.0
 PATIENCE_S = 1800.0
 
 
@@ -28,7 +29,9 @@ class BenchmarkPhase:
         writes: of these, those that change something, the Lease aside.
         failed: passes that ended with an error.
         cpu_s: CPU seconds of the operator.
+        servers_cpu_s: of API server and etcd, where they run on this machine.
         memory_bytes: its resident memory at the end.
+        own_memory_bytes: the part that it shares with no other process.
     """
 
     name: str
@@ -40,7 +43,9 @@ class BenchmarkPhase:
     writes: int
     failed: int
     cpu_s: float
+    servers_cpu_s: Mapping[str, float]
     memory_bytes: int
+    own_memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,62 +56,102 @@ class ReconcilingResult:
         resources: how many there were.
         phases: in order.
         changes_s: from a changed resource to its changed Deployment, one of each change.
+        readiness_s: from the changed readiness of an engine's pod to the resource's status, one of each pod.
+        states_s: from the changed state of an engine's agent to the resource's status, one of each agent.
     """
 
     resources: int
     phases: tuple[BenchmarkPhase, ...]
     changes_s: tuple[float, ...]
+    readiness_s: tuple[float, ...]
+    states_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkSetting:
+    """Where and how much is measured.
+
+    Attributes:
+        kubeconfig: of the API server.
+        log: takes the operator's output.
+        python: interpreter of the environment that has the operator.
+        resources: how many.
+        changes: single changes of each kind.
+        idle_s: length of the idle phase.
+        servers: processes of the API server and of etcd, by name.
+    """
+
+    kubeconfig: Path
+    log: Path
+    python: Path
+    resources: int
+    changes: int
+    idle_s: float
+    servers: Mapping[str, int]
 
 
 async def measure(
-    cluster: BenchmarkCluster, kubeconfig: Path, log: Path, port: int, *, resources: int, changes: int, idle_s: float,
-    progress: Callable[[str], None],
-) -> ReconcilingResult:  # fmt: skip
+    cluster: BenchmarkCluster, stand_in: StandIn, setting: BenchmarkSetting, progress: Callable[[str], None]
+) -> ReconcilingResult:
     """Runs every phase.
 
     Raises:
         RuntimeError: the operator does not start, or does not come to an end.
     """
-    names = [f"r{number:05d}" for number in range(resources)]
-    await cluster.prepare()
+    names = [f"r{number:05d}" for number in range(setting.resources)]
+    chosen = names[:: max(1, setting.resources // setting.changes)][: setting.changes]
     started_s = time.monotonic()
     await cluster.create(names)
-    progress(f"{resources} resources are made, in {time.monotonic() - started_s:.1f} s")
+    progress(f"{setting.resources} resources are made, in {time.monotonic() - started_s:.1f} s")
     phases = []
-    async with OperatorProcess(kubeconfig, log, "first") as operator:
-        phases.append(await _phase("from nothing", operator, None))
-        await _check(cluster, resources)
+    async with OperatorProcess(setting.kubeconfig, setting.log, "first", setting.python) as operator:
+        phases.append(await _phase("from nothing", operator, setting, None))
+        await _check(cluster, setting.resources)
         progress(_render(phases[-1]))
-        await cluster.create_pods(names, port)
+        engines = await cluster.create_pods(names, stand_in.port)
         await _quiet(operator, writes_only=True)
         progress("an engine and a gateway of each stand ready")
-        phases.append(await _phase("idle", operator, idle_s))
+        phases.append(await _phase("idle", operator, setting, setting.idle_s))
         progress(_render(phases[-1]))
-        changes_s = [await _change(cluster, name) for name in names[:: max(1, resources // changes)][:changes]]
+        states_s = await _change_states(cluster, stand_in, {name: engines[name] for name in chosen})
+        readiness_s = [await _change_readiness(cluster, name) for name in chosen]
+        progress(f"{len(states_s)} states of agents and {len(readiness_s)} pods changed")
+        changes_s = [await _change(cluster, name) for name in chosen]
         progress(f"{len(changes_s)} changes, in {sum(changes_s):.1f} s")
         await _quiet(operator, writes_only=True)
-    async with OperatorProcess(kubeconfig, log, "second") as operator:
-        phases.append(await _phase("taken over", operator, None, at_least=resources))
+    async with OperatorProcess(setting.kubeconfig, setting.log, "second", setting.python) as operator:
+        phases.append(await _phase("taken over", operator, setting, None, at_least=setting.resources))
         progress(_render(phases[-1]))
         await cluster.delete(names)
-        phases.append(await _phase("to nothing", operator, None))
+        phases.append(await _phase("to nothing", operator, setting, None))
         if left := await cluster.servings():
             raise RuntimeError(f"{len(left)} resources are left")
         progress(_render(phases[-1]))
-    return ReconcilingResult(resources=resources, phases=tuple(phases), changes_s=tuple(changes_s))
+    return ReconcilingResult(
+        resources=setting.resources,
+        phases=tuple(phases),
+        changes_s=tuple(changes_s),
+        readiness_s=tuple(readiness_s),
+        states_s=states_s,
+    )
 
 
-async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *, at_least: int = 1) -> BenchmarkPhase:
+async def _phase(
+    name: str, operator: OperatorProcess, setting: BenchmarkSetting, seconds: float | None, *, at_least: int = 1
+) -> BenchmarkPhase:
     """What happens until all is quiet, or for a time.
 
     Args:
         name: of the phase.
         operator: which one; without a time its counters are taken from its start.
+        setting: its servers' CPU is measured.
         seconds: for how long to look.
         at_least: passes before it may count as quiet.
     """
     started_s = time.monotonic()
-    before, cpu_s = (await operator.metrics(), operator.cpu_s()) if name in ("idle", "to nothing") else (None, 0.0)
+    goes_on = name in ("idle", "to nothing")
+    before, own_s = (await operator.metrics(), operator.cpu_s()) if goes_on else (None, 0.0)
+    servers_s = {server: cpu_s([pid]) for server, pid in setting.servers.items()}
     if seconds is None:
         ended_s = await _quiet(operator, at_least=at_least, writes_only=name == "taken over")
     else:
@@ -114,6 +159,7 @@ async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *,
         ended_s = time.monotonic()
     after = await operator.metrics()
     before = before or OperatorMetrics(calls={}, passes={}, buckets={}, queue=0.0)
+    memory_bytes, own_memory_bytes = operator.memory_bytes()
     return BenchmarkPhase(
         name=name,
         seconds=ended_s - started_s,
@@ -123,9 +169,32 @@ async def _phase(name: str, operator: OperatorProcess, seconds: float | None, *,
         calls={call: count - before.calls.get(call, 0.0) for call, count in after.calls.items()},
         writes=round(after.writes - before.writes),
         failed=round(after.passes.get("failed", 0.0) - before.passes.get("failed", 0.0)),
-        cpu_s=operator.cpu_s() - cpu_s,
-        memory_bytes=operator.memory_bytes(),
+        cpu_s=operator.cpu_s() - own_s,
+        servers_cpu_s={server: cpu_s([pid]) - servers_s[server] for server, pid in setting.servers.items()},
+        memory_bytes=memory_bytes,
+        own_memory_bytes=own_memory_bytes,
     )
+
+
+async def _change_states(cluster: BenchmarkCluster, stand_in: StandIn, engines: Mapping[str, str]) -> tuple[float, ...]:
+    """Changes the states of these engines at once; the seconds until each of their resources shows it."""
+    version, started_s = await cluster.version(), time.monotonic()
+    for address in engines.values():
+        stand_in.restart(address)
+    return await cluster.wait_until(
+        engines, lambda row: any(engine.get("restarts") for engine in row["status"]["engines"]), version, started_s
+    )
+
+
+async def _change_readiness(cluster: BenchmarkCluster, name: str) -> float:
+    """Seconds from the end of an engine's readiness to the status of its resource; the engine is ready again then."""
+    version, started_s = await cluster.version(), time.monotonic()
+    await cluster.set_ready(name, ready=False)
+    shown = await cluster.wait_until(
+        [name], lambda row: row.get("status", {}).get("readyReplicas") == 0, version, started_s
+    )
+    await cluster.set_ready(name, ready=True)
+    return shown[0]
 
 
 async def _quiet(operator: OperatorProcess, *, at_least: int = 1, writes_only: bool = False) -> float:
@@ -140,7 +209,7 @@ async def _quiet(operator: OperatorProcess, *, at_least: int = 1, writes_only: b
         done = now.writes if writes_only and now.ended >= at_least else now.writes + now.ended
         if done != last or now.ended < at_least:
             last, last_s = done, time.monotonic()
-        if not now.queue and time.monotonic() - last_s > QUIET_S:
+        if not now.queue and time.monotonic() - last_s > (QUIET_WITH_PODS_S if writes_only else QUIET_S):
             return last_s
         await asyncio.sleep(LOOK_EVERY_S)
     raise RuntimeError(f"no end within {PATIENCE_S:.0f} s")

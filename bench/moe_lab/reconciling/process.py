@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,9 +15,12 @@ from typing import IO
 import aiohttp
 import psutil
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+# On a machine that is busy with other work an operator would lose its lead by the default.
+LEASE_S = 60
 _SAMPLE = re.compile(r"moeserving_operator_(\w+?)(?:_total)?(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+_PORT = re.compile(r"https?://(?:127\.0\.0\.1|localhost|\[::1\]):(\d+)")
 _READS = ("get", "list", "dry run")
 
 
@@ -92,14 +95,15 @@ def quantile_s(before: Mapping[float, float], after: Mapping[float, float], quan
 class OperatorProcess:
     """One operator. `async with` starts it, waits until it leads, and ends it."""
 
-    def __init__(self, kubeconfig: Path, log: Path, identity: str) -> None:
-        self._kubeconfig, self._log, self._identity = kubeconfig, log, identity
+    def __init__(self, kubeconfig: Path, log: Path, identity: str, python: Path = Path(sys.executable)) -> None:
+        self._kubeconfig, self._log, self._identity, self._python = kubeconfig, log, identity, python
 
     async def __aenter__(self) -> "OperatorProcess":
         liveness_port, self._metrics_port = _free_ports(2)
         command = [
-            *(sys.executable, "-m", "moe_operator.cli", "operator", "--identity", self._identity),
+            *(str(self._python), "-m", "moe_operator.cli", "operator", "--identity", self._identity),
             *("--liveness-port", str(liveness_port), "--metrics-port", str(self._metrics_port)),
+            *("--lease-duration", str(LEASE_S)),
         ]
         environment = os.environ | {"KUBECONFIG": str(self._kubeconfig), "MOESERVING_OPERATOR_NAMESPACE": "default"}
         with self._log.open("ab") as output:
@@ -117,22 +121,56 @@ class OperatorProcess:
         give_up_s = time.monotonic() + START_TIMEOUT_S
         while f"{self._identity} leads" not in self._log.read_text("utf-8", errors="replace"):
             if self._process.poll() is not None or time.monotonic() > give_up_s:
-                raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s; see {self._log}")
+                raise RuntimeError(f"the operator does not lead within {START_TIMEOUT_S:.0f} s: {self._last_line()}")
             await asyncio.sleep(0.02)
 
     async def metrics(self) -> OperatorMetrics:
-        """The counters that it serves at /metrics."""
-        async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
-            return parse_metrics(await answer.text())
+        """The counters that it serves at /metrics.
 
-    def memory_bytes(self) -> int:
-        """Resident memory of the process, in bytes."""
-        return int(psutil.Process(self._process.pid).memory_info().rss)
+        Raises:
+            RuntimeError: it does not answer.
+        """
+        try:
+            async with self._session.get(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
+                return parse_metrics(await answer.text())
+        except aiohttp.ClientError:
+            raise RuntimeError(f"the operator has ended: {self._last_line()}") from None
+
+    def _last_line(self) -> str:
+        return self._log.read_text("utf-8", errors="replace").rstrip().rpartition("\n")[2]
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Resident memory of the process, and the part that it shares with no other, in bytes."""
+        memory = psutil.Process(self._process.pid).memory_full_info()
+        return int(memory.rss), int(memory.uss)
 
     def cpu_s(self) -> float:
         """CPU seconds since it started."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
+        return cpu_s([self._process.pid])
+
+
+def cpu_s(processes: Iterable[int]) -> float:
+    """CPU seconds of processes since each of them started."""
+    times = [psutil.Process(pid).cpu_times() for pid in processes]
+    return float(sum(row.user + row.system for row in times))
+
+
+def find_servers(kubeconfig: Path) -> dict[str, int]:
+    """Process ids of the API server that a kubeconfig names and of its etcd, as far as they run on this machine."""
+    text = kubeconfig.read_text("utf-8", errors="replace")
+    found = {"API server": _listener(_PORT.search(text))}
+    if (pid := found["API server"]) is not None:
+        found["etcd"] = _listener(_PORT.search(" ".join(psutil.Process(pid).cmdline()).partition("--etcd-servers")[2]))
+    return {name: pid for name, pid in found.items() if pid is not None}
+
+
+def _listener(address: re.Match[str] | None) -> int | None:
+    if address is None:
+        return None
+    for row in psutil.net_connections("tcp"):
+        if row.status == psutil.CONN_LISTEN and row.laddr[1:] == (int(address[1]),):
+            return int(row.pid) if row.pid else None
+    return None
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

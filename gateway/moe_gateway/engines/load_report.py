@@ -1,4 +1,4 @@
-"""What state and metrics report of the load that the choice of an engine sees. Reads the dispatcher, changes nothing."""
+"""Reports the load that the choice of an engine sees, for state and metrics. Reads the dispatcher, changes nothing."""
 
 from enum import StrEnum
 

@@ -17,6 +17,7 @@ from moe_contract.documents import parse_document
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
+from moe_contract.state_stream import NDJSON, SparseStream, parse_interval
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -91,19 +92,26 @@ class AgentServer:
     async def _get_state(self, request: web.Request) -> web.StreamResponse:
         try:
             watch = _read_flag(request, "watch")
+            interval_s = parse_interval(request.query)
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
             return web.Response(body=self._serialise(), content_type="application/json")
-        stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        stream = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
         await stream.prepare(request)
+        sparse = None if interval_s is None else SparseStream(interval_s)
         async with aclosing(self._broadcaster.watch()) as snapshots:
             try:
                 async for snapshot in snapshots:
-                    await stream.write(snapshot)
+                    if line := snapshot if sparse is None else self._thin(sparse, snapshot):
+                        await stream.write(line)
             except ConnectionResetError:
                 return stream
         return stream
+
+    def _thin(self, sparse: SparseStream, snapshot: bytes) -> bytes:
+        revision, settings, *ranks = self._snapshot_version()
+        return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
 
     def _serialise(self) -> bytes:
         return write_agent_state(self.snapshot())

@@ -8,6 +8,8 @@ from moe_contract.api_server import NOT_FOUND, ApiError, ApiServer, Document, Ki
 from moe_operator.kubernetes.kinds import LEASE, SERVING
 from moe_operator.plan.names import MANAGED_BY, MANAGER
 
+# etcd has this revision before it holds anything, so no object ever has it: an apply that names it can only create.
+NO_VERSION = "1"
 SELECTOR = f"{MANAGED_BY}={MANAGER}"
 
 
@@ -36,8 +38,15 @@ class Api:
             raise NotLeading(f"{verb} {kind.name}: this operator does not lead")
         self.calls[verb, kind.name] += 1
 
-    async def apply(self, kind: Kind, document: Document, *, subresource: str = "", dry_run: bool = False) -> Document:
-        """Server-side apply; returns the object. A dry run is checked by the API server and changes nothing."""
+    async def apply(
+        self, kind: Kind, document: Document, *, subresource: str = "", dry_run: bool = False, create_only: bool = False
+    ) -> Document:
+        """Server-side apply; returns the object. A dry run is checked by the API server and changes nothing.
+
+        With `create_only` an object of this name that exists is left alone: `ApiError` 409.
+        """
+        if create_only:
+            document = {**document, "metadata": {**document["metadata"], "resourceVersion": NO_VERSION}}
         self._count_change("dry run" if dry_run else "apply", kind)
         return await self.server.apply(kind, document, MANAGER, subresource=subresource, dry_run=dry_run)
 

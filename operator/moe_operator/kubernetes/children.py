@@ -7,12 +7,15 @@ only what belongs to it: claims, the settings with the revision, and workloads t
 Claims hold what was downloaded, and outlive the plan: one that is no longer planned is let go of, not deleted.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from hashlib import sha256
+from typing import Any, TypeVar
 
-from moe_contract.api_server import NOT_FOUND, ApiError, Kind
+import orjson
+from moe_contract.api_server import CONFLICT, NOT_FOUND, ApiError, Kind
 
 from moe_operator.api.model import WhenDeleted
 from moe_operator.api.resource import KIND
@@ -26,6 +29,7 @@ from moe_operator.plan.owners import is_child, is_owned
 from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
+Answer = TypeVar("Answer")
 WORKLOADS = (DEPLOYMENT, LEADER_WORKER_SET)
 _TRIED = (*WORKLOADS, CLAIM)
 # What belongs to a revision of the pods, and is applied with it or not at all.
@@ -54,11 +58,11 @@ class Applied:
     foreign: bool = False
     waiting: bool = False
 
-    def note_foreign(self, wanted: Document) -> None:
-        """Adds the refusal to touch an object of somebody else."""
+    def note_foreign(self, wanted: Document) -> str:
+        """Notes that an object of somebody else has this name; returns the refusal to touch it."""
         advice = "; to use it, set spec.model.cache.claim" if wanted["kind"] == CLAIM.name else ""
-        self.refused.append(f"{_title(wanted)} exists and is not this resource's own{advice}")
         self.foreign = True
+        return f"{_title(wanted)} exists and is not this resource's own{advice}"
 
 
 class Children:
@@ -72,8 +76,10 @@ class Children:
 
     def __init__(self, api: Api, store: Store, say_kept: Callable[[Key, str], Awaitable[None]]) -> None:
         self._api, self._store, self._say_kept = api, store, say_kept
-        # Objects whose text differs from the plan's in form alone, as they were at the dry run that showed it.
-        self._in_other_words: dict[str, tuple[Any, ...]] = {}
+        # Objects whose text differs from the plan's in form alone: a digest of both at the dry run that showed it.
+        self._in_other_words: dict[str, bytes] = {}
+        # Resources that met an object of somebody else: it is looked for before anything is applied.
+        self._careful: set[Key] = set()
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
         """Applies the objects that differ, in order, but for those that are refused or belong to what is."""
@@ -85,18 +91,45 @@ class Children:
         ]
         if result.waiting:
             return result
-        unread = [wanted for wanted in changed if not await self._is_free(key, wanted, result)]
+        unread = await self._look_for_strangers(key, changed, result) if key in self._careful else []
         if result.foreign:
             return result
-        refused = await self._try([wanted for wanted in changed if wanted not in unread])
+        refused = await self._try(key, [wanted for wanted in changed if wanted not in unread], result)
         result.refused += [text for _, text in refused]
+        if result.foreign:
+            self._careful.add(key)
+            return result
         held = [wanted for wanted, text in refused if _is_unjudged(wanted, text)]
         judged = [wanted for wanted, text in refused if not _is_unjudged(wanted, text)]
         held += self._find_held(key, changed, unread + judged)
-        for wanted in changed:
-            if wanted not in held:
-                await self._apply(wanted, result)
+        await self._apply_all(key, [wanted for wanted in changed if wanted not in held], result)
+        if not result.refused:
+            self._careful.discard(key)
         return result
+
+    async def _apply_all(self, key: Key, objects: list[Document], result: Applied) -> None:
+        """Applies the objects; those that the pods of a workload need are there before the workload."""
+        made: list[tuple[Kind, Document]] = []
+        for are_workloads in (False, True):
+            part = [wanted for wanted in objects if (kind_of(wanted) in WORKLOADS) is are_workloads]
+            refusals = await _together(self._apply(key, wanted, result, made) for wanted in part)
+            result.refused += filter(None, refusals)
+            if result.foreign:
+                # As if the stranger's object had been looked for first; the next passes do.
+                self._careful.add(key)
+                for kind, live in made:
+                    await self.delete(kind, live)
+                return
+
+    async def _look_for_strangers(self, key: Key, changed: list[Document], result: Applied) -> list[Document]:
+        """Returns the objects of which nobody can say whether they are free; adds the refusals."""
+        new = [wanted for wanted in changed if self._is_new(key, wanted)]
+        obstacles = await _together(self._find_obstacle(key, wanted, result) for wanted in new)
+        result.refused += filter(None, obstacles)
+        return [wanted for wanted, text in zip(new, obstacles, strict=True) if text]
+
+    def _is_new(self, key: Key, wanted: Document) -> bool:
+        return self._store.get(key, kind_of(wanted), wanted["metadata"]["name"]) is None
 
     def _find_held(self, key: Key, changed: list[Document], refused: list[Document]) -> list[Document]:
         """What is not applied: the refused, and with a change of pods or claims all that belongs to it."""
@@ -125,7 +158,7 @@ class Children:
             is_kept = live is not None and _is_kept(live)
             is_ending = live is not None and "deletionTimestamp" in live["metadata"]
             if live is not None and not is_kept and not is_owned(live, owner) and not is_child(live):
-                result.note_foreign(wanted)
+                result.refused.append(result.note_foreign(wanted))
             elif is_ending and kind == CLAIM:
                 result.refused.append(f"{_title(wanted)} {_ENDING}")
             elif live is not None and (is_ending or not (is_kept or is_owned(live, owner))):
@@ -144,7 +177,7 @@ class Children:
         live = self._store.get(key, kind, metadata["name"])
         if live is None or not was_applied(wanted, live):
             return False
-        uid, mark = live["metadata"]["uid"], (wanted["metadata"]["annotations"], _content(live))
+        uid, mark = live["metadata"]["uid"], _digest(wanted["metadata"]["annotations"], _content(live))
         if self._in_other_words.get(uid) == mark:
             return True
         try:
@@ -156,45 +189,65 @@ class Children:
         self._in_other_words[uid] = mark
         return True
 
-    async def _is_free(self, key: Key, wanted: Document, result: Applied) -> bool:
-        """Whether no object of this name exists that the operator does not manage; adds a refusal when one does."""
+    async def _find_obstacle(self, key: Key, wanted: Document, result: Applied) -> str:
+        """Returns why an object of this name that may exist must not be applied; empty where it may."""
         kind, metadata = kind_of(wanted), wanted["metadata"]
-        if self._store.get(key, kind, metadata["name"]) is not None:
-            return True
         try:
             live = await self._api.get(kind, metadata["namespace"], metadata["name"])
         except ApiError as error:
-            result.refused.append(_refusal(wanted, error))
-            return False
+            return _refusal(wanted, error)
         if live is None:
-            return True
+            return ""
         labels = live["metadata"].get("labels", {})
         owner = metadata.get("annotations", {}).get(OWNER)
         is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
         if is_ours and (_is_kept(live) or (owner is not None and is_owned(live, owner))):
-            return True
-        result.note_foreign(wanted)
-        return False
+            return ""
+        return result.note_foreign(wanted)
 
-    async def _try(self, changed: Iterable[Document]) -> list[tuple[Document, str]]:
-        refused = []
-        for wanted in changed:
-            kind = kind_of(wanted)
-            if kind in _TRIED:
-                try:
-                    await self._api.apply(kind, wanted, dry_run=True)
-                except ApiError as error:
-                    refused.append((wanted, _refusal(wanted, error)))
-        return refused
+    async def _try(self, key: Key, changed: Iterable[Document], result: Applied) -> list[tuple[Document, str]]:
+        """The objects that a dry run refuses, each with the reason."""
+        tried = [wanted for wanted in changed if kind_of(wanted) in _TRIED]
+        refusals = await _together(self._apply(key, wanted, result) for wanted in tried)
+        return [(wanted, text) for wanted, text in zip(tried, refusals, strict=True) if text]
 
-    async def _apply(self, wanted: Document, result: Applied) -> None:
+    async def _apply(
+        self, key: Key, wanted: Document, result: Applied, made: list[tuple[Kind, Document]] | None = None
+    ) -> str:
+        """Applies one object, or only tries to without `made`; returns why it was refused, empty when it was not.
+
+        Args:
+            key: its resource.
+            wanted: the object.
+            result: of the whole; learns of an object of somebody else.
+            made: gets the object when it did not exist before.
+        """
+        kind, is_new = kind_of(wanted), self._is_new(key, wanted)
+        try:
+            live = await self._api.apply(kind, wanted, dry_run=made is None, create_only=is_new)
+        except ApiError as error:
+            if not is_new or error.status != CONFLICT:
+                return _refusal(wanted, error)
+            obstacle = await self._find_obstacle(key, wanted, result)
+            # Else it is the resource's own and not in the store yet.
+            return obstacle or await self._apply_again(wanted, dry_run=made is None)
+        if made is not None:
+            self._store.put(kind, live)
+            if is_new:
+                made.append((kind, live))
+            log.info("applied %s", _title(wanted))
+        return ""
+
+    async def _apply_again(self, wanted: Document, *, dry_run: bool) -> str:
         kind = kind_of(wanted)
         try:
-            self._store.put(kind, await self._api.apply(kind, wanted))
+            live = await self._api.apply(kind, wanted, dry_run=dry_run)
         except ApiError as error:
-            result.refused.append(_refusal(wanted, error))
-        else:
+            return _refusal(wanted, error)
+        if not dry_run:
+            self._store.put(kind, live)
             log.info("applied %s", _title(wanted))
+        return ""
 
     async def prune(self, key: Key, objects: Iterable[Document], owner: str) -> bool:
         """Deletes the children that the plan lacks and does not refer to; returns whether there was any.
@@ -258,6 +311,17 @@ class Children:
             self._store.remove(kind, live)
 
 
+async def _together(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
+    """The answers in order; returns when all calls have ended, with the first error as its own."""
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    answers = []
+    for answer in done:
+        if isinstance(answer, BaseException):
+            raise answer
+        answers.append(answer)
+    return answers
+
+
 def _is_kept(live: Mapping[str, Any]) -> bool:
     """Whether it is a claim that the operator made and no resource owns: it waits for one of its name."""
     labels = live["metadata"].get("labels", {})
@@ -269,6 +333,10 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     metadata = document["metadata"]
     kept = {name: metadata.get(name) for name in ("labels", "annotations", "ownerReferences", "deletionTimestamp")}
     return {name: value for name, value in document.items() if name != "status"} | {"metadata": kept}
+
+
+def _digest(*parts: Document) -> bytes:
+    return sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).digest()
 
 
 def _title(document: Document) -> str:

@@ -77,6 +77,9 @@ class GroupHistory:
 
 
 def _update(record: _Record, group: PodGroup, now: datetime) -> None:
+    if record.whole_since is not None and now - record.whole_since >= STEADY:
+        # Without a change of the pods nobody looked meanwhile.
+        record.remade, record.failure = 0, None
     metadata: Document = {} if group.leader is None else group.leader["metadata"]
     leader, revision = metadata.get("uid", ""), metadata.get("annotations", {}).get(REVISION_DIGEST, "")
     if leader and leader != record.leader:

@@ -41,7 +41,7 @@ class Metrics:
             lambda: len(queue)
         )
         Gauge(f"{PREFIX}resources", "Resources known.", registry=self._registry).set_function(
-            lambda: sum(1 for _ in store.every(SERVING))
+            lambda: store.count(SERVING)
         )
         self._registry.register(_Calls(self))
         self._registry.register(_Presence(self))

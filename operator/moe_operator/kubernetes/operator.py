@@ -17,6 +17,7 @@ from moe_contract.api_server import ApiError, ApiServer
 from moe_contract.list_watch import Times
 
 from moe_operator.kubernetes.api import Api
+from moe_operator.kubernetes.descriptors import most_streams
 from moe_operator.kubernetes.failure import is_expected
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.leader import Election
@@ -27,6 +28,7 @@ from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.rivals import FORMER_LEASE, LABELS, SERVES, Rivals, render_scope
 from moe_operator.kubernetes.settings import OperatorSettings
+from moe_operator.kubernetes.state_streams import NUMBERS_EVERY_S, StateStreams
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.watches import Watches
 
@@ -70,7 +72,9 @@ class Operator:
             absent_s=min(KINDS_EVERY_S, settings.resync_s),
         )
         self._watches = Watches(self._server, self._store, self._namespaces(), self._queue.add, self._api.calls, times)
-        async with aiohttp.ClientSession() as session:
+        # 0: no bound. A stream keeps its connection.
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            streams = StateStreams(session, self._see_state, most_streams())
             self._reconciler = Reconciler(
                 self._api,
                 self._store,
@@ -78,6 +82,7 @@ class Operator:
                 settings.defaults,
                 lambda: self._watches.kinds,
                 self._watches.sight.blind_spot,
+                streams,
             )
             self._election = self._stand_for_election()
             self._metrics.describe = self._describe
@@ -86,6 +91,7 @@ class Operator:
             try:
                 await self._run_parts()
             finally:
+                await streams.close()
                 await self._metrics.stop()
                 await self._server.close()
 
@@ -237,6 +243,13 @@ class Operator:
         deleted = event["type"] == "DELETED"
         key = self._store.remove(SERVING, document) if deleted else self._store.put(SERVING, document)
         if key is not None:
+            self._queue.add(key)
+
+    def _see_state(self, key: Key, numbers_only: bool) -> None:
+        """Queues a resource of which an agent or a gateway changed; numbers, which always change, can wait."""
+        if numbers_only:
+            self._queue.add_after(key, NUMBERS_EVERY_S)
+        else:
             self._queue.add(key)
 
     def _kopf_settings(self) -> kopf.OperatorSettings:

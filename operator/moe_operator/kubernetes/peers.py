@@ -75,21 +75,24 @@ def _port(pod: Document, name: str) -> int | None:
     return None
 
 
-async def fetch_states(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> States:
+async def fetch_state(session: aiohttp.ClientSession, peer: Peer) -> AgentState | GatewayState | None:
+    """The state of a peer, whoever answers at its address; None without a usable answer."""
+    if peer.component == ENGINE:
+        return await _or_none(AgentClient(session, peer.url).state())
+    return await _or_none(GatewayClient(session, peer.url).state())
+
+
+def accept_states(answers: Iterable[tuple[Peer, AgentState | GatewayState | None]]) -> States:
     """The state of each peer that answers as itself; `strangers` has those where another pod answers."""
-    engines = [peer for peer in peers if peer.component == ENGINE]
-    gateways = [peer for peer in peers if peer.component != ENGINE]
-    agent_states, gateway_states = await asyncio.gather(
-        asyncio.gather(*(_or_none(AgentClient(session, peer.url).state()) for peer in engines)),
-        asyncio.gather(*(_or_none(GatewayClient(session, peer.url).state()) for peer in gateways)),
-    )
-    answers = [*zip(engines, agent_states, strict=True), *zip(gateways, gateway_states, strict=True)]
-    strangers = frozenset(peer.pod for peer, state in answers if is_stranger(peer, state))
-    return States(
-        engines=_without(strangers, _by_pod(engines, agent_states)),
-        gateways=_without(strangers, _by_pod(gateways, gateway_states)),
-        strangers=strangers,
-    )
+    engines, gateways, strangers = dict[str, AgentState](), dict[str, GatewayState](), set[str]()
+    for peer, state in answers:
+        if is_stranger(peer, state):
+            strangers.add(peer.pod)
+        elif isinstance(state, AgentState):
+            engines[peer.pod] = state
+        elif state is not None:
+            gateways[peer.pod] = state
+    return States(engines=engines, gateways=gateways, strangers=frozenset(strangers))
 
 
 def is_stranger(peer: Peer, state: AgentState | GatewayState | None) -> bool:
@@ -97,19 +100,11 @@ def is_stranger(peer: Peer, state: AgentState | GatewayState | None) -> bool:
     return state is not None and judge_identity(peer.uid, peer.says_uid, state) is Identity.OTHER
 
 
-def _without(strangers: frozenset[str], by_pod: Mapping[str, Answer]) -> dict[str, Answer]:
-    return {pod: answer for pod, answer in by_pod.items() if pod not in strangers}
-
-
 async def fetch_experts(session: aiohttp.ClientSession, peers: Sequence[Peer]) -> dict[str, ExpertsState]:
     """The experts of each engine that answers, in brief, by pod; those without an expert group are left out."""
     engines = [peer for peer in peers if peer.component == ENGINE]
     answers = await asyncio.gather(*(_or_none(AgentClient(session, peer.url).experts(brief=True)) for peer in engines))
-    return _by_pod(engines, answers)
-
-
-def _by_pod(peers: Sequence[Peer], answers: Sequence[Answer | None]) -> dict[str, Answer]:
-    return {peer.pod: answer for peer, answer in zip(peers, answers, strict=True) if answer is not None}
+    return {peer.pod: answer for peer, answer in zip(engines, answers, strict=True) if answer is not None}
 
 
 async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:

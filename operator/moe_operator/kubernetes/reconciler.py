@@ -45,10 +45,12 @@ from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERV
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
-from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, fetch_states, find_peers, put_settings
+from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
-from moe_operator.kubernetes.report import build_status
+from moe_operator.kubernetes.quiet import is_quiet
+from moe_operator.kubernetes.report import build_status, numbers_due_s
 from moe_operator.kubernetes.serving import GatewayEndpoints
+from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.takeover import (
     Takeover,
@@ -64,7 +66,7 @@ from moe_operator.plan.cluster import plan_replicas
 from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
-# While something is on its way, and while all is well but pods want to be looked at.
+# While something is on its way, and while all is well but not every change comes by itself.
 SOON_S, STEADY_S = 2.0, 15.0
 
 log = logging.getLogger("moeserving.operator")
@@ -93,6 +95,7 @@ class Reconciler:
         defaults: images and the like.
         kinds: those that the cluster has now.
         blind_spot: why the objects of a namespace are not known; empty where they are.
+        streams: of the states of agents and gateways; None opens some of its own, whose changes call nobody.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Reconciler:
         defaults: Defaults,
         kinds: Callable[[], frozenset[Kind]],
         blind_spot: Callable[[str], str] = lambda namespace: "",
+        streams: StateStreams | None = None,
     ) -> None:
         self._api, self._store, self._session, self._defaults = api, store, session, defaults
         self._events = EventRecorder(api)
@@ -113,6 +117,7 @@ class Reconciler:
         self._notices, self._blind_spot = Notices(api, store, self._events.record), blind_spot
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
+        self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -143,6 +148,7 @@ class Reconciler:
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         if problem := self._blind_spot(key.namespace):
+            self._streams.forget(key)
             return await self._report_blind(document, problem)
         await self._hold_on(document)
         if resource.spec.paused:
@@ -150,7 +156,7 @@ class Reconciler:
         return await self._make_real(key, document, resource)
 
     def _forget(self, key: Key) -> None:
-        for part in (self._sources, self._problems, self._endpoints):
+        for part in (self._sources, self._streams, self._problems, self._endpoints):
             part.forget(key)
         self._namespaces.forget(key.namespace)
 
@@ -158,7 +164,8 @@ class Reconciler:
         parts = Parts()
         pods = self._store.of(key, POD)
         peers = find_peers(pods)
-        states, experts = await parts.run("asking engines and gateways", self._ask(peers, resource), (States(), {}))
+        asking = self._ask(key, peers, resource)
+        states, experts = await parts.run("asking engines and gateways", asking, (States(), {}))
         now = datetime.now(UTC)
         try:
             place = await self._namespaces.fetch_uid(key.namespace)
@@ -212,12 +219,15 @@ class Reconciler:
         late = await parts.run("giving settings", self._push_settings(plan, peers, current), True)
         return applied, late
 
-    async def _ask(self, peers: list[Peer], resource: MoEServing) -> tuple[States, dict[str, ExpertsState]]:
+    async def _ask(
+        self, key: Key, peers: list[Peer], resource: MoEServing
+    ) -> tuple[States, dict[str, ExpertsState]]:  # fmt: skip
         """What agents and gateways say of themselves, and engines of their experts where they have a group."""
+        states = self._streams.fetch(key, peers, numbers_interval_s(resource))
         if not resource.spec.engine.parallelism.expert:
-            return await fetch_states(self._session, peers), {}
-        states, experts = await asyncio.gather(fetch_states(self._session, peers), fetch_experts(self._session, peers))
-        return states, {pod: state for pod, state in experts.items() if pod not in states.strangers}
+            return await states, {}
+        said, experts = await asyncio.gather(states, fetch_experts(self._session, peers))
+        return said, {pod: state for pod, state in experts.items() if pod not in said.strangers}
 
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
@@ -279,6 +289,7 @@ class Reconciler:
 
     async def _report_invalid(self, key: Key, document: Document, problem: str) -> float | None:
         """Nothing is touched: what runs goes on."""
+        self._streams.forget(key)
         inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
         await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
         return None
@@ -319,7 +330,7 @@ class Reconciler:
 
     async def _report_paused(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         pods = self._store.of(key, POD)
-        states, experts = await self._ask(find_peers(pods), resource)
+        states, experts = await self._ask(key, find_peers(pods), resource)
         problems = await self._problems.find(key, pods, states, read_nodes(document))
         inputs = ConditionInputs(
             paused=True,
@@ -328,8 +339,9 @@ class Reconciler:
             gated=problems.gated,
             has_experts=resource.spec.engine.parallelism.expert,
         )
-        await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
-        return STEADY_S if pods else None
+        after_s = await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
+        next_s = self._without_looking(key, resource, pods, states, after_s) if pods else None
+        return None if next_s is None else max(next_s, STEADY_S)
 
     def _live_replicas(self, key: Key) -> int:
         """Engines that the workload asks for, whatever the resource says by now."""
@@ -368,7 +380,9 @@ class Reconciler:
         unsettled = inputs.rolling or inputs.ready < inputs.desired or inputs.findings
         # What comes from gateways and EndpointSlices brings no pass by itself.
         unseen = inputs.gateways and inputs.ready and not is_serving(inputs)
-        return SOON_S if unsettled or unseen or not inputs.endpoint else STEADY_S
+        if unsettled or unseen or not inputs.endpoint:
+            return SOON_S
+        return STEADY_S + numbers_due_s(wanted, now)
 
     def _next_s(self, current: Pass, applied: Applied, late: bool, status_after_s: float) -> float | None:
         autoscaling = current.resource.spec.autoscaling
@@ -378,7 +392,21 @@ class Reconciler:
             return SOON_S
         if applied.refused:
             return REFUSED_S
-        return status_after_s if current.pods else None
+        if len(current.observed.tokens) > 1:
+            # The old token ends by time alone.
+            return min(status_after_s, STEADY_S)
+        if not current.pods:
+            return None
+        return self._without_looking(current.key, current.resource, current.pods, current.states, status_after_s)
+
+    def _without_looking(
+        self, key: Key, resource: MoEServing, pods: Sequence[Document], states: States, after_s: float
+    ) -> float | None:
+        """The time until the next pass: where every change comes by itself none is made only to look for one."""
+        by_itself = self._streams.is_pushed(key) and not resource.spec.engine.parallelism.expert
+        if after_s < STEADY_S or not by_itself or not is_quiet(pods, states):
+            return min(after_s, STEADY_S)
+        return after_s if after_s > STEADY_S else None
 
 
 def _other_missing(applied: Applied) -> list[str]:

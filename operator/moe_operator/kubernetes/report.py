@@ -113,6 +113,12 @@ def _keep_numbers(status: Document, before: Document) -> Document:
     return status | {NUMBERS_AT: at}
 
 
+def numbers_due_s(status: Document, now: datetime) -> float:
+    """Seconds until numbers that a status keeps back are written; 0 when it keeps none back any more."""
+    taken = _parse_time(status.get(NUMBERS_AT))
+    return 0.0 if taken is None else max(0.0, (taken + NUMBERS_EVERY - now).total_seconds())
+
+
 def _with_kept_time(now: Document, before: Document) -> Document:
     """An age that is read again and again gives a time that is never quite the same."""
     last, old = now.get("lastDecision"), before.get("lastDecision")

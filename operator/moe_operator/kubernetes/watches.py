@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from moe_contract.api_server import ApiError, ApiServer, Document, Kind, Listing
 from moe_contract.list_watch import ListWatch, Times
@@ -18,7 +19,7 @@ from moe_contract.list_watch import ListWatch, Times
 from moe_operator.kubernetes.api import selector_of
 from moe_operator.kubernetes.kinds import CHILDREN, POD, SERVING
 from moe_operator.kubernetes.sight import Sight, place_text
-from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.store import Key, Store, pack
 
 # Time for a kind that fails again and again after the first was read, before the work begins without it.
 PATIENCE_S = 30.0
@@ -60,7 +61,7 @@ class Watches:
         self.sight = Sight((kind, place) for kind in kinds for place in places)
         self._has_answered = asyncio.Event()
         self._follow = [
-            ListWatch(server, kind, place, selector_of(kind), _Following(self, kind, place), times)
+            ListWatch(server, kind, place, selector_of(kind), _Following(self, kind, place), times, partial(pack, kind))
             for kind in kinds
             for place in places
         ]

@@ -1,0 +1,398 @@
+"""The states of agents and gateways as they are pushed: how long they are valid, and which streams are open when."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+import aiohttp
+import orjson
+import pytest
+from moe_contract.agent_state import AgentState, read_agent_state
+from moe_contract.clients import Refused, Unreachable
+from moe_contract.state_stream import NotStreamed, Silent
+from moe_operator.api import parse_resource
+from moe_operator.kubernetes.peers import Peer
+from moe_operator.kubernetes.state_streams import (
+    ASKED_FOR_S,
+    LEAST_RETRY_S,
+    LONGEST_RETRY_S,
+    NUMBERS_EVERY_S,
+    StateStreams,
+    numbers_interval_s,
+)
+from moe_operator.kubernetes.store import Key
+from virtual_time import run_in_virtual_time
+
+KEY = Key("ns", "tiny")
+LOST, ENDED = "lost", "ended"
+
+
+def engine(pod: str = "e-0", url: str = "http://e-0") -> Peer:
+    return Peer(pod=pod, url=url, component="engine", revision="stable")
+
+
+GATEWAY = Peer(pod="g-0", url="http://g-0", component="gateway", revision="")
+
+
+def state(phase: str = "ready", running: int = 0, uid: str = "") -> bytes:
+    return orjson.dumps({"phase": phase, "ranks": [{"rank": 0, "running": running}], "pod": {"uid": uid}})
+
+
+class Wires:
+    """Peers by URL: each has a queue of what its stream carries; one without a queue cannot be reached."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.queues: dict[str, asyncio.Queue[bytes | str | Exception]] = {}
+        self.opened: list[tuple[str, float]] = []
+        self.answers: dict[str, bytes] = {}
+        self.open = 0
+
+    def say(self, url: str, *words: bytes | str | Exception) -> None:
+        queue = self.queues.setdefault(url, asyncio.Queue())
+        for word in words:
+            queue.put_nowait(word)
+
+    async def read(self, _: object, url: str, interval_s: float, silence_s: float) -> AsyncGenerator[bytes]:
+        self.opened.append((url, asyncio.get_running_loop().time()))
+        if url not in self.queues:
+            raise Unreachable("cannot be reached")
+        self.open += 1
+        try:
+            while (word := await self.queues[url].get()) != ENDED:
+                if word == LOST:
+                    del self.queues[url]
+                    raise Unreachable("cannot be reached")
+                if isinstance(word, Exception):
+                    raise word
+                assert isinstance(word, bytes)
+                yield word
+        finally:
+            self.open -= 1
+
+    async def ask(self, _: object, peer: Peer) -> AgentState | None:
+        text = self.answers.get(peer.url)
+        return None if text is None else read_agent_state(text)
+
+
+class Followed:
+    """Streams over wires, and what they reported."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.wires, self.changes = Wires(), list[tuple[Key, bool]]()
+        self.streams = StateStreams(
+            cast(aiohttp.ClientSession, self.wires),
+            lambda key, numbers_only: self.changes.append((key, numbers_only)),
+            most,
+            read=cast(Any, self.wires.read),
+            ask=cast(Any, self.wires.ask),
+        )
+
+
+async def settle() -> None:
+    """Lets all that can run now run."""
+    await asyncio.sleep(0.001)
+
+
+def test_the_first_pass_waits_for_the_first_states_and_later_ones_have_the_newest() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state("starting"))
+        followed.wires.say("http://g-0", orjson.dumps({"held": 3}))
+        states = await followed.streams.fetch(KEY, [engine(), GATEWAY])
+        assert states.engines["e-0"].phase == "starting"
+        assert states.gateways["g-0"].held == 3
+        assert followed.changes == [], "the pass that waits sees the first state"
+        followed.wires.say("http://e-0", state("ready"))
+        await settle()
+        assert followed.changes == [(KEY, False)]
+        states = await followed.streams.fetch(KEY, [engine(), GATEWAY])
+        assert states.engines["e-0"].phase == "ready"
+        assert len(followed.wires.opened) == 2, "a stream each, however many passes"
+        assert followed.streams.is_pushed(KEY)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_numbers_are_reported_as_such_and_what_is_the_same_is_not() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state())
+        await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", state(running=5))
+        await settle()
+        followed.wires.say("http://e-0", state(running=5))
+        await settle()
+        assert followed.changes == [(KEY, True)]
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+@pytest.mark.parametrize(("accepting", "numbers_only"), [(True, True), (False, False)])
+def test_a_held_request_is_more_than_a_number_only_where_no_engine_takes_any(
+    accepting: bool, numbers_only: bool
+) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://g-0", orjson.dumps({"accepting": accepting, "held": 0}))
+        await followed.streams.fetch(KEY, [GATEWAY])
+        followed.wires.say("http://g-0", orjson.dumps({"accepting": accepting, "held": 3}))
+        await settle()
+        assert followed.changes == [(KEY, numbers_only)]
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_peer_that_cannot_be_reached_has_no_state_and_is_tried_with_longer_and_longer_pauses() -> None:
+    async def story() -> None:
+        followed = Followed()
+        assert "e-0" not in await followed.streams.fetch(KEY, [engine()])
+        await asyncio.sleep(300.0)
+        times = [at for _, at in followed.wires.opened]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
+        assert max(pauses) <= LONGEST_RETRY_S
+        assert 300.0 / LONGEST_RETRY_S <= len(times) <= 60
+        followed.wires.say("http://e-0", state())
+        await asyncio.sleep(LONGEST_RETRY_S)
+        assert followed.changes == [(KEY, False)]
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_pass_brings_a_try_forward_but_not_more_often_than_allowed() -> None:
+    async def story() -> None:
+        followed = Followed()
+        await followed.streams.fetch(KEY, [engine()])
+        await asyncio.sleep(100.0)
+        before = len(followed.wires.opened)
+        await followed.streams.fetch(KEY, [engine()])
+        await settle()
+        times = [at for _, at in followed.wires.opened]
+        for _ in range(50):
+            await followed.streams.fetch(KEY, [engine()])
+            await asyncio.sleep(0.1)
+        after = [at for _, at in followed.wires.opened]
+        assert before <= len(times) <= before + 1
+        assert min(b - a for a, b in itertools.pairwise(after[before:])) >= LEAST_RETRY_S
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_stream_that_ended_is_opened_anew_and_its_state_stays_meanwhile() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state())
+        await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", ENDED, state())
+        await settle()
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
+        await asyncio.sleep(5.0)
+        assert len(followed.wires.opened) == 2
+        assert followed.changes == []
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_peer_that_ends_each_stream_at_once_is_not_asked_in_a_tight_loop() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", *[state(), ENDED] * 1000)
+        await followed.streams.fetch(KEY, [engine()])
+        await asyncio.sleep(300.0)
+        assert len(followed.wires.opened) < 120
+        assert followed.changes == []
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+@pytest.mark.parametrize("word", [LOST, RuntimeError("whatever a peer sends")])
+def test_a_state_is_not_valid_once_its_stream_cannot_be_opened_anew(word: str | Exception) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state())
+        await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", word)
+        await settle()
+        followed.wires.queues.pop("http://e-0", None)
+        await asyncio.sleep(5.0)
+        assert followed.changes == [(KEY, False)]
+        assert "e-0" not in await followed.streams.fetch(KEY, [engine()])
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_what_cannot_be_read_is_no_state_and_ends_no_stream() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", b"{")
+        assert "e-0" not in await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", state())
+        await settle()
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
+        assert followed.changes == [(KEY, False)]
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_only_streams_of_present_peers_are_open() -> None:
+    async def story() -> None:
+        followed = Followed()
+        for url in ("http://e-0", "http://e-1", "http://elsewhere"):
+            followed.wires.say(url, state())
+        await followed.streams.fetch(KEY, [engine(), engine("e-1", "http://e-1")])
+        assert followed.wires.open == 2
+        await followed.streams.fetch(KEY, [engine("e-0", "http://elsewhere")])
+        await settle()
+        assert followed.wires.open == 1, "a pod that is gone, and one that has another address"
+        followed.streams.forget(KEY)
+        await settle()
+        assert followed.wires.open == 0
+        assert followed.streams.count == 0
+        followed.wires.say("http://elsewhere", state("stopped"))
+        await asyncio.sleep(60.0)
+        assert followed.changes == []
+
+    run_in_virtual_time(story())
+
+
+def test_close_ends_every_stream_and_every_try() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state())
+        await followed.streams.fetch(KEY, [engine(), GATEWAY])
+        await followed.streams.close()
+        assert followed.wires.open == 0
+        tries = len(followed.wires.opened)
+        await asyncio.sleep(60.0)
+        assert len(followed.wires.opened) == tries
+
+    run_in_virtual_time(story())
+
+
+def test_a_peer_that_does_not_stream_is_not_pushed() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", NotStreamed(state()))
+        await followed.streams._follow(KEY, [engine()], 1.0)[0].answered.wait()
+        assert not followed.streams.is_pushed(KEY)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+@pytest.mark.parametrize("word", [Silent("sent nothing"), Refused(404, b"")])
+def test_a_peer_that_gives_no_stream_but_answers_is_asked_and_tried_again_later(word: Exception) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", word)
+        followed.wires.answers["http://e-0"] = state("starting")
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "starting"
+        assert not followed.streams.is_pushed(KEY)
+        followed.wires.answers["http://e-0"] = state("ready")
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "ready"
+        await asyncio.sleep(0.9 * ASKED_FOR_S)
+        assert len(followed.wires.opened) == 1
+        followed.wires.say("http://e-0", state("draining"))
+        await asyncio.sleep(0.2 * ASKED_FOR_S)
+        assert followed.streams.is_pushed(KEY)
+        assert (await followed.streams.fetch(KEY, [engine()])).engines["e-0"].phase == "draining"
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_first_state_that_comes_after_its_pass_is_reported() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0")
+        assert "e-0" not in await followed.streams.fetch(KEY, [engine()])
+        followed.wires.say("http://e-0", state())
+        await settle()
+        assert followed.changes == [(KEY, False)]
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def asked(uid: str) -> Peer:
+    """An engine whose pod repeats its uid."""
+    return Peer(pod="e-0", url="http://e-0", component="engine", revision="stable", uid=uid, says_uid=True)
+
+
+@pytest.mark.parametrize(("uid", "is_accepted"), [("mine", True), ("another", False), ("", False)])
+def test_a_state_is_accepted_from_the_pod_that_was_meant_alone(uid: str, is_accepted: bool) -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state(uid=uid))
+        states = await followed.streams.fetch(KEY, [asked("mine")])
+        assert ("e-0" in states) is is_accepted
+        assert states.strangers == (frozenset() if is_accepted else {"e-0"})
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_another_pod_at_the_address_is_reported_at_once_and_a_new_pod_of_the_name_has_a_stream_of_its_own() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", state(uid="mine"))
+        await followed.streams.fetch(KEY, [asked("mine")])
+        followed.wires.say("http://e-0", ENDED, state(uid="another"))
+        await asyncio.sleep(5.0)
+        assert followed.changes == [(KEY, False)], "though it says the same but for its uid"
+        states = await followed.streams.fetch(KEY, [asked("mine")])
+        assert states.strangers == {"e-0"}
+        followed.wires.say("http://e-0", state(uid="another"))
+        states = await followed.streams.fetch(KEY, [asked("another")])
+        assert "e-0" in states
+        assert followed.wires.open == 1
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_beyond_the_most_streams_a_peer_is_asked() -> None:
+    async def story() -> None:
+        followed = Followed(most=1)
+        followed.wires.say("http://e-0", state())
+        await followed.streams.fetch(KEY, [engine()])
+        other = Key("ns", "other")
+        followed.streams._follow(other, [engine("e-1", "http://e-1")], 1.0)
+        assert followed.streams.is_pushed(KEY)
+        assert not followed.streams.is_pushed(other)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "seconds"),
+    [
+        (None, NUMBERS_EVERY_S),
+        ({"maxReplicas": 3, "targets": {"queueWait": "1s"}}, 1.0),
+        ({"maxReplicas": 3, "targets": {"queueWait": "1s"}, "interval": "500ms"}, 0.5),
+        ({"maxReplicas": 3, "targets": {"queueWait": "1s"}, "interval": "10m"}, NUMBERS_EVERY_S),
+        ({"maxReplicas": 3, "mode": "external"}, NUMBERS_EVERY_S),
+    ],
+)
+def test_an_autoscaler_gets_several_states_for_each_decision(
+    autoscaling: dict[str, Any] | None, seconds: float
+) -> None:
+    spec: dict[str, Any] = {"model": {"uri": "hf://org/model"}}
+    if autoscaling is not None:
+        spec["autoscaling"] = autoscaling
+    document = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "a"}, "spec": spec}
+    assert numbers_interval_s(parse_resource(document)) == seconds

@@ -40,7 +40,7 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 	$(BIN)/lint-imports
 
 test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
-	$(BIN)/pytest -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
 	$(BIN)/pytest -m vllm tests/vllm

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import os
 import random
 import socket
 import time
@@ -19,10 +21,15 @@ async def until(condition: Callable[[], Any], what: str = "the condition") -> No
         await asyncio.sleep(0.005)
 
 
+# Each worker of a parallel run has ports of its own, and none comes twice before all others have been used.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+_PORTS = itertools.cycle(random.sample(range(20_000 + _WORKER * 3000, 23_000 + _WORKER * 3000), 3000))
+
+
 def free_port() -> int:
     """A free port below those that the kernel gives to connections, one of which could take it before it is used."""
-    while True:
-        port = random.randrange(20_000, 32_000)
+    for port in _PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("no port is free")

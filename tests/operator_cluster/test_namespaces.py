@@ -120,7 +120,7 @@ def test_a_namespace_that_is_deleted_goes_and_the_others_are_served_on(
     for name in names:
         eventually(lambda name=name: exists(cluster, name, "deployment/tiny-gateway"), f"{name} is served")
     cluster.kubectl("delete", "namespace", first, "--wait=false")
-    eventually(lambda: not cluster.kubectl("get", "namespace", first, "--ignore-not-found"), "it is gone", 90.0)
+    eventually(lambda: not cluster.kubectl("get", "namespace", first, "--ignore-not-found"), "it is gone", 180.0)
     change(cluster, second, 3)
     assert operator.lives()
     assert operator.leads()

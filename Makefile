@@ -39,6 +39,8 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+TEST_WORKERS ?= 2
+
 test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 

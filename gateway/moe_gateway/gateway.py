@@ -24,6 +24,7 @@ from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.cors import Cors
 from moe_gateway.http.upstream import Pool
+from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request_stats import RequestStats
@@ -65,6 +66,7 @@ class Gateway:
             dispatcher=self.dispatcher,
             stats=self.stats,
             pool_of=self._pool_of,
+            bodies=BodyReader(),
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._log_end,
@@ -159,6 +161,7 @@ class Gateway:
             connection.force_stop()
         for pool in self._pools.values():
             pool.close()
+        await self._context.bodies.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()

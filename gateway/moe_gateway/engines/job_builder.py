@@ -40,17 +40,18 @@ class JobBuilder:
     def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
         prompt, tokens = parsed.prompt, parsed.prompt_tokens
+        size = parsed.prompt_bytes or len(prompt)
         if tokens is None:
-            tokens = self._ratio(parsed.model).tokens(len(prompt))
+            tokens = self._ratio(parsed.model).tokens(size)
             if parsed.media:
                 tokens += self._media_tokens(parsed.model).tokens(parsed.media)
         session_target = None if session is None else self._sessions.get(session)
         previous = parsed.previous_response
         server = None if previous is None else self.responses.find(previous)
-        if len(prompt) < DEFAULT_BLOCK_BYTES:
+        if size < DEFAULT_BLOCK_BYTES:
             return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model, server), ()
-        keys = block_keys(prompt)
-        block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
+        keys = block_keys(prompt) if parsed.keys is None else parsed.keys
+        block_tokens = tokens * DEFAULT_BLOCK_BYTES / size
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
         if session is parsed.user and session_target not in cached:
@@ -96,12 +97,12 @@ class JobBuilder:
         """
         if parsed.prompt_tokens is not None or parsed.previous_response is not None:
             return
-        ratio = self._ratio(parsed.model)
+        ratio, size = self._ratio(parsed.model), parsed.prompt_bytes or len(parsed.prompt)
         if parsed.media:
-            rest = prompt_tokens - ratio.tokens(len(parsed.prompt))
+            rest = prompt_tokens - ratio.tokens(size)
             self._media_tokens(parsed.model).observe(parsed.media, rest)
         else:
-            ratio.observe(len(parsed.prompt), prompt_tokens)
+            ratio.observe(size, prompt_tokens)
 
     def _media_tokens(self, model: str | None) -> MediaTokens:
         return self._media.get(model) or self._media[None]

@@ -12,13 +12,16 @@ from typing import Any
 from moe_contract.gateway_config import Limits
 
 from moe_gateway.engines.served_models import list_models, model_row
+from moe_gateway.http.content_encoding import KNOWN, EncodingRefused
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, strip_authority
+from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed, parse_body
+from moe_gateway.request.pending_body import PendingBody
 
 # After a refusal the rest of what the client sends is read and thrown away for this long: closing at once would reset
 # the connection, and the client might lose the answer that says why.
@@ -69,7 +72,7 @@ class ClientConnection(asyncio.Protocol):
         self._new_request_id = new_request_id
         self.transport: Any = None
         self._reader = RequestReader(self, limits, new_request_id, context.clock)
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | PendingBody | None = None
         self._is_lingering = False
         self._linger_end_s = math.inf
         self._is_reading_paused = False
@@ -214,11 +217,44 @@ class ClientConnection(asyncio.Protocol):
             )
 
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
+        if route.method != b"POST":
+            self._dispatch_parsed(request, route, _NO_BODY)
+        elif needs_reader(request):
+            self._exchange = pending = PendingBody(lambda: self._refuse_pending(request, route))
+            self._context.spawn(self._read_body(pending, request, route))
+        else:
+            assert isinstance(request.body, bytes)
+            try:
+                parsed = parse_body(route, request.body)
+            except BadBody as error:
+                self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
+            else:
+                self._dispatch_parsed(request, route, parsed)
+
+    async def _read_body(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
+        """Reads a body that takes a while, then goes on as for every other one."""
+        refused: BadBody | EncodingRefused | None = None
         try:
-            parsed = parse_body(route, request.body) if route.method == b"POST" else _NO_BODY
-        except BadBody as error:
-            self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
+            parsed = await self._context.bodies.read(request, route, self._limits.max_body_bytes)
+        except (BadBody, EncodingRefused) as error:
+            refused = error
+        if pending.is_over:
             return
+        self._exchange = None
+        if isinstance(refused, EncodingRefused):
+            self._reply_error(request, route, refused.outcome, str(refused))
+        elif refused is not None:
+            self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(refused), param=refused.param)
+        else:
+            self._dispatch_parsed(request, route, parsed)
+        self._serve_next()
+
+    def _refuse_pending(self, request: ClientRequest, route: Route) -> None:
+        self._exchange = None
+        message = "the gateway was stopped by force"
+        self._reply_error(request, route, RequestOutcome.GATEWAY_ENDED, message, retry_after_s=1)
+
+    def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
         models = self._context.dispatcher.models
         if parsed.model is not None and models and parsed.model not in models:
             message = f"the model {parsed.model[:200]!r} does not exist; known: {', '.join(sorted(models))}"
@@ -285,7 +321,10 @@ class ClientConnection(asyncio.Protocol):
             head_only=request.method == b"HEAD",
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
         )
-        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
+        lines = self._context.cors.answer_lines(request.headers)
+        if outcome is RequestOutcome.UNSUPPORTED_ENCODING:
+            lines += b"accept-encoding: %b\r\n" % KNOWN
+        self.transport.write(insert_lines(answer, lines))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
         if not self._keeps(request):
             self._close()

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import httptools
 
+from moe_gateway.http.bodies import Body, LargeBody
+
 LONGEST_HEAD_BYTES = 256 * 1024
 
 
@@ -63,12 +65,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What an exchange calls.
 
-    def request(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+    def request(self, receiver: Receiver, head: bytes, body: Body) -> None:
         """Writes a request; the answer goes to `receiver`."""
         assert self.transport is not None
         self._reset()
         self.receiver = receiver
-        if len(body) < 16384:
+        if isinstance(body, LargeBody):
+            self.transport.writelines((head, *body.parts))
+        elif len(body) < 16384:
             self.transport.write(head + body)
         else:
             self.transport.write(head)

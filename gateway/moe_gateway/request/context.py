@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.http.bodies import Body
 from moe_gateway.http.cors import Cors
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from moe_gateway.request.body_reader import BodyReader
     from moe_gateway.request.exchange import Exchange
 
 
@@ -30,7 +32,7 @@ class ClientRequest:
     method: bytes
     url: bytes
     headers: bytes
-    body: bytes
+    body: Body
     request_id: bytes
     session: str | None
     keep_alive: bool
@@ -59,6 +61,7 @@ class ExchangeContext:
         on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
+        bodies: reads bodies that take a while.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         draining: whether the gateway stops, so that each connection ends with its answer.
@@ -67,6 +70,7 @@ class ExchangeContext:
     dispatcher: Dispatcher
     stats: RequestStats
     pool_of: Callable[[str], Pool | None]
+    bodies: "BodyReader"
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]

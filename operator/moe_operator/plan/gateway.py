@@ -43,7 +43,7 @@ def _engine_origins(args: Sequence[str]) -> tuple[str, ...] | None:
         origins = json.loads(values[-1]) if values else None
     except ValueError:
         return None
-    is_usable = isinstance(origins, list) and all(
-        isinstance(origin, str) and re.fullmatch(ORIGIN_PATTERN, origin) for origin in origins
-    )
+    if not isinstance(origins, list):
+        return None
+    is_usable = all(isinstance(origin, str) and re.fullmatch(ORIGIN_PATTERN, origin) for origin in origins)
     return tuple(origins) if is_usable else None

@@ -22,7 +22,7 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
-from moe_gateway.http.cors import Cors
+from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
@@ -72,7 +72,7 @@ class Gateway:
             on_end=self._log_end,
             model=config.model,
             tenant_header=config.tenant_header.encode(),
-            cors=Cors(config.cors.allowed_origins),
+            cors=OriginPolicy(config.cors.allowed_origins),
         )
 
     @property

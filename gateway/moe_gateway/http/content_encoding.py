@@ -40,10 +40,10 @@ class Decoder(Protocol):
 
     @property
     def unused_data(self) -> bytes:
-        """What follows its end."""
+        """The bytes that follow its end."""
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        """At most so many decoded bytes."""
+        """Returns the next decoded bytes, at most `max_length`."""
 
 
 def may_have_encoding(headers: bytes) -> bool:

@@ -97,7 +97,7 @@ def build_response(
 
 
 def build_preflight(request_id: bytes, lines: bytes, *, close: bool) -> bytes:
-    """The answer to a preflight of a browser; `lines` say what is allowed."""
+    """The answer to a preflight of a browser, with the header lines that allow the request."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 2\r\n"
     ending = b"connection: close\r\n" if close else b""
     return b"%bx-request-id: %b\r\n%b%b\r\nOK" % (head, request_id, ending, lines)

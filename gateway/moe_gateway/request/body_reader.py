@@ -100,7 +100,7 @@ class BodyReader:
             process.kill()
 
     async def close(self) -> None:
-        """Ends the process."""
+        """Ends the process that parses; later bodies are parsed here."""
         self._is_closed, process = True, self._process
         self._drop_process()
         if process is not None:

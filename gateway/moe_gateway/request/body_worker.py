@@ -50,7 +50,7 @@ def read_answer(head: bytes, prompt: bytes) -> Parsed:
 
 
 def serve(questions: BinaryIO, answers: BinaryIO) -> None:
-    """Answers all questions."""
+    """Answers all questions until there are no more."""
     while len(head := questions.read(QUESTION.size)) == QUESTION.size:
         number, length = QUESTION.unpack(head)
         answers.write(answer(ROUTES[number], questions.read(length)))

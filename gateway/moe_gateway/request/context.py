@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.bodies import Body
-from moe_gateway.http.cors import Cors
+from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
 from moe_gateway.request_stats import RequestStats
@@ -76,6 +76,6 @@ class ExchangeContext:
     on_end: Callable[["Exchange", int, str], None]
     model: str | None = None
     tenant_header: bytes = b""
-    cors: Cors = field(default_factory=Cors)
+    cors: OriginPolicy = field(default_factory=OriginPolicy)
     open_users: OpenUsers = field(default_factory=OpenUsers)
     draining: bool = False

@@ -22,7 +22,7 @@ class PendingBody:
         self.is_over = False
 
     def abandon(self) -> None:
-        """The client is gone."""
+        """The client is gone, so nobody waits for the body."""
         self.is_over = True
 
     def force_stop(self) -> None:

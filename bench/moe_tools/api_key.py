@@ -12,7 +12,7 @@ def read_api_key(path: Path | None) -> str:
     """The key in a file, or in `OPENAI_API_KEY` where no file is named; empty for no key.
 
     Raises:
-        InvalidInput: the file cannot be read, or what is there can be no key.
+        InvalidInput: the file cannot be read, or its content can be no key.
     """
     if path is None:
         where, key = VARIABLE, os.environ.get(VARIABLE, "").strip()

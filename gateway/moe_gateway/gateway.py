@@ -25,8 +25,9 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
-from moe_gateway.http.cors import Cors
+from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
+from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.recent_requests import RecentRequests
@@ -76,6 +77,7 @@ class Gateway:
             dispatcher=self.dispatcher,
             stats=self.stats,
             pool_of=self._pool_of,
+            bodies=BodyReader(),
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._on_end,
@@ -83,7 +85,7 @@ class Gateway:
             tracer=_make_tracer(config),
             model=config.model,
             tenant_header=config.tenant_header.encode(),
-            cors=Cors(config.cors.allowed_origins),
+            cors=OriginPolicy(config.cors.allowed_origins),
             gate=None if config.auth is None else Gate(config.auth, self.clock),
         )
 
@@ -170,6 +172,7 @@ class Gateway:
             connection.force_stop()
         for pool in self._pools.values():
             pool.close()
+        await self._context.bodies.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._context.tracer is not None:
             await asyncio.to_thread(self._context.tracer.close)

@@ -49,7 +49,8 @@ async def test_metrics_parse_and_count_each_request_once(make_engine, serve):
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert samples["requests_total", "200", "completions"] == 4
+    assert samples["requests_total", "200", "completions"] == 3
+    assert samples["requests_total", "502", "completions"] == 1
     assert samples["requests_total", "400", "completions"] == 1
     assert samples["refusals_total", "bad_request"] == 1
     assert samples["dispatch_total", "least_predicted"] == 5

@@ -2,9 +2,9 @@
 
 import pytest
 from moe_contract.documents import parse_model
-from moe_contract.gateway_config import Cors as CorsSection
+from moe_contract.gateway_config import Cors
 from moe_contract.input_errors import InvalidInput
-from moe_gateway.http.cors import Cors
+from moe_gateway.http.cors import OriginPolicy
 
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, event, json_answer, post, prompt
 from tests.gateway.peers import always
@@ -110,10 +110,10 @@ async def test_without_an_origin_nothing_is_said(make_engine, serve):
     "line", [b"origin: null\r\n", b"ORIGIN:null\r\n", b"a: b\r\nOrigin:  null \t\r\nc: d\r\n", b"Origin: null\r\n"]
 )
 def test_the_origin_is_found_however_it_is_spelt(line):
-    assert b"access-control-allow-origin: null\r\n" in Cors(["null"]).answer_lines(line)
+    assert b"access-control-allow-origin: null\r\n" in OriginPolicy(["null"]).answer_lines(line)
 
 
 @pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", "https://A.org", "", "**", "a b"])
 def test_what_is_no_origin_is_refused(origin):
     with pytest.raises(InvalidInput, match="allowed_origins"):
-        parse_model(CorsSection, {"allowed_origins": [origin]})
+        parse_model(Cors, {"allowed_origins": [origin]})

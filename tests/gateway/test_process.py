@@ -230,7 +230,7 @@ async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
     assert b'"code":"gateway_ended"' in await client.rest()
     _, errors = await process.communicate()
     (row,) = [row for row in map(json.loads, errors.splitlines()) if row["message"] == "request"]
-    assert (row["status"], row["reason"]) == (200, "the gateway was stopped by force")
+    assert (row["status"], row["reason"]) == (503, "the gateway was stopped by force")
 
 
 @pytest.mark.parametrize(

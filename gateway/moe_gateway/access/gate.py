@@ -23,6 +23,7 @@ from moe_gateway.access.metering import MeteredClient
 from moe_gateway.access.priorities import class_priority, write_priority
 from moe_gateway.access.quotas import Lease, OverQuota, Quotas
 from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest, ClientSide
 from moe_gateway.request.parsing import Parsed
 
@@ -88,25 +89,27 @@ class Gate:
         return self.issuer.find(credential)
 
     def admit(
-        self, request: ClientRequest, parsed: Parsed, client: ClientSide, tokens: int, *, has_job: bool
+        self, request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, tokens: int
     ) -> tuple[Parsed, ClientSide] | Denial:
         """Charges the request to its tenant, and gives it the priority of its class.
 
         Args:
             request: from a caller that was identified.
+            route: of the request; one without a job needs no computing and costs no tokens.
             parsed: its body.
             client: where its answer goes.
             tokens: of its prompt, as far as they are known.
-            has_job: whether an engine computes for it; what needs no computing costs no tokens.
         """
         caller = request.caller
         assert caller is not None
+        has_job = route.has_job
         lease = self._quotas.admit(caller, tokens if has_job else 0, self._clock())
         if isinstance(lease, OverQuota):
             return deny_over(lease)
         meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None
         request.admission = Admission(lease=lease, meter=meter)
-        if has_job and caller.priority is not None:
+        # The forms of the audio routes have no field for it.
+        if has_job and not route.is_form and caller.priority is not None:
             priority = class_priority(parsed.priority, caller.priority)
             if priority != parsed.priority:
                 request.body, parsed = write_priority(request.body, priority), parsed._replace(priority=priority)

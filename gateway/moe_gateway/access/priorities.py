@@ -7,17 +7,25 @@ written there.
 
 import json
 
+from moe_gateway.http.bodies import Body, LargeBody, split_body
+
 
 def class_priority(asked: int, level: int) -> int:
     """The level of a request that asks for `asked` within a class."""
     return level + max(0, asked)
 
 
-def write_priority(body: bytes, priority: int) -> bytes:
+def write_priority(body: Body, priority: int) -> Body:
     """The body of a request, which is a JSON object, with this priority.
 
     It is put in at the end, where it wins over one before it, and the rest stays as the client wrote it.
     """
+    if isinstance(body, LargeBody):
+        return split_body(_write_last(body.join(), priority))
+    return _write_last(body, priority)
+
+
+def _write_last(body: bytes, priority: int) -> bytes:
     encoding = json.detect_encoding(body)
     if encoding not in ("utf-8", "utf-8-sig"):
         body = body.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")

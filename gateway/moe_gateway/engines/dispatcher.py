@@ -414,8 +414,7 @@ class Dispatcher:
 
     def is_working(self, target: Target, now_s: float, within_s: float) -> bool:
         """Whether the signals of a target show that it has worked within this time, so that an answer may yet come."""
-        stale_after_s = self.settings.stale_after_s
-        return self._targets.is_working(target, now_s, within_s=within_s, stale_after_s=stale_after_s)
+        return self._targets.is_working(target, now_s, within_s, self.settings.stale_after_s)
 
     def _shows_steps(self, target: Target) -> bool:
         """Whether the source of a target's signals answers and shows its steps: a lost source is not a lost engine."""

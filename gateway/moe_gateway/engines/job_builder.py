@@ -40,13 +40,14 @@ class JobBuilder:
     def build(self, parsed: Parsed, session: str | None, tenant: str = ANONYMOUS_TENANT) -> tuple[Job, tuple[int, ...]]:
         """The job, and the keys of its prompt's blocks for `record`; a short prompt has none."""
         prompt, tokens = parsed.prompt, self.count_tokens(parsed)
+        size = parsed.prompt_bytes or len(prompt)
         session_target = None if session is None else self._sessions.get(session)
         previous = parsed.previous_response
         server = None if previous is None else self.responses.find(previous)
-        if len(prompt) < DEFAULT_BLOCK_BYTES:
+        if size < DEFAULT_BLOCK_BYTES:
             return Job(tokens, _NONE_CACHED, session_target, parsed.priority, tenant, parsed.model, server), ()
-        keys = block_keys(prompt)
-        block_tokens = tokens * DEFAULT_BLOCK_BYTES / len(prompt)
+        keys = block_keys(prompt) if parsed.keys is None else parsed.keys
+        block_tokens = tokens * DEFAULT_BLOCK_BYTES / size
         held = self._prefixes.held_blocks(keys)
         cached = {target: int(blocks * block_tokens) for target, blocks in held.items()}
         if session is parsed.user and session_target not in cached:
@@ -58,7 +59,7 @@ class JobBuilder:
         """The tokens of a prompt: exact where it is token ids, else by its model's learned ratio."""
         tokens = parsed.prompt_tokens
         if tokens is None:
-            tokens = self._ratio(parsed.model).tokens(len(parsed.prompt))
+            tokens = self._ratio(parsed.model).tokens(parsed.prompt_bytes or len(parsed.prompt))
             if parsed.media:
                 tokens += self._media_tokens(parsed.model).tokens(parsed.media)
         return tokens
@@ -101,12 +102,12 @@ class JobBuilder:
         """
         if parsed.prompt_tokens is not None or parsed.previous_response is not None:
             return
-        ratio = self._ratio(parsed.model)
+        ratio, size = self._ratio(parsed.model), parsed.prompt_bytes or len(parsed.prompt)
         if parsed.media:
-            rest = prompt_tokens - ratio.tokens(len(parsed.prompt))
+            rest = prompt_tokens - ratio.tokens(size)
             self._media_tokens(parsed.model).observe(parsed.media, rest)
         else:
-            ratio.observe(len(parsed.prompt), prompt_tokens)
+            ratio.observe(size, prompt_tokens)
 
     def _media_tokens(self, model: str | None) -> MediaTokens:
         return self._media.get(model) or self._media[None]

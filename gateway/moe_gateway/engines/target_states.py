@@ -178,7 +178,7 @@ class TargetStates:
         state = self.by_target.get(target)
         return state is not None and state.signal is not None and state.signal.step > 0
 
-    def is_working(self, target: Target, now_s: float, *, within_s: float, stale_after_s: float) -> bool:
+    def is_working(self, target: Target, now_s: float, within_s: float, stale_after_s: float) -> bool:
         """Whether a target has made a step within this time; where none are counted, whether a request runs there."""
         state = self.by_target.get(target)
         if state is None or state.signal is None:

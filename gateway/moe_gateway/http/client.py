@@ -13,15 +13,17 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial, build_denial
-from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.served_models import find_model, list_models, model_row
+from moe_gateway.http.content_encoding import KNOWN, EncodingRefused
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
+from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
-from moe_gateway.request.parsing import BadBody
+from moe_gateway.request.parsing import BadBody, Parsed
+from moe_gateway.request.pending_body import PendingBody
 from moe_gateway.request.reading import read_request
 
 # After a refusal the rest of what the client sends is read and thrown away for this long: closing at once would reset
@@ -76,7 +78,7 @@ class ClientConnection(asyncio.Protocol):
         self._new_request_id = new_request_id
         self.transport: Any = None
         self._reader = RequestReader(self, limits, new_request_id, context.clock)
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | PendingBody | None = None
         self._is_lingering = False
         self._linger_end_s = math.inf
         self._is_reading_paused = False
@@ -246,11 +248,41 @@ class ClientConnection(asyncio.Protocol):
 
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
-            parsed = read_request(route, request)
             read_deadline(request)
+            if route.method == b"POST" and needs_reader(request):
+                self._exchange = pending = PendingBody(lambda: self._refuse_pending(request, route))
+                self._context.spawn(self._read_body(pending, request, route))
+                return
+            parsed = read_request(route, request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
+        self._dispatch_parsed(request, route, parsed)
+
+    async def _read_body(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
+        """Reads a body that takes a while, then goes on as for every other one."""
+        refused: BadBody | EncodingRefused | None = None
+        try:
+            parsed = await self._context.bodies.read(request, route, self._limits.max_body_bytes)
+        except (BadBody, EncodingRefused) as error:
+            refused = error
+        if pending.is_over:
+            return
+        self._exchange = None
+        if isinstance(refused, EncodingRefused):
+            self._reply_error(request, route, refused.outcome, str(refused))
+        elif refused is not None:
+            self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(refused), param=refused.param)
+        else:
+            self._dispatch_parsed(request, route, parsed)
+        self._serve_next()
+
+    def _refuse_pending(self, request: ClientRequest, route: Route) -> None:
+        self._exchange = None
+        message = "the gateway was stopped by force"
+        self._reply_error(request, route, RequestOutcome.GATEWAY_ENDED, message, retry_after_s=1)
+
+    def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
         models = self._context.dispatcher.models
         if parsed.model is not None and models and parsed.model not in models:
             self._reply_unknown_model(request, route, parsed.model)
@@ -264,7 +296,7 @@ class ClientConnection(asyncio.Protocol):
         client: ClientSide = self
         if self._context.gate is not None and route.method == b"POST":
             tokens = self._context.dispatcher.count_tokens(parsed)
-            admitted = self._context.gate.admit(request, parsed, self, tokens, has_job=route.has_job)
+            admitted = self._context.gate.admit(request, route, parsed, self, tokens)
             if isinstance(admitted, Denial):
                 self._deny(request, route, admitted)
                 return
@@ -328,7 +360,10 @@ class ClientConnection(asyncio.Protocol):
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
             is_anthropic=route is not None and route.is_anthropic,
         )
-        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
+        lines = self._context.cors.answer_lines(request.headers)
+        if outcome is RequestOutcome.UNSUPPORTED_ENCODING:
+            lines += b"accept-encoding: %b\r\n" % KNOWN
+        self.transport.write(insert_lines(answer, lines))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
         if not self._keeps(request):
             self._close()
@@ -365,10 +400,7 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what took too long; called several times a second."""
         if self._exchange is not None:
-            if self._exchange.attempts.is_late(now_s):
-                self._exchange.reject(Rejection.DEADLINE)
-            else:
-                self._exchange.check(now_s, self._limits)
+            self._exchange.check(now_s, self._limits)
         elif now_s >= self._deadline_s:
             if self._is_lingering:
                 self.transport.abort()

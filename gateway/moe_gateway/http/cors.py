@@ -17,8 +17,8 @@ _PREFLIGHT = (
 )
 
 
-class Cors:
-    """The origins that are allowed.
+class OriginPolicy:
+    """The origins whose pages may use the gateway.
 
     Args:
         origins: such as `https://chat.example.org`; `*` is any.

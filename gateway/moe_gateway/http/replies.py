@@ -18,6 +18,7 @@ class RequestOutcome(Enum):
     RESPONSE_NOT_FOUND = ("response_not_found", 404, "invalid_request_error")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error")
     REQUEST_TIMEOUT = ("request_timeout", 408, "invalid_request_error")
+    UNSUPPORTED_ENCODING = ("unsupported_encoding", 415, "invalid_request_error")
     BODY_TOO_LARGE = ("body_too_large", 413, "invalid_request_error")
     HEAD_TOO_LARGE = ("head_too_large", 431, "invalid_request_error")
     BUSY = ("busy", 429, "rate_limit_error")
@@ -44,6 +45,7 @@ REASONS = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     413: "Content Too Large",
+    415: "Unsupported Media Type",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     502: "Bad Gateway",
@@ -122,7 +124,7 @@ def build_response(
 
 
 def build_preflight(request_id: bytes, lines: bytes, *, close: bool) -> bytes:
-    """The answer to a preflight of a browser; `lines` say what is allowed."""
+    """The answer to a preflight of a browser, with the header lines that allow the request."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: 2\r\n"
     ending = b"connection: close\r\n" if close else b""
     return b"%bx-request-id: %b\r\n%b%b\r\nOK" % (head, request_id, ending, lines)

@@ -11,6 +11,7 @@ from typing import Protocol
 import httptools
 from moe_contract.gateway_config import Limits
 
+from moe_gateway.http.bodies import build_body
 from moe_gateway.http.heads import HOP_BY_HOP
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.whole_request import (
@@ -248,7 +249,7 @@ class RequestReader:
                 method=parser.get_method(),
                 url=self._url,
                 headers=b"".join(self._lines),
-                body=b"".join(self._body),
+                body=build_body(self._body),
                 request_id=self._request_id or self._new_request_id(),
                 session=self._session,
                 keep_alive=parser.should_keep_alive(),

@@ -10,6 +10,8 @@ from typing import Protocol
 import httptools
 from moe_contract.peer_tokens import PeerTokens
 
+from moe_gateway.http.bodies import Body, LargeBody
+
 LONGEST_HEAD_BYTES = 256 * 1024
 
 
@@ -64,14 +66,16 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What an exchange calls.
 
-    def request(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+    def request(self, receiver: Receiver, head: bytes, body: Body) -> None:
         """Writes a request; the answer goes to `receiver`."""
         assert self.transport is not None
         self._reset()
         self.receiver = receiver
         if (tokens := self._pool.tokens) is not None:
             head = head[:-2] + tokens.head_end
-        if len(body) < 16384:
+        if isinstance(body, LargeBody):
+            self.transport.writelines((head, *body.parts))
+        elif len(body) < 16384:
             self.transport.write(head + body)
         else:
             self.transport.write(head)

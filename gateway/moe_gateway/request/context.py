@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 
 from moe_gateway.engines.dispatcher import Dispatcher
-from moe_gateway.http.cors import Cors
+from moe_gateway.http.bodies import Body
+from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.heads import read_tenant
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe_gateway.access.gate import Admission, Gate
     from moe_gateway.access.key_table import Caller
+    from moe_gateway.request.body_reader import BodyReader
     from moe_gateway.request.exchange import Exchange
     from moe_gateway.tracing import RequestTracer
 
@@ -44,7 +46,7 @@ class ClientRequest:
     method: bytes
     url: bytes
     headers: bytes
-    body: bytes
+    body: Body
     request_id: bytes
     session: str | None
     keep_alive: bool
@@ -86,6 +88,7 @@ class ExchangeContext:
         tracer: makes traces of requests; None: nobody wants them.
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
+        bodies: reads bodies that take a while.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.
@@ -95,6 +98,7 @@ class ExchangeContext:
     dispatcher: Dispatcher
     stats: RequestStats
     pool_of: Callable[[str], Pool | None]
+    bodies: "BodyReader"
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["Exchange", int, str], None]
@@ -102,7 +106,7 @@ class ExchangeContext:
     tracer: "RequestTracer | None" = None
     model: str | None = None
     tenant_header: bytes = b""
-    cors: Cors = field(default_factory=Cors)
+    cors: OriginPolicy = field(default_factory=OriginPolicy)
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
     draining: bool = False

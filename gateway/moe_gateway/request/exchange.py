@@ -387,6 +387,9 @@ class Exchange:
         """
         if self._ended:
             return
+        if self.attempts.is_late(now_s):
+            self.reject(Rejection.DEADLINE)
+            return
         if self._may_open:
             self._answer.keep_alive(self._beginning, limits.stream_head_after_s, now_s)
         if self._in_flight is None:

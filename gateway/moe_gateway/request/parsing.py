@@ -12,6 +12,8 @@ from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_
 from moe_gateway.request.messages_body import read_as_chat, read_session
 from moe_gateway.request.pooling_body import read_decision, read_embedded, read_scored
 
+# More of a prompt, some 500,000 tokens, is in no index: to remember it would take longer than it can save.
+MOST_KEYED_BYTES = 2 * 1024 * 1024
 _NO_MEDIA: Mapping[str, int] = MappingProxyType({})
 
 
@@ -35,6 +37,8 @@ class Parsed(NamedTuple):
         prompt_tokens: exact number of tokens where the prompt is token ids, else None.
         previous_response: id of the response that is continued; None: none is.
         media: how many images, audio and video parts the prompt has, by kind.
+        prompt_bytes: length of the whole prompt where `prompt` is not; 0 where it is.
+        keys: of the blocks of the prompt, where they are computed already.
     """
 
     model: str | None
@@ -45,6 +49,8 @@ class Parsed(NamedTuple):
     prompt_tokens: int | None
     previous_response: str | None = None
     media: Mapping[str, int] = _NO_MEDIA
+    prompt_bytes: int = 0
+    keys: tuple[int, ...] | None = None
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:

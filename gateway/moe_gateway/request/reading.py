@@ -19,4 +19,5 @@ def read_request(route: Route, request: ClientRequest) -> Parsed:
         return _NO_BODY._replace(stream=stream, previous_response=read_response_id(request.url))
     if route.method != b"POST":
         return _NO_BODY
+    assert isinstance(request.body, bytes)
     return parse_form(request.headers, request.body) if route.is_form else parse_body(route, request.body)

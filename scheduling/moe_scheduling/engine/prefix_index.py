@@ -26,10 +26,15 @@ DEFAULT_CAPACITY_BLOCKS = 16384
 COMPUTED = 0
 
 
-def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[int, ...]:
+def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES, *, previous: int = 0) -> tuple[int, ...]:
     """Returns the keys of the full blocks of a prompt; each depends on all bytes up to the end of its block.
 
     Keys are Python's keyed hashes: fast, and no client can construct a collision; they mean nothing in another process.
+
+    Args:
+        prompt: whole, or a part that begins after a full block.
+        block_bytes: size of a block.
+        previous: key of the block before this part; 0 at the beginning.
 
     Raises:
         ValueError: `block_bytes` is less than 1.
@@ -37,7 +42,7 @@ def block_keys(prompt: bytes, block_bytes: int = DEFAULT_BLOCK_BYTES) -> tuple[i
     if block_bytes < 1:
         raise ValueError(f"block_bytes must be at least 1, got {block_bytes}")
     keys = []
-    key = 0
+    key = previous
     for start in range(0, len(prompt) - block_bytes + 1, block_bytes):
         key = hash((key, prompt[start : start + block_bytes]))
         keys.append(key)

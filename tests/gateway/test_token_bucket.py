@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_contract.access_config import Quota
 from moe_gateway.access import quotas as quotas_module
 from moe_gateway.access.key_table import build_caller
-from moe_gateway.access.quotas import Lease, QuotaBound, OverQuota, Quotas
+from moe_gateway.access.quotas import Lease, OverQuota, QuotaBound, Quotas
 from moe_gateway.access.token_bucket import TokenBucket
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from moe_gateway.access.quotas import QuotaBound, OverQuota
+from moe_gateway.access.quotas import OverQuota, QuotaBound
 from moe_gateway.http.replies import RequestOutcome, build_error, build_response
 from moe_gateway.request.context import ClientRequest
 

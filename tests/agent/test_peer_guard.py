@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from moe_agent.supervisor.engine_command import build_command
+from moe_agent.supervisor.node import Node
 from moe_agent.vllm.peer_guard import PeersOnly
+from moe_contract.agent_config import AgentConfig, EngineConfig
+from moe_contract.engine_process import engine_environment
 from moe_contract.peer_tokens import TOKENS_VARIABLE, PeerTokens, derive_peer_token
+from moe_contract.sections import Listen
 
 PEER = derive_peer_token(b"secret")
 
@@ -61,3 +66,16 @@ async def test_a_lifespan_passes_and_a_websocket_is_closed(guarded):
 async def test_what_a_gateway_sends_passes(guarded, tmp_path):
     name, value = PeerTokens(tmp_path / "token").head_end.removesuffix(b"\r\n\r\n").split(b": ")
     assert (await guarded("/v1/completions", (name, value)))[0]
+
+
+@pytest.mark.parametrize("guarded_engine", [False, True])
+def test_the_agent_names_the_middleware_and_the_file_where_the_engine_is_guarded(tmp_path, guarded_engine):
+    engine = EngineConfig(port=1, model="m", served_name="m", guarded=guarded_engine)
+    config = AgentConfig(run_dir=tmp_path, listen=Listen(port=2), token_file=tmp_path / "token", engine=engine)
+    node = Node(index=0, leader="", ranks=range(1))
+    command = build_command(engine, node, cpu_build=True)
+    assert (command.count("moe_agent.vllm.peer_guard.PeersOnly") == 1) == guarded_engine
+    # The closed list of routes stays in front of it.
+    assert command[-1 - command[::-1].index("--middleware") + 1] == "moe_agent.vllm.middleware.ServingRoutesOnly"
+    environment = engine_environment(config, {}, cpu_build=True, cpus=1)
+    assert environment.get(TOKENS_VARIABLE) == (str(tmp_path / "token") if guarded_engine else None)

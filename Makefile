@@ -8,13 +8,14 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
+LOAD_TOOLS := .cache/load-tools
 EXTRAS := gateway,operator,agent,cpu,bench,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -45,10 +46,21 @@ test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on re
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
-	$(BIN)/pytest -m vllm tests/vllm
+	$(BIN)/pytest -m "vllm and not load_tools" tests/vllm
 
 test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
 	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py
+
+test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm and vllm bench serve against the gateway and a real engine
+	$(BIN)/pytest -m load_tools tests/vllm
+
+# Each in an environment of its own: their dependencies contradict one another.
+$(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt | $(STAMP)
+	for tool in $$(cat $<); do \
+		$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOAD_TOOLS)/$${tool%%==*}; \
+		$(BIN)/uv pip install -q --python $(LOAD_TOOLS)/$${tool%%==*}/bin/python $$tool; \
+	done
+	@touch $@
 
 $(JAVASCRIPT)/.ready: tests/vllm/javascript/package.json tests/vllm/javascript/package-lock.json
 	@command -v npm >/dev/null || $(call system_package,nodejs npm)

@@ -3,7 +3,7 @@
 Greedy, so that two servers with the same model give the same answers. No client repeats a request by itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anthropic
@@ -27,6 +27,11 @@ def open_anthropic(url: str) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=url, api_key="any", max_retries=0, timeout=120)
 
 
+def kinds(events: Iterable[Any]) -> list[str]:
+    """The types of events, each once: a busy engine may put several tokens into one event."""
+    return list(dict.fromkeys(event.type for event in events))
+
+
 def chat(client: openai.OpenAI) -> Any:
     answer = client.chat.completions.create(**CHAT)
     return answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage.prompt_tokens
@@ -40,7 +45,7 @@ def chat_stream(client: openai.OpenAI) -> Any:
 
 def chat_helper(client: openai.OpenAI) -> Any:
     with client.chat.completions.stream(**CHAT) as stream:
-        return [event.type for event in stream]
+        return kinds(stream)
 
 
 def tools(client: openai.OpenAI) -> Any:
@@ -90,10 +95,10 @@ def responses(client: openai.OpenAI) -> Any:
 
 def responses_stream(client: openai.OpenAI) -> Any:
     with client.responses.stream(**RESPONSE) as stream:
-        kinds = [event.type for event in stream]
+        passed = kinds(stream)
         response = stream.get_final_response()
     assert client.responses.retrieve(response.id).output_text == response.output_text
-    return kinds, response.output_text
+    return passed, response.output_text
 
 
 def background(client: openai.OpenAI) -> Any:
@@ -108,7 +113,7 @@ def background_stream(client: openai.OpenAI) -> Any:
     events = list(client.responses.create(**RESPONSE, background=True, stream=True))
     again = list(client.responses.retrieve(events[0].response.id, stream=True, starting_after=2))
     assert [event.type for event in events[3:]] == [event.type for event in again]
-    return [event.type for event in events]
+    return kinds(events)
 
 
 def models(client: openai.OpenAI) -> Any:
@@ -142,19 +147,18 @@ def message(client: anthropic.Anthropic) -> Any:
 
 def message_stream(client: anthropic.Anthropic) -> Any:
     with client.messages.stream(**MESSAGE) as stream:
-        kinds = [event.type for event in stream]
-        return kinds, stream.get_final_message().content[0].text
+        return kinds(stream), stream.get_final_message().content[0].text
 
 
 def message_tools(client: anthropic.Anthropic) -> Any:
     tool = {"name": "pick", "input_schema": SCHEMA}
     made = MESSAGE | {"tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 20}
-    kinds = [block.type for block in client.messages.create(**made).content]
+    blocks = [block.type for block in client.messages.create(**made).content]
     result = {"type": "tool_result", "tool_use_id": "a", "content": "x"}
     call = {"type": "tool_use", "id": "a", "name": "pick", "input": {"a": "x"}}
     talk = [*ASKED, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
     after = client.messages.create(**MESSAGE | {"messages": talk, "tools": [tool]})
-    return kinds, after.usage.input_tokens
+    return blocks, after.usage.input_tokens
 
 
 def counted_tokens(client: anthropic.Anthropic) -> Any:

@@ -1,7 +1,7 @@
 """OpenTelemetry traces of requests, by the official SDK; off unless the configuration has `tracing`.
 
 A request that is meant for an engine is one span of kind server. The client's context (W3C `traceparent`) is its
-parent, and the engine gets the span's own context in place of it, so that spans of vLLM (`--otlp-traces-endpoint`) are
+parent, and the engine gets the span's own context instead, so that spans of vLLM (`--otlp-traces-endpoint`) are
 its children. Spans leave in batches by OTLP over HTTP from a thread of the SDK; a collector that is away loses spans
 and holds up no request.
 
@@ -77,7 +77,7 @@ class RequestTracer:
         return self._propagator.extract(carrier, context=Context())
 
     def end(self, exchange: "Exchange", status: int, problem: str) -> None:
-        """Ends the span of a request with what the gateway knows of it."""
+        """Ends the span of a request, with the attributes that are known by then."""
         span: Span | None = exchange.request.span
         if span is None or not span.is_recording():
             return
@@ -99,5 +99,5 @@ class RequestTracer:
         span.end()
 
     def close(self) -> None:
-        """Sends what is left, which takes at most some seconds; not to be called on the event loop's thread."""
+        """Sends the last spans, for at most some seconds; not to be called on the event loop's thread."""
         self._provider.shutdown()

@@ -392,7 +392,7 @@ def test_the_command_for_kubectl_names_only_what_was_named() -> None:
 
 
 def test_a_change_without_load_says_that_its_worth_is_unknown() -> None:
-    unknown = "4 experts move; what it wins is not known, no load is recorded"
+    unknown = "4 experts move; its gain is not known, no load is recorded"
     assert command.describe_change(read(experts(load={"steps": 0})), CANDIDATE) == unknown
     with pytest.raises(InvalidInput):
         command.describe_change(read(experts()), [[0]])

@@ -53,7 +53,7 @@ async def test_with_it_requests_pass(guarded):
 
 
 async def test_what_the_agent_asks_for_is_open_to_reading_alone(guarded):
-    for path in ("/health", "/v1/models"):
+    for path in ("/health", "/v1/models", "/is_sleeping", "/is_paused"):
         assert await guarded(path, method="GET") == (True, [])
         assert not (await guarded(path, method="POST"))[0]
 

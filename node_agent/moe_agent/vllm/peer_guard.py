@@ -1,8 +1,8 @@
 """ASGI middleware of an engine that is guarded: requests of the deployment's own gateways pass, others are 401.
 
 Named to vLLM by `--middleware moe_agent.vllm.peer_guard.PeersOnly` where clients need keys: whoever reaches the port of
-the engine would otherwise need none. Health and the list of models stay open: the agent asks for them, and they say
-nothing of users. The file of control tokens is named by `MOESERVING_PEER_TOKENS`.
+the engine would otherwise need none. Health, the list of models and whether the engine sleeps stay open: the agent
+asks for them, and they say nothing of users. The file of control tokens is named by `MOESERVING_PEER_TOKENS`.
 """
 
 import json
@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/v1/models"})
+OPEN_PATHS = frozenset({"/health", "/v1/models", "/is_sleeping", "/is_paused"})
 _NAME = HEADER.encode()
 
 

@@ -22,7 +22,7 @@ from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from moe_agent.api.broadcaster import StateBroadcaster
+from moe_agent.api.broadcaster import StateBroadcaster, Version
 from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
@@ -102,16 +102,12 @@ class AgentServer:
         sparse = None if interval_s is None else SparseStream(interval_s)
         async with aclosing(self._broadcaster.watch()) as snapshots:
             try:
-                async for snapshot in snapshots:
-                    if line := snapshot if sparse is None else self._thin(sparse, snapshot):
+                async for version, snapshot in snapshots:
+                    if line := snapshot if sparse is None else _thin(sparse, version, snapshot):
                         await stream.write(line)
             except ConnectionResetError:
                 return stream
         return stream
-
-    def _thin(self, sparse: SparseStream, snapshot: bytes) -> bytes:
-        revision, settings, *ranks = self._snapshot_version()
-        return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
 
     def _serialise(self) -> bytes:
         return write_agent_state(self.snapshot())
@@ -191,6 +187,11 @@ class AgentServer:
             return await handler(request)
 
         return check
+
+
+def _thin(sparse: SparseStream, version: Version, snapshot: bytes) -> bytes:
+    revision, settings, *ranks = version
+    return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
 
 
 def _read_flag(request: web.Request, name: str) -> bool:

@@ -17,7 +17,7 @@ from moe_contract.documents import parse_document
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
-from moe_contract.state_stream import NDJSON, SparseStream, parse_interval
+from moe_contract.state_stream import SparseStream, parse_interval, stream_headers
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -97,7 +97,7 @@ class AgentServer:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
             return web.Response(body=self._serialise(), content_type="application/json")
-        stream = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
+        stream = web.StreamResponse(headers=stream_headers(interval_s))
         await stream.prepare(request)
         sparse = None if interval_s is None else SparseStream(interval_s)
         async with aclosing(self._broadcaster.watch()) as snapshots:

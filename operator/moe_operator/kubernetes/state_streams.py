@@ -1,8 +1,8 @@
 """The states of agents and gateways, pushed over one stream for each pod instead of asked for at each pass.
 
 Owned by the reconciler: a pass says which peers its resource has, and gets their newest states. A change calls
-`on_change`, at most once in `LEAST_BETWEEN_S` for each peer while more than numbers change. A peer that cannot stream (of an older version, behind a proxy that buffers, or without a descriptor for
-it) is asked at each pass.
+`on_change`, for each peer at most once in `LEAST_BETWEEN_S` unless only numbers change. A peer that cannot stream (of
+an older version, behind a proxy that buffers, or without a descriptor for it) is asked at each pass.
 
 Invariants: a state is valid while its stream lives, which is `STREAM_SILENCE_S` after the last byte at most, and
 through one try to open the stream anew. It is accepted only where the answer carries the uid of the pod

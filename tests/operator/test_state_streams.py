@@ -420,16 +420,16 @@ def test_a_peer_that_changes_all_the_time_is_reported_once_a_second_and_its_last
 @given(st.lists(st.tuples(st.floats(0.0, 3.0), st.booleans()), max_size=30))
 def test_reports_are_spaced_and_none_is_lost(steps: list[tuple[float, bool]]) -> None:
     async def story() -> None:
-        now_s, told = asyncio.get_running_loop().time, list[tuple[float, bool]]()
-        reports = SpacedReports(lambda numbers_only: told.append((now_s(), numbers_only)))
+        now_s, reported = asyncio.get_running_loop().time, list[tuple[float, bool]]()
+        reports = SpacedReports(lambda numbers_only: reported.append((now_s(), numbers_only)))
         changes: list[float] = []
         for pause_s, numbers_only in steps:
             await asyncio.sleep(pause_s)
             changes += [] if numbers_only else [now_s()]
-            reports.tell(numbers_only)
+            reports.add(numbers_only)
         await asyncio.sleep(LEAST_BETWEEN_S + 0.01)
-        at = [time_s for time_s, numbers_only in told if not numbers_only]
-        assert len(told) - len(at) == sum(numbers_only for _, numbers_only in steps)
+        at = [time_s for time_s, numbers_only in reported if not numbers_only]
+        assert len(reported) - len(at) == sum(numbers_only for _, numbers_only in steps)
         assert all(b - a > LEAST_BETWEEN_S - 1e-6 for a, b in itertools.pairwise(at))
         for change_s in changes:
             assert any(change_s <= time_s <= change_s + LEAST_BETWEEN_S + 0.01 for time_s in at)

@@ -1,13 +1,13 @@
 """Reports of changes with a least time between them, so that a peer that changes all the time makes no loop of passes.
 
 Owned by one stream of states. Invariants: after a notable change a report follows at once, or `LEAST_BETWEEN_S` after
-the last one; of several changes in between, one report tells. No report follows `stop`.
+the last one; several changes in between have one report. No report follows `stop`.
 """
 
 import asyncio
 from collections.abc import Callable
 
-# A pass reads the newest states, so that one report tells of all changes before it.
+# A pass reads the newest states, so that one report stands for all changes before it.
 LEAST_BETWEEN_S = 1.0
 
 
@@ -24,7 +24,7 @@ class SpacedReports:
         self._last_s = -LEAST_BETWEEN_S
         self._waiting: asyncio.TimerHandle | None = None
 
-    def tell(self, numbers_only: bool) -> None:
+    def add(self, numbers_only: bool) -> None:
         """Reports a change; that of numbers alone, which its receiver spaces out, at once."""
         if self._is_stopped:
             return
@@ -39,7 +39,7 @@ class SpacedReports:
             self._waiting = loop.call_later(wait_s, self._report_now)
 
     def stop(self) -> None:
-        """Drops what waits."""
+        """Drops the report that waits; none follows."""
         self._is_stopped = True
         if self._waiting is not None:
             self._waiting.cancel()

@@ -251,7 +251,7 @@ class _Stream:
             return False
         self.is_asked, self._text, self._notable = True, None, None
         self.answered.set()
-        self._reports.tell(False)
+        self._reports.add(False)
         return True
 
     def _take(self, text: bytes) -> None:
@@ -263,7 +263,7 @@ class _Stream:
         self.answered.set()
         # The pass that waits for the first state sees it.
         if not is_first and not is_same and not before == notable == _STRANGER:
-            self._reports.tell(before == notable)
+            self._reports.add(before == notable)
 
     def _notable_of(self, state: State | None) -> tuple[object, ...] | None:
         if is_stranger(self.peer, state):
@@ -274,7 +274,7 @@ class _Stream:
         was_known, self._text, self._notable = self._text is not None, None, None
         self.answered.set()
         if was_known:
-            self._reports.tell(False)
+            self._reports.add(False)
 
     async def _pause(self, seconds: float) -> None:
         self._retry.clear()

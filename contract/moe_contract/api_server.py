@@ -304,6 +304,7 @@ class _Connection:
             proxy=self._proxy,
             proxy_auth=self._proxy_auth,
             proxy_headers=self._proxy_headers,
+            server_hostname=self._configuration.tls_server_name or None,
         )
 
     async def close(self) -> None:
@@ -319,7 +320,9 @@ def _find_proxy(host: str, configured: str | None, *, trust_env: bool) -> tuple[
 
     address = urlsplit(host)
     proxy = configured
-    if proxy is None and trust_env and not proxy_bypass(address.netloc):
+    # Python compares an IPv6 address of `no_proxy` with the brackets of a URL only where it has them too.
+    is_direct = proxy_bypass(address.netloc) or proxy_bypass(address.hostname or "")
+    if proxy is None and trust_env and not is_direct:
         proxy = getproxies().get(address.scheme)
     if not proxy:
         return None, None

@@ -4,8 +4,11 @@ Agents and gateways write it with `SparseStream`, the operator reads it with `re
 first at once, then one as soon as something of note changes (phase, settings, requests held or not), and one at most
 each interval while only numbers change. An empty line says that the writer lives; a reader that has had no byte for
 `STREAM_SILENCE_S` gives the stream up. `?watch=1` without an interval is the dense stream, which the gateway reads.
+The header `X-State-Interval` marks the sparse stream: agents of older versions ignore `interval` and answer with the
+dense one, which no reader of states needs ten times a second.
 """
 
+import asyncio
 import math
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -14,9 +17,11 @@ import aiohttp
 
 from moe_contract.clients import Refused, Unreachable, Unreadable
 from moe_contract.input_errors import InputError, InvalidInput
-from moe_contract.routes import CONNECT_TIMEOUT_S, STATE, STREAM_HEARTBEAT_S, STREAM_SILENCE_S
+from moe_contract.routes import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, STATE, STREAM_HEARTBEAT_S, STREAM_SILENCE_S
 
 NDJSON = "application/x-ndjson"
+# Writers of a sparse stream repeat its interval here. Older agents know the dense stream alone and answer without it.
+INTERVAL_HEADER = "X-State-Interval"
 HEARTBEAT = b"\n"
 LONGEST_LINE_BYTES = 4 * 1024 * 1024
 # The kernel asks a silent peer for a sign of life, so that a lost node is noticed before the silence is.
@@ -39,6 +44,12 @@ def parse_interval(query: Mapping[str, str]) -> float | None:
     if not 0.0 < interval_s < math.inf:
         raise InvalidInput([InputError("interval", f"a number of seconds above 0 is needed, got {text!r}")])
     return interval_s
+
+
+def stream_headers(interval_s: float | None) -> dict[str, str]:
+    """Headers of a stream of states, sparse with an interval, dense without."""
+    headers = {"Content-Type": NDJSON, "Cache-Control": "no-store"}
+    return headers if interval_s is None else headers | {INTERVAL_HEADER: f"{interval_s:g}"}
 
 
 class SparseStream:
@@ -74,14 +85,14 @@ class SparseStream:
 
 
 class NotStreamed(Exception):
-    """The peer answered with its state alone; it knows no streams.
+    """The peer does not know sparse streams: it answered with its state alone, or with a dense stream.
 
     Attributes:
-        state: the answer's body.
+        state: its state, as JSON.
     """
 
     def __init__(self, state: bytes) -> None:
-        super().__init__("the peer does not stream its state")
+        super().__init__("the peer does not stream its state sparsely")
         self.state = state
 
 
@@ -103,9 +114,9 @@ async def read_states(
         silence_s: time without a byte after which the peer counts as unreachable.
 
     Raises:
-        NotStreamed: it answered once, as a peer of an older version does.
+        NotStreamed: it answered once or with a dense stream, as peers of older versions do.
         Silent: it sent nothing for too long.
-        PeerError: it cannot be reached, refuses, or sends a line without an end.
+        PeerError: it cannot be reached, refuses, or sends a line or an answer without an end.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
     params = {"watch": "1", "interval": f"{interval_s:g}"}
@@ -114,9 +125,11 @@ async def read_states(
         request = session.get(url + STATE, params=params, timeout=timeout, allow_redirects=False)
         async with request as answer:
             if answer.status != 200:
-                raise Refused(answer.status, await answer.read())
+                raise Refused(answer.status, await _read_start(answer))
             if answer.content_type != NDJSON:
-                raise NotStreamed(await answer.read())
+                raise NotStreamed(await _read_start(answer))
+            if INTERVAL_HEADER not in answer.headers:
+                raise NotStreamed(await _read_start(answer, end=b"\n"))
             _ask_for_life(answer)
             rest = b""
             async for piece in answer.content.iter_any():
@@ -133,6 +146,24 @@ async def read_states(
         raise Silent(f"sent nothing within {silence_s:g} s") from None
     except (aiohttp.ClientError, OSError):
         raise Unreachable("cannot be reached") from None
+
+
+async def _read_start(answer: aiohttp.ClientResponse, end: bytes | None = None) -> bytes:
+    """The body of an answer up to its end, or only as far as its first line; neither may be long or take long."""
+    body = b""
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            async for piece in answer.content.iter_any():
+                body += piece
+                if end is not None and end in body.lstrip():
+                    return body.lstrip().partition(end)[0]
+                if len(body) > LONGEST_LINE_BYTES:
+                    raise Unreadable("sends an answer without an end")
+    except aiohttp.ServerTimeoutError:
+        raise
+    except TimeoutError:
+        raise Unreadable(f"did not end its answer within {READ_TIMEOUT_S:g} s") from None
+    return body
 
 
 def _ask_for_life(answer: aiohttp.ClientResponse) -> None:

@@ -16,7 +16,7 @@ from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.request_record import write_request_record
 from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, REQUESTS, STATE
-from moe_contract.state_stream import NDJSON, SparseStream, parse_interval
+from moe_contract.state_stream import SparseStream, parse_interval, stream_headers
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector, render_metrics
@@ -89,7 +89,7 @@ class Admin:
             return _refuse(422, error.errors)
         if request.query.get("watch") != "1" or interval_s is None:
             return web.Response(body=self._write_state(), content_type=JSON)
-        stream = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
+        stream = web.StreamResponse(headers=stream_headers(interval_s))
         await stream.prepare(request)
         sparse = SparseStream(interval_s)
         with suppress(ConnectionError):

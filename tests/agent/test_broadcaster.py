@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from moe_agent.api import broadcaster as broadcaster_module
-from moe_agent.api.broadcaster import StateBroadcaster
+from moe_agent.api.broadcaster import StateBroadcaster, Version
 from moe_agent.app import build_supervisor
 from moe_agent.supervisor.node import build_node
 from moe_agent.supervisor.supervisor import Phase
 from moe_contract.agent_config import AgentConfig
+from moe_contract.state_stream import SparseStream
 
 LONG_S = 20.0
 
@@ -29,11 +30,11 @@ class State:
         self.value = value
         self.changed.set()
 
-    def version(self) -> int:
+    def version(self) -> Version:
         if self.unreadable:
             raise ValueError("no version")
         self.looked += 1
-        return self.value
+        return (self.value,)
 
     def serialise(self) -> bytes:
         if self.unserialisable:
@@ -59,8 +60,10 @@ def without_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broadcaster_module, "HEARTBEAT_S", LONG_S)
 
 
-async def newest(snapshots: AsyncIterator[bytes]) -> bytes:
-    return await asyncio.wait_for(anext(snapshots), LONG_S / 2)
+async def newest(snapshots: AsyncIterator[tuple[Version, bytes]]) -> bytes:
+    version, snapshot = await asyncio.wait_for(anext(snapshots), LONG_S / 2)
+    assert snapshot == b"%d" % version
+    return snapshot
 
 
 async def test_a_change_of_the_phase_notifies_through_the_supervisor_that_the_agent_builds(tmp_path: Path):
@@ -111,7 +114,29 @@ async def test_a_notification_without_a_change_brings_no_snapshot(broadcaster, s
             await asyncio.sleep(0.001)
         assert (state.serialised, waiting.done()) == (1, False)
         state.set(1)
-        assert await asyncio.wait_for(waiting, LONG_S / 2) == b"1"
+        assert await asyncio.wait_for(waiting, LONG_S / 2) == ((1,), b"1")
+
+
+@pytest.mark.usefixtures("without_polling")
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_change_while_a_watcher_wakes_reaches_its_sparse_stream(broadcaster, state, turns):
+    sparse, lines = SparseStream(LONG_S, LONG_S), asyncio.Queue[bytes]()
+
+    async def watch() -> None:
+        async with aclosing(broadcaster.watch()) as snapshots:
+            async for version, snapshot in snapshots:
+                if line := sparse.next_line(0.0, version, (), lambda text=snapshot: text):
+                    lines.put_nowait(line)
+
+    watching = asyncio.create_task(watch())
+    assert await asyncio.wait_for(lines.get(), LONG_S / 2) == b"0"
+    state.set(1)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    state.set(2)
+    while await asyncio.wait_for(lines.get(), LONG_S / 2) != b"2":
+        pass
+    watching.cancel()
 
 
 async def test_a_change_without_a_notification_is_found_by_polling(broadcaster, state, monkeypatch):
@@ -156,14 +181,14 @@ async def test_an_ended_broadcaster_sends_the_last_state_and_ends(broadcaster, s
         await newest(snapshots)
         state.value = 7
         broadcaster.end()
-        rest = [snapshot async for snapshot in snapshots]
+        rest = [snapshot async for _, snapshot in snapshots]
     assert rest == [b"7"]
 
 
 async def test_a_watch_of_an_ended_broadcaster_ends_too(broadcaster):
     broadcaster.end()
     async with aclosing(broadcaster.watch()) as snapshots:
-        assert [snapshot async for snapshot in snapshots] == [b"0", b"0"]
+        assert [snapshot async for _, snapshot in snapshots] == [b"0", b"0"]
 
 
 @pytest.mark.usefixtures("without_polling")

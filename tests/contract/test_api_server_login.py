@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubernetes.aio.config import incluster_config
 from moe_contract import api_server
-from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError, to_yaml
+from moe_contract.api_server import ApiError, ApiServer, Kind, LoginError, _find_proxy, to_yaml
 
 from tests.contract.refusing_proxy import refusing_proxy
 from tests.gateway.conftest import free_port
@@ -36,9 +36,9 @@ class Clock(datetime.datetime):
 class TlsApi:
     """An API server over TLS that answers one token."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "localhost", address: str = "127.0.0.1") -> None:
         self.certificates = Certificates(folder=folder)
-        self.certificates.make(["localhost"], ["127.0.0.1"])
+        self.certificates.make([name], [address])
         self.port, self.token = free_port(), "first"
 
     async def start(self) -> web.AppRunner:
@@ -133,6 +133,27 @@ async def test_a_token_file_of_a_kubeconfig_is_read_again(
     await server.close()
 
 
+@pytest.mark.parametrize(("name", "answer"), [("api.internal", 200), ("api.elsewhere", 0), (None, 0)])
+async def test_the_certificate_is_checked_for_the_name_that_a_kubeconfig_gives_the_server(
+    tmp_path: Path, name: str | None, answer: int
+) -> None:
+    api = TlsApi(tmp_path / "pki", "api.internal", "127.0.0.9")
+    runner = await api.start()
+    given_name = {} if name is None else {"tls-server-name": name}
+    cluster = {"server": f"https://127.0.0.1:{api.port}", "certificate-authority": "pki/ca.crt"}
+    document = {
+        "clusters": [{"name": "c", "cluster": cluster | given_name}],
+        "users": [{"name": "u", "user": {"token": "first"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(document))
+    server = ApiServer(tmp_path / "kubeconfig", trust_env=False)
+    assert await status(server) == answer
+    await server.close()
+    await runner.cleanup()
+
+
 async def test_a_server_of_another_authority_is_not_talked_to(api: TlsApi, account: Path, tmp_path: Path) -> None:
     other = Certificates(folder=tmp_path / "other")
     other.make(["localhost"], ["127.0.0.1"])
@@ -191,6 +212,33 @@ async def test_with_a_kubeconfig_a_proxy_is_used_for_servers_elsewhere_alone(
         assert await status(server) == (0 if by_proxy else 200)
         await server.close()
         assert proxy.asked == ([f"CONNECT {host}:{api.port} HTTP/1.1"] if by_proxy else [])
+
+
+@pytest.mark.parametrize(
+    ("server", "without", "by_proxy"),
+    [
+        ("https://[2001:db8::1]:6443", "2001:db8::1", False),
+        ("https://[2001:db8::1]:6443", "[2001:db8::1]", False),
+        ("https://[2001:db8::1]:6443", "[2001:db8::1]:6443", False),
+        ("https://[2001:db8::1]", "10.0.0.1, 2001:DB8::1", False),
+        ("https://[2001:db8::1]:6443", "2001:db8::2", True),
+        ("https://[2001:db8::1]:6443", "", True),
+        ("https://192.0.2.1:6443", "192.0.2.1", False),
+        ("https://192.0.2.1:6443", "192.0.2.1:6443", False),
+        ("https://api.test:6443", ".test", False),
+        ("https://api.test:6443", "*", False),
+        ("https://api.test:6443", "other.test", True),
+    ],
+)
+def test_a_server_of_no_proxy_is_reached_directly(
+    monkeypatch: pytest.MonkeyPatch, server: str, without: str, by_proxy: bool
+) -> None:
+    for name in ("no_proxy", "https_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy.test:3128")
+    monkeypatch.setenv("no_proxy", without)
+    proxy, _ = _find_proxy(server, None, trust_env=True)
+    assert (proxy is not None) is by_proxy
 
 
 @given(

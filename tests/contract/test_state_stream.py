@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import aiohttp
 import pytest
@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract import state_stream
 from moe_contract.clients import PeerError, Refused, Unreachable, Unreadable
 from moe_contract.input_errors import InvalidInput
 from moe_contract.state_stream import (
@@ -21,6 +22,7 @@ from moe_contract.state_stream import (
     SparseStream,
     parse_interval,
     read_states,
+    stream_headers,
 )
 
 INTERVAL_S, HEARTBEAT_S = 15.0, 10.0
@@ -83,7 +85,7 @@ async def answering(
 
 
 async def streamed(request: web.Request, *pieces: bytes) -> web.StreamResponse:
-    stream = web.StreamResponse(headers={"Content-Type": NDJSON})
+    stream = web.StreamResponse(headers=stream_headers(15.0))
     await stream.prepare(request)
     for piece in pieces:
         await stream.write(piece)
@@ -123,6 +125,54 @@ async def test_a_peer_of_an_older_version_says_its_state_once() -> None:
         with pytest.raises(NotStreamed) as raised:
             await read_all(session, url)
     assert raised.value.state == b'{"held": 0}'
+
+
+@pytest.mark.parametrize("pieces", [[b"1\n2\n"], [b"\n", b"1", b"\n", b"2\n"]], ids=str)
+async def test_of_an_older_agent_that_streams_each_change_the_first_state_is_taken_and_no_more(
+    pieces: list[bytes],
+) -> None:
+    left = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"Content-Type": NDJSON})
+        await stream.prepare(request)
+        try:
+            for piece in pieces:
+                await stream.write(piece)
+                await asyncio.sleep(0.01)
+            while True:
+                await stream.write(b"3\n")
+                await asyncio.sleep(0.01)
+        finally:
+            left.set()
+
+    async with answering(answer) as (session, url), asyncio.timeout(20.0):
+        with pytest.raises(NotStreamed) as raised:
+            await read_all(session, url)
+        await left.wait()
+    assert raised.value.state == b"1"
+
+
+@pytest.mark.parametrize("head", [(503, "text/plain"), (200, "application/json"), (200, NDJSON)], ids=str)
+@pytest.mark.parametrize(("piece", "limit_s"), [(b"x" * 1_000_000, 60.0), (b"x", 0.2)], ids=["large", "slow"])
+async def test_an_answer_without_an_end_is_left(
+    head: tuple[int, str], piece: bytes, limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_stream, "READ_TIMEOUT_S", limit_s)
+    status, content_type = head
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse(status=status, headers={"Content-Type": content_type})
+        await stream.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await stream.write(piece)
+                await asyncio.sleep(0.01)
+        return stream
+
+    async with answering(answer) as (session, url), asyncio.timeout(30.0):
+        with pytest.raises(Unreadable, match="answer"):
+            await read_all(session, url)
 
 
 async def test_a_refusal_a_line_without_an_end_and_silence_are_errors_of_the_peer() -> None:

@@ -30,7 +30,9 @@ class MemoryApi:
         self.objects: dict[Place, Document] = {}
         self.refuses: Callable[[Place], ApiError | None] = lambda _place: None
         self.unreadable: set[Place] = set()
-        self.reads = 0
+        self.undeletable: set[Place] = set()
+        self.unreadable_status = 403
+        self.reads = self.writes = 0
         self._version = 0
 
     async def apply(
@@ -41,12 +43,13 @@ class MemoryApi:
             raise ApiError(CONFLICT, "exists")
         if (error := self.refuses(place)) is not None:
             raise error
+        self.writes += not dry_run
         return document if dry_run else self._keep(place, document)
 
     async def get(self, kind: Kind, _namespace: str, name: str) -> Document | None:
         self.reads += 1
         if (kind.name, name) in self.unreadable:
-            raise ApiError(403, "forbidden")
+            raise ApiError(self.unreadable_status, "forbidden")
         return self.objects.get((kind.name, name))
 
     async def merge(self, kind: Kind, _namespace: str, name: str, patch: Document) -> Document:
@@ -56,7 +59,10 @@ class MemoryApi:
         return self._keep((kind.name, name), live | {"metadata": metadata})
 
     async def delete(self, kind: Kind, document: Document) -> None:
-        self.objects.pop((kind.name, document["metadata"]["name"]), None)
+        place = kind.name, document["metadata"]["name"]
+        if place in self.undeletable:
+            raise ApiError(503, "away")
+        self.objects.pop(place, None)
 
     def _keep(self, place: Place, document: Document) -> Document:
         self._version += 1
@@ -202,6 +208,47 @@ def test_a_stranger_holds_back_all_until_it_is_gone(place: Place) -> None:
     del cluster.api.objects[place]
     assert not cluster.apply().refused
     assert cluster.api.objects.keys() == set(ALL)
+
+
+STRANGER = {"kind": SETTINGS[0], "metadata": {"name": SETTINGS[1], "namespace": "ns", "labels": {}}}
+
+
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_a_pass_that_meets_a_stranger_and_an_api_server_that_goes_away_leaves_nothing(status: int) -> None:
+    cluster = Cluster()
+    cluster.api.objects[SETTINGS] = STRANGER
+    cluster.refuse(("Service", "tiny"), error=ApiError(status, "away"))
+    with pytest.raises(ApiError, match="away"):
+        cluster.apply()
+    assert cluster.api.objects.keys() == {SETTINGS}
+    cluster.refuse()
+    before = cluster.api.writes
+    assert cluster.apply().foreign
+    assert cluster.api.objects.keys() == {SETTINGS}
+    assert cluster.api.writes == before, "the next pass looks first"
+
+
+@pytest.mark.parametrize("fault", ["the deletion fails", "the stranger cannot be read"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_what_an_error_leaves_of_a_refused_resource_goes_in_the_next_pass(fault: str, is_replaced: bool) -> None:
+    cluster, role = Cluster(), ("Role", "tiny-gateway")
+    cluster.api.objects[SETTINGS] = STRANGER
+    if fault == "the deletion fails":
+        cluster.api.undeletable = set(ALL)
+    else:
+        cluster.api.unreadable, cluster.api.unreadable_status = {SETTINGS}, 429
+    with pytest.raises(ApiError):
+        cluster.apply()
+    assert role in cluster.api.objects
+    cluster.api.undeletable, cluster.api.unreadable = set(), set()
+    others = {SETTINGS}
+    if is_replaced:
+        (kind,) = (kind for kind in CHILDREN if kind.name == "Role")
+        cluster.store.remove(kind, cluster.api.objects[role])
+        cluster.api.objects[role] = {"kind": "Role", "metadata": {"name": role[1], "namespace": "ns", "labels": {}}}
+        others.add(role)
+    assert cluster.apply().foreign
+    assert cluster.api.objects.keys() == others
 
 
 def test_an_object_of_its_own_that_is_not_known_yet_is_applied() -> None:

@@ -23,3 +23,16 @@ def test_the_soft_limit_is_raised_and_some_descriptors_are_left(
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: in_force.append(wanted))
     assert most_streams() == streams
     assert in_force[-1][0] == limits[1]
+
+
+@pytest.mark.parametrize("error", [ValueError("not allowed to raise maximum limit"), PermissionError(1, "refused")])
+@pytest.mark.parametrize("hard", [4096, resource.RLIM_INFINITY])
+def test_a_limit_that_cannot_be_raised_stays_and_is_counted_with(
+    error: Exception, hard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_limit: int, _wanted: tuple[int, int]) -> None:
+        raise error
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert most_streams() == 1024 - RESERVED

@@ -10,7 +10,7 @@ from aiohttp.test_utils import TestServer
 from cluster_api import ApiCluster
 from fresh_operator import fetch_serving, served, started
 from moe_contract.pod_identity import identity_variables
-from moe_contract.state_stream import NDJSON
+from moe_contract.state_stream import stream_headers
 from moe_operator.kubernetes.kinds import POD
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.state_streams import StateStreams
@@ -42,7 +42,7 @@ class Agent:
         self.asked[request.query.get("watch", "once")] += 1
         if "watch" not in request.query:
             return web.json_response(self.state(0))
-        stream = web.StreamResponse(headers={"Content-Type": NDJSON})
+        stream = web.StreamResponse(headers=stream_headers(15.0))
         await stream.prepare(request)
         while line := await self.lines.get():
             await stream.write(line)

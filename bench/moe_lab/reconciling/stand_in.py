@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 from moe_contract.routes import CONFIG, STATE, STREAM_HEARTBEAT_S
+from moe_contract.state_stream import parse_interval, stream_headers
 
 Document = dict[str, Any]
 
@@ -51,7 +52,7 @@ class StandIn:
         address = _address(request)
         if request.query.get("watch") != "1":
             return web.Response(body=self._state(address), content_type="application/json")
-        stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        stream = web.StreamResponse(headers=stream_headers(parse_interval(request.query)))
         await stream.prepare(request)
         with contextlib.suppress(ConnectionError):
             await stream.write(self._state(address))

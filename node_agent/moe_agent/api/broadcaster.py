@@ -4,7 +4,8 @@ Run by `moe_agent.api.server`. While anyone watches, one task looks at the share
 `POLL_INTERVAL_S`; a change within the agent itself (phase, settings) wakes it at once.
 
 Invariants: a watcher first gets the current snapshot, then each newer one; a slow watcher skips snapshots, never the
-latest. At least one snapshot is sent every `HEARTBEAT_S`. After `end` each watch yields one last snapshot. An error
+latest. A snapshot comes with the version that was read before it was made, so that it is never older than its version.
+At least one snapshot is sent every `HEARTBEAT_S`. After `end` each watch yields one last snapshot. An error
 while a snapshot is made ends all watches with that error, and the next watch begins anew.
 """
 
@@ -17,6 +18,8 @@ from contextlib import suppress
 POLL_INTERVAL_S = 0.1
 HEARTBEAT_S = 1.0
 
+Version = tuple[int, ...]
+
 
 class StateBroadcaster:
     """Sends the newest snapshot of the agent's state to all watchers.
@@ -27,7 +30,7 @@ class StateBroadcaster:
         serialise: the current state as one line of JSON.
     """
 
-    def __init__(self, changed: asyncio.Event, version: Callable[[], object], serialise: Callable[[], bytes]) -> None:
+    def __init__(self, changed: asyncio.Event, version: Callable[[], Version], serialise: Callable[[], bytes]) -> None:
         self._changed, self._version, self._serialise = changed, version, serialise
         self._watchers = 0
         self._polling: asyncio.Task[None] | None = None
@@ -39,19 +42,20 @@ class StateBroadcaster:
         self._ended = True
         self._changed.set()
 
-    async def watch(self) -> AsyncGenerator[bytes, None]:
-        """Yields snapshots, the first at once; returns after `end`."""
+    async def watch(self) -> AsyncGenerator[tuple[Version, bytes], None]:
+        """Yields snapshots, each after its version, the first at once; returns after `end`."""
         self._watchers += 1
         try:
+            version = self._version()
             if self._polling is None or self._polling.done():
                 self._latest = _LatestSnapshot()
-                self._polling = asyncio.create_task(self._poll(self._version()))
+                self._polling = asyncio.create_task(self._poll(version))
             latest, seen, ends = self._latest, self._latest.number, False
-            yield self._serialise()
+            yield version, self._serialise()
             while not ends:
                 seen = await latest.wait_newer(seen)
                 ends = latest.is_last
-                yield latest.snapshot
+                yield latest.version, latest.snapshot
         finally:
             self._watchers -= 1
             if self._watchers == 0:
@@ -63,7 +67,7 @@ class StateBroadcaster:
             polling.cancel()
             await asyncio.wait({polling})
 
-    async def _poll(self, sent: object) -> None:
+    async def _poll(self, sent: Version) -> None:
         """Publishes a snapshot whenever the version differs from that of the last one."""
         sent_s = time.monotonic()
         try:
@@ -75,7 +79,7 @@ class StateBroadcaster:
                 version, now_s = self._version(), time.monotonic()
                 if version != sent or now_s - sent_s >= HEARTBEAT_S or self._ended:
                     sent, sent_s = version, now_s
-                    self._latest.publish(self._serialise(), is_last=self._ended)
+                    self._latest.publish(version, self._serialise(), is_last=self._ended)
         except Exception as error:
             self._latest.fail(error)
 
@@ -85,11 +89,12 @@ class _LatestSnapshot:
 
     def __init__(self) -> None:
         self.number, self.snapshot, self.is_last = 0, b"", False
+        self.version: Version = ()
         self._error: Exception | None = None
         self._replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def publish(self, snapshot: bytes, *, is_last: bool) -> None:
-        self.number, self.snapshot, self.is_last = self.number + 1, snapshot, is_last
+    def publish(self, version: Version, snapshot: bytes, *, is_last: bool) -> None:
+        self.number, self.version, self.snapshot, self.is_last = self.number + 1, version, snapshot, is_last
         self._wake()
 
     def fail(self, error: Exception) -> None:

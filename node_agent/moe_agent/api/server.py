@@ -17,12 +17,12 @@ from moe_contract.documents import parse_document
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
-from moe_contract.state_stream import NDJSON, SparseStream, parse_interval
+from moe_contract.state_stream import SparseStream, parse_interval, stream_headers
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from moe_agent.api.broadcaster import StateBroadcaster
+from moe_agent.api.broadcaster import StateBroadcaster, Version
 from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
@@ -97,21 +97,17 @@ class AgentServer:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
         if not watch:
             return web.Response(body=self._serialise(), content_type="application/json")
-        stream = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
+        stream = web.StreamResponse(headers=stream_headers(interval_s))
         await stream.prepare(request)
         sparse = None if interval_s is None else SparseStream(interval_s)
         async with aclosing(self._broadcaster.watch()) as snapshots:
             try:
-                async for snapshot in snapshots:
-                    if line := snapshot if sparse is None else self._thin(sparse, snapshot):
+                async for version, snapshot in snapshots:
+                    if line := snapshot if sparse is None else _thin(sparse, version, snapshot):
                         await stream.write(line)
             except ConnectionResetError:
                 return stream
         return stream
-
-    def _thin(self, sparse: SparseStream, snapshot: bytes) -> bytes:
-        revision, settings, *ranks = self._snapshot_version()
-        return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
 
     def _serialise(self) -> bytes:
         return write_agent_state(self.snapshot())
@@ -191,6 +187,11 @@ class AgentServer:
             return await handler(request)
 
         return check
+
+
+def _thin(sparse: SparseStream, version: Version, snapshot: bytes) -> bytes:
+    revision, settings, *ranks = version
+    return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
 
 
 def _read_flag(request: web.Request, name: str) -> bool:

@@ -80,6 +80,8 @@ class Children:
         self._in_other_words: dict[str, bytes] = {}
         # Resources that met an object of somebody else: it is looked for before anything is applied.
         self._careful: set[Key] = set()
+        # What was made since the last pass that came to its end: it goes when an object of somebody else is met.
+        self._made: dict[Key, list[tuple[Kind, Document]]] = {}
 
     async def apply(self, key: Key, objects: Iterable[Document], kinds: frozenset[Kind], owner: str) -> Applied:
         """Applies the objects that differ, in order, but for those that are refused or belong to what is."""
@@ -93,11 +95,13 @@ class Children:
             return result
         unread = await self._look_for_strangers(key, changed, result) if key in self._careful else []
         if result.foreign:
+            await self._undo(key)
             return result
         refused = await self._try(key, [wanted for wanted in changed if wanted not in unread], result)
         result.refused += [text for _, text in refused]
         if result.foreign:
             self._careful.add(key)
+            await self._undo(key)
             return result
         held = [wanted for wanted, text in refused if _is_unjudged(wanted, text)]
         judged = [wanted for wanted, text in refused if not _is_unjudged(wanted, text)]
@@ -109,17 +113,33 @@ class Children:
 
     async def _apply_all(self, key: Key, objects: list[Document], result: Applied) -> None:
         """Applies the objects; those that the pods of a workload need are there before the workload."""
-        made: list[tuple[Kind, Document]] = []
+        made = self._made.setdefault(key, [])
         for are_workloads in (False, True):
             part = [wanted for wanted in objects if (kind_of(wanted) in WORKLOADS) is are_workloads]
-            refusals = await _together(self._apply(key, wanted, result, made) for wanted in part)
+            try:
+                refusals = await _together(self._apply(key, wanted, result, made) for wanted in part)
+            finally:
+                # Also where another object's error ends the pass.
+                if result.foreign:
+                    # As if the stranger's object had been looked for first; the next passes do.
+                    self._careful.add(key)
+                    await self._undo(key)
             result.refused += filter(None, refusals)
             if result.foreign:
-                # As if the stranger's object had been looked for first; the next passes do.
-                self._careful.add(key)
-                for kind, live in made:
-                    await self.delete(kind, live)
                 return
+        del self._made[key]
+
+    async def _undo(self, key: Key) -> None:
+        """Deletes what was made in part; what an error leaves goes in the next pass."""
+        made = self._made.get(key, [])
+        while made:
+            kind, live = made[-1]
+            metadata = live["metadata"]
+            now = self._store.get(key, kind, metadata["name"])
+            # Not what somebody else has put in its place since.
+            if now is not None and now["metadata"]["uid"] == metadata["uid"]:
+                await self.delete(kind, live)
+            made.pop()
 
     async def _look_for_strangers(self, key: Key, changed: list[Document], result: Applied) -> list[Document]:
         """Returns the objects of which nobody can say whether they are free; adds the refusals."""

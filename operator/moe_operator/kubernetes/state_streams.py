@@ -1,8 +1,8 @@
 """The states of agents and gateways, pushed over one stream for each pod instead of asked for at each pass.
 
 Owned by the reconciler: a pass says which peers its resource has, and gets their newest states. A change calls
-`on_change`. A peer that cannot stream (of an older version, behind a proxy that buffers, or without a descriptor for
-it) is asked at each pass.
+`on_change`, for each peer at most once in `LEAST_BETWEEN_S` unless only numbers change. A peer that cannot stream (of
+an older version, behind a proxy that buffers, or without a descriptor for it) is asked at each pass.
 
 Invariants: a state is valid while its stream lives, which is `STREAM_SILENCE_S` after the last byte at most, and
 through one try to open the stream anew. It is accepted only where the answer carries the uid of the pod
@@ -27,7 +27,8 @@ from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.signal import States
-from moe_operator.kubernetes.peers import Peer, accept_states, fetch_state
+from moe_operator.kubernetes.peers import Peer, accept_states, fetch_state, is_stranger
+from moe_operator.kubernetes.spaced_reports import SpacedReports
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.pod_status import ENGINE
 
@@ -41,6 +42,8 @@ ASKED_FOR_S = 300.0
 # Least time between two states of a peer that differ in numbers alone.
 NUMBERS_EVERY_S, LEAST_NUMBERS_EVERY_S = 15.0, 0.5
 NUMBERS_PER_DECISION = 5
+# What is notable of another pod that answers at the address of a peer: nothing that it says.
+_STRANGER = ("stranger",)
 
 State = AgentState | GatewayState
 Read = Callable[[aiohttp.ClientSession, str, float, float], AsyncGenerator[bytes]]
@@ -169,7 +172,8 @@ class _Stream:
         is_asked: bool,
     ) -> None:
         self.peer, self.interval_s = peer, interval_s
-        self._session, self._read_states, self._ask, self._on_change = session, read, ask, on_change
+        self._session, self._read_states, self._ask = session, read, ask
+        self._reports = SpacedReports(on_change)
         self.answered = asyncio.Event()
         self.is_asked, self.is_open = is_asked, False
         # The newest state as it was sent: most of them are never looked at.
@@ -183,7 +187,7 @@ class _Stream:
 
     def stop(self) -> None:
         """Closes the stream; no change is reported any more."""
-        self._on_change = _ignore
+        self._reports.stop()
         self.answered.set()
         self.task.cancel()
 
@@ -247,25 +251,30 @@ class _Stream:
             return False
         self.is_asked, self._text, self._notable = True, None, None
         self.answered.set()
-        self._on_change(False)
+        self._reports.add(False)
         return True
 
     def _take(self, text: bytes) -> None:
         state = self._read(text)
-        before, notable = self._notable, None if state is None else state.notable
+        before, notable = self._notable, self._notable_of(state)
         is_same = text == self._text
         self._text, self._notable = text, notable
         is_first = not self.answered.is_set()
         self.answered.set()
         # The pass that waits for the first state sees it.
-        if not is_first and not is_same:
-            self._on_change(before == notable)
+        if not is_first and not is_same and not before == notable == _STRANGER:
+            self._reports.add(before == notable)
+
+    def _notable_of(self, state: State | None) -> tuple[object, ...] | None:
+        if is_stranger(self.peer, state):
+            return _STRANGER
+        return None if state is None else state.notable
 
     def _lose(self) -> None:
         was_known, self._text, self._notable = self._text is not None, None, None
         self.answered.set()
         if was_known:
-            self._on_change(False)
+            self._reports.add(False)
 
     async def _pause(self, seconds: float) -> None:
         self._retry.clear()
@@ -276,10 +285,6 @@ class _Stream:
 
 async def _nothing() -> None:
     """The task of a peer that is asked."""
-
-
-def _ignore(_: bool) -> None:
-    """The report of a stream that was closed."""
 
 
 def _now_s() -> float:

@@ -34,7 +34,7 @@ EXPORT_TIMEOUT_S = 2.0
 _FIRST_ERROR_STATUS = 500
 _FIRST_REFUSAL_STATUS = 400
 
-_CONTEXT_LINES = re.compile(rb"^(traceparent|tracestate):[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
+_CONTEXT_LINES = re.compile(rb"^(traceparent|tracestate):([^\r\n]*)\r\n", re.IGNORECASE | re.MULTILINE)
 
 
 class RequestTracer:
@@ -73,7 +73,10 @@ class RequestTracer:
         request.span = span
 
     def _read_context(self, headers: bytes) -> Context:
-        carrier = {name.lower().decode(): value.decode("latin-1") for name, value in _CONTEXT_LINES.findall(headers)}
+        carrier = {
+            name.lower().decode(): value.strip(b" \t").decode("latin-1")
+            for name, value in _CONTEXT_LINES.findall(headers)
+        }
         return self._propagator.extract(carrier, context=Context())
 
     def end(self, exchange: "Exchange", status: int, problem: str) -> None:

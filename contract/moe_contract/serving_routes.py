@@ -65,6 +65,8 @@ class Route(Enum):
         self.has_job = work is not RouteWork.NONE
         # Whether its answer in one piece comes once the prompt is computed, as the first token of a stream does.
         self.only_reads = work is RouteWork.READ
+        # Whether its answer can be a stream; vLLM ignores the field `stream` of the other routes.
+        self.may_stream = work is RouteWork.GENERATE and path not in ("/v1/chat/completions/batch", "/v1/systemone")
         # Whether errors and streams have the shape of Anthropic's API; all others have that of OpenAI's.
         self.is_anthropic = path.startswith("/v1/messages")
         # Whether its body is a form with a file instead of a JSON object.

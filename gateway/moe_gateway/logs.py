@@ -29,3 +29,5 @@ def set_up_logs() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # It warns of each form that is not valid, which is an answer to a client and no event of the gateway.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -194,3 +194,83 @@ async def test_embeddings_and_http_1_0_have_no_early_head(make_engine, serve):
     slow.go.set()
     assert (await embeds.answer()).json == OK
     assert (await old.answer()).json == OK
+
+
+EVENTS = b'data: {"text": "a"}\n\ndata: {"text": "b"}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("framing", [b"connection: close\r\n", b"content-length: %d\r\n" % len(EVENTS + DONE)])
+async def test_a_stream_without_chunks_gets_them_behind_an_early_head(make_engine, serve, framing):
+    async def answers(_request, writer):
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n%b\r\n" % framing + EVENTS)
+        await writer.drain()
+        await more.wait()
+        writer.write(DONE)
+        await writer.drain()
+        if b"close" in framing:
+            writer.close()
+
+    go, more = asyncio.Event(), asyncio.Event()
+    engine = await make_engine(answers)
+    served = await serve(engine, limits=SOON)
+    client = await served.connect()
+    client.send(post(prompt(**STREAM)))
+    await head_of(client)
+    go.set()
+    assert await asyncio.wait_for(client.reader.readexactly(len(chunk(EVENTS))), 5.0) == chunk(EVENTS)
+    more.set()
+    framed, _ = await client._body({b"transfer-encoding": b"chunked"})
+    assert framed == chunk(DONE) + b"0\r\n\r\n"
+    await until(lambda: served.in_flight == 0)
+    stats, row = served.gateway.stats, served.gateway.dispatcher.engines["engine-0"]
+    assert (len(engine.requests), stats.retried, stats.failed, row.errors) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "message"),
+    [
+        (b"400 Bad Request", b'{"error": {"code": 400, "message": "too long"}}', 400, "too long"),
+        (b"404 Not Found", b"no such page\n", "bad_request", "the engine answered 404: no such page"),
+        (b"502 Bad Gateway", b"<html>\n\xff</html>", "engine_failed", "the engine answered 502: <html> \ufffd</html>"),
+        (b"422 Unprocessable Content", b'{"detail": "x"}', "bad_request", 'the engine answered 422: {"detail": "x"}'),
+    ],
+)
+@pytest.mark.parametrize("has_length", [True, False])
+async def test_any_error_answer_behind_an_early_head_is_an_error_event(
+    make_engine, serve, status, body, code, message, has_length
+):
+    async def answers(_request, writer):
+        await go.wait()
+        framing = b"content-length: %d" % len(body) if has_length else b"connection: close"
+        writer.write(b"HTTP/1.1 %b\r\ncontent-type: text/plain\r\n%b\r\n\r\n" % (status, framing) + body)
+        await writer.drain()
+        writer.close()
+
+    go = asyncio.Event()
+    engine = await make_engine(answers)
+    served = await serve(engine, limits=SOON)
+    client = await served.connect()
+    client.send(post(prompt(**STREAM)))
+    await head_of(client)
+    go.set()
+    _, data = await client._body({b"transfer-encoding": b"chunked"})
+    error = json.loads(data.removeprefix(b"data: "))["error"]
+    assert (error["code"], error["message"]) == (code, message)
+    assert (len(engine.requests), served.gateway.stats.retried) == (1, 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/systemone", "/v1/chat/completions/batch"])
+async def test_a_route_without_streams_has_no_early_head(make_engine, serve, path):
+    slow = Slow(b"", json_answer(OK))
+    engine = await make_engine(slow)
+    served = await serve(engine, limits=SOON)
+    waiting, streaming = await served.connect(), await served.connect()
+    waiting.send(post({"model": "tiny", "messages": [], **STREAM}, path=path))
+    await until(lambda: engine.requests)
+    streaming.send(post(prompt(**STREAM)))
+    await head_of(streaming)
+    slow.go.set()
+    answer = await waiting.answer()
+    assert (answer.status, answer.json) == (200, OK)

@@ -3,7 +3,21 @@
 To join a large body takes milliseconds, in which no other stream moves, and nobody but a parser needs it in one piece.
 """
 
+from moe_gateway.http.replies import RequestOutcome
+
 LARGE_BODY_BYTES = 1024 * 1024
+
+
+class BodyRefused(ValueError):
+    """A body cannot be read; the text is for the client.
+
+    Attributes:
+        outcome: how the request ends.
+    """
+
+    def __init__(self, outcome: RequestOutcome, message: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class LargeBody:

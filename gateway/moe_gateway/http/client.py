@@ -5,6 +5,7 @@ takes too long. A bad message is answered with an OpenAI-shaped error, and the c
 """
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from moe_contract.gateway_config import Limits
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial, build_denial
 from moe_gateway.engines.served_models import find_model, list_models, model_row
-from moe_gateway.http.content_encoding import KNOWN, EncodingRefused
+from moe_gateway.http.bodies import BodyRefused
+from moe_gateway.http.content_encoding import KNOWN
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
@@ -34,6 +36,8 @@ LINGER_S = 2.0
 NOTICE_S = 1.0
 # The metric label of requests whose route is not known.
 OTHER = "other"
+
+log = logging.getLogger("moeserving.gateway")
 
 
 class ClientConnection(asyncio.Protocol):
@@ -250,7 +254,9 @@ class ClientConnection(asyncio.Protocol):
         try:
             read_deadline(request)
             if route.method == b"POST" and needs_reader(request):
-                self._exchange = pending = PendingBody(lambda: self._refuse_pending(request, route))
+                self._exchange = pending = PendingBody(
+                    lambda outcome, message: self._refuse_pending(request, route, outcome, message), request.deadline_s
+                )
                 self._context.spawn(self._read_body(pending, request, route))
                 return
             parsed = read_request(route, request)
@@ -260,16 +266,28 @@ class ClientConnection(asyncio.Protocol):
         self._dispatch_parsed(request, route, parsed)
 
     async def _read_body(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
-        """Reads a body that takes a while, then goes on as for every other one."""
-        refused: BadBody | EncodingRefused | None = None
+        """Reads a body that takes a while, then goes on as for every other one; a failure ends its wait."""
         try:
-            parsed = await self._context.bodies.read(request, route, self._limits.max_body_bytes)
-        except (BadBody, EncodingRefused) as error:
+            await self._read_and_dispatch(pending, request, route)
+        except Exception:
+            log.exception("a body was not read", extra={"request_id": request.request_id.decode()})
+            request.keep_alive = False
+            if self._exchange is pending:
+                pending.fail()
+            elif not pending.is_over:
+                self.transport.abort()
+
+    async def _read_and_dispatch(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
+        refused: BadBody | BodyRefused | None = None
+        most_bytes = self._limits.max_body_bytes
+        try:
+            parsed = await self._context.bodies.read(request, route, most_bytes, lambda: not pending.is_over)
+        except (BadBody, BodyRefused) as error:
             refused = error
         if pending.is_over:
             return
         self._exchange = None
-        if isinstance(refused, EncodingRefused):
+        if isinstance(refused, BodyRefused):
             self._reply_error(request, route, refused.outcome, str(refused))
         elif refused is not None:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(refused), param=refused.param)
@@ -277,10 +295,12 @@ class ClientConnection(asyncio.Protocol):
             self._dispatch_parsed(request, route, parsed)
         self._serve_next()
 
-    def _refuse_pending(self, request: ClientRequest, route: Route) -> None:
+    def _refuse_pending(self, request: ClientRequest, route: Route, outcome: RequestOutcome, message: str) -> None:
         self._exchange = None
-        message = "the gateway was stopped by force"
-        self._reply_error(request, route, RequestOutcome.GATEWAY_ENDED, message, retry_after_s=1)
+        retry_after_s = 1 if outcome is RequestOutcome.GATEWAY_ENDED else None
+        self._reply_error(request, route, outcome, message, retry_after_s=retry_after_s)
+        if outcome is not RequestOutcome.GATEWAY_ENDED:
+            self._serve_next()
 
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
         models = self._context.dispatcher.models

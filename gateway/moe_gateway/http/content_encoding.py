@@ -5,30 +5,28 @@ vLLM's server decodes none, so the gateway does and passes the decoded body on, 
 
 import re
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
+from moe_gateway.http.bodies import BodyRefused
 from moe_gateway.http.replies import RequestOutcome
 
 KNOWN = b"gzip, deflate, zstd"
 # More than one is allowed (RFC 9110, 8.4) and hardly used.
 MOST_ENCODINGS = 3
+# Each of the members (gzip) or frames (zstd) of a body costs a decoder of its own.
+MOST_MEMBERS = 1000
+# A decoder gets this much at a time, since it copies what follows the end of its member.
+SLICE_BYTES = 64 * 1024
 # The largest window that zstd may have in HTTP (RFC 9659), 8 MiB, which bounds the memory of a decoder.
 _ZSTD_WINDOW_LOG = 23
 _LINE = re.compile(rb"(?:(?<=\n)|\A)content-encoding:([^\r\n]*)\r\n", re.IGNORECASE)
 
 
-class EncodingRefused(ValueError):
-    """A body cannot be decoded; the text is for the client.
-
-    Attributes:
-        outcome: how the request ends.
-    """
-
-    def __init__(self, outcome: RequestOutcome, message: str) -> None:
-        super().__init__(message)
-        self.outcome = outcome
+class EncodingRefused(BodyRefused):
+    """A body cannot be decoded."""
 
 
 class Decoder(Protocol):
@@ -62,16 +60,20 @@ def take_encoding(headers: bytes) -> tuple[list[bytes], bytes]:
     return [name for name in names if name not in (b"", b"identity")], _LINE.sub(b"", headers)
 
 
-def decode_body(body: bytes, encodings: list[bytes], most_bytes: int) -> bytes:
+def decode_body(
+    body: bytes, encodings: list[bytes], most_bytes: int, is_wanted: Callable[[], bool] = lambda: True
+) -> bytes:
     """Returns the decoded body.
 
     Args:
         body: as it came.
         encodings: in the order in which they were applied.
         most_bytes: largest size that any step may have.
+        is_wanted: whether somebody still waits for the body; asked before each slice.
 
     Raises:
-        EncodingRefused: an encoding is not known, the body is not valid in it, or larger than `most_bytes`.
+        EncodingRefused: an encoding is not known, the body is not valid in it, has more than `MOST_MEMBERS` parts, is
+            larger than `most_bytes`, or nobody waits for it.
     """
     unknown = [name for name in encodings if name not in _DECODERS]
     if unknown or len(encodings) > MOST_ENCODINGS:
@@ -79,29 +81,43 @@ def decode_body(body: bytes, encodings: list[bytes], most_bytes: int) -> bytes:
         message = f"content-encoding {named!r} is not known; known: {KNOWN.decode()}, identity"
         raise EncodingRefused(RequestOutcome.UNSUPPORTED_ENCODING, message)
     for name in reversed(encodings):
-        body = _decode(body, name, most_bytes)
+        body = _decode(body, name, most_bytes, is_wanted)
     return body
 
 
-def _decode(body: bytes, name: bytes, most_bytes: int) -> bytes:
-    parts, left = [], most_bytes
-    while body:
-        decoder = _DECODERS[name](body)
-        try:
-            part = decoder.decompress(body, left + 1)
-        except (zlib.error, ZstdError) as error:
-            text = f"the body is not valid {name.decode()}: {error}"
-            raise EncodingRefused(RequestOutcome.BAD_REQUEST, text) from None
-        parts.append(part)
-        left -= len(part)
-        if left < 0:
-            message = f"the decoded body is larger than {most_bytes} bytes"
-            raise EncodingRefused(RequestOutcome.BODY_TOO_LARGE, message)
-        if not decoder.eof:
-            raise EncodingRefused(RequestOutcome.BAD_REQUEST, f"the body in {name.decode()} ends before it is whole")
+def _decode(body: bytes, name: bytes, most_bytes: int, is_wanted: Callable[[], bool]) -> bytes:
+    parts: list[bytes] = []
+    at, left = 0, most_bytes
+    for _ in range(MOST_MEMBERS):
+        if at >= len(body):
+            return b"".join(parts)
         # Several members or frames may follow one another.
-        body = decoder.unused_data
+        decoder = _DECODERS[name](body[at : at + 2])
+        while not decoder.eof:
+            if at >= len(body):
+                raise _bad(f"the body in {name.decode()} ends before it is whole")
+            if not is_wanted():
+                raise EncodingRefused(RequestOutcome.CLIENT_GONE, "nobody waits for the body")
+            parts.append(_decode_slice(decoder, body[at : at + SLICE_BYTES], name, left + 1))
+            at = min(at + SLICE_BYTES, len(body)) - len(decoder.unused_data)
+            left -= len(parts[-1])
+            if left < 0:
+                message = f"the decoded body is larger than {most_bytes} bytes"
+                raise EncodingRefused(RequestOutcome.BODY_TOO_LARGE, message)
+    if at < len(body):
+        raise _bad(f"the body has more than {MOST_MEMBERS} parts that are each compressed in {name.decode()}")
     return b"".join(parts)
+
+
+def _decode_slice(decoder: Decoder, data: bytes, name: bytes, most_bytes: int) -> bytes:
+    try:
+        return decoder.decompress(data, most_bytes)
+    except (zlib.error, ZstdError) as error:
+        raise _bad(f"the body is not valid {name.decode()}: {error}") from None
+
+
+def _bad(message: str) -> EncodingRefused:
+    return EncodingRefused(RequestOutcome.BAD_REQUEST, message)
 
 
 def _gzip(_body: bytes) -> Decoder:

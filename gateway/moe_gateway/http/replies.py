@@ -24,6 +24,7 @@ class RequestOutcome(Enum):
     BUSY = ("busy", 429, "rate_limit_error")
     OVER_QUOTA = ("rate_limit_exceeded", 429, "rate_limit_error")
     CLIENT_GONE = ("client_gone", 499, "")
+    INTERNAL_ERROR = ("internal_error", 500, "server_error")
     ENGINE_FAILED = ("engine_failed", 502, "server_error")
     NO_ENGINE = ("no_engine", 503, "server_error")
     GATEWAY_ENDED = ("gateway_ended", 503, "server_error")
@@ -37,6 +38,9 @@ class RequestOutcome(Enum):
         self.kind = kind
 
 
+# Of an engine's text in an error of the gateway.
+LONGEST_QUOTE_BYTES = 2000
+LAST_CHUNK = b"0\r\n\r\n"
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -48,6 +52,7 @@ REASONS = {
     415: "Unsupported Media Type",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     502: "Bad Gateway",
     503: "Service Unavailable",
     504: "Gateway Timeout",
@@ -75,6 +80,25 @@ def build_error_document(
         kind = _ANTHROPIC_KINDS.get(outcome.status, "api_error")
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": message}})
     return orjson.dumps({"error": {"message": message, "type": outcome.kind, "param": param, "code": outcome.label}})
+
+
+def as_error_document(answer: bytes, status: int, *, is_anthropic: bool = False) -> bytes:
+    """An engine's error answer as an object that clients take for an error: as it is, or as the message of one.
+
+    Args:
+        answer: the body, in one line.
+        status: its HTTP status.
+        is_anthropic: whether it is for Anthropic's API, else for OpenAI's.
+    """
+    try:
+        document = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        document = None
+    if type(document) is dict and "error" in document:
+        return answer
+    outcome = RequestOutcome.BAD_REQUEST if 400 <= status < 500 else RequestOutcome.ENGINE_FAILED
+    text = answer[:LONGEST_QUOTE_BYTES].decode("utf-8", "replace")
+    return build_error_document(outcome, f"the engine answered {status}: {text}", is_anthropic=is_anthropic)
 
 
 def build_error(
@@ -167,4 +191,4 @@ def frame_chunk(data: bytes) -> bytes:
 
 def frame_last_chunk(data: bytes) -> bytes:
     """A chunk, and the end of the body."""
-    return frame_chunk(data) + b"0\r\n\r\n"
+    return frame_chunk(data) + LAST_CHUNK

@@ -97,6 +97,11 @@ class AnswerBeginning:
         return self.is_chunked or b"\r\ncontent-length:" in self.head
 
     @property
+    def is_unframed_piece(self) -> bool:
+        """Whether it is an answer in one piece, whole when its connection ends."""
+        return len(self.received) > len(self.head) > 0 and not self.is_framed and not self.is_events
+
+    @property
     def body(self) -> bytes:
         """The part of its body that has come and not passed, framed as the answer is."""
         body = self.received[len(self.head) :]

@@ -6,7 +6,9 @@ Owned by an exchange, which decides what passes and when. Everything here writes
 from moe_gateway.http.cors import insert_lines
 from moe_gateway.http.heads import ends_between_chunks, stamp_response
 from moe_gateway.http.replies import (
+    LAST_CHUNK,
     RequestOutcome,
+    as_error_document,
     build_error,
     build_stream_error,
     build_stream_head,
@@ -31,7 +33,17 @@ class ClientAnswer:
         is_open: whether the head of a stream has passed, and perhaps comments, but no event.
     """
 
-    __slots__ = ("_before_last", "_client", "_context", "_is_anthropic", "_last", "_request", "_wrote_s", "is_open")
+    __slots__ = (
+        "_before_last",
+        "_client",
+        "_context",
+        "_is_anthropic",
+        "_is_framing",
+        "_last",
+        "_request",
+        "_wrote_s",
+        "is_open",
+    )
 
     def __init__(self, request: ClientRequest, route: Route, client: ClientSide, context: ExchangeContext) -> None:
         self._request = request
@@ -40,6 +52,8 @@ class ClientAnswer:
         self._context = context
         # The newest two pieces of the answer.
         self._last = self._before_last = b""
+        # Whether the head has promised chunks and the engine sends none.
+        self._is_framing = False
         self.is_open = False
         self._wrote_s = request.arrived_s
 
@@ -52,6 +66,9 @@ class ClientAnswer:
         """Passes on the bytes that were kept back."""
         self._last = beginning.body
         if self.is_open:
+            self._is_framing = not beginning.is_chunked
+            if self._is_framing and self._last:
+                self._last = frame_chunk(self._last)
             self._client.write(self._last)
         else:
             close = not (self.keeps_alive and beginning.is_framed)
@@ -67,6 +84,8 @@ class ClientAnswer:
 
     def pass_on(self, data: bytes) -> None:
         """Passes on the next bytes."""
+        if self._is_framing:
+            data = frame_chunk(data)
         self._before_last, self._last = self._last, data
         self._client.write(data)
 
@@ -103,8 +122,19 @@ class ClientAnswer:
         """Whether the last event of a stream has passed."""
         return ends_stream(self._before_last + self._last)
 
-    def end_with_engine_error(self, error: bytes) -> None:
-        """Ends an open stream with the error, one line of JSON, that an engine answered."""
+    def end(self) -> None:
+        """All bytes of the engine's answer have passed."""
+        if self._is_framing:
+            self._client.write(LAST_CHUNK)
+
+    def end_with_engine_error(self, error: bytes, status: int) -> None:
+        """Ends an open stream with the error that an engine answered.
+
+        Args:
+            error: the body of its answer in one line. Where it is no JSON object of an error, one is made.
+            status: its HTTP status.
+        """
+        error = as_error_document(error, status, is_anthropic=self._is_anthropic)
         self._client.write(frame_last_chunk(frame_error(error, is_anthropic=self._is_anthropic)))
 
     def break_off(self, outcome: RequestOutcome, reason: str, *, is_stream: bool) -> None:

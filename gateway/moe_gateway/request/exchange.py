@@ -31,7 +31,7 @@ from moe_gateway.request.client_answer import ClientAnswer
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
-from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart
+from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, part_of_status
 
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
@@ -243,7 +243,7 @@ class Exchange:
         if part is AnswerPart.ENGINE_ERROR and self._retry_error():
             return
         answer = self._answer
-        if answer.is_open and not (beginning.is_events and beginning.is_chunked):
+        if answer.is_open and not beginning.is_events:
             if connection.complete:
                 self._close_open(part)
             return
@@ -276,8 +276,8 @@ class Exchange:
         """Ends a stream of which comments have passed with the error that another engine answered."""
         assert self._in_flight is not None
         self._account.count(part, self._beginning, self._in_flight, self.last_s)
-        self._answer.end_with_engine_error(self._beginning.error)
         status = self._beginning.status
+        self._answer.end_with_engine_error(self._beginning.error, status)
         self._end(status, f"the engine answered {status}", broken=True)
         self._answer.finish(keep_alive=False)
 
@@ -293,6 +293,7 @@ class Exchange:
         if self._account.has_answer and self._in_flight is not None:
             self._context.dispatcher.complete(self._in_flight, self.last_s)
         self._end_whole(status)
+        self._answer.end()
         self._answer.finish(keep_alive=keep_alive)
 
     def _end_whole(self, status: int) -> None:
@@ -308,7 +309,10 @@ class Exchange:
         if self.attempts.is_answering and not self._beginning.is_framed:
             # An answer without a length ends with the connection.
             self._end(connection.status)
+            self._answer.end()
             self._answer.finish(keep_alive=False)
+        elif self._answer.is_open and self._beginning.is_unframed_piece:
+            self._close_open(part_of_status(connection.status))
         elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
             # The idle connection may have been closed while the request was on its way, which is no failure of the
             # engine. But the engine may have read the request, so this was an attempt.
@@ -377,7 +381,7 @@ class Exchange:
         """Whether the answer is a stream that has not begun, so that its head may go before."""
         if self.attempts.is_answering or not self.parsed.stream or self.request.http10:
             return False
-        return self.route.has_job and not self.route.only_reads
+        return self.route.may_stream
 
     def check(self, now_s: float, limits: Limits) -> None:
         """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.

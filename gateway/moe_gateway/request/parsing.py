@@ -145,7 +145,9 @@ def _read_rare_prompt(route: Route, document: dict[str, Any]) -> Prompt:
                 media=_read_texts(document.get("content_parts")).media
             )
         case _ if route.only_reads:
-            return _read_input(read_scored(document))
+            scored = read_scored(document)
+            prompt = _read_input(scored.texts)
+            return prompt if scored.tokens is None else prompt._replace(tokens=scored.tokens)
         case _:
             return Prompt(b"", 0)
 

@@ -3,7 +3,7 @@
 The result is texts and chat parts, or token ids, in the order in which an engine reads them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -14,16 +14,28 @@ _DOCUMENTS = ("documents", "items", "text_2", "data_2")
 _MEDIA = {"images": "image_url", "audio": "audio_url", "videos": "video_url"}
 
 
-def read_scored(document: dict[str, Any]) -> object:
-    """What a body of a score or rerank route makes an engine read: each document, a single query before each."""
+class Scored(NamedTuple):
+    """What a body of a score or rerank route makes an engine read.
+
+    Attributes:
+        texts: the documents, a single query before each; before all of them where they are token ids.
+        tokens: exact number of tokens, a single query counted once for each document; None where these are no ids.
+    """
+
+    texts: object
+    tokens: int | None = None
+
+
+def read_scored(document: dict[str, Any]) -> Scored:
+    """The documents of a body, and the query that is read with each; work and memory grow with the body alone."""
     query, scored = _first(document, _QUERIES), _first(document, _DOCUMENTS)
     documents = scored if type(scored) is list else [scored]
     if _is_ids(query) and documents and all(map(_is_ids, documents)):
-        return [[*query, *row] for row in documents]
+        return Scored([query, *documents], len(query) * len(documents) + sum(map(len, documents)))
     if type(query) is not str:
-        return [*(query if type(query) is list else [query]), *documents]
+        return Scored([*(query if type(query) is list else [query]), *documents])
     times = max(1, min(len(documents), MOST_QUERY_CHARACTERS // (len(query) or 1)))
-    return [query] * times + documents
+    return Scored([query] * times + documents)
 
 
 def read_embedded(document: dict[str, Any]) -> object:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 REMEMBERED_REQUESTS = 1000
 TERMS_PERIOD_S = 0.01
 MOST_TARGETS = 32
+# A client may name a model of any length.
+LONGEST_MODEL_CHARACTERS = 256
 
 
 @dataclass(slots=True)
@@ -74,7 +76,8 @@ class RecentRequests:
         # A client may use an id again: the newest request has it.
         if recent is None or recent.arrived_s != arrived_s:
             job = exchange.job
-            recent = _Recent(arrived_s, exchange.route.label, job.model, job.prompt_tokens, job.priority)
+            model = None if job.model is None else job.model[:LONGEST_MODEL_CHARACTERS]
+            recent = _Recent(arrived_s, exchange.route.label, model, job.prompt_tokens, job.priority)
             self._by_id[request_id] = recent
             self._by_id.move_to_end(request_id)
             if len(self._by_id) > REMEMBERED_REQUESTS:

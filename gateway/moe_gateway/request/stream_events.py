@@ -53,8 +53,8 @@ _USUAL_TOKEN = re.compile(
     rb"|(?:^|\n)event: (?:response\.[a-z_.]+\.delta|content_block_delta)\r?\n"
 )
 _LAST_NAMED_EVENT = re.compile(
-    rb'(?:event: (?=[^\n]*\n)|"type": ?")(?:response\.(?:completed|incomplete|failed)|message_stop)'
-    rb'(?:"|\r?\ndata: )[^\n]*\Z'
+    rb'(?:event: (?:%b)\r?\ndata: |"type": ?"(?:%b)")[^\n]*\Z'
+    % ((rb"response\.(?:completed|incomplete|failed)|message_stop",) * 2)
 )
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -239,11 +239,14 @@ def _status_of(error: object) -> int:
 
 
 # vLLM 0.32 puts an error within a stream of `/v1/messages` into the text of another one.
-_CODE_WITHIN = re.compile(r"for ChatCompletionStreamResponse\n[\s\S]*?'code': (\d{3})\b")
+_AROUND_CODE = "for ChatCompletionStreamResponse\n"
+_CODE_WITHIN = re.compile(r"'code': (\d{3})\b")
 
 
 def _code_within(message: object) -> str | None:
-    found = _CODE_WITHIN.search(message) if type(message) is str else None
+    if type(message) is not str or (begin := message.find(_AROUND_CODE)) < 0:
+        return None
+    found = _CODE_WITHIN.search(message, begin + len(_AROUND_CODE))
     return None if found is None else found[1]
 
 

@@ -17,7 +17,7 @@ _COUNT = re.compile(rb'"(total|prompt|completion|output|(?:cache_read_|cache_cre
 # A usage may begin in one write and end in the next.
 _TAIL_BYTES = 1024
 _EVENT_END = b"\n\n"
-# So many events may come after the usage of a whole answer: the one that ends the stream, and a last empty one.
+# At most this number of events follow the usage of a stream: `[DONE]` or `message_stop`, and one more.
 _MOST_LAST_EVENTS = 2
 
 

@@ -265,11 +265,11 @@ class Gateway:
             connection.check(now_s)
 
     def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
+        if self._context.gate is not None and exchange.request.admission is not None:
+            self._context.gate.end(exchange.request.admission, status)
         self.recent.end(exchange, status, reason, self.clock())
         if self._context.tracer is not None:
             self._context.tracer.end(exchange, status, reason)
-        if self._context.gate is not None and exchange.request.admission is not None:
-            self._context.gate.end(exchange.request.admission, status)
         if not reason and not self._access_log:
             return
         target, request = exchange.target, exchange.request

@@ -92,3 +92,34 @@ def test_any_recording_has_a_length(head, size):
     assert audio_s(head, size) >= 0
     assert audio_s(b"RIFF\0\0\0\0WAVE" + head, size) >= 0
     assert audio_s(wav(1)[:40] + head, size + 100) >= 0
+
+
+def described(size, *, channels=1, rate=16_000, byte_rate=32_000, align=2, bits=16):
+    """The head of a WAV file with one number that does not fit the others, and how long the whole file is."""
+    rows = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, byte_rate, align, bits)
+    return struct.pack("<4sI4s", b"RIFF", size + 36, b"WAVE") + rows + struct.pack("<4sI", b"data", size)
+
+
+@pytest.mark.parametrize(
+    "forged", [{"byte_rate": 2**32 - 1}, {"byte_rate": 0}, {"align": 65_535}, {"align": 0}], ids=str
+)
+def test_the_length_of_a_wav_is_what_a_decoder_finds(forged):
+    size = 600 * 32_000
+    assert audio_s(described(size, **forged), size + 44) == pytest.approx(600)
+
+
+def test_a_wav_whose_data_has_no_size_goes_to_the_end_of_the_file():
+    size = 600 * 32_000
+    assert audio_s(described(0), size + 44) == pytest.approx(600)
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "bits", "seconds"), [(8_000, 1, 8, 4), (48_000, 2, 24, 1), (16_000, 2, 4, 2)]
+)
+def test_channels_and_bits_of_a_wav_count(rate, channels, bits, seconds):
+    size = seconds * rate * channels * bits // 8
+    assert audio_s(described(size, rate=rate, channels=channels, bits=bits, align=1024), size + 44) == seconds
+
+
+def test_a_wav_of_no_known_bits_counts_as_compressed():
+    assert audio_s(described(COMPRESSED_BYTES_PER_S, bits=0), COMPRESSED_BYTES_PER_S + 44) == 1

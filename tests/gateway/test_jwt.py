@@ -11,11 +11,13 @@ import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from moe_contract.access_config import Jwt
+from moe_contract.access_config import Auth, Jwt
 from moe_contract.input_errors import InvalidInput
 from moe_contract.tenancy import hash_tenant, tenant_of
 from moe_gateway.access.gate import Gate
 from moe_gateway.access.issuer import AWAITED, Issuer, read_jwks
+from moe_gateway.access.quotas import Lease
+from moe_gateway.request.context import ClientRequest
 
 from tests.gateway.messages import post, prompt
 from tests.gateway.waiting import free_port, until
@@ -242,10 +244,44 @@ def test_keys_of_other_kinds_are_left_out():
 
 
 def test_a_gate_with_tokens_alone_needs_no_folder():
-    from moe_contract.access_config import Auth
-
     gate = Gate(Auth(jwt=Jwt(issuer=ISSUER, audience=AUDIENCE, jwks_url="https://h/k")), lambda: 0.0)
     gate.tick(10.0)
     for url in ("ftp://h", "h/k", "https://", "https://u@h/k", "https://h/ k"):
         with pytest.raises((InvalidInput, ValueError)):
             Jwt(issuer=ISSUER, audience=AUDIENCE, jwks_url=url)
+
+
+KEY = "sk-0123456789abcdef0123"
+
+
+def gate_of(folder, **entry) -> Gate:
+    folder.mkdir()
+    (folder / "team-a").write_text(json.dumps({"keys": [KEY], **entry}))
+    settings = Jwt(issuer=ISSUER, audience=AUDIENCE, jwks_url="http://h/k")
+    return Gate(Auth(key_dirs=(folder,), jwt=settings), lambda: 100.0)
+
+
+def identify(gate, *lines: bytes):
+    request = ClientRequest(b"POST", b"/v1/completions", b"".join(lines), b"", b"id", None, True, False, 0.0)
+    return gate.identify(request), request.caller
+
+
+def test_a_key_beside_a_token_of_an_unknown_signer_passes(tmp_path):
+    gate = gate_of(tmp_path / "keys")
+    bearer, key = b"Authorization: Bearer %b\r\n" % token().encode(), b"x-api-key: %b\r\n" % KEY.encode()
+    denial, caller = identify(gate, bearer, key)
+    assert denial is None
+    assert caller.name == "team-a"
+    denial, _ = identify(gate, bearer, b"x-api-key: placeholder\r\n")
+    assert (denial.outcome.status, denial.retry_after_s) == (503, 1)
+
+
+def test_a_token_and_a_key_of_one_tenant_share_its_quota_and_its_class(tmp_path):
+    gate = gate_of(tmp_path / "keys", priority=7, quota={"requestsPerMinute": 1})
+    gate.issuer._keys = read_jwks({"keys": [jwk(RSA, "one")]})
+    _, by_token = identify(gate, b"Authorization: Bearer %b\r\n" % token().encode())
+    _, by_key = identify(gate, b"x-api-key: %b\r\n" % KEY.encode())
+    assert by_token == by_key
+    assert by_token.priority == 7
+    admitted = [gate._quotas.admit(caller, 0, 0.0) for _ in range(5) for caller in (by_key, by_token)]
+    assert sum(isinstance(row, Lease) for row in admitted) == 1

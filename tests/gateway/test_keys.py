@@ -10,14 +10,15 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_contract.access_config import Auth
+from moe_contract.access_config import Auth, Quota
 from moe_contract.api_keys import ApiKey, read_keys
-from moe_contract.input_errors import InvalidInput
+from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.tenancy import hash_tenant, tenant_of
+from moe_gateway.access import gate as gate_module
 from moe_gateway.access.credentials import split_credentials
 from moe_gateway.access.folders import sign_folders
 from moe_gateway.access.gate import Gate
-from moe_gateway.access.key_table import KeyTable
+from moe_gateway.access.key_table import KeyTable, build_caller
 
 from tests.gateway.messages import post, prompt
 from tests.gateway.waiting import until
@@ -274,3 +275,38 @@ def test_anthropics_client_sends_its_key_in_a_header_that_is_read():
     client = anthropic.Anthropic(api_key=KEY)
     head = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in client.auth_headers.items())
     assert split_credentials(head) == ([KEY.encode()], b"")
+
+
+def test_keys_that_could_not_be_read_for_a_moment_are_read_again_and_named_once(keys, caplog, monkeypatch):
+    gate, _ = make_gate(keys)
+    (keys / "team-b").write_text(OTHER)
+
+    def fail(_folders):
+        raise InvalidInput([InputError("team-keys/team-b", "cannot be read: Too many open files")])
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(gate_module, "read_keys", fail)
+        for now_s in (10.0, 20.0, 30.0):
+            gate.tick(now_s)
+    assert len(caplog.records) == 1
+    gate.tick(40.0)
+    assert gate._keys.find(OTHER.encode()) is not None
+
+
+def test_a_file_that_cannot_be_looked_at_does_not_hide_a_change_of_another(keys):
+    (keys / "gone").symlink_to(keys / "nowhere")
+    before = sign_folders([keys])
+    (keys / "team-b").write_text(OTHER)
+    assert sign_folders([keys]) != before
+
+
+def test_a_tenant_has_one_quota_and_one_class_whatever_its_credential(keys):
+    quota = Quota(requests_per_minute=1)
+    rows = [("k1", 5), ("k2", None), ("k3", 20), ("k4", -3)]
+    table = KeyTable(
+        ApiKey(secret=name.encode(), tenant="team-a", priority=level, quota=quota if level == 5 else None)
+        for name, level in rows
+    )
+    found = table.add_terms(build_caller("team-a"))
+    assert (found.name, found.quota, found.priority) == ("team-a", quota, 20)
+    assert table.add_terms(build_caller("team-b")) == build_caller("team-b")

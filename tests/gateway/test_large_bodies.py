@@ -43,7 +43,7 @@ def ask_worker(route: Route, body: bytes):
         (Route.COMPLETIONS, prompt("x", user="a\ud83d", priority=0.0)),
         (Route.CHAT, {"model": "m", "stream": True, "messages": [{"role": "user", "content": "h\u00e9llo"}]}),
         (Route.CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}),
-        (Route.RESPONSES, {"input": "x", "previous_response_id": "r"}),
+        (Route.RESPONSES, {"input": "x", "previous_response_id": "r", "background": True, "request_id": "r"}),
         (Route.COMPLETIONS, {"prompt": [1, 2, 3]}),
     ],
 )

@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
 from tests.gateway.peers import always, answer_ok, never
+from tests.gateway.test_forms import form
 from tests.gateway.waiting import until
 
 KEY = "sk-0123456789abcdef0123"
@@ -198,3 +199,30 @@ def test_a_body_with_another_priority_is_the_same_but_for_it(document, priority,
 def test_no_request_is_more_urgent_than_its_class(asked, level):
     assert class_priority(asked, level) >= level
     assert class_priority(asked, level) == level + asked or asked < 0
+
+
+async def test_the_class_orders_a_form_in_the_gateway_and_leaves_it_as_it_is(limited):
+    engine, served = await limited(priority=10)
+    body = form(("model", b"tiny"), ("file", b"x" * 100))
+    seen = []
+    choose = served.gateway.dispatcher.choose
+    served.gateway.dispatcher.choose = lambda job, *rest, **named: seen.append(job) or choose(job, *rest, **named)
+    request = post(body, "/v1/audio/transcriptions", extra=BEARER)
+    kind = b"content-type: multipart/form-data; boundary=b-1"
+    assert (await served.ask(request.replace(b"content-type: application/json", kind))).status == 200
+    assert [job.priority for job in seen] == [10]
+    assert engine.requests[0].body == body
+
+
+async def test_the_place_of_a_request_is_given_back_first_at_its_end(limited, monkeypatch, unreported):
+    _, served = await limited(concurrency=1)
+
+    def fail(*_arguments):
+        raise RuntimeError("no list")
+
+    monkeypatch.setattr(served.gateway.recent, "end", fail)
+    client = await served.connect()
+    client.send(post(prompt(), extra=BEARER))
+    await until(lambda: unreported, "the failure")
+    unreported.clear()
+    assert use_of(served).in_flight == 0

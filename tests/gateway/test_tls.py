@@ -12,7 +12,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from moe_contract.access_config import Tls
-from moe_contract.input_errors import InvalidInput
+from moe_contract.input_errors import InputError, InvalidInput
+from moe_gateway.access import tls as tls_module
 from moe_gateway.access.tls import build_context
 
 from tests.gateway.certificates import make_authority, private_pem
@@ -234,3 +235,36 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     AUTHORITY.issue(tmp_path / "other")
     with pytest.raises(InvalidInput, match=r"tls.client_ca_dir: .*ca.crt: not usable: "):
         build_context(settings(tmp_path / "other", client_ca_dir=folder))
+
+
+@pytest.mark.parametrize("place", ["listen", "read"])
+async def test_a_reload_that_failed_once_is_tried_again(secure, tmp_path, monkeypatch, caplog, place):
+    _, served = await secure()
+    listener, failures = served.gateway._listener, [None] * 3
+    listener._settings, settings = None, listener._settings
+    fails = OSError(24, "Too many open files")
+    if place == "read":
+        fails = InvalidInput([InputError("tls.cert_dir", "cannot read: Too many open files")])
+
+    def once(real):
+        def do(*arguments):
+            if failures:
+                failures.pop()
+                raise fails
+            return real(*arguments)
+
+        return do
+
+    if place == "listen":
+        monkeypatch.setattr(listener, "_serve", once(listener._serve))
+    else:
+        monkeypatch.setattr(tls_module, "build_context", once(tls_module.build_context))
+    before = listener._server
+    AUTHORITY.issue(tmp_path / "cert")
+    listener._settings = settings
+    for number in range(1, 4):
+        await listener.reload(served.gateway.clock() + 1000.0 * number)
+        assert listener._server is before
+    assert caplog.text.count("were not reloaded") == 1
+    await listener.reload(served.gateway.clock() + 4000.0)
+    assert await serial_of(served) == serial_in(tmp_path / "cert")

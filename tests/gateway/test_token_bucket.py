@@ -224,3 +224,28 @@ def test_whatever_happens_no_bound_is_passed_and_a_wait_is_honest(rows, gateways
         for lease in leases:
             lease.end(0, now_s)
         assert isinstance(quotas.admit(build_caller(name), 0, now_s + 3600), Lease)
+
+
+def test_idle_tenants_are_looked_for_once_a_second(monkeypatch):
+    monkeypatch.setattr(quotas_module, "MOST_IDLE_TENANTS", 10)
+    scans = []
+    is_idle = quotas_module.TenantUse.is_idle
+    monkeypatch.setattr(quotas_module.TenantUse, "is_idle", lambda use, now_s: scans.append(1) or is_idle(use, now_s))
+    quotas = Quotas(Quota(requests_per_minute=60))
+    for number in range(30):
+        quotas.admit(build_caller(f"t{number}"), 0, 0.0)
+    assert len(scans) == 10
+    quotas.admit(build_caller("late"), 0, 1.0)
+    assert len(scans) == 40
+
+
+def test_a_place_is_one_of_the_requests_at_a_time_until_it_is_free():
+    quotas, caller = Quotas(Quota(concurrency=1, requests_per_minute=1)), build_caller("a")
+    place = quotas.reserve(caller, 0.0)
+    for over in (quotas.reserve(caller, 0.0), quotas.admit(caller, 0, 0.0)):
+        assert isinstance(over, OverQuota)
+        assert over.limit is QuotaBound.CONCURRENCY
+    place.free()
+    place.free()
+    assert isinstance(quotas.admit(caller, 0, 0.0), Lease)
+    assert isinstance(quotas.reserve(caller, 0.0), OverQuota)

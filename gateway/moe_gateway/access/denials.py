@@ -20,12 +20,14 @@ class Denial:
         message: for the client.
         retry_after_s: when it may ask again; None: never with this request.
         challenge: value of `WWW-Authenticate`; empty: none.
+        param: field of the body that is refused; None: none is.
     """
 
     outcome: RequestOutcome
     message: str
     retry_after_s: int | None = None
     challenge: bytes = b""
+    param: str | None = None
 
 
 def deny_over(over: OverQuota) -> Denial:
@@ -42,12 +44,18 @@ def deny_caller(message: str, challenge: bytes) -> Denial:
     return Denial(outcome=RequestOutcome.UNAUTHORIZED, message=message, challenge=challenge)
 
 
+def deny_field(message: str, param: str) -> Denial:
+    """The answer to a request with a field that is not allowed where there are keys."""
+    return Denial(outcome=RequestOutcome.BAD_REQUEST, message=message, param=param)
+
+
 def build_denial(request: ClientRequest, denial: Denial, *, close: bool) -> bytes:
     """The HTTP response, in the shape of the API that was asked."""
     return build_error(
         denial.outcome,
         denial.message,
         request_id=request.request_id,
+        param=denial.param,
         close=close,
         retry_after_s=denial.retry_after_s,
         challenge=denial.challenge,

@@ -30,5 +30,8 @@ def _sign(folder: Path) -> object:
 
 
 def _sign_file(path: Path) -> tuple[str, int, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        return path.name, 0, 0, -(error.errno or 1)
     return path.name, status.st_mtime_ns, status.st_ino, status.st_size

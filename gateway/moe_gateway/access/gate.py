@@ -22,6 +22,7 @@ from moe_gateway.access.key_table import Caller, KeyTable
 from moe_gateway.access.metering import MeteredClient
 from moe_gateway.access.priorities import class_priority, write_priority
 from moe_gateway.access.quotas import Lease, OverQuota, Quotas
+from moe_gateway.access.stored_responses import refuse_fields
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest, ClientSide
@@ -64,20 +65,23 @@ class Gate:
         self._quotas = Quotas(settings.quota)
         self._signature = sign_folders(self._folders)
         self._keys = KeyTable(read_keys(self._folders))
+        self._refused: object = None
         self._looked_s = clock()
         self.issuer = None if settings.jwt is None else Issuer(settings.jwt, clock)
 
     def identify(self, request: ClientRequest) -> Denial | None:
         """Names the caller in the request and takes its credentials out, or says why it does not pass."""
         credentials, headers = split_credentials(request.headers)
+        is_awaited = False
         for credential in credentials:
             caller = self._find(credential)
             if isinstance(caller, Caller):
                 request.caller, request.headers = caller, headers
                 return None
-            if caller is not None:
-                message = "the keys of the issuer are not known yet"
-                return Denial(outcome=RequestOutcome.ISSUER_UNKNOWN, message=message, retry_after_s=1)
+            is_awaited = is_awaited or caller is not None
+        if is_awaited:
+            message = "the keys of the issuer are not known yet"
+            return Denial(outcome=RequestOutcome.ISSUER_UNKNOWN, message=message, retry_after_s=1)
         if credentials:
             return deny_caller(WRONG_KEY, b'Bearer realm="moeserving", error="invalid_token"')
         return deny_caller(NO_KEY, b'Bearer realm="moeserving"')
@@ -86,7 +90,17 @@ class Gate:
         caller = self._keys.find(credential)
         if caller is not None or self.issuer is None:
             return caller
-        return self.issuer.find(credential)
+        found = self.issuer.find(credential)
+        return self._keys.add_terms(found) if isinstance(found, Caller) else found
+
+    def reserve(self, request: ClientRequest) -> Denial | None:
+        """Counts a request among those of its tenant while its body is read, or says why it is not read."""
+        assert request.caller is not None
+        place = self._quotas.reserve(request.caller, self._clock())
+        if isinstance(place, OverQuota):
+            return deny_over(place)
+        request.place = place
+        return None
 
     def admit(
         self, request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, tokens: int
@@ -103,16 +117,21 @@ class Gate:
         caller = request.caller
         assert caller is not None
         has_job = route.has_job
+        if request.place is not None:
+            request.place.free()
+        if route is Route.RESPONSES and (denial := refuse_fields(parsed, self._quotas.quota_of(caller))) is not None:
+            return denial
         lease = self._quotas.admit(caller, tokens if has_job else 0, self._clock())
         if isinstance(lease, OverQuota):
             return deny_over(lease)
         meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None
         request.admission = Admission(lease=lease, meter=meter)
-        # The forms of the audio routes have no field for it.
-        if has_job and not route.is_form and caller.priority is not None:
+        if has_job and caller.priority is not None:
             priority = class_priority(parsed.priority, caller.priority)
             if priority != parsed.priority:
-                request.body, parsed = write_priority(request.body, priority), parsed._replace(priority=priority)
+                parsed = parsed._replace(priority=priority)
+                # The forms of the audio routes have no field for it.
+                request.body = request.body if route.is_form else write_priority(request.body, priority)
         return parsed, meter or client
 
     def end(self, admission: Admission, status: int) -> None:
@@ -134,10 +153,13 @@ class Gate:
         signature = sign_folders(self._folders)
         if signature == self._signature:
             return
-        self._signature = signature
         try:
             self._keys = KeyTable(read_keys(self._folders))
         except InvalidInput as error:
-            log.error("keys were not reloaded, those before stay in force", extra={"reason": str(error)})
-        else:
-            log.info("keys were reloaded", extra={"keys": len(self._keys)})
+            # They are read again, for the cause may be the process: too many open files. It is logged once.
+            if self._refused != (refused := (signature, str(error))):
+                log.error("keys were not reloaded, those before stay in force", extra={"reason": str(error)})
+            self._refused = refused
+            return
+        self._signature = signature
+        log.info("keys were reloaded", extra={"keys": len(self._keys)})

@@ -43,6 +43,11 @@ class KeyTable:
             for key in rows
             for digest in [sha256(key.secret).digest()]
         }
+        self._tenants: dict[str, Caller] = {}
+        for _, caller in self._rows.values():
+            known = self._tenants.setdefault(caller.name, caller)
+            if caller.priority is not None and (known.priority is None or caller.priority > known.priority):
+                self._tenants[caller.name] = caller
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -52,6 +57,13 @@ class KeyTable:
         digest = sha256(key).digest()
         row = self._rows.get(digest)
         return row[1] if row is not None and hmac.compare_digest(row[0], digest) else None
+
+    def add_terms(self, caller: Caller) -> Caller:
+        """A caller whose credential is no key, with the quota and the class of its tenant where that has keys too.
+
+        Of several classes it is the least urgent one.
+        """
+        return self._tenants.get(caller.name, caller)
 
 
 def build_caller(name: str, priority: int | None = None, quota: Quota | None = None) -> Caller:

@@ -1,7 +1,7 @@
 """Counts the tokens of an answer on its way to the client, for a tenant with a quota of tokens.
 
-It stands between an exchange and its client's connection. An answer names its own tokens (`usage`); those of a stream
-without it are estimated: the prompt as it was admitted, and one token for each event.
+It stands between an exchange and its client's connection. An answer names its own tokens (`usage`), wherever it has
+them; those of a stream without it are estimated: the prompt as it was admitted, and one token for each event.
 """
 
 import re
@@ -9,35 +9,52 @@ import re
 from moe_gateway.access.quotas import Lease
 from moe_gateway.request.context import ClientSide
 
-_USAGE = re.compile(rb'"(total|prompt|input|completion|output)_tokens": ?(\d{1,12})\b')
-_INPUT, _OUTPUT = ("prompt", "input"), ("completion", "output")
+_MARK = b'"usage":'
+# An object with at most one level below it; the bounds of its parts keep the search short, whatever an answer holds.
+_USAGE = re.compile(rb'"usage":\s{0,8}(\{[^{}]{0,512}(?:\{[^{}]{0,512}\}[^{}]{0,512}){0,6}\})')
+# Anthropic's API has the tokens that the prefix cache read or wrote in fields of their own.
+_COUNT = re.compile(rb'"(total|prompt|completion|output|(?:cache_read_|cache_creation_)?input)_tokens":\s?(\d{1,12})\b')
+# A usage may begin in one write and end in the next.
+_TAIL_BYTES = 1024
 _EVENT_END = b"\n\n"
+# At most this number of events follow the usage of a stream: `[DONE]` or `message_stop`, and one more.
+_MOST_LAST_EVENTS = 2
 
 
 def read_usage(text: bytes) -> int | None:
-    """All tokens by the last usage in these bytes; None without one. In what a model wrote its quotes are escaped."""
-    found = {name.decode(): int(count) for name, count in _USAGE.findall(text)}
-    if "total" in found:
-        return found["total"]
-    counts = [next((found[name] for name in names if name in found), None) for names in (_INPUT, _OUTPUT)]
-    return None if counts == [None, None] else sum(count or 0 for count in counts)
+    """All tokens by the usage in these bytes, of several the largest; None without one.
+
+    A stream may repeat its usage, which grows. The model's words cannot lower it, nor what an answer repeats of its
+    request.
+    """
+    return max((_sum_counts(found[1]) for found in _USAGE.finditer(text) if _COUNT.search(found[1])), default=None)
+
+
+def _sum_counts(usage: bytes) -> int:
+    counts = {name: int(count) for name, count in _COUNT.findall(usage)}
+    total = counts.pop(b"total", 0)
+    return max(total, sum(counts.values()))
 
 
 class MeteredClient:
     """A `ClientSide` that passes all on and counts."""
 
-    __slots__ = ("_before_last", "_client", "_events", "_last", "_lease")
+    __slots__ = ("_client", "_events", "_events_at_usage", "_lease", "_tail", "_usage")
 
     def __init__(self, client: ClientSide, lease: Lease) -> None:
         self._client = client
         self._lease = lease
-        self._events = 0
-        self._last = self._before_last = b""
+        self._events = self._events_at_usage = 0
+        self._usage: int | None = None
+        self._tail = b""
 
     def write(self, data: bytes) -> None:
         """Passes on more of the answer."""
-        self._before_last, self._last = self._last, data
         self._events += data.count(_EVENT_END)
+        window = self._tail + data
+        if _MARK in window and (usage := read_usage(window)) is not None and usage >= (self._usage or 0):
+            self._usage, self._events_at_usage = usage, self._events
+        self._tail = window[-_TAIL_BYTES:]
         self._client.write(data)
 
     def answered(self, *, keep_alive: bool) -> None:
@@ -48,5 +65,10 @@ class MeteredClient:
         """The tokens that the request took; none where no engine answered it."""
         if not is_answer:
             return 0
-        usage = read_usage(self._before_last + self._last)
-        return self._lease.charged_tokens + self._events if usage is None else usage
+        estimate = self._lease.charged_tokens + self._events
+        if self._usage is None:
+            return estimate
+        if self._events - self._events_at_usage > _MOST_LAST_EVENTS:
+            # The usage at the beginning of a stream that was left has no tokens of its answer.
+            return max(self._usage, estimate)
+        return self._usage

@@ -16,6 +16,8 @@ from moe_gateway.access.token_bucket import TokenBucket
 
 # Names of tenants come from outside: beyond this number those that owe nothing are forgotten.
 MOST_IDLE_TENANTS = 10_000
+# They are looked for at most this often.
+FORGET_PERIOD_S = 1.0
 # Weight of the newest request in the mean duration of a tenant's requests.
 _NEWEST = 0.1
 
@@ -95,6 +97,24 @@ class Lease:
             use.tokens.take(tokens - self.charged_tokens, now_s)
 
 
+@dataclass(slots=True)
+class Place:
+    """A place among a tenant's requests at a time, for one that is not admitted yet.
+
+    Attributes:
+        use: of its tenant.
+    """
+
+    use: TenantUse
+    _is_free: bool = field(default=False, init=False)
+
+    def free(self, _task: object = None) -> None:
+        """Gives the place back; a second call changes nothing."""
+        if not self._is_free:
+            self._is_free = True
+            self.use.in_flight -= 1
+
+
 class Quotas:
     """The use of each tenant.
 
@@ -105,6 +125,7 @@ class Quotas:
     def __init__(self, default: Quota) -> None:
         self._default = default
         self._gateways = 1
+        self._forgot_s = -math.inf
         self._uses: dict[str, TenantUse] = {}
 
     @property
@@ -124,6 +145,18 @@ class Quotas:
             use.tokens.take(tokens, now_s)
         return Lease(use, now_s, tokens)
 
+    def reserve(self, caller: Caller, now_s: float) -> Place | OverQuota:
+        """Takes a place for a request whose body is still to be read."""
+        use = self._find_use(caller, now_s)
+        if (over := _find_crowd(use)) is not None:
+            return over
+        use.in_flight += 1
+        return Place(use)
+
+    def quota_of(self, caller: Caller) -> Quota:
+        """The quota of a caller's tenant, for all gateways together."""
+        return caller.quota or self._default
+
     def divide(self, gateways: int, now_s: float) -> None:
         """This number of gateways share the requests of all tenants; none at all counts as one."""
         self._gateways = max(1, gateways)
@@ -131,7 +164,7 @@ class Quotas:
             self._size(use, now_s)
 
     def _find_use(self, caller: Caller, now_s: float) -> TenantUse:
-        quota = caller.quota or self._default
+        quota = self.quota_of(caller)
         use = self._uses.get(caller.name)
         if use is None:
             self._forget_idle(now_s)
@@ -143,7 +176,8 @@ class Quotas:
         return use
 
     def _forget_idle(self, now_s: float) -> None:
-        if len(self._uses) >= MOST_IDLE_TENANTS:
+        if len(self._uses) >= MOST_IDLE_TENANTS and now_s - self._forgot_s >= FORGET_PERIOD_S:
+            self._forgot_s = now_s
             self._uses = {name: use for name, use in self._uses.items() if not use.is_idle(now_s)}
 
     def _size(self, use: TenantUse, now_s: float) -> None:
@@ -166,10 +200,16 @@ def _resize(bucket: TokenBucket | None, per_minute: int | None, gateways: int, n
 
 def _find_limit(use: TenantUse, tokens: int, now_s: float) -> OverQuota | None:
     quota, found = use.quota, []
-    if use.concurrency is not None and use.in_flight >= use.concurrency:
-        found.append(OverQuota(QuotaBound.CONCURRENCY, quota.concurrency or 0, use.mean_s / use.concurrency))
+    if (over := _find_crowd(use)) is not None:
+        found.append(over)
     if use.requests is not None and (wait_s := use.requests.wait_s(1, now_s)) > 0:
         found.append(OverQuota(QuotaBound.REQUESTS, quota.requests_per_minute or 0, wait_s))
     if use.tokens is not None and (wait_s := use.tokens.wait_s(max(1, tokens), now_s)) > 0:
         found.append(OverQuota(QuotaBound.TOKENS, quota.tokens_per_minute or 0, wait_s))
     return max(found, key=lambda over: over.wait_s, default=None)
+
+
+def _find_crowd(use: TenantUse) -> OverQuota | None:
+    if use.concurrency is None or use.in_flight < use.concurrency:
+        return None
+    return OverQuota(QuotaBound.CONCURRENCY, use.quota.concurrency or 0, use.mean_s / use.concurrency)

@@ -76,6 +76,7 @@ class ServingPort:
         self._handshake_timeout_s = handshake_timeout_s
         self._context = None if settings is None else build_context(settings)
         self._signature = self._sign()
+        self._refused: object = None
         self._looked_s = 0.0
         self._server: asyncio.AbstractServer | None = None
         self._socket: socket.socket | None = None
@@ -89,17 +90,16 @@ class ServingPort:
             OSError: the port is taken.
         """
         self._socket, self._backlog = bound, backlog
-        self._server = await self._serve()
+        self._server = await self._serve(self._context)
 
-    async def _serve(self) -> asyncio.AbstractServer:
+    async def _serve(self, context: ssl.SSLContext | None) -> asyncio.AbstractServer:
         assert self._socket is not None
-        has_tls = self._context is not None
         return await asyncio.get_running_loop().create_server(
             self._make_protocol,
             sock=self._socket.dup(),
             backlog=self._backlog,
-            ssl=self._context,
-            ssl_handshake_timeout=self._handshake_timeout_s if has_tls else None,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else self._handshake_timeout_s,
         )
 
     async def reload(self, now_s: float) -> None:
@@ -107,17 +107,19 @@ class ServingPort:
         if self._settings is None or now_s - self._looked_s < RELOAD_PERIOD_S:
             return
         self._looked_s, signature = now_s, self._sign()
-        if signature == self._signature:
+        if signature == self._signature or self._server is None or self._is_closed:
+            return
+        try:
+            context = build_context(self._settings)
+            server = await self._serve(context)
+        except (InvalidInput, OSError) as error:
+            # They are read again, for the cause may be the process: too many open files. It is logged once.
+            if self._refused != (refused := (signature, str(error))):
+                log.error("certificates were not reloaded, those before stay in use", extra={"reason": str(error)})
+            self._refused = refused
             return
         self._signature = signature
-        try:
-            self._context = build_context(self._settings)
-        except InvalidInput as error:
-            log.error("certificates were not reloaded, those before stay in use", extra={"reason": str(error)})
-            return
-        if self._server is None or self._is_closed:
-            return
-        before, self._server = self._server, await self._serve()
+        before, self._server = self._server, server
         before.close()
         log.info("certificates were reloaded")
         if self._is_closed:

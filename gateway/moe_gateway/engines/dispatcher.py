@@ -258,12 +258,14 @@ class Dispatcher:
             return frozenset({job.server})
         return self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
 
-    def record_response(self, response_id: str, target: Target) -> None:
-        """A response came from this target, whose engine keeps it."""
-        self._jobs.responses.record(response_id, target.server)
+    def record_response(self, response_id: str, target: Target, owner: str | None = None) -> None:
+        """A response came from this target, whose engine keeps it; `owner` is the tenant, None without keys."""
+        self._jobs.responses.record(response_id, target.server, owner)
 
-    def is_lost(self, response_id: str) -> bool:
-        """Whether no engine is known that has a response; a single engine is asked in any case."""
+    def is_lost(self, response_id: str, owner: str | None = None) -> bool:
+        """Whether no engine is known that has a response of this tenant; without keys a single engine is asked."""
+        if owner is not None:
+            return not self._jobs.responses.belongs_to(response_id, owner)
         return len(self.engines) > 1 and self._jobs.responses.find(response_id) is None
 
     def _choose_among(self, servers: frozenset[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:

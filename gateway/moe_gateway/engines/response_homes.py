@@ -9,22 +9,31 @@ REMEMBERED_RESPONSES = 100_000
 
 
 class ResponseHomes:
-    """The engine of each response, by the response's id; the oldest are forgotten first."""
+    """Engine and owner of each response, by the response's id; the oldest are forgotten first."""
 
     def __init__(self) -> None:
-        self._servers: OrderedDict[str, str] = OrderedDict()
+        self._homes: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
 
-    def record(self, response_id: str, server: str) -> None:
-        """A response came from this engine."""
-        self._servers[response_id] = server
-        if len(self._servers) > REMEMBERED_RESPONSES:
-            self._servers.popitem(last=False)
+    def record(self, response_id: str, server: str, owner: str | None = None) -> None:
+        """A response came from this engine, for the tenant `owner`; one that another tenant has stays as it is."""
+        known = self._homes.get(response_id)
+        if known is not None and known[1] != owner:
+            return
+        self._homes[response_id] = server, owner
+        if len(self._homes) > REMEMBERED_RESPONSES:
+            self._homes.popitem(last=False)
 
     def find(self, response_id: str) -> str | None:
         """Returns the name of the engine that has a response; None where that is not known."""
-        return self._servers.get(response_id)
+        home = self._homes.get(response_id)
+        return None if home is None else home[0]
+
+    def belongs_to(self, response_id: str, owner: str) -> bool:
+        """Whether a response is known and was made for this tenant."""
+        home = self._homes.get(response_id)
+        return home is not None and home[1] == owner
 
     def forget(self, server: str) -> None:
         """The engine is gone or is another process: its responses are lost."""
-        for response_id in [response_id for response_id, home in self._servers.items() if home == server]:
-            del self._servers[response_id]
+        for response_id in [response_id for response_id, home in self._homes.items() if home[0] == server]:
+            del self._homes[response_id]

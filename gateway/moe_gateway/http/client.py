@@ -254,16 +254,24 @@ class ClientConnection(asyncio.Protocol):
         try:
             read_deadline(request)
             if route.method == b"POST" and needs_reader(request):
-                self._exchange = pending = PendingBody(
-                    lambda outcome, message: self._refuse_pending(request, route, outcome, message), request.deadline_s
-                )
-                self._context.spawn(self._read_body(pending, request, route))
+                self._begin_reading(request, route)
                 return
             parsed = read_request(route, request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
         self._dispatch_parsed(request, route, parsed)
+
+    def _begin_reading(self, request: ClientRequest, route: Route) -> None:
+        if (gate := self._context.gate) is not None and (denial := gate.reserve(request)) is not None:
+            self._deny(request, route, denial)
+            return
+        self._exchange = pending = PendingBody(
+            lambda outcome, message: self._refuse_pending(request, route, outcome, message), request.deadline_s
+        )
+        reading = self._context.spawn(self._read_body(pending, request, route))
+        if request.place is not None:
+            reading.add_done_callback(request.place.free)
 
     async def _read_body(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
         """Reads a body that takes a while, then goes on as for every other one; a failure ends its wait."""
@@ -307,16 +315,17 @@ class ClientConnection(asyncio.Protocol):
         if parsed.model is not None and models and parsed.model not in models:
             self._reply_unknown_model(request, route, parsed.model)
             return
-        previous = parsed.previous_response
-        if previous is not None and self._context.dispatcher.is_lost(previous):
+        gate, previous = self._context.gate, parsed.previous_response
+        owner = None if request.caller is None else request.caller.name
+        if previous is not None and self._context.dispatcher.is_lost(previous, owner):
             message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
             param = "response_id" if route.names_response else "previous_response_id"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param=param)
             return
         client: ClientSide = self
-        if self._context.gate is not None and route.method == b"POST":
+        if gate is not None and route is not Route.MODELS:
             tokens = self._context.dispatcher.count_tokens(parsed)
-            admitted = self._context.gate.admit(request, route, parsed, self, tokens)
+            admitted = gate.admit(request, route, parsed, self, tokens)
             if isinstance(admitted, Denial):
                 self._deny(request, route, admitted)
                 return

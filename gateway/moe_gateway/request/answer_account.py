@@ -7,7 +7,7 @@ from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.answer_fields import find_prompt_tokens, find_response_id
-from moe_gateway.request.context import ExchangeContext
+from moe_gateway.request.context import ClientRequest, ExchangeContext
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
 
@@ -23,11 +23,11 @@ class AnswerAccount:
         error_status: HTTP status that an error in its events stands for; 0 without one.
     """
 
-    __slots__ = ("_arrived_s", "_context", "_route", "error_status", "has_answer", "ttft_s")
+    __slots__ = ("_context", "_request", "_route", "error_status", "has_answer", "ttft_s")
 
-    def __init__(self, route: Route, arrived_s: float, context: ExchangeContext) -> None:
+    def __init__(self, route: Route, request: ClientRequest, context: ExchangeContext) -> None:
         self._route = route
-        self._arrived_s = arrived_s
+        self._request = request
         self._context = context
         self.ttft_s: float | None = None
         self.has_answer = False
@@ -39,10 +39,11 @@ class AnswerAccount:
         self.has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
         keeps = self.has_answer and self._route is Route.RESPONSES
         if keeps and (response_id := find_response_id(beginning.body)) is not None:
-            dispatcher.record_response(response_id, sent.target)
+            caller = self._request.caller
+            dispatcher.record_response(response_id, sent.target, None if caller is None else caller.name)
         if part is AnswerPart.TOKEN:
             dispatcher.answer(sent, now_s, is_first_token=True)
-            self.ttft_s = now_s - self._arrived_s
+            self.ttft_s = now_s - self._request.arrived_s
             self._context.stats.answer(self.ttft_s, now_s)
         elif part is AnswerPart.ENGINE_ERROR:
             self.error_status = find_error(beginning.body) or 500 if beginning.is_events else 0

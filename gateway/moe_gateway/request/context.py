@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe_gateway.access.gate import Admission, Gate
     from moe_gateway.access.key_table import Caller
+    from moe_gateway.access.quotas import Place
     from moe_gateway.request.body_reader import BodyReader
     from moe_gateway.request.exchange import Exchange
     from moe_gateway.tracing import RequestTracer
@@ -41,6 +42,7 @@ class ClientRequest:
         deadline_s: when its answer must have begun.
         caller: whose credential it had; None without keys.
         admission: its charge to a quota; None before, and without keys.
+        place: its place in a quota while its body is read; None where that takes no time, and without keys.
     """
 
     method: bytes
@@ -56,6 +58,7 @@ class ClientRequest:
     deadline_s: float = math.inf
     caller: "Caller | None" = None
     admission: "Admission | None" = None
+    place: "Place | None" = None
 
 
 def find_tenant(request: ClientRequest, header: bytes) -> str:

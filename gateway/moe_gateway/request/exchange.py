@@ -83,7 +83,7 @@ class Exchange:
         self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s, request.deadline_s)
         self.last_s = request.arrived_s
         self._answer = ClientAnswer(request, route, client, context)
-        self._account = AnswerAccount(route, request.arrived_s, context)
+        self._account = AnswerAccount(route, request, context)
         self._context = context
         self._session = session = request.session
         self._user = parsed.user if session is None else None

@@ -88,17 +88,26 @@ def audio_s(head: bytes, file_bytes: int) -> float:
         file_bytes: its whole length.
     """
     at = 12
-    bytes_per_s = 0
+    bytes_per_s = 0.0
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return file_bytes / COMPRESSED_BYTES_PER_S
     while at + 8 <= len(head):
         name, size = head[at : at + 4], int(struct.unpack_from("<I", head, at + 4)[0])
-        if name == b"fmt " and at + 20 <= len(head):
-            bytes_per_s = int(struct.unpack_from("<I", head, at + 16)[0])
+        if name == b"fmt " and at + 24 <= len(head):
+            bytes_per_s = _read_rate(head, at + 8)
         elif name == b"data" and bytes_per_s:
-            return min(size, file_bytes - at - 8) / bytes_per_s
+            # Who writes a stream does not know its length, and leaves 0 or the largest number there.
+            rest = file_bytes - at - 8
+            return min(size or rest, rest) / bytes_per_s
         at += 8 + size + size % 2
     return file_bytes / (bytes_per_s or COMPRESSED_BYTES_PER_S)
+
+
+def _read_rate(head: bytes, at: int) -> float:
+    """Bytes of a second of sound by a WAV file's format: what decoders go by, which is not its field for that rate."""
+    channels, rate = struct.unpack_from("<HI", head, at + 2)
+    bits = int(struct.unpack_from("<H", head, at + 14)[0])
+    return float(rate * channels * bits / 8) or COMPRESSED_BYTES_PER_S
 
 
 def _read_boundary(headers: bytes) -> bytes:

@@ -39,6 +39,8 @@ class Parsed(NamedTuple):
         media: how many images, audio and video parts the prompt has, by kind.
         prompt_bytes: length of the whole prompt where `prompt` is not; 0 where it is.
         keys: of the blocks of the prompt, where they are computed already.
+        background: whether a response is to be computed after its answer (`/v1/responses`).
+        names_itself: whether the client chose the id of a response (`/v1/responses`).
     """
 
     model: str | None
@@ -51,6 +53,8 @@ class Parsed(NamedTuple):
     media: Mapping[str, int] = _NO_MEDIA
     prompt_bytes: int = 0
     keys: tuple[int, ...] | None = None
+    background: bool = False
+    names_itself: bool = False
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:
@@ -82,8 +86,17 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     user = read_session(document) if route is Route.MESSAGES else document.get("user")
     prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
-    previous = _read_previous_response(document) if route is Route.RESPONSES else None
-    return Parsed(model or None, stream, priority, session, prompt, prompt_tokens, previous, media)
+    parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
+    return _read_response_fields(parsed, document) if route is Route.RESPONSES else parsed
+
+
+def _read_response_fields(parsed: Parsed, document: dict[str, Any]) -> Parsed:
+    """Adds the fields that only bodies of `/v1/responses` have."""
+    return parsed._replace(
+        previous_response=_read_previous_response(document),
+        background=read_flag(document.get("background")),
+        names_itself="request_id" in document,
+    )
 
 
 def _read_previous_response(document: dict[str, Any]) -> str | None:

@@ -54,19 +54,24 @@ class SparseStream:
         self._sent: tuple[object, object] | None = None
         self._sent_s = self._line_s = -math.inf
 
-    def next_line(self, now_s: float, notable: object, numbers: object, serialise: Callable[[], bytes]) -> bytes:
+    def next_line(
+        self, now_s: float, notable: object, numbers: Callable[[], object], serialise: Callable[[], bytes]
+    ) -> bytes:
         """The line to send now: a state, a heartbeat, or nothing (empty).
 
         Args:
             now_s: monotonic time.
             notable: differs from its last value when something changed that is sent at once.
-            numbers: differs when anything else changed.
+            numbers: its value differs when anything else changed; called only once the interval has passed or when a
+                state is sent.
             serialise: the state as a line; called when it is sent.
         """
-        is_due = now_s - self._sent_s >= self._interval_s and self._sent != (notable, numbers)
-        if self._sent is None or self._sent[0] != notable or is_due:
-            self._sent, self._sent_s, self._line_s = (notable, numbers), now_s, now_s
-            return serialise()
+        is_changed = self._sent is None or self._sent[0] != notable
+        if is_changed or now_s - self._sent_s >= self._interval_s:
+            newest = notable, numbers()
+            if is_changed or newest != self._sent:
+                self._sent, self._sent_s, self._line_s = newest, now_s, now_s
+                return serialise()
         if now_s - self._line_s >= self._heartbeat_s:
             self._line_s = now_s
             return HEARTBEAT

@@ -111,7 +111,7 @@ class AgentServer:
 
     def _thin(self, sparse: SparseStream, snapshot: bytes) -> bytes:
         revision, settings, *ranks = self._snapshot_version()
-        return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
+        return sparse.next_line(time.monotonic(), (revision, settings), lambda: ranks, lambda: snapshot)
 
     def _serialise(self) -> bytes:
         return write_agent_state(self.snapshot())

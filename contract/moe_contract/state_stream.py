@@ -97,9 +97,9 @@ class Silent(Unreachable):
 async def read_states(
     session: aiohttp.ClientSession, url: str, interval_s: float, silence_s: float = STREAM_SILENCE_S
 ) -> AsyncGenerator[bytes]:
-    """Yields the states of a peer, each as JSON, until the peer ends the stream.
+    """Yields the states of a peer, each as JSON, and empty bytes for a heartbeat, until the peer ends the stream.
 
-    Of states that came together only the newest is given.
+    Of lines that came together only the newest state is given.
 
     Args:
         session: to read with; its connector needs room for all streams.
@@ -126,12 +126,13 @@ async def read_states(
             rest = b""
             async for piece in answer.content.iter_any():
                 if piece == HEARTBEAT and not rest:
+                    yield b""
                     continue
                 *lines, rest = (rest + piece).split(b"\n")
                 if len(rest) > LONGEST_LINE_BYTES:
                     raise Unreadable("sends a state without an end")
-                if lines := [line for line in lines if line]:
-                    yield lines[-1]
+                if lines:
+                    yield next((line for line in reversed(lines) if line), b"")
     except aiohttp.ConnectionTimeoutError:
         raise Unreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
     except TimeoutError:

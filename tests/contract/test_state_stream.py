@@ -111,7 +111,7 @@ async def read_all(session: aiohttp.ClientSession, url: str, silence_s: float = 
         return [state async for state in states]
 
 
-async def test_a_reader_asks_for_its_interval_and_gets_states_without_heartbeats() -> None:
+async def test_a_reader_asks_for_its_interval_and_gets_states_and_heartbeats() -> None:
     asked = {}
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -119,8 +119,18 @@ async def test_a_reader_asks_for_its_interval_and_gets_states_without_heartbeats
         return await streamed(request, b'{"phase', b'":"ready"}\n', HEARTBEAT, b"\n\n")
 
     async with answering(answer) as (session, url):
-        assert await read_all(session, url) == [b'{"phase":"ready"}']
+        lines = await read_all(session, url)
+        assert [line for line in lines if line] == [b'{"phase":"ready"}']
     assert asked == {"watch": "1", "interval": "15"}
+
+
+@pytest.mark.parametrize("piece", [HEARTBEAT, b"\n\n"])
+async def test_a_heartbeat_is_an_empty_line(piece: bytes) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await streamed(request, piece)
+
+    async with answering(answer) as (session, url):
+        assert await read_all(session, url) == [b""]
 
 
 async def test_of_states_that_come_together_the_newest_is_given() -> None:

@@ -65,19 +65,24 @@ class SparseStream:
         self._sent: tuple[object, object] | None = None
         self._sent_s = self._line_s = -math.inf
 
-    def next_line(self, now_s: float, notable: object, numbers: object, serialise: Callable[[], bytes]) -> bytes:
+    def next_line(
+        self, now_s: float, notable: object, numbers: Callable[[], object], serialise: Callable[[], bytes]
+    ) -> bytes:
         """The line to send now: a state, a heartbeat, or nothing (empty).
 
         Args:
             now_s: monotonic time.
             notable: differs from its last value when something changed that is sent at once.
-            numbers: differs when anything else changed.
+            numbers: its value differs when anything else changed; called only once the interval has passed or when a
+                state is sent.
             serialise: the state as a line; called when it is sent.
         """
-        is_due = now_s - self._sent_s >= self._interval_s and self._sent != (notable, numbers)
-        if self._sent is None or self._sent[0] != notable or is_due:
-            self._sent, self._sent_s, self._line_s = (notable, numbers), now_s, now_s
-            return serialise()
+        is_changed = self._sent is None or self._sent[0] != notable
+        if is_changed or now_s - self._sent_s >= self._interval_s:
+            newest = notable, numbers()
+            if is_changed or newest != self._sent:
+                self._sent, self._sent_s, self._line_s = newest, now_s, now_s
+                return serialise()
         if now_s - self._line_s >= self._heartbeat_s:
             self._line_s = now_s
             return HEARTBEAT
@@ -103,9 +108,9 @@ class Silent(Unreachable):
 async def read_states(
     session: aiohttp.ClientSession, url: str, interval_s: float, silence_s: float = STREAM_SILENCE_S
 ) -> AsyncGenerator[bytes]:
-    """Yields the states of a peer, each as JSON, until the peer ends the stream.
+    """Yields the states of a peer, each as JSON, and empty bytes for a heartbeat, until the peer ends the stream.
 
-    Of states that came together only the newest is given.
+    Of lines that came together only the newest state is given.
 
     Args:
         session: to read with; its connector needs room for all streams.
@@ -134,12 +139,13 @@ async def read_states(
             rest = b""
             async for piece in answer.content.iter_any():
                 if piece == HEARTBEAT and not rest:
+                    yield b""
                     continue
                 *lines, rest = (rest + piece).split(b"\n")
                 if len(rest) > LONGEST_LINE_BYTES:
                     raise Unreadable("sends a state without an end")
-                if lines := [line for line in lines if line]:
-                    yield lines[-1]
+                if lines:
+                    yield next((line for line in reversed(lines) if line), b"")
     except aiohttp.ConnectionTimeoutError:
         raise Unreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
     except TimeoutError:

@@ -19,6 +19,7 @@ from moe_contract.routes import CONFIG, HEALTHZ, METRICS, READYZ, REQUESTS, STAT
 from moe_contract.state_stream import SparseStream, parse_interval, stream_headers
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.load_report import least_wait_s
 from moe_gateway.metrics import GatewayCollector, render_metrics
 from moe_gateway.request.recent_requests import REMEMBERED_REQUESTS, RecentRequests
 from moe_gateway.request_stats import RequestStats
@@ -116,12 +117,24 @@ class Admin:
     def _next_line(self, sparse: SparseStream) -> bytes:
         """What a watcher gets now; ages of signals, which never stay the same, are no change."""
         gateway, now_s = self._gateway, self._gateway.clock()
-        held, recent = gateway.dispatcher.held, gateway.stats.recent
+        held = gateway.dispatcher.held
         accepting = gateway.dispatcher.accepting and not gateway.draining
         # Under load requests are held now and then; where no engine takes any, one is waited for.
         notable = (accepting, held > 0 and not accepting, gateway.in_force)
-        numbers = (held, gateway.dispatcher.in_flight, gateway.stats.finished, recent.arrivals_per_s(now_s))
-        return sparse.next_line(now_s, notable, numbers, lambda: self._write_state() + b"\n")
+        return sparse.next_line(now_s, notable, lambda: self._numbers(now_s), lambda: self._write_state() + b"\n")
+
+    def _numbers(self, now_s: float) -> tuple[object, ...]:
+        """What the autoscaler reads; requests of other gateways and time alone change it too."""
+        dispatcher, stats = self._gateway.dispatcher, self._gateway.stats
+        return (
+            dispatcher.held,
+            dispatcher.in_flight,
+            stats.finished,
+            stats.recent.arrivals_per_s(now_s),
+            _rounded(stats.recent.mean_ttft_s(now_s), digits=3),
+            _rounded(least_wait_s(dispatcher, now_s), digits=3),
+            _rounded(dispatcher.held_since_s(now_s), digits=0),
+        )
 
     async def _end_streams(self, application: web.Application) -> None:
         self._ends.set()
@@ -152,6 +165,10 @@ class Admin:
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _rounded(seconds: float | None, *, digits: int) -> float | None:
+    return None if seconds is None else round(seconds, digits)
 
 
 def _refuse(status: int, errors: Iterable[InputError]) -> web.Response:

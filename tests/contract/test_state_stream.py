@@ -43,8 +43,24 @@ INTERVAL_S, HEARTBEAT_S = 15.0, 10.0
 )
 def test_changes_at_once_numbers_now_and_then(steps: list[tuple[float, str, int]], sent: list[bytes]) -> None:
     stream = SparseStream(INTERVAL_S, HEARTBEAT_S)
-    lines = [stream.next_line(at, notable, numbers, f"{notable}{numbers}".encode) for at, notable, numbers in steps]
+    lines = [
+        stream.next_line(at, notable, lambda numbers=numbers: numbers, f"{notable}{numbers}".encode)
+        for at, notable, numbers in steps
+    ]
     assert lines == sent
+
+
+def test_numbers_are_read_only_once_the_interval_has_passed_or_a_state_is_sent() -> None:
+    read = []
+
+    def numbers() -> int:
+        read.append(now_s)
+        return 0
+
+    stream = SparseStream(INTERVAL_S, HEARTBEAT_S)
+    for now_s in range(18):
+        stream.next_line(float(now_s), now_s >= 2, numbers, lambda: b"state\n")
+    assert read == [0, 2, 17]
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.sampled_from("ab"), st.integers(0, 2)), min_size=1, max_size=60))
@@ -53,7 +69,7 @@ def test_no_change_is_lost_and_no_silence_is_long(steps: list[tuple[float, str, 
     now_s, line_s, sent_s, sent = 0.0, 0.0, float("-inf"), ("", -1)
     for pause_s, notable, numbers in steps:
         now_s += pause_s
-        line = stream.next_line(now_s, notable, numbers, lambda: b"state\n")
+        line = stream.next_line(now_s, notable, lambda numbers=numbers: numbers, lambda: b"state\n")
         if line == b"state\n":
             assert notable != sent[0] or (numbers != sent[1] and now_s - sent_s >= INTERVAL_S)
             sent, sent_s = (notable, numbers), now_s
@@ -97,7 +113,7 @@ async def read_all(session: aiohttp.ClientSession, url: str, silence_s: float = 
         return [state async for state in states]
 
 
-async def test_a_reader_asks_for_its_interval_and_gets_states_without_heartbeats() -> None:
+async def test_a_reader_asks_for_its_interval_and_gets_states_and_heartbeats() -> None:
     asked = {}
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -105,8 +121,18 @@ async def test_a_reader_asks_for_its_interval_and_gets_states_without_heartbeats
         return await streamed(request, b'{"phase', b'":"ready"}\n', HEARTBEAT, b"\n\n")
 
     async with answering(answer) as (session, url):
-        assert await read_all(session, url) == [b'{"phase":"ready"}']
+        lines = await read_all(session, url)
+        assert [line for line in lines if line] == [b'{"phase":"ready"}']
     assert asked == {"watch": "1", "interval": "15"}
+
+
+@pytest.mark.parametrize("piece", [HEARTBEAT, b"\n\n"])
+async def test_a_heartbeat_is_an_empty_line(piece: bytes) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await streamed(request, piece)
+
+    async with answering(answer) as (session, url):
+        assert await read_all(session, url) == [b""]
 
 
 async def test_of_states_that_come_together_the_newest_is_given() -> None:

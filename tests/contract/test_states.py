@@ -116,7 +116,7 @@ def test_the_gateways_state_is_read_as_it_was_written_and_gives_the_fleets_signa
     assert read.pod == POD
     assert (read.dispatch_policy, read.totals.requests) == (CONFIG.dispatch.policy, 0)
     agent = read_agent_state(agent_text(SIGNAL, dataclasses.replace(SIGNAL, kv_usage=0.75)))
-    signal = build_signal(Fleet(gateways=(read,), engines={"e": agent}, silent=0, ready=1, observed_s=3.0), None)
+    signal = build_signal(Fleet(gateways=(read,), engines={"e": agent}, silent=0, ready=1, observed_s=3.0))
     assert signal is not None
     assert (signal.kv_usage, signal.held, signal.in_flight) == (0.75, 0, 0)
 

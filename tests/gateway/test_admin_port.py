@@ -318,15 +318,21 @@ async def test_a_sparse_stream_says_at_once_that_a_request_is_held_and_ends_with
         aiohttp.ClientSession() as session,
         aclosing(read_states(session, served.admin_url, interval_s=3600.0)) as states,
     ):
-        state = read_gateway_state(await anext(states))
+
+        async def newest():
+            while not (line := await anext(states)):
+                pass
+            return read_gateway_state(line)
+
+        state = await newest()
         assert (state.accepting, state.held) == (True, 0)
         engine.agent.say(accepting=False)
         while state.accepting:
-            state = read_gateway_state(await anext(states))
+            state = await newest()
         client = await served.connect()
         client.send(post(prompt()))
         while not state.held:
-            state = read_gateway_state(await anext(states))
+            state = await newest()
         closing = asyncio.create_task(served.gateway.close())
         async with asyncio.timeout(20):
             async for _ in states:

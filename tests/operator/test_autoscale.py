@@ -56,8 +56,7 @@ def test_the_signal_is_the_whole_fleets() -> None:
         engines={"a": computed(1600), "b": agent(ranks=[]), "c": agent("starting")},
         at_s=10.0,
     )
-    before = fleet(gateway(), engines={"a": computed(1000)}, at_s=4.0)
-    assert build_signal(now, before) == FleetSignal(
+    assert build_signal(now, 100.0) == FleetSignal(
         observed_s=10.0,
         wait_s=0.25,
         kv_usage=0.25,
@@ -71,30 +70,19 @@ def test_the_signal_is_the_whole_fleets() -> None:
 
 
 def test_no_gateway_or_one_that_is_silent_is_no_signal() -> None:
-    assert build_signal(fleet(), None) is None
-    assert build_signal(fleet(gateway(), wanted=2), None) is None
+    assert build_signal(fleet()) is None
+    assert build_signal(fleet(gateway(), wanted=2)) is None
 
 
 def test_what_nobody_knows_is_absent() -> None:
     bare = gateway(wait_s=None, ttft_s=None, arrivals_per_s=None)
-    signal = build_signal(fleet(bare), None)
+    signal = build_signal(fleet(bare))
     assert signal is not None
     values = (signal.wait_s, signal.kv_usage, signal.ttft_s, signal.tokens_per_s, signal.arrivals_per_s)
     assert values == (None,) * 5
-    endless = build_signal(fleet(gateway(wait_s=float("inf"))), None)
+    endless = build_signal(fleet(gateway(wait_s=float("inf"))))
     assert endless is not None
     assert endless.wait_s is None
-
-
-def test_tokens_a_second_are_those_of_engines_that_answered_twice_and_a_restart_counts_from_zero() -> None:
-    before = fleet(gateway(), engines={"a": computed(1000), "gone": computed(9999)}, at_s=0.0)
-    now = fleet(gateway(), engines={"a": computed(50), "new": computed(9999)}, at_s=10.0)
-    signal = build_signal(now, before)
-    assert signal is not None
-    assert signal.tokens_per_s == 5.0
-    same_moment = build_signal(fleet(gateway(), engines={"a": computed(1)}, at_s=0.0), before)
-    assert same_moment is not None
-    assert same_moment.tokens_per_s is None
 
 
 def test_the_mean_time_to_first_token_is_by_requests() -> None:
@@ -192,7 +180,7 @@ def test_a_fleet_that_is_loading_is_not_asked_for_twice_and_the_time_of_a_start_
 
     def decide_now(replicas: int, ready: set[str], loading: set[str]) -> int:
         engines = dict.fromkeys(ready, agent())
-        signal = build_signal(fleet(gateway(), engines=engines, at_s=now_s), None)
+        signal = build_signal(fleet(gateway(), engines=engines, at_s=now_s))
         return autoscaler.decide(replicas, ready, loading, signal, fleet_settings(section)).replicas
 
     assert decide_now(1, {"a"}, set()) == 2, "0.5 of the KV cache is used, 0.25 is wanted"
@@ -255,7 +243,7 @@ async def test_prometheus_gives_the_signal_with_its_age_and_gateways_what_they_h
     prometheus: tuple[str, type[Prometheus]],
 ) -> None:
     url, handler = prometheus
-    now_s = build_signal(fleet(gateway()), None)
+    now_s = build_signal(fleet(gateway()))
     signal = (await fetch_reading(url, ("ns", "tiny"), fleet(gateway(held=3)))).signal
     assert signal is not None
     assert now_s is not None

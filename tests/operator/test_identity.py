@@ -31,7 +31,7 @@ def test_a_pod_that_is_over_is_nobody_wherever_pods_are_counted(phase: str, reas
     assert not is_stable_engine(engine)
     assert _engines([engine]) == (set(), set())
     by_pod = states({"tiny-engine-a": agent(), "tiny-gateway-a": gateway()})
-    assert _read_fleet([engine, front], by_pod).ready == 0
+    assert _read_fleet([engine, front], by_pod, 0.0).ready == 0
     assert not is_ready(engine)
 
 

@@ -330,6 +330,93 @@ def test_a_first_state_that_comes_after_its_pass_is_reported() -> None:
     run_in_virtual_time(story())
 
 
+def test_states_carry_the_time_at_which_they_were_taken_and_the_last_sign_of_life() -> None:
+    async def story() -> None:
+        followed = Followed()
+        began_s = asyncio.get_running_loop().time()
+
+        async def ages(*said: bytes) -> tuple[float, float]:
+            followed.wires.say("http://e-0", *said)
+            await settle()
+            fresh = (await followed.streams.fetch(KEY, [engine()], interval_s=15.0)).freshness["e-0"]
+            return round(fresh.as_of_s - began_s), round(fresh.alive_s - began_s)
+
+        assert await ages(state()) == (0, 0)
+        await asyncio.sleep(10.0)
+        assert await ages() == (0, 0), "a pass changes nothing"
+        assert await ages(b"") == (0, 10), "numbers may wait for the end of the interval"
+        await asyncio.sleep(10.0)
+        assert await ages(b"") == (20, 20), "changed numbers would have come"
+        await asyncio.sleep(10.0)
+        assert await ages(b"") == (30, 30)
+        assert followed.changes == [], "a heartbeat is no change"
+        await asyncio.sleep(1.0)
+        assert await ages(state(running=5)) == (31, 31)
+        await asyncio.sleep(10.0)
+        assert await ages(b"") == (31, 41)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_peer_that_is_asked_has_a_state_of_now() -> None:
+    async def story() -> None:
+        followed = Followed(most=0)
+        followed.wires.answers["http://e-0"] = state()
+        for _ in range(2):
+            await asyncio.sleep(100.0)
+            fresh = (await followed.streams.fetch(KEY, [engine()])).freshness["e-0"]
+            now_s = asyncio.get_running_loop().time()
+            assert (fresh.as_of_s, fresh.alive_s) == (pytest.approx(now_s), pytest.approx(now_s))
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_state_and_its_time_belong_together_though_a_newer_one_comes_while_another_peer_is_asked() -> None:
+    async def story() -> None:
+        followed = Followed(most=1)
+        followed.wires.say("http://e-0", state(running=1))
+        slow = engine("e-1", "http://e-1")
+
+        async def ask(_: object, peer: Peer) -> AgentState:
+            await asyncio.sleep(0.5)
+            followed.wires.say("http://e-0", state(running=2))
+            await asyncio.sleep(0.5)
+            return read_agent_state(state())
+
+        followed.streams._ask = cast(Any, ask)
+        began_s = asyncio.get_running_loop().time()
+        states = await followed.streams.fetch(KEY, [engine(), slow])
+        assert states.engines["e-0"].ranks[0].running == 1
+        assert states.freshness["e-0"].as_of_s == pytest.approx(began_s, abs=0.1)
+        assert states.freshness["e-1"].as_of_s == pytest.approx(began_s + 1.0, abs=0.1)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_peer_without_a_state_has_no_freshness() -> None:
+    async def story() -> None:
+        followed = Followed()
+        assert (await followed.streams.fetch(KEY, [engine()])).freshness == {}
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
+def test_a_heartbeat_without_a_state_opens_no_stream() -> None:
+    async def story() -> None:
+        followed = Followed()
+        followed.wires.say("http://e-0", b"", Silent("sent nothing"))
+        followed.wires.answers["http://e-0"] = state()
+        assert "e-0" in await followed.streams.fetch(KEY, [engine()])
+        assert not followed.streams.is_pushed(KEY)
+        await followed.streams.close()
+
+    run_in_virtual_time(story())
+
+
 def asked(uid: str) -> Peer:
     """An engine whose pod repeats its uid."""
     return Peer(pod="e-0", url="http://e-0", component="engine", revision="stable", uid=uid, says_uid=True)

@@ -81,7 +81,7 @@ class Row:
     @property
     def reading(self) -> Reading:
         if self.prometheus == "absent":
-            return Reading(signal=build_signal(self.fleet, None))
+            return Reading(signal=build_signal(self.fleet))
         answer = PROMETHEUS[self.prometheus](float(self.held))
         return Reading() if answer is None else read_values(answer, self.fleet, NOW_S)
 
@@ -118,7 +118,7 @@ def decide(row: Row, replicas: int, *, idle: bool) -> int:
     if idle:
         while now_s < NOW_S - 5.0:
             quiet = Fleet(gateways=(gateway(**QUIET),), engines={}, silent=0, ready=1, observed_s=now_s)
-            number = autoscaler.decide(replicas, engines, set(), build_signal(quiet, None), settings).replicas
+            number = autoscaler.decide(replicas, engines, set(), build_signal(quiet), settings).replicas
             if number != replicas:
                 break
             now_s += 5.0

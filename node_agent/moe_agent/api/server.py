@@ -191,7 +191,7 @@ class AgentServer:
 
 def _thin(sparse: SparseStream, version: Version, snapshot: bytes) -> bytes:
     revision, settings, *ranks = version
-    return sparse.next_line(time.monotonic(), (revision, settings), ranks, lambda: snapshot)
+    return sparse.next_line(time.monotonic(), (revision, settings), lambda: ranks, lambda: snapshot)
 
 
 def _read_flag(request: web.Request, name: str) -> bool:

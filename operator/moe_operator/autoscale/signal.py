@@ -9,6 +9,19 @@ from moe_scheduling.fleet.size import FleetSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Freshness:
+    """How new the newest state of a pod is; times are on the operator's monotonic clock.
+
+    Attributes:
+        as_of_s: the last time at which its numbers are known to have been these.
+        alive_s: the last sign of life of what says it; what is notable was so until then.
+    """
+
+    as_of_s: float
+    alive_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class States:
     """The agents and gateways of one resource that answered, each by its pod.
 
@@ -16,11 +29,13 @@ class States:
         engines: states of agents.
         gateways: states of gateways.
         strangers: pods at whose address another pod answered; their states are in neither.
+        freshness: of each state; one without counts as of now.
     """
 
     engines: Mapping[str, AgentState] = field(default_factory=dict)
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
     strangers: frozenset[str] = frozenset()
+    freshness: Mapping[str, Freshness] = field(default_factory=dict)
 
     def __contains__(self, pod: str) -> bool:
         """Whether the agent or gateway in this pod answered."""
@@ -37,7 +52,7 @@ class Fleet:
         silent: ready gateways that did not answer; the signal is not known while there is one, for what it holds and
             sends is not known either.
         ready: gateways that are ready, silent ones included.
-        observed_s: when they answered, on the operator's monotonic clock.
+        observed_s: last sign of life of the one that has been silent for longest, on the operator's monotonic clock.
     """
 
     gateways: tuple[GatewayState, ...]
@@ -47,8 +62,13 @@ class Fleet:
     observed_s: float
 
 
-def build_signal(now: Fleet, before: Fleet | None) -> FleetSignal | None:
-    """The fleet's signal; None when no gateway, or not every ready one, answered."""
+def build_signal(now: Fleet, tokens_per_s: float | None = None) -> FleetSignal | None:
+    """The fleet's signal; None when no gateway, or not every ready one, answered.
+
+    Args:
+        now: the newest states.
+        tokens_per_s: tokens per second that all engines compute together; None when unknown.
+    """
     if not now.gateways or now.silent:
         return None
     ready = [engine for engine in now.engines.values() if engine.ready]
@@ -57,7 +77,7 @@ def build_signal(now: Fleet, before: Fleet | None) -> FleetSignal | None:
         wait_s=min(_known(state.wait_s for state in now.gateways), default=None),
         kv_usage=_mean(engine.kv_usage for engine in ready),
         ttft_s=mean_ttft_s(now.gateways),
-        tokens_per_s=_tokens_per_s(now, before),
+        tokens_per_s=tokens_per_s,
         arrivals_per_s=_sum(_known(state.arrivals_per_s for state in now.gateways)),
         held=sum(state.held for state in now.gateways),
         held_since_s=max(_known(state.held_since_s for state in now.gateways), default=None),
@@ -77,19 +97,6 @@ def mean_ttft_s(gateways: Iterable[GatewayState]) -> float | None:
     if not rows:
         return None
     return sum(value * arrivals for value, arrivals in rows) / weight if weight > 0.0 else _mean(row[0] for row in rows)
-
-
-def _tokens_per_s(now: Fleet, before: Fleet | None) -> float | None:
-    """By the counters of the engines that answered both times; an engine that began anew counts from zero."""
-    if before is None or now.observed_s <= before.observed_s:
-        return None
-    tokens, common = 0.0, False
-    for pod, state in now.engines.items():
-        if (old := before.engines.get(pod)) is not None:
-            common = True
-            count, known = state.computed_tokens, old.computed_tokens
-            tokens += count - known if count >= known else count
-    return tokens / (now.observed_s - before.observed_s) if common else None
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

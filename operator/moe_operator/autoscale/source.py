@@ -13,7 +13,8 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import Reading, fetch_reading
 from moe_operator.autoscale.settings import fleet_settings
-from moe_operator.autoscale.signal import Fleet, States, asks, build_signal
+from moe_operator.autoscale.signal import Fleet, Freshness, States, asks, build_signal
+from moe_operator.autoscale.token_rate import TokenCount, TokenRate, measure_rates, sum_rates
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
 from moe_operator.plan.names import REVISION
@@ -29,12 +30,12 @@ class Sources:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self._autoscalers: dict[tuple[str, str], Autoscaler] = {}
-        self._before: dict[tuple[str, str], Fleet] = {}
+        self._rates: dict[tuple[str, str], dict[str, TokenRate]] = {}
         self._due_s: dict[tuple[str, str], tuple[float, Outcome]] = {}
 
     def forget(self, key: tuple[str, str]) -> None:
         """Drops the records of a deleted resource."""
-        for kept in (self._autoscalers, self._before, self._due_s):
+        for kept in (self._autoscalers, self._rates, self._due_s):
             kept.pop(key, None)
 
     async def decide(
@@ -53,11 +54,12 @@ class Sources:
             return Outcome(replicas=replicas, reason="resource", limited=_external_limit(resource))
         if observed.replicas is None:
             return Outcome(replicas=replicas, reason="first", limited=None)
-        fleet = _read_fleet(pods, states)
+        now_s = time.monotonic()
+        fleet = _read_fleet(pods, states, now_s)
+        self._rates[key] = measure_rates(self._rates.get(key, {}), _counts(fleet, states, now_s))
         ready, loading = _engines(pods)
         settings = fleet_settings(section)
         reading = await self._read(key, resource, fleet, asleep=observed.replicas == 0)
-        self._before[key] = fleet
         outcome = self._autoscalers.setdefault(key, Autoscaler()).decide(
             observed.replicas,
             ready,
@@ -77,7 +79,7 @@ class Sources:
         """
         prometheus = resource.spec.metrics.prometheus
         if prometheus is None:
-            return Reading(signal=build_signal(fleet, self._before.get(key)))
+            return Reading(signal=build_signal(fleet, sum_rates(self._rates[key].values())))
         if asleep and asks(fleet.gateways):
             return Reading()
         return await fetch_reading(prometheus.url, key, fleet)
@@ -91,16 +93,26 @@ def _external_limit(resource: MoEServing) -> tuple[Reason, str] | None:
     return Reason.OUT_OF_BOUNDS, f"engine.replicas is {replicas}, outside of autoscaling's {bounds}"
 
 
-def _read_fleet(pods: Sequence[Document], states: States) -> Fleet:
+def _read_fleet(pods: Sequence[Document], states: States, now_s: float) -> Fleet:
     ready = [pod["metadata"]["name"] for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
-    engines = {pod["metadata"]["name"] for pod in pods if is_engine(pod)}
+    names = {pod["metadata"]["name"] for pod in pods if is_engine(pod)}
+    engines = {name: state for name, state in states.engines.items() if name in names}
+    signs = [states.freshness[name].alive_s for name in (*states.gateways, *engines) if name in states.freshness]
     return Fleet(
         gateways=tuple(states.gateways.values()),
-        engines={name: state for name, state in states.engines.items() if name in engines},
+        engines=engines,
         silent=sum(name not in states.gateways for name in ready),
         ready=len(ready),
-        observed_s=time.monotonic(),
+        observed_s=min(signs, default=now_s),
     )
+
+
+def _counts(fleet: Fleet, states: States, now_s: float) -> dict[str, TokenCount]:
+    asked = Freshness(as_of_s=now_s, alive_s=now_s)
+    return {
+        name: TokenCount(tokens=state.computed_tokens, as_of_s=states.freshness.get(name, asked).as_of_s)
+        for name, state in fleet.engines.items()
+    }
 
 
 def _engines(pods: Sequence[Document]) -> tuple[set[str], set[str]]:

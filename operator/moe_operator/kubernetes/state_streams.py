@@ -15,6 +15,7 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import aiohttp
 from moe_contract.agent_state import AgentState, read_agent_state
@@ -26,7 +27,7 @@ from moe_contract.state_stream import NotStreamed, Silent, read_states
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s
-from moe_operator.autoscale.signal import States
+from moe_operator.autoscale.signal import Freshness, States
 from moe_operator.kubernetes.peers import Peer, accept_states, fetch_state, is_stranger
 from moe_operator.kubernetes.spaced_reports import SpacedReports
 from moe_operator.kubernetes.store import Key
@@ -44,6 +45,8 @@ NUMBERS_EVERY_S, LEAST_NUMBERS_EVERY_S = 15.0, 0.5
 NUMBERS_PER_DECISION = 5
 # What is notable of another pod that answers at the address of a peer: nothing that it says.
 _STRANGER = ("stranger",)
+# A heartbeat so long after the interval says that the numbers are as they were: changed ones would have come before it.
+SAME_AFTER_S = 1.0
 
 State = AgentState | GatewayState
 Read = Callable[[aiohttp.ClientSession, str, float, float], AsyncGenerator[bytes]]
@@ -100,8 +103,10 @@ class StateStreams:
         for stream in streams:
             # No pass waits for its first state any more, so that one is a change.
             stream.answered.set()
-        states = await asyncio.gather(*(stream.newest() for stream in streams))
-        return accept_states((stream.peer, state) for stream, state in zip(streams, states, strict=True))
+        answers = await asyncio.gather(*(stream.newest() for stream in streams))
+        rows = [(stream.peer, *answer) for stream, answer in zip(streams, answers, strict=True)]
+        found = accept_states((peer, state) for peer, state, _ in rows)
+        return replace(found, freshness={peer.pod: fresh for peer, _, fresh in rows if peer.pod in found})
 
     def is_pushed(self, key: Key) -> bool:
         """Whether each change of a peer of this resource comes by itself, so that no pass has to look for it."""
@@ -176,6 +181,7 @@ class _Stream:
         self._reports = SpacedReports(on_change)
         self.answered = asyncio.Event()
         self.is_asked, self.is_open = is_asked, False
+        self._freshness, self._taken_s = _fresh_now(), _now_s()
         # The newest state as it was sent: most of them are never looked at.
         self._text: bytes | None = None
         self._notable: tuple[object, ...] | None = None
@@ -196,11 +202,11 @@ class _Stream:
         if not self.is_open and _now_s() - self._tried_s >= LEAST_RETRY_S:
             self._retry.set()
 
-    async def newest(self) -> State | None:
-        """The newest state; None when there is none that is valid and can be read."""
+    async def newest(self) -> tuple[State | None, Freshness]:
+        """The newest state, None when there is none that is valid and can be read, and how new it is."""
         if self.is_asked:
-            return await self._ask(self._session, self.peer)
-        return None if self._text is None else self._read(self._text)
+            return await self._ask(self._session, self.peer), _fresh_now()
+        return None if self._text is None else self._read(self._text), self._freshness
 
     def _read(self, text: bytes) -> State | None:
         try:
@@ -242,8 +248,19 @@ class _Stream:
         states = self._read_states(self._session, self.peer.url, self.interval_s, STREAM_SILENCE_S)
         async with contextlib.aclosing(states):
             async for text in states:
+                if not text:
+                    self._note_heartbeat()
+                    continue
                 self.is_open, self.is_asked = True, False
+                self._freshness, self._taken_s = _fresh_now(), _now_s()
                 self._take(text)
+
+    def _note_heartbeat(self) -> None:
+        if not self.is_open:
+            return
+        now_s = _now_s()
+        is_same = now_s - self._taken_s >= self.interval_s + SAME_AFTER_S
+        self._freshness = Freshness(as_of_s=now_s if is_same else self._freshness.as_of_s, alive_s=now_s)
 
     async def _answers(self) -> bool:
         """Whether the peer, which gave no stream, says its state when it is asked; then it is asked at each pass."""
@@ -285,6 +302,10 @@ class _Stream:
 
 async def _nothing() -> None:
     """The task of a peer that is asked."""
+
+
+def _fresh_now() -> Freshness:
+    return Freshness(as_of_s=_now_s(), alive_s=_now_s())
 
 
 def _now_s() -> float:

@@ -125,7 +125,7 @@ async def test_a_change_while_a_watcher_wakes_reaches_its_sparse_stream(broadcas
     async def watch() -> None:
         async with aclosing(broadcaster.watch()) as snapshots:
             async for version, snapshot in snapshots:
-                if line := sparse.next_line(0.0, version, (), lambda text=snapshot: text):
+                if line := sparse.next_line(0.0, version, tuple, lambda text=snapshot: text):
                     lines.put_nowait(line)
 
     watching = asyncio.create_task(watch())

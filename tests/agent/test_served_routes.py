@@ -1,6 +1,9 @@
 """Each route of the installed vLLM is served to users, kept for the engine's port, or closed on purpose."""
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +19,25 @@ def unused_model_config() -> Any:
     return SimpleNamespace(get_pooling_task=lambda tasks: "embed")
 
 
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    """Puts back the process's logging after a block: vLLM's application sets it up for a process of its own."""
+    root, known = logging.getLogger(), list(logging.Logger.manager.loggerDict.values())
+    loggers = [row for row in known if isinstance(row, logging.Logger)]
+    before = [(row, row.disabled, row.level, row.propagate, list(row.handlers)) for row in (root, *loggers)]
+    threshold = logging.Logger.manager.disable
+    try:
+        yield
+    finally:
+        logging.disable(threshold)
+        for row, row.disabled, level, row.propagate, row.handlers in before:
+            row.setLevel(level)
+
+
 @pytest.fixture(scope="module")
 def paths(virtual_engines: Any) -> dict[str, set[str]]:
     """The methods of every route that the installed vLLM can mount, by path: all tasks, flags and developer mode."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), kept_logging():
         warnings.simplefilter("ignore")
         for variable in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             patch.setenv(variable, "1")

@@ -15,7 +15,14 @@ from typing import Any
 import psutil
 import pytest
 from moe_agent.supervisor.engine_log import find_error_line
-from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules, describe_exit
+from moe_agent.supervisor.supervisor import (
+    EngineSupervisor,
+    Phase,
+    SupervisorRules,
+    describe_exit,
+    lives_in_group,
+    wait_for_group_end,
+)
 from moe_contract.agent_config import EngineConfig
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -238,6 +245,18 @@ async def test_a_drain_during_back_off_ends_it(start):
     await until(lambda: supervisor.phase is Phase.BACKOFF, "back-off")
     supervisor.request_drain()
     await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+
+
+async def test_the_end_of_a_group_is_waited_for(tmp_path):
+    """Processes end some time after SIGKILL: the next engine must not start beside them."""
+    script = "import os, sys, time; os.setpgid(0, 0); print(flush=True); time.sleep(float(sys.argv[1]))"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, "0.3", stdout=asyncio.subprocess.PIPE)
+    await process.stdout.readline()
+    assert lives_in_group(process.pid)
+    await wait_for_group_end(process.pid)
+    assert not alive(process.pid)
+    assert not lives_in_group(process.pid)
+    await process.wait()
 
 
 async def test_a_crash_leaves_no_worker_of_the_engine_behind(start, tmp_path):

@@ -31,6 +31,9 @@ from moe_agent.supervisor.engine_log import EngineLog
 
 log = logging.getLogger(__name__)
 
+KILLED_WITHIN_S = 10.0
+"""Time in which the system ends killed processes, the ones that hold GPU memory included."""
+
 
 class Phase(StrEnum):
     """Phase of the engine's life cycle."""
@@ -200,6 +203,7 @@ class EngineSupervisor:
             await asyncio.gather(*watchers, return_exceptions=True)
             kill_group(process.pid)
             await process.wait()
+            await wait_for_group_end(process.pid)
             self._process = self._server_pid = None
             self._on_restart()
 
@@ -342,6 +346,32 @@ def kill_group(group: int) -> None:
     """Kills the remaining processes of a group; does nothing when none remains."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+
+
+async def wait_for_group_end(group: int) -> None:
+    """Waits, for some seconds at most, until the killed processes of a group have given their memory and ports back.
+
+    A worker with tens of GiB of GPU memory takes seconds to end after SIGKILL; the next engine would find none free.
+    """
+    deadline_s = time.monotonic() + KILLED_WITHIN_S
+    while lives_in_group(group):
+        if time.monotonic() > deadline_s:
+            log.warning("processes of the engine's group %d live %.0f s after they were killed", group, KILLED_WITHIN_S)
+            return
+        await asyncio.sleep(0.02)
+
+
+def lives_in_group(group: int) -> bool:
+    """Whether a process of the group lives; one that has ended and waits for its parent to notice does not."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def describe_exit(status: int | None, last_error: str) -> str:

@@ -39,6 +39,9 @@ OTHER = "other"
 
 log = logging.getLogger("moeserving.gateway")
 
+# A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
+_HEALTH, _MODEL, _MODELS = Route.HEALTH, Route.MODEL, Route.MODELS
+
 
 class ClientConnection(asyncio.Protocol):
     """The protocol of one client's connection; it is the `ReaderOwner` of its reader and an exchange's `ClientSide`.
@@ -81,7 +84,7 @@ class ClientConnection(asyncio.Protocol):
         self._on_close = on_close
         self._new_request_id = new_request_id
         self.transport: Any = None
-        self._reader = RequestReader(self, limits, new_request_id, context.clock)
+        self._reader = RequestReader(self, limits, new_request_id, context.clock, context.rare_headers)
         self._exchange: Exchange | PendingBody | None = None
         self._is_lingering = False
         self._linger_end_s = math.inf
@@ -190,16 +193,16 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, None, RequestOutcome.NOT_FOUND, "no such path here")
         elif is_preflight(request.method, request.headers):
             self._serve_preflight(request, route)
-        elif request.method != route.method and not (route is Route.HEALTH and request.method == b"HEAD"):
+        elif request.method != route.method and not (route is _HEALTH and request.method == b"HEAD"):
             message = f"this path takes {route.method.decode()} alone"
             self._reply_error(request, route, RequestOutcome.METHOD_NOT_ALLOWED, message)
-        elif route is Route.HEALTH:
+        elif route is _HEALTH:
             self._serve_health(request)
         elif (gate := self._context.gate) is not None and (denial := gate.identify(request)) is not None:
             self._deny(request, route, denial)
-        elif route is Route.MODEL:
+        elif route is _MODEL:
             self._serve_model(request)
-        elif route is Route.MODELS and (models := self._list_models()) is not None:
+        elif route is _MODELS and (models := self._list_models()) is not None:
             close = not self._keeps(request)
             self._reply(request, route, 200, build_models(models, request.request_id, close=close))
         else:
@@ -252,7 +255,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _dispatch(self, request: ClientRequest, route: Route) -> None:
         try:
-            read_deadline(request)
+            if not request.is_plain:
+                read_deadline(request)
             if route.method == b"POST" and needs_reader(request):
                 self._begin_reading(request, route)
                 return
@@ -323,7 +327,7 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param=param)
             return
         client: ClientSide = self
-        if gate is not None and route is not Route.MODELS:
+        if gate is not None and route is not _MODELS:
             tokens = self._context.dispatcher.count_tokens(parsed)
             admitted = gate.admit(request, route, parsed, self, tokens)
             if isinstance(admitted, Denial):

@@ -16,6 +16,10 @@ from moe_gateway.request.stream_events import (
     split_chunks,
 )
 
+# A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
+_PENDING, _REFUSAL = AnswerPart.PENDING, AnswerPart.REFUSAL
+_WHOLE, _ENGINE_ERROR = AnswerPart.WHOLE, AnswerPart.ENGINE_ERROR
+
 
 class AnswerBeginning:
     """Bytes of an answer that are kept back.
@@ -48,14 +52,14 @@ class AnswerBeginning:
         if not self.head:
             self._read_head(status, computes=computes)
         if len(self.received) == len(self.head) and not complete:
-            return AnswerPart.PENDING
+            return _PENDING
         if not self.is_events:
-            return part_of_status(status) if computes else AnswerPart.REFUSAL
+            return part_of_status(status) if computes else _REFUSAL
         if not complete and not may_end_event(data, len(self.received)):
-            return AnswerPart.PENDING
+            return _PENDING
         part = self._read_events()
         # A stream without a token and without an end is none.
-        return AnswerPart.ENGINE_ERROR if complete and part is AnswerPart.PENDING else part
+        return _ENGINE_ERROR if complete and part is _PENDING else part
 
     def _read_head(self, status: int, *, computes: bool) -> None:
         self.received = received = skip_informational(self.received)
@@ -69,8 +73,8 @@ class AnswerBeginning:
         data, _ = split_chunks(raw) if self.is_chunked else (raw, b"")
         part, self.comments, events = read_beginning(self._events + data)
         is_long = len(events) > LONGEST_BEGINNING_BYTES or events.count(b"data:") > MOST_PENDING_EVENTS
-        if part is AnswerPart.PENDING and is_long:
-            return AnswerPart.WHOLE
+        if part is _PENDING and is_long:
+            return _WHOLE
         return part
 
     def take_comments(self) -> bytes:

@@ -29,16 +29,17 @@ class AnswerBeginning:
         head: its head in lower case; empty before it is whole.
         status: its HTTP status, once the head is there.
         is_chunked: whether its body comes in chunks.
+        is_framed: whether the end of its body shows, so that the connection may outlive it.
         is_events: whether it is a stream of events that a model computes.
         comments: comments that may pass now.
     """
 
-    __slots__ = ("_events", "comments", "head", "is_chunked", "is_events", "received", "status")
+    __slots__ = ("_events", "comments", "head", "is_chunked", "is_events", "is_framed", "received", "status")
 
     def __init__(self) -> None:
         self.received = self.head = self.comments = self._events = b""
         self.status = 0
-        self.is_chunked = self.is_events = False
+        self.is_chunked = self.is_events = self.is_framed = False
 
     def read(self, data: bytes, status: int, *, computes: bool, complete: bool) -> AnswerPart:
         """Takes more bytes of an answer whose head is whole, and returns what it shows so far.
@@ -66,6 +67,7 @@ class AnswerBeginning:
         self.head = head = received[: received.index(b"\r\n\r\n") + 4].lower()
         self.status = status
         self.is_chunked = b"\r\ntransfer-encoding:" in head
+        self.is_framed = self.is_chunked or b"\r\ncontent-length:" in head
         self.is_events = status == 200 and computes and b"text/event-stream" in head
 
     def _read_events(self) -> AnswerPart:
@@ -94,11 +96,6 @@ class AnswerBeginning:
     def may_open(self) -> bool:
         """Whether the head of a stream may pass before its first token: no other answer has begun to come."""
         return not self.head or (self.is_events and self.is_chunked)
-
-    @property
-    def is_framed(self) -> bool:
-        """Whether the end of its body shows, so that the connection may outlive it."""
-        return self.is_chunked or b"\r\ncontent-length:" in self.head
 
     @property
     def is_unframed_piece(self) -> bool:

@@ -15,7 +15,7 @@ from moe_gateway.http.bodies import build_body
 from moe_gateway.http.heads import HOP_BY_HOP
 from moe_gateway.http.rare_headers import RareHeaders
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, SESSION_HEADERS, HeadMemory, WholeRequest
+from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, SESSION_HEADERS, HeadMemory
 from moe_gateway.request.context import ClientRequest
 
 # A body that keeps coming has time at this rate, besides `body_timeout_s`: the longest body takes 9 hours, but whoever
@@ -134,9 +134,9 @@ class RequestReader:
     def feed(self, data: bytes) -> None:
         """Reads more bytes; whole requests are in `requests` then, and the reason to read no more is in `refusal`."""
         if not (self._url or self.in_head or self._body) and len(data) <= self._limits.max_body_bytes:
-            whole = self._memory.read(data)
-            if whole is not None:
-                self._take_whole(whole)
+            body = self._memory.read(data)
+            if body is not None:
+                self._take_whole(body)
                 return
         self._chunk_bytes = len(data)
         self._head_bytes += len(data)
@@ -150,14 +150,12 @@ class RequestReader:
         if self._head_bytes > LONGEST_HEAD_BYTES:
             self.refuse(*_HEAD_TOO_LARGE)
 
-    def _take_whole(self, whole: WholeRequest) -> None:
-        request_id = whole.request_id or self._new_request_id()
-        session, arrived_s = whole.session, self._clock()
-        request = ClientRequest(
-            b"POST", whole.url, whole.headers, whole.body, request_id, session, True, False, arrived_s
+    def _take_whole(self, body: bytes) -> None:
+        url, headers, _, request_id, session = self._memory.last
+        request_id, is_plain = request_id or self._new_request_id(), self._memory.is_plain
+        self.requests.append(
+            ClientRequest(b"POST", url, headers, body, request_id, session, True, False, self._clock(), is_plain)
         )
-        request.is_plain = self._memory.is_plain
-        self.requests.append(request)
         self._owner.expect_nothing()
 
     def refuse(self, outcome: RequestOutcome, message: str) -> None:

@@ -86,22 +86,23 @@ class HeadMemory:
         rare: looked for in each head that differs from the last one.
 
     Attributes:
-        is_plain: whether the head of the request that was read last has no rare header.
+        last: the request that was read last, without its body.
+        is_plain: whether its head has no rare header.
     """
 
-    __slots__ = ("_after", "_before", "_last", "_rare", "is_plain")
+    __slots__ = ("_after", "_before", "_rare", "is_plain", "last")
 
     def __init__(self, rare: RareHeaders) -> None:
         self._rare = rare
-        # The last head before and after the digits of its length.
+        # The last head before and after the digits of its length; empty where none is remembered.
         self._before = self._after = b""
-        self._last: WholeRequest | None = None
+        self.last = _NONE_READ
         self.is_plain = False
 
-    def read(self, data: bytes) -> WholeRequest | None:
-        """The request that `data` is exactly; None when it is left to the parser."""
-        last, before = self._last, self._before
-        if last is not None and data.startswith(before):
+    def read(self, data: bytes) -> bytes | None:
+        """The body of the request that `data` is exactly, the rest of it in `last`; None: it is left to the parser."""
+        before = self._before
+        if before and data.startswith(before):
             begin = len(before)
             end = data.find(b"\r", begin, begin + 16)
             length = data[begin:end]
@@ -109,15 +110,17 @@ class HeadMemory:
                 body = data[end + len(self._after) :]
                 # Any other length, as of two requests in one read, is left to the usual reader.
                 if int(length) == len(body):
-                    return WholeRequest(last.url, last.headers, body, last.request_id, last.session)
+                    return body
         whole = read_whole_request(data)
-        if whole is not None:
-            self.is_plain = not self._rare.may_occur(whole.headers)
-            self._remember(data[: len(data) - len(whole.body)], whole)
-        return whole
+        if whole is None:
+            return None
+        self.last = whole._replace(body=b"")
+        self.is_plain = not self._rare.may_occur(whole.headers)
+        self._remember(data[: len(data) - len(whole.body)])
+        return whole.body
 
-    def _remember(self, head: bytes, whole: WholeRequest) -> None:
-        self._last = None
+    def _remember(self, head: bytes) -> None:
+        self._before = b""
         if len(head) > LONGEST_REMEMBERED_BYTES:
             return
         for mark in _LENGTH_MARKS:
@@ -125,5 +128,7 @@ class HeadMemory:
                 begin += len(mark)
                 end = head.index(b"\r", begin)
                 self._before, self._after = head[:begin], head[end:]
-                self._last = whole._replace(body=b"")
                 return
+
+
+_NONE_READ = WholeRequest(b"", b"", b"", b"", None)

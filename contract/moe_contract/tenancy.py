@@ -35,6 +35,7 @@ NOT_FORWARDED = frozenset(
     }
 )
 _MARK = ".t"
+_MARK_BYTES = _MARK.encode()
 _DIGITS = 8
 _HEX = frozenset("0123456789abcdef")
 # Of the anonymous tenant, where an id that a client chose could be read as another tenant's.
@@ -66,7 +67,7 @@ def sign_request_id(request_id: bytes, tenant: str) -> bytes:
     """The id for the engine."""
     if tenant:
         return b"%b.t%b" % (request_id, tenant.encode())
-    return b"%b.t%b" % (request_id, _OF_NOBODY.encode()) if _MARK.encode() in request_id else request_id
+    return b"%b.t%b" % (request_id, _OF_NOBODY.encode()) if _MARK_BYTES in request_id else request_id
 
 
 def tenant_of(request_id: str) -> str:

@@ -1,6 +1,7 @@
 """`moeserving gateway`, also `python -m moe_gateway`: with a configuration file, or in front of engines by address."""
 
 import asyncio
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ def gateway(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     set_up_logs()
+    # What was made so far stays: without this a full collection goes through all modules, and all streams wait for it.
+    gc.freeze()
     try:
         uvloop.run(_run(served))
     except OSError as error:

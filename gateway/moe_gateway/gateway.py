@@ -72,7 +72,7 @@ class Gateway:
         self._runner: web.AppRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
-        self._request_id_prefix = secrets.token_hex(4)
+        self._request_id_prefix = secrets.token_hex(4).encode()
         self._context = ExchangeContext(
             dispatcher=self.dispatcher,
             stats=self.stats,
@@ -244,7 +244,7 @@ class Gateway:
             self._empty.set()
 
     def _new_request_id(self) -> bytes:
-        return b"%b-%x" % (self._request_id_prefix.encode(), next(self._request_ids))
+        return b"%b-%x" % (self._request_id_prefix, next(self._request_ids))
 
     async def _check(self) -> None:
         while True:

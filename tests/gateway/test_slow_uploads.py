@@ -2,6 +2,7 @@
 
 import pytest
 from moe_contract.gateway_config import Limits
+from moe_gateway.http.rare_headers import RareHeaders
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.request_reader import LEAST_BYTES_PER_S, RequestReader
 
@@ -17,7 +18,7 @@ class Owner:
     def __init__(self) -> None:
         self.now_s = 100.0
         self.deadline_s = float("inf")
-        self.reader = RequestReader(self, LIMITS, lambda: b"id", lambda: self.now_s)
+        self.reader = RequestReader(self, LIMITS, lambda: b"id", lambda: self.now_s, RareHeaders())
 
     def expect_within(self, seconds: float) -> None:
         self.deadline_s = self.now_s + seconds

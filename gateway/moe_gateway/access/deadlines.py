@@ -5,11 +5,11 @@ A request whose answer has not begun by then is ended, wherever it waits.
 
 import re
 
+from moe_gateway.http.rare_headers import DEADLINE
 from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.parsing import BadBody
 
-HEADER = b"x-request-timeout"
-_MARK = HEADER + b":"
+_MARK = DEADLINE + b":"
 _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{0,9})?")
 
 

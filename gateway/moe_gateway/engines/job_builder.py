@@ -92,7 +92,7 @@ class JobBuilder:
 
     def set_models(self, models: frozenset[str]) -> None:
         """The models that engines serve. Only these get a token ratio of their own: other names come from clients."""
-        for model in models - self._ratios.keys():
+        for model in models.difference(self._ratios):
             self._ratios[model], self._media[model] = TokenRatio(), MediaTokens()
 
     def learn_tokens(self, parsed: Parsed, prompt_tokens: int) -> None:

@@ -13,14 +13,9 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.http.bodies import build_body
 from moe_gateway.http.heads import HOP_BY_HOP
+from moe_gateway.http.rare_headers import RareHeaders
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.whole_request import (
-    LONGEST_HEAD_BYTES,
-    REQUEST_ID,
-    SESSION_HEADERS,
-    WholeRequest,
-    read_whole_request,
-)
+from moe_gateway.http.whole_request import LONGEST_HEAD_BYTES, REQUEST_ID, SESSION_HEADERS, HeadMemory
 from moe_gateway.request.context import ClientRequest
 
 # A body that keeps coming has time at this rate, besides `body_timeout_s`: the longest body takes 9 hours, but whoever
@@ -52,6 +47,7 @@ class RequestReader:
         limits: of sizes and times.
         new_request_id: names a request that has no usable id of its own.
         clock: monotonic seconds.
+        rare: the headers that a request without them is known to lack.
 
     Attributes:
         requests: whole requests that were not taken yet, oldest first.
@@ -71,6 +67,7 @@ class RequestReader:
         "_hop_by_hop",
         "_limits",
         "_lines",
+        "_memory",
         "_new_request_id",
         "_owner",
         "_parser",
@@ -83,12 +80,18 @@ class RequestReader:
     )
 
     def __init__(
-        self, owner: ReaderOwner, limits: Limits, new_request_id: Callable[[], bytes], clock: Callable[[], float]
+        self,
+        owner: ReaderOwner,
+        limits: Limits,
+        new_request_id: Callable[[], bytes],
+        clock: Callable[[], float],
+        rare: RareHeaders,
     ) -> None:
         self._owner = owner
         self._limits = limits
         self._new_request_id = new_request_id
         self._clock = clock
+        self._memory = HeadMemory(rare)
         self._parser = httptools.HttpRequestParser(self)
         self.requests: deque[ClientRequest] = deque()
         self.refusal: tuple[RequestOutcome, str] | None = None
@@ -131,9 +134,9 @@ class RequestReader:
     def feed(self, data: bytes) -> None:
         """Reads more bytes; whole requests are in `requests` then, and the reason to read no more is in `refusal`."""
         if not (self._url or self.in_head or self._body) and len(data) <= self._limits.max_body_bytes:
-            whole = read_whole_request(data)
-            if whole is not None:
-                self._take_whole(whole)
+            body = self._memory.read(data)
+            if body is not None:
+                self._take_whole(body)
                 return
         self._chunk_bytes = len(data)
         self._head_bytes += len(data)
@@ -147,11 +150,11 @@ class RequestReader:
         if self._head_bytes > LONGEST_HEAD_BYTES:
             self.refuse(*_HEAD_TOO_LARGE)
 
-    def _take_whole(self, whole: WholeRequest) -> None:
-        request_id = whole.request_id or self._new_request_id()
-        session, arrived_s = whole.session, self._clock()
+    def _take_whole(self, body: bytes) -> None:
+        url, headers, _, request_id, session = self._memory.last
+        request_id, is_plain = request_id or self._new_request_id(), self._memory.is_plain
         self.requests.append(
-            ClientRequest(b"POST", whole.url, whole.headers, whole.body, request_id, session, True, False, arrived_s)
+            ClientRequest(b"POST", url, headers, body, request_id, session, True, False, self._clock(), is_plain)
         )
         self._owner.expect_nothing()
 

@@ -14,6 +14,7 @@ import re
 from typing import NamedTuple
 
 from moe_gateway.http.heads import HOP_BY_HOP
+from moe_gateway.http.rare_headers import RareHeaders
 
 LONGEST_HEAD_BYTES = 64 * 1024
 # Headers that name a session; where a request has several, the first of these counts.
@@ -68,3 +69,66 @@ def read_whole_request(data: bytes) -> WholeRequest | None:
 
 
 _UNDERSTOOD = {b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id", *SESSION_HEADERS}
+
+
+# Where the length of the body stands, as nearly all clients spell it.
+_LENGTH_MARKS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+# A longer head is not remembered: it would be kept for as long as its connection.
+LONGEST_REMEMBERED_BYTES = 4096
+
+
+class HeadMemory:
+    """Reads whole requests, and remembers the last head: clients repeat it on a connection, but for the length.
+
+    To compare a head with the last one takes a tenth of the time to read it. One for each connection.
+
+    Args:
+        rare: looked for in each head that differs from the last one.
+
+    Attributes:
+        last: the request that was read last, without its body.
+        is_plain: whether its head has no rare header.
+    """
+
+    __slots__ = ("_after", "_before", "_rare", "is_plain", "last")
+
+    def __init__(self, rare: RareHeaders) -> None:
+        self._rare = rare
+        # The last head before and after the digits of its length; empty where none is remembered.
+        self._before = self._after = b""
+        self.last = _NONE_READ
+        self.is_plain = False
+
+    def read(self, data: bytes) -> bytes | None:
+        """The body of the request that `data` is exactly, the rest of it in `last`; None: it is left to the parser."""
+        before = self._before
+        if before and data.startswith(before):
+            begin = len(before)
+            end = data.find(b"\r", begin, begin + 16)
+            length = data[begin:end]
+            if end > 0 and length.isdigit() and data.startswith(self._after, end):
+                body = data[end + len(self._after) :]
+                # Any other length, as of two requests in one read, is left to the usual reader.
+                if int(length) == len(body):
+                    return body
+        whole = read_whole_request(data)
+        if whole is None:
+            return None
+        self.last = whole._replace(body=b"")
+        self.is_plain = not self._rare.may_occur(whole.headers)
+        self._remember(data[: len(data) - len(whole.body)])
+        return whole.body
+
+    def _remember(self, head: bytes) -> None:
+        self._before = b""
+        if len(head) > LONGEST_REMEMBERED_BYTES:
+            return
+        for mark in _LENGTH_MARKS:
+            if (begin := head.find(mark)) >= 0:
+                begin += len(mark)
+                end = head.index(b"\r", begin)
+                self._before, self._after = head[:begin], head[end:]
+                return
+
+
+_NONE_READ = WholeRequest(b"", b"", b"", b"", None)

@@ -12,6 +12,9 @@ from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
 
 USAGE_WINDOW_BYTES = 64 * 1024
+# A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
+_TOKEN, _WHOLE, _ENGINE_ERROR = AnswerPart.TOKEN, AnswerPart.WHOLE, AnswerPart.ENGINE_ERROR
+_RESPONSES = Route.RESPONSES
 
 
 class AnswerAccount:
@@ -36,19 +39,19 @@ class AnswerAccount:
     def count(self, part: AnswerPart, beginning: AnswerBeginning, sent: InFlightRequest, now_s: float) -> None:
         """Reports the part of an answer with which it begins."""
         dispatcher = self._context.dispatcher
-        self.has_answer = part in (AnswerPart.TOKEN, AnswerPart.WHOLE)
-        keeps = self.has_answer and self._route is Route.RESPONSES
+        self.has_answer = part is _TOKEN or part is _WHOLE
+        keeps = self.has_answer and self._route is _RESPONSES
         if keeps and (response_id := find_response_id(beginning.body)) is not None:
             caller = self._request.caller
             dispatcher.record_response(response_id, sent.target, None if caller is None else caller.name)
-        if part is AnswerPart.TOKEN:
+        if part is _TOKEN:
             dispatcher.answer(sent, now_s, is_first_token=True)
             self.ttft_s = now_s - self._request.arrived_s
             self._context.stats.answer(self.ttft_s, now_s)
-        elif part is AnswerPart.ENGINE_ERROR:
+        elif part is _ENGINE_ERROR:
             self.error_status = find_error(beginning.body) or 500 if beginning.is_events else 0
             dispatcher.count_error(sent.target, now_s)
-        elif part is AnswerPart.WHOLE:
+        elif part is _WHOLE:
             dispatcher.answer(sent, now_s, is_first_token=self._route.only_reads)
 
     def note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:

@@ -16,6 +16,10 @@ from moe_gateway.request.stream_events import (
     split_chunks,
 )
 
+# A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
+_PENDING, _REFUSAL = AnswerPart.PENDING, AnswerPart.REFUSAL
+_WHOLE, _ENGINE_ERROR = AnswerPart.WHOLE, AnswerPart.ENGINE_ERROR
+
 
 class AnswerBeginning:
     """Bytes of an answer that are kept back.
@@ -25,16 +29,17 @@ class AnswerBeginning:
         head: its head in lower case; empty before it is whole.
         status: its HTTP status, once the head is there.
         is_chunked: whether its body comes in chunks.
+        is_framed: whether the end of its body shows, so that the connection may outlive it.
         is_events: whether it is a stream of events that a model computes.
         comments: comments that may pass now.
     """
 
-    __slots__ = ("_events", "comments", "head", "is_chunked", "is_events", "received", "status")
+    __slots__ = ("_events", "comments", "head", "is_chunked", "is_events", "is_framed", "received", "status")
 
     def __init__(self) -> None:
         self.received = self.head = self.comments = self._events = b""
         self.status = 0
-        self.is_chunked = self.is_events = False
+        self.is_chunked = self.is_events = self.is_framed = False
 
     def read(self, data: bytes, status: int, *, computes: bool, complete: bool) -> AnswerPart:
         """Takes more bytes of an answer whose head is whole, and returns what it shows so far.
@@ -48,20 +53,21 @@ class AnswerBeginning:
         if not self.head:
             self._read_head(status, computes=computes)
         if len(self.received) == len(self.head) and not complete:
-            return AnswerPart.PENDING
+            return _PENDING
         if not self.is_events:
-            return part_of_status(status) if computes else AnswerPart.REFUSAL
+            return part_of_status(status) if computes else _REFUSAL
         if not complete and not may_end_event(data, len(self.received)):
-            return AnswerPart.PENDING
+            return _PENDING
         part = self._read_events()
         # A stream without a token and without an end is none.
-        return AnswerPart.ENGINE_ERROR if complete and part is AnswerPart.PENDING else part
+        return _ENGINE_ERROR if complete and part is _PENDING else part
 
     def _read_head(self, status: int, *, computes: bool) -> None:
         self.received = received = skip_informational(self.received)
         self.head = head = received[: received.index(b"\r\n\r\n") + 4].lower()
         self.status = status
         self.is_chunked = b"\r\ntransfer-encoding:" in head
+        self.is_framed = self.is_chunked or b"\r\ncontent-length:" in head
         self.is_events = status == 200 and computes and b"text/event-stream" in head
 
     def _read_events(self) -> AnswerPart:
@@ -69,8 +75,8 @@ class AnswerBeginning:
         data, _ = split_chunks(raw) if self.is_chunked else (raw, b"")
         part, self.comments, events = read_beginning(self._events + data)
         is_long = len(events) > LONGEST_BEGINNING_BYTES or events.count(b"data:") > MOST_PENDING_EVENTS
-        if part is AnswerPart.PENDING and is_long:
-            return AnswerPart.WHOLE
+        if part is _PENDING and is_long:
+            return _WHOLE
         return part
 
     def take_comments(self) -> bytes:
@@ -90,11 +96,6 @@ class AnswerBeginning:
     def may_open(self) -> bool:
         """Whether the head of a stream may pass before its first token: no other answer has begun to come."""
         return not self.head or (self.is_events and self.is_chunked)
-
-    @property
-    def is_framed(self) -> bool:
-        """Whether the end of its body shows, so that the connection may outlive it."""
-        return self.is_chunked or b"\r\ncontent-length:" in self.head
 
     @property
     def is_unframed_piece(self) -> bool:

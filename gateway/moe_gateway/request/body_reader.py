@@ -35,7 +35,9 @@ log = logging.getLogger("moeserving.gateway")
 
 def needs_reader(request: ClientRequest) -> bool:
     """Whether a body is large, or may be compressed."""
-    return isinstance(request.body, LargeBody) or may_have_encoding(request.headers)
+    if isinstance(request.body, LargeBody):
+        return True
+    return not request.is_plain and may_have_encoding(request.headers)
 
 
 class BodyReader:

@@ -76,7 +76,7 @@ class ClientAnswer:
 
     def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
         request = self._request
-        lines = self._context.cors.answer_lines(request.headers)
+        lines = b"" if request.is_plain else self._context.cors.answer_lines(request.headers)
         return stamp_response(answer, beginning.head, request.request_id, close=close, extra=lines)
 
     def _insert_cors(self, answer: bytes) -> bytes:

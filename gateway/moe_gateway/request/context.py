@@ -12,6 +12,7 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.bodies import Body
 from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.heads import read_tenant
+from moe_gateway.http.rare_headers import RareHeaders
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.open_users import OpenUsers
 from moe_gateway.request.recent_requests import RecentRequests
@@ -38,6 +39,7 @@ class ClientRequest:
         keep_alive: whether the client lets its connection stay open after the answer.
         http10: whether it speaks HTTP/1.0.
         arrived_s: when its last byte came.
+        is_plain: whether it is known to have no rare header (`RareHeaders`), so that none needs to be looked for.
         span: of its trace; None where requests are not traced.
         deadline_s: when its answer must have begun.
         caller: whose credential it had; None without keys.
@@ -54,6 +56,7 @@ class ClientRequest:
     keep_alive: bool
     http10: bool
     arrived_s: float
+    is_plain: bool = False
     span: "Span | None" = None
     deadline_s: float = math.inf
     caller: "Caller | None" = None
@@ -65,7 +68,7 @@ def find_tenant(request: ClientRequest, header: bytes) -> str:
     """The tenant of a request: that of its credential, or the one that the header of this name says."""
     if request.caller is not None:
         return request.caller.tenant
-    return read_tenant(request.headers, header) if header else ANONYMOUS_TENANT
+    return read_tenant(request.headers, header) if header and not request.is_plain else ANONYMOUS_TENANT
 
 
 class ClientSide(Protocol):
@@ -92,6 +95,7 @@ class ExchangeContext:
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         bodies: reads bodies that take a while.
+        rare_headers: what is looked for in the head of a request once.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.
@@ -113,3 +117,7 @@ class ExchangeContext:
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
     draining: bool = False
+    rare_headers: RareHeaders = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rare_headers = RareHeaders(self.tenant_header)

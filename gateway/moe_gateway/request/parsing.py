@@ -15,6 +15,8 @@ from moe_gateway.request.pooling_body import read_decision, read_embedded, read_
 # More of a prompt, some 500,000 tokens, is in no index: to remember it would take longer than it can save.
 MOST_KEYED_BYTES = 2 * 1024 * 1024
 _NO_MEDIA: Mapping[str, int] = MappingProxyType({})
+# A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
+_CHAT, _MESSAGES, _RESPONSES = Route.CHAT, Route.MESSAGES, Route.RESPONSES
 
 
 class BadBody(ValueError):
@@ -83,11 +85,11 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     stream = document.get("stream", False)
     if type(stream) is not bool:
         stream = read_flag(stream)
-    user = read_session(document) if route is Route.MESSAGES else document.get("user")
+    user = read_session(document) if route is _MESSAGES else document.get("user")
     prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
     parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
-    return _read_response_fields(parsed, document) if route is Route.RESPONSES else parsed
+    return _read_response_fields(parsed, document) if route is _RESPONSES else parsed
 
 
 def _read_response_fields(parsed: Parsed, document: dict[str, Any]) -> Parsed:
@@ -129,9 +131,9 @@ class Prompt(NamedTuple):
 
 def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
     """The prompt of a body, by where its route has it."""
+    if route is _CHAT:
+        return _with_tools(document, _read_messages(document.get("messages")))
     match route:
-        case Route.CHAT:
-            return _with_tools(document, _read_messages(document.get("messages")))
         case Route.RESPONSES:
             return _with_tools(document, _read_texts([document.get("instructions"), document.get("input")]))
         case Route.COMPLETIONS:

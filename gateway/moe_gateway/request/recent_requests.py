@@ -1,14 +1,13 @@
 """The newest requests, kept to explain later why each went where it went (`GET /v1/requests/{id}`).
 
-Called for each attempt and at each end, so both cost about a microsecond. The terms of all targets cost some
-microseconds a target, so they are recorded at most once in `TERMS_PERIOD_S`: of every request at a light load, of a
-sample at a heavy one.
+Called for each attempt and at each end, so both cost about a microsecond: what is kept are plain lists and tuples,
+which get their names when somebody asks. The terms of all targets cost some microseconds a target, so they are recorded
+at most once in `TERMS_PERIOD_S`: of every request at a light load, of a sample at a heavy one.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms
 from moe_scheduling.engine.choice import Explanation, Job, Send, explain
@@ -25,35 +24,36 @@ MOST_TARGETS = 32
 LONGEST_MODEL_CHARACTERS = 256
 
 
-@dataclass(slots=True)
-class _Attempt:
+class _Attempt(NamedTuple):
     at_s: float
     sending: Send
     terms: Sequence[Explanation]
     more_targets: int
 
 
-@dataclass(slots=True)
-class _Recent:
-    """A request; its parts become a document when somebody asks."""
+class _Recent(NamedTuple):
+    """A request. Kept as a list in this order, whose last four are replaced at its end."""
 
     arrived_s: float
     route: str
     model: str | None
     prompt_tokens: int
     priority: int
-    attempts: list[_Attempt] = field(default_factory=list)
-    status: int | None = None
-    problem: str = ""
-    ttft_s: float | None = None
-    ended_s: float | None = None
+    attempts: list[tuple[float, Send, Sequence[Explanation], int]]
+    status: int | None
+    problem: str
+    ttft_s: float | None
+    ended_s: float | None
+
+
+_ARRIVED, _ATTEMPTS, _STATUS = map(_Recent._fields.index, ("arrived_s", "attempts", "status"))
 
 
 class RecentRequests:
     """At most `REMEMBERED_REQUESTS` requests by their id; the oldest is forgotten first."""
 
     def __init__(self) -> None:
-        self._by_id: OrderedDict[bytes, _Recent] = OrderedDict()
+        self._by_id: OrderedDict[bytes, list[Any]] = OrderedDict()
         self._terms_due_s = 0.0
 
     def attempt(self, exchange: "Exchange", sending: Send, dispatcher: Dispatcher, now_s: float) -> None:
@@ -63,39 +63,42 @@ class RecentRequests:
         if now_s >= self._terms_due_s:
             self._terms_due_s = now_s + TERMS_PERIOD_S
             terms, more = _explain_choice(exchange.job, sending, dispatcher, now_s)
-        self._find(exchange).attempts.append(_Attempt(now_s, sending, terms, more))
+        self._find(exchange)[_ATTEMPTS].append((now_s, sending, terms, more))
 
     def end(self, exchange: "Exchange", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
-        recent = self._find(exchange)
-        recent.status, recent.problem, recent.ttft_s, recent.ended_s = status, problem, exchange.ttft_s, now_s
+        self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s
 
-    def _find(self, exchange: "Exchange") -> _Recent:
-        request_id, arrived_s = exchange.request.request_id, exchange.request.arrived_s
-        recent = self._by_id.get(request_id)
-        # A client may use an id again: the newest request has it.
-        if recent is None or recent.arrived_s != arrived_s:
-            job = exchange.job
-            model = None if job.model is None else job.model[:LONGEST_MODEL_CHARACTERS]
-            recent = _Recent(arrived_s, exchange.route.label, model, job.prompt_tokens, job.priority)
-            self._by_id[request_id] = recent
-            self._by_id.move_to_end(request_id)
-            if len(self._by_id) > REMEMBERED_REQUESTS:
-                self._by_id.popitem(last=False)
+    def _find(self, exchange: "Exchange") -> list[Any]:
+        request, by_id = exchange.request, self._by_id
+        request_id, arrived_s = request.request_id, request.arrived_s
+        recent = by_id.get(request_id)
+        if recent is not None:
+            if recent[_ARRIVED] == arrived_s:
+                return recent
+            # A client may use an id again: the newest request has it.
+            by_id.move_to_end(request_id)
+        job = exchange.job
+        model = job.model and job.model[:LONGEST_MODEL_CHARACTERS]
+        label, tokens, priority = exchange.route.label, job.prompt_tokens, job.priority
+        by_id[request_id] = recent = [arrived_s, label, model, tokens, priority, [], None, "", None, None]
+        if len(by_id) > REMEMBERED_REQUESTS:
+            by_id.popitem(last=False)
         return recent
 
     def record(self, request_id: str) -> RequestRecord | None:
         """The record of a request; None where it is not known, or known no more."""
-        recent = self._by_id.get(request_id.encode())
-        if recent is None:
+        row = self._by_id.get(request_id.encode())
+        if row is None:
             return None
+        recent = _Recent._make(row)
         return RequestRecord(
             request_id=request_id,
             route=recent.route,
             model=recent.model,
             prompt_tokens=recent.prompt_tokens,
             priority=recent.priority,
-            attempts=tuple(_attempt_record(attempt, recent.arrived_s) for attempt in recent.attempts),
+            attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
             status=recent.status,
             problem=recent.problem,
             ttft_s=recent.ttft_s,

@@ -97,7 +97,8 @@ class TargetState:
 
     def sent(self, key: Hashable, prefill_tokens: int, now_s: float) -> None:
         """Counts a request with `prefill_tokens` uncached prompt tokens as unanswered. A known key begins anew."""
-        self.settled(key, now_s)
+        if key in self._unanswered or key in self._answered:
+            self.settled(key, now_s)
         tokens = _count(prefill_tokens)
         everyones = tokens if self.traffic_share == 1.0 else _count(tokens / self.traffic_share)
         self._unanswered[key] = now_s, tokens

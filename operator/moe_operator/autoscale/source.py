@@ -67,6 +67,7 @@ class Sources:
             reading.signal,
             settings,
             asked=asks(fleet.gateways) or reading.asks(time.monotonic() - settings.stale_after_s),
+            source="gateways and engines" if resource.spec.metrics.prometheus is None else "Prometheus",
         )
         if outcome.replicas != observed.replicas:
             log.info("%s/%s: %d -> %d engines: %s", *key, observed.replicas, outcome.replicas, outcome.reason)

@@ -277,6 +277,7 @@ class Reconciler:
             ),
             findings=problems.findings,
             gated=problems.gated,
+            disrupted=problems.disrupted,
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
@@ -337,6 +338,7 @@ class Reconciler:
             desired=self._live_replicas(key),
             findings=problems.findings,
             gated=problems.gated,
+            disrupted=problems.disrupted,
             has_experts=resource.spec.engine.parallelism.expert,
         )
         after_s = await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)

@@ -194,7 +194,13 @@ def test_failures_double_the_wait_up_to_a_bound_and_a_success_forgets_them() -> 
     assert waits[-1] == FIRST_BACKOFF_S
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.sampled_from(["now", "later", "look"])), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.sampled_from(["now", "later", "look"])),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at_once(
     additions: list[tuple[str, float, str]],
 ) -> None:

@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class Agents:
-    """The agents of engines, and the gateways, at the pods' loopback addresses; `phases` and `tokens` are by the uid of the pod."""
+    """The agents of engines, and the gateways, at the pods' loopback addresses; `phases` is by the uid of the pod."""
 
     world: World
     phases: dict[str, str] = field(default_factory=dict)

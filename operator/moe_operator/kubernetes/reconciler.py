@@ -41,7 +41,7 @@ from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.group_scale_in import ScaleIn, begun_goal, drain_groups, with_scale_in
-from moe_operator.kubernetes.groups import describe_rollout, read_nodes
+from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
 from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
@@ -172,7 +172,8 @@ class Reconciler:
             place = await self._namespaces.fetch_uid(key.namespace)
             observed = read_observed(self._store, key, document, resource, self._kinds(), now, place)
             as_it_is = Outcome(replicas=plan_replicas(resource, observed), reason="failed", limited=None)
-            deciding = self._sources.decide(key, resource, observed, pods, states)
+            whole = whole_replicas(pods, read_nodes(document))
+            deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
             observed = replace(observed, replicas=outcome.replicas)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())

@@ -23,7 +23,7 @@ from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
 from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_count
-from moe_operator.plan.leader_worker_set import build_leader_worker_set, build_worker_budgets
+from moe_operator.plan.leader_worker_set import build_group_budgets, build_leader_worker_set
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import ROTATED_AT, SCALE_IN, Names
 from moe_operator.plan.network import build_policies, build_services
@@ -128,7 +128,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
             spans_nodes=spans_nodes,
             has_service_monitors=observed.has_service_monitors,
         ),
-        *build_worker_budgets(at_stable, names, names.engine, count.replicas),
+        *build_group_budgets(at_stable, names, names.engine, count.replicas),
         _build_engines(at_stable, names, STABLE, stable, count, defaults),
     ]
     if has_canary and canary is not None:
@@ -150,7 +150,7 @@ def _build_canary(
     resource: MoEServing, names: Names, replicas: int, wanted: Revision, observed: Observed, defaults: Defaults
 ) -> list[Object]:
     count = count_replicas((_engines_kind(_nodes(resource)), names.canary), replicas, observed.scaled)
-    budgets = build_worker_budgets(resource, names, names.canary, count.replicas)
+    budgets = build_group_budgets(resource, names, names.canary, count.replicas)
     return [*budgets, _build_engines(resource, names, CANARY, wanted, count, defaults)]
 
 

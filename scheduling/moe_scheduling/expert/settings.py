@@ -1,4 +1,4 @@
-"""Settings of the expert layer; apart from the decision, whose tables of numbers most readers of settings do not need."""
+"""Settings of the expert layer; apart from the decision, whose tables of numbers most readers do not need."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -127,7 +127,7 @@ def _counts(fleet: Fleet, states: States, now_s: float) -> dict[str, TokenCount]
     }
 
 
-def _engines(pods: Sequence[Document], whole: Collection[str] | None) -> tuple[set[str], set[str]]:
+def _engines(pods: Sequence[Document], whole: Collection[str] | None = None) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
     stable = [pod for pod in pods if is_engine(pod) and label_of(pod, REVISION) == STABLE and is_live(pod)]
     names = {pod["metadata"]["name"] for pod in stable}

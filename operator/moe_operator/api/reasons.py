@@ -49,6 +49,7 @@ class Reason(StrEnum):
     CONTAINER_CANNOT_START = "ContainerCannotStart"
     CRASH_LOOPING = "CrashLooping"
     POD_FAILED = "PodFailed"
+    NODE_NOT_READY = "NodeNotReady"
     IDENTITY_MISMATCH = "IdentityMismatch"
 
     # Degraded, of an engine.

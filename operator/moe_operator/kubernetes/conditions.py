@@ -37,6 +37,7 @@ class ConditionInputs:
         seen: whether a gateway sees an engine that takes requests; None when no gateway answers.
         rolling: workloads that are not yet what was planned, in words.
         gated: pods that a queueing system holds back, in words.
+        disrupted: pods that Kubernetes takes away, in words.
         missing_kind: a kind that the plan needs and the cluster lacks.
         findings: what is wrong with pods and workloads.
         limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
@@ -57,6 +58,7 @@ class ConditionInputs:
     seen: bool | None = None
     rolling: tuple[str, ...] = ()
     gated: tuple[str, ...] = ()
+    disrupted: tuple[str, ...] = ()
     missing_kind: str = ""
     findings: Sequence[Finding] = ()
     limited: tuple[Reason, str] | None = None
@@ -137,7 +139,8 @@ def _progressing(inputs: ConditionInputs) -> Verdict:
     if inputs.rolling:
         return TRUE, Reason.UPDATING, "; ".join(inputs.rolling)
     if inputs.ready < inputs.desired:
-        return TRUE, Reason.ENGINES_STARTING, f"{inputs.ready} of {inputs.desired} engines are ready"
+        parts = (f"{inputs.ready} of {inputs.desired} engines are ready", *inputs.disrupted)
+        return TRUE, Reason.ENGINES_STARTING, "; ".join(parts)
     return FALSE, Reason.COMPLETE, "everything is as it should be"
 
 

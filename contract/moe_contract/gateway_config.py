@@ -126,6 +126,17 @@ class Cors(Section):
     allowed_origins: tuple[Origin, ...] = ("*",)
 
 
+class Continuation(Section):
+    """Streams that go on at another engine when theirs fails or drains, where their tokens are not drawn at random.
+
+    Attributes:
+        parses_chats: whether engines take tool calls or reasoning out of the text of chats, so that a chat can only be
+            computed anew.
+    """
+
+    parses_chats: bool = True
+
+
 class Tracing(Section):
     """OpenTelemetry traces of requests.
 
@@ -187,6 +198,7 @@ class GatewayConfig(Section):
             tenant. Only a start can change it.
         auth: who may send requests, and how much; None: everyone.
         tls: TLS on `listen`; None: plain HTTP.
+        continuation: streams that go on at another engine; None: none does. Only a start can change it.
     """
 
     listen: Listen
@@ -204,6 +216,7 @@ class GatewayConfig(Section):
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
     auth: Auth | None = None
     tls: Tls | None = None
+    continuation: Continuation | None = None
 
 
 class SettingsFile(Section):

@@ -129,12 +129,17 @@ class Cors(Section):
 class Continuation(Section):
     """Streams that go on at another engine when theirs fails or drains, where their tokens are not drawn at random.
 
+    A stream whose engine computes each token from the tokens before it alone goes on from its prompt and the tokens so
+    far. Any other is computed anew.
+
     Attributes:
-        parses_chats: whether engines take tool calls or reasoning out of the text of chats, so that a chat can only be
-            computed anew.
+        completions_by_prefix: whether completions go on so: no setting of the engines counts or limits the tokens of
+            an answer, unless the request has it.
+        chats_by_prefix: whether chats do: besides, engines take no tool calls or reasoning out of the text.
     """
 
-    parses_chats: bool = True
+    completions_by_prefix: bool = True
+    chats_by_prefix: bool = False
 
 
 class Tracing(Section):

@@ -91,7 +91,12 @@ class Computing:
             limit = MAX_MODEL_LEN - len(prompt) if is_chat else 16
         options = body.get("stream_options") or {}
         if is_chat:
-            choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            choice = {
+                "index": 0,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
             yield event_of({**head, "choices": [choice], "prompt_token_ids": prompt if wants_ids else None})
         count = 0
         for ids, piece, finish, stop in self._steps(own, done, limit, body):

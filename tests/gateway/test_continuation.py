@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_contract.gateway_config import Continuation as ContinuationSettings
 from moe_gateway.continuation.stream import Continuation, find_continuation
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
@@ -18,7 +19,7 @@ from tests.gateway.waiting import until
 
 TURNS = {"policy": "roundRobin"}
 TEXT = "Grüße aus 東京, where 🦀 live. STOP here. "
-ON = {"continuation": {"parses_chats": False}}
+ON = {"continuation": {"chats_by_prefix": True}}
 FAILURES = ["reset", "half", "dead", "ends", "abort"]
 NOTICE = b": continued by another engine\n\n"
 USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -69,7 +70,9 @@ async def start(make_engine, serve, script, *, engines=2, **sections):
 def expected(route, fields, **script):
     """The stream without a failure."""
     engine = Computing(TEXT, **script)
-    return whole([json.loads(row.removeprefix(b"data: ")) for row in engine.events(PATHS[route], body_of(route, **fields))])
+    return whole(
+        [json.loads(row.removeprefix(b"data: ")) for row in engine.events(PATHS[route], body_of(route, **fields))]
+    )
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -138,7 +141,12 @@ async def test_with_continuation_off_a_stream_ends_with_an_error_event(make_engi
 
 @pytest.mark.parametrize(
     "fields",
-    [{"temperature": 1.0, "seed": 7}, {"presence_penalty": 0.5}, {"bad_words": ["x"]}, {"structured_outputs": {"json": {}}}],
+    [
+        {"temperature": 1.0, "seed": 7},
+        {"presence_penalty": 0.5},
+        {"bad_words": ["x"]},
+        {"structured_outputs": {"json": {}}},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("route", PATHS)
@@ -276,7 +284,7 @@ def run(route, body, script, cut):
     """What the client gets of a stream whose first engine fails after `cut` events."""
     data = json.dumps(body).encode()
     request = ClientRequest(b"POST", PATHS[route].encode(), b"", data, b"id", None, True, False, 0.0)
-    stream = find_continuation(request, route, parse_body(route, data), parses_chats=False)
+    stream = find_continuation(request, route, parse_body(route, data), ContinuationSettings(chats_by_prefix=True))
     assert isinstance(stream, Continuation)
     out = b""
     for attempt in range(2):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import orjson
+from moe_contract.gateway_config import Continuation as ContinuationSettings
 from moe_scheduling.engine.attempts import AttemptFailure
 
 from moe_gateway.continuation import resend
@@ -344,7 +345,7 @@ class Continuation:
 
 
 def find_continuation(
-    request: ClientRequest, route: Route, parsed: Parsed, *, parses_chats: bool
+    request: ClientRequest, route: Route, parsed: Parsed, settings: ContinuationSettings
 ) -> Continuation | None:
     """The state of a stream that can go on at another engine; None for any other request.
 
@@ -352,7 +353,7 @@ def find_continuation(
         request: of the client.
         route: of the request.
         parsed: its fields.
-        parses_chats: whether engines take tool calls or reasoning out of the text of chats.
+        settings: of the gateway.
     """
     body = request.body
     if not parsed.stream or route not in ROUTES or request.http10 or type(body) is not bytes:
@@ -363,5 +364,6 @@ def find_continuation(
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-    way = find_way(route, document, has_media=bool(parsed.media), parses_chats=parses_chats)
+    by_prefix = settings.chats_by_prefix if route is Route.CHAT else settings.completions_by_prefix
+    way = find_way(route, document, has_media=bool(parsed.media), by_prefix=by_prefix)
     return None if way is None else Continuation(request, route, document, way)

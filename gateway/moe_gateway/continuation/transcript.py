@@ -103,7 +103,7 @@ class Transcript:
             characters = boundary.characters + self._held_back
             if characters > self.characters - self._overlap:
                 continue
-            if boundary.is_clean or self.text_from(characters)[:1].isascii() and characters < self.characters:
+            if boundary.is_clean or (self.text_from(characters)[:1].isascii() and characters < self.characters):
                 return Cut(boundary.tokens, characters)
         return None
 

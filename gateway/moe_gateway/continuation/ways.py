@@ -69,14 +69,14 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 _ABSENT: tuple[object, ...] = (None, False, [], {})
 
 
-def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, parses_chats: bool) -> Way | None:
+def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, by_prefix: bool) -> Way | None:
     """How the stream that a body asks for can go on; None: not at all.
 
     Args:
         route: one of `ROUTES`.
         document: the body.
         has_media: whether its prompt has images, audio or video, whose token ids do not stand for them.
-        parses_chats: whether engines take tool calls or reasoning out of the text of chats.
+        by_prefix: whether engines compute tokens of this route from those before alone, and pass their text on.
     """
     is_greedy = _is_number(document.get("temperature")) and document["temperature"] == 0
     if not is_greedy and type(document.get("seed")) is not int:
@@ -85,8 +85,7 @@ def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, pars
         return None
     if route is Route.COMPLETIONS and not _is_one_prompt(document.get("prompt")):
         return None
-    is_parsed = route is Route.CHAT and parses_chats
-    if not is_greedy or has_media or is_parsed or document.get("logprobs") is not None:
+    if not is_greedy or has_media or not by_prefix:
         return Way.REPLAY
     return Way.PREFIX if all(map(_is_known, document.items())) and _has_plain_counts(document) else Way.REPLAY
 

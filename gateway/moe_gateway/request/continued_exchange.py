@@ -32,7 +32,7 @@ def make_exchange(
 ) -> Exchange:
     """The exchange of a request."""
     if (settings := context.continuation) is not None:
-        found = find_continuation(request, route, parsed, parses_chats=settings.parses_chats)
+        found = find_continuation(request, route, parsed, settings)
         if found is not None:
             return ContinuedExchange(request, route, parsed, client, context, found)
     return Exchange(request, route, parsed, client, context)

@@ -91,6 +91,8 @@ async def test_a_stream_survives_its_engine(make_engine, serve, route, failure):
     assert second["prompt"][:5] == [1000, 1001, 1002, 1003, 1004]
     assert second["max_tokens"] == 60 - (len(second["prompt"]) - 5)
     stats = served.gateway.stats
+    record = served.gateway.recent.record(answer.headers[b"x-request-id"].decode())
+    assert [attempt.continued for attempt in record.attempts] == ["", "prefix"]
     assert (stats.continuations, stats.failed, served.in_flight) == ({"prefix": 1}, 0, 0)
     assert sum(stats.requests.values()) == stats.requests[route.label, 200] == 1
     assert sum(stats.ttft.counts) == 1

@@ -41,7 +41,7 @@ def make_exchange(
 class ContinuedExchange(Exchange):
     """See `Exchange`; the stream is that of `continuation`."""
 
-    __slots__ = ("_continuation",)
+    __slots__ = ("_continuation", "_way")
 
     def __init__(
         self,
@@ -54,7 +54,13 @@ class ContinuedExchange(Exchange):
     ) -> None:
         super().__init__(request, route, parsed, client, context)
         self._continuation = continuation
+        self._way = ""
         self._answer.extra = continuation.header
+
+    @property
+    def continued(self) -> str:
+        """The way on, once its first engine has failed."""
+        return self._way
 
     def _begin_attempt(self) -> tuple[bytes, Body]:
         url, body = self._continuation.start()
@@ -131,17 +137,17 @@ class ContinuedExchange(Exchange):
     def _prepare(self, reason: str) -> None:
         """Chooses the way on."""
         continuation = self._continuation
-        way = continuation.prepare(self._max_model_len())
+        self._way = way = continuation.prepare(self._max_model_len()).value
         if continuation.context_tokens:
             self.job = self.job._replace(prompt_tokens=continuation.context_tokens)
-        self._context.stats.continuations[way.value] += 1
+        self._context.stats.continuations[way] += 1
         target = self.target
         log.info(
             "a stream goes on at another engine",
             extra={
                 "request_id": self.request.request_id.decode(),
                 "reason": reason,
-                "way": way.value,
+                "way": way,
                 "engine": None if target is None else target.server,
             },
         )

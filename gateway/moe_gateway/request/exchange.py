@@ -115,6 +115,11 @@ class Exchange:
         return self._account.ttft_s
 
     @property
+    def continued(self) -> str:
+        """How its stream, which had begun, goes on at its target; empty for one that began there."""
+        return ""
+
+    @property
     def computes(self) -> bool:
         """Whether an engine has to compute for it; a list of models costs an engine nothing."""
         return self.route.has_job

@@ -31,6 +31,7 @@ class _Attempt:
     sending: Send
     terms: Sequence[Explanation]
     more_targets: int
+    continued: str
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class RecentRequests:
         if now_s >= self._terms_due_s:
             self._terms_due_s = now_s + TERMS_PERIOD_S
             terms, more = _explain_choice(exchange.job, sending, dispatcher, now_s)
-        self._find(exchange).attempts.append(_Attempt(now_s, sending, terms, more))
+        self._find(exchange).attempts.append(_Attempt(now_s, sending, terms, more, exchange.continued))
 
     def end(self, exchange: "Exchange", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
@@ -127,6 +128,7 @@ def _attempt_record(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
         predicted_s=sending.predicted_s,
         targets=tuple(map(_terms, terms)),
         more_targets=attempt.more_targets,
+        continued=attempt.continued,
     )
 
 

@@ -126,7 +126,7 @@ class Cors(Section):
     allowed_origins: tuple[Origin, ...] = ("*",)
 
 
-class Continuation(Section):
+class ContinuedStreams(Section):
     """Streams that go on at another engine when theirs fails or drains, where their tokens are not drawn at random.
 
     A stream whose engine computes each token from the tokens before it alone goes on from its prompt and the tokens so
@@ -221,7 +221,7 @@ class GatewayConfig(Section):
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
     auth: Auth | None = None
     tls: Tls | None = None
-    continuation: Continuation | None = None
+    continuation: ContinuedStreams | None = None
 
 
 class SettingsFile(Section):

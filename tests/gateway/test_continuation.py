@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_contract.gateway_config import Continuation as ContinuationSettings
+from moe_contract.gateway_config import ContinuedStreams
 from moe_gateway.continuation.stream import Continuation, find_continuation
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
@@ -286,7 +286,7 @@ def run(route, body, script, cut):
     """What the client gets of a stream whose first engine fails after `cut` events."""
     data = json.dumps(body).encode()
     request = ClientRequest(b"POST", PATHS[route].encode(), b"", data, b"id", None, True, False, 0.0)
-    stream = find_continuation(request, route, parse_body(route, data), ContinuationSettings(chats_by_prefix=True))
+    stream = find_continuation(request, route, parse_body(route, data), ContinuedStreams(chats_by_prefix=True))
     assert isinstance(stream, Continuation)
     out = b""
     for attempt in range(2):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from moe_contract.agent_config import AgentConfig
 from moe_contract.engine_process import engine_environment
-from moe_contract.gateway_config import Continuation, GatewayConfig, Limits
+from moe_contract.gateway_config import ContinuedStreams, GatewayConfig, Limits
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, load_resource, parse_resource
 from moe_operator.cli.plan import render_local
@@ -216,7 +216,7 @@ def test_pages_that_may_use_the_engine_may_use_the_gateway(cors, args, origins):
 )
 def test_streams_go_on_from_their_prefix_where_a_token_depends_on_those_before_alone(args, completions, chats):
     asked = resource(gateway={"continuation": "deterministic"}, engine={"args": args})
-    expected = Continuation(completions_by_prefix=completions, chats_by_prefix=chats)
+    expected = ContinuedStreams(completions_by_prefix=completions, chats_by_prefix=chats)
     assert plan_local(asked, site()).gateway.continuation == expected
     assert plan_local(resource(engine={"args": args}), site()).gateway.continuation is None
 

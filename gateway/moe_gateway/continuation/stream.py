@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import orjson
-from moe_contract.gateway_config import Continuation as ContinuationSettings
+from moe_contract.gateway_config import ContinuedStreams
 from moe_scheduling.engine.attempts import AttemptFailure
 
 from moe_gateway.continuation import resend
@@ -345,7 +345,7 @@ class Continuation:
 
 
 def find_continuation(
-    request: ClientRequest, route: Route, parsed: Parsed, settings: ContinuationSettings
+    request: ClientRequest, route: Route, parsed: Parsed, settings: ContinuedStreams
 ) -> Continuation | None:
     """The state of a stream that can go on at another engine; None for any other request.
 

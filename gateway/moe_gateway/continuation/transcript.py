@@ -97,7 +97,7 @@ class Transcript:
     def find_cut(self) -> Cut | None:
         """The last place at which the stream can be cut; None where there is none but its beginning.
 
-        The text of the tokens up to a cut is longer than what was sent by the characters that were held back.
+        The text of the tokens up to a cut is longer than the text sent with them by the characters held back.
         """
         for boundary in reversed(self._boundaries):
             characters = boundary.characters + self._held_back
@@ -140,11 +140,11 @@ class Expected:
 
     @property
     def is_past(self) -> bool:
-        """Whether all of it has come."""
+        """Whether everything expected has come."""
         return not self._text and not self._tokens
 
     def subtract(self, pieces: Sequence[Piece], tokens: "array[int]") -> "tuple[list[Piece], array[int]]":
-        """Returns what is new in a chunk.
+        """Returns the pieces and tokens of a chunk that are new.
 
         Raises:
             Mismatch: the chunk differs from what the client has.

@@ -18,7 +18,7 @@ from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
-    from moe_contract.gateway_config import Continuation as ContinuationSettings
+    from moe_contract.gateway_config import ContinuedStreams
     from opentelemetry.trace import Span
 
     from moe_gateway.access.gate import Admission, Gate
@@ -114,5 +114,5 @@ class ExchangeContext:
     cors: OriginPolicy = field(default_factory=OriginPolicy)
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
-    continuation: "ContinuationSettings | None" = None
+    continuation: "ContinuedStreams | None" = None
     draining: bool = False

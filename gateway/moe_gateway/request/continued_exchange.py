@@ -135,7 +135,7 @@ class ContinuedExchange(Exchange):
         self.begin()
 
     def _prepare(self, reason: str) -> None:
-        """Chooses the way on."""
+        """Chooses the way on, and records it."""
         continuation = self._continuation
         self._way = way = continuation.prepare(self._max_model_len()).value
         if continuation.context_tokens:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_contract.access_config import Auth, Jwt, Quota, Tls
-from moe_contract.gateway_config import ORIGIN_PATTERN, Continuation, Cors, Limits, Tracing
+from moe_contract.gateway_config import ORIGIN_PATTERN, ContinuedStreams, Cors, Limits, Tracing
 
 from moe_operator.api.gateway import GatewayContinuation
 from moe_operator.api.resource import MoEServing
@@ -58,14 +58,14 @@ def build_tracing(resource: MoEServing) -> Tracing | None:
     return None if tracing is None else Tracing(endpoint=tracing.endpoint, sample_ratio=tracing.sample_percent / 100)
 
 
-def build_continuation(resource: MoEServing) -> Continuation | None:
+def build_continuation(resource: MoEServing) -> ContinuedStreams | None:
     """Which streams go on at another engine when theirs fails."""
     if resource.spec.gateway.continuation is GatewayContinuation.NEVER:
         return None
     args = [arg.replace("_", "-") for arg in resource.spec.engine.args]
     is_plain = not any(map(_SAMPLING_FLAG.match, args))
     has_parser = any(map(_PARSER_FLAG.match, args))
-    return Continuation(completions_by_prefix=is_plain, chats_by_prefix=is_plain and not has_parser)
+    return ContinuedStreams(completions_by_prefix=is_plain, chats_by_prefix=is_plain and not has_parser)
 
 
 # Flags of vLLM after which a token may depend on more than the tokens before it: penalties and limits for all requests,

@@ -14,7 +14,7 @@ from moe_gateway.request.stream_events import split_chunks
 
 from tests.gateway.computing_engine import MAX_MODEL_LEN, Computing
 from tests.gateway.messages import SSE_HEAD, chunk, json_answer, post
-from tests.gateway.peers import always
+from tests.gateway.peers import PeerServer, always
 from tests.gateway.waiting import until
 
 TURNS = {"policy": "roundRobin"}
@@ -190,6 +190,25 @@ async def test_a_request_is_not_carried_from_engine_to_engine(make_engine, serve
     assert events(answer.body)[-1]["error"]["code"] == "engine_failed"
     assert len(script.bodies) == 2
     assert served.gateway.stats.continuations == {"prefix": 1, "none": 1}
+
+
+async def test_an_engine_that_cannot_be_reached_is_no_attempt(make_engine, serve):
+    script = Computing(TEXT, cuts=[9])
+    engines = [await make_engine(script) for _ in range(3)]
+    served = await serve(*engines, dispatch=TURNS, **ON)
+    client = await served.connect()
+    script.fail = "pauses"
+    client.send(ask_for(Route.COMPLETIONS))
+    await until(lambda: served.gateway.stats.ttft.total > 0)
+    for engine in engines:
+        if not engine.requests:
+            # Its port is closed; its agent has not noticed yet.
+            await PeerServer.stop(engine)
+    script.paused.set()
+    await until(lambda: sum(served.gateway.dispatcher.ejections.values()) >= 3)
+    answer = await client.answer()
+    assert whole(events(answer.body)) == expected(Route.COMPLETIONS, {}) | {"done": True}
+    assert served.gateway.stats.continuations == {"prefix": 1}
 
 
 async def test_a_request_that_failed_before_its_first_token_is_not_continued_any_more(make_engine, serve):

@@ -102,7 +102,7 @@ class Continuation:
         self.moves = 0
         self._request = request
         self._route = route
-        self._document = document
+        self._document = {name: value for name, value in document.items() if name not in ("prompt", "messages")}
         self._shows_tokens = bool(document.get("return_token_ids"))
         self._url = request.url
         self._body = resend.ask_for_tokens(request.body) if way is Way.PREFIX else request.body
@@ -186,6 +186,8 @@ class Continuation:
         """Takes an event and returns what the client gets in its place."""
         data = read_data(event)
         if not data:
+            if not event.startswith(b":"):
+                self._transcript.forget()
             return event
         if data == b"[DONE]":
             if self._expected is not None and not self._expected.is_past:

@@ -131,7 +131,9 @@ class ContinuedExchange(Exchange):
         if not self.attempts.is_answering:
             super()._retry()
             return
-        self._prepare("its engine failed")
+        if not self._continuation.is_resuming:
+            # Else the engine that failed now has not sent any part of it.
+            self._prepare("its engine failed")
         self.begin()
 
     def _prepare(self, reason: str) -> None:

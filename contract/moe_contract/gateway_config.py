@@ -126,6 +126,22 @@ class Cors(Section):
     allowed_origins: tuple[Origin, ...] = ("*",)
 
 
+class ContinuedStreams(Section):
+    """Streams that go on at another engine when theirs fails or drains, where their tokens are not drawn at random.
+
+    A stream whose engine computes each token from the tokens before it alone goes on from its prompt and the tokens so
+    far. Any other is computed anew.
+
+    Attributes:
+        completions_by_prefix: whether completions go on so: no setting of the engines counts or limits the tokens of
+            an answer, unless the request has it.
+        chats_by_prefix: whether chats do: besides, engines take no tool calls or reasoning out of the text.
+    """
+
+    completions_by_prefix: bool = True
+    chats_by_prefix: bool = False
+
+
 class Tracing(Section):
     """OpenTelemetry traces of requests.
 
@@ -187,6 +203,7 @@ class GatewayConfig(Section):
             tenant. Only a start can change it.
         auth: who may send requests, and how much; None: everyone.
         tls: TLS on `listen`; None: plain HTTP.
+        continuation: streams that go on at another engine; None: none does. Only a start can change it.
     """
 
     listen: Listen
@@ -204,6 +221,7 @@ class GatewayConfig(Section):
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
     auth: Auth | None = None
     tls: Tls | None = None
+    continuation: ContinuedStreams | None = None
 
 
 class SettingsFile(Section):

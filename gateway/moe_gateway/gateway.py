@@ -87,6 +87,7 @@ class Gateway:
             tenant_header=config.tenant_header.encode(),
             cors=OriginPolicy(config.cors.allowed_origins),
             gate=None if config.auth is None else Gate(config.auth, self.clock),
+            continuation=config.continuation,
         )
 
     @property

@@ -39,6 +39,7 @@ class Engine:
         is_offered: whether Kubernetes lets it have new requests.
         is_ready: whether its agent or its health route says that it takes requests; False before the first word.
         is_reachable: whether the source of its signals answers.
+        is_draining: whether its agent says that it finishes what it has and takes nothing new.
         failures: failures in a row.
         errors: errors that it answered, halved by each good answer.
         ejected_until_s: no new requests before this time, because it failed or is full.
@@ -56,6 +57,7 @@ class Engine:
     is_offered: bool = True
     is_ready: bool = False
     is_reachable: bool = False
+    is_draining: bool = False
     failures: int = 0
     errors: int = 0
     ejected_until_s: float = -math.inf
@@ -116,13 +118,14 @@ class EngineFleet:
             engine.group = groups[name]
             engine.is_offered = name in offered
 
-    def set_ready(self, name: str, ready: bool) -> Engine | None:
+    def set_ready(self, name: str, ready: bool, *, draining: bool = False) -> Engine | None:
         """An engine says whether it takes new requests. One that becomes ready starts without its earlier failures."""
         if (engine := self.engines.get(name)) is None:
             return None
         if ready and not engine.is_ready:
             _forgive(engine)
         engine.is_ready = ready
+        engine.is_draining = draining
         return engine
 
     def set_reachable(self, name: str, reachable: bool) -> Engine | None:

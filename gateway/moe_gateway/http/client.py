@@ -23,6 +23,7 @@ from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
 from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.continued_exchange import make_exchange
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
@@ -343,7 +344,7 @@ class ClientConnection(asyncio.Protocol):
             parsed, client = admitted
         if self._context.tracer is not None:
             self._context.tracer.begin(request, route, self._context.clock())
-        self._exchange = exchange = Exchange(request, route, parsed, client, self._context)
+        self._exchange = exchange = make_exchange(request, route, parsed, client, self._context)
         if self._is_writing_paused:
             exchange.pause()
         exchange.begin()

@@ -19,6 +19,7 @@ from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from moe_contract.gateway_config import ContinuedStreams
     from opentelemetry.trace import Span
 
     from moe_gateway.access.gate import Admission, Gate
@@ -99,6 +100,7 @@ class ExchangeContext:
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.
+        continuation: which streams go on at another engine when theirs fails; None: none.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -116,6 +118,7 @@ class ExchangeContext:
     cors: OriginPolicy = field(default_factory=OriginPolicy)
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
+    continuation: "ContinuedStreams | None" = None
     draining: bool = False
     rare_headers: RareHeaders = field(init=False)
 

@@ -29,6 +29,7 @@ class _Attempt(NamedTuple):
     sending: Send
     terms: Sequence[Explanation]
     more_targets: int
+    continued: str
 
 
 class _Recent(NamedTuple):
@@ -39,7 +40,7 @@ class _Recent(NamedTuple):
     model: str | None
     prompt_tokens: int
     priority: int
-    attempts: list[tuple[float, Send, Sequence[Explanation], int]]
+    attempts: list[tuple[float, Send, Sequence[Explanation], int, str]]
     status: int | None
     problem: str
     ttft_s: float | None
@@ -63,7 +64,7 @@ class RecentRequests:
         if now_s >= self._terms_due_s:
             self._terms_due_s = now_s + TERMS_PERIOD_S
             terms, more = _explain_choice(exchange.job, sending, dispatcher, now_s)
-        self._find(exchange)[_ATTEMPTS].append((now_s, sending, terms, more))
+        self._find(exchange)[_ATTEMPTS].append((now_s, sending, terms, more, exchange.continued))
 
     def end(self, exchange: "Exchange", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
@@ -130,6 +131,7 @@ def _attempt_record(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
         predicted_s=sending.predicted_s,
         targets=tuple(map(_terms, terms)),
         more_targets=attempt.more_targets,
+        continued=attempt.continued,
     )
 
 

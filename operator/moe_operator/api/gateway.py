@@ -1,5 +1,6 @@
 """Section `spec.gateway`: replicas, limits and holding of requests."""
 
+from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from moe_contract.gateway_config import ORIGIN_PATTERN, check_endpoint
@@ -97,6 +98,13 @@ class GatewayTracing(Section):
     )
 
 
+class GatewayContinuation(StrEnum):
+    """Streams that go on at another engine when theirs fails or drains."""
+
+    NEVER = "never"
+    DETERMINISTIC = "deterministic"
+
+
 class Gateway(Section):
     """The way in for clients."""
 
@@ -127,6 +135,12 @@ class Gateway(Section):
     )
     cors: GatewayCors = GatewayCors()
     tracing: GatewayTracing | None = Field(default=None, description="Traces of requests. Absent: none.")
+    continuation: GatewayContinuation = Field(
+        default=GatewayContinuation.NEVER,
+        description="Streams that go on at another engine when theirs fails or drains. `deterministic`: completions "
+        "and chats whose tokens are not drawn at random, by `temperature: 0` or `seed`. `never`: none does, and one "
+        "whose engine fails ends with an error event.",
+    )
     auth: GatewayAuth | None = None
     tls: GatewayTls | None = None
     limits: GatewayLimits = GatewayLimits()

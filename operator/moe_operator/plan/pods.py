@@ -35,7 +35,15 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
-from moe_operator.plan.gateway import build_auth, build_cors, build_limits, build_tls, build_tracing, find_secrets
+from moe_operator.plan.gateway import (
+    build_auth,
+    build_continuation,
+    build_cors,
+    build_limits,
+    build_tls,
+    build_tracing,
+    find_secrets,
+)
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
@@ -298,6 +306,7 @@ def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),
+        continuation=build_continuation(resource),
         tenant_header=resource.spec.gateway.tenant_header,
         auth=auth,
         tls=build_tls(resource, _secret_folder),

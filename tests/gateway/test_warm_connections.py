@@ -31,4 +31,3 @@ async def test_another_engine_takes_over_from_one_that_fails_on_a_warm_connectio
     assert [(await client.answer()).json for client in clients] == [OK] * 8
     assert len(bad.requests) > before
     assert served.in_flight == 0
-

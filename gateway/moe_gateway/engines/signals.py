@@ -170,7 +170,7 @@ def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
     wanted = "\n".join(line for line in text.splitlines() if line.startswith(tuple(_METRICS)))
     for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
-            if sample.name in _METRICS and math.isfinite(sample.value):
+            if sample.name in _METRICS and -math.inf < sample.value < math.inf:
                 rank = sample.labels.get("engine", "0")
                 if rank.isdecimal():
                     ranks.setdefault(int(rank), {})[_METRICS[sample.name]] = sample.value

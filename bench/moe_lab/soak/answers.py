@@ -20,7 +20,7 @@ MOCK_HEADER = b"x-soak-engine"
 _MARK = re.compile(rb"\[soak (\d+) (\d+)\]")
 
 
-class Api(Enum):
+class SoakRoute(Enum):
     """A route that computes, by its path and its field for the prompt."""
 
     COMPLETIONS = "/v1/completions"
@@ -53,23 +53,23 @@ def owed_text(number: int, tokens: int) -> str:
 # What an engine writes.
 
 
-def build_piece(api: Api, number: int, tokens: int) -> bytes:
+def build_piece(api: SoakRoute, number: int, tokens: int) -> bytes:
     """The JSON document of an answer in one piece."""
     text, usage = owed_text(number, tokens), {"prompt_tokens": 20, "completion_tokens": tokens}
     document: dict[str, Any] = {"id": f"soak-{number}", "model": MODEL}
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
             document |= {"object": "text_completion", "created": 1, "choices": [choice]}
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             message = {"role": "assistant", "content": text}
             choice = {"index": 0, "message": message, "finish_reason": "length", "logprobs": None}
             document |= {"object": "chat.completion", "created": 1, "choices": [choice]}
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             content = [{"type": "text", "text": text}]
             document |= {"type": "message", "role": "assistant", "content": content, "stop_reason": "max_tokens"}
             usage = {"input_tokens": 20, "output_tokens": tokens}
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             item = {"type": "output_text", "text": text, "annotations": []}
             output = {"id": "m", "type": "message", "role": "assistant", "status": "completed", "content": [item]}
             document |= {"id": f"resp_{number}", "object": "response", "created_at": 1, "status": "completed"}
@@ -78,45 +78,45 @@ def build_piece(api: Api, number: int, tokens: int) -> bytes:
     return orjson.dumps(document | {"usage": usage})
 
 
-def build_first_events(api: Api, number: int) -> bytes:
+def build_first_events(api: SoakRoute, number: int) -> bytes:
     """The events before the first token."""
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             return b""
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             return _event(_chat_chunk(number, {"role": "assistant", "content": ""}))
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             usage = {"input_tokens": 20, "output_tokens": 0}
             message = {"id": f"soak-{number}", "type": "message", "role": "assistant", "model": MODEL, "content": []}
             start = {"type": "message_start", "message": message | {"stop_reason": None, "usage": usage}}
             block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
             return _named(start) + _named(block)
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             return _named({"type": "response.created", "sequence_number": 0, "response": _response(number, [])})
 
 
-def build_token_event(api: Api, number: int, index: int) -> bytes:
+def build_token_event(api: SoakRoute, number: int, index: int) -> bytes:
     """The event of one token."""
     text = token_text(number, index)
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
             return _event({"id": f"soak-{number}", "object": "text_completion", "choices": [choice]})
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             return _event(_chat_chunk(number, {"content": text}))
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             return _named({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}})
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             place = {"item_id": "m", "output_index": 0, "content_index": 0, "sequence_number": index + 1}
             return _named({"type": "response.output_text.delta", **place, "delta": text, "logprobs": []})
 
 
-def build_last_events(api: Api, number: int, tokens: int) -> bytes:
+def build_last_events(api: SoakRoute, number: int, tokens: int) -> bytes:
     """The events after the last token."""
     match api:
-        case Api.COMPLETIONS | Api.CHAT:
+        case SoakRoute.COMPLETIONS | SoakRoute.CHAT:
             return b"data: [DONE]\n\n"
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             delta = {
                 "type": "message_delta",
                 "delta": {"stop_reason": "max_tokens"},
@@ -124,15 +124,15 @@ def build_last_events(api: Api, number: int, tokens: int) -> bytes:
             }
             stop = _named({"type": "content_block_stop", "index": 0})
             return stop + _named(delta) + _named({"type": "message_stop"})
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             response = _response(number, []) | {"status": "completed"}
             return _named({"type": "response.completed", "sequence_number": tokens + 1, "response": response})
 
 
-def build_error_event(api: Api) -> bytes:
+def build_error_event(api: SoakRoute) -> bytes:
     """An error of the engine as an event."""
     error = {"message": "the mock engine fails", "type": "InternalServerError", "code": 500}
-    return _named({"type": "error", "error": error}) if api is Api.MESSAGES else _event({"error": error})
+    return _named({"type": "error", "error": error}) if api is SoakRoute.MESSAGES else _event({"error": error})
 
 
 def _chat_chunk(number: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class ReadAnswer:
     has_more: bool = False
 
 
-def read_piece(api: Api, body: bytes) -> ReadAnswer:
+def read_piece(api: SoakRoute, body: bytes) -> ReadAnswer:
     """Reads an answer in one piece.
 
     Raises:
@@ -182,13 +182,13 @@ def read_piece(api: Api, body: bytes) -> ReadAnswer:
     document = orjson.loads(body)
     try:
         match api:
-            case Api.COMPLETIONS:
+            case SoakRoute.COMPLETIONS:
                 text = document["choices"][0]["text"]
-            case Api.CHAT:
+            case SoakRoute.CHAT:
                 text = document["choices"][0]["message"]["content"]
-            case Api.MESSAGES:
+            case SoakRoute.MESSAGES:
                 text = "".join(part["text"] for part in document["content"] if part["type"] == "text")
-            case Api.RESPONSES:
+            case SoakRoute.RESPONSES:
                 parts = (part for item in document["output"] for part in item.get("content") or ())
                 text = "".join(part["text"] for part in parts if part.get("type") == "output_text")
     except (KeyError, IndexError, TypeError) as error:
@@ -196,7 +196,7 @@ def read_piece(api: Api, body: bytes) -> ReadAnswer:
     return ReadAnswer(text=text or "", ends=1)
 
 
-def read_stream(api: Api, body: bytes) -> ReadAnswer:
+def read_stream(api: SoakRoute, body: bytes) -> ReadAnswer:
     """Reads as much of a stream as has come."""
     texts, ends, error, has_more = [], 0, "", False
     for data in _data_of(body):
@@ -225,13 +225,13 @@ def _data_of(body: bytes) -> Iterator[bytes]:
                 yield line[6:]
 
 
-def _token_of(api: Api, document: dict[str, Any]) -> str:
+def _token_of(api: SoakRoute, document: dict[str, Any]) -> str:
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             return "".join(choice["text"] or "" for choice in document["choices"])
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             return "".join(choice["delta"].get("content") or "" for choice in document["choices"])
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             return str(document["delta"].get("text", "")) if document["type"] == "content_block_delta" else ""
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             return str(document["delta"]) if document["type"] == "response.output_text.delta" else ""

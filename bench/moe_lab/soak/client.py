@@ -9,7 +9,7 @@ from typing import Protocol
 
 import httptools
 
-from moe_lab.soak.answers import MOCK_HEADER, MOCK_MODEL, Api, ReadAnswer, read_piece, read_stream
+from moe_lab.soak.answers import MOCK_HEADER, MOCK_MODEL, ReadAnswer, SoakRoute, read_piece, read_stream
 from moe_lab.soak.deliveries import Received
 from moe_lab.soak.traffic import Leaving, SoakRequest
 
@@ -97,7 +97,7 @@ class SoakConnection(asyncio.Protocol):
         self._end()
 
     def close(self) -> None:
-        """Ends an idle connection."""
+        """Ends a connection that is idle."""
         if self.transport is not None:
             self.transport.close()
 
@@ -182,8 +182,8 @@ def shows_mock(request: SoakRequest, answer: ReadAnswer | None) -> bool:
     return request.model == MOCK_MODEL or _MOCK_TEXT.match(text) is not None
 
 
-def read_body(api: Api, body: bytes, *, stream: bool, is_complete: bool) -> ReadAnswer | None:
-    """What the body of an answer of status 200 says; None where nothing can be read of it.
+def read_body(api: SoakRoute, body: bytes, *, stream: bool, is_complete: bool) -> ReadAnswer | None:
+    """Reads the body of an answer of status 200; None where it cannot be read yet.
 
     Raises:
         ValueError: it is whole and no answer.

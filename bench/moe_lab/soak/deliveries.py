@@ -18,13 +18,12 @@ from moe_lab.soak.traffic import SoakRequest
 EXAMPLES = 20
 
 
-class Outcome(StrEnum):
+class SoakOutcome(StrEnum):
     """How a request ended for its client.
 
     The first four keep the guarantees: it got its whole answer; it went away by itself; its stream had begun and ended
-    with an error; its gateway was killed meanwhile. `ATTEMPTS_FAILED` is an error after as many attempts as the
-    gateway makes: it breaks a guarantee unless several engines may fail at a time. All others always do: an error
-    before the answer had begun; nothing at all; an answer that is not the one that was owed.
+    with an error; its gateway was killed meanwhile. The others break one: an error after as many attempts as the gateway
+    makes; an error before the answer had begun; nothing at all; an answer that is not the one that was owed.
     """
 
     WHOLE = "whole answer"
@@ -38,7 +37,7 @@ class Outcome(StrEnum):
     TWICE = "answered twice"
 
 
-KEPT = frozenset({Outcome.WHOLE, Outcome.LEFT, Outcome.STREAM_BROKEN, Outcome.GATEWAY_KILLED})
+KEPT = frozenset({SoakOutcome.WHOLE, SoakOutcome.LEFT, SoakOutcome.STREAM_BROKEN, SoakOutcome.GATEWAY_KILLED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,41 +67,41 @@ class Received:
     detail: str = ""
 
 
-def judge(request: SoakRequest, received: Received, attempts: Callable[[], int]) -> Outcome:
+def judge(request: SoakRequest, received: Received, attempts: Callable[[], int]) -> SoakOutcome:
     """The outcome of a request.
 
     Args:
-        request: what was asked.
+        request: the request of the client.
         received: what the client got.
         attempts: to how many engines it was written, asked where it matters.
     """
     rules = (
-        (received.surplus, Outcome.TWICE),
-        (_has_foreign_text(request, received), Outcome.WRONG),
-        (received.has_left, Outcome.LEFT),
-        (_is_whole(request, received), Outcome.WHOLE),
-        (received.is_gateway_killed, Outcome.GATEWAY_KILLED),
-        (received.timed_out, Outcome.LOST),
+        (received.surplus, SoakOutcome.TWICE),
+        (_has_foreign_text(request, received), SoakOutcome.WRONG),
+        (received.has_left, SoakOutcome.LEFT),
+        (_is_whole(request, received), SoakOutcome.WHOLE),
+        (received.is_gateway_killed, SoakOutcome.GATEWAY_KILLED),
+        (received.timed_out, SoakOutcome.LOST),
     )
     if (found := next((outcome for holds, outcome in rules if holds), None)) is not None:
         return found
     if received.status == 200:
         return _judge_broken(request, received, attempts)
     if received.status == 0 or not received.is_complete:
-        return Outcome.LOST
-    return Outcome.ATTEMPTS_FAILED if received.status >= 500 and attempts() >= MAX_ATTEMPTS else Outcome.ERROR
+        return SoakOutcome.LOST
+    return SoakOutcome.ATTEMPTS_FAILED if received.status >= 500 and attempts() >= MAX_ATTEMPTS else SoakOutcome.ERROR
 
 
-def _judge_broken(request: SoakRequest, received: Received, attempts: Callable[[], int]) -> Outcome:
+def _judge_broken(request: SoakRequest, received: Received, attempts: Callable[[], int]) -> SoakOutcome:
     """The outcome of an answer of status 200 that is not whole."""
     answer = received.answer
     if answer is not None and answer.ends:
-        return Outcome.WRONG
+        return SoakOutcome.WRONG
     if request.stream and answer is not None and answer.text:
-        return Outcome.STREAM_BROKEN
+        return SoakOutcome.STREAM_BROKEN
     if answer is not None and answer.error:
-        return Outcome.ATTEMPTS_FAILED if attempts() >= MAX_ATTEMPTS else Outcome.ERROR
-    return Outcome.LOST
+        return SoakOutcome.ATTEMPTS_FAILED if attempts() >= MAX_ATTEMPTS else SoakOutcome.ERROR
+    return SoakOutcome.LOST
 
 
 def _has_foreign_text(request: SoakRequest, received: Received) -> bool:
@@ -129,64 +128,65 @@ class Deliveries:
         outcomes: by outcome.
         traffic: by route and kind of answer.
         examples: of broken guarantees, at most `EXAMPLES`.
-        allows_failed_attempts: whether several engines may fail at a time, so that both attempts may.
     """
 
-    allows_failed_attempts: bool = False
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    outcomes: Counter[SoakOutcome] = field(default_factory=Counter)
     traffic: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def add(self, request: SoakRequest, outcome: Outcome, detail: str) -> None:
+    def add(self, request: SoakRequest, outcome: SoakOutcome, detail: str) -> None:
         """Counts the end of a request."""
         self.outcomes[outcome] += 1
         self.traffic[f"{request.api.value}, {'stream' if request.stream else 'one piece'}"] += 1
-        if not self.keeps(outcome) and len(self.examples) < EXAMPLES:
+        if outcome not in KEPT and len(self.examples) < EXAMPLES:
             self.examples.append(f"request {request.number}: {outcome.value}: {detail}")
-
-    def keeps(self, outcome: Outcome) -> bool:
-        """Whether an outcome keeps the guarantees."""
-        return outcome in KEPT or (outcome is Outcome.ATTEMPTS_FAILED and self.allows_failed_attempts)
 
     @property
     def finished(self) -> int:
-        """Requests that have ended."""
+        """Number of requests that have ended."""
         return self.outcomes.total()
 
     @property
     def broken(self) -> int:
         """Requests that broke a guarantee."""
-        return sum(count for outcome, count in self.outcomes.items() if not self.keeps(outcome))
+        return sum(count for outcome, count in self.outcomes.items() if outcome not in KEPT)
 
 
 class EngineRecords:
     """How often each request was given to engines, and computed to its end, by the engines' own records."""
 
     def __init__(self) -> None:
-        self._given: Counter[int] = Counter()
-        self._computed: Counter[int] = Counter()
+        # Counts by the number of the request; a dictionary would be a hundred times as large.
+        self._given = bytearray()
+        self._computed = bytearray()
 
     def read(self, text: bytes) -> None:
         """Adds whole lines of a record."""
         for line in text.splitlines():
             what, _, number = line.partition(b" ")
-            (self._given if what == b"r" else self._computed)[int(number)] += 1
+            _count(self._given if what == b"r" else self._computed, int(number))
 
     def given(self, number: int) -> int:
         """To how many engines a request was written."""
-        return self._given[number]
+        return self._given[number] if number < len(self._given) else 0
 
     @property
     def repeated(self) -> int:
         """Requests that were given to more than one engine."""
-        return sum(count > 1 for count in self._given.values())
+        return sum(count > 1 for count in self._given)
 
     @property
     def computed_twice(self) -> int:
         """Requests that two engines computed to the end, of which one answer was thrown away."""
-        return sum(count > 1 for count in self._computed.values())
+        return sum(count > 1 for count in self._computed)
 
     @property
     def overwritten(self) -> list[int]:
         """Requests that were given to more engines than they have attempts."""
-        return [number for number, count in self._given.items() if count > MAX_ATTEMPTS]
+        return [number for number, count in enumerate(self._given) if count > MAX_ATTEMPTS]
+
+
+def _count(counts: bytearray, number: int) -> None:
+    if number >= len(counts):
+        counts.extend(bytes(number + 1 - len(counts)))
+    counts[number] = min(255, counts[number] + 1)

@@ -18,7 +18,7 @@ from moe_lab.soak.answers import (
     MOCK_HEADER,
     MOCK_MODEL,
     MODEL,
-    Api,
+    SoakRoute,
     build_error_event,
     build_first_events,
     build_last_events,
@@ -56,32 +56,32 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-class Engine:
+class MockEngine:
     """All that the connections share: the page, the record, and the running requests."""
 
     def __init__(self, page: EnginePage, record: Path) -> None:
         self.page = page
         self.step = 0
-        self.connections: set[Connection] = set()
-        self._running: dict[Connection, Answering] = {}
+        self.connections: set[MockConnection] = set()
+        self._running: dict[MockConnection, Answering] = {}
         self._record = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def write_down(self, what: bytes, number: int) -> None:
         """Adds a line to the record."""
         os.write(self._record, b"%b %d\n" % (what, number))
 
-    def add(self, connection: "Connection", answering: "Answering") -> None:
+    def add(self, connection: "MockConnection", answering: "Answering") -> None:
         """Computes a request from the next step on."""
         self._running[connection] = answering
         self.page.report(self.step, len(self._running))
 
-    def remove(self, connection: "Connection") -> None:
+    def remove(self, connection: "MockConnection") -> None:
         """Drops the request of a connection that has ended."""
         self._running.pop(connection, None)
 
     @property
     def running(self) -> int:
-        """Requests that are computed."""
+        """Number of requests that are computed."""
         return len(self._running)
 
     async def run(self, port: int) -> None:
@@ -96,7 +96,7 @@ class Engine:
                 for connection in list(self.connections):
                     connection.transport.abort()
             elif mode is not EngineMode.REFUSE and server is None:
-                server = await loop.create_server(lambda: Connection(self), "127.0.0.1", port, backlog=1024)
+                server = await loop.create_server(lambda: MockConnection(self), "127.0.0.1", port, backlog=1024)
             if mode is not EngineMode.HANG:
                 self._make_step(mode)
             await asyncio.sleep(SLOW_STEP_S if mode is EngineMode.SLOW else STEP_S)
@@ -113,12 +113,12 @@ class Engine:
 class Answering:
     """One request and how much of its answer was computed."""
 
-    def __init__(self, engine: Engine, api: Api, number: int, tokens: int, *, stream: bool) -> None:
+    def __init__(self, engine: MockEngine, api: SoakRoute, number: int, tokens: int, *, stream: bool) -> None:
         self._engine = engine
         self._api, self._number, self._tokens, self._stream = api, number, tokens, stream
         self._done = 0
 
-    def advance(self, connection: "Connection", *, cut: bool) -> bool:
+    def advance(self, connection: "MockConnection", *, cut: bool) -> bool:
         """Computes one token; returns whether the answer has ended."""
         if self._stream:
             if self._done == 0:
@@ -142,10 +142,10 @@ class Answering:
         return True
 
 
-class Connection(asyncio.Protocol):
+class MockConnection(asyncio.Protocol):
     """One connection of a gateway."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: MockEngine) -> None:
         self._engine = engine
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
             return
         number, tokens = mark
         self._engine.write_down(b"r", number)
-        api, stream = Api(self._url.decode()), bool(orjson.loads(body).get("stream"))
+        api, stream = SoakRoute(self._url.decode()), bool(orjson.loads(body).get("stream"))
         mode = self._engine.page.mode
         if not self._err(mode, api, stream=stream):
             self._engine.add(self, Answering(self._engine, api, number, tokens, stream=stream))
@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
         page = pages.get(self._url)
         return _frame(b"404 Not Found", b"{}") if page is None else _frame(b"200 OK", page)
 
-    def _err(self, mode: EngineMode, api: Api, *, stream: bool) -> bool:
+    def _err(self, mode: EngineMode, api: SoakRoute, *, stream: bool) -> bool:
         """Answers as the mode says; returns False where the request is computed."""
         match mode:
             case EngineMode.FAIL:
@@ -240,7 +240,7 @@ class Connection(asyncio.Protocol):
 def main() -> None:
     """Serves on the port of the command line until killed."""
     port, page, record = sys.argv[1:]
-    uvloop.run(Engine(EnginePage(Path(page)), Path(record)).run(int(port)))
+    uvloop.run(MockEngine(EnginePage(Path(page)), Path(record)).run(int(port)))
 
 
 if __name__ == "__main__":

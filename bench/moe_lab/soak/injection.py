@@ -17,7 +17,7 @@ from moe_lab.soak.client import PATIENCE_S
 from moe_lab.soak.faults import EngineFault, Fault, FaultKind, GatewayFault, RealFault
 from moe_lab.soak.observation import accepting_engines, read_state, wait_for
 from moe_lab.soak.page import EngineMode
-from moe_lab.soak.processes import GatewayProcess, MockProcess
+from moe_lab.soak.processes import MockProcess, SoakGateway
 from moe_lab.soak.testbed import REAL_START_TIMEOUT_S, SoakTestbed
 
 _POLL_S = 0.05
@@ -45,11 +45,10 @@ class FaultInjector:
 
     async def run(self, faults: Iterator[Fault], is_due: Callable[[], bool], is_over: Callable[[], bool]) -> None:
         """Injects one fault after the other, each when it is due, until it is over."""
-        while True:
-            while not is_due():
-                if is_over():
-                    return
+        while not is_over():
+            if not is_due():
                 await asyncio.sleep(_POLL_S)
+                continue
             fault = next(faults)
             await self._strike(fault)
             self.injected[fault.kind] += 1
@@ -94,7 +93,7 @@ class FaultInjector:
             await asyncio.sleep(duration_s)
             victim.launched.send(signal.SIGCONT)
 
-    async def _strike_gateway(self, victim: GatewayProcess, kind: GatewayFault, duration_s: float) -> None:
+    async def _strike_gateway(self, victim: SoakGateway, kind: GatewayFault, duration_s: float) -> None:
         launched = victim.launched
         self._progress(f"{victim.name}: {kind.value}, {duration_s:.1f} s")
         match kind:
@@ -134,7 +133,7 @@ class FaultInjector:
         await self._testbed.wait_until_accepting(real.name, REAL_START_TIMEOUT_S)
 
 
-def _choose_gateway(gateways: Sequence[GatewayProcess], fault: Fault) -> GatewayProcess:
+def _choose_gateway(gateways: Sequence[SoakGateway], fault: Fault) -> SoakGateway:
     """Which gateway a fault hits: a steady one is suspended at most."""
     suspends = fault.kind in (GatewayFault.FREEZE, GatewayFault.LONG_FREEZE)
     able = [gateway for gateway in gateways if suspends or not gateway.is_steady]

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from moe_lab.soak.processes import GatewayProcess
+from moe_lab.soak.processes import SoakGateway
 
 # Back to the start means: at most this much above it. The start of memory is after the first requests, when all code is
 # loaded; what a gateway remembers (100,000 sessions and responses, prefixes of prompts) has a bound, and grows to it.
@@ -67,7 +67,7 @@ class GatewayReport:
         return found + [f"{self.name}: exception in its log: {line}" for line in self.exceptions]
 
 
-async def read_state(session: aiohttp.ClientSession, gateway: GatewayProcess) -> Any | None:
+async def read_state(session: aiohttp.ClientSession, gateway: SoakGateway) -> Any | None:
     """The state of a gateway; None where it does not answer."""
     try:
         timeout = aiohttp.ClientTimeout(total=5.0)
@@ -102,7 +102,7 @@ async def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 async def observe_end(
-    session: aiohttp.ClientSession, gateway: GatewayProcess, memory_start_bytes: int, descriptors_start: int
+    session: aiohttp.ClientSession, gateway: SoakGateway, memory_start_bytes: int, descriptors_start: int
 ) -> GatewayReport:
     """Waits until a gateway is at rest and its connections have ended, and reports how it stands then."""
     until_s = time.monotonic() + SETTLE_TIMEOUT_S

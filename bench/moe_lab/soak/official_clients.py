@@ -7,7 +7,7 @@ from typing import Any
 import anthropic
 import openai
 
-from moe_lab.soak.answers import Api, ReadAnswer
+from moe_lab.soak.answers import ReadAnswer, SoakRoute
 from moe_lab.soak.client import PATIENCE_S, Reachable, shows_mock
 from moe_lab.soak.deliveries import Received
 from moe_lab.soak.traffic import SoakRequest
@@ -28,7 +28,7 @@ class OfficialClients:
         self._anthropic = anthropic.AsyncAnthropic(base_url=url, **options)
 
     async def close(self) -> None:
-        """Ends the connections."""
+        """Ends the connections of both."""
         await self._openai.close()
         await self._anthropic.close()
 
@@ -70,7 +70,7 @@ class OfficialClients:
         """The texts of an answer as they come; of one in one piece all at once."""
         made = {name: value for name, value in request.body.items() if name not in _EXTRA}
         extra = {name: request.body[name] for name in _EXTRA if name in request.body}
-        if request.api is Api.MESSAGES:
+        if request.api is SoakRoute.MESSAGES:
             # The client of Anthropic takes no temperature of 0 for every model; the engine is deterministic without.
             del made["temperature"]
         answer = await self._create(request.api, made | {"extra_body": extra} if extra else made)
@@ -81,15 +81,15 @@ class OfficialClients:
             if text := _token_of(request.api, event):
                 yield text
 
-    async def _create(self, api: Api, made: dict[str, Any]) -> Any:
+    async def _create(self, api: SoakRoute, made: dict[str, Any]) -> Any:
         match api:
-            case Api.COMPLETIONS:
+            case SoakRoute.COMPLETIONS:
                 return await self._openai.completions.create(**made)
-            case Api.CHAT:
+            case SoakRoute.CHAT:
                 return await self._openai.chat.completions.create(**made)
-            case Api.MESSAGES:
+            case SoakRoute.MESSAGES:
                 return await self._anthropic.messages.create(**made)
-            case Api.RESPONSES:
+            case SoakRoute.RESPONSES:
                 return await self._openai.responses.create(**made)
 
 
@@ -98,25 +98,25 @@ def _is_refused(failure: BaseException) -> bool:
     return type(failure.__cause__).__name__ == "ConnectError"
 
 
-def _text_of(api: Api, answer: Any) -> str:
+def _text_of(api: SoakRoute, answer: Any) -> str:
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             return str(answer.choices[0].text)
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             return str(answer.choices[0].message.content)
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             return "".join(block.text for block in answer.content)
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             return str(answer.output_text)
 
 
-def _token_of(api: Api, event: Any) -> str:
+def _token_of(api: SoakRoute, event: Any) -> str:
     match api:
-        case Api.COMPLETIONS:
+        case SoakRoute.COMPLETIONS:
             return "".join(choice.text or "" for choice in event.choices)
-        case Api.CHAT:
+        case SoakRoute.CHAT:
             return "".join(choice.delta.content or "" for choice in event.choices)
-        case Api.MESSAGES:
+        case SoakRoute.MESSAGES:
             return event.delta.text if event.type == "content_block_delta" else ""
-        case Api.RESPONSES:
+        case SoakRoute.RESPONSES:
             return event.delta if event.type == "response.output_text.delta" else ""

@@ -1,4 +1,4 @@
-"""The page in shared memory by which the soak steers a mock engine, and the engine reports its steps.
+"""A file in shared memory by which the soak steers a mock engine, and the engine reports its steps.
 
 It works while the engine is suspended and costs the engine a read, not a connection. The soak writes the mode, the
 engine the rest.
@@ -67,5 +67,5 @@ class EnginePage:
         return step, running
 
     def close(self) -> None:
-        """Unmaps the page."""
+        """Unmaps the file from memory."""
         self._memory.close()

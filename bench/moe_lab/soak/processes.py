@@ -61,7 +61,7 @@ class Launched:
 
     @property
     def is_running(self) -> bool:
-        """Whether it runs."""
+        """Whether its launcher runs, and so the program."""
         return self._process is not None and self._process.poll() is None
 
     def find_program(self) -> psutil.Process:
@@ -84,7 +84,7 @@ class Launched:
         return self.log.read_text(errors="replace")[-2000:]
 
     def kill(self) -> None:
-        """Kills it and all that it has started in its group, and waits until nothing of it listens any more."""
+        """Kills it and all that it has started in its group, and waits until none of them listens any more."""
         if self._process is None:
             return
         below: list[psutil.Process] = []
@@ -135,7 +135,7 @@ class MockProcess:
         return {"name": self.name, "url": f"http://127.0.0.1:{self.port}", "agent_url": agent_url}
 
 
-class GatewayProcess:
+class SoakGateway:
     """A gateway.
 
     Attributes:
@@ -170,12 +170,12 @@ class GatewayProcess:
         return f"http://127.0.0.1:{self.admin_port}"
 
     def note_kill(self) -> None:
-        """It is killed now."""
+        """Notes that it is killed now."""
         self.kills += 1
         self.changed_s = time.monotonic()
 
     def note_end(self) -> None:
-        """It is asked to end now."""
+        """Notes that it is asked to end now."""
         self.ends += 1
         self.changed_s = time.monotonic()
 

@@ -53,7 +53,7 @@ class RealEngine:
 
     @property
     def launched(self) -> Launched:
-        """The agent's process."""
+        """The launcher of the agent."""
         return self._launched
 
     def find_cores(self) -> list[psutil.Process]:

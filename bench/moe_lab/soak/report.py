@@ -7,12 +7,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from moe_lab.soak.deliveries import Outcome
+from moe_lab.soak.deliveries import SoakOutcome
 from moe_lab.soak.soak import SoakResult
 
 
 def build_document(result: SoakResult, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was counted."""
+    """Everything that was counted, as a JSON object."""
     settings = asdict(result.settings)
     return {
         "environment": dict(environment),
@@ -21,7 +21,7 @@ def build_document(result: SoakResult, environment: Mapping[str, Any]) -> dict[s
         "official_clients": result.official,
         "load_s": round(result.load_s, 1),
         "requests_per_s": round(result.deliveries.finished / result.load_s, 1),
-        "outcomes": {outcome.value: result.deliveries.outcomes[outcome] for outcome in Outcome},
+        "outcomes": {outcome.value: result.deliveries.outcomes[outcome] for outcome in SoakOutcome},
         "traffic": dict(sorted(result.deliveries.traffic.items())),
         "faults": {kind.value: count for kind, count in result.faults.items()},
         "given_to_two_engines": result.records.repeated,
@@ -50,7 +50,7 @@ def _rows(result: SoakResult) -> list[tuple[str, str]]:
         ("requests", f"{result.deliveries.finished:,}"),
         ("of them from the official clients", f"{result.official:,}"),
         ("faults", f"{result.faults.total():,}"),
-        *((outcome.value, f"{outcomes[outcome]:,}") for outcome in Outcome),
+        *((outcome.value, f"{outcomes[outcome]:,}") for outcome in SoakOutcome),
         ("given to a second engine", f"{result.records.repeated:,}"),
         ("in flight at the end", f"{sum(gateway.in_flight + gateway.held for gateway in result.gateways)}"),
         ("memory", f"{steady.memory_start_bytes / mib:.0f} -> {steady.memory_end_bytes / mib:.0f} MiB"),

@@ -8,16 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_lab.soak.client import SoakConnection, connect
-from moe_lab.soak.deliveries import Deliveries, EngineRecords, Outcome, Received, judge
+from moe_lab.soak.deliveries import KEPT, Deliveries, EngineRecords, Received, SoakOutcome, judge
 from moe_lab.soak.faults import EngineFault, FaultKind, GatewayFault, RealFault, plan_faults
 from moe_lab.soak.injection import FaultInjector
 from moe_lab.soak.observation import GatewayReport, observe_end, wait_for
 from moe_lab.soak.official_clients import OfficialClients
-from moe_lab.soak.processes import DidNotStart, GatewayProcess
+from moe_lab.soak.processes import DidNotStart, SoakGateway
 from moe_lab.soak.testbed import SoakTestbed, running
 from moe_lab.soak.traffic import SMALL, Leaving, SoakRequest, plan_request
 
@@ -97,7 +98,7 @@ class Soak:
         self._injectors: list[tuple[FaultInjector, list[FaultKind]]] = []
 
     async def run(self) -> SoakResult:
-        """Sends everything, injects everything, and returns what was found."""
+        """Sends everything, injects everything, and returns the result."""
         testbed = self._testbed
         descriptors = {gateway.name: gateway.count_descriptors() for gateway in testbed.gateways}
         async with asyncio.TaskGroup() as group:
@@ -120,11 +121,14 @@ class Soak:
 
     @property
     def _is_over(self) -> bool:
+        return all(self._has_enough(injector, kinds) for injector, kinds in self._injectors)
+
+    def _has_enough(self, injector: FaultInjector, kinds: list[FaultKind]) -> bool:
+        """Whether enough requests were sent and each of these faults has come, or the time is up."""
         settings = self._settings
         if settings.minutes is not None and time.monotonic() - self._started_s > settings.minutes * 60.0:
             return True
-        complete = all(set(kinds) <= set(injector.injected) for injector, kinds in self._injectors)
-        return complete and self._deliveries.finished >= settings.requests
+        return self._deliveries.finished >= settings.requests and set(kinds) <= set(injector.injected)
 
     async def _work(self, worker: int) -> None:
         connection: SoakConnection | None = None
@@ -176,7 +180,7 @@ class Soak:
         """Counts the end of a request; where the number of its attempts matters, the records are read once."""
         outcome = judge(request, received, lambda: self._read_records().given(request.number))
         self._deliveries.add(request, outcome, received.detail)
-        if not self._deliveries.keeps(outcome):
+        if outcome not in KEPT:
             self._progress(f"request {request.number}: {outcome.value}: {received.detail}")
 
     def _read_records(self) -> EngineRecords:
@@ -197,7 +201,7 @@ class Soak:
             injector = FaultInjector(testbed, lambda: self._under_way, self._progress)
             self._injectors.append((injector, kinds))
             faults = plan_faults(settings.seed, kinds, purpose=purpose)
-            yield injector.run(faults, self._due(), lambda: self._is_over)
+            yield injector.run(faults, self._due(), partial(self._has_enough, injector, kinds))
 
     def _due(self) -> Callable[[], bool]:
         """A function that says whether the next fault is due, by the number of requests that have ended."""
@@ -205,7 +209,7 @@ class Soak:
 
         def is_due() -> bool:
             nonlocal threshold
-            if self._is_over or self._deliveries.finished < threshold:
+            if self._deliveries.finished < threshold:
                 return False
             threshold = self._deliveries.finished + self._settings.fault_every
             return True
@@ -257,9 +261,9 @@ class Soak:
             problems=problems,
         )
 
-    def _broken(self) -> Iterator[tuple[Outcome, int]]:
+    def _broken(self) -> Iterator[tuple[SoakOutcome, int]]:
         for outcome, count in self._deliveries.outcomes.items():
-            if not self._deliveries.keeps(outcome):
+            if outcome not in KEPT:
                 yield outcome, count
 
 
@@ -268,7 +272,7 @@ def is_official(request: SoakRequest) -> bool:
     return request.number % OFFICIAL_EVERY == 0 and request.leaving is Leaving.STAYS and request.text_bytes == SMALL
 
 
-def _memory_of(gateway: GatewayProcess) -> int:
+def _memory_of(gateway: SoakGateway) -> int:
     with contextlib.suppress(DidNotStart):
         return gateway.read_memory_bytes()
     return 0

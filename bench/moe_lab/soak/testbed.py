@@ -12,7 +12,7 @@ import psutil
 
 from moe_lab.soak.agents import serving_agents
 from moe_lab.soak.observation import accepting_engines, read_state
-from moe_lab.soak.processes import DidNotStart, GatewayProcess, MockProcess, start_mock
+from moe_lab.soak.processes import DidNotStart, MockProcess, SoakGateway, start_mock
 from moe_lab.soak.real_engine import RealEngine
 
 MOCKS = 4
@@ -36,7 +36,7 @@ class SoakTestbed:
 
     mocks: list[MockProcess]
     real: RealEngine | None
-    gateways: list[GatewayProcess]
+    gateways: list[SoakGateway]
     session: aiohttp.ClientSession
 
     async def wait_until_accepting(self, engine: str, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -54,7 +54,7 @@ class SoakTestbed:
             await asyncio.sleep(_POLL_S)
         raise DidNotStart(f"no gateway sends requests to {engine} for {timeout_s:g} s")
 
-    async def wait_until_serving(self, gateway: GatewayProcess) -> None:
+    async def wait_until_serving(self, gateway: SoakGateway) -> None:
         """Waits until a gateway sends requests to engines.
 
         Raises:
@@ -97,7 +97,7 @@ async def running(folder: Path, *, gateways: int, model: Path | None) -> AsyncIt
         started = []
         for number in range(gateways):
             policy = POLICIES[number % len(POLICIES)]
-            started.append(GatewayProcess(f"gateway-{number}", folder, rows, policy, steady=number == 0))
+            started.append(SoakGateway(f"gateway-{number}", folder, rows, policy, steady=number == 0))
             started[-1].launched.start()
             stack.callback(started[-1].launched.kill)
         session = await stack.enter_async_context(aiohttp.ClientSession())

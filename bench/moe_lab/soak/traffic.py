@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from moe_lab.soak.answers import MOCK_MODEL, MODEL, Api, mark_prompt
+from moe_lab.soak.answers import MOCK_MODEL, MODEL, SoakRoute, mark_prompt
 
 # Bytes of the text beside the mark, and how many in a thousand requests have it.
 SMALL, MEDIUM, LARGE, HUGE = 200, 8_000, 100_000, 1_400_000
@@ -49,7 +49,7 @@ class SoakRequest:
     """
 
     number: int
-    api: Api
+    api: SoakRoute
     stream: bool
     tokens: int
     text_bytes: int
@@ -73,19 +73,19 @@ class SoakRequest:
         """The document of its body."""
         document: dict[str, Any] = {"model": self.model, "stream": self.stream, "temperature": 0}
         match self.api:
-            case Api.COMPLETIONS:
+            case SoakRoute.COMPLETIONS:
                 return document | {"prompt": self.prompt, "max_tokens": self.tokens, "ignore_eos": True}
-            case Api.CHAT:
+            case SoakRoute.CHAT:
                 messages = [{"role": "user", "content": self.prompt}]
                 return document | {"messages": messages, "max_tokens": self.tokens, "ignore_eos": True}
-            case Api.MESSAGES:
+            case SoakRoute.MESSAGES:
                 messages = [{"role": "user", "content": self.prompt}]
                 return document | {"messages": messages, "max_tokens": self.tokens}
-            case Api.RESPONSES:
+            case SoakRoute.RESPONSES:
                 return document | {"input": self.prompt, "max_output_tokens": self.tokens}
 
     def encode(self) -> bytes:
-        """The whole message."""
+        """Its head and its body as one message."""
         body = orjson.dumps(self.body)
         session = f"x-session-id: {self.session}\r\n" if self.session else ""
         head = (
@@ -103,7 +103,7 @@ def plan_request(seed: int, number: int) -> SoakRequest:
     text_bytes = _pick(chance, _SIZES, SMALL)
     return SoakRequest(
         number=number,
-        api=chance.choice(tuple(Api)),
+        api=chance.choice(tuple(SoakRoute)),
         stream=stream,
         tokens=chance.randint(1, MOST_TOKENS),
         text_bytes=text_bytes,

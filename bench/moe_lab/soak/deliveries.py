@@ -22,8 +22,8 @@ class SoakOutcome(StrEnum):
     """How a request ended for its client.
 
     The first four keep the guarantees: it got its whole answer; it went away by itself; its stream had begun and ended
-    with an error; its gateway was killed meanwhile. The others break one: an error after as many attempts as the gateway
-    makes; an error before the answer had begun; nothing at all; an answer that is not the one that was owed.
+    with an error; its gateway was killed meanwhile. The others break one: an error after as many attempts as there are;
+    an error before the answer had begun; nothing at all; an answer that is not the one that was owed.
     """
 
     WHOLE = "whole answer"

@@ -1,8 +1,8 @@
-"""Carries out the faults of a soak, one engine and one gateway at a time, and heals them.
+"""Carries out the faults of a soak, one at a time, and heals them.
 
-The next fault of an engine begins only when every request that was under way at the end of the last one has ended, and
-when every gateway sends requests to another mock engine: a request meets one fault, and a healthy engine is left. A
-gateway that still ejects an engine after its last fault does not count it; the longest ejection is 30 s.
+The next one begins only when every request that was under way at the end of the last one has ended, and, for a fault of
+an engine, when every gateway sends requests to two other mock engines: a request meets one fault, and healthy engines
+are left. An engine that a gateway still ejects after its last fault does not count; the longest ejection is 30 s.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ from moe_lab.soak.processes import MockProcess, SoakGateway
 from moe_lab.soak.testbed import REAL_START_TIMEOUT_S, SoakTestbed
 
 _POLL_S = 0.05
+# Mock engines beside the victim that each gateway uses when a fault begins.
+OTHERS = 2
 
 
 class FaultInjector:
@@ -30,15 +32,21 @@ class FaultInjector:
         testbed: what runs.
         under_way: numbers of the requests that have not ended.
         progress: gets a line for the beginning and the end of each fault.
+        turn: held during a fault; all injectors of a soak share it.
 
     Attributes:
         injected: how often each kind came.
     """
 
     def __init__(
-        self, testbed: SoakTestbed, under_way: Callable[[], Collection[int]], progress: Callable[[str], None]
+        self,
+        testbed: SoakTestbed,
+        under_way: Callable[[], Collection[int]],
+        progress: Callable[[str], None],
+        turn: asyncio.Lock,
     ) -> None:
         self._testbed = testbed
+        self._turn = turn
         self._under_way = under_way
         self._progress = progress
         self.injected: Counter[FaultKind] = Counter()
@@ -49,31 +57,34 @@ class FaultInjector:
             if not is_due():
                 await asyncio.sleep(_POLL_S)
                 continue
-            fault = next(faults)
-            await self._strike(fault)
-            self.injected[fault.kind] += 1
-            self._progress(f"healed: {fault.kind.value}")
-            before = set(self._under_way())
-            await wait_for(lambda before=before: not before & set(self._under_way()), 2 * PATIENCE_S)  # type: ignore[misc]
+            async with self._turn:
+                await self._inject(next(faults))
+
+    async def _inject(self, fault: Fault) -> None:
+        await self._strike(fault)
+        self.injected[fault.kind] += 1
+        self._progress(f"healed: {fault.kind.value}")
+        before = set(self._under_way())
+        await wait_for(lambda before=before: not before & set(self._under_way()), 2 * PATIENCE_S)  # type: ignore[misc]
 
     async def _strike(self, fault: Fault) -> None:
         kind = fault.kind
         if isinstance(kind, EngineFault):
             mocks = self._testbed.mocks
             victim = mocks[fault.victim % len(mocks)]
-            await self._wait_for_another(victim.name)
+            await self._wait_for_others(victim.name)
             await self._strike_engine(victim, kind, fault.duration_s)
         elif isinstance(kind, GatewayFault):
             await self._strike_gateway(_choose_gateway(self._testbed.gateways, fault), kind, fault.duration_s)
         else:
-            await self._wait_for_another("")
+            await self._wait_for_others("")
             await self._strike_real(kind, fault.duration_s)
 
-    async def _wait_for_another(self, victim: str) -> None:
+    async def _wait_for_others(self, victim: str) -> None:
         names = {mock.name for mock in self._testbed.mocks} - {victim}
         while True:
             states = [await read_state(self._testbed.session, gateway) for gateway in self._testbed.gateways]
-            if all(state is not None and accepting_engines(state) & names for state in states):
+            if all(state is not None and len(accepting_engines(state) & names) >= OTHERS for state in states):
                 return
             await asyncio.sleep(_POLL_S)
 

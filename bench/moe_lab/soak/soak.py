@@ -24,6 +24,8 @@ from moe_lab.soak.traffic import SMALL, Leaving, SoakRequest, plan_request
 
 # Of the requests, those that the official clients send, which take ten times the processor time of the others.
 OFFICIAL_EVERY = 50
+# Of those of the mock engines, since a real engine takes a minute to start again.
+REAL_FAULT_PERIODS = 20
 PROGRESS_S = 10.0
 # The start of a gateway's memory is after these, and after a tenth of all requests.
 WARM_UP_REQUESTS = 1000
@@ -196,22 +198,24 @@ class Soak:
         groups: dict[str, tuple[FaultKind, ...]] = {"engines": tuple(EngineFault), "gateways": tuple(GatewayFault)}
         if testbed.real is not None:
             groups["real"] = tuple(RealFault)
+        turn = asyncio.Lock()
         for purpose, all_kinds in groups.items():
             kinds = [kind for kind in all_kinds if settings.has_long_faults or not kind.is_long]
-            injector = FaultInjector(testbed, lambda: self._under_way, self._progress)
+            injector = FaultInjector(testbed, lambda: self._under_way, self._progress, turn)
             self._injectors.append((injector, kinds))
             faults = plan_faults(settings.seed, kinds, purpose=purpose)
-            yield injector.run(faults, self._due(), partial(self._has_enough, injector, kinds))
+            every = settings.fault_every * (REAL_FAULT_PERIODS if purpose == "real" else 1)
+            yield injector.run(faults, self._due(every), partial(self._has_enough, injector, kinds))
 
-    def _due(self) -> Callable[[], bool]:
+    def _due(self, every: int) -> Callable[[], bool]:
         """A function that says whether the next fault is due, by the number of requests that have ended."""
-        threshold = self._settings.fault_every
+        threshold = every
 
         def is_due() -> bool:
             nonlocal threshold
             if self._deliveries.finished < threshold:
                 return False
-            threshold = self._deliveries.finished + self._settings.fault_every
+            threshold = self._deliveries.finished + every
             return True
 
         return is_due

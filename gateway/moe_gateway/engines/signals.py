@@ -102,7 +102,7 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     dispatcher.set_reachable(name, True)
     if state.engine.model is not None and state.engine.model not in engine.models:
         # What else it serves is asked of the engine itself.
-        dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)})
+        dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)
     dispatcher.set_process(name, state.engine.pid)
     dispatcher.set_ready(name, state.accepting and state.ready, now_s)
     for rank in state.ranks:

@@ -14,7 +14,7 @@ from moe_gateway.engines.target_states import STALL_S
 from moe_lab.soak.page import EngineMode
 
 LONG_S = STALL_S + 6.0
-_SHORT_S = (0.3, 4.0)
+_SHORT_S = (0.3, 3.0)
 
 
 class EngineFault(Enum):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from moe_gateway.tracing import RequestTracer
 
 CHECK_PERIOD_S = 0.1
+# A check that comes later than this follows a suspension of the process: what came meanwhile is read before it.
+SUSPENDED_S = 1.0
 BACKLOG = 4096
 
 log = logging.getLogger("moeserving.gateway")
@@ -249,7 +251,10 @@ class Gateway:
 
     async def _check(self) -> None:
         while True:
+            began_s = self.clock()
             await asyncio.sleep(CHECK_PERIOD_S)
+            if self.clock() - began_s > SUSPENDED_S:
+                await asyncio.sleep(CHECK_PERIOD_S)
             try:
                 self._check_once(self.clock())
                 await self._listener.reload(self.clock())

@@ -149,9 +149,9 @@ class Dispatcher:
                 self._targets.forget(target)
                 self._jobs.forget(target)
 
-    def set_models(self, name: str, rows: Mapping[str, Any]) -> None:
-        """What an engine lists of the models that it serves, by their names."""
-        if self._fleet.set_models(name, rows) is not None:
+    def set_models(self, name: str, rows: Mapping[str, Any], *, listed: bool = True) -> None:
+        """What an engine lists of the models that it serves, by their names; `listed`: these are all of them."""
+        if self._fleet.set_models(name, rows, listed=listed) is not None:
             self._gather_models()
 
     def unanswered_prefill_tokens(self, name: str) -> Mapping[int, int]:
@@ -436,6 +436,11 @@ class Dispatcher:
         return _clamp_s(self._queue.size_tokens * models[0].prefill_s / len(ordered)) if models else 1
 
     # For readers.
+
+    @property
+    def knows_all_models(self) -> bool:
+        """Whether each engine that is ready has listed its names, so that `models` has all of them."""
+        return all(engine.has_listed for engine in self.engines.values() if engine.is_ready)
 
     @property
     def engines(self) -> Mapping[str, Engine]:

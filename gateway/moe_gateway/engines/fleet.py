@@ -47,6 +47,7 @@ class Engine:
         trial: the one request that it gets while it is on trial; None without one.
         models: names of the models and adapters that it serves, as far as known.
         model_rows: what it lists of them, by name.
+        has_listed: whether it has listed its names, so that it serves no others.
         pid: of its serving process, as far as known.
     """
 
@@ -66,6 +67,7 @@ class Engine:
     trial_until_s: float = -math.inf
     models: frozenset[str] = frozenset()
     model_rows: Mapping[str, Any] = field(default_factory=dict)
+    has_listed: bool = False
     pid: int | None = None
 
     def may_accept(self, now_s: float) -> bool:
@@ -142,14 +144,14 @@ class EngineFleet:
         engine.pid = pid
         return engine
 
-    def set_models(self, name: str, rows: Mapping[str, Any]) -> Engine | None:
-        """What an engine lists of the models that it serves, by their names."""
+    def set_models(self, name: str, rows: Mapping[str, Any], *, listed: bool = True) -> Engine | None:
+        """What an engine lists of the models that it serves, by their names; `listed`: these are all of them."""
         if (engine := self.engines.get(name)) is None:
             return None
-        engine.model_rows = rows
-        if engine.models == rows.keys():
+        engine.model_rows, listed = rows, listed and bool(rows)
+        if engine.models == rows.keys() and (engine.has_listed or not listed):
             return None
-        engine.models = frozenset(rows)
+        engine.models, engine.has_listed = frozenset(rows), engine.has_listed or listed
         return engine
 
     def models(self) -> frozenset[str]:

@@ -323,9 +323,10 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
 
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
-        models = self._context.dispatcher.models
-        if parsed.model is not None and models and parsed.model not in models:
-            self._reply_unknown_model(request, route, parsed.model)
+        dispatcher, model = self._context.dispatcher, parsed.model
+        models = dispatcher.models
+        if model is not None and models and model not in models and dispatcher.knows_all_models:
+            self._reply_unknown_model(request, route, model)
             return
         gate, previous = self._context.gate, parsed.previous_response
         owner = None if request.caller is None else request.caller.name

@@ -327,12 +327,23 @@ class Exchange:
         elif self._answer.is_open and self._beginning.is_unframed_piece:
             self._close_open(part_of_status(connection.status))
         elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
-            # The idle connection may have been closed while the request was on its way, which is no failure of the
-            # engine. But the engine may have read the request, so this was an attempt.
-            self.attempts.begin()
-            self._send()
+            self._send_anew()
         else:
             self._fail(reason)
+
+    def _send_anew(self) -> None:
+        """Sends it again where an idle connection ended, to another engine if possible: this one may begin to fail."""
+        assert self._in_flight is not None
+        dispatcher, attempts, target = self._context.dispatcher, self.attempts, self._in_flight.target
+        # The engine may have read the request, so this was an attempt, but it is no failure of the engine.
+        if not dispatcher.has_other(self.job, target, attempts.failed_targets):
+            attempts.begin()
+            self._send()
+            return
+        attempts.after_failure(target, AttemptFailure.BROKEN, self._context.clock())
+        dispatcher.settle(self._in_flight, self._context.clock())
+        self._context.stats.retry()
+        self.begin()
 
     def _fail(self, reason: str, failure: AttemptFailure = AttemptFailure.BROKEN) -> None:
         """The attempt failed: reports the engine, then retries, refuses, or breaks off the answer that has begun."""

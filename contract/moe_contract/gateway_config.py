@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from moe_contract.access_config import Auth, Tls
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.picker_config import EndpointPickerConfig
 from moe_contract.sections import Listen, Seconds, Section
 from moe_contract.tenancy import DEFAULT_HEADER, check_tenant_header
 
@@ -170,7 +171,7 @@ class GatewayConfig(Section):
     """The gateway's configuration file.
 
     Attributes:
-        listen: address for clients; only serving routes are there.
+        listen: address for clients; only serving routes are there. None: clients come by another proxy.
         admin: address of `/healthz`, `/readyz`, `/metrics`, `/v1/state` and `PUT /v1/config`.
         token_file: control tokens, one a line; None: settings cannot be changed over HTTP.
         tracing: where traces of requests are sent; None: nowhere.
@@ -187,9 +188,10 @@ class GatewayConfig(Section):
             tenant. Only a start can change it.
         auth: who may send requests, and how much; None: everyone.
         tls: TLS on `listen`; None: plain HTTP.
+        endpoint_picker: picks engines for another proxy; None: it does not.
     """
 
-    listen: Listen
+    listen: Listen | None
     admin: Listen
     token_file: Path | None = None
     tracing: Tracing | None = None
@@ -204,6 +206,7 @@ class GatewayConfig(Section):
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
     auth: Auth | None = None
     tls: Tls | None = None
+    endpoint_picker: EndpointPickerConfig | None = None
 
 
 class SettingsFile(Section):

@@ -16,7 +16,7 @@ from moe_scheduling.engine.choice import Explanation, Job, Send, explain
 from moe_gateway.engines.dispatcher import Dispatcher
 
 if TYPE_CHECKING:
-    from moe_gateway.request.exchange import Exchange
+    from moe_gateway.request.dispatched import DispatchedRequest
 
 REMEMBERED_REQUESTS = 1000
 TERMS_PERIOD_S = 0.01
@@ -56,7 +56,7 @@ class RecentRequests:
         self._by_id: OrderedDict[bytes, _Recent] = OrderedDict()
         self._terms_due_s = 0.0
 
-    def attempt(self, exchange: "Exchange", sending: Send, dispatcher: Dispatcher, now_s: float) -> None:
+    def attempt(self, exchange: "DispatchedRequest", sending: Send, dispatcher: Dispatcher, now_s: float) -> None:
         """A request is about to be sent to a target; the dispatcher does not count it there yet."""
         terms: Sequence[Explanation] = ()
         more = 0
@@ -65,12 +65,12 @@ class RecentRequests:
             terms, more = _explain_choice(exchange.job, sending, dispatcher, now_s)
         self._find(exchange).attempts.append(_Attempt(now_s, sending, terms, more))
 
-    def end(self, exchange: "Exchange", status: int, problem: str, now_s: float) -> None:
+    def end(self, exchange: "DispatchedRequest", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
         recent = self._find(exchange)
         recent.status, recent.problem, recent.ttft_s, recent.ended_s = status, problem, exchange.ttft_s, now_s
 
-    def _find(self, exchange: "Exchange") -> _Recent:
+    def _find(self, exchange: "DispatchedRequest") -> _Recent:
         request_id, arrived_s = exchange.request.request_id, exchange.request.arrived_s
         recent = self._by_id.get(request_id)
         # A client may use an id again: the newest request has it.

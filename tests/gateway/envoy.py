@@ -174,6 +174,7 @@ def _ext_proc(body: str, answers: str) -> dict[str, Any]:
                 "request_trailer_mode": "SEND" if body == DUPLEX else "SKIP",
                 "response_trailer_mode": "SEND" if answers == DUPLEX else "SKIP",
             },
+            "response_attributes": ["upstream.address"],
             "metadata_options": {
                 "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint", "envoy.lb"]},
                 "receiving_namespaces": {"untyped": ["envoy.lb"]},

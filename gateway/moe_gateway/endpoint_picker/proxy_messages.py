@@ -26,7 +26,7 @@ from google.protobuf.struct_pb2 import Struct
 ENDPOINT = "x-gateway-destination-endpoint"
 _NAMESPACE = "envoy.lb"
 _SUBSET_NAMESPACE, _SUBSET = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
-_SERVED = "x-gateway-destination-endpoint-served"
+_SERVED, _ADDRESS = "x-gateway-destination-endpoint-served", "upstream.address"
 # Envoy takes a body in parts of this length without a buffer of its own being exceeded.
 PART_BYTES = 62_000
 NONE, STREAMED, BUFFERED = ProcessingMode.NONE, ProcessingMode.STREAMED, ProcessingMode.BUFFERED
@@ -40,7 +40,7 @@ def read_headers(headers: HeaderMap) -> list[tuple[str, bytes]]:
 
 
 def read_body_modes(message: ProcessingRequest) -> tuple[int, int]:
-    """How the bodies of request and answer are sent; in both directions, as the protocol wants, where it is not said."""
+    """How the bodies of request and answer are sent; in both directions, as the protocol has it, by default."""
     if not message.HasField("protocol_config"):
         return FULL_DUPLEX, FULL_DUPLEX
     return message.protocol_config.request_body_mode, message.protocol_config.response_body_mode
@@ -58,10 +58,16 @@ def read_subset(metadata: Metadata) -> frozenset[str] | None:
     return frozenset(row.strip() for row in rows if row.strip())
 
 
-def read_served(metadata: Metadata) -> str:
-    """The endpoint that has answered, `IP:PORT`; empty where the proxy does not say."""
-    found = metadata.filter_metadata.get(_NAMESPACE)
-    return found.fields[_SERVED].string_value if found is not None and _SERVED in found.fields else ""
+def read_served(message: ProcessingRequest) -> str:
+    """The endpoint that has answered, `IP:PORT`; empty where the proxy does not say.
+
+    Envoy 1.40 says it by the attribute `upstream.address`, where its filter is asked to, not as the protocol has it.
+    """
+    found = message.metadata_context.filter_metadata.get(_NAMESPACE)
+    if found is not None and _SERVED in found.fields:
+        return found.fields[_SERVED].string_value
+    rows = (struct.fields[_ADDRESS].string_value for struct in message.attributes.values() if _ADDRESS in struct.fields)
+    return next(rows, "")
 
 
 def continue_headers(*, of_answer: bool) -> ProcessingResponse:

@@ -119,6 +119,8 @@ class Stream:
     # The request.
 
     async def _read_head(self, message: ProcessingRequest, inbox: Inbox) -> Replies:
+        if self._head is not None:
+            return []
         headers = proxy_messages.read_headers(message.request_headers.headers)
         parts = self._parts
         request = read_head(headers, parts.new_request_id(), parts.context.clock())
@@ -215,12 +217,14 @@ class Stream:
             return [proxy_messages.pick_at_headers(pick.endpoints, given, removed)]
         if head.mode == proxy_messages.FULL_DUPLEX:
             body = _split(original if changed is None else changed)
-            # The length is the proxy's to say: of another body it is another one.
             return [
                 proxy_messages.pick_at_headers(pick.endpoints, given, removed),
                 *proxy_messages.send_body(body, end=ends),
             ]
         new = None if changed is None else b"".join(_split(changed))
+        if new is not None:
+            # Envoy refuses a new body that has another length than the head says.
+            given["content-length"] = b"%d" % len(new)
         return [proxy_messages.pick_at_body(pick.endpoints, given, removed, new)]
 
     # Answers without an engine.
@@ -264,7 +268,7 @@ class Stream:
         if self._picked is not None:
             headers = dict(proxy_messages.read_headers(head.headers))
             status, kind = headers.get(":status", b""), headers.get("content-type", b"")
-            served = proxy_messages.read_served(message.metadata_context)
+            served = proxy_messages.read_served(message)
             shows_body = self._head is not None and self._head.answer_mode != proxy_messages.NONE
             self._picked.answer_begins(int(status) if status.isdigit() else 0, kind, served, shows_body=shows_body)
             if head.end_of_stream:

@@ -1,4 +1,4 @@
-"""The endpoint picker's messages without a proxy: any order and any parts, and the books are even in the end."""
+"""The endpoint picker's messages without a proxy: in any order and any parts, and nothing stays in flight."""
 
 import asyncio
 import itertools
@@ -7,29 +7,30 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import pytest
-from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue, Metadata
-from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    HttpBody,
-    HttpHeaders,
-    HttpTrailers,
-    ProcessingRequest,
-    ProcessingResponse,
-    ProtocolConfiguration,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InvalidInput
 from moe_contract.picker_config import EndpointPickerConfig
-from moe_gateway.endpoint_picker import proxy_messages
-from moe_gateway.endpoint_picker.admission import Parts
-from moe_gateway.endpoint_picker.inbox import Inbox
+from moe_gateway.endpoint_picker import proxy_messages, wire
+from moe_gateway.endpoint_picker.admission import PickerParts
 from moe_gateway.endpoint_picker.picked_request import endpoint_of
+from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import body_length, find_removed, read_head
 from moe_gateway.endpoint_picker.start import check_engines
 from moe_gateway.endpoint_picker.stream import Stream
+from moe_gateway.endpoint_picker.wire import (
+    HeaderMap,
+    HeaderValue,
+    HttpBody,
+    HttpHeaders,
+    HttpTrailers,
+    Message,
+    Metadata,
+    ProcessingRequest,
+    ProtocolConfiguration,
+)
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.replies import RequestOutcome, build_error
 from moe_gateway.request.body_reader import BodyReader
@@ -43,7 +44,7 @@ STREAM = b'data: {"choices":[{"index":0,"text":"a"}]}\n\ndata: {"choices":[{"ind
 ONE_PIECE = b'{"choices":[{"index":0,"text":"a"}],"usage":{"prompt_tokens":2}}'
 
 
-def make_parts(*, ready: bool = True, **limits: Any) -> Parts:
+def make_parts(*, ready: bool = True, **limits: Any) -> PickerParts:
     document = {
         "listen": None,
         "admin": {"port": 1},
@@ -66,7 +67,7 @@ def make_parts(*, ready: bool = True, **limits: Any) -> Parts:
         recent=RecentRequests(),
     )
     settings = EndpointPickerConfig.model_validate({"listen": {"port": 2}})
-    return Parts(
+    return PickerParts(
         context=context,
         settings=settings,
         limits=config.limits,
@@ -75,12 +76,12 @@ def make_parts(*, ready: bool = True, **limits: Any) -> Parts:
     )
 
 
-def head(**values: str) -> HeaderMap:
+def head(**values: str) -> Message:
     rows = {name.replace("_", "-"): value for name, value in values.items()}
     return HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
 
 
-def question_head(mode: int | None, *, end: bool = False, answer_mode: int | None = None) -> ProcessingRequest:
+def question_head(mode: int | None, *, end: bool = False, answer_mode: int | None = None) -> Message:
     rows = {":method": "POST", ":path": "/v1/completions", ":authority": "g", "content-type": "application/json"}
     headers = HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
     modes = ProtocolConfiguration(
@@ -92,7 +93,7 @@ def question_head(mode: int | None, *, end: bool = False, answer_mode: int | Non
     )
 
 
-def parts_of(data: bytes, cuts: Iterable[int], *, of_answer: bool, end: bool = True) -> list[ProcessingRequest]:
+def parts_of(data: bytes, cuts: Iterable[int], *, of_answer: bool, end: bool = True) -> list[Message]:
     places = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
     pieces = [data[begin:until] for begin, until in itertools.pairwise(places)]
     bodies = [HttpBody(body=piece, end_of_stream=end and at == len(pieces) - 1) for at, piece in enumerate(pieces)]
@@ -101,7 +102,7 @@ def parts_of(data: bytes, cuts: Iterable[int], *, of_answer: bool, end: bool = T
     ]
 
 
-def answer_head(status: int = 200, kind: str = "text/event-stream", *, end: bool = False) -> ProcessingRequest:
+def answer_head(status: int = 200, kind: str = "text/event-stream", *, end: bool = False) -> Message:
     rows = {":status": str(status), "content-type": kind}
     headers = HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
     return ProcessingRequest(response_headers=HttpHeaders(headers=headers, end_of_stream=end))
@@ -111,14 +112,14 @@ TRAILERS = ProcessingRequest(request_trailers=HttpTrailers())
 ANSWER_TRAILERS = ProcessingRequest(response_trailers=HttpTrailers())
 
 
-async def run(parts: Parts, messages: Iterable[ProcessingRequest]) -> list[ProcessingResponse]:
-    replies: list[ProcessingResponse] = []
+async def run(parts: PickerParts, messages: Iterable[Message]) -> list[Message]:
+    replies: list[Message] = []
 
-    async def source() -> AsyncIterator[ProcessingRequest]:
+    async def source() -> AsyncIterator[Message]:
         for message in messages:
             yield message
 
-    async def write(reply: ProcessingResponse) -> None:
+    async def write(reply: Message) -> None:
         replies.append(reply)
 
     async with asyncio.timeout(60):
@@ -130,7 +131,7 @@ async def run(parts: Parts, messages: Iterable[ProcessingRequest]) -> list[Proce
     return replies
 
 
-def sent_back(replies: Iterable[ProcessingResponse], kind: str) -> bytes:
+def sent_back(replies: Iterable[Message], kind: str) -> bytes:
     bodies = [getattr(reply, kind).response.body_mutation for reply in replies if reply.WhichOneof("response") == kind]
     return b"".join(body.streamed_response.body for body in bodies)
 
@@ -142,7 +143,7 @@ def test_in_both_directions_the_bodies_come_back_whole_in_whatever_parts_they_co
     answer = STREAM if streams else ONE_PIECE
     parts = make_parts()
     messages = [
-        question_head(proxy_messages.FULL_DUPLEX),
+        question_head(wire.FULL_DUPLEX),
         *parts_of(QUESTION, cuts, of_answer=False),
         answer_head(kind="text/event-stream" if streams else "application/json"),
         *parts_of(answer, answer_cuts, of_answer=True),
@@ -167,12 +168,12 @@ def test_in_both_directions_the_bodies_come_back_whole_in_whatever_parts_they_co
 MESSAGES = st.lists(
     st.sampled_from(
         [
-            question_head(proxy_messages.FULL_DUPLEX),
-            question_head(proxy_messages.FULL_DUPLEX, end=True),
-            question_head(proxy_messages.BUFFERED),
-            question_head(ProcessingMode.BUFFERED_PARTIAL),
-            question_head(proxy_messages.STREAMED, answer_mode=proxy_messages.NONE),
-            question_head(proxy_messages.NONE),
+            question_head(wire.FULL_DUPLEX),
+            question_head(wire.FULL_DUPLEX, end=True),
+            question_head(wire.BUFFERED),
+            question_head(wire.BUFFERED_PARTIAL),
+            question_head(wire.STREAMED, answer_mode=wire.NONE),
+            question_head(wire.NONE),
             question_head(None),
             ProcessingRequest(request_headers=HttpHeaders()),
             ProcessingRequest(request_headers=HttpHeaders(headers=head(method="GET"))),
@@ -195,7 +196,7 @@ MESSAGES = st.lists(
 
 
 @given(messages=MESSAGES, ready=st.booleans())
-def test_whatever_a_proxy_sends_nothing_stays_in_flight(messages: list[ProcessingRequest], ready: bool) -> None:
+def test_whatever_a_proxy_sends_nothing_stays_in_flight(messages: list[Message], ready: bool) -> None:
     parts = make_parts(ready=ready, hold_requests=0)
     asyncio.run(run(parts, messages))
     assert sum(parts.context.stats.requests.values()) == parts.context.stats.finished
@@ -203,7 +204,7 @@ def test_whatever_a_proxy_sends_nothing_stays_in_flight(messages: list[Processin
 
 async def test_a_held_request_whose_proxy_ends_the_stream_is_held_no_longer() -> None:
     parts = make_parts(ready=False)
-    asked = [question_head(proxy_messages.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False)]
+    asked = [question_head(wire.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False)]
     assert await run(parts, asked) == []
     assert parts.context.stats.refusals == {"client_gone": 1}
 
@@ -211,13 +212,11 @@ async def test_a_held_request_whose_proxy_ends_the_stream_is_held_no_longer() ->
 @pytest.mark.parametrize(
     ("messages", "status"),
     [
-        ([question_head(proxy_messages.BUFFERED, answer_mode=0), answer_head()], 200),
-        ([question_head(proxy_messages.BUFFERED, answer_mode=0), answer_head(500, "application/json")], 500),
+        ([question_head(wire.BUFFERED, answer_mode=0), answer_head()], 200),
+        ([question_head(wire.BUFFERED, answer_mode=0), answer_head(500, "application/json")], 500),
     ],
 )
-async def test_an_answer_whose_body_is_not_shown_counts_by_its_status(
-    messages: list[ProcessingRequest], status: int
-) -> None:
+async def test_an_answer_whose_body_is_not_shown_counts_by_its_status(messages: list[Message], status: int) -> None:
     parts = make_parts()
     await run(parts, [messages[0], *parts_of(QUESTION, [], of_answer=False), *messages[1:]])
     assert parts.context.stats.requests == {("completions", status): 1}
@@ -225,7 +224,7 @@ async def test_an_answer_whose_body_is_not_shown_counts_by_its_status(
 
 async def test_a_client_that_leaves_at_the_last_event_has_its_answer() -> None:
     parts = make_parts()
-    asked = [question_head(proxy_messages.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False)]
+    asked = [question_head(wire.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False)]
     await run(parts, [*asked, answer_head(), *parts_of(STREAM, [], of_answer=True, end=False)])
     assert parts.context.stats.requests == {("completions", 200): 1}
 
@@ -234,7 +233,7 @@ async def test_trailers_follow_a_body_in_both_directions() -> None:
     parts = make_parts()
     body = parts_of(QUESTION, [5], of_answer=False, end=False)
     answer = parts_of(STREAM, [], of_answer=True, end=False)
-    asked = [question_head(proxy_messages.FULL_DUPLEX), *body, TRAILERS, answer_head(), *answer, ANSWER_TRAILERS]
+    asked = [question_head(wire.FULL_DUPLEX), *body, TRAILERS, answer_head(), *answer, ANSWER_TRAILERS]
     replies = await run(parts, asked)
     kinds = [reply.WhichOneof("response") for reply in replies]
     assert kinds == [
@@ -325,7 +324,7 @@ def test_an_engine_by_name_is_refused_for_proxies_take_addresses() -> None:
         check_engines(parse_model(GatewayConfig, document))
 
 
-async def test_an_inbox_reads_ahead_and_loses_nothing() -> None:
+async def test_messages_that_are_read_ahead_are_not_lost() -> None:
     goes_on = asyncio.Event()
 
     async def source() -> AsyncIterator[int]:
@@ -333,14 +332,14 @@ async def test_an_inbox_reads_ahead_and_loses_nothing() -> None:
         yield 2
         await goes_on.wait()
 
-    inbox = Inbox(source())
-    assert await inbox.take() == 1
+    messages = ReadAhead(source())
+    assert await messages.take() == 1
     waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(waiting.set_result, "done")
-    assert await inbox.unless_ended(waiting) == "done"
-    assert await inbox.take() == 2
+    assert await messages.unless_ended(waiting) == "done"
+    assert await messages.take() == 2
     never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     goes_on.set()
-    assert await inbox.unless_ended(never) is None
+    assert await messages.unless_ended(never) is None
     assert never.cancelled()
-    assert await inbox.take() is None
+    assert await messages.take() is None

@@ -137,6 +137,6 @@ def test_a_file_without_the_section_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_grpc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_gateway.endpoint_picker.start.MODULES", ("absent.package",))
+    monkeypatch.setattr("moe_gateway.endpoint_picker.start.MODULES", ("absent_package",))
     code, said = _run("--engine", "http://127.0.0.1:9")
     assert (code, "pip install 'moeserving[epp]'" in said.replace("\n", "")) == (2, True)

@@ -8,8 +8,8 @@ from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial
-from moe_gateway.endpoint_picker.inbox import Inbox
 from moe_gateway.endpoint_picker.picked_request import NobodyReads, PickedRequest
+from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
 from moe_gateway.http.cors import is_preflight
@@ -23,7 +23,7 @@ from moe_gateway.request.rejections import explain_lost_response, explain_unknow
 
 
 @dataclass(slots=True, kw_only=True)
-class Parts:
+class PickerParts:
     """What streams of a proxy share.
 
     Attributes:
@@ -68,7 +68,7 @@ class Refusal:
         )
 
 
-def check_head(request: ClientRequest, body_bytes: int, parts: Parts) -> Route | Refusal:
+def check_head(request: ClientRequest, body_bytes: int, parts: PickerParts) -> Route | Refusal:
     """The route of a request, or why it gets none; takes its credentials out where keys are needed."""
     request.url = strip_authority(request.url)
     route = find_route(request.url)
@@ -95,7 +95,7 @@ def _as_refusal(denial: Denial) -> Refusal:
     return Refusal(denial.outcome, denial.message, denial.param, denial.retry_after_s, denial.challenge)
 
 
-def find_own_answer(request: ClientRequest, route: Route, parts: Parts) -> bytes | Refusal | None:
+def find_own_answer(request: ClientRequest, route: Route, parts: PickerParts) -> bytes | Refusal | None:
     """The answer to what no engine is asked for, as the gateway gives it; None: an engine answers."""
     context, request_id = parts.context, request.request_id
     if is_preflight(request.method, request.headers):
@@ -135,7 +135,7 @@ def _list_models(context: ExchangeContext) -> object | None:
 
 
 async def read_body(
-    request: ClientRequest, route: Route, parts: Parts, inbox: Inbox[object], *, is_known: bool
+    request: ClientRequest, route: Route, parts: PickerParts, messages: ReadAhead[object], *, is_known: bool
 ) -> Parsed | Refusal | None:
     """The fields of a body; of one that has not come whole none are known. None: the client has left."""
     if not is_known:
@@ -147,7 +147,7 @@ async def read_body(
         gate = parts.context.gate
         if gate is not None and (denial := gate.reserve(request)) is not None:
             return _as_refusal(denial)
-        return await inbox.unless_ended(parts.context.bodies.read(request, route, parts.limits.max_body_bytes))
+        return await messages.unless_ended(parts.context.bodies.read(request, route, parts.limits.max_body_bytes))
     except BadBody as error:
         return Refusal(RequestOutcome.BAD_REQUEST, str(error), error.param)
     except BodyRefused as error:
@@ -157,7 +157,9 @@ async def read_body(
             request.place.free()
 
 
-def admit(request: ClientRequest, route: Route, parsed: Parsed, parts: Parts) -> tuple[Parsed, ClientSide] | Refusal:
+def admit(
+    request: ClientRequest, route: Route, parsed: Parsed, parts: PickerParts
+) -> tuple[Parsed, ClientSide] | Refusal:
     """Checks model, response and quota; the second part counts what passes of the answer."""
     context, client = parts.context, NobodyReads()
     dispatcher, gate, previous = context.dispatcher, context.gate, parsed.previous_response

@@ -1,7 +1,7 @@
 """A certificate that the endpoint picker makes for itself at its start; proxies do not verify it.
 
 Gateways of the Gateway API Inference Extension speak TLS with an endpoint picker, as its reference implementation does,
-and trust any certificate. It protects what is sent from those who can only listen.
+and accept any certificate. It protects requests from readers of the network's traffic, and from nobody else.
 """
 
 import datetime

@@ -15,56 +15,41 @@ from moe_gateway.cli import DEFAULT_ADMIN_PORT, name_engines, run_until_signal
 from moe_gateway.gateway import Gateway
 
 app = typer.Typer(add_completion=False)
-_PORT = {"min": 1, "max": 65535}
+_PORT: dict[str, Any] = {"min": 1, "max": 65535}
+_FILE = typer.Option(
+    help="A gateway's configuration with `endpoint_picker`, a JSON file; its `listen` stays closed.", show_default=False
+)
+_ENGINE = typer.Option(
+    help="Instead of a file: address of a vLLM server, such as http://10.0.0.5:8000; once for each.", show_default=False
+)
+_HOST = typer.Option(help="With --engine: address to listen on.", show_default=LOOPBACK)
+_PICKER_PORT = typer.Option(**_PORT, help="With --engine: port for proxies (gRPC).", show_default=str(PICKER_PORT))
+_ADMIN_PORT = typer.Option(
+    **_PORT,
+    help="With --engine: port of metrics and state, on the loopback address.",
+    show_default=str(DEFAULT_ADMIN_PORT),
+)
+_TLS = typer.Option("--tls", help="With --engine: serve TLS, with a certificate that is made at the start.")
+_FALLBACKS = typer.Option(
+    min=0, max=8, help="With --engine: further engines to name, for proxies that retry.", show_default="0"
+)
+_HOLD = typer.Option(
+    min=0,
+    help="With --engine: requests held while none of the engines takes more; 0 refuses them at once.",
+    show_default=str(Limits().hold_requests),
+)
 
 
 @app.command("epp")
 def epp(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A gateway's configuration with `endpoint_picker`, a JSON file; its `listen` stays closed.",
-            show_default=False,
-        ),
-    ] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Instead of a file: address of a vLLM server, such as http://10.0.0.5:8000; once for each.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="With --engine: address to listen on.", show_default=LOOPBACK)
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(**_PORT, help="With --engine: port for proxies (gRPC).", show_default=str(PICKER_PORT))
-    ] = None,
-    admin_port: Annotated[
-        int | None,
-        typer.Option(
-            **_PORT,
-            help="With --engine: port of metrics and state, on the loopback address.",
-            show_default=str(DEFAULT_ADMIN_PORT),
-        ),
-    ] = None,
-    tls: Annotated[
-        bool, typer.Option("--tls", help="With --engine: serve TLS, with a certificate that is made at the start.")
-    ] = False,
-    fallbacks: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=8, help="With --engine: further engines to name, for proxies that retry.", show_default="0"
-        ),
-    ] = None,
-    hold: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="With --engine: requests held while none of the engines takes more; 0 refuses them at once.",
-            show_default=str(Limits().hold_requests),
-        ),
-    ] = None,
+    config: Annotated[Path | None, _FILE] = None,
+    engine: Annotated[list[str] | None, _ENGINE] = None,
+    host: Annotated[str | None, _HOST] = None,
+    port: Annotated[int | None, _PICKER_PORT] = None,
+    admin_port: Annotated[int | None, _ADMIN_PORT] = None,
+    tls: Annotated[bool, _TLS] = False,
+    fallbacks: Annotated[int | None, _FALLBACKS] = None,
+    hold: Annotated[int | None, _HOLD] = None,
     access_log: Annotated[bool, typer.Option(help="Log every request, not only those that went wrong.")] = False,
 ) -> None:
     """Pick the engine of each request for another proxy: an external processor for Envoy, for an InferencePool."""

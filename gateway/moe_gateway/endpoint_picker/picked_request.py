@@ -56,7 +56,7 @@ class NobodyReads:
         """Drops more of the answer."""
 
     def answered(self, *, keep_alive: bool) -> None:
-        """The answer is over."""
+        """The answer is over, which nobody here waits for."""
 
 
 class PickedRequest:
@@ -148,7 +148,7 @@ class PickedRequest:
         self.attempts.receive()
 
     def reject(self, rejection: Rejection) -> None:
-        """No engine takes it."""
+        """No engine takes it; the stream answers with an error."""
         if not self.decided.done():
             self.decided.set_result(rejection)
 
@@ -230,7 +230,7 @@ class PickedRequest:
 
     def answer_passes(self, data: bytes, *, complete: bool) -> None:
         """A part of the answer's body passes; `complete`: it is the last one."""
-        if self._ended or self._in_flight is None:
+        if self._ended or self._in_flight is None or not self._beginning.received:
             return
         self._last_s = self._context.clock()
         self._client.write(data)
@@ -263,7 +263,7 @@ class PickedRequest:
             self._account.count(part, beginning, self._in_flight, self._last_s)
 
     def _finish(self) -> None:
-        """The answer is whole."""
+        """The last part of the answer has passed."""
         assert self._in_flight is not None
         self._account.sample_tokenisation(self.parsed, self._beginning)
         if self._account.has_answer:
@@ -274,7 +274,7 @@ class PickedRequest:
     # 3. The end.
 
     def leave(self) -> None:
-        """The proxy tells no more of it: where the last event had not passed, the client has left."""
+        """The proxy has ended the stream: unless the last event of the answer had passed, the client has left."""
         if self._shown_status:
             self.end(self._shown_status)
         is_stream = self.attempts.is_answering and self._beginning.is_events

@@ -1,4 +1,4 @@
-"""The head of a proxy's request as the gateway has it, and what of it changes on the way to an engine. Pure."""
+"""The head of a proxy's request as the gateway has it, and its changes on the way to an engine. Pure."""
 
 from collections.abc import Iterable, Sequence
 

@@ -6,17 +6,16 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc
-from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moe_contract.addresses import authority, present_host
 
-from moe_gateway.endpoint_picker.admission import Parts
+from moe_gateway.endpoint_picker import wire
+from moe_gateway.endpoint_picker.admission import PickerParts
 from moe_gateway.endpoint_picker.certificate import make_certificate
 from moe_gateway.endpoint_picker.stream import Stream
 
 LIVENESS = "liveness"
-READINESS = ("", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor")
+READINESS = ("", "readiness", wire.SERVICE)
 # A stream lives as long as its request, whose answer may take hours.
 LONGEST_DRAIN_S = 24 * 3600.0
 # A part of a body in one message; proxies send a buffered body in one.
@@ -33,7 +32,7 @@ class EndpointPicker:
         is_ready: whether requests should be asked about here.
     """
 
-    def __init__(self, parts: Parts, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, parts: PickerParts, is_ready: Callable[[], bool]) -> None:
         self._parts = parts
         self._is_ready = is_ready
         self._server: Any = None
@@ -53,7 +52,7 @@ class EndpointPicker:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        ext_proc.add_ExternalProcessorServicer_to_server(_Processor(self._parts), server)
+        server.add_generic_rpc_handlers((self._build_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self._is_ready), server)
         address = authority(present_host(settings.listen.host), settings.listen.port)
         try:
@@ -66,6 +65,24 @@ class EndpointPicker:
         await server.start()
         self._server = server
 
+    def _build_handler(self) -> grpc.GenericRpcHandler:
+        process = grpc.stream_stream_rpc_method_handler(
+            self._process,
+            request_deserializer=wire.ProcessingRequest.FromString,
+            response_serializer=wire.ProcessingResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(wire.SERVICE, {wire.METHOD: process})
+
+    async def _process(self, messages: AsyncIterator[wire.Message], context: Any) -> None:
+        try:
+            await Stream(self._parts).run(messages, context.write)
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            # The proxy has ended the stream.
+            raise
+        except Exception:
+            log.exception("a request of a proxy failed")
+            raise
+
     def check(self, now_s: float) -> None:
         """Called several times a second: ends what took too long."""
         for picked in list(self._parts.open):
@@ -77,25 +94,9 @@ class EndpointPicker:
             await self._server.stop(LONGEST_DRAIN_S)
 
     async def stop(self) -> None:
-        """Ends at once."""
+        """Ends at once, running requests included."""
         if self._server is not None:
             await self._server.stop(0)
-
-
-class _Processor(ext_proc.ExternalProcessorServicer):  # type: ignore[misc]
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-
-    async def Process(self, request_iterator: AsyncIterator[ProcessingRequest], context: Any) -> None:  # noqa: N802
-        """One request of a proxy."""
-        try:
-            await Stream(self._parts).run(request_iterator, context.write)
-        except (asyncio.CancelledError, grpc.aio.UsageError):
-            # The proxy has ended the stream.
-            raise
-        except Exception:
-            log.exception("a request of a proxy failed")
-            raise
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from moe_gateway.request.context import ExchangeContext
 if TYPE_CHECKING:
     from moe_gateway.endpoint_picker.server import EndpointPicker
 
-MODULES = ("grpc", "grpc_health", "envoy.service")
+MODULES = ("grpc", "grpc_health")
 
 
 def make_picker(
@@ -42,15 +42,15 @@ def make_picker(
         InvalidInput: gRPC is not installed, or an engine has no IP address.
     """
     check_engines(config)
-    if not all(map(_is_installed, MODULES)):
-        message = "the endpoint picker needs gRPC and Envoy's messages: pip install 'moeserving[epp]'"
+    if not all(find_spec(module) for module in MODULES):
+        message = "the endpoint picker needs gRPC: pip install 'moeserving[epp]'"
         raise InvalidInput([InputError("endpoint_picker", message)])
     # Else gRPC warns at each start of the process that parses large bodies.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-    from moe_gateway.endpoint_picker.admission import Parts
+    from moe_gateway.endpoint_picker.admission import PickerParts
     from moe_gateway.endpoint_picker.server import EndpointPicker
 
-    parts = Parts(
+    parts = PickerParts(
         context=context,
         settings=settings,
         limits=config.limits,
@@ -58,13 +58,6 @@ def make_picker(
         peer_token=peer_token,
     )
     return EndpointPicker(parts, is_ready)
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def check_engines(config: GatewayConfig) -> None:

@@ -9,17 +9,11 @@ States: head -> body -> picked -> answer. The stream ends when the proxy closes 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    HttpBody,
-    HttpHeaders,
-    ProcessingRequest,
-    ProcessingResponse,
-)
 from moe_contract.peer_tokens import HEADER as PEER_HEADER
 
-from moe_gateway.endpoint_picker import proxy_messages
+from moe_gateway.endpoint_picker import proxy_messages, wire
 from moe_gateway.endpoint_picker.admission import (
-    Parts,
+    PickerParts,
     Refusal,
     admit,
     check_head,
@@ -27,9 +21,10 @@ from moe_gateway.endpoint_picker.admission import (
     read_body,
     refuse_length,
 )
-from moe_gateway.endpoint_picker.inbox import Inbox
 from moe_gateway.endpoint_picker.picked_request import Pick, PickedRequest, endpoint_of
+from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import Headers, body_length, find_removed, read_head
+from moe_gateway.endpoint_picker.wire import Message
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.http.bodies import Body, LargeBody, build_body
 from moe_gateway.http.cors import insert_lines, is_preflight
@@ -40,7 +35,7 @@ from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.rejections import REJECTIONS
 
 OTHER = "other"
-Replies = list[ProcessingResponse]
+Replies = list[Message]
 
 
 @dataclass(slots=True)
@@ -66,7 +61,7 @@ class _Head:
     @property
     def picks_at_once(self) -> bool:
         """Whether the pick cannot wait for the body."""
-        return self.mode in (proxy_messages.NONE, proxy_messages.STREAMED)
+        return self.mode in (wire.NONE, wire.STREAMED)
 
 
 class Stream:
@@ -76,7 +71,7 @@ class Stream:
         parts: of the gateway.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: PickerParts) -> None:
         self._parts = parts
         self._head: _Head | None = None
         self._pieces: list[bytes] = []
@@ -84,17 +79,15 @@ class Stream:
         self._picked: PickedRequest | None = None
         self._refused = False
 
-    async def run(
-        self, messages: AsyncIterator[ProcessingRequest], write: Callable[[ProcessingResponse], Awaitable[None]]
-    ) -> None:
+    async def run(self, messages: AsyncIterator[Message], write: Callable[[Message], Awaitable[None]]) -> None:
         """Writes the replies to the messages of a proxy; ends with them, or after an answer at once."""
-        inbox = Inbox(messages)
+        incoming = ReadAhead(messages)
         try:
-            while not self._refused and (message := await inbox.take()) is not None:
-                for reply in await self._reply(message, inbox):
+            while not self._refused and (message := await incoming.take()) is not None:
+                for reply in await self._reply(message, incoming):
                     await write(reply)
         finally:
-            inbox.close()
+            incoming.close()
             self._end()
 
     def _end(self) -> None:
@@ -105,20 +98,20 @@ class Stream:
             outcome, route = RequestOutcome.CLIENT_GONE, self._head.route
             self._parts.context.stats.finish(route.label, outcome.status, refusal=outcome.label)
 
-    async def _reply(self, message: ProcessingRequest, inbox: Inbox) -> Replies:
+    async def _reply(self, message: Message, incoming: ReadAhead[Message]) -> Replies:
         match message.WhichOneof("request"):
             case "request_headers":
-                return await self._read_head(message, inbox)
+                return await self._read_head(message, incoming)
             case "request_body":
-                return await self._read_body(message.request_body, inbox)
+                return await self._read_body(message.request_body, incoming)
             case "request_trailers":
-                return await self._read_trailers(inbox)
+                return await self._read_trailers(incoming)
             case _:
                 return self._pass_answer(message)
 
     # The request.
 
-    async def _read_head(self, message: ProcessingRequest, inbox: Inbox) -> Replies:
+    async def _read_head(self, message: Message, incoming: ReadAhead[Message]) -> Replies:
         if self._head is not None:
             return []
         headers = proxy_messages.read_headers(message.request_headers.headers)
@@ -138,9 +131,9 @@ class Stream:
         self._head = _Head(headers, request, checked, self._name_servers(subset), mode, answer_mode)
         has_body = not message.request_headers.end_of_stream
         if not has_body or self._head.picks_at_once:
-            return await self._pick(inbox, is_body_known=not has_body)
+            return await self._pick(incoming, is_body_known=not has_body)
         # In both directions the proxy waits with the head for the answer to it, which follows the whole body.
-        return [] if mode == proxy_messages.FULL_DUPLEX else [proxy_messages.continue_headers(of_answer=False)]
+        return [] if mode == wire.FULL_DUPLEX else [proxy_messages.continue_headers(of_answer=False)]
 
     def _name_servers(self, subset: frozenset[str] | None) -> frozenset[str] | None:
         if subset is None:
@@ -148,7 +141,7 @@ class Stream:
         engines = self._parts.context.dispatcher.engines.values()
         return frozenset(engine.address.name for engine in engines if endpoint_of(engine.address) in subset)
 
-    async def _read_body(self, body: HttpBody, inbox: Inbox) -> Replies:
+    async def _read_body(self, body: Message, incoming: ReadAhead[Message]) -> Replies:
         head = self._head
         if head is None:
             return []
@@ -160,23 +153,23 @@ class Stream:
         if self._length > most_bytes:
             return self._refuse(head.request, head.route, refuse_length(most_bytes))
         ends = body.end_of_stream
-        if not ends and head.mode == proxy_messages.FULL_DUPLEX:
+        if not ends and head.mode == wire.FULL_DUPLEX:
             return []
         # A buffered body may be followed by trailers; one that is buffered in part may lack its end.
-        return await self._pick(inbox, is_body_known=ends or head.mode == proxy_messages.BUFFERED, ends=ends)
+        return await self._pick(incoming, is_body_known=ends or head.mode == wire.BUFFERED, ends=ends)
 
-    async def _read_trailers(self, inbox: Inbox) -> Replies:
+    async def _read_trailers(self, incoming: ReadAhead[Message]) -> Replies:
         replies = [proxy_messages.continue_trailers(of_answer=False)]
         if self._head is None or self._picked is not None:
             return replies
-        picked = await self._pick(inbox, is_body_known=True, ends=False)
+        picked = await self._pick(incoming, is_body_known=True, ends=False)
         return picked if self._refused or not picked else picked + replies
 
-    async def _pick(self, inbox: Inbox, *, is_body_known: bool, ends: bool = True) -> Replies:
+    async def _pick(self, incoming: ReadAhead[Message], *, is_body_known: bool, ends: bool = True) -> Replies:
         """Picks an engine, perhaps after a while; no reply where the client leaves meanwhile.
 
         Args:
-            inbox: shows that the client leaves.
+            incoming: shows that the client leaves.
             is_body_known: the whole body has come.
             ends: no trailers follow it.
         """
@@ -184,7 +177,7 @@ class Stream:
         assert head is not None
         request = head.request
         request.body = original = build_body(self._pieces) if self._pieces else b""
-        parsed = await read_body(request, head.route, parts, inbox, is_known=is_body_known)
+        parsed = await read_body(request, head.route, parts, incoming, is_known=is_body_known)
         if parsed is None:
             return []
         admitted = parsed if isinstance(parsed, Refusal) else admit(request, head.route, parsed, parts)
@@ -195,7 +188,7 @@ class Stream:
         self._picked = picked
         parts.open.add(picked)
         picked.begin()
-        decision = await inbox.unless_ended(picked.decided)
+        decision = await incoming.unless_ended(picked.decided)
         if decision is None:
             return []
         if isinstance(decision, Rejection):
@@ -215,7 +208,7 @@ class Stream:
         removed = find_removed(head.headers, head.request.headers, given)
         if not self._pieces:
             return [proxy_messages.pick_at_headers(pick.endpoints, given, removed)]
-        if head.mode == proxy_messages.FULL_DUPLEX:
+        if head.mode == wire.FULL_DUPLEX:
             body = _split(original if changed is None else changed)
             return [
                 proxy_messages.pick_at_headers(pick.endpoints, given, removed),
@@ -251,7 +244,7 @@ class Stream:
 
     # The answer.
 
-    def _pass_answer(self, message: ProcessingRequest) -> Replies:
+    def _pass_answer(self, message: Message) -> Replies:
         match message.WhichOneof("request"):
             case "response_headers":
                 return self._pass_answer_head(message)
@@ -263,21 +256,21 @@ class Stream:
             case _:
                 return []
 
-    def _pass_answer_head(self, message: ProcessingRequest) -> Replies:
-        head: HttpHeaders = message.response_headers
+    def _pass_answer_head(self, message: Message) -> Replies:
+        head = message.response_headers
         if self._picked is not None:
             headers = dict(proxy_messages.read_headers(head.headers))
             status, kind = headers.get(":status", b""), headers.get("content-type", b"")
             served = proxy_messages.read_served(message)
-            shows_body = self._head is not None and self._head.answer_mode != proxy_messages.NONE
+            shows_body = self._head is not None and self._head.answer_mode != wire.NONE
             self._picked.answer_begins(int(status) if status.isdigit() else 0, kind, served, shows_body=shows_body)
             if head.end_of_stream:
                 self._pass(b"", complete=True)
         return [proxy_messages.continue_headers(of_answer=True)]
 
-    def _pass_answer_body(self, body: HttpBody) -> Replies:
+    def _pass_answer_body(self, body: Message) -> Replies:
         self._pass(body.body, complete=body.end_of_stream)
-        mode = proxy_messages.NONE if self._head is None else self._head.answer_mode
+        mode = wire.NONE if self._head is None else self._head.answer_mode
         return [proxy_messages.continue_body(body, mode, of_answer=True)]
 
     def _pass(self, data: bytes, *, complete: bool) -> None:

@@ -8,7 +8,7 @@ Message = TypeVar("Message")
 Result = TypeVar("Result")
 
 
-class Inbox(Generic[Message]):
+class ReadAhead(Generic[Message]):
     """Messages in their order; one is read ahead while something else is awaited.
 
     Args:
@@ -46,6 +46,6 @@ class Inbox(Generic[Message]):
             waiting.cancel()
 
     def close(self) -> None:
-        """Reads no more."""
+        """Reads no more; called at the end of a stream."""
         if self._ahead is not None:
             self._ahead.cancel()

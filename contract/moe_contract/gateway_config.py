@@ -261,6 +261,10 @@ def load_gateway_config(path: Path) -> GatewayConfig:
     """
     config = parse_model(GatewayConfig, parse_document(read_file(path, "file")))
     _check_unique("engines", "name used twice", (address.name for address in config.engines))
+    if config.listen is None and config.endpoint_picker is None:
+        raise InvalidInput(
+            [InputError("listen", "an address is needed, such as {'port': 8000}, or an endpoint_picker")]
+        )
     if config.discovery is not None:
         if config.engines:
             raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])

@@ -65,7 +65,7 @@ def read_served(message: Message) -> str:
     """
     found = message.metadata_context.filter_metadata.get(_NAMESPACE)
     if found is not None and _SERVED in found.fields:
-        return found.fields[_SERVED].string_value
+        return str(found.fields[_SERVED].string_value)
     rows = (struct.fields[_ADDRESS].string_value for struct in message.attributes.values() if _ADDRESS in struct.fields)
     return next(rows, "")
 

@@ -99,7 +99,7 @@ class EndpointPicker:
             await self._server.stop(0)
 
 
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class _Health(health_pb2_grpc.HealthServicer):
     def __init__(self, is_ready: Callable[[], bool]) -> None:
         self._is_ready = is_ready
 

@@ -102,7 +102,7 @@ def _make_classes() -> dict[str, Any]:
     file = FileDescriptorProto(name="moeserving/ext_proc.proto", package=_PACKAGE, syntax="proto3")
     file.dependency.append(struct_pb2.DESCRIPTOR.name)
     file.message_type.extend(_describe(name, fields) for name, fields in _MESSAGES.items())
-    pool = descriptor_pool.Default()  # type: ignore[no-untyped-call]
+    pool = descriptor_pool.Default()
     pool.Add(file)
     return {
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES

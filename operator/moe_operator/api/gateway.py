@@ -132,8 +132,8 @@ class Gateway(Section):
     tls: GatewayTls | None = None
     inference_pool: GatewayInferencePool | None = Field(
         default=None,
-        description="The engines as an `InferencePool` for routes of other gateways; `{}` is enough. Absent: none. Only "
-        "in a cluster.",
+        description="The engines as an `InferencePool` for routes of other gateways; `{}` is enough. Absent: none. "
+        "Only in a cluster.",
     )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

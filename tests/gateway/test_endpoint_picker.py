@@ -212,6 +212,8 @@ async def test_a_held_request_goes_on_when_an_engine_takes_requests(front: Front
     await until(lambda: not fronted.gateway.dispatcher.accepting, "an engine that takes nothing")
     asking = asyncio.ensure_future(fronted.ask(prompt()))
     await until(lambda: fronted.gateway.dispatcher.held == 1, "a held request")
+    # Longer than Envoy waits for an answer to a message in other modes.
+    await asyncio.sleep(0.5)
     engine.agent.say(accepting=True)
     assert (await asking)[0] == 200
     await fronted.settled()

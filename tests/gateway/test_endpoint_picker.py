@@ -320,6 +320,21 @@ async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_
     await fronted.settled()
 
 
+async def test_with_keys_a_body_that_the_picker_does_not_see_is_refused(
+    front: Front, make_engine: Any, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "alice").write_text("sk-0123456789abcdef0123")
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]}, envoy={"body": NONE})
+    given = {"authorization": "Bearer sk-0123456789abcdef0123"}
+    status, refusal = await fronted.ask(prompt(), headers=given)
+    assert (status, "does not send" in refusal["error"]["message"]) == (500, True)
+    async with fronted.session.get(fronted.envoy.url + "/v1/models", headers=given) as answer:
+        assert answer.status == 200
+    await fronted.settled()
+
+
 async def test_a_data_parallel_rank_is_named_to_its_engine(front: Front, make_engine: Any) -> None:
     engine = await make_engine(ranks=2)
     fronted = await front(engine, ranks=2)
@@ -400,3 +415,20 @@ async def test_a_draining_picker_lets_its_answers_end(front: Front, make_engine:
     async with asyncio.timeout(PATIENCE_S):
         await draining
     assert fronted.gateway.dispatcher.in_flight == 0
+
+
+async def test_a_forced_end_waits_for_no_answer(front: Front, make_engine: Any) -> None:
+    async def first_token(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + event("one"))
+        await asyncio.Event().wait()
+
+    fronted = await front(await make_engine(first_token))
+    async with fronted.session.post(fronted.envoy.url + "/v1/completions", json=prompt(stream=True)) as answer:
+        await answer.content.readuntil(b"\n\n")
+        draining = asyncio.ensure_future(fronted.gateway.drain())
+        await until(lambda: fronted.gateway.draining, "the drain")
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        async with asyncio.timeout(PATIENCE_S):
+            await fronted.gateway.close()
+    await fronted.settled()

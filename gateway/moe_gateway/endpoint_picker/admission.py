@@ -21,6 +21,8 @@ from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.reading import NO_BODY, read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
+BODY_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of requests, which keys need"
+
 
 @dataclass(slots=True, kw_only=True)
 class PickerParts:
@@ -139,7 +141,9 @@ async def read_body(
 ) -> Parsed | Refusal | None:
     """The fields of a body; of one that has not come whole none are known. None: the client has left."""
     if not is_known:
-        return NO_BODY
+        # Whose response is continued, and the priority of a key, are in the body.
+        needs_body = parts.context.gate is not None and route.method == b"POST"
+        return Refusal(RequestOutcome.INTERNAL_ERROR, BODY_UNKNOWN) if needs_body else NO_BODY
     try:
         read_deadline(request)
         if route.method != b"POST" or not needs_reader(request):

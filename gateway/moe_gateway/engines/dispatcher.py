@@ -254,9 +254,12 @@ class Dispatcher:
 
     def _servers_of(self, job: Job) -> frozenset[str] | None:
         """The names of the engines that can answer a job; None: any."""
-        if job.server is not None:
-            return frozenset({job.server})
-        return self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
+        servers = None if job.server is None else frozenset({job.server})
+        if servers is None and self.partial_models and job.model is not None:
+            servers = self.partial_models.get(job.model)
+        if job.servers is None:
+            return servers
+        return job.servers if servers is None else servers & job.servers
 
     def record_response(self, response_id: str, target: Target, owner: str | None = None) -> None:
         """A response came from this target, whose engine keeps it; `owner` is the tenant, None without keys."""
@@ -329,10 +332,12 @@ class Dispatcher:
 
     def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
         """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
-        states: Iterable[TargetState] = self.open_targets()
-        if (servers := self._servers_of(job)) is not None:
-            states = _at(servers, states)
-        return any(state.accepting and state.target != target and state.target not in tried for state in states)
+        return any(state.target != target and state.target not in tried for state in self.takers(job))
+
+    def takers(self, job: Job) -> list[TargetState]:
+        """The targets to which a job could be sent at once."""
+        states, servers = self.open_targets(), self._servers_of(job)
+        return [state for state in (states if servers is None else _at(servers, states)) if state.accepting]
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
         """The engine broke a request or refused the connection: it is ejected for a while, for long if it is dead."""

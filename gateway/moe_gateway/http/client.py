@@ -28,6 +28,7 @@ from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
 from moe_gateway.request.reading import read_request
+from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
 # After a refusal the rest of what the client sends is read and thrown away for this long: closing at once would reset
 # the connection, and the client might lose the answer that says why.
@@ -247,8 +248,7 @@ class ClientConnection(asyncio.Protocol):
             )
 
     def _reply_unknown_model(self, request: ClientRequest, route: Route, name: str) -> None:
-        known = ", ".join(sorted(self._context.dispatcher.models))
-        message = f"the model {name[:200]!r} does not exist; known: {known}"
+        message = explain_unknown_model(name, self._context.dispatcher.models)
         self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
 
     def _serve_health(self, request: ClientRequest) -> None:
@@ -331,7 +331,7 @@ class ClientConnection(asyncio.Protocol):
         gate, previous = self._context.gate, parsed.previous_response
         owner = None if request.caller is None else request.caller.name
         if previous is not None and self._context.dispatcher.is_lost(previous, owner):
-            message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
+            message = explain_lost_response(previous)
             param = "response_id" if route.names_response else "previous_response_id"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param=param)
             return

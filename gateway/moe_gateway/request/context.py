@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moe_gateway.access.key_table import Caller
     from moe_gateway.access.quotas import Place
     from moe_gateway.request.body_reader import BodyReader
-    from moe_gateway.request.exchange import Exchange
+    from moe_gateway.request.dispatched import DispatchedRequest
     from moe_gateway.tracing import RequestTracer
 
 
@@ -90,7 +90,7 @@ class ExchangeContext:
         pool_of: connections to an engine by its name; None for one that is not known.
         clock: monotonic seconds.
         spawn: starts a task that ends with the gateway at the latest.
-        on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
+        on_end: called at the end of each request with its status and, where something went wrong, the reason.
         recent: the newest requests, to explain them later.
         tracer: makes traces of requests; None: nobody wants them.
         model: the name of the model that is served, where it is known without an engine.
@@ -110,7 +110,7 @@ class ExchangeContext:
     bodies: "BodyReader"
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
-    on_end: Callable[["Exchange", int, str], None]
+    on_end: Callable[["DispatchedRequest", int, str], None]
     recent: RecentRequests
     tracer: "RequestTracer | None" = None
     model: str | None = None

@@ -8,6 +8,7 @@ from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_he
 from pydantic import AfterValidator, Field
 
 from moe_operator.api.access import GatewayAuth, GatewayTls
+from moe_operator.api.inference_pool import GatewayInferencePool
 from moe_operator.api.pods import GatewayService, Image, PodTemplate
 from moe_operator.api.section import Count, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
@@ -143,5 +144,10 @@ class Gateway(Section):
     )
     auth: GatewayAuth | None = None
     tls: GatewayTls | None = None
+    inference_pool: GatewayInferencePool | None = Field(
+        default=None,
+        description="The engines as an `InferencePool` for routes of other gateways; `{}` is enough. Absent: none. "
+        "Only in a cluster.",
+    )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

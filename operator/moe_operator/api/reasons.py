@@ -29,6 +29,7 @@ class Reason(StrEnum):
     REFUSED = "Refused"
     RECONCILE_ERROR = "ReconcileError"
     LEADER_WORKER_SET_MISSING = "LeaderWorkerSetMissing"
+    INFERENCE_POOL_MISSING = "InferencePoolMissing"
     NOT_PERMITTED = "NotPermitted"
     FAILED_CREATE = "FailedCreate"
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"

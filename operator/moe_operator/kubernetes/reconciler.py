@@ -42,7 +42,7 @@ from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.group_scale_in import ScaleIn, begun_goal, drain_groups, with_scale_in
 from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
-from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.kinds import CHILDREN, INFERENCE_POOL, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
@@ -293,7 +293,7 @@ class Reconciler:
         inputs = ConditionInputs(
             refused="; ".join([*applied.refused, *_other_missing(applied)]),
             failed=_failed(failures),
-            missing_kind=LEADER_WORKER_SET.name if LEADER_WORKER_SET.name in applied.missing else "",
+            missing_kinds=tuple(applied.missing),
             desired=plan.replicas,
             rolling=(
                 *_rolling(self._store, current.key),
@@ -438,8 +438,8 @@ class Reconciler:
 
 
 def _other_missing(applied: Applied) -> list[str]:
-    """Kinds but for LeaderWorkerSets that the plan needs and the operator cannot read, in words."""
-    others = (name for name in applied.missing if name != LEADER_WORKER_SET.name)
+    """Kinds without a reason of their own that the plan needs and the operator cannot read, in words."""
+    others = (name for name in applied.missing if name not in (LEADER_WORKER_SET.name, INFERENCE_POOL.name))
     return [f"{name}: the cluster lacks this kind, or the operator the right to read it" for name in others]
 
 

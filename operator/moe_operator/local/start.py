@@ -184,6 +184,7 @@ def build_configs(folder: Folder, plan: LocalPlan) -> Mapping[Path, str]:
 def build_record(resource: MoEServing, folder: Folder, site: LocalSite, plan: LocalPlan, programs: Programs) -> Record:
     """The record of a deployment of which nothing runs yet."""
     listen, admin = plan.gateway.listen, plan.gateway.admin
+    assert listen is not None
     agents = [
         _build_row(folder, f"agent-{index}", programs.agent, http_url(agent.listen.host, agent.listen.port))
         for index, agent in enumerate(plan.agents)

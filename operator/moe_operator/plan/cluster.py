@@ -23,6 +23,7 @@ from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
 from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_count
+from moe_operator.plan.inference_pool import build_inference_pool
 from moe_operator.plan.leader_worker_set import build_group_budgets, build_leader_worker_set
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import ROTATED_AT, SCALE_IN, Names
@@ -120,6 +121,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *build_access(names),
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
+        *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
         *build_policies(
             resource,
             names,

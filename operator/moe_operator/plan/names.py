@@ -47,6 +47,7 @@ class Suffix:
     CONTROL = "control"
     SETTINGS = "settings"
     CACHE = "cache"
+    PICKER = "picker"
 
 
 def child_name(name: str, suffix: str, longest: int = LONGEST_SERVICE) -> str:
@@ -92,6 +93,10 @@ class Names:
     @property
     def settings(self) -> str:
         return child_name(self.name, Suffix.SETTINGS)
+
+    @property
+    def picker(self) -> str:
+        return child_name(self.name, Suffix.PICKER)
 
     @property
     def cache(self) -> str:

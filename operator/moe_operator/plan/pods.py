@@ -44,6 +44,7 @@ from moe_operator.plan.gateway import (
     build_tracing,
     find_secrets,
 )
+from moe_operator.plan.inference_pool import build_picker, picker_ports
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
@@ -252,6 +253,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
         "ports": [
             {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": ADMIN_PORT_NAME, "containerPort": ADMIN_PORT, "protocol": "TCP"},
+            *picker_ports(resource),
         ],
         "env": identity_variables(),
         "startupProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 1, 120, timeout_s=3),
@@ -310,6 +312,7 @@ def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
         tenant_header=resource.spec.gateway.tenant_header,
         auth=auth,
         tls=build_tls(resource, _secret_folder),
+        endpoint_picker=build_picker(resource),
     )
 
 

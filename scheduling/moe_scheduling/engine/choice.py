@@ -83,6 +83,7 @@ class Job(NamedTuple):
         tenant: the tenant in the hold queue.
         model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
         server: the only server that can answer it, because it continues a response kept there; None: any.
+        servers: the only servers that may get it, because its proxy reaches no others; None: any.
     """
 
     prompt_tokens: int
@@ -92,6 +93,7 @@ class Job(NamedTuple):
     tenant: str = ANONYMOUS_TENANT
     model: str | None = None
     server: str | None = None
+    servers: frozenset[str] | None = None
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""

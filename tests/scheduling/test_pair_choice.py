@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.engine.choice import Job, Refuse, RefuseReason
-from moe_scheduling.engine.disaggregation import KvTransfer, LatencyTargets, Role
+from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import (
     DECODE_COMPUTES_TOKENS,
     NEAREST,
     PairContext,
-    Placement,
     PlacementReason,
+    RequestPlacement,
     choose_placement,
 )
 from moe_scheduling.engine.prefill_share import MEMORY_S, MOST, PrefillShares
@@ -69,7 +69,7 @@ def test_a_slow_link_keeps_requests_whole():
 
 
 def test_a_pair_that_meets_first_pays_for_the_handshake():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE, "c": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
     context = CONTEXT._replace(roles=roles, met={("a", "b")})
     placement = choose([engine(A), engine(C), engine(B)], context=context)
     assert places(placement) == ("a", "b")
@@ -79,7 +79,7 @@ def test_a_pair_that_meets_first_pays_for_the_handshake():
 
 
 def test_cached_tokens_are_neither_computed_nor_moved():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE, "c": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
     context = CONTEXT._replace(roles=roles, transfer=KvTransfer(token_bytes=1e5, bytes_per_s=1e9))
     states = [engine(A), engine(B), engine(C)]
     placement = choose(states, Job(4000, {C: 3968}), context)
@@ -92,7 +92,7 @@ def test_cached_tokens_are_neither_computed_nor_moved():
 
 
 def test_more_cached_tokens_than_the_prompt_has_move_none():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
     bounded = CONTEXT._replace(roles=roles, targets=LatencyTargets(inter_token_s=0.01))
     held = choose([engine(A), engine(B, decode=9)], Job(4000, {B: 9000}), bounded)
     assert held.prediction.transfer_s in (0.0, LINK.fixed_s)
@@ -100,7 +100,7 @@ def test_more_cached_tokens_than_the_prompt_has_move_none():
 
 @pytest.mark.parametrize(("tokens", "expected"), [(DECODE_COMPUTES_TOKENS, "b"), (DECODE_COMPUTES_TOKENS + 1, "a")])
 def test_a_decode_engine_computes_short_prompts_itself(tokens, expected):
-    roles = CONTEXT._replace(roles={"a": Role.PREFILL, "b": Role.DECODE})
+    roles = CONTEXT._replace(roles={"a": EngineRole.PREFILL, "b": EngineRole.DECODE})
     assert choose([engine(A), engine(B)], Job(tokens), roles).prefill.server == expected
 
 
@@ -116,7 +116,7 @@ def test_a_prompt_behind_a_longer_one_of_its_group_interrupts_nobody():
 
 
 def test_answers_go_to_the_rank_with_the_fewest():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
     states = [engine(A), engine(Target("b", 0), decode=30), engine(Target("b", 1), decode=10)]
     assert choose(states, context=CONTEXT._replace(roles=roles)).decode == Target("b", 1)
 
@@ -127,7 +127,7 @@ def test_the_ranks_of_one_server_are_no_pair():
 
 
 def test_an_engine_without_kv_blocks_is_no_place_to_decode():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE, "c": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
     states = [engine(A), engine(B, decode=10, kv_usage=0.99), engine(C, decode=14)]
     assert places(choose(states, context=CONTEXT._replace(roles=roles))) == ("a", "c")
 
@@ -160,7 +160,7 @@ def test_a_bound_between_tokens_moves_the_prompt_elsewhere():
 def test_a_bound_that_nothing_keeps_is_exceeded_by_the_least():
     states = [engine(A, decode=40), engine(B, decode=4)]
     placement = choose(states, context=CONTEXT._replace(targets=LatencyTargets(inter_token_s=0.01)))
-    assert placement.reason is PlacementReason.LEAST_EXCESS
+    assert placement.reason is PlacementReason.LEAST_OVERRUN
     assert placement.prefill.server == "b"
 
 
@@ -178,11 +178,11 @@ def test_under_a_bound_of_ttft_the_least_cost_is_chosen():
 @pytest.mark.parametrize(
     ("roles", "expected"),
     [
-        ({"a": Role.PREFILL}, ("b", "b")),
-        ({"a": Role.DECODE}, ("b", "b")),
-        ({"a": Role.DECODE, "b": Role.PREFILL}, ("b", "a")),
-        ({"a": Role.DECODE, "b": Role.DECODE}, ("a", "a")),
-        ({"a": Role.PREFILL, "b": Role.PREFILL}, ("a", "a")),
+        ({"a": EngineRole.PREFILL}, ("b", "b")),
+        ({"a": EngineRole.DECODE}, ("b", "b")),
+        ({"a": EngineRole.DECODE, "b": EngineRole.PREFILL}, ("b", "a")),
+        ({"a": EngineRole.DECODE, "b": EngineRole.DECODE}, ("a", "a")),
+        ({"a": EngineRole.PREFILL, "b": EngineRole.PREFILL}, ("a", "a")),
     ],
 )
 def test_roles_are_kept_and_ignored_where_they_leave_nothing(roles, expected):
@@ -191,7 +191,7 @@ def test_roles_are_kept_and_ignored_where_they_leave_nothing(roles, expected):
 
 
 def test_where_nothing_can_travel_roles_leave_whole_requests():
-    roles = {"a": Role.DECODE, "b": Role.PREFILL}
+    roles = {"a": EngineRole.DECODE, "b": EngineRole.PREFILL}
     assert not choose([engine(A), engine(B)], context=PairContext(roles=roles)).is_pair
 
 
@@ -205,7 +205,7 @@ def test_no_target_is_a_refusal():
 
 
 def test_one_engine_left_of_a_pair_does_everything():
-    roles = {"a": Role.PREFILL, "b": Role.DECODE}
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
     context = CONTEXT._replace(roles=roles)
     assert places(choose([engine(A), engine(B)], exclude=[A], context=context)) == ("b", "b")
     assert places(choose([engine(A, accepting=False), engine(B)], context=context)) == ("b", "b")
@@ -228,7 +228,10 @@ def test_ties_go_round():
 def test_a_large_fleet_combines_the_nearest_alone():
     states = [engine(Target(f"p{number:02}"), waiting_prefill_tokens=number * 100) for number in range(40)]
     states += [engine(Target(f"d{number:02}"), decode=number) for number in range(40)]
-    roles = {state.target.server: Role.PREFILL if state.target.server[0] == "p" else Role.DECODE for state in states}
+    roles = {
+        state.target.server: EngineRole.PREFILL if state.target.server[0] == "p" else EngineRole.DECODE
+        for state in states
+    }
     assert places(choose(states, context=CONTEXT._replace(roles=roles))) == ("p00", "d00")
     assert NEAREST < 40
 
@@ -273,7 +276,7 @@ CONTEXTS = st.builds(
         answer_weight=st.floats(0, 10),
     ),
     transfer=st.none() | st.just(LINK),
-    roles=st.dictionaries(st.sampled_from("abcd"), st.sampled_from(Role)),
+    roles=st.dictionaries(st.sampled_from("abcd"), st.sampled_from(EngineRole)),
     prefill_shares=st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1)),
     met=st.just(MET) | st.just(frozenset()),
     answer_tokens=st.floats(1, 2000),
@@ -290,20 +293,20 @@ def test_a_placement_is_allowed_finite_and_depends_on_the_arguments_alone(states
     if not open_targets:
         assert isinstance(first, Refuse)
         return
-    assert isinstance(first, Placement)
+    assert isinstance(first, RequestPlacement)
     assert {first.prefill, first.decode} <= open_targets
     assert all(math.isfinite(value) and value >= 0 for value in first.prediction)
     if first.is_pair:
         assert first.prefill.server != first.decode.server
         assert context.transfer is not None
-        assert context.roles.get(first.prefill.server) is not Role.DECODE
-        assert context.roles.get(first.decode.server) is not Role.PREFILL
+        assert context.roles.get(first.prefill.server) is not EngineRole.DECODE
+        assert context.roles.get(first.decode.server) is not EngineRole.PREFILL
 
 
 @given(fleets(), CONTEXTS, st.integers(1, 50_000))
 def test_a_placement_within_its_bounds_keeps_them(states, context, tokens):
     placement = choose(states, Job(tokens), context)
-    if isinstance(placement, Placement) and placement.reason is PlacementReason.WITHIN_BOUNDS:
+    if isinstance(placement, RequestPlacement) and placement.reason is PlacementReason.WITHIN_BOUNDS:
         targets, prediction = context.targets, placement.prediction
         assert targets.inter_token_s is None or prediction.longest_step_s <= targets.inter_token_s
         assert targets.ttft_s is None or prediction.ttft_s <= targets.ttft_s
@@ -315,7 +318,7 @@ def test_a_free_and_instant_link_never_raises_the_cost(states, context, tokens):
     unbounded = context._replace(targets=LatencyTargets(answer_weight=1.0), roles={}, transfer=None)
     whole = choose(states, Job(tokens), unbounded)
     either = choose(states, Job(tokens), unbounded._replace(transfer=free))
-    if isinstance(whole, Placement):
+    if isinstance(whole, RequestPlacement):
         assert either.prediction.cost_s <= whole.prediction.cost_s * (1 + 1e-9)
 
 

@@ -1,12 +1,13 @@
 """Roles by load: which engines compute prompts alone, and when that changes."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine.disaggregation import Role
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.roles import (
     KeepRoles,
     RoleHistory,
@@ -25,7 +26,7 @@ SETTINGS = RoleSettings()
 
 
 def servers(prefill=0, unified=4, decoding=0):
-    roles = [Role.PREFILL] * prefill + [Role.UNIFIED] * unified
+    roles = [EngineRole.PREFILL] * prefill + [EngineRole.UNIFIED] * unified
     return [ServerLoad(name=f"e{number}", role=role, decoding=decoding) for number, role in enumerate(roles)]
 
 
@@ -53,7 +54,7 @@ def run(observation_at, seconds, *, fleet, step_s=5.0, settings=SETTINGS):
 
 
 def counted(fleet):
-    return sum(row.role is Role.PREFILL for row in fleet)
+    return sum(row.role is EngineRole.PREFILL for row in fleet)
 
 
 def test_a_lasting_load_of_long_prompts_makes_prefill_engines_one_at_a_time():
@@ -62,7 +63,7 @@ def test_a_lasting_load_of_long_prompts_makes_prefill_engines_one_at_a_time():
     assert [change.reason for _, change in changes] == [RoleReason.GAIN] * counted(fleet)
     times = [at_s for at_s, _ in changes]
     assert times[0] == SETTINGS.settle_s
-    assert all(later - before >= SETTINGS.interval_s for before, later in zip(times, times[1:], strict=False))
+    assert all(later - before >= SETTINGS.interval_s for before, later in itertools.pairwise(times))
 
 
 def test_short_prompts_with_long_answers_make_all_engines_unified_again():
@@ -70,7 +71,7 @@ def test_short_prompts_with_long_answers_make_all_engines_unified_again():
         return observe(now_s, fleet, prompt_tokens=20.0, answer_tokens=900.0, requests_per_s=30.0)
 
     changes, fleet = run(load, 900, fleet=servers(prefill=3, unified=1))
-    assert (counted(fleet), {change.role for _, change in changes}) == (0, {Role.UNIFIED})
+    assert (counted(fleet), {change.role for _, change in changes}) == (0, {EngineRole.UNIFIED})
 
 
 def test_a_load_that_changes_its_kind_each_minute_moves_little():
@@ -129,7 +130,7 @@ def test_another_direction_waits_anew():
 
 def test_a_fleet_of_prefill_engines_alone_gets_a_unified_one():
     changes, fleet = run(observe, 60, fleet=servers(prefill=4, unified=0))
-    assert (counted(fleet), changes[0][1].role) == (3, Role.UNIFIED)
+    assert (counted(fleet), changes[0][1].role) == (3, EngineRole.UNIFIED)
 
 
 def test_a_fleet_that_can_serve_the_load_in_no_way_still_gets_a_unified_engine():
@@ -164,7 +165,7 @@ def test_a_change_that_helped_stays():
 
 @pytest.mark.parametrize("fleet", [servers(0, 4), [row for row in servers(1, 3) if row.name != "e0"]])
 def test_nothing_is_undone_where_the_engine_has_its_role_again_or_is_gone(fleet):
-    history = RoleHistory(changed_s=0.0, trial=("e0", Role.UNIFIED), before_s=0.1)
+    history = RoleHistory(changed_s=0.0, trial=("e0", EngineRole.UNIFIED), before_s=0.1)
     decision, _ = plan_roles(observe(100.0, fleet, measured_s=9.0), SETTINGS, history, 100.0)
     assert decision == KeepRoles(RoleReason.SETTLING)
 
@@ -173,7 +174,7 @@ def test_nothing_is_undone_where_the_engine_has_its_role_again_or_is_gone(fleet)
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(Role), st.integers(0, 300)), max_size=8),
+    st.lists(st.tuples(st.sampled_from(EngineRole), st.integers(0, 300)), max_size=8),
     st.fixed_dictionaries(
         {
             "requests_per_s": st.floats(),
@@ -199,7 +200,7 @@ def test_a_decoding_engine_is_left_and_changes_keep_their_distance(rows, values,
             times.append(now_s)
             fleet = [replace(row, role=decision.role) if row.name == decision.server else row for row in fleet]
             assert begun_with_all or counted(fleet) < len(fleet)
-    assert all(later - before >= SETTINGS.interval_s for before, later in zip(times, times[1:], strict=False))
+    assert all(later - before >= SETTINGS.interval_s for before, later in itertools.pairwise(times))
 
 
 @given(st.floats(0.01, 50), st.floats(1, 10_000), st.floats(0, 2000), st.integers(1, 8))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Role(StrEnum):
+class EngineRole(StrEnum):
     """The part of a request that an engine is preferred for."""
 
     UNIFIED = "unified"

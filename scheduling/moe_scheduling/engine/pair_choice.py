@@ -7,10 +7,10 @@ Objective, in seconds (`LatencyTargets`): the request's own time to the first to
 seconds that answers take longer. These are three: its own answer at the target that decodes; the answers that its
 prompt interrupts at the group that computes it; the answers that one more request makes longer at the group that
 decodes. With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least
-excess, and then TTFT is least.
+overrun, and then TTFT is least.
 
-A group is the ranks of one server. They end a step together, so a prompt interrupts the answers on all of them; a prompt
-that is hidden behind a longer one on another rank interrupts none.
+A group is the ranks of one server. They end a step together, so a prompt interrupts the answers on all of them; a
+prompt that is hidden behind a longer one on another rank interrupts none.
 
 Invariants: the decision depends on the arguments alone; a target that does not accept or is excluded is never chosen;
 the two targets of a pair belong to different servers; a role that leaves no candidate is ignored rather than refused.
@@ -23,12 +23,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from moe_scheduling.engine.choice import Job, Refuse, RefuseReason, fleet_default_model
-from moe_scheduling.engine.disaggregation import KvTransfer, LatencyTargets, Role
+from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime, Target
 
-# Of each side, so many targets are combined into pairs: the cheapest by themselves.
+# Most servers of each side that are combined into pairs: those with the least cost of their own.
 NEAREST = 8
 # Uncached prompt tokens that an engine preferred for decoding computes itself: a step of a decode engine reads the
 # weights for few tokens, so this many more hardly make it longer, and a transfer costs more than they do. Set by hand.
@@ -41,11 +41,11 @@ class PlacementReason(StrEnum):
     """Why a placement was chosen; a metric label."""
 
     LEAST_COST = "least_cost"
-    LEAST_EXCESS = "least_excess"
+    LEAST_OVERRUN = "least_overrun"
     WITHIN_BOUNDS = "within_bounds"
 
 
-class Prediction(NamedTuple):
+class LatencyPrediction(NamedTuple):
     """The predicted figures of a placement, all in seconds.
 
     Attributes:
@@ -63,17 +63,17 @@ class Prediction(NamedTuple):
     cost_s: float
 
 
-class Placement(NamedTuple):
+class RequestPlacement(NamedTuple):
     """Compute the prompt at `prefill` and the answer at `decode`, which are one target for a whole request."""
 
     prefill: Target
     decode: Target
-    prediction: Prediction
+    prediction: LatencyPrediction
     reason: PlacementReason
 
     @property
     def is_pair(self) -> bool:
-        """Whether KV blocks travel."""
+        """Whether KV blocks travel between two engines."""
         return self.prefill != self.decode
 
 
@@ -92,7 +92,7 @@ class PairContext(NamedTuple):
 
     targets: LatencyTargets = LatencyTargets()
     transfer: KvTransfer | None = None
-    roles: Mapping[str, Role] = MappingProxyType({})
+    roles: Mapping[str, EngineRole] = MappingProxyType({})
     prefill_shares: Mapping[str, float] = MappingProxyType({})
     met: Collection[tuple[str, str]] = ()
     answer_tokens: float = 128.0
@@ -116,7 +116,7 @@ class _Side(NamedTuple):
     """
 
     target: Target
-    role: Role
+    role: EngineRole
     own_tokens: int
     first_token_s: float
     interrupted_s: float
@@ -135,7 +135,7 @@ def choose_placement(
     turn: int,
     now_s: float,
     exclude: Collection[Target] = (),
-) -> Placement | Refuse:
+) -> RequestPlacement | Refuse:
     """Returns where the prompt and the answer of a job are computed, or why nowhere.
 
     Args:
@@ -158,7 +158,7 @@ def choose_placement(
     placed = _pairs(job, sides, context) + _wholes(sides, context)
     if not placed:
         # Roles are preferences: with one of them alone left, its engines do everything.
-        placed = _wholes([side._replace(role=Role.UNIFIED) for side in sides], context)
+        placed = _wholes([side._replace(role=EngineRole.UNIFIED) for side in sides], context)
     key = _key(context.targets)
     best = min(placed, key=lambda placement: key(placement.prediction))
     return best._replace(reason=_reason(context.targets, best.prediction))
@@ -201,7 +201,7 @@ def _side(
     model = state.ttft_model(step_time, now_s, stale_after_s)
     return _Side(
         target=state.target,
-        role=context.roles.get(server, Role.UNIFIED),
+        role=context.roles.get(server, EngineRole.UNIFIED),
         own_tokens=own,
         first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
         interrupted_s=decoding * token_s * (longest - backlog),
@@ -213,43 +213,43 @@ def _side(
     )
 
 
-def _wholes(sides: Sequence[_Side], context: PairContext) -> list[Placement]:
+def _wholes(sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
     return [_whole(side, context) for side in sides if _does_both(side)]
 
 
 def _does_both(side: _Side) -> bool:
-    if side.role is Role.DECODE:
+    if side.role is EngineRole.DECODE:
         return side.own_tokens <= DECODE_COMPUTES_TOKENS
-    return side.role is Role.UNIFIED
+    return side.role is EngineRole.UNIFIED
 
 
-def _whole(side: _Side, context: PairContext) -> Placement:
+def _whole(side: _Side, context: PairContext) -> RequestPlacement:
     longer_s = side.interrupted_s + context.answer_tokens * (side.inter_token_s + side.crowded_s)
-    prediction = Prediction(
+    prediction = LatencyPrediction(
         ttft_s=side.first_token_s,
         transfer_s=0.0,
         inter_token_s=side.inter_token_s,
         longest_step_s=max(side.prefill_step_s, side.decode_step_s),
         cost_s=side.first_token_s + context.targets.answer_weight * longer_s,
     )
-    return Placement(side.target, side.target, prediction, PlacementReason.LEAST_COST)
+    return RequestPlacement(side.target, side.target, prediction, PlacementReason.LEAST_COST)
 
 
-def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Placement]:
+def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
     transfer, weight = context.transfer, context.targets.answer_weight
     if transfer is None:
         return []
-    prefill = [side for side in sides if side.role is not Role.DECODE]
-    decode = [side for side in sides if side.role is not Role.PREFILL]
+    prefill = [side for side in sides if side.role is not EngineRole.DECODE]
+    decode = [side for side in sides if side.role is not EngineRole.PREFILL]
     bound_s = context.targets.inter_token_s
 
     def prefill_cost(side: _Side) -> tuple[float, float]:
-        return _excess(side.prefill_step_s, bound_s), side.first_token_s + weight * side.interrupted_s
+        return _overrun(side.prefill_step_s, bound_s), side.first_token_s + weight * side.interrupted_s
 
     def decode_cost(side: _Side) -> tuple[float, float]:
         longer_s = context.answer_tokens * (side.inter_token_s + side.crowded_s)
         moved_s = transfer.transfer_s(_moved_tokens(job, side), met=True)
-        return _excess(side.decode_step_s, bound_s), side.arrive_s + moved_s + weight * longer_s
+        return _overrun(side.decode_step_s, bound_s), side.arrive_s + moved_s + weight * longer_s
 
     nearest_prefill = _nearest(prefill, prefill_cost)
     return [
@@ -274,41 +274,41 @@ def _moved_tokens(job: Job, side: _Side) -> int:
     return job.prompt_tokens - max(0, job.cached.get(side.target, 0))
 
 
-def _pair(job: Job, prefill: _Side, decode: _Side, transfer: KvTransfer, context: PairContext) -> Placement:
+def _pair(job: Job, prefill: _Side, decode: _Side, transfer: KvTransfer, context: PairContext) -> RequestPlacement:
     met = (prefill.target.server, decode.target.server) in context.met
     transfer_s = transfer.transfer_s(_moved_tokens(job, decode), met=met)
     ttft_s = prefill.first_token_s + transfer_s + decode.arrive_s
     longer_s = prefill.interrupted_s + context.answer_tokens * (decode.inter_token_s + decode.crowded_s)
-    prediction = Prediction(
+    prediction = LatencyPrediction(
         ttft_s=ttft_s,
         transfer_s=transfer_s,
         inter_token_s=decode.inter_token_s,
         longest_step_s=max(prefill.prefill_step_s, decode.decode_step_s),
         cost_s=ttft_s + context.targets.answer_weight * longer_s,
     )
-    return Placement(prefill.target, decode.target, prediction, PlacementReason.LEAST_COST)
+    return RequestPlacement(prefill.target, decode.target, prediction, PlacementReason.LEAST_COST)
 
 
-def _key(targets: LatencyTargets) -> Callable[[Prediction], tuple[float, float, float]]:
+def _key(targets: LatencyTargets) -> Callable[[LatencyPrediction], tuple[float, float, float]]:
     bounded = targets.inter_token_s is not None
 
-    def key(prediction: Prediction) -> tuple[float, float, float]:
+    def key(prediction: LatencyPrediction) -> tuple[float, float, float]:
         return (
-            _excess(prediction.longest_step_s, targets.inter_token_s),
-            _excess(prediction.ttft_s, targets.ttft_s),
+            _overrun(prediction.longest_step_s, targets.inter_token_s),
+            _overrun(prediction.ttft_s, targets.ttft_s),
             prediction.ttft_s if bounded else prediction.cost_s,
         )
 
     return key
 
 
-def _excess(value_s: float, bound_s: float | None) -> float:
+def _overrun(value_s: float, bound_s: float | None) -> float:
     """Returns by which part of a bound a value exceeds it; 0 within it, or without a bound."""
     return 0.0 if bound_s is None else max(0.0, value_s / bound_s - 1.0)
 
 
-def _reason(targets: LatencyTargets, prediction: Prediction) -> PlacementReason:
+def _reason(targets: LatencyTargets, prediction: LatencyPrediction) -> PlacementReason:
     if targets.ttft_s is None and targets.inter_token_s is None:
         return PlacementReason.LEAST_COST
-    excess = _excess(prediction.longest_step_s, targets.inter_token_s) + _excess(prediction.ttft_s, targets.ttft_s)
-    return PlacementReason.LEAST_EXCESS if excess else PlacementReason.WITHIN_BOUNDS
+    overrun = _overrun(prediction.longest_step_s, targets.inter_token_s) + _overrun(prediction.ttft_s, targets.ttft_s)
+    return PlacementReason.LEAST_OVERRUN if overrun else PlacementReason.WITHIN_BOUNDS

@@ -1,7 +1,7 @@
 """Part of its time that each engine spends on prompts, as a decaying mean; owned by the one that sends requests.
 
-An answer lasts for many steps, so the prompts that will interrupt it are those that come while it is decoded. Their best
-estimate is the recent past: `share` of the seconds of a server go to prompts, and 1 - share to decoding.
+An answer lasts for many steps, so the prompts that will interrupt it are those that come while it is decoded. Their
+best estimate is the recent past: `share` of the seconds of a server go to prompts, and 1 - share to decoding.
 
 Invariants: a share is between 0 and `MOST`; times that go backwards count as the latest one; values that are not
 plausible times change nothing. All calls are O(1).

@@ -256,7 +256,7 @@ class TargetState:
         return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.traffic_share))
 
     def decoding(self, now_s: float, stale_after_s: float) -> int:
-        """Returns the requests that decode at the engine: those of a fresh signal, else this gateway's answered ones."""
+        """Returns the requests that decode there: by a fresh signal, else this gateway's answered ones."""
         signal = self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
             return len(self._answered)

@@ -11,8 +11,8 @@ prompts leave; by Little's law n = rate * answer tokens * time between tokens. T
 last token, as in `LatencyTargets`.
 
 A change has to gain `least_gain` of the present cost, for `settle_s` without interruption, and to pay within
-`horizon_s` for the answers that it interrupts. What was measured before a change is compared with what is measured
-after it; a change that made things worse is undone, and not tried again for `retry_s`.
+`horizon_s` for the answers that it interrupts. The measured costs before and after a change are compared: one that
+made things worse is undone, and not tried again for `retry_s`.
 
 Invariants: at least one engine is not a prefill engine; two changes are at least `interval_s` apart; a missing, stale
 or implausible observation changes nothing; the decision depends on the arguments alone.
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from moe_scheduling.engine.disaggregation import Role
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.signals import StepTime
 
 # Utilisation of a prefill engine above which further prompts are computed by the other engines.
@@ -89,7 +89,7 @@ class ServerLoad:
     """
 
     name: str
-    role: Role = Role.UNIFIED
+    role: EngineRole = EngineRole.UNIFIED
     decoding: int = 0
 
 
@@ -129,7 +129,7 @@ class RoleHistory:
         favoured: number of prefill engines that is predicted to gain; None: none.
         since_s: since when.
         trial: the engine and its role before the last change, while that change may be undone.
-        before_s: what was measured before it.
+        before_s: the measured cost before it.
         refused: number of prefill engines that was undone; None: none.
         refused_s: when.
     """
@@ -137,7 +137,7 @@ class RoleHistory:
     changed_s: float = -math.inf
     favoured: int | None = None
     since_s: float = 0.0
-    trial: tuple[str, Role] | None = None
+    trial: tuple[str, EngineRole] | None = None
     before_s: float = 0.0
     refused: int | None = None
     refused_s: float = -math.inf
@@ -148,14 +148,14 @@ class SetRole:
     """Prefer this server for `role` from now on; `gain` is the predicted part of the cost, 0 for a rollback."""
 
     server: str
-    role: Role
+    role: EngineRole
     reason: RoleReason
     gain: float
 
 
 @dataclass(frozen=True, slots=True)
 class KeepRoles:
-    """No role changes."""
+    """No role changes, for this reason."""
 
     reason: RoleReason
 
@@ -199,7 +199,7 @@ def _undo(
     observation: RoleObservation,
     settings: RoleSettings,
     history: RoleHistory,
-    trial: tuple[str, Role],
+    trial: tuple[str, EngineRole],
     measured_s: float,
     now_s: float,
 ) -> tuple[SetRole, RoleHistory] | None:
@@ -217,10 +217,8 @@ def _improve(
 ) -> tuple[SetRole | KeepRoles, RoleHistory]:
     now, most = _prefilling(observation), len(observation.servers) - 1
     waiting = replace(history, favoured=None)
-    if most < 1:
-        return KeepRoles(RoleReason.FLOOR), waiting
-    if observation.requests_per_s == 0.0:
-        return KeepRoles(RoleReason.IDLE), waiting
+    if most < 1 or observation.requests_per_s == 0.0:
+        return KeepRoles(RoleReason.FLOOR if most < 1 else RoleReason.IDLE), waiting
     present_s = predict_cost_s(observation, now) if now <= most else math.inf
     best = min(range(most + 1), key=lambda count: (predict_cost_s(observation, count), abs(count - now)))
     gain = _gain(present_s, predict_cost_s(observation, best))
@@ -236,21 +234,24 @@ def _improve(
     server = _victim(observation, best > now)
     if best > now and not _pays(observation, settings, server, present_s - predict_cost_s(observation, best)):
         return KeepRoles(RoleReason.UNPROFITABLE), history
-    role = Role.PREFILL if best > now else Role.UNIFIED
+    role = EngineRole.PREFILL if best > now else EngineRole.UNIFIED
+    return SetRole(server.name, role, RoleReason.GAIN, gain), _changed(observation, history, server, now_s)
+
+
+def _changed(observation: RoleObservation, history: RoleHistory, server: ServerLoad, now_s: float) -> RoleHistory:
+    """Returns the history after a change of this server, with the measured cost before it."""
     measured_s = observation.measured_s
-    trial = None if measured_s is None else (server.name, server.role)
-    later = RoleHistory(
+    return RoleHistory(
         changed_s=now_s,
-        trial=trial,
+        trial=None if measured_s is None else (server.name, server.role),
         before_s=measured_s or 0.0,
         refused=history.refused,
         refused_s=history.refused_s,
     )
-    return SetRole(server.name, role, RoleReason.GAIN, gain), later
 
 
 def _prefilling(observation: RoleObservation) -> int:
-    return sum(server.role is Role.PREFILL for server in observation.servers)
+    return sum(server.role is EngineRole.PREFILL for server in observation.servers)
 
 
 def _gain(present_s: float, best_s: float) -> float:
@@ -262,7 +263,7 @@ def _gain(present_s: float, best_s: float) -> float:
 
 def _victim(observation: RoleObservation, to_prefill: bool) -> ServerLoad:
     """Returns the engine that changes: of those that can, the one with the fewest answers; ties by name."""
-    able = [row for row in observation.servers if (row.role is Role.PREFILL) is not to_prefill]
+    able = [row for row in observation.servers if (row.role is EngineRole.PREFILL) is not to_prefill]
     return min(able, key=lambda row: (row.decoding, row.name))
 
 

@@ -50,6 +50,7 @@ class LatencyPrediction(NamedTuple):
 
     Attributes:
         ttft_s: from sending to the first token.
+        prefill_s: part of `ttft_s` until the prompt is computed.
         transfer_s: part of `ttft_s` in which KV blocks travel; 0 for a whole request.
         inter_token_s: mean time between the tokens of its answer.
         longest_step_s: longest step at the groups it takes part in while prompts are computed.
@@ -57,6 +58,7 @@ class LatencyPrediction(NamedTuple):
     """
 
     ttft_s: float
+    prefill_s: float
     transfer_s: float
     inter_token_s: float
     longest_step_s: float
@@ -227,6 +229,7 @@ def _whole(side: _Side, context: PairContext) -> RequestPlacement:
     longer_s = side.interrupted_s + context.answer_tokens * (side.inter_token_s + side.crowded_s)
     prediction = LatencyPrediction(
         ttft_s=side.first_token_s,
+        prefill_s=side.first_token_s,
         transfer_s=0.0,
         inter_token_s=side.inter_token_s,
         longest_step_s=max(side.prefill_step_s, side.decode_step_s),
@@ -281,6 +284,7 @@ def _pair(job: Job, prefill: _Side, decode: _Side, transfer: KvTransfer, context
     longer_s = prefill.interrupted_s + context.answer_tokens * (decode.inter_token_s + decode.crowded_s)
     prediction = LatencyPrediction(
         ttft_s=ttft_s,
+        prefill_s=prefill.first_token_s,
         transfer_s=transfer_s,
         inter_token_s=decode.inter_token_s,
         longest_step_s=max(prefill.prefill_step_s, decode.decode_step_s),

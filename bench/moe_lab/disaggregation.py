@@ -64,6 +64,7 @@ def ways(gpus: int) -> dict[str, Way]:
     for prefill in range(max(1, gpus // 2), gpus):
         found[f"{prefill}+{gpus - prefill}"] = Way(servers=(prefill, gpus - prefill), prefill=1, pairs=True)
     halves, ones = (gpus // 2, gpus - gpus // 2), (1,) * gpus
+    found["unified, 2 servers"] = Way(servers=halves)
     found["auto, 2 servers"] = Way(servers=halves, pairs=True, moves=True)
     found[f"unified, {gpus} servers"] = Way(servers=ones)
     for prefill in range(max(1, gpus // 2), gpus):

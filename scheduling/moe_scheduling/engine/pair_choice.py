@@ -4,9 +4,9 @@
 the `TargetState` of each chosen target, the prefix index and the `PrefillShares`.
 
 Objective, in seconds (`LatencyTargets`): the request's own time to the first token, and `answer_weight` times the
-seconds that answers take longer. These are three: its own answer at the target that decodes; the answers that its
-prompt interrupts at the group that computes it; the answers that one more request makes longer at the group that
-decodes. With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least
+seconds that answers take longer. These are three: its own answer at the target that decodes; the requests that its
+prompt delays at the group that computes it; the answers that one more request makes longer at the group that decodes.
+A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed. With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least
 overrun, and then TTFT is least.
 
 A group is the ranks of one server. They end a step together, so a prompt interrupts the answers on all of them; a
@@ -109,7 +109,7 @@ class _Side(NamedTuple):
         role: of its server.
         own_tokens: uncached prompt tokens here.
         first_token_s: seconds until the prompt is computed here.
-        interrupted_s: seconds that the answers of the group wait in all while the prompt is computed.
+        interrupted_s: seconds that the requests at the group wait in all while the prompt is computed.
         prefill_step_s: longest step of the group while the prompt is computed; 0 where nobody decodes.
         arrive_s: seconds from the arrival of the KV blocks to the first token.
         inter_token_s: mean time between tokens of the answer here.
@@ -193,6 +193,8 @@ def _side(
     own = job.uncached_tokens(state.target)
     decoding = sum(row.decoding(now_s, stale_after_s) for row in group)
     requests = [row.requests(now_s, stale_after_s) for row in group]
+    # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
+    delayed = sum(requests)
     here = state.requests(now_s, stale_after_s) + 1
     is_fullest = here > max(requests)
     # A step waits for the rank with the most requests.
@@ -206,11 +208,11 @@ def _side(
         role=context.roles.get(server, EngineRole.UNIFIED),
         own_tokens=own,
         first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
-        interrupted_s=decoding * token_s * (longest - backlog),
+        interrupted_s=delayed * token_s * (longest - backlog),
         prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if decoding else 0.0,
         arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + token_s * min(backlog, STEP_PREFILL_TOKENS)),
         inter_token_s=step_s / left,
-        crowded_s=decoding * request_s / left if is_fullest else 0.0,
+        crowded_s=delayed * request_s / left if is_fullest else 0.0,
         decode_step_s=step_s + token_s * min(backlog, STEP_PREFILL_TOKENS),
     )
 

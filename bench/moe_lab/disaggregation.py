@@ -45,7 +45,7 @@ class Way:
 
     Attributes:
         servers: ranks of each server.
-        prefill: of the servers, the first so many compute prompts and the others decode; None: no fixed roles.
+        prefill: number of the first servers, which compute prompts while the others decode; None: no fixed roles.
         pairs: whether requests may be split.
         moves: whether roles move with the load.
         stock: whether it is stock vLLM.

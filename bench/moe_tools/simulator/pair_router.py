@@ -71,7 +71,7 @@ def pair_gateways(settings: PairSettings, request: RequestSettings) -> RouterFac
 
 
 @dataclass(slots=True, eq=False)
-class _Exchange:
+class _PlacedRequest:
     """A request at the gateway; `in_flight` are its entries at the engines of its placement."""
 
     request: SimRequest
@@ -119,7 +119,7 @@ class PairGateway:
         )
         self.dispatcher = Dispatcher(config, first_turn=first_turn)
         self._turn = first_turn
-        self._exchanges: dict[SimRequest, _Exchange] = {}
+        self._exchanges: dict[SimRequest, _PlacedRequest] = {}
         self._roles = dict(settings.roles)
         self._shares = PrefillShares()
         self._met: set[tuple[str, str]] = set()
@@ -133,11 +133,11 @@ class PairGateway:
         parsed = Parsed(None, True, request.priority, None, prompt_bytes(request), None)
         job, keys = self.dispatcher.build_job(parsed, request.session, request.sender)
         attempts = RequestAttempts(self.dispatcher.hold_timeout_s, now_s)
-        self._exchanges[request] = exchange = _Exchange(request, job, keys, attempts)
+        self._exchanges[request] = exchange = _PlacedRequest(request, job, keys, attempts)
         self._load.arrived(job.size_tokens, now_s)
         self._place(exchange, now_s)
 
-    def _place(self, exchange: _Exchange, now_s: float) -> None:
+    def _place(self, exchange: _PlacedRequest, now_s: float) -> None:
         self._turn += 1
         states = tuple(self.dispatcher.target_states.values())
         placement = choose_placement(
@@ -178,14 +178,14 @@ class PairGateway:
             ranks = len(self.dispatcher.engines[target.server].targets)
             self._shares.add(target.server, step_time.prefill_s * job.uncached_tokens(target) / ranks, now_s)
 
-    def _send_whole(self, exchange: _Exchange, placement: RequestPlacement, now_s: float) -> None:
+    def _send_whole(self, exchange: _PlacedRequest, placement: RequestPlacement, now_s: float) -> None:
         request, predicted_s = exchange.request, placement.prediction.ttft_s
         sending = Send(placement.decode, predicted_s, SendReason.LEAST_PREDICTED)
         exchange.decode = self.dispatcher.send(exchange.job, exchange.keys, request.session, sending, now_s)
         request.predicted_s = predicted_s
         self.wire.send(request, placement.decode)
 
-    def _send_pair(self, exchange: _Exchange, placement: RequestPlacement, now_s: float) -> None:
+    def _send_pair(self, exchange: _PlacedRequest, placement: RequestPlacement, now_s: float) -> None:
         request, prediction = exchange.request, placement.prediction
         sending = Send(placement.prefill, prediction.prefill_s, SendReason.LEAST_PREDICTED)
         exchange.prefill = self.dispatcher.send(exchange.job, exchange.keys, None, sending, now_s)

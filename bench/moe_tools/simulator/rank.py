@@ -186,7 +186,7 @@ class Rank:
         output = scheduler.schedule(throttle_prefills)
         for new in output.scheduled_new_reqs:
             request = self._requests[new.req_id]
-            # Of a pair, the engine that computes the prompt says what was cached.
+            # The cached tokens of a pair are those at the engine that computes the prompt.
             if request.prefilled_s is None:
                 request.cached_tokens = new.num_computed_tokens
         work, sampling = work_of(output, scheduler.requests)

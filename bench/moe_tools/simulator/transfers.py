@@ -56,7 +56,7 @@ class TransferCounts:
 
 
 @dataclass(slots=True, kw_only=True)
-class Lease:
+class KvLease:
     """Blocks of one request that a prefill engine keeps. `epoch` numbers the processes of its server."""
 
     source: Target
@@ -73,14 +73,14 @@ class Transfers:
 
     plan: TransferPlan
     counts: TransferCounts = field(default_factory=TransferCounts)
-    leases: dict[str, Lease] = field(default_factory=dict)
+    leases: dict[str, KvLease] = field(default_factory=dict)
     _met: set[tuple[str, int, str, int]] = field(default_factory=set)
     _out_free_s: dict[Target, float] = field(default_factory=dict)
     _in_free_s: dict[Target, float] = field(default_factory=dict)
 
-    def hold(self, name: str, source: Target, epoch: int, now_s: float) -> Lease:
+    def hold(self, name: str, source: Target, epoch: int, now_s: float) -> KvLease:
         """Opens the lease of a prompt that was computed, under its id at the prefill engine."""
-        lease = Lease(source=source, epoch=epoch, name=name, expires_s=now_s + self.plan.lease_s)
+        lease = KvLease(source=source, epoch=epoch, name=name, expires_s=now_s + self.plan.lease_s)
         self.leases[name] = lease
         return lease
 
@@ -89,7 +89,7 @@ class Transfers:
         if (lease := self.leases.get(name)) is not None:
             lease.is_claimed, lease.expires_s = True, math.inf
 
-    def give_up(self, name: str, now_s: float) -> Lease | None:
+    def give_up(self, name: str, now_s: float) -> KvLease | None:
         """Ends the heartbeats of a decode engine that is gone; returns the lease, which ends later by itself."""
         lease = self.leases.get(name)
         if lease is not None and lease.is_claimed:
@@ -97,7 +97,7 @@ class Transfers:
             return lease
         return None
 
-    def begin(self, lease: Lease, sink: Target, sink_epoch: int, tokens: int, now_s: float) -> float:
+    def begin(self, lease: KvLease, sink: Target, sink_epoch: int, tokens: int, now_s: float) -> float:
         """Returns when the blocks have arrived at `sink`."""
         link, source = self.plan.link, lease.source
         pair = (source.server, lease.epoch, sink.server, sink_epoch)

@@ -15,7 +15,7 @@ from moe_tools.simulator.group import LockstepGroup
 from moe_tools.simulator.rank import RequestPhase
 from moe_tools.simulator.router import Router, RouterFactory
 from moe_tools.simulator.signals import HEARTBEAT_S, SignalKind, SignalPlan
-from moe_tools.simulator.transfers import Lease, TransferCounts, TransferPlan, Transfers
+from moe_tools.simulator.transfers import KvLease, TransferCounts, TransferPlan, Transfers
 from moe_tools.simulator.workload import SimRequest
 
 TICK_S = 0.1
@@ -299,13 +299,13 @@ class World:
             if lease is not None:
                 self._at(lease.expires_s, self._expire, lease)
 
-    def _expire(self, lease: Lease) -> None:
+    def _expire(self, lease: KvLease) -> None:
         assert self._transfers is not None
         if self.now_s >= lease.expires_s and lease.name in self._transfers.leases:
             self._transfers.counts.expired += 1
             self._release(lease)
 
-    def _release(self, lease: Lease) -> None:
+    def _release(self, lease: KvLease) -> None:
         """Frees the blocks of a lease at the prefill engine, if that still runs."""
         assert self._transfers is not None
         if self._transfers.leases.pop(lease.name, None) is not None:
@@ -334,7 +334,7 @@ class World:
         ends_s = transfers.begin(lease, sink, server.epoch, pull.tokens, self.now_s)
         self._at(ends_s, self._arrive_blocks, lease, pull, sink, server.epoch, self.now_s)
 
-    def _arrive_blocks(self, lease: Lease | None, pull: Any, sink: Target, sink_epoch: int, began_s: float) -> None:
+    def _arrive_blocks(self, lease: KvLease | None, pull: Any, sink: Target, sink_epoch: int, began_s: float) -> None:
         """A transfer ends: the blocks are at the decode engine, or are known not to come."""
         transfers = self._transfers
         assert transfers is not None

@@ -6,8 +6,10 @@ the `TargetState` of each chosen target, the prefix index and the `PrefillShares
 Objective, in seconds (`LatencyTargets`): the request's own time to the first token, and `answer_weight` times the
 seconds that answers take longer. These are three: its own answer at the target that decodes; the requests that its
 prompt delays at the group that computes it; the answers that one more request makes longer at the group that decodes.
-A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed. With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least
-overrun, and then TTFT is least.
+A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed.
+
+With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least overrun,
+and then TTFT is least.
 
 A group is the ranks of one server. They end a step together, so a prompt interrupts the answers on all of them; a
 prompt that is hidden behind a longer one on another rank interrupts none.

@@ -1,4 +1,4 @@
-"""Prefill here and decode there on vLLM's real schedulers: blocks, leases, failures, and the choice in a closed loop."""
+"""Prefill here and decode there on vLLM's real schedulers: blocks, leases, failures, the choice in a closed loop."""
 
 import itertools
 import json

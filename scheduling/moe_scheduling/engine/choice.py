@@ -197,7 +197,7 @@ def choose_target(
         candidates = [state for state in candidates if state.target not in exclude]
         if not candidates:
             return _NO_OTHER_ENGINE
-    fleet_default = states[0].step_time_model or _fleet_default(states)
+    fleet_default = states[0].step_time_model or fleet_default_model(states)
     saturation_s = settings.saturation_s
     if saturation_s is not None and _all_saturated(saturation_s, candidates, fleet_default, settings, now_s):
         return _SATURATED
@@ -237,7 +237,7 @@ def explain(job: Job, states: Sequence[TargetState], settings: EngineSettings, *
 
     For logs and metrics, not for each request: O(targets), with an object for each.
     """
-    fleet_default, stale_after_s = _fleet_default(states), settings.stale_after_s
+    fleet_default, stale_after_s = fleet_default_model(states), settings.stale_after_s
     return [_explanation(job, state, fleet_default, now_s, stale_after_s) for state in states if state.accepting]
 
 
@@ -268,7 +268,7 @@ _SESSION = SendReason.SESSION
 _LEAST_PREDICTED = SendReason.LEAST_PREDICTED
 
 
-def _fleet_default(states: Sequence[TargetState]) -> StepTime:
+def fleet_default_model(states: Sequence[TargetState]) -> StepTime:
     """Returns the step-time model of the first engine that has one; new engines are assumed to be like it."""
     for state in states:
         if state.step_time_model is not None:

@@ -128,19 +128,17 @@ class FaultInjector:
 
     async def _strike_real(self, kind: RealFault, duration_s: float) -> None:
         real = self._testbed.real
-        self._progress(f"{kind.value}, {duration_s:.1f} s")
         assert real is not None
-        match kind:
-            case RealFault.KILL_CORE:
-                _signal(real.find_cores(), signal.SIGKILL)
-            case RealFault.KILL_SERVER:
-                _signal(real.find_servers(), signal.SIGKILL)
-            case RealFault.FREEZE_CORE | RealFault.LONG_FREEZE_CORE:
-                cores = real.find_cores()
-                _signal(cores, signal.SIGSTOP)
-                await asyncio.sleep(duration_s)
-                _signal(cores, signal.SIGCONT)
-        await asyncio.sleep(duration_s)
+        self._progress(f"{kind.value}, {duration_s:.1f} s")
+        cores = real.find_cores()
+        if kind in (RealFault.KILL_CORE, RealFault.KILL_SERVER):
+            _signal(cores if kind is RealFault.KILL_CORE else real.find_servers(), signal.SIGKILL)
+            # Until then the gateways may not have noticed.
+            await wait_for(lambda: bool(set(real.find_cores()) - set(cores)), REAL_START_TIMEOUT_S)
+        else:
+            _signal(cores, signal.SIGSTOP)
+            await asyncio.sleep(duration_s)
+            _signal(cores, signal.SIGCONT)
         await self._testbed.wait_until_accepting(real.name, REAL_START_TIMEOUT_S)
 
 

@@ -1,5 +1,6 @@
 """The real engine of a soak: vLLM on the CPU with the tiny model, run by the node agent."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from moe_agent.supervisor import launcher
 from moe_tools.tiny import ensure_tiny_model
 
 from moe_lab.soak.answers import MODEL
 from moe_lab.soak.processes import Launched, free_ports
 
-_CORE = "EngineCore"
+_CORE, _SERVER = "EngineCore", "api_server"
 
 
 class RealEngine:
@@ -58,14 +60,15 @@ class RealEngine:
 
     def find_cores(self) -> list[psutil.Process]:
         """The processes that compute; none while the engine starts."""
-        return [each for each in self._below() if _CORE in each.name() or _CORE in " ".join(each.cmdline())]
+        return [process for process, words in self._below() if _CORE in words]
 
     def find_servers(self) -> list[psutil.Process]:
-        """All processes of the engine but those that compute."""
-        cores = self.find_cores()
-        return [each for each in self._below() if each not in cores]
+        """The processes of vLLM's HTTP server."""
+        return [process for process, words in self._below() if _SERVER in words and launcher.__file__ not in words]
 
-    def _below(self) -> Iterator[psutil.Process]:
-        for each in self._launched.find_program().children(recursive=True):
-            if each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
-                yield each
+    def _below(self) -> Iterator[tuple[psutil.Process, str]]:
+        """All processes that the agent has started, with their names and command lines."""
+        for process in self._launched.find_program().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield process, f"{process.name()} {' '.join(process.cmdline())}"

@@ -2,6 +2,7 @@
 
 import json
 
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -360,3 +361,21 @@ def test_a_cut_changes_nothing(data):
     if not fields["return_token_ids"]:
         want["tokens"] = []
     assert whole(got) == want
+
+
+@pytest.mark.parametrize("name", ["chat", "completion"])
+async def test_openais_client_sees_one_stream(make_engine, serve, name):
+    script = Computing(TEXT, cuts=[9])
+    served = await start(make_engine, serve, script)
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        common = {"model": "tiny", "temperature": 0, "stream": True, "max_tokens": 60}
+        if name == "chat":
+            messages = [{"role": "user", "content": "hello"}]
+            rows = [row async for row in await client.chat.completions.create(messages=messages, **common)]
+            text = "".join(row.choices[0].delta.content or "" for row in rows)
+        else:
+            rows = [row async for row in await client.completions.create(prompt="hello", **common)]
+            text = "".join(row.choices[0].text for row in rows)
+    assert text == TEXT
+    assert len({row.id for row in rows}) == 1
+    assert served.gateway.stats.continuations == {"prefix": 1}

@@ -73,6 +73,7 @@ def exchange(number: int, arrived_s: float = 0.0) -> SimpleNamespace:
     return SimpleNamespace(
         request=SimpleNamespace(request_id=b"request-%d" % number, arrived_s=arrived_s),
         route=SimpleNamespace(label="chat"),
+        continued="",
         job=Job(10, model="tiny"),
         ttft_s=None,
     )

@@ -65,6 +65,30 @@ def test_an_answer_that_has_begun_is_broken_off_and_never_repeated(attempts):
     assert attempts.failed_targets == set()
 
 
+def test_a_stream_that_can_go_on_has_the_attempts_and_the_hold_time_of_any_request(attempts):
+    attempts.begin()
+    attempts.receive()
+    attempts.is_answering = True
+    assert attempts.after_failure(A, AttemptFailure.BROKEN, 101.0, can_go_on=True) is NextStep.RETRY
+    assert (attempts.failed_targets, attempts.waiting_since_s) == ({A}, 101.0)
+    # An engine that cannot be reached has not seen it.
+    attempts.begin()
+    assert attempts.after_failure(B, AttemptFailure.UNREACHABLE, 102.0, can_go_on=True) is NextStep.RETRY
+    attempts.begin()
+    attempts.receive()
+    assert attempts.after_failure(B, AttemptFailure.BROKEN, 103.0, can_go_on=True) is NextStep.BREAK_OFF
+
+
+def test_a_stream_that_leaves_an_engine_that_drains_has_lost_no_attempt(attempts):
+    attempts.begin()
+    attempts.receive()
+    attempts.is_answering = True
+    attempts.move(101.0)
+    attempts.begin()
+    attempts.receive()
+    assert attempts.after_failure(B, AttemptFailure.BROKEN, 102.0, can_go_on=True) is NextStep.RETRY
+
+
 @pytest.mark.parametrize(
     ("status", "accepting", "failure"),
     [

@@ -132,7 +132,7 @@ class ContinuedExchange(Exchange):
             super()._retry()
             return
         if not self._continuation.is_resuming:
-            # Else the engine that failed now has not sent any part of it.
+            # Else the engine that failed now has sent nothing yet.
             self._prepare("its engine failed")
         self.begin()
 

@@ -9,13 +9,13 @@ STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
-EXTRAS := gateway,operator,agent,cpu,bench,dev
+EXTRAS := gateway,epp,operator,agent,cpu,bench,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway bench-serving experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -94,6 +94,13 @@ bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 
 bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
+
+MALFORMED := tests/gateway/test_malformed_requests.py tests/gateway/test_malformed_answers.py tests/gateway/test_malformed_states.py
+
+soak: $(STAMP) ## Send 1,000,000 requests while engines and gateways fail, then 10,000 malformed messages (ARGS="--requests 100000")
+	$(BIN)/moeserving model tiny .cache/models/tiny
+	$(BIN)/python -m moe_lab.soak --real-engine .cache/models/tiny --json .cache/soak.json $(ARGS)
+	$(BIN)/pytest --hypothesis-profile=soak --timeout=3600 $(MALFORMED)
 
 bench-serving: $(STAMP) $(ROUTER)/.ready ## Measure MoEServing beside stock vLLM and vllm-router on real engines (ARGS="--pairs 12")
 	$(BIN)/moeserving model tiny .cache/models/tiny

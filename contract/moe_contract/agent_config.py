@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.expert.settings import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from pydantic import Field
 

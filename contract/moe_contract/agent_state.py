@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Self, TypeVar
 
 import orjson
-from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.expert.settings import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal
 from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator

@@ -22,6 +22,7 @@ from moe_contract.routes import (
     CHANGE_TIMEOUT_S,
     CONFIG,
     CONNECT_TIMEOUT_S,
+    DRAIN,
     EXPERTS,
     EXPERTS_TIMEOUT_S,
     METRICS,
@@ -179,6 +180,10 @@ class AgentClient(_Client):
             return read_experts(text)
         except ValueError:
             raise Unreadable("says of its experts what this version does not understand") from None
+
+    async def drain(self, tokens: Sequence[str]) -> None:
+        """`POST /v1/drain`: the engine takes nothing new, and ends once its streams are over; the agent stays."""
+        await self._control("POST", DRAIN, {}, tokens, CHANGE_TIMEOUT_S)
 
     async def send_directive(self, directive: Mapping[str, Any], tokens: Sequence[str]) -> int:
         """`POST /v1/experts`; the number of the directive."""

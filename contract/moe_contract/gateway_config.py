@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from moe_contract.access_config import Auth, Tls
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.picker_config import EndpointPickerConfig
 from moe_contract.sections import Listen, Seconds, Section
 from moe_contract.tenancy import DEFAULT_HEADER, check_tenant_header
 
@@ -126,6 +127,22 @@ class Cors(Section):
     allowed_origins: tuple[Origin, ...] = ("*",)
 
 
+class ContinuedStreams(Section):
+    """Streams that go on at another engine when theirs fails or drains, where their tokens are not drawn at random.
+
+    A stream whose engine computes each token from the tokens before it alone goes on from its prompt and the tokens so
+    far. Any other is computed anew.
+
+    Attributes:
+        completions_by_prefix: whether completions go on so: no setting of the engines counts or limits the tokens of
+            an answer, unless the request has it.
+        chats_by_prefix: whether chats do: besides, engines take no tool calls or reasoning out of the text.
+    """
+
+    completions_by_prefix: bool = True
+    chats_by_prefix: bool = False
+
+
 class Tracing(Section):
     """OpenTelemetry traces of requests.
 
@@ -170,7 +187,7 @@ class GatewayConfig(Section):
     """The gateway's configuration file.
 
     Attributes:
-        listen: address for clients; only serving routes are there.
+        listen: address for clients; only serving routes are there. None: clients come by another proxy.
         admin: address of `/healthz`, `/readyz`, `/metrics`, `/v1/state` and `PUT /v1/config`.
         token_file: control tokens, one a line; None: settings cannot be changed over HTTP.
         tracing: where traces of requests are sent; None: nowhere.
@@ -187,9 +204,11 @@ class GatewayConfig(Section):
             tenant. Only a start can change it.
         auth: who may send requests, and how much; None: everyone.
         tls: TLS on `listen`; None: plain HTTP.
+        continuation: streams that go on at another engine; None: none does. Only a start can change it.
+        endpoint_picker: picks engines for another proxy; None: it does not.
     """
 
-    listen: Listen
+    listen: Listen | None
     admin: Listen
     token_file: Path | None = None
     tracing: Tracing | None = None
@@ -204,6 +223,8 @@ class GatewayConfig(Section):
     tenant_header: Annotated[str, AfterValidator(check_tenant_header)] = DEFAULT_HEADER
     auth: Auth | None = None
     tls: Tls | None = None
+    continuation: ContinuedStreams | None = None
+    endpoint_picker: EndpointPickerConfig | None = None
 
 
 class SettingsFile(Section):
@@ -258,6 +279,10 @@ def load_gateway_config(path: Path) -> GatewayConfig:
     """
     config = parse_model(GatewayConfig, parse_document(read_file(path, "file")))
     _check_unique("engines", "name used twice", (address.name for address in config.engines))
+    if config.listen is None and config.endpoint_picker is None:
+        raise InvalidInput(
+            [InputError("listen", "an address is needed, such as {'port': 8000}, or an endpoint_picker")]
+        )
     if config.discovery is not None:
         if config.engines:
             raise InvalidInput([InputError("engines", FOUND_BY_DISCOVERY)])

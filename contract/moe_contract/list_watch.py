@@ -16,6 +16,8 @@ from typing import Protocol, cast
 from moe_contract.api_server import GONE, NOT_FOUND, ApiError, ApiServer, Document, Kind, Listing
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 5.0
+# The next list comes after a random part of its time, at least this one, so that those of all kinds spread.
+LEAST_RELIST = 0.75
 # A server that asks for a longer pause than this is asked sooner.
 LONGEST_RETRY_AFTER_S = 60.0
 
@@ -86,7 +88,7 @@ class ListWatch:
         self._listener, self._times, self._pack = listener, times, pack
         # The newest version seen, from which a watch goes on; empty while a list is needed.
         self._version = ""
-        self._listed_s = float("-inf")
+        self._list_due_s = float("-inf")
         self._failed_step = ""
 
     async def run(self) -> None:
@@ -130,7 +132,8 @@ class ListWatch:
 
     async def _list(self) -> None:
         listing = await self._server.list(self._kind, self._namespace, self._selector, pack=self._pack)
-        self._version, self._listed_s = listing.version, self._now_s()
+        self._version = listing.version
+        self._list_due_s = self._now_s() + self._times.relist_s * random.uniform(LEAST_RELIST, 1.0)
         self._recover("list")
         self._listener.listed(listing)
 
@@ -182,7 +185,7 @@ class ListWatch:
 
     def _left_s(self) -> float:
         """Seconds until the next list is due."""
-        return self._listed_s + self._times.relist_s - self._now_s()
+        return self._list_due_s - self._now_s()
 
     @staticmethod
     def _now_s() -> float:

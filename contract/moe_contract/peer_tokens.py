@@ -29,6 +29,7 @@ class PeerTokens:
     """The values in force, read anew when the file was replaced; while it cannot be read the last ones count.
 
     Attributes:
+        shown: the header's value, of all tokens; empty without one.
         head_end: the header's line and the blank line that ends a head.
     """
 
@@ -38,6 +39,7 @@ class PeerTokens:
         self._signature: tuple[int, int] | None = None
         self._values: tuple[bytes, ...] = ()
         self._looked_s = 0.0
+        self.shown = b""
         self.head_end = b"\r\n"
         self._read()
 
@@ -64,5 +66,6 @@ class PeerTokens:
             return
         self._signature = signature
         self._values = tuple(map(derive_peer_token, parse_tokens(text)))
-        line = b"%b: %b\r\n" % (HEADER.encode(), b",".join(self._values)) if self._values else b""
+        self.shown = b",".join(self._values)
+        line = b"%b: %b\r\n" % (HEADER.encode(), self.shown) if self._values else b""
         self.head_end = line + b"\r\n"

@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moe_scheduling.engine.choice import EngineSettings
-from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.expert.settings import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.settings import declared_settings
 from moe_scheduling.signals import EngineSignal

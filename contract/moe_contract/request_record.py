@@ -49,10 +49,12 @@ class AttemptRecord:
         predicted_s: predicted seconds from this attempt to the first token.
         targets: the terms of the targets that could be chosen; empty where they were not recorded.
         more_targets: how many more could be chosen, whose terms were not recorded.
+        continued: how a stream that had begun went on there, `prefix` or `replay`; empty where it had not.
     """
 
     name: str
     rank: int = 0
+    continued: str = ""
     reason: str = ""
     after_s: float = 0.0
     predicted_s: float = 0.0

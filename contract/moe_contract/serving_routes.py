@@ -75,8 +75,10 @@ class Route(Enum):
         self.names_response = "{response_id}" in path
 
 
+# Answered by the agent's own middleware in the engine, once the engine's core answers.
+CORE = "/core"
 # Routes for the agent and for monitoring: they pass at an engine's port, and the gateway does not know them.
-ENGINE_ONLY = frozenset({"/load", "/metrics", "/ping", "/version", "/is_sleeping", "/is_paused"})
+ENGINE_ONLY = frozenset({"/load", "/metrics", "/ping", "/version", "/is_sleeping", "/is_paused", CORE})
 
 _STEERS = "changes or stops the engine"
 _REVEALS = "tells about the server, not about a model"

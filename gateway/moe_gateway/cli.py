@@ -62,6 +62,11 @@ def gateway(
     except InvalidInput as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+    run_until_signal(served)
+
+
+def run_until_signal(served: Gateway) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second one ends at once."""
     set_up_logs()
     # What was made so far stays: without this a full collection goes through all modules, and all streams wait for it.
     gc.freeze()
@@ -89,10 +94,10 @@ def _read_settings(config: Path | None, engines: list[str], given: dict[str, str
         raise InvalidInput([InputError("--engine", "name engines, or a file with --config")])
     listen = Listen(host=str(given["--host"] or LOOPBACK), port=int(given["--port"] or DEFAULT_PORT))
     admin = Listen(port=int(given["--admin-port"] or DEFAULT_ADMIN_PORT))
-    return GatewayConfig(listen=listen, admin=admin, engines=tuple(_name_engines(engines)))
+    return GatewayConfig(listen=listen, admin=admin, engines=tuple(name_engines(engines)))
 
 
-def _name_engines(urls: list[str]) -> Iterator[EngineAddress]:
+def name_engines(urls: list[str]) -> Iterator[EngineAddress]:
     """Plain vLLM servers, each named by its host and port.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The gateway as a whole: its two ports, its connections, a watcher for each engine, and a clean end."""
+"""The gateway as a whole: its ports, its connections, a watcher for each engine, and a clean end."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
 from moe_contract.peer_tokens import PeerTokens
+from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.access.gate import Gate
 from moe_gateway.access.tls import ServingPort
@@ -29,14 +30,17 @@ from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
 from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
-from moe_gateway.request.exchange import Exchange
+from moe_gateway.request.dispatched import DispatchedRequest
 from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from moe_gateway.endpoint_picker.server import EndpointPicker
     from moe_gateway.tracing import RequestTracer
 
 CHECK_PERIOD_S = 0.1
+# A check that comes later than this follows a suspension of the process: what came meanwhile is read before it.
+SUSPENDED_S = 1.0
 BACKLOG = 4096
 
 log = logging.getLogger("moeserving.gateway")
@@ -70,6 +74,7 @@ class Gateway:
         self._empty = asyncio.Event()
         self._listener = ServingPort(self._connection, config.tls, config.limits.header_timeout_s)
         self._runner: web.AppRunner | None = None
+        self._picker: EndpointPicker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._request_ids = itertools.count(1)
         self._request_id_prefix = secrets.token_hex(4).encode()
@@ -87,7 +92,10 @@ class Gateway:
             tenant_header=config.tenant_header.encode(),
             cors=OriginPolicy(config.cors.allowed_origins),
             gate=None if config.auth is None else Gate(config.auth, self.clock),
+            continuation=config.continuation,
         )
+        if config.endpoint_picker is not None:
+            self._picker = self._make_picker(config.endpoint_picker)
 
     @property
     def draining(self) -> bool:
@@ -112,6 +120,24 @@ class Gateway:
             return "" if self._discovery.synced else "the API server has not answered yet"
         return "" if self.dispatcher.accepting else "no engine accepts requests"
 
+    def _make_picker(self, settings: EndpointPickerConfig) -> "EndpointPicker":
+        """The endpoint picker; gRPC, which takes most of a second, is imported only where it is wanted.
+
+        Raises:
+            InvalidInput: gRPC is not installed, or an engine has no IP address.
+        """
+        from moe_gateway.endpoint_picker.start import make_picker
+
+        tokens = self._peer_tokens
+        return make_picker(
+            settings,
+            self._config,
+            self._context,
+            new_request_id=self._new_request_id,
+            peer_token=lambda: b"" if tokens is None else tokens.shown,
+            is_ready=lambda: not self.draining and (self._discovery is None or self._discovery.synced),
+        )
+
     async def start(self) -> None:
         """Opens the ports.
 
@@ -121,7 +147,10 @@ class Gateway:
         self._session = aiohttp.ClientSession()
         listen, admin = self._config.listen, self._config.admin
         try:
-            await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
+            if listen is not None:
+                await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
+            if self._picker is not None:
+                await self._picker.start()
             self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
             await self._runner.setup()
             await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
@@ -136,6 +165,8 @@ class Gateway:
 
     async def _abandon_start(self) -> None:
         self._listener.close()
+        if self._picker is not None:
+            await self._picker.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._session.close()
@@ -158,6 +189,8 @@ class Gateway:
         self._listener.close()
         for connection in list(self._connections):
             connection.drain()
+        if self._picker is not None:
+            await self._picker.drain()
         if self._connections:
             await self._empty.wait()
         await self.close()
@@ -172,6 +205,8 @@ class Gateway:
             connection.force_stop()
         for pool in self._pools.values():
             pool.close()
+        if self._picker is not None:
+            await self._picker.stop()
         await self._context.bodies.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._context.tracer is not None:
@@ -248,7 +283,10 @@ class Gateway:
 
     async def _check(self) -> None:
         while True:
+            began_s = self.clock()
             await asyncio.sleep(CHECK_PERIOD_S)
+            if self.clock() - began_s > SUSPENDED_S:
+                await asyncio.sleep(CHECK_PERIOD_S)
             try:
                 self._check_once(self.clock())
                 await self._listener.reload(self.clock())
@@ -263,8 +301,10 @@ class Gateway:
             self._context.gate.tick(now_s)
         for connection in list(self._connections):
             connection.check(now_s)
+        if self._picker is not None:
+            self._picker.check(now_s)
 
-    def _on_end(self, exchange: Exchange, status: int, reason: str) -> None:
+    def _on_end(self, exchange: DispatchedRequest, status: int, reason: str) -> None:
         if self._context.gate is not None and exchange.request.admission is not None:
             self._context.gate.end(exchange.request.admission, status)
         self.recent.end(exchange, status, reason, self.clock())

@@ -50,6 +50,8 @@ class GatewayCollector(Collector):
         yield _counter("dispatch", "Choices of a target, by reason.", "reason", dispatcher.decisions)
         yield _counter("ejections", "Failures that ejected an engine for a while.", "engine", dispatcher.ejections)
         yield CounterMetricFamily(PREFIX + "retries", "Attempts after a request's first.", value=stats.retried)
+        went_on = "Streams that went on at another engine, by way; `none` is one that could, and ended with an error."
+        yield _counter("continuations", went_on, "way", stats.continuations)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=dispatcher.held)
         share = "Part of the requests at the engines that this gateway sent; below 1 beside other gateways."
         yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=dispatcher.targets.traffic_share)

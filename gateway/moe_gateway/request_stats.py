@@ -66,6 +66,7 @@ class RequestStats:
         requests: finished requests by (route, status), a stream that ended with an error by the status of the error.
         refusals: requests that ended without an engine's whole answer, by outcome label.
         retried: attempts after the first.
+        continuations: streams that went on at another engine, by way; `none` where one that could ended with an error.
         failed: requests that ended in an error of an engine or of the gateway (status 500 and up, or a broken stream).
         finished: all finished requests.
         arrivals: requests that an engine has to compute for, when they arrive.
@@ -78,6 +79,7 @@ class RequestStats:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.refusals: Counter[str] = Counter()
         self.retried = 0
+        self.continuations: Counter[str] = Counter()
         self.failed = 0
         self.finished = 0
         self.arrivals = 0

@@ -26,7 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 if TYPE_CHECKING:
     from moe_gateway.http.routes import Route
     from moe_gateway.request.context import ClientRequest
-    from moe_gateway.request.exchange import Exchange
+    from moe_gateway.request.dispatched import DispatchedRequest
 
 NAME = "moeserving-gateway"
 # An export that fails is tried again only within this time, so that the end of the gateway waits no longer.
@@ -81,7 +81,7 @@ class RequestTracer:
         }
         return self._propagator.extract(carrier, context=Context())
 
-    def end(self, exchange: "Exchange", status: int, problem: str) -> None:
+    def end(self, exchange: "DispatchedRequest", status: int, problem: str) -> None:
         """Ends the span of a request, with the attributes that are known by then."""
         span: Span | None = exchange.request.span
         if span is None or not span.is_recording():

@@ -1,10 +1,12 @@
 """Only serving routes pass the engine's middleware, however the path is spelt."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from moe_agent.vllm.middleware import SERVING_ROUTES, ServingRoutesOnly
+from moe_contract.serving_routes import CORE
 
 
 async def call(
@@ -27,7 +29,7 @@ async def call(
     return bool(passed), sent
 
 
-@pytest.mark.parametrize("path", [*sorted(SERVING_ROUTES), "/v1/models/tiny", "/v1/responses/resp_1/cancel"])
+@pytest.mark.parametrize("path", [*sorted(SERVING_ROUTES - {CORE}), "/v1/models/tiny", "/v1/responses/resp_1/cancel"])
 async def test_serving_routes_pass(path):
     passed, sent = await call(path)
     assert passed
@@ -71,3 +73,37 @@ async def test_websockets_are_refused_and_the_lifespan_passes():
     assert not passed
     assert sent == [{"type": "websocket.close", "code": 1008}]
     assert (await call("", kind="lifespan"))[0]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "answers"),
+    [(False, True), (True, True), (RuntimeError("Engines returned different results"), True), (OSError("dead"), False)],
+    ids=["awake", "asleep", "ranks differ", "dead"],
+)
+async def test_the_core_is_asked_by_the_middleware_itself(outcome, answers):
+    async def is_sleeping() -> bool:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return bool(outcome)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(is_sleeping=is_sleeping)))
+    scope = {"type": "http", "method": "GET", "path": CORE, "headers": [], "app": app}
+    await ServingRoutesOnly(None)(scope, None, send)
+    assert sent[0]["status"] == 200
+    assert json.loads(sent[1]["body"]) == {"answers": answers}
+
+
+async def test_a_server_without_a_core_says_so():
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": CORE, "headers": [], "app": SimpleNamespace(state=None)}
+    await ServingRoutesOnly(None)(scope, None, send)
+    assert json.loads(sent[1]["body"]) == {"answers": False}

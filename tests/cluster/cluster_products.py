@@ -86,14 +86,14 @@ def dependencies_root() -> Path:
 
 
 def install(root: Path) -> None:
-    """`images/install.sh operator gateway`, of the checkout as it stands."""
+    """`images/install.sh operator gateway epp`, of the checkout as it stands."""
     source = root / "src"
     source.mkdir()
     for name in (*SOURCES, "README.md", "LICENSE", "overrides.txt"):
         path = ROOT / name
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(path, source / name)
-    run_inside(root, "sh", "/src/images/install.sh", "operator", "gateway")
+    run_inside(root, "sh", "/src/images/install.sh", "operator", "gateway", "epp")
     shutil.rmtree(source)
 
 

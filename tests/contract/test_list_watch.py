@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from moe_contract.api_server import ApiError, ApiServer, Document, Kind, Listing, LoginError
 from moe_contract.list_watch import ListWatch, Times
+from virtual_time import run_in_virtual_time
 
 from tests.gateway.conftest import free_port, until
 from tests.gateway.fake_api import FakeApi, make_slice, status_of
@@ -218,6 +219,41 @@ async def test_after_its_time_a_list_is_made_though_the_watch_lives(api: FakeApi
     copy = follow(relist_s=0.3)
     await until(lambda: api.lists >= 3)
     assert set(copy.calls) == {"listed"}
+
+
+def test_the_lists_of_many_kinds_spread_and_none_is_late() -> None:
+    times: dict[str, list[float]] = {}
+
+    class Still:
+        """An API server where nothing changes."""
+
+        async def list(self, kind: Kind, *_: Any, **__: Any) -> Listing:
+            times.setdefault(kind.name, []).append(asyncio.get_running_loop().time())
+            return Listing(items=[], version="1")
+
+        async def watch(self, *_: Any, watch_s: float, **__: Any) -> Any:
+            await asyncio.sleep(watch_s)
+            for nothing in ():
+                yield nothing
+
+    async def run() -> None:
+        still: Any = Still()
+        kinds = [Kind("", "v1", f"Kind{number}", "kinds") for number in range(16)]
+        times = Times(relist_s=600.0, watch_s=300.0)
+        watches = [ListWatch(still, kind, None, "", Copy(), times) for kind in kinds]
+        tasks = [asyncio.create_task(one.run()) for one in watches]
+        await asyncio.sleep(7200.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run_in_virtual_time(run())
+    gaps = [after - before for row in times.values() for before, after in itertools.pairwise(row)]
+    assert len(times) == 16
+    assert max(gaps) <= 600.0 + 1.0
+    assert min(gaps) >= 450.0
+    second = sorted(row[1] for row in times.values())
+    assert second[-1] - second[0] > 30.0, "all at once would keep the loop from all else"
 
 
 async def test_a_kind_that_comes_later_is_followed_then(api: FakeApi, follow: Callable[..., Copy]) -> None:

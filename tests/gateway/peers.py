@@ -113,8 +113,7 @@ class MockEngine(PeerServer):
         ahead = b""
         while True:
             head = ahead + await reader.readuntil(b"\r\n\r\n")
-            length = int(parse_headers(head).get(b"content-length", b"0"))
-            request = Received(head, await reader.readexactly(length), time.monotonic())
+            request = Received(head, await _read_body(head, reader), time.monotonic())
             if own := self._own_answer(request):
                 writer.write(own)
                 ahead = b""
@@ -157,6 +156,16 @@ class MockEngine(PeerServer):
         await self.script(request, writer)
         with contextlib.suppress(ConnectionError):
             await writer.drain()
+
+
+async def _read_body(head: bytes, reader: asyncio.StreamReader) -> bytes:
+    headers, body = parse_headers(head), b""
+    if b"transfer-encoding" not in headers:
+        return await reader.readexactly(int(headers.get(b"content-length", b"0")))
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readexactly(2)
+    return body
 
 
 class FakeAgent(PeerServer):

@@ -233,6 +233,18 @@ async def test_a_second_signal_cuts_the_end_short(launch, make_engine, clients):
     assert (row["status"], row["reason"]) == (503, "the gateway was stopped by force")
 
 
+async def test_what_came_while_the_gateway_was_suspended_is_read_before_times_are_up(launch, make_engine, clients):
+    engine = await make_engine()
+    config = ports() | {"engines": [engine.address], "limits": {"idle_timeout_s": 4.0}}
+    process = await launch(config)
+    client = await ready(clients, config["listen"]["port"])
+    process.send_signal(signal.SIGSTOP)
+    client.send(post(prompt()))
+    await asyncio.sleep(5.0)
+    process.send_signal(signal.SIGCONT)
+    assert (await client.answer()).status == 200
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -1,11 +1,13 @@
 """A name goes to the engines that serve it, and the list of models is the union of what engines serve."""
 
+import asyncio
+
 import pytest
 from moe_contract.gateway_config import EngineAddress
 from moe_gateway.engines.fleet import EngineFleet
 from moe_gateway.engines.served_models import find_partial, list_models, model_row
 
-from tests.gateway.messages import OK, post
+from tests.gateway.messages import OK, json_answer, post
 from tests.gateway.waiting import until
 
 TURNS = {"policy": "roundRobin"}
@@ -34,6 +36,17 @@ def fleet_of(**names: tuple[str, ...]):
 def test_the_engines_of_a_name(engines, partial):
     expected = {name: servers for name, servers in partial.items() if servers is not None}
     assert find_partial(fleet_of(**engines)) == expected
+
+
+def test_an_engine_may_serve_any_name_until_it_has_listed_its_own():
+    fleet = EngineFleet()
+    fleet.replace([EngineAddress(name=name, url=f"http://{name}") for name in ("a", "b")])
+    fleet.set_models("a", {"m": {}, "lora": {}})
+    assert fleet.set_models("b", {"m": {}}, listed=False) is not None
+    assert find_partial(fleet.engines.values()) == {}
+    assert fleet.set_models("b", {"m": {}}) is not None
+    assert find_partial(fleet.engines.values()) == {"lora": {"a"}}
+    assert fleet.set_models("b", {"m": {}}, listed=False) is None
 
 
 def test_the_union_has_each_name_once_as_its_first_engine_lists_it():
@@ -74,3 +87,24 @@ async def test_a_request_for_an_engine_that_is_away_is_refused_and_holds_up_no_o
     assert (answer.status, answer.json["error"]["code"]) == (503, "no_engine")
     assert answer.headers[b"retry-after"]
     assert (await served.ask(post({"model": "tiny", "prompt": "x"}))).json == OK
+
+
+async def test_a_name_is_not_refused_before_each_engine_has_listed_its_names(make_engine, serve):
+    engine, may_list = await make_engine(), asyncio.Event()
+    answer_page, engine.models = engine._own_answer, ["tiny", "lora"]
+
+    async def list_late(request, writer):
+        if b"/v1/models" in request.line:
+            await may_list.wait()
+            writer.write(answer_page(request))
+        else:
+            writer.write(json_answer(OK))
+
+    engine.script = list_late
+    engine._own_answer = lambda request: b"" if b"/v1/models" in request.line else answer_page(request)
+    served = await serve(engine)
+    await until(lambda: served.gateway.dispatcher.models == {"tiny"}, "the name that the agent knows")
+    assert (await served.ask(post({"model": "lora", "prompt": "x"}))).json == OK
+    may_list.set()
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "lora"}, "the names that the engine lists")
+    assert (await served.ask(post({"model": "none", "prompt": "x"}))).status == 404

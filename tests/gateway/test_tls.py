@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from cluster_certificates import pem_of
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from moe_contract.access_config import Tls
@@ -188,7 +189,7 @@ async def test_no_connection_is_lost_while_certificates_are_replaced(secure, tmp
 async def test_files_that_do_not_fit_change_nothing(secure, tmp_path, caplog):
     _, served = await secure()
     serial = await serial_of(served)
-    (tmp_path / "cert" / "tls.key").write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1())))
+    (tmp_path / "cert" / "tls.key").write_bytes(pem_of(ec.generate_private_key(ec.SECP256R1())))
     with caplog.at_level(logging.ERROR):
         await until(lambda: "those before stay in use" in caplog.text, "an error in the log")
     assert "KEY_VALUES_MISMATCH" in caplog.records[-1].reason

@@ -5,13 +5,19 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cluster_life
 import pytest
 from cluster_api import ApiCluster
-from moe_lab.reconciling.cluster import is_converged
+from moe_lab.reconciling.bound import Bound
+from moe_lab.reconciling.build_crd import read_crd
+from moe_lab.reconciling.cluster import connect, is_converged
+from moe_lab.reconciling.measurement import BenchmarkPhase, ReconcilingResult
 from moe_lab.reconciling.process import parse_metrics, quantile_s
+from moe_lab.reconciling.report import report
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.store import Store
@@ -19,6 +25,37 @@ from prometheus_client import generate_latest
 
 CHANGING = ("apply", "patch", "create", "update", "delete")
 COMMAND = [sys.executable, "-m", "moe_lab.reconciling"]
+
+# Run as `FILE -c CODE` or `FILE -m MODULE ARGUMENTS`.
+OLDER_BUILD = """
+import runpy
+import sys
+
+import moe_operator.api as api
+import moe_operator.api.crd as crd
+from moe_contract.input_errors import InputError, InvalidInput
+
+build_crd, parse_resource = crd.build_crd, api.parse_resource
+
+def build_older_crd():
+    made = build_crd()
+    spec = made["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    gateway = spec["properties"]["gateway"]
+    del gateway["properties"]["cors"], gateway["default"]["cors"]
+    return made
+
+def parse_older(document, *arguments, **options):
+    if "cors" in document["spec"]["gateway"]:
+        raise InvalidInput([InputError("spec.gateway.cors", "unknown field")])
+    return parse_resource(document, *arguments, **options)
+
+crd.build_crd, api.parse_resource = build_older_crd, parse_older
+if sys.argv[1] == "-c":
+    exec(sys.argv[2], {})
+else:
+    module, sys.argv[:] = sys.argv[2], [sys.argv[2], *sys.argv[3:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 def test_the_operators_own_metrics_are_read() -> None:
@@ -72,7 +109,60 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
     figures = json.loads(out.read_text("utf-8"))
     assert figures["bound"]["writes"] == 3 * 16
     assert figures["bound"]["server_cpu_s"] > 0
-    measured = figures["builds"]["now"]
+    check_figures(figures["builds"]["now"])
+    for text in ("from a changed resource to its Deployment: p50", "from an agent's changed state to the status: p50"):
+        assert f"now, {text}" in done.stdout
+    assert "the API server's own bound: a bare client makes 48 writes in" in done.stdout
+    assert "now, idle, API calls a minute:" in done.stdout
+    assert "times the bound" in done.stdout
+    assert "the builds' CRDs differ" not in done.stdout
+
+
+async def test_each_build_is_measured_with_its_own_crd(own_cluster: ApiCluster, tmp_path: Path) -> None:
+    """The older build would refuse a resource in which the API server has filled in a field of the newer CRD."""
+    older, newer = read_crd(make_older_build(tmp_path)), read_crd(Path(sys.executable))
+    async with connect(own_cluster.kubeconfig) as cluster:
+        for number, crd in enumerate((newer, older, older, newer)):
+            await cluster.prepare(crd)
+            await cluster.create([f"r{number}"])
+            made = {row["metadata"]["name"]: row["spec"]["gateway"] for row in await cluster.servings()}
+            assert ("cors" in made[f"r{number}"]) == (crd == newer)
+    phase = BenchmarkPhase(
+        name="from nothing",
+        seconds=3.0,
+        passes=1,
+        p50_s=0.1,
+        p99_s=0.1,
+        calls={},
+        writes=5,
+        failed=0,
+        cpu_s=1.0,
+        servers_cpu_s={},
+        memory_bytes=1,
+        own_memory_bytes=1,
+    )
+    waits = {"changes_s": (1.0,), "readiness_s": (1.0,), "crowded_s": (1.0,), "states_s": (1.0,)}
+    measured = ReconcilingResult(resources=1, phases=(phase, replace(phase, name="idle")), **waits)
+    bound = Bound(seconds=2.0, writes=4, in_flight=8, client_cpu_s=0.1, server_cpu_s=0.1)
+    lines = [*map(str, report(bound, {"before": measured, "now": measured}, plans_differ=True))]
+    assert any(line.startswith("the builds' CRDs differ: each is measured with its own") for line in lines)
+    assert "before, from nothing: 1.50 times the bound, 5 writes" in lines
+
+
+def test_an_environment_without_an_operator_is_reported_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="gives no CRD: "):
+        read_crd(tmp_path / "none")
+
+
+def make_older_build(folder: Path) -> Path:
+    """What stands for the interpreter of a build that does not know `gateway.cors`."""
+    python = folder / "older"
+    python.write_text(f"#!{sys.executable}\n{OLDER_BUILD}", "utf-8")
+    python.chmod(0o755)
+    return python
+
+
+def check_figures(measured: dict[str, Any]) -> None:
     assert [phase["name"] for phase in measured["phases"]] == ["from nothing", "idle", "taken over", "to nothing"]
     phases = {phase["name"]: phase for phase in measured["phases"]}
     # Fourteen children, the finalizer, a status, an event.
@@ -88,11 +178,7 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
         assert phase["servers_cpu_s"].keys() == {"API server", "etcd"}
     # Nothing happens, so no pass is made.
     assert phases["idle"]["passes"] == 0
-    assert [len(measured[name]) for name in ("changes_s", "readiness_s", "states_s")] == [2, 2, 2]
-    for text in ("from a changed resource to its Deployment: p50", "from an agent's changed state to the status: p50"):
-        assert f"now, {text}" in done.stdout
-    assert "the API server's own bound: a bare client makes 48 writes in" in done.stdout
-    assert "now, idle, API calls a minute:" in done.stdout
+    assert [len(measured[name]) for name in ("changes_s", "readiness_s", "states_s", "crowded_s")] == [2] * 4
 
 
 def test_a_kubeconfig_that_is_not_there_is_reported_in_a_line(tmp_path: Path) -> None:

@@ -287,6 +287,9 @@ gateways = section(
     service=services,
     podTemplate=pod_templates("gateway"),
     tenantHeader=st.sampled_from(["", "x-tenant"]),
+    inferencePool=section(
+        failureMode=st.sampled_from(["FailClose", "FailOpen"]), tls=flags, fallbacks=st.integers(0, 8)
+    ),
     limits=section(
         maxBody=st.sampled_from(["1Ki", "1Gi", "1M"]),
         headerTimeout=st.sampled_from(["100ms", "10s"]),

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
 import pytest
+from group_pods import group_pod
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_agent.api.metrics import AgentCollector
@@ -21,11 +22,12 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
 from moe_operator.api import MoEServing, parse_resource
-from moe_operator.autoscale.autoscaler import Autoscaler
+from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import build_queries, fetch_reading
 from moe_operator.autoscale.settings import fleet_settings
 from moe_operator.autoscale.signal import Fleet, build_signal, mean_ttft_s
 from moe_operator.autoscale.source import Sources
+from moe_operator.kubernetes.groups import whole_replicas
 from moe_operator.plan import Observed
 from moe_operator.plan.names import LWS_WORKER_INDEX, Names
 from moe_scheduling.fleet.size import FleetSignal
@@ -162,6 +164,25 @@ async def test_without_a_signal_nothing_changes_and_that_is_reported(silent: str
 async def test_the_most_engines_hold_the_number_back_and_that_is_reported() -> None:
     outcome = await decide(resource(**BUSY | {"maxReplicas": 2}))
     assert (outcome.replicas, outcome.limited and outcome.limited[0]) == (2, "TooFewReplicas")
+
+
+@pytest.mark.parametrize(("worker", "ready"), [(True, {"tiny-engine-0"}), (False, set())])
+async def test_of_several_nodes_an_engine_counts_as_ready_when_all_its_pods_are(
+    monkeypatch: pytest.MonkeyPatch, worker: bool, ready: set[str]
+) -> None:
+    seen: list[tuple[set[str], set[str]]] = []
+
+    def note(_: Autoscaler, replicas: int, ready: set[str], loading: set[str], *__: Any, **___: Any) -> Outcome:
+        seen.append((ready, loading))
+        return Outcome(replicas=replicas, reason="", limited=None)
+
+    monkeypatch.setattr(Autoscaler, "decide", note)
+    pods = [group_pod(0, 0), group_pod(0, 1, ready=worker), PODS[2]]
+    observed = Observed(tokens=("t",), replicas=1)
+    async with aiohttp.ClientSession() as session:
+        whole = whole_replicas(pods, 2)
+        await Sources(session).decide(("ns", "tiny"), resource(**BUSY), observed, pods, states(STATES), whole)
+    assert seen == [(ready, {"tiny-engine-0"} - ready)]
 
 
 async def test_of_several_nodes_the_leader_alone_is_an_engine() -> None:

@@ -165,3 +165,10 @@ def test_a_request_that_was_never_sent_says_how_it_ended() -> None:
         "it was sent to no engine",
         "ended after 0.0 ms with status 429: the hold queue is full",
     ]
+
+
+def test_a_stream_that_went_on_at_another_engine_says_how() -> None:
+    again = AttemptRecord(name="a-0", reason="least_predicted", after_s=2.0, continued="prefix")
+    record = RequestRecord(request_id="r", route="chat", attempts=(ATTEMPT, again), status=200, duration_s=3.0)
+    text = " ".join(text_of(record).split())
+    assert "2. after 2.00 s to a-0, where the stream went on after the tokens that the client had, since it" in text

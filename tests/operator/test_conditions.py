@@ -126,12 +126,22 @@ def test_each_condition_says_what_holds_and_why(
 
 
 def test_a_missing_kind_is_named_with_what_to_do_before_anything_else() -> None:
-    status, reason, message = verdicts(replace(WELL, missing_kind="LeaderWorkerSet", refused="x", findings=[BROKEN]))[
-        "Degraded"
-    ]
+    status, reason, message = verdicts(
+        replace(WELL, missing_kinds=("LeaderWorkerSet",), refused="x", findings=[BROKEN])
+    )["Degraded"]
     assert (status, reason) == ("True", "LeaderWorkerSetMissing")
     assert "lws.sigs.k8s.io" in message
     assert "spec.engine.parallelism.nodes" in message
+
+
+def test_a_missing_pool_is_named_unless_something_graver_is_wrong_and_keeps_nobody_from_serving() -> None:
+    missing = replace(WELL, missing_kinds=("InferencePool",))
+    status, reason, message = verdicts(missing)["Degraded"]
+    assert (status, reason) == ("True", "InferencePoolMissing")
+    assert "spec.gateway.inferencePool" in message
+    assert verdicts(missing)["Ready"][0] == "True"
+    assert verdicts(replace(missing, ready=0))["Ready"][1] == "NoEngine"
+    assert verdicts(replace(missing, findings=[BROKEN]))["Degraded"][1] == BROKEN.reason
 
 
 def test_the_time_is_that_of_the_last_change_of_status_not_of_reason() -> None:
@@ -172,7 +182,7 @@ any_inputs = st.builds(
     ready=st.integers(0, 3),
     gateways=st.integers(0, 2),
     rolling=st.sampled_from([(), ("a",)]),
-    missing_kind=st.sampled_from(["", "LeaderWorkerSet"]),
+    missing_kinds=st.sampled_from([(), ("LeaderWorkerSet",), ("InferencePool",), ("PodMonitor", "InferencePool")]),
     findings=findings,
     endpoint=st.booleans(),
     seen=st.sampled_from([None, True, False]),

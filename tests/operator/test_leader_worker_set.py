@@ -63,9 +63,9 @@ def selects(selector: Document, labels: Document) -> bool:
         value, operator = labels.get(row["key"]), row["operator"]
         if operator == "Exists" and value is None:
             return False
-        if operator == "NotIn" and value in row["values"]:
+        if operator == "DoesNotExist" and value is not None:
             return False
-        assert operator in ("Exists", "NotIn")
+        assert operator in ("Exists", "DoesNotExist")
     return selector.get("matchLabels", {}).items() <= labels.items()
 
 
@@ -98,10 +98,14 @@ def test_a_canary_over_several_nodes_has_a_service_and_budgets_of_its_own():
     planned = plan(changed, stable=parse_revision(settings["data"]["revision.json"]))
     pods = {name: labels for live in objects(planned, "LeaderWorkerSet") for name, labels in group_pods(live).items()}
     found = {name: selected(spec["selector"], pods) for name, spec in budgets(planned).items()}
-    assert found["tiny-engine"] == ["tiny-engine-0", "tiny-engine-1"]
-    assert found["tiny-engine-workers"] == ["tiny-engine-0-1", "tiny-engine-1-1"]
-    assert found["tiny-engine-canary"] == ["tiny-engine-canary-0"]
-    assert found["tiny-engine-canary-workers"] == ["tiny-engine-canary-0-1"]
+    assert found["tiny-engine"] == found["tiny-engine-canary"] == [], "these are of engines of one node"
+    assert sorted(found["tiny-engine-groups"]) == [
+        "tiny-engine-0",
+        "tiny-engine-0-1",
+        "tiny-engine-1",
+        "tiny-engine-1-1",
+    ]
+    assert sorted(found["tiny-engine-canary-groups"]) == ["tiny-engine-canary-0", "tiny-engine-canary-0-1"]
 
 
 @pytest.mark.parametrize(
@@ -123,18 +127,23 @@ def budget_of(spec: Document, pods: dict[str, Document]) -> int:
 
 
 @given(st.sampled_from(["1", "2", "25%", "34%", "50%", "100%"]), st.integers(1, 9), st.integers(2, 4))
-def test_evictions_of_leaders_or_of_workers_take_no_more_groups_than_the_limit_says(limit, replicas, size):
+def test_evictions_of_leaders_and_workers_together_take_no_more_groups_than_the_limit_says(limit, replicas, size):
     engine = {"replicas": replicas, "parallelism": {"data": 12, "nodes": size}}
     planned = plan(document(engine=engine, disruption={"maxUnavailable": limit}))
     pods, found = group_pods(the_set(planned)), budgets(planned)
-    leaders, workers = found["tiny-engine"], found["tiny-engine-workers"]
-    allowed = groups_away(limit, replicas)
-    assert budget_of(leaders, pods) == allowed
-    # In the worst case each of the evicted workers is of another group.
-    assert budget_of(workers, pods) == allowed
-    chosen = set(selected(leaders["selector"], pods)), set(selected(workers["selector"], pods))
-    assert chosen[0] | chosen[1] == set(pods), "every pod has a budget"
-    assert not chosen[0] & chosen[1], "a pod with two budgets cannot be evicted at all"
+    groups = found["tiny-engine-groups"]
+    # In the worst case each of the evicted pods is of another group.
+    assert budget_of(groups, pods) == groups_away(limit, replicas)
+    assert set(selected(groups["selector"], pods)) == set(pods), "every pod has a budget"
+    assert not selected(found["tiny-engine"]["selector"], pods), "a pod with two budgets cannot be evicted at all"
+
+
+def test_while_groups_take_over_from_engines_of_one_node_each_pod_has_one_budget():
+    single = objects(plan(document(engine={"parallelism": {"data": 4}})), "Deployment")[0]
+    labels = single["spec"]["template"]["metadata"]["labels"]
+    for planned in (plan(document()), plan(document(engine={"parallelism": {"data": 4}}), has_groups=True)):
+        of_single = [name for name, spec in budgets(planned).items() if selects(spec["selector"], labels)]
+        assert of_single == ["tiny-engine"]
 
 
 @given(documents())

@@ -8,9 +8,11 @@ import pytest
 from moe_contract.api_server import FORBIDDEN, NOT_FOUND, ApiError, Kind, Listing
 from moe_operator.kubernetes import operator as module
 from moe_operator.kubernetes import watches
-from moe_operator.kubernetes.kinds import LEASE, SECRET
+from moe_operator.kubernetes.kinds import LEASE, SECRET, SERVING
 from moe_operator.kubernetes.operator import Operator
+from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.settings import OperatorSettings
+from moe_operator.kubernetes.store import Key
 
 
 class FakeServer:
@@ -20,13 +22,14 @@ class FakeServer:
         self.secrets = 503
         self.closed = ""
         self.leases: list[str] = []
+        self.servings: list[Any] = []
 
     async def list(self, kind: Kind, namespace: str | None, selector: str = "", **_: Any) -> Listing:
         if namespace is not None and namespace == self.closed:
             raise ApiError(FORBIDDEN, f"no {kind.plural} in {namespace}")
         if kind == SECRET and self.secrets:
             raise ApiError(self.secrets, "no secrets")
-        return Listing(items=[], version="1")
+        return Listing(items=self.servings if kind == SERVING else [], version="1")
 
     async def watch(self, *_: Any, **__: Any) -> Any:
         await asyncio.Event().wait()
@@ -38,6 +41,9 @@ class FakeServer:
         raise ApiError(NOT_FOUND, "no such lease")
 
     async def create(self, kind: Kind, document: Any, *, strict: bool = False) -> Any:
+        return document
+
+    async def replace(self, kind: Kind, document: Any, **_: Any) -> Any:
         return document
 
     async def close(self) -> None:
@@ -127,3 +133,33 @@ async def test_a_namespace_that_is_closed_keeps_no_other_waiting(server: FakeSer
     assert {namespace for _, namespace in sight.unreadable()} == {"a"}
     operator.stop()
     await asyncio.wait_for(running, 10)
+
+
+@pytest.mark.parametrize("resync_s", [600.0, 0.02], ids=["as it takes over", "as it looks at everything again"])
+async def test_a_change_waits_for_none_of_the_resources_that_are_only_looked_at(
+    server: FakeServer, frame: FakeKopf, monkeypatch: pytest.MonkeyPatch, resync_s: float
+) -> None:
+    names, passes = [f"r{number:04d}" for number in range(500)], list[str]()
+    server.secrets, server.servings = 0, [serving(name, version=1) for name in names]
+
+    async def reconcile(_: Reconciler, key: Key) -> None:
+        passes.append(key.name)
+        await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(Reconciler, "reconcile", reconcile)
+    operator = Operator(OperatorSettings(metrics_port=0, resync_s=resync_s))
+    running = asyncio.create_task(operator.run())
+    await until(lambda: len(passes) > (0 if resync_s > 1.0 else 600))
+    before = len(passes)
+    assert len(operator._queue) > 100, "the others wait"
+    changed = passes[-1] if resync_s < 1.0 else names[-1]
+    await operator._see({"type": "MODIFIED", "object": serving(changed, version=2)})
+    await until(lambda: changed in passes[before:])
+    assert passes[before:].index(changed) <= operator._settings.workers
+    await until(lambda: {*names} <= {*passes})
+    operator.stop()
+    await asyncio.wait_for(running, 30)
+
+
+def serving(name: str, version: int) -> Any:
+    return {"metadata": {"namespace": "n", "name": name, "uid": name, "resourceVersion": str(version)}}

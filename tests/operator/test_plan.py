@@ -10,7 +10,7 @@ import pytest
 import yaml
 from moe_contract.agent_config import AgentConfig
 from moe_contract.engine_process import engine_environment
-from moe_contract.gateway_config import GatewayConfig, Limits
+from moe_contract.gateway_config import ContinuedStreams, GatewayConfig, Limits
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, load_resource, parse_resource
 from moe_operator.cli.plan import render_local
@@ -200,6 +200,25 @@ def test_the_gateways_limits_are_those_of_the_resource() -> None:
 def test_pages_that_may_use_the_engine_may_use_the_gateway(cors, args, origins):
     planned = plan_local(resource(gateway={"cors": cors}, engine={"args": args}), site())
     assert planned.gateway.cors.allowed_origins == origins
+
+
+@pytest.mark.parametrize(
+    ("args", "completions", "chats"),
+    [
+        ([], True, True),
+        (["--seed=1", "--enforce-eager"], True, True),
+        (["--reasoning-parser=qwen3"], True, False),
+        (["--enable_auto_tool_choice", "--tool_call_parser", "hermes"], True, False),
+        (["--override-generation-config={}"], False, False),
+        (["--logits-processors=mine:Processor"], False, False),
+        (["--config=engine.yaml"], False, False),
+    ],
+)
+def test_streams_go_on_from_their_prefix_where_a_token_depends_on_those_before_alone(args, completions, chats):
+    asked = resource(gateway={"continuation": "deterministic"}, engine={"args": args})
+    expected = ContinuedStreams(completions_by_prefix=completions, chats_by_prefix=chats)
+    assert plan_local(asked, site()).gateway.continuation == expected
+    assert plan_local(resource(engine={"args": args}), site()).gateway.continuation is None
 
 
 def test_the_header_that_names_the_tenant_reaches_the_gateway() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_operator.kubernetes.queue import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, WorkQueue
+from moe_operator.kubernetes.queue import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, SHARE, WorkQueue
 from virtual_time import run_in_virtual_time
 
 Queue = WorkQueue[str]
@@ -43,6 +43,78 @@ def test_what_is_added_twice_is_taken_once_in_the_order_of_the_first() -> None:
         return taken
 
     assert in_queue(steps) == ["a", "b"]
+
+
+def test_a_change_goes_before_a_thousand_resources_that_are_only_looked_at_again() -> None:
+    """Each ten minutes, and when an operator takes over, all are: a change then waited until all were looked at."""
+
+    async def steps(queue: Queue) -> tuple[float, float]:
+        for number in range(1000):
+            queue.add_in_background(f"r{number}")
+        worked: dict[str, float] = {}
+
+        async def work() -> None:
+            while True:
+                item = await queue.take()
+                await asyncio.sleep(0.025)
+                queue.done(item)
+                worked.setdefault(item, now_s())
+
+        workers = [asyncio.create_task(work()) for _ in range(2)]
+        await asyncio.sleep(1.0)
+        queue.add("r999")
+        await asyncio.sleep(60.0)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        return worked["r999"] - 1.0, max(worked.values())
+
+    waited_s, ended_s = in_queue(steps)
+    assert waited_s <= 0.05 + 1e-6, "the pass that goes on, and its own"
+    assert ended_s == pytest.approx(12.5, abs=0.1), "and no other is looked at later than without the change"
+
+
+def test_what_waits_in_the_background_is_not_left_waiting_by_changes_that_never_end() -> None:
+    async def steps(queue: Queue) -> list[str]:
+        queue.add_in_background("x")
+        queue.add_in_background("y")
+        taken = []
+        for number in range(12):
+            queue.add(f"{number}")
+            item = await queue.take()
+            taken.append(item)
+            queue.done(item)
+        return taken
+
+    taken = in_queue(steps)
+    assert (taken.index("x"), taken.index("y")) == (SHARE - 1, 2 * SHARE - 1)
+
+
+def test_a_look_while_a_worker_has_the_item_comes_after_it_and_behind_changes() -> None:
+    async def steps(queue: Queue) -> list[str]:
+        queue.add("a")
+        await queue.take()
+        queue.add_in_background("a")
+        queue.done("a")
+        queue.add("b")
+        taken = [await queue.take(), await queue.take()]
+        queue.add_in_background("b")
+        queue.add("b")
+        queue.add_in_background("c")
+        queue.done("b")
+        return [*taken, await queue.take()]
+
+    assert in_queue(steps) == ["b", "a", "b"]
+
+
+def test_what_comes_because_time_passes_waits_behind_changes() -> None:
+    async def steps(queue: Queue) -> list[str]:
+        queue.add_after("late", 1.0)
+        await asyncio.sleep(2.0)
+        queue.add("changed")
+        return [await queue.take(), await queue.take()]
+
+    assert in_queue(steps) == ["changed", "late"]
 
 
 def test_what_is_added_while_a_worker_has_it_comes_once_more_when_that_is_done() -> None:
@@ -122,9 +194,15 @@ def test_failures_double_the_wait_up_to_a_bound_and_a_success_forgets_them() -> 
     assert waits[-1] == FIRST_BACKOFF_S
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.booleans()), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.sampled_from(["now", "later", "look"])),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at_once(
-    additions: list[tuple[str, float, bool]],
+    additions: list[tuple[str, float, str]],
 ) -> None:
     async def steps(queue: Queue) -> None:
         busy: Counter[str] = Counter()
@@ -144,9 +222,9 @@ def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at
 
         workers = [asyncio.create_task(work()) for _ in range(3)]
         last: dict[str, float] = {}
-        for item, wait_s, at_once in additions:
-            if at_once:
-                queue.add(item)
+        for item, wait_s, how in additions:
+            if how != "later":
+                (queue.add if how == "now" else queue.add_in_background)(item)
                 last[item] = max(last.get(item, 0.0), now_s())
             else:
                 queue.add_after(item, wait_s)

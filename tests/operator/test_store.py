@@ -1,5 +1,6 @@
 """What the operator remembers: the newest version of each object, by resource, and what a list says is gone."""
 
+import tracemalloc
 from typing import Any
 
 from hypothesis import given
@@ -109,15 +110,35 @@ def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tup
         assert all(store.children(key, [POD, CONFIG_MAP]) for key in store.known())
 
 
-def test_managed_fields_are_kept_only_where_somebody_asks_for_them() -> None:
+def test_of_managed_fields_only_who_set_the_replicas_is_kept() -> None:
     store = Store()
-    for kind in (POD, DEPLOYMENT):
+    spec = {"f:replicas": {}, "f:template": {"f:spec": {}}}
+    fields = [
+        {"manager": "moeserving", "operation": "Apply", "fieldsV1": {"f:spec": {"f:template": {}}}},
+        {"manager": "kube-controller-manager", "operation": "Update", "fieldsV1": {"f:status": {"f:replicas": {}}}},
+        {"manager": "autoscaler", "operation": "Update", "fieldsV1": {"f:spec": spec}, "subresource": "scale"},
+    ]
+    for kind in (POD, SERVING, DEPLOYMENT):
         made = document()
-        made["metadata"]["managedFields"] = [{"manager": "somebody"}]
+        made["metadata"]["managedFields"] = fields
         store.put(kind, made)
-    [pod], [deployment] = store.of(KEY, POD), store.of(KEY, DEPLOYMENT)
-    assert "managedFields" not in pod["metadata"]
-    assert deployment["metadata"]["managedFields"] == [{"manager": "somebody"}]
+    for kind in (POD, SERVING):
+        assert "managedFields" not in next(store.every(kind))["metadata"]
+    [deployment] = store.of(KEY, DEPLOYMENT)
+    replicas = {"f:spec": {"f:replicas": {}}}
+    assert deployment["metadata"]["managedFields"] == [{"manager": "autoscaler", "fieldsV1": replicas}]
+
+
+def test_an_object_takes_little_more_memory_than_its_text() -> None:
+    store, text = Store(), "x" * 1500
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            store.put(CONFIG_MAP, document(f"c{number}") | {"data": {"text": text}})
+        taken = tracemalloc.get_traced_memory()[0] / 300
+    finally:
+        tracemalloc.stop()
+    assert taken < 2 * len(text)
 
 
 def test_a_document_that_is_read_is_the_readers_own() -> None:

@@ -1,4 +1,4 @@
-"""An API cluster with controllers: garbage collector, namespaces, workloads, quotas, claims. No kubelet runs.
+"""An API cluster with controllers: garbage collector, namespaces, workloads, budgets, quotas, claims. No kubelet runs.
 
 What a kubelet does is done by `Node`: it makes pods ready, and removes those that end while it is not lost.
 """
@@ -14,6 +14,7 @@ CONTROLLERS = (
     "garbage-collector-controller",
     "namespace-controller",
     "deployment-controller",
+    "disruption-controller",
     "replicaset-controller",
     "persistentvolumeclaim-protection-controller",
     "resourcequota-controller",
@@ -73,7 +74,8 @@ class Node:
         }
         path = f"/api/v1/namespaces/{self._namespace}/pods/{name}/binding"
         self._cluster.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(binding))
-        status = {"phase": "Running", "podIP": self._address, "conditions": [{"type": "Ready", "status": "True"}]}
+        conditions = [{"type": kind, "status": "True"} for kind in ("Ready", "ContainersReady")]
+        status = {"phase": "Running", "podIP": self._address, "conditions": conditions}
         patch = json.dumps({"status": status})
         words = ("pod", name, "-n", self._namespace, "--subresource=status", "--type=merge", "-p", patch)
         self._cluster.kubectl("patch", *words)

@@ -22,7 +22,7 @@ from controlled import ControlledCluster, Node
 from fresh_operator import FreshOperator, conditions, fetch_children, fetch_serving
 from moe_contract.api_server import ApiError, ApiServer
 from moe_operator.kubernetes.api import Api
-from moe_operator.kubernetes.kinds import CLAIM, SERVING
+from moe_operator.kubernetes.kinds import CLAIM, EVENT, SERVING
 from moe_operator.kubernetes.store import Key
 from scissors import Killed, Scissors
 from serving_documents import serving
@@ -40,26 +40,55 @@ class Fault:
         name: of the fault, as the table has it.
         smoke: times in a short run.
         full: times in a full run.
-        report: where it is reported.
+        condition: that each of these faults must set, naming what it happened to; empty where none can.
+        reason: of the condition.
+        at_the_end: reason of an event that what is left of the fault must have when the resource is deleted.
+        otherwise: where it is reported, or why it need not be, for a fault without a condition.
     """
 
     name: str
     smoke: int
     full: int
-    report: str
+    condition: str = ""
+    reason: str = ""
+    at_the_end: str = ""
+    otherwise: str = ""
+
+    @property
+    def report(self) -> str:
+        """Where it is reported, as the table has it."""
+        if not self.condition:
+            return self.otherwise
+        more = f"; at the end `{self.at_the_end}`" if self.at_the_end else ""
+        return f"`{self.condition}`: `{self.reason}`{more}"
 
 
-KILL = Fault(name="operator killed amid a change", smoke=8, full=200, report="nothing is left half-done")
-OUTAGE = Fault(name="API server away", smoke=1, full=20, report="metric `moeserving_operator_reconciles_total`")
-SILENCE = Fault(name="Prometheus away", smoke=1, full=20, report="`AutoscalingLimited`: `NoSignal`")
-EVICTION = Fault(name="engine evicted", smoke=2, full=50, report="`Progressing`: `EnginesStarting`")
-LOSS = Fault(name="node lost with an engine", smoke=2, full=20, report="`Progressing`; at the end `NotEnding`")
-QUOTA = Fault(name="quota that comes and goes", smoke=1, full=10, report="`Degraded`: `Refused`")
-FAULTS = (KILL, OUTAGE, SILENCE, EVICTION, LOSS, QUOTA)
+KILL = Fault(name="operator killed amid a change", smoke=8, full=200, otherwise="nothing is left half-done")
+OUTAGE = Fault(
+    name="API server away",
+    smoke=1,
+    full=20,
+    otherwise="no condition can be written; metric `moeserving_operator_reconciles_total`",
+)
+SILENCE = Fault(name="Prometheus away", smoke=1, full=20, condition="AutoscalingLimited", reason="NoSignal")
+EVICTION = Fault(name="engine evicted by its kubelet", smoke=1, full=25, condition="Degraded", reason="PodFailed")
+DRAIN = Fault(
+    name="engine evicted by a drain of its node", smoke=1, full=25, condition="Progressing", reason="EnginesStarting"
+)
+LOSS = Fault(
+    name="node lost with an engine",
+    smoke=2,
+    full=20,
+    condition="Degraded",
+    reason="NodeNotReady",
+    at_the_end="NotEnding",
+)
+QUOTA = Fault(name="quota that comes and goes", smoke=1, full=10, condition="Degraded", reason="Refused")
+FAULTS = (KILL, OUTAGE, SILENCE, EVICTION, DRAIN, LOSS, QUOTA)
 
 
 def render_table(counts: Mapping[str, int]) -> str:
-    """The table of a run: each fault, how often, where it is reported."""
+    """The table of a run: each fault, how often, by which condition each of them was reported."""
     rows = [f"| {fault.name} | {counts[fault.name]} | {fault.report} |" for fault in FAULTS]
     return "\n".join(["| fault | times | reported by |", "|---|---|---|", *rows])
 
@@ -118,6 +147,7 @@ class Life:
     key: Key
     chance: random.Random
     counts: dict[str, int] = field(default_factory=lambda: {fault.name: 0 for fault in FAULTS})
+    reported: dict[str, int] = field(default_factory=lambda: {fault.name: 0 for fault in FAULTS})
     failed_passes: int = 0
     operator: Any = None
     node: Any = None
@@ -173,10 +203,15 @@ class Life:
         pods = [pod for pod in self.node.pods("engine") if "deletionTimestamp" not in pod["metadata"]]
         return {pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Running"}
 
-    async def is_reported(self, kind: str, reason: str) -> bool:
-        """Whether a condition has a reason."""
-        live = await fetch_serving(self.operator.api, self.key) or {}
-        return bool(conditions(live)[kind]["reason"] == reason)
+    async def see(self, fault: Fault, named: str) -> None:
+        """Waits until the fault's condition has its reason, and names what the fault happened to."""
+
+        async def is_reported() -> bool:
+            row = conditions(await fetch_serving(self.operator.api, self.key) or {})[fault.condition]
+            return row["reason"] == fault.reason and named in row["message"]
+
+        await self.until(is_reported, f"{fault.report} names {named}")
+        self.reported[fault.name] += 1
 
     async def do(self, fault: Fault) -> None:
         """Does a fault, has it reported and mended, and checks that all is whole."""
@@ -185,6 +220,7 @@ class Life:
             OUTAGE.name: self.outage,
             SILENCE.name: self.silence,
             EVICTION.name: self.evict,
+            DRAIN.name: self.drain,
             LOSS.name: self.lose_node,
             QUOTA.name: self.refuse,
         }[fault.name]()
@@ -231,24 +267,51 @@ class Life:
     async def silence(self) -> None:
         """Prometheus is away until the resource says so."""
         self.prometheus.is_there = False
-        await self.until(lambda: self.is_reported("AutoscalingLimited", "NoSignal"), "the silence is reported")
+        await self.see(SILENCE, "Prometheus")
         self.prometheus.is_there = True
 
     async def evict(self) -> None:
         """A kubelet evicts an engine: its pod is over and stays an object; later it is collected."""
         name = min(self.engines())
-        status = {"status": {"phase": "Failed", "reason": "Evicted", "conditions": []}}
-        words = ("pod", name, "-n", self.key.namespace, "--subresource=status", "--type=merge")
-        await asyncio.to_thread(self.cluster.kubectl, "patch", *words, "-p", json.dumps(status))
+        conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]
+        await self.set_status(name, {"phase": "Failed", "reason": "Evicted", "conditions": conditions})
+        await self.see(EVICTION, name)
+        await self.until(self.is_replaced(name), "another engine is ready")
+        await asyncio.to_thread(self.node.remove, name)
+
+    async def drain(self) -> None:
+        """A node is drained: the eviction API has an engine end, as far as the budget allows it."""
+        name, namespace = min(self.engines()), self.key.namespace
+        metadata = {"name": name, "namespace": namespace}
+        eviction = json.dumps({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata})
+        path = f"/api/v1/namespaces/{namespace}/pods/{name}/eviction"
+
+        async def is_allowed() -> bool:
+            # Refused until the controller of budgets has counted.
+            await asyncio.to_thread(lambda: self.cluster.kubectl("create", "--raw", path, "-f", "-", stdin=eviction))
+            return True
+
+        await self.until(is_allowed, "the budget lets it go")
+        await self.see(DRAIN, f"pod {name} is taken away (EvictionByEvictionAPI)")
         await self.until(self.is_replaced(name), "another engine is ready")
         await asyncio.to_thread(self.node.remove, name)
 
     async def lose_node(self) -> None:
-        """A node is lost with an engine: its pod is marked for deletion and never goes by itself."""
+        """A node is lost with an engine: its pods are no longer ready, later marked for deletion, and never go."""
         name = min(self.engines())
+        rows = [{"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "True"}]
+        await self.set_status(name, {"conditions": rows})
+        await self.see(LOSS, f"pod {name}")
+        target = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+        await self.set_status(name, {"conditions": [*rows, target]})
         words = ("delete", "pod", name, "-n", self.key.namespace, "--wait=false")
         await asyncio.to_thread(self.cluster.kubectl, *words)
         await self.until(self.is_replaced(name), "another engine is ready")
+
+    async def set_status(self, pod: str, status: Document) -> None:
+        """Writes the status of a pod, as a kubelet or a controller does."""
+        words = ("pod", pod, "-n", self.key.namespace, "--subresource=status", "--type=merge")
+        await asyncio.to_thread(self.cluster.kubectl, "patch", *words, "-p", json.dumps({"status": status}))
 
     def is_replaced(self, name: str) -> Callable[[], Awaitable[bool]]:
         """Whether all engines are ready without this one."""
@@ -266,7 +329,7 @@ class Life:
         await asyncio.to_thread(self.cluster.kubectl, *words)
         await asyncio.to_thread(self._wait_for_quota)
         await asyncio.to_thread(self.cluster.kubectl, "delete", "configmap", "tiny-settings", "-n", namespace)
-        await self.until(lambda: self.is_reported("Degraded", "Refused"), "the quota is reported")
+        await self.see(QUOTA, "exceeded quota: none")
         await asyncio.to_thread(self.cluster.kubectl, "delete", "quota", "none", "-n", namespace)
 
     def _wait_for_quota(self) -> None:
@@ -288,6 +351,10 @@ class Life:
 
         self.lost = {pod["metadata"]["name"] for pod in self.node.pods() if "deletionTimestamp" in pod["metadata"]}
         await self.until(is_gone, "it is gone")
+        fields = "involvedObject.kind=MoEServing,involvedObject.name=tiny"
+        events = await Api(self.server).select(EVENT, self.key.namespace, fields=fields)
+        reasons = {row["reason"] for row in events}
+        assert not self.lost or LOSS.at_the_end in reasons, f"pods of lost nodes are reported: {reasons}"
         left = await fetch_children(Api(self.server), self.key.namespace)
         assert [place for place, row in left.items() if "deletionTimestamp" not in row["metadata"]] == []
         assert {pod["metadata"]["name"] for pod in self.node.pods()} <= self.lost

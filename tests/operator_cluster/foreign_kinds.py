@@ -1,7 +1,8 @@
 """Kinds of others, and their installation in a cluster for some tests.
 
 They stand here as their documentation has them, what this product does not use left out: LeaderWorkerSet of
-lws.sigs.k8s.io v0.10 (v0.7 says no `observedGeneration`), monitors of the Prometheus operator v0.85.
+lws.sigs.k8s.io v0.10 (v0.7 says no `observedGeneration`), monitors of the Prometheus operator v0.85, InferencePool
+of the Gateway API Inference Extension v1.0.
 """
 
 import contextlib
@@ -84,6 +85,29 @@ def crd(group: str, kind: str, schema: Document, **more: Any) -> Document:
     }
 
 
+def port() -> Document:
+    number = COUNT | {"minimum": 1, "maximum": 65535}
+    return an_object(number=number) | {"required": ["number"]}
+
+
+LABELS = {"type": "object", "additionalProperties": {"type": "string", "maxLength": 63}}
+POOL = an_object(
+    spec=an_object(
+        selector=an_object(matchLabels=LABELS) | {"required": ["matchLabels"]},
+        targetPorts={"type": "array", "items": port(), "minItems": 1, "maxItems": 8},
+        endpointPickerRef=an_object(
+            group={"type": "string", "maxLength": 253, "default": ""},
+            kind={"type": "string", "minLength": 1, "maxLength": 63, "default": "Service"},
+            name={"type": "string", "minLength": 1, "maxLength": 253},
+            port=port(),
+            failureMode=one_of("FailOpen", "FailClose") | {"default": "FailClose"},
+        )
+        | {"required": ["name"]},
+    )
+    | {"required": ["endpointPickerRef", "selector", "targetPorts"]},
+    status=an_object(parents={"type": "array", "items": ANY}),
+) | {"required": ["spec"]}
+
 SCALE = {
     "specReplicasPath": ".spec.replicas",
     "statusReplicasPath": ".status.replicas",
@@ -92,6 +116,7 @@ SCALE = {
 LEADER_WORKER_SETS = crd(
     "leaderworkerset.x-k8s.io", "LeaderWorkerSet", SETS, subresources={"status": {}, "scale": SCALE}
 )
+INFERENCE_POOLS = crd("inference.networking.k8s.io", "InferencePool", POOL, subresources={"status": {}})
 PROMETHEUS = [crd("monitoring.coreos.com", kind, schema) for kind, schema in MONITORS.items()]
 
 

@@ -1,4 +1,4 @@
-"""Kinds that a cluster may lack: LeaderWorkerSets for several nodes, monitors of Prometheus; and an older CRD of ours.
+"""Kinds that a cluster may lack: LeaderWorkerSets, monitors of Prometheus, InferencePools; and an older CRD of ours.
 
 The CRDs of others are in `foreign_kinds`.
 """
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from cluster_api import ApiCluster
-from foreign_kinds import LEADER_WORKER_SETS, PROMETHEUS, installed
+from foreign_kinds import INFERENCE_POOLS, LEADER_WORKER_SETS, PROMETHEUS, installed
 from fresh_operator import conditions, fetch_children, fetch_conditions, fetch_serving, served, started, writes
 from moe_operator.cli.command import app
-from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SERVING
+from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET, SERVING
 from moe_operator.kubernetes.store import Key
 from moe_operator.plan.names import LWS_WORKER_INDEX
 from operator_process import OperatorProcess, eventually
@@ -105,6 +105,47 @@ async def test_monitors_are_made_where_their_kinds_are_known_and_only_when_wante
             await operator.settle(key)
             left = {kind for kind, _ in await fetch_children(operator.api, namespace)}
             assert not {"ServiceMonitor", "PodMonitor"} & left
+
+
+async def test_a_pool_without_its_kind_is_reported_and_all_else_is_made(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(gateway={"inferencePool": {}}))
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
+        assert (degraded["status"], degraded["reason"]) == ("True", "InferencePoolMissing")
+        assert degraded["message"] == (
+            "the cluster has no InferencePool, or the operator no right to read it; install the Gateway API Inference "
+            "Extension (gateway-api-inference-extension.sigs.k8s.io) or take spec.gateway.inferencePool away"
+        )
+        found = set(await fetch_children(operator.api, namespace))
+        assert {("Deployment", "tiny-gateway"), ("Deployment", "tiny-engine"), ("Service", "tiny-picker")} <= found
+        await operator.api.merge(SERVING, *key, {"spec": {"gateway": {"inferencePool": None}}})
+        await operator.relist()
+        await operator.settle(key)
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
+        assert ("Service", "tiny-picker") not in await fetch_children(operator.api, namespace)
+
+
+async def test_a_pool_is_made_stays_as_it_is_and_goes(serving_cluster: ApiCluster, namespace: str) -> None:
+    with installed(serving_cluster, INFERENCE_POOLS):
+        async with started(serving_cluster.kubeconfig, namespace) as operator:
+            key = await served(operator, namespace, serving(gateway={"inferencePool": {"failureMode": "FailOpen"}}))
+            assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
+            live = await operator.api.get(INFERENCE_POOL, namespace, "tiny")
+            assert live is not None
+            assert live["spec"]["endpointPickerRef"] == {
+                "group": "",
+                "kind": "Service",
+                "name": "tiny-picker",
+                "port": {"number": 9002},
+                "failureMode": "FailOpen",
+            }
+            before = writes(operator.api)
+            await operator.settle(key)
+            assert writes(operator.api) == before
+            await operator.api.merge(SERVING, *key, {"spec": {"gateway": {"inferencePool": None}}})
+            await operator.relist()
+            await operator.settle(key)
+            assert await operator.api.get(INFERENCE_POOL, namespace, "tiny") is None
 
 
 def test_a_kind_that_is_installed_later_is_noticed_by_an_operator_that_runs(

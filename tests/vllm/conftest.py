@@ -217,7 +217,9 @@ def start_nodes(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., list
 class Gateway:
     """The real gateway in front of agents."""
 
-    def __init__(self, folder: Path, agents: list[Agent], ranks: int, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, agents: list[Agent], ranks: int, limits: dict[str, Any], sections: dict[str, Any]
+    ) -> None:
         self.port, self._admin_port = free_ports(2)
         (folder / "token").write_text(TOKEN)
         config = {
@@ -229,6 +231,7 @@ class Gateway:
                 for agent in agents
             ],
             "limits": limits,
+            **sections,
         }
         (folder / "gateway.json").write_text(json.dumps(config))
         self.process = Process("moe_gateway", folder / "gateway.json", folder / "gateway.log")
@@ -239,6 +242,10 @@ class Gateway:
 
     def state(self) -> Any:
         return request("GET", f"http://127.0.0.1:{self._admin_port}/v1/state")[1]
+
+    def attempts(self, request_id: str) -> Any:
+        """The engines that a request was sent to."""
+        return request("GET", f"http://127.0.0.1:{self._admin_port}/v1/requests/{request_id}")[1]["attempts"]
 
     def wait_for(self, what: str, condition: Callable[[Any], bool], timeout_s: float = 60.0) -> Any:
         deadline_s = time.monotonic() + timeout_s
@@ -270,8 +277,8 @@ def run_javascript(url: str, *names: str) -> dict[str, Any]:
 def start_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     gateways: list[Gateway] = []
 
-    def start(agents: list[Agent], ranks: int = 1, **limits: Any) -> Gateway:
-        gateways.append(Gateway(tmp_path, agents, ranks, limits))
+    def start(agents: list[Agent], ranks: int = 1, sections: dict[str, Any] | None = None, **limits: Any) -> Gateway:
+        gateways.append(Gateway(tmp_path, agents, ranks, limits, sections or {}))
         return gateways[-1]
 
     yield start

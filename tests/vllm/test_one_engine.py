@@ -5,10 +5,14 @@ import json
 import os
 import signal
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
+from moe_contract.serving_routes import CORE
 
 from tests.vllm import official_clients as clients
 from tests.vllm.conftest import run_javascript
@@ -39,6 +43,24 @@ def test_the_signal_moves_with_the_work(agent):
     assert idle["step"] >= before + 60
     assert (idle["waiting"], idle["decode_tokens"], idle["kv_usage"], idle["age_s"]) == (0, 0, 0.0, 0.0)
     assert idle["step_time"]["base_s"] + idle["step_time"]["decode_s"] > 0.0
+
+
+@pytest.mark.smoke
+def test_the_core_answers_for_itself_while_it_is_idle(agent):
+    """What the agent asks an idle engine: `/health` speaks for the HTTP server alone."""
+    server = psutil.Process(agent.state()["engine"]["pid"])
+    (core,) = [child for child in server.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    assert agent.engine("GET", CORE) == (200, {"answers": True})
+    core.suspend()
+    try:
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(agent.engine, "GET", CORE)
+            assert urllib.request.urlopen(f"{agent.url}/health", timeout=60).status == 200
+            assert not answer.done()
+            core.resume()
+            assert answer.result(120) == (200, {"answers": True})
+    finally:
+        core.resume()
 
 
 @pytest.mark.smoke

@@ -15,6 +15,7 @@ from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.user_errors import report_user_errors
 
 from moe_lab.reconciling.bound import Bound
+from moe_lab.reconciling.build_crd import Document, read_crd
 from moe_lab.reconciling.cluster import connect
 from moe_lab.reconciling.measurement import BenchmarkSetting, ReconcilingResult, measure
 from moe_lab.reconciling.process import find_servers
@@ -58,31 +59,34 @@ def main(
                 )
                 for build, python in pythons.items()
             }
-            bound, builds = asyncio.run(_run(settings, progress))
+            crds = {build: read_crd(python) for build, python in pythons.items()}
+            bound, builds = asyncio.run(_run(settings, crds, progress))
     except (LoginError, OSError) as error:
         raise InvalidInput([InputError("--kubeconfig", str(error))]) from None
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     progress.console.width = max(progress.console.width, WIDTH)
-    for line in report(bound, builds):
+    plans_differ = any(crd != crds["now"] for crd in crds.values())
+    for line in report(bound, builds, plans_differ=plans_differ):
         progress.console.print(line, highlight=False, soft_wrap=True)
     if json_out is not None:
         json_out.write_text(json.dumps(build_document(bound, builds), indent=1) + "\n", "utf-8")
 
 
 async def _run(
-    settings: Mapping[str, BenchmarkSetting], progress: ProgressPrinter
+    settings: Mapping[str, BenchmarkSetting], crds: Mapping[str, Document], progress: ProgressPrinter
 ) -> tuple[Bound, dict[str, ReconcilingResult]]:
     first = next(iter(settings.values()))
     measured = {}
     async with connect(first.kubeconfig) as cluster, stand_in(cluster.pods) as peers:
-        await cluster.prepare()
+        await cluster.prepare(crds["now"])
         names = [f"b{number:05d}" for number in range(first.resources)]
         bound = await cluster.bound(names, first.servers.values())
         progress(f"a bare client makes {bound.writes} writes in {bound.seconds:.1f} s")
         for build, setting in settings.items():
             progress(f"the build {build}: {setting.python}")
+            await cluster.prepare(crds[build])
             measured[build] = await measure(cluster, peers, setting, progress)
     return bound, measured
 

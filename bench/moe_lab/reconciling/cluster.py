@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from moe_contract.api_server import ApiError, ApiServer, Kind
 from moe_contract.pod_identity import identity_variables
-from moe_operator.api.crd import build_crd
 from moe_operator.api.resource import API_VERSION, KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.kinds import CHILDREN, DEPLOYMENT, POD, SERVING
@@ -85,17 +84,33 @@ class BenchmarkCluster:
         self._server = server
         self.pods: dict[str, Document] = {}
         self.api = Api(server)
+        self._crd: Document | None = None
 
-    async def prepare(self) -> None:
-        """Applies the CRD and the namespace; returns once the kind is served."""
-        await self._server.apply(_CRDS, build_crd(), _MANAGER)
+    async def prepare(self, crd: Document) -> None:
+        """Has this CRD and no other, and the namespace; returns once the kind is served.
+
+        Another CRD goes before, with the resources: a changed one would fill in the old defaults for a while.
+        """
+        if crd == self._crd:
+            return
+        name = crd["metadata"]["name"]
+        if self._crd is not None:
+            await self._server.delete(_CRDS, "", name)
+            await _until(lambda: self._has_crd(name), wanted=False)
+        await self._server.apply(_CRDS, crd, _MANAGER)
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
         await self._server.apply(_NAMESPACES, namespace, _MANAGER)
-        while True:
-            with contextlib.suppress(ApiError):
-                await self.api.list(SERVING, NAMESPACE)
-                return
-            await asyncio.sleep(0.1)
+        await _until(self._serves_kind, wanted=True)
+        self._crd = crd
+
+    async def _has_crd(self, name: str) -> bool:
+        return name in {row["metadata"]["name"] for row in (await self._server.list(_CRDS, None)).items}
+
+    async def _serves_kind(self) -> bool:
+        with contextlib.suppress(ApiError):
+            await self.api.list(SERVING, NAMESPACE)
+            return True
+        return False
 
     async def create(self, names: Iterable[str]) -> None:
         """Creates the resources of these names."""
@@ -202,10 +217,21 @@ class BenchmarkCluster:
                         break
         return tuple(seconds)
 
+    async def set_all_ready(self, names: Iterable[str], *, ready: bool) -> None:
+        """Sets the readiness of the engines of these resources, some at a time."""
+        await _each(names, lambda name: self.set_ready(name, ready=ready))
+
     async def set_ready(self, name: str, *, ready: bool) -> None:
         """Sets the readiness of a resource's engine, as a kubelet does."""
         conditions = READY if ready else [{"type": "Ready", "status": "False"}]
         await self._set_status(POD, f"{Names(name).engine}-0", {"conditions": conditions})
+
+
+async def _until(holds: Callable[[], Awaitable[bool]], *, wanted: bool) -> None:
+    while True:
+        if await holds() is wanted:
+            return
+        await asyncio.sleep(0.1)
 
 
 def is_converged(document: Document) -> bool:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_lab.reconciling.cluster import BenchmarkCluster, is_converged
 from moe_lab.reconciling.process import OperatorMetrics, OperatorProcess, cpu_s, quantile_s
@@ -57,6 +58,8 @@ class ReconcilingResult:
         phases: in order.
         changes_s: from a changed resource to its changed Deployment, one of each change.
         readiness_s: from the changed readiness of an engine's pod to the resource's status, one of each pod.
+        crowded_s: from the changed readiness of an engine's pod to the resource's status, while another operator that
+            has just taken over looks at all resources; one of each pod, all changed at once.
         states_s: from the changed state of an engine's agent to the resource's status, one of each agent.
     """
 
@@ -64,6 +67,7 @@ class ReconcilingResult:
     phases: tuple[BenchmarkPhase, ...]
     changes_s: tuple[float, ...]
     readiness_s: tuple[float, ...]
+    crowded_s: tuple[float, ...]
     states_s: tuple[float, ...]
 
 
@@ -119,7 +123,10 @@ async def measure(
         changes_s = [await _change(cluster, name) for name in chosen]
         progress(f"{len(changes_s)} changes, in {sum(changes_s):.1f} s")
         await _quiet(operator, writes_only=True)
-    async with OperatorProcess(setting.kubeconfig, setting.log, "second", setting.python) as operator:
+    async with OperatorProcess(setting.kubeconfig, setting.log, "second", setting.python):
+        crowded_s = await _change_readiness_of_all(cluster, chosen)
+        progress(f"{len(crowded_s)} pods changed while another operator took over, in {max(crowded_s):.1f} s")
+    async with OperatorProcess(setting.kubeconfig, setting.log, "third", setting.python) as operator:
         phases.append(await _phase("taken over", operator, setting, None, at_least=setting.resources))
         progress(_render(phases[-1]))
         await cluster.delete(names)
@@ -132,6 +139,7 @@ async def measure(
         phases=tuple(phases),
         changes_s=tuple(changes_s),
         readiness_s=tuple(readiness_s),
+        crowded_s=crowded_s,
         states_s=states_s,
     )
 
@@ -186,13 +194,29 @@ async def _change_states(cluster: BenchmarkCluster, stand_in: StandIn, engines: 
     )
 
 
+async def _change_readiness_of_all(cluster: BenchmarkCluster, names: Sequence[str]) -> tuple[float, ...]:
+    """Ends the readiness of these engines at once; the seconds until each status shows it. They are ready then."""
+    version, started_s = await cluster.version(), time.monotonic()
+    _, shown = await asyncio.gather(
+        cluster.set_all_ready(names, ready=False), cluster.wait_until(names, _shows_none_ready, version, started_s)
+    )
+    version, started_s = await cluster.version(), time.monotonic()
+    await asyncio.gather(
+        cluster.set_all_ready(names, ready=True),
+        cluster.wait_until(names, lambda row: not _shows_none_ready(row), version, started_s),
+    )
+    return shown
+
+
+def _shows_none_ready(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("status", {}).get("readyReplicas") == 0)
+
+
 async def _change_readiness(cluster: BenchmarkCluster, name: str) -> float:
     """Seconds from the end of an engine's readiness to the status of its resource; the engine is ready again then."""
     version, started_s = await cluster.version(), time.monotonic()
     await cluster.set_ready(name, ready=False)
-    shown = await cluster.wait_until(
-        [name], lambda row: row.get("status", {}).get("readyReplicas") == 0, version, started_s
-    )
+    shown = await cluster.wait_until([name], _shows_none_ready, version, started_s)
     await cluster.set_ready(name, ready=True)
     return shown[0]
 

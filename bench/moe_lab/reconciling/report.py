@@ -29,18 +29,26 @@ HEADINGS = (
 WAITS = {
     "changes_s": "from a changed resource to its Deployment",
     "readiness_s": "from a pod's changed readiness to the status",
+    "crowded_s": "the same while an operator takes over, all at once",
     "states_s": "from an agent's changed state to the status",
 }
 
 
-def report(bound: Bound, builds: Mapping[str, ReconcilingResult]) -> Iterable[RenderableType]:
+def report(bound: Bound, builds: Mapping[str, ReconcilingResult], *, plans_differ: bool) -> Iterable[RenderableType]:
     """The table and the lines below it."""
     yield render(builds)
+    if plans_differ:
+        yield (
+            "the builds' CRDs differ: each is measured with its own, and is done when its own plan is real. Compared "
+            "are time, calls, processor time and memory; the bound is that of this build's plan"
+        )
     yield (
         f"the API server's own bound: a bare client makes {bound.writes} writes in {bound.seconds:.1f} s with "
         f"{bound.in_flight} at a time (CPU: client {bound.client_cpu_s:.1f} s, servers {bound.server_cpu_s:.1f} s)"
     )
     for build, measured in builds.items():
+        first = measured.phases[0]
+        yield f"{build}, {first.name}: {first.seconds / bound.seconds:.2f} times the bound, {first.writes} writes"
         for name, words in WAITS.items():
             yield f"{build}, {words}: {_describe(getattr(measured, name))}"
         yield f"{build}, {_describe_idle(measured)}"

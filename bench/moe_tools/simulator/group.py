@@ -14,8 +14,8 @@ Invariants: steps end in the order of their launch; a group without requests mak
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from moe_tools.simulator.costs import IDLE, CostModel
 from moe_tools.simulator.rank import Progress, Rank, ScheduledStep
@@ -60,6 +60,8 @@ class LockstepGroup:
         self.ranks = tuple(ranks)
         self.steps_made = 0
         self.busy_s = 0.0
+        # Called with the number of a rank when a step begins in which it fetches KV blocks; set by the world.
+        self.on_pull: Callable[[int, Any], None] | None = None
         self._cost = cost
         self._interval = prefill_interval
         self._ahead = ahead
@@ -122,6 +124,9 @@ class LockstepGroup:
     def _parts_on_way(self, number: int) -> int:
         return sum(step.steps[number] is not None for step in self._on_way)
 
+    def _works_on_way(self) -> bool:
+        return any(part is not None and part.work.tokens for step in self._on_way for part in step.steps)
+
     def _launch(self, now_s: float) -> GroupStep:
         self._counter += 1
         steps = tuple(self._parts[number] for number in range(len(self.ranks)))
@@ -132,7 +137,7 @@ class LockstepGroup:
             left_s = self._ends_s - now_s if self._on_way else 0.0
             duration_s = self._cost.group_step_s(works) + max(0.0, self._exposed_s - left_s)
             self.steps_made += 1
-        elif self._on_way or not any(rank.has_unfinished for rank in self.ranks):
+        elif self._works_on_way() or not any(rank.has_unfinished for rank in self.ranks):
             # Only updates the scheduler: requests have ended, or all tokens are on their way.
             duration_s = 0.0
         else:
@@ -141,7 +146,16 @@ class LockstepGroup:
             self._ends_s = now_s + duration_s
         step = GroupStep(steps, duration_s)
         self._on_way.append(step)
+        if len(self._on_way) == 1:
+            self._begin_pulls(step)
         return step
+
+    def _begin_pulls(self, step: GroupStep) -> None:
+        """The worker of a rank begins its transfers when its step runs."""
+        if self.on_pull is not None:
+            for number, part in enumerate(step.steps):
+                for pull in () if part is None else part.pulls:
+                    self.on_pull(number, pull)
 
     @property
     def current_s(self) -> float:
@@ -154,17 +168,18 @@ class LockstepGroup:
         self.busy_s += step.duration_s
         if self._on_way:
             self._ends_s = now_s + self._on_way[0].duration_s
-        first_tokens: list[SimRequest] = []
-        finished: list[SimRequest] = []
+            self._begin_pulls(self._on_way[0])
+        ended = Progress([], [], [])
         for rank, part in zip(self.ranks, step.steps, strict=True):
             if part is not None:
                 progress = rank.finish(part, now_s)
-                first_tokens += progress.first_tokens
-                finished += progress.finished
+                ended.first_tokens.extend(progress.first_tokens)
+                ended.finished.extend(progress.finished)
+                ended.prefilled.extend(progress.prefilled)
         if not self._on_way and not any(rank.has_unfinished for rank in self.ranks):
             self._counter = 0
             self._parts = {}
-        return Progress(first_tokens, finished)
+        return ended
 
     def close(self) -> None:
         """Ends the server: drops its steps under way and closes its ranks."""

@@ -12,9 +12,10 @@ import functools
 import importlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,18 +56,40 @@ class EngineLimits:
 
 
 class ScheduledStep(NamedTuple):
-    """One scheduled step of a rank, until its output is there."""
+    """One scheduled step of a rank, until its output is there; `pulls` are the KV transfers that begin with it."""
 
     output: Any
     work: Work
     sampling: list[str]
+    pulls: Sequence[Any] = ()
 
 
 class Progress(NamedTuple):
-    """First tokens and finished requests of a step."""
+    """First tokens and finished requests of a step; `prefilled` are those whose prompt another engine asked for."""
 
     first_tokens: list[SimRequest]
     finished: list[SimRequest]
+    prefilled: list[SimRequest]
+
+
+class RequestPhase(StrEnum):
+    """The part of a request that an engine is asked for."""
+
+    WHOLE = "whole"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class _TransferNotices:
+    """Ends of KV transfers that the scheduler does not know yet: what a worker reports with the output of a step."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.sent or self.received)
 
 
 class Rank:
@@ -86,29 +109,44 @@ class Rank:
         # What the expert layer of an engine measures; here the cost model knows it.
         self.expert_values: dict[str, float] = {}
         self._requests: dict[str, SimRequest] = {}
+        self._prefilling: set[str] = set()
+        self._notices = _TransferNotices()
+        self._steps_on_way = 0
         scheduler.clock = lambda: self.now_s
         if publishes:
             scheduler._record = _RecordTap(self)
         _count_preemptions(scheduler, self)
 
-    def add(self, request: SimRequest, now_s: float) -> None:
+    def add(self, request: SimRequest, now_s: float, phase: RequestPhase = RequestPhase.WHOLE) -> None:
         """A request comes to the engine."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         self.now_s = now_s
-        self._requests[request.name] = request
+        is_prefill = phase is RequestPhase.PREFILL
+        name = request.prefill_name if is_prefill else request.name
+        self._requests[name] = request
+        if is_prefill:
+            self._prefilling.add(name)
         self.scheduler.add_request(
             Request(
-                request_id=request.name,
+                request_id=name,
                 prompt_token_ids=[0] * request.prompt_tokens,
-                sampling_params=SamplingParams(max_tokens=request.output_tokens, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    max_tokens=1 if is_prefill else request.output_tokens,
+                    ignore_eos=True,
+                    extra_args=_transfer_arguments(phase),
+                ),
                 pooling_params=None,
                 arrival_time=now_s,
                 priority=request.priority,
                 block_hasher=_hasher(request),
             )
         )
+
+    def find(self, name: str) -> SimRequest:
+        """Returns the request of this id at the engine."""
+        return self._requests[name]
 
     @property
     def requests(self) -> list[SimRequest]:
@@ -117,8 +155,14 @@ class Rank:
 
     @property
     def has_requests(self) -> bool:
-        """Whether the scheduler wants a step, be it to take note of an end."""
-        return bool(self.scheduler.has_requests())
+        """Whether the scheduler wants a step, be it to take note of an end.
+
+        vLLM steps also while it only keeps blocks that another engine will fetch; such a step takes no time, and the
+        ends of transfers are reported at once (`report`), so it is left out.
+        """
+        if self.scheduler.connector is None:
+            return bool(self.scheduler.has_requests())
+        return self.has_unfinished or bool(self.scheduler.finished_req_ids)
 
     @property
     def has_unfinished(self) -> bool:
@@ -141,15 +185,21 @@ class Rank:
         scheduler = self.scheduler
         output = scheduler.schedule(throttle_prefills)
         for new in output.scheduled_new_reqs:
-            self._requests[new.req_id].cached_tokens = new.num_computed_tokens
+            request = self._requests[new.req_id]
+            # The cached tokens of a pair are those at the engine that computes the prompt.
+            if request.prefilled_s is None:
+                request.cached_tokens = new.num_computed_tokens
         work, sampling = work_of(output, scheduler.requests)
-        return ScheduledStep(output, work, sampling)
+        self._steps_on_way += 1
+        metadata = output.kv_connector_metadata
+        return ScheduledStep(output, work, sampling, () if metadata is None else metadata.pulls)
 
     def finish(self, step: ScheduledStep, now_s: float) -> Progress:
         """The output of a step is there. Steps end in the order of their beginning."""
         from vllm.v1.outputs import ModelRunnerOutput
 
         self.now_s = now_s
+        self._steps_on_way -= 1
         names = list(step.output.num_scheduled_tokens)
         sampling = set(step.sampling)
         answers = self.scheduler.update_from_output(
@@ -158,11 +208,20 @@ class Rank:
                 req_ids=names,
                 req_id_to_index={name: index for index, name in enumerate(names)},
                 sampled_token_ids=[[1] if name in sampling else [] for name in names],
+                kv_connector_output=self._take_notices(),
             ),
         )
-        first_tokens, finished = [], []
+        progress = Progress([], [], [])
+        first_tokens, finished, prefilled = progress
         for answer in answers.values():
             for row in answer.outputs:
+                if row.request_id in self._prefilling:
+                    if row.finish_reason is not None:
+                        self._prefilling.remove(row.request_id)
+                        request = self._requests.pop(row.request_id)
+                        request.prefilled_s = now_s
+                        prefilled.append(request)
+                    continue
                 request = self._requests[row.request_id]
                 if request.first_token_s is None and row.new_token_ids:
                     request.first_token_s = now_s
@@ -170,7 +229,36 @@ class Rank:
                 if row.finish_reason is not None:
                     request.finished_s = now_s
                     finished.append(self._requests.pop(row.request_id))
-        return Progress(first_tokens, finished)
+        return progress
+
+    # Ends of KV transfers.
+
+    def sent(self, name: str, now_s: float) -> None:
+        """The blocks of this request were fetched, or their lease is over: they are free."""
+        self._notices.sent.add(name)
+        self._report_when_idle(now_s)
+
+    def received(self, name: str, *, failed: bool = False) -> None:
+        """The blocks of this request are here, or are known not to come."""
+        self._notices.received.add(name)
+        if failed:
+            self._notices.failed.add(name)
+
+    def _report_when_idle(self, now_s: float) -> None:
+        """An engine without requests to serve makes a step without tokens; any other reports with its next step."""
+        if not self._steps_on_way and not self.has_unfinished:
+            self.finish(self.schedule(now_s, throttle_prefills=False), now_s)
+
+    def _take_notices(self) -> Any:
+        if not self._notices:
+            return None
+        from vllm.v1.outputs import KVConnectorOutput
+
+        taken, self._notices = self._notices, _TransferNotices()
+        # Of a failed transfer vLLM is informed twice: that it ended, and how.
+        return KVConnectorOutput(
+            finished_sending=taken.sent, finished_recving=taken.received, failed_recving=taken.failed
+        )
 
     def counts(self) -> EngineSignal:
         """The signal that vLLM's own metrics give: no prefill tokens."""
@@ -204,6 +292,14 @@ def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
             prefill_tokens += tokens
             prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
     return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
+
+
+def _transfer_arguments(phase: RequestPhase) -> dict[str, Any] | None:
+    """What a gateway puts into the two requests of a pair; blocks and addresses are known to the world."""
+    if phase is RequestPhase.WHOLE:
+        return None
+    is_prefill = phase is RequestPhase.PREFILL
+    return {"kv_transfer_params": {"do_remote_decode": is_prefill, "do_remote_prefill": not is_prefill}}
 
 
 class _RecordTap:
@@ -261,24 +357,32 @@ class RankMaker:
         self._folder = folder
         self._config = functools.cache(self._make_config)
 
-    def make(self, limits: EngineLimits, scheduler: str | SchedulerFactory, request: RequestSettings) -> Rank:
+    def make(
+        self,
+        limits: EngineLimits,
+        scheduler: str | SchedulerFactory,
+        request: RequestSettings,
+        *,
+        transfers: bool = False,
+    ) -> Rank:
         """Returns a new rank without requests.
 
         Args:
             limits: of the engine.
             scheduler: a class by its path, or a factory.
             request: settings of layer 1, for schedulers that read them.
+            transfers: whether its KV blocks can travel.
 
         Raises:
             InvalidInput: there is no class of this path.
         """
         factory = find_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
-        config = copy.deepcopy(self._config(limits))
+        config = copy.deepcopy(self._config(limits, transfers))
         with _control_record(request):
             made = build_scheduler(factory, config, limits.kv_blocks, log_stats=False)
         return Rank(made, publishes=hasattr(made, "_record"))
 
-    def _make_config(self, limits: EngineLimits) -> Any:
+    def _make_config(self, limits: EngineLimits, transfers: bool) -> Any:
         return make_config(
             self._folder,
             max_model_len=limits.max_model_len,
@@ -288,6 +392,20 @@ class RankMaker:
             long_prefill_token_threshold=limits.long_prefill_token_threshold,
             prefill_schedule_interval=limits.prefill_schedule_interval,
             enable_prefix_caching=True,
+            kv_transfer_config=_transfer_config() if transfers else None,
+        )
+
+
+def _transfer_config() -> Any:
+    with foreign_warnings():
+        from vllm.config import KVTransferConfig
+
+        return KVTransferConfig(
+            kv_connector="SimulatedConnector",
+            kv_connector_module_path="moe_tools.simulator.kv_connector",
+            # A role is a preference of the dispatch: each engine can do both.
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
         )
 
 

@@ -42,6 +42,12 @@ class Wire(Protocol):
     def send(self, request: SimRequest, target: Target) -> None:
         """Sends it to an engine."""
 
+    def prefill(self, request: SimRequest, target: Target) -> None:
+        """Asks an engine to compute the prompt and to keep its KV blocks for another."""
+
+    def decode(self, request: SimRequest, target: Target) -> None:
+        """Sends a request whose prompt was computed elsewhere to the engine that fetches its blocks."""
+
     def refuse(self, request: SimRequest, reason: str) -> None:
         """Answers it with an error; it has failed."""
 
@@ -54,6 +60,9 @@ class Router(Protocol):
 
     def answered(self, request: SimRequest, now_s: float) -> None:
         """Its first token is there."""
+
+    def prefilled(self, request: SimRequest, now_s: float) -> None:
+        """Its prompt is computed at the engine that was asked to keep its KV blocks."""
 
     def settled(self, request: SimRequest, now_s: float) -> None:
         """Called when the answer of a request is complete."""
@@ -134,7 +143,7 @@ class OwnGateway:
             listen=Listen(port=1),
             admin=Listen(port=2),
             token_file=Path("token"),
-            engines=_addresses(targets),
+            engines=engine_addresses(targets),
             dispatch=dispatch,
             request=request,
             limits=Limits(hold_requests=hold_requests, hold_timeout_s=hold_timeout_s),
@@ -179,6 +188,9 @@ class OwnGateway:
         exchange.attempts.is_answering = True
         self.dispatcher.answer(exchange.in_flight, now_s)
 
+    def prefilled(self, request: SimRequest, now_s: float) -> None:
+        raise NotImplementedError
+
     def settled(self, request: SimRequest, now_s: float) -> None:
         self._now_s = now_s
         exchange = self._exchanges.pop(request)
@@ -218,7 +230,8 @@ class OwnGateway:
         self.dispatcher.tick(now_s)
 
 
-def _addresses(targets: Sequence[Target]) -> tuple[EngineAddress, ...]:
+def engine_addresses(targets: Sequence[Target]) -> tuple[EngineAddress, ...]:
+    """Returns the addresses of the servers that have these targets, by name."""
     ranks: dict[str, int] = {}
     for target in targets:
         ranks[target.server] = max(ranks.get(target.server, 0), target.rank + 1)
@@ -286,6 +299,9 @@ class Balancer:
 
     def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
         """For rivals that remember more; whole or broken."""
+
+    def prefilled(self, request: SimRequest, now_s: float) -> None:
+        raise NotImplementedError
 
     def settled(self, request: SimRequest, now_s: float) -> None:
         del self._attempts[request]

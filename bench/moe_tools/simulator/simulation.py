@@ -27,6 +27,7 @@ from moe_tools.simulator.rank import OURS, EngineLimits, RankMaker, SchedulerFac
 from moe_tools.simulator.rivals import RIVALS
 from moe_tools.simulator.router import OwnGateway, Router, RouterFactory, Wire
 from moe_tools.simulator.signals import SignalKind, SignalPlan
+from moe_tools.simulator.transfers import TransferPlan
 from moe_tools.simulator.workload import SimRequest, build_requests
 from moe_tools.simulator.world import Arrivals, RunTotals, ServerFailure, ServerPlan, World
 from moe_tools.traces import TraceRequest
@@ -38,6 +39,21 @@ class Clients:
 
     count: int
     think_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerShape:
+    """One server of a fleet whose servers differ.
+
+    Attributes:
+        ranks: in lockstep.
+        cost: of a step of its group.
+        limits: of each rank.
+    """
+
+    ranks: int
+    cost: CostModel
+    limits: EngineLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +80,9 @@ class Simulation:
         async_scheduling: whether a step is scheduled while the one before it runs, as vLLM does by default.
         exposed_s: seconds that a step takes longer when it was not scheduled while another one ran.
         seed: of senders and of the rivals' random draws.
+        shapes: the servers one by one; empty: `servers` alike, of `ranks`, `cost` and `limits`. Where they are given,
+            `cost`, `ranks` and `limits` describe the fleet as one group, for the figures of a request alone.
+        transfers: how KV blocks travel between servers; None: they do not.
     """
 
     trace: Sequence[TraceRequest]
@@ -85,6 +104,14 @@ class Simulation:
     async_scheduling: bool = True
     exposed_s: float = 0.0
     seed: int = 0
+    shapes: Sequence[ServerShape] = ()
+    transfers: TransferPlan | None = None
+
+    @property
+    def fleet(self) -> Sequence[ServerShape]:
+        """The shape of each server."""
+        alike = ServerShape(ranks=self.ranks, cost=self.cost, limits=self.limits)
+        return self.shapes or (alike,) * self.servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +150,14 @@ def simulate(simulation: Simulation, maker: RankMaker) -> SimulationResult:
         signals=signals,
         arrivals=_arrivals(simulation),
         failures=simulation.failures,
+        transfers=simulation.transfers,
     )
     requests, totals = world.run()
     floor = functools.partial(alone_s, simulation.cost, simulation.limits.max_num_batched_tokens, simulation.ranks)
     return SimulationResult(
         requests=requests,
         totals=totals,
-        figures=measure(requests, totals, simulation.servers, floor),
+        figures=measure(requests, totals, len(simulation.fleet), floor),
         tenants=measure_tenants(requests, floor),
     )
 
@@ -150,11 +178,11 @@ def plan_servers(simulation: Simulation, maker: RankMaker) -> list[ServerPlan]:
     return [
         ServerPlan(
             name=server_name(number),
-            ranks=simulation.ranks,
-            make=functools.partial(_make_group, simulation, maker, server_name(number)),
+            ranks=shape.ranks,
+            make=functools.partial(_make_group, simulation, maker, server_name(number), shape),
             ready_s=_ready_s(simulation, number),
         )
-        for number in range(simulation.servers)
+        for number, shape in enumerate(simulation.fleet)
     ]
 
 
@@ -168,14 +196,18 @@ def _ready_s(simulation: Simulation, number: int) -> float:
     return startup_s if isinstance(startup_s, int | float) else startup_s[number]
 
 
-def _make_group(simulation: Simulation, maker: RankMaker, name: str) -> LockstepGroup:
-    ranks = [maker.make(simulation.limits, simulation.scheduler, simulation.request) for _ in range(simulation.ranks)]
+def _make_group(simulation: Simulation, maker: RankMaker, name: str, shape: ServerShape) -> LockstepGroup:
+    transfers = simulation.transfers is not None
+    ranks = [
+        maker.make(shape.limits, simulation.scheduler, simulation.request, transfers=transfers)
+        for _ in range(shape.ranks)
+    ]
     share_prefills(ranks)
     return LockstepGroup(
         name,
         ranks,
-        simulation.cost,
-        prefill_interval=simulation.limits.prefill_schedule_interval,
+        shape.cost,
+        prefill_interval=shape.limits.prefill_schedule_interval,
         ahead=2 if simulation.async_scheduling else 1,
         exposed_s=simulation.exposed_s,
     )

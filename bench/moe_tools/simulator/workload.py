@@ -44,6 +44,8 @@ class SimRequest:
         predicted_s: seconds from sending to the first token that were predicted; None for policies that predict none.
         attempts: how often it was sent.
         failure: why it failed; empty while it has not.
+        prefill_server: server that computed its prompt for another one; empty where that is `server`.
+        prefilled_s: when its prompt was computed there.
     """
 
     index: int
@@ -65,6 +67,13 @@ class SimRequest:
     predicted_s: float | None = None
     attempts: int = 0
     failure: str = ""
+    prefill_server: str = ""
+    prefilled_s: float | None = None
+
+    @property
+    def prefill_name(self) -> str:
+        """Its id at the engine that computes its prompt for another one: another for each attempt."""
+        return f"p{self.attempts}.{self.name}"
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 Events are ordered by time and, within the same time, by their making, so that a run depends on its inputs alone.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -11,8 +12,10 @@ from typing import Any, Protocol
 from moe_scheduling.signals import Target
 
 from moe_tools.simulator.group import LockstepGroup
+from moe_tools.simulator.rank import RequestPhase
 from moe_tools.simulator.router import Router, RouterFactory
 from moe_tools.simulator.signals import HEARTBEAT_S, SignalKind, SignalPlan
+from moe_tools.simulator.transfers import KvLease, TransferCounts, TransferPlan, Transfers
 from moe_tools.simulator.workload import SimRequest
 
 TICK_S = 0.1
@@ -58,12 +61,21 @@ class _Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTotals:
-    """What a run counted. `busy_s` and `steps` are sums over all servers, dead ones too."""
+    """What a run counted.
+
+    Attributes:
+        now_s: its end.
+        steps: of all servers, dead ones too.
+        busy_s: seconds in steps of all servers, dead ones too.
+        preemptions: requests that lost their place.
+        transfers: KV transfers; None where there can be none.
+    """
 
     now_s: float
     steps: int
     busy_s: float
     preemptions: int
+    transfers: TransferCounts | None = None
 
 
 @dataclass(slots=True)
@@ -84,6 +96,7 @@ class World:
         signals: how what engines say travels.
         arrivals: what comes.
         failures: what breaks.
+        transfers: how KV blocks travel; None: they do not.
     """
 
     def __init__(
@@ -95,6 +108,7 @@ class World:
         signals: SignalPlan,
         arrivals: Arrivals,
         failures: Sequence[ServerFailure] = (),
+        transfers: TransferPlan | None = None,
     ) -> None:
         self.now_s = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -107,6 +121,7 @@ class World:
         self._failures = failures
         self._open = 0
         self._counts = _Counts()
+        self._transfers = None if transfers is None else Transfers(transfers)
 
     def run(self) -> tuple[list[SimRequest], RunTotals]:
         """To the end of the last request."""
@@ -119,8 +134,16 @@ class World:
             self._remove_group(server)
         counts = self._counts
         counts.requests.sort(key=lambda request: request.index)
+        transfers = None
+        if self._transfers is not None:
+            transfers = self._transfers.counts
+            transfers.held = len(self._transfers.leases)
         return counts.requests, RunTotals(
-            now_s=self.now_s, steps=counts.steps, busy_s=counts.busy_s, preemptions=counts.preemptions
+            now_s=self.now_s,
+            steps=counts.steps,
+            busy_s=counts.busy_s,
+            preemptions=counts.preemptions,
+            transfers=transfers,
         )
 
     def _begin(self) -> None:
@@ -148,14 +171,33 @@ class World:
 
     def send(self, request: SimRequest, target: Target) -> None:
         """Of `Wire`: a router sends a request."""
+        request.prefill_server, request.prefilled_s = "", None
         request.server, request.rank = target
         request.sent_s = self.now_s
         request.attempts += 1
+        self._add(request, target, RequestPhase.WHOLE)
+
+    def prefill(self, request: SimRequest, target: Target) -> None:
+        """Of `Wire`: a router asks for the prompt alone."""
+        request.prefill_server, request.prefilled_s = target.server, None
+        request.server, request.rank = target
+        request.sent_s = self.now_s
+        request.attempts += 1
+        self._add(request, target, RequestPhase.PREFILL)
+
+    def decode(self, request: SimRequest, target: Target) -> None:
+        """Of `Wire`: a router asks for the answer to a prompt that was computed elsewhere."""
+        assert self._transfers is not None
+        request.server, request.rank = target
+        self._transfers.claim(request.prefill_name)
+        self._add(request, target, RequestPhase.DECODE)
+
+    def _add(self, request: SimRequest, target: Target, phase: RequestPhase) -> None:
         server = self._servers[target.server]
         if server.group is None:
             self._at(self.now_s, self._break, request)
             return
-        server.group.ranks[target.rank].add(request, self.now_s)
+        server.group.ranks[target.rank].add(request, self.now_s, phase)
         if not server.group.is_running:
             self._go_on(server)
         self._changed(server)
@@ -178,6 +220,7 @@ class World:
 
     def _start(self, server: _Server) -> None:
         server.group = server.plan.make()
+        server.group.on_pull = functools.partial(self._pull, server)
         server.epoch += 1
         for router in self._routers:
             router.restarted(server.plan.name)
@@ -209,6 +252,9 @@ class World:
             return
         progress = group.finish(self.now_s)
         self._go_on(server)
+        for request in progress.prefilled:
+            self._hold(request, Target(server.plan.name, request.rank), server.epoch)
+            self._routers[request.gateway].prefilled(request, self.now_s)
         for request in progress.first_tokens:
             self._routers[request.gateway].answered(request, self.now_s)
         for request in progress.finished:
@@ -226,6 +272,7 @@ class World:
         for router in self._routers:
             router.set_ready(failure.server, False, self.now_s)
         for request in broken:
+            self._give_up(request)
             self._routers[request.gateway].failed(request, self.now_s)
         if failure.startup_s is not None:
             self._at(self.now_s + failure.startup_s, self._start, server)
@@ -237,6 +284,72 @@ class World:
             self._counts.busy_s += group.busy_s
             self._counts.preemptions += sum(rank.preemptions for rank in group.ranks)
             group.close()
+
+    # KV transfers.
+
+    def _hold(self, request: SimRequest, source: Target, epoch: int) -> None:
+        assert self._transfers is not None
+        lease = self._transfers.hold(request.prefill_name, source, epoch, self.now_s)
+        self._at(lease.expires_s, self._expire, lease)
+
+    def _give_up(self, request: SimRequest) -> None:
+        """The decode engine of a request is gone: the lease is not prolonged any longer."""
+        if self._transfers is not None:
+            lease = self._transfers.give_up(request.prefill_name, self.now_s)
+            if lease is not None:
+                self._at(lease.expires_s, self._expire, lease)
+
+    def _expire(self, lease: KvLease) -> None:
+        assert self._transfers is not None
+        if self.now_s >= lease.expires_s and lease.name in self._transfers.leases:
+            self._transfers.counts.expired += 1
+            self._release(lease)
+
+    def _release(self, lease: KvLease) -> None:
+        """Frees the blocks of a lease at the prefill engine, if that still runs."""
+        assert self._transfers is not None
+        if self._transfers.leases.pop(lease.name, None) is not None:
+            server = self._servers[lease.source.server]
+            if server.group is not None and server.epoch == lease.epoch:
+                server.group.ranks[lease.source.rank].sent(lease.name, self.now_s)
+                self._changed(server)
+
+    def _is_there(self, target: Target, epoch: int) -> bool:
+        server = self._servers[target.server]
+        return server.group is not None and server.epoch == epoch
+
+    def _pull(self, server: _Server, rank: int, pull: Any) -> None:
+        """A decode engine begins to fetch the blocks of a request; the lease may be over, or its engine gone."""
+        transfers, group = self._transfers, server.group
+        assert transfers is not None
+        assert group is not None
+        sink = Target(server.plan.name, rank)
+        lease = transfers.leases.get(group.ranks[rank].find(pull.name).prefill_name)
+        if lease is None or not self._is_there(lease.source, lease.epoch):
+            wait_s = transfers.plan.failure_s
+            if lease is not None:
+                wait_s = transfers.fails_s(lease.source, lease.epoch, sink, server.epoch)
+            self._at(self.now_s + wait_s, self._arrive_blocks, lease, pull, sink, server.epoch, self.now_s)
+            return
+        ends_s = transfers.begin(lease, sink, server.epoch, pull.tokens, self.now_s)
+        self._at(ends_s, self._arrive_blocks, lease, pull, sink, server.epoch, self.now_s)
+
+    def _arrive_blocks(self, lease: KvLease | None, pull: Any, sink: Target, sink_epoch: int, began_s: float) -> None:
+        """A transfer ends: the blocks are at the decode engine, or are known not to come."""
+        transfers = self._transfers
+        assert transfers is not None
+        arrives = lease is not None and self._is_there(lease.source, lease.epoch)
+        if lease is not None:
+            self._release(lease)
+        group = self._servers[sink.server].group
+        if group is None or not self._is_there(sink, sink_epoch):
+            return
+        if arrives:
+            transfers.arrived(pull.tokens, self.now_s - began_s)
+        else:
+            transfers.counts.failed += 1
+        if pull.tokens:
+            group.ranks[sink.rank].received(pull.name, failed=not arrives)
 
     # Signals.
 

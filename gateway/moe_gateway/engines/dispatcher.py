@@ -134,9 +134,9 @@ class Dispatcher:
         if self._targets.observe(target, signal, observed_s):
             self.release_held(now_s)
 
-    def set_ready(self, name: str, ready: bool, now_s: float) -> None:
+    def set_ready(self, name: str, ready: bool, now_s: float, *, draining: bool = False) -> None:
         """An engine takes new requests, or no more."""
-        self._refresh_and_release(self._fleet.set_ready(name, ready), now_s)
+        self._refresh_and_release(self._fleet.set_ready(name, ready, draining=draining), now_s)
 
     def set_reachable(self, name: str, reachable: bool) -> bool:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""
@@ -149,9 +149,9 @@ class Dispatcher:
                 self._targets.forget(target)
                 self._jobs.forget(target)
 
-    def set_models(self, name: str, rows: Mapping[str, Any]) -> None:
-        """What an engine lists of the models that it serves, by their names."""
-        if self._fleet.set_models(name, rows) is not None:
+    def set_models(self, name: str, rows: Mapping[str, Any], *, listed: bool = True) -> None:
+        """What an engine lists of the models that it serves, by their names; `listed`: these are all of them."""
+        if self._fleet.set_models(name, rows, listed=listed) is not None:
             self._gather_models()
 
     def unanswered_prefill_tokens(self, name: str) -> Mapping[int, int]:
@@ -254,9 +254,12 @@ class Dispatcher:
 
     def _servers_of(self, job: Job) -> frozenset[str] | None:
         """The names of the engines that can answer a job; None: any."""
-        if job.server is not None:
-            return frozenset({job.server})
-        return self.partial_models.get(job.model) if self.partial_models and job.model is not None else None
+        servers = None if job.server is None else frozenset({job.server})
+        if servers is None and self.partial_models and job.model is not None:
+            servers = self.partial_models.get(job.model)
+        if job.servers is None:
+            return servers
+        return job.servers if servers is None else servers & job.servers
 
     def record_response(self, response_id: str, target: Target, owner: str | None = None) -> None:
         """A response came from this target, whose engine keeps it; `owner` is the tenant, None without keys."""
@@ -329,10 +332,12 @@ class Dispatcher:
 
     def has_other(self, job: Job, target: Target, tried: Collection[Target]) -> bool:
         """Whether a job that `target` and those in `tried` failed can be sent to another one at once."""
-        states: Iterable[TargetState] = self.open_targets()
-        if (servers := self._servers_of(job)) is not None:
-            states = _at(servers, states)
-        return any(state.accepting and state.target != target and state.target not in tried for state in states)
+        return any(state.target != target and state.target not in tried for state in self.takers(job))
+
+    def takers(self, job: Job) -> list[TargetState]:
+        """The targets to which a job could be sent at once."""
+        states, servers = self.open_targets(), self._servers_of(job)
+        return [state for state in (states if servers is None else _at(servers, states)) if state.accepting]
 
     def fail(self, target: Target, now_s: float, *, dead: bool = False) -> None:
         """The engine broke a request or refused the connection: it is ejected for a while, for long if it is dead."""
@@ -436,6 +441,11 @@ class Dispatcher:
         return _clamp_s(self._queue.size_tokens * models[0].prefill_s / len(ordered)) if models else 1
 
     # For readers.
+
+    @property
+    def knows_all_models(self) -> bool:
+        """Whether each engine that is ready has listed its names, so that `models` has all of them."""
+        return all(engine.has_listed for engine in self.engines.values() if engine.is_ready)
 
     @property
     def engines(self) -> Mapping[str, Engine]:

@@ -39,6 +39,7 @@ class Engine:
         is_offered: whether Kubernetes lets it have new requests.
         is_ready: whether its agent or its health route says that it takes requests; False before the first word.
         is_reachable: whether the source of its signals answers.
+        is_draining: whether its agent says that it finishes what it has and takes nothing new.
         failures: failures in a row.
         errors: errors that it answered, halved by each good answer.
         ejected_until_s: no new requests before this time, because it failed or is full.
@@ -46,6 +47,7 @@ class Engine:
         trial: the one request that it gets while it is on trial; None without one.
         models: names of the models and adapters that it serves, as far as known.
         model_rows: what it lists of them, by name.
+        has_listed: whether it has listed its names, so that it serves no others.
         pid: of its serving process, as far as known.
     """
 
@@ -56,6 +58,7 @@ class Engine:
     is_offered: bool = True
     is_ready: bool = False
     is_reachable: bool = False
+    is_draining: bool = False
     failures: int = 0
     errors: int = 0
     ejected_until_s: float = -math.inf
@@ -64,6 +67,7 @@ class Engine:
     trial_until_s: float = -math.inf
     models: frozenset[str] = frozenset()
     model_rows: Mapping[str, Any] = field(default_factory=dict)
+    has_listed: bool = False
     pid: int | None = None
 
     def may_accept(self, now_s: float) -> bool:
@@ -116,13 +120,14 @@ class EngineFleet:
             engine.group = groups[name]
             engine.is_offered = name in offered
 
-    def set_ready(self, name: str, ready: bool) -> Engine | None:
+    def set_ready(self, name: str, ready: bool, *, draining: bool = False) -> Engine | None:
         """An engine says whether it takes new requests. One that becomes ready starts without its earlier failures."""
         if (engine := self.engines.get(name)) is None:
             return None
         if ready and not engine.is_ready:
             _forgive(engine)
         engine.is_ready = ready
+        engine.is_draining = draining
         return engine
 
     def set_reachable(self, name: str, reachable: bool) -> Engine | None:
@@ -139,14 +144,14 @@ class EngineFleet:
         engine.pid = pid
         return engine
 
-    def set_models(self, name: str, rows: Mapping[str, Any]) -> Engine | None:
-        """What an engine lists of the models that it serves, by their names."""
+    def set_models(self, name: str, rows: Mapping[str, Any], *, listed: bool = True) -> Engine | None:
+        """What an engine lists of the models that it serves, by their names; `listed`: these are all of them."""
         if (engine := self.engines.get(name)) is None:
             return None
-        engine.model_rows = rows
-        if engine.models == rows.keys():
+        engine.model_rows, listed = rows, listed and bool(rows)
+        if engine.models == rows.keys() and (engine.has_listed or not listed):
             return None
-        engine.models = frozenset(rows)
+        engine.models, engine.has_listed = frozenset(rows), engine.has_listed or listed
         return engine
 
     def models(self) -> frozenset[str]:

@@ -15,10 +15,14 @@ def find_partial(engines: Collection[Engine]) -> dict[str, frozenset[str]]:
     models = {model for engine in engines for model in engine.models}
     partial = {}
     for model in models:
-        servers = frozenset(engine.address.name for engine in engines if not engine.models or model in engine.models)
+        servers = frozenset(engine.address.name for engine in engines if _may_serve(engine, model))
         if len(servers) < len(engines):
             partial[model] = servers
     return partial
+
+
+def _may_serve(engine: Engine, model: str) -> bool:
+    return not engine.models or not engine.has_listed or model in engine.models
 
 
 def model_row(name: str) -> dict[str, Any]:

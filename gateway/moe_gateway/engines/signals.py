@@ -32,6 +32,8 @@ SCRAPE_PERIOD_S = 0.25
 SCRAPES_FOR_MODELS = 20
 # Seconds between two of these questions to an engine with an agent.
 MODELS_PERIOD_S = SCRAPE_PERIOD_S * SCRAPES_FOR_MODELS
+# A state waits for the first list of names no longer than this.
+FIRST_LIST_TIMEOUT_S = 0.5
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 # An agent sends a snapshot at least once a second.
@@ -86,14 +88,19 @@ async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
     url = f"{engine.address.agent_url}{STATE}"
     async with session.get(url, params={"watch": "1"}, timeout=timeout) as answer:
         answer.raise_for_status()
-        rest = b""
+        rest, has_asked = b"", False
         async for piece in answer.content.iter_any():
             *lines, rest = (rest + piece).split(b"\n")
             if len(rest) > LONGEST_LINE_BYTES:
                 raise ValueError("a line of the agent's state has no end")
             if lines := [line for line in lines if line]:
                 # Of states that came together only the newest matters.
-                take_state(engine, read_engine_state(lines[-1]), dispatcher, time.monotonic())
+                state, came_s = read_engine_state(lines[-1]), time.monotonic()
+                if state.ready and not (engine.has_listed or has_asked):
+                    # Before its first request, so that no name which it serves is refused.
+                    has_asked = True
+                    await _list_models(engine, dispatcher, session, FIRST_LIST_TIMEOUT_S)
+                take_state(engine, state, dispatcher, came_s)
 
 
 def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s: float) -> None:
@@ -102,9 +109,9 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     dispatcher.set_reachable(name, True)
     if state.engine.model is not None and state.engine.model not in engine.models:
         # What else it serves is asked of the engine itself.
-        dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)})
+        dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)
     dispatcher.set_process(name, state.engine.pid)
-    dispatcher.set_ready(name, state.accepting and state.ready, now_s)
+    dispatcher.set_ready(name, state.accepting and state.ready, now_s, draining=state.phase == "draining")
     for rank in state.ranks:
         dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)
 
@@ -115,11 +122,20 @@ async def _watch_models(engine: Engine, dispatcher: Dispatcher, session: aiohttp
     while True:
         await asyncio.sleep(wait_s)
         wait_s = FIRST_RETRY_S
-        if engine.is_ready:
-            with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
-                if rows := await _fetch_models(engine.address.url, session):
-                    dispatcher.set_models(engine.address.name, rows)
-                wait_s = MODELS_PERIOD_S
+        if engine.is_ready and await _list_models(engine, dispatcher, session):
+            wait_s = MODELS_PERIOD_S
+
+
+async def _list_models(
+    engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession, timeout_s: float = SILENCE_S
+) -> bool:
+    """Asks an engine for its names and reports them; returns whether it answered."""
+    with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+        async with asyncio.timeout(timeout_s):
+            if rows := await _fetch_models(engine.address.url, session):
+                dispatcher.set_models(engine.address.name, rows)
+            return True
+    return False
 
 
 # A plain vLLM server.
@@ -170,7 +186,7 @@ def read_metrics(text: str) -> Iterator[tuple[int, EngineSignal]]:
     wanted = "\n".join(line for line in text.splitlines() if line.startswith(tuple(_METRICS)))
     for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
-            if sample.name in _METRICS and math.isfinite(sample.value):
+            if sample.name in _METRICS and -math.inf < sample.value < math.inf:
                 rank = sample.labels.get("engine", "0")
                 if rank.isdecimal():
                     ranks.setdefault(int(rank), {})[_METRICS[sample.name]] = sample.value

@@ -23,10 +23,12 @@ from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
 from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.continued_exchange import make_exchange
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
 from moe_gateway.request.reading import read_request
+from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
 # After a refusal the rest of what the client sends is read and thrown away for this long: closing at once would reset
 # the connection, and the client might lose the answer that says why.
@@ -246,8 +248,7 @@ class ClientConnection(asyncio.Protocol):
             )
 
     def _reply_unknown_model(self, request: ClientRequest, route: Route, name: str) -> None:
-        known = ", ".join(sorted(self._context.dispatcher.models))
-        message = f"the model {name[:200]!r} does not exist; known: {known}"
+        message = explain_unknown_model(name, self._context.dispatcher.models)
         self._reply_error(request, route, RequestOutcome.MODEL_NOT_FOUND, message, param="model")
 
     def _serve_health(self, request: ClientRequest) -> None:
@@ -322,14 +323,15 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
 
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
-        models = self._context.dispatcher.models
-        if parsed.model is not None and models and parsed.model not in models:
-            self._reply_unknown_model(request, route, parsed.model)
+        dispatcher, model = self._context.dispatcher, parsed.model
+        models = dispatcher.models
+        if model is not None and models and model not in models and dispatcher.knows_all_models:
+            self._reply_unknown_model(request, route, model)
             return
         gate, previous = self._context.gate, parsed.previous_response
         owner = None if request.caller is None else request.caller.name
         if previous is not None and self._context.dispatcher.is_lost(previous, owner):
-            message = f"no engine is known to have the response {previous[:200]!r}: its engine or the gateway restarted"
+            message = explain_lost_response(previous)
             param = "response_id" if route.names_response else "previous_response_id"
             self._reply_error(request, route, RequestOutcome.RESPONSE_NOT_FOUND, message, param=param)
             return
@@ -343,7 +345,7 @@ class ClientConnection(asyncio.Protocol):
             parsed, client = admitted
         if self._context.tracer is not None:
             self._context.tracer.begin(request, route, self._context.clock())
-        self._exchange = exchange = Exchange(request, route, parsed, client, self._context)
+        self._exchange = exchange = make_exchange(request, route, parsed, client, self._context)
         if self._is_writing_paused:
             exchange.pause()
         exchange.begin()

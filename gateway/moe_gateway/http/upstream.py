@@ -111,6 +111,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self.complete:
+                # It was not closed as idle.
+                self.reused = False
                 self._lose("the engine's answer is not HTTP")
                 return
             self.overrun = True

@@ -31,6 +31,7 @@ class ClientAnswer:
 
     Attributes:
         is_open: whether the head of a stream has passed, and perhaps comments, but no event.
+        extra: further lines of the head, each ended by CRLF.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class ClientAnswer:
         "_last",
         "_request",
         "_wrote_s",
+        "extra",
         "is_open",
     )
 
@@ -55,6 +57,7 @@ class ClientAnswer:
         # Whether the head has promised chunks and the engine sends none.
         self._is_framing = False
         self.is_open = False
+        self.extra = b""
         self._wrote_s = request.arrived_s
 
     @property
@@ -76,7 +79,7 @@ class ClientAnswer:
 
     def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
         request = self._request
-        lines = b"" if request.is_plain else self._context.cors.answer_lines(request.headers)
+        lines = self.extra if request.is_plain else self._context.cors.answer_lines(request.headers) + self.extra
         return stamp_response(answer, beginning.head, request.request_id, close=close, extra=lines)
 
     def _insert_cors(self, answer: bytes) -> bytes:
@@ -99,6 +102,12 @@ class ClientAnswer:
         else:
             self._open(beginning)
 
+    def fill_pause(self, now_s: float) -> None:
+        """Called a few times a second while a stream waits to go on at another engine: sends comments."""
+        if now_s - self._wrote_s >= KEEP_ALIVE_S:
+            self._wrote_s = now_s
+            self._client.write(KEEP_ALIVE)
+
     def _open(self, beginning: AnswerBeginning) -> None:
         """Sends the head of a stream, which commits to no engine: the engine's own where it has come."""
         if self.is_open or not beginning.may_open:
@@ -108,7 +117,8 @@ class ClientAnswer:
         if beginning.head:
             head = self._stamp(beginning.own_head, beginning, close=close)
         else:
-            head = self._insert_cors(build_stream_head(self._request.request_id, close=close))
+            head = build_stream_head(self._request.request_id, close=close)
+            head = insert_lines(self._insert_cors(head), self.extra)
         self._client.write(head)
 
     def pass_comments(self, beginning: AnswerBeginning, now_s: float) -> None:

@@ -19,13 +19,14 @@ from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 if TYPE_CHECKING:
+    from moe_contract.gateway_config import ContinuedStreams
     from opentelemetry.trace import Span
 
     from moe_gateway.access.gate import Admission, Gate
     from moe_gateway.access.key_table import Caller
     from moe_gateway.access.quotas import Place
     from moe_gateway.request.body_reader import BodyReader
-    from moe_gateway.request.exchange import Exchange
+    from moe_gateway.request.dispatched import DispatchedRequest
     from moe_gateway.tracing import RequestTracer
 
 
@@ -89,7 +90,7 @@ class ExchangeContext:
         pool_of: connections to an engine by its name; None for one that is not known.
         clock: monotonic seconds.
         spawn: starts a task that ends with the gateway at the latest.
-        on_end: called at the end of each exchange with its status and, where something went wrong, the reason.
+        on_end: called at the end of each request with its status and, where something went wrong, the reason.
         recent: the newest requests, to explain them later.
         tracer: makes traces of requests; None: nobody wants them.
         model: the name of the model that is served, where it is known without an engine.
@@ -99,6 +100,7 @@ class ExchangeContext:
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.
+        continuation: which streams go on at another engine when theirs fails; None: none.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -108,7 +110,7 @@ class ExchangeContext:
     bodies: "BodyReader"
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
-    on_end: Callable[["Exchange", int, str], None]
+    on_end: Callable[["DispatchedRequest", int, str], None]
     recent: RecentRequests
     tracer: "RequestTracer | None" = None
     model: str | None = None
@@ -116,6 +118,7 @@ class ExchangeContext:
     cors: OriginPolicy = field(default_factory=OriginPolicy)
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
+    continuation: "ContinuedStreams | None" = None
     draining: bool = False
     rare_headers: RareHeaders = field(init=False)
 

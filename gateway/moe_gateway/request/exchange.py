@@ -21,6 +21,7 @@ from moe_scheduling.signals import Target
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
+from moe_gateway.http.bodies import Body
 from moe_gateway.http.heads import build_request_head
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
@@ -116,6 +117,11 @@ class Exchange:
         return self._account.ttft_s
 
     @property
+    def continued(self) -> str:
+        """How its stream, which had begun, goes on at its target; empty for one that began there."""
+        return ""
+
+    @property
     def computes(self) -> bool:
         """Whether an engine has to compute for it; a list of models costs an engine nothing."""
         return self.route.has_job
@@ -185,20 +191,26 @@ class Exchange:
             self._fail(ENGINE_GONE, AttemptFailure.UNREACHABLE)
             return
         self._upstream = connection
+        url, body = self._begin_attempt()
         head = build_request_head(
             request.method,
-            request.url,
+            url,
             request.headers,
             host=engine.host,
-            body_bytes=len(request.body),
+            body_bytes=len(body),
             request_id=sign_request_id(request.request_id, self.job.tenant) if self._is_fair else request.request_id,
             rank=target.rank if engine.address.ranks > 1 else None,
             http10=request.http10,
         )
-        connection.request(self, head, request.body)
+        connection.request(self, head, body)
         self.attempts.receive()
         if self._paused:
             self.pause()
+
+    def _begin_attempt(self) -> tuple[bytes, Body]:
+        """An attempt begins: returns the target and the body of its request."""
+        self._beginning = AnswerBeginning()
+        return self.request.url, self.request.body
 
     # 3. Stream.
 
@@ -315,19 +327,30 @@ class Exchange:
         elif self._answer.is_open and self._beginning.is_unframed_piece:
             self._close_open(part_of_status(connection.status))
         elif connection.reused and not self._beginning.received and self.attempts.may_repeat:
-            # The idle connection may have been closed while the request was on its way, which is no failure of the
-            # engine. But the engine may have read the request, so this was an attempt.
-            self.attempts.begin()
-            self._send()
+            self._send_anew()
         else:
             self._fail(reason)
+
+    def _send_anew(self) -> None:
+        """Sends it again where an idle connection ended, to another engine if possible: this one may begin to fail."""
+        assert self._in_flight is not None
+        dispatcher, attempts, target = self._context.dispatcher, self.attempts, self._in_flight.target
+        # The engine may have read the request, so this was an attempt, but it is no failure of the engine.
+        if not dispatcher.has_other(self.job, target, attempts.failed_targets):
+            attempts.begin()
+            self._send()
+            return
+        attempts.after_failure(target, AttemptFailure.BROKEN, self._context.clock())
+        dispatcher.settle(self._in_flight, self._context.clock())
+        self._context.stats.retry()
+        self.begin()
 
     def _fail(self, reason: str, failure: AttemptFailure = AttemptFailure.BROKEN) -> None:
         """The attempt failed: reports the engine, then retries, refuses, or breaks off the answer that has begun."""
         assert self._in_flight is not None
         context, target = self._context, self._in_flight.target
         now_s = context.clock()
-        step = self.attempts.after_failure(target, failure, now_s)
+        step = self.attempts.after_failure(target, failure, now_s, can_go_on=self._can_go_on)
         if failure is AttemptFailure.ENGINE_FULL:
             context.dispatcher.pause_full(target, now_s)
         elif failure is AttemptFailure.ENGINE_ERROR:
@@ -339,11 +362,19 @@ class Exchange:
             return
         context.dispatcher.settle(self._in_flight, now_s)
         if step is NextStep.RETRY:
-            context.stats.retry()
-            self._beginning = AnswerBeginning()
-            self.begin()
+            self._retry()
         else:
             self._refuse(RequestOutcome.ENGINE_FAILED, reason)
+
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether an answer that has begun can go on at another engine."""
+        return False
+
+    def _retry(self) -> None:
+        self._context.stats.retry()
+        self._beginning = AnswerBeginning()
+        self.begin()
 
     def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
         self._answer.break_off(outcome, reason, is_stream=self._beginning.is_chunked and self.parsed.stream)
@@ -351,7 +382,7 @@ class Exchange:
         self._answer.finish(keep_alive=False)
 
     def _refuse(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
-        if self._answer.is_open:
+        if self._answer.is_open or self.attempts.is_answering:
             self._break_off(message, outcome)
             return
         keep_alive = self._answer.keeps_alive

@@ -5,7 +5,7 @@ from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.form import parse_form
 from moe_gateway.request.parsing import Parsed, parse_body
 
-_NO_BODY = Parsed(model=None, stream=False, priority=0, user=None, prompt=b"", prompt_tokens=0)
+NO_BODY = Parsed(model=None, stream=False, priority=0, user=None, prompt=b"", prompt_tokens=0)
 
 
 def read_request(route: Route, request: ClientRequest) -> Parsed:
@@ -16,8 +16,8 @@ def read_request(route: Route, request: ClientRequest) -> Parsed:
     """
     if route.names_response:
         stream = b"stream=true" in request.url.lower()
-        return _NO_BODY._replace(stream=stream, previous_response=read_response_id(request.url))
+        return NO_BODY._replace(stream=stream, previous_response=read_response_id(request.url))
     if route.method != b"POST":
-        return _NO_BODY
+        return NO_BODY
     assert isinstance(request.body, bytes)
     return parse_form(request.headers, request.body) if route.is_form else parse_body(route, request.body)

@@ -15,7 +15,7 @@ from moe_scheduling.engine.choice import Explanation, Job, Send, explain
 from moe_gateway.engines.dispatcher import Dispatcher
 
 if TYPE_CHECKING:
-    from moe_gateway.request.exchange import Exchange
+    from moe_gateway.request.dispatched import DispatchedRequest
 
 REMEMBERED_REQUESTS = 1000
 TERMS_PERIOD_S = 0.01
@@ -29,6 +29,7 @@ class _Attempt(NamedTuple):
     sending: Send
     terms: Sequence[Explanation]
     more_targets: int
+    continued: str
 
 
 class _Recent(NamedTuple):
@@ -39,7 +40,7 @@ class _Recent(NamedTuple):
     model: str | None
     prompt_tokens: int
     priority: int
-    attempts: list[tuple[float, Send, Sequence[Explanation], int]]
+    attempts: list[tuple[float, Send, Sequence[Explanation], int, str]]
     status: int | None
     problem: str
     ttft_s: float | None
@@ -56,20 +57,20 @@ class RecentRequests:
         self._by_id: OrderedDict[bytes, list[Any]] = OrderedDict()
         self._terms_due_s = 0.0
 
-    def attempt(self, exchange: "Exchange", sending: Send, dispatcher: Dispatcher, now_s: float) -> None:
+    def attempt(self, exchange: "DispatchedRequest", sending: Send, dispatcher: Dispatcher, now_s: float) -> None:
         """A request is about to be sent to a target; the dispatcher does not count it there yet."""
         terms: Sequence[Explanation] = ()
         more = 0
         if now_s >= self._terms_due_s:
             self._terms_due_s = now_s + TERMS_PERIOD_S
             terms, more = _explain_choice(exchange.job, sending, dispatcher, now_s)
-        self._find(exchange)[_ATTEMPTS].append((now_s, sending, terms, more))
+        self._find(exchange)[_ATTEMPTS].append((now_s, sending, terms, more, exchange.continued))
 
-    def end(self, exchange: "Exchange", status: int, problem: str, now_s: float) -> None:
+    def end(self, exchange: "DispatchedRequest", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
         self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s
 
-    def _find(self, exchange: "Exchange") -> list[Any]:
+    def _find(self, exchange: "DispatchedRequest") -> list[Any]:
         request, by_id = exchange.request, self._by_id
         request_id, arrived_s = request.request_id, request.arrived_s
         recent = by_id.get(request_id)
@@ -130,6 +131,7 @@ def _attempt_record(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
         predicted_s=sending.predicted_s,
         targets=tuple(map(_terms, terms)),
         more_targets=attempt.more_targets,
+        continued=attempt.continued,
     )
 
 

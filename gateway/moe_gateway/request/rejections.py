@@ -1,5 +1,7 @@
 """How a request that the dispatcher rejects is answered."""
 
+from collections.abc import Iterable
+
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.http.replies import RequestOutcome
 
@@ -15,3 +17,13 @@ REJECTIONS = {
     Rejection.TIMEOUT_SATURATED: (RequestOutcome.NO_ENGINE, "every engine stayed saturated"),
     Rejection.DEADLINE: (RequestOutcome.DEADLINE_EXCEEDED, "X-Request-Timeout passed before the answer began"),
 }
+
+
+def explain_unknown_model(name: str, known: Iterable[str]) -> str:
+    """Why a model cannot be asked for."""
+    return f"the model {name[:200]!r} does not exist; known: {', '.join(sorted(known))}"
+
+
+def explain_lost_response(response_id: str) -> str:
+    """Why a response cannot be continued, read or cancelled."""
+    return f"no engine is known to have the response {response_id[:200]!r}: its engine or the gateway restarted"

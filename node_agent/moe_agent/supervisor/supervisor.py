@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,7 @@ from moe_contract.engine_process import END_GRACE_S, SETTLE_S, leader_end_s
 
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
+from moe_agent.supervisor.hang_watch import HangWatch
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class SupervisorRules:
         hang_s: time for which an engine that has requests makes no step, after which it is restarted. It is far above
             any step: one takes up to some seconds on CPUs, moves of experts take seconds, and kernels that are compiled
             for a first request some minutes at most. It is twice the silence after which a gateway gives a request up.
+        answer_s: time for which an idle core does not answer, after which the engine is restarted. Sleep, wake-up and
+            new weights keep it from answering for seconds.
     """
 
     first_backoff_s: float = 1.0
@@ -71,6 +74,7 @@ class SupervisorRules:
     settle_s: float = SETTLE_S
     end_grace_s: float = END_GRACE_S
     hang_s: float = 600.0
+    answer_s: float = 240.0
 
     def backoff_s(self, failures: int) -> float:
         """Pause after the `failures`-th failure in a row."""
@@ -250,30 +254,32 @@ class EngineSupervisor:
 
     async def _watch_health(self) -> str:
         """Returns, with the reason, when the engine did not come up in time or has stopped answering."""
-        started_s = last_answer_s = time.monotonic()
         timeout = aiohttp.ClientTimeout(total=self._rules.health_timeout_s)
+        rules = self._rules
         async with aiohttp.ClientSession(self.url, timeout=timeout) as session:
-            while True:
-                healthy = await is_healthy(session)
-                now_s = time.monotonic()
-                if healthy:
-                    last_answer_s = now_s
-                    if self._ready_since_s is None:
-                        self.max_model_len = await fetch_max_model_len(session)
-                        self._ready_since_s = now_s
-                        log.info("engine is ready after %.1f s", now_s - started_s)
-                        self._enter(Phase.READY)
-                elif self._ready_since_s is None and now_s - started_s > self._engine.startup_timeout_s:
-                    return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
-                elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
-                    return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
-                if self._ready_since_s is not None and await self._hangs(session, now_s):
-                    return f"no step for {self._rules.hang_s:g} s though there are requests"
-                await asyncio.sleep(self._rules.health_every_s)
+            hangs = HangWatch(session, self._unstepped_s, step_s=rules.hang_s, answer_s=rules.answer_s)
+            with closing(hangs):
+                return await self._watch_until_it_fails(session, hangs)
 
-    async def _hangs(self, session: aiohttp.ClientSession, now_s: float) -> bool:
-        """Whether the engine's core hangs while its server lives. One that sleeps or is paused keeps its requests."""
-        return self._unstepped_s(now_s) > self._rules.hang_s and not await is_asleep(session)
+    async def _watch_until_it_fails(self, session: aiohttp.ClientSession, hangs: HangWatch) -> str:
+        started_s = last_answer_s = time.monotonic()
+        while True:
+            healthy = await is_healthy(session)
+            now_s = time.monotonic()
+            if healthy:
+                last_answer_s = now_s
+                if self._ready_since_s is None:
+                    self.max_model_len = await fetch_max_model_len(session)
+                    self._ready_since_s = now_s
+                    log.info("engine is ready after %.1f s", now_s - started_s)
+                    self._enter(Phase.READY)
+            elif self._ready_since_s is None and now_s - started_s > self._engine.startup_timeout_s:
+                return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
+            elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
+                return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
+            if self._ready_since_s is not None and (reason := await hangs.look(now_s)) is not None:
+                return reason
+            await asyncio.sleep(self._rules.health_every_s)
 
     async def _watch_process(self) -> str:
         """For an engine without a server: ready from its start; its end is seen elsewhere."""
@@ -304,18 +310,6 @@ async def is_healthy(session: aiohttp.ClientSession) -> bool:
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False
-
-
-async def is_asleep(session: aiohttp.ClientSession) -> bool:
-    """Whether the engine was put to sleep or paused on request; False where it has no such routes."""
-    for name in ("is_sleeping", "is_paused"):
-        try:
-            async with session.get(f"/{name}") as answer:
-                if answer.status == 200 and (await answer.json()).get(name) is True:
-                    return True
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, AttributeError):
-            continue
-    return False
 
 
 async def fetch_max_model_len(session: aiohttp.ClientSession) -> int | None:

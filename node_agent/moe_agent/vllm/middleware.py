@@ -5,13 +5,15 @@ Named to vLLM by `--middleware moe_agent.vllm.middleware.ServingRoutesOnly`. vLL
 
 Invariant: an allow-list on the decoded path exactly as the router will see it; a path that has more than one spelling
 (`//`, `..`, a backslash, an encoded slash) is refused rather than understood. WebSockets are refused.
+
+`GET /core` is answered here, once the engine's core answers: vLLM's `/health` speaks for its HTTP server alone.
 """
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from moe_contract.serving_routes import ENGINE_ONLY, Route, compile_templates
+from moe_contract.serving_routes import CORE, ENGINE_ONLY, Route, compile_templates
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -40,12 +42,31 @@ class ServingRoutesOnly:
         match scope["type"]:
             case "lifespan":
                 await self._app(scope, receive, send)
-            case "http" if is_serving_path(_routed_path(scope), scope.get("raw_path")):
-                await self._app(scope, receive, send)
+            case "http" if is_serving_path(path := _routed_path(scope), scope.get("raw_path")):
+                if path == CORE:
+                    await _send_json(send, 200, {"answers": await core_answers(scope)})
+                else:
+                    await self._app(scope, receive, send)
             case "http":
                 await _send_not_found(scope, send)
             case _:
                 await send({"type": "websocket.close", "code": 1008})
+
+
+async def core_answers(scope: Scope) -> bool:
+    """Asks the core of each rank something that takes it no time, and waits for the answers.
+
+    Returns:
+        True once all have answered; False where the server has no core, or says that it is dead.
+    """
+    try:
+        await scope["app"].state.engine_client.is_sleeping()
+    except RuntimeError:
+        # Ranks that answer differently answer.
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _routed_path(scope: Scope) -> str:
@@ -61,7 +82,11 @@ async def _send_not_found(scope: Scope, send: Send) -> None:
         "param": None,
         "code": 404,
     }
-    body = json.dumps({"error": error}).encode()
+    await _send_json(send, 404, {"error": error})
+
+
+async def _send_json(send: Send, status: int, document: dict[str, Any]) -> None:
+    body = json.dumps(document).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,8 +1,9 @@
 """ASGI middleware of an engine that is guarded: requests of the deployment's own gateways pass, others are 401.
 
 Named to vLLM by `--middleware moe_agent.vllm.peer_guard.PeersOnly` where clients need keys: whoever reaches the port of
-the engine would otherwise need none. Health, the list of models and whether the engine sleeps stay open: the agent
-asks for them, and they say nothing of users. The file of control tokens is named by `MOESERVING_PEER_TOKENS`.
+the engine would otherwise need none. Health, that of the core, the list of models and whether the engine sleeps stay
+open: the agent asks for them, and they say nothing of users. The file of control tokens is named by
+`MOESERVING_PEER_TOKENS`.
 """
 
 import json
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_contract.peer_tokens import HEADER, TOKENS_VARIABLE, PeerTokens
+from moe_contract.serving_routes import CORE
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/v1/models", "/is_sleeping", "/is_paused"})
+OPEN_PATHS = frozenset({"/health", "/v1/models", "/is_sleeping", "/is_paused", CORE})
 _NAME = HEADER.encode()
 
 

@@ -340,6 +340,9 @@ class OrderedScheduler(AsyncScheduler):
         """Tokens to compute before the next new one; looks at the prefix cache without a trace in its statistics."""
         if request.num_computed_tokens:
             return request.num_tokens - request.num_computed_tokens
+        if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_prefill"):
+            # Another engine computed the prompt; here only its last token is computed.
+            return 1
         manager = self.kv_cache_manager
         if not manager.prefix_cache_lookup_enabled(request):
             return request.num_tokens

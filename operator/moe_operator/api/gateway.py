@@ -1,5 +1,6 @@
 """Section `spec.gateway`: replicas, limits and holding of requests."""
 
+from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from moe_contract.gateway_config import ORIGIN_PATTERN, check_endpoint
@@ -7,6 +8,7 @@ from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_he
 from pydantic import AfterValidator, Field
 
 from moe_operator.api.access import GatewayAuth, GatewayTls
+from moe_operator.api.inference_pool import GatewayInferencePool
 from moe_operator.api.pods import GatewayService, Image, PodTemplate
 from moe_operator.api.section import Count, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
@@ -97,6 +99,13 @@ class GatewayTracing(Section):
     )
 
 
+class GatewayContinuation(StrEnum):
+    """Streams that go on at another engine when theirs fails or drains."""
+
+    NEVER = "never"
+    DETERMINISTIC = "deterministic"
+
+
 class Gateway(Section):
     """The way in for clients."""
 
@@ -127,7 +136,18 @@ class Gateway(Section):
     )
     cors: GatewayCors = GatewayCors()
     tracing: GatewayTracing | None = Field(default=None, description="Traces of requests. Absent: none.")
+    continuation: GatewayContinuation = Field(
+        default=GatewayContinuation.NEVER,
+        description="Streams that go on at another engine when theirs fails or drains. `deterministic`: completions "
+        "and chats whose tokens are not drawn at random, by `temperature: 0` or `seed`. `never`: none does, and one "
+        "whose engine fails ends with an error event.",
+    )
     auth: GatewayAuth | None = None
     tls: GatewayTls | None = None
+    inference_pool: GatewayInferencePool | None = Field(
+        default=None,
+        description="The engines as an `InferencePool` for routes of other gateways; `{}` is enough. Absent: none. "
+        "Only in a cluster.",
+    )
     limits: GatewayLimits = GatewayLimits()
     hold: GatewayHold = GatewayHold()

@@ -29,6 +29,7 @@ class Reason(StrEnum):
     REFUSED = "Refused"
     RECONCILE_ERROR = "ReconcileError"
     LEADER_WORKER_SET_MISSING = "LeaderWorkerSetMissing"
+    INFERENCE_POOL_MISSING = "InferencePoolMissing"
     NOT_PERMITTED = "NotPermitted"
     FAILED_CREATE = "FailedCreate"
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
@@ -49,6 +50,7 @@ class Reason(StrEnum):
     CONTAINER_CANNOT_START = "ContainerCannotStart"
     CRASH_LOOPING = "CrashLooping"
     POD_FAILED = "PodFailed"
+    NODE_NOT_READY = "NodeNotReady"
     IDENTITY_MISMATCH = "IdentityMismatch"
 
     # Degraded, of an engine.

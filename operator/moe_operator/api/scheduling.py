@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from moe_scheduling.engine.choice import EngineSettings
-from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.expert.settings import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from pydantic import Field
 

@@ -58,6 +58,7 @@ class Autoscaler:
         settings: FleetSettings,
         *,
         asked: bool = False,
+        source: str = "gateways and engines",
     ) -> Outcome:
         """How many engines should run.
 
@@ -68,6 +69,7 @@ class Autoscaler:
             signal: the newest state of the fleet.
             settings: bounds, targets, behaviour.
             asked: some source knows of a request, independent of the signal.
+            source: of the signal, in words.
         """
         now_s = self._clock()
         self._learn_startup(ready, loading, now_s)
@@ -77,7 +79,7 @@ class Autoscaler:
         decision = plan_fleet(observation, signal, settings, self._history, now_s)
         self._history = decision.history
         number = decision.replicas if isinstance(decision, Scale) else replicas
-        return Outcome(replicas=number, reason=decision.reason.value, limited=_limited(decision))
+        return Outcome(replicas=number, reason=decision.reason.value, limited=_limited(decision, source))
 
     def _learn_startup(self, ready: set[str], loading: set[str], now_s: float) -> None:
         for name in loading:
@@ -89,7 +91,8 @@ class Autoscaler:
                 del self._loading_since[name]
 
 
-def _limited(decision: Scale | Keep) -> tuple[Reason, str] | None:
+def _limited(decision: Scale | Keep, source: str) -> tuple[Reason, str] | None:
     if isinstance(decision, Keep) and decision.reason in (KeepReason.STALE, KeepReason.MISSING):
-        return Reason.NO_SIGNAL, f"the number of engines stays as it is: signals are {decision.reason.value}"
+        what = f"the signals of {source} are {decision.reason.value}"
+        return Reason.NO_SIGNAL, f"the number of engines stays as it is: {what}"
     return _LIMITS.get(decision.limit) if decision.limit is not None else None

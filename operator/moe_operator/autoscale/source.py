@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import aiohttp
@@ -45,8 +45,19 @@ class Sources:
         observed: Observed,
         pods: Sequence[Document],
         states: States,
+        whole: Collection[str] | None = None,
     ) -> Outcome:
-        """Engines that should run; without autoscaling, what the resource says."""
+        """Engines that should run; without autoscaling, what the resource says.
+
+        Args:
+            key: of the resource.
+            resource: the resource.
+            observed: what is there now.
+            pods: of the resource.
+            states: of its agents and gateways.
+            whole: names of the pods that stand for an engine all of whose pods are ready; None where each ready pod
+                does.
+        """
         replicas = plan_replicas(resource, observed)
         section = resource.spec.autoscaling
         if section is None or section.mode is AutoscalingMode.EXTERNAL:
@@ -57,7 +68,7 @@ class Sources:
         now_s = time.monotonic()
         fleet = _read_fleet(pods, states, now_s)
         self._rates[key] = measure_rates(self._rates.get(key, {}), _counts(fleet, states, now_s))
-        ready, loading = _engines(pods)
+        ready, loading = _engines(pods, whole)
         settings = fleet_settings(section)
         reading = await self._read(key, resource, fleet, asleep=observed.replicas == 0)
         outcome = self._autoscalers.setdefault(key, Autoscaler()).decide(
@@ -67,6 +78,7 @@ class Sources:
             reading.signal,
             settings,
             asked=asks(fleet.gateways) or reading.asks(time.monotonic() - settings.stale_after_s),
+            source="gateways and engines" if resource.spec.metrics.prometheus is None else "Prometheus",
         )
         if outcome.replicas != observed.replicas:
             log.info("%s/%s: %d -> %d engines: %s", *key, observed.replicas, outcome.replicas, outcome.reason)
@@ -115,8 +127,10 @@ def _counts(fleet: Fleet, states: States, now_s: float) -> dict[str, TokenCount]
     }
 
 
-def _engines(pods: Sequence[Document]) -> tuple[set[str], set[str]]:
+def _engines(pods: Sequence[Document], whole: Collection[str] | None = None) -> tuple[set[str], set[str]]:
     """Names of stable engines that are ready, and of those that are not yet."""
     stable = [pod for pod in pods if is_engine(pod) and label_of(pod, REVISION) == STABLE and is_live(pod)]
+    names = {pod["metadata"]["name"] for pod in stable}
     ready = {pod["metadata"]["name"] for pod in stable if is_ready(pod)}
-    return ready, {pod["metadata"]["name"] for pod in stable} - ready
+    ready = ready if whole is None else ready & {*whole}
+    return ready, names - ready

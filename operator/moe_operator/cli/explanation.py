@@ -14,6 +14,12 @@ _REASONS = {
 }
 
 
+_CONTINUED = {
+    "prefix": ", where the stream went on after the tokens that the client had",
+    "replay": ", where the stream was computed anew and went on after what the client had",
+}
+
+
 def render_record(record: RequestRecord) -> Group:
     """The request, each engine that it was sent to, and the terms of each choice."""
     parts: list[Text | Table] = [Text.assemble((record.request_id, "bold"), f"  {_describe(record)}")]
@@ -38,7 +44,8 @@ def _describe(record: RequestRecord) -> str:
 def _describe_attempt(number: int, attempt: AttemptRecord) -> str:
     reason = _REASONS.get(attempt.reason, attempt.reason)
     return (
-        f"{number}. after {_time(attempt.after_s)} to {_target(attempt.name, attempt.rank)}, since {reason}; "
+        f"{number}. after {_time(attempt.after_s)} to {_target(attempt.name, attempt.rank)}"
+        f"{_CONTINUED.get(attempt.continued, '')}, since {reason}; "
         f"first token predicted {_time(attempt.predicted_s)} later"
     )
 

@@ -56,6 +56,7 @@ ROOMS = {
     "calibrate": Room("bench", "bench", "Fit the step time of a real engine on this machine."),
     "agent": Room("agent", "agent", "Run one engine and its node agent (`up` does)."),
     "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does)."),
+    "epp": Room("epp", "epp", "Pick engines for another proxy, such as Envoy (ext-proc)."),
 }
 
 

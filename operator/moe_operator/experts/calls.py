@@ -10,7 +10,7 @@ import aiohttp
 from moe_contract.clients import AgentClient, PeerError, Refused, Unreachable
 from moe_contract.experts_state import ExpertsState
 from moe_contract.routes import EXPERTS_TIMEOUT_S
-from moe_scheduling.expert.decision import ExpertSettings
+from moe_scheduling.expert.settings import ExpertSettings
 
 from moe_operator.experts.reach import Agent, Reached
 from moe_operator.local.failure import Failure

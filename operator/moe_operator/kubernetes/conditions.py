@@ -10,6 +10,7 @@ from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.experts.report import CONDITION as BALANCED
 from moe_operator.experts.report import TO_ACT_ON, Verdict, judge_experts
 from moe_operator.kubernetes.finding import Finding
+from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET
 from moe_operator.plan.pod_status import ENGINE, GATEWAY
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
@@ -37,7 +38,8 @@ class ConditionInputs:
         seen: whether a gateway sees an engine that takes requests; None when no gateway answers.
         rolling: workloads that are not yet what was planned, in words.
         gated: pods that a queueing system holds back, in words.
-        missing_kind: a kind that the plan needs and the cluster lacks.
+        disrupted: pods that Kubernetes takes away, in words.
+        missing_kinds: kinds that the plan needs and the cluster lacks.
         findings: what is wrong with pods and workloads.
         limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
         has_experts: the engines should have expert groups.
@@ -57,7 +59,8 @@ class ConditionInputs:
     seen: bool | None = None
     rolling: tuple[str, ...] = ()
     gated: tuple[str, ...] = ()
-    missing_kind: str = ""
+    disrupted: tuple[str, ...] = ()
+    missing_kinds: tuple[str, ...] = ()
     findings: Sequence[Finding] = ()
     limited: tuple[Reason, str] | None = None
     has_experts: bool = False
@@ -65,6 +68,17 @@ class ConditionInputs:
     generation: int | None = None
 
 
+# What to do where the cluster lacks a kind that the plan needs.
+_MISSING_WORKLOAD = (
+    Reason.LEADER_WORKER_SET_MISSING,
+    "the cluster has no LeaderWorkerSet, which engines on several nodes need; install it (lws.sigs.k8s.io) or set "
+    "spec.engine.parallelism.nodes to 1",
+)
+_MISSING_POOL = (
+    Reason.INFERENCE_POOL_MISSING,
+    "the cluster has no InferencePool, or the operator no right to read it; install the Gateway API Inference "
+    "Extension (gateway-api-inference-extension.sigs.k8s.io) or take spec.gateway.inferencePool away",
+)
 TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
 
 
@@ -137,7 +151,8 @@ def _progressing(inputs: ConditionInputs) -> Verdict:
     if inputs.rolling:
         return TRUE, Reason.UPDATING, "; ".join(inputs.rolling)
     if inputs.ready < inputs.desired:
-        return TRUE, Reason.ENGINES_STARTING, f"{inputs.ready} of {inputs.desired} engines are ready"
+        parts = (f"{inputs.ready} of {inputs.desired} engines are ready", *inputs.disrupted)
+        return TRUE, Reason.ENGINES_STARTING, "; ".join(parts)
     return FALSE, Reason.COMPLETE, "everything is as it should be"
 
 
@@ -166,12 +181,8 @@ def _problem(inputs: ConditionInputs, component: str | None = None) -> tuple[Rea
     """The gravest problem: of everything, or of what keeps a component (`engine`, `gateway`) from serving."""
     if inputs.invalid:
         return Reason.INVALID_SPEC, inputs.invalid
-    if inputs.missing_kind:
-        message = (
-            f"the cluster has no {inputs.missing_kind}, which engines on several nodes need; install it "
-            "(lws.sigs.k8s.io) or set spec.engine.parallelism.nodes to 1"
-        )
-        return Reason.LEADER_WORKER_SET_MISSING, message
+    if LEADER_WORKER_SET.name in inputs.missing_kinds:
+        return _MISSING_WORKLOAD
     if inputs.failed:
         return Reason.RECONCILE_ERROR, "; ".join(filter(None, (inputs.failed, inputs.refused)))
     if inputs.refused:
@@ -179,7 +190,8 @@ def _problem(inputs: ConditionInputs, component: str | None = None) -> tuple[Rea
     for finding in inputs.findings:
         if component is None or finding.component in (component, ""):
             return finding.reason, finding.message
-    return None
+    # The resource's own clients do without.
+    return _MISSING_POOL if component is None and INFERENCE_POOL.name in inputs.missing_kinds else None
 
 
 def _paused(inputs: ConditionInputs) -> Verdict:

@@ -15,6 +15,7 @@ SERVICE_MONITOR = Kind("monitoring.coreos.com", "v1", "ServiceMonitor", "service
 POD_MONITOR = Kind("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors", optional=True)
 # Every cluster has it; optional, since an operator without the right to read it needs it for nothing else.
 AUTOSCALER = Kind("autoscaling", "v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers", optional=True)
+INFERENCE_POOL = Kind("inference.networking.k8s.io", "v1", "InferencePool", "inferencepools", optional=True)
 EVENT = Kind("", "v1", "Event", "events")
 NAMESPACE = Kind("", "v1", "Namespace", "namespaces", namespaced=False)
 LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases")
@@ -35,6 +36,7 @@ CHILDREN = (
     Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies"),
     SERVICE_MONITOR,
     POD_MONITOR,
+    INFERENCE_POOL,
     DEPLOYMENT,
     LEADER_WORKER_SET,
     AUTOSCALER,

@@ -10,6 +10,7 @@ from moe_contract.api_server import Kind
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.resource import MoEServing
+from moe_operator.kubernetes.group_scale_in import begun_goal
 from moe_operator.kubernetes.kinds import (
     CONFIG_MAP,
     DEPLOYMENT,
@@ -89,7 +90,11 @@ def _read_replicas(document: Document, workload: Document | None, *, both: bool)
     if both:
         replicas: int | None = document.get("status", {}).get("desiredReplicas")
         return replicas
-    return None if workload is None else workload.get("spec", {}).get("replicas")
+    if workload is None:
+        return None
+    # While groups end their streams the set has more than are wanted.
+    goal = begun_goal(workload)
+    return goal if goal is not None else workload.get("spec", {}).get("replicas")
 
 
 def plan_tokens(secret: Document | None, document: Document, now: datetime) -> tuple[tuple[str, ...], str]:

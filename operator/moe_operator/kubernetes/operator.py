@@ -71,7 +71,7 @@ class Operator:
             silence_s=INACTIVITY_S,
             absent_s=min(KINDS_EVERY_S, settings.resync_s),
         )
-        self._watches = Watches(self._server, self._store, self._namespaces(), self._queue.add, self._api.calls, times)
+        self._watches = Watches(self._server, self._store, self._namespaces(), self._see_change, self._api.calls, times)
         # 0: no bound. A stream keeps its connection.
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             streams = StateStreams(session, self._see_state, most_streams())
@@ -173,7 +173,7 @@ class Operator:
                 continue
             assert listing is not None, "its own kind is not optional"
             for key in self._store.replace(SERVING, listing, namespace):
-                self._queue.add(key)
+                self._see_change(key)
         if len(refusals) == len(self._namespaces()):
             raise refusals[0]
         for refusal in refusals:
@@ -203,16 +203,19 @@ class Operator:
         return not self._stop.is_set()
 
     async def _resync(self) -> None:
-        """Queues every resource again and again, against changes that were lost on the way."""
+        """Queues every resource again and again, against changes that were lost on the way; not all at once."""
+        half_s = self._settings.resync_s / 2.0
         while True:
-            await asyncio.sleep(self._settings.resync_s)
+            await asyncio.sleep(half_s)
             try:
                 await self._list_servings()
             except ApiError as error:
                 log.warning("resync: %r", error)
                 continue
-            for key in self._store.known():
-                self._queue.add(key)
+            known = self._store.known()
+            for key in known:
+                await asyncio.sleep(half_s / len(known))
+                self._queue.add_in_background(key)
 
     async def _watch(self) -> None:
         """Runs kopf until the end: the watch of the resource and its login, and the liveness endpoint.
@@ -243,7 +246,14 @@ class Operator:
         deleted = event["type"] == "DELETED"
         key = self._store.remove(SERVING, document) if deleted else self._store.put(SERVING, document)
         if key is not None:
+            self._see_change(key)
+
+    def _see_change(self, key: Key) -> None:
+        """Queues a resource of which an object changed; before it leads an operator knows no change from another."""
+        if self._election.leading.is_set():
             self._queue.add(key)
+        else:
+            self._queue.add_in_background(key)
 
     def _see_state(self, key: Key, numbers_only: bool) -> None:
         """Queues a resource of which an agent or a gateway changed; numbers, which always change, can wait."""
@@ -281,7 +291,7 @@ class Operator:
     async def _lead(self) -> None:
         await self._election.leading.wait()
         for key in self._store.known():
-            self._queue.add(key)
+            self._queue.add_in_background(key)
         async with asyncio.TaskGroup() as workers:
             for _ in range(self._settings.workers):
                 workers.create_task(self._work())

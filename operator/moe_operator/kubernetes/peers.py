@@ -132,6 +132,18 @@ async def put_settings(
     return ""
 
 
+async def drain(session: aiohttp.ClientSession, peer: Peer, tokens: Sequence[str]) -> str:
+    """Has an engine take nothing new and end once its streams are over; empty when it does, else why not."""
+    client = AgentClient(session, peer.url)
+    try:
+        if judge_identity(peer.uid, peer.says_uid, await client.state()) is not Identity.PROVED:
+            return "another pod answers at its address"
+        await client.drain(tokens)
+    except PeerError as error:
+        return str(error)
+    return ""
+
+
 def differs(wanted: Mapping[str, Any], peer: Peer, states: States) -> bool:
     """Whether the settings in force in a peer that answered are not the wanted ones."""
     state = states.engines.get(peer.pod) or states.gateways.get(peer.pod)

@@ -17,6 +17,7 @@ from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.children import WORKLOADS
 from moe_operator.kubernetes.diagnosis import find_gated, find_problems, first_of_each_reason
+from moe_operator.kubernetes.disruptions import find_disrupted, find_lost
 from moe_operator.kubernetes.event_problems import Suspect, find_suspects, read_events
 from moe_operator.kubernetes.finding import Finding
 from moe_operator.kubernetes.group_history import GroupHistory
@@ -39,10 +40,12 @@ class Problems:
     Attributes:
         findings: what is wrong, the first of each reason; what keeps pods from being made comes first.
         gated: pods that a queueing system holds back, in words.
+        disrupted: pods that Kubernetes takes away, in words.
     """
 
     findings: tuple[Finding, ...] = ()
     gated: tuple[str, ...] = ()
+    disrupted: tuple[str, ...] = ()
 
 
 class ProblemFinder:
@@ -71,12 +74,17 @@ class ProblemFinder:
         found = [
             *find_failures_to_create(workloads),
             *find_problems(pods, states, now, workloads),
+            *find_lost(pods, workloads, nodes, now),
             *self._groups.observe(key, pods, nodes, now),
             *await self._from_events(key, find_suspects(pods, workloads, now), now),
             *find_blind_gateways(pods, states, now),
             *find_deadlines(workloads),
         ]
-        return Problems(findings=tuple(first_of_each_reason(found)), gated=tuple(find_gated(pods)))
+        return Problems(
+            findings=tuple(first_of_each_reason(found)),
+            gated=tuple(find_gated(pods)),
+            disrupted=tuple(find_disrupted(pods)),
+        )
 
     async def _from_events(self, key: Key, suspects: list[Suspect], now: datetime) -> list[Finding]:
         if not suspects:

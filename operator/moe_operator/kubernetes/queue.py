@@ -1,6 +1,7 @@
 """A queue of resources to reconcile: each at most once in it and in one worker at a time, with backoff after failures.
 
-The shape of client-go's rate-limited work queue. Owned by the operator's event loop.
+The shape of client-go's rate-limited work queue, with the priorities of controller-runtime's: a change goes before what
+is only looked at again, as all resources are from time to time. Owned by the operator's event loop.
 """
 
 import asyncio
@@ -11,15 +12,23 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 120.0
+# While both wait, one of so many items is from the background: changes that never end hold nothing up for ever.
+SHARE = 4
 
 
 class WorkQueue(Generic[Item]):
-    """Items to work on, with a delay and a backoff for each."""
+    """Items to work on, with a delay and a backoff for each.
+
+    What was added goes first. In the background is what comes because time passes, and what `add_in_background` added.
+    """
 
     def __init__(self) -> None:
         self._ready: dict[Item, None] = {}
+        self._background: dict[Item, None] = {}
+        self._in_a_row = 0
         self._busy: set[Item] = set()
-        self._again: set[Item] = set()
+        # Items that come again once their worker is done, and whether in the background.
+        self._again: dict[Item, bool] = {}
         self._failures: dict[Item, int] = {}
         self._later: list[tuple[float, int, Item]] = []
         self._due_s: dict[Item, float] = {}
@@ -27,18 +36,27 @@ class WorkQueue(Generic[Item]):
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return len(self._ready) + len(self._background)
 
     def add(self, item: Item) -> None:
-        """Queues an item now, or once the worker that has it is done."""
+        """Queues an item that changed, now, or once the worker that has it is done."""
         if item in self._busy:
-            self._again.add(item)
+            self._again[item] = False
             return
+        self._background.pop(item, None)
         self._ready.setdefault(item)
         self._changed.set()
 
+    def add_in_background(self, item: Item) -> None:
+        """Queues an item that may be as it was, behind all that changed."""
+        if item in self._busy:
+            self._again.setdefault(item, True)
+        elif item not in self._ready:
+            self._background.setdefault(item)
+            self._changed.set()
+
     def add_after(self, item: Item, delay_s: float) -> None:
-        """Queues an item after a delay, unless it is due sooner anyway."""
+        """Queues an item in the background after a delay, unless it is due sooner anyway."""
         due_s = asyncio.get_running_loop().time() + delay_s
         if self._due_s.get(item, float("inf")) <= due_s:
             return
@@ -50,9 +68,8 @@ class WorkQueue(Generic[Item]):
         """Waits for the next item; `done` or `failed` has to follow."""
         while True:
             wait_s = self._release_due()
-            if self._ready:
-                item = next(iter(self._ready))
-                del self._ready[item]
+            if self:
+                item = self._next()
                 self._busy.add(item)
                 return item
             self._changed.clear()
@@ -81,8 +98,16 @@ class WorkQueue(Generic[Item]):
     def _finish(self, item: Item) -> None:
         self._busy.discard(item)
         if item in self._again:
-            self._again.discard(item)
-            self.add(item)
+            (self.add_in_background if self._again.pop(item) else self.add)(item)
+
+    def _next(self) -> Item:
+        """Takes the first item out: a changed one, and now and then one of the background."""
+        is_change = bool(self._ready) and not (self._background and self._in_a_row >= SHARE - 1)
+        self._in_a_row = self._in_a_row + 1 if is_change and self._background else 0
+        waiting = self._ready if is_change else self._background
+        item = next(iter(waiting))
+        del waiting[item]
+        return item
 
     def _release_due(self) -> float | None:
         """Makes ready what is due; time until the next, None without one."""
@@ -92,5 +117,5 @@ class WorkQueue(Generic[Item]):
             # A sooner date has replaced this one, or it was used up.
             if self._due_s.get(item) == due_s:
                 del self._due_s[item]
-                self.add(item)
+                self.add_in_background(item)
         return self._later[0][0] - now_s if self._later else None

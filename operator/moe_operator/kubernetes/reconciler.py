@@ -40,8 +40,9 @@ from moe_operator.kubernetes.conditions import (
 from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
-from moe_operator.kubernetes.groups import describe_rollout, read_nodes
-from moe_operator.kubernetes.kinds import CHILDREN, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.group_scale_in import ScaleIn, begun_goal, drain_groups, with_scale_in
+from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
+from moe_operator.kubernetes.kinds import CHILDREN, INFERENCE_POOL, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
@@ -62,7 +63,7 @@ from moe_operator.kubernetes.takeover import (
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
-from moe_operator.plan.cluster import plan_replicas
+from moe_operator.plan.cluster import plan_engine_count, plan_replicas, stable_nodes
 from moe_operator.plan.names import Names
 
 Document = dict[str, Any]
@@ -171,10 +172,14 @@ class Reconciler:
             place = await self._namespaces.fetch_uid(key.namespace)
             observed = read_observed(self._store, key, document, resource, self._kinds(), now, place)
             as_it_is = Outcome(replicas=plan_replicas(resource, observed), reason="failed", limited=None)
-            deciding = self._sources.decide(key, resource, observed, pods, states)
+            whole = whole_replicas(pods, read_nodes(document))
+            deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
             observed = replace(observed, replicas=outcome.replicas)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
+            scaling_in = self._drain_groups(key, resource, observed, takeover, pods, peers, states)
+            scale_in = await parts.run("draining groups that have to go", scaling_in, None)
+            observed = with_scale_in(observed, scale_in)
             plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
@@ -196,7 +201,8 @@ class Reconciler:
         except ApiError as error:
             await self._report_failure(key, describe(error), states, experts)
             raise PassFailed(describe(error)) from error
-        status_after_s = await self._report(current, plan, applied, outcome.limited, takeover, parts.problems)
+        moves = [move.text for move in (takeover, scale_in) if move is not None]
+        status_after_s = await self._report(current, plan, applied, outcome.limited, moves, parts.problems)
         if parts.problems:
             raise PassFailed("; ".join(parts.problems))
         return self._next_s(current, applied, late, status_after_s)
@@ -218,6 +224,25 @@ class Reconciler:
             await parts.run("ending engines of the old kind of workload", shrinking, None)
         late = await parts.run("giving settings", self._push_settings(plan, peers, current), True)
         return applied, late
+
+    async def _drain_groups(
+        self,
+        key: Key,
+        resource: MoEServing,
+        observed: Observed,
+        takeover: Takeover | None,
+        pods: Sequence[Document],
+        peers: Sequence[Peer],
+        states: States,
+    ) -> ScaleIn | None:
+        """Has groups that have to go end their streams; nothing where another manager sets their number."""
+        live = self._store.get(key, LEADER_WORKER_SET, Names(key.name).engine)
+        if live is None or takeover is not None or stable_nodes(resource, observed) == 1:
+            return None
+        wanted = plan_engine_count(resource, observed).spec.get("replicas")
+        if wanted is None:
+            return None
+        return await drain_groups(self._session, live, wanted, pods, peers, states, observed.tokens)
 
     async def _ask(
         self, key: Key, peers: list[Peer], resource: MoEServing
@@ -260,7 +285,7 @@ class Reconciler:
         plan: ClusterPlan,
         applied: Applied,
         limited: tuple[Reason, str] | None,
-        takeover: Takeover | None,
+        moves: Sequence[str],
         failures: Sequence[str],
     ) -> float:
         names = Names(current.key.name)
@@ -268,15 +293,16 @@ class Reconciler:
         inputs = ConditionInputs(
             refused="; ".join([*applied.refused, *_other_missing(applied)]),
             failed=_failed(failures),
-            missing_kind=LEADER_WORKER_SET.name if LEADER_WORKER_SET.name in applied.missing else "",
+            missing_kinds=tuple(applied.missing),
             desired=plan.replicas,
             rolling=(
                 *_rolling(self._store, current.key),
-                *([takeover.text] if takeover else []),
+                *moves,
                 *self._find_remains(current.key),
             ),
             findings=problems.findings,
             gated=problems.gated,
+            disrupted=problems.disrupted,
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
@@ -337,6 +363,7 @@ class Reconciler:
             desired=self._live_replicas(key),
             findings=problems.findings,
             gated=problems.gated,
+            disrupted=problems.disrupted,
             has_experts=resource.spec.engine.parallelism.expert,
         )
         after_s = await self._write_status(key, document, Names(key.name), inputs, pods, states, experts)
@@ -352,7 +379,8 @@ class Reconciler:
             if known is not None:
                 return int(known)
         workload = engines_workload(self._store, key, names) or {}
-        return int(workload.get("spec", {}).get("replicas", 0))
+        goal = begun_goal(workload)
+        return goal if goal is not None else int(workload.get("spec", {}).get("replicas", 0))
 
     async def _write_status(
         self,
@@ -410,8 +438,8 @@ class Reconciler:
 
 
 def _other_missing(applied: Applied) -> list[str]:
-    """Kinds but for LeaderWorkerSets that the plan needs and the operator cannot read, in words."""
-    others = (name for name in applied.missing if name != LEADER_WORKER_SET.name)
+    """Kinds without a reason of their own that the plan needs and the operator cannot read, in words."""
+    others = (name for name in applied.missing if name not in (LEADER_WORKER_SET.name, INFERENCE_POOL.name))
     return [f"{name}: the cluster lacks this kind, or the operator the right to read it" for name in others]
 
 

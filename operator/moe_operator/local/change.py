@@ -19,8 +19,8 @@ from moe_operator.api import MoEServing, dump_resource, load_resource, parse_res
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, held, write_whole
 from moe_operator.local.record import GATEWAY, ProcessRecord, Record
-from moe_operator.local.start import build_configs, require_running
-from moe_operator.plan import LocalPlan, LocalSite, plan_local
+from moe_operator.local.start import build_configs, require_running, site_of
+from moe_operator.plan import LocalPlan, plan_local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,20 +88,7 @@ def is_live(present: LocalPlan, wanted: MoEServing, folder: Folder, record: Reco
 
 def plan_for(resource: MoEServing, folder: Folder, record: Record) -> LocalPlan:
     """The plan on the machine as it was when the deployment started."""
-    site = record.site
-    return plan_local(
-        resource,
-        LocalSite(
-            state_dir=folder.path,
-            token_file=folder.token,
-            ports=site.ports,
-            cpus=site.cpus,
-            memory_bytes=site.memory_bytes,
-            gpus=site.gpus,
-            host=site.host,
-            secrets_dir=site.secrets_dir,
-        ),
-    )
+    return plan_local(resource, site_of(folder, record.site))
 
 
 def build_calls(record: Record, before: LocalPlan, after: LocalPlan) -> tuple[Call, ...]:

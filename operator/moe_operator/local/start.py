@@ -127,15 +127,28 @@ def clean(folder: Folder) -> None:
 def find_site(resource: MoEServing, folder: Folder, secrets_dir: Path | None = None) -> LocalSite:
     """This machine, with free ports chosen."""
     taken = [port] if (port := resource.spec.gateway.port) else []
-    return LocalSite(
-        state_dir=folder.path,
-        token_file=folder.token,
+    site = SiteRecord(
         ports=machine.find_free_ports(ports_needed(resource), without=taken),
         cpus=machine.count_cpus(),
         memory_bytes=machine.memory_bytes(),
         gpus=machine.find_gpus(),
         host=machine.HOST,
         secrets_dir=None if secrets_dir is None else secrets_dir.absolute(),
+    )
+    return site_of(folder, site)
+
+
+def site_of(folder: Folder, site: SiteRecord) -> LocalSite:
+    """A machine, as it is or as it was when the deployment started, with the deployment's own files."""
+    return LocalSite(
+        state_dir=folder.path,
+        token_file=folder.token,
+        ports=site.ports,
+        cpus=site.cpus,
+        memory_bytes=site.memory_bytes,
+        gpus=site.gpus,
+        host=site.host,
+        secrets_dir=site.secrets_dir,
     )
 
 
@@ -171,6 +184,7 @@ def build_configs(folder: Folder, plan: LocalPlan) -> Mapping[Path, str]:
 def build_record(resource: MoEServing, folder: Folder, site: LocalSite, plan: LocalPlan, programs: Programs) -> Record:
     """The record of a deployment of which nothing runs yet."""
     listen, admin = plan.gateway.listen, plan.gateway.admin
+    assert listen is not None
     agents = [
         _build_row(folder, f"agent-{index}", programs.agent, http_url(agent.listen.host, agent.listen.port))
         for index, agent in enumerate(plan.agents)

@@ -23,9 +23,10 @@ from moe_operator.api.units import canonical_quantity
 from moe_operator.plan import pods
 from moe_operator.plan.access import build_access
 from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_count
-from moe_operator.plan.leader_worker_set import build_leader_worker_set, build_worker_budgets
+from moe_operator.plan.inference_pool import build_inference_pool
+from moe_operator.plan.leader_worker_set import build_group_budgets, build_leader_worker_set
 from moe_operator.plan.metadata import with_metadata
-from moe_operator.plan.names import ROTATED_AT, Names
+from moe_operator.plan.names import ROTATED_AT, SCALE_IN, Names
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
@@ -51,6 +52,8 @@ class Observed:
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
         first_replicas: number of stable engines of the planned kind of workload while another kind still serves; None
             where none does.
+        scale_in: groups that the LeaderWorkerSet of the stable engines has for now, and the number that stays, while
+            some of them end their streams; None while none does.
         has_groups: engines that span several nodes exist.
         scaled: workloads, by kind and name, whose number of replicas another manager (an autoscaler) set last.
         gateways: wanted number of gateways, as the live object has it; None without one.
@@ -64,6 +67,7 @@ class Observed:
     stable: Revision | None = None
     replicas: int | None = None
     first_replicas: int | None = None
+    scale_in: tuple[int, int] | None = None
     has_groups: bool = False
     scaled: Mapping[Place, Scaled] = field(default_factory=dict)
     gateways: int | None = None
@@ -117,6 +121,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *build_access(names),
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
+        *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
         *build_policies(
             resource,
             names,
@@ -125,7 +130,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
             spans_nodes=spans_nodes,
             has_service_monitors=observed.has_service_monitors,
         ),
-        *build_worker_budgets(at_stable, names, names.engine, count.replicas),
+        *build_group_budgets(at_stable, names, names.engine, count.replicas),
         _build_engines(at_stable, names, STABLE, stable, count, defaults),
     ]
     if has_canary and canary is not None:
@@ -147,7 +152,7 @@ def _build_canary(
     resource: MoEServing, names: Names, replicas: int, wanted: Revision, observed: Observed, defaults: Defaults
 ) -> list[Object]:
     count = count_replicas((_engines_kind(_nodes(resource)), names.canary), replicas, observed.scaled)
-    budgets = build_worker_budgets(resource, names, names.canary, count.replicas)
+    budgets = build_group_budgets(resource, names, names.canary, count.replicas)
     return [*budgets, _build_engines(resource, names, CANARY, wanted, count, defaults)]
 
 
@@ -169,6 +174,9 @@ def plan_engine_count(resource: MoEServing, observed: Observed) -> Count:
     else:
         place = (_engines_kind(stable_nodes(resource, observed)), Names(resource.metadata.name).engine)
         count = count_replicas(place, planned, observed.scaled)
+    if observed.scale_in is not None:
+        present, goal = observed.scale_in
+        return replace(count, spec={"replicas": present}, annotations={**count.annotations, SCALE_IN: str(goal)})
     if observed.first_replicas is None:
         return count
     # Another kind of workload still serves: the number grows with the engines that are ready.

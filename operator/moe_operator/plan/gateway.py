@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_contract.access_config import Auth, Jwt, Quota, Tls
-from moe_contract.gateway_config import ORIGIN_PATTERN, Cors, Limits, Tracing
+from moe_contract.gateway_config import ORIGIN_PATTERN, ContinuedStreams, Cors, Limits, Tracing
 
+from moe_operator.api.gateway import GatewayContinuation
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
 
@@ -55,6 +56,23 @@ def build_tracing(resource: MoEServing) -> Tracing | None:
     """Where the gateway sends traces of requests."""
     tracing = resource.spec.gateway.tracing
     return None if tracing is None else Tracing(endpoint=tracing.endpoint, sample_ratio=tracing.sample_percent / 100)
+
+
+def build_continuation(resource: MoEServing) -> ContinuedStreams | None:
+    """Which streams go on at another engine when theirs fails."""
+    if resource.spec.gateway.continuation is GatewayContinuation.NEVER:
+        return None
+    args = [arg.replace("_", "-") for arg in resource.spec.engine.args]
+    is_plain = not any(map(_SAMPLING_FLAG.match, args))
+    has_parser = any(map(_PARSER_FLAG.match, args))
+    return ContinuedStreams(completions_by_prefix=is_plain, chats_by_prefix=is_plain and not has_parser)
+
+
+# Flags of vLLM after which a token may depend on more than the tokens before it: penalties and limits for all requests,
+# code of others, and a file that may hold such flags. vLLM also takes the beginning of a flag.
+_SAMPLING_FLAG = re.compile(r"--(override-gen|generation|logits-proc|middleware|config)")
+# Flags that take tool calls or reasoning out of the text of chats.
+_PARSER_FLAG = re.compile(r"--(reasoning|tool|enable-auto|structured-outputs)")
 
 
 def find_secrets(resource: MoEServing) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ _ONLY_IN_A_CLUSTER = (
     ("gateway", "image"),
     ("gateway", "service"),
     ("gateway", "podTemplate"),
+    ("gateway", "inferencePool"),
     ("autoscaling",),
     ("networkPolicy",),
     ("commonMetadata",),

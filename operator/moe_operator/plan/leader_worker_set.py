@@ -1,7 +1,7 @@
-"""Engines that span several nodes: their LeaderWorkerSet, what sets its workers apart, and the budget of workers. Pure.
+"""Engines that span several nodes: their LeaderWorkerSet, what sets its workers apart, and their budget. Pure.
 
 A replica is a group of pods: a leader, which serves, and workers, which lend their devices to it. Only a leader carries
-the label of its revision, by which Services, budgets and the scale subresource find what serves. The facts about the
+the label of its revision, by which Services and the scale subresource find what serves. The facts about the
 controller are those of LeaderWorkerSet v0.10 (lws.sigs.k8s.io).
 """
 
@@ -13,10 +13,10 @@ from moe_contract.engine_process import engine_grace_s, worker_grace_s
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s
-from moe_operator.plan.names import LWS_NAME, LWS_WORKER_INDEX, REVISION, Names
+from moe_operator.plan.names import LWS_NAME, REVISION, Names
 
 Object = dict[str, Any]
-WORKERS = "workers"
+GROUPS = "groups"
 
 
 def build_leader_worker_set(
@@ -55,34 +55,26 @@ def build_worker_template(resource: MoEServing, leader: Object) -> Object:
     return {**leader, "metadata": {**metadata, "labels": labels}, "spec": spec}
 
 
-def build_worker_budgets(resource: MoEServing, names: Names, workload: str, replicas: int) -> list[Object]:
-    """Returns the budget of evictions of a workload's workers, none where it has no workers.
+def build_group_budgets(resource: MoEServing, names: Names, workload: str, replicas: int) -> list[Object]:
+    """Returns the budget of evictions of a workload's groups, none where its engines span one node.
 
-    No more workers than groups may be away at a time: a group without one of its workers does not serve, so a share of
-    the pods would take more groups than it says.
+    One budget has leaders and workers, and lets go no more pods than groups may be away: in the worst case each is of
+    another group, and a group without one of its pods does not serve. A share of the pods would take more groups.
     """
     if resource.spec.engine.parallelism.nodes == 1:
         return []
-    return [_build_worker_budget(resource, names, workload, replicas)]
-
-
-def _build_worker_budget(resource: MoEServing, names: Names, name: str, replicas: int) -> Object:
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {"name": f"{name}-{WORKERS}"},
-        "spec": {
-            "maxUnavailable": groups_away(resource.spec.disruption.max_unavailable, replicas),
-            "selector": {
-                "matchLabels": {**names.labels("engine"), LWS_NAME: name},
-                "matchExpressions": [
-                    {"key": LWS_WORKER_INDEX, "operator": "Exists"},
-                    {"key": LWS_WORKER_INDEX, "operator": "NotIn", "values": ["0"]},
-                ],
+    return [
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {"name": f"{workload}-{GROUPS}"},
+            "spec": {
+                "maxUnavailable": groups_away(resource.spec.disruption.max_unavailable, replicas),
+                "selector": {"matchLabels": {**names.labels("engine"), LWS_NAME: workload}},
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
             },
-            "unhealthyPodEvictionPolicy": "AlwaysAllow",
-        },
-    }
+        }
+    ]
 
 
 def groups_away(limit: str | int, replicas: int) -> int:

@@ -18,7 +18,7 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
-from moe_operator.plan.gateway import build_auth, build_cors, build_limits, build_tls, build_tracing
+from moe_operator.plan.gateway import build_auth, build_continuation, build_cors, build_limits, build_tls, build_tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +155,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),
+        continuation=build_continuation(resource),
         tenant_header=resource.spec.gateway.tenant_header,
         auth=build_auth(resource, folder_of),
         tls=build_tls(resource, folder_of),

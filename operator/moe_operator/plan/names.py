@@ -18,6 +18,8 @@ CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
 # On a claim that the operator made and no resource uses any more.
 KEPT = f"{GROUP}/kept"
+# On a LeaderWorkerSet that gets smaller: the number of groups that stay.
+SCALE_IN = f"{GROUP}/scale-in"
 # On each child: the uid of its resource; empty once a resource was deleted and its children were to stay.
 OWNER = f"{GROUP}/owner"
 ROTATE = f"{GROUP}/rotate-token"
@@ -45,6 +47,7 @@ class Suffix:
     CONTROL = "control"
     SETTINGS = "settings"
     CACHE = "cache"
+    PICKER = "picker"
 
 
 def child_name(name: str, suffix: str, longest: int = LONGEST_SERVICE) -> str:
@@ -90,6 +93,10 @@ class Names:
     @property
     def settings(self) -> str:
         return child_name(self.name, Suffix.SETTINGS)
+
+    @property
+    def picker(self) -> str:
+        return child_name(self.name, Suffix.PICKER)
 
     @property
     def cache(self) -> str:

@@ -8,7 +8,7 @@ from moe_contract.routes import METRICS
 
 from moe_operator.api.pods import GatewayService, IpFamilyPolicy, ServiceType
 from moe_operator.api.resource import MoEServing
-from moe_operator.plan.names import COMPONENT, INSTANCE, Names
+from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_NAME, Names
 from moe_operator.plan.network_policies import build_network_policies
 from moe_operator.plan.pods import Defaults
 
@@ -76,8 +76,13 @@ def build_policies(
     has_service_monitors: bool,
 ) -> list[Object]:
     """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned."""
-    objects = [_build_budget(name, names.labels("engine", revision), resource) for revision, name in engines.items()]
-    objects.append(_build_budget(names.gateway, names.labels("gateway"), resource))
+    # Pods of groups have a budget of their own; a pod with two budgets cannot be evicted at all.
+    singles: Object = {"matchExpressions": [{"key": LWS_NAME, "operator": "DoesNotExist"}]} if spans_nodes else {}
+    objects = [
+        _build_budget(name, {"matchLabels": names.labels("engine", revision), **singles}, resource)
+        for revision, name in engines.items()
+    ]
+    objects.append(_build_budget(names.gateway, {"matchLabels": names.labels("gateway")}, resource))
     objects += build_network_policies(resource, names, defaults, spans_nodes=spans_nodes)
     if has_service_monitors and resource.spec.metrics.service_monitor:
         objects += [_build_monitor(names.engine, names, "engine", "agent")]
@@ -85,7 +90,7 @@ def build_policies(
     return objects
 
 
-def _build_budget(name: str, selector: Mapping[str, str], resource: MoEServing) -> Object:
+def _build_budget(name: str, selector: Mapping[str, Any], resource: MoEServing) -> Object:
     away = resource.spec.disruption.max_unavailable
     return {
         "apiVersion": "policy/v1",
@@ -93,7 +98,7 @@ def _build_budget(name: str, selector: Mapping[str, str], resource: MoEServing) 
         "metadata": {"name": name},
         "spec": {
             "maxUnavailable": away if away.endswith("%") else int(away),
-            "selector": {"matchLabels": dict(selector)},
+            "selector": dict(selector),
             # A pod that serves nothing, such as one that cannot start, must not stop a node from being drained.
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
         },

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_contract.engine_process import ADMIN_PORT_NAME, AGENT_PORT_NAME, ENGINE_PORT_NAME, HTTP_PORT_NAME
+from moe_contract.picker_config import PICKER_PORT_NAME
 
 from moe_operator.api.resource import MoEServing
+from moe_operator.plan.inference_pool import PROXIES
 from moe_operator.plan.names import COMPONENT, Names
 from moe_operator.plan.pods import Defaults
 
@@ -33,25 +35,28 @@ def build_network_policies(
 
 
 def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults, *, spans_nodes: bool) -> Object:
-    """The engine's port for gateways, the agent's also for operator and scrapers; all ports among a group's nodes."""
+    """The engine's port for gateways and proxies, the agent's for operator and scrapers too; all ports in a group."""
     gateways = {"podSelector": {"matchLabels": names.labels("gateway")}}
+    proxies = _proxies(resource)
     readers = [gateways, *_operator_peers(defaults), *_scrapers(resource)]
     rules: list[Object] = [
-        {"from": [gateways], "ports": _ports(ENGINE_PORT_NAME)},
+        {"from": [gateways, *proxies], "ports": _ports(ENGINE_PORT_NAME)},
         {"from": readers, "ports": _ports(AGENT_PORT_NAME)},
     ]
     if (tunnel := resource.spec.network_policy.mesh_port) is not None:
-        rules.append({"from": readers, "ports": _ports(tunnel)})
+        rules.append({"from": [*readers, *proxies], "ports": _ports(tunnel)})
     if spans_nodes:
         rules.append({"from": [{"podSelector": {"matchLabels": names.labels("engine")}}]})
     return _build_policy(names.engine, names.labels("engine"), [*rules, *_further(resource)])
 
 
 def _build_gateway_policy(resource: MoEServing, names: Names, defaults: Defaults) -> Object:
-    """The clients' port for everyone, the admin port for the operator and scrapers."""
+    """The clients' port for everyone, the admin port for operator and scrapers, the picker's for proxies of a pool."""
     rules: list[Object] = [{"ports": _ports(HTTP_PORT_NAME)}]
     if admins := [*_operator_peers(defaults), *_scrapers(resource)]:
         rules.append({"from": admins, "ports": _ports(ADMIN_PORT_NAME)})
+    if proxies := _proxies(resource):
+        rules.append({"from": proxies, "ports": _ports(PICKER_PORT_NAME)})
     if (tunnel := resource.spec.network_policy.mesh_port) is not None:
         rules.append({"ports": _ports(tunnel)})
     return _build_policy(names.gateway, names.labels("gateway"), [*rules, *_further(resource)])
@@ -85,6 +90,10 @@ def _operator_peers(defaults: Defaults) -> list[Object]:
             "podSelector": {"matchLabels": {COMPONENT: "operator"}},
         }
     ]
+
+
+def _proxies(resource: MoEServing) -> list[Object]:
+    return [] if resource.spec.gateway.inference_pool is None else PROXIES
 
 
 def _scrapers(resource: MoEServing) -> list[Object]:

@@ -35,7 +35,16 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
-from moe_operator.plan.gateway import build_auth, build_cors, build_limits, build_tls, build_tracing, find_secrets
+from moe_operator.plan.gateway import (
+    build_auth,
+    build_continuation,
+    build_cors,
+    build_limits,
+    build_tls,
+    build_tracing,
+    find_secrets,
+)
+from moe_operator.plan.inference_pool import build_picker, picker_ports
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
@@ -244,6 +253,7 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
         "ports": [
             {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": ADMIN_PORT_NAME, "containerPort": ADMIN_PORT, "protocol": "TCP"},
+            *picker_ports(resource),
         ],
         "env": identity_variables(),
         "startupProbe": _probe(HEALTHZ, ADMIN_PORT_NAME, 1, 120, timeout_s=3),
@@ -298,9 +308,11 @@ def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),
+        continuation=build_continuation(resource),
         tenant_header=resource.spec.gateway.tenant_header,
         auth=auth,
         tls=build_tls(resource, _secret_folder),
+        endpoint_picker=build_picker(resource),
     )
 
 

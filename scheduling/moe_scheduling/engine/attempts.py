@@ -8,7 +8,8 @@ without an engine, counted from its arrival, or from the failure of the last eng
 which no connection was made wrote nothing, so it is not counted while the second budget lasts. Each time that bytes of
 the request are written to a connection counts, because the engine may have read them.
 
-Invariant: once the answer has begun, nothing is sent again.
+Invariant: once the answer has begun, nothing is sent again, but for a stream that can go on at another engine. Such a
+stream has the same budgets: each engine that fails it counts, so none of them is carried from engine to engine.
 """
 
 import math
@@ -102,15 +103,29 @@ class RequestAttempts:
             return AttemptFailure.ENGINE_FULL
         return AttemptFailure.BROKEN if status == 500 and not is_accepting else None
 
-    def after_failure(self, target: Target, failure: AttemptFailure, now_s: float) -> NextStep:
-        """Counts the failure of an attempt at `target` and returns what to do with the request."""
-        if self.is_answering:
+    def after_failure(
+        self, target: Target, failure: AttemptFailure, now_s: float, *, can_go_on: bool = False
+    ) -> NextStep:
+        """Counts the failure of an attempt at `target` and returns what to do with the request.
+
+        Args:
+            target: where it failed.
+            failure: why.
+            now_s: the time.
+            can_go_on: whether an answer that has begun can go on at another engine.
+        """
+        if self.is_answering and not can_go_on:
             return NextStep.BREAK_OFF
         if failure is AttemptFailure.UNREACHABLE and self.may_wait(now_s):
             self.count -= 1
         if self.count >= MAX_ATTEMPTS:
-            return NextStep.REFUSE
+            return NextStep.BREAK_OFF if self.is_answering else NextStep.REFUSE
         self.failed_targets.add(target)
         if self._is_received:
             self._is_received, self.waiting_since_s = False, now_s
         return NextStep.RETRY
+
+    def move(self, now_s: float) -> None:
+        """A stream that has begun leaves a target that drains, which is no failure."""
+        self.count -= 1
+        self._is_received, self.waiting_since_s = False, now_s

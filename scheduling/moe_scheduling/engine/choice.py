@@ -83,6 +83,7 @@ class Job(NamedTuple):
         tenant: the tenant in the hold queue.
         model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
         server: the only server that can answer it, because it continues a response kept there; None: any.
+        servers: the only servers that may get it, because its proxy reaches no others; None: any.
     """
 
     prompt_tokens: int
@@ -92,6 +93,7 @@ class Job(NamedTuple):
     tenant: str = ANONYMOUS_TENANT
     model: str | None = None
     server: str | None = None
+    servers: frozenset[str] | None = None
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""
@@ -195,7 +197,7 @@ def choose_target(
         candidates = [state for state in candidates if state.target not in exclude]
         if not candidates:
             return _NO_OTHER_ENGINE
-    fleet_default = states[0].step_time_model or _fleet_default(states)
+    fleet_default = states[0].step_time_model or fleet_default_model(states)
     saturation_s = settings.saturation_s
     if saturation_s is not None and _all_saturated(saturation_s, candidates, fleet_default, settings, now_s):
         return _SATURATED
@@ -235,7 +237,7 @@ def explain(job: Job, states: Sequence[TargetState], settings: EngineSettings, *
 
     For logs and metrics, not for each request: O(targets), with an object for each.
     """
-    fleet_default, stale_after_s = _fleet_default(states), settings.stale_after_s
+    fleet_default, stale_after_s = fleet_default_model(states), settings.stale_after_s
     return [_explanation(job, state, fleet_default, now_s, stale_after_s) for state in states if state.accepting]
 
 
@@ -266,7 +268,7 @@ _SESSION = SendReason.SESSION
 _LEAST_PREDICTED = SendReason.LEAST_PREDICTED
 
 
-def _fleet_default(states: Sequence[TargetState]) -> StepTime:
+def fleet_default_model(states: Sequence[TargetState]) -> StepTime:
     """Returns the step-time model of the first engine that has one; new engines are assumed to be like it."""
     for state in states:
         if state.step_time_model is not None:

@@ -256,6 +256,13 @@ class TargetState:
             return own
         return max(own, signal.waiting + signal.running + int(len(self._since_signal) / self.traffic_share))
 
+    def decoding(self, now_s: float, stale_after_s: float) -> int:
+        """Returns the requests that decode there: by a fresh signal, else this gateway's answered ones."""
+        signal = self._signal
+        if signal is None or not self.is_fresh(now_s, stale_after_s):
+            return len(self._answered)
+        return signal.decode_tokens
+
 
 def _plausible(signal: EngineSignal) -> EngineSignal:
     """Returns the signal with implausible values replaced: counts by 0, a balance by 1, a step-time model by None."""

@@ -1,0 +1,325 @@
+"""One request of a proxy, from its whole arrival to the end of its answer, as the dispatcher sees it.
+
+Made by a `Stream`, which reports what passes. It counts as in flight at its engine from the pick to `end`, which is
+reached once. What its answer shows of the engine is read as for the gateway's own clients.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from moe_contract.gateway_config import EngineAddress
+from moe_contract.tenancy import sign_request_id
+from moe_scheduling.engine.attempts import RequestAttempts
+from moe_scheduling.engine.choice import Job, Send, SendReason, explain
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
+from moe_scheduling.signals import Target
+
+from moe_gateway.engines.engine_death import says_engine_is_dead
+from moe_gateway.engines.hold_queue import Rejection
+from moe_gateway.engines.target_states import InFlightRequest
+from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.http.routes import Route
+from moe_gateway.request.answer_account import AnswerAccount
+from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
+from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, part_of_status
+
+CLIENT_LEFT = "the client or the proxy ended the request"
+NO_CONNECTION = "the proxy got no answer from the engine"
+ENGINE_ERROR = "the engine answered with an error"
+# With these a proxy says in a text or page of its own that it got no answer; errors of engines are JSON.
+_PROXYS_OWN = (502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """Where a request goes.
+
+    Attributes:
+        endpoints: `IP:PORT`, the first choice first.
+        rank: data-parallel rank at the first choice; None where it has but one.
+        request_id: for the engine.
+        engine: the first choice.
+    """
+
+    endpoints: tuple[str, ...]
+    rank: int | None
+    request_id: bytes
+    engine: EngineAddress
+
+
+class NobodyReads:
+    """A `ClientSide` for answers that a proxy passes on by itself."""
+
+    def write(self, data: bytes) -> None:
+        """Drops more of the answer."""
+
+    def answered(self, *, keep_alive: bool) -> None:
+        """The answer is over, which nobody here waits for."""
+
+
+class PickedRequest:
+    """A request that a proxy sends to the picked engine; it is a `Waiter` of the dispatcher.
+
+    Args:
+        request: with its whole body.
+        route: of the request.
+        parsed: its body.
+        client: counts what passes of the answer.
+        context: the gateway's parts.
+        servers: names of the engines that may be picked; None: all.
+
+    Attributes:
+        decided: the choice, or why there is none.
+    """
+
+    def __init__(
+        self,
+        request: ClientRequest,
+        route: Route,
+        parsed: Parsed,
+        client: ClientSide,
+        context: ExchangeContext,
+        servers: frozenset[str] | None,
+    ) -> None:
+        dispatcher = context.dispatcher
+        self.request = request
+        self.route = route
+        self.parsed = parsed
+        self.attempts = RequestAttempts(dispatcher.hold_timeout_s, request.arrived_s, request.deadline_s)
+        self.decided: asyncio.Future[Send | Rejection] = asyncio.get_running_loop().create_future()
+        self._client = client
+        self._context = context
+        self._session = session = request.session
+        self._user = parsed.user if session is None else None
+        if self._user is not None and context.open_users.enter(self._user):
+            self._session = session = self._user
+        self._is_fair = dispatcher.request_settings.is_fair
+        tenant = find_tenant(request, context.tenant_header) if self._is_fair else ANONYMOUS_TENANT
+        job, self._keys = dispatcher.build_job(parsed, session, tenant)
+        self.job: Job = job if servers is None else job._replace(servers=servers)
+        self._account = AnswerAccount(route, request, context)
+        self._beginning = AnswerBeginning()
+        self._last = self._before_last = b""
+        self._last_s = request.arrived_s
+        self._in_flight: InFlightRequest | None = None
+        # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
+        self._shown_status = 0
+        self._ended = False
+        if self.computes:
+            context.stats.arrive(self.job.prompt_tokens, request.arrived_s)
+
+    @property
+    def computes(self) -> bool:
+        """Whether an engine has to compute for it; a list of models costs an engine nothing."""
+        return self.route.has_job
+
+    @property
+    def target(self) -> Target | None:
+        """Where it was sent last; None before."""
+        return None if self._in_flight is None else self._in_flight.target
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from its arrival to the first token of its stream; None before, and for an answer without one."""
+        return self._account.ttft_s
+
+    @property
+    def continued(self) -> str:
+        """Empty: the proxy sends a request that has begun to no other engine."""
+        return ""
+
+    # 1. Choose.
+
+    def begin(self) -> None:
+        """Picks an engine, holds the request, or rejects it; `decided` says which."""
+        admission = self._context.dispatcher.admit(self, self._context.clock())
+        if type(admission) is Send:
+            self.release(admission)
+        elif isinstance(admission, Rejection):
+            self.reject(admission)
+
+    def release(self, decision: Send) -> None:
+        """It goes to this target, and counts as in flight there from now on."""
+        now_s = self._context.clock()
+        self._context.recent.attempt(self, decision, self._context.dispatcher, now_s)
+        self._send(decision, now_s)
+        self.decided.set_result(decision)
+
+    def _send(self, decision: Send, now_s: float) -> None:
+        self._in_flight = self._context.dispatcher.send(self.job, self._keys, self._session, decision, now_s)
+        self.attempts.begin()
+        self.attempts.receive()
+
+    def reject(self, rejection: Rejection) -> None:
+        """No engine takes it; the stream answers with an error."""
+        if not self.decided.done():
+            self.decided.set_result(rejection)
+
+    def describe(self, decision: Send, fallbacks: int) -> Pick | None:
+        """The pick for the proxy; None where its engine has gone.
+
+        Args:
+            decision: the choice.
+            fallbacks: further engines that are named at most, those with the least predicted time first.
+        """
+        engines, target = self._context.dispatcher.engines, decision.target
+        servers = [target.server, *(self._find_others(target, fallbacks) if fallbacks else ())]
+        if (engine := engines.get(target.server)) is None:
+            return None
+        request_id = self.request.request_id
+        return Pick(
+            endpoints=tuple(endpoint_of(engines[server].address) for server in servers if server in engines),
+            rank=target.rank if engine.address.ranks > 1 else None,
+            request_id=sign_request_id(request_id, self.job.tenant) if self._is_fair else request_id,
+            engine=engine.address,
+        )
+
+    def _find_others(self, target: Target, most: int) -> list[str]:
+        dispatcher = self._context.dispatcher
+        states = [state for state in dispatcher.takers(self.job) if state.target.server != target.server]
+        if not states:
+            return []
+        rows = explain(self.job, states, dispatcher.settings, now_s=self._context.clock())
+        rows.sort(key=lambda row: row.predicted_s)
+        return list(dict.fromkeys(row.target.server for row in rows))[:most]
+
+    # 2. The answer.
+
+    def answer_begins(self, status: int, content_type: bytes, served: str, *, shows_body: bool) -> None:
+        """The head of the answer passes.
+
+        Args:
+            status: of the answer.
+            content_type: of the answer.
+            served: endpoint that answered, `IP:PORT`; empty where the proxy does not say.
+            shows_body: the body of the answer will pass too.
+        """
+        self._last_s = self._context.clock()
+        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, content_type)
+        self._beginning.status = status
+        if self._in_flight is None:
+            return
+        if served:
+            self._follow(served)
+        if status in _PROXYS_OWN and b"json" not in content_type:
+            self._fail_by_proxy(status)
+        elif not shows_body:
+            self._account.count(part_of_status(status), self._beginning, self._in_flight, self._last_s)
+            self._shown_status = status
+
+    def _follow(self, served: str) -> None:
+        """Counts it at the engine that has answered, where the proxy has tried another one than the first."""
+        assert self._in_flight is not None
+        dispatcher, first = self._context.dispatcher, self._in_flight.target
+        engines = dispatcher.engines.values()
+        server = next((row.address.name for row in engines if endpoint_of(row.address) == served), None)
+        if server is None or server == first.server:
+            return
+        dispatcher.fail(first, self._last_s)
+        dispatcher.settle(self._in_flight, self._last_s)
+        self._context.stats.retry()
+        target = Target(server, min(first.rank, dispatcher.engines[server].address.ranks - 1))
+        self._send(Send(target, self._in_flight.predicted_s, SendReason.LEAST_PREDICTED), self._last_s)
+
+    def _fail_by_proxy(self, status: int) -> None:
+        """The answer is the proxy's own: it has not reached the engine, or has waited too long for it."""
+        assert self._in_flight is not None
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        if status != 504:
+            dispatcher.fail(target, self._last_s)
+        elif target in dispatcher.stalled:
+            dispatcher.count_error(target, self._last_s)
+        self.end(status, NO_CONNECTION)
+
+    def answer_passes(self, data: bytes, *, complete: bool) -> None:
+        """A part of the answer's body passes; `complete`: it is the last one."""
+        if self._ended or self._in_flight is None or not self._beginning.received:
+            return
+        self._last_s = self._context.clock()
+        self._client.write(data)
+        self._before_last, self._last = self._last, data
+        if self.attempts.is_answering:
+            if ERROR_MARK in data and self._beginning.is_events:
+                self._account.note_error(data, self._in_flight, self._last_s)
+        else:
+            self._read_beginning(data, complete=complete)
+        if complete:
+            self._finish()
+
+    def _read_beginning(self, data: bytes, *, complete: bool) -> None:
+        assert self._in_flight is not None
+        beginning, dispatcher = self._beginning, self._context.dispatcher
+        beginning.received += data
+        part = beginning.read(data, beginning.status, computes=self.computes, complete=complete)
+        if part is AnswerPart.PENDING:
+            return
+        self.attempts.is_answering = True
+        target = self._in_flight.target
+        is_death = beginning.status == 500 or (beginning.is_events and part is AnswerPart.ENGINE_ERROR)
+        if beginning.status == 503:
+            dispatcher.pause_full(target, self._last_s)
+        elif is_death and says_engine_is_dead(beginning.body):
+            dispatcher.fail(target, self._last_s, dead=True)
+        elif beginning.status == 500 and not dispatcher.is_accepting(target):
+            dispatcher.fail(target, self._last_s)
+        else:
+            self._account.count(part, beginning, self._in_flight, self._last_s)
+
+    def _finish(self) -> None:
+        """The last part of the answer has passed."""
+        assert self._in_flight is not None
+        self._account.sample_tokenisation(self.parsed, self._beginning)
+        if self._account.has_answer:
+            self._context.dispatcher.complete(self._in_flight, self._last_s)
+        error_status = self._account.error_status
+        self.end(error_status or self._beginning.status, ENGINE_ERROR if error_status >= 500 else "")
+
+    # 3. The end.
+
+    def leave(self) -> None:
+        """The proxy has ended the stream: unless the last event of the answer had passed, the client has left."""
+        if self._shown_status:
+            self.end(self._shown_status)
+        is_stream = self.attempts.is_answering and self._beginning.is_events
+        if not self._ended and is_stream and ends_stream(self._before_last + self._last):
+            self._finish()
+        if not self._ended:
+            outcome = RequestOutcome.CLIENT_GONE
+            self.end(outcome.status, CLIENT_LEFT, refusal=outcome.label)
+
+    def check(self, now_s: float) -> None:
+        """Called a few times a second: rejects a held request that is late, and notes that its engine answers."""
+        if not self.decided.done() and self.attempts.is_late(now_s):
+            self._context.dispatcher.unhold(self)
+            self.reject(Rejection.DEADLINE)
+        elif self.attempts.is_answering and self._in_flight is not None:
+            self._context.dispatcher.note_progress(self._in_flight.target, self._last_s)
+
+    def end(self, status: int, reason: str = "", *, refusal: str = "") -> None:
+        """It is over; a second call changes nothing.
+
+        Args:
+            status: of the answer.
+            reason: what went wrong; empty: nothing.
+            refusal: label of the outcome where no engine has answered.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        context = self._context
+        if self._user is not None:
+            context.open_users.leave(self._user)
+        context.dispatcher.unhold(self)
+        self.decided.cancel()
+        if self._in_flight is not None:
+            context.dispatcher.settle(self._in_flight, context.clock())
+        context.stats.finish(self.route.label, status, refusal=refusal)
+        context.on_end(self, status, reason)
+
+
+def endpoint_of(address: EngineAddress) -> str:
+    """The address of an engine as `IP:PORT`, an IPv6 address in brackets; port 80 where it names none."""
+    authority = address.url.partition("://")[2].rstrip("/").lower()
+    return authority if authority.rpartition("]")[2].count(":") else f"{authority}:80"

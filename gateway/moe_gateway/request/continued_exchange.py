@@ -1,0 +1,223 @@
+"""An exchange whose stream goes on at another engine when its own fails or drains.
+
+It differs from any other exchange in one thing: what its engines send goes through a `Continuation`, which says what
+the client gets, when an engine has failed, and how another one can go on. Such a stream has the budgets of any request
+(`RequestAttempts`): an engine that fails while it computes the stream counts as an attempt.
+"""
+
+import logging
+
+from moe_contract.gateway_config import Limits
+from moe_scheduling.engine.attempts import AttemptFailure
+from moe_scheduling.engine.choice import Send
+from moe_scheduling.signals import Target
+
+from moe_gateway.continuation.stream import Continuation, StreamFailure, find_continuation
+from moe_gateway.http.bodies import Body
+from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.http.routes import Route
+from moe_gateway.http.upstream import UpstreamConnection
+from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
+from moe_gateway.request.exchange import ENGINE_STALLED, Exchange
+from moe_gateway.request.parsing import Parsed
+
+# The label of streams that could go on and did not.
+NOT_CONTINUED = "none"
+
+log = logging.getLogger("moeserving.gateway")
+
+
+def make_exchange(
+    request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, context: ExchangeContext
+) -> Exchange:
+    """The exchange of a request."""
+    if (settings := context.continuation) is not None:
+        found = find_continuation(request, route, parsed, settings)
+        if found is not None:
+            return ContinuedExchange(request, route, parsed, client, context, found)
+    return Exchange(request, route, parsed, client, context)
+
+
+class ContinuedExchange(Exchange):
+    """See `Exchange`; the stream is that of `continuation`."""
+
+    __slots__ = ("_continuation", "_way")
+
+    def __init__(
+        self,
+        request: ClientRequest,
+        route: Route,
+        parsed: Parsed,
+        client: ClientSide,
+        context: ExchangeContext,
+        continuation: Continuation,
+    ) -> None:
+        super().__init__(request, route, parsed, client, context)
+        self._continuation = continuation
+        self._way = ""
+        self._answer.extra = continuation.header
+
+    @property
+    def continued(self) -> str:
+        """The way on, once its first engine has failed."""
+        return self._way
+
+    def _begin_attempt(self) -> tuple[bytes, Body]:
+        url, body = self._continuation.start()
+        if not self.attempts.is_answering:
+            super()._begin_attempt()
+        return url, body
+
+    # What the engine sends.
+
+    def received(self, data: bytes, connection: UpstreamConnection) -> None:
+        """Bytes of an engine's answer came."""
+        continuation, has_begun = self._continuation, self.attempts.is_answering
+        was_resuming = continuation.is_resuming
+        data = continuation.read(data, has_begun=has_begun)
+        if not has_begun:
+            super().received(data, connection)
+            if self.attempts.is_answering and not self._ended and continuation.failure is not None:
+                self._leave(continuation.failure, connection)
+            return
+        self.last_s = self._context.clock()
+        if was_resuming and not continuation.is_resuming and self._in_flight is not None:
+            self._context.dispatcher.answer(self._in_flight, self.last_s, is_first_token=False)
+        if data:
+            if b'"error"' in data and self._in_flight is not None:
+                self._account.note_error(data, self._in_flight, self.last_s)
+            self._answer.pass_on(data)
+        if continuation.failure is not None:
+            self._leave(continuation.failure, connection)
+        elif connection.complete:
+            self._finish(connection)
+
+    def _finish(self, connection: UpstreamConnection) -> None:
+        if (failure := self._continuation.failure) is not None:
+            self._leave(failure, connection)
+        else:
+            super()._finish(connection)
+
+    def _leave(self, failure: StreamFailure, connection: UpstreamConnection) -> None:
+        """The engine's answer goes no further: another engine takes over, or the stream ends with an error."""
+        self._drop_upstream()
+        kind = failure.kind
+        if kind is None and connection.status >= 500:
+            kind = AttemptFailure.ENGINE_FULL if connection.status == 503 else AttemptFailure.ENGINE_ERROR
+        if kind is None:
+            self._break_off(failure.reason)
+        else:
+            self._fail(failure.reason, kind)
+
+    # The way on.
+
+    def _fail(self, reason: str, failure: AttemptFailure = AttemptFailure.BROKEN) -> None:
+        ending = self._continuation.build_ending() if self.attempts.is_answering else None
+        if ending is None:
+            super()._fail(reason, failure)
+            return
+        # The engine failed after the last token, of which only the end of the stream was missing.
+        assert self._in_flight is not None
+        self._context.dispatcher.fail(self._in_flight.target, self._context.clock())
+        self._answer.pass_on(ending)
+        self._end_whole(self._beginning.status)
+        self._answer.finish(keep_alive=self._answer.keeps_alive)
+
+    @property
+    def _can_go_on(self) -> bool:
+        return self.attempts.is_answering and self._continuation.can_go_on
+
+    def _retry(self) -> None:
+        if not self.attempts.is_answering:
+            super()._retry()
+            return
+        if not self._continuation.is_resuming:
+            # Else the engine that failed now has not sent any part of it.
+            self._prepare("its engine failed")
+        self.begin()
+
+    def _prepare(self, reason: str) -> None:
+        """Chooses the way on, and records it."""
+        continuation = self._continuation
+        self._way = way = continuation.prepare(self._max_model_len()).value
+        if continuation.context_tokens:
+            self.job = self.job._replace(prompt_tokens=continuation.context_tokens)
+        self._context.stats.continuations[way] += 1
+        target = self.target
+        log.info(
+            "a stream goes on at another engine",
+            extra={
+                "request_id": self.request.request_id.decode(),
+                "reason": reason,
+                "way": way,
+                "engine": None if target is None else target.server,
+            },
+        )
+
+    def _max_model_len(self) -> int | None:
+        """The longest sequence of the model; None where no engine has said it."""
+        model = self.job.model
+        for engine in self._context.dispatcher.engines.values():
+            rows = engine.model_rows
+            row = rows.get(model) if model is not None else next(iter(rows.values()), None)
+            length = None if row is None else row.get("max_model_len")
+            if type(length) is int:
+                return length
+        return None
+
+    def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
+        if self.attempts.is_answering and outcome is not RequestOutcome.GATEWAY_ENDED:
+            self._context.stats.continuations[NOT_CONTINUED] += 1
+        super()._break_off(reason, outcome)
+
+    # Time.
+
+    def check(self, now_s: float, limits: Limits) -> None:
+        """As for any exchange; a stream that has begun also leaves an engine that drains or makes no steps."""
+        if not self._ended and self.attempts.is_answering and self._in_flight is not None:
+            if self._continuation.is_resuming:
+                self._answer.fill_pause(now_s)
+            elif self._upstream is not None and self._move_on(self._in_flight.target, now_s):
+                return
+        super().check(now_s, limits)
+
+    def _move_on(self, target: Target, now_s: float) -> bool:
+        """Sends the stream to another engine where that is better; returns False where it stays."""
+        dispatcher = self._context.dispatcher
+        engine = dispatcher.engines.get(target.server)
+        if engine is not None and engine.is_draining:
+            return self._move(target, now_s)
+        if not dispatcher.is_abandoned(target, stream=True) or not self._may_leave(target):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_STALLED, AttemptFailure.ENGINE_ERROR)
+        return True
+
+    def _may_leave(self, target: Target) -> bool:
+        attempts = self.attempts
+        return self._can_go_on and self._context.dispatcher.has_other(self.job, target, attempts.failed_targets)
+
+    def _move(self, target: Target, now_s: float) -> bool:
+        """Moves the stream from an engine that drains to one that takes it at once."""
+        dispatcher, continuation = self._context.dispatcher, self._continuation
+        if not continuation.may_move or dispatcher.held:
+            return False
+        choice = dispatcher.choose(self.job, now_s, {target})
+        if type(choice) is not Send:
+            return False
+        assert self._in_flight is not None
+        self._drop_upstream()
+        continuation.moves += 1
+        self.attempts.move(now_s)
+        dispatcher.settle(self._in_flight, now_s)
+        self._prepare("its engine drains")
+        self.release(choice)
+        return True
+
+    def _end_silent(self, target: Target, now_s: float, idle_timeout_s: float) -> None:
+        is_working = self._context.dispatcher.is_working(target, now_s, idle_timeout_s)
+        if not self.attempts.is_answering or self._paused or is_working or not self._can_go_on:
+            super()._end_silent(target, now_s, idle_timeout_s)
+            return
+        self._drop_upstream()
+        self._fail(f"nothing moved for {idle_timeout_s:g} s", AttemptFailure.ENGINE_ERROR)

@@ -1,0 +1,322 @@
+"""Layer 2 with disaggregation: one target for the whole request, or a pair: prefill at one, decode at another.
+
+`choose_placement` is called for each request where KV blocks can travel. It changes nothing: the caller then updates
+the `TargetState` of each chosen target, the prefix index and the `PrefillShares`.
+
+Objective, in seconds (`LatencyTargets`): the request's own time to the first token, and `answer_weight` times the
+seconds that answers take longer. These are three: its own answer at the target that decodes; the requests that its
+prompt delays at the group that computes it; the answers that one more request makes longer at the group that decodes.
+A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed.
+
+With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least overrun,
+and then TTFT is least.
+
+A group is the ranks of one server. They end a step together, so a prompt interrupts the answers on all of them; a
+prompt that is hidden behind a longer one on another rank interrupts none.
+
+Invariants: the decision depends on the arguments alone; a target that does not accept or is excluded is never chosen;
+the two targets of a pair belong to different servers; a role that leaves no candidate is ignored rather than refused.
+O(targets) and `NEAREST` squared.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
+
+from moe_scheduling.engine.choice import Job, Refuse, RefuseReason, fleet_default_model
+from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
+from moe_scheduling.signals import StepTime, Target
+
+# Most servers of each side that are combined into pairs: those with the least cost of their own.
+NEAREST = 8
+# Uncached prompt tokens that an engine preferred for decoding computes itself: a step of a decode engine reads the
+# weights for few tokens, so this many more hardly make it longer, and a transfer costs more than they do. Set by hand.
+DECODE_COMPUTES_TOKENS = 256
+# A request that arrives at a decode engine waits for half of the running step, and takes part in the next.
+_STEPS_TO_FIRST_TOKEN = 1.5
+
+
+class PlacementReason(StrEnum):
+    """Why a placement was chosen; a metric label."""
+
+    LEAST_COST = "least_cost"
+    LEAST_OVERRUN = "least_overrun"
+    WITHIN_BOUNDS = "within_bounds"
+
+
+class LatencyPrediction(NamedTuple):
+    """The predicted figures of a placement, all in seconds.
+
+    Attributes:
+        ttft_s: from sending to the first token.
+        prefill_s: part of `ttft_s` until the prompt is computed.
+        transfer_s: part of `ttft_s` in which KV blocks travel; 0 for a whole request.
+        inter_token_s: mean time between the tokens of its answer.
+        longest_step_s: longest step at the groups it takes part in while prompts are computed.
+        cost_s: the objective without bounds.
+    """
+
+    ttft_s: float
+    prefill_s: float
+    transfer_s: float
+    inter_token_s: float
+    longest_step_s: float
+    cost_s: float
+
+
+class RequestPlacement(NamedTuple):
+    """Compute the prompt at `prefill` and the answer at `decode`, which are one target for a whole request."""
+
+    prefill: Target
+    decode: Target
+    prediction: LatencyPrediction
+    reason: PlacementReason
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether KV blocks travel between two engines."""
+        return self.prefill != self.decode
+
+
+class PairContext(NamedTuple):
+    """What the choice knows beside the job and the targets.
+
+    Attributes:
+        targets: the objective.
+        transfer: of KV blocks; None: they cannot travel, and only whole requests are placed.
+        roles: by server; a server that is absent is `UNIFIED`.
+        prefill_shares: part of its time that each server spends on prompts, by server.
+        met: pairs of servers, prefill first, that have had contact.
+        answer_tokens: mean length of the answers.
+        stale_after_s: age from which a signal is ignored.
+    """
+
+    targets: LatencyTargets = LatencyTargets()
+    transfer: KvTransfer | None = None
+    roles: Mapping[str, EngineRole] = MappingProxyType({})
+    prefill_shares: Mapping[str, float] = MappingProxyType({})
+    met: Collection[tuple[str, str]] = ()
+    answer_tokens: float = 128.0
+    stale_after_s: float = 2.0
+
+
+class _Side(NamedTuple):
+    """Terms of one target, as the one that computes the prompt and as the one that decodes.
+
+    Attributes:
+        target: the target.
+        role: of its server.
+        own_tokens: uncached prompt tokens here.
+        first_token_s: seconds until the prompt is computed here.
+        interrupted_s: seconds that the requests at the group wait in all while the prompt is computed.
+        prefill_step_s: longest step of the group while the prompt is computed; 0 where nobody decodes.
+        arrive_s: seconds from the arrival of the KV blocks to the first token.
+        inter_token_s: mean time between tokens of the answer here.
+        crowded_s: seconds for each token that the other answers of the group take longer in all.
+        decode_step_s: longest step of the group while the prompts that it has already are computed.
+    """
+
+    target: Target
+    role: EngineRole
+    own_tokens: int
+    first_token_s: float
+    interrupted_s: float
+    prefill_step_s: float
+    arrive_s: float
+    inter_token_s: float
+    crowded_s: float
+    decode_step_s: float
+
+
+def choose_placement(
+    job: Job,
+    states: Sequence[TargetState],
+    context: PairContext,
+    *,
+    turn: int,
+    now_s: float,
+    exclude: Collection[Target] = (),
+) -> RequestPlacement | Refuse:
+    """Returns where the prompt and the answer of a job are computed, or why nowhere.
+
+    Args:
+        job: the request; `cached` tokens are neither computed again nor moved.
+        states: one for each known target, in a stable order.
+        context: objective, transfer, roles and recent load.
+        turn: a number that rises by one with each request; decides ties.
+        now_s: the time, on the clock of the states.
+        exclude: targets that failed this request before.
+    """
+    accepting = [state for state in states if state.accepting]
+    if not accepting:
+        return Refuse(RefuseReason.NO_ENGINE)
+    candidates = [state for state in accepting if state.target not in exclude]
+    if not candidates:
+        return Refuse(RefuseReason.NO_OTHER_ENGINE)
+    sides = _sides(job, candidates, context, fleet_default_model(states), now_s)
+    start = turn % len(sides)
+    sides = sides[start:] + sides[:start]
+    placed = _pairs(job, sides, context) + _wholes(sides, context)
+    if not placed:
+        # Roles are preferences: with one of them alone left, its engines do everything.
+        placed = _wholes([side._replace(role=EngineRole.UNIFIED) for side in sides], context)
+    key = _key(context.targets)
+    best = min(placed, key=lambda placement: key(placement.prediction))
+    return best._replace(reason=_reason(context.targets, best.prediction))
+
+
+def _sides(
+    job: Job, states: Sequence[TargetState], context: PairContext, default: StepTime, now_s: float
+) -> list[_Side]:
+    by_server: dict[str, list[TargetState]] = {}
+    for state in states:
+        by_server.setdefault(state.target.server, []).append(state)
+    return [
+        _side(job, state, by_server[state.target.server], context, state.step_time_model or default, now_s)
+        for state in states
+    ]
+
+
+def _side(
+    job: Job,
+    state: TargetState,
+    group: Sequence[TargetState],
+    context: PairContext,
+    step_time: StepTime,
+    now_s: float,
+) -> _Side:
+    stale_after_s, server = context.stale_after_s, state.target.server
+    base_s, token_s, request_s = step_time.base_s, step_time.prefill_s, step_time.decode_s
+    ahead = state.ahead_prefill_tokens(now_s, stale_after_s)
+    others_ahead = max((row.ahead_prefill_tokens(now_s, stale_after_s) for row in group if row is not state), default=0)
+    own = job.uncached_tokens(state.target)
+    decoding = sum(row.decoding(now_s, stale_after_s) for row in group)
+    requests = [row.requests(now_s, stale_after_s) for row in group]
+    # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
+    delayed = sum(requests)
+    here = state.requests(now_s, stale_after_s) + 1
+    is_fullest = here > max(requests)
+    # A step waits for the rank with the most requests.
+    step_s = base_s + request_s * max(here, *requests)
+    left = 1.0 - min(0.95, max(0.0, context.prefill_shares.get(server, 0.0)))
+    backlog = max(ahead, others_ahead)
+    longest = max(ahead + own, others_ahead)
+    model = state.ttft_model(step_time, now_s, stale_after_s)
+    return _Side(
+        target=state.target,
+        role=context.roles.get(server, EngineRole.UNIFIED),
+        own_tokens=own,
+        first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
+        interrupted_s=delayed * token_s * (longest - backlog),
+        prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if decoding else 0.0,
+        arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + token_s * min(backlog, STEP_PREFILL_TOKENS)),
+        inter_token_s=step_s / left,
+        crowded_s=delayed * request_s / left if is_fullest else 0.0,
+        decode_step_s=step_s + token_s * min(backlog, STEP_PREFILL_TOKENS),
+    )
+
+
+def _wholes(sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
+    return [_whole(side, context) for side in sides if _does_both(side)]
+
+
+def _does_both(side: _Side) -> bool:
+    if side.role is EngineRole.DECODE:
+        return side.own_tokens <= DECODE_COMPUTES_TOKENS
+    return side.role is EngineRole.UNIFIED
+
+
+def _whole(side: _Side, context: PairContext) -> RequestPlacement:
+    longer_s = side.interrupted_s + context.answer_tokens * (side.inter_token_s + side.crowded_s)
+    prediction = LatencyPrediction(
+        ttft_s=side.first_token_s,
+        prefill_s=side.first_token_s,
+        transfer_s=0.0,
+        inter_token_s=side.inter_token_s,
+        longest_step_s=max(side.prefill_step_s, side.decode_step_s),
+        cost_s=side.first_token_s + context.targets.answer_weight * longer_s,
+    )
+    return RequestPlacement(side.target, side.target, prediction, PlacementReason.LEAST_COST)
+
+
+def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
+    transfer, weight = context.transfer, context.targets.answer_weight
+    if transfer is None:
+        return []
+    prefill = [side for side in sides if side.role is not EngineRole.DECODE]
+    decode = [side for side in sides if side.role is not EngineRole.PREFILL]
+    bound_s = context.targets.inter_token_s
+
+    def prefill_cost(side: _Side) -> tuple[float, float]:
+        return _overrun(side.prefill_step_s, bound_s), side.first_token_s + weight * side.interrupted_s
+
+    def decode_cost(side: _Side) -> tuple[float, float]:
+        longer_s = context.answer_tokens * (side.inter_token_s + side.crowded_s)
+        moved_s = transfer.transfer_s(_moved_tokens(job, side), met=True)
+        return _overrun(side.decode_step_s, bound_s), side.arrive_s + moved_s + weight * longer_s
+
+    nearest_prefill = _nearest(prefill, prefill_cost)
+    return [
+        _pair(job, one, other, transfer, context)
+        for other in _nearest(decode, decode_cost)
+        for one in nearest_prefill
+        if one.target.server != other.target.server
+    ]
+
+
+def _nearest(sides: Sequence[_Side], cost: Callable[[_Side], tuple[float, float]]) -> list[_Side]:
+    """Returns the cheapest target of each of the `NEAREST` cheapest servers."""
+    found: dict[str, _Side] = {}
+    for side in sorted(sides, key=cost):
+        found.setdefault(side.target.server, side)
+        if len(found) == NEAREST:
+            break
+    return list(found.values())
+
+
+def _moved_tokens(job: Job, side: _Side) -> int:
+    return job.prompt_tokens - max(0, job.cached.get(side.target, 0))
+
+
+def _pair(job: Job, prefill: _Side, decode: _Side, transfer: KvTransfer, context: PairContext) -> RequestPlacement:
+    met = (prefill.target.server, decode.target.server) in context.met
+    transfer_s = transfer.transfer_s(_moved_tokens(job, decode), met=met)
+    ttft_s = prefill.first_token_s + transfer_s + decode.arrive_s
+    longer_s = prefill.interrupted_s + context.answer_tokens * (decode.inter_token_s + decode.crowded_s)
+    prediction = LatencyPrediction(
+        ttft_s=ttft_s,
+        prefill_s=prefill.first_token_s,
+        transfer_s=transfer_s,
+        inter_token_s=decode.inter_token_s,
+        longest_step_s=max(prefill.prefill_step_s, decode.decode_step_s),
+        cost_s=ttft_s + context.targets.answer_weight * longer_s,
+    )
+    return RequestPlacement(prefill.target, decode.target, prediction, PlacementReason.LEAST_COST)
+
+
+def _key(targets: LatencyTargets) -> Callable[[LatencyPrediction], tuple[float, float, float]]:
+    bounded = targets.inter_token_s is not None
+
+    def key(prediction: LatencyPrediction) -> tuple[float, float, float]:
+        return (
+            _overrun(prediction.longest_step_s, targets.inter_token_s),
+            _overrun(prediction.ttft_s, targets.ttft_s),
+            prediction.ttft_s if bounded else prediction.cost_s,
+        )
+
+    return key
+
+
+def _overrun(value_s: float, bound_s: float | None) -> float:
+    """Returns by which part of a bound a value exceeds it; 0 within it, or without a bound."""
+    return 0.0 if bound_s is None else max(0.0, value_s / bound_s - 1.0)
+
+
+def _reason(targets: LatencyTargets, prediction: LatencyPrediction) -> PlacementReason:
+    if targets.ttft_s is None and targets.inter_token_s is None:
+        return PlacementReason.LEAST_COST
+    overrun = _overrun(prediction.longest_step_s, targets.inter_token_s) + _overrun(prediction.ttft_s, targets.ttft_s)
+    return PlacementReason.LEAST_OVERRUN if overrun else PlacementReason.WITHIN_BOUNDS

@@ -1,0 +1,362 @@
+"""The choice between one target for a request and a pair of them: prefill here, decode there."""
+
+import math
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.engine.choice import Job, Refuse, RefuseReason
+from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
+from moe_scheduling.engine.pair_choice import (
+    DECODE_COMPUTES_TOKENS,
+    NEAREST,
+    PairContext,
+    PlacementReason,
+    RequestPlacement,
+    choose_placement,
+)
+from moe_scheduling.engine.prefill_share import MEMORY_S, MOST, PrefillShares
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.signals import EngineSignal, StepTime, Target
+
+A, B, C = Target("a"), Target("b"), Target("c")
+NOW_S = 100.0
+STEP_TIME = StepTime(base_s=0.008, prefill_s=0.00004, decode_s=0.0001)
+# 100 kB a token at 25 GB/s: 4 us a token.
+LINK = KvTransfer(token_bytes=1e5, bytes_per_s=25e9)
+MET = frozenset(product("abcd", repeat=2))
+CONTEXT = PairContext(transfer=LINK, met=MET)
+LONG = Job(4000)
+
+
+def engine(target, *, accepting=True, decode=0, observed_s=NOW_S, step_time=STEP_TIME, **signal):
+    state = TargetState(target, accepting=accepting)
+    state.observe(EngineSignal(step_time=step_time, decode_tokens=decode, running=decode, **signal), observed_s)
+    return state
+
+
+def choose(states, job=LONG, context=CONTEXT, *, turn=0, exclude=()):
+    return choose_placement(job, states, context, turn=turn, now_s=NOW_S, exclude=exclude)
+
+
+def places(placement):
+    return placement.prefill.server, placement.decode.server
+
+
+# Whole requests and pairs.
+
+
+def test_an_idle_fleet_takes_requests_whole():
+    assert places(choose([engine(A), engine(B)])) == ("a", "a")
+
+
+def test_a_long_prompt_is_not_computed_beside_many_answers():
+    assert places(choose([engine(A, decode=60), engine(B)], Job(8000))) == ("b", "b")
+    # The engine without answers is busy with prompts in future, too: its answers would be interrupted there.
+    busy = CONTEXT._replace(prefill_shares={"b": 0.9})
+    assert places(choose([engine(A, decode=60), engine(B)], Job(8000), busy)) == ("b", "a")
+
+
+def test_without_a_transfer_requests_stay_whole():
+    busy = PairContext(prefill_shares={"b": 0.9})
+    assert not choose([engine(A, decode=60), engine(B)], Job(8000), busy).is_pair
+
+
+def test_a_slow_link_keeps_requests_whole():
+    slow = CONTEXT._replace(prefill_shares={"b": 0.9}, transfer=KvTransfer(token_bytes=1e5, bytes_per_s=1e8))
+    assert not choose([engine(A, decode=60), engine(B)], Job(8000), slow).is_pair
+
+
+def test_a_pair_that_meets_first_pays_for_the_handshake():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
+    context = CONTEXT._replace(roles=roles, met={("a", "b")})
+    placement = choose([engine(A), engine(C), engine(B)], context=context)
+    assert places(placement) == ("a", "b")
+    assert placement.prediction.transfer_s == pytest.approx(LINK.fixed_s + 4000 * 4e-6)
+    stranger = choose([engine(A), engine(C)], context=context)
+    assert stranger.prediction.transfer_s == pytest.approx(LINK.fixed_s + 4000 * 4e-6 + LINK.handshake_s)
+
+
+def test_cached_tokens_are_neither_computed_nor_moved():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
+    context = CONTEXT._replace(roles=roles, transfer=KvTransfer(token_bytes=1e5, bytes_per_s=1e9))
+    states = [engine(A), engine(B), engine(C)]
+    placement = choose(states, Job(4000, {C: 3968}), context)
+    assert places(placement) == ("c", "c")
+    placement = choose(states, Job(4000, {C: 3600}), context)
+    assert places(placement) == ("a", "c")
+    assert placement.prediction.transfer_s == pytest.approx(LINK.fixed_s + 400 * 1e-4)
+    at_a = choose(states, Job(4000, {A: 3600, C: 3600}), context)
+    assert at_a.prediction.ttft_s == pytest.approx(placement.prediction.ttft_s - 3600 * STEP_TIME.prefill_s, abs=0.01)
+
+
+def test_more_cached_tokens_than_the_prompt_has_move_none():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
+    bounded = CONTEXT._replace(roles=roles, targets=LatencyTargets(inter_token_s=0.01))
+    held = choose([engine(A), engine(B, decode=9)], Job(4000, {B: 9000}), bounded)
+    assert held.prediction.transfer_s in (0.0, LINK.fixed_s)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(DECODE_COMPUTES_TOKENS, "b"), (DECODE_COMPUTES_TOKENS + 1, "a")])
+def test_a_decode_engine_computes_short_prompts_itself(tokens, expected):
+    roles = CONTEXT._replace(roles={"a": EngineRole.PREFILL, "b": EngineRole.DECODE})
+    assert choose([engine(A), engine(B)], Job(tokens), roles).prefill.server == expected
+
+
+def test_a_prompt_behind_a_longer_one_of_its_group_interrupts_nobody():
+    """Rank 1 computes for long anyway; what rank 0 computes meanwhile ends with it."""
+    group = [
+        engine(Target("a", 0), decode=20),
+        engine(Target("a", 1), decode=20, waiting_prefill_tokens=9000),
+    ]
+    hidden = choose([group[0], group[1]], Job(4000)).prediction
+    exposed = choose([engine(Target("a", 0), decode=20), engine(Target("a", 1), decode=20)], Job(4000)).prediction
+    assert hidden.cost_s < exposed.cost_s - 10 * 4000 * STEP_TIME.prefill_s
+
+
+def test_answers_go_to_the_rank_with_the_fewest():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
+    states = [engine(A), engine(Target("b", 0), decode=30), engine(Target("b", 1), decode=10)]
+    assert choose(states, context=CONTEXT._replace(roles=roles)).decode == Target("b", 1)
+
+
+def test_the_ranks_of_one_server_are_no_pair():
+    roles = CONTEXT._replace(prefill_shares={"a": 0.5})
+    assert not choose([engine(Target("a", 0)), engine(Target("a", 1), decode=50)], context=roles).is_pair
+
+
+def test_an_engine_without_kv_blocks_is_no_place_to_decode():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
+    states = [engine(A), engine(B, decode=10, kv_usage=0.99), engine(C, decode=14)]
+    assert places(choose(states, context=CONTEXT._replace(roles=roles))) == ("a", "c")
+
+
+# The exchange of TTFT for the time between tokens.
+
+
+def test_the_weight_is_the_exchange_of_ttft_for_answers():
+    # Beside the answers the first token comes sooner; apart from them no answer is interrupted.
+    states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=20_000)]
+    for weight, expected in ((0.0, "a"), (10.0, "b")):
+        context = CONTEXT._replace(targets=LatencyTargets(answer_weight=weight))
+        assert choose(states, context=context).prefill.server == expected
+
+
+# Bounds.
+
+
+def test_a_bound_between_tokens_moves_the_prompt_elsewhere():
+    states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=30_000)]
+    context = CONTEXT._replace(targets=LatencyTargets(answer_weight=0.0))
+    assert places(choose(states, context=context)) == ("a", "a")
+    bounded = CONTEXT._replace(targets=LatencyTargets(inter_token_s=0.05, answer_weight=0.0))
+    placement = choose(states, context=bounded)
+    assert places(placement) == ("b", "a")
+    assert placement.reason is PlacementReason.WITHIN_BOUNDS
+    assert placement.prediction.longest_step_s <= 0.05
+
+
+def test_a_bound_that_nothing_keeps_is_exceeded_by_the_least():
+    states = [engine(A, decode=40), engine(B, decode=4)]
+    placement = choose(states, context=CONTEXT._replace(targets=LatencyTargets(inter_token_s=0.01)))
+    assert placement.reason is PlacementReason.LEAST_OVERRUN
+    assert placement.prefill.server == "b"
+
+
+def test_under_a_bound_of_ttft_the_least_cost_is_chosen():
+    states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=20_000)]
+    for bound_s, expected in ((0.3, "a"), (5.0, "b")):
+        context = CONTEXT._replace(targets=LatencyTargets(ttft_s=bound_s, answer_weight=10.0))
+        placement = choose(states, context=context)
+        assert (placement.prefill.server, placement.reason) == (expected, PlacementReason.WITHIN_BOUNDS)
+
+
+# Roles.
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ({"a": EngineRole.PREFILL}, ("b", "b")),
+        ({"a": EngineRole.DECODE}, ("b", "b")),
+        ({"a": EngineRole.DECODE, "b": EngineRole.PREFILL}, ("b", "a")),
+        ({"a": EngineRole.DECODE, "b": EngineRole.DECODE}, ("a", "a")),
+        ({"a": EngineRole.PREFILL, "b": EngineRole.PREFILL}, ("a", "a")),
+    ],
+)
+def test_roles_are_kept_and_ignored_where_they_leave_nothing(roles, expected):
+    placement = choose([engine(A), engine(B)], Job(1000), CONTEXT._replace(roles=roles))
+    assert places(placement) == expected
+
+
+def test_where_nothing_can_travel_roles_leave_whole_requests():
+    roles = {"a": EngineRole.DECODE, "b": EngineRole.PREFILL}
+    assert not choose([engine(A), engine(B)], context=PairContext(roles=roles)).is_pair
+
+
+# Adversarial cases.
+
+
+def test_no_target_is_a_refusal():
+    assert choose([]) == Refuse(RefuseReason.NO_ENGINE)
+    assert choose([engine(A, accepting=False)]) == Refuse(RefuseReason.NO_ENGINE)
+    assert choose([engine(A)], exclude=[A]) == Refuse(RefuseReason.NO_OTHER_ENGINE)
+
+
+def test_one_engine_left_of_a_pair_does_everything():
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}
+    context = CONTEXT._replace(roles=roles)
+    assert places(choose([engine(A), engine(B)], exclude=[A], context=context)) == ("b", "b")
+    assert places(choose([engine(A, accepting=False), engine(B)], context=context)) == ("b", "b")
+
+
+def test_engines_without_a_signal_count_their_own_requests():
+    states = [TargetState(A), TargetState(B)]
+    for number in range(5):
+        states[0].sent(number, 10, NOW_S)
+        states[0].first_token(number, NOW_S)
+    assert states[0].decoding(NOW_S, 2.0) == 5
+    assert places(choose(states)) == ("b", "b")
+
+
+def test_ties_go_round():
+    states = [engine(Target(name)) for name in "abcd"]
+    assert {choose(states, turn=turn).prefill.server for turn in range(4)} == set("abcd")
+
+
+def test_a_large_fleet_combines_the_nearest_alone():
+    states = [engine(Target(f"p{number:02}"), waiting_prefill_tokens=number * 100) for number in range(40)]
+    states += [engine(Target(f"d{number:02}"), decode=number) for number in range(40)]
+    roles = {
+        state.target.server: EngineRole.PREFILL if state.target.server[0] == "p" else EngineRole.DECODE
+        for state in states
+    }
+    assert places(choose(states, context=CONTEXT._replace(roles=roles))) == ("p00", "d00")
+    assert NEAREST < 40
+
+
+@pytest.mark.parametrize("share", [math.nan, -1.0, 5.0, math.inf])
+def test_implausible_shares_give_finite_predictions(share):
+    placement = choose([engine(A), engine(B)], context=CONTEXT._replace(prefill_shares={"a": share, "b": share}))
+    assert all(math.isfinite(value) for value in placement.prediction)
+
+
+COUNTS = st.integers(0, 200)
+TOKENS = st.integers(0, 50_000)
+
+
+@st.composite
+def fleets(draw):
+    targets = [
+        Target(server, rank)
+        for server in draw(st.sets(st.sampled_from("abcd"), min_size=1))
+        for rank in range(draw(st.integers(1, 3)))
+    ]
+    return [
+        engine(
+            target,
+            accepting=draw(st.booleans()),
+            decode=draw(COUNTS),
+            waiting_prefill_tokens=draw(TOKENS),
+            kv_usage=draw(st.floats(0, 1)),
+            observed_s=draw(st.sampled_from([NOW_S, NOW_S - 50])),
+            step_time=draw(st.sampled_from([STEP_TIME, None])),
+        )
+        for target in targets
+    ]
+
+
+CONTEXTS = st.builds(
+    PairContext,
+    targets=st.builds(
+        LatencyTargets,
+        ttft_s=st.none() | st.floats(0.01, 5),
+        inter_token_s=st.none() | st.floats(0.001, 0.5),
+        answer_weight=st.floats(0, 10),
+    ),
+    transfer=st.none() | st.just(LINK),
+    roles=st.dictionaries(st.sampled_from("abcd"), st.sampled_from(EngineRole)),
+    prefill_shares=st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1)),
+    met=st.just(MET) | st.just(frozenset()),
+    answer_tokens=st.floats(1, 2000),
+)
+
+
+@given(fleets(), CONTEXTS, st.integers(1, 50_000), st.integers(0, 1000), st.data())
+def test_a_placement_is_allowed_finite_and_depends_on_the_arguments_alone(states, context, tokens, turn, data):
+    known = [state.target for state in states]
+    exclude = data.draw(st.sets(st.sampled_from(known)))
+    first, again = (choose(states, Job(tokens), context, turn=turn, exclude=exclude) for _ in range(2))
+    assert first == again
+    open_targets = {state.target for state in states if state.accepting} - exclude
+    if not open_targets:
+        assert isinstance(first, Refuse)
+        return
+    assert isinstance(first, RequestPlacement)
+    assert {first.prefill, first.decode} <= open_targets
+    assert all(math.isfinite(value) and value >= 0 for value in first.prediction)
+    if first.is_pair:
+        assert first.prefill.server != first.decode.server
+        assert context.transfer is not None
+        assert context.roles.get(first.prefill.server) is not EngineRole.DECODE
+        assert context.roles.get(first.decode.server) is not EngineRole.PREFILL
+
+
+@given(fleets(), CONTEXTS, st.integers(1, 50_000))
+def test_a_placement_within_its_bounds_keeps_them(states, context, tokens):
+    placement = choose(states, Job(tokens), context)
+    if isinstance(placement, RequestPlacement) and placement.reason is PlacementReason.WITHIN_BOUNDS:
+        targets, prediction = context.targets, placement.prediction
+        assert targets.inter_token_s is None or prediction.longest_step_s <= targets.inter_token_s
+        assert targets.ttft_s is None or prediction.ttft_s <= targets.ttft_s
+
+
+@given(fleets(), CONTEXTS, st.integers(1, 50_000))
+def test_a_free_and_instant_link_never_raises_the_cost(states, context, tokens):
+    free = KvTransfer(token_bytes=0, bytes_per_s=1, fixed_s=0, handshake_s=0)
+    unbounded = context._replace(targets=LatencyTargets(answer_weight=1.0), roles={}, transfer=None)
+    whole = choose(states, Job(tokens), unbounded)
+    either = choose(states, Job(tokens), unbounded._replace(transfer=free))
+    if isinstance(whole, RequestPlacement):
+        assert either.prediction.cost_s <= whole.prediction.cost_s * (1 + 1e-9)
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (KvTransfer, {"token_bytes": -1, "bytes_per_s": 1}, "token_bytes"),
+        (KvTransfer, {"token_bytes": 1, "bytes_per_s": 0}, "bytes_per_s"),
+        (KvTransfer, {"token_bytes": 1, "bytes_per_s": math.inf}, "bytes_per_s"),
+        (KvTransfer, {"token_bytes": 1, "bytes_per_s": 1, "handshake_s": math.nan}, "handshake_s"),
+        (LatencyTargets, {"ttft_s": 0.0}, "ttft_s"),
+        (LatencyTargets, {"inter_token_s": math.nan}, "inter_token_s"),
+        (LatencyTargets, {"answer_weight": -1.0}, "answer_weight"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make, values, message):
+    with pytest.raises(ValueError, match=message):
+        make(**values)
+
+
+def test_a_prefill_share_is_the_part_of_the_recent_seconds():
+    shares = PrefillShares()
+    assert shares.share("a", 0.0) == 0.0
+    for number in range(1000):
+        shares.add("a", 0.03, number * 0.1)
+    assert shares.share("a", 100.0) == pytest.approx(0.3, rel=0.02)
+    assert shares.share("a", 100.0 + 5 * MEMORY_S) < 0.01
+    shares.forget("a")
+    shares.forget("a")
+    assert shares.share("a", 100.0) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats())), st.floats(allow_nan=False, allow_infinity=False))
+def test_a_prefill_share_stays_in_its_range(additions, now_s):
+    shares = PrefillShares()
+    for prefill_s, at_s in additions:
+        shares.add("a", prefill_s, at_s)
+    assert 0.0 <= shares.share("a", now_s) <= MOST

@@ -1,0 +1,31 @@
+"""The fields of vLLM's completions and chats against those that a stream may have which goes on at another engine."""
+
+from moe_gateway.continuation.ways import Way, find_way
+from moe_gateway.http.routes import Route
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+
+def test_every_field_of_vllm_is_sorted():
+    """A field that a later vLLM adds rules out the prefix until somebody has looked at it."""
+    given = {"temperature": 0, "prompt": "x"}
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields} - {*given, "n"}
+    ways = {
+        name: find_way(Route.CHAT, given | {name: "unknown"}, has_media=False, by_prefix=True)
+        for name in sorted(fields)
+    }
+    assert {name for name, way in ways.items() if way is None} == {
+        "ec_transfer_params",
+        "kv_transfer_params",
+        "logprobs",
+        "prompt_logprobs",
+        "use_beam_search",
+        "vllm_xargs",
+    }
+    assert {name for name, way in ways.items() if way is Way.REPLAY} == {
+        *("bad_words", "echo", "frequency_penalty", "logprob_token_ids", "max_completion_tokens", "max_tokens"),
+        *("media_io_kwargs", "min_tokens", "mm_payload", "mm_processor_kwargs", "presence_penalty", "prompt_embeds"),
+        *("repetition_detection", "response_format", "return_mm_kwargs", "return_prompt_text", "return_token_offsets"),
+        *("return_tokens_as_token_ids", "routed_experts_prompt_start", "structured_outputs", "suffix"),
+        *("thinking_token_budget", "tools", "watermarking"),
+    }

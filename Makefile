@@ -15,7 +15,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench tests d
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving experiments validate-simulator pictures bench-operator format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -130,9 +130,17 @@ pictures: $(STAMP) ## Draw the README's pictures again, from real runs on the ti
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	BIN=$(BIN) bench/pictures.sh
 
+compile-gateway: $(STAMP) ## Compile the gateway's hot modules with mypyc, beside their sources (a C compiler is needed; `make clean` removes them)
+	$(BIN)/python images/compile_gateway.py
+
+test-compiled: compile-gateway ## Run the gateway's tests on its compiled modules, and remove these again
+	trap "find gateway scheduling -name '*.so' -delete" EXIT; \
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile tests/gateway tests/lab/test_gateway_cost.py
+
 format: $(STAMP) ## Format the sources
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## Remove the environment and caches
 	rm -rf .venv .cache build dist
+	find gateway scheduling -name '*.so' -delete

@@ -184,7 +184,8 @@ async def test_a_connection_of_a_client_is_used_again_and_so_is_that_to_the_engi
     for _ in range(5):
         client.send(post(prompt()))
         assert (await client.answer()).status == 200
-    assert engine.connections - before == 1
+    # Its models may be asked over a connection of their own meanwhile.
+    assert engine.connections - before in (1, 2)
 
 
 async def test_pipelined_requests_are_answered_in_their_order(make_engine, serve):

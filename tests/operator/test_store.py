@@ -110,7 +110,7 @@ def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tup
         assert all(store.children(key, [POD, CONFIG_MAP]) for key in store.known())
 
 
-def test_of_managed_fields_only_who_set_the_replicas_is_kept() -> None:
+def test_managed_fields_are_kept_only_of_replicas() -> None:
     store = Store()
     spec = {"f:replicas": {}, "f:template": {"f:spec": {}}}
     fields = [

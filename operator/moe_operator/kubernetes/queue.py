@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 120.0
-# While both wait, one of so many items is from the background: changes that never end hold nothing up for ever.
+# While both wait, one item in this number is from the background, so that endless changes do not keep it waiting.
 SHARE = 4
 
 

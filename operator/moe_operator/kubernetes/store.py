@@ -16,7 +16,7 @@ from moe_operator.plan.names import INSTANCE
 
 # Of these is asked who set the number of replicas; all other managed fields, half of an object, are left out.
 SCALED = (DEPLOYMENT, LEADER_WORKER_SET)
-_REPLICAS = {"f:spec": {"f:replicas": {}}}
+_REPLICAS: Document = {"f:spec": {"f:replicas": {}}}
 _FOUND_BY = ("namespace", "name", "uid", "resourceVersion", "labels")
 
 

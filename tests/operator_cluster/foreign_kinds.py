@@ -117,6 +117,10 @@ LEADER_WORKER_SETS = crd(
     "leaderworkerset.x-k8s.io", "LeaderWorkerSet", SETS, subresources={"status": {}, "scale": SCALE}
 )
 INFERENCE_POOLS = crd("inference.networking.k8s.io", "InferencePool", POOL, subresources={"status": {}})
+# Groups below k8s.io are Kubernetes' own, and the API server asks for the place of their approval.
+INFERENCE_POOLS["metadata"]["annotations"] = {
+    "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api-inference-extension"
+}
 PROMETHEUS = [crd("monitoring.coreos.com", kind, schema) for kind, schema in MONITORS.items()]
 
 

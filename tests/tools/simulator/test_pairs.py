@@ -207,7 +207,7 @@ def test_a_decode_engine_that_dies_begins_the_request_anew_and_its_lease_ends(ma
 
 
 def test_failures_of_either_side_lose_no_request_before_its_first_token(maker):
-    trace = short_trace(count=240, rate=30.0)
+    trace = short_trace(count=150, rate=15.0)
     roles = {f"engine-{number}": EngineRole.PREFILL if number < 2 else EngineRole.DECODE for number in range(4)}
     failures = [
         ServerFailure(server="engine-0", at_s=2.0, startup_s=1.0),
@@ -269,7 +269,7 @@ def test_roles_move_with_the_load_and_not_more_often_than_allowed(maker):
         return made[-1]
 
     shape = ShapeSettings(
-        count=800, seed=1, shortest_tokens=1500, longest_tokens=3000, median_output_tokens=24,
+        count=400, seed=1, shortest_tokens=1500, longest_tokens=3000, median_output_tokens=24,
         longest_output_tokens=60,
     )  # fmt: skip
     trace = arrange(build_shape(Shape.AVERAGE, shape), ArrivalShape.POISSON, 30.0, 1)

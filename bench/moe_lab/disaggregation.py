@@ -9,7 +9,7 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
@@ -85,15 +85,22 @@ def build_way(way: Way, trace: Sequence[TraceRequest], gpus: int, seed: int, wei
     """The simulation of one way to serve a trace."""
     whole = server_shape(gpus, seed)
     shapes = [server_shape(ranks, seed) for ranks in way.servers]
-    common = {
-        "trace": trace, "cost": whole.cost, "ranks": gpus, "limits": whole.limits, "shapes": shapes,
-        "exposed_s": 0.002, "seed": seed,
-    }  # fmt: skip
+    ours = Simulation(
+        trace=trace,
+        cost=whole.cost,
+        ranks=gpus,
+        limits=whole.limits,
+        shapes=shapes,
+        scheduler=OURS,
+        request=_REQUEST,
+        dispatch=EngineSettings(),
+        exposed_s=0.002,
+        seed=seed,
+    )
     if way.stock:
-        return Simulation(**common, scheduler=STOCK, dispatch="vllmInternal")
-    ours = {**common, "scheduler": OURS, "request": _REQUEST}
+        return replace(ours, scheduler=STOCK, request=RequestSettings(), dispatch="vllmInternal")
     if not way.pairs:
-        return Simulation(**ours, dispatch=EngineSettings())
+        return ours
     roles = {}
     if way.prefill is not None:
         for number in range(len(shapes)):
@@ -104,12 +111,8 @@ def build_way(way: Way, trace: Sequence[TraceRequest], gpus: int, seed: int, wei
         roles=roles,
         role_settings=RoleSettings() if way.moves else None,
     )
-    return Simulation(
-        **ours,
-        dispatch=pair_gateways(settings, _REQUEST),
-        transfers=TransferPlan(link=LINK),
-        signals=SignalPlan(),
-    )
+    gateways = pair_gateways(settings, _REQUEST)
+    return replace(ours, dispatch=gateways, transfers=TransferPlan(link=LINK), signals=SignalPlan())
 
 
 def build_trace(shape: Shape, median_output: int, count: int, rate: float, seed: int) -> Sequence[TraceRequest]:

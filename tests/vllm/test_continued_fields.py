@@ -1,13 +1,16 @@
 """The fields of vLLM's completions and chats against those that a stream may have which goes on at another engine."""
 
+import pytest
 from moe_gateway.continuation.ways import Way, find_way
 from moe_gateway.http.routes import Route
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_every_field_of_vllm_is_sorted():
     """A field that a later vLLM adds rules out the prefix until somebody has looked at it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
     given = {"temperature": 0, "prompt": "x"}
     fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields} - {*given, "n"}
     ways = {

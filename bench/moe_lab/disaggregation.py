@@ -40,7 +40,7 @@ _COLUMNS = ("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "end_mean")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class Arrangement:
     """One way to use the GPUs.
 
     Attributes:
@@ -58,18 +58,18 @@ class Way:
     stock: bool = False
 
 
-def ways(gpus: int) -> dict[str, Way]:
+def ways(gpus: int) -> dict[str, Arrangement]:
     """The ways that are compared on this number of GPUs, by name."""
-    found = {"vLLM 0.32": Way(servers=(gpus,), stock=True), "unified": Way(servers=(gpus,))}
+    found = {"vLLM 0.32": Arrangement(servers=(gpus,), stock=True), "unified": Arrangement(servers=(gpus,))}
     for prefill in range(max(1, gpus // 2), gpus):
-        found[f"{prefill}+{gpus - prefill}"] = Way(servers=(prefill, gpus - prefill), prefill=1, pairs=True)
+        found[f"{prefill}+{gpus - prefill}"] = Arrangement(servers=(prefill, gpus - prefill), prefill=1, pairs=True)
     halves, ones = (gpus // 2, gpus - gpus // 2), (1,) * gpus
-    found["unified, 2 servers"] = Way(servers=halves)
-    found["auto, 2 servers"] = Way(servers=halves, pairs=True, moves=True)
-    found[f"unified, {gpus} servers"] = Way(servers=ones)
+    found["unified, 2 servers"] = Arrangement(servers=halves)
+    found["auto, 2 servers"] = Arrangement(servers=halves, pairs=True, moves=True)
+    found[f"unified, {gpus} servers"] = Arrangement(servers=ones)
     for prefill in range(max(1, gpus // 2), gpus):
-        found[f"{prefill}+{gpus - prefill} servers"] = Way(servers=ones, prefill=prefill, pairs=True)
-    found[f"auto, {gpus} servers"] = Way(servers=ones, pairs=True, moves=True)
+        found[f"{prefill}+{gpus - prefill} servers"] = Arrangement(servers=ones, prefill=prefill, pairs=True)
+    found[f"auto, {gpus} servers"] = Arrangement(servers=ones, pairs=True, moves=True)
     return found
 
 
@@ -81,7 +81,7 @@ def server_shape(ranks: int, seed: int) -> ServerShape:
     return ServerShape(ranks=ranks, cost=cost, limits=limits)
 
 
-def build_way(way: Way, trace: Sequence[TraceRequest], gpus: int, seed: int, weight: float) -> Simulation:
+def build_way(way: Arrangement, trace: Sequence[TraceRequest], gpus: int, seed: int, weight: float) -> Simulation:
     """The simulation of one way to serve a trace."""
     whole = server_shape(gpus, seed)
     shapes = [server_shape(ranks, seed) for ranks in way.servers]

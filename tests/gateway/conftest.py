@@ -5,6 +5,7 @@ caught, which the event loop reports, fails the test.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tests.gateway.clients import TOKEN, Served
 from tests.gateway.fake_api import FakeApi
 from tests.gateway.peers import FakeAgent, MockEngine, Script, answer_ok
 from tests.gateway.waiting import free_port, until
+
+# As the endpoint picker sets it before gRPC is imported: handlers of gRPC run in no process that is about to start.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:

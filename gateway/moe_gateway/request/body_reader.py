@@ -9,6 +9,7 @@ import logging
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from contextlib import suppress
 
 from moe_scheduling.engine.prefix_index import DEFAULT_BLOCK_BYTES, block_keys
 
@@ -45,6 +46,7 @@ class BodyReader:
 
     def __init__(self) -> None:
         self._process: Process | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._is_closed = False
@@ -138,23 +140,37 @@ class BodyReader:
         if process is None or process.returncode is not None:
             process = await asyncio.create_subprocess_exec(sys.executable, *WORKER, stdin=PIPE, stdout=PIPE)
             if self._is_closed:
-                process.kill()
-                await process.wait()
+                await _end(process)
                 raise BodyRefused(RequestOutcome.GATEWAY_ENDED, "the gateway ends")
             self._process = process
         return process
 
     def _drop_process(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
+        if process is not None:
+            task = asyncio.create_task(_end(process))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Ends the process that parses; later bodies are refused."""
-        self._is_closed, process = True, self._process
+        self._is_closed = True
         self._drop_process()
-        if process is not None:
-            await process.wait()
+        await asyncio.gather(*self._ending)
+
+
+async def _end(process: Process) -> None:
+    """Kills a process and waits until it and its pipes are closed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(ProcessLookupError):
+        process.kill()
+    process.stdin.close()
+    with suppress(OSError):
+        await process.stdin.wait_closed()
+    with suppress(OSError):
+        await process.stdout.read()
+    await process.wait()
 
 
 def _insist(is_needed: Callable[[], bool]) -> None:

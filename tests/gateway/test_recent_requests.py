@@ -75,6 +75,7 @@ def exchange(number: int, arrived_s: float = 0.0) -> SimpleNamespace:
         route=SimpleNamespace(label="chat"),
         job=Job(10, model="tiny"),
         ttft_s=None,
+        continued="",
     )
 
 

@@ -43,7 +43,7 @@ class NullTransport(asyncio.Transport):
         self.written = 0
 
     def write(self, data: Any) -> None:
-        """Counts the bytes."""
+        """Adds the length of these bytes to the count."""
         self.written += len(data)
 
     def is_closing(self) -> bool:

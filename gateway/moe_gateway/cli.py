@@ -68,7 +68,7 @@ def gateway(
 def run_until_signal(served: Gateway) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second one ends at once."""
     set_up_logs()
-    # What was made so far stays: without this a full collection goes through all modules, and all streams wait for it.
+    # Modules stay for ever: without this a full collection goes through them, and all streams wait for its end.
     gc.freeze()
     try:
         uvloop.run(_run(served))

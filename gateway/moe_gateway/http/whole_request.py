@@ -100,7 +100,7 @@ class HeadMemory:
         self.is_plain = False
 
     def read(self, data: bytes) -> bytes | None:
-        """The body of the request that `data` is exactly, the rest of it in `last`; None: it is left to the parser."""
+        """The body of the request that `data` is exactly, whose head is in `last`; None: it is left to the parser."""
         before = self._before
         if before and data.startswith(before):
             begin = len(before)

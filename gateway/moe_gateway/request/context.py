@@ -96,7 +96,7 @@ class ExchangeContext:
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         bodies: reads bodies that take a while.
-        rare_headers: what is looked for in the head of a request once.
+        rare_headers: finds out whether a head has one of the headers that few requests have.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.

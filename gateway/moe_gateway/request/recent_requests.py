@@ -1,6 +1,6 @@
 """The newest requests, kept to explain later why each went where it went (`GET /v1/requests/{id}`).
 
-Called for each attempt and at each end, so both cost about a microsecond: what is kept are plain lists and tuples,
+Called for each attempt and at each end, so both cost about a microsecond: the records are plain lists and tuples,
 which get their names when somebody asks. The terms of all targets cost some microseconds a target, so they are recorded
 at most once in `TERMS_PERIOD_S`: of every request at a light load, of a sample at a heavy one.
 """

@@ -76,7 +76,6 @@ def exchange(number: int, arrived_s: float = 0.0) -> SimpleNamespace:
         continued="",
         job=Job(10, model="tiny"),
         ttft_s=None,
-        continued="",
     )
 
 

@@ -44,7 +44,7 @@ async def watch(engine):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
-        with closing(HangWatch(session, lambda now_s: engine.unstepped_s, step_s=600.0, answer_s=240.0)) as watch:
+        with closing(HangWatch(session, lambda now_s: engine.unstepped_s, limit_s=600.0)) as watch:
             yield watch
     await runner.cleanup()
 
@@ -62,9 +62,9 @@ async def until_answered(watch: HangWatch) -> None:
 
 
 async def test_an_idle_core_that_does_not_answer_hangs(engine, watch):
-    assert [await watch.look(now_s) for now_s in (0.0, 1.0, 240.0)] == [None] * 3
+    assert [await watch.look(now_s) for now_s in (0.0, 1.0, 600.0)] == [None] * 3
     await until_asked(engine, 1)
-    assert await watch.look(241.0) == "the idle core gives no answer for 240 s"
+    assert await watch.look(601.0) == "the idle core gives no answer for 600 s"
     assert engine.asked == 1
 
 
@@ -90,13 +90,13 @@ async def test_a_core_with_requests_is_judged_by_its_steps(engine, watch):
     engine.asleep = True
     assert await watch.look(502.0) is None
     engine.unstepped_s = 0.0
-    assert [await watch.look(now_s) for now_s in (503.0, 700.0)] == [None, None]
-    assert await watch.look(744.0) == "the idle core gives no answer for 240 s"
+    assert [await watch.look(now_s) for now_s in (503.0, 1103.0)] == [None, None]
+    assert await watch.look(1104.0) == "the idle core gives no answer for 600 s"
 
 
 async def test_a_server_that_is_gone_is_not_a_core_that_hangs(unused_tcp_port):
     async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as session:
-        watch = HangWatch(session, lambda now_s: 0.0, step_s=600.0, answer_s=240.0)
+        watch = HangWatch(session, lambda now_s: 0.0, limit_s=600.0)
         assert await watch.look(0.0) is None
         await until_answered(watch)
         assert await watch.look(1000.0) is None

@@ -18,8 +18,8 @@ class HangWatch:
     Args:
         session: to the engine's server.
         unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
-        step_s: time without a step, in seconds, that is a hang.
-        answer_s: time without an answer of an idle core, in seconds, that is a hang.
+        limit_s: time without a step, or without an answer of an idle core, that is a hang, in seconds. A core on another
+            node, whose steps are not seen here, may be busy for as long before it answers.
     """
 
     def __init__(
@@ -27,11 +27,10 @@ class HangWatch:
         session: aiohttp.ClientSession,
         unstepped_s: Callable[[float], float],
         *,
-        step_s: float,
-        answer_s: float,
+        limit_s: float,
     ) -> None:
         self._session, self._unstepped_s = session, unstepped_s
-        self._step_s, self._answer_s = step_s, answer_s
+        self._limit_s = limit_s
         self._question: asyncio.Task[None] | None = None
         self._asked_s = float("-inf")
 
@@ -44,11 +43,11 @@ class HangWatch:
         if unstepped_s > 0.0:
             # Its steps speak for it; between two of them it would answer late.
             self.close()
-            hangs = unstepped_s > self._step_s and not await is_asleep(self._session)
-            return f"no step for {self._step_s:g} s though there are requests" if hangs else None
+            hangs = unstepped_s > self._limit_s and not await is_asleep(self._session)
+            return f"no step for {self._limit_s:g} s though there are requests" if hangs else None
         if self._question is not None and not self._question.done():
-            hangs = now_s - self._asked_s > self._answer_s
-            return f"the idle core gives no answer for {self._answer_s:g} s" if hangs else None
+            hangs = now_s - self._asked_s > self._limit_s
+            return f"the idle core gives no answer for {self._limit_s:g} s" if hangs else None
         if now_s - self._asked_s >= _PAUSE_S:
             self._question, self._asked_s = asyncio.create_task(self._ask()), now_s
         return None

@@ -59,11 +59,10 @@ class SupervisorRules:
         settle_s: time between `accepting` turning false and SIGTERM, in which gateways stop sending; a request that
             reaches a draining engine gets an error.
         end_grace_s: time for the engine to end after its streams are over, before it is killed.
-        hang_s: time for which an engine that has requests makes no step, after which it is restarted. It is far above
-            any step: one takes up to some seconds on CPUs, moves of experts take seconds, and kernels that are compiled
-            for a first request some minutes at most. It is twice the silence after which a gateway gives a request up.
-        answer_s: time for which an idle core does not answer, after which the engine is restarted. Sleep, wake-up and
-            new weights keep it from answering for seconds.
+        hang_s: time for which an engine that has requests makes no step, or one that has none does not answer; it is
+            then restarted. It is far above any step: one takes up to some seconds on CPUs, moves of experts take
+            seconds, and kernels that are compiled for a first request some minutes at most. It is twice the silence
+            after which a gateway gives a request up.
     """
 
     first_backoff_s: float = 1.0
@@ -74,7 +73,6 @@ class SupervisorRules:
     settle_s: float = SETTLE_S
     end_grace_s: float = END_GRACE_S
     hang_s: float = 600.0
-    answer_s: float = 240.0
 
     def backoff_s(self, failures: int) -> float:
         """Pause after the `failures`-th failure in a row."""
@@ -255,9 +253,8 @@ class EngineSupervisor:
     async def _watch_health(self) -> str:
         """Returns, with the reason, when the engine did not come up in time or has stopped answering."""
         timeout = aiohttp.ClientTimeout(total=self._rules.health_timeout_s)
-        rules = self._rules
         async with aiohttp.ClientSession(self.url, timeout=timeout) as session:
-            hangs = HangWatch(session, self._unstepped_s, step_s=rules.hang_s, answer_s=rules.answer_s)
+            hangs = HangWatch(session, self._unstepped_s, limit_s=self._rules.hang_s)
             with closing(hangs):
                 return await self._watch_until_it_fails(session, hangs)
 

@@ -18,8 +18,8 @@ class HangWatch:
     Args:
         session: to the engine's server.
         unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
-        limit_s: time without a step, or without an answer of an idle core, that is a hang, in seconds. A core on another
-            node, whose steps are not seen here, may be busy for as long before it answers.
+        limit_s: time without a step, or without an answer of an idle core, in seconds, that is a hang. A core on
+            another node, whose steps are not seen here, may be busy for as long before it answers.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_contract.gateway_config import ContinuedStreams
+from moe_gateway.continuation import events as reading
 from moe_gateway.continuation.stream import Continuation, find_continuation
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
@@ -14,7 +15,8 @@ from moe_gateway.request.parsing import parse_body
 from moe_gateway.request.stream_events import split_chunks
 
 from tests.gateway.computing_engine import MAX_MODEL_LEN, Computing
-from tests.gateway.messages import SSE_HEAD, chunk
+from tests.gateway.messages import SSE_END, SSE_HEAD, chunk, json_answer
+from tests.gateway.peers import always
 from tests.gateway.test_continuation import PATHS, TEXT, USAGE, ask_for, body_of, events, expected, start, whole
 
 DONE = chunk(b"data: [DONE]\n\n")
@@ -102,3 +104,82 @@ async def test_the_next_answer_of_a_connection_follows_an_end_in_pieces(make_eng
         answer = await client.answer()
         assert answer.status == 200
         assert whole(events(answer.body)) == expected(Route.COMPLETIONS, {}) | {"done": True}
+
+
+def raw_of(received, computing):
+    path, body = received.line.split(b" ")[1].decode(), json.loads(received.body)
+    computing.bodies.append((path, body))
+    return [chunk(row) for row in computing.events(path, body)]
+
+
+async def test_an_end_that_cannot_be_read_is_a_failure_of_the_engine(make_engine, serve):
+    """A chunk size of nine digits is whole for the HTTP parser, and unreadable here."""
+    computing = Computing(TEXT)
+
+    async def script(received, writer):
+        rows = raw_of(received, computing)
+        if len(computing.bodies) == 1:
+            rows[9:] = [b"0" * 9 + row for row in rows[9:]]
+        writer.write(b"".join([SSE_HEAD, *rows, SSE_END]))
+
+    served = await start(make_engine, serve, script)
+    answer = await served.ask(ask_for(Route.COMPLETIONS))
+    assert whole(events(answer.body)) == expected(Route.COMPLETIONS, {}) | {"done": True}
+    assert (served.gateway.stats.continuations, served.in_flight) == ({"prefix": 1}, 0)
+
+
+async def test_a_stream_whose_end_cannot_be_read_anywhere_ends_with_an_error(make_engine, serve):
+    async def script(received, writer):
+        rows = raw_of(received, Computing(TEXT))
+        writer.write(b"".join([SSE_HEAD, *rows[:9], b"000000000" + chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"]))
+
+    served = await start(make_engine, serve, script)
+    answer = await served.ask(ask_for(Route.COMPLETIONS))
+    assert events(answer.body)[-1]["error"]["code"] == "engine_failed"
+    assert served.in_flight == 0
+
+
+@pytest.mark.parametrize("events_before", [0, 9])
+async def test_an_event_without_an_end_is_a_failure_of_the_engine(make_engine, serve, monkeypatch, events_before):
+    monkeypatch.setattr(reading, "LONGEST_EVENT_BYTES", 20_000)
+    computing = Computing(TEXT)
+
+    async def script(received, writer):
+        rows = raw_of(received, computing)
+        if len(computing.bodies) == 1:
+            rows[events_before:] = [chunk(b"data: " + b"x" * 30_000)]
+        writer.write(b"".join([SSE_HEAD, *rows]))
+        await writer.drain()
+        if len(computing.bodies) == 1:
+            await asyncio.Event().wait()
+        writer.write(SSE_END)
+
+    served = await start(make_engine, serve, script)
+    answer = await served.ask(ask_for(Route.COMPLETIONS))
+    assert b"xxx" not in answer.body
+    assert b"HTTP/1.1" not in answer.body
+    assert whole(events(answer.body)) == expected(Route.COMPLETIONS, {}) | {"done": True}
+    assert len(computing.bodies) == 2
+    assert served.in_flight == 0
+
+
+async def test_only_the_head_of_a_stream_says_that_it_may_go_on(make_engine, serve):
+    refusal = always(json_answer({"error": {"message": "too long", "code": 400}}, status="400 Bad Request"))
+    for script, header in ((refusal, None), (Computing(TEXT), b"prefix"), (always(json_answer({})), None)):
+        served = await start(make_engine, serve, script)
+        answer = await served.ask(ask_for(Route.COMPLETIONS))
+        assert answer.headers.get(b"x-moeserving-continuation") == header
+
+
+@pytest.mark.parametrize("fields", [{}, {"presence_penalty": 1}], ids=["prefix", "replay"])
+@pytest.mark.parametrize("route", PATHS)
+def test_the_ids_of_the_prompt_come_once(route, fields):
+    stream = make_stream(route, body_of(route, return_token_ids=True, **fields))
+    script = Computing(TEXT)
+    out = b"".join(stream.read(part, has_begun=False) for part in begin(stream, script)[:9])
+    stream.prepare(MAX_MODEL_LEN)
+    out += b"".join(stream.read(part, has_begun=True) for part in begin(stream, script))
+    documents = [row for row in events(split_chunks(out.removeprefix(SSE_HEAD))[0]) if type(row) is dict]
+    parts = [part for row in documents for part in (row, *row["choices"])]
+    prompts = [part["prompt_token_ids"] for part in parts if part.get("prompt_token_ids")]
+    assert prompts == [[1000, 1001, 1002, 1003, 1004]]

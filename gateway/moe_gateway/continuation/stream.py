@@ -265,8 +265,8 @@ class Continuation:
             return b""
         replace_new(chunk, pieces, tokens)
         self._note(chunk._replace(pieces=pieces, tokens=tokens), is_single=len(chunk.tokens) == 1)
-        if not self._shows_tokens:
-            strip_tokens(chunk)
+        # The client has the ids of the prompt; those of this engine's prompt may include its answer.
+        strip_tokens(chunk, keeps_answer=self._shows_tokens)
         return write_chunk(chunk.document)
 
     def _note(self, chunk: Chunk, *, is_single: bool) -> None:

@@ -243,3 +243,14 @@ def test_events_are_whole_however_their_bytes_come(size):
     events = [event for at in range(0, len(data), size) for event in reader.read(data[at : at + size])]
     assert events == [b"data: a\n\n", b"data: b\r\n\r\n", b": c\n\n", b"data: [DONE]\n\n"]
     assert (reader.head, reader.is_stream, reader.has_ended) == (SSE_HEAD, True, True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.sampled_from("a\n\n\r"), max_size=30), sizes=st.integers(1, 30))
+def test_an_event_ends_with_the_first_blank_line(text, sizes):
+    reader, data = EventReader(), text.encode()
+    frames = b"".join(chunk(data[at : at + sizes]) for at in range(0, len(data), sizes))
+    found = reader.read(SSE_HEAD + frames + chunk(b"\n\n"))
+    assert data + b"\n\n" in (b"".join(found), b"".join(found) + b"\n")
+    assert all(row.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")) for row in found)
+    assert not any(blank in row[:-1] for row in found for blank in (b"\n\n", b"\r\r", b"\r\n\r\n"))

@@ -44,11 +44,7 @@ class EventReader:
             return []
         text, self._rest = split_chunks(self._rest)
         self.has_ended = _END.match(self._rest) is not None
-        text, events, at = self._text + text, [], 0
-        for blank in _BLANK_LINE.finditer(text):
-            events.append(text[at : blank.end()])
-            at = blank.end()
-        self._text = text[at:]
+        events, self._text = _split_events(self._text + text)
         self.is_too_long = len(self._text) + len(self._rest) > LONGEST_EVENT_BYTES
         return events
 
@@ -74,3 +70,15 @@ class EventReader:
         """The head and all that has come since, as it came, of an answer that is no stream."""
         data, self._rest = self.head + self._rest, b""
         return data
+
+
+def _split_events(text: bytes) -> tuple[list[bytes], bytes]:
+    """The whole events, each with the blank line at its end, and what follows them."""
+    if b"\r" not in text:
+        *rows, rest = text.split(b"\n\n")
+        return [row + b"\n\n" for row in rows], rest
+    events, at = [], 0
+    for blank in _BLANK_LINE.finditer(text):
+        events.append(text[at : blank.end()])
+        at = blank.end()
+    return events, text[at:]

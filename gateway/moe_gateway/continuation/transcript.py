@@ -83,7 +83,7 @@ class Transcript:
         self._held_back = 0 if includes_stop else reach
         # Text before the end that is computed again, so that a stop string that begins in it is found.
         self._overlap = reach - self._held_back
-        # The last boundary at which it can be cut, those after it which more text may allow, and the text from these on.
+        # The last boundary at which it can be cut; those after it that more text may allow; the text that these need.
         self._last: _Boundary | None = None
         self._pending: deque[_Boundary] = deque()
         self._tail = ""

@@ -1,12 +1,25 @@
 """Which streams can go on at another engine, and in which way; what is asked of that engine."""
 
+import gc
 import json
+import tracemalloc
 from array import array
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moe_gateway.continuation.events import EventReader
 from moe_gateway.continuation.resend import ask_for_tokens, build_prefix_body
-from moe_gateway.continuation.transcript import MOST_CHARACTERS, MOST_TOKENS, Cut, Expected, Mismatch, Piece, Transcript
+from moe_gateway.continuation.transcript import (
+    MOST_CHARACTERS,
+    MOST_CHUNKS_BACK,
+    MOST_TOKENS,
+    Cut,
+    Expected,
+    Mismatch,
+    Piece,
+    Transcript,
+)
 from moe_gateway.continuation.ways import Way, find_way
 from moe_gateway.http.routes import Route
 
@@ -141,6 +154,61 @@ def test_a_stream_is_cut_where_no_character_and_no_stop_string_is(chunks, option
     assert found == (None if cut is None else Cut(cut.tokens, cut.characters + len("\0text\0")))
 
 
+def slow_cut(chunks, held_back, overlap):
+    """The last cut, looked for from the end of the whole text."""
+    text, tokens, boundaries = "\0text\0" if any(text for text, _ in chunks) else "", 0, []
+    for piece, ids in chunks:
+        text += piece
+        tokens += len(ids)
+        if piece and ids:
+            boundaries.append((tokens, len(text), len(ids) == 1))
+    for tokens, characters, is_clean in boundaries[: -(held_back + overlap + MOST_CHUNKS_BACK + 1) : -1]:
+        at = characters + held_back
+        if at <= len(text) - overlap and (is_clean or (text[at : at + 1].isascii() and at < len(text))):
+            return Cut(tokens, at)
+    return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    chunks=st.lists(st.tuples(st.sampled_from(["", "a", "é", "東京", "東a", "ab"]), st.integers(0, 3)), max_size=60),
+    reach=st.sampled_from([0, 0, 1, 3, 7]),
+    includes_stop=st.booleans(),
+)
+def test_a_cut_is_the_one_that_a_search_from_the_end_finds(chunks, reach, includes_stop):
+    rows = [(text, [7] * count) for text, count in chunks]
+    made = Transcript(["x" * (reach + 1)], includes_stop=includes_stop)
+    for number, (text, ids) in enumerate(rows):
+        made.add([Piece("text", text)], ids, is_single=len(ids) == 1)
+        want = slow_cut(rows[: number + 1], *((0, reach) if includes_stop else (reach, 0)))
+        assert made.find_cut() == want
+    text = "\0text\0" + "".join(text for text, _ in rows)
+    assert [made.text_from(at) for at in range(made.characters + 1)] == [
+        text[at:] if made.characters else "" for at in range(made.characters + 1)
+    ]
+
+
+def test_a_long_stream_costs_little_memory_and_no_copy_to_find_its_cut():
+    ids, pieces = array("I", [1]), [f" word{number}" for number in range(10)]
+    made, cjk = Transcript(), Transcript(["x" * 200])
+    for number in range(200):
+        made.add([Piece("text", pieces[number % 10])], ids, is_single=True)
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            made.add([Piece("text", pieces[number % 10] + "!")], ids, is_single=True)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 20_000 * 16
+        for _ in range(20_000):
+            cjk.add([Piece("text", "東京")], array("I", [1, 2]))
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        assert (made.find_cut().tokens, cjk.find_cut()) == (20_200, None)
+        assert tracemalloc.get_traced_memory()[1] - before < 1000
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_fields_of_a_chat_are_compared_too():
     made = Transcript()
     made.add([Piece("reasoning", "think")], [])
@@ -175,3 +243,14 @@ def test_events_are_whole_however_their_bytes_come(size):
     events = [event for at in range(0, len(data), size) for event in reader.read(data[at : at + size])]
     assert events == [b"data: a\n\n", b"data: b\r\n\r\n", b": c\n\n", b"data: [DONE]\n\n"]
     assert (reader.head, reader.is_stream, reader.has_ended) == (SSE_HEAD, True, True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.sampled_from("a\n\n\r"), max_size=30), sizes=st.integers(1, 30))
+def test_an_event_ends_with_the_first_blank_line(text, sizes):
+    reader, data = EventReader(), text.encode()
+    frames = b"".join(chunk(data[at : at + sizes]) for at in range(0, len(data), sizes))
+    found = reader.read(SSE_HEAD + frames + chunk(b"\n\n"))
+    assert data + b"\n\n" in (b"".join(found), b"".join(found) + b"\n")
+    assert all(row.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")) for row in found)
+    assert not any(blank in row[:-1] for row in found for blank in (b"\n\n", b"\r\r", b"\r\n\r\n"))

@@ -89,10 +89,16 @@ def read_chunk(document: dict[str, Any]) -> Chunk | None:
     return Chunk(document, choice, pieces, tokens, prompt, is_known and not choice.get("logprobs"))
 
 
-def strip_tokens(chunk: Chunk) -> None:
-    """Takes the token ids out, for which the client has not asked; vLLM writes their fields in any case."""
+def strip_tokens(chunk: Chunk, *, keeps_answer: bool = False) -> None:
+    """Takes out the token ids that the client shall not get; vLLM writes their fields in any case.
+
+    Args:
+        chunk: changed in place.
+        keeps_answer: whether those of the answer stay, and only those of the prompt go.
+    """
+    names = ("prompt_token_ids",) if keeps_answer else ("prompt_token_ids", "token_ids")
     for part in (chunk.document, chunk.choice or {}):
-        for name in ("prompt_token_ids", "token_ids"):
+        for name in names:
             if name in part:
                 part[name] = None
 

@@ -7,7 +7,8 @@ from moe_gateway.http.upstream import LONGEST_HEAD_BYTES
 from moe_gateway.request.stream_events import split_chunks
 
 _HEAD_END = b"\r\n\r\n"
-_LAST_CHUNK = re.compile(rb"0+[ \t]*(?:;[^\r\n]*)?\r\n")
+# The last chunk, the trailers and the blank line behind it.
+_END = re.compile(rb"0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 # A longer event is none of a model's.
 LONGEST_EVENT_BYTES = 16 * 1024 * 1024
@@ -19,7 +20,7 @@ class EventReader:
     Attributes:
         head: the head, once it is whole.
         is_stream: whether the answer is a chunked stream of events with status 200, as far as its head has come.
-        has_ended: whether the end of its body has come.
+        has_ended: whether its body is whole, to its last byte; what comes after it is not read.
         is_too_long: whether a head or an event has grown beyond its bound.
     """
 
@@ -33,6 +34,8 @@ class EventReader:
 
     def read(self, data: bytes) -> list[bytes]:
         """Takes more bytes and returns the events that they complete, each with the blank line at its end."""
+        if self.has_ended:
+            return []
         self._rest += data
         if not self.head and not self._read_head():
             self.is_too_long = len(self._rest) > LONGEST_HEAD_BYTES
@@ -40,12 +43,8 @@ class EventReader:
         if not self.is_stream:
             return []
         text, self._rest = split_chunks(self._rest)
-        self.has_ended = self.has_ended or _LAST_CHUNK.match(self._rest) is not None
-        text, events, at = self._text + text, [], 0
-        for blank in _BLANK_LINE.finditer(text):
-            events.append(text[at : blank.end()])
-            at = blank.end()
-        self._text = text[at:]
+        self.has_ended = _END.match(self._rest) is not None
+        events, self._text = _split_events(self._text + text)
         self.is_too_long = len(self._text) + len(self._rest) > LONGEST_EVENT_BYTES
         return events
 
@@ -71,3 +70,15 @@ class EventReader:
         """The head and all that has come since, as it came, of an answer that is no stream."""
         data, self._rest = self.head + self._rest, b""
         return data
+
+
+def _split_events(text: bytes) -> tuple[list[bytes], bytes]:
+    """The whole events, each with the blank line at its end, and what follows them."""
+    if b"\r" not in text:
+        *rows, rest = text.split(b"\n\n")
+        return [row + b"\n\n" for row in rows], rest
+    events, at = [], 0
+    for blank in _BLANK_LINE.finditer(text):
+        events.append(text[at : blank.end()])
+        at = blank.end()
+    return events, text[at:]

@@ -69,6 +69,7 @@ class Continuation:
     __slots__ = (
         "_body",
         "_document",
+        "_end_passed",
         "_expected",
         "_first_body",
         "_has_token",
@@ -123,7 +124,7 @@ class Continuation:
 
     def _new_reader(self) -> None:
         self._reader = EventReader()
-        self._head_passed = False
+        self._head_passed = self._end_passed = False
         self.failure: StreamFailure | None = None
 
     def start(self) -> tuple[bytes, Body]:
@@ -136,26 +137,25 @@ class Continuation:
 
     # What an engine sends.
 
-    def read(self, data: bytes, *, has_begun: bool) -> bytes:
+    def read(self, data: bytes, *, has_begun: bool, is_complete: bool = False) -> bytes:
         """Takes bytes of an engine's answer and returns those for the client, in whole chunks.
 
         Args:
             data: as they came.
             has_begun: whether the client has got a part of the stream.
+            is_complete: whether these are the last bytes of the answer.
         """
         if self._is_off:
             return data
         reader = self._reader
         events = reader.read(data)
+        if not reader.is_stream:
+            return self._take_other() if reader.head or reader.is_too_long else b""
         parts = []
-        if reader.head and not self._head_passed:
+        if not self._head_passed:
             self._head_passed = True
-            if not reader.is_stream:
-                return self._take_other()
             if not self._is_resumed:
                 parts.append(reader.head)
-        if reader.is_too_long:
-            return b"".join(parts) + self._take_other()
         self._has_token = self._has_token or has_begun
         passed = [taken for event in events if not self.failure and (taken := self._take(event))]
         if passed:
@@ -163,12 +163,12 @@ class Continuation:
                 self._owes_notice = False
                 passed.insert(0, NOTICE)
             parts.append(frame_chunk(b"".join(passed)))
-        if reader.has_ended and not self.failure:
-            parts.append(self._take_end())
+        if not self.failure and not self._end_passed:
+            parts.append(self._take_end(is_complete=is_complete))
         return b"".join(parts)
 
     def _take_other(self) -> bytes:
-        """An answer that is no stream, or goes beyond all bounds, passes as it is; no stream goes on with it."""
+        """An answer that is no stream, or whose head has no end, passes as it is; no stream goes on with it."""
         if self._is_resumed:
             self.failure = StreamFailure("another engine answered with something else than a stream")
             return b""
@@ -176,11 +176,19 @@ class Continuation:
         self._transcript.forget()
         return self._reader.take_rest()
 
-    def _take_end(self) -> bytes:
-        if self._has_token and not self.is_whole:
+    def _take_end(self, *, is_complete: bool) -> bytes:
+        """Returns the end of the body, once it has come."""
+        reader = self._reader
+        if reader.is_too_long:
+            self.failure = StreamFailure("an event of the engine has no end", AttemptFailure.ENGINE_ERROR)
+        elif reader.has_ended and (self.is_whole or not self._has_token):
+            self._end_passed = True
+            return LAST_CHUNK
+        elif reader.has_ended:
             self.failure = StreamFailure("the stream ended before its last event", AttemptFailure.BROKEN)
-            return b""
-        return LAST_CHUNK
+        elif is_complete:
+            self.failure = StreamFailure("the chunks of the engine's answer cannot be read", AttemptFailure.BROKEN)
+        return b""
 
     def _take(self, event: bytes) -> bytes:
         """Takes an event and returns what the client gets in its place."""
@@ -257,8 +265,8 @@ class Continuation:
             return b""
         replace_new(chunk, pieces, tokens)
         self._note(chunk._replace(pieces=pieces, tokens=tokens), is_single=len(chunk.tokens) == 1)
-        if not self._shows_tokens:
-            strip_tokens(chunk)
+        # The client has the ids of the prompt; those of this engine's prompt may include its answer.
+        strip_tokens(chunk, keeps_answer=self._shows_tokens)
         return write_chunk(chunk.document)
 
     def _note(self, chunk: Chunk, *, is_single: bool) -> None:
@@ -329,6 +337,8 @@ class Continuation:
 
     def build_ending(self) -> bytes | None:
         """The chunks that are missing of a stream whose last token has passed; None where an engine is needed."""
+        if self._end_passed:
+            return b""
         if self.is_whole:
             return LAST_CHUNK
         if not self._is_finished:

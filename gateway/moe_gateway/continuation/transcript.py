@@ -8,11 +8,16 @@ for stop strings an engine holds the newest text back and looks for them across 
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-# More of a stream is not remembered: 4 bytes a token, the prompt included, and as many a character at most.
+# A longer answer is not remembered: 4 bytes a token, 1 to 4 a character. Nor are the ids of a longer prompt.
 MOST_TOKENS = 256 * 1024
 MOST_CHARACTERS = 2 * 1024 * 1024
+# The text of this many chunks is joined: a string of its own costs 50 bytes more than its characters.
+PARTS_A_BLOCK = 64
+# A cut further back than this, and than a stop string can reach, is not worth the tokens computed again.
+MOST_CHUNKS_BACK = 16
 
 
 class Piece(NamedTuple):
@@ -30,13 +35,17 @@ class Cut(NamedTuple):
 
 
 class _Boundary(NamedTuple):
-    """The end of a chunk; `is_clean`: its last token completed a character, so none is spread beyond it.
+    """The end of a chunk, at which a stream may be cut.
 
-    Else the next character shows it: one that began before the end of the chunk is not of ASCII.
+    Attributes:
+        number: of the chunk, among those with text.
+        cut: where the stream is cut there.
+        is_clean: whether its last token completed a character, so none is spread beyond it. Else the next character
+            shows it: one that began before the end of the chunk is not of ASCII.
     """
 
-    tokens: int
-    characters: int
+    number: int
+    cut: Cut
     is_clean: bool
 
 
@@ -53,14 +62,34 @@ class Transcript:
         is_lost: whether it is too long to be remembered.
     """
 
-    __slots__ = ("_boundaries", "_field", "_held_back", "_overlap", "_parts", "characters", "is_lost", "tokens")
+    __slots__ = (
+        "_blocks",
+        "_chunks",
+        "_field",
+        "_held_back",
+        "_last",
+        "_most_back",
+        "_overlap",
+        "_parts",
+        "_pending",
+        "_tail",
+        "characters",
+        "is_lost",
+        "tokens",
+    )
 
     def __init__(self, stops: Iterable[str] = (), *, includes_stop: bool = False) -> None:
         reach = max((len(stop) - 1 for stop in stops), default=0)
         self._held_back = 0 if includes_stop else reach
         # Text before the end that is computed again, so that a stop string that begins in it is found.
         self._overlap = reach - self._held_back
-        self._boundaries: deque[_Boundary] = deque(maxlen=reach + 16)
+        # The last boundary at which it can be cut; those after it that more text may allow; the text that these need.
+        self._last: _Boundary | None = None
+        self._pending: deque[_Boundary] = deque()
+        self._tail = ""
+        self._chunks = 0
+        self._most_back = reach + MOST_CHUNKS_BACK
+        self._blocks: list[str] = []
         self._parts: list[str] = []
         self._field = ""
         self.tokens = array("I")
@@ -73,20 +102,46 @@ class Transcript:
         for piece in pieces:
             part = self._marked(self._field, piece)
             if part:
-                self._parts.append(part)
-                self.characters += len(part)
+                self._add_part(part)
                 self._field = piece.field
         self.tokens.extend(tokens)
-        if self.characters > before and tokens:
-            self._boundaries.append(_Boundary(len(self.tokens), self.characters, is_clean=is_single))
         if self.characters > MOST_CHARACTERS or len(self.tokens) > MOST_TOKENS:
             self.forget()
+        elif self.characters > before:
+            if tokens:
+                self._chunks += 1
+                cut = Cut(len(self.tokens), self.characters + self._held_back)
+                self._pending.append(_Boundary(self._chunks, cut, is_clean=is_single))
+            self._settle()
+
+    def _add_part(self, part: str) -> None:
+        self._parts.append(part)
+        if len(self._parts) >= PARTS_A_BLOCK:
+            self._blocks.append("".join(self._parts))
+            self._parts.clear()
+        self.characters += len(part)
+        self._tail += part
+
+    def _settle(self) -> None:
+        """Decides about the boundaries for which enough text has come, and keeps the text that the others need."""
+        pending, start = self._pending, self.characters - len(self._tail)
+        while pending:
+            boundary = pending[0]
+            at = boundary.cut.characters
+            if at > self.characters - self._overlap or (at >= self.characters and not boundary.is_clean):
+                break
+            pending.popleft()
+            if boundary.is_clean or self._tail[at - start].isascii():
+                self._last = boundary
+        self._tail = self._tail[max(0, pending[0].cut.characters - start) :] if pending else ""
 
     def forget(self) -> None:
         """Forgets it all: the stream cannot go on elsewhere."""
         self.is_lost = True
+        self._blocks.clear()
         self._parts.clear()
-        self._boundaries.clear()
+        self._pending.clear()
+        self._last, self._tail = None, ""
         self.tokens = array("I")
 
     @staticmethod
@@ -95,21 +150,22 @@ class Transcript:
         return piece.text if not piece.text or piece.field == field else f"\0{piece.field}\0{piece.text}"
 
     def find_cut(self) -> Cut | None:
-        """The last place at which the stream can be cut; None where there is none but its beginning.
+        """The last place at which the stream can be cut; None where none is near its end.
 
         The text of the tokens up to a cut is longer than the text sent with them by the characters held back.
         """
-        for boundary in reversed(self._boundaries):
-            characters = boundary.characters + self._held_back
-            if characters > self.characters - self._overlap:
-                continue
-            if boundary.is_clean or (self.text_from(characters)[:1].isascii() and characters < self.characters):
-                return Cut(boundary.tokens, characters)
-        return None
+        last = self._last
+        return None if last is None or self._chunks - last.number >= self._most_back else last.cut
 
     def text_from(self, characters: int) -> str:
         """The text from this position on, with the marks of its fields."""
-        return "".join(self._parts)[characters:]
+        missing, taken = self.characters - characters, []
+        for part in chain(reversed(self._parts), reversed(self._blocks)):
+            if missing <= 0:
+                break
+            taken.append(part)
+            missing -= len(part)
+        return "".join(reversed(taken))[max(0, -missing) :]
 
     def expect(self, cut: Cut | None) -> "Expected":
         """What another engine computes again, from a cut or from the beginning on."""

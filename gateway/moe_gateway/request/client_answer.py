@@ -31,7 +31,7 @@ class ClientAnswer:
 
     Attributes:
         is_open: whether the head of a stream has passed, and perhaps comments, but no event.
-        extra: further lines of the head, each ended by CRLF.
+        extra: further lines of the head of a stream, each ended by CRLF.
     """
 
     __slots__ = (
@@ -79,7 +79,9 @@ class ClientAnswer:
 
     def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
         request = self._request
-        lines = self.extra if request.is_plain else self._context.cors.answer_lines(request.headers) + self.extra
+        lines = self.extra if beginning.is_events and beginning.is_chunked else b""
+        if not request.is_plain:
+            lines = self._context.cors.answer_lines(request.headers) + lines
         return stamp_response(answer, beginning.head, request.request_id, close=close, extra=lines)
 
     def _insert_cors(self, answer: bytes) -> bytes:

@@ -74,10 +74,10 @@ class ContinuedExchange(Exchange):
         """Bytes of an engine's answer came."""
         continuation, has_begun = self._continuation, self.attempts.is_answering
         was_resuming = continuation.is_resuming
-        data = continuation.read(data, has_begun=has_begun)
+        data = continuation.read(data, has_begun=has_begun, is_complete=connection.complete)
         if not has_begun:
             super().received(data, connection)
-            if self.attempts.is_answering and not self._ended and continuation.failure is not None:
+            if self._upstream is connection and continuation.failure is not None:
                 self._leave(continuation.failure, connection)
             return
         self.last_s = self._context.clock()

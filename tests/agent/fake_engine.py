@@ -3,8 +3,9 @@
 `python fake_engine.py PORT JSON`, where JSON may hold `start_delay_s`, `error` (printed, then exit 1), `crash_file`
 (exits when the file is there), `sick_file` (unhealthy while it is there), `asleep_file` (the same, asleep), `drain_s`
 (time between SIGTERM and the end), `drain_file` (ends after SIGTERM once the file is there), `deaf` (ignores SIGTERM),
-`host` (an address to listen on), `environment_file` (its environment is written there) and `worker_file` (starts a
-child of its own and writes its process id there).
+`host` (an address to listen on), `environment_file` (its environment is written there), `asked_file` (made when its
+core is asked, which never answers; after SIGTERM it waits until nobody asks) and `worker_file` (starts a child of its
+own and writes its process id there).
 """
 
 import json
@@ -15,15 +16,26 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 WAYS: dict[str, Any] = json.loads(sys.argv[2])
+OPEN: set[object] = set()
+"""Requests without an answer, whose ends vLLM's server waits for after SIGTERM."""
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/core" and "asked_file" in WAYS:
+            Path(WAYS["asked_file"]).touch()
+            OPEN.add(self)
+            # Its core is about to end: no answer comes.
+            with suppress(OSError):
+                self.connection.recv(1)
+            OPEN.discard(self)
+            return
         sick = "sick_file" in WAYS and Path(WAYS["sick_file"]).exists()
         asleep = "asleep_file" in WAYS and Path(WAYS["asleep_file"]).exists()
         body = json.dumps({"data": [{"id": "fake", "max_model_len": 4096}], "is_sleeping": asleep}).encode()
@@ -41,8 +53,16 @@ def on_term(*_: Any) -> None:
     print("drains", flush=True)
     if "drain_file" in WAYS:
         threading.Thread(target=end_at, args=[Path(WAYS["drain_file"])]).start()
+    elif "asked_file" in WAYS:
+        threading.Thread(target=end_when_closed).start()
     elif not WAYS.get("deaf"):
         threading.Timer(WAYS.get("drain_s", 0.0), os._exit, args=[0]).start()
+
+
+def end_when_closed() -> None:
+    while OPEN:
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def end_at(path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,14 @@ async def test_a_drain_during_the_start_ends_it(start):
 async def test_a_drain_during_back_off_ends_it(start):
     supervisor = await start(error="x", rules=SupervisorRules(first_backoff_s=600.0, last_backoff_s=600.0))
     await until(lambda: supervisor.phase is Phase.BACKOFF, "back-off")
+    supervisor.request_drain()
+    await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
+
+
+async def test_a_question_to_the_core_does_not_keep_the_engine_from_ending(start, tmp_path):
+    supervisor = await start(asked_file=str(tmp_path / "asked"), rules=replace(QUICK, end_grace_s=600.0))
+    await ready(supervisor)
+    await until((tmp_path / "asked").exists, "a question")
     supervisor.request_drain()
     await until(lambda: supervisor.phase is Phase.STOPPED, "stopped")
 

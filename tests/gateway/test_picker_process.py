@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -101,11 +102,12 @@ def test_a_port_that_is_taken_is_a_plain_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        result = _run("--engine", "http://127.0.0.1:9", "--port", str(port), "--admin-port", str(free_port()))
-    assert result[0] == 1
-    assert "the gateway cannot listen" in result[1]
-    assert "Traceback" not in result[1]
+        ports = ("--port", str(taken.getsockname()[1]), "--admin-port", str(free_port()))
+        command = [sys.executable, "-c", SCRIPT, "--engine", "http://127.0.0.1:9", *ports]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 1
+    assert "the gateway cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def _run(*arguments: str) -> tuple[int, str]:

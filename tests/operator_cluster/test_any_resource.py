@@ -3,10 +3,13 @@
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_api import ApiCluster
+from foreign_kinds import INFERENCE_POOLS, installed
 from fresh_operator import FreshOperator, conditions, fetch_serving, started, writes
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
@@ -64,7 +67,15 @@ async def make_real(kubeconfig: Path, namespace: str, documents: list[Document])
             assert degraded["status"] == "False", (document, degraded)
 
 
+@pytest.fixture
+def pools(serving_cluster: ApiCluster) -> Iterator[None]:
+    """The cluster has the Gateway API's `InferencePool`, as a resource may ask for one."""
+    with installed(serving_cluster, INFERENCE_POOLS):
+        yield
+
+
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("pools")
 @pytest.mark.parametrize("count", VALID)
 async def test_every_valid_resource_becomes_real_and_a_new_operator_then_writes_nothing(
     kubeconfig: Path, namespace: str, count: int

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -196,13 +196,13 @@ class EngineSupervisor:
             if "exit" in names:
                 return describe_exit(process.returncode, self._log.last_error())
             if "drain" in names:
+                # A question to its core that is still open would keep the engine's server from ending.
+                await cancel(watchers - {names["drain"]})
                 await self._drain_engine(process)
                 return "drained"
             return str(names["health"].result())
         finally:
-            for task in watchers:
-                task.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await cancel(watchers)
             kill_group(process.pid)
             await process.wait()
             await wait_for_group_end(process.pid)
@@ -337,6 +337,13 @@ def kill_group(group: int) -> None:
     """Kills the remaining processes of a group; does nothing when none remains."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+
+
+async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancels tasks and waits for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_for_group_end(group: int) -> None:

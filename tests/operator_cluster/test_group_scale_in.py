@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from cluster_api import ApiCluster
@@ -15,8 +16,10 @@ from fresh_operator import fetch
 from group_world import SET, World, is_complete, world
 from moe_contract.routes import DRAIN, STATE
 from moe_operator.kubernetes import reconciler
+from moe_operator.kubernetes.group_scale_in import GroupChanges, GroupDrains
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SECRET
 from moe_operator.kubernetes.peers import find_peers
+from moe_operator.kubernetes.store import Store
 from serving_documents import serving
 
 Document = dict[str, Any]
@@ -234,3 +237,17 @@ async def test_a_rollout_and_a_scale_in_at_once_come_to_an_end(
         await made.round()
         await made.until(holds, "the new revision serves")
         assert (await leaders(made), await agents.drained()) == (["tiny-engine-0"], [])
+
+
+async def test_a_leader_that_has_come_meanwhile_is_not_taken_for_the_one_that_has_drained(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    async with world(serving_cluster, namespace, replicas=1) as made, aiohttp.ClientSession() as session:
+        leader = (await made.namespace.pods())["tiny-engine-0"]
+        earlier = leader | {"metadata": leader["metadata"] | {"uid": "00000000-0000-0000-0000-000000000000"}}
+        drains = GroupDrains(made.operator.api, Store(), session)
+        await drains.carry_out(made.key, GroupChanges(leaders={0: earlier}, ended=(0,)), [], [])
+        assert "deletionTimestamp" not in (await made.namespace.pods())["tiny-engine-0"]["metadata"]
+        await drains.carry_out(made.key, GroupChanges(leaders={0: leader}, ended=(0,)), [], [])
+        found = (await made.namespace.pods()).get("tiny-engine-0")
+        assert found is None or "deletionTimestamp" in found["metadata"]

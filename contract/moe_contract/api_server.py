@@ -155,9 +155,10 @@ class ApiServer:
         path = _path(kind, metadata.get("namespace"), metadata["name"])
         return await self._call("PUT", path, {}, orjson.dumps(document))
 
-    async def delete(self, kind: Kind, namespace: str | None, name: str) -> None:
-        """Deletes an object and, in the background, the objects that it owns."""
-        await self._call("DELETE", _path(kind, namespace, name))
+    async def delete(self, kind: Kind, namespace: str | None, name: str, *, uid: str = "") -> None:
+        """Deletes an object and, in the background, the objects that it owns; another `uid` is refused with 409."""
+        options = orjson.dumps({"preconditions": {"uid": uid}}) if uid else None
+        await self._call("DELETE", _path(kind, namespace, name), data=options)
 
     async def apply(
         self, kind: Kind, document: Document, manager: str, *, subresource: str = "", dry_run: bool = False

@@ -48,7 +48,7 @@ def needed():
     """What the operator does, by the kinds that it knows."""
     for kind in CHILDREN:
         yield from ((kind.group, kind.plural, verb) for verb in ("get", "list", "watch", "create", "patch", "delete"))
-    yield from ((POD.group, POD.plural, verb) for verb in ("get", "list", "watch", "patch"))
+    yield from ((POD.group, POD.plural, verb) for verb in ("get", "list", "watch", "patch", "delete"))
     yield from ((SERVING.group, SERVING.plural, verb) for verb in ("get", "list", "watch", "patch"))
     yield from ((SERVING.group, f"{SERVING.plural}/status", verb) for verb in ("get", "patch"))
     yield SERVING.group, f"{SERVING.plural}/finalizers", "update"

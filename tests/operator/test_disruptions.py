@@ -71,6 +71,7 @@ def test_a_pod_whose_node_does_not_answer_is_reported_while_its_place_is_empty(
         with_conditions(pod("a", ready=False), CONTAINERS_READY),
         with_conditions(on_node("a", ends=NOW), TARGET | {"reason": "EvictionByEvictionAPI"}),
         with_conditions(on_node("a", ends=NOW), TARGET | {"status": "False"}),
+        with_conditions(on_node("a", ready=True, ends=NOW), CONTAINERS_READY, TARGET),
         on_node("a") | {"status": {"phase": "Failed"}},
         {
             **with_conditions(on_node("a"), CONTAINERS_READY),
@@ -85,6 +86,7 @@ def test_a_pod_whose_node_does_not_answer_is_reported_while_its_place_is_empty(
         "has no node",
         "is evicted",
         "was to be evicted",
+        "drains on a node with a taint",
         "is over",
         "has gates",
     ],

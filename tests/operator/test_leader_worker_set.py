@@ -146,6 +146,15 @@ def test_while_groups_take_over_from_engines_of_one_node_each_pod_has_one_budget
         assert of_single == ["tiny-engine"]
 
 
+def test_groups_have_a_budget_until_engines_of_one_node_have_taken_over():
+    pods = group_pods(the_set(plan(document())))
+    one_node = document(engine={"parallelism": {"data": 4}})
+    found = budgets(plan(one_node, has_groups=True, first_replicas=1))
+    assert set(selected(found["tiny-engine-groups"]["selector"], pods)) == set(pods)
+    assert found["tiny-engine-groups"]["maxUnavailable"] == 1
+    assert "tiny-engine-groups" not in budgets(plan(one_node))
+
+
 @given(documents())
 def test_no_pod_of_any_plan_has_two_budgets(body):
     planned = plan(body)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_operator.api import parse_resource
 from moe_operator.plan import Defaults, Observed, plan_cluster
-from moe_operator.plan.replicas import AUTOSCALED, NOTE, Count, Scaled, count_replicas
+from moe_operator.plan.replicas import AUTOSCALED, NOTE, Count, Scaled, count_replicas, keep_for_now, own_replicas
 
 PLACE = ("Deployment", "tiny-gateway")
 
@@ -27,6 +27,19 @@ def test_the_manager_that_sets_the_number(planned: int, other: Scaled | None, re
     assert count == Count(
         replicas=replicas, spec={"replicas": planned} if ours else {}, annotations={NOTE: str(planned)}
     )
+
+
+def test_a_number_that_the_workload_has_for_now_leaves_the_planned_one_new_until_it_is_applied() -> None:
+    other = Scaled(count=5, note="2")
+    planned = count_replicas(PLACE, 3, {PLACE: other})
+    kept = keep_for_now(planned, 5, other)
+    assert kept == Count(replicas=3, spec={"replicas": 5}, annotations={NOTE: "2"})
+    again = count_replicas(PLACE, 3, {PLACE: Scaled(count=5, note=kept.annotations[NOTE])})
+    assert again.spec == {"replicas": 3}
+    # Another number is the operator's alone as soon as it is applied.
+    assert keep_for_now(planned, 4, other).annotations == {NOTE: "3"}
+    assert keep_for_now(planned, 5, None).annotations == {NOTE: "3"}
+    assert keep_for_now(own_replicas(3), 5, other).annotations == {}
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))

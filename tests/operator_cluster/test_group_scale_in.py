@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from cluster_api import ApiCluster
@@ -14,8 +16,11 @@ from fresh_operator import fetch
 from group_world import SET, World, is_complete, world
 from moe_contract.routes import DRAIN, STATE
 from moe_operator.kubernetes import reconciler
+from moe_operator.kubernetes.group_scale_in import GroupChanges, GroupDrains
 from moe_operator.kubernetes.kinds import LEADER_WORKER_SET, SECRET
 from moe_operator.kubernetes.peers import find_peers
+from moe_operator.kubernetes.store import Store
+from serving_documents import serving
 
 Document = dict[str, Any]
 
@@ -58,6 +63,10 @@ class Agents:
             n for n, pod in (await self.world.namespace.pods()).items() if pod["metadata"]["uid"] in self.phases
         )
 
+    def stop_all(self) -> None:
+        """The streams of all engines that drain end."""
+        self.phases = dict.fromkeys(self.phases, "stopped")
+
     async def stop(self, name: str) -> None:
         """The streams of an engine end."""
         uid = (await self.world.namespace.pods())[name]["metadata"]["uid"]
@@ -89,6 +98,13 @@ async def with_agents(made: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 
 async def replicas(made: World) -> int:
     return int((await fetch(made.operator, LEADER_WORKER_SET, made.key, SET))["spec"]["replicas"])
+
+
+def scale(made: World, cluster: ApiCluster, count: int) -> None:
+    """As `kubectl scale` or an autoscaler does that points to the set itself."""
+    patch = json.dumps({"spec": {"replicas": count}})
+    kind = f"{LEADER_WORKER_SET.plural}.{LEADER_WORKER_SET.group}"
+    cluster.kubectl("patch", kind, SET, "-n", made.namespace.name, "--type=merge", "-p", patch)
 
 
 async def leaders(made: World) -> list[str]:
@@ -142,3 +158,96 @@ async def test_groups_that_cannot_be_asked_are_not_waited_for(
         await made.change(engine={"replicas": 1})
         await made.until(is_complete, "it is scaled in")
         assert await leaders(made) == ["tiny-engine-0"]
+
+
+async def test_a_resource_that_is_not_valid_drains_nothing(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(serving_cluster, namespace, replicas=3) as made, with_agents(made, monkeypatch) as agents:
+        uri = serving()["spec"]["model"]["uri"]
+        await made.change(engine={"replicas": 1}, model={"uri": "file://relative/path"})
+        await made.rounds(3)
+        assert await made.verdict("Degraded") == ("True", "InvalidSpec")
+        assert await agents.drained() == []
+        await made.change(engine={"replicas": 3}, model={"uri": uri})
+        await made.until(is_complete, "it is mended")
+        assert await leaders(made) == ["tiny-engine-0", "tiny-engine-1", "tiny-engine-2"]
+
+
+async def test_groups_that_drained_without_a_word_in_the_set_are_made_anew(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(serving_cluster, namespace, replicas=2) as made, with_agents(made, monkeypatch) as agents:
+        before = await made.namespace.pods()
+        agents.phases[before["tiny-engine-0"]["metadata"]["uid"]] = "draining"
+        await made.rounds(2)
+        assert await made.verdict("Progressing") == ("True", "Updating")
+        agents.stop_all()
+        await made.round()
+        await made.until(is_complete, "both serve")
+        after = await made.namespace.pods()
+        assert after["tiny-engine-0"]["metadata"]["uid"] != before["tiny-engine-0"]["metadata"]["uid"]
+        assert after["tiny-engine-1"]["metadata"]["uid"] == before["tiny-engine-1"]["metadata"]["uid"]
+
+
+async def test_a_set_that_another_manager_has_scaled_is_scaled_in_to_the_resources_new_number(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(serving_cluster, namespace, replicas=2) as made, with_agents(made, monkeypatch) as agents:
+        scale(made, serving_cluster, 3)
+        await made.round()
+        await made.until(is_complete, "3 serve")
+        await made.change(engine={"replicas": 1})
+        await made.rounds(4)
+        assert (await replicas(made), await agents.drained()) == (3, ["tiny-engine-1", "tiny-engine-2"])
+        agents.stop_all()
+        await made.until(is_complete, "it is scaled in")
+        assert await leaders(made) == ["tiny-engine-0"]
+        scale(made, serving_cluster, 2)
+        await made.round()
+        await made.until(is_complete, "2 serve")
+        assert await leaders(made) == ["tiny-engine-0", "tiny-engine-1"], "a later number of the other one counts"
+
+
+async def test_groups_that_another_manager_wants_again_while_they_drain_are_made_anew(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(serving_cluster, namespace, replicas=3) as made, with_agents(made, monkeypatch) as agents:
+        await made.change(engine={"replicas": 1})
+        await made.rounds(2)
+        assert await agents.drained() == ["tiny-engine-1", "tiny-engine-2"]
+        scale(made, serving_cluster, 4)
+        await made.round()
+        agents.stop_all()
+        await made.round()
+        await made.until(is_complete, "4 serve")
+        assert (await replicas(made), await agents.drained()) == (4, [])
+
+
+async def test_a_rollout_and_a_scale_in_at_once_come_to_an_end(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(serving_cluster, namespace, replicas=3) as made, with_agents(made, monkeypatch) as agents:
+        await made.change(engine={"replicas": 1, "args": ["--seed=2"]})
+
+        def holds(status: Document) -> bool:
+            agents.stop_all()
+            return is_complete(status)
+
+        await made.round()
+        await made.until(holds, "the new revision serves")
+        assert (await leaders(made), await agents.drained()) == (["tiny-engine-0"], [])
+
+
+async def test_a_leader_that_has_come_meanwhile_is_not_taken_for_the_one_that_has_drained(
+    serving_cluster: ApiCluster, namespace: str
+) -> None:
+    async with world(serving_cluster, namespace, replicas=1) as made, aiohttp.ClientSession() as session:
+        leader = (await made.namespace.pods())["tiny-engine-0"]
+        earlier = leader | {"metadata": leader["metadata"] | {"uid": "00000000-0000-0000-0000-000000000000"}}
+        drains = GroupDrains(made.operator.api, Store(), session)
+        await drains.carry_out(made.key, GroupChanges(leaders={0: earlier}, ended=(0,)), [], [])
+        assert "deletionTimestamp" not in (await made.namespace.pods())["tiny-engine-0"]["metadata"]
+        await drains.carry_out(made.key, GroupChanges(leaders={0: leader}, ended=(0,)), [], [])
+        found = (await made.namespace.pods()).get("tiny-engine-0")
+        assert found is None or "deletionTimestamp" in found["metadata"]

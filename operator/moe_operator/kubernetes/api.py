@@ -33,9 +33,14 @@ class Api:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.may_write = may_write
 
+    def check_lead(self, what: str) -> None:
+        """Raises `NotLeading` where this operator must change nothing; `what` is the change."""
+        if not self.may_write():
+            raise NotLeading(f"{what}: this operator does not lead")
+
     def _count_change(self, verb: str, kind: Kind) -> None:
-        if kind != LEASE and not self.may_write():
-            raise NotLeading(f"{verb} {kind.name}: this operator does not lead")
+        if kind != LEASE:
+            self.check_lead(f"{verb} {kind.name}")
         self.calls[verb, kind.name] += 1
 
     async def apply(
@@ -65,12 +70,16 @@ class Api:
         self._count_change("update", kind)
         return await self.server.replace(kind, document)
 
-    async def delete(self, kind: Kind, document: Document) -> None:
-        """Deletes an object and, in the background, the objects that it owns; it may be gone already."""
+    async def delete(self, kind: Kind, document: Document, *, same_uid: bool = False) -> None:
+        """Deletes an object and, in the background, the objects that it owns; it may be gone already.
+
+        With `same_uid` another object of this name is left alone: `ApiError` 409.
+        """
         metadata = document["metadata"]
         self._count_change("delete", kind)
         try:
-            await self.server.delete(kind, metadata["namespace"], metadata["name"])
+            uid = metadata["uid"] if same_uid else ""
+            await self.server.delete(kind, metadata["namespace"], metadata["name"], uid=uid)
         except ApiError as error:
             if error.status != NOT_FOUND:
                 raise

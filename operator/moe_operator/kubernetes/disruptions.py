@@ -64,7 +64,8 @@ def _signs_of_loss(pod: Document, now: datetime) -> str:
         return ""
     if is_live(pod):
         return "it is not ready, though its containers were" if _is_left_alone(pod) else ""
-    if _disruption(pod) == BY_TAINT:
+    # A taint that a person or a spot handler sets takes pods from a node that answers: they are ready until they end.
+    if _disruption(pod) == BY_TAINT and not _says_ready(pod):
         return f"{DISRUPTION}: {BY_TAINT}"
     until = parse_time(pod["metadata"]["deletionTimestamp"])
     overdue = until is not None and now > until + POD_MARGIN
@@ -90,7 +91,11 @@ def _disruption(pod: Document) -> str:
 
 
 def _count_ready(pods: Iterable[Document]) -> int:
-    return sum((condition_of(pod, "Ready") or {}).get("status") == "True" and is_live(pod) for pod in pods)
+    return sum(_says_ready(pod) and is_live(pod) for pod in pods)
+
+
+def _says_ready(pod: Document) -> bool:
+    return bool((condition_of(pod, "Ready") or {}).get("status") == "True")
 
 
 def _is_of(pod: Document, labels: Document) -> bool:

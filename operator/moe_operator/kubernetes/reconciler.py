@@ -40,7 +40,7 @@ from moe_operator.kubernetes.conditions import (
 from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
-from moe_operator.kubernetes.group_scale_in import ScaleIn, begun_goal, drain_groups, with_scale_in
+from moe_operator.kubernetes.group_scale_in import GroupChanges, GroupDrains, begun_goal, with_scale_in
 from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
 from moe_operator.kubernetes.kinds import CHILDREN, INFERENCE_POOL, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.namespaces import Namespaces
@@ -119,6 +119,7 @@ class Reconciler:
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
+        self._groups = GroupDrains(api, store, session)
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -157,7 +158,7 @@ class Reconciler:
         return await self._make_real(key, document, resource)
 
     def _forget(self, key: Key) -> None:
-        for part in (self._sources, self._streams, self._problems, self._endpoints):
+        for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups):
             part.forget(key)
         self._namespaces.forget(key.namespace)
 
@@ -177,9 +178,8 @@ class Reconciler:
             outcome = await parts.run("autoscaling", deciding, as_it_is)
             observed = replace(observed, replicas=outcome.replicas)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
-            scaling_in = self._drain_groups(key, resource, observed, takeover, pods, peers, states)
-            scale_in = await parts.run("draining groups that have to go", scaling_in, None)
-            observed = with_scale_in(observed, scale_in)
+            changes = self._plan_groups(key, resource, observed, takeover, pods, states)
+            observed = with_scale_in(observed, changes)
             plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
@@ -197,18 +197,24 @@ class Reconciler:
             experts=experts,
         )
         try:
-            applied, late = await self._carry_out(current, plan, peers, takeover, parts)
+            applied, late = await self._carry_out(current, plan, peers, takeover, changes, parts)
         except ApiError as error:
             await self._report_failure(key, describe(error), states, experts)
             raise PassFailed(describe(error)) from error
-        moves = [move.text for move in (takeover, scale_in) if move is not None]
+        moves = [*([] if takeover is None else [takeover.text]), *([] if changes is None else changes.texts)]
         status_after_s = await self._report(current, plan, applied, outcome.limited, moves, parts.problems)
         if parts.problems:
             raise PassFailed("; ".join(parts.problems))
         return self._next_s(current, applied, late, status_after_s)
 
     async def _carry_out(
-        self, current: Pass, plan: ClusterPlan, peers: list[Peer], takeover: Takeover | None, parts: Parts
+        self,
+        current: Pass,
+        plan: ClusterPlan,
+        peers: list[Peer],
+        takeover: Takeover | None,
+        changes: GroupChanges | None,
+        parts: Parts,
     ) -> tuple[Applied, bool]:
         """Makes the plan real, each part whatever becomes of the others; whether a peer is late with its settings."""
         key, uid = current.key, current.document["metadata"]["uid"]
@@ -222,27 +228,26 @@ class Reconciler:
             applied.waiting |= await parts.run("deleting objects", pruning, True)
             shrinking = shrink_old_workload(self._api, self._store, key, plan, takeover, current.pods, current.states)
             await parts.run("ending engines of the old kind of workload", shrinking, None)
+        draining = self._groups.carry_out(key, changes, peers, current.observed.tokens)
+        await parts.run("draining groups", draining, None)
         late = await parts.run("giving settings", self._push_settings(plan, peers, current), True)
         return applied, late
 
-    async def _drain_groups(
+    def _plan_groups(
         self,
         key: Key,
         resource: MoEServing,
         observed: Observed,
         takeover: Takeover | None,
         pods: Sequence[Document],
-        peers: Sequence[Peer],
         states: States,
-    ) -> ScaleIn | None:
-        """Has groups that have to go end their streams; nothing where another manager sets their number."""
+    ) -> GroupChanges | None:
+        """The changes of the groups; None where there are none, or where a takeover goes on."""
         live = self._store.get(key, LEADER_WORKER_SET, Names(key.name).engine)
         if live is None or takeover is not None or stable_nodes(resource, observed) == 1:
+            self._groups.forget(key)
             return None
-        wanted = plan_engine_count(resource, observed).spec.get("replicas")
-        if wanted is None:
-            return None
-        return await drain_groups(self._session, live, wanted, pods, peers, states, observed.tokens)
+        return self._groups.plan(key, live, plan_engine_count(resource, observed), pods, states)
 
     async def _ask(
         self, key: Key, peers: list[Peer], resource: MoEServing

@@ -30,7 +30,7 @@ from moe_operator.plan.names import ROTATED_AT, SCALE_IN, Names
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
-from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, own_replicas
+from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 
 Object = dict[str, Any]
@@ -130,7 +130,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
             spans_nodes=spans_nodes,
             has_service_monitors=observed.has_service_monitors,
         ),
-        *build_group_budgets(at_stable, names, names.engine, count.replicas),
+        *build_group_budgets(at_stable, names, names.engine, count.replicas, has_groups=observed.has_groups),
         _build_engines(at_stable, names, STABLE, stable, count, defaults),
     ]
     if has_canary and canary is not None:
@@ -169,14 +169,15 @@ def plan_replicas(resource: MoEServing, observed: Observed) -> int:
 def plan_engine_count(resource: MoEServing, observed: Observed) -> Count:
     """The number of stable engines, and whether it is the resource's or another manager's."""
     planned, autoscaling = plan_replicas(resource, observed), resource.spec.autoscaling
+    place = (_engines_kind(stable_nodes(resource, observed)), Names(resource.metadata.name).engine)
     if autoscaling is not None and autoscaling.mode is AutoscalingMode.INTERNAL:
         count = own_replicas(planned)
     else:
-        place = (_engines_kind(stable_nodes(resource, observed)), Names(resource.metadata.name).engine)
         count = count_replicas(place, planned, observed.scaled)
     if observed.scale_in is not None:
         present, goal = observed.scale_in
-        return replace(count, spec={"replicas": present}, annotations={**count.annotations, SCALE_IN: str(goal)})
+        kept = keep_for_now(count, present, observed.scaled.get(place))
+        return replace(kept, annotations={**kept.annotations, SCALE_IN: str(goal)})
     if observed.first_replicas is None:
         return count
     # Another kind of workload still serves: the number grows with the engines that are ready.

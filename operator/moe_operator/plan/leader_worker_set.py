@@ -55,13 +55,17 @@ def build_worker_template(resource: MoEServing, leader: Object) -> Object:
     return {**leader, "metadata": {**metadata, "labels": labels}, "spec": spec}
 
 
-def build_group_budgets(resource: MoEServing, names: Names, workload: str, replicas: int) -> list[Object]:
+def build_group_budgets(
+    resource: MoEServing, names: Names, workload: str, replicas: int, *, has_groups: bool = False
+) -> list[Object]:
     """Returns the budget of evictions of a workload's groups, none where its engines span one node.
+
+    With `has_groups` some are still there, until engines of one node have taken over.
 
     One budget has leaders and workers, and lets go no more pods than groups may be away: in the worst case each is of
     another group, and a group without one of its pods does not serve. A share of the pods would take more groups.
     """
-    if resource.spec.engine.parallelism.nodes == 1:
+    if resource.spec.engine.parallelism.nodes == 1 and not has_groups:
         return []
     return [
         {

@@ -6,7 +6,7 @@ The last number of the resource stands in an annotation of the workload.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moe_operator.plan.names import GROUP
 
@@ -59,6 +59,23 @@ def count_replicas(place: Place, planned: int, scaled: Mapping[Place, Scaled], *
     if other is not None and other.note in (said, None):
         return Count(replicas=other.count, annotations=annotations)
     return Count(replicas=planned, spec={"replicas": planned}, annotations=annotations)
+
+
+def keep_for_now(count: Count, replicas: int, other: Scaled | None) -> Count:
+    """The number that a workload has until it can have the planned one.
+
+    Where that is the number of another manager, an apply makes the operator its owner too, no more. The old note stays,
+    so that the planned number is new until it is applied.
+
+    Args:
+        count: the planned number.
+        replicas: the number for now.
+        other: what another manager set last; None without one.
+    """
+    annotations = dict(count.annotations)
+    if other is not None and other.note is not None and other.count == replicas and NOTE in annotations:
+        annotations[NOTE] = other.note
+    return replace(count, spec={"replicas": replicas}, annotations=annotations)
 
 
 def own_replicas(planned: int) -> Count:

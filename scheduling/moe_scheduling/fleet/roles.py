@@ -173,6 +173,8 @@ def plan_roles(
     """
     if not _is_usable(observation, settings, now_s):
         return KeepRoles(RoleReason.UNKNOWN), replace(history, favoured=None)
+    if observation.measured_s is not None and not 0.0 <= observation.measured_s < _LARGEST:
+        observation = replace(observation, measured_s=None)
     if now_s - history.changed_s < settings.interval_s:
         return KeepRoles(RoleReason.INTERVAL), history
     if history.trial is not None and observation.measured_s is not None:

@@ -139,7 +139,7 @@ class EngineFleet:
         engine.is_reachable = reachable
         return engine
 
-    def set_process(self, name: str, pid: int | None, identity: str) -> Engine | None:
+    def set_process(self, name: str, pid: int | None, identity: str = "") -> Engine | None:
         """The process that serves, and the engine's identity: another process has an empty cache and another speed."""
         if (engine := self.engines.get(name)) is None:
             return None

@@ -1,7 +1,7 @@
 """Which engines compute the tokens of a stream as its first engine did: they serve the same model. Pure.
 
-The name that a client asks for does not say it: a canary, or the new engines of a rollout, serve other weights under the
-same name.
+The name that a client asks for does not say it: a canary, or the new engines of a rollout, serve other weights under
+the same name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set

@@ -12,7 +12,7 @@ from moe_gateway import gateway as gateway_module
 from moe_gateway.continuation.ways import shows_parser
 from moe_gateway.engines import target_states
 from moe_gateway.engines.fleet import EngineFleet
-from moe_gateway.engines.same_model import ModelIdentity, find_length, identify_model
+from moe_gateway.engines.same_model import ModelIdentity, SameModel, find_length, identify_model
 from moe_gateway.http.routes import Route
 from moe_gateway.request import continued_exchange, exchange
 
@@ -170,6 +170,21 @@ def test_the_identity_of_a_model(engine, model, identity):
 def test_an_adapter_has_the_length_of_its_engine():
     assert find_length(engine_of({"lora": ADAPTER, "tiny": BASE})) == 4096
     assert find_length(engine_of({"lora": ADAPTER})) is None
+
+
+def test_the_engines_with_the_same_model_are_those_of_the_moment():
+    fleet = EngineFleet()
+    addresses = [EngineAddress(name=name, url="http://h:1", agent_url="http://h:2") for name in "abc"]
+    fleet.replace(addresses)
+    same = SameModel(lambda: fleet.engines, ModelIdentity("i", None), "tiny")
+    assert (set(same), same.max_model_len) == (set(), None)
+    for name, length in (("a", 8), ("b", 4), ("c", 2)):
+        fleet.set_models(name, {"tiny": {"id": "tiny", "max_model_len": length}})
+        fleet.set_process(name, 1, "other" if name == "c" else "i")
+    assert (set(same), len(same), same.max_model_len) == ({"a", "b"}, 2, 4)
+    assert frozenset("bcd") & same == frozenset("b")
+    fleet.replace(addresses[:1])
+    assert (set(same), 3 in same) == ({"a"}, False)
 
 
 # When a stream leaves its engine.

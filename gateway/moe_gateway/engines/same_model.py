@@ -5,9 +5,11 @@ the same name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from moe_gateway.engines.fleet import Engine
+
+Name = TypeVar("Name")
 
 
 class ModelIdentity(NamedTuple):
@@ -51,8 +53,9 @@ class SameModel(Set[str]):
         self._engines, self._identity, self._model = engines, identity, model
 
     @classmethod
-    def _from_iterable(cls, names: Iterable[str]) -> Set[str]:
-        return frozenset(names)
+    def _from_iterable(cls, it: Iterable[Name]) -> Set[Name]:
+        # The intersection with other names is a plain set.
+        return frozenset(it)
 
     def __contains__(self, name: object) -> bool:
         engine = self._engines().get(name) if isinstance(name, str) else None

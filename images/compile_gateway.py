@@ -2,7 +2,7 @@
 
 `make compile-gateway` puts the compiled modules beside their sources, an image's build into the packages of SITE.
 Python takes a compiled module before its source, so nothing else changes; they are made for one version of Python.
-Figures and limits are in docs/adr/0026.
+Figures and limits are in docs/adr/0028.
 """
 
 import shutil

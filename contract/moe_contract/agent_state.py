@@ -43,6 +43,7 @@ class EngineProcess:
         restarts: restarts after a failure since the agent started.
         last_exit: how the last process ended; empty before the first end.
         max_model_len: longest sequence of the model in tokens; None until the engine is ready.
+        identity: equal for engines that serve the same model with the same arguments; empty where it is not known.
     """
 
     url: str = ""
@@ -51,6 +52,7 @@ class EngineProcess:
     restarts: int = 0
     last_exit: str = ""
     max_model_len: int | None = None
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

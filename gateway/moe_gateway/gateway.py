@@ -42,6 +42,8 @@ CHECK_PERIOD_S = 0.1
 # A check that comes later than this follows a suspension of the process: what came meanwhile is read before it.
 SUSPENDED_S = 1.0
 BACKLOG = 4096
+# Streams that leave engines that drain in one check: each costs up to a millisecond, in which no other one moves.
+MOVES_PER_CHECK = 8
 
 log = logging.getLogger("moeserving.gateway")
 
@@ -144,7 +146,8 @@ class Gateway:
         Raises:
             OSError: a port is taken.
         """
-        self._session = aiohttp.ClientSession()
+        # 0: no bound. The watch of each agent keeps a connection, and with many engines others would wait for ever.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         listen, admin = self._config.listen, self._config.admin
         try:
             if listen is not None:
@@ -299,10 +302,21 @@ class Gateway:
             self._peer_tokens.refresh()
         if self._context.gate is not None:
             self._context.gate.tick(now_s)
+        self._context.moves_left = MOVES_PER_CHECK
         for connection in list(self._connections):
-            connection.check(now_s)
+            self._check_connection(connection, now_s)
         if self._picker is not None:
             self._picker.check(now_s)
+
+    def _check_connection(self, connection: ClientConnection, now_s: float) -> None:
+        """Checks one connection; whatever is wrong with it ends it alone."""
+        try:
+            connection.check(now_s)
+        except Exception:
+            log.exception("the check of a connection failed")
+            if connection.transport is not None:
+                # Its request ends as that of a client that went away.
+                connection.transport.abort()
 
     def _on_end(self, exchange: DispatchedRequest, status: int, reason: str) -> None:
         if self._context.gate is not None and exchange.request.admission is not None:

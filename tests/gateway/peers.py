@@ -179,7 +179,7 @@ class FakeAgent(PeerServer):
             "name": "engine",
             "phase": "ready",
             "accepting": True,
-            "engine": {"url": engine_url, "model": "tiny", "pid": 1, "restarts": 0},
+            "engine": {"url": engine_url, "model": "tiny", "pid": 1, "restarts": 0, "identity": "tiny-1"},
             "config": {},
             "ranks": [rank_row(number) for number in range(ranks)],
         }

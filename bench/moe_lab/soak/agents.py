@@ -24,7 +24,9 @@ def read_state(engine: MockProcess) -> AgentState:
         name=engine.name,
         phase=READY if running else "backoff",
         accepting=running,
-        engine=EngineProcess(url=f"http://127.0.0.1:{engine.port}", model=MODEL, pid=engine.launched.starts),
+        engine=EngineProcess(
+            url=f"http://127.0.0.1:{engine.port}", model=MODEL, pid=engine.launched.starts, identity=MODEL
+        ),
         ranks=(rank,),
     )
 

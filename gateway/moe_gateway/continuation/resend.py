@@ -12,6 +12,7 @@ from moe_gateway.http.routes import Route
 URL = b"/v1/completions"
 # Of vLLM's completions where a body has none.
 DEFAULT_MAX_TOKENS = 16
+_CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
 def ask_for_tokens(body: bytes) -> bytes:
@@ -45,10 +46,15 @@ def build_prefix_body(
     )
 
 
+def is_limited(route: Route, document: Mapping[str, Any]) -> bool:
+    """Whether a body itself limits the tokens of its answer, as completions always do."""
+    return route is Route.COMPLETIONS or any(document.get(name) is not None for name in _CHAT_LIMITS)
+
+
 def _tokens_left(
     route: Route, document: Mapping[str, Any], prompt_tokens: int, tokens: int, max_model_len: int | None
 ) -> int | None:
-    names = ("max_completion_tokens", "max_tokens") if route is Route.CHAT else ("max_tokens",)
+    names = _CHAT_LIMITS if route is Route.CHAT else ("max_tokens",)
     limit = next((document[name] for name in names if document.get(name) is not None), None)
     if limit is None and route is Route.COMPLETIONS:
         limit = DEFAULT_MAX_TOKENS

@@ -5,6 +5,7 @@ not be drawn at random (temperature 0), or from a seed. Fields are those of vLLM
 change how tokens are computed, so it rules out `PREFIX`.
 """
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -66,6 +67,10 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "response_format": ({"type": "text"},),
 }
+# A field with what a parser has taken out of a chat's text. In the text itself such quotes are escaped.
+_PARSED = re.compile(
+    rb'"(?:reasoning|reasoning_content)"\s*:\s*"[^"]|"(?:tool_calls|function_call)"\s*:\s*[\[{]\s*[^\s\]}]'
+)
 _ABSENT: tuple[object, ...] = (None, False, [], {})
 
 
@@ -88,6 +93,11 @@ def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, by_p
     if not is_greedy or has_media or not by_prefix:
         return Way.REPLAY
     return Way.PREFIX if all(map(_is_known, document.items())) and _has_plain_counts(document) else Way.REPLAY
+
+
+def shows_parser(data: bytes) -> bool:
+    """Whether bytes of a chat's stream have reasoning or a tool call, so that its engine parses the text."""
+    return (b'"reasoning' in data or b"_call" in data) and _PARSED.search(data) is not None
 
 
 def read_stops(document: Mapping[str, Any]) -> tuple[str, ...]:

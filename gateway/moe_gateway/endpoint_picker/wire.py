@@ -2,7 +2,7 @@
 
 Names and numbers of fields are those of `envoy.service.ext_proc.v3`, `envoy.config.core.v3` and `envoy.type.v3` in
 Envoy's API; fields that stand here no more are skipped. Enumerations are plain numbers, which look the same on the
-wire. Why no package of Envoy's API is used: ADR 0026.
+wire. Why no package of Envoy's API is used: ADR 0027.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ requests), `TargetStates` (requests in flight, signals, calibration), `JobBuilde
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -142,9 +142,9 @@ class Dispatcher:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""
         return self._fleet.set_reachable(name, reachable) is not None
 
-    def set_process(self, name: str, pid: int | None) -> None:
-        """The process that serves; another one has nothing cached, and a speed of its own."""
-        if (engine := self._fleet.set_process(name, pid)) is not None:
+    def set_process(self, name: str, pid: int | None, identity: str = "") -> None:
+        """The process that serves and the engine's identity; another process has nothing cached, and its own speed."""
+        if (engine := self._fleet.set_process(name, pid, identity)) is not None:
             for target in engine.targets:
                 self._targets.forget(target)
                 self._jobs.forget(target)
@@ -252,9 +252,9 @@ class Dispatcher:
 
         return self._groups.choose(choose_in, self._group_of(job.session_target))
 
-    def _servers_of(self, job: Job) -> frozenset[str] | None:
+    def _servers_of(self, job: Job) -> Set[str] | None:
         """The names of the engines that can answer a job; None: any."""
-        servers = None if job.server is None else frozenset({job.server})
+        servers: Set[str] | None = None if job.server is None else frozenset({job.server})
         if servers is None and self.partial_models and job.model is not None:
             servers = self.partial_models.get(job.model)
         if job.servers is None:
@@ -271,7 +271,7 @@ class Dispatcher:
             return not self._jobs.responses.belongs_to(response_id, owner)
         return len(self.engines) > 1 and self._jobs.responses.find(response_id) is None
 
-    def _choose_among(self, servers: frozenset[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
+    def _choose_among(self, servers: Set[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
         """The choice for a model that only these engines serve."""
 
         def choose_in(states: TargetList, turn: int) -> Decision:
@@ -491,7 +491,7 @@ class Dispatcher:
         return self._queue.longest_wait_s(now_s)
 
 
-def _at(servers: Collection[str], states: Iterable[TargetState]) -> list[TargetState]:
+def _at(servers: Set[str], states: Iterable[TargetState]) -> list[TargetState]:
     return [state for state in states if state.target.server in servers]
 
 

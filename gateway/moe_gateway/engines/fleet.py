@@ -49,6 +49,7 @@ class Engine:
         model_rows: what it lists of them, by name.
         has_listed: whether it has listed its names, so that it serves no others.
         pid: of its serving process, as far as known.
+        identity: that of the engine, as its agent reports it; empty without.
     """
 
     address: EngineAddress
@@ -69,6 +70,7 @@ class Engine:
     model_rows: Mapping[str, Any] = field(default_factory=dict)
     has_listed: bool = False
     pid: int | None = None
+    identity: str = ""
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
@@ -137,9 +139,12 @@ class EngineFleet:
         engine.is_reachable = reachable
         return engine
 
-    def set_process(self, name: str, pid: int | None) -> Engine | None:
-        """The process that serves: another one has an empty cache and another speed."""
-        if (engine := self.engines.get(name)) is None or pid == engine.pid:
+    def set_process(self, name: str, pid: int | None, identity: str = "") -> Engine | None:
+        """The process that serves, and the engine's identity: another process has an empty cache and another speed."""
+        if (engine := self.engines.get(name)) is None:
+            return None
+        engine.identity = identity
+        if pid == engine.pid:
             return None
         engine.pid = pid
         return engine

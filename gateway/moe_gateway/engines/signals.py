@@ -110,7 +110,7 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     if state.engine.model is not None and state.engine.model not in engine.models:
         # What else it serves is asked of the engine itself.
         dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)
-    dispatcher.set_process(name, state.engine.pid)
+    dispatcher.set_process(name, state.engine.pid, state.engine.identity)
     dispatcher.set_ready(name, state.accepting and state.ready, now_s, draining=state.phase == "draining")
     for rank in state.ranks:
         dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)

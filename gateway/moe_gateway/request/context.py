@@ -101,6 +101,7 @@ class ExchangeContext:
         open_users: users that have requests under way.
         gate: who may send requests; None: everyone.
         continuation: which streams go on at another engine when theirs fails; None: none.
+        moves_left: streams that may yet leave engines that drain before the next check.
         draining: whether the gateway stops, so that each connection ends with its answer.
     """
 
@@ -119,6 +120,7 @@ class ExchangeContext:
     open_users: OpenUsers = field(default_factory=OpenUsers)
     gate: "Gate | None" = None
     continuation: "ContinuedStreams | None" = None
+    moves_left: int = 0
     draining: bool = False
     rare_headers: RareHeaders = field(init=False)
 

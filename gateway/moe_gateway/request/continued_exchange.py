@@ -2,17 +2,23 @@
 
 It differs from any other exchange in one thing: what its engines send goes through a `Continuation`, which says what
 the client gets, when an engine has failed, and how another one can go on. Such a stream has the budgets of any request
-(`RequestAttempts`): an engine that fails while it computes the stream counts as an attempt.
+(`RequestAttempts`): an engine that fails while it computes the stream counts as an attempt. It goes on only at engines
+that serve the same model as its first one did (`same_model.py`), which another one of that name need not be.
 """
 
 import logging
 
+import orjson
 from moe_contract.gateway_config import Limits
-from moe_scheduling.engine.attempts import AttemptFailure
+from moe_scheduling.engine.attempts import MAX_ATTEMPTS, AttemptFailure
 from moe_scheduling.engine.choice import Send
 from moe_scheduling.signals import Target
 
+from moe_gateway.continuation.resend import is_limited
 from moe_gateway.continuation.stream import Continuation, StreamFailure, find_continuation
+from moe_gateway.continuation.ways import Way, shows_parser
+from moe_gateway.engines.same_model import SameModel, identify_model
+from moe_gateway.engines.target_states import STALL_S
 from moe_gateway.http.bodies import Body
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
@@ -41,7 +47,7 @@ def make_exchange(
 class ContinuedExchange(Exchange):
     """See `Exchange`; the stream is that of `continuation`."""
 
-    __slots__ = ("_continuation", "_way")
+    __slots__ = ("_continuation", "_limited", "_same", "_way")
 
     def __init__(
         self,
@@ -56,6 +62,8 @@ class ContinuedExchange(Exchange):
         self._continuation = continuation
         self._way = ""
         self._answer.extra = continuation.header
+        self._same: SameModel | None = None
+        self._limited: bool | None = None
 
     @property
     def continued(self) -> str:
@@ -66,7 +74,16 @@ class ContinuedExchange(Exchange):
         url, body = self._continuation.start()
         if not self.attempts.is_answering:
             super()._begin_attempt()
+            assert self._in_flight is not None
+            self._same = self._find_same(self._in_flight.target)
+            self._answer.extra = b"" if self._same is None else self._continuation.header
         return url, body
+
+    def _find_same(self, target: Target) -> SameModel | None:
+        """The engines that serve the same as this one; None where it does not say what that is."""
+        dispatcher, model = self._context.dispatcher, self.job.model
+        identity = identify_model(dispatcher.engines.get(target.server), model)
+        return None if identity is None else SameModel(lambda: dispatcher.engines, identity, model)
 
     # What the engine sends.
 
@@ -75,6 +92,9 @@ class ContinuedExchange(Exchange):
         continuation, has_begun = self._continuation, self.attempts.is_answering
         was_resuming = continuation.is_resuming
         data = continuation.read(data, has_begun=has_begun, is_complete=connection.complete)
+        if continuation.way is Way.PREFIX and self.route is Route.CHAT and shows_parser(data):
+            # Its engine takes something out of the text, so that tokens and text do not correspond.
+            continuation.way = Way.REPLAY
         if not has_begun:
             super().received(data, connection)
             if self._upstream is connection and continuation.failure is not None:
@@ -125,7 +145,7 @@ class ContinuedExchange(Exchange):
 
     @property
     def _can_go_on(self) -> bool:
-        return self.attempts.is_answering and self._continuation.can_go_on
+        return self.attempts.is_answering and self._same is not None and self._continuation.can_go_on
 
     def _retry(self) -> None:
         if not self.attempts.is_answering:
@@ -138,10 +158,10 @@ class ContinuedExchange(Exchange):
 
     def _prepare(self, reason: str) -> None:
         """Chooses the way on, and records it."""
-        continuation = self._continuation
-        self._way = way = continuation.prepare(self._max_model_len()).value
-        if continuation.context_tokens:
-            self.job = self.job._replace(prompt_tokens=continuation.context_tokens)
+        continuation, same = self._continuation, self._same
+        self._way = way = continuation.prepare(None if same is None else same.max_model_len).value
+        # From now on only engines that serve the same model may get it.
+        self.job = self.job._replace(prompt_tokens=continuation.context_tokens or self.job.prompt_tokens, servers=same)
         self._context.stats.continuations[way] += 1
         target = self.target
         log.info(
@@ -154,16 +174,15 @@ class ContinuedExchange(Exchange):
             },
         )
 
-    def _max_model_len(self) -> int | None:
-        """The longest sequence of the model; None where no engine has said it."""
-        model = self.job.model
-        for engine in self._context.dispatcher.engines.values():
-            rows = engine.model_rows
-            row = rows.get(model) if model is not None else next(iter(rows.values()), None)
-            length = None if row is None else row.get("max_model_len")
-            if type(length) is int:
-                return length
-        return None
+    @property
+    def _goes_by_prefix(self) -> bool:
+        """Whether another engine could go on from the tokens so far, so that nothing is computed anew."""
+        if not self._can_go_on or not self._continuation.may_move:
+            return False
+        if self._limited is None:
+            body = self.request.body
+            self._limited = isinstance(body, bytes) and is_limited(self.route, orjson.loads(body))
+        return self._limited or (self._same is not None and self._same.max_model_len is not None)
 
     def _break_off(self, reason: str, outcome: RequestOutcome = RequestOutcome.ENGINE_FAILED) -> None:
         if self.attempts.is_answering and outcome is not RequestOutcome.GATEWAY_ENDED:
@@ -175,11 +194,23 @@ class ContinuedExchange(Exchange):
     def check(self, now_s: float, limits: Limits) -> None:
         """As for any exchange; a stream that has begun also leaves an engine that drains or makes no steps."""
         if not self._ended and self.attempts.is_answering and self._in_flight is not None:
+            target = self._in_flight.target
             if self._continuation.is_resuming:
                 self._answer.fill_pause(now_s)
-            elif self._upstream is not None and self._move_on(self._in_flight.target, now_s):
+                if self._upstream is not None and self._leave_hung(target, now_s):
+                    return
+            elif self._upstream is not None and self._move_on(target, now_s):
                 return
         super().check(now_s, limits)
+
+    def _leave_hung(self, target: Target, now_s: float) -> bool:
+        """As for a request before its first token: leaves an engine that has sent nothing yet and makes no steps."""
+        assert self._in_flight is not None
+        if now_s - self._in_flight.sent_s <= STALL_S or not self._may_fail_over(target):
+            return False
+        self._drop_upstream()
+        self._fail(ENGINE_STALLED, AttemptFailure.ENGINE_ERROR)
+        return True
 
     def _move_on(self, target: Target, now_s: float) -> bool:
         """Sends the stream to another engine where that is better; returns False where it stays."""
@@ -187,26 +218,30 @@ class ContinuedExchange(Exchange):
         engine = dispatcher.engines.get(target.server)
         if engine is not None and engine.is_draining:
             return self._move(target, now_s)
-        if not dispatcher.is_abandoned(target, stream=True) or not self._may_leave(target):
+        if not self._may_fail_over(target) or not self._goes_by_prefix:
             return False
         self._drop_upstream()
         self._fail(ENGINE_STALLED, AttemptFailure.ENGINE_ERROR)
         return True
 
-    def _may_leave(self, target: Target) -> bool:
-        attempts = self.attempts
-        return self._can_go_on and self._context.dispatcher.has_other(self.job, target, attempts.failed_targets)
+    def _may_fail_over(self, target: Target) -> bool:
+        """Whether the stream may leave an engine that makes no steps for one that takes it at once."""
+        dispatcher, attempts = self._context.dispatcher, self.attempts
+        if not dispatcher.is_abandoned(target, stream=True) or attempts.count >= MAX_ATTEMPTS or not self._can_go_on:
+            return False
+        return dispatcher.has_other(self.job._replace(servers=self._same), target, attempts.failed_targets)
 
     def _move(self, target: Target, now_s: float) -> bool:
         """Moves the stream from an engine that drains to one that takes it at once."""
-        dispatcher, continuation = self._context.dispatcher, self._continuation
-        if not continuation.may_move or dispatcher.held:
+        context, dispatcher, continuation = self._context, self._context.dispatcher, self._continuation
+        if not context.moves_left or dispatcher.held or not self._goes_by_prefix:
             return False
-        choice = dispatcher.choose(self.job, now_s, {target})
+        choice = dispatcher.choose(self.job._replace(servers=self._same), now_s, {target})
         if type(choice) is not Send:
             return False
         assert self._in_flight is not None
         self._drop_upstream()
+        context.moves_left -= 1
         continuation.moves += 1
         self.attempts.move(now_s)
         dispatcher.settle(self._in_flight, now_s)

@@ -14,6 +14,7 @@ from moe_contract.agent_config import AgentConfig, AgentSettings, parse_agent_se
 from moe_contract.agent_state import AgentState, write_agent_state
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_document
+from moe_contract.engine_identity import identify_engine
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
 from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
@@ -55,6 +56,7 @@ class AgentServer:
     ) -> None:
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
+        self._identity = identify_engine(config.engine)
         self._supervisor, self._ranks, self._control = supervisor, ranks, control
         self._pod = read_identity(os.environ)
         self._registry = CollectorRegistry()
@@ -87,6 +89,7 @@ class AgentServer:
             self._ranks.read(),
             time.monotonic(),
             self._pod,
+            self._identity,
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:

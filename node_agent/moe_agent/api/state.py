@@ -16,8 +16,9 @@ def build_state(
     ranks: dict[int, RankState],
     now_s: float,
     pod: PodIdentity,
+    identity: str = "",
 ) -> AgentState:
-    """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine."""
+    """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine, `identity` that of the engine."""
     ready = supervisor.phase is Phase.READY
     return AgentState(
         name=name,
@@ -30,6 +31,7 @@ def build_state(
             restarts=supervisor.restarts,
             last_exit=supervisor.last_exit,
             max_model_len=supervisor.max_model_len,
+            identity=identity,
         ),
         config=AgentSettingsInForce(version=control.version, request=control.request, expert=control.expert),
         ranks=tuple(

@@ -62,17 +62,27 @@ def build_continuation(resource: MoEServing) -> ContinuedStreams | None:
     """Which streams go on at another engine when theirs fails."""
     if resource.spec.gateway.continuation is GatewayContinuation.NEVER:
         return None
-    args = [arg.replace("_", "-") for arg in resource.spec.engine.args]
-    is_plain = not any(map(_SAMPLING_FLAG.match, args))
-    has_parser = any(map(_PARSER_FLAG.match, args))
-    return ContinuedStreams(completions_by_prefix=is_plain, chats_by_prefix=is_plain and not has_parser)
+    # vLLM parses the chats of some architectures (gpt-oss) whatever its arguments say, and a name does not show which.
+    return ContinuedStreams(
+        completions_by_prefix=not any(map(_may_change_sampling, resource.spec.engine.args)), chats_by_prefix=False
+    )
+
+
+def _may_change_sampling(arg: str) -> bool:
+    """Whether an argument is one of `_SAMPLING_FLAGS`, or the beginning of one, which vLLM takes as well."""
+    name = re.split(r"[=.+]", arg.replace("_", "-"), maxsplit=1)[0]
+    return name.startswith("--") and any(flag.startswith(name) for flag in _SAMPLING_FLAGS)
 
 
 # Flags of vLLM after which a token may depend on more than the tokens before it: penalties and limits for all requests,
-# code of others, and a file that may hold such flags. vLLM also takes the beginning of a flag.
-_SAMPLING_FLAG = re.compile(r"--(override-gen|generation|logits-proc|middleware|config)")
-# Flags that take tool calls or reasoning out of the text of chats.
-_PARSER_FLAG = re.compile(r"--(reasoning|tool|enable-auto|structured-outputs)")
+# code of others, and a file that may hold such flags.
+_SAMPLING_FLAGS = (
+    "--override-generation-config",
+    "--generation-config",
+    "--logits-processors",
+    "--middleware",
+    "--config",
+)
 
 
 def find_secrets(resource: MoEServing) -> tuple[str, ...]:

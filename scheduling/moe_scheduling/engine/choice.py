@@ -10,7 +10,7 @@ ties go round with `turn`.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -83,7 +83,7 @@ class Job(NamedTuple):
         tenant: the tenant in the hold queue.
         model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
         server: the only server that can answer it, because it continues a response kept there; None: any.
-        servers: the only servers that may get it, because its proxy reaches no others; None: any.
+        servers: the only servers that may get it, as the only ones that its proxy reaches; None: any.
     """
 
     prompt_tokens: int
@@ -93,7 +93,7 @@ class Job(NamedTuple):
     tenant: str = ANONYMOUS_TENANT
     model: str | None = None
     server: str | None = None
-    servers: frozenset[str] | None = None
+    servers: Set[str] | None = None
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""

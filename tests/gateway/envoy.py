@@ -25,6 +25,7 @@ class Envoy:
         picker_port: of the endpoint picker.
         body: how bodies of requests are sent to the picker.
         answers: how bodies of answers are.
+        trailers: whether trailers of requests are sent; None: where bodies go in both directions.
         tls: speak TLS with the picker and verify nothing, as gateways of InferencePools do.
         endpoints: ports of the engines, for the balancer that goes down the list of endpoints when it retries; without
             them the header alone says where a request goes.
@@ -38,6 +39,7 @@ class Envoy:
         *,
         body: str = DUPLEX,
         answers: str = DUPLEX,
+        trailers: str | None = None,
         tls: bool = False,
         endpoints: tuple[int, ...] = (),
         subset: list[str] | None = None,
@@ -47,7 +49,11 @@ class Envoy:
         self._config = folder / f"envoy-{self.port}.json"
         self._log = folder / f"envoy-{self.port}.log"
         clusters = [_picker_cluster(picker_port, tls=tls), _engines_cluster(endpoints)]
-        filters = [*([_subset_filter(subset)] if subset is not None else []), _ext_proc(body, answers), _router()]
+        filters = [
+            *([_subset_filter(subset)] if subset is not None else []),
+            _ext_proc(body, answers, trailers),
+            _router(),
+        ]
         self._config.write_text(json.dumps(self._bootstrap(clusters, filters, has_retries=bool(endpoints))))
 
     def _bootstrap(self, clusters: list[Any], filters: list[Any], *, has_retries: bool) -> dict[str, Any]:
@@ -159,7 +165,7 @@ def _engines_cluster(ports: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _ext_proc(body: str, answers: str) -> dict[str, Any]:
+def _ext_proc(body: str, answers: str, trailers: str | None) -> dict[str, Any]:
     return {
         "name": "picker",
         "typed_config": {
@@ -172,7 +178,7 @@ def _ext_proc(body: str, answers: str) -> dict[str, Any]:
                 "response_header_mode": "SEND",
                 "request_body_mode": body,
                 "response_body_mode": answers,
-                "request_trailer_mode": "SEND" if body == DUPLEX else "SKIP",
+                "request_trailer_mode": trailers or ("SEND" if body == DUPLEX else "SKIP"),
                 "response_trailer_mode": "SEND" if answers == DUPLEX else "SKIP",
             },
             "response_attributes": ["upstream.address"],

@@ -2,107 +2,20 @@
 
 import asyncio
 import gzip
-import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from moe_gateway.gateway import Gateway
 
-from tests.gateway.clients import Served
-from tests.gateway.envoy import BUFFERED, DUPLEX, NONE, Envoy
+from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
+from tests.gateway.fronted import PATIENCE_S, Front, two, until
 from tests.gateway.messages import SSE_END, SSE_HEAD, Received, event, json_answer, prompt
-from tests.gateway.peers import MockEngine, PeerServer, always
-from tests.gateway.waiting import free_port
+from tests.gateway.peers import PeerServer, always
 
-PATIENCE_S = 60.0
 MODES = [(DUPLEX, DUPLEX), (BUFFERED, "STREAMED"), (BUFFERED, BUFFERED), (NONE, "STREAMED"), (DUPLEX, NONE)]
-
-
-async def until(condition: Callable[[], Any], what: str) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
-    assert condition(), what
-
-
-@dataclass
-class Fronted:
-    """An Envoy, the gateway process that picks for it, and the engines behind both."""
-
-    envoy: Envoy
-    served: Served
-    engines: tuple[MockEngine, ...]
-    session: aiohttp.ClientSession
-    port: int
-    answers: list[Any] = field(default_factory=list)
-
-    @property
-    def gateway(self) -> Gateway:
-        return self.served.gateway
-
-    async def ask(
-        self, body: Any, path: str = "/v1/completions", headers: dict[str, str] | None = None
-    ) -> tuple[int, Any]:
-        data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-        async with self.session.post(self.envoy.url + path, headers=headers, data=data) as answer:
-            text = await answer.text()
-            return answer.status, json.loads(text) if answer.content_type == "application/json" else text
-
-    def got(self) -> list[int]:
-        """Requests by engine, without lists of models."""
-        return [sum(b"POST" in request.line for request in engine.requests) for engine in self.engines]
-
-    async def settled(self) -> None:
-        """Nothing is in flight or held any more."""
-        dispatcher = self.gateway.dispatcher
-        await until(lambda: dispatcher.in_flight == 0 and dispatcher.held == 0, "nothing in flight")
-        picker = self.gateway._picker
-        assert picker is not None
-        await until(lambda: not picker._parts.open, "no open request")
-
-
-Front = Callable[..., Awaitable[Fronted]]
-
-
-@pytest.fixture
-async def front(serve: Any, tmp_path: Path) -> AsyncIterator[Front]:
-    """Starts the endpoint picker for these engines and an Envoy in front of them."""
-    envoys: list[Envoy] = []
-    sessions: list[aiohttp.ClientSession] = []
-
-    async def start(
-        *engines: MockEngine,
-        ready: bool = True,
-        picker: dict[str, Any] | None = None,
-        envoy: Any = None,
-        **sections: Any,
-    ) -> Fronted:
-        port = free_port()
-        section = {"listen": {"port": port}, **(picker or {})}
-        served = await serve(*engines, ready=ready, listen=None, endpoint_picker=section, **sections)
-        process = Envoy(tmp_path, port, tls=bool(section.get("tls")), **(envoy or {}))
-        envoys.append(process)
-        await process.start()
-        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S))
-        sessions.append(session)
-        return Fronted(process, served, engines, session, port)
-
-    yield start
-    for session in sessions:
-        await session.close()
-    for process in envoys:
-        await process.stop()
-
-
-async def two(make_engine: Any) -> tuple[MockEngine, MockEngine]:
-    return await make_engine(), await make_engine()
 
 
 @pytest.mark.parametrize(("body", "answers"), MODES)

@@ -70,12 +70,15 @@ def read_served(message: Message) -> str:
     return next(rows, "")
 
 
-def continue_headers(*, of_answer: bool) -> Message:
-    """Headers stay as they are."""
-    unchanged = HeadersResponse(response=CommonResponse())
-    if of_answer:
-        return ProcessingResponse(response_headers=unchanged)
-    return ProcessingResponse(request_headers=unchanged)
+def continue_answer() -> Message:
+    """The headers of an answer stay as they are."""
+    return ProcessingResponse(response_headers=HeadersResponse(response=CommonResponse()))
+
+
+def await_body(removed: Iterable[str]) -> Message:
+    """The headers of a request whose pick follows its body: without these, and without a destination of the client."""
+    mutation = HeaderMutation(remove_headers=sorted({ENDPOINT, *removed}))
+    return ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse(header_mutation=mutation)))
 
 
 def continue_body(body: Message, mode: int, *, of_answer: bool) -> Message:

@@ -35,6 +35,7 @@ from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.rejections import REJECTIONS
 
 OTHER = "other"
+NO_BODY = "a request with trailers needs a body"
 Replies = list[Message]
 
 
@@ -133,7 +134,9 @@ class Stream:
         if not has_body or self._head.picks_at_once:
             return await self._pick(incoming, is_body_known=not has_body)
         # In both directions the proxy waits with the head for the answer to it, which follows the whole body.
-        return [] if mode == wire.FULL_DUPLEX else [proxy_messages.continue_headers(of_answer=False)]
+        # Otherwise it may never ask again, and goes on with this head where trailers follow that it does not send.
+        removed = find_removed(headers, request.headers, ())
+        return [] if mode == wire.FULL_DUPLEX else [proxy_messages.await_body(removed)]
 
     def _name_servers(self, subset: frozenset[str] | None) -> frozenset[str] | None:
         if subset is None:
@@ -162,6 +165,9 @@ class Stream:
         replies = [proxy_messages.continue_trailers(of_answer=False)]
         if self._head is None or self._picked is not None:
             return replies
+        if self._head.mode != wire.FULL_DUPLEX:
+            # The head has gone on, and no message about trailers can say where.
+            return self._refuse(self._head.request, self._head.route, Refusal(RequestOutcome.BAD_REQUEST, NO_BODY))
         picked = await self._pick(incoming, is_body_known=True, ends=False)
         return picked if self._refused or not picked else picked + replies
 
@@ -266,7 +272,7 @@ class Stream:
             self._picked.answer_begins(int(status) if status.isdigit() else 0, kind, served, shows_body=shows_body)
             if head.end_of_stream:
                 self._pass(b"", complete=True)
-        return [proxy_messages.continue_headers(of_answer=True)]
+        return [proxy_messages.continue_answer()]
 
     def _pass_answer_body(self, body: Message) -> Replies:
         self._pass(body.body, complete=body.end_of_stream)

@@ -61,7 +61,7 @@ def make_parts(*, ready: bool = True, **limits: Any) -> PickerParts:
         settings=settings,
         limits=config.limits,
         new_request_id=lambda: b"made",
-        peer_token=lambda: b"",
+        peer_tokens=None,
     )
 
 

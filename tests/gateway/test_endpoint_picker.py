@@ -211,13 +211,14 @@ async def test_of_no_endpoint_that_the_proxy_names_none_is_picked(
     assert (status, refusal["error"]["code"]) == (503, "no_engine")
 
 
+@pytest.mark.parametrize("mode", [DUPLEX, BUFFERED])
 async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_gateway(
-    front: Front, make_engine: Any, tmp_path: Path
+    front: Front, make_engine: Any, tmp_path: Path, mode: str
 ) -> None:
     keys = tmp_path / "keys"
     keys.mkdir()
     (keys / "alice").write_text("sk-0123456789abcdef0123")
-    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]})
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]}, envoy={"body": mode})
     assert (await fronted.ask(prompt()))[0] == 401
     assert (await fronted.ask(prompt(), headers={"authorization": "Bearer sk-0123456789abcdef9999"}))[0] == 401
     given = {
@@ -229,7 +230,9 @@ async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_
     (request,) = [row for row in fronted.engines[0].requests if row.body]
     assert b"authorization" not in request.headers
     assert b"x-data-parallel-rank" not in request.headers
-    assert request.headers[b"x-moeserving-peer"] not in (b"", b"forged")
+    signed = request.headers[b"x-moeserving-peer"]
+    assert fronted.gateway._peer_tokens.allow_request(signed, b"POST", b"/v1/completions")
+    assert not fronted.gateway._peer_tokens.allow(signed)
     await fronted.settled()
 
 

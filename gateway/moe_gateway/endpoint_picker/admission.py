@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_contract.gateway_config import Limits
+from moe_contract.peer_tokens import PeerTokens
 from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.access.deadlines import read_deadline
@@ -33,7 +34,7 @@ class PickerParts:
         settings: of the endpoint picker.
         limits: of one request.
         new_request_id: names a request that has no usable id of its own.
-        peer_token: shows an engine that the request comes from its deployment's own; empty without one.
+        peer_tokens: show an engine that a request was picked by its deployment's own; None without a file of them.
         open: requests that were picked and have not ended.
     """
 
@@ -41,8 +42,17 @@ class PickerParts:
     settings: EndpointPickerConfig
     limits: Limits
     new_request_id: Callable[[], bytes]
-    peer_token: Callable[[], bytes]
+    peer_tokens: PeerTokens | None
     open: set[PickedRequest] = field(default_factory=set)
+
+    def sign_request(self, request: ClientRequest) -> bytes:
+        """The header that shows an engine who has picked it, good for this request alone; empty without tokens.
+
+        It does not depend on keys being needed: while they are taken away, engines of before are still guarded.
+        """
+        if self.peer_tokens is None:
+            return b""
+        return self.peer_tokens.sign(request.method, request.url.partition(b"?")[0])
 
 
 @dataclass(frozen=True, slots=True)

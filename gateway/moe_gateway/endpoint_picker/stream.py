@@ -209,8 +209,8 @@ class Stream:
         given = {"x-request-id": pick.request_id}
         if pick.rank is not None:
             given[RANK_HEADER.decode()] = b"%d" % pick.rank
-        if pick.engine.agent_url is not None and (shown := self._parts.peer_token()):
-            given[PEER_HEADER] = shown
+        if pick.engine.agent_url is not None and (signed := self._parts.sign_request(head.request)):
+            given[PEER_HEADER] = signed
         removed = find_removed(head.headers, head.request.headers, given)
         if not self._pieces:
             return [proxy_messages.pick_at_headers(pick.endpoints, given, removed)]

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
 from tests.gateway.fronted import PATIENCE_S, Front, two, until
 from tests.gateway.messages import SSE_END, SSE_HEAD, Received, event, json_answer, prompt
-from tests.gateway.peers import PeerServer, always
+from tests.gateway.peers import always
 
 MODES = [(DUPLEX, DUPLEX), (BUFFERED, "STREAMED"), (BUFFERED, BUFFERED), (NONE, "STREAMED"), (DUPLEX, NONE)]
 
@@ -68,37 +68,6 @@ async def test_a_stream_passes_as_it_comes_and_its_first_token_is_measured(front
         assert b"two" in await answer.content.read()
     await fronted.settled()
     assert fronted.gateway.dispatcher.targets.predictions.error.buckets()[-1] == ("+Inf", 1)
-
-
-async def test_an_engine_that_dies_is_avoided(front: Front, make_engine: Any) -> None:
-    gone, works = await two(make_engine)
-    fronted = await front(gone, works)
-    # Its agent still says that it takes requests.
-    await PeerServer.stop(gone)
-    statuses = [(await fronted.ask(prompt(f"question {number}")))[0] for number in range(12)]
-    # The first meets it, and trials of whether it is back do, ever more rarely.
-    assert set(statuses) == {200, 503}
-    assert statuses.count(200) >= 6
-    assert fronted.gateway.dispatcher.ejections[gone.name] == statuses.count(503)
-    await fronted.settled()
-
-
-async def test_a_proxy_that_retries_goes_down_the_list_and_a_request_counts_where_it_was_answered(
-    front: Front, make_engine: Any
-) -> None:
-    gone, works = await two(make_engine)
-    ports = (gone.port, works.port)
-    fronted = await front(gone, works, picker={"fallbacks": 1}, envoy={"endpoints": ports})
-    # Its agent still says that it takes requests.
-    await PeerServer.stop(gone)
-    works.agent.say_rank(waiting=9, waiting_prefill_tokens=90_000, step=2)
-    state = fronted.served.target_state(works.name)
-    await until(lambda: state.signal is not None and state.signal.waiting_prefill_tokens == 90_000, "the signal")
-    assert (await fronted.ask(prompt()))[0] == 200
-    assert works.requests[-1].headers[b"x-gateway-destination-endpoint"] == b"127.0.0.1:%d,127.0.0.1:%d" % ports
-    assert fronted.gateway.dispatcher.ejections == {gone.name: 1}
-    assert fronted.gateway.stats.retried == 1
-    await fronted.settled()
 
 
 async def test_without_room_a_request_is_refused_and_says_when_to_come_again(front: Front, make_engine: Any) -> None:

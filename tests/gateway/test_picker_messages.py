@@ -12,6 +12,7 @@ from moe_contract.documents import parse_model
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InvalidInput
 from moe_gateway.endpoint_picker import proxy_messages, wire
+from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import body_length, find_removed, read_head
@@ -169,12 +170,12 @@ def test_the_endpoints_that_a_proxy_names(subset: dict[str, Any] | None, found: 
 
 def test_the_endpoint_that_has_answered_is_read_as_the_protocol_has_it_and_as_envoy_says_it() -> None:
     message = ProcessingRequest()
-    assert proxy_messages.read_served(message) == ""
+    assert read_answer_head(message).served == ""
     message.attributes["envoy.filters.http.ext_proc"].update({"upstream.address": "10.0.0.1:1"})
-    assert proxy_messages.read_served(message) == "10.0.0.1:1"
+    assert read_answer_head(message).served == "10.0.0.1:1"
     served = {"x-gateway-destination-endpoint-served": "10.0.0.2:2"}
     message.metadata_context.filter_metadata["envoy.lb"].update(served)
-    assert proxy_messages.read_served(message) == "10.0.0.2:2"
+    assert read_answer_head(message).served == "10.0.0.2:2"
 
 
 def test_an_answer_at_once_is_the_gateways_own_error() -> None:

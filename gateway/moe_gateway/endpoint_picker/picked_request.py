@@ -14,6 +14,7 @@ from moe_scheduling.engine.choice import Job, Send, SendReason, explain
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.endpoint_picker.answer_head import AnswerHead, ProxyFault, find_fault
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import InFlightRequest
@@ -28,8 +29,6 @@ from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_strea
 CLIENT_LEFT = "the client or the proxy ended the request"
 NO_CONNECTION = "the proxy got no answer from the engine"
 ENGINE_ERROR = "the engine answered with an error"
-# With these a proxy says in a text or page of its own that it got no answer; errors of engines are JSON.
-_PROXYS_OWN = (502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +105,8 @@ class PickedRequest:
         self._in_flight: InFlightRequest | None = None
         # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
         self._shown_status = 0
+        # An answer of the proxy's own whose text is awaited.
+        self._proxys_own: AnswerHead | None = None
         self._ended = False
         if self.computes:
             context.stats.arrive(self.job.prompt_tokens, request.arrived_s)
@@ -187,57 +188,70 @@ class PickedRequest:
 
     # 2. The answer.
 
-    def answer_begins(self, status: int, content_type: bytes, served: str, *, shows_body: bool) -> None:
+    def answer_begins(self, head: AnswerHead, *, shows_body: bool) -> None:
         """The head of the answer passes.
 
         Args:
-            status: of the answer.
-            content_type: of the answer.
-            served: endpoint that answered, `IP:PORT`; empty where the proxy does not say.
+            head: of the answer.
             shows_body: the body of the answer will pass too.
         """
         self._last_s = self._context.clock()
-        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, content_type)
+        status = head.status
+        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, head.content_type)
         self._beginning.status = status
         if self._in_flight is None:
             return
-        if served:
-            self._follow(served)
-        if status in _PROXYS_OWN and b"json" not in content_type:
-            self._fail_by_proxy(status)
+        if head.served:
+            self._follow(head)
+        if head.is_proxys_own:
+            self._proxys_own = head
+            self._shown_status = status
+            if head.details or head.is_overloaded or not shows_body:
+                self._end_by_proxy(head, head.fault)
         elif not shows_body:
             self._account.count(part_of_status(status), self._beginning, self._in_flight, self._last_s)
             self._shown_status = status
 
-    def _follow(self, served: str) -> None:
-        """Counts it at the engine that has answered, where the proxy has tried another one than the first."""
+    def _follow(self, head: AnswerHead) -> None:
+        """Counts it at the engine that has answered, where the proxy has taken another one than the first."""
         assert self._in_flight is not None
         dispatcher, first = self._context.dispatcher, self._in_flight.target
         engines = dispatcher.engines.values()
-        server = next((row.address.name for row in engines if endpoint_of(row.address) == served), None)
+        server = next((row.address.name for row in engines if endpoint_of(row.address) == head.served), None)
         if server is None or server == first.server:
             return
-        dispatcher.fail(first, self._last_s)
+        if head.attempts > 1:
+            # Otherwise the proxy has not tried the first one: it may not know it yet.
+            dispatcher.count_error(first, self._last_s)
+            self._context.stats.retry()
         dispatcher.settle(self._in_flight, self._last_s)
-        self._context.stats.retry()
         target = Target(server, min(first.rank, dispatcher.engines[server].address.ranks - 1))
         self._send(Send(target, self._in_flight.predicted_s, SendReason.LEAST_PREDICTED), self._last_s)
 
-    def _fail_by_proxy(self, status: int) -> None:
-        """The answer is the proxy's own: it has not reached the engine, or has waited too long for it."""
+    def _end_by_proxy(self, head: AnswerHead, fault: ProxyFault) -> None:
+        """The answer is the proxy's own. It says something of the engine only where it names the fault."""
         assert self._in_flight is not None
         dispatcher, target = self._context.dispatcher, self._in_flight.target
-        if status != 504:
-            dispatcher.fail(target, self._last_s)
-        elif target in dispatcher.stalled:
+        if head.status == 504:
+            if target in dispatcher.stalled:
+                dispatcher.count_error(target, self._last_s)
+        elif fault is ProxyFault.NOT_CONNECTED:
+            engine = dispatcher.engines.get(target.server)
+            # Requests that were sent before an ejection do not prolong it.
+            if engine is not None and self._in_flight.sent_s >= engine.ejected_until_s:
+                dispatcher.fail(target, self._last_s)
+        elif fault is ProxyFault.CUT_OFF:
             dispatcher.count_error(target, self._last_s)
-        self.end(status, NO_CONNECTION)
+        self.end(head.status, NO_CONNECTION)
 
     def answer_passes(self, data: bytes, *, complete: bool) -> None:
         """A part of the answer's body passes; `complete`: it is the last one."""
         if self._ended or self._in_flight is None or not self._beginning.received:
             return
         self._last_s = self._context.clock()
+        if self._proxys_own is not None:
+            self._end_by_proxy(self._proxys_own, find_fault(data))
+            return
         self._client.write(data)
         self._before_last, self._last = self._last, data
         if self.attempts.is_answering:

@@ -28,7 +28,6 @@ from moe_gateway.endpoint_picker.wire import (
 ENDPOINT = "x-gateway-destination-endpoint"
 _NAMESPACE = "envoy.lb"
 _SUBSET_NAMESPACE, _SUBSET = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
-_SERVED, _ADDRESS = "x-gateway-destination-endpoint-served", "upstream.address"
 # Envoy takes a body in parts of this length without a buffer of its own being exceeded.
 PART_BYTES = 62_000
 _NOT_OF_ANSWER = frozenset({"content-length", "connection"})
@@ -56,18 +55,6 @@ def read_subset(metadata: Message) -> frozenset[str] | None:
     # Some proxies give one text instead of a list.
     rows += value.string_value.split(",")
     return frozenset(row.strip() for row in rows if row.strip())
-
-
-def read_served(message: Message) -> str:
-    """The endpoint that has answered, `IP:PORT`; empty where the proxy does not say.
-
-    Envoy 1.40 says it by the attribute `upstream.address`, where its filter is asked to, not as the protocol has it.
-    """
-    found = message.metadata_context.filter_metadata.get(_NAMESPACE)
-    if found is not None and _SERVED in found.fields:
-        return str(found.fields[_SERVED].string_value)
-    rows = (struct.fields[_ADDRESS].string_value for struct in message.attributes.values() if _ADDRESS in struct.fields)
-    return next(rows, "")
 
 
 def continue_answer() -> Message:

@@ -21,6 +21,7 @@ from moe_gateway.endpoint_picker.admission import (
     read_body,
     refuse_length,
 )
+from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import Pick, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import Headers, body_length, find_removed, read_head
@@ -265,11 +266,8 @@ class Stream:
     def _pass_answer_head(self, message: Message) -> Replies:
         head = message.response_headers
         if self._picked is not None:
-            headers = dict(proxy_messages.read_headers(head.headers))
-            status, kind = headers.get(":status", b""), headers.get("content-type", b"")
-            served = proxy_messages.read_served(message)
             shows_body = self._head is not None and self._head.answer_mode != wire.NONE
-            self._picked.answer_begins(int(status) if status.isdigit() else 0, kind, served, shows_body=shows_body)
+            self._picked.answer_begins(read_answer_head(message), shows_body=shows_body)
             if head.end_of_stream:
                 self._pass(b"", complete=True)
         return [proxy_messages.continue_answer()]

@@ -220,6 +220,43 @@ async def test_with_keys_a_body_that_the_picker_does_not_see_is_refused(
     await fronted.settled()
 
 
+@pytest.mark.parametrize("answers", [DUPLEX, NONE])
+async def test_with_a_quota_of_tokens_an_answer_that_the_picker_does_not_see_is_refused(
+    front: Front, make_engine: Any, tmp_path: Path, answers: str
+) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "alice").write_text("sk-0123456789abcdef0123")
+    auth = {"key_dirs": [str(keys)], "quota": {"tokens_per_minute": 1000}}
+    fronted = await front(await make_engine(), auth=auth, envoy={"answers": answers})
+    given = {"authorization": "Bearer sk-0123456789abcdef0123"}
+    status, answer = await fronted.ask(prompt(), headers=given)
+    assert status == (200 if answers == DUPLEX else 500)
+    assert answers == DUPLEX or "quotas of tokens" in answer["error"]["message"]
+    async with fronted.session.get(fronted.envoy.url + "/v1/models", headers=given) as models:
+        assert models.status == 200
+    await fronted.settled()
+
+
+@pytest.mark.parametrize(("path", "is_anthropic"), [("/v1/messages", True), ("/v1/completions", False)])
+async def test_errors_before_the_pick_have_the_shape_of_the_api(
+    front: Front, make_engine: Any, tmp_path: Path, path: str, is_anthropic: bool
+) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "alice").write_text("sk-0123456789abcdef0123")
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]}, limits={"max_body_bytes": 2000})
+    for text, status in (("x", 401), ("x" * 3000, 413)):
+        data = json.dumps(prompt(text)).encode()
+        async with fronted.session.post(fronted.envoy.url + path, data=data) as answer:
+            assert answer.status == status
+            assert ((await answer.json()).get("type") == "error") == is_anthropic
+    async with fronted.session.get(fronted.envoy.url + path) as answer:
+        assert answer.status == 405
+        assert ((await answer.json()).get("type") == "error") == is_anthropic
+    await fronted.settled()
+
+
 async def test_a_data_parallel_rank_is_named_to_its_engine(front: Front, make_engine: Any) -> None:
     engine = await make_engine(ranks=2)
     fronted = await front(engine, ranks=2)

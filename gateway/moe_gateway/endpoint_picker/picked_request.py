@@ -71,6 +71,7 @@ class PickedRequest:
 
     Attributes:
         decided: the choice, or why there is none.
+        is_silent: it was ended by the idle timeout.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class PickedRequest:
         self._in_flight: InFlightRequest | None = None
         # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
         self._shown_status = 0
+        self.is_silent = False
         # An answer of the proxy's own whose text is awaited.
         self._proxys_own: AnswerHead | None = None
         self._ended = False
@@ -303,13 +305,28 @@ class PickedRequest:
             outcome = RequestOutcome.CLIENT_GONE
             self.end(outcome.status, CLIENT_LEFT, refusal=outcome.label)
 
-    def check(self, now_s: float) -> None:
-        """Called a few times a second: rejects a held request that is late, and notes that its engine answers."""
+    def check(self, now_s: float, idle_timeout_s: float) -> bool:
+        """Rejects a held request that is late, and ends one that is silent; returns whether it has just become so."""
         if not self.decided.done() and self.attempts.is_late(now_s):
             self._context.dispatcher.unhold(self)
             self.reject(Rejection.DEADLINE)
-        elif self.attempts.is_answering and self._in_flight is not None:
-            self._context.dispatcher.note_progress(self._in_flight.target, self._last_s)
+        if self._ended or self._in_flight is None:
+            return False
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        if self.attempts.is_answering:
+            dispatcher.note_progress(target, self._last_s)
+        # Of an answer whose body does not pass here nobody knows whether it moves.
+        since_s = max(self._last_s, self._in_flight.sent_s)
+        if self._shown_status or now_s - since_s < idle_timeout_s:
+            return False
+        if dispatcher.is_working(target, now_s, idle_timeout_s):
+            return False
+        if not self.attempts.is_answering and target in dispatcher.stalled:
+            dispatcher.count_error(target, now_s)
+        self.is_silent = True
+        outcome = RequestOutcome.ENGINE_SILENT
+        self.end(outcome.status, f"nothing moved for {idle_timeout_s:g} s", refusal=outcome.label)
+        return True
 
     def end(self, status: int, reason: str = "", *, refusal: str = "") -> None:
         """It is over; a second call changes nothing.

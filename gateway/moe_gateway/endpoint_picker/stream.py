@@ -6,6 +6,7 @@ pick follows its end. Where the proxy sends no body, or will not wait for the pi
 States: head -> body -> picked -> answer. The stream ends when the proxy closes it, and with an answer at once.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -31,8 +32,9 @@ from moe_gateway.http.bodies import Body, LargeBody, build_body
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.heads import RANK_HEADER
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.routes import Route
-from moe_gateway.request.context import ClientRequest
+from moe_gateway.http.routes import Route, find_route
+from moe_gateway.request.context import ClientRequest, ClientSide
+from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
 
 OTHER = "other"
@@ -66,6 +68,10 @@ class _Head:
         return self.mode in (wire.NONE, wire.STREAMED)
 
 
+class SilentRequest(Exception):
+    """Neither the engine nor the client has moved anything for long; the proxy has to end the request."""
+
+
 class Stream:
     """The exchange of messages about one request.
 
@@ -80,21 +86,37 @@ class Stream:
         self._length = 0
         self._picked: PickedRequest | None = None
         self._refused = False
+        self._task: asyncio.Task[None] | None = None
 
     async def run(self, messages: AsyncIterator[Message], write: Callable[[Message], Awaitable[None]]) -> None:
-        """Writes the replies to the messages of a proxy; ends with them, or after an answer at once."""
-        incoming = ReadAhead(messages)
+        """Writes the replies to the messages of a proxy; ends with them, or after an answer at once.
+
+        Raises:
+            SilentRequest: nothing has moved for the idle timeout.
+        """
+        incoming, self._task = ReadAhead(messages), asyncio.current_task()
         try:
             while not self._refused and (message := await incoming.take()) is not None:
                 for reply in await self._reply(message, incoming):
                     await write(reply)
+        except asyncio.CancelledError:
+            if self._task is None or self._picked is None or not self._picked.is_silent:
+                raise
+            self._task.uncancel()
+            raise SilentRequest from None
         finally:
             incoming.close()
             self._end()
 
+    def check(self, now_s: float) -> None:
+        """Called a few times a second: ends what took too long."""
+        picked = self._picked
+        if picked is not None and picked.check(now_s, self._parts.limits.idle_timeout_s) and self._task is not None:
+            self._task.cancel()
+
     def _end(self) -> None:
         if self._picked is not None:
-            self._parts.open.discard(self._picked)
+            self._parts.open.discard(self)
             self._picked.leave()
         elif self._head is not None and not self._refused:
             outcome, route = RequestOutcome.CLIENT_GONE, self._head.route
@@ -121,7 +143,8 @@ class Stream:
         request = read_head(headers, parts.new_request_id(), parts.context.clock())
         checked = check_head(request, body_length(headers), parts)
         if isinstance(checked, Refusal):
-            return self._refuse(request, None, checked)
+            # Its error has the shape of the API that was asked.
+            return self._refuse(request, find_route(request.url), checked)
         own = find_own_answer(request, checked, parts)
         if isinstance(own, Refusal):
             return self._refuse(request, checked, own)
@@ -187,13 +210,13 @@ class Stream:
         parsed = await read_body(request, head.route, parts, incoming, is_known=is_body_known)
         if parsed is None:
             return []
-        admitted = parsed if isinstance(parsed, Refusal) else admit(request, head.route, parsed, parts)
+        admitted = parsed if isinstance(parsed, Refusal) else self._admit(head, parsed)
         if isinstance(admitted, Refusal):
             return self._refuse(request, head.route, admitted)
         parsed, client = admitted
         picked = PickedRequest(request, head.route, parsed, client, parts.context, head.servers)
         self._picked = picked
-        parts.open.add(picked)
+        parts.open.add(self)
         picked.begin()
         decision = await incoming.unless_ended(picked.decided)
         if decision is None:
@@ -205,6 +228,10 @@ class Stream:
             return self._reject(picked, Rejection.NO_FITTING_ENGINE)
         changed = None if request.body is original else request.body
         return self._send(pick, head, original, changed, ends=ends)
+
+    def _admit(self, head: _Head, parsed: Parsed) -> tuple[Parsed, ClientSide] | Refusal:
+        shows_answer = head.answer_mode not in (wire.NONE, wire.BUFFERED_PARTIAL)
+        return admit(head.request, head.route, parsed, self._parts, shows_answer=shows_answer)
 
     def _send(self, pick: Pick, head: _Head, original: Body, changed: Body | None, *, ends: bool) -> Replies:
         given = {"x-request-id": pick.request_id}

@@ -33,11 +33,13 @@ STREAM = b'data: {"choices":[{"index":0,"text":"a"}]}\n\ndata: {"choices":[{"ind
 ONE_PIECE = b'{"choices":[{"index":0,"text":"a"}],"usage":{"prompt_tokens":2}}'
 
 
-def make_parts(*, ready: bool = True, **limits: Any) -> PickerParts:
+def make_parts(*, ready: bool = True, ranks: tuple[int, int] = (1, 1), **limits: Any) -> PickerParts:
     document = {
         "listen": None,
         "admin": {"port": 1},
-        "engines": [{"name": name, "url": f"http://{name}"} for name in ENGINES],
+        "engines": [
+            {"name": name, "url": f"http://{name}", "ranks": count} for name, count in zip(ENGINES, ranks, strict=True)
+        ],
         "limits": limits,
         "endpoint_picker": {"listen": {"port": 2}},
     }

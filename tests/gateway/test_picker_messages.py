@@ -13,7 +13,7 @@ from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InvalidInput
 from moe_gateway.endpoint_picker import proxy_messages, wire
 from moe_gateway.endpoint_picker.answer_head import read_answer_head
-from moe_gateway.endpoint_picker.picked_request import endpoint_of
+from moe_gateway.endpoint_picker.picked_request import NobodyReads, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import body_length, find_removed, read_head
 from moe_gateway.endpoint_picker.start import check_engines
@@ -24,6 +24,10 @@ from moe_gateway.endpoint_picker.wire import (
     ProcessingRequest,
 )
 from moe_gateway.http.replies import RequestOutcome, build_error
+from moe_gateway.http.routes import Route
+from moe_gateway.request.reading import NO_BODY
+from moe_scheduling.engine.choice import Send, SendReason
+from moe_scheduling.signals import Target
 
 from tests.gateway.picker_messages import (
     ANSWER_TRAILERS,
@@ -249,3 +253,19 @@ async def test_messages_that_are_read_ahead_are_not_lost() -> None:
     assert await messages.unless_ended(never) is None
     assert never.cancelled()
     assert await messages.take() is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "named"), [((4, 1), 3, 1), ((4, 1), 0, 2), ((4, 4), 3, 2), ((1, 1), 0, 2), ((1, 4), 0, 2)]
+)
+async def test_behind_an_engine_with_ranks_only_engines_that_have_the_picked_rank_are_named(
+    ranks: tuple[int, int], rank: int, named: int
+) -> None:
+    parts = make_parts(ranks=ranks)
+    request = read_head([(":method", b"POST"), (":path", b"/v1/completions")], b"made", 1.0)
+    picked = PickedRequest(request, Route.COMPLETIONS, NO_BODY, NobodyReads(), parts.context, None)
+    pick = picked.describe(Send(Target(ENGINES[0], rank), 0.0, SendReason.LEAST_PREDICTED), 1)
+    assert pick is not None
+    assert pick.rank == (rank if ranks[0] > 1 else None)
+    assert pick.endpoints == ENGINES[:named]
+    picked.end(200)

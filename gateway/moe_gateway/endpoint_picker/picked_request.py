@@ -168,9 +168,10 @@ class PickedRequest:
             fallbacks: further engines that are named at most, those with the least predicted time first.
         """
         engines, target = self._context.dispatcher.engines, decision.target
-        servers = [target.server, *(self._find_others(target, fallbacks) if fallbacks else ())]
         if (engine := engines.get(target.server)) is None:
             return None
+        others = self._find_others(target, fallbacks) if fallbacks else ()
+        servers = [target.server, *others]
         request_id = self.request.request_id
         return Pick(
             endpoints=tuple(endpoint_of(engines[server].address) for server in servers if server in engines),
@@ -181,7 +182,11 @@ class PickedRequest:
 
     def _find_others(self, target: Target, most: int) -> list[str]:
         dispatcher = self._context.dispatcher
-        states = [state for state in dispatcher.takers(self.job) if state.target.server != target.server]
+        engines = dispatcher.engines
+        # The header with the rank goes to whichever answers.
+        ranks = target.rank + 1 if engines[target.server].address.ranks > 1 else 1
+        takers = [state for state in dispatcher.takers(self.job) if state.target.server != target.server]
+        states = [state for state in takers if engines[state.target.server].address.ranks >= ranks]
         if not states:
             return []
         rows = explain(self.job, states, dispatcher.settings, now_s=self._context.clock())

@@ -65,6 +65,8 @@ class EndpointPicker:
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_time_ms", int(self._keepalive_s * 1000)),
                 ("grpc.keepalive_timeout_ms", int(self._keepalive_timeout_s * 1000)),
+                # gRPC 1.85 closes after this time, a minute by default, not after the one above.
+                ("grpc.http2.ping_timeout_ms", int(self._keepalive_timeout_s * 1000)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
             ]

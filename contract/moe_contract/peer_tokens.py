@@ -5,7 +5,7 @@ The value is an HMAC of a control token, so that whoever sees it cannot call a c
 shown, and any of them is enough: files of a rotated Secret do not change everywhere at once.
 
 A request that another proxy carries gets a signed value, `v1.EXPIRY.MAC`: good for the method and path of that request
-alone, for a minute. Who asks the endpoint picker sees it, and cannot call other routes of an engine with it, nor later.
+alone, for a minute. A client of the endpoint picker sees it; it opens no other routes of an engine, nor later.
 """
 
 import hmac

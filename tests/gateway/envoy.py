@@ -31,7 +31,7 @@ class Envoy:
             them the header alone says where a request goes.
         subset: endpoints that the picker may choose; None: all.
         limited: the proxy has few requests at a time, and refuses others.
-        attributes: the proxy says who has answered and what went wrong.
+        attributes: the proxy names the engine that has answered, and the cause of an error.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ ANSWER_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of an
 
 
 class Checked(Protocol):
-    """What is checked a few times a second."""
+    """A stream that is checked a few times a second."""
 
     def check(self, now_s: float) -> None:
         """Ends it where it took too long."""
@@ -55,9 +55,9 @@ class PickerParts:
     open: set[Checked] = field(default_factory=set)
 
     def sign_request(self, request: ClientRequest) -> bytes:
-        """The header that shows an engine who has picked it, good for this request alone; empty without tokens.
+        """The header that shows an engine that its gateway has picked it; empty without tokens.
 
-        It does not depend on keys being needed: while they are taken away, engines of before are still guarded.
+        Also where clients need no keys: after `gateway.auth` was removed, old engines are still guarded.
         """
         if self.peer_tokens is None:
             return b""

@@ -1,4 +1,4 @@
-"""The head of an answer as a proxy shows it: who has answered, and what went wrong on the way to an engine. Pure.
+"""The head of an answer as a proxy shows it: the engine that has answered, and faults on the way to it. Pure.
 
 Names: Endpoint Picker Protocol 1.0 and Envoy's attributes, which its filter sends where `response_attributes` asks.
 """

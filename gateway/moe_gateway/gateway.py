@@ -130,13 +130,12 @@ class Gateway:
         """
         from moe_gateway.endpoint_picker.start import make_picker
 
-        tokens = self._peer_tokens
         return make_picker(
             settings,
             self._config,
             self._context,
             new_request_id=self._new_request_id,
-            peer_token=lambda: b"" if tokens is None else tokens.shown,
+            peer_tokens=self._peer_tokens,
             is_ready=lambda: not self.draining and (self._discovery is None or self._discovery.synced),
         )
 

@@ -52,6 +52,15 @@ async def test_with_it_requests_pass(guarded):
     assert await guarded("/v1/completions", *headers) == (True, [])
 
 
+async def test_a_picked_request_passes_and_its_header_opens_nothing_else(guarded, tmp_path):
+    signed = PeerTokens(tmp_path / "token").sign(b"POST", b"/v1/completions")
+    header = (b"x-moeserving-peer", signed)
+    assert await guarded("/v1/completions", header) == (True, [])
+    for path, method in (("/v1/embeddings", "POST"), ("/v1/completions", "GET"), ("/metrics", "GET")):
+        assert not (await guarded(path, header, method=method))[0]
+    assert not (await guarded("/v1/completions", header, kind="websocket"))[0]
+
+
 async def test_what_the_agent_asks_for_is_open_to_reading_alone(guarded):
     for path in ("/health", "/v1/models", "/is_sleeping", "/is_paused"):
         assert await guarded(path, method="GET") == (True, [])

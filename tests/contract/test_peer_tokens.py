@@ -78,3 +78,36 @@ def test_other_tokens_have_other_values(tokens):
     values = {derive_peer_token(token) for token in tokens}
     assert len(values) == len(tokens)
     assert all(len(value) == 64 for value in values)
+
+
+def test_a_signed_value_is_good_for_its_request_alone_and_for_a_minute(tmp_path):
+    (path := tmp_path / "token").write_text("secret\n")
+    wall = [1000.9]
+    tokens = PeerTokens(path, wall=lambda: wall[0])
+    value = tokens.sign(b"POST", b"/v1/completions")
+    assert value.startswith(b"v1.1060.")
+    assert tokens.allow_request(value, b"POST", b"/v1/completions")
+    assert not tokens.allow(value)
+    assert not tokens.allow_request(value, b"GET", b"/v1/completions")
+    assert not tokens.allow_request(value, b"POST", b"/v1/embeddings")
+    longer = value.replace(b"1060", b"9999")
+    for wrong in (longer, value[:-1], b"v1.1060.", b"v1.x.y", b"v1." + b"9" * 5000 + b".", b"v1", b"v1..", b"\xff"):
+        assert not tokens.allow_request(wrong, b"POST", b"/v1/completions")
+    wall[0] = 1060.9
+    assert not tokens.allow_request(value, b"POST", b"/v1/completions")
+
+
+def test_what_is_shown_with_each_request_does_not_sign(tmp_path):
+    (path := tmp_path / "token").write_text("secret\n")
+    (shown_as_token := tmp_path / "shown").write_bytes(derive_peer_token(b"secret"))
+    engine, thief = PeerTokens(path), PeerTokens(shown_as_token)
+    assert not engine.allow_request(thief.sign(b"POST", b"/"), b"POST", b"/")
+
+
+def test_a_rotation_does_not_end_signed_values(tmp_path):
+    early, late = tmp_path / "early", tmp_path / "late"
+    early.write_text("new\nold\n")
+    late.write_text("old\n")
+    value = PeerTokens(early).sign(b"POST", b"/")
+    assert PeerTokens(late).allow_request(value, b"POST", b"/")
+    assert PeerTokens(tmp_path / "absent").sign(b"POST", b"/") == b""

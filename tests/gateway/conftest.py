@@ -119,3 +119,13 @@ async def discover(serve: Any, api: FakeApi) -> Callable[..., Awaitable[Served]]
         return served
 
     return start
+
+
+@pytest.fixture
+async def front(serve: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """Starts the endpoint picker for these engines and an Envoy in front of them."""
+    from tests.gateway.fronted import Fronts
+
+    fronts = Fronts(serve, tmp_path)
+    yield fronts.start
+    await fronts.stop()

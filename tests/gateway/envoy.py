@@ -25,10 +25,13 @@ class Envoy:
         picker_port: of the endpoint picker.
         body: how bodies of requests are sent to the picker.
         answers: how bodies of answers are.
+        trailers: whether trailers of requests are sent; None: where bodies go in both directions.
         tls: speak TLS with the picker and verify nothing, as gateways of InferencePools do.
         endpoints: ports of the engines, for the balancer that goes down the list of endpoints when it retries; without
             them the header alone says where a request goes.
         subset: endpoints that the picker may choose; None: all.
+        limited: the proxy has few requests at a time, and refuses others.
+        attributes: the proxy names the engine that has answered, and the cause of an error.
     """
 
     def __init__(
@@ -38,16 +41,26 @@ class Envoy:
         *,
         body: str = DUPLEX,
         answers: str = DUPLEX,
+        trailers: str | None = None,
         tls: bool = False,
         endpoints: tuple[int, ...] = (),
         subset: list[str] | None = None,
+        limited: bool = False,
+        attributes: bool = True,
     ) -> None:
         self.port, self.admin_port = free_port(), free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._config = folder / f"envoy-{self.port}.json"
         self._log = folder / f"envoy-{self.port}.log"
-        clusters = [_picker_cluster(picker_port, tls=tls), _engines_cluster(endpoints)]
-        filters = [*([_subset_filter(subset)] if subset is not None else []), _ext_proc(body, answers), _router()]
+        engines = _engines_cluster(endpoints)
+        if limited:
+            limits = {"max_requests": 1, "max_connections": 1, "max_pending_requests": 1}
+            engines["circuit_breakers"] = {"thresholds": [limits]}
+        picker = _ext_proc(body, answers, trailers)
+        if not attributes:
+            del picker["typed_config"]["response_attributes"]
+        clusters = [_picker_cluster(picker_port, tls=tls), engines]
+        filters = [*([] if subset is None else [_subset_filter(subset)]), picker, _router()]
         self._config.write_text(json.dumps(self._bootstrap(clusters, filters, has_retries=bool(endpoints))))
 
     def _bootstrap(self, clusters: list[Any], filters: list[Any], *, has_retries: bool) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _engines_cluster(ports: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _ext_proc(body: str, answers: str) -> dict[str, Any]:
+def _ext_proc(body: str, answers: str, trailers: str | None) -> dict[str, Any]:
     return {
         "name": "picker",
         "typed_config": {
@@ -172,10 +185,14 @@ def _ext_proc(body: str, answers: str) -> dict[str, Any]:
                 "response_header_mode": "SEND",
                 "request_body_mode": body,
                 "response_body_mode": answers,
-                "request_trailer_mode": "SEND" if body == DUPLEX else "SKIP",
+                "request_trailer_mode": trailers or ("SEND" if body == DUPLEX else "SKIP"),
                 "response_trailer_mode": "SEND" if answers == DUPLEX else "SKIP",
             },
-            "response_attributes": ["upstream.address"],
+            "response_attributes": [
+                "upstream.address",
+                "upstream.request_attempt_count",
+                "response.code_details",
+            ],
             "metadata_options": {
                 "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint", "envoy.lb"]},
                 "receiving_namespaces": {"untyped": ["envoy.lb"]},

@@ -2,107 +2,20 @@
 
 import asyncio
 import gzip
-import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from moe_gateway.gateway import Gateway
 
-from tests.gateway.clients import Served
-from tests.gateway.envoy import BUFFERED, DUPLEX, NONE, Envoy
+from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
+from tests.gateway.fronted import PATIENCE_S, Front, two, until
 from tests.gateway.messages import SSE_END, SSE_HEAD, Received, event, json_answer, prompt
-from tests.gateway.peers import MockEngine, PeerServer, always
-from tests.gateway.waiting import free_port
+from tests.gateway.peers import always
 
-PATIENCE_S = 60.0
 MODES = [(DUPLEX, DUPLEX), (BUFFERED, "STREAMED"), (BUFFERED, BUFFERED), (NONE, "STREAMED"), (DUPLEX, NONE)]
-
-
-async def until(condition: Callable[[], Any], what: str) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
-    assert condition(), what
-
-
-@dataclass
-class Fronted:
-    """An Envoy, the gateway process that picks for it, and the engines behind both."""
-
-    envoy: Envoy
-    served: Served
-    engines: tuple[MockEngine, ...]
-    session: aiohttp.ClientSession
-    port: int
-    answers: list[Any] = field(default_factory=list)
-
-    @property
-    def gateway(self) -> Gateway:
-        return self.served.gateway
-
-    async def ask(
-        self, body: Any, path: str = "/v1/completions", headers: dict[str, str] | None = None
-    ) -> tuple[int, Any]:
-        data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-        async with self.session.post(self.envoy.url + path, headers=headers, data=data) as answer:
-            text = await answer.text()
-            return answer.status, json.loads(text) if answer.content_type == "application/json" else text
-
-    def got(self) -> list[int]:
-        """Requests by engine, without lists of models."""
-        return [sum(b"POST" in request.line for request in engine.requests) for engine in self.engines]
-
-    async def settled(self) -> None:
-        """Nothing is in flight or held any more."""
-        dispatcher = self.gateway.dispatcher
-        await until(lambda: dispatcher.in_flight == 0 and dispatcher.held == 0, "nothing in flight")
-        picker = self.gateway._picker
-        assert picker is not None
-        await until(lambda: not picker._parts.open, "no open request")
-
-
-Front = Callable[..., Awaitable[Fronted]]
-
-
-@pytest.fixture
-async def front(serve: Any, tmp_path: Path) -> AsyncIterator[Front]:
-    """Starts the endpoint picker for these engines and an Envoy in front of them."""
-    envoys: list[Envoy] = []
-    sessions: list[aiohttp.ClientSession] = []
-
-    async def start(
-        *engines: MockEngine,
-        ready: bool = True,
-        picker: dict[str, Any] | None = None,
-        envoy: Any = None,
-        **sections: Any,
-    ) -> Fronted:
-        port = free_port()
-        section = {"listen": {"port": port}, **(picker or {})}
-        served = await serve(*engines, ready=ready, listen=None, endpoint_picker=section, **sections)
-        process = Envoy(tmp_path, port, tls=bool(section.get("tls")), **(envoy or {}))
-        envoys.append(process)
-        await process.start()
-        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S))
-        sessions.append(session)
-        return Fronted(process, served, engines, session, port)
-
-    yield start
-    for session in sessions:
-        await session.close()
-    for process in envoys:
-        await process.stop()
-
-
-async def two(make_engine: Any) -> tuple[MockEngine, MockEngine]:
-    return await make_engine(), await make_engine()
 
 
 @pytest.mark.parametrize(("body", "answers"), MODES)
@@ -155,37 +68,6 @@ async def test_a_stream_passes_as_it_comes_and_its_first_token_is_measured(front
         assert b"two" in await answer.content.read()
     await fronted.settled()
     assert fronted.gateway.dispatcher.targets.predictions.error.buckets()[-1] == ("+Inf", 1)
-
-
-async def test_an_engine_that_dies_is_avoided(front: Front, make_engine: Any) -> None:
-    gone, works = await two(make_engine)
-    fronted = await front(gone, works)
-    # Its agent still says that it takes requests.
-    await PeerServer.stop(gone)
-    statuses = [(await fronted.ask(prompt(f"question {number}")))[0] for number in range(12)]
-    # The first meets it, and trials of whether it is back do, ever more rarely.
-    assert set(statuses) == {200, 503}
-    assert statuses.count(200) >= 6
-    assert fronted.gateway.dispatcher.ejections[gone.name] == statuses.count(503)
-    await fronted.settled()
-
-
-async def test_a_proxy_that_retries_goes_down_the_list_and_a_request_counts_where_it_was_answered(
-    front: Front, make_engine: Any
-) -> None:
-    gone, works = await two(make_engine)
-    ports = (gone.port, works.port)
-    fronted = await front(gone, works, picker={"fallbacks": 1}, envoy={"endpoints": ports})
-    # Its agent still says that it takes requests.
-    await PeerServer.stop(gone)
-    works.agent.say_rank(waiting=9, waiting_prefill_tokens=90_000, step=2)
-    state = fronted.served.target_state(works.name)
-    await until(lambda: state.signal is not None and state.signal.waiting_prefill_tokens == 90_000, "the signal")
-    assert (await fronted.ask(prompt()))[0] == 200
-    assert works.requests[-1].headers[b"x-gateway-destination-endpoint"] == b"127.0.0.1:%d,127.0.0.1:%d" % ports
-    assert fronted.gateway.dispatcher.ejections == {gone.name: 1}
-    assert fronted.gateway.stats.retried == 1
-    await fronted.settled()
 
 
 async def test_without_room_a_request_is_refused_and_says_when_to_come_again(front: Front, make_engine: Any) -> None:
@@ -298,13 +180,14 @@ async def test_of_no_endpoint_that_the_proxy_names_none_is_picked(
     assert (status, refusal["error"]["code"]) == (503, "no_engine")
 
 
+@pytest.mark.parametrize("mode", [DUPLEX, BUFFERED])
 async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_gateway(
-    front: Front, make_engine: Any, tmp_path: Path
+    front: Front, make_engine: Any, tmp_path: Path, mode: str
 ) -> None:
     keys = tmp_path / "keys"
     keys.mkdir()
     (keys / "alice").write_text("sk-0123456789abcdef0123")
-    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]})
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]}, envoy={"body": mode})
     assert (await fronted.ask(prompt()))[0] == 401
     assert (await fronted.ask(prompt(), headers={"authorization": "Bearer sk-0123456789abcdef9999"}))[0] == 401
     given = {
@@ -316,7 +199,9 @@ async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_
     (request,) = [row for row in fronted.engines[0].requests if row.body]
     assert b"authorization" not in request.headers
     assert b"x-data-parallel-rank" not in request.headers
-    assert request.headers[b"x-moeserving-peer"] not in (b"", b"forged")
+    signed = request.headers[b"x-moeserving-peer"]
+    assert fronted.gateway._peer_tokens.allow_request(signed, b"POST", b"/v1/completions")
+    assert not fronted.gateway._peer_tokens.allow(signed)
     await fronted.settled()
 
 
@@ -332,6 +217,43 @@ async def test_with_keys_a_body_that_the_picker_does_not_see_is_refused(
     assert (status, "does not send" in refusal["error"]["message"]) == (500, True)
     async with fronted.session.get(fronted.envoy.url + "/v1/models", headers=given) as answer:
         assert answer.status == 200
+    await fronted.settled()
+
+
+@pytest.mark.parametrize("answers", [DUPLEX, NONE])
+async def test_with_a_quota_of_tokens_an_answer_that_the_picker_does_not_see_is_refused(
+    front: Front, make_engine: Any, tmp_path: Path, answers: str
+) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "alice").write_text("sk-0123456789abcdef0123")
+    auth = {"key_dirs": [str(keys)], "quota": {"tokens_per_minute": 1000}}
+    fronted = await front(await make_engine(), auth=auth, envoy={"answers": answers})
+    given = {"authorization": "Bearer sk-0123456789abcdef0123"}
+    status, answer = await fronted.ask(prompt(), headers=given)
+    assert status == (200 if answers == DUPLEX else 500)
+    assert answers == DUPLEX or "quotas of tokens" in answer["error"]["message"]
+    async with fronted.session.get(fronted.envoy.url + "/v1/models", headers=given) as models:
+        assert models.status == 200
+    await fronted.settled()
+
+
+@pytest.mark.parametrize(("path", "is_anthropic"), [("/v1/messages", True), ("/v1/completions", False)])
+async def test_errors_before_the_pick_have_the_shape_of_the_api(
+    front: Front, make_engine: Any, tmp_path: Path, path: str, is_anthropic: bool
+) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "alice").write_text("sk-0123456789abcdef0123")
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(keys)]}, limits={"max_body_bytes": 2000})
+    for text, status in (("x", 401), ("x" * 3000, 413)):
+        data = json.dumps(prompt(text)).encode()
+        async with fronted.session.post(fronted.envoy.url + path, data=data) as answer:
+            assert answer.status == status
+            assert ((await answer.json()).get("type") == "error") == is_anthropic
+    async with fronted.session.get(fronted.envoy.url + path) as answer:
+        assert answer.status == 405
+        assert ((await answer.json()).get("type") == "error") == is_anthropic
     await fronted.settled()
 
 

@@ -1,9 +1,8 @@
 """The endpoint picker's messages without a proxy: in any order and any parts, and nothing stays in flight."""
 
 import asyncio
-import itertools
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,128 +11,39 @@ from hypothesis import strategies as st
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InvalidInput
-from moe_contract.picker_config import EndpointPickerConfig
 from moe_gateway.endpoint_picker import proxy_messages, wire
-from moe_gateway.endpoint_picker.admission import PickerParts
-from moe_gateway.endpoint_picker.picked_request import endpoint_of
+from moe_gateway.endpoint_picker.answer_head import read_answer_head
+from moe_gateway.endpoint_picker.picked_request import NobodyReads, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import body_length, find_removed, read_head
 from moe_gateway.endpoint_picker.start import check_engines
-from moe_gateway.endpoint_picker.stream import Stream
 from moe_gateway.endpoint_picker.wire import (
-    HeaderMap,
-    HeaderValue,
-    HttpBody,
     HttpHeaders,
-    HttpTrailers,
     Message,
     Metadata,
     ProcessingRequest,
-    ProtocolConfiguration,
 )
-from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.http.replies import RequestOutcome, build_error
-from moe_gateway.request.body_reader import BodyReader
-from moe_gateway.request.context import ExchangeContext
-from moe_gateway.request.recent_requests import RecentRequests
-from moe_gateway.request_stats import RequestStats
+from moe_gateway.http.routes import Route
+from moe_gateway.request.reading import NO_BODY
+from moe_scheduling.engine.choice import Send, SendReason
+from moe_scheduling.signals import Target
 
-ENGINES = ("10.0.0.1:8000", "[fd00::1]:8000")
-QUESTION = json.dumps({"model": "tiny", "prompt": "hello", "stream": True}).encode()
-STREAM = b'data: {"choices":[{"index":0,"text":"a"}]}\n\ndata: {"choices":[{"index":0,"text":"b"}]}\n\ndata: [DONE]\n\n'
-ONE_PIECE = b'{"choices":[{"index":0,"text":"a"}],"usage":{"prompt_tokens":2}}'
-
-
-def make_parts(*, ready: bool = True, **limits: Any) -> PickerParts:
-    document = {
-        "listen": None,
-        "admin": {"port": 1},
-        "engines": [{"name": name, "url": f"http://{name}"} for name in ENGINES],
-        "limits": limits,
-        "endpoint_picker": {"listen": {"port": 2}},
-    }
-    config = parse_model(GatewayConfig, document)
-    dispatcher = Dispatcher(config)
-    for name in ENGINES:
-        dispatcher.set_ready(name, ready, 0.0)
-    context = ExchangeContext(
-        dispatcher=dispatcher,
-        stats=RequestStats(),
-        pool_of=lambda _name: None,
-        bodies=BodyReader(),
-        clock=lambda: 1.0,
-        spawn=lambda _task: asyncio.ensure_future(asyncio.sleep(0)),
-        on_end=lambda _request, _status, _reason: None,
-        recent=RecentRequests(),
-    )
-    settings = EndpointPickerConfig.model_validate({"listen": {"port": 2}})
-    return PickerParts(
-        context=context,
-        settings=settings,
-        limits=config.limits,
-        new_request_id=lambda: b"made",
-        peer_token=lambda: b"",
-    )
-
-
-def head(**values: str) -> Message:
-    rows = {name.replace("_", "-"): value for name, value in values.items()}
-    return HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
-
-
-def question_head(mode: int | None, *, end: bool = False, answer_mode: int | None = None) -> Message:
-    rows = {":method": "POST", ":path": "/v1/completions", ":authority": "g", "content-type": "application/json"}
-    headers = HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
-    modes = ProtocolConfiguration(
-        request_body_mode=mode, response_body_mode=mode if answer_mode is None else answer_mode
-    )
-    return ProcessingRequest(
-        request_headers=HttpHeaders(headers=headers, end_of_stream=end),
-        protocol_config=None if mode is None else modes,
-    )
-
-
-def parts_of(data: bytes, cuts: Iterable[int], *, of_answer: bool, end: bool = True) -> list[Message]:
-    places = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    pieces = [data[begin:until] for begin, until in itertools.pairwise(places)]
-    bodies = [HttpBody(body=piece, end_of_stream=end and at == len(pieces) - 1) for at, piece in enumerate(pieces)]
-    return [
-        ProcessingRequest(response_body=body) if of_answer else ProcessingRequest(request_body=body) for body in bodies
-    ]
-
-
-def answer_head(status: int = 200, kind: str = "text/event-stream", *, end: bool = False) -> Message:
-    rows = {":status": str(status), "content-type": kind}
-    headers = HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
-    return ProcessingRequest(response_headers=HttpHeaders(headers=headers, end_of_stream=end))
-
-
-TRAILERS = ProcessingRequest(request_trailers=HttpTrailers())
-ANSWER_TRAILERS = ProcessingRequest(response_trailers=HttpTrailers())
-
-
-async def run(parts: PickerParts, messages: Iterable[Message]) -> list[Message]:
-    replies: list[Message] = []
-
-    async def source() -> AsyncIterator[Message]:
-        for message in messages:
-            yield message
-
-    async def write(reply: Message) -> None:
-        replies.append(reply)
-
-    async with asyncio.timeout(60):
-        await Stream(parts).run(source(), write)
-    assert parts.context.dispatcher.in_flight == 0
-    assert parts.context.dispatcher.held == 0
-    assert not parts.open
-    assert len(parts.context.open_users) == 0
-    return replies
-
-
-def sent_back(replies: Iterable[Message], kind: str) -> bytes:
-    bodies = [getattr(reply, kind).response.body_mutation for reply in replies if reply.WhichOneof("response") == kind]
-    return b"".join(body.streamed_response.body for body in bodies)
+from tests.gateway.picker_messages import (
+    ANSWER_TRAILERS,
+    ENGINES,
+    ONE_PIECE,
+    QUESTION,
+    STREAM,
+    TRAILERS,
+    answer_head,
+    head,
+    make_parts,
+    parts_of,
+    question_head,
+    run,
+    sent_back,
+)
 
 
 @given(cuts=st.lists(st.integers(0, 200)), answer_cuts=st.lists(st.integers(0, 200)), streams=st.booleans())
@@ -264,12 +174,12 @@ def test_the_endpoints_that_a_proxy_names(subset: dict[str, Any] | None, found: 
 
 def test_the_endpoint_that_has_answered_is_read_as_the_protocol_has_it_and_as_envoy_says_it() -> None:
     message = ProcessingRequest()
-    assert proxy_messages.read_served(message) == ""
+    assert read_answer_head(message).served == ""
     message.attributes["envoy.filters.http.ext_proc"].update({"upstream.address": "10.0.0.1:1"})
-    assert proxy_messages.read_served(message) == "10.0.0.1:1"
+    assert read_answer_head(message).served == "10.0.0.1:1"
     served = {"x-gateway-destination-endpoint-served": "10.0.0.2:2"}
     message.metadata_context.filter_metadata["envoy.lb"].update(served)
-    assert proxy_messages.read_served(message) == "10.0.0.2:2"
+    assert read_answer_head(message).served == "10.0.0.2:2"
 
 
 def test_an_answer_at_once_is_the_gateways_own_error() -> None:
@@ -343,3 +253,19 @@ async def test_messages_that_are_read_ahead_are_not_lost() -> None:
     assert await messages.unless_ended(never) is None
     assert never.cancelled()
     assert await messages.take() is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "named"), [((4, 1), 3, 1), ((4, 1), 0, 2), ((4, 4), 3, 2), ((1, 1), 0, 2), ((1, 4), 0, 2)]
+)
+async def test_behind_an_engine_with_ranks_only_engines_that_have_the_picked_rank_are_named(
+    ranks: tuple[int, int], rank: int, named: int
+) -> None:
+    parts = make_parts(ranks=ranks)
+    request = read_head([(":method", b"POST"), (":path", b"/v1/completions")], b"made", 1.0)
+    picked = PickedRequest(request, Route.COMPLETIONS, NO_BODY, NobodyReads(), parts.context, None)
+    pick = picked.describe(Send(Target(ENGINES[0], rank), 0.0, SendReason.LEAST_PREDICTED), 1)
+    assert pick is not None
+    assert pick.rank == (rank if ranks[0] > 1 else None)
+    assert pick.endpoints == ENGINES[:named]
+    picked.end(200)

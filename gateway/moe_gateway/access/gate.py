@@ -102,6 +102,10 @@ class Gate:
         request.place = place
         return None
 
+    def counts_tokens(self, caller: Caller) -> bool:
+        """Whether the tenant of this caller has a quota of tokens, so that its answers have to be read."""
+        return self._quotas.quota_of(caller).tokens_per_minute is not None
+
     def admit(
         self, request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, tokens: int
     ) -> tuple[Parsed, ClientSide] | Denial:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from moe_contract.gateway_config import Limits
+from moe_contract.peer_tokens import PeerTokens
 from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial
-from moe_gateway.endpoint_picker.picked_request import NobodyReads, PickedRequest
+from moe_gateway.endpoint_picker.picked_request import NobodyReads
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
@@ -22,6 +24,14 @@ from moe_gateway.request.reading import NO_BODY, read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
 BODY_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of requests, which keys need"
+ANSWER_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of answers, which quotas of tokens need"
+
+
+class Checked(Protocol):
+    """A stream that is checked a few times a second."""
+
+    def check(self, now_s: float) -> None:
+        """Ends it where it took too long."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,16 +43,25 @@ class PickerParts:
         settings: of the endpoint picker.
         limits: of one request.
         new_request_id: names a request that has no usable id of its own.
-        peer_token: shows an engine that the request comes from its deployment's own; empty without one.
-        open: requests that were picked and have not ended.
+        peer_tokens: show an engine that a request was picked by its deployment's own; None without a file of them.
+        open: streams whose requests were picked and have not ended.
     """
 
     context: ExchangeContext
     settings: EndpointPickerConfig
     limits: Limits
     new_request_id: Callable[[], bytes]
-    peer_token: Callable[[], bytes]
-    open: set[PickedRequest] = field(default_factory=set)
+    peer_tokens: PeerTokens | None
+    open: set[Checked] = field(default_factory=set)
+
+    def sign_request(self, request: ClientRequest) -> bytes:
+        """The header that shows an engine that its gateway has picked it; empty without tokens.
+
+        Also where clients need no keys: after `gateway.auth` was removed, old engines are still guarded.
+        """
+        if self.peer_tokens is None:
+            return b""
+        return self.peer_tokens.sign(request.method, request.url.partition(b"?")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +181,17 @@ async def read_body(
 
 
 def admit(
-    request: ClientRequest, route: Route, parsed: Parsed, parts: PickerParts
+    request: ClientRequest, route: Route, parsed: Parsed, parts: PickerParts, *, shows_answer: bool
 ) -> tuple[Parsed, ClientSide] | Refusal:
-    """Checks model, response and quota; the second part counts what passes of the answer."""
+    """Checks model, response and quota; the second part counts what passes of the answer.
+
+    Args:
+        request: from a caller that was identified, where keys are needed.
+        route: of the request.
+        parsed: its body.
+        parts: of the gateway.
+        shows_answer: the whole body of the answer will pass.
+    """
     context, client = parts.context, NobodyReads()
     dispatcher, gate, previous = context.dispatcher, context.gate, parsed.previous_response
     if parsed.model is not None and dispatcher.models and parsed.model not in dispatcher.models:
@@ -175,5 +202,7 @@ def admit(
         return Refusal(RequestOutcome.RESPONSE_NOT_FOUND, explain_lost_response(previous), param)
     if gate is None or request.caller is None or route is Route.MODELS:
         return parsed, client
+    if route.has_job and not shows_answer and gate.counts_tokens(request.caller):
+        return Refusal(RequestOutcome.INTERNAL_ERROR, ANSWER_UNKNOWN)
     admitted = gate.admit(request, route, parsed, client, dispatcher.count_tokens(parsed))
     return _as_refusal(admitted) if isinstance(admitted, Denial) else admitted

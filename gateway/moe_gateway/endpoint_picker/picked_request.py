@@ -14,6 +14,7 @@ from moe_scheduling.engine.choice import Job, Send, SendReason, explain
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.endpoint_picker.answer_head import AnswerHead, ProxyFault, find_fault
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import InFlightRequest
@@ -28,8 +29,6 @@ from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_strea
 CLIENT_LEFT = "the client or the proxy ended the request"
 NO_CONNECTION = "the proxy got no answer from the engine"
 ENGINE_ERROR = "the engine answered with an error"
-# With these a proxy says in a text or page of its own that it got no answer; errors of engines are JSON.
-_PROXYS_OWN = (502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +71,7 @@ class PickedRequest:
 
     Attributes:
         decided: the choice, or why there is none.
+        is_silent: it was ended by the idle timeout.
     """
 
     def __init__(
@@ -106,6 +106,9 @@ class PickedRequest:
         self._in_flight: InFlightRequest | None = None
         # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
         self._shown_status = 0
+        self.is_silent = False
+        # An answer of the proxy's own whose text is awaited.
+        self._proxys_own: AnswerHead | None = None
         self._ended = False
         if self.computes:
             context.stats.arrive(self.job.prompt_tokens, request.arrived_s)
@@ -165,9 +168,10 @@ class PickedRequest:
             fallbacks: further engines that are named at most, those with the least predicted time first.
         """
         engines, target = self._context.dispatcher.engines, decision.target
-        servers = [target.server, *(self._find_others(target, fallbacks) if fallbacks else ())]
         if (engine := engines.get(target.server)) is None:
             return None
+        others = self._find_others(target, fallbacks) if fallbacks else ()
+        servers = [target.server, *others]
         request_id = self.request.request_id
         return Pick(
             endpoints=tuple(endpoint_of(engines[server].address) for server in servers if server in engines),
@@ -178,7 +182,11 @@ class PickedRequest:
 
     def _find_others(self, target: Target, most: int) -> list[str]:
         dispatcher = self._context.dispatcher
-        states = [state for state in dispatcher.takers(self.job) if state.target.server != target.server]
+        engines = dispatcher.engines
+        # The header with the rank goes to whichever answers.
+        ranks = target.rank + 1 if engines[target.server].address.ranks > 1 else 1
+        takers = [state for state in dispatcher.takers(self.job) if state.target.server != target.server]
+        states = [state for state in takers if engines[state.target.server].address.ranks >= ranks]
         if not states:
             return []
         rows = explain(self.job, states, dispatcher.settings, now_s=self._context.clock())
@@ -187,57 +195,70 @@ class PickedRequest:
 
     # 2. The answer.
 
-    def answer_begins(self, status: int, content_type: bytes, served: str, *, shows_body: bool) -> None:
+    def answer_begins(self, head: AnswerHead, *, shows_body: bool) -> None:
         """The head of the answer passes.
 
         Args:
-            status: of the answer.
-            content_type: of the answer.
-            served: endpoint that answered, `IP:PORT`; empty where the proxy does not say.
+            head: of the answer.
             shows_body: the body of the answer will pass too.
         """
         self._last_s = self._context.clock()
-        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, content_type)
+        status = head.status
+        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, head.content_type)
         self._beginning.status = status
         if self._in_flight is None:
             return
-        if served:
-            self._follow(served)
-        if status in _PROXYS_OWN and b"json" not in content_type:
-            self._fail_by_proxy(status)
+        if head.served:
+            self._follow(head)
+        if head.is_proxys_own:
+            self._proxys_own = head
+            self._shown_status = status
+            if head.details or head.is_overloaded or not shows_body:
+                self._end_by_proxy(head, head.fault)
         elif not shows_body:
             self._account.count(part_of_status(status), self._beginning, self._in_flight, self._last_s)
             self._shown_status = status
 
-    def _follow(self, served: str) -> None:
-        """Counts it at the engine that has answered, where the proxy has tried another one than the first."""
+    def _follow(self, head: AnswerHead) -> None:
+        """Counts it at the engine that has answered, where the proxy has taken another one than the first."""
         assert self._in_flight is not None
         dispatcher, first = self._context.dispatcher, self._in_flight.target
         engines = dispatcher.engines.values()
-        server = next((row.address.name for row in engines if endpoint_of(row.address) == served), None)
+        server = next((row.address.name for row in engines if endpoint_of(row.address) == head.served), None)
         if server is None or server == first.server:
             return
-        dispatcher.fail(first, self._last_s)
+        if head.attempts > 1:
+            # Otherwise the proxy has not tried the first one: it may not know it yet.
+            dispatcher.count_error(first, self._last_s)
+            self._context.stats.retry()
         dispatcher.settle(self._in_flight, self._last_s)
-        self._context.stats.retry()
         target = Target(server, min(first.rank, dispatcher.engines[server].address.ranks - 1))
         self._send(Send(target, self._in_flight.predicted_s, SendReason.LEAST_PREDICTED), self._last_s)
 
-    def _fail_by_proxy(self, status: int) -> None:
-        """The answer is the proxy's own: it has not reached the engine, or has waited too long for it."""
+    def _end_by_proxy(self, head: AnswerHead, fault: ProxyFault) -> None:
+        """The answer is the proxy's own. It says something of the engine only where it names the fault."""
         assert self._in_flight is not None
         dispatcher, target = self._context.dispatcher, self._in_flight.target
-        if status != 504:
-            dispatcher.fail(target, self._last_s)
-        elif target in dispatcher.stalled:
+        if head.status == 504:
+            if target in dispatcher.stalled:
+                dispatcher.count_error(target, self._last_s)
+        elif fault is ProxyFault.NOT_CONNECTED:
+            engine = dispatcher.engines.get(target.server)
+            # Requests that were sent before an ejection do not prolong it.
+            if engine is not None and self._in_flight.sent_s >= engine.ejected_until_s:
+                dispatcher.fail(target, self._last_s)
+        elif fault is ProxyFault.CUT_OFF:
             dispatcher.count_error(target, self._last_s)
-        self.end(status, NO_CONNECTION)
+        self.end(head.status, NO_CONNECTION)
 
     def answer_passes(self, data: bytes, *, complete: bool) -> None:
         """A part of the answer's body passes; `complete`: it is the last one."""
         if self._ended or self._in_flight is None or not self._beginning.received:
             return
         self._last_s = self._context.clock()
+        if self._proxys_own is not None:
+            self._end_by_proxy(self._proxys_own, find_fault(data))
+            return
         self._client.write(data)
         self._before_last, self._last = self._last, data
         if self.attempts.is_answering:
@@ -289,13 +310,28 @@ class PickedRequest:
             outcome = RequestOutcome.CLIENT_GONE
             self.end(outcome.status, CLIENT_LEFT, refusal=outcome.label)
 
-    def check(self, now_s: float) -> None:
-        """Called a few times a second: rejects a held request that is late, and notes that its engine answers."""
+    def check(self, now_s: float, idle_timeout_s: float) -> bool:
+        """Rejects a held request that is late, and ends one that is silent; returns whether it has just become so."""
         if not self.decided.done() and self.attempts.is_late(now_s):
             self._context.dispatcher.unhold(self)
             self.reject(Rejection.DEADLINE)
-        elif self.attempts.is_answering and self._in_flight is not None:
-            self._context.dispatcher.note_progress(self._in_flight.target, self._last_s)
+        if self._ended or self._in_flight is None:
+            return False
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        if self.attempts.is_answering:
+            dispatcher.note_progress(target, self._last_s)
+        # Of an answer whose body does not pass here nobody knows whether it moves.
+        since_s = max(self._last_s, self._in_flight.sent_s)
+        if self._shown_status or now_s - since_s < idle_timeout_s:
+            return False
+        if dispatcher.is_working(target, now_s, idle_timeout_s):
+            return False
+        if not self.attempts.is_answering and target in dispatcher.stalled:
+            dispatcher.count_error(target, now_s)
+        self.is_silent = True
+        outcome = RequestOutcome.ENGINE_SILENT
+        self.end(outcome.status, f"nothing moved for {idle_timeout_s:g} s", refusal=outcome.label)
+        return True
 
     def end(self, status: int, reason: str = "", *, refusal: str = "") -> None:
         """It is over; a second call changes nothing.

@@ -28,7 +28,6 @@ from moe_gateway.endpoint_picker.wire import (
 ENDPOINT = "x-gateway-destination-endpoint"
 _NAMESPACE = "envoy.lb"
 _SUBSET_NAMESPACE, _SUBSET = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
-_SERVED, _ADDRESS = "x-gateway-destination-endpoint-served", "upstream.address"
 # Envoy takes a body in parts of this length without a buffer of its own being exceeded.
 PART_BYTES = 62_000
 _NOT_OF_ANSWER = frozenset({"content-length", "connection"})
@@ -58,24 +57,15 @@ def read_subset(metadata: Message) -> frozenset[str] | None:
     return frozenset(row.strip() for row in rows if row.strip())
 
 
-def read_served(message: Message) -> str:
-    """The endpoint that has answered, `IP:PORT`; empty where the proxy does not say.
-
-    Envoy 1.40 says it by the attribute `upstream.address`, where its filter is asked to, not as the protocol has it.
-    """
-    found = message.metadata_context.filter_metadata.get(_NAMESPACE)
-    if found is not None and _SERVED in found.fields:
-        return str(found.fields[_SERVED].string_value)
-    rows = (struct.fields[_ADDRESS].string_value for struct in message.attributes.values() if _ADDRESS in struct.fields)
-    return next(rows, "")
+def continue_answer() -> Message:
+    """The headers of an answer stay as they are."""
+    return ProcessingResponse(response_headers=HeadersResponse(response=CommonResponse()))
 
 
-def continue_headers(*, of_answer: bool) -> Message:
-    """Headers stay as they are."""
-    unchanged = HeadersResponse(response=CommonResponse())
-    if of_answer:
-        return ProcessingResponse(response_headers=unchanged)
-    return ProcessingResponse(request_headers=unchanged)
+def await_body(removed: Iterable[str]) -> Message:
+    """The headers of a request whose pick follows its body: without these, and without a destination of the client."""
+    mutation = HeaderMutation(remove_headers=sorted({ENDPOINT, *removed}))
+    return ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse(header_mutation=mutation)))
 
 
 def continue_body(body: Message, mode: int, *, of_answer: bool) -> Message:

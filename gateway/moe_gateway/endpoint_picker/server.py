@@ -12,7 +12,7 @@ from moe_contract.addresses import authority, present_host
 from moe_gateway.endpoint_picker import wire
 from moe_gateway.endpoint_picker.admission import PickerParts
 from moe_gateway.endpoint_picker.certificate import make_certificate
-from moe_gateway.endpoint_picker.stream import Stream
+from moe_gateway.endpoint_picker.stream import SilentRequest, Stream
 
 LIVENESS = "liveness"
 READINESS = ("", "readiness", wire.SERVICE)
@@ -20,6 +20,9 @@ READINESS = ("", "readiness", wire.SERVICE)
 LONGEST_DRAIN_S = 24 * 3600.0
 # A part of a body in one message; proxies send a buffered body in one.
 MESSAGE_MARGIN_BYTES = 1024 * 1024
+
+# A proxy whose host has vanished is noticed after both together.
+KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 25.0, 10.0
 
 log = logging.getLogger("moeserving.gateway")
 
@@ -30,9 +33,19 @@ class EndpointPicker:
     Args:
         parts: what streams share.
         is_ready: whether requests should be asked about here.
+        keepalive_s: a connection without a message for this long is asked whether it lives.
+        keepalive_timeout_s: without an answer for this long it is closed, and its requests end.
     """
 
-    def __init__(self, parts: PickerParts, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        parts: PickerParts,
+        is_ready: Callable[[], bool],
+        *,
+        keepalive_s: float = KEEPALIVE_S,
+        keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
+    ) -> None:
+        self._keepalive_s, self._keepalive_timeout_s = keepalive_s, keepalive_timeout_s
         self._parts = parts
         self._is_ready = is_ready
         self._server: Any = None
@@ -50,6 +63,12 @@ class EndpointPicker:
                 ("grpc.max_receive_message_length", most_bytes),
                 ("grpc.max_send_message_length", most_bytes),
                 ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", int(self._keepalive_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(self._keepalive_timeout_s * 1000)),
+                # gRPC 1.85 closes after this time, a minute by default, not after the one above.
+                ("grpc.http2.ping_timeout_ms", int(self._keepalive_timeout_s * 1000)),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
             ]
         )
         server.add_generic_rpc_handlers((self._build_handler(),))
@@ -76,6 +95,8 @@ class EndpointPicker:
     async def _process(self, messages: AsyncIterator[wire.Message], context: Any) -> None:
         try:
             await Stream(self._parts).run(messages, context.write)
+        except SilentRequest:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing moved for the idle timeout")
         except (asyncio.CancelledError, grpc.aio.UsageError):
             # The proxy has ended the stream.
             raise
@@ -85,8 +106,8 @@ class EndpointPicker:
 
     def check(self, now_s: float) -> None:
         """Called several times a second: ends what took too long."""
-        for picked in list(self._parts.open):
-            picked.check(now_s)
+        for stream in list(self._parts.open):
+            stream.check(now_s)
 
     async def drain(self) -> None:
         """Takes no new requests and waits for the running ones."""

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from moe_contract.addresses import is_address
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.peer_tokens import PeerTokens
 from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.request.context import ExchangeContext
@@ -25,7 +26,7 @@ def make_picker(
     context: ExchangeContext,
     *,
     new_request_id: Callable[[], bytes],
-    peer_token: Callable[[], bytes],
+    peer_tokens: PeerTokens | None,
     is_ready: Callable[[], bool],
 ) -> "EndpointPicker":
     """The endpoint picker.
@@ -35,7 +36,7 @@ def make_picker(
         config: of the gateway.
         context: the gateway's parts.
         new_request_id: names a request that has no usable id of its own.
-        peer_token: shows an engine that a request comes from its deployment's own; empty without one.
+        peer_tokens: show an engine that a request was picked by its deployment's own; None without a file of them.
         is_ready: whether requests should be asked about here.
 
     Raises:
@@ -55,7 +56,7 @@ def make_picker(
         settings=settings,
         limits=config.limits,
         new_request_id=new_request_id,
-        peer_token=peer_token,
+        peer_tokens=peer_tokens,
     )
     return EndpointPicker(parts, is_ready)
 

@@ -6,6 +6,7 @@ pick follows its end. Where the proxy sends no body, or will not wait for the pi
 States: head -> body -> picked -> answer. The stream ends when the proxy closes it, and with an answer at once.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from moe_gateway.endpoint_picker.admission import (
     read_body,
     refuse_length,
 )
+from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import Pick, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.endpoint_picker.request_head import Headers, body_length, find_removed, read_head
@@ -30,11 +32,13 @@ from moe_gateway.http.bodies import Body, LargeBody, build_body
 from moe_gateway.http.cors import insert_lines, is_preflight
 from moe_gateway.http.heads import RANK_HEADER
 from moe_gateway.http.replies import RequestOutcome
-from moe_gateway.http.routes import Route
-from moe_gateway.request.context import ClientRequest
+from moe_gateway.http.routes import Route, find_route
+from moe_gateway.request.context import ClientRequest, ClientSide
+from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
 
 OTHER = "other"
+NO_BODY = "a request with trailers needs a body"
 Replies = list[Message]
 
 
@@ -64,6 +68,10 @@ class _Head:
         return self.mode in (wire.NONE, wire.STREAMED)
 
 
+class SilentRequest(Exception):
+    """Neither the engine nor the client has moved anything for long; the proxy has to end the request."""
+
+
 class Stream:
     """The exchange of messages about one request.
 
@@ -78,21 +86,37 @@ class Stream:
         self._length = 0
         self._picked: PickedRequest | None = None
         self._refused = False
+        self._task: asyncio.Task[None] | None = None
 
     async def run(self, messages: AsyncIterator[Message], write: Callable[[Message], Awaitable[None]]) -> None:
-        """Writes the replies to the messages of a proxy; ends with them, or after an answer at once."""
-        incoming = ReadAhead(messages)
+        """Writes the replies to the messages of a proxy; ends with them, or after an answer at once.
+
+        Raises:
+            SilentRequest: nothing has moved for the idle timeout.
+        """
+        incoming, self._task = ReadAhead(messages), asyncio.current_task()
         try:
             while not self._refused and (message := await incoming.take()) is not None:
                 for reply in await self._reply(message, incoming):
                     await write(reply)
+        except asyncio.CancelledError:
+            if self._task is None or self._picked is None or not self._picked.is_silent:
+                raise
+            self._task.uncancel()
+            raise SilentRequest from None
         finally:
             incoming.close()
             self._end()
 
+    def check(self, now_s: float) -> None:
+        """Called a few times a second: ends what took too long."""
+        picked = self._picked
+        if picked is not None and picked.check(now_s, self._parts.limits.idle_timeout_s) and self._task is not None:
+            self._task.cancel()
+
     def _end(self) -> None:
         if self._picked is not None:
-            self._parts.open.discard(self._picked)
+            self._parts.open.discard(self)
             self._picked.leave()
         elif self._head is not None and not self._refused:
             outcome, route = RequestOutcome.CLIENT_GONE, self._head.route
@@ -119,7 +143,8 @@ class Stream:
         request = read_head(headers, parts.new_request_id(), parts.context.clock())
         checked = check_head(request, body_length(headers), parts)
         if isinstance(checked, Refusal):
-            return self._refuse(request, None, checked)
+            # Its error has the shape of the API that was asked.
+            return self._refuse(request, find_route(request.url), checked)
         own = find_own_answer(request, checked, parts)
         if isinstance(own, Refusal):
             return self._refuse(request, checked, own)
@@ -133,7 +158,9 @@ class Stream:
         if not has_body or self._head.picks_at_once:
             return await self._pick(incoming, is_body_known=not has_body)
         # In both directions the proxy waits with the head for the answer to it, which follows the whole body.
-        return [] if mode == wire.FULL_DUPLEX else [proxy_messages.continue_headers(of_answer=False)]
+        # Otherwise it may never ask again, and goes on with this head where trailers follow that it does not send.
+        removed = find_removed(headers, request.headers, ())
+        return [] if mode == wire.FULL_DUPLEX else [proxy_messages.await_body(removed)]
 
     def _name_servers(self, subset: frozenset[str] | None) -> frozenset[str] | None:
         if subset is None:
@@ -162,6 +189,9 @@ class Stream:
         replies = [proxy_messages.continue_trailers(of_answer=False)]
         if self._head is None or self._picked is not None:
             return replies
+        if self._head.mode != wire.FULL_DUPLEX:
+            # The head has gone on, and no message about trailers can say where.
+            return self._refuse(self._head.request, self._head.route, Refusal(RequestOutcome.BAD_REQUEST, NO_BODY))
         picked = await self._pick(incoming, is_body_known=True, ends=False)
         return picked if self._refused or not picked else picked + replies
 
@@ -180,13 +210,13 @@ class Stream:
         parsed = await read_body(request, head.route, parts, incoming, is_known=is_body_known)
         if parsed is None:
             return []
-        admitted = parsed if isinstance(parsed, Refusal) else admit(request, head.route, parsed, parts)
+        admitted = parsed if isinstance(parsed, Refusal) else self._admit(head, parsed)
         if isinstance(admitted, Refusal):
             return self._refuse(request, head.route, admitted)
         parsed, client = admitted
         picked = PickedRequest(request, head.route, parsed, client, parts.context, head.servers)
         self._picked = picked
-        parts.open.add(picked)
+        parts.open.add(self)
         picked.begin()
         decision = await incoming.unless_ended(picked.decided)
         if decision is None:
@@ -199,12 +229,16 @@ class Stream:
         changed = None if request.body is original else request.body
         return self._send(pick, head, original, changed, ends=ends)
 
+    def _admit(self, head: _Head, parsed: Parsed) -> tuple[Parsed, ClientSide] | Refusal:
+        shows_answer = head.answer_mode not in (wire.NONE, wire.BUFFERED_PARTIAL)
+        return admit(head.request, head.route, parsed, self._parts, shows_answer=shows_answer)
+
     def _send(self, pick: Pick, head: _Head, original: Body, changed: Body | None, *, ends: bool) -> Replies:
         given = {"x-request-id": pick.request_id}
         if pick.rank is not None:
             given[RANK_HEADER.decode()] = b"%d" % pick.rank
-        if pick.engine.agent_url is not None and (shown := self._parts.peer_token()):
-            given[PEER_HEADER] = shown
+        if pick.engine.agent_url is not None and (signed := self._parts.sign_request(head.request)):
+            given[PEER_HEADER] = signed
         removed = find_removed(head.headers, head.request.headers, given)
         if not self._pieces:
             return [proxy_messages.pick_at_headers(pick.endpoints, given, removed)]
@@ -259,14 +293,11 @@ class Stream:
     def _pass_answer_head(self, message: Message) -> Replies:
         head = message.response_headers
         if self._picked is not None:
-            headers = dict(proxy_messages.read_headers(head.headers))
-            status, kind = headers.get(":status", b""), headers.get("content-type", b"")
-            served = proxy_messages.read_served(message)
             shows_body = self._head is not None and self._head.answer_mode != wire.NONE
-            self._picked.answer_begins(int(status) if status.isdigit() else 0, kind, served, shows_body=shows_body)
+            self._picked.answer_begins(read_answer_head(message), shows_body=shows_body)
             if head.end_of_stream:
                 self._pass(b"", complete=True)
-        return [proxy_messages.continue_headers(of_answer=True)]
+        return [proxy_messages.continue_answer()]
 
     def _pass_answer_body(self, body: Message) -> Replies:
         self._pass(body.body, complete=body.end_of_stream)

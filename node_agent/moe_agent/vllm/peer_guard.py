@@ -46,7 +46,15 @@ class PeersOnly:
     def _may_pass(self, scope: Scope) -> bool:
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in OPEN_PATHS:
             return True
-        return any(name == _NAME and self._tokens.allow(value) for name, value in scope["headers"])
+        return any(name == _NAME and self._is_known(value, scope) for name, value in scope["headers"])
+
+    def _is_known(self, value: bytes, scope: Scope) -> bool:
+        if self._tokens.allow(value):
+            return True
+        if scope["type"] != "http":
+            return False
+        path = scope.get("raw_path") or scope["path"].encode()
+        return self._tokens.allow_request(value, scope["method"].encode(), path.partition(b"?")[0])
 
 
 async def _send_unauthorised(send: Send) -> None:

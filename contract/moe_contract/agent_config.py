@@ -14,6 +14,7 @@ from pydantic import Field
 from moe_contract.addresses import LOOPBACK
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.kv_transfer import KvTransferConfig
 from moe_contract.sections import Listen, Port, Seconds, Section
 
 
@@ -38,6 +39,7 @@ class EngineConfig(Section):
         liveness_timeout_s: time without an answer after which the engine is restarted.
         drain_timeout_s: time that running streams have to end when the engine stops.
         guarded: answer the deployment's own gateways alone (`peer_tokens.py`).
+        kv_transfer: exchange KV blocks with other engines; None: it takes no part.
     """
 
     host: str = LOOPBACK
@@ -56,6 +58,7 @@ class EngineConfig(Section):
     liveness_timeout_s: Seconds = 60.0
     drain_timeout_s: Seconds = 120.0
     guarded: bool = False
+    kv_transfer: KvTransferConfig | None = None
 
     @property
     def has_expert_group(self) -> bool:

@@ -15,6 +15,7 @@ from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal
 from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
+from moe_contract.kv_transfer import KvTransferState
 from moe_contract.pod_identity import NO_POD, PodIdentity
 
 READY = "ready"
@@ -110,12 +111,14 @@ class EngineState:
         accepting: whether the engine takes new requests.
         engine: the process.
         ranks: one row for each rank whose record can be read, by number.
+        kv_transfer: what the engine can do with KV blocks of others; None: it takes no part.
     """
 
     phase: str
     accepting: bool = False
     engine: EngineProcess = EngineProcess()
     ranks: tuple[RankReport, ...] = ()
+    kv_transfer: KvTransferState | None = None
 
     @property
     def ready(self) -> bool:

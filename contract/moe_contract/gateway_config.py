@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from moe_contract.access_config import Auth, Tls
 from moe_contract.documents import parse_document, parse_model, read_file, read_optional_file
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_contract.kv_transfer import Disaggregation
 from moe_contract.picker_config import EndpointPickerConfig
 from moe_contract.sections import Listen, Seconds, Section
 from moe_contract.tenancy import DEFAULT_HEADER, check_tenant_header
@@ -206,6 +207,7 @@ class GatewayConfig(Section):
         tls: TLS on `listen`; None: plain HTTP.
         continuation: streams that go on at another engine; None: none does. Only a start can change it.
         endpoint_picker: picks engines for another proxy; None: it does not.
+        disaggregation: requests may be split between two engines; None: none is. Only a start can change it.
     """
 
     listen: Listen | None
@@ -225,6 +227,7 @@ class GatewayConfig(Section):
     tls: Tls | None = None
     continuation: ContinuedStreams | None = None
     endpoint_picker: EndpointPickerConfig | None = None
+    disaggregation: Disaggregation | None = None
 
 
 class SettingsFile(Section):

@@ -23,11 +23,11 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = OlmoeForCausalLM(
         OlmoeConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=64,
+            hidden_size=256,
+            intermediate_size=128,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
             num_experts=8,
             num_experts_per_tok=2,
             max_position_embeddings=2048,

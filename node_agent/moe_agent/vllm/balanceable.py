@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_agent.experts.obstacle import note_obstacle, read_obstacle
-from moe_agent.vllm.version import is_cpu_build, replace_attribute
+from moe_agent.vllm.version import find_version, is_cpu_build, replace_attribute
 
 _INTERFACE = "MixtureOfExperts"
 _IMPORT_TIMEOUT_S = 600.0
@@ -54,9 +54,7 @@ def find_obstacle(config: Any) -> str:
 
 def describe_obstacle(architecture: str) -> str:
     """Returns the sentence for a model whose experts cannot be balanced."""
-    from vllm.version import __version__
-
-    return f"vLLM {__version__} cannot balance the experts of {architecture}"
+    return f"vLLM {find_version()} cannot balance the experts of {architecture}"
 
 
 def _can_balance(registered: Any) -> bool:

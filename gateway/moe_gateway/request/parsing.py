@@ -11,6 +11,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
 from moe_gateway.request.messages_body import read_as_chat, read_session
 from moe_gateway.request.pooling_body import read_decision, read_embedded, read_scored
+from moe_gateway.request.unusual_fields import UNUSUAL, find_transfer_field, stays_whole
 
 # More of a prompt, some 500,000 tokens, is in no index: to remember it would take longer than it can save.
 MOST_KEYED_BYTES = 2 * 1024 * 1024
@@ -43,6 +44,7 @@ class Parsed(NamedTuple):
         keys: of the blocks of the prompt, where they are computed already.
         background: whether a response is to be computed after its answer (`/v1/responses`).
         names_itself: whether the client chose the id of a response (`/v1/responses`).
+        stays_whole: whether its fields keep it from being split between two engines.
     """
 
     model: str | None
@@ -57,6 +59,7 @@ class Parsed(NamedTuple):
     keys: tuple[int, ...] | None = None
     background: bool = False
     names_itself: bool = False
+    stays_whole: bool = False
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:
@@ -89,7 +92,24 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     prompt, prompt_tokens, media = read_prompt(route, document)
     session = user if type(user) is str and user else None
     parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
+    if not UNUSUAL.isdisjoint(document) or type(document.get("prompt")) is list:
+        parsed = _read_unusual_fields(parsed, route, document)
     return _read_response_fields(parsed, document) if route is _RESPONSES else parsed
+
+
+def refuse_transfer(field: str | None) -> None:
+    """Refuses a field by which a client would steer a transfer between engines.
+
+    Raises:
+        BadBody: there is one.
+    """
+    if field is not None:
+        raise BadBody(f"{field} is set by the gateway alone; leave it out", field)
+
+
+def _read_unusual_fields(parsed: Parsed, route: Route, document: dict[str, Any]) -> Parsed:
+    refuse_transfer(find_transfer_field(document))
+    return parsed._replace(stays_whole=stays_whole(route, document))
 
 
 def _read_response_fields(parsed: Parsed, document: dict[str, Any]) -> Parsed:

@@ -1,6 +1,6 @@
 """Finds the fields of a body that few requests have, and that decide which engines may get it. Pure.
 
-vLLM's engines trust `kv_transfer_params` and `ec_transfer_params`: they read the blocks of the address
+vLLM's engines act on `kv_transfer_params` and `ec_transfer_params`: they read the blocks of the address
 that stands there, and a value of another type ends the engine. Both also reach it through `vllm_xargs` and
 `sampling_params`. So the gateway alone sets them, and refuses a client's.
 

@@ -84,6 +84,7 @@ class Job(NamedTuple):
         model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
         server: the only server that can answer it, because it continues a response kept there; None: any.
         servers: the only servers that may get it, as the only ones that its proxy reaches; None: any.
+        splits: whether one server may compute its prompt and another one its answer.
     """
 
     prompt_tokens: int
@@ -94,6 +95,7 @@ class Job(NamedTuple):
     model: str | None = None
     server: str | None = None
     servers: Set[str] | None = None
+    splits: bool = False
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""
@@ -111,8 +113,10 @@ class Job(NamedTuple):
 class SendReason(StrEnum):
     """Why a target was chosen; a metric label."""
 
+    DECODE = "decode"
     LEAST_PREDICTED = "least_predicted"
     LEAST_REQUESTS = "least_requests"
+    PREFILL = "prefill"
     SESSION = "session"
     TURN = "turn"
 
@@ -133,11 +137,15 @@ class RefuseReason(StrEnum):
 
 
 class Send(NamedTuple):
-    """Send the request to this target; its first token is predicted in `predicted_s` seconds."""
+    """Send the request to this target; its first token is predicted in `predicted_s` seconds.
+
+    With `prefill`, another target computes its prompt before, as that says.
+    """
 
     target: Target
     predicted_s: float
     reason: SendReason
+    prefill: "Send | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 
+import aiohttp
 import pytest
 from moe_gateway.engines import target_states
 from moe_gateway.request import exchange
@@ -28,6 +29,14 @@ class Fleet:
         answer = await self.served.ask(post(body | ({"stream": True} if stream else {}), PATHS[route]))
         assert text_of(body) != WRONG
         return answer
+
+    async def read_admin(self):
+        """The gateway's state and metrics."""
+        async with aiohttp.ClientSession(self.served.admin_url) as session:
+            async with session.get("/v1/state") as answer:
+                state = await answer.json()
+            async with session.get("/metrics") as answer:
+                return state, await answer.text()
 
     def settled(self):
         """Nothing counts as in flight at any engine, also not at one that is gone."""
@@ -93,6 +102,24 @@ async def test_it_is_explained_with_both_engines(fleet):
     assert [(row.name, row.reason) for row in record.attempts] == [("prefill-0", "prefill"), ("decode-1", "decode")]
     assert dict(it.served.gateway.dispatcher.decisions) == {"prefill": 1, "decode": 1}
     assert it.placements.pairs == {"least_cost": 1}
+
+
+async def test_state_and_metrics_show_roles_transfers_and_fall_backs(fleet):
+    it = await fleet()
+    await it.ask()
+    it.decode.fails["decode"] = ["event"]
+    await it.ask(prompt="Others? " * 300)
+    state, text = await it.read_admin()
+    assert [row["role"] for row in state["engines"]] == ["prefill", "decode"]
+    assert state["splits"] == {"transfers": 1, "fall_backs": {"decode_error": 1}, "role_changes": {}}
+    for line in (
+        "moeserving_gateway_split_transfers_total 1.0",
+        'moeserving_gateway_split_choices_total{reason="least_cost"} 2.0',
+        'moeserving_gateway_split_fallbacks_total{reason="decode_error"} 1.0',
+        'moeserving_gateway_engine_role{engine="decode-1",role="decode"} 1.0',
+        'moeserving_gateway_dispatch_total{reason="prefill"} 2.0',
+    ):
+        assert f"\n{line}\n" in text
 
 
 # What goes whole.

@@ -5,7 +5,6 @@ The gateway writes it with `write_gateway_state`; the operator, its autoscaler a
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
@@ -69,8 +68,8 @@ class SplitTotals:
     """
 
     transfers: int = 0
-    fall_backs: Mapping[str, int] = field(default_factory=dict)
-    role_changes: Mapping[str, int] = field(default_factory=dict)
+    fall_backs: dict[str, int] = field(default_factory=dict)
+    role_changes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

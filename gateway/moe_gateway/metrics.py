@@ -99,7 +99,7 @@ class GatewayCollector(Collector):
 
 
 def _split_families(placements: Placements) -> Iterator[Metric]:
-    """What became of requests split between two engines, and the roles of the engines."""
+    """Requests that were split between two engines, and the roles of the engines."""
     transfers = "Answers that began at an engine that had not computed their prompt."
     yield CounterMetricFamily(PREFIX + "split_transfers", transfers, value=placements.transfers)
     yield _counter("split_choices", "Pairs of engines chosen, by reason.", "reason", placements.pairs)

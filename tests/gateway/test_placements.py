@@ -11,7 +11,7 @@ from moe_contract.sections import Listen
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.placements import DEFAULT_BYTES_PER_S, DEFAULT_TOKEN_BYTES, LEASE_MARGIN, PAUSE_S
 from moe_scheduling.engine.choice import DispatchPolicy, EngineSettings, Job, Send
-from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.engine.disaggregation import EngineRole, LatencyTargets
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 LONG = Job(4000, splits=True)
@@ -187,3 +187,42 @@ def test_a_change_that_makes_things_worse_is_undone():
     after = offer(dispatcher, 70, requests_per_s=20, tokens=3000, start_s=1030.0, lasted_s=3.0)
     assert prefilling(after[-1][1]) == 0
     assert dispatcher.placements.role_changes["rollback"] == 1
+
+
+# Bounds.
+
+
+def test_bounds_are_kept_where_nothing_is_split():
+    """The engine without answers takes the long prompt, though the other one would give its first token sooner."""
+    config = GatewayConfig(
+        listen=Listen(port=1),
+        admin=Listen(port=2),
+        token_file=Path("token"),
+        engines=tuple(EngineAddress(name=name, url=f"http://{name}") for name in ("answers", "prompts")),
+    )
+    dispatcher = Dispatcher(config)
+    for name in dispatcher.engines:
+        dispatcher.set_ready(name, True, 0.0)
+    answers = EngineSignal(step=1, step_time=STEP_TIME, running=5, decode_tokens=5)
+    prompts = EngineSignal(step=1, step_time=STEP_TIME, running=1, running_prefill_tokens=3000)
+    dispatcher.observe(Target("answers"), answers, 1.0, 1.0)
+    dispatcher.observe(Target("prompts"), prompts, 1.0, 1.0)
+    assert dispatcher.placements is None
+    assert dispatcher.choose(LONG, 1.0).target == Target("answers")
+    bounded = EngineSettings(targets=LatencyTargets(inter_token_s=0.02))
+    dispatcher.set_policies(bounded, dispatcher.request_settings, 1.0)
+    sent = dispatcher.choose(LONG, 1.0)
+    assert (sent.target, sent.prefill) == (Target("prompts"), None)
+    dispatcher.placements.set_transfer("prompts", KvTransferState(peers="same"))
+    assert dispatcher.placements.roles == {}
+    dispatcher.set_policies(EngineSettings(), dispatcher.request_settings, 1.0)
+    assert dispatcher.choose(LONG, 1.0).target == Target("answers")
+
+
+def test_bounds_steer_pairs():
+    dispatcher = make(2, dispatch=EngineSettings(targets=LatencyTargets(inter_token_s=0.02)))
+    for name, decoding in (("e0", 5), ("e1", 0)):
+        row = EngineSignal(step=1, step_time=STEP_TIME, running=decoding, decode_tokens=decoding)
+        dispatcher.observe(Target(name), row, 1.0, 1.0)
+    assert dispatcher.choose(LONG, 1.0).prefill is None
+    assert dispatcher.choose(LONG, 1.0).target == Target("e1")

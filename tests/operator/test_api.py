@@ -61,6 +61,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "fairnessHorizon": "3s", "outputWeight": 1.5,
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
+    engine["targets"] = {"ttft": "2s", "interToken": "40ms"}
     expert = {
         "mode": "active", "interval": 500, "window": 200, "moveBudget": 64, "maxStall": "20ms", "hysteresis": 0.25
     }  # fmt: skip
@@ -89,6 +90,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "stickiness_s": 0.0,
         "stale_after_s": 0.05,
         "saturation_s": 1.5,
+        "targets": {"ttft_s": 2.0, "inter_token_s": 0.04, "answer_weight": 1.0},
     }
     for default, chosen in (
         (RequestSettings(), given_request),
@@ -116,6 +118,9 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "stickiness": st.sampled_from(["0s", "24h"]),
             "staleAfter": st.sampled_from(["1ms", "24h"]),
             "saturation": st.sampled_from(["1ms", "24h", None]),
+            "targets": st.fixed_dictionaries(
+                {name: st.sampled_from(["1ms", "24h", None]) for name in ("ttft", "interToken")}
+            ),
         }
     ),
     expert=st.fixed_dictionaries(

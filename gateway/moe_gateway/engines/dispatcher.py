@@ -36,7 +36,7 @@ from moe_gateway.engines.fleet import Engine, EngineFleet
 from moe_gateway.engines.group_rotation import GroupRotation
 from moe_gateway.engines.hold_queue import HELD, Held, HoldQueue, Rejection, Waiter
 from moe_gateway.engines.job_builder import JobBuilder
-from moe_gateway.engines.placements import Placements
+from moe_gateway.engines.placements import make_placements
 from moe_gateway.engines.served_models import find_partial
 from moe_gateway.engines.target_states import InFlightRequest, TargetStates
 from moe_gateway.request.parsing import Parsed
@@ -74,8 +74,7 @@ class Dispatcher:
         self.request_settings: RequestSettings = config.request
         self.hold_timeout_s = config.limits.hold_timeout_s
         self.decisions: Counter[str] = Counter()
-        self._configured_models = frozenset() if config.model is None else frozenset({config.model})
-        self.models = self._configured_models
+        self.models = self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.partial_models: Mapping[str, frozenset[str]] = {}
         self._fleet = EngineFleet()
         self._targets = TargetStates()
@@ -84,7 +83,7 @@ class Dispatcher:
         self._queue = HoldQueue(config.request, most_requests=config.limits.hold_requests)
         self._turn = first_turn
         self.stalled: frozenset[Target] = frozenset()
-        self.placements = None if config.disaggregation is None else Placements(config.disaggregation, self)
+        self.placements = make_placements(config.disaggregation, self)
         self.set_engines(config.engines)
 
     # Configuration.
@@ -117,6 +116,7 @@ class Dispatcher:
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
         """Other settings from now on; held requests are ordered anew."""
         self.settings, self.request_settings = dispatch, request
+        self.placements = self.placements or make_placements(None, self)
         self._queue.reorder(request)
         self.release_held(now_s)
 
@@ -240,8 +240,8 @@ class Dispatcher:
         self._turn += 1
         servers = self._servers_of(job)
         if not computes:
-            states, settings = list(self.open_targets()), replace(self.settings, saturation_s=None)
-            states = states if servers is None else _at(servers, states)
+            settings, known = replace(self.settings, saturation_s=None), self.open_targets()
+            states = list(known) if servers is None else _at(servers, known)
             return choose_target(job, states, settings, turn=self._turn, now_s=now_s, exclude=tried)
         placements = self.placements
         if placements is None and servers is None and not self.discovers:

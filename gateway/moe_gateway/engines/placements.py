@@ -49,7 +49,7 @@ class Placements:
     """The choice of one engine or two for each request, and the roles of the engines.
 
     Args:
-        config: whether roles move.
+        config: whether roles move; None: no request is split, and bounds alone are kept.
         dispatcher: with the engines and their states.
 
     Attributes:
@@ -61,8 +61,9 @@ class Placements:
         load: of the recent requests.
     """
 
-    def __init__(self, config: Disaggregation, dispatcher: "Dispatcher") -> None:
-        self._moves_roles = config.moves_roles
+    def __init__(self, config: Disaggregation | None, dispatcher: "Dispatcher") -> None:
+        self._splits = config is not None
+        self._moves_roles = config is not None and config.moves_roles
         self._dispatcher = dispatcher
         self._states: dict[str, KvTransferState] = {}
         self._peers: dict[str, str] = {}
@@ -84,7 +85,7 @@ class Placements:
     def set_transfer(self, name: str, state: KvTransferState | None) -> None:
         """What an engine's agent says of its transfers; None: it takes no part."""
         before = self._states.get(name)
-        if state == before:
+        if state == before or not self._splits:
             return
         if state is None:
             self.forget(name)
@@ -125,10 +126,11 @@ class Placements:
     ) -> Decision:
         """Which target or pair of targets takes a job now; under policies without predictions it is one target."""
         settings = self._dispatcher.settings
-        is_predicted = settings.policy is DispatchPolicy.PREDICTED
-        if not is_predicted or settings.saturation_s is not None or not self._peers:
+        is_usual = settings.policy is not DispatchPolicy.PREDICTED
+        is_usual = is_usual or not (self._peers or settings.targets.has_bounds)
+        if is_usual or settings.saturation_s is not None:
             decision = choose_target(job, states, settings, turn=turn, now_s=now_s, exclude=tried)
-            if not is_predicted or not self._peers or type(decision) is not Send:
+            if is_usual or type(decision) is not Send:
                 return decision
         placement = choose_placement(
             job, states, self._context(now_s, splits=job.splits), turn=turn, now_s=now_s, exclude=tried
@@ -148,7 +150,8 @@ class Placements:
             self._paused = {name: until_s for name, until_s in self._paused.items() if now_s < until_s}
             peers = {name: value for name, value in peers.items() if name not in self._paused}
         return PairContext(
-            transfer=self._link if splits else None,
+            targets=self._dispatcher.settings.targets,
+            transfer=self._link if splits and peers else None,
             roles=self.roles,
             prefill_shares={name: self._shares.share(name, now_s) for name in self._dispatcher.engines},
             met=self._met,
@@ -235,3 +238,10 @@ def _mean_step_time(states: Sequence[TargetState]) -> StepTime | None:
         prefill_s=sum(model.prefill_s for model in known) / len(known),
         decode_s=sum(model.decode_s for model in known) / len(known),
     )
+
+
+def make_placements(config: Disaggregation | None, dispatcher: "Dispatcher") -> Placements | None:
+    """Returns what the settings ask for; None: each request goes to the engine with the least time to first token."""
+    if config is None and not dispatcher.settings.targets.has_bounds:
+        return None
+    return Placements(config, dispatcher)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +346,7 @@ def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
 
 def as_json(settings: Any) -> dict[str, Any]:
     """A settings object of the core as JSON values."""
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    return asdict(settings)
 
 
 def _dump(config: AgentConfig | GatewayConfig) -> str:

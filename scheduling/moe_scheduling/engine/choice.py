@@ -16,6 +16,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
+from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.engine.target_list import LARGE_FLEET, TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME
@@ -64,6 +65,12 @@ class EngineSettings:
         "Predicted wait at which an engine is saturated; while all are, the gateway holds requests back. Absent: it "
         "never does.",
         above=0,
+    )
+
+    targets: LatencyTargets = setting(
+        LatencyTargets(),
+        "Bounds that the choice keeps under `predicted`, where an engine can keep them, in place of the least "
+        "predicted time to first token; sessions then stay at their engine as far as it holds their prefix.",
     )
 
     def __post_init__(self) -> None:

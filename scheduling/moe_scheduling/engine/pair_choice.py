@@ -324,7 +324,7 @@ def _overrun(value_s: float, bound_s: float | None) -> float:
 
 
 def _reason(targets: LatencyTargets, prediction: LatencyPrediction) -> PlacementReason:
-    if targets.ttft_s is None and targets.inter_token_s is None:
+    if not targets.has_bounds:
         return PlacementReason.LEAST_COST
     overrun = _overrun(prediction.longest_step_s, targets.inter_token_s) + _overrun(prediction.ttft_s, targets.ttft_s)
     return PlacementReason.LEAST_OVERRUN if overrun else PlacementReason.WITHIN_BOUNDS

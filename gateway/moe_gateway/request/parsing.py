@@ -89,11 +89,11 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     if type(stream) is not bool:
         stream = read_flag(stream)
     user = read_session(document) if route is _MESSAGES else document.get("user")
-    prompt, prompt_tokens, media = read_prompt(route, document)
+    prompt, prompt_tokens, media, is_several = read_prompt(route, document)
     session = user if type(user) is str and user else None
     parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
-    if not UNUSUAL.isdisjoint(document) or type(document.get("prompt")) is list:
-        parsed = _read_unusual_fields(parsed, route, document)
+    if is_several or not UNUSUAL.isdisjoint(document):
+        parsed = _read_unusual_fields(parsed, route, document, is_several=is_several)
     return _read_response_fields(parsed, document) if route is _RESPONSES else parsed
 
 
@@ -107,9 +107,9 @@ def refuse_transfer(field: str | None) -> None:
         raise BadBody(f"{field} is set by the gateway alone; leave it out", field)
 
 
-def _read_unusual_fields(parsed: Parsed, route: Route, document: dict[str, Any]) -> Parsed:
+def _read_unusual_fields(parsed: Parsed, route: Route, document: dict[str, Any], *, is_several: bool) -> Parsed:
     refuse_transfer(find_transfer_field(document))
-    return parsed._replace(stays_whole=stays_whole(route, document))
+    return parsed._replace(stays_whole=is_several or stays_whole(route, document))
 
 
 def _read_response_fields(parsed: Parsed, document: dict[str, Any]) -> Parsed:
@@ -142,11 +142,13 @@ class Prompt(NamedTuple):
         text: its texts as bytes, about as a chat template renders them.
         tokens: its exact tokens where they are given as ids, else None.
         media: how many images, audio and video parts it has, by kind.
+        is_several: whether it is several prompts, or none.
     """
 
     text: bytes
     tokens: int | None = None
     media: Mapping[str, int] = _NO_MEDIA
+    is_several: bool = False
 
 
 def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
@@ -220,8 +222,10 @@ def _read_input(value: object) -> Prompt:
         if type(value[0]) is int:
             return Prompt(dump_text(value), len(value))
         if type(value[0]) is list:
-            return Prompt(dump_text(value), sum(len(ids) for ids in value if type(ids) is list))
-    return _read_texts(value)
+            ids = sum(len(ids) for ids in value if type(ids) is list)
+            return Prompt(dump_text(value), ids, is_several=len(value) > 1)
+    texts = _read_texts(value)
+    return texts._replace(is_several=True) if type(value) is list and len(value) != 1 else texts
 
 
 # Fields of messages, content parts, tool calls and items of `/v1/responses` that chat templates render, the last first.

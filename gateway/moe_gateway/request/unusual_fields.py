@@ -65,12 +65,12 @@ def find_form_transfer_field(values: Mapping[str, bytes]) -> str | None:
 
 
 def stays_whole(route: Route, document: Mapping[str, Any]) -> bool:
-    """Returns whether fields of a body keep it from being split between two engines."""
+    """Returns whether fields of a body, other than its prompt, keep it from being split between two engines."""
     if any(document.get(name) is not None for name in _OTHER_PROMPTS):
         return True
     if any(document.get(name) not in values for name, values in _NEUTRAL.items()):
         return True
-    if not _chooses_freely(document.get("tool_choice")) or _is_several(document.get("prompt")):
+    if not _chooses_freely(document.get("tool_choice")):
         return True
     return route is Route.RESPONSES and _is_kept_or_in_turns(document)
 
@@ -78,11 +78,6 @@ def stays_whole(route: Route, document: Mapping[str, Any]) -> bool:
 def _chooses_freely(tool_choice: object) -> bool:
     kind = tool_choice.get("type") if isinstance(tool_choice, dict) else tool_choice
     return kind in _FREE_TOOLS
-
-
-def _is_several(prompt: object) -> bool:
-    """Whether this is a list of several prompts; a list of token ids is one."""
-    return isinstance(prompt, list) and len(prompt) != 1 and not (prompt and type(prompt[0]) is int)
 
 
 def _is_kept_or_in_turns(document: Mapping[str, Any]) -> bool:

@@ -80,7 +80,8 @@ class LatencyTargets:
     inter_token_s: float | None = setting(
         None,
         "Bound of the time between two tokens of an answer while prompts are computed. A request goes where it is "
-        "kept for all answers, and of those to the least time to the first token.",
+        "kept for all answers, and of those to the least time to the first token; engines under `sjf` cut prompts so "
+        "that their steps keep it.",
         above=0,
     )
     answer_weight: float = 1.0

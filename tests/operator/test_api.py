@@ -83,6 +83,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         ageing_horizon_s=60,
         priority_step_s=0,
         fairness_horizon_s=3,
+        inter_token_s=0.04,
         output_weight=1.5,
     )
     assert asdict(given_engine) == {

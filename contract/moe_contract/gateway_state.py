@@ -5,7 +5,7 @@ The gateway writes it with `write_gateway_state`; the operator, its autoscaler a
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import orjson
@@ -40,6 +40,7 @@ class TargetReport:
         signal_age_s: age of its newest signal; None without one.
         signal_source: where its load is known from: `agent`, `scrape`, or `in_flight`, the gateway's own accounting.
         signal: its newest signal; None without one.
+        role: of the engine, where it exchanges KV blocks with others: `unified`, `prefill` or `decode`; else empty.
     """
 
     name: str
@@ -53,6 +54,22 @@ class TargetReport:
     signal_age_s: float | None = None
     signal_source: str = ""
     signal: EngineSignal | None = None
+    role: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTotals:
+    """Requests split between two engines, and roles that changed, since the gateway's start.
+
+    Attributes:
+        transfers: answers that began at an engine that had not computed their prompt.
+        fall_backs: pairs that were left for one engine before the answer began, by reason.
+        role_changes: engines that got another role, by reason.
+    """
+
+    transfers: int = 0
+    fall_backs: dict[str, int] = field(default_factory=dict)
+    role_changes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +103,7 @@ class GatewayState:
         config: the settings in force; None where this version cannot read them.
         engines: one row for each rank of each engine.
         totals: counters.
+        splits: of requests between two engines; None where none is split.
         pod: the pod that answers; empty outside of a cluster.
     """
 
@@ -100,6 +118,7 @@ class GatewayState:
     config: Lenient[GatewaySettings] = None
     engines: tuple[TargetReport, ...] = ()
     totals: RequestTotals = RequestTotals()
+    splits: SplitTotals | None = None
     pod: PodIdentity = NO_POD
 
     @property

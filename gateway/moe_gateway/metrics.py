@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.load_report import least_wait_s
+from moe_gateway.engines.placements import Placements
 from moe_gateway.request_stats import Histogram, RequestStats
 
 PREFIX = "moeserving_gateway_"
@@ -39,6 +40,8 @@ class GatewayCollector(Collector):
         yield from self._demand()
         yield from self._targets()
         yield from self._predictions()
+        if (placements := self._dispatcher.placements) is not None:
+            yield from _split_families(placements)
 
     def _requests(self) -> Iterator[Metric]:
         stats, dispatcher = self._stats, self._dispatcher
@@ -93,6 +96,21 @@ class GatewayCollector(Collector):
         for target, (count, total) in sorted(predictions.ratios.items()):
             family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)
         yield family
+
+
+def _split_families(placements: Placements) -> Iterator[Metric]:
+    """Requests that were split between two engines, and the roles of the engines."""
+    transfers = "Answers that began at an engine that had not computed their prompt."
+    yield CounterMetricFamily(PREFIX + "split_transfers", transfers, value=placements.transfers)
+    yield _counter("split_choices", "Pairs of engines chosen, by reason.", "reason", placements.pairs)
+    fall_backs = "Pairs that were left for one engine before the answer began, by reason."
+    yield _counter("split_fallbacks", fall_backs, "reason", placements.fall_backs)
+    yield _counter("role_changes", "Engines that got another role, by reason.", "reason", placements.role_changes)
+    roles = "1 for the present role of each engine that exchanges KV blocks with others."
+    family = GaugeMetricFamily(PREFIX + "engine_role", roles, labels=["engine", "role"])
+    for engine, role in sorted(placements.roles.items()):
+        family.add_metric([engine, role], 1.0)
+    yield family
 
 
 def _target_values(state: TargetState, now_s: float, stale_after_s: float) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """The gateway's state document for people, peers and the autoscaler, built from its dispatcher. Pure."""
 
 from moe_contract.gateway_config import GatewaySettings
-from moe_contract.gateway_state import GatewayState, RequestTotals, TargetReport
+from moe_contract.gateway_state import GatewayState, RequestTotals, SplitTotals, TargetReport
 from moe_contract.pod_identity import PodIdentity
 from moe_scheduling.signals import Target
 
@@ -33,7 +33,18 @@ def build_state(
         config=settings,
         engines=tuple(build_target(dispatcher, target, now_s) for target in dispatcher.target_states),
         totals=RequestTotals(requests=stats.finished, failed=stats.failed, retried=stats.retried),
+        splits=_build_splits(dispatcher),
         pod=pod,
+    )
+
+
+def _build_splits(dispatcher: Dispatcher) -> SplitTotals | None:
+    if (placements := dispatcher.placements) is None:
+        return None
+    return SplitTotals(
+        transfers=placements.transfers,
+        fall_backs=dict(placements.fall_backs),
+        role_changes=dict(placements.role_changes),
     )
 
 
@@ -52,4 +63,5 @@ def build_target(dispatcher: Dispatcher, target: Target, now_s: float) -> Target
         signal_age_s=state.signal_age_s(now_s),
         signal_source=find_source(dispatcher, target, now_s).value,
         signal=state.signal,
+        role=dispatcher.placements.roles.get(target.server, "") if dispatcher.placements is not None else "",
     )

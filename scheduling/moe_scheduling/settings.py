@@ -4,12 +4,14 @@
 declaration come the check of its range (`check_settings`), the field of the resource, its CRD and its reference
 (`moe_operator.api.settings`). A field without the declaration is not part of the resource.
 
+A field may be another settings dataclass, which is a section within the section.
+
 A field's name carries its unit: `_s` seconds, `_steps` engine steps; the resource drops the suffix.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 _KEY = "setting"
@@ -56,7 +58,7 @@ def check_settings(settings: Any) -> None:
     """
     for row, declared in declared_settings(settings):
         value = getattr(settings, row.name)
-        if value is None:
+        if value is None or is_dataclass(value):
             continue
         if declared.above is not None and not declared.above < value < math.inf:
             raise ValueError(f"{row.name} must be greater than {declared.above:g}{_and_finite(value)}")

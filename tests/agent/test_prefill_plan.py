@@ -317,3 +317,43 @@ def test_a_rank_that_has_planned_this_step_already_counts_with_what_it_had_befor
 
     state = STATE._replace(decided_s=decided_s)
     assert load_in_this_step(state, last_decided_s=10.0, now_s=11.0) is getattr(state, counts)
+
+
+# A bound of the time between tokens.
+
+BOUND_S = 0.05
+
+
+def steps_beside_answers(make_engine: Any, settings: Any, **values: Any) -> list[float]:
+    """Seconds of the steps in which answers went on while the prompts of the second half were computed."""
+    settings.put(**values)
+    engine = make_engine(max_num_seqs=32, step_tokens=2048, kv_blocks=4000)
+    engine.pace = lambda prefill_tokens, decoding: 0.01 + 0.0001 * prefill_tokens
+    dice = random.Random(5)
+    engine.add("answer", 10, out=4000, arrival_s=0.0)
+    # Prompts of all sizes, from which the time of a step is learned.
+    for number in range(100):
+        engine.add(f"first{number}", dice.randrange(20, 1500), out=4, arrival_s=0.1 * number)
+        engine.step()
+    while len(engine.finished_order) < 100:
+        engine.step()
+    begun = len(engine.schedules)
+    for number in range(10):
+        engine.add(f"second{number}", 1500, out=2, arrival_s=engine.now_s)
+    while len(engine.finished_order) < 110:
+        engine.step()
+    return [0.01 + 0.0001 * (sum(step.values()) - 1) for step in engine.schedules[begun:]]
+
+
+def test_with_a_bound_prompts_are_cut_so_that_answers_go_on_in_time(make_engine, settings):
+    free = steps_beside_answers(make_engine, settings, policy="sjf")
+    bounded = steps_beside_answers(make_engine, settings, policy="sjf", inter_token_s=BOUND_S)
+    assert max(free) > 2 * BOUND_S
+    assert max(bounded) < 1.1 * BOUND_S
+    # Nothing is lost to the bound but the fixed part of more steps.
+    assert sum(bounded) < 1.5 * sum(free)
+
+
+def test_other_orders_know_no_bound(make_engine, settings):
+    free = steps_beside_answers(make_engine, settings, policy="fcfs")
+    assert steps_beside_answers(make_engine, settings, policy="fcfs", inter_token_s=BOUND_S) == free

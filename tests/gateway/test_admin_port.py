@@ -76,7 +76,7 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     status, state = await get(served, "/v1/state")
     assert status == 200
     demand = {"held_since_s", "in_flight", "wait_s", "ttft_s", "prompt_tokens_per_s", "arrivals_per_s"}
-    assert set(state) == {"accepting", "held", "config", "engines", "totals", "pod"} | demand
+    assert set(state) == {"accepting", "held", "config", "engines", "totals", "splits", "pod"} | demand
     assert (state["held_since_s"], state["in_flight"], state["wait_s"]) == (None, 0, 0.0)
     assert state["ttft_s"] is None, "an answer in one piece has no first token"
     engine.script = always(SSE_HEAD + event("a") + SSE_END)
@@ -102,6 +102,7 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
         "in_flight": 0,
         "unanswered_prefill_tokens": 0,
         "signal_source": "agent",
+        "role": "",
     }
 
 
@@ -124,6 +125,11 @@ async def test_the_control_route_takes_the_token_and_nothing_else(make_engine, s
         ({"dispatch": {"policy": "robin"}}, [("dispatch.policy", "known: ")]),
         ({"dispatch": None}, [("dispatch", "got None")]),
         ({"dispatch": {"stickiness_s": -1}}, [("dispatch", "stickiness_s must be at least 0")]),
+        ({"dispatch": {"targets": {"ttft_s": 0}}}, [("dispatch.targets", "ttft_s must be greater than 0")]),
+        (
+            {"dispatch": {"targets": {"tffc": 1}}},
+            [("dispatch.targets.tffc", "answer_weight, inter_token_s, ttft_s")],
+        ),
         ({"dispatch": {"saturation_s": "much"}}, [("dispatch.saturation_s", "got 'much'")]),
         ({"dispatch": {"policy": "roundRobin"}, "request": {"policy": "sjff"}}, [("request.policy", "sjf")]),
         ({"engines": [{"name": "a"}]}, [("engines[0].url", "required")]),

@@ -217,6 +217,8 @@ FIELD = st.sampled_from(
         "policy",
         "stickiness_s",
         "saturation_s",
+        "targets",
+        "inter_token_s",
         "ageing_rate",
         "name",
         "url",

@@ -234,6 +234,7 @@ scheduling = section(
         stickiness=st.sampled_from(["0s", "100ms"]),
         staleAfter=st.sampled_from(["1ms", "2s"]),
         saturation=st.sampled_from(["1ms", "10s"]),
+        targets=section(ttft=st.sampled_from(["1ms", "2s"]), interToken=st.sampled_from(["1ms", "24h"])),
     ),
     expert=section(
         mode=st.sampled_from(["off", "observe", "dryRun", "active"]),

@@ -44,7 +44,7 @@ def refusal(document: object) -> list[str]:
 
 def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core() -> None:
     spec = parse_resource(MINIMAL).spec
-    assert request_settings(spec.scheduling.request) == RequestSettings()
+    assert request_settings(spec.scheduling) == RequestSettings()
     assert engine_settings(spec.scheduling.engine) == EngineSettings()
     assert expert_settings(spec.scheduling.expert) == ExpertSettings()
     assert spec.engine.replicas == 1
@@ -61,6 +61,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "fairnessHorizon": "3s", "outputWeight": 1.5,
     }  # fmt: skip
     engine = {"policy": "roundRobin", "stickiness": "0s", "staleAfter": "50ms", "saturation": "1.5s"}
+    engine["targets"] = {"ttft": "2s", "interToken": "40ms"}
     expert = {
         "mode": "active", "interval": 500, "window": 200, "moveBudget": 64, "maxStall": "20ms", "hysteresis": 0.25
     }  # fmt: skip
@@ -74,7 +75,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         max_stall_s=0.02,
         hysteresis=0.25,
     )
-    given_request = request_settings(spec.scheduling.request)
+    given_request = request_settings(spec.scheduling)
     given_engine = engine_settings(spec.scheduling.engine)
     assert given_request == RequestSettings(
         policy=RequestPolicy.PRIORITY,
@@ -82,6 +83,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         ageing_horizon_s=60,
         priority_step_s=0,
         fairness_horizon_s=3,
+        inter_token_s=0.04,
         output_weight=1.5,
     )
     assert asdict(given_engine) == {
@@ -89,6 +91,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "stickiness_s": 0.0,
         "stale_after_s": 0.05,
         "saturation_s": 1.5,
+        "targets": {"ttft_s": 2.0, "inter_token_s": 0.04, "answer_weight": 1.0},
     }
     for default, chosen in (
         (RequestSettings(), given_request),
@@ -116,6 +119,9 @@ def test_every_setting_of_the_core_can_be_set() -> None:
             "stickiness": st.sampled_from(["0s", "24h"]),
             "staleAfter": st.sampled_from(["1ms", "24h"]),
             "saturation": st.sampled_from(["1ms", "24h", None]),
+            "targets": st.fixed_dictionaries(
+                {name: st.sampled_from(["1ms", "24h", None]) for name in ("ttft", "interToken")}
+            ),
         }
     ),
     expert=st.fixed_dictionaries(
@@ -135,7 +141,7 @@ def test_what_the_resource_takes_the_core_takes(
     sections = {"request": request, "engine": engine, "expert": expert}
     scheduling = parse_resource(with_spec(scheduling=sections)).spec.scheduling
     assert expert_settings(scheduling.expert).mode == expert["mode"]
-    assert request_settings(scheduling.request).ageing_rate == request["ageingRate"]
+    assert request_settings(scheduling).ageing_rate == request["ageingRate"]
     assert engine_settings(scheduling.engine).policy == engine["policy"]
 
 

@@ -63,6 +63,14 @@ def test_without_a_transfer_requests_stay_whole():
     assert not choose([engine(A, decode=60), engine(B)], Job(8000), busy).is_pair
 
 
+@pytest.mark.parametrize("peers", [{}, {"a": "x"}, {"a": "x", "b": "y"}])
+def test_servers_that_are_no_peers_make_no_pair(peers):
+    busy = CONTEXT._replace(prefill_shares={"b": 0.9})
+    states = [engine(A, decode=60), engine(B)]
+    assert not choose(states, Job(8000), busy._replace(peers=peers)).is_pair
+    assert choose(states, Job(8000), busy._replace(peers={"a": "x", "b": "x"})).is_pair
+
+
 def test_a_slow_link_keeps_requests_whole():
     slow = CONTEXT._replace(prefill_shares={"b": 0.9}, transfer=KvTransfer(token_bytes=1e5, bytes_per_s=1e8))
     assert not choose([engine(A, decode=60), engine(B)], Job(8000), slow).is_pair

@@ -5,7 +5,13 @@ import math
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from moe_scheduling.request.prefill_budget import RankLoad, RooflineKnee, StepTimeCurve, plan_prefill_tokens
+from moe_scheduling.request.prefill_budget import (
+    LEAST_CHUNK_TOKENS,
+    RankLoad,
+    RooflineKnee,
+    StepTimeCurve,
+    plan_prefill_tokens,
+)
 
 IDLE = RankLoad()
 DECODING = RankLoad(decoding=10)
@@ -95,3 +101,53 @@ def test_more_that_wait_for_their_first_token_never_cut_more(ranks, curve, facto
 def test_a_curve_without_a_slope_or_a_decoding_time_is_no_error(value):
     curve = StepTimeCurve(value, value, (RooflineKnee(1000, value),))
     assert 1 <= plan_prefill_tokens([RankLoad(4000, 10, 1), DECODING], curve) <= 4000
+
+
+# A token takes 0.1 ms, a step of answers alone 100 ms.
+LINE = StepTimeCurve(token_s=0.0001, decode_only_s=0.1, knees=())
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks", "curve", "bound_s", "tokens"),
+    [
+        ("within the bound", [RankLoad(400, 10, 1)], LINE, 0.15, 400),
+        ("cut at the bound", [RankLoad(4000, 10, 1)], LINE, 0.15, 500),
+        ("nobody decodes", [RankLoad(4000, 0, 1)], LINE, 0.15, 4000),
+        ("another rank decodes", [RankLoad(4000, 0, 1), DECODING], LINE, 0.15, 500),
+        ("answers alone exceed it", [RankLoad(4000, 10, 1)], LINE, 0.05, LEAST_CHUNK_TOKENS),
+        ("a backlog below the least chunk", [RankLoad(20, 10, 1)], LINE, 0.05, 20),
+        ("nothing to prefill", [RankLoad(0, 10)], LINE, 0.05, 0),
+        ("the time is not known", [RankLoad(4000, 10, 1)], None, 0.05, 4000),
+        # Up to 900 prompt tokens are before the knee, where a step takes 190 ms; beyond it a token costs 0.2 ms.
+        ("beyond the knee", [RankLoad(4000, 100, 100)], CURVE, 0.21, 1000),
+        ("the knee is nearer than the bound", [RankLoad(4000, 100, 1)], CURVE, 0.21, 900),
+        ("ranks share the knee", [RankLoad(4000, 50, 50)] * 2, CURVE, 0.16, 500),
+    ],
+)
+def test_a_bound_of_the_step_cuts_a_backlog(case, ranks, curve, bound_s, tokens):
+    assert plan_prefill_tokens(ranks, curve, bound_s) == pytest.approx(tokens, abs=1), case
+
+
+def step_s(ranks: list[RankLoad], curve: StepTimeCurve, level: int) -> float:
+    """Seconds of a step, where each rank computes this many tokens of its backlog."""
+    decoding = sum(rank.decoding for rank in ranks)
+    tokens = sum(min(level, rank.prefill_tokens) for rank in ranks)
+    seconds = curve.decode_only_s + curve.token_s * level
+    for knee in curve.knees:
+        seconds += knee.token_s * (max(0, decoding + tokens - knee.tokens) - max(0, decoding - knee.tokens))
+    return seconds
+
+
+@given(groups, curves, st.floats(1e-6, 10))
+def test_a_bounded_step_keeps_the_bound_or_computes_the_least_chunk(ranks, curve, bound_s):
+    tokens = plan_prefill_tokens(ranks, curve, bound_s)
+    whole = plan_prefill_tokens(ranks, None)
+    assert min(whole, 1) <= tokens <= whole
+    if any(rank.decoding for rank in ranks) and tokens > LEAST_CHUNK_TOKENS:
+        assert step_s(ranks, curve, tokens) <= bound_s * (1 + 1e-6)
+
+
+@given(groups, curves, st.floats(1e-6, 10), st.floats(1, 10))
+def test_a_wider_bound_never_cuts_more_where_there_is_no_knee(ranks, curve, bound_s, factor):
+    line = curve._replace(knees=())
+    assert plan_prefill_tokens(ranks, line, bound_s) <= plan_prefill_tokens(ranks, line, bound_s * factor)

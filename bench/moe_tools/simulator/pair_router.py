@@ -22,6 +22,7 @@ from moe_scheduling.engine.choice import EngineSettings, Job, Refuse, Send, Send
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, choose_placement
 from moe_scheduling.engine.prefill_share import PrefillShares
+from moe_scheduling.fleet.measured_load import MeasuredLoad
 from moe_scheduling.fleet.roles import (
     RoleHistory,
     RoleObservation,
@@ -38,10 +39,6 @@ from moe_tools.simulator.workload import SimRequest, prompt_bytes
 
 # Between two decisions about roles, in seconds.
 ROLES_PERIOD_S = 1.0
-# Time constant of the measured rates and means, in seconds.
-_MEMORY_S = 30.0
-# Weight of one answer in the mean length of answers.
-_ANSWER_WEIGHT = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +120,7 @@ class PairGateway:
         self._roles = dict(settings.roles)
         self._shares = PrefillShares()
         self._met: set[tuple[str, str]] = set()
-        self._load = _MeasuredLoad()
+        self._load = MeasuredLoad()
         self._history = RoleHistory()
         self._roles_due_s = ROLES_PERIOD_S
 
@@ -218,7 +215,7 @@ class PairGateway:
         exchange = self._exchanges.pop(request)
         assert exchange.decode is not None
         self.dispatcher.settle(exchange.decode, now_s)
-        self._load.ended(request.output_tokens, now_s - request.arrival_s, now_s)
+        self._load.ended(request.output_tokens, now_s - request.arrival_s)
 
     def failed(self, request: SimRequest, now_s: float) -> None:
         exchange = self._exchanges[request]
@@ -297,43 +294,3 @@ def _mean_step_time(models: Sequence[StepTime | None]) -> StepTime | None:
         prefill_s=sum(model.prefill_s for model in known) / len(known),
         decode_s=sum(model.decode_s for model in known) / len(known),
     )
-
-
-@dataclass(slots=True)
-class _MeasuredLoad:
-    """Rate and mean sizes of the recent requests, and their mean time to the last token since the last change."""
-
-    answer_tokens: float = 128.0
-    _count: float = 0.0
-    _tokens: float = 0.0
-    _at_s: float = 0.0
-    _ended: int = 0
-    _ended_s: float = 0.0
-
-    def arrived(self, tokens: int, now_s: float) -> None:
-        kept = math.exp((self._at_s - now_s) / _MEMORY_S)
-        self._count, self._tokens, self._at_s = kept * self._count + 1.0, kept * self._tokens + tokens, now_s
-
-    def ended(self, answer_tokens: int, lasted_s: float, now_s: float) -> None:
-        self.answer_tokens += _ANSWER_WEIGHT * (answer_tokens - self.answer_tokens)
-        self._ended += 1
-        self._ended_s += lasted_s
-
-    def forget_measured(self) -> None:
-        """Begins the mean anew after a change."""
-        self._ended, self._ended_s = 0, 0.0
-
-    def requests_per_s(self, now_s: float) -> float:
-        """Arrivals a second; in the first seconds of a run the memory is as long as the run."""
-        memory_s = _MEMORY_S * (1.0 - math.exp(-max(now_s, 1.0) / _MEMORY_S))
-        return self._count * math.exp((self._at_s - now_s) / _MEMORY_S) / memory_s
-
-    @property
-    def prompt_tokens(self) -> float:
-        """Mean tokens of the recent prompts."""
-        return self._tokens / self._count if self._count else 0.0
-
-    @property
-    def measured_s(self) -> float | None:
-        """Mean time to the last token since the last change; None without an answer."""
-        return self._ended_s / self._ended if self._ended else None

@@ -36,6 +36,7 @@ from moe_gateway.engines.fleet import Engine, EngineFleet
 from moe_gateway.engines.group_rotation import GroupRotation
 from moe_gateway.engines.hold_queue import HELD, Held, HoldQueue, Rejection, Waiter
 from moe_gateway.engines.job_builder import JobBuilder
+from moe_gateway.engines.placements import make_placements
 from moe_gateway.engines.served_models import find_partial
 from moe_gateway.engines.target_states import InFlightRequest, TargetStates
 from moe_gateway.request.parsing import Parsed
@@ -63,6 +64,7 @@ class Dispatcher:
         models: names of the models that can be asked for; empty while none is known.
         stalled: targets that have an unanswered request and make no steps.
         partial_models: by a name that only some engines serve, the names of those engines.
+        placements: where requests may be split between two engines; None: each goes to one.
     """
 
     def __init__(self, config: GatewayConfig, *, first_turn: int = 0) -> None:
@@ -72,8 +74,7 @@ class Dispatcher:
         self.request_settings: RequestSettings = config.request
         self.hold_timeout_s = config.limits.hold_timeout_s
         self.decisions: Counter[str] = Counter()
-        self._configured_models = frozenset() if config.model is None else frozenset({config.model})
-        self.models = self._configured_models
+        self.models = self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.partial_models: Mapping[str, frozenset[str]] = {}
         self._fleet = EngineFleet()
         self._targets = TargetStates()
@@ -82,6 +83,7 @@ class Dispatcher:
         self._queue = HoldQueue(config.request, most_requests=config.limits.hold_requests)
         self._turn = first_turn
         self.stalled: frozenset[Target] = frozenset()
+        self.placements = make_placements(config.disaggregation, self)
         self.set_engines(config.engines)
 
     # Configuration.
@@ -94,8 +96,7 @@ class Dispatcher:
         gone = self._fleet.replace(addresses)
         self._targets.replace(self.engines.values(), gone)
         for engine in gone:
-            for target in engine.targets:
-                self._jobs.forget(target)
+            self._forget(engine)
         self._gather_models()
         self._gather_groups()
 
@@ -115,6 +116,7 @@ class Dispatcher:
     def set_policies(self, dispatch: EngineSettings, request: RequestSettings, now_s: float) -> None:
         """Other settings from now on; held requests are ordered anew."""
         self.settings, self.request_settings = dispatch, request
+        self.placements = self.placements or make_placements(None, self)
         self._queue.reorder(request)
         self.release_held(now_s)
 
@@ -145,9 +147,15 @@ class Dispatcher:
     def set_process(self, name: str, pid: int | None, identity: str = "") -> None:
         """The process that serves and the engine's identity; another process has nothing cached, and its own speed."""
         if (engine := self._fleet.set_process(name, pid, identity)) is not None:
-            for target in engine.targets:
-                self._targets.forget(target)
-                self._jobs.forget(target)
+            self._forget(engine)
+
+    def _forget(self, engine: Engine) -> None:
+        """Another engine process has taken its place, or none: nothing is cached there, and its speed is another."""
+        for target in engine.targets:
+            self._targets.forget(target)
+            self._jobs.forget(target)
+        if self.placements is not None:
+            self.placements.forget(engine.address.name)
 
     def set_models(self, name: str, rows: Mapping[str, Any], *, listed: bool = True) -> None:
         """What an engine lists of the models that it serves, by their names; `listed`: these are all of them."""
@@ -169,13 +177,9 @@ class Dispatcher:
         if not suspects:
             return False
         servers = {state.target.server for state in self.open_targets()}
-        is_alone = not any(self.engines[server].may_accept(now_s) for server in servers)
-        sole = {
-            server
-            for named in self.partial_models.values()
-            if not any(self.engines[server].may_accept(now_s) for server in named)
-            for server in named
-        }
+        is_alone = not self._fleet.any_may_accept(servers, now_s)
+        models = self.partial_models.values()
+        sole = {server for named in models if not self._fleet.any_may_accept(named, now_s) for server in named}
         for engine in suspects:
             is_last = is_alone or engine.address.name in sole
             accepting = engine.may_accept_alone(now_s) if is_last else engine.may_accept(now_s)
@@ -222,10 +226,7 @@ class Dispatcher:
     def _may_hold(self, waiter: Waiter, now_s: float) -> bool:
         """Whether a request that no target takes may wait: one that waits for a few engines would stop all others."""
         servers = self._servers_of(waiter.job)
-        if servers is None:
-            return True
-        known = (self.engines[server] for server in servers if server in self.engines)
-        if any(engine.may_accept(now_s + SHORT_PAUSE_S) for engine in known):
+        if servers is None or self._fleet.any_may_accept(servers, now_s + SHORT_PAUSE_S):
             return True
         return not any(state.accepting for state in self.open_targets() if state.target.server not in servers)
 
@@ -239,17 +240,21 @@ class Dispatcher:
         self._turn += 1
         servers = self._servers_of(job)
         if not computes:
-            states, settings = list(self.open_targets()), replace(self.settings, saturation_s=None)
-            states = states if servers is None else _at(servers, states)
+            settings, known = replace(self.settings, saturation_s=None), self.open_targets()
+            states = list(known) if servers is None else _at(servers, known)
             return choose_target(job, states, settings, turn=self._turn, now_s=now_s, exclude=tried)
-        if servers is not None:
-            return self._choose_among(servers, job, now_s, tried)
-        if not self.discovers:
+        placements = self.placements
+        if placements is None and servers is None and not self.discovers:
             return choose_target(job, self._targets.ordered, self.settings, turn=self._turn, now_s=now_s, exclude=tried)
 
         def choose_in(states: TargetList, turn: int) -> Decision:
-            return choose_target(job, states, self.settings, turn=turn, now_s=now_s, exclude=tried)
+            among = states if servers is None else _at(servers, states)
+            if placements is not None:
+                return placements.choose(job, among, turn, now_s, tried)
+            return choose_target(job, among, self.settings, turn=turn, now_s=now_s, exclude=tried)
 
+        if not self.discovers:
+            return choose_in(self._targets.ordered, self._turn)
         return self._groups.choose(choose_in, self._group_of(job.session_target))
 
     def _servers_of(self, job: Job) -> Set[str] | None:
@@ -271,16 +276,6 @@ class Dispatcher:
             return not self._jobs.responses.belongs_to(response_id, owner)
         return len(self.engines) > 1 and self._jobs.responses.find(response_id) is None
 
-    def _choose_among(self, servers: Set[str], job: Job, now_s: float, tried: Collection[Target]) -> Decision:
-        """The choice for a model that only these engines serve."""
-
-        def choose_in(states: TargetList, turn: int) -> Decision:
-            return choose_target(job, _at(servers, states), self.settings, turn=turn, now_s=now_s, exclude=tried)
-
-        if self.discovers:
-            return self._groups.choose(choose_in, self._group_of(job.session_target))
-        return choose_in(self._targets.ordered, self._turn)
-
     def _group_of(self, target: Target | None) -> str | None:
         engine = None if target is None else self.engines.get(target.server)
         return None if engine is None else engine.group
@@ -298,6 +293,10 @@ class Dispatcher:
         if (engine := self._fleet.begin_trial(request.target, request.key, now_s)) is not None:
             self._refresh(engine, now_s)
         return request
+
+    def reserve(self, target: Target, now_s: float) -> InFlightRequest:
+        """Counts a request as in flight at a target that will get it once its prompt is computed elsewhere."""
+        return self._targets.reserve(target, now_s)
 
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
         """The engine answers what it was asked; `is_first_token`: this came as soon as the first token.
@@ -392,6 +391,8 @@ class Dispatcher:
             self._refresh_and_release(engine, now_s)
         self._targets.recalibrate(now_s, self.settings.stale_after_s)
         self._eject_stalled(now_s)
+        if self.placements is not None:
+            self.placements.tick(now_s)
         self.release_held(now_s)
         for waiter in self._queue.expired(now_s):
             # The end of one can release another.

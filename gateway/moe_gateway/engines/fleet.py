@@ -10,7 +10,7 @@ trial: it gets one request at a time, until one is answered.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +158,11 @@ class EngineFleet:
             return None
         engine.models, engine.has_listed = frozenset(rows), engine.has_listed or listed
         return engine
+
+    def any_may_accept(self, names: Iterable[str], now_s: float) -> bool:
+        """Whether one of these engines may get new requests; names that are not known count for nothing."""
+        engines = self.engines
+        return any(engines[name].may_accept(now_s) for name in names if name in engines)
 
     def models(self) -> frozenset[str]:
         """The names of all models that any engine serves."""

@@ -111,6 +111,8 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
         # What else it serves is asked of the engine itself.
         dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)
     dispatcher.set_process(name, state.engine.pid, state.engine.identity)
+    if dispatcher.placements is not None:
+        dispatcher.placements.set_transfer(name, state.kv_transfer)
     dispatcher.set_ready(name, state.accepting and state.ready, now_s, draining=state.phase == "draining")
     for rank in state.ranks:
         dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)

@@ -30,6 +30,7 @@ class InFlightRequest:
         predicted_s: predicted seconds to its first token, `ttft_factor` included.
         ttft_factor: the calibration factor in that prediction.
         uncomputed_keys: keys of the blocks of its prompt that nobody had computed there before it.
+        is_measure: whether its time to the first token is compared with the prediction.
     """
 
     target: Target
@@ -38,6 +39,7 @@ class InFlightRequest:
     predicted_s: float
     ttft_factor: float = 1.0
     uncomputed_keys: Sequence[int] = ()
+    is_measure: bool = True
 
 
 # An engine that has an unanswered request and makes no step for this long hangs, or is as good as one that does. Steps
@@ -124,13 +126,21 @@ class TargetStates:
             ttft_factor=state.ttft_factor,
         )
 
+    def reserve(self, target: Target, now_s: float) -> InFlightRequest:
+        """Counts a request that will come to a target later, once its prompt is computed elsewhere."""
+        state = self.by_target[target]
+        self.sent += 1
+        state.sent(self.sent, 0, now_s)
+        state.first_token(self.sent, now_s)
+        return InFlightRequest(target=target, key=self.sent, sent_s=now_s, predicted_s=0.0)
+
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool) -> None:
         """The answer has begun; where its first byte shows the first token, the prediction is compared with it."""
         if (state := self.by_target.get(request.target)) is None:
             return
         state.first_token(request.key, now_s)
         self.note_progress(request.target, now_s)
-        if is_first_token:
+        if is_first_token and request.is_measure:
             measured_s = now_s - request.sent_s
             self.predictions.compare(request.target, request.predicted_s, measured_s)
             uncalibrated_s = request.predicted_s / request.ttft_factor

@@ -23,8 +23,8 @@ from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
 from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
-from moe_gateway.request.continued_exchange import make_exchange
 from moe_gateway.request.exchange import Exchange
+from moe_gateway.request.exchanges import make_exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
 from moe_gateway.request.reading import read_request

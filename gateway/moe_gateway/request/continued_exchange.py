@@ -15,7 +15,7 @@ from moe_scheduling.engine.choice import Send
 from moe_scheduling.signals import Target
 
 from moe_gateway.continuation.resend import is_limited
-from moe_gateway.continuation.stream import Continuation, StreamFailure, find_continuation
+from moe_gateway.continuation.stream import Continuation, StreamFailure
 from moe_gateway.continuation.ways import Way, shows_parser
 from moe_gateway.engines.same_model import SameModel, identify_model
 from moe_gateway.engines.target_states import STALL_S
@@ -31,17 +31,6 @@ from moe_gateway.request.parsing import Parsed
 NOT_CONTINUED = "none"
 
 log = logging.getLogger("moeserving.gateway")
-
-
-def make_exchange(
-    request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, context: ExchangeContext
-) -> Exchange:
-    """The exchange of a request."""
-    if (settings := context.continuation) is not None:
-        found = find_continuation(request, route, parsed, settings)
-        if found is not None:
-            return ContinuedExchange(request, route, parsed, client, context, found)
-    return Exchange(request, route, parsed, client, context)
 
 
 class ContinuedExchange(Exchange):

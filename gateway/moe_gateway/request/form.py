@@ -9,7 +9,8 @@ import struct
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from moe_gateway.request.parsing import BadBody, Parsed
+from moe_gateway.request.parsing import BadBody, Parsed, refuse_transfer
+from moe_gateway.request.unusual_fields import find_form_transfer_field
 
 # Whisper makes 1,500 positions of 30 seconds.
 TOKENS_PER_S = 50
@@ -69,9 +70,10 @@ def parse_form(headers: bytes, body: bytes) -> Parsed:
         body: the whole body.
 
     Raises:
-        BadBody: it is not a form.
+        BadBody: it is not a form, or has a field that the gateway alone may set.
     """
     fields = _read_fields(_read_boundary(headers), body)
+    refuse_transfer(find_form_transfer_field(fields.values))
     model = fields.values.get("model", b"").decode("utf-8", "replace")
     stream = fields.values.get("stream", b"").strip().lower() in (b"true", b"1", b"yes", b"on")
     seconds = 0.0 if fields.file_bytes is None else audio_s(fields.file_head, fields.file_bytes)

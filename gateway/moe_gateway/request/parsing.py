@@ -11,6 +11,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
 from moe_gateway.request.messages_body import read_as_chat, read_session
 from moe_gateway.request.pooling_body import read_decision, read_embedded, read_scored
+from moe_gateway.request.unusual_fields import UNUSUAL, find_transfer_field, stays_whole
 
 # More of a prompt, some 500,000 tokens, is in no index: to remember it would take longer than it can save.
 MOST_KEYED_BYTES = 2 * 1024 * 1024
@@ -43,6 +44,7 @@ class Parsed(NamedTuple):
         keys: of the blocks of the prompt, where they are computed already.
         background: whether a response is to be computed after its answer (`/v1/responses`).
         names_itself: whether the client chose the id of a response (`/v1/responses`).
+        stays_whole: whether its fields keep it from being split between two engines.
     """
 
     model: str | None
@@ -57,6 +59,7 @@ class Parsed(NamedTuple):
     keys: tuple[int, ...] | None = None
     background: bool = False
     names_itself: bool = False
+    stays_whole: bool = False
 
 
 def parse_body(route: Route, body: bytes) -> Parsed:
@@ -86,10 +89,27 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     if type(stream) is not bool:
         stream = read_flag(stream)
     user = read_session(document) if route is _MESSAGES else document.get("user")
-    prompt, prompt_tokens, media = read_prompt(route, document)
+    prompt, prompt_tokens, media, is_several = read_prompt(route, document)
     session = user if type(user) is str and user else None
     parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
+    if is_several or not UNUSUAL.isdisjoint(document):
+        parsed = _read_unusual_fields(parsed, route, document, is_several=is_several)
     return _read_response_fields(parsed, document) if route is _RESPONSES else parsed
+
+
+def refuse_transfer(field: str | None) -> None:
+    """Refuses a field by which a client would steer a transfer between engines.
+
+    Raises:
+        BadBody: there is one.
+    """
+    if field is not None:
+        raise BadBody(f"{field} is set by the gateway alone; leave it out", field)
+
+
+def _read_unusual_fields(parsed: Parsed, route: Route, document: dict[str, Any], *, is_several: bool) -> Parsed:
+    refuse_transfer(find_transfer_field(document))
+    return parsed._replace(stays_whole=is_several or stays_whole(route, document))
 
 
 def _read_response_fields(parsed: Parsed, document: dict[str, Any]) -> Parsed:
@@ -122,11 +142,13 @@ class Prompt(NamedTuple):
         text: its texts as bytes, about as a chat template renders them.
         tokens: its exact tokens where they are given as ids, else None.
         media: how many images, audio and video parts it has, by kind.
+        is_several: whether it is several prompts, or none.
     """
 
     text: bytes
     tokens: int | None = None
     media: Mapping[str, int] = _NO_MEDIA
+    is_several: bool = False
 
 
 def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
@@ -200,8 +222,10 @@ def _read_input(value: object) -> Prompt:
         if type(value[0]) is int:
             return Prompt(dump_text(value), len(value))
         if type(value[0]) is list:
-            return Prompt(dump_text(value), sum(len(ids) for ids in value if type(ids) is list))
-    return _read_texts(value)
+            ids = sum(len(ids) for ids in value if type(ids) is list)
+            return Prompt(dump_text(value), ids, is_several=len(value) > 1)
+    texts = _read_texts(value)
+    return texts._replace(is_several=True) if type(value) is list and len(value) != 1 else texts
 
 
 # Fields of messages, content parts, tool calls and items of `/v1/responses` that chat templates render, the last first.

@@ -52,7 +52,12 @@ class PrefillPlan:
         """Plans by `settings` from now on; all switches are off under another policy than `sjf`."""
         if settings.policy is not RequestPolicy.SJF:
             settings = replace(
-                settings, yield_prefills=False, cut_prefills=False, defer_scheduling=False, kv_growth_blocks=0
+                settings,
+                yield_prefills=False,
+                cut_prefills=False,
+                defer_scheduling=False,
+                kv_growth_blocks=0,
+                inter_token_s=None,
             )
         self._settings = settings
 
@@ -71,7 +76,7 @@ class PrefillPlan:
         ready = self._ready()
         if self.group is not None:
             self._plan_group(self.group, ready, curve, now_s)
-        elif self._settings.cut_prefills and curve is not None and curve.knees:
+        elif self._settings.cut_prefills and curve is not None and (curve.knees or self._settings.inter_token_s):
             self._bound([self._load(ready)], curve)
         if self._settings.yield_prefills and partial and scheduler.waiting:
             self._yield_to_waiting(ready)
@@ -95,7 +100,7 @@ class PrefillPlan:
 
     def _bound(self, loads: list[RankLoad], curve: StepTimeCurve | None) -> int:
         """Returns the planned level and makes it the bound of this step. The rank's own load comes first."""
-        level = plan_prefill_tokens(loads, curve if self._settings.cut_prefills else None)
+        level = plan_prefill_tokens(loads, curve if self._settings.cut_prefills else None, self._settings.inter_token_s)
         # The level comes from estimates: where cutting is off it must not bound the step.
         if loads[0].decoding and self._settings.cut_prefills:
             self._left = level

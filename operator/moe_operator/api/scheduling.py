@@ -1,5 +1,6 @@
 """Section `spec.scheduling`: the settings of the three layers, generated from the dataclasses of the decisions."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from moe_scheduling.engine.choice import EngineSettings
@@ -37,9 +38,10 @@ class Scheduling(Section):
     expert: ExpertScheduling = ExpertScheduling()
 
 
-def request_settings(section: RequestScheduling) -> RequestSettings:
-    """The settings of the order of requests."""
-    return read_settings(section, RequestSettings)
+def request_settings(scheduling: Scheduling) -> RequestSettings:
+    """The settings of the order of requests; the bound between tokens holds in each engine, too."""
+    settings = read_settings(scheduling.request, RequestSettings)
+    return replace(settings, inter_token_s=engine_settings(scheduling.engine).targets.inter_token_s)
 
 
 def engine_settings(section: EngineScheduling) -> EngineSettings:

@@ -5,6 +5,7 @@ without the suffix of its unit, seconds as a duration (`500ms`), bounds, default
 """
 
 from dataclasses import Field as DataclassField
+from dataclasses import is_dataclass
 from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -31,6 +32,9 @@ def read_settings(section: Section, settings: type[Settings]) -> Settings:
     values = {}
     for row, _ in declared_settings(settings):
         value = getattr(section, _name(row))
+        if is_dataclass(row.type):
+            values[row.name] = read_settings(value, row.type)
+            continue
         values[row.name] = duration_s(value) if row.name.endswith(_SECONDS) and value is not None else value
     return settings(**values)
 
@@ -43,6 +47,9 @@ def _name(row: "DataclassField[Any]") -> str:
 def _field(row: "DataclassField[Any]", declared: Setting) -> tuple[Any, Any]:
     """Annotation and default for pydantic."""
     default: Any = row.default
+    if is_dataclass(row.type):
+        section = settings_section(row.type)
+        return section, Field(default=section(), description=declared.meaning)
     if row.name.endswith(_SECONDS):
         kind = _optional(row, Annotated[str, _duration(declared)])
         default = None if default is None else render_duration(default)

@@ -1,7 +1,9 @@
 """A deployment as a table. Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+from moe_contract.gateway_state import SplitTotals, TargetReport
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -65,7 +67,20 @@ def render_traffic(seen: Observation, throughput: Throughput | None) -> str:
     totals = seen.gateway.totals
     counts = f"{totals.requests} ended, {totals.failed} failed, {totals.retried} retried"
     flying = sum(engine.in_flight for engine in seen.gateway.engines)
-    return f"requests: {_render_pace(throughput)}{flying} in flight, {seen.gateway.held} held, {counts}"
+    line = f"requests: {_render_pace(throughput)}{flying} in flight, {seen.gateway.held} held, {counts}"
+    return (
+        line if seen.gateway.splits is None else f"{line}\n{_render_splits(seen.gateway.splits, seen.gateway.engines)}"
+    )
+
+
+def _render_splits(splits: SplitTotals, engines: Sequence[TargetReport]) -> str:
+    """`prefill and decode apart: 12 transfers, 1 fall-backs (decode_error 1), 0 role changes, 1 prefill and …`."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(splits.fall_backs.items()))
+    roles = Counter({row.name: row.role for row in engines if row.role}.values())
+    counts = " and ".join(f"{count} {role}" for role, count in sorted(roles.items())) or "no engine takes part"
+    fall_backs = f"{sum(splits.fall_backs.values())} fall-backs{f' ({reasons})' if reasons else ''}"
+    changes = sum(splits.role_changes.values())
+    return f"prefill and decode apart: {splits.transfers} transfers, {fall_backs}, {changes} role changes, {counts}"
 
 
 def _render_pace(throughput: Throughput | None) -> str:

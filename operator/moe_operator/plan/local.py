@@ -136,7 +136,7 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConf
         listen=Listen(host=site.host, port=agent_port),
         token_file=site.token_file,
         engine=build_engine(resource, host=site.host, port=engine_port, share=_share(resource, site, index)),
-        request=request_settings(resource.spec.scheduling.request),
+        request=request_settings(resource.spec.scheduling),
         expert=expert_settings(resource.spec.scheduling.expert),
     )
 
@@ -151,7 +151,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         token_file=site.token_file,
         engines=tuple(_build_address(agent) for agent in agents),
         dispatch=engine_settings(resource.spec.scheduling.engine),
-        request=request_settings(resource.spec.scheduling.request),
+        request=request_settings(resource.spec.scheduling),
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +328,7 @@ def build_request_file(resource: MoEServing) -> str:
 def build_agent_settings(resource: MoEServing) -> dict[str, Any]:
     """Settings for agents that run. Those of experts only where there is a group; others keep their defaults."""
     scheduling = resource.spec.scheduling
-    settings = {"request": as_json(request_settings(scheduling.request))}
+    settings = {"request": as_json(request_settings(scheduling))}
     if resource.spec.engine.parallelism.expert:
         settings["expert"] = as_json(expert_settings(scheduling.expert))
     return settings
@@ -338,7 +338,7 @@ def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
     """What gateways lay over their file at the start."""
     settings = {
         "dispatch": as_json(engine_settings(resource.spec.scheduling.engine)),
-        "request": as_json(request_settings(resource.spec.scheduling.request)),
+        "request": as_json(request_settings(resource.spec.scheduling)),
         "groups": [group.model_dump(mode="json") for group in groups],
     }
     return json.dumps(settings, sort_keys=True)
@@ -346,7 +346,7 @@ def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
 
 def as_json(settings: Any) -> dict[str, Any]:
     """A settings object of the core as JSON values."""
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    return asdict(settings)
 
 
 def _dump(config: AgentConfig | GatewayConfig) -> str:

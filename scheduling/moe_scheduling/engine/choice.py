@@ -16,6 +16,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
+from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.engine.target_list import LARGE_FLEET, TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import DEFAULT_STEP_TIME
@@ -66,6 +67,12 @@ class EngineSettings:
         above=0,
     )
 
+    targets: LatencyTargets = setting(
+        LatencyTargets(),
+        "Bounds that the choice keeps under `predicted`, where an engine can keep them, in place of the least "
+        "predicted time to first token; sessions then stay at their engine as far as it holds their prefix.",
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -84,6 +91,7 @@ class Job(NamedTuple):
         model: name that the request asks for; None: any. The caller gives `choose_target` only targets that serve it.
         server: the only server that can answer it, because it continues a response kept there; None: any.
         servers: the only servers that may get it, as the only ones that its proxy reaches; None: any.
+        splits: whether one server may compute its prompt and another one its answer.
     """
 
     prompt_tokens: int
@@ -94,6 +102,7 @@ class Job(NamedTuple):
     model: str | None = None
     server: str | None = None
     servers: Set[str] | None = None
+    splits: bool = False
 
     def uncached_tokens(self, target: Target) -> int:
         """Returns the tokens that the target has to compute: at least 1, the last token of a prompt, in any case."""
@@ -111,8 +120,10 @@ class Job(NamedTuple):
 class SendReason(StrEnum):
     """Why a target was chosen; a metric label."""
 
+    DECODE = "decode"
     LEAST_PREDICTED = "least_predicted"
     LEAST_REQUESTS = "least_requests"
+    PREFILL = "prefill"
     SESSION = "session"
     TURN = "turn"
 
@@ -133,11 +144,15 @@ class RefuseReason(StrEnum):
 
 
 class Send(NamedTuple):
-    """Send the request to this target; its first token is predicted in `predicted_s` seconds."""
+    """Send the request to this target; its first token is predicted in `predicted_s` seconds.
+
+    With `prefill`, another target computes its prompt before, as that says.
+    """
 
     target: Target
     predicted_s: float
     reason: SendReason
+    prefill: "Send | None" = None
 
 
 @dataclass(frozen=True, slots=True)

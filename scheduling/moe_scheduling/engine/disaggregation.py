@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moe_scheduling.settings import check_settings, setting
+
 
 class EngineRole(StrEnum):
     """The part of a request that an engine is preferred for."""
@@ -70,14 +72,26 @@ class LatencyTargets:
         ValueError: a bound is not greater than 0 and finite, or the weight is negative or not finite.
     """
 
-    ttft_s: float | None = None
-    inter_token_s: float | None = None
+    ttft_s: float | None = setting(
+        None,
+        "Bound of the time to the first token. A request goes where it is kept, at the least cost for all others.",
+        above=0,
+    )
+    inter_token_s: float | None = setting(
+        None,
+        "Bound of the time between two tokens of an answer while prompts are computed. A request goes where it is "
+        "kept for all answers, and of those to the least time to the first token; engines under `sjf` cut prompts so "
+        "that their steps keep it.",
+        above=0,
+    )
     answer_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("ttft_s", "inter_token_s"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be greater than 0 and finite, or absent")
+        check_settings(self)
         if not 0.0 <= self.answer_weight < math.inf:
             raise ValueError("answer_weight must be at least 0 and finite")
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether there is a bound at all."""
+        return self.ttft_s is not None or self.inter_token_s is not None

@@ -92,6 +92,8 @@ class PairContext(NamedTuple):
         met: pairs of servers, prefill first, that have had contact.
         answer_tokens: mean length of the answers.
         stale_after_s: age from which a signal is ignored.
+        peers: by server, a text that is equal for servers between which KV blocks can travel; a server that is absent
+            takes part in no pair. None: they can travel between any two.
     """
 
     targets: LatencyTargets = LatencyTargets()
@@ -101,6 +103,11 @@ class PairContext(NamedTuple):
     met: Collection[tuple[str, str]] = ()
     answer_tokens: float = 128.0
     stale_after_s: float = 2.0
+    peers: Mapping[str, str] | None = None
+
+    def can_pair(self, prefill: str, decode: str) -> bool:
+        """Returns whether KV blocks can travel between two servers."""
+        return prefill != decode and (self.peers is None or self.peers.get(prefill) == self.peers.get(decode))
 
 
 class _Side(NamedTuple):
@@ -246,8 +253,9 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
     transfer, weight = context.transfer, context.targets.answer_weight
     if transfer is None:
         return []
-    prefill = [side for side in sides if side.role is not EngineRole.DECODE]
-    decode = [side for side in sides if side.role is not EngineRole.PREFILL]
+    able = [side for side in sides if context.peers is None or side.target.server in context.peers]
+    prefill = [side for side in able if side.role is not EngineRole.DECODE]
+    decode = [side for side in able if side.role is not EngineRole.PREFILL]
     bound_s = context.targets.inter_token_s
 
     def prefill_cost(side: _Side) -> tuple[float, float]:
@@ -263,7 +271,7 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
         _pair(job, one, other, transfer, context)
         for other in _nearest(decode, decode_cost)
         for one in nearest_prefill
-        if one.target.server != other.target.server
+        if context.can_pair(one.target.server, other.target.server)
     ]
 
 
@@ -316,7 +324,7 @@ def _overrun(value_s: float, bound_s: float | None) -> float:
 
 
 def _reason(targets: LatencyTargets, prediction: LatencyPrediction) -> PlacementReason:
-    if targets.ttft_s is None and targets.inter_token_s is None:
+    if not targets.has_bounds:
         return PlacementReason.LEAST_COST
     overrun = _overrun(prediction.longest_step_s, targets.inter_token_s) + _overrun(prediction.ttft_s, targets.ttft_s)
     return PlacementReason.LEAST_OVERRUN if overrun else PlacementReason.WITHIN_BOUNDS

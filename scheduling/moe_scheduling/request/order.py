@@ -46,8 +46,10 @@ class RequestSettings:
             of the running one, and not at its begin (`deferred_scheduling.py`).
         kv_growth_blocks: KV blocks that stay free for each running request when another is admitted, so that running
             requests can grow without a preemption. 0: none, as in vLLM.
+        inter_token_s: longest step of an engine while requests decode (seconds): prompts are cut so that the step is
+            predicted to keep it. None: no bound. A resource says it as `scheduling.engine.targets.interToken`.
 
-    These four are switches for ablations and calibration; the others are declared below, with their meaning.
+    The first four are switches for ablations and calibration; the others are declared below, with their meaning.
 
     Raises:
         ValueError: a value is out of its range or not finite.
@@ -91,11 +93,14 @@ class RequestSettings:
     cut_prefills: bool = True
     defer_scheduling: bool = True
     kv_growth_blocks: int = 1
+    inter_token_s: float | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
         if not 0 <= self.kv_growth_blocks <= LARGEST_EXACT:
             raise ValueError("kv_growth_blocks must be at least 0")
+        if self.inter_token_s is not None and not 0.0 < self.inter_token_s < math.inf:
+            raise ValueError("inter_token_s must be greater than 0 and finite")
 
     @property
     def is_fair(self) -> bool:

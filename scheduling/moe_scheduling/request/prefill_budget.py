@@ -3,13 +3,15 @@
 Called by the scheduler of each rank before each step, on a rank without a group too. All ranks of an expert-parallel
 group end a step together. Up to some number of tokens a step takes as long as reading the weights; beyond that number,
 the roofline knee, computing decides and each further token costs more. So a backlog of prompt tokens may be cut at the
-knee, and its rest goes into the next steps.
+knee, and its rest goes into the next steps. A bound of the time between tokens cuts it further: no step with answers
+is planned to last longer.
 
-Invariants: a backlog is never cut to nothing; equal arguments in any order give equal plans, so all ranks that see the
-same loads make the same plan.
+Invariants: a backlog is never cut to nothing, and by a bound to no less than `LEAST_CHUNK_TOKENS`; equal arguments in
+any order give equal plans, so all ranks that see the same loads make the same plan.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from math import fsum
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from typing import NamedTuple
 # Seconds of TPOT that one second of TTFT is worth, summed over the requests, when a backlog is cut. How it was chosen:
 # docs/adr/0011-prefills-of-a-lockstep-group.md.
 TTFT_WEIGHT = 40.0
+# Prompt tokens that a step computes though it exceeds the bound, so that prompts go on where answers alone take longer.
+LEAST_CHUNK_TOKENS = 128
 # Relative difference up to which two costs count as equal.
 _ROUNDING = 1e-9
 
@@ -61,7 +65,7 @@ class StepTimeCurve(NamedTuple):
     knees: tuple[RooflineKnee, ...]
 
 
-def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) -> int:
+def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None, bound_s: float | None = None) -> int:
     """Returns the most prompt tokens that each rank may compute in the next step; 0 only where no rank has any.
 
     Without a knee it is the largest backlog, so nothing is cut. With knees, the part of that backlog that minimises the
@@ -75,11 +79,17 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) 
     Args:
         ranks: the loads of all ranks of the group, the caller's own among them; unknown ranks are left out.
         curve: the fitted step time; None until it is known, or where nothing is to be cut.
+        bound_s: longest step while requests decode (seconds); None: no bound.
     """
     backlogs = sorted(rank.prefill_tokens for rank in ranks)
     most = backlogs[-1] if backlogs else 0
     decoding = sum(rank.decoding for rank in ranks)
-    if curve is None or not curve.knees or not decoding:
+    if curve is None or not decoding:
+        return most
+    if bound_s is not None:
+        most = _most_within(bound_s, backlogs, decoding, curve)
+        backlogs = [min(backlog, most) for backlog in backlogs]
+    if not curve.knees:
         return most
     waiting = TTFT_WEIGHT * sum(rank.prefilling for rank in ranks)
     best, best_cost = most, math.inf
@@ -92,6 +102,22 @@ def plan_prefill_tokens(ranks: Sequence[RankLoad], curve: StepTimeCurve | None) 
         if cost < best_cost * (1.0 - _ROUNDING):
             best, best_cost = candidate, cost
     return best
+
+
+def _most_within(bound_s: float, backlogs: Sequence[int], decoding: int, curve: StepTimeCurve) -> int:
+    """Returns the most prompt tokens of a rank with which a step lasts no longer than the bound.
+
+    At least `LEAST_CHUNK_TOKENS`, or the largest backlog where that is less. The time of a step rises with the tokens,
+    so that number is found by bisection.
+    """
+    most = backlogs[-1]
+    before_s = curve.decode_only_s - _beyond_knees_s(curve, decoding)
+
+    def exceeds(level: int) -> bool:
+        tokens = sum(min(level, backlog) for backlog in backlogs)
+        return before_s + curve.token_s * level + _beyond_knees_s(curve, decoding + tokens) > bound_s
+
+    return max(min(most, LEAST_CHUNK_TOKENS), bisect_left(range(1, most + 1), True, key=exceeds))
 
 
 def _candidates(backlogs: Sequence[int], totals: Sequence[int]) -> Iterator[int]:

@@ -30,6 +30,7 @@ from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.document import Document, PublishedExperts, shape_of
 from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
+from moe_agent.shared_memory.transfer_record import TransferRecords
 from moe_agent.supervisor.supervisor import EngineSupervisor
 
 # Twice the size of a placement of a hundred layers over a thousand slots.
@@ -41,7 +42,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class AgentServer:
     """Routes over the agent's parts; holds no state but the broadcaster of the watched stream.
 
-    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
+    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank;
+    `transfers` where the engine exchanges no KV blocks.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class AgentServer:
         control: SettingsPublisher,
         experts: PublishedExperts | None,
         changed: asyncio.Event,
+        transfers: TransferRecords | None = None,
     ) -> None:
+        self._transfers = transfers
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._identity = identify_engine(config.engine)
@@ -90,6 +94,7 @@ class AgentServer:
             time.monotonic(),
             self._pod,
             self._identity,
+            None if self._transfers is None else self._transfers.read(),
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:
@@ -116,7 +121,8 @@ class AgentServer:
         return write_agent_state(self.snapshot())
 
     def _snapshot_version(self) -> tuple[int, ...]:
-        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions())
+        transfers = () if self._transfers is None else self._transfers.versions()
+        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions(), *transfers)
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

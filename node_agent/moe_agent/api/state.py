@@ -1,6 +1,7 @@
 """The agent's state document, built from the supervisor, the ranks' records and the settings in force. Pure."""
 
 from moe_contract.agent_state import AgentSettingsInForce, AgentState, EngineProcess, RankReport
+from moe_contract.kv_transfer import KvTransferState
 from moe_contract.pod_identity import PodIdentity
 
 from moe_agent.shared_memory.control_record import Control
@@ -17,6 +18,7 @@ def build_state(
     now_s: float,
     pod: PodIdentity,
     identity: str = "",
+    kv_transfer: KvTransferState | None = None,
 ) -> AgentState:
     """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine, `identity` that of the engine."""
     ready = supervisor.phase is Phase.READY
@@ -39,6 +41,7 @@ def build_state(
             for rank, state in sorted(ranks.items())
         ),
         pod=pod,
+        kv_transfer=kv_transfer,
     )
 
 

@@ -77,7 +77,7 @@ def plan_change(present: MoEServing, assignments: Sequence[str], folder: Folder,
 
 def is_live(present: LocalPlan, wanted: MoEServing, folder: Folder, record: Record) -> bool:
     """Whether processes that run can take the change: nothing but the policies of their configuration differs."""
-    if wanted.spec.engine.replicas != len(present.agents):
+    if wanted.spec.engine.count != len(present.agents):
         return False
     plan = plan_for(wanted, folder, record)
     kept = {"request": present.agents[0].request, "expert": present.agents[0].expert}

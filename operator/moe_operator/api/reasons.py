@@ -81,3 +81,11 @@ class Reason(StrEnum):
     OFF = "Off"
     NOT_RECORDED = "NotRecorded"
     NO_EXPERT_GROUP = "NoExpertGroup"
+
+    # Disaggregated.
+    TRANSFERRING = "Transferring"
+    NO_TRANSFERS = "NoTransfers"
+    NO_PEERS = "NoPeers"
+    PEERS_DIFFER = "PeersDiffer"
+    TRANSFERS_FAILING = "TransfersFailing"
+    CONNECTOR_MISSING = "ConnectorMissing"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_agent.api.metrics import AgentCollector
 from moe_agent.shared_memory.transfer_record import (
     TransferRecord,
     TransferRecords,
@@ -24,9 +25,13 @@ from moe_agent.supervisor.node import build_node
 from moe_agent.supervisor.supervisor import EngineSupervisor, Phase
 from moe_agent.vllm.transfers import TransferMeter, count_token_bytes, count_transfers
 from moe_contract.agent_config import EngineConfig
+from moe_contract.agent_state import AgentSettingsInForce, AgentState
 from moe_contract.engine_process import KV_TRANSFER_OPTION, KV_TRANSFER_VARIABLE, NO_CONNECTOR, POD_IP_VARIABLE
 from moe_contract.kv_transfer import KvTransferConfig, KvTransferState
 from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.request.order import RequestSettings
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
 
 TRANSFER = KvTransferConfig(port=15600, role=EngineRole.PREFILL, lease_s=12.4)
 
@@ -266,3 +271,22 @@ def test_the_progress_thread_of_nixl_pauses():
     assert config.pthrDelay == PROGRESS_PAUSE_US
     config.pthrDelay = 7
     assert config.pthrDelay == 7
+
+
+def test_metrics_have_the_transfers_of_an_engine_that_takes_part():
+    transfer = KvTransferState(role=EngineRole.DECODE, transfers=7, failed=2, bytes_per_s=5.0)
+
+    def scraped(state: AgentState) -> str:
+        registry = CollectorRegistry()
+        registry.register(AgentCollector(lambda: state, lambda: None))
+        return generate_latest(registry).decode()
+
+    settings = AgentSettingsInForce(request=RequestSettings())
+    text = scraped(AgentState(name="e0", phase="ready", config=settings, kv_transfer=transfer))
+    for row in (
+        'moeserving_engine_kv_transfers_total{engine="e0",role="decode"} 7.0',
+        'moeserving_engine_kv_transfers_failed_total{engine="e0",role="decode"} 2.0',
+        'moeserving_engine_kv_transfer_bytes_per_second{engine="e0"} 5.0',
+    ):
+        assert row in text.splitlines()
+    assert "kv_transfer" not in scraped(AgentState(name="e0", phase="ready", config=settings))

@@ -1,19 +1,27 @@
 """Prefill and decode apart: what the field `engine.roles` may say, and what is planned for it."""
 
 import json
+from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.agent_state import read_agent_state
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, parse_resource
+from moe_operator.cli.table import render_engines
 from moe_operator.local import machine
+from moe_operator.local.change import is_live
+from moe_operator.local.report import Failed, build_status, judge_start
 from moe_operator.plan import ClusterPlan, Defaults, LocalPlan, Observed, plan_cluster, plan_local, ports_needed
 from moe_operator.plan.names import CONFIG, ROLE
 from moe_operator.plan.revision import build_revision
 from moe_operator.plan.roles import share_replicas
 from moe_scheduling.engine.disaggregation import EngineRole
+from rich.console import Console
+from test_local_decisions import NOW, agent, seen
 from test_plan import site
 
 PREFILL, DECODE = EngineRole.PREFILL, EngineRole.DECODE
@@ -63,8 +71,9 @@ def config_of(workload: Document) -> Document:
         (FIXED, {"canary": {"weight": 5}}, {}, "spec.engine.canary", "mode auto"),
         (FIXED, {}, {"autoscaling": {"targets": {"kvUsage": 0.8}}}, "spec.autoscaling", "mode auto"),
         ({"mode": "auto"}, {"parallelism": {"data": 4, "nodes": 2}}, {}, "spec.engine.parallelism.nodes", "unified"),
-        ({"mode": "auto"}, {"args": ["--kv-transfer-config={}"]}, {}, "spec.engine.args", "set by roles"),
-        (FIXED, {"args": ["-x", "--kv_transfer_config.kv_role=kv_both"]}, {}, "spec.engine.args", "set by roles"),
+        ({"mode": "auto"}, {"args": ["--kv-transfer-config={}"]}, {}, "spec.engine.args", "beside roles"),
+        ({"mode": "auto"}, {"args": ["--kv_offloading-size=4"]}, {}, "spec.engine.args", "beside roles"),
+        (FIXED, {"args": ["-x", "--kv_transfer_config.kv_role=kv_both"]}, {}, "spec.engine.args", "beside roles"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_path(roles, engine, spec, path, words):
@@ -194,6 +203,28 @@ def test_one_machine_without_roles_is_as_before():
     assert [agent.engine.kv_transfer for agent in planned.agents] == [None, None]
     assert planned.gateway.disaggregation is None
     assert ports_needed(resource(None, {"replicas": 2})) == 6
+
+
+def test_an_engine_that_is_never_started_ends_the_wait_for_a_start():
+    transfer = {"role": "prefill"}
+    state = {"phase": "backoff", "engine": {"last_exit": "no connector"}, "kv_transfer": transfer}
+    stuck = read_agent_state(json.dumps(state).encode())
+    found = judge_start(seen(agent(), stuck))
+    assert isinstance(found, Failed)
+    assert found.reason == "no connector"
+    rows = build_status(seen(agent(), stuck), NOW).engines
+    assert [(row.role, row.transfers) for row in rows] == [(None, None), (PREFILL, 0)]
+    table = Console(file=StringIO(), width=200)
+    table.print(render_engines(rows))
+    assert "prefill" in table.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_roles_cannot_change_while_a_deployment_runs():
+    before = resource(None, {"runtime": "vllm-cpu", "replicas": 3})
+    machine_before = site(gpus=(), ports=tuple(range(20000, 20000 + ports_needed(before))))
+    record: Any = SimpleNamespace(site=SimpleNamespace(ports=machine_before.ports))
+    after = resource(FIXED, {"runtime": "vllm-cpu"})
+    assert not is_live(plan_local(before, machine_before), after, None, record)  # type: ignore[arg-type]
 
 
 def test_the_ports_of_the_ranks_of_engines_are_apart():

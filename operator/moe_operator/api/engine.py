@@ -141,6 +141,8 @@ Argument = Annotated[
     ),
     AfterValidator(_check_argument),
 ]
+# Options by which a person would set vLLM's KV connector; the second silently takes the place of the first.
+_CONNECTOR_OPTIONS = (KV_TRANSFER_OPTION, "--kv-offloading-")
 ENV_NAME_PATTERN = "^[A-Za-z_][A-Za-z0-9_]*$"
 OWNED_ENV = RUN_DIR_VARIABLE
 
@@ -225,9 +227,10 @@ class Engine(Section):
         ),
         Rule(
             field="args",
-            message=f"{KV_TRANSFER_OPTION} is set by roles; take it away or set roles.mode to unified",
+            message="an own KV connector (--kv-transfer-config, --kv-offloading-*) is no argument beside roles; "
+            "take it away or set roles.mode to unified",
             cel="self.roles.mode == 'unified' || "
-            f"!self.args.exists(text, text.replace('_', '-').startsWith('{KV_TRANSFER_OPTION}'))",
+            f"!self.args.exists(text, text.replace('_', '-').matches('^({'|'.join(_CONNECTOR_OPTIONS)})'))",
             holds=lambda engine: not engine.roles.apart or not any(map(_configures_transfer, engine.args)),
         ),
     )
@@ -239,4 +242,4 @@ class Engine(Section):
 
 
 def _configures_transfer(argument: str) -> bool:
-    return argument.replace("_", "-").startswith(KV_TRANSFER_OPTION)
+    return argument.replace("_", "-").startswith(_CONNECTOR_OPTIONS)

@@ -28,13 +28,14 @@ def render_status(seen: Observation, status: Status, *, throughput: Throughput |
 def render_engines(engines: Sequence[EngineStatus]) -> Table:
     """The engines, one in each row of a table."""
     apart = any(engine.role is not None for engine in engines)
-    roles = ("role", "transfers") if apart else ()
-    table = _table("engine", "phase", *roles, "running", "waiting", "KV use", "restarts", "last exit")
+    table = _table(
+        "engine", "phase", *(("role",) if apart else ()), "running", "waiting", "KV use", "restarts", "last exit"
+    )
     for engine in engines:
         phase = Text(str(engine.phase), style=_COLOURS.get(engine.phase, "yellow"))
         numbers = (str(engine.running), str(engine.waiting), f"{engine.kv_usage:.0%}", str(engine.restarts))
-        taken = (str(engine.role or "-"), str(engine.transfers or 0)) if apart else ()
-        table.add_row(engine.name, phase, *taken, *numbers, Text(engine.last_exit))
+        role = (str(engine.role or "-"),) if apart else ()
+        table.add_row(engine.name, phase, *role, *numbers, Text(engine.last_exit))
     return table
 
 
@@ -94,4 +95,4 @@ def _table(*columns: str) -> Table:
     return table
 
 
-_NUMBERS = {"transfers", "running", "waiting", "KV use", "restarts", "pid"}
+_NUMBERS = {"running", "waiting", "KV use", "restarts", "pid"}

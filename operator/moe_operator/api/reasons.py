@@ -81,6 +81,7 @@ class Reason(StrEnum):
     OFF = "Off"
     NOT_RECORDED = "NotRecorded"
     NO_EXPERT_GROUP = "NoExpertGroup"
+    NOT_SUPPORTED = "NotSupported"
 
     # Disaggregated.
     TRANSFERRING = "Transferring"

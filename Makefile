@@ -9,7 +9,7 @@ STAMP := .venv/.ready
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
-EXTRAS := gateway,epp,operator,agent,cpu,bench,dev
+EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# install.sh EXTRA...: installs this checkout with these extras (operator, gateway, epp, agent, cpu) into the Python that comes first in PATH.
+# install.sh EXTRA...: installs this checkout with these extras (operator, gateway, epp, agent, cpu, transfer) into the Python that comes first in PATH.
 # Versions are those of constraints.txt; what the base image has already stays as it is. Used by every Dockerfile here and by the end-to-end tests.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -22,13 +22,20 @@ HTTP_PORT_NAME, ADMIN_PORT_NAME = "http", "admin"
 HTTP_PORT, ADMIN_PORT = 8000, 8081
 # vLLM's coordination of data-parallel ranks over several nodes.
 DATA_PARALLEL_PORT = 13345
+# Side channel for KV blocks that travel, of the first data-parallel rank; rank r listens on the port plus r.
+KV_TRANSFER_PORT = 13400
 
 RUN_DIR_VARIABLE = "MOESERVING_RUN_DIR"
 # Name and address of the pod, which the plan takes from the downward API.
 POD_IP_VARIABLE = "MOESERVING_POD_IP"
 # Set where the engine's ranks are an expert group.
 EXPERT_GROUP_VARIABLE = "MOESERVING_EXPERT_GROUP"
+# Set where the engine exchanges KV blocks with others.
+KV_TRANSFER_VARIABLE = "MOESERVING_KV_TRANSFER"
 KV_CACHE_OPTION = "--kv-cache-memory-bytes"
+KV_TRANSFER_OPTION = "--kv-transfer-config"
+# The beginning of what an agent says of an engine that it does not start, because the connector is not installed.
+NO_CONNECTOR = "KV transfer needs the package nixl"
 
 # Gateways and kube-proxy notice within this time that a pod ends; until then it serves as before.
 ENGINE_NOTICE_S, GATEWAY_NOTICE_S = 2, 5

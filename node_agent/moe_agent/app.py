@@ -22,7 +22,9 @@ from moe_agent.experts.obstacle import forget_obstacle
 from moe_agent.shared_memory.control_record import SettingsPublisher
 from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
+from moe_agent.shared_memory.transfer_record import TransferRecords
 from moe_agent.supervisor.engine_command import build_command
+from moe_agent.supervisor.kv_transfer import find_missing_connector, with_transfer_environment
 from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
@@ -50,16 +52,20 @@ async def run_agent(config: AgentConfig) -> None:
     control = SettingsPublisher(config.run_dir, config.request, config.expert, ranks, changed.set)
     forget_obstacle(config.run_dir)
     experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
+    transfer = config.engine.kv_transfer
+    transfers = None if transfer is None else TransferRecords(config.run_dir, node.ranks, transfer)
 
     def remove_records() -> None:
         ranks.remove()
         remove_expert_records(config.run_dir, node.ranks)
         if experts is not None:
             experts.forget()
+        if transfers is not None:
+            transfers.remove()
 
     leader = Leader(node.leader, config.listen.port) if node.headless else None
     supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s, leader)
-    server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed)
+    server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed, transfers)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
     try:
@@ -121,6 +127,7 @@ def build_supervisor(
     if cpu_build:
         check_library(NUMA_LIBRARY)
     environment = engine_environment(config, os.environ, cpu_build=cpu_build, cpus=len(os.sched_getaffinity(0)))
+    environment = with_transfer_environment(environment, config.engine, os.environ, cpu_build=cpu_build)
     return EngineSupervisor(
         config.engine,
         [sys.executable, *build_command(config.engine, node, cpu_build=cpu_build, expert=config.expert)],
@@ -129,6 +136,7 @@ def build_supervisor(
         headless=node.headless,
         leader_end=None if leader is None else leader.wait_for_end,
         unstepped_s=unstepped_s,
+        obstacle=find_missing_connector(config.engine),
         on_restart=remove_records,
         on_change=on_change,
     )

@@ -302,6 +302,28 @@ gateways = section(
 )
 
 
+role_sections = st.none() | st.one_of(
+    st.builds(lambda mode: {"mode": mode}, st.sampled_from(["unified", "auto"])),
+    st.builds(
+        lambda prefill, decode: {"mode": "fixed", "prefill": prefill, "decode": decode},
+        st.integers(1, 9),
+        st.integers(1, 9),
+    ),
+)
+
+
+def _with_roles(spec: Document, roles: Document | None) -> None:
+    """Puts roles into a specification, and takes away what cannot stand beside them."""
+    engine = spec.get("engine", {})
+    if roles is None or engine.get("parallelism", {}).get("nodes", 1) > 1:
+        return
+    spec["engine"] = engine | {"roles": roles}
+    if roles["mode"] == "fixed":
+        spec.pop("autoscaling", None)
+        for name in ("canary", "replicas"):
+            spec["engine"].pop(name, None)
+
+
 @st.composite
 def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
     """Strategy of valid resource documents."""
@@ -327,6 +349,7 @@ def documents(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
         spec["model"].get("cache", {}).pop("accessMode", None)
     if spec.get("engine", {}).get("parallelism", {}).get("expert") and draw(flags):
         spec.setdefault("scheduling", {}).setdefault("expert", {})["redundantExperts"] = draw(st.integers(0, 4096))
+    _with_roles(spec, draw(role_sections))
     metadata = {"name": draw(names)} | draw(
         section(
             labels=st.dictionaries(object_names, object_names, max_size=2),

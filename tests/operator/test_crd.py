@@ -28,6 +28,7 @@ from moe_operator.api.model import Cache, Model
 from moe_operator.api.network import NetworkPeer
 from moe_operator.api.pods import GatewayService
 from moe_operator.api.resource import MoEServing, Spec
+from moe_operator.api.roles import Roles
 from moe_operator.api.section import Section
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,7 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Model,
         Parallelism,
         NetworkPeer,
+        Roles,
         Spec,
     }
     for rule in rules:

@@ -121,7 +121,7 @@ async def test_endpoints_that_cannot_be_read_fail_no_status():
 
 async def test_an_engine_that_ends_while_it_is_marked_fails_no_pass():
     store: Any = Objects((DEPLOYMENT, {"metadata": {"name": "tiny-engine"}, "spec": {"replicas": 2}}))
-    plan: Any = SimpleNamespace(replicas=1)
+    plan: Any = SimpleNamespace(replicas=1, roles=())
     pods = [pod(f"tiny-engine-{at}", "engine") for at in range(2)]
     await mark_victims(Refusing(404), store, KEY, plan, pods, States())  # type: ignore[arg-type]
     with pytest.raises(ApiError):

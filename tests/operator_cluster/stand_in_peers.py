@@ -22,13 +22,15 @@ READY = [{"type": "Ready", "status": "True"}]
 class Peers:
     """Answers at every loopback address as an agent or a gateway.
 
-    By address: `settings` holds what was put there, `calls` the tokens that came with it, `pods` who answers.
+    By address: `settings` holds what was put there, `calls` the tokens that came with it, `pods` who answers, `further`
+    what its state has beside the usual.
     """
 
     def __init__(self, tokens: set[str] | None = None) -> None:
         self.settings: dict[str, Document] = {}
         self.calls: dict[str, list[str]] = defaultdict(list)
         self.pods: dict[str, Document] = {}
+        self.further: dict[str, Document] = defaultdict(dict)
         self.tokens = tokens
         self.port = 0
         self.accepting = True
@@ -63,6 +65,7 @@ class Peers:
             "config": config,
             "held": 0,
         }
+        state |= self.further[_address(request)]
         return web.json_response(state | {"pod": self.pods.get(_address(request), {})})
 
     async def put_config(self, request: web.Request) -> web.Response:

@@ -61,7 +61,7 @@ def check_comparable(resource: MoEServing, rival: StockRouter) -> None:
     """
     engine = resource.spec.engine
     errors = []
-    if rival.program is None and engine.replicas != 1:
+    if rival.program is None and engine.count != 1:
         errors.append(InputError("spec.engine.replicas", "must be 1 without --vllm-router: nothing else would choose"))
     if engine.runtime is Runtime.VLLM:
         if engine.resources.kv_cache_memory is None:

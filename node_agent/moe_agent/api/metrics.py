@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_contract.agent_state import AgentState
+from moe_contract.kv_transfer import KvTransferState
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -86,6 +87,22 @@ def _engine_metrics(state: AgentState) -> Iterator[Metric]:
     policy = InfoMetricFamily("moeserving_engine_request_policy", "Order of the waiting queue.", labels=["engine"])
     policy.add_metric([name], {key: str(value) for key, value in state.config.document()["request"].items()})
     yield policy
+    if (transfer := state.kv_transfer) is not None:
+        yield from _transfer_metrics(name, transfer)
+
+
+def _transfer_metrics(name: str, transfer: KvTransferState) -> Iterator[Metric]:
+    for metric, text, count in (
+        ("moeserving_engine_kv_transfers", "Transfers of KV blocks to the engine since its start.", transfer.transfers),
+        ("moeserving_engine_kv_transfers_failed", "Failed transfers of KV blocks to the engine.", transfer.failed),
+    ):
+        counter = CounterMetricFamily(metric, text, labels=["engine", "role"])
+        counter.add_metric([name, transfer.role.value], count)
+        yield counter
+    text = "Measured rate of the transfers to the engine; 0 before the first."
+    rate = GaugeMetricFamily("moeserving_engine_kv_transfer_bytes_per_second", text, labels=["engine"])
+    rate.add_metric([name], transfer.bytes_per_s)
+    yield rate
 
 
 def _rank_metrics(state: AgentState) -> Iterator[Metric]:

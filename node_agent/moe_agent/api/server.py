@@ -31,6 +31,7 @@ from moe_agent.experts.document import Document, PublishedExperts, shape_of
 from moe_agent.experts.obstacle import read_obstacle
 from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
+from moe_agent.shared_memory.transfer_record import TransferRecords
 from moe_agent.supervisor.supervisor import EngineSupervisor
 
 # Twice the size of a placement of a hundred layers over a thousand slots.
@@ -42,7 +43,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class AgentServer:
     """Routes over the agent's parts; holds no state but the broadcaster of the watched stream.
 
-    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank.
+    `experts` is None where this agent's engine has no expert group, or where another node has the group's first rank;
+    `transfers` where the engine exchanges no KV blocks.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class AgentServer:
         control: SettingsPublisher,
         experts: PublishedExperts | None,
         changed: asyncio.Event,
+        transfers: TransferRecords | None = None,
     ) -> None:
+        self._transfers = transfers
         self._tokens, self._run_dir, self._experts = tokens, config.run_dir, experts
         self._name, self._model = config.name or socket.gethostname(), config.engine.served_name
         self._identity = identify_engine(config.engine)
@@ -92,6 +96,7 @@ class AgentServer:
             self._pod,
             self._identity,
             "" if self._experts is None else read_obstacle(self._run_dir),
+            None if self._transfers is None else self._transfers.read(),
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:
@@ -118,7 +123,8 @@ class AgentServer:
         return write_agent_state(self.snapshot())
 
     def _snapshot_version(self) -> tuple[int, ...]:
-        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions())
+        transfers = () if self._transfers is None else self._transfers.versions()
+        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions(), *transfers)
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

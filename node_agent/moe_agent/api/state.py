@@ -1,6 +1,7 @@
 """The agent's state document, built from the supervisor, the ranks' records and the settings in force. Pure."""
 
 from moe_contract.agent_state import AgentSettingsInForce, AgentState, EngineProcess, RankReport
+from moe_contract.kv_transfer import KvTransferState
 from moe_contract.pod_identity import PodIdentity
 
 from moe_agent.shared_memory.control_record import Control
@@ -18,6 +19,7 @@ def build_state(
     pod: PodIdentity,
     identity: str = "",
     not_balanced: str = "",
+    kv_transfer: KvTransferState | None = None,
 ) -> AgentState:
     """The answer of `GET /v1/state`.
 
@@ -31,6 +33,7 @@ def build_state(
         pod: the pod that answers.
         identity: of the engine.
         not_balanced: why its experts cannot be balanced.
+        kv_transfer: its transfers of KV blocks; None where it takes no part.
     """
     ready = supervisor.phase is Phase.READY
     return AgentState(
@@ -53,6 +56,7 @@ def build_state(
             for rank, state in sorted(ranks.items())
         ),
         pod=pod,
+        kv_transfer=kv_transfer,
     )
 
 

@@ -92,6 +92,7 @@ class EngineSupervisor:
         leader_end: for a headless engine: returns once the leader, to which the engine lends its devices, has ended. A
             drain waits for it.
         unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
+        obstacle: why no start can succeed; the engine is then not started at all. Empty: nothing is known against it.
         on_restart: called before each start and after each end of the engine, when no engine lives.
         on_change: called after each change of the phase and each start of a process.
     """
@@ -107,12 +108,14 @@ class EngineSupervisor:
         headless: bool = False,
         leader_end: Callable[[], Coroutine[Any, Any, None]] | None = None,
         unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
+        obstacle: str = "",
         on_restart: Callable[[], None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
         self._headless, self._leader_end, self._unstepped_s = headless, leader_end, unstepped_s
+        self._obstacle = obstacle
         self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
@@ -162,6 +165,8 @@ class EngineSupervisor:
     async def run(self) -> None:
         """Keeps an engine alive until a drain is asked for; returns when it has ended."""
         failures = 0
+        if self._obstacle:
+            await self._wait_without_engine()
         while not self._drain.is_set():
             self._enter(Phase.STARTING)
             ended = await self._live_once()
@@ -176,6 +181,13 @@ class EngineSupervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drain.wait(), pause_s)
         self._enter(Phase.STOPPED)
+
+    async def _wait_without_engine(self) -> None:
+        """Says why nothing is started, and waits for a drain."""
+        log.error("the engine is not started: %s", self._obstacle)
+        self.last_exit = self._obstacle
+        self._enter(Phase.BACKOFF)
+        await self._drain.wait()
 
     async def _live_once(self) -> str:
         """Starts the engine once and returns, when it has ended, the reason."""

@@ -2,14 +2,14 @@
 
 vLLM calls `register` in each of its processes (`vllm.general_plugins`). It makes a version that does not fit fail at
 the start, in the first process, with a clear line. The scheduler and the middleware are named on vLLM's command line,
-so that they need no patch; an expert group does, and only the processes of one are patched.
+so that they need no patch; an expert group does, and only the processes of one are patched, and on CPUs a KV connector.
 """
 
 import multiprocessing
 import os
 from pathlib import Path
 
-from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
+from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
 
 from moe_agent.vllm.version import check_version, is_cpu_build
 
@@ -19,6 +19,10 @@ def register() -> None:
     if RUN_DIR_VARIABLE not in os.environ:
         return
     check_version()
+    if KV_TRANSFER_VARIABLE in os.environ and is_cpu_build() and multiprocessing.parent_process() is not None:
+        from moe_agent.vllm.cpu_transfers import repair_cpu_transfers
+
+        repair_cpu_transfers()
     if EXPERT_GROUP_VARIABLE in os.environ:
         _join_expert_group()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moe_contract.engine_process import RUN_DIR_VARIABLE
+from moe_contract.engine_process import KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -44,6 +44,7 @@ from moe_agent.vllm.deferred_start import defer_steps
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
+from moe_agent.vllm.transfers import TransferMeter
 from moe_agent.vllm.version import check_version
 
 # Between two writes of the rank's record while requests run: its reader looks every 100 ms.
@@ -109,6 +110,9 @@ class OrderedScheduler(AsyncScheduler):
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
             _defer_steps()
+        self._transfers: TransferMeter | None = None
+        if run_dir and KV_TRANSFER_VARIABLE in os.environ:
+            self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         state = RankState(
@@ -158,6 +162,8 @@ class OrderedScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         now_s = self.clock()
+        if self._transfers is not None:
+            self._transfers.observe(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.end_step(scheduler_output, now_s)
         return outputs

@@ -4,10 +4,11 @@ import re
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
-from moe_contract.engine_process import KV_CACHE_OPTION, RUN_DIR_VARIABLE
+from moe_contract.engine_process import KV_CACHE_OPTION, KV_TRANSFER_OPTION, RUN_DIR_VARIABLE
 from pydantic import AfterValidator, Field
 
 from moe_operator.api.pods import Canary, Image, PodTemplate, Update
+from moe_operator.api.roles import Roles
 from moe_operator.api.section import Count, Flag, Rule, Section
 from moe_operator.api.units import DurationBetween, QuantityBetween
 
@@ -140,6 +141,8 @@ Argument = Annotated[
     ),
     AfterValidator(_check_argument),
 ]
+# Options by which a person would set vLLM's KV connector; the second silently takes the place of the first.
+_CONNECTOR_OPTIONS = (KV_TRANSFER_OPTION, "--kv-offloading-")
 ENV_NAME_PATTERN = "^[A-Za-z_][A-Za-z0-9_]*$"
 OWNED_ENV = RUN_DIR_VARIABLE
 
@@ -156,8 +159,9 @@ class Engine(Section):
     replicas: Annotated[Count, Field(ge=0, le=256)] = Field(
         default=1,
         description="Number of engines behind the gateway. With `autoscaling` in the mode `internal` the number to "
-        "begin with. 0 only in a cluster.",
+        "begin with. With fixed `roles` leave it out. 0 only in a cluster.",
     )
+    roles: Roles = Roles()
     parallelism: Parallelism = Parallelism()
     resources: Resources = Resources()
     args: Annotated[tuple[Argument, ...], Field(max_length=128)] = Field(
@@ -202,4 +206,40 @@ class Engine(Section):
             cel=f"self.env.all(name, name.matches('{ENV_NAME_PATTERN}') && name != '{OWNED_ENV}')",
             holds=lambda engine: all(re.match(ENV_NAME_PATTERN, name) and name != OWNED_ENV for name in engine.env),
         ),
+        Rule(
+            field="replicas",
+            message="with fixed roles the engines are roles.prefill and roles.decode together; leave replicas out",
+            cel="self.roles.mode != 'fixed' || self.replicas == 1 || !has(self.roles.prefill) || "
+            "!has(self.roles.decode) || self.replicas == self.roles.prefill + self.roles.decode",
+            holds=lambda engine: not engine.roles.is_fixed or engine.replicas in (1, engine.count),
+        ),
+        Rule(
+            field="canary",
+            message="fixed roles have no canary; use the mode auto, or take one of the two away",
+            cel="self.roles.mode != 'fixed' || !has(self.canary)",
+            holds=lambda engine: not engine.roles.is_fixed or engine.canary is None,
+        ),
+        Rule(
+            field="parallelism.nodes",
+            message="an engine of several nodes takes part in no transfer yet; set roles.mode to unified or nodes to 1",
+            cel="self.roles.mode == 'unified' || self.parallelism.nodes == 1",
+            holds=lambda engine: not engine.roles.apart or engine.parallelism.nodes == 1,
+        ),
+        Rule(
+            field="args",
+            message="an own KV connector (--kv-transfer-config, --kv-offloading-*) is no argument beside roles; "
+            "take it away or set roles.mode to unified",
+            cel="self.roles.mode == 'unified' || "
+            f"!self.args.exists(text, text.replace('_', '-').matches('^({'|'.join(_CONNECTOR_OPTIONS)})'))",
+            holds=lambda engine: not engine.roles.apart or not any(map(_configures_transfer, engine.args)),
+        ),
     )
+
+    @property
+    def count(self) -> int:
+        """Engines that the resource asks for, of all roles together."""
+        return (self.roles.prefill or 0) + (self.roles.decode or 0) if self.roles.is_fixed else self.replicas
+
+
+def _configures_transfer(argument: str) -> bool:
+    return argument.replace("_", "-").startswith(_CONNECTOR_OPTIONS)

@@ -82,3 +82,11 @@ class Reason(StrEnum):
     NOT_RECORDED = "NotRecorded"
     NO_EXPERT_GROUP = "NoExpertGroup"
     NOT_SUPPORTED = "NotSupported"
+
+    # Disaggregated.
+    TRANSFERRING = "Transferring"
+    NO_TRANSFERS = "NoTransfers"
+    NO_PEERS = "NoPeers"
+    PEERS_DIFFER = "PeersDiffer"
+    TRANSFERS_FAILING = "TransfersFailing"
+    CONNECTOR_MISSING = "ConnectorMissing"

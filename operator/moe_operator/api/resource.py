@@ -54,6 +54,12 @@ class Spec(Section):
             "!has(self.model.cache.size) && !has(self.model.cache.claim)",
             holds=lambda spec: spec.engine.parallelism.nodes == 1 or not spec.model.keeps_one_node,
         ),
+        Rule(
+            field="autoscaling",
+            message="fixed roles have fixed numbers; use engine.roles.mode auto, or take autoscaling away",
+            cel="!has(self.autoscaling) || self.engine.roles.mode != 'fixed'",
+            holds=lambda spec: spec.autoscaling is None or not spec.engine.roles.is_fixed,
+        ),
     )
 
 

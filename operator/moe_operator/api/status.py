@@ -3,6 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
+from moe_scheduling.engine.disaggregation import EngineRole
 from pydantic import AwareDatetime, Field
 
 from moe_operator.api.section import Section
@@ -57,6 +58,12 @@ class EngineStatus(Section):
     waiting: Natural = Field(default=0, description="Requests in its waiting queues, all ranks together.")
     kv_usage: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="Used part of the KV cache of its fullest rank, 0 to 1."
+    )
+    role: EngineRole | None = Field(
+        default=None, description="Its role, as its agent says; absent where KV blocks do not travel."
+    )
+    transfers: Natural | None = Field(
+        default=None, description="Transfers of KV blocks to it since its start; absent where they do not travel."
     )
 
 

@@ -29,11 +29,15 @@ def render_status(seen: Observation, status: Status, *, throughput: Throughput |
 
 def render_engines(engines: Sequence[EngineStatus]) -> Table:
     """The engines, one in each row of a table."""
-    table = _table("engine", "phase", "running", "waiting", "KV use", "restarts", "last exit")
+    apart = any(engine.role is not None for engine in engines)
+    table = _table(
+        "engine", "phase", *(("role",) if apart else ()), "running", "waiting", "KV use", "restarts", "last exit"
+    )
     for engine in engines:
         phase = Text(str(engine.phase), style=_COLOURS.get(engine.phase, "yellow"))
         numbers = (str(engine.running), str(engine.waiting), f"{engine.kv_usage:.0%}", str(engine.restarts))
-        table.add_row(engine.name, phase, *numbers, Text(engine.last_exit))
+        role = (str(engine.role or "-"),) if apart else ()
+        table.add_row(engine.name, phase, *role, *numbers, Text(engine.last_exit))
     return table
 
 

@@ -11,6 +11,8 @@ from moe_operator.experts.report import CONDITION as BALANCED
 from moe_operator.experts.report import TO_ACT_ON, Verdict, judge_experts
 from moe_operator.kubernetes.finding import Finding
 from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET
+from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
+from moe_operator.kubernetes.transfers import TO_ACT_ON as TRANSFERS_TO_ACT_ON
 from moe_operator.plan.pod_status import ENGINE, GATEWAY
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
@@ -44,6 +46,7 @@ class ConditionInputs:
         limited: why the autoscaler's number is not the one that it would take; None when it is, or without autoscaling.
         has_experts: the engines should have expert groups.
         experts: what the engines say of their experts.
+        transfers: whether KV blocks travel between the engines; None where they need not.
         generation: of the resource from which all this was computed.
     """
 
@@ -65,6 +68,7 @@ class ConditionInputs:
     limited: tuple[Reason, str] | None = None
     has_experts: bool = False
     experts: ExpertsStatus = field(default_factory=ExpertsStatus)
+    transfers: Verdict | None = None
     generation: int | None = None
 
 
@@ -92,6 +96,8 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
         LIMITED: _limited(inputs),
         BALANCED: judge_experts(inputs.experts, has_group=inputs.has_experts, before=before.get(BALANCED)),
     }
+    if inputs.transfers is not None:
+        verdicts[DISAGGREGATED] = inputs.transfers
     return tuple(
         build_condition(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items()
     )
@@ -235,6 +241,8 @@ def is_bad(condition: Condition) -> bool:
     """Returns whether the condition needs a person to act."""
     if condition.type == BALANCED:
         return condition.reason in TO_ACT_ON
+    if condition.type == DISAGGREGATED:
+        return condition.reason in TRANSFERS_TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE
 
 
@@ -244,8 +252,9 @@ def summarise(conditions: Sequence[Condition]) -> str:
     for kind, status in ((DEGRADED, TRUE), (READY, FALSE), (PAUSED, TRUE), (LIMITED, TRUE)):
         if (row := by_type.get(kind)) is not None and row.status is status:
             return _in_one_line(row)
-    if (row := by_type.get(BALANCED)) is not None and is_bad(row):
-        return _in_one_line(row)
+    for kind in (BALANCED, DISAGGREGATED):
+        if (row := by_type.get(kind)) is not None and is_bad(row):
+            return _in_one_line(row)
     if (row := by_type.get(PROGRESSING)) is not None and row.status is TRUE:
         return _in_one_line(row)
     return by_type[READY].reason if READY in by_type else ""

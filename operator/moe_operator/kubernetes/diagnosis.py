@@ -15,7 +15,7 @@ from moe_operator.api.reasons import Reason
 from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.exit_cause import explain_exit
 from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding, build_finding
-from moe_operator.plan.names import COMPONENT, REVISION, is_replica
+from moe_operator.plan.names import COMPONENT, REVISION, ROLE, is_replica
 from moe_operator.plan.pod_status import component_of, condition_of, is_live, is_over, is_ready, label_of
 
 Document = dict[str, Any]
@@ -182,7 +182,7 @@ def _over(newest_first: Sequence[Document], workloads: Iterable[Document]) -> It
 
 
 def _is_of(pod: Document, labels: Document) -> bool:
-    return all(label_of(pod, name) == labels.get(name, "") for name in (COMPONENT, REVISION))
+    return all(label_of(pod, name) == labels.get(name, "") for name in (COMPONENT, REVISION, ROLE))
 
 
 def _finding(pod: Document, reason: Reason, advice: str, detail: str) -> Finding:

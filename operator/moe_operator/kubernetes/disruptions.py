@@ -16,7 +16,7 @@ from moe_operator.kubernetes.diagnosis import parse_time
 from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.kubernetes.groups import whole_replicas
 from moe_operator.kubernetes.waits import POD_MARGIN
-from moe_operator.plan.names import COMPONENT, REVISION
+from moe_operator.plan.names import COMPONENT, REVISION, ROLE
 from moe_operator.plan.pod_status import component_of, condition_of, is_live, is_over, label_of
 
 Document = dict[str, Any]
@@ -101,7 +101,8 @@ def _says_ready(pod: Document) -> bool:
 def _is_of(pod: Document, labels: Document) -> bool:
     """Whether a pod is of a workload; workers of a group have no revision."""
     same_revision = label_of(pod, REVISION) in ("", labels.get(REVISION, ""))
-    return label_of(pod, COMPONENT) == labels.get(COMPONENT, "") and same_revision
+    same = all(label_of(pod, name) == labels.get(name, "") for name in (COMPONENT, ROLE))
+    return same and same_revision
 
 
 def _name(pod: Document) -> str:

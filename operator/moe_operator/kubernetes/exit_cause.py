@@ -8,6 +8,8 @@ advice against running out of memory. What is not known is `EngineFailing`, with
 import re
 from dataclasses import dataclass
 
+from moe_contract.engine_process import NO_CONNECTOR
+
 from moe_operator.api.reasons import Reason
 
 _MEMORY = re.compile(
@@ -56,11 +58,17 @@ _NO_MODEL = ExitCause(
     reason=Reason.MODEL_NOT_FOUND,
     advice="the model cannot be loaded; check spec.model.uri, its revision and spec.model.tokenSecret",
 )
+_NO_CONNECTOR = ExitCause(
+    reason=Reason.CONNECTOR_MISSING,
+    advice="the image lacks what KV transfer needs; use one that has it, or set spec.engine.roles.mode to unified",
+)
 _UNKNOWN = ExitCause(reason=Reason.ENGINE_FAILING, advice="vLLM ends before it is ready; see the pod's log")
 
 
 def explain_exit(last_exit: str) -> ExitCause:
     """Returns the cause of an end that is described so."""
+    if last_exit.startswith(NO_CONNECTOR):
+        return _NO_CONNECTOR
     for pattern, cause in ((_KILLED, _WAS_KILLED), (_MODEL_MISSING, _NO_MODEL), (_MEMORY, _OUT_OF_MEMORY)):
         if pattern.search(last_exit):
             return cause

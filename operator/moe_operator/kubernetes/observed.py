@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_contract.api_server import Kind
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.kubernetes.group_scale_in import begun_goal
@@ -81,12 +82,14 @@ def engines_workload(store: Store, key: Key, names: Names) -> Document | None:
 
 
 def takes_over(store: Store, key: Key, names: Names) -> bool:
-    """Whether stable engines of both kinds of workload exist, so that neither has all of them."""
+    """Whether several workloads have stable engines, so that none has all of them: of both kinds, or of each role."""
+    if any(store.get(key, DEPLOYMENT, names.of_role(role)) for role in (EngineRole.PREFILL, EngineRole.DECODE)):
+        return True
     return all(store.get(key, kind, names.engine) for kind in (DEPLOYMENT, LEADER_WORKER_SET))
 
 
 def _read_replicas(document: Document, workload: Document | None, *, both: bool) -> int | None:
-    """Wanted number of stable engines; while one kind of workload takes over from another only the status has it."""
+    """Wanted number of stable engines; where several workloads have them the status alone has it."""
     if both:
         replicas: int | None = document.get("status", {}).get("desiredReplicas")
         return replicas

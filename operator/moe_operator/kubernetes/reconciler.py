@@ -6,6 +6,7 @@ next one goes on from there. A pass over what is as it should be writes nothing.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -60,6 +61,7 @@ from moe_operator.kubernetes.takeover import (
     with_old_workload,
     with_takeover,
 )
+from moe_operator.kubernetes.transfers import TransferWatch, is_apart, judge_transfers
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -119,7 +121,7 @@ class Reconciler:
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
-        self._groups = GroupDrains(api, store, session)
+        self._groups, self._transfers = GroupDrains(api, store, session), TransferWatch()
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -158,7 +160,7 @@ class Reconciler:
         return await self._make_real(key, document, resource)
 
     def _forget(self, key: Key) -> None:
-        for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups):
+        for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups, self._transfers):
             part.forget(key)
         self._namespaces.forget(key.namespace)
 
@@ -226,7 +228,7 @@ class Reconciler:
         if not applied.refused and not parts.problems:
             pruning = self._children.prune(key, with_old_workload(plan.objects, takeover), uid)
             applied.waiting |= await parts.run("deleting objects", pruning, True)
-            shrinking = shrink_old_workload(self._api, self._store, key, plan, takeover, current.pods, current.states)
+            shrinking = shrink_old_workload(self._api, self._store, key, takeover, current.pods, current.states)
             await parts.run("ending engines of the old kind of workload", shrinking, None)
         draining = self._groups.carry_out(key, changes, peers, current.observed.tokens)
         await parts.run("draining groups", draining, None)
@@ -399,6 +401,9 @@ class Reconciler:
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
+        if is_apart(document):
+            traffic = self._transfers.observe(key, states.engines, time.monotonic())
+            inputs = replace(inputs, transfers=judge_transfers(states.engines, traffic))
         inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)
@@ -436,7 +441,8 @@ class Reconciler:
         self, key: Key, resource: MoEServing, pods: Sequence[Document], states: States, after_s: float
     ) -> float | None:
         """The time until the next pass: where every change comes by itself none is made only to look for one."""
-        by_itself = self._streams.is_pushed(key) and not resource.spec.engine.parallelism.expert
+        engine = resource.spec.engine
+        by_itself = self._streams.is_pushed(key) and not engine.parallelism.expert and not engine.roles.apart
         if after_s < STEADY_S or not by_itself or not is_quiet(pods, states):
             return min(after_s, STEADY_S)
         return after_s if after_s > STEADY_S else None

@@ -27,7 +27,7 @@ from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_li
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
 TIME_JITTER = timedelta(seconds=5)
-_NUMBERS = ("running", "waiting", "kvUsage")
+_NUMBERS = ("running", "waiting", "kvUsage", "transfers")
 NUMBERS_AT = "numbersAt"
 
 
@@ -157,6 +157,8 @@ def _engine(pod: Document, state: AgentState | None) -> EngineStatus:
         running=sum(rank.running for rank in state.ranks),
         waiting=sum(rank.waiting for rank in state.ranks),
         kv_usage=round(state.kv_usage, 2),
+        role=None if state.kv_transfer is None else state.kv_transfer.role,
+        transfers=None if state.kv_transfer is None else state.kv_transfer.transfers,
     )
 
 

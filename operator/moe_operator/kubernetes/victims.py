@@ -13,7 +13,7 @@ from moe_operator.kubernetes.kinds import DEPLOYMENT, POD
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import ClusterPlan
 from moe_operator.plan.cluster import STABLE
-from moe_operator.plan.names import REVISION, Names
+from moe_operator.plan.names import REVISION, ROLE, Names
 from moe_operator.plan.pod_status import ENGINE, component_of, is_over, label_of
 
 Document = dict[str, Any]
@@ -23,14 +23,24 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 async def mark_victims(
     api: Api, store: Store, key: Key, plan: ClusterPlan, pods: Sequence[Document], states: States
 ) -> None:
-    """Writes the deletion costs of the stable engines when the plan has fewer of them than there are.
+    """Writes the deletion costs of the stable engines of each Deployment that the plan gives fewer than it has.
 
     A LeaderWorkerSet lets the replica with the highest number go, whatever it costs.
     """
-    workload = store.get(key, DEPLOYMENT, Names(key.name).engine)
-    if workload is None or plan.replicas == 0 or plan.replicas >= workload.get("spec", {}).get("replicas", 0):
+    counts = {row.name: row.count.replicas for row in plan.roles} or {Names(key.name).engine: plan.replicas}
+    for name, replicas in counts.items():
+        await mark_victims_of(api, store, key, name, replicas, pods, states)
+
+
+async def mark_victims_of(
+    api: Api, store: Store, key: Key, name: str, replicas: int, pods: Sequence[Document], states: States
+) -> None:
+    """Writes the deletion costs of the stable engines of one Deployment when it is to have fewer than it has."""
+    workload = store.get(key, DEPLOYMENT, name)
+    if workload is None or replicas == 0 or replicas >= workload.get("spec", {}).get("replicas", 0):
         return
-    by_name = {pod["metadata"]["name"]: pod for pod in pods if is_stable_engine(pod)}
+    role = workload["metadata"].get("labels", {}).get(ROLE, "")
+    by_name = {pod["metadata"]["name"]: pod for pod in pods if is_stable_engine(pod) and label_of(pod, ROLE) == role}
     for victim in order_victims(_work(pod, states.engines.get(name)) for name, pod in by_name.items()):
         if _cost(by_name[victim.name]) != victim.cost:
             patch = {"metadata": {"annotations": {COST: str(victim.cost)}}}

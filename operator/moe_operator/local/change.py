@@ -20,7 +20,7 @@ from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, held, write_whole
 from moe_operator.local.record import GATEWAY, ProcessRecord, Record
 from moe_operator.local.start import build_configs, require_running, site_of
-from moe_operator.plan import LocalPlan, plan_local
+from moe_operator.plan import LocalPlan, plan_local, ports_needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def plan_change(present: MoEServing, assignments: Sequence[str], folder: Folder,
 
 def is_live(present: LocalPlan, wanted: MoEServing, folder: Folder, record: Record) -> bool:
     """Whether processes that run can take the change: nothing but the policies of their configuration differs."""
-    if wanted.spec.engine.replicas != len(present.agents):
+    if wanted.spec.engine.count != len(present.agents) or ports_needed(wanted) != len(record.site.ports):
         return False
     plan = plan_for(wanted, folder, record)
     kept = {"request": present.agents[0].request, "expert": present.agents[0].expert}

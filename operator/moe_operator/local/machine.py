@@ -54,6 +54,19 @@ def is_port_free(port: int) -> bool:
     return is_bindable(HOST, port)
 
 
+def find_free_ranges(number: int, width: int, without: Iterable[int] = ()) -> tuple[int, ...]:
+    """The first of `width` ports in a row on which nobody listens now, `number` times, none of them twice."""
+    taken = set(without)
+    found: list[int] = []
+    while len(found) < number:
+        first = find_free_ports(1, taken)[0]
+        row = range(first, first + width)
+        if taken.isdisjoint(row) and all(map(is_port_free, row)):
+            found.append(first)
+        taken |= {*row}
+    return tuple(found)
+
+
 def find_free_ports(number: int, without: Iterable[int] = ()) -> tuple[int, ...]:
     """Different ports on which nobody listens now."""
     taken = set(without)

@@ -46,7 +46,8 @@ def judge_start(seen: Observation) -> Progress:
             return Failed(process=row.name, reason=row.last_exit)
     engines = build_engines(seen)
     for index, engine in enumerate(engines):
-        if engine.restarts >= FAILURES_TO_GIVE_UP and engine.phase is not EnginePhase.READY:
+        gave_up = engine.phase is EnginePhase.BACKOFF and not engine.restarts
+        if gave_up or (engine.restarts >= FAILURES_TO_GIVE_UP and engine.phase is not EnginePhase.READY):
             return Failed(process=f"engine-{index}", reason=engine.last_exit)
     if all(engine.phase is EnginePhase.READY for engine in engines) and accepts(seen):
         return Ready()
@@ -126,6 +127,8 @@ def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
         running=sum(rank.running for rank in agent.ranks),
         waiting=sum(rank.waiting for rank in agent.ranks),
         kv_usage=min(1.0, agent.kv_usage),
+        role=None if agent.kv_transfer is None else agent.kv_transfer.role,
+        transfers=None if agent.kv_transfer is None else agent.kv_transfer.transfers,
     )
 
 

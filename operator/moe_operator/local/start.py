@@ -127,8 +127,11 @@ def clean(folder: Folder) -> None:
 def find_site(resource: MoEServing, folder: Folder, secrets_dir: Path | None = None) -> LocalSite:
     """This machine, with free ports chosen."""
     taken = [port] if (port := resource.spec.gateway.port) else []
+    engine = resource.spec.engine
+    bases = engine.count if engine.roles.apart else 0
+    ports = machine.find_free_ports(ports_needed(resource) - bases, without=taken)
     site = SiteRecord(
-        ports=machine.find_free_ports(ports_needed(resource), without=taken),
+        ports=ports + machine.find_free_ranges(bases, engine.parallelism.data, without=(*taken, *ports)),
         cpus=machine.count_cpus(),
         memory_bytes=machine.memory_bytes(),
         gpus=machine.find_gpus(),

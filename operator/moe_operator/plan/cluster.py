@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_contract.gateway_config import Group
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.model import WhenDeleted
@@ -26,15 +27,15 @@ from moe_operator.plan.gateway_scale import build_gateway_scaler, plan_gateway_c
 from moe_operator.plan.inference_pool import build_inference_pool
 from moe_operator.plan.leader_worker_set import build_group_budgets, build_leader_worker_set
 from moe_operator.plan.metadata import with_metadata
-from moe_operator.plan.names import ROTATED_AT, SCALE_IN, Names
+from moe_operator.plan.names import CANARY, ROTATED_AT, SCALE_IN, STABLE, Names
 from moe_operator.plan.network import build_policies, build_services
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
+from moe_operator.plan.roles import RoleWorkload, plan_role_workloads
 
 Object = dict[str, Any]
-STABLE, CANARY = "stable", "canary"
 # Kubernetes keeps such fields in 32 bits.
 MOST_SECONDS = 2**31 - 1
 
@@ -85,7 +86,8 @@ class ClusterPlan:
         agent: settings for running agents, by section (JSON values of `RequestSettings` and `ExpertSettings`).
         request: settings for running gateways (JSON values of `RequestSettings`).
         dispatch: settings for running gateways (JSON values of `EngineSettings`).
-        engines: name of each workload of engines by revision.
+        engines: name of each workload of engines by revision; of fixed roles the one of their Service.
+        roles: the workloads of engines of fixed roles; empty where roles are not fixed.
     """
 
     objects: tuple[Object, ...]
@@ -95,6 +97,7 @@ class ClusterPlan:
     request: Mapping[str, Any] = field(default_factory=dict)
     dispatch: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, str] = field(default_factory=dict)
+    roles: tuple[RoleWorkload, ...] = ()
 
 
 def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defaults: Defaults) -> ClusterPlan:
@@ -108,6 +111,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     wanted = build_revision(resource)
     stable = _stable_revision(resource, observed, wanted)
     count = plan_engine_count(resource, observed)
+    roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
     request = pods.as_json(request_settings(resource.spec.scheduling))
@@ -115,6 +119,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     engines = {STABLE: names.engine} | ({CANARY: names.canary} if has_canary else {})
     at_stable, canary = at_revision(resource, stable), resource.spec.engine.canary
     spans_nodes = observed.has_groups or max(map(_nodes, (resource, at_stable))) > 1
+    has_monitors = observed.has_service_monitors
     objects: list[Object] = [
         _build_control(names, observed),
         _build_settings(resource, names, stable, groups),
@@ -122,16 +127,9 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
         *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
-        *build_policies(
-            resource,
-            names,
-            engines,
-            defaults,
-            spans_nodes=spans_nodes,
-            has_service_monitors=observed.has_service_monitors,
-        ),
+        *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors, roles),
         *build_group_budgets(at_stable, names, names.engine, count.replicas, has_groups=observed.has_groups),
-        _build_engines(at_stable, names, STABLE, stable, count, defaults),
+        *_build_stable(at_stable, names, stable, count, roles, defaults),
     ]
     if has_canary and canary is not None:
         objects += _build_canary(resource, names, canary.replicas, wanted, observed, defaults)
@@ -139,13 +137,28 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     objects += build_gateway_scaler(resource, names)
     return ClusterPlan(
         objects=tuple(_finish(entry, resource, names, namespace, observed) for entry in objects),
-        replicas=count.replicas,
+        replicas=sum(row.count.replicas for row in roles) if roles else count.replicas,
         groups=groups,
         agent=pods.build_agent_settings(resource),
         request=request,
         dispatch=dispatch,
         engines=engines,
+        roles=roles,
     )
+
+
+def _build_stable(
+    resource: MoEServing,
+    names: Names,
+    content: Revision,
+    count: Count,
+    roles: tuple[RoleWorkload, ...],
+    defaults: Defaults,
+) -> list[Object]:
+    """The workload of the stable engines, or with fixed roles one for each."""
+    if not roles:
+        return [_build_engines(resource, names, STABLE, content, count, defaults)]
+    return [_build_engines(resource, names, STABLE, content, row.count, defaults, row.role) for row in roles]
 
 
 def _build_canary(
@@ -158,7 +171,7 @@ def _build_canary(
 
 def plan_replicas(resource: MoEServing, observed: Observed) -> int:
     """Stable engines: the resource's number, or under autoscaling the present one within its bounds."""
-    replicas, autoscaling = resource.spec.engine.replicas, resource.spec.autoscaling
+    replicas, autoscaling = resource.spec.engine.count, resource.spec.autoscaling
     if autoscaling is None:
         return replicas
     if autoscaling.mode is AutoscalingMode.INTERNAL and observed.replicas is not None:
@@ -269,10 +282,13 @@ def _build_engines(
     content: Revision,
     count: Count,
     defaults: Defaults,
+    role: EngineRole = EngineRole.UNIFIED,
 ) -> Object:
     name = names.engine if revision == STABLE else names.canary
-    template = pods.build_engine_template(resource, names, defaults, revision, content.digest)
-    metadata = {"name": name, "labels": names.labels("engine", revision), "annotations": dict(count.annotations)}
+    name = name if role is EngineRole.UNIFIED else names.of_role(role)
+    labels = names.labels("engine", revision, role)
+    template = pods.build_engine_template(resource, names, defaults, revision, content.digest, role)
+    metadata = {"name": name, "labels": labels, "annotations": dict(count.annotations)}
     # A new engine beside the old ones would have to find room on their one node.
     can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
     surge, away = (1, 0) if can_surge else (0, 1)
@@ -284,7 +300,7 @@ def _build_engines(
             "metadata": metadata,
             "spec": {
                 **count.spec,
-                "selector": {"matchLabels": names.labels("engine", revision)},
+                "selector": {"matchLabels": labels},
                 "strategy": {"type": "RollingUpdate", "rollingUpdate": steps},
                 "progressDeadlineSeconds": plan_progress_deadline_s(resource, template),
                 "template": template,

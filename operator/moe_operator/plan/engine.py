@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moe_contract.agent_config import EngineConfig
 from moe_contract.engine_process import kv_cache_argument, share_environment
+from moe_contract.kv_transfer import KvTransferConfig
 
 from moe_operator.api.engine import Runtime
 from moe_operator.api.model import Model as ModelSection
@@ -31,7 +32,9 @@ class Share:
     gpus: tuple[str, ...] = ()
 
 
-def build_engine(resource: MoEServing, *, host: str, port: int, share: Share) -> EngineConfig:
+def build_engine(
+    resource: MoEServing, *, host: str, port: int, share: Share, transfer: KvTransferConfig | None = None
+) -> EngineConfig:
     """The engine part of an agent's configuration. What the resource says itself comes last and wins."""
     engine, model = resource.spec.engine, resource.spec.model
     return EngineConfig(
@@ -52,6 +55,7 @@ def build_engine(resource: MoEServing, *, host: str, port: int, share: Share) ->
         drain_timeout_s=duration_s(engine.drain_timeout),
         # Where clients need keys, nobody else's requests are answered.
         guarded=resource.spec.gateway.auth is not None,
+        kv_transfer=transfer,
     )
 
 

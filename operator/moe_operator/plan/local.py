@@ -12,6 +12,7 @@ from moe_contract.agent_config import AgentConfig
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.sections import Listen
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.engine import Runtime
 from moe_operator.api.resource import MoEServing
@@ -19,6 +20,7 @@ from moe_operator.api.scheduling import engine_settings, expert_settings, reques
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_auth, build_continuation, build_cors, build_limits, build_tls, build_tracing
+from moe_operator.plan.roles import build_disaggregation, build_transfer, roles_of_engines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,8 @@ class LocalSite:
     Attributes:
         state_dir: folder of this deployment; each agent gets a folder in it.
         token_file: file with the control token.
-        ports: free ports, at least `ports_needed`: gateway, its admin server, then agent and engine of each replica.
+        ports: free ports, at least `ports_needed`: gateway, its admin server, then agent and engine of each replica;
+            where engines exchange KV blocks, then the first of as many free ports as each has data-parallel ranks.
         cpus: CPUs that the deployment may use.
         memory_bytes: memory of the machine.
         gpus: names of the GPUs as CUDA_VISIBLE_DEVICES takes them; empty on a machine without.
@@ -56,7 +59,7 @@ class LocalPlan:
 
 def ports_needed(resource: MoEServing) -> int:
     """Number of free ports that a plan takes; the first, the gateway's, is not used when the resource names one."""
-    return 2 + 2 * resource.spec.engine.replicas
+    return 2 + (3 if resource.spec.engine.roles.apart else 2) * resource.spec.engine.count
 
 
 def plan_local(resource: MoEServing, site: LocalSite) -> LocalPlan:
@@ -70,7 +73,7 @@ def plan_local(resource: MoEServing, site: LocalSite) -> LocalPlan:
         raise ValueError(f"{ports_needed(resource)} ports are needed, got {len(site.ports)}")
     if problems := [*_check_model(resource), *_check_machine(resource, site), *_check_secrets(resource, site)]:
         raise InvalidInput(problems)
-    agents = tuple(_build_agent(resource, site, index) for index in range(resource.spec.engine.replicas))
+    agents = tuple(_build_agent(resource, site, *row) for row in enumerate(roles_of_engines(resource)))
     return LocalPlan(agents=agents, gateway=_build_gateway(resource, site, agents))
 
 
@@ -95,8 +98,8 @@ def _check_secrets(resource: MoEServing, site: LocalSite) -> Iterator[InputError
 
 def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError]:
     engine = resource.spec.engine
-    ranks = engine.replicas * engine.parallelism.ranks
-    if engine.replicas == 0:
+    ranks = engine.count * engine.parallelism.ranks
+    if engine.count == 0:
         yield InputError("spec.engine.replicas", "at least 1 is needed on one machine")
         return
     if engine.parallelism.nodes > 1:
@@ -104,12 +107,12 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError
     if engine.runtime is Runtime.VLLM:
         if ranks > len(site.gpus):
             has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
-            needs = f"{engine.replicas} x {engine.parallelism.ranks} GPUs"
+            needs = f"{engine.count} x {engine.parallelism.ranks} GPUs"
             yield InputError("spec.engine", f"needs {needs}, the machine has {has}")
         return
     cpu = engine.resources.cpu
-    if cpu is not None and quantity_value(cpu) * engine.replicas > site.cpus:
-        needs = f"{engine.replicas} x {cpu} CPUs"
+    if cpu is not None and quantity_value(cpu) * engine.count > site.cpus:
+        needs = f"{engine.count} x {cpu} CPUs"
         yield InputError("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
     kv_bytes = kv_cache_bytes(resource, site.memory_bytes, ranks) or 0
     if kv_bytes * ranks > site.memory_bytes:
@@ -120,22 +123,26 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:
     engine = resource.spec.engine
     ranks = engine.parallelism.ranks
-    kv_bytes = kv_cache_bytes(resource, site.memory_bytes, engine.replicas * ranks)
+    kv_bytes = kv_cache_bytes(resource, site.memory_bytes, engine.count * ranks)
     if engine.runtime is Runtime.VLLM:
         return Share(kv_cache_bytes=kv_bytes, gpus=site.gpus[index * ranks : (index + 1) * ranks])
-    cpus = site.cpus // engine.replicas if engine.resources.cpu is None else int(quantity_value(engine.resources.cpu))
+    cpus = site.cpus // engine.count if engine.resources.cpu is None else int(quantity_value(engine.resources.cpu))
     return Share(threads=max(1, cpus // ranks), kv_cache_bytes=kv_bytes)
 
 
-def _build_agent(resource: MoEServing, site: LocalSite, index: int) -> AgentConfig:
+def _build_agent(resource: MoEServing, site: LocalSite, index: int, role: EngineRole) -> AgentConfig:
     name = f"{resource.metadata.name}-engine-{index}"
     agent_port, engine_port = site.ports[2 + 2 * index : 4 + 2 * index]
+    transfer = None
+    if resource.spec.engine.roles.apart:
+        transfer = build_transfer(resource, role, site.ports[2 + 2 * resource.spec.engine.count + index])
+    share = _share(resource, site, index)
     return AgentConfig(
         name=name,
         run_dir=site.state_dir / name,
         listen=Listen(host=site.host, port=agent_port),
         token_file=site.token_file,
-        engine=build_engine(resource, host=site.host, port=engine_port, share=_share(resource, site, index)),
+        engine=build_engine(resource, host=site.host, port=engine_port, share=share, transfer=transfer),
         request=request_settings(resource.spec.scheduling),
         expert=expert_settings(resource.spec.scheduling.expert),
     )
@@ -159,6 +166,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         tenant_header=resource.spec.gateway.tenant_header,
         auth=build_auth(resource, folder_of),
         tls=build_tls(resource, folder_of),
+        disaggregation=build_disaggregation(resource),
     )
 
 

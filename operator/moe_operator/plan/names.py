@@ -8,12 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
+from moe_scheduling.engine.disaggregation import EngineRole
+
 from moe_operator.api import labels
 
 GROUP = "moeserving.dev"
 MANAGER = "moeserving"
 REVISION = f"{GROUP}/revision"
+STABLE, CANARY = "stable", "canary"
 REVISION_DIGEST = f"{REVISION}-digest"
+# On engines that have one role for their life, and on their workload.
+ROLE = f"{GROUP}/role"
 CONFIG = f"{GROUP}/config"
 APPLIED = f"{GROUP}/applied"
 # On a claim that the operator made and no resource uses any more.
@@ -102,13 +107,21 @@ class Names:
     def cache(self) -> str:
         return child_name(self.name, Suffix.CACHE)
 
-    def labels(self, component: str | None = None, revision: str | None = None) -> dict[str, str]:
+    def of_role(self, role: EngineRole) -> str:
+        """The workload of the engines of a role, where roles are fixed."""
+        return self.workload(f"{Suffix.ENGINE}-{role.value}")
+
+    def labels(
+        self, component: str | None = None, revision: str | None = None, role: EngineRole = EngineRole.UNIFIED
+    ) -> dict[str, str]:
         """Labels of a child; also the selector of its pods."""
         found = {MANAGED_BY: MANAGER, INSTANCE: self.name}
         if component is not None:
             found[COMPONENT] = component
         if revision is not None:
             found[REVISION] = revision
+        if role is not EngineRole.UNIFIED:
+            found[ROLE] = role.value
         return found
 
 

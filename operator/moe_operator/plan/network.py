@@ -1,6 +1,6 @@
 """Services, disruption budgets and monitors. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT, ENGINE_PORT_NAME
@@ -8,9 +8,10 @@ from moe_contract.routes import METRICS
 
 from moe_operator.api.pods import GatewayService, IpFamilyPolicy, ServiceType
 from moe_operator.api.resource import MoEServing
-from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_NAME, Names
+from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_NAME, STABLE, Names
 from moe_operator.plan.network_policies import build_network_policies
 from moe_operator.plan.pods import Defaults
+from moe_operator.plan.roles import RoleWorkload
 
 Object = dict[str, Any]
 
@@ -71,17 +72,20 @@ def build_policies(
     names: Names,
     engines: Mapping[str, str],
     defaults: Defaults,
-    *,
     spans_nodes: bool,
     has_service_monitors: bool,
+    roles: Sequence[RoleWorkload] = (),
 ) -> list[Object]:
-    """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned."""
+    """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned.
+
+    Engines of fixed roles have a budget for each role: the last one of a role stops the work of all of the other.
+    """
     # Pods of groups have a budget of their own; a pod with two budgets cannot be evicted at all.
     singles: Object = {"matchExpressions": [{"key": LWS_NAME, "operator": "DoesNotExist"}]} if spans_nodes else {}
-    objects = [
-        _build_budget(name, {"matchLabels": names.labels("engine", revision), **singles}, resource)
-        for revision, name in engines.items()
-    ]
+    selected = {name: names.labels("engine", revision) for revision, name in engines.items()}
+    if roles:
+        selected = {row.name: names.labels("engine", STABLE, row.role) for row in roles}
+    objects = [_build_budget(name, {"matchLabels": labels, **singles}, resource) for name, labels in selected.items()]
     objects.append(_build_budget(names.gateway, {"matchLabels": names.labels("gateway")}, resource))
     objects += build_network_policies(resource, names, defaults, spans_nodes=spans_nodes)
     if has_service_monitors and resource.spec.metrics.service_monitor:

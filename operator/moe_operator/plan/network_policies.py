@@ -35,7 +35,11 @@ def build_network_policies(
 
 
 def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults, *, spans_nodes: bool) -> Object:
-    """The engine's port for gateways and proxies, the agent's for operator and scrapers too; all ports in a group."""
+    """The engine's port for gateways and proxies, the agent's for operator and scrapers too; all ports for engines.
+
+    Engines reach each other where they are groups, or exchange KV blocks: neither channel asks who is there, and
+    UCX listens where it finds a free port.
+    """
     gateways = {"podSelector": {"matchLabels": names.labels("gateway")}}
     proxies = _proxies(resource)
     readers = [gateways, *_operator_peers(defaults), *_scrapers(resource)]
@@ -45,7 +49,7 @@ def _build_engine_policy(resource: MoEServing, names: Names, defaults: Defaults,
     ]
     if (tunnel := resource.spec.network_policy.mesh_port) is not None:
         rules.append({"from": [*readers, *proxies], "ports": _ports(tunnel)})
-    if spans_nodes:
+    if spans_nodes or resource.spec.engine.roles.apart:
         rules.append({"from": [{"podSelector": {"matchLabels": names.labels("engine")}}]})
     return _build_policy(names.engine, names.labels("engine"), [*rules, *_further(resource)])
 

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
+from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, render_choices
 
 from moe_operator.plan.pod_environment import HOME_VOLUME, TEMPORARY_VOLUME
@@ -27,7 +27,7 @@ _HANDLERS = {
     **dict.fromkeys(("livenessProbe", "readinessProbe", "startupProbe"), _PROBE_HANDLERS),
     **dict.fromkeys(("lifecycle.postStart", "lifecycle.preStop"), ("exec", "httpGet", "sleep", "tcpSocket")),
 }
-_RESERVED_ENV = {RUN_DIR_VARIABLE, EXPERT_GROUP_VARIABLE}
+_RESERVED_ENV = {RUN_DIR_VARIABLE, EXPERT_GROUP_VARIABLE, KV_TRANSFER_VARIABLE}
 # Of a container, where nothing but these may lie, or may be mounted at all.
 _SYSTEM_FOLDERS = ("/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr")
 _KERNEL_FOLDERS = ("/dev", "/proc", "/sys")

@@ -20,6 +20,7 @@ from moe_contract.engine_process import (
     GATEWAY_NOTICE_S,
     HTTP_PORT,
     HTTP_PORT_NAME,
+    KV_TRANSFER_PORT,
     engine_grace_s,
     gateway_grace_s,
 )
@@ -28,6 +29,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_contract.pod_identity import identity_variables
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.engine import Runtime
 from moe_operator.api.pods import PodTemplate
@@ -56,6 +58,7 @@ from moe_operator.plan.pod_environment import (
     build_writable_volumes,
     with_cluster_names,
 )
+from moe_operator.plan.roles import build_disaggregation, build_transfer
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
 # The gateway's Secrets, each in a folder of its name.
@@ -88,16 +91,21 @@ class Defaults:
 
 
 def build_engine_template(
-    resource: MoEServing, names: Names, defaults: Defaults, revision: str, digest: str
+    resource: MoEServing,
+    names: Names,
+    defaults: Defaults,
+    revision: str,
+    digest: str,
+    role: EngineRole = EngineRole.UNIFIED,
 ) -> dict[str, Any]:
     """The template of one engine's pods; with several nodes leader and workers have the same."""
     engine = resource.spec.engine
-    labels = names.labels("engine", revision)
+    labels = names.labels("engine", revision, role)
     _check_cache(resource)
     base = {
         "metadata": {
             "labels": labels,
-            "annotations": {CONFIG: _dump(build_agent_config(resource)), f"{REVISION}-digest": digest},
+            "annotations": {CONFIG: _dump(build_agent_config(resource, role)), f"{REVISION}-digest": digest},
         },
         "spec": {
             "serviceAccountName": names.engine,
@@ -127,9 +135,10 @@ def startup_s(template: Mapping[str, Any], container: str) -> int:
     return int(probe.get("initialDelaySeconds", 0) + period_s * failures)
 
 
-def build_agent_config(resource: MoEServing) -> AgentConfig:
+def build_agent_config(resource: MoEServing, role: EngineRole = EngineRole.UNIFIED) -> AgentConfig:
     """The agent's file: what only a start can change, and nothing of a pod or of what can change while it runs."""
-    engine = build_engine(resource, host=ANY, port=ENGINE_PORT, share=_share(resource))
+    transfer = build_transfer(resource, role, KV_TRANSFER_PORT)
+    engine = build_engine(resource, host=ANY, port=ENGINE_PORT, share=_share(resource), transfer=transfer)
     return AgentConfig(
         run_dir=Path(RUN_DIR),
         listen=Listen(host=ANY, port=AGENT_PORT),
@@ -313,6 +322,7 @@ def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
         auth=auth,
         tls=build_tls(resource, _secret_folder),
         endpoint_picker=build_picker(resource),
+        disaggregation=build_disaggregation(resource),
     )
 
 

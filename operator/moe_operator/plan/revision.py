@@ -15,7 +15,8 @@ from moe_contract.input_errors import InvalidInput
 from moe_operator.api.parse import parse_resource, resource_document
 from moe_operator.api.resource import MoEServing
 
-_NOT_OF_A_REVISION = ("replicas", "canary", "update")
+# Roles reach the engines of both revisions: those of one alone could exchange no blocks with the others.
+_NOT_OF_A_REVISION = ("replicas", "roles", "canary", "update")
 # Of the placement of experts the one field that a start alone can change.
 _REDUNDANT = "redundantExperts"
 

@@ -1,0 +1,133 @@
+"""Prefill and decode apart on a real API server: what it refuses, and how engines of other roles take over."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fresh_operator import (
+    FreshOperator,
+    change,
+    fetch,
+    fetch_all,
+    fetch_conditions,
+    fetch_serving,
+    served,
+    started,
+    writes,
+)
+from moe_contract.api_server import ApiError
+from moe_operator.kubernetes.kinds import DEPLOYMENT, POD, SERVING
+from moe_operator.kubernetes.store import Key
+from serving_documents import serving
+from stand_in_peers import Peers, peers_listening
+
+Document = dict[str, Any]
+FIXED = {"mode": "fixed", "prefill": 1, "decode": 2}
+ROLE = "moeserving.dev/role"
+
+
+async def numbers(operator: FreshOperator, key: Key) -> dict[str, int]:
+    """The replicas of the Deployments of engines."""
+    found = await fetch_all(operator.api, DEPLOYMENT, key.namespace)
+    return {row["metadata"]["name"]: row["spec"]["replicas"] for row in found if "engine" in row["metadata"]["name"]}
+
+
+async def look_again(operator: FreshOperator, key: Key) -> None:
+    await operator.relist()
+    await operator.settle(key)
+
+
+async def make_engines(peers: Peers, operator: FreshOperator, key: Key, role: str, *names: str) -> None:
+    for name in names:
+        labels = {ROLE: role} if role else {}
+        address = await peers.make(operator.api, key, "engine", name, **labels)
+        transfer = {"role": role or "unified", "peers": "one", "transfers": 0}
+        peers.further[address] = {"kv_transfer": transfer}
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"roles": "auto"}, "roles"),
+        ({"roles": {"mode": "split"}}, "Unsupported value"),
+        ({"roles": {"mode": "fixed", "prefill": 1}}, "needs prefill and decode"),
+        ({"roles": {"mode": "auto", "prefill": 1}}, "no other mode has them"),
+        ({"roles": FIXED, "replicas": 2}, "leave replicas out"),
+        ({"roles": FIXED, "canary": {"weight": 1}}, "fixed roles have no canary"),
+        ({"roles": {"mode": "auto"}, "parallelism": {"data": 2, "nodes": 2}}, "takes part in no transfer"),
+        ({"roles": {"mode": "auto"}, "args": ["--kv_transfer_config={}"]}, "no argument beside roles"),
+    ],
+)
+async def test_the_api_server_refuses_what_cannot_be(
+    kubeconfig: Path, namespace: str, engine: Document, message: str
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        document = serving(engine=engine)
+        document["metadata"]["namespace"] = namespace
+        with pytest.raises(ApiError, match=message):
+            await operator.api.create(SERVING, document)
+
+
+async def test_engines_of_fixed_roles_take_over_one_by_one_and_give_back(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator, peers_listening() as peers:
+        key = await served(operator, namespace, serving(engine={"replicas": 2}))
+        await make_engines(peers, operator, key, "", "old-a", "old-b")
+        await change(operator, key, engine={"replicas": 1, "roles": FIXED})
+        await look_again(operator, key)
+        assert await numbers(operator, key) == {"tiny-engine": 2, "tiny-engine-prefill": 1, "tiny-engine-decode": 0}
+
+        await make_engines(peers, operator, key, "prefill", "new-p")
+        await look_again(operator, key)
+        await make_engines(peers, operator, key, "decode", "new-d")
+        await look_again(operator, key)
+        assert await numbers(operator, key) == {"tiny-engine": 1, "tiny-engine-prefill": 1, "tiny-engine-decode": 2}
+        marked = await fetch(operator, POD, key, "old-a")
+        assert "controller.kubernetes.io/pod-deletion-cost" in marked["metadata"].get("annotations", {})
+
+        await make_engines(peers, operator, key, "decode", "new-e")
+        await look_again(operator, key)
+        assert await numbers(operator, key) == {"tiny-engine-prefill": 1, "tiny-engine-decode": 2}
+        status = (await fetch_serving(operator.api, key) or {})["status"]
+        assert status["desiredReplicas"] == 3
+        assert {row["name"]: row.get("role") for row in status["engines"]}["new-p"] == "prefill"
+
+        for name in ("old-a", "old-b"):
+            await operator.api.delete(POD, {"metadata": {"name": name, "namespace": namespace}})
+        await change(operator, key, engine={"roles": None, "replicas": 3})
+        await look_again(operator, key)
+        assert await numbers(operator, key) == {
+            "tiny-engine": 1,
+            "tiny-engine-prefill": 1,
+            "tiny-engine-decode": 2,
+        }
+
+
+async def test_the_condition_follows_what_arrives_and_costs_no_writes(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator, peers_listening() as peers:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED}))
+        assert await numbers(operator, key) == {"tiny-engine-prefill": 1, "tiny-engine-decode": 2}
+        assert (await fetch_conditions(operator, key))["Disaggregated"]["reason"] == "NoPeers"
+        await make_engines(peers, operator, key, "prefill", "p")
+        await make_engines(peers, operator, key, "decode", "d", "e")
+        await look_again(operator, key)
+        assert (await fetch_conditions(operator, key))["Disaggregated"]["reason"] == "NoTransfers"
+        for address, pod in peers.pods.items():
+            peers.further[address]["kv_transfer"]["transfers"] = 7 if pod["name"] == "d" else 0
+        operator.reconciler._streams.forget(key)
+        await look_again(operator, key)
+        found = (await fetch_conditions(operator, key))["Disaggregated"]
+        assert (found["status"], found["reason"]) == ("True", "Transferring")
+        before = writes(operator.api)
+        await operator.reconciler.reconcile(key)
+        assert writes(operator.api) == before
+
+
+async def test_a_number_of_a_role_changes_its_deployment_alone(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED}))
+        before = {row["metadata"]["name"]: row for row in await fetch_all(operator.api, DEPLOYMENT, namespace)}
+        await change(operator, key, engine={"roles": {**FIXED, "decode": 4}})
+        after = {row["metadata"]["name"]: row for row in await fetch_all(operator.api, DEPLOYMENT, namespace)}
+        assert after["tiny-engine-decode"]["spec"]["replicas"] == 4
+        changed = {name for name in after if after[name]["spec"] != before[name]["spec"]}
+        assert changed == {"tiny-engine-decode"}

@@ -44,7 +44,7 @@ def refusal(document: object) -> list[str]:
 
 def test_the_model_uri_alone_is_enough_and_all_else_has_the_defaults_of_the_core() -> None:
     spec = parse_resource(MINIMAL).spec
-    assert request_settings(spec.scheduling) == RequestSettings()
+    assert request_settings(spec.scheduling.request, spec.scheduling.engine) == RequestSettings()
     assert engine_settings(spec.scheduling.engine) == EngineSettings()
     assert expert_settings(spec.scheduling.expert) == ExpertSettings()
     assert spec.engine.replicas == 1
@@ -75,7 +75,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         max_stall_s=0.02,
         hysteresis=0.25,
     )
-    given_request = request_settings(spec.scheduling)
+    given_request = request_settings(spec.scheduling.request, spec.scheduling.engine)
     given_engine = engine_settings(spec.scheduling.engine)
     assert given_request == RequestSettings(
         policy=RequestPolicy.PRIORITY,
@@ -141,7 +141,7 @@ def test_what_the_resource_takes_the_core_takes(
     sections = {"request": request, "engine": engine, "expert": expert}
     scheduling = parse_resource(with_spec(scheduling=sections)).spec.scheduling
     assert expert_settings(scheduling.expert).mode == expert["mode"]
-    assert request_settings(scheduling).ageing_rate == request["ageingRate"]
+    assert request_settings(scheduling.request, scheduling.engine).ageing_rate == request["ageingRate"]
     assert engine_settings(scheduling.engine).policy == engine["policy"]
 
 

@@ -325,7 +325,7 @@ def build_simulation(scenario: Scenario) -> Simulation:
         ranks=engines.ranks,
         limits=limits_of(scenario),
         scheduler=SHORT_NAMES.get(engines.scheduler, engines.scheduler),
-        request=request_settings(scenario.scheduling),
+        request=request_settings(scenario.scheduling.request, scenario.scheduling.engine),
         dispatch=gateways.rival or engine_settings(scenario.scheduling.engine),
         gateways=gateways.count,
         hold_requests=gateways.hold_requests,

@@ -38,10 +38,10 @@ class Scheduling(Section):
     expert: ExpertScheduling = ExpertScheduling()
 
 
-def request_settings(scheduling: Scheduling) -> RequestSettings:
-    """The settings of the order of requests; the bound between tokens holds in each engine, too."""
-    settings = read_settings(scheduling.request, RequestSettings)
-    return replace(settings, inter_token_s=engine_settings(scheduling.engine).targets.inter_token_s)
+def request_settings(request: RequestScheduling, engine: EngineScheduling) -> RequestSettings:
+    """The settings of the order of requests, with the bound between tokens, which engines keep too."""
+    settings = read_settings(request, RequestSettings)
+    return replace(settings, inter_token_s=engine_settings(engine).targets.inter_token_s)
 
 
 def engine_settings(section: EngineScheduling) -> EngineSettings:

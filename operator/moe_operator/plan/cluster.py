@@ -114,7 +114,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
-    request = pods.as_json(request_settings(resource.spec.scheduling))
+    request = pods.as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
     dispatch = pods.as_json(engine_settings(resource.spec.scheduling.engine))
     engines = {STABLE: names.engine} | ({CANARY: names.canary} if has_canary else {})
     at_stable, canary = at_revision(resource, stable), resource.spec.engine.canary

@@ -143,7 +143,7 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int, role: Engine
         listen=Listen(host=site.host, port=agent_port),
         token_file=site.token_file,
         engine=build_engine(resource, host=site.host, port=engine_port, share=share, transfer=transfer),
-        request=request_settings(resource.spec.scheduling),
+        request=request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine),
         expert=expert_settings(resource.spec.scheduling.expert),
     )
 
@@ -158,7 +158,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         token_file=site.token_file,
         engines=tuple(_build_address(agent) for agent in agents),
         dispatch=engine_settings(resource.spec.scheduling.engine),
-        request=request_settings(resource.spec.scheduling),
+        request=request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine),
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),

@@ -338,7 +338,7 @@ def build_request_file(resource: MoEServing) -> str:
 def build_agent_settings(resource: MoEServing) -> dict[str, Any]:
     """Settings for agents that run. Those of experts only where there is a group; others keep their defaults."""
     scheduling = resource.spec.scheduling
-    settings = {"request": as_json(request_settings(scheduling))}
+    settings = {"request": as_json(request_settings(scheduling.request, scheduling.engine))}
     if resource.spec.engine.parallelism.expert:
         settings["expert"] = as_json(expert_settings(scheduling.expert))
     return settings
@@ -348,7 +348,7 @@ def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
     """What gateways lay over their file at the start."""
     settings = {
         "dispatch": as_json(engine_settings(resource.spec.scheduling.engine)),
-        "request": as_json(request_settings(resource.spec.scheduling)),
+        "request": as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine)),
         "groups": [group.model_dump(mode="json") for group in groups],
     }
     return json.dumps(settings, sort_keys=True)

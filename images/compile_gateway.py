@@ -24,7 +24,7 @@ GATEWAY = {
     "http/": ("client", "heads", "rare_headers", "request_reader", "upstream", "whole_request"),
     "request/": (
         *("answer_account", "answer_beginning", "client_answer", "continued_exchange", "exchange", "open_users"),
-        *("parsing", "reading", "recent_requests", "stream_events"),
+        *("parsing", "reading", "recent_requests", "split_exchange", "stream_events"),
     ),
 }
 MODULES = (

@@ -24,8 +24,9 @@ from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import UpstreamConnection
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
-from moe_gateway.request.exchange import ENGINE_STALLED, Exchange
+from moe_gateway.request.exchange import ENGINE_STALLED
 from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.split_exchange import SplitExchange
 
 # The label of streams that could go on and did not.
 NOT_CONTINUED = "none"
@@ -33,8 +34,8 @@ NOT_CONTINUED = "none"
 log = logging.getLogger("moeserving.gateway")
 
 
-class ContinuedExchange(Exchange):
-    """See `Exchange`; the stream is that of `continuation`."""
+class ContinuedExchange(SplitExchange):
+    """See `Exchange`; the stream is that of `continuation`, which begins at one engine or at two."""
 
     __slots__ = ("_continuation", "_limited", "_same", "_way")
 
@@ -66,7 +67,7 @@ class ContinuedExchange(Exchange):
             assert self._in_flight is not None
             self._same = self._find_same(self._in_flight.target)
             self._answer.extra = b"" if self._same is None else self._continuation.header
-        return url, body
+        return url, self._body_of_phase(body)
 
     def _find_same(self, target: Target) -> SameModel | None:
         """The engines that serve the same as this one; None where it does not say what that is."""
@@ -78,6 +79,9 @@ class ContinuedExchange(Exchange):
 
     def received(self, data: bytes, connection: UpstreamConnection) -> None:
         """Bytes of an engine's answer came."""
+        if self._prefilling is not None:
+            super().received(data, connection)
+            return
         continuation, has_begun = self._continuation, self.attempts.is_answering
         was_resuming = continuation.is_resuming
         data = continuation.read(data, has_begun=has_begun, is_complete=connection.complete)

@@ -6,20 +6,16 @@ from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeConte
 from moe_gateway.request.continued_exchange import ContinuedExchange
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request.split_exchange import ContinuedSplitExchange, SplitExchange
+from moe_gateway.request.split_exchange import SplitExchange
 
 
 def make_exchange(
     request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, context: ExchangeContext
 ) -> Exchange:
     """Returns the exchange of a request."""
-    found = None
     if (settings := context.continuation) is not None:
         found = find_continuation(request, route, parsed, settings)
-    if context.dispatcher.placements is None:
-        if found is None:
-            return Exchange(request, route, parsed, client, context)
-        return ContinuedExchange(request, route, parsed, client, context, found)
-    if found is None:
-        return SplitExchange(request, route, parsed, client, context)
-    return ContinuedSplitExchange(request, route, parsed, client, context, found)
+        if found is not None:
+            return ContinuedExchange(request, route, parsed, client, context, found)
+    kind = Exchange if context.dispatcher.placements is None else SplitExchange
+    return kind(request, route, parsed, client, context)

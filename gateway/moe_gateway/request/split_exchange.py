@@ -17,7 +17,6 @@ from moe_scheduling.engine.attempts import AttemptFailure
 from moe_scheduling.engine.choice import Send
 from moe_scheduling.signals import Target
 
-from moe_gateway.continuation.stream import Continuation
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.placements import Placements
 from moe_gateway.engines.served_models import find_model
@@ -27,7 +26,6 @@ from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import UpstreamConnection
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
-from moe_gateway.request.continued_exchange import ContinuedExchange
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.split_bodies import (
@@ -70,32 +68,18 @@ class _Pair:
 
 
 class SplitExchange(Exchange):
-    """See `Exchange`; `_pair` is None for a request that goes whole to one engine.
+    """See `Exchange`; `_pair` is None for a request that goes whole to one engine."""
 
-    Args:
-        request: of the client.
-        route: of the request.
-        parsed: its body.
-        client: the client's connection.
-        context: parts of the gateway.
-        more: what a class beside this one takes.
-    """
+    __slots__ = ("_pair", "_placements")
 
     def __init__(
-        self,
-        request: ClientRequest,
-        route: Route,
-        parsed: Parsed,
-        client: ClientSide,
-        context: ExchangeContext,
-        *more: Continuation,
+        self, request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, context: ExchangeContext
     ) -> None:
-        super().__init__(request, route, parsed, client, context, *more)
-        assert context.dispatcher.placements is not None
-        self._placements: Placements = context.dispatcher.placements
+        super().__init__(request, route, parsed, client, context)
         self._pair: _Pair | None = None
-        if self.computes:
-            self._placements.load.arrived(self.job.size_tokens, self.request.arrived_s)
+        self._placements: Placements | None = context.dispatcher.placements
+        if self._placements is not None and self.computes:
+            self._placements.load.arrived(self.job.size_tokens, request.arrived_s)
             self.job = self.job._replace(splits=self._may_split())
 
     def _may_split(self) -> bool:
@@ -114,6 +98,9 @@ class SplitExchange(Exchange):
 
     def release(self, decision: Send) -> None:
         """Sends it to the chosen target, or first to the one that computes its prompt."""
+        if self._placements is None:
+            super().release(decision)
+            return
         dispatcher, now_s = self._context.dispatcher, self._context.clock()
         prefill = decision.prefill if self.job.splits else None
         # Once alone: what follows a failure goes whole.
@@ -137,9 +124,13 @@ class SplitExchange(Exchange):
 
     def _begin_attempt(self) -> tuple[bytes, Body]:
         url, body = super()._begin_attempt()
+        return url, self._body_of_phase(body)
+
+    def _body_of_phase(self, body: Body) -> Body:
+        """The body for the engine that gets the request now, made of that for any engine."""
         if (pair := self._pair) is None:
-            return url, body
-        return url, build_decode_body(body, pair.params) if pair.params else build_prefill_body(self.route, body)
+            return body
+        return build_decode_body(body, pair.params) if pair.params else build_prefill_body(self.route, body)
 
     def received(self, data: bytes, connection: UpstreamConnection) -> None:
         """Bytes of an engine's answer came."""
@@ -200,6 +191,7 @@ class SplitExchange(Exchange):
         self._send()
 
     def _is_late(self, pair: _Pair) -> bool:
+        assert self._placements is not None
         return self._context.clock() - pair.pending_s >= self._placements.longest_wait_s(pair.prefill.server)
 
     def _write_request(self, connection: UpstreamConnection) -> None:
@@ -214,7 +206,7 @@ class SplitExchange(Exchange):
         pair = self._pair
         if pair is not None and part is not AnswerPart.ENGINE_ERROR:
             self._pair = None
-            if part is not AnswerPart.REFUSAL:
+            if part is not AnswerPart.REFUSAL and self._placements is not None:
                 self._placements.note_transfer(pair.prefill.server, pair.decode.target.server)
         super()._start(part, connection)
 
@@ -232,7 +224,7 @@ class SplitExchange(Exchange):
 
     def _leave_pair(self, reason: str, failed: Target | None) -> None:
         pair, self._pair = self._pair, None
-        if pair is not None:
+        if pair is not None and self._placements is not None:
             now_s = self._context.clock()
             self._context.dispatcher.settle(pair.reserved, now_s)
             self._placements.fall_back(reason, None if failed is None else failed.server, now_s)
@@ -291,18 +283,18 @@ class SplitExchange(Exchange):
         if (pair := self._pair) is not None:
             self._pair = None
             context.dispatcher.settle(pair.reserved, context.clock())
-        if self.computes and self._in_flight is not None and status < 400 and not broken and not refusal:
+        if self._placements is not None and self.computes and status < 400 and not broken and not refusal:
+            self._note_end(self._placements)
+        super()._end(status, reason, refusal=refusal, broken=broken)
+
+    def _note_end(self, placements: Placements) -> None:
+        if self._in_flight is not None:
             lasted_s = self.last_s - self.request.arrived_s
             answer_s = None if self.ttft_s is None else lasted_s - self.ttft_s
-            self._placements.note_end(self._in_flight.target, answer_s, lasted_s, self.last_s)
-        super()._end(status, reason, refusal=refusal, broken=broken)
+            placements.note_end(self._in_flight.target, answer_s, lasted_s, self.last_s)
 
 
 def _failure_of(status: int, body: bytes) -> AttemptFailure:
     if says_engine_is_dead(body):
         return AttemptFailure.ENGINE_DEAD
     return AttemptFailure.ENGINE_FULL if status == 503 else AttemptFailure.ENGINE_ERROR
-
-
-class ContinuedSplitExchange(SplitExchange, ContinuedExchange):
-    """A split exchange whose stream goes on at another engine, whole, when its own fails."""

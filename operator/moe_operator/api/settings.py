@@ -29,11 +29,11 @@ def settings_section(settings: type) -> Any:
 
 def read_settings(section: Section, settings: type[Settings]) -> Settings:
     """The settings that a section asks for: durations become seconds."""
-    values = {}
+    values: dict[str, Any] = {}
     for row, _ in declared_settings(settings):
         value = getattr(section, _name(row))
-        if is_dataclass(row.type):
-            values[row.name] = read_settings(value, row.type)
+        if (nested := _nested(row)) is not None:
+            values[row.name] = read_settings(value, nested)
             continue
         values[row.name] = duration_s(value) if row.name.endswith(_SECONDS) and value is not None else value
     return settings(**values)
@@ -44,11 +44,17 @@ def _name(row: "DataclassField[Any]") -> str:
     return row.name.removesuffix(_SECONDS).removesuffix(_STEPS)
 
 
+def _nested(row: "DataclassField[Any]") -> type | None:
+    """The settings dataclass that is the type of a field; None for any other type."""
+    kind: Any = row.type
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
 def _field(row: "DataclassField[Any]", declared: Setting) -> tuple[Any, Any]:
     """Annotation and default for pydantic."""
     default: Any = row.default
-    if is_dataclass(row.type):
-        section = settings_section(row.type)
+    if (nested := _nested(row)) is not None:
+        section = settings_section(nested)
         return section, Field(default=section(), description=declared.meaning)
     if row.name.endswith(_SECONDS):
         kind = _optional(row, Annotated[str, _duration(declared)])

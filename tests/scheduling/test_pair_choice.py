@@ -139,8 +139,69 @@ def test_the_weight_is_the_exchange_of_ttft_for_answers():
     # Beside the answers the first token comes sooner; apart from them no answer is interrupted.
     states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=20_000)]
     for weight, expected in ((0.0, "a"), (10.0, "b")):
-        context = CONTEXT._replace(targets=LatencyTargets(answer_weight=weight))
+        context = CONTEXT._replace(targets=LatencyTargets(answer_weight=weight, ttft_growth=100.0))
         assert choose(states, context=context).prefill.server == expected
+
+
+def test_ttft_grows_no_more_than_declared_for_the_sake_of_answers():
+    states = [engine(A, decode=60), engine(B, waiting_prefill_tokens=8000)]
+    for growth, expected in ((0.0, "a"), (0.2, "a"), (100.0, "b")):
+        targets = LatencyTargets(answer_weight=10.0, ttft_growth=growth)
+        assert choose(states, context=CONTEXT._replace(targets=targets)).prefill.server == expected
+
+
+def test_a_pair_whose_transfer_delays_the_first_token_too_much_is_not_chosen():
+    busy = CONTEXT._replace(prefill_shares={"b": 0.9})
+    states = [engine(A, decode=60), engine(B)]
+    for growth, expected in ((0.5, ("b", "a")), (0.0, ("b", "b"))):
+        targets = LatencyTargets(ttft_growth=growth)
+        assert places(choose(states, Job(8000), busy._replace(targets=targets))) == expected
+
+
+def test_fixed_roles_leave_no_whole_request_to_compare_with():
+    roles = CONTEXT._replace(
+        roles={"a": EngineRole.PREFILL, "b": EngineRole.DECODE}, targets=LatencyTargets(ttft_growth=0.0)
+    )
+    assert places(choose([engine(A, waiting_prefill_tokens=50_000), engine(B)], context=roles)) == ("a", "b")
+
+
+def test_bounds_replace_the_growth_of_ttft():
+    """A declared bound says itself how long a first token may take."""
+    states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=30_000)]
+    targets = LatencyTargets(inter_token_s=0.05, ttft_growth=0.0)
+    assert choose(states, context=CONTEXT._replace(targets=targets)).prefill.server == "b"
+
+
+@given(
+    loads=st.lists(
+        st.tuples(st.integers(0, 50_000), st.integers(0, 200), st.sampled_from(EngineRole)), min_size=1, max_size=6
+    ),
+    tokens=st.integers(1, 20_000),
+    growth=st.floats(0.0, 3.0),
+)
+def test_no_choice_is_later_than_the_growth_allows(loads, tokens, growth):
+    states = [
+        engine(Target(str(number)), waiting_prefill_tokens=ahead, decode=decode)
+        for number, (ahead, decode, _) in enumerate(loads)
+    ]
+    roles = {str(number): role for number, (_, _, role) in enumerate(loads)}
+    context = PairContext(
+        targets=LatencyTargets(ttft_growth=growth), transfer=LINK, met=set(product("012345", repeat=2)), roles=roles
+    )
+    soonest = choose(states, Job(tokens), context._replace(transfer=None, targets=LatencyTargets(answer_weight=0.0)))
+    chosen = choose(states, Job(tokens), context)
+    wholes = [name for name, role in roles.items() if role is EngineRole.UNIFIED]
+    if wholes:
+        assert chosen.prediction.ttft_s <= (1.0 + growth) * soonest.prediction.ttft_s + 1e-9
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(1, 0.3), (4, 0.3), (4, 0.0)])
+def test_each_rank_that_computes_prompts_interrupts_the_whole_group(ranks, share):
+    group = [engine(Target("a", rank), decode=10) for rank in range(ranks)]
+    step_s = STEP_TIME.base_s + 11 * STEP_TIME.decode_s
+    expected_s = min(step_s / (1.0 - share) ** ranks, step_s + 2048 * STEP_TIME.prefill_s)
+    placement = choose(group, context=CONTEXT._replace(prefill_shares={"a": share}))
+    assert placement.prediction.inter_token_s == pytest.approx(expected_s)
 
 
 # Bounds.

@@ -9,7 +9,7 @@ Invariants: the answer of a request comes from one engine; a request is at one e
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moe_contract.gateway_config import GatewayConfig
@@ -53,12 +53,14 @@ class PairSettings:
         targets: the objective.
         roles: of servers, by name; those that are absent are unified.
         role_settings: when a role moves with the load; None: roles stay as they are.
+        scrapes: whether the signals are scraped from plain vLLM servers.
     """
 
     link: KvTransfer | None
     targets: LatencyTargets = field(default_factory=LatencyTargets)
     roles: Mapping[str, EngineRole] = field(default_factory=dict)
     role_settings: RoleSettings | None = None
+    scrapes: bool = False
 
 
 def pair_gateways(settings: PairSettings, request: RequestSettings) -> RouterFactory:
@@ -239,6 +241,9 @@ class PairGateway:
     # Engines.
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
+        if self.settings.scrapes and (state := self.dispatcher.target_states.get(target)) is not None:
+            # vLLM's metrics have no prefill work.
+            signal = replace(signal, waiting_prefill_tokens=state.unanswered_prefill_tokens)
         self.dispatcher.observe(target, signal, observed_s, now_s)
 
     def set_ready(self, server: str, ready: bool, now_s: float) -> None:

@@ -1,0 +1,83 @@
+"""`python -m moe_lab.disaggregation run|report`: makes the runs of the comparison, and tables of them."""
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moe_contract.input_errors import InvalidInput, unknown_choice
+from moe_scheduling.engine.disaggregation import LatencyTargets
+from moe_tools.user_errors import report_user_errors
+
+from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
+from moe_lab.disaggregation.matrix import Run, run_all
+from moe_lab.disaggregation.report import render
+from moe_lab.disaggregation.workloads import NAMES, Folders
+from moe_lab.experiments.runner import read_records
+
+RawFile = Annotated[Path, typer.Option("--raw", help="File of raw results, one JSON line for each run.")]
+_RAW = Path(".cache/experiments/disaggregation.jsonl")
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def disaggregation() -> None:
+    """Prefill and decode together and apart on the same GPUs. Modelled: docs/simulator.md."""
+
+
+@app.command("run")
+@report_user_errors
+def run_command(
+    gpus: Annotated[list[int] | None, typer.Option(min=2, max=16, help="Repeatable; 8 without.")] = None,
+    workload: Annotated[list[str] | None, typer.Option(help="Repeatable; twoEnd without.")] = None,
+    load: Annotated[list[float] | None, typer.Option(help="Part of stock vLLM's saturation; 1 without.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Arrangements by their names; all without.")] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 4,
+    first_seed: Annotated[int, typer.Option(min=1)] = 1,
+    count: Annotated[int, typer.Option(min=20, help="Requests of a run.")] = 600,
+    weight: Annotated[float, typer.Option(min=0, help="Seconds of TTFT that a second of an answer is worth.")] = 1.0,
+    growth: Annotated[
+        float, typer.Option(min=0, help="Part by which TTFT may exceed that of the soonest whole request.")
+    ] = LatencyTargets().ttft_growth,
+    traces: Annotated[Path | None, typer.Option(help="Folder with the public traces.")] = None,
+    sessions: Annotated[Path | None, typer.Option(help="Folder with the agents' sessions.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each needs 1 GiB.")] = 1,
+    raw: RawFile = _RAW,
+) -> None:
+    """Make the runs that are missing; interrupted, it goes on where it was."""
+    if bad := [unknown_choice("--workload", name, NAMES) for name in workload or () if name not in NAMES]:
+        raise InvalidInput(bad)
+    runs = []
+    for number, name, part, seed in product(
+        gpus or [8], workload or ["twoEnd"], load or [1.0], range(first_seed, first_seed + seeds)
+    ):
+        ways = arrangements(number)
+        if unknown := [unknown_choice("--only", way, ways) for way in only or () if way not in ways]:
+            raise InvalidInput(unknown)
+        runs += [
+            Run(
+                gpus=number,
+                workload=name,
+                load=part,
+                count=count,
+                seed=seed,
+                arrangement=way,
+                targets=LatencyTargets(answer_weight=weight, ttft_growth=growth),
+            )
+            for way in only or ways
+        ]
+    run_all(runs, folders=Folders(traces=traces, sessions=sessions), out=raw, workers=workers, say=typer.echo)
+
+
+@app.command("report")
+@report_user_errors
+def report_command(
+    raw: RawFile = _RAW,
+    base: Annotated[str, typer.Option(help="Arrangement that the others are compared with.")] = REFERENCE,
+) -> None:
+    """Print tables of the runs that are there."""
+    typer.echo(render(read_records(raw), base))
+
+
+if __name__ == "__main__":
+    app()

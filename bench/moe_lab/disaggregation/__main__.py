@@ -37,8 +37,12 @@ def run_command(
     count: Annotated[int, typer.Option(min=20, help="Requests of a run.")] = 600,
     weight: Annotated[float, typer.Option(min=0, help="Seconds of TTFT that a second of an answer is worth.")] = 1.0,
     growth: Annotated[
-        float, typer.Option(min=0, help="Part by which TTFT may exceed that of the soonest whole request.")
-    ] = LatencyTargets().ttft_growth,
+        list[float] | None,
+        typer.Option(min=0, help="Part by which the TTFT of a pair may exceed the soonest whole one's; repeatable."),
+    ] = None,
+    full_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests a second of a full load, instead of the saturation.")
+    ] = None,
     traces: Annotated[Path | None, typer.Option(help="Folder with the public traces.")] = None,
     sessions: Annotated[Path | None, typer.Option(help="Folder with the agents' sessions.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each needs 1 GiB.")] = 1,
@@ -48,8 +52,9 @@ def run_command(
     if bad := [unknown_choice("--workload", name, NAMES) for name in workload or () if name not in NAMES]:
         raise InvalidInput(bad)
     runs = []
-    for number, name, part, seed in product(
-        gpus or [8], workload or ["twoEnd"], load or [1.0], range(first_seed, first_seed + seeds)
+    usual = LatencyTargets().ttft_growth
+    for seed, number, name, part in product(
+        range(first_seed, first_seed + seeds), gpus or [8], workload or ["twoEnd"], load or [1.0]
     ):
         ways = arrangements(number)
         if unknown := [unknown_choice("--only", way, ways) for way in only or () if way not in ways]:
@@ -62,11 +67,13 @@ def run_command(
                 count=count,
                 seed=seed,
                 arrangement=way,
-                targets=LatencyTargets(answer_weight=weight, ttft_growth=growth),
+                targets=LatencyTargets(answer_weight=weight, ttft_growth=each),
             )
             for way in only or ways
+            for each in (growth or [usual] if ways[way].moves else [usual])
         ]
-    run_all(runs, folders=Folders(traces=traces, sessions=sessions), out=raw, workers=workers, say=typer.echo)
+    folders = Folders(traces=traces, sessions=sessions)
+    run_all(runs, folders=folders, out=raw, workers=workers, say=typer.echo, full_rate=full_rate)
 
 
 @app.command("report")

@@ -74,7 +74,11 @@ class Run:
         """Names the run in the file of results."""
         parts: tuple[Any, ...] = (self.gpus, self.workload, self.load, self.count, self.seed, self.arrangement)
         usual = LatencyTargets()
-        changed = [f"{name}={value}" for name, value in asdict(self.targets).items() if value != getattr(usual, name)]
+        changed = [
+            f"{name}={value}"
+            for name, value in asdict(self.targets).items()
+            if value != getattr(usual, name) or (name == "ttft_growth" and self.arrangement.startswith("auto"))
+        ]
         return "/".join(map(str, (*parts, *changed)))
 
 
@@ -83,13 +87,33 @@ def rate_run(run: Run) -> Run:
     return Run(gpus=run.gpus, workload=run.workload, load=0.0, count=RATE_COUNT, seed=RATE_SEED, arrangement=REFERENCE)
 
 
-def run_all(runs: Sequence[Run], *, folders: Folders, out: Path, workers: int, say: Callable[[str], None]) -> None:
-    """Makes those of the runs that are missing in a file of results, in their order."""
+def run_all(
+    runs: Sequence[Run],
+    *,
+    folders: Folders,
+    out: Path,
+    workers: int,
+    say: Callable[[str], None],
+    full_rate: float | None = None,
+) -> None:
+    """Makes those of the runs that are missing in a file of results, in their order.
+
+    Args:
+        runs: that are wanted.
+        folders: of public data.
+        out: the file of results.
+        workers: processes.
+        say: shows a line of progress.
+        full_rate: requests a second of a full load; None: it is found.
+    """
     digests = {run.arrangement: source_digest(arrangements(run.gpus)[run.arrangement]) for run in runs}
     digests[REFERENCE] = source_digest(FleetShape(servers=(1,), stock=True))
     found = {
         record["id"]: record for record in read_records(out) if record["digest"] == digests.get(record["arrangement"])
     }
+    if out.exists() and not out.read_bytes().endswith(b"\n"):
+        # An interrupted run may have left a part of a line.
+        out.write_bytes(out.read_bytes() + b"\n")
     with ProcessPoolExecutor(workers, initializer=_prepare) as pool, out.open("a", encoding="utf-8") as file:
 
         def keep(record: Mapping[str, Any]) -> None:
@@ -98,12 +122,13 @@ def run_all(runs: Sequence[Run], *, folders: Folders, out: Path, workers: int, s
             file.flush()
             found[record["id"]] = full
 
-        rates = list(dict.fromkeys(rate_run(run) for run in runs if rate_run(run).id not in found))
+        wanted_rates = [] if full_rate is not None else [rate_run(run) for run in runs]
+        rates = [run for run in dict.fromkeys(wanted_rates) if run.id not in found]
         for record in pool.map(measure_run, rates, [folders] * len(rates), [None] * len(rates)):
             keep(record)
         todo = [run for run in dict.fromkeys(runs) if run.id not in found]
         say(f"{len(runs)} runs, {len(runs) - len(todo)} of them made before")
-        wanted = [found[rate_run(run).id]["rate"] * run.load for run in todo]
+        wanted = [run.load * (full_rate or found[rate_run(run).id]["rate"]) for run in todo]
         for record in pool.map(measure_run, todo, [folders] * len(todo), wanted):
             keep(record)
             say(f"{record['id']}: {record['took_s']:.0f} s")

@@ -10,8 +10,11 @@ from moe_lab.disaggregation.__main__ import app
 from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
 from moe_lab.disaggregation.report import render
+from moe_lab.disaggregation.settled import settled_prefill
 from moe_lab.disaggregation.workloads import AGENTS, CHANGE, SESSIONS_FILE, Folders, build_workload, read_sessions
 from moe_scheduling.engine.disaggregation import LatencyTargets
+from moe_scheduling.fleet.roles import RoleObservation, RoleSettings, ServerLoad, predict_cost_s
+from moe_scheduling.signals import StepTime
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -156,3 +159,20 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
     assert {row["rate"] for row in rows} == {4.0}
     done = runner.invoke(app, ["run", *options, *names])
     assert "2 runs, 2 of them made before" in done.output
+
+
+@pytest.mark.parametrize("growth", [0.0, 10.0])
+def test_roles_settle_where_none_changes_any_more(growth):
+    observed = RoleObservation(
+        observed_s=0.0,
+        servers=[ServerLoad(name=f"e{number}") for number in range(4)],
+        step_time=StepTime(base_s=0.008, prefill_s=0.00003, decode_s=0.00005),
+        requests_per_s=20.0,
+        prompt_tokens=3000.0,
+        answer_tokens=100.0,
+        transfer_s=0.02,
+        measured_s=3.0,
+    )
+    cheapest = min(range(4), key=lambda count: predict_cost_s(observed, count))
+    assert cheapest > 0
+    assert settled_prefill(observed, RoleSettings(ttft_growth=growth)) == (cheapest if growth else 0)

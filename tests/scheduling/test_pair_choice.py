@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine.choice import Job, Refuse, RefuseReason
+from moe_scheduling.engine.choice import EngineSettings, Job, Refuse, RefuseReason, choose_target
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import (
     DECODE_COMPUTES_TOKENS,
@@ -190,9 +190,41 @@ def test_no_choice_is_later_than_the_growth_allows(loads, tokens, growth):
     )
     soonest = choose(states, Job(tokens), context._replace(transfer=None, targets=LatencyTargets(answer_weight=0.0)))
     chosen = choose(states, Job(tokens), context)
-    wholes = [name for name, role in roles.items() if role is EngineRole.UNIFIED]
-    if wholes:
-        assert chosen.prediction.ttft_s <= (1.0 + growth) * soonest.prediction.ttft_s + 1e-9
+    if EngineRole.UNIFIED not in roles.values():
+        return
+    has_role = roles[chosen.prefill.server] is EngineRole.PREFILL
+    waits_s = chosen.prediction.prefill_s if has_role else chosen.prediction.ttft_s
+    assert waits_s <= (1.0 + growth) * soonest.prediction.ttft_s + 1e-9
+    if not chosen.is_pair:
+        assert chosen.prediction.ttft_s == soonest.prediction.ttft_s
+
+
+def test_the_blocks_of_a_prefill_engine_may_take_their_time():
+    """Its plan has weighed the transfer; the queue before it may still not grow."""
+    context = CONTEXT._replace(roles={"a": EngineRole.PREFILL}, targets=LatencyTargets(ttft_growth=0.2))
+    states = [engine(A), engine(B, decode=60), engine(C, decode=60)]
+    placement = choose(states, Job(8000), context)
+    assert placement.prefill == A
+    assert placement.is_pair
+    full = [engine(A, waiting_prefill_tokens=20_000), engine(B, decode=60), engine(C, decode=60)]
+    assert not choose(full, Job(8000), context).is_pair
+    without = context._replace(roles={})
+    assert not choose(full, Job(8000), without).is_pair
+
+
+@given(
+    loads=st.lists(st.tuples(st.integers(0, 50_000), st.integers(0, 200)), min_size=1, max_size=6),
+    tokens=st.integers(1, 20_000),
+    turn=st.integers(0, 10),
+)
+def test_without_transfers_the_choice_is_that_of_whole_requests(loads, tokens, turn):
+    states = [
+        engine(Target(str(number // 2), number % 2), waiting_prefill_tokens=ahead, decode=decode)
+        for number, (ahead, decode) in enumerate(loads)
+    ]
+    placement = choose(states, Job(tokens), PairContext(), turn=turn)
+    sent = choose_target(Job(tokens), states, EngineSettings(), turn=turn, now_s=NOW_S)
+    assert placement.decode == sent.target
 
 
 @pytest.mark.parametrize(("ranks", "share"), [(1, 0.3), (4, 0.3), (4, 0.0)])

@@ -40,6 +40,9 @@ def run_command(
         list[float] | None,
         typer.Option(min=0, help="Part by which the TTFT of a pair may exceed the soonest whole one's; repeatable."),
     ] = None,
+    ttft: Annotated[
+        float | None, typer.Option(min=0.001, help="Declared bound of TTFT (s), for the choice of each request.")
+    ] = None,
     full_rate: Annotated[
         float | None, typer.Option(min=0.001, help="Requests a second of a full load, instead of the saturation.")
     ] = None,
@@ -67,7 +70,9 @@ def run_command(
                 count=count,
                 seed=seed,
                 arrangement=way,
-                targets=LatencyTargets(answer_weight=weight, ttft_growth=each),
+                targets=LatencyTargets(
+                    answer_weight=weight, ttft_growth=each, ttft_s=ttft if ways[way].moves else None
+                ),
             )
             for way in only or ways
             for each in (growth or [usual] if ways[way].moves else [usual])

@@ -25,6 +25,7 @@ from moe_tools.simulator.simulation import Simulation, SimulationResult, alone_s
 from moe_tools.simulator.workload import SimRequest
 
 from moe_lab.disaggregation.arrangements import REFERENCE, arrangements, load_of
+from moe_lab.disaggregation.settled import settle
 from moe_lab.disaggregation.workloads import Folders, build_workload, max_model_len
 from moe_lab.experiments.plan import code_digest
 from moe_lab.experiments.runner import PRODUCT_SOURCES, ROOT, SIMULATOR_SOURCES, read_records
@@ -41,8 +42,9 @@ _PAIR_SOURCES = (
     *(f"scheduling/moe_scheduling/engine/{name}.py" for name in ("pair_choice", "disaggregation", "prefill_share")),
     "scheduling/moe_scheduling/fleet",
 )
+_SETTLED: dict[tuple["Run", float], FleetShape] = {}
 _OWN_SOURCES = (
-    *(f"bench/moe_lab/disaggregation/{name}.py" for name in ("arrangements", "workloads")),
+    *(f"bench/moe_lab/disaggregation/{name}.py" for name in ("arrangements", "settled", "workloads")),
     "bench/moe_tools/advisor/fleet.py",
 )
 
@@ -157,7 +159,7 @@ def measure_run(run: Run, folders: Folders, rate: float | None) -> dict[str, Any
     began_s = time.perf_counter()
     if rate is None:
         rate = find_saturation(lambda at: _slowdown(_serve(run, folders, at)[1]), _GUESS * run.gpus)
-    simulation, outcome, changes = _serve(run, folders, rate)
+    simulation, outcome, changes, begin = _serve(run, folders, rate)
     figures = {name: value for name, value in asdict(outcome.figures).items() if math.isfinite(value)}
     transfers = outcome.totals.transfers
     return {
@@ -167,6 +169,7 @@ def measure_run(run: Run, folders: Folders, rate: float | None) -> dict[str, Any
         "figures": {**figures, **goodput(simulation, outcome)},
         "pairs": sum(bool(row.prefill_server) for row in outcome.requests) / len(outcome.requests),
         "role_changes": changes,
+        "prefill_engines": begin,
         "transfers": None if transfers is None else asdict(transfers),
         "virtual_s": outcome.totals.now_s,
         "took_s": time.perf_counter() - began_s,
@@ -177,11 +180,13 @@ def _slowdown(outcome: SimulationResult) -> float:
     return outcome.figures.ttft_mean / outcome.figures.ttft_floor
 
 
-def _serve(run: Run, folders: Folders, rate: float) -> tuple[Simulation, SimulationResult, int]:
-    """Returns the simulation, its outcome and the number of changes of a role."""
+def _serve(run: Run, folders: Folders, rate: float) -> tuple[Simulation, SimulationResult, int, int]:
+    """Returns the simulation, its outcome, the number of changes of a role, and of prefill engines at the begin."""
     trace = build_workload(run.workload, run.count, rate, run.seed, folders)
     way = arrangements(run.gpus)[run.arrangement]
     load = load_of(trace, run.seed, targets=run.targets, max_model_len=max_model_len(run.workload))
+    if way.moves and run.load:
+        way = _settled(run, folders, rate)
     simulation = build_fleet(way, load)
     gateways: list[PairGateway] = []
     make = simulation.dispatch
@@ -194,7 +199,18 @@ def _serve(run: Run, folders: Folders, rate: float) -> tuple[Simulation, Simulat
         outcome = simulate(replace(simulation, dispatch=kept), load_vllm())
     else:
         outcome = simulate(simulation, load_vllm())
-    return simulation, outcome, sum(len(gateway.role_changes) for gateway in gateways)
+    changes = sum(len(gateway.role_changes) for gateway in gateways)
+    return simulation, outcome, changes, way.begin if way.prefill is None else way.prefill
+
+
+def _settled(run: Run, folders: Folders, rate: float) -> FleetShape:
+    """Returns the arrangement of a run with the roles that it settles at, found once in a process."""
+    key = (replace(run, seed=RATE_SEED, count=RATE_COUNT), rate)
+    if key not in _SETTLED:
+        trace = build_workload(run.workload, RATE_COUNT, rate, RATE_SEED, folders)
+        load = load_of(trace, RATE_SEED, targets=run.targets, max_model_len=max_model_len(run.workload))
+        _SETTLED[key] = settle(arrangements(run.gpus)[run.arrangement], load)
+    return _SETTLED[key]
 
 
 def goodput(simulation: Simulation, outcome: SimulationResult) -> dict[str, float]:

@@ -36,6 +36,7 @@ class FleetShape:
         prefill: number of the first servers, which compute prompts while the others decode; None: no fixed roles.
         pairs: whether requests may be split.
         moves: whether roles move with the load.
+        begin: number of the first servers that have the role of a prefill engine at the begin, where roles move.
         stock: whether the engines have vLLM's own scheduler.
         redundant: slots of experts in a layer beside one for each expert.
         limits: fields of the engines' limits.
@@ -45,6 +46,7 @@ class FleetShape:
     prefill: int | None = None
     pairs: bool = False
     moves: bool = False
+    begin: int = 0
     stock: bool = False
     redundant: int = 0
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +142,7 @@ def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
 
 def _roles(shape: FleetShape) -> dict[str, EngineRole]:
     if shape.prefill is None:
-        return {}
+        return {server_name(number): EngineRole.PREFILL for number in range(shape.begin)}
     return {
         server_name(number): EngineRole.PREFILL if number < shape.prefill else EngineRole.DECODE
         for number in range(len(shape.servers))

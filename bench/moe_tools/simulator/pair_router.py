@@ -262,13 +262,14 @@ class PairGateway:
             self._move_roles(self.settings.role_settings, now_s)
 
     def _move_roles(self, settings: RoleSettings, now_s: float) -> None:
-        decision, self._history = plan_roles(self._observation(now_s), settings, self._history, now_s)
+        decision, self._history = plan_roles(self.observe_load(now_s), settings, self._history, now_s)
         if isinstance(decision, SetRole):
             self._roles[decision.server] = decision.role
             self._load.forget_measured()
             self.role_changes.append((now_s, decision.server, decision.role))
 
-    def _observation(self, now_s: float) -> RoleObservation:
+    def observe_load(self, now_s: float) -> RoleObservation:
+        """Returns the load of the present, for the roles."""
         states = [state for state in self.dispatcher.target_states.values() if state.accepting]
         stale_after_s = self.dispatcher.settings.stale_after_s
         decoding: dict[str, int] = {}

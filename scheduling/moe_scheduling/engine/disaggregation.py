@@ -62,7 +62,8 @@ class LatencyTargets:
     the times to the last token.
 
     Only pairs are chosen whose first token is predicted within `1 + ttft_growth` times the TTFT of the soonest whole
-    request, where there is one: what later requests wait behind a prompt is not in the sum.
+    request, where there is one: what later requests wait behind a prompt is not in the sum. For engines with the role
+    `PREFILL` the time until the prompt is computed counts instead of TTFT.
 
     Attributes:
         ttft_s: bound of the time to the first token (seconds); None: no bound.

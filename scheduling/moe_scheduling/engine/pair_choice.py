@@ -9,7 +9,8 @@ prompt delays at the group that computes it; the answers that one more request m
 A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed.
 
 Without bounds a pair has to cost less than the soonest whole request, and its first token may come later by
-`ttft_growth` at most: the requests that will wait behind its prompt are not in the sum.
+`ttft_growth` at most: the requests that will wait behind its prompt are not in the sum. At an engine with the role
+`PREFILL` that holds for the time until the prompt is computed.
 
 With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least overrun,
 and then TTFT is least.
@@ -165,7 +166,7 @@ def choose_placement(
     start = turn % len(sides)
     sides = sides[start:] + sides[:start]
     wholes = _wholes(sides, context)
-    placed = _within_growth(wholes, _pairs(job, sides, context), context.targets)
+    placed = _within_growth(wholes, _pairs(job, sides, context), context)
     if not placed:
         # Roles are preferences: with one of them alone left, its engines do everything.
         placed = _wholes([side._replace(role=EngineRole.UNIFIED) for side in sides], context)
@@ -286,17 +287,24 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
 
 
 def _within_growth(
-    wholes: list[RequestPlacement], pairs: list[RequestPlacement], targets: LatencyTargets
+    wholes: list[RequestPlacement], pairs: list[RequestPlacement], context: PairContext
 ) -> list[RequestPlacement]:
     """Returns the soonest whole request and the pairs that are not much later; all where bounds decide, or pairs alone.
 
-    Wholes differ little in all but TTFT, and each that is not the soonest lets later requests wait behind it.
+    Of whole requests that are as soon the first one counts, as in `choice.py`: without pairs both choose alike.
     """
+    targets = context.targets
     if not wholes or targets.is_bounded:
         return pairs + wholes
-    soonest = min(wholes, key=lambda placement: (placement.prediction.ttft_s, placement.prediction.cost_s))
+    soonest = min(wholes, key=lambda placement: placement.prediction.ttft_s)
     latest_s = (1.0 + targets.ttft_growth) * soonest.prediction.ttft_s
-    return [*(placement for placement in pairs if placement.prediction.ttft_s <= latest_s), soonest]
+
+    def is_soon(pair: RequestPlacement) -> bool:
+        # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
+        has_role = context.roles.get(pair.prefill.server) is EngineRole.PREFILL
+        return (pair.prediction.prefill_s if has_role else pair.prediction.ttft_s) <= latest_s
+
+    return [*(pair for pair in pairs if is_soon(pair)), soonest]
 
 
 def _nearest(sides: Sequence[_Side], cost: Callable[[_Side], tuple[float, float]]) -> list[_Side]:

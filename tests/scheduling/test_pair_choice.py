@@ -236,6 +236,18 @@ def test_each_rank_that_computes_prompts_interrupts_the_whole_group(ranks, share
     assert placement.prediction.inter_token_s == pytest.approx(expected_s)
 
 
+@pytest.mark.parametrize("base_s", [0.0, 0.008])
+@pytest.mark.parametrize("prefill_s", [0.0, 0.00004])
+@pytest.mark.parametrize("decode_s", [0.0, 0.0001])
+def test_a_fitted_line_may_lack_any_of_its_parts(base_s, prefill_s, decode_s):
+    """The first steps of an engine may show no cost of answers, or none but that of prompts."""
+    step_time = StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s)
+    states = [engine(target, decode=5, step_time=step_time) for target in (A, B)]
+    for roles in ({}, {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}):
+        prediction = choose(states, context=CONTEXT._replace(roles=roles, prefill_shares={"b": 0.5})).prediction
+        assert all(0.0 <= value < math.inf for value in prediction)
+
+
 # Bounds.
 
 

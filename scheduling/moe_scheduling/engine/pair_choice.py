@@ -223,7 +223,7 @@ def _side(
         prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if decoding else 0.0,
         arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + token_s * min(backlog, STEP_PREFILL_TOKENS)),
         inter_token_s=inter_token_s,
-        crowded_s=delayed * request_s * inter_token_s / step_s if is_fullest else 0.0,
+        crowded_s=delayed * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
         decode_step_s=step_s + token_s * min(backlog, STEP_PREFILL_TOKENS),
     )
 

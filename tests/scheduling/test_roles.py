@@ -165,6 +165,15 @@ def test_prompts_of_any_rank_interrupt_the_answers_of_the_group(ranks):
     assert inter_token_s == pytest.approx(min(STEP_TIME.base_s / left, full_s) if left > 0 else full_s)
 
 
+@pytest.mark.parametrize("base_s", [0.0, 0.008])
+@pytest.mark.parametrize("prefill_s", [0.0, 0.00003])
+@pytest.mark.parametrize("decode_s", [0.0, 0.00005])
+def test_a_fitted_line_may_lack_any_of_its_parts(base_s, prefill_s, decode_s):
+    step_time = StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s)
+    _, fleet = run(lambda now_s, fleet: observe(now_s, fleet, step_time=step_time), 300, fleet=servers())
+    assert counted(fleet) < len(fleet)
+
+
 # Rollback.
 
 

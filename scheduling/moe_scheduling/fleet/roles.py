@@ -267,7 +267,7 @@ def _gain(present_s: float, best_s: float) -> float:
     """Returns the part of the present cost that is gained; 1 where the present load cannot be served."""
     if present_s == math.inf:
         return 0.0 if best_s == math.inf else 1.0
-    return 1.0 - best_s / present_s
+    return 1.0 - best_s / present_s if present_s else 0.0
 
 
 def _victim(observation: RoleObservation, to_prefill: bool) -> ServerLoad:

@@ -1,5 +1,6 @@
 """`python -m moe_lab.disaggregation run|report`: makes the runs of the comparison, and tables of them."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -54,31 +55,42 @@ def run_command(
     """Make the runs that are missing; interrupted, it goes on where it was."""
     if bad := [unknown_choice("--workload", name, NAMES) for name in workload or () if name not in NAMES]:
         raise InvalidInput(bad)
-    runs = []
-    usual = LatencyTargets().ttft_growth
-    for seed, number, name, part in product(
-        range(first_seed, first_seed + seeds), gpus or [8], workload or ["twoEnd"], load or [1.0]
-    ):
-        ways = arrangements(number)
-        if unknown := [unknown_choice("--only", way, ways) for way in only or () if way not in ways]:
-            raise InvalidInput(unknown)
-        runs += [
+    runs = [
+        run
+        for seed, number, name, part in product(
+            range(first_seed, first_seed + seeds), gpus or [8], workload or ["twoEnd"], load or [1.0]
+        )
+        for run in _list_runs(
             Run(
                 gpus=number,
                 workload=name,
                 load=part,
                 count=count,
                 seed=seed,
-                arrangement=way,
-                targets=LatencyTargets(
-                    answer_weight=weight, ttft_growth=each, ttft_s=ttft if ways[way].moves else None
-                ),
-            )
-            for way in only or ways
-            for each in (growth or [usual] if ways[way].moves else [usual])
-        ]
+                arrangement=REFERENCE,
+                targets=LatencyTargets(answer_weight=weight, ttft_s=ttft),
+            ),
+            only,
+            growth,
+        )
+    ]
     folders = Folders(traces=traces, sessions=sessions)
     run_all(runs, folders=folders, out=raw, workers=workers, say=typer.echo, full_rate=full_rate)
+
+
+def _list_runs(like: Run, only: list[str] | None, growth: list[float] | None) -> list[Run]:
+    """Returns the runs of the chosen arrangements; the objective matters where each request goes whole or as a pair."""
+    ways, usual = arrangements(like.gpus), LatencyTargets()
+    if unknown := [unknown_choice("--only", way, ways) for way in only or () if way not in ways]:
+        raise InvalidInput(unknown)
+    found = []
+    for way in only or ways:
+        if ways[way].moves:
+            objectives = [replace(like.targets, ttft_growth=each) for each in growth or [usual.ttft_growth]]
+        else:
+            objectives = [usual]
+        found += [replace(like, arrangement=way, targets=targets) for targets in objectives]
+    return found
 
 
 @app.command("report")

@@ -31,7 +31,9 @@ def settle(shape: FleetShape, load: FleetLoad) -> FleetShape:
         return shape
 
     def kept(*arguments: object) -> PairGateway:
-        gateways.append(gateway := make(*arguments))  # type: ignore[arg-type]
+        gateway = make(*arguments)  # type: ignore[arg-type]
+        assert isinstance(gateway, PairGateway)
+        gateways.append(gateway)
         return gateway
 
     simulate(replace(simulation, dispatch=kept), load_vllm())

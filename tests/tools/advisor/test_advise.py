@@ -142,7 +142,7 @@ def test_the_best_shape_keeps_the_bounds_most_often_and_then_ends_soonest(better
         (advice((4,), redundant=4), "4 copies of experts"),
     ],
 )
-def test_the_reason_names_who_holds_up_whom(row, words):
+def test_the_reason_names_the_answers_that_a_prompt_holds_up(row, words):
     assert words in explain(row.candidate, 0.25, 0)
     assert "3 preemptions" in explain(row.candidate, 0.25, 3)
 

@@ -1,5 +1,5 @@
 """The commands that `moeserving` gains from this package: `model tiny`, `replay`, `compare`, `demo`, `simulate`,
-`calibrate`.
+`calibrate`, `plan --advise`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -194,3 +194,30 @@ def simulate_command(
     from moe_tools.simulator.command import run_simulate
 
     run_simulate(scenario, json_out)
+
+
+@app.command("advise", hidden=True)
+@report_user_errors
+def advise_command(
+    file: Annotated[Path, typer.Option("-f", help="The resource.")],
+    trace: Trace = None,
+    trace_format: Format = None,
+    shape: ShapeName = "random",
+    rate: Annotated[float | None, typer.Option("--rate", help="Requests a second.")] = None,
+    requests: Annotated[int, typer.Option("--requests", help="Requests that each shape serves.")] = 300,
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Median answer.")] = 64,
+    cost: Annotated[str | None, typer.Option("--cost", help="Preset of step times.")] = None,
+    ttft: Annotated[float, typer.Option("--ttft", help="Bound of TTFT (s).")] = 2.0,
+    inter_token: Annotated[float, typer.Option("--inter-token", help="Bound of the time between tokens (s).")] = 0.05,
+    seed: Seed = 0,
+    output: Annotated[str, typer.Option("--output", help="table or json.")] = "table",
+) -> None:
+    """Simulate the shapes that fit a resource's GPUs: `moeserving plan --advise`."""
+    from moe_tools.advisor.advise import AdviceRequest, run_advise
+    from moe_tools.advisor.results import Bounds
+
+    asked = AdviceRequest(
+        file=file, trace=trace, trace_format=trace_format, shape=shape, rate=rate, requests=requests,
+        answer_tokens=answer_tokens, seed=seed, cost=cost, bounds=Bounds(ttft_s=ttft, inter_token_s=inter_token),
+    )  # fmt: skip
+    run_advise(asked, output)

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_scheduling.engine.choice import Job, Refuse, RefuseReason
+from moe_scheduling.engine.choice import EngineSettings, Job, Refuse, RefuseReason, choose_target
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import (
     DECODE_COMPUTES_TOKENS,
@@ -147,8 +147,113 @@ def test_the_weight_is_the_exchange_of_ttft_for_answers():
     # Beside the answers the first token comes sooner; apart from them no answer is interrupted.
     states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=20_000)]
     for weight, expected in ((0.0, "a"), (10.0, "b")):
-        context = CONTEXT._replace(targets=LatencyTargets(answer_weight=weight))
+        context = CONTEXT._replace(targets=LatencyTargets(answer_weight=weight, ttft_growth=100.0))
         assert choose(states, context=context).prefill.server == expected
+
+
+def test_ttft_grows_no_more_than_declared_for_the_sake_of_answers():
+    states = [engine(A, decode=60), engine(B, waiting_prefill_tokens=8000)]
+    for growth, expected in ((0.0, "a"), (0.2, "a"), (100.0, "b")):
+        targets = LatencyTargets(answer_weight=10.0, ttft_growth=growth)
+        assert choose(states, context=CONTEXT._replace(targets=targets)).prefill.server == expected
+
+
+def test_a_pair_whose_transfer_delays_the_first_token_too_much_is_not_chosen():
+    busy = CONTEXT._replace(prefill_shares={"b": 0.9})
+    states = [engine(A, decode=60), engine(B)]
+    for growth, expected in ((0.5, ("b", "a")), (0.0, ("b", "b"))):
+        targets = LatencyTargets(ttft_growth=growth)
+        assert places(choose(states, Job(8000), busy._replace(targets=targets))) == expected
+
+
+def test_fixed_roles_leave_no_whole_request_to_compare_with():
+    roles = CONTEXT._replace(
+        roles={"a": EngineRole.PREFILL, "b": EngineRole.DECODE}, targets=LatencyTargets(ttft_growth=0.0)
+    )
+    assert places(choose([engine(A, waiting_prefill_tokens=50_000), engine(B)], context=roles)) == ("a", "b")
+
+
+def test_bounds_replace_the_growth_of_ttft():
+    """A declared bound says itself how long a first token may take."""
+    states = [engine(A, decode=40), engine(B, waiting_prefill_tokens=30_000)]
+    targets = LatencyTargets(inter_token_s=0.05, ttft_growth=0.0)
+    assert choose(states, context=CONTEXT._replace(targets=targets)).prefill.server == "b"
+
+
+@given(
+    loads=st.lists(
+        st.tuples(st.integers(0, 50_000), st.integers(0, 200), st.sampled_from(EngineRole)), min_size=1, max_size=6
+    ),
+    tokens=st.integers(1, 20_000),
+    growth=st.floats(0.0, 3.0),
+)
+def test_no_choice_is_later_than_the_growth_allows(loads, tokens, growth):
+    states = [
+        engine(Target(str(number)), waiting_prefill_tokens=ahead, decode=decode)
+        for number, (ahead, decode, _) in enumerate(loads)
+    ]
+    roles = {str(number): role for number, (_, _, role) in enumerate(loads)}
+    context = PairContext(
+        targets=LatencyTargets(ttft_growth=growth), transfer=LINK, met=set(product("012345", repeat=2)), roles=roles
+    )
+    soonest = choose(states, Job(tokens), context._replace(transfer=None, targets=LatencyTargets(answer_weight=0.0)))
+    chosen = choose(states, Job(tokens), context)
+    if EngineRole.UNIFIED not in roles.values():
+        return
+    has_role = roles[chosen.prefill.server] is EngineRole.PREFILL
+    waits_s = chosen.prediction.prefill_s if has_role else chosen.prediction.ttft_s
+    assert waits_s <= (1.0 + growth) * soonest.prediction.ttft_s + 1e-9
+    if not chosen.is_pair:
+        assert chosen.prediction.ttft_s == soonest.prediction.ttft_s
+
+
+def test_the_blocks_of_a_prefill_engine_may_take_their_time():
+    """Its plan has weighed the transfer; the queue before it may still not grow."""
+    context = CONTEXT._replace(roles={"a": EngineRole.PREFILL}, targets=LatencyTargets(ttft_growth=0.2))
+    states = [engine(A), engine(B, decode=60), engine(C, decode=60)]
+    placement = choose(states, Job(8000), context)
+    assert placement.prefill == A
+    assert placement.is_pair
+    full = [engine(A, waiting_prefill_tokens=20_000), engine(B, decode=60), engine(C, decode=60)]
+    assert not choose(full, Job(8000), context).is_pair
+    without = context._replace(roles={})
+    assert not choose(full, Job(8000), without).is_pair
+
+
+@given(
+    loads=st.lists(st.tuples(st.integers(0, 50_000), st.integers(0, 200)), min_size=1, max_size=6),
+    tokens=st.integers(1, 20_000),
+    turn=st.integers(0, 10),
+)
+def test_without_transfers_the_choice_is_that_of_whole_requests(loads, tokens, turn):
+    states = [
+        engine(Target(str(number // 2), number % 2), waiting_prefill_tokens=ahead, decode=decode)
+        for number, (ahead, decode) in enumerate(loads)
+    ]
+    placement = choose(states, Job(tokens), PairContext(), turn=turn)
+    sent = choose_target(Job(tokens), states, EngineSettings(), turn=turn, now_s=NOW_S)
+    assert placement.decode == sent.target
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(1, 0.3), (4, 0.3), (4, 0.0)])
+def test_each_rank_that_computes_prompts_interrupts_the_whole_group(ranks, share):
+    group = [engine(Target("a", rank), decode=10) for rank in range(ranks)]
+    step_s = STEP_TIME.base_s + 11 * STEP_TIME.decode_s
+    expected_s = min(step_s / (1.0 - share) ** ranks, step_s + 2048 * STEP_TIME.prefill_s)
+    placement = choose(group, context=CONTEXT._replace(prefill_shares={"a": share}))
+    assert placement.prediction.inter_token_s == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize("base_s", [0.0, 0.008])
+@pytest.mark.parametrize("prefill_s", [0.0, 0.00004])
+@pytest.mark.parametrize("decode_s", [0.0, 0.0001])
+def test_a_fitted_line_may_lack_any_of_its_parts(base_s, prefill_s, decode_s):
+    """The first steps of an engine may show no cost of answers, or none but that of prompts."""
+    step_time = StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s)
+    states = [engine(target, decode=5, step_time=step_time) for target in (A, B)]
+    for roles in ({}, {"a": EngineRole.PREFILL, "b": EngineRole.DECODE}):
+        prediction = choose(states, context=CONTEXT._replace(roles=roles, prefill_shares={"b": 0.5})).prediction
+        assert all(0.0 <= value < math.inf for value in prediction)
 
 
 # Bounds.

@@ -18,11 +18,13 @@ from moe_scheduling.fleet.roles import (
     SetRole,
     plan_roles,
     predict_cost_s,
+    predict_latency_s,
 )
 from moe_scheduling.signals import StepTime
 
 STEP_TIME = StepTime(base_s=0.008, prefill_s=0.00003, decode_s=0.00005)
-SETTINGS = RoleSettings()
+# The growth of TTFT is a test of its own.
+SETTINGS = RoleSettings(ttft_growth=10.0)
 
 
 def servers(prefill=0, unified=4, decoding=0):
@@ -139,6 +141,37 @@ def test_a_fleet_that_can_serve_the_load_in_no_way_still_gets_a_unified_engine()
 
     _, fleet = run(load, 60, fleet=servers(prefill=4, unified=0))
     assert counted(fleet) == 3
+
+
+@pytest.mark.parametrize(("growth", "moves"), [(0.0, False), (0.1, False), (10.0, True)])
+def test_prefill_engines_may_not_lengthen_ttft_beyond_the_declared_growth(growth, moves):
+    _, fleet = run(observe, 600, fleet=servers(), settings=RoleSettings(ttft_growth=growth))
+    assert (counted(fleet) > 0) is moves
+
+
+def test_prefill_engines_that_lengthen_ttft_too_much_at_a_new_load_are_taken_back():
+    _, fleet = run(observe, 600, fleet=servers(prefill=2, unified=2), settings=RoleSettings(ttft_growth=0.0))
+    assert counted(fleet) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_prompts_of_any_rank_interrupt_the_answers_of_the_group(ranks):
+    """At the same utilisation of a rank, and never longer than steps with full chunks."""
+    load = observe(0.0, servers(unified=1), ranks=ranks, requests_per_s=4.0 * ranks, answer_tokens=20.0)
+    _, inter_token_s = predict_latency_s(load, 0)
+    busy = 4.0 * 3000.0 * STEP_TIME.prefill_s
+    decoding = STEP_TIME.decode_s * 4.0 * 20.0
+    left, full_s = (1.0 - busy) ** ranks - decoding, STEP_TIME.base_s / (1.0 - decoding) + 2048 * STEP_TIME.prefill_s
+    assert inter_token_s == pytest.approx(min(STEP_TIME.base_s / left, full_s) if left > 0 else full_s)
+
+
+@pytest.mark.parametrize("base_s", [0.0, 0.008])
+@pytest.mark.parametrize("prefill_s", [0.0, 0.00003])
+@pytest.mark.parametrize("decode_s", [0.0, 0.00005])
+def test_a_fitted_line_may_lack_any_of_its_parts(base_s, prefill_s, decode_s):
+    step_time = StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s)
+    _, fleet = run(lambda now_s, fleet: observe(now_s, fleet, step_time=step_time), 300, fleet=servers())
+    assert counted(fleet) < len(fleet)
 
 
 # Rollback.

@@ -9,7 +9,7 @@ Invariants: the answer of a request comes from one engine; a request is at one e
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moe_contract.gateway_config import GatewayConfig
@@ -50,12 +50,14 @@ class PairSettings:
         targets: the objective.
         roles: of servers, by name; those that are absent are unified.
         role_settings: when a role moves with the load; None: roles stay as they are.
+        scrapes: whether the signals are scraped from plain vLLM servers.
     """
 
     link: KvTransfer | None
     targets: LatencyTargets = field(default_factory=LatencyTargets)
     roles: Mapping[str, EngineRole] = field(default_factory=dict)
     role_settings: RoleSettings | None = None
+    scrapes: bool = False
 
 
 def pair_gateways(settings: PairSettings, request: RequestSettings) -> RouterFactory:
@@ -236,6 +238,9 @@ class PairGateway:
     # Engines.
 
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
+        if self.settings.scrapes and (state := self.dispatcher.target_states.get(target)) is not None:
+            # vLLM's metrics have no prefill work.
+            signal = replace(signal, waiting_prefill_tokens=state.unanswered_prefill_tokens)
         self.dispatcher.observe(target, signal, observed_s, now_s)
 
     def set_ready(self, server: str, ready: bool, now_s: float) -> None:
@@ -254,13 +259,14 @@ class PairGateway:
             self._move_roles(self.settings.role_settings, now_s)
 
     def _move_roles(self, settings: RoleSettings, now_s: float) -> None:
-        decision, self._history = plan_roles(self._observation(now_s), settings, self._history, now_s)
+        decision, self._history = plan_roles(self.observe_load(now_s), settings, self._history, now_s)
         if isinstance(decision, SetRole):
             self._roles[decision.server] = decision.role
             self._load.forget_measured()
             self.role_changes.append((now_s, decision.server, decision.role))
 
-    def _observation(self, now_s: float) -> RoleObservation:
+    def observe_load(self, now_s: float) -> RoleObservation:
+        """Returns the load of the present, for the roles."""
         states = [state for state in self.dispatcher.target_states.values() if state.accepting]
         stale_after_s = self.dispatcher.settings.stale_after_s
         decoding: dict[str, int] = {}

@@ -127,7 +127,7 @@ class Placements:
         """Which target or pair of targets takes a job now; under policies without predictions it is one target."""
         settings = self._dispatcher.settings
         is_usual = settings.policy is not DispatchPolicy.PREDICTED
-        is_usual = is_usual or not (self._peers or settings.targets.has_bounds)
+        is_usual = is_usual or not (self._peers or settings.targets.is_bounded)
         if is_usual or settings.saturation_s is not None:
             decision = choose_target(job, states, settings, turn=turn, now_s=now_s, exclude=tried)
             if is_usual or type(decision) is not Send:
@@ -242,6 +242,6 @@ def _mean_step_time(states: Sequence[TargetState]) -> StepTime | None:
 
 def make_placements(config: Disaggregation | None, dispatcher: "Dispatcher") -> Placements | None:
     """Returns what the settings ask for; None: each request goes to the engine with the least time to first token."""
-    if config is None and not dispatcher.settings.targets.has_bounds:
+    if config is None and not dispatcher.settings.targets.is_bounded:
         return None
     return Placements(config, dispatcher)

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from moe_operator.api import MoEServing, load_resource
+from moe_operator.cli import advice
 from moe_operator.cli.validate import File, input_errors_shown
 from moe_operator.plan import (
     ClusterPlan,
@@ -35,13 +36,34 @@ def plan(
         int | None, typer.Option(min=1, help="With --local: CPUs of the machine.", show_default="this one's")
     ] = None,
     gpus: Annotated[int, typer.Option(min=0, max=4096, help="With --local: GPUs of the machine.")] = 0,
+    advise: advice.Advise = False,
+    trace: advice.Trace = None,
+    trace_format: advice.TraceFormat = None,
+    shape: advice.Shape = None,
+    rate: advice.Rate = None,
+    requests: advice.Requests = None,
+    answer_tokens: advice.AnswerTokens = None,
+    cost: advice.Cost = None,
+    ttft: advice.Ttft = None,
+    inter_token: advice.InterToken = None,
+    seed: advice.Seed = None,
+    output: advice.Output = None,
 ) -> None:
     """Show the Kubernetes objects that the operator would make, as YAML in an order that can be applied.
 
     The control token is a new one each time. Monitors, whose kinds a cluster may lack, are among them where
-    `spec.metrics` labels or annotates them. With --local: the agents and the gateway on one machine.
+    `spec.metrics` labels or annotates them. With --local: the agents and the gateway on one machine. With --advise:
+    the shapes that fit as many GPUs, simulated.
     """
+    options = advice.name_options(
+        trace=trace, format=trace_format, shape=shape, rate=rate, requests=requests, answer_tokens=answer_tokens,
+        cost=cost, ttft=ttft, inter_token=inter_token, seed=seed, output=output,
+    )  # fmt: skip
+    if advise:
+        advice.advise(file, options)
+        return
     with input_errors_shown():
+        advice.refuse_options(options)
         resource = load_resource(file)
         if local:
             text = "# Ports and the state folder are chosen at the start; those shown are examples.\n"

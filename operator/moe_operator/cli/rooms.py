@@ -58,6 +58,8 @@ ROOMS = {
     "gateway": Room("gateway", "gateway", "Run a gateway in front of engines (`up` does)."),
     "epp": Room("epp", "epp", "Pick engines for another proxy, such as Envoy (ext-proc)."),
 }
+# Extras of what a command of the operator hands over to.
+_EXTRAS = {"plan --advise": "bench"}
 
 
 class Commands(TyperGroup):
@@ -112,7 +114,7 @@ def _load_other(name: str, room: Room) -> Any:
 
 def explain_missing(name: str, error: ModuleNotFoundError | None) -> NoReturn:
     """Ends with the extra to install."""
-    extra = ROOMS[name].extra if name in ROOMS else "operator"
+    extra = ROOMS[name].extra if name in ROOMS else _EXTRAS.get(name, "operator")
     package = f"the package {error.name}" if error is not None and error.name else "a part"
     typer.echo(f"moeserving {name}: {package} is missing: pip install 'moeserving[{extra}]'", err=True)
     sys.exit(1)

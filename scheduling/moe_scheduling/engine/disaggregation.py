@@ -63,13 +63,18 @@ class LatencyTargets:
     that answers take longer, its own and those of the requests beside it, is least. A weight of 1 makes that the sum of
     the times to the last token.
 
+    Only pairs are chosen whose first token is predicted within `1 + ttft_growth` times the TTFT of the soonest whole
+    request, where there is one: what later requests wait behind a prompt is not in the sum. For engines with the role
+    `PREFILL` the time until the prompt is computed counts instead of TTFT.
+
     Attributes:
         ttft_s: bound of the time to the first token (seconds); None: no bound.
         inter_token_s: bound of the time between two tokens while prompts are computed (seconds); None: no bound.
         answer_weight: seconds of TTFT that one second more of an answer is worth.
+        ttft_growth: part by which the TTFT of a pair may exceed that of the soonest whole request.
 
     Raises:
-        ValueError: a bound is not greater than 0 and finite, or the weight is negative or not finite.
+        ValueError: a bound is not greater than 0 and finite, or another value is negative or not finite.
     """
 
     ttft_s: float | None = setting(
@@ -85,13 +90,15 @@ class LatencyTargets:
         above=0,
     )
     answer_weight: float = 1.0
+    ttft_growth: float = 0.5
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not 0.0 <= self.answer_weight < math.inf:
-            raise ValueError("answer_weight must be at least 0 and finite")
+        for name in ("answer_weight", "ttft_growth"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite")
 
     @property
-    def has_bounds(self) -> bool:
-        """Whether there is a bound at all."""
+    def is_bounded(self) -> bool:
+        """Whether TTFT or the time between tokens has a bound."""
         return self.ttft_s is not None or self.inter_token_s is not None

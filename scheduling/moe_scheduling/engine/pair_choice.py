@@ -8,6 +8,10 @@ seconds that answers take longer. These are three: its own answer at the target 
 prompt delays at the group that computes it; the answers that one more request makes longer at the group that decodes.
 A request whose prompt is still ahead counts as one that decodes: it does so when this prompt is computed.
 
+Without bounds a pair has to cost less than the soonest whole request, and its first token may come later by
+`ttft_growth` at most: the requests that will wait behind its prompt are not in the sum. At an engine with the role
+`PREFILL` that holds for the time until the prompt is computed.
+
 With bounds, a placement that keeps them is preferred to one that does not, of those that break one the least overrun,
 and then TTFT is least.
 
@@ -35,6 +39,8 @@ NEAREST = 8
 # Uncached prompt tokens that an engine preferred for decoding computes itself: a step of a decode engine reads the
 # weights for few tokens, so this many more hardly make it longer, and a transfer costs more than they do. Set by hand.
 DECODE_COMPUTES_TOKENS = 256
+# Greatest part of its time that a rank is taken to spend on prompts.
+_MOST_SHARE = 0.95
 # A request that arrives at a decode engine waits for half of the running step, and takes part in the next.
 _STEPS_TO_FIRST_TOKEN = 1.5
 
@@ -88,7 +94,7 @@ class PairContext(NamedTuple):
         targets: the objective.
         transfer: of KV blocks; None: they cannot travel, and only whole requests are placed.
         roles: by server; a server that is absent is `UNIFIED`.
-        prefill_shares: part of its time that each server spends on prompts, by server.
+        prefill_shares: part of its time that each rank of a server spends on prompts, by server.
         met: pairs of servers, prefill first, that have had contact.
         answer_tokens: mean length of the answers.
         stale_after_s: age from which a signal is ignored.
@@ -166,7 +172,8 @@ def choose_placement(
     sides = _sides(job, candidates, context, fleet_default_model(states), now_s)
     start = turn % len(sides)
     sides = sides[start:] + sides[:start]
-    placed = _pairs(job, sides, context) + _wholes(sides, context)
+    wholes = _wholes(sides, context)
+    placed = _within_growth(wholes, _pairs(job, sides, context), context)
     if not placed:
         # Roles are preferences: with one of them alone left, its engines do everything.
         placed = _wholes([side._replace(role=EngineRole.UNIFIED) for side in sides], context)
@@ -208,7 +215,9 @@ def _side(
     is_fullest = here > max(requests)
     # A step waits for the rank with the most requests.
     step_s = base_s + request_s * max(here, *requests)
-    left = 1.0 - min(0.95, max(0.0, context.prefill_shares.get(server, 0.0)))
+    left = _left(context.prefill_shares.get(server, 0.0), len(group))
+    # No step is longer than one with a full chunk.
+    inter_token_s = min(step_s / left, step_s + token_s * STEP_PREFILL_TOKENS)
     backlog = max(ahead, others_ahead)
     longest = max(ahead + own, others_ahead)
     model = state.ttft_model(step_time, now_s, stale_after_s)
@@ -220,10 +229,20 @@ def _side(
         interrupted_s=delayed * token_s * (longest - backlog),
         prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if decoding else 0.0,
         arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + token_s * min(backlog, STEP_PREFILL_TOKENS)),
-        inter_token_s=step_s / left,
-        crowded_s=delayed * request_s / left if is_fullest else 0.0,
+        inter_token_s=inter_token_s,
+        crowded_s=delayed * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
         decode_step_s=step_s + token_s * min(backlog, STEP_PREFILL_TOKENS),
     )
+
+
+def _left(share: float, ranks: int) -> float:
+    """Returns the part of a group's time in which none of its ranks, taken as independent, computes a prompt.
+
+    Args:
+        share: part of its time that each rank spends on prompts.
+        ranks: of the group.
+    """
+    return (1.0 - min(_MOST_SHARE, max(0.0, share))) ** ranks
 
 
 def _wholes(sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
@@ -275,6 +294,27 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
     ]
 
 
+def _within_growth(
+    wholes: list[RequestPlacement], pairs: list[RequestPlacement], context: PairContext
+) -> list[RequestPlacement]:
+    """Returns the soonest whole request and the pairs that are not much later; all where bounds decide, or pairs alone.
+
+    Of whole requests that are as soon the first one counts, as in `choice.py`: without pairs both choose alike.
+    """
+    targets = context.targets
+    if not wholes or targets.is_bounded:
+        return pairs + wholes
+    soonest = min(wholes, key=lambda placement: placement.prediction.ttft_s)
+    latest_s = (1.0 + targets.ttft_growth) * soonest.prediction.ttft_s
+
+    def is_soon(pair: RequestPlacement) -> bool:
+        # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
+        has_role = context.roles.get(pair.prefill.server) is EngineRole.PREFILL
+        return (pair.prediction.prefill_s if has_role else pair.prediction.ttft_s) <= latest_s
+
+    return [*(pair for pair in pairs if is_soon(pair)), soonest]
+
+
 def _nearest(sides: Sequence[_Side], cost: Callable[[_Side], tuple[float, float]]) -> list[_Side]:
     """Returns the cheapest target of each of the `NEAREST` cheapest servers."""
     found: dict[str, _Side] = {}
@@ -324,7 +364,7 @@ def _overrun(value_s: float, bound_s: float | None) -> float:
 
 
 def _reason(targets: LatencyTargets, prediction: LatencyPrediction) -> PlacementReason:
-    if not targets.has_bounds:
+    if not targets.is_bounded:
         return PlacementReason.LEAST_COST
     overrun = _overrun(prediction.longest_step_s, targets.inter_token_s) + _overrun(prediction.ttft_s, targets.ttft_s)
     return PlacementReason.LEAST_OVERRUN if overrun else PlacementReason.WITHIN_BOUNDS

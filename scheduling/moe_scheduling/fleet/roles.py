@@ -7,8 +7,11 @@ prefill engine, or the other way round. All others stay unified, and the choice 
 The load of k prefill engines among n alike is predicted by a queueing model. Prompts come as `prefill_s` seconds of
 work for each token; a server at utilisation u answers a job of s seconds after s / (1 - u) (processor sharing,
 Kleinrock, "Queueing Systems" II, 4.4). Answers decode in steps of base + request_s * n, in the part of the time that
-prompts leave; by Little's law n = rate * answer tokens * time between tokens. The cost of a request is its time to the
-last token, as in `LatencyTargets`.
+prompts leave; by Little's law n = rate * answer tokens * time between tokens. The ranks of a server end their steps
+together, so prompts interrupt its answers while any of them computes one: with independent ranks at utilisation u in
+1 - (1 - u)^ranks of the time. No step is longer than one with full chunks. The cost of a request is its time to the
+last token, as in `LatencyTargets`; as there, a number of prefill engines does not count whose predicted TTFT exceeds
+that without any by more than `ttft_growth`.
 
 A change has to gain `least_gain` of the present cost, for `settle_s` without interruption, and to pay within
 `horizon_s` for the answers that it interrupts. The measured costs before and after a change are compared: one that
@@ -24,6 +27,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime
 
 # Utilisation of a prefill engine above which further prompts are computed by the other engines.
@@ -58,6 +62,7 @@ class RoleSettings:
         horizon_s: seconds within which a change has to pay for itself.
         tolerance: part of the measured cost by which a change may make things worse before it is undone.
         retry_s: seconds for which a change that was undone is not tried again.
+        ttft_growth: part by which prefill engines may lengthen the predicted TTFT, as in `LatencyTargets`.
         stale_after_s: age of an observation from which it changes nothing.
 
     Raises:
@@ -70,6 +75,7 @@ class RoleSettings:
     horizon_s: float = 60.0
     tolerance: float = 0.1
     retry_s: float = 600.0
+    ttft_growth: float = 0.5
     stale_after_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -221,9 +227,10 @@ def _improve(
     waiting = replace(history, favoured=None)
     if most < 1 or observation.requests_per_s == 0.0:
         return KeepRoles(RoleReason.FLOOR if most < 1 else RoleReason.IDLE), waiting
-    present_s = predict_cost_s(observation, now) if now <= most else math.inf
-    best = min(range(most + 1), key=lambda count: (predict_cost_s(observation, count), abs(count - now)))
-    gain = _gain(present_s, predict_cost_s(observation, best))
+    costs_s = [_bounded_cost_s(observation, count, settings.ttft_growth) for count in range(most + 1)]
+    present_s = costs_s[now] if now <= most else math.inf
+    best = min(range(most + 1), key=lambda count: (costs_s[count], abs(count - now)))
+    gain = _gain(present_s, costs_s[best])
     if now <= most and (best == now or gain < settings.least_gain):
         return KeepRoles(RoleReason.NO_GAIN), waiting
     following = now + (1 if best > now else -1)
@@ -234,7 +241,7 @@ def _improve(
     if now_s - history.since_s < settings.settle_s:
         return KeepRoles(RoleReason.SETTLING), history
     server = _victim(observation, best > now)
-    if best > now and not _pays(observation, settings, server, present_s - predict_cost_s(observation, best)):
+    if best > now and not _pays(observation, settings, server, present_s - costs_s[best]):
         return KeepRoles(RoleReason.UNPROFITABLE), history
     role = EngineRole.PREFILL if best > now else EngineRole.UNIFIED
     return SetRole(server.name, role, RoleReason.GAIN, gain), _changed(observation, history, server, now_s)
@@ -260,7 +267,7 @@ def _gain(present_s: float, best_s: float) -> float:
     """Returns the part of the present cost that is gained; 1 where the present load cannot be served."""
     if present_s == math.inf:
         return 0.0 if best_s == math.inf else 1.0
-    return 1.0 - best_s / present_s
+    return 1.0 - best_s / present_s if present_s else 0.0
 
 
 def _victim(observation: RoleObservation, to_prefill: bool) -> ServerLoad:
@@ -280,8 +287,27 @@ def _pays(observation: RoleObservation, settings: RoleSettings, server: ServerLo
     return won_s * observation.requests_per_s * settings.horizon_s > interrupted_s
 
 
+def _bounded_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
+    """Returns the predicted cost; infinite where TTFT grows too much."""
+    ttft_s, inter_token_s = predict_latency_s(observation, prefilling)
+    if ttft_s > (1.0 + ttft_growth) * predict_latency_s(observation, 0)[0]:
+        return math.inf
+    return ttft_s if ttft_s == math.inf else ttft_s + observation.answer_tokens * inter_token_s
+
+
 def predict_cost_s(observation: RoleObservation, prefilling: int) -> float:
     """Returns the predicted mean time to the last token with this many prefill engines; infinite where they are full.
+
+    Args:
+        observation: the load; its `step_time` is known.
+        prefilling: engines that compute prompts alone, fewer than all.
+    """
+    ttft_s, inter_token_s = predict_latency_s(observation, prefilling)
+    return ttft_s if ttft_s == math.inf else ttft_s + observation.answer_tokens * inter_token_s
+
+
+def predict_latency_s(observation: RoleObservation, prefilling: int) -> tuple[float, float]:
+    """Returns the predicted mean TTFT and time between tokens (seconds); both infinite where engines are full.
 
     Args:
         observation: the load; its `step_time` is known.
@@ -293,16 +319,30 @@ def predict_cost_s(observation: RoleObservation, prefilling: int) -> float:
     work_s = step_time.prefill_s * observation.prompt_tokens / observation.ranks
     offered = observation.requests_per_s * work_s
     apart = min(1.0, MOST_UTILISATION * prefilling / offered) if offered else float(prefilling > 0)
-    share = (1.0 - apart) * offered / unified
+    busy = (1.0 - apart) * offered / unified
     answers = observation.requests_per_s * observation.answer_tokens / unified / observation.ranks
-    left = 1.0 - share - step_time.decode_s * answers
-    if left <= 0.0:
-        return math.inf
-    inter_token_s = step_time.base_s / left
+    decoding = step_time.decode_s * answers
+    if busy + decoding >= 1.0:
+        return math.inf, math.inf
+    inter_token_s = _inter_token_s(step_time, busy, decoding, observation.ranks)
     # A prompt alone, and one in a step that decodes too.
     alone_s = (step_time.prefill_s * observation.prompt_tokens + step_time.base_s) if apart else 0.0
-    beside_s = step_time.prefill_s * observation.prompt_tokens + inter_token_s * (1.0 - share)
+    beside_s = step_time.prefill_s * observation.prompt_tokens + inter_token_s * (1.0 - busy)
     utilisation = apart * offered / prefilling if prefilling else 0.0
     ttft_s = apart * (alone_s / (1.0 - utilisation) + observation.transfer_s + inter_token_s)
-    ttft_s += (1.0 - apart) * beside_s / left
-    return ttft_s + observation.answer_tokens * inter_token_s
+    ttft_s += (1.0 - apart) * beside_s / (1.0 - busy - decoding)
+    return ttft_s, inter_token_s
+
+
+def _inter_token_s(step_time: StepTime, busy: float, decoding: float, ranks: int) -> float:
+    """Returns the time between tokens of a server.
+
+    Args:
+        step_time: of the server.
+        busy: part of its time that each rank spends on prompts.
+        decoding: part of its time that grows with the answers, with which `busy` is less than 1.
+        ranks: that end their steps together.
+    """
+    full_step_s = step_time.base_s / (1.0 - decoding) + step_time.prefill_s * STEP_PREFILL_TOKENS
+    left = (1.0 - busy) ** ranks - decoding
+    return min(step_time.base_s / left, full_step_s) if left > 0.0 else full_step_s

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.fleet.roles import RoleSettings
 from moe_scheduling.request.order import RequestSettings
@@ -248,9 +249,19 @@ def test_auto_is_not_worse_than_whole_requests_by_its_objective(maker):
     limits = replace(LIMITS, max_num_seqs=128, kv_blocks=20_000)
     common = {"trace": trace, "roles": {}, "ranks": 2, "limits": limits}
     whole = simulate(simulation(**common, link=None, transfers=TransferPlan(link=fast)), maker)
-    auto = simulate(simulation(**common, link=fast), maker)
+    generous = LatencyTargets(ttft_growth=100.0)
+    auto = simulate(simulation(**common, link=fast, targets=generous), maker)
     assert whole.totals.transfers.done == 0 < auto.totals.transfers.done
     assert auto.figures.end_mean <= 1.03 * whole.figures.end_mean
+
+
+def test_without_a_declared_growth_of_ttft_auto_serves_as_whole_requests_do(maker):
+    """Nobody has the role of a prefill engine yet, and each transfer would delay a first token by more than half."""
+    common = {"roles": {}, "ranks": 2, "transfers": TransferPlan(link=LINK)}
+    own = simulate(simulation(**common, dispatch=EngineSettings()), maker)
+    auto = simulate(simulation(**common), maker)
+    assert auto.totals.transfers.done == 0
+    assert (auto.figures.ttft_mean, auto.figures.tpot_mean) == (own.figures.ttft_mean, own.figures.tpot_mean)
 
 
 def test_a_slow_link_makes_auto_whole(maker):
@@ -261,7 +272,7 @@ def test_a_slow_link_makes_auto_whole(maker):
 
 def test_roles_move_with_the_load_and_not_more_often_than_allowed(maker):
     made = []
-    settings = RoleSettings(settle_s=1.0, interval_s=4.0, least_gain=0.02)
+    settings = RoleSettings(settle_s=1.0, interval_s=4.0, least_gain=0.02, ttft_growth=10.0)
     inner = simulation(roles={}, role_settings=settings).dispatch
 
     def factory(wire, targets, number):

@@ -1,0 +1,1 @@
+"""The shape advisor, `moeserving plan --advise`: simulates the shapes that fit a resource's GPUs."""

@@ -1,0 +1,235 @@
+"""`moeserving plan --advise`: simulates the shapes that fit a resource's GPUs, and prints them side by side."""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
+from moe_operator.api import MoEServing, engine_settings, load_resource, request_settings
+from moe_operator.api.engine import Runtime
+from rich.console import Console
+
+from moe_tools.advisor.candidates import Candidate, Excluded, list_candidates, list_refinements
+from moe_tools.advisor.fleet import FleetLoad, build_fleet
+from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, rank, read_outcome, render, to_document
+from moe_tools.report import read_environment
+from moe_tools.shapes import ShapeSettings, build_shape, parse_shape
+from moe_tools.simulator.arrivals import ArrivalShape, arrange
+from moe_tools.simulator.experts import PlacementPolicy
+from moe_tools.simulator.hardware import PRESETS, Preset
+from moe_tools.simulator.simulation import load_vllm, simulate
+from moe_tools.traces import TraceRequest, cut_piece, fit_lengths, mean_rate, read_trace, speed_up
+
+# vLLM's default for online serving on all but the largest GPUs.
+STEP_TOKENS = 2048
+# Longest prompt with its answer where the file's arguments name none.
+MAX_MODEL_LEN = 16_384
+MOST_GPUS = 64
+LEAST_REQUESTS = 20
+FORMATS = ("table", "json")
+# What a model's URI contains, and the preset of its step times.
+_PRESET_OF_MODEL = {"qwen3-30b-a3b": "h100-qwen3-30b-a3b", "deepseek-v3": "h100-deepseek-v3"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdviceRequest:
+    """The question of a user.
+
+    Attributes:
+        file: of the resource.
+        bounds: of a good request.
+        trace: file of the requests; None: a generated shape.
+        trace_format: of its lines; None: by the first line.
+        shape: name of the generated shape.
+        rate: requests a second; None: the trace's own.
+        requests: simulated for each shape.
+        answer_tokens: median answer of a generated shape.
+        seed: of the shape and of the experts' popularity.
+        cost: name of the preset of step times; None: by the model.
+    """
+
+    file: Path
+    bounds: Bounds
+    trace: Path | None = None
+    trace_format: str | None = None
+    shape: str = "random"
+    rate: float | None = None
+    requests: int = 300
+    answer_tokens: int = 64
+    seed: int = 0
+    cost: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """The request, read: candidates, the load that they share, and those that do not fit."""
+
+    candidates: Sequence[Candidate]
+    excluded: Sequence[Excluded]
+    load: FleetLoad
+
+
+def run_advise(asked: AdviceRequest, output: str) -> None:
+    """Simulates and prints; progress goes to stderr.
+
+    Args:
+        asked: the request.
+        output: `table` or `json`.
+
+    Raises:
+        InvalidInput: the file, the trace or an option cannot be used.
+    """
+    if output not in FORMATS:
+        raise InvalidInput([unknown_choice("--output", output, FORMATS)])
+    question = read_question(asked)
+    rows = rank(_simulate_all(question, asked.bounds))
+    if output == "json":
+        sys.stdout.write(json.dumps(build_document(asked, question, rows), indent=2) + "\n")
+    else:
+        Console().print(render(rows, question.excluded, asked.bounds))
+
+
+def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Advice]) -> dict[str, Any]:
+    """The advice as JSON: the shapes, the best first, with all that they depend on."""
+    environment = read_environment()
+    return {
+        "model_error": MODEL_ERROR,
+        "cost": question.load.preset.source,
+        "versions": {"python": environment["python"], **environment["packages"]},
+        "requests": len(question.load.trace),
+        "rate": mean_rate(question.load.trace),
+        "bounds": {"ttft_s": asked.bounds.ttft_s, "inter_token_s": asked.bounds.inter_token_s},
+        "shapes": [to_document(row) for row in rows],
+        "excluded": [{"servers": row.servers, "reason": row.reason} for row in question.excluded],
+    }
+
+
+def _simulate_all(question: _Question, bounds: Bounds) -> list[Advice]:
+    """All candidates, and then variants of the best one."""
+    progress = Console(stderr=True)
+    progress.print("loading vLLM's scheduler", highlight=False)
+    load_vllm()
+    rows = _simulate(question.candidates, question.load, bounds, progress)
+    best = rank(rows)[0].candidate
+    refinements = list_refinements(best, question.load.preset.model.experts)
+    return rows + _simulate(refinements, question.load, bounds, progress)
+
+
+def _simulate(candidates: Sequence[Candidate], load: FleetLoad, bounds: Bounds, progress: Console) -> list[Advice]:
+    rows = []
+    for number, candidate in enumerate(candidates, start=1):
+        began_s = time.perf_counter()
+        outcome = simulate(build_fleet(candidate.shape, load), load_vllm())
+        rows.append(read_outcome(candidate, outcome, bounds))
+        words = f"{candidate.servers}, {candidate.roles}, {candidate.step_tokens:,} tokens a step"
+        took_s = time.perf_counter() - began_s
+        progress.print(f"{number} of {len(candidates)}: {words}: {took_s:.0f} s", highlight=False)
+    return rows
+
+
+def read_question(asked: AdviceRequest) -> _Question:
+    """Reads the resource and the requests.
+
+    Raises:
+        InvalidInput: one of them cannot be used.
+    """
+    _check_numbers(asked)
+    resource = load_resource(asked.file)
+    preset = _preset(asked, resource)
+    spec = resource.spec
+    parallelism = spec.engine.parallelism
+    gpus = max(1, spec.engine.replicas) * parallelism.ranks
+    if gpus > MOST_GPUS:
+        raise InvalidInput([InputError("spec.engine", f"has {gpus} GPUs; at most {MOST_GPUS} are simulated")])
+    longest = _option(spec.engine.args, "--max-model-len", MAX_MODEL_LEN)
+    load = FleetLoad(
+        preset=preset,
+        trace=_read_requests(asked, longest),
+        max_model_len=longest,
+        request=request_settings(spec.scheduling.request),
+        engine=engine_settings(spec.scheduling.engine),
+        seed=asked.seed,
+    )
+
+    def kv_tokens(ranks: int) -> int:
+        return 16 * preset.cost(ranks, placement=PlacementPolicy.EVEN).kv_blocks(ranks)
+
+    candidates, excluded = list_candidates(
+        gpus,
+        step_tokens=_option(spec.engine.args, "--max-num-batched-tokens", STEP_TOKENS),
+        present_ranks=parallelism.data if parallelism.tensor == 1 else None,
+        kv_tokens=kv_tokens,
+        longest_tokens=longest,
+    )
+    if not candidates:
+        reasons = "; ".join(f"{row.servers}: {row.reason}" for row in excluded)
+        raise InvalidInput([InputError("spec.engine", f"no shape of {gpus} GPUs holds the model: {reasons}")])
+    return _Question(candidates=candidates, excluded=excluded, load=load)
+
+
+def _check_numbers(asked: AdviceRequest) -> None:
+    errors = [
+        InputError(name, f"must be more than 0, got {value:g}")
+        for name, value in (
+            ("--rate", 1.0 if asked.rate is None else asked.rate),
+            ("--ttft", asked.bounds.ttft_s),
+            ("--inter-token", asked.bounds.inter_token_s),
+        )
+        if not 0 < value < math.inf
+    ]
+    if asked.requests < LEAST_REQUESTS:
+        errors.append(InputError("--requests", f"must be {LEAST_REQUESTS} or more, got {asked.requests}"))
+    if asked.trace is None and asked.rate is None:
+        errors.append(InputError("--rate", "is needed without --trace: requests a second of the generated shape"))
+    if errors:
+        raise InvalidInput(errors)
+
+
+def _preset(asked: AdviceRequest, resource: MoEServing) -> Preset:
+    if asked.cost is not None:
+        if asked.cost not in PRESETS:
+            raise InvalidInput([unknown_choice("--cost", asked.cost, PRESETS)])
+        return PRESETS[asked.cost]
+    if resource.spec.engine.runtime is Runtime.VLLM_CPU:
+        message = "step times of CPUs are not in the model; name those of a GPU with --cost"
+        raise InvalidInput([InputError("spec.engine.runtime", f"{message}; known: {', '.join(PRESETS)}")])
+    uri = resource.spec.model.uri.lower().replace("_", "-")
+    for part, preset in _PRESET_OF_MODEL.items():
+        if part in uri:
+            return PRESETS[preset]
+    message = f"no step times are known for {resource.spec.model.uri}; name those of a similar model with --cost"
+    raise InvalidInput([InputError("spec.model.uri", f"{message}; known: {', '.join(PRESETS)}")])
+
+
+def _option(args: Sequence[str], name: str, default: int) -> int:
+    """The number that an argument of vLLM has, such as `--max-model-len=4096`; the last one counts."""
+    found = default
+    words = [word for argument in args for word in argument.split("=", 1)]
+    for word, value in itertools.pairwise(words):
+        if word.replace("_", "-") == name and value.isdecimal() and int(value):
+            found = int(value)
+    return found
+
+
+def _read_requests(asked: AdviceRequest, longest: int) -> tuple[TraceRequest, ...]:
+    if asked.trace is not None:
+        rows = cut_piece(read_trace(asked.trace, asked.trace_format), 0, asked.requests)
+        if asked.rate is not None and math.isfinite(own := mean_rate(rows)):
+            rows = speed_up(rows, asked.rate / own)
+        return fit_lengths(rows, longest).requests
+    settings = ShapeSettings(
+        count=asked.requests,
+        seed=asked.seed,
+        longest_tokens=max(16, longest // 2),
+        median_output_tokens=asked.answer_tokens,
+        longest_output_tokens=min(16 * asked.answer_tokens, max(1, longest // 2)),
+    )
+    rate = asked.rate
+    assert rate is not None
+    return arrange(build_shape(parse_shape(asked.shape), settings), ArrivalShape.POISSON, rate, asked.seed)

@@ -1,0 +1,105 @@
+"""The shapes that are simulated for a number of GPUs, and why some are not."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from moe_tools.advisor.fleet import FleetShape
+
+# Parts of the servers that compute prompts in a fixed split; more of them would be simulated for little news.
+PREFILL_PARTS = (0.25, 0.5, 0.75)
+# Prompt tokens of a step that are tried for the best shape beside those of the file.
+STEP_TOKENS = (512, 2048, 8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A shape with its words for the table.
+
+    Attributes:
+        shape: the shape.
+        servers: such as `2 of 4`: two servers of four data-parallel ranks.
+        roles: value of the resource's field, such as `unified`, `auto` or `{prefill: 1, decode: 1}`.
+        step_tokens: vLLM's `max_num_batched_tokens`.
+        is_present: whether the file has this shape.
+    """
+
+    shape: FleetShape
+    servers: str
+    roles: str
+    step_tokens: int
+    is_present: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excluded:
+    """Servers that are not simulated, and why."""
+
+    servers: str
+    reason: str
+
+
+def list_candidates(
+    gpus: int, *, step_tokens: int, present_ranks: int | None, kv_tokens: Callable[[int], int], longest_tokens: int
+) -> tuple[list[Candidate], list[Excluded]]:
+    """Returns the shapes of this many GPUs, the fewest servers first, and those that do not fit.
+
+    Args:
+        gpus: in all.
+        step_tokens: tokens of a step in each of them.
+        present_ranks: ranks of a server in the file; None: the file's shape is none of these.
+        kv_tokens: tokens that fit into the KV cache of one rank, by the ranks of a server.
+        longest_tokens: longest prompt with its answer, which has to fit.
+    """
+    found: list[Candidate] = []
+    excluded: list[Excluded] = []
+    for ranks in (ranks for ranks in range(gpus, 0, -1) if gpus % ranks == 0):
+        cut = (ranks,) * (gpus // ranks)
+        name = f"{len(cut)} of {ranks}"
+        if (room := max(0, kv_tokens(ranks))) <= longest_tokens:
+            reason = f"the weights leave room for {room:,} tokens of KV cache a GPU, and a request may have"
+            excluded.append(Excluded(servers=name, reason=f"{reason} {longest_tokens:,}"))
+            continue
+        found += [
+            Candidate(
+                shape=replace(shape, limits={"max_num_batched_tokens": step_tokens}),
+                servers=name,
+                roles=roles,
+                step_tokens=step_tokens,
+                is_present=ranks == present_ranks and roles == "unified",
+            )
+            for roles, shape in _by_roles(cut).items()
+        ]
+    return found, excluded
+
+
+def _by_roles(cut: tuple[int, ...]) -> dict[str, FleetShape]:
+    found = {"unified": FleetShape(servers=cut)}
+    if len(cut) > 1:
+        found["auto"] = FleetShape(servers=cut, pairs=True, moves=True)
+    for prefill in sorted({round(len(cut) * part) for part in PREFILL_PARTS} - {0, len(cut)}):
+        roles = f"{{prefill: {prefill}, decode: {len(cut) - prefill}}}"
+        found[roles] = FleetShape(servers=cut, prefill=prefill, pairs=True)
+    return found
+
+
+def list_refinements(best: Candidate, experts: int) -> Sequence[Candidate]:
+    """Returns variants of the best shape: other tokens of a step, and copies of experts.
+
+    Args:
+        best: the shape.
+        experts: of a layer.
+    """
+    found = [
+        replace(
+            best,
+            shape=replace(best.shape, limits={**best.shape.limits, "max_num_batched_tokens": tokens}),
+            step_tokens=tokens,
+            is_present=False,
+        )
+        for tokens in STEP_TOKENS
+        if tokens != best.step_tokens
+    ]
+    ranks = best.shape.servers[0]
+    if ranks > 1 and experts % ranks == 0:
+        found.append(replace(best, shape=replace(best.shape, redundant=ranks), is_present=False))
+    return found

@@ -1,0 +1,149 @@
+"""A number of GPUs cut into servers with roles, and its simulation.
+
+A server is one lockstep group of data-parallel ranks, one GPU each, with the experts spread over all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
+from moe_scheduling.fleet.roles import RoleSettings
+from moe_scheduling.request.order import RequestSettings
+
+from moe_tools.simulator.experts import PlacementPolicy
+from moe_tools.simulator.hardware import Preset
+from moe_tools.simulator.pair_router import PairSettings, pair_gateways
+from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
+from moe_tools.simulator.signals import SignalPlan
+from moe_tools.simulator.simulation import SCRAPED, ServerShape, Simulation, server_name
+from moe_tools.simulator.transfers import TransferPlan
+from moe_tools.traces import TraceRequest
+
+# 200 Gbit/s InfiniBand, one adapter a GPU (assumed).
+LINK_BYTES_PER_S = 25e9
+# Seconds of a step that scheduling ahead does not hide (assumed).
+EXPOSED_S = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetShape:
+    """One way to use the GPUs.
+
+    Attributes:
+        servers: ranks of each server.
+        prefill: number of the first servers, which compute prompts while the others decode; None: no fixed roles.
+        pairs: whether requests may be split.
+        moves: whether roles move with the load.
+        begin: number of the first servers that have the role of a prefill engine at the begin, where roles move.
+        stock: whether the engines have vLLM's own scheduler.
+        redundant: slots of experts in a layer beside one for each expert.
+        limits: fields of the engines' limits.
+    """
+
+    servers: tuple[int, ...]
+    prefill: int | None = None
+    pairs: bool = False
+    moves: bool = False
+    begin: int = 0
+    stock: bool = False
+    redundant: int = 0
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        """Returns the GPUs of all servers."""
+        return sum(self.servers)
+
+    @property
+    def uses_product(self) -> bool:
+        """Whether code of the product decides in it."""
+        return self.pairs or not self.stock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetLoad:
+    """What all shapes of a comparison have in common.
+
+    Attributes:
+        preset: model and GPU.
+        trace: the requests.
+        max_model_len: longest prompt with its answer.
+        request: order of the requests in our engines.
+        engine: choice of the engine for whole requests.
+        targets: objective of the choice between whole requests and pairs.
+        seed: of the experts' popularity.
+    """
+
+    preset: Preset
+    trace: Sequence[TraceRequest]
+    max_model_len: int
+    request: RequestSettings = field(default_factory=RequestSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    targets: LatencyTargets = field(default_factory=LatencyTargets)
+    seed: int = 0
+
+    @property
+    def link(self) -> KvTransfer:
+        """Returns the transfer of KV blocks between two GPUs."""
+        return KvTransfer(token_bytes=self.preset.model.kv_bytes, bytes_per_s=LINK_BYTES_PER_S)
+
+
+def shape_server(preset: Preset, ranks: int, *, max_model_len: int, seed: int, shape: FleetShape) -> ServerShape:
+    """Returns a server of this many GPUs; experts lie evenly where they do not divide among them."""
+    divides = preset.model.experts % ranks == 0
+    policy = PlacementPolicy.PLANNED if shape.redundant else PlacementPolicy.INITIAL
+    placement = policy if divides else PlacementPolicy.EVEN
+    redundant = shape.redundant if divides and ranks > 1 else 0
+    cost = preset.cost(ranks, placement=placement, redundant=redundant, seed=seed)
+    usual = EngineLimits(max_num_seqs=256, kv_blocks=cost.kv_blocks(ranks), max_model_len=max_model_len)
+    return ServerShape(ranks=ranks, cost=cost, limits=replace(usual, **shape.limits))
+
+
+def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
+    """The simulation in which a shape serves a load; a request alone has all GPUs as one group."""
+    gpus = shape.gpus
+    alone = shape_server(
+        load.preset, gpus, max_model_len=load.max_model_len, seed=load.seed, shape=FleetShape(servers=(gpus,))
+    )
+    servers = [
+        shape_server(load.preset, ranks, max_model_len=load.max_model_len, seed=load.seed, shape=shape)
+        for ranks in shape.servers
+    ]
+    whole = Simulation(
+        trace=load.trace,
+        cost=alone.cost,
+        ranks=gpus,
+        limits=alone.limits,
+        shapes=servers,
+        scheduler=STOCK if shape.stock else OURS,
+        request=RequestSettings() if shape.stock else load.request,
+        dispatch="vllmInternal" if shape.stock else load.engine,
+        exposed_s=EXPOSED_S,
+        seed=load.seed,
+    )
+    if not shape.pairs:
+        return whole
+    settings = PairSettings(
+        link=load.link,
+        targets=load.targets,
+        roles=_roles(shape),
+        role_settings=RoleSettings() if shape.moves else None,
+        scrapes=shape.stock,
+    )
+    return replace(
+        whole,
+        dispatch=pair_gateways(settings, load.request),
+        transfers=TransferPlan(link=load.link),
+        signals=SCRAPED if shape.stock else SignalPlan(),
+    )
+
+
+def _roles(shape: FleetShape) -> dict[str, EngineRole]:
+    if shape.prefill is None:
+        return {server_name(number): EngineRole.PREFILL for number in range(shape.begin)}
+    return {
+        server_name(number): EngineRole.PREFILL if number < shape.prefill else EngineRole.DECODE
+        for number in range(len(shape.servers))
+    }

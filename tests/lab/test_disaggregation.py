@@ -1,0 +1,178 @@
+"""The comparison of prefill and decode together and apart: arrangements, workloads, runs and tables."""
+
+import csv
+import gzip
+import json
+
+import pytest
+from moe_contract.input_errors import InvalidInput
+from moe_lab.disaggregation.__main__ import app
+from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
+from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
+from moe_lab.disaggregation.report import render
+from moe_lab.disaggregation.settled import settled_prefill
+from moe_lab.disaggregation.workloads import AGENTS, CHANGE, SESSIONS_FILE, Folders, build_workload, read_sessions
+from moe_scheduling.engine.disaggregation import LatencyTargets
+from moe_scheduling.fleet.roles import RoleObservation, RoleSettings, ServerLoad, predict_cost_s
+from moe_scheduling.signals import StepTime
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_every_arrangement_uses_all_gpus(gpus):
+    found = arrangements(gpus)
+    assert next(iter(found)) == REFERENCE
+    assert {shape.gpus for shape in found.values()} == {gpus}
+    assert {name for name in found if name.startswith("auto")} == {
+        f"auto, {count} of {gpus // count}" for count in (2, 4, 8) if count <= gpus
+    }
+
+
+def test_whole_requests_of_stock_engines_depend_on_nothing_of_the_product():
+    shapes = arrangements(4)
+    digests = {name: source_digest(shapes[name]) for name in (REFERENCE, "unified", "auto, 2 of 2")}
+    assert len(set(digests.values())) == 3
+    assert digests[REFERENCE] == source_digest(shapes["vLLM, interval 2"])
+
+
+def test_a_load_that_changes_has_long_prompts_and_then_long_answers():
+    rows = build_workload(CHANGE, 200, 10.0, 1, Folders())
+    first, then = rows[:100], rows[100:]
+    assert sum(row.prompt_tokens for row in first) > 3 * sum(row.prompt_tokens for row in then)
+    assert 3 * sum(row.output_tokens for row in first) < sum(row.output_tokens for row in then)
+    assert [row.arrival_s for row in rows] == sorted(row.arrival_s for row in rows)
+    assert rows == build_workload(CHANGE, 200, 10.0, 1, Folders())
+    assert rows != build_workload(CHANGE, 200, 10.0, 2, Folders())
+
+
+def write_sessions(folder, rows):
+    names = ("trace", "agent", "t_s", "in_tokens", "out_tokens", "prefix_blocks")
+    with gzip.open(folder / SESSIONS_FILE, "wt", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def test_the_calls_of_a_session_share_the_blocks_that_were_seen(tmp_path):
+    write_sessions(
+        tmp_path,
+        [
+            ("1", "0", "5", "640", "10", "0"),
+            ("1", "0", "9", "960", "0", "10"),
+            # The history was cut: fewer blocks than before are its beginning.
+            ("1", "0", "12", "700", "5", "4"),
+            ("2", "0", "0", "128", "1", "0"),
+            ("1", "0", "20", "100000", "5", "11"),
+        ],
+    )
+    long, short = read_sessions(tmp_path / SESSIONS_FILE)
+    assert [row.arrival_s for row in long] == [0.0, 4.0, 7.0]
+    assert [len(row.blocks) for row in long] == [10, 15, 10]
+    assert long[1].blocks[:10] == long[0].blocks
+    assert long[2].blocks[:4] == long[1].blocks[:4]
+    assert not set(long[2].blocks[4:]) & set(long[1].blocks)
+    assert long[1].output_tokens == 1
+    assert len(short) == 1
+
+
+def test_sessions_share_nothing_with_each_other(tmp_path):
+    write_sessions(tmp_path, [(str(one), "0", str(n), "640", "4", str(10 * n)) for one in range(5) for n in range(2)])
+    rows = build_workload(AGENTS, 8, 1.0, 3, Folders(sessions=tmp_path))
+    assert len(rows) == 8
+    owners = {block // 1_000_000 for row in rows for block in row.blocks}
+    assert len(owners) >= 4
+    assert all(len({block // 1_000_000 for block in row.blocks}) == 1 for row in rows)
+
+
+@pytest.mark.parametrize(("name", "said"), [(AGENTS, "--sessions"), ("azure", "traces"), ("x", "--workload: unknown")])
+def test_a_workload_without_its_data_is_named(name, said):
+    with pytest.raises(InvalidInput, match=said):
+        build_workload(name, 20, 1.0, 1, Folders())
+
+
+def test_a_run_is_named_by_all_that_it_depends_on():
+    run = Run(gpus=8, workload="twoEnd", load=0.5, count=600, seed=1, arrangement="auto, 2 of 4")
+    changed = Run(**{**run_fields(run), "targets": LatencyTargets(answer_weight=2.0)})
+    assert run.id == "8/twoEnd/0.5/600/1/auto, 2 of 4/ttft_growth=0.5"
+    assert changed.id == "8/twoEnd/0.5/600/1/auto, 2 of 4/answer_weight=2.0/ttft_growth=0.5"
+    whole = Run(**{**run_fields(run), "arrangement": "unified"})
+    assert whole.id == "8/twoEnd/0.5/600/1/unified"
+    assert rate_run(run) == rate_run(changed)
+    assert rate_run(run).load == 0.0
+
+
+def run_fields(run):
+    return {name: getattr(run, name) for name in run.__slots__}
+
+
+def record(arrangement, seed, ttft_s, *, load=1.0, extra=""):
+    figures = {"ttft_mean": ttft_s, "ttft_p99": 2 * ttft_s, "tpot_mean": 0.02, "tpot_p99": 0.04, "end_mean": 1.0}
+    return {
+        "id": f"2/twoEnd/{load}/20/{seed}/{arrangement}{extra}",
+        "gpus": 2, "workload": "twoEnd", "load": load, "count": 20, "seed": seed, "arrangement": arrangement,
+        "figures": {**figures, "good_per_s": 3.0}, "pairs": 0.5,
+    }  # fmt: skip
+
+
+def test_ratios_are_geometric_means_over_pairs_with_an_interval():
+    rows = [record(REFERENCE, 1, 0.1), record(REFERENCE, 2, 0.1)]
+    rows += [record("unified", 1, 0.02), record("unified", 2, 0.08), record(REFERENCE, 9, 1.0, load=0.0)]
+    text = render(rows)
+    assert "### 2 GPUs, load 1, twoEnd" in text
+    assert "| unified | 0.40, 0.00-" in text
+    assert "(50 ms)" in text
+    assert text.count("###") == 1
+
+
+def test_the_last_record_of_a_run_counts_and_other_objectives_have_rows_of_their_own():
+    rows = [record(REFERENCE, 1, 0.1), record("auto, 2 of 1", 1, 9.0), record("auto, 2 of 1", 1, 0.2)]
+    rows.append(record("auto, 2 of 1", 1, 0.3, extra="/ttft_growth=1.0"))
+    text = render(rows)
+    assert "| auto, 2 of 1 | 2.00 (200 ms)" in text
+    assert "| auto, 2 of 1/ttft_growth=1.0 | 3.00 (300 ms)" in text
+
+
+def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
+    raw = ["--raw", str(tmp_path / "r.jsonl")]
+    done = runner.invoke(app, ["run", "--workload", "x", *raw])
+    assert (done.exit_code, "--workload: unknown 'x'; known: agents" in done.output) == (2, True)
+    done = runner.invoke(app, ["run", "--only", "9+9", *raw])
+    assert (done.exit_code, "--only: unknown '9+9'; known:" in done.output) == (2, True)
+
+
+@pytest.mark.timeout(900)
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
+    raw = tmp_path / "r.jsonl"
+    options = ["--gpus", "2", "--seeds", "1", "--count", "20", "--raw", str(raw)]
+    ready = Run(gpus=2, workload="twoEnd", load=1.0, count=20, seed=1, arrangement=REFERENCE)
+    found = {"rate": 4.0, "digest": source_digest(arrangements(2)[REFERENCE])}
+    raw.write_text(json.dumps({**record(REFERENCE, 9001, 0.1, load=0.0), "id": rate_run(ready).id, **found}) + "\n{cut")
+    names = ["--only", "auto, 2 of 1", "--only", "1+1, 2 of 1"]
+    done = runner.invoke(app, ["run", *options, *names])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in raw.read_text().splitlines()[2:]]
+    assert [row["arrangement"] for row in rows] == ["auto, 2 of 1", "1+1, 2 of 1"]
+    assert rows[1]["pairs"] > 0.5
+    assert rows[1]["transfers"]["held"] == 0
+    assert {row["rate"] for row in rows} == {4.0}
+    done = runner.invoke(app, ["run", *options, *names])
+    assert "2 runs, 2 of them made before" in done.output
+
+
+@pytest.mark.parametrize("growth", [0.0, 10.0])
+def test_roles_settle_where_none_changes_any_more(growth):
+    observed = RoleObservation(
+        observed_s=0.0,
+        servers=[ServerLoad(name=f"e{number}") for number in range(4)],
+        step_time=StepTime(base_s=0.008, prefill_s=0.00003, decode_s=0.00005),
+        requests_per_s=20.0,
+        prompt_tokens=3000.0,
+        answer_tokens=100.0,
+        transfer_s=0.02,
+        measured_s=3.0,
+    )
+    cheapest = min(range(4), key=lambda count: predict_cost_s(observed, count))
+    assert cheapest > 0
+    assert settled_prefill(observed, RoleSettings(ttft_growth=growth)) == (cheapest if growth else 0)

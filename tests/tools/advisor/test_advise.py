@@ -1,0 +1,196 @@
+"""`moeserving plan --advise`: the question, its errors, the ranking, and one whole run."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from moe_contract.input_errors import InvalidInput
+from moe_tools.advisor.advise import AdviceRequest, read_question
+from moe_tools.advisor.candidates import Candidate
+from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
+from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, explain, rank, render, to_document
+from moe_tools.cli import app
+from moe_tools.simulator.hardware import PRESETS
+from moe_tools.traces import mean_rate
+from rich.console import Console
+from typer.testing import CliRunner
+
+runner = CliRunner()
+BOUNDS = Bounds(ttft_s=2.0, inter_token_s=0.05)
+QWEN = "hf://Qwen/Qwen3-30B-A3B"
+
+
+@pytest.fixture
+def resource(tmp_path):
+    def write(uri=QWEN, **engine):
+        document = {
+            "apiVersion": "moeserving.dev/v1alpha1",
+            "kind": "MoEServing",
+            "metadata": {"name": "q"},
+            "spec": {"model": {"uri": uri, "name": "m"}, "engine": engine},
+        }
+        path = tmp_path / "q.yaml"
+        path.write_text(json.dumps(document))
+        return path
+
+    return write
+
+
+def asked(path, **values):
+    return AdviceRequest(**{"file": path, "bounds": BOUNDS, "rate": 4.0, "requests": 20, **values})
+
+
+def errors(request):
+    with pytest.raises(InvalidInput) as caught:
+        read_question(request)
+    return [str(row) for row in caught.value.errors]
+
+
+def test_the_question_takes_gpus_limits_and_scheduling_of_the_file(resource):
+    path = resource(
+        replicas=2,
+        parallelism={"data": 2, "expert": True},
+        args=["--max-model-len=8192", "--max-num-batched-tokens", "4096"],
+    )
+    question = read_question(asked(path))
+    assert {row.shape.gpus for row in question.candidates} == {4}
+    assert {row.step_tokens for row in question.candidates} == {4096}
+    assert [row.servers for row in question.candidates if row.is_present] == ["2 of 2"]
+    assert question.load.max_model_len == 8192
+    assert question.load.preset is PRESETS["h100-qwen3-30b-a3b"]
+    assert len(question.load.trace) == 20
+    assert all(row.prompt_tokens + row.output_tokens <= 8192 for row in question.load.trace)
+
+
+def test_tensor_parallel_shapes_are_compared_with_the_others_and_are_none_of_them(resource):
+    question = read_question(asked(resource(replicas=2, parallelism={"tensor": 2})))
+    assert {row.shape.gpus for row in question.candidates} == {4}
+    assert not any(row.is_present for row in question.candidates)
+
+
+def test_a_trace_is_cut_and_sped_up_to_the_rate(resource, tmp_path):
+    trace = tmp_path / "t.jsonl"
+    lines = [{"arrival_s": float(n), "prompt_tokens": 20, "output_tokens": 3} for n in range(50)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    question = read_question(asked(resource(), trace=trace, rate=None))
+    assert mean_rate(question.load.trace) == pytest.approx(1.0)
+    question = read_question(asked(resource(), trace=trace, rate=5.0))
+    assert (len(question.load.trace), mean_rate(question.load.trace)) == (20, pytest.approx(5.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "engine", "said"),
+    [
+        ({"rate": None}, {}, ["--rate: is needed without --trace"]),
+        ({"rate": -1.0}, {}, ["--rate: must be more than 0, got -1"]),
+        ({"rate": math.nan}, {}, ["--rate: must be more than 0, got nan"]),
+        ({"requests": 3}, {}, ["--requests: must be 20 or more, got 3"]),
+        ({"bounds": Bounds(ttft_s=0.0, inter_token_s=1.0)}, {}, ["--ttft: must be more than 0"]),
+        ({"cost": "h200"}, {}, ["--cost: unknown 'h200'; known: a100-qwen3-30b-a3b, h100"]),
+        ({"shape": "round"}, {}, ["shape: unknown 'round'; known: average"]),
+        ({}, {"runtime": "vllm-cpu"}, ["spec.engine.runtime: step times of CPUs are not in the model"]),
+        ({}, {"replicas": 200}, ["spec.engine: has 200 GPUs; at most 64"]),
+        ({"cost": "h100-deepseek-v3"}, {"replicas": 2}, ["spec.engine: no shape of 2 GPUs holds the model"]),
+    ],
+)
+def test_unusable_input_is_named_with_its_place(resource, values, engine, said):
+    found = errors(asked(resource(**engine), **values))
+    assert [row.startswith(part) for row, part in zip(found, said, strict=True)] == [True] * len(said), found
+
+
+def test_a_model_without_step_times_is_named_with_those_that_are_known(resource):
+    (found,) = errors(asked(resource(uri="hf://org/other-moe")))
+    assert found.startswith("spec.model.uri: no step times are known for hf://org/other-moe")
+    assert "h100-qwen3-30b-a3b" in found
+    assert read_question(asked(resource(uri="hf://org/other-moe"), cost="h100-qwen3-30b-a3b")).candidates
+
+
+def advice(servers=(4,), *, roles="unified", good=1.0, end=1.0, failed=0, **shape):
+    candidate = Candidate(
+        shape=FleetShape(servers=servers, **shape), servers=f"{len(servers)} of {servers[0]}", roles=roles,
+        step_tokens=2048,
+    )  # fmt: skip
+    return Advice(
+        candidate=candidate, ttft_mean_s=0.1, ttft_p99_s=0.2, tpot_mean_s=0.01, tpot_p99_s=0.02, end_mean_s=end,
+        good_per_s=good * 4, good_share=good, gpu_s=math.inf if not good else 1 / good, failed=failed, split_share=0.0,
+        why="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (advice(good=0.9, end=9.0), advice(good=0.5, end=1.0)),
+        (advice(good=0.9, end=1.0), advice(good=0.9, end=2.0)),
+        (advice(good=0.898, end=1.0), advice(good=0.9, end=2.0)),
+        (advice(good=0.2), advice(good=1.0, failed=1)),
+    ],
+)
+def test_the_best_shape_keeps_the_bounds_most_often_and_then_ends_soonest(better, worse):
+    assert rank([worse, better]) == [better, worse]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (advice((4, 4)), "answers of 4 GPUs"),
+        (advice((1, 1)), "answers of one GPU"),
+        (advice((2, 2, 2), prefill=1, pairs=True), "prompts on 2 GPUs hold up no answer; answers share 4 GPUs"),
+        (advice((2, 2), pairs=True, moves=True), "25% of the requests split"),
+        (advice((4,), redundant=4), "4 copies of experts"),
+    ],
+)
+def test_the_reason_names_the_answers_that_a_prompt_holds_up(row, words):
+    assert words in explain(row.candidate, 0.25, 0)
+    assert "3 preemptions" in explain(row.candidate, 0.25, 3)
+
+
+def test_the_table_says_that_it_is_modelled_and_which_shape_is_the_files():
+    row = advice()
+    row = replace(row, candidate=replace(row.candidate, is_present=True))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render([row], [], BOUNDS))
+    text = console.export_text()
+    assert "1 of 4 *" in text
+    assert "Modelled, not measured" in text
+
+
+def test_a_figure_that_is_infinite_is_null_in_json():
+    document = to_document(advice(good=0.0))
+    assert document["gpu_s"] is None
+    assert json.loads(json.dumps(document))["good_per_s"] == 0.0
+
+
+def test_redundant_experts_even_the_ranks_out():
+    load = FleetLoad(preset=PRESETS["h100-qwen3-30b-a3b"], trace=(), max_model_len=4096)
+    plain, copies = (
+        build_fleet(FleetShape(servers=(4,), redundant=redundant), load).fleet[0].cost.balance.slowest
+        for redundant in (0, 4)
+    )
+    assert 1.0 <= copies < plain
+
+
+def test_errors_of_the_command_are_lines_with_status_2(resource):
+    done = runner.invoke(app, ["advise", "-f", str(resource()), "--rate", "4", "--output", "xml"])
+    assert (done.exit_code, done.output.strip()) == (2, "--output: unknown 'xml'; known: json, table")
+
+
+@pytest.mark.timeout(900)
+def test_a_whole_run_prints_every_shape_as_json(resource):
+    path = resource(replicas=2, args=["--max-model-len=4096"])
+    done = runner.invoke(
+        app,
+        ["advise", "-f", str(path), "--rate", "8", "--requests", "20", "--answer-tokens", "4", "--output", "json"],
+    )
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["model_error"] == MODEL_ERROR
+    shapes = document["shapes"]
+    assert [row["is_present"] for row in shapes].count(True) == 1
+    assert {row["roles"] for row in shapes} == {"unified", "auto", "{prefill: 1, decode: 1}"}
+    # Four shapes, and other steps of the best.
+    assert len(shapes) in (6, 7)
+    assert [row["gpus"] for row in shapes] == [2] * len(shapes)
+    assert all(row["failed"] == 0 and row["ttft_mean_s"] > 0 for row in shapes)

@@ -1,6 +1,7 @@
 """The gate: whose request it is, and whether it is admitted. One for a gateway that has `auth`.
 
-A connection asks `identify` for each request to a route that is not open, and `admit` once its body is read. The
+A connection asks `identify` for each request to a route that is not open, `look` while only its head is there, and
+`admit` once its body is read. The
 gateway calls `tick` once in a while, which reloads keys that were replaced, and `end` when a request has ended.
 
 Invariant: a request that passed carries no credential any more, so that none reaches an engine or a log.
@@ -31,6 +32,9 @@ from moe_gateway.request.parsing import Parsed
 RELOAD_PERIOD_S = 1.0
 NO_KEY = "an API key is needed: `Authorization: Bearer KEY` or `x-api-key: KEY`"
 WRONG_KEY = "the API key is not valid"
+
+# Routes whose requests count for no quota.
+_FREE = (Route.HEALTH, Route.MODEL, Route.MODELS)
 
 log = logging.getLogger("moeserving.gateway")
 
@@ -92,6 +96,13 @@ class Gate:
             return caller
         found = self.issuer.find(credential)
         return self._keys.add_terms(found) if isinstance(found, Caller) else found
+
+    def look(self, request: ClientRequest, route: Route) -> Denial | None:
+        """Says why a request whose body has not come would not be admitted; takes nothing from its quota."""
+        if route in _FREE or request.caller is None:
+            return None
+        over = self._quotas.look(request.caller, self._clock())
+        return None if over is None else deny_over(over)
 
     def reserve(self, request: ClientRequest) -> Denial | None:
         """Counts a request among those of its tenant while its body is read, or says why it is not read."""

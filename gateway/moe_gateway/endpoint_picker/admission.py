@@ -104,6 +104,8 @@ def check_head(request: ClientRequest, body_bytes: int, parts: PickerParts) -> R
         return refuse_length(parts.limits.max_body_bytes)
     gate = parts.context.gate
     denial = None if gate is None or route is Route.HEALTH else gate.identify(request)
+    if denial is None and gate is not None:
+        denial = gate.look(request, route)
     return route if denial is None else _as_refusal(denial)
 
 

@@ -21,7 +21,7 @@ from moe_gateway.access.folders import sign_folders
 from moe_gateway.access.issuer import Issuer, KeysAwaited
 from moe_gateway.access.key_table import Caller, KeyTable
 from moe_gateway.access.metering import MeteredClient
-from moe_gateway.access.priorities import class_priority, write_priority
+from moe_gateway.access.priorities import apply_class
 from moe_gateway.access.quotas import Lease, OverQuota, Quotas
 from moe_gateway.access.stored_responses import refuse_fields
 from moe_gateway.http.replies import RequestOutcome
@@ -142,11 +142,7 @@ class Gate:
         meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None
         request.admission = Admission(lease=lease, meter=meter)
         if has_job and caller.priority is not None:
-            priority = class_priority(parsed.priority, caller.priority)
-            if priority != parsed.priority:
-                parsed = parsed._replace(priority=priority)
-                # The forms of the audio routes have no field for it.
-                request.body = request.body if route.is_form else write_priority(request.body, priority)
+            parsed = apply_class(request, route, parsed, caller.priority)
         return parsed, meter or client
 
     def end(self, admission: Admission, status: int) -> None:

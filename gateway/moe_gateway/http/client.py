@@ -14,6 +14,7 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.access.priorities import read_priority
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
 from moe_gateway.http.cors import insert_lines, is_preflight
@@ -344,6 +345,8 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
 
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
+        if not request.is_plain:
+            parsed = read_priority(request, route, parsed)
         dispatcher, model = self._context.dispatcher, parsed.model
         models = dispatcher.models
         if model is not None and models and model not in models and dispatcher.knows_all_models:

@@ -1,30 +1,27 @@
 """The field's load tools run against the gateway in front of a real engine: no request fails."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vllm.conftest import Gateway
+from tests.vllm.load_tools import REQUESTS, check_bench_serve, failed, run_tool
 
 pytestmark = pytest.mark.load_tools
 TOOLS = Path(__file__).parents[2] / ".cache/load-tools"
-REQUESTS = 8
-BENCH_SERVE = (
-    "from vllm.benchmarks.serve import add_cli_args, main; "
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
 
 
 @pytest.fixture(scope="module")
-def gateway(start_agents: Any, tmp_path_factory: Any) -> Any:
-    gateway = Gateway(tmp_path_factory.mktemp("gateway"), start_agents(1), 1, {})
+def agent(start_agents: Any) -> Any:
+    return start_agents(1)[0]
+
+
+@pytest.fixture(scope="module")
+def gateway(agent: Any, tmp_path_factory: Any) -> Any:
+    gateway = Gateway(tmp_path_factory.mktemp("gateway"), [agent], 1, {}, {})
     gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
     yield gateway
     assert gateway.process.stop() == 0
@@ -41,23 +38,13 @@ def hub(tiny_model: Path, tmp_path_factory: Any) -> Path:
     return home
 
 
-def run(command: list[str], hub: Path) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hub)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-
-
-def failed(gateway: Any) -> int:
-    return int(gateway.state()["totals"]["failed"])
-
-
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "responses", "messages"])
 def test_aiperf(gateway, hub, tmp_path, endpoint):
     before = failed(gateway)
     asked = ["--isl", "60", "--osl", "8", "--request-count", str(REQUESTS), "--concurrency", "2"]
     where = ["--url", gateway.url, "--endpoint-type", endpoint, "--session-header", "X-Session-Affinity"]
     more = ["--tokenizer", "moeserving/tiny", "--ui", "none", "--output-artifact-dir", str(tmp_path)]
-    run([str(TOOLS / "aiperf/bin/aiperf"), "profile", "-m", "tiny", "--streaming", *where, *asked, *more], hub)
+    run_tool([str(TOOLS / "aiperf/bin/aiperf"), "profile", "-m", "tiny", "--streaming", *where, *asked, *more], hub)
     report = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert report["request_count"]["avg"] == REQUESTS
     assert not report.get("error_summary")
@@ -72,19 +59,12 @@ def test_guidellm(gateway, hub, tiny_model, tmp_path):
     tokenizer = ["--tokenizer", f"kind=huggingface_auto,model={tiny_model}"]
     more = ["--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console-interactive"]
     backend = ["--backend", f"kind=openai_http,target={gateway.url},model=tiny"]
-    run([str(TOOLS / "guidellm/bin/guidellm"), "run", *backend, *asked, *data, *tokenizer, *more], hub)
+    run_tool([str(TOOLS / "guidellm/bin/guidellm"), "run", *backend, *asked, *data, *tokenizer, *more], hub)
     report = json.loads((tmp_path / "report.json").read_text())
     totals = report["benchmarks"][0]["metrics"]["request_totals"]
     assert (totals["successful"], totals["errored"]) == (REQUESTS, 0)
     assert failed(gateway) == before
 
 
-def test_vllm_bench_serve_finds_the_model_by_itself(gateway, hub, tiny_model, tmp_path):
-    before = failed(gateway)
-    asked = ["--dataset-name", "random", "--random-input-len", "60", "--random-output-len", "8", "--ignore-eos"]
-    more = ["--num-prompts", str(REQUESTS), "--base-url", gateway.url, "--tokenizer", str(tiny_model)]
-    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "report.json"]
-    run([sys.executable, "-W", "ignore", "-c", BENCH_SERVE, *asked, *more, *saved], hub)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["completed"], report.get("failed", 0)) == (REQUESTS, 0)
-    assert failed(gateway) == before
+def test_vllm_bench_serve_finds_the_model_by_itself(agent, gateway, tiny_model, tmp_path):
+    check_bench_serve(agent, gateway, tiny_model, tmp_path)

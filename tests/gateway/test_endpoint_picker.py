@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
 from tests.gateway.fronted import PATIENCE_S, Front, two, until
 from tests.gateway.messages import SSE_END, SSE_HEAD, Received, event, json_answer, prompt
-from tests.gateway.peers import always
+from tests.gateway.peers import Script, always
 
 MODES = [(DUPLEX, DUPLEX), (BUFFERED, "STREAMED"), (BUFFERED, BUFFERED), (NONE, "STREAMED"), (DUPLEX, NONE)]
 
@@ -38,6 +38,17 @@ async def test_requests_go_where_the_decision_says_however_bodies_are_sent(
     assert fronted.gateway.dispatcher.ejections == {}
 
 
+def one_then_two(goes_on: asyncio.Event) -> Script:
+    """An engine whose stream has its second token once `goes_on` is set."""
+
+    async def answer(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + event("one"))
+        await goes_on.wait()
+        writer.write(event("two") + SSE_END)
+
+    return answer
+
+
 async def test_a_session_stays_at_its_engine_and_the_pick_can_be_explained(front: Front, make_engine: Any) -> None:
     fronted = await front(*await two(make_engine))
     for _ in range(6):
@@ -52,13 +63,7 @@ async def test_a_session_stays_at_its_engine_and_the_pick_can_be_explained(front
 
 async def test_a_stream_passes_as_it_comes_and_its_first_token_is_measured(front: Front, make_engine: Any) -> None:
     goes_on = asyncio.Event()
-
-    async def slowly(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + event("one"))
-        await goes_on.wait()
-        writer.write(event("two") + SSE_END)
-
-    fronted = await front(await make_engine(slowly))
+    fronted = await front(await make_engine(one_then_two(goes_on)))
     async with fronted.session.post(fronted.envoy.url + "/v1/completions", json=prompt(stream=True)) as answer:
         first = await answer.content.readuntil(b"\n\n")
         assert b"one" in first
@@ -321,13 +326,7 @@ async def test_health_is_that_of_the_protocol(front: Front, make_engine: Any) ->
 
 async def test_a_draining_picker_lets_its_answers_end(front: Front, make_engine: Any) -> None:
     goes_on = asyncio.Event()
-
-    async def slowly(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + event("one"))
-        await goes_on.wait()
-        writer.write(event("two") + SSE_END)
-
-    fronted = await front(await make_engine(slowly))
+    fronted = await front(await make_engine(one_then_two(goes_on)))
     async with fronted.session.post(fronted.envoy.url + "/v1/completions", json=prompt(stream=True)) as answer:
         await answer.content.readuntil(b"\n\n")
         draining = asyncio.ensure_future(fronted.gateway.drain())

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from tests.vllm.conftest import Gateway
-from tests.vllm.load_tools import REQUESTS, check_bench_serve, failed, run_tool
+from tests.vllm.load_tools import REQUESTS, Measured, Times, check_bench_serve, compare_times, failed, run_tool
 
 pytestmark = pytest.mark.load_tools
 TOOLS = Path(__file__).parents[2] / ".cache/load-tools"
 
 
 @pytest.fixture(scope="module")
-def agent(start_agents: Any) -> Any:
-    return start_agents(1)[0]
+def agent(start_agent: Any, tiny_model: Path) -> Any:
+    """An engine that keeps responses, so that a client may continue them by their ids."""
+    environment = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    return start_agent("engine", tiny_model, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,54 @@ def test_guidellm(gateway, hub, tiny_model, tmp_path):
     totals = report["benchmarks"][0]["metrics"]["request_totals"]
     assert (totals["successful"], totals["errored"]) == (REQUESTS, 0)
     assert failed(gateway) == before
+
+
+def test_guidellm_continues_responses_that_the_engine_keeps(gateway, hub, tiny_model, tmp_path):
+    """`server_history`: each turn names the response before it, and sends no text of it."""
+    conversations, turns = 3, 3
+    before = failed(gateway)
+    asked = [
+        "--profile",
+        "kind=concurrent,streams=2",
+        "--constraint",
+        f"kind=max_requests,count={conversations * turns}",
+    ]
+    data = ["--data", f"kind=synthetic_text,prompt_tokens=40,output_tokens=8,turns={turns}"]
+    tokenizer = ["--tokenizer", f"kind=huggingface_auto,model={tiny_model}"]
+    more = ["--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console-interactive"]
+    served = f"kind=openai_http,target={gateway.url},model=tiny,request_format=/v1/responses,server_history=true"
+    run_tool([str(TOOLS / "guidellm/bin/guidellm"), "run", "--backend", served, *asked, *data, *tokenizer, *more], hub)
+    report = json.loads((tmp_path / "report.json").read_text())
+    totals = report["benchmarks"][0]["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (conversations * turns, 0)
+    assert failed(gateway) == before
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat", "anthropic_messages"])
+def test_inference_perf(agent, gateway, hub, tiny_model, tmp_path, kind):
+    program = TOOLS / "inference-perf/bin/inference-perf"
+    if not program.exists():
+        pytest.skip("inference-perf needs Python 3.12, which `make` has not found")
+    lengths = {"min": 40, "max": 40, "mean": 40, "std_dev": 0, "total_count": REQUESTS}
+    config = {
+        "api": {"type": kind, "streaming": True},
+        "data": {"type": "random", "input_distribution": lengths, "output_distribution": lengths | {"mean": 8}},
+        "load": {"type": "constant", "stages": [{"rate": 2, "duration": REQUESTS // 2}], "num_workers": 1},
+        "server": {"type": "vllm", "model_name": "tiny", "base_url": gateway.url, "ignore_eos": True},
+        "tokenizer": {"pretrained_model_name_or_path": str(tiny_model)},
+        "storage": {"local_storage": {"path": str(tmp_path / "report")}},
+    }
+    (tmp_path / "config.yml").write_text(json.dumps(config))
+    before, failures = Measured.read(gateway, agent), failed(gateway)
+    run_tool([str(program), "-c", str(tmp_path / "config.yml")], hub)
+    measured = Measured.read(gateway, agent).since(before)
+    report = json.loads((tmp_path / "report/summary_lifecycle_metrics.json").read_text())
+    assert (report["successes"]["count"], report["failures"]["count"]) == (REQUESTS, 0)
+    assert failed(gateway) == failures
+    ttft = Times(REQUESTS, report["successes"]["latency"]["time_to_first_token"]["mean"] * REQUESTS)
+    compare_times(
+        f"inference-perf, {kind}", ttft, report["successes"]["latency"]["inter_token_latency"]["mean"], measured
+    )
 
 
 def test_vllm_bench_serve_finds_the_model_by_itself(agent, gateway, tiny_model, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moe_contract.tenancy import priority_of
 
 from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
 from tests.gateway.fronted import PATIENCE_S, Front, two, until
@@ -207,6 +208,31 @@ async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_
     signed = request.headers[b"x-moeserving-peer"]
     assert fronted.gateway._peer_tokens.allow_request(signed, b"POST", b"/v1/completions")
     assert not fronted.gateway._peer_tokens.allow(signed)
+    await fronted.settled()
+
+
+@pytest.mark.parametrize("mode", [DUPLEX, BUFFERED])
+@pytest.mark.parametrize(
+    ("asked", "level"), [({}, 10), ({"x-vllm-priority": "-9"}, 10), ({"x-vllm-priority": "5"}, 15)]
+)
+async def test_no_header_raises_a_client_of_the_proxy_above_its_class(
+    front: Front, make_engine: Any, tmp_path: Path, mode: str, asked: dict[str, str], level: int
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "alice").write_text('{"keys": ["sk-0123456789abcdef0123"], "priority": 10}')
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(tmp_path / "keys")]}, envoy={"body": mode})
+    given = {"authorization": "Bearer sk-0123456789abcdef0123", **asked}
+    body = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    for path, document in (("/v1/completions", prompt()), ("/v1/messages", body)):
+        async with fronted.session.post(fronted.envoy.url + path, json=document, headers=given) as answer:
+            assert answer.status == 200
+    of_completion, of_message = [row for row in fronted.engines[0].requests if row.body]
+    for request in (of_completion, of_message):
+        assert priority_of(request.headers[b"x-request-id"].decode()) == level
+        assert request.head.lower().count(b"x-vllm-priority") <= 1
+    assert of_message.headers[b"x-vllm-priority"] == b"%d" % level
+    assert of_completion.headers.get(b"x-vllm-priority", b"%d" % level) == b"%d" % level
+    assert json.loads(of_completion.body)["priority"] == level
     await fronted.settled()
 
 

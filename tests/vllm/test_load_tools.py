@@ -94,10 +94,9 @@ def test_inference_perf(agent, gateway, hub, tiny_model, tmp_path, kind):
     program = TOOLS / "inference-perf/bin/inference-perf"
     if not program.exists():
         pytest.skip("inference-perf needs Python 3.12, which `make` has not found")
-    lengths = {"min": 40, "max": 40, "mean": 40, "std_dev": 0, "total_count": REQUESTS}
     config = {
         "api": {"type": kind, "streaming": True},
-        "data": {"type": "random", "input_distribution": lengths, "output_distribution": lengths | {"mean": 8}},
+        "data": {"type": "mock"},
         "load": {"type": "constant", "stages": [{"rate": 2, "duration": REQUESTS // 2}], "num_workers": 1},
         "server": {"type": "vllm", "model_name": "tiny", "base_url": gateway.url, "ignore_eos": True},
         "tokenizer": {"pretrained_model_name_or_path": str(tiny_model)},

@@ -45,6 +45,7 @@ class EngineProcess:
         last_exit: how the last process ended; empty before the first end.
         max_model_len: longest sequence of the model in tokens; None until the engine is ready.
         identity: equal for engines that serve the same model with the same arguments; empty where it is not known.
+        not_balanced: why vLLM cannot balance the experts of this model; empty where it can.
     """
 
     url: str = ""
@@ -54,6 +55,7 @@ class EngineProcess:
     last_exit: str = ""
     max_model_len: int | None = None
     identity: str = ""
+    not_balanced: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

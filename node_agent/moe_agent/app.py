@@ -18,6 +18,7 @@ from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_agent.api.server import AgentServer
 from moe_agent.experts.document import PublishedExperts
+from moe_agent.experts.obstacle import forget_obstacle
 from moe_agent.shared_memory.control_record import SettingsPublisher
 from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
@@ -47,6 +48,7 @@ async def run_agent(config: AgentConfig) -> None:
     changed = asyncio.Event()
     ranks = RankRecords(config.run_dir, node.ranks)
     control = SettingsPublisher(config.run_dir, config.request, config.expert, ranks, changed.set)
+    forget_obstacle(config.run_dir)
     experts = PublishedExperts(config.run_dir) if config.engine.has_expert_group and not node.headless else None
 
     def remove_records() -> None:

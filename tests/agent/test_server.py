@@ -123,8 +123,9 @@ async def test_the_state_has_the_fields_of_the_contract(client, ranks):
     line = StepTime(base_s=0.004, prefill_s=0.0001, decode_s=0.0002)
     ranks[1].publish(step=17, running=2, decode_tokens=1, kv_usage=0.5, step_time=line, age_s=3.0)
     state = await (await client.get("/v1/state")).json()
-    assert state.keys() == {"name", "phase", "accepting", "engine", "config", "ranks", "pod"}
-    assert state["engine"].keys() == {"url", "model", "pid", "restarts", "last_exit", "max_model_len", "identity"}
+    assert state.keys() == {"name", "phase", "accepting", "engine", "config", "ranks", "pod", "kv_transfer"}
+    engine = {"url", "model", "pid", "restarts", "last_exit", "max_model_len", "identity", "not_balanced"}
+    assert state["engine"].keys() == engine
     assert (state["name"], state["phase"], state["accepting"], state["engine"]["model"]) == (
         "e0",
         "ready",

@@ -39,7 +39,7 @@ def read(document: dict[str, Any]) -> ExpertsState:
 
 
 def verdict(document: dict[str, Any]) -> tuple[str, str]:
-    experts = report.build_experts({"e0": read(document)}, NOW)
+    experts = report.build_experts({"e0": read(document)}, NOW, {})
     state, reason, _ = report.judge_experts(experts, has_group=True, before=None)
     return state.value, reason
 
@@ -77,7 +77,7 @@ def test_what_became_of_a_decision_is_read(outcome: DecisionOutcome) -> None:
     group = Group()
     group.planner.answer = answer(pays=outcome is DecisionOutcome.MOVED)
     group.run_until(outcome)
-    last = report.build_experts({"e0": read(published(group))}, NOW).last_decision
+    last = report.build_experts({"e0": read(published(group))}, NOW, {}).last_decision
     assert last is not None
     assert last.outcome == outcome
     assert (last.balance_before, last.balance_after) == (1.8, 1.1)

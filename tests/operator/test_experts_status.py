@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from experts_documents import DECISION, decided, experts, in_brief
+from moe_contract.agent_state import AgentState, EngineProcess
 from moe_contract.experts_state import ExpertsState, read_experts
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.autoscale.signal import States
@@ -31,7 +32,7 @@ def read(document: dict[str, Any]) -> ExpertsState:
 
 
 def status(*documents: dict[str, Any]) -> ExpertsStatus:
-    return build_experts({f"e{number}": read(document) for number, document in enumerate(documents)}, NOW)
+    return build_experts({f"e{number}": read(document) for number, document in enumerate(documents)}, NOW, {})
 
 
 def balance(mean: float) -> dict[str, Any]:
@@ -76,6 +77,25 @@ def test_the_brief_form_says_the_same() -> None:
 def test_a_balance_that_nothing_was_recorded_for_is_none() -> None:
     assert status(experts(load={"steps": 0})).balance is None
     assert status(experts(balance=None)).balance is None
+
+
+def agent(not_balanced: str) -> AgentState:
+    return AgentState(phase="ready", engine=EngineProcess(not_balanced=not_balanced))
+
+
+def test_an_engine_whose_experts_cannot_be_balanced_says_so() -> None:
+    why = "vLLM cannot balance the experts of OlmoeForCausalLM"
+    reported = build_experts({}, NOW, {"e0": agent(""), "e1": agent(why)})
+    assert (reported.engine, [row.message for row in reported.problems]) == ("e1", [why])
+    state, reason, message = judge_experts(reported, has_group=True, before=None)
+    assert (state, reason) == ("Unknown", "NotSupported")
+    assert message == f"{why}: they lie as vLLM spreads them, and scheduling.expert has no effect"
+    assert build_experts({}, NOW, {"e0": agent("")}) == ExpertsStatus()
+
+
+def test_where_one_engine_balances_its_experts_its_document_is_the_status() -> None:
+    reported = build_experts({"e1": read(experts())}, NOW, {"e0": agent("cannot"), "e1": agent("")})
+    assert (reported.engine, reported.problems) == ("e1", ())
 
 
 def test_a_newer_agent_is_understood_and_nonsense_is_no_document() -> None:

@@ -28,6 +28,7 @@ from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_state
 from moe_agent.experts.directive import parse_directive, write_directive
 from moe_agent.experts.document import Document, PublishedExperts, shape_of
+from moe_agent.experts.obstacle import read_obstacle
 from moe_agent.shared_memory.control_record import NotTaken, SettingsPublisher
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import EngineSupervisor
@@ -90,6 +91,7 @@ class AgentServer:
             time.monotonic(),
             self._pod,
             self._identity,
+            "" if self._experts is None else read_obstacle(self._run_dir),
         )
 
     async def _get_state(self, request: web.Request) -> web.StreamResponse:
@@ -175,6 +177,8 @@ class AgentServer:
         if self._experts is None:
             error = InputError("", "this node's engine has no expert group whose first rank is here")
             return _errors(HTTPStatus.NOT_FOUND, [error])
+        if obstacle := read_obstacle(self._run_dir):
+            return _errors(HTTPStatus.NOT_FOUND, [InputError("", obstacle)])
         return _errors(HTTPStatus.SERVICE_UNAVAILABLE, [InputError("", "the expert group has published nothing yet")])
 
     async def _post_drain(self, request: web.Request) -> web.Response:

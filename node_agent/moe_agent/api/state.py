@@ -17,8 +17,21 @@ def build_state(
     now_s: float,
     pod: PodIdentity,
     identity: str = "",
+    not_balanced: str = "",
 ) -> AgentState:
-    """The answer of `GET /v1/state`; `now_s` is the monotonic clock of the machine, `identity` that of the engine."""
+    """The answer of `GET /v1/state`.
+
+    Args:
+        name: of the engine.
+        model: name that clients use.
+        supervisor: of the engine's process.
+        control: settings in force.
+        ranks: newest records, by rank.
+        now_s: the monotonic clock of the machine.
+        pod: the pod that answers.
+        identity: of the engine.
+        not_balanced: why its experts cannot be balanced.
+    """
     ready = supervisor.phase is Phase.READY
     return AgentState(
         name=name,
@@ -32,6 +45,7 @@ def build_state(
             last_exit=supervisor.last_exit,
             max_model_len=supervisor.max_model_len,
             identity=identity,
+            not_balanced=not_balanced,
         ),
         config=AgentSettingsInForce(version=control.version, request=control.request, expert=control.expert),
         ranks=tuple(

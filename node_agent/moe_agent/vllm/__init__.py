@@ -7,6 +7,7 @@ so that they need no patch; an expert group does, and only the processes of one 
 
 import multiprocessing
 import os
+from pathlib import Path
 
 from moe_contract.engine_process import EXPERT_GROUP_VARIABLE, RUN_DIR_VARIABLE
 
@@ -29,6 +30,9 @@ def _join_expert_group() -> None:
             from moe_agent.vllm.cpu_config import allow_balancer
 
             allow_balancer()
+        from moe_agent.vllm.balanceable import balance_where_possible
+
+        balance_where_possible(Path(os.environ[RUN_DIR_VARIABLE]))
         return
     from moe_agent.experts.step_times import WorkMeter
 

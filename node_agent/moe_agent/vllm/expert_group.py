@@ -35,10 +35,12 @@ from moe_agent.experts.coordinator import Coordinator, checksum
 from moe_agent.experts.directive import GroupShape, list_placement_errors
 from moe_agent.experts.document import experts_path
 from moe_agent.experts.load import RankLoadReport, Slots
+from moe_agent.experts.obstacle import note_obstacle
 from moe_agent.experts.planning import Decider, MeasuredCosts
 from moe_agent.experts.step_times import WorkMeter
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
 from moe_agent.shared_memory.expert_record import NOT_ASKED, ExpertRecordWriter, ExpertState
+from moe_agent.vllm.balanceable import describe_obstacle
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -54,7 +56,7 @@ def join_expert_group(meter: WorkMeter) -> None:
     """Replaces vLLM's balancer by expert groups in this process; `meter` learns the cost of expert work."""
     groups: dict[int, ExpertGroup] = {}
     add_model, prepare_forward, step = EplbState.add_model, EplbState.prepare_forward, EplbState.step
-    execute_dummy_batch = Worker.execute_dummy_batch
+    load_model, execute_dummy_batch = Worker.load_model, Worker.execute_dummy_batch
 
     def add_and_join(self: EplbState, model: Any, model_config: Any, model_name: str | None = None) -> None:
         add_model(self, model, model_config, model_name)
@@ -73,6 +75,11 @@ def join_expert_group(meter: WorkMeter) -> None:
         elif not is_profile:
             group.end_pass(is_dummy)
 
+    def load_and_check(self: Worker, **options: Any) -> None:
+        load_model(self, **options)
+        if self.parallel_config.enable_eplb and not groups:
+            refuse_to_balance(self.model_config)
+
     def execute_unrecorded(self: Worker) -> None:
         for group in groups.values():
             with group.recorder.paused():
@@ -83,8 +90,16 @@ def join_expert_group(meter: WorkMeter) -> None:
     replace_attribute(EplbState, "add_model", add_and_join)
     replace_attribute(EplbState, "prepare_forward", prepare_and_note)
     replace_attribute(EplbState, "step", end_pass)
+    replace_attribute(Worker, "load_model", load_and_check)
     replace_attribute(Worker, "execute_dummy_batch", execute_unrecorded)
     replace_attribute(base_router, "eplb_map_to_physical_and_record", map_and_record)
+
+
+def refuse_to_balance(model_config: Any) -> None:
+    """Ends a rank whose loaded model cannot be balanced; with the note the engine starts again without the balancer."""
+    obstacle = describe_obstacle(model_config.architecture)
+    note_obstacle(Path(os.environ[RUN_DIR_VARIABLE]), obstacle)
+    raise RuntimeError(f"{obstacle}; the next start goes without the balancer")
 
 
 class ExpertGroup:

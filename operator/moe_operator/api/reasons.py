@@ -81,3 +81,4 @@ class Reason(StrEnum):
     OFF = "Off"
     NOT_RECORDED = "NotRecorded"
     NO_EXPERT_GROUP = "NoExpertGroup"
+    NOT_SUPPORTED = "NotSupported"

@@ -89,7 +89,9 @@ class ExpertDecision(Section):
 class ExpertProblem(Section):
     """What is wrong with the experts of an engine."""
 
-    kind: str = Field(description="In one word for programs: `no_decision`, `slow_move`, `version_skew` or `backoff`.")
+    kind: str = Field(
+        description="In one word for programs: `no_decision`, `slow_move`, `version_skew`, `backoff`, `not_supported`."
+    )
     message: Annotated[str, Field(max_length=1024)] = Field(default="", description="In words for people.")
 
 

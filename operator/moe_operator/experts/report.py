@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
+from moe_contract.agent_state import AgentState
 from moe_contract.experts_state import OFF, Decision, ExpertsState
 
 from moe_operator.api.reasons import Reason
@@ -20,6 +21,8 @@ TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionSta
 # again below the second, so that a load between the two gives no series of events.
 BALANCED_UP_TO, BALANCED_AGAIN = 1.2, 1.1
 _TERSE = 1000
+# Kind of the problem of a model whose experts vLLM cannot balance.
+_NOT_SUPPORTED = "not_supported"
 
 _PROBLEMS: Final = {
     "version_skew": (Reason.VERSION_SKEW, "its ranks hold different placements; restart that engine"),
@@ -36,12 +39,18 @@ _PROBLEMS: Final = {
 TO_ACT_ON = frozenset({*(reason for reason, _ in _PROBLEMS.values()), Reason.MOVE_FAILED})
 
 
-def build_experts(documents: Mapping[str, ExpertsState], now: datetime) -> ExpertsStatus:
-    """Returns the status of the engine in the worst state: one with problems, else the least balanced, else the
-    first.
+def build_experts(
+    documents: Mapping[str, ExpertsState], now: datetime, agents: Mapping[str, AgentState]
+) -> ExpertsStatus:
+    """Returns the status of the engine in the worst state: one with problems, else the least balanced, else the first.
+
+    Args:
+        documents: what each engine says of its experts.
+        now: the present time.
+        agents: what each engine's agent says; an engine whose experts cannot be balanced has no document.
     """
     if not documents:
-        return ExpertsStatus()
+        return _build_not_balanced(agents)
     name = max(sorted(documents), key=lambda name: _badness(documents[name]))
     document = documents[name]
     balance = document.recorded
@@ -54,6 +63,14 @@ def build_experts(documents: Mapping[str, ExpertsState], now: datetime) -> Exper
         last_decision=None if document.newest is None else _build_decision(document.newest, now),
         problems=tuple(ExpertProblem(kind=row.kind, message=row.message[:_TERSE]) for row in document.problems),
     )
+
+
+def _build_not_balanced(agents: Mapping[str, AgentState]) -> ExpertsStatus:
+    """Returns the status of the first engine whose experts vLLM cannot balance, or an empty one."""
+    for name, agent in sorted(agents.items()):
+        if message := agent.engine.not_balanced[:_TERSE]:
+            return ExpertsStatus(engine=name, problems=(ExpertProblem(kind=_NOT_SUPPORTED, message=message),))
+    return ExpertsStatus()
 
 
 def _badness(document: ExpertsState) -> tuple[bool, float]:
@@ -103,6 +120,10 @@ def _judge_silence(experts: ExpertsStatus, *, has_group: bool) -> Verdict | None
     if not has_group:
         message = "spec.engine.parallelism.expert is not set: nothing to balance, scheduling.expert has no effect"
         return UNKNOWN, Reason.NO_EXPERT_GROUP, message
+    unsupported = next((row.message for row in experts.problems if row.kind == _NOT_SUPPORTED), None)
+    if unsupported is not None:
+        message = f"{unsupported}: they lie as vLLM spreads them, and scheduling.expert has no effect"
+        return UNKNOWN, Reason.NOT_SUPPORTED, message
     if experts.mode is None:
         return UNKNOWN, Reason.NOT_RECORDED, "no engine says anything of its experts yet"
     if experts.mode == OFF:

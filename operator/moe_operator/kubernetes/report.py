@@ -44,6 +44,7 @@ def build_status(
     engines = [pod for pod in pods if is_engine(pod) and is_live(pod)]
     gateways = [pod for pod in pods if component_of(pod) == GATEWAY and is_ready(pod)]
     whole = whole_replicas(pods, read_nodes(document))
+    live = {_name(pod): states.engines[_name(pod)] for pod in engines if _name(pod) in states.engines}
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
     inputs = replace(
         inputs,
@@ -63,11 +64,9 @@ def build_status(
         selector=selector_text(replica_labels(names, read_nodes(document))),
         endpoint=_endpoint(gateway, f"{names.service}.{namespace}.svc"),
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
-        policies=_policies(
-            [states.engines[_name(pod)] for pod in engines if _name(pod) in states.engines], gateway_states
-        ),
+        policies=_policies(list(live.values()), gateway_states),
         ttft=_render_ttft(mean_ttft_s(gateway_states)),
-        experts=build_experts(experts, datetime.now(UTC)),
+        experts=build_experts(experts, datetime.now(UTC), live),
     )
     current = _keep_numbers(status_document(status), before)
     return current, replace(inputs, experts=ExpertsStatus.model_validate(current["experts"]))

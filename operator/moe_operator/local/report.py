@@ -67,9 +67,15 @@ def build_status(seen: Observation, now: datetime) -> Status:
         ready_replicas=sum(engine.phase is EnginePhase.READY for engine in engines),
         endpoint=seen.record.endpoint,
         policies=build_policies(seen),
-        experts=build_experts(seen.experts, now),
+        experts=build_experts(seen.experts, now, _agents(seen)),
         engines=engines,
     )
+
+
+def _agents(seen: Observation) -> dict[str, AgentState]:
+    """What each agent that answers says, by the engine's name."""
+    rows = enumerate(seen.agents)
+    return {name_engine(seen.record, index): agent for index, agent in rows if agent is not None}
 
 
 def build_engines(seen: Observation) -> tuple[EngineStatus, ...]:

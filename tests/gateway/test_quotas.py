@@ -11,6 +11,7 @@ from moe_gateway.access.priorities import class_priority, write_priority
 from moe_scheduling.request.order import LARGEST_EXACT
 
 from tests.gateway.clients import KEY
+from tests.gateway.compiled import interpreted
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
 from tests.gateway.peers import always, answer_ok, never
 from tests.gateway.test_forms import form
@@ -187,6 +188,7 @@ def test_no_request_is_more_urgent_than_its_class(asked, level):
     assert class_priority(asked, level) == level + min(asked, LARGEST_EXACT) or asked < 0
 
 
+@interpreted
 async def test_the_class_orders_a_form_in_the_gateway_and_leaves_it_as_it_is(limited):
     engine, served = await limited(priority=10)
     body = form(("model", b"tiny"), ("file", b"x" * 100))
@@ -200,6 +202,7 @@ async def test_the_class_orders_a_form_in_the_gateway_and_leaves_it_as_it_is(lim
     assert engine.requests[0].body == body
 
 
+@interpreted
 async def test_the_place_of_a_request_is_given_back_first_at_its_end(limited, monkeypatch, unreported):
     _, served = await limited(concurrency=1)
 

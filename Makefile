@@ -51,13 +51,19 @@ test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
 test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
 	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py
 
-test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm and vllm bench serve against the gateway and a real engine
-	$(BIN)/pytest -m load_tools tests/vllm
+test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
+	$(BIN)/pytest -s -m load_tools tests/vllm
+
+# inference-perf needs Python 3.12; name one with PYTHON312=...
+PYTHON312 ?= $(shell for each in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3.12; do "$$each" -c '' 2>/dev/null && { echo "$$each"; break; }; done)
 
 # Each in an environment of its own: their dependencies contradict one another.
 $(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt | $(STAMP)
 	for tool in $$(cat $<); do \
-		$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOAD_TOOLS)/$${tool%%==*}; \
+		python=$(BIN)/python; \
+		case $$tool in inference-perf*) python="$(PYTHON312)";; esac; \
+		[ -n "$$python" ] || { echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; continue; }; \
+		$(BIN)/uv venv -q --clear --python $$python $(LOAD_TOOLS)/$${tool%%==*}; \
 		$(BIN)/uv pip install -q --python $(LOAD_TOOLS)/$${tool%%==*}/bin/python $$tool; \
 	done
 	@touch $@

@@ -1,8 +1,9 @@
-"""The tenant of a request as a part of its id: written by the gateway, read by the plugin in the engine.
+"""The tenant of a request, and its priority, as a part of its id: written by the gateway, read by the engine's plugin.
 
 The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
-A tenant is these digits; the anonymous tenant, of requests without the header, is the empty string. For `/v1/responses`
-vLLM 0.32 takes the id from the body, where the client chose it: these requests count as the anonymous tenant's.
+A tenant is these digits; the anonymous tenant, of requests without the header, is the empty string. Where the key of a
+request has a priority class, `p` and the priority follow. For `/v1/responses` vLLM 0.32 takes the id from the body,
+where the client chose it: these requests count as the anonymous tenant's, and their priority is the one in the body.
 
 Invariants: nothing that a client wrote is in the suffix; the last suffix of an id counts.
 """
@@ -40,6 +41,7 @@ _DIGITS = 8
 _HEX = frozenset("0123456789abcdef")
 # Of the anonymous tenant, where an id that a client chose could be read as another tenant's.
 _OF_NOBODY = "0" * _DIGITS
+_PRIORITY = re.compile(r"p(-?\d{1,20})(?=-|\Z)", re.ASCII)
 # vLLM puts it after the id of a request of `/v1/responses`, and after no id that comes from a header.
 _AFTER_BODYS_ID = "_"
 
@@ -63,8 +65,10 @@ def hash_tenant(name: bytes) -> str:
     return blake2b(name, digest_size=_DIGITS // 2).hexdigest() if name else ANONYMOUS_TENANT
 
 
-def sign_request_id(request_id: bytes, tenant: str) -> bytes:
-    """The id for the engine."""
+def sign_request_id(request_id: bytes, tenant: str, priority: int | None = None) -> bytes:
+    """The id for the engine; with a priority where the request's key has a class."""
+    if priority is not None:
+        return b"%b.t%bp%d" % (request_id, (tenant or _OF_NOBODY).encode(), priority)
     if tenant:
         return b"%b.t%b" % (request_id, tenant.encode())
     return b"%b.t%b" % (request_id, _OF_NOBODY.encode()) if _MARK_BYTES in request_id else request_id
@@ -79,3 +83,12 @@ def tenant_of(request_id: str) -> str:
     if _AFTER_BODYS_ID in rest:
         return ANONYMOUS_TENANT
     return tenant
+
+
+def priority_of(request_id: str) -> int | None:
+    """The priority in an engine's request id, such as `transcribe-ID.t1a2b3c4dp10-9f8e7d6c`; None: it has none."""
+    _, mark, rest = request_id.rpartition(_MARK)
+    if not mark or rest[_DIGITS : _DIGITS + 1] != "p" or not _HEX.issuperset(rest[:_DIGITS]) or _AFTER_BODYS_ID in rest:
+        return None
+    found = _PRIORITY.match(rest, _DIGITS)
+    return None if found is None else int(found[1])

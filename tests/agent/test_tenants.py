@@ -53,6 +53,21 @@ def test_a_flood_does_not_hold_up_the_other_tenant(make_engine, settings, horizo
     assert horizon_s or order(engine).index("small") == 20
 
 
+@pytest.mark.parametrize("policy", ["priority", "sjf"])
+@pytest.mark.parametrize(("suffix", "place"), [("p-40", 1), ("p40", 20), ("", 20)], ids=["urgent", "batch", "no class"])
+def test_a_class_in_the_id_orders_a_request_of_a_route_without_a_field_for_it(
+    make_engine, settings, policy, suffix, place
+):
+    settings.put(policy=policy, priority_step_s=1.0)
+    engine = make_engine(max_num_seqs=1, step_tokens=1024)
+    for number in range(20):
+        engine.add(of(FLOOD, f"f{number:02}"), 1000, arrival_s=number / 100)
+    engine.step()
+    engine.add(f"transcribe-late.t{FLOOD}{suffix}-9f8e7d6c", 1000, arrival_s=1.0)
+    engine.run()
+    assert order(engine).index("late") == place
+
+
 @pytest.mark.parametrize("weight", [0.0, 2.0, 5.0])
 def test_prompts_are_charged_as_they_are_computed_and_answers_at_their_end(make_engine, settings, weight):
     settings.put(policy="sjf", ageing_rate=1000.0, ageing_horizon_s=0.0, fairness_horizon_s=8.0, output_weight=weight)

@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,3 +130,29 @@ def test_vllm_marks_the_ids_that_come_from_a_body_and_no_others():
     assert 'request_id_item = f"{request_id}-{i}"' in (served / "completion" / "serving.py").read_text()
     chats = (served / "chat_completion" / "serving.py").read_text()
     assert 'request_id if len(engine_inputs) == 1 else f"{request_id}_{i}"' in chats
+
+
+@pytest.mark.parametrize(("header", "priority"), [("7", 7), ("-3", -3), ("urgent", 4), (None, 4)])
+def test_vllm_reads_a_priority_in_the_header_that_the_gateway_knows(header, priority):
+    from moe_gateway.http.rare_headers import PRIORITY
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    headers = Headers({} if header is None else {PRIORITY.decode(): header})
+    found = GenerateBaseServing._get_priority(SimpleNamespace(priority=4), SimpleNamespace(headers=headers))
+    assert found == priority
+
+
+def test_the_routes_on_which_vllm_reads_that_header():
+    import vllm
+
+    served = Path(vllm.__file__).parent / "entrypoints"
+    reading = {str(path.relative_to(served)) for path in served.rglob("*.py") if "._get_priority(" in path.read_text()}
+    assert reading == {f"openai/{name}/serving.py" for name in ("chat_completion", "completion", "responses")}
+    # Messages are served as chats, with the request itself.
+    messages = (served / "anthropic" / "serving.py").read_text()
+    assert "self.create_chat_completion(chat_req, raw_request)" in messages
+    # Audio has neither; its ids contain the gateway's.
+    audio = (served / "speech_to_text" / "base" / "serving.py").read_text()
+    assert "self._base_request_id(raw_request)" in audio
+    assert "priority" not in audio

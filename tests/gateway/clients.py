@@ -15,6 +15,8 @@ from tests.gateway.peers import MockEngine
 from tests.gateway.waiting import PATIENCE_S, until
 
 TOKEN = "a-token"
+# Of a client.
+KEY = "sk-0123456789abcdef0123"
 IN_FORCE_WITHIN_S = 1.0
 
 

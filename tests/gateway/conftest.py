@@ -5,6 +5,7 @@ caught, which the event loop reports, fails the test.
 """
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from moe_contract.control_tokens import ControlTokens
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
 from moe_gateway.gateway import Gateway
+from pydantic.alias_generators import to_camel
 
-from tests.gateway.clients import TOKEN, Served
+from tests.gateway.clients import KEY, TOKEN, Served
 from tests.gateway.fake_api import FakeApi
 from tests.gateway.peers import FakeAgent, MockEngine, Script, answer_ok
 from tests.gateway.waiting import free_port, until
@@ -95,6 +97,23 @@ async def serve(make_engine: Any, tmp_path: Path) -> AsyncIterator[Callable[...,
     yield start
     for served in running:
         await served.close()
+
+
+@pytest.fixture
+def limited(make_engine: Any, serve: Any, tmp_path: Path) -> Callable[..., Awaitable[tuple[MockEngine, Served]]]:
+    """Starts a gateway whose clients need `KEY`, of the tenant `team-a`, with this class and quota."""
+
+    async def start(
+        script: Script = answer_ok, *, engines: int = 1, priority: int | None = None, **quota: int
+    ) -> tuple[MockEngine, Served]:
+        folder = tmp_path / "keys"
+        folder.mkdir()
+        spelt = {to_camel(name): bound for name, bound in quota.items()}
+        (folder / "team-a").write_text(json.dumps({"keys": [KEY], "priority": priority, "quota": spelt}))
+        made = [await make_engine(script) for _ in range(engines)]
+        return made[0], await serve(*made, auth={"key_dirs": [str(folder)]})
+
+    return start
 
 
 @pytest.fixture

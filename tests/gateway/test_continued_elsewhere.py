@@ -16,6 +16,7 @@ from moe_gateway.engines.same_model import ModelIdentity, SameModel, find_length
 from moe_gateway.http.routes import Route
 from moe_gateway.request import continued_exchange, exchange
 
+from tests.gateway.compiled import interpreted
 from tests.gateway.computing_engine import Computing
 from tests.gateway.messages import SSE_END, SSE_HEAD, chunk, json_answer, post
 from tests.gateway.test_continuation import (
@@ -74,6 +75,7 @@ async def two_models(make_engine, serve, script, other, *, agent=True):
     return served, engines
 
 
+@interpreted
 @pytest.mark.parametrize("model", [{}, {"model": None}], ids=["named", "unnamed"])
 @pytest.mark.parametrize("identity", ["other", ""])
 async def test_a_stream_stays_where_the_other_engine_serves_another_model(make_engine, serve, identity, model):
@@ -190,6 +192,7 @@ def test_the_engines_with_the_same_model_are_those_of_the_moment():
 # When a stream leaves its engine.
 
 
+@interpreted
 async def test_a_chat_without_a_limit_stays_at_an_engine_that_drains(make_engine, serve):
     """How far it may go is not known where engines do not list their longest sequence: it would be computed anew."""
     script = Computing(TEXT, cuts=[9], fail="pauses")
@@ -264,6 +267,7 @@ class Pausing:
         writer.write(b"".join(rows[9:]) + SSE_END)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("failing", "fields"), [(1, {}), (0, {"seed": 3, "temperature": 1.0})], ids=["no attempt left", "replay"]
 )

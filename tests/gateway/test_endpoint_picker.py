@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moe_contract.tenancy import priority_of
 
 from tests.gateway.envoy import BUFFERED, DUPLEX, NONE
 from tests.gateway.fronted import PATIENCE_S, Front, two, until
 from tests.gateway.messages import SSE_END, SSE_HEAD, Received, event, json_answer, prompt
-from tests.gateway.peers import always
+from tests.gateway.peers import Script, always
 
 MODES = [(DUPLEX, DUPLEX), (BUFFERED, "STREAMED"), (BUFFERED, BUFFERED), (NONE, "STREAMED"), (DUPLEX, NONE)]
 
@@ -38,6 +39,17 @@ async def test_requests_go_where_the_decision_says_however_bodies_are_sent(
     assert fronted.gateway.dispatcher.ejections == {}
 
 
+def one_then_two(goes_on: asyncio.Event) -> Script:
+    """An engine whose stream has its second token once `goes_on` is set."""
+
+    async def answer(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + event("one"))
+        await goes_on.wait()
+        writer.write(event("two") + SSE_END)
+
+    return answer
+
+
 async def test_a_session_stays_at_its_engine_and_the_pick_can_be_explained(front: Front, make_engine: Any) -> None:
     fronted = await front(*await two(make_engine))
     for _ in range(6):
@@ -52,13 +64,7 @@ async def test_a_session_stays_at_its_engine_and_the_pick_can_be_explained(front
 
 async def test_a_stream_passes_as_it_comes_and_its_first_token_is_measured(front: Front, make_engine: Any) -> None:
     goes_on = asyncio.Event()
-
-    async def slowly(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + event("one"))
-        await goes_on.wait()
-        writer.write(event("two") + SSE_END)
-
-    fronted = await front(await make_engine(slowly))
+    fronted = await front(await make_engine(one_then_two(goes_on)))
     async with fronted.session.post(fronted.envoy.url + "/v1/completions", json=prompt(stream=True)) as answer:
         first = await answer.content.readuntil(b"\n\n")
         assert b"one" in first
@@ -205,6 +211,31 @@ async def test_keys_are_checked_and_go_no_further_while_the_engine_sees_its_own_
     await fronted.settled()
 
 
+@pytest.mark.parametrize("mode", [DUPLEX, BUFFERED])
+@pytest.mark.parametrize(
+    ("asked", "level"), [({}, 10), ({"x-vllm-priority": "-9"}, 10), ({"x-vllm-priority": "5"}, 15)]
+)
+async def test_no_header_raises_a_client_of_the_proxy_above_its_class(
+    front: Front, make_engine: Any, tmp_path: Path, mode: str, asked: dict[str, str], level: int
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "alice").write_text('{"keys": ["sk-0123456789abcdef0123"], "priority": 10}')
+    fronted = await front(await make_engine(), auth={"key_dirs": [str(tmp_path / "keys")]}, envoy={"body": mode})
+    given = {"authorization": "Bearer sk-0123456789abcdef0123", **asked}
+    body = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    for path, document in (("/v1/completions", prompt()), ("/v1/messages", body)):
+        async with fronted.session.post(fronted.envoy.url + path, json=document, headers=given) as answer:
+            assert answer.status == 200
+    of_completion, of_message = [row for row in fronted.engines[0].requests if row.body]
+    for request in (of_completion, of_message):
+        assert priority_of(request.headers[b"x-request-id"].decode()) == level
+        assert request.head.lower().count(b"x-vllm-priority") <= 1
+    assert of_message.headers[b"x-vllm-priority"] == b"%d" % level
+    assert of_completion.headers.get(b"x-vllm-priority", b"%d" % level) == b"%d" % level
+    assert json.loads(of_completion.body)["priority"] == level
+    await fronted.settled()
+
+
 async def test_with_keys_a_body_that_the_picker_does_not_see_is_refused(
     front: Front, make_engine: Any, tmp_path: Path
 ) -> None:
@@ -321,13 +352,7 @@ async def test_health_is_that_of_the_protocol(front: Front, make_engine: Any) ->
 
 async def test_a_draining_picker_lets_its_answers_end(front: Front, make_engine: Any) -> None:
     goes_on = asyncio.Event()
-
-    async def slowly(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + event("one"))
-        await goes_on.wait()
-        writer.write(event("two") + SSE_END)
-
-    fronted = await front(await make_engine(slowly))
+    fronted = await front(await make_engine(one_then_two(goes_on)))
     async with fronted.session.post(fronted.envoy.url + "/v1/completions", json=prompt(stream=True)) as answer:
         await answer.content.readuntil(b"\n\n")
         draining = asyncio.ensure_future(fronted.gateway.drain())

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from moe_gateway.engines import fleet
 
 from tests.gateway.messages import OK, SSE_END, SSE_HEAD, chunk, event, json_answer, post, prompt
 from tests.gateway.peers import always, answer_ok, never, reset
@@ -412,7 +413,9 @@ async def test_a_stream_may_be_longer_than_every_time_limit(make_engine, serve):
 # The breaker.
 
 
-async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(make_engine, serve):
+async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(make_engine, serve, monkeypatch):
+    # Longer than the six requests take on any machine; it is ended below.
+    monkeypatch.setattr(fleet, "FIRST_EJECTION_S", 600.0)
     bad, good = await make_engine(reset_at_once, name="bad"), await make_engine()
     served = await serve(bad, good, dispatch=TURNS)
     for _ in range(6):
@@ -420,6 +423,7 @@ async def test_an_engine_that_fails_gets_no_new_work_for_a_while_and_comes_back(
     assert len(bad.requests) == 1
     assert not served.target_state("bad").accepting
     bad.script = answer_ok
+    served.gateway.dispatcher.engines["bad"].ejected_until_s = 0.0
     await until(lambda: served.target_state("bad").accepting)
     for _ in range(2):
         await served.ask(post(prompt()))

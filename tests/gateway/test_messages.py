@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.gateway.clients import get
+from tests.gateway.compiled import interpreted
 from tests.gateway.messages import SSE_HEAD, chunk, json_answer, post
 from tests.gateway.peers import always, never, reset
 from tests.gateway.waiting import until
@@ -145,6 +146,7 @@ async def test_a_full_gateway_says_overloaded(make_engine, serve):
     assert (answer.status, answer.json["error"]["type"]) == (503, "overloaded_error")
 
 
+@interpreted
 async def test_cached_tokens_are_part_of_the_prompt(make_engine, serve):
     usage = {"input_tokens": 3, "cache_read_input_tokens": 1000, "cache_creation_input_tokens": 200}
     engine = await make_engine(always(json_answer(HEALTHY | {"usage": usage})))

@@ -13,6 +13,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request import body_reader
 from moe_gateway.request.body_reader import BodyReader
 
+from tests.gateway.compiled import interpreted
 from tests.gateway.messages import OK, post, prompt
 from tests.gateway.test_bad_clients import error_of
 from tests.gateway.test_large_bodies import BODY, TEXT, request_of
@@ -167,6 +168,7 @@ async def test_an_unexpected_failure_is_an_answer_and_the_end_of_the_connection(
     assert (await served.ask(post(prompt()))).json == OK
 
 
+@interpreted
 async def test_a_failure_once_the_body_is_read_ends_the_connection(make_engine, serve, monkeypatch, caplog):
     served = await serve(await make_engine())
 

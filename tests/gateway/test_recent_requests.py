@@ -13,6 +13,7 @@ from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import Target
 
 from tests.gateway.clients import Served
+from tests.gateway.compiled import interpreted
 from tests.gateway.messages import SSE_END, SSE_HEAD, event, post, prompt
 from tests.gateway.peers import always, reset
 
@@ -88,6 +89,7 @@ def fleet(count: int) -> SimpleNamespace:
 SENDING = Send(Target("engine-1"), 0.5, SendReason.TURN)
 
 
+@interpreted
 def test_the_oldest_request_is_forgotten_first(monkeypatch):
     monkeypatch.setattr(recent_requests, "REMEMBERED_REQUESTS", 3)
     recent = RecentRequests()
@@ -97,6 +99,7 @@ def test_the_oldest_request_is_forgotten_first(monkeypatch):
     assert [recent.record(f"request-{number}") is not None for number in range(5)] == [False, False, True, True, True]
 
 
+@interpreted
 def test_terms_are_recorded_at_most_once_in_a_period():
     recent = RecentRequests()
     for number, now_s in enumerate((1.0, 1.005, 1.009, 1.011)):
@@ -105,6 +108,7 @@ def test_terms_are_recorded_at_most_once_in_a_period():
     assert shown == [2, 0, 0, 2]
 
 
+@interpreted
 def test_of_a_large_fleet_the_chosen_and_some_others_are_shown():
     recent = RecentRequests()
     recent.attempt(exchange(0), SENDING, fleet(100), now_s=1.0)
@@ -113,6 +117,7 @@ def test_of_a_large_fleet_the_chosen_and_some_others_are_shown():
     assert (len({row.name for row in attempt.targets}), attempt.more_targets) == (32, 68)
 
 
+@interpreted
 def test_an_id_that_a_client_uses_again_names_the_newest_request():
     recent = RecentRequests()
     recent.attempt(exchange(0, arrived_s=1.0), SENDING, fleet(2), now_s=1.5)

@@ -1,5 +1,6 @@
 """Every route that is served to users reaches an engine as it came, and no other route does."""
 
+import aiohttp
 import pytest
 from moe_contract.serving_routes import CLOSED, ENGINE_ONLY, Route
 from moe_gateway.http.routes import ROUTES, find_route, read_model_name, read_response_id
@@ -47,6 +48,17 @@ async def test_any_other_method_is_refused(make_engine, serve, route):
     served = await serve(engine)
     answer = await served.ask(b"DELETE %b HTTP/1.1\r\nhost: h\r\n\r\n" % target(route))
     assert (answer.status, answer.headers[b"allow"]) == (405, route.method)
+    assert engine.requests == []
+
+
+async def test_a_websocket_is_refused_plainly(make_engine, serve):
+    engine = await make_engine()
+    served = await serve(engine)
+    async with aiohttp.ClientSession(served.url) as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="404"):
+            await session.ws_connect("/v1/realtime")
+        async with session.get("/v1/realtime", headers={"connection": "upgrade", "upgrade": "websocket"}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not_found")
     assert engine.requests == []
 
 

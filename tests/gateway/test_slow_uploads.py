@@ -26,9 +26,6 @@ class Owner:
     def expect_nothing(self) -> None:
         self.deadline_s = float("inf")
 
-    def allow_body(self) -> None:
-        raise AssertionError
-
 
 def upload(owner: Owner, piece_bytes: int, pause_s: float, *, chunked: bool = False) -> bool:
     """Sends a body in equal pieces; returns whether it was whole before a deadline passed."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -28,9 +29,10 @@ from moe_lab.gateway.comparison import (
     render_comparison,
     warn_if_busy,
 )
-from moe_lab.gateway.engine import ANSWER, Batch, Connection
+from moe_lab.gateway.engine import ANSWER, STEP_S, Batch, Connection
 from moe_lab.gateway.load import TURN_REQUESTS, WrongAnswer, ask_in_turns, ask_repeatedly, stream_at_once
 from moe_lab.gateway.processes import GatewayProcess, running, share_cores
+from moe_lab.gateway.streams import TIMED_STREAMS, grow_idle, private_bytes, time_events
 from rich.console import Console
 
 COMMAND = [sys.executable, "-m", "moe_lab.gateway"]
@@ -128,6 +130,35 @@ async def test_turns_go_round_the_ports_and_each_has_its_own_answers():
     assert 0 <= counts[0] - counts[1] <= TURN_REQUESTS
 
 
+@pytest.mark.parametrize("large_bodies", [False, True])
+async def test_the_events_of_each_stream_are_timed(large_bodies):
+    async with await serve_engine() as engine:
+        gaps_s = await time_events(port_of(engine), seconds=0.1, large_bodies=large_bodies)
+    # Events that come together count once.
+    assert 0 < len(gaps_s) <= TIMED_STREAMS * round(0.1 / STEP_S)
+    assert min(gaps_s) >= 0.0
+
+
+async def test_a_stream_that_ends_early_is_not_timed():
+    async with await serve(b"HTTP/1.1 200 OK\r\n\r\ndata: {}\n\n0\r\n\r\n") as server:
+        with pytest.raises(WrongAnswer, match="not 20"):
+            await time_events(port_of(server), seconds=0.1, large_bodies=False)
+
+
+async def test_idle_streams_stay_open_and_their_memory_is_that_of_the_router():
+    async with await serve_engine() as engine:
+        process = SimpleNamespace(pid=os.getpid())
+        grown = await grow_idle([GatewayProcess(name="other", port=port_of(engine), process=process)], 2)
+    assert [set(row.bytes_each) for row in grown] == [{"other"}, {"other"}]
+    assert all(row.bytes_each["other"] >= 1.0 for row in grown)
+
+
+def test_private_memory_grows_with_what_a_process_writes():
+    before = private_bytes(os.getpid())
+    kept = bytearray(b"x" * (32 << 20))
+    assert private_bytes(os.getpid()) - before > len(kept) // 2
+
+
 @pytest.mark.parametrize(
     ("answer", "seen"),
     [
@@ -217,11 +248,15 @@ def test_both_routers_are_measured_end_to_end_and_everything_ends(stand_in, tmp_
         found = compare(testbed, pairs=2, seconds=0.5, progress=lines.append)
         started = in_group_of(os.getpid()) - before
         document = json.loads(json.dumps(build_document(found, read_machine("0", "random"), 0.5)))
-    assert [row["name"] for row in document["measurements"]] == ["requests", "latency", "events"]
+    assert [row["name"] for row in document["measurements"]] == [
+        *("requests", "latency", "events"),
+        *("idle", "gaps", "large_gaps"),
+    ]
     assert all(pair["ours"] > 0 and pair["theirs"] > 0 for row in document["measurements"] for pair in row["pairs"])
     assert all(math.isfinite(row.ratio.high) for row in found)
-    assert len(lines) == 6
-    assert len(started) == processes.ENGINES + 2
+    assert len(lines) == 2 * 5 + 1
+    # Both are our gateway here, which has a process of its own for large bodies.
+    assert len(started) == processes.ENGINES + 4
     assert not started & in_group_of(os.getpid())
 
 

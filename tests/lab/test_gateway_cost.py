@@ -11,6 +11,8 @@ from moe_lab.gateway.engine import ANSWER, EVENT, STREAM_END, STREAM_HEAD
 from moe_lab.gateway.load import build_request
 from moe_lab.gateway_cost import OPENAI_LINES, SocketlessGateway
 
+from tests.gateway.compiled import interpreted
+
 PLAIN = build_request()
 # Of Python functions and of functions in C alike. Raise it only for what every request needs.
 MOST_CALLS = 260
@@ -46,6 +48,7 @@ def test_a_request_makes_few_calls(served):
     assert count_calls(lambda: served.serve(PLAIN, [ANSWER])) <= MOST_CALLS
 
 
+@interpreted
 def test_a_repeated_head_costs_the_same_however_many_headers_it_has(served):
     plain = count_calls(lambda: served.serve(PLAIN, [ANSWER]))
     many = PLAIN.replace(b"\r\n", b"\r\n" + OPENAI_LINES, 1)

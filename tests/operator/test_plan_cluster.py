@@ -52,8 +52,9 @@ def test_the_samples_and_their_goldens_are_the_same_set() -> None:
     assert [path.name for path in SAMPLES] == sorted(path.name for path in GOLDENS.iterdir())
 
 
-def plan(document: Document) -> ClusterPlan:
-    return plan_cluster(parse_resource(document), "ns", Observed(uid="u", tokens=("a", "b")), Defaults())
+def plan(document: Document, one_node_claims: frozenset[str] = frozenset()) -> ClusterPlan:
+    observed = Observed(uid="u", tokens=("a", "b"), one_node_claims=one_node_claims)
+    return plan_cluster(parse_resource(document), "ns", observed, Defaults())
 
 
 def templates(planned: ClusterPlan) -> list[Document]:
@@ -249,6 +250,40 @@ def test_engines_share_a_node_where_they_share_a_disk_of_one(model: Document, up
     assert ("affinity" in engines["spec"]["template"]["spec"]) is on_one_node
     surges = update == "surge" and not on_one_node
     assert engines["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == int(surges)
+
+
+MOUNTED = {"podTemplate": {"spec": {"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "mine"}}]}}}
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "on_one_node"),
+    [
+        (cached(claim="mine"), {}, True),
+        (cached(claim="mine", **ONCE), {}, True),
+        (cached(claim="other"), {}, False),
+        (cached(size="1Gi"), {}, False),
+        ({"uri": "pvc://mine/folder"}, {}, True),
+        ({"uri": "pvc://other/mine"}, {}, False),
+        ({"uri": "hf://org/a"}, MOUNTED, True),
+    ],
+)
+def test_engines_share_a_node_where_a_claim_of_the_user_is_for_one(
+    model: Document, engine: Document, on_one_node: bool
+) -> None:
+    planned = plan(serving(model=model, engine={"update": "surge", "replicas": 2, **engine}), frozenset({"mine"}))
+    (engines,) = (
+        row for row in planned.objects if row["metadata"]["name"] == "tiny-engine" and row["kind"] in WORKLOADS
+    )
+    terms = engines["spec"]["template"]["spec"].get("affinity", {}).get("podAffinity", {}).values()
+    assert [len(rows) for rows in terms] == [1] * on_one_node
+    assert engines["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == int(not on_one_node)
+
+
+def test_a_claim_for_one_node_is_refused_for_a_replica_of_several() -> None:
+    engine, mine = {"parallelism": {"tensor": 16, "nodes": 2}}, frozenset({"mine"})
+    assert plan(serving(model=cached(claim="other"), engine=engine), mine).objects
+    with pytest.raises(InvalidInput, match=r"spec\.engine\.parallelism\.nodes: one node .* the claim mine"):
+        plan(serving(model=cached(claim="mine"), engine=engine), mine)
 
 
 def test_a_disk_of_one_node_is_refused_for_a_replica_of_several() -> None:

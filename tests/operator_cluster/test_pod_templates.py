@@ -7,7 +7,7 @@ import pytest
 import yaml
 from cluster_api import ApiCluster
 from fresh_operator import fetch, fetch_conditions, fetch_serving, served, started
-from moe_operator.kubernetes.kinds import DEPLOYMENT
+from moe_operator.kubernetes.kinds import CLAIM, DEPLOYMENT
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 
@@ -74,3 +74,20 @@ async def test_engines_that_share_a_disk_of_one_node_ask_for_one_node(kubeconfig
         selector, labels = ours["labelSelector"]["matchLabels"], spec["template"]["metadata"]["labels"]
         assert selector.items() <= labels.items()
         assert "moeserving.dev/revision" not in selector, "a canary shares the disk too"
+
+
+async def test_the_access_mode_of_a_claim_that_exists_is_looked_up(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        for name, mode in (("once", "ReadWriteOnce"), ("many", "ReadWriteMany")):
+            claim = {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": name, "namespace": namespace},
+                "spec": {"accessModes": [mode], "resources": {"requests": {"storage": "1Gi"}}},
+            }
+            await operator.api.server.create(CLAIM, claim)
+            model = {"uri": "hf://org/tiny", "cache": {"path": "/cache", "claim": name}}
+            key = await served(operator, namespace, serving(name=name, model=model, engine={"replicas": 2}))
+            spec = (await fetch(operator, DEPLOYMENT, key, f"{name}-engine"))["spec"]
+            assert ("affinity" in spec["template"]["spec"]) is (name == "once")
+            assert spec["strategy"]["rollingUpdate"]["maxSurge"] == int(name == "many")

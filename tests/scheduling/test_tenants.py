@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_contract.tenancy import hash_tenant, sign_request_id, tenant_of
+from moe_contract.tenancy import hash_tenant, priority_of, sign_request_id, tenant_of
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 
 ids = st.from_regex(rb"[\x21-\x7e]{1,128}", fullmatch=True)
@@ -57,3 +57,32 @@ def test_what_is_no_suffix_names_nobody(text):
 @given(st.text())
 def test_any_text_has_a_tenant_or_none(text):
     assert len(tenant_of(text)) in {0, 8}
+
+
+priorities = st.integers(-1_000_000, 2**53 + 1_000_000)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(request_id=ids | st.just(b"a.t1a2b3c4dp-5"), name=st.binary(max_size=20), priority=priorities)
+def test_the_engine_finds_the_priority_that_the_gateway_named(way, request_id, name, priority):
+    tenant = hash_tenant(name)
+    signed = way.format(sign_request_id(request_id, tenant, priority).decode())
+    assert priority_of(signed) == priority
+    assert tenant_of(signed) == tenant
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(request_id=ids | st.sampled_from([b"a.t1a2b3c4dp-5", b"a.t00000000p-5", b".tp-5", b"a.t1a2b3c4dp-5-0"]))
+def test_a_client_cannot_name_a_priority_in_its_id(way, request_id):
+    for tenant in (ANONYMOUS_TENANT, hash_tenant(b"team")):
+        assert priority_of(way.format(sign_request_id(request_id, tenant).decode())) is None
+
+
+@given(st.text() | st.from_regex(r".*\.t[0-9a-f]{8}p?-?[0-9_\-]*", fullmatch=True))
+def test_any_text_has_a_priority_or_none(text):
+    assert priority_of(text) is None or priority_of(text + "_0") is None
+
+
+@pytest.mark.parametrize("text", ["", "id", "id.t1a2b3c4d", "id.t1a2b3c4dp", "id.t1a2b3c4dp5x", "id.tp5", "id.t1a2p5"])
+def test_what_is_no_priority_is_none(text):
+    assert priority_of(text) is None

@@ -240,12 +240,16 @@ class Gateway:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def admin_url(self) -> str:
+        return f"http://127.0.0.1:{self._admin_port}"
+
     def state(self) -> Any:
-        return request("GET", f"http://127.0.0.1:{self._admin_port}/v1/state")[1]
+        return request("GET", f"{self.admin_url}/v1/state")[1]
 
     def attempts(self, request_id: str) -> Any:
         """The engines that a request was sent to."""
-        return request("GET", f"http://127.0.0.1:{self._admin_port}/v1/requests/{request_id}")[1]["attempts"]
+        return request("GET", f"{self.admin_url}/v1/requests/{request_id}")[1]["attempts"]
 
     def wait_for(self, what: str, condition: Callable[[Any], bool], timeout_s: float = 60.0) -> Any:
         deadline_s = time.monotonic() + timeout_s

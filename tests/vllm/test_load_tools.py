@@ -1,30 +1,29 @@
 """The field's load tools run against the gateway in front of a real engine: no request fails."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vllm.conftest import Gateway
+from tests.vllm.load_tools import REQUESTS, Measured, Times, check_bench_serve, compare_times, failed, run_tool
 
 pytestmark = pytest.mark.load_tools
 TOOLS = Path(__file__).parents[2] / ".cache/load-tools"
-REQUESTS = 8
-BENCH_SERVE = (
-    "from vllm.benchmarks.serve import add_cli_args, main; "
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
 
 
 @pytest.fixture(scope="module")
-def gateway(start_agents: Any, tmp_path_factory: Any) -> Any:
-    gateway = Gateway(tmp_path_factory.mktemp("gateway"), start_agents(1), 1, {})
+def agent(start_agent: Any, tiny_model: Path) -> Any:
+    """An engine that keeps responses, so that a client may continue them by their ids."""
+    environment = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    return start_agent("engine", tiny_model, env=environment)
+
+
+@pytest.fixture(scope="module")
+def gateway(agent: Any, tmp_path_factory: Any) -> Any:
+    gateway = Gateway(tmp_path_factory.mktemp("gateway"), [agent], 1, {}, {})
     gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
     yield gateway
     assert gateway.process.stop() == 0
@@ -41,23 +40,13 @@ def hub(tiny_model: Path, tmp_path_factory: Any) -> Path:
     return home
 
 
-def run(command: list[str], hub: Path) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hub)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-
-
-def failed(gateway: Any) -> int:
-    return int(gateway.state()["totals"]["failed"])
-
-
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "responses", "messages"])
 def test_aiperf(gateway, hub, tmp_path, endpoint):
     before = failed(gateway)
     asked = ["--isl", "60", "--osl", "8", "--request-count", str(REQUESTS), "--concurrency", "2"]
     where = ["--url", gateway.url, "--endpoint-type", endpoint, "--session-header", "X-Session-Affinity"]
     more = ["--tokenizer", "moeserving/tiny", "--ui", "none", "--output-artifact-dir", str(tmp_path)]
-    run([str(TOOLS / "aiperf/bin/aiperf"), "profile", "-m", "tiny", "--streaming", *where, *asked, *more], hub)
+    run_tool([str(TOOLS / "aiperf/bin/aiperf"), "profile", "-m", "tiny", "--streaming", *where, *asked, *more], hub)
     report = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert report["request_count"]["avg"] == REQUESTS
     assert not report.get("error_summary")
@@ -72,19 +61,59 @@ def test_guidellm(gateway, hub, tiny_model, tmp_path):
     tokenizer = ["--tokenizer", f"kind=huggingface_auto,model={tiny_model}"]
     more = ["--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console-interactive"]
     backend = ["--backend", f"kind=openai_http,target={gateway.url},model=tiny"]
-    run([str(TOOLS / "guidellm/bin/guidellm"), "run", *backend, *asked, *data, *tokenizer, *more], hub)
+    run_tool([str(TOOLS / "guidellm/bin/guidellm"), "run", *backend, *asked, *data, *tokenizer, *more], hub)
     report = json.loads((tmp_path / "report.json").read_text())
     totals = report["benchmarks"][0]["metrics"]["request_totals"]
     assert (totals["successful"], totals["errored"]) == (REQUESTS, 0)
     assert failed(gateway) == before
 
 
-def test_vllm_bench_serve_finds_the_model_by_itself(gateway, hub, tiny_model, tmp_path):
+def test_guidellm_continues_responses_that_the_engine_keeps(gateway, hub, tiny_model, tmp_path):
+    """`server_history`: each turn names the response before it, and sends no text of it."""
+    conversations, turns = 3, 3
     before = failed(gateway)
-    asked = ["--dataset-name", "random", "--random-input-len", "60", "--random-output-len", "8", "--ignore-eos"]
-    more = ["--num-prompts", str(REQUESTS), "--base-url", gateway.url, "--tokenizer", str(tiny_model)]
-    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "report.json"]
-    run([sys.executable, "-W", "ignore", "-c", BENCH_SERVE, *asked, *more, *saved], hub)
+    asked = [
+        "--profile",
+        "kind=concurrent,streams=2",
+        "--constraint",
+        f"kind=max_requests,count={conversations * turns}",
+    ]
+    data = ["--data", f"kind=synthetic_text,prompt_tokens=40,output_tokens=8,turns={turns}"]
+    tokenizer = ["--tokenizer", f"kind=huggingface_auto,model={tiny_model}"]
+    more = ["--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console-interactive"]
+    served = f"kind=openai_http,target={gateway.url},model=tiny,request_format=/v1/responses,server_history=true"
+    run_tool([str(TOOLS / "guidellm/bin/guidellm"), "run", "--backend", served, *asked, *data, *tokenizer, *more], hub)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["completed"], report.get("failed", 0)) == (REQUESTS, 0)
+    totals = report["benchmarks"][0]["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (conversations * turns, 0)
     assert failed(gateway) == before
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat", "anthropic_messages"])
+def test_inference_perf(agent, gateway, hub, tiny_model, tmp_path, kind):
+    program = TOOLS / "inference-perf/bin/inference-perf"
+    if not program.exists():
+        pytest.skip("inference-perf needs Python 3.12, which `make` has not found")
+    config = {
+        "api": {"type": kind, "streaming": True},
+        "data": {"type": "mock"},
+        "load": {"type": "constant", "stages": [{"rate": 2, "duration": REQUESTS // 2}], "num_workers": 1},
+        "server": {"type": "vllm", "model_name": "tiny", "base_url": gateway.url, "ignore_eos": True},
+        "tokenizer": {"pretrained_model_name_or_path": str(tiny_model)},
+        "storage": {"local_storage": {"path": str(tmp_path / "report")}},
+    }
+    (tmp_path / "config.yml").write_text(json.dumps(config))
+    before, failures = Measured.read(gateway, agent), failed(gateway)
+    run_tool([str(program), "-c", str(tmp_path / "config.yml")], hub)
+    measured = Measured.read(gateway, agent).since(before)
+    report = json.loads((tmp_path / "report/summary_lifecycle_metrics.json").read_text())
+    assert (report["successes"]["count"], report["failures"]["count"]) == (REQUESTS, 0)
+    assert failed(gateway) == failures
+    ttft = Times(REQUESTS, report["successes"]["latency"]["time_to_first_token"]["mean"] * REQUESTS)
+    compare_times(
+        f"inference-perf, {kind}", ttft, report["successes"]["latency"]["inter_token_latency"]["mean"], measured
+    )
+
+
+def test_vllm_bench_serve_finds_the_model_by_itself(agent, gateway, tiny_model, tmp_path):
+    check_bench_serve(agent, gateway, tiny_model, tmp_path)

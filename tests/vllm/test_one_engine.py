@@ -15,7 +15,8 @@ import pytest
 from moe_contract.serving_routes import CORE
 
 from tests.vllm import official_clients as clients
-from tests.vllm.conftest import run_javascript
+from tests.vllm.conftest import request, run_javascript
+from tests.vllm.load_tools import Measured, check_bench_serve
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,49 @@ def test_official_clients_get_through_the_gateway_what_they_get_from_the_engine(
     through, direct = run_javascript(gateway.url, *names), run_javascript(agent.url, *names)
     assert through == direct
     assert not [name for name, value in through.items() if isinstance(value, dict)]
+
+
+@pytest.mark.smoke
+def test_a_load_tool_the_gateway_and_the_engine_measure_the_same_requests(agent, start_gateway, tiny_model, tmp_path):
+    gateway = start_gateway([agent])
+    gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
+    check_bench_serve(agent, gateway, tiny_model, tmp_path)
+
+
+LATE = [
+    ("/v1/completions", {"prompt": "late " * 100}),
+    ("/v1/completions", {"prompt": "late " * 100, "stream": True}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "late " * 100}]}),
+    ("/v1/responses", {"input": "late " * 100}),
+]
+
+
+@pytest.mark.smoke
+def test_a_request_that_is_too_late_is_taken_out_of_vllms_queue_and_costs_nothing(agent, start_gateway):
+    """One request has the only seat; those behind it end at their deadlines, and the engine computes none of them."""
+    gateway = start_gateway([agent])
+    gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
+    before = Measured.read(gateway, agent)
+    with ThreadPoolExecutor(len(LATE) + 1) as pool:
+        busy = pool.submit(agent.complete, [5] * 10, 1500)
+        agent.wait_for("busy", lambda state: state["ranks"][0]["running"] == 1, 60)
+        rows = [pool.submit(ask_late, gateway, path, fields) for path, fields in LATE]
+        agent.wait_for("waiting requests", lambda state: state["ranks"][0]["waiting"] == len(LATE), 60)
+        for row in rows:
+            status, answer = row.result(120)
+            assert status == 504
+            assert "X-Request-Timeout passed before the answer began" in json.dumps(answer)
+        agent.wait_for("an empty queue", lambda state: state["ranks"][0]["waiting"] == 0, 60)
+        assert agent.state()["ranks"][0]["running"] == 1
+        assert not busy.done()
+        assert busy.result(300)["usage"]["completion_tokens"] == 1500
+    measured = Measured.read(gateway, agent).since(before)
+    assert (measured.engine_tokens, measured.engine_ttft.count) == (1500, 1)
+
+
+def ask_late(gateway: Any, path: str, fields: dict[str, Any]) -> tuple[int, Any]:
+    body = {"model": "tiny", "max_tokens": 4, "max_output_tokens": 4, **fields}
+    return request("POST", gateway.url + path, body, {"X-Request-Timeout": "0.8"})
 
 
 def test_a_request_may_carry_a_priority(agent):

@@ -23,6 +23,7 @@ from rich.table import Table
 from moe_lab.gateway.engine import STEP_S
 from moe_lab.gateway.load import ask_in_turns, ask_repeatedly, stream_at_once
 from moe_lab.gateway.processes import GatewayProcess, GatewayTestbed
+from moe_lab.gateway.streams import IDLE_STREAMS, grow_idle, time_events
 
 CONNECTIONS = 32
 STREAMS = 64
@@ -39,6 +40,9 @@ class Measurement(Enum):
     REQUESTS = ("requests / CPU s", True, 2.0)
     LATENCY = ("added p50, us", False, 0.5)
     EVENTS = ("SSE chunks / CPU s", True, 1.5)
+    IDLE = ("memory of an idle stream, B", False, 0.5)
+    GAPS = ("p99 between events, us", False, 1.0)
+    LARGE_GAPS = ("the same beside 8 MiB bodies, us", False, 1.0)
 
     def __init__(self, title: str, more_is_better: bool, goal: float) -> None:
         self.title = title
@@ -93,6 +97,8 @@ def compare(
 def _compare_one(
     testbed: GatewayTestbed, measurement: Measurement, pairs: int, seconds: float, progress: Callable[[str], None]
 ) -> GatewayComparison:
+    if measurement is Measurement.IDLE:
+        return _compare_idle(testbed, pairs, progress)
     _measure_pair(measurement, testbed, (testbed.ours, testbed.theirs), WARM_UP_S)
     measured = []
     for number in range(pairs):
@@ -102,6 +108,16 @@ def _compare_one(
         progress(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
         measured.append(pair)
     return GatewayComparison(measurement=measurement, pairs=tuple(measured), ratio=estimate_ratio(measured))
+
+
+def _compare_idle(testbed: GatewayTestbed, pairs: int, progress: Callable[[str], None]) -> GatewayComparison:
+    grown = asyncio.run(grow_idle((testbed.ours, testbed.theirs), pairs))
+    measured = tuple(
+        MeasurementPair(ours=row.bytes_each[testbed.ours.name], theirs=row.bytes_each[testbed.theirs.name])
+        for row in grown
+    )
+    progress(f"{Measurement.IDLE.title}: {len(measured)} times {IDLE_STREAMS} streams at each router")
+    return GatewayComparison(measurement=Measurement.IDLE, pairs=measured, ratio=estimate_ratio(measured))
 
 
 def _measure_pair(
@@ -115,6 +131,16 @@ def _measure_pair(
             return asyncio.run(_added_p50_us(testbed.direct_port, order, 2 * seconds))
         case Measurement.EVENTS:
             return {router.name: asyncio.run(_events_per_cpu_s(router, seconds)) for router in order}
+        case Measurement.GAPS | Measurement.LARGE_GAPS:
+            large = measurement is Measurement.LARGE_GAPS
+            return {router.name: asyncio.run(_p99_us(router, seconds, large_bodies=large)) for router in order}
+        case Measurement.IDLE:
+            raise AssertionError(measurement)
+
+
+async def _p99_us(router: GatewayProcess, seconds: float, *, large_bodies: bool) -> float:
+    gaps_s = sorted(await time_events(router.port, seconds=seconds, large_bodies=large_bodies))
+    return gaps_s[len(gaps_s) * 99 // 100] * 1e6
 
 
 async def _requests_per_cpu_s(router: GatewayProcess, seconds: float) -> float:

@@ -14,6 +14,8 @@ import orjson
 import uvloop
 
 STEP_S = 0.005
+# `max_tokens` of a stream that has one event and no end.
+IDLE_TOKENS = 1_000_000
 MODEL = "mock"
 
 
@@ -110,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._batch = batch
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
-        self._body = b""
+        self._pieces: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.write = transport.write  # type: ignore[attr-defined]
@@ -122,22 +124,25 @@ class Connection(asyncio.Protocol):
         self._batch.remove(self)
 
     def on_message_begin(self) -> None:
-        self._url = self._body = b""
+        self._url = b""
+        self._pieces.clear()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_body(self, body: bytes) -> None:
-        self._body += body
+        self._pieces.append(body)
 
     def on_message_complete(self) -> None:
         if not self._url.startswith(b"/v1/chat/"):
             self.write(PAGES.get(self._url, NOT_FOUND))
-        elif b'"stream":true' not in self._body:
+        elif b'"stream":true' not in (body := b"".join(self._pieces)):
             self.write(ANSWER)
+        elif (tokens := orjson.loads(body)["max_tokens"]) == IDLE_TOKENS:
+            self.write(STREAM_HEAD + EVENT)
         else:
             self.write(STREAM_HEAD)
-            self._batch.add(self, orjson.loads(self._body)["max_tokens"])
+            self._batch.add(self, tokens)
 
 
 async def serve() -> None:

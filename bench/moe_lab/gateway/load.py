@@ -32,7 +32,11 @@ def build_request(*, events: int | None = None) -> bytes:
     """A chat request: for a small JSON answer, or for a stream of `events` events."""
     document: dict[str, object] = {"model": MODEL, "messages": [{"role": "user", "content": _QUESTION}]}
     document |= {"max_tokens": 16, "temperature": 0} if events is None else {"max_tokens": events, "stream": True}
-    body = orjson.dumps(document)
+    return frame_request(orjson.dumps(document))
+
+
+def frame_request(body: bytes) -> bytes:
+    """A chat request with this body."""
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nuser-agent: bench\r\naccept: */*\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -98,13 +102,13 @@ class Answers:
     took_s: list[float] = field(default_factory=list)
 
 
-async def ask_repeatedly(port: int, *, connections: int, seconds: float) -> Answers:
-    """Asks for small answers, one after the other on each connection, for so long.
+async def ask_repeatedly(port: int, *, connections: int, seconds: float, request: bytes | None = None) -> Answers:
+    """Asks for small answers, one after the other on each connection, for so long; `request` is another one to ask.
 
     Raises:
         WrongAnswer: an answer is not the engine's.
     """
-    request, answers, until_s = build_request(), Answers(), time.perf_counter() + seconds
+    request, answers, until_s = request or build_request(), Answers(), time.perf_counter() + seconds
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     left = connections
 

@@ -1,6 +1,7 @@
 """The gate: whose request it is, and whether it is admitted. One for a gateway that has `auth`.
 
-A connection asks `identify` for each request to a route that is not open, and `admit` once its body is read. The
+A connection asks `identify` for each request to a route that is not open, `look` while only its head is there, and
+`admit` once its body is read. The
 gateway calls `tick` once in a while, which reloads keys that were replaced, and `end` when a request has ended.
 
 Invariant: a request that passed carries no credential any more, so that none reaches an engine or a log.
@@ -20,7 +21,7 @@ from moe_gateway.access.folders import sign_folders
 from moe_gateway.access.issuer import Issuer, KeysAwaited
 from moe_gateway.access.key_table import Caller, KeyTable
 from moe_gateway.access.metering import MeteredClient
-from moe_gateway.access.priorities import class_priority, write_priority
+from moe_gateway.access.priorities import apply_class
 from moe_gateway.access.quotas import Lease, OverQuota, Quotas
 from moe_gateway.access.stored_responses import refuse_fields
 from moe_gateway.http.replies import RequestOutcome
@@ -31,6 +32,9 @@ from moe_gateway.request.parsing import Parsed
 RELOAD_PERIOD_S = 1.0
 NO_KEY = "an API key is needed: `Authorization: Bearer KEY` or `x-api-key: KEY`"
 WRONG_KEY = "the API key is not valid"
+
+# Routes whose requests count for no quota.
+_FREE = (Route.HEALTH, Route.MODEL, Route.MODELS)
 
 log = logging.getLogger("moeserving.gateway")
 
@@ -93,6 +97,13 @@ class Gate:
         found = self.issuer.find(credential)
         return self._keys.add_terms(found) if isinstance(found, Caller) else found
 
+    def look(self, request: ClientRequest, route: Route) -> Denial | None:
+        """Says why a request whose body has not come would not be admitted; takes nothing from its quota."""
+        if route in _FREE or request.caller is None:
+            return None
+        over = self._quotas.look(request.caller, self._clock())
+        return None if over is None else deny_over(over)
+
     def reserve(self, request: ClientRequest) -> Denial | None:
         """Counts a request among those of its tenant while its body is read, or says why it is not read."""
         assert request.caller is not None
@@ -131,11 +142,7 @@ class Gate:
         meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None
         request.admission = Admission(lease=lease, meter=meter)
         if has_job and caller.priority is not None:
-            priority = class_priority(parsed.priority, caller.priority)
-            if priority != parsed.priority:
-                parsed = parsed._replace(priority=priority)
-                # The forms of the audio routes have no field for it.
-                request.body = request.body if route.is_form else write_priority(request.body, priority)
+            parsed = apply_class(request, route, parsed, caller.priority)
         return parsed, meter or client
 
     def end(self, admission: Admission, status: int) -> None:

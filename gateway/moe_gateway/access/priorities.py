@@ -1,18 +1,78 @@
-"""The priority of a request whose key has a priority class. Pure.
+"""The priority of a request: what its client asks for, and the class of its key. Pure.
 
-Lower is more urgent. The class is the level of the key's requests; the `priority` of a body counts from there, and a
-negative one as 0, so that no client raises itself above its class. Engines read the level from the body, so it is
-written there.
+Lower is more urgent. A client asks by the field `priority` of a body, or by the header `X-Vllm-Priority`, which counts
+before the field in vLLM. The class is the level of a key's requests: what the client asks for counts from there, and a
+negative one as 0, so that no client raises itself above its class. Engines read the level where the client could have
+written it, and the plugin in an engine reads it in the id of the request, on each route.
 """
 
 import json
+import re
+
+from moe_contract.tenancy import sign_request_id
+from moe_scheduling.request.order import LARGEST_EXACT
 
 from moe_gateway.http.bodies import Body, LargeBody, split_body
+from moe_gateway.http.rare_headers import PRIORITY
+from moe_gateway.http.routes import Route
+from moe_gateway.request.context import ClientRequest
+from moe_gateway.request.parsing import Parsed
+
+_MARK = PRIORITY + b":"
+_LINE = re.compile(rb"(?:(?<=\n)|\A)%b([^\r\n]*)\r\n" % _MARK, re.IGNORECASE)
+# vLLM reads the header on these routes alone.
+_READS_HEADER = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
+
+
+def read_priority(request: ClientRequest, route: Route, parsed: Parsed) -> Parsed:
+    """The fields of a body with the priority that the head asks for, where vLLM reads it there."""
+    if _MARK not in request.headers.lower() or route not in _READS_HEADER:
+        return parsed
+    found = _LINE.search(request.headers)
+    try:
+        # vLLM ignores a value that is no integer.
+        return parsed if found is None else parsed._replace(priority=int(found[1].decode("latin-1")))
+    except ValueError:
+        return parsed
+
+
+def apply_class(request: ClientRequest, route: Route, parsed: Parsed, level: int) -> Parsed:
+    """Gives a request, by its head and its body, the priority that it has within a class.
+
+    Args:
+        request: whose headers and body are replaced.
+        route: of the request.
+        parsed: its body, with the priority that the client asks for.
+        level: of the class.
+    """
+    priority = class_priority(parsed.priority, level)
+    headers = _LINE.sub(b"", request.headers) if _MARK in request.headers.lower() else request.headers
+    asked_by_head = headers is not request.headers
+    if asked_by_head or route is Route.MESSAGES:
+        request.headers = b"%b%b: %d\r\n" % (headers, PRIORITY, priority)
+    # Forms and Anthropic's bodies have no field for it.
+    if (asked_by_head or priority != parsed.priority) and not route.is_form and route is not Route.MESSAGES:
+        request.body = write_priority(request.body, priority)
+    return parsed._replace(priority=priority)
+
+
+def build_engine_id(request: ClientRequest, tenant: str, priority: int, *, is_fair: bool) -> bytes:
+    """The id of a request for its engine.
+
+    Args:
+        request: of the client.
+        tenant: whose it is.
+        priority: its level.
+        is_fair: whether engines distinguish tenants.
+    """
+    if request.caller is not None and request.caller.priority is not None:
+        return sign_request_id(request.request_id, tenant, priority)
+    return sign_request_id(request.request_id, tenant) if is_fair else request.request_id
 
 
 def class_priority(asked: int, level: int) -> int:
     """The level of a request that asks for `asked` within a class."""
-    return level + max(0, asked)
+    return level + min(max(0, asked), LARGEST_EXACT)
 
 
 def write_priority(body: Body, priority: int) -> Body:

@@ -145,6 +145,10 @@ class Quotas:
             use.tokens.take(tokens, now_s)
         return Lease(use, now_s, tokens)
 
+    def look(self, caller: Caller, now_s: float) -> OverQuota | None:
+        """The bound that the smallest request would pass now; None: none."""
+        return _find_limit(self._find_use(caller, now_s), 0, now_s)
+
     def reserve(self, caller: Caller, now_s: float) -> Place | OverQuota:
         """Takes a place for a request whose body is still to be read."""
         use = self._find_use(caller, now_s)

@@ -10,6 +10,7 @@ from moe_contract.picker_config import EndpointPickerConfig
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial
+from moe_gateway.access.priorities import read_priority
 from moe_gateway.endpoint_picker.picked_request import NobodyReads
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
 from moe_gateway.engines.served_models import find_model, list_models, model_row
@@ -104,6 +105,8 @@ def check_head(request: ClientRequest, body_bytes: int, parts: PickerParts) -> R
         return refuse_length(parts.limits.max_body_bytes)
     gate = parts.context.gate
     denial = None if gate is None or route is Route.HEALTH else gate.identify(request)
+    if denial is None and gate is not None:
+        denial = gate.look(request, route)
     return route if denial is None else _as_refusal(denial)
 
 
@@ -192,7 +195,7 @@ def admit(
         parts: of the gateway.
         shows_answer: the whole body of the answer will pass.
     """
-    context, client = parts.context, NobodyReads()
+    context, client, parsed = parts.context, NobodyReads(), read_priority(request, route, parsed)
     dispatcher, gate, previous = context.dispatcher, context.gate, parsed.previous_response
     if parsed.model is not None and dispatcher.models and parsed.model not in dispatcher.models:
         return refuse_model(parsed.model, context)

@@ -8,12 +8,12 @@ import asyncio
 from dataclasses import dataclass
 
 from moe_contract.gateway_config import EngineAddress
-from moe_contract.tenancy import sign_request_id
 from moe_scheduling.engine.attempts import RequestAttempts
 from moe_scheduling.engine.choice import Job, Send, SendReason, explain
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.access.priorities import build_engine_id
 from moe_gateway.endpoint_picker.answer_head import AnswerHead, ProxyFault, find_fault
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
@@ -172,11 +172,10 @@ class PickedRequest:
             return None
         others = self._find_others(target, fallbacks) if fallbacks else ()
         servers = [target.server, *others]
-        request_id = self.request.request_id
         return Pick(
             endpoints=tuple(endpoint_of(engines[server].address) for server in servers if server in engines),
             rank=target.rank if engine.address.ranks > 1 else None,
-            request_id=sign_request_id(request_id, self.job.tenant) if self._is_fair else request_id,
+            request_id=build_engine_id(self.request, self.job.tenant, self.job.priority, is_fair=self._is_fair),
             engine=engine.address,
         )
 

@@ -7,6 +7,7 @@ from moe_contract.tenancy import NOT_FORWARDED
 
 from moe_gateway.endpoint_picker.proxy_messages import ENDPOINT
 from moe_gateway.http.heads import RANK_HEADER
+from moe_gateway.http.rare_headers import PRIORITY
 from moe_gateway.http.whole_request import REQUEST_ID, SESSION_HEADERS
 from moe_gateway.request.context import ClientRequest
 
@@ -47,6 +48,20 @@ def body_length(headers: Headers) -> int:
     """The length of the body as the head says it; 0 where it does not."""
     text = dict(headers).get("content-length", b"")
     return int(text) if text.isdigit() and len(text) <= 15 else 0
+
+
+def find_given(headers: Headers, passed: bytes) -> dict[str, bytes]:
+    """The priority that the gateway has written into the lines for the engine, by its header; empty where it has not.
+
+    Args:
+        headers: as they came.
+        passed: the lines for the engine.
+    """
+    name = PRIORITY.decode()
+    theirs = [value for key, value in headers if key == name]
+    lines = [line.partition(b": ") for line in passed.split(b"\r\n")]
+    written = [value for key, _, value in lines if key == PRIORITY]
+    return {} if not written or written == theirs else {name: written[-1]}
 
 
 def find_removed(headers: Headers, passed: bytes, given: Iterable[str]) -> set[str]:

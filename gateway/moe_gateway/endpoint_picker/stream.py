@@ -25,7 +25,7 @@ from moe_gateway.endpoint_picker.admission import (
 from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import Pick, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
-from moe_gateway.endpoint_picker.request_head import Headers, body_length, find_removed, read_head
+from moe_gateway.endpoint_picker.request_head import Headers, body_length, find_given, find_removed, read_head
 from moe_gateway.endpoint_picker.wire import Message
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.http.bodies import Body, LargeBody, build_body
@@ -239,6 +239,7 @@ class Stream:
             given[RANK_HEADER.decode()] = b"%d" % pick.rank
         if pick.engine.agent_url is not None and (signed := self._parts.sign_request(head.request)):
             given[PEER_HEADER] = signed
+        given |= find_given(head.headers, head.request.headers)
         removed = find_removed(head.headers, head.request.headers, given)
         if not self._pieces:
             return [proxy_messages.pick_at_headers(pick.endpoints, given, removed)]

@@ -14,10 +14,11 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.access.deadlines import read_deadline
 from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.access.priorities import read_priority
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
-from moe_gateway.http.content_encoding import KNOWN
 from moe_gateway.http.cors import insert_lines, is_preflight
+from moe_gateway.http.early_refusal import look_at_head
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
@@ -61,6 +62,7 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_context",
         "_deadline_s",
+        "_drops_body",
         "_exchange",
         "_is_lingering",
         "_is_reading_paused",
@@ -91,6 +93,7 @@ class ClientConnection(asyncio.Protocol):
         self._reader = RequestReader(self, limits, new_request_id, context.clock, context.rare_headers)
         self._exchange: Exchange | PendingBody | None = None
         self._is_lingering = False
+        self._drops_body = False
         self._linger_end_s = math.inf
         self._is_reading_paused = False
         self._is_writing_paused = False
@@ -163,10 +166,6 @@ class ClientConnection(asyncio.Protocol):
     def expect_nothing(self) -> None:
         self._deadline_s = _NEVER
 
-    def allow_body(self) -> None:
-        if self._exchange is None and not self._reader.requests:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     # One request after the other.
 
     def _serve_next(self) -> None:
@@ -180,7 +179,7 @@ class ClientConnection(asyncio.Protocol):
                 self._resume_reading()
         elif reader.refusal is not None:
             self._refuse_connection()
-        else:
+        elif not reader.has_open_head or self._pass_head(*reader.take_head()):
             if self.idle:
                 self.expect_within(self._limits.idle_timeout_s)
             if self._is_reading_paused and not self._is_writing_paused:
@@ -190,7 +189,22 @@ class ClientConnection(asyncio.Protocol):
         self._is_reading_paused = False
         self.transport.resume_reading()
 
-    def _serve(self, request: ClientRequest) -> None:
+    def _pass_head(self, request: ClientRequest, expects: bool) -> bool:
+        """Lets a request's body come; returns False where its head is refused, and its body will be thrown away."""
+        request.keep_alive, self._drops_body = False, True
+        route = self._find_route(request)
+        if route is None:
+            return False
+        if (denial := look_at_head(request, route, self._context.gate)) is not None:
+            self._deny(request, route, denial)
+            return False
+        self._drops_body = False
+        if expects:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
+    def _find_route(self, request: ClientRequest) -> Route | None:
+        """The route of a request whose caller may ask for it; None: it has got its answer."""
         if request.url[:1] != b"/":
             request.url = strip_authority(request.url)
         route = find_route(request.url)
@@ -198,10 +212,18 @@ class ClientConnection(asyncio.Protocol):
             self._reply_error(request, None, RequestOutcome.NOT_FOUND, "no such path here")
         elif request.method != route.method and not (route is _HEALTH and request.method == b"HEAD"):
             self._serve_other_method(request, route)
-        elif route is _HEALTH:
-            self._serve_health(request)
-        elif (gate := self._context.gate) is not None and (denial := gate.identify(request)) is not None:
+        elif route is _HEALTH or (gate := self._context.gate) is None or (denial := gate.identify(request)) is None:
+            return route
+        else:
             self._deny(request, route, denial)
+        return None
+
+    def _serve(self, request: ClientRequest) -> None:
+        route = self._find_route(request)
+        if route is None:
+            return
+        if route is _HEALTH:
+            self._serve_health(request)
         elif route is _MODEL:
             self._serve_model(request)
         elif route is _MODELS and (models := self._list_models()) is not None:
@@ -323,6 +345,8 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
 
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
+        if not request.is_plain:
+            parsed = read_priority(request, route, parsed)
         dispatcher, model = self._context.dispatcher, parsed.model
         models = dispatcher.models
         if model is not None and models and model not in models and dispatcher.knows_all_models:
@@ -402,10 +426,7 @@ class ClientConnection(asyncio.Protocol):
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
             is_anthropic=route is not None and route.is_anthropic,
         )
-        lines = self._context.cors.answer_lines(request.headers)
-        if outcome is RequestOutcome.UNSUPPORTED_ENCODING:
-            lines += b"accept-encoding: %b\r\n" % KNOWN
-        self.transport.write(insert_lines(answer, lines))
+        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
         if not self._keeps(request):
             self._close()
@@ -414,23 +435,32 @@ class ClientConnection(asyncio.Protocol):
         """Answers bytes that are no request, and ends the connection once the client has had time to read it."""
         assert self._reader.refusal is not None
         outcome, message = self._reader.refusal
+        route = find_route(self._reader.url)
+        is_anthropic = route is not None and route.is_anthropic
+        if not self.transport.is_closing():
+            request_id, lines = self._new_request_id(), self._context.cors.answer_lines(self._reader.headers)
+            answer = build_error(outcome, message, request_id=request_id, close=True, is_anthropic=is_anthropic)
+            self.transport.write(insert_lines(answer, lines))
+            self._context.stats.finish(OTHER, outcome.status, refusal=outcome.label)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Ends the connection once the client has had time to read its answer; what it sends is thrown away."""
         self._is_lingering = True
         now_s = self._context.clock()
         self._deadline_s, self._linger_end_s = now_s + LINGER_S, now_s + self._limits.body_timeout_s
-        route = find_route(self._reader.url)
-        is_anthropic = route is not None and route.is_anthropic
         self._reader.drop_message()
         if self.transport.is_closing():
             return
-        answer = build_error(outcome, message, request_id=self._new_request_id(), close=True, is_anthropic=is_anthropic)
-        self.transport.write(insert_lines(answer, self._context.cors.answer_lines(self._reader.headers)))
-        self._context.stats.finish(OTHER, outcome.status, refusal=outcome.label)
         if self._is_reading_paused:
             self._resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
     def _close(self) -> None:
+        if self._drops_body and not self._is_lingering:
+            self._linger()
+            return
         # A client that does not read the rest of its answer is waited for as long as one that reads no stream.
         self._is_lingering = True
         self.expect_within(self._limits.idle_timeout_s)

@@ -11,9 +11,8 @@ from typing import Protocol
 from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
 from moe_gateway.http.bodies import BodyRefused
-from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.http.replies import KNOWN_ENCODINGS, RequestOutcome
 
-KNOWN = b"gzip, deflate, zstd"
 # More than one is allowed (RFC 9110, 8.4) and hardly used.
 MOST_ENCODINGS = 3
 # Each of the members (gzip) or frames (zstd) of a body costs a decoder of its own.
@@ -60,6 +59,19 @@ def take_encoding(headers: bytes) -> tuple[list[bytes], bytes]:
     return [name for name in names if name not in (b"", b"identity")], _LINE.sub(b"", headers)
 
 
+def check_encodings(encodings: list[bytes]) -> None:
+    """Refuses encodings that are not known, or too many.
+
+    Raises:
+        EncodingRefused: the text names the known ones.
+    """
+    unknown = [name for name in encodings if name not in _DECODERS]
+    if unknown or len(encodings) > MOST_ENCODINGS:
+        named = b", ".join(unknown or encodings)[:100].decode("latin-1")
+        message = f"content-encoding {named!r} is not known; known: {KNOWN_ENCODINGS.decode()}, identity"
+        raise EncodingRefused(RequestOutcome.UNSUPPORTED_ENCODING, message)
+
+
 def decode_body(
     body: bytes, encodings: list[bytes], most_bytes: int, is_wanted: Callable[[], bool] = lambda: True
 ) -> bytes:
@@ -75,11 +87,7 @@ def decode_body(
         EncodingRefused: an encoding is not known, the body is not valid in it, has more than `MOST_MEMBERS` parts, is
             larger than `most_bytes`, or nobody waits for it.
     """
-    unknown = [name for name in encodings if name not in _DECODERS]
-    if unknown or len(encodings) > MOST_ENCODINGS:
-        named = b", ".join(unknown or encodings)[:100].decode("latin-1")
-        message = f"content-encoding {named!r} is not known; known: {KNOWN.decode()}, identity"
-        raise EncodingRefused(RequestOutcome.UNSUPPORTED_ENCODING, message)
+    check_encodings(encodings)
     for name in reversed(encodings):
         body = _decode(body, name, most_bytes, is_wanted)
     return body

@@ -5,6 +5,8 @@ that read these headers cost the usual request nothing.
 """
 
 DEADLINE = b"x-request-timeout"
+# vLLM's own, which counts before the field `priority` of a body.
+PRIORITY = b"x-vllm-priority"
 _ENCODING = b"content-encoding"
 _ORIGIN = b"origin"
 
@@ -19,7 +21,7 @@ class RareHeaders:
     __slots__ = ("_marks",)
 
     def __init__(self, tenant: bytes = b"") -> None:
-        self._marks = tuple(name + b":" for name in (DEADLINE, _ENCODING, _ORIGIN, tenant) if name)
+        self._marks = tuple(name + b":" for name in (DEADLINE, PRIORITY, _ENCODING, _ORIGIN, tenant) if name)
 
     def may_occur(self, headers: bytes) -> bool:
         """Whether these lines may have one: never False where they do, and True too for a name that ends alike."""

@@ -38,6 +38,8 @@ class RequestOutcome(Enum):
         self.kind = kind
 
 
+# Encodings of request bodies that are decoded.
+KNOWN_ENCODINGS = b"gzip, deflate, zstd"
 # Of an engine's text in an error of the gateway.
 LONGEST_QUOTE_BYTES = 2000
 LAST_CHUNK = b"0\r\n\r\n"
@@ -114,10 +116,12 @@ def build_error(
     challenge: bytes = b"",
     is_anthropic: bool = False,
 ) -> bytes:
-    """A whole HTTP response; `Retry-After` in whole seconds, `Allow` and `WWW-Authenticate` where given."""
+    """A whole HTTP response, with the header fields that belong to its outcome; `Retry-After` in whole seconds."""
     extra = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
     if allow is not None:
         extra += b"allow: %b\r\n" % allow
+    if outcome is RequestOutcome.UNSUPPORTED_ENCODING:
+        extra += b"accept-encoding: %b\r\n" % KNOWN_ENCODINGS
     if challenge:
         extra += b"www-authenticate: %b\r\n" % challenge
     body = build_error_document(outcome, message, param, is_anthropic=is_anthropic)

@@ -6,12 +6,12 @@ bad message becomes a refusal, after which nothing more is read, because where t
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import httptools
 from moe_contract.gateway_config import Limits
 
-from moe_gateway.http.bodies import build_body
+from moe_gateway.http.bodies import Body, build_body
 from moe_gateway.http.heads import HOP_BY_HOP
 from moe_gateway.http.rare_headers import RareHeaders
 from moe_gateway.http.replies import RequestOutcome
@@ -35,8 +35,17 @@ class ReaderOwner(Protocol):
     def expect_nothing(self) -> None:
         """Whether the request is complete: head and body have arrived."""
 
-    def allow_body(self) -> None:
-        """The client waits for `100 Continue` before it sends its body."""
+
+class OpenHead(NamedTuple):
+    """A request whose head has come and whose body has not.
+
+    Attributes:
+        request: the request without its body.
+        expects: whether the client waits for `100 Continue` before it sends its body.
+    """
+
+    request: ClientRequest
+    expects: bool
 
 
 class RequestReader:
@@ -53,6 +62,7 @@ class RequestReader:
         requests: whole requests that were not taken yet, oldest first.
         refusal: why nothing more is read; None while all is well.
         in_head: whether the head of a message is under way.
+        has_open_head: whether a head has come that `take_head` has not returned, and whose body has not come.
     """
 
     __slots__ = (
@@ -74,6 +84,7 @@ class RequestReader:
         "_request_id",
         "_session",
         "_url",
+        "has_open_head",
         "in_head",
         "refusal",
         "requests",
@@ -109,6 +120,7 @@ class RequestReader:
         self._body_began_s = 0.0
         self._head_bytes = 0
         self.in_head = True
+        self.has_open_head = False
         self._expects = False
         self._connection_tokens = b""
         self._request_id = b""
@@ -165,6 +177,13 @@ class RequestReader:
     def drop_message(self) -> None:
         """Forgets the message that is under way."""
         self._body, self._url = [], b""
+        self.has_open_head = False
+
+    def take_head(self) -> OpenHead:
+        """The request whose body is still to come; to be called while `has_open_head`, once for each request."""
+        self.has_open_head = False
+        request = self._build_request(b"")
+        return OpenHead(request, self._expects and not self._body and not request.http10)
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Ignores the offer of another protocol, for which the parser stops: it reads the head again without the offer.
@@ -224,8 +243,7 @@ class RequestReader:
             named = {token.strip() for token in self._connection_tokens.split(b",")} - {b"keep-alive", b"close", b""}
             if named:
                 self._lines = [line for line in self._lines if line[: line.index(b":")] not in named]
-        if self._expects and self.refusal is None:
-            self._owner.allow_body()
+        self.has_open_head = self.refusal is None
 
     def on_body(self, body: bytes) -> None:
         # Bytes outside the body are limited like a head: the frames of chunks and the trailer.
@@ -246,22 +264,23 @@ class RequestReader:
     def on_message_complete(self) -> None:
         if self.refusal is not None:
             return
-        parser = self._parser
-        self.requests.append(
-            ClientRequest(
-                method=parser.get_method(),
-                url=self._url,
-                headers=b"".join(self._lines),
-                body=build_body(self._body),
-                request_id=self._request_id or self._new_request_id(),
-                session=self._session,
-                keep_alive=parser.should_keep_alive(),
-                http10=parser.get_http_version() == "1.0",
-                arrived_s=self._clock(),
-            )
-        )
+        self.requests.append(self._build_request(build_body(self._body)))
         self.drop_message()
         self._owner.expect_nothing()
+
+    def _build_request(self, body: Body) -> ClientRequest:
+        parser = self._parser
+        return ClientRequest(
+            method=parser.get_method(),
+            url=self._url,
+            headers=b"".join(self._lines),
+            body=body,
+            request_id=self._request_id or self._new_request_id(),
+            session=self._session,
+            keep_alive=parser.should_keep_alive(),
+            http10=parser.get_http_version() == "1.0",
+            arrived_s=self._clock(),
+        )
 
     def _exact_head_bytes(self) -> int:
         return len(self._url) + sum(map(len, self._lines))

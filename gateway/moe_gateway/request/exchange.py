@@ -12,12 +12,12 @@ these comes first: the answer is whole, the engine fails for good, the client go
 import asyncio
 
 from moe_contract.gateway_config import Limits
-from moe_contract.tenancy import sign_request_id
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
+from moe_gateway.access.priorities import build_engine_id
 from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
@@ -197,7 +197,7 @@ class Exchange:
             request.headers,
             host=engine.host,
             body_bytes=len(body),
-            request_id=sign_request_id(request.request_id, self.job.tenant) if self._is_fair else request.request_id,
+            request_id=build_engine_id(request, self.job.tenant, self.job.priority, is_fair=self._is_fair),
             rank=target.rank if engine.address.ranks > 1 else None,
             http10=request.http10,
         )

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_contract.engine_process import KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
+from moe_contract.tenancy import priority_of
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
@@ -152,6 +153,8 @@ class OrderedScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         self.take_settings()
+        if (priority := priority_of(request.request_id)) is not None:
+            request.priority = priority
         super().add_request(request)
         self._plan.publish(self.clock())
         self.publish()

@@ -59,8 +59,9 @@ class Cache(Section):
     )
     access_mode: Annotated[AccessMode, IMMUTABLE] = Field(
         default=AccessMode.READ_WRITE_MANY,
-        description="Access mode of that claim, or of the one that `claim` names. `ReadWriteOnce`, which one node can "
-        "mount, puts all engines on one node (required pod affinity) and replaces them `inPlace`. It cannot change.",
+        description="Access mode of that claim; that of one which `claim` names is looked up. `ReadWriteOnce`, which "
+        "one node can mount, puts all engines on one node (required pod affinity) and replaces them `inPlace`. It "
+        "cannot change.",
     )
     when_deleted: WhenDeleted = Field(
         default=WhenDeleted.RETAIN,

@@ -44,6 +44,7 @@ from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.group_scale_in import GroupChanges, GroupDrains, begun_goal, with_scale_in
 from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
 from moe_operator.kubernetes.kinds import CHILDREN, INFERENCE_POOL, LEADER_WORKER_SET, POD, SERVING
+from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
@@ -116,7 +117,7 @@ class Reconciler:
         self._children = Children(api, store, self._say_kept)
         self._problems = ProblemFinder(api, store)
         self._endpoints = GatewayEndpoints(api)
-        self._namespaces = Namespaces(api)
+        self._namespaces, self._claims = Namespaces(api), NamedClaims(api)
         self._notices, self._blind_spot = Notices(api, store, self._events.record), blind_spot
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
@@ -163,6 +164,7 @@ class Reconciler:
         for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups, self._transfers):
             part.forget(key)
         self._namespaces.forget(key.namespace)
+        self._claims.forget(key.namespace)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         parts = Parts()
@@ -183,6 +185,9 @@ class Reconciler:
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
             observed = with_scale_in(observed, changes)
             plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
+            if claims := await self._claims.find_one_node(key.namespace, key.name, plan.objects):
+                observed = replace(observed, one_node_claims=claims)
+                plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         except Exception as error:

@@ -29,8 +29,10 @@ from moe_operator.plan.leader_worker_set import build_group_budgets, build_leade
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import CANARY, ROTATED_AT, SCALE_IN, STABLE, Names
 from moe_operator.plan.network import build_policies, build_services
+from moe_operator.plan.one_node import on_one_node
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
+from moe_operator.plan.references import CLAIM, find_references
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 from moe_operator.plan.roles import RoleWorkload, plan_role_workloads
@@ -59,6 +61,7 @@ class Observed:
         scaled: workloads, by kind and name, whose number of replicas another manager (an autoscaler) set last.
         gateways: wanted number of gateways, as the live object has it; None without one.
         has_service_monitors: the cluster knows ServiceMonitors.
+        one_node_claims: claims of users that one node alone can mount.
     """
 
     uid: str | None = None
@@ -73,6 +76,7 @@ class Observed:
     scaled: Mapping[Place, Scaled] = field(default_factory=dict)
     gateways: int | None = None
     has_service_monitors: bool = False
+    one_node_claims: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
         *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors, roles),
         *build_group_budgets(at_stable, names, names.engine, count.replicas, has_groups=observed.has_groups),
-        *_build_stable(at_stable, names, stable, count, roles, defaults),
+        *_build_stable(at_stable, names, stable, count, roles, observed.one_node_claims, defaults),
     ]
     if has_canary and canary is not None:
         objects += _build_canary(resource, names, canary.replicas, wanted, observed, defaults)
@@ -153,12 +157,13 @@ def _build_stable(
     content: Revision,
     count: Count,
     roles: tuple[RoleWorkload, ...],
+    claims: frozenset[str],
     defaults: Defaults,
 ) -> list[Object]:
-    """The workload of the stable engines, or with fixed roles one for each."""
+    """The workload of the stable engines, or with fixed roles one for each; `claims` are those of one node alone."""
     if not roles:
-        return [_build_engines(resource, names, STABLE, content, count, defaults)]
-    return [_build_engines(resource, names, STABLE, content, row.count, defaults, row.role) for row in roles]
+        return [_build_engines(resource, names, STABLE, content, count, claims, defaults)]
+    return [_build_engines(resource, names, STABLE, content, row.count, claims, defaults, row.role) for row in roles]
 
 
 def _build_canary(
@@ -166,7 +171,7 @@ def _build_canary(
 ) -> list[Object]:
     count = count_replicas((_engines_kind(_nodes(resource)), names.canary), replicas, observed.scaled)
     budgets = build_group_budgets(resource, names, names.canary, count.replicas)
-    return [*budgets, _build_engines(resource, names, CANARY, wanted, count, defaults)]
+    return [*budgets, _build_engines(resource, names, CANARY, wanted, count, observed.one_node_claims, defaults)]
 
 
 def plan_replicas(resource: MoEServing, observed: Observed) -> int:
@@ -281,6 +286,7 @@ def _build_engines(
     revision: str,
     content: Revision,
     count: Count,
+    one_node_claims: frozenset[str],
     defaults: Defaults,
     role: EngineRole = EngineRole.UNIFIED,
 ) -> Object:
@@ -288,9 +294,13 @@ def _build_engines(
     name = name if role is EngineRole.UNIFIED else names.of_role(role)
     labels = names.labels("engine", revision, role)
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest, role)
+    keeps_one_node = resource.spec.model.keeps_one_node
+    if _mounts_one_node_claim(resource, template, one_node_claims):
+        template = template if keeps_one_node else on_one_node(template, names.labels("engine"))
+        keeps_one_node = True
     metadata = {"name": name, "labels": labels, "annotations": dict(count.annotations)}
     # A new engine beside the old ones would have to find room on their one node.
-    can_surge = resource.spec.engine.update is Update.SURGE and not resource.spec.model.keeps_one_node
+    can_surge = resource.spec.engine.update is Update.SURGE and not keeps_one_node
     surge, away = (1, 0) if can_surge else (0, 1)
     steps = {"maxSurge": surge, "maxUnavailable": away}
     if _nodes(resource) == 1:
@@ -307,6 +317,19 @@ def _build_engines(
             },
         }
     return build_leader_worker_set(resource, metadata, template, count.spec, steps)
+
+
+def _mounts_one_node_claim(resource: MoEServing, template: Object, one_node_claims: frozenset[str]) -> bool:
+    """Whether a pod template mounts a claim that one node alone can mount.
+
+    Raises:
+        InvalidInput: it does, and the engines span several nodes.
+    """
+    mounted = {name for kind, name in find_references([{"spec": template}]) if kind == CLAIM} & one_node_claims
+    if mounted and _nodes(resource) > 1:
+        message = f"one node alone can mount the claim {min(mounted)}; engines on several nodes need ReadWriteMany"
+        raise InvalidInput([InputError("spec.engine.parallelism.nodes", message)])
+    return bool(mounted)
 
 
 def _nodes(resource: MoEServing) -> int:

@@ -152,7 +152,7 @@ def read_question(asked: AdviceRequest) -> _Question:
         preset=preset,
         trace=_read_requests(asked, longest),
         max_model_len=longest,
-        request=request_settings(spec.scheduling.request),
+        request=request_settings(spec.scheduling.request, spec.scheduling.engine),
         engine=engine_settings(spec.scheduling.engine),
         seed=asked.seed,
     )

@@ -144,7 +144,7 @@ def read_question(asked: AdviceRequest) -> _Question:
     preset = _preset(asked, resource)
     spec = resource.spec
     parallelism = spec.engine.parallelism
-    gpus = max(1, spec.engine.replicas) * parallelism.ranks
+    gpus = max(1, spec.engine.count) * parallelism.ranks
     if gpus > MOST_GPUS:
         raise InvalidInput([InputError("spec.engine", f"has {gpus} GPUs; at most {MOST_GPUS} are simulated")])
     longest = _option(spec.engine.args, "--max-model-len", MAX_MODEL_LEN)

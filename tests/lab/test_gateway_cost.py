@@ -21,7 +21,7 @@ MOST_CALLS_OF_AN_EVENT = 8
 
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> SocketlessGateway:
-    # One request in so many milliseconds has its choice explained: on a slow machine that is each third.
+    # Choices are explained every few milliseconds, which is more often for each request on a slow machine.
     monkeypatch.setattr(recent_requests, "TERMS_PERIOD_S", 1e9)
     return SocketlessGateway(tmp_path)
 

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +90,23 @@ def run_advise(asked: AdviceRequest, output: str) -> None:
     if output not in FORMATS:
         raise InvalidInput([unknown_choice("--output", output, FORMATS)])
     question = read_question(asked)
-    rows = rank(_simulate_all(question, asked.bounds))
+    with _quiet_stdout():
+        rows = rank(_simulate_all(question, asked.bounds))
     if output == "json":
         sys.stdout.write(json.dumps(build_document(asked, question, rows), indent=2) + "\n")
     else:
         Console().print(render(rows, question.excluded, asked.bounds))
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Keeps stdout for the advice: vLLM writes its log there."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Advice]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import io
 import json
+import logging
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 from moe_contract.input_errors import InvalidInput
+from moe_tools.advisor import advise as advisor
 from moe_tools.advisor.advise import AdviceRequest, read_question
 from moe_tools.advisor.candidates import Candidate
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
@@ -175,6 +178,25 @@ def test_redundant_experts_even_the_ranks_out():
 def test_errors_of_the_command_are_lines_with_status_2(resource):
     done = runner.invoke(app, ["advise", "-f", str(resource()), "--rate", "4", "--output", "xml"])
     assert (done.exit_code, done.output.strip()) == (2, "--output: unknown 'xml'; known: json, table")
+
+
+def test_the_log_of_vllm_is_no_part_of_the_advice(resource, monkeypatch):
+    logger = logging.getLogger("moe_tools.test.vllm")
+
+    def simulate_loudly(question, bounds):
+        print("loaded")
+        # As vLLM does when it is imported.
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.warning("enforce eager")
+        return [advice()]
+
+    monkeypatch.setattr(advisor, "_simulate_all", simulate_loudly)
+    done = runner.invoke(app, ["advise", "-f", str(resource()), "--rate", "4", "--output", "json"])
+    logger.handlers.clear()
+    assert json.loads(done.stdout)["shapes"][0]["roles"] == "unified"
+    assert "loaded" in done.stderr
+    assert "eager" not in done.output
+    assert logger.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.timeout(900)

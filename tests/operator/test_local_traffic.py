@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from moe_contract.agent_state import read_agent_state
-from moe_contract.gateway_state import read_gateway_state
-from moe_operator.cli.table import render_status
+from moe_contract.gateway_state import SplitTotals, TargetReport, read_gateway_state
+from moe_operator.cli.table import _render_splits, render_status
 from moe_operator.local.change import Call, explain_refusal
 from moe_operator.local.observation import Observation
 from moe_operator.local.record import Alive, Life, ProcessRecord, Record, SiteRecord
@@ -137,3 +137,14 @@ def test_words_of_a_process_are_shown_as_they_are() -> None:
 def test_a_refusal_says_what_still_holds(answers: list[str], undone: list[str], said: str) -> None:
     calls = [Call(row=row(name), body={}, undo={}) for name in "abc"]
     assert explain_refusal(calls, answers, undone) == said
+
+
+def test_the_status_shows_split_requests() -> None:
+    roles = {"a": "prefill", "b": "decode", "c": "decode"}
+    engines = [TargetReport(name=name, role=role) for name, role in roles.items()]
+    splits = SplitTotals(transfers=12, fall_backs={"lease_over": 2, "decode_error": 1}, role_changes={"gain": 1})
+    assert _render_splits(splits, engines) == (
+        "prefill and decode apart: 12 transfers, 3 fall-backs (decode_error 1, lease_over 2), 1 role changes, "
+        "2 decode and 1 prefill"
+    )
+    assert _render_splits(SplitTotals(), ()).endswith("0 fall-backs, 0 role changes, no engine takes part")

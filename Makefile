@@ -76,7 +76,7 @@ $(JAVASCRIPT)/.ready: tests/vllm/javascript/package.json tests/vllm/javascript/p
 	@touch $@
 
 test-vllm-experts: $(STAMP) ## Run its part that moves experts between two real ranks and kills a rank behind the gateway
-	$(BIN)/pytest -m vllm tests/vllm/test_experts.py tests/vllm/test_experts_behind_gateway.py
+	$(BIN)/pytest -m vllm tests/vllm/test_experts.py tests/vllm/test_experts_not_balanced.py tests/vllm/test_experts_behind_gateway.py
 
 test-e2e: $(STAMP) ## Run the suite on a real one-node Kubernetes (root on Linux) and the full counts against an API server
 	$(BIN)/pytest -m "cluster_node or long"

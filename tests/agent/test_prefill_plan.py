@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from moe_agent.shared_memory.prefill_record import PrefillRecordReader, PrefillRecordWriter, PrefillState, StepPart
-from moe_scheduling.request.prefill_budget import RankLoad
+from moe_scheduling.request.prefill_budget import RankLoad, StepTimeCurve
 from moe_scheduling.signals import StepTime
 from moe_tools.virtual_engine import VirtualEngine
 
@@ -352,6 +352,20 @@ def test_with_a_bound_prompts_are_cut_so_that_answers_go_on_in_time(make_engine,
     assert max(bounded) < 1.1 * BOUND_S
     # Nothing is lost to the bound but the fixed part of more steps.
     assert sum(bounded) < 1.5 * sum(free)
+
+
+def test_in_a_group_a_rank_without_answers_keeps_the_bound_of_the_others(lockstep):
+    group = lockstep(inter_token_s=BOUND_S)
+    for engine in group.engines:
+        engine.scheduler._step_curve.at = lambda _: StepTimeCurve(token_s=0.0001, decode_only_s=0.01, knees=())
+    alone = group.engines[0]
+    group.engines[1].add("answer", 10, out=100, arrival_s=0.0)
+    for _ in range(5):
+        group.step()
+    alone.add("long", 1000, out=1, arrival_s=1.0)
+    while "long" not in alone.finished_order:
+        group.step()
+    assert 300 < max(step.get("long", 0) for step in alone.schedules) <= 400
 
 
 def test_other_orders_know_no_bound(make_engine, settings):

@@ -100,9 +100,12 @@ class PrefillPlan:
 
     def _bound(self, loads: list[RankLoad], curve: StepTimeCurve | None) -> int:
         """Returns the planned level and makes it the bound of this step. The rank's own load comes first."""
-        level = plan_prefill_tokens(loads, curve if self._settings.cut_prefills else None, self._settings.inter_token_s)
-        # The level comes from estimates: where cutting is off it must not bound the step.
-        if loads[0].decoding and self._settings.cut_prefills:
+        settings = self._settings
+        level = plan_prefill_tokens(loads, curve if settings.cut_prefills else None, settings.inter_token_s)
+        # The level comes from estimates: where cutting is off it must not bound the step. A bound between tokens is one
+        # for all ranks, since answers on any of them wait for all.
+        decoding = loads[:1] if settings.inter_token_s is None else loads
+        if settings.cut_prefills and any(load.decoding for load in decoding):
             self._left = level
         return level
 

@@ -57,7 +57,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.setattr(parallel, "current_platform", BalancingPlatform(parallel.current_platform))
-    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
+    monkeypatch.setattr(EngineArgs, "create_model_config", EngineArgs.create_model_config)
 
     def make(architecture: str, model_type: str) -> EngineArgs:
         folder = tmp_path / "model"
@@ -82,6 +82,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("OlmoeForCausalLM", "olmoe", "cannot balance the experts of OlmoeForCausalLM"),
         ("Qwen3MoeForCausalLM", "qwen3_moe", ""),
+        ("Qwen3MoeForSequenceClassification", "qwen3_moe", ""),
     ],
 )
 def test_the_balancer_stays_off_where_the_model_cannot_be_balanced(
@@ -125,6 +126,9 @@ class Registry:
     def __init__(self, model_cls: type) -> None:
         self.models = {"Model": Registered(model_cls)}
 
+    def _normalize_arch(self, architecture: str, config: "Config") -> str:
+        return architecture.removesuffix("Renamed")
+
 
 class Config:
     architecture = "Model"
@@ -145,6 +149,14 @@ def test_a_process_of_its_own_says_whether_a_class_declares_the_interface(module
             ask_in_process(module, name)
     else:
         assert ask_in_process(module, name) is can
+
+
+def test_an_architecture_that_the_registry_does_not_have_is_judged_once_it_is_loaded():
+    config = Config(type("Model", (), {}), multimodal=False)
+    config.architecture = "Unknown"
+    assert find_obstacle(config) == ""
+    config.architecture = "ModelRenamed"
+    assert find_obstacle(config).endswith("cannot balance the experts of ModelRenamed")
 
 
 def test_a_class_that_was_imported_before_is_asked_at_once():

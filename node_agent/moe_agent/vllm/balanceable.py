@@ -29,25 +29,30 @@ def balance_where_possible(run_dir: Path) -> None:
     from vllm.config.parallel import EPLBConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    create = EngineArgs.create_engine_config
+    create = EngineArgs.create_model_config
 
-    def create_with_balancer_where_possible(self: EngineArgs, *args: Any, **options: Any) -> Any:
+    def create_and_judge(self: EngineArgs) -> Any:
+        # vLLM makes the configuration of parallel ranks after that of the model, from the same arguments.
+        config = create(self)
         if self.enable_eplb and not read_obstacle(run_dir):
-            note_obstacle(run_dir, find_obstacle(self.create_model_config()))
+            note_obstacle(run_dir, find_obstacle(config))
         if read_obstacle(run_dir):
             self.enable_eplb, self.eplb_config = False, EPLBConfig()
-        return create(self, *args, **options)
+        return config
 
-    replace_attribute(EngineArgs, "create_engine_config", create_with_balancer_where_possible)
+    replace_attribute(EngineArgs, "create_model_config", create_and_judge)
 
 
 def find_obstacle(config: Any) -> str:
     """Returns why vLLM cannot balance the experts of a model, by its `ModelConfig`; empty where it can.
 
     Of a multi-modal model the part for language decides. Its class does not name that part, so it counts as one that
-    can until it is loaded.
+    can until it is loaded, as does a class that vLLM's registry does not have.
     """
-    if config.is_multimodal_model or _can_balance(config.registry.models[config.architecture]):
+    registry = config.registry
+    # A model that classifies runs through the class of the one that generates.
+    registered = registry.models.get(registry._normalize_arch(config.architecture, config))
+    if config.is_multimodal_model or registered is None or _can_balance(registered):
         return ""
     return describe_obstacle(config.architecture)
 

@@ -17,8 +17,9 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 def registered(entry: EntryPoint) -> set[str]:
-    command = typer.main.get_command(entry.load())
-    return set(getattr(command, "commands", None) or {entry.name})
+    """The commands that an entry has for users; one that another command runs is hidden."""
+    commands = getattr(typer.main.get_command(entry.load()), "commands", {})
+    return {name for name, command in commands.items() if not command.hidden} or {entry.name}
 
 
 def test_every_command_that_another_room_registers_is_listed_and_no_other() -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,17 @@ from typing import Any
 
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_operator.api import MoEServing, engine_settings, load_resource, request_settings
-from moe_operator.api.engine import Runtime
+from moe_operator.api.engine import Engine, Runtime
 from rich.console import Console
 
-from moe_tools.advisor.candidates import Candidate, Excluded, list_candidates, list_refinements
+from moe_tools.advisor.candidates import (
+    Candidate,
+    Excluded,
+    PresentShape,
+    list_candidates,
+    list_refinements,
+    name_split,
+)
 from moe_tools.advisor.fleet import FleetLoad, build_fleet
 from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, rank, read_outcome, render, to_document
 from moe_tools.report import read_environment
@@ -35,6 +43,7 @@ MAX_MODEL_LEN = 16_384
 MOST_GPUS = 64
 LEAST_REQUESTS = 20
 FORMATS = ("table", "json")
+_SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 # What a model's URI contains, and the preset of its step times.
 _PRESET_OF_MODEL = {"qwen3-30b-a3b": "h100-qwen3-30b-a3b", "deepseek-v3": "h100-deepseek-v3"}
 
@@ -70,11 +79,12 @@ class AdviceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """The request, read: candidates, the load that they share, and those that do not fit."""
+    """The request, read: candidates, those that do not fit, the load that all share, and how many requests are cut."""
 
     candidates: Sequence[Candidate]
     excluded: Sequence[Excluded]
     load: FleetLoad
+    cut: int
 
 
 def run_advise(asked: AdviceRequest, output: str) -> None:
@@ -117,6 +127,7 @@ def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Adv
         "cost": question.load.preset.source,
         "versions": {"python": environment["python"], **environment["packages"]},
         "requests": len(question.load.trace),
+        "cut_requests": question.cut,
         "rate": mean_rate(question.load.trace),
         "bounds": {"ttft_s": asked.bounds.ttft_s, "inter_token_s": asked.bounds.inter_token_s},
         "shapes": [to_document(row) for row in rows],
@@ -127,6 +138,9 @@ def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Adv
 def _simulate_all(question: _Question, bounds: Bounds) -> list[Advice]:
     """All candidates, and then variants of the best one."""
     progress = Console(stderr=True)
+    if question.cut:
+        longest = f"{question.load.max_model_len:,}"
+        progress.print(f"{question.cut} requests are longer than {longest} tokens and cut to that", highlight=False)
     progress.print("loading vLLM's scheduler", highlight=False)
     load_vllm()
     rows = _simulate(question.candidates, question.load, bounds, progress)
@@ -162,12 +176,14 @@ def read_question(asked: AdviceRequest) -> _Question:
     if gpus > MOST_GPUS:
         raise InvalidInput([InputError("spec.engine", f"has {gpus} GPUs; at most {MOST_GPUS} are simulated")])
     longest = _option(spec.engine.args, "--max-model-len", MAX_MODEL_LEN)
+    trace, cut = _read_requests(asked, longest)
     load = FleetLoad(
         preset=preset,
-        trace=_read_requests(asked, longest),
+        trace=trace,
         max_model_len=longest,
         request=request_settings(spec.scheduling.request, spec.scheduling.engine),
         engine=engine_settings(spec.scheduling.engine),
+        targets=engine_settings(spec.scheduling.engine).targets,
         seed=asked.seed,
     )
 
@@ -177,14 +193,24 @@ def read_question(asked: AdviceRequest) -> _Question:
     candidates, excluded = list_candidates(
         gpus,
         step_tokens=_option(spec.engine.args, "--max-num-batched-tokens", STEP_TOKENS),
-        present_ranks=parallelism.data if parallelism.tensor == 1 else None,
+        present=_present_shape(spec.engine),
         kv_tokens=kv_tokens,
         longest_tokens=longest,
     )
     if not candidates:
         reasons = "; ".join(f"{row.servers}: {row.reason}" for row in excluded)
         raise InvalidInput([InputError("spec.engine", f"no shape of {gpus} GPUs holds the model: {reasons}")])
-    return _Question(candidates=candidates, excluded=excluded, load=load)
+    return _Question(candidates=candidates, excluded=excluded, load=load, cut=cut)
+
+
+def _present_shape(engine: Engine) -> PresentShape:
+    """The file's own shape, in the words of the candidates."""
+    ranks = engine.parallelism.data if engine.parallelism.tensor == 1 else None
+    roles = engine.roles
+    if not roles.is_fixed:
+        return PresentShape(ranks=ranks, roles=roles.mode.value)
+    prefill, decode = roles.prefill or 0, roles.decode or 0
+    return PresentShape(ranks=ranks, roles=name_split(prefill, decode), prefill=prefill)
 
 
 def _check_numbers(asked: AdviceRequest) -> None:
@@ -222,21 +248,37 @@ def _preset(asked: AdviceRequest, resource: MoEServing) -> Preset:
 
 
 def _option(args: Sequence[str], name: str, default: int) -> int:
-    """The number that an argument of vLLM has, such as `--max-model-len=4096`; the last one counts."""
+    """The number that an argument of vLLM has, such as `--max-model-len=4096` or `32k`; the last one counts.
+
+    Raises:
+        InvalidInput: the value is no number.
+    """
     found = default
     words = [word for argument in args for word in argument.split("=", 1)]
     for word, value in itertools.pairwise(words):
-        if word.replace("_", "-") == name and value.isdecimal() and int(value):
-            found = int(value)
+        if word.replace("_", "-") == name:
+            found = _read_number(name, value)
     return found
 
 
-def _read_requests(asked: AdviceRequest, longest: int) -> tuple[TraceRequest, ...]:
+def _read_number(name: str, value: str) -> int:
+    """The whole number of a text as vLLM reads it: `k` is 1,000 and `K` is 1,024, and so on."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", value)
+    number = 0.0 if match is None else float(match[1]) * _SUFFIXES[match[2]]
+    if number < 1:
+        message = f"{name} {value}: the simulation needs a number of tokens, such as 4096 or 32k"
+        raise InvalidInput([InputError("spec.engine.args", message)])
+    return int(number)
+
+
+def _read_requests(asked: AdviceRequest, longest: int) -> tuple[Sequence[TraceRequest], int]:
+    """The requests, and how many of them are cut to the longest one."""
     if asked.trace is not None:
         rows = cut_piece(read_trace(asked.trace, asked.trace_format), 0, asked.requests)
         if asked.rate is not None and math.isfinite(own := mean_rate(rows)):
             rows = speed_up(rows, asked.rate / own)
-        return fit_lengths(rows, longest).requests
+        fitted = fit_lengths(rows, longest)
+        return fitted.requests, fitted.cut
     settings = ShapeSettings(
         count=asked.requests,
         seed=asked.seed,
@@ -246,4 +288,4 @@ def _read_requests(asked: AdviceRequest, longest: int) -> tuple[TraceRequest, ..
     )
     rate = asked.rate
     assert rate is not None
-    return arrange(build_shape(parse_shape(asked.shape), settings), ArrivalShape.POISSON, rate, asked.seed)
+    return arrange(build_shape(parse_shape(asked.shape), settings), ArrivalShape.POISSON, rate, asked.seed), 0

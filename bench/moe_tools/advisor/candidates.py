@@ -38,15 +38,35 @@ class Excluded:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresentShape:
+    """The shape of the file.
+
+    Attributes:
+        ranks: of a server; None: none of those that are simulated.
+        roles: as `Candidate` has them.
+        prefill: servers that compute prompts in a fixed split; None without one.
+    """
+
+    ranks: int | None
+    roles: str = "unified"
+    prefill: int | None = None
+
+
+def name_split(prefill: int, decode: int) -> str:
+    """Returns the value of the resource's field for a fixed split."""
+    return f"{{prefill: {prefill}, decode: {decode}}}"
+
+
 def list_candidates(
-    gpus: int, *, step_tokens: int, present_ranks: int | None, kv_tokens: Callable[[int], int], longest_tokens: int
+    gpus: int, *, step_tokens: int, present: PresentShape, kv_tokens: Callable[[int], int], longest_tokens: int
 ) -> tuple[list[Candidate], list[Excluded]]:
     """Returns the shapes of this many GPUs, the fewest servers first, and those that do not fit.
 
     Args:
         gpus: in all.
         step_tokens: tokens of a step in each of them.
-        present_ranks: ranks of a server in the file; None: the file's shape is none of these.
+        present: the file's own shape; its split is one of the shapes.
         kv_tokens: tokens that fit into the KV cache of one rank, by the ranks of a server.
         longest_tokens: longest prompt with its answer, which has to fit.
     """
@@ -65,20 +85,20 @@ def list_candidates(
                 servers=name,
                 roles=roles,
                 step_tokens=step_tokens,
-                is_present=ranks == present_ranks and roles == "unified",
+                is_present=ranks == present.ranks and roles == present.roles,
             )
-            for roles, shape in _by_roles(cut).items()
+            for roles, shape in _by_roles(cut, present.prefill if ranks == present.ranks else None).items()
         ]
     return found, excluded
 
 
-def _by_roles(cut: tuple[int, ...]) -> dict[str, FleetShape]:
+def _by_roles(cut: tuple[int, ...], prefill_of_file: int | None) -> dict[str, FleetShape]:
     found = {"unified": FleetShape(servers=cut)}
     if len(cut) > 1:
         found["auto"] = FleetShape(servers=cut, pairs=True, moves=True)
-    for prefill in sorted({round(len(cut) * part) for part in PREFILL_PARTS} - {0, len(cut)}):
-        roles = f"{{prefill: {prefill}, decode: {len(cut) - prefill}}}"
-        found[roles] = FleetShape(servers=cut, prefill=prefill, pairs=True)
+    splits = {round(len(cut) * part) for part in PREFILL_PARTS} | {prefill_of_file or 0}
+    for prefill in sorted(splits - {0, len(cut)}):
+        found[name_split(prefill, len(cut) - prefill)] = FleetShape(servers=cut, prefill=prefill, pairs=True)
     return found
 
 

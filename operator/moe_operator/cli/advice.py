@@ -54,14 +54,14 @@ def advise(file: Path, options: Mapping[str, Any]) -> None:
         options: of the advisor by their names on the command line; None: its default.
     """
     found = [entry for entry in entry_points(group=GROUP) if entry.name == ENTRY]
+    if not found:
+        explain_missing(NAME, None)
     try:
         command = getattr(typer.main.get_command(found[0].load()), "commands", {})[COMMAND]
         words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
         status = command.main(["-f", str(file), *words], prog_name="moeserving plan --advise", standalone_mode=False)
         if status:
             raise typer.Exit(status)
-    except IndexError:
-        explain_missing(NAME, None)
     except ModuleNotFoundError as error:
         explain_missing(NAME, error)
 

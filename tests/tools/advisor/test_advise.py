@@ -67,6 +67,36 @@ def test_the_question_takes_gpus_limits_and_scheduling_of_the_file(resource):
     assert all(row.prompt_tokens + row.output_tokens <= 8192 for row in question.load.trace)
 
 
+def test_the_question_takes_roles_and_bounds_of_the_file(resource):
+    path = resource(roles={"mode": "fixed", "prefill": 1, "decode": 3})
+    document = json.loads(path.read_text())
+    document["spec"]["scheduling"] = {"engine": {"targets": {"ttft": "1s", "interToken": "20ms"}}}
+    path.write_text(json.dumps(document))
+    question = read_question(asked(path))
+    assert [row.roles for row in question.candidates if row.is_present] == ["{prefill: 1, decode: 3}"]
+    assert (question.load.targets.ttft_s, question.load.targets.inter_token_s) == (1.0, 0.02)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8k", 8000), ("8K", 8192), ("4096", 4096)])
+def test_lengths_are_read_as_vllm_reads_them(resource, text, tokens):
+    assert read_question(asked(resource(args=[f"--max-model-len={text}"]))).load.max_model_len == tokens
+
+
+def test_a_length_that_is_no_number_is_named(resource):
+    found = errors(asked(resource(args=["--max-model-len=auto"])))
+    assert found == [
+        "spec.engine.args: --max-model-len auto: the simulation needs a number of tokens, such as 4096 or 32k"
+    ]
+
+
+def test_requests_that_are_cut_are_counted(resource, tmp_path):
+    trace = tmp_path / "requests.jsonl"
+    rows = [{"timestamp": 1000 * n, "input_length": 99_999, "output_length": 5, "hash_ids": []} for n in range(20)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    question = read_question(asked(resource(args=["--max-model-len=2048"]), trace=trace, rate=None))
+    assert question.cut == 20
+
+
 def test_tensor_parallel_shapes_are_compared_with_the_others_and_are_none_of_them(resource):
     question = read_question(asked(resource(replicas=2, parallelism={"tensor": 2})))
     assert {row.shape.gpus for row in question.candidates} == {4}

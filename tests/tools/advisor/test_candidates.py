@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_tools.advisor.candidates import list_candidates, list_refinements
+from moe_tools.advisor.candidates import PresentShape, list_candidates, list_refinements
 
 
 def candidates(gpus=8, *, present=None, room=lambda ranks: 10**6, longest=16_384, step_tokens=2048):
-    return list_candidates(gpus, step_tokens=step_tokens, present_ranks=present, kv_tokens=room, longest_tokens=longest)
+    present = present if isinstance(present, PresentShape) else PresentShape(ranks=present)
+    return list_candidates(gpus, step_tokens=step_tokens, present=present, kv_tokens=room, longest_tokens=longest)
 
 
 def test_the_shapes_of_four_gpus():
@@ -25,6 +26,18 @@ def test_the_shapes_of_four_gpus():
     ]
     assert [row.servers for row in found if row.is_present] == ["2 of 2"]
     assert excluded == []
+
+
+@pytest.mark.parametrize(
+    ("present", "roles"),
+    [
+        (PresentShape(ranks=1, roles="auto"), "auto"),
+        (PresentShape(ranks=1, roles="{prefill: 1, decode: 7}", prefill=1), "{prefill: 1, decode: 7}"),
+    ],
+)
+def test_the_shape_of_the_file_is_one_of_them_whatever_its_roles(present, roles):
+    found, _ = candidates(8, present=present)
+    assert [(row.servers, row.roles) for row in found if row.is_present] == [("8 of 1", roles)]
 
 
 def test_one_gpu_has_one_shape():

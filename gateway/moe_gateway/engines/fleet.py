@@ -80,6 +80,10 @@ class Engine:
         """Whether a request is on its way that has to be answered before the next one."""
         return self.trial is not None and now_s < self.trial_until_s
 
+    def is_tried_with(self, key: int, now_s: float) -> bool:
+        """Whether this is the request that it gets while it is on trial."""
+        return self.trial == key and self.may_accept_alone(now_s)
+
     def may_accept_alone(self, now_s: float) -> bool:
         """Whether it may get new requests while no other engine may."""
         return self.is_offered and self.is_ready and now_s >= self.ejected_until_s
@@ -215,6 +219,12 @@ class EngineFleet:
         self._troubled.add(target.server)
         engine.trial, engine.trial_until_s = key, now_s + LONGEST_TRIAL_S
         return engine
+
+    def pass_trial(self, target: Target, key: int, successor: int, now_s: float) -> None:
+        """Another request has taken the place of this one: where it was the one of a trial, that one is now."""
+        engine = self.engines.get(target.server)
+        if engine is not None and engine.trial == key:
+            engine.trial, engine.trial_until_s = successor, now_s + LONGEST_TRIAL_S
 
     def end_trial(self, target: Target, key: int) -> Engine | None:
         """A request has ended: where it was the one of a trial, the next may follow."""

@@ -4,67 +4,14 @@ import asyncio
 import itertools
 import json
 
-import aiohttp
 import pytest
 from moe_gateway.engines import target_states
 from moe_gateway.request import exchange
 
 from tests.gateway.messages import SSE_HEAD, chunk, json_answer, post
 from tests.gateway.split_engines import PATHS, WRONG, Cluster, SplitEngine, body_of, read_stream, text_of
+from tests.gateway.split_fleet import right
 from tests.gateway.waiting import until
-
-ON = {"disaggregation": {"moves_roles": False}}
-
-
-class Fleet:
-    """A gateway before engines of which the first computes prompts and the second decodes."""
-
-    def __init__(self, served, engines, scripts):
-        self.served, self.engines, self.scripts = served, engines, scripts
-        self.prefill, self.decode = scripts[:2]
-        self.placements = served.gateway.dispatcher.placements
-
-    async def ask(self, route="chat", *, stream=True, **fields):
-        body = body_of(route, **fields)
-        answer = await self.served.ask(post(body | ({"stream": True} if stream else {}), PATHS[route]))
-        assert text_of(body) != WRONG
-        return answer
-
-    async def read_admin(self):
-        """The gateway's state and metrics."""
-        async with aiohttp.ClientSession(self.served.admin_url) as session:
-            async with session.get("/v1/state") as answer:
-                state = await answer.json()
-            async with session.get("/metrics") as answer:
-                return state, await answer.text()
-
-    def settled(self):
-        """Nothing counts as in flight at any engine, also not at one that is gone."""
-        assert self.served.gateway.dispatcher.in_flight == 0
-
-
-@pytest.fixture
-async def fleet(make_engine, serve):
-    async def start(*, roles=("prefill", "decode"), ranks=1, peers="same", **sections):
-        cluster = Cluster()
-        scripts = [SplitEngine(cluster) for _ in roles]
-        engines = [
-            await make_engine(script, name=f"{role}-{number}", ranks=ranks)
-            for number, (script, role) in enumerate(zip(scripts, roles, strict=True))
-        ]
-        for engine, role in zip(engines, roles, strict=True):
-            engine.agent.say(kv_transfer={"role": role, "lease_s": 30.0, "peers": peers, "token_bytes": 1000.0})
-        served = await serve(*engines, ranks=ranks, **(ON | sections))
-        running = Fleet(served, engines, scripts)
-        await until(lambda: len(running.placements.roles) == len(roles))
-        return running
-
-    return start
-
-
-def right(answer, route, **fields):
-    assert answer.status == 200, answer.body
-    assert read_stream(answer.body) == text_of(body_of(route, **fields))
 
 
 @pytest.mark.parametrize("route", PATHS)
@@ -356,80 +303,6 @@ async def test_a_long_prompt_does_not_use_up_the_lease(fleet, monkeypatch):
     it.prefill.go.set()
     right(await client.answer(), "chat")
     assert (it.placements.fall_backs, it.placements.transfers) == ({}, 1)
-
-
-async def test_a_client_that_does_not_read_cannot_make_a_computed_prompt_seem_new(fleet):
-    """Its earlier answers fill the connection, so that those of the engines might wait unread beyond the lease."""
-    it = await fleet()
-    it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
-    await until(lambda: it.prefill.phases)
-    (connection,) = it.served.gateway._connections
-    connection.pause_writing()
-    it.prefill.go.set()
-    await until(lambda: it.decode.phases, "the second engine")
-    connection.resume_writing()
-    right(await client.answer(), "chat")
-    assert (it.placements.fall_backs, it.placements.transfers) == ({}, 1)
-    it.settled()
-
-
-async def test_a_client_that_does_not_read_slows_the_engine_that_decodes(fleet):
-    it = await fleet()
-    it.prefill.fails["prefill"], it.decode.fails["decode"] = ["hangs"], ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
-    await until(lambda: it.prefill.phases)
-    (connection,) = it.served.gateway._connections
-    connection.pause_writing()
-    it.prefill.go.set()
-    await until(lambda: it.decode.phases, "the second engine")
-    upstream = connection._exchange._upstream
-    assert not upstream.transport.is_reading()
-    connection.resume_writing()
-    assert upstream.transport.is_reading()
-    it.decode.go.set()
-    right(await client.answer(), "chat")
-    it.settled()
-
-
-@pytest.mark.parametrize("fields", [{"metadata": {"a": "x" * (5 << 20)}}, {"instructions": "x" * (5 << 20)}])
-async def test_a_client_that_makes_the_first_answer_too_long_goes_whole_alone(fleet, fields):
-    """As vLLM's responses repeat these fields of their request."""
-    it = await fleet()
-    it.prefill.echoes = ("metadata", "instructions")
-    answer = await it.ask("responses", **fields)
-    assert answer.status == 200
-    # What the first engine need not read is not sent there.
-    expected = {} if "metadata" in fields else {"prefill_no_params": 1}
-    assert (it.placements.fall_backs, it.placements._paused) == (expected, {})
-    right(await it.ask(prompt="Others? " * 300), "chat", prompt="Others? " * 300)
-    assert it.placements.transfers == (2 if "metadata" in fields else 1)
-    it.settled()
-
-
-async def test_an_engine_on_trial_gets_one_pair_at_a_time(fleet):
-    it = await fleet()
-    dispatcher = it.served.gateway.dispatcher
-    target = it.served.target_state("decode-1").target
-    dispatcher.fail(target, it.served.gateway._context.clock() - 10.0)
-    await until(lambda: dispatcher.is_accepting(target))
-    it.prefill.fails["prefill"], it.decode.fails["decode"] = ["hangs"], ["hangs"]
-    client, other = await it.served.connect(), await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
-    await until(lambda: it.prefill.phases)
-    assert not dispatcher.is_accepting(target)
-    other.send(post(body_of("chat", stream=True, prompt="Others? " * 300), PATHS["chat"]))
-    right(await other.answer(), "chat", prompt="Others? " * 300)
-    it.prefill.go.set()
-    await until(lambda: it.decode.phases)
-    assert (it.prefill.phases, it.decode.phases) == (["prefill", "whole"], ["decode"])
-    assert not dispatcher.is_accepting(target)
-    it.decode.go.set()
-    right(await client.answer(), "chat")
-    assert dispatcher.is_accepting(target)
-    it.settled()
 
 
 # Clients that leave, deadlines, the end.

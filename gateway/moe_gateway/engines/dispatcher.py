@@ -136,9 +136,9 @@ class Dispatcher:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""
         return self._fleet.set_reachable(name, reachable) is not None
 
-    def set_process(self, name: str, pid: int | None, identity: str = "") -> None:
+    def set_process(self, name: str, pid: int | None, identity: str = "", *, exchanges_blocks: bool = False) -> None:
         """The process that serves and the engine's identity; another process has nothing cached, and its own speed."""
-        if (engine := self._fleet.set_process(name, pid, identity)) is not None:
+        if (engine := self._fleet.set_process(name, pid, identity, exchanges_blocks=exchanges_blocks)) is not None:
             self._forget(engine)
 
     def _forget(self, engine: Engine) -> None:

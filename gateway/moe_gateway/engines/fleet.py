@@ -50,6 +50,7 @@ class Engine:
         has_listed: whether it has listed its names, so that it serves no others.
         pid: of its serving process, as far as known.
         identity: that of the engine, as its agent reports it; empty without.
+        exchanges_blocks: whether its agent says that it exchanges KV blocks with other engines.
     """
 
     address: EngineAddress
@@ -71,6 +72,7 @@ class Engine:
     has_listed: bool = False
     pid: int | None = None
     identity: str = ""
+    exchanges_blocks: bool = False
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
@@ -143,11 +145,13 @@ class EngineFleet:
         engine.is_reachable = reachable
         return engine
 
-    def set_process(self, name: str, pid: int | None, identity: str = "") -> Engine | None:
+    def set_process(
+        self, name: str, pid: int | None, identity: str = "", *, exchanges_blocks: bool = False
+    ) -> Engine | None:
         """The process that serves, and the engine's identity: another process has an empty cache and another speed."""
         if (engine := self.engines.get(name)) is None:
             return None
-        engine.identity = identity
+        engine.identity, engine.exchanges_blocks = identity, exchanges_blocks
         if pid == engine.pid:
             return None
         engine.pid = pid

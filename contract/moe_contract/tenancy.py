@@ -2,7 +2,8 @@
 
 The gateway adds `.t` and 8 hex digits to the id that it sends to an engine; vLLM puts its own text before and after.
 A tenant is these digits; the anonymous tenant, of requests without the header, is the empty string. Where the key of a
-request has a priority class, `p` and the priority follow. For `/v1/responses` vLLM 0.32 takes the id from the body,
+request has a priority class, `p` and the priority follow. An id of a client that has such a suffix gets one even where
+tenants are not distinguished. For `/v1/responses` vLLM 0.32 takes the id from the body,
 where the client chose it: these requests count as the anonymous tenant's, and their priority is the one in the body.
 
 Invariants: nothing that a client wrote is in the suffix; the last suffix of an id counts.

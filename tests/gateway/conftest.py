@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,11 @@ async def front(serve: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Await
     fronts = Fronts(serve, tmp_path)
     yield fronts.start
     await fronts.stop()
+
+
+@pytest.fixture
+def fleet(make_engine: Any, serve: Any) -> Callable[..., Awaitable[Any]]:
+    """Starts a gateway before engines with these roles, which exchange KV blocks."""
+    from tests.gateway.split_fleet import start_fleet
+
+    return partial(start_fleet, make_engine, serve)

@@ -68,7 +68,7 @@ class SplitEngine:
         bodies: phase and body of each request.
         heads: of each request.
         go: what a failure `hangs` waits for.
-        late: frees the blocks before they are fetched.
+        echoes: fields of a request that the answer to its first phase repeats.
     """
 
     cluster: Cluster
@@ -76,6 +76,7 @@ class SplitEngine:
     held: dict[str, str] = field(default_factory=dict)
     bodies: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     heads: list[dict[bytes, bytes]] = field(default_factory=list)
+    echoes: tuple[str, ...] = ()
     go: asyncio.Event = field(default_factory=asyncio.Event)
     engine_id: str = field(default_factory=lambda: f"uuid-{next(_NUMBERS)}")
 
@@ -96,7 +97,8 @@ class SplitEngine:
         if failure not in (None, "midway") and await self._fail(failure, phase, body, writer):
             return
         if phase == "prefill":
-            writer.write(json_answer({"choices": [], "kv_transfer_params": self._hold(body)}))
+            echo = {name: body.get(name) for name in self.echoes}
+            writer.write(json_answer({"choices": [], "kv_transfer_params": self._hold(body), **echo}))
             return
         text = self._fetch(params) if phase == "decode" else text_of(body)
         if body.get("stream"):

@@ -128,7 +128,7 @@ async def test_the_control_route_takes_the_token_and_nothing_else(make_engine, s
         ({"dispatch": {"targets": {"ttft_s": 0}}}, [("dispatch.targets", "ttft_s must be greater than 0")]),
         (
             {"dispatch": {"targets": {"tffc": 1}}},
-            [("dispatch.targets.tffc", "answer_weight, inter_token_s, ttft_s")],
+            [("dispatch.targets.tffc", "answer_weight, inter_token_s, ttft_growth, ttft_s")],
         ),
         ({"dispatch": {"saturation_s": "much"}}, [("dispatch.saturation_s", "got 'much'")]),
         ({"dispatch": {"policy": "roundRobin"}, "request": {"policy": "sjff"}}, [("request.policy", "sjf")]),

@@ -13,6 +13,7 @@ from moe_gateway.endpoint_picker.request_head import find_given
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.reading import NO_BODY
+from moe_scheduling.request.order import LARGEST_EXACT
 
 from tests.gateway.messages import post, prompt
 from tests.gateway.test_forms import form
@@ -147,3 +148,19 @@ def test_the_id_for_an_engine(caller, is_fair, expected):
     tenant = caller.tenant if caller is not None and is_fair else ""
     request = replace(request_of(b""), caller=caller)
     assert build_engine_id(request, tenant, 6, is_fair=is_fair) == expected
+
+
+@pytest.mark.parametrize("is_fair", [True, False])
+@pytest.mark.parametrize("caller", [None, build_caller("t")])
+def test_no_client_writes_its_priority_or_tenant_into_its_id(caller, is_fair):
+    request = replace(request_of(b""), caller=caller, request_id=b"a.t1a2b3c4dp-5")
+    signed = build_engine_id(request, "", 6, is_fair=is_fair).decode()
+    assert (priority_of(signed), tenant_of(signed)) == (None, "")
+
+
+@pytest.mark.parametrize(
+    "asked", [2**64, -(2**64), 10**4000, -(10**4000)], ids=["64 bits", "below", "many digits", "many below"]
+)
+def test_a_header_asks_for_no_more_than_numbers_that_every_reader_takes(asked):
+    parsed = read_priority(request_of(b"X-Vllm-Priority: %d\r\n" % asked), Route.CHAT, NO_BODY)
+    assert parsed.priority == (LARGEST_EXACT if asked > 0 else -LARGEST_EXACT)

@@ -10,6 +10,7 @@ from moe_gateway.request import recent_requests
 from moe_gateway.request.recent_requests import RecentRequests
 from moe_scheduling.engine.choice import EngineSettings, Job, Send, SendReason
 from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.request.order import LARGEST_EXACT
 from moe_scheduling.signals import Target
 
 from tests.gateway.clients import Served
@@ -63,6 +64,14 @@ async def test_each_engine_that_failed_a_request_is_an_attempt(serve, make_engin
     assert [attempt.after_s for attempt in record.attempts] == sorted(attempt.after_s for attempt in record.attempts)
     assert record.status == 502
     assert record.problem
+
+
+async def test_a_request_with_a_huge_priority_is_explained(serve, make_engine):
+    served = await serve(await make_engine())
+    client = await served.connect()
+    client.send(post(prompt("why"), extra=b"x-request-id: huge\r\nX-Vllm-Priority: %b\r\n" % (b"9" * 30)))
+    assert (await client.answer()).status == 200
+    assert (await fetch(served, "huge")).priority == LARGEST_EXACT
 
 
 async def test_an_unknown_request_is_404(serve, make_engine):

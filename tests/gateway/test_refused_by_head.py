@@ -5,6 +5,7 @@ from moe_contract.access_config import Quota
 from moe_gateway.access.key_table import build_caller
 from moe_gateway.access.quotas import OverQuota, QuotaBound, Quotas
 from moe_gateway.http import client as client_module
+from moe_gateway.http.request_reader import LONGEST_AWAITED_BYTES
 
 from tests.gateway.messages import post, prompt
 from tests.gateway.test_bad_clients import error_of
@@ -15,9 +16,11 @@ KEY = "sk-0123456789abcdef0123"
 BEARER = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
 EXPECT = b"Expect: 100-continue\r\n"
+# A shorter body is waited for, unless the client itself waits.
+LONG = b"content-length: %d\r\n" % (LONGEST_AWAITED_BYTES + 1)
 
 
-def head_of(extra: bytes, path: bytes = b"/v1/completions", framing: bytes = b"content-length: 1000\r\n") -> bytes:
+def head_of(extra: bytes, path: bytes = b"/v1/completions", framing: bytes = LONG) -> bytes:
     return b"POST %b HTTP/1.1\r\nhost: g\r\n%b%b\r\n" % (path, extra, framing)
 
 
@@ -34,7 +37,7 @@ def protect(make_engine, serve, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("framing", [b"content-length: 1000\r\n", CHUNKED, EXPECT + CHUNKED])
+@pytest.mark.parametrize("framing", [LONG, CHUNKED, EXPECT + CHUNKED, EXPECT + b"content-length: 9\r\n"])
 @pytest.mark.parametrize("credential", [b"", b"Authorization: Bearer nope\r\n", b"x-api-key: nope\r\n"])
 async def test_without_a_key_the_answer_comes_before_the_body(protect, credential, framing):
     engine, served = await protect()
@@ -63,7 +66,7 @@ async def test_the_rest_of_a_body_is_thrown_away_and_the_answer_is_not_lost(prot
 async def test_the_rest_of_a_body_is_no_request(protect):
     engine, served = await protect()
     client = await served.connect()
-    hidden = post(prompt(), extra=BEARER)
+    hidden = post(prompt("x" * LONGEST_AWAITED_BYTES), extra=BEARER)
     client.send(head_of(b"", framing=b"content-length: %d\r\n" % len(hidden)))
     assert (await client.answer()).status == 401
     client.send(hidden + hidden)
@@ -148,6 +151,30 @@ async def test_a_pipelined_request_that_waits_for_100_continue_gets_it_in_its_tu
     assert [(await client.answer()).status for _ in range(2)] == [200, 100]
     client.send(body)
     assert (await client.answer()).status == 200
+
+
+@pytest.mark.parametrize(("credential", "status"), [(BEARER, 200), (b"", 401)])
+async def test_a_short_body_behind_its_head_costs_no_second_look(protect, monkeypatch, credential, status):
+    """Clients by h11 and httpx send head and body apart."""
+    looks = []
+    monkeypatch.setattr(client_module, "look_at_head", lambda *_: looks.append(1))
+    engine, served = await protect()
+    client = await served.connect()
+    head, body = post(prompt(), extra=credential).split(b"\r\n\r\n")
+    client.send(head + b"\r\n\r\n")
+    await until(lambda: any(row._reader.url and not row._reader.in_head for row in served.gateway._connections), "the head")
+    client.send(body)
+    assert (await client.answer()).status == status
+    assert (looks, len(engine.requests)) == ([], status == 200)
+
+
+@pytest.mark.parametrize(
+    ("length", "looks"), [(0, False), (LONGEST_AWAITED_BYTES, False), (LONGEST_AWAITED_BYTES + 1, True)]
+)
+def test_the_head_of_a_long_body_is_looked_at(length, looks):
+    owner = Owner()
+    owner.reader.feed(head_of(b"", framing=b"content-length: %d\r\n" % length))
+    assert owner.reader.has_open_head is looks
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,12 @@ async def test_a_request_that_the_parser_reads_has_the_same_tenant(make_engine, 
 
 
 @pytest.mark.parametrize("off", [{"request": OFF}, {"request": {"policy": "fcfs"}}])
-async def test_without_tenants_request_ids_stay_as_they_were(make_engine, serve, off):
+@pytest.mark.parametrize(("request_id", "sent"), [(b"mine", b"mine"), (b"a.t1a2b3c4dp-5", b"a.t1a2b3c4dp-5.t00000000")])
+async def test_without_tenants_an_id_stays_as_it_was_unless_it_names_one(make_engine, serve, off, request_id, sent):
     engine = await make_engine()
     served = await serve(engine, **off)
-    await served.ask(of(b"team-a", b"a.t1a2b3c4d"))
-    assert engine.requests[0].headers[b"x-request-id"] == b"a.t1a2b3c4d"
+    await served.ask(of(b"team-a", request_id))
+    assert engine.requests[0].headers[b"x-request-id"] == sent
 
 
 async def test_where_no_header_names_tenants_a_clients_id_does_not_either(make_engine, serve):

@@ -91,7 +91,7 @@ def test_every_setting_of_the_core_can_be_set() -> None:
         "stickiness_s": 0.0,
         "stale_after_s": 0.05,
         "saturation_s": 1.5,
-        "targets": {"ttft_s": 2.0, "inter_token_s": 0.04, "answer_weight": 1.0},
+        "targets": {"ttft_s": 2.0, "inter_token_s": 0.04, "answer_weight": 1.0, "ttft_growth": 0.5},
     }
     for default, chosen in (
         (RequestSettings(), given_request),

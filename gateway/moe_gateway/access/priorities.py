@@ -10,6 +10,7 @@ import json
 import re
 
 from moe_contract.tenancy import sign_request_id
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.request.order import LARGEST_EXACT
 
 from moe_gateway.http.bodies import Body, LargeBody, split_body
@@ -31,9 +32,10 @@ def read_priority(request: ClientRequest, route: Route, parsed: Parsed) -> Parse
     found = _LINE.search(request.headers)
     try:
         # vLLM ignores a value that is no integer.
-        return parsed if found is None else parsed._replace(priority=int(found[1].decode("latin-1")))
+        asked = parsed.priority if found is None else int(found[1].decode("latin-1"))
     except ValueError:
         return parsed
+    return parsed._replace(priority=max(-LARGEST_EXACT, min(LARGEST_EXACT, asked)))
 
 
 def apply_class(request: ClientRequest, route: Route, parsed: Parsed, level: int) -> Parsed:
@@ -57,7 +59,7 @@ def apply_class(request: ClientRequest, route: Route, parsed: Parsed, level: int
 
 
 def build_engine_id(request: ClientRequest, tenant: str, priority: int, *, is_fair: bool) -> bytes:
-    """The id of a request for its engine.
+    """The id of a request for its engine, in which nothing that the client wrote is a tenant or a priority.
 
     Args:
         request: of the client.
@@ -67,7 +69,7 @@ def build_engine_id(request: ClientRequest, tenant: str, priority: int, *, is_fa
     """
     if request.caller is not None and request.caller.priority is not None:
         return sign_request_id(request.request_id, tenant, priority)
-    return sign_request_id(request.request_id, tenant) if is_fair else request.request_id
+    return sign_request_id(request.request_id, tenant if is_fair else ANONYMOUS_TENANT)
 
 
 def class_priority(asked: int, level: int) -> int:

@@ -25,6 +25,9 @@ from moe_gateway.request.reading import NO_BODY, read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
 BODY_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of requests, which keys need"
+TRANSFERS_UNKNOWN = (
+    "the proxy does not send the endpoint picker whole bodies of requests, which engines that exchange KV blocks need"
+)
 ANSWER_UNKNOWN = "the proxy does not send the endpoint picker whole bodies of answers, which quotas of tokens need"
 
 
@@ -163,9 +166,7 @@ async def read_body(
 ) -> Parsed | Refusal | None:
     """The fields of a body; of one that has not come whole none are known. None: the client has left."""
     if not is_known:
-        # Whose response is continued, and the priority of a key, are in the body.
-        needs_body = parts.context.gate is not None and route.method == b"POST"
-        return Refusal(RequestOutcome.INTERNAL_ERROR, BODY_UNKNOWN) if needs_body else NO_BODY
+        return refuse_unseen(route, parts) or NO_BODY
     try:
         read_deadline(request)
         if route.method != b"POST" or not needs_reader(request):
@@ -181,6 +182,19 @@ async def read_body(
     finally:
         if request.place is not None:
             request.place.free()
+
+
+def refuse_unseen(route: Route, parts: PickerParts) -> Refusal | None:
+    """The answer to a request whose body is not seen, where nobody else would check it; None: it may go on."""
+    if route.method != b"POST":
+        return None
+    if parts.context.gate is not None:
+        # Whose response is continued, and the priority of a key, are in the body.
+        return Refusal(RequestOutcome.INTERNAL_ERROR, BODY_UNKNOWN)
+    if any(engine.exchanges_blocks for engine in parts.context.dispatcher.engines.values()):
+        # They fetch blocks from whatever address a client writes there.
+        return Refusal(RequestOutcome.INTERNAL_ERROR, TRANSFERS_UNKNOWN)
+    return None
 
 
 def admit(

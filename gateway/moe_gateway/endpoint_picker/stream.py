@@ -21,6 +21,7 @@ from moe_gateway.endpoint_picker.admission import (
     find_own_answer,
     read_body,
     refuse_length,
+    refuse_unseen,
 )
 from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import Pick, PickedRequest, endpoint_of
@@ -221,11 +222,12 @@ class Stream:
         decision = await incoming.unless_ended(picked.decided)
         if decision is None:
             return []
-        if isinstance(decision, Rejection):
-            return self._reject(picked, decision)
-        pick = picked.describe(decision, parts.settings.fallbacks)
-        if pick is None:
-            return self._reject(picked, Rejection.NO_FITTING_ENGINE)
+        pick = None if isinstance(decision, Rejection) else picked.describe(decision, parts.settings.fallbacks)
+        # An engine that exchanges blocks may have come while the request was held.
+        unseen = None if is_body_known else refuse_unseen(head.route, parts)
+        if pick is None or unseen is not None:
+            rejection = decision if isinstance(decision, Rejection) else Rejection.NO_FITTING_ENGINE
+            return self._end_refused(picked, unseen or self._explain(rejection))
         changed = None if request.body is original else request.body
         return self._send(pick, head, original, changed, ends=ends)
 
@@ -257,12 +259,14 @@ class Stream:
 
     # Answers without an engine.
 
-    def _reject(self, picked: PickedRequest, rejection: Rejection) -> Replies:
+    def _explain(self, rejection: Rejection) -> Refusal:
         outcome, message = REJECTIONS[rejection]
         context = self._parts.context
-        wait_s = context.dispatcher.retry_after_s(context.clock())
-        refusal = Refusal(outcome, message, retry_after_s=wait_s)
-        picked.end(outcome.status, message, refusal=outcome.label)
+        return Refusal(outcome, message, retry_after_s=context.dispatcher.retry_after_s(context.clock()))
+
+    def _end_refused(self, picked: PickedRequest, refusal: Refusal) -> Replies:
+        outcome = refusal.outcome
+        picked.end(outcome.status, refusal.message, refusal=outcome.label)
         return self._answer_at_once(picked.request, refusal.build(picked.request, picked.route))
 
     def _refuse(self, request: ClientRequest, route: Route | None, refusal: Refusal) -> Replies:

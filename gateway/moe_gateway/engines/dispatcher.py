@@ -17,15 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
-from moe_scheduling.engine.choice import (
-    Decision,
-    EngineSettings,
-    Job,
-    Refuse,
-    RefuseReason,
-    Send,
-    choose_target,
-)
+from moe_scheduling.engine.choice import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
@@ -144,9 +136,9 @@ class Dispatcher:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""
         return self._fleet.set_reachable(name, reachable) is not None
 
-    def set_process(self, name: str, pid: int | None, identity: str = "") -> None:
+    def set_process(self, name: str, pid: int | None, identity: str = "", *, exchanges_blocks: bool = False) -> None:
         """The process that serves and the engine's identity; another process has nothing cached, and its own speed."""
-        if (engine := self._fleet.set_process(name, pid, identity)) is not None:
+        if (engine := self._fleet.set_process(name, pid, identity, exchanges_blocks=exchanges_blocks)) is not None:
             self._forget(engine)
 
     def _forget(self, engine: Engine) -> None:
@@ -290,13 +282,16 @@ class Dispatcher:
         request = self._targets.send(sending, tokens, now_s)
         if keys or session is not None:
             self._jobs.record(keys, session, request)
+        return self._begin_trial(request, now_s)
+
+    def _begin_trial(self, request: InFlightRequest, now_s: float) -> InFlightRequest:
         if (engine := self._fleet.begin_trial(request.target, request.key, now_s)) is not None:
             self._refresh(engine, now_s)
         return request
 
     def reserve(self, target: Target, now_s: float) -> InFlightRequest:
         """Counts a request as in flight at a target that will get it once its prompt is computed elsewhere."""
-        return self._targets.reserve(target, now_s)
+        return self._begin_trial(self._targets.reserve(target, now_s), now_s)
 
     def answer(self, request: InFlightRequest, now_s: float, *, is_first_token: bool = True) -> None:
         """The engine answers what it was asked; `is_first_token`: this came as soon as the first token.
@@ -315,8 +310,10 @@ class Dispatcher:
         """The engine gave its whole answer without an error."""
         self._refresh_and_release(self._fleet.complete(request.target), now_s)
 
-    def settle(self, request: InFlightRequest, now_s: float) -> None:
-        """The request has ended there, in whatever way; a second call changes nothing."""
+    def settle(self, request: InFlightRequest, now_s: float, *, successor: InFlightRequest | None = None) -> None:
+        """The request has ended there, or `successor` has taken its place; a second call changes nothing."""
+        if successor is not None:
+            self._fleet.pass_trial(request.target, request.key, successor.key, now_s)
         self._targets.settle(request, now_s)
         if request.uncomputed_keys:
             self._jobs.discard(request)

@@ -50,6 +50,7 @@ class Engine:
         has_listed: whether it has listed its names, so that it serves no others.
         pid: of its serving process, as far as known.
         identity: that of the engine, as its agent reports it; empty without.
+        exchanges_blocks: whether its agent says that it exchanges KV blocks with other engines.
     """
 
     address: EngineAddress
@@ -71,6 +72,7 @@ class Engine:
     has_listed: bool = False
     pid: int | None = None
     identity: str = ""
+    exchanges_blocks: bool = False
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
@@ -79,6 +81,10 @@ class Engine:
     def is_tried(self, now_s: float) -> bool:
         """Whether a request is on its way that has to be answered before the next one."""
         return self.trial is not None and now_s < self.trial_until_s
+
+    def is_tried_with(self, key: int, now_s: float) -> bool:
+        """Whether this is the request that it gets while it is on trial."""
+        return self.trial == key and self.may_accept_alone(now_s)
 
     def may_accept_alone(self, now_s: float) -> bool:
         """Whether it may get new requests while no other engine may."""
@@ -139,11 +145,13 @@ class EngineFleet:
         engine.is_reachable = reachable
         return engine
 
-    def set_process(self, name: str, pid: int | None, identity: str = "") -> Engine | None:
+    def set_process(
+        self, name: str, pid: int | None, identity: str = "", *, exchanges_blocks: bool = False
+    ) -> Engine | None:
         """The process that serves, and the engine's identity: another process has an empty cache and another speed."""
         if (engine := self.engines.get(name)) is None:
             return None
-        engine.identity = identity
+        engine.identity, engine.exchanges_blocks = identity, exchanges_blocks
         if pid == engine.pid:
             return None
         engine.pid = pid
@@ -215,6 +223,12 @@ class EngineFleet:
         self._troubled.add(target.server)
         engine.trial, engine.trial_until_s = key, now_s + LONGEST_TRIAL_S
         return engine
+
+    def pass_trial(self, target: Target, key: int, successor: int, now_s: float) -> None:
+        """Another request has taken the place of this one: where it was the one of a trial, that one is now."""
+        engine = self.engines.get(target.server)
+        if engine is not None and engine.trial == key:
+            engine.trial, engine.trial_until_s = successor, now_s + LONGEST_TRIAL_S
 
     def end_trial(self, target: Target, key: int) -> Engine | None:
         """A request has ended: where it was the one of a trial, the next may follow."""

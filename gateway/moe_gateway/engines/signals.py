@@ -110,7 +110,8 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     if state.engine.model is not None and state.engine.model not in engine.models:
         # What else it serves is asked of the engine itself.
         dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)
-    dispatcher.set_process(name, state.engine.pid, state.engine.identity)
+    exchanges_blocks = state.kv_transfer is not None
+    dispatcher.set_process(name, state.engine.pid, state.engine.identity, exchanges_blocks=exchanges_blocks)
     if dispatcher.placements is not None:
         dispatcher.placements.set_transfer(name, state.kv_transfer)
     dispatcher.set_ready(name, state.accepting and state.ready, now_s, draining=state.phase == "draining")

@@ -21,6 +21,9 @@ from moe_gateway.request.context import ClientRequest
 # A body that keeps coming has time at this rate, besides `body_timeout_s`: the longest body takes 9 hours, but whoever
 # holds a connection with it has to send all the while.
 LEAST_BYTES_PER_S = 1024
+# A body of no more is waited for before its head is judged, unless the client waits for `100 Continue`: judging a head
+# twice takes longer than such a body, which most clients send apart from its head and right behind it.
+LONGEST_AWAITED_BYTES = 64 * 1024
 _HEAD_TOO_LARGE = (RequestOutcome.HEAD_TOO_LARGE, f"the head of the request is larger than {LONGEST_HEAD_BYTES} bytes")
 # Header lines that are left out when a head is read again without its offer of another protocol.
 _OFFER = (b"connection:", b"upgrade:", b"expect:")
@@ -62,7 +65,8 @@ class RequestReader:
         requests: whole requests that were not taken yet, oldest first.
         refusal: why nothing more is read; None while all is well.
         in_head: whether the head of a message is under way.
-        has_open_head: whether a head has come that `take_head` has not returned, and whose body has not come.
+        has_open_head: whether a head has come that `take_head` has not returned, and whose body has not come; not where
+            that body is short, and the client does not wait for `100 Continue`.
     """
 
     __slots__ = (
@@ -73,6 +77,7 @@ class RequestReader:
         "_clock",
         "_connection_tokens",
         "_expects",
+        "_has_short_body",
         "_head_bytes",
         "_hop_by_hop",
         "_limits",
@@ -122,6 +127,7 @@ class RequestReader:
         self.in_head = True
         self.has_open_head = False
         self._expects = False
+        self._has_short_body = False
         self._connection_tokens = b""
         self._request_id = b""
         self._session: str | None = None
@@ -224,8 +230,10 @@ class RequestReader:
 
     def _read_hop_by_hop(self, name: bytes, value: bytes) -> None:
         if name == b"content-length":
-            if len(value) > 15 or int(value) > self._limits.max_body_bytes:
+            if len(value) > 15 or (length := int(value)) > self._limits.max_body_bytes:
                 self._refuse_body()
+            else:
+                self._has_short_body = length <= LONGEST_AWAITED_BYTES
         elif name == b"expect":
             self._expects = value.lower() == b"100-continue"
         elif name == b"connection":
@@ -243,7 +251,7 @@ class RequestReader:
             named = {token.strip() for token in self._connection_tokens.split(b",")} - {b"keep-alive", b"close", b""}
             if named:
                 self._lines = [line for line in self._lines if line[: line.index(b":")] not in named]
-        self.has_open_head = self.refusal is None
+        self.has_open_head = self.refusal is None and (self._expects or not self._has_short_body)
 
     def on_body(self, body: bytes) -> None:
         # Bytes outside the body are limited like a head: the frames of chunks and the trailer.

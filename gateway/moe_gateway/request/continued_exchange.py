@@ -23,6 +23,7 @@ from moe_gateway.http.bodies import Body
 from moe_gateway.http.replies import RequestOutcome
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import UpstreamConnection
+from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import ENGINE_STALLED
 from moe_gateway.request.parsing import Parsed
@@ -63,7 +64,7 @@ class ContinuedExchange(SplitExchange):
     def _begin_attempt(self) -> tuple[bytes, Body]:
         url, body = self._continuation.start()
         if not self.attempts.is_answering:
-            super()._begin_attempt()
+            self._beginning = AnswerBeginning()
             assert self._in_flight is not None
             self._same = self._find_same(self._in_flight.target)
             self._answer.extra = b"" if self._same is None else self._continuation.header

@@ -30,7 +30,8 @@ _FIRST_PHASE: dict[Route, dict[str, Any]] = {
     Route.CHAT: {**_SAMPLED, **_FIGURES, "max_completion_tokens": 1, "logprobs": False, "top_logprobs": None},
     Route.COMPLETIONS: {**_SAMPLED, **_FIGURES, "logprobs": None},
     Route.MESSAGES: {"max_tokens": 1, "stream": False},
-    Route.RESPONSES: {"max_output_tokens": 1, "stream": False, "store": False},
+    # The answer repeats the client's own marks, which may be long.
+    Route.RESPONSES: {"max_output_tokens": 1, "stream": False, "store": False, "metadata": None, "user": None},
 }
 ROUTES = frozenset(_FIRST_PHASE)
 _FIRST_FIELDS = {

@@ -142,7 +142,8 @@ class SplitExchange(Exchange):
         beginning.received += data
         if len(beginning.received) > LONGEST_ANSWER_BYTES:
             self._drop_upstream()
-            self._go_whole(NO_PARAMS, pair.prefill)
+            # Answers to `/v1/responses` repeat fields of the client, so that it may have made this one so long.
+            self._go_whole(NO_PARAMS, None)
         elif connection.complete:
             self._read_prefill(pair, connection)
 
@@ -152,8 +153,6 @@ class SplitExchange(Exchange):
         beginning.read(b"", status, computes=False, complete=True)
         body = split_chunks(beginning.body)[0] if beginning.is_chunked else beginning.body
         self._upstream = None
-        if self._paused and connection.transport is not None:
-            connection.transport.resume_reading()
         connection.release()
         if status >= 500 and status != _NOT_IMPLEMENTED:
             self._fail(f"the engine answered {status}", _failure_of(status, body))
@@ -176,7 +175,9 @@ class SplitExchange(Exchange):
         if self._is_late(pair):
             self._go_whole(LEASE_OVER, None)
             return
-        if not dispatcher.is_accepting(target):
+        engine = dispatcher.engines.get(target.server)
+        is_tried = engine is not None and engine.is_tried_with(pair.reserved.key, self.last_s)
+        if not is_tried and not dispatcher.is_accepting(target):
             self._go_whole(DECODE_GONE, None)
             return
         pair.params = params
@@ -186,7 +187,7 @@ class SplitExchange(Exchange):
         self._in_flight = dispatcher.send(one_token, self._keys, self._session, pair.decode, self.last_s)
         # The first token of a pair says nothing of how fast this engine computes prompts.
         self._in_flight.is_measure = False
-        dispatcher.settle(pair.reserved, self.last_s)
+        dispatcher.settle(pair.reserved, self.last_s, successor=self._in_flight)
         self._beginning = AnswerBeginning()
         self._send()
 
@@ -264,6 +265,13 @@ class SplitExchange(Exchange):
             self._go_whole(CONNECTION_CLOSED, None, counts=True)
 
     # Time, and the end.
+
+    def pause(self) -> None:
+        """As for any exchange; the short answer about a prompt is read at once, as its lease runs."""
+        if self._prefilling is None:
+            super().pause()
+        else:
+            self._paused = True
 
     def check(self, now_s: float, limits: Limits) -> None:
         """As for any exchange; notes that the prompt is not computed yet."""

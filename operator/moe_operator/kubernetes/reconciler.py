@@ -48,7 +48,7 @@ from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
-from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, find_peers, put_settings
+from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
@@ -283,7 +283,10 @@ class Reconciler:
             for peer in peers
             if peer.pod in current.states
         ]
-        behind = [(peer, settings) for peer, settings in wanted if differs(settings, peer, current.states)]
+        states = current.states
+        behind = [
+            (peer, build_change(settings, peer, states)) for peer, settings in wanted if differs(settings, peer, states)
+        ]
         answers = await asyncio.gather(
             *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
         )

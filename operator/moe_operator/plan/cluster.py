@@ -36,6 +36,7 @@ from moe_operator.plan.references import CLAIM, find_references
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 from moe_operator.plan.roles import RoleWorkload, plan_role_workloads
+from moe_operator.plan.written_settings import as_json
 
 Object = dict[str, Any]
 # Kubernetes keeps such fields in 32 bits.
@@ -118,8 +119,8 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
-    request = pods.as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
-    dispatch = pods.as_json(engine_settings(resource.spec.scheduling.engine))
+    request = as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
+    dispatch = as_json(engine_settings(resource.spec.scheduling.engine))
     engines = {STABLE: names.engine} | ({CANARY: names.canary} if has_canary else {})
     at_stable, canary = at_revision(resource, stable), resource.spec.engine.canary
     spans_nodes = observed.has_groups or max(map(_nodes, (resource, at_stable))) > 1

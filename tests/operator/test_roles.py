@@ -133,10 +133,20 @@ def test_fixed_roles_are_two_deployments_behind_one_service():
     assert config_of(workloads["a-gateway"])["disaggregation"] == {"moves_roles": False}
 
 
-def test_a_budget_of_each_role_selects_its_pods_alone():
-    budgets = of_kind(plan(resource(FIXED)), "PodDisruptionBudget")
-    selected = {name: row["spec"]["selector"]["matchLabels"].get(ROLE) for name, row in budgets.items()}
-    assert selected == {"a-engine-prefill": "prefill", "a-engine-decode": "decode", "a-gateway": None}
+@pytest.mark.parametrize("first_replicas", [None, 1])
+def test_one_budget_selects_the_engines_of_both_roles_and_those_that_they_replace(first_replicas):
+    planned = plan(resource(FIXED), first_replicas=first_replicas)
+    budgets = of_kind(planned, "PodDisruptionBudget")
+    labels = [
+        workload["spec"]["template"]["metadata"]["labels"] for workload in of_kind(planned, "Deployment").values()
+    ]
+    unified = of_kind(plan(resource()), "Deployment")["a-engine"]["spec"]["template"]["metadata"]["labels"]
+    engines = [row for row in [*labels, unified] if row["app.kubernetes.io/component"] == "engine"]
+    assert len(engines) == 3
+    for pod in engines:
+        selectors = {name: row["spec"]["selector"]["matchLabels"] for name, row in budgets.items()}
+        assert [name for name, selector in selectors.items() if selector.items() <= pod.items()] == ["a-engine"]
+    assert budgets["a-engine"]["spec"]["maxUnavailable"] == 1
 
 
 @pytest.mark.parametrize(("roles", "expected"), [(None, False), ({"mode": "auto"}, True), (FIXED, True)])

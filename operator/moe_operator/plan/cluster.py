@@ -132,7 +132,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
         *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
-        *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors, roles),
+        *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors),
         *build_group_budgets(at_stable, names, names.engine, count.replicas, has_groups=observed.has_groups),
         *_build_stable(at_stable, names, stable, count, roles, observed.one_node_claims, defaults),
     ]

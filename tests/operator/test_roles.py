@@ -31,12 +31,13 @@ Document = dict[str, Any]
 
 def resource(roles: Document | None = None, engine: Document | None = None, **spec: Any) -> MoEServing:
     said = {} if roles is None else {"roles": roles}
+    spec = {"model": {"uri": "hf://org/a"}} | spec
     return parse_resource(
         {
             "apiVersion": "moeserving.dev/v1alpha1",
             "kind": "MoEServing",
             "metadata": {"name": "a"},
-            "spec": {"model": {"uri": "hf://org/a"}, "engine": said | (engine or {}), **spec},
+            "spec": {"engine": said | (engine or {}), **spec},
         }
     )
 

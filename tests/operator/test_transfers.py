@@ -179,16 +179,18 @@ def pods(count: int, role: str = "") -> list[Any]:
     ]
 
 
-def takeover(roles: Any, store: Objects, present: list[Any], **engine: Any) -> Any:
+def takeover(
+    roles: Any, store: Objects, present: list[Any], model: Any = None, claims: tuple[str, ...] = (), **engine: Any
+) -> Any:
     resource = parse_resource(
         {
             "apiVersion": "moeserving.dev/v1alpha1",
             "kind": "MoEServing",
             "metadata": {"name": "a"},
-            "spec": {"model": {"uri": "hf://o/a"}, "engine": {"roles": roles, **engine}},
+            "spec": {"model": {"uri": "hf://o/a"} | (model or {}), "engine": {"roles": roles, **engine}},
         }
     )
-    observed = Observed(uid="u", tokens=("t",))
+    observed = Observed(uid="u", tokens=("t",), one_node_claims=frozenset(claims))
     kinds = {DEPLOYMENT, LEADER_WORKER_SET}
     return read_takeover(store, KEY, resource, observed, present, kinds)  # type: ignore[arg-type]
 
@@ -210,6 +212,28 @@ def test_engines_of_fixed_roles_take_over_one_by_one(old, new, expected):
 def test_without_old_engines_there_is_no_takeover():
     assert takeover(FIXED, Objects(), pods(3)) is None
     assert takeover(FIXED, Objects((DEPLOYMENT, workload("a-engine", 3))), pods(3), update="inPlace") is None
+
+
+VOLUMES = [{"name": "v", "persistentVolumeClaim": {"claimName": "mine"}}]
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "claims"),
+    [
+        ({"cache": {"path": "/c", "size": "10Gi", "accessMode": "ReadWriteOnce"}}, {}, ()),
+        ({"cache": {"path": "/c", "claim": "mine"}}, {}, ("mine",)),
+        ({"uri": "pvc://mine/m"}, {}, ("mine",)),
+        ({}, {"podTemplate": {"spec": {"volumes": VOLUMES}}}, ("mine",)),
+    ],
+)
+@pytest.mark.parametrize("roles", [FIXED, {"mode": "auto"}])
+def test_engines_that_share_one_node_go_before_those_of_other_roles_come(model, engine, claims, roles):
+    names = ("a-engine",) if roles == FIXED else ("a-engine-prefill", "a-engine-decode")
+    store = Objects(*((DEPLOYMENT, workload(name, 3)) for name in names))
+    present = pods(3) if roles == FIXED else pods(3, "decode")
+    assert takeover(roles, store, present, model, claims, **engine) is None
+    if claims:
+        assert takeover(roles, store, present, model, ("other",), **engine) is not None
 
 
 def test_engines_of_all_roles_take_over_from_both():

@@ -185,8 +185,10 @@ class Reconciler:
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
             observed = with_scale_in(observed, changes)
             plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
-            if claims := await self._claims.find_one_node(key.namespace, key.name, plan.objects):
+            workloads = [live for _, live in self._store.children(key, WORKLOADS)]
+            if claims := await self._claims.find_one_node(key.namespace, key.name, plan.objects, workloads):
                 observed = replace(observed, one_node_claims=claims)
+                takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
                 plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))

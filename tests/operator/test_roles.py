@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moe_contract.agent_state import read_agent_state
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, parse_resource
+from moe_operator.cli.plan import _example_ports
 from moe_operator.cli.table import render_engines
 from moe_operator.local import machine
 from moe_operator.local.change import is_live
@@ -242,3 +243,23 @@ def test_the_ports_of_the_ranks_of_engines_are_apart():
     found = machine.find_free_ranges(3, 4, without=(1,))
     ports = [port for first in found for port in range(first, first + 4)]
     assert len(set(ports)) == 12
+
+
+@pytest.mark.parametrize("engine", [{"args": ["--kv-offloading-size=4"]}, {"parallelism": {"data": 2, "nodes": 2}}])
+def test_a_canary_beside_engines_that_cannot_take_part_is_refused_as_the_canary(engine):
+    stable = build_revision(resource(None, engine))
+    with pytest.raises(InvalidInput) as caught:
+        plan(resource({"mode": "auto"}, {"canary": {"weight": 10}}), stable=stable)
+    (row,) = caught.value.errors
+    assert row.path == "spec.engine.canary"
+    assert "set weight to 100 or remove the canary" in row.message
+    assert plan(resource({"mode": "auto"}), stable=stable).replicas == 1
+
+
+@pytest.mark.parametrize("roles", [None, {"mode": "auto"}])
+def test_the_example_ports_of_a_local_plan_are_apart(roles):
+    wanted = resource(roles, {"replicas": 3, "parallelism": {"data": 4}})
+    ports = _example_ports(wanted)
+    assert len(ports) == ports_needed(wanted)
+    taken = [*ports[:8], *(port + rank for port in ports[8:] for rank in range(4))]
+    assert len(set(taken)) == len(taken)

@@ -6,6 +6,7 @@ import pytest
 from moe_contract.api_server import ApiError
 from moe_operator.kubernetes.kinds import CLAIM, Kind
 from moe_operator.kubernetes.named_claims import NamedClaims
+from test_roles import of_kind, plan, resource
 
 MODES: dict[str, list[str]] = {
     "one": ["ReadWriteOnce"],
@@ -67,3 +68,27 @@ async def test_without_the_right_to_read_claims_the_resource_counts() -> None:
 async def test_another_failure_is_one_of_the_pass() -> None:
     with pytest.raises(ApiError):
         await NamedClaims(FakeApi(500)).find_one_node("ns", "tiny", objects("one"))
+
+
+@pytest.mark.parametrize("roles", [None, {"mode": "fixed", "prefill": 1, "decode": 2}])
+async def test_running_engines_stay_as_they_are_and_new_ones_keep_to_one_node(roles: dict[str, Any] | None) -> None:
+    wanted = resource(roles, model={"uri": "hf://o/a", "cache": {"path": "/c", "claim": "one"}})
+    claims = NamedClaims(FakeApi())
+    for one_node in (frozenset[str](), frozenset({"one"})):
+        objects = plan(wanted, one_node_claims=one_node).objects
+        workloads = list(of_kind(plan(wanted, one_node_claims=one_node), "Deployment").values())
+        assert await claims.find_one_node("ns", "a", objects, workloads) == one_node
+    assert await claims.find_one_node("ns", "a", objects, []) == {"one"}
+
+
+async def test_a_claim_of_gateways_alone_says_nothing_of_engines() -> None:
+    wanted = resource(model={"uri": "pvc://one/m"})
+    gateway = of_kind(plan(wanted), "Deployment")["a-gateway"]
+    gateway["spec"]["template"]["spec"]["volumes"].append({"persistentVolumeClaim": {"claimName": "one"}})
+    assert await NamedClaims(FakeApi()).find_one_node("ns", "a", plan(wanted).objects, [gateway]) == {"one"}
+
+
+async def test_engines_of_several_nodes_that_run_are_not_refused() -> None:
+    wanted = resource(None, {"parallelism": {"data": 2, "nodes": 2}}, model={"uri": "pvc://one/m"})
+    groups = of_kind(plan(wanted), "LeaderWorkerSet")["a-engine"]
+    assert await NamedClaims(FakeApi()).find_one_node("ns", "a", plan(wanted).objects, [groups]) == frozenset()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moe_contract.agent_state import read_agent_state
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, parse_resource
+from moe_operator.cli.plan import _example_ports
 from moe_operator.cli.table import render_engines
 from moe_operator.local import machine
 from moe_operator.local.change import is_live
@@ -31,12 +32,13 @@ Document = dict[str, Any]
 
 def resource(roles: Document | None = None, engine: Document | None = None, **spec: Any) -> MoEServing:
     said = {} if roles is None else {"roles": roles}
+    spec = {"model": {"uri": "hf://org/a"}} | spec
     return parse_resource(
         {
             "apiVersion": "moeserving.dev/v1alpha1",
             "kind": "MoEServing",
             "metadata": {"name": "a"},
-            "spec": {"model": {"uri": "hf://org/a"}, "engine": said | (engine or {}), **spec},
+            "spec": {"engine": said | (engine or {}), **spec},
         }
     )
 
@@ -133,10 +135,20 @@ def test_fixed_roles_are_two_deployments_behind_one_service():
     assert config_of(workloads["a-gateway"])["disaggregation"] == {"moves_roles": False}
 
 
-def test_a_budget_of_each_role_selects_its_pods_alone():
-    budgets = of_kind(plan(resource(FIXED)), "PodDisruptionBudget")
-    selected = {name: row["spec"]["selector"]["matchLabels"].get(ROLE) for name, row in budgets.items()}
-    assert selected == {"a-engine-prefill": "prefill", "a-engine-decode": "decode", "a-gateway": None}
+@pytest.mark.parametrize("first_replicas", [None, 1])
+def test_one_budget_selects_the_engines_of_both_roles_and_those_that_they_replace(first_replicas):
+    planned = plan(resource(FIXED), first_replicas=first_replicas)
+    budgets = of_kind(planned, "PodDisruptionBudget")
+    labels = [
+        workload["spec"]["template"]["metadata"]["labels"] for workload in of_kind(planned, "Deployment").values()
+    ]
+    unified = of_kind(plan(resource()), "Deployment")["a-engine"]["spec"]["template"]["metadata"]["labels"]
+    engines = [row for row in [*labels, unified] if row["app.kubernetes.io/component"] == "engine"]
+    assert len(engines) == 3
+    for pod in engines:
+        selectors = {name: row["spec"]["selector"]["matchLabels"] for name, row in budgets.items()}
+        assert [name for name, selector in selectors.items() if selector.items() <= pod.items()] == ["a-engine"]
+    assert budgets["a-engine"]["spec"]["maxUnavailable"] == 1
 
 
 @pytest.mark.parametrize(("roles", "expected"), [(None, False), ({"mode": "auto"}, True), (FIXED, True)])
@@ -231,3 +243,23 @@ def test_the_ports_of_the_ranks_of_engines_are_apart():
     found = machine.find_free_ranges(3, 4, without=(1,))
     ports = [port for first in found for port in range(first, first + 4)]
     assert len(set(ports)) == 12
+
+
+@pytest.mark.parametrize("engine", [{"args": ["--kv-offloading-size=4"]}, {"parallelism": {"data": 2, "nodes": 2}}])
+def test_a_canary_beside_engines_that_cannot_take_part_is_refused_as_the_canary(engine):
+    stable = build_revision(resource(None, engine))
+    with pytest.raises(InvalidInput) as caught:
+        plan(resource({"mode": "auto"}, {"canary": {"weight": 10}}), stable=stable)
+    (row,) = caught.value.errors
+    assert row.path == "spec.engine.canary"
+    assert "set weight to 100 or remove the canary" in row.message
+    assert plan(resource({"mode": "auto"}), stable=stable).replicas == 1
+
+
+@pytest.mark.parametrize("roles", [None, {"mode": "auto"}])
+def test_the_example_ports_of_a_local_plan_are_apart(roles):
+    wanted = resource(roles, {"replicas": 3, "parallelism": {"data": 4}})
+    ports = _example_ports(wanted)
+    assert len(ports) == ports_needed(wanted)
+    taken = [*ports[:8], *(port + rank for port in ports[8:] for rank in range(4))]
+    assert len(set(taken)) == len(taken)

@@ -7,6 +7,7 @@ from moe_contract.agent_state import AgentState, EngineProcess
 from moe_contract.engine_process import NO_CONNECTOR
 from moe_contract.kv_transfer import KvTransferState
 from moe_operator.api import parse_resource
+from moe_operator.autoscale.signal import NOT_ASKED, States
 from moe_operator.kubernetes.conditions import ConditionInputs, build_conditions, is_bad, summarise
 from moe_operator.kubernetes.exit_cause import explain_exit
 from moe_operator.kubernetes.kinds import DEPLOYMENT, LEADER_WORKER_SET
@@ -71,6 +72,29 @@ def test_failures_are_seen_apart_and_resources_too():
 def test_engines_that_take_no_part_are_no_traffic():
     state = AgentState(phase="ready")
     assert TransferWatch().observe(KEY, {"e": state}, 0.0) == Traffic()
+
+
+def test_a_pass_that_asked_nobody_keeps_the_verdict_and_the_counters():
+    watch, both = TransferWatch(), {"a": engine(0), "b": engine(1)}
+    watch.judge(KEY, States(engines=both), None, 0.0)
+    said = watch.judge(KEY, States(engines=both | {"b": engine(5)}), None, 15.0)
+    (kept,) = (row for row in conditions(said) if row.type == "Disaggregated")
+    assert kept.reason == "Transferring"
+    assert watch.judge(KEY, NOT_ASKED, kept, 90.0) == said
+    verdict = watch.judge(KEY, States(engines=both | {"b": engine(50)}), kept, 92.0)
+    assert verdict == said, "transfers that arrived meanwhile are seen by the counters of before"
+
+
+def test_without_a_verdict_of_before_a_pass_that_asked_nobody_has_none():
+    watch = TransferWatch()
+    assert watch.judge(KEY, NOT_ASKED, None, 0.0) is None
+    (row,) = (row for row in conditions(judge_transfers({}, Traffic())) if row.type == "Disaggregated")
+    assert watch.judge(KEY, NOT_ASKED, row.model_copy(update={"reason": "OfAnotherRelease"}), 0.0) is None
+
+
+def test_engines_that_were_asked_and_are_silent_are_no_pair():
+    status, reason, _ = TransferWatch().judge(KEY, States(), None, 0.0)
+    assert (status.value, reason.value) == ("False", "NoPeers")
 
 
 # 2. The verdict.
@@ -179,16 +203,18 @@ def pods(count: int, role: str = "") -> list[Any]:
     ]
 
 
-def takeover(roles: Any, store: Objects, present: list[Any], **engine: Any) -> Any:
+def takeover(
+    roles: Any, store: Objects, present: list[Any], model: Any = None, claims: tuple[str, ...] = (), **engine: Any
+) -> Any:
     resource = parse_resource(
         {
             "apiVersion": "moeserving.dev/v1alpha1",
             "kind": "MoEServing",
             "metadata": {"name": "a"},
-            "spec": {"model": {"uri": "hf://o/a"}, "engine": {"roles": roles, **engine}},
+            "spec": {"model": {"uri": "hf://o/a"} | (model or {}), "engine": {"roles": roles, **engine}},
         }
     )
-    observed = Observed(uid="u", tokens=("t",))
+    observed = Observed(uid="u", tokens=("t",), one_node_claims=frozenset(claims))
     kinds = {DEPLOYMENT, LEADER_WORKER_SET}
     return read_takeover(store, KEY, resource, observed, present, kinds)  # type: ignore[arg-type]
 
@@ -210,6 +236,28 @@ def test_engines_of_fixed_roles_take_over_one_by_one(old, new, expected):
 def test_without_old_engines_there_is_no_takeover():
     assert takeover(FIXED, Objects(), pods(3)) is None
     assert takeover(FIXED, Objects((DEPLOYMENT, workload("a-engine", 3))), pods(3), update="inPlace") is None
+
+
+VOLUMES = [{"name": "v", "persistentVolumeClaim": {"claimName": "mine"}}]
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "claims"),
+    [
+        ({"cache": {"path": "/c", "size": "10Gi", "accessMode": "ReadWriteOnce"}}, {}, ()),
+        ({"cache": {"path": "/c", "claim": "mine"}}, {}, ("mine",)),
+        ({"uri": "pvc://mine/m"}, {}, ("mine",)),
+        ({}, {"podTemplate": {"spec": {"volumes": VOLUMES}}}, ("mine",)),
+    ],
+)
+@pytest.mark.parametrize("roles", [FIXED, {"mode": "auto"}])
+def test_engines_that_share_one_node_go_before_those_of_other_roles_come(model, engine, claims, roles):
+    names = ("a-engine",) if roles == FIXED else ("a-engine-prefill", "a-engine-decode")
+    store = Objects(*((DEPLOYMENT, workload(name, 3)) for name in names))
+    present = pods(3) if roles == FIXED else pods(3, "decode")
+    assert takeover(roles, store, present, model, claims, **engine) is None
+    if claims:
+        assert takeover(roles, store, present, model, ("other",), **engine) is not None
 
 
 def test_engines_of_all_roles_take_over_from_both():

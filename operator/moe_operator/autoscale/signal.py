@@ -30,16 +30,21 @@ class States:
         gateways: states of gateways.
         strangers: pods at whose address another pod answered; their states are in neither.
         freshness: of each state; one without counts as of now.
+        asked: whether they were asked at all: of those that were not, silence says nothing.
     """
 
     engines: Mapping[str, AgentState] = field(default_factory=dict)
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
     strangers: frozenset[str] = frozenset()
     freshness: Mapping[str, Freshness] = field(default_factory=dict)
+    asked: bool = True
 
     def __contains__(self, pod: str) -> bool:
         """Whether the agent or gateway in this pod answered."""
         return pod in self.engines or pod in self.gateways
+
+
+NOT_ASKED = States(asked=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

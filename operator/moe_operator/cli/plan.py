@@ -67,7 +67,7 @@ def plan(
         resource = load_resource(file)
         if local:
             text = "# Ports and the state folder are chosen at the start; those shown are examples.\n"
-            text += render_local(plan_local(resource, _example_site(ports_needed(resource), cpus, gpus)))
+            text += render_local(plan_local(resource, _example_site(_example_ports(resource), cpus, gpus)))
         else:
             place = namespace or resource.metadata.namespace or "default"
             observed = Observed(tokens=(secrets.token_urlsafe(32),), has_service_monitors=_asks_for_monitors(resource))
@@ -79,11 +79,20 @@ def _asks_for_monitors(resource: MoEServing) -> bool:
     return bool(resource.spec.metrics.labels or resource.spec.metrics.annotations)
 
 
-def _example_site(ports: int, cpus: int | None, gpus: int) -> LocalSite:
+def _example_ports(resource: MoEServing) -> tuple[int, ...]:
+    """Ports in a row; the last ones, for exchanges of KV blocks, with room for the data-parallel ranks of an engine."""
+    engine = resource.spec.engine
+    needed, bases = ports_needed(resource), engine.count if engine.roles.apart else 0
+    first_base = FIRST_SHOWN_PORT + needed - bases
+    last = first_base + bases * engine.parallelism.data
+    return (*range(FIRST_SHOWN_PORT, first_base), *range(first_base, last, engine.parallelism.data))
+
+
+def _example_site(ports: tuple[int, ...], cpus: int | None, gpus: int) -> LocalSite:
     return LocalSite(
         state_dir=Path("STATE_DIR"),
         token_file=Path("STATE_DIR/token"),
-        ports=tuple(range(FIRST_SHOWN_PORT, FIRST_SHOWN_PORT + ports)),
+        ports=ports,
         cpus=cpus or len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         gpus=tuple(str(index) for index in range(gpus)),

@@ -20,6 +20,7 @@ from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.identity import Identity, judge_identity, says_uid
 from moe_operator.plan.names import REVISION
 from moe_operator.plan.pod_status import ENGINE, component_of, is_live, label_of
+from moe_operator.plan.written_settings import build_body, differs_from
 
 Document = dict[str, Any]
 Answer = TypeVar("Answer")
@@ -146,6 +147,14 @@ async def drain(session: aiohttp.ClientSession, peer: Peer, tokens: Sequence[str
 
 def differs(wanted: Mapping[str, Any], peer: Peer, states: States) -> bool:
     """Whether the settings in force in a peer that answered are not the wanted ones."""
+    return differs_from(wanted, _in_force(peer, states))
+
+
+def build_change(wanted: Mapping[str, Any], peer: Peer, states: States) -> dict[str, Any]:
+    """Returns the control body that gives a peer the wanted settings, by those that it said are in force."""
+    return build_body(wanted, _in_force(peer, states))
+
+
+def _in_force(peer: Peer, states: States) -> dict[str, Any]:
     state = states.engines.get(peer.pod) or states.gateways.get(peer.pod)
-    in_force = {} if state is None or state.config is None else state.config.document()
-    return any(in_force.get(name) != value for name, value in wanted.items())
+    return {} if state is None or state.config is None else state.config.document()

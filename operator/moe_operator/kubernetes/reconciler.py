@@ -24,7 +24,7 @@ from moe_operator.api.resource import MoEServing
 from moe_operator.api.status import ConditionStatus
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.autoscaler import Outcome
-from moe_operator.autoscale.signal import States
+from moe_operator.autoscale.signal import NOT_ASKED, States
 from moe_operator.autoscale.source import Sources
 from moe_operator.kubernetes.api import Api, NotLeading
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
@@ -48,7 +48,7 @@ from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
-from moe_operator.kubernetes.peers import Peer, differs, fetch_experts, find_peers, put_settings
+from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
@@ -62,7 +62,8 @@ from moe_operator.kubernetes.takeover import (
     with_old_workload,
     with_takeover,
 )
-from moe_operator.kubernetes.transfers import TransferWatch, is_apart, judge_transfers
+from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
+from moe_operator.kubernetes.transfers import TransferWatch, is_apart
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -140,7 +141,7 @@ class Reconciler:
         except (NotLeading, PassFailed):
             raise
         except Exception as error:
-            await self._report_failure(key, describe(error), States(), {})
+            await self._report_failure(key, describe(error), NOT_ASKED, {})
             raise
 
     async def _pass(self, key: Key, document: Document) -> float | None:
@@ -171,7 +172,7 @@ class Reconciler:
         pods = self._store.of(key, POD)
         peers = find_peers(pods)
         asking = self._ask(key, peers, resource)
-        states, experts = await parts.run("asking engines and gateways", asking, (States(), {}))
+        states, experts = await parts.run("asking engines and gateways", asking, (NOT_ASKED, {}))
         now = datetime.now(UTC)
         try:
             place = await self._namespaces.fetch_uid(key.namespace)
@@ -185,8 +186,10 @@ class Reconciler:
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
             observed = with_scale_in(observed, changes)
             plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
-            if claims := await self._claims.find_one_node(key.namespace, key.name, plan.objects):
+            workloads = [live for _, live in self._store.children(key, WORKLOADS)]
+            if claims := await self._claims.find_one_node(key.namespace, key.name, plan.objects, workloads):
                 observed = replace(observed, one_node_claims=claims)
+                takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
                 plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
@@ -283,7 +286,10 @@ class Reconciler:
             for peer in peers
             if peer.pod in current.states
         ]
-        behind = [(peer, settings) for peer, settings in wanted if differs(settings, peer, current.states)]
+        states = current.states
+        behind = [
+            (peer, build_change(settings, peer, states)) for peer, settings in wanted if differs(settings, peer, states)
+        ]
         answers = await asyncio.gather(
             *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
         )
@@ -329,7 +335,7 @@ class Reconciler:
         """Nothing is touched: what runs goes on."""
         self._streams.forget(key)
         inputs = ConditionInputs(invalid=problem, desired=self._live_replicas(key))
-        await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), States(), {})
+        await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), NOT_ASKED, {})
         return None
 
     async def _report_blind(self, document: Document, problem: str) -> float:
@@ -407,8 +413,8 @@ class Reconciler:
         now = datetime.now(UTC)
         before = read_conditions(document)
         if is_apart(document):
-            traffic = self._transfers.observe(key, states.engines, time.monotonic())
-            inputs = replace(inputs, transfers=judge_transfers(states.engines, traffic))
+            verdict = self._transfers.judge(key, states, before.get(DISAGGREGATED), time.monotonic())
+            inputs = replace(inputs, transfers=verdict)
         inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)

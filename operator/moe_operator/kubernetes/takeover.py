@@ -4,7 +4,7 @@ place of engines of all roles, and back.
 Leaders, single pods and pods of a role have the labels of the engines' Service, so gateways see all of them. With
 `surge` the new workload has one engine more than are ready, and the old one gives up as many as are ready, as in a
 rolling update: the number that serves stays, and one engine more than before has to find room. With `inPlace` the old
-workload goes first.
+workload goes first, and so it does where all engines share one node, which may have no room for one more.
 """
 
 from collections.abc import Container, Sequence
@@ -26,6 +26,7 @@ from moe_operator.kubernetes.victims import mark_victims_of
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas, stable_nodes
 from moe_operator.plan.names import REVISION, ROLE, Names, is_replica
+from moe_operator.plan.one_node import share_one_node
 from moe_operator.plan.pod_status import label_of
 
 Document = dict[str, Any]
@@ -181,7 +182,7 @@ def read_role_takeover(
         places = [(DEPLOYMENT, names.of_role(role)) for role in (EngineRole.PREFILL, EngineRole.DECODE)]
     olds = [(kind, live) for kind, name in places if (live := store.get(key, kind, name)) is not None]
     olds = [(kind, live) for kind, live in olds if "deletionTimestamp" not in live["metadata"]]
-    if not olds or engine.update is not Update.SURGE:
+    if not olds or engine.update is not Update.SURGE or share_one_node(resource, observed.one_node_claims):
         return None
     nodes = max(int(live["spec"].get("leaderWorkerTemplate", {}).get("size", 1)) for _, live in olds)
     whole = whole_replicas(pods, nodes)

@@ -16,7 +16,9 @@ from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.reasons import Reason
 from moe_operator.api.roles import RoleMode
-from moe_operator.api.status import ConditionStatus
+from moe_operator.api.status import Condition, ConditionStatus
+from moe_operator.autoscale.signal import States
+from moe_operator.experts.report import Verdict
 from moe_operator.kubernetes.store import Key
 
 CONDITION = "Disaggregated"
@@ -59,6 +61,21 @@ class TransferWatch:
     def forget(self, key: Key) -> None:
         """Drops what is kept for a resource that was deleted."""
         self._seen.pop(key, None)
+
+    def judge(self, key: Key, states: States, before: Condition | None, now_s: float) -> Verdict | None:
+        """Returns the verdict over a resource; None where there is none to keep.
+
+        Args:
+            key: of the resource.
+            states: of its agents. Where they were not asked, the verdict of before stands and no counter is touched.
+            before: the condition until now.
+            now_s: monotonic time.
+        """
+        if states.asked:
+            return judge_transfers(states.engines, self.observe(key, states.engines, now_s))
+        if before is None or before.reason not in set(Reason):
+            return None
+        return before.status, Reason(before.reason), before.message
 
     def observe(self, key: Key, engines: Mapping[str, AgentState], now_s: float) -> Traffic:
         """The traffic of the last minute, as far as the passes of this operator have seen it.

@@ -29,13 +29,13 @@ from moe_operator.plan.leader_worker_set import build_group_budgets, build_leade
 from moe_operator.plan.metadata import with_metadata
 from moe_operator.plan.names import CANARY, ROTATED_AT, SCALE_IN, STABLE, Names
 from moe_operator.plan.network import build_policies, build_services
-from moe_operator.plan.one_node import on_one_node
+from moe_operator.plan.one_node import find_one_node_claims, on_one_node
 from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
-from moe_operator.plan.references import CLAIM, find_references
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
 from moe_operator.plan.roles import RoleWorkload, plan_role_workloads
+from moe_operator.plan.written_settings import as_json
 
 Object = dict[str, Any]
 # Kubernetes keeps such fields in 32 bits.
@@ -118,8 +118,8 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
-    request = pods.as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
-    dispatch = pods.as_json(engine_settings(resource.spec.scheduling.engine))
+    request = as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
+    dispatch = as_json(engine_settings(resource.spec.scheduling.engine))
     engines = {STABLE: names.engine} | ({CANARY: names.canary} if has_canary else {})
     at_stable, canary = at_revision(resource, stable), resource.spec.engine.canary
     spans_nodes = observed.has_groups or max(map(_nodes, (resource, at_stable))) > 1
@@ -131,7 +131,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
         *_build_cache(resource, names),
         *build_services(resource, names, engines),
         *build_inference_pool(resource, names, all_span_nodes=min(map(_nodes, (resource, at_stable))) > 1),
-        *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors, roles),
+        *build_policies(resource, names, engines, defaults, spans_nodes, has_monitors),
         *build_group_budgets(at_stable, names, names.engine, count.replicas, has_groups=observed.has_groups),
         *_build_stable(at_stable, names, stable, count, roles, observed.one_node_claims, defaults),
     ]
@@ -295,7 +295,7 @@ def _build_engines(
     labels = names.labels("engine", revision, role)
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest, role)
     keeps_one_node = resource.spec.model.keeps_one_node
-    if _mounts_one_node_claim(resource, template, one_node_claims):
+    if _mounts_one_node_claim(resource, one_node_claims):
         template = template if keeps_one_node else on_one_node(template, names.labels("engine"))
         keeps_one_node = True
     metadata = {"name": name, "labels": labels, "annotations": dict(count.annotations)}
@@ -319,13 +319,13 @@ def _build_engines(
     return build_leader_worker_set(resource, metadata, template, count.spec, steps)
 
 
-def _mounts_one_node_claim(resource: MoEServing, template: Object, one_node_claims: frozenset[str]) -> bool:
-    """Whether a pod template mounts a claim that one node alone can mount.
+def _mounts_one_node_claim(resource: MoEServing, one_node_claims: frozenset[str]) -> bool:
+    """Whether the engines mount a claim that one node alone can mount.
 
     Raises:
-        InvalidInput: it does, and the engines span several nodes.
+        InvalidInput: they do, and an engine spans several nodes.
     """
-    mounted = {name for kind, name in find_references([{"spec": template}]) if kind == CLAIM} & one_node_claims
+    mounted = find_one_node_claims(resource, one_node_claims)
     if mounted and _nodes(resource) > 1:
         message = f"one node alone can mount the claim {min(mounted)}; engines on several nodes need ReadWriteMany"
         raise InvalidInput([InputError("spec.engine.parallelism.nodes", message)])

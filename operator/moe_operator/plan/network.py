@@ -1,6 +1,6 @@
-"""Services, disruption budgets and monitors. Pure."""
+"""Services, disruption budgets, network policies and monitors. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moe_contract.engine_process import AGENT_PORT, AGENT_PORT_NAME, ENGINE_PORT, ENGINE_PORT_NAME
@@ -8,10 +8,9 @@ from moe_contract.routes import METRICS
 
 from moe_operator.api.pods import GatewayService, IpFamilyPolicy, ServiceType
 from moe_operator.api.resource import MoEServing
-from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_NAME, STABLE, Names
+from moe_operator.plan.names import COMPONENT, INSTANCE, LWS_NAME, Names
 from moe_operator.plan.network_policies import build_network_policies
 from moe_operator.plan.pods import Defaults
-from moe_operator.plan.roles import RoleWorkload
 
 Object = dict[str, Any]
 
@@ -74,17 +73,23 @@ def build_policies(
     defaults: Defaults,
     spans_nodes: bool,
     has_service_monitors: bool,
-    roles: Sequence[RoleWorkload] = (),
 ) -> list[Object]:
-    """What stands around the pods; with `spans_nodes` engines of several nodes exist or are planned.
+    """Returns the budgets, policies and monitors of the pods.
 
-    Engines of fixed roles have a budget for each role: the last one of a role stops the work of all of the other.
+    Engines of all roles share one budget: while one of a role is away, another eviction could stop the other role too,
+    and engines that another workload replaces stay in it.
+
+    Args:
+        resource: the resource.
+        names: of its children.
+        engines: name of each workload of engines by revision.
+        defaults: what the operator was installed with.
+        spans_nodes: whether engines of several nodes exist or are planned.
+        has_service_monitors: whether the cluster knows ServiceMonitors.
     """
     # Pods of groups have a budget of their own; a pod with two budgets cannot be evicted at all.
     singles: Object = {"matchExpressions": [{"key": LWS_NAME, "operator": "DoesNotExist"}]} if spans_nodes else {}
     selected = {name: names.labels("engine", revision) for revision, name in engines.items()}
-    if roles:
-        selected = {row.name: names.labels("engine", STABLE, row.role) for row in roles}
     objects = [_build_budget(name, {"matchLabels": labels, **singles}, resource) for name, labels in selected.items()]
     objects.append(_build_budget(names.gateway, {"matchLabels": names.labels("gateway")}, resource))
     objects += build_network_policies(resource, names, defaults, spans_nodes=spans_nodes)

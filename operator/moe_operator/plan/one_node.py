@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_operator.api.resource import MoEServing
+from moe_operator.plan.references import CLAIM, find_references
+
 Document = dict[str, Any]
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _ONE_NODE = "kubernetes.io/hostname"
@@ -16,6 +19,32 @@ def on_one_node(template: Document, labels: Mapping[str, str]) -> Document:
     spec = template["spec"]
     affinity = spec.get("affinity") or {}
     pods = affinity.get("podAffinity") or {}
-    term = {"topologyKey": _ONE_NODE, "labelSelector": {"matchLabels": dict(labels)}}
-    pods = {**pods, _REQUIRED: [*(pods.get(_REQUIRED) or ()), term]}
+    pods = {**pods, _REQUIRED: [*(pods.get(_REQUIRED) or ()), _term(labels)]}
     return {**template, "spec": {**spec, "affinity": {**affinity, "podAffinity": pods}}}
+
+
+def is_on_one_node(template: Document, labels: Mapping[str, str]) -> bool:
+    """Returns whether a pod template has that affinity."""
+    pods = (template["spec"].get("affinity") or {}).get("podAffinity") or {}
+    return any(row.items() >= _term(labels).items() for row in pods.get(_REQUIRED) or ())
+
+
+def find_one_node_claims(resource: MoEServing, one_node_claims: frozenset[str]) -> frozenset[str]:
+    """Returns the claims that the engines mount, of those that one node alone can mount."""
+    model, mounted = resource.spec.model, set[str]()
+    if model.cache is not None and model.cache.claim is not None:
+        mounted.add(model.cache.claim)
+    if model.uri.startswith("pvc://"):
+        mounted.add(model.uri.removeprefix("pvc://").partition("/")[0])
+    extra = find_references([{"spec": {"template": resource.spec.engine.pod_template}}])
+    mounted |= {name for kind, name in extra if kind == CLAIM}
+    return one_node_claims & mounted
+
+
+def share_one_node(resource: MoEServing, one_node_claims: frozenset[str]) -> bool:
+    """Returns whether all engines of a resource are on one node, for the volume that they mount."""
+    return resource.spec.model.keeps_one_node or bool(find_one_node_claims(resource, one_node_claims))
+
+
+def _term(labels: Mapping[str, str]) -> Document:
+    return {"topologyKey": _ONE_NODE, "labelSelector": {"matchLabels": dict(labels)}}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from moe_operator.plan.pod_environment import (
     with_cluster_names,
 )
 from moe_operator.plan.roles import build_disaggregation, build_transfer
+from moe_operator.plan.written_settings import as_json
 
 CONFIG_DIR, CONTROL_DIR, SETTINGS_DIR = "/etc/moeserving", "/etc/moeserving-control", "/etc/moeserving-settings"
 # The gateway's Secrets, each in a folder of its name.
@@ -354,11 +355,6 @@ def build_gateway_file(resource: MoEServing, groups: tuple[Group, ...]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def as_json(settings: Any) -> dict[str, Any]:
-    """A settings object of the core as JSON values."""
-    return asdict(settings)
-
-
 def _dump(config: AgentConfig | GatewayConfig) -> str:
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
 
@@ -443,7 +439,6 @@ def _secret_mounts(resource: MoEServing) -> list[dict[str, Any]]:
 __all__ = [
     "COMPONENT",
     "Defaults",
-    "as_json",
     "build_agent_config",
     "build_agent_settings",
     "build_engine_template",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from moe_contract.input_errors import InvalidInput
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api.parse import parse_resource, resource_document
 from moe_operator.api.resource import MoEServing
@@ -64,8 +64,17 @@ def parse_revision(text: str) -> Revision | None:
 
 
 def at_revision(resource: MoEServing, revision: Revision) -> MoEServing:
-    """The resource with the engines of a revision; replicas, update and all else stay as they are."""
-    return parse_resource(_with_sections(resource_document(resource), revision, name=resource.metadata.name))
+    """The resource with the engines of a revision; replicas, update and all else stay as they are.
+
+    Raises:
+        InvalidInput: the engines of that revision cannot have what the resource asks of all engines, such as roles.
+    """
+    try:
+        return parse_resource(_with_sections(resource_document(resource), revision, name=resource.metadata.name))
+    except InvalidInput as error:
+        advice = "set weight to 100 or remove the canary, or change that part once the canary has ended"
+        message = f"the stable engines cannot have what is asked of all engines: {error.errors[0]}; {advice}"
+        raise InvalidInput([InputError("spec.engine.canary", message)]) from None
 
 
 def _with_sections(document: dict[str, Any], revision: Revision, *, name: str) -> dict[str, Any]:

@@ -82,6 +82,25 @@ def test_a_saturated_fleet_holds_requests_as_ever():
     assert not isinstance(dispatcher.choose(LONG, 1.0), Send)
 
 
+def test_a_role_that_moved_is_for_the_requests_that_can_be_split():
+    dispatcher = make(2)
+    dispatcher.placements.roles["e0"] = EngineRole.PREFILL
+    whole = LONG._replace(splits=False)
+    assert {dispatcher.choose(whole, 1.0).target.server for _ in range(4)} == {"e0", "e1"}
+    assert {dispatcher.choose(LONG, 1.0).target.server for _ in range(4)} == {"e1"}
+
+
+def test_an_idle_engine_that_a_request_never_gets_does_not_let_it_pass():
+    dispatcher = make(3, dispatch=EngineSettings(saturation_s=1.0))
+    fix(dispatcher, e0="prefill", e1="decode")
+    row = EngineSignal(step=1, step_time=STEP_TIME, waiting=9, waiting_prefill_tokens=10_000_000)
+    dispatcher.observe(Target("e2"), row, 1.0, 1.0)
+    assert not isinstance(dispatcher.choose(LONG._replace(splits=False), 1.0), Send)
+    assert dispatcher.choose(LONG, 1.0).prefill.target == Target("e0")
+    dispatcher.observe(Target("e0"), row, 1.0, 1.0)
+    assert not isinstance(dispatcher.choose(LONG, 1.0), Send)
+
+
 def test_pairs_stay_within_the_engines_that_can_answer():
     dispatcher = make(3)
     fix(dispatcher, e0="prefill", e1="decode", e2="decode")
@@ -178,6 +197,17 @@ def test_roles_stay_where_the_gateway_does_not_move_them():
     dispatcher = make(4, moves_roles=False)
     seen = offer(dispatcher, 40, requests_per_s=20, tokens=3000)
     assert prefilling(seen[-1][1]) == 0
+
+
+@pytest.mark.parametrize("other", [KvTransferState(peers="another"), KvTransferState(peers=""), None])
+def test_roles_stay_while_not_all_engines_are_peers(other):
+    """As in a rollout: the load of each kind is not known apart."""
+    dispatcher = make(4, token_bytes=1000.0, bytes_per_s=25e9)
+    before = dispatcher.placements._states["e3"]
+    dispatcher.placements.set_transfer("e3", other)
+    assert prefilling(offer(dispatcher, 40, requests_per_s=20, tokens=3000)[-1][1]) == 0
+    dispatcher.placements.set_transfer("e3", before)
+    assert prefilling(offer(dispatcher, 40, requests_per_s=20, tokens=3000, start_s=1040.0)[-1][1]) == 1
 
 
 def test_a_change_that_makes_things_worse_is_undone():

@@ -269,6 +269,16 @@ async def test_after_a_failure_the_engine_takes_part_in_no_pair_for_a_while(flee
     assert it.placements.transfers == 1
 
 
+async def test_what_cannot_be_split_moves_no_roles(fleet):
+    it = await fleet(roles=("unified", "unified"))
+    await it.ask(n=2)
+    load = it.placements.load
+    assert (load.prompt_tokens, load.measured_s) == (0.0, None)
+    await it.ask()
+    assert load.prompt_tokens > 0.0
+    await until(lambda: load.measured_s is not None)
+
+
 # Leases.
 
 

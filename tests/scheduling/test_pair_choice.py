@@ -393,6 +393,7 @@ CONTEXTS = st.builds(
     prefill_shares=st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1)),
     met=st.just(MET) | st.just(frozenset()),
     answer_tokens=st.floats(1, 2000),
+    saturation_s=st.none(),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.engine.choice import EngineSettings, Hold, Job, Refuse, Send, SendReason, choose_target
-from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, SAMPLE, TargetList
+from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, SAMPLE, TargetList, draw
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
@@ -134,3 +134,15 @@ def mean_ttft_s(count, load, seed, *, samples, requests):
 def test_a_sample_serves_as_well_as_the_whole_fleet(load):
     whole, sampled = (mean_ttft_s(100, load, 1, samples=samples, requests=2000) for samples in (False, True))
     assert sampled < 1.05 * whole
+
+
+@pytest.mark.parametrize("count", [1, SAMPLE, SAMPLE + 1, 300])
+def test_a_draw_is_distinct_and_gives_each_target_its_turns(count):
+    rows = [TargetState(target(number)) for number in range(count)]
+    times = Counter()
+    for turn in range(1000):
+        drawn = draw(rows, turn)
+        assert len({row.target for row in drawn}) == len(drawn) == min(count, SAMPLE)
+        times.update(row.target for row in drawn)
+    assert len(times) == count
+    assert min(times.values()) >= 0.5 * max(times.values())

@@ -18,7 +18,7 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.request.parsing import Parsed
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
-from moe_scheduling.engine.choice import EngineSettings, Job, Refuse, Send, SendReason
+from moe_scheduling.engine.choice import EngineSettings, Job, Send, SendReason
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, choose_placement
 from moe_scheduling.engine.prefill_share import PrefillShares
@@ -138,16 +138,15 @@ class PairGateway:
 
     def _place(self, exchange: _PlacedRequest, now_s: float) -> None:
         self._turn += 1
-        states = tuple(self.dispatcher.target_states.values())
         placement = choose_placement(
             exchange.job,
-            states,
+            self.dispatcher.targets.ordered,
             self._context(now_s),
             turn=self._turn,
             now_s=now_s,
             exclude=exchange.attempts.failed_targets,
         )
-        if isinstance(placement, Refuse):
+        if not isinstance(placement, RequestPlacement):
             del self._exchanges[exchange.request]
             self.wire.refuse(exchange.request, str(placement.reason))
             return
@@ -165,7 +164,7 @@ class PairGateway:
             targets=self.settings.targets,
             transfer=self.settings.link,
             roles=self._roles,
-            prefill_shares={name: self._shares.share(name, now_s) for name in self.dispatcher.engines},
+            prefill_shares=self._shares.at(now_s),
             met=self._met,
             answer_tokens=self._load.answer_tokens,
         )

@@ -14,9 +14,9 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from moe_contract.kv_transfer import Disaggregation, KvTransferState
-from moe_scheduling.engine.choice import Decision, DispatchPolicy, Job, Refuse, Send, SendReason, choose_target
+from moe_scheduling.engine.choice import Decision, DispatchPolicy, Job, Send, SendReason, choose_target
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer
-from moe_scheduling.engine.pair_choice import PairContext, choose_placement
+from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, choose_placement
 from moe_scheduling.engine.prefill_share import PrefillShares
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.fleet.measured_load import MeasuredLoad
@@ -58,7 +58,7 @@ class Placements:
         fall_backs: pairs that were left for one engine before the answer began, by reason; a metric.
         transfers: answers that began at an engine that had not computed their prompt; a metric.
         role_changes: by reason; a metric.
-        load: of the recent requests.
+        load: of the recent requests that may be split.
     """
 
     def __init__(self, config: Disaggregation | None, dispatcher: "Dispatcher") -> None:
@@ -67,6 +67,7 @@ class Placements:
         self._dispatcher = dispatcher
         self._states: dict[str, KvTransferState] = {}
         self._peers: dict[str, str] = {}
+        self._fixed_roles: dict[str, EngineRole] = {}
         self._link = KvTransfer(token_bytes=DEFAULT_TOKEN_BYTES, bytes_per_s=DEFAULT_BYTES_PER_S)
         self._paused: dict[str, float] = {}
         self._met: set[tuple[str, str]] = set()
@@ -107,6 +108,7 @@ class Placements:
     def _gather(self) -> None:
         states = self._states.values()
         self._peers = {name: state.peers for name, state in self._states.items() if state.peers}
+        self._fixed_roles = {name: state.role for name, state in self._states.items()}
         rates = [state.bytes_per_s for state in states if 0.0 < state.bytes_per_s < math.inf]
         sizes = [state.token_bytes for state in states if 0.0 < state.token_bytes < math.inf]
         self._link = KvTransfer(
@@ -128,14 +130,12 @@ class Placements:
         settings = self._dispatcher.settings
         is_usual = settings.policy is not DispatchPolicy.PREDICTED
         is_usual = is_usual or not (self._peers or settings.targets.is_bounded)
-        if is_usual or settings.saturation_s is not None:
-            decision = choose_target(job, states, settings, turn=turn, now_s=now_s, exclude=tried)
-            if is_usual or type(decision) is not Send:
-                return decision
+        if is_usual:
+            return choose_target(job, states, settings, turn=turn, now_s=now_s, exclude=tried)
         placement = choose_placement(
             job, states, self._context(now_s, splits=job.splits), turn=turn, now_s=now_s, exclude=tried
         )
-        if isinstance(placement, Refuse):
+        if not isinstance(placement, RequestPlacement):
             return placement
         prediction = placement.prediction
         if not placement.is_pair:
@@ -149,15 +149,18 @@ class Placements:
         if self._paused:
             self._paused = {name: until_s for name, until_s in self._paused.items() if now_s < until_s}
             peers = {name: value for name, value in peers.items() if name not in self._paused}
+        settings, is_split = self._dispatcher.settings, splits and bool(peers)
         return PairContext(
-            targets=self._dispatcher.settings.targets,
-            transfer=self._link if splits and peers else None,
-            roles=self.roles,
-            prefill_shares={name: self._shares.share(name, now_s) for name in self._dispatcher.engines},
+            targets=settings.targets,
+            transfer=self._link if is_split else None,
+            # A role that the load gave is for the requests that can use it.
+            roles=self.roles if is_split else self._fixed_roles,
+            prefill_shares=self._shares.at(now_s),
             met=self._met,
             answer_tokens=self.load.answer_tokens,
-            stale_after_s=self._dispatcher.settings.stale_after_s,
+            stale_after_s=settings.stale_after_s,
             peers=peers,
+            saturation_s=settings.saturation_s,
         )
 
     def count_prompt(self, job: Job, target: Target, now_s: float) -> None:
@@ -205,11 +208,17 @@ class Placements:
                 log.info("an engine has another role", extra=extra)
 
     def _observe(self, now_s: float) -> RoleObservation:
-        """The load of the engines whose agents leave their role open, as far as requests of this gateway show it."""
+        """The load of the engines whose agents leave their role open, as far as requests of this gateway show it.
+
+        Without engines while not all are peers, as in a rollout: which part of the load each kind takes is not known.
+        """
         dispatcher, load = self._dispatcher, self.load
         stale_after_s = dispatcher.settings.stale_after_s
+        states = [row for row in dispatcher.targets.ordered if row.accepting]
+        if len({self._peers.get(row.target.server) for row in states}) > 1:
+            states = []
         movable = {name for name in self._peers if self._states[name].role is EngineRole.UNIFIED}
-        states = [row for row in dispatcher.targets.ordered if row.accepting and row.target.server in movable]
+        states = [row for row in states if row.target.server in movable]
         decoding: Counter[str] = Counter()
         for state in states:
             decoding[state.target.server] += state.decoding(now_s, stale_after_s)

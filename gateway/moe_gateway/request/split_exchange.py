@@ -70,7 +70,7 @@ class _Pair:
 class SplitExchange(Exchange):
     """See `Exchange`; `_pair` is None for a request that goes whole to one engine."""
 
-    __slots__ = ("_pair", "_placements")
+    __slots__ = ("_counts", "_pair", "_placements")
 
     def __init__(
         self, request: ClientRequest, route: Route, parsed: Parsed, client: ClientSide, context: ExchangeContext
@@ -79,8 +79,11 @@ class SplitExchange(Exchange):
         self._pair: _Pair | None = None
         self._placements: Placements | None = context.dispatcher.placements
         if self._placements is not None and self.computes:
-            self._placements.load.arrived(self.job.size_tokens, request.arrived_s)
             self.job = self.job._replace(splits=self._may_split())
+        # What cannot be split says nothing about the roles of the engines.
+        self._counts = self.job.splits
+        if self._placements is not None and self._counts:
+            self._placements.load.arrived(self.job.size_tokens, request.arrived_s)
 
     def _may_split(self) -> bool:
         parsed, request = self.parsed, self.request
@@ -296,7 +299,7 @@ class SplitExchange(Exchange):
         super()._end(status, reason, refusal=refusal, broken=broken)
 
     def _note_end(self, placements: Placements) -> None:
-        if self._in_flight is not None:
+        if self._in_flight is not None and self._counts:
             lasted_s = self.last_s - self.request.arrived_s
             answer_s = None if self.ttft_s is None else lasted_s - self.ttft_s
             placements.note_end(self._in_flight.target, answer_s, lasted_s, self.last_s)

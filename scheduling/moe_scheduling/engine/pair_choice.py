@@ -20,21 +20,25 @@ prompt that is hidden behind a longer one on another rank interrupts none.
 
 Invariants: the decision depends on the arguments alone; a target that does not accept or is excluded is never chosen;
 the two targets of a pair belong to different servers; a role that leaves no candidate is ignored rather than refused.
-O(targets) and `NEAREST` squared.
+O(targets) and, for each value of `peers`, `NEAREST` squared. Of a large fleet a sample of each kind of targets is
+compared, as in `target_list.py`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from enum import StrEnum
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
-from moe_scheduling.engine.choice import Job, Refuse, RefuseReason, fleet_default_model
+from moe_scheduling.engine.choice import Hold, HoldReason, Job, Refuse, RefuseReason, fleet_default_model
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
+from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, TargetList, draw
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime, Target
 
-# Most servers of each side that are combined into pairs: those with the least cost of their own.
+# Most servers of each side that are combined into pairs, of those between which KV blocks can travel: those with the
+# least cost of their own.
 NEAREST = 8
 # Uncached prompt tokens that an engine preferred for decoding computes itself: a step of a decode engine reads the
 # weights for few tokens, so this many more hardly make it longer, and a transfer costs more than they do. Set by hand.
@@ -43,6 +47,7 @@ DECODE_COMPUTES_TOKENS = 256
 _MOST_SHARE = 0.95
 # A request that arrives at a decode engine waits for half of the running step, and takes part in the next.
 _STEPS_TO_FIRST_TOKEN = 1.5
+_SATURATED = Hold(HoldReason.SATURATED)
 
 
 class PlacementReason(StrEnum):
@@ -100,6 +105,8 @@ class PairContext(NamedTuple):
         stale_after_s: age from which a signal is ignored.
         peers: by server, a text that is equal for servers between which KV blocks can travel; a server that is absent
             takes part in no pair. None: they can travel between any two.
+        saturation_s: predicted wait at which a target is saturated; a request is held while all are that may compute
+            its prompt. None: it never is.
     """
 
     targets: LatencyTargets = LatencyTargets()
@@ -110,10 +117,35 @@ class PairContext(NamedTuple):
     answer_tokens: float = 128.0
     stale_after_s: float = 2.0
     peers: Mapping[str, str] | None = None
+    saturation_s: float | None = None
 
-    def can_pair(self, prefill: str, decode: str) -> bool:
-        """Returns whether KV blocks can travel between two servers."""
-        return prefill != decode and (self.peers is None or self.peers.get(prefill) == self.peers.get(decode))
+    def is_able(self, server: str) -> bool:
+        """Returns whether a server may take part in a pair."""
+        return self.peers is None or server in self.peers
+
+    def peers_of(self, server: str) -> str | None:
+        """Returns the value that this server's peers have in common; None where all servers are peers."""
+        return None if self.peers is None else self.peers.get(server)
+
+
+class _Group(NamedTuple):
+    """Terms that the ranks of one server have in common.
+
+    Attributes:
+        most_ahead: prompt tokens ahead at the rank that has the most.
+        next_ahead: at the rank that has the most of the others.
+        decoding: requests that decode, of all ranks.
+        requests: of all ranks.
+        most_requests: at the rank that has the most.
+        left: part of the time in which no rank computes a prompt.
+    """
+
+    most_ahead: int
+    next_ahead: int
+    decoding: int
+    requests: int
+    most_requests: int
+    left: float
 
 
 class _Side(NamedTuple):
@@ -123,6 +155,7 @@ class _Side(NamedTuple):
         target: the target.
         role: of its server.
         own_tokens: uncached prompt tokens here.
+        wait_s: seconds until the prompt begins to be computed here.
         first_token_s: seconds until the prompt is computed here.
         interrupted_s: seconds that the requests at the group wait in all while the prompt is computed.
         prefill_step_s: longest step of the group while the prompt is computed; 0 where nobody decodes.
@@ -135,6 +168,7 @@ class _Side(NamedTuple):
     target: Target
     role: EngineRole
     own_tokens: int
+    wait_s: float
     first_token_s: float
     interrupted_s: float
     prefill_step_s: float
@@ -152,8 +186,10 @@ def choose_placement(
     turn: int,
     now_s: float,
     exclude: Collection[Target] = (),
-) -> RequestPlacement | Refuse:
+) -> RequestPlacement | Hold | Refuse:
     """Returns where the prompt and the answer of a job are computed, or why nowhere.
+
+    Of a large fleet, given as a `TargetList`, a sample alone is compared.
 
     Args:
         job: the request; `cached` tokens are neither computed again nor moved.
@@ -169,69 +205,137 @@ def choose_placement(
     candidates = [state for state in accepting if state.target not in exclude]
     if not candidates:
         return Refuse(RefuseReason.NO_OTHER_ENGINE)
-    sides = _sides(job, candidates, context, fleet_default_model(states), now_s)
+    groups = _by_server(candidates)
+    context = _with_usable_roles(context, groups)
+    if len(candidates) > LARGE_FLEET and isinstance(states, TargetList):
+        candidates = _sample(job, groups, context, turn)
+    sides = _sides(job, candidates, groups, context, fleet_default_model(states), now_s)
+    if _is_saturated(sides, context):
+        return _SATURATED
     start = turn % len(sides)
     sides = sides[start:] + sides[:start]
-    wholes = _wholes(sides, context)
-    placed = _within_growth(wholes, _pairs(job, sides, context), context)
+    placed = _within_growth(_wholes(sides, context), _pairs(job, sides, context), context)
     if not placed:
         # Roles are preferences: with one of them alone left, its engines do everything.
-        placed = _wholes([side._replace(role=EngineRole.UNIFIED) for side in sides], context)
+        placed = [_whole(side, context) for side in sides]
     key = _key(context.targets)
     best = min(placed, key=lambda placement: key(placement.prediction))
     return best._replace(reason=_reason(context.targets, best.prediction))
 
 
-def _sides(
-    job: Job, states: Sequence[TargetState], context: PairContext, default: StepTime, now_s: float
-) -> list[_Side]:
+def _by_server(states: Sequence[TargetState]) -> dict[str, list[TargetState]]:
     by_server: dict[str, list[TargetState]] = {}
     for state in states:
         by_server.setdefault(state.target.server, []).append(state)
+    return by_server
+
+
+def _with_usable_roles(context: PairContext, servers: Collection[str]) -> PairContext:
+    """Returns the context in which servers of the role `PREFILL` do everything where no other one decodes for them.
+
+    They take part in no pair: their engines may be able to send KV blocks and not to receive any.
+    """
+    roles, peers = context.roles, context.peers
+    if context.transfer is None or not roles:
+        return context
+    prefill = [server for server in servers if roles.get(server) is EngineRole.PREFILL]
+    decode = {
+        context.peers_of(server)
+        for server in servers
+        if roles.get(server) is not EngineRole.PREFILL and context.is_able(server)
+    }
+    alone = {server for server in prefill if not context.is_able(server) or context.peers_of(server) not in decode}
+    if not alone:
+        return context
+    return context._replace(
+        roles={**roles, **dict.fromkeys(alone, EngineRole.UNIFIED)},
+        peers={} if peers is None else {name: value for name, value in peers.items() if name not in alone},
+    )
+
+
+def _sample(
+    job: Job, groups: Mapping[str, Sequence[TargetState]], context: PairContext, turn: int
+) -> list[TargetState]:
+    """Returns the states of a large fleet to compare in this turn: a draw of each role and value of `peers`.
+
+    A draw of all would miss the few engines of a role. Those that hold a prefix of the prompt are added.
+    """
+    kinds: dict[Hashable, list[TargetState]] = {}
+    for server, group in groups.items():
+        kinds.setdefault((context.roles.get(server), context.peers_of(server)), []).extend(group)
+    sample = [state for kind in kinds.values() for state in draw(kind, turn)]
+    cached = list(job.cached)
+    begin = turn % max(1, len(cached) - HOLDERS + 1)
+    holders = cached[begin : begin + HOLDERS]
+    sample += [state for target in holders for state in groups.get(target.server, ()) if state.target == target]
+    return list(dict.fromkeys(sample))
+
+
+def _sides(
+    job: Job,
+    states: Sequence[TargetState],
+    groups: Mapping[str, Sequence[TargetState]],
+    context: PairContext,
+    default: StepTime,
+    now_s: float,
+) -> list[_Side]:
+    """Returns the terms of these states; those of a group are computed once, of all its states."""
+    servers = dict.fromkeys(state.target.server for state in states)
+    terms = {server: _group(server, groups[server], context, now_s) for server in servers}
     return [
-        _side(job, state, by_server[state.target.server], context, state.step_time_model or default, now_s)
+        _side(job, state, terms[state.target.server], context, state.step_time_model or default, now_s)
         for state in states
     ]
 
 
+def _group(server: str, states: Sequence[TargetState], context: PairContext, now_s: float) -> _Group:
+    stale_after_s = context.stale_after_s
+    most_ahead = next_ahead = decoding = requests = most_requests = 0
+    for state in states:
+        ahead = state.ahead_prefill_tokens(now_s, stale_after_s)
+        if ahead > most_ahead:
+            most_ahead, next_ahead = ahead, most_ahead
+        elif ahead > next_ahead:
+            next_ahead = ahead
+        here = state.requests(now_s, stale_after_s)
+        requests += here
+        most_requests = max(most_requests, here)
+        decoding += state.decoding(now_s, stale_after_s)
+    left = _left(context.prefill_shares.get(server, 0.0), len(states))
+    return _Group(most_ahead, next_ahead, decoding, requests, most_requests, left)
+
+
 def _side(
-    job: Job,
-    state: TargetState,
-    group: Sequence[TargetState],
-    context: PairContext,
-    step_time: StepTime,
-    now_s: float,
+    job: Job, state: TargetState, group: _Group, context: PairContext, step_time: StepTime, now_s: float
 ) -> _Side:
     stale_after_s, server = context.stale_after_s, state.target.server
     base_s, token_s, request_s = step_time.base_s, step_time.prefill_s, step_time.decode_s
     ahead = state.ahead_prefill_tokens(now_s, stale_after_s)
-    others_ahead = max((row.ahead_prefill_tokens(now_s, stale_after_s) for row in group if row is not state), default=0)
+    others_ahead = group.next_ahead if ahead == group.most_ahead else group.most_ahead
     own = job.uncached_tokens(state.target)
-    decoding = sum(row.decoding(now_s, stale_after_s) for row in group)
-    requests = [row.requests(now_s, stale_after_s) for row in group]
-    # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
-    delayed = sum(requests)
     here = state.requests(now_s, stale_after_s) + 1
-    is_fullest = here > max(requests)
+    is_fullest = here > group.most_requests
     # A step waits for the rank with the most requests.
-    step_s = base_s + request_s * max(here, *requests)
-    left = _left(context.prefill_shares.get(server, 0.0), len(group))
+    step_s = base_s + request_s * (here if is_fullest else group.most_requests)
     # No step is longer than one with a full chunk.
-    inter_token_s = min(step_s / left, step_s + token_s * STEP_PREFILL_TOKENS)
-    backlog = max(ahead, others_ahead)
+    inter_token_s = min(step_s / group.left, step_s + token_s * STEP_PREFILL_TOKENS)
+    backlog = group.most_ahead
     longest = max(ahead + own, others_ahead)
+    behind_s = token_s * min(backlog, STEP_PREFILL_TOKENS)
     model = state.ttft_model(step_time, now_s, stale_after_s)
     return _Side(
         target=state.target,
         role=context.roles.get(server, EngineRole.UNIFIED),
         own_tokens=own,
-        first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
-        interrupted_s=delayed * token_s * (longest - backlog),
-        prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if decoding else 0.0,
-        arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + token_s * min(backlog, STEP_PREFILL_TOKENS)),
+        wait_s=model.wait_s(ahead),
+        first_token_s=model.first_token_s(ahead + own),
+        # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
+        interrupted_s=group.requests * token_s * (longest - backlog),
+        prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if group.decoding else 0.0,
+        arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
         inter_token_s=inter_token_s,
-        crowded_s=delayed * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
-        decode_step_s=step_s + token_s * min(backlog, STEP_PREFILL_TOKENS),
+        crowded_s=group.requests * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
+        decode_step_s=step_s + behind_s,
     )
 
 
@@ -245,8 +349,26 @@ def _left(share: float, ranks: int) -> float:
     return (1.0 - min(_MOST_SHARE, max(0.0, share))) ** ranks
 
 
+def _is_saturated(sides: Sequence[_Side], context: PairContext) -> bool:
+    """Returns whether all targets are saturated that may compute the prompt."""
+    saturation_s = context.saturation_s
+    if saturation_s is None:
+        return False
+    computing = [
+        side for side in sides if _does_both(side) or (side.role is EngineRole.PREFILL and context.transfer is not None)
+    ]
+    return all(side.wait_s >= saturation_s for side in computing or sides)
+
+
 def _wholes(sides: Sequence[_Side], context: PairContext) -> list[RequestPlacement]:
-    return [_whole(side, context) for side in sides if _does_both(side)]
+    """Returns the whole requests that are compared: without bounds the soonest.
+
+    Of those that are as soon it is the first one, as in `choice.py`: without pairs both choose alike.
+    """
+    able = [side for side in sides if _does_both(side)]
+    if able and not context.targets.is_bounded:
+        able = [min(able, key=attrgetter("first_token_s"))]
+    return [_whole(side, context) for side in able]
 
 
 def _does_both(side: _Side) -> bool:
@@ -272,7 +394,7 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
     transfer, weight = context.transfer, context.targets.answer_weight
     if transfer is None:
         return []
-    able = [side for side in sides if context.peers is None or side.target.server in context.peers]
+    able = [side for side in sides if context.is_able(side.target.server)]
     prefill = [side for side in able if side.role is not EngineRole.DECODE]
     decode = [side for side in able if side.role is not EngineRole.PREFILL]
     bound_s = context.targets.inter_token_s
@@ -285,44 +407,44 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
         moved_s = transfer.transfer_s(_moved_tokens(job, side), met=True)
         return _overrun(side.decode_step_s, bound_s), side.arrive_s + moved_s + weight * longer_s
 
-    nearest_prefill = _nearest(prefill, prefill_cost)
+    nearest_prefill = _nearest(prefill, prefill_cost, context)
     return [
         _pair(job, one, other, transfer, context)
-        for other in _nearest(decode, decode_cost)
-        for one in nearest_prefill
-        if context.can_pair(one.target.server, other.target.server)
+        for peers, others in _nearest(decode, decode_cost, context).items()
+        for other in others
+        for one in nearest_prefill.get(peers, ())
+        if one.target.server != other.target.server
     ]
 
 
 def _within_growth(
     wholes: list[RequestPlacement], pairs: list[RequestPlacement], context: PairContext
 ) -> list[RequestPlacement]:
-    """Returns the soonest whole request and the pairs that are not much later; all where bounds decide, or pairs alone.
-
-    Of whole requests that are as soon the first one counts, as in `choice.py`: without pairs both choose alike.
-    """
+    """Returns the whole requests and the pairs that are not much later; all where bounds decide, or pairs alone."""
     targets = context.targets
     if not wholes or targets.is_bounded:
         return pairs + wholes
-    soonest = min(wholes, key=lambda placement: placement.prediction.ttft_s)
-    latest_s = (1.0 + targets.ttft_growth) * soonest.prediction.ttft_s
+    latest_s = (1.0 + targets.ttft_growth) * min(whole.prediction.ttft_s for whole in wholes)
 
     def is_soon(pair: RequestPlacement) -> bool:
         # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
         has_role = context.roles.get(pair.prefill.server) is EngineRole.PREFILL
         return (pair.prediction.prefill_s if has_role else pair.prediction.ttft_s) <= latest_s
 
-    return [*(pair for pair in pairs if is_soon(pair)), soonest]
+    return [*(pair for pair in pairs if is_soon(pair)), *wholes]
 
 
-def _nearest(sides: Sequence[_Side], cost: Callable[[_Side], tuple[float, float]]) -> list[_Side]:
-    """Returns the cheapest target of each of the `NEAREST` cheapest servers."""
-    found: dict[str, _Side] = {}
+def _nearest(
+    sides: Sequence[_Side], cost: Callable[[_Side], tuple[float, float]], context: PairContext
+) -> dict[str | None, list[_Side]]:
+    """Returns, by value of `peers`, the cheapest target of each of the `NEAREST` cheapest servers."""
+    found: dict[str | None, dict[str, _Side]] = {}
     for side in sorted(sides, key=cost):
-        found.setdefault(side.target.server, side)
-        if len(found) == NEAREST:
-            break
-    return list(found.values())
+        server = side.target.server
+        nearest = found.setdefault(context.peers_of(server), {})
+        if len(nearest) < NEAREST:
+            nearest.setdefault(server, side)
+    return {peers: list(nearest.values()) for peers, nearest in found.items()}
 
 
 def _moved_tokens(job: Job, side: _Side) -> int:

@@ -8,6 +8,7 @@ plausible times change nothing. All calls are O(1).
 """
 
 import math
+from collections.abc import Iterator, Mapping
 
 # Time constant of the mean, in seconds: some ten answers.
 MEMORY_S = 10.0
@@ -31,13 +32,34 @@ class PrefillShares:
 
     def share(self, server: str, now_s: float) -> float:
         """Returns the part of the server's time that goes to prompts; 0 for an unknown server."""
-        if server not in self._sums:
-            return 0.0
-        return min(MOST, _decayed(*self._sums[server], now_s) / MEMORY_S)
+        return self.at(now_s).get(server, 0.0)
+
+    def at(self, now_s: float) -> Mapping[str, float]:
+        """Returns the share of each server at this time, computed when it is looked up."""
+        return _SharesAt(self._sums, now_s)
 
     def forget(self, server: str) -> None:
         """Drops a server that is gone or was replaced."""
         self._sums.pop(server, None)
+
+
+class _SharesAt(Mapping[str, float]):
+    """The shares at one time."""
+
+    __slots__ = ("_now_s", "_sums")
+
+    def __init__(self, sums: Mapping[str, tuple[float, float]], now_s: float) -> None:
+        self._sums = sums
+        self._now_s = now_s
+
+    def __getitem__(self, server: str) -> float:
+        return min(MOST, _decayed(*self._sums[server], self._now_s) / MEMORY_S)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
 
 
 def _decayed(sum_s: float, at_s: float, now_s: float) -> float:

@@ -11,7 +11,7 @@ Invariants: the sample depends on the arguments alone; its drawn targets are dis
 drawn about equally often.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from math import gcd
 
@@ -68,3 +68,23 @@ class TargetList(tuple[TargetState, ...]):
         by_target = self._by_target
         sample += [by_target[target] for target in holders if target in by_target]
         return sample
+
+
+def draw(states: Sequence[TargetState], turn: int) -> list[TargetState]:
+    """Returns `SAMPLE` distinct states, others in each turn; where there are no more all, each first in its turn.
+
+    Args:
+        states: in a stable order.
+        turn: a number that rises by one with each request.
+    """
+    count = len(states)
+    if count <= SAMPLE:
+        start = turn % max(1, count)
+        return [*states[start:], *states[:start]]
+    mixed = (turn * _SPREAD & _BITS) >> 16
+    # A stride that shares no factor with the count meets each state once before any twice.
+    stride = mixed // count % (count - 1) + 1
+    while gcd(stride, count) != 1:
+        stride += 1
+    first = mixed % count
+    return [states[at % count] for at in range(first, first + SAMPLE * stride, stride)]

@@ -162,7 +162,9 @@ async def test_a_short_body_behind_its_head_costs_no_second_look(protect, monkey
     client = await served.connect()
     head, body = post(prompt(), extra=credential).split(b"\r\n\r\n")
     client.send(head + b"\r\n\r\n")
-    await until(lambda: any(row._reader.url and not row._reader.in_head for row in served.gateway._connections), "the head")
+    await until(
+        lambda: any(row._reader.url and not row._reader.in_head for row in served.gateway._connections), "the head"
+    )
     client.send(body)
     assert (await client.answer()).status == status
     assert (looks, len(engine.requests)) == ([], status == 200)

@@ -1,8 +1,7 @@
 """What the head of a request says against it before its body has come. Pure.
 
-A client without a key, or without quota left, need not send a long body, and the gateway keeps none of it. Nothing is
-taken from a quota: the request is charged when it is whole. The reader says which bodies are short enough to be waited
-for.
+A client without a key, or without quota left, need not send a long body, and the gateway keeps none. Nothing is taken
+from a quota: the request is charged when it is whole. The reader says which bodies are short enough to be waited for.
 """
 
 from typing import TYPE_CHECKING

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from moe_contract.input_errors import InvalidInput
+from moe_lab.disaggregation import matrix
 from moe_lab.disaggregation.__main__ import app
 from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
@@ -143,7 +144,9 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
+    # The workers are forks of this process.
+    monkeypatch.setattr(matrix, "RATE_COUNT", 20)
     raw = tmp_path / "r.jsonl"
     options = ["--gpus", "2", "--seeds", "1", "--count", "20", "--raw", str(raw)]
     ready = Run(gpus=2, workload="twoEnd", load=1.0, count=20, seed=1, arrangement=REFERENCE)

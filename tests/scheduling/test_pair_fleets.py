@@ -192,3 +192,9 @@ def test_a_request_is_held_while_all_are_saturated_that_may_compute_its_prompt(r
 def test_bounds_do_not_send_to_a_saturated_fleet():
     context = PairContext(targets=LatencyTargets(ttft_s=0.1), saturation_s=1.0)
     assert choose([engine("full", **FULL)], context) == Hold(HoldReason.SATURATED)
+
+
+def test_hundreds_of_ranks_that_compute_prompts_most_of_the_time_end_no_choice():
+    states = TargetList([engine("large", rank, decode=1) for rank in range(512)])
+    context = CONTEXT._replace(prefill_shares={"large": 1.0})
+    assert choose(states, context).prediction.inter_token_s < 1.0

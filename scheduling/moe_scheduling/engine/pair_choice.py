@@ -318,7 +318,9 @@ def _side(
     # A step waits for the rank with the most requests.
     step_s = base_s + request_s * (here if is_fullest else group.most_requests)
     # No step is longer than one with a full chunk.
-    inter_token_s = min(step_s / group.left, step_s + token_s * STEP_PREFILL_TOKENS)
+    full_step_s = step_s + token_s * STEP_PREFILL_TOKENS
+    # Of hundreds of ranks that compute prompts most of the time, nothing is left in floating point.
+    inter_token_s = min(step_s / group.left, full_step_s) if group.left else full_step_s
     backlog = group.most_ahead
     longest = max(ahead + own, others_ahead)
     behind_s = token_s * min(backlog, STEP_PREFILL_TOKENS)

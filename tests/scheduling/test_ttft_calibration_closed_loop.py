@@ -47,7 +47,7 @@ class Fleet:
             self.ticked_s = now_s
             for target, state in self.target_states.items():
                 state.ttft_factor = self.calibration.factor(target, now_s)
-        target, predicted_s, _ = choose_target(
+        target, predicted_s, *_ = choose_target(
             Job(tokens), list(self.target_states.values()), SETTINGS, turn=key, now_s=now_s
         )
         state = self.target_states[target]

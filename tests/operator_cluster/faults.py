@@ -304,7 +304,12 @@ class Life:
         await asyncio.to_thread(self.node.remove, name)
 
     async def lose_node(self) -> None:
-        """A node is lost with an engine: its pods are no longer ready, later marked for deletion, and never go."""
+        """A node is lost with an engine; once another one serves, a person deletes the Node, and its pods go."""
+        name = await self.lose_engine()
+        await asyncio.to_thread(self.node.remove, name)
+
+    async def lose_engine(self) -> str:
+        """The pod of a lost node is no longer ready, later marked for deletion, and does not go; returns its name."""
         name = min(self.engines())
         rows = [{"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "True"}]
         await self.set_status(name, {"conditions": rows})
@@ -314,6 +319,7 @@ class Life:
         words = ("delete", "pod", name, "-n", self.key.namespace, "--wait=false")
         await asyncio.to_thread(self.cluster.kubectl, *words)
         await self.until(self.is_replaced(name), "another engine is ready")
+        return name
 
     async def set_status(self, pod: str, status: Document) -> None:
         """Writes the status of a pod, as a kubelet or a controller does."""
@@ -348,7 +354,8 @@ class Life:
             time.sleep(0.1)
 
     async def end(self) -> None:
-        """Deletes the resource while pods of lost nodes still hang, and has all else go."""
+        """Deletes the resource while the pod of a lost node still hangs, and has all else go."""
+        await self.lose_engine()
         await self.operator.api.delete(SERVING, {"metadata": {"name": "tiny", "namespace": self.key.namespace}})
 
         async def is_gone() -> bool:

@@ -43,9 +43,9 @@ async def test_after_each_fault_of_a_long_life_the_resource_is_whole(
         await life.begin()
         for fault in wanted:
             await life.do(fault)
+        assert life.reported == {fault.name: getattr(fault, size) if fault.condition else 0 for fault in FAULTS}
         await life.end()
     assert life.counts == {fault.name: getattr(fault, size) for fault in FAULTS}
-    assert life.reported == {fault.name: getattr(fault, size) if fault.condition else 0 for fault in FAULTS}
     with capsys.disabled():
         print(f"\n{render_table(life.counts)}")
 

@@ -474,3 +474,13 @@ def test_a_prefill_share_stays_in_its_range(additions, now_s):
     for prefill_s, at_s in additions:
         shares.add("a", prefill_s, at_s)
     assert 0.0 <= shares.share("a", now_s) <= MOST
+
+
+def test_the_shares_at_a_time_are_those_of_each_server():
+    shares = PrefillShares()
+    shares.add("a", 1.0, 0.0)
+    shares.add("b", 2.0, 5.0)
+    at_once = shares.at(6.0)
+    assert dict(at_once) == {server: shares.share(server, 6.0) for server in ("a", "b")}
+    assert len(at_once) == 2
+    assert "c" not in at_once

@@ -85,6 +85,7 @@ generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart val
 	$(BIN)/python -m moe_operator.api.crd --write
 	$(BIN)/python -m moe_contract.reference --write
 	$(BIN)/python charts/generate.py --write
+	$(BIN)/python charts/dashboards.py --write
 	$(BIN)/python -m moe_lab.experiments.readme --write
 	$(BIN)/python docs/adr/index.py --write
 
@@ -92,6 +93,7 @@ verify: $(STAMP) ## Fail if a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python -m moe_contract.reference --check
 	$(BIN)/python charts/generate.py --check
+	$(BIN)/python charts/dashboards.py --check
 	$(BIN)/python -m moe_lab.experiments.readme --check
 	$(BIN)/python docs/adr/index.py --check
 

@@ -56,6 +56,8 @@ class GatewayCollector(Collector):
         went_on = "Streams that went on at another engine, by way; `none` is one that could, and ended with an error."
         yield _counter("continuations", went_on, "way", stats.continuations)
         yield GaugeMetricFamily(PREFIX + "held_requests", "Requests held in the gateway.", value=dispatcher.held)
+        limit = "Requests that the gateway holds at most; one more is refused."
+        yield GaugeMetricFamily(PREFIX + "held_requests_limit", limit, value=dispatcher.hold_requests)
         share = "Part of the requests at the engines that this gateway sent; below 1 beside other gateways."
         yield GaugeMetricFamily(PREFIX + "traffic_share", share, value=dispatcher.targets.traffic_share)
         ttft = "Seconds from a request's arrival to the first token of its stream."

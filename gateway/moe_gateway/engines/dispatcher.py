@@ -64,7 +64,7 @@ class Dispatcher:
         self.discovers = discovery is not None
         self.settings: EngineSettings = config.dispatch
         self.request_settings: RequestSettings = config.request
-        self.hold_timeout_s = config.limits.hold_timeout_s
+        self.hold_timeout_s, self.hold_requests = config.limits.hold_timeout_s, config.limits.hold_requests
         self.decisions: Counter[str] = Counter()
         self.models = self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.partial_models: Mapping[str, frozenset[str]] = {}
@@ -72,7 +72,7 @@ class Dispatcher:
         self._targets = TargetStates()
         self._jobs = JobBuilder()
         self._groups = GroupRotation(() if discovery is None else discovery.groups, first_turn=first_turn)
-        self._queue = HoldQueue(config.request, most_requests=config.limits.hold_requests)
+        self._queue = HoldQueue(config.request, most_requests=self.hold_requests)
         self._turn = first_turn
         self.stalled: frozenset[Target] = frozenset()
         self.placements = make_placements(config.disaggregation, self)

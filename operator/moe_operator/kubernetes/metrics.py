@@ -12,6 +12,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from moe_operator.api.status import ConditionStatus
+from moe_operator.kubernetes.conditions import READY, is_bad, read_conditions
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.presence import Presence, Role
 from moe_operator.kubernetes.queue import WorkQueue
@@ -27,24 +29,26 @@ class Metrics:
     Attributes:
         calls: number of calls to the API server by verb and kind.
         describe: says what this operator does now.
+        registry: all families of the operator.
     """
 
     def __init__(self, queue: WorkQueue[Any], store: Store) -> None:
         self.calls: Counts[tuple[str, str]] = Counts()
         self.describe: Callable[[], Presence] = Presence
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._seconds = Histogram(
-            f"{PREFIX}reconcile_seconds", "Length of a pass.", buckets=BUCKETS_S, registry=self._registry
+            f"{PREFIX}reconcile_seconds", "Length of a pass.", buckets=BUCKETS_S, registry=self.registry
         )
-        self._passes = Counter(f"{PREFIX}reconciles", "Passes by outcome.", ["outcome"], registry=self._registry)
-        Gauge(f"{PREFIX}queue", "Resources that wait for a worker.", registry=self._registry).set_function(
+        self._passes = Counter(f"{PREFIX}reconciles", "Passes by outcome.", ["outcome"], registry=self.registry)
+        Gauge(f"{PREFIX}queue", "Resources that wait for a worker.", registry=self.registry).set_function(
             lambda: len(queue)
         )
-        Gauge(f"{PREFIX}resources", "Resources known.", registry=self._registry).set_function(
+        Gauge(f"{PREFIX}resources", "Resources known.", registry=self.registry).set_function(
             lambda: store.count(SERVING)
         )
-        self._registry.register(_Calls(self))
-        self._registry.register(_Presence(self))
+        self.registry.register(_Calls(self))
+        self.registry.register(_Presence(self))
+        self.registry.register(_Conditions(store))
 
     def observe(self, outcome: str, seconds: float) -> None:
         """Counts a pass that ended, with its outcome and length."""
@@ -65,7 +69,7 @@ class Metrics:
         await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _answer_readiness(self, request: web.Request) -> web.Response:
         presence = self.describe()
@@ -100,4 +104,27 @@ class _Calls(Collector):
         family = CounterMetricFamily(f"{PREFIX}api_calls", "Calls to the API server.", labels=["verb", "kind"])
         for (verb, kind), count in sorted(self._metrics.calls.items()):
             family.add_metric([verb, kind], count)
+        yield family
+
+
+class _Conditions(Collector):
+    """Of each resource the condition `Ready`, and the others that are True or that a person has to act on."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def describe(self) -> list[Metric]:
+        """No names ahead of the first scrape: a registry would otherwise read all resources to learn them."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        text = "1 for the condition Ready of each resource, and for each other one that is True or wants a person to act."
+        labels = ["resource_namespace", "resource", "condition", "status", "reason"]
+        family = GaugeMetricFamily(f"{PREFIX}condition", text, labels=labels)
+        for document in self._store.every(SERVING):
+            metadata = document["metadata"]
+            for kind, condition in read_conditions(document).items():
+                if kind == READY or condition.status is ConditionStatus.TRUE or is_bad(condition):
+                    row = [metadata["namespace"], metadata["name"], kind, condition.status.value, condition.reason]
+                    family.add_metric(row, 1.0)
         yield family

@@ -202,7 +202,9 @@ FLEET = Board(
             Panel(
                 title="Roles",
                 text="Engines by the role that the gateway gives them (`engine.roles`).",
-                queries={"{{role}}": f"sum by (role) (max by (engine, role) (moeserving_gateway_engine_role{GATEWAY}))"},
+                queries={
+                    "{{role}}": f"sum by (role) (max by (engine, role) (moeserving_gateway_engine_role{GATEWAY}))"
+                },
                 is_stacked=True,
             ),
             Panel(
@@ -260,9 +262,7 @@ REQUESTS = Board(
             Panel(
                 title="Refusals",
                 text="Requests that ended without an engine's answer, by outcome.",
-                queries={
-                    "{{outcome}}": f"sum by (outcome) (rate(moeserving_gateway_refusals_total{GATEWAY}{WINDOW}))"
-                },
+                queries={"{{outcome}}": f"sum by (outcome) (rate(moeserving_gateway_refusals_total{GATEWAY}{WINDOW}))"},
                 unit="reqps",
                 is_stacked=True,
             ),
@@ -431,7 +431,12 @@ def render_board(board: Board) -> str:
         .time("now-1h", "now")
         .timezone("browser")
         .tooltip(DashboardCursorSync.CROSSHAIR)
-        .link(dashboard.DashboardLink("Other dashboards of MoEServing").tags(["moeserving"]).keep_time(True).include_vars(True))
+        .link(
+            dashboard.DashboardLink("Other dashboards of MoEServing")
+            .tags(["moeserving"])
+            .keep_time(True)
+            .include_vars(True)
+        )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(_variable("namespace", "Namespace", "label_values(moeserving_gateway_held_requests, namespace)"))
         .with_variable(

@@ -188,7 +188,7 @@ class Gateway:
     async def drain(self) -> None:
         """Takes no new requests, waits for the running ones, then closes. A silent one ends by the idle timeout."""
         self._context.draining = True
-        self._listener.close()
+        await self._listener.drain()
         for connection in list(self._connections):
             connection.drain()
         if self._picker is not None:

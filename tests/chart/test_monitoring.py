@@ -49,7 +49,9 @@ def test_each_alert_is_seen_to_fire(rules):
 
 def test_each_alert_links_to_its_part_of_the_page(rules):
     page = (ROOT / "docs/alerts.md").read_text()
-    headings = {f"docs/alerts.md#{line.removeprefix('## ').lower()}" for line in re.findall("^## .*", page, re.MULTILINE)}
+    headings = {
+        f"docs/alerts.md#{line.removeprefix('## ').lower()}" for line in re.findall("^## .*", page, re.MULTILINE)
+    }
     links = {rule["annotations"]["runbook_url"] for group in rules["groups"] for rule in group["rules"]}
     assert links <= headings
 

@@ -1,6 +1,7 @@
 """The admin port: health, metrics that count right, state, and a control route that applies all or nothing."""
 
 import asyncio
+import socket
 from contextlib import aclosing
 
 import aiohttp
@@ -285,6 +286,21 @@ async def test_a_gateway_that_drains_ends_idle_connections_and_takes_no_new_ones
     await idle.answer()
     await asyncio.wait_for(served.gateway.drain(), 5)
     assert await idle.ended()
+    with pytest.raises(ConnectionRefusedError):
+        await served.connect()
+
+
+async def test_a_connection_that_the_loop_has_not_taken_when_the_gateway_drains_is_answered(make_engine, serve):
+    served = await serve(await make_engine())
+    # In one turn of the loop: clients connect, the kernel takes them, and the port is closed.
+    address = ("127.0.0.1", served.config.listen.port)
+    clients = [socket.create_connection(address, timeout=60) for _ in range(3)]
+    for client in clients:
+        client.sendall(post(prompt()))
+    await asyncio.wait_for(served.gateway.drain(), 60)
+    for client in clients:
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.close()
     with pytest.raises(ConnectionRefusedError):
         await served.connect()
 

@@ -118,7 +118,7 @@ class ServingPort:
                 log.error("certificates were not reloaded, those before stay in use", extra={"reason": str(error)})
             self._refused = refused
             return
-        self._signature = signature
+        self._signature, self._context = signature, context
         before, self._server = self._server, server
         before.close()
         log.info("certificates were reloaded")
@@ -131,6 +131,32 @@ class ServingPort:
             return None
         folders = (settings.cert_dir, settings.client_ca_dir)
         return sign_folders(folder for folder in folders if folder is not None)
+
+    async def drain(self) -> None:
+        """Takes the connections that wait in the kernel, and no more: closing alone would reset them."""
+        waiting = self._take_waiting()
+        self.close()
+        loop = asyncio.get_running_loop()
+        timeout_s = None if self._context is None else self._handshake_timeout_s
+        opening = (
+            loop.connect_accepted_socket(self._make_protocol, taken, ssl=self._context, ssl_handshake_timeout=timeout_s)
+            for taken in waiting
+        )
+        await asyncio.gather(*opening, return_exceptions=True)
+
+    def _take_waiting(self) -> list[socket.socket]:
+        """The connections that a client sees as open and the event loop has not taken yet."""
+        waiting: list[socket.socket] = []
+        if self._socket is None or self._is_closed:
+            return waiting
+        self._socket.setblocking(False)
+        while True:
+            try:
+                taken, _ = self._socket.accept()
+            except OSError:
+                return waiting
+            taken.setblocking(False)
+            waiting.append(taken)
 
     def close(self) -> None:
         """Takes no more connections; those that are open stay."""

@@ -22,6 +22,7 @@ from moe_gateway.http.early_refusal import look_at_head
 from moe_gateway.http.replies import RequestOutcome, build_error, build_health, build_models, build_preflight
 from moe_gateway.http.request_reader import RequestReader
 from moe_gateway.http.routes import Route, find_route, read_model_name, strip_authority
+from moe_gateway.http.unread import has_unread
 from moe_gateway.request.body_reader import needs_reader
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
@@ -477,7 +478,8 @@ class ClientConnection(asyncio.Protocol):
             if self._is_lingering:
                 self.transport.abort()
             elif self.idle:
-                self._close()
+                if not has_unread(self.transport):
+                    self._close()
             else:
                 what = "head" if self._reader.in_head else "body"
                 self._reader.refuse(RequestOutcome.REQUEST_TIMEOUT, f"the {what} of the request did not arrive in time")

@@ -13,7 +13,7 @@ from moe_operator.api import status_document
 from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder, tell_idle
 from moe_operator.cli.validate import one_line
 from moe_operator.local.folder import Folder
-from moe_operator.local.record import find_process, load_record
+from moe_operator.local.record import PROMETHEUS, find_process, load_record
 from moe_operator.local.stop import request_stop, stop_leftovers, wait_stopped
 
 
@@ -69,7 +69,9 @@ def logs(
     state_dir: StateDir = None,
     process: Annotated[
         str | None,
-        typer.Option("--process", "-p", help="gateway, supervisor, agent-N or engine-N.", show_default="all"),
+        typer.Option(
+            "--process", "-p", help="gateway, supervisor, agent-N, engine-N or prometheus.", show_default="all"
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow new lines, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each log.")] = 50,
@@ -124,7 +126,8 @@ def known_processes(folder: Folder) -> list[str]:
     """Processes that have a log or a configuration, in a fixed order."""
     agents = sorted(path.stem for path in folder.path.glob("agent-*.json"))
     engines = [name.replace("agent", "engine") for name in agents]
-    return ["supervisor", "gateway", *agents, *engines]
+    metrics = [PROMETHEUS] if folder.log(PROMETHEUS).exists() else []
+    return ["supervisor", "gateway", *agents, *engines, *metrics]
 
 
 def _nothing_to_set() -> InputError:

@@ -43,10 +43,10 @@ def render_engines(engines: Sequence[EngineStatus]) -> Table:
 
 def render_processes(seen: Observation) -> Table:
     """One row a supervised process."""
-    table = _table("process", "life", "pid", "restarts", "last exit")
+    table = _table("process", "life", "pid", "answers at", "restarts", "last exit")
     for row in seen.record.processes:
         pid = str(row.process.pid) if row.process else "-"
-        table.add_row(row.name, str(row.life), pid, str(row.restarts), Text(row.last_exit))
+        table.add_row(row.name, str(row.life), pid, row.url, str(row.restarts), Text(row.last_exit))
     return table
 
 

@@ -31,6 +31,9 @@ def up(
             show_default=False,
         ),
     ] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Also start Prometheus, where it is installed, which keeps the metrics.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; `down` stops it.")] = False,
 ) -> None:
     """Serve a file on this machine until Ctrl-C (or `down`)."""
@@ -43,6 +46,6 @@ def up(
         tell_idle(resource)
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
-        process = start(resource, folder, programs, tied=not detach, secrets_dir=secrets)
+        process = start(resource, folder, programs, tied=not detach, secrets_dir=secrets, metrics=metrics)
         status = asyncio.run(Watch(folder, process, detach=detach).run())
     raise typer.Exit(status)

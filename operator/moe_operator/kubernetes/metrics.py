@@ -118,7 +118,9 @@ class _Conditions(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        text = "1 for the condition Ready of each resource, and for each other one that is True or wants a person to act."
+        text = (
+            "1 for the condition Ready of each resource, and for each other one that is True or wants a person to act."
+        )
         labels = ["resource_namespace", "resource", "condition", "status", "reason"]
         family = GaugeMetricFamily(f"{PREFIX}condition", text, labels=labels)
         for document in self._store.every(SERVING):

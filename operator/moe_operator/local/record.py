@@ -14,6 +14,8 @@ from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, write_whole
 
 GATEWAY = "gateway"
+AGENT = "agent-"
+PROMETHEUS = "prometheus"
 SUPERVISOR = "supervisor"
 
 
@@ -38,7 +40,7 @@ class ProcessRecord:
     """One supervised process.
 
     Attributes:
-        name: `gateway`, or `agent-0` and so on.
+        name: `gateway`, `agent-0` and so on, or `prometheus`.
         command: what runs.
         url: where it answers about itself.
         process: the living process; None while there is none.
@@ -100,7 +102,7 @@ class Record:
     @property
     def agents(self) -> tuple[ProcessRecord, ...]:
         """The agents' rows, in the order of their numbers."""
-        return tuple(row for row in self.processes if row.name != GATEWAY)
+        return tuple(row for row in self.processes if row.name.startswith(AGENT))
 
 
 _RECORD = TypeAdapter(Record)

@@ -109,6 +109,7 @@ def build_processes(seen: Observation) -> list[dict[str, Any]]:
             "name": row.name,
             "life": str(row.life),
             "pid": row.process.pid if row.process else None,
+            "url": row.url,
             "restarts": row.restarts,
             "lastExit": row.last_exit,
         }

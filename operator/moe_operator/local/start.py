@@ -24,7 +24,9 @@ from moe_operator.local import launcher, machine
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, take_lock, write_whole
 from moe_operator.local.model import check_model
+from moe_operator.local.prometheus import add_prometheus, find_prometheus
 from moe_operator.local.record import (
+    AGENT,
     GATEWAY,
     ProcessRecord,
     Record,
@@ -63,16 +65,23 @@ def name_resource(resource: MoEServing, name: str | None, port: int | None) -> M
 
 
 def start(
-    resource: MoEServing, folder: Folder, programs: Programs, *, tied: bool, secrets_dir: Path | None = None
+    resource: MoEServing,
+    folder: Folder,
+    programs: Programs,
+    *,
+    tied: bool,
+    secrets_dir: Path | None = None,
+    metrics: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Starts the supervisor; `tied` ends it, with a drain, when this process ends.
 
-    `secrets_dir` has the files of the gateway's Secrets.
+    `secrets_dir` has the files of the gateway's Secrets; with `metrics` a Prometheus scrapes the processes.
 
     Raises:
         InvalidInput: the machine lacks what the resource needs, a port is taken, or the name is served already.
         Failure: the folder cannot be used.
     """
+    prometheus = find_prometheus() if metrics else ""
     check_model(resource)
     check_port(resource, folder)
     folder.make()
@@ -86,7 +95,8 @@ def start(
         plan = plan_local(resource, site)
         check_secrets(plan)
         write_files(resource, folder, plan)
-        save_record(folder, build_record(resource, folder, site, plan, programs))
+        record = build_record(resource, folder, site, plan, programs)
+        save_record(folder, add_prometheus(record, folder, prometheus) if metrics else record)
         return _spawn(folder, lock, tied=tied)
     finally:
         os.close(lock)
@@ -179,7 +189,7 @@ def write_files(resource: MoEServing, folder: Folder, plan: LocalPlan) -> None:
 
 def build_configs(folder: Folder, plan: LocalPlan) -> Mapping[Path, str]:
     """Configuration files by path, as text."""
-    agents = {folder.config(f"agent-{index}"): agent for index, agent in enumerate(plan.agents)}
+    agents = {folder.config(f"{AGENT}{index}"): agent for index, agent in enumerate(plan.agents)}
     configs: dict[Path, Any] = {folder.config(GATEWAY): plan.gateway, **agents}
     return {path: config.model_dump_json(indent=1) + "\n" for path, config in configs.items()}
 
@@ -189,7 +199,7 @@ def build_record(resource: MoEServing, folder: Folder, site: LocalSite, plan: Lo
     listen, admin = plan.gateway.listen, plan.gateway.admin
     assert listen is not None
     agents = [
-        _build_row(folder, f"agent-{index}", programs.agent, http_url(agent.listen.host, agent.listen.port))
+        _build_row(folder, f"{AGENT}{index}", programs.agent, http_url(agent.listen.host, agent.listen.port))
         for index, agent in enumerate(plan.agents)
     ]
     return Record(

@@ -1,7 +1,7 @@
 """The Grafana dashboards of the chart, made with Grafana's own SDK.
 
-`python charts/dashboards.py --write` writes `charts/moeserving/dashboards/*.json`, `--check` compares them and ends with
-status 1 when one is stale (`make generate`, `make verify`).
+`python charts/dashboards.py --write` writes `charts/moeserving/dashboards/*.json`, `--check` compares them and ends
+with status 1 when one is stale (`make generate`, `make verify`).
 
 Queries find the pods of a resource by the labels `namespace` and `pod`, which every usual scrape configuration sets, as
 the autoscaler does.
@@ -174,8 +174,8 @@ FLEET = Board(
             ),
             Panel(
                 title="Restarts and ejections",
-                text="Restarts of vLLM by its agent, and failures after which a gateway sends nothing to an engine for a "
-                "while.",
+                text="Restarts of vLLM by its agent, and failures after which a gateway sends nothing to an engine for "
+                "a while.",
                 queries={
                     "restarts {{pod}}": f"sum by (pod) (increase(moeserving_engine_restarts_total{ENGINE}{WINDOW}))",
                     "ejections {{engine}}": "sum by (engine) "
@@ -209,8 +209,8 @@ FLEET = Board(
             ),
             Panel(
                 title="Split requests",
-                text="Answers that began at another engine than the one that computed their prompt, and pairs that were "
-                "left for one engine.",
+                text="Answers that began at another engine than the one that computed their prompt, and pairs that "
+                "were left for one engine.",
                 queries={
                     "transfers": f"sum(rate(moeserving_gateway_split_transfers_total{GATEWAY}{WINDOW}))",
                     "fall-back: {{reason}}": "sum by (reason) "
@@ -278,8 +278,8 @@ REQUESTS = Board(
             ),
             Panel(
                 title="Longest wait",
-                text="Time that the longest held request waits, and the predicted wait of a new request before an engine "
-                "computes it.",
+                text="Time that the longest held request waits, and the predicted wait of a new request before an "
+                "engine computes it.",
                 queries={
                     "held": f"max(moeserving_gateway_held_seconds{GATEWAY})",
                     "predicted for a new one": f"min(moeserving_gateway_wait_seconds{GATEWAY})",

@@ -290,6 +290,32 @@ async def test_a_gateway_that_drains_ends_idle_connections_and_takes_no_new_ones
         await served.connect()
 
 
+async def test_a_connection_whose_answer_began_before_the_drain_is_answered_once_more(make_engine, serve):
+    """Its head said nothing of an end, so the next request may be on its way when the answer ends."""
+    go_on = asyncio.Event()
+
+    async def slow(_request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await go_on.wait()
+        writer.write(event("b") + SSE_END)
+
+    engine = await make_engine(slow)
+    served = await serve(engine)
+    client = await served.connect()
+    client.send(post(prompt(stream=True)))
+    head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 60)
+    assert b"close" not in head.lower()
+    draining = asyncio.ensure_future(served.gateway.drain())
+    await until(lambda: served.gateway.draining)
+    go_on.set()
+    await asyncio.wait_for(client.reader.readuntil(b"0\r\n\r\n"), 60)
+    client.send(post(prompt(stream=True)))
+    second = await client.answer()
+    assert (second.status, second.headers[b"connection"]) == (200, b"close")
+    assert await client.ended()
+    await asyncio.wait_for(draining, 60)
+
+
 async def test_a_connection_that_the_loop_has_not_taken_when_the_gateway_drains_is_answered(make_engine, serve):
     served = await serve(await make_engine())
     # In one turn of the loop: clients connect, the kernel takes them, and the port is closed.

@@ -182,7 +182,7 @@ class ClientConnection(asyncio.Protocol):
             self._refuse_connection()
         elif not reader.has_open_head or self._pass_head(*reader.take_head()):
             if self.idle:
-                self.expect_within(self._limits.idle_timeout_s)
+                self.expect_within(NOTICE_S if self._context.draining else self._limits.idle_timeout_s)
             if self._is_reading_paused and not self._is_writing_paused:
                 self._resume_reading()
 

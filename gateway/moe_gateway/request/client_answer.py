@@ -42,6 +42,7 @@ class ClientAnswer:
         "_is_framing",
         "_last",
         "_request",
+        "_said_close",
         "_wrote_s",
         "extra",
         "is_open",
@@ -56,14 +57,21 @@ class ClientAnswer:
         self._last = self._before_last = b""
         # Whether the head has promised chunks and the engine sends none.
         self._is_framing = False
+        # What the head said about the connection; None before it.
+        self._said_close: bool | None = None
         self.is_open = False
         self.extra = b""
         self._wrote_s = request.arrived_s
 
     @property
     def keeps_alive(self) -> bool:
-        """Whether the client's connection stays open after a whole answer."""
-        return self._request.keep_alive and not self._context.draining
+        """Whether the client's connection stays open after a whole answer.
+
+        A head that has passed holds, also when the gateway has begun to drain since: the client may send its next
+        request at once.
+        """
+        closes = self._context.draining if self._said_close is None else self._said_close
+        return self._request.keep_alive and not closes
 
     def begin(self, beginning: AnswerBeginning) -> None:
         """Passes on the bytes that were kept back."""
@@ -74,7 +82,7 @@ class ClientAnswer:
                 self._last = frame_chunk(self._last)
             self._client.write(self._last)
         else:
-            close = not (self.keeps_alive and beginning.is_framed)
+            close = self._said_close = not (self.keeps_alive and beginning.is_framed)
             self._client.write(self._stamp(beginning.received, beginning, close=close))
 
     def _stamp(self, answer: bytes, beginning: AnswerBeginning, *, close: bool) -> bytes:
@@ -115,7 +123,7 @@ class ClientAnswer:
         if self.is_open or not beginning.may_open:
             return
         self.is_open = True
-        close = not self.keeps_alive
+        close = self._said_close = not self.keeps_alive
         if beginning.head:
             head = self._stamp(beginning.own_head, beginning, close=close)
         else:

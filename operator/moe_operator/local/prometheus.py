@@ -29,8 +29,8 @@ def find_prometheus() -> str:
     program = shutil.which(PROGRAM)
     if program is None:
         message = (
-            "Prometheus is not installed: `apt-get install prometheus` on Debian and Ubuntu, `brew install prometheus` on "
-            "a Mac, or put the program of prometheus.io/download into PATH; or start without --metrics"
+            "Prometheus is not installed: `apt-get install prometheus` on Debian and Ubuntu, `brew install prometheus` "
+            "on a Mac, or put the program of prometheus.io/download into PATH; or start without --metrics"
         )
         raise InvalidInput([InputError("--metrics", message)])
     return program

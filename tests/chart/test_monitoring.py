@@ -11,11 +11,11 @@ from cluster_debian import require
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(__file__).with_name("alerts.yaml")
-BOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "charts/moeserving/dashboards").glob("*.json"))]
+DASHBOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "charts/moeserving/dashboards").glob("*.json"))]
 PANELS = [
-    pytest.param(panel, id=f"{board['title']}: {panel['title']}")
-    for board in BOARDS
-    for panel in board["panels"]
+    pytest.param(panel, id=f"{dashboard['title']}: {panel['title']}")
+    for dashboard in DASHBOARDS
+    for panel in dashboard["panels"]
     if panel["type"] != "row"
 ]
 
@@ -59,7 +59,7 @@ def test_each_alert_links_to_its_part_of_the_page(rules):
 def test_a_dashboard_is_a_file_of_a_config_map_that_the_sidecar_finds(render):
     values = {"dashboards": {"enabled": True, "namespace": "monitoring"}}
     found = [row for row in render(values) if "-dashboard-" in row["metadata"]["name"]]
-    assert [json.loads(text) for row in found for text in row["data"].values()] == BOARDS
+    assert [json.loads(text) for row in found for text in row["data"].values()] == DASHBOARDS
     assert {row["metadata"]["namespace"] for row in found} == {"monitoring"}
     assert all(row["metadata"]["labels"]["grafana_dashboard"] == "1" for row in found)
 
@@ -79,15 +79,15 @@ def test_a_panel_says_how_to_read_it_and_has_a_unit_a_legend_and_the_chosen_sour
         assert all(target["legendFormat"] for target in panel["targets"])
 
 
-@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board["title"])
-def test_a_dashboard_has_its_panels_beside_each_other_and_no_title_twice(board):
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard["title"])
+def test_a_dashboard_has_its_panels_beside_each_other_and_no_title_twice(dashboard):
     taken = [
         (x, y)
-        for panel in board["panels"]
+        for panel in dashboard["panels"]
         for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
         for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
     ]
     assert len(taken) == len(set(taken))
     assert max(x for x, _ in taken) < 24
-    titles = [panel["title"] for panel in board["panels"]]
+    titles = [panel["title"] for panel in dashboard["panels"]]
     assert len(titles) == len(set(titles))

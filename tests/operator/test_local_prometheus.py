@@ -58,7 +58,7 @@ def test_it_scrapes_all_processes_is_in_the_status_and_ends_with_the_deployment(
 
 
 def fetch_pods(url: str, until: int) -> set[str]:
-    """The pods of its targets, once there are so many; it takes a moment to listen."""
+    """The pods of its targets, once there are that many; it takes a moment to listen."""
     give_up_s = time.monotonic() + PATIENCE_S
     while True:
         try:

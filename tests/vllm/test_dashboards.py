@@ -17,7 +17,7 @@ from cluster_debian import require
 from moe_tools.tiny import ensure_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-BOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "charts/moeserving/dashboards").glob("*.json"))]
+DASHBOARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "charts/moeserving/dashboards").glob("*.json"))]
 PATIENCE_S = 300.0
 # Panels that have nothing to show here, by what their metrics come from.
 WITHOUT = {
@@ -75,8 +75,8 @@ def query(prometheus: str, text: str) -> list[Any]:
 
 
 def panels() -> Iterator[Any]:
-    for board in BOARDS:
-        for panel in board["panels"]:
+    for dashboard in DASHBOARDS:
+        for panel in dashboard["panels"]:
             if panel["type"] != "row":
                 yield pytest.param(panel, id=panel["title"])
 

@@ -14,6 +14,8 @@ from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET
 from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
 from moe_operator.kubernetes.transfers import TO_ACT_ON as TRANSFERS_TO_ACT_ON
 from moe_operator.plan.pod_status import ENGINE, GATEWAY
+from moe_operator.targets.report import CONDITION as TARGETS_MET
+from moe_operator.targets.report import TO_ACT_ON as TARGETS_TO_ACT_ON
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
 LIMITED = "AutoscalingLimited"
@@ -47,6 +49,7 @@ class ConditionInputs:
         has_experts: the engines should have expert groups.
         experts: what the engines say of their experts.
         transfers: whether KV blocks travel between the engines; None where they need not.
+        targets: whether the bounds of latencies are kept; None without bounds.
         generation: of the resource from which all this was computed.
     """
 
@@ -69,6 +72,7 @@ class ConditionInputs:
     has_experts: bool = False
     experts: ExpertsStatus = field(default_factory=ExpertsStatus)
     transfers: Verdict | None = None
+    targets: Verdict | None = None
     generation: int | None = None
 
 
@@ -98,6 +102,8 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
     }
     if inputs.transfers is not None:
         verdicts[DISAGGREGATED] = inputs.transfers
+    if inputs.targets is not None:
+        verdicts[TARGETS_MET] = inputs.targets
     return tuple(
         build_condition(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items()
     )
@@ -243,6 +249,8 @@ def is_bad(condition: Condition) -> bool:
         return condition.reason in TO_ACT_ON
     if condition.type == DISAGGREGATED:
         return condition.reason in TRANSFERS_TO_ACT_ON
+    if condition.type == TARGETS_MET:
+        return condition.reason in TARGETS_TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE
 
 
@@ -252,7 +260,7 @@ def summarise(conditions: Sequence[Condition]) -> str:
     for kind, status in ((DEGRADED, TRUE), (READY, FALSE), (PAUSED, TRUE), (LIMITED, TRUE)):
         if (row := by_type.get(kind)) is not None and row.status is status:
             return _in_one_line(row)
-    for kind in (BALANCED, DISAGGREGATED):
+    for kind in (BALANCED, DISAGGREGATED, TARGETS_MET):
         if (row := by_type.get(kind)) is not None and is_bad(row):
             return _in_one_line(row)
     if (row := by_type.get(PROGRESSING)) is not None and row.status is TRUE:

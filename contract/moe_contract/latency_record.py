@@ -16,7 +16,7 @@ WINDOW_S = 300
 # Part of the latencies that has to be within a bound for it to count as kept.
 KEPT_PART = 0.95
 BUCKETS_PER_DOUBLING = 16
-# A latency that is 2 ** 24 times the bound, or a part of it that is as small, counts in the last bucket.
+# Quotients beyond 2 ** 24, and below its inverse, are in the outermost buckets.
 MOST_BUCKET = 24 * BUCKETS_PER_DOUBLING
 
 

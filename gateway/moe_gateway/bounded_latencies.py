@@ -1,7 +1,7 @@
 """Latencies of the last minutes that have a bound (`scheduling.engine.targets`), for status and metrics.
 
 Called for each first token and, where the time between tokens has a bound, for each piece of a stream. Without a bound
-nothing is counted. Another bound begins anew: what was counted beside the old one says nothing of the new one.
+nothing is counted. Another bound begins anew.
 """
 
 from moe_contract.latency_record import WINDOW_S, LatencyRecord, add_counts, bucket_of
@@ -38,7 +38,7 @@ class LatencyWindow:
         return sum(self._totals)
 
     def record(self, now_s: float) -> LatencyRecord:
-        """What is within the window."""
+        """The latencies within the window, by bucket."""
         self._advance_to(int(now_s) // _SLOT_S)
         counts: dict[int, int] = {}
         for slot in self._counts:

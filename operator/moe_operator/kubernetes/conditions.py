@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from moe_scheduling.engine.disaggregation import EngineRole
+
 from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.experts.report import CONDITION as BALANCED
@@ -35,6 +37,7 @@ class ConditionInputs:
         failed: what kept the pass from doing all that it should; empty when nothing.
         paused: the operator leaves everything as it is.
         desired: engines that should exist.
+        desired_roles: the same of each fixed role; empty without, and where the pass got to no plan.
         engines: engines that exist.
         ready: engines that accept requests.
         gateways: gateways that are ready.
@@ -58,6 +61,7 @@ class ConditionInputs:
     failed: str = ""
     paused: bool = False
     desired: int = 0
+    desired_roles: Mapping[EngineRole, int] = field(default_factory=dict)
     engines: int = 0
     ready: int = 0
     gateways: int = 0

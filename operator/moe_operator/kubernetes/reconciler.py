@@ -24,7 +24,7 @@ from moe_operator.api.status import ConditionStatus
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.autoscaler import Outcome
 from moe_operator.autoscale.signal import NOT_ASKED, States
-from moe_operator.autoscale.source import Sources
+from moe_operator.autoscale.source import Sources, with_outcome
 from moe_operator.kubernetes.api import Api, NotLeading
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import (
@@ -179,7 +179,7 @@ class Reconciler:
             whole = whole_replicas(pods, read_nodes(document))
             deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
-            observed = replace(observed, replicas=outcome.replicas)
+            observed = with_outcome(observed, outcome)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
             observed = with_scale_in(observed, changes)
@@ -311,6 +311,7 @@ class Reconciler:
             failed=_failed(failures),
             missing_kinds=tuple(applied.missing),
             desired=plan.replicas,
+            desired_roles={row.role: row.count.replicas for row in plan.roles},
             rolling=(
                 *_rolling(self._store, current.key),
                 *moves,

@@ -7,7 +7,9 @@ import pytest
 from deployed import Serving, wait_for
 from test_on_a_node import Load
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(3600)
+# Several engines start at the same time, on the CPUs of one.
+START_S = 900
 ROLE = "moeserving.dev/role"
 # A prompt that is worth a transfer.
 REPEATS = 40
@@ -41,13 +43,15 @@ def answered(load: Load) -> None:
 
 def test_fixed_roles_are_scaled_rolled_and_drained_under_load(serving: Serving) -> None:
     serving.apply(engine={"replicas": None, "roles": FIXED})
-    serving.wait_ready()
-    wait_for("an engine of each role is ready", lambda: engines(serving, "prefill") and engines(serving, "decode"), 420)
+    wait_for(
+        "an engine of each role is ready", lambda: engines(serving, "prefill") and engines(serving, "decode"), START_S
+    )
+    wait_for("it serves", lambda: serving.condition("Ready").get("status") == "True")
     with Load(serving.url, clients=2, repeats=REPEATS) as load:
         wait_for("KV blocks travel", lambda: is_transferring(serving), 180)
 
         serving.apply(engine={"roles": {"decode": 2}})
-        wait_for("there are two decode engines", lambda: len(engines(serving, "decode")) == 2, 420)
+        wait_for("there are two decode engines", lambda: len(engines(serving, "decode")) == 2, START_S)
         rows = {row["role"]: row for row in serving.resource()["status"]["roles"]}
         assert (rows["prefill"]["desiredReplicas"], rows["decode"]["desiredReplicas"]) == (1, 2)
 
@@ -56,7 +60,7 @@ def test_fixed_roles_are_scaled_rolled_and_drained_under_load(serving: Serving) 
         wait_for(
             "both decode engines are new",
             lambda: len(found := engines(serving, "decode")) == 2 and not before["decode"] & set(found),
-            600,
+            START_S,
         )
         assert set(engines(serving, "prefill")) == before["prefill"]
 
@@ -65,7 +69,7 @@ def test_fixed_roles_are_scaled_rolled_and_drained_under_load(serving: Serving) 
         wait_for(
             "another one takes its place",
             lambda: len(found := engines(serving, "decode")) == 2 and victim not in found,
-            420,
+            START_S,
         )
         wait_for("KV blocks travel again", lambda: is_transferring(serving), 180)
     answered(load)
@@ -73,21 +77,23 @@ def test_fixed_roles_are_scaled_rolled_and_drained_under_load(serving: Serving) 
 
 def test_engines_that_are_alike_exchange_blocks_while_they_are_scaled_rolled_and_drained(serving: Serving) -> None:
     serving.apply(engine={"replicas": 2, "roles": {"mode": "auto"}})
-    serving.wait_ready()
-    wait_for("two engines are ready", lambda: len(engines(serving, "")) == 2, 420)
+    wait_for("two engines are ready", lambda: len(engines(serving, "")) == 2, START_S)
+    wait_for("it serves", lambda: serving.condition("Ready").get("status") == "True")
     assert serving.condition("Disaggregated")["reason"] in ("NoTransfers", "Transferring")
     with Load(serving.url, clients=2, repeats=REPEATS) as load:
         serving.apply(engine={"replicas": 3})
-        wait_for("a third one is ready", lambda: len(engines(serving, "")) == 3, 420)
+        wait_for("a third one is ready", lambda: len(engines(serving, "")) == 3, START_S)
         serving.apply(engine={"replicas": 2})
         wait_for("two stay", lambda: len(engines(serving, "")) == 2, 240)
 
         before = set(engines(serving, ""))
         serving.apply(engine={"env": {"NEW": "1"}})
-        wait_for("both are new", lambda: len(found := engines(serving, "")) == 2 and not before & set(found), 600)
+        wait_for("both are new", lambda: len(found := engines(serving, "")) == 2 and not before & set(found), START_S)
         victim, pod = next(iter(engines(serving, "").items()))
         evict(serving, pod)
         wait_for(
-            "another one takes its place", lambda: len(found := engines(serving, "")) == 2 and victim not in found, 420
+            "another one takes its place",
+            lambda: len(found := engines(serving, "")) == 2 and victim not in found,
+            START_S,
         )
     answered(load)

@@ -53,7 +53,7 @@ async def begin_chat(served: Any) -> Any:
 async def ask_without_reading(it: Fleet) -> tuple[Any, Any]:
     """A client of a stream that stops reading before the second engine has it; the client and its connection.
 
-    The engines have to be told to wait for `go`.
+    The script of the first engine has to wait for `go`.
     """
     client = await begin_chat(it.served)
     await until(lambda: it.prefill.phases)

@@ -17,7 +17,7 @@ from moe_scheduling.signals import StepTime
 _MEMORY_S = 30.0
 # Weight of one answer in the mean length of answers.
 _ANSWER_WEIGHT = 0.02
-# A sender's part of the traffic counts as at least this, however little was measured of it.
+# A sender's part of the traffic counts as at least this.
 _LEAST_SHARE = 0.01
 
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from moe_contract.agent_state import Lenient
 from moe_contract.gateway_config import GatewaySettings
+from moe_contract.latency_record import LatencyRecord
 from moe_contract.pod_identity import NO_POD, PodIdentity
 
 
@@ -100,6 +101,8 @@ class GatewayState:
         ttft_s: mean time to first token of the streams of the last 30 s; None without one.
         prompt_tokens_per_s: prompt tokens of requests that arrived in the last 30 s.
         arrivals_per_s: requests that arrived in the last 30 s.
+        ttft: times to first token of the last five minutes beside their bound; None where they have none.
+        inter_token: times between two pieces of a stream, likewise.
         config: the settings in force; None where this version cannot read them.
         engines: one row for each rank of each engine.
         totals: counters.
@@ -115,6 +118,8 @@ class GatewayState:
     ttft_s: Figure = None
     prompt_tokens_per_s: Figure = None
     arrivals_per_s: Figure = None
+    ttft: Lenient[LatencyRecord] = None
+    inter_token: Lenient[LatencyRecord] = None
     config: Lenient[GatewaySettings] = None
     engines: tuple[TargetReport, ...] = ()
     totals: RequestTotals = RequestTotals()

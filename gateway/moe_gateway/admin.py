@@ -130,6 +130,7 @@ class Admin:
             dispatcher.held,
             dispatcher.in_flight,
             stats.finished,
+            stats.bounded.measured(now_s),
             stats.recent.arrivals_per_s(now_s),
             _rounded(stats.recent.mean_ttft_s(now_s), digits=3),
             _rounded(least_wait_s(dispatcher, now_s), digits=3),

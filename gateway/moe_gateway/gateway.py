@@ -66,6 +66,7 @@ class Gateway:
         # Gateways that share engines do not begin their rounds at the same one.
         self.dispatcher = Dispatcher(config, first_turn=secrets.randbelow(1 << 16))
         self.in_force = initial_settings(config)
+        self.stats.bounded.set_bounds(config.dispatch.targets)
         discovery = config.discovery
         self._discovery = None if discovery is None else connect(discovery, self._on_endpoints, self._on_gateways)
         self._discovering: asyncio.Task[None] | None = None
@@ -183,6 +184,7 @@ class Gateway:
             self.dispatcher.set_groups(change.groups or (), self.clock())
         if _services(change) != _services(before):
             self._discover()
+        self.stats.bounded.set_bounds(change.dispatch.targets)
         self.dispatcher.set_policies(change.dispatch, change.request, self.clock())
 
     async def drain(self) -> None:

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from moe_gateway.bounded_latencies import BoundedLatencies
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.load_report import least_wait_s
 from moe_gateway.engines.placements import Placements
@@ -40,6 +41,7 @@ class GatewayCollector(Collector):
         yield from self._demand()
         yield from self._targets()
         yield from self._predictions()
+        yield from _bound_families(self._stats.bounded, self._clock())
         if (placements := self._dispatcher.placements) is not None:
             yield from _split_families(placements)
 
@@ -98,6 +100,23 @@ class GatewayCollector(Collector):
         for target, (count, total) in sorted(predictions.ratios.items()):
             family.add_metric([target.server, str(target.rank)], count_value=count, sum_value=total)
         yield family
+
+
+def _bound_families(bounded: BoundedLatencies, now_s: float) -> Iterator[Metric]:
+    """The bounds of `scheduling.engine.targets` with the latencies measured beside them; none without bounds."""
+    windows = {"ttft": bounded.ttft, "inter_token": bounded.inter_token}
+    rows = [(name, window.record(now_s)) for name, window in windows.items() if window is not None]
+    if not rows:
+        return
+    bound = GaugeMetricFamily(PREFIX + "target_seconds", "The bound of the latency.", labels=["target"])
+    text = "95th percentile of the latency over the last five minutes; absent without one."
+    measured = GaugeMetricFamily(PREFIX + "target_p95_seconds", text, labels=["target"])
+    for name, record in rows:
+        bound.add_metric([name], record.bound_s)
+        if (value_s := record.percentile_s()) is not None:
+            measured.add_metric([name], value_s)
+    yield bound
+    yield measured
 
 
 def _split_families(placements: Placements) -> Iterator[Metric]:

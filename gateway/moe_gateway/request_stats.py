@@ -5,6 +5,7 @@ from collections import Counter
 
 from moe_scheduling.signals import Target
 
+from moe_gateway.bounded_latencies import BoundedLatencies
 from moe_gateway.recent import RecentDemand
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -73,6 +74,7 @@ class RequestStats:
         prompt_tokens: estimated prompt tokens of those.
         ttft: seconds from arrival at the gateway to the first token of a stream.
         recent: arrivals, prompt tokens and TTFT of the last half minute.
+        bounded: latencies of the last minutes that have a bound.
     """
 
     def __init__(self, started_s: float = 0.0) -> None:
@@ -86,6 +88,7 @@ class RequestStats:
         self.prompt_tokens = 0
         self.ttft = Histogram(TTFT_BUCKETS_S)
         self.recent = RecentDemand(started_s)
+        self.bounded = BoundedLatencies()
 
     def arrive(self, prompt_tokens: int, now_s: float) -> None:
         """A request arrived that an engine has to compute for."""
@@ -97,6 +100,8 @@ class RequestStats:
         """The first token of its stream came."""
         self.ttft.observe(ttft_s)
         self.recent.answer(ttft_s, now_s)
+        if self.bounded.ttft is not None:
+            self.bounded.ttft.observe(ttft_s, now_s)
 
     def retry(self) -> None:
         """A request is sent, or held, once more after a failed attempt."""

@@ -20,7 +20,7 @@ def build_state(
     pod: PodIdentity,
 ) -> GatewayState:
     """The answer of `GET /v1/state`; `now_s` is the gateway's clock."""
-    recent = stats.recent
+    recent, bounded = stats.recent, stats.bounded
     return GatewayState(
         accepting=dispatcher.accepting and not draining,
         held=dispatcher.held,
@@ -30,6 +30,8 @@ def build_state(
         ttft_s=recent.mean_ttft_s(now_s),
         prompt_tokens_per_s=recent.prompt_tokens_per_s(now_s),
         arrivals_per_s=recent.arrivals_per_s(now_s),
+        ttft=None if bounded.ttft is None else bounded.ttft.record(now_s),
+        inter_token=None if bounded.inter_token is None else bounded.inter_token.record(now_s),
         config=settings,
         engines=tuple(build_target(dispatcher, target, now_s) for target in dispatcher.target_states),
         totals=RequestTotals(requests=stats.finished, failed=stats.failed, retried=stats.retried),

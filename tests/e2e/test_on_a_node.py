@@ -17,10 +17,10 @@ pytestmark = pytest.mark.timeout(1500)
 class Load:
     """Chats from a thread until `stop`, `clients` at a time; keeps the outcome of each."""
 
-    def __init__(self, url: str, clients: int, tokens: int = 48) -> None:
+    def __init__(self, url: str, clients: int, tokens: int = 48, repeats: int = 8) -> None:
         self.statuses: list[int] = []
         self.broken: list[str] = []
-        self._url, self._clients, self._tokens = url, clients, tokens
+        self._url, self._clients, self._tokens, self._repeats = url, clients, tokens, repeats
         self._end = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -40,7 +40,7 @@ class Load:
         for turn in itertools.count():
             if self._end.is_set():
                 return
-            text = f"{number} {turn}: what does os.path.join do? " * 8
+            text = f"{number} {turn}: what does os.path.join do? " * self._repeats
             try:
                 status, body = await chat(session, self._url, text, max_tokens=self._tokens, stream=True)
             except (aiohttp.ClientError, TimeoutError) as error:

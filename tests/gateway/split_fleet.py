@@ -43,6 +43,27 @@ def right(answer, route, **fields):
     assert read_stream(answer.body) == text_of(body_of(route, **fields))
 
 
+async def begin_chat(served: Any) -> Any:
+    """A client that has sent a stream's request and not read its answer yet."""
+    client = await served.connect()
+    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    return client
+
+
+async def ask_without_reading(it: Fleet) -> tuple[Any, Any]:
+    """A client of a stream that stops reading before the second engine has it; the client and its connection.
+
+    The script of the first engine has to wait for `go`.
+    """
+    client = await begin_chat(it.served)
+    await until(lambda: it.prefill.phases)
+    (connection,) = it.served.gateway._connections
+    connection.pause_writing()
+    it.prefill.go.set()
+    await until(lambda: it.decode.phases, "the second engine")
+    return client, connection
+
+
 async def start_fleet(
     make_engine: Any,
     serve: Any,

@@ -4,7 +4,7 @@ import pytest
 
 from tests.gateway.messages import post
 from tests.gateway.split_engines import PATHS, body_of
-from tests.gateway.split_fleet import right
+from tests.gateway.split_fleet import ask_without_reading, right
 from tests.gateway.waiting import until
 
 
@@ -12,13 +12,7 @@ async def test_a_client_that_does_not_read_cannot_make_a_computed_prompt_seem_ne
     """Its earlier answers fill the connection, so that those of the engines might wait unread beyond the lease."""
     it = await fleet()
     it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
-    await until(lambda: it.prefill.phases)
-    (connection,) = it.served.gateway._connections
-    connection.pause_writing()
-    it.prefill.go.set()
-    await until(lambda: it.decode.phases, "the second engine")
+    client, connection = await ask_without_reading(it)
     connection.resume_writing()
     right(await client.answer(), "chat")
     assert (it.placements.fall_backs, it.placements.transfers) == ({}, 1)
@@ -28,13 +22,7 @@ async def test_a_client_that_does_not_read_cannot_make_a_computed_prompt_seem_ne
 async def test_a_client_that_does_not_read_slows_the_engine_that_decodes(fleet):
     it = await fleet()
     it.prefill.fails["prefill"], it.decode.fails["decode"] = ["hangs"], ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
-    await until(lambda: it.prefill.phases)
-    (connection,) = it.served.gateway._connections
-    connection.pause_writing()
-    it.prefill.go.set()
-    await until(lambda: it.decode.phases, "the second engine")
+    client, connection = await ask_without_reading(it)
     upstream = connection._exchange._upstream
     assert not upstream.transport.is_reading()
     connection.resume_writing()

@@ -10,7 +10,7 @@ from moe_gateway.request import exchange
 
 from tests.gateway.messages import SSE_HEAD, chunk, json_answer, post
 from tests.gateway.split_engines import PATHS, WRONG, Cluster, SplitEngine, body_of, read_stream, text_of
-from tests.gateway.split_fleet import right
+from tests.gateway.split_fleet import begin_chat, right
 from tests.gateway.waiting import until
 
 
@@ -286,8 +286,7 @@ async def test_a_lease_that_is_over_is_not_used(fleet, monkeypatch):
     """Nobody knows when the prompt was computed while the gateway itself stood still."""
     it = await fleet()
     it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    client = await begin_chat(it.served)
     await until(lambda: it.prefill.phases)
     clock = it.served.gateway._context.clock
     monkeypatch.setattr(it.served.gateway._context, "clock", lambda: clock() + 21.0)
@@ -303,8 +302,7 @@ async def test_a_lease_that_is_over_is_not_used(fleet, monkeypatch):
 async def test_a_long_prompt_does_not_use_up_the_lease(fleet, monkeypatch):
     it = await fleet()
     it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    client = await begin_chat(it.served)
     await until(lambda: it.prefill.phases)
     clock = it.served.gateway._context.clock
     monkeypatch.setattr(it.served.gateway._context, "clock", lambda: clock() + 100.0)
@@ -323,8 +321,7 @@ async def test_a_client_that_leaves_ends_both_phases(fleet, phase):
     it = await fleet()
     script = it.prefill if phase == "prefill" else it.decode
     script.fails[phase] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    client = await begin_chat(it.served)
     await until(lambda: script.phases)
     assert it.served.in_flight == (2 if phase == "prefill" else 1)
     client.reset()
@@ -360,8 +357,7 @@ async def test_a_long_prompt_does_not_make_the_other_engine_look_hung(fleet, mon
         monkeypatch.setattr(module, "STALL_S", 0.3)
     it = await fleet()
     it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    client = await begin_chat(it.served)
     steps = itertools.count(2)
     for _ in range(30):
         it.engines[0].agent.say_rank(step=next(steps))
@@ -375,8 +371,7 @@ async def test_a_long_prompt_does_not_make_the_other_engine_look_hung(fleet, mon
 async def test_a_stream_is_opened_while_the_prompt_is_computed(fleet):
     it = await fleet(limits={"stream_head_after_s": 0.05})
     it.prefill.fails["prefill"] = ["hangs"]
-    client = await it.served.connect()
-    client.send(post(body_of("chat", stream=True), PATHS["chat"]))
+    client = await begin_chat(it.served)
     head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 60)
     assert head.startswith(b"HTTP/1.1 200")
     it.prefill.fails["prefill"] = []

@@ -302,12 +302,28 @@ gateways = section(
 )
 
 
+role_overrides = section(
+    resources=section(memory=st.just("8Gi"), kvCacheMemory=st.just("1Gi"), gpuResource=st.just("test/gpu")),
+    args=st.sampled_from([["--max-num-seqs=8"], []]),
+    env=st.sampled_from([{"ROLE": "own"}, {}]),
+    podTemplate=st.sampled_from([{"spec": {"priorityClassName": "high"}}, {}]),
+)
 role_sections = st.none() | st.one_of(
     st.builds(lambda mode: {"mode": mode}, st.sampled_from(["unified", "auto"])),
     st.builds(
         lambda prefill, decode: {"mode": "fixed", "prefill": prefill, "decode": decode},
         st.integers(1, 9),
         st.integers(1, 9),
+    ),
+    st.builds(
+        lambda prefill, decode: {
+            "mode": "fixed",
+            "prefill": 1,
+            "decode": 2,
+            "overrides": {"prefill": prefill, "decode": decode},
+        },
+        role_overrides,
+        role_overrides,
     ),
 )
 

@@ -20,13 +20,14 @@ from moe_operator.api import (
     status_document,
 )
 from moe_operator.api.access import GatewayAuth
-from moe_operator.api.autoscaling import Autoscaling
+from moe_operator.api.autoscaling import Autoscaling, DecodeAutoscaling, PrefillAutoscaling
 from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
 from moe_operator.api.gateway import GatewayAutoscaling
 from moe_operator.api.model import Cache, Model
 from moe_operator.api.network import NetworkPeer
 from moe_operator.api.pods import GatewayService
+from moe_operator.api.replica import RoleOverride
 from moe_operator.api.resource import MoEServing, Spec
 from moe_operator.api.roles import Roles
 from moe_operator.api.section import Section
@@ -151,6 +152,9 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Model,
         Parallelism,
         NetworkPeer,
+        PrefillAutoscaling,
+        DecodeAutoscaling,
+        RoleOverride,
         Roles,
         Spec,
     }

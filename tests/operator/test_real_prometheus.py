@@ -21,16 +21,20 @@ from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.metrics import GatewayCollector
 from moe_gateway.request_stats import RequestStats
 from moe_operator.api import MoEServing, parse_resource
-from moe_operator.autoscale.prometheus import fetch_reading
+from moe_operator.autoscale.prometheus import build_role_queries, fetch_reading
 from moe_operator.autoscale.signal import Fleet
 from moe_operator.autoscale.source import Sources
 from moe_operator.plan import Observed
+from moe_operator.plan.names import Names
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.size import FleetSignal
+from moe_scheduling.signals import StepTime
 from pods import agent, gateway, pod, states
 from prometheus_client import CollectorRegistry, start_http_server
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 KEY = ("ns", "tiny")
+STEP = StepTime(base_s=0.010, prefill_s=0.001, decode_s=0.0005)
 NOBODY = Fleet(gateways=(), engines={}, silent=0, ready=0, observed_s=0.0)
 Document = dict[str, Any]
 
@@ -74,7 +78,8 @@ def agent_port() -> Iterator[int]:
 
     def state() -> AgentState:
         found = agent(name="e", config={"version": 1, "request": {"policy": "sjf"}}, accepting=True)
-        return replace(found, ranks=tuple(replace(rank, computed_tokens=next(tokens)) for rank in found.ranks))
+        ranks = (replace(rank, computed_tokens=next(tokens), step_time=STEP) for rank in found.ranks)
+        return replace(found, ranks=tuple(ranks))
 
     yield from exposed(AgentCollector(state, lambda: None))
 
@@ -84,6 +89,7 @@ def prometheus(tmp_path: Path, gateway_port: int, agent_port: int) -> Iterator[s
     """The address of one that scrapes a gateway and an engine's agent five times a second."""
     require({"prometheus": "prometheus"})
     targets = {"tiny-gateway-5d9c-x7": gateway_port, "tiny-engine-5d9c-x7": agent_port}
+    targets |= {f"tiny-engine-{role}-5d9c-x7": agent_port for role in ("prefill", "decode")}
     static = [
         {"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "ns", "pod": pod}} for pod, port in targets.items()
     ]
@@ -110,6 +116,26 @@ async def signal_of_a_full_window(url: str) -> FleetSignal:
             return found
         await asyncio.sleep(0.25)
     raise AssertionError("Prometheus never knew the load")
+
+
+async def signal_of_a_role(url: str, role: EngineRole) -> FleetSignal:
+    """The first signal of the engines of a role that has the rate of their tokens."""
+    queries = build_role_queries(KEY[0], Names(KEY[1]), role, 0.03)
+    for _ in range(480):
+        found = (await fetch_reading(url, KEY, NOBODY, queries)).signal
+        if found is not None and found.tokens_per_s is not None:
+            return found
+        await asyncio.sleep(0.25)
+    raise AssertionError("Prometheus never knew the load of a role")
+
+
+async def test_prometheus_has_the_load_of_each_role(prometheus: str) -> None:
+    (rank,) = agent().ranks
+    prefill, decode = [await signal_of_a_role(prometheus, role) for role in (EngineRole.PREFILL, EngineRole.DECODE)]
+    backlog_s = (rank.waiting_prefill_tokens + rank.running_prefill_tokens) * STEP.prefill_s
+    assert (prefill.wait_s, prefill.kv_usage, prefill.decode_load) == (pytest.approx(backlog_s), None, None)
+    load = rank.decode_tokens * STEP.decode_s / (0.03 - STEP.base_s)
+    assert (decode.wait_s, decode.kv_usage, decode.decode_load) == (None, rank.kv_usage, pytest.approx(load))
 
 
 async def busy(stats: RequestStats) -> None:

@@ -18,7 +18,9 @@ from moe_operator.local.change import is_live
 from moe_operator.local.report import Failed, build_status, judge_start
 from moe_operator.plan import ClusterPlan, Defaults, LocalPlan, Observed, plan_cluster, plan_local, ports_needed
 from moe_operator.plan.names import CONFIG, ROLE
+from moe_operator.plan.one_node import find_one_node_claims
 from moe_operator.plan.revision import build_revision
+from moe_operator.plan.role_override import all_arguments
 from moe_operator.plan.roles import share_replicas
 from moe_scheduling.engine.disaggregation import EngineRole
 from rich.console import Console
@@ -71,7 +73,7 @@ def config_of(workload: Document) -> Document:
         ({**FIXED, "prefill": 0}, {}, {}, "spec.engine.roles.prefill", "1"),
         (FIXED, {"replicas": 2}, {}, "spec.engine.replicas", "leave replicas out"),
         (FIXED, {"canary": {"weight": 5}}, {}, "spec.engine.canary", "mode auto"),
-        (FIXED, {}, {"autoscaling": {"targets": {"kvUsage": 0.8}}}, "spec.autoscaling", "mode auto"),
+        (FIXED, {}, {"autoscaling": {"targets": {"kvUsage": 0.8}}}, "spec.autoscaling", "autoscaling.roles"),
         ({"mode": "auto"}, {"parallelism": {"data": 4, "nodes": 2}}, {}, "spec.engine.parallelism.nodes", "unified"),
         ({"mode": "auto"}, {"args": ["--kv-transfer-config={}"]}, {}, "spec.engine.args", "beside roles"),
         ({"mode": "auto"}, {"args": ["--kv_offloading-size=4"]}, {}, "spec.engine.args", "beside roles"),
@@ -263,3 +265,133 @@ def test_the_example_ports_of_a_local_plan_are_apart(roles):
     assert len(ports) == ports_needed(wanted)
     taken = [*ports[:8], *(port + rank for port in ports[8:] for rank in range(4))]
     assert len(set(taken)) == len(taken)
+
+
+# 5. What engines of one role have for themselves.
+
+OVERRIDES: Document = {
+    "prefill": {
+        "resources": {"memory": "96Gi", "kvCacheMemory": "2Gi"},
+        "args": ["--max-num-batched-tokens=16384"],
+        "env": {"A": "prefill"},
+        "podTemplate": {"spec": {"nodeSelector": {"gpu": "h100"}}},
+    },
+    "decode": {"podTemplate": {"spec": {"nodeSelector": {"gpu": "h200"}, "priorityClassName": None}}},
+}
+OF_ALL: Document = {
+    "resources": {"memory": "64Gi", "gpuResource": "test/gpu"},
+    "args": ["--max-num-batched-tokens=8192"],
+    "env": {"A": "all", "B": "all"},
+    "podTemplate": {"spec": {"nodeSelector": {"zone": "a"}, "priorityClassName": "high"}},
+}
+
+
+def with_overrides(overrides: Document, **engine: Any) -> MoEServing:
+    return resource({**FIXED, "overrides": overrides}, engine)
+
+
+def test_each_role_has_what_is_its_own_laid_over_what_all_have():
+    workloads = of_kind(plan(with_overrides(OVERRIDES, **OF_ALL)), "Deployment")
+    prefill, decode = (workloads[f"a-engine-{role}"]["spec"]["template"]["spec"] for role in (PREFILL, DECODE))
+    assert prefill["nodeSelector"] == {"zone": "a", "gpu": "h100"}
+    assert decode["nodeSelector"] == {"zone": "a", "gpu": "h200"}
+    assert (prefill["priorityClassName"], "priorityClassName" in decode) == ("high", False)
+    limits = [row["containers"][0]["resources"]["limits"] for row in (prefill, decode)]
+    assert limits == [{"test/gpu": "1", "memory": "96Gi"}, {"test/gpu": "1", "memory": "64Gi"}]
+    configs = [config_of(workloads[f"a-engine-{role}"])["engine"] for role in (PREFILL, DECODE)]
+    own = ["--kv-cache-memory-bytes=2147483648", "--max-num-batched-tokens=8192", "--max-num-batched-tokens=16384"]
+    assert configs[0]["args"] == own
+    assert configs[1]["args"] == ["--max-num-batched-tokens=8192"]
+    assert [row["env"] for row in configs] == [{"A": "prefill", "B": "all"}, {"A": "all", "B": "all"}]
+
+
+def test_a_change_of_one_role_leaves_the_other_as_it_is():
+    before, after = (
+        of_kind(plan(with_overrides({"prefill": {"args": [f"--max-num-seqs={number}"]}})), "Deployment")
+        for number in (8, 9)
+    )
+    assert before["a-engine-decode"] == after["a-engine-decode"]
+    assert before["a-engine-prefill"]["spec"]["template"] != after["a-engine-prefill"]["spec"]["template"]
+    assert build_revision(with_overrides(OVERRIDES)) == build_revision(resource(FIXED))
+
+
+@pytest.mark.parametrize("overrides", [None, {}, {"prefill": {}}, {"prefill": None, "decode": {"resources": {}}}])
+def test_without_anything_of_their_own_roles_are_planned_as_ever(overrides):
+    assert plan(resource({**FIXED, "overrides": overrides})).objects == plan(resource(FIXED)).objects
+
+
+@pytest.mark.parametrize(
+    ("roles", "engine", "path", "words"),
+    [
+        ({"mode": "auto", "overrides": {}}, {}, "spec.engine.roles.overrides", "the mode fixed"),
+        ({**FIXED, "overrides": {"prefil": {}}}, {}, "spec.engine.roles.overrides.prefil", "prefill"),
+        (
+            {**FIXED, "overrides": {"prefill": {"resources": {"memory": "lots"}}}},
+            {},
+            "spec.engine.roles.overrides.prefill.resources.memory",
+            "64Gi",
+        ),
+        (
+            {**FIXED, "overrides": {"decode": {"args": ["--port=1"]}}},
+            {},
+            "spec.engine.roles.overrides.decode.args[0]",
+            "is set by the deployment",
+        ),
+        (
+            {**FIXED, "overrides": {"decode": {"args": ["--kv-transfer-config={}"]}}},
+            {},
+            "spec.engine.roles.overrides.decode.args",
+            "own KV connector",
+        ),
+        ({**FIXED, "overrides": {"decode": {"env": {"1": "x"}}}}, {}, "spec.engine.roles.overrides.decode.env", "name"),
+        (
+            {**FIXED, "overrides": {"decode": {"podTemplate": {"spec": {"nodeSelektor": {}}}}}},
+            {},
+            "spec.engine.roles.overrides.decode.podTemplate.spec.nodeSelektor",
+            "nodeSelector",
+        ),
+        (
+            {**FIXED, "overrides": {"decode": {"resources": {"cpu": "2"}}}},
+            {},
+            "spec.engine.roles.overrides",
+            "vllm-cpu",
+        ),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused_by_its_path(roles, engine, path, words):
+    with pytest.raises(InvalidInput) as caught:
+        resource(roles, engine)
+    assert [(row.path, words in row.message) for row in caught.value.errors] == [(path, True)]
+
+
+def test_an_override_that_takes_a_needed_part_away_is_refused_by_its_path():
+    gone = {"spec": {"volumes": [{"name": "config", "$patch": "delete"}]}}
+    with pytest.raises(InvalidInput) as caught:
+        plan(with_overrides({"decode": {"podTemplate": gone}}))
+    assert all(row.path.startswith("spec.engine.roles.overrides.decode.podTemplate") for row in caught.value.errors)
+
+
+def test_on_one_machine_each_role_has_its_own_too():
+    wanted = with_overrides(
+        {"decode": {"resources": {"kvCacheMemory": "1Gi", "cpu": "2"}, "args": ["--max-num-seqs=9"]}},
+        runtime="vllm-cpu",
+        resources={"kvCacheMemory": "512Mi", "cpu": "1"},
+    )
+    ports = tuple(range(20000, 20000 + ports_needed(wanted)))
+    planned = plan_local(wanted, site(ports=ports, cpus=5, memory_bytes=8 * 2**30))
+    arguments = [row.engine.args for row in planned.agents]
+    assert ["--max-num-seqs=9" in row for row in arguments] == [False, True, True]
+    sizes = [2**29, 2**30, 2**30]
+    assert [row[0] for row in arguments] == [f"--kv-cache-memory-bytes={size}" for size in sizes]
+    assert [row.engine.env["OMP_NUM_THREADS"] for row in planned.agents] == ["1", "2", "2"]
+    with pytest.raises(InvalidInput, match=r"needs 1 x 1 \+ 2 x 2 CPUs, the machine has 4"):
+        plan_local(wanted, site(ports=ports, cpus=4, memory_bytes=8 * 2**30))
+
+
+def test_claims_and_arguments_of_a_role_count_for_all():
+    volumes = [{"name": "v", "persistentVolumeClaim": {"claimName": "mine"}}]
+    wanted = with_overrides(
+        {"decode": {"podTemplate": {"spec": {"volumes": volumes}}, "args": ["--reasoning-config={}"]}}
+    )
+    assert find_one_node_claims(wanted, frozenset({"mine", "other"})) == {"mine"}
+    assert all_arguments(wanted) == ("--reasoning-config={}",)

@@ -53,6 +53,11 @@ async def make_engines(peers: Peers, operator: FreshOperator, key: Key, role: st
         ({"roles": {"mode": "fixed", "prefill": 1}}, "needs prefill and decode"),
         ({"roles": {"mode": "auto", "prefill": 1}}, "no other mode has them"),
         ({"roles": FIXED, "replicas": 2}, "leave replicas out"),
+        ({"roles": {"mode": "auto", "overrides": {}}}, "need the mode fixed"),
+        ({"roles": {**FIXED, "overrides": {"decode": {"args": ["--port=1"]}}}}, "an option that the deployment sets"),
+        ({"roles": {**FIXED, "overrides": {"decode": {"args": ["--kv_transfer_config={}"]}}}}, "own KV connector"),
+        ({"roles": {**FIXED, "overrides": {"decode": {"resources": {"memory": "lots"}}}}}, "memory"),
+        ({"roles": {**FIXED, "overrides": {"prefill": {"env": {"1": "x"}}}}}, "a variable's name"),
         ({"roles": FIXED, "canary": {"weight": 1}}, "fixed roles have no canary"),
         ({"roles": {"mode": "auto"}, "parallelism": {"data": 2, "nodes": 2}}, "takes part in no transfer"),
         ({"roles": {"mode": "auto"}, "args": ["--kv_transfer_config={}"]}, "no argument beside roles"),
@@ -120,6 +125,24 @@ async def test_the_condition_follows_what_arrives_and_costs_no_writes(kubeconfig
         before = writes(operator.api)
         await operator.reconciler.reconcile(key)
         assert writes(operator.api) == before
+
+
+async def test_what_a_role_has_for_itself_changes_its_deployment_alone(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        overrides = {"prefill": {"resources": {"memory": "96Gi"}}}
+        key = await served(operator, namespace, serving(engine={"roles": {**FIXED, "overrides": overrides}}))
+        before = {row["metadata"]["name"]: row for row in await fetch_all(operator.api, DEPLOYMENT, namespace)}
+        assert memory_of(before["tiny-engine-prefill"]) == "96Gi"
+        assert memory_of(before["tiny-engine-decode"]) is None
+        await change(operator, key, engine={"roles": {"overrides": {"prefill": {"resources": {"memory": "48Gi"}}}}})
+        after = {row["metadata"]["name"]: row for row in await fetch_all(operator.api, DEPLOYMENT, namespace)}
+        assert memory_of(after["tiny-engine-prefill"]) == "48Gi"
+        assert {name for name in after if after[name]["spec"] != before[name]["spec"]} == {"tiny-engine-prefill"}
+
+
+def memory_of(workload: Document) -> Any:
+    (engine,) = (row for row in workload["spec"]["template"]["spec"]["containers"] if row["name"] == "engine")
+    return engine.get("resources", {}).get("limits", {}).get("memory")
 
 
 async def test_a_number_of_a_role_changes_its_deployment_alone(kubeconfig: Path, namespace: str) -> None:

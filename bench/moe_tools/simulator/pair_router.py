@@ -22,17 +22,16 @@ from moe_scheduling.engine.choice import EngineSettings, Job, Send, SendReason
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, choose_placement
 from moe_scheduling.engine.prefill_share import PrefillShares
-from moe_scheduling.fleet.measured_load import MeasuredLoad
+from moe_scheduling.fleet.measured_load import MeasuredLoad, observe_roles
 from moe_scheduling.fleet.roles import (
     RoleHistory,
     RoleObservation,
     RoleSettings,
-    ServerLoad,
     SetRole,
     plan_roles,
 )
 from moe_scheduling.request.order import RequestSettings
-from moe_scheduling.signals import EngineSignal, StepTime, Target
+from moe_scheduling.signals import EngineSignal, Target
 
 from moe_tools.simulator.router import ENGINE_FAILED, Router, RouterFactory, Wire, engine_addresses
 from moe_tools.simulator.workload import SimRequest, prompt_bytes
@@ -267,35 +266,12 @@ class PairGateway:
     def observe_load(self, now_s: float) -> RoleObservation:
         """Returns the load of the present, for the roles."""
         states = [state for state in self.dispatcher.target_states.values() if state.accepting]
-        stale_after_s = self.dispatcher.settings.stale_after_s
-        decoding: dict[str, int] = {}
-        for state in states:
-            name = state.target.server
-            decoding[name] = decoding.get(name, 0) + state.decoding(now_s, stale_after_s)
-        load = self._load
-        link = self.settings.link
-        return RoleObservation(
-            observed_s=now_s,
-            servers=[
-                ServerLoad(name=name, role=self._roles.get(name, EngineRole.UNIFIED), decoding=count)
-                for name, count in decoding.items()
-            ],
-            ranks=max(1, round(len(states) / max(1, len(decoding)))),
-            step_time=_mean_step_time([state.step_time_model for state in states]),
-            requests_per_s=load.requests_per_s(now_s),
-            prompt_tokens=load.prompt_tokens,
-            answer_tokens=load.answer_tokens,
+        load, link = self._load, self.settings.link
+        return observe_roles(
+            load,
+            states,
+            self._roles,
             transfer_s=math.inf if link is None else link.transfer_s(round(load.prompt_tokens), met=True),
-            measured_s=load.measured_s,
+            now_s=now_s,
+            stale_after_s=self.dispatcher.settings.stale_after_s,
         )
-
-
-def _mean_step_time(models: Sequence[StepTime | None]) -> StepTime | None:
-    known = [model for model in models if model is not None]
-    if not known:
-        return None
-    return StepTime(
-        base_s=sum(model.base_s for model in known) / len(known),
-        prefill_s=sum(model.prefill_s for model in known) / len(known),
-        decode_s=sum(model.decode_s for model in known) / len(known),
-    )

@@ -19,16 +19,9 @@ from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer
 from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, choose_placement
 from moe_scheduling.engine.prefill_share import PrefillShares
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.fleet.measured_load import MeasuredLoad
-from moe_scheduling.fleet.roles import (
-    RoleHistory,
-    RoleObservation,
-    RoleSettings,
-    ServerLoad,
-    SetRole,
-    plan_roles,
-)
-from moe_scheduling.signals import StepTime, Target
+from moe_scheduling.fleet.measured_load import MeasuredLoad, observe_roles
+from moe_scheduling.fleet.roles import RoleHistory, RoleObservation, RoleSettings, SetRole, plan_roles
+from moe_scheduling.signals import Target
 
 if TYPE_CHECKING:
     from moe_gateway.engines.dispatcher import Dispatcher
@@ -213,40 +206,20 @@ class Placements:
         Without engines while not all are peers, as in a rollout: which part of the load each kind takes is not known.
         """
         dispatcher, load = self._dispatcher, self.load
-        stale_after_s = dispatcher.settings.stale_after_s
         states = [row for row in dispatcher.targets.ordered if row.accepting]
         if len({self._peers.get(row.target.server) for row in states}) > 1:
             states = []
         movable = {name for name in self._peers if self._states[name].role is EngineRole.UNIFIED}
         states = [row for row in states if row.target.server in movable]
-        decoding: Counter[str] = Counter()
-        for state in states:
-            decoding[state.target.server] += state.decoding(now_s, stale_after_s)
-        return RoleObservation(
-            observed_s=now_s,
-            servers=[
-                ServerLoad(name=name, role=self.roles.get(name, EngineRole.UNIFIED), decoding=count)
-                for name, count in decoding.items()
-            ],
-            ranks=max(1, round(len(states) / max(1, len(decoding)))),
-            step_time=_mean_step_time(states),
-            requests_per_s=load.requests_per_s(now_s) / max(0.01, dispatcher.targets.traffic_share),
-            prompt_tokens=load.prompt_tokens,
-            answer_tokens=load.answer_tokens,
+        return observe_roles(
+            load,
+            states,
+            self.roles,
             transfer_s=self._link.transfer_s(round(load.prompt_tokens), met=True),
-            measured_s=load.measured_s,
+            now_s=now_s,
+            stale_after_s=dispatcher.settings.stale_after_s,
+            traffic_share=dispatcher.targets.traffic_share,
         )
-
-
-def _mean_step_time(states: Sequence[TargetState]) -> StepTime | None:
-    known = [state.step_time_model for state in states if state.step_time_model is not None]
-    if not known:
-        return None
-    return StepTime(
-        base_s=sum(model.base_s for model in known) / len(known),
-        prefill_s=sum(model.prefill_s for model in known) / len(known),
-        decode_s=sum(model.decode_s for model in known) / len(known),
-    )
 
 
 def make_placements(config: Disaggregation | None, dispatcher: "Dispatcher") -> Placements | None:

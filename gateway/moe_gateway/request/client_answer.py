@@ -3,6 +3,7 @@
 Owned by an exchange, which decides what passes and when. Everything here writes to the client's connection at once.
 """
 
+from moe_gateway.bounded_latencies import LatencyWindow
 from moe_gateway.http.cors import insert_lines
 from moe_gateway.http.heads import ends_between_chunks, stamp_response
 from moe_gateway.http.replies import (
@@ -38,9 +39,11 @@ class ClientAnswer:
         "_before_last",
         "_client",
         "_context",
+        "_gaps",
         "_is_anthropic",
         "_is_framing",
         "_last",
+        "_piece_s",
         "_request",
         "_said_close",
         "_wrote_s",
@@ -59,6 +62,9 @@ class ClientAnswer:
         self._is_framing = False
         # What the head said about the connection; None before it.
         self._said_close: bool | None = None
+        # Times between two pieces of a stream are measured where they have a bound.
+        self._gaps: LatencyWindow | None = None
+        self._piece_s = 0.0
         self.is_open = False
         self.extra = b""
         self._wrote_s = request.arrived_s
@@ -75,6 +81,8 @@ class ClientAnswer:
 
     def begin(self, beginning: AnswerBeginning) -> None:
         """Passes on the bytes that were kept back."""
+        if beginning.is_events and (gaps := self._context.stats.bounded.inter_token) is not None:
+            self._gaps, self._piece_s = gaps, self._context.clock()
         self._last = beginning.body
         if self.is_open:
             self._is_framing = not beginning.is_chunked
@@ -99,8 +107,19 @@ class ClientAnswer:
         """Passes on the next bytes."""
         if self._is_framing:
             data = frame_chunk(data)
+        if self._gaps is not None:
+            self._measure_gap(self._gaps)
         self._before_last, self._last = self._last, data
         self._client.write(data)
+
+    def _measure_gap(self, gaps: LatencyWindow) -> None:
+        before_s, self._piece_s = self._piece_s, self._context.clock()
+        if before_s:
+            gaps.observe(self._piece_s - before_s, self._piece_s)
+
+    def forget_gap(self) -> None:
+        """The client did not read for a while: the time until the next piece is no latency of an engine."""
+        self._piece_s = 0.0
 
     def keep_alive(self, beginning: AnswerBeginning, head_after_s: float, now_s: float) -> None:
         """Called a few times a second before the first token of a stream: sends its head in time, then comments."""

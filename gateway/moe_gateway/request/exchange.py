@@ -410,9 +410,8 @@ class Exchange:
     @property
     def _may_open(self) -> bool:
         """Whether the answer is a stream that has not begun, so that its head may go before."""
-        if self.attempts.is_answering or not self.parsed.stream or self.request.http10:
-            return False
-        return self.route.may_stream
+        cannot_open = self.attempts.is_answering or self.request.http10
+        return self.parsed.stream and self.route.may_stream and not cannot_open
 
     def check(self, now_s: float, limits: Limits) -> None:
         """Ends it when neither the engine nor the client has moved anything for `idle_timeout_s`.
@@ -475,6 +474,7 @@ class Exchange:
     def resume(self) -> None:
         """The client has caught up: the engine's connection is read again."""
         self._paused = False
+        self._answer.forget_gap()
         if self._upstream is not None and self._upstream.transport is not None:
             self._upstream.transport.resume_reading()
 

@@ -95,6 +95,67 @@ class ScaleDown(Section):
     )
 
 
+class PrefillTargets(Section):
+    """What to keep with the number of prefill engines; as `autoscaling.targets`."""
+
+    queue_wait: Annotated[str, DurationBetween("1ms")] | None = Field(
+        default="1s",
+        description="Time that the prompts at the least busy prefill engine take to compute, by its step-time model.",
+    )
+    ttft: Annotated[str, DurationBetween("1ms")] | None = Field(
+        default=None, description="Time to first token at the gateway, mean over the last 30 s."
+    )
+
+
+class DecodeTargets(Section):
+    """What to keep with the number of decode engines; as `autoscaling.targets`."""
+
+    kv_usage: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        default=0.8, description="Used part of the KV caches, mean over the decode engines."
+    )
+    inter_token: Annotated[str, DurationBetween("1ms")] | None = Field(
+        default=None,
+        description="Time of a step with the requests that decode in it, by the engines' step-time models, mean load "
+        "of the decode engines.",
+    )
+
+
+_RANGE_RULE = Rule(
+    field="maxReplicas",
+    message="maxReplicas must be at least minReplicas",
+    cel="self.maxReplicas >= self.minReplicas",
+    holds=lambda section: section.max_replicas >= section.min_replicas,
+)
+
+
+class RoleRange(Section):
+    """How many engines of a role may run."""
+
+    min_replicas: Annotated[Count, Field(ge=1, le=255)] = Field(default=1, description="Fewest engines of the role.")
+    max_replicas: Annotated[Count, Field(ge=1, le=255)] = Field(default=4, description="Most engines of the role.")
+
+    rules: ClassVar[tuple[Rule, ...]] = (_RANGE_RULE,)
+
+
+class PrefillAutoscaling(RoleRange):
+    """How many prefill engines run."""
+
+    targets: PrefillTargets = PrefillTargets()
+
+
+class DecodeAutoscaling(RoleRange):
+    """How many decode engines run."""
+
+    targets: DecodeTargets = DecodeTargets()
+
+
+class RoleAutoscaling(Section):
+    """How many engines of each fixed role run. `engine.roles.prefill` and `decode` are the numbers to begin with."""
+
+    prefill: PrefillAutoscaling = PrefillAutoscaling()
+    decode: DecodeAutoscaling = DecodeAutoscaling()
+
+
 class Autoscaling(Section):
     """How many engines run, by load. Absent: `engine.replicas`."""
 
@@ -108,6 +169,11 @@ class Autoscaling(Section):
     )
     max_replicas: Annotated[Count, Field(ge=1, le=256)] = Field(default=4, description="Most engines.")
     targets: Targets = Targets()
+    roles: RoleAutoscaling | None = Field(
+        default=None,
+        description="Ranges and targets of each role, in place of `minReplicas`, `maxReplicas` and `targets`, which "
+        "then mean nothing. Only with fixed roles, which need it.",
+    )
     scale_up: ScaleUp = ScaleUp()
     scale_down: ScaleDown = ScaleDown()
     idle_after: Annotated[str, DurationBetween("1s")] = Field(
@@ -119,11 +185,13 @@ class Autoscaling(Section):
     )
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        _RANGE_RULE,
         Rule(
-            field="maxReplicas",
-            message="maxReplicas must be at least minReplicas",
-            cel="self.maxReplicas >= self.minReplicas",
-            holds=lambda section: section.max_replicas >= section.min_replicas,
+            field="roles",
+            message="each role is scaled by the operator; without autoscaling others may scale the Deployments of the "
+            "roles, NAME-engine-prefill and NAME-engine-decode",
+            cel="self.mode == 'internal' || !has(self.roles)",
+            holds=lambda section: section.mode is AutoscalingMode.INTERNAL or section.roles is None,
         ),
         Rule(
             field="targets",

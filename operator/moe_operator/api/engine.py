@@ -1,16 +1,16 @@
 """Section `spec.engine`: how many engines run, on what, and with which arguments of vLLM."""
 
-import re
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
-from moe_contract.engine_process import KV_CACHE_OPTION, KV_TRANSFER_OPTION, RUN_DIR_VARIABLE
-from pydantic import AfterValidator, Field
+from moe_scheduling.engine.disaggregation import EngineRole
+from pydantic import Field
 
 from moe_operator.api.pods import Canary, Image, PodTemplate, Update
+from moe_operator.api.replica import CONNECTOR_RULE_CEL, ENV_RULE, Argument, EnvValue, Resources, configures_transfer
 from moe_operator.api.roles import Roles
 from moe_operator.api.section import Count, Flag, Rule, Section
-from moe_operator.api.units import DurationBetween, QuantityBetween
+from moe_operator.api.units import DurationBetween
 
 
 class Runtime(StrEnum):
@@ -65,88 +65,6 @@ class Parallelism(Section):
         return self.tensor * self.data
 
 
-class Resources(Section):
-    """What one replica may use."""
-
-    cpu: Annotated[str, QuantityBetween("100m", "1k", "2 or 500m")] | None = Field(
-        default=None,
-        description="CPUs of one replica: the OpenMP threads of all its ranks together, rounded down, at least one "
-        "each. Absent: the machine's CPUs divided by the replicas; in a cluster as many threads as the container may "
-        "use CPUs, and no request. Only with the runtime `vllm-cpu`.",
-    )
-    memory: Annotated[str, QuantityBetween("64Mi", "100Ti", "64Gi")] | None = Field(
-        default=None,
-        description="Memory of one pod of a replica, as request and limit (bytes). Absent: neither. Only in a cluster.",
-    )
-    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
-        default="nvidia.com/gpu",
-        description="Name by which the cluster knows a GPU; with `vllm` each rank asks for one. Only in a cluster.",
-    )
-    shared_memory: Annotated[str, QuantityBetween("64Mi", "1Ti", "8Gi")] = Field(
-        default="8Gi", description="Most memory that /dev/shm of a pod may take (bytes). Only in a cluster."
-    )
-    kv_cache_memory: Annotated[str, QuantityBetween("1Mi", "1Ti", "4Gi")] | None = Field(
-        default=None,
-        description="Memory of the KV cache of one rank (bytes). Absent: with `vllm` what vLLM finds free on the GPU, "
-        "with `vllm-cpu` a quarter of the machine's memory divided by all ranks of all replicas, in a cluster a "
-        "quarter of `memory` divided by the ranks of the pod, or 1 GiB where that is absent.",
-    )
-
-
-# Options of vLLM that the plan or the agent sets, and where a person sets them instead. Of an option given twice vLLM
-# takes the last, so one of these in `args` would make the engine differ from the rest of the deployment.
-OWNED_OPTIONS = {
-    "--model": "spec.model.uri",
-    "--served-model-name": "spec.model.name",
-    "--revision": "spec.model.revision",
-    "--tensor-parallel-size": "spec.engine.parallelism.tensor",
-    "-tp": "spec.engine.parallelism.tensor",
-    "--data-parallel-size": "spec.engine.parallelism.data",
-    "-dp": "spec.engine.parallelism.data",
-    "--enable-expert-parallel": "spec.engine.parallelism.expert",
-    "--no-enable-expert-parallel": "spec.engine.parallelism.expert",
-    "-ep": "spec.engine.parallelism.expert",
-    "--enable-eplb": "spec.engine.parallelism.expert",
-    "--no-enable-eplb": "spec.engine.parallelism.expert",
-    "--eplb-config": "spec.scheduling.expert",
-    KV_CACHE_OPTION: "spec.engine.resources.kvCacheMemory",
-    "--shutdown-timeout": "spec.engine.drainTimeout",
-    "--host": "the deployment",
-    "--port": "the deployment",
-}
-_OWNED_PATTERN = "^(" + "|".join(sorted(OWNED_OPTIONS)) + ")([=.].*)?$"
-
-
-def _check_argument(argument: str) -> str:
-    option = argument.partition("=")[0].partition(".")[0].replace("_", "-")
-    if option in OWNED_OPTIONS:
-        raise ValueError(f"{option} is set by {OWNED_OPTIONS[option]}, not by an argument")
-    return argument
-
-
-# Length times number is bounded: the API server refuses a CRD whose rules may cost too much.
-Argument = Annotated[
-    str,
-    Field(
-        pattern=r"^[^\x00]+$",
-        max_length=2048,
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                {
-                    "rule": f"!self.replace('_', '-').matches('{_OWNED_PATTERN}')",
-                    "message": "an option that the deployment sets: " + ", ".join(OWNED_OPTIONS),
-                }
-            ]
-        },
-    ),
-    AfterValidator(_check_argument),
-]
-# Options by which a person would set vLLM's KV connector; the second silently takes the place of the first.
-_CONNECTOR_OPTIONS = (KV_TRANSFER_OPTION, "--kv-offloading-")
-ENV_NAME_PATTERN = "^[A-Za-z_][A-Za-z0-9_]*$"
-OWNED_ENV = RUN_DIR_VARIABLE
-
-
 class Engine(Section):
     """The engines: replicas of one vLLM server."""
 
@@ -169,8 +87,8 @@ class Engine(Section):
         description="Further arguments of vLLM's server, each a string, such as `--max-model-len=4096`. They win over "
         "the deployment's own.",
     )
-    env: Annotated[dict[str, Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]], Field(max_length=128)] = (
-        Field(default={}, description="Environment variables of the engine. They win over the deployment's own.")
+    env: Annotated[dict[str, EnvValue], Field(max_length=128)] = Field(
+        default={}, description="Environment variables of the engine. They win over the deployment's own."
     )
     startup_timeout: Annotated[str, DurationBetween("1s")] = Field(
         default="30m", description="Time for loading the model, after which an engine that is not ready is restarted."
@@ -201,11 +119,16 @@ class Engine(Section):
             holds=lambda engine: engine.runtime is Runtime.VLLM_CPU or engine.resources.cpu is None,
         ),
         Rule(
-            field="env",
-            message=f"a variable's name is letters, digits and underscores, not a digit first, and not {OWNED_ENV}",
-            cel=f"self.env.all(name, name.matches('{ENV_NAME_PATTERN}') && name != '{OWNED_ENV}')",
-            holds=lambda engine: all(re.match(ENV_NAME_PATTERN, name) and name != OWNED_ENV for name in engine.env),
+            field="roles.overrides",
+            message="CPUs are set for the runtime vllm-cpu alone",
+            cel="self.runtime == 'vllm-cpu' || !has(self.roles.overrides) || "
+            "!has(self.roles.overrides.prefill.resources.cpu) && !has(self.roles.overrides.decode.resources.cpu)",
+            holds=lambda engine: (
+                engine.runtime is Runtime.VLLM_CPU
+                or {engine.roles.override(role).resources.cpu for role in EngineRole} == {None}
+            ),
         ),
+        ENV_RULE,
         Rule(
             field="replicas",
             message="with fixed roles the engines are roles.prefill and roles.decode together; leave replicas out",
@@ -229,9 +152,8 @@ class Engine(Section):
             field="args",
             message="an own KV connector (--kv-transfer-config, --kv-offloading-*) is no argument beside roles; "
             "take it away or set roles.mode to unified",
-            cel="self.roles.mode == 'unified' || "
-            f"!self.args.exists(text, text.replace('_', '-').matches('^({'|'.join(_CONNECTOR_OPTIONS)})'))",
-            holds=lambda engine: not engine.roles.apart or not any(map(_configures_transfer, engine.args)),
+            cel=f"self.roles.mode == 'unified' || {CONNECTOR_RULE_CEL}",
+            holds=lambda engine: not engine.roles.apart or not configures_transfer(engine.args),
         ),
     )
 
@@ -239,7 +161,3 @@ class Engine(Section):
     def count(self) -> int:
         """Engines that the resource asks for, of all roles together."""
         return (self.roles.prefill or 0) + (self.roles.decode or 0) if self.roles.is_fixed else self.replicas
-
-
-def _configures_transfer(argument: str) -> bool:
-    return argument.replace("_", "-").startswith(_CONNECTOR_OPTIONS)

@@ -90,3 +90,8 @@ class Reason(StrEnum):
     PEERS_DIFFER = "PeersDiffer"
     TRANSFERS_FAILING = "TransfersFailing"
     CONNECTOR_MISSING = "ConnectorMissing"
+
+    # TargetsMet.
+    WITHIN_TARGETS = "WithinTargets"
+    TARGETS_MISSED = "TargetsMissed"
+    NO_TRAFFIC = "NoTraffic"

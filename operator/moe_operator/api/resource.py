@@ -56,9 +56,11 @@ class Spec(Section):
         ),
         Rule(
             field="autoscaling",
-            message="fixed roles have fixed numbers; use engine.roles.mode auto, or take autoscaling away",
-            cel="!has(self.autoscaling) || self.engine.roles.mode != 'fixed'",
-            holds=lambda spec: spec.autoscaling is None or not spec.engine.roles.is_fixed,
+            message="fixed roles are scaled by autoscaling.roles, a range for each role, and no other engines are",
+            cel="!has(self.autoscaling) || has(self.autoscaling.roles) == (self.engine.roles.mode == 'fixed')",
+            holds=lambda spec: (
+                spec.autoscaling is None or (spec.autoscaling.roles is not None) is spec.engine.roles.is_fixed
+            ),
         ),
     )
 

@@ -7,8 +7,10 @@ part and name it.
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
+from moe_scheduling.engine.disaggregation import EngineRole
 from pydantic import Field
 
+from moe_operator.api.replica import RoleOverride, RoleOverrides
 from moe_operator.api.section import Count, Rule, Section
 
 _MOST = 255
@@ -37,6 +39,10 @@ class Roles(Section):
     decode: Annotated[Count, Field(ge=1, le=_MOST)] | None = Field(
         default=None, description="Engines that decode. Only with the mode `fixed`, which needs both numbers."
     )
+    overrides: RoleOverrides | None = Field(
+        default=None,
+        description="What engines of one role have for themselves, laid over `engine`. Only with the mode `fixed`.",
+    )
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -50,7 +56,19 @@ class Roles(Section):
                 else roles.prefill is roles.decode is None
             ),
         ),
+        Rule(
+            field="overrides",
+            message="resources and arguments of a role need the mode fixed, for only then has an engine one role",
+            cel="self.mode == 'fixed' || !has(self.overrides)",
+            holds=lambda roles: roles.mode is RoleMode.FIXED or roles.overrides is None,
+        ),
     )
+
+    def override(self, role: EngineRole) -> RoleOverride:
+        """Returns what engines of a role have for themselves; nothing for engines of all roles."""
+        if self.overrides is None or role is EngineRole.UNIFIED:
+            return RoleOverride()
+        return self.overrides.prefill if role is EngineRole.PREFILL else self.overrides.decode
 
     @property
     def is_fixed(self) -> bool:

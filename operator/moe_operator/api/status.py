@@ -67,6 +67,17 @@ class EngineStatus(Section):
     )
 
 
+class RoleStatus(Section):
+    """The engines of one fixed role."""
+
+    role: EngineRole = Field(description="The role.")
+    replicas: Natural = Field(default=0, description="Engines of the role that exist.")
+    ready_replicas: Natural = Field(default=0, description="Engines of the role that accept requests.")
+    desired_replicas: Natural | None = Field(
+        default=None, description="Engines of the role that should exist, by the resource or by its autoscaling."
+    )
+
+
 class PoliciesInForce(Section):
     """The policies that run, which may differ from the wanted ones while a change is under way."""
 
@@ -135,6 +146,9 @@ class Status(Section):
     ready_replicas: Natural = Field(default=0, description="Engines that accept requests.")
     desired_replicas: Natural | None = Field(
         default=None, description="Engines that should exist, by the resource or by its autoscaling."
+    )
+    roles: tuple[RoleStatus, ...] = Field(
+        default=(), description="The engines of each fixed role; empty where roles are not fixed."
     )
     selector: str = Field(default="", description="Label selector of the engines' pods, for autoscalers.")
     ttft: str = Field(default="", description="Mean time to first token over the last 30 s with requests.")

@@ -1,9 +1,10 @@
 """The autoscaler of one resource: keeps what decisions look back on. Owned by the operator's reconciler."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.settings import FleetSettings
 from moe_scheduling.fleet.size import (
     FleetHistory,
@@ -27,24 +28,28 @@ class Outcome:
         replicas: engines from now on.
         reason: why.
         limited: reason and message of the condition AutoscalingLimited; None when nothing holds the number back.
+        roles: engines of each fixed role from now on; empty where the operator does not scale roles.
     """
 
     replicas: int
     reason: str
     limited: tuple[Reason, str] | None
+    roles: Mapping[EngineRole, int] = field(default_factory=dict)
 
 
 _LIMITS = {
-    Limit.MAX_REPLICAS: (Reason.TOO_FEW_REPLICAS, "the load asks for more engines than autoscaling.maxReplicas"),
-    Limit.MIN_REPLICAS: (Reason.TOO_MANY_REPLICAS, "the load asks for fewer engines than autoscaling.minReplicas"),
+    Limit.MAX_REPLICAS: (Reason.TOO_FEW_REPLICAS, "the load asks for more {} than {}.maxReplicas"),
+    Limit.MIN_REPLICAS: (Reason.TOO_MANY_REPLICAS, "the load asks for fewer {} than {}.minReplicas"),
 }
 
 
 class Autoscaler:
-    """The autoscaler of one resource, with its history of recommendations."""
+    """The autoscaler of the engines of one resource, or of one role of them, with its history of recommendations."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, what: str = "engines", path: str = "autoscaling"
+    ) -> None:
+        self._clock, self._what, self._path = clock, what, path
         self._history = FleetHistory()
         self._loading_since: dict[str, float] = {}
         self._startup_s: float | None = None
@@ -79,7 +84,14 @@ class Autoscaler:
         decision = plan_fleet(observation, signal, settings, self._history, now_s)
         self._history = decision.history
         number = decision.replicas if isinstance(decision, Scale) else replicas
-        return Outcome(replicas=number, reason=decision.reason.value, limited=_limited(decision, source))
+        return Outcome(replicas=number, reason=decision.reason.value, limited=self._limited(decision, source))
+
+    def _limited(self, decision: Scale | Keep, source: str) -> tuple[Reason, str] | None:
+        if isinstance(decision, Keep) and decision.reason in (KeepReason.STALE, KeepReason.MISSING):
+            signals = f"the signals of {source} are {decision.reason.value}"
+            return Reason.NO_SIGNAL, f"the number of {self._what} stays as it is: {signals}"
+        found = None if decision.limit is None else _LIMITS.get(decision.limit)
+        return None if found is None else (found[0], found[1].format(self._what, self._path))
 
     def _learn_startup(self, ready: set[str], loading: set[str], now_s: float) -> None:
         for name in loading:
@@ -89,10 +101,3 @@ class Autoscaler:
                 self._startup_s = now_s - self._loading_since.pop(name)
             elif name not in loading:
                 del self._loading_since[name]
-
-
-def _limited(decision: Scale | Keep, source: str) -> tuple[Reason, str] | None:
-    if isinstance(decision, Keep) and decision.reason in (KeepReason.STALE, KeepReason.MISSING):
-        what = f"the signals of {source} are {decision.reason.value}"
-        return Reason.NO_SIGNAL, f"the number of engines stays as it is: {what}"
-    return _LIMITS.get(decision.limit) if decision.limit is not None else None

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moe_contract.proxies import is_within_cluster
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.size import FleetSignal
 from prometheus_api_client import PrometheusConnect
 from prometheus_api_client.exceptions import PrometheusApiClientException
@@ -40,9 +41,8 @@ _ENGINE = "moeserving_engine"
 
 def build_queries(namespace: str, names: Names) -> dict[str, str]:
     """The query of each field of the signal."""
-    # A pod's name has one or two words more than that of what made it; with more it is another resource's.
-    gateway = f'{{namespace="{namespace}",pod=~"{names.gateway}(-[a-z0-9]+){{1,2}}"}}'
-    engine = f'{{namespace="{namespace}",pod=~"({names.engine}|{names.canary})(-[a-z0-9]+){{1,2}}"}}'
+    gateway = _pods_of(namespace, names.gateway)
+    engine = _pods_of(namespace, f"({names.engine}|{names.canary})")
     ttft = f"{_GATEWAY}_ttft_seconds"
     return {
         "wait_s": f"min({_GATEWAY}_wait_seconds{gateway})",
@@ -57,6 +57,31 @@ def build_queries(namespace: str, names: Names) -> dict[str, str]:
         # Age of the newest sample: Prometheus itself goes on answering with old ones for five minutes.
         "age_s": f"time() - min(timestamp({_GATEWAY}_held_requests{gateway}))",
     }
+
+
+def _pods_of(namespace: str, name: str) -> str:
+    """The selector of the pods of a workload; `name` is a regular expression."""
+    # A pod's name has one or two words more than that of what made it; with more it is another resource's.
+    return f'{{namespace="{namespace}",pod=~"{name}(-[a-z0-9]+){{1,2}}"}}'
+
+
+def build_role_queries(namespace: str, names: Names, role: EngineRole, inter_token_s: float | None) -> dict[str, str]:
+    """The query of each field of the signal of the engines of one fixed role, as `build_role_signal` has them."""
+    engine = _pods_of(namespace, names.of_role(role))
+    whole = build_queries(namespace, names)
+    whole["tokens_per_s"] = f"sum(rate({_ENGINE}_computed_tokens_total{engine}[{WINDOW}]))"
+    if role is EngineRole.PREFILL:
+        waiting = f"({_ENGINE}_waiting_prefill_tokens{engine} + {_ENGINE}_running_prefill_tokens{engine})"
+        seconds = f"{waiting} * {_ENGINE}_step_prefill_token_seconds{engine}"
+        del whole["kv_usage"]
+        return whole | {"wait_s": f"min(max by (pod) ({seconds}))"}
+    del whole["wait_s"], whole["ttft_s"]
+    whole["kv_usage"] = f"avg(max by (pod) ({_ENGINE}_kv_usage_ratio{engine}))"
+    if inter_token_s is None:
+        return whole
+    left = f"(({inter_token_s:g} - {_ENGINE}_step_base_seconds{engine}) > 0)"
+    busy = f"{_ENGINE}_decode_tokens{engine} * {_ENGINE}_step_decode_request_seconds{engine}"
+    return whole | {"decode_load": f"avg(max by (pod) ({busy} / {left}))"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +103,16 @@ class Reading:
         return self.held > 0 and self.held_at_s >= since_s
 
 
-async def fetch_reading(url: str, key: tuple[str, str], fleet: Fleet) -> Reading:
+async def fetch_reading(
+    url: str, key: tuple[str, str], fleet: Fleet, queries: Mapping[str, str] | None = None
+) -> Reading:
     """What Prometheus knows: nothing when it gives no answer or has no gateway of the resource.
 
     The signal is None while it has not every ready gateway: what the others hold and send is not known. Requests that
     are held are asked of the gateways too: waking the first engine cannot wait for a scrape.
     """
     try:
-        values = await asyncio.to_thread(_query, url, build_queries(key[0], Names(key[1])))
+        values = await asyncio.to_thread(_query, url, queries or build_queries(key[0], Names(key[1])))
     except (PrometheusApiClientException, RequestException, ValueError, KeyError) as error:
         log.warning("%s/%s: no signal from Prometheus: %s", *key, error)
         return Reading()
@@ -114,7 +141,7 @@ def _count(value: float | None) -> int:
     return 0 if value is None else max(0, math.ceil(value))
 
 
-def _query(url: str, queries: dict[str, str]) -> dict[str, Any]:
+def _query(url: str, queries: Mapping[str, str]) -> dict[str, Any]:
     # Without tries anew, which would hold the pass for seconds: the next pass is one.
     with Session() as session:
         if is_within_cluster(urlsplit(url).hostname or ""):

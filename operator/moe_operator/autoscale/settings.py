@@ -1,9 +1,12 @@
 """Converts `spec.autoscaling` to the settings of the core: durations and units become numbers. Pure."""
 
+from dataclasses import replace
+
+from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
 from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
 
-from moe_operator.api.autoscaling import Autoscaling, ScaleDown, ScaleUp
+from moe_operator.api.autoscaling import Autoscaling, RoleRange, ScaleDown, ScaleUp
 from moe_operator.api.units import duration_s
 
 # Age from which a signal changes nothing: this many intervals, at least `_LEAST_STALE_S`.
@@ -16,9 +19,9 @@ def fleet_settings(section: Autoscaling) -> FleetSettings:
     targets = section.targets
     return FleetSettings(
         targets=FleetTargets(
-            wait_s=None if targets.queue_wait is None else duration_s(targets.queue_wait),
+            wait_s=_seconds(targets.queue_wait),
             kv_usage=targets.kv_usage,
-            ttft_s=None if targets.ttft is None else duration_s(targets.ttft),
+            ttft_s=_seconds(targets.ttft),
             tokens_per_s=targets.tokens_per_second,
         ),
         min_replicas=section.min_replicas,
@@ -28,6 +31,30 @@ def fleet_settings(section: Autoscaling) -> FleetSettings:
         scale_up=_rules(section.scale_up),
         scale_down=_rules(section.scale_down),
     )
+
+
+def role_settings(section: Autoscaling, role: EngineRole) -> FleetSettings:
+    """The settings of the decision over the engines of one fixed role.
+
+    Raises:
+        ValueError: the section has none for roles, or engines of this role have no number of their own.
+    """
+    roles = section.roles
+    if roles is None or role is EngineRole.UNIFIED:
+        raise ValueError("only fixed roles have numbers of their own")
+    limits: RoleRange = roles.prefill if role is EngineRole.PREFILL else roles.decode
+    wait, ttft = roles.prefill.targets.queue_wait, roles.prefill.targets.ttft
+    kv_usage, inter_token = roles.decode.targets.kv_usage, roles.decode.targets.inter_token
+    if role is EngineRole.PREFILL:
+        targets = FleetTargets(wait_s=_seconds(wait), ttft_s=_seconds(ttft))
+    else:
+        targets = FleetTargets(kv_usage=kv_usage, inter_token_s=_seconds(inter_token))
+    settings = fleet_settings(section)
+    return replace(settings, targets=targets, min_replicas=limits.min_replicas, max_replicas=limits.max_replicas)
+
+
+def _seconds(text: str | None) -> float | None:
+    return None if text is None else duration_s(text)
 
 
 def _rules(section: ScaleUp | ScaleDown) -> ScalingRules:

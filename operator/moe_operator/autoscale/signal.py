@@ -1,10 +1,12 @@
 """The signal of the whole fleet, from the states of gateways and agents. Pure."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from moe_contract.agent_state import AgentState
 from moe_contract.gateway_state import GatewayState
+from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.fleet.role_load import decode_load, prefill_backlog_s
 from moe_scheduling.fleet.size import FleetSignal
 
 
@@ -87,6 +89,37 @@ def build_signal(now: Fleet, tokens_per_s: float | None = None) -> FleetSignal |
         held=sum(state.held for state in now.gateways),
         held_since_s=max(_known(state.held_since_s for state in now.gateways), default=None),
         in_flight=sum(state.in_flight for state in now.gateways),
+    )
+
+
+def build_role_signal(
+    now: Fleet, role: EngineRole, engines: Collection[str], inter_token_s: float | None, tokens_per_s: float | None
+) -> FleetSignal | None:
+    """The signal of the engines of one fixed role; None when no gateway, or not every ready one, answered.
+
+    Args:
+        now: the newest states of the whole fleet.
+        role: prefill or decode.
+        engines: pods of the engines of the role.
+        inter_token_s: longest step of an engine that decodes (seconds); None when nobody asks.
+        tokens_per_s: tokens per second that the engines of the role compute together; None when unknown.
+    """
+    whole = build_signal(now, tokens_per_s)
+    if whole is None:
+        return None
+    ready = [state for name, state in now.engines.items() if name in engines and state.ready]
+    if role is EngineRole.PREFILL:
+        backlogs = _known(prefill_backlog_s(state.ranks) for state in ready)
+        return replace(whole, wait_s=min(backlogs, default=None), kv_usage=None)
+    loads = [] if inter_token_s is None else [decode_load(state.ranks, inter_token_s) for state in ready]
+    known = _known(loads)
+    return replace(
+        whole,
+        wait_s=None,
+        ttft_s=None,
+        kv_usage=_mean(state.kv_usage for state in ready),
+        # One that is not known could be above all others.
+        decode_load=_mean(known) if len(known) == len(loads) else None,
     )
 
 

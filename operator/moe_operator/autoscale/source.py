@@ -3,21 +3,24 @@
 import logging
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import Reading, fetch_reading
+from moe_operator.autoscale.roles import RoleAutoscalers, RoleEngines
 from moe_operator.autoscale.settings import fleet_settings
 from moe_operator.autoscale.signal import Fleet, Freshness, States, asks, build_signal
 from moe_operator.autoscale.token_rate import TokenCount, TokenRate, measure_rates, sum_rates
 from moe_operator.plan import Observed
 from moe_operator.plan.cluster import STABLE, plan_replicas
-from moe_operator.plan.names import REVISION
+from moe_operator.plan.names import REVISION, ROLE
 from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
 
 Document = dict[str, Any]
@@ -30,6 +33,7 @@ class Sources:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self._autoscalers: dict[tuple[str, str], Autoscaler] = {}
+        self._roles = RoleAutoscalers()
         self._rates: dict[tuple[str, str], dict[str, TokenRate]] = {}
         self._due_s: dict[tuple[str, str], tuple[float, Outcome]] = {}
 
@@ -37,6 +41,7 @@ class Sources:
         """Drops the records of a deleted resource."""
         for kept in (self._autoscalers, self._rates, self._due_s):
             kept.pop(key, None)
+        self._roles.forget(key)
 
     async def decide(
         self,
@@ -68,6 +73,9 @@ class Sources:
         now_s = time.monotonic()
         fleet = _read_fleet(pods, states, now_s)
         self._rates[key] = measure_rates(self._rates.get(key, {}), _counts(fleet, states, now_s))
+        if section.roles is not None:
+            return await self._roles.decide(key, resource, observed, fleet, _engines_of_roles(pods), self._rates[key])
+        self._roles.forget(key)
         ready, loading = _engines(pods, whole)
         settings = fleet_settings(section)
         reading = await self._read(key, resource, fleet, asleep=observed.replicas == 0)
@@ -125,6 +133,20 @@ def _counts(fleet: Fleet, states: States, now_s: float) -> dict[str, TokenCount]
         name: TokenCount(tokens=state.computed_tokens, as_of_s=states.freshness.get(name, asked).as_of_s)
         for name, state in fleet.engines.items()
     }
+
+
+def with_outcome(observed: Observed, outcome: Outcome) -> Observed:
+    """What is observed, with the numbers of engines that were decided."""
+    roles = outcome.roles or observed.role_replicas
+    return replace(observed, replicas=outcome.replicas, role_replicas=roles)
+
+
+def _engines_of_roles(pods: Sequence[Document]) -> dict[EngineRole, RoleEngines]:
+    found = {}
+    for role in (EngineRole.PREFILL, EngineRole.DECODE):
+        ready, loading = _engines([pod for pod in pods if label_of(pod, ROLE) == role.value])
+        found[role] = RoleEngines(ready=frozenset(ready), loading=frozenset(loading))
+    return found
 
 
 def _engines(pods: Sequence[Document], whole: Collection[str] | None = None) -> tuple[set[str], set[str]]:

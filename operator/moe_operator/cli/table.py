@@ -8,10 +8,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from moe_operator.api.status import ConditionStatus, EnginePhase, EngineStatus, Status
+from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, Status
 from moe_operator.experts.report import judge_experts
 from moe_operator.local.observation import Observation
 from moe_operator.local.traffic import Throughput
+from moe_operator.targets.report import CONDITION as TARGETS_MET
 
 _COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
 
@@ -22,6 +23,7 @@ def render_status(seen: Observation, status: Status, *, throughput: Throughput |
         Text.assemble((seen.record.name, "bold"), f"  {status.endpoint}  model {seen.record.served_name}"),
         _render_ready(status),
         Text(render_policies(status)),
+        *(Text(render_targets(row)) for row in status.conditions if row.type == TARGETS_MET),
         *([Text(render_experts(status))] if status.experts.mode is not None else []),
     ]
     return Group(*lines, render_engines(status.engines), render_processes(seen), Text(render_traffic(seen, throughput)))
@@ -62,6 +64,12 @@ def render_experts(status: Status) -> str:
     state, _, message = judge_experts(experts, has_group=True, before=None)
     word = {ConditionStatus.TRUE: "balanced", ConditionStatus.FALSE: "not balanced"}.get(state, "balance unknown")
     return f"experts: mode {experts.mode}, {word}: {message}"
+
+
+def render_targets(condition: Condition) -> str:
+    """The condition in one line, such as `targets missed: ttft: …`."""
+    word = {ConditionStatus.TRUE: "kept", ConditionStatus.FALSE: "missed"}.get(condition.status, "unknown")
+    return f"targets {word}: {condition.message}"
 
 
 def render_traffic(seen: Observation, throughput: Throughput | None) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from moe_scheduling.engine.disaggregation import EngineRole
+
 from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.experts.report import CONDITION as BALANCED
@@ -14,6 +16,8 @@ from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET
 from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
 from moe_operator.kubernetes.transfers import TO_ACT_ON as TRANSFERS_TO_ACT_ON
 from moe_operator.plan.pod_status import ENGINE, GATEWAY
+from moe_operator.targets.report import CONDITION as TARGETS_MET
+from moe_operator.targets.report import TO_ACT_ON as TARGETS_TO_ACT_ON
 
 READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paused"
 LIMITED = "AutoscalingLimited"
@@ -33,6 +37,7 @@ class ConditionInputs:
         failed: what kept the pass from doing all that it should; empty when nothing.
         paused: the operator leaves everything as it is.
         desired: engines that should exist.
+        desired_roles: the same of each fixed role; empty without, and where the pass got to no plan.
         engines: engines that exist.
         ready: engines that accept requests.
         gateways: gateways that are ready.
@@ -47,6 +52,7 @@ class ConditionInputs:
         has_experts: the engines should have expert groups.
         experts: what the engines say of their experts.
         transfers: whether KV blocks travel between the engines; None where they need not.
+        targets: whether the bounds of latencies are kept; None without bounds.
         generation: of the resource from which all this was computed.
     """
 
@@ -55,6 +61,7 @@ class ConditionInputs:
     failed: str = ""
     paused: bool = False
     desired: int = 0
+    desired_roles: Mapping[EngineRole, int] = field(default_factory=dict)
     engines: int = 0
     ready: int = 0
     gateways: int = 0
@@ -69,6 +76,7 @@ class ConditionInputs:
     has_experts: bool = False
     experts: ExpertsStatus = field(default_factory=ExpertsStatus)
     transfers: Verdict | None = None
+    targets: Verdict | None = None
     generation: int | None = None
 
 
@@ -98,6 +106,8 @@ def build_conditions(inputs: ConditionInputs, before: Mapping[str, Condition], n
     }
     if inputs.transfers is not None:
         verdicts[DISAGGREGATED] = inputs.transfers
+    if inputs.targets is not None:
+        verdicts[TARGETS_MET] = inputs.targets
     return tuple(
         build_condition(kind, verdict, before.get(kind), now, inputs.generation) for kind, verdict in verdicts.items()
     )
@@ -243,6 +253,8 @@ def is_bad(condition: Condition) -> bool:
         return condition.reason in TO_ACT_ON
     if condition.type == DISAGGREGATED:
         return condition.reason in TRANSFERS_TO_ACT_ON
+    if condition.type == TARGETS_MET:
+        return condition.reason in TARGETS_TO_ACT_ON
     return condition.type in (DEGRADED, LIMITED) and condition.status is TRUE
 
 
@@ -252,7 +264,7 @@ def summarise(conditions: Sequence[Condition]) -> str:
     for kind, status in ((DEGRADED, TRUE), (READY, FALSE), (PAUSED, TRUE), (LIMITED, TRUE)):
         if (row := by_type.get(kind)) is not None and row.status is status:
             return _in_one_line(row)
-    for kind in (BALANCED, DISAGGREGATED):
+    for kind in (BALANCED, DISAGGREGATED, TARGETS_MET):
         if (row := by_type.get(kind)) is not None and is_bad(row):
             return _in_one_line(row)
     if (row := by_type.get(PROGRESSING)) is not None and row.status is TRUE:

@@ -55,6 +55,7 @@ def read_observed(
         rotated_at=rotated_at,
         stable=_read_stable(text, resource),
         replicas=_read_replicas(document, workload, both=both),
+        role_replicas=_read_role_replicas(store, key, names),
         has_groups=any(kind == LEADER_WORKER_SET for kind, _ in store.children(key, (LEADER_WORKER_SET,))),
         scaled=find_scaled(live for _, live in store.children(key, (DEPLOYMENT, LEADER_WORKER_SET))),
         gateways=None if gateway is None else gateway.get("spec", {}).get("replicas"),
@@ -98,6 +99,14 @@ def _read_replicas(document: Document, workload: Document | None, *, both: bool)
     # While groups end their streams the set has more than are wanted.
     goal = begun_goal(workload)
     return goal if goal is not None else workload.get("spec", {}).get("replicas")
+
+
+def _read_role_replicas(store: Store, key: Key, names: Names) -> dict[EngineRole, int]:
+    """Wanted engines of each fixed role; empty while other engines still serve, which leave each role fewer for now."""
+    live = {role: store.get(key, DEPLOYMENT, names.of_role(role)) for role in (EngineRole.PREFILL, EngineRole.DECODE)}
+    if engines_workload(store, key, names) is not None:
+        return {}
+    return {role: found["spec"].get("replicas", 1) for role, found in live.items() if found is not None}
 
 
 def plan_tokens(secret: Document | None, document: Document, now: datetime) -> tuple[tuple[str, ...], str]:

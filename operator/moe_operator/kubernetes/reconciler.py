@@ -6,7 +6,6 @@ next one goes on from there. A pass over what is as it should be writes nothing.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from moe_operator.api.status import ConditionStatus
 from moe_operator.api.units import duration_s
 from moe_operator.autoscale.autoscaler import Outcome
 from moe_operator.autoscale.signal import NOT_ASKED, States
-from moe_operator.autoscale.source import Sources
+from moe_operator.autoscale.source import Sources, with_outcome
 from moe_operator.kubernetes.api import Api, NotLeading
 from moe_operator.kubernetes.children import WORKLOADS, Applied, Children
 from moe_operator.kubernetes.conditions import (
@@ -62,8 +61,7 @@ from moe_operator.kubernetes.takeover import (
     with_old_workload,
     with_takeover,
 )
-from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
-from moe_operator.kubernetes.transfers import TransferWatch, is_apart
+from moe_operator.kubernetes.traffic import TrafficWatch, changes_unseen
 from moe_operator.kubernetes.victims import mark_victims
 from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
@@ -123,7 +121,7 @@ class Reconciler:
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources = Sources(session)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
-        self._groups, self._transfers = GroupDrains(api, store, session), TransferWatch()
+        self._groups, self._traffic = GroupDrains(api, store, session), TrafficWatch()
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -162,7 +160,7 @@ class Reconciler:
         return await self._make_real(key, document, resource)
 
     def _forget(self, key: Key) -> None:
-        for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups, self._transfers):
+        for part in (self._sources, self._streams, self._problems, self._endpoints, self._groups, self._traffic):
             part.forget(key)
         self._namespaces.forget(key.namespace)
         self._claims.forget(key.namespace)
@@ -181,7 +179,7 @@ class Reconciler:
             whole = whole_replicas(pods, read_nodes(document))
             deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
-            observed = replace(observed, replicas=outcome.replicas)
+            observed = with_outcome(observed, outcome)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
             observed = with_scale_in(observed, changes)
@@ -313,6 +311,7 @@ class Reconciler:
             failed=_failed(failures),
             missing_kinds=tuple(applied.missing),
             desired=plan.replicas,
+            desired_roles={row.role: row.count.replicas for row in plan.roles},
             rolling=(
                 *_rolling(self._store, current.key),
                 *moves,
@@ -412,9 +411,7 @@ class Reconciler:
     ) -> float:
         now = datetime.now(UTC)
         before = read_conditions(document)
-        if is_apart(document):
-            verdict = self._transfers.judge(key, states, before.get(DISAGGREGATED), time.monotonic())
-            inputs = replace(inputs, transfers=verdict)
+        inputs = self._traffic.judge(inputs, key, document, states, before)
         inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)
@@ -452,8 +449,7 @@ class Reconciler:
         self, key: Key, resource: MoEServing, pods: Sequence[Document], states: States, after_s: float
     ) -> float | None:
         """The time until the next pass: where every change comes by itself none is made only to look for one."""
-        engine = resource.spec.engine
-        by_itself = self._streams.is_pushed(key) and not engine.parallelism.expert and not engine.roles.apart
+        by_itself = self._streams.is_pushed(key) and not changes_unseen(resource)
         if after_s < STEADY_S or not by_itself or not is_quiet(pods, states):
             return min(after_s, STEADY_S)
         return after_s if after_s > STEADY_S else None

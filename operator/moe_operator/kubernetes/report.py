@@ -5,7 +5,7 @@ people; numbers are in metrics.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,16 +13,24 @@ from typing import Any
 from moe_contract.agent_state import AgentState
 from moe_contract.experts_state import ExpertsState
 from moe_contract.gateway_state import GatewayState
+from moe_scheduling.engine.disaggregation import EngineRole
 
-from moe_operator.api.status import EnginePhase, EngineStatus, ExpertsStatus, PoliciesInForce, status_document
+from moe_operator.api.status import (
+    EnginePhase,
+    EngineStatus,
+    ExpertsStatus,
+    PoliciesInForce,
+    RoleStatus,
+    status_document,
+)
 from moe_operator.api.status import Status as StatusSection
 from moe_operator.autoscale.signal import States, mean_ttft_s
 from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
 from moe_operator.kubernetes.groups import read_nodes, whole_replicas
 from moe_operator.kubernetes.serving import sees_engines
-from moe_operator.plan.names import Names, replica_labels, selector_text
-from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready
+from moe_operator.plan.names import ROLE, Names, replica_labels, selector_text
+from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
@@ -61,6 +69,7 @@ def build_status(
         replicas=inputs.engines,
         ready_replicas=inputs.ready,
         desired_replicas=inputs.desired,
+        roles=build_roles(engines, whole, inputs.desired_roles, before),
         selector=selector_text(replica_labels(names, read_nodes(document))),
         endpoint=_endpoint(gateway, f"{names.service}.{namespace}.svc"),
         engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
@@ -70,6 +79,28 @@ def build_status(
     )
     current = _keep_numbers(status_document(status), before)
     return current, replace(inputs, experts=ExpertsStatus.model_validate(current["experts"]))
+
+
+def build_roles(
+    engines: Sequence[Document], whole: Collection[str], desired: Mapping[EngineRole, int], before: Document
+) -> tuple[RoleStatus, ...]:
+    """The engines of each fixed role; a pass without a plan leaves the numbers that should be as they were.
+
+    Args:
+        engines: pods of engines that live.
+        whole: names of the pods that stand for an engine that is ready.
+        desired: engines of each role that should exist.
+        before: the status until now.
+    """
+    old = {row.get("role"): row.get("desiredReplicas") for row in before.get("roles", [])}
+    found = []
+    for role in (EngineRole.PREFILL, EngineRole.DECODE):
+        names = [_name(pod) for pod in engines if label_of(pod, ROLE) == role.value]
+        wanted = desired.get(role, old.get(role.value) if not desired else None)
+        if names or wanted is not None:
+            ready = sum(name in whole for name in names)
+            found.append(RoleStatus(role=role, replicas=len(names), ready_replicas=ready, desired_replicas=wanted))
+    return tuple(found)
 
 
 def _endpoint(gateway: Document, host: str) -> str:

@@ -11,6 +11,8 @@ from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, Eng
 from moe_operator.experts.report import build_experts
 from moe_operator.local.observation import Observation, name_engine
 from moe_operator.local.record import GATEWAY, Life
+from moe_operator.targets.report import CONDITION as TARGETS_MET
+from moe_operator.targets.report import facts_in_force, judge_targets
 
 # A start that failed so often is not a passing trouble: the same input gives the same failure.
 FAILURES_TO_GIVE_UP = 2
@@ -63,7 +65,7 @@ def build_status(seen: Observation, now: datetime) -> Status:
     """The status, in the form of the resource."""
     engines = build_engines(seen)
     return Status(
-        conditions=(build_condition(seen, engines, now),),
+        conditions=(build_condition(seen, engines, now), *_build_targets(seen, now)),
         replicas=len(engines),
         ready_replicas=sum(engine.phase is EnginePhase.READY for engine in engines),
         endpoint=seen.record.endpoint,
@@ -93,6 +95,16 @@ def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: dat
     since = datetime.fromtimestamp(seen.record.ready_changed, UTC) if seen.record.ready == ready else now
     status = ConditionStatus.TRUE if ready else ConditionStatus.FALSE
     return Condition(type="Ready", status=status, reason=reason, message=message, last_transition_time=since)
+
+
+def _build_targets(seen: Observation, now: datetime) -> tuple[Condition, ...]:
+    """The condition `TargetsMet` as of now, where latencies have bounds: nothing here remembers the look before."""
+    facts = None if seen.gateway is None else facts_in_force(seen.gateway)
+    if facts is None or seen.gateway is None:
+        return ()
+    status, reason, message = judge_targets(facts, [seen.gateway], None)
+    row = Condition(type=TARGETS_MET, status=status, reason=reason, message=message, last_transition_time=now)
+    return (row,)
 
 
 def build_policies(seen: Observation) -> PoliciesInForce:

@@ -34,7 +34,7 @@ from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
-from moe_operator.plan.roles import RoleWorkload, plan_role_workloads
+from moe_operator.plan.roles import RoleWorkload, plan_role_workloads, role_numbers
 from moe_operator.plan.written_settings import as_json
 
 Object = dict[str, Any]
@@ -53,6 +53,7 @@ class Observed:
         rotated_at: what the Secret says of its last rotation; empty before the first.
         stable: the revision of the stable engines; None before the first.
         replicas: wanted number of stable engines, as the autoscaler or the live object has it; None without either.
+        role_replicas: engines of each fixed role, as the autoscaler or the live objects have them; empty without.
         first_replicas: number of stable engines of the planned kind of workload while another kind still serves; None
             where none does.
         scale_in: groups that the LeaderWorkerSet of the stable engines has for now, and the number that stays, while
@@ -70,6 +71,7 @@ class Observed:
     rotated_at: str = ""
     stable: Revision | None = None
     replicas: int | None = None
+    role_replicas: Mapping[EngineRole, int] = field(default_factory=dict)
     first_replicas: int | None = None
     scale_in: tuple[int, int] | None = None
     has_groups: bool = False
@@ -115,7 +117,7 @@ def plan_cluster(resource: MoEServing, namespace: str, observed: Observed, defau
     wanted = build_revision(resource)
     stable = _stable_revision(resource, observed, wanted)
     count = plan_engine_count(resource, observed)
-    roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas)
+    roles = plan_role_workloads(resource, names, observed.scaled, observed.first_replicas, observed.role_replicas)
     has_canary = stable.digest != wanted.digest
     groups = _plan_groups(resource, names, has_canary)
     request = as_json(request_settings(resource.spec.scheduling.request, resource.spec.scheduling.engine))
@@ -176,6 +178,8 @@ def _build_canary(
 
 def plan_replicas(resource: MoEServing, observed: Observed) -> int:
     """Stable engines: the resource's number, or under autoscaling the present one within its bounds."""
+    if numbers := role_numbers(resource, observed.role_replicas):
+        return sum(numbers.values())
     replicas, autoscaling = resource.spec.engine.count, resource.spec.autoscaling
     if autoscaling is None:
         return replicas

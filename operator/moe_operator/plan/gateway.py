@@ -12,6 +12,7 @@ from moe_contract.gateway_config import ORIGIN_PATTERN, ContinuedStreams, Cors, 
 from moe_operator.api.gateway import GatewayContinuation
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
+from moe_operator.plan.role_override import all_arguments
 
 
 def build_limits(resource: MoEServing) -> Limits:
@@ -33,7 +34,7 @@ def build_cors(resource: MoEServing) -> Cors:
     """The pages in browsers that may use the gateway: what the resource says, else its engine's arguments, else any."""
     origins = resource.spec.gateway.cors.allowed_origins
     if origins is None:
-        origins = _engine_origins(resource.spec.engine.args)
+        origins = _engine_origins(all_arguments(resource))
     return Cors() if origins is None else Cors(allowed_origins=origins)
 
 
@@ -64,7 +65,7 @@ def build_continuation(resource: MoEServing) -> ContinuedStreams | None:
         return None
     # vLLM parses the chats of some architectures (gpt-oss) whatever its arguments say, and a name does not show which.
     return ContinuedStreams(
-        completions_by_prefix=not any(map(_may_change_sampling, resource.spec.engine.args)), chats_by_prefix=False
+        completions_by_prefix=not any(map(_may_change_sampling, all_arguments(resource))), chats_by_prefix=False
     )
 
 

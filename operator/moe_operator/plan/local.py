@@ -3,7 +3,8 @@
 Pure: the machine is an argument, and nothing is started or read. `moeserving up` writes the plan to files.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from moe_operator.api.scheduling import engine_settings, expert_settings, reques
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_auth, build_continuation, build_cors, build_limits, build_tls, build_tracing
+from moe_operator.plan.role_override import at_role
 from moe_operator.plan.roles import build_disaggregation, build_transfer, roles_of_engines
 
 
@@ -99,6 +101,7 @@ def _check_secrets(resource: MoEServing, site: LocalSite) -> Iterator[InputError
 def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError]:
     engine = resource.spec.engine
     ranks = engine.count * engine.parallelism.ranks
+    each = [at_role(resource, role) for role in roles_of_engines(resource)]
     if engine.count == 0:
         yield InputError("spec.engine.replicas", "at least 1 is needed on one machine")
         return
@@ -110,14 +113,20 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError
             needs = f"{engine.count} x {engine.parallelism.ranks} GPUs"
             yield InputError("spec.engine", f"needs {needs}, the machine has {has}")
         return
-    cpu = engine.resources.cpu
-    if cpu is not None and quantity_value(cpu) * engine.count > site.cpus:
-        needs = f"{engine.count} x {cpu} CPUs"
-        yield InputError("spec.engine.resources.cpu", f"needs {needs}, the machine has {site.cpus}")
-    kv_bytes = kv_cache_bytes(resource, site.memory_bytes, ranks) or 0
-    if kv_bytes * ranks > site.memory_bytes:
-        needs, has = f"{ranks} x {render_bytes(kv_bytes)}", f"{site.memory_bytes / 2**30:.1f}Gi"
+    cpus = [row.spec.engine.resources.cpu for row in each]
+    if sum(quantity_value(cpu) for cpu in cpus if cpu is not None) > site.cpus:
+        needs = _sum_up(cpu for cpu in cpus if cpu is not None)
+        yield InputError("spec.engine.resources.cpu", f"needs {needs} CPUs, the machine has {site.cpus}")
+    kv_bytes = [kv_cache_bytes(row, site.memory_bytes, ranks) or 0 for row in each]
+    if sum(kv_bytes) * engine.parallelism.ranks > site.memory_bytes:
+        needs = _sum_up(map(render_bytes, kv_bytes), engine.parallelism.ranks)
+        has = f"{site.memory_bytes / 2**30:.1f}Gi"
         yield InputError("spec.engine.resources.kvCacheMemory", f"needs {needs}, the machine has {has}")
+
+
+def _sum_up(rows: Iterable[str], times: int = 1) -> str:
+    """Returns the needs of engines together, such as `2 x 4Gi + 1 x 8Gi`."""
+    return " + ".join(f"{count * times} x {text}" for text, count in Counter(rows).items())
 
 
 def _share(resource: MoEServing, site: LocalSite, index: int) -> Share:
@@ -136,6 +145,7 @@ def _build_agent(resource: MoEServing, site: LocalSite, index: int, role: Engine
     transfer = None
     if resource.spec.engine.roles.apart:
         transfer = build_transfer(resource, role, site.ports[2 + 2 * resource.spec.engine.count + index])
+    resource = at_role(resource, role)
     share = _share(resource, site, index)
     return AgentConfig(
         name=name,

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan.references import CLAIM, find_references
+from moe_operator.plan.role_override import all_templates
 
 Document = dict[str, Any]
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -36,7 +37,7 @@ def find_one_node_claims(resource: MoEServing, one_node_claims: frozenset[str]) 
         mounted.add(model.cache.claim)
     if model.uri.startswith("pvc://"):
         mounted.add(model.uri.removeprefix("pvc://").partition("/")[0])
-    extra = find_references([{"spec": {"template": resource.spec.engine.pod_template}}])
+    extra = find_references([{"spec": {"template": template}} for template in all_templates(resource)])
     mounted |= {name for kind, name in extra if kind == CLAIM}
     return one_node_claims & mounted
 

@@ -58,6 +58,7 @@ from moe_operator.plan.pod_environment import (
     build_writable_volumes,
     with_cluster_names,
 )
+from moe_operator.plan.role_override import at_role, role_template
 from moe_operator.plan.roles import build_disaggregation, build_transfer
 from moe_operator.plan.written_settings import as_json
 
@@ -100,13 +101,15 @@ def build_engine_template(
     role: EngineRole = EngineRole.UNIFIED,
 ) -> dict[str, Any]:
     """The template of one engine's pods; with several nodes leader and workers have the same."""
+    own_template, own_path = role_template(resource, role)
+    resource = at_role(resource, role)
     engine = resource.spec.engine
     labels = names.labels("engine", revision, role)
     _check_cache(resource)
     base = {
         "metadata": {
             "labels": labels,
-            "annotations": {CONFIG: _dump(build_agent_config(resource, role)), f"{REVISION}-digest": digest},
+            "annotations": {CONFIG: _dump(_agent_config(resource, role)), f"{REVISION}-digest": digest},
         },
         "spec": {
             "serviceAccountName": names.engine,
@@ -118,6 +121,7 @@ def build_engine_template(
         },
     }
     merged = _merged(base, engine.pod_template, "spec.engine.podTemplate", _fields_of_variables(resource))
+    merged = _merged(merged, own_template, own_path, _fields_of_variables(resource))
     return on_one_node(merged, names.labels("engine")) if resource.spec.model.keeps_one_node else merged
 
 
@@ -138,6 +142,10 @@ def startup_s(template: Mapping[str, Any], container: str) -> int:
 
 def build_agent_config(resource: MoEServing, role: EngineRole = EngineRole.UNIFIED) -> AgentConfig:
     """The agent's file: what only a start can change, and nothing of a pod or of what can change while it runs."""
+    return _agent_config(at_role(resource, role), role)
+
+
+def _agent_config(resource: MoEServing, role: EngineRole) -> AgentConfig:
     transfer = build_transfer(resource, role, KV_TRANSFER_PORT)
     engine = build_engine(resource, host=ANY, port=ENGINE_PORT, share=_share(resource), transfer=transfer)
     return AgentConfig(

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from moe_contract.kv_transfer import Disaggregation, KvTransferConfig
 from moe_scheduling.engine.disaggregation import EngineRole
 
+from moe_operator.api.autoscaling import RoleRange
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.roles import RoleMode
 from moe_operator.plan.names import Names
-from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas
+from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, own_replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,11 @@ class RoleWorkload:
 
 
 def plan_role_workloads(
-    resource: MoEServing, names: Names, scaled: Mapping[Place, Scaled], first_replicas: int | None
+    resource: MoEServing,
+    names: Names,
+    scaled: Mapping[Place, Scaled],
+    first_replicas: int | None,
+    current: Mapping[EngineRole, int],
 ) -> tuple[RoleWorkload, ...]:
     """Returns the Deployments of the roles; none where roles are not fixed.
 
@@ -41,13 +46,15 @@ def plan_role_workloads(
         names: of its children.
         scaled: workloads whose number of replicas another manager set last.
         first_replicas: engines in all for now, while those of another workload still serve; None where none do.
+        current: engines of each role as the autoscaler or the live objects have them; empty without either.
     """
-    planned = fixed_numbers(resource)
+    planned = role_numbers(resource, current)
     present = None if first_replicas is None else share_replicas(planned, first_replicas)
     found = []
     for role, number in planned.items():
         name = names.of_role(role)
-        count = count_replicas(("Deployment", name), number, scaled)
+        is_own = resource.spec.autoscaling is not None
+        count = own_replicas(number) if is_own else count_replicas(("Deployment", name), number, scaled)
         if present is not None:
             count = Count(replicas=number, spec={"replicas": present[role]}, annotations=count.annotations)
         found.append(RoleWorkload(role=role, name=name, count=count))
@@ -60,6 +67,25 @@ def fixed_numbers(resource: MoEServing) -> dict[EngineRole, int]:
     if not roles.is_fixed:
         return {}
     return {EngineRole.PREFILL: roles.prefill or 0, EngineRole.DECODE: roles.decode or 0}
+
+
+def role_numbers(resource: MoEServing, current: Mapping[EngineRole, int]) -> dict[EngineRole, int]:
+    """Returns the engines of each role: the resource's numbers, or under autoscaling the present ones in their range.
+
+    Args:
+        resource: the resource.
+        current: engines of each role as the autoscaler or the live objects have them.
+    """
+    section = resource.spec.autoscaling
+    ranges = None if section is None else section.roles
+    numbers = fixed_numbers(resource)
+    if ranges is None:
+        return numbers
+    limits: dict[EngineRole, RoleRange] = {EngineRole.PREFILL: ranges.prefill, EngineRole.DECODE: ranges.decode}
+    return {
+        role: min(limits[role].max_replicas, max(limits[role].min_replicas, current.get(role, number)))
+        for role, number in numbers.items()
+    }
 
 
 def share_replicas(planned: Mapping[EngineRole, int], total: int) -> dict[EngineRole, int]:

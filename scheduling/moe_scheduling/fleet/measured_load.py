@@ -4,12 +4,21 @@ All times are arguments on one clock that begins near 0 or long before the first
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.fleet.roles import RoleObservation, ServerLoad
+from moe_scheduling.signals import StepTime
 
 # Time constant of the measured rates and means, in seconds.
 _MEMORY_S = 30.0
 # Weight of one answer in the mean length of answers.
 _ANSWER_WEIGHT = 0.02
+# A sender's part of the traffic counts as at least this.
+_LEAST_SHARE = 0.01
 
 
 @dataclass(slots=True)
@@ -56,3 +65,55 @@ class MeasuredLoad:
     def measured_s(self) -> float | None:
         """Mean time to the last token since the last change; None without an answer."""
         return self._ended_s / self._ended if self._ended else None
+
+
+def observe_roles(
+    load: MeasuredLoad,
+    states: Sequence[TargetState],
+    roles: Mapping[str, EngineRole],
+    *,
+    transfer_s: float,
+    now_s: float,
+    stale_after_s: float,
+    traffic_share: float = 1.0,
+) -> RoleObservation:
+    """Returns the load of engines as `plan_roles` reads it.
+
+    Args:
+        load: of the requests that one sender measured.
+        states: of the targets that may change their role.
+        roles: present role of each server; one that is absent is unified.
+        transfer_s: seconds of a transfer of a mean prompt.
+        now_s: the time.
+        stale_after_s: age of a signal from which it is not used.
+        traffic_share: part of the requests at the engines that this sender sends.
+    """
+    decoding: Counter[str] = Counter()
+    for state in states:
+        decoding[state.target.server] += state.decoding(now_s, stale_after_s)
+    return RoleObservation(
+        observed_s=now_s,
+        servers=[
+            ServerLoad(name=name, role=roles.get(name, EngineRole.UNIFIED), decoding=count)
+            for name, count in decoding.items()
+        ],
+        ranks=max(1, round(len(states) / max(1, len(decoding)))),
+        step_time=mean_step_time(state.step_time_model for state in states),
+        requests_per_s=load.requests_per_s(now_s) / max(_LEAST_SHARE, traffic_share),
+        prompt_tokens=load.prompt_tokens,
+        answer_tokens=load.answer_tokens,
+        transfer_s=transfer_s,
+        measured_s=load.measured_s,
+    )
+
+
+def mean_step_time(models: Iterable[StepTime | None]) -> StepTime | None:
+    """Returns the mean of the models that are known; None without one."""
+    known = [model for model in models if model is not None]
+    if not known:
+        return None
+    return StepTime(
+        base_s=sum(model.base_s for model in known) / len(known),
+        prefill_s=sum(model.prefill_s for model in known) / len(known),
+        decode_s=sum(model.decode_s for model in known) / len(known),
+    )

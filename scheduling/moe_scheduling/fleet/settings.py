@@ -15,6 +15,7 @@ class FleetTargets:
         kv_usage: used part of the KV caches, mean over the engines, above 0, at most 1.
         ttft_s: mean time to first token (seconds).
         tokens_per_s: prompt and output tokens computed by one engine per second.
+        inter_token_s: longest step of an engine that decodes (seconds).
 
     Raises:
         ValueError: none is set, or one is not greater than 0 and finite.
@@ -24,9 +25,10 @@ class FleetTargets:
     kv_usage: float | None = None
     ttft_s: float | None = None
     tokens_per_s: float | None = None
+    inter_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        named = {name: getattr(self, name) for name in ("wait_s", "kv_usage", "ttft_s", "tokens_per_s")}
+        named = {name: getattr(self, name) for name in self.__slots__}
         if all(value is None for value in named.values()):
             raise ValueError("at least one target is needed")
         for name, value in named.items():

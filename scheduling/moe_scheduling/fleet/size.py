@@ -35,6 +35,11 @@ class Metric(StrEnum):
     KV_USAGE = "kv_usage"
     TTFT = "ttft"
     TOKENS_PER_S = "tokens_per_s"
+    INTER_TOKEN = "inter_token"
+
+
+# Metrics in proportion to the load of an engine; the others are latencies.
+_PROPORTIONAL = (Metric.KV_USAGE, Metric.TOKENS_PER_S, Metric.INTER_TOKEN)
 
 
 class ScaleReason(StrEnum):
@@ -106,6 +111,8 @@ class FleetSignal:
         kv_usage: used part of the KV caches, mean over the ready engines; None when unknown.
         ttft_s: mean measured time to first token (seconds); None when none was measured.
         tokens_per_s: tokens per second that all engines compute together; None when unknown.
+        decode_load: decoding requests over the number with which a step takes `FleetTargets.inter_token_s`, mean over
+            the ready engines (`role_load.py`); None when unknown.
         arrivals_per_s: requests per second; None, when unknown, neither wakes an engine nor ends the last one.
         held: requests held in the gateways.
         held_since_s: age of the oldest held request (seconds); None without one.
@@ -117,6 +124,7 @@ class FleetSignal:
     kv_usage: float | None = None
     ttft_s: float | None = None
     tokens_per_s: float | None = None
+    decode_load: float | None = None
     arrivals_per_s: float | None = None
     held: int = 0
     held_since_s: float | None = None
@@ -201,8 +209,8 @@ def plan_fleet(
 ) -> FleetDecision:
     """Returns how many engines run from now on, with the reason.
 
-    For metrics in proportion to an engine's load (KV use, tokens per second) the number is that of the
-    HorizontalPodAutoscaler (Kubernetes, "Algorithm details"): `ceil(ready * value / target)`, and no change while
+    For metrics in proportion to an engine's load (KV use, tokens per second, decoding requests) the number is that of
+    the HorizontalPodAutoscaler (Kubernetes, "Algorithm details"): `ceil(ready * value / target)`, and no change while
     `ready * value / (wanted * target)` is within the tolerance of 1. `wanted` includes loading engines, as Kubernetes
     counts pods that are not ready: they are capacity to come. The number after a fall serves the same load within the
     target, and rises again only beyond the tolerance. Latencies: `latency.py`. The greatest of the numbers counts; an
@@ -307,7 +315,7 @@ class _Decision:
         if latencies and engines.ready:
             tolerance, now_s = self.settings.tolerance, self.now_s
             history = learn_from_latency(history, latencies, engines, missed=missed, tolerance=tolerance, now_s=now_s)
-        for metric in (Metric.KV_USAGE, Metric.TOKENS_PER_S):
+        for metric in _PROPORTIONAL:
             asked[metric] = self._by_ratio(values[metric], metric, targets)
         views = tuple(_metric_view(metric, values, target, asked, engines) for metric, target in targets.items())
         return views, history
@@ -319,6 +327,7 @@ class _Decision:
             Metric.KV_USAGE: targets.kv_usage,
             Metric.TTFT: targets.ttft_s,
             Metric.TOKENS_PER_S: targets.tokens_per_s,
+            Metric.INTER_TOKEN: None if targets.inter_token_s is None else 1.0,
         }
         return {metric: target for metric, target in named.items() if target is not None}
 
@@ -412,11 +421,11 @@ def _idle(signal: FleetSignal) -> bool:
 
 
 def _values(signal: FleetSignal, ready: int) -> dict[Metric, float | None]:
-    """Returns the value of each metric, None when unknown; KV use and tokens as sums over the ready engines."""
+    """Returns the value of each metric, None when unknown; those in proportion to the load as sums over the engines."""
     if ready == 0:
         return dict.fromkeys(Metric)
     kv_usage, held_s = _plausible(signal.kv_usage), _plausible(signal.held_since_s)
-    wait_s, ttft_s = _plausible(signal.wait_s), _plausible(signal.ttft_s)
+    wait_s, ttft_s, load = _plausible(signal.wait_s), _plausible(signal.ttft_s), _plausible(signal.decode_load)
     if signal.held > 0 and held_s is not None:
         # The wait in the gateway is measured; the prediction covers only the wait at the engines behind it.
         wait_s = held_s if wait_s is None else max(wait_s, held_s)
@@ -427,6 +436,7 @@ def _values(signal: FleetSignal, ready: int) -> dict[Metric, float | None]:
         Metric.KV_USAGE: None if kv_usage is None else min(kv_usage, 1.0) * ready,
         Metric.TTFT: ttft_s,
         Metric.TOKENS_PER_S: _plausible(signal.tokens_per_s),
+        Metric.INTER_TOKEN: None if load is None else load * ready,
     }
 
 
@@ -442,7 +452,7 @@ def _metric_view(
     engines: FleetCapacity,
 ) -> MetricView:
     value = values[metric]
-    if value is not None and metric in (Metric.KV_USAGE, Metric.TOKENS_PER_S):
+    if value is not None and metric in _PROPORTIONAL:
         value /= engines.ready
     return MetricView(metric=metric, value=value, target=target, replicas=asked[metric])
 

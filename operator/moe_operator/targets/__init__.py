@@ -1,0 +1,1 @@
+"""The bounds of `scheduling.engine.targets` beside what gateways measure: the condition `TargetsMet`."""

@@ -1,0 +1,52 @@
+"""The load of engines that have one role: what the sizes of prefill engines and of decode engines are planned by.
+
+The step-time model of each engine turns its queue into seconds: a step takes `base_s + prefill_s * prompt tokens +
+decode_s * decoding requests` (`StepTime`). The ranks of an engine end their steps together, so the one with the most
+work counts.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from moe_scheduling.signals import EngineSignal
+
+
+def prefill_backlog_s(ranks: Iterable[EngineSignal]) -> float | None:
+    """Returns the seconds of the prompt tokens that wait or are being computed; None without a step-time model.
+
+    Args:
+        ranks: the newest signal of each rank of one engine.
+    """
+    return _worst([_backlog_s(rank) for rank in ranks])
+
+
+def decode_load(ranks: Iterable[EngineSignal], inter_token_s: float) -> float | None:
+    """Returns the decoding requests over the number with which a step takes `inter_token_s`.
+
+    None where that is not known: without a step-time model, or where a step takes longer whatever decodes in it, which
+    more engines do not change.
+
+    Args:
+        ranks: the newest signal of each rank of one engine.
+        inter_token_s: longest step (seconds).
+    """
+    return _worst([_load(rank, inter_token_s) for rank in ranks])
+
+
+def _backlog_s(rank: EngineSignal) -> float | None:
+    tokens = rank.waiting_prefill_tokens + rank.running_prefill_tokens
+    if not tokens:
+        return 0.0
+    return None if rank.step_time is None else tokens * rank.step_time.prefill_s
+
+
+def _load(rank: EngineSignal, inter_token_s: float) -> float | None:
+    if rank.step_time is None:
+        return None
+    left_s = inter_token_s - rank.step_time.base_s
+    return rank.decode_tokens * rank.step_time.decode_s / left_s if left_s > 0.0 else None
+
+
+def _worst(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and 0.0 <= value < math.inf]
+    return max(known) if known and len(known) == len(values) else None

@@ -15,7 +15,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench tests d
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -84,6 +84,7 @@ test-e2e: $(STAMP) ## Run the suite on a real one-node Kubernetes (root on Linux
 generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart values, README figures, list of decisions
 	$(BIN)/python -m moe_operator.api.crd --write
 	$(BIN)/python -m moe_contract.reference --write
+	$(BIN)/python -m moe_contract.typescript --write
 	$(BIN)/python charts/generate.py --write
 	$(BIN)/python -m moe_lab.experiments.readme --write
 	$(BIN)/python docs/adr/index.py --write
@@ -91,6 +92,7 @@ generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart val
 verify: $(STAMP) ## Fail if a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python -m moe_contract.reference --check
+	$(BIN)/python -m moe_contract.typescript --check
 	$(BIN)/python charts/generate.py --check
 	$(BIN)/python -m moe_lab.experiments.readme --check
 	$(BIN)/python docs/adr/index.py --check
@@ -126,6 +128,22 @@ experiments: $(STAMP) ## Run the missing simulated experiments and write docs/re
 validate-simulator: $(STAMP) ## Compare the simulator with a real CPU engine on the same requests
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/moeserving calibrate .cache/models/tiny --validate 100 --json .cache/validation.json
+
+PAGE := gateway/moe_gateway/live_page/assets/index.html
+
+ui: $(PAGE) ## Build the live page of the gateway (Node.js 18 or newer)
+
+# `npm` of Debian brings Node.js.
+$(PAGE): $(wildcard gateway/ui/src/*) gateway/ui/index.html gateway/ui/package-lock.json gateway/ui/vite.config.ts
+	@command -v npm >/dev/null || $(call system_package,nodejs npm)
+	npm ci --prefix gateway/ui --ignore-scripts --no-audit --no-fund
+	npm run build --prefix gateway/ui
+	@touch $@
+
+test-ui: $(STAMP) $(PAGE) ## Test the live page in Debian's Chromium, on mock engines and a real one, and take the pictures of docs/ui.md
+	npm test --prefix gateway/ui
+	@command -v chromedriver >/dev/null || $(call system_package,chromium chromium-driver)
+	$(BIN)/pytest -m browser tests/gateway/test_page_in_browser.py tests/vllm/test_page_of_a_real_engine.py
 
 $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)

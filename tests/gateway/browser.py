@@ -53,6 +53,7 @@ def text_of(driver: webdriver.Chrome, selector: str = "body") -> str:
 
 def take_picture(driver: webdriver.Chrome, path: str, height: int | None = None) -> None:
     """Writes the page, or its first pixels, as a PNG."""
+    driver.execute_script("window.scrollTo(0, 0)")
     whole = int(driver.execute_script("return document.documentElement.scrollHeight"))
     driver.set_window_size(WIDTH, height or whole)
     time.sleep(0.5)

@@ -3,7 +3,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import { seconds } from "./words";
+import { clock, seconds } from "./words";
 
 export interface Line {
   readonly label: string;
@@ -37,7 +37,7 @@ export function Chart(props: {
       legend: { show: false },
       cursor: { y: false },
       scales: { x: { time: true }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
-      axes: [axis, { ...axis, size: 62, values: (_plot, ticks) => ticks.map(format) }],
+      axes: [{ ...axis, space: 90, values: (_plot, ticks) => ticks.map(clock) }, { ...axis, size: 62, values: (_plot, ticks) => ticks.map(format) }],
       series: [
         {},
         ...lines.map((line) => ({

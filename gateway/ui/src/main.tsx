@@ -125,6 +125,9 @@ function AskKey({ onKey }: { onKey: (key: string) => void }) {
   );
 }
 
+/** Text with the parts between backticks as code. */
+const withCode = (text: string) => text.split("`").map((part, number) => (number % 2 ? <code key={number}>{part}</code> : part));
+
 const SIGNS: Record<Finding["severity"], string> = { error: "Error", warning: "Warning", info: "Note" };
 
 function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
@@ -141,7 +144,7 @@ function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
           <ul>
             {findings.map((finding) => (
               <li key={finding.kind}>
-                <b class={`sign ${finding.severity}`}>{SIGNS[finding.severity]}</b> {finding.message} <span class="soft">{finding.advice}</span>
+                <b class={`sign ${finding.severity}`}>{SIGNS[finding.severity]}</b> {finding.message} <span class="soft">{withCode(finding.advice)}</span>
               </li>
             ))}
           </ul>
@@ -224,7 +227,7 @@ function Changes({ snapshot }: { snapshot: LiveSnapshot }) {
     <section aria-labelledby="changes">
       <h2 id="changes">What changed</h2>
       {snapshot.events.length === 0 ? (
-        <p class="soft">Nothing since somebody watches.</p>
+        <p class="soft">Nothing since a page was opened first.</p>
       ) : (
         <ol class="events">
           {snapshot.events.map((event, number) => (

@@ -53,7 +53,7 @@ export function partsOf(row: RequestRow): Part[] {
   };
   const retried = record.attempts.length > 1;
   const until = record.ttft_s ?? record.duration_s;
-  add("held", retried ? "before it was sent there, failed engines included" : "held in the gateway", last.after_s);
+  add("held", retried ? "before it was sent there, failed engines included" : "in the gateway", last.after_s);
   if (record.ttft_s !== null) {
     const measured = Math.max(0, record.ttft_s - last.after_s);
     const wait = Math.min(chosen?.wait_s ?? 0, measured);
@@ -108,7 +108,7 @@ function mainCause(row: RequestRow, part: Part): string {
     case "held":
       return record.attempts.length > 1
         ? `Most of that time went to engines that failed it or to waiting for another: ${size} passed before it was sent there.`
-        : `Most of that time it was held in the gateway, since no engine could take it: ${size} passed so.`;
+        : `Most of that time it was held in the gateway until an engine could take it: ${size} passed so.`;
     case "ahead":
       return chosen && chosen.kv_s > chosen.wait_s / 2
         ? `Most of that time it waited for KV blocks: ${size} were predicted for it.`

@@ -31,6 +31,7 @@ def up(
             show_default=False,
         ),
     ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open its live page once it is ready.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; `down` stops it.")] = False,
 ) -> None:
     """Serve a file on this machine until Ctrl-C (or `down`)."""
@@ -44,5 +45,5 @@ def up(
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
         process = start(resource, folder, programs, tied=not detach, secrets_dir=secrets)
-        status = asyncio.run(Watch(folder, process, detach=detach).run())
+        status = asyncio.run(Watch(folder, process, detach=detach, open_page=open_page).run())
     raise typer.Exit(status)

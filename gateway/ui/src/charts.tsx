@@ -45,7 +45,7 @@ export function Chart(props: {
           stroke: style(line.color),
           width: 2,
           ...(line.dashed ? { dash: [6, 5] } : {}),
-          points: { show: !line.dashed, size: 4 },
+          ...(line.dashed ? { points: { show: false } } : {}),
         })),
       ],
     };

@@ -15,7 +15,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench tests d
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -42,7 +42,7 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 
 TEST_WORKERS ?= 2
 
-test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
@@ -100,8 +100,9 @@ verify: $(STAMP) ## Fail if a generated file differs from its source
 bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 	$(BIN)/python -m moe_lab
 
-bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, and with ten open live pages
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
+	$(BIN)/python -m moe_lab.gateway.page_cost
 
 MALFORMED := tests/gateway/test_malformed_requests.py tests/gateway/test_malformed_answers.py tests/gateway/test_malformed_states.py
 
@@ -137,13 +138,15 @@ ui: $(PAGE) ## Build the live page of the gateway (Node.js 18 or newer)
 $(PAGE): $(wildcard gateway/ui/src/*) gateway/ui/index.html gateway/ui/package-lock.json gateway/ui/vite.config.ts
 	@command -v npm >/dev/null || $(call system_package,nodejs npm)
 	npm ci --prefix gateway/ui --ignore-scripts --no-audit --no-fund
+	npm test --prefix gateway/ui
 	npm run build --prefix gateway/ui
 	@touch $@
 
-test-ui: $(STAMP) $(PAGE) ## Test the live page in Debian's Chromium, on mock engines and a real one, and take the pictures of docs/ui.md
-	npm test --prefix gateway/ui
-	@command -v chromedriver >/dev/null || $(call system_package,chromium chromium-driver)
-	$(BIN)/pytest -m browser tests/gateway/test_page_in_browser.py tests/vllm/test_page_of_a_real_engine.py
+chromium:
+	@command -v chromedriver >/dev/null || $(call system_package,chromium chromium-driver fonts-dejavu-core)
+
+test-ui: $(STAMP) $(PAGE) chromium ## Test the live page in Debian's Chromium, on mock engines and a real one, and take the pictures of docs/ui.md
+	MOESERVING_PICTURES=docs $(BIN)/pytest -m browser tests/gateway tests/vllm/test_page_of_a_real_engine.py
 
 $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)
@@ -166,5 +169,5 @@ format: $(STAMP) ## Format the sources
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## Remove the environment and caches
-	rm -rf .venv .cache build dist
+	rm -rf .venv .cache build dist gateway/ui/node_modules gateway/moe_gateway/live_page/assets
 	find gateway scheduling -name '*.so' -delete

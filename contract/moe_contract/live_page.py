@@ -16,7 +16,7 @@ Severity = Literal["error", "warning", "info"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class PageFinding:
     """Something that is not as it should be, or that explains what users see.
 
     Attributes:
@@ -200,7 +200,7 @@ class LiveSnapshot:
     engines: tuple[EngineRow, ...] = ()
     held: tuple[HeldGroup, ...] = ()
     newest: tuple[RequestRow, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PageFinding, ...] = ()
     events: tuple[PageEvent, ...] = ()
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from moe_contract.experts_state import read_experts
 from moe_contract.live_page import (
     EngineRow,
-    Finding,
     HeldGroup,
     LiveSnapshot,
+    PageFinding,
     RequestRow,
     TimePoint,
     write_event,
@@ -132,7 +132,7 @@ def test_failed_requests_are_counted_and_the_worst_comes_first():
 
 def test_changes_are_the_findings_that_begin_and_end_and_the_engines_that_come_and_go():
     other = replace(WELL, at_s=11.0, engines=(replace(READY, name="b"),))
-    other = replace(other, findings=(Finding(kind="x", severity="error", message="It broke."),))
+    other = replace(other, findings=(PageFinding(kind="x", severity="error", message="It broke."),))
     assert list_changes(None, other) == []
     assert [row.message for row in list_changes(WELL, other)] == ["It broke.", "New engine: b.", "Engine gone: a."]
     assert next(row.message for row in list_changes(other, WELL)) == "Over: It broke."

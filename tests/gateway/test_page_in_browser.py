@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from moe_contract.page_keys import derive_page_key
+from moe_gateway.live_page.routes import ASSETS
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -22,8 +23,8 @@ from tests.gateway.messages import SSE_END, SSE_HEAD, event, post, prompt
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.smoke,
     pytest.mark.skipif(DRIVER is None, reason="needs chromium-driver: `make test-ui` installs it"),
+    pytest.mark.skipif(not ASSETS.is_dir(), reason="the page is not built: `make ui`"),
 ]
 
 LAYERS, EXPERTS, RANKS = 58, 256, 8

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from moe_contract.live_page import History, TimePoint, write_event
 from moe_contract.page_keys import PageKeys, derive_page_key
-from moe_gateway.live_page.routes import LivePage
+from moe_gateway.live_page.routes import ASSETS, LivePage
 from moe_gateway.request.recent_requests import RecentRequests
 
 from tests.gateway.browser import DRIVER, browser, text_of, wait_for
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.long,
     pytest.mark.skipif(DRIVER is None, reason="needs chromium-driver: `make test-ui` installs it"),
+    pytest.mark.skipif(not ASSETS.is_dir(), reason="the page is not built: `make ui`"),
 ]
 WATCHED_S = 12.0
 FRAMES = """

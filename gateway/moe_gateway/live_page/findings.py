@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_contract.live_page import EngineRow, Finding, LiveSnapshot, PageEvent, Severity
+from moe_contract.live_page import EngineRow, LiveSnapshot, PageEvent, PageFinding, Severity
 
 NEAR_LIMIT = 0.8
 FULL_KV = 0.95
@@ -14,7 +14,7 @@ _SHOWN_NAMES = 3
 _ORDER: tuple[Severity, ...] = ("error", "warning", "info")
 
 
-def find_problems(snapshot: LiveSnapshot) -> tuple[Finding, ...]:
+def find_problems(snapshot: LiveSnapshot) -> tuple[PageFinding, ...]:
     """All findings about a snapshot, the worst first."""
     found = [
         *_find_in_fleet(snapshot),
@@ -43,45 +43,47 @@ _STATUSES = {
 }
 
 
-def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[Finding]:
+def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     rows = snapshot.engines
     if snapshot.draining:
-        yield Finding(kind="draining", severity="warning", message="This gateway stops and takes no new requests.")
+        yield PageFinding(kind="draining", severity="warning", message="This gateway stops and takes no new requests.")
     elif not rows:
         advice = "Look at the conditions: `kubectl describe moes NAME`, or `moeserving status`."
-        yield Finding(kind="no_engine", severity="error", message="There is no engine.", advice=advice)
+        yield PageFinding(kind="no_engine", severity="error", message="There is no engine.", advice=advice)
     elif not snapshot.accepting:
         message = "No engine takes requests: new ones are held here or refused."
-        yield Finding(
+        yield PageFinding(
             kind="none_accepts", severity="error", message=message, advice="See the engines' status and logs."
         )
     for status, row in _STATUSES.items():
         if names := _name(each for each in rows if each.status == status):
             message = f"{row.message.format(names)}."
-            yield Finding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
+            yield PageFinding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
 
 
-def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[Finding]:
+def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[PageFinding]:
     ready = [row for row in rows if row.status == "ready"]
     if names := _name(row for row in ready if row.signal_source == "in_flight"):
         message = f"No fresh signals of {names}: only this gateway's own requests count in the choice there."
-        yield Finding(kind="stale_signals", severity="warning", message=message, advice="Is the node overloaded?")
+        yield PageFinding(kind="stale_signals", severity="warning", message=message, advice="Is the node overloaded?")
     if names := _name(row for row in ready if (row.kv_usage or 0.0) >= FULL_KV):
         message = f"KV blocks of {names} are nearly all in use: requests wait for blocks or are preempted."
         advice = "More engines, more KV memory, or shorter contexts."
-        yield Finding(kind="kv_full", severity="warning", message=message, advice=advice)
+        yield PageFinding(kind="kv_full", severity="warning", message=message, advice=advice)
     if names := _name(row for row in ready if row.ttft_factor >= SLOW_FACTOR):
         message = f"First tokens of {names} take at least {SLOW_FACTOR:g} times as long as its step times predict."
-        yield Finding(kind="slow_engine", severity="info", message=message, advice="Is its processor or GPU shared?")
+        yield PageFinding(
+            kind="slow_engine", severity="info", message=message, advice="Is its processor or GPU shared?"
+        )
     uneven = [row for row in ready if row.expert_balance >= UNEVEN_EXPERTS]
     if names := _name(uneven):
         worst = max(row.expert_balance for row in uneven)
         message = f"Experts of {names} are uneven: the busiest rank has {worst:.2f} times the mean."
         advice = "See the experts below; `scheduling.expert.mode: active` moves them."
-        yield Finding(kind="uneven_experts", severity="info", message=message, advice=advice)
+        yield PageFinding(kind="uneven_experts", severity="info", message=message, advice=advice)
 
 
-def _find_in_queue(snapshot: LiveSnapshot) -> Iterator[Finding]:
+def _find_in_queue(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     held = snapshot.point.held
     if not held:
         return
@@ -89,16 +91,20 @@ def _find_in_queue(snapshot: LiveSnapshot) -> Iterator[Finding]:
     if held >= NEAR_LIMIT * snapshot.hold_limit:
         message = f"The hold queue has {held} of at most {snapshot.hold_limit} requests; beyond that they are refused."
         advice = "More engines; `gateway.hold.requests` is the limit."
-        yield Finding(kind="hold_queue_full", severity="error", message=message, advice=advice)
+        yield PageFinding(kind="hold_queue_full", severity="error", message=message, advice=advice)
     elif oldest_s >= NEAR_LIMIT * snapshot.hold_timeout_s:
         message = f"A request is held for {oldest_s:.0f} s; after {snapshot.hold_timeout_s:.0f} s it is refused."
-        yield Finding(kind="held_long", severity="error", message=message, advice="More engines, or fewer requests.")
+        yield PageFinding(
+            kind="held_long", severity="error", message=message, advice="More engines, or fewer requests."
+        )
     elif snapshot.accepting:
         message = f"{held} requests are held: every engine that could take them is saturated."
-        yield Finding(kind="saturated", severity="warning", message=message, advice="More engines keep waits short.")
+        yield PageFinding(
+            kind="saturated", severity="warning", message=message, advice="More engines keep waits short."
+        )
 
 
-def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[Finding]:
+def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     point = snapshot.point
     rows = (
         ("ttft", "Time to first token", point.ttft_s, snapshot.ttft_target_s),
@@ -108,16 +114,16 @@ def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[Finding]:
         if value_s is not None and target_s is not None and value_s > target_s:
             message = f"{title} is over its bound: {value_s * 1e3:.0f} ms, bound {target_s * 1e3:.0f} ms."
             advice = "The fleet is too small for this load, or the bound too strict."
-            yield Finding(kind=f"{kind}_over_bound", severity="warning", message=message, advice=advice)
+            yield PageFinding(kind=f"{kind}_over_bound", severity="warning", message=message, advice=advice)
 
 
-def _find_errors(snapshot: LiveSnapshot) -> Iterator[Finding]:
+def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     ended = [row.record for row in snapshot.newest if row.record.status is not None]
     failed = [record for record in ended if (record.status or 0) >= 500]
     if failed:
         cause = failed[0].problem or f"status {failed[0].status}"
         message = f"{len(failed)} of the newest {len(ended)} requests failed, the last with {cause}."
-        yield Finding(
+        yield PageFinding(
             kind="failed_requests", severity="warning", message=message, advice="See them in the table below."
         )
 

@@ -69,14 +69,6 @@ export interface ExpertsSnapshot {
   problems: readonly string[];
 }
 
-/** Something that is not as it should be, or that explains what users see. */
-export interface Finding {
-  kind: string;
-  severity: "error" | "warning" | "info";
-  message: string;
-  advice: string;
-}
-
 /** Held requests of one class and tenant. */
 export interface HeldGroup {
   priority: number;
@@ -112,7 +104,7 @@ export interface LiveSnapshot {
   engines: readonly EngineRow[];
   held: readonly HeldGroup[];
   newest: readonly RequestRow[];
-  findings: readonly Finding[];
+  findings: readonly PageFinding[];
   events: readonly PageEvent[];
 }
 
@@ -121,6 +113,14 @@ export interface PageEvent {
   at_s: number;
   message: string;
   severity: "error" | "warning" | "info";
+}
+
+/** Something that is not as it should be, or that explains what users see. */
+export interface PageFinding {
+  kind: string;
+  severity: "error" | "warning" | "info";
+  message: string;
+  advice: string;
 }
 
 /** The whole answer. */

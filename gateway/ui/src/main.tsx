@@ -2,7 +2,7 @@
 
 import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
-import type { ExpertsSnapshot, Finding, LiveSnapshot, TimePoint } from "./contract";
+import type { ExpertsSnapshot, PageFinding, LiveSnapshot, TimePoint } from "./contract";
 import { Chart } from "./charts";
 import { Experts } from "./experts";
 import { Fleet, Held } from "./fleet";
@@ -128,7 +128,7 @@ function AskKey({ onKey }: { onKey: (key: string) => void }) {
 /** Text with the parts between backticks as code. */
 const withCode = (text: string) => text.split("`").map((part, number) => (number % 2 ? <code key={number}>{part}</code> : part));
 
-const SIGNS: Record<Finding["severity"], string> = { error: "Error", warning: "Warning", info: "Note" };
+const SIGNS: Record<PageFinding["severity"], string> = { error: "Error", warning: "Warning", info: "Note" };
 
 function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
   const { findings } = snapshot;

@@ -28,8 +28,8 @@ def render_types() -> str:
     Raises:
         ValueError: a class has a type for which there is no rule here.
     """
-    adapters = [(name, "serialization", TypeAdapter(document)) for name, document in EVENTS.items()]
-    _, schema = TypeAdapter.json_schemas(adapters)  # type: ignore[arg-type]
+    adapters: list[Any] = [(name, "serialization", TypeAdapter(document)) for name, document in EVENTS.items()]
+    _, schema = TypeAdapter.json_schemas(adapters)
     classes: dict[str, Schema] = schema["$defs"]
     events = "".join(f"  {name}: {document.__name__};\n" for name, document in EVENTS.items())
     return "\n".join([_HEAD, *_render_classes(classes), f"export interface Events {{\n{events}}}\n"])

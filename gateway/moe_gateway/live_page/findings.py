@@ -72,9 +72,7 @@ def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[PageFinding]:
         yield PageFinding(kind="kv_full", severity="warning", message=message, advice=advice)
     if names := _name(row for row in ready if row.ttft_factor >= SLOW_FACTOR):
         message = f"First tokens of {names} take at least {SLOW_FACTOR:g} times as long as its step times predict."
-        yield PageFinding(
-            kind="slow_engine", severity="info", message=message, advice="Is its processor shared?"
-        )
+        yield PageFinding(kind="slow_engine", severity="info", message=message, advice="Is its processor shared?")
     uneven = [row for row in ready if row.expert_balance >= UNEVEN_EXPERTS]
     if names := _name(uneven):
         worst = max(row.expert_balance for row in uneven)
@@ -94,14 +92,10 @@ def _find_in_queue(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         yield PageFinding(kind="hold_queue_full", severity="error", message=message, advice=advice)
     elif oldest_s >= NEAR_LIMIT * snapshot.hold_timeout_s:
         message = f"A request is held for {oldest_s:.0f} s; after {snapshot.hold_timeout_s:.0f} s it is refused."
-        yield PageFinding(
-            kind="held_long", severity="error", message=message, advice="More engines are needed."
-        )
+        yield PageFinding(kind="held_long", severity="error", message=message, advice="More engines are needed.")
     elif snapshot.accepting:
         message = f"{held} requests are held: every engine that could take them is saturated."
-        yield PageFinding(
-            kind="saturated", severity="warning", message=message, advice="More engines help."
-        )
+        yield PageFinding(kind="saturated", severity="warning", message=message, advice="More engines help.")
 
 
 def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[PageFinding]:

@@ -15,7 +15,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench tests d
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -42,7 +42,7 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 
 TEST_WORKERS ?= 2
 
-test: check verify $(JAVASCRIPT)/.ready ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
@@ -84,6 +84,7 @@ test-e2e: $(STAMP) ## Run the suite on a real one-node Kubernetes (root on Linux
 generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart values, README figures, list of decisions
 	$(BIN)/python -m moe_operator.api.crd --write
 	$(BIN)/python -m moe_contract.reference --write
+	$(BIN)/python -m moe_contract.typescript --write
 	$(BIN)/python charts/generate.py --write
 	$(BIN)/python charts/dashboards.py --write
 	$(BIN)/python -m moe_lab.experiments.readme --write
@@ -92,6 +93,7 @@ generate: $(STAMP) ## Write generated files: CRD, tables of fields and chart val
 verify: $(STAMP) ## Fail if a generated file differs from its source
 	$(BIN)/python -m moe_operator.api.crd --check
 	$(BIN)/python -m moe_contract.reference --check
+	$(BIN)/python -m moe_contract.typescript --check
 	$(BIN)/python charts/generate.py --check
 	$(BIN)/python charts/dashboards.py --check
 	$(BIN)/python -m moe_lab.experiments.readme --check
@@ -100,8 +102,9 @@ verify: $(STAMP) ## Fail if a generated file differs from its source
 bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 	$(BIN)/python -m moe_lab
 
-bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, and with ten open live pages
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
+	$(BIN)/python -m moe_lab.gateway.page_cost
 
 MALFORMED := tests/gateway/test_malformed_requests.py tests/gateway/test_malformed_answers.py tests/gateway/test_malformed_states.py
 
@@ -129,6 +132,24 @@ validate-simulator: $(STAMP) ## Compare the simulator with a real CPU engine on 
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/moeserving calibrate .cache/models/tiny --validate 100 --json .cache/validation.json
 
+PAGE := gateway/moe_gateway/live_page/assets/index.html
+
+ui: $(PAGE) ## Build the live page of the gateway (Node.js 18 or newer)
+
+# `npm` of Debian brings Node.js.
+$(PAGE): $(wildcard gateway/ui/src/*) gateway/ui/index.html gateway/ui/package-lock.json gateway/ui/vite.config.ts
+	@command -v npm >/dev/null || $(call system_package,nodejs npm)
+	npm ci --prefix gateway/ui --ignore-scripts --no-audit --no-fund
+	npm test --prefix gateway/ui
+	npm run build --prefix gateway/ui
+	@touch $@
+
+chromium:
+	@command -v chromedriver >/dev/null || $(call system_package,chromium chromium-driver fonts-dejavu-core)
+
+test-ui: $(STAMP) $(PAGE) chromium ## Test the live page in Debian's Chromium, on mock engines and a real one, and take the pictures of docs/ui.md
+	MOESERVING_PICTURES=docs $(BIN)/pytest -m browser tests/gateway tests/vllm/test_page_of_a_real_engine.py
+
 $(ROUTER)/.ready: $(STAMP)
 	$(PYTHON) -m venv $(ROUTER)
 	$(BIN)/uv pip install -q --python $(ROUTER)/bin/python vllm-router==0.1.17
@@ -150,5 +171,5 @@ format: $(STAMP) ## Format the sources
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## Remove the environment and caches
-	rm -rf .venv .cache build dist
+	rm -rf .venv .cache build dist gateway/ui/node_modules gateway/moe_gateway/live_page/assets
 	find gateway scheduling -name '*.so' -delete

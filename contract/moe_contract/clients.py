@@ -170,8 +170,15 @@ class AgentClient(_Client):
         Args:
             brief: without placements and load of each expert, which are megabytes for a large model.
         """
+        return await self._experts({"brief": "1"} if brief else None)
+
+    async def heat(self) -> ExpertsState | None:
+        """`GET /v1/experts?heat=1`, the brief form with the load as bytes; of an older agent without."""
+        return await self._experts({"brief": "1", "heat": "1"})
+
+    async def _experts(self, params: Mapping[str, str] | None) -> ExpertsState | None:
         try:
-            text = await self._call("GET", EXPERTS, params={"brief": "1"} if brief else None)
+            text = await self._call("GET", EXPERTS, params=params)
         except Refused as error:
             if error.status == HTTPStatus.NOT_FOUND:
                 return None

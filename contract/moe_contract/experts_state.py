@@ -2,7 +2,8 @@
 
 The first rank of an expert group writes these fields (`moe_agent.experts.document`), its agent serves them, and the
 operator and the command line read them with `read_experts`. With `?brief=1` the fields that grow with the model are
-absent: every `physical_to_logical`, and `load.tokens`. A reader skips unknown fields.
+absent: every `physical_to_logical`, and `load.tokens`; `?heat=1` is the brief form with `heat`. A reader skips unknown
+fields.
 """
 
 from typing import Annotated
@@ -76,6 +77,20 @@ class BalancePart(_Part):
     worst: Balance
     by_layer: tuple[Balance, ...] = ()
     by_rank: tuple[Balance, ...] = ()
+
+
+class HeatPart(_Part):
+    """The load of each expert and of each rank as bytes, for the live page: a hundredth of the numbers' text.
+
+    Attributes:
+        unit: load over the mean of the layer for which one step of a byte stands.
+        by_expert: base64 of a byte for each [layer, expert]; 255 stands for more too.
+        by_rank: the same for each [layer, rank].
+    """
+
+    unit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    by_expert: str
+    by_rank: str
 
 
 class Decision(_Part):
@@ -198,6 +213,7 @@ class ExpertsState(_Part):
         totals: counters.
         affinity: inter-layer affinity; None until it was recorded on request.
         problems: present obstacles to balancing the experts.
+        heat: load as bytes, in the form `?heat=1` alone, once a load was recorded.
     """
 
     mode: str
@@ -216,6 +232,7 @@ class ExpertsState(_Part):
     totals: TotalsPart = TotalsPart()
     affinity: AffinityPart | None = None
     problems: tuple[ProblemPart, ...] = ()
+    heat: HeatPart | None = None
 
     @property
     def recorded(self) -> BalancePart | None:

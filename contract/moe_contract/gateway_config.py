@@ -208,6 +208,8 @@ class GatewayConfig(Section):
         continuation: streams that go on at another engine; None: none does. Only a start can change it.
         endpoint_picker: picks engines for another proxy; None: it does not.
         disaggregation: requests may be split between two engines; None: none is. Only a start can change it.
+        ui: whether `admin` serves the live page under `/ui`, for holders of the page key; it needs `token_file`. Only a
+            start can change it.
     """
 
     listen: Listen | None
@@ -228,6 +230,7 @@ class GatewayConfig(Section):
     continuation: ContinuedStreams | None = None
     endpoint_picker: EndpointPickerConfig | None = None
     disaggregation: Disaggregation | None = None
+    ui: bool = True
 
 
 class SettingsFile(Section):

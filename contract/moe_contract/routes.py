@@ -2,6 +2,8 @@
 
 STATE, CONFIG, EXPERTS, DRAIN = "/v1/state", "/v1/config", "/v1/experts", "/v1/drain"
 REQUESTS = "/v1/requests"
+# The live page, below it its files, its stream of events and the record of a request.
+UI = "/ui"
 METRICS, READYZ, HEALTHZ = "/metrics", "/readyz", "/healthz"
 
 # A rank takes a change at its next step; an agent answers 504 after the first time, and its client waits longer.

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import secrets
 import time
 from collections.abc import Coroutine
@@ -15,8 +16,10 @@ from aiohttp import web
 from moe_contract.addresses import bind_socket
 from moe_contract.control_tokens import ControlTokens
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, GatewaySettings, initial_settings
+from moe_contract.page_keys import PageKeys
 from moe_contract.peer_tokens import PeerTokens
 from moe_contract.picker_config import EndpointPickerConfig
+from moe_contract.pod_identity import read_identity
 
 from moe_gateway.access.gate import Gate
 from moe_gateway.access.tls import ServingPort
@@ -28,6 +31,8 @@ from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
+from moe_gateway.live_page.publisher import LivePublisher
+from moe_gateway.live_page.routes import LivePage
 from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.dispatched import DispatchedRequest
@@ -154,7 +159,7 @@ class Gateway:
                 await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
             if self._picker is not None:
                 await self._picker.start()
-            self._runner = web.AppRunner(Admin(self, self._tokens).build(), access_log=None)
+            self._runner = web.AppRunner(self._build_admin(), access_log=None)
             await self._runner.setup()
             await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
         except OSError:
@@ -165,6 +170,14 @@ class Gateway:
         self._checker = self._spawn(self._check())
         if (gate := self._context.gate) is not None and gate.issuer is not None:
             self._issuing = self._spawn(gate.issuer.run(self._session))
+
+    def _build_admin(self) -> web.Application:
+        application = Admin(self, self._tokens).build()
+        if self._config.ui and self._config.token_file is not None:
+            pod = read_identity(os.environ)
+            publisher = LivePublisher(self, self._config.limits, pod, self._session)
+            LivePage(publisher, self.recent, PageKeys(self._config.token_file)).add_to(application)
+        return application
 
     async def _abandon_start(self) -> None:
         self._listener.close()

@@ -1,5 +1,6 @@
 """The real decision behind the controller's request: closed loops over loads whose right answer is known."""
 
+import base64
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from moe_agent.experts.controller import Controller
 from moe_agent.experts.coordinator import checksum
 from moe_agent.experts.directive import GroupShape
 from moe_agent.experts.document import PublishedExperts, build_state, list_hottest, take_publication, write_document
+from moe_agent.experts.heat import build_heat
 from moe_agent.experts.load import count_moves_by_layer, measure_balance
 from moe_agent.experts.planning import Decider, MeasuredCosts, PlanRequest
 from moe_contract.experts_state import HotExpertPart, read_experts
@@ -136,3 +138,21 @@ def test_the_brief_form_is_valid_by_the_contract():
     controller.bookkeeping.add(1, 2.0, DecisionOutcome.DRY_RUN, "because", placement=START, predicted_gain_s=0.1)
     state = build_state(take_publication(controller, 5.0))
     assert read_experts(state.model_dump_json().encode()) == state
+
+
+def test_the_heat_of_a_load_is_a_byte_for_each_expert_and_rank():
+    heat = build_heat(SKEWED, START, SHAPE.ranks)
+    assert heat is not None
+    by_expert = np.frombuffer(base64.b64decode(heat.by_expert), np.uint8).reshape(START.shape[0], -1) * heat.unit
+    load = SKEWED.sum(0)
+    assert by_expert == pytest.approx(np.minimum(load / load.mean(1, keepdims=True), 255 * heat.unit), abs=heat.unit)
+    by_rank = np.frombuffer(base64.b64decode(heat.by_rank), np.uint8).reshape(START.shape[0], -1) * heat.unit
+    assert by_rank.shape == (START.shape[0], SHAPE.ranks)
+    assert by_rank.mean(1) == pytest.approx(1.0, abs=heat.unit)
+
+
+def test_a_load_that_fits_no_placement_or_has_no_tokens_is_no_heat():
+    assert build_heat(SKEWED[:, :1], START, SHAPE.ranks) is None
+    empty = build_heat(np.zeros_like(SKEWED), START, SHAPE.ranks)
+    assert empty is not None
+    assert set(base64.b64decode(empty.by_expert + empty.by_rank)) == {0}

@@ -4,6 +4,7 @@ The other ranks are played: they count what `HOT` says, and move what each conte
 """
 
 import asyncio
+import base64
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.supervisor.supervisor import EngineSupervisor
 from moe_contract.agent_config import AgentConfig
 from moe_contract.control_tokens import ControlTokens
+from moe_contract.experts_state import read_experts
 from moe_scheduling.expert.decision import ExpertMode, ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 
@@ -181,6 +183,18 @@ async def test_the_brief_form_has_nothing_that_grows_with_the_model(client, engi
     assert document["load"]["hottest"]
     assert document["decisions"][0]["moves"] == MOVES
     assert (await client.get("/v1/experts?brief=yes")).status == 422
+
+
+async def test_the_form_for_the_live_page_has_the_load_as_bytes(client, engine):
+    engine.run_until(lambda document: document["decisions"])
+    document = await (await client.get("/v1/experts?heat=1")).json()
+    state = read_experts(json.dumps(document).encode())
+    assert state.heat is not None
+    assert "tokens" not in document["load"]
+    by_expert = np.frombuffer(base64.b64decode(state.heat.by_expert), np.uint8)
+    assert by_expert.reshape(3, 4)[0].argmax() == 0
+    assert len(base64.b64decode(state.heat.by_rank)) == 3 * 2
+    assert (await client.get("/v1/experts?heat=yes")).status == 422
 
 
 def test_ages_go_on_after_the_writing():

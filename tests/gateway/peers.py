@@ -174,6 +174,7 @@ class FakeAgent(PeerServer):
     def __init__(self, engine_url: str, ranks: int = 1, host: str = "127.0.0.1") -> None:
         super().__init__(host)
         self.mute = False
+        self.experts: Any = None
         self._changed: set[asyncio.Event] = set()
         self.state: dict[str, Any] = {
             "name": "engine",
@@ -196,6 +197,11 @@ class FakeAgent(PeerServer):
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET /v1/experts?"):
+            status = "404 Not Found" if self.experts is None else "200 OK"
+            writer.write(json_answer(self.experts, status=status, extra=b"connection: close\r\n"))
+            await writer.drain()
+            return
         assert head.startswith(b"GET /v1/state?watch=1 ")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n")
         changed = asyncio.Event()

@@ -22,6 +22,8 @@ from moe_lab.gateway.load import build_request
 
 ENGINES = 2
 START_TIMEOUT_S = 60.0
+# The control token of our gateway.
+TOKEN = "bench"
 # The default of vllm-router. Like our own default it looks at prefixes and load.
 DEFAULT_POLICY = "cache_aware"
 # Those that need nothing but engines.
@@ -93,9 +95,27 @@ def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> It
         yield testbed
 
 
+@contextlib.contextmanager
+def running_alone(folder: Path) -> Iterator[tuple[GatewayProcess, int]]:
+    """Starts two mock engines and our gateway alone; yields it and its admin port, once it answers a chat request.
+
+    Raises:
+        RuntimeError: it does not answer in time; the message names its log.
+    """
+    cores = share_cores(sorted(os.sched_getaffinity(0)))
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(_engine(cores.rest)) for _ in range(ENGINES)]
+        port, admin_port = _free_ports(2)
+        config = _write_config(folder, port, admin_port, engines)
+        command = [sys.executable, "-m", "moe_gateway", "--config", str(config)]
+        ours = stack.enter_context(_router("moeserving", command, port, cores.router, folder))
+        stack.enter_context(_pinned(cores.rest))
+        yield ours, admin_port
+
+
 def _write_config(folder: Path, port: int, admin_port: int, engines: Sequence[int]) -> Path:
     token = folder / "token"
-    token.write_text("bench\n", "utf-8")
+    token.write_text(f"{TOKEN}\n", "utf-8")
     config = {
         "listen": {"port": port},
         "admin": {"port": admin_port},

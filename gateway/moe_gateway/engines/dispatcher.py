@@ -78,8 +78,6 @@ class Dispatcher:
         self.placements = make_placements(config.disaggregation, self)
         self.set_engines(config.engines)
 
-    # Configuration.
-
     def set_engines(self, addresses: Collection[EngineAddress]) -> None:
         """These engines and no others; those whose address stays keep their state.
 
@@ -354,6 +352,11 @@ class Dispatcher:
         self._jobs.learn_tokens(parsed, prompt_tokens)
 
     # Held requests.
+
+    @property
+    def waiting(self) -> Collection[Waiter]:
+        """The held requests, oldest first; to be read only."""
+        return self._queue.waiters
 
     @property
     def held(self) -> int:

@@ -5,6 +5,7 @@ which get their names when somebody asks. The terms of all targets cost some mic
 at most once in `TERMS_PERIOD_S`: of every request at a light load, of a sample at a heavy one.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,21 +91,33 @@ class RecentRequests:
     def record(self, request_id: str) -> RequestRecord | None:
         """The record of a request; None where it is not known, or known no more."""
         row = self._by_id.get(request_id.encode())
-        if row is None:
-            return None
-        recent = _Recent._make(row)
-        return RequestRecord(
-            request_id=request_id,
-            route=recent.route,
-            model=recent.model,
-            prompt_tokens=recent.prompt_tokens,
-            priority=recent.priority,
-            attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
-            status=recent.status,
-            problem=recent.problem,
-            ttft_s=recent.ttft_s,
-            duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
-        )
+        return None if row is None else _build_record(request_id, _Recent._make(row))
+
+    def newest(self, count: int) -> list[tuple[float, RequestRecord]]:
+        """At most this number of requests, the newest first, each with its arrival on the gateway's clock."""
+        rows = itertools.islice(reversed(self._by_id.items()), count)
+        named = [(request_id.decode(errors="replace"), _Recent._make(row)) for request_id, row in rows]
+        return [(recent.arrived_s, _build_record(request_id, recent)) for request_id, recent in named]
+
+    def first_tokens(self) -> list[tuple[float, float]]:
+        """Of the remembered streams that have ended the arrival on the gateway's clock and the TTFT in seconds."""
+        named = map(_Recent._make, self._by_id.values())
+        return [(recent.arrived_s, recent.ttft_s) for recent in named if recent.ttft_s is not None]
+
+
+def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
+    return RequestRecord(
+        request_id=request_id,
+        route=recent.route,
+        model=recent.model,
+        prompt_tokens=recent.prompt_tokens,
+        priority=recent.priority,
+        attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
+        status=recent.status,
+        problem=recent.problem,
+        ttft_s=recent.ttft_s,
+        duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
+    )
 
 
 def _explain_choice(job: Job, sending: Send, dispatcher: Dispatcher, now_s: float) -> tuple[Sequence[Explanation], int]:

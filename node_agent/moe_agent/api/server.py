@@ -154,14 +154,16 @@ class AgentServer:
     def _read_experts(self, *, short: bool = True) -> Document | None:
         return None if self._experts is None else self._experts.read(time.monotonic(), short=short)
 
+    def _read_heat(self) -> Document | None:
+        return None if self._experts is None else self._experts.read_heat(time.monotonic())
+
     async def _get_experts(self, request: web.Request) -> web.Response:
         try:
-            short = _read_flag(request, "brief")
+            short, heat = _read_flag(request, "brief"), _read_flag(request, "heat")
         except InvalidInput as error:
             return _errors(HTTPStatus.UNPROCESSABLE_ENTITY, error.errors)
-        if (document := self._read_experts(short=short)) is None:
-            return self._no_experts()
-        return web.json_response(document)
+        document = self._read_heat() if heat else self._read_experts(short=short)
+        return self._no_experts() if document is None else web.json_response(document)
 
     async def _post_experts(self, request: web.Request) -> web.Response:
         if (document := self._read_experts()) is None:

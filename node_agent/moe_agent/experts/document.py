@@ -32,6 +32,7 @@ from moe_scheduling.expert.decision import Balance
 from moe_agent.experts.bookkeeping import DecisionEntry, MoveTotals, ProblemKind
 from moe_agent.experts.controller import Controller
 from moe_agent.experts.directive import GroupShape, replace_file
+from moe_agent.experts.heat import build_heat
 from moe_agent.experts.load import Floats, Slots
 from moe_agent.experts.planning import MeasuredCosts
 
@@ -45,6 +46,7 @@ _TABLES: Any = {
     "placement": {"physical_to_logical"},
     "load": {"tokens"},
     "decisions": {"__all__": {"physical_to_logical"}},
+    "heat": True,
 }
 
 Document = dict[str, Any]
@@ -214,12 +216,13 @@ class PublishedExperts:
         self._stamp: tuple[int, int] | None = None
         self._brief: Document = {}
         self._whole: Document | None = None
+        self._heat: Document | None = None
         self._written_s = 0.0
 
     def forget(self) -> None:
         """Removes the file after its writer has ended."""
         self._path.unlink(missing_ok=True)
-        self._stamp = self._whole = None
+        self._stamp = self._whole = self._heat = None
         self._brief = {}
 
     def read(self, now_s: float, *, short: bool = False) -> Document | None:
@@ -235,7 +238,8 @@ class PublishedExperts:
                 stamp = found.st_ino, found.st_mtime_ns
                 if stamp != self._stamp:
                     self._brief, self._written_s = _read_state(file)
-                    self._whole, self._stamp = None, stamp
+                    self._whole = self._heat = None
+                    self._stamp = stamp
                 if not short and self._whole is None:
                     file.seek(0)
                     self._whole = _read_tables(file, self._brief)
@@ -243,6 +247,16 @@ class PublishedExperts:
             return None
         document = self._brief if short else self._whole
         return None if document is None else as_of(document, now_s - self._written_s)
+
+    def read_heat(self, now_s: float) -> Document | None:
+        """Returns the brief form with the load as bytes, `heat`; None while there is no document."""
+        if (brief := self.read(now_s, short=True)) is None:
+            return None
+        if self._heat is None:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                heat = build_heat(archive[_LOAD].astype(np.float64), archive[_PLACEMENT], brief["ranks"])
+            self._heat = {"heat": None if heat is None or not brief["load"]["steps"] else heat.model_dump()}
+        return brief | self._heat
 
 
 def _read_state(file: Any) -> tuple[Document, float]:

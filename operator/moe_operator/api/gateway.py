@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from moe_contract.gateway_config import ORIGIN_PATTERN, check_endpoint
 from moe_contract.tenancy import DEFAULT_HEADER, HEADER_PATTERN, check_tenant_header
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, Strict
 
 from moe_operator.api.access import GatewayAuth, GatewayTls
 from moe_operator.api.inference_pool import GatewayInferencePool
@@ -87,6 +87,16 @@ class GatewayAutoscaling(Section):
     )
 
 
+class GatewayUi(Section):
+    """The live page of the gateway's admin port, `/ui`, which `moeserving ui NAME` opens; it only shows."""
+
+    enabled: Annotated[bool, Strict()] = Field(
+        default=True,
+        description="Serve the page to holders of its key, which is derived from the deployment's control token. It "
+        "costs nothing while nobody has it open.",
+    )
+
+
 class GatewayTracing(Section):
     """OpenTelemetry traces of requests; the W3C context of clients is continued and given to the engines."""
 
@@ -136,6 +146,7 @@ class Gateway(Section):
     )
     cors: GatewayCors = GatewayCors()
     tracing: GatewayTracing | None = Field(default=None, description="Traces of requests. Absent: none.")
+    ui: GatewayUi = GatewayUi()
     continuation: GatewayContinuation = Field(
         default=GatewayContinuation.NEVER,
         description="Streams that go on at another engine when theirs fails or drains. `deterministic`: completions "

@@ -42,7 +42,7 @@ def explain(
 
     from moe_operator.cli.explanation import render_record
 
-    with errors_shown(), _reach_gateways(name, state_dir, namespace, context) as urls:
+    with errors_shown(), reach_gateways(name, state_dir, namespace, context) as urls:
         record = asyncio.run(find_record(urls, request_id))
         if record is None:
             raise Failure(
@@ -77,7 +77,7 @@ async def find_record(urls: Sequence[str], request_id: str) -> RequestRecord | N
 
 
 @contextmanager
-def _reach_gateways(
+def reach_gateways(
     name: str | None, state_dir: Path | None, namespace: str | None, context: str | None
 ) -> Iterator[list[str]]:
     """Yields the addresses of a deployment's gateways on this machine or in a cluster, while the block runs.

@@ -34,6 +34,7 @@ def up(
     metrics: Annotated[
         bool, typer.Option("--metrics", help="Also start Prometheus, where it is installed, which keeps the metrics.")
     ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open its live page once it is ready.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; `down` stops it.")] = False,
 ) -> None:
     """Serve a file on this machine until Ctrl-C (or `down`)."""
@@ -47,5 +48,5 @@ def up(
         folder = Folder(root=root_of(state_dir), name=resource.metadata.name)
         programs = context.obj if isinstance(context.obj, Programs) else Programs()
         process = start(resource, folder, programs, tied=not detach, secrets_dir=secrets, metrics=metrics)
-        status = asyncio.run(Watch(folder, process, detach=detach).run())
+        status = asyncio.run(Watch(folder, process, detach=detach, open_page=open_page).run())
     raise typer.Exit(status)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from moe_operator.cli.place import INTERRUPTED
 from moe_operator.cli.table import render_status
+from moe_operator.cli.ui import local_page, show_page
 from moe_operator.cli.validate import one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder
@@ -36,8 +37,10 @@ _LOG_LINES = 15
 class Watch:
     """Watches one deployment from its start."""
 
-    def __init__(self, folder: Folder, process: "subprocess.Popen[bytes]", *, detach: bool) -> None:
-        self._folder, self._process, self._detach = folder, process, detach
+    def __init__(
+        self, folder: Folder, process: "subprocess.Popen[bytes]", *, detach: bool, open_page: bool = False
+    ) -> None:
+        self._folder, self._process, self._detach, self._open_page = folder, process, detach, open_page
         self._supervisor: Alive = identify(process.pid)
         self._interrupted = asyncio.Event()
         self._console = Console(stderr=True)
@@ -156,6 +159,10 @@ class Watch:
 
     def _say_ready(self, record: Record) -> None:
         self._say(f"{record.name}: ready at {record.endpoint}", "", render_curl(record), "")
+        if self._open_page:
+            page = local_page(self._folder)
+            self._say(f"live page: {page}", "")
+            show_page(page)
         if self._detach:
             self._say(
                 f"moeserving status {record.name}    moeserving logs -f {record.name}    moeserving down {record.name}"

@@ -177,6 +177,7 @@ def _build_gateway(resource: MoEServing, site: LocalSite, agents: tuple[AgentCon
         auth=build_auth(resource, folder_of),
         tls=build_tls(resource, folder_of),
         disaggregation=build_disaggregation(resource),
+        ui=resource.spec.gateway.ui.enabled,
     )
 
 

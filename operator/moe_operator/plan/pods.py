@@ -332,6 +332,7 @@ def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
         tls=build_tls(resource, _secret_folder),
         endpoint_picker=build_picker(resource),
         disaggregation=build_disaggregation(resource),
+        ui=resource.spec.gateway.ui.enabled,
     )
 
 

@@ -1,0 +1,145 @@
+"""The present problems in words, from one snapshot of the live page. Pure."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from moe_contract.live_page import EngineRow, LiveSnapshot, PageEvent, PageFinding, Severity
+
+NEAR_LIMIT = 0.8
+FULL_KV = 0.95
+UNEVEN_EXPERTS = 1.3
+# Engine's correction of the predictions from which it is named: twice as slow as its model says.
+SLOW_FACTOR = 2.0
+_SHOWN_NAMES = 3
+_ORDER: tuple[Severity, ...] = ("error", "warning", "info")
+
+
+def find_problems(snapshot: LiveSnapshot) -> tuple[PageFinding, ...]:
+    """All findings about a snapshot, the worst first."""
+    found = [
+        *_find_in_fleet(snapshot),
+        *_find_in_ranks(snapshot.engines),
+        *_find_in_queue(snapshot),
+        *_find_in_speed(snapshot),
+        *_find_errors(snapshot),
+    ]
+    return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.severity)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Status:
+    severity: Severity
+    message: str
+    advice: str
+
+
+# By the status of an engine; `ready` is none.
+_STATUSES = {
+    "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
+    "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
+    "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
+    "notReady": _Status("warning", "{} is not ready", "It starts, or has failed: see its log."),
+    "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
+}
+
+
+def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    rows = snapshot.engines
+    if snapshot.draining:
+        yield PageFinding(kind="draining", severity="warning", message="This gateway stops and takes no new requests.")
+    elif not rows:
+        advice = "Look at the conditions: `kubectl describe moes NAME`, or `moeserving status`."
+        yield PageFinding(kind="no_engine", severity="error", message="There is no engine.", advice=advice)
+    elif not snapshot.accepting:
+        message = "No engine takes requests: new ones are held here or refused."
+        yield PageFinding(
+            kind="none_accepts", severity="error", message=message, advice="See the engines' status and logs."
+        )
+    for status, row in _STATUSES.items():
+        if names := _name(each for each in rows if each.status == status):
+            message = f"{row.message.format(names)}."
+            yield PageFinding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
+
+
+def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[PageFinding]:
+    ready = [row for row in rows if row.status == "ready"]
+    if names := _name(row for row in ready if row.signal_source == "in_flight"):
+        message = f"No fresh signals of {names}: only this gateway's own requests count in the choice there."
+        yield PageFinding(kind="stale_signals", severity="warning", message=message, advice="Is the node overloaded?")
+    if names := _name(row for row in ready if (row.kv_usage or 0.0) >= FULL_KV):
+        message = f"KV blocks of {names} are nearly all in use: requests wait for blocks or are preempted."
+        advice = "More engines, more KV memory, or shorter contexts."
+        yield PageFinding(kind="kv_full", severity="warning", message=message, advice=advice)
+    if names := _name(row for row in ready if row.ttft_factor >= SLOW_FACTOR):
+        message = f"First tokens of {names} take at least {SLOW_FACTOR:g} times as long as its step times predict."
+        yield PageFinding(kind="slow_engine", severity="info", message=message, advice="Is its processor shared?")
+    uneven = [row for row in ready if row.expert_balance >= UNEVEN_EXPERTS]
+    if names := _name(uneven):
+        worst = max(row.expert_balance for row in uneven)
+        message = f"Experts of {names} are uneven: the busiest rank has {worst:.2f} times the mean."
+        advice = "See the experts below; `scheduling.expert.mode: active` moves them."
+        yield PageFinding(kind="uneven_experts", severity="info", message=message, advice=advice)
+
+
+def _find_in_queue(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    held = snapshot.point.held
+    if not held:
+        return
+    oldest_s = max((row.oldest_s for row in snapshot.held), default=0.0)
+    if held >= NEAR_LIMIT * snapshot.hold_limit:
+        message = f"The hold queue has {held} of at most {snapshot.hold_limit} requests; beyond that they are refused."
+        advice = "More engines; `gateway.hold.requests` is the limit."
+        yield PageFinding(kind="hold_queue_full", severity="error", message=message, advice=advice)
+    elif oldest_s >= NEAR_LIMIT * snapshot.hold_timeout_s:
+        message = f"A request is held for {oldest_s:.0f} s; after {snapshot.hold_timeout_s:.0f} s it is refused."
+        yield PageFinding(kind="held_long", severity="error", message=message, advice="More engines are needed.")
+    elif snapshot.accepting:
+        message = f"{held} requests are held: every engine that could take them is saturated."
+        yield PageFinding(kind="saturated", severity="warning", message=message, advice="More engines help.")
+
+
+def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    point = snapshot.point
+    rows = (
+        ("ttft", "Time to first token", point.ttft_s, snapshot.ttft_target_s),
+        ("step", "Time between tokens", point.step_s, snapshot.step_target_s),
+    )
+    for kind, title, value_s, target_s in rows:
+        if value_s is not None and target_s is not None and value_s > target_s:
+            message = f"{title} is over its bound: {value_s * 1e3:.0f} ms, bound {target_s * 1e3:.0f} ms."
+            advice = "The fleet is too small for this load, or the bound too strict."
+            yield PageFinding(kind=f"{kind}_over_bound", severity="warning", message=message, advice=advice)
+
+
+def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    ended = [row.record for row in snapshot.newest if row.record.status is not None]
+    failed = [record for record in ended if (record.status or 0) >= 500]
+    if failed:
+        cause = failed[0].problem or f"status {failed[0].status}"
+        message = f"{len(failed)} of the newest {len(ended)} requests failed, the last with {cause}."
+        yield PageFinding(
+            kind="failed_requests", severity="warning", message=message, advice="See them in the table below."
+        )
+
+
+def _name(rows: Iterable[EngineRow]) -> str:
+    names = list(dict.fromkeys(row.name for row in rows))
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def list_changes(before: LiveSnapshot | None, after: LiveSnapshot) -> list[PageEvent]:
+    """The events between two snapshots: findings that began or ended, engines that came or went."""
+    if before is None:
+        return []
+    old = {row.kind: row for row in before.findings}
+    new = {row.kind: row for row in after.findings}
+    at_s = after.at_s
+    began = [
+        PageEvent(at_s=at_s, message=row.message, severity=row.severity) for kind, row in new.items() if kind not in old
+    ]
+    ended = [PageEvent(at_s=at_s, message=f"Over: {row.message}") for kind, row in old.items() if kind not in new]
+    names = {row.name for row in before.engines}, {row.name for row in after.engines}
+    came = [PageEvent(at_s=at_s, message=f"New engine: {name}.") for name in sorted(names[1] - names[0])]
+    gone = [PageEvent(at_s=at_s, message=f"Engine gone: {name}.") for name in sorted(names[0] - names[1])]
+    return [*began, *ended, *came, *gone]

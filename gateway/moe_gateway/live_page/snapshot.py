@@ -1,0 +1,171 @@
+"""One moment of the gateway for the live page, built from its dispatcher and its newest requests. Reads alone."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from moe_contract.gateway_config import Limits
+from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, RequestRow, TimePoint
+from moe_contract.pod_identity import PodIdentity
+from moe_contract.request_record import RequestRecord, TargetTerms
+from moe_scheduling.signals import Target
+
+from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.fleet import Engine
+from moe_gateway.engines.hold_queue import Waiter
+from moe_gateway.engines.load_report import find_source, least_wait_s
+from moe_gateway.live_page.rates import RankRate
+from moe_gateway.request.recent_requests import RecentRequests
+from moe_gateway.request_stats import RequestStats
+
+# Rows of a snapshot. A tenant's or model's name comes from clients, and may be of any length.
+NEWEST, MOST_GROUPS, LONGEST_NAME = 40, 50, 128
+_DIGITS = 5
+
+
+def build_snapshot(
+    dispatcher: Dispatcher,
+    stats: RequestStats,
+    recent: RecentRequests,
+    *,
+    limits: Limits,
+    point: TimePoint,
+    rates: Mapping[Target, RankRate],
+    draining: bool,
+    pod: PodIdentity,
+    now_s: float,
+) -> LiveSnapshot:
+    """The event `snapshot` without findings and events; `now_s` is the gateway's clock, at `point.at_s`."""
+    settings, targets = dispatcher.settings, dispatcher.settings.targets
+    return LiveSnapshot(
+        at_s=round(point.at_s, 3),
+        pod=pod.name,
+        models=tuple(sorted(_shorten(name) for name in dispatcher.models))[:MOST_GROUPS],
+        accepting=dispatcher.accepting and not draining,
+        draining=draining,
+        hold_limit=limits.hold_requests,
+        hold_timeout_s=limits.hold_timeout_s,
+        wait_s=least_wait_s(dispatcher, now_s),
+        ttft_target_s=targets.ttft_s,
+        step_target_s=targets.inter_token_s,
+        policy=settings.policy.value,
+        order=dispatcher.request_settings.policy.value,
+        requests=stats.finished,
+        failed=stats.failed,
+        retried=stats.retried,
+        point=point,
+        engines=tuple(_build_row(dispatcher, target, rates.get(target), now_s) for target in dispatcher.target_states),
+        held=group_held(dispatcher.waiting, now_s),
+        newest=tuple(
+            _build_request(record, point.at_s - (now_s - arrived_s)) for arrived_s, record in recent.newest(NEWEST)
+        ),
+    )
+
+
+def find_status(engine: Engine, target: Target, stalled: Iterable[Target], now_s: float) -> str:
+    """The status of an engine's rank in one word, the worst first."""
+    if target in stalled:
+        return "stalled"
+    if engine.is_draining:
+        return "draining"
+    if not engine.is_ready or not engine.is_offered:
+        return "notReady" if engine.is_reachable else "unreachable"
+    if max(engine.ejected_until_s, engine.suspended_until_s) > now_s:
+        return "ejected"
+    return "ready" if engine.is_reachable else "unreachable"
+
+
+def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, now_s: float) -> EngineRow:
+    state, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
+    signal, age_s = state.signal, state.signal_age_s(now_s)
+    roles = {} if dispatcher.placements is None else dispatcher.placements.roles
+    row = EngineRow(
+        name=target.server,
+        rank=target.rank,
+        group=engine.group,
+        role=roles.get(target.server, ""),
+        status=find_status(engine, target, dispatcher.stalled, now_s),
+        in_flight=state.in_flight,
+        step_s=None if rate is None else rate.step_s,
+        tokens_per_s=None if rate is None else rate.tokens_per_s,
+        signal_age_s=None if age_s is None else round(age_s, 2),
+        signal_source=find_source(dispatcher, target, now_s).value,
+        ttft_factor=round(state.ttft_factor, 3),
+    )
+    if signal is None:
+        return row
+    return replace(
+        row,
+        running=signal.running,
+        waiting=signal.waiting,
+        waiting_prefill_tokens=signal.waiting_prefill_tokens,
+        kv_usage=round(signal.kv_usage, 3),
+        preemptions=signal.preemptions,
+        expert_balance=round(signal.expert_balance, 3),
+    )
+
+
+def group_held(waiters: Iterable[Waiter], now_s: float) -> tuple[HeldGroup, ...]:
+    """Held requests by class and tenant, the longest wait first; at most `MOST_GROUPS` groups."""
+    groups: dict[tuple[int, str], HeldGroup] = {}
+    for waiter in waiters:
+        job, waits_s = waiter.job, now_s - waiter.attempts.waiting_since_s
+        key = job.priority, job.tenant
+        before = groups.get(key)
+        groups[key] = HeldGroup(
+            priority=job.priority,
+            tenant=_shorten(job.tenant),
+            requests=1 if before is None else before.requests + 1,
+            prompt_tokens=job.prompt_tokens + (0 if before is None else before.prompt_tokens),
+            oldest_s=round(waits_s if before is None else max(before.oldest_s, waits_s), 3),
+        )
+    return tuple(sorted(groups.values(), key=lambda row: -row.oldest_s)[:MOST_GROUPS])
+
+
+def _build_request(record: RequestRecord, arrived_at_s: float) -> RequestRow:
+    """The row of a request: of its last choice the engine that it went to, and the best one beside it."""
+    chosen = other = None
+    engines = 0
+    if record.attempts:
+        last = record.attempts[-1]
+        here = [row for row in last.targets if (row.name, row.rank) == (last.name, last.rank)]
+        others = [row for row in last.targets if (row.name, row.rank) != (last.name, last.rank)]
+        chosen, other = next(iter(here), None), min(others, key=lambda row: row.predicted_s, default=None)
+        engines = len(last.targets) + last.more_targets
+    attempts = tuple(
+        replace(
+            attempt,
+            targets=(),
+            after_s=round(attempt.after_s, _DIGITS),
+            predicted_s=round(attempt.predicted_s, _DIGITS),
+        )
+        for attempt in record.attempts
+    )
+    return RequestRow(
+        arrived_at_s=round(arrived_at_s, 3),
+        record=replace(
+            record,
+            attempts=attempts,
+            ttft_s=_rounded(record.ttft_s),
+            duration_s=_rounded(record.duration_s),
+        ),
+        chosen=None if chosen is None else _round_terms(chosen),
+        other=None if other is None else _round_terms(other),
+        engines=engines,
+    )
+
+
+def _round_terms(row: TargetTerms) -> TargetTerms:
+    return replace(
+        row,
+        kv_s=round(row.kv_s, _DIGITS),
+        wait_s=round(row.wait_s, _DIGITS),
+        predicted_s=round(row.predicted_s, _DIGITS),
+    )
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, _DIGITS)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

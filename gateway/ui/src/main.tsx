@@ -1,0 +1,245 @@
+// The live page: one view of the newest documents of the gateway.
+
+import { render } from "preact";
+import { useEffect, useState } from "preact/hooks";
+import type { ExpertsSnapshot, PageFinding, LiveSnapshot, TimePoint } from "./contract";
+import { Chart } from "./charts";
+import { Experts } from "./experts";
+import { Fleet, Held } from "./fleet";
+import { Requests } from "./requests";
+import { follow, keepKey, type State, takeKey } from "./stream";
+import { clock, count, seconds } from "./words";
+import "./style.css";
+
+const KEPT_POINTS = 600;
+
+function useDark(): boolean {
+  const query = matchMedia("(prefers-color-scheme: dark)");
+  const [dark, setDark] = useState(query.matches);
+  useEffect(() => {
+    const changed = () => setDark(query.matches);
+    query.addEventListener("change", changed);
+    return () => query.removeEventListener("change", changed);
+  }, []);
+  return dark;
+}
+
+/** Names of the engines whose agents may know experts, the one with the least balanced experts first. */
+function expertEngines(snapshot: LiveSnapshot): string[] {
+  const rows = snapshot.engines.filter((row) => row.signal_source !== "scrape");
+  return [...new Set([...rows].sort((a, b) => b.expert_balance - a.expert_balance).map((row) => row.name))];
+}
+
+function Page() {
+  const [key, setKey] = useState(takeKey);
+  const [state, setState] = useState<State>("connecting");
+  const [snapshot, setSnapshot] = useState<LiveSnapshot | null>(null);
+  const [points, setPoints] = useState<readonly TimePoint[]>([]);
+  const [engine, setEngine] = useState("");
+  const [experts, setExperts] = useState<ExpertsSnapshot | null>(null);
+  const dark = useDark();
+
+  useEffect(() => {
+    const handlers = {
+      // Those of a page that was cut off for a moment are kept where the gateway knows less.
+      history: ({ points: before }: { points: readonly TimePoint[] }) => setPoints((now) => (before.length > now.length ? before : now)),
+      snapshot: (document: LiveSnapshot) => {
+        setSnapshot(document);
+        setPoints((now) => (now[now.length - 1]?.at_s === document.point.at_s ? now : [...now, document.point].slice(-KEPT_POINTS)));
+        setEngine((now) => now || (expertEngines(document)[0] ?? ""));
+      },
+      experts: setExperts,
+    };
+    return follow(key, engine, handlers, setState);
+  }, [key, engine]);
+
+  const choose = (name: string) => {
+    setExperts(null);
+    setEngine(name);
+  };
+  return (
+    <>
+      <Head state={state} snapshot={snapshot} />
+      <main>
+        {state === "key" && <AskKey onKey={setKey} />}
+        {snapshot && state !== "key" && (
+          <>
+            <Health snapshot={snapshot} state={state} />
+            <Numbers snapshot={snapshot} points={points} />
+            <Requests rows={snapshot.newest} />
+            <Speed snapshot={snapshot} points={points} dark={dark} />
+            <Experts engines={expertEngines(snapshot).sort()} engine={engine} experts={experts} onChoose={choose} />
+            <Fleet rows={snapshot.engines} />
+            <Held snapshot={snapshot} />
+            <Changes snapshot={snapshot} />
+          </>
+        )}
+      </main>
+    </>
+  );
+}
+
+const STATES: Record<State, string> = {
+  connecting: "connecting …",
+  live: "live",
+  lost: "no connection to the gateway, trying again …",
+  key: "locked",
+};
+
+function Head({ state, snapshot }: { state: State; snapshot: LiveSnapshot | null }) {
+  return (
+    <header>
+      <h1>MoEServing</h1>
+      <span>
+        {snapshot?.models.join(", ")}
+        {snapshot?.pod ? ` · gateway ${snapshot.pod}` : ""}
+      </span>
+      <span class={`state ${state}`} role="status">
+        {STATES[state]}
+        {state === "live" && snapshot ? ` ${clock(snapshot.at_s)}` : ""}
+      </span>
+    </header>
+  );
+}
+
+function AskKey({ onKey }: { onKey: (key: string) => void }) {
+  const [text, setText] = useState("");
+  const submit = (event: Event) => {
+    event.preventDefault();
+    keepKey(text);
+    onKey(text.trim());
+  };
+  return (
+    <section aria-labelledby="locked">
+      <h2 id="locked">The page key is needed</h2>
+      <p>
+        <code>moeserving ui NAME</code> opens this page with its key, on one machine and in a cluster.
+      </p>
+      <form onSubmit={submit}>
+        <label>
+          Page key <input type="password" autocomplete="off" value={text} onInput={(event) => setText(event.currentTarget.value)} />
+        </label>{" "}
+        <button type="submit">Open</button>
+      </form>
+    </section>
+  );
+}
+
+/** Text with the parts between backticks as code. */
+const withCode = (text: string) => text.split("`").map((part, number) => (number % 2 ? <code key={number}>{part}</code> : part));
+
+const SIGNS: Record<PageFinding["severity"], string> = { error: "Error", warning: "Warning", info: "Note" };
+
+function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
+  const { findings } = snapshot;
+  const worst = state === "lost" ? "error" : (findings[0]?.severity ?? "well");
+  return (
+    <section aria-labelledby="health" class={`health ${worst}`}>
+      <h2 id="health">Is anything wrong?</h2>
+      <div role="status">
+        {state === "lost" && <p>The gateway does not answer. Below stands its last word of {clock(snapshot.at_s)}.</p>}
+        {findings.length === 0 ? (
+          <p>No: all engines take requests, and none is slow.</p>
+        ) : (
+          <ul>
+            {findings.map((finding) => (
+              <li key={finding.kind}>
+                <b class={`sign ${finding.severity}`}>{SIGNS[finding.severity]}</b> {finding.message} <span class="soft">{withCode(finding.advice)}</span>
+              </li>
+            ))}
+          </ul>
+        )}
+      </div>
+    </section>
+  );
+}
+
+function Numbers({ snapshot, points }: { snapshot: LiveSnapshot; points: readonly TimePoint[] }) {
+  const { point } = snapshot;
+  const ttft = [...points].reverse().find((each) => each.ttft_s !== null)?.ttft_s ?? null;
+  const step = [...points].reverse().find((each) => each.step_s !== null)?.step_s ?? null;
+  const rows: readonly (readonly [string, string, string])[] = [
+    ["requests/s", count(point.requests_per_s), "arrived in the last second"],
+    ["first token", seconds(ttft), "mean of the last second with one"],
+    ["between tokens", seconds(step), "mean time between steps of busy ranks"],
+    ["tokens/s", count(point.tokens_per_s), "computed by all engines"],
+    ["at engines", count(point.in_flight), "requests of this gateway"],
+    ["held", count(point.held), "requests that wait in the gateway"],
+    ["failed", `${snapshot.failed}`, `of ${count(snapshot.requests)} since the gateway's start`],
+  ];
+  return (
+    <dl class="numbers">
+      {rows.map(([name, value, meaning]) => (
+        <div key={name}>
+          <dt>{name}</dt>
+          <dd>{value}</dd>
+          <dd class="soft">{meaning}</dd>
+        </div>
+      ))}
+    </dl>
+  );
+}
+
+function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: readonly TimePoint[]; dark: boolean }) {
+  const times = points.map((point) => point.at_s);
+  const bound = (value: number | null) => (value === null ? [] : [{ label: "bound", color: "--bound", values: times.map(() => value), dashed: true }]);
+  return (
+    <section aria-labelledby="speed">
+      <h2 id="speed">How fast are users served?</h2>
+      <div class="charts">
+        <Chart
+          title="Time to first token"
+          dark={dark}
+          times={times}
+          lines={[
+            { label: "mean", color: "--mean", values: points.map((point) => point.ttft_s) },
+            { label: "p95", color: "--high", values: points.map((point) => point.ttft_p95_s) },
+            ...bound(snapshot.ttft_target_s),
+          ]}
+        />
+        <Chart
+          title="Time between tokens"
+          dark={dark}
+          times={times}
+          lines={[{ label: "mean", color: "--mean", values: points.map((point) => point.step_s) }, ...bound(snapshot.step_target_s)]}
+        />
+        <Chart
+          title="Requests"
+          dark={dark}
+          times={times}
+          format={count}
+          lines={[
+            { label: "at engines", color: "--mean", values: points.map((point) => point.in_flight) },
+            { label: "held", color: "--high", values: points.map((point) => point.held) },
+          ]}
+        />
+      </div>
+      <p class="soft">
+        Engines are chosen by {snapshot.policy}, queues ordered by {snapshot.order}. Bounds are those of scheduling.engine.targets
+        {snapshot.ttft_target_s === null && snapshot.step_target_s === null ? "; none is set" : ""}.
+      </p>
+    </section>
+  );
+}
+
+function Changes({ snapshot }: { snapshot: LiveSnapshot }) {
+  return (
+    <section aria-labelledby="changes">
+      <h2 id="changes">What changed</h2>
+      {snapshot.events.length === 0 ? (
+        <p class="soft">Nothing since a page was opened first.</p>
+      ) : (
+        <ol class="events">
+          {snapshot.events.map((event, number) => (
+            <li key={number}>
+              <time dateTime={new Date(event.at_s * 1e3).toISOString()}>{clock(event.at_s)}</time>{" "}
+              {event.severity !== "info" && <b class={`sign ${event.severity}`}>{SIGNS[event.severity]}</b>} {event.message}
+            </li>
+          ))}
+        </ol>
+      )}
+    </section>
+  );
+}
+
+render(<Page />, document.getElementById("page")!);

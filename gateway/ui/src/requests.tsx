@@ -1,0 +1,112 @@
+// The newest requests: where each went, why, and where its time went.
+
+import { useState } from "preact/hooks";
+import type { RequestRow } from "./contract";
+import { clock, count, explain, partsOf, place, seconds } from "./words";
+
+export function Bar({ row }: { row: RequestRow }) {
+  const parts = partsOf(row);
+  const total = parts.reduce((sum, part) => sum + part.seconds, 0);
+  if (!total) return null;
+  return (
+    <div class="bar-block">
+      <div class="bar" aria-hidden="true">
+        {parts.map((part) => (
+          <span class={`part ${part.kind}`} key={part.kind} style={{ flexGrow: part.seconds / total }} />
+        ))}
+      </div>
+      <ul class="legend">
+        {parts.map((part) => (
+          <li key={part.kind}>
+            <span class={`swatch ${part.kind}`} aria-hidden="true" /> <b>{seconds(part.seconds)}</b> {part.label}
+          </li>
+        ))}
+      </ul>
+    </div>
+  );
+}
+
+const ended = (row: RequestRow) => row.record.status !== null;
+
+export function Requests({ rows }: { rows: readonly RequestRow[] }) {
+  const [chosen, setChosen] = useState<string | null>(null);
+  const shown = rows.find((row) => row.record.request_id === chosen) ?? rows.find(ended) ?? rows[0];
+  if (!shown) {
+    return (
+      <section aria-labelledby="why">
+        <h2 id="why">Why did the last request wait?</h2>
+        <p class="soft">No request yet. As soon as one came, its way stands here.</p>
+      </section>
+    );
+  }
+  const { record } = shown;
+  return (
+    <section aria-labelledby="why">
+      <h2 id="why">{chosen === null ? "Why did the last request wait?" : "Why did this request wait?"}</h2>
+      <div id="explanation" aria-live={chosen === null ? "off" : "polite"}>
+        <p class="soft">
+          <code>{record.request_id}</code> · {record.route}
+          {record.model ? ` · model ${record.model}` : ""} · about {count(record.prompt_tokens)} prompt tokens · came{" "}
+          {clock(shown.arrived_at_s)}
+          {chosen !== null && (
+            <>
+              {" · "}
+              <button type="button" onClick={() => setChosen(null)}>
+                follow the last request
+              </button>
+            </>
+          )}
+        </p>
+        <p>{explain(shown).join(" ")}</p>
+        <Bar row={shown} />
+      </div>
+      <div class="scroll" tabIndex={0} role="region" aria-label="The newest requests">
+        <table>
+          <caption class="soft">The newest requests; choose one to see why it took as long.</caption>
+          <thead>
+            <tr>
+              <th scope="col">came</th>
+              <th scope="col">request</th>
+              <th scope="col">engine</th>
+              <th scope="col" class="number">held</th>
+              <th scope="col" class="number">first token predicted</th>
+              <th scope="col" class="number">measured</th>
+              <th scope="col" class="number">whole</th>
+              <th scope="col">status</th>
+            </tr>
+          </thead>
+          <tbody>
+            {rows.map((row) => (
+              <Row key={row.record.request_id} row={row} isShown={row === shown} onChoose={setChosen} />
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </section>
+  );
+}
+
+function Row(props: { row: RequestRow; isShown: boolean; onChoose: (id: string) => void }) {
+  const { row, isShown, onChoose } = props;
+  const { record } = row;
+  const last = record.attempts[record.attempts.length - 1];
+  const late = record.ttft_s !== null && last !== undefined && record.ttft_s > 2 * (last.after_s + last.predicted_s) + 0.05;
+  return (
+    <tr class={isShown ? "shown" : ""}>
+      <td>{clock(row.arrived_at_s)}</td>
+      <td>
+        <button type="button" class="link" aria-pressed={isShown} onClick={() => onChoose(record.request_id)}>
+          {record.request_id}
+        </button>
+      </td>
+      <td>{last ? place(last.name, last.rank) : "none"}</td>
+      <td class="number">{last ? seconds(last.after_s) : "–"}</td>
+      <td class="number">{last ? seconds(last.after_s + last.predicted_s) : "–"}</td>
+      <td class={`number ${late ? "late" : ""}`}>{seconds(record.ttft_s)}</td>
+      <td class="number">{seconds(record.duration_s)}</td>
+      <td class={(record.status ?? 0) >= 500 ? "late" : ""}>
+        {record.status ?? "runs"} {record.problem}
+      </td>
+    </tr>
+  );
+}

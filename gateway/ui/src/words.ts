@@ -1,0 +1,141 @@
+// Numbers and reasons in words. Pure: tested in words.test.ts.
+
+import type { RequestRow } from "./contract";
+
+export function seconds(value: number | null | undefined): string {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size >= 100) return `${value.toFixed(0)} s`;
+  if (size >= 1) return `${value.toFixed(2)} s`;
+  if (size >= 0.1) return `${(value * 1e3).toFixed(0)} ms`;
+  if (size >= 0.001) return `${(value * 1e3).toFixed(1)} ms`;
+  return size === 0 ? "0 ms" : `${(value * 1e6).toFixed(0)} µs`;
+}
+
+export function count(value: number | null | undefined): string {
+  if (value === null || value === undefined) return "–";
+  if (value >= 1e6) return `${(value / 1e6).toFixed(1)} M`;
+  if (value >= 1e4) return `${(value / 1e3).toFixed(1)} k`;
+  return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1);
+}
+
+export function clock(atS: number): string {
+  return new Date(atS * 1e3).toLocaleTimeString([], { hour12: false });
+}
+
+export const place = (name: string, rank: number): string => (rank ? `${name} rank ${rank}` : name);
+
+const REASONS: Record<string, string> = {
+  least_predicted: "it had the least predicted time to first token",
+  session: "the session's last request went there",
+  least_requests: "it had the fewest requests",
+  turn: "it was its turn",
+  prefill: "it computes prompts for others",
+  decode: "it continues the answer after the prompt was computed elsewhere",
+  within_bounds: "it keeps the bounds",
+  least_overrun: "it overruns the bounds least",
+};
+
+export interface Part {
+  readonly kind: "held" | "ahead" | "own" | "over" | "rest";
+  readonly label: string;
+  readonly seconds: number;
+}
+
+/** The time of a request until its first token by term, and the rest of its answer. */
+export function partsOf(row: RequestRow): Part[] {
+  const { record, chosen } = row;
+  const last = record.attempts[record.attempts.length - 1];
+  if (!last) return [];
+  const parts: Part[] = [];
+  const add = (kind: Part["kind"], label: string, value: number) => {
+    if (value > 0) parts.push({ kind, label, seconds: value });
+  };
+  const retried = record.attempts.length > 1;
+  const until = record.ttft_s ?? record.duration_s;
+  add("held", retried ? "before it was sent there, failed engines included" : "in the gateway", last.after_s);
+  if (record.ttft_s !== null) {
+    const measured = Math.max(0, record.ttft_s - last.after_s);
+    const wait = Math.min(chosen?.wait_s ?? 0, measured);
+    const own = Math.min(Math.max(0, last.predicted_s - (chosen?.wait_s ?? 0)), measured - wait);
+    add("ahead", "behind other prompts at the engine, predicted", wait);
+    add("own", chosen ? "its own prompt, predicted" : "at the engine, as predicted", own);
+    add("over", "longer than predicted", measured - wait - own);
+    add("rest", "rest of the answer", (record.duration_s ?? record.ttft_s) - record.ttft_s);
+  } else if (until !== null) {
+    add("rest", "at the engine: the answer came in one piece", until - last.after_s);
+  }
+  return parts;
+}
+
+/** Why a request took as long as it did until its first token, in sentences. */
+export function explain(row: RequestRow): string[] {
+  const { record, chosen, other } = row;
+  const last = record.attempts[record.attempts.length - 1];
+  if (!last) return [record.problem ? `It was sent to no engine: ${record.problem}.` : "It was sent to no engine."];
+  const there = place(last.name, last.rank);
+  const said = [measured(row, there)];
+  const before = partsOf(row).filter((part) => part.kind !== "rest");
+  const largest = before.reduce<Part | null>((most, part) => (most && most.seconds >= part.seconds ? most : part), null);
+  if (largest && record.ttft_s !== null) said.push(mainCause(row, largest));
+  if (record.attempts.length > 1) {
+    const failed = record.attempts.slice(0, -1).map((attempt) => place(attempt.name, attempt.rank));
+    said.push(`Before, it was sent to ${failed.join(", ")}.`);
+  }
+  const beside = other ? ` The best other one, ${place(other.name, other.rank)}, was predicted ${seconds(other.predicted_s)}.` : "";
+  said.push(`It went to ${there} since ${REASONS[last.reason] ?? last.reason}.${beside}`);
+  if (!chosen) said.push("The terms of this choice were not recorded: at most one choice in 10 ms is.");
+  if (record.problem) said.push(`It ended with status ${record.status ?? "–"}: ${record.problem}.`);
+  return said;
+}
+
+function measured(row: RequestRow, there: string): string {
+  const { record } = row;
+  const last = record.attempts[record.attempts.length - 1]!;
+  const predicted = seconds(last.after_s + last.predicted_s);
+  if (record.ttft_s !== null) return `Its first token came after ${seconds(record.ttft_s)}; predicted were ${predicted}.`;
+  if (record.duration_s !== null) {
+    return `Its answer came in one piece after ${seconds(record.duration_s)}; the first token was predicted after ${predicted}.`;
+  }
+  return `It runs at ${there}; its first token was predicted after ${predicted}.`;
+}
+
+function mainCause(row: RequestRow, part: Part): string {
+  const share = Math.round((100 * part.seconds) / Math.max(row.record.ttft_s ?? 0, 1e-9));
+  const size = `${seconds(part.seconds)}, ${Math.min(100, share)} % of it,`;
+  const { chosen, record } = row;
+  switch (part.kind) {
+    case "held":
+      return record.attempts.length > 1
+        ? `Most of that time went to engines that failed it or to waiting for another: ${size} passed before it was sent there.`
+        : `Most of that time it was held in the gateway until an engine could take it: ${size} passed so.`;
+    case "ahead":
+      return chosen && chosen.kv_s > chosen.wait_s / 2
+        ? `Most of that time it waited for KV blocks: ${size} were predicted for it.`
+        : `Most of that time it waited behind ${count(chosen?.ahead_tokens)} prompt tokens of other requests: ${size} were predicted for it.`;
+    case "own":
+      return `Most of that time its own prompt was computed: ${size} for ${count(chosen?.uncached_tokens ?? record.prompt_tokens)} tokens that were not in the cache.`;
+    default:
+      return `Most of that time was not predicted: ${size} more than its engine's step times say.`;
+  }
+}
+
+export interface Cell {
+  readonly layer: number;
+  readonly column: number;
+  readonly ratio: number;
+}
+
+/** Load over the mean by [layer, column] from base64 of bytes. */
+export function unpack(text: string): Uint8Array {
+  const raw = atob(text);
+  const bytes = new Uint8Array(raw.length);
+  for (let place = 0; place < raw.length; place++) bytes[place] = raw.charCodeAt(place);
+  return bytes;
+}
+
+/** The cells with the highest load over the mean of their layer, the highest first. */
+export function hottest(bytes: Uint8Array, columns: number, unit: number, most: number): Cell[] {
+  const order = Array.from(bytes.keys()).sort((a, b) => bytes[b]! - bytes[a]! || a - b);
+  return order.slice(0, most).map((at) => ({ layer: Math.floor(at / columns), column: at % columns, ratio: bytes[at]! * unit }));
+}

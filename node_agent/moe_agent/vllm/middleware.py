@@ -7,12 +7,16 @@ Invariant: an allow-list on the decoded path exactly as the router will see it; 
 (`//`, `..`, a backslash, an encoded slash) is refused rather than understood. WebSockets are refused.
 
 `GET /core` is answered here, once the engine's core answers: vLLM's `/health` speaks for its HTTP server alone.
+Errors of a server whose core has died are marked (`engine_death` of the contract), by what vLLM's client of the core
+says of it, because vLLM's texts differ between its versions.
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from moe_contract import engine_death
 from moe_contract.serving_routes import CORE, ENGINE_ONLY, Route, compile_templates
 
 Scope = MutableMapping[str, Any]
@@ -22,6 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SERVING_ROUTES = ENGINE_ONLY | {route.path.decode() for route in Route if b"{" not in route.path}
 _ROUTES_WITH_ID = compile_templates(route.path.decode() for route in Route)
+# vLLM sends each event in a message of its own; a body of JSON begins with a brace.
+_ERROR_EVENT = re.compile(rb'(?:event:[^\n]*\n)?data:[^\n]*"error"')
 _AMBIGUOUS = ("//", "..", "/./", "\\", "%", "\0", ";")
 
 
@@ -46,7 +52,7 @@ class ServingRoutesOnly:
                 if path == CORE:
                     await _send_json(send, 200, {"answers": await core_answers(scope)})
                 else:
-                    await self._app(scope, receive, send)
+                    await self._app(scope, receive, mark_death(scope, send))
             case "http":
                 await _send_not_found(scope, send)
             case _:
@@ -67,6 +73,26 @@ async def core_answers(scope: Scope) -> bool:
     except Exception:
         return False
     return True
+
+
+def mark_death(scope: Scope, send: Send) -> Send:
+    """Returns a `send` that marks the errors which a server sends once its core is dead."""
+    client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    if client is None:
+        return send
+
+    async def marking(message: MutableMapping[str, Any]) -> None:
+        await send(_mark(message) if client.errored else message)
+
+    return marking
+
+
+def _mark(message: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if message["type"] == "http.response.start" and message["status"] == 500:
+        return {**message, "headers": [*message.get("headers", ()), (engine_death.NAME, engine_death.VALUE)]}
+    if message["type"] == "http.response.body" and _ERROR_EVENT.match(body := message.get("body", b"")):
+        return {**message, "body": engine_death.COMMENT + body}
+    return message
 
 
 def _routed_path(scope: Scope) -> str:

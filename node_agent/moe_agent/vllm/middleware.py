@@ -19,6 +19,8 @@ from typing import Any
 from moe_contract import engine_death
 from moe_contract.serving_routes import CORE, ENGINE_ONLY, Route, compile_templates
 
+from moe_agent.vllm.responses_rank import keep_rank
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -52,7 +54,10 @@ class ServingRoutesOnly:
                 if path == CORE:
                     await _send_json(send, 200, {"answers": await core_answers(scope)})
                 else:
-                    await self._app(scope, receive, mark_death(scope, send))
+                    client = _client_of(scope)
+                    if client is not None:
+                        keep_rank(path, scope.get("headers", ()), client)
+                    await self._app(scope, receive, mark_death(client, send))
             case "http":
                 await _send_not_found(scope, send)
             case _:
@@ -75,9 +80,13 @@ async def core_answers(scope: Scope) -> bool:
     return True
 
 
-def mark_death(scope: Scope, send: Send) -> Send:
+def _client_of(scope: Scope) -> Any:
+    """vLLM's client of the core; None in a server that has none."""
+    return getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+
+
+def mark_death(client: Any, send: Send) -> Send:
     """Returns a `send` that marks the errors which a server sends once its core is dead."""
-    client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
     if client is None:
         return send
 

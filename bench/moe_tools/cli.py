@@ -153,6 +153,7 @@ def demo_command(
 ) -> None:
     """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""
     from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.compare_command import ComparisonEffort
     from moe_tools.demo import run_demo
 
@@ -180,6 +181,7 @@ def calibrate_command(
 ) -> None:
     """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
     from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.calibration.calibrate import CalibratedEngine, CalibrationEffort, read_arguments, run_calibrate
 
     check_runs_here()
@@ -196,6 +198,7 @@ def simulate_command(
 ) -> None:
     """Serve a trace on real vLLM schedulers in virtual time, without a model."""
     from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.simulator.command import run_simulate
 
     check_runs_here()
@@ -220,6 +223,7 @@ def advise_command(
 ) -> None:
     """Simulate the shapes that fit a resource's GPUs: `moeserving plan --advise`."""
     from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.advisor.advise import AdviceRequest, run_advise
     from moe_tools.advisor.results import Bounds
 

@@ -15,7 +15,9 @@ def make_client() -> Any:
         """vLLM's client of the core, as far as a request needs it."""
 
         errored = False
-        ranks: list[int | None] = []
+
+        def __init__(self) -> None:
+            self.ranks: list[int | None] = []
 
         async def generate(self, prompt: str, *, data_parallel_rank: int | None = None) -> Any:
             self.ranks.append(data_parallel_rank)

@@ -121,7 +121,9 @@ def test_releases_of_the_supported_versions_are_accepted(monkeypatch, found):
 def test_another_version_is_refused_by_name(monkeypatch, found):
     monkeypatch.setattr(version, "find_version", lambda: found)
     supported = r"fits vLLM 0\.32\.\* and 0\.33\.\* and no other: install moeserving\[gpu\]"
-    with pytest.raises(UnsupportedVersion, match=rf"^vLLM {re.escape(found)} is installed; moe_agent\.vllm {supported}"):
+    with pytest.raises(
+        UnsupportedVersion, match=rf"^vLLM {re.escape(found)} is installed; moe_agent\.vllm {supported}"
+    ):
         check_version()
 
 

@@ -172,6 +172,7 @@ async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_en
 
 # An engine whose processes have died, while its server goes on for some seconds.
 
+
 def dead(message):
     return {"error": {"message": message, "type": "InternalServerError", "code": 500}}
 

@@ -50,7 +50,7 @@ def check_version() -> None:
 
 def minor_of(found: str) -> str:
     """Returns the minor version of a release, such as `0.33` of `0.33.1+cpu`."""
-    return ".".join(found.split("+")[0].split(".")[:2])
+    return ".".join(found.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def replace_attribute(owner: object, name: str, value: object) -> None:

@@ -59,17 +59,17 @@ def test_a_request_that_is_left_out_counts_as_waiting_and_not_as_skipped(make_en
 
 def test_the_next_step_admits_again(make_engine, settings):
     engine = with_little_room(make_engine, settings, waiting=LATER)
-    seats = engine.scheduler.max_num_active_reqs
+    limit = engine.scheduler.max_num_active_reqs
     engine.step()
-    assert engine.scheduler.max_num_active_reqs == seats
+    assert engine.scheduler.max_num_active_reqs == limit
     engine.abort("old")
     engine.step()
     assert "later0" in engine.schedules[-1]
 
 
-def test_seats_are_given_back_when_a_step_fails(make_engine, settings, monkeypatch):
+def test_the_limit_is_given_back_when_a_step_fails(make_engine, settings, monkeypatch):
     engine = with_little_room(make_engine, settings, waiting=1)
-    seats = engine.scheduler.max_num_active_reqs
+    limit = engine.scheduler.max_num_active_reqs
 
     def fail(*_: Any) -> None:
         raise RuntimeError("after the admission")
@@ -77,4 +77,4 @@ def test_seats_are_given_back_when_a_step_fails(make_engine, settings, monkeypat
     monkeypatch.setattr(engine.scheduler, "_update_after_schedule", fail)
     with pytest.raises(RuntimeError, match="after the admission"):
         engine.step()
-    assert engine.scheduler.max_num_active_reqs == seats
+    assert engine.scheduler.max_num_active_reqs == limit

@@ -162,7 +162,7 @@ def test_a_node_without_a_server_finds_what_it_starts_vllm_with():
     assert callable(make_arg_parser)
 
 
-def test_the_core_has_the_seats_and_the_counts_by_which_a_step_admits_no_more(make_engine):
+def test_the_scheduler_has_the_counts_that_an_admission_restores(make_engine):
     scheduler = make_engine(stock=True).scheduler
     assert type(scheduler.deferred_waiting) is set
     assert type(scheduler.prefill_capacity_bound) is bool

@@ -2,9 +2,9 @@
 
 vLLM 0.32 ends its loop over waiting requests there itself. 0.33 puts the request aside and tries the next one, so that
 requests which came much later would overtake it, at the cost of one look at each of them in each step. From the first
-such request on a step has no free seat, which ends the loop of either version.
+such request on a step may run no more requests, which ends the loop of either version.
 
-Invariants: the seats are as before once a step is scheduled, also where that fails; a request that was left out counts
+Invariants: the limit is as before once a step is scheduled, also where that fails; a request that was left out counts
 as waiting, and not as one that vLLM skipped.
 """
 
@@ -15,8 +15,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
 
-class Admission:
-    """The seats of a scheduler while it schedules one step.
+class AdmissionStop:
+    """The limit of running requests of a scheduler while it schedules one step.
 
     Args:
         scheduler: a vLLM scheduler.
@@ -25,7 +25,7 @@ class Admission:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._left_out: Request | None = None
-        self._seats = 0
+        self._limit = 0
 
     def schedule(self, schedule: Callable[[], SchedulerOutput]) -> SchedulerOutput:
         """Schedules one step, and opens the admission again for the next."""
@@ -40,12 +40,12 @@ class Admission:
         if request.status is RequestStatus.RUNNING or self._left_out is not None:
             return
         scheduler = self._scheduler
-        self._left_out, self._seats = request, scheduler.max_num_active_reqs
+        self._left_out, self._limit = request, scheduler.max_num_active_reqs
         scheduler.max_num_active_reqs = 0
 
     def _open(self, left_out: Request) -> None:
         scheduler = self._scheduler
-        scheduler.max_num_active_reqs, self._left_out = self._seats, None
+        scheduler.max_num_active_reqs, self._left_out = self._limit, None
         # Where vLLM skipped the request it counted it out of those that a step could not admit.
         scheduler.deferred_waiting.discard(left_out)
         scheduler.prefill_capacity_bound = True

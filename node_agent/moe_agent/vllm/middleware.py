@@ -8,7 +8,7 @@ Invariant: an allow-list on the decoded path exactly as the router will see it; 
 
 `GET /core` is answered here, once the engine's core answers: vLLM's `/health` speaks for its HTTP server alone.
 Errors of a server whose core has died are marked (`engine_death` of the contract), by what vLLM's client of the core
-says of it, because vLLM's texts differ between its versions.
+says, because the texts differ between versions of vLLM.
 """
 
 import json

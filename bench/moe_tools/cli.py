@@ -152,9 +152,12 @@ def demo_command(
     seed: Seed = 0,
 ) -> None:
     """Make a small model, serve it on two engines, chat, and compare our scheduling with vLLM's own order."""
+    from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.compare_command import ComparisonEffort
     from moe_tools.demo import run_demo
 
+    check_runs_here()
     run_demo(
         trace=trace, manifest=manifest, effort=ComparisonEffort(pairs=pairs, piece_s=piece_s, load=load), seed=seed
     )
@@ -177,8 +180,11 @@ def calibrate_command(
     json_out: JsonOut = None,
 ) -> None:
     """Fit the step time of a real engine on this machine, for scenarios; check the simulator against it."""
+    from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.calibration.calibrate import CalibratedEngine, CalibrationEffort, read_arguments, run_calibrate
 
+    check_runs_here()
     engine = CalibratedEngine(model=model, max_model_len=max_model_len, arguments=read_arguments(engine_args))
     if not run_calibrate(engine, CalibrationEffort(rounds=rounds, validate_requests=validate), seed, json_out):
         raise typer.Exit(1)
@@ -191,8 +197,11 @@ def simulate_command(
     json_out: JsonOut = None,
 ) -> None:
     """Serve a trace on real vLLM schedulers in virtual time, without a model."""
+    from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.simulator.command import run_simulate
 
+    check_runs_here()
     run_simulate(scenario, json_out)
 
 
@@ -213,9 +222,12 @@ def advise_command(
     output: Annotated[str, typer.Option("--output", help="table or json.")] = "table",
 ) -> None:
     """Simulate the shapes that fit a resource's GPUs: `moeserving plan --advise`."""
+    from moe_agent.vllm.version import check_runs_here
+
     from moe_tools.advisor.advise import AdviceRequest, run_advise
     from moe_tools.advisor.results import Bounds
 
+    check_runs_here()
     asked = AdviceRequest(
         file=file, trace=trace, trace_format=trace_format, shape=shape, rate=rate, requests=requests,
         answer_tokens=answer_tokens, seed=seed, cost=cost, bounds=Bounds(ttft_s=ttft, inter_token_s=inter_token),

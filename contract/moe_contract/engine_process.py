@@ -129,6 +129,9 @@ def _defaults(engine: EngineConfig, *, cpu_build: bool, cpus: int) -> dict[str, 
             # here they are not bound. The engine core keeps a process of its own; its worker needs none, which saves a
             # third of the start and of the memory, and a message each way at every step.
             defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if engine.data_parallel > 1:
+            # vLLM 0.33 gives each rank a NUMA node of its own, and a rank for which none is left dies.
+            defaults["VLLM_CPU_SIM_MULTI_NUMA"] = "1"
     if not is_on_hub(engine.model):
         defaults["HF_HUB_OFFLINE"] = "1"
     return defaults

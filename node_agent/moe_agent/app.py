@@ -29,7 +29,7 @@ from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
 from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
-from moe_agent.vllm.version import is_cpu_build
+from moe_agent.vllm.version import check_runs_here, is_cpu_build
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def build_supervisor(
         unstepped_s: for how long the engine has made no step though it has requests.
         leader: the leader of the replica; None on the leader itself, and where a replica has one node.
     """
+    check_runs_here()
     cpu_build = is_cpu_build()
     if cpu_build:
         check_library(NUMA_LIBRARY)

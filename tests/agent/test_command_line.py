@@ -183,7 +183,7 @@ def test_without_an_expert_group_there_is_no_balancer(config, shape):
 
 
 def test_vllm_understands_the_arguments(config, virtual_engines):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -197,7 +197,7 @@ def test_vllm_understands_the_arguments(config, virtual_engines):
 
 
 def test_vllm_understands_the_arguments_of_an_expert_group(config, virtual_engines):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     shape = {"data_parallel": 2, "expert_parallel": True, "redundant_experts": 2}
@@ -218,6 +218,13 @@ def test_the_environment_is_ours_below_the_inherited_below_the_resources(config)
     assert made["MOESERVING_RUN_DIR"] == str(config.run_dir)
     own = config.model_copy(update={"engine": config.engine.model_copy(update={"env": {"OMP_NUM_THREADS": "5"}})})
     assert engine_environment(own, inherited, cpu_build=True, cpus=8)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(("ranks", "cpu_build", "simulated"), [(1, True, None), (2, True, "1"), (2, False, None)])
+def test_ranks_on_a_cpu_need_no_numa_node_each(config, ranks, cpu_build, simulated):
+    engine = config.engine.model_copy(update={"data_parallel": ranks})
+    made = engine_environment(config.model_copy(update={"engine": engine}), {}, cpu_build=cpu_build, cpus=8)
+    assert made.get("VLLM_CPU_SIM_MULTI_NUMA") == simulated
 
 
 def test_a_hub_model_stays_online_and_a_gpu_has_no_cpu_settings(config):

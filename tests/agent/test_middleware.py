@@ -107,3 +107,58 @@ async def test_a_server_without_a_core_says_so():
     scope = {"type": "http", "method": "GET", "path": CORE, "headers": [], "app": SimpleNamespace(state=None)}
     await ServingRoutesOnly(None)(scope, None, send)
     assert json.loads(sent[1]["body"]) == {"answers": False}
+
+
+async def answers_of(*, errored: bool, messages: list[dict[str, Any]]) -> list[Any]:
+    """What passes to the server of messages that vLLM sends for a request."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(errored=errored)))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": app}
+    await ServingRoutesOnly(answer)(scope, None, send)
+    return sent
+
+
+def start(status: int) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
+
+
+def part(body: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+ERROR_EVENTS = [b'data: {"error": {"message": "no"}}\n\n', b'event: error\ndata: {"type":"error","error":{}}\n\n']
+
+
+async def test_what_a_dead_core_lets_the_server_say_is_marked_for_the_gateway():
+    from moe_gateway.engines.engine_death import says_engine_is_dead
+
+    (head, body) = await answers_of(errored=True, messages=[start(500), part(b'{"error": {"message": "no"}}')])
+    assert head["headers"] == [(b"content-type", b"application/json"), (b"moeserving-engine", b"dead")]
+    assert body["body"] == b'{"error": {"message": "no"}}'
+    assert says_engine_is_dead(b"HTTP/1.1 500 \r\nmoeserving-engine: dead\r\n\r\n")
+    for event in ERROR_EVENTS:
+        (_, marked) = await answers_of(errored=True, messages=[start(200), part(event)])
+        assert marked["body"] == b": moeserving-engine: dead\n" + event
+        assert says_engine_is_dead(marked["body"])
+
+
+@pytest.mark.parametrize(
+    ("errored", "status", "body"),
+    [
+        *((False, 500, event) for event in ERROR_EVENTS),
+        (True, 200, b'data: {"choices": []}\n\n'),
+        (True, 400, b'{"error": {"message": "no"}}'),
+        (True, 200, b"data: [DONE]\n\n"),
+    ],
+)
+async def test_all_else_passes_as_it_is(errored, status, body):
+    messages = [start(status), part(body)]
+    assert await answers_of(errored=errored, messages=messages) == messages

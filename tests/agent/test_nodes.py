@@ -128,7 +128,7 @@ def connects(host: str, port: int) -> bool:
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("shape", [{"data_parallel": 4}, {"tensor_parallel": 2}])
 def test_vllm_understands_the_arguments_of_each_node(virtual_engines, shape, index):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     config = engine(**shape)

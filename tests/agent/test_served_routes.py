@@ -41,8 +41,8 @@ def paths(virtual_engines: Any) -> dict[str, set[str]]:
         warnings.simplefilter("ignore")
         for variable in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             patch.setenv(variable, "1")
+        from vllm.entrypoints.cli.serve import make_arg_parser
         from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.entrypoints.serve.profile.api_router import router as profile
         from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
         from vllm.utils.argparse_utils import FlexibleArgumentParser

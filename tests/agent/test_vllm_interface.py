@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import re
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from moe_agent.vllm import version
-from moe_agent.vllm.version import UnsupportedVersion, check_version
+from moe_agent.vllm.version import UnsupportedVersion, check_runs_here, check_version, find_version, minor_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,22 +95,83 @@ def test_vllm_asks_of_every_chunk_how_long_it_may_be_and_leaves_out_what_may_hav
         assert part.index("if num_new_tokens == 0:", part.index("self._reserve_prefill_lookahead(")) > 0
 
 
-def test_the_policy_of_vllm_decides_the_victim_of_a_preemption_and_nothing_else():
-    """Our scheduler sets `policy` while it runs, so a further use would be a surprise."""
+def test_the_policy_of_vllm_decides_what_a_preemption_does_and_nothing_else():
+    """Our scheduler sets `policy` while it runs, so a further use would be a surprise.
+
+    Twice it chooses the victim; in 0.33 decoding requests also go on after one that has preempted itself.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    assert inspect.getsource(Scheduler).count("self.policy") == 5
-    assert inspect.getsource(Scheduler.schedule).count("self.policy == SchedulingPolicy.PRIORITY") == 2
+    uses = {"0.32": 2, "0.33": 3}[minor_of(find_version())]
+    assert inspect.getsource(Scheduler).count("self.policy") == 3 + uses
+    assert inspect.getsource(Scheduler.schedule).count("self.policy == SchedulingPolicy.PRIORITY") == uses
 
 
 def test_the_installed_version_is_supported():
     check_version()
 
 
-def test_another_version_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(version, "find_version", lambda: "0.33.1")
-    with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.33\.1 is installed; moe_agent\.vllm fits vLLM 0\.32\.\*"):
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.4", "0.33.0", "0.33.0+cpu", "0.33.1", "0.33.0rc1"])
+def test_releases_of_the_supported_versions_are_accepted(monkeypatch, found):
+    monkeypatch.setattr(version, "find_version", lambda: found)
+    check_version()
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "0.34.0+cpu", "0.3", "0.320.0", "1.32.0", "dev"])
+def test_another_version_is_refused_by_name(monkeypatch, found):
+    monkeypatch.setattr(version, "find_version", lambda: found)
+    supported = r"fits vLLM 0\.32\.\* and 0\.33\.\* and no other: install moeserving\[gpu\]"
+    with pytest.raises(
+        UnsupportedVersion, match=rf"^vLLM {re.escape(found)} is installed; moe_agent\.vllm {supported}"
+    ):
         check_version()
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "devices", "runs"),
+    [
+        ("0.33.0", "", (), False),
+        ("0.33.0", "cuda", (), False),
+        ("0.33.0", "", ("nvidiactl",), True),
+        ("0.33.0", "", ("kfd",), True),
+        ("0.33.0", "CPU", (), True),
+        ("0.33.0+cpu", "", (), True),
+        ("0.34.0+cpu", "", (), False),
+    ],
+)
+def test_a_build_for_gpus_is_refused_where_there_is_none(monkeypatch, tmp_path, found, target, devices, runs):
+    def no_cpu_distribution(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(version, "find_version", lambda: found)
+    monkeypatch.setattr(version, "version", no_cpu_distribution)
+    monkeypatch.setattr(version, "_DEVICE_FOLDER", tmp_path)
+    monkeypatch.setattr(version, "entry_points", lambda group: [])
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", target)
+    for name in devices:
+        (tmp_path / name).touch()
+    with nullcontext() if runs else pytest.raises(UnsupportedVersion, match=r"0\.32\.\* and 0\.33\.\*.*install moes"):
+        check_runs_here()
+
+
+def test_a_node_without_a_server_finds_what_it_starts_vllm_with():
+    from moe_agent.vllm.headless import find_environment_setup, make_arg_parser, run_headless
+
+    assert callable(find_environment_setup())
+    assert list(inspect.signature(run_headless).parameters) == ["args"]
+    assert callable(make_arg_parser)
+
+
+def test_the_scheduler_has_the_counts_that_an_admission_restores(make_engine):
+    scheduler = make_engine(stock=True).scheduler
+    assert type(scheduler.deferred_waiting) is set
+    assert type(scheduler.prefill_capacity_bound) is bool
+
+
+def test_vllms_client_of_the_core_says_whether_it_is_dead():
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
 
 
 def test_a_dead_engine_says_what_the_gateway_knows_it_by():

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from moe_agent.vllm.version import SUPPORTED
 from moe_operator.plan.pods import Defaults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,10 @@ def test_the_operators_image_has_a_user_that_is_not_root_and_pods_name_none():
 def test_the_engines_base_is_the_version_of_vllm_that_is_supported():
     (base,) = [words for name, words in instructions(ROOT / "images/engine/Dockerfile") if name == "FROM"]
     version = re.fullmatch(r"vllm/vllm-openai:v(\d+\.\d+)\.\d+", base)[1]
-    assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm=={version}.*"]
+    assert version in SUPPORTED
+    first, last = ([int(part) for part in each.split(".")] for each in (SUPPORTED[0], SUPPORTED[-1]))
+    after = f"{last[0]}.{last[1] + 1}"
+    assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm>={first[0]}.{first[1]},<{after}"]
 
 
 def test_the_script_is_one_that_a_shell_can_read():

@@ -172,10 +172,34 @@ async def test_a_connection_that_the_engine_closed_as_idle_is_no_failure(make_en
 
 # An engine whose processes have died, while its server goes on for some seconds.
 
-DEAD = {"error": {"message": "EngineCore encountered an issue. See stack trace", "type": "InternalServerError"}}
+
+def dead(message):
+    return {"error": {"message": message, "type": "InternalServerError", "code": 500}}
+
+
+DEAD_032 = dead("EngineCore encountered an issue. See stack trace")
+DEAD_033 = dead("The server had an error while processing your request.")
+# Whatever another version may say.
+DEAD_LATER = dead("Something else.")
+HEADER = b"moeserving-engine: dead\r\n"
+
+
+def dead_500(error, extra=b""):
+    answer = json_answer(error, status="500 Internal Server Error")
+    return always(answer.replace(b"\r\n", b"\r\n" + extra, 1))
+
+
+def dead_event(error, comment=b""):
+    return always(SSE_HEAD + chunk(comment + b"data: " + json.dumps(error).encode() + b"\n\n") + SSE_END)
+
+
 LAST_WORDS = {
-    "500": always(json_answer(DEAD, status="500 Internal Server Error")),
-    "a stream's first event": always(SSE_HEAD + chunk(b"data: " + json.dumps(DEAD).encode() + b"\n\n") + SSE_END),
+    "500": dead_500(DEAD_032),
+    "500 of vLLM 0.33": dead_500(DEAD_033),
+    "500 that is marked": dead_500(DEAD_LATER, HEADER),
+    "a stream's first event": dead_event(DEAD_032),
+    "a first event of vLLM 0.33": dead_event(DEAD_033),
+    "a first event that is marked": dead_event(DEAD_LATER, b": moeserving-engine: dead\n"),
 }
 
 
@@ -219,6 +243,9 @@ async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
         "'EngineCore encountered an issue'",
         '{"message": "EngineCore encountered an issue"}',
         '{"message":"EngineCore encountered an issue"}',
+        "'The server had an error while processing your request.'",
+        "\n: moeserving-engine: dead\n",
+        "\r\nmoeserving-engine: dead\r\n",
     ],
 )
 async def test_a_clients_text_within_an_error_is_no_engines_death(make_engine, serve, text):

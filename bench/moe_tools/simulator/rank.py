@@ -43,7 +43,8 @@ class EngineLimits:
         max_model_len: longest prompt with its answer.
         scheduling_policy: vLLM's own order of its waiting queue.
         long_prefill_token_threshold: tokens of one prompt that a step takes at most; 0 for no bound.
-        prefill_schedule_interval: prefills begin in every n-th step of a lockstep group alone.
+        prefill_schedule_interval: prefills begin in every n-th step of a lockstep group alone; vLLM 0.33 has it for a
+            single rank too, counted from its last prefill, while for one of 0.32 it has no effect.
     """
 
     max_num_seqs: int = 256

@@ -198,16 +198,19 @@ def _ready_s(simulation: Simulation, number: int) -> float:
 
 def _make_group(simulation: Simulation, maker: RankMaker, name: str, shape: ServerShape) -> LockstepGroup:
     transfers = simulation.transfers is not None
+    interval, limits = shape.limits.prefill_schedule_interval, shape.limits
+    if shape.ranks > 1:
+        # Their steps count for all of them, as in the engines; a single rank of vLLM 0.33 counts its own.
+        limits = replace(limits, prefill_schedule_interval=1)
     ranks = [
-        maker.make(shape.limits, simulation.scheduler, simulation.request, transfers=transfers)
-        for _ in range(shape.ranks)
+        maker.make(limits, simulation.scheduler, simulation.request, transfers=transfers) for _ in range(shape.ranks)
     ]
     share_prefills(ranks)
     return LockstepGroup(
         name,
         ranks,
         shape.cost,
-        prefill_interval=shape.limits.prefill_schedule_interval,
+        prefill_interval=interval if shape.ranks > 1 else 1,
         ahead=2 if simulation.async_scheduling else 1,
         exposed_s=simulation.exposed_s,
     )

@@ -6,6 +6,8 @@ Names: Endpoint Picker Protocol 1.0 and Envoy's attributes, which its filter sen
 from dataclasses import dataclass
 from enum import Enum
 
+from moe_contract import engine_death
+
 from moe_gateway.endpoint_picker.proxy_messages import read_headers
 from moe_gateway.endpoint_picker.wire import Message
 
@@ -34,6 +36,7 @@ class AnswerHead:
     Attributes:
         status: of the answer; 0 where it has none.
         content_type: of the answer.
+        engine: what the engine's middleware says of its core; empty where nothing.
         served: endpoint that has answered, `IP:PORT`; empty where the proxy does not say.
         details: where the answer comes from, in Envoy's words; empty where the proxy does not say.
         attempts: how often the proxy has sent the request; 0 where it does not say.
@@ -42,6 +45,7 @@ class AnswerHead:
 
     status: int
     content_type: bytes = b""
+    engine: bytes = b""
     served: str = ""
     details: str = ""
     attempts: int = 0
@@ -77,6 +81,7 @@ def read_answer_head(message: Message) -> AnswerHead:
     return AnswerHead(
         status=int(status) if status.isdigit() and len(status) == 3 else 0,
         content_type=headers.get("content-type", b""),
+        engine=headers.get(engine_death.NAME.decode(), b""),
         served=_read_served(message) or texts.get(_ADDRESS, ""),
         details=texts.get(_DETAILS, ""),
         attempts=_as_count(attributes[_ATTEMPTS].number_value) if _ATTEMPTS in attributes else 0,

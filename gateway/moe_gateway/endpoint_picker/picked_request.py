@@ -7,6 +7,7 @@ reached once. What its answer shows of the engine is read as for the gateway's o
 import asyncio
 from dataclasses import dataclass
 
+from moe_contract import engine_death
 from moe_contract.gateway_config import EngineAddress
 from moe_scheduling.engine.attempts import RequestAttempts
 from moe_scheduling.engine.choice import Job, Send, SendReason, explain
@@ -203,7 +204,8 @@ class PickedRequest:
         """
         self._last_s = self._context.clock()
         status = head.status
-        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n\r\n" % (status, head.content_type)
+        lines = (status, head.content_type, engine_death.NAME, head.engine)
+        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n%b: %b\r\n\r\n" % lines
         self._beginning.status = status
         if self._in_flight is None:
             return
@@ -280,7 +282,7 @@ class PickedRequest:
         is_death = beginning.status == 500 or (beginning.is_events and part is AnswerPart.ENGINE_ERROR)
         if beginning.status == 503:
             dispatcher.pause_full(target, self._last_s)
-        elif is_death and says_engine_is_dead(beginning.body):
+        elif is_death and says_engine_is_dead(beginning.head + beginning.body):
             dispatcher.fail(target, self._last_s, dead=True)
         elif beginning.status == 500 and not dispatcher.is_accepting(target):
             dispatcher.fail(target, self._last_s)

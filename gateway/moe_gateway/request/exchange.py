@@ -13,12 +13,11 @@ import asyncio
 
 from moe_contract.gateway_config import Limits
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
-from moe_scheduling.engine.choice import Job, Send
+from moe_scheduling.engine.choice import Send
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
 from moe_gateway.access.priorities import build_engine_id
-from moe_gateway.engines.engine_death import says_engine_is_dead
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.bodies import Body
@@ -28,6 +27,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import LONGEST_HEAD_BYTES, Pool, UpstreamConnection
 from moe_gateway.request.answer_account import AnswerAccount
 from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.beginning_failure import read_failure
 from moe_gateway.request.client_answer import ClientAnswer
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
@@ -97,8 +97,6 @@ class Exchange:
         self._in_flight: InFlightRequest | None = None
         self._upstream: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self.job: Job
-        self._keys: tuple[int, ...]
         self._is_fair = dispatcher.request_settings.is_fair
         tenant = find_tenant(request, context.tenant_header) if self._is_fair else ANONYMOUS_TENANT
         self.job, self._keys = dispatcher.build_job(parsed, session, tenant)
@@ -271,14 +269,16 @@ class Exchange:
     def _retry_error(self) -> bool:
         """An engine's error came in place of an answer: retries at another engine; returns False where none can."""
         assert self._in_flight is not None
-        beginning, dispatcher, attempts = self._beginning, self._context.dispatcher, self.attempts
-        if (beginning.status == 500 or beginning.is_events) and says_engine_is_dead(beginning.body):
+        dispatcher, attempts = self._context.dispatcher, self.attempts
+        failure = read_failure(self._beginning)
+        if failure is AttemptFailure.ENGINE_DEAD:
             self._drop_upstream()
-            self._fail(ENGINE_DEAD, AttemptFailure.ENGINE_DEAD)
+            self._fail(ENGINE_DEAD, failure)
             return True
-        if not attempts.may_repeat or not dispatcher.has_other(
-            self.job, self._in_flight.target, attempts.failed_targets
-        ):
+        if failure is AttemptFailure.ENGINE_FULL and self._retry_by_status(503):
+            return True
+        target = self._in_flight.target
+        if not attempts.may_repeat or not dispatcher.has_other(self.job, target, attempts.failed_targets):
             return False
         self._drop_upstream()
         self._fail(ENGINE_ERROR, AttemptFailure.ENGINE_ERROR)

@@ -25,6 +25,7 @@ from moe_gateway.http.bodies import Body
 from moe_gateway.http.routes import Route
 from moe_gateway.http.upstream import UpstreamConnection
 from moe_gateway.request.answer_beginning import AnswerBeginning
+from moe_gateway.request.beginning_failure import read_failure
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.parsing import Parsed
@@ -158,7 +159,7 @@ class SplitExchange(Exchange):
         self._upstream = None
         connection.release()
         if status >= 500 and status != _NOT_IMPLEMENTED:
-            self._fail(f"the engine answered {status}", _failure_of(status, body))
+            self._fail(f"the engine answered {status}", _failure_of(status, beginning.head + body))
         elif status != 200:
             # The other request that a client's error is answered with is the client's own.
             self._go_whole(REFUSED, None)
@@ -241,9 +242,7 @@ class SplitExchange(Exchange):
 
     def _retry_error(self) -> bool:
         pair = self._pair
-        beginning = self._beginning
-        is_dead = (beginning.status == 500 or beginning.is_events) and says_engine_is_dead(beginning.body)
-        if pair is None or is_dead:
+        if pair is None or read_failure(self._beginning) is AttemptFailure.ENGINE_DEAD:
             return super()._retry_error()
         # The transfer may have failed because of either engine, so neither is ejected.
         self._drop_upstream()
@@ -305,7 +304,7 @@ class SplitExchange(Exchange):
             placements.note_end(self._in_flight.target, answer_s, lasted_s, self.last_s)
 
 
-def _failure_of(status: int, body: bytes) -> AttemptFailure:
-    if says_engine_is_dead(body):
+def _failure_of(status: int, answer: bytes) -> AttemptFailure:
+    if says_engine_is_dead(answer):
         return AttemptFailure.ENGINE_DEAD
     return AttemptFailure.ENGINE_FULL if status == 503 else AttemptFailure.ENGINE_ERROR

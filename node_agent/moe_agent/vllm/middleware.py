@@ -7,13 +7,19 @@ Invariant: an allow-list on the decoded path exactly as the router will see it; 
 (`//`, `..`, a backslash, an encoded slash) is refused rather than understood. WebSockets are refused.
 
 `GET /core` is answered here, once the engine's core answers: vLLM's `/health` speaks for its HTTP server alone.
+Errors of a server whose core has died are marked (`engine_death` of the contract), by what vLLM's client of the core
+says, because the texts differ between versions of vLLM.
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from moe_contract import engine_death
 from moe_contract.serving_routes import CORE, ENGINE_ONLY, Route, compile_templates
+
+from moe_agent.vllm.responses_rank import keep_rank
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -22,6 +28,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SERVING_ROUTES = ENGINE_ONLY | {route.path.decode() for route in Route if b"{" not in route.path}
 _ROUTES_WITH_ID = compile_templates(route.path.decode() for route in Route)
+# vLLM sends each event in a message of its own; a body of JSON begins with a brace.
+_ERROR_EVENT = re.compile(rb'(?:event:[^\n]*\n)?data:[^\n]*"error"')
 _AMBIGUOUS = ("//", "..", "/./", "\\", "%", "\0", ";")
 
 
@@ -46,7 +54,10 @@ class ServingRoutesOnly:
                 if path == CORE:
                     await _send_json(send, 200, {"answers": await core_answers(scope)})
                 else:
-                    await self._app(scope, receive, send)
+                    client = _client_of(scope)
+                    if client is not None:
+                        keep_rank(path, scope.get("headers", ()), client)
+                    await self._app(scope, receive, mark_death(client, send))
             case "http":
                 await _send_not_found(scope, send)
             case _:
@@ -67,6 +78,30 @@ async def core_answers(scope: Scope) -> bool:
     except Exception:
         return False
     return True
+
+
+def _client_of(scope: Scope) -> Any:
+    """vLLM's client of the core; None in a server that has none."""
+    return getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+
+
+def mark_death(client: Any, send: Send) -> Send:
+    """Returns a `send` that marks the errors which a server sends once its core is dead."""
+    if client is None:
+        return send
+
+    async def marking(message: MutableMapping[str, Any]) -> None:
+        await send(_mark(message) if client.errored else message)
+
+    return marking
+
+
+def _mark(message: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if message["type"] == "http.response.start" and message["status"] == 500:
+        return {**message, "headers": [*message.get("headers", ()), (engine_death.NAME, engine_death.VALUE)]}
+    if message["type"] == "http.response.body" and _ERROR_EVENT.match(body := message.get("body", b"")):
+        return {**message, "body": engine_death.COMMENT + body}
+    return message
 
 
 def _routed_path(scope: Scope) -> str:

@@ -41,6 +41,7 @@ from moe_agent.shared_memory.rank_record import RankRecordWriter, RankState
 from moe_agent.shared_memory.seqlock import RecordUnreadableError
 from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
+from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
@@ -102,6 +103,7 @@ class OrderedScheduler(AsyncScheduler):
         self._busy = False
         self.waiting = OrderedRequestQueue(RequestSettings(), self._uncached_prefill_tokens)
         self._plan = PrefillPlan(self)
+        self._admission = AdmissionStop(self)
         self.take_settings()
         rank = self.parallel_config.data_parallel_index
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
@@ -132,7 +134,7 @@ class OrderedScheduler(AsyncScheduler):
         scheduled_s = self.clock()
         self._plan.begin(self._curve(), scheduled_s)
         self._complete_last_step()
-        output = super().schedule(throttle_prefills)
+        output = self._admission.schedule(lambda: super(OrderedScheduler, self).schedule(throttle_prefills))
         work = self.begin_step(output, prefilling, scheduled_s)
         self._plan.end(sum(work.prefill_tokens.values()), scheduled_s, self.turn, self._next_s())
         return output
@@ -140,7 +142,10 @@ class OrderedScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """The tokens of a request that a step may take; vLLM asks for each prompt, and 0 leaves the request out."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self._plan.grant(request, tokens)
+        granted = self._plan.grant(request, tokens)
+        if tokens and not granted:
+            self._admission.leave_out(request)
+        return granted
 
     def join(self, group: PrefillGroup) -> None:
         """Plans prefills together with the other ranks of `group` from now on."""

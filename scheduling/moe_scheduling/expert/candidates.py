@@ -17,9 +17,11 @@ from moe_scheduling.expert.search import Path, SearchInput, apply_steps, search_
 from moe_scheduling.expert.search_state import SlotWork
 from moe_scheduling.expert.settings import ExpertSettings
 
-# Most moves of a round, as part of those of a placement computed from nothing. The load is an estimate; the rest
-# follows in the next round, from a newer one, if it still pays.
+# Moves of a round, as part of those of a placement computed from nothing. The load is an estimate; the rest follows in
+# the next round, from a newer one, if it still pays.
 _ROUND_PART = 0.24
+# Further moves of the same round gain at least this part of a layer's time each: what matters does not wait.
+_FURTHER_WORTH = 1e-3
 # Least moves of a round in a layer; in a small group that part is less than one or two swaps.
 _MIN_ROUND = 4
 # The search continues beyond the budget, so that the best moves are chosen among more.
@@ -36,7 +38,8 @@ class Candidate:
         before: [layer, slot], the placement in force.
         work: [layer, expert], load of the experts.
         ranks: ranks of the group.
-        budget: most moves.
+        budget: most moves of a round.
+        further_s: seconds a step that each move has to gain in a round with more; None: never more.
     """
 
     path: Path
@@ -45,10 +48,15 @@ class Candidate:
     work: Floats
     ranks: int
     budget: int
+    further_s: float | None
 
     def table(self, price_s: float) -> Ints:
         """Returns [layer, slot]: the placement where each move gains `price_s` seconds a step at least."""
-        states = cut_path(self.path, price_s, self.budget)
+        states, layers = cut_path(self.path, price_s, self.budget), np.arange(len(self.start))
+        if self.further_s is not None:
+            further = (self.path.gain_s - max(price_s, self.further_s) * self.path.moves).argmax(0)
+            if self.path.moves[further, layers].sum() > self.path.moves[states, layers].sum():
+                states = further
         return fill_idle(apply_steps(self.path, self.start, states), self.before, self.work, self.ranks)
 
 
@@ -59,14 +67,12 @@ def search_candidates(
     table, ranks, experts = placement.physical_to_logical, placement.ranks, load.experts
     yield _search(load, placement, costs, settings, park_idle(table, experts, ranks), copies=True)
     if costs.expert_s and placement.slots > experts:
-        ones = np.ones(load.by_expert.shape, np.int64)
-        times = layer_time(load, costs)
-        work = times.slot_work(ones, times.weights_bound(ranks))
+        work, _ = _work(load, costs, placement)
         yield _search(load, placement, costs, settings, drop_copies(table, work, experts, ranks), copies=False)
 
 
 def round_budget(placement: Placement) -> int:
-    """Returns the most moves of a round, where the settings have no bound."""
+    """Returns the moves of a round where the settings have no bound; only what gains much goes beyond."""
     from_nothing = placement.slots * (1 - 1 / placement.ranks)
     return int(placement.layers * max(_MIN_ROUND, _ROUND_PART * from_nothing))
 
@@ -109,22 +115,24 @@ def _search(
 ) -> Candidate:
     """Searches in a unit of about a rank's time in a layer, for single precision; the path is in seconds."""
     budget = settings.move_budget or round_budget(placement)
-    work_s, slot_work = _work(load, costs, placement.ranks)
+    work_s, slot_work = _work(load, costs, placement)
     largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
     unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks
     if slot_work is not None:
         unit_s = max(unit_s, float(work_s.sum(1).max()) / placement.ranks)
     unit_s = unit_s or 1.0
-    per_layer = max(_MIN_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
+    usual = max(_MIN_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
+    per_layer = usual if settings.move_budget else placement.slots
     extra = max(int(start.max()) + 1 - load.experts, 0)
     given = SearchInput(
         work_s=_pad(work_s / unit_s, extra),
         traffic_s=_traffic(load, placement, costs, unit_s, extra),
         move_price_s=(1 + settings.hysteresis) * costs.move_s / costs.horizon_steps / unit_s,
-        max_moves=min(budget, math.ceil(_SEARCH_AHEAD * per_layer)),
+        max_moves=min(settings.move_budget or placement.layers * placement.slots, math.ceil(_SEARCH_AHEAD * per_layer)),
+        copies=copies,
+        cheap_moves=min(budget, math.ceil(_SEARCH_AHEAD * usual)),
         slot_work=None if slot_work is None else _scaled(slot_work, unit_s, extra),
         experts=load.experts if extra else None,
-        copies=copies,
     )
     path = search_steps(given, replace(placement, physical_to_logical=start))
     return Candidate(
@@ -134,17 +142,20 @@ def _search(
         work=load.by_expert,
         ranks=placement.ranks,
         budget=budget,
+        further_s=None
+        if settings.move_budget
+        else _FURTHER_WORTH * float(work_s.sum()) / work_s.shape[0] / placement.ranks,
     )
 
 
-def _work(load: ExpertLoad, costs: ExpertCosts, ranks: int) -> tuple[Floats, SlotWork | None]:
+def _work(load: ExpertLoad, costs: ExpertCosts, placement: Placement) -> tuple[Floats, SlotWork | None]:
     """Returns the seconds of each expert that has one slot, and those of one of several slots if these do not divide
     it evenly.
     """
     if not costs.expert_s:
         return load.by_expert * costs.token_s, None
     times = layer_time(load, costs)
-    bound = times.weights_bound(ranks)
+    bound = times.weights_bound(placement.physical_to_logical, placement.ranks)
     alone = times.slot_work(np.ones(load.by_expert.shape, np.int64), bound)
     return alone, lambda copies: times.slot_work(copies, bound)
 

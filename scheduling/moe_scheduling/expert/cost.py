@@ -186,9 +186,8 @@ def _load_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts, tokens: 
     """Returns the seconds of all layers' busiest ranks in the mean step, and those of their mean ranks."""
     if not costs.expert_s:
         return float(tokens.max(1).sum()) * costs.token_s, float(tokens.mean(1).sum()) * costs.token_s
-    table, ranks, times = placement.physical_to_logical, placement.ranks, layer_time(load, costs)
-    copies, serving = serving_copies(table, load.experts, ranks), serving_slots(table, ranks)
-    by_rank = times.of_ranks(table, copies, serving, ranks)
+    times = layer_time(load, costs)
+    by_rank = times.of_ranks(placement.physical_to_logical, placement.ranks)
     return float(times.mean_step(by_rank.max(2)).sum()), float(times.mean_step(by_rank.mean(2)).sum())
 
 

@@ -11,10 +11,12 @@ its median error there is 4 % in bfloat16.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_scheduling.expert.idle_slots import serving_copies, serving_slots
 from moe_scheduling.expert.placement import Flags, Floats, Ints
 
 
@@ -70,16 +72,9 @@ class LayerTime:
     token_s: float
     pad_tokens: float
 
-    def of_ranks(self, table: Ints, copies: Ints, serving: Flags, ranks: int) -> Floats:
-        """Returns the seconds of each rank, [size, layer, rank].
-
-        Args:
-            table: [layer, slot], the expert in each slot.
-            copies: [layer, expert], slots that share an expert's tokens evenly.
-            serving: [layer, slot], whether tokens are sent to the slot.
-            ranks: ranks of the group.
-        """
-        return np.stack([self._of_ranks(size, table, copies, serving, ranks) for size in range(len(self.sizes.parts))])
+    def of_ranks(self, table: Ints, ranks: int) -> Floats:
+        """Returns the seconds of each rank, [size, layer, rank], with the expert in each slot, [layer, slot]."""
+        return np.stack([np.maximum(reading, computing) for reading, computing in self._by_size(table, ranks)])
 
     def mean_step(self, by_size: Floats) -> Floats:
         """Returns [layer], the mean over the steps of values by size, [size, layer]."""
@@ -99,22 +94,22 @@ class LayerTime:
             total += part * np.where(reads[:, None], self.expert_s * distinct, computing)
         return total
 
-    def weights_bound(self, ranks: int) -> Flags:
-        """Returns [size, layer]: whether a rank with the mean load would take longer to read than to compute."""
-        ones, rows = np.ones(self.by_expert.shape, np.int64), []
+    def weights_bound(self, table: Ints, ranks: int) -> Flags:
+        """Returns [size, layer]: whether the longest of a layer's ranks is one that reads weights."""
+        return np.stack([reading.max(1) >= computing.max(1) for reading, computing in self._by_size(table, ranks)])
+
+    def _by_size(self, table: Ints, ranks: int) -> Iterator[tuple[Floats, Floats]]:
+        """Yields for each size the seconds of each rank to read the weights that it needs, and to compute."""
+        copies = serving_copies(table, self.by_expert.shape[1], ranks)
+        serving = serving_slots(table, ranks)
         for factor in self.sizes.factors:
-            tokens, distinct = (values.sum(1) / ranks for values in self._expected(factor, ones))
-            rows.append(self.expert_s * distinct >= self.token_s * (tokens + self.pad_tokens * distinct))
-        return np.array(rows)
+            tokens, distinct = (
+                (np.take_along_axis(values, table, 1) * serving).reshape(len(table), ranks, -1).sum(2)
+                for values in self._expected(float(factor), copies)
+            )
+            yield self.expert_s * distinct, self.token_s * (tokens + self.pad_tokens * distinct)
 
     def _expected(self, factor: float, copies: Ints) -> tuple[Floats, Floats]:
         """Returns the expected tokens of a slot in a step, and the chance that it gets one (Poisson)."""
         tokens = self.by_expert * factor / np.maximum(copies, 1)
         return tokens, -np.expm1(-tokens)
-
-    def _of_ranks(self, size: int, table: Ints, copies: Ints, serving: Flags, ranks: int) -> Floats:
-        tokens, distinct = (
-            (np.take_along_axis(values, table, 1) * serving).reshape(len(table), ranks, -1).sum(2)
-            for values in self._expected(float(self.sizes.factors[size]), copies)
-        )
-        return np.maximum(self.expert_s * distinct, self.token_s * (tokens + self.pad_tokens * distinct))

@@ -69,6 +69,7 @@ class SearchInput:
         slot_work: seconds a step of one replica by their number; None: replicas divide `work_s` evenly.
         experts: experts of a layer where `work_s` has rows of placeholders behind them; None: it has none.
         copies: whether replicas may be added.
+        cheap_moves: moves of a layer of which a part are for replicas in any case; None: `max_moves`.
     """
 
     work_s: Floats
@@ -78,6 +79,7 @@ class SearchInput:
     slot_work: SlotWork | None = None
     experts: int | None = None
     copies: bool = True
+    cheap_moves: int | None = None
 
 
 def search_steps(given: SearchInput, placement: Placement) -> Path:
@@ -91,7 +93,8 @@ def search_steps(given: SearchInput, placement: Placement) -> Path:
     state.record()
     every = np.ones(len(state.mean), np.bool_)
     if given.copies:
-        spread_copies(state, _wanted(state, given, 1.0, cheap=int(_COPIES_PART * given.max_moves)))
+        moves = given.max_moves if given.cheap_moves is None else given.cheap_moves
+        spread_copies(state, _wanted(state, given, 1.0, cheap=int(_COPIES_PART * moves)))
     _level_ranks(state, given, every)
     stuck = (state.imbalance.max(1) > _STUCK * state.mean) & (state.moves < given.max_moves)
     if stuck.any() and given.copies:

@@ -29,7 +29,8 @@ def test_the_difference_that_experts_make_is_about_the_measured_one(gpu, expert_
 
 def test_reading_an_expert_takes_longer_the_larger_it_is():
     small, large = work_prior("NVIDIA H100 80GB HBM3", QWEN3_30B, 2), work_prior("NVIDIA H100 80GB HBM3", QWEN3_235B, 2)
-    assert small is not None and large is not None
+    assert small is not None
+    assert large is not None
     assert large.expert_s == pytest.approx(4 * small.expert_s)
     assert large.token_s == pytest.approx(4 * small.token_s)
 

@@ -1,10 +1,11 @@
 """What expert work takes on a GPU before anything was measured there.
 
 Fitted to the fused-kernel tables of vLLM 0.24 in ai-dynamo/aiconfigurator (commit 095f58a5, Apache-2.0), balanced load
-over 1 to 128 ranks, with the form of `layer_time.py` and a term for what no placement changes: Qwen3-30B-A3B,
-Qwen3-235B-A22B and Mixtral-8x7B in bfloat16 (median error 3 to 8 %), Qwen3 and DeepSeek-V3 in fp8 with scales by block
-(1 to 5 %). The rates of these models differ by up to a third; here they are rounded. Other GPUs and formats have no
-prior: their costs are those that the engine measures.
+over 1 to 128 ranks: Qwen3-30B-A3B and Qwen3-235B-A22B in bfloat16 (median error 3 to 4 %, p90 10 to 15 %), Qwen3 in fp8
+with scales by block (2 to 5 %). In these tables time rises by a constant for each expert that is read and one for each
+token, beside what no placement changes; so `pad_tokens` is as many tokens as are computed while an expert is read. The
+rates are rounded; those of fp8 differ by a factor of two between the models. Other GPUs and formats have no prior:
+their costs are those that the engine measures.
 """
 
 from dataclasses import dataclass
@@ -27,18 +28,17 @@ class WorkCosts:
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Bytes and floating-point operations a second, and the tokens of a tile computed in vain."""
+    """Bytes that are read, and floating-point operations, a second."""
 
     bytes_s: float
     flop_s: float
-    pad_tokens: float
 
 
 _RATES = {
-    ("H100", 2): _Rates(3.0e12, 8.0e14, 160.0),
-    ("H100", 1): _Rates(2.8e12, 5.0e14, 80.0),
-    ("H200", 2): _Rates(4.3e12, 9.0e14, 140.0),
-    ("H200", 1): _Rates(4.0e12, 5.5e14, 75.0),
+    ("H100", 2): _Rates(3.1e12, 1.15e15),
+    ("H100", 1): _Rates(2.9e12, 5.0e14),
+    ("H200", 2): _Rates(4.5e12, 1.1e15),
+    ("H200", 1): _Rates(4.1e12, 5.0e14),
 }
 # A multiplication and an addition for each parameter.
 _FLOP = 2
@@ -56,8 +56,5 @@ def work_prior(gpu: str, expert_bytes: int, parameter_bytes: int) -> WorkCosts |
     rates = next((rates for (name, size), rates in _RATES.items() if name in words and size == parameter_bytes), None)
     if rates is None:
         return None
-    return WorkCosts(
-        token_s=_FLOP * expert_bytes / parameter_bytes / rates.flop_s,
-        expert_s=expert_bytes / rates.bytes_s,
-        pad_tokens=rates.pad_tokens,
-    )
+    token_s, expert_s = _FLOP * expert_bytes / parameter_bytes / rates.flop_s, expert_bytes / rates.bytes_s
+    return WorkCosts(token_s=token_s, expert_s=expert_s, pad_tokens=expert_s / token_s)

@@ -34,7 +34,7 @@ def test_the_meter_tells_a_token_from_an_expert():
         ([(tokens, 0) for tokens in range(1, 99)], "a GPU's steps"),
     ],
 )
-def test_where_they_cannot_be_told_apart_all_time_is_that_of_tokens(calls, why):
+def test_where_they_rise_alike_all_time_is_that_of_tokens(calls, why):
     costs = measured(calls)
     assert costs.expert_s == costs.pad_tokens == 0.0, why
     assert costs.token_s > 0.0, why

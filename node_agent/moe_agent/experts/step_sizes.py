@@ -37,7 +37,7 @@ class StepSizeWindow:
         self._new.clear()
 
     def clear(self) -> None:
-        """Forgets all sizes."""
+        """Forgets all sizes that were added so far."""
         self._new.clear()
         self._steps.clear()
         self._tokens.clear()

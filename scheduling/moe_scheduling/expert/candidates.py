@@ -29,7 +29,7 @@ _SEARCH_AHEAD = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Candidate:
+class PlacementPath:
     """A path of the search from a start that nothing has to move for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Candidate:
 
 def search_candidates(
     load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings: ExpertSettings
-) -> Iterator[Candidate]:
+) -> Iterator[PlacementPath]:
     """Yields the candidates of a decision, the one that keeps copies first."""
     table, ranks, experts = placement.physical_to_logical, placement.ranks, load.experts
     yield _search(load, placement, costs, settings, park_idle(table, experts, ranks), copies=True)
@@ -112,7 +112,7 @@ def _search(
     start: Ints,
     *,
     copies: bool,
-) -> Candidate:
+) -> PlacementPath:
     """Searches in a unit of about a rank's time in a layer, for single precision; the path is in seconds."""
     budget = settings.move_budget or round_budget(placement)
     work_s, slot_work = _work(load, costs, placement)
@@ -135,7 +135,7 @@ def _search(
         experts=load.experts if extra else None,
     )
     path = search_steps(given, replace(placement, physical_to_logical=start))
-    return Candidate(
+    return PlacementPath(
         path=replace(path, gain_s=path.gain_s * unit_s),
         start=start,
         before=placement.physical_to_logical,
@@ -161,9 +161,9 @@ def _work(load: ExpertLoad, costs: ExpertCosts, placement: Placement) -> tuple[F
 
 
 def _scaled(slot_work: SlotWork, unit_s: float, extra: int) -> SlotWork:
-    def scaled(copies: Ints) -> Singles:
+    def scaled(copies: Ints) -> Floats:
         experts = copies.shape[1] - extra
-        return _pad(slot_work(copies[:, :experts]) / unit_s, extra).astype(np.float32)
+        return _pad(slot_work(copies[:, :experts]) / unit_s, extra)
 
     return scaled
 

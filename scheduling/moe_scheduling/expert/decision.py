@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from moe_scheduling.expert.candidates import Candidate, round_budget, search_candidates
+from moe_scheduling.expert.candidates import PlacementPath, round_budget, search_candidates
 from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, score_placement
 from moe_scheduling.expert.layer_time import StepSizes
 from moe_scheduling.expert.placement import (
@@ -205,7 +205,7 @@ def plan_experts(
         placement: the present placement.
         costs: measured coefficients.
         settings: hysteresis and budget; the mode is not considered here.
-        history: what the last decision returned, with `regret` as the caller has kept it; None before the first.
+        history: what the last decision returned, `regret` as the caller has kept it; None before the first.
         whole: the candidate is the best placement found within the budget whatever its moves cost, and the gate
             judges it as a whole: for a plan that a person reads, where costs are not known well.
 
@@ -219,14 +219,12 @@ def plan_experts(
     least_s = (_MIN_WORTH_OF_WHOLE if whole else _MIN_WORTH) * before[0].total_s / placement.layers
     price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
-    def choose(candidate: Candidate) -> _Option:
-        def weigh(price_s: float) -> _Option:
-            return _weigh_option(candidate.table(price_s), load, placement, costs, before, known)
-
+    def choose(path: PlacementPath) -> _Option:
+        weigh = lambda price: _weigh_option(path.table(price), load, placement, costs, before, known)  # noqa: E731
         return _choose_option(weigh, price_s, least_s, whole=whole)
 
-    options = map(choose, search_candidates(load, placement, costs, settings))
-    option = max(options, key=lambda option: option.gain_s * option.stability - price_s * option.moves)
+    found = map(choose, search_candidates(load, placement, costs, settings))
+    option = max(found, key=lambda option: option.gain_s * option.stability - price_s * option.moves)
     if known.regret is not None and known.regret.budget_exhausted:
         back = plan_rollback(known.regret, placement, budget, costs)
         if back is not placement:

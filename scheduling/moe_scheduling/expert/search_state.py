@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_scheduling.expert.placement import Flags, Floats, Ints, Singles, count_copies, mark_hosts
 
-SlotWork = Callable[[Ints], Singles]
+SlotWork = Callable[[Ints], Floats]
 """Work of one of an expert's slots, [layer, expert], by the number of slots that share its tokens."""
 
 # Placement cost of a rank that has the expert already; larger than any real cost.
@@ -110,7 +110,7 @@ class SearchState:
         """Returns [layer, expert]: work of one replica of an expert that has this many; placeholders have none."""
         if self.slot_work is None:
             return np.divide(self.work, np.maximum(copies, 1), dtype=np.float32)
-        return self.slot_work(copies)
+        return np.asarray(self.slot_work(copies), dtype=np.float32)
 
     def refresh(self) -> None:
         """Computes all tables from `experts`."""

@@ -31,7 +31,7 @@ def routed_command(
 ) -> None:
     """Time placements of real routing by measured kernels, in small and in large steps."""
     if gpu not in _GPUS:
-        raise InvalidInput([InputError("--gpu", unknown_choice("GPU", gpu, _GPUS))])
+        raise InvalidInput([unknown_choice("--gpu", gpu, _GPUS)])
     groups = _read_groups(redundant)
     kernels = fit_kernels(data, gpu)
     rows = list(run_all(data, gpu, redundant=groups, rounds=rounds, steps=steps, move_s=move_s, seed=seed))

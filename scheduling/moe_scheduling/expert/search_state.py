@@ -109,7 +109,7 @@ class SearchState:
     def share(self, copies: Ints) -> Singles:
         """Returns [layer, expert]: work of one replica of an expert that has this many; placeholders have none."""
         if self.slot_work is None:
-            return np.divide(self.work, np.maximum(copies, 1), dtype=np.float32)
+            return np.asarray(np.divide(self.work, np.maximum(copies, 1), dtype=np.float32))
         return np.asarray(self.slot_work(copies), dtype=np.float32)
 
     def refresh(self) -> None:

@@ -100,7 +100,7 @@ def test_the_parts_add_up_whatever_comes(rounds, window_steps):
 
 
 def test_no_token_goes_to_a_second_slot_of_an_expert_on_a_rank():
-    from moe_agent.vllm.expert_group import leave_out_idle
+    from moe_agent.vllm.idle_replicas import leave_out_idle
 
     row = torch.tensor([0, 0, 1, 2, 2, 0])
     slots = torch.tensor([[0, 1, 5], [2, -1, -1], [3, 4, -1]])
@@ -111,7 +111,7 @@ def test_no_token_goes_to_a_second_slot_of_an_expert_on_a_rank():
 
 
 def test_a_layer_without_idle_slots_keeps_its_tables():
-    from moe_agent.vllm.expert_group import leave_out_idle
+    from moe_agent.vllm.idle_replicas import leave_out_idle
 
     slots, replicas = torch.tensor([[0, 3], [1, -1], [2, -1]]), torch.tensor([2, 1, 1])
     leave_out_idle(slots, replicas, torch.tensor([0, 1, 2, 0]), 2)

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_kernels.expert_load import map_and_record
 from moe_scheduling.expert.gpu_priors import WorkCosts, work_prior
-from moe_scheduling.expert.idle_slots import serving_slots
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, transfer_layer
@@ -43,6 +42,7 @@ from moe_agent.experts.step_times import WorkMeter, work_costs
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
 from moe_agent.shared_memory.expert_record import NOT_ASKED, ExpertRecordWriter, ExpertState
 from moe_agent.vllm.balanceable import describe_obstacle
+from moe_agent.vllm.idle_replicas import leave_out_idle
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -386,25 +386,6 @@ def _read_routing(routing: list[Tensor], made: torch.cuda.Event | None) -> Slots
         made.synchronize()
     chosen: Slots = torch.stack(routing).cpu().numpy()
     return chosen
-
-
-def leave_out_idle(slots: Tensor, replicas: Tensor, row: Tensor, ranks: int) -> None:
-    """Takes idle slots out of a layer's tables, so that no token goes to a second slot of an expert on one rank.
-
-    Args:
-        slots: [expert, width], the slots of each expert, -1 behind the last; changed in place.
-        replicas: [expert], number of slots of each expert; changed in place.
-        row: [slot], the expert in each slot.
-        ranks: ranks of the group.
-    """
-    serving = serving_slots(row.numpy()[None], ranks)[0]
-    if serving.all():
-        return
-    for expert in set(row[~torch.from_numpy(serving)].tolist()):
-        kept = torch.from_numpy(np.flatnonzero(serving & (row.numpy() == expert)))
-        slots[expert].fill_(-1)
-        slots[expert, : len(kept)] = kept.to(slots.device, slots.dtype)
-        replicas[expert] = len(kept)
 
 
 def read_tokens_of_ranks() -> list[int]:

@@ -56,11 +56,13 @@ class LoadPart(_Part):
         steps: of the window; 0 before the first.
         tokens: `[source][layer][expert]`, tokens a step; None in the brief form.
         hottest: the experts with the most tokens, the hottest first.
+        sizes: `[tokens, part]`, how often steps have which size; None before the first.
     """
 
     steps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     tokens: tuple[tuple[tuple[Number, ...], ...], ...] | None = None
     hottest: tuple[HotExpertPart, ...] = ()
+    sizes: tuple[tuple[Number, Number], ...] | None = None
 
 
 class BalancePart(_Part):

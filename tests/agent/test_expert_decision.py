@@ -93,12 +93,12 @@ def test_what_is_published_is_read_with_all_its_tables_or_in_short(tmp_path):
     published = PublishedExperts(tmp_path)
     document = published.read(5.0)
     assert document["placement"]["physical_to_logical"] == START.tolist()
-    assert document["load"] == {"steps": 0.0, "tokens": np.zeros((2, 2, 4)).tolist(), "hottest": []}
+    assert document["load"] == {"steps": 0.0, "tokens": np.zeros((2, 2, 4)).tolist(), "hottest": [], "sizes": None}
     assert document["balance"] == {"mean": 1.0, "worst": 1.0, "by_layer": [1.0, 1.0], "by_rank": [1.0, 1.0]}
     assert (document["problems"], document["costs"]["token_s"], document["affinity"]) == ([], 0.001, None)
     short = published.read(5.0, short=True)
     assert "physical_to_logical" not in short["placement"]
-    assert short["load"] == {"steps": 0.0, "hottest": []}
+    assert short["load"] == {"steps": 0.0, "hottest": [], "sizes": None}
     json.dumps([document, short])
 
 

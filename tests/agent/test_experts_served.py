@@ -162,7 +162,7 @@ async def test_the_document_has_the_fields_of_the_contract(client, engine):
         *("remote_fraction", "costs", "decisions", "totals", "affinity", "problems"),
     }
     assert document["placement"].keys() == {"version", "directive", "physical_to_logical"}
-    assert document["load"].keys() == {"steps", "tokens", "hottest"}
+    assert document["load"].keys() == {"steps", "tokens", "hottest", "sizes"}
     assert document["balance"].keys() == {"mean", "worst", "by_layer", "by_rank"}
     assert document["decisions"][0].keys() == {
         *("number", "step", "age_s", "outcome", "reason", "moves", "predicted_gain_s", "measured_gain_s", "cost_s"),

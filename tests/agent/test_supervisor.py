@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 from moe_agent.supervisor.engine_log import find_error_line
@@ -114,6 +115,28 @@ async def test_a_crash_is_seen_at_once_and_the_engine_is_started_again_on_its_po
     await ready(supervisor)
     assert supervisor.pid != first
     assert supervisor.url == url
+
+
+async def test_an_engine_that_dies_at_each_first_request_is_not_ready_in_between(start, tmp_path):
+    requests, healed = tmp_path / "requests", tmp_path / "healed"
+    supervisor = await start(requests_file=str(requests), healed_file=str(healed))
+    for deaths in range(1, 3):
+        await until(lambda: supervisor.accepting, "ready before it is known to die")
+        async with aiohttp.ClientSession() as session:
+            with suppress(aiohttp.ClientError):
+                await session.post(f"{supervisor.url}/v1/completions", json={})
+        await until(lambda deaths=deaths: supervisor.restarts >= deaths, "seen to have died")
+    seen = set()
+
+    def proven_in_vain() -> bool:
+        seen.add(supervisor.phase)
+        return supervisor.restarts >= 4
+
+    await until(proven_in_vain, "died at the supervisor's own request")
+    assert Phase.READY not in seen
+    assert len(requests.read_text().splitlines()) >= 4
+    healed.touch()
+    await until(lambda: supervisor.accepting, "ready after a token")
 
 
 async def test_an_engine_whose_core_hangs_is_started_again_unless_it_sleeps(start, tmp_path):

@@ -143,7 +143,11 @@ def test_a_file_that_is_no_load_is_one_line_with_its_path(make: Any, message: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ranks", "3"), "--redundant: 16 experts and 0 redundant ones do not divide evenly by 3 ranks"),
+        (
+            ("--ranks", "3"),
+            "--redundant: 16 experts and 0 redundant ones do not divide evenly by 3 ranks; "
+            "2, 5, 8, ... redundant ones do",
+        ),
         (("--ranks", "4", "--nodes", "3"), "--nodes: 4 ranks do not divide evenly by 3 nodes"),
         (("--ranks", "1"), "--ranks: the load's 2 sources do not divide 1 ranks evenly"),
         ((), "--ranks: is needed with --load"),

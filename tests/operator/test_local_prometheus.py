@@ -41,7 +41,7 @@ def test_a_machine_without_prometheus_is_said_how_to_get_it_and_nothing_starts(m
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InvalidInput, match="apt-get install prometheus"):
         find_prometheus()
-    assert "Prometheus is not installed" in place.up("--metrics", code=1)
+    assert "Prometheus is not installed" in place.up("--metrics", code=2)
     assert not place.state.exists()
 
 

@@ -131,10 +131,12 @@ def test_what_a_round_leaves_the_next_ones_do(ranks, redundant, exponent):
     rounds = []
     for _ in range(3):
         decision = plan_experts(load, placement, FREE, ExpertSettings(), whole=True)
-        assert decision.moves <= 0.25 * placement.layers * placement.slots
+        assert decision.moves <= 0.35 * placement.layers * placement.slots
         rounds.append(decision.balance_after.mean)
         placement = decision.candidate
     assert rounds == sorted(rounds, reverse=True)
+    # The first round goes as far as each move gains a thousandth of a layer's time.
+    assert rounds[0] < 1.04
     # DeepSeek's global way comes to 1.0035 at best on 64 ranks, with all moves at once.
     assert rounds[-1] < 1.0055
 
@@ -152,6 +154,18 @@ def test_a_budget_takes_the_best_moves_first():
     assert count_moves(placement, decision.candidate).tolist() == [0, 2]
     none = plan(tokens, placement, settings=ExpertSettings(move_budget=1))
     assert isinstance(none, Stay)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.8, 1.2])
+def test_a_small_group_is_even_after_one_round(exponent):
+    """A quarter of a new placement would be four moves, which leave up to 1.1."""
+    generator = np.random.default_rng(0)
+    weights = np.arange(1, 17) ** -exponent
+    load = ExpertLoad(tokens=[[generator.permutation(weights) for _ in range(40)]])
+    decision = plan_experts(
+        load, initial_placement(layers=40, experts=16, redundant=2, ranks=2), FREE, ExpertSettings()
+    )
+    assert decision.balance_after.worst < 1.02
 
 
 def test_a_round_moves_no_more_than_a_quarter_of_a_new_placement():

@@ -22,6 +22,8 @@ PRICES = st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 1.0])
 costs = st.builds(
     ExpertCosts,
     token_s=PRICES,
+    expert_s=PRICES,
+    pad_tokens=st.sampled_from([0.0, 100.0]),
     remote_token_s=PRICES,
     internode_token_s=PRICES,
     move_s=PRICES,

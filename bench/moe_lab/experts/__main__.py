@@ -19,6 +19,7 @@ from moe_lab.experts.loads import DRIFTS, GroupSizes, make_sequence, read_sequen
 from moe_lab.experts.overhead import measure_overhead, render_overhead
 from moe_lab.experts.recording import SCENARIOS, record
 from moe_lab.experts.replay import render_decided, render_replayed, replay
+from moe_lab.experts.routed_command import routed_command
 from moe_lab.experts.serve_command import serve_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -100,6 +101,7 @@ def record_command(
 
 
 app.command("serve")(serve_command)
+app.command("routed")(routed_command)
 
 
 @app.command("overhead")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from moe_contract.experts_state import AffinityPart
 from moe_scheduling.expert.decision import Balance, ExpertMode, ExpertSettings
+from moe_scheduling.expert.gpu_priors import WorkCosts
 
 from moe_agent.experts.bookkeeping import Bookkeeping, DecisionEntry, DecisionOutcome, ProblemKind, Trial, explain_loss
 from moe_agent.experts.directive import Directive, DirectiveAction, GroupShape, PendingDirective
@@ -32,6 +33,7 @@ from moe_agent.experts.load import (
     measure_balance,
 )
 from moe_agent.experts.planning import MeasuredCosts, Planner, PlanRequest
+from moe_agent.experts.step_sizes import StepSizeWindow
 from moe_agent.experts.step_times import Gain, StepTimes
 from moe_agent.experts.sync_round import Relocation, RoundAction, SyncRound, changed_layers
 
@@ -88,6 +90,7 @@ class Controller:
         self._move: Relocation | None = None
         self._gather: _Gather | None = None
         self._times = StepTimes()
+        self.sizes = StepSizeWindow()
         self.gathered_at = self._decided_at = 0
         self._now_s = self._pass_s = 0.0
         self._config_version = 0
@@ -110,6 +113,7 @@ class Controller:
             self.bookkeeping.trial.judged = False
         if mode is ExpertMode.OFF:
             self.window.clear()
+            self.sizes.clear()
             self.balance = self._measure(self.placement)
             self._times.clear()
             self.bookkeeping.trial = None
@@ -131,13 +135,16 @@ class Controller:
         self.pending.received = version
         self._log(DecisionOutcome.FAILED, f"directive {version} cannot be followed: {why}")
 
-    def learn_work(self, token_s: float) -> None:
-        """Takes the measured seconds of expert work for one token."""
-        self.costs = replace(self.costs, token_s=token_s)
+    def learn_work(self, work: WorkCosts) -> None:
+        """Takes the costs of expert work as measured so far."""
+        self.costs = replace(self.costs, token_s=work.token_s, expert_s=work.expert_s, pad_tokens=work.pad_tokens)
 
     def step_took(self, step: int, tokens: int, most_tokens: int, step_s: float) -> None:
         """Takes the duration of step `step`, which carried `tokens` over all ranks and `most_tokens` on one."""
-        if self._move is None and self.settings.mode is not ExpertMode.OFF:
+        if self.settings.mode is ExpertMode.OFF:
+            return
+        self.sizes.add(tokens)
+        if self._move is None:
             self._times.add(step, tokens, most_tokens, step_s)
 
     def gathered(self, reports: Sequence[RankLoadReport]) -> None:
@@ -148,6 +155,7 @@ class Controller:
         sources = [report.tokens for report in reports[:: self._sharing]]
         if reports[0].passes and self.settings.mode is not ExpertMode.OFF:
             self.window.add(sources, reports[0].passes, steps, self.settings.window_steps)
+            self.sizes.fold(steps, self.settings.window_steps)
             self.balance = self._measure(self.placement)
         checksums = [report.checksum for report in reports]
         self.bookkeeping.compare_placements(checksums, gather.checksum, gather.version)
@@ -288,6 +296,7 @@ class Controller:
             regret=self.bookkeeping.regret,
             step=self.step,
             accounted_steps=self.step - self.bookkeeping.accounted_at,
+            sizes=self.sizes.sizes,
         )
         self._planner.ask(self._asked)
 
@@ -369,7 +378,7 @@ class Controller:
         self._move = Relocation(target=target, layers=layers, decision=decision, own=own, judged=judged, before=before)
 
     def _account_steps(self) -> None:
-        load = make_load(self.window.tokens_a_step(), self.window.steps)
+        load = make_load(self.window.tokens_a_step(), self.window.steps, self.sizes.sizes)
         placement = make_placement(self.placement, self.shape)
         self.bookkeeping.account_steps(load, placement, self.costs.over(self.settings.interval_steps), self.step)
 

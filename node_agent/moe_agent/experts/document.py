@@ -27,7 +27,7 @@ from moe_contract.experts_state import (
     ProblemPart,
     TotalsPart,
 )
-from moe_scheduling.expert.decision import Balance
+from moe_scheduling.expert.decision import Balance, StepSizes
 
 from moe_agent.experts.bookkeeping import DecisionEntry, MoveTotals, ProblemKind
 from moe_agent.experts.controller import Controller
@@ -69,6 +69,7 @@ class Publication:
         placement: [layer, slot], a copy.
         load_steps: weighted steps of the window.
         load: [source, layer, expert], tokens a step.
+        sizes: how often steps have which size; None before the first.
         balance: of the ranks under that load.
         costs: as measured so far.
         decisions: the newest first.
@@ -86,6 +87,7 @@ class Publication:
     placement: Slots
     load_steps: float
     load: Floats
+    sizes: StepSizes | None
     balance: Balance
     costs: MeasuredCosts
     decisions: tuple[DecisionEntry, ...]
@@ -106,6 +108,7 @@ def take_publication(controller: Controller, now_s: float) -> Publication:
         placement=controller.placement.copy(),
         load_steps=controller.window.steps,
         load=controller.window.tokens_a_step(),
+        sizes=controller.sizes.sizes,
         balance=controller.balance,
         costs=controller.costs,
         decisions=tuple(controller.bookkeeping.rows),
@@ -113,6 +116,10 @@ def take_publication(controller: Controller, now_s: float) -> Publication:
         affinity=controller.affinity,
         problems=controller.problems(),
     )
+
+
+def _sizes(sizes: StepSizes | None) -> tuple[tuple[float, float], ...] | None:
+    return None if sizes is None else tuple(zip(sizes.tokens, sizes.parts, strict=True))
 
 
 def build_state(taken: Publication) -> ExpertsState:
@@ -127,7 +134,9 @@ def build_state(taken: Publication) -> ExpertsState:
         slots_per_rank=shape.slots_per_rank,
         step=taken.step,
         placement=PlacementPart.model_construct(version=taken.version, directive=taken.directive),
-        load=LoadPart.model_construct(steps=taken.load_steps, hottest=list_hottest(taken.load)),
+        load=LoadPart.model_construct(
+            steps=taken.load_steps, hottest=list_hottest(taken.load), sizes=_sizes(taken.sizes)
+        ),
         balance=_balance(taken.balance),
         remote_fraction=float(taken.balance.remote_fraction),
         costs=dict(asdict(taken.costs)),

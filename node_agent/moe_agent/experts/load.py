@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 from moe_contract.experts_state import AffinityPart, PairPart
-from moe_scheduling.expert.decision import Balance, ExpertCosts, ExpertLoad, Placement, count_moves, score_placement
+from moe_scheduling.expert.decision import (
+    Balance,
+    ExpertCosts,
+    ExpertLoad,
+    Placement,
+    StepSizes,
+    count_moves,
+    score_placement,
+)
 from numpy.typing import NDArray
 
 from moe_agent.experts.directive import GroupShape
@@ -88,9 +96,9 @@ def make_placement(table: Slots, shape: GroupShape, version: int = 0) -> Placeme
     return Placement(physical_to_logical=table, ranks=shape.ranks, nodes=shape.nodes, version=version)
 
 
-def make_load(tokens: Floats, steps: float) -> ExpertLoad:
-    """Returns `tokens[source, layer, expert]` a step, recorded over `steps`, as a load."""
-    return ExpertLoad(tokens=tokens, steps=max(1, round(steps)))
+def make_load(tokens: Floats, steps: float, sizes: StepSizes | None = None) -> ExpertLoad:
+    """Returns `tokens[source, layer, expert]` a step, recorded over `steps` of these sizes, as a load."""
+    return ExpertLoad(tokens=tokens, steps=max(1, round(steps)), sizes=sizes)
 
 
 def measure_balance(tokens: Floats, table: Slots, shape: GroupShape) -> Balance:

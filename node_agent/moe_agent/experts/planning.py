@@ -17,6 +17,7 @@ from moe_scheduling.expert.decision import (
     ExpertSettings,
     Move,
     RegretBound,
+    StepSizes,
     add_steps,
     plan_experts,
 )
@@ -36,17 +37,23 @@ class MeasuredCosts:
         remote_token_s: transfer of one token, in one direction, between two ranks of a node.
         internode_token_s: transfer of one token, in one direction, between two nodes.
         move_s: one expert moved to another rank.
+        expert_s: reading the weights of one expert; 0: not known.
+        pad_tokens: tokens by which the last tile of an expert is computed in vain, no time.
     """
 
     token_s: float
     remote_token_s: float
     internode_token_s: float
     move_s: float
+    expert_s: float = 0.0
+    pad_tokens: float = 0.0
 
     def over(self, horizon_steps: int) -> ExpertCosts:
         """Returns them as coefficients of the cost model for a number of steps until the next decision."""
         return ExpertCosts(
             token_s=self.token_s,
+            expert_s=self.expert_s,
+            pad_tokens=self.pad_tokens,
             remote_token_s=self.remote_token_s,
             internode_token_s=self.internode_token_s,
             move_s=self.move_s,
@@ -70,6 +77,7 @@ class PlanRequest:
         regret: gains and costs until `accounted_steps` ago; None: the placement in force is the beginning.
         step: number of the present step.
         accounted_steps: steps since `regret`, all with the placement in force.
+        sizes: how often steps are small and large; None: not known.
     """
 
     tokens: Floats
@@ -83,6 +91,7 @@ class PlanRequest:
     regret: RegretBound | None = None
     step: int = 0
     accounted_steps: int = 0
+    sizes: StepSizes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +171,7 @@ class Decider:
             ValueError: the load does not fit the group.
         """
         begun_s = time.perf_counter()
-        load = make_load(request.tokens, request.steps)
+        load = make_load(request.tokens, request.steps, request.sizes)
         placement = make_placement(request.placement, request.shape, request.version)
         costs = request.costs.over(request.horizon_steps)
         known = replace(self._history, regret=request.regret)

@@ -8,8 +8,10 @@ they are compared: `StepTimes.add` runs in every step.
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, variance
+
+from moe_scheduling.expert.gpu_priors import WorkCosts
 
 # Newest steps kept, in all and of each class; older ones ran under other conditions.
 _KEPT_STEPS = 2048
@@ -108,35 +110,67 @@ def _trimmed(samples: Sequence[float]) -> list[float]:
 _DECAY = 0.999
 # Variance of the tokens below which the slope is meaningless and the mean is used.
 _MIN_VARIANCE = 1.0
+# Part of the variance of tokens and of experts that the other one must leave unexplained, or both are one to the fit.
+_MIN_APART = 0.01
 
 
 class WorkMeter:
-    """Seconds of expert work for one token more: the slope of a line through (tokens, seconds), newer calls weighted
-    more.
+    """Seconds of expert work for one token and for one expert more: a plane through (tokens, experts, seconds), newer
+    calls weighted more.
 
-    Fed by the CPU kernel at each call of a layer, on a GPU by each step. A call also takes a fixed time, which no
-    placement changes; hence the slope and not the mean. `on` says whether calls are timed.
+    Fed by the CPU kernel at each call of a layer, on a GPU by each step without its experts. A call also takes a fixed
+    time, which no placement changes; hence the slopes and not the means. `on` says whether calls are timed.
     """
 
     def __init__(self) -> None:
         self.on = False
-        self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._weight = 0.0
+        self._sums = [0.0] * 3
+        self._products = [0.0] * 5
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """Adds a call that computed this number of (token, expert) pairs."""
+    def add(self, tokens: int, seconds: float, experts: int = 0) -> None:
+        """Adds a call that computed this number of (token, expert) pairs of this number of distinct experts."""
+        products = (tokens * tokens, tokens * experts, experts * experts, tokens * seconds, experts * seconds)
         self._weight = self._weight * _DECAY + 1.0
-        self._tokens = self._tokens * _DECAY + tokens
-        self._seconds = self._seconds * _DECAY + seconds
-        self._squares = self._squares * _DECAY + tokens * tokens
-        self._products = self._products * _DECAY + tokens * seconds
+        self._sums = [old * _DECAY + new for old, new in zip(self._sums, (tokens, experts, seconds), strict=True)]
+        self._products = [old * _DECAY + new for old, new in zip(self._products, products, strict=True)]
 
     @property
-    def token_s(self) -> float:
-        """Seconds for one (token, expert) pair more; 0 before the first call."""
-        if not self._tokens:
-            return 0.0
-        variance = self._squares / self._weight - (self._tokens / self._weight) ** 2
-        if variance < _MIN_VARIANCE:
-            return self._seconds / self._tokens
-        covariance = self._products / self._weight - self._tokens * self._seconds / self._weight**2
-        return max(0.0, covariance / variance)
+    def costs(self) -> WorkCosts:
+        """Seconds for one (token, expert) pair more and for one expert more; 0 before the first call.
+
+        Where tokens and experts rise and fall together, or a slope is negative, all time is that of tokens. The plane
+        is the form of `LayerTime` with `pad_tokens` such that computing an expert's last tile takes as long as reading
+        it.
+        """
+        tokens, _, seconds = self._sums
+        if not tokens:
+            return WorkCosts(token_s=0.0)
+        token_variance, both, expert_variance, token_slope, expert_slope = self._covariances()
+        if token_variance < _MIN_VARIANCE:
+            return WorkCosts(token_s=seconds / tokens)
+        apart = token_variance * expert_variance - both * both
+        if apart > _MIN_APART * token_variance * expert_variance:
+            token_s = (token_slope * expert_variance - expert_slope * both) / apart
+            expert_s = (expert_slope * token_variance - token_slope * both) / apart
+            if token_s > 0.0 and expert_s > 0.0:
+                return WorkCosts(token_s=token_s, expert_s=expert_s, pad_tokens=expert_s / token_s)
+        return WorkCosts(token_s=max(0.0, token_slope / token_variance))
+
+    def _covariances(self) -> list[float]:
+        tokens, experts, seconds = (value / self._weight for value in self._sums)
+        means = (tokens * tokens, tokens * experts, experts * experts, tokens * seconds, experts * seconds)
+        return [product / self._weight - mean for product, mean in zip(self._products, means, strict=True)]
+
+
+def work_costs(measured: WorkCosts, prior: WorkCosts | None) -> WorkCosts:
+    """Returns the costs of expert work: as measured where reading an expert was measured or nothing is known before.
+
+    On a GPU the measured time of a token is an upper bound, since all time of the step is attributed to it; a prior
+    above it is lowered.
+    """
+    if prior is None or measured.expert_s:
+        return measured
+    if not 0.0 < measured.token_s < prior.token_s:
+        return prior
+    return replace(prior, token_s=measured.token_s)

@@ -29,6 +29,7 @@ from moe_contract.engine_process import END_GRACE_S, SETTLE_S, leader_end_s
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
 from moe_agent.supervisor.hang_watch import HangWatch
+from moe_agent.supervisor.proof import UNSTEADY_DEATHS, generates_token
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class EngineSupervisor:
         self._server_pid: int | None = None
         self._phase = Phase.STARTING
         self._ready_since_s: float | None = None
+        self._unsteady_deaths = 0
         self.revision = 0
         self.restarts = 0
         self.last_exit = ""
@@ -173,6 +175,8 @@ class EngineSupervisor:
             if self._drain.is_set():
                 break
             failures = 1 if self._was_steady() else failures + 1
+            if self._ready_since_s is not None:
+                self._unsteady_deaths = 0 if self._was_steady() else self._unsteady_deaths + 1
             self.restarts += 1
             self.last_exit = ended
             pause_s = self._rules.backoff_s(failures)
@@ -277,10 +281,10 @@ class EngineSupervisor:
             now_s = time.monotonic()
             if healthy:
                 last_answer_s = now_s
-                if self._ready_since_s is None:
+                if self._ready_since_s is None and await self._is_proven(session):
                     self.max_model_len = await fetch_max_model_len(session)
-                    self._ready_since_s = now_s
-                    log.info("engine is ready after %.1f s", now_s - started_s)
+                    self._ready_since_s = last_answer_s = time.monotonic()
+                    log.info("engine is ready after %.1f s", self._ready_since_s - started_s)
                     self._enter(Phase.READY)
             elif self._ready_since_s is None and now_s - started_s > self._engine.startup_timeout_s:
                 return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
@@ -289,6 +293,10 @@ class EngineSupervisor:
             if self._ready_since_s is not None and (reason := await hangs.look(now_s)) is not None:
                 return reason
             await asyncio.sleep(self._rules.health_every_s)
+
+    async def _is_proven(self, session: aiohttp.ClientSession) -> bool:
+        """Whether an engine that answers may become ready: after repeated deaths it has to generate a token first."""
+        return self._unsteady_deaths < UNSTEADY_DEATHS or await generates_token(session)
 
     async def _watch_process(self) -> str:
         """For an engine without a server: ready from its start; its end is seen elsewhere."""

@@ -81,7 +81,8 @@ def skip_foreign_experts(meter: WorkMeter) -> None:
         begun_s = time.perf_counter()
         compute_all(self, *given, *rest, **named)
         if meter.on:
-            meter.add(rows.numel(), time.perf_counter() - begun_s)
+            took_s = time.perf_counter() - begun_s
+            meter.add(rows.numel(), took_s, int((torch.bincount(ids.flatten()) > 0).sum()))
         output.index_add_(0, rows, computed)
 
     replace_attribute(CPUUnquantizedExperts, "apply", apply)

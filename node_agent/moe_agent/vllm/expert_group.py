@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_kernels.expert_load import map_and_record
+from moe_scheduling.expert.gpu_priors import WorkCosts, work_prior
 from torch import Tensor
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps_for_layer
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, transfer_layer
@@ -37,10 +38,11 @@ from moe_agent.experts.document import experts_path
 from moe_agent.experts.load import RankLoadReport, Slots
 from moe_agent.experts.obstacle import note_obstacle
 from moe_agent.experts.planning import Decider, MeasuredCosts
-from moe_agent.experts.step_times import WorkMeter
+from moe_agent.experts.step_times import WorkMeter, work_costs
 from moe_agent.experts.sync_round import RoundAction, SyncRound, pack_round, round_size, unpack_round
 from moe_agent.shared_memory.expert_record import NOT_ASKED, ExpertRecordWriter, ExpertState
 from moe_agent.vllm.balanceable import describe_obstacle
+from moe_agent.vllm.idle_replicas import leave_out_idle
 from moe_agent.vllm.load_recorder import LoadRecorder
 from moe_agent.vllm.version import replace_attribute
 
@@ -167,6 +169,15 @@ class ExpertGroup:
         move_s = expert_bytes / FIRST_MOVE_BYTES_PER_S
         return MeasuredCosts(token_s=0.0, remote_token_s=0.0, internode_token_s=0.0, move_s=move_s)
 
+    @cached_property
+    def _prior(self) -> WorkCosts | None:
+        """Costs of expert work assumed on this GPU."""
+        if self.on_cpu:
+            return None
+        weights = list(self._model_state.model.expert_weights[0])
+        parameter_bytes = max(weights, key=lambda weight: weight[0].nbytes).element_size()
+        return work_prior(torch.cuda.get_device_name(), sum(weight[0].nbytes for weight in weights), parameter_bytes)
+
     def _placement(self) -> Slots:
         placement: Slots = self._model_state.physical_to_logical_map.cpu().numpy().astype(np.int64)
         return placement
@@ -259,7 +270,7 @@ class ExpertGroup:
     def _share_round(self) -> SyncRound:
         numbers = torch.zeros(round_size(self._shape.ranks), dtype=torch.float64)
         if self._coordinator is not None:
-            self._coordinator.controller.learn_work(self._meter.token_s)
+            self._coordinator.controller.learn_work(work_costs(self._meter.costs, self._prior))
             numbers = torch.from_numpy(pack_round(self._coordinator.sync_round(self._passes)))
         dist.broadcast(numbers, src=self._first, group=self._group)
         return unpack_round(numbers.numpy())
@@ -366,6 +377,7 @@ class ExpertGroup:
             ep_rank=self._rank,
         )
         _commit_eplb_maps_for_layer(state, row, layer)
+        leave_out_idle(state.logical_to_physical_map[layer], state.logical_replica_count[layer], row, self._shape.ranks)
 
 
 def _read_routing(routing: list[Tensor], made: torch.cuda.Event | None) -> Slots:

@@ -73,6 +73,8 @@ def _read_array(path: Path) -> Floats:
 
 
 # What NumPy and the zip library raise on files that are none of theirs.
+# Counts of redundant experts that an error names.
+_NAMED_COUNTS = 3
 _DAMAGE = (
     OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, TypeError, SyntaxError,
     zipfile.BadZipFile, zlib.error,
@@ -98,7 +100,9 @@ def find_placement(current: Path | None, load: ExpertLoad, *, ranks: int, nodes:
     """
     slots = load.experts + redundant
     if slots % ranks:
+        fitting = ", ".join(str(-load.experts % ranks + count * ranks) for count in range(_NAMED_COUNTS))
         message = f"{load.experts} experts and {redundant} redundant ones do not divide evenly by {ranks} ranks"
+        message += f"; {fitting}, ... redundant ones do"
         raise InvalidInput([InputError("--redundant", message)])
     if ranks % nodes:
         raise InvalidInput([InputError("--nodes", f"{ranks} ranks do not divide evenly by {nodes} nodes")])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from moe_contract.experts_state import ExpertsState
 from moe_scheduling.expert.cost import load_of_ranks
-from moe_scheduling.expert.decision import ExpertCosts, ExpertLoad, Placement
+from moe_scheduling.expert.decision import ExpertCosts, ExpertLoad, Placement, StepSizes
 from moe_scheduling.expert.placement import Floats, check_experts
 
 
@@ -32,11 +32,20 @@ def read_load(document: ExpertsState) -> ExpertLoad | None:
     if document.load.tokens is None or document.load.steps < 1:
         return None
     try:
-        load = ExpertLoad(tokens=np.asarray(document.load.tokens), steps=int(document.load.steps))
+        load = ExpertLoad(
+            tokens=np.asarray(document.load.tokens), steps=int(document.load.steps), sizes=_read_sizes(document)
+        )
     except ValueError:
         return None
     fits = (load.layers, load.experts) == (document.layers, document.experts)
     return load if fits and document.ranks % len(load.tokens) == 0 else None
+
+
+def _read_sizes(document: ExpertsState) -> StepSizes | None:
+    rows = document.load.sizes
+    if not rows:
+        return None
+    return StepSizes(tokens=tuple(float(row[0]) for row in rows), parts=tuple(float(row[1]) for row in rows))
 
 
 def read_placement(rows: Any, document: ExpertsState) -> Placement | None:
@@ -59,7 +68,7 @@ def read_costs(document: ExpertsState, horizon_steps: int) -> ExpertCosts | None
     measured = {name: value for name, value in (document.costs or {}).items() if value is not None}
     if not measured.get("token_s"):
         return None
-    known = ("token_s", "remote_token_s", "internode_token_s", "move_s")
+    known = ("token_s", "expert_s", "pad_tokens", "remote_token_s", "internode_token_s", "move_s")
     try:
         return ExpertCosts(**{name: measured[name] for name in known if name in measured}, horizon_steps=horizon_steps)
     except ValueError:

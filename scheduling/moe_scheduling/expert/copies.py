@@ -134,7 +134,7 @@ class _ReplicaPlacement:
     def __post_init__(self) -> None:
         state, table = self.state, self.state.table
         _, ranks, places = state.shape
-        self.share = np.divide(state.work, self.wanted, dtype=np.float32)
+        self.share = state.share(self.wanted)
         self.load, self.hosts = state.imbalance.copy(), mark_hosts(table, state.work.shape[1], ranks)
         self.spare = state.copies - self.wanted
         is_spare = np.take_along_axis(self.spare > 0, table, 1)

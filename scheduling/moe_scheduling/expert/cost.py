@@ -3,8 +3,10 @@
 The papers weigh balance, traffic and moves by hand-set factors alpha, beta, gamma (Gimbal, arXiv 2606.15177). Here each
 term is a time from a measured coefficient, so no weights are needed.
 
-- Load: a layer of an expert group ends with its slowest rank, so it takes `token_s` times the tokens of the busiest
-  rank. Replicas of an expert share its tokens evenly, because vLLM picks the replica by the token's position.
+- Load: a layer of an expert group ends with its slowest rank. A rank reads the weights of the experts that its tokens
+  meet or computes their tokens, whichever is longer (`layer_time.py`); where the time to read an expert is not known
+  it takes `token_s` times its tokens. Replicas of an expert share its tokens evenly, because vLLM picks the replica by
+  the token's position.
 - Traffic: each token travels from the rank that has its request to the rank of its expert and back. The links of all
   ranks work in parallel, so the time is that of the mean rank.
 
@@ -18,7 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moe_scheduling.expert.placement import Flags, Floats, Placement, Singles, count_copies
+from moe_scheduling.expert.idle_slots import serving_copies, serving_slots
+from moe_scheduling.expert.layer_time import MEAN_STEP, LayerTime, StepSizes
+from moe_scheduling.expert.placement import Flags, Floats, Placement, Singles
 
 # Size of a matrix product (m * n * k) up to which numpy's BLAS uses one thread. On a busy machine waiting for its other
 # threads takes many times what they save.
@@ -36,6 +40,7 @@ class ExpertLoad:
             The sources divide the ranks of the group evenly among themselves, in order; a single source stands for
             all ranks, and then the traffic is unknown and counted as 0.
         steps: engine steps in the recorded window.
+        sizes: how often steps are small and large; None: all have the mean size.
         by_expert: [layer, expert], tokens a step of all sources.
 
     Raises:
@@ -44,6 +49,7 @@ class ExpertLoad:
 
     tokens: Floats
     steps: int = 1
+    sizes: StepSizes | None = None
     by_expert: Floats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +87,8 @@ class ExpertCosts:
 
     Attributes:
         token_s: work of a rank on one token of one expert.
+        expert_s: reading the weights of one expert; 0: not known, and then `token_s` alone counts.
+        pad_tokens: tokens by which the last tile of an expert is computed in vain, in the mean.
         remote_token_s: transfer of one token, in one direction, between two ranks of a node.
         internode_token_s: transfer of one token, in one direction, between two nodes.
         move_s: time that serving stands still for one expert moved to a rank.
@@ -91,13 +99,15 @@ class ExpertCosts:
     """
 
     token_s: float
+    expert_s: float = 0.0
+    pad_tokens: float = 0.0
     remote_token_s: float = 0.0
     internode_token_s: float = 0.0
     move_s: float = 0.0
     horizon_steps: int = 3000
 
     def __post_init__(self) -> None:
-        for name in ("token_s", "remote_token_s", "internode_token_s", "move_s"):
+        for name in ("token_s", "expert_s", "pad_tokens", "remote_token_s", "internode_token_s", "move_s"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite")
         if self.horizon_steps < 1:
@@ -152,9 +162,10 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
         ValueError: the sources do not divide the ranks evenly.
     """
     ranks, arrivals = load_of_ranks(load, placement), _count_arrivals(load, placement)
+    load_s, balanced_s = _load_s(load, placement, costs, ranks)
     terms = CostTerms(
-        load_s=float(ranks.max(1).sum()) * costs.token_s,
-        balanced_s=float(ranks.mean(1).sum()) * costs.token_s,
+        load_s=load_s,
+        balanced_s=balanced_s,
         traffic_s=arrivals.traffic_s(costs) / placement.ranks,
     )
     mean = ranks.mean(1)
@@ -171,11 +182,31 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     return terms, balance
 
 
+def _load_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts, tokens: Floats) -> tuple[float, float]:
+    """Returns the seconds of all layers' busiest ranks in the mean step, and those of their mean ranks."""
+    if not costs.expert_s:
+        return float(tokens.max(1).sum()) * costs.token_s, float(tokens.mean(1).sum()) * costs.token_s
+    times = layer_time(load, costs)
+    by_rank = times.of_ranks(placement.physical_to_logical, placement.ranks)
+    return float(times.mean_step(by_rank.max(2)).sum()), float(times.mean_step(by_rank.mean(2)).sum())
+
+
+def layer_time(load: ExpertLoad, costs: ExpertCosts) -> LayerTime:
+    """The time of a rank in each layer, under a load with these coefficients."""
+    return LayerTime(
+        by_expert=load.by_expert,
+        sizes=load.sizes or MEAN_STEP,
+        expert_s=costs.expert_s,
+        token_s=costs.token_s,
+        pad_tokens=costs.pad_tokens,
+    )
+
+
 def load_of_ranks(load: ExpertLoad, placement: Placement) -> Floats:
-    """Tokens a step of each rank: [layer, rank]; replicas of an expert share its tokens evenly."""
+    """Tokens a step of each rank: [layer, rank]; replicas of an expert on different ranks share its tokens evenly."""
     table = placement.physical_to_logical
-    share = load.by_expert / count_copies(table, load.experts)
-    by_slot = np.take_along_axis(share, table, 1)
+    share = load.by_expert / serving_copies(table, load.experts, placement.ranks)
+    by_slot = np.take_along_axis(share, table, 1) * serving_slots(table, placement.ranks)
     return np.asarray(by_slot.reshape(placement.layers, placement.ranks, -1).sum(2))
 
 
@@ -232,7 +263,9 @@ def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     table, by_source = placement.physical_to_logical, load.tokens.reshape(len(load.tokens), -1)
     rank = np.arange(placement.slots) // placement.slots_per_rank
     cells = np.arange(placement.layers)[:, None] * load.experts + table
-    part = 1 / count_copies(table, load.experts).reshape(-1)[cells]
+    part = (
+        serving_slots(table, placement.ranks) / serving_copies(table, load.experts, placement.ranks).reshape(-1)[cells]
+    )
     own = by_source[same_rank.argmax(0)[rank], cells] * part
     ranks_of_node = placement.ranks // placement.nodes
     near = np.stack([by_source[on_node].sum(0) for on_node in same_node[:, ::ranks_of_node].T])

@@ -10,34 +10,23 @@ far as the load has proved stable, exceeds the cost, except for a rollback under
 the result depends on the arguments alone.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
-
-from moe_scheduling.expert.cost import (
-    Balance,
-    CostTerms,
-    ExpertCosts,
-    ExpertLoad,
-    link_costs,
-    score_placement,
-    traffic_costs,
-)
+from moe_scheduling.expert.candidates import PlacementPath, round_budget, search_candidates
+from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, score_placement
+from moe_scheduling.expert.layer_time import StepSizes
 from moe_scheduling.expert.placement import (
     Ints,
     Placement,
-    Singles,
     check_experts,
     count_moves,
     initial_placement,
     keep_slots,
 )
 from moe_scheduling.expert.regret_bound import RegretBound, plan_rollback
-from moe_scheduling.expert.search import Path, SearchInput, apply_steps, search_steps
 from moe_scheduling.expert.settings import ExpertMode, ExpertSettings
 
 __all__ = [
@@ -54,6 +43,7 @@ __all__ = [
     "RegretBound",
     "Stay",
     "StayReason",
+    "StepSizes",
     "add_steps",
     "count_moves",
     "initial_placement",
@@ -61,13 +51,6 @@ __all__ = [
     "score_placement",
 ]
 
-# Most moves of a round, as part of those of a placement computed from nothing. The load is an estimate; the rest
-# follows in the next round, from a newer one, if it still pays.
-_ROUND_PART = 0.24
-# Least moves of a round in a layer; in a small group that part is less than one or two swaps.
-_MIN_ROUND = 4
-# The search continues beyond the budget, so that the best moves are chosen among more.
-_SEARCH_AHEAD = 1.1
 # Part of the total below which a gain is rounding.
 _MIN_GAIN = 1e-6
 # Lower bound of the stability where a price is divided by it.
@@ -222,7 +205,7 @@ def plan_experts(
         placement: the present placement.
         costs: measured coefficients.
         settings: hysteresis and budget; the mode is not considered here.
-        history: what the last decision returned, with `regret` as the caller has kept it; None before the first.
+        history: what the last decision returned, `regret` as the caller has kept it; None before the first.
         whole: the candidate is the best placement found within the budget whatever its moves cost, and the gate
             judges it as a whole: for a plan that a person reads, where costs are not known well.
 
@@ -232,16 +215,16 @@ def plan_experts(
     check_experts(placement, layers=load.layers, experts=load.experts)
     known = _check_prediction(history or ExpertHistory(), load, costs)
     before = score_placement(load, placement, costs)
-    budget = settings.move_budget or _round_budget(placement)
-    path = _search(load, placement, costs, settings, budget)
+    budget = settings.move_budget or round_budget(placement)
     least_s = (_MIN_WORTH_OF_WHOLE if whole else _MIN_WORTH) * before[0].total_s / placement.layers
     price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
-    def weigh(price_s: float) -> _Option:
-        table = apply_steps(path, placement.physical_to_logical, cut_path(path, price_s, budget))
-        return _weigh_option(table, load, placement, costs, before, known)
+    def choose(path: PlacementPath) -> _Option:
+        weigh = lambda price: _weigh_option(path.table(price), load, placement, costs, before, known)  # noqa: E731
+        return _choose_option(weigh, price_s, least_s, whole=whole)
 
-    option = _choose_option(weigh, price_s, least_s, whole=whole)
+    found = map(choose, search_candidates(load, placement, costs, settings))
+    option = max(found, key=lambda option: option.gain_s * option.stability - price_s * option.moves)
     if known.regret is not None and known.regret.budget_exhausted:
         back = plan_rollback(known.regret, placement, budget, costs)
         if back is not placement:
@@ -262,60 +245,6 @@ def _choose_option(weigh: Callable[[float], _Option], price_s: float, least_s: f
         smaller = weigh(price_s / max(option.stability, _MIN_STABILITY))
         option = smaller if smaller.gain_s > 0 else option
     return option if option.gain_s > 0 else weigh(least_s)
-
-
-def cut_path(path: Path, price_s: float, budget: int) -> Ints:
-    """Returns how many steps of a path each layer takes, [layer]: as long as a move gains its price, within the budget.
-
-    Args:
-        path: result of the search.
-        price_s: seconds a step that a move has to gain.
-        budget: most moves of all layers together.
-    """
-    layers = np.arange(path.moves.shape[1])
-
-    def cut(price: float) -> Ints:
-        return np.asarray((path.gain_s - price * path.moves).argmax(0))
-
-    states = cut(price_s)
-    if path.moves[states, layers].sum() <= budget:
-        return states
-    low, high = price_s, price_s + float(path.gain_s.max()) + 1e-300
-    for _ in range(40):
-        middle = (low + high) / 2
-        if path.moves[cut(middle), layers].sum() <= budget:
-            high = middle
-        else:
-            low = middle
-    states = cut(high)
-    return states if path.moves[states, layers].sum() <= budget else np.zeros_like(states)
-
-
-def _round_budget(placement: Placement) -> int:
-    from_nothing = placement.slots * (1 - 1 / placement.ranks)
-    return int(placement.layers * max(_MIN_ROUND, _ROUND_PART * from_nothing))
-
-
-def _search(load: ExpertLoad, placement: Placement, costs: ExpertCosts, settings: ExpertSettings, budget: int) -> Path:
-    """Returns the path in seconds; the search runs in a unit of about a rank's time in a layer, for single
-    precision.
-    """
-    largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
-    unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks or 1.0
-    per_layer = max(_MIN_ROUND, _ROUND_PART * placement.slots, settings.move_budget / placement.layers)
-    given = SearchInput(
-        work_s=load.by_expert * (costs.token_s / unit_s),
-        traffic_s=_traffic(load, placement, costs, unit_s),
-        move_price_s=(1 + settings.hysteresis) * costs.move_s / costs.horizon_steps / unit_s,
-        max_moves=min(budget, math.ceil(_SEARCH_AHEAD * per_layer)),
-    )
-    path = search_steps(given, placement)
-    return replace(path, gain_s=path.gain_s * unit_s)
-
-
-def _traffic(load: ExpertLoad, placement: Placement, costs: ExpertCosts, unit_s: float) -> Singles | None:
-    links = link_costs(load, placement, costs) / unit_s
-    return None if len(load.tokens) == 1 or not links.any() else traffic_costs(load, links)
 
 
 def _weigh_option(

@@ -5,6 +5,9 @@ cold one (`copies.py`), a swap that takes load off a hot rank, a swap that moves
 path is a log: `decision.py` cuts it, layer by layer, where further steps no longer pay. The steps of a layer never
 depend on another layer.
 
+Slots that hold no expert but a placeholder (`idle_slots.py`) are searched like others: a placeholder has no work and is
+at home on each rank.
+
 Invariants: each expert keeps a slot and no rank gets more slots; apart from replicas, no step makes the busiest rank of
 its layer busier by more than it saves in traffic; the same arguments give the same path.
 """
@@ -15,7 +18,7 @@ import numpy as np
 
 from moe_scheduling.expert.copies import spread_copies, wanted_copies
 from moe_scheduling.expert.placement import Flags, Floats, Ints, Placement, Singles
-from moe_scheduling.expert.search_state import BLOCKED, PlacementChange, SearchState, Swaps
+from moe_scheduling.expert.search_state import BLOCKED, PlacementChange, SearchState, SlotWork, Swaps
 
 # Part of the mean; a rank whose imbalance is below it is not changed.
 _EVEN_ENOUGH = np.float32(1e-4)
@@ -63,12 +66,20 @@ class SearchInput:
             None: traffic is not counted.
         move_price_s: seconds a step that a move has to gain.
         max_moves: moves of a layer at which the search ends.
+        slot_work: seconds a step of one replica by their number; None: replicas divide `work_s` evenly.
+        experts: experts of a layer where `work_s` has rows of placeholders behind them; None: it has none.
+        copies: whether replicas may be added.
+        cheap_moves: moves of a layer of which a part are for replicas in any case; None: `max_moves`.
     """
 
     work_s: Floats
     traffic_s: Singles | None
     move_price_s: float
     max_moves: int
+    slot_work: SlotWork | None = None
+    experts: int | None = None
+    copies: bool = True
+    cheap_moves: int | None = None
 
 
 def search_steps(given: SearchInput, placement: Placement) -> Path:
@@ -81,11 +92,13 @@ def search_steps(given: SearchInput, placement: Placement) -> Path:
     state = _build_state(given, placement)
     state.record()
     every = np.ones(len(state.mean), np.bool_)
-    spread_copies(state, _wanted(state, 1.0, cheap=int(_COPIES_PART * given.max_moves)))
+    if given.copies:
+        moves = given.max_moves if given.cheap_moves is None else given.cheap_moves
+        spread_copies(state, _wanted(state, given, 1.0, cheap=int(_COPIES_PART * moves)))
     _level_ranks(state, given, every)
     stuck = (state.imbalance.max(1) > _STUCK * state.mean) & (state.moves < given.max_moves)
-    if stuck.any():
-        spread_copies(state, np.where(stuck[:, None], _wanted(state, _SECOND_SHARE), state.copies))
+    if stuck.any() and given.copies:
+        spread_copies(state, np.where(stuck[:, None], _wanted(state, given, _SECOND_SHARE), state.copies))
         _level_ranks(state, given, stuck)
     _reduce_traffic(state, given)
     peaks = np.array(state.peaks)
@@ -105,17 +118,24 @@ def _build_state(given: SearchInput, placement: Placement) -> SearchState:
     table = placement.physical_to_logical
     layers = len(table)
     work = given.work_s.astype(np.float32)
-    return SearchState(
+    state = SearchState(
         experts=table.reshape(layers, placement.ranks, -1).transpose(2, 0, 1).copy(),
         work=work,
         mean=np.divide(work.sum(1), placement.ranks, dtype=np.float32),
         traffic=given.traffic_s,
+        slot_work=given.slot_work,
     )
+    if given.experts is not None:
+        state.welcome(given.experts)
+    return state
 
 
-def _wanted(state: SearchState, part: float, cheap: int | None = None) -> Ints:
+def _wanted(state: SearchState, given: SearchInput, part: float, cheap: int | None = None) -> Ints:
     _, ranks, places = state.shape
-    return wanted_copies(state.work, ranks * places - state.work.shape[1], ranks, places, part, cheap)
+    experts = state.work.shape[1] if given.experts is None else given.experts
+    wanted = np.zeros(state.work.shape, np.int64)
+    wanted[:, :experts] = wanted_copies(state.work[:, :experts], ranks * places - experts, ranks, places, part, cheap)
+    return wanted
 
 
 # --- swaps that take load off hot ranks
@@ -195,7 +215,7 @@ def _reduce_traffic(state: SearchState, given: SearchInput) -> None:
     layers, ranks, _ = state.shape
     if state.traffic is None or ranks < 2:
         return
-    part = np.divide(1, state.copies, dtype=np.float32)
+    part = np.divide(1, np.maximum(state.copies, 1), dtype=np.float32)
     nearest, column = state.traffic.min(2) * part, np.arange(layers)
     price = np.maximum(np.float32(given.move_price_s), _MIN_GAIN)
     # [layer, slot], where the slots are numbered place by place.

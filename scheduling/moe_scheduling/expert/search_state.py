@@ -3,11 +3,15 @@
 A swap updates a few cells of the tables; after new replicas are placed all tables are computed again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from moe_scheduling.expert.placement import Flags, Floats, Ints, Singles, count_copies, mark_hosts
+
+SlotWork = Callable[[Ints], Floats]
+"""Work of one of an expert's slots, [layer, expert], by the number of slots that share its tokens."""
 
 # Placement cost of a rank that has the expert already; larger than any real cost.
 BLOCKED = np.float32(1e30)
@@ -46,6 +50,7 @@ class SearchState:
         work: [layer, expert], work of all replicas of an expert.
         mean: [layer], work of the mean rank.
         traffic: [layer, expert, rank], traffic if all tokens went to that rank; None: traffic is not counted.
+        slot_work: work of one replica by the number of them; None: replicas divide `work` evenly.
         initial_hosts: by cell, whether the rank had the expert at the start.
         copies: [layer, expert], number of replicas.
         rows: by slot, see above.
@@ -65,6 +70,7 @@ class SearchState:
     work: Singles
     mean: Singles
     traffic: Singles | None
+    slot_work: SlotWork | None = None
     initial_hosts: Flags = field(init=False)
     copies: Ints = field(init=False)
     rows: Ints = field(init=False)
@@ -95,16 +101,27 @@ class SearchState:
         """The expert in each slot as [layer, slot], as a `Placement` has it."""
         return self.experts.transpose(1, 2, 0).copy().reshape(self.experts.shape[1], -1)
 
+    def welcome(self, first: int) -> None:
+        """Counts experts from `first` on, the placeholders, as on each rank from the start: to place one is no move."""
+        self.initial_hosts.reshape(len(self.work), -1, self.shape[1])[:, first:] = True
+        self.refresh()
+
+    def share(self, copies: Ints) -> Singles:
+        """Returns [layer, expert]: work of one replica of an expert that has this many; placeholders have none."""
+        if self.slot_work is None:
+            return np.asarray(np.divide(self.work, np.maximum(copies, 1), dtype=np.float32))
+        return np.asarray(self.slot_work(copies), dtype=np.float32)
+
     def refresh(self) -> None:
         """Computes all tables from `experts`."""
         layers, ranks, places = self.shape
         experts = self.work.shape[1]
         self.copies = count_copies(self.table, experts)
-        part = np.divide(1, self.copies, dtype=np.float32)
+        part = np.divide(1, np.maximum(self.copies, 1), dtype=np.float32)
         numbers = np.arange(layers)[:, None] * experts + self.experts
         self.rows = numbers * ranks
         here = self.rows + np.arange(ranks)
-        self.load = (self.work * part).reshape(-1)[numbers]
+        self.load = self.share(self.copies).reshape(-1)[numbers]
         self.imbalance = self.load.sum(0) - self.mean[:, None]
         self.in_place = self.initial_hosts[here].astype(np.float32)
         self.moves = np.asarray(ranks * places - self.in_place.sum((0, 2)), dtype=np.int64)

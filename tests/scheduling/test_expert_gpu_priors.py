@@ -1,0 +1,42 @@
+"""Assumed costs of expert work against rows of the tables that they were fitted to."""
+
+import pytest
+from moe_scheduling.expert.gpu_priors import work_prior
+
+# Weights of an expert in bfloat16: three matrices.
+QWEN3_30B = 3 * 2048 * 768 * 2
+QWEN3_235B = 3 * 4096 * 1536 * 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expert_bytes", "slots", "pairs", "measured_s"),
+    [
+        # More experts of a rank at the same step: 128 tokens on 1 and on 2 ranks, and so on.
+        ("NVIDIA H200", QWEN3_30B, (128, 64), (1024, 512), 316.1e-6 - 188.0e-6),
+        ("NVIDIA H200", QWEN3_30B, (64, 32), (256, 128), 182.4e-6 - 117.2e-6),
+        ("NVIDIA H200", QWEN3_30B, (128, 64), (131072, 65536), 2462.9e-6 - 1685.5e-6),
+    ],
+)
+def test_the_difference_that_experts_make_is_about_the_measured_one(gpu, expert_bytes, slots, pairs, measured_s):
+    prior = work_prior(gpu, expert_bytes, 2)
+    assert prior is not None
+    times = [
+        max(prior.expert_s * distinct, prior.token_s * (tokens + prior.pad_tokens * distinct))
+        for distinct, tokens in zip(slots, pairs, strict=True)
+    ]
+    assert times[0] - times[1] == pytest.approx(measured_s, rel=0.25)
+
+
+def test_reading_an_expert_takes_longer_the_larger_it_is():
+    small, large = work_prior("NVIDIA H100 80GB HBM3", QWEN3_30B, 2), work_prior("NVIDIA H100 80GB HBM3", QWEN3_235B, 2)
+    assert small is not None
+    assert large is not None
+    assert large.expert_s == pytest.approx(4 * small.expert_s)
+    assert large.token_s == pytest.approx(4 * small.token_s)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "parameter_bytes"), [("NVIDIA L4", 2), ("NVIDIA H100", 4), ("", 2), ("NVIDIA GH200", 2)]
+)
+def test_without_a_table_there_is_no_prior(gpu, parameter_bytes):
+    assert work_prior(gpu, QWEN3_30B, parameter_bytes) is None

@@ -103,8 +103,9 @@ def test_the_status_shows_engines_processes_and_traffic() -> None:
     assert any(
         line.split() == ["tiny-engine-0", "ready", "12", "34", "56%", "1", "exit", "status", "3"] for line in lines
     )
-    assert any(line.split() == ["gateway", "running", "4711", "0"] for line in lines)
-    assert any(line.split() == ["agent-0", "backoff", "-", "7", "killed", "by", "SIGKILL"] for line in lines)
+    assert any(line.split() == ["gateway", "running", "4711", "http://127.0.0.1:9", "0"] for line in lines)
+    backoff = ["agent-0", "backoff", "-", "http://127.0.0.1:9", "7", "killed", "by", "SIGKILL"]
+    assert any(line.split() == backoff for line in lines)
     assert lines[-1].strip() == (
         "requests: 2.2/s, TTFT 0.125 s (mean), 4 in flight, 6 held, 8 ended, 2 failed, 0 retried"
     )

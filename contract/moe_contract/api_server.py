@@ -90,20 +90,30 @@ class ApiServer:
         kubeconfig: file to use; None takes the pod's service account, then `KUBECONFIG`, then `~/.kube/config`.
         trust_env: whether proxies are taken from the environment; never for the pod's own API server, nor for one on
             this machine.
+        context: of the kubeconfig, which is then used in a pod too; empty is its current one.
 
     Raises:
-        LoginError: neither a service account nor a usable kubeconfig is there.
+        LoginError: neither a service account nor a usable kubeconfig is there, or it has no such context.
 
     Attributes:
         namespace: that of the pod or of the kubeconfig's context.
+        source: where the credentials are from, such as `context kind of /home/a/.kube/config`.
     """
 
-    def __init__(self, kubeconfig: Path | None = None, *, trust_env: bool = True) -> None:
-        self._login = _find_login(kubeconfig)
-        self.namespace = self._login.namespace
+    def __init__(self, kubeconfig: Path | None = None, *, trust_env: bool = True, context: str = "") -> None:
+        self._login = _find_login(kubeconfig, context)
+        self.namespace, self.source = self._login.namespace, self._login.source
         self._trust_env = trust_env
         self._connection: _Connection | None = None
         self._opening = asyncio.Lock()
+
+    async def read(self, path: str) -> Document:
+        """Returns a document that is no object, such as `/version` or `/apis/apps/v1`, the kinds of a group.
+
+        Raises:
+            ApiError: it does not exist (404), or the call failed.
+        """
+        return await self._call("GET", path)
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Document:
         """Returns one object.
@@ -339,8 +349,8 @@ def _refusal(answer: Any, text: bytes) -> ApiError:
 class _Login:
     """Credentials of a pod or of a kubeconfig, kept fresh."""
 
-    def __init__(self, namespace: str, kubeconfig: Any) -> None:
-        self.namespace, self._kubeconfig = namespace, kubeconfig
+    def __init__(self, namespace: str, kubeconfig: Any, source: str = "the account of this pod") -> None:
+        self.namespace, self._kubeconfig, self.source = namespace, kubeconfig, source
         self._read_s = 0.0
 
     async def connect(self, trust_env: bool) -> "_Connection":
@@ -377,11 +387,11 @@ def _escape(code: int) -> str:
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
-def _find_login(kubeconfig: Path | None) -> _Login:
+def _find_login(kubeconfig: Path | None, context_name: str = "") -> _Login:
     from kubernetes.aio.config import ConfigException, incluster_config, kube_config
 
     tried = []
-    if kubeconfig is None and incluster_config.SERVICE_HOST_ENV_NAME in os.environ:
+    if kubeconfig is None and not context_name and incluster_config.SERVICE_HOST_ENV_NAME in os.environ:
         try:
             incluster_config.load_incluster_config(_configuration())
         except (ConfigException, OSError) as error:
@@ -397,12 +407,15 @@ def _find_login(kubeconfig: Path | None) -> _Login:
             raise ConfigException(f"no such file: {paths}")
         merged = kube_config.KubeConfigMerger(paths).config
         # None: relative paths are relative to the file that has them.
-        loader = kube_config.KubeConfigLoader(config_dict=merged, config_base_path=None)
+        loader = kube_config.KubeConfigLoader(
+            config_dict=merged, config_base_path=None, active_context=context_name or None
+        )
         context: Mapping[str, Any] = loader.current_context["context"]
     except Exception as error:
         # A file that is no kubeconfig fails in the loader in any way that a wrong type can.
         raise _unusable(*tried, error) from None
-    return _Login(context.get("namespace") or "default", loader)
+    source = f"context {loader.current_context['name']} of {paths}"
+    return _Login(context.get("namespace") or "default", loader, source)
 
 
 def _configuration() -> Any:

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 from moe_agent.vllm import version
-from moe_agent.vllm.version import UnsupportedVersion, check_runs_here, check_version, find_version, minor_of
+from moe_agent.vllm.version import (
+    UnsupportedVersion,
+    check_runs_here,
+    check_version,
+    describe_here,
+    find_version,
+    minor_of,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,6 +159,13 @@ def test_a_build_for_gpus_is_refused_where_there_is_none(monkeypatch, tmp_path, 
         (tmp_path / name).touch()
     with nullcontext() if runs else pytest.raises(UnsupportedVersion, match=r"0\.32\.\* and 0\.33\.\*.*install moes"):
         check_runs_here()
+
+
+@pytest.mark.parametrize(("cpu", "device"), [(True, "CPUs"), (False, "GPUs")])
+def test_the_installed_version_is_described_with_its_device(monkeypatch, cpu, device):
+    monkeypatch.setattr(version, "is_cpu_build", lambda: cpu)
+    monkeypatch.setattr(version, "_has_accelerator", lambda: True)
+    assert describe_here() == f"vLLM {find_version()}, on {device}"
 
 
 def test_a_node_without_a_server_finds_what_it_starts_vllm_with():

@@ -170,6 +170,20 @@ def test_an_account_without_a_token_is_refused(account: Path) -> None:
         ApiServer()
 
 
+@pytest.mark.usefixtures("account")
+async def test_a_context_that_is_named_goes_before_the_account_and_the_current_one(tmp_path: Path) -> None:
+    rows = [{"name": name, "context": {"cluster": "c", "namespace": name}} for name in ("first", "second")]
+    path = tmp_path / "several"
+    clusters = [{"name": "c", "cluster": {"server": "https://localhost:1"}}]
+    path.write_text(yaml.safe_dump({"contexts": rows, "clusters": clusters, "current-context": "first"}))
+    current, named = ApiServer(path), ApiServer(path, context="second")
+    assert (current.namespace, current.source) == ("first", f"context first of {path}")
+    assert (named.namespace, named.source) == ("second", f"context second of {path}")
+    assert ApiServer().source == "the account of this pod"
+    with pytest.raises(LoginError, match="third"):
+        ApiServer(path, context="third")
+
+
 async def test_a_pod_without_a_token_takes_its_kubeconfig(
     api: TlsApi, account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

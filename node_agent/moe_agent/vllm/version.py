@@ -82,6 +82,12 @@ def check_runs_here() -> None:
         )
 
 
+def describe_here() -> str:
+    """Returns the installed vLLM and where it runs, such as `vLLM 0.32.0, on CPUs`; raises as `check_runs_here`."""
+    check_runs_here()
+    return f"vLLM {find_version()}, on {'CPUs' if is_cpu_build() else 'GPUs'}"
+
+
 def _has_accelerator() -> bool:
     if any(entry_points(group="vllm.platform_plugins")):
         return True

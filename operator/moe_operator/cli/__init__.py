@@ -1,12 +1,20 @@
-"""The command `moeserving`."""
+"""The command `moeserving`, which is also a plugin of kubectl."""
 
 import sys
+from pathlib import Path
+
+PROGRAM, PLUGIN = "moeserving", "kubectl-moeserving"
 
 
 def main() -> None:
-    """Entry point of the command `moeserving`."""
+    """Entry point of the commands `moeserving` and `kubectl-moeserving`."""
     try:
         from moe_operator.cli.command import app
     except ModuleNotFoundError as error:
         sys.exit(f"moeserving: the package {error.name} is missing: pip install 'moeserving[operator]'")
-    app(prog_name="moeserving")
+    app(prog_name=name_program(sys.argv[0]))
+
+
+def name_program(path: str) -> str:
+    """The name in help texts of the program that was started: as kubectl's user calls the plugin, else `moeserving`."""
+    return f"kubectl {PROGRAM}" if Path(path).stem == PLUGIN else PROGRAM

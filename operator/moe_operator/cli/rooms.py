@@ -41,6 +41,7 @@ OWN = {
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
     "explain": Own("explain", "explain", "Show why a request went to its engine."),
     "ui": Own("ui", "ui", "Open the live page of a deployment in the browser."),
+    "doctor": Own("doctor", "doctor", "Look for problems of a cluster or machine; say what to do."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
     "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),

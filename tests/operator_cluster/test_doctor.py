@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,40 @@ def test_a_cluster_without_the_crd_and_with_that_of_each_age(cluster: ApiCluster
     crd = look(cluster.kubeconfig)[1]["CRD"]
     assert (crd["state"], crd["finding"].endswith("it has spec.later")) == ("note", True)
     cluster.kubectl("delete", "crd", NAME)
+
+
+LABELS = {"app.kubernetes.io/name": "moeserving", "app.kubernetes.io/component": "operator"}
+POD_SPEC = {"containers": [{"name": "operator", "image": "operator"}]}
+
+
+def operator_objects(holder: str, scope: str) -> list[Document]:
+    """A Deployment as the chart's, its one pod, and its Lease."""
+    renewed = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    place = {"namespace": "system", "name": "moeserving"}
+    template = {"metadata": {"labels": LABELS}, "spec": POD_SPEC}
+    spec = {"replicas": 1, "selector": {"matchLabels": LABELS}, "template": template}
+    held = {"holderIdentity": holder, "leaseDurationSeconds": 15, "renewTime": renewed}
+    lease = {"metadata": place | {"annotations": {"moeserving.dev/namespaces": scope}}, "spec": held}
+    pod = {"metadata": {"namespace": "system", "name": "moeserving-1", "labels": LABELS}, "spec": POD_SPEC}
+    return [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "system"}},
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": place | {"labels": LABELS}, "spec": spec},
+        {"apiVersion": "v1", "kind": "Pod"} | pod,
+        {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"} | lease,
+    ]
+
+
+def test_an_operator_that_leads_and_one_that_serves_others(cluster: ApiCluster) -> None:
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(operator_objects("moeserving-1", "team")))
+    _, checks, _ = look(cluster.kubeconfig, "-n", "team")
+    assert (checks["operator"]["state"], checks["operator"]["finding"]) == (
+        "problem", "system/moeserving: 0 of 1 pods are ready",
+    )  # fmt: skip
+    assert (checks["operator's lead"]["state"], checks["operator's namespaces"]["state"]) == ("ok", "ok")
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(operator_objects("another", "other")))
+    _, checks, _ = look(cluster.kubeconfig, "-n", "team")
+    assert (checks["operator's lead"]["state"], checks["operator's namespaces"]["state"]) == ("problem", "problem")
+    cluster.kubectl("delete", "deployment,lease", "moeserving", "-n", "system")
 
 
 def test_a_user_with_few_rights_learns_which_are_missing_and_their_use(cluster: ApiCluster) -> None:

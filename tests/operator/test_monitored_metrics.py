@@ -62,7 +62,7 @@ def exposed() -> set[str]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_each_metric_that_is_read_is_exposed(name, exposed):
-    read = set(re.findall(r"moeserving_[a-z_]+", TEXTS[name]))
+    read = set(re.findall(r"moeserving_[a-z0-9_]+", TEXTS[name]))
     assert read
     stems = {metric.removesuffix(next(filter(metric.endswith, SUFFIXES), "")) for metric in read}
     assert stems <= exposed

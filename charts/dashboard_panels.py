@@ -227,6 +227,16 @@ REQUESTS = Dashboard(
                 unit="s",
             ),
             Panel(
+                title="Latencies and their bounds",
+                text="95th percentile of the last five minutes beside each bound of `scheduling.engine.targets`, of "
+                "the gateway with the greatest; without bounds nothing is measured.",
+                queries={
+                    "{{target}}": f"max by (target) (moeserving_gateway_target_p95_seconds{GATEWAY})",
+                    "{{target}} bound": f"max by (target) (moeserving_gateway_target_seconds{GATEWAY})",
+                },
+                unit="s",
+            ),
+            Panel(
                 title="Requests by status",
                 text="Finished requests by HTTP status.",
                 queries={"{{code}}": f"sum by (code) (rate(moeserving_gateway_requests_total{GATEWAY}{WINDOW}))"},

@@ -203,12 +203,14 @@ class Gateway:
     async def drain(self) -> None:
         """Takes no new requests, waits for the running ones, then closes. A silent one ends by the idle timeout."""
         self._context.draining = True
-        await self._listener.drain()
+        taking = asyncio.ensure_future(self._listener.drain())
         for connection in list(self._connections):
             connection.drain()
         if self._picker is not None:
             await self._picker.drain()
-        if self._connections:
+        await taking
+        while self._connections:
+            self._empty.clear()
             await self._empty.wait()
         await self.close()
 

@@ -66,6 +66,7 @@ RESPONSES, CHATS = "/v1/responses", "/v1/chat/completions"
         ("0.32.1", RESPONSES, None, None, None),
         ("0.32.1", RESPONSES, b"-1", None, None),
         ("0.32.1", RESPONSES, b"x", None, None),
+        ("0.32.1", RESPONSES, b"9" * 5000, None, None),
         ("0.32.1", CHATS, b"3", None, None),
         ("0.33.0", RESPONSES, b"3", None, None),
         ("0.33.0", RESPONSES, b"3", 3, 3),
@@ -82,6 +83,15 @@ async def test_requests_side_by_side_keep_their_ranks(install):
     await asyncio.gather(*(serve(client, RESPONSES, b"%d" % (rank % 4)) for rank in range(40)))
     await serve(client, RESPONSES, None)
     assert client.ranks == [*(rank % 4 for rank in range(40)), None]
+
+
+async def test_a_request_that_begins_within_the_task_of_the_one_before_has_no_rank_of_it(install):
+    """As uvicorn begins a request that came behind another one on its connection."""
+    install("0.32.0")
+    client = make_client()
+    await serve(client, RESPONSES, b"3")
+    responses_rank._rank.set(3)
+    assert await serve(client, CHATS, None) is None
 
 
 def test_vllm_ignores_the_header_exactly_where_it_is_repaired(virtual_engines):

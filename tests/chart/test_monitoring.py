@@ -23,8 +23,17 @@ PANELS = [
 @pytest.fixture
 def rules(render) -> dict:
     """The spec of the PrometheusRule as Helm renders it."""
-    found = [row for row in render({"alerts": {"enabled": True}}) if row["kind"] == "PrometheusRule"]
-    return found[0]["spec"]
+    return render_rules(render, scraped=True)
+
+
+def render_rules(render, *, scraped: bool) -> dict:
+    values = {"alerts": {"enabled": True}, "serviceMonitor": {"enabled": scraped}}
+    return next(row["spec"] for row in render(values) if row["kind"] == "PrometheusRule")
+
+
+def test_alerts_that_need_the_operators_metrics_are_made_where_these_are_scraped(render):
+    names = {group["name"] for group in render_rules(render, scraped=False)["groups"]}
+    assert names == {"moeserving-requests", "moeserving-engines"}
 
 
 def test_each_alert_fires_where_it_should_and_only_there(rules, tmp_path):

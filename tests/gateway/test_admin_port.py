@@ -77,7 +77,9 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     status, state = await get(served, "/v1/state")
     assert status == 200
     demand = {"held_since_s", "in_flight", "wait_s", "ttft_s", "prompt_tokens_per_s", "arrivals_per_s"}
-    assert set(state) == {"accepting", "held", "config", "engines", "totals", "splits", "pod"} | demand
+    bounded = {"ttft", "inter_token"}
+    assert set(state) == {"accepting", "held", "config", "engines", "totals", "splits", "pod"} | demand | bounded
+    assert [state[name] for name in bounded] == [None, None], "no bound is set"
     assert (state["held_since_s"], state["in_flight"], state["wait_s"]) == (None, 0, 0.0)
     assert state["ttft_s"] is None, "an answer in one piece has no first token"
     engine.script = always(SSE_HEAD + event("a") + SSE_END)

@@ -244,6 +244,7 @@ async def test_an_error_of_another_kind_passes_as_it_is(make_engine, serve):
         '{"message": "EngineCore encountered an issue"}',
         '{"message":"EngineCore encountered an issue"}',
         "'The server had an error while processing your request.'",
+        "The server had an error while processing your request. Sorry about that!",
         "\n: moeserving-engine: dead\n",
         "\r\nmoeserving-engine: dead\r\n",
     ],

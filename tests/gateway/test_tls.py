@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -269,3 +270,16 @@ async def test_a_reload_that_failed_once_is_tried_again(secure, tmp_path, monkey
     assert caplog.text.count("were not reloaded") == 1
     await listener.reload(served.gateway.clock() + 4000.0)
     assert await serial_of(served) == serial_in(tmp_path / "cert")
+
+
+async def test_a_silent_client_that_the_loop_has_not_taken_keeps_no_other_from_its_end(secure, monkeypatch):
+    monkeypatch.setattr(tls_module, "LAST_HANDSHAKE_S", 3600.0)
+    _, served = await secure(limits={"header_timeout_s": 3600})
+    idle = await served.connect(ssl=client_context(), server_hostname="localhost")
+    idle.send(post(prompt()))
+    await idle.answer()
+    with socket.create_connection(("127.0.0.1", served.config.listen.port)):
+        draining = asyncio.ensure_future(served.gateway.drain())
+        assert await idle.ended()
+        assert not draining.done()
+    await asyncio.wait_for(draining, 60)

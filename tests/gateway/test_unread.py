@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from moe_gateway.http.unread import has_unread
 
 from tests.gateway.messages import OK, post, prompt
+from tests.gateway.waiting import until
 
 
 def transport_of(made):
@@ -52,3 +53,24 @@ async def test_an_idle_connection_whose_time_is_over_ends(make_engine, serve):
     (connection,) = served.gateway._connections
     connection.check(served.gateway.clock() + 10_000)
     assert await asyncio.wait_for(client.ended(), 60)
+
+
+async def test_a_client_that_reads_nothing_and_goes_on_sending_ends_by_the_idle_timeout(make_engine, serve):
+    """Reading is paused there, so what it sends stays in the kernel."""
+    served = await serve(await make_engine(), limits={"idle_timeout_s": 3600})
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", served.config.listen.port))
+        await until(lambda: served.gateway._connections)
+        (connection,) = served.gateway._connections
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        while not connection._is_reading_paused:
+            await loop.sock_sendall(client, b"GET /nowhere HTTP/1.1\r\nhost: a\r\n\r\n")
+            await asyncio.sleep(0)
+        await loop.sock_sendall(client, b"GET /nowhere HTTP/1.1\r\nhost: a\r\n\r\n")
+        # It is closed; what it has not read is waited for once more, then it is cut.
+        for _ in range(2):
+            connection.check(served.gateway.clock() + 10_000)
+        await until(lambda: not served.gateway._connections)

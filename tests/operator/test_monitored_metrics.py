@@ -17,6 +17,7 @@ from moe_gateway.request_stats import RequestStats
 from moe_operator.kubernetes.metrics import Metrics
 from moe_operator.kubernetes.queue import WorkQueue
 from moe_operator.kubernetes.store import Store
+from moe_scheduling.engine.disaggregation import LatencyTargets
 from pods import agent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +53,12 @@ def exposed() -> set[str]:
         "load": EXPERTS["load"] | {"hottest": [{"layer": 0, "expert": 0, "tokens": 40.0}]},
         "totals": EXPERTS["totals"] | {"stayed": {}},
     }
+    stats = RequestStats()
+    stats.bounded.set_bounds(LatencyTargets(ttft_s=1.0, inter_token_s=0.1))
+    for number in range(100):
+        stats.answer(0.5, float(number))
     collectors = [
-        GatewayCollector(dispatcher, RequestStats(), lambda: 0.0),
+        GatewayCollector(dispatcher, stats, lambda: 100.0),
         AgentCollector(lambda: state, lambda: experts),
         Metrics(WorkQueue(), Store()).registry,
     ]
@@ -62,7 +67,7 @@ def exposed() -> set[str]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_each_metric_that_is_read_is_exposed(name, exposed):
-    read = set(re.findall(r"moeserving_[a-z_]+", TEXTS[name]))
+    read = set(re.findall(r"moeserving_[a-z0-9_]+", TEXTS[name]))
     assert read
     stems = {metric.removesuffix(next(filter(metric.endswith, SUFFIXES), "")) for metric in read}
     assert stems <= exposed

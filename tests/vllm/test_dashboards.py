@@ -39,6 +39,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     resource["spec"]["model"] = {"uri": f"file://{ensure_tiny_model(folder / 'model', show_progress=False)}"}
     # Decisions come within the test.
     resource["spec"]["scheduling"]["expert"] |= {"interval": 100, "window": 50}
+    resource["spec"]["scheduling"]["engine"] = {"targets": {"ttft": "5s", "interToken": "1s"}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(resource))
     place = ["--state-dir", str(folder / "state")]
     moeserving = [str(Path(sys.executable).with_name("moeserving"))]

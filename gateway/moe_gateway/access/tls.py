@@ -18,6 +18,8 @@ from moe_contract.input_errors import InputError, InvalidInput
 from moe_gateway.access.folders import sign_folders
 
 RELOAD_PERIOD_S = 1.0
+# Of a connection that was made just before the gateway began to end, in seconds.
+LAST_HANDSHAKE_S = 2.0
 CERTIFICATE, KEY, CLIENT_CA = "tls.crt", "tls.key", "ca.crt"
 
 log = logging.getLogger("moeserving.gateway")
@@ -133,11 +135,14 @@ class ServingPort:
         return sign_folders(folder for folder in folders if folder is not None)
 
     async def drain(self) -> None:
-        """Takes the connections that wait in the kernel, and no more: closing alone would reset them."""
+        """Takes the connections that wait in the kernel, and no more: closing alone would reset them.
+
+        Returns when they are open. A TLS handshake among them has `LAST_HANDSHAKE_S`.
+        """
         waiting = self._take_waiting()
         self.close()
         loop = asyncio.get_running_loop()
-        timeout_s = None if self._context is None else self._handshake_timeout_s
+        timeout_s = None if self._context is None else min(LAST_HANDSHAKE_S, self._handshake_timeout_s)
         opening = (
             loop.connect_accepted_socket(self._make_protocol, taken, ssl=self._context, ssl_handshake_timeout=timeout_s)
             for taken in waiting
@@ -153,6 +158,8 @@ class ServingPort:
         while True:
             try:
                 taken, _ = self._socket.accept()
+            except ConnectionAbortedError:  # its client has gone; others wait behind it
+                continue
             except OSError:
                 return waiting
             taken.setblocking(False)

@@ -478,7 +478,7 @@ class ClientConnection(asyncio.Protocol):
             if self._is_lingering:
                 self.transport.abort()
             elif self.idle:
-                if not has_unread(self.transport):
+                if self._is_reading_paused or not has_unread(self.transport):
                     self._close()
             else:
                 what = "head" if self._reader.in_head else "body"

@@ -13,6 +13,7 @@ from moe_agent.vllm.version import find_version, minor_of, replace_attribute
 
 PATH = "/v1/responses"
 _HEADER = b"x-data-parallel-rank"
+_MOST_DIGITS = 6
 _repaired: set[type[Any]] = set()
 # Of the request that this task serves; the tasks that vLLM makes for it inherit it.
 _rank: ContextVar[int | None] = ContextVar("rank of a response", default=None)
@@ -26,10 +27,13 @@ def keep_rank(path: str, headers: Iterable[tuple[bytes, bytes]], client: Any) ->
         headers: of the request, with names in lower case.
         client: vLLM's client of the core, which is to take the rank.
     """
+    # Not that of the request before on its connection, within whose task the server may begin this one.
+    _rank.set(None)
     if path != PATH or not _ignores_rank():
         return
     named = next((value for name, value in headers if name == _HEADER), b"")
-    _rank.set(int(named) if named.isdigit() else None)
+    if named.isdigit() and len(named) <= _MOST_DIGITS:
+        _rank.set(int(named))
     _repair(type(client))
 
 

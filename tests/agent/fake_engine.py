@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         status = int(Path(WAYS["healed_file"]).read_text() or 200)
         if not status:
-            # Until whoever asks gives up.
+            # Until the client gives up.
             with suppress(OSError):
                 self.connection.recv(1)
             return

@@ -5,8 +5,9 @@
 (time between SIGTERM and the end), `drain_file` (ends after SIGTERM once the file is there), `deaf` (ignores SIGTERM),
 `host` (an address to listen on), `environment_file` (its environment is written there), `asked_file` (made when its
 core is asked, which never answers; after SIGTERM it waits until nobody asks), `worker_file` (starts a child of its own
-and writes its process id there), `requests_file` (a line for each request for tokens) and `healed_file` (such a request
-ends it while the file is not there).
+and writes its process id there), `requests_file` (a line for each request for tokens), `healed_file` (such a request
+ends it while the file is not there, and gets the status in it otherwise; 0: no answer) and `locked_file` (its models
+are refused while it is there, as with a key).
 """
 
 import json
@@ -40,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         sick = "sick_file" in WAYS and Path(WAYS["sick_file"]).exists()
         asleep = "asleep_file" in WAYS and Path(WAYS["asleep_file"]).exists()
         body = json.dumps({"data": [{"id": "fake", "max_model_len": 4096}], "is_sleeping": asleep}).encode()
-        self.send_response(503 if sick else 200)
+        locked = "locked_file" in WAYS and self.path == "/v1/models" and Path(WAYS["locked_file"]).exists()
+        self.send_response(401 if locked else 503 if sick else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -52,7 +54,13 @@ class Handler(BaseHTTPRequestHandler):
         if not Path(WAYS["healed_file"]).exists():
             os._exit(3)
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
+        status = int(Path(WAYS["healed_file"]).read_text() or 200)
+        if not status:
+            # Until the client gives up.
+            with suppress(OSError):
+                self.connection.recv(1)
+            return
+        self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -117,15 +117,21 @@ async def test_a_crash_is_seen_at_once_and_the_engine_is_started_again_on_its_po
     assert supervisor.url == url
 
 
-async def test_an_engine_that_dies_at_each_first_request_is_not_ready_in_between(start, tmp_path):
-    requests, healed = tmp_path / "requests", tmp_path / "healed"
-    supervisor = await start(requests_file=str(requests), healed_file=str(healed))
-    for deaths in range(1, 3):
+async def dies_twice(supervisor: EngineSupervisor) -> None:
+    """Sends requests that end it, after which it has to prove that it generates tokens."""
+    for _ in range(2):
         await until(lambda: supervisor.accepting, "ready before it is known to die")
+        before = supervisor.restarts
         async with aiohttp.ClientSession() as session:
             with suppress(aiohttp.ClientError):
                 await session.post(f"{supervisor.url}/v1/completions", json={})
-        await until(lambda deaths=deaths: supervisor.restarts >= deaths, "seen to have died")
+        await until(lambda before=before: supervisor.restarts > before, "seen to have died")
+
+
+async def test_an_engine_that_dies_at_each_first_request_is_not_ready_in_between(start, tmp_path):
+    requests, healed = tmp_path / "requests", tmp_path / "healed"
+    supervisor = await start(requests_file=str(requests), healed_file=str(healed))
+    await dies_twice(supervisor)
     seen = set()
 
     def proven_in_vain() -> bool:
@@ -137,6 +143,28 @@ async def test_an_engine_that_dies_at_each_first_request_is_not_ready_in_between
     assert len(requests.read_text().splitlines()) >= 4
     healed.touch()
     await until(lambda: supervisor.accepting, "ready after a token")
+
+
+@pytest.mark.parametrize("status", ["500", "0"])
+async def test_an_engine_that_generates_no_token_in_its_time_to_start_is_started_again(start, tmp_path, status):
+    requests, healed = tmp_path / "requests", tmp_path / "healed"
+    limits = {"startup_timeout_s": 4.0}
+    supervisor = await start(requests_file=str(requests), healed_file=str(healed), limits=limits)
+    await dies_twice(supervisor)
+    healed.write_text(status)
+    await until(lambda: "generates no token" in supervisor.last_exit, "started again")
+    assert not supervisor.accepting
+    healed.write_text("200")
+    await until(lambda: supervisor.accepting, "ready after a token")
+
+
+async def test_an_engine_that_wants_a_key_needs_no_token_to_be_ready(start, tmp_path):
+    requests, healed, locked = tmp_path / "requests", tmp_path / "healed", tmp_path / "locked"
+    supervisor = await start(requests_file=str(requests), healed_file=str(healed), locked_file=str(locked))
+    locked.touch()
+    await dies_twice(supervisor)
+    await until(lambda: supervisor.accepting, "ready without a token")
+    assert len(requests.read_text().splitlines()) == 2
 
 
 async def test_an_engine_whose_core_hangs_is_started_again_unless_it_sleeps(start, tmp_path):

@@ -1,10 +1,15 @@
 """A number for each fixed role: fields, the signal of a role, decisions, limits, plan and status."""
 
+import subprocess
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import aiohttp
 import pytest
+import yaml
+from cluster_debian import require
+from moe_agent.api.metrics import AgentCollector
 from moe_contract.agent_state import AgentState
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import MoEServing, parse_resource
@@ -14,6 +19,7 @@ from moe_operator.autoscale.roles import RoleAutoscalers, RoleEngines
 from moe_operator.autoscale.settings import role_settings
 from moe_operator.autoscale.signal import Fleet, build_role_signal
 from moe_operator.autoscale.source import Sources, with_outcome
+from moe_operator.autoscale.token_rate import TokenCount, TokenRate
 from moe_operator.kubernetes.report import build_roles
 from moe_operator.plan import Defaults, Observed, plan_cluster
 from moe_operator.plan.names import ROLE, Names
@@ -22,6 +28,7 @@ from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.settings import FleetTargets
 from moe_scheduling.signals import StepTime
 from pods import agent, gateway, pod, states
+from prometheus_client import CollectorRegistry, generate_latest
 
 PREFILL, DECODE = EngineRole.PREFILL, EngineRole.DECODE
 STEP = StepTime(base_s=0.010, prefill_s=0.001, decode_s=0.0005)
@@ -53,7 +60,7 @@ def resource(autoscaling: Document | None = SCALED, mode: str = "fixed", **spec:
 
 
 def engine(waiting: int = 0, decoding: int = 0, kv_usage: float = 0.1, step: Any = STEP) -> AgentState:
-    state = agent()
+    state = agent(accepting=True, config={"version": 1, "request": {"policy": "sjf"}})
     rank = replace(
         state.ranks[0],
         waiting_prefill_tokens=waiting,
@@ -63,6 +70,12 @@ def engine(waiting: int = 0, decoding: int = 0, kv_usage: float = 0.1, step: Any
         step_time=step,
     )
     return replace(state, ranks=(rank,))
+
+
+def with_ranks(*engines: AgentState) -> AgentState:
+    """One engine with the ranks of all."""
+    ranks = tuple(replace(state.ranks[0], rank=number) for number, state in enumerate(engines))
+    return replace(engines[0], ranks=ranks)
 
 
 def role_pods(prefill: int = 1, decode: int = 2, **changes: Any) -> list[Document]:
@@ -102,6 +115,13 @@ def test_what_cannot_be_is_refused_by_its_path(autoscaling, mode, path, words):
         resource(autoscaling, mode)
     found = [(row.path, words in row.message) for row in caught.value.errors]
     assert found == [(path, True)]
+
+
+def test_a_range_that_means_nothing_beside_roles_is_not_refused():
+    with pytest.raises(InvalidInput):
+        resource({"minReplicas": 6}, "unified")
+    section = resource(SCALED | {"minReplicas": 6}).spec.autoscaling
+    assert role_settings(section, DECODE) == role_settings(resource().spec.autoscaling, DECODE)
 
 
 def test_each_role_has_its_own_range_and_targets():
@@ -190,12 +210,41 @@ async def test_decode_engines_go_when_their_load_falls_and_prefill_engines_stay(
     assert 2 <= outcome.roles[DECODE] < 6
 
 
+@pytest.mark.parametrize(
+    "other",
+    [engine(decoding=0, step=None), engine(decoding=9, step=StepTime(base_s=0.05, prefill_s=0.0, decode_s=0.0))],
+)
+async def test_decode_engines_go_beside_one_that_has_no_load_by_the_time_of_a_step(other):
+    by_pod = {f"d{number}": engine(decoding=1, kv_usage=0.01) for number in range(5)}
+    by_pod |= {"d5": other, "p0": engine(0), "g": gateway()}
+    outcome = await decide(1, 6, role_pods(1, 6), by_pod)
+    assert 2 <= outcome.roles[DECODE] < 6
+
+
 async def test_a_limit_names_its_role():
     by_pod = {"p0": engine(0), "g": gateway()} | {f"d{number}": engine(kv_usage=1.0) for number in range(8)}
     outcome = await decide(1, 8, role_pods(1, 8), by_pod)
     assert outcome.roles[DECODE] == 8
     expected = "the load asks for more decode engines than autoscaling.roles.decode.maxReplicas"
     assert outcome.limited == ("TooFewReplicas", expected)
+
+
+async def test_of_two_limits_the_gravest_gives_the_reason():
+    now, busy = [0.0], {"p0": engine(1), "p1": engine(1)} | {f"d{n}": engine(kv_usage=1.0) for n in range(4)}
+    prefill = frozenset({"p0", "p1"})
+    engines = {PREFILL: RoleEngines(ready=prefill), DECODE: RoleEngines(ready=frozenset(busy) - prefill)}
+    rates = dict.fromkeys(busy, TokenRate(since=TokenCount(tokens=0, as_of_s=0.0), tokens_per_s=50.0))
+    wanted = resource({"roles": {"prefill": {"minReplicas": 2}}, "scaleDown": {"stabilizationWindow": "0s"}})
+    autoscalers = RoleAutoscalers(lambda: now[0])
+    observed = Observed(tokens=("t",), role_replicas={PREFILL: 2, DECODE: 4})
+    for now[0] in map(float, range(0, 600, 10)):
+        seen = replace(fleet(**busy), observed_s=now[0], gateways=(gateway(in_flight=9, ttft_s=0.1),))
+        outcome = await autoscalers.decide(("ns", "tiny"), wanted, observed, seen, engines, rates)
+    assert outcome.limited == (
+        "TooFewReplicas",
+        "the load asks for more decode engines than autoscaling.roles.decode.maxReplicas; "
+        "the load asks for fewer prefill engines than autoscaling.roles.prefill.minReplicas",
+    )
 
 
 async def test_without_a_signal_each_role_stays_and_both_are_named():
@@ -260,3 +309,58 @@ def test_queries_look_at_the_engines_of_the_role_alone():
     assert "tiny-engine-decode(" in decode["kv_usage"]
     assert "(0.03 - moeserving_engine_step_base_seconds" in decode["decode_load"]
     assert "decode_load" not in build_role_queries("ns", Names("tiny"), DECODE, None)
+
+
+SLOW = replace(STEP, base_s=0.05)
+LOADS: list[tuple[str, list[AgentState]]] = [
+    ("busy", [engine(4000, 20, 0.2), engine(1500, 60, 0.4)]),
+    ("a new idle engine has no model", [engine(4000, 20, 0.2), engine(0, 0, 0.0, None)]),
+    ("a busy engine has no model", [engine(4000, 20, 0.2), engine(90, 9, 0.1, None)]),
+    ("no model at all", [engine(90, 9, 0.1, None)]),
+    ("nothing to do", [engine(), engine(step=None)]),
+    ("no request is short enough", [engine(4000, 20, 0.2), engine(4000, 20, 0.2, SLOW)]),
+    ("one drains", [engine(4000, 20, 0.2), replace(engine(0, 0, 0.9), phase="draining", accepting=False)]),
+    ("one starts", [engine(4000, 20, 0.2), replace(engine(0, 0, 0.0, None), phase="starting", accepting=False)]),
+    ("one of two ranks has no model", [with_ranks(engine(4000, 20, 0.2), engine(90, 9, 0.1, None))]),
+    (
+        "one of two ranks has nothing",
+        [with_ranks(engine(4000, 20, 0.2), engine(0, 0, 0.1, None)), engine(9000, 1, 0.1)],
+    ),
+    ("nobody", []),
+]
+
+
+def as_series(pods: dict[str, AgentState]) -> list[dict[str, str]]:
+    """The metrics of agents as the series of a test of promtool."""
+    rows = []
+    for name, state in pods.items():
+        registry = CollectorRegistry()
+        registry.register(AgentCollector(partial(replace, state, name=name), lambda: None))
+        for line in generate_latest(registry).decode().splitlines():
+            if line.startswith("moeserving_engine_") and "_info{" not in line:
+                series, value = line.rsplit(" ", 1)
+                own = f'{{namespace="ns",pod="{name}",'
+                rows.append({"series": series.replace("{", own), "values": f"{float(value):g}x40"})
+    return rows
+
+
+@pytest.mark.parametrize("role", [PREFILL, DECODE])
+def test_prometheus_and_states_are_one_signal(tmp_path, role):
+    """Each load as `build_role_signal` and as the queries have it; what is infinite is not known."""
+    require({"prometheus": "promtool"})
+    queries, tests = build_role_queries("ns", Names("tiny"), role, 0.03), []
+    for name, rows in LOADS:
+        pods = {f"tiny-engine-{role}-5d9c-x{number}": state for number, state in enumerate(rows)}
+        found = build_role_signal(replace(fleet(), engines=pods), role, pods, 0.03, None)
+        checks = []
+        for field in {PREFILL: ["wait_s"], DECODE: ["decode_load", "kv_usage"]}[role]:
+            value = getattr(found, field)
+            samples = [] if value is None else [{"labels": "{}", "value": round(value, 6)}]
+            # Without a sample, or infinite: not known.
+            expr = f"round({queries[field]} < Inf, 1e-6)"
+            checks.append({"expr": expr, "eval_time": "5m", "exp_samples": samples})
+        tests.append({"name": name, "interval": "15s", "input_series": as_series(pods), "promql_expr_test": checks})
+    path = tmp_path / "loads.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": [], "evaluation_interval": "15s", "tests": tests}), encoding="utf-8")
+    run = subprocess.run(["promtool", "test", "rules", path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -24,6 +24,7 @@ from moe_operator.targets.report import (
     facts_in_force,
     judge_targets,
     read_facts,
+    read_kept,
     render_latency,
 )
 from moe_scheduling.engine.choice import EngineSettings
@@ -44,6 +45,10 @@ def gateway(ttft: dict[int, int] | None = None, gaps: dict[int, int] | None = No
 
 def facts(ttft_s: float | None = 0.5, inter_token_s: float | None = None, **further: Any) -> TargetFacts:
     return TargetFacts(targets=LatencyTargets(ttft_s=ttft_s, inter_token_s=inter_token_s), **further)
+
+
+def verdict(facts: TargetFacts, *gateways: Any, before: Any = None) -> Any:
+    return judge_targets(facts, gateways, before or {}).verdict
 
 
 def condition(status: str, reason: str = "TargetsMissed") -> Condition:
@@ -67,7 +72,7 @@ def condition(status: str, reason: str = "TargetsMissed") -> Condition:
     ],
 )
 def test_a_bound_is_kept_while_95_percent_of_all_gateways_latencies_are_within_it(gateways, expected):
-    status, reason, message = judge_targets(facts(), gateways, None)
+    status, reason, message = verdict(facts(), *gateways)
     assert (status.value, reason.value) == expected
     assert message.startswith("ttft: ")
 
@@ -83,14 +88,14 @@ def test_a_bound_is_kept_while_95_percent_of_all_gateways_latencies_are_within_i
     ],
 )
 def test_each_bound_has_to_be_kept_and_one_that_is_not_measured_is_not_known(ttft, gaps, expected):
-    status, _, message = judge_targets(facts(0.5, 0.05), [gateway(ttft, gaps)], None)
+    status, _, message = verdict(facts(0.5, 0.05), gateway(ttft, gaps))
     assert status.value == expected
     assert "ttft: " in message
     assert "interToken: " in message
 
 
 def test_the_message_has_the_measured_value_the_bound_and_what_would_have_to_change():
-    _, _, message = judge_targets(facts(0.5, 0.05), [gateway({16: 50}, {-16: 50})], None)
+    _, _, message = verdict(facts(0.5, 0.05), gateway({16: 50}, {-16: 50}))
     assert message == (
         "ttft: 95 % of the first tokens of the last 5 minutes within 1s, bound 500ms (needed: more engines, or a "
         "longer scheduling.engine.targets.ttft); interToken: 95 % of the times between tokens of the last 5 minutes "
@@ -109,7 +114,7 @@ def test_the_message_has_the_measured_value_the_bound_and_what_would_have_to_cha
     ],
 )
 def test_the_advice_is_for_this_resource(further, words):
-    _, _, message = judge_targets(facts(None, 0.05, **further), [gateway(None, {16: 50})], None)
+    _, _, message = verdict(facts(None, 0.05, **further), gateway(None, {16: 50}))
     assert words in message
 
 
@@ -129,14 +134,47 @@ def test_the_advice_is_for_this_resource(further, words):
     ],
 )
 def test_a_value_close_to_the_bound_gives_no_series_of_events(before, counts, expected):
-    status, _, _ = judge_targets(facts(), [gateway(counts)], condition(before))
+    status, _, _ = verdict(facts(), gateway(counts), before=read_kept(facts(), condition(before)))
     assert status.value == expected
 
 
 @given(st.sampled_from(["True", "False", "Unknown"]), st.dictionaries(st.integers(-384, 384), st.integers(0, 99)))
 def test_the_same_latencies_give_the_same_verdict_again(before, counts):
-    first = judge_targets(facts(), [gateway(counts)], condition(before))
-    assert judge_targets(facts(), [gateway(counts)], condition(first[0].value))[0] is first[0]
+    first = judge_targets(facts(), [gateway(counts)], read_kept(facts(), condition(before)))
+    second = judge_targets(facts(), [gateway(counts)], first.kept)
+    assert (second.verdict[:2], second.kept) == (first.verdict[:2], first.kept)
+    kept = read_kept(facts(), condition(first.verdict[0].value))
+    assert verdict(facts(), gateway(counts), before=kept)[:2] == first.verdict[:2]
+
+
+def test_each_bound_has_a_past_of_its_own():
+    both, watch = facts(0.5, 0.05), TrafficWatch()
+    missed = judge_targets(both, [gateway({8: 50}, {-1: 50})], {})
+    assert missed.kept == {("ttft", 0.5): False, ("interToken", 0.05): True}
+    assert judge_targets(both, [gateway({8: 50}, {-1: 50})], missed.kept).kept == missed.kept
+    again = judge_targets(both, [gateway({-30: 50}, {-1: 50})], missed.kept)
+    assert again.verdict[0] is ConditionStatus.TRUE, "interToken was never missed"
+    longer = judge_targets(facts(1.0), [gateway({-1: 50}, bound_s=1.0)], missed.kept)
+    assert longer.verdict[0] is ConditionStatus.TRUE, "this bound was never missed"
+    targets = {"ttft": "500ms", "interToken": "50ms"}
+    document = {"spec": {"scheduling": {"engine": {"targets": targets}}}}
+    first = said(watch, document, States(gateways={"g": gateway({8: 50}, {-1: 50})}))
+    second = said(watch, document, States(gateways={"g": gateway({8: 50}, {8: 50})}), built_from(first))
+    assert first[2].count("needed") == 1
+    assert second[2].count("needed") == 2, "another bound is written at once"
+    third = said(watch, document, States(gateways={"g": gateway({-9: 50}, {-1: 50})}), built_from(second))
+    assert third[:2] == (ConditionStatus.FALSE, "TargetsMissed")
+    assert third[2].count("needed") == 1
+
+
+def built_from(verdict: Any) -> Condition:
+    status, reason, message = verdict
+    row = condition(status.value, reason)
+    return row.model_copy(update={"message": message})
+
+
+def test_of_two_bounds_another_operator_left_none_is_held_against():
+    assert read_kept(facts(0.5, 0.05), condition("False")) == {("ttft", 0.5): True, ("interToken", 0.05): True}
 
 
 @pytest.mark.parametrize(
@@ -200,10 +238,10 @@ def test_missed_bounds_are_in_the_summary_and_a_condition_stands_only_with_bound
         inputs = ConditionInputs(desired=1, engines=1, ready=1, gateways=1, seen=True, targets=verdict)
         return build_conditions(inputs, {}, datetime.now(UTC))
 
-    missed = built(judge_targets(facts(), [gateway({5: 50})], None))
+    missed = built(verdict(facts(), gateway({5: 50})))
     assert summarise(missed).startswith("TargetsMissed: ttft")
     assert [row.type for row in missed if is_bad(row)] == [CONDITION]
-    assert summarise(built(judge_targets(facts(), [], None))) == "Serving"
+    assert summarise(built(verdict(facts()))) == "Serving"
     assert CONDITION not in {row.type for row in built(None)}
 
 

@@ -276,27 +276,29 @@ class EngineSupervisor:
 
     async def _watch_until_it_fails(self, session: aiohttp.ClientSession, hangs: HangWatch) -> str:
         started_s = last_answer_s = time.monotonic()
+        up_by_s = started_s + self._engine.startup_timeout_s
         while True:
             healthy = await is_healthy(session)
             now_s = time.monotonic()
             if healthy:
                 last_answer_s = now_s
-                if self._ready_since_s is None and await self._is_proven(session):
+                if self._ready_since_s is None and await self._is_proven(session, up_by_s - now_s):
                     self.max_model_len = await fetch_max_model_len(session)
                     self._ready_since_s = last_answer_s = time.monotonic()
                     log.info("engine is ready after %.1f s", self._ready_since_s - started_s)
                     self._enter(Phase.READY)
-            elif self._ready_since_s is None and now_s - started_s > self._engine.startup_timeout_s:
-                return f"not ready within {self._engine.startup_timeout_s:g} s: {self._log.last_error()}"
-            elif self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
+            if self._ready_since_s is None and time.monotonic() > up_by_s:
+                why = "it answers and generates no token" if healthy else self._log.last_error()
+                return f"not ready within {self._engine.startup_timeout_s:g} s: {why}"
+            if self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
                 return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
             if self._ready_since_s is not None and (reason := await hangs.look(now_s)) is not None:
                 return reason
             await asyncio.sleep(self._rules.health_every_s)
 
-    async def _is_proven(self, session: aiohttp.ClientSession) -> bool:
+    async def _is_proven(self, session: aiohttp.ClientSession, limit_s: float) -> bool:
         """Whether an engine that answers may become ready: after repeated deaths it has to generate a token first."""
-        return self._unsteady_deaths < UNSTEADY_DEATHS or await generates_token(session)
+        return self._unsteady_deaths < UNSTEADY_DEATHS or await generates_token(session, limit_s)
 
     async def _watch_process(self) -> str:
         """For an engine without a server: ready from its start; its end is seen elsewhere."""

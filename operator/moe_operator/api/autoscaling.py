@@ -3,6 +3,7 @@
 Its words are those of HorizontalPodAutoscaler v2.
 """
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
@@ -185,7 +186,11 @@ class Autoscaling(Section):
     )
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        _RANGE_RULE,
+        replace(
+            _RANGE_RULE,
+            cel=f"has(self.roles) || {_RANGE_RULE.cel}",
+            holds=lambda section: section.roles is not None or _RANGE_RULE.holds(section),
+        ),
         Rule(
             field="roles",
             message="each role is scaled by the operator; without autoscaling others may scale the Deployments of the "

@@ -72,16 +72,34 @@ def build_role_queries(namespace: str, names: Names, role: EngineRole, inter_tok
     whole["tokens_per_s"] = f"sum(rate({_ENGINE}_computed_tokens_total{engine}[{WINDOW}]))"
     if role is EngineRole.PREFILL:
         waiting = f"({_ENGINE}_waiting_prefill_tokens{engine} + {_ENGINE}_running_prefill_tokens{engine})"
-        seconds = f"{waiting} * {_ENGINE}_step_prefill_token_seconds{engine}"
         del whole["kv_usage"]
-        return whole | {"wait_s": f"min(max by (pod) ({seconds}))"}
+        return whole | {"wait_s": f"min({_of_engines(engine, waiting, _step_time(engine, 'prefill_token'))})"}
     del whole["wait_s"], whole["ttft_s"]
-    whole["kv_usage"] = f"avg(max by (pod) ({_ENGINE}_kv_usage_ratio{engine}))"
+    usage = f"{_ENGINE}_kv_usage_ratio{engine}"
+    whole["kv_usage"] = f"avg(max by (pod) ({_accepting(engine, usage)}))"
     if inter_token_s is None:
         return whole
-    left = f"(({inter_token_s:g} - {_ENGINE}_step_base_seconds{engine}) > 0)"
-    busy = f"{_ENGINE}_decode_tokens{engine} * {_ENGINE}_step_decode_request_seconds{engine}"
-    return whole | {"decode_load": f"avg(max by (pod) ({busy} / {left}))"}
+    left = f"({inter_token_s:g} - {_step_time(engine, 'base')})"
+    # Where a step takes longer whatever decodes in it, more engines change nothing.
+    part = f"({_step_time(engine, 'decode_request')} / ({left} > 0) or 0 * ({left} <= 0))"
+    return whole | {"decode_load": f"avg({_of_engines(engine, f'{_ENGINE}_decode_tokens{engine}', part)})"}
+
+
+def _step_time(engine: str, term: str) -> str:
+    return f"{_ENGINE}_step_{term}_seconds{engine}"
+
+
+def _of_engines(engine: str, tokens: str, each: str) -> str:
+    """The greatest product of tokens and their price over the ranks of each engine that accepts requests.
+
+    A rank without tokens has 0, also without a price; one with tokens and without a price has what is not known, Inf.
+    """
+    product = f"({tokens} * {each} or {tokens} == 0 or {tokens} * Inf)"
+    return f"max by (pod) ({_accepting(engine, product)})"
+
+
+def _accepting(engine: str, value: str) -> str:
+    return f"{value} and on (pod) {_ENGINE}_accepting{engine} == 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

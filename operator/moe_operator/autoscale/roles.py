@@ -12,6 +12,7 @@ from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.settings import FleetSettings
 
 from moe_operator.api.autoscaling import Autoscaling
+from moe_operator.api.reasons import Reason
 from moe_operator.api.resource import MoEServing
 from moe_operator.autoscale.autoscaler import Autoscaler, Outcome
 from moe_operator.autoscale.prometheus import Reading, build_role_queries, fetch_reading
@@ -21,6 +22,9 @@ from moe_operator.autoscale.token_rate import TokenRate, sum_rates
 from moe_operator.plan import Observed
 from moe_operator.plan.names import Names
 from moe_operator.plan.roles import role_numbers
+
+# What hides the load, then what is too few for it, then what only costs.
+_GRAVEST_FIRST = (Reason.NO_SIGNAL, Reason.TOO_FEW_REPLICAS, Reason.TOO_MANY_REPLICAS)
 
 log = logging.getLogger("moeserving.operator")
 
@@ -132,8 +136,9 @@ async def _read(
 
 
 def _sum_up(outcomes: Mapping[EngineRole, Outcome]) -> Outcome:
-    """The decisions over all roles as one; the limits of each role are named."""
-    limits = [outcome.limited for outcome in outcomes.values() if outcome.limited is not None]
+    """The decisions over all roles as one; the limits of each role are named, the gravest first."""
+    found = [outcome.limited for outcome in outcomes.values() if outcome.limited is not None]
+    limits = sorted(found, key=lambda limit: _GRAVEST_FIRST.index(limit[0]))
     return Outcome(
         replicas=sum(outcome.replicas for outcome in outcomes.values()),
         reason=", ".join(f"{role}: {outcome.reason}" for role, outcome in outcomes.items()),

@@ -1,7 +1,5 @@
 """Converts `spec.autoscaling` to the settings of the core: durations and units become numbers. Pure."""
 
-from dataclasses import replace
-
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.scaling import PolicySelection, PolicyType, ScalingPolicy, ScalingRules
 from moe_scheduling.fleet.settings import FleetSettings, FleetTargets
@@ -16,16 +14,20 @@ _LEAST_STALE_S = 15.0
 
 def fleet_settings(section: Autoscaling) -> FleetSettings:
     """The autoscaling section as settings of the fleet's decision."""
-    targets = section.targets
+    targets = FleetTargets(
+        wait_s=_seconds(section.targets.queue_wait),
+        kv_usage=section.targets.kv_usage,
+        ttft_s=_seconds(section.targets.ttft),
+        tokens_per_s=section.targets.tokens_per_second,
+    )
+    return _settings(section, targets, section)
+
+
+def _settings(section: Autoscaling, targets: FleetTargets, limits: Autoscaling | RoleRange) -> FleetSettings:
     return FleetSettings(
-        targets=FleetTargets(
-            wait_s=_seconds(targets.queue_wait),
-            kv_usage=targets.kv_usage,
-            ttft_s=_seconds(targets.ttft),
-            tokens_per_s=targets.tokens_per_second,
-        ),
-        min_replicas=section.min_replicas,
-        max_replicas=section.max_replicas,
+        targets=targets,
+        min_replicas=limits.min_replicas,
+        max_replicas=limits.max_replicas,
         idle_s=duration_s(section.idle_after),
         stale_after_s=max(_LEAST_STALE_S, _STALE_INTERVALS * duration_s(section.interval)),
         scale_up=_rules(section.scale_up),
@@ -49,8 +51,7 @@ def role_settings(section: Autoscaling, role: EngineRole) -> FleetSettings:
         targets = FleetTargets(wait_s=_seconds(wait), ttft_s=_seconds(ttft))
     else:
         targets = FleetTargets(kv_usage=kv_usage, inter_token_s=_seconds(inter_token))
-    settings = fleet_settings(section)
-    return replace(settings, targets=targets, min_replicas=limits.min_replicas, max_replicas=limits.max_replicas)
+    return _settings(section, targets, limits)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -17,7 +17,7 @@ from moe_operator.kubernetes.store import Key
 from moe_operator.kubernetes.transfers import CONDITION as DISAGGREGATED
 from moe_operator.kubernetes.transfers import TransferWatch, is_apart
 from moe_operator.targets.report import CONDITION as TARGETS_MET
-from moe_operator.targets.report import judge_targets, read_facts
+from moe_operator.targets.report import Judgement, judge_targets, read_facts, read_kept
 
 Document = dict[str, object]
 # A message with other numbers is written this often, as the numbers of the status are.
@@ -26,7 +26,7 @@ NUMBERS_EVERY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    verdict: Verdict
+    judged: Judgement
     at_s: float
 
 
@@ -72,12 +72,18 @@ class TrafficWatch:
         if not states.asked:
             is_known = before is not None and before.reason in set(Reason)
             return (before.status, Reason(before.reason), before.message) if before is not None and is_known else None
-        verdict, now_s = judge_targets(facts, states.gateways.values(), before), self._clock()
         said = self._said.get(key)
-        if said is not None and said.verdict[:2] == verdict[:2] and now_s - said.at_s < NUMBERS_EVERY_S:
-            return said.verdict
-        self._said[key] = _Said(verdict, now_s)
-        return verdict
+        kept = read_kept(facts, before) if said is None else said.judged.kept
+        judged, now_s = judge_targets(facts, states.gateways.values(), kept), self._clock()
+        if said is not None and _says_the_same(said.judged, judged) and now_s - said.at_s < NUMBERS_EVERY_S:
+            return said.judged.verdict
+        self._said[key] = _Said(judged, now_s)
+        return judged.verdict
+
+
+def _says_the_same(before: Judgement, now: Judgement) -> bool:
+    """Whether both differ in numbers alone."""
+    return before.verdict[:2] == now.verdict[:2] and before.kept == now.kept
 
 
 def changes_unseen(resource: MoEServing) -> bool:

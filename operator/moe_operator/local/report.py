@@ -102,7 +102,7 @@ def _build_targets(seen: Observation, now: datetime) -> tuple[Condition, ...]:
     facts = None if seen.gateway is None else facts_in_force(seen.gateway)
     if facts is None or seen.gateway is None:
         return ()
-    status, reason, message = judge_targets(facts, [seen.gateway], None)
+    status, reason, message = judge_targets(facts, [seen.gateway], {}).verdict
     row = Condition(type=TARGETS_MET, status=status, reason=reason, message=message, last_transition_time=now)
     return (row,)
 

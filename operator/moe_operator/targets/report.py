@@ -27,6 +27,8 @@ TO_ACT_ON = frozenset({Reason.TARGETS_MISSED})
 LEAST_MEASURED, LEAST_KEPT = 20, 10
 # A bound that was missed counts as kept again where the percentile is at least two buckets, 8.3 %, below it.
 _AGAIN_BUCKET = -2
+# A bound: its name and its value in seconds. One that was changed is another one.
+Bound = tuple[str, float]
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 _WORDS = {"ttft": "first tokens", "interToken": "times between tokens"}
 
@@ -86,33 +88,51 @@ def _part(document: Any, *names: str) -> Mapping[str, Any]:
     return document if isinstance(document, Mapping) else {}
 
 
-def judge_targets(facts: TargetFacts, gateways: Iterable[GatewayState], before: Condition | None) -> Verdict:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The verdict over the bounds of a resource, and what the next one looks back on.
+
+    Attributes:
+        verdict: over all bounds.
+        kept: whether each bound with enough latencies is kept, by its name and its value (seconds).
+    """
+
+    verdict: Verdict
+    kept: Mapping[Bound, bool]
+
+
+def judge_targets(facts: TargetFacts, gateways: Iterable[GatewayState], before: Mapping[Bound, bool]) -> Judgement:
     """Returns the verdict over the bounds of a resource.
 
     Args:
         facts: the bounds, and what could be changed.
         gateways: the newest state of each gateway.
-        before: the condition until now; None without one.
+        before: `kept` of the last judgement; of another bound it says nothing.
     """
-    records = _merge(facts.targets, [*gateways])
-    judged = before is not None and before.status is not UNKNOWN
-    least, most = (LEAST_KEPT if judged else LEAST_MEASURED), (_AGAIN_BUCKET if _was_missed(before) else 0)
-    unknown = [name for name, record in records.items() if record.measured < least]
-    missed = [name for name, row in records.items() if name not in unknown and _bucket(row) > most]
-    texts = [
-        _describe_unknown(name, least)
-        if name in unknown
-        else _describe(name, record) + (f" ({_advise(name, facts)})" if name in missed else "")
-        for name, record in records.items()
-    ]
+    kept, texts = {}, []
+    for name, record in _merge(facts.targets, [*gateways]).items():
+        bound = (name, record.bound_s)
+        least = LEAST_KEPT if bound in before else LEAST_MEASURED
+        if record.measured < least:
+            texts.append(_describe_unknown(name, least))
+            continue
+        kept[bound] = _bucket(record) <= (0 if before.get(bound, True) else _AGAIN_BUCKET)
+        advice = "" if kept[bound] else f" ({_advise(name, facts)})"
+        texts.append(_describe(name, record) + advice)
     message = "; ".join(texts)
-    if missed:
-        return FALSE, Reason.TARGETS_MISSED, message
-    return (UNKNOWN, Reason.NO_TRAFFIC, message) if unknown else (TRUE, Reason.WITHIN_TARGETS, message)
+    if not all(kept.values()):
+        return Judgement(verdict=(FALSE, Reason.TARGETS_MISSED, message), kept=kept)
+    is_known = len(kept) == len(texts)
+    verdict = (TRUE, Reason.WITHIN_TARGETS, message) if is_known else (UNKNOWN, Reason.NO_TRAFFIC, message)
+    return Judgement(verdict=verdict, kept=kept)
 
 
-def _was_missed(before: Condition | None) -> bool:
-    return before is not None and before.status is FALSE
+def read_kept(facts: TargetFacts, before: Condition | None) -> dict[Bound, bool]:
+    """Returns what a condition of another operator says of each bound; of two the one that was missed is not known."""
+    if before is None or before.status is UNKNOWN:
+        return {}
+    records = _merge(facts.targets, [])
+    return {(name, record.bound_s): before.status is TRUE or len(records) > 1 for name, record in records.items()}
 
 
 def _merge(targets: LatencyTargets, gateways: list[GatewayState]) -> dict[str, LatencyRecord]:

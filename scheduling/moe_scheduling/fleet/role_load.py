@@ -23,8 +23,8 @@ def prefill_backlog_s(ranks: Iterable[EngineSignal]) -> float | None:
 def decode_load(ranks: Iterable[EngineSignal], inter_token_s: float) -> float | None:
     """Returns the decoding requests over the number with which a step takes `inter_token_s`.
 
-    None where that is not known: without a step-time model, or where a step takes longer whatever decodes in it, which
-    more engines do not change.
+    None where that is not known, without a step-time model. 0 where nothing decodes, and where a step takes longer
+    whatever decodes in it: more engines do not change that, so it asks for none.
 
     Args:
         ranks: the newest signal of each rank of one engine.
@@ -41,10 +41,12 @@ def _backlog_s(rank: EngineSignal) -> float | None:
 
 
 def _load(rank: EngineSignal, inter_token_s: float) -> float | None:
+    if not rank.decode_tokens:
+        return 0.0
     if rank.step_time is None:
         return None
     left_s = inter_token_s - rank.step_time.base_s
-    return rank.decode_tokens * rank.step_time.decode_s / left_s if left_s > 0.0 else None
+    return 0.0 if left_s <= 0.0 else rank.decode_tokens * rank.step_time.decode_s / left_s
 
 
 def _worst(values: Sequence[float | None]) -> float | None:

@@ -137,7 +137,7 @@ class Controller:
 
     def learn_work(self, work: WorkCosts) -> None:
         """Takes the costs of expert work as measured so far."""
-        self.costs = replace(self.costs, token_s=work.token_s, expert_s=work.expert_s, pad_tokens=work.pad_tokens)
+        self.costs = replace(self.costs, token_s=work.token_s, expert_s=work.expert_s)
 
     def step_took(self, step: int, tokens: int, most_tokens: int, step_s: float) -> None:
         """Takes the duration of step `step`, which carried `tokens` over all ranks and `most_tokens` on one."""

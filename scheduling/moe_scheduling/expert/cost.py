@@ -181,6 +181,14 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     return terms, balance
 
 
+def load_of_layers(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
+    """Returns the seconds of each layer's busiest rank in the mean step, [layer]."""
+    if not costs.expert_s:
+        return load_of_ranks(load, placement).max(1) * costs.token_s
+    times = layer_time(load, costs)
+    return times.mean_step(times.of_ranks(placement.physical_to_logical, placement.ranks).max(2))
+
+
 def _load_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts, tokens: Floats) -> tuple[float, float]:
     """Returns the seconds of all layers' busiest ranks in the mean step, and those of their mean ranks."""
     if not costs.expert_s:
@@ -246,8 +254,9 @@ class _Arrivals:
     in_node: float
 
     def traffic_s(self, costs: ExpertCosts) -> float:
-        one_way_s = (self.in_node - self.in_rank) * costs.remote_token_s
-        return _DIRECTIONS * (one_way_s + (self.total - self.in_node) * costs.internode_token_s)
+        # Sums in another order may differ by a rounding, and no time is negative.
+        near, far = max(self.in_node - self.in_rank, 0.0), max(self.total - self.in_node, 0.0)
+        return _DIRECTIONS * (near * costs.remote_token_s + far * costs.internode_token_s)
 
     def outside(self, inside: float) -> float:
         return max(1 - inside / self.total, 0.0) if self.total else 0.0

@@ -184,7 +184,7 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
 def load_of_layers(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
     """Returns the seconds of each layer's busiest rank in the mean step, [layer]."""
     if not costs.expert_s:
-        return load_of_ranks(load, placement).max(1) * costs.token_s
+        return np.asarray(load_of_ranks(load, placement).max(1) * costs.token_s)
     times = layer_time(load, costs)
     return times.mean_step(times.of_ranks(placement.physical_to_logical, placement.ranks).max(2))
 

@@ -125,7 +125,7 @@ def count_charged(before: Placement, after: Placement) -> Ints:
     Which slots are idle changes without a move, but the layer takes part in a round all the same.
     """
     changed = (before.physical_to_logical != after.physical_to_logical).any(1)
-    return np.maximum(count_moves(before, after), changed)
+    return np.asarray(np.maximum(count_moves(before, after), changed))
 
 
 def keep_slots(before: Ints, after: Ints, ranks: int) -> Ints:

@@ -202,6 +202,30 @@ def test_a_move_is_cut_into_steps_by_the_bound_on_one(max_stall_s, layers_a_step
     assert [content.version for content in moves] == [1] * (len(moves) - 1) + [2]
 
 
+def test_a_round_that_only_changes_idle_slots_says_nothing_about_moves():
+    idle = START.copy()
+    idle[:, 5] = 0
+    group = Group(mode=ExpertMode.OBSERVE)
+    group.move_s = 5.0
+    group.direct(DirectiveAction.APPLY, idle)
+    group.run(100)
+    assert (group.held == idle).all()
+    assert group.controller.bookkeeping.totals.moves == 0
+    assert group.controller.costs.move_s == COSTS.move_s
+
+
+def test_the_time_of_a_round_is_divided_by_what_the_gate_counts():
+    """Of two layers that change at once one moves two experts, the other one changes an idle slot."""
+    target = START.copy()
+    target[0], target[1, 5] = BETTER[0], 0
+    group = Group(mode=ExpertMode.OBSERVE, max_stall_s=1.0)
+    group.move_s = 0.3
+    group.direct(DirectiveAction.APPLY, target)
+    group.run(100)
+    assert group.controller.bookkeeping.totals.moves == 2
+    assert group.controller.costs.move_s == pytest.approx(0.5 * (COSTS.move_s + 0.3 / 3))
+
+
 def test_a_move_longer_than_its_bound_is_reported_until_one_is_within_it():
     group = Group(max_stall_s=0.02)
     group.planner.answer = answer()

@@ -3,6 +3,7 @@
 import base64
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,23 @@ def test_what_is_published_is_read_with_all_its_tables_or_in_short(tmp_path):
     assert "physical_to_logical" not in short["placement"]
     assert short["load"] == {"steps": 0.0, "hottest": [], "sizes": None}
     json.dumps([document, short])
+
+
+def test_heat_is_read_from_the_file_of_its_brief_form_though_that_is_removed_meanwhile(tmp_path, monkeypatch):
+    controller = Controller(SHAPE, START, request(SKEWED).costs, planner=None, checksum=checksum)
+    write_document(tmp_path, take_publication(controller, 5.0))
+    published, opened = PublishedExperts(tmp_path), Path.open
+
+    def open_and_remove(path, *args):
+        file = opened(path, *args)
+        path.unlink()
+        return file
+
+    monkeypatch.setattr(Path, "open", open_and_remove)
+    heat = published.read_heat(5.0)
+    assert heat is not None
+    assert heat["heat"] is None, "no load was counted"
+    assert published.read_heat(6.0) is None
 
 
 def test_the_hottest_come_first_and_those_without_tokens_not_at_all():

@@ -9,7 +9,7 @@ from moe_agent.experts.step_sizes import StepSizeWindow
 from moe_agent.experts.step_times import WorkMeter, work_costs
 from moe_scheduling.expert.gpu_priors import WorkCosts
 
-PRIOR = WorkCosts(token_s=1e-8, expert_s=4e-6, pad_tokens=100.0)
+PRIOR = WorkCosts(token_s=1e-8, expert_s=4e-6)
 
 
 def measured(calls, fixed_s=1e-3, token_s=2e-6, expert_s=1e-4):
@@ -23,7 +23,6 @@ def test_the_meter_tells_a_token_from_an_expert():
     costs = measured([(tokens % 97 + experts, experts) for tokens in range(300) for experts in (1, 3, 8)])
     assert costs.token_s == pytest.approx(2e-6)
     assert costs.expert_s == pytest.approx(1e-4)
-    assert costs.pad_tokens == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_the_meter_tells_a_token_from_an_expert():
 )
 def test_where_they_rise_alike_all_time_is_that_of_tokens(calls, why):
     costs = measured(calls)
-    assert costs.expert_s == costs.pad_tokens == 0.0, why
+    assert costs.expert_s == 0.0, why
     assert costs.token_s > 0.0, why
 
 
@@ -51,7 +50,7 @@ def test_a_slope_that_would_be_negative_is_none():
         (WorkCosts(token_s=3e-8), None, WorkCosts(token_s=3e-8)),
         (WorkCosts(token_s=0.0), PRIOR, PRIOR),
         (WorkCosts(token_s=3e-8), PRIOR, PRIOR),
-        (WorkCosts(token_s=5e-9), PRIOR, WorkCosts(token_s=5e-9, expert_s=4e-6, pad_tokens=100.0)),
+        (WorkCosts(token_s=5e-9), PRIOR, WorkCosts(token_s=5e-9, expert_s=4e-6)),
         (WorkCosts(token_s=3e-8, expert_s=1e-6), PRIOR, WorkCosts(token_s=3e-8, expert_s=1e-6)),
     ],
 )

@@ -23,7 +23,6 @@ costs = st.builds(
     ExpertCosts,
     token_s=PRICES,
     expert_s=PRICES,
-    pad_tokens=st.sampled_from([0.0, 100.0]),
     remote_token_s=PRICES,
     internode_token_s=PRICES,
     move_s=PRICES,

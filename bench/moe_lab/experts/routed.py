@@ -191,10 +191,10 @@ def run_all(
 
 def _policies(group: GroupSizes, gpu: str, move_s: float) -> dict[str, Policy]:
     """The product's decisions on the prior of the GPU, its decisions by tokens alone, and the rivals."""
-    work = work_prior(f"NVIDIA {gpu.upper()}", _EXPERT_BYTES, 2)
+    work = work_prior(f"NVIDIA {gpu.upper()}", _EXPERT_BYTES, "bfloat16")
     assert work is not None
     by_tokens = ExpertCosts(token_s=work.token_s, move_s=move_s)
-    costs = replace(by_tokens, expert_s=work.expert_s, pad_tokens=work.pad_tokens)
+    costs = replace(by_tokens, expert_s=work.expert_s)
     rivals = make_policies(group, by_tokens, ExpertSettings())
     names = ("static", "vLLM", "DeepSeek, global")
     return {

@@ -137,7 +137,7 @@ class Controller:
 
     def learn_work(self, work: WorkCosts) -> None:
         """Takes the costs of expert work as measured so far."""
-        self.costs = replace(self.costs, token_s=work.token_s, expert_s=work.expert_s, pad_tokens=work.pad_tokens)
+        self.costs = replace(self.costs, token_s=work.token_s, expert_s=work.expert_s)
 
     def step_took(self, step: int, tokens: int, most_tokens: int, step_s: float) -> None:
         """Takes the duration of step `step`, which carried `tokens` over all ranks and `most_tokens` on one."""
@@ -183,13 +183,14 @@ class Controller:
         if not ok:
             self._abandon(move)
             return
-        moves = sum(self._count_moves(move.target)[layer] for layer in layers)
+        by_layer = self._count_moves(move.target)
+        moves = [by_layer[layer] for layer in layers]
         self.placement[layers] = move.target[layers]
-        self.bookkeeping.totals.moves += moves
+        self.bookkeeping.totals.moves += sum(moves)
         self.bookkeeping.totals.lost_s += seconds
         self.bookkeeping.amend(move.decision.number, lambda row: replace(row, cost_s=row.cost_s + seconds))
         move.paid_s += seconds
-        self._learn_move(seconds, moves, len(layers))
+        self._learn_move(seconds, moves)
         if not move.layers:
             self._end_move(move)
 
@@ -393,9 +394,12 @@ class Controller:
     def _measure(self, placement: Slots) -> Balance:
         return measure_balance(self.window.tokens_a_step(), placement, self.shape)
 
-    def _learn_move(self, seconds: float, moves: int, layers: int) -> None:
-        self.costs = replace(self.costs, move_s=0.5 * (self.costs.move_s + seconds / max(1, moves)))
-        self.bookkeeping.note_stall(seconds, self.settings.max_stall_s, moves, layers)
+    def _learn_move(self, seconds: float, moves: list[int]) -> None:
+        """Takes the time of a round with these moves by layer; one that only changed idle slots says nothing."""
+        if any(moves):
+            charged = sum(max(1, count) for count in moves)
+            self.costs = replace(self.costs, move_s=0.5 * (self.costs.move_s + seconds / charged))
+        self.bookkeeping.note_stall(seconds, self.settings.max_stall_s, sum(moves), len(moves))
 
     def _end_move(self, move: Relocation) -> None:
         self._close_move(move)

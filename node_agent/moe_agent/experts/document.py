@@ -243,12 +243,7 @@ class PublishedExperts:
         """
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                stamp = found.st_ino, found.st_mtime_ns
-                if stamp != self._stamp:
-                    self._brief, self._written_s = _read_state(file)
-                    self._whole = self._heat = None
-                    self._stamp = stamp
+                self._refresh(file)
                 if not short and self._whole is None:
                     file.seek(0)
                     self._whole = _read_tables(file, self._brief)
@@ -259,13 +254,24 @@ class PublishedExperts:
 
     def read_heat(self, now_s: float) -> Document | None:
         """Returns the brief form with the load as bytes, `heat`; None while there is no document."""
-        if (brief := self.read(now_s, short=True)) is None:
+        try:
+            with self._path.open("rb") as file:
+                self._refresh(file)
+                if self._heat is None:
+                    file.seek(0)
+                    self._heat = _read_heat(file, self._brief)
+        except FileNotFoundError:
             return None
-        if self._heat is None:
-            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                heat = build_heat(archive[_LOAD].astype(np.float64), archive[_PLACEMENT], brief["ranks"])
-            self._heat = {"heat": None if heat is None or not brief["load"]["steps"] else heat.model_dump()}
-        return brief | self._heat
+        return as_of(self._brief, now_s - self._written_s) | self._heat
+
+    def _refresh(self, file: Any) -> None:
+        """Reads the brief form of an open document that is not the one read before."""
+        found = os.fstat(file.fileno())
+        stamp = found.st_ino, found.st_mtime_ns
+        if stamp != self._stamp:
+            self._brief, self._written_s = _read_state(file)
+            self._whole = self._heat = None
+            self._stamp = stamp
 
 
 def _read_state(file: Any) -> tuple[Document, float]:
@@ -273,6 +279,13 @@ def _read_state(file: Any) -> tuple[Document, float]:
     with np.load(file, allow_pickle=False) as archive:
         brief: Document = json.loads(archive[_STATE].tobytes())
         return brief, float(archive[_WRITTEN_S])
+
+
+def _read_heat(file: Any, brief: Document) -> Document:
+    """Returns the load as bytes, `heat`; None in it where nothing was counted."""
+    with np.load(file, allow_pickle=False) as archive:
+        heat = build_heat(archive[_LOAD].astype(np.float64), archive[_PLACEMENT], brief["ranks"])
+    return {"heat": None if heat is None or not brief["load"]["steps"] else heat.model_dump()}
 
 
 def _read_tables(file: Any, brief: Document) -> Document:

@@ -37,8 +37,7 @@ class MeasuredCosts:
         remote_token_s: transfer of one token, in one direction, between two ranks of a node.
         internode_token_s: transfer of one token, in one direction, between two nodes.
         move_s: one expert moved to another rank.
-        expert_s: reading the weights of one expert; 0: not known.
-        pad_tokens: tokens by which the last tile of an expert is computed in vain, no time.
+        expert_s: one expert more that got a token; 0: not known.
     """
 
     token_s: float
@@ -46,14 +45,12 @@ class MeasuredCosts:
     internode_token_s: float
     move_s: float
     expert_s: float = 0.0
-    pad_tokens: float = 0.0
 
     def over(self, horizon_steps: int) -> ExpertCosts:
         """Returns them as coefficients of the cost model for a number of steps until the next decision."""
         return ExpertCosts(
             token_s=self.token_s,
             expert_s=self.expert_s,
-            pad_tokens=self.pad_tokens,
             remote_token_s=self.remote_token_s,
             internode_token_s=self.internode_token_s,
             move_s=self.move_s,

@@ -139,9 +139,7 @@ class WorkMeter:
     def costs(self) -> WorkCosts:
         """Seconds for one (token, expert) pair more and for one expert more; 0 before the first call.
 
-        Where tokens and experts rise and fall together, or a slope is negative, all time is that of tokens. The plane
-        is the form of `LayerTime` with `pad_tokens` such that computing an expert's last tile takes as long as reading
-        it.
+        Where tokens and experts rise and fall together, or a slope is negative, all time is that of tokens.
         """
         tokens, _, seconds = self._sums
         if not tokens:
@@ -154,7 +152,7 @@ class WorkMeter:
             token_s = (token_slope * expert_variance - expert_slope * both) / apart
             expert_s = (expert_slope * token_variance - token_slope * both) / apart
             if token_s > 0.0 and expert_s > 0.0:
-                return WorkCosts(token_s=token_s, expert_s=expert_s, pad_tokens=expert_s / token_s)
+                return WorkCosts(token_s=token_s, expert_s=expert_s)
         return WorkCosts(token_s=max(0.0, token_slope / token_variance))
 
     def _covariances(self) -> list[float]:

@@ -175,8 +175,8 @@ class ExpertGroup:
         if self.on_cpu:
             return None
         weights = list(self._model_state.model.expert_weights[0])
-        parameter_bytes = max(weights, key=lambda weight: weight[0].nbytes).element_size()
-        return work_prior(torch.cuda.get_device_name(), sum(weight[0].nbytes for weight in weights), parameter_bytes)
+        element_type = str(max(weights, key=lambda weight: weight[0].nbytes).dtype).removeprefix("torch.")
+        return work_prior(torch.cuda.get_device_name(), sum(weight[0].nbytes for weight in weights), element_type)
 
     def _placement(self) -> Slots:
         placement: Slots = self._model_state.physical_to_logical_map.cpu().numpy().astype(np.int64)

@@ -26,7 +26,8 @@ class ExpertScheduling(settings_section(ExpertSettings)):  # type: ignore[misc]
     redundant_experts: Annotated[Count, Field(ge=0, le=4096)] = Field(
         default=0,
         description="Slots for further copies of hot experts, in each layer, over all ranks of a replica; each takes "
-        "the memory of one expert a layer. Experts and these must divide by the ranks. A change rolls the engines.",
+        "the memory of one expert a layer, and time in small steps; only large steps can win by them. Experts and "
+        "these must divide by the ranks. A change rolls the engines.",
     )
 
 

@@ -68,7 +68,7 @@ def read_costs(document: ExpertsState, horizon_steps: int) -> ExpertCosts | None
     measured = {name: value for name, value in (document.costs or {}).items() if value is not None}
     if not measured.get("token_s"):
         return None
-    known = ("token_s", "expert_s", "pad_tokens", "remote_token_s", "internode_token_s", "move_s")
+    known = ("token_s", "expert_s", "remote_token_s", "internode_token_s", "move_s")
     try:
         return ExpertCosts(**{name: measured[name] for name in known if name in measured}, horizon_steps=horizon_steps)
     except ValueError:

@@ -67,7 +67,7 @@ def search_candidates(
     table, ranks, experts = placement.physical_to_logical, placement.ranks, load.experts
     yield _search(load, placement, costs, settings, park_idle(table, experts, ranks), copies=True)
     if costs.expert_s and placement.slots > experts:
-        work, _ = _work(load, costs, placement)
+        work, _ = _work(load, costs)
         yield _search(load, placement, costs, settings, drop_copies(table, work, experts, ranks), copies=False)
 
 
@@ -115,7 +115,7 @@ def _search(
 ) -> PlacementPath:
     """Searches in a unit of about a rank's time in a layer, for single precision; the path is in seconds."""
     budget = settings.move_budget or round_budget(placement)
-    work_s, slot_work = _work(load, costs, placement)
+    work_s, slot_work = _work(load, costs)
     largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
     unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks
     if slot_work is not None:
@@ -148,16 +148,14 @@ def _search(
     )
 
 
-def _work(load: ExpertLoad, costs: ExpertCosts, placement: Placement) -> tuple[Floats, SlotWork | None]:
+def _work(load: ExpertLoad, costs: ExpertCosts) -> tuple[Floats, SlotWork | None]:
     """Returns the seconds of each expert that has one slot, and those of one of several slots if these do not divide
     it evenly.
     """
     if not costs.expert_s:
         return load.by_expert * costs.token_s, None
     times = layer_time(load, costs)
-    bound = times.weights_bound(placement.physical_to_logical, placement.ranks)
-    alone = times.slot_work(np.ones(load.by_expert.shape, np.int64), bound)
-    return alone, lambda copies: times.slot_work(copies, bound)
+    return times.slot_work(np.ones(load.by_expert.shape, np.int64)), times.slot_work
 
 
 def _scaled(slot_work: SlotWork, unit_s: float, extra: int) -> SlotWork:

@@ -4,8 +4,8 @@ The papers weigh balance, traffic and moves by hand-set factors alpha, beta, gam
 term is a time from a measured coefficient, so no weights are needed.
 
 - Load: a layer of an expert group ends with its slowest rank. A rank reads the weights of the experts that its tokens
-  meet or computes their tokens, whichever is longer (`layer_time.py`); where the time to read an expert is not known
-  it takes `token_s` times its tokens. Replicas of an expert share its tokens evenly, because vLLM picks the replica by
+  meet and computes their tokens (`layer_time.py`); where the time to read an expert is not known it takes `token_s`
+  times its tokens. Replicas of an expert share its tokens evenly, because vLLM picks the replica by
   the token's position.
 - Traffic: each token travels from the rank that has its request to the rank of its expert and back. The links of all
   ranks work in parallel, so the time is that of the mean rank.
@@ -87,8 +87,8 @@ class ExpertCosts:
 
     Attributes:
         token_s: work of a rank on one token of one expert.
-        expert_s: reading the weights of one expert; 0: not known, and then `token_s` alone counts.
-        pad_tokens: tokens by which the last tile of an expert is computed in vain, in the mean.
+        expert_s: one expert more that got a token, of which most is reading its weights; 0: not known, and then
+            `token_s` alone counts.
         remote_token_s: transfer of one token, in one direction, between two ranks of a node.
         internode_token_s: transfer of one token, in one direction, between two nodes.
         move_s: time that serving stands still for one expert moved to a rank.
@@ -100,14 +100,13 @@ class ExpertCosts:
 
     token_s: float
     expert_s: float = 0.0
-    pad_tokens: float = 0.0
     remote_token_s: float = 0.0
     internode_token_s: float = 0.0
     move_s: float = 0.0
     horizon_steps: int = 3000
 
     def __post_init__(self) -> None:
-        for name in ("token_s", "expert_s", "pad_tokens", "remote_token_s", "internode_token_s", "move_s"):
+        for name in ("token_s", "expert_s", "remote_token_s", "internode_token_s", "move_s"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite")
         if self.horizon_steps < 1:
@@ -182,6 +181,14 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     return terms, balance
 
 
+def load_of_layers(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
+    """Returns the seconds of each layer's busiest rank in the mean step, [layer]."""
+    if not costs.expert_s:
+        return np.asarray(load_of_ranks(load, placement).max(1) * costs.token_s)
+    times = layer_time(load, costs)
+    return times.mean_step(times.of_ranks(placement.physical_to_logical, placement.ranks).max(2))
+
+
 def _load_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts, tokens: Floats) -> tuple[float, float]:
     """Returns the seconds of all layers' busiest ranks in the mean step, and those of their mean ranks."""
     if not costs.expert_s:
@@ -198,7 +205,6 @@ def layer_time(load: ExpertLoad, costs: ExpertCosts) -> LayerTime:
         sizes=load.sizes or MEAN_STEP,
         expert_s=costs.expert_s,
         token_s=costs.token_s,
-        pad_tokens=costs.pad_tokens,
     )
 
 
@@ -248,8 +254,9 @@ class _Arrivals:
     in_node: float
 
     def traffic_s(self, costs: ExpertCosts) -> float:
-        one_way_s = (self.in_node - self.in_rank) * costs.remote_token_s
-        return _DIRECTIONS * (one_way_s + (self.total - self.in_node) * costs.internode_token_s)
+        # Sums in another order may differ by a rounding, and no time is negative.
+        near, far = max(self.in_node - self.in_rank, 0.0), max(self.total - self.in_node, 0.0)
+        return _DIRECTIONS * (near * costs.remote_token_s + far * costs.internode_token_s)
 
     def outside(self, inside: float) -> float:
         return max(1 - inside / self.total, 0.0) if self.total else 0.0

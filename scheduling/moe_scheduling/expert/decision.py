@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from moe_scheduling.expert.candidates import PlacementPath, round_budget, search_candidates
-from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, score_placement
+from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, load_of_layers, score_placement
 from moe_scheduling.expert.layer_time import StepSizes
 from moe_scheduling.expert.placement import (
     Ints,
     Placement,
     check_experts,
+    count_charged,
     count_moves,
     initial_placement,
     keep_slots,
@@ -115,7 +118,7 @@ class _Answer:
         candidate: the best placement found; with `Move`, the one to go to.
         moves: experts that it would move to other ranks.
         gain_s: seconds a step that it would gain if the load stayed the same.
-        cost_s: seconds that its moves cost.
+        cost_s: seconds that its moves cost; a layer of which only idle slots change costs as much as one move.
         stability: part of `gain_s` that is counted on, 0 to 1.
         balance_before: of the present placement.
         balance_after: of the candidate.
@@ -158,10 +161,11 @@ class Stay(_Answer):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Option:
-    """A candidate placement with its score."""
+    """A candidate placement with its score; `charged` is what its cost is counted by (`count_charged`)."""
 
     placement: Placement
     moves: int
+    charged: int
     gain_s: float
     stability: float
     score: Score
@@ -220,11 +224,11 @@ def plan_experts(
     price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
     def choose(path: PlacementPath) -> _Option:
-        weigh = lambda price: _weigh_option(path.table(price), load, placement, costs, before, known)  # noqa: E731
+        weigh = lambda price: _weigh_option(path.table(price), price, load, placement, costs, before, known)  # noqa: E731
         return _choose_option(weigh, price_s, least_s, whole=whole)
 
     found = map(choose, search_candidates(load, placement, costs, settings))
-    option = max(found, key=lambda option: option.gain_s * option.stability - price_s * option.moves)
+    option = max(found, key=lambda option: option.gain_s * option.stability - price_s * option.charged)
     if known.regret is not None and known.regret.budget_exhausted:
         back = plan_rollback(known.regret, placement, budget, costs)
         if back is not placement:
@@ -248,18 +252,44 @@ def _choose_option(weigh: Callable[[float], _Option], price_s: float, least_s: f
 
 
 def _weigh_option(
-    table: Ints, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
+    table: Ints,
+    price_s: float,
+    load: ExpertLoad,
+    placement: Placement,
+    costs: ExpertCosts,
+    before: Score,
+    known: ExpertHistory,
 ) -> _Option:
     kept = keep_slots(placement.physical_to_logical, table, placement.ranks)
     after = replace(placement, physical_to_logical=kept, version=placement.version + 1)
+    after = _keep_cheap_layers(after, price_s, load, placement, costs)
     score = score_placement(load, after, costs)
     total_s = before[0].total_s
     gain_s = total_s - score[0].total_s
     if gain_s <= _MIN_GAIN * total_s:
-        return _Option(placement=placement, moves=0, gain_s=0.0, stability=1.0, score=before)
+        return _Option(placement=placement, moves=0, charged=0, gain_s=0.0, stability=1.0, score=before)
     stability = min(_gain_before(gain_s / total_s, placement, after, costs, known), max(known.hit_rate, 0.0))
-    moves = int(count_moves(placement, after).sum())
-    return _Option(placement=after, moves=moves, gain_s=gain_s, stability=stability, score=score)
+    return _Option(
+        placement=after,
+        moves=int(count_moves(placement, after).sum()),
+        charged=int(count_charged(placement, after).sum()),
+        gain_s=gain_s,
+        stability=stability,
+        score=score,
+    )
+
+
+def _keep_cheap_layers(
+    after: Placement, price_s: float, load: ExpertLoad, placement: Placement, costs: ExpertCosts
+) -> Placement:
+    """Returns the candidate without the changes of idle slots alone that gain less than the price of one move."""
+    idle_alone = (count_charged(placement, after) > 0) & (count_moves(placement, after) == 0)
+    if not idle_alone.any():
+        return after
+    gained_s = load_of_layers(load, placement, costs) - load_of_layers(load, after, costs)
+    stays = idle_alone & (gained_s < price_s)
+    table = np.where(stays[:, None], placement.physical_to_logical, after.physical_to_logical)
+    return replace(after, physical_to_logical=table)
 
 
 def _gain_before(
@@ -317,8 +347,8 @@ def _roll_back(
 ) -> Move:
     score = score_placement(load, back, costs)
     gain_s = before[0].total_s - score[0].total_s
-    moves = int(count_moves(placement, back).sum())
-    option = _Option(placement=back, moves=moves, gain_s=gain_s, stability=1.0, score=score)
+    moves, charged = int(count_moves(placement, back).sum()), int(count_charged(placement, back).sum())
+    option = _Option(placement=back, moves=moves, charged=charged, gain_s=gain_s, stability=1.0, score=score)
     why = f"moving has lost {-regret.won_s:.4g} s since the first decision: rollback to the placement of that time"
     return Move(**_common_fields(option, load, placement, costs, before, known), reasons=(why,))
 
@@ -334,7 +364,7 @@ def _common_fields(
         "candidate": option.placement,
         "moves": option.moves,
         "gain_s": option.gain_s,
-        "cost_s": option.moves * costs.move_s,
+        "cost_s": option.charged * costs.move_s,
         "stability": option.stability,
         "balance_before": before[1],
         "balance_after": option.score[1],

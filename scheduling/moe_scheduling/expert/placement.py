@@ -119,6 +119,15 @@ def count_moves(before: Placement, after: Placement) -> Ints:
     return np.asarray((~stays).sum(1), dtype=np.int64)
 
 
+def count_charged(before: Placement, after: Placement) -> Ints:
+    """Returns by layer what a change counts for where time is paid: its moves, and at least one where slots change.
+
+    Which slots are idle changes without a move, but the layer takes part in a round all the same.
+    """
+    changed = (before.physical_to_logical != after.physical_to_logical).any(1)
+    return np.asarray(np.maximum(count_moves(before, after), changed))
+
+
 def keep_slots(before: Ints, after: Ints, ranks: int) -> Ints:
     """Returns `after` [layer, slot] with each expert that stays on its rank in the slot that it has in `before`."""
     shape = (before.shape[0], ranks, -1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_scheduling.expert.cost import ExpertCosts, ExpertLoad, score_placement
-from moe_scheduling.expert.placement import Placement, count_moves
+from moe_scheduling.expert.placement import Placement, count_charged
 
 # Part of the experts' time that may be lost against the placement at the beginning.
 _LOSS_BUDGET = 0.005
@@ -45,7 +45,7 @@ class RegretBound:
         """Returns the bound after `steps` engine steps with a placement under a load."""
         step_s = score_placement(load, placement, costs)[0].total_s
         won_s = 0.0
-        if count_moves(self.began, placement).any():
+        if count_charged(self.began, placement).any():
             won_s = score_placement(load, self.began, costs)[0].total_s - step_s
         return replace(self, won_s=self.won_s + won_s * steps, duration_s=self.duration_s + step_s * steps)
 
@@ -60,14 +60,15 @@ def plan_rollback(bound: RegretBound, placement: Placement, budget: int, costs: 
     Args:
         bound: the regret bound.
         placement: the present placement.
-        budget: most moves; of the layers that differ from the beginning those with the fewest moves go first.
+        budget: most moves, where a layer that changes counts for at least one; of the layers that differ from the
+            beginning those with the fewest moves go first.
         costs: `move_s` is the cost of one move back.
 
     Returns:
         The layers of the beginning as far as the budget reaches; `placement` itself where the way back costs more than
         was lost so far.
     """
-    moves = count_moves(placement, bound.began)
+    moves = count_charged(placement, bound.began)
     order = moves.argsort(kind="stable")
     goes = np.zeros(len(moves), np.bool_)
     goes[order] = moves[order].cumsum() <= budget

@@ -47,6 +47,8 @@ class Events:
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 text = (await self.answer.content.readuntil(b"\n\n")).decode()
+                if text.startswith(":"):
+                    continue
                 name, data = text.strip().split("\n", 1)
                 if name == f"event: {kind}":
                     return json.loads(data.removeprefix("data: "))
@@ -214,6 +216,52 @@ async def test_no_watcher_means_no_work(make_engine, serve, made):
     assert publisher.made == made_then
     async with watching(served) as events:
         assert (await events.next("snapshot"))["requests"] == 6
+
+
+async def test_no_request_of_a_client_stops_the_page(make_engine, serve):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        await events.next("snapshot")
+        await served.ask(post(prompt(priority="9" * 30)))
+        await events.until(lambda document: document["newest"])
+        await events.next("snapshot")
+
+
+async def test_a_second_that_fails_is_logged_and_the_next_one_is_shown(make_engine, serve, made, monkeypatch, caplog):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        before = await events.next("snapshot")
+        with monkeypatch.context() as patched:
+            patched.setattr(publisher_module, "build_snapshot", lambda *_, **__: 1 / 0)
+            await until(lambda: "no snapshot" in caplog.text, "the failure's line")
+        await events.until(lambda document: document["at_s"] > before["at_s"])
+    assert "ZeroDivisionError" in caplog.text
+    assert caplog.text.count("Traceback") == 1, "a failure that lasts is one line"
+
+
+async def test_a_page_opens_again_after_the_task_has_ended(make_engine, serve, made):
+    served = await serve(await make_engine())
+    async with watching(served) as first:
+        await first.next("snapshot")
+        made[0]._task.cancel()
+        await until(made[0]._task.done, "the end of the task")
+        async with watching(served) as second:
+            for _ in range(2):
+                await second.next("snapshot")
+
+
+async def test_a_task_that_failed_does_not_fail_the_end(make_engine, serve, made):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        await events.next("snapshot")
+        (publisher,) = made
+        publisher._task.cancel()
+
+        async def fail():
+            raise ValueError("as no code should")
+
+        publisher._task = asyncio.create_task(fail())
+        await served.gateway.close()
 
 
 async def test_many_pages_are_refused(make_engine, serve, monkeypatch):

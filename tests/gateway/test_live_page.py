@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -9,6 +10,7 @@ import pytest
 from moe_contract.page_keys import derive_page_key
 from moe_contract.tenancy import hash_tenant
 from moe_gateway.live_page import publisher as publisher_module
+from moe_gateway.live_page import routes as routes_module
 from moe_gateway.live_page.publisher import LivePublisher
 from moe_gateway.live_page.routes import LivePage
 from moe_gateway.request.recent_requests import TERMS_PERIOD_S
@@ -271,6 +273,39 @@ async def test_many_pages_are_refused(make_engine, serve, monkeypatch):
         await events.next("snapshot")
         status, _, body = await fetch(served, "/ui/events", f"Bearer {PAGE_KEY}")
         assert (status, b"too many" in body) == (503, True)
+
+
+@asynccontextmanager
+async def unread(served, publisher):
+    """A page that asks for the events and then reads none, with more of them than the sockets hold."""
+    with socket.socket() as page:
+        page.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        page.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(page, ("127.0.0.1", served.config.admin.port))
+        head = f"GET /ui/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {PAGE_KEY}\r\n\r\n"
+        await loop.sock_sendall(page, head.encode())
+        await until(lambda: publisher._watchers, "the watcher")
+        publisher._text = b"event: snapshot\ndata: " + b"x" * 16_000_000 + b"\n\n"
+        for watcher in publisher._watchers:
+            watcher.changed.set()
+        yield page
+
+
+async def test_a_page_that_does_not_read_is_cut_off_and_costs_nothing_more(make_engine, serve, made, monkeypatch):
+    monkeypatch.setattr(routes_module, "LONGEST_WRITE_S", 0.2)
+    served = await serve(await make_engine())
+    (publisher,) = made
+    async with unread(served, publisher):
+        await until(lambda: not publisher._watchers and publisher._task is None, "the end of the watcher")
+
+
+async def test_a_page_that_does_not_read_does_not_delay_the_end(make_engine, serve, made, monkeypatch):
+    monkeypatch.setattr(routes_module, "LONGEST_WRITE_S", 1e6)
+    served = await serve(await make_engine())
+    async with unread(served, made[0]):
+        # Far below the two minutes that a server gives its handlers.
+        await asyncio.wait_for(served.gateway.close(), PATIENCE_S)
 
 
 async def test_a_gateway_that_stops_ends_the_streams(make_engine, serve):

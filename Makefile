@@ -165,7 +165,7 @@ PAGE := gateway/moe_gateway/live_page/assets/index.html
 ui: $(PAGE) ## Build the live page of the gateway (Node.js 18 or newer)
 
 # `npm` of Debian brings Node.js.
-$(PAGE): $(wildcard gateway/ui/src/*) gateway/ui/index.html gateway/ui/package-lock.json gateway/ui/vite.config.ts
+$(PAGE): $(wildcard gateway/ui/src/*) gateway/ui/index.html $(addprefix gateway/ui/,package.json package-lock.json tsconfig.json vite.config.ts)
 	@command -v npm >/dev/null || $(call system_package,nodejs npm)
 	npm ci --prefix gateway/ui --ignore-scripts --no-audit --no-fund
 	npm test --prefix gateway/ui

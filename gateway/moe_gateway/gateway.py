@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from moe_gateway.tracing import RequestTracer
 
 CHECK_PERIOD_S = 0.1
+# What the admin port's requests have at the end before they are cut off: a client that does not read delays it no more.
+ADMIN_END_S = 2.0
 # A check that comes later than this follows a suspension of the process: what came meanwhile is read before it.
 SUSPENDED_S = 1.0
 BACKLOG = 4096
@@ -159,7 +161,7 @@ class Gateway:
                 await self._listener.start(bind_socket(listen.host, listen.port), BACKLOG)
             if self._picker is not None:
                 await self._picker.start()
-            self._runner = web.AppRunner(self._build_admin(), access_log=None)
+            self._runner = web.AppRunner(self._build_admin(), access_log=None, shutdown_timeout=ADMIN_END_S)
             await self._runner.setup()
             await web.SockSite(self._runner, bind_socket(admin.host, admin.port)).start()
         except OSError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -9,6 +10,7 @@ import pytest
 from moe_contract.page_keys import derive_page_key
 from moe_contract.tenancy import hash_tenant
 from moe_gateway.live_page import publisher as publisher_module
+from moe_gateway.live_page import routes as routes_module
 from moe_gateway.live_page.publisher import LivePublisher
 from moe_gateway.live_page.routes import LivePage
 from moe_gateway.request.recent_requests import TERMS_PERIOD_S
@@ -47,6 +49,8 @@ class Events:
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 text = (await self.answer.content.readuntil(b"\n\n")).decode()
+                if text.startswith(":"):
+                    continue
                 name, data = text.strip().split("\n", 1)
                 if name == f"event: {kind}":
                     return json.loads(data.removeprefix("data: "))
@@ -216,6 +220,52 @@ async def test_no_watcher_means_no_work(make_engine, serve, made):
         assert (await events.next("snapshot"))["requests"] == 6
 
 
+async def test_no_request_of_a_client_stops_the_page(make_engine, serve):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        await events.next("snapshot")
+        await served.ask(post(prompt(priority="9" * 30)))
+        await events.until(lambda document: document["newest"])
+        await events.next("snapshot")
+
+
+async def test_a_second_that_fails_is_logged_and_the_next_one_is_shown(make_engine, serve, made, monkeypatch, caplog):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        before = await events.next("snapshot")
+        with monkeypatch.context() as patched:
+            patched.setattr(publisher_module, "build_snapshot", lambda *_, **__: 1 / 0)
+            await until(lambda: "no snapshot" in caplog.text, "the failure's line")
+        await events.until(lambda document: document["at_s"] > before["at_s"])
+    assert "ZeroDivisionError" in caplog.text
+    assert caplog.text.count("Traceback") == 1, "a failure that lasts is one line"
+
+
+async def test_a_page_opens_again_after_the_task_has_ended(make_engine, serve, made):
+    served = await serve(await make_engine())
+    async with watching(served) as first:
+        await first.next("snapshot")
+        made[0]._task.cancel()
+        await until(made[0]._task.done, "the end of the task")
+        async with watching(served) as second:
+            for _ in range(2):
+                await second.next("snapshot")
+
+
+async def test_a_task_that_failed_does_not_fail_the_end(make_engine, serve, made):
+    served = await serve(await make_engine())
+    async with watching(served) as events:
+        await events.next("snapshot")
+        (publisher,) = made
+        publisher._task.cancel()
+
+        async def fail():
+            raise ValueError("as no code should")
+
+        publisher._task = asyncio.create_task(fail())
+        await served.gateway.close()
+
+
 async def test_many_pages_are_refused(make_engine, serve, monkeypatch):
     monkeypatch.setattr(publisher_module, "MOST_WATCHERS", 1)
     served = await serve(await make_engine())
@@ -223,6 +273,39 @@ async def test_many_pages_are_refused(make_engine, serve, monkeypatch):
         await events.next("snapshot")
         status, _, body = await fetch(served, "/ui/events", f"Bearer {PAGE_KEY}")
         assert (status, b"too many" in body) == (503, True)
+
+
+@asynccontextmanager
+async def unread(served, publisher):
+    """A page that asks for the events and then reads none, with more of them than the sockets hold."""
+    with socket.socket() as page:
+        page.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        page.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(page, ("127.0.0.1", served.config.admin.port))
+        head = f"GET /ui/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {PAGE_KEY}\r\n\r\n"
+        await loop.sock_sendall(page, head.encode())
+        await until(lambda: publisher._watchers, "the watcher")
+        publisher._text = b"event: snapshot\ndata: " + b"x" * 16_000_000 + b"\n\n"
+        for watcher in publisher._watchers:
+            watcher.changed.set()
+        yield page
+
+
+async def test_a_page_that_does_not_read_is_cut_off_and_costs_nothing_more(make_engine, serve, made, monkeypatch):
+    monkeypatch.setattr(routes_module, "LONGEST_WRITE_S", 0.2)
+    served = await serve(await make_engine())
+    (publisher,) = made
+    async with unread(served, publisher):
+        await until(lambda: not publisher._watchers and publisher._task is None, "the end of the watcher")
+
+
+async def test_a_page_that_does_not_read_does_not_delay_the_end(make_engine, serve, made, monkeypatch):
+    monkeypatch.setattr(routes_module, "LONGEST_WRITE_S", 1e6)
+    served = await serve(await make_engine())
+    async with unread(served, made[0]):
+        # Far below the two minutes that a server gives its handlers.
+        await asyncio.wait_for(served.gateway.close(), PATIENCE_S)
 
 
 async def test_a_gateway_that_stops_ends_the_streams(make_engine, serve):

@@ -1,4 +1,4 @@
-"""How the page moves with 64 engines and 58 layers of 256 experts: the time of its frames, once a second renewed."""
+"""The page with 64 engines and 58 layers of 256 experts, once a second renewed; it prints the time of its frames."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ from moe_gateway.live_page.routes import ASSETS, LivePage
 from moe_gateway.request.recent_requests import RecentRequests
 
 from tests.gateway.browser import DRIVER, browser, text_of, wait_for
-from tests.gateway.large_fleet import make_experts, make_fleet, snapshot_of
+from tests.gateway.large_fleet import EXPERTS, LAYERS, make_experts, make_fleet, snapshot_of
 from tests.gateway.waiting import free_port
 
 pytestmark = [
@@ -50,7 +50,10 @@ class Large:
         snapshot = snapshot_of(fleet)
         for turn in itertools.count():
             point = TimePoint(at_s=time.time(), ttft_s=0.1 + turn % 5 / 50, step_s=0.02, in_flight=turn % 7)
-            rows = tuple(replace(row, running=(turn + number) % 60) for number, row in enumerate(snapshot.engines))
+            rows = tuple(
+                replace(row, running=(turn + number) % 60, signal_source="agent")
+                for number, row in enumerate(snapshot.engines)
+            )
             yield write_event(replace(snapshot, at_s=point.at_s, point=point, engines=rows))
             if turn % 3 == 0:
                 yield write_event(make_experts(turn))
@@ -63,7 +66,7 @@ class Large:
         """Nothing to close."""
 
 
-async def test_a_large_fleet_does_not_stutter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_large_fleet_is_drawn_in_few_elements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "token").write_text("t")
     application, port = web.Application(), free_port()
     publisher: Any = Large()
@@ -73,7 +76,7 @@ async def test_a_large_fleet_does_not_stutter(tmp_path: Path, capsys: pytest.Cap
     await web.TCPSite(runner, "127.0.0.1", port).start()
     try:
         url = f"http://127.0.0.1:{port}/ui/#key={derive_page_key(b't')}"
-        gaps, tasks = await asyncio.to_thread(measure, url)
+        gaps, tasks, elements, states = await asyncio.to_thread(measure, url)
     finally:
         await runner.cleanup()
     gaps.sort()
@@ -83,16 +86,20 @@ async def test_a_large_fleet_does_not_stutter(tmp_path: Path, capsys: pytest.Cap
             f"\n{len(gaps)} frames in {WATCHED_S:g} s: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {gaps[-1]:.1f} ms;"
         )
         print(f"{len(tasks)} tasks above 50 ms, the longest {max(tasks, default=0):.0f} ms")
-    # A page that stutters renders 58 x 256 cells as elements, or parses megabytes: seconds, on any machine.
-    assert p50 < 200.0
-    assert max(tasks, default=0.0) < 1500.0
+    # A page that stutters renders 58 x 256 cells as elements.
+    assert elements < LAYERS * EXPERTS / 2
+    assert states[0] != states[1], "the page shows what came while it was measured"
 
 
-def measure(url: str) -> tuple[list[float], list[float]]:
+def measure(url: str) -> tuple[list[float], list[float], int, tuple[str, str]]:
+    """Gaps between frames and long tasks in ms, the elements of the page, and its state before and after."""
     with browser() as driver:
         driver.get(url)
         wait_for(lambda: "is the hottest" in text_of(driver), "the experts")
         driver.find_elements("css selector", "input[name=view]")[1].click()
         driver.set_script_timeout(120)
+        before = text_of(driver, "header .state")
         gaps, tasks = driver.execute_async_script(FRAMES, WATCHED_S)
-        return list(gaps), list(tasks)
+        elements = int(driver.execute_script("return document.querySelectorAll('*').length"))
+        wait_for(lambda: text_of(driver, "header .state") != before, "another second")
+        return list(gaps), list(tasks), elements, (before, text_of(driver, "header .state"))

@@ -164,3 +164,10 @@ def test_no_client_writes_its_priority_or_tenant_into_its_id(caller, is_fair):
 def test_a_header_asks_for_no_more_than_numbers_that_every_reader_takes(asked):
     parsed = read_priority(request_of(b"X-Vllm-Priority: %d\r\n" % asked), Route.CHAT, NO_BODY)
     assert parsed.priority == (LARGEST_EXACT if asked > 0 else -LARGEST_EXACT)
+
+
+@pytest.mark.parametrize("asked", ["9" * 30, "-" + "9" * 30])
+async def test_a_body_of_a_class_asks_for_no_more_either(limited, asked):
+    engine, served = await limited(priority=0)
+    assert (await served.ask(post(prompt(priority=asked), extra=BEARER))).status == 200
+    assert seen_by_vllm(engine.requests[-1]) == max(0, min(int(asked), LARGEST_EXACT))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from moe_contract.clients import GatewayClient
-from moe_contract.request_record import RequestRecord
+from moe_contract.request_record import RequestRecord, write_request_record
 from moe_gateway.request import recent_requests
 from moe_gateway.request.recent_requests import RecentRequests
 from moe_scheduling.engine.choice import EngineSettings, Job, Send, SendReason
@@ -74,6 +74,15 @@ async def test_a_request_with_a_huge_priority_is_explained(serve, make_engine):
     assert (await fetch(served, "huge")).priority == LARGEST_EXACT
 
 
+@pytest.mark.parametrize("asked", ["9" * 30, "9" * 4000])
+async def test_a_body_with_a_huge_priority_is_explained(serve, make_engine, asked):
+    served = await serve(await make_engine())
+    client = await served.connect()
+    client.send(post(prompt("why", priority=asked), extra=b"x-request-id: huge\r\n"))
+    assert (await client.answer()).status == 200
+    assert (await fetch(served, "huge")).priority == LARGEST_EXACT
+
+
 async def test_an_unknown_request_is_404(serve, make_engine):
     served = await serve(await make_engine())
     assert await fetch(served, "nobody/asked this?") is None
@@ -134,3 +143,13 @@ def test_an_id_that_a_client_uses_again_names_the_newest_request():
     recent.attempt(exchange(0, arrived_s=3.0), SENDING, fleet(2), now_s=3.25)
     record = recent.record("request-0")
     assert (record.status, [attempt.after_s for attempt in record.attempts]) == (None, [0.25])
+
+
+def test_a_name_of_a_model_that_is_no_unicode_text_is_written():
+    # Python's `json` reads a lone surrogate, so engines do.
+    recent, asked = RecentRequests(), exchange(1)
+    asked.job = Job(10, model="\ud800tiny")
+    recent.end(asked, 200, "", 1.0)
+    record = recent.record("request-1")
+    assert record.model == "?tiny"
+    assert b"?tiny" in write_request_record(record)

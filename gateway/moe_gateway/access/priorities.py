@@ -11,7 +11,7 @@ import re
 
 from moe_contract.tenancy import sign_request_id
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
-from moe_scheduling.request.order import LARGEST_EXACT
+from moe_scheduling.request.order import LARGEST_EXACT, clamp_priority
 
 from moe_gateway.http.bodies import Body, LargeBody, split_body
 from moe_gateway.http.rare_headers import PRIORITY
@@ -35,7 +35,7 @@ def read_priority(request: ClientRequest, route: Route, parsed: Parsed) -> Parse
         asked = parsed.priority if found is None else int(found[1].decode("latin-1"))
     except ValueError:
         return parsed
-    return parsed._replace(priority=max(-LARGEST_EXACT, min(LARGEST_EXACT, asked)))
+    return parsed._replace(priority=clamp_priority(asked))
 
 
 def apply_class(request: ClientRequest, route: Route, parsed: Parsed, level: int) -> Parsed:
@@ -50,10 +50,12 @@ def apply_class(request: ClientRequest, route: Route, parsed: Parsed, level: int
     priority = class_priority(parsed.priority, level)
     headers = _LINE.sub(b"", request.headers) if _MARK in request.headers.lower() else request.headers
     asked_by_head = headers is not request.headers
+    # At the bound the body may say more than was read.
+    is_other = priority != parsed.priority or parsed.priority == LARGEST_EXACT
     if asked_by_head or route is Route.MESSAGES:
         request.headers = b"%b%b: %d\r\n" % (headers, PRIORITY, priority)
     # Forms and Anthropic's bodies have no field for it.
-    if (asked_by_head or priority != parsed.priority) and not route.is_form and route is not Route.MESSAGES:
+    if (asked_by_head or is_other) and not route.is_form and route is not Route.MESSAGES:
         request.body = write_priority(request.body, priority)
     return parsed._replace(priority=priority)
 

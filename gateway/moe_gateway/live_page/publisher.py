@@ -4,7 +4,7 @@ The one owner of the page's state: the counters of the second before, the points
 """
 
 import asyncio
-import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -29,6 +29,8 @@ PERIOD_S = 1.0
 KEPT_S = 600.0
 KEPT_EVENTS = 100
 MOST_WATCHERS = 50
+
+log = logging.getLogger("moeserving.gateway")
 
 
 class Watched(Protocol):
@@ -86,7 +88,7 @@ class LivePublisher:
         self._text = b""
         self._points: deque[TimePoint] = deque(maxlen=int(KEPT_S / PERIOD_S))
         self._events: deque[PageEvent] = deque(maxlen=KEPT_EVENTS)
-        self._is_ended = False
+        self._is_ended = self._is_failing = False
         self.made = 0
 
     async def watch(self, engine: str = "") -> AsyncGenerator[bytes]:
@@ -101,7 +103,7 @@ class LivePublisher:
             raise TooManyWatchers
         watcher = Watcher(engine)
         self._watchers.add(watcher)
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._begin()
         sent, experts = b"", None
         try:
@@ -131,8 +133,7 @@ class LivePublisher:
         """Ends all work; the streams have ended."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
         await self._experts.close()
 
     def _begin(self) -> None:
@@ -141,13 +142,28 @@ class LivePublisher:
         self._before, self._newest = self._count(now_s), None
         self._points.clear()
         self._points.extend(self._remember(now_s))
-        self._publish(now_s)
+        self._text = b""
+        self._try_to_publish(now_s)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(PERIOD_S)
-            self._publish(self._gateway.clock())
+            self._try_to_publish(self._gateway.clock())
+
+    def _try_to_publish(self, now_s: float) -> None:
+        """Publishes a snapshot; one that cannot be made is logged, and the next second tries again."""
+        try:
+            self._publish(now_s)
+            self._is_failing = False
+        except Exception:
+            if not self._is_failing:
+                log.exception("no snapshot could be made for the live page; it is tried each second")
+            self._is_failing = True
+            # A comment, which the page ignores: the write finds watchers that went away.
+            self._text = b": no snapshot at %d\n\n" % now_s
+        for watcher in self._watchers:
+            watcher.changed.set()
 
     def _publish(self, now_s: float) -> None:
         gateway, dispatcher, at_s = self._gateway, self._gateway.dispatcher, self._wall()
@@ -175,8 +191,6 @@ class LivePublisher:
         self._before, self._newest, self._text = after, snapshot, write_event(snapshot)
         self.made += 1
         self._experts.refresh(self._wanted(), now_s, at_s)
-        for watcher in self._watchers:
-            watcher.changed.set()
 
     def _wanted(self) -> set[tuple[str, str]]:
         """Engines whose experts somebody looks at, with the URL of their agents."""

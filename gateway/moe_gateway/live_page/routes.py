@@ -1,7 +1,8 @@
 """The routes of the live page on the admin port: its files for everyone, all that it shows for holders of the key."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 
 import orjson
@@ -17,6 +18,8 @@ from moe_gateway.request.recent_requests import RecentRequests
 # Written by `make ui`; the wheel has them.
 ASSETS = Path(__file__).with_name("assets")
 JSON = "application/json"
+# A page that takes nothing for this time is cut off, and its place is free. At the gateway's end it has less time.
+LONGEST_WRITE_S, LAST_WRITE_S = 10.0, 0.5
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 # The page loads nothing from elsewhere, runs its own script alone, and is in no other page.
 _POLICY = (
@@ -55,6 +58,7 @@ class LivePage:
     def __init__(self, publisher: LivePublisher, recent: RecentRequests, keys: PageKeys, assets: Path = ASSETS) -> None:
         self._publisher, self._recent, self._keys = publisher, recent, keys
         self._assets = assets
+        self._writes: set[asyncio.Timeout] = set()
 
     def add_to(self, application: web.Application) -> None:
         """Adds the routes, and the end of the streams to that of the application."""
@@ -92,13 +96,32 @@ class LivePage:
                 first = await anext(events)
             except TooManyWatchers:
                 return _refuse(503, InputError("", "too many pages are open; close one"))
-            # A client that goes away ends the stream at the next write.
-            with suppress(ConnectionError):
+            # A client that goes away ends the stream at the next write, one that does not read at its limit.
+            try:
                 await stream.prepare(request)
-                await stream.write(first)
+                await self._write(stream, first)
                 async for event in events:
-                    await stream.write(event)
+                    await self._write(stream, event)
+            except TimeoutError:
+                if request.transport is not None:
+                    request.transport.abort()
+            except ConnectionError:
+                pass
         return stream
+
+    async def _write(self, stream: web.StreamResponse, event: bytes) -> None:
+        """Sends an event.
+
+        Raises:
+            TimeoutError: the client did not take it in time.
+            ConnectionError: the client is gone.
+        """
+        async with asyncio.timeout(LONGEST_WRITE_S) as limit:
+            self._writes.add(limit)
+            try:
+                await stream.write(event)
+            finally:
+                self._writes.discard(limit)
 
     async def _request(self, request: web.Request) -> web.Response:
         record = self._recent.record(request.match_info["request_id"])
@@ -116,6 +139,9 @@ class LivePage:
 
     async def _end(self, application: web.Application) -> None:
         self._publisher.end()
+        last_s = asyncio.get_running_loop().time() + LAST_WRITE_S
+        for limit in self._writes:
+            limit.reschedule(last_s)
 
     async def _close(self, application: web.Application) -> None:
         await self._publisher.close()

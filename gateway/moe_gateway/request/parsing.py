@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from moe_scheduling.request.order import clamp_priority
+
 from moe_gateway.http.routes import Route
 from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
 from moe_gateway.request.messages_body import read_as_chat, read_session
@@ -85,6 +87,8 @@ def parse_body(route: Route, body: bytes) -> Parsed:
             priority = read_integer(priority)
         except ValueError:
             raise BadBody("priority must be an integer", "priority") from None
+    if priority:
+        priority = clamp_priority(priority)
     stream = document.get("stream", False)
     if type(stream) is not bool:
         stream = read_flag(stream)

@@ -109,7 +109,7 @@ def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
     return RequestRecord(
         request_id=request_id,
         route=recent.route,
-        model=recent.model,
+        model=recent.model and _as_text(recent.model),
         prompt_tokens=recent.prompt_tokens,
         priority=recent.priority,
         attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
@@ -118,6 +118,11 @@ def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
         ttft_s=recent.ttft_s,
         duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
     )
+
+
+def _as_text(name: str) -> str:
+    """The name of a client with a question mark for each lone surrogate, which no JSON writer takes."""
+    return name.encode(errors="replace").decode()
 
 
 def _explain_choice(job: Job, sending: Send, dispatcher: Dispatcher, now_s: float) -> tuple[Sequence[Explanation], int]:

@@ -7,7 +7,7 @@ import { Chart } from "./charts";
 import { Experts } from "./experts";
 import { Fleet, Held } from "./fleet";
 import { Requests } from "./requests";
-import { follow, keepKey, type State, takeKey } from "./stream";
+import { follow, keepKey, type State, takeKey, watchKey } from "./stream";
 import { clock, count, seconds } from "./words";
 import "./style.css";
 
@@ -39,6 +39,11 @@ function Page() {
   const [experts, setExperts] = useState<ExpertsSnapshot | null>(null);
   const dark = useDark();
 
+  const choose = (name: string) => {
+    setExperts(null);
+    setEngine(name);
+  };
+  useEffect(() => watchKey(setKey), []);
   useEffect(() => {
     const handlers = {
       // Those of a page that was cut off for a moment are kept where the gateway knows less.
@@ -46,17 +51,17 @@ function Page() {
       snapshot: (document: LiveSnapshot) => {
         setSnapshot(document);
         setPoints((now) => (now[now.length - 1]?.at_s === document.point.at_s ? now : [...now, document.point].slice(-KEPT_POINTS)));
-        setEngine((now) => now || (expertEngines(document)[0] ?? ""));
+        // The chosen one may have gone: after a rollout others are there.
+        const offered = expertEngines(document);
+        if (!offered.includes(engine)) choose(offered[0] ?? "");
       },
-      experts: setExperts,
+      experts: (document: ExpertsSnapshot) => {
+        if (document.engine === engine) setExperts(document);
+      },
     };
     return follow(key, engine, handlers, setState);
   }, [key, engine]);
 
-  const choose = (name: string) => {
-    setExperts(null);
-    setEngine(name);
-  };
   return (
     <>
       <Head state={state} snapshot={snapshot} />
@@ -82,8 +87,15 @@ function Page() {
 const STATES: Record<State, string> = {
   connecting: "connecting …",
   live: "live",
-  lost: "no connection to the gateway, trying again …",
+  lost: "nothing arrives from the gateway, trying again …",
+  full: "too many pages are open at this gateway, trying again …",
+  off: "the live page is switched off at this gateway, trying again …",
   key: "locked",
+};
+const WHY_OLD: Partial<Record<State, string>> = {
+  lost: "Nothing arrives from the gateway.",
+  full: "Too many pages are open at this gateway; close one.",
+  off: "The live page is switched off at this gateway.",
 };
 
 function Head({ state, snapshot }: { state: State; snapshot: LiveSnapshot | null }) {
@@ -132,14 +144,19 @@ const SIGNS: Record<PageFinding["severity"], string> = { error: "Error", warning
 
 function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
   const { findings } = snapshot;
-  const worst = state === "lost" ? "error" : (findings[0]?.severity ?? "well");
+  const whyOld = WHY_OLD[state];
+  const worst = whyOld ? "error" : (findings[0]?.severity ?? "well");
   return (
     <section aria-labelledby="health" class={`health ${worst}`}>
       <h2 id="health">Is anything wrong?</h2>
       <div role="status">
-        {state === "lost" && <p>The gateway does not answer. Below stands its last word of {clock(snapshot.at_s)}.</p>}
+        {whyOld && (
+          <p>
+            {whyOld} All below is of {clock(snapshot.at_s)}.
+          </p>
+        )}
         {findings.length === 0 ? (
-          <p>No: all engines take requests, and none is slow.</p>
+          !whyOld && <p>No: all engines take requests, and none is slow.</p>
         ) : (
           <ul>
             {findings.map((finding) => (

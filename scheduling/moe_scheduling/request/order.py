@@ -145,7 +145,7 @@ def _sjf_key(settings: RequestSettings, size_tokens: float, arrival_s: float, pr
     if size_tokens < LARGEST_EXACT:
         shift_s = min(max(size_tokens, 0) / settings.ageing_rate, shift_s)
     if priority:
-        head_start_s = _level(priority) * settings.priority_step_s
+        head_start_s = clamp_priority(priority) * settings.priority_step_s
         arrival_s += max(-_LARGEST_SHIFT_S, min(_LARGEST_SHIFT_S, head_start_s))
     return arrival_s + shift_s
 
@@ -155,10 +155,11 @@ def _fcfs_key(_settings: RequestSettings, _size_tokens: float, arrival_s: float,
 
 
 def _priority_key(_settings: RequestSettings, _size_tokens: float, _arrival_s: float, priority: int) -> float:
-    return _level(priority)
+    return clamp_priority(priority)
 
 
-def _level(priority: int) -> int:
+def clamp_priority(priority: int) -> int:
+    """Returns the nearest level that every reader takes: a client may write any integer."""
     return max(-LARGEST_EXACT, min(LARGEST_EXACT, priority))
 
 

@@ -38,7 +38,7 @@ _STATUSES = {
     "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
     "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
     "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
-    "notReady": _Status("warning", "{} is not ready", "It starts, or has failed: see its log."),
+    "notReady": _Status("warning", "{} is not ready", "It starts, or has failed: `moeserving logs`, or the pod's."),
     "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
 }
 
@@ -53,7 +53,7 @@ def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     elif not snapshot.accepting:
         message = "No engine takes requests: new ones are held here or refused."
         yield PageFinding(
-            kind="none_accepts", severity="error", message=message, advice="See the engines' status and logs."
+            kind="none_accepts", severity="error", message=message, advice="Normal while the first engines start."
         )
     for status, row in _STATUSES.items():
         if names := _name(each for each in rows if each.status == status):

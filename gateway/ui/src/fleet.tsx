@@ -70,7 +70,7 @@ export function Held({ snapshot }: { snapshot: LiveSnapshot }) {
     <section aria-labelledby="held">
       <h2 id="held">Held in the gateway</h2>
       {point.held === 0 ? (
-        <p class="soft">None: each request goes to an engine at once.</p>
+        <p class="soft">{snapshot.accepting ? "None: each request goes to an engine at once." : "None."}</p>
       ) : (
         <>
           <p>

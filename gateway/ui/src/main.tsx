@@ -156,7 +156,12 @@ function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
           </p>
         )}
         {findings.length === 0 ? (
-          !whyOld && <p>No: all engines take requests, and none is slow.</p>
+          !whyOld && (
+            <p>
+              No: all engines take requests.
+              {snapshot.ttft_target_s === null && snapshot.step_target_s === null && withCode(" Times are not judged: `scheduling.engine.targets` sets no bound.")}
+            </p>
+          )
         ) : (
           <ul>
             {findings.map((finding) => (

@@ -41,7 +41,11 @@ test("the main cause is the largest part before the first token", () => {
 });
 
 test("a request without an engine, an end or terms is described too", () => {
-  assert.deepEqual(explain(request({ attempts: [], problem: "queue_full" })), ["It was sent to no engine: queue_full."]);
+  const unsent = explain(request({ attempts: [], problem: "queue_full", ttft_s: null }));
+  assert.deepEqual(unsent, ["It was sent to no engine: queue_full. It was 4.00 s in the gateway."]);
+  const left = request({ ttft_s: null, status: 499, problem: "the client closed the connection" });
+  assert.match(explain(left).join(" "), /ended after 4\.00 s without a first token/);
+  assert.equal(partsOf(left).at(-1)!.label, "at the engine, without a first token");
   assert.match(explain(request({ ttft_s: null, duration_s: null, status: null })).join(" "), /It runs at a/);
   assert.match(explain(request({ ttft_s: null })).join(" "), /one piece after 4\.00 s/);
   assert.match(explain(request({}, { chosen: null, other: null })).join(" "), /not recorded/);

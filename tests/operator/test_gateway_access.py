@@ -149,6 +149,12 @@ def local(secrets: Path | None, **gateway: Any) -> LocalPlan:
     return plan_local(resource(**gateway), site(secrets_dir=secrets))
 
 
+def test_the_switch_of_the_live_page_reaches_the_gateway_on_one_machine_and_in_a_cluster() -> None:
+    off = {"ui": {"enabled": False}}
+    assert (local(None, **off).gateway.ui, gateway_config(**off).ui) == (False, False)
+    assert (local(None).gateway.ui, gateway_config().ui) == (True, True)
+
+
 def test_one_machine_reads_the_same_secrets_from_a_folder(secrets_dir: Path) -> None:
     plan = local(secrets_dir, auth=AUTH, tls=TLS)
     assert plan.gateway.auth is not None

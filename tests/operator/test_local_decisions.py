@@ -14,8 +14,8 @@ from moe_contract.gateway_state import read_gateway_state
 from moe_operator.api.status import ConditionStatus
 from moe_operator.local.machine import find_free_ports, find_gpus, is_port_free, query_gpus, select_gpus
 from moe_operator.local.observation import Observation
-from moe_operator.local.record import GATEWAY, Life, ProcessRecord, Record, SiteRecord
-from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
+from moe_operator.local.record import GATEWAY, PROMETHEUS, Life, ProcessRecord, Record, SiteRecord
+from moe_operator.local.report import Failed, Ready, Starting, build_status, find_failing, judge_start
 from moe_operator.local.restarts import Rules, backoff_s, describe_exit, next_failures
 
 RULES = Rules(first_backoff_s=1.0, last_backoff_s=8.0, steady_s=60.0)
@@ -100,6 +100,15 @@ def test_a_start_fails_when_a_process_or_an_engine_failed_twice() -> None:
     )
     assert isinstance(judge_start(seen(agent(), agent("backoff", restarts=1))), Starting)
     assert judge_start(seen(agent(), agent("ready", restarts=2))) == Ready()
+
+
+def test_a_prometheus_that_fails_is_named_and_does_not_decide_over_the_start() -> None:
+    failing = row(PROMETHEUS, restarts=5, last_exit="exit status 1")
+    of = record(row(GATEWAY, restarts=1), row("agent-0"), row("agent-1"), failing)
+    assert judge_start(seen(of=of)) == Ready()
+    assert isinstance(judge_start(seen(agent(), agent("starting"), of=of)), Starting)
+    assert find_failing(of) == (failing,)
+    assert find_failing(record(row(GATEWAY), row("agent-0"), row(PROMETHEUS))) == ()
 
 
 def test_the_status_sums_over_ranks_and_takes_the_fullest_cache() -> None:

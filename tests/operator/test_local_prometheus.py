@@ -1,6 +1,7 @@
 """`moeserving up --metrics`: a real Prometheus beside fakes of agent and gateway."""
 
 import json
+import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -11,6 +12,7 @@ from local_place import Place, lives
 from moe_contract.input_errors import InvalidInput
 from moe_operator.local.prometheus import build_config, find_prometheus
 from moe_operator.local.record import ProcessRecord
+from moe_operator.local.report import FAILURES_TO_GIVE_UP
 
 PATIENCE_S = 60.0
 
@@ -55,6 +57,27 @@ def test_it_scrapes_all_processes_is_in_the_status_and_ends_with_the_deployment(
     place.run("logs", "-p", "prometheus")
     place.run("down")
     assert not lives(row["process"])
+
+
+def test_one_that_does_not_start_is_a_warning_and_the_deployment_serves(tmp_path, monkeypatch, place):
+    program = tmp_path / "prometheus"
+    program.write_text("#!/bin/sh\necho 'lock DB directory: resource temporarily unavailable' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    starting = place.state / "a" / "agent-0.json.starting"
+    starting.parent.mkdir(parents=True)
+    starting.touch()
+    arguments = place.arguments("up", "-f", str(place.file), "--metrics", "--detach")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
+        assert command.stdout is not None
+        warning = next(line for line in command.stdout if line.startswith("warning: "))
+        assert "prometheus does not run: exit status 1; requests are served without it" in warning
+        while place.process("prometheus")["restarts"] < FAILURES_TO_GIVE_UP:
+            time.sleep(0.1)
+        starting.unlink()
+        assert any("a: ready at" in line for line in command.stdout)
+        assert command.wait(PATIENCE_S) == 0
+    assert "resource temporarily unavailable" in place.run("logs", "-p", "prometheus")
 
 
 def fetch_pods(url: str, until: int) -> set[str]:

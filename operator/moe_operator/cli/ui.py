@@ -1,22 +1,26 @@
 """`moeserving ui`: the live page of a deployment's gateway, on this machine or in a cluster."""
 
+import asyncio
 import signal
 import threading
-import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from moe_contract.page_keys import derive_page_key
-from moe_contract.routes import UI
 
 from moe_operator.cli.experts import Context, Namespace
-from moe_operator.cli.explain import reach_gateways
+from moe_operator.cli.explain import forward_gateways
+from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser, page_address
 from moe_operator.cli.place import StateDir, errors_shown, find_folder
-from moe_operator.experts.reach import Cluster, get_objects, read_tokens
+from moe_operator.experts.reach import Cluster, Forward, get_objects, read_tokens
 from moe_operator.local.failure import Failure
-from moe_operator.local.folder import Folder
+from moe_operator.local.folder import PAGE_FILE, Folder
 from moe_operator.local.start import require_running
 from moe_operator.plan.names import Names
+
+_LOOK_EVERY_S = 0.5
 
 
 def ui(
@@ -32,51 +36,60 @@ def ui(
     """Open the live page: is anything wrong, why did a request wait, which experts are hot."""
     with errors_shown():
         if namespace is None and context is None:
-            _tell(local_page(find_folder(name, state_dir)), no_open)
-            return
-        with reach_gateways(name, state_dir, namespace, context) as urls:
-            cluster = Cluster(namespace=namespace, context=context)
-            tokens = read_tokens(get_objects(cluster, "secret", Names(name or "").control))
-            if not tokens:
-                raise Failure(f"{name}: its Secret has no control token")
-            for url in urls[1:]:
-                typer.echo(f"another gateway: {page_address(url, tokens[0])}")
-            _tell(page_address(urls[0], tokens[0]), no_open)
-            typer.echo("the way there is open until Ctrl-C")
-            _wait_for_the_end()
+            _show_local(find_folder(name, state_dir), no_open)
+        else:
+            _show_cluster(name, Cluster(namespace=namespace, context=context), no_open)
 
 
-def page_address(url: str, token: str) -> str:
-    """The page of a gateway's admin port; its key stays behind the `#`, which no browser sends."""
-    return f"{url}{UI}/#key={derive_page_key(token.encode())}"
-
-
-def local_page(folder: Folder) -> str:
-    """The address of the page of a deployment on this machine.
-
-    Raises:
-        Failure: it does not run.
-    """
+def _show_local(folder: Folder, no_open: bool) -> None:
     record = require_running(folder)
-    return page_address(record.gateway.url, folder.token.read_text("utf-8").split()[0])
-
-
-def show_page(address: str) -> bool:
-    """Opens a browser where there is one; returns whether it did."""
-    try:
-        return webbrowser.open(address)
-    except webbrowser.Error:
-        return False
-
-
-def _tell(address: str, no_open: bool) -> None:
+    _check_page(folder.name, record.gateway.url)
+    address = local_page(folder, record)
     typer.echo(address)
-    if not no_open and not show_page(address):
-        typer.echo("no browser was found here: open the address in one", err=True)
+    if not no_open:
+        open_in_browser(address, folder.page).join()
 
 
-def _wait_for_the_end() -> None:
+def _show_cluster(name: str | None, cluster: Cluster, no_open: bool) -> None:
+    with forward_gateways(name, cluster) as forwards:
+        _check_page(name or "", forwards[0].url)
+        tokens = read_tokens(get_objects(cluster, "secret", Names(name or "").control))
+        if not tokens:
+            raise Failure(f"{name}: its Secret has no control token")
+        for other in forwards[1:]:
+            typer.echo(f"another gateway: {page_address(other.url, tokens[0])}")
+        address = page_address(forwards[0].url, tokens[0])
+        ended = _catch_the_end()
+        with TemporaryDirectory(prefix="moeserving-") as private:
+            typer.echo(address)
+            if not no_open:
+                open_in_browser(address, Path(private) / PAGE_FILE)
+            typer.echo("the way there is open until Ctrl-C")
+            _wait_for_the_end(ended, forwards)
+
+
+def _check_page(name: str, url: str) -> None:
+    if problem := asyncio.run(find_page_problem(url)):
+        raise Failure(f"{name}: {problem}")
+
+
+def _catch_the_end() -> threading.Event:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    return ended
+
+
+def _wait_for_the_end(ended: threading.Event, forwards: Sequence[Forward]) -> None:
+    """Until a signal; a way that ends by itself is named.
+
+    Raises:
+        Failure: it was the first one, by which the page was opened.
+    """
+    left = list(forwards)
+    while not ended.wait(_LOOK_EVERY_S):
+        for forward in [each for each in left if each.has_ended()]:
+            left.remove(forward)
+            if forward is forwards[0]:
+                raise Failure(forward.describe_end())
+            typer.echo(forward.describe_end(), err=True)

@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser
 from moe_operator.cli.place import INTERRUPTED
 from moe_operator.cli.table import render_status
-from moe_operator.cli.ui import local_page, show_page
 from moe_operator.cli.validate import one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder
 from moe_operator.local.logs import read_tail
 from moe_operator.local.observation import Observation, fetch_observation
 from moe_operator.local.record import Alive, Record, identify, load_record
-from moe_operator.local.report import Failed, Ready, Starting, build_status, judge_start
+from moe_operator.local.report import Failed, Ready, Starting, build_status, find_failing, judge_start
 from moe_operator.local.stop import request_stop
 from moe_operator.local.traffic import Totals, build_throughput, extend_window, read_totals
 
@@ -45,6 +45,7 @@ class Watch:
         self._interrupted = asyncio.Event()
         self._console = Console(stderr=True)
         self._live: Live | None = None
+        self._warned: set[str] = set()
 
     async def run(self) -> int:
         """The exit status of the command.
@@ -58,7 +59,7 @@ class Watch:
             with self._display():
                 ready = await self._wait_ready()
             if ready is not None:
-                self._say_ready(ready)
+                await self._say_ready(ready)
                 if self._detach:
                     return 0
                 with self._display():
@@ -133,6 +134,7 @@ class Watch:
             if status == 0:
                 self._interrupted.set()
             return None
+        self._warn(record)
         return await fetch_observation(record)
 
     async def _pause(self, time_s: float = _LOOK_EVERY_S) -> None:
@@ -157,16 +159,33 @@ class Watch:
             self._say(f"{self._folder.name}: {elapsed_s:.0f} s: {words}")
         return phases
 
-    def _say_ready(self, record: Record) -> None:
+    async def _say_ready(self, record: Record) -> None:
         self._say(f"{record.name}: ready at {record.endpoint}", "", render_curl(record), "")
         if self._open_page:
-            page = local_page(self._folder)
-            self._say(f"live page: {page}", "")
-            show_page(page)
+            await self._show_page(record)
         if self._detach:
             self._say(
                 f"moeserving status {record.name}    moeserving logs -f {record.name}    moeserving down {record.name}"
             )
+
+    async def _show_page(self, record: Record) -> None:
+        """Opens the live page in a browser; with `detach` waits for one that ends, such as a text browser."""
+        if problem := await find_page_problem(record.gateway.url):
+            self._say(f"no live page: {problem}", "")
+            return
+        page = local_page(self._folder, record)
+        self._say(f"live page: {page}", "")
+        browser = open_in_browser(page, self._folder.page)
+        while self._detach and browser.is_alive() and not self._interrupted.is_set():
+            await self._pause(0.1)
+
+    def _warn(self, record: Record) -> None:
+        """Names each process once that fails and without which the deployment serves."""
+        for row in find_failing(record):
+            if row.name not in self._warned:
+                self._warned.add(row.name)
+                words = f"{row.name} does not run: {row.last_exit}; requests are served without it"
+                typer.echo(one_line(f"warning: {words} (moeserving logs {record.name} -p {row.name})"), err=True)
 
     def _say(self, *lines: str) -> None:
         for line in lines:

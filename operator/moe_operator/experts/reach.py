@@ -8,10 +8,12 @@ import base64
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from moe_contract.engine_process import AGENT_PORT_NAME
 
@@ -92,7 +94,7 @@ def reach_cluster(name: str, cluster: Cluster) -> Iterator[Reached]:
     tokens = read_tokens(get_objects(cluster, "secret", names.control))
     with ExitStack() as forwards:
         agents = [
-            Agent(engine=pod, url=forwards.enter_context(forward_port(cluster, pod, port)))
+            Agent(engine=pod, url=forwards.enter_context(forward_port(cluster, pod, port)).url)
             for pod, port in pods.items()
         ]
         yield Reached(name=name, agents=tuple(agents), tokens=tokens)
@@ -142,29 +144,61 @@ def get_objects(cluster: Cluster, *words: str) -> Document:
     return document
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """A way to a port of a pod that kubectl keeps open."""
+
+    pod: str
+    url: str
+    process: "subprocess.Popen[str]"
+    errors: IO[str]
+
+    def has_ended(self) -> bool:
+        """Whether kubectl has ended, as it does some time after the pod has."""
+        return self.process.poll() is not None
+
+    def describe_end(self) -> str:
+        """Why it ended, in the last words of kubectl."""
+        return f"kubectl: the way to the pod {self.pod} has ended: {_read_last_line(self.errors)}"
+
+
 @contextmanager
-def forward_port(cluster: Cluster, pod: str, port: int) -> Iterator[str]:
-    """The URL of a pod's port while the block runs.
+def forward_port(cluster: Cluster, pod: str, port: int) -> Iterator[Forward]:
+    """The way to a pod's port while the block runs.
 
     Raises:
         Failure: kubectl is missing or says why not.
     """
     command = cluster.command("port-forward", "--address", "localhost", f"pod/{pod}", f":{port}")
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        raise _missing() from None
-    with process:
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        except FileNotFoundError:
+            raise _missing() from None
         try:
             assert process.stdout is not None
             match = _FORWARDING.match(process.stdout.readline())
+            # kubectl writes a line for each connection; one that nobody reads would stop it in the end.
+            threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
             if match is None:
                 process.kill()
-                _, output = process.communicate()
-                raise Failure(f"kubectl: no way to the pod {pod}: {_last_line(output)}")
-            yield f"http://{match[1]}"
+                process.wait()
+                raise Failure(f"kubectl: no way to the pod {pod}: {_read_last_line(errors)}")
+            yield Forward(pod=pod, url=f"http://{match[1]}", process=process, errors=errors)
         finally:
             process.kill()
+            process.wait()
+
+
+def _drain(output: IO[str]) -> None:
+    with output:
+        for _ in output:
+            pass
+
+
+def _read_last_line(errors: IO[str]) -> str:
+    errors.seek(0)
+    return _last_line(errors.read())
 
 
 def _missing() -> Failure:

@@ -14,6 +14,7 @@ from pathlib import Path
 from moe_operator.local.failure import Failure
 
 STATE_FILE = "state.json"
+PAGE_FILE = "live-page.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,11 @@ class Folder:
     def token(self) -> Path:
         """The control token, readable by its owner alone."""
         return self.path / "token"
+
+    @property
+    def page(self) -> Path:
+        """File that leads a browser to the live page; it has the page's key, so its owner alone can read it."""
+        return self.path / PAGE_FILE
 
     @property
     def lock(self) -> Path:

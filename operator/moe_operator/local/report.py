@@ -10,7 +10,7 @@ from moe_contract.agent_state import AgentState
 from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, PoliciesInForce, Status
 from moe_operator.experts.report import build_experts
 from moe_operator.local.observation import Observation, name_engine
-from moe_operator.local.record import GATEWAY, Life
+from moe_operator.local.record import GATEWAY, Life, ProcessRecord, Record
 from moe_operator.targets.report import CONDITION as TARGETS_MET
 from moe_operator.targets.report import facts_in_force, judge_targets
 
@@ -42,8 +42,8 @@ Progress = Starting | Ready | Failed
 
 
 def judge_start(seen: Observation) -> Progress:
-    """How far a start has come."""
-    for row in seen.record.processes:
+    """How far a start has come; what is only beside the gateway and the agents does not decide."""
+    for row in (seen.record.gateway, *seen.record.agents):
         if row.restarts >= FAILURES_TO_GIVE_UP:
             return Failed(process=row.name, reason=row.last_exit)
     engines = build_engines(seen)
@@ -54,6 +54,12 @@ def judge_start(seen: Observation) -> Progress:
     if all(engine.phase is EnginePhase.READY for engine in engines) and accepts(seen):
         return Ready()
     return Starting(phases={engine.name: str(engine.phase) for engine in engines})
+
+
+def find_failing(record: Record) -> tuple[ProcessRecord, ...]:
+    """Processes that failed and without which requests are served all the same, such as `prometheus`."""
+    needed = {row.name for row in (record.gateway, *record.agents)}
+    return tuple(row for row in record.processes if row.name not in needed and row.restarts)
 
 
 def accepts(seen: Observation) -> bool:

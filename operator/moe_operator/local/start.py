@@ -131,6 +131,7 @@ def clean(folder: Folder) -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=5.0)
+    folder.page.unlink(missing_ok=True)
     folder.state.unlink(missing_ok=True)
 
 

@@ -66,6 +66,7 @@ class Supervisor:
                     child.kill()
             self._folder.state.unlink(missing_ok=True)
             self._folder.token.unlink(missing_ok=True)
+            self._folder.page.unlink(missing_ok=True)
         log.info("stopped")
 
     async def _keep(self, row: ProcessRecord) -> None:

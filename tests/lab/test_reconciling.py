@@ -67,7 +67,7 @@ def test_the_operators_own_metrics_are_read() -> None:
     for seconds in (0.02, 0.02, 0.3):
         metrics.observe("ok", seconds)
     metrics.observe("failed", 9.0)
-    read = parse_metrics(generate_latest(metrics._registry).decode())
+    read = parse_metrics(generate_latest(metrics.registry).decode())
     assert read.calls["apply", "Deployment"] == 3
     assert read.writes == 3
     assert (read.ended, read.passes["failed"], read.queue) == (4, 1, 0)

@@ -172,7 +172,7 @@ class ExpertGroup:
     @cached_property
     def _prior(self) -> WorkCosts | None:
         """Costs of expert work assumed on this GPU."""
-        if self.on_cpu:
+        if self.on_cpu or not torch.cuda.is_available():
             return None
         weights = list(self._model_state.model.expert_weights[0])
         element_type = str(max(weights, key=lambda weight: weight[0].nbytes).dtype).removeprefix("torch.")

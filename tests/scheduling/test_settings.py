@@ -36,3 +36,9 @@ def test_blocks_to_grow_into_are_no_less_than_none():
 
 def test_without_saturation_there_is_no_bound():
     assert EngineSettings(saturation_s=None).saturation_s is None
+
+
+@pytest.mark.parametrize("bound_s", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_bound_on_steps_is_a_time(bound_s):
+    with pytest.raises(ValueError, match="inter_token_s must be greater than 0 and finite"):
+        RequestSettings(inter_token_s=bound_s)

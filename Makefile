@@ -10,6 +10,7 @@ comma := ,
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
+PAGE := gateway/moe_gateway/live_page/assets/index.html
 EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
 
@@ -159,8 +160,6 @@ experiments: $(STAMP) ## Run the missing simulated experiments and write docs/re
 validate-simulator: $(STAMP) ## Compare the simulator with a real CPU engine on the same requests
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/moeserving calibrate .cache/models/tiny --validate 100 --json .cache/validation.json
-
-PAGE := gateway/moe_gateway/live_page/assets/index.html
 
 ui: $(PAGE) ## Build the live page of the gateway (Node.js 18 or newer)
 

@@ -115,3 +115,17 @@ def test_the_repository_names_no_index_and_no_machine():
         for path in texts
         if index.search(path.read_text(errors="replace")) and path != Path(__file__)
     ] == []
+
+
+def test_prerequisites_name_variables_of_lines_above():
+    """Make expands a prerequisite where it reads the rule: a variable of a later line is empty there."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    set_at = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"(\w+) [:?]?=", line))}
+    rules = [(number, line) for number, line in enumerate(lines) if re.match(r"[^\s#=]+:(?!=)", line)]
+    assert rules
+    assert [
+        (name, line)
+        for number, line in rules
+        for name in re.findall(r"\$\((\w+)\)", line)
+        if set_at.get(name, number) >= number
+    ] == []

@@ -82,7 +82,7 @@ def panels() -> Iterator[Any]:
                 yield pytest.param(panel, id=panel["title"])
 
 
-@pytest.mark.parametrize("panel", panels())
+@pytest.mark.parametrize("panel", list(panels()))
 def test_a_panel_has_data(prometheus: str, panel: Any) -> None:
     give_up_s = time.monotonic() + PATIENCE_S
     while not any(query(prometheus, target["expr"]) for target in panel["targets"]):

@@ -97,7 +97,7 @@ def _judge_broken(request: SoakRequest, received: Received, attempts: Callable[[
     answer = received.answer
     if answer is not None and answer.ends:
         return SoakOutcome.WRONG
-    if request.stream and answer is not None and answer.text:
+    if request.stream and answer is not None and answer.has_begun:
         return SoakOutcome.STREAM_BROKEN
     if answer is not None and answer.error:
         return SoakOutcome.ATTEMPTS_FAILED if attempts() >= MAX_ATTEMPTS else SoakOutcome.ERROR

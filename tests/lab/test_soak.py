@@ -61,6 +61,16 @@ JUDGED = {
         Received(status=200, answer=got("", ends=0, error="x", has_begun=True), is_complete=True),
         SoakOutcome.STREAM_BROKEN,
     ),
+    "a stream that had begun, an error and an end": (
+        STREAM,
+        Received(status=200, answer=got(" 7.0", error="x", has_begun=True), is_complete=True),
+        SoakOutcome.STREAM_BROKEN,
+    ),
+    "an error and an end before the first token": (
+        STREAM,
+        Received(status=200, answer=got("", error="x"), is_complete=True),
+        SoakOutcome.ERROR,
+    ),
     "a stream that was cut": (
         STREAM,
         Received(status=200, answer=got(" 7.0", ends=0, has_begun=True)),

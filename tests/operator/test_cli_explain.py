@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from moe_contract.engine_process import ADMIN_PORT
 from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms, write_request_record
-from moe_operator.cli import explain as explain_command
+from moe_operator.cli import gateways as gateways_module
 from moe_operator.cli.command import app
 from moe_operator.cli.explanation import render_record
 from rich.console import Console
@@ -102,11 +103,17 @@ def test_in_a_cluster_the_gateway_that_knows_the_request_is_found(kubectl: None)
 
 def test_on_one_machine_its_gateway_is_asked(gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{gateways[1].server_port}"
-    monkeypatch.setattr(explain_command, "find_folder", lambda name, state_dir: name)
+    monkeypatch.setattr(gateways_module, "find_folder", lambda name, state_dir, in_cluster: SimpleNamespace(name=name))
     monkeypatch.setattr(
-        explain_command, "require_running", lambda _folder: SimpleNamespace(gateway=SimpleNamespace(url=url))
+        gateways_module, "require_running", lambda _folder: SimpleNamespace(gateway=SimpleNamespace(url=url))
     )
     assert "> a-1" in run("r-1")
+    assert "wait for KV" in run("r-1", "-o", "wide")
+    assert (
+        yaml.safe_load(run("r-1", "-o", "yaml"))
+        == json.loads(run("r-1", "-o", "json"))
+        == json.loads(run("r-1", "--json"))
+    )
     gateways[1].shutdown()
     gateways[1].server_close()
     assert run("r-1", code=1) == f"the gateway at {url} cannot be reached\n"

@@ -13,6 +13,7 @@ import typer
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing
+from moe_operator.cli.completion import complete_names
 from moe_operator.cli.validate import INVALID, input_errors_shown, one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, default_state_dir, known_names
@@ -26,7 +27,12 @@ StateDir = Annotated[
     typer.Option("--state-dir", help="Folder of all deployments.", show_default="$XDG_STATE_HOME/moeserving"),
 ]
 Name = Annotated[
-    str | None, typer.Argument(help="Name of the deployment; may be left out while there is one.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="Name of the deployment; may be left out while there is one.",
+        show_default=False,
+        autocompletion=complete_names,
+    ),
 ]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)

@@ -49,6 +49,7 @@ OWN = {
     "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
     "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
+    "completion": Own("completion", "completion", "Print a script with which a shell completes this command."),
     "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),
     "crd": Own("validate", "crd", "Print the CustomResourceDefinition of MoEServing."),
 }

@@ -12,6 +12,7 @@ import typer
 from moe_contract.clients import PeerError, Refused
 from moe_contract.live_page import LiveSnapshot
 from moe_contract.live_stream import watch_snapshots
+from rich.console import Group
 
 from moe_operator.cli.gateways import ReachedGateways, reach_gateways
 from moe_operator.cli.output import Output, OutputFormat, is_document, print_document, print_table
@@ -113,7 +114,7 @@ class LiveTop:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
 
-    def _render(self, height: int) -> object:
+    def _render(self, height: int) -> Group:
         last = "; ".join([*self._problems.values(), _ENDS])
         return render_top(self._gateways.name, self._newest, wide=self._wide, height=height, last=last)
 

@@ -15,7 +15,7 @@ import yaml
 LAUNCHER = "moe_operator/cli/krew_plugin.sh"
 # One wheel for all: it has no compiled module of its own.
 PLATFORMS = (("linux", "amd64"), ("linux", "arm64"), ("darwin", "amd64"), ("darwin", "arm64"))
-_CAVEATS = """It runs with python3 (3.11 to 3.13) on PATH, or the one that MOESERVING_PYTHON names, and needs packages there:
+_CAVEATS = """It runs with python3 (3.11 to 3.13) on PATH, or the one that MOESERVING_PYTHON names. Packages for it:
   python3 -m pip install 'moeserving[operator]'
 """
 

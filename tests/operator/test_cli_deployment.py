@@ -236,7 +236,7 @@ def test_an_interrupt_while_engines_start_stops_them(place: Place) -> None:
     arguments = place.arguments("up", "-f", str(place.file), "--detach")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as command:
         assert command.stdout is not None
-        assert any("starting" in line for line in command.stdout)
+        assert any("engine-0 loading Python packages" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)
         assert command.wait(TIMEOUT_S) == 130
     assert not (folder / "state.json").exists()

@@ -1,6 +1,7 @@
 """Shell completion: `moeserving completion SHELL`, `kubectl_complete-moeserving` and names of deployments."""
 
 import contextlib
+import io
 import os
 import shlex
 import subprocess
@@ -54,9 +55,11 @@ def complete_for_kubectl() -> None:
         COMPLETE_VARIABLE: "complete_bash",
     }
     know_shells()
-    with contextlib.suppress(SystemExit):
+    found = io.StringIO()
+    with contextlib.redirect_stdout(found), contextlib.suppress(SystemExit):
         app(prog_name=PROGRAM)
-    print(_FILES_ELSE)
+    # Where nothing fits, an empty line would be a word for kubectl.
+    print(*found.getvalue().split("\n")[:-1] if found.getvalue().strip() else (), _FILES_ELSE, sep="\n")
 
 
 def complete_names(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -17,10 +17,10 @@ from moe_operator.api.crd import GROUP, PLURAL
 from moe_operator.api.units import duration_s
 from moe_operator.cli.experts import reach
 from moe_operator.cli.place import Context, Name, Namespace, StateDir, errors_shown, find_folder
-from moe_operator.cli.progress import ProgressLine, describe_time, estimate_left_s, stderr_line
 from moe_operator.experts.reach import Agent, Cluster, Reached, get_objects
 from moe_operator.local.failure import Failure
 from moe_operator.local.record import load_record
+from moe_operator.progress import ProgressLine, describe_time, estimate_left_s, stderr_line
 
 _LOOK_EVERY_S = 0.25
 DRAINING, STOPPED = "draining", "stopped"

@@ -29,9 +29,12 @@ class Shell(StrEnum):
 
 def completion(shell: Annotated[Shell, typer.Argument(help="The shell that reads the script.")]) -> None:
     """Print a script for a shell that completes `moeserving`; `kubectl moeserving` needs none."""
-    from typer.completion import get_completion_script
+    from moe_operator.cli.command import app
 
-    typer.echo(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell.value))
+    know_shells()
+    # The same way as a shell takes: typer prints the script and ends.
+    os.environ[COMPLETE_VARIABLE] = f"source_{shell.value}"
+    app(prog_name=PROGRAM)
 
 
 def know_shells() -> None:

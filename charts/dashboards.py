@@ -19,6 +19,7 @@ from grafana_foundation_sdk.models.common import (
     TooltipDisplayMode,
 )
 from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef, VariableRefresh
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from moe_contract.generated_files import read_choice, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,8 @@ def _panel(panel: Panel) -> Any:
     for number, (legend, query) in enumerate(panel.queries.items()):
         target = prometheus.Dataquery().expr(query).legend_format(legend).ref_id(chr(ord("A") + number))
         if panel.kind != "timeseries":
-            target = target.instant().format("table" if panel.kind == "table" else "time_series")
+            kind = PromQueryFormat.TABLE if panel.kind == "table" else PromQueryFormat.TIME_SERIES
+            target = target.instant().format(kind)
         built = built.with_target(target)
     return built
 

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fake_fleet import Fleet, run
 from local_place import COMMAND, TIMEOUT_S
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, PageFinding, TimePoint
 from moe_operator.cli import drain
+from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.top_view import NAME_WIDTH, choose_rows, merge_engines, render_top, shorten
 from rich.console import Console
 
@@ -138,6 +140,14 @@ def test_a_drain_names_the_limit_and_what_it_cut():
     assert said == "e: drains, 1 of 1 requests left after 1 min 40 s, at most 20 s"
     assert drain.describe_cut(2, 121.0, 120.0) == ", 2 requests were cut: engine.drainTimeout is 2 min 0 s"
     assert drain.describe_cut(2, 3.0, 120.0) == drain.describe_cut(0, 121.0, 120.0) == ", no stream was cut"
+
+
+async def test_a_stop_says_how_many_requests_are_left_until_the_gateway_has_ended(fleet):
+    record = replace(fleet.record(), drain_timeout_s=60.0)
+    assert await describe_stop(record, 45.0) == ("a: 0 requests left after 45 s, at most 15 s to go", "requests")
+    gone = tuple(replace(row, url="http://127.0.0.1:1") for row in record.processes)
+    said, phase = await describe_stop(replace(record, processes=gone), 61.0)
+    assert (said, phase) == ("a: the gateway has ended, engines stop (1 min 1 s)", "engines")
 
 
 def draw(snapshots: dict[str, LiveSnapshot], **options) -> list[str]:

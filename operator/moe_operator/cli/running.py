@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -11,10 +12,12 @@ from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_operator.api import status_document
 from moe_operator.cli.output import AsJson, Output, OutputFormat, choose_format, is_document, print_document
 from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder, tell_idle
+from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.validate import one_line
 from moe_operator.local.folder import Folder
 from moe_operator.local.record import PROMETHEUS, find_process, load_record
 from moe_operator.local.stop import request_stop, stop_leftovers, wait_stopped
+from moe_operator.progress import stderr_line
 
 
 def down(name: Name = None, state_dir: StateDir = None) -> None:
@@ -33,11 +36,18 @@ def down(name: Name = None, state_dir: StateDir = None) -> None:
         typer.echo(f"{folder.name}: stopping, running streams end first (Ctrl-C stops at once)")
         if record is not None and not record.draining:
             request_stop(supervisor)
+        line, began_s = stderr_line(), time.monotonic()
+
+        def show() -> None:
+            if record is not None:
+                line.show(*asyncio.run(describe_stop(record, time.monotonic() - began_s)))
+
         try:
-            wait_stopped(supervisor)
+            wait_stopped(supervisor, show)
         except KeyboardInterrupt:
             request_stop(supervisor)
             wait_stopped(supervisor)
+        line.close()
         typer.echo(f"{folder.name}: stopped")
 
 

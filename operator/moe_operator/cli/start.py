@@ -40,6 +40,8 @@ class Start:
         return f"{self._folder.name}: {elapsed_s:.0f} s: {said}", re.sub(r"[\d.,]+", "", said)
 
     def _describe_engine(self, name: str, phase: str, download: str) -> str:
+        if phase == EnginePhase.UNKNOWN:
+            return "waits for its agent"
         if phase != EnginePhase.STARTING:
             return phase
         log = self._logs.setdefault(name, StartLog(self._folder.log(name.removeprefix(f"{self._folder.name}-"))))

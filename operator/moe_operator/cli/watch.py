@@ -19,6 +19,7 @@ from rich.live import Live
 from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser
 from moe_operator.cli.place import INTERRUPTED
 from moe_operator.cli.start import Start
+from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.table import render_status
 from moe_operator.cli.validate import one_line
 from moe_operator.local.failure import Failure
@@ -118,11 +119,15 @@ class Watch:
     async def _wait_ended(self) -> int:
         """Until the supervisor has ended; each further interrupt forces it."""
         self._interrupted.clear()
+        record, began_s = load_record(self._folder), time.monotonic()
         while (status := self._process.poll()) is None:
             if self._interrupted.is_set():
                 self._interrupted.clear()
                 request_stop(self._supervisor)
+            if record is not None:
+                self._line.show(*await describe_stop(record, time.monotonic() - began_s))
             await self._pause(0.1)
+        self._line.close()
         return status
 
     async def _look(self) -> Observation | None:

@@ -36,6 +36,8 @@ if options.get("--namespace") != "ns":
 if words[:2] == ["get", "pods"]:
     component = options["--selector"].rpartition("=")[2]
     print(json.dumps({{"items": {pods}[component]}}))
+elif words[:2] == ["get", "pod"]:
+    print(json.dumps({pods}["engine"][0]))
 elif words[:2] == ["get", "secret"]:
     print(json.dumps({{"data": {{"token": "{token}"}}}}))
 else:
@@ -101,7 +103,7 @@ def pod(name: str) -> dict[str, Any]:
     """A pod that runs."""
     ports = [{"name": "engine", "containerPort": 8000}, {"name": "agent", "containerPort": 8080}]
     container = {"name": "engine", "ports": ports}
-    metadata = {"name": name, "labels": {}}
+    metadata = {"name": name, "labels": {"app.kubernetes.io/instance": "a"}}
     return {"metadata": metadata, "spec": {"containers": [container]}, "status": {"phase": "Running"}}
 
 

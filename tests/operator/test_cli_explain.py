@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,29 @@ def test_the_chosen_engine_stands_first_with_its_terms() -> None:
         "s",
     ]
     assert last == "ended after 500.0 ms with status 200"
+
+
+def test_in_80_columns_no_row_of_an_engine_is_cut_or_wrapped() -> None:
+    name = "olmoe-engine-7d9f8b6c5d-x2x4z"
+    row = TargetTerms(name=name, rank=1, requests=128, ahead_tokens=190000, uncached_tokens=32768, wait_s=1.5)
+    console = Console(width=80)
+    with console.capture() as capture:
+        attempts = (replace(ATTEMPT, targets=(row,)),)
+        console.print(render_record(RequestRecord(request_id="r", route="chat", attempts=attempts), wide=False))
+    (line,) = [line for line in capture.get().splitlines() if "190000" in line]
+    assert line.split() == [
+        "olmoe-en…5d-x2x4z",
+        "rank",
+        "1",
+        "128",
+        "190000",
+        "32768",
+        "stale",
+        "1.50",
+        "s",
+        "0.0",
+        "ms",
+    ]
 
 
 def test_a_request_that_was_never_sent_says_how_it_ended() -> None:

@@ -15,8 +15,9 @@ from fake_fleet import Fleet, run
 from local_place import COMMAND, TIMEOUT_S
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, PageFinding, TimePoint
 from moe_operator.cli import drain
+from moe_operator.cli.output import NAME_WIDTH, shorten
 from moe_operator.cli.stopping import describe_stop
-from moe_operator.cli.top_view import NAME_WIDTH, choose_rows, merge_engines, render_top, shorten
+from moe_operator.cli.top_view import choose_rows, merge_engines, render_top
 from rich.console import Console
 
 ENGINES = ["a-engine-0", "a-engine-1"]
@@ -116,6 +117,12 @@ def test_an_engine_is_drained_and_serves_again_and_the_last_one_is_refused(where
         assert f"{name}: starts again now" in run("drain", name, *options, "--undo")
     assert "3 requests left" in run("drain", first, *options, "--no-wait")
     run("drain", first, *options, "--undo")
+
+
+def test_in_a_cluster_the_pod_names_its_deployment(fleet, tmp_path, monkeypatch):
+    fleet.make_kubectl(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "ENGINE: pod-0 is not drained" in run("drain", "pod-0", "-n", "ns", "--undo", code=2)
 
 
 def test_an_unknown_engine_is_named_with_the_known_ones(where):

@@ -20,6 +20,7 @@ from moe_operator.cli.place import Context, Name, Namespace, StateDir, errors_sh
 from moe_operator.experts.reach import Agent, Cluster, Reached, get_objects
 from moe_operator.local.failure import Failure
 from moe_operator.local.record import load_record
+from moe_operator.plan.names import INSTANCE
 from moe_operator.progress import ProgressLine, describe_time, estimate_left_s, stderr_line
 
 _LOOK_EVERY_S = 0.25
@@ -41,12 +42,25 @@ def drain(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended its streams.")] = True,
 ) -> None:
     """Empty one engine without losing a stream: it takes nothing new, ends its streams, then stops."""
+    with errors_shown():
+        if name is None and not (namespace is None and context is None):
+            name = find_deployment(engine, Cluster(namespace=namespace, context=context))
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         if undo:
             asyncio.run(resume_engine(reached, engine))
         else:
             limit_s = find_limit_s(reached.name, state_dir, namespace, context)
             asyncio.run(drain_engine(reached, engine, limit_s, force=force, wait=wait))
+
+
+def find_deployment(pod: str, cluster: Cluster) -> str | None:
+    """The deployment of a pod, by its label; None for a pod of another kind.
+
+    Raises:
+        Failure: kubectl says why not.
+    """
+    labels = get_objects(cluster, "pod", pod)["metadata"].get("labels", {})
+    return None if INSTANCE not in labels else str(labels[INSTANCE])
 
 
 def find_limit_s(name: str, state_dir: Path | None, namespace: str | None, context: str | None) -> float | None:

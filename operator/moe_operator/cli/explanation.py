@@ -5,6 +5,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from moe_operator.cli.output import shorten
+
 # By the label of a choice's reason.
 _REASONS = {
     "least_predicted": "it had the least predicted time to first token",
@@ -62,15 +64,17 @@ def _describe_end(record: RequestRecord) -> str:
 
 def _render_terms(attempt: AttemptRecord, *, wide: bool) -> Table:
     kv = ("wait for KV",) if wide else ()
-    columns = ("engine", "requests", "ahead", "own uncached", "signal", *kv, "wait", "first token")
-    table = Table(box=None, pad_edge=True, header_style="dim")
+    own = "own uncached" if wide else "uncached"
+    columns = ("  engine", "requests", "ahead", own, "signal", *kv, "wait", "first token")
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("engine", "signal") else "right")
+        table.add_column(column, justify="left" if column in ("  engine", "signal") else "right", no_wrap=True)
     unit = " tokens" if wide else ""
     for row in attempt.targets:
+        name = _target(row.name, row.rank)
         is_chosen = (row.name, row.rank) == (attempt.name, attempt.rank)
         table.add_row(
-            f"{'>' if is_chosen else ' '} {_target(row.name, row.rank)}",
+            f"{'>' if is_chosen else ' '} {name if wide else shorten(name)}",
             str(row.requests),
             f"{row.ahead_tokens}{unit}",
             f"{row.uncached_tokens}{unit}",

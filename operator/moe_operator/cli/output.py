@@ -10,6 +10,8 @@ import yaml
 
 # A file or pipe has no width; a table there has room for whole names.
 FILE_WIDTH = 160
+# An engine's name in a table of 80 columns.
+NAME_WIDTH = 24
 
 
 class OutputFormat(StrEnum):
@@ -50,3 +52,11 @@ def print_table(*tables: Any) -> None:
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
     for table in tables:
         console.print(table)
+
+
+def shorten(name: str, width: int = NAME_WIDTH) -> str:
+    """A name of at most `width` letters: its end tells pods apart, so the middle is left out."""
+    if len(name) <= width:
+        return name
+    head = width // 3
+    return f"{name[:head]}…{name[-(width - head - 1) :]}"

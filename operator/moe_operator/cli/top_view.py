@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-NAME_WIDTH = 24
+from moe_operator.cli.output import shorten
+
 # Lines of the screen that are no engine: figures, two findings, the heading and the last line.
 _OTHER_LINES = 14
 _MOST_FINDINGS, _MOST_HELD = 5, 3
@@ -168,11 +169,3 @@ def render_engines(rows: Sequence[EngineRow], *, wide: bool) -> Table:
         status = Text(row.status, style=_STATUS_COLOURS.get(row.status, "red"))
         table.add_row(name if wide else shorten(name), status, *(column.cell(row) for column in columns))
     return table
-
-
-def shorten(name: str, width: int = NAME_WIDTH) -> str:
-    """A name of at most `width` letters: its end tells pods apart, so the middle is left out."""
-    if len(name) <= width:
-        return name
-    head = width // 3
-    return f"{name[:head]}…{name[-(width - head - 1) :]}"

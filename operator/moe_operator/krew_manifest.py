@@ -34,7 +34,7 @@ def build_manifest(digest: str, uri: str, release: str) -> dict[str, Any]:
         "metadata": {"name": "moeserving"},
         "spec": {
             "version": f"v{release}",
-            "homepage": "https://pypi.org/project/moeserving/",
+            "homepage": "https://moeserving.dev/",
             "shortDescription": "Look at and operate MoEServing deployments",
             "description": "Live screen, reasons of a request's engine, experts, roles, drains and a doctor for\n"
             "Mixture-of-Experts models that MoEServing serves.\n",

@@ -19,8 +19,6 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))
 from experts_documents import DECISION, decided, in_brief
-from moe_contract.live_page import EngineRow, History, LiveSnapshot, TimePoint, write_event
-from moe_contract.page_keys import derive_page_key
 
 ROLES = ("prefill", "decode")
 ROLE, PATH = sys.argv[1], Path(sys.argv[3])
@@ -78,6 +76,9 @@ def gateway_state() -> dict:
 
 def snapshots() -> bytes:
     """Two snapshots, of which the first has no rates."""
+    # Here, for every fake would load it: most are asked for none.
+    from moe_contract.live_page import EngineRow, History, LiveSnapshot, TimePoint, write_event
+
     engines = tuple(
         EngineRow(name=row["name"], status="ready", in_flight=1, running=2, waiting=1, kv_usage=0.25, step_s=0.021)
         for row in CONFIG["engines"]
@@ -146,6 +147,8 @@ class Control(BaseHTTPRequestHandler):
     def events(self) -> None:
         if switch("no-page"):
             return self.answer(404, {"errors": []})
+        from moe_contract.page_keys import derive_page_key
+
         if self.headers["Authorization"] != f"Bearer {derive_page_key(TOKEN.encode())}":
             return self.answer(401, {"errors": [{"path": "Authorization", "message": "the page key is needed"}]})
         self.send_response(200)

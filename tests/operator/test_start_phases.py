@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_operator.cli.start import Start, join_phases
+from moe_operator.cli.start import StartWatch, join_phases
 from moe_operator.local.folder import Folder
 from moe_operator.local.start_phases import Download, StartLog, describe_download, find_model_cache, find_phase
 from moe_operator.progress import AGAIN_AFTER_S, ProgressLine, describe_share, describe_time, estimate_left_s
@@ -105,7 +105,7 @@ def test_the_cache_is_the_one_that_the_engine_uses(uri: str, environment: dict[s
 
 
 def test_the_line_of_a_start_has_each_engine_once(tmp_path: Path) -> None:
-    start = Start(Folder(root=tmp_path, name="a"))
+    start = StartWatch(Folder(root=tmp_path, name="a"))
     phases = {"a-engine-0": "starting", "a-engine-1": "starting"}
     assert start.describe(phases, 3.0)[0] == "a: 3 s: 2 engines: loading Python packages"
     log = tmp_path / "a" / "a-engine-1" / "engine.log"

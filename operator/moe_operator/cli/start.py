@@ -11,7 +11,7 @@ from moe_operator.local.folder import Folder
 from moe_operator.local.start_phases import Download, StartLog, find_model_cache
 
 
-class Start:
+class StartWatch:
     """Reads the engines' logs, and the cache into which a model is downloaded.
 
     Args:

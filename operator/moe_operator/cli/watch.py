@@ -18,7 +18,7 @@ from rich.live import Live
 
 from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser
 from moe_operator.cli.place import INTERRUPTED
-from moe_operator.cli.start import Start
+from moe_operator.cli.start import StartWatch
 from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.table import render_status
 from moe_operator.cli.validate import one_line
@@ -48,7 +48,7 @@ class Watch:
         self._console = Console(stderr=True)
         self._live: Live | None = None
         self._line = stderr_line()
-        self._start = Start(folder)
+        self._start = StartWatch(folder)
         self._warned: set[str] = set()
 
     async def run(self) -> int:

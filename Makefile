@@ -12,7 +12,7 @@ JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
 PAGE := gateway/moe_gateway/live_page/assets/index.html
 EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,dev
-SOURCES := scheduling contract gateway node_agent kernels operator bench tests docs/adr
+SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs/adr
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }

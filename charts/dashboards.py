@@ -4,7 +4,6 @@
 with status 1 when one is stale (`make generate`, `make verify`).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from grafana_foundation_sdk.models.common import (
     TooltipDisplayMode,
 )
 from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef, VariableRefresh
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from moe_contract.generated_files import read_choice, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("charts/moeserving/dashboards")
@@ -73,7 +74,8 @@ def _panel(panel: Panel) -> Any:
     for number, (legend, query) in enumerate(panel.queries.items()):
         target = prometheus.Dataquery().expr(query).legend_format(legend).ref_id(chr(ord("A") + number))
         if panel.kind != "timeseries":
-            target = target.instant().format("table" if panel.kind == "table" else "time_series")
+            kind = PromQueryFormat.TABLE if panel.kind == "table" else PromQueryFormat.TIME_SERIES
+            target = target.instant().format(kind)
         built = built.with_target(target)
     return built
 
@@ -100,22 +102,10 @@ def _table(panel: Panel) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `--write` or `--check`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python charts/dashboards.py", description="The chart's dashboards.")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the dashboards below --root")
-    choice.add_argument("--check", action="store_true", help="compare the dashboards below --root")
-    parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository (default: this one)")
-    options = parser.parse_args(arguments)
-    stale = 0
-    for shown in DASHBOARDS:
-        path, text = options.root / FOLDER / f"{shown.name}.json", render_dashboard(shown)
-        if options.write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            print(f"{path.relative_to(options.root)}: differs from its source; run `make generate`", file=sys.stderr)
-            stale = 1
-    return stale
+    program, description = "python charts/dashboards.py", "The chart's dashboards."
+    choice = read_choice(arguments, program=program, description=description, root=ROOT)
+    files = {FOLDER / f"{shown.name}.json": render_dashboard(shown) for shown in DASHBOARDS}
+    return write_or_check(files, choice)
 
 
 if __name__ == "__main__":

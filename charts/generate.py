@@ -5,7 +5,6 @@
 helm-docs: the lines after it belong to it, and `# @default -- ...` says in words what the default is.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from moe_contract.generated_files import read_choice, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = Path("charts/moeserving")
@@ -168,35 +168,13 @@ An unknown value and one of the wrong type are refused.
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `--write` or `--check`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python charts/generate.py", description="The chart's generated files.")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the generated files below --root")
-    choice.add_argument("--check", action="store_true", help="compare the generated files below --root")
-    parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository (default: this one)")
-    options = parser.parse_args(arguments)
+    program, description = "python charts/generate.py", "The chart's generated files."
+    choice = read_choice(arguments, program=program, description=description, root=ROOT)
     try:
-        files = generated_files(options.root)
+        return write_or_check(generated_files(choice.root), choice)
     except ChartError as error:
         print(error, file=sys.stderr)
         return 1
-    return _write(options.root, files) if options.write else _check(options.root, files)
-
-
-def _write(root: Path, files: Mapping[Path, str]) -> int:
-    for path, text in files.items():
-        (root / path).write_text(text, encoding="utf-8")
-    return 0
-
-
-def _check(root: Path, files: Mapping[Path, str]) -> int:
-    stale = [path for path, text in files.items() if _read(root / path) != text]
-    for path in stale:
-        print(f"{path}: differs from its source; run `make generate`", file=sys.stderr)
-    return 1 if stale else 0
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from moe_tools.traces import TraceRequest, cut_piece, mean_rate, speed_up
 
 LONGEST_SHARE = 0.1
 PROBE_CONCURRENCY = 32
+# A t interval of one or two pairs spans nearly everything.
+LEAST_PAIRS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,9 +195,14 @@ def render_number(value: float) -> str:
 
 
 def render_ratio(ratio: Estimate | None) -> str:
-    """Returns a ratio with its interval, such as `0.80 [0.71, 0.90]`; `-` without one."""
+    """Returns a ratio with its interval, such as `0.80 [0.71, 0.90]`; `-` without one.
+
+    From fewer than `LEAST_PAIRS` there is no interval of use: `0.80 (1 pair)`.
+    """
     if ratio is None:
         return "-"
+    if ratio.count < LEAST_PAIRS:
+        return f"{ratio.value:.2f} ({ratio.count} pair{'' if ratio.count == 1 else 's'})"
     high = "inf" if math.isinf(ratio.high) else f"{ratio.high:.2f}"
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {high}]"
 

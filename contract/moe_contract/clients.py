@@ -29,6 +29,7 @@ from moe_contract.routes import (
     READ_TIMEOUT_S,
     READYZ,
     REQUESTS,
+    RESUME,
     STATE,
     UI,
 )
@@ -192,6 +193,10 @@ class AgentClient(_Client):
     async def drain(self, tokens: Sequence[str]) -> None:
         """`POST /v1/drain`: the engine takes nothing new, and ends once its streams are over; the agent stays."""
         await self._control("POST", DRAIN, {}, tokens, CHANGE_TIMEOUT_S)
+
+    async def resume(self, tokens: Sequence[str]) -> None:
+        """`POST /v1/resume`: an engine that was drained starts again, once its streams are over."""
+        await self._control("POST", RESUME, {}, tokens, CHANGE_TIMEOUT_S)
 
     async def send_directive(self, directive: Mapping[str, Any], tokens: Sequence[str]) -> int:
         """`POST /v1/experts`; the number of the directive."""

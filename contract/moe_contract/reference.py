@@ -5,7 +5,6 @@ the page, and `--check` ends with status 1 where one differs (`make generate`, `
 of the class docstring's `Attributes`, or of its declaration with `moe_scheduling.settings.setting`.
 """
 
-import argparse
 import inspect
 import json
 import re
@@ -31,6 +30,7 @@ from moe_contract.documents import section_in
 from moe_contract.experts_state import ExpertsState
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.gateway_state import GatewayState
+from moe_contract.generated_files import read_choice, write_or_check
 from moe_contract.request_record import RequestRecord
 
 PAGE = Path("docs/interfaces.md")
@@ -158,21 +158,9 @@ def _default(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_contract.reference", description=f"The tables of {PAGE}.")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the page below --root")
-    choice.add_argument("--check", action="store_true", help="compare the page below --root")
-    parser.add_argument("--root", type=Path, default=Path(), help="root of the repository (default: where it runs)")
-    options = parser.parse_args(arguments)
-    path = options.root / PAGE
-    text = path.read_text(encoding="utf-8")
-    if options.write:
-        path.write_text(render_page(text), encoding="utf-8")
-    elif render_page(text) != text:
-        print(f"{PAGE}: differs from its source; run `make generate`", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the command line, and returns its exit status."""
+    choice = read_choice(arguments, program="python -m moe_contract.reference", description=f"The tables of {PAGE}.")
+    return write_or_check({PAGE: render_page((choice.root / PAGE).read_text(encoding="utf-8"))}, choice)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """HTTP routes of the node agent and of the gateway's admin port, and the times that both sides keep to."""
 
 STATE, CONFIG, EXPERTS, DRAIN = "/v1/state", "/v1/config", "/v1/experts", "/v1/drain"
+# Undoes a drain.
+RESUME = "/v1/resume"
 REQUESTS = "/v1/requests"
 # The live page, below it its files, its stream of events and the record of a request.
 UI = "/ui"

@@ -4,7 +4,6 @@
 (`make generate`, `make verify`). The way is pydantic's JSON schema, of whose forms the classes of the page use few.
 """
 
-import argparse
 import inspect
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from moe_contract.generated_files import read_choice, write_or_check
 from moe_contract.live_page import EVENTS
 
 FILE = Path("gateway/ui/src/contract.ts")
@@ -57,20 +57,9 @@ def _render_type(schema: Schema) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_contract.typescript", description=f"The types in {FILE}.")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the file below --root")
-    choice.add_argument("--check", action="store_true", help="compare the file below --root")
-    parser.add_argument("--root", type=Path, default=Path(), help="root of the repository (default: where it runs)")
-    options = parser.parse_args(arguments)
-    path = options.root / FILE
-    if options.write:
-        path.write_text(render_types(), encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != render_types():
-        print(f"{FILE}: differs from its source; run `make generate`", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the command line, and returns its exit status."""
+    choice = read_choice(arguments, program="python -m moe_contract.typescript", description=f"The types in {FILE}.")
+    return write_or_check({FILE: render_types()}, choice)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import re
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+from moe_contract.generated_files import read_choice, write_or_check
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("docs/adr")
 INDEX = FOLDER / "README.md"
 HEAD = """# Decisions
 
@@ -41,17 +44,11 @@ def _row(path: Path) -> str:
     return f"| [{title[1]}]({path.name}) | {title[2]} | {shown} |\n"
 
 
-def main(option: str) -> int:
-    """Returns the exit status; 1 where the page differs and `option` is `--check`."""
-    made = render_index(FOLDER)
-    if option == "--write":
-        INDEX.write_text(made, "utf-8")
-        return 0
-    if INDEX.read_text("utf-8") != made:
-        print(f"{INDEX.name}: differs from the records; run `make generate`", file=sys.stderr)
-        return 1
-    return 0
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `--write` or `--check`; returns the exit status."""
+    choice = read_choice(arguments, program="python docs/adr/index.py", description="The list of decisions.", root=ROOT)
+    return write_or_check({INDEX: render_index(choice.root / FOLDER)}, choice)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

@@ -72,9 +72,7 @@ async def run_agent(config: AgentConfig) -> None:
         await listen(runner, config)
         leave = handle_signals(supervisor)
         async with leader_known(leader):
-            await supervisor.run()
-        # An engine that was drained over HTTP leaves an agent that still says so.
-        await leave.wait()
+            await supervisor.run_until(leave)
     finally:
         server.end_streams()
         await runner.cleanup()
@@ -174,7 +172,7 @@ def handle_signals(supervisor: EngineSupervisor) -> asyncio.Event:
         if leave.is_set():
             supervisor.request_kill()
         leave.set()
-        supervisor.request_drain()
+        supervisor.request_end()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

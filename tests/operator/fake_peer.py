@@ -4,7 +4,8 @@
 ends the process at its start, `FILE.starting` keeps an engine from becoming ready, `FILE.idle` keeps its experts from
 moving, as without requests, `FILE.no-page` has the status that the live page answers. `FILE.pod` has the pod that it
 says it is. `GET /stream` at the gateway's client port streams numbers for a second. With `expert_parallel` an agent has
-the experts of `experts_documents.py`; a directive is carried out at once.
+the experts of `experts_documents.py`; a directive is carried out at once. A drained agent ends one request at each
+look. `FILE.split` makes the gateway split requests, `GET /ui/events` there has two snapshots.
 """
 
 import json
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).parent))
 from experts_documents import DECISION, decided, in_brief
 
+ROLES = ("prefill", "decode")
 ROLE, PATH = sys.argv[1], Path(sys.argv[3])
 CONFIG = json.loads(PATH.read_text())
 TOKEN = Path(CONFIG["token_file"]).read_text().strip()
@@ -27,6 +29,8 @@ CHUNKS = 20
 CANDIDATE = [[0, 2, 3, 1, 2, 3], [0, 2, 3, 1, 2, 3]]
 EXPERTS = decided("dryRun", moves=4, physical_to_logical=CANDIDATE)
 BEFORE = EXPERTS["placement"]["physical_to_logical"]
+# Requests that are left of a drained engine; empty while it serves.
+LEFT: list[int] = []
 
 
 def switch(name: str) -> bool:
@@ -39,28 +43,49 @@ def pod() -> dict:
 
 
 def agent_state() -> dict:
-    ready = not switch("starting")
+    ready = not switch("starting") and not LEFT
     engine = {"url": "", "model": CONFIG["engine"]["served_name"], "pid": 1, "restarts": 0, "last_exit": ""}
-    rank = {"rank": 0, "running": 2, "waiting": 1, "kv_usage": 0.25}
+    left = LEFT.pop(0) if len(LEFT) > 1 else 0
+    rank = {"rank": 0, "running": left if LEFT else 2, "waiting": 0 if LEFT else 1, "kv_usage": 0.25}
+    phase = "ready" if ready else "starting"
     return {
         "name": CONFIG["name"],
-        "phase": "ready" if ready else "starting",
+        "phase": ("draining" if left else "stopped") if LEFT else phase,
         "accepting": ready,
         "engine": engine,
         "config": {"version": 1, "request": CONFIG["request"], "expert": CONFIG["expert"]},
-        "ranks": [rank] if ready else [],
+        "ranks": [rank] if ready or left else [],
         "pod": pod(),
     }
 
 
 def gateway_state() -> dict:
+    split = switch("split")
     return {
         "accepting": True,
         "held": 0,
         "config": {"dispatch": CONFIG["dispatch"], "request": CONFIG["request"]},
-        "engines": [{"name": row["name"], "in_flight": 1} for row in CONFIG["engines"]],
+        "engines": [
+            {"name": row["name"], "in_flight": 1, "accepting": True, "role": ROLES[index % 2] if split else ""}
+            for index, row in enumerate(CONFIG["engines"])
+        ],
         "totals": {"requests": 7, "failed": 0, "retried": 0},
+        "splits": {"transfers": 5, "fall_backs": {"decode_error": 1}, "role_changes": {}} if split else None,
     }
+
+
+def snapshots() -> bytes:
+    """Two snapshots, of which the first has no rates."""
+    # Here, for every fake would load it: most are asked for none.
+    from moe_contract.live_page import EngineRow, History, LiveSnapshot, TimePoint, write_event
+
+    engines = tuple(
+        EngineRow(name=row["name"], status="ready", in_flight=1, running=2, waiting=1, kv_usage=0.25, step_s=0.021)
+        for row in CONFIG["engines"]
+    )
+    points = (TimePoint(at_s=1e9), TimePoint(at_s=1e9 + 1, ttft_s=0.17, requests_per_s=12.5, in_flight=3))
+    shown = (LiveSnapshot(at_s=1e9, models=("m",), accepting=True, engines=engines, point=point) for point in points)
+    return write_event(History()) + b"".join(map(write_event, shown))
 
 
 def experts(query: str) -> tuple[int, dict]:
@@ -101,6 +126,8 @@ class Control(BaseHTTPRequestHandler):
         path, query = urlsplit(self.path)[2:4]
         if path == "/v1/experts":
             return self.answer(*experts(query))
+        if path == "/ui/events":
+            return self.events()
         if path == "/ui/" and switch("no-page"):
             return self.answer(int(PATH.with_name(f"{PATH.name}.no-page").read_text()), {"errors": []})
         return self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
@@ -109,7 +136,25 @@ class Control(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self.answer(401, {"errors": [{"path": "Authorization", "message": "needed"}]})
+        if self.path == "/v1/drain":
+            LEFT[:] = [2, 1, 0]
+            return self.answer(202, {"phase": "draining"})
+        if self.path == "/v1/resume":
+            LEFT.clear()
+            return self.answer(202, {"phase": "stopped"})
         return self.answer(*direct(body))
+
+    def events(self) -> None:
+        if switch("no-page"):
+            return self.answer(404, {"errors": []})
+        from moe_contract.page_keys import derive_page_key
+
+        if self.headers["Authorization"] != f"Bearer {derive_page_key(TOKEN.encode())}":
+            return self.answer(401, {"errors": [{"path": "Authorization", "message": "the page key is needed"}]})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(snapshots())
 
     def do_PUT(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -236,7 +236,7 @@ def test_an_interrupt_while_engines_start_stops_them(place: Place) -> None:
     arguments = place.arguments("up", "-f", str(place.file), "--detach")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as command:
         assert command.stdout is not None
-        assert any("starting" in line for line in command.stdout)
+        assert any("engine-0 loading Python packages" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)
         assert command.wait(TIMEOUT_S) == 130
     assert not (folder / "state.json").exists()
@@ -279,9 +279,9 @@ def test_a_reader_that_has_enough_of_the_logs_is_no_error(place: Place) -> None:
 
 def test_a_name_that_is_not_there_is_reported_with_those_that_are(served: Place) -> None:
     for verb in ("down", "status"):
-        assert served.run(verb, "b", code=2) == "NAME: no deployment 'b'; known: a\n"
+        assert served.run(verb, "b", code=2) == "NAME: no deployment 'b' on this machine; known: a\n"
     served.up("--name", "c")
-    assert served.run("status", code=2) == "NAME: name one; known: a, c\n"
+    assert served.run("status", code=2) == "NAME: several deployments run on this machine, name one; known: a, c\n"
     served.run("down", "c")
     served.run("down")
-    assert "there is none in" in served.run("down", code=2)
+    assert "no deployment runs on this machine; `moeserving up -f FILE` starts one" in served.run("down", code=2)

@@ -5,14 +5,16 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from moe_contract.engine_process import ADMIN_PORT
 from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms, write_request_record
-from moe_operator.cli import explain as explain_command
+from moe_operator.cli import gateways as gateways_module
 from moe_operator.cli.command import app
 from moe_operator.cli.explanation import render_record
 from rich.console import Console
@@ -102,11 +104,17 @@ def test_in_a_cluster_the_gateway_that_knows_the_request_is_found(kubectl: None)
 
 def test_on_one_machine_its_gateway_is_asked(gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{gateways[1].server_port}"
-    monkeypatch.setattr(explain_command, "find_folder", lambda name, state_dir: name)
+    monkeypatch.setattr(gateways_module, "find_folder", lambda name, state_dir, in_cluster: SimpleNamespace(name=name))
     monkeypatch.setattr(
-        explain_command, "require_running", lambda _folder: SimpleNamespace(gateway=SimpleNamespace(url=url))
+        gateways_module, "require_running", lambda _folder: SimpleNamespace(gateway=SimpleNamespace(url=url))
     )
     assert "> a-1" in run("r-1")
+    assert "wait for KV" in run("r-1", "-o", "wide")
+    assert (
+        yaml.safe_load(run("r-1", "-o", "yaml"))
+        == json.loads(run("r-1", "-o", "json"))
+        == json.loads(run("r-1", "--json"))
+    )
     gateways[1].shutdown()
     gateways[1].server_close()
     assert run("r-1", code=1) == f"the gateway at {url} cannot be reached\n"
@@ -157,6 +165,29 @@ def test_the_chosen_engine_stands_first_with_its_terms() -> None:
         "s",
     ]
     assert last == "ended after 500.0 ms with status 200"
+
+
+def test_in_80_columns_no_row_of_an_engine_is_cut_or_wrapped() -> None:
+    name = "olmoe-engine-7d9f8b6c5d-x2x4z"
+    row = TargetTerms(name=name, rank=1, requests=128, ahead_tokens=190000, uncached_tokens=32768, wait_s=1.5)
+    console = Console(width=80)
+    with console.capture() as capture:
+        attempts = (replace(ATTEMPT, targets=(row,)),)
+        console.print(render_record(RequestRecord(request_id="r", route="chat", attempts=attempts), wide=False))
+    (line,) = [line for line in capture.get().splitlines() if "190000" in line]
+    assert line.split() == [
+        "olmoe-en…5d-x2x4z",
+        "rank",
+        "1",
+        "128",
+        "190000",
+        "32768",
+        "stale",
+        "1.50",
+        "s",
+        "0.0",
+        "ms",
+    ]
 
 
 def test_a_request_that_was_never_sent_says_how_it_ended() -> None:

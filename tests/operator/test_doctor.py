@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import re
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from moe_operator.cli.command import app
 from moe_operator.doctor import control_plane, crd, machine, rights, workloads
 from moe_operator.doctor.check import Check, CheckState, note, ok, problem
 from moe_operator.doctor.fetch import ClusterView, ControlPlane
-from moe_operator.doctor.report import check_cluster, render_json, render_sum, render_table
+from moe_operator.doctor.report import build_report, check_cluster, render_sum, render_table
 from moe_operator.kubernetes.kinds import INFERENCE_POOL, LEADER_WORKER_SET, POD_MONITOR, SERVICE_MONITOR, SERVING
 from rich.console import Console
 from typer.testing import CliRunner
@@ -392,7 +391,7 @@ def test_the_table_fits_80_columns_and_has_the_advice_below_its_problem() -> Non
 
 
 def test_the_report_for_programs_and_the_sum() -> None:
-    report = json.loads(render_json(CHECKS))
+    report = build_report(CHECKS)
     assert (report["problems"], len(report["checks"])) == (1, 3)
     assert report["checks"][1] == {"check": "GPUs", "state": "note", "finding": "none", "advice": None}
     assert render_sum(CHECKS) == "1 problem, 1 note"

@@ -4,7 +4,6 @@
 of the README, such as `0.62 [0.45, 0.86]`, has to stand on the page that is linked next after it.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -12,6 +11,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from moe_contract.generated_files import read_choice, write_or_check
 
 ROOT = Path(__file__).parents[3]
 README, SUMMARY = Path("README.md"), Path("docs/results/summary.json")
@@ -71,25 +72,17 @@ def _squeeze(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lab.experiments.readme", description=__doc__)
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the figures into the README")
-    choice.add_argument("--check", action="store_true", help="compare them")
-    parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository (default: this one)")
-    options = parser.parse_args(arguments)
-    readme = options.root / README
+    program = "python -m moe_lab.experiments.readme"
+    choice = read_choice(arguments, program=program, description="The README's figures.", root=ROOT)
     try:
-        text = readme.read_text("utf-8")
-        made = replace_block(text, render_block(json.loads((options.root / SUMMARY).read_text("utf-8"))))
+        text = (choice.root / README).read_text("utf-8")
+        made = replace_block(text, render_block(json.loads((choice.root / SUMMARY).read_text("utf-8"))))
     except (OSError, ValueError, KeyError) as error:
         print(f"the README's figures: {error}", file=sys.stderr)
         return 1
-    if options.write:
-        readme.write_text(made, "utf-8")
-    elif made != text:
-        print(f"{README}: its figures differ from {SUMMARY}; run `make generate`", file=sys.stderr)
+    if write_or_check({README: made}, choice):
         return 1
-    unsupported = list(find_unsupported(made, options.root))
+    unsupported = list(find_unsupported(made, choice.root))
     for line in unsupported:
         print(f"{README}: {line}", file=sys.stderr)
     return 1 if unsupported else 0

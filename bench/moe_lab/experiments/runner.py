@@ -10,14 +10,16 @@ import hashlib
 import json
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_operator.progress import ProgressLine, describe_share
 from moe_tools.report import read_environment
 from moe_tools.simulator.hardware import PRESETS
 from moe_tools.simulator.saturation import find_saturation
@@ -117,12 +119,24 @@ def _work(
     title: str,
     console: Console,
 ) -> None:
+    futures = [pool.submit(measure_run, *each) for each in tasks]
+    if not console.is_terminal:
+        _work_in_a_log(futures, keep, title)
+        return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
         task = progress.add_task(title, total=len(tasks))
-        for future in as_completed([pool.submit(measure_run, *each) for each in tasks]):
+        for future in as_completed(futures):
             keep(future.result())
             progress.advance(task)
+
+
+def _work_in_a_log(futures: Sequence[Future[Record]], keep: Callable[[Record], None], title: str) -> None:
+    """As `_work`, with a line now and then in place of a bar that is rewritten."""
+    line, began_s = ProgressLine(sys.stdout), time.monotonic()
+    for done, future in enumerate(as_completed(futures), 1):
+        keep(future.result())
+        line.show(f"{title}: {describe_share(done, len(futures), time.monotonic() - began_s)}", phase=title)
 
 
 def measure_run(run: ExperimentRun, traces: Path | None, saturation: float | None) -> Record:

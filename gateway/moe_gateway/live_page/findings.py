@@ -38,7 +38,7 @@ _STATUSES = {
     "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
     "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
     "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
-    "notReady": _Status("warning", "{} is not ready", "It starts, or has failed: `moeserving logs`, or the pod's."),
+    "notReady": _Status("warning", "{} is not ready", "It starts, was drained, or has failed: `moeserving logs`."),
     "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
 }
 

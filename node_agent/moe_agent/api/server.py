@@ -17,7 +17,7 @@ from moe_contract.documents import parse_document
 from moe_contract.engine_identity import identify_engine
 from moe_contract.input_errors import InputError, InvalidInput, error_document
 from moe_contract.pod_identity import read_identity
-from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, STATE, TAKE_TIMEOUT_S
+from moe_contract.routes import CONFIG, DRAIN, EXPERTS, HEALTHZ, METRICS, READYZ, RESUME, STATE, TAKE_TIMEOUT_S
 from moe_contract.state_stream import SparseStream, parse_interval, stream_headers
 from moe_scheduling.expert.decision import ExpertMode
 from prometheus_client import CollectorRegistry
@@ -78,6 +78,7 @@ class AgentServer:
         app.router.add_get(READYZ, self._get_ready)
         app.router.add_put(CONFIG, self._with_token(self._put_config))
         app.router.add_post(DRAIN, self._with_token(self._post_drain))
+        app.router.add_post(RESUME, self._with_token(self._post_resume))
         return app
 
     def end_streams(self) -> None:
@@ -194,6 +195,11 @@ class AgentServer:
         return web.json_response(
             {"phase": self._supervisor.phase.value, "accepting": False}, status=HTTPStatus.ACCEPTED
         )
+
+    async def _post_resume(self, request: web.Request) -> web.Response:
+        if not self._supervisor.request_resume():
+            return _errors(HTTPStatus.CONFLICT, [InputError("", "the engine is not drained, or its agent ends")])
+        return web.json_response({"phase": self._supervisor.phase.value}, status=HTTPStatus.ACCEPTED)
 
     def _with_token(self, handler: Handler) -> Handler:
         async def check(request: web.Request) -> web.StreamResponse:

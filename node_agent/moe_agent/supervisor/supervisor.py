@@ -120,6 +120,7 @@ class EngineSupervisor:
         self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
+        self._resume, self._is_leaving = asyncio.Event(), False
         self._process: asyncio.subprocess.Process | None = None
         self._server_pid: int | None = None
         self._phase = Phase.STARTING
@@ -154,10 +155,38 @@ class EngineSupervisor:
 
     def request_drain(self) -> None:
         """Stops accepting work, and ends the engine once its streams are over; further calls change nothing."""
+        self._resume.clear()
         if not self._drain.is_set():
             self._drain.set()
             if self._phase is not Phase.STOPPED:
                 self._enter(Phase.DRAINING)
+
+    def request_resume(self) -> bool:
+        """Has a drained engine start again once it has ended; False where none is drained or the agent ends."""
+        if not self._drain.is_set() or self._is_leaving:
+            return False
+        self._resume.set()
+        return True
+
+    def request_end(self) -> None:
+        """Drains for good: the agent ends with the engine."""
+        self._is_leaving = True
+        self.request_drain()
+
+    async def run_until(self, leave: asyncio.Event) -> None:
+        """Keeps an engine alive, also one that was drained and resumed; returns when `leave` is set and it has ended.
+
+        An engine that was drained over HTTP leaves an agent that still says so.
+        """
+        while True:
+            await self.run()
+            waits = [asyncio.create_task(event.wait()) for event in (leave, self._resume)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await cancel(waits)
+            if leave.is_set():
+                return
+            self._resume.clear()
+            self._drain.clear()
 
     def request_kill(self) -> None:
         """Ends the engine without waiting for its streams."""

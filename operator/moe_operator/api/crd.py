@@ -4,12 +4,12 @@ With `--write` the generated files of the repository are written, with `--check`
 with status 1 (`make generate`, `make verify`).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from moe_contract.generated_files import read_choice, write_or_check
 
 from moe_operator.api.reference import render_reference
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
@@ -101,36 +101,12 @@ def _build_schema() -> Schema:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `--write` or `--check`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_operator.api.crd", description="The generated CRD.")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--write", action="store_true", help="write the generated files below --root")
-    choice.add_argument("--check", action="store_true", help="compare the generated files below --root")
-    parser.add_argument("--root", type=Path, default=Path(), help="root of the repository (default: where it runs)")
-    options = parser.parse_args(arguments)
-    if options.write:
-        return _write(options.root)
-    if options.check:
-        return _check(options.root)
+    program, description = "python -m moe_operator.api.crd", "The generated CRD."
+    choice = read_choice(arguments, program=program, description=description, required=False)
+    if choice.write or choice.check:
+        return write_or_check(generated_files(), choice)
     sys.stdout.write(render_crd())
     return 0
-
-
-def _write(root: Path) -> int:
-    for path, text in generated_files().items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text, encoding="utf-8")
-    return 0
-
-
-def _check(root: Path) -> int:
-    stale = [path for path, text in generated_files().items() if _read(root / path) != text]
-    for path in stale:
-        print(f"{path}: differs from its source; run `make generate`", file=sys.stderr)
-    return 1 if stale else 0
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The command `moeserving`, which is also a plugin of kubectl."""
 
+import os
 import sys
 from pathlib import Path
 
 PROGRAM, PLUGIN = "moeserving", "kubectl-moeserving"
+# A shell that completes a line starts the program with this variable.
+COMPLETE_VARIABLE = "_MOESERVING_COMPLETE"
 
 
 def main() -> None:
@@ -12,6 +15,10 @@ def main() -> None:
         from moe_operator.cli.command import app
     except ModuleNotFoundError as error:
         sys.exit(f"moeserving: the package {error.name} is missing: pip install 'moeserving[operator]'")
+    if COMPLETE_VARIABLE in os.environ:
+        from moe_operator.cli.completion import know_shells
+
+        know_shells()
     app(prog_name=name_program(sys.argv[0]))
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,28 +12,21 @@ import typer
 from moe_contract.api_server import ApiServer, LoginError
 from rich.console import Console
 
-from moe_operator.cli.experts import Context
-from moe_operator.cli.place import FAILED, errors_shown
+from moe_operator.cli.output import Output, OutputFormat, is_document, print_document
+from moe_operator.cli.place import FAILED, Context, errors_shown
 from moe_operator.doctor.check import Check, has_problem
 from moe_operator.doctor.fetch import ClusterView, fetch_cluster
 from moe_operator.doctor.machine import check_machine
 from moe_operator.doctor.report import (
+    build_report,
     check_cluster,
     check_kubectl,
     check_no_cluster,
-    render_json,
     render_sum,
     render_table,
 )
 
 DEFAULT_KUBECONFIG = Path.home() / ".kube" / "config"
-
-
-class ReportFormat(StrEnum):
-    """For people or for programs."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 def doctor(
@@ -44,9 +36,7 @@ def doctor(
     ] = None,
     context: Context = None,
     local: Annotated[bool, typer.Option("--local", help="Look at this machine alone, for `moeserving up`.")] = False,
-    output: Annotated[ReportFormat, typer.Option("--output", "-o", help="For people or for programs.")] = (
-        ReportFormat.TABLE
-    ),
+    output: Output = OutputFormat.TABLE,
 ) -> None:
     """Look for problems of a cluster and of this machine, and say what to do: status 1 where there is one."""
     with errors_shown():
@@ -73,9 +63,9 @@ async def _fetch(server: ApiServer, namespace: str | None) -> ClusterView:
         await server.close()
 
 
-def _show(checks: Sequence[Check], output: ReportFormat) -> None:
-    if output is ReportFormat.JSON:
-        typer.echo(render_json(checks))
+def _show(checks: Sequence[Check], output: OutputFormat) -> None:
+    if is_document(output):
+        print_document(build_report(checks), output)
         return
     Console(highlight=False).print(render_table(checks))
     typer.echo(render_sum(checks))

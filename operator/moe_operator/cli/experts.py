@@ -18,7 +18,26 @@ from moe_contract.experts_state import AffinityPart, ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
-from moe_operator.cli.place import FAILED, INVALID, Name, StateDir, errors_shown, find_folder
+from moe_operator.cli.output import (
+    AsJson,
+    Output,
+    OutputFormat,
+    choose_format,
+    is_document,
+    print_document,
+    print_table,
+)
+from moe_operator.cli.place import (
+    FAILED,
+    INVALID,
+    Context,
+    Name,
+    Namespace,
+    StateDir,
+    errors_shown,
+    find_folder,
+    require_name,
+)
 from moe_operator.cli.validate import one_line
 from moe_operator.experts.calls import fetch_experts, fetch_settings, send_directive, wait_for_directive
 from moe_operator.experts.files import ASSUMED_COSTS, find_placement, read_load_file
@@ -29,16 +48,8 @@ from moe_operator.local.failure import Failure
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-_FILE_WIDTH = 160
 _LOOK_EVERY_S = 0.25
 
-Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)
-]
-Context = Annotated[
-    str | None,
-    typer.Option("--context", help="Context of kubectl; the deployment is in a cluster.", show_default=False),
-]
 EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="One engine of several, by its name in `show`.", show_default="all, or the only one"),
@@ -59,7 +70,8 @@ def show(
     namespace: Namespace = None,
     context: Context = None,
     engine: EngineName = None,
-    as_json: Annotated[bool, typer.Option("--json", help="What the agents say, by engine, as JSON.")] = False,
+    output: Output = OutputFormat.TABLE,
+    as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option("--png", help="Also draw the load of one engine there.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the load of one engine there.")] = None,
     affinity: Annotated[
@@ -77,10 +89,11 @@ def show(
         for path, kind in ((png, "png"), (svg, "svg")):
             if path is not None:
                 _draw(documents, path, kind)
-        if as_json:
-            typer.echo(json.dumps({name: row.model_dump(mode="json") for name, row in documents.items()}, indent=1))
-            return
-        _print(documents)
+        form = choose_format(output, as_json=as_json)
+        if is_document(form):
+            print_document({name: row.model_dump(mode="json") for name, row in documents.items()}, form)
+        else:
+            _print(documents)
 
 
 @app.command()
@@ -194,11 +207,9 @@ def rollback(
 def reach(name: str | None, state_dir: Path | None, namespace: str | None, context: str | None) -> Iterator[Reached]:
     """Yields the agents of a deployment on this machine or in a cluster."""
     if namespace is None and context is None:
-        yield reach_local(find_folder(name, state_dir))
+        yield reach_local(find_folder(name, state_dir, in_cluster=True))
         return
-    if name is None:
-        raise InvalidInput([InputError("NAME", "name the deployment; `kubectl get moes` lists them")])
-    with reach_cluster(name, Cluster(namespace=namespace, context=context)) as reached:
+    with reach_cluster(require_name(name), Cluster(namespace=namespace, context=context)) as reached:
         yield reached
 
 
@@ -251,8 +262,6 @@ def _show_affinity(reached: Reached, engine: str | None, timeout_s: float) -> No
     Raises:
         Failure: the engine refuses, or has recorded nothing within the time.
     """
-    from rich.console import Console
-
     from moe_operator.experts.heat import render_affinity
 
     chosen, _ = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
@@ -267,7 +276,7 @@ def _show_affinity(reached: Reached, engine: str | None, timeout_s: float) -> No
         )
     if found.passes < found.wanted_passes:
         typer.echo(f"{chosen}: {found.passes} of {found.wanted_passes} passes were recorded within {timeout_s:g} s")
-    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(render_affinity(chosen, found))
+    print_table(render_affinity(chosen, found))
 
 
 async def _record_affinity(reached: Reached, engine: str, version: int, timeout_s: float) -> AffinityPart | None:
@@ -343,11 +352,6 @@ def _draw(documents: dict[str, ExpertsState], path: Path, kind: str) -> None:
 
 
 def _print(documents: dict[str, ExpertsState]) -> None:
-    from rich.console import Console
-
     from moe_operator.experts.heat import render_experts
 
-    # A file or pipe has no width.
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    for engine, document in documents.items():
-        console.print(render_experts(engine, document))
+    print_table(*(render_experts(engine, document) for engine, document in documents.items()))

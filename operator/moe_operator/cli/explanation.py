@@ -5,6 +5,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from moe_operator.cli.output import shorten
+
 # By the label of a choice's reason.
 _REASONS = {
     "least_predicted": "it had the least predicted time to first token",
@@ -20,13 +22,15 @@ _CONTINUED = {
 }
 
 
-def render_record(record: RequestRecord) -> Group:
-    """The request, each engine that it was sent to, and the terms of each choice."""
+def render_record(record: RequestRecord, *, wide: bool = True) -> Group:
+    """The request, each engine that it was sent to, and the terms of each choice; 80 columns have room for the narrow
+    form.
+    """
     parts: list[Text | Table] = [Text.assemble((record.request_id, "bold"), f"  {_describe(record)}")]
     for number, attempt in enumerate(record.attempts, 1):
         parts.append(Text(_describe_attempt(number, attempt)))
         if attempt.targets:
-            parts.append(_render_terms(attempt))
+            parts.append(_render_terms(attempt, wide=wide))
         else:
             parts.append(Text("   the terms of this choice were not recorded: at most one choice in 10 ms is"))
     if not record.attempts:
@@ -58,20 +62,24 @@ def _describe_end(record: RequestRecord) -> str:
     return f"{first}ended after {_time(record.duration_s)} with status {record.status}{problem}"
 
 
-def _render_terms(attempt: AttemptRecord) -> Table:
-    columns = ("engine", "requests", "ahead", "own uncached", "signal", "wait for KV", "wait", "first token")
-    table = Table(box=None, pad_edge=True, header_style="dim")
+def _render_terms(attempt: AttemptRecord, *, wide: bool) -> Table:
+    kv = ("wait for KV",) if wide else ()
+    own = "own uncached" if wide else "uncached"
+    columns = ("  engine", "requests", "ahead", own, "signal", *kv, "wait", "first token")
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("engine", "signal") else "right")
+        table.add_column(column, justify="left" if column in ("  engine", "signal") else "right", no_wrap=True)
+    unit = " tokens" if wide else ""
     for row in attempt.targets:
+        name = _target(row.name, row.rank)
         is_chosen = (row.name, row.rank) == (attempt.name, attempt.rank)
         table.add_row(
-            f"{'>' if is_chosen else ' '} {_target(row.name, row.rank)}",
+            f"{'>' if is_chosen else ' '} {name if wide else shorten(name)}",
             str(row.requests),
-            f"{row.ahead_tokens} tokens",
-            f"{row.uncached_tokens} tokens",
+            f"{row.ahead_tokens}{unit}",
+            f"{row.uncached_tokens}{unit}",
             "fresh" if row.fresh else "stale",
-            _time(row.kv_s),
+            *((_time(row.kv_s),) if wide else ()),
             _time(row.wait_s),
             _time(row.predicted_s),
         )

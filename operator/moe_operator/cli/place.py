@@ -13,6 +13,7 @@ import typer
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing
+from moe_operator.cli.completion import complete_names
 from moe_operator.cli.validate import INVALID, input_errors_shown, one_line
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import Folder, default_state_dir, known_names
@@ -26,7 +27,19 @@ StateDir = Annotated[
     typer.Option("--state-dir", help="Folder of all deployments.", show_default="$XDG_STATE_HOME/moeserving"),
 ]
 Name = Annotated[
-    str | None, typer.Argument(help="Name of the deployment; may be left out while there is one.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="Name of the deployment; may be left out while there is one.",
+        show_default=False,
+        autocompletion=complete_names,
+    ),
+]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace of a deployment in a cluster.", show_default=False)
+]
+Context = Annotated[
+    str | None,
+    typer.Option("--context", help="Context of kubectl; the deployment is in a cluster.", show_default=False),
 ]
 
 
@@ -35,23 +48,43 @@ def root_of(state_dir: Path | None) -> Path:
     return (state_dir or default_state_dir()).absolute()
 
 
-def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = False) -> Folder:
+def find_folder(name: str | None, state_dir: Path | None, *, stopped: bool = False, in_cluster: bool = False) -> Folder:
     """The deployment that is meant.
+
+    Args:
+        name: as it was given.
+        state_dir: as it was given.
+        stopped: whether one that has stopped is meant as well.
+        in_cluster: whether the command can also look into a cluster, which an error then says.
 
     Raises:
         InvalidInput: there is none, or several and none is named.
     """
     root = root_of(state_dir)
     known = known_names(root, stopped=stopped)
-    listed = f"known: {', '.join(known)}" if known else f"there is none in {root}; `moeserving up -f FILE` starts one"
     if name is None and len(known) == 1:
         return Folder(root=root, name=known[0])
+    if name is not None and name in known:
+        return Folder(root=root, name=name)
+    elsewhere = "; for one in a cluster add --namespace" if in_cluster else ""
+    if not known:
+        message = f"no deployment runs on this machine; `moeserving up -f FILE` starts one (looked in {root})"
+    elif name is None:
+        message = f"several deployments run on this machine, name one; known: {', '.join(known)}"
+    else:
+        message = f"no deployment {name!r} on this machine; known: {', '.join(known)}"
+    raise InvalidInput([InputError("NAME", message + elsewhere)])
+
+
+def require_name(name: str | None) -> str:
+    """The name of a deployment in a cluster.
+
+    Raises:
+        InvalidInput: none is named.
+    """
     if name is None:
-        error = InputError("NAME", f"name one; {listed}" if known else f"no deployment; {listed}")
-        raise InvalidInput([error])
-    if name not in known:
-        raise InvalidInput([InputError("NAME", f"no deployment {name!r}; {listed}")])
-    return Folder(root=root, name=name)
+        raise InvalidInput([InputError("NAME", "name the deployment; `kubectl get moes` lists them")])
+    return name
 
 
 @contextmanager
@@ -93,10 +126,13 @@ __all__ = [
     "FAILED",
     "INTERRUPTED",
     "INVALID",
+    "Context",
     "Name",
+    "Namespace",
     "StateDir",
     "errors_shown",
     "find_folder",
+    "require_name",
     "root_of",
     "show_failure",
     "tell_idle",

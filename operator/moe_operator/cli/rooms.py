@@ -39,6 +39,9 @@ OWN = {
     "down": Own("running", "down", "Stop a deployment once its streams have ended."),
     "status": Own("running", "status", "Show engines, policies in force, restarts."),
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
+    "top": Own("top", "top", "Show engines, queue, times and rates, live."),
+    "roles": Own("roles", "roles", "Show which engines compute prompts and which answers."),
+    "drain": Own("drain", "drain", "Empty one engine without losing a stream, or have it serve again."),
     "explain": Own("explain", "explain", "Show why a request went to its engine."),
     "ui": Own("ui", "ui", "Open the live page of a deployment in the browser."),
     "doctor": Own("doctor", "doctor", "Look for problems of a cluster or machine; say what to do."),
@@ -46,6 +49,7 @@ OWN = {
     "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
     "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
+    "completion": Own("completion", "completion", "Print a script with which a shell completes this command."),
     "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),
     "crd": Own("validate", "crd", "Print the CustomResourceDefinition of MoEServing."),
 }

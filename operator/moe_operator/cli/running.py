@@ -1,8 +1,8 @@
 """Commands on a deployment that runs: `down`, `status`, `logs`, `set`."""
 
 import asyncio
-import json
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -10,11 +10,14 @@ import typer
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 
 from moe_operator.api import status_document
+from moe_operator.cli.output import AsJson, Output, OutputFormat, choose_format, is_document, print_document
 from moe_operator.cli.place import Name, StateDir, errors_shown, find_folder, tell_idle
+from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.validate import one_line
 from moe_operator.local.folder import Folder
 from moe_operator.local.record import PROMETHEUS, find_process, load_record
 from moe_operator.local.stop import request_stop, stop_leftovers, wait_stopped
+from moe_operator.progress import stderr_line
 
 
 def down(name: Name = None, state_dir: StateDir = None) -> None:
@@ -33,18 +36,26 @@ def down(name: Name = None, state_dir: StateDir = None) -> None:
         typer.echo(f"{folder.name}: stopping, running streams end first (Ctrl-C stops at once)")
         if record is not None and not record.draining:
             request_stop(supervisor)
+        line, began_s = stderr_line(), time.monotonic()
+
+        def show() -> None:
+            if record is not None:
+                line.show(*asyncio.run(describe_stop(record, time.monotonic() - began_s)))
+
         try:
-            wait_stopped(supervisor)
+            wait_stopped(supervisor, show)
         except KeyboardInterrupt:
             request_stop(supervisor)
             wait_stopped(supervisor)
+        line.close()
         typer.echo(f"{folder.name}: stopped")
 
 
 def status(
     name: Name = None,
     state_dir: StateDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The status in the form of the resource, as JSON.")] = False,
+    output: Output = OutputFormat.TABLE,
+    as_json: AsJson = False,
 ) -> None:
     """Show engines, policies in force, restarts."""
     from rich.console import Console
@@ -57,9 +68,10 @@ def status(
     with errors_shown():
         seen = asyncio.run(fetch_observation(require_running(find_folder(name, state_dir))))
         built = build_status(seen, datetime.now(UTC))
-        if as_json:
+        form = choose_format(output, as_json=as_json)
+        if is_document(form):
             document = {"name": seen.record.name, **status_document(built), "processes": build_processes(seen)}
-            typer.echo(json.dumps(document, indent=2))
+            print_document(document, form)
         else:
             Console(soft_wrap=not sys.stdout.isatty()).print(render_status(seen, built))
 

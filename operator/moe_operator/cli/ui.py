@@ -10,24 +10,19 @@ from typing import Annotated
 
 import typer
 
-from moe_operator.cli.experts import Context, Namespace
-from moe_operator.cli.explain import forward_gateways
+from moe_operator.cli.gateways import fetch_tokens, forward_gateways
 from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser, page_address
-from moe_operator.cli.place import StateDir, errors_shown, find_folder
-from moe_operator.experts.reach import Cluster, Forward, get_objects, read_tokens
+from moe_operator.cli.place import Context, Name, Namespace, StateDir, errors_shown, find_folder
+from moe_operator.experts.reach import Cluster, Forward
 from moe_operator.local.failure import Failure
 from moe_operator.local.folder import PAGE_FILE, Folder
 from moe_operator.local.start import require_running
-from moe_operator.plan.names import Names
 
 _LOOK_EVERY_S = 0.5
 
 
 def ui(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="Name of the deployment; may be left out while there is one.", show_default=False),
-    ] = None,
+    name: Name = None,
     state_dir: StateDir = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -36,7 +31,7 @@ def ui(
     """Open the live page: is anything wrong, why did a request wait, which experts are hot."""
     with errors_shown():
         if namespace is None and context is None:
-            _show_local(find_folder(name, state_dir), no_open)
+            _show_local(find_folder(name, state_dir, in_cluster=True), no_open)
         else:
             _show_cluster(name, Cluster(namespace=namespace, context=context), no_open)
 
@@ -53,7 +48,7 @@ def _show_local(folder: Folder, no_open: bool) -> None:
 def _show_cluster(name: str | None, cluster: Cluster, no_open: bool) -> None:
     with forward_gateways(name, cluster) as forwards:
         _check_page(name or "", forwards[0].url)
-        tokens = read_tokens(get_objects(cluster, "secret", Names(name or "").control))
+        tokens = fetch_tokens(name or "", cluster)
         if not tokens:
             raise Failure(f"{name}: its Secret has no control token")
         for other in forwards[1:]:

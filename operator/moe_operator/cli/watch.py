@@ -15,10 +15,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.text import Text
 
 from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser
 from moe_operator.cli.place import INTERRUPTED
+from moe_operator.cli.start import StartWatch
+from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.table import render_status
 from moe_operator.cli.validate import one_line
 from moe_operator.local.failure import Failure
@@ -29,6 +30,7 @@ from moe_operator.local.record import Alive, Record, identify, load_record
 from moe_operator.local.report import Failed, Ready, Starting, build_status, find_failing, judge_start
 from moe_operator.local.stop import request_stop
 from moe_operator.local.traffic import Totals, build_throughput, extend_window, read_totals
+from moe_operator.progress import stderr_line
 
 _LOOK_EVERY_S = 0.5
 _LOG_LINES = 15
@@ -45,6 +47,8 @@ class Watch:
         self._interrupted = asyncio.Event()
         self._console = Console(stderr=True)
         self._live: Live | None = None
+        self._line = stderr_line()
+        self._start = StartWatch(folder)
         self._warned: set[str] = set()
 
     async def run(self) -> int:
@@ -56,8 +60,10 @@ class Watch:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._interrupt)
         try:
-            with self._display():
+            try:
                 ready = await self._wait_ready()
+            finally:
+                self._line.close()
             if ready is not None:
                 await self._say_ready(ready)
                 if self._detach:
@@ -73,7 +79,6 @@ class Watch:
     async def _wait_ready(self) -> Record | None:
         """The record once it is ready; None when it was interrupted."""
         began_s = time.monotonic()
-        reported: dict[str, str] = {}
         while not self._interrupted.is_set():
             seen = await self._look()
             if seen is not None:
@@ -83,7 +88,7 @@ class Watch:
                     case Failed() as failed:
                         self._fail(failed)
                     case Starting(phases=phases):
-                        reported = self._report(phases, reported, time.monotonic() - began_s)
+                        self._line.show(*self._start.describe(phases, time.monotonic() - began_s))
             await self._pause()
         return None
 
@@ -114,11 +119,15 @@ class Watch:
     async def _wait_ended(self) -> int:
         """Until the supervisor has ended; each further interrupt forces it."""
         self._interrupted.clear()
+        record, began_s = load_record(self._folder), time.monotonic()
         while (status := self._process.poll()) is None:
             if self._interrupted.is_set():
                 self._interrupted.clear()
                 request_stop(self._supervisor)
+            if record is not None:
+                self._line.show(*await describe_stop(record, time.monotonic() - began_s))
             await self._pause(0.1)
+        self._line.close()
         return status
 
     async def _look(self) -> Observation | None:
@@ -149,15 +158,6 @@ class Watch:
             Live(console=self._console, transient=True, auto_refresh=True) if self._console.is_terminal else None
         )
         return self._live or nullcontext()
-
-    def _report(self, phases: dict[str, str], reported: dict[str, str], elapsed_s: float) -> dict[str, str]:
-        """How far the engines are: in place on a terminal, else a line at each change."""
-        words = ", ".join(f"{name} {phase}" for name, phase in phases.items())
-        if self._live is not None:
-            self._live.update(Text(f"{self._folder.name}: {elapsed_s:.0f} s: {words}"))
-        elif phases != reported:
-            self._say(f"{self._folder.name}: {elapsed_s:.0f} s: {words}")
-        return phases
 
     async def _say_ready(self, record: Record) -> None:
         self._say(f"{record.name}: ready at {record.endpoint}", "", render_curl(record), "")

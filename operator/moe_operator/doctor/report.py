@@ -1,9 +1,9 @@
 """All checks of a cluster, in the order in which a person would look, and the report for people and for programs."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import Any
 
 from moe_contract.api_server import NOT_FOUND, ApiError, Document
 from rich.table import Table
@@ -87,12 +87,12 @@ def render_table(checks: Iterable[Check]) -> Table:
     return table
 
 
-def render_json(checks: Sequence[Check]) -> str:
-    """The report for programs, as JSON."""
+def build_report(checks: Sequence[Check]) -> dict[str, Any]:
+    """The report for programs, as a document."""
     rows = [
         {"check": row.name, "state": row.state, "finding": row.finding, "advice": row.advice or None} for row in checks
     ]
-    return json.dumps({"problems": count_states(checks)[CheckState.PROBLEM], "checks": rows}, indent=1)
+    return {"problems": count_states(checks)[CheckState.PROBLEM], "checks": rows}
 
 
 def render_sum(checks: Iterable[Check]) -> str:

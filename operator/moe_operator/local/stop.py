@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -21,9 +22,10 @@ def request_stop(supervisor: Alive | None) -> None:
             process.terminate()
 
 
-def wait_stopped(supervisor: Alive | None) -> None:
-    """Until the supervisor has ended. It bounds the time itself."""
+def wait_stopped(supervisor: Alive | None, on_look: Callable[[], None] = lambda: None) -> None:
+    """Until the supervisor has ended, which bounds the time itself; `on_look` is called now and then."""
     while find_process(supervisor) is not None:
+        on_look()
         time.sleep(_LOOK_EVERY_S)
 
 

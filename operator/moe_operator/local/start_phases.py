@@ -1,0 +1,153 @@
+"""How far an engine's start is, by the lines that vLLM logs, and how much of its model is downloaded."""
+
+import json
+import re
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_operator.progress import describe_bytes, describe_time
+
+# Words of the phase by what a line of the log has, vLLM 0.32 and 0.33; the newest line that has one decides.
+_PHASES = (
+    (r"Loading [\w ]*checkpoint shards:\s+\d+% Completed \| (\d+)/(\d+)", "loading weights {} of {} files"),
+    (r"Capturing CUDA graphs[^:]*:\s+\d+%\|[^|]*\| (\d+)/(\d+)", "capturing graphs {} of {}"),
+    (r"non-default args: ", "reading the model's configuration"),
+    (r"Resolved architecture: (\w+)", "starting the engine core ({})"),
+    (r"Initializing a V1 LLM engine", "setting up devices"),
+    (r"Starting to load model", "loading weights"),
+    (r"Time spent downloading weights", "loading weights"),
+    (r"Loading weights took", "weights are loaded"),
+    (r"for vLLM's torch.compile|Dynamo bytecode transform time|Compiling a graph for", "compiling"),
+    (r"Warming up model for the compilation", "compiling"),
+    (r"Available KV cache memory", "measuring room for the KV cache"),
+    (r"KV cache size: ([\d,]+) tokens", "KV cache of {} tokens"),
+    (r"Graph capturing finished", "graphs are captured"),
+    (r"init engine \(profile, create kv cache", "starting the HTTP server"),
+    (r"Application startup complete", "answers soon"),
+)
+_KNOWN = re.compile("|".join(f"(?P<p{number}>{pattern})" for number, (pattern, _) in enumerate(_PHASES)))
+_LOADING_PYTHON = "loading Python packages"
+_MOST_BYTES = 1024 * 1024
+# The end of a line that is not complete yet may have a phase: bars are rewritten in place.
+_MOST_REST = 4096
+
+
+def find_phase(text: str) -> str:
+    """The phase that the newest known line of a log has; empty where none is known. Pure."""
+    found = None
+    for line in re.split(r"[\r\n]+", text):
+        found = _KNOWN.search(line) or found
+    if found is None:
+        return ""
+    number = next(index for index in range(len(_PHASES)) if found[f"p{index}"] is not None)
+    pattern, words = _PHASES[number]
+    match = re.search(pattern, found[f"p{number}"])
+    return words.format(*(match.groups() if match else ()))
+
+
+class StartLog:
+    """Follows the log of one engine from now on.
+
+    Args:
+        path: of the log; it may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rest, self._phase = path, "", _LOADING_PYTHON
+        self._position = path.stat().st_size if path.exists() else 0
+
+    def read_phase(self) -> str:
+        """The present phase in words."""
+        try:
+            size = self._path.stat().st_size
+            if size < self._position:
+                self._position, self._rest = 0, ""
+            with self._path.open("rb") as file:
+                file.seek(max(self._position, size - _MOST_BYTES))
+                text = self._rest + file.read().decode(errors="replace")
+                self._position = file.tell()
+        except OSError:
+            return self._phase
+        self._phase = find_phase(text) or self._phase
+        self._rest = text[-_MOST_REST:].rpartition("\n")[2]
+        return self._phase
+
+
+# A download that does not grow for this time has ended, or hangs, which the phase then says no more.
+_STILL_S = 10.0
+_RATE_WINDOW_S = 20.0
+
+
+class Download:
+    """The part of a model of the Hugging Face hub that is in this machine's cache.
+
+    Args:
+        folder: `models--ORG--NAME` of the cache; it may not exist yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._looks: deque[tuple[float, int]] = deque()
+        self._grown_s: float | None = None
+
+    def describe(self, now_s: float) -> str:
+        """`downloading 1.2 GB of 3.1 GB, 45 MB/s, about 42 s left`; empty while nothing comes.
+
+        Args:
+            now_s: monotonic time.
+        """
+        size = sum_sizes(self._folder / "blobs")
+        if self._looks and size > self._looks[-1][1]:
+            self._grown_s = now_s
+        self._looks.append((now_s, size))
+        while now_s - self._looks[0][0] > _RATE_WINDOW_S:
+            self._looks.popleft()
+        if self._grown_s is None or now_s - self._grown_s > _STILL_S:
+            return ""
+        first_s, first = self._looks[0]
+        rate = (size - first) / (now_s - first_s) if now_s > first_s else 0.0
+        return describe_download(size, read_total(self._folder), rate)
+
+
+def describe_download(size: int, total: int | None, rate: float) -> str:
+    """The words of a download: bytes, of how many where that is known, bytes/s, time left. Pure."""
+    whole = f" of {describe_bytes(total)}" if total is not None and total >= size else ""
+    left = f", about {describe_time((total - size) / rate)} left" if whole and total is not None and rate > 0 else ""
+    return f"downloading {describe_bytes(size)}{whole}, {describe_bytes(rate)}/s{left}"
+
+
+def sum_sizes(folder: Path) -> int:
+    """Bytes of the files in a folder, of those that are not complete too; 0 without the folder."""
+    total = 0
+    try:
+        for path in folder.iterdir():
+            total += path.stat().st_size
+    except OSError:
+        return total
+    return total
+
+
+def read_total(folder: Path) -> int | None:
+    """Bytes of a model's weights, by the index that lies beside them; None before that is there."""
+    for path in folder.glob("snapshots/*/*.safetensors.index.json"):
+        try:
+            return int(json.loads(path.read_bytes())["metadata"]["total_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def find_model_cache(uri: str, environment: Mapping[str, str]) -> Path | None:
+    """The folder of a model in the hub's cache; None for one from elsewhere. Pure.
+
+    Args:
+        uri: `spec.model.uri`.
+        environment: of the engine.
+    """
+    scheme, _, name = uri.partition("://")
+    if scheme != "hf":
+        return None
+    home = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    hub = environment.get("HF_HUB_CACHE") or Path(environment.get("HF_HOME") or home) / "hub"
+    return Path(hub) / f"models--{name.partition('@')[0].replace('/', '--')}"

@@ -1,0 +1,213 @@
+"""`moeserving top`, `roles` and `drain` against a deployment that runs, here and through kubectl."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_fleet import Fleet, run
+from local_place import COMMAND, TIMEOUT_S
+from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, PageFinding, TimePoint
+from moe_operator.cli import drain
+from moe_operator.cli.output import NAME_WIDTH, shorten
+from moe_operator.cli.stopping import describe_stop
+from moe_operator.cli.top_view import choose_rows, merge_engines, render_top
+from rich.console import Console
+
+ENGINES = ["a-engine-0", "a-engine-1"]
+PLACES = ["machine", "cluster"]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    made = Fleet(tmp_path_factory.mktemp("fleet"), replicas=2)
+    yield made
+    made.end()
+
+
+@pytest.fixture(params=PLACES)
+def where(request: pytest.FixtureRequest, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Options by which a command reaches the fleet, its gateway's name there, and its engines' names."""
+    if request.param == "machine":
+        return ("a", *fleet.local), "gateway", ENGINES
+    fleet.make_kubectl(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return ("a", "-n", "ns"), "way-0", ["pod-0", "pod-1"]
+
+
+def test_top_has_the_rates_of_a_second_and_ends_where_the_output_is_no_terminal(where):
+    options, gateway, _ = where
+    said = run("top", *options)
+    assert "TTFT 170.0 ms  TPOT -  12.5 req/s" in said
+    assert "nothing is wrong" in said
+    assert all(f"{name} ready " in said for name in ENGINES)
+    assert run("top", "--once", *options) == said
+    document = json.loads(run("top", *options, "-o", "json"))
+    assert document[gateway]["point"]["requests_per_s"] == 12.5
+    assert yaml.safe_load(run("top", *options, "-o", "yaml")) == document
+    assert "TTFT factor" in run("top", *options, "-o", "wide")
+
+
+def test_top_without_a_page_names_the_switch(fleet):
+    switch = fleet.switch("gateway", "no-page")
+    switch.write_text("404")
+    try:
+        assert "gateway.ui.enabled is false" in run("top", "a", *fleet.local, code=1)
+    finally:
+        switch.unlink()
+
+
+def test_in_a_terminal_top_goes_on_until_ctrl_c_and_connects_again(fleet):
+    """The fake's stream ends after two snapshots."""
+    leader, follower = pty.openpty()
+    command = [*COMMAND, "top", "a", *fleet.local]
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower) as process:
+        os.close(follower)
+        try:
+            text = read_until(leader, "tried again each second")
+            assert "a-engine-1" in text
+            os.write(leader, b"\x03")
+            process.send_signal(2)
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+            os.close(leader)
+
+
+def read_until(descriptor: int, words: str) -> str:
+    text = ""
+    while words not in text:
+        text += os.read(descriptor, 65536).decode(errors="replace")
+    return text
+
+
+def test_roles_are_those_of_the_gateway_with_transfers_and_fall_backs(where, fleet):
+    options, _, _ = where
+    assert "no request is split: every engine computes prompts and answers" in run("roles", *options)
+    fleet.switch("gateway", "split").touch()
+    try:
+        said = run("roles", *options)
+        assert "a  1 decode, 1 prefill" in said
+        assert "5 transfers of KV blocks, 1 fall-backs (decode_error 1)" in said
+        document = json.loads(run("roles", *options, "-o", "json"))
+        assert [row["role"] for row in document["engines"]] == ["prefill", "decode"]
+        assert (document["split"], document["transfers"], document["fallBacks"]) == (True, 5, {"decode_error": 1})
+    finally:
+        fleet.switch("gateway", "split").unlink()
+
+
+def test_an_engine_is_drained_and_serves_again_and_the_last_one_is_refused(where):
+    options, _, (first, second) = where
+    assert f"ENGINE: {first} is not drained: its phase is ready" in run("drain", first, *options, "--undo", code=2)
+    said = run("drain", first, *options)
+    assert f"{first}: drains, " in said
+    assert f"{first}: drained after " in said
+    assert ", no stream was cut" in said
+    assert "is drained already" in run("drain", first, *options)
+    refused = run("drain", second, *options, code=2)
+    assert f"ENGINE: {second} is the last engine that takes requests; nothing was changed" in refused
+    assert "drained after" in run("drain", second, *options, "--force")
+    for name in (first, second):
+        assert f"{name}: starts again now" in run("drain", name, *options, "--undo")
+    assert "3 requests left" in run("drain", first, *options, "--no-wait")
+    run("drain", first, *options, "--undo")
+
+
+def test_in_a_cluster_the_pod_names_its_deployment(fleet, tmp_path, monkeypatch):
+    fleet.make_kubectl(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "ENGINE: pod-0 is not drained" in run("drain", "pod-0", "-n", "ns", "--undo", code=2)
+
+
+def test_an_unknown_engine_is_named_with_the_known_ones(where):
+    options, _, names = where
+    assert run("drain", "b", *options, code=2) == f"ENGINE: unknown 'b'; known: {', '.join(names)}\n"
+
+
+@pytest.mark.parametrize(
+    ("left", "most", "elapsed_s", "text"),
+    [
+        (8, 8, 3.0, "e: drains, 8 of 8 requests left after 3 s"),
+        (2, 8, 30.0, "e: drains, 2 of 8 requests left after 30 s, about 10 s to go"),
+        (0, 8, 61.0, "e: no request left, the engine stops (1 min 1 s)"),
+    ],
+)
+def test_a_drain_says_how_many_are_left_and_how_long_still(left, most, elapsed_s, text):
+    assert drain.describe_drain("e", left, most, elapsed_s) == text
+
+
+def test_a_drain_names_the_limit_and_what_it_cut():
+    said = drain.describe_drain("e", 1, 1, 100.0, 120.0)
+    assert said == "e: drains, 1 of 1 requests left after 1 min 40 s, at most 20 s"
+    assert drain.describe_cut(2, 121.0, 120.0) == ", 2 requests were cut: engine.drainTimeout is 2 min 0 s"
+    assert drain.describe_cut(2, 3.0, 120.0) == drain.describe_cut(0, 121.0, 120.0) == ", no stream was cut"
+
+
+async def test_a_stop_says_how_many_requests_are_left_until_the_gateway_has_ended(fleet):
+    record = replace(fleet.record(), drain_timeout_s=60.0)
+    assert await describe_stop(record, 45.0) == ("a: 0 requests left after 45 s, at most 15 s to go", "requests")
+    gone = tuple(replace(row, url="http://127.0.0.1:1") for row in record.processes)
+    said, phase = await describe_stop(replace(record, processes=gone), 61.0)
+    assert (said, phase) == ("a: the gateway has ended, engines stop (1 min 1 s)", "engines")
+
+
+def draw(snapshots: dict[str, LiveSnapshot], **options) -> list[str]:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    with console.capture() as capture:
+        console.print(render_top("moe", snapshots, **options))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def row(number: int, **changes) -> EngineRow:
+    values = {"name": f"moe-engine-7d9f8b6c5d-{number:05}", "status": "ready", "role": "unified"}
+    values |= {"running": 128, "waiting": 1024, "kv_usage": 1.0}
+    values |= {"step_s": 0.1234, "tokens_per_s": 123456.0, "in_flight": 1024}
+    return EngineRow(**(values | changes))
+
+
+def snapshot(*rows: EngineRow, **changes) -> LiveSnapshot:
+    point = TimePoint(at_s=1e9, ttft_s=1.5, ttft_p95_s=2.25, step_s=0.1, requests_per_s=99.5, held=3)
+    return LiveSnapshot(at_s=1e9, point=point, engines=rows, models=("m",), **changes)
+
+
+def test_the_screen_of_large_numbers_fits_into_80_columns_and_its_lines():
+    finding = PageFinding(kind="x", severity="error", message="Engines fail.", advice="Look.")
+    held = (HeldGroup(priority=0, tenant="abcdef01", requests=3, prompt_tokens=9, oldest_s=2.0),)
+    rows = (row(number, status="ready" if number else "unreachable") for number in range(64))
+    shown = snapshot(*rows, findings=(finding,), held=held, ttft_target_s=1.0)
+    lines = draw({"one": shown, "two": shown}, height=24, last="Ctrl-C ends")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert "one: TTFT 1.50 s (p95 2.25 s, bound 1.00 s)  TPOT 100.0 ms  99.5 req/s" in lines
+    assert "error: Engines fail. Look." in lines
+    assert "held: 3 of class 0 of tenant abcdef01, the oldest for 2.00 s" in lines
+    # No cell of a row is cut.
+    (first,) = [line for line in lines if line.endswith("-00000") or "-00000 " in line]
+    assert first.split()[1:] == ["unreachable", "unified", "128", "1024", "100%", "123.4", "ms", "123456", "2048"]
+    assert any(line.startswith("and 54 more") for line in lines)
+
+
+def test_of_too_many_rows_those_that_are_not_ready_come_first_then_the_busiest():
+    rows = [row(0, waiting=0), row(1, waiting=5), row(2, status="unreachable", waiting=0)]
+    assert [each.name[-1] for each in choose_rows(rows, 2)] == ["2", "1"]
+    assert choose_rows(rows, 3) == rows
+    assert choose_rows(rows, None) == rows
+
+
+def test_requests_that_several_gateways_sent_to_an_engine_are_added():
+    both = merge_engines([snapshot(row(1, in_flight=2)), snapshot(row(0, in_flight=1), row(1, in_flight=3))])
+    assert [(each.name[-1], each.in_flight) for each in both] == [("0", 1), ("1", 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("short", "short"), ("moe-engine-7d9f8b6c5d-x2x4z9", "moe-engi…9f8b6c5d-x2x4z9")]
+)
+def test_a_long_name_keeps_its_end(name, text):
+    assert shorten(name) == text
+    assert len(shorten("x" * 300)) == NAME_WIDTH

@@ -71,3 +71,26 @@ def test_it_has_every_package_the_live_page_and_the_programs(wheels: tuple[Path,
     assert "moeserving = " in programs
     assert "kubectl-moeserving = " in programs
     assert not [name for name in names if name.endswith((".so", ".pyc")) or "node_modules" in name]
+
+
+def test_its_program_runs_from_an_installed_wheel(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its own files alone, with the packages of this environment; `make test-wheel` installs all in clean ones."""
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(tmp_path)
+    script = (
+        "import sys, moe_operator, moe_gateway.live_page.routes as routes\n"
+        "from moe_operator.cli import main\n"
+        "assert moe_operator.__file__.startswith(sys.path[1]) and (routes.ASSETS / 'index.html').is_file()\n"
+        "sys.argv[0] = 'moeserving'\n"
+        "main()\n"
+    )
+    for words in (["--version"], ["crd"], ["validate", "-f", str(ROOT / "manifests/minimal.yaml")]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr

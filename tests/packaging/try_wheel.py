@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).with_name("uv")
 # Each command and the words that its output has; None: it names the extra that is missing, in one line.
 COMMANDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "": (("--version", "moeserving "), ("--help", "validate"), ("replay --help", "'moeserving[bench]'")),
+    "": (
+        ("--version", "moeserving "),
+        ("--help", "validate"),
+        ("validate -f {root}/manifests/minimal.yaml", "valid"),
+        ("up --help", "'moeserving[operator]'"),
+        ("gateway --help", "'moeserving[gateway]'"),
+        ("agent --help", "'moeserving[agent]'"),
+    ),
     "gateway": (("gateway --help", "--engine"),),
     "epp": (("epp --help", "--engine"),),
     "operator": (

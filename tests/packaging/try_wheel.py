@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("up --help", "--detach"),
     ),
     "agent": (("agent --help", "--config"),),
-    "bench": (("replay --help", "--load"), ("simulate --help", "--file")),
+    "bench": (("replay --help", "--api-key-file"), ("simulate --help", "--json")),
 }
 RESOLVED = ("gpu", "cpu", "transfer", "docs", "release")
 # Part of the wheel that no module is.

@@ -11,13 +11,13 @@ ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
 PAGE := gateway/moe_gateway/live_page/assets/index.html
-EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,dev
-SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs/adr
+EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,docs,dev
+SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs
 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -185,6 +185,41 @@ $(ROUTER)/.ready: $(STAMP)
 pictures: $(STAMP) ## Draw the README's pictures again, from real runs on the tiny model (5 minutes)
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	BIN=$(BIN) bench/pictures.sh
+
+docs: $(STAMP) ## Build the documentation as a site in .cache/site; a link or anchor that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory .cache/site 8001"
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := dist/moeserving-$(VERSION)-py3-none-any.whl
+# The time of the commit, so that two builds of one commit are equal.
+EPOCH = $(shell git log -1 --format=%ct 2>/dev/null || echo 1580601600)
+
+wheel: $(STAMP) $(PAGE) ## Build the wheel in dist/, byte by byte the same for the same commit
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m hatchling build --target wheel --directory dist
+
+RELEASE := .cache/release
+
+# Of a wheel's environment it lists the packages, so it stands in one of its own.
+$(RELEASE)/.ready: pyproject.toml constraints.txt | $(STAMP)
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(RELEASE)
+	$(BIN)/uv pip install -q --python $(RELEASE)/bin/python -c constraints.txt -r pyproject.toml --extra release
+	@touch $@
+
+sbom: wheel $(RELEASE)/.ready ## List the components of the wheel and its extras without vLLM, as CycloneDX, in dist/
+	$(BIN)/uv venv -q --clear --python $(BIN)/python .cache/sbom
+	$(BIN)/uv pip install -q --python .cache/sbom/bin/python -c constraints.txt '$(WHEEL)[gateway,epp,operator,agent,bench]'
+	$(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file $(WHEEL:-py3-none-any.whl=.cdx.json) .cache/sbom
+
+HELM ?= helm
+
+chart: ## Pack the chart in dist/ (HELM=PROGRAM)
+	$(HELM) package charts/moeserving --destination dist
+
+PYTHONS ?= python3.11 python3.12 python3.13
+
+test-wheel: wheel ## Install the wheel with each extra into clean environments and run its commands (PYTHONS="python3.12 ...")
+	$(BIN)/python tests/packaging/try_wheel.py $(WHEEL) $(PYTHONS)
 
 compile-gateway: $(STAMP) ## Compile the gateway's hot modules with mypyc, beside their sources (a C compiler is needed; `make clean` removes them)
 	$(BIN)/python images/compile_gateway.py

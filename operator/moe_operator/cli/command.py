@@ -1,8 +1,11 @@
 """The one command `moeserving`."""
 
+from typing import Annotated
+
 import typer
 
 from moe_operator.cli.rooms import Commands
+from moe_operator.cli.version import show_version
 
 app = typer.Typer(
     cls=Commands,
@@ -16,5 +19,9 @@ app = typer.Typer(
 
 
 @app.callback()
-def moeserving() -> None:
+def moeserving(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the versions, vLLM's too.")
+    ] = False,
+) -> None:
     """All commands are in the group's own table."""

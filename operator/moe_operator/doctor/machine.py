@@ -2,18 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
 import psutil
 from moe_contract.input_errors import InvalidInput
 
 from moe_operator.doctor.check import Check, note, ok, problem
+from moe_operator.doctor.installed_vllm import find_describe
 from moe_operator.local.machine import count_cpus, find_gpus
 
 # As `requires-python`.
 LEAST_PYTHON, BEFORE_PYTHON = (3, 11), (3, 14)
-GROUP, VLLM = "moeserving.machine_checks", "vllm"
 # Below it the smallest models start, and few others.
 LITTLE_MEMORY_BYTES = 4 << 30
 # Of each extra that `up` needs, beside that of this command, a package.
@@ -26,7 +25,7 @@ def check_machine() -> list[Check]:
     return [
         check_python(sys.version_info[:3]),
         check_packages({extra for extra, package in PACKAGES.items() if find_spec(package) is None}),
-        check_vllm(_find_describe(entry_points(group=GROUP))),
+        check_vllm(find_describe()),
         check_gpus(find_gpus(), count_cpus()),
         check_memory(memory.available, memory.total),
     ]
@@ -76,14 +75,3 @@ def check_memory(available: int, total: int) -> Check:
     if available < LITTLE_MEMORY_BYTES:
         return note("memory", finding, "end other programs, or set a small `engine.resources.kvCacheMemory`")
     return ok("memory", finding)
-
-
-def _find_describe(found: Iterable[EntryPoint]) -> Callable[[], str] | None:
-    for entry in found:
-        if entry.name == VLLM:
-            try:
-                describe: Callable[[], str] = entry.load()
-            except ModuleNotFoundError:
-                return None
-            return describe
-    return None

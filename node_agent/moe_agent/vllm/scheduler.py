@@ -112,11 +112,11 @@ class OrderedScheduler(AsyncScheduler):
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
             self.turns = TurnPublisher(Path(run_dir), rank)
-            publish_turns(_core_class())
+            _publish_turns()
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
-            defer_steps(_core_class())
+            _defer_steps()
         self._transfers: TransferMeter | None = None
         if run_dir and KV_TRANSFER_VARIABLE in os.environ:
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
@@ -402,11 +402,19 @@ class OrderedScheduler(AsyncScheduler):
         return min(self._config_version, self._experts.config_version)
 
 
-def _core_class() -> Any:
-    """Here and not above: only an engine core has loaded the module of the cores already."""
+# The module of the cores is loaded here and not above: only an engine core has loaded it already.
+
+
+def _defer_steps() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
-    return EngineCoreProc
+    defer_steps(EngineCoreProc)
+
+
+def _publish_turns() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    publish_turns(EngineCoreProc)
 
 
 def _prefill_tokens(output: SchedulerOutput, prefilling: list[str]) -> dict[str, int]:

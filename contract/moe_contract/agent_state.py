@@ -25,7 +25,7 @@ READY = "ready"
 class RankTrouble(StrEnum):
     """Why a data-parallel rank keeps its group from going on.
 
-    `ENDED`: its process is gone. `SUSPENDED`: its process, or a worker of it, is stopped (SIGSTOP). `BEHIND`: it has
+    `ENDED`: its process is gone. `SUSPENDED`: its process, or a worker below, is stopped (SIGSTOP). `BEHIND`: it has
     not begun the step in which the other ranks wait for it. `SILENT`: it has requests and makes no step.
     """
 
@@ -41,7 +41,7 @@ class RankTrouble(StrEnum):
 
     @property
     def words(self) -> str:
-        """What is wrong with the rank, in words that follow its name."""
+        """The trouble in words that follow the name of the rank."""
         return _WORDS[self]
 
 
@@ -132,7 +132,7 @@ class RankReport(EngineSignal):
 
     @property
     def trouble_words(self) -> str:
-        """What is wrong with the rank, in words that follow its name; empty while it goes on."""
+        """The trouble in words that follow the name of the rank; empty while it goes on."""
         return RankTrouble(self.trouble).words if self.trouble in set(RankTrouble) else self.trouble
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.supervisor.rank_health import SILENT_S, SLOWEST_STEPS, Life, RankSight, StepPace, judge_ranks
+from moe_agent.supervisor.rank_health import SILENT_S, SLOWEST_STEPS, ProcessLife, RankSight, StepPace, judge_ranks
 from moe_contract.agent_state import RankTrouble
 
 NOW_S = 1000.0
@@ -37,14 +37,14 @@ def at(turn: int, since_s: float, sight: RankSight | None = None) -> RankSight:
         # Of any rank: they step together.
         ([busy(5.9), RankSight(slowest_step_s=1.0)], {}),
         # The process speaks at once, and for a rank that is idle too; those that wait for it are not named.
-        ([busy(9.0), RankSight(life=Life.SUSPENDED)], {1: SUSPENDED}),
-        ([busy(9.0), RankSight(life=Life.ENDED)], {1: ENDED}),
-        ([busy(0.0, life=Life.ENDED, warm=False)], {0: ENDED}),
+        ([busy(9.0), RankSight(life=ProcessLife.SUSPENDED)], {1: SUSPENDED}),
+        ([busy(9.0), RankSight(life=ProcessLife.ENDED)], {1: ENDED}),
+        ([busy(0.0, life=ProcessLife.ENDED, warm=False)], {0: ENDED}),
         # The one that has not begun the step of the others, though it has no request, and they have.
         ([at(7, 3.1, busy(3.1)), at(6, 3.1)], {1: BEHIND}),
         ([at(7, 2.9, busy(2.9)), at(6, 2.9)], {}),
         ([at(7, 3.1, busy(3.1)), at(6, 3.1), at(5, 9.0), at(7, 0.1)], {1: BEHIND, 2: BEHIND}),
-        # All are in the same one: who has requests is named.
+        # All are in the same one: the rank that has requests is named.
         ([at(7, 9.0, busy(9.0)), at(7, 9.0)], {0: SILENT}),
         # All are idle, after the same step.
         ([at(7, 900.0), at(7, 900.0)], {}),
@@ -58,7 +58,7 @@ def test_the_rank_that_the_others_wait_for_is_named(ranks, troubles):
 
 sights = st.builds(
     RankSight,
-    life=st.sampled_from(Life),
+    life=st.sampled_from(ProcessLife),
     idle=st.booleans(),
     warm=st.booleans(),
     written_s=st.floats(NOW_S - 20.0, NOW_S),
@@ -76,16 +76,16 @@ def test_a_trouble_has_its_cause(ranks):
         sight = ranks[rank]
         match trouble:
             case RankTrouble.ENDED:
-                assert sight.life is Life.ENDED
+                assert sight.life is ProcessLife.ENDED
             case RankTrouble.SUSPENDED:
-                assert sight.life is Life.SUSPENDED
+                assert sight.life is ProcessLife.SUSPENDED
             case RankTrouble.BEHIND:
                 assert sight.turn < max(turns)
             case RankTrouble.SILENT:
                 assert not sight.idle
                 assert sight.written_s < NOW_S - SILENT_S
-    if any(sight.life is not Life.RUNS for sight in ranks):
-        assert found.keys() == {rank for rank, sight in enumerate(ranks) if sight.life is not Life.RUNS}
+    if any(sight.life is not ProcessLife.RUNS for sight in ranks):
+        assert found.keys() == {rank for rank, sight in enumerate(ranks) if sight.life is not ProcessLife.RUNS}
 
 
 @given(st.lists(sights, min_size=1, max_size=6))

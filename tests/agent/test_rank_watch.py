@@ -22,7 +22,7 @@ from moe_agent.api.state import build_state
 from moe_agent.shared_memory.control_record import Control
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.shared_memory.turn_record import TurnRecords
-from moe_agent.supervisor.rank_health import Life
+from moe_agent.supervisor.rank_health import ProcessLife
 from moe_agent.supervisor.rank_watch import RankRules, RankWatch, life_of
 from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules
 from moe_contract.addresses import ANY, bind_socket
@@ -215,17 +215,17 @@ async def test_the_life_of_a_process_is_that_of_its_workers_too(number):
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     watched, worker = psutil.Process(process.pid), int(await process.stdout.readline())
     try:
-        assert life_of(watched, with_workers=True) is Life.RUNS
+        assert life_of(watched, with_workers=True) is ProcessLife.RUNS
         os.kill(worker, signal.SIGSTOP)
-        await until(lambda: life_of(watched, with_workers=True) is Life.SUSPENDED)
-        assert life_of(watched, with_workers=False) is Life.RUNS
+        await until(lambda: life_of(watched, with_workers=True) is ProcessLife.SUSPENDED)
+        assert life_of(watched, with_workers=False) is ProcessLife.RUNS
         os.kill(process.pid, number)
-        wanted = Life.SUSPENDED if number is signal.SIGSTOP else Life.ENDED
+        wanted = ProcessLife.SUSPENDED if number is signal.SIGSTOP else ProcessLife.ENDED
         await until(lambda: life_of(watched, with_workers=False) is wanted)
     finally:
         os.kill(worker, signal.SIGKILL)
         if process.returncode is None:
             process.kill()
         await process.wait()
-    assert life_of(watched, with_workers=True) is Life.ENDED
-    assert life_of(None, with_workers=True) is Life.ENDED
+    assert life_of(watched, with_workers=True) is ProcessLife.ENDED
+    assert life_of(None, with_workers=True) is ProcessLife.ENDED

@@ -16,12 +16,12 @@ SILENT_S = 3.0
 """Seconds without a step that count as none being made, where steps are short."""
 
 SLOWEST_STEPS = 3.0
-"""So many of the slowest recent steps are added to it: an engine with long steps is not one that stands still."""
+"""This number of the slowest recent steps is added: an engine with long steps is not one that stands still."""
 
 _HALF_LIFE_S = 300.0
 
 
-class Life(Enum):
+class ProcessLife(Enum):
     """What the system says of a process."""
 
     RUNS = auto()
@@ -31,7 +31,7 @@ class Life(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSight:
-    """What is seen of one rank.
+    """The observation of one rank.
 
     Attributes:
         life: of its process, and of the workers below it where it makes no step.
@@ -44,7 +44,7 @@ class RankSight:
         slowest_step_s: seconds of its slowest recent step.
     """
 
-    life: Life = Life.RUNS
+    life: ProcessLife = ProcessLife.RUNS
     idle: bool = True
     warm: bool = True
     written_s: float = 0.0
@@ -55,7 +55,7 @@ class RankSight:
 
 def judge_ranks(sights: Mapping[int, RankSight], now_s: float) -> dict[int, RankTrouble]:
     """The ranks that keep the group from going on, each with its trouble; empty while all is well."""
-    found = {rank: _TROUBLES[sight.life] for rank, sight in sights.items() if sight.life is not Life.RUNS}
+    found = {rank: _TROUBLES[sight.life] for rank, sight in sights.items() if sight.life is not ProcessLife.RUNS}
     if found or not any(sight.warm for sight in sights.values()):
         return found
     patience_s = SILENT_S + SLOWEST_STEPS * max(sight.slowest_step_s for sight in sights.values())
@@ -67,7 +67,7 @@ def judge_ranks(sights: Mapping[int, RankSight], now_s: float) -> dict[int, Rank
     }
 
 
-_TROUBLES = {Life.ENDED: RankTrouble.ENDED, Life.SUSPENDED: RankTrouble.SUSPENDED}
+_TROUBLES = {ProcessLife.ENDED: RankTrouble.ENDED, ProcessLife.SUSPENDED: RankTrouble.SUSPENDED}
 
 
 def _behind(sights: Mapping[int, RankSight], before_s: float) -> list[int]:

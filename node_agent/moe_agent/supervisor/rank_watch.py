@@ -3,7 +3,7 @@
 Run by the supervisor beside the health checks, which a server that waits for its cores may answer late. What counts as
 a trouble is decided in `rank_health`; a rank of a group cannot be replaced alone, so the engine starts anew as a whole.
 
-Invariant: `troubles` is of the engine that lives; a change of it is followed by a call of `on_change`.
+Invariant: `troubles` is of the engine that lives; each change is followed by a call of `on_change`.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from moe_contract.agent_state import RankTrouble
 
 from moe_agent.shared_memory.rank_record import RankRecords, RankState
 from moe_agent.shared_memory.turn_record import TurnRecords, TurnState
-from moe_agent.supervisor.rank_health import Life, RankSight, StepPace, judge_ranks
+from moe_agent.supervisor.rank_health import ProcessLife, RankSight, StepPace, judge_ranks
 
 log = logging.getLogger(__name__)
 
@@ -173,17 +173,17 @@ class RankWatch:
         return 0.0 if process is None else cpu_time_of(process)
 
 
-def life_of(process: psutil.Process | None, *, with_workers: bool) -> Life:
+def life_of(process: psutil.Process | None, *, with_workers: bool) -> ProcessLife:
     """What the system says of a process; `with_workers`: one that is stopped below it stops it too."""
     if process is None:
-        return Life.ENDED
+        return ProcessLife.ENDED
     try:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            return Life.ENDED
+            return ProcessLife.ENDED
         below = process.children(recursive=True) if with_workers else []
-        return Life.SUSPENDED if any(map(_is_stopped, (process, *below))) else Life.RUNS
+        return ProcessLife.SUSPENDED if any(map(_is_stopped, (process, *below))) else ProcessLife.RUNS
     except psutil.NoSuchProcess:
-        return Life.ENDED
+        return ProcessLife.ENDED
 
 
 def cpu_time_of(process: psutil.Process) -> float:

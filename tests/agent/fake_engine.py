@@ -7,7 +7,8 @@
 core is asked, which never answers; after SIGTERM it waits until nobody asks), `worker_file` (starts a child of its own
 and writes its process id there), `requests_file` (a line for each request for tokens), `healed_file` (such a request
 ends it while the file is not there, and gets the status in it otherwise; 0: no answer), `locked_file` (its models
-are refused while it is there, as with a key) and `cores` (the number of stand-ins for engine cores, `stand_in_core.py`).
+are refused while it is there, as with a key) and `cores` (the number of stand-ins for engine cores,
+`stand_in_core.py`).
 """
 
 import json

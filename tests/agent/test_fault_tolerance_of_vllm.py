@@ -3,20 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
-from moe_tools.modelless import foreign_warnings
-from moe_tools.tiny import TinySettings, ensure_tiny_model
+from moe_tools.modelless import foreign_warnings, make_config, write_model
 
 with foreign_warnings():
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.serve.fault_tolerance import api_router
     from vllm.v1.worker.sentinel.gpu_worker_sentinel import WorkerSentinel
 
 
 def test_vllm_refuses_it_for_a_server_with_several_ranks(tmp_path):
-    model = ensure_tiny_model(tmp_path / "model", settings=TinySettings(steps=0), show_progress=False)
-    args = EngineArgs(model=str(model), data_parallel_size=2, enable_fault_tolerance=True, max_model_len=64)
+    write_model(tmp_path)
     with pytest.raises(ValueError, match="Fault tolerance requires external load balancer mode"):
-        args.create_engine_config()
+        make_config(tmp_path, data_parallel_size=2, enable_fault_tolerance=True)
 
 
 def test_a_worker_without_deepep_or_nixl_refuses_it():

@@ -116,15 +116,15 @@ class RankWatch:
 
     def _sights(self, now_s: float) -> dict[int, RankSight]:
         turns, states = self._turns.read(), self._ranks.read()
-        return {rank: self._sight(rank, state, now_s, turns) for rank, state in states.items()}
+        # A worker of a rank without requests can be the one that the others wait for.
+        is_quiet = any(not row.idle and now_s - row.written_s > _LOOK_BELOW_AFTER_S for row in states.values())
+        return {rank: self._sight(rank, row, turns.get(rank), with_workers=is_quiet) for rank, row in states.items()}
 
-    def _sight(self, rank: int, state: RankState, now_s: float, turns: Mapping[int, TurnState]) -> RankSight:
+    def _sight(self, rank: int, state: RankState, turn: TurnState | None, *, with_workers: bool) -> RankSight:
         pace = self._paces.get(rank, StepPace())
         pace = self._paces[rank] = pace.observe(state.signal.step, state.written_s, idle=state.idle)
-        turn = turns.get(rank)
-        is_quiet = not state.idle and now_s - state.written_s > _LOOK_BELOW_AFTER_S
         return RankSight(
-            life=life_of(self._process(state.pid), with_workers=is_quiet),
+            life=life_of(self._process(state.pid), with_workers=with_workers),
             idle=state.idle,
             warm=state.signal.step_time is not None,
             written_s=state.written_s,
@@ -184,14 +184,16 @@ def life_of(process: psutil.Process | None, *, with_workers: bool) -> ProcessLif
         return ProcessLife.SUSPENDED if any(map(_is_stopped, (process, *below))) else ProcessLife.RUNS
     except psutil.NoSuchProcess:
         return ProcessLife.ENDED
+    except psutil.AccessDenied:
+        return ProcessLife.RUNS
 
 
 def cpu_time_of(process: psutil.Process) -> float:
     """Processor time in seconds that a process and the living ones below it have used."""
     total_s = 0.0
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         for one in (process, *process.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 times = one.cpu_times()
                 total_s += times.user + times.system
     return total_s
@@ -201,7 +203,7 @@ def _is_stopped(process: psutil.Process) -> bool:
     """Whether a process is stopped by a signal; one that a debugger looks at is in another state."""
     try:
         return bool(process.status() == psutil.STATUS_STOPPED)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

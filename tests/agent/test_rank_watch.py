@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -210,22 +211,20 @@ async def test_a_group_that_sleeps_makes_no_steps_and_has_no_trouble(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-async def test_the_life_of_a_process_is_that_of_its_workers_too(number):
+def test_the_life_of_a_process_is_that_of_its_workers_too(number):
     program = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
-    watched, worker = psutil.Process(process.pid), int(await process.stdout.readline())
-    try:
-        assert life_of(watched, with_workers=True) is ProcessLife.RUNS
-        os.kill(worker, signal.SIGSTOP)
-        await until(lambda: life_of(watched, with_workers=True) is ProcessLife.SUSPENDED)
-        assert life_of(watched, with_workers=False) is ProcessLife.RUNS
-        os.kill(process.pid, number)
-        wanted = ProcessLife.SUSPENDED if number is signal.SIGSTOP else ProcessLife.ENDED
-        await until(lambda: life_of(watched, with_workers=False) is wanted)
-    finally:
-        os.kill(worker, signal.SIGKILL)
-        if process.returncode is None:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        watched, worker = psutil.Process(process.pid), int(process.stdout.readline())
+        try:
+            assert life_of(watched, with_workers=True) is ProcessLife.RUNS
+            os.kill(worker, signal.SIGSTOP)
+            asyncio.run(until(lambda: life_of(watched, with_workers=True) is ProcessLife.SUSPENDED))
+            assert life_of(watched, with_workers=False) is ProcessLife.RUNS
+            os.kill(process.pid, number)
+            wanted = ProcessLife.SUSPENDED if number is signal.SIGSTOP else ProcessLife.ENDED
+            asyncio.run(until(lambda: life_of(watched, with_workers=False) is wanted))
+        finally:
+            os.kill(worker, signal.SIGKILL)
             process.kill()
-        await process.wait()
     assert life_of(watched, with_workers=True) is ProcessLife.ENDED
     assert life_of(None, with_workers=True) is ProcessLife.ENDED

@@ -7,6 +7,7 @@ differ in version: a reader skips unknown fields and uses the defaults of absent
 """
 
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
 import orjson
@@ -19,6 +20,37 @@ from moe_contract.kv_transfer import KvTransferState
 from moe_contract.pod_identity import NO_POD, PodIdentity
 
 READY = "ready"
+
+
+class RankTrouble(StrEnum):
+    """Why a data-parallel rank keeps its group from going on.
+
+    `ENDED`: its process is gone. `SUSPENDED`: its process, or a worker below, is stopped (SIGSTOP). `BEHIND`: it has
+    not begun the step in which the other ranks wait for it. `SILENT`: it has requests and makes no step.
+    """
+
+    ENDED = "ended"
+    SUSPENDED = "suspended"
+    BEHIND = "behind"
+    SILENT = "silent"
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a request that is sent there now gets no answer; a silent rank may be amid a very long step."""
+        return self in (RankTrouble.ENDED, RankTrouble.SUSPENDED)
+
+    @property
+    def words(self) -> str:
+        """The trouble in words that follow the name of the rank."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    RankTrouble.ENDED: "its process has ended",
+    RankTrouble.SUSPENDED: "its process is suspended",
+    RankTrouble.BEHIND: "the other ranks wait for it in their next step",
+    RankTrouble.SILENT: "it has requests and makes no step",
+}
 
 
 def none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -80,20 +112,28 @@ class AgentSettingsInForce:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport(EngineSignal):
-    """The newest signal of one data-parallel rank: an `EngineSignal` with two more fields.
+    """The newest signal of one data-parallel rank: an `EngineSignal` with three more fields.
 
     Attributes:
         rank: number of the rank.
         age_s: seconds between the signal's writing and this answer; 0 for an idle rank of an engine that is ready.
+        trouble: a `RankTrouble`, or one of a newer agent; empty while the rank goes on.
     """
 
     rank: int
     age_s: float = 0.0
+    trouble: str = ""
 
     @classmethod
-    def of(cls, rank: int, age_s: float, signal: EngineSignal) -> Self:
+    def of(cls, rank: int, age_s: float, signal: EngineSignal, trouble: str = "") -> Self:
         """The report of a signal."""
-        return cls(rank=rank, age_s=age_s, **{name: getattr(signal, name) for name in _SIGNAL_FIELDS})
+        values = {name: getattr(signal, name) for name in _SIGNAL_FIELDS}
+        return cls(rank=rank, age_s=age_s, trouble=trouble, **values)
+
+    @property
+    def trouble_words(self) -> str:
+        """The trouble in words that follow the name of the rank; empty while it goes on."""
+        return RankTrouble(self.trouble).words if self.trouble in set(RankTrouble) else self.trouble
 
     @property
     def signal(self) -> EngineSignal:
@@ -128,6 +168,11 @@ class EngineState:
         return self.phase == READY
 
     @property
+    def troubled_ranks(self) -> tuple[RankReport, ...]:
+        """The ranks that keep the others of their group from going on."""
+        return tuple(rank for rank in self.ranks if rank.trouble)
+
+    @property
     def computed_tokens(self) -> int:
         """Prompt and output tokens that all ranks computed since the engine's start."""
         return sum(rank.computed_tokens for rank in self.ranks)
@@ -155,7 +200,8 @@ class AgentState(EngineState):
     @property
     def notable(self) -> tuple[object, ...]:
         """What matters at once when it changes; the rest is numbers, which change with the load."""
-        return self.phase, self.accepting, self.engine, self.config, self.pod
+        troubles = tuple((rank.rank, rank.trouble) for rank in self.troubled_ranks)
+        return self.phase, self.accepting, self.engine, self.config, self.pod, troubles
 
     @property
     def request_policy(self) -> str | None:

@@ -23,11 +23,13 @@ from moe_agent.shared_memory.control_record import SettingsPublisher
 from moe_agent.shared_memory.expert_record import remove_expert_records
 from moe_agent.shared_memory.rank_record import RankRecords
 from moe_agent.shared_memory.transfer_record import TransferRecords
+from moe_agent.shared_memory.turn_record import TurnRecords
 from moe_agent.supervisor.engine_command import build_command
 from moe_agent.supervisor.kv_transfer import find_missing_connector, with_transfer_environment
 from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
+from moe_agent.supervisor.rank_watch import RankWatch
 from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
 from moe_agent.vllm.version import check_runs_here, is_cpu_build
 
@@ -64,7 +66,9 @@ async def run_agent(config: AgentConfig) -> None:
             transfers.remove()
 
     leader = Leader(node.leader, config.listen.port) if node.headless else None
-    supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s, leader)
+    # The ranks of a node without a server are not judged here: whether they are paused, their leader alone knows.
+    watch = None if node.headless else RankWatch(ranks, TurnRecords(config.run_dir, node.ranks))
+    supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s, leader, watch)
     server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed, transfers)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)
     await runner.setup()
@@ -110,6 +114,7 @@ def build_supervisor(
     on_change: Callable[[], None],
     unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
     leader: Leader | None = None,
+    rank_watch: RankWatch | None = None,
 ) -> EngineSupervisor:
     """The supervisor of vLLM on this node.
 
@@ -120,6 +125,7 @@ def build_supervisor(
         on_change: called after each change of the phase and each start of a process.
         unstepped_s: for how long the engine has made no step though it has requests.
         leader: the leader of the replica; None on the leader itself, and where a replica has one node.
+        rank_watch: of the ranks of this node; None where they are not watched.
     """
     check_runs_here()
     cpu_build = is_cpu_build()
@@ -135,6 +141,7 @@ def build_supervisor(
         headless=node.headless,
         leader_end=None if leader is None else leader.wait_for_end,
         unstepped_s=unstepped_s,
+        rank_watch=rank_watch,
         obstacle=find_missing_connector(config.engine),
         on_restart=remove_records,
         on_change=on_change,

@@ -6,8 +6,9 @@
 `host` (an address to listen on), `environment_file` (its environment is written there), `asked_file` (made when its
 core is asked, which never answers; after SIGTERM it waits until nobody asks), `worker_file` (starts a child of its own
 and writes its process id there), `requests_file` (a line for each request for tokens), `healed_file` (such a request
-ends it while the file is not there, and gets the status in it otherwise; 0: no answer) and `locked_file` (its models
-are refused while it is there, as with a key).
+ends it while the file is not there, and gets the status in it otherwise; 0: no answer), `locked_file` (its models
+are refused while it is there, as with a key) and `cores` (the number of stand-ins for engine cores,
+`stand_in_core.py`).
 """
 
 import json
@@ -102,6 +103,9 @@ signal.signal(signal.SIGTERM, on_term)
 if "worker_file" in WAYS:
     worker = subprocess.Popen(["sleep", "600"])
     Path(WAYS["worker_file"]).write_text(str(worker.pid))
+for core in range(WAYS.get("cores", 0)):
+    program = Path(__file__).with_name("stand_in_core.py")
+    subprocess.Popen([sys.executable, str(program), str(core), str(WAYS["cores"])])
 if "error" in WAYS:
     print(WAYS["error"], flush=True)
     sys.exit(1)

@@ -134,7 +134,7 @@ async def test_the_state_has_the_fields_of_the_contract(client, ranks):
     )
     assert state["config"]["request"]["policy"] == "sjf"
     busy = state["ranks"][1]
-    assert busy.keys() == {"rank", "age_s", *EngineSignal.__slots__}
+    assert busy.keys() == {"rank", "age_s", "trouble", *EngineSignal.__slots__}
     assert (busy["step"], busy["kv_usage"], busy["step_time"]["prefill_s"]) == (17, 0.5, 0.0001)
     assert 3.0 <= busy["age_s"] < 30.0
 

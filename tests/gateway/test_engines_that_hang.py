@@ -12,7 +12,7 @@ from moe_scheduling.signals import EngineSignal, Target
 
 from tests.gateway.clients import get
 from tests.gateway.messages import OK, post, prompt
-from tests.gateway.peers import answer_ok, never
+from tests.gateway.peers import answer_ok, never, rank_row
 from tests.gateway.waiting import until
 
 A, B, NOW_S = Target("a"), Target("b"), 100.0
@@ -104,6 +104,40 @@ def test_the_last_engine_is_used_though_it_hangs(dispatcher):
     send(dispatcher)
     dispatcher.tick(NOW_S + STALL_S + 1.0)
     assert (dispatcher.stalled, dispatcher.is_accepting(A)) == ({A}, True)
+
+
+def test_an_engine_with_a_stuck_rank_is_used_while_there_is_no_other(dispatcher):
+    dispatcher.set_ready("a", True, NOW_S, stuck=True)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (False, True)
+    dispatcher.tick(NOW_S + 60.0)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (False, True)
+    dispatcher.set_ready("b", True, NOW_S, stuck=True)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (True, True)
+    dispatcher.set_ready("b", True, NOW_S)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (False, True)
+    dispatcher.set_ready("b", False, NOW_S)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (True, False)
+    dispatcher.set_ready("a", True, NOW_S)
+    dispatcher.set_ready("b", True, NOW_S)
+    assert (dispatcher.is_accepting(A), dispatcher.is_accepting(B)) == (True, True)
+
+
+@pytest.mark.parametrize("trouble", ["silent", "behind", "of_a_newer_agent"])
+async def test_an_engine_whose_agent_names_a_rank_gets_nothing_new_while_another_takes_it(make_engine, serve, trouble):
+    stuck, other = await make_engine(), await make_engine()
+    served = await serve(stuck, other, dispatch={"policy": "roundRobin"})
+    stuck.agent.say(ranks=[rank_row(running=1, trouble=trouble)])
+    await until(lambda: not served.target_state(stuck.name).accepting)
+    for _ in range(4):
+        assert (await served.ask(post(prompt()))).json == OK
+    assert (len(stuck.requests), len(other.requests)) == (0, 4)
+    other.agent.say(accepting=False)
+    await until(lambda: served.target_state(stuck.name).accepting)
+    assert (await served.ask(post(prompt()))).json == OK
+    stuck.agent.say(ranks=[rank_row()])
+    other.agent.say(accepting=True)
+    await until(lambda: served.target_state(other.name).accepting)
+    assert served.target_state(stuck.name).accepting
 
 
 async def test_what_waits_at_an_engine_that_hangs_is_answered_by_another(make_engine, serve, monkeypatch):

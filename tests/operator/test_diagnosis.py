@@ -111,6 +111,8 @@ def test_a_pod_that_cannot_run_says_why_and_what_to_do(found: Document, reason: 
         ("OSError: org/x is not a valid model identifier", "ModelNotFound", "the model cannot be loaded"),
         ("GatedRepoError: 401 Client Error", "ModelNotFound", "the model cannot be loaded"),
         ("ValueError: unrecognised argument", "EngineFailing", "vLLM ends before it is ready"),
+        ("rank 1: its process has ended", "RankFailed", "a rank of the engine failed"),
+        ("rank 1: its process has ended: MemoryError", "OutOfMemory", "the engine ran out of memory"),
     ],
 )
 def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str) -> None:
@@ -119,6 +121,15 @@ def test_an_engine_that_ended_says_how(last_exit: str, reason: str, advice: str)
     assert finding.reason == reason
     assert finding.message.startswith(advice)
     assert last_exit in finding.message, "the words of the engine stand in full"
+
+
+def test_ranks_for_which_the_others_wait_are_named_while_the_engine_runs() -> None:
+    rows = [{"rank": 0}, {"rank": 1, "trouble": "suspended"}, {"rank": 3, "trouble": "of_a_newer_agent"}]
+    state = agent("ready", ranks=rows)
+    (finding,) = find_problems([pod()], states({"tiny-engine-a": state}), NOW)
+    assert (finding.reason, finding.pod, finding.component) == ("RankFailed", "tiny-engine-a", "engine")
+    assert "rank 1: its process is suspended; rank 3: of_a_newer_agent" in finding.message
+    assert state.notable != agent("ready", ranks=[{"rank": 0}]).notable
 
 
 @pytest.mark.parametrize("phase", ["ready", "draining", "stopped"])

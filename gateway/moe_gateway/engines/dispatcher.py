@@ -126,9 +126,9 @@ class Dispatcher:
         if self._targets.observe(target, signal, observed_s):
             self.release_held(now_s)
 
-    def set_ready(self, name: str, ready: bool, now_s: float, *, draining: bool = False) -> None:
-        """An engine takes new requests, or no more."""
-        self._refresh_and_release(self._fleet.set_ready(name, ready, draining=draining), now_s)
+    def set_ready(self, name: str, ready: bool, now_s: float, *, draining: bool = False, stuck: bool = False) -> None:
+        """An engine takes new requests, or no more; `stuck`: one of its ranks makes no steps."""
+        self._refresh_and_release(self._fleet.set_ready(name, ready, draining=draining, stuck=stuck), now_s)
 
     def set_reachable(self, name: str, reachable: bool) -> bool:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""

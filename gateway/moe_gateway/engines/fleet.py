@@ -40,6 +40,7 @@ class Engine:
         is_ready: whether its agent or its health route says that it takes requests; False before the first word.
         is_reachable: whether the source of its signals answers.
         is_draining: whether its agent says that it finishes what it has and takes nothing new.
+        is_stuck: whether its agent says that one of its ranks makes no steps, for which the others wait.
         failures: failures in a row.
         errors: errors that it answered, halved by each good answer.
         ejected_until_s: no new requests before this time, because it failed or is full.
@@ -61,6 +62,7 @@ class Engine:
     is_ready: bool = False
     is_reachable: bool = False
     is_draining: bool = False
+    is_stuck: bool = False
     failures: int = 0
     errors: int = 0
     ejected_until_s: float = -math.inf
@@ -76,7 +78,8 @@ class Engine:
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
-        return self.may_accept_alone(now_s) and now_s >= self.suspended_until_s and not self.is_tried(now_s)
+        free = now_s >= self.suspended_until_s and not self.is_stuck
+        return free and self.may_accept_alone(now_s) and not self.is_tried(now_s)
 
     def is_tried(self, now_s: float) -> bool:
         """Whether a request is on its way that has to be answered before the next one."""
@@ -128,14 +131,20 @@ class EngineFleet:
             engine.group = groups[name]
             engine.is_offered = name in offered
 
-    def set_ready(self, name: str, ready: bool, *, draining: bool = False) -> Engine | None:
-        """An engine says whether it takes new requests. One that becomes ready starts without its earlier failures."""
+    def set_ready(self, name: str, ready: bool, *, draining: bool = False, stuck: bool = False) -> Engine | None:
+        """An engine says whether it takes new requests. One that becomes ready starts without its earlier failures.
+
+        One of which a rank is stuck is used while there is no other, for the rank may be amid a very long step.
+        """
         if (engine := self.engines.get(name)) is None:
             return None
         if ready and not engine.is_ready:
             _forgive(engine)
         engine.is_ready = ready
         engine.is_draining = draining
+        engine.is_stuck = stuck
+        if stuck:
+            self._troubled.add(name)
         return engine
 
     def set_reachable(self, name: str, reachable: bool) -> Engine | None:
@@ -282,7 +291,8 @@ def _forgive(engine: Engine) -> None:
 
 
 def _is_out(engine: Engine) -> bool:
-    return max(engine.ejected_until_s, engine.suspended_until_s) > -math.inf or engine.trial is not None
+    until_s = max(engine.ejected_until_s, engine.suspended_until_s)
+    return until_s > -math.inf or engine.trial is not None or engine.is_stuck
 
 
 def _ejection_s(times: int) -> float:

@@ -114,7 +114,13 @@ def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s
     dispatcher.set_process(name, state.engine.pid, state.engine.identity, exchanges_blocks=exchanges_blocks)
     if dispatcher.placements is not None:
         dispatcher.placements.set_transfer(name, state.kv_transfer)
-    dispatcher.set_ready(name, state.accepting and state.ready, now_s, draining=state.phase == "draining")
+    stuck = bool(state.troubled_ranks)
+    if stuck and not engine.is_stuck:
+        for rank in state.troubled_ranks:
+            extra = {"engine": name, "rank": rank.rank, "reason": rank.trouble_words}
+            log.warning("a rank of an engine is stuck", extra=extra)
+    accepting = state.accepting and state.ready
+    dispatcher.set_ready(name, accepting, now_s, draining=state.phase == "draining", stuck=stuck)
     for rank in state.ranks:
         dispatcher.observe(Target(name, rank.rank), rank, now_s - max(0.0, rank.age_s), now_s)
 

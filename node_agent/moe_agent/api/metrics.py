@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moe_contract.agent_state import AgentState
+from moe_contract.agent_state import AgentState, RankTrouble
 from moe_contract.kv_transfer import KvTransferState
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -112,6 +112,12 @@ def _rank_metrics(state: AgentState) -> Iterator[Metric]:
         for labels, row in rows:
             gauge.add_metric(labels, getattr(row, key))
         yield gauge
+    text = "1 while the rank keeps the others of its group from going on, by why."
+    trouble = GaugeMetricFamily("moeserving_engine_rank_trouble", text, labels=["engine", "rank", "trouble"])
+    for labels, row in rows:
+        for known in RankTrouble:
+            trouble.add_metric([*labels, known.value], float(row.trouble == known.value))
+    yield trouble
     for key, (metric, text) in _RANK_COUNTERS.items():
         counter = CounterMetricFamily(metric, text, labels=["engine", "rank"])
         for labels, row in rows:

@@ -52,7 +52,7 @@ def build_state(
         ),
         config=AgentSettingsInForce(version=control.version, request=control.request, expert=control.expert),
         ranks=tuple(
-            RankReport.of(rank, signal_age_s(state, ready, now_s), state.signal)
+            RankReport.of(rank, signal_age_s(state, ready, now_s), state.signal, str(supervisor.troubles.get(rank, "")))
             for rank, state in sorted(ranks.items())
         ),
         pod=pod,

@@ -24,12 +24,14 @@ import aiohttp
 import psutil
 from moe_contract.addresses import authority, bind_socket, http_url, local_host
 from moe_contract.agent_config import EngineConfig
+from moe_contract.agent_state import RankTrouble
 from moe_contract.engine_process import END_GRACE_S, SETTLE_S, leader_end_s
 
 from moe_agent.supervisor import launcher
 from moe_agent.supervisor.engine_log import EngineLog
-from moe_agent.supervisor.hang_watch import HangWatch
+from moe_agent.supervisor.hang_watch import HangWatch, is_asleep
 from moe_agent.supervisor.proof import UNSTEADY_DEATHS, generates_token
+from moe_agent.supervisor.rank_watch import RankWatch
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class EngineSupervisor:
         leader_end: for a headless engine: returns once the leader, to which the engine lends its devices, has ended. A
             drain waits for it.
         unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
+        rank_watch: of the engine's ranks; None where they are not watched.
         obstacle: why no start can succeed; the engine is then not started at all. Empty: nothing is known against it.
         on_restart: called before each start and after each end of the engine, when no engine lives.
         on_change: called after each change of the phase and each start of a process.
@@ -109,6 +112,7 @@ class EngineSupervisor:
         headless: bool = False,
         leader_end: Callable[[], Coroutine[Any, Any, None]] | None = None,
         unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
+        rank_watch: RankWatch | None = None,
         obstacle: str = "",
         on_restart: Callable[[], None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
@@ -116,7 +120,7 @@ class EngineSupervisor:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
         self._log = EngineLog(log_path)
         self._headless, self._leader_end, self._unstepped_s = headless, leader_end, unstepped_s
-        self._obstacle = obstacle
+        self._obstacle, self._rank_watch = obstacle, rank_watch
         self._local_host = local_host(engine.host)
         self._on_restart, self._on_change = on_restart, on_change
         self._drain, self._force_stop = asyncio.Event(), asyncio.Event()
@@ -137,7 +141,12 @@ class EngineSupervisor:
 
     @property
     def accepting(self) -> bool:
-        return self._phase is Phase.READY
+        return self._phase is Phase.READY and not any(trouble.is_certain for trouble in self.troubles.values())
+
+    @property
+    def troubles(self) -> Mapping[int, RankTrouble]:
+        """The ranks that keep their group from going on."""
+        return {} if self._rank_watch is None else self._rank_watch.troubles
 
     @property
     def url(self) -> str:
@@ -227,12 +236,13 @@ class EngineSupervisor:
         self._ready_since_s = None
         if not self._headless and (taken := find_port_conflict(self._engine.host, self._engine.port)) is not None:
             return taken
-        self._on_restart()
+        self._forget_engine()
         process = self._process = await self._spawn()
         self._notify_change()
         watchers = {
             asyncio.create_task(process.wait(), name="exit"),
             asyncio.create_task(self._watch_process() if self._headless else self._watch_health(), name="health"),
+            asyncio.create_task(self._watch_ranks(), name="ranks"),
             asyncio.create_task(self._drain.wait(), name="drain"),
         }
         try:
@@ -245,14 +255,20 @@ class EngineSupervisor:
                 await cancel(watchers - {names["drain"]})
                 await self._drain_engine(process)
                 return "drained"
-            return str(names["health"].result())
+            return str(done.pop().result())
         finally:
             await cancel(watchers)
             kill_group(process.pid)
             await process.wait()
             await wait_for_group_end(process.pid)
             self._process = self._server_pid = None
-            self._on_restart()
+            self._forget_engine()
+
+    def _forget_engine(self) -> None:
+        """Called when no engine lives."""
+        if self._rank_watch is not None:
+            self._rank_watch.forget()
+        self._on_restart()
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         with self._log.open_for_start() as output:
@@ -335,6 +351,16 @@ class EngineSupervisor:
         self._enter(Phase.READY)
         await asyncio.Event().wait()
         return ""
+
+    async def _watch_ranks(self) -> str:
+        """Returns, with the reason, when a rank keeps the engine from going on."""
+        if self._rank_watch is None:
+            await asyncio.Event().wait()
+            return ""
+        async with aiohttp.ClientSession(self.url) as session:
+            return await self._rank_watch.run(
+                lambda: self._phase is Phase.READY, lambda: is_asleep(session), self._notify_change
+            )
 
     def _was_steady(self) -> bool:
         return self._ready_since_s is not None and time.monotonic() - self._ready_since_s >= self._rules.steady_s

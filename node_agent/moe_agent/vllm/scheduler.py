@@ -43,6 +43,7 @@ from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
+from moe_agent.vllm.lockstep_turns import TurnPublisher, publish_turns
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
@@ -106,9 +107,12 @@ class OrderedScheduler(AsyncScheduler):
         self._admission = AdmissionStop(self)
         self.take_settings()
         rank = self.parallel_config.data_parallel_index
+        self.turns: TurnPublisher | None = None
         # vLLM keeps the size where the ranks step together, and sets it to 1 where they are engines of their own.
         if run_dir and (ranks := self.parallel_config.data_parallel_size) > 1:
             self.join(SharedMemoryPrefillGroup(Path(run_dir), rank, ranks))
+            self.turns = TurnPublisher(Path(run_dir), rank)
+            _publish_turns()
         # More batches than two are on their way where a pipeline has to be filled: there waiting would leave it empty.
         has_one_stage = self.parallel_config.pipeline_parallel_size == 1
         if run_dir and self.vllm_config.scheduler_config.async_scheduling and has_one_stage:
@@ -398,11 +402,19 @@ class OrderedScheduler(AsyncScheduler):
         return min(self._config_version, self._experts.config_version)
 
 
+# The module of the cores is loaded here and not above: only an engine core has loaded it already.
+
+
 def _defer_steps() -> None:
-    """Here and not above: only an engine core has loaded the module of the cores already."""
     from vllm.v1.engine.core import EngineCoreProc
 
     defer_steps(EngineCoreProc)
+
+
+def _publish_turns() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    publish_turns(EngineCoreProc)
 
 
 def _prefill_tokens(output: SchedulerOutput, prefilling: list[str]) -> dict[str, int]:

@@ -57,6 +57,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     MODEL_NOT_FOUND = "ModelNotFound"
     ENGINE_FAILING = "EngineFailing"
+    RANK_FAILED = "RankFailed"
 
     # Paused.
     PAUSED = "Paused"

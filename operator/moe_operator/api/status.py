@@ -47,6 +47,14 @@ class EnginePhase(StrEnum):
     UNKNOWN = "unknown"
 
 
+class TroubledRank(Section):
+    """A data-parallel rank that keeps the others of its engine from going on."""
+
+    rank: Natural = Field(description="Number of the rank.")
+    trouble: str = Field(description="In one word for programs: `ended`, `suspended`, `behind` or `silent`.")
+    message: str = Field(default="", description="In words for people.")
+
+
 class EngineStatus(Section):
     """State of one engine, as its agent reports it."""
 
@@ -64,6 +72,9 @@ class EngineStatus(Section):
     )
     transfers: Natural | None = Field(
         default=None, description="Transfers of KV blocks to it since its start; absent where they do not travel."
+    )
+    troubled_ranks: tuple[TroubledRank, ...] = Field(
+        default=(), description="Its ranks for which the others wait; empty while all go on."
     )
 
 

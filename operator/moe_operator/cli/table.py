@@ -36,7 +36,8 @@ def render_engines(engines: Sequence[EngineStatus]) -> Table:
         "engine", "phase", *(("role",) if apart else ()), "running", "waiting", "KV use", "restarts", "last exit"
     )
     for engine in engines:
-        phase = Text(str(engine.phase), style=_COLOURS.get(engine.phase, "yellow"))
+        troubles = "".join(f", rank {row.rank}: {row.trouble}" for row in engine.troubled_ranks)
+        phase = Text(f"{engine.phase}{troubles}", style="red" if troubles else _COLOURS.get(engine.phase, "yellow"))
         numbers = (str(engine.running), str(engine.waiting), f"{engine.kv_usage:.0%}", str(engine.restarts))
         role = (str(engine.role or "-"),) if apart else ()
         table.add_row(engine.name, phase, *role, *numbers, Text(engine.last_exit))

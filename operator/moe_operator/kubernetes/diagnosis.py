@@ -150,7 +150,11 @@ def _waiting(pod: Document, container: Document, image: str) -> Iterator[Finding
 
 
 def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:
-    """What an agent says of an engine that ended and has not come back."""
+    """What an agent says of a rank that keeps its engine from going on, or of an engine that ended and is not back."""
+    if state is not None and state.troubled_ranks:
+        advice = "an engine does not go on, and new requests are sent to others; see docs/agent.md, Ranks"
+        detail = "; ".join(f"rank {row.rank}: {row.trouble_words}" for row in state.troubled_ranks)
+        yield _finding(pod, Reason.RANK_FAILED, advice, detail)
     if state is None or state.phase in ("ready", "draining", "stopped") or not state.engine.last_exit:
         return
     cause = explain_exit(state.engine.last_exit)

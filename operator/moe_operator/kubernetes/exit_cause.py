@@ -22,6 +22,8 @@ _MEMORY = re.compile(
 _KILLED = re.compile(
     r"^(?:killed by SIGKILL|ended by signal 9|exit status 137)\b|\bFailed core proc\(s\): \{[^}]*: -9\b"
 )
+# By the agent, whose watch of the ranks ended the engine.
+_RANK = re.compile(r"^rank \d+: ")
 _MODEL_MISSING = re.compile(
     r"\bis not a valid model identifier\b|\bis not a valid git identifier\b"
     r"|\b(?:Repository|Revision|(?:Local|Remote)?Entry)NotFoundError\b|\bRepository Not Found\b|\bGatedRepoError\b"
@@ -62,6 +64,10 @@ _NO_CONNECTOR = ExitCause(
     reason=Reason.CONNECTOR_MISSING,
     advice="the image lacks what KV transfer needs; use one that has it, or set spec.engine.roles.mode to unified",
 )
+_RANK_FAILED = ExitCause(
+    reason=Reason.RANK_FAILED,
+    advice="a rank of the engine failed, as when memory runs out, and the engine starts anew; see the pod's log",
+)
 _UNKNOWN = ExitCause(reason=Reason.ENGINE_FAILING, advice="vLLM ends before it is ready; see the pod's log")
 
 
@@ -69,6 +75,8 @@ def explain_exit(last_exit: str) -> ExitCause:
     """Returns the cause of an end that is described so."""
     if last_exit.startswith(NO_CONNECTOR):
         return _NO_CONNECTOR
+    if _RANK.match(last_exit) and not _MEMORY.search(last_exit):
+        return _RANK_FAILED
     for pattern, cause in ((_KILLED, _WAS_KILLED), (_MODEL_MISSING, _NO_MODEL), (_MEMORY, _OUT_OF_MEMORY)):
         if pattern.search(last_exit):
             return cause

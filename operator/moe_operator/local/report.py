@@ -7,7 +7,15 @@ from typing import Any
 
 from moe_contract.agent_state import AgentState
 
-from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, EngineStatus, PoliciesInForce, Status
+from moe_operator.api.status import (
+    Condition,
+    ConditionStatus,
+    EnginePhase,
+    EngineStatus,
+    PoliciesInForce,
+    Status,
+    TroubledRank,
+)
 from moe_operator.experts.report import build_experts
 from moe_operator.local.observation import Observation, name_engine
 from moe_operator.local.record import GATEWAY, Life, ProcessRecord, Record
@@ -148,6 +156,9 @@ def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
         kv_usage=min(1.0, agent.kv_usage),
         role=None if agent.kv_transfer is None else agent.kv_transfer.role,
         transfers=None if agent.kv_transfer is None else agent.kv_transfer.transfers,
+        troubled_ranks=tuple(
+            TroubledRank(rank=row.rank, trouble=row.trouble, message=row.trouble_words) for row in agent.troubled_ranks
+        ),
     )
 
 

@@ -183,6 +183,8 @@ def engines(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
     )
     if cpu_only:
         engine["runtime"] = "vllm-cpu"
+    elif shape.get("data", 1) % shape.get("nodes", 1) == 0:
+        engine |= draw(section(kvOffload=st.builds(lambda cpu: {"cpu": cpu}, st.sampled_from(["64Mi", "1G", 2**30]))))
     if shape:
         engine["parallelism"] = shape
     return engine

@@ -152,12 +152,6 @@ class Engine(Section):
             holds=lambda engine: not engine.roles.is_fixed or engine.replicas in (1, engine.count),
         ),
         Rule(
-            field="canary",
-            message="fixed roles have no canary; use the mode auto, or take one of the two away",
-            cel="self.roles.mode != 'fixed' || !has(self.canary)",
-            holds=lambda engine: not engine.roles.is_fixed or engine.canary is None,
-        ),
-        Rule(
             field="parallelism.nodes",
             message="an engine of several nodes takes part in no transfer yet; set roles.mode to unified or nodes to 1",
             cel="self.roles.mode == 'unified' || self.parallelism.nodes == 1",

@@ -47,6 +47,7 @@ from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
+from moe_operator.kubernetes.other_autoscalers import OtherAutoscalers
 from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
@@ -119,7 +120,7 @@ class Reconciler:
         self._namespaces, self._claims = Namespaces(api), NamedClaims(api)
         self._notices, self._blind_spot = Notices(api, store, self._events.record), blind_spot
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
-        self._sources = Sources(session)
+        self._sources, self._others = Sources(session), OtherAutoscalers(api)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
         self._groups, self._traffic = GroupDrains(api, store, session), TrafficWatch()
         self._kinds = kinds
@@ -164,6 +165,7 @@ class Reconciler:
             part.forget(key)
         self._namespaces.forget(key.namespace)
         self._claims.forget(key.namespace)
+        self._others.forget(key.namespace)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         parts = Parts()
@@ -179,6 +181,8 @@ class Reconciler:
             whole = whole_replicas(pods, read_nodes(document))
             deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
+            looking = self._others.judge(key.namespace, resource, outcome)
+            outcome = await parts.run("looking for other autoscalers", looking, outcome)
             observed = with_outcome(observed, outcome)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)

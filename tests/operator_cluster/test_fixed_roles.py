@@ -183,3 +183,32 @@ async def test_a_number_of_a_role_changes_its_deployment_alone(kubeconfig: Path,
         assert after["tiny-engine-decode"]["spec"]["replicas"] == 4
         changed = {name for name in after if after[name]["spec"] != before[name]["spec"]}
         assert changed == {"tiny-engine-decode"}
+
+
+async def say_rolled(operator: FreshOperator, key: Key, name: str) -> None:
+    """As the Deployment's controller does once all engines are new and ready."""
+    live = await fetch(operator, DEPLOYMENT, key, name)
+    numbers = dict.fromkeys(
+        ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), live["spec"]["replicas"]
+    )
+    status = {"observedGeneration": live["metadata"]["generation"]} | numbers
+    said = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": key.namespace}}
+    await operator.api.server.apply(DEPLOYMENT, said | {"status": status}, "controller", subresource="status")
+
+
+async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(kubeconfig: Path, namespace: str) -> None:
+    async def is_paused(role: str) -> bool:
+        return bool((await fetch(operator, DEPLOYMENT, key, f"tiny-engine-{role}"))["spec"].get("paused", False))
+
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        assert not await is_paused("decode")
+        await change(operator, key, engine={"args": ["--seed=2"]})
+        assert await is_paused("decode")
+        assert not await is_paused("prefill")
+        await say_rolled(operator, key, "tiny-engine-prefill")
+        await look_again(operator, key)
+        assert not await is_paused("decode")
+        before = writes(operator.api)
+        await look_again(operator, key)
+        assert writes(operator.api) == before

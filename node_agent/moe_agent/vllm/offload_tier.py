@@ -37,14 +37,14 @@ class OffloadTier:
         return max(cached_tokens, min(self._held_in_group(group, request, cached_tokens) for group in self._groups))
 
     def _held_in_group(self, group: Any, request: Request, cached_tokens: int) -> int:
-        first = cached_tokens // group.tokens_per_chunk
+        chunk_tokens: int = group.tokens_per_chunk
         # The last token of a prompt is always computed.
-        end = (request.num_tokens - 1) // group.tokens_per_chunk
-        for chunk in range(first, end):
+        end = (request.num_tokens - 1) // chunk_tokens
+        for chunk in range(cached_tokens // chunk_tokens, end):
             block = request.block_hashes[(chunk + 1) * group.hashes_per_chunk - 1]
             if self._manager.lookup(make_offload_key(block, group.group_idx), _NOBODY) is LookupResult.MISS:
-                return chunk * int(group.tokens_per_chunk)
-        return end * int(group.tokens_per_chunk)
+                return chunk * chunk_tokens
+        return end * chunk_tokens
 
 
 def find_tier(connector: Any) -> OffloadTier | None:

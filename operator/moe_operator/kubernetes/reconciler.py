@@ -52,6 +52,7 @@ from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_exp
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
+from moe_operator.kubernetes.role_rollout import roll_in_turn
 from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
@@ -193,6 +194,7 @@ class Reconciler:
                 observed = replace(observed, one_node_claims=claims)
                 takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
                 plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
+            plan = roll_in_turn(plan, workloads)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         except Exception as error:

@@ -202,13 +202,7 @@ class Reconciler:
             await self._report_failure(key, f"planning: {describe(error)}", states, experts)
             raise PassFailed(f"planning: {describe(error)}") from error
         current = Pass(
-            key=key,
-            document=document,
-            resource=resource,
-            observed=observed,
-            pods=pods,
-            states=states,
-            experts=experts,
+            key=key, document=document, resource=resource, observed=observed, pods=pods, states=states, experts=experts
         )
         try:
             applied, late = await self._carry_out(current, plan, peers, takeover, changes, parts)

@@ -171,7 +171,7 @@ def _build_stable(
 def _build_canary(
     resource: MoEServing, names: Names, replicas: int, wanted: Revision, observed: Observed, defaults: Defaults
 ) -> list[Object]:
-    """The engines of the new revision: so many of each role, where roles are fixed."""
+    """The engines of the new revision: `replicas` in all, or with fixed roles of each role."""
     roles, kind = [*fixed_numbers(resource)] or [EngineRole.UNIFIED], _engines_kind(_nodes(resource))
     planned: list[Object] = []
     for role in roles:

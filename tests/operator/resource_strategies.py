@@ -338,8 +338,7 @@ def _with_roles(spec: Document, roles: Document | None) -> None:
     spec["engine"] = engine | {"roles": roles}
     if roles["mode"] == "fixed":
         spec.pop("autoscaling", None)
-        for name in ("canary", "replicas"):
-            spec["engine"].pop(name, None)
+        spec["engine"].pop("replicas", None)
 
 
 @st.composite

@@ -40,6 +40,7 @@ class EngineConfig(Section):
         drain_timeout_s: time that running streams have to end when the engine stops.
         guarded: answer the deployment's own gateways alone (`peer_tokens.py`).
         kv_transfer: exchange KV blocks with other engines; None: it takes no part.
+        kv_offload_bytes: memory of the host for the KV blocks of one data-parallel rank; None: nothing is offloaded.
     """
 
     host: str = LOOPBACK
@@ -59,6 +60,7 @@ class EngineConfig(Section):
     drain_timeout_s: Seconds = 120.0
     guarded: bool = False
     kv_transfer: KvTransferConfig | None = None
+    kv_offload_bytes: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def has_expert_group(self) -> bool:

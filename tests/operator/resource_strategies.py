@@ -183,6 +183,8 @@ def engines(draw: st.DrawFn, *, max_nodes: int = 64) -> Document:
     )
     if cpu_only:
         engine["runtime"] = "vllm-cpu"
+    elif shape.get("data", 1) % shape.get("nodes", 1) == 0:
+        engine |= draw(section(kvOffload=st.builds(lambda cpu: {"cpu": cpu}, st.sampled_from(["64Mi", "1G", 2**30]))))
     if shape:
         engine["parallelism"] = shape
     return engine
@@ -336,8 +338,7 @@ def _with_roles(spec: Document, roles: Document | None) -> None:
     spec["engine"] = engine | {"roles": roles}
     if roles["mode"] == "fixed":
         spec.pop("autoscaling", None)
-        for name in ("canary", "replicas"):
-            spec["engine"].pop(name, None)
+        spec["engine"].pop("replicas", None)
 
 
 @st.composite

@@ -33,6 +33,8 @@ MEMORY = [
     "exit status 1: torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error,"
     " NCCL version 2.27.5 Last error: Cuda failure 2 'out of memory'",
     "exit status 1: RuntimeError: worker OOM while profiling",
+    "exit status 1: RuntimeError: Insufficient space in /dev/shm for CPU KV offload shared region in /dev/shm: 65536"
+    " MiB required, 32768 MiB free. Increase /dev/shm (e.g. --shm-size or --ipc=host).",
     "killed by SIGABRT: terminate called after throwing an instance of 'std::bad_alloc'",
     "exit status 1: RuntimeError: Engine core initialization failed. See root cause above."
     " Failed core proc(s): {'EngineCore_DP0': -9}",

@@ -72,7 +72,6 @@ def config_of(workload: Document) -> Document:
         ({"prefill": 1, "decode": 1}, {}, {}, "spec.engine.roles.mode", "no other mode has them"),
         ({**FIXED, "prefill": 0}, {}, {}, "spec.engine.roles.prefill", "1"),
         (FIXED, {"replicas": 2}, {}, "spec.engine.replicas", "leave replicas out"),
-        (FIXED, {"canary": {"weight": 5}}, {}, "spec.engine.canary", "mode auto"),
         (FIXED, {}, {"autoscaling": {"targets": {"kvUsage": 0.8}}}, "spec.autoscaling", "autoscaling.roles"),
         ({"mode": "auto"}, {"parallelism": {"data": 4, "nodes": 2}}, {}, "spec.engine.parallelism.nodes", "unified"),
         ({"mode": "auto"}, {"args": ["--kv-transfer-config={}"]}, {}, "spec.engine.args", "beside roles"),
@@ -159,6 +158,36 @@ def test_engines_of_one_deployment_reach_each_other_where_blocks_travel(roles, e
     peers = {"podSelector": {"matchLabels": policy["spec"]["podSelector"]["matchLabels"]}}
     assert ({"from": [peers]} in policy["spec"]["ingress"]) is expected
     assert policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "a"
+
+
+def test_a_canary_of_fixed_roles_has_engines_of_both_behind_a_service_of_its_own():
+    stable = build_revision(resource(FIXED))
+    changed = resource(FIXED, {"args": ["--seed=2"], "canary": {"weight": 20, "replicas": 2}})
+    planned = plan(changed, stable=stable)
+    workloads, services = of_kind(planned, "Deployment"), of_kind(planned, "Service")
+    assert [(group.service, group.weight) for group in planned.groups] == [("a-engine", 80), ("a-engine-canary", 20)]
+    for role, number in ((PREFILL, 1), (DECODE, 2)):
+        old, new = workloads[f"a-engine-{role}"], workloads[f"a-engine-canary-{role}"]
+        assert (old["spec"]["replicas"], new["spec"]["replicas"]) == (number, 2)
+        assert config_of(old)["engine"].get("args", []) == []
+        assert config_of(new)["engine"]["args"] == ["--seed=2"]
+        assert config_of(new)["engine"]["kv_transfer"]["role"] == role
+        labels = new["spec"]["template"]["metadata"]["labels"]
+        assert new["spec"]["selector"]["matchLabels"] == labels
+        assert services["a-engine-canary"]["spec"]["selector"].items() <= labels.items()
+        assert not services["a-engine"]["spec"]["selector"].items() <= labels.items()
+        budgets = of_kind(planned, "PodDisruptionBudget")
+        selectors = {name: row["spec"]["selector"]["matchLabels"] for name, row in budgets.items()}
+        assert [name for name, found in selectors.items() if found.items() <= labels.items()] == ["a-engine-canary"]
+    assert planned.replicas == 3, "those of a canary come on top"
+    promoted = of_kind(plan(resource(FIXED, {"args": ["--seed=2"]}), stable=stable), "Deployment")
+    assert sorted(promoted) == ["a-engine-decode", "a-engine-prefill", "a-gateway"]
+    assert config_of(promoted["a-engine-decode"])["engine"]["args"] == ["--seed=2"]
+
+
+def test_without_a_change_of_the_engines_a_canary_of_fixed_roles_has_none():
+    planned = plan(resource(FIXED, {"canary": {"weight": 20}}), stable=build_revision(resource(FIXED)))
+    assert sorted(of_kind(planned, "Deployment")) == ["a-engine-decode", "a-engine-prefill", "a-gateway"]
 
 
 def test_another_number_of_a_role_is_no_new_template():

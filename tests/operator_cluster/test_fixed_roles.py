@@ -58,7 +58,19 @@ async def make_engines(peers: Peers, operator: FreshOperator, key: Key, role: st
         ({"roles": {**FIXED, "overrides": {"decode": {"args": ["--kv_transfer_config={}"]}}}}, "own KV connector"),
         ({"roles": {**FIXED, "overrides": {"decode": {"resources": {"memory": "lots"}}}}}, "memory"),
         ({"roles": {**FIXED, "overrides": {"prefill": {"env": {"1": "x"}}}}}, "a variable's name"),
-        ({"roles": FIXED, "canary": {"weight": 1}}, "fixed roles have no canary"),
+        ({"kvOffload": {"cpu": "4Gi"}, "args": ["--kv_transfer_config={}"]}, "no argument beside roles or kvOffload"),
+        ({"kvOffload": {"cpu": "1Mi"}}, "from 64Mi to 100Ti"),
+        ({"kvOffload": {"cpu": "64Gi"}, "runtime": "vllm-cpu"}, "GPUs alone"),
+        ({"kvOffload": {"cpu": "64Gi"}, "resources": {"memory": "0.0625Ti"}}, "has to be less"),
+        (
+            {
+                "kvOffload": {"cpu": 2147483648},
+                "resources": {"memory": "4Gi"},
+                "roles": {**FIXED, "overrides": {"decode": {"resources": {"memory": "1Gi"}}}},
+            },
+            "has to be less",
+        ),
+        ({"kvOffload": {"cpu": "1Gi"}, "parallelism": {"tensor": 8, "nodes": 2}}, "must divide by the nodes"),
         ({"roles": {"mode": "auto"}, "parallelism": {"data": 2, "nodes": 2}}, "takes part in no transfer"),
         ({"roles": {"mode": "auto"}, "args": ["--kv_transfer_config={}"]}, "no argument beside roles"),
     ],
@@ -71,6 +83,23 @@ async def test_the_api_server_refuses_what_cannot_be(
         document["metadata"]["namespace"] = namespace
         with pytest.raises(ApiError, match=message):
             await operator.api.create(SERVING, document)
+
+
+async def test_a_canary_of_fixed_roles_is_made_and_takes_the_place_of_the_old_engines(
+    kubeconfig: Path, namespace: str
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        engine: Document = {"roles": FIXED, "kvOffload": {"cpu": "4Gi"}, "runtime": "vllm"}
+        key = await served(operator, namespace, serving(engine=engine))
+        canary = {"weight": 20, "replicas": 2}
+        await change(operator, key, engine=engine | {"args": ["--seed=2"], "canary": canary})
+        old = {"tiny-engine-prefill": 1, "tiny-engine-decode": 2}
+        new = {"tiny-engine-canary-prefill": 2, "tiny-engine-canary-decode": 2}
+        assert await numbers(operator, key) == old | new
+        status = (await fetch_serving(operator.api, key) or {})["status"]
+        assert [row["desiredReplicas"] for row in status["roles"]] == [1, 2]
+        await change(operator, key, engine={"canary": None})
+        assert await numbers(operator, key) == old
 
 
 async def test_engines_of_fixed_roles_take_over_one_by_one_and_give_back(kubeconfig: Path, namespace: str) -> None:
@@ -154,3 +183,32 @@ async def test_a_number_of_a_role_changes_its_deployment_alone(kubeconfig: Path,
         assert after["tiny-engine-decode"]["spec"]["replicas"] == 4
         changed = {name for name in after if after[name]["spec"] != before[name]["spec"]}
         assert changed == {"tiny-engine-decode"}
+
+
+async def say_rolled(operator: FreshOperator, key: Key, name: str) -> None:
+    """As the Deployment's controller does once all engines are new and ready."""
+    live = await fetch(operator, DEPLOYMENT, key, name)
+    numbers = dict.fromkeys(
+        ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), live["spec"]["replicas"]
+    )
+    status = {"observedGeneration": live["metadata"]["generation"]} | numbers
+    said = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": key.namespace}}
+    await operator.api.server.apply(DEPLOYMENT, said | {"status": status}, "controller", subresource="status")
+
+
+async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(kubeconfig: Path, namespace: str) -> None:
+    async def is_paused(role: str) -> bool:
+        return bool((await fetch(operator, DEPLOYMENT, key, f"tiny-engine-{role}"))["spec"].get("paused", False))
+
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        assert not await is_paused("decode")
+        await change(operator, key, engine={"args": ["--seed=2"]})
+        assert await is_paused("decode")
+        assert not await is_paused("prefill")
+        await say_rolled(operator, key, "tiny-engine-prefill")
+        await look_again(operator, key)
+        assert not await is_paused("decode")
+        before = writes(operator.api)
+        await look_again(operator, key)
+        assert writes(operator.api) == before

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fresh_operator import FreshOperator, change, fetch, fetch_all, fetch_conditions, fetch_serving, served, started
-from moe_operator.kubernetes.kinds import DEPLOYMENT, POD
+from moe_operator.kubernetes.kinds import AUTOSCALER, DEPLOYMENT, POD
 from moe_operator.kubernetes.store import Key
 from serving_documents import serving
 from stand_in_peers import Peers, peers_listening
@@ -72,3 +72,31 @@ async def test_each_role_is_scaled_by_its_own_load(kubeconfig: Path, namespace: 
         assert await numbers(operator, key) == (1, 2)
         await change(operator, key, engine={"roles": {**FIXED, "decode": 4}})
         assert await numbers(operator, key) == (1, 4)
+
+
+def autoscaler_of(key: Key, target: str) -> Document:
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "left-over", "namespace": key.namespace},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": target},
+            "maxReplicas": 9,
+        },
+    }
+
+
+async def test_an_autoscaler_of_others_that_is_left_on_a_role_is_reported(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED}, autoscaling=SCALED))
+        left = await operator.api.create(AUTOSCALER, autoscaler_of(key, "tiny-engine-decode"))
+        operator.reconciler._others.forget(namespace)
+        await look(operator, key)
+        limited = (await fetch_conditions(operator, key))["AutoscalingLimited"]
+        assert (limited["status"], limited["reason"]) == ("True", "OtherAutoscaler")
+        assert "left-over scales Deployment tiny-engine-decode too" in limited["message"]
+
+        await operator.api.delete(AUTOSCALER, left)
+        operator.reconciler._others.forget(namespace)
+        await look(operator, key)
+        assert (await fetch_conditions(operator, key))["AutoscalingLimited"]["reason"] != "OtherAutoscaler"

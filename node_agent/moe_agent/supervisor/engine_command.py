@@ -6,7 +6,7 @@ from moe_contract.agent_config import EngineConfig
 from moe_contract.engine_process import DATA_PARALLEL_PORT, KV_CACHE_OPTION
 from moe_scheduling.expert.decision import ExpertSettings
 
-from moe_agent.supervisor.kv_transfer import build_transfer_arguments
+from moe_agent.supervisor.kv_transfer import build_connector_arguments
 from moe_agent.supervisor.node import Node
 
 SCHEDULER = "moe_agent.vllm.scheduler.OrderedScheduler"
@@ -54,8 +54,7 @@ def build_arguments(
         arguments.append("--enable-expert-parallel")
     if engine.has_expert_group:
         arguments += _build_balancer_arguments(engine, expert, cpu_build=cpu_build)
-    if engine.kv_transfer is not None:
-        arguments += build_transfer_arguments(engine.kv_transfer, cpu_build=cpu_build)
+    arguments += build_connector_arguments(engine, cpu_build=cpu_build)
     if cpu_build:
         arguments += [KV_CACHE_OPTION, str(CPU_KV_CACHE_BYTES)]
         if engine.tensor_parallel == 1:

@@ -1,7 +1,9 @@
-"""How vLLM is started to exchange KV blocks with other engines: by its NixlConnector, which pulls the blocks. Pure.
+"""How vLLM is started to exchange KV blocks with other engines, or to offload them to the host's memory. Pure.
 
-The facts about the connector are those of vLLM 0.32 and NIXL 1.5. The engine that decodes reads the blocks out of the
-memory of the one that computed the prompt; both meet at the side channel, a port for each data-parallel rank.
+Both are connectors of vLLM. The NixlConnector pulls blocks: the engine that decodes reads them out of the memory of the
+one that computed the prompt; both meet at the side channel, a port for each data-parallel rank. The OffloadingConnector
+copies blocks of the GPUs to the host's memory, and reads back what the GPUs have dropped. The facts about them are
+those of vLLM 0.32 and 0.33, and of NIXL 1.5.
 """
 
 import json
@@ -15,7 +17,7 @@ from moe_contract.engine_process import KV_TRANSFER_OPTION, KV_TRANSFER_VARIABLE
 from moe_contract.kv_transfer import KvTransferConfig
 from moe_scheduling.engine.disaggregation import EngineRole
 
-CONNECTOR = "NixlConnector"
+CONNECTOR, OFFLOADING, MULTIPLE = "NixlConnector", "OffloadingConnector", "MultiConnector"
 PACKAGE = "nixl"
 # A consumer computes prompts for others too, and frees blocks no sooner than a transfer into them is safe. `kv_both`
 # is what vLLM will remove.
@@ -24,25 +26,48 @@ _KV_ROLES = {
     EngineRole.PREFILL: "kv_producer",
     EngineRole.DECODE: "kv_consumer",
 }
+# Offloaded blocks are stored and loaded by the same engine. Several connectors have this role together, whatever that
+# of the exchange is: vLLM then frees a block no sooner than a load into it is safe.
+_BOTH = "kv_both"
 # Without devices the blocks travel over TCP, and through shared memory within a machine or pod.
 _CPU_TRANSPORTS = "tcp,self,sm"
 _LOOPBACK_DEVICE = "lo"
 
 
-def build_transfer_arguments(transfer: KvTransferConfig, *, cpu_build: bool) -> list[str]:
-    """Returns the arguments of vLLM by which an engine takes part in transfers.
+def build_connector_arguments(engine: EngineConfig, *, cpu_build: bool) -> list[str]:
+    """Returns the arguments of vLLM by which an engine exchanges KV blocks, offloads them, or both; none for neither.
 
     Blocks that do not arrive are computed anew: by default vLLM would fail the request.
     """
+    connectors = []
+    if engine.kv_transfer is not None:
+        connectors.append(_build_transfer(engine.kv_transfer, cpu_build=cpu_build))
+    if engine.kv_offload_bytes is not None:
+        connectors.append(_build_offload(engine.kv_offload_bytes))
+    if not connectors:
+        return []
+    # Of several connectors the first one that has blocks loads them: those of another engine before those offloaded.
+    several = {"kv_connector": MULTIPLE, "kv_role": _BOTH, "kv_connector_extra_config": {"connectors": connectors}}
+    config = connectors[0] if len(connectors) == 1 else several
+    return [KV_TRANSFER_OPTION, json.dumps(config | {"kv_load_failure_policy": "recompute"})]
+
+
+def _build_transfer(transfer: KvTransferConfig, *, cpu_build: bool) -> dict[str, object]:
     config: dict[str, object] = {
         "kv_connector": CONNECTOR,
         "kv_role": _KV_ROLES[transfer.role],
-        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kv_lease_duration": round(transfer.lease_s)},
     }
-    if cpu_build:
-        config["kv_buffer_device"] = "cpu"
-    return [KV_TRANSFER_OPTION, json.dumps(config)]
+    return config | ({"kv_buffer_device": "cpu"} if cpu_build else {})
+
+
+def _build_offload(rank_bytes: int) -> dict[str, object]:
+    """vLLM counts the bytes of a data-parallel rank, those of its tensor-parallel ranks together."""
+    return {
+        "kv_connector": OFFLOADING,
+        "kv_role": _BOTH,
+        "kv_connector_extra_config": {"cpu_bytes_to_use": rank_bytes},
+    }
 
 
 def with_transfer_environment(

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_contract.engine_process import KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
 from moe_contract.tenancy import priority_of
@@ -49,6 +49,9 @@ from moe_agent.vllm.prefill_plan import PrefillPlan
 from moe_agent.vllm.request_queue import OrderedRequestQueue
 from moe_agent.vllm.transfers import TransferMeter
 from moe_agent.vllm.version import check_version
+
+if TYPE_CHECKING:
+    from moe_agent.vllm.offload_tier import OffloadTier
 
 # Between two writes of the rank's record while requests run: its reader looks every 100 ms.
 PUBLISH_INTERVAL_S = 0.05
@@ -120,6 +123,7 @@ class OrderedScheduler(AsyncScheduler):
         self._transfers: TransferMeter | None = None
         if run_dir and KV_TRANSFER_VARIABLE in os.environ:
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
+        self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
         state = RankState(
@@ -355,7 +359,7 @@ class OrderedScheduler(AsyncScheduler):
     # 4. Size and order.
 
     def _uncached_prefill_tokens(self, request: Request) -> int:
-        """Tokens to compute before the next new one; looks at the prefix cache without a trace in its statistics."""
+        """Tokens to compute before the next new one; looks at the prefix caches without a trace in their statistics."""
         if request.num_computed_tokens:
             return request.num_tokens - request.num_computed_tokens
         if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_prefill"):
@@ -365,6 +369,8 @@ class OrderedScheduler(AsyncScheduler):
         if not manager.prefix_cache_lookup_enabled(request):
             return request.num_tokens
         _, cached_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
+        if self._offload_tier is not None:
+            cached_tokens = self._offload_tier.held_tokens(request, cached_tokens)
         return request.num_tokens - cached_tokens
 
     def take_settings(self) -> None:
@@ -400,6 +406,15 @@ class OrderedScheduler(AsyncScheduler):
         if self._expert_record is None:
             return self._config_version
         return min(self._config_version, self._experts.config_version)
+
+
+def _find_offload_tier(connector: Any) -> "OffloadTier | None":
+    """Only where there is a connector, whose modules are then loaded already."""
+    if connector is None:
+        return None
+    from moe_agent.vllm.offload_tier import find_tier
+
+    return find_tier(connector)
 
 
 # The module of the cores is loaded here and not above: only an engine core has loaded it already.

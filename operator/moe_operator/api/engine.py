@@ -6,11 +6,25 @@ from typing import Annotated, ClassVar
 from moe_scheduling.engine.disaggregation import EngineRole
 from pydantic import Field
 
+from moe_operator.api.kv_offload import KvOffload
 from moe_operator.api.pods import Canary, Image, PodTemplate, Update
 from moe_operator.api.replica import CONNECTOR_RULE_CEL, ENV_RULE, Argument, EnvValue, Resources, configures_transfer
 from moe_operator.api.roles import Roles
 from moe_operator.api.section import Count, Flag, Rule, Section
 from moe_operator.api.units import DurationBetween
+
+# Memory of a pod: that of all engines, and that of a role for itself.
+_MEMORIES = (
+    ("self.resources.memory", ()),
+    ("self.roles.overrides.prefill.resources.memory", ("self.roles.overrides",)),
+    ("self.roles.overrides.decode.resources.memory", ("self.roles.overrides",)),
+)
+
+
+def _fits_cel(row: tuple[str, tuple[str, ...]]) -> str:
+    memory, sections = row
+    absent = " || ".join(f"!has({path})" for path in (*sections, memory))
+    return f"({absent} || quantity(string(self.kvOffload.cpu)).isLessThan(quantity(string({memory}))))"
 
 
 class Runtime(StrEnum):
@@ -82,6 +96,7 @@ class Engine(Section):
     roles: Roles = Roles()
     parallelism: Parallelism = Parallelism()
     resources: Resources = Resources()
+    kv_offload: KvOffload | None = None
     args: Annotated[tuple[Argument, ...], Field(max_length=128)] = Field(
         default=(),
         description="Further arguments of vLLM's server, each a string, such as `--max-model-len=4096`. They win over "
@@ -137,12 +152,6 @@ class Engine(Section):
             holds=lambda engine: not engine.roles.is_fixed or engine.replicas in (1, engine.count),
         ),
         Rule(
-            field="canary",
-            message="fixed roles have no canary; use the mode auto, or take one of the two away",
-            cel="self.roles.mode != 'fixed' || !has(self.canary)",
-            holds=lambda engine: not engine.roles.is_fixed or engine.canary is None,
-        ),
-        Rule(
             field="parallelism.nodes",
             message="an engine of several nodes takes part in no transfer yet; set roles.mode to unified or nodes to 1",
             cel="self.roles.mode == 'unified' || self.parallelism.nodes == 1",
@@ -150,10 +159,35 @@ class Engine(Section):
         ),
         Rule(
             field="args",
-            message="an own KV connector (--kv-transfer-config, --kv-offloading-*) is no argument beside roles; "
-            "take it away or set roles.mode to unified",
-            cel=f"self.roles.mode == 'unified' || {CONNECTOR_RULE_CEL}",
-            holds=lambda engine: not engine.roles.apart or not configures_transfer(engine.args),
+            message="an own KV connector (--kv-transfer-config, --kv-offloading-*) is no argument beside roles or "
+            "kvOffload; take it away, or kvOffload and set roles.mode to unified",
+            cel=f"self.roles.mode == 'unified' && !has(self.kvOffload) || {CONNECTOR_RULE_CEL}",
+            holds=lambda engine: (
+                not (engine.roles.apart or engine.kv_offload is not None) or not configures_transfer(engine.args)
+            ),
+        ),
+        Rule(
+            field="kvOffload",
+            message="vLLM offloads KV blocks of GPUs alone; set runtime to vllm or take kvOffload away",
+            cel="self.runtime == 'vllm' || !has(self.kvOffload)",
+            holds=lambda engine: engine.runtime is Runtime.VLLM or engine.kv_offload is None,
+        ),
+        Rule(
+            field="kvOffload",
+            message="offloaded blocks of a rank lie on one node; the data-parallel ranks must divide by the nodes",
+            cel="!has(self.kvOffload) || self.parallelism.data % self.parallelism.nodes == 0",
+            holds=lambda engine: engine.kv_offload is None or engine.parallelism.data % engine.parallelism.nodes == 0,
+        ),
+        Rule(
+            field="kvOffload.cpu",
+            message="it is a part of resources.memory, of each role's too, and has to be less",
+            cel="!has(self.kvOffload) || " + " && ".join(map(_fits_cel, _MEMORIES)),
+            holds=lambda engine: (
+                engine.kv_offload is None
+                or engine.kv_offload.fits(
+                    (engine.resources.memory, *(engine.roles.override(role).resources.memory for role in EngineRole))
+                )
+            ),
         ),
     )
 

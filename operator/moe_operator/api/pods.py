@@ -132,7 +132,9 @@ class Canary(Section):
     weight: Annotated[Count, Field(ge=0, le=100)] = Field(
         description="Part of the requests for the new revision (percent)."
     )
-    replicas: Annotated[Count, Field(ge=1, le=256)] = Field(default=1, description="Engines of the new revision.")
+    replicas: Annotated[Count, Field(ge=1, le=256)] = Field(
+        default=1, description="Engines of the new revision; with fixed roles of each role."
+    )
 
 
 class Disruption(Section):

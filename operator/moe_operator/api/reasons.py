@@ -69,6 +69,7 @@ class Reason(StrEnum):
     TOO_FEW_REPLICAS = "TooFewReplicas"
     TOO_MANY_REPLICAS = "TooManyReplicas"
     OUT_OF_BOUNDS = "OutOfBounds"
+    OTHER_AUTOSCALER = "OtherAutoscaler"
 
     # ExpertsBalanced.
     BALANCED = "Balanced"

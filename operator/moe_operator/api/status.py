@@ -79,7 +79,7 @@ class EngineStatus(Section):
 
 
 class RoleStatus(Section):
-    """The engines of one fixed role."""
+    """The engines of one fixed role, without those of a canary."""
 
     role: EngineRole = Field(description="The role.")
     replicas: Natural = Field(default=0, description="Engines of the role that exist.")

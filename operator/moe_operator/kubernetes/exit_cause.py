@@ -18,6 +18,8 @@ _MEMORY = re.compile(
     r"|\bCUBLAS_STATUS_ALLOC_FAILED\b|\bNo available memory for the cache blocks\b"
     r"|\blarger than the available KV cache memory\b|\bFree memory on device\b.*\bis less than\b"
 )
+# vLLM's check before it lays out the tier of offloaded KV blocks, or its ranks' queues.
+_SHARED_MEMORY = re.compile(r"\bInsufficient space in /dev/shm for\b")
 # By the process's exit: of vLLM's own server, or of a core process that the server reports.
 _KILLED = re.compile(
     r"^(?:killed by SIGKILL|ended by signal 9|exit status 137)\b|\bFailed core proc\(s\): \{[^}]*: -9\b"
@@ -53,6 +55,11 @@ _OUT_OF_MEMORY = ExitCause(
     reason=Reason.OUT_OF_MEMORY,
     advice="the engine ran out of memory; lower --max-model-len or spec.engine.resources.kvCacheMemory",
 )
+_NO_SHARED_MEMORY = ExitCause(
+    reason=Reason.OUT_OF_MEMORY,
+    advice="/dev/shm is too small; lower spec.engine.kvOffload.cpu or raise spec.engine.resources.sharedMemory; on one "
+    "machine mount /dev/shm with a greater size",
+)
 _WAS_KILLED = ExitCause(
     reason=Reason.OUT_OF_MEMORY, advice="the engine was killed, as when memory runs out; raise the limit"
 )
@@ -75,9 +82,15 @@ def explain_exit(last_exit: str) -> ExitCause:
     """Returns the cause of an end that is described so."""
     if last_exit.startswith(NO_CONNECTOR):
         return _NO_CONNECTOR
-    if _RANK.match(last_exit) and not _MEMORY.search(last_exit):
+    if _RANK.match(last_exit) and not (_MEMORY.search(last_exit) or _SHARED_MEMORY.search(last_exit)):
         return _RANK_FAILED
-    for pattern, cause in ((_KILLED, _WAS_KILLED), (_MODEL_MISSING, _NO_MODEL), (_MEMORY, _OUT_OF_MEMORY)):
+    causes = (
+        (_KILLED, _WAS_KILLED),
+        (_MODEL_MISSING, _NO_MODEL),
+        (_SHARED_MEMORY, _NO_SHARED_MEMORY),
+        (_MEMORY, _OUT_OF_MEMORY),
+    )
+    for pattern, cause in causes:
         if pattern.search(last_exit):
             return cause
     return _UNKNOWN

@@ -47,10 +47,12 @@ from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
+from moe_operator.kubernetes.other_autoscalers import OtherAutoscalers
 from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
+from moe_operator.kubernetes.role_rollout import roll_in_turn
 from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
@@ -119,7 +121,7 @@ class Reconciler:
         self._namespaces, self._claims = Namespaces(api), NamedClaims(api)
         self._notices, self._blind_spot = Notices(api, store, self._events.record), blind_spot
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
-        self._sources = Sources(session)
+        self._sources, self._others = Sources(session), OtherAutoscalers(api)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
         self._groups, self._traffic = GroupDrains(api, store, session), TrafficWatch()
         self._kinds = kinds
@@ -164,6 +166,7 @@ class Reconciler:
             part.forget(key)
         self._namespaces.forget(key.namespace)
         self._claims.forget(key.namespace)
+        self._others.forget(key.namespace)
 
     async def _make_real(self, key: Key, document: Document, resource: MoEServing) -> float | None:
         parts = Parts()
@@ -179,6 +182,8 @@ class Reconciler:
             whole = whole_replicas(pods, read_nodes(document))
             deciding = self._sources.decide(key, resource, observed, pods, states, whole)
             outcome = await parts.run("autoscaling", deciding, as_it_is)
+            looking = self._others.judge(key.namespace, resource, outcome)
+            outcome = await parts.run("looking for other autoscalers", looking, outcome)
             observed = with_outcome(observed, outcome)
             takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
             changes = self._plan_groups(key, resource, observed, takeover, pods, states)
@@ -189,6 +194,7 @@ class Reconciler:
                 observed = replace(observed, one_node_claims=claims)
                 takeover = read_takeover(self._store, key, resource, observed, pods, self._kinds())
                 plan = plan_cluster(resource, key.namespace, with_takeover(observed, takeover), self._defaults)
+            plan = roll_in_turn(plan, workloads)
         except InvalidInput as error:
             return await self._report_invalid(key, document, str(error))
         except Exception as error:
@@ -196,13 +202,7 @@ class Reconciler:
             await self._report_failure(key, f"planning: {describe(error)}", states, experts)
             raise PassFailed(f"planning: {describe(error)}") from error
         current = Pass(
-            key=key,
-            document=document,
-            resource=resource,
-            observed=observed,
-            pods=pods,
-            states=states,
-            experts=experts,
+            key=key, document=document, resource=resource, observed=observed, pods=pods, states=states, experts=experts
         )
         try:
             applied, late = await self._carry_out(current, plan, peers, takeover, changes, parts)

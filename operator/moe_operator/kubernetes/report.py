@@ -30,7 +30,7 @@ from moe_operator.experts.report import build_experts
 from moe_operator.kubernetes.conditions import ConditionInputs
 from moe_operator.kubernetes.groups import read_nodes, whole_replicas
 from moe_operator.kubernetes.serving import sees_engines
-from moe_operator.plan.names import ROLE, Names, replica_labels, selector_text
+from moe_operator.plan.names import REVISION, ROLE, STABLE, Names, replica_labels, selector_text
 from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
 
 Document = dict[str, Any]
@@ -85,7 +85,7 @@ def build_status(
 def build_roles(
     engines: Sequence[Document], whole: Collection[str], desired: Mapping[EngineRole, int], before: Document
 ) -> tuple[RoleStatus, ...]:
-    """The engines of each fixed role; a pass without a plan leaves the numbers that should be as they were.
+    """The stable engines of each fixed role; a pass without a plan leaves the numbers that should be as they were.
 
     Args:
         engines: pods of engines that live.
@@ -96,7 +96,8 @@ def build_roles(
     old = {row.get("role"): row.get("desiredReplicas") for row in before.get("roles", [])}
     found = []
     for role in (EngineRole.PREFILL, EngineRole.DECODE):
-        names = [_name(pod) for pod in engines if label_of(pod, ROLE) == role.value]
+        stable = (pod for pod in engines if label_of(pod, REVISION) == STABLE)
+        names = [_name(pod) for pod in stable if label_of(pod, ROLE) == role.value]
         wanted = desired.get(role, old.get(role.value) if not desired else None)
         if names or wanted is not None:
             ready = sum(name in whole for name in names)

@@ -34,7 +34,7 @@ from moe_operator.plan.owners import build_owners
 from moe_operator.plan.pods import Defaults
 from moe_operator.plan.replicas import Count, Place, Scaled, count_replicas, keep_for_now, own_replicas
 from moe_operator.plan.revision import Revision, at_revision, build_revision
-from moe_operator.plan.roles import RoleWorkload, plan_role_workloads, role_numbers
+from moe_operator.plan.roles import RoleWorkload, fixed_numbers, plan_role_workloads, role_numbers
 from moe_operator.plan.written_settings import as_json
 
 Object = dict[str, Any]
@@ -171,9 +171,14 @@ def _build_stable(
 def _build_canary(
     resource: MoEServing, names: Names, replicas: int, wanted: Revision, observed: Observed, defaults: Defaults
 ) -> list[Object]:
-    count = count_replicas((_engines_kind(_nodes(resource)), names.canary), replicas, observed.scaled)
-    budgets = build_group_budgets(resource, names, names.canary, count.replicas)
-    return [*budgets, _build_engines(resource, names, CANARY, wanted, count, observed.one_node_claims, defaults)]
+    """The engines of the new revision: `replicas` in all, or with fixed roles of each role."""
+    roles, kind = [*fixed_numbers(resource)] or [EngineRole.UNIFIED], _engines_kind(_nodes(resource))
+    planned: list[Object] = []
+    for role in roles:
+        count = count_replicas((kind, names.of_role(role, CANARY)), replicas, observed.scaled)
+        planned += build_group_budgets(resource, names, names.canary, count.replicas)
+        planned.append(_build_engines(resource, names, CANARY, wanted, count, observed.one_node_claims, defaults, role))
+    return planned
 
 
 def plan_replicas(resource: MoEServing, observed: Observed) -> int:
@@ -294,8 +299,7 @@ def _build_engines(
     defaults: Defaults,
     role: EngineRole = EngineRole.UNIFIED,
 ) -> Object:
-    name = names.engine if revision == STABLE else names.canary
-    name = name if role is EngineRole.UNIFIED else names.of_role(role)
+    name = names.of_role(role, revision)
     labels = names.labels("engine", revision, role)
     template = pods.build_engine_template(resource, names, defaults, revision, content.digest, role)
     keeps_one_node = resource.spec.model.keeps_one_node

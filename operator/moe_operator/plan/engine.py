@@ -10,6 +10,7 @@ from moe_operator.api.engine import Runtime
 from moe_operator.api.model import Model as ModelSection
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.units import duration_s, quantity_value
+from moe_operator.plan import kv_offload
 
 # Part of the machine's memory that the KV caches of CPU engines take together when nobody says: the weights, the
 # processes themselves (about 1 GiB a rank) and the machine's other work need the rest.
@@ -56,6 +57,7 @@ def build_engine(
         # Where clients need keys, nobody else's requests are answered.
         guarded=resource.spec.gateway.auth is not None,
         kv_transfer=transfer,
+        kv_offload_bytes=kv_offload.rank_bytes(resource),
     )
 
 

@@ -21,6 +21,7 @@ from moe_operator.api.scheduling import engine_settings, expert_settings, reques
 from moe_operator.api.units import quantity_value, render_bytes
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import build_auth, build_continuation, build_cors, build_limits, build_tls, build_tracing
+from moe_operator.plan.kv_offload import check_machine_memory
 from moe_operator.plan.role_override import at_role
 from moe_operator.plan.roles import build_disaggregation, build_transfer, roles_of_engines
 
@@ -112,6 +113,7 @@ def _check_machine(resource: MoEServing, site: LocalSite) -> Iterator[InputError
             has = f"{len(site.gpus)}" if site.gpus else "0; the runtime vllm-cpu needs none"
             needs = f"{engine.count} x {engine.parallelism.ranks} GPUs"
             yield InputError("spec.engine", f"needs {needs}, the machine has {has}")
+        yield from check_machine_memory(resource, site.memory_bytes)
         return
     cpus = [row.spec.engine.resources.cpu for row in each]
     if sum(quantity_value(cpu) for cpu in cpus if cpu is not None) > site.cpus:

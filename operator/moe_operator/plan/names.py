@@ -107,9 +107,10 @@ class Names:
     def cache(self) -> str:
         return child_name(self.name, Suffix.CACHE)
 
-    def of_role(self, role: EngineRole) -> str:
-        """The workload of the engines of a role, where roles are fixed."""
-        return self.workload(f"{Suffix.ENGINE}-{role.value}")
+    def of_role(self, role: EngineRole, revision: str = STABLE) -> str:
+        """The workload of the engines of a role, where roles are fixed; of engines of all roles the only one."""
+        whole = Suffix.ENGINE if revision == STABLE else Suffix.CANARY
+        return self.workload(whole if role is EngineRole.UNIFIED else f"{whole}-{role.value}")
 
     def labels(
         self, component: str | None = None, revision: str | None = None, role: EngineRole = EngineRole.UNIFIED

@@ -36,6 +36,7 @@ from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.units import canonical_quantity, duration_s, quantity_value
+from moe_operator.plan import kv_offload
 from moe_operator.plan.engine import Share, build_engine, kv_cache_bytes
 from moe_operator.plan.gateway import (
     build_auth,
@@ -224,16 +225,17 @@ def _engine_resources(resource: MoEServing) -> dict[str, Any]:
         requests["cpu"] = canonical_quantity(engine.resources.cpu)
     if engine.resources.memory is not None:
         requests["memory"] = limits["memory"] = canonical_quantity(engine.resources.memory)
+    elif (tier := kv_offload.memory_request(resource)) is not None:
+        requests["memory"] = tier
     return {name: part for name, part in (("requests", requests), ("limits", limits)) if part}
 
 
 def _engine_volumes(resource: MoEServing, names: Names) -> list[dict[str, Any]]:
     model = resource.spec.model
-    shared_bytes = canonical_quantity(resource.spec.engine.resources.shared_memory)
     volumes = [
         *_control_volumes(names, "agent.json"),
         {"name": "run", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_bytes}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kv_offload.shared_memory(resource)}},
         *build_writable_volumes(),
     ]
     if model.uri.startswith("pvc://"):

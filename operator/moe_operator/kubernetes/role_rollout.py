@@ -1,0 +1,56 @@
+"""Fixed roles whose engines are replaced in place roll one role after the other, prefill first. Pure.
+
+Each role that rolls has an engine less meanwhile. The Deployment of the decode engines is paused, as Kubernetes has it,
+until the prefill engines are all of the new template and available: it takes the new template and starts no engine of
+it, and its number can still change.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moe_scheduling.engine.disaggregation import EngineRole
+
+from moe_operator.kubernetes.difference import is_covered
+from moe_operator.plan import ClusterPlan
+from moe_operator.plan.names import CANARY, COMPONENT, REVISION, ROLE
+from moe_operator.plan.pod_status import ENGINE, label_of
+
+Document = dict[str, Any]
+
+
+def roll_in_turn(plan: ClusterPlan, workloads: Iterable[Document]) -> ClusterPlan:
+    """Returns the plan with the second role paused while the first one rolls; `workloads` are the live ones."""
+    planned = {role: found for found in plan.objects if (role := _stable_role(found)) is not None}
+    live = {role: found for found in workloads if (role := _stable_role(found)) is not None}
+    first, second = EngineRole.PREFILL.value, EngineRole.DECODE.value
+    if not {first, second} <= planned.keys() & live.keys() or _surges(planned[second]):
+        return plan
+    waits = live[second]["spec"].get("paused", False) or not _has_template(planned[second], live[second])
+    if not waits or (_has_template(planned[first], live[first]) and _has_rolled(live[first])):
+        return plan
+    held = planned[second] | {"spec": {**planned[second]["spec"], "paused": True}}
+    return replace(plan, objects=tuple(held if found is planned[second] else found for found in plan.objects))
+
+
+def _stable_role(document: Document) -> str | None:
+    """The role of a Deployment of engines; None of any other object, and of a canary."""
+    if document["kind"] != "Deployment" or label_of(document, COMPONENT) != ENGINE:
+        return None
+    return None if label_of(document, REVISION) == CANARY else label_of(document, ROLE) or None
+
+
+def _surges(deployment: Mapping[str, Any]) -> bool:
+    return bool(deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"])
+
+
+def _has_template(planned: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+    return is_covered(planned["spec"]["template"], live["spec"].get("template"))
+
+
+def _has_rolled(live: Mapping[str, Any]) -> bool:
+    """Whether all its engines are of its template and available, as the Deployment's controller last said."""
+    status, wanted = live.get("status", {}), live["spec"].get("replicas", 1)
+    if status.get("observedGeneration", 0) < live["metadata"].get("generation", 0):
+        return False
+    return all(status.get(name, 0) == wanted for name in ("replicas", "updatedReplicas", "availableReplicas"))

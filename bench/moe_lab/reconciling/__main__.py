@@ -42,7 +42,8 @@ def main(
         ),
     ] = None,
     pairs: Annotated[
-        int, typer.Option(min=0, help="From nothing alone, so many times for each build in turns; 0 measures all once.")
+        int,
+        typer.Option(min=0, help="Pairs that measure from nothing alone, the builds in turns; 0 measures all once."),
     ] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:

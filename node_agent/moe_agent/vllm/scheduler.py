@@ -418,8 +418,6 @@ def _find_offload_tier(connector: Any) -> "OffloadTier | None":
 
 
 # The module of the cores is loaded here and not above: only an engine core has loaded it already.
-
-
 def _defer_steps() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 

@@ -240,7 +240,7 @@ async def _quiet(operator: OperatorProcess, *, at_least: int = 1, writes_only: b
 
 
 async def check_converged(cluster: BenchmarkCluster, resources: int) -> None:
-    """Raises RuntimeError unless each of so many resources is as it should be."""
+    """Raises RuntimeError unless each of this number of resources is as it should be."""
     rows = await cluster.servings()
     behind = [row["metadata"]["name"] for row in rows if not is_converged(row)]
     if behind or len(rows) != resources:

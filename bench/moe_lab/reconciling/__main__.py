@@ -42,7 +42,7 @@ def main(
         ),
     ] = None,
     pairs: Annotated[
-        int, typer.Option(min=0, help="From nothing alone, this many times for each build in turns; 0 measures all once.")
+        int, typer.Option(min=0, help="Times for each build in turns, from nothing alone; 0 measures all once.")
     ] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:

@@ -41,7 +41,7 @@ async def measure_pairs(
     pairs: int,
     progress: Callable[[str], None],
 ) -> list[BuildPair]:
-    """Measures from nothing alone, so many times for each build.
+    """Measures from nothing alone, this many times for each build.
 
     Raises:
         RuntimeError: an operator does not start, or does not come to an end.

@@ -60,7 +60,9 @@ CONFIG = GatewayConfig.model_validate(
 def agent_text(*signals: EngineSignal, **process: Any) -> bytes:
     """The line that an agent writes whose ranks published these signals."""
     values = {"phase": Phase.READY, "accepting": True, "url": "http://127.0.0.1:1", "pid": 7, "restarts": 1}
-    supervisor: Any = SimpleNamespace(**(values | {"last_exit": "exit status 3", "max_model_len": 4096} | process))
+    supervisor: Any = SimpleNamespace(
+        **(values | {"last_exit": "exit status 3", "max_model_len": 4096, "troubles": {}} | process)
+    )
     ranks = {
         number: RankState(pid=7, written_s=1.0, config_version=1, signal=signal)
         for number, signal in enumerate(signals)
@@ -159,7 +161,7 @@ def test_a_report_keeps_every_field_of_the_signal() -> None:
     report = RankReport.of(1, 0.5, SIGNAL)
     assert (report.rank, report.age_s, report.signal) == (1, 0.5, SIGNAL)
     names = {field.name for field in dataclasses.fields(RankReport)}
-    assert names == {field.name for field in dataclasses.fields(EngineSignal)} | {"rank", "age_s"}
+    assert names == {field.name for field in dataclasses.fields(EngineSignal)} | {"rank", "age_s", "trouble"}
 
 
 def test_the_operator_sees_which_settings_a_peer_lacks() -> None:

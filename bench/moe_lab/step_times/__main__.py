@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
-from moe_tools.calibration.step_errors import render_errors
+from moe_tools.calibration.step_errors import render_errors, summarize
+from moe_tools.calibration.step_fit import predict
 from moe_tools.report import read_environment
 from moe_tools.simulator import fitted_presets
 from moe_tools.simulator.fitted_presets import FITTED_PRESETS, FittedPreset, render_presets
@@ -15,6 +16,7 @@ from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 
 from moe_lab.step_times.evaluation import cross_errors, fit_preset, group_runs, preset_errors
+from moe_lab.step_times.kernels import compose_preset, list_engines
 from moe_lab.step_times.records import read_records
 
 STEPS = "engine_steps_b300_vllm0.20.csv.gz"
@@ -35,12 +37,18 @@ def fit_command(
     data: Steps,
     out: Annotated[Path, typer.Option(help="Table of presets to write; the repository's own without.")] = _TABLE,
 ) -> None:
-    """Fit a preset to all steps of each engine, and write the table."""
+    """Fit a preset to all steps of each engine, with a folder also to steps composed of kernels; write the table."""
     fitted: dict[str, FittedPreset] = {}
     for name, measured in group_runs(read_records(_file(data))).items():
         fitted[name] = fit_preset(measured)
         typer.echo(f"{name}: {fitted[name].measurements} measurements")
-    out.write_text(render_presets(fitted), "utf-8")
+    for engine in list_engines() if data.is_dir() else ():
+        fitted[engine.preset], steps = compose_preset(engine, data)
+        preset = fitted[engine.preset]
+        rows = summarize(steps, [predict(preset.model, preset.coefficients, step) for step in steps])
+        errors = ", ".join(f"{row.kind} {row.median:.1%} (p90 {row.p90:.1%})" for row in rows)
+        typer.echo(f"{engine.preset}: {len(steps)} composed steps; error of the fit: {errors}")
+    out.write_text(render_presets(dict(sorted(fitted.items()))), "utf-8")
 
 
 @app.command("errors")

@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 
 # Alternations; the choice of the longest hardly changes after so many.
 _ROUNDS = 30
+# Rounds without progress after which it ends, and the loss beside the least one that is progress.
+_PATIENCE, _PROGRESS = 4, 0.999
 # Errors below this part count by their square, larger ones in a line: one step in a hundred of a GPU takes over three
 # times the median. So small, the fit is one to medians.
 MEDIAN_ERROR = 0.02
@@ -30,6 +32,8 @@ _PROMPT_TERMS = ("prefill_base_s", "request_s", "prefill_s", "group_token_s", "p
 _LEAST_S = 1e-9
 # Scaled coefficients below this are 0 but for rounding.
 _VANISHED = 1e-14
+# Squares of singular values below this are rounding: their columns are scaled to 1.
+_SINGULAR = 1e-12
 _COLUMN = {name: number for number, name in enumerate(Coefficients._fields)}
 
 
@@ -107,14 +111,16 @@ class _Table:
     def sum_longest(self, found: Floats) -> Floats:
         """Returns [measurement, term] with the longest alternative of each step."""
         longest = np.argmax(self.alternatives @ found, axis=1)
-        rows = np.zeros((len(self.seconds), self.alternatives.shape[2]))
-        np.add.at(rows, self.owners, self.alternatives[np.arange(len(longest)), longest])
-        return rows
+        return self.sum_steps(self.alternatives[np.arange(len(longest)), longest])
+
+    def sum_steps(self, terms: Floats) -> Floats:
+        """Returns [measurement, term] of the terms of each step, whose measurements follow each other."""
+        return np.asarray(np.add.reduceat(terms, np.searchsorted(self.owners, np.arange(len(self.seconds))), axis=0))
 
     def errors(self, found: Floats) -> Floats:
-        """Returns the distance of prediction and measurement: of their logarithms, so that neither direction wins."""
+        """Returns the distance of the logarithms of prediction and measurement, at most 1."""
         predicted = self.sum_longest(found) @ found
-        return np.asarray(np.abs(np.log(np.maximum(predicted, _LEAST_S) / self.seconds)))
+        return np.asarray(np.minimum(1.0, np.abs(np.log(np.maximum(predicted, _LEAST_S) / self.seconds))))
 
     def loss(self, found: Floats) -> float:
         """Returns the weighted mean of the relative error."""
@@ -123,8 +129,7 @@ class _Table:
 
 def _guesses(table: _Table) -> Iterator[Floats]:
     """Yields coefficients to start from: without a least time, and with such as the measured steps suggest."""
-    rows = np.zeros((len(table.seconds), len(_COLUMN)))
-    np.add.at(rows, table.owners, table.alternatives[:, 0])
+    rows = table.sum_steps(table.alternatives[:, 0])
     flat = _least_squares(rows / table.seconds[:, None], np.ones(len(table.seconds)))
     yield flat
     terms, least = table.alternatives[:, 0], table.alternatives[:, 1]
@@ -153,14 +158,19 @@ def _alternate(table: _Table, found: Floats, near: float) -> Floats:
 
     Errors are relative to the prediction of the round before: relative to the measurement, noise would pull it down.
     """
-    best, least = found, table.loss(found)
+    best, least, rest = found, table.loss(found), _PATIENCE
     for _ in range(_ROUNDS):
         rows = table.sum_longest(found)
         expected_s = np.maximum(rows @ found, 0.1 * table.seconds)
-        robust = np.sqrt(table.weights / np.maximum(table.errors(found), near))
-        found = _least_squares(rows / expected_s[:, None] * robust[:, None], table.seconds / expected_s * robust)
+        ratios = table.seconds / expected_s
+        robust = np.sqrt(table.weights / np.maximum(np.abs(ratios - 1.0), near))
+        found = _least_squares(rows / expected_s[:, None] * robust[:, None], ratios * robust)
+        rest -= 1
         if (loss := table.loss(found)) < least:
+            rest = _PATIENCE if loss < least * _PROGRESS else rest
             best, least = found, loss
+        if rest == 0:
+            break
     return best
 
 
@@ -168,8 +178,11 @@ def _least_squares(rows: Floats, values: Floats) -> Floats:
     """Returns non-negative least squares (Lawson and Hanson, 1974), columns scaled to like sizes."""
     scale = np.linalg.norm(rows, axis=0)
     scale[scale == 0.0] = 1.0
-    turned, corner = np.linalg.qr(rows / scale)
-    target = turned.T @ values
+    scaled = rows / scale
+    sizes, turns = np.linalg.eigh(scaled.T @ scaled)
+    roots = np.sqrt(sizes[sizes > _SINGULAR])
+    corner = roots[:, None] * turns.T[sizes > _SINGULAR]
+    target = turns.T[sizes > _SINGULAR] @ (scaled.T @ values) / roots
     least = 1e-9 * float(np.linalg.norm(values))
     found = np.zeros(rows.shape[1])
     kept: list[int] = []

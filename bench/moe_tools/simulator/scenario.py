@@ -244,7 +244,7 @@ def trace_of(scenario: Scenario) -> tuple[TraceRequest, ...]:
     """
     workload = scenario.workload
     if workload.trace is not None:
-        whole = read_trace(workload.trace, workload.format)
+        whole = read_trace(workload.trace, workload.format, scenario.seed)
         if workload.start >= len(whole):
             raise InvalidInput([InputError("workload.start", f"the trace has {len(whole)} requests")])
         requests = cut_piece(whole, workload.start, workload.count)

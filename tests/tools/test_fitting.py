@@ -26,7 +26,7 @@ def draw_works(count=400, seed=0):
     random = np.random.default_rng(seed)
     for _ in range(count):
         prefill = int(random.integers(16, 2048)) * int(random.integers(0, 2))
-        decode = int(random.integers(0 if prefill else 1, 64))
+        decode = 0 if prefill and random.random() < 0.5 else int(random.integers(1, 64))
         yield Work(prefill, decode, decode * int(random.integers(10, 4000)), prefill * int(random.integers(1, 3000)))
 
 
@@ -39,28 +39,29 @@ def steps(coefficients, model=CPU, count=400, noise=0.0):
     ]
 
 
-SECONDS = st.floats(1e-6, 1e-3)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
-    st.builds(
-        Coefficients,
-        decode_s=st.floats(1e-3, 0.05),
-        prefill_base_s=st.floats(1e-3, 0.05),
-        token_s=SECONDS,
-        request_s=SECONDS,
-        prefill_s=SECONDS,
-        context_s=st.floats(1e-9, 1e-6),
-        pair_s=st.floats(1e-11, 1e-8),
-    )
+    decode_s=st.floats(1e-3, 0.05),
+    more_s=st.floats(0.0, 0.05),
+    request_s=st.floats(1e-6, 1e-3),
+    prefill_s=st.floats(1e-6, 1e-3),
+    context_s=st.floats(1e-9, 1e-6),
+    pair_s=st.floats(1e-11, 1e-8),
 )
-def test_an_engine_without_graphs_is_found_again(coefficients):
-    rows = steps(coefficients, count=200)
+def test_an_engine_without_graphs_is_found_again(decode_s, more_s, request_s, prefill_s, context_s, pair_s):
+    """Where prompts never make a step shorter, each step has one alternative: the fit is exact."""
+    true = Coefficients(
+        decode_s=decode_s,
+        prefill_base_s=decode_s + more_s,
+        token_s=request_s,
+        request_s=request_s,
+        prefill_s=prefill_s,
+        context_s=context_s,
+        pair_s=pair_s,
+    )
+    rows = steps(true, count=100)
     found = fit_cost(rows, CPU, "test")
-    errors = [abs(found.group_step_s([row.work]) / row.step_s - 1) for row in rows]
-    assert np.median(errors) < 0.01
-    assert np.percentile(errors, 90) < 0.05
+    assert max(abs(found.group_step_s([row.work]) / row.step_s - 1) for row in rows) < 1e-3
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])

@@ -58,7 +58,7 @@ class KernelEngine:
         table: name of the GPU of the kernels.
         shape: name of the model in the table of kernels.
         dtype: of the experts in that table.
-        distribution: of the experts' load there; DeepSeek-V3's balanced rows are an anomaly, slower than its skewed ones.
+        distribution: of the experts' load there; DeepSeek-V3's balanced rows, slower than skewed ones, are an anomaly.
         ranks: of the group, over which the experts are spread.
         exchange: `allreduce`, `deepep`, or `roofline` across nodes.
     """

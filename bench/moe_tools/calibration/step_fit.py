@@ -32,6 +32,7 @@ _PROMPT_TERMS = ("prefill_base_s", "request_s", "prefill_s", "group_token_s", "p
 _LEAST_S = 1e-9
 # Scaled coefficients below this are 0 but for rounding.
 _VANISHED = 1e-14
+_TURNS = 3
 # Squares of singular values below this are rounding: their columns are scaled to 1.
 _SINGULAR = 1e-12
 _COLUMN = {name: number for number, name in enumerate(Coefficients._fields)}
@@ -187,15 +188,16 @@ def _least_squares(rows: Floats, values: Floats) -> Floats:
     found = np.zeros(rows.shape[1])
     kept: list[int] = []
     barred: list[int] = []
-    while True:
+    # Rounding could make columns come and go for ever.
+    for _ in range(_TURNS * rows.shape[1]):
         gradient = corner.T @ (target - corner @ found)
         gradient[kept + barred] = -np.inf
         entering = int(np.argmax(gradient))
         if not gradient[entering] > least:
-            return np.asarray(found / scale)
+            break
         found, kept = _settle(corner, target, found, [*kept, entering])
-        # A column that rounding alone let in would come and go for ever.
         barred = [] if entering in kept else [*barred, entering]
+    return np.asarray(found / scale)
 
 
 def _settle(corner: Floats, target: Floats, found: Floats, kept: list[int]) -> tuple[Floats, list[int]]:

@@ -65,7 +65,12 @@ def parse_presets(text: str) -> Mapping[str, FittedPreset]:
 
 def _preset(row: Mapping[str, str]) -> FittedPreset:
     return FittedPreset(
-        model=StepModel(**{name: int(row[name]) for name in SIZES}),
+        model=StepModel(
+            experts=int(row["experts"]),
+            top_k=int(row["top_k"]),
+            expert_ranks=int(row["expert_ranks"]),
+            ranks=int(row["ranks"]),
+        ),
         coefficients=Coefficients(**{name: float(row[name]) for name in Coefficients._fields}),
         kv_blocks=int(row["kv_blocks"]),
         measurements=int(row["measurements"]),

@@ -53,10 +53,29 @@ JUDGED = {
     ),
     "a stream that had begun": (
         STREAM,
-        Received(status=200, answer=got(" 7.0", ends=0, error="x"), is_complete=True),
+        Received(status=200, answer=got(" 7.0", ends=0, error="x", has_begun=True), is_complete=True),
         SoakOutcome.STREAM_BROKEN,
     ),
-    "a stream that was cut": (STREAM, Received(status=200, answer=got(" 7.0", ends=0)), SoakOutcome.STREAM_BROKEN),
+    "a stream that had begun by a token without text": (
+        STREAM,
+        Received(status=200, answer=got("", ends=0, error="x", has_begun=True), is_complete=True),
+        SoakOutcome.STREAM_BROKEN,
+    ),
+    "a stream that had begun, an error and an end": (
+        STREAM,
+        Received(status=200, answer=got(" 7.0", error="x", has_begun=True), is_complete=True),
+        SoakOutcome.STREAM_BROKEN,
+    ),
+    "an error and an end before the first token": (
+        STREAM,
+        Received(status=200, answer=got("", error="x"), is_complete=True),
+        SoakOutcome.ERROR,
+    ),
+    "a stream that was cut": (
+        STREAM,
+        Received(status=200, answer=got(" 7.0", ends=0, has_begun=True)),
+        SoakOutcome.STREAM_BROKEN,
+    ),
     "an error before its first token": (
         STREAM,
         Received(status=200, answer=got("", ends=0, error="x"), is_complete=True),
@@ -92,6 +111,11 @@ def test_records_say_what_was_given_to_more_engines_than_there_are_attempts():
     assert (records.given(1), records.repeated, records.computed_twice, records.overwritten) == (2, 2, 1, [3])
 
 
+def test_a_token_that_completes_no_character_begins_a_chat():
+    event = b'data: {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": null}]}\n\n'
+    assert read_stream(SoakRoute.CHAT, event) == ReadAnswer(text="", ends=0, has_begun=True)
+
+
 @pytest.mark.parametrize("api", SoakRoute)
 @given(number=st.integers(0, 10**9), tokens=st.integers(1, 12), cut=st.integers(0, 10_000))
 def test_what_an_engine_writes_is_what_a_client_reads(api, number, tokens, cut):
@@ -101,7 +125,8 @@ def test_what_an_engine_writes_is_what_a_client_reads(api, number, tokens, cut):
     stream = answers.build_first_events(api, number)
     stream += b"".join(answers.build_token_event(api, number, index) for index in range(tokens))
     stream += answers.build_last_events(api, number, tokens)
-    assert read_stream(api, stream) == ReadAnswer(text=owed_text(number, tokens), ends=1)
+    assert read_stream(api, stream) == ReadAnswer(text=owed_text(number, tokens), ends=1, has_begun=True)
+    assert not read_stream(api, answers.build_first_events(api, number)).has_begun
     part = read_stream(api, stream[: cut % len(stream)])
     assert owed_text(number, tokens).startswith(part.text)
     assert read_stream(api, answers.build_error_event(api)).error

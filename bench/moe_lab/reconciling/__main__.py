@@ -18,6 +18,7 @@ from moe_lab.reconciling.bound import Bound
 from moe_lab.reconciling.build_crd import Document, read_crd
 from moe_lab.reconciling.cluster import connect
 from moe_lab.reconciling.measurement import BenchmarkSetting, ReconcilingResult, measure
+from moe_lab.reconciling.pairs import measure_pairs, report_pairs
 from moe_lab.reconciling.process import find_servers
 from moe_lab.reconciling.report import build_document, report
 from moe_lab.reconciling.stand_in import stand_in
@@ -40,6 +41,9 @@ def main(
             help="Interpreter of another build's environment: its operator is measured first, in the same way."
         ),
     ] = None,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="From nothing alone, so many times for each build in turns; 0 measures all once.")
+    ] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Time to converge, length of a pass, memory, and calls of the operator under many resources."""
@@ -60,6 +64,10 @@ def main(
                 for build, python in pythons.items()
             }
             crds = {build: read_crd(python) for build, python in pythons.items()}
+            if pairs:
+                for row in asyncio.run(_run_pairs(settings, crds, pairs, progress)):
+                    progress.console.print(row, highlight=False, soft_wrap=True)
+                return
             bound, builds = asyncio.run(_run(settings, crds, progress))
     except (LoginError, OSError) as error:
         raise InvalidInput([InputError("--kubeconfig", str(error))]) from None
@@ -89,6 +97,15 @@ async def _run(
             await cluster.prepare(crds[build])
             measured[build] = await measure(cluster, peers, setting, progress)
     return bound, measured
+
+
+async def _run_pairs(
+    settings: Mapping[str, BenchmarkSetting], crds: Mapping[str, Document], pairs: int, progress: ProgressPrinter
+) -> list[str]:
+    first = next(iter(settings.values()))
+    async with connect(first.kubeconfig) as cluster:
+        measured = await measure_pairs(cluster, settings, crds, pairs, progress)
+    return list(report_pairs(measured, first.resources))
 
 
 if __name__ == "__main__":

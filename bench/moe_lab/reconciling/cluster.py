@@ -176,9 +176,13 @@ class BenchmarkCluster:
 
         await _each(names, create)
         bound = await measure_bound(self._server, made, AT_A_TIME, processes)
+        await self.empty()
+        return bound
+
+    async def empty(self) -> None:
+        """Deletes all that the benchmark and an operator made, without one."""
         for kind in (SERVING, *CHILDREN):
             await self._empty(kind)
-        return bound
 
     async def _empty(self, kind: Kind) -> None:
         """Deletes all objects of a kind that the benchmark made."""

@@ -109,14 +109,14 @@ async def measure(
     progress(f"{setting.resources} resources are made, in {time.monotonic() - started_s:.1f} s")
     phases = []
     async with OperatorProcess(setting.kubeconfig, setting.log, "first", setting.python) as operator:
-        phases.append(await _phase("from nothing", operator, setting, None))
-        await _check(cluster, setting.resources)
-        progress(_render(phases[-1]))
+        phases.append(await measure_phase("from nothing", operator, setting, None))
+        await check_converged(cluster, setting.resources)
+        progress(render_phase(phases[-1]))
         engines = await cluster.create_pods(names, stand_in.port)
         await _quiet(operator, writes_only=True)
         progress("an engine and a gateway of each stand ready")
-        phases.append(await _phase("idle", operator, setting, setting.idle_s))
-        progress(_render(phases[-1]))
+        phases.append(await measure_phase("idle", operator, setting, setting.idle_s))
+        progress(render_phase(phases[-1]))
         states_s = await _change_states(cluster, stand_in, {name: engines[name] for name in chosen})
         readiness_s = [await _change_readiness(cluster, name) for name in chosen]
         progress(f"{len(states_s)} states of agents and {len(readiness_s)} pods changed")
@@ -127,13 +127,13 @@ async def measure(
         crowded_s = await _change_readiness_of_all(cluster, chosen)
         progress(f"{len(crowded_s)} pods changed while another operator took over, in {max(crowded_s):.1f} s")
     async with OperatorProcess(setting.kubeconfig, setting.log, "third", setting.python) as operator:
-        phases.append(await _phase("taken over", operator, setting, None, at_least=setting.resources))
-        progress(_render(phases[-1]))
+        phases.append(await measure_phase("taken over", operator, setting, None, at_least=setting.resources))
+        progress(render_phase(phases[-1]))
         await cluster.delete(names)
-        phases.append(await _phase("to nothing", operator, setting, None))
+        phases.append(await measure_phase("to nothing", operator, setting, None))
         if left := await cluster.servings():
             raise RuntimeError(f"{len(left)} resources are left")
-        progress(_render(phases[-1]))
+        progress(render_phase(phases[-1]))
     return ReconcilingResult(
         resources=setting.resources,
         phases=tuple(phases),
@@ -144,7 +144,7 @@ async def measure(
     )
 
 
-async def _phase(
+async def measure_phase(
     name: str, operator: OperatorProcess, setting: BenchmarkSetting, seconds: float | None, *, at_least: int = 1
 ) -> BenchmarkPhase:
     """What happens until all is quiet, or for a time.
@@ -239,7 +239,8 @@ async def _quiet(operator: OperatorProcess, *, at_least: int = 1, writes_only: b
     raise RuntimeError(f"no end within {PATIENCE_S:.0f} s")
 
 
-async def _check(cluster: BenchmarkCluster, resources: int) -> None:
+async def check_converged(cluster: BenchmarkCluster, resources: int) -> None:
+    """Raises RuntimeError unless each of so many resources is as it should be."""
     rows = await cluster.servings()
     behind = [row["metadata"]["name"] for row in rows if not is_converged(row)]
     if behind or len(rows) != resources:
@@ -257,5 +258,6 @@ async def _change(cluster: BenchmarkCluster, name: str) -> float:
     return time.monotonic() - started_s
 
 
-def _render(phase: BenchmarkPhase) -> str:
+def render_phase(phase: BenchmarkPhase) -> str:
+    """The phase in a line."""
     return f"{phase.name}: {phase.passes} passes and {phase.writes} writes in {phase.seconds:.1f} s"

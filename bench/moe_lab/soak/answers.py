@@ -161,16 +161,18 @@ class ReadAnswer:
     """What the body of an answer of status 200 says.
 
     Attributes:
-        text: all tokens that came.
+        text: of all tokens that came.
         ends: how often it says that it is whole.
         error: an error in it; empty without one.
         has_more: whether something comes after its end.
+        has_begun: whether a token of a stream came; one that completes no character has no text.
     """
 
     text: str
     ends: int
     error: str = ""
     has_more: bool = False
+    has_begun: bool = False
 
 
 def read_piece(api: SoakRoute, body: bytes) -> ReadAnswer:
@@ -214,8 +216,8 @@ def read_stream(api: SoakRoute, body: bytes) -> ReadAnswer:
         elif document.get("type") in ("message_stop", "response.completed", "response.incomplete"):
             ends += 1
         else:
-            texts.append(_token_of(api, document))
-    return ReadAnswer(text="".join(texts), ends=ends, error=error, has_more=has_more)
+            texts += _tokens_of(api, document)
+    return ReadAnswer(text="".join(texts), ends=ends, error=error, has_more=has_more, has_begun=bool(texts))
 
 
 def _data_of(body: bytes) -> Iterator[bytes]:
@@ -225,13 +227,15 @@ def _data_of(body: bytes) -> Iterator[bytes]:
                 yield line[6:]
 
 
-def _token_of(api: SoakRoute, document: dict[str, Any]) -> str:
+def _tokens_of(api: SoakRoute, document: dict[str, Any]) -> list[str]:
+    """The text of each token in an event; empty where a token completes no character."""
     match api:
         case SoakRoute.COMPLETIONS:
-            return "".join(choice["text"] or "" for choice in document["choices"])
+            return [choice["text"] or "" for choice in document["choices"]]
         case SoakRoute.CHAT:
-            return "".join(choice["delta"].get("content") or "" for choice in document["choices"])
+            deltas = (choice["delta"] for choice in document["choices"])
+            return [delta["content"] or "" for delta in deltas if "content" in delta and "role" not in delta]
         case SoakRoute.MESSAGES:
-            return str(document["delta"].get("text", "")) if document["type"] == "content_block_delta" else ""
+            return [str(document["delta"].get("text", ""))] if document["type"] == "content_block_delta" else []
         case SoakRoute.RESPONSES:
-            return str(document["delta"]) if document["type"] == "response.output_text.delta" else ""
+            return [str(document["delta"])] if document["type"] == "response.output_text.delta" else []

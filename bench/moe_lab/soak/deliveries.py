@@ -95,9 +95,10 @@ def judge(request: SoakRequest, received: Received, attempts: Callable[[], int])
 def _judge_broken(request: SoakRequest, received: Received, attempts: Callable[[], int]) -> SoakOutcome:
     """The outcome of an answer of status 200 that is not whole."""
     answer = received.answer
-    if answer is not None and answer.ends:
+    # vLLM says of a stream that an error has cut that it is done, after the error.
+    if answer is not None and answer.ends and not answer.error:
         return SoakOutcome.WRONG
-    if request.stream and answer is not None and answer.text:
+    if request.stream and answer is not None and answer.has_begun:
         return SoakOutcome.STREAM_BROKEN
     if answer is not None and answer.error:
         return SoakOutcome.ATTEMPTS_FAILED if attempts() >= MAX_ATTEMPTS else SoakOutcome.ERROR

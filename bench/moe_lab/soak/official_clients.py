@@ -55,7 +55,7 @@ class OfficialClients:
             status, error, is_complete = 200 if texts else 0, repr(failure), False
         # An error within a stream has the status of the error in one client, and none in the other.
         status = 200 if texts else status
-        answer = ReadAnswer(text="".join(texts), ends=0 if error else 1, error=error)
+        answer = ReadAnswer(text="".join(texts), ends=0 if error else 1, error=error, has_begun=bool(texts))
         return Received(
             status=status,
             answer=answer,
@@ -78,7 +78,7 @@ class OfficialClients:
             yield _text_of(request.api, answer)
             return
         async for event in answer:
-            if text := _token_of(request.api, event):
+            for text in _tokens_of(request.api, event):
                 yield text
 
     async def _create(self, api: SoakRoute, made: dict[str, Any]) -> Any:
@@ -110,13 +110,14 @@ def _text_of(api: SoakRoute, answer: Any) -> str:
             return str(answer.output_text)
 
 
-def _token_of(api: SoakRoute, event: Any) -> str:
+def _tokens_of(api: SoakRoute, event: Any) -> list[str]:
     match api:
         case SoakRoute.COMPLETIONS:
-            return "".join(choice.text or "" for choice in event.choices)
+            return [choice.text or "" for choice in event.choices]
         case SoakRoute.CHAT:
-            return "".join(choice.delta.content or "" for choice in event.choices)
+            deltas = (choice.delta for choice in event.choices)
+            return [delta.content for delta in deltas if delta.content is not None and delta.role is None]
         case SoakRoute.MESSAGES:
-            return event.delta.text if event.type == "content_block_delta" else ""
+            return [event.delta.text] if event.type == "content_block_delta" else []
         case SoakRoute.RESPONSES:
-            return event.delta if event.type == "response.output_text.delta" else ""
+            return [event.delta] if event.type == "response.output_text.delta" else []

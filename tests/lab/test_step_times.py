@@ -48,7 +48,7 @@ def record(counter, prefill=0, decode=0, seconds=0.01, *, run=TP2, requests=1, b
 )
 def test_the_name_of_a_run_tells_model_and_parallelism(run, preset, ranks, ahead):
     engine = engine_of(run)
-    assert (engine.preset, engine.model.ranks, engine.books_ahead) == (preset, ranks, ahead)
+    assert (engine.preset, engine.model.ranks, engine.launches_ahead) == (preset, ranks, ahead)
 
 
 @pytest.mark.parametrize("run", ["llama_tp1_ep1", "qwen36_moe_2026"])

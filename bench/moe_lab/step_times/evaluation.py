@@ -20,7 +20,7 @@ _DEEPSEEK_BLOCKS = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRuns:
-    """Runs of one engine.
+    """Measured runs of one engine.
 
     Attributes:
         engine: that made them.
@@ -32,7 +32,7 @@ class MeasuredRuns:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """All of all runs."""
+        """All measurements of all runs."""
         return [row for rows in self.runs.values() for row in rows]
 
     @property
@@ -44,7 +44,7 @@ class MeasuredRuns:
 
     @property
     def held_out(self) -> str:
-        """Name of what is held out together."""
+        """Name of the parts that are held out whole."""
         return "runs" if len(self.runs) > 1 else "shapes"
 
 

@@ -42,13 +42,13 @@ _CONTEXTS = (500, 2000, 8000)
 _PROMPTS = (32, 128, 256, 480, 600, 1024, 2048, 4096, 8192)
 _BESIDE = (0, 4, 32)
 
-Curve = Callable[[float], float]
+LayerTime = Callable[[float], float]
 """Seconds of one layer for a number of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelEngine:
-    """An engine to compose.
+    """An engine whose steps are composed.
 
     Attributes:
         preset: name of the preset.
@@ -151,7 +151,7 @@ def _step_seconds(engine: KernelEngine, data: Path, model: StepModel) -> Callabl
     return seconds
 
 
-def _kernel_curve(engine: KernelEngine, data: Path) -> Curve:
+def _kernel_curve(engine: KernelEngine, data: Path) -> LayerTime:
     path = data / f"moe_kernel_{engine.table}_vllm0.24.csv.gz"
     wanted = {
         "model_shape": engine.shape,
@@ -164,7 +164,7 @@ def _kernel_curve(engine: KernelEngine, data: Path) -> Curve:
     return _curve(path, [(float(row["num_tokens"]), float(row["latency_ms"]) * 1e-3) for row in rows])
 
 
-def _exchange_curve(engine: KernelEngine, data: Path, *, decode: bool) -> Curve:
+def _exchange_curve(engine: KernelEngine, data: Path, *, decode: bool) -> LayerTime:
     """Returns seconds to send the tokens of the fullest rank to their experts and back, by these tokens."""
     ranks, hidden = engine.ranks, engine.model.hidden
     if ranks == 1:
@@ -192,7 +192,7 @@ _DEEPEP_SMS = "20"
 _DEEPEP = {True: ("dispatch_avg_t_us", "combine_avg_t_us"), False: ("dispatch_transmit_us", "combine_transmit_us")}
 
 
-def _curve(path: Path, points: list[tuple[float, float]]) -> Curve:
+def _curve(path: Path, points: list[tuple[float, float]]) -> LayerTime:
     """Returns the line through the points in logarithms, beyond the last one in proportion."""
     if len(points) < 2:
         raise InvalidInput([InputError(str(path), "has no rows of this model and parallelism")])

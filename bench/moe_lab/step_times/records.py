@@ -1,12 +1,12 @@
-"""Reads a table of measured engine steps, and makes of it what a fit needs.
+"""Reads a table of measured engine steps, and returns measurements for a fit.
 
 The table is that of `engine_steps_b300_vllm0.20.csv.gz` (ai-dynamo/aiconfigurator, commit abbac647): a line for each
-step of rank 0 of an engine. What is known about it decides the reading:
+step of rank 0 of an engine. It is read so:
 
-- Engines without data parallelism schedule asynchronously: the time of launching a prompt's step is booked to the step
-  before it, and chunks of a prompt are booked to each other. So a prompt's steps are one measurement, with what the
+- Engines without data parallelism schedule asynchronously: the time of launching a prompt's step is counted in the step
+  before it, and chunks of a prompt in each other. So a prompt's steps are one measurement, with what the
   decode step before them took beyond the median of its batch; decode steps before a prompt are left out.
-- Engines with data parallelism, and DeepSeek-V4's, book each step to itself; a prompt's chunks count as one here too.
+- Engines with data parallelism, and DeepSeek-V4's, count each step by itself; a prompt's chunks count as one here too.
   Other ranks are not in the table: decode steps are taken as equal on all ranks; a prompt alone on rank 0 as alone in
   the group; several prompts as on all ranks.
 - DeepSeek-V4 compresses each 128 tokens: known for steps of one request alone (`compressions`), not for others.
@@ -27,7 +27,7 @@ from moe_tools.calibration.step_fit import Measurement
 from moe_tools.simulator.costs import COMPRESSED_TOKENS, Work
 from moe_tools.simulator.step_time import StepModel
 
-# Shapes of prompts: so many to a doubling of the tokens.
+# Shapes of prompts in each doubling of the tokens.
 _SHAPES_TO_DOUBLE = 4
 # Weight of prompts beside answers where other ranks may have longer ones, which the table does not show.
 _UNKNOWN_RANKS = 0.2
@@ -66,14 +66,14 @@ class MeasuredEngine:
         preset: name of the preset.
         model: what decides its terms.
         tensor_ranks: GPUs that share attention and dense layers.
-        books_ahead: whether a prompt's time is partly booked to the step before it.
+        launches_ahead: whether a prompt's time is partly counted in the step before it.
         compresses: whether the model compresses pieces of the context.
     """
 
     preset: str
     model: StepModel
     tensor_ranks: int
-    books_ahead: bool
+    launches_ahead: bool
     compresses: bool
 
 
@@ -94,7 +94,7 @@ def engine_of(run: str) -> MeasuredEngine | None:
         preset=f"b300-{name}-tp{tensor}-ep{expert}" + (f"-dp{ranks}" if ranks > 1 else ""),
         model=StepModel(experts=experts, top_k=top_k, expert_ranks=expert, ranks=ranks),
         tensor_ranks=tensor,
-        books_ahead=ranks == 1 and name.startswith("qwen"),
+        launches_ahead=ranks == 1 and name.startswith("qwen"),
         compresses=name.startswith("deepseek-v4"),
     )
 
@@ -146,7 +146,7 @@ def measurements_of(engine: MeasuredEngine, records: Sequence[StepRecord]) -> li
 def _decode_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) -> Iterator[Measurement]:
     for record, after in zip(records, [*records[1:], None], strict=True):
         is_decode = record.prefill_tokens == 0 and record.decode_requests > 0
-        if is_decode and not (engine.books_ahead and after is not None and after.prefill_tokens > 0):
+        if is_decode and not (engine.launches_ahead and after is not None and after.prefill_tokens > 0):
             works = _works(engine, record, alone=False)
             yield Measurement(steps=(works,), seconds=record.seconds, shape=f"decode {record.decode_requests}")
 
@@ -155,10 +155,10 @@ def _prompt_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) 
     usual = _usual_decode_s(records)
     for begin, burst in _bursts(records):
         several = any(record.prefill_requests > 1 for record in burst)
-        parts = _parts(burst, together=engine.books_ahead)
+        parts = _parts(burst, together=engine.launches_ahead)
         for number, part in enumerate(parts):
             seconds = sum(record.seconds for record in part)
-            if number == 0 and begin > 0 and engine.books_ahead:
+            if number == 0 and begin > 0 and engine.launches_ahead:
                 before = records[begin - 1]
                 if before.counter == part[0].counter - 1:
                     seconds += max(0.0, before.seconds - usual.get(before.decode_requests, before.seconds))
@@ -194,7 +194,7 @@ def _bursts(records: Sequence[StepRecord]) -> Iterator[tuple[int, list[StepRecor
 
 
 def _parts(burst: list[StepRecord], *, together: bool) -> list[list[StepRecord]]:
-    """Returns the steps of each prompt, where each step has one prompt; else the burst, or each step of it."""
+    """Returns the steps of each prompt, where each step has one prompt; else the burst, or its single steps."""
     is_mixed = any(record.decode_requests for record in burst)
     if any(record.prefill_requests > 1 for record in burst) or (together and is_mixed):
         return [burst] if together else [[record] for record in burst]

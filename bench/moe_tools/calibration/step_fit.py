@@ -1,7 +1,7 @@
 """Fits the coefficients of step times to measured steps: robust, relative, none negative.
 
 Pure. A measurement is a run of steps with one duration: mostly a single step; the chunks of a prompt where an engine
-books their times to each other (asynchronous scheduling). The largest of a step's alternatives counts, so fitting
+counts their times in each other (asynchronous scheduling). The largest of a step's alternatives counts, so fitting
 alternates: which alternative is the longest under the present coefficients, then coefficients for these.
 """
 
@@ -17,7 +17,7 @@ from moe_tools.simulator.step_time import Coefficients, FittedCost, StepModel
 
 Floats = npt.NDArray[np.float64]
 
-# Alternations; the choice of the longest hardly changes after so many.
+# Alternations; the choice of the longest hardly changes after these.
 _ROUNDS = 30
 # Rounds without progress after which it ends, and the loss beside the least one that is progress.
 _PATIENCE, _PROGRESS = 4, 0.999

@@ -30,7 +30,7 @@ class Linear(Section):
     source: str = "given in the scenario"
 
 
-class Fitted(Section):
+class FittedSection(Section):
     """Step times as `moeserving calibrate` prints them: `step_time.Coefficients` in seconds, and the engine's sizes."""
 
     experts: Count = 1
@@ -74,7 +74,7 @@ class Cost(Section):
     placement: PlacementPolicy = PlacementPolicy.INITIAL
     redundant_experts: Annotated[int, Field(ge=0)] = 0
     linear: Linear | None = None
-    fitted: Fitted | None = None
+    fitted: FittedSection | None = None
     rules = (
         Rule(
             field="preset",
@@ -130,7 +130,7 @@ def build_cost(cost: Cost, ranks: int, seed: int) -> CostModel:
     return PRESETS[cost.preset].cost(ranks, placement=cost.placement, redundant=cost.redundant_experts, seed=seed)
 
 
-def _fitted_cost(fitted: Fitted) -> FittedCost:
+def _fitted_cost(fitted: FittedSection) -> FittedCost:
     values = fitted.model_dump(by_alias=False)
     return FittedCost(
         model=StepModel(**{name: values[name] for name in (*SIZES, "graph_sizes")}),

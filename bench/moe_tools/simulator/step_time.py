@@ -3,7 +3,7 @@
 Pure. A `StepModel` turns the work of a lockstep group into the terms (`StepModel.terms`), a `FittedCost` multiplies
 them with coefficients. Both the fit (`step_fit`) and the simulator use the same terms.
 
-Three kinds of steps are told apart by how vLLM runs them:
+There are three kinds of steps, by how vLLM runs them:
 
 - decode: no prompt token, and not more tokens than the largest captured CUDA graph. Tokens are padded to the next
   captured size, on all ranks alike: time is a staircase.
@@ -80,7 +80,7 @@ class StepModel:
     graph_sizes: tuple[int, ...] = VLLM_GRAPH_SIZES
 
     def padded(self, tokens: int) -> int | None:
-        """Returns the captured size that holds so many tokens; None where there is none."""
+        """Returns the least captured size with room for these tokens; None where there is none."""
         index = bisect_left(self.graph_sizes, max(1, tokens))
         return self.graph_sizes[index] if index < len(self.graph_sizes) else None
 

@@ -208,9 +208,8 @@ def _curve(path: Path, points: list[tuple[float, float]]) -> LayerTime:
 
 def _read(path: Path) -> list[Mapping[str, str]]:
     """Returns the rows of a table; lines that begin with # are comments."""
-    opener: Callable[..., object] = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:  # type: ignore[attr-defined]
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return list(csv.DictReader(line for line in file if not line.startswith("#")))
     except OSError as error:
         raise InvalidInput([InputError(str(path), f"no table of kernels: {error}")]) from None

@@ -16,11 +16,12 @@ import csv
 import gzip
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
 from statistics import median
+from typing import TextIO
 
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_tools.calibration.step_fit import Measurement
@@ -117,9 +118,8 @@ def read_records(path: Path) -> dict[str, list[StepRecord]]:
     return dict(runs)
 
 
-def _open(path: Path) -> "Iterable[str] | gzip.GzipFile":  # type: ignore[type-arg]
-    opener: Callable[..., object] = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+def _open(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _record(row: Mapping[str, str]) -> StepRecord:

@@ -70,7 +70,8 @@ def fit_coefficients(model: StepModel, measurements: Sequence[Measurement], near
         raise ValueError("no steps to fit")
     table = _Table.of(model, measurements)
     starts = [_alternate(table, guess, near) for guess in _guesses(table)]
-    return Coefficients(*map(float, min(starts, key=table.loss)))
+    losses = [table.loss(found) for found in starts]
+    return Coefficients(*map(float, starts[losses.index(min(losses))]))
 
 
 def predict(model: StepModel, coefficients: Coefficients, measurement: Measurement) -> float:

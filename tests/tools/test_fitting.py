@@ -11,7 +11,7 @@ from moe_tools.calibration import calibrate
 from moe_tools.calibration.calibrate import build_fit_document, read_step_model, render_fit
 from moe_tools.calibration.fitting import LEAST_STEPS, MeasuredStep, fit_and_check, fit_cost
 from moe_tools.calibration.step_errors import StepKind, by_shape, kind_of, render_errors, summarize
-from moe_tools.calibration.step_fit import Measurement, fit_coefficients, predict
+from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients, predict
 from moe_tools.simulator.costs import Work
 from moe_tools.simulator.scenario import cost_of, parse_scenario
 from moe_tools.simulator.step_time import Coefficients, FittedCost, StepModel
@@ -78,7 +78,7 @@ def test_least_times_and_experts_are_found_again(noise):
     )
     model = StepModel(experts=64, top_k=4)
     rows = steps(true, model, count=800, noise=noise)
-    found = fit_coefficients(model, [Measurement(steps=((r.work,),), seconds=r.step_s, shape="") for r in rows])
+    found = fit_coefficients(model, [StepMeasurement(steps=((r.work,),), seconds=r.step_s, shape="") for r in rows])
     assert found.piecewise_s == pytest.approx(true.piecewise_s, rel=0.05)
     assert found.piecewise_s + found.eager_s == pytest.approx(true.piecewise_s + true.eager_s, rel=0.05)
     fitted = FittedCost(model=model, coefficients=found, source="")
@@ -92,7 +92,7 @@ def test_some_steps_that_take_far_longer_move_no_median():
         MeasuredStep(work=row.work, step_s=row.step_s * (20 if number % 25 == 0 else 1))
         for number, row in enumerate(rows)
     ]
-    found = fit_coefficients(CPU, [Measurement(steps=((r.work,),), seconds=r.step_s, shape="") for r in slow])
+    found = fit_coefficients(CPU, [StepMeasurement(steps=((r.work,),), seconds=r.step_s, shape="") for r in slow])
     fitted = FittedCost(model=CPU, coefficients=found, source="")
     assert np.median([abs(fitted.group_step_s([row.work]) / row.step_s - 1) for row in rows]) < 0.02
 
@@ -101,7 +101,7 @@ def test_chunks_that_were_measured_together_are_fitted_together():
     rows = steps(LINE)
     cost = FittedCost(model=CPU, coefficients=LINE, source="")
     pairs = [
-        Measurement(
+        StepMeasurement(
             steps=((one.work,), (other.work,)),
             seconds=cost.group_step_s([one.work]) + cost.group_step_s([other.work]),
             shape="",
@@ -149,7 +149,7 @@ ONE_ANSWER = Work(0, 1)
 
 
 def measured(seconds, shape="decode 1", work=ONE_ANSWER):
-    return Measurement(steps=((work,),), seconds=seconds, shape=shape)
+    return StepMeasurement(steps=((work,),), seconds=seconds, shape=shape)
 
 
 def test_all_of_a_shape_are_held_out_together():

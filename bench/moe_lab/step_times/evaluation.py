@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_tools.calibration.step_errors import ErrorRow, by_shape, cross_validate, summarize
-from moe_tools.calibration.step_fit import Measurement, fit_coefficients, predict
+from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients, predict
 from moe_tools.simulator.fitted_presets import FittedPreset
 
 from moe_lab.step_times.records import MeasuredEngine, StepRecord, engine_of, measurements_of
@@ -28,10 +28,10 @@ class MeasuredRuns:
     """
 
     engine: MeasuredEngine
-    runs: Mapping[str, Sequence[Measurement]]
+    runs: Mapping[str, Sequence[StepMeasurement]]
 
     @property
-    def measurements(self) -> list[Measurement]:
+    def measurements(self) -> list[StepMeasurement]:
         """All measurements of all runs."""
         return [row for rows in self.runs.values() for row in rows]
 
@@ -55,7 +55,7 @@ def group_runs(records: Mapping[str, Sequence[StepRecord]]) -> dict[str, Measure
         InvalidInput: no run has a name that is known.
     """
     engines: dict[str, MeasuredEngine] = {}
-    runs: dict[str, dict[str, list[Measurement]]] = defaultdict(dict)
+    runs: dict[str, dict[str, list[StepMeasurement]]] = defaultdict(dict)
     for run, steps in records.items():
         if (engine := engine_of(run)) is not None and (rows := measurements_of(engine, steps)):
             engines[engine.preset] = engine

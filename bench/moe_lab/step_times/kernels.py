@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from moe_contract.input_errors import InputError, InvalidInput
-from moe_tools.calibration.step_fit import Measurement, fit_coefficients
+from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients
 from moe_tools.simulator.costs import Work
 from moe_tools.simulator.experts import even_balance
 from moe_tools.simulator.fitted_presets import FittedPreset
@@ -92,7 +92,7 @@ def list_engines() -> Iterator[KernelEngine]:
         yield KernelEngine(preset=name, exchange=exchange, **sizes, **deepseek)  # type: ignore[arg-type]
 
 
-def compose_preset(engine: KernelEngine, data: Path) -> tuple[FittedPreset, list[Measurement]]:
+def compose_preset(engine: KernelEngine, data: Path) -> tuple[FittedPreset, list[StepMeasurement]]:
     """Returns the preset, and the composed steps that it was fitted on.
 
     Raises:
@@ -103,7 +103,7 @@ def compose_preset(engine: KernelEngine, data: Path) -> tuple[FittedPreset, list
     )
     seconds = _step_seconds(engine, data, model)
     steps = [
-        Measurement(steps=(works,), seconds=seconds(works), shape=f"{number}")
+        StepMeasurement(steps=(works,), seconds=seconds(works), shape=f"{number}")
         for number, works in enumerate(_grid(engine.ranks))
     ]
     preset = FittedPreset(

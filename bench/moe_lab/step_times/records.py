@@ -24,7 +24,7 @@ from statistics import median
 from typing import TextIO
 
 from moe_contract.input_errors import InputError, InvalidInput
-from moe_tools.calibration.step_fit import Measurement
+from moe_tools.calibration.step_fit import StepMeasurement
 from moe_tools.simulator.costs import COMPRESSED_TOKENS, Work
 from moe_tools.simulator.step_time import StepModel
 
@@ -135,7 +135,7 @@ def _record(row: Mapping[str, str]) -> StepRecord:
     )
 
 
-def measurements_of(engine: MeasuredEngine, records: Sequence[StepRecord]) -> list[Measurement]:
+def measurements_of(engine: MeasuredEngine, records: Sequence[StepRecord]) -> list[StepMeasurement]:
     """Returns the measurements of one run; prompts weigh as much as decode steps, which are 60 times as many."""
     decodes = list(_decode_measurements(engine, records))
     prompts = list(_prompt_measurements(engine, records))
@@ -143,15 +143,15 @@ def measurements_of(engine: MeasuredEngine, records: Sequence[StepRecord]) -> li
     return decodes + [replace(row, weight=weight * row.weight) for row in prompts]
 
 
-def _decode_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) -> Iterator[Measurement]:
+def _decode_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) -> Iterator[StepMeasurement]:
     for record, after in zip(records, [*records[1:], None], strict=True):
         is_decode = record.prefill_tokens == 0 and record.decode_requests > 0
         if is_decode and not (engine.launches_ahead and after is not None and after.prefill_tokens > 0):
             works = _works(engine, record, alone=False)
-            yield Measurement(steps=(works,), seconds=record.seconds, shape=f"decode {record.decode_requests}")
+            yield StepMeasurement(steps=(works,), seconds=record.seconds, shape=f"decode {record.decode_requests}")
 
 
-def _prompt_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) -> Iterator[Measurement]:
+def _prompt_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) -> Iterator[StepMeasurement]:
     usual = _usual_decode_s(records)
     for begin, burst in _bursts(records):
         several = any(record.prefill_requests > 1 for record in burst)
@@ -163,7 +163,7 @@ def _prompt_measurements(engine: MeasuredEngine, records: Sequence[StepRecord]) 
                 if before.counter == part[0].counter - 1:
                     seconds += max(0.0, before.seconds - usual.get(before.decode_requests, before.seconds))
             tokens = sum(record.prefill_tokens for record in part)
-            yield Measurement(
+            yield StepMeasurement(
                 steps=tuple(_works(engine, record, alone=not several) for record in part),
                 seconds=seconds,
                 weight=_UNKNOWN_RANKS if engine.model.ranks > 1 and part[0].decode_requests else 1.0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import log2
 
 from moe_tools.calibration.step_errors import ErrorRow, by_shape, cross_validate, summarize
-from moe_tools.calibration.step_fit import Measurement, fit_coefficients
+from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients
 from moe_tools.simulator.costs import Work
 from moe_tools.simulator.step_time import FittedCost, StepModel
 
@@ -68,8 +68,8 @@ def fit_and_check(steps: Sequence[MeasuredStep], model: StepModel, source: str, 
     return Fit(cost=cost, steps=len(steps), errors=summarize(rows, predicted))
 
 
-def _measurements(steps: Sequence[MeasuredStep]) -> list[Measurement]:
-    return [Measurement(steps=((step.work,),), seconds=step.step_s, shape=_shape(step.work)) for step in steps]
+def _measurements(steps: Sequence[MeasuredStep]) -> list[StepMeasurement]:
+    return [StepMeasurement(steps=((step.work,),), seconds=step.step_s, shape=_shape(step.work)) for step in steps]
 
 
 def _shape(work: Work) -> str:

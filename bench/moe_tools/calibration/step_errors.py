@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from moe_tools.calibration.step_fit import MEDIAN_ERROR, Floats, Measurement, fit_coefficients, predict
+from moe_tools.calibration.step_fit import MEDIAN_ERROR, Floats, StepMeasurement, fit_coefficients, predict
 from moe_tools.simulator.step_time import StepModel
 
 FOLDS = 5
@@ -59,7 +59,7 @@ class ErrorRow:
     bias: float
 
 
-def kind_of(measurement: Measurement) -> StepKind:
+def kind_of(measurement: StepMeasurement) -> StepKind:
     """Returns the kind of a measurement by the work of its first rank."""
     own = [works[0] for works in measurement.steps]
     if not any(work.prefill_tokens for work in own):
@@ -67,7 +67,7 @@ def kind_of(measurement: Measurement) -> StepKind:
     return StepKind.MIXED if any(work.decode_requests for work in own) else StepKind.PROMPT
 
 
-def by_shape(measurements: Sequence[Measurement], seed: int = 0) -> list[int]:
+def by_shape(measurements: Sequence[StepMeasurement], seed: int = 0) -> list[int]:
     """Returns the fold of each measurement: all of one shape are in one fold."""
     names = sorted({row.shape for row in measurements})
     order = np.random.default_rng(seed).permutation(len(names))
@@ -76,7 +76,7 @@ def by_shape(measurements: Sequence[Measurement], seed: int = 0) -> list[int]:
 
 
 def cross_validate(
-    model: StepModel, measurements: Sequence[Measurement], folds: Sequence[int], near: float = MEDIAN_ERROR
+    model: StepModel, measurements: Sequence[StepMeasurement], folds: Sequence[int], near: float = MEDIAN_ERROR
 ) -> list[float]:
     """Returns the predicted seconds of each measurement, from a fit on the other folds.
 
@@ -96,7 +96,7 @@ def cross_validate(
     return predicted
 
 
-def summarize(measurements: Sequence[Measurement], predicted: Sequence[float]) -> tuple[ErrorRow, ...]:
+def summarize(measurements: Sequence[StepMeasurement], predicted: Sequence[float]) -> tuple[ErrorRow, ...]:
     """Returns the errors of each kind that there is."""
     rows = []
     pairs = list(zip(measurements, predicted, strict=True))
@@ -107,7 +107,7 @@ def summarize(measurements: Sequence[Measurement], predicted: Sequence[float]) -
     return tuple(rows)
 
 
-def _summarize(kind: StepKind, all_pairs: Sequence[tuple[Measurement, float]]) -> ErrorRow:
+def _summarize(kind: StepKind, all_pairs: Sequence[tuple[StepMeasurement, float]]) -> ErrorRow:
     shapes = _by_shape(all_pairs)
     pairs = np.concatenate(list(shapes.values()))
     errors = np.abs(pairs[:, 1] / pairs[:, 0] - 1.0)
@@ -125,7 +125,7 @@ def _summarize(kind: StepKind, all_pairs: Sequence[tuple[Measurement, float]]) -
     )
 
 
-def _by_shape(pairs: Sequence[tuple[Measurement, float]]) -> dict[str, Floats]:
+def _by_shape(pairs: Sequence[tuple[StepMeasurement, float]]) -> dict[str, Floats]:
     """Returns [measurement, (measured, predicted)] of each shape, without the outliers."""
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row, seconds in pairs:

@@ -39,7 +39,7 @@ _COLUMN = {name: number for number, name in enumerate(Coefficients._fields)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
+class StepMeasurement:
     """Steps that followed each other, and what they took together.
 
     Attributes:
@@ -55,7 +55,9 @@ class Measurement:
     weight: float = 1.0
 
 
-def fit_coefficients(model: StepModel, measurements: Sequence[Measurement], near: float = MEDIAN_ERROR) -> Coefficients:
+def fit_coefficients(
+    model: StepModel, measurements: Sequence[StepMeasurement], near: float = MEDIAN_ERROR
+) -> Coefficients:
     """Returns the coefficients with the least robust relative error; terms that never occur are 0.
 
     Args:
@@ -74,7 +76,7 @@ def fit_coefficients(model: StepModel, measurements: Sequence[Measurement], near
     return Coefficients(*map(float, starts[losses.index(min(losses))]))
 
 
-def predict(model: StepModel, coefficients: Coefficients, measurement: Measurement) -> float:
+def predict(model: StepModel, coefficients: Coefficients, measurement: StepMeasurement) -> float:
     """Returns the seconds that the measured steps should take."""
     cost = FittedCost(model=model, coefficients=coefficients, source="")
     return sum(cost.group_step_s(works) for works in measurement.steps)
@@ -97,7 +99,7 @@ class _Table:
     weights: Floats
 
     @classmethod
-    def of(cls, model: StepModel, measurements: Sequence[Measurement]) -> "_Table":
+    def of(cls, model: StepModel, measurements: Sequence[StepMeasurement]) -> "_Table":
         steps = [(number, works) for number, row in enumerate(measurements) for works in row.steps]
         alternatives = np.zeros((len(steps), 3, len(Coefficients._fields)))
         for row, (_, works) in zip(alternatives, steps, strict=True):

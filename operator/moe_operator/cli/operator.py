@@ -14,7 +14,7 @@ from moe_contract.api_server import LoginError
 from moe_operator.kubernetes.leader import Terms
 from moe_operator.kubernetes.operator import Operator
 from moe_operator.kubernetes.rivals import FORMER_LEASE
-from moe_operator.kubernetes.settings import OperatorSettings, read_defaults, read_own_namespace
+from moe_operator.kubernetes.settings import WORKERS, OperatorSettings, read_defaults, read_own_namespace
 
 _UNUSABLE = 2
 
@@ -25,7 +25,7 @@ def operator(
     ] = None,
     liveness_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of /healthz.")] = 8080,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics; 0: a free one.")] = 8081,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Resources reconciled at a time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Resources reconciled at a time.")] = WORKERS,
     resync: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks at everything.")] = 600.0,
     lease_duration: Annotated[
         float, typer.Option(min=1.0, help="Seconds after which a leader that is gone is replaced.")

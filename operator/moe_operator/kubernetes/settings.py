@@ -14,6 +14,8 @@ IMAGE_GATEWAY, PULL_POLICY = "MOESERVING_IMAGE_GATEWAY", "MOESERVING_IMAGE_PULL_
 OWN_NAMESPACE = "MOESERVING_OPERATOR_NAMESPACE"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
+WORKERS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorSettings:
@@ -26,8 +28,8 @@ class OperatorSettings:
         identity: its name in the Lease.
         liveness_port: of `/healthz`.
         metrics_port: of `/metrics` and `/readyz`; 0 chooses a free one.
-        workers: resources that are reconciled at a time. One core makes the documents of all of them: more workers than
-            calls of one pass leave it idle only make each pass take longer.
+        workers: resources that are reconciled at a time. A pass mostly waits for the API server; one core makes the
+            documents of all, so that more workers than keep it busy only make each pass take longer.
         resync_s: time between two lists of everything, which find what a watch lost.
         watch_s: length of one watch, after which it is opened anew.
         defaults: images and the like.
@@ -40,7 +42,7 @@ class OperatorSettings:
     identity: str = field(default_factory=socket.gethostname)
     liveness_port: int = 8080
     metrics_port: int = 8081
-    workers: int = 2
+    workers: int = WORKERS
     resync_s: float = 600.0
     watch_s: int = 300
     defaults: Defaults = field(default_factory=Defaults)

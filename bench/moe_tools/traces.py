@@ -8,6 +8,8 @@ reading with its file and line number; nothing is skipped in silence.
 import csv
 import json
 import math
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,6 +20,9 @@ from typing import Annotated, Any
 from moe_contract.input_errors import InputError, InvalidInput, errors_from_pydantic, unknown_choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+GRID_S = 3.0
+"""Seconds between the timestamps of Mooncake's published traces: all requests of that time have the same one."""
+_GRID_JITTER_S = 0.0015
 BLOCK_TOKENS = 512
 """Mooncake's block: one id of `hash_ids` stands for this many prompt tokens."""
 
@@ -111,12 +116,15 @@ _LINES: dict[TraceFormat, _Line] = {
 }
 
 
-def read_trace(path: Path, trace_format: str | None = None) -> tuple[TraceRequest, ...]:
+def read_trace(path: Path, trace_format: str | None = None, seed: int = 0) -> tuple[TraceRequest, ...]:
     """Reads a whole trace, ordered by arrival, the first arrival at 0 s.
+
+    A Mooncake trace whose timestamps all lie on the grid of 3 s has its batches spread (`spread_batches`).
 
     Args:
         path: the file.
         trace_format: a `TraceFormat`; None finds it from the first line.
+        seed: of the arrivals within a batch.
 
     Raises:
         InvalidInput: the file cannot be read, or its first malformed line, by number.
@@ -126,7 +134,34 @@ def read_trace(path: Path, trace_format: str | None = None) -> tuple[TraceReques
     requests = [line.request() for line in _parse_lines(path, lines, known)]
     if not requests:
         raise InvalidInput([InputError(str(path), "has no requests")])
+    if known is TraceFormat.MOONCAKE and lies_on_grid(requests):
+        requests = spread_batches(requests, seed)
     return rebase(requests)
+
+
+def lies_on_grid(requests: Sequence[TraceRequest]) -> bool:
+    """Returns whether all arrivals, at several times, are within 1.5 ms of a multiple of `GRID_S`."""
+    ticks = [round(request.arrival_s / GRID_S) for request in requests]
+    rests_s = [abs(request.arrival_s - GRID_S * tick) for request, tick in zip(requests, ticks, strict=True)]
+    return len(set(ticks)) > 1 and max(rests_s) <= _GRID_JITTER_S
+
+
+def spread_batches(requests: Sequence[TraceRequest], seed: int) -> list[TraceRequest]:
+    """Returns the requests of each time of the grid at random times until the next one, in their order.
+
+    Args:
+        requests: whose arrivals lie on the grid of `GRID_S` seconds.
+        seed: of the times.
+    """
+    draw = random.Random(seed)
+    batches: dict[int, list[TraceRequest]] = defaultdict(list)
+    for request in requests:
+        batches[round(request.arrival_s / GRID_S)].append(request)
+    spread = []
+    for tick in sorted(batches):
+        times_s = sorted(GRID_S * (tick + draw.random()) for _ in batches[tick])
+        spread += [replace(row, arrival_s=time_s) for row, time_s in zip(batches[tick], times_s, strict=True)]
+    return spread
 
 
 def parse_format(name: str) -> TraceFormat:

@@ -18,6 +18,7 @@ from moe_tools.traces import (
     rebase,
     scale_lengths,
     speed_up,
+    spread_batches,
 )
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -191,3 +192,36 @@ def test_json_of_a_request_reads_back(tmp_path):
     line = {"arrival_s": 0.0, "prompt_tokens": 3, "output_tokens": 2, "blocks": [1], "block_tokens": 2}
     (read,) = read_trace(write(tmp_path, json.dumps(line)))
     assert read == request(prompt=3, output=2, blocks=(1,), block_tokens=2)
+
+
+def mooncake_lines(times_ms):
+    rows = ({"timestamp": time, "input_length": n + 1, "output_length": 1} for n, time in enumerate(times_ms))
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def test_batches_on_mooncakes_grid_are_spread_in_their_order(tmp_path):
+    times_ms = [0] * 20 + [2999] * 20 + [6000, 9001]
+    rows = read_trace(write(tmp_path, mooncake_lines(times_ms)), seed=3)
+    assert [row.prompt_tokens for row in rows] == list(range(1, 43))
+    assert len({row.arrival_s for row in rows}) == 42
+    # Counted from the first arrival, which lies within the first 3 s itself.
+    first, second = rows[:20], rows[20:40]
+    assert 1.0 < first[-1].arrival_s < 3.0 < second[-1].arrival_s < 6.0
+    assert rows == read_trace(write(tmp_path, mooncake_lines(times_ms)), seed=3)
+    assert rows != read_trace(write(tmp_path, mooncake_lines(times_ms)), seed=4)
+
+
+@pytest.mark.parametrize("times_ms", [[0, 3000, 6500], [0, 0, 0], [5], [1, 2, 3000]])
+def test_other_times_stay_as_they_are(tmp_path, times_ms):
+    rows = read_trace(write(tmp_path, mooncake_lines(times_ms)))
+    assert [row.arrival_s for row in rows] == pytest.approx([(time - times_ms[0]) / 1000 for time in times_ms])
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(0, 1000))
+def test_spread_requests_stay_in_the_three_seconds_of_their_batch(ticks, seed):
+    rows = [TraceRequest(arrival_s=3.0 * tick, prompt_tokens=1, output_tokens=1) for tick in sorted(ticks)]
+    spread = spread_batches(rows, seed)
+    assert len(spread) == len(rows)
+    for before, after in zip(rows, spread, strict=True):
+        assert before.arrival_s <= after.arrival_s <= before.arrival_s + 3.0
+    assert [row.arrival_s for row in spread] == sorted(row.arrival_s for row in spread)

@@ -71,7 +71,7 @@ def _trace(name: str) -> Callable[[int, int, Path | None], tuple[TraceRequest, .
     def build(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
         if folder is None:
             raise InvalidInput([InputError("traces", f"a folder with {name} is needed")])
-        whole = read_trace(folder / name)
+        whole = read_trace(folder / name, seed=seed)
         start = find_start(len(whole), count, seed)
         return fit_lengths(cut_piece(whole, start, count), CONTEXT_TOKENS).requests
 

@@ -2,8 +2,8 @@
 
 The engine runs in this process, with our scheduler watched (`recording`). It serves prompts of all lengths at all
 degrees of concurrency, and then open loops, in whose steps prompts meet answers as they do in use; what its steps
-carried and took is fitted, and the fit is checked on steps not fitted on. With `--validate` fitting and comparing take
-turns, so that a machine that gets slower or faster meanwhile does so for both.
+carried and took is fitted, and the fit is checked on shapes of steps not fitted on. With `--validate` fitting and
+comparing take turns, so that a machine that gets slower or faster meanwhile does so for both.
 """
 
 import itertools
@@ -22,16 +22,23 @@ from moe_agent.vllm.version import is_cpu_build
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_scheduling.request.order import RequestSettings
+from pydantic.alias_generators import to_camel
 from rich.console import Console
 from rich.progress import track
 
-from moe_tools.calibration.fitting import Fit, MeasuredStep, TooFewSteps, fit_cost
+from moe_tools.calibration.fitting import Fit, MeasuredStep, TooFewSteps, fit_and_check, fit_cost
+from moe_tools.calibration.step_errors import render_errors
 from moe_tools.calibration.validate import Agreement, Course, agrees, read_limits, render_agreement
 from moe_tools.modelless import foreign_warnings
 from moe_tools.replay_command import write_json
 from moe_tools.report import read_environment
+from moe_tools.simulator.fitted_presets import SIZES
+from moe_tools.simulator.step_time import StepModel
 
 RECORDER = "moe_tools.calibration.recording.RecordingScheduler"
+# Names of the same numbers in the configurations of models.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok", "moe_top_k", "top_k_experts")
 SHORTEST_PROMPT = 16
 MEAN_OUTPUT = 24
 TURNS = 3
@@ -102,20 +109,23 @@ def _measure(
     course = Course(llm, control, seed)
     steps: list[MeasuredStep] = []
     turns = TURNS if effort.validate_requests else 1
-    limits = read_limits(llm)
+    limits, model = read_limits(llm), read_step_model(llm.llm_engine.vllm_config)
     all_rounds = list(_rounds(effort.rounds, limits.max_model_len, limits.max_num_seqs, seed))
     for turn, rounds in enumerate(_share(all_rounds, turns)):
         seen = len(measured)
         for prompts, outputs in track(rounds, "serving", console=console):
             _serve(llm, prompts, outputs)
-        course.serve_open(fit_cost([*steps, *measured[seen:]], source, seed).cost)
+        course.serve_open(fit_cost([*steps, *measured[seen:]], model, source))
         steps += measured[seen:]
         if effort.validate_requests and turn == 0:
-            course.plan(fit_cost(steps, source, seed).cost, effort.validate_requests)
+            course.plan(fit_cost(steps, model, source), effort.validate_requests)
         if effort.validate_requests:
             course.compare()
-    fit = fit_cost(steps, source, seed)
+    fit = fit_and_check(steps, model, source, seed)
     console.print(render_fit(fit), highlight=False, soft_wrap=True)
+    console.print(
+        render_errors({"this engine": fit.errors}, "Relative error on shapes of steps that were not fitted on")
+    )
     rows = course.conclude(fit.cost) if effort.validate_requests else ()
     if rows:
         console.print(render_agreement(rows))
@@ -145,6 +155,17 @@ def _load(engine: CalibratedEngine) -> Any:
             return LLM(**arguments)
         except (TypeError, ValueError) as error:
             raise InvalidInput([InputError("the engine's arguments", f"vLLM refuses them: {error}")]) from None
+
+
+def read_step_model(config: Any) -> StepModel:
+    """Returns the sizes of an engine without data parallelism that decide its step times, from vLLM's configuration."""
+    model, parallel, compiled = config.model_config, config.parallel_config, config.compilation_config
+    text = model.hf_text_config
+    experts = next((found for name in _EXPERTS if (found := getattr(text, name, None))), 1)
+    top_k = next((found for name in _TOP_K if (found := getattr(text, name, None))), 1)
+    spread = parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1
+    sizes = () if is_cpu_build() or model.enforce_eager else tuple(sorted(compiled.cudagraph_capture_sizes or ()))
+    return StepModel(experts=experts, top_k=min(top_k, experts), expert_ranks=spread, graph_sizes=sizes)
 
 
 def _rounds(rounds: int, max_model_len: int, max_num_seqs: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -177,28 +198,17 @@ def _serve(llm: Any, prompts: list[int], outputs: list[int]) -> None:
 
 
 def render_fit(fit: Fit) -> str:
-    """The section of a scenario, and how good it is."""
+    """Returns the section of a scenario."""
     cost = fit.cost
-    section = {
-        "cost": {
-            "linear": {
-                "baseS": cost.base_s,
-                "prefillS": cost.prefill_s,
-                "decodeS": cost.decode_s,
-                "contextS": cost.context_s,
-                "pairS": cost.pair_s,
-                "source": cost.source,
-            }
-        }
-    }
-    return (
-        f"{yaml.safe_dump(section, sort_keys=False)}"
-        f"Fitted on {fit.steps} steps. On {fit.held_out} held-out steps: error {fit.error_median:.1%} (median), "
-        f"{fit.error_p90:.1%} (p90), sum {fit.bias - 1:+.1%}."
-    )
+    sizes = {to_camel(name): getattr(cost.model, name) for name in SIZES}
+    seconds = {to_camel(name): value for name, value in cost.coefficients._asdict().items() if value}
+    fitted = {**sizes, "graphSizes": list(cost.model.graph_sizes), **seconds, "source": cost.source}
+    section = yaml.safe_dump({"cost": {"fitted": fitted}}, sort_keys=False, default_flow_style=None, width=1000)
+    return f"{section}Fitted on {fit.steps} steps."
 
 
 def build_fit_document(fit: Fit, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """The fit, the versions and every step."""
     environment = read_environment()
-    return {"fit": {**asdict(fit), "cost": fit.cost._asdict()}, "environment": environment, "steps": steps}
+    cost = {**asdict(fit.cost), "coefficients": fit.cost.coefficients._asdict()}
+    return {"fit": {**asdict(fit), "cost": cost}, "environment": environment, "steps": steps}

@@ -1,27 +1,24 @@
-"""Step times of a real engine as a line with attention's terms: least squares, checked on held-out steps.
+"""Step times of a real engine: the fit of `step_fit` to its steps, checked on shapes of steps not fitted on.
 
-Pure. Terms cannot be negative: a step does not get shorter by what it carries.
+Pure. The model is the same as of the simulator's fitted presets (`moe_tools.simulator.step_time`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
-import numpy as np
+from moe_tools.calibration.step_errors import ErrorRow, by_shape, cross_validate, summarize
+from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients
+from moe_tools.simulator.costs import Work
+from moe_tools.simulator.step_time import FittedCost, StepModel
 
-from moe_tools.simulator.costs import LinearCost, Work
-
-HELD_OUT = 0.2
 LEAST_STEPS = 50
-# Iterations; the weights hardly change after this many.
-_ROUNDS = 5
-# As the product's own fit (`moe_agent.step_time`).
-_OUTLIER = 3.0
-# Of like sizes, so that no column is lost beside another: a token of prefill counts as one, a pair as a millionth.
-_SCALE = np.array([1.0, 1e3, 1e1, 1e4, 1e6])
+# Errors of a CPU's steps are as large, and what counts in a simulation are sums: nearly a fit to means.
+_NEAR = 0.3
 
 
 class TooFewSteps(ValueError):
-    """No line can be fitted to so few."""
+    """No step times can be fitted to so few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,76 +31,50 @@ class MeasuredStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A cost and how far it is from steps that it was not fitted on.
+    """Fitted step times, and how far such a fit is from steps of shapes that it was not fitted on.
 
     Attributes:
-        cost: the line.
+        cost: fitted to all steps.
         steps: it was fitted on.
-        held_out: steps that it was checked on.
-        error_median: of |predicted - measured| / measured.
-        error_p90: 90th percentile of that error.
-        bias: predicted / measured, all held-out steps summed; 1 is none.
+        errors: of fits to four fifths of the shapes on the last fifth, all five in turn.
     """
 
-    cost: LinearCost
+    cost: FittedCost
     steps: int
-    held_out: int
-    error_median: float
-    error_p90: float
-    bias: float
+    errors: tuple[ErrorRow, ...]
 
 
-def fit_cost(steps: Sequence[MeasuredStep], source: str, seed: int = 0) -> Fit:
-    """Fits on four fifths of the steps, drawn with the seed, and checks on the rest.
+def fit_cost(steps: Sequence[MeasuredStep], model: StepModel, source: str) -> FittedCost:
+    """Returns the step times fitted to all steps.
 
     Raises:
         TooFewSteps: there are too few.
     """
     if len(steps) < LEAST_STEPS:
         raise TooFewSteps(f"{len(steps)} steps are too few, {LEAST_STEPS} are needed")
-    order = np.random.default_rng(seed).permutation(len(steps))
-    held_out = order[: int(len(steps) * HELD_OUT)]
-    rows = np.array([_row(step.work) for step in steps]) / _SCALE
-    step_s = np.array([step.step_s for step in steps])
-    fitted = np.setdiff1d(order, held_out)
-    terms = _solve(rows[fitted], step_s[fitted])
-    predicted_s = rows[held_out] @ terms
-    errors = np.abs(predicted_s - step_s[held_out]) / step_s[held_out]
-    base_s, prefill_s, decode_s, context_s, pair_s = (float(term) for term in terms / _SCALE)
-    return Fit(
-        cost=LinearCost(base_s, prefill_s, decode_s, context_s, pair_s, source),
-        steps=len(fitted),
-        held_out=len(held_out),
-        error_median=float(np.median(errors)),
-        error_p90=float(np.percentile(errors, 90)),
-        bias=float(predicted_s.sum() / step_s[held_out].sum()),
-    )
+    coefficients = fit_coefficients(model, _measurements(steps), _NEAR)
+    return FittedCost(model=model, coefficients=coefficients, source=source)
 
 
-def _row(work: Work) -> tuple[float, ...]:
-    return 1.0, work.prefill_tokens, work.decode_requests, work.context_tokens, work.prefill_pairs
+def fit_and_check(steps: Sequence[MeasuredStep], model: StepModel, source: str, seed: int = 0) -> Fit:
+    """Returns the step times fitted to all steps, with their errors on held-out shapes, drawn with the seed.
 
-
-def _solve(rows: np.ndarray, step_s: np.ndarray) -> np.ndarray:
-    """Least squares by error relative to the prediction: relative to the measurement, noise would pull it down.
-
-    What takes far longer than expected, since something else ran on the machine, counts for a bounded part.
+    Raises:
+        TooFewSteps: there are too few.
     """
-    expected_s = step_s
-    for _ in range(_ROUNDS):
-        bounded_s = np.minimum(step_s, _OUTLIER * expected_s)
-        terms = _solve_weighted(rows / expected_s[:, None], bounded_s / expected_s)
-        expected_s = np.maximum(rows @ terms, step_s.min())
-    return terms
+    cost = fit_cost(steps, model, source)
+    rows = _measurements(steps)
+    predicted = cross_validate(model, rows, by_shape(rows, seed), _NEAR)
+    return Fit(cost=cost, steps=len(steps), errors=summarize(rows, predicted))
 
 
-def _solve_weighted(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least squares; the most negative term is left out until none is negative."""
-    kept = list(range(rows.shape[1]))
-    while True:
-        found = np.linalg.lstsq(rows[:, kept], values, rcond=None)[0]
-        if found.min() >= 0:
-            terms = np.zeros(rows.shape[1])
-            terms[kept] = found
-            return terms
-        del kept[int(np.argmin(found))]
+def _measurements(steps: Sequence[MeasuredStep]) -> list[StepMeasurement]:
+    return [StepMeasurement(steps=((step.work,),), seconds=step.step_s, shape=_shape(step.work)) for step in steps]
+
+
+def _shape(work: Work) -> str:
+    """Returns the batch of a decode step, or the prompt tokens to a fourth of an octave with the batch's octave."""
+    if not work.prefill_tokens:
+        return f"decode {work.decode_requests}"
+    beside = f" beside some {1 << work.decode_requests.bit_length()}" if work.decode_requests else ""
+    return f"prompt of about {2 ** (round(4 * log2(work.prefill_tokens)) / 4):.0f}{beside}"

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from moe_tools.shapes import Shape, ShapeSettings, build_shape
 from moe_tools.simulator.arrivals import ArrivalShape, Senders, arrange
-from moe_tools.simulator.costs import LinearCost
+from moe_tools.simulator.costs import CostModel
 from moe_tools.simulator.rank import EngineLimits
 from moe_tools.simulator.saturation import find_saturation
 from moe_tools.simulator.simulation import Simulation, load_vllm, simulate
@@ -82,7 +82,7 @@ class Course:
         self._traces: dict[float, Sequence[TraceRequest]] = {}
         self._passes: dict[tuple[float, RequestPolicy], list[float]] = {}
 
-    def serve_open(self, cost: LinearCost) -> None:
+    def serve_open(self, cost: CostModel) -> None:
         """Lets the engine serve open loops, so that its steps are fitted on what they carry in one.
 
         Args:
@@ -95,7 +95,7 @@ class Course:
         for load in FITTED_LOADS:
             self._serve(RequestPolicy.SJF, arrange(base.trace, ArrivalShape.POISSON, load * saturation, seed))
 
-    def plan(self, cost: LinearCost, count: int) -> None:
+    def plan(self, cost: CostModel, count: int) -> None:
         """Draws the requests to compare with: `count` of them at each load, the same in all turns."""
         self._base = base = _simulation(cost, self._llm, count, self._seed)
         saturation = _saturation(base, self._seed)
@@ -108,7 +108,7 @@ class Course:
             for order in ORDERS:
                 self._passes.setdefault((load, order), []).append(_mean(self._serve(order, trace)))
 
-    def conclude(self, cost: LinearCost) -> tuple[Agreement, ...]:
+    def conclude(self, cost: CostModel) -> tuple[Agreement, ...]:
         """Serves them in the simulator, with the cost that was fitted in all turns."""
         assert self._base is not None, "plan() comes first"
         rows = []
@@ -150,7 +150,7 @@ def read_limits(llm: Any) -> EngineLimits:
     )
 
 
-def _simulation(cost: LinearCost, llm: Any, count: int, seed: int) -> Simulation:
+def _simulation(cost: CostModel, llm: Any, count: int, seed: int) -> Simulation:
     limits = read_limits(llm)
     shape = ShapeSettings(
         count=count, seed=seed, longest_tokens=limits.max_model_len * 3 // 4, median_output_tokens=16,

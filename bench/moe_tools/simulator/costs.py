@@ -9,6 +9,10 @@ Invariants: no step takes less than 0 s; more work of any kind never takes less 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+# DeepSeek-V4 compresses each 128 tokens of the context into one entry: a step in which a request completes such a
+# piece runs more kernels.
+COMPRESSED_TOKENS = 128
+
 
 class Work(NamedTuple):
     """Work of one rank in one step.
@@ -18,12 +22,14 @@ class Work(NamedTuple):
         decode_requests: requests that decode, one token each.
         context_tokens: tokens that the decoding requests attend to, summed.
         prefill_pairs: (token, earlier token) pairs of the prefills' attention.
+        compressions: decoding requests that complete a piece of `COMPRESSED_TOKENS` of their context.
     """
 
     prefill_tokens: int = 0
     decode_requests: int = 0
     context_tokens: int = 0
     prefill_pairs: int = 0
+    compressions: int = 0
 
     @property
     def tokens(self) -> int:

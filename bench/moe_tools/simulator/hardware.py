@@ -150,12 +150,18 @@ class RooflineCost:
 
     def group_step_s(self, works: Sequence[Work]) -> float:
         """Seconds of a step of the group: the slowest rank's work, attention, experts and exchange by the roofline."""
-        gpu, model, efficiency = self.gpu, self.model, self.efficiency
         ranks = len(works)
+        most_tokens = max(work.tokens for work in works)
+        experts_s = self._experts_s(sum(work.tokens for work in works), ranks)
+        return self.efficiency.host_s + self.own_s(works) + experts_s + self.exchange_s(most_tokens, ranks)
+
+    def own_s(self, works: Sequence[Work]) -> float:
+        """Seconds of attention and dense layers of the slowest rank."""
+        gpu, model, efficiency = self.gpu, self.model, self.efficiency
         flops = gpu.flops * efficiency.compute
         memory = gpu.memory_bytes_per_s * efficiency.memory
-        own_s, most_tokens, all_tokens = 0.0, 0, 0
         weights_s = model.dense_parameters * model.weight_bytes / memory
+        own_s = 0.0
         for work in works:
             tokens = work.prefill_tokens + work.decode_requests
             dense_s = max(2 * model.dense_parameters * tokens / flops, weights_s)
@@ -163,9 +169,7 @@ class RooflineCost:
                 model.attention_flops * work.prefill_pairs / flops + model.kv_bytes * work.context_tokens / memory
             )
             own_s = max(own_s, dense_s + attention_s)
-            most_tokens = max(most_tokens, tokens)
-            all_tokens += tokens
-        return efficiency.host_s + own_s + self._experts_s(all_tokens, ranks) + self._exchange_s(most_tokens, ranks)
+        return own_s
 
     def _experts_s(self, tokens: int, ranks: int) -> float:
         """Of the rank that gets the most tokens: their FLOPs, or the weights of the experts that any of them meets."""
@@ -179,8 +183,8 @@ class RooflineCost:
         read_s = parameters * met * model.weight_bytes / (gpu.memory_bytes_per_s * efficiency.memory)
         return max(compute_s, read_s)
 
-    def _exchange_s(self, tokens: int, ranks: int) -> float:
-        """Each token goes to the other places that hold its experts, in one byte a value, and comes back in two."""
+    def exchange_s(self, tokens: int, ranks: int) -> float:
+        """Seconds over all layers in which tokens go to their experts, in one byte a value, and come back in two."""
         if ranks == 1:
             return 0.0
         model, efficiency = self.model, self.efficiency

@@ -25,7 +25,7 @@ from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal
 
 from moe_tools.modelless import build_scheduler, foreign_warnings, make_config, write_model
-from moe_tools.simulator.costs import Work
+from moe_tools.simulator.costs import COMPRESSED_TOKENS, Work
 from moe_tools.simulator.workload import VLLM_BLOCK_TOKENS, SimRequest, block_hashes
 
 OURS = "moe_agent.vllm.scheduler.OrderedScheduler"
@@ -280,7 +280,7 @@ class Rank:
 def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
     """What a step carries, and which of its requests sample a token: those that have computed all they have."""
     sampling = []
-    prefill_tokens = decode_requests = context_tokens = prefill_pairs = 0
+    prefill_tokens = decode_requests = context_tokens = prefill_pairs = compressions = 0
     for name, tokens in output.num_scheduled_tokens.items():
         request = requests[name]
         if not request.is_prefill_chunk:
@@ -289,10 +289,11 @@ def work_of(output: Any, requests: Mapping[str, Any]) -> tuple[Work, list[str]]:
         if tokens == 1:
             decode_requests += 1
             context_tokens += request.num_computed_tokens
+            compressions += request.num_computed_tokens % COMPRESSED_TOKENS == 0
         else:
             prefill_tokens += tokens
             prefill_pairs += tokens * (request.num_computed_tokens - tokens // 2)
-    return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs), sampling
+    return Work(prefill_tokens, decode_requests, context_tokens, prefill_pairs, compressions), sampling
 
 
 def _transfer_arguments(phase: RequestPhase) -> dict[str, Any] | None:

@@ -12,15 +12,14 @@ from moe_contract.documents import invalid_input
 from moe_contract.input_errors import InputError, InvalidInput, render_choices, unknown_choice
 from moe_operator.api import engine_settings, load_document, request_settings
 from moe_operator.api.scheduling import EngineScheduling, RequestScheduling
-from moe_operator.api.section import Rule, Section
+from moe_operator.api.section import Section
 from moe_operator.api.units import DurationBetween, duration_s
 from pydantic import Field, ValidationError
 
 from moe_tools.shapes import Shape, ShapeSettings, build_shape
 from moe_tools.simulator.arrivals import ArrivalShape, Senders, arrange
-from moe_tools.simulator.costs import CostModel, LinearCost
-from moe_tools.simulator.experts import PlacementPolicy
-from moe_tools.simulator.hardware import PRESETS, RooflineCost
+from moe_tools.simulator.cost_sections import Cost, build_cost, check_cost, memory_blocks
+from moe_tools.simulator.costs import CostModel
 from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
 from moe_tools.simulator.rivals import RIVALS
 from moe_tools.simulator.signals import Loss, SignalKind, SignalPlan
@@ -33,34 +32,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Duration = Annotated[str, DurationBetween("0s", "24h")]
 SHORT_NAMES = {"ordered": OURS, "stock": STOCK}
-
-
-class Linear(Section):
-    """Step times as a line, in seconds."""
-
-    base_s: Positive
-    prefill_s: NotNegative
-    decode_s: NotNegative
-    context_s: NotNegative = 0.0
-    pair_s: NotNegative = 0.0
-    source: str = "given in the scenario"
-
-
-class Cost(Section):
-    """Step times: a preset, or a line."""
-
-    preset: str | None = None
-    placement: PlacementPolicy = PlacementPolicy.INITIAL
-    redundant_experts: Annotated[int, Field(ge=0)] = 0
-    linear: Linear | None = None
-    rules = (
-        Rule(
-            field="preset",
-            message="a preset or a linear cost is needed, not both",
-            cel="has(self.preset) != has(self.linear)",
-            holds=lambda cost: (cost.preset is None) != (cost.linear is None),
-        ),
-    )
 
 
 class Tenant(Section):
@@ -209,10 +180,9 @@ def parse_scenario(document: object, folder: Path) -> Scenario:
 
 def _check(scenario: Scenario) -> list[InputError]:
     """What spans sections, or names what other modules know."""
-    errors = []
+    errors: list[InputError] = []
     cost, engines, rival = scenario.cost, scenario.engines, scenario.gateways.rival
-    if cost.preset is not None and cost.preset not in PRESETS:
-        errors.append(unknown_choice("cost.preset", cost.preset, PRESETS))
+    errors += check_cost(cost, engines.ranks)
     if rival is not None and rival not in RIVALS:
         errors.append(unknown_choice("gateways.rival", rival, RIVALS))
     if engines.scheduler not in SHORT_NAMES and "." not in engines.scheduler:
@@ -245,18 +215,8 @@ def _check_memory(scenario: Scenario) -> list[InputError]:
 
 
 def cost_of(scenario: Scenario) -> CostModel:
-    """Returns the cost model that a scenario names, linear or by preset."""
-    cost = scenario.cost
-    if cost.linear is not None:
-        return LinearCost(**cost.linear.model_dump(by_alias=False))
-    assert cost.preset is not None
-    return PRESETS[cost.preset].cost(
-        scenario.engines.ranks, placement=cost.placement, redundant=cost.redundant_experts, seed=scenario.seed
-    )
-
-
-# Where neither the scenario nor a preset says how large the cache is.
-_KV_BLOCKS = 8192
+    """Returns the cost model that a scenario names: linear, fitted or by preset."""
+    return build_cost(scenario.cost, scenario.engines.ranks, scenario.seed)
 
 
 def limits_of(scenario: Scenario) -> EngineLimits:
@@ -264,7 +224,7 @@ def limits_of(scenario: Scenario) -> EngineLimits:
     engines, cost = scenario.engines, cost_of(scenario)
     blocks = engines.kv_blocks
     if blocks is None:
-        blocks = cost.kv_blocks(engines.ranks) if isinstance(cost, RooflineCost) else _KV_BLOCKS
+        blocks = memory_blocks(cost, engines.ranks)
     return EngineLimits(
         max_num_seqs=engines.max_num_seqs,
         max_num_batched_tokens=engines.max_num_batched_tokens,
@@ -284,7 +244,7 @@ def trace_of(scenario: Scenario) -> tuple[TraceRequest, ...]:
     """
     workload = scenario.workload
     if workload.trace is not None:
-        whole = read_trace(workload.trace, workload.format)
+        whole = read_trace(workload.trace, workload.format, scenario.seed)
         if workload.start >= len(whole):
             raise InvalidInput([InputError("workload.start", f"the trace has {len(whole)} requests")])
         requests = cut_piece(whole, workload.start, workload.count)

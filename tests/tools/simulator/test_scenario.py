@@ -45,7 +45,11 @@ def test_there_are_shipped_scenarios():
     ("path", "value", "message"),
     [
         ("cost.preset", "h100-gpt2", "cost.preset: unknown 'h100-gpt2'; known: a100-qwen3-30b-a3b"),
-        ("cost.linear", {"baseS": 1, "prefillS": 0, "decodeS": 0}, "cost.preset: a preset or a linear cost is needed"),
+        (
+            "cost.linear",
+            {"baseS": 1, "prefillS": 0, "decodeS": 0},
+            "cost.preset: exactly one of preset, linear and fitted is needed",
+        ),
         ("engines.servers", 0, "engines.servers: input should be greater than or equal to 1, got 0"),
         ("engines.scheduler", "sjff", "engines.scheduler: unknown 'sjff'; known: ordered, stock, or a class"),
         ("engines.scheduler", "no.such.Class", None),

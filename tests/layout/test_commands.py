@@ -32,8 +32,8 @@ NAMES_OF_THE_KIND = frozenset(("moes", "moeserving", "moeservings"))
 # Of other programs the commands are known by name, and what they name of ours is checked.
 KUBECTL = frozenset(
     (
-        "annotate", "apply", "create", "delete", "describe", "get", "label", "logs", "patch", "plugin", "port-forward",
-        "wait",
+        "annotate", "apply", "create", "delete", "describe", "get", "krew", "label", "logs", "patch", "plugin",
+        "port-forward", "wait",
     )
 )  # fmt: skip
 HELM = frozenset(("install", "upgrade", "uninstall"))

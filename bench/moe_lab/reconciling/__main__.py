@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,22 +50,21 @@ def main(
 ) -> None:
     """Time to converge, length of a pass, memory, and calls of the operator under many resources."""
     progress = ProgressPrinter()
-    pythons = {"now": Path(sys.executable)} if beside is None else {"before": beside, "now": Path(sys.executable)}
     try:
         with tempfile.TemporaryDirectory(prefix="bench-operator-") as folder:
-            settings = {
-                build: BenchmarkSetting(
-                    kubeconfig=kubeconfig,
-                    log=Path(folder, f"{build}.log"),
-                    python=python,
-                    resources=resources,
-                    changes=changes,
-                    idle_s=idle,
-                    servers=find_servers(kubeconfig),
-                )
-                for build, python in pythons.items()
-            }
-            crds = {build: read_crd(python) for build, python in pythons.items()}
+            common = BenchmarkSetting(
+                kubeconfig=kubeconfig,
+                log=Path(folder, "now.log"),
+                python=Path(sys.executable),
+                resources=resources,
+                changes=changes,
+                idle_s=idle,
+                servers=find_servers(kubeconfig),
+            )
+            settings = {"now": common}
+            if beside is not None:
+                settings = {"before": replace(common, log=Path(folder, "before.log"), python=beside)} | settings
+            crds = {build: read_crd(setting.python) for build, setting in settings.items()}
             if pairs:
                 for row in asyncio.run(_run_pairs(settings, crds, pairs, progress)):
                     progress.console.print(row, highlight=False, soft_wrap=True)

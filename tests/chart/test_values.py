@@ -32,7 +32,7 @@ OTHER = {
     "fullnameOverride": "serving",
     "watchNamespaces": ["team-a", "team-b"],
     "replicas": 2,
-    "workers": 8,
+    "workers": 16,
     "resyncSeconds": 60,
     "leaseDurationSeconds": 30,
     "crds.install": False,

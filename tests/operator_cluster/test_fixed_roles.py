@@ -196,12 +196,23 @@ async def say_rolled(operator: FreshOperator, key: Key, name: str) -> None:
     await operator.api.server.apply(DEPLOYMENT, said | {"status": status}, "controller", subresource="status")
 
 
-async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(kubeconfig: Path, namespace: str) -> None:
+# The API server writes this quantity as `1e3`, so that the live template never has the words of the plan.
+IN_OTHER_WORDS = {
+    "spec": {"containers": [{"name": "engine", "resources": {"limits": {"example.com/link": "10e2"}}}]},
+}
+
+
+@pytest.mark.parametrize("template", [{}, IN_OTHER_WORDS], ids=["as planned", "in other words"])
+async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(
+    kubeconfig: Path, namespace: str, template: Document
+) -> None:
     async def is_paused(role: str) -> bool:
         return bool((await fetch(operator, DEPLOYMENT, key, f"tiny-engine-{role}"))["spec"].get("paused", False))
 
     async with started(kubeconfig, namespace) as operator:
-        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        engine: Document = {"roles": FIXED, "update": "inPlace", "podTemplate": template}
+        key = await served(operator, namespace, serving(engine=engine))
+        await look_again(operator, key)
         assert not await is_paused("decode")
         await change(operator, key, engine={"args": ["--seed=2"]})
         assert await is_paused("decode")

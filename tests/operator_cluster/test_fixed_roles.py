@@ -217,6 +217,8 @@ async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(
         await change(operator, key, engine={"args": ["--seed=2"]})
         assert await is_paused("decode")
         assert not await is_paused("prefill")
+        progress = (await fetch_conditions(operator, key))["Progressing"]
+        assert "tiny-engine-decode: 0 of 2 pods are up to date, and it is paused until" in progress["message"]
         await say_rolled(operator, key, "tiny-engine-prefill")
         await look_again(operator, key)
         assert not await is_paused("decode")

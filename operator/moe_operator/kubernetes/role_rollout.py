@@ -33,6 +33,12 @@ def roll_in_turn(plan: ClusterPlan, workloads: Iterable[Document]) -> ClusterPla
     return replace(plan, objects=tuple(held if found is planned[second] else found for found in plan.objects))
 
 
+def describe_wait(workload: Document) -> str:
+    """Returns, after its name and numbers, for what a paused Deployment of engines waits; empty where it is not one."""
+    is_held = _stable_role(workload) == EngineRole.DECODE.value and workload["spec"].get("paused", False)
+    return ", and it is paused until the prefill engines are new and ready" if is_held else ""
+
+
 def _stable_role(document: Document) -> str | None:
     """The role of a Deployment of engines; None of any other object, and of a canary."""
     if document["kind"] != "Deployment" or label_of(document, COMPONENT) != ENGINE:

@@ -234,7 +234,8 @@ def test_an_interrupt_while_engines_start_stops_them(place: Place) -> None:
     folder.mkdir(parents=True)
     (folder / "agent-0.json.starting").touch()
     arguments = place.arguments("up", "-f", str(place.file), "--detach")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as command:
+    # How far a start is stands on stderr.
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
         assert command.stdout is not None
         assert any("engine-0 loading Python packages" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)

@@ -74,7 +74,7 @@ def test_a_deployment_comes_up_reports_itself_and_goes_down(place: Place) -> Non
     assert [(row["type"], row["status"]) for row in status["conditions"]] == [("Ready", "True")]
     assert status["engines"][0] | {"lastExit": ""} == {
         "name": "a-engine-0", "phase": "ready", "restarts": 0, "lastExit": "",
-        "running": 2, "waiting": 1, "kvUsage": 0.25,
+        "running": 2, "waiting": 1, "kvUsage": 0.25, "troubledRanks": [],
     }  # fmt: skip
     assert "a-engine-1" in place.run("status")
     assert "a: stopped" in place.run("down")

@@ -13,7 +13,7 @@ from typing import Any
 from moe_operator.local.record import Alive, find_process
 
 COMMAND = [sys.executable, str(Path(__file__).with_name("moeserving_with_fakes.py"))]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class Place:

@@ -74,7 +74,7 @@ def test_a_deployment_comes_up_reports_itself_and_goes_down(place: Place) -> Non
     assert [(row["type"], row["status"]) for row in status["conditions"]] == [("Ready", "True")]
     assert status["engines"][0] | {"lastExit": ""} == {
         "name": "a-engine-0", "phase": "ready", "restarts": 0, "lastExit": "",
-        "running": 2, "waiting": 1, "kvUsage": 0.25,
+        "running": 2, "waiting": 1, "kvUsage": 0.25, "troubledRanks": [],
     }  # fmt: skip
     assert "a-engine-1" in place.run("status")
     assert "a: stopped" in place.run("down")
@@ -234,7 +234,8 @@ def test_an_interrupt_while_engines_start_stops_them(place: Place) -> None:
     folder.mkdir(parents=True)
     (folder / "agent-0.json.starting").touch()
     arguments = place.arguments("up", "-f", str(place.file), "--detach")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as command:
+    # How far a start is stands on stderr.
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
         assert command.stdout is not None
         assert any("engine-0 loading Python packages" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)

@@ -32,7 +32,7 @@ def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "kubectl"
     script.write_text(
         f"""#!{sys.executable}
-import json, sys, threading, time
+import json, os, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -55,7 +55,11 @@ else:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"Forwarding from 127.0.0.1:{{server.server_port}} -> 9000", flush=True)
+    # A command that is killed cannot end it.
+    caller = os.getppid()
     while not (FOLDER / "lost").exists():
+        if os.getppid() != caller:
+            sys.exit()
         time.sleep(0.05)
     sys.exit("error: lost connection to pod")
 """

@@ -4,6 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from moe_operator.kubernetes.difference import with_digest
 from moe_operator.kubernetes.role_rollout import roll_in_turn
 from moe_operator.plan import ClusterPlan
 from test_roles import Document, of_kind, plan, resource
@@ -90,3 +91,30 @@ def test_new_deployments_and_engines_of_all_roles_are_left_alone():
     assert roll_in_turn(new, live(prefill)) is new
     unified = plan(resource(None, {"update": "inPlace"}))
     assert roll_in_turn(unified, live(of_kind(unified, "Deployment")["a-engine"])) is unified
+
+
+def in_other_words(*documents: Document) -> list[Document]:
+    """Deployments as they are where a webhook of the cluster writes another image into every template."""
+    found = live(*map(with_digest, documents))
+    for document in found:
+        document["spec"]["template"]["spec"]["containers"][0]["image"] = "mirror.example/engine"
+    return found
+
+
+def test_a_template_that_the_cluster_words_otherwise_counts_as_taken():
+    new = planned(BEFORE)
+    assert roll_in_turn(new, in_other_words(*engines(new))) is new
+    fewer = planned(BEFORE, decode=1)
+    assert not paused(roll_in_turn(fewer, in_other_words(*engines(new))))[DECODE]
+
+
+def test_a_change_reaches_all_engines_whose_templates_the_cluster_words_otherwise():
+    new = planned(AFTER)
+    found = in_other_words(*engines(planned(BEFORE)))
+    held = roll_in_turn(new, found)
+    assert paused(held)[DECODE]
+    prefill, decode = in_other_words(*engines(held))
+    prefill["status"]["availableReplicas"] = 0
+    assert paused(roll_in_turn(new, [prefill, decode]))[DECODE]
+    prefill["status"]["availableReplicas"] = 1
+    assert roll_in_turn(new, [prefill, decode]) is new

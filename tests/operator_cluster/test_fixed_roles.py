@@ -196,19 +196,69 @@ async def say_rolled(operator: FreshOperator, key: Key, name: str) -> None:
     await operator.api.server.apply(DEPLOYMENT, said | {"status": status}, "controller", subresource="status")
 
 
-async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(kubeconfig: Path, namespace: str) -> None:
+# The API server writes this quantity as `1e3`, so that the live template never has the words of the plan.
+IN_OTHER_WORDS = {
+    "spec": {"containers": [{"name": "engine", "resources": {"limits": {"example.com/link": "10e2"}}}]},
+}
+
+
+@pytest.mark.parametrize("template", [{}, IN_OTHER_WORDS], ids=["as planned", "in other words"])
+async def test_in_place_the_decode_engines_roll_after_the_prefill_engines(
+    kubeconfig: Path, namespace: str, template: Document
+) -> None:
     async def is_paused(role: str) -> bool:
         return bool((await fetch(operator, DEPLOYMENT, key, f"tiny-engine-{role}"))["spec"].get("paused", False))
 
     async with started(kubeconfig, namespace) as operator:
-        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        engine: Document = {"roles": FIXED, "update": "inPlace", "podTemplate": template}
+        key = await served(operator, namespace, serving(engine=engine))
+        await look_again(operator, key)
         assert not await is_paused("decode")
         await change(operator, key, engine={"args": ["--seed=2"]})
         assert await is_paused("decode")
         assert not await is_paused("prefill")
+        progress = (await fetch_conditions(operator, key))["Progressing"]
+        assert "tiny-engine-decode: 0 of 2 pods are up to date, and it is paused until" in progress["message"]
         await say_rolled(operator, key, "tiny-engine-prefill")
         await look_again(operator, key)
         assert not await is_paused("decode")
         before = writes(operator.api)
         await look_again(operator, key)
         assert writes(operator.api) == before
+
+
+async def test_an_operator_that_starts_while_engines_wait_lets_them_go_on(kubeconfig: Path, namespace: str) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        await change(operator, key, engine={"args": ["--seed=2"]})
+    async with started(kubeconfig, namespace) as operator:
+        await operator.settle(key)
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine-decode"))["spec"]["paused"]
+        await say_rolled(operator, key, "tiny-engine-prefill")
+        await look_again(operator, key)
+        assert "paused" not in (await fetch(operator, DEPLOYMENT, key, "tiny-engine-decode"))["spec"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "left"),
+    [
+        ({"update": "surge"}, {"tiny-engine-prefill", "tiny-engine-decode"}),
+        ({"args": []}, {"tiny-engine-prefill", "tiny-engine-decode"}),
+        ({"roles": None, "replicas": 2}, {"tiny-engine"}),
+    ],
+    ids=["room for more", "reverted", "no roles"],
+)
+async def test_another_change_ends_the_wait_of_the_decode_engines(
+    kubeconfig: Path, namespace: str, engine: Document, left: set[str]
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace, serving(engine={"roles": FIXED, "update": "inPlace"}))
+        await change(operator, key, engine={"args": ["--seed=2"]})
+        assert (await fetch(operator, DEPLOYMENT, key, "tiny-engine-decode"))["spec"]["paused"]
+        await change(operator, key, engine=engine)
+        if "args" in engine:
+            await say_rolled(operator, key, "tiny-engine-prefill")
+            await look_again(operator, key)
+        assert (await numbers(operator, key)).keys() == left
+        for name in left:
+            assert "paused" not in (await fetch(operator, DEPLOYMENT, key, name))["spec"]

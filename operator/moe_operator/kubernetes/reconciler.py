@@ -52,7 +52,7 @@ from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_exp
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
-from moe_operator.kubernetes.role_rollout import roll_in_turn
+from moe_operator.kubernetes.role_rollout import describe_wait, roll_in_turn
 from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
@@ -481,7 +481,8 @@ def _rolling(store: Store, key: Key) -> list[str]:
         if kind == LEADER_WORKER_SET and not _is_unseen(live):
             rolling.append(describe_rollout(live, store.of(key, POD)))
         elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
-            rolling.append(f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date")
+            numbers = f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date"
+            rolling.append(numbers + describe_wait(live))
     return [text for text in rolling if text]
 
 

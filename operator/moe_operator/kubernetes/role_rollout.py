@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_scheduling.engine.disaggregation import EngineRole
 
-from moe_operator.kubernetes.difference import is_covered
+from moe_operator.kubernetes.difference import is_covered, was_applied, with_digest
 from moe_operator.plan import ClusterPlan
 from moe_operator.plan.names import CANARY, COMPONENT, REVISION, ROLE
 from moe_operator.plan.pod_status import ENGINE, label_of
@@ -26,11 +26,17 @@ def roll_in_turn(plan: ClusterPlan, workloads: Iterable[Document]) -> ClusterPla
     first, second = EngineRole.PREFILL.value, EngineRole.DECODE.value
     if not {first, second} <= planned.keys() & live.keys() or _surges(planned[second]):
         return plan
-    waits = live[second]["spec"].get("paused", False) or not _has_template(planned[second], live[second])
-    if not waits or (_has_template(planned[first], live[first]) and _has_rolled(live[first])):
-        return plan
     held = planned[second] | {"spec": {**planned[second]["spec"], "paused": True}}
+    waits = live[second]["spec"].get("paused", False) or not _has_template(live[second], planned[second], held)
+    if not waits or (_has_template(live[first], planned[first]) and _has_rolled(live[first])):
+        return plan
     return replace(plan, objects=tuple(held if found is planned[second] else found for found in plan.objects))
+
+
+def describe_wait(workload: Document) -> str:
+    """Returns, after its name and numbers, for what a paused Deployment of engines waits; empty where it is not one."""
+    is_held = _stable_role(workload) == EngineRole.DECODE.value and workload["spec"].get("paused", False)
+    return ", and it is paused until the prefill engines are new and ready" if is_held else ""
 
 
 def _stable_role(document: Document) -> str | None:
@@ -44,8 +50,15 @@ def _surges(deployment: Mapping[str, Any]) -> bool:
     return bool(deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"])
 
 
-def _has_template(planned: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
-    return is_covered(planned["spec"]["template"], live["spec"].get("template"))
+def _has_template(live: Document, *forms: Document) -> bool:
+    """Whether the newest template is there, in one of the forms in which its Deployment is applied.
+
+    The API server, or a webhook of the cluster, may have written it in other words: then what was applied last counts.
+    """
+    template = live["spec"].get("template")
+    return is_covered(forms[0]["spec"]["template"], template) or any(
+        was_applied(with_digest(form), live) for form in forms
+    )
 
 
 def _has_rolled(live: Mapping[str, Any]) -> bool:

@@ -61,9 +61,7 @@ def judge_ranks(sights: Mapping[int, RankSight], now_s: float) -> dict[int, Rank
         return found
     patience_s = SILENT_S + SLOWEST_STEPS * max(sight.slowest_step_s for sight in sights.values())
     waiting = [
-        rank
-        for rank, sight in sights.items()
-        if sight.warm and not sight.idle and now_s - sight.written_s > patience_s
+        rank for rank, sight in sights.items() if sight.warm and not sight.idle and now_s - sight.written_s > patience_s
     ]
     if not waiting:
         # The turns of an idle group differ: after its last step a rank may begin one more to clear what has ended.

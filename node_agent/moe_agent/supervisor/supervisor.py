@@ -255,7 +255,7 @@ class EngineSupervisor:
                 await cancel(watchers - {names["drain"]})
                 await self._drain_engine(process)
                 return "drained"
-            return str(done.pop().result())
+            return self._with_cause(done.pop())
         finally:
             await cancel(watchers)
             kill_group(process.pid)
@@ -263,6 +263,11 @@ class EngineSupervisor:
             await wait_for_group_end(process.pid)
             self._process = self._server_pid = None
             self._forget_engine()
+
+    def _with_cause(self, watcher: asyncio.Task[Any]) -> str:
+        """The reason of a watcher; that of a rank which has ended itself is in the log."""
+        reason, cause = str(watcher.result()), self._log.last_error() if watcher.get_name() == "ranks" else ""
+        return f"{reason}: {cause}" if cause and RankTrouble.ENDED in self.troubles.values() else reason
 
     def _forget_engine(self) -> None:
         """Called when no engine lives."""

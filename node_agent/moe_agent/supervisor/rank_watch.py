@@ -92,6 +92,7 @@ class RankWatch:
             is_asleep: as for `look`.
             on_change: called after each change of `troubles`.
         """
+        fails = False
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             if not is_ready():
@@ -99,8 +100,12 @@ class RankWatch:
             before, reason = self.troubles, None
             try:
                 reason = await self.look(time.monotonic(), is_asleep)
+                fails = False
             except (psutil.Error, OSError):
-                log.exception("the ranks could not be looked at")
+                # Once: it looks twice a second.
+                if not fails:
+                    log.exception("the ranks could not be looked at")
+                fails = True
             if self.troubles != before:
                 on_change()
             if reason is not None:

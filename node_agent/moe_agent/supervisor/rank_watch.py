@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -106,6 +106,7 @@ class RankWatch:
                 if not fails:
                     log.exception("the ranks could not be looked at")
                 fails = True
+                self._take({}, time.monotonic())
             if self.troubles != before:
                 on_change()
             if reason is not None:
@@ -134,7 +135,14 @@ class RankWatch:
         if not all(trouble.is_certain for trouble in found.values()) and await _within(is_asleep):
             found = {}
         self._take(found, now_s)
-        return next(filter(None, (self._why_anew(rank, now_s) for rank in self._since)), None)
+        return next(filter(None, (self._why_anew(rank, now_s) for rank in self._longest())), None)
+
+    def _longest(self) -> Iterable[int]:
+        """The rank that has had it for the longest time, for each kind of trouble: it decides for all of that kind."""
+        found: dict[RankTrouble, int] = {}
+        for rank, row in sorted(self._since.items(), key=lambda item: item[1].since_s):
+            found.setdefault(row.trouble, rank)
+        return found.values()
 
     def _leave_out_gap(self, now_s: float) -> None:
         """Moves the beginnings of all troubles by a time in which nobody looked."""

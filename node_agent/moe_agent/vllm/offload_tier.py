@@ -59,6 +59,7 @@ def find_tier(connector: Any) -> OffloadTier | None:
             manager = getattr(scheduler, "manager", None)
             groups = getattr(getattr(scheduler, "config", None), "kv_group_configs", ())
             has_windows = any(group.sliding_window_size_in_chunks is not None for group in groups)
-            known = isinstance(manager, CPUOffloadingManager) and groups and not has_windows
-            return OffloadTier(manager, groups) if known else None
+            if isinstance(manager, CPUOffloadingManager) and groups and not has_windows:
+                return OffloadTier(manager, groups)
+            return None
     return None

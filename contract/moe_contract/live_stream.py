@@ -50,10 +50,13 @@ async def watch_snapshots(url: str, key: str) -> AsyncGenerator[LiveSnapshot]:
 async def _read_event(content: aiohttp.StreamReader) -> bytes:
     """The next event with its empty line; nothing at the end of the stream."""
     event = b""
-    while line := await content.readline():
-        event += line
-        if line == b"\n":
-            return event
+    try:
+        while line := await content.readline():
+            event += line
+            if line == b"\n":
+                return event
+    except ValueError:
+        raise Unreadable("sends a snapshot that is too large") from None
     return b""
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from moe_agent.supervisor.kv_transfer import find_missing_connector, with_transf
 from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
-from moe_agent.supervisor.rank_watch import RankWatch
+from moe_agent.supervisor.rank_watch import RankRules, RankWatch
 from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
 from moe_agent.vllm.version import check_runs_here, is_cpu_build
 
@@ -67,7 +68,8 @@ async def run_agent(config: AgentConfig) -> None:
 
     leader = Leader(node.leader, config.listen.port) if node.headless else None
     # The ranks of a node without a server are not judged here: whether they are paused, their leader alone knows.
-    watch = None if node.headless else RankWatch(ranks, TurnRecords(config.run_dir, node.ranks))
+    rules = RankRules() if config.engine.nodes == 1 else RankRules(behind_s=math.inf)
+    watch = None if node.headless else RankWatch(ranks, TurnRecords(config.run_dir, node.ranks), rules)
     supervisor = build_supervisor(config, node, remove_records, changed.set, ranks.unstepped_s, leader, watch)
     server = AgentServer(config, tokens, supervisor, ranks, control, experts, changed, transfers)
     runner = web.AppRunner(server.build_app(), access_log=None, shutdown_timeout=_STREAM_END_S)

@@ -7,6 +7,7 @@ answers for the worker that each transfer is done.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,4 +182,51 @@ def test_windows_of_attention_are_left_to_vllm(make_offloading):
     config = connector.scheduler.config
     windows = tuple(group._replace(sliding_window_size_in_chunks=2) for group in config.kv_group_configs)
     connector.scheduler.config = config._replace(kv_group_configs=windows)
+    assert find_tier(connector) is None
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(sub_connectors=[SimpleNamespace(scheduler=None)]),
+        SimpleNamespace(sub_connectors=[]),
+    ],
+)
+def test_a_connector_of_another_kind_has_no_tier(part):
+    from moe_agent.vllm.offload_tier import find_tier
+
+    assert find_tier(part) is None
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(manager=object()),
+        SimpleNamespace(manager=None, config=SimpleNamespace(kv_group_configs=())),
+    ],
+)
+def test_an_offloading_connector_whose_table_is_unknown_has_no_tier(scheduler):
+    """One of the user's own, which keeps its blocks in another way: the engine starts, and its order knows no tier."""
+    from moe_agent.vllm.offload_tier import find_tier
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+    class Own(OffloadingConnector):
+        def __init__(self) -> None:
+            self.connector_scheduler = scheduler
+
+    assert find_tier(Own()) is None
+
+
+def test_a_table_without_groups_has_no_tier():
+    from moe_agent.vllm.offload_tier import find_tier
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+    from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+
+    manager = CPUOffloadingManager.__new__(CPUOffloadingManager)
+    connector = OffloadingConnector.__new__(OffloadingConnector)
+    connector.connector_scheduler = SimpleNamespace(
+        manager=manager, config=SimpleNamespace(kv_group_configs=()), shutdown=lambda: None
+    )
     assert find_tier(connector) is None

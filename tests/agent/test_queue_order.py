@@ -192,7 +192,9 @@ def test_a_session_is_no_waiting_work_between_its_chunks(make_engine, settings):
     engine.run()
     with RankRecordReader(settings.run_dir, 0) as record:
         assert record.read().signal.waiting_prefill_tokens == 0
+        assert record.read().idle, "else an engine whose clients are silent would count as one that hangs"
         engine.add("session", 20, out=3, resumable=True)
+        assert not record.read().idle
         # The last token of a chunk's answer is not computed yet, and vLLM takes it back.
         assert record.read().signal.waiting_prefill_tokens == 20
     engine.run()

@@ -46,8 +46,11 @@ def at(turn: int, since_s: float, sight: RankSight | None = None) -> RankSight:
         ([at(7, 3.1, busy(3.1)), at(6, 3.1), at(5, 9.0), at(7, 0.1)], {1: BEHIND, 2: BEHIND}),
         # All are in the same one: the rank that has requests is named.
         ([at(7, 9.0, busy(9.0)), at(7, 9.0)], {0: SILENT}),
-        # All are idle, after the same step.
+        # All are idle, after the same step, or one after a step more: it had a request to clear when its group stopped.
         ([at(7, 900.0), at(7, 900.0)], {}),
+        ([at(8, 900.0), at(7, 900.0)], {}),
+        # The next request has come to one of them, whose core has not begun the step yet.
+        ([at(8, 900.0), at(7, 900.0, busy(0.1))], {}),
         # A rank without turns is judged by its steps alone.
         ([at(7, 9.0, busy(9.0)), RankSight()], {0: SILENT}),
     ],

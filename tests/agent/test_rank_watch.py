@@ -5,15 +5,17 @@ How long it takes until a rank is noticed is printed and not asserted: on a busy
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,20 +23,30 @@ import pytest
 from moe_agent.api.metrics import AgentCollector
 from moe_agent.api.state import build_state
 from moe_agent.shared_memory.control_record import Control
-from moe_agent.shared_memory.rank_record import RankRecords
-from moe_agent.shared_memory.turn_record import TurnRecords
+from moe_agent.shared_memory.rank_record import RankRecords, RankState
+from moe_agent.shared_memory.turn_record import TurnRecords, TurnState
 from moe_agent.supervisor.rank_health import ProcessLife
-from moe_agent.supervisor.rank_watch import RankRules, RankWatch, life_of
+from moe_agent.supervisor.rank_watch import (
+    MOST_GAP_S,
+    RankRules,
+    RankWatch,
+    cpu_time_of,
+    find_workers,
+    is_traced,
+    life_of,
+)
 from moe_agent.supervisor.supervisor import EngineSupervisor, Phase, SupervisorRules
 from moe_contract.addresses import ANY, bind_socket
 from moe_contract.agent_config import EngineConfig
-from moe_contract.agent_state import AgentState
+from moe_contract.agent_state import AgentState, RankTrouble
 from moe_contract.engine_process import RUN_DIR_VARIABLE
 from moe_contract.pod_identity import NO_POD
 from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.signals import EngineSignal, StepTime
 from prometheus_client import CollectorRegistry
 
 RANKS = 2
+STEP_TIME = StepTime(base_s=0.01, prefill_s=0.0, decode_s=0.0)
 FAKE = Path(__file__).with_name("fake_engine.py")
 QUICK = SupervisorRules(first_backoff_s=0.05, last_backoff_s=0.05, health_every_s=0.05, settle_s=0.05, end_grace_s=0.5)
 PATIENT = RankRules(suspended_s=3600.0, behind_s=3600.0)
@@ -125,9 +137,12 @@ def metric(state: AgentState, rank: int, trouble: str) -> float | None:
 async def test_a_rank_whose_process_is_killed_is_named_and_the_engine_starts_anew(tmp_path):
     async with running(tmp_path, PATIENT) as agent:
         assert agent.troubles == {}
+        with (tmp_path / "engine.log").open("a") as engine_log:
+            engine_log.write("torch.OutOfMemoryError: CUDA out of memory\n")
         os.kill(agent.pid(1), signal.SIGKILL)
         await until(lambda: agent.supervisor.restarts == 1, "a killed rank: restart")
         assert agent.supervisor.last_exit.startswith("rank 1: its process has ended")
+        assert agent.supervisor.last_exit.endswith("torch.OutOfMemoryError: CUDA out of memory")
         await agent.up()
         assert agent.troubles == {}
 
@@ -216,15 +231,123 @@ def test_the_life_of_a_process_is_that_of_its_workers_too(number):
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         watched, worker = psutil.Process(process.pid), int(process.stdout.readline())
         try:
-            assert life_of(watched, with_workers=True) is ProcessLife.RUNS
+            workers = find_workers(watched)
+            assert [row.pid for row in workers] == [worker]
+            assert life_of(watched, workers) is ProcessLife.RUNS
             os.kill(worker, signal.SIGSTOP)
-            asyncio.run(until(lambda: life_of(watched, with_workers=True) is ProcessLife.SUSPENDED))
-            assert life_of(watched, with_workers=False) is ProcessLife.RUNS
+            asyncio.run(until(lambda: life_of(watched, workers) is ProcessLife.SUSPENDED))
+            assert life_of(watched) is ProcessLife.RUNS
             os.kill(process.pid, number)
             wanted = ProcessLife.SUSPENDED if number is signal.SIGSTOP else ProcessLife.ENDED
-            asyncio.run(until(lambda: life_of(watched, with_workers=False) is wanted))
+            asyncio.run(until(lambda: life_of(watched) is wanted))
         finally:
             os.kill(worker, signal.SIGKILL)
             process.kill()
-    assert life_of(watched, with_workers=True) is ProcessLife.ENDED
-    assert life_of(None, with_workers=True) is ProcessLife.ENDED
+    assert life_of(watched, workers) is ProcessLife.ENDED
+    assert life_of(None) is ProcessLife.ENDED
+    assert find_workers(watched) == find_workers(None) == ()
+
+
+def test_a_compiler_that_has_ended_counts_as_work_of_the_rank_that_ran_it():
+    """One short process after another: none of them is alive for long."""
+    work = "import time; t = time.process_time() + 0.5\nwhile time.process_time() < t: pass"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}]); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert cpu_time_of(psutil.Process(process.pid)) > 0.4
+        process.stdin.close()
+
+
+class Records:
+    """Two ranks of which the first has requests and waits for the second, as their records say."""
+
+    def __init__(self, written_s: float, *pids: int) -> None:
+        signals = [EngineSignal(step=20, running=rank == 0, step_time=STEP_TIME) for rank in range(RANKS)]
+        self.states = {
+            rank: RankState(pid=pids[rank], written_s=written_s, config_version=1, signal=signals[rank])
+            for rank in range(RANKS)
+        }
+        self.turns = {0: TurnState(21, written_s), 1: TurnState(20, written_s)}
+
+
+class Turns:
+    def __init__(self, records: Records) -> None:
+        self.read = lambda: records.turns
+
+    def remove(self) -> None:
+        pass
+
+
+@contextmanager
+def watched_pair(rules: RankRules, program: str = "import time; time.sleep(600)") -> Iterator[tuple[RankWatch, float]]:
+    """A watch of two processes, the second of which the first waits for; the first one runs `program`."""
+    with ExitStack() as stack:
+        commands = [[sys.executable, "-c", text] for text in (program, "import time; time.sleep(600)")]
+        processes = [stack.enter_context(subprocess.Popen(command)) for command in commands]
+        for process in processes:
+            stack.callback(process.kill)
+        began_s = time.monotonic()
+        records = Records(began_s, *(process.pid for process in processes))
+        reader = SimpleNamespace(read=lambda: records.states)
+        yield RankWatch(reader, Turns(records), rules), began_s
+
+
+async def awake() -> bool:
+    return False
+
+
+def looks(until_s: float) -> Iterator[float]:
+    """The times of looks, from where a trouble is first seen."""
+    yield from (10.0 + MOST_GAP_S * number for number in range(int((until_s - 10.0) / MOST_GAP_S)))
+
+
+async def reasons(watch: RankWatch, times: Iterable[float]) -> list[str | None]:
+    return [await watch.look(time_s, awake) for time_s in times]
+
+
+async def test_time_in_which_the_agent_itself_was_stopped_ends_no_engine():
+    """A machine, a container or the agent stood still for an hour amid a step, and the ranks have not gone on yet."""
+    rules = RankRules(idle_cpu_s=3600.0)
+    with watched_pair(rules) as (watch, began_s):
+        assert await reasons(watch, (began_s + 10.0, began_s + 3600.0)) == [None, None]
+        assert watch.troubles == {1: RankTrouble.BEHIND}
+        after = [began_s + 3600.0 + time_s for time_s in looks(rules.behind_s + 20.0)]
+        assert (await reasons(watch, after))[-1].startswith("rank 1: the other ranks wait")
+
+
+async def test_while_another_rank_works_one_that_is_behind_is_waited_for():
+    """The first rank compiles in a worker, amid a step that its core has left already."""
+    with watched_pair(RankRules(idle_cpu_s=0.5), "while True: pass") as (watch, began_s):
+        await reasons(watch, [began_s + 10.0])
+        process = watch._process(watch._ranks.read()[0].pid)
+        first_s = cpu_time_of(process)
+        await until(lambda: cpu_time_of(process) > first_s + 1.0)
+        assert not any(await reasons(watch, (began_s + time_s for time_s in looks(400.0))))
+        assert watch.troubles == {1: RankTrouble.BEHIND}
+
+
+async def test_a_group_with_ranks_on_other_nodes_is_not_judged_by_the_work_of_this_one():
+    rules = RankRules(behind_s=math.inf, idle_cpu_s=3600.0)
+    with watched_pair(rules) as (watch, began_s):
+        assert not any(await reasons(watch, (began_s + time_s for time_s in looks(1000.0))))
+
+
+async def test_an_error_of_a_look_ends_nothing(caplog):
+    with watched_pair(RankRules()) as (watch, _):
+        looked, times = asyncio.Event(), iter(range(3))
+
+        async def look(*_: object) -> None:
+            if next(times, None) is None:
+                looked.set()
+            raise PermissionError("/proc")
+
+        watch.look = look
+        running = asyncio.create_task(watch.run(lambda: True, awake, lambda: None))
+        await asyncio.wait_for(looked.wait(), 60)
+        assert not running.done()
+        running.cancel()
+    assert len(caplog.records) == 1
+
+
+def test_only_a_process_that_a_debugger_holds_is_traced():
+    assert not is_traced(psutil.Process())

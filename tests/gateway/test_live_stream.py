@@ -1,11 +1,12 @@
 """The command line's reader of the live page's snapshots, against a real gateway."""
 
+import asyncio
 from contextlib import aclosing
 
 import pytest
 from moe_contract.clients import Refused, Unreachable, Unreadable
 from moe_contract.live_page import LiveSnapshot, TimePoint, write_event
-from moe_contract.live_stream import read_snapshot, watch_snapshots
+from moe_contract.live_stream import _read_event, read_snapshot, watch_snapshots
 from moe_contract.page_keys import derive_page_key
 
 from tests.gateway.clients import TOKEN
@@ -43,6 +44,14 @@ async def test_a_wrong_key_a_page_that_is_off_and_a_gateway_that_is_gone_are_err
         await read(off.admin_url, 1)
     with pytest.raises(Unreachable):
         await read("http://127.0.0.1:1", 1)
+
+
+async def test_a_snapshot_without_an_end_is_an_error():
+    """Longer than the buffer for a line."""
+    content = asyncio.StreamReader(limit=2**10)
+    content.feed_data(b"event: snapshot\ndata: " + b"x" * 2**12 + b"\n")
+    with pytest.raises(Unreadable, match="too large"):
+        await _read_event(content)
 
 
 @pytest.mark.parametrize("event", [b"", b"event: snapshot\ndata: {}\n\n", b"event: snapshot\ndata: {\n\n"])

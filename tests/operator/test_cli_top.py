@@ -1,10 +1,12 @@
 """`moeserving top`, `roles` and `drain` against a deployment that runs, here and through kubectl."""
 
+import asyncio
 import io
 import json
 import os
 import pty
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,12 @@ from fake_fleet import Fleet, run
 from local_place import COMMAND, TIMEOUT_S
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, PageFinding, TimePoint
 from moe_operator.cli import drain
+from moe_operator.cli.gateways import ReachedGateways
 from moe_operator.cli.output import NAME_WIDTH, shorten
 from moe_operator.cli.stopping import describe_stop
+from moe_operator.cli.top import LiveTop
 from moe_operator.cli.top_view import choose_rows, merge_engines, render_top
+from moe_operator.local.failure import Failure
 from rich.console import Console
 
 ENGINES = ["a-engine-0", "a-engine-1"]
@@ -78,6 +83,43 @@ def test_in_a_terminal_top_goes_on_until_ctrl_c_and_connects_again(fleet):
         finally:
             process.kill()
             os.close(leader)
+
+
+async def test_top_ends_where_the_way_to_its_last_gateway_has_ended():
+    """kubectl ends with the pod: nobody connects again, and old figures must not look like live ones."""
+    gateways = ReachedGateways(
+        name="a",
+        urls={"way-0": "http://127.0.0.1:1", "way-1": "http://127.0.0.1:1"},
+        read_tokens=lambda: ("secret",),
+        describe_end=lambda pod: f"kubectl: the way to the pod {pod} has ended: gone",
+    )
+    screen = LiveTop(gateways, wide=False)
+    screen._newest["way-0"] = snapshot(row(0))
+    async with asyncio.timeout(60):
+        with pytest.raises(Failure, match="way-0 has ended: gone; start it again"):
+            await screen.run()
+    assert screen._newest == {}
+
+
+def test_a_terminal_without_utf_8_shows_the_screen(fleet):
+    command = [*COMMAND, "top", "--once", "a", *fleet.local]
+    environment = os.environ | {"PYTHONIOENCODING": "iso-8859-1"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=TIMEOUT_S, check=True)
+    assert b"a-engine-0 ready" in done.stdout
+    name = "a" * 40
+    program = (
+        "import sys; from moe_operator.cli import completion, command, main; import typer\n"
+        "from moe_operator.cli.output import OutputFormat, print_document, print_table, shorten\n"
+        f"command.app = lambda **_: (print_table(shorten({name!r})),"
+        " print_document({'a': '\u2026'}, OutputFormat.JSON), print_document({'a': '\u2026'}, OutputFormat.YAML))\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment, timeout=TIMEOUT_S, check=True
+    )
+    lines = done.stdout.decode("iso-8859-1").splitlines()
+    assert lines[0] == shorten(name).replace("\u2026", "?")
+    assert json.loads("\n".join(lines[1:4])) == yaml.safe_load(lines[4]) == {"a": "\u2026"}
 
 
 def read_until(descriptor: int, words: str) -> str:

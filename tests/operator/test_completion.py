@@ -3,12 +3,14 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import moe_operator
+import psutil
 import pytest
 import yaml
 from moe_operator.krew_manifest import LAUNCHER
@@ -50,6 +52,26 @@ def test_names_of_a_cluster_are_those_that_kubectl_lists(tmp_path: Path) -> None
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     assert complete("top", "-n", "models", "", PATH=path) == ["olmoe"]
     assert complete("top", "-n", "other", "", PATH=path) == []
+
+
+def test_a_cluster_that_gives_no_answer_completes_nothing(tmp_path: Path) -> None:
+    """Its kubectl waits, and so does the program with which it logs in, which holds the output open."""
+    script = tmp_path / "kubectl"
+    script.write_text(f'#!/bin/sh\nsleep 3600 & echo $! > "{tmp_path}/login"\nsleep 3600\n')
+    script.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    try:
+        assert complete("top", "-n", "models", "", PATH=path) == []
+    finally:
+        login = int((tmp_path / "login").read_text())
+        gone = not psutil.pid_exists(login) or psutil.Process(login).status() == psutil.STATUS_ZOMBIE
+        if not gone:
+            os.kill(login, signal.SIGKILL)
+    assert gone
+
+
+def test_a_folder_that_cannot_be_read_completes_nothing() -> None:
+    assert complete("top", "--state-dir", "x" * 300, "") == []
 
 
 def test_bash_completes_the_command_by_the_printed_script(state: Path) -> None:

@@ -83,6 +83,10 @@ def test_a_download_is_what_grows_in_the_hubs_cache(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {"total_size": 10_000_000}}))
     (blobs / "abc.incomplete").write_bytes(bytes(4_000_000))
     assert download.describe(2.0) == "downloading 4 MB of 10 MB, 2 MB/s, about 3 s left"
+    index.unlink()
+    (blobs / "gone").symlink_to("nowhere")
+    (blobs / "zzz").write_bytes(bytes(2_000_000))
+    assert download.describe(3.0) == "downloading 6 MB of 10 MB, 2 MB/s, about 2 s left", "its index is read once"
     assert download.describe(30.0) == "", "nothing came for some time"
 
 

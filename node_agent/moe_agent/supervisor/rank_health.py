@@ -3,6 +3,7 @@
 The ranks of a group step together: while one does not go on, all others wait for it in their next step. A rank whose
 process has ended or is suspended, or that has not begun the step in which the others are, is the one they wait for.
 Where all have begun the same step, or the turns are not known, each rank with requests and without a step is named.
+While no rank with requests waits for a step, only the processes are judged: a group without requests owes none.
 """
 
 from collections.abc import Mapping
@@ -59,12 +60,14 @@ def judge_ranks(sights: Mapping[int, RankSight], now_s: float) -> dict[int, Rank
     if found or not any(sight.warm for sight in sights.values()):
         return found
     patience_s = SILENT_S + SLOWEST_STEPS * max(sight.slowest_step_s for sight in sights.values())
-    found = dict.fromkeys(_behind(sights, now_s - patience_s), RankTrouble.BEHIND)
-    return found or {
-        rank: RankTrouble.SILENT
-        for rank, sight in sights.items()
-        if sight.warm and not sight.idle and now_s - sight.written_s > patience_s
-    }
+    waiting = [
+        rank for rank, sight in sights.items() if sight.warm and not sight.idle and now_s - sight.written_s > patience_s
+    ]
+    if not waiting:
+        # The turns of an idle group differ: after its last step a rank may begin one more to clear what has ended.
+        return {}
+    behind = _behind(sights, now_s - patience_s)
+    return dict.fromkeys(behind, RankTrouble.BEHIND) or dict.fromkeys(waiting, RankTrouble.SILENT)
 
 
 _TROUBLES = {ProcessLife.ENDED: RankTrouble.ENDED, ProcessLife.SUSPENDED: RankTrouble.SUSPENDED}

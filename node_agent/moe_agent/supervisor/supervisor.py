@@ -32,6 +32,7 @@ from moe_agent.supervisor.engine_log import EngineLog
 from moe_agent.supervisor.hang_watch import HangWatch, is_asleep
 from moe_agent.supervisor.proof import UNSTEADY_DEATHS, generates_token
 from moe_agent.supervisor.rank_watch import RankWatch
+from moe_agent.supervisor.watched_clock import WatchedClock
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class EngineSupervisor:
                 await cancel(watchers - {names["drain"]})
                 await self._drain_engine(process)
                 return "drained"
-            return str(done.pop().result())
+            return self._with_cause(done.pop())
         finally:
             await cancel(watchers)
             kill_group(process.pid)
@@ -263,6 +264,11 @@ class EngineSupervisor:
             await wait_for_group_end(process.pid)
             self._process = self._server_pid = None
             self._forget_engine()
+
+    def _with_cause(self, watcher: asyncio.Task[Any]) -> str:
+        """The reason of a watcher; that of a rank which has ended itself is in the log."""
+        reason, cause = str(watcher.result()), self._log.last_error() if watcher.get_name() == "ranks" else ""
+        return f"{reason}: {cause}" if cause and RankTrouble.ENDED in self.troubles.values() else reason
 
     def _forget_engine(self) -> None:
         """Called when no engine lives."""
@@ -317,27 +323,27 @@ class EngineSupervisor:
         async with aiohttp.ClientSession(self.url, timeout=timeout) as session:
             hangs = HangWatch(session, self._unstepped_s, limit_s=self._rules.hang_s)
             with closing(hangs):
-                return await self._watch_until_it_fails(session, hangs)
+                return await self._watch_until_it_fails(session, hangs, WatchedClock())
 
-    async def _watch_until_it_fails(self, session: aiohttp.ClientSession, hangs: HangWatch) -> str:
-        started_s = last_answer_s = time.monotonic()
+    async def _watch_until_it_fails(self, session: aiohttp.ClientSession, hangs: HangWatch, clock: WatchedClock) -> str:
+        started_s, last_answer_s = time.monotonic(), clock.read()
         up_by_s = started_s + self._engine.startup_timeout_s
         while True:
             healthy = await is_healthy(session)
-            now_s = time.monotonic()
+            now_s, watched_s = time.monotonic(), clock.read()
             if healthy:
-                last_answer_s = now_s
+                last_answer_s = watched_s
                 if self._ready_since_s is None and await self._is_proven(session, up_by_s - now_s):
                     self.max_model_len = await fetch_max_model_len(session)
-                    self._ready_since_s = last_answer_s = time.monotonic()
+                    self._ready_since_s, last_answer_s = time.monotonic(), clock.read()
                     log.info("engine is ready after %.1f s", self._ready_since_s - started_s)
                     self._enter(Phase.READY)
             if self._ready_since_s is None and time.monotonic() > up_by_s:
                 why = "it answers and generates no token" if healthy else self._log.last_error()
                 return f"not ready within {self._engine.startup_timeout_s:g} s: {why}"
-            if self._ready_since_s is not None and now_s - last_answer_s > self._engine.liveness_timeout_s:
+            if self._ready_since_s is not None and watched_s - last_answer_s > self._engine.liveness_timeout_s:
                 return f"no healthy answer for {self._engine.liveness_timeout_s:g} s"
-            if self._ready_since_s is not None and (reason := await hangs.look(now_s)) is not None:
+            if self._ready_since_s is not None and (reason := await hangs.look(watched_s)) is not None:
                 return reason
             await asyncio.sleep(self._rules.health_every_s)
 

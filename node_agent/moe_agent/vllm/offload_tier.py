@@ -48,10 +48,18 @@ class OffloadTier:
 
 
 def find_tier(connector: Any) -> OffloadTier | None:
-    """Returns the tier of a scheduler with this connector; None without one, or where the attention has windows."""
+    """Returns the tier of a scheduler with this connector.
+
+    None without one, where the attention has windows, and where a connector of the user's own keeps its blocks in
+    another way: the order then counts the blocks on the GPU alone.
+    """
     for part in getattr(connector, "sub_connectors", [connector]):
         if isinstance(part, OffloadingConnector):
-            manager, groups = part.scheduler.manager, part.scheduler.config.kv_group_configs
-            windows = [group for group in groups if group.sliding_window_size_in_chunks is not None]
-            return None if windows or not isinstance(manager, CPUOffloadingManager) else OffloadTier(manager, groups)
+            scheduler = part.connector_scheduler
+            manager = getattr(scheduler, "manager", None)
+            groups = getattr(getattr(scheduler, "config", None), "kv_group_configs", ())
+            has_windows = any(group.sliding_window_size_in_chunks is not None for group in groups)
+            if isinstance(manager, CPUOffloadingManager) and groups and not has_windows:
+                return OffloadTier(manager, groups)
+            return None
     return None

@@ -317,7 +317,8 @@ class OrderedScheduler(AsyncScheduler):
         state.config_version = self._taken_version()
         signal.step = self._steps
         signal.running = running
-        signal.waiting = waiting
+        # A session of streaming input waits for its client between two chunks, and not for a step.
+        signal.waiting = waiting - self.num_waiting_for_streaming_input
         signal.waiting_prefill_tokens = self._waiting_prefill_tokens()
         signal.running_prefill_tokens = prefill_tokens
         signal.decode_tokens = running - prefilling

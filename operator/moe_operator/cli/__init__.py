@@ -1,5 +1,6 @@
 """The command `moeserving`, which is also a plugin of kubectl."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ def main() -> None:
         from moe_operator.cli.completion import know_shells
 
         know_shells()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that is not UTF-8 shows `?` for a letter that it lacks.
+            stream.reconfigure(errors="replace")
     app(prog_name=name_program(sys.argv[0]))
 
 

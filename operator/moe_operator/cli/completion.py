@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from moe_operator.cli import COMPLETE_VARIABLE, PROGRAM
 
 # kubectl then completes names of files where no word fits.
 _FILES_ELSE = ":0"
-_ANSWER_TIMEOUT_S = 15.0
+# Whoever presses Tab waits for it.
+_ANSWER_TIMEOUT_S = 3.0
 
 
 class Shell(StrEnum):
@@ -72,7 +74,9 @@ def complete_names(ctx: typer.Context, incomplete: str) -> list[str]:
         from moe_operator.cli.place import root_of
         from moe_operator.local.folder import known_names
 
-        found: Sequence[str] = known_names(root_of(given.get("state_dir")))
+        found: Sequence[str] = []
+        with contextlib.suppress(OSError, RuntimeError):  # a folder that is not readable, a user without a home
+            found = known_names(root_of(given.get("state_dir")))
     else:
         found = _fetch_names(given)
     return [name for name in found if name.startswith(incomplete)]
@@ -85,8 +89,32 @@ def _fetch_names(given: dict[str, Any]) -> list[str]:
 
     cluster = Cluster(namespace=given.get("namespace"), context=given.get("context"))
     command = cluster.command("get", f"{PLURAL}.{GROUP}", "--output", "name")
+    text = _run_briefly(command)
+    return [line.rpartition("/")[2] for line in text.split()]
+
+
+def _run_briefly(command: Sequence[str]) -> str:
+    """What a command prints; nothing where it fails or takes long. What it started ends with it.
+
+    kubectl starts programs that log in, which would hold its output open, or ask at the terminal.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.rpartition("/")[2] for line in done.stdout.split()]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+    except OSError:
+        return ""
+    with process:
+        try:
+            printed, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return ""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return printed if process.returncode == 0 else ""

@@ -24,11 +24,13 @@ class ReachedGateways:
         name: of the deployment.
         urls: of their admin ports, by the pod's name; on one machine by `gateway`.
         read_tokens: reads the control tokens, the newest first.
+        describe_end: why the way to the gateway of a pod has ended for good; empty while there is one.
     """
 
     name: str
     urls: dict[str, str]
     read_tokens: Callable[[], tuple[str, ...]]
+    describe_end: Callable[[str], str] = lambda pod: ""
 
     def page_key(self) -> str:
         """The key of the live page.
@@ -61,10 +63,12 @@ def reach_gateways(
         return
     cluster = Cluster(namespace=namespace, context=context)
     with forward_gateways(name, cluster) as forwards:
+        ways = {forward.pod: forward for forward in forwards}
         yield ReachedGateways(
             name=name or "",
-            urls={forward.pod: forward.url for forward in forwards},
+            urls={pod: way.url for pod, way in ways.items()},
             read_tokens=lambda: fetch_tokens(name or "", cluster),
+            describe_end=lambda pod: ways[pod].describe_end() if ways[pod].has_ended() else "",
         )
 
 

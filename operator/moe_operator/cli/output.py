@@ -38,11 +38,12 @@ def choose_format(output: OutputFormat, *, as_json: bool) -> OutputFormat:
 
 
 def print_document(document: Any, output: OutputFormat) -> None:
-    """Prints a document of JSON's types as JSON or YAML."""
+    """Prints a document of JSON's types as JSON or YAML; letters that the output may lack are escaped."""
+    has_all = "utf" in (sys.stdout.encoding or "").lower()
     if output is OutputFormat.YAML:
-        typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), nl=False)
+        typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=has_all), nl=False)
     else:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=not has_all))
 
 
 def print_table(*tables: Any) -> None:

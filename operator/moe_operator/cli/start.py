@@ -44,8 +44,9 @@ class StartWatch:
             return "waits for its agent"
         if phase != EnginePhase.STARTING:
             return phase
-        log = self._logs.setdefault(name, StartLog(self._folder.log(name.removeprefix(f"{self._folder.name}-"))))
-        return download or log.read_phase()
+        if name not in self._logs:
+            self._logs[name] = StartLog(self._folder.log(name.removeprefix(f"{self._folder.name}-")))
+        return download or self._logs[name].read_phase()
 
 
 def join_phases(deployment: str, phases: Mapping[str, str]) -> str:

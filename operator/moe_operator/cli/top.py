@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 import sys
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Annotated
 
 import orjson
@@ -95,24 +95,34 @@ class LiveTop:
         self._changed, self._ended = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        """Draws the screen anew with each snapshot, until a signal."""
+        """Draws the screen anew with each snapshot, until a signal.
+
+        Raises:
+            Failure: the way to each gateway has ended, as when its pod is gone.
+        """
         from rich.console import Console
         from rich.live import Live
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._end)
         watchers = [asyncio.create_task(self._watch(pod, url)) for pod, url in self._gateways.urls.items()]
+        for watcher in watchers:
+            watcher.add_done_callback(lambda _: self._changed.set())
         console = Console(highlight=False)
         try:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while not self._ended.is_set():
                     await self._changed.wait()
+                    if all(watcher.done() for watcher in watchers):
+                        break
                     self._changed.clear()
                     live.update(self._render(console.height), refresh=True)
         finally:
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+        if not self._ended.is_set():
+            raise Failure("; ".join(self._problems.values()))
 
     def _render(self, height: int) -> Group:
         last = "; ".join([*self._problems.values(), _ENDS])
@@ -123,18 +133,21 @@ class LiveTop:
         self._changed.set()
 
     async def _watch(self, pod: str, url: str) -> None:
-        """Keeps the newest snapshot of a gateway, and connects again after its end."""
+        """Keeps the newest snapshot of a gateway, and connects again after its end, while there is a way to it."""
         while True:
             problem = f"the gateway at {url} has ended"
-            with suppress(Refused):
-                try:
-                    async with aclosing(watch_snapshots(url, self._key)) as snapshots:
-                        async for snapshot in snapshots:
-                            self._newest[pod] = snapshot
-                            self._problems.pop(pod, None)
-                            self._changed.set()
-                except PeerError as error:
-                    problem = explain(url, error)
+            try:
+                async with aclosing(watch_snapshots(url, self._key)) as snapshots:
+                    async for snapshot in snapshots:
+                        self._newest[pod] = snapshot
+                        self._problems.pop(pod, None)
+                        self._changed.set()
+            except PeerError as error:
+                problem = explain(url, error)
+            if end := self._gateways.describe_end(pod):
+                self._newest.pop(pod, None)
+                self._problems[pod] = f"{end}; start it again"
+                return
             self._problems[pod] = f"{problem}, tried again each second"
             self._changed.set()
             await asyncio.sleep(_AGAIN_AFTER_S)

@@ -4,6 +4,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from moe_operator.progress import describe_bytes, describe_time
@@ -90,6 +91,8 @@ class Download:
         self._folder = folder
         self._looks: deque[tuple[float, int]] = deque()
         self._grown_s: float | None = None
+        # The index of a large model has megabytes: it is read once.
+        self._total: int | None = None
 
     def describe(self, now_s: float) -> str:
         """`downloading 1.2 GB of 3.1 GB, 45 MB/s, about 42 s left`; empty while nothing comes.
@@ -106,8 +109,10 @@ class Download:
         if self._grown_s is None or now_s - self._grown_s > _STILL_S:
             return ""
         first_s, first = self._looks[0]
-        rate = (size - first) / (now_s - first_s) if now_s > first_s else 0.0
-        return describe_download(size, read_total(self._folder), rate)
+        rate = max(0.0, (size - first) / (now_s - first_s)) if now_s > first_s else 0.0
+        if self._total is None:
+            self._total = read_total(self._folder)
+        return describe_download(size, self._total, rate)
 
 
 def describe_download(size: int, total: int | None, rate: float) -> str:
@@ -120,11 +125,11 @@ def describe_download(size: int, total: int | None, rate: float) -> str:
 def sum_sizes(folder: Path) -> int:
     """Bytes of the files in a folder, of those that are not complete too; 0 without the folder."""
     total = 0
-    try:
+    with suppress(OSError):
         for path in folder.iterdir():
-            total += path.stat().st_size
-    except OSError:
-        return total
+            # One that is complete gets another name.
+            with suppress(OSError):
+                total += path.stat().st_size
     return total
 
 

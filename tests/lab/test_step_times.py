@@ -140,9 +140,7 @@ def test_batch_sizes_of_one_graph_are_held_out_together_where_asked_for(tmp_path
     rows = measured.measurements
     for whole_graphs, folds_of_the_graph in ((False, 5), (True, 1)):
         folds = measured.folds(whole_graphs=whole_graphs)
-        of_graph = {
-            fold for row, fold in zip(rows, folds, strict=True) if 8 < row.steps[0][0].decode_requests <= 16
-        }
+        of_graph = {fold for row, fold in zip(rows, folds, strict=True) if 8 < row.steps[0][0].decode_requests <= 16}
         assert len(of_graph) == folds_of_the_graph
 
 

@@ -48,7 +48,7 @@ class MeasuredRuns:
     def _by_graph(self, row: StepMeasurement) -> StepMeasurement:
         if kind_of(row) is not StepKind.DECODE:
             return row
-        return replace(row, shape=f"graph {self.engine.model.padded(row.steps[0][0].decode_requests)}")
+        return replace(row, shape=f"decode {self.engine.model.padded(row.steps[0][0].decode_requests)}")
 
     @property
     def held_out(self) -> str:

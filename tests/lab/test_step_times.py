@@ -132,7 +132,16 @@ def test_runs_of_one_engine_are_held_out_as_wholes(tmp_path):
     runs = [f"qwen36_{name}/tp2_ep2" for name in "ab"]
     (measured,) = group_runs(read_records(write_table(tmp_path / "steps.csv", runs))).values()
     assert measured.held_out == "runs"
-    assert sorted(set(measured.folds)) == [0, 1]
+    assert sorted(set(measured.folds())) == [0, 1]
+
+
+def test_batch_sizes_of_one_graph_are_held_out_together_where_asked_for(tmp_path):
+    (measured,) = group_runs(read_records(write_table(tmp_path / "steps.csv"))).values()
+    rows = measured.measurements
+    for whole_graphs, folds_of_the_graph in ((False, 5), (True, 1)):
+        folds = measured.folds(whole_graphs=whole_graphs)
+        of_graph = {fold for row, fold in zip(rows, folds, strict=True) if 8 < row.steps[0][0].decode_requests <= 16}
+        assert len(of_graph) == folds_of_the_graph
 
 
 def test_the_command_fits_prints_errors_and_compares_committed_presets(tmp_path):
@@ -144,6 +153,8 @@ def test_the_command_fits_prints_errors_and_compares_committed_presets(tmp_path)
     result = runner.invoke(command.app, ["errors", str(table), "--json", str(document)])
     assert "shapes held out" in result.output
     assert document.exists()
+    result = runner.invoke(command.app, ["errors", str(table), "--whole-graphs"])
+    assert result.exit_code == 0, result.output
     result = runner.invoke(command.app, ["errors", str(table), "--as-committed"])
     assert "b300-qwen3.6-35b-a3b-tp2-ep2" in result.output
 
@@ -155,12 +166,15 @@ def test_the_command_fits_prints_errors_and_compares_committed_presets(tmp_path)
         (["errors", "TABLE", "--preset", "b300-x"], "--preset: unknown 'b300-x'; known: b300-qwen3.6-35b-a3b-tp2-ep2"),
         (["errors", "OTHER"], "no table of measured steps"),
         (["errors", "EMPTY"], "has no steps"),
+        (["errors", "ALIKE"], "b300-qwen3.6-35b-a3b-tp2-ep2: has steps of one shape alone"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, arguments, message):
     write_table(tmp_path / "TABLE")
     (tmp_path / "OTHER").write_text("a,b\n1,2\n")
     (tmp_path / "EMPTY").write_text(",".join(COLUMNS) + "\n")
+    alike = [f"{TP2},,,{counter},0,0,0,0,1,100,0,0,0,10.0" for counter in range(60)]
+    (tmp_path / "ALIKE").write_text("\n".join([",".join(COLUMNS), *alike]) + "\n")
     arguments = [str(tmp_path / word) if word.isupper() else word for word in arguments]
     result = CliRunner().invoke(command.app, arguments)
     assert result.exit_code == 2

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_tools.calibration import calibrate
 from moe_tools.calibration.calibrate import build_fit_document, read_step_model, render_fit
-from moe_tools.calibration.fitting import LEAST_STEPS, MeasuredStep, fit_and_check, fit_cost
-from moe_tools.calibration.step_errors import StepKind, by_shape, kind_of, render_errors, summarize
+from moe_tools.calibration.fitting import LEAST_STEPS, MeasuredStep, TooFewSteps, fit_and_check, fit_cost
+from moe_tools.calibration.step_errors import StepKind, by_shape, cross_validate, kind_of, render_errors, summarize
 from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients, predict
 from moe_tools.simulator.costs import Work
 from moe_tools.simulator.scenario import cost_of, parse_scenario
@@ -140,6 +140,14 @@ def test_too_few_steps_are_refused():
         fit_cost(steps(LINE, count=LEAST_STEPS - 1), CPU, "test")
 
 
+def test_steps_of_one_shape_alone_have_no_held_out_error():
+    rows = [measured(1.0), measured(1.1)]
+    with pytest.raises(ValueError, match="one fold"):
+        cross_validate(CPU, rows, by_shape(rows))
+    with pytest.raises(TooFewSteps, match="of one shape"):
+        fit_and_check([MeasuredStep(work=ONE_ANSWER, step_s=0.01)] * LEAST_STEPS, CPU, "test")
+
+
 def test_the_same_steps_give_the_same_fit():
     rows = steps(LINE, noise=0.1)
     assert fit_and_check(rows, CPU, "test", seed=3) == fit_and_check(rows, CPU, "test", seed=3)
@@ -178,6 +186,7 @@ def test_errors_are_of_steps_and_of_the_medians_of_shapes_without_outliers():
     assert row.median == pytest.approx((0.2 + 0.2 / 1.4) / 2)
     assert row.shape_median == pytest.approx(0.25 + 0.0, abs=0.05)
     assert row.bias == pytest.approx(4.6 / 5.6)
+    assert row.bias_of_all == pytest.approx(5.8 / 35.6)
     assert render_errors({"x": [row]}, "title").row_count == 1
 
 

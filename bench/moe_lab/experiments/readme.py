@@ -33,7 +33,7 @@ def render_block(summary: Mapping[str, Any]) -> str:
     text = (
         f"- **Near saturation, {fleet}, modelled step times.** Mean TTFT {_cell(ttft)} of stock vLLM 0.32 and "
         f"{_cell(figures['against_best_in_ttft']['ttft_mean'])} of the best of its settings and of other routers "
-        f"({ttft['pairs']} pairs{', on requests that no choice was made on' if kept_apart else ''}, "
+        f"({ttft['pairs']} pairs{', on requests kept apart from all tuning' if kept_apart else ''}, "
         "[simulated](docs/results/README.md))."
     )
     kept_together = _INTERVAL.sub(lambda found: found[0].replace(" ", _HARD_SPACE), text)

@@ -59,6 +59,9 @@ def errors_command(
     as_committed: Annotated[
         bool, typer.Option("--as-committed", help="Compare the committed presets, for other steps than theirs.")
     ] = False,
+    whole_graphs: Annotated[
+        bool, typer.Option("--whole-graphs", help="Hold out all batch sizes of a captured CUDA graph together.")
+    ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rows and versions here.")] = None,
 ) -> None:
     """Print errors on steps that were not fitted on: each run, or each shape of steps, held out in turn."""
@@ -70,7 +73,7 @@ def errors_command(
         if preset is not None and name != preset:
             continue
         if not as_committed:
-            rows[f"{name}, {measured.held_out} held out"] = cross_errors(measured)
+            rows[f"{name}, {measured.held_out} held out"] = cross_errors(measured, whole_graphs=whole_graphs)
         elif name in FITTED_PRESETS:
             rows[name] = preset_errors(measured, FITTED_PRESETS[name])
         else:

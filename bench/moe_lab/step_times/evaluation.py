@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_contract.input_errors import InputError, InvalidInput
-from moe_tools.calibration.step_errors import ErrorRow, by_shape, cross_validate, summarize
+from moe_tools.calibration.step_errors import ErrorRow, StepKind, by_shape, cross_validate, kind_of, summarize
 from moe_tools.calibration.step_fit import StepMeasurement, fit_coefficients, predict
 from moe_tools.simulator.fitted_presets import FittedPreset
 
@@ -35,12 +35,20 @@ class MeasuredRuns:
         """All measurements of all runs."""
         return [row for rows in self.runs.values() for row in rows]
 
-    @property
-    def folds(self) -> list[int]:
-        """Whole runs where there are several, else whole shapes."""
+    def folds(self, *, whole_graphs: bool = False) -> list[int]:
+        """Returns the fold of each measurement: whole runs where there are several, else whole shapes.
+
+        Args:
+            whole_graphs: all batch sizes that one captured CUDA graph serves are one shape.
+        """
         if len(self.runs) > 1:
             return [number for number, rows in enumerate(self.runs.values()) for _ in rows]
-        return by_shape(self.measurements)
+        return by_shape([self._by_graph(row) for row in self.measurements] if whole_graphs else self.measurements)
+
+    def _by_graph(self, row: StepMeasurement) -> StepMeasurement:
+        if kind_of(row) is not StepKind.DECODE:
+            return row
+        return replace(row, shape=f"decode {self.engine.model.padded(row.steps[0][0].decode_requests)}")
 
     @property
     def held_out(self) -> str:
@@ -86,10 +94,21 @@ def _kv_blocks(engine: MeasuredEngine) -> int:
     return int((_B300_BYTES * _USED - weights) / (_QWEN_KV_BYTES / min(engine.tensor_ranks, 2)) / 16)
 
 
-def cross_errors(measured: MeasuredRuns) -> tuple[ErrorRow, ...]:
-    """Returns the errors on held-out runs or shapes."""
+def cross_errors(measured: MeasuredRuns, *, whole_graphs: bool = False) -> tuple[ErrorRow, ...]:
+    """Returns the errors on held-out runs or shapes.
+
+    Args:
+        measured: all runs of an engine.
+        whole_graphs: all batch sizes that one captured CUDA graph serves are held out together.
+
+    Raises:
+        InvalidInput: there is one run with steps of one shape alone.
+    """
     rows = measured.measurements
-    return summarize(rows, cross_validate(measured.engine.model, rows, measured.folds))
+    folds = measured.folds(whole_graphs=whole_graphs)
+    if len(set(folds)) < 2:
+        raise InvalidInput([InputError(measured.engine.preset, "has steps of one shape alone, none to hold out")])
+    return summarize(rows, cross_validate(measured.engine.model, rows, folds))
 
 
 def preset_errors(measured: MeasuredRuns, preset: FittedPreset) -> tuple[ErrorRow, ...]:

@@ -1,9 +1,9 @@
 """Step times composed of measured kernels, for engines of which no steps were measured.
 
-Modelled: the experts' layer and the exchange of tokens are measured tables (vLLM 0.24 kernels, DeepEP of SGLang 0.5.12
-and vLLM's all-reduce, on H100 and H200; ai-dynamo/aiconfigurator, commit 095f58a5); attention, dense layers, host time
-and, across nodes, the exchange are the rooflines of `moe_tools.simulator.hardware`. A step is the sum of its parts, as
-there. The composed steps are fitted with the same model as measured ones.
+Modelled: the experts' layer and the exchange of tokens are measured tables (ai-dynamo/aiconfigurator, commit 095f58a5:
+vLLM 0.24 kernels on H100 and H200; DeepEP of SGLang 0.5.12 and vLLM's all-reduce on H200, taken for both); attention,
+dense layers, host time and, across nodes, the exchange are the rooflines of `moe_tools.simulator.hardware`. A step is
+the sum of its parts, as there. The composed steps are fitted with the same model as measured ones.
 """
 
 import csv

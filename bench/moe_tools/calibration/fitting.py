@@ -60,11 +60,14 @@ def fit_and_check(steps: Sequence[MeasuredStep], model: StepModel, source: str, 
     """Returns the step times fitted to all steps, with their errors on held-out shapes, drawn with the seed.
 
     Raises:
-        TooFewSteps: there are too few.
+        TooFewSteps: there are too few, or all are of one shape.
     """
     cost = fit_cost(steps, model, source)
     rows = _measurements(steps)
-    predicted = cross_validate(model, rows, by_shape(rows, seed), _NEAR)
+    folds = by_shape(rows, seed)
+    if len(set(folds)) < 2:
+        raise TooFewSteps("all steps are of one shape, none is left to check a fit on")
+    predicted = cross_validate(model, rows, folds, _NEAR)
     return Fit(cost=cost, steps=len(steps), errors=summarize(rows, predicted))
 
 

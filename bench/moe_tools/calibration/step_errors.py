@@ -1,7 +1,7 @@
 """Errors of fitted step times on measurements that they were not fitted on: cross-validation and the table.
 
 Pure. Measurements are held out by group, not one by one: all of a run where there are several runs, else all of a shape
-(such as a batch size), so that no neighbour of a tested step was fitted.
+(such as a batch size), so that no step of the tested size was fitted. Steps of the sizes beside it were.
 """
 
 from collections import defaultdict
@@ -45,7 +45,8 @@ class ErrorRow:
         shapes: kinds of work among them.
         shape_median: median over the shapes of the error of the median step.
         shape_p90: 90th percentile of the same.
-        bias: predicted / measured, all summed; 1 is none.
+        bias: predicted / measured, both summed; 1 is none.
+        bias_of_all: the same with the measurements that were left out.
     """
 
     kind: StepKind
@@ -57,6 +58,7 @@ class ErrorRow:
     shape_median: float
     shape_p90: float
     bias: float
+    bias_of_all: float
 
 
 def kind_of(measurement: StepMeasurement) -> StepKind:
@@ -85,11 +87,16 @@ def cross_validate(
         measurements: all.
         folds: of each measurement.
         near: of the fits (`fit_coefficients`).
+
+    Raises:
+        ValueError: all are in one fold, so that nothing is left to fit on.
     """
+    if len(set(folds)) < 2:
+        raise ValueError("all measurements are in one fold, none is left to fit on")
     predicted = [0.0] * len(measurements)
     for fold in sorted(set(folds)):
         fitted = [row for row, of in zip(measurements, folds, strict=True) if of != fold]
-        coefficients = fit_coefficients(model, fitted or measurements, near)
+        coefficients = fit_coefficients(model, fitted, near)
         for number, row in enumerate(measurements):
             if folds[number] == fold:
                 predicted[number] = predict(model, coefficients, row)
@@ -110,6 +117,7 @@ def summarize(measurements: Sequence[StepMeasurement], predicted: Sequence[float
 def _summarize(kind: StepKind, all_pairs: Sequence[tuple[StepMeasurement, float]]) -> ErrorRow:
     shapes = _by_shape(all_pairs)
     pairs = np.concatenate(list(shapes.values()))
+    everything = np.array([(row.seconds, seconds) for row, seconds in all_pairs])
     errors = np.abs(pairs[:, 1] / pairs[:, 0] - 1.0)
     of_shapes = np.array([abs(np.median(rows[:, 1]) / np.median(rows[:, 0]) - 1.0) for rows in shapes.values()])
     return ErrorRow(
@@ -122,6 +130,7 @@ def _summarize(kind: StepKind, all_pairs: Sequence[tuple[StepMeasurement, float]
         shape_median=float(np.median(of_shapes)),
         shape_p90=float(np.percentile(of_shapes, 90)),
         bias=float(pairs[:, 1].sum() / pairs[:, 0].sum()),
+        bias_of_all=float(everything[:, 1].sum() / everything[:, 0].sum()),
     )
 
 
@@ -143,8 +152,9 @@ def _is_usual(rows: Floats) -> npt.NDArray[np.bool_]:
 def render_errors(rows: Mapping[str, Sequence[ErrorRow]], title: str) -> Table:
     """Returns a table of the errors, by name of the preset."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "kind", "n", "left out", "median", "p90", "sum", "shapes", "median of shapes", "p90 of shapes"):
-        table.add_column(name, justify="left" if name in ("", "kind") else "right")
+    numbers = ("n", "left out", "median", "p90", "sum", "sum of all", "shapes", "median of shapes", "p90 of shapes")
+    for name in ("", "kind", *numbers):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for name, of_name in rows.items():
         for row in of_name:
             table.add_row(*_cells(name, row))
@@ -154,5 +164,5 @@ def render_errors(rows: Mapping[str, Sequence[ErrorRow]], title: str) -> Table:
 def _cells(name: str, row: ErrorRow) -> tuple[str, ...]:
     percent: Callable[[float], str] = "{:.1%}".format
     counts = (f"{row.measurements:,}", f"{row.left_out}")
-    errors = (percent(row.median), percent(row.p90), f"{row.bias - 1:+.1%}")
+    errors = (percent(row.median), percent(row.p90), f"{row.bias - 1:+.1%}", f"{row.bias_of_all - 1:+.1%}")
     return (name, row.kind.value, *counts, *errors, f"{row.shapes}", percent(row.shape_median), percent(row.shape_p90))

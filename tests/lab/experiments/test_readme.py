@@ -53,11 +53,11 @@ def test_what_is_written_is_what_is_checked(root, capsys):
 
 def test_seeds_kept_apart_come_first():
     found = summary()
-    assert "no choice was made on" not in render_block(found)
+    assert "kept apart from all tuning" not in render_block(found)
     found["kept_apart"] = {"a fleet, two: 1": {**found["at_knee"]["a fleet"]}}
     block = " ".join(render_block(found).split())
     assert "Near saturation, a fleet, two, modelled step times" in block
-    assert "(8 pairs, on requests that no choice was made on, " in block
+    assert "(8 pairs, on requests kept apart from all tuning, " in block
     assert block.count("0.70 [0.60, 0.80]") == 2
     assert max(map(len, render_block(found).splitlines())) <= 120
 

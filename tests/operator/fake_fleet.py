@@ -56,8 +56,9 @@ def run(*arguments: str, code: int = 0) -> str:
 class Fleet:
     """A deployment `a` with this process for its supervisor."""
 
-    def __init__(self, root: Path, *, replicas: int) -> None:
+    def __init__(self, root: Path, *, replicas: int, parallelism: dict[str, Any] | None = None) -> None:
         engine = {"runtime": "vllm-cpu", "replicas": replicas, "resources": {"kvCacheMemory": "1Mi"}}
+        engine |= {} if parallelism is None else {"parallelism": parallelism}
         header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "a"}}
         resource = parse_resource({**header, "spec": {"model": {"uri": "hf://org/a"}, "engine": engine}})
         self.folder = Folder(root=root, name="a")

@@ -3,79 +3,35 @@
 import base64
 import json
 import os
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from experts_documents import decided, experts, in_brief
+from fake_fleet import Fleet, run
 from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
-from moe_operator.api import parse_resource
 from moe_operator.cli import experts as command
-from moe_operator.cli.command import app
 from moe_operator.experts import reach
 from moe_operator.experts.planned import plan_document
 from moe_operator.experts.reach import Cluster, find_engines
-from moe_operator.local.folder import Folder
-from moe_operator.local.record import Record, identify, load_record, save_record
-from moe_operator.local.start import Programs, build_record, find_site, write_files
-from moe_operator.plan import plan_local
 from moe_scheduling.expert.decision import ExpertSettings
-from typer.testing import CliRunner
 
-FAKE = str(Path(__file__).with_name("fake_peer.py"))
 # Where the fake's own candidate puts the experts.
 CANDIDATE = [[0, 2, 3, 1, 2, 3]] * 2
-TIMEOUT_S = 60.0
-
-
-def run(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def say(verb: str, *rest: str, code: int = 0) -> str:
     return run("experts", verb, *rest, code=code)
 
 
-class Served:
-    """A deployment as `up` leaves it, this process for its supervisor; by default of two ranks that share experts."""
+class Served(Fleet):
+    """By default two ranks of each engine share experts."""
 
     def __init__(self, root: Path, *, replicas: int, parallelism: dict[str, Any] | None = None) -> None:
-        engine = {"runtime": "vllm-cpu", "replicas": replicas, "resources": {"kvCacheMemory": "1Mi"}}
-        engine["parallelism"] = parallelism or {"data": 2, "expert": True}
-        header = {"apiVersion": "moeserving.dev/v1alpha1", "kind": "MoEServing", "metadata": {"name": "a"}}
-        resource = parse_resource({**header, "spec": {"model": {"uri": "hf://org/a"}, "engine": engine}})
-        self.folder = Folder(root=root, name="a")
-        self.folder.make()
-        site = find_site(resource, self.folder)
-        plan = plan_local(resource, site)
-        write_files(resource, self.folder, plan)
-        programs = Programs(agent=(sys.executable, FAKE, "agent"), gateway=(sys.executable, FAKE, "gateway"))
-        record = build_record(resource, self.folder, site, plan, programs)
-        save_record(self.folder, replace(record, supervisor=identify(os.getpid())))
-        self.processes = [subprocess.Popen(row.command, stdout=subprocess.DEVNULL) for row in record.processes]
-        for row in record.processes:
-            wait_for(f"{row.url}/v1/state")
-        self.local = ("--state-dir", str(root))
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def record(self) -> Record:
-        record = load_record(self.folder)
-        assert record is not None
-        return record
+        super().__init__(root, replicas=replicas, parallelism=parallelism or {"data": 2, "expert": True})
 
     def say(self, verb: str, *rest: str, code: int = 0) -> str:
         return say(verb, "a", *self.local, *rest, code=code)
@@ -92,15 +48,6 @@ class Served:
     def placement(self, engine: str) -> tuple[int, list[list[int]]]:
         placement = self.documents()[engine]["placement"]
         return placement["version"], placement["physical_to_logical"]
-
-
-def wait_for(url: str) -> None:
-    give_up_s = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < give_up_s:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=TIMEOUT_S):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{url} gives no answer within {TIMEOUT_S:g} s")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 FAKE = str(Path(__file__).with_name("fake_peer.py"))
 TIMEOUT_S = 60.0
 
-KUBECTL = """#!{python} -u
+# A kubectl of the namespace `ns`: its words and options; what follows answers them.
+KUBECTL_HEAD = """#!{python} -u
 import json, sys, time
 words, options = [], {{}}
 given = iter(sys.argv[1:])
@@ -33,6 +34,10 @@ for word in given:
         words.append(word)
 if options.get("--namespace") != "ns":
     sys.exit("Error from server (Forbidden): not there")
+"""
+KUBECTL = (
+    KUBECTL_HEAD
+    + """
 if words[:2] == ["get", "pods"]:
     component = options["--selector"].rpartition("=")[2]
     print(json.dumps({{"items": {pods}[component]}}))
@@ -44,6 +49,7 @@ else:
     print("Forwarding from 127.0.0.1:" + {ports}[words[1].removeprefix("pod/")] + " -> 8080")
     time.sleep(600)
 """
+)
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from experts_documents import decided, experts, in_brief
-from fake_fleet import Fleet, run
+from fake_fleet import KUBECTL_HEAD, Fleet, run
 from moe_contract.experts_state import ExpertsState
 from moe_contract.input_errors import InvalidInput
 from moe_operator.cli import experts as command
@@ -231,17 +231,9 @@ def test_a_picture_without_matplotlib_names_what_to_install(served: Served, monk
     assert said == "a picture needs matplotlib: pip install 'moeserving[bench]'\n"
 
 
-KUBECTL = """#!{python} -u
-import json, sys, time
-words, options = [], {{}}
-given = iter(sys.argv[1:])
-for word in given:
-    if word.startswith("--"):
-        options[word] = next(given)
-    else:
-        words.append(word)
-if options.get("--namespace") != "ns":
-    sys.exit("Error from server (Forbidden): not there")
+KUBECTL = (
+    KUBECTL_HEAD
+    + """
 if words[:2] == ["get", "pods"]:
     assert options["--selector"] == "app.kubernetes.io/instance=a,app.kubernetes.io/component=engine", options
     print(json.dumps({{"items": {pods}}}))
@@ -255,6 +247,7 @@ else:
     print("Forwarding from 127.0.0.1:" + {ports}[pod] + " -> 8080")
     time.sleep(600)
 """
+)
 
 
 def pod(name: str, **changes: Any) -> dict[str, Any]:

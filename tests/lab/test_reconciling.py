@@ -121,17 +121,23 @@ def test_a_small_run_says_what_it_measured(own_cluster: ApiCluster, tmp_path: Pa
 @pytest.mark.timeout(600)
 def test_pairs_measure_from_nothing_alone_and_leave_nothing(own_cluster: ApiCluster, tmp_path: Path) -> None:
     words = ["--kubeconfig", own_cluster.kubeconfig, "--resources", "2", "--pairs", "2", "--beside", sys.executable]
+    words += ["--json", tmp_path / "pairs.json"]
     done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from nothing, 2 resources, 2 pairs: geometric means and 95 % intervals" in done.stdout
     for words_of_line in (
         "seconds, now beside before: ",
-        "CPU seconds of operator and servers, now beside before: ",
+        "CPU seconds of the operator, now beside before: ",
+        "CPU seconds of the servers, now beside before: ",
+        "CPU seconds of both, now beside before: ",
         "seconds, now beside the bound: ",
         "seconds, before beside the bound: ",
     ):
         assert f"\n{words_of_line}" in done.stdout
     assert "idle" not in done.stdout
+    rows = json.loads((tmp_path / "pairs.json").read_text())["pairs"]
+    assert [sorted(row["phases"]) for row in rows] == [["before", "now"]] * 2
+    assert all(row["phases"]["now"]["calls"]["apply Deployment"] == 4 for row in rows)
 
 
 async def test_each_build_is_measured_with_its_own_crd(own_cluster: ApiCluster, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moe_lab.reconciling.bound import Bound
 from moe_lab.reconciling.build_crd import Document, read_crd
 from moe_lab.reconciling.cluster import connect
 from moe_lab.reconciling.measurement import BenchmarkSetting, ReconcilingResult, measure
-from moe_lab.reconciling.pairs import measure_pairs, report_pairs
+from moe_lab.reconciling.pairs import BuildPair, build_pairs_document, measure_pairs, report_pairs
 from moe_lab.reconciling.process import find_servers
 from moe_lab.reconciling.report import build_document, report
 from moe_lab.reconciling.stand_in import stand_in
@@ -66,8 +66,10 @@ def main(
                 settings = {"before": replace(common, log=Path(folder, "before.log"), python=beside)} | settings
             crds = {build: read_crd(setting.python) for build, setting in settings.items()}
             if pairs:
-                for row in asyncio.run(_run_pairs(settings, crds, pairs, progress)):
+                measured = asyncio.run(_run_pairs(settings, crds, pairs, progress))
+                for row in report_pairs(measured, resources):
                     progress.console.print(row, highlight=False, soft_wrap=True)
+                _write(json_out, build_pairs_document(measured))
                 return
             bound, builds = asyncio.run(_run(settings, crds, progress))
     except (LoginError, OSError) as error:
@@ -79,8 +81,12 @@ def main(
     plans_differ = any(crd != crds["now"] for crd in crds.values())
     for line in report(bound, builds, plans_differ=plans_differ):
         progress.console.print(line, highlight=False, soft_wrap=True)
-    if json_out is not None:
-        json_out.write_text(json.dumps(build_document(bound, builds), indent=1) + "\n", "utf-8")
+    _write(json_out, build_document(bound, builds))
+
+
+def _write(path: Path | None, document: Mapping[str, object]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 async def _run(
@@ -102,11 +108,10 @@ async def _run(
 
 async def _run_pairs(
     settings: Mapping[str, BenchmarkSetting], crds: Mapping[str, Document], pairs: int, progress: ProgressPrinter
-) -> list[str]:
+) -> list[BuildPair]:
     first = next(iter(settings.values()))
     async with connect(first.kubeconfig) as cluster:
-        measured = await measure_pairs(cluster, settings, crds, pairs, progress)
-    return list(report_pairs(measured, first.resources))
+        return await measure_pairs(cluster, settings, crds, pairs, progress)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ One pair on a shared machine shows little: the order alternates, and the ratio h
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from moe_tools.report import read_environment
 from moe_tools.statistics import paired_ratio
 
 from moe_lab.reconciling.bound import Bound
@@ -19,6 +20,7 @@ from moe_lab.reconciling.measurement import (
     render_phase,
 )
 from moe_lab.reconciling.process import OperatorProcess
+from moe_lab.reconciling.report import phase_document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +71,6 @@ async def measure_pairs(
     return measured
 
 
-async def _measure(cluster: BenchmarkCluster, setting: BenchmarkSetting, identity: str) -> BenchmarkPhase:
-    async with OperatorProcess(setting.kubeconfig, setting.log, identity, setting.python) as operator:
-        phase = await measure_phase("from nothing", operator, setting, None)
-    await check_converged(cluster, setting.resources)
-    return phase
-
-
 def report_pairs(measured: Sequence[BuildPair], resources: int) -> Iterable[str]:
     """The ratios of the pairs, in lines."""
     yield f"from nothing, {resources} resources, {len(measured)} pairs: geometric means and 95 % intervals"
@@ -84,10 +79,11 @@ def report_pairs(measured: Sequence[BuildPair], resources: int) -> Iterable[str]
             "seconds, now beside before",
             [(pair.phases["before"].seconds, pair.phases["now"].seconds) for pair in measured],
         )
-        yield _ratio_line(
-            "CPU seconds of operator and servers, now beside before",
-            [(_all_cpu_s(pair.phases["before"]), _all_cpu_s(pair.phases["now"])) for pair in measured],
-        )
+        for whose, cpu_of in (("the operator", _own_cpu_s), ("the servers", _servers_cpu_s), ("both", _all_cpu_s)):
+            yield _ratio_line(
+                f"CPU seconds of {whose}, now beside before",
+                [(cpu_of(pair.phases["before"]), cpu_of(pair.phases["now"])) for pair in measured],
+            )
     for build in measured[0].phases:
         yield _ratio_line(
             f"seconds, {build} beside the bound",
@@ -95,8 +91,30 @@ def report_pairs(measured: Sequence[BuildPair], resources: int) -> Iterable[str]
         )
 
 
+def build_pairs_document(measured: Sequence[BuildPair]) -> dict[str, object]:
+    """All figures of the pairs as a JSON document."""
+    return {
+        "environment": read_environment(),
+        "pairs": [
+            {
+                "bound": asdict(pair.bound),
+                "phases": {build: phase_document(phase) for build, phase in pair.phases.items()},
+            }
+            for pair in measured
+        ],
+    }
+
+
+def _own_cpu_s(phase: BenchmarkPhase) -> float:
+    return phase.cpu_s
+
+
+def _servers_cpu_s(phase: BenchmarkPhase) -> float:
+    return sum(phase.servers_cpu_s.values())
+
+
 def _all_cpu_s(phase: BenchmarkPhase) -> float:
-    return phase.cpu_s + sum(phase.servers_cpu_s.values())
+    return _own_cpu_s(phase) + _servers_cpu_s(phase)
 
 
 def _ratio_line(words: str, pairs: Sequence[tuple[float, float]]) -> str:

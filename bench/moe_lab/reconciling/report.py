@@ -118,7 +118,10 @@ def build_document(bound: Bound, builds: Mapping[str, ReconcilingResult]) -> dic
 
 
 def _measured_document(measured: ReconcilingResult) -> dict[str, object]:
-    document = asdict(measured)
-    for phase in document["phases"]:
-        phase["calls"] = {f"{verb} {kind}": count for (verb, kind), count in phase["calls"].items()}
-    return document
+    return asdict(measured) | {"phases": [phase_document(phase) for phase in measured.phases]}
+
+
+def phase_document(phase: BenchmarkPhase) -> dict[str, object]:
+    """The figures of one phase as JSON values; calls by verb and kind in one text."""
+    calls = {f"{verb} {kind}": count for (verb, kind), count in phase.calls.items()}
+    return asdict(phase) | {"calls": calls}

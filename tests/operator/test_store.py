@@ -76,7 +76,8 @@ def test_a_list_says_what_is_gone_but_not_of_what_came_after_it_was_asked_for() 
     store.put(POD, document("new", version=8))
     assert store.replace(POD, Listing(items=[document("stays", version=2)], version="7"), "elsewhere") == set()
     assert store.replace(POD, Listing(items=[document("stays", version=2)], version="7"), "ns") == {KEY}
-    assert {row["metadata"]["name"] for row in store.every(POD)} == {"stays", "new"}
+    assert {row["metadata"]["name"] for row in store.of(KEY, POD)} == {"stays", "new"}
+    assert sorted(store.marks(POD)) == [(KEY, ("u", 2)), (KEY, ("u", 8))]
     both = [document("stays", version=2), document("new", version=8)]
     assert store.replace(POD, Listing(items=both, version="9"), None) == set(), "no news"
     assert store.replace(POD, Listing(items=[], version="9"), None) == {KEY}
@@ -101,7 +102,7 @@ def test_a_version_never_goes_back_and_the_index_is_what_was_put(steps: list[tup
             store.remove(kind, entry)
             versions.pop(place, None)
         for kept in (POD, CONFIG_MAP):
-            for live in store.every(kept):
+            for live in (live for key in store.known() for live in store.of(key, kept)):
                 meta = live["metadata"]
                 assert (
                     int(meta["resourceVersion"]) <= versions[kept, meta["labels"][INSTANCE], meta["name"], meta["uid"]]
@@ -122,8 +123,9 @@ def test_managed_fields_are_kept_only_of_replicas() -> None:
         made = document()
         made["metadata"]["managedFields"] = fields
         store.put(kind, made)
-    for kind in (POD, SERVING):
-        assert "managedFields" not in next(store.every(kind))["metadata"]
+    for live in (store.of(KEY, POD)[0], store.serving(Key("ns", "a"))):
+        assert live is not None
+        assert "managedFields" not in live["metadata"]
     [deployment] = store.of(KEY, DEPLOYMENT)
     replicas = {"f:spec": {"f:replicas": {}}}
     assert deployment["metadata"]["managedFields"] == [{"manager": "autoscaler", "fieldsV1": replicas}]

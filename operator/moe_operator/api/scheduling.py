@@ -1,6 +1,7 @@
 """Section `spec.scheduling`: the settings of the three layers, generated from the dataclasses of the decisions."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Annotated
 
 from moe_scheduling.engine.choice import EngineSettings
@@ -39,12 +40,14 @@ class Scheduling(Section):
     expert: ExpertScheduling = ExpertScheduling()
 
 
+@lru_cache
 def request_settings(request: RequestScheduling, engine: EngineScheduling) -> RequestSettings:
     """The settings of the order of requests, with the bound between tokens, which engines keep too."""
     settings = read_settings(request, RequestSettings)
     return replace(settings, inter_token_s=engine_settings(engine).targets.inter_token_s)
 
 
+@lru_cache
 def engine_settings(section: EngineScheduling) -> EngineSettings:
     """The settings of the choice of the engine."""
     return read_settings(section, EngineSettings)

@@ -7,6 +7,7 @@ and read a null as "absent", as the API server does.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError, model_validator
@@ -65,7 +66,7 @@ class Section(BaseModel):
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("section", "a mapping of fields is needed")
-        known = {field.alias for field in cls.model_fields.values()}
+        known = _names_of(cls)
         return {key: entry for key, entry in value.items() if entry is not None or key not in known}
 
     @model_validator(mode="after")
@@ -74,6 +75,12 @@ class Section(BaseModel):
         if broken:
             raise ValidationError.from_exception_data(type(self).__name__, [_details(rule) for rule in broken])
         return self
+
+
+@cache
+def _names_of(section: type[Section]) -> frozenset[str | None]:
+    """The names that the fields of a section have in a document."""
+    return frozenset(field.alias for field in section.model_fields.values())
 
 
 def _details(rule: Rule) -> InitErrorDetails:

@@ -17,7 +17,7 @@ from moe_operator.kubernetes.conditions import READY, is_bad, read_conditions
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.presence import Presence, Role
 from moe_operator.kubernetes.queue import WorkQueue
-from moe_operator.kubernetes.store import Store
+from moe_operator.kubernetes.store import Key, Mark, Store
 
 PREFIX = "moeserving_operator_"
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -108,10 +108,14 @@ class _Calls(Collector):
 
 
 class _Conditions(Collector):
-    """Of each resource the condition `Ready`, and the others that are True or that a person has to act on."""
+    """Of each resource the condition `Ready`, and the others that are True or that a person has to act on.
+
+    A resource is read again when it has changed: with 1,000 of them a scrape would read all statuses for nothing.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._rows: dict[Key, tuple[Mark, list[list[str]]]] = {}
 
     def describe(self) -> list[Metric]:
         """No names ahead of the first scrape: a registry would otherwise read all resources to learn them."""
@@ -123,10 +127,18 @@ class _Conditions(Collector):
         )
         labels = ["resource_namespace", "resource", "condition", "status", "reason"]
         family = GaugeMetricFamily(f"{PREFIX}condition", text, labels=labels)
-        for document in self._store.every(SERVING):
-            metadata = document["metadata"]
-            for kind, condition in read_conditions(document).items():
-                if kind == READY or condition.status is ConditionStatus.TRUE or is_bad(condition):
-                    row = [metadata["namespace"], metadata["name"], kind, condition.status.value, condition.reason]
-                    family.add_metric(row, 1.0)
+        before, self._rows = self._rows, {}
+        for key, mark in self._store.marks(SERVING):
+            known = before.get(key)
+            rows = known[1] if known is not None and known[0] == mark else self._read(key)
+            self._rows[key] = mark, rows
+            for row in rows:
+                family.add_metric(row, 1.0)
         yield family
+
+    def _read(self, key: Key) -> list[list[str]]:
+        return [
+            [key.namespace, key.name, kind, condition.status.value, condition.reason]
+            for kind, condition in read_conditions(self._store.serving(key) or {}).items()
+            if kind == READY or condition.status is ConditionStatus.TRUE or is_bad(condition)
+        ]

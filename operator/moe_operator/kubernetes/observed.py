@@ -24,7 +24,7 @@ from moe_operator.kubernetes.store import Key, Store
 from moe_operator.plan import Observed
 from moe_operator.plan.names import MANAGER, ROTATE, ROTATED_AT, Names
 from moe_operator.plan.replicas import NOTE, Place, Scaled
-from moe_operator.plan.revision import Revision, parse_revision
+from moe_operator.plan.revision import Revision, build_revision, parse_revision
 
 Document = dict[str, Any]
 # Pods see a changed Secret within the kubelet's sync period, a minute or two; until then the old token is good too.
@@ -69,6 +69,9 @@ def _read_stable(text: str | None, resource: MoEServing) -> Revision | None:
     Raises:
         InvalidInput: it stands there and is not valid for this release, and a canary would take its place.
     """
+    wanted = build_revision(resource)
+    if text == wanted.text:
+        return wanted
     stable = None if text is None else parse_revision(text)
     canary = resource.spec.engine.canary
     if text and stable is None and canary is not None and canary.weight < 100:

@@ -42,6 +42,19 @@ KINDS_EVERY_S = 60.0
 log = logging.getLogger("moeserving.operator")
 
 
+class _NoDifferences(kopf.DiffBaseStorage):
+    """Keeps kopf from comparing each object with one of before: no handler here asks for the difference."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing is kept in the object."""
+
+
 class Operator:
     """One operator; `run` ends when it no longer leads or after `stop`.
 
@@ -277,6 +290,7 @@ class Operator:
         settings.queueing.idle_timeout = 1.0
         settings.queueing.exit_timeout = 0.5
         settings.posting.enabled = False
+        settings.persistence.diffbase_storage = _NoDifferences()
         return settings
 
     async def _probe(self) -> dict[str, Any]:

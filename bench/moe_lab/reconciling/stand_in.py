@@ -53,8 +53,9 @@ class StandIn:
         if request.query.get("watch") != "1":
             return web.Response(body=self._state(address), content_type="application/json")
         stream = web.StreamResponse(headers=stream_headers(parse_interval(request.query)))
-        await stream.prepare(request)
+        # An operator that ends leaves its questions.
         with contextlib.suppress(ConnectionError):
+            await stream.prepare(request)
             await stream.write(self._state(address))
             while True:
                 await stream.write(await self._next(address))

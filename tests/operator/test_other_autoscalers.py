@@ -99,6 +99,16 @@ async def test_without_the_right_to_list_them_none_is_known(status):
     assert api.lists == 1
 
 
+async def test_a_refusal_stands_in_the_log_once_until_the_right_has_come_and_gone(caplog):
+    api, now_s = FakeApi([], 403), [0.0]
+    looks, wanted = others(api, now_s), resource(autoscaling={"targets": {"kvUsage": 0.8}})
+    for status, warnings in ((403, 1), (403, 1), (None, 1), (403, 2)):
+        api.status = status
+        await looks.judge("ns", wanted, OUTCOME)
+        assert len(caplog.records) == warnings
+        now_s[0] += AGE_S
+
+
 async def test_another_failure_is_one_of_the_pass():
     wanted = resource(autoscaling={"targets": {"kvUsage": 0.8}})
     with pytest.raises(ApiError):

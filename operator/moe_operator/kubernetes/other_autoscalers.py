@@ -38,6 +38,8 @@ class OtherAutoscalers:
     def __init__(self, api: Api, clock: Callable[[], float] = time.monotonic) -> None:
         self._api, self._clock = api, clock
         self._listed: dict[str, tuple[float, Sequence[Document]]] = {}
+        # Namespaces whose refusal is in the log.
+        self._refused: set[str] = set()
 
     async def judge(self, namespace: str, resource: MoEServing, outcome: Outcome) -> Outcome:
         """Returns what the autoscaler decided, limited by an autoscaler that writes the same numbers, if there is one.
@@ -63,8 +65,12 @@ class OtherAutoscalers:
         except ApiError as error:
             if error.status not in (FORBIDDEN, NOT_FOUND):
                 raise
-            log.warning("autoscalers of others in %s: %s", namespace, error.message)
+            if namespace not in self._refused:
+                log.warning("autoscalers of others in %s: %s", namespace, error.message)
+            self._refused.add(namespace)
             found = ()
+        else:
+            self._refused.discard(namespace)
         self._listed[namespace] = (self._clock(), found)
         return found
 

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from moe_operator.api.status import list_troubled_ranks
 from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.diagnosis import LONGEST_MESSAGE, find_gated, find_problems
 from pods import agent, pod, states
@@ -130,6 +131,13 @@ def test_ranks_for_which_the_others_wait_are_named_while_the_engine_runs() -> No
     assert (finding.reason, finding.pod, finding.component) == ("RankFailed", "tiny-engine-a", "engine")
     assert "rank 1: its process is suspended; rank 3: of_a_newer_agent" in finding.message
     assert state.notable != agent("ready", ranks=[{"rank": 0}]).notable
+
+
+def test_of_hundreds_of_ranks_the_first_are_named_and_the_others_counted() -> None:
+    state = agent("ready", ranks=[{"rank": rank, "trouble": "silent"} for rank in range(256)])
+    (finding,) = find_problems([pod()], states({"tiny-engine-a": state}), NOW)
+    assert finding.message.endswith("; and 248 more)")
+    assert [row.rank for row in list_troubled_ranks(state)] == [*range(8)]
 
 
 @pytest.mark.parametrize("phase", ["ready", "draining", "stopped"])

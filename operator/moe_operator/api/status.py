@@ -3,10 +3,13 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
+from moe_contract.agent_state import AgentState
 from moe_scheduling.engine.disaggregation import EngineRole
 from pydantic import AwareDatetime, Field
 
 from moe_operator.api.section import Section
+
+MOST_TROUBLED_RANKS = 8
 
 Natural = Annotated[int, Field(ge=0)]
 
@@ -55,6 +58,14 @@ class TroubledRank(Section):
     message: str = Field(default="", description="In words for people.")
 
 
+def list_troubled_ranks(state: AgentState) -> tuple[TroubledRank, ...]:
+    """The first of an engine's ranks for which the others wait: a status that named hundreds would be too large."""
+    return tuple(
+        TroubledRank(rank=row.rank, trouble=row.trouble, message=row.trouble_words)
+        for row in state.troubled_ranks[:MOST_TROUBLED_RANKS]
+    )
+
+
 class EngineStatus(Section):
     """State of one engine, as its agent reports it."""
 
@@ -74,7 +85,8 @@ class EngineStatus(Section):
         default=None, description="Transfers of KV blocks to it since its start; absent where they do not travel."
     )
     troubled_ranks: tuple[TroubledRank, ...] = Field(
-        default=(), description="Its ranks for which the others wait; empty while all go on."
+        default=(),
+        description=f"The first {MOST_TROUBLED_RANKS} of its ranks for which the others wait; empty while all go on.",
     )
 
 

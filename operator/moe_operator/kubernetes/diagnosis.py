@@ -12,6 +12,7 @@ from typing import Any
 from moe_contract.agent_state import AgentState
 
 from moe_operator.api.reasons import Reason
+from moe_operator.api.status import list_troubled_ranks
 from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.exit_cause import explain_exit
 from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding, build_finding
@@ -153,7 +154,9 @@ def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:
     """What an agent says of a rank that keeps its engine from going on, or of an engine that ended and is not back."""
     if state is not None and state.troubled_ranks:
         advice = "an engine does not go on, and new requests are sent to others; see docs/agent.md, Ranks"
-        detail = "; ".join(f"rank {row.rank}: {row.trouble_words}" for row in state.troubled_ranks)
+        named = [f"rank {row.rank}: {row.message}" for row in list_troubled_ranks(state)]
+        more = len(state.troubled_ranks) - len(named)
+        detail = "; ".join([*named, *([f"and {more} more"] if more else [])])
         yield _finding(pod, Reason.RANK_FAILED, advice, detail)
     if state is None or state.phase in ("ready", "draining", "stopped") or not state.engine.last_exit:
         return

@@ -21,7 +21,7 @@ from moe_operator.api.status import (
     ExpertsStatus,
     PoliciesInForce,
     RoleStatus,
-    TroubledRank,
+    list_troubled_ranks,
     status_document,
 )
 from moe_operator.api.status import Status as StatusSection
@@ -192,9 +192,7 @@ def _engine(pod: Document, state: AgentState | None) -> EngineStatus:
         kv_usage=round(state.kv_usage, 2),
         role=None if state.kv_transfer is None else state.kv_transfer.role,
         transfers=None if state.kv_transfer is None else state.kv_transfer.transfers,
-        troubled_ranks=tuple(
-            TroubledRank(rank=row.rank, trouble=row.trouble, message=row.trouble_words) for row in state.troubled_ranks
-        ),
+        troubled_ranks=list_troubled_ranks(state),
     )
 
 

@@ -14,7 +14,7 @@ from moe_operator.api.status import (
     EngineStatus,
     PoliciesInForce,
     Status,
-    TroubledRank,
+    list_troubled_ranks,
 )
 from moe_operator.experts.report import build_experts
 from moe_operator.local.observation import Observation, name_engine
@@ -156,9 +156,7 @@ def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
         kv_usage=min(1.0, agent.kv_usage),
         role=None if agent.kv_transfer is None else agent.kv_transfer.role,
         transfers=None if agent.kv_transfer is None else agent.kv_transfer.transfers,
-        troubled_ranks=tuple(
-            TroubledRank(rank=row.rank, trouble=row.trouble, message=row.trouble_words) for row in agent.troubled_ranks
-        ),
+        troubled_ranks=list_troubled_ranks(agent),
     )
 
 

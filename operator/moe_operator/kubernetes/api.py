@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from moe_contract.api_server import NOT_FOUND, ApiError, ApiServer, Document, Kind, Listing
 
 from moe_operator.kubernetes.kinds import LEASE, SERVING
+from moe_operator.kubernetes.own_writes import OwnWrites
 from moe_operator.plan.names import MANAGED_BY, MANAGER
 
 # etcd has this revision before it holds anything, so no object ever has it: an apply that names it can only create.
@@ -26,12 +27,13 @@ class Api:
 
     Attributes:
         calls: number of calls by verb and kind.
+        own: the applies that have no answer yet.
     """
 
     def __init__(self, server: ApiServer, may_write: Callable[[], bool] = lambda: True) -> None:
         self.server = server
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.may_write = may_write
+        self.may_write, self.own = may_write, OwnWrites()
 
     def check_lead(self, what: str) -> None:
         """Raises `NotLeading` where this operator must change nothing; `what` is the change."""
@@ -53,7 +55,11 @@ class Api:
         if create_only:
             document = {**document, "metadata": {**document["metadata"], "resourceVersion": NO_VERSION}}
         self._count_change("dry run" if dry_run else "apply", kind)
-        return await self.server.apply(kind, document, MANAGER, subresource=subresource, dry_run=dry_run)
+        if dry_run:
+            return await self.server.apply(kind, document, MANAGER, subresource=subresource, dry_run=True)
+        with self.own.awaiting(kind, document) as answers:
+            answers.append(await self.server.apply(kind, document, MANAGER, subresource=subresource))
+        return answers[0]
 
     async def merge(self, kind: Kind, namespace: str, name: str, patch: Document) -> Document:
         """Merge patch; returns the object."""

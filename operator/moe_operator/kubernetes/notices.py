@@ -10,6 +10,7 @@ from moe_operator.experts.report import Verdict
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.conditions import build_condition, changed_conditions, read_conditions, summarise
 from moe_operator.kubernetes.kinds import SERVING
+from moe_operator.kubernetes.own_writes import keep_serving
 from moe_operator.kubernetes.store import Store
 
 Document = dict[str, Any]
@@ -42,7 +43,7 @@ class Notices:
         header = own_part(document, None)
         header["metadata"].pop("uid")
         wanted = {**header, "status": status | {"summary": summarise(conditions), "conditions": rows}}
-        self._store.put(SERVING, await self._api.apply(SERVING, wanted, subresource="status"))
+        keep_serving(self._store, self._api.own, await self._api.apply(SERVING, wanted, subresource="status"))
         for condition in changed_conditions(before, conditions):
             await self._announce(document, condition)
 

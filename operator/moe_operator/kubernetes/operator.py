@@ -77,6 +77,7 @@ class Operator:
         """
         settings = self._settings
         self._api = Api(self._server)
+        self._api.own.on_change = self._see_change
         self._metrics.calls = self._api.calls
         times = Times(
             watch_s=settings.watch_s,
@@ -84,7 +85,7 @@ class Operator:
             silence_s=INACTIVITY_S,
             absent_s=min(KINDS_EVERY_S, settings.resync_s),
         )
-        self._watches = Watches(self._server, self._store, self._namespaces(), self._see_change, self._api.calls, times)
+        self._watches = Watches(self._server, self._store, self._namespaces(), self._api.own, self._api.calls, times)
         # 0: no bound. A stream keeps its connection.
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             streams = StateStreams(session, self._see_state, most_streams())
@@ -255,6 +256,7 @@ class Operator:
             )
 
     async def _see(self, event: Any, **_: Any) -> None:
+        """Takes an event of kopf, which of those that come together passes on the last alone."""
         document = {**event["object"], "apiVersion": SERVING.api_version, "kind": SERVING.name}
         deleted = event["type"] == "DELETED"
         key = self._store.remove(SERVING, document) if deleted else self._store.put(SERVING, document)

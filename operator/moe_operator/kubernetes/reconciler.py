@@ -48,6 +48,7 @@ from moe_operator.kubernetes.namespaces import Namespaces
 from moe_operator.kubernetes.notices import Notices, own_part
 from moe_operator.kubernetes.observed import engines_workload, read_observed, takes_over
 from moe_operator.kubernetes.other_autoscalers import OtherAutoscalers
+from moe_operator.kubernetes.own_writes import keep_serving
 from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_experts, find_peers, put_settings
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
@@ -270,7 +271,8 @@ class Reconciler:
     async def _hold_on(self, document: Document) -> None:
         """Takes the finalizer, so that a deletion waits until the streams have ended."""
         if FINALIZER not in document["metadata"].get("finalizers", []):
-            self._store.put(SERVING, await self._api.apply(SERVING, own_part(document, [FINALIZER])))
+            answer = await self._api.apply(SERVING, own_part(document, [FINALIZER]))
+            keep_serving(self._store, self._api.own, answer)
 
     async def _push_settings(self, plan: ClusterPlan, peers: list[Peer], current: Pass) -> bool:
         """Gives running engines and gateways the settings that they do not have; whether one did not take them."""
@@ -422,7 +424,8 @@ class Reconciler:
                 await self._events.record(document, condition)
             header = own_part(document, None)
             header["metadata"].pop("uid")
-            self._store.put(SERVING, await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status"))
+            answer = await self._api.apply(SERVING, {**header, "status": wanted}, subresource="status")
+            keep_serving(self._store, self._api.own, answer)
         unsettled = inputs.rolling or inputs.ready < inputs.desired or inputs.findings
         # What comes from gateways and EndpointSlices brings no pass by itself.
         unseen = inputs.gateways and inputs.ready and not is_serving(inputs)

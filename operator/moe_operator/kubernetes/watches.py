@@ -10,7 +10,7 @@ says what is not known, and resources there are left as they are.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 from moe_contract.api_server import ApiError, ApiServer, Document, Kind, Listing
@@ -18,8 +18,9 @@ from moe_contract.list_watch import ListWatch, Times
 
 from moe_operator.kubernetes.api import selector_of
 from moe_operator.kubernetes.kinds import CHILDREN, POD, SERVING
+from moe_operator.kubernetes.own_writes import OwnWrites
 from moe_operator.kubernetes.sight import Sight, place_text
-from moe_operator.kubernetes.store import Key, Store, pack
+from moe_operator.kubernetes.store import Store, pack
 
 # Time for a kind that fails again and again after the first was read, before the work begins without it.
 PATIENCE_S = 30.0
@@ -34,7 +35,7 @@ class Watches:
         server: the API server.
         store: gets the objects.
         namespaces: those that are followed; None is all of them.
-        on_change: called with each resource of which an object changed.
+        own: gets each resource of which an object changed, and says what changed otherwise than by the operator.
         calls: the lists are counted here, by verb and kind.
         times: of each list-watch.
 
@@ -49,13 +50,13 @@ class Watches:
         server: ApiServer,
         store: Store,
         namespaces: Iterable[str | None],
-        on_change: Callable[[Key], None],
+        own: OwnWrites,
         calls: Counter[tuple[str, str]],
         times: Times,
     ) -> None:
         self.kinds: frozenset[Kind] = frozenset()
         self.synced = asyncio.Event()
-        self._store, self._on_change, self._calls = store, on_change, calls
+        self._store, self._own, self._calls = store, own, calls
         places = [*namespaces]
         kinds = (POD, *CHILDREN) if None in places else (POD, *CHILDREN, SERVING)
         self.sight = Sight((kind, place) for kind in kinds for place in places)
@@ -92,7 +93,7 @@ class Watches:
             changed |= {key for key in self._store.known() if namespace in (None, key.namespace)}
         self._count(kind, namespace)
         for key in changed:
-            self._on_change(key)
+            self._own.on_change(key)
 
     def absent(self, kind: Kind, namespace: str | None) -> None:
         """Notes that the cluster lacks a kind."""
@@ -107,19 +108,17 @@ class Watches:
             self._sync()
             for key in self._store.known():
                 if namespace in (None, key.namespace):
-                    self._on_change(key)
+                    self._own.on_change(key)
 
     def changed(self, kind: Kind, document: Document) -> None:
         """Takes an object that is new or was changed."""
-        self._report(self._store.put(kind, document))
+        if (key := self._store.put(kind, document)) is not None:
+            self._own.see(kind, document, key)
 
     def deleted(self, kind: Kind, document: Document) -> None:
         """Removes a deleted object from the store."""
-        self._report(self._store.remove(kind, document))
-
-    def _report(self, key: Key | None) -> None:
-        if key is not None:
-            self._on_change(key)
+        if (key := self._store.remove(kind, document)) is not None:
+            self._own.on_change(key)
 
     def _count(self, kind: Kind, namespace: str | None) -> None:
         self._calls["list", kind.name] += 1

@@ -123,6 +123,7 @@ class OrderedScheduler(AsyncScheduler):
         self._transfers: TransferMeter | None = None
         if run_dir and KV_TRANSFER_VARIABLE in os.environ:
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
+            self._transfers.watch(self.connector)
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0

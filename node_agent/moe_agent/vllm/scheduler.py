@@ -127,9 +127,8 @@ class OrderedScheduler(AsyncScheduler):
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
-        state = RankState(
-            pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
-        )
+        signal = EngineSignal(kv_tokens=self._count_kv_tokens())
+        state = RankState(pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=signal)
         self._record = RankRecordWriter(Path(run_dir), rank, state) if run_dir else None
         # The same fields, writable: a frozen snapshot for each write would take longer than the write.
         self._state: Any = _writable(state)
@@ -374,6 +373,15 @@ class OrderedScheduler(AsyncScheduler):
         if self._offload_tier is not None:
             cached_tokens = self._offload_tier.held_tokens(request, cached_tokens)
         return request.num_tokens - cached_tokens
+
+    def _count_kv_tokens(self) -> int:
+        """Tokens for which the KV cache has room, as vLLM counts them, or its tier, which keeps copies of them."""
+        groups = self.kv_cache_config.kv_cache_groups
+        if not groups:
+            return 0
+        block_tokens = min(group.kv_cache_spec.block_size for group in groups)
+        tokens = self.kv_cache_config.num_blocks // len(groups) * block_tokens
+        return max(tokens, 0 if self._offload_tier is None else self._offload_tier.room_tokens)
 
     def take_settings(self) -> None:
         """Applies new settings; settings that are being written are taken at the next step.

@@ -69,8 +69,8 @@ def wait_while_moving(
     seen, changed_s, began_s = see(), time.monotonic(), time.monotonic()
     while not (answer := look()):
         now_s = time.monotonic()
-        if (now := see()) != seen:
-            seen, changed_s = now, now_s
+        if (shown := see()) != seen:
+            seen, changed_s = shown, now_s
         still = now_s - changed_s
         assert still < still_s, (
             f"nothing moved for {still:.0f} s, {now_s - began_s:.0f} s after the start: {what}; {seen}"

@@ -9,6 +9,7 @@ from moe_lab.split_requests.ledger import Ledger, Received, SplitOutcome, judge,
 from moe_lab.split_requests.traffic import SplitRequest, plan_request
 
 OWED = "5 6 7 "
+ERROR = 'data: {"error": "x"}\n\n'
 
 
 def request(api: SoakRoute = SoakRoute.COMPLETIONS, *, stream: bool = True) -> SplitRequest:

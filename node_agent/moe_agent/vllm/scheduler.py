@@ -43,6 +43,7 @@ from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
+from moe_agent.vllm.leases import LeaseGuard, find_lease_s
 from moe_agent.vllm.lockstep_turns import TurnPublisher, publish_turns
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
@@ -124,6 +125,8 @@ class OrderedScheduler(AsyncScheduler):
         if run_dir and KV_TRANSFER_VARIABLE in os.environ:
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
             self._transfers.watch(self.connector)
+        transfer = self.vllm_config.kv_transfer_config
+        self._leases = None if transfer is None else LeaseGuard(find_lease_s(transfer))
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
@@ -138,6 +141,8 @@ class OrderedScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.take_settings()
+        if self._leases is not None:
+            self._count_failed(self._leases.look())
         prefilling = self.prefilling()
         scheduled_s = self.clock()
         self._plan.begin(self._curve(), scheduled_s)
@@ -168,6 +173,8 @@ class OrderedScheduler(AsyncScheduler):
         self.take_settings()
         if (priority := priority_of(request.request_id)) is not None:
             request.priority = priority
+        if self._leases is not None:
+            self._count_failed(int(not self._leases.admit(request)))
         super().add_request(request)
         self._plan.publish(self.clock())
         self.publish()
@@ -193,7 +200,15 @@ class OrderedScheduler(AsyncScheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         self.waiting.charge_output(request)
-        return super()._free_request(request, delay_free_blocks)
+        transfer, encoder = super()._free_request(request, delay_free_blocks)
+        if self._leases is not None:
+            self._leases.stamp(transfer)
+        return transfer, encoder
+
+    def _count_failed(self, transfers: int) -> None:
+        """Blocks that are not fetched any more count as failed transfers."""
+        if transfers and self._transfers is not None:
+            self._transfers.count_failed(transfers)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)

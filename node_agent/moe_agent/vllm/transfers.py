@@ -45,6 +45,11 @@ class TransferMeter:
 
         connector.set_xfer_handshake_metadata_pp_aware = learn_and_take
 
+    def count_failed(self, transfers: int) -> None:
+        """Counts transfers that were not begun."""
+        self._state = replace(self._state, failed=self._state.failed + transfers)
+        self._record.write(self._state)
+
     def observe(self, output: Any) -> None:
         """Takes what a step's output says of transfers; almost every one says nothing."""
         connector = output.kv_connector_output

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from moe_agent.shared_memory.transfer_record import TransferRecords
-from moe_contract.engine_process import KV_TRANSFER_VARIABLE, RUN_DIR_VARIABLE
+from moe_contract.engine_process import KV_TRANSFER_VARIABLE
 from moe_contract.kv_transfer import KvTransferConfig
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_tools.modelless import BLOCK_TOKENS, build_scheduler, foreign_warnings, make_config, write_model
@@ -17,7 +17,7 @@ PROMPT = list(range(4 * BLOCK_TOKENS))
 
 @pytest.fixture
 def make_scheduler(
-    virtual_engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    virtual_engines: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
     """Makes schedulers with vLLM's NixlConnector, whose clocks the test sets."""
     from moe_agent.supervisor.kv_transfer import build_connector_arguments
@@ -27,7 +27,6 @@ def make_scheduler(
 
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", "15613")
     monkeypatch.setenv(KV_TRANSFER_VARIABLE, "1")
-    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path))
     write_model(tmp_path)
     made = []
 
@@ -164,9 +163,9 @@ def test_an_engine_says_until_when_it_holds_blocks(make_scheduler, clock):
     assert params[HELD_UNTIL] == clock.now_s + LEASE_S
 
 
-def test_what_is_not_fetched_counts_as_failed(make_scheduler, clock, tmp_path):
+def test_what_is_not_fetched_counts_as_failed(make_scheduler, clock, settings):
     scheduler = make_scheduler(EngineRole.DECODE)
-    records = TransferRecords(tmp_path, range(1), KvTransferConfig(port=1))
+    records = TransferRecords(settings.run_dir, range(1), KvTransferConfig(port=1))
     scheduler.add_request(request("a", params_of(clock.now_s + 20.0)))
     assert records.read().failed == 0
     scheduler.add_request(request("b", params_of(clock.now_s)))

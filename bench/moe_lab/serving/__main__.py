@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_tools.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
 from moe_tools.compare_command import ComparisonEffort
@@ -112,8 +111,8 @@ def check_options(context: typer.Context, of_other_run: Collection[str]) -> None
     Raises:
         InvalidInput: they are on the command line.
     """
-    source = context.get_parameter_source
-    wrong = sorted(name for name in of_other_run if source(name) is ParameterSource.COMMANDLINE)
+    sources = {name: context.get_parameter_source(name) for name in of_other_run}
+    wrong = sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
     if wrong:
         with_roles = "goes with --roles alone" if of_other_run is OF_COMPARISON else "does not go with --roles"
         raise InvalidInput([InputError(f"--{name.replace('_', '-')}", with_roles) for name in wrong])

@@ -78,8 +78,11 @@ class Interceptor:
             for task in both:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
-            to_engine.transport.abort()
-            writer.close()
+            for each in (to_engine, writer):
+                each.close()
+            for each in (to_engine, writer):
+                with contextlib.suppress(OSError):
+                    await each.wait_closed()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -47,7 +47,7 @@ class SplitSettings:
     transfers: int
     seed: int = 0
     in_flight: int = 6
-    rounds: int = 2
+    rounds: int = 1
 
     @property
     def most_requests(self) -> int:

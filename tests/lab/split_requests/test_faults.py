@@ -1,6 +1,7 @@
 """The faults of a run with roles, and the way to an engine that can spoil its answers."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -24,6 +25,12 @@ def test_each_kind_comes_equally_often_and_in_the_order_of_the_requests():
     assert {fault.victim for fault in faults} <= {0, 1}
 
 
+async def end(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
 async def talk(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -32,13 +39,13 @@ async def talk(port: int) -> bytes:
     except ConnectionResetError:
         return b""
     finally:
-        writer.close()
+        await end(writer)
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     if await reader.read(100) == b"ask":
         writer.write(ANSWER)
-    writer.close()
+    await end(writer)
 
 
 async def test_answers_pass_are_spoilt_or_come_late():

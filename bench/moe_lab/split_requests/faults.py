@@ -23,9 +23,9 @@ class SplitFault(Enum):
         return self.name.startswith("DECODE")
 
     @property
-    def ends_processes(self) -> bool:
-        """Whether an engine has to start again after it."""
-        return self.name.endswith("KILLED")
+    def is_of_process(self) -> bool:
+        """Whether it hits an engine's processes, and not its answers."""
+        return self.name.endswith(("KILLED", "FROZEN"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,9 @@ class SplitInjector:
     async def _strike(self, fault: PlannedFault) -> None:
         engines, began_s = self._testbed.of_role(decodes=fault.kind.is_of_decode), time.monotonic()
         victim, interceptor = engines[fault.victim % len(engines)], self._testbed.interceptor
+        if not fault.kind.is_of_process:
+            # The one behind the interceptor.
+            victim = engines[0]
         match fault.kind:
             case SplitFault.PREFILL_CORE_KILLED | SplitFault.DECODE_CORE_KILLED:
                 await self._kill_cores(victim)

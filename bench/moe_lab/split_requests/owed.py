@@ -12,7 +12,7 @@ from moe_lab.split_requests.ledger import Content, read_content
 from moe_lab.split_requests.testbed import plain_engine
 from moe_lab.split_requests.traffic import SplitRequest
 
-_AT_ONCE = 4
+_AT_ONCE = 8
 _TIMEOUT = aiohttp.ClientTimeout(total=600.0)
 
 

@@ -28,7 +28,7 @@ PATIENCE_S = 300.0
 # After the last answer: a lease ends, and a little more.
 FREE_WITHIN_S = 60.0
 # Some requests go whole: those that a decode engine has the blocks of, and those whose pair failed.
-MOST_REQUESTS = 1.5
+MOST_REQUESTS = 1.25
 PROGRESS_S = 30.0
 _LEAVES_AFTER_BYTES = 300
 

@@ -16,6 +16,7 @@ import aiohttp
 import psutil
 from moe_agent.supervisor import launcher
 from moe_contract.agent_config import AgentConfig
+from moe_contract.agent_state import READY
 from moe_contract.gateway_config import GatewayConfig
 from moe_operator.api import MoEServing, parse_resource
 from moe_operator.local import machine
@@ -142,7 +143,7 @@ class SplitTestbed:
         return await fetch_json(self.session, f"{self.admin_url}/v1/state")
 
     async def wait_until_accepting(self) -> None:
-        """Waits until the gateway sends requests to all engines, and all say with whom they exchange blocks.
+        """Waits until all engines are ready, say with whom they exchange blocks, and get requests of the gateway.
 
         Raises:
             DidNotStart: they do not in time.
@@ -151,7 +152,10 @@ class SplitTestbed:
         while time.monotonic() < until_s:
             state = await self.read_gateway()
             rows = [] if state is None else state["engines"]
-            if len(rows) == len(self.engines) and all(row["accepting"] and row["role"] for row in rows):
+            agents = [await engine.read_state(self.session) for engine in self.engines]
+            are_ready = all(agent is not None and agent["phase"] == READY for agent in agents)
+            are_used = len(rows) == len(self.engines) and all(row["accepting"] and row["role"] for row in rows)
+            if are_ready and are_used:
                 return
             await asyncio.sleep(_POLL_S)
         raise DidNotStart(f"not all engines serve after {START_TIMEOUT_S:g} s: {await self.read_gateway()}")
@@ -250,7 +254,7 @@ async def plain_engine(model: Path, folder: Path) -> AsyncIterator[SplitEngine]:
     try:
         async with aiohttp.ClientSession() as session:
             until_s = time.monotonic() + START_TIMEOUT_S
-            while (state := await engine.read_state(session)) is None or state["phase"] != "ready":
+            while (state := await engine.read_state(session)) is None or state["phase"] != READY:
                 if time.monotonic() > until_s or not engine.launched.is_running:
                     raise DidNotStart(f"the plain engine does not serve; its log ends with {engine.launched.log_end()}")
                 await asyncio.sleep(_POLL_S)

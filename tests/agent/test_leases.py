@@ -65,8 +65,12 @@ class Clock:
 
 def request(name: str, params: dict[str, Any] | None) -> Any:
     from vllm import SamplingParams
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
 
+    hash_function = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_function)
     made = Request(
         request_id=name,
         prompt_token_ids=PROMPT,
@@ -74,6 +78,7 @@ def request(name: str, params: dict[str, Any] | None) -> Any:
             max_tokens=4, ignore_eos=True, extra_args=None if params is None else {"kv_transfer_params": params}
         ),
         pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK_TOKENS, hash_function),
     )
     assert made.kv_transfer_params == params
     return made

@@ -284,8 +284,8 @@ def test_peers_are_those_whose_workers_tell_the_same(make_engine: Callable[..., 
         meter.watch(connector := Connector())
         records = TransferRecords(tmp_path / name, range(1), TRANSFER)
         before = records.read()
-        connector.set_xfer_handshake_metadata_pp_aware(told := handshakes(*hashes))
-        assert connector.given == [told]
+        connector.set_xfer_handshake_metadata_pp_aware(given := handshakes(*hashes))
+        assert connector.given == [given]
         found[name] = records.read()
         assert found[name].peers != before.peers
         assert found[name].token_bytes == before.token_bytes

@@ -27,7 +27,7 @@ def engines(serving: Serving, role: str) -> dict[str, Any]:
 
 
 def are_there(serving: Serving, role: str, number: int, without: Collection[str] = ()) -> bool:
-    """Whether exactly so many engines of a role are ready, none of them among these uids."""
+    """Whether exactly this number of engines of a role is ready, none of them among these uids."""
     found = engines(serving, role)
     return len(found) == number and not found.keys() & set(without)
 

@@ -135,7 +135,7 @@ def run_roles(settings: SplitSettings, json_out: Path | None) -> None:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     say.console.print(render_result(result, environment))
-    for line in (*result.problems, *result.ledger.examples):
+    for line in (*result.problems, *result.outcomes.examples):
         say.console.print(line, highlight=False, markup=False, soft_wrap=True)
     if json_out:
         write_json(json_out, build_split_document(result, environment))

@@ -19,7 +19,7 @@ class SplitFault(Enum):
 
     @property
     def is_of_decode(self) -> bool:
-        """Whether its victim decodes."""
+        """Whether its victim is an engine that decodes."""
         return self.name.startswith("DECODE")
 
     @property

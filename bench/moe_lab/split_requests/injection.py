@@ -41,7 +41,7 @@ class SplitInjector:
         self.pause_at = math.inf
 
     async def run(self, faults: Sequence[PlannedFault], ended: Callable[[], int], is_over: Callable[[], bool]) -> None:
-        """Injects each fault when so many requests have ended, until it is over."""
+        """Injects each fault when the number of requests that have ended calls for it, until it is over."""
         for fault, following in zip(faults, [*faults[1:], None], strict=True):
             await wait_for(lambda due=fault.after: ended() >= due or is_over(), math.inf)  # type: ignore[misc]
             if ended() < fault.after:

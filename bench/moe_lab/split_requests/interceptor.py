@@ -33,7 +33,7 @@ class Interceptor:
         self.spoilt = self.held = 0
 
     def hold(self, answers: int) -> None:
-        """The next answers wait, so many of them; others pass, so the engine goes on."""
+        """This number of answers wait from now on; others pass, so the engine goes on."""
         self._to_hold = answers
         self._open.clear()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from moe_lab.split_requests.ledger import Content, read_content
+from moe_lab.split_requests.judgement import Content, read_content
 from moe_lab.split_requests.testbed import plain_engine
 from moe_lab.split_requests.traffic import SplitRequest
 

@@ -8,19 +8,19 @@ from moe_tools.statistics import estimate, mean_of, percentile_of
 from rich import box
 from rich.table import Table
 
-from moe_lab.split_requests.ledger import SplitOutcome
+from moe_lab.split_requests.judgement import SplitOutcome
 from moe_lab.split_requests.run import SplitResult
 
 
 def build_document(result: SplitResult, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that was counted, as a JSON object."""
-    ledger = result.ledger
+    outcomes = result.outcomes
     return {
         "environment": dict(environment),
         "settings": asdict(result.settings),
-        "requests": ledger.finished,
-        "outcomes": {outcome.value: ledger.outcomes[outcome] for outcome in SplitOutcome},
-        "routes": dict(sorted(ledger.routes.items())),
+        "requests": outcomes.finished,
+        "outcomes": {outcome.value: outcomes.counts[outcome] for outcome in SplitOutcome},
+        "routes": dict(sorted(outcomes.routes.items())),
         "transfers": result.transfers,
         "fall_backs": result.fall_backs,
         "faults": {kind.value: count for kind, count in result.faults.items()},
@@ -28,14 +28,14 @@ def build_document(result: SplitResult, environment: Mapping[str, Any]) -> dict[
         "held": result.held,
         "engines": [asdict(engine) for engine in result.engines],
         "load_s": round(result.load_s, 1),
-        "ttft_s": [round(value, 4) for value in ledger.ttft_s],
+        "ttft_s": [round(value, 4) for value in outcomes.ttft_s],
         "problems": result.problems,
-        "examples": ledger.examples,
+        "examples": outcomes.examples,
     }
 
 
 def render_result(result: SplitResult, environment: Mapping[str, Any]) -> Table:
-    """The table."""
+    """The table of all counts, with versions and machine below."""
     table = Table(title="Requests split between engines that fail", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("counted", no_wrap=True)
     table.add_column("number", justify="right")
@@ -51,11 +51,11 @@ def render_result(result: SplitResult, environment: Mapping[str, Any]) -> Table:
 
 
 def _rows(result: SplitResult) -> Iterator[tuple[str, str]]:
-    ledger = result.ledger
-    yield "requests", f"{ledger.finished:,}"
+    outcomes = result.outcomes
+    yield "requests", f"{outcomes.finished:,}"
     yield "answers with transfers", f"{result.transfers:,}"
     for outcome in SplitOutcome:
-        yield outcome.value, f"{ledger.outcomes[outcome]:,}"
+        yield outcome.value, f"{outcomes.counts[outcome]:,}"
     yield "faults", f"{result.faults.total()}"
     for kind, count in sorted(result.faults.items(), key=lambda row: row[0].value):
         yield f"  {kind.value}", f"{count}"
@@ -66,9 +66,9 @@ def _rows(result: SplitResult) -> Iterator[tuple[str, str]]:
         yield f"  {reason}", f"{count}"
     for engine in result.engines:
         yield f"{engine.name}: blocks held at the end", f"{engine.kv_usage:.2%}"
-    if len(ledger.ttft_s) > 1:
+    if len(outcomes.ttft_s) > 1:
         for name, statistic in (("mean", mean_of), ("p50", percentile_of(50)), ("p99", percentile_of(99))):
-            found = estimate(ledger.ttft_s, statistic)
+            found = estimate(outcomes.ttft_s, statistic)
             words = f"{found.value * 1e3:,.0f} ms [{found.low * 1e3:,.0f}, {found.high * 1e3:,.0f}]"
             yield f"TTFT of whole streams, {name}", words
-    yield "requests a second", f"{ledger.finished / result.load_s:.2f}"
+    yield "requests a second", f"{outcomes.finished / result.load_s:.2f}"

@@ -17,7 +17,7 @@ from moe_lab.soak.traffic import Leaving
 from moe_lab.split_requests.engine_figures import EngineFigures, wait_until_free
 from moe_lab.split_requests.faults import SplitFault, plan_faults
 from moe_lab.split_requests.injection import SplitInjector
-from moe_lab.split_requests.ledger import Ledger, Received, SplitOutcome
+from moe_lab.split_requests.judgement import SplitAnswer, Outcomes, SplitOutcome
 from moe_lab.split_requests.owed import find_owed
 from moe_lab.split_requests.testbed import SplitTestbed, running
 from moe_lab.split_requests.traffic import SplitRequest, plan_request
@@ -51,7 +51,7 @@ class SplitSettings:
 
     @property
     def most_requests(self) -> int:
-        """Requests at most."""
+        """Number of requests after which the run ends in any case."""
         return max(self.in_flight, round(self.transfers * MOST_REQUESTS))
 
 
@@ -61,7 +61,7 @@ class SplitResult:
 
     Attributes:
         settings: what it did.
-        ledger: outcomes of all requests.
+        outcomes: outcomes of all requests.
         faults: how often each kind came.
         transfers: answers that came from an engine that had not computed their prompt.
         fall_backs: pairs that were left for one engine, by reason.
@@ -73,7 +73,7 @@ class SplitResult:
     """
 
     settings: SplitSettings
-    ledger: Ledger
+    outcomes: Outcomes
     faults: Counter[SplitFault]
     transfers: int
     fall_backs: dict[str, int]
@@ -116,13 +116,13 @@ class _SplitRun:
     ) -> None:
         self._settings, self._testbed, self._owed, self._say = settings, testbed, owed, say
         self._left = iter(requests)
-        self._ledger = Ledger()
+        self._outcomes = Outcomes()
         self._injector = SplitInjector(testbed, say)
         self._transfers = self._faults = 0
         self._are_faults_over = self._are_requests_over = False
 
     async def run(self) -> SplitResult:
-        """Sends and breaks everything, and returns what came of it."""
+        """Sends all requests, injects all faults, and returns the result."""
         settings, began_s = self._settings, time.monotonic()
         faults = plan_faults(settings.seed, settings.transfers, settings.rounds, EACH_ROLE)
         self._faults = len(faults)
@@ -131,7 +131,7 @@ class _SplitRun:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch())
             clients = [group.create_task(self._work(session)) for _ in range(settings.in_flight)]
-            await self._injector.run(faults, lambda: self._ledger.finished, lambda: self._are_requests_over)
+            await self._injector.run(faults, lambda: self._outcomes.finished, lambda: self._are_requests_over)
             self._are_faults_over = True
             await asyncio.wait(clients)
             load_s = time.monotonic() - began_s
@@ -147,19 +147,19 @@ class _SplitRun:
             self._transfers = _read_transfers(await self._testbed.read_gateway()) or self._transfers
             if time.monotonic() - said_s > PROGRESS_S:
                 said_s = time.monotonic()
-                self._say(f"{self._ledger.finished} requests, {self._transfers} with transfers")
+                self._say(f"{self._outcomes.finished} requests, {self._transfers} with transfers")
 
     # Requests.
 
     async def _work(self, session: aiohttp.ClientSession) -> None:
         for request in self._left:
-            await wait_for(lambda: self._ledger.finished < self._injector.pause_at, math.inf)
+            await wait_for(lambda: self._outcomes.finished < self._injector.pause_at, math.inf)
             if self._transfers >= self._settings.transfers and self._are_faults_over:
                 break
             received = await ask(session, self._testbed.url, request)
-            outcome = self._ledger.add(request, received, self._owed[request.number])
+            outcome = self._outcomes.add(request, received, self._owed[request.number])
             if outcome in (SplitOutcome.WRONG, SplitOutcome.LOST):
-                self._say(self._ledger.examples[-1])
+                self._say(self._outcomes.examples[-1])
         self._are_requests_over = True
 
     # The end.
@@ -175,7 +175,7 @@ class _SplitRun:
         engines = [await wait_until_free(testbed.session, engine, FREE_WITHIN_S) for engine in testbed.engines]
         splits = (state or {}).get("splits") or {}
         transfers = int(splits.get("transfers", 0))
-        problems = [*self._ledger.problems, *(_held(engine) for engine in engines if engine.kv_usage)]
+        problems = [*self._outcomes.problems, *(_held(engine) for engine in engines if engine.kv_usage)]
         if not is_at_rest(state):
             problems.append("the gateway counts requests in flight after the end of all")
         if transfers < self._settings.transfers:
@@ -185,7 +185,7 @@ class _SplitRun:
         log = testbed.gateway.log.read_text(errors="replace")
         return SplitResult(
             settings=self._settings,
-            ledger=self._ledger,
+            outcomes=self._outcomes,
             faults=self._injector.injected,
             transfers=transfers,
             fall_backs=dict(splits.get("fall_backs", {})),
@@ -205,16 +205,16 @@ def _held(engine: EngineFigures) -> str:
     return f"{engine.name}: {engine.kv_usage:.2%} of its blocks are still held"
 
 
-async def ask(session: aiohttp.ClientSession, url: str, request: SplitRequest) -> Received:
+async def ask(session: aiohttp.ClientSession, url: str, request: SplitRequest) -> SplitAnswer:
     """Sends a request; returns what came until its end, until the client left, or until its patience ended."""
     if request.leaving is Leaving.BEFORE_ANSWER:
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(_ask(session, url, request), request.stay_s)
-        return Received(has_left=True)
+        return SplitAnswer(has_left=True)
     return await _ask(session, url, request)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, request: SplitRequest) -> Received:
+async def _ask(session: aiohttp.ClientSession, url: str, request: SplitRequest) -> SplitAnswer:
     status, body, is_complete, has_left = 0, bytearray(), False, False
     sent_s, ttft_s = time.monotonic(), None
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
@@ -228,4 +228,4 @@ async def _ask(session: aiohttp.ClientSession, url: str, request: SplitRequest) 
                     has_left = True
                     break
             is_complete = not has_left
-    return Received(status=status, body=bytes(body), is_complete=is_complete, has_left=has_left, ttft_s=ttft_s)
+    return SplitAnswer(status=status, body=bytes(body), is_complete=is_complete, has_left=has_left, ttft_s=ttft_s)

@@ -81,7 +81,7 @@ class SplitEngine:
 
     @property
     def url(self) -> str:
-        """Of vLLM's server."""
+        """Address of vLLM's HTTP server on this machine."""
         return f"http://127.0.0.1:{self.config.engine.port}"
 
     def find_cores(self) -> list[psutil.Process]:

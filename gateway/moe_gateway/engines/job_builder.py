@@ -78,7 +78,7 @@ class JobBuilder:
                 self._sessions.popitem(last=False)
 
     def set_room(self, target: Target, kv_tokens: int) -> None:
-        """The target has room for the KV blocks of so many tokens; 0: it is not known."""
+        """The target has room for the KV blocks of this number of tokens; 0: it is not known."""
         self._prefixes.set_room(target, kv_tokens // BLOCK_TOKENS)
 
     def confirm(self, request: InFlightRequest) -> None:

@@ -75,10 +75,10 @@ class LeaseGuard:
                 self._waiting[name] = (params, until_s, now_s)
         return refused
 
-    def _refuse(self, name: str, params: dict[str, Any], late_s: float) -> bool:
+    def _refuse(self, name: str, params: dict[str, Any], after_s: float) -> bool:
         params[_WANTED] = False
         log.warning(
-            "request %s: the blocks of its prompt may be held no more (%.1f s); it is computed here", name, late_s
+            "request %s: the blocks of its prompt may be held no more (%.1f s); it is computed here", name, after_s
         )
         return False
 

@@ -93,9 +93,7 @@ class OrderedScheduler(AsyncScheduler):
         self._pid = os.getpid()
         self._control_sequence = 0
         self._config_version = 0
-        self._steps = 0
-        self._preemptions = 0
-        self._computed_tokens = 0
+        self._steps = self._preemptions = self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
         self._last_planned: StepWork | None = None
         self._unlearnt: StepWork | None = None

@@ -87,8 +87,8 @@ def count_transfers(state: TransferRecord, figures: Mapping[str, Any]) -> Transf
 
 def find_compared(handshakes: Mapping[Any, Any]) -> str:
     """What the workers of a rank have other engines compare; empty where one of them does not tell it. Pure."""
-    told = {getattr(payload, "compatibility_hash", "") for payload in handshakes.values()}
-    return "" if "" in told else ",".join(sorted(told))
+    compared = {getattr(payload, "compatibility_hash", "") for payload in handshakes.values()}
+    return "" if "" in compared else ",".join(sorted(compared))
 
 
 def identify_peers(config: Any, compared: str = "") -> int:

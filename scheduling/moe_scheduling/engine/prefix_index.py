@@ -23,7 +23,7 @@ DEFAULT_BLOCK_BYTES = 512
 # 8 MiB of prompts, about two million tokens: more than the KV cache of one rank usually holds, at about 3 MB here.
 DEFAULT_CAPACITY_BLOCKS = 16384
 
-# For the targets together that have room for more; about 200 MB where all of it is used.
+# For the targets together that have room for more; about 200 MB where all are used.
 DEFAULT_SPARE_BLOCKS = 1 << 20
 
 # In place of the number of a request: the block is computed.

@@ -1,7 +1,7 @@
 """What each client got beside what it was owed. Pure.
 
 Tokens are compared by their ids where the route shows them, else by their text. An answer that an engine's end cut
-after its first byte is no fault of the gateway's, but what came has to be the beginning of what was owed.
+after its first byte is no fault of the gateway's, but its tokens have to be the first ones that are owed.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ class SplitOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
+class SplitAnswer:
     """What a client got.
 
     Attributes:
@@ -87,7 +87,7 @@ def _ids(request: SplitRequest, body: bytes) -> Iterator[int]:
             yield from choice.get("token_ids") or ()
 
 
-def judge(request: SplitRequest, received: Received, owed: str) -> SplitOutcome:
+def judge(request: SplitRequest, received: SplitAnswer, owed: str) -> SplitOutcome:
     """The outcome of a request.
 
     Args:
@@ -115,25 +115,25 @@ def _whole_characters(tokens: str) -> str:
 
 
 @dataclass(slots=True)
-class Ledger:
+class Outcomes:
     """Outcomes of all requests that have ended.
 
     Attributes:
-        outcomes: counts.
+        counts: by outcome.
         routes: counts by route and kind of answer.
         ttft_s: of the whole streams, in seconds.
         examples: of requests that were lost or got wrong tokens, at most `EXAMPLES`.
     """
 
-    outcomes: Counter[SplitOutcome] = field(default_factory=Counter)
+    counts: Counter[SplitOutcome] = field(default_factory=Counter)
     routes: Counter[str] = field(default_factory=Counter)
     ttft_s: list[float] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
-    def add(self, request: SplitRequest, received: Received, owed: str) -> SplitOutcome:
+    def add(self, request: SplitRequest, received: SplitAnswer, owed: str) -> SplitOutcome:
         """Judges and counts one request."""
         outcome = judge(request, received, owed)
-        self.outcomes[outcome] += 1
+        self.counts[outcome] += 1
         self.routes[f"{request.api.value}, {'stream' if request.stream else 'one piece'}"] += 1
         if outcome is SplitOutcome.RIGHT and request.stream and received.ttft_s is not None:
             self.ttft_s.append(received.ttft_s)
@@ -146,13 +146,13 @@ class Ledger:
     @property
     def finished(self) -> int:
         """Number of requests that have ended."""
-        return self.outcomes.total()
+        return self.counts.total()
 
     @property
     def problems(self) -> list[str]:
         """The guarantees that were broken, in words."""
         return [
-            f"{kind.value}: {self.outcomes[kind]} requests"
+            f"{kind.value}: {self.counts[kind]} requests"
             for kind in (SplitOutcome.WRONG, SplitOutcome.LOST)
-            if self.outcomes[kind]
+            if self.counts[kind]
         ]

@@ -5,7 +5,7 @@ import json
 import pytest
 from moe_lab.soak.answers import SoakRoute
 from moe_lab.soak.traffic import Leaving
-from moe_lab.split_requests.ledger import Ledger, Received, SplitOutcome, judge, read_content
+from moe_lab.split_requests.judgement import SplitAnswer, Outcomes, SplitOutcome, judge, read_content
 from moe_lab.split_requests.traffic import SplitRequest, plan_request
 
 OWED = "5 6 7 "
@@ -35,25 +35,25 @@ def test_ids_are_read_from_streams_and_from_pieces():
 @pytest.mark.parametrize(
     ("received", "streams", "expected"),
     [
-        (Received(status=200, body=stream(5, 6, 7), is_complete=True), True, SplitOutcome.RIGHT),
-        (Received(status=200, body=piece(5, 6, 7), is_complete=True), False, SplitOutcome.RIGHT),
-        (Received(status=200, body=stream(5, 6, 8), is_complete=True), True, SplitOutcome.WRONG),
-        (Received(status=200, body=stream(5, 6), is_complete=True), True, SplitOutcome.WRONG),
-        (Received(status=200, body=piece(5, 6, 7, 8), is_complete=True), False, SplitOutcome.WRONG),
-        (Received(status=200, body=stream(5, end="")), True, SplitOutcome.CUT),
+        (SplitAnswer(status=200, body=stream(5, 6, 7), is_complete=True), True, SplitOutcome.RIGHT),
+        (SplitAnswer(status=200, body=piece(5, 6, 7), is_complete=True), False, SplitOutcome.RIGHT),
+        (SplitAnswer(status=200, body=stream(5, 6, 8), is_complete=True), True, SplitOutcome.WRONG),
+        (SplitAnswer(status=200, body=stream(5, 6), is_complete=True), True, SplitOutcome.WRONG),
+        (SplitAnswer(status=200, body=piece(5, 6, 7, 8), is_complete=True), False, SplitOutcome.WRONG),
+        (SplitAnswer(status=200, body=stream(5, end="")), True, SplitOutcome.CUT),
         (
-            Received(status=200, body=stream(5, end='data: {"error": "x"}\n\n'), is_complete=True),
+            SplitAnswer(status=200, body=stream(5, end='data: {"error": "x"}\n\n'), is_complete=True),
             True,
             SplitOutcome.CUT,
         ),
-        (Received(status=200, body=stream(9, end="")), True, SplitOutcome.WRONG),
-        (Received(status=200, body=stream(9), has_left=True), True, SplitOutcome.WRONG),
-        (Received(status=200, body=stream(5, end=""), has_left=True), True, SplitOutcome.LEFT),
-        (Received(has_left=True), True, SplitOutcome.LEFT),
-        (Received(), True, SplitOutcome.LOST),
-        (Received(status=503, body=b"{}", is_complete=True), True, SplitOutcome.LOST),
-        (Received(status=200), True, SplitOutcome.LOST),
-        (Received(status=200, body=b'{"cho'), False, SplitOutcome.LOST),
+        (SplitAnswer(status=200, body=stream(9, end="")), True, SplitOutcome.WRONG),
+        (SplitAnswer(status=200, body=stream(9), has_left=True), True, SplitOutcome.WRONG),
+        (SplitAnswer(status=200, body=stream(5, end=""), has_left=True), True, SplitOutcome.LEFT),
+        (SplitAnswer(has_left=True), True, SplitOutcome.LEFT),
+        (SplitAnswer(), True, SplitOutcome.LOST),
+        (SplitAnswer(status=503, body=b"{}", is_complete=True), True, SplitOutcome.LOST),
+        (SplitAnswer(status=200), True, SplitOutcome.LOST),
+        (SplitAnswer(status=200, body=b'{"cho'), False, SplitOutcome.LOST),
     ],
 )
 def test_an_outcome_is_what_came_beside_what_was_owed(received, streams, expected):
@@ -63,19 +63,19 @@ def test_an_outcome_is_what_came_beside_what_was_owed(received, streams, expecte
 def test_text_that_ends_amid_a_character_is_no_wrong_text():
     events = [{"type": "content_block_delta", "delta": {"text": text}} for text in ("ab", "\N{REPLACEMENT CHARACTER}")]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
-    cut = Received(status=200, body=body)
+    cut = SplitAnswer(status=200, body=body)
     assert judge(request(SoakRoute.MESSAGES), cut, "ab\N{LATIN SMALL LETTER E WITH ACUTE}c") is SplitOutcome.CUT
     assert judge(request(SoakRoute.MESSAGES), cut, "b") is SplitOutcome.WRONG
 
 
-def test_the_ledger_names_what_it_must_not_have():
-    ledger = Ledger()
-    ledger.add(request(), Received(status=200, body=stream(5, 6, 7), is_complete=True, ttft_s=0.5), OWED)
-    assert (ledger.problems, ledger.ttft_s, ledger.finished) == ([], [0.5], 1)
-    ledger.add(request(), Received(status=200, body=stream(1), is_complete=True), OWED)
-    ledger.add(request(), Received(), OWED)
-    assert ledger.problems == ["wrong tokens: 1 requests", "lost before the first byte: 1 requests"]
-    assert len(ledger.examples) == 2
+def test_broken_guarantees_are_named_with_examples():
+    outcomes = Outcomes()
+    outcomes.add(request(), SplitAnswer(status=200, body=stream(5, 6, 7), is_complete=True, ttft_s=0.5), OWED)
+    assert (outcomes.problems, outcomes.ttft_s, outcomes.finished) == ([], [0.5], 1)
+    outcomes.add(request(), SplitAnswer(status=200, body=stream(1), is_complete=True), OWED)
+    outcomes.add(request(), SplitAnswer(), OWED)
+    assert outcomes.problems == ["wrong tokens: 1 requests", "lost before the first byte: 1 requests"]
+    assert len(outcomes.examples) == 2
 
 
 def test_requests_follow_from_seed_and_number_and_are_of_all_kinds():

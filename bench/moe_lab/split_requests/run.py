@@ -17,7 +17,7 @@ from moe_lab.soak.traffic import Leaving
 from moe_lab.split_requests.engine_figures import EngineFigures, wait_until_free
 from moe_lab.split_requests.faults import SplitFault, plan_faults
 from moe_lab.split_requests.injection import SplitInjector
-from moe_lab.split_requests.judgement import SplitAnswer, Outcomes, SplitOutcome
+from moe_lab.split_requests.judgement import Outcomes, SplitAnswer, SplitOutcome
 from moe_lab.split_requests.owed import find_owed
 from moe_lab.split_requests.testbed import SplitTestbed, running
 from moe_lab.split_requests.traffic import SplitRequest, plan_request

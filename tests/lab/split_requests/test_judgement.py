@@ -5,7 +5,7 @@ import json
 import pytest
 from moe_lab.soak.answers import SoakRoute
 from moe_lab.soak.traffic import Leaving
-from moe_lab.split_requests.judgement import SplitAnswer, Outcomes, SplitOutcome, judge, read_content
+from moe_lab.split_requests.judgement import Outcomes, SplitAnswer, SplitOutcome, judge, read_content
 from moe_lab.split_requests.traffic import SplitRequest, plan_request
 
 OWED = "5 6 7 "

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 OPERATOR_NAMESPACE = "moeserving-system"
 READY_S = 420
 # Longer than an engine has for its start, and its streams for their end.
-STILL_S = 660
+STILL_S = 1260
 
 
 @dataclass

@@ -11,7 +11,8 @@ from test_on_a_node import Load
 # Ten engines start, some beside others, on the CPUs of one.
 pytestmark = pytest.mark.timeout(7200)
 # So little that four engines find room on a node of two CPUs: two decode engines, one that takes over, and the other's.
-SHARE = {"resources": {"cpu": "100m"}}
+# Where other work takes the processors, a start can last for ten minutes.
+SHARE = {"resources": {"cpu": "100m"}, "startupTimeout": "20m"}
 # Clients leave time for the engines that start.
 PAUSE_S = 0.5
 ROLE = "moeserving.dev/role"

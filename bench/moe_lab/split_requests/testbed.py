@@ -210,6 +210,7 @@ async def running(model: Path, folder: Path, *, prefill: int, decode: int) -> As
     agents, gateway = plan_processes(
         build_resource(model, {"mode": "fixed", "prefill": prefill, "decode": decode}), folder
     )
+    assert gateway.listen is not None
     assert gateway.admin is not None
     interceptor, (port,) = Interceptor(agents[0].engine.port), free_ports(1)
     async with contextlib.AsyncExitStack() as stack:

@@ -39,8 +39,8 @@ class OffloadTier:
     @property
     def room_tokens(self) -> int:
         """Tokens for which the tier has room; its groups share its chunks."""
-        chunks: int = self._manager._num_chunks // len(self._groups)
-        return chunks * min(group.tokens_per_chunk for group in self._groups)
+        chunk_tokens: int = min(group.tokens_per_chunk for group in self._groups)
+        return self._manager._num_chunks // len(self._groups) * chunk_tokens
 
     def _held_in_group(self, group: Any, request: Request, cached_tokens: int) -> int:
         chunk_tokens: int = group.tokens_per_chunk

@@ -142,7 +142,7 @@ soak: $(STAMP) ## Send 1,000,000 requests while engines and gateways fail, then 
 	$(BIN)/python -m moe_lab.soak --real-engine .cache/models/tiny --json .cache/soak.json $(ARGS)
 	$(BIN)/pytest --hypothesis-profile=soak --timeout=3600 $(MALFORMED)
 
-bench-serving: $(STAMP) $(ROUTER)/.ready ## Measure MoEServing beside stock vLLM and vllm-router on real engines (ARGS="--pairs 12")
+bench-serving: $(STAMP) $(ROUTER)/.ready ## Measure MoEServing beside stock vLLM and vllm-router on real engines (ARGS="--pairs 12"); ARGS=--roles: split requests, engines fail
 	$(BIN)/moeserving model tiny .cache/models/tiny
 	$(BIN)/python -m moe_lab.serving --vllm-router $(ROUTER)/bin/vllm-router $(ARGS)
 

@@ -45,6 +45,8 @@ class EngineSignal:
         running_prefill_tokens: prompt tokens of running requests that are not yet computed.
         decode_tokens: output tokens of a step, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
+        kv_tokens: tokens for which the KV cache has room, or its tier in the host's memory where that is larger; 0: not
+            known.
         preemptions: preempted requests since the engine started.
         computed_tokens: prompt and output tokens computed since the engine started.
         step_time: the fitted step-time model; None until enough steps were seen.
@@ -60,6 +62,7 @@ class EngineSignal:
     running_prefill_tokens: int = 0
     decode_tokens: int = 0
     kv_usage: float = 0.0
+    kv_tokens: int = 0
     preemptions: int = 0
     computed_tokens: int = 0
     step_time: StepTime | None = None

@@ -169,6 +169,13 @@ def test_blocks_that_left_the_tier_are_computed_again(make_offloading):
     assert sorted(one.finished_order) == ["again", "first", "second"]
 
 
+@pytest.mark.parametrize(("blocks", "larger"), [(200, 200), (20, 60)], ids=["tier", "cache"])
+@pytest.mark.parametrize("fields", [{}, EXCHANGE], ids=["alone", "beside an exchange"])
+def test_the_room_is_that_of_the_tier_where_it_is_larger_than_the_cache(make_offloading, blocks, larger, fields):
+    signal = make_offloading(blocks, **fields).scheduler._state.signal
+    assert signal.kv_tokens == larger * BLOCK_TOKENS
+
+
 def test_without_a_connector_there_is_no_tier(make_engine):
     assert make_engine().scheduler._offload_tier is None
 

@@ -262,6 +262,59 @@ def test_engines_of_other_types_are_no_peers(make_engine: Callable[..., Any]):
             setattr(model, name, before)
 
 
+class Connector:
+    """The part of vLLM's connector by which a scheduler gets what its workers tell other engines."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
+        self.given.append(metadata)
+
+
+def handshakes(*hashes: str) -> Any:
+    return {(0, rank): SimpleNamespace(compatibility_hash=text) for rank, text in enumerate(hashes)}
+
+
+def test_peers_are_those_whose_workers_tell_the_same(make_engine: Callable[..., Any], tmp_path: Path):
+    scheduler, found = make_engine().scheduler, {}
+    for name, hashes in {"a": ("flash",), "b": ("flash",), "c": ("flash", "flash"), "d": ("other",)}.items():
+        (tmp_path / name).mkdir()
+        meter = TransferMeter(tmp_path / name, 0, scheduler.vllm_config, scheduler.kv_cache_config)
+        meter.watch(connector := Connector())
+        records = TransferRecords(tmp_path / name, range(1), TRANSFER)
+        before = records.read()
+        connector.set_xfer_handshake_metadata_pp_aware(given := handshakes(*hashes))
+        assert connector.given == [given]
+        found[name] = records.read()
+        assert found[name].peers != before.peers
+        assert found[name].token_bytes == before.token_bytes
+    assert found["a"].peers == found["b"].peers == found["c"].peers != found["d"].peers
+
+
+def test_workers_that_tell_nothing_leave_what_is_configured(make_engine: Callable[..., Any], tmp_path: Path):
+    scheduler = make_engine().scheduler
+    meter = TransferMeter(tmp_path, 0, scheduler.vllm_config, scheduler.kv_cache_config)
+    before = TransferRecords(tmp_path, range(1), TRANSFER).read()
+    meter.watch(connector := Connector())
+    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace()})
+    assert TransferRecords(tmp_path, range(1), TRANSFER).read() == before
+    assert len(connector.given) == 1
+    meter.watch(None)
+
+
+def test_the_workers_tell_it_under_the_names_of_vllm(virtual_engines):
+    from dataclasses import fields
+
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
+
+    assert "compatibility_hash" in {field.name for field in fields(NixlHandshakePayload)}
+    assert callable(NixlConnector.set_xfer_handshake_metadata_pp_aware)
+    assert callable(MultiConnector.set_xfer_handshake_metadata_pp_aware)
+
+
 def test_the_progress_thread_of_nixl_pauses():
     import nixl
     from moe_agent.vllm.cpu_transfers import PROGRESS_PAUSE_US, with_pause

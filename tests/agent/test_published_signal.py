@@ -20,6 +20,7 @@ def check(engine: Any, state: RankState) -> None:
     assert signal.running_prefill_tokens == sum(left) + sum(unknown)
     assert signal.decode_tokens == left.count(0)
     assert signal.kv_usage == scheduler.kv_cache_manager.block_pool.get_usage()
+    assert signal.kv_tokens == scheduler.kv_cache_config.num_blocks * scheduler.block_size
 
 
 def known(engine: Any, request: Any) -> bool:

@@ -19,6 +19,8 @@ from cluster_binaries import locate
 ROOT = Path(__file__).parents[2]
 OPERATOR_NAMESPACE = "moeserving-system"
 READY_S = 420
+# Longer than an engine has for its start, and its streams for their end.
+STILL_S = 1260
 
 
 @dataclass
@@ -58,6 +60,23 @@ def wait_for(what: str, look: Callable[[], Any], limit_s: float = 120.0, every_s
             return answer
         assert time.monotonic() < end_s, f"not within {limit_s:.0f} s: {what}"
         time.sleep(every_s)
+
+
+def wait_while_moving(
+    what: str, look: Callable[[], Any], see: Callable[[], Any], still_s: float = STILL_S, every_s: float = 3.0
+) -> Any:
+    """The first true answer of `look`; fails with `what` once nothing that `see` shows has changed for `still_s`."""
+    seen, changed_s, began_s = see(), time.monotonic(), time.monotonic()
+    while not (answer := look()):
+        now_s = time.monotonic()
+        if (shown := see()) != seen:
+            seen, changed_s = shown, now_s
+        still = now_s - changed_s
+        assert still < still_s, (
+            f"nothing moved for {still:.0f} s, {now_s - began_s:.0f} s after the start: {what}; {seen}"
+        )
+        time.sleep(every_s)
+    return answer
 
 
 @dataclass
@@ -111,6 +130,22 @@ class Serving:
 
     def ready_engines(self) -> list[Any]:
         return [pod for pod in self.pods("engine") if is_ready(pod)]
+
+    def see_engines(self) -> list[str]:
+        """What changes while engines start and end: their pods, with what keeps them from a node."""
+        shown = []
+        selector = f"app.kubernetes.io/instance={self.name},app.kubernetes.io/component=engine"
+        for pod in self.kubectl.items("pods", selector):
+            status = pod["status"]
+            rows = [f"{row['type']} {row['status']} {row.get('message', '')}" for row in status.get("conditions", [])]
+            states = [(row["restartCount"], row["state"]) for row in status.get("containerStatuses", [])]
+            ending = "deletionTimestamp" in pod["metadata"]
+            shown.append(f"{pod['metadata']['name']} {'ends ' if ending else ''}{rows} {states}")
+        return sorted(shown)
+
+    def wait_for_engines(self, what: str, look: Callable[[], Any]) -> Any:
+        """The first true answer; waits as long as engines start and end, which their own limits bound."""
+        return wait_while_moving(what, look, self.see_engines)
 
     @property
     def url(self) -> str:

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.timeout(1500)
 
 
 class Load:
-    """Chats from a thread until `stop`, `clients` at a time; keeps the outcome of each."""
+    """Chats from a thread until `stop`, `clients` at a time with a pause after each; keeps the outcome of each."""
 
-    def __init__(self, url: str, clients: int, tokens: int = 48, repeats: int = 8) -> None:
+    def __init__(self, url: str, clients: int, tokens: int = 48, repeats: int = 8, pause_s: float = 0.0) -> None:
         self.statuses: list[int] = []
         self.broken: list[str] = []
+        self._pause_s = pause_s
         self._url, self._clients, self._tokens, self._repeats = url, clients, tokens, repeats
         self._end = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -49,6 +50,7 @@ class Load:
             self.statuses.append(status)
             if status == 200 and "data: [DONE]" not in body:
                 self.broken.append(body[-300:])
+            await asyncio.sleep(self._pause_s)
 
 
 class LongStream(threading.Thread):

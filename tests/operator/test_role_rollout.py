@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from moe_operator.kubernetes.difference import with_digest
-from moe_operator.kubernetes.role_rollout import roll_in_turn
+from moe_operator.kubernetes.role_rollout import describe_wait, roll_in_turn
 from moe_operator.plan import ClusterPlan
+from moe_operator.plan.names import COMPONENT, ROLE
+from moe_operator.plan.pod_status import ENGINE
 from test_roles import Document, of_kind, plan, resource
 
 FIXED = {"mode": "fixed", "prefill": 1, "decode": 2}
@@ -118,3 +120,40 @@ def test_a_change_reaches_all_engines_whose_templates_the_cluster_words_otherwis
     assert paused(roll_in_turn(new, [prefill, decode]))[DECODE]
     prefill["status"]["availableReplicas"] = 1
     assert roll_in_turn(new, [prefill, decode]) is new
+
+
+def pod_of(role: str, name: str, *, scheduled: str = "True", reason: str = "") -> Document:
+    labels = {COMPONENT: ENGINE, ROLE: role}
+    row = {"type": "PodScheduled", "status": scheduled, "reason": reason}
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {},
+        "status": {"phase": "Pending", "conditions": [row]},
+    }
+
+
+def test_a_wait_says_which_prefill_engines_no_node_takes_and_what_to_do():
+    old, new = engines(planned(BEFORE)), planned(AFTER)
+    held = engines(roll_in_turn(new, live(*old)))[1]
+    assert describe_wait(held, []) == ", and it is paused until the prefill engines are new and ready"
+    stuck = pod_of("prefill", "a-prefill-0", scheduled="False", reason="Unschedulable")
+    said = describe_wait(held, [pod_of("prefill", "a-prefill-1"), stuck])
+    assert "no node takes a-prefill-0" in said
+    assert "put the change back" in said
+    assert "engine.update" in said
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        pod_of("decode", "a-decode-0", scheduled="False", reason="Unschedulable"),
+        pod_of("prefill", "a-prefill-0", scheduled="False", reason="SchedulingGated"),
+        pod_of("prefill", "a-prefill-0"),
+        {"metadata": {"name": "new", "labels": {COMPONENT: ENGINE, ROLE: "prefill"}}, "spec": {}, "status": {}},
+    ],
+    ids=["of the other role", "held by a queue", "placed", "not looked at yet"],
+)
+def test_other_pods_add_nothing_to_a_wait(pod):
+    held = engines(roll_in_turn(planned(AFTER), live(*engines(planned(BEFORE)))))[1]
+    assert "no node takes" not in describe_wait(held, [pod])
+    assert describe_wait(engines(planned(AFTER))[1], [pod]) == ""

@@ -88,6 +88,54 @@ def test_a_forgotten_target_holds_nothing():
     assert index.held_blocks((1, 2)) == {B: 2}
 
 
+def held(index: PrefixIndex, target: Target, keys: range) -> int:
+    """Blocks held of a prompt that was sent there."""
+    index.record(tuple(keys), target)
+    return index.held_blocks(tuple(keys)).get(target, 0)
+
+
+def test_a_target_with_more_room_is_remembered_for_longer():
+    index = PrefixIndex(capacity_blocks=4, spare_blocks=100)
+    index.set_room(A, 10)
+    index.set_room(B, 3)
+    assert held(index, A, range(50)) == 10
+    assert held(index, B, range(50)) == 4
+    index.set_room(A, 0)
+    assert held(index, A, range(50)) == 4
+
+
+def test_targets_share_what_is_spare_and_get_back_what_others_leave():
+    index = PrefixIndex(capacity_blocks=4, spare_blocks=10)
+    index.set_room(A, 100)
+    assert held(index, A, range(50)) == 14
+    index.set_room(B, 100)
+    assert index.held_blocks(tuple(range(50))) == {A: 9}
+    assert held(index, B, range(50)) == 9
+    index.forget(B)
+    assert held(index, A, range(50)) == 14
+
+
+ROOMS = st.lists(
+    st.tuples(st.sampled_from([A, B, Target("c")]), st.one_of(st.none(), st.integers(0, 40)), st.integers(0, 60)),
+    max_size=20,
+)
+
+
+@given(ROOMS, st.integers(1, 8), st.integers(0, 30))
+def test_rooms_keep_the_bound_of_all_and_the_least_of_each(steps, capacity_blocks, spare_blocks):
+    index, targets = PrefixIndex(capacity_blocks, spare_blocks), set()
+    for target, room, prompt_blocks in steps:
+        if room is None:
+            index.forget(target)
+        else:
+            index.set_room(target, room)
+        targets.add(target)
+        assert held(index, target, range(prompt_blocks)) >= min(prompt_blocks, capacity_blocks)
+        counts = index.count_blocks()
+        assert sum(counts.values()) <= len(targets) * capacity_blocks + spare_blocks
+        assert set(counts) <= targets
+
+
 @pytest.mark.parametrize("make", [lambda: PrefixIndex(0), lambda: block_keys(b"", 0)])
 def test_sizes_below_one_are_refused(make):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):

@@ -19,6 +19,7 @@ from tests.vllm.conftest import TOKEN, Process, request
 
 START_TIMEOUT_S = 900.0
 TOKENS = 16
+LEASE_S = 8.0
 FIRST_PHASE = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -74,7 +75,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     site = LocalSite(
         state_dir=folder, token_file=folder / "token", ports=ports, cpus=2, memory_bytes=machine.memory_bytes()
     )
-    started = [Engine(folder, index, config) for index, config in enumerate(plan_local(wanted, site).agents)]
+    configs = [with_lease(config) for config in plan_local(wanted, site).agents]
+    started = [Engine(folder, index, config) for index, config in enumerate(configs)]
     try:
         for engine in started:
             wait_ready(engine)
@@ -82,6 +84,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     finally:
         statuses = [engine.process.stop() for engine in started]
     assert statuses == [0, 0]
+
+
+def with_lease(config: Any) -> Any:
+    """The configuration of an agent with a lease for which a test can wait."""
+    transfer = config.engine.kv_transfer.model_copy(update={"lease_s": LEASE_S})
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"kv_transfer": transfer})})
 
 
 def wait_ready(engine: Engine) -> None:
@@ -141,6 +149,26 @@ def test_blocks_that_cannot_be_fetched_are_computed_anew(engines):
     wrong = first["kv_transfer_params"] | {"remote_engine_id": "another_dp0"}
     answer = decode.complete(prompt, TOKENS, kv_transfer_params=wrong, return_token_ids=True)
     assert answer["choices"][0]["token_ids"] == alone["choices"][0]["token_ids"]
+
+
+def fill(engine: Engine, draw: random.Random) -> None:
+    """Has an engine use each of its blocks for another prompt."""
+    for _ in range(20):
+        engine.complete([draw.randrange(10, 200) for _ in range(1900)], 1)
+
+
+def test_blocks_that_are_held_no_more_are_computed_anew(engines):
+    prefill, decode = engines
+    draw = random.Random(11)
+    prompt = [draw.randrange(10, 200) for _ in range(700)]
+    first = prefill.complete(prompt, 1, kv_transfer_params=FIRST_PHASE)["kv_transfer_params"]
+    time.sleep(max(0.0, first["moeserving_held_until_s"] - time.time()) + 2.0)
+    fill(prefill, draw)
+    before = decode.state()["kv_transfer"]["failed"]
+    late = decode.complete(prompt, TOKENS, kv_transfer_params=first, return_token_ids=True)
+    alone = prefill.complete(prompt, TOKENS, return_token_ids=True)
+    assert late["choices"][0]["token_ids"] == alone["choices"][0]["token_ids"]
+    assert decode.state()["kv_transfer"]["failed"] == before + 1
 
 
 def test_the_engines_keep_their_processors(engines):

@@ -1,6 +1,10 @@
-"""`python -m moe_lab.serving [--vllm-router PATH]`: starts both sides, measures, prints the table."""
+"""`python -m moe_lab.serving [--vllm-router PATH]`: starts both sides, measures, prints the table.
 
-from collections.abc import Mapping
+With `--roles` it is another run: requests split between engines that fail (`moe_lab.split_requests`).
+"""
+
+import asyncio
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +13,11 @@ from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_tools.cli import Format, InFlight, JsonOut, MaxTokens, Scale, Seed, ShapeName, Trace
 from moe_tools.compare_command import ComparisonEffort
 from moe_tools.comparison import Sides
-from moe_tools.deployment import stopped_by_signals
+from moe_tools.deployment import find_checkout, stopped_by_signals
 from moe_tools.progress_printer import ProgressPrinter
 from moe_tools.replay_command import Source, check_source, write_json
 from moe_tools.server import run_async
+from moe_tools.tiny import ensure_tiny_model
 from moe_tools.user_errors import report_user_errors
 
 from moe_lab.gateway.__main__ import read_version
@@ -24,6 +29,10 @@ from moe_lab.serving.processes import DoesNotServe
 from moe_lab.serving.report import build_document, describe, render
 from moe_lab.serving.stock import StockRouter
 from moe_lab.serving.testbed import TestbedPlan, plan_testbed, running_testbed
+from moe_lab.soak.processes import DidNotStart
+from moe_lab.split_requests.report import build_document as build_split_document
+from moe_lab.split_requests.report import render_result
+from moe_lab.split_requests.run import SplitSettings, run_split
 
 GENERATED_REQUESTS = 6000
 """Of a generated shape: enough that pieces need not overlap."""
@@ -31,12 +40,21 @@ GENERATED_REQUESTS = 6000
 NOT_USED = ("not used", "not used")
 """Version and policy of a router that is not there."""
 
+OF_COMPARISON = ("transfers",)
+"""Parameters that a comparison does not have."""
+OF_ROLES = (
+    "policy", "manifest", "trace", "trace_format", "shape", "pairs", "piece_s", "load", "knee", "rate", "in_flight",
+    "scale", "max_tokens",
+)  # fmt: skip
+"""Parameters that do not go with `--roles`."""
+
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @report_user_errors
 def main(
+    context: typer.Context,
     vllm_router: Annotated[
         Path | None, typer.Option("--vllm-router", help="The program vllm-router; one engine needs none.")
     ] = None,
@@ -60,8 +78,16 @@ def main(
     scale: Scale = 1.0,
     max_tokens: MaxTokens = None,
     json_out: JsonOut = None,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Split requests between engines that fail, and account for each.")
+    ] = False,
+    transfers: Annotated[int, typer.Option(min=20, help="With --roles: answers that need KV blocks of others.")] = 1000,
 ) -> None:
     """Compare MoEServing with stock vLLM behind vllm-router, on real engines, in alternating pairs."""
+    check_options(context, OF_ROLES if roles else OF_COMPARISON)
+    if roles:
+        run_roles(SplitSettings(transfers=transfers, seed=seed), json_out)
+        return
     if policy not in POLICIES:
         raise InvalidInput([unknown_choice("--policy", policy, POLICIES)])
     environment = read_machine(read_version(vllm_router), policy) if vllm_router else read_machine(*NOT_USED)
@@ -77,6 +103,44 @@ def main(
     )
     plan = plan_testbed(manifest, StockRouter(program=vllm_router, policy=policy), piece_s)
     run(plan, source, effort, environment, json_out)
+
+
+def check_options(context: typer.Context, of_other_run: Collection[str]) -> None:
+    """Refuses options of the other run.
+
+    Raises:
+        InvalidInput: they are on the command line.
+    """
+    sources = {name: context.get_parameter_source(name) for name in of_other_run}
+    wrong = sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    if wrong:
+        with_roles = "goes with --roles alone" if of_other_run is OF_COMPARISON else "does not go with --roles"
+        raise InvalidInput([InputError(f"--{name.replace('_', '-')}", with_roles) for name in wrong])
+
+
+def run_roles(settings: SplitSettings, json_out: Path | None) -> None:
+    """Splits requests between engines that fail, prints the table and writes the JSON.
+
+    Raises:
+        typer.Exit: an engine does not serve, or a guarantee was broken.
+    """
+    say, environment, checkout = ProgressPrinter(), read_machine(*NOT_USED), find_checkout()
+    folder = checkout / ".cache" / "split-requests"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = ensure_tiny_model(checkout / ".cache" / "models" / "tiny")
+    try:
+        with stopped_by_signals():
+            result = asyncio.run(run_split(settings, model, folder, say))
+    except DidNotStart as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    say.console.print(render_result(result, environment))
+    for line in (*result.problems, *result.outcomes.examples):
+        say.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if json_out:
+        write_json(json_out, build_split_document(result, environment))
+    if result.problems:
+        raise typer.Exit(1)
 
 
 def run(

@@ -68,9 +68,7 @@ class Dispatcher:
         self.decisions: Counter[str] = Counter()
         self.models = self._configured_models = frozenset() if config.model is None else frozenset({config.model})
         self.partial_models: Mapping[str, frozenset[str]] = {}
-        self._fleet = EngineFleet()
-        self._targets = TargetStates()
-        self._jobs = JobBuilder()
+        self._fleet, self._targets, self._jobs = EngineFleet(), TargetStates(), JobBuilder()
         self._groups = GroupRotation(() if discovery is None else discovery.groups, first_turn=first_turn)
         self._queue = HoldQueue(config.request, most_requests=self.hold_requests)
         self._turn = first_turn
@@ -124,6 +122,7 @@ class Dispatcher:
     def observe(self, target: Target, signal: EngineSignal, observed_s: float, now_s: float) -> None:
         """A rank was in this state at `observed_s`; unknown targets are ignored."""
         if self._targets.observe(target, signal, observed_s):
+            self._jobs.set_room(target, signal.kv_tokens)
             self.release_held(now_s)
 
     def set_ready(self, name: str, ready: bool, now_s: float, *, draining: bool = False, stuck: bool = False) -> None:

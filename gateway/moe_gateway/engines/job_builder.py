@@ -17,6 +17,8 @@ from moe_gateway.engines.target_states import InFlightRequest
 from moe_gateway.request.parsing import Parsed
 
 REMEMBERED_SESSIONS = 100_000
+# A block of the prefix index, of text in a usual language.
+BLOCK_TOKENS = DEFAULT_BLOCK_BYTES // 4
 # Clients name their sessions; a longer name is not remembered, so that memory has a bound.
 LONGEST_SESSION = 256
 
@@ -74,6 +76,10 @@ class JobBuilder:
             self._sessions.move_to_end(session)
             if len(self._sessions) > REMEMBERED_SESSIONS:
                 self._sessions.popitem(last=False)
+
+    def set_room(self, target: Target, kv_tokens: int) -> None:
+        """The target has room for the KV blocks of this number of tokens; 0: it is not known."""
+        self._prefixes.set_room(target, kv_tokens // BLOCK_TOKENS)
 
     def confirm(self, request: InFlightRequest) -> None:
         """The prompt of a request was computed."""

@@ -36,6 +36,12 @@ class OffloadTier:
         """
         return max(cached_tokens, min(self._held_in_group(group, request, cached_tokens) for group in self._groups))
 
+    @property
+    def room_tokens(self) -> int:
+        """Tokens for which the tier has room; its groups share its chunks."""
+        chunk_tokens: int = min(group.tokens_per_chunk for group in self._groups)
+        return self._manager._num_chunks // len(self._groups) * chunk_tokens
+
     def _held_in_group(self, group: Any, request: Request, cached_tokens: int) -> int:
         chunk_tokens: int = group.tokens_per_chunk
         # The last token of a prompt is always computed.

@@ -43,6 +43,7 @@ from moe_agent.step_curve import StepTimeCurveFit
 from moe_agent.step_time import StepTimeFit
 from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
+from moe_agent.vllm.leases import LeaseGuard, find_lease_s
 from moe_agent.vllm.lockstep_turns import TurnPublisher, publish_turns
 from moe_agent.vllm.prefill_group import OtherParts, PrefillGroup, SharedMemoryPrefillGroup
 from moe_agent.vllm.prefill_plan import PrefillPlan
@@ -92,9 +93,7 @@ class OrderedScheduler(AsyncScheduler):
         self._pid = os.getpid()
         self._control_sequence = 0
         self._config_version = 0
-        self._steps = 0
-        self._preemptions = 0
-        self._computed_tokens = 0
+        self._steps = self._preemptions = self._computed_tokens = 0
         self._step_work: deque[StepWork] = deque()
         self._last_planned: StepWork | None = None
         self._unlearnt: StepWork | None = None
@@ -123,12 +122,14 @@ class OrderedScheduler(AsyncScheduler):
         self._transfers: TransferMeter | None = None
         if run_dir and KV_TRANSFER_VARIABLE in os.environ:
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
+            self._transfers.watch(self.connector)
+        transfer = self.vllm_config.kv_transfer_config
+        self._leases = None if transfer is None else LeaseGuard(find_lease_s(transfer))
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
-        state = RankState(
-            pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=EngineSignal()
-        )
+        signal = EngineSignal(kv_tokens=self._count_kv_tokens())
+        state = RankState(pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=signal)
         self._record = RankRecordWriter(Path(run_dir), rank, state) if run_dir else None
         # The same fields, writable: a frozen snapshot for each write would take longer than the write.
         self._state: Any = _writable(state)
@@ -138,6 +139,8 @@ class OrderedScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.take_settings()
+        if self._leases is not None:
+            self._count_failed(self._leases.look())
         prefilling = self.prefilling()
         scheduled_s = self.clock()
         self._plan.begin(self._curve(), scheduled_s)
@@ -168,6 +171,8 @@ class OrderedScheduler(AsyncScheduler):
         self.take_settings()
         if (priority := priority_of(request.request_id)) is not None:
             request.priority = priority
+        if self._leases is not None:
+            self._count_failed(int(not self._leases.admit(request)))
         super().add_request(request)
         self._plan.publish(self.clock())
         self.publish()
@@ -193,7 +198,15 @@ class OrderedScheduler(AsyncScheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         self.waiting.charge_output(request)
-        return super()._free_request(request, delay_free_blocks)
+        transfer, encoder = super()._free_request(request, delay_free_blocks)
+        if self._leases is not None:
+            self._leases.stamp(transfer)
+        return transfer, encoder
+
+    def _count_failed(self, transfers: int) -> None:
+        """Blocks that are not fetched any more count as failed transfers."""
+        if transfers and self._transfers is not None:
+            self._transfers.count_failed(transfers)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
@@ -373,6 +386,15 @@ class OrderedScheduler(AsyncScheduler):
         if self._offload_tier is not None:
             cached_tokens = self._offload_tier.held_tokens(request, cached_tokens)
         return request.num_tokens - cached_tokens
+
+    def _count_kv_tokens(self) -> int:
+        """Tokens for which the KV cache has room, as vLLM counts them, or its tier, which keeps copies of them."""
+        groups = self.kv_cache_config.kv_cache_groups
+        if not groups:
+            return 0
+        block_tokens = min(group.kv_cache_spec.block_size for group in groups)
+        tokens = self.kv_cache_config.num_blocks // len(groups) * block_tokens
+        return max(tokens, 0 if self._offload_tier is None else self._offload_tier.room_tokens)
 
     def take_settings(self) -> None:
         """Applies new settings; settings that are being written are taken at the next step.

@@ -27,8 +27,28 @@ class TransferMeter:
     """
 
     def __init__(self, run_dir: Path, rank: int, config: Any, kv_cache: Any) -> None:
+        self._config = config
         self._state = TransferRecord(peers=identify_peers(config), token_bytes=count_token_bytes(kv_cache))
         self._record = TransferRecordWriter(run_dir, rank, self._state)
+
+    def watch(self, connector: Any) -> None:
+        """Learns from what vLLM gives a connector before the engine serves: what its workers tell other engines."""
+        if connector is None:
+            return
+        take = connector.set_xfer_handshake_metadata_pp_aware
+
+        def learn_and_take(handshakes: Mapping[Any, Any]) -> None:
+            if compared := find_compared(handshakes):
+                self._state = replace(self._state, peers=identify_peers(self._config, compared))
+                self._record.write(self._state)
+            take(handshakes)
+
+        connector.set_xfer_handshake_metadata_pp_aware = learn_and_take
+
+    def count_failed(self, transfers: int) -> None:
+        """Counts transfers that were not begun."""
+        self._state = replace(self._state, failed=self._state.failed + transfers)
+        self._record.write(self._state)
 
     def observe(self, output: Any) -> None:
         """Takes what a step's output says of transfers; almost every one says nothing."""
@@ -65,16 +85,26 @@ def count_transfers(state: TransferRecord, figures: Mapping[str, Any]) -> Transf
     )
 
 
-def identify_peers(config: Any) -> int:
+def find_compared(handshakes: Mapping[Any, Any]) -> str:
+    """What the workers of a rank have other engines compare; empty where one of them does not tell it. Pure."""
+    compared = {getattr(payload, "compatibility_hash", "") for payload in handshakes.values()}
+    return "" if "" in compared else ",".join(sorted(compared))
+
+
+def identify_peers(config: Any, compared: str = "") -> int:
     """A number that is equal for engines which can exchange blocks: what the connectors compare when they first meet.
 
-    The workers alone know the attention backend, so the configured one is compared. Added is what makes the same tokens
-    other values in the cache.
+    Added is what makes the same tokens other values in the cache.
+
+    Args:
+        config: vLLM's configuration.
+        compared: what the workers have other engines compare, with their attention backends; empty: not known yet, and
+            the backend is the configured one.
     """
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
 
     model = config.model_config
-    compared = compute_nixl_compatibility_hash(config, str(config.attention_config.backend))
+    compared = compared or compute_nixl_compatibility_hash(config, str(config.attention_config.backend))
     further = (compared, str(model.revision), str(model.quantization), str(config.lora_config is not None))
     return int.from_bytes(sha256("\n".join(further).encode()).digest()[:8], "big") >> 1
 

@@ -11,6 +11,7 @@ import typer
 from moe_contract.agent_state import AgentState
 from moe_contract.clients import AgentClient, PeerError, Refused
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
+from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api import parse_resource
 from moe_operator.api.crd import GROUP, PLURAL
@@ -38,7 +39,9 @@ def drain(
     namespace: Namespace = None,
     context: Context = None,
     undo: Annotated[bool, typer.Option("--undo", help="Have a drained engine serve again.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also the last engine that takes requests.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also the last engine that takes requests, or of its role.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended its streams.")] = True,
 ) -> None:
     """Empty one engine without losing a stream: it takes nothing new, ends its streams, then stops."""
@@ -82,11 +85,11 @@ async def drain_engine(reached: Reached, engine: str, limit_s: float | None, *, 
         reached: the deployment.
         engine: its name.
         limit_s: time that streams have (`engine.drainTimeout`); None where it is not known.
-        force: whether the last engine that takes requests is drained.
+        force: whether the last engine that takes requests, of all or of its role, is drained.
         wait: whether to wait for the end.
 
     Raises:
-        InvalidInput: the engine is not known, or no other one takes requests.
+        InvalidInput: the engine is not known, or no other one takes requests, or none of its role.
         Failure: its agent refuses or gives no answer.
     """
     async with aiohttp.ClientSession() as session:
@@ -126,17 +129,29 @@ async def resume_engine(reached: Reached, engine: str) -> None:
 
 
 def check_drain(engine: str, states: Mapping[str, AgentState | None], *, force: bool) -> None:
-    """Refuses to drain the last engine that takes requests. Pure.
+    """Refuses to drain the last engine that takes requests, of all or of its fixed role. Pure.
 
     Raises:
-        InvalidInput: no other engine takes requests, and `force` is not given.
+        InvalidInput: no other engine, or none of its role, takes requests, and `force` is not given.
     """
-    others = [name for name, state in states.items() if name != engine and state is not None and state.accepting]
-    if not others and not force:
-        message = (
-            f"{engine} is the last engine that takes requests; nothing was changed (--force drains it all the same)"
-        )
+    if force:
+        return
+    others = [state for name, state in states.items() if name != engine and state is not None and state.accepting]
+    role, state = find_fixed_role(states[engine]), states[engine]
+    last = ""
+    if not others:
+        last = "the last engine that takes requests"
+    elif role and state is not None and state.accepting and role not in map(find_fixed_role, others):
+        last = f"the last engine of the role {role} that takes requests"
+    if last:
+        message = f"{engine} is {last}; nothing was changed (--force drains it all the same)"
         raise InvalidInput([InputError("ENGINE", message)])
+
+
+def find_fixed_role(state: AgentState | None) -> str:
+    """`prefill` or `decode` for an engine that has this role alone; empty for any other. Pure."""
+    transfer = None if state is None else state.kv_transfer
+    return "" if transfer is None or transfer.role is EngineRole.UNIFIED else transfer.role.value
 
 
 def count_requests(state: AgentState | None) -> int:

@@ -17,13 +17,12 @@ from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.exit_cause import explain_exit
 from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding, build_finding
 from moe_operator.plan.names import COMPONENT, REVISION, ROLE, is_replica
-from moe_operator.plan.pod_status import component_of, condition_of, is_live, is_over, is_ready, label_of
+from moe_operator.plan.pod_status import GATED, component_of, condition_of, is_live, is_over, is_ready, label_of
 
 Document = dict[str, Any]
 
 _IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
-GATED = "SchedulingGated"
 # A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
 UNSEEN_FOR = timedelta(seconds=60)
 

@@ -485,7 +485,7 @@ def _rolling(store: Store, key: Key) -> list[str]:
             rolling.append(describe_rollout(live, store.of(key, POD)))
         elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             numbers = f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date"
-            rolling.append(numbers + describe_wait(live))
+            rolling.append(numbers + describe_wait(live, store.of(key, POD)))
     return [text for text in rolling if text]
 
 

@@ -14,7 +14,7 @@ from moe_scheduling.engine.disaggregation import EngineRole
 from moe_operator.kubernetes.difference import is_covered, was_applied, with_digest
 from moe_operator.plan import ClusterPlan
 from moe_operator.plan.names import CANARY, COMPONENT, REVISION, ROLE
-from moe_operator.plan.pod_status import ENGINE, label_of
+from moe_operator.plan.pod_status import ENGINE, GATED, condition_of, is_live, label_of
 
 Document = dict[str, Any]
 
@@ -33,10 +33,30 @@ def roll_in_turn(plan: ClusterPlan, workloads: Iterable[Document]) -> ClusterPla
     return replace(plan, objects=tuple(held if found is planned[second] else found for found in plan.objects))
 
 
-def describe_wait(workload: Document) -> str:
-    """Returns, after its name and numbers, for what a paused Deployment of engines waits; empty where it is not one."""
-    is_held = _stable_role(workload) == EngineRole.DECODE.value and workload["spec"].get("paused", False)
-    return ", and it is paused until the prefill engines are new and ready" if is_held else ""
+def describe_wait(workload: Document, pods: Iterable[Document]) -> str:
+    """Returns, after its name and numbers, for what a paused Deployment of engines waits; empty where it is not one.
+
+    Args:
+        workload: a live workload of the resource.
+        pods: of the resource.
+    """
+    if _stable_role(workload) != EngineRole.DECODE.value or not workload["spec"].get("paused", False):
+        return ""
+    words = ", and it is paused until the prefill engines are new and ready"
+    if unplaced := sorted(str(pod["metadata"]["name"]) for pod in pods if _is_unplaced_prefill(pod)):
+        words += (
+            f", but no node takes {', '.join(unplaced)}: add room for prefill engines or ask for less, or put the "
+            "change back, or set engine.update to surge, and the decode engines wait no longer"
+        )
+    return words
+
+
+def _is_unplaced_prefill(pod: Document) -> bool:
+    """Whether no node can take a pod of a stable prefill engine; one that a queueing system holds back is not meant."""
+    if label_of(pod, ROLE) != EngineRole.PREFILL.value or label_of(pod, REVISION) == CANARY or not is_live(pod):
+        return False
+    scheduled = condition_of(pod, "PodScheduled") or {}
+    return scheduled.get("status") == "False" and scheduled.get("reason") != GATED
 
 
 def _stable_role(document: Document) -> str | None:

@@ -126,7 +126,10 @@ def _why_not(engines: Mapping[str, AgentState], traffic: Traffic) -> tuple[Reaso
     if without:
         return Reason.CONNECTOR_MISSING, f"{', '.join(without)}: {engines[without[0]].engine.last_exit}"
     if traffic.failed:
-        advice = "look at the engines' logs, and whether their pods reach each other on all ports"
+        advice = (
+            "look at the engines' logs, whether their pods reach each other on all ports, and whether their nodes' "
+            "clocks agree within 10 s"
+        )
         return Reason.TRANSFERS_FAILING, f"transfers failed in the last minute and none succeeded; {advice}"
     known = [state.kv_transfer for state in engines.values() if state.ready and state.kv_transfer is not None]
     known = [state for state in known if state.peers]

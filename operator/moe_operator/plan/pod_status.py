@@ -10,6 +10,8 @@ from moe_operator.plan.names import COMPONENT, is_replica
 
 Document = dict[str, Any]
 ENGINE, GATEWAY = "engine", "gateway"
+# Reason of a pod's condition `PodScheduled` while a queueing system such as Kueue holds it back.
+GATED = "SchedulingGated"
 # Phases that a pod never leaves: its containers have ended and are not started again.
 _OVER = ("Failed", "Succeeded")
 

@@ -7,7 +7,8 @@ where the request ends before (`discard`), the blocks that no other request has 
 
 Invariants: a target that holds a block holds all blocks before it, because `record` renews earlier blocks after later
 ones and the oldest leave first (a request that is discarded may leave later blocks of another one without them, which
-then do not count until they are recorded again); memory is bounded by targets times `capacity_blocks`.
+then do not count until they are recorded again); memory is bounded by targets times `capacity_blocks`, and
+`spare_blocks` for all targets together that hold more.
 """
 
 from bisect import bisect_left
@@ -21,6 +22,9 @@ from moe_scheduling.signals import Target
 DEFAULT_BLOCK_BYTES = 512
 # 8 MiB of prompts, about two million tokens: more than the KV cache of one rank usually holds, at about 3 MB here.
 DEFAULT_CAPACITY_BLOCKS = 16384
+
+# For the targets together that have room for more; about 200 MB where all are used.
+DEFAULT_SPARE_BLOCKS = 1 << 20
 
 # In place of the number of a request: the block is computed.
 COMPUTED = 0
@@ -53,20 +57,49 @@ class PrefixIndex:
     """Remembers the blocks of each target in least-recently-used order.
 
     Args:
-        capacity_blocks: most blocks remembered of each target, about as many as its KV cache holds.
+        capacity_blocks: blocks remembered of each target, more where it is known to have room for more.
+        spare_blocks: most further blocks, of all targets together; those that have room for more share them evenly.
 
     Raises:
         ValueError: the capacity is less than 1.
     """
 
-    __slots__ = ("_capacity_blocks", "_held")
+    __slots__ = ("_capacity_blocks", "_held", "_spare_blocks", "_wanted")
 
-    def __init__(self, capacity_blocks: int = DEFAULT_CAPACITY_BLOCKS) -> None:
+    def __init__(
+        self, capacity_blocks: int = DEFAULT_CAPACITY_BLOCKS, spare_blocks: int = DEFAULT_SPARE_BLOCKS
+    ) -> None:
         if capacity_blocks < 1:
             raise ValueError(f"capacity_blocks must be at least 1, got {capacity_blocks}")
         self._capacity_blocks = capacity_blocks
+        self._spare_blocks = spare_blocks
+        # By target, the blocks beyond the capacity for which it has room; those without are absent.
+        self._wanted: dict[Target, int] = {}
         # By block, the newest request that has yet to compute it; `COMPUTED` once one has.
         self._held: dict[Target, OrderedDict[int, int]] = {}
+
+    def set_room(self, target: Target, blocks: int) -> None:
+        """Notes for how many blocks a target has room. O(targets) where that differs from before."""
+        wanted = max(0, blocks - self._capacity_blocks)
+        if self._wanted.get(target, 0) == wanted:
+            return
+        if wanted:
+            self._wanted[target] = wanted
+        else:
+            del self._wanted[target]
+        for other, held in self._held.items():
+            self._trim(other, held)
+
+    def count_blocks(self) -> dict[Target, int]:
+        """Returns the number of blocks that are remembered of each target."""
+        return {target: len(held) for target, held in self._held.items()}
+
+    def _trim(self, target: Target, held: OrderedDict[int, int]) -> None:
+        most = self._capacity_blocks
+        if wanted := self._wanted.get(target):
+            most += min(wanted, self._spare_blocks // len(self._wanted))
+        while len(held) > most:
+            held.popitem(last=False)
 
     def held_blocks(self, keys: Sequence[int]) -> dict[Target, int]:
         """Returns the number of leading blocks that each target holds, where it holds any. Changes nothing."""
@@ -100,8 +133,7 @@ class PrefixIndex:
             else:
                 held[key] = request
             held.move_to_end(key)
-        while len(held) > self._capacity_blocks:
-            held.popitem(last=False)
+        self._trim(target, held)
         return keys[computed:]
 
     def confirm(self, keys: Sequence[int], target: Target) -> None:
@@ -121,3 +153,4 @@ class PrefixIndex:
     def forget(self, target: Target) -> None:
         """Drops all blocks of a target whose engine restarted or is gone."""
         self._held.pop(target, None)
+        self._wanted.pop(target, None)

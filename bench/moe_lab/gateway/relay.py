@@ -1,7 +1,7 @@
 """A relay that does as little as a proxy in Python can: `python -m moe_lab.gateway.relay KIND PORT ENGINE_PORT...`.
 
-It chooses nothing, keeps no accounts and knows no errors: it shows what is left of a CPU second when asyncio, the
-kernel and a parser have had their part. Each request of a connection has the connection of an engine to itself, and the
+It chooses nothing, keeps no accounts and knows no errors: it shows the share of a CPU second that asyncio, the
+kernel and a parser take. Each request of a connection has the connection of an engine to itself, and the
 engines take turns.
 
 Invariant: for the load of the comparison its clients get the engine's answer.
@@ -32,7 +32,7 @@ class RelayKind(StrEnum):
     REWRITTEN = "rewritten"
 
 
-class Side(asyncio.Protocol):
+class RelaySide(asyncio.Protocol):
     """One connection, and the one that its bytes go to."""
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Side(asyncio.Protocol):
             self.other.close()
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends this connection, and so the other one."""
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         self.other.write(data)
 
 
-class UnreadClient(Side):
+class UnreadClient(RelaySide):
     """A client's connection that has one of its own to an engine."""
 
     def __init__(self, ports: "cycle[int]") -> None:
@@ -70,7 +70,7 @@ class UnreadClient(Side):
         self._connecting = asyncio.get_running_loop().create_task(self._connect())
 
     async def _connect(self) -> None:
-        _, engine = await asyncio.get_running_loop().create_connection(Side, "127.0.0.1", next(self._ports))
+        _, engine = await asyncio.get_running_loop().create_connection(RelaySide, "127.0.0.1", next(self._ports))
         self.other, engine.other = engine, self
         engine.write(self._early)
 
@@ -81,7 +81,7 @@ class UnreadClient(Side):
             self.other.write(data)
 
 
-class FramedEngine(Side):
+class FramedEngine(RelaySide):
     """An engine's connection, free for the next request at the end of an answer."""
 
     def __init__(self, idle: "list[FramedEngine]") -> None:
@@ -127,7 +127,7 @@ class RewritingEngine(FramedEngine):
         super().on_message_complete()
 
 
-class Engines:
+class RelayPool:
     """The idle connections to each engine."""
 
     def __init__(self, ports: Sequence[int], kind: type[FramedEngine]) -> None:
@@ -136,7 +136,7 @@ class Engines:
         self._idle: dict[int, list[FramedEngine]] = {port: [] for port in ports}
         self._connecting: set[asyncio.Task[None]] = set()
 
-    def send(self, client: Side, request: bytes) -> None:
+    def send(self, client: RelaySide, request: bytes) -> None:
         """Sends a request to the engine whose turn it is; its answer goes to the client."""
         port = next(self._turns)
         if idle := self._idle[port]:
@@ -148,17 +148,17 @@ class Engines:
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, port: int, client: Side, request: bytes) -> None:
+    async def _connect(self, port: int, client: RelaySide, request: bytes) -> None:
         make = lambda: self._kind(self._idle[port])  # noqa: E731 - a factory
         _, engine = await asyncio.get_running_loop().create_connection(make, "127.0.0.1", port)
         engine.other = client
         engine.write(request)
 
 
-class FramedClient(Side):
+class FramedClient(RelaySide):
     """A client's connection whose requests pass as they came."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: RelayPool) -> None:
         super().__init__()
         self._engines = engines
         self._pieces: list[bytes] = []
@@ -197,9 +197,9 @@ async def serve(kind: RelayKind, port: int, ports: Sequence[int]) -> None:
     """Serves on a port of the loopback until killed."""
     turns = cycle(ports)
     rewrites = kind is RelayKind.REWRITTEN
-    engines = Engines(ports, RewritingEngine if rewrites else FramedEngine)
+    engines = RelayPool(ports, RewritingEngine if rewrites else FramedEngine)
 
-    def make() -> Side:
+    def make() -> RelaySide:
         if kind is RelayKind.UNREAD:
             return UnreadClient(turns)
         return RewritingClient(engines) if rewrites else FramedClient(engines)

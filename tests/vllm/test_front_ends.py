@@ -15,9 +15,9 @@ import yaml
 
 from tests.vllm import official_clients as clients
 from tests.vllm.conftest import Gateway, free_ports, request
+from tests.vllm.load_tools import TOOLS
 
 pytestmark = pytest.mark.front_ends
-FRONT_ENDS = Path(__file__).parents[2] / ".cache/front-ends"
 PAGE = Path(__file__).parents[2] / "docs/gateway.md"
 START_TIMEOUT_S = 300.0
 KEY = "sk-key-of-the-front-end-0123456789"
@@ -38,7 +38,7 @@ def gateway(agent: Any, tmp_path_factory: Any) -> Any:
 
 def run_front_end(program: str, *arguments: str, folder: Path, health: str, **environment: str) -> Iterator[None]:
     """Runs a front end until the test has ended, once it answers."""
-    command = [str(FRONT_ENDS / program / "bin" / program), *arguments]
+    command = [str(TOOLS / program / "bin" / program), *arguments]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment})
     try:

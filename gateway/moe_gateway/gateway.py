@@ -27,6 +27,7 @@ from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
+from moe_gateway.engines.response_search import ResponseSearch
 from moe_gateway.engines.signals import watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.cors import OriginPolicy
@@ -93,6 +94,7 @@ class Gateway:
             stats=self.stats,
             pool_of=self._pool_of,
             bodies=BodyReader(),
+            responses=ResponseSearch(self._pool_of),
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._on_end,

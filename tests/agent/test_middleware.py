@@ -146,7 +146,7 @@ async def test_what_a_dead_core_lets_the_server_say_is_marked_for_the_gateway():
     assert says_engine_is_dead(b"HTTP/1.1 500 \r\nmoeserving-engine: dead\r\n\r\n")
     for event in ERROR_EVENTS:
         (_, marked) = await answers_of(errored=True, messages=[start(200), part(event)])
-        assert marked["body"] == b": moeserving-engine: dead\n" + event
+        assert marked["body"] == b": moeserving-engine: dead\n\n" + event
         assert says_engine_is_dead(marked["body"])
 
 

@@ -68,6 +68,9 @@ class Computing:
                 writer.transport.abort()
             case "dead":
                 writer.write(chunk(event_of({"error": error | {"code": 500}})) + SSE_END)
+            case "marked dead":
+                writer.write(chunk(b": moeserving-engine: dead\n\n"))
+                writer.write(chunk(event_of({"error": {"message": "no", "code": 500}})) + SSE_END)
             case "ends":
                 writer.write(b"0\r\n\r\n")
             case "abort":

@@ -22,6 +22,7 @@ from moe_gateway.endpoint_picker.wire import (
     ProtocolConfiguration,
 )
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.engines.response_search import ResponseSearch
 from moe_gateway.request.body_reader import BodyReader
 from moe_gateway.request.context import ExchangeContext
 from moe_gateway.request.recent_requests import RecentRequests
@@ -52,6 +53,7 @@ def make_parts(*, ready: bool = True, ranks: tuple[int, int] = (1, 1), **limits:
         stats=RequestStats(),
         pool_of=lambda _name: None,
         bodies=BodyReader(),
+        responses=ResponseSearch(lambda _server: None),
         clock=lambda: 1.0,
         spawn=lambda _task: asyncio.ensure_future(asyncio.sleep(0)),
         on_end=lambda _request, _status, _reason: None,

@@ -1,6 +1,7 @@
 """Streams whose engine fails go on at another engine: the client gets what it would have got without the failure."""
 
 import json
+import time
 
 import openai
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_contract.gateway_config import ContinuedStreams
 from moe_gateway.continuation.stream import Continuation, find_continuation
+from moe_gateway.engines.fleet import LONGEST_EJECTION_S
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.parsing import parse_body
@@ -21,7 +23,7 @@ from tests.gateway.waiting import until
 TURNS = {"policy": "roundRobin"}
 TEXT = "Grüße aus 東京, where 🦀 live. STOP here. "
 ON = {"continuation": {"chats_by_prefix": True}}
-FAILURES = ["reset", "half", "dead", "ends", "abort"]
+FAILURES = ["reset", "half", "dead", "marked dead", "ends", "abort"]
 NOTICE = b": continued by another engine\n\n"
 USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 PATHS = {Route.COMPLETIONS: "/v1/completions", Route.CHAT: "/v1/chat/completions"}
@@ -81,11 +83,13 @@ def expected(route, fields, **script):
 async def test_a_stream_survives_its_engine(make_engine, serve, route, failure):
     script = Computing(TEXT, cuts=[9], fail=failure)
     served = await start(make_engine, serve, script)
+    begun_s = time.monotonic()
     answer = await served.ask(ask_for(route, **USAGE))
     assert (answer.status, answer.headers[b"x-moeserving-continuation"]) == (200, b"prefix")
     assert whole(events(answer.body)) | {"done": False} == expected(route, USAGE)
     assert whole(events(answer.body))["done"]
     assert answer.body.count(NOTICE) == 1
+    assert b"moeserving-engine" not in answer.body
     (_, first), (path, second) = script.bodies
     assert first["return_token_ids"]
     assert path == "/v1/completions"
@@ -94,6 +98,10 @@ async def test_a_stream_survives_its_engine(make_engine, serve, route, failure):
     stats = served.gateway.stats
     record = served.gateway.recent.record(answer.headers[b"x-request-id"].decode())
     assert [attempt.continued for attempt in record.attempts] == ["", "prefix"]
+    if "dead" in failure:
+        # The engine gets nothing until it has started anew.
+        engine = served.gateway.dispatcher.engines[record.attempts[0].name]
+        assert engine.ejected_until_s >= begun_s + LONGEST_EJECTION_S
     assert (stats.continuations, stats.failed, served.in_flight) == ({"prefix": 1}, 0, 0)
     assert sum(stats.requests.values()) == stats.requests[route.label, 200] == 1
     assert sum(stats.ttft.counts) == 1

@@ -182,6 +182,7 @@ DEAD_033 = dead("The server had an error while processing your request.")
 # Whatever another version may say.
 DEAD_LATER = dead("Something else.")
 HEADER = b"moeserving-engine: dead\r\n"
+MARK = b": moeserving-engine: dead\n"
 
 
 def dead_500(error, extra=b""):
@@ -193,13 +194,23 @@ def dead_event(error, comment=b""):
     return always(SSE_HEAD + chunk(comment + b"data: " + json.dumps(error).encode() + b"\n\n") + SSE_END)
 
 
+async def mark_before_its_event(_request, writer):
+    """As a proxy may cut what the engine sent in one piece."""
+    writer.write(SSE_HEAD + chunk(MARK + b"\n"))
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.write(chunk(b"data: " + json.dumps(DEAD_LATER).encode() + b"\n\n") + SSE_END)
+
+
 LAST_WORDS = {
     "500": dead_500(DEAD_032),
     "500 of vLLM 0.33": dead_500(DEAD_033),
     "500 that is marked": dead_500(DEAD_LATER, HEADER),
     "a stream's first event": dead_event(DEAD_032),
     "a first event of vLLM 0.33": dead_event(DEAD_033),
-    "a first event that is marked": dead_event(DEAD_LATER, b": moeserving-engine: dead\n"),
+    "a first event that is marked": dead_event(DEAD_LATER, MARK + b"\n"),
+    "a first event with its mark": dead_event(DEAD_LATER, MARK),
+    "a mark that comes before its event": mark_before_its_event,
 }
 
 

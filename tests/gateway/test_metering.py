@@ -28,7 +28,9 @@ class Nobody:
 
 
 def meter_of(charged=7):
-    lease = Quotas(Quota(tokens_per_minute=10**9)).admit(build_caller("a"), charged, 0.0)
+    quotas = Quotas(Quota(tokens_per_minute=10**9))
+    # What is reserved for the answer is no estimate of it.
+    lease = quotas.admit(build_caller("a"), charged, 0.0, answer_tokens=1000)
     assert isinstance(lease, Lease)
     return MeteredClient(Nobody(), lease)
 

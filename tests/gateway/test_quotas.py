@@ -76,6 +76,24 @@ async def test_a_stream_with_usage_counts_what_it_says(limited):
     assert use_of(served).tokens.level == pytest.approx(500, abs=1)
 
 
+@pytest.mark.parametrize("pad", ["", "x" * 2_000_000], ids=["small", "large"])
+async def test_what_answers_may_have_is_reserved_until_they_end(limited, pad):
+    """So several long answers at a time pass no quota together."""
+    engine, served = await limited(never, tokens_per_minute=600)
+    limited_prompt = {"model": "tiny", "prompt": "x", "pad": pad, "max_tokens": 500}
+    client = await served.connect()
+    client.send(post(limited_prompt, extra=BEARER))
+    await until(lambda: len(engine.requests) == 1, "the first request")
+    refused = await served.ask(post(limited_prompt, extra=BEARER))
+    assert refused.status == 429
+    assert refused.json["error"]["message"].startswith("the limit of 600 tokens a minute is reached")
+    client.reset()
+    await until(lambda: use_of(served).in_flight == 0, "the end of the first one")
+    engine.script = answer_ok
+    assert (await served.ask(post(limited_prompt, extra=BEARER))).status == 200
+    assert len(engine.requests) == 2
+
+
 async def test_an_answer_that_is_an_error_costs_no_tokens(limited):
     _, served = await limited(always(json_answer({"error": {}}, status="400 Bad Request")), tokens_per_minute=600)
     assert (await served.ask(post(prompt("x" * 400), extra=BEARER))).status == 400

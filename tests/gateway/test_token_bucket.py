@@ -121,6 +121,48 @@ def test_requests_at_a_time_are_given_back_once_at_their_end():
     assert over.wait_s == pytest.approx((1.0 + 0.1 * 4.0) / 2)
 
 
+def test_the_most_that_an_answer_may_have_is_reserved_and_what_is_left_of_it_given_back():
+    quotas = Quotas(Quota(tokens_per_minute=600))
+    lease = quotas.admit(A, 100, 0.0, answer_tokens=400)
+    assert isinstance(lease, Lease)
+    over = quotas.admit(A, 100, 0.0, answer_tokens=400)
+    assert isinstance(over, OverQuota)
+    assert (over.limit, over.wait_s) == (QuotaBound.TOKENS, pytest.approx(40.0))
+    lease.end(110, 0.0)
+    assert isinstance(quotas.admit(A, 90, 0.0, answer_tokens=400), Lease)
+
+
+def test_a_limit_above_the_whole_quota_passes_once_the_bucket_is_full():
+    quotas = Quotas(Quota(tokens_per_minute=600))
+    lease = quotas.admit(A, 100, 0.0, answer_tokens=10**9)
+    assert isinstance(lease, Lease)
+    assert refuse(quotas, tokens=1).wait_s > 0
+    lease.end(300, 0.0)
+    admit(quotas, tokens=300)
+
+
+requests = st.tuples(st.integers(1, 400), st.integers(1, 400), st.floats(0, 1), st.floats(0, 20), st.booleans())
+
+
+@given(st.lists(requests, max_size=40))
+def test_answers_within_their_limits_never_take_more_than_the_quota_gives(rows):
+    """However long each answer is, and however many there are at a time."""
+    quotas, now_s, taken, open_leases = Quotas(Quota(tokens_per_minute=1000)), 0.0, 0.0, []
+    for prompt, limit, part, pause_s, ends in rows:
+        now_s += pause_s
+        lease = quotas.admit(A, prompt, now_s, answer_tokens=limit)
+        if isinstance(lease, Lease):
+            open_leases.append((lease, prompt + int(part * limit)))
+        if ends and open_leases:
+            lease, tokens = open_leases.pop(0)
+            lease.end(tokens, now_s)
+            taken += tokens
+    for lease, tokens in open_leases:
+        lease.end(tokens, now_s)
+        taken += tokens
+    assert taken <= 1000 * (1 + now_s / 60) * (1 + 1e-6)
+
+
 def test_tokens_are_charged_at_the_admission_and_set_right_at_the_end():
     quotas = Quotas(Quota(tokens_per_minute=600))
     lease = admit(quotas, tokens=500)

@@ -30,9 +30,11 @@ from moe_lab.gateway.comparison import (
     warn_if_busy,
 )
 from moe_lab.gateway.engine import ANSWER, STEP_S, Batch, Connection
+from moe_lab.gateway.floor import FloorRow, render_floor
 from moe_lab.gateway.load import TURN_REQUESTS, WrongAnswer, ask_in_turns, ask_repeatedly, stream_at_once
 from moe_lab.gateway.processes import GatewayProcess, running, share_cores
-from moe_lab.gateway.streams import TIMED_STREAMS, grow_idle, private_bytes, time_events
+from moe_lab.gateway.relay import RelayKind
+from moe_lab.gateway.streams import TIMED_STREAMS, build_large_request, grow_idle, private_bytes, time_events
 from rich.console import Console
 
 COMMAND = [sys.executable, "-m", "moe_lab.gateway"]
@@ -258,6 +260,38 @@ def test_both_routers_are_measured_end_to_end_and_everything_ends(stand_in, tmp_
     # Both are our gateway here, which has a process of its own for large bodies.
     assert len(started) == processes.ENGINES + 4
     assert not started & in_group_of(os.getpid())
+
+
+@pytest.mark.parametrize("kind", RelayKind)
+def test_a_relay_passes_on_what_the_engines_write(kind, tmp_path):
+    cores = share_cores(sorted(os.sched_getaffinity(0)))
+    with (
+        processes._engine(cores.rest) as first,
+        processes._engine(cores.rest) as second,
+        processes._relay(kind, [first, second], cores.router, tmp_path) as relay,
+    ):
+        # Whoever gets anything else raises `WrongAnswer`.
+        answers = asyncio.run(ask_repeatedly(relay.port, connections=3, seconds=0.1))
+        streamed = asyncio.run(stream_at_once(relay.port, streams=4, events=7, seconds=0.1))
+        large = ask_repeatedly(relay.port, connections=1, seconds=0.1, request=build_large_request())
+        assert min(answers.count, asyncio.run(large).count) > 0
+        assert streamed.count == 4 * 7
+
+
+def test_the_floor_shows_each_proxy_beside_vllm_router():
+    rounds = [{"relay, unread": 300.0, "moeserving": 100.0 * part, "vllm-router": 100.0} for part in (0.9, 1.0, 1.1)]
+    rows = [FloorRow(measurement=Measurement.REQUESTS, rounds=tuple(rounds))]
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - closed with the console
+    with console.file:
+        console.print(render_floor(rows, read_machine("9.9.9", "round_robin")))
+    text = " ".join(console.export_text().split())
+    for part in (
+        "relay, unread 300 3.00 [3.00, 3.00]",
+        "moeserving 100 1.00 [0.90, 1.10]",
+        "Medians of 3 rounds",
+        "9.9.9",
+    ):
+        assert part in text
 
 
 def test_the_signal_that_ends_the_command_ends_what_it_started(stand_in):

@@ -3,10 +3,12 @@
 The short one grows by requests and kinds of faults, not by time, and asserts guarantees alone.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from moe_lab.soak import answers
 from moe_lab.soak.answers import ReadAnswer, SoakRoute, mark_prompt, owed_text, read_mark, read_piece, read_stream
 from moe_lab.soak.deliveries import Deliveries, EngineRecords, Received, SoakOutcome, judge
 from moe_lab.soak.faults import EngineFault, GatewayFault, plan_faults
+from moe_lab.soak.injection import FaultInjector
 from moe_lab.soak.observation import DESCRIPTOR_TOLERANCE, MEMORY_TOLERANCE_BYTES, GatewayReport, find_exceptions
 from moe_lab.soak.page import EngineMode, EnginePage
 from moe_lab.soak.traffic import Leaving, SoakRequest, plan_request
@@ -159,6 +162,43 @@ def test_each_kind_of_fault_comes_once_before_one_comes_again(kinds):
     assert {fault.kind for fault in faults[: len(kinds)]} == set(kinds)
     assert faults == list(islice(plan_faults(5, kinds, purpose="x"), 40))
     assert all(0.0 < fault.duration_s < 60.0 for fault in faults)
+
+
+class Striking(FaultInjector):
+    """Strikes without processes: a fault lasts until it is let go."""
+
+    def __init__(self, turn, now, gate):
+        testbed = SimpleNamespace(mocks=[SimpleNamespace(name="engine-0")], gateways=[SimpleNamespace(is_steady=False)])
+        super().__init__(testbed, frozenset, lambda _line: None, turn, now)
+        self.gate = gate
+
+    async def _wait_for_others(self, victim):
+        pass
+
+    async def _strike_engine(self, victim, kind, duration_s):
+        await self.gate.wait()
+
+    _strike_gateway = _strike_engine
+
+
+async def test_a_gateway_fails_during_a_fault_of_an_engine_and_engines_one_at_a_time():
+    of_engines, of_gateways, now, gate = asyncio.Lock(), asyncio.Lock(), [], asyncio.Event()
+    rows = [(of_engines, EngineFault), (of_engines, EngineFault), (of_gateways, GatewayFault)]
+    injectors = [Striking(turn, now, gate) for turn, _ in rows]
+    plans = [plan_faults(0, tuple(kinds), purpose="x") for _, kinds in rows]
+    tasks = [
+        asyncio.create_task(each.run(faults, lambda: True, lambda each=each: each.injected.total() > 0))
+        for each, faults in zip(injectors, plans, strict=True)
+    ]
+    async with asyncio.timeout(60):
+        while len(now) < 2:
+            await asyncio.sleep(0)
+        assert sorted(type(kind).__name__ for kind in now) == ["EngineFault", "GatewayFault"]
+        gate.set()
+        await asyncio.gather(*tasks)
+    assert sum(each.overlaps for each in injectors) >= 1
+    assert [each.injected.total() for each in injectors] == [1, 1, 1]
+    assert now == []
 
 
 def test_a_page_carries_the_mode_to_the_engine_and_its_steps_back(tmp_path):

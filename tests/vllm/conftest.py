@@ -267,9 +267,9 @@ class Gateway:
 JAVASCRIPT = Path(__file__).parents[2] / ".cache/javascript-clients"
 
 
-def run_javascript(url: str, *names: str) -> dict[str, Any]:
+def run_javascript(url: str, *names: str, script: str = "checks.mjs") -> dict[str, Any]:
     """What the official JavaScript clients get from a server, by check; `make` installs them."""
-    checks = Path(__file__).parent / "javascript/checks.mjs"
+    checks = Path(__file__).parent / "javascript" / script
     (JAVASCRIPT / checks.name).write_bytes(checks.read_bytes())
     command = ["node", str(JAVASCRIPT / checks.name), url, *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.vllm.conftest import Agent, Gateway
 
+# `make` installs each tool in an environment of its own.
+TOOLS = Path(__file__).parents[2] / ".cache/tools"
 REQUESTS = 8
 OUTPUT_TOKENS = 8
 # A busy machine delays each of the three processes; a time of another thing than TTFT is off by more than this.
@@ -86,11 +89,37 @@ def _scrape(url: str) -> dict[str, float]:
     return samples
 
 
+def make_hub(tiny_model: Path, home: Path) -> Path:
+    """A cache of Hugging Face's hub with the model's tokenizer as `moeserving/tiny`, since aiperf takes no path."""
+    folder = home / "hub/models--moeserving--tiny"
+    shutil.copytree(tiny_model, folder / "snapshots/one")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("one")
+    return home
+
+
 def run_tool(command: list[str], hub: Path | None = None) -> None:
     """Runs a tool to its end; `hub` is a cache of Hugging Face's hub that has the tokenizer."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({} if hub is None else {"HF_HOME": str(hub)})
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def check_aiperf(agent: Agent, gateway: Gateway, hub: Path, folder: Path, endpoint: str) -> None:
+    """Runs aiperf through the gateway, with a header that names its sessions: no request fails, all count the same."""
+    before, failures = Measured.read(gateway, agent), failed(gateway)
+    asked = ["--isl", "60", "--osl", str(OUTPUT_TOKENS), "--request-count", str(REQUESTS), "--concurrency", "2"]
+    where = ["--url", gateway.url, "--endpoint-type", endpoint, "--session-header", "X-Session-Affinity"]
+    more = ["--tokenizer", "moeserving/tiny", "--ui", "none", "--output-artifact-dir", str(folder)]
+    run_tool([str(TOOLS / "aiperf/bin/aiperf"), "profile", "-m", "tiny", "--streaming", *where, *asked, *more], hub)
+    report = json.loads((folder / "profile_export_aiperf.json").read_text())
+    assert report["request_count"]["avg"] == REQUESTS
+    assert not report.get("error_summary")
+    assert report["time_to_first_token"]["avg"] < report["request_latency"]["avg"]
+    assert failed(gateway) == failures
+    ttft = Times(REQUESTS, report["time_to_first_token"]["avg"] / 1000 * REQUESTS)
+    measured = Measured.read(gateway, agent).since(before)
+    compare_times(f"aiperf, {endpoint}", ttft, report["inter_token_latency"]["avg"] / 1000, measured)
 
 
 def bench_serve(url: str, tokenizer: Path, folder: Path) -> dict[str, float]:
@@ -114,7 +143,11 @@ def compare_times(tool: str, ttft: Times, itl_mean_s: float | None, measured: Me
     rows.append(("gateway", str(measured.gateway_ttft.count), f"{measured.gateway_ttft.mean_s * 1000:.1f}", ""))
     engine, engine_itl = measured.engine_ttft, measured.engine_itl
     rows.append(("engine", str(engine.count), f"{engine.mean_s * 1000:.1f}", f"{engine_itl.mean_s * 1000:.1f}"))
-    print("\n" + "\n".join("{:<20}{:>10}{:>12}{:>20}".format(*row) for row in rows))
+    print("\n" + "\n".join("{:<30}{:>10}{:>12}{:>20}".format(*row) for row in rows))
+    above = [ttft.mean_s / measured.gateway_ttft.mean_s - 1, measured.gateway_ttft.mean_s / engine.mean_s - 1]
+    print("TTFT: tool {:+.1%} of the gateway's, gateway {:+.1%} of the engine's".format(*above))
+    if itl_mean_s is not None:
+        print(f"between tokens: tool {itl_mean_s / engine_itl.mean_s - 1:+.1%} of the engine's")
     assert ttft.count == measured.gateway_ttft.count == measured.engine_ttft.count
     means_s = [measured.engine_ttft.mean_s, measured.gateway_ttft.mean_s, ttft.mean_s]
     assert all(near <= far + 0.005 for near, far in pairwise(means_s)), means_s

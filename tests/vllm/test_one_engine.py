@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
+import openai
 import psutil
 import pytest
+from moe_contract.engine_death import COMMENT
 from moe_contract.serving_routes import CORE
 
 from tests.vllm import official_clients as clients
 from tests.vllm.conftest import request, run_javascript
-from tests.vllm.load_tools import Measured, check_bench_serve
+from tests.vllm.load_tools import Measured, check_aiperf, check_bench_serve, make_hub
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,16 @@ def test_the_signal_moves_with_the_work(agent):
     assert idle["step_time"]["base_s"] + idle["step_time"]["decode_s"] > 0.0
 
 
+def core_of(agent: Any) -> psutil.Process:
+    server = psutil.Process(agent.state()["engine"]["pid"])
+    (core,) = [child for child in server.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    return core
+
+
 @pytest.mark.smoke
 def test_the_core_answers_for_itself_while_it_is_idle(agent):
     """What the agent asks an idle engine: `/health` speaks for the HTTP server alone."""
-    server = psutil.Process(agent.state()["engine"]["pid"])
-    (core,) = [child for child in server.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    core = core_of(agent)
     assert agent.engine("GET", CORE) == (200, {"answers": True})
     core.suspend()
     try:
@@ -85,6 +92,14 @@ def test_a_load_tool_the_gateway_and_the_engine_measure_the_same_requests(agent,
     gateway = start_gateway([agent])
     gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
     check_bench_serve(agent, gateway, tiny_model, tmp_path)
+
+
+@pytest.mark.smoke
+def test_a_load_tool_of_the_field_sees_no_failure(agent, start_gateway, tiny_model, tmp_path):
+    gateway = start_gateway([agent])
+    gateway.wait_for("an engine", lambda state: state["engines"][0]["accepting"])
+    hub = make_hub(tiny_model, tmp_path / "hub")
+    check_aiperf(agent, gateway, hub, tmp_path / "report", "chat")
 
 
 LATE = [
@@ -180,12 +195,40 @@ async def test_the_order_of_service_is_switched_while_the_engine_runs(agent):
     assert agent.state()["config"]["request"]["policy"] == "fcfs"
 
 
+def test_the_error_of_a_core_that_dies_within_a_stream_reaches_clients_behind_its_mark(agent):
+    """One stream has the only seat, another one waits behind it; vLLM's server outlives its core by some seconds."""
+    restarts = agent.state()["engine"]["restarts"]
+    asked = clients.CHAT | {"max_tokens": 1500}
+    stream = clients.open_openai(agent.url).chat.completions.create(**asked, extra_body=clients.LONG, stream=True)
+    events = iter(stream)
+    next(events)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(read_stream, agent, asked | {"stream": True})
+        agent.wait_for("the second stream", lambda state: state["ranks"][0]["waiting"] == 1, 60)
+        core_of(agent).kill()
+        with pytest.raises(openai.APIError):
+            list(events)
+        mark, error = waiting.result(120).split(b"\n\n")[:2]
+    assert mark + b"\n\n" == COMMENT
+    assert error.startswith(b"data: {")
+    assert b'"error"' in error
+    agent.wait_for("down", lambda state: state["engine"]["restarts"] == restarts + 1, 60)
+    agent.wait_ready()
+
+
+def read_stream(agent: Any, body: dict[str, Any]) -> bytes:
+    made = urllib.request.Request(
+        f"{agent.url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    return bytes(urllib.request.urlopen(made, timeout=120).read())
+
+
 def test_an_engine_that_is_killed_comes_back_on_its_port_with_the_settings_in_force(agent):
     status, _ = agent.control("PUT", "/v1/config", {"request": {"policy": "priority"}})
     assert status == 200
     before = agent.state()["engine"]
     os.kill(before["pid"], signal.SIGKILL)
-    down = agent.wait_for("down", lambda state: state["engine"]["restarts"] == 1, 60)
+    down = agent.wait_for("down", lambda state: state["engine"]["restarts"] == before["restarts"] + 1, 60)
     assert not down["accepting"]
     assert down["ranks"] == []
     assert down["engine"]["last_exit"] == "killed by SIGKILL"

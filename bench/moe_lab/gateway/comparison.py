@@ -99,11 +99,11 @@ def _compare_one(
 ) -> GatewayComparison:
     if measurement is Measurement.IDLE:
         return _compare_idle(testbed, pairs, progress)
-    _measure_pair(measurement, testbed, (testbed.ours, testbed.theirs), WARM_UP_S)
+    measure_in_turn(measurement, testbed, (testbed.ours, testbed.theirs), WARM_UP_S)
     measured = []
     for number in range(pairs):
         order = (testbed.ours, testbed.theirs) if number % 2 == 0 else (testbed.theirs, testbed.ours)
-        values = _measure_pair(measurement, testbed, order, seconds)
+        values = measure_in_turn(measurement, testbed, order, seconds)
         pair = MeasurementPair(ours=values[testbed.ours.name], theirs=values[testbed.theirs.name])
         progress(f"{measurement.title}, pair {number + 1} of {pairs}: {pair.ours:,.0f} and {pair.theirs:,.0f}")
         measured.append(pair)
@@ -120,10 +120,14 @@ def _compare_idle(testbed: GatewayTestbed, pairs: int, progress: Callable[[str],
     return GatewayComparison(measurement=Measurement.IDLE, pairs=measured, ratio=estimate_ratio(measured))
 
 
-def _measure_pair(
+def measure_in_turn(
     measurement: Measurement, testbed: GatewayTestbed, order: Sequence[GatewayProcess], seconds: float
 ) -> dict[str, float]:
-    """By the routers' names; it takes twice `seconds`."""
+    """Measures routers one after the other; returns the values by their names.
+
+    Raises:
+        TooNoisy: a router seems to add nothing to the latency.
+    """
     match measurement:
         case Measurement.REQUESTS:
             return {router.name: asyncio.run(_requests_per_cpu_s(router, seconds)) for router in order}

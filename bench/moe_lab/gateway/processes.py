@@ -4,14 +4,13 @@ Everything started here ends with the `GatewayTestbed`. A router's cost is the C
 """
 
 import contextlib
+import http.client
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_lab.gateway.load import build_request
+from moe_lab.gateway.relay import RelayKind
 
 ENGINES = 2
 START_TIMEOUT_S = 60.0
@@ -54,6 +54,7 @@ class GatewayTestbed:
     ours: GatewayProcess
     theirs: GatewayProcess
     direct_port: int
+    relays: tuple[GatewayProcess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +71,12 @@ def share_cores(available: Sequence[int]) -> Cores:
 
 
 @contextlib.contextmanager
-def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> Iterator[GatewayTestbed]:
+def running(
+    vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY, *, relays: Sequence[RelayKind] = ()
+) -> Iterator[GatewayTestbed]:
     """Starts everything and waits until both routers answer a chat request; logs are in `folder`.
 
-    `policy` is vllm-router's; ours runs in its default configuration.
+    `policy` is vllm-router's; ours runs in its default configuration. Beside them run relays of these kinds.
 
     Raises:
         InvalidInput: vllm-router cannot be started.
@@ -90,6 +93,7 @@ def running(vllm_router: Path, folder: Path, policy: str = DEFAULT_POLICY) -> It
             ours=stack.enter_context(_router("moeserving", ours, ours_port, cores.router, folder)),
             theirs=stack.enter_context(_router("vllm-router", theirs, theirs_port, cores.router, folder)),
             direct_port=engines[0],
+            relays=tuple(stack.enter_context(_relay(kind, engines, cores.router, folder)) for kind in relays),
         )
         stack.enter_context(_pinned(cores.rest))
         yield testbed
@@ -146,6 +150,14 @@ def _engine(cores: frozenset[int]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def _relay(kind: RelayKind, engines: Sequence[int], cores: frozenset[int], folder: Path) -> Iterator[GatewayProcess]:
+    (port,) = _free_ports(1)
+    command = [sys.executable, "-m", "moe_lab.gateway.relay", kind.value, str(port), *map(str, engines)]
+    with _router(f"relay, {kind.value}", command, port, cores, folder) as relay:
+        yield relay
+
+
+@contextlib.contextmanager
 def _router(name: str, command: list[str], port: int, cores: frozenset[int], folder: Path) -> Iterator[GatewayProcess]:
     log = folder / f"{name}.log"
     with log.open("wb") as output, _started(command, cores, stdout=output, stderr=output) as process:
@@ -197,13 +209,15 @@ def _wait_until_serving(name: str, process: "subprocess.Popen[bytes]", port: int
 
 def _serves(port: int) -> bool:
     body = build_request().partition(b"\r\n\r\n")[2]
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    # It does not ask to close the connection, which a relay would pass on to its engine.
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=2.0)
     try:
-        with urllib.request.urlopen(request, timeout=2.0) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+        client.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        return client.getresponse().status == 200
+    except (http.client.HTTPException, OSError):
         return False
+    finally:
+        client.close()
 
 
 def _free_ports(count: int) -> list[int]:

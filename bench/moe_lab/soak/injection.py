@@ -1,8 +1,9 @@
-"""Carries out the faults of a soak, one at a time, and heals them.
+"""Carries out the faults of a soak and heals them: those of engines one at a time, and so those of gateways.
 
 The next one begins only when every request that was under way at the end of the last one has ended, and, for a fault of
-an engine, when every gateway sends requests to two other mock engines: a request meets one fault, and healthy engines
-are left. An engine that a gateway still ejects after its last fault does not count; the longest ejection is 30 s.
+an engine, when every gateway sends requests to two other mock engines: a request meets one fault of an engine, and
+healthy engines are left. An engine that a gateway still ejects after its last fault does not count; the longest
+ejection is 30 s. A fault of a gateway begins whatever happens to an engine just then: it costs no request an attempt.
 """
 
 import asyncio
@@ -32,10 +33,12 @@ class FaultInjector:
         testbed: what runs.
         under_way: numbers of the requests that have not ended.
         progress: gets a line for the beginning and the end of each fault.
-        turn: held during a fault; all injectors of a soak share it.
+        turn: held during a fault; injectors whose faults must not overlap share it.
+        now: the faults under way, of all injectors of a soak.
 
     Attributes:
         injected: how often each kind came.
+        overlaps: how many faults began during one of another injector.
     """
 
     def __init__(
@@ -44,12 +47,15 @@ class FaultInjector:
         under_way: Callable[[], Collection[int]],
         progress: Callable[[str], None],
         turn: asyncio.Lock,
+        now: list[FaultKind],
     ) -> None:
         self._testbed = testbed
         self._turn = turn
         self._under_way = under_way
         self._progress = progress
+        self._now = now
         self.injected: Counter[FaultKind] = Counter()
+        self.overlaps = 0
 
     async def run(self, faults: Iterator[Fault], is_due: Callable[[], bool], is_over: Callable[[], bool]) -> None:
         """Injects one fault after the other, each when it is due, until it is over."""
@@ -73,12 +79,25 @@ class FaultInjector:
             mocks = self._testbed.mocks
             victim = mocks[fault.victim % len(mocks)]
             await self._wait_for_others(victim.name)
-            await self._strike_engine(victim, kind, fault.duration_s)
+            with self._under(kind):
+                await self._strike_engine(victim, kind, fault.duration_s)
         elif isinstance(kind, GatewayFault):
-            await self._strike_gateway(_choose_gateway(self._testbed.gateways, fault), kind, fault.duration_s)
+            with self._under(kind):
+                await self._strike_gateway(_choose_gateway(self._testbed.gateways, fault), kind, fault.duration_s)
         else:
             await self._wait_for_others("")
-            await self._strike_real(kind, fault.duration_s)
+            with self._under(kind):
+                await self._strike_real(kind, fault.duration_s)
+
+    @contextlib.contextmanager
+    def _under(self, kind: FaultKind) -> Iterator[None]:
+        """Counts the fault among those under way."""
+        self.overlaps += bool(self._now)
+        self._now.append(kind)
+        try:
+            yield
+        finally:
+            self._now.remove(kind)
 
     async def _wait_for_others(self, victim: str) -> None:
         names = {mock.name for mock in self._testbed.mocks} - {victim}

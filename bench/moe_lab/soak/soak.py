@@ -65,6 +65,7 @@ class SoakResult:
         deliveries: outcomes of all requests.
         records: what the mock engines were given and computed.
         faults: how often each kind came.
+        overlaps: how many of them began during another one.
         gateways: how each stands at the end.
         official: requests of the official clients.
         load_s: seconds in which requests were sent.
@@ -75,6 +76,7 @@ class SoakResult:
     deliveries: Deliveries
     records: EngineRecords
     faults: Counter[FaultKind]
+    overlaps: int = 0
     gateways: list[GatewayReport] = field(default_factory=list)
     official: int = 0
     load_s: float = 0.0
@@ -198,10 +200,12 @@ class Soak:
         groups: dict[str, tuple[FaultKind, ...]] = {"engines": tuple(EngineFault), "gateways": tuple(GatewayFault)}
         if testbed.real is not None:
             groups["real"] = tuple(RealFault)
-        turn = asyncio.Lock()
+        of_engines, of_gateways = asyncio.Lock(), asyncio.Lock()
+        now: list[FaultKind] = []
         for purpose, all_kinds in groups.items():
+            turn = of_gateways if purpose == "gateways" else of_engines
             kinds = [kind for kind in all_kinds if settings.has_long_faults or not kind.is_long]
-            injector = FaultInjector(testbed, lambda: self._under_way, self._progress, turn)
+            injector = FaultInjector(testbed, lambda: self._under_way, self._progress, turn, now)
             self._injectors.append((injector, kinds))
             faults = plan_faults(settings.seed, kinds, purpose=purpose)
             every = settings.fault_every * (REAL_FAULT_PERIODS if purpose == "real" else 1)
@@ -259,6 +263,7 @@ class Soak:
             deliveries=self._deliveries,
             records=records,
             faults=sum((injector.injected for injector, _ in self._injectors), Counter()),
+            overlaps=sum(injector.overlaps for injector, _ in self._injectors),
             gateways=reports,
             official=self._official_count,
             load_s=load_s,

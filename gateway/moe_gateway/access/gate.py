@@ -136,7 +136,8 @@ class Gate:
             request.place.free()
         if route is Route.RESPONSES and (denial := refuse_fields(parsed, self._quotas.quota_of(caller))) is not None:
             return denial
-        lease = self._quotas.admit(caller, tokens if has_job else 0, self._clock())
+        reserved = parsed.answer_tokens if has_job else 0
+        lease = self._quotas.admit(caller, tokens if has_job else 0, self._clock(), answer_tokens=reserved)
         if isinstance(lease, OverQuota):
             return deny_over(lease)
         meter = MeteredClient(client, lease) if has_job and lease.use.tokens is not None else None

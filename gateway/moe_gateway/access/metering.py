@@ -65,7 +65,7 @@ class MeteredClient:
         """The tokens that the request took; none where no engine answered it."""
         if not is_answer:
             return 0
-        estimate = self._lease.charged_tokens + self._events
+        estimate = self._lease.prompt_tokens + self._events
         if self._usage is None:
             return estimate
         if self._events - self._events_at_usage > _MOST_LAST_EVENTS:

@@ -78,11 +78,13 @@ class Lease:
     Attributes:
         use: of its tenant.
         since_s: when it was admitted.
-        charged_tokens: what its tenant was charged then.
+        prompt_tokens: of its prompt, as far as they were known then.
+        charged_tokens: what its tenant was charged then: its prompt, and the most that its answer may have.
     """
 
     use: TenantUse
     since_s: float
+    prompt_tokens: int
     charged_tokens: int
     _has_ended: bool = field(default=False, init=False)
 
@@ -133,9 +135,16 @@ class Quotas:
         """Number of tenants that are remembered."""
         return len(self._uses)
 
-    def admit(self, caller: Caller, tokens: int, now_s: float) -> Lease | OverQuota:
-        """Admits a request with this number of prompt tokens, or names the bound that it has reached, at no cost."""
-        use = self._find_use(caller, now_s)
+    def admit(self, caller: Caller, prompt_tokens: int, now_s: float, *, answer_tokens: int = 0) -> Lease | OverQuota:
+        """Admits a request, or names the bound that it has reached, at no cost.
+
+        Args:
+            caller: whose tenant is charged.
+            prompt_tokens: of its prompt.
+            now_s: monotonic seconds.
+            answer_tokens: most tokens of its answer, which are reserved for it; 0 where it names no limit.
+        """
+        use, tokens = self._find_use(caller, now_s), prompt_tokens + answer_tokens
         if (over := _find_limit(use, tokens, now_s)) is not None:
             return over
         use.in_flight += 1
@@ -143,7 +152,7 @@ class Quotas:
             use.requests.take(1, now_s)
         if use.tokens is not None:
             use.tokens.take(tokens, now_s)
-        return Lease(use, now_s, tokens)
+        return Lease(use, now_s, prompt_tokens, tokens)
 
     def look(self, caller: Caller, now_s: float) -> OverQuota | None:
         """The bound that the smallest request would pass now; None: none."""

@@ -30,7 +30,7 @@ from moe_gateway.continuation.chunks import (
 from moe_gateway.continuation.events import EventReader
 from moe_gateway.continuation.transcript import MOST_TOKENS, Cut, Expected, Mismatch, Transcript
 from moe_gateway.continuation.ways import ROUTES, Way, find_way, read_stops
-from moe_gateway.engines.engine_death import says_engine_is_dead
+from moe_gateway.engines.engine_death import is_death_mark, says_engine_is_dead
 from moe_gateway.http.bodies import Body
 from moe_gateway.http.replies import LAST_CHUNK, frame_chunk
 from moe_gateway.http.routes import Route
@@ -68,6 +68,7 @@ class Continuation:
 
     __slots__ = (
         "_body",
+        "_death_mark",
         "_document",
         "_end_passed",
         "_expected",
@@ -124,6 +125,8 @@ class Continuation:
 
     def _new_reader(self) -> None:
         self._reader = EventReader()
+        # Belongs to the event behind it, an error.
+        self._death_mark = b""
         self._head_passed = self._end_passed = False
         self.failure: StreamFailure | None = None
 
@@ -194,6 +197,9 @@ class Continuation:
         """Takes an event and returns what the client gets in its place."""
         data = read_data(event)
         if not data:
+            if is_death_mark(event):
+                self._death_mark = event
+                return b""
             if not event.startswith(b":"):
                 self._transcript.forget()
             return event
@@ -220,6 +226,7 @@ class Continuation:
         return self._take_again(chunk) if self._is_resumed else self._take_first(chunk, event)
 
     def _take_error(self, event: bytes, status: int) -> bytes:
+        event = self._death_mark + event
         if not self._has_token or part_of_status(status) is not AnswerPart.ENGINE_ERROR:
             self.is_whole, self._expected = True, None
             self._transcript.forget()

@@ -10,12 +10,18 @@ import re
 
 from moe_contract.engine_death import COMMENT, NAME, VALUE
 
-_MARK = re.compile(rb"(?:\n%b:[ \t]*%b\r|(?:^|\n)%b)" % (NAME, VALUE, COMMENT), re.IGNORECASE)
+_COMMENT = COMMENT.rstrip()
+_MARK = re.compile(rb"(?:\n%b:[ \t]*%b\r|(?:^|\n)%b[\r\n])" % (NAME, VALUE, _COMMENT), re.IGNORECASE)
 # What `EngineDeadError` says to clients in vLLM 0.32 and 0.33; a test of the agent compares it with vLLM's. An error of
 # another kind may have it within its message, as a text of the client's, whose quotes are escaped there. That of 0.33
 # is the whole message: other services begin theirs with the same words.
 ENGINE_DEAD = (b"EngineCore encountered an issue", b'The server had an error while processing your request."')
 _MESSAGE_BEGINS_WITH_IT = re.compile(rb"\"message\": ?\"(?:%b)" % b"|".join(map(re.escape, ENGINE_DEAD)))
+
+
+def is_death_mark(event: bytes) -> bool:
+    """Whether an event is the comment that marks the next one, an error, as that of a dead engine."""
+    return event.rstrip() == _COMMENT
 
 
 def says_engine_is_dead(error: bytes) -> bool:

@@ -13,11 +13,13 @@ class BodyRefused(ValueError):
 
     Attributes:
         outcome: how the request ends.
+        retry_after_s: when the client may come again; None where that would change nothing.
     """
 
-    def __init__(self, outcome: RequestOutcome, message: str) -> None:
+    def __init__(self, outcome: RequestOutcome, message: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.outcome = outcome
+        self.retry_after_s = retry_after_s
 
 
 class LargeBody:

@@ -29,6 +29,7 @@ from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.exchanges import make_exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
+from moe_gateway.request.pending_request import needs_search, read_pending
 from moe_gateway.request.reading import read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
@@ -288,28 +289,28 @@ class ClientConnection(asyncio.Protocol):
         try:
             if not request.is_plain:
                 read_deadline(request)
-            if route.method == b"POST" and needs_reader(request):
-                self._begin_reading(request, route)
-                return
-            parsed = read_request(route, request)
+            parsed = None if route.method == b"POST" and needs_reader(request) else read_request(route, request)
         except BadBody as error:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(error), param=error.param)
             return
-        self._dispatch_parsed(request, route, parsed)
+        if parsed is None or (parsed.previous_response is not None and needs_search(self._context, request, parsed)):
+            self._begin_reading(request, route, parsed)
+        else:
+            self._dispatch_parsed(request, route, parsed)
 
-    def _begin_reading(self, request: ClientRequest, route: Route) -> None:
+    def _begin_reading(self, request: ClientRequest, route: Route, parsed: Parsed | None) -> None:
         if (gate := self._context.gate) is not None and (denial := gate.reserve(request)) is not None:
             self._deny(request, route, denial)
             return
         self._exchange = pending = PendingBody(
-            lambda outcome, message: self._refuse_pending(request, route, outcome, message), request.deadline_s
+            lambda outcome, message: self._refuse_pending(request, route, outcome, message), request.deadline_s, parsed
         )
         reading = self._context.spawn(self._read_body(pending, request, route))
         if request.place is not None:
             reading.add_done_callback(request.place.free)
 
     async def _read_body(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
-        """Reads a body that takes a while, then goes on as for every other one; a failure ends its wait."""
+        """Reads what takes a while, then goes on as for every other request; a failure ends its wait."""
         try:
             await self._read_and_dispatch(pending, request, route)
         except Exception:
@@ -322,16 +323,15 @@ class ClientConnection(asyncio.Protocol):
 
     async def _read_and_dispatch(self, pending: PendingBody, request: ClientRequest, route: Route) -> None:
         refused: BadBody | BodyRefused | None = None
-        most_bytes = self._limits.max_body_bytes
         try:
-            parsed = await self._context.bodies.read(request, route, most_bytes, lambda: not pending.is_over)
+            parsed = await read_pending(pending, request, route, self._context, self._limits.max_body_bytes)
         except (BadBody, BodyRefused) as error:
             refused = error
         if pending.is_over:
             return
         self._exchange = None
         if isinstance(refused, BodyRefused):
-            self._reply_error(request, route, refused.outcome, str(refused))
+            self._reply_error(request, route, refused.outcome, str(refused), retry_after_s=refused.retry_after_s)
         elif refused is not None:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(refused), param=refused.param)
         else:

@@ -5,7 +5,7 @@ from urllib.parse import unquote_to_bytes
 
 from moe_contract.serving_routes import Route
 
-__all__ = ["ROUTES", "Route", "find_route", "read_model_name", "read_response_id"]
+__all__ = ["ROUTES", "Route", "find_route", "read_model_name", "read_response_id", "url_of_response"]
 
 ROUTES: dict[bytes, Route] = {route.path: route for route in Route if b"{" not in route.path}
 _RESPONSE = re.compile(rb"/v1/responses/(?!\.{1,2}(?:/|\Z))([A-Za-z0-9._~:-]{1,200})(/cancel)?")
@@ -35,6 +35,13 @@ def read_response_id(url: bytes) -> str:
     """The id in the target of a route that names a response."""
     found = _RESPONSE.match(url)
     return "" if found is None else found[1].decode()
+
+
+def url_of_response(response_id: str) -> bytes | None:
+    """The target of a response; None for an id that no target can have."""
+    url = b"/v1/responses/" + response_id.encode("utf-8", "surrogatepass")
+    found = _RESPONSE.fullmatch(url)
+    return url if found is not None and not found[2] else None
 
 
 def read_model_name(url: bytes) -> str:

@@ -109,7 +109,7 @@ class BodyReader:
                 process = await self._running()
             except OSError as error:
                 log.warning("a large body is parsed in the gateway's own process", extra={"reason": repr(error)})
-                return parse_body(route, body.join())
+                return parse_body(route, body.join(), bounds_answer=True)
             try:
                 async with asyncio.timeout(PARSE_TIMEOUT_S):
                     head, prompt = await _ask(process, body, route)

@@ -25,7 +25,7 @@ ROUTES = tuple(Route)
 def answer(route: Route, body: bytes) -> bytes:
     """The answer to a question."""
     try:
-        parsed = parse_body(route, body)
+        parsed = parse_body(route, body, bounds_answer=True)
     except BadBody as error:
         return _frame([str(error), error.param], b"")
     fields = parsed._replace(prompt=b"", prompt_bytes=len(parsed.prompt), media=dict(parsed.media))

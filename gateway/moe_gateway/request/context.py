@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_gateway.access.gate import Admission, Gate
     from moe_gateway.access.key_table import Caller
     from moe_gateway.access.quotas import Place
+    from moe_gateway.engines.response_search import ResponseSearch
     from moe_gateway.request.body_reader import BodyReader
     from moe_gateway.request.dispatched import DispatchedRequest
     from moe_gateway.tracing import RequestTracer
@@ -96,6 +97,7 @@ class ExchangeContext:
         model: the name of the model that is served, where it is known without an engine.
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         bodies: reads bodies that take a while.
+        responses: finds the engine of a response that another gateway passed on.
         rare_headers: finds out whether a head has one of the headers that few requests have.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
@@ -109,6 +111,7 @@ class ExchangeContext:
     stats: RequestStats
     pool_of: Callable[[str], Pool | None]
     bodies: "BodyReader"
+    responses: "ResponseSearch"
     clock: Callable[[], float]
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["DispatchedRequest", int, str], None]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from moe_scheduling.request.order import clamp_priority
 
 from moe_gateway.http.routes import Route
+from moe_gateway.request.answer_limit import read_answer_limit
 from moe_gateway.request.json_body import dump_text, load_json, read_flag, read_integer
 from moe_gateway.request.messages_body import read_as_chat, read_session
 from moe_gateway.request.pooling_body import read_decision, read_embedded, read_scored
@@ -47,6 +48,7 @@ class Parsed(NamedTuple):
         background: whether a response is to be computed after its answer (`/v1/responses`).
         names_itself: whether the client chose the id of a response (`/v1/responses`).
         stays_whole: whether its fields keep it from being split between two engines.
+        answer_tokens: most tokens of the answer; 0 where the body names no limit, or nobody has asked.
     """
 
     model: str | None
@@ -62,10 +64,16 @@ class Parsed(NamedTuple):
     background: bool = False
     names_itself: bool = False
     stays_whole: bool = False
+    answer_tokens: int = 0
 
 
-def parse_body(route: Route, body: bytes) -> Parsed:
+def parse_body(route: Route, body: bytes, *, bounds_answer: bool = False) -> Parsed:
     """Reads a JSON body.
+
+    Args:
+        route: of the request.
+        body: the whole body.
+        bounds_answer: whether the limit of the answer is wanted, which only a quota of tokens needs.
 
     Raises:
         BadBody: it is not a JSON object, or a field that dispatch needs has the wrong type.
@@ -96,6 +104,8 @@ def parse_body(route: Route, body: bytes) -> Parsed:
     prompt, prompt_tokens, media, is_several = read_prompt(route, document)
     session = user if type(user) is str and user else None
     parsed = Parsed(model or None, stream, priority, session, prompt, prompt_tokens, None, media)
+    if bounds_answer:
+        parsed = parsed._replace(answer_tokens=read_answer_limit(route, document))
     if is_several or not UNUSUAL.isdisjoint(document):
         parsed = _read_unusual_fields(parsed, route, document, is_several=is_several)
     return _read_response_fields(parsed, document) if route is _RESPONSES else parsed

@@ -1,4 +1,4 @@
-"""A request whose body is being read: it stands in the place of an exchange until there is one."""
+"""A request whose body is being read, or whose engine is looked for: it stands in the place of its exchange."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from moe_contract.gateway_config import Limits
 
 from moe_gateway.engines.hold_queue import Rejection
 from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
 
 
@@ -15,14 +16,18 @@ class PendingBody:
     Args:
         refuse: answers the request with an outcome and its message, in the place of an exchange.
         deadline_s: when the answer must have begun.
+        parsed: the body, where it is read already.
 
     Attributes:
         is_over: whether the client is gone or has its answer, so that the body is read for nobody.
     """
 
-    __slots__ = ("_deadline_s", "_refuse", "is_over")
+    __slots__ = ("_deadline_s", "_refuse", "is_over", "parsed")
 
-    def __init__(self, refuse: Callable[[RequestOutcome, str], None], deadline_s: float) -> None:
+    def __init__(
+        self, refuse: Callable[[RequestOutcome, str], None], deadline_s: float, parsed: Parsed | None = None
+    ) -> None:
+        self.parsed = parsed
         self._refuse = refuse
         self._deadline_s = deadline_s
         self.is_over = False

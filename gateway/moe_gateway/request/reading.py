@@ -20,4 +20,6 @@ def read_request(route: Route, request: ClientRequest) -> Parsed:
     if route.method != b"POST":
         return NO_BODY
     assert isinstance(request.body, bytes)
-    return parse_form(request.headers, request.body) if route.is_form else parse_body(route, request.body)
+    if route.is_form:
+        return parse_form(request.headers, request.body)
+    return parse_body(route, request.body, bounds_answer=request.caller is not None)

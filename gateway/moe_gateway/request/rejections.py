@@ -26,4 +26,5 @@ def explain_unknown_model(name: str, known: Iterable[str]) -> str:
 
 def explain_lost_response(response_id: str) -> str:
     """Why a response cannot be continued, read or cancelled."""
-    return f"no engine is known to have the response {response_id[:200]!r}: its engine or the gateway restarted"
+    reason = "there was none, or its engine, or with keys its gateway, restarted"
+    return f"no engine is known to have the response {response_id[:200]!r}: {reason}"

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from moe_gateway.engines.engine_death import is_death_mark
+
 
 class AnswerPart(Enum):
     """What an answer has shown so far.
@@ -175,7 +177,8 @@ def _load(data: bytes) -> dict[str, Any] | None:
 
 
 def _is_comment(event: bytes) -> bool:
-    return all(line.startswith(b":") for line in event.splitlines() if line)
+    """Whether an event is nothing but comments; the mark of a dead engine belongs to the event behind it."""
+    return all(line.startswith(b":") for line in event.splitlines() if line) and not is_death_mark(event)
 
 
 def _read_fields(event: bytes) -> tuple[bytes, bytes]:

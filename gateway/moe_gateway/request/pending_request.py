@@ -1,0 +1,62 @@
+"""A request that waits before its dispatch: for its body to be read, and for the engine of the response that it names.
+
+The engine is looked for where another gateway has passed the response on.
+"""
+
+from moe_scheduling.signals import Target
+
+from moe_gateway.engines.response_search import SearchIncomplete
+from moe_gateway.http.bodies import BodyRefused
+from moe_gateway.http.replies import RequestOutcome
+from moe_gateway.http.routes import Route, url_of_response
+from moe_gateway.request.context import ClientRequest, ExchangeContext
+from moe_gateway.request.parsing import Parsed
+from moe_gateway.request.pending_body import PendingBody
+
+INCOMPLETE = "no engine is known to have the response {!r}, and one that may have it does not answer"
+
+
+def needs_search(context: ExchangeContext, request: ClientRequest, parsed: Parsed) -> bool:
+    """Whether the engines are to be asked for a response; a tenant's responses are known to their gateway alone."""
+    previous = parsed.previous_response
+    if previous is None or request.caller is not None or not context.dispatcher.is_lost(previous):
+        return False
+    return url_of_response(previous) is not None
+
+
+async def read_pending(
+    pending: PendingBody, request: ClientRequest, route: Route, context: ExchangeContext, most_bytes: int
+) -> Parsed:
+    """Reads the body of a request where that is still to be done, and looks for the engine of its response.
+
+    Args:
+        pending: the request while it waits.
+        request: whose body and headers are replaced where the body is compressed.
+        route: of the request.
+        context: the gateway's parts.
+        most_bytes: largest size of a decoded body.
+
+    Raises:
+        BadBody: the body cannot be dispatched.
+        BodyRefused: it cannot be decoded or parsed, nobody waits for it, or an engine that may have the response does
+            not answer.
+    """
+    parsed = pending.parsed
+    if parsed is None:
+        parsed = await context.bodies.read(request, route, most_bytes, lambda: not pending.is_over)
+    if needs_search(context, request, parsed):
+        await _search(context, request, parsed)
+    return parsed
+
+
+async def _search(context: ExchangeContext, request: ClientRequest, parsed: Parsed) -> None:
+    """Asks all engines for a response, and records which one has it."""
+    dispatcher, previous = context.dispatcher, parsed.previous_response
+    if previous is None or (url := url_of_response(previous)) is None:
+        return
+    try:
+        server = await context.responses.find(url, list(dispatcher.engines.values()), request.request_id)
+    except SearchIncomplete:
+        raise BodyRefused(RequestOutcome.NO_ENGINE, INCOMPLETE.format(previous), retry_after_s=1) from None
+    if server is not None and server in dispatcher.engines:
+        dispatcher.record_response(previous, Target(server, 0))

@@ -1,5 +1,6 @@
 """The fluid model behind the floor of the mean TTFT, and what it is compared with."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from moe_lab.experiments.runner import digest_of, source_digests
 from moe_lab.experiments.variants import PRODUCT, REFERENCE
 from moe_lab.experiments.workloads import KEPT_APART
 from moe_tools.simulator.hardware import PRESETS
+from moe_tools.simulator.rank import EngineLimits
+from moe_tools.simulator.simulation import Simulation
 from moe_tools.traces import TraceRequest
 from rich.console import Console
 
@@ -53,15 +56,19 @@ def test_none_is_faster_than_alone_and_a_rank_more_does_not_slow_the_shortest(jo
 
 def test_ranks_that_prefill_together_are_slower_each_and_faster_together():
     trace = [TraceRequest(arrival_s=0.0, prompt_tokens=2000, output_tokens=10)]
-    alone, both = speeds_of(PRESETS["a100-qwen3-30b-a3b"].cost(2), 2, trace, 20.0)
+    cost, limits = PRESETS["a100-qwen3-30b-a3b"].cost(2), EngineLimits(max_num_batched_tokens=2048)
+    simulation = Simulation(trace=trace, cost=cost, ranks=2, limits=limits)
+    alone, both = speeds_of(simulation, 20.0)
     assert both < alone < 2 * both
+    # Weights that are read once for more tokens.
+    longer = EngineLimits(max_num_batched_tokens=8192)
+    assert speeds_of(replace(simulation, limits=longer), 20.0)[0] > alone
 
 
 def record(variant, ttft_s, workload="random", rate=4.0):
     figures = {"ttft_mean": ttft_s, "tpot_mean": 0.03, "cached_share": 0.0}
-    fleet = {"preset": PAIR.preset, "servers": 1, "ranks": 2, "max_num_seqs": PAIR.max_num_seqs}
     return {
-        "variant": variant, "workload": workload, "load": 0.85, "seed": 1, "count": 40, "rate": rate, "fleet": fleet,
+        "variant": variant, "workload": workload, "load": 0.85, "seed": 1, "count": 40, "rate": rate, "fleet": asdict(PAIR),
         "figures": figures,
     }  # fmt: skip
 

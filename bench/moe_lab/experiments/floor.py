@@ -6,6 +6,8 @@ has on the mean, as the cost model says; it depends on how many ranks prefill at
 prompt goes first, which is the best order on one machine (Schrage, "A Proof of the Optimality of the Shortest Remaining
 Processing Time Discipline", 1968); a prompt goes to the rank with the least before it.
 
+A step has a least time on a measured engine, so no mean is less than that of the requests alone.
+
 An estimate and no bound: the choice of the rank is a rule, and decoding its mean. Pure but for the command.
 """
 
@@ -85,7 +87,7 @@ def speeds_of(simulation: Simulation, decoding: float) -> list[float]:
 
 
 def bound_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -> float:
-    """The mean TTFT of the fluid model.
+    """The mean TTFT of the fluid model, and not less than that of each request alone.
 
     Args:
         simulation: the requests at their times, and the cost.
@@ -99,7 +101,7 @@ def bound_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -
     uncached = 1.0 - figures["cached_share"]
     took = flow_s([(row.arrival_s, row.prompt_tokens * uncached) for row in trace], speeds)
     steady = took[math.floor(len(took) * WARM_UP_SHARE) :]
-    return sum(steady) / len(steady)
+    return max(sum(steady) / len(steady), figures["ttft_floor"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

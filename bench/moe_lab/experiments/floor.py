@@ -165,9 +165,9 @@ def _mean(ratios: Sequence[float]) -> float:
 
 
 def select_records(records: Iterable[Record], traces: Path | None) -> list[Record]:
-    """Those of the present sources on seeds that are not kept apart; without `traces` none that needs one."""
+    """Those of the present sources on reported seeds; without `traces` none that needs one."""
     digests = source_digests()
-    current = [record for record in records if is_current(record, digests) and record["seed"] < KEPT_APART]
+    current = [record for record in records if is_current(record, digests) and record["seed"] >= KEPT_APART]
     return [record for record in current if traces is not None or not ALL[record["workload"]].trace]
 
 

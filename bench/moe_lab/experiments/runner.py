@@ -121,12 +121,21 @@ def _work(
     console: Console,
 ) -> None:
     futures = [pool.submit(measure_run, *each) for each in tasks]
+    try:
+        _keep_all(futures, keep, title, console)
+    except BaseException:
+        # What was not begun would be made and thrown away.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _keep_all(futures: Sequence[Future[Record]], keep: Callable[[Record], None], title: str, console: Console) -> None:
     if not console.is_terminal:
         _work_in_a_log(futures, keep, title)
         return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
-        task = progress.add_task(title, total=len(tasks))
+        task = progress.add_task(title, total=len(futures))
         for future in as_completed(futures):
             keep(future.result())
             progress.advance(task)

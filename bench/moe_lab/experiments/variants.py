@@ -120,7 +120,7 @@ VARIANTS: Mapping[str, Variant] = {
     "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
     # vLLM, stock and tuned.
     REFERENCE: _stock("vLLM 0.32"),
-    "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),
+    "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512, max_num_seqs=512),
     "vllm2048": _stock("vLLM, 2,048 tokens a step", max_num_batched_tokens=2048),
     "vllm16384": _stock("vLLM, 16,384 tokens a step", max_num_batched_tokens=16_384),
     "vllmInterval2": _stock("vLLM, prefills in every second step", prefill_schedule_interval=2),

@@ -85,6 +85,13 @@ def test_a_fleet_is_what_its_step_times_were_fitted_on():
         assert built.cost.model.ranks == fleet.ranks
 
 
+def test_every_engine_is_one_that_vllm_starts():
+    # `SchedulerConfig` refuses fewer tokens a step than requests.
+    for run in {(run.fleet, run.variant): run for run in plan_runs(Selection()) if run.workload == "random"}.values():
+        limits = build_run(replace(run, count=20), None, 5.0).limits
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs, run.id
+
+
 def test_a_fleet_of_other_ranks_than_were_measured_is_refused():
     run = next(run for run in plan_runs(Selection()) if run.workload == "random")
     with pytest.raises(ValueError, match="was fitted on 2 ranks in lockstep, not on 3"):

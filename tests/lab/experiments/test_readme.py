@@ -27,7 +27,13 @@ def summary(value=0.7012, high=0.8):
         "against_best": ratios,
         "against_best_in_ttft": ratios,
     }
-    return {"runs": 12, "seeds": 2, "at_knee": {}, "by_load": {"a fleet, two: 1": figures}}
+    return {
+        "clock": "step times of a clock",
+        "runs": 12,
+        "seeds": 2,
+        "at_knee": {},
+        "by_load": {"a fleet, two: 1": figures},
+    }
 
 
 @pytest.fixture
@@ -57,6 +63,7 @@ def test_figures_are_of_the_load_at_which_stock_vllm_saturates():
     block = " ".join(render_block(found).split())
     assert "a fleet, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from all" in block
     assert "another" not in block
+    assert "simulated with step times of a clock" in block
     assert max(map(len, render_block(found).splitlines())) <= 120
     del found["by_load"]["a fleet, two: 1"]
     with pytest.raises(ValueError, match="no run at load 1"):
@@ -68,10 +75,12 @@ def test_measured_step_times_come_first_and_composed_ones_not_beside_them():
     most = {**figures, "against_vllm": {"ttft_mean": {**RATIO, "pairs": 16}}}
     composed = {"h200-qwen3-30b-a3b-kernels-dp2, one server: 1": figures}
     measured = {"b300-x-tp1-ep1, four: 1": figures, "b300-x-tp2-ep4-dp2, two: 1": most}
-    block = " ".join(render_block({"by_load": {**composed, **measured}}).split())
+    block = " ".join(render_block({"clock": "a clock", "by_load": {**composed, **measured}}).split())
     assert "b300-x, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (16 pairs); b300-x, four 0.70" in block
     assert "kernels" not in block
-    assert "h200-qwen3-30b-a3b-kernels-dp2, one server 0.70" in " ".join(render_block({"by_load": composed}).split())
+    assert "h200-qwen3-30b-a3b-kernels-dp2, one server 0.70" in " ".join(
+        render_block({"clock": "a clock", "by_load": composed}).split()
+    )
 
 
 def test_an_interval_must_stand_on_the_page_linked_after_it(root, capsys):

@@ -40,8 +40,8 @@ def render_block(summary: Mapping[str, Any]) -> str:
     measured = {fleet: row for fleet, row in fleets.items() if _COMPOSED not in fleet} or fleets
     figures = "; ".join(_figures(fleet, row) for fleet, row in sorted(measured.items(), key=_most_pairs))
     text = (
-        f"- **Near saturation, simulated with {summary['clock']}.** Mean TTFT of stock vLLM 0.32's, and of that of the "
-        f"best of its settings and of other routers: {figures}; requests kept apart from all tuning "
+        f"- **Near saturation, simulated with {summary['clock']}.** Mean TTFT against stock vLLM 0.32, and against the "
+        f"best of its settings and other routers: {figures}; requests kept apart from tuning "
         "([results](docs/results/README.md))."
     )
     kept_together = _INTERVAL.sub(lambda found: found[0].replace(" ", _HARD_SPACE), text)

@@ -61,7 +61,7 @@ def test_figures_are_of_the_load_at_which_stock_vllm_saturates():
     found = summary()
     found["by_load"]["another fleet: 0.85"] = found["by_load"]["a fleet, two: 1"]
     block = " ".join(render_block(found).split())
-    assert "a fleet, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from all" in block
+    assert "a fleet, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from" in block
     assert "another" not in block
     assert "simulated with step times of a clock" in block
     assert max(map(len, render_block(found).splitlines())) <= 120

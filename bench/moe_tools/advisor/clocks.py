@@ -88,8 +88,8 @@ class RooflineClock:
     def describe(self) -> str:
         """Returns that no fitted step times were used, and that rooflines have no measured error."""
         return (
-            f"Step times: {self.source}; none fitted to measurements are known for it. Rooflines were not compared "
-            "with a GPU."
+            f"Step times: {self.source}; none that are fitted to measurements serve this model, GPU and number of GPUs. "
+            "Rooflines were not compared with a GPU."
         )
 
     def _divides(self, ranks: int) -> bool:
@@ -135,8 +135,8 @@ class FittedClock:
 
     def describe(self) -> str:
         """Returns the presets with the errors of each."""
-        errors = "; ".join(f"{ranks} a server, {describe_errors(name)}" for ranks, name in sorted(self.presets.items()))
-        return f"Step times: {self.source}. Median errors by ranks: {errors}. No copies of experts are compared."
+        errors = "; ".join(f"of {ranks}: {describe_errors(name)}" for ranks, name in sorted(self.presets.items()))
+        return f"Step times: {self.source}. Median errors, servers {errors}. No copies of experts are compared."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +222,8 @@ def choose_clock(name: str, gpus: int) -> Clock:
         InvalidInput: no servers of these GPUs have known step times.
     """
     known = CLOCKS[name]
-    if any(gpus % ranks == 0 for ranks in known.fitted):
-        return FittedClock(presets=known.fitted, kv_token_bytes=known.kv_token_bytes)
+    if fitted := {ranks: preset for ranks, preset in known.fitted.items() if gpus % ranks == 0}:
+        return FittedClock(presets=fitted, kv_token_bytes=known.kv_token_bytes)
     if known.roofline:
         return RooflineClock(preset=PRESETS[known.roofline])
     sizes = ", ".join(map(str, sorted(known.fitted)))

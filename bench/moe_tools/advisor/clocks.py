@@ -88,7 +88,7 @@ class RooflineClock:
     def describe(self) -> str:
         """Returns that no fitted step times were used, and that rooflines have no measured error."""
         return (
-            f"Step times: {self.source}; none that are fitted to measurements serve this model, GPU and number of GPUs. "
+            f"Step times: {self.source}; none that are fitted serve this model, GPU and number of GPUs. "
             "Rooflines were not compared with a GPU."
         )
 

@@ -90,8 +90,8 @@ def errors_command(
         document = {name: [asdict(row) for row in of_name] for name, of_name in rows.items()}
         json_out.write_text(json.dumps({"environment": read_environment(), "errors": document}) + "\n", "utf-8")
     if csv_out is not None:
-        measured = zip(runs.items(), rows.values(), strict=True)
-        found = {(name, f"held-out {run.held_out}"): of_name for (name, run), of_name in measured}
+        pairs = zip(runs.items(), rows.values(), strict=True)
+        found = {(name, f"held-out {run.held_out}"): of_name for (name, run), of_name in pairs}
         found |= {(name, COMPOSED): of_name for name, of_name in _composed_errors(data).items()}
         csv_out.write_text(render_error_table(found), "utf-8")
 

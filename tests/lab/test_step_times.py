@@ -11,8 +11,10 @@ from moe_lab.step_times import __main__ as command
 from moe_lab.step_times.evaluation import fit_preset, group_runs, preset_errors
 from moe_lab.step_times.kernels import compose_preset, list_engines
 from moe_lab.step_times.records import StepRecord, engine_of, measurements_of, read_records
+from moe_tools.calibration.preset_errors import COMPOSED, PRESET_ERRORS, describe_errors, parse_errors
+from moe_tools.calibration.step_errors import StepKind
 from moe_tools.calibration.step_fit import predict
-from moe_tools.simulator.fitted_presets import parse_presets
+from moe_tools.simulator.fitted_presets import FITTED_PRESETS, parse_presets
 from typer.testing import CliRunner
 
 TP2 = "qwen36_moe_20260101/tp2_ep2"
@@ -221,6 +223,34 @@ def test_steps_are_composed_of_kernels_and_fitted(tmp_path):
         assert statistics.median(errors) < 0.1
         layers = engines[name].model.moe_layers
         assert min(step.seconds for step in steps) > layers * 1e-4
+
+
+def test_errors_of_measured_and_composed_steps_are_one_table(tmp_path):
+    write_kernels(tmp_path)
+    with gzip.open(tmp_path / command.STEPS, "wt") as file:
+        write_table(tmp_path / "steps.csv")
+        file.write((tmp_path / "steps.csv").read_text())
+    result = CliRunner().invoke(command.app, ["errors", str(tmp_path), "--csv", str(tmp_path / "errors.csv")])
+    assert result.exit_code == 0, result.output
+    errors = parse_errors((tmp_path / "errors.csv").read_text())
+    assert {row.compared for row in errors["b300-qwen3.6-35b-a3b-tp2-ep2"]} == {"held-out shapes"}
+    assert {row.compared for row in errors["h200-qwen3-30b-a3b-kernels-dp2"]} == {COMPOSED}
+    assert set(errors) == {"b300-qwen3.6-35b-a3b-tp2-ep2", *(engine.preset for engine in list_engines())}
+
+
+def test_the_table_of_errors_needs_all_steps(tmp_path):
+    table = tmp_path / "steps.csv"
+    write_table(table)
+    result = CliRunner().invoke(command.app, ["errors", str(table), "--csv", str(tmp_path / "errors.csv")])
+    assert (result.exit_code, "--csv: takes the folder" in result.output) == (2, True)
+
+
+def test_the_package_has_the_errors_of_each_preset():
+    assert set(PRESET_ERRORS) == set(FITTED_PRESETS)
+    for name, rows in PRESET_ERRORS.items():
+        assert {row.kind for row in rows} == set(StepKind)
+        assert all(0 <= row.median <= row.p90 for row in rows)
+        assert ("compared with no engine" in describe_errors(name)) == ("kernels" in name)
 
 
 def test_slower_kernels_make_longer_steps(tmp_path):

@@ -7,11 +7,13 @@ with the load (`auto`).
 
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.request.order import RequestSettings
+from moe_tools.advisor.clocks import RooflineClock
 from moe_tools.advisor.fleet import FleetLoad, FleetShape
 from moe_tools.simulator.hardware import PRESETS
 from moe_tools.traces import TraceRequest
 
-PRESET = PRESETS["h100-qwen3-30b-a3b"]
+# Fitted step times are of groups of 1, 2, 4 and 8 ranks, and splits by hand have others.
+CLOCK = RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"])
 # As the samples for GPUs have it (manifests/samples).
 _REQUEST = RequestSettings(ageing_rate=8000.0)
 REFERENCE = "vLLM 0.32"
@@ -59,5 +61,5 @@ def load_of(trace: tuple[TraceRequest, ...], seed: int, *, targets: LatencyTarge
         max_model_len: longest prompt with its answer.
     """
     return FleetLoad(
-        preset=PRESET, trace=trace, max_model_len=max_model_len, request=_REQUEST, targets=targets, seed=seed
+        clock=CLOCK, trace=trace, max_model_len=max_model_len, request=_REQUEST, targets=targets, seed=seed
     )

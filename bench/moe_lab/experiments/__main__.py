@@ -12,6 +12,7 @@ from moe_lab.experiments.plan import Selection
 from moe_lab.experiments.raw import RAW_RESULTS, RawResults
 from moe_lab.experiments.report import write_report
 from moe_lab.experiments.runner import run_experiments
+from moe_lab.experiments.workloads import KEPT_APART
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -28,8 +29,10 @@ def experiments_run(
     workload: Annotated[list[str] | None, typer.Option("--workload", help="Workload; may be given again.")] = None,
     variant: Annotated[list[str] | None, typer.Option("--variant", help="Variant; may be given again.")] = None,
     load: Annotated[list[float] | None, typer.Option("--load", help="Part of the saturation; repeatable.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")] = 3,
-    first_seed: Annotated[int, typer.Option("--first-seed", min=1, help="From 101 on they are kept apart.")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")] = 4,
+    first_seed: Annotated[
+        int, typer.Option("--first-seed", min=1, help=f"Below {KEPT_APART} for tuning, in no report.")
+    ] = KEPT_APART,
     count: Annotated[int, typer.Option("--count", min=20, help="Requests of a run.")] = 600,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes; each needs 1 GiB.")] = 1,
     traces: Annotated[Path | None, typer.Option("--traces", help="Folder with the public traces.")] = None,

@@ -6,6 +6,8 @@ has on the mean, as the cost model says; it depends on how many ranks prefill at
 prompt goes first, which is the best order on one machine (Schrage, "A Proof of the Optimality of the Shortest Remaining
 Processing Time Discipline", 1968); a prompt goes to the rank with the least before it.
 
+A step has a least time on a measured engine, so no mean is less than that of the requests alone.
+
 An estimate and no bound: the choice of the rank is a rule, and decoding its mean. Pure but for the command.
 """
 
@@ -16,10 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_tools.simulator.costs import CostModel, Work
+from moe_tools.simulator.costs import Work
 from moe_tools.simulator.outcome import WARM_UP_SHARE
 from moe_tools.simulator.simulation import Simulation
-from moe_tools.traces import TraceRequest
 from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +31,6 @@ from moe_lab.experiments.runner import Record, is_current, read_records, source_
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
 from moe_lab.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
 
-# vLLM's static budget: what a step of a rank that has a backlog takes.
-STEP_TOKENS = 2048
 _DONE_TOKENS = 1e-6
 
 
@@ -76,17 +75,19 @@ def flow_s(jobs: Sequence[tuple[float, float]], speeds: Sequence[float]) -> list
     return took
 
 
-def speeds_of(cost: CostModel, ranks: int, trace: Sequence[TraceRequest], decoding: float) -> list[float]:
-    """Prompt tokens/s of a rank while 1, 2, ... of them prefill, each beside `decoding` requests."""
+def speeds_of(simulation: Simulation, decoding: float) -> list[float]:
+    """Prompt tokens/s of a rank while 1, 2, ... of them prefill, each beside `decoding` requests, in full steps."""
+    cost, ranks, trace = simulation.cost, simulation.ranks, simulation.trace
+    step_tokens = simulation.limits.max_num_batched_tokens
     context = sum(row.prompt_tokens for row in trace) / len(trace)
     decodes = Work(decode_requests=int(decoding), context_tokens=int(decoding * context))
     # A token of a prompt attends to half of the prompt on the mean.
-    full = decodes._replace(prefill_tokens=STEP_TOKENS, prefill_pairs=int(STEP_TOKENS * context / 2))
-    return [STEP_TOKENS / cost.group_step_s([full] * busy + [decodes] * (ranks - busy)) for busy in range(1, ranks + 1)]
+    full = decodes._replace(prefill_tokens=step_tokens, prefill_pairs=int(step_tokens * context / 2))
+    return [step_tokens / cost.group_step_s([full] * busy + [decodes] * (ranks - busy)) for busy in range(1, ranks + 1)]
 
 
 def bound_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -> float:
-    """The mean TTFT of the fluid model.
+    """The mean TTFT of the fluid model, and not less than that of each request alone.
 
     Args:
         simulation: the requests at their times, and the cost.
@@ -96,11 +97,11 @@ def bound_s(simulation: Simulation, figures: Mapping[str, float], rate: float) -
     trace = simulation.trace
     answers = sum(row.output_tokens for row in trace) / len(trace)
     decoding = rate * answers * figures["tpot_mean"] / simulation.ranks
-    speeds = speeds_of(simulation.cost, simulation.ranks, trace, min(decoding, simulation.limits.max_num_seqs))
+    speeds = speeds_of(simulation, min(decoding, simulation.limits.max_num_seqs))
     uncached = 1.0 - figures["cached_share"]
     took = flow_s([(row.arrival_s, row.prompt_tokens * uncached) for row in trace], speeds)
     steady = took[math.floor(len(took) * WARM_UP_SHARE) :]
-    return sum(steady) / len(steady)
+    return max(sum(steady) / len(steady), figures["ttft_floor"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +165,9 @@ def _mean(ratios: Sequence[float]) -> float:
 
 
 def select_records(records: Iterable[Record], traces: Path | None) -> list[Record]:
-    """Those of the present sources on seeds that are not kept apart; without `traces` none that needs one."""
+    """Those of the present sources on reported seeds; without `traces` none that needs one."""
     digests = source_digests()
-    current = [record for record in records if is_current(record, digests) and record["seed"] < KEPT_APART]
+    current = [record for record in records if is_current(record, digests) and record["seed"] >= KEPT_APART]
     return [record for record in current if traces is not None or not ALL[record["workload"]].trace]
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from moe_contract.input_errors import InvalidInput, unknown_choice
 from moe_tools.simulator.arrivals import ArrivalShape, arrange
-from moe_tools.simulator.hardware import PRESETS
+from moe_tools.simulator.fitted_presets import FITTED_PRESETS
 from moe_tools.simulator.rank import EngineLimits
 from moe_tools.simulator.simulation import Simulation
 from moe_tools.traces import TraceRequest
@@ -27,24 +27,44 @@ SATURATION = "saturation"
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.25)
 # What scheduling and launching a step take where they are not hidden behind another step, on a GPU (assumed).
 EXPOSED_S = 0.002
-ABLATION = (REFERENCE, "oursRequest", "oursEngine", PRODUCT)
+# vLLM as it comes, and with its own lever against prefills: rivals in every experiment.
+STOCK_ALWAYS = (REFERENCE, "vllmInterval2")
+ABLATION = (*STOCK_ALWAYS, "oursRequest", "oursEngine", PRODUCT)
+FLEET_WORKLOADS = ("random", "twoEnd", "azure", "mooncake")
+FLEET_VARIANTS = (*ABLATION, "cacheAware", "llmD", "dynamo", "vllmPriority", "gimbal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPreset:
-    """What serves: a preset of hardware, and how many."""
+    """Servers of one preset of fitted step times.
+
+    Attributes:
+        preset: name in `FITTED_PRESETS`.
+        servers: how many.
+        ranks: data-parallel ranks of a server, in lockstep: those of the preset.
+        max_num_seqs: vLLM 0.32's default on GPUs of 70 GiB and more.
+        step_tokens: vLLM's `max_num_batched_tokens`: of the longest steps that were measured, and vLLM 0.32's default
+            on an H200. On GPUs of 160 GiB and more its default is 16,384, of which no step was measured.
+        kv_blocks: of 16 tokens, of a rank (assumed): a B300 has room for more, but each is an object of vLLM, and no
+            run has requests of more tokens at a time.
+    """
 
     preset: str
     servers: int
     ranks: int
-    max_num_seqs: int = 128
+    max_num_seqs: int = 1024
+    step_tokens: int = 8192
+    kv_blocks: int = 131_072
 
 
-# The shape of the first Gimbal paper: one lockstep group of two ranks; the second a fleet without lockstep.
-PAIR = FleetPreset(preset="a100-qwen3-30b-a3b", servers=1, ranks=2)
-FOUR = FleetPreset(preset="a100-qwen3-30b-a3b", servers=4, ranks=1)
-# As the second Gimbal paper: four GPUs in one expert group.
-GROUP = FleetPreset(preset="h100-qwen3-30b-a3b", servers=1, ranks=4)
+# The preset with the least errors of those with lockstep: two data-parallel ranks of two tensor ranks each.
+PAIR = FleetPreset(preset="b300-qwen3.6-35b-a3b-tp2-ep4-dp2", servers=1, ranks=2)
+FOUR = FleetPreset(preset="b300-qwen3.6-35b-a3b-tp1-ep1", servers=4, ranks=1)
+# One rank of four GPUs: the other preset of this model is 40 % off where prompts run beside answers.
+FLASH = FleetPreset(preset="b300-deepseek-v4-flash-tp4-ep4", servers=2, ranks=1)
+# Steps composed of measured kernels, which were compared with no engine.
+_H200 = "h200-qwen3-30b-a3b-kernels-dp2"
+KERNELS = FleetPreset(preset=_H200, servers=1, ranks=2, kv_blocks=FITTED_PRESETS[_H200].kv_blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +125,30 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "fleet": Experiment(
         title="Four engines that do not step together",
-        workloads=("twoEnd", "azure", "mooncake"),
-        variants=(*ABLATION, "cacheAware", "llmD", "dynamo", "vllmPriority", "gimbal"),
+        workloads=FLEET_WORKLOADS,
+        variants=FLEET_VARIANTS,
         loads=(0.85, 0.95, 1.0),
         fleet=FOUR,
+    ),
+    "deepseek": Experiment(
+        title="Two engines of another model",
+        workloads=FLEET_WORKLOADS,
+        variants=FLEET_VARIANTS,
+        loads=(0.85, 0.95, 1.0),
+        fleet=FLASH,
+    ),
+    "kernels": Experiment(
+        title="Step times composed of measured kernels",
+        workloads=("random", "twoEnd"),
+        variants=(*ABLATION, "vllm2048", "vllmPriority", "cacheAware", "dynamo", "gimbal"),
+        loads=(0.85, 1.0),
+        fleet=KERNELS,
     ),
     "signals": Experiment(
         title="With less to go by",
         workloads=("twoEnd", "bursty"),
         variants=(
-            REFERENCE,
+            *STOCK_ALWAYS,
             PRODUCT,
             "oursScraped",
             "oursBlind",
@@ -126,23 +160,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=(0.95,),
         fleet=FOUR,
     ),
-    "experts": Experiment(
-        title="Experts placed, and not",
-        workloads=("random", "twoEnd"),
-        variants=(REFERENCE, "vllmExperts", PRODUCT, "oursExperts"),
-        loads=(0.85, 1.0),
-        fleet=GROUP,
-    ),
     "adversarial": Experiment(
         title="Loads that break policies",
         workloads=tuple(ADVERSARIAL),
-        variants=(REFERENCE, "vllmPriority", "cacheAware", "gimbal", PRODUCT),
+        variants=(*STOCK_ALWAYS, "vllmPriority", "cacheAware", "gimbal", PRODUCT),
         loads=(0.95,),
     ),
     "tenants": Experiment(
         title="Tenants treated as tenants, and not",
         workloads=("flood", "equals"),
-        variants=(REFERENCE, PRODUCT, "oursUnfair"),
+        variants=(*STOCK_ALWAYS, PRODUCT, "oursUnfair"),
         loads=(0.95, 1.1, 1.25, 2.0),
     ),
 }
@@ -232,14 +259,16 @@ def build_run(run: ExperimentRun, traces: Path | None, rate: float) -> Simulatio
 
 def _base(run: ExperimentRun, workload: WorkloadKind, trace: tuple[TraceRequest, ...]) -> Simulation:
     fleet = run.fleet
-    cost = PRESETS[fleet.preset].cost(fleet.ranks, placement=VARIANTS[run.variant].placement, seed=run.seed)
     return Simulation(
         trace=trace,
-        cost=cost,
+        cost=FITTED_PRESETS[fleet.preset].cost(fleet.ranks),
         servers=fleet.servers,
         ranks=fleet.ranks,
         limits=EngineLimits(
-            max_num_seqs=fleet.max_num_seqs, kv_blocks=cost.kv_blocks(fleet.ranks), max_model_len=CONTEXT_TOKENS
+            max_num_seqs=fleet.max_num_seqs,
+            max_num_batched_tokens=fleet.step_tokens,
+            kv_blocks=fleet.kv_blocks,
+            max_model_len=CONTEXT_TOKENS,
         ),
         senders=workload.senders,
         exposed_s=EXPOSED_S,

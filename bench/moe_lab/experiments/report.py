@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_contract.input_errors import InputError, InvalidInput
+from moe_tools.calibration.preset_errors import PRESET_ERRORS
+from moe_tools.calibration.step_errors import StepKind
 from moe_tools.comparison import render_ratio
 from moe_tools.simulator.saturation import KNEE_FACTOR
 from moe_tools.statistics import Estimate
@@ -24,6 +26,7 @@ from moe_lab.experiments.results import (
     Case,
     Column,
     Results,
+    fleet_name,
 )
 from moe_lab.experiments.runner import is_current, read_records, source_digests
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
@@ -32,23 +35,35 @@ from moe_lab.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
 _INTRODUCTION = """# Results of the simulator
 
 Made by `python -m moe_lab.experiments report`; do not edit. Nothing here was measured on a GPU: queue order, admission,
-caches, preemption and dispatch are vLLM's and the product's own code, step times are **modelled** from published
-figures (`bench/moe_tools/simulator/hardware.py`, each with its source). A load is a part of the rate at which vLLM
-0.32's mean TTFT is five times that of an idle engine, measured for each workload and seed. Ratios are ours / the other:
-below 1 is better for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
+caches, preemption and dispatch are vLLM's and the product's own code, step times are **modelled**: fitted to published
+measurements ([how](../simulator.md#fitted-step-times)). A load is a part of the rate at which vLLM 0.32's mean TTFT is
+five times that of an idle engine, measured for each workload and seed. Ratios are ours / the other: below 1 is better
+for times. In brackets the 95 % t interval over pairs, the same requests at the same times.
 """
+_SEEDS = f"""Nothing of the product was chosen on these seeds ({KEPT_APART} and up): other requests of each shape, and
+pieces of the traces that share no request with those of seeds 1 to 4. Seeds below are for tuning, and in no table.
+"""
+_CLOCKS = """## Step times
+
+A fleet's name is that of its preset. Errors are those of single steps that were not fitted on (median, p90); with step
+times composed of kernels those of the fit to the composed steps, which were compared with no engine. Steps were
+measured with at most 8,192 tokens and 32 decoding requests a rank (9 with four data-parallel ranks, 17 with two):
+beyond that, as near saturation and with 16,384 tokens a step, the fit is extrapolated. An engine has steps of 8,192
+tokens unless a row says otherwise; vLLM 0.32's default on a B300 is 16,384.
+"""
+# The words of the README for the step times.
+CLOCK = "step times fitted to measured engines"
 AT_KNEE = {
     "against_vllm": "vLLM 0.32 as it comes",
     "against_best_in_ttft": "the best in mean TTFT of each workload",
     "against_best": "the best of each workload and column",
 }
-_BEST = """## Against the best rival of each column
+_BY_LOAD = """## By load
 
-For each workload, load and column the rival (policy, budget) with the best mean over the seeds; the geometric mean over
-all workloads but the adversarial ones.
-"""
-_BEST_IN_TTFT = """The same against one rival for all columns, that with the best mean TTFT of the case: a budget that
-is best in one column alone is not among them.
+Over all workloads but the adversarial ones: the geometric mean of ours / the rival. In the first row of a load the
+rival is vLLM as it comes, in the second the one with the best mean TTFT of each workload, in the third the best of each
+column and each workload (policy, budget, router), which is no system that one could run. A rival is the best by the
+mean over the very seeds that it is compared on.
 """
 _AT_KNEE = f"""## At the knee
 
@@ -67,12 +82,6 @@ _TENANTS = """## Between tenants
 Light: tenants that ask for no more than an equal part of the tokens. Index: Jain's, over the tenants' mean slowdown
 (TTFT over that alone on an idle engine); a tenant that asks for less than its part may be served better than others.
 """
-_KEPT_APART = f"""## On seeds kept apart
-
-Nothing of the product was chosen on seeds {KEPT_APART} and up: other requests of each shape, and pieces of the traces
-that share no request with those of seeds 1 to 4. They count nowhere else on this page. The rival is the best of these
-very seeds.
-"""
 _KNEES = f"""## Knees and sustained loads
 
 Knee: the load at which the best rival's mean TTFT is {KNEE_FACTOR:g} times that of each request alone.
@@ -88,8 +97,7 @@ def write_report(raw: Path, folder: Path) -> None:
         InvalidInput: there are no results.
     """
     last = {record["id"]: record for record in read_records(raw)}.values()
-    kept_apart = Results(record for record in last if record["seed"] >= KEPT_APART)
-    records = [record for record in last if record["seed"] < KEPT_APART]
+    records = [record for record in last if record["seed"] >= KEPT_APART]
     results = Results(records)
     if not results.runs:
         raise InvalidInput([InputError(str(raw), "has no results: python -m moe_lab.experiments run")])
@@ -98,41 +106,36 @@ def write_report(raw: Path, folder: Path) -> None:
     stale = sum(not is_current(record, digests) for record in records)
     pages = sorted({(case.fleet, case.workload) for case in results.cases})
     names = {page: f"{_slug(page[0])}-{page[1]}" for page in pages}
+    for former in folder.glob("*.svg"):
+        former.unlink()
     for (fleet, workload), name in names.items():
         if len(results.loads(fleet, workload)) > 1:
             plot_workload(results, fleet, workload, folder / f"{name}.svg")
-    lines = [*_head(results, records, stale), *_at_knee(results), *_kept_apart(kept_apart), *_overview(results)]
+    lines = [*_head(results, records, stale), *_clocks(records), *_at_load(results), *_at_knee(results)]
     lines += [*_ablation(results), *_worse(results)]
     lines += _tenants(results)
     lines += _knees(results)
     for (fleet, workload), name in names.items():
         lines += _workload(results, fleet, workload, name)
     (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
-    summary = json.dumps(build_summary(results, kept_apart), indent=1, sort_keys=True)
+    summary = json.dumps(build_summary(results), indent=1, sort_keys=True)
     (folder / "summary.json").write_text(f"{summary}\n", "utf-8")
 
 
-def build_summary(results: Results, kept_apart: Results) -> dict[str, Any]:
-    """The figures that other pages may state; `kept_apart` are the runs on the seeds for checking alone."""
-    groups = _by_load(results)
+def build_summary(results: Results) -> dict[str, Any]:
+    """The figures that other pages may state."""
     return {
+        "clock": CLOCK,
         "runs": results.runs,
         "seeds": len(results.seeds),
-        "against_best": {
-            f"{fleet}: {load:g}": {
-                column.name: _estimate(results.against_best(cases, column.name)) for column in COLUMNS
-            }
-            for (fleet, load), cases in groups.items()
-        },
-        "at_knee": {fleet: _knee_summary(results, cases) for fleet, cases in _by_knee(results).items()},
-        "kept_apart": {
-            f"{fleet}: {load:g}": _knee_summary(kept_apart, cases)
-            for (fleet, load), cases in _by_load(kept_apart).items()
+        "at_knee": {fleet: _ratios(results, cases) for fleet, cases in _by_knee(results).items()},
+        "by_load": {
+            f"{fleet}: {load:g}": _ratios(results, cases) for (fleet, load), cases in _by_load(results).items()
         },
     }
 
 
-def _knee_summary(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
+def _ratios(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
     ratios = {
         key: {column.name: _estimate(_ratio_against(results, cases, key, column.name)) for column in COLUMNS}
         for key in AT_KNEE
@@ -181,7 +184,10 @@ def _by_load(results: Results) -> dict[tuple[str, float], list[Case]]:
 def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) -> Iterator[str]:
     versions = sorted({json.dumps(record["versions"], sort_keys=True) for record in records})
     yield _INTRODUCTION
-    yield f"{results.runs} runs, seeds {min(results.seeds)} to {max(results.seeds)}; each load below says how many."
+    counts = sorted({record["count"] for record in records})
+    seeds = f"seeds {min(results.seeds)} to {max(results.seeds)}; each load below says how many"
+    yield f"{results.runs} runs of {', '.join(map(str, counts))} requests (`azure` has three times as many), {seeds}."
+    yield _SEEDS
     yield "Versions: " + "; ".join(
         ", ".join(f"{name} {version}" for name, version in json.loads(row).items()) for row in versions
     )
@@ -190,6 +196,19 @@ def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) ->
         due = "`python -m moe_lab.experiments run` is due"
         yield f"**{stale} runs come from other sources than the present ones**: {due}."
     yield ""
+
+
+def _clocks(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The step times of each fleet with their errors by kind of steps."""
+    yield _CLOCKS
+    fleets = sorted({fleet_name(record["fleet"]): record for record in records}.items())
+    rows = []
+    for name, record in fleets:
+        errors = PRESET_ERRORS.get(record["fleet"]["preset"], ())
+        cells = {error.kind: f"{error.median:.1%}, {error.p90:.1%} ({error.measurements:,})" for error in errors}
+        compared = errors[0].compared if errors else "-"
+        rows.append([name, record["cost"], compared, *(cells.get(kind, "-") for kind in StepKind)])
+    yield from _table(["fleet", "source", "errors on", *StepKind], rows)
 
 
 def _at_knee(results: Results) -> Iterator[str]:
@@ -202,7 +221,7 @@ def _at_knee(results: Results) -> Iterator[str]:
     yield from _table(["fleet", "workloads", "rival", *(column.label for column in COLUMNS)], rows)
 
 
-def _kept_apart(results: Results) -> Iterator[str]:
+def _at_load(results: Results) -> Iterator[str]:
     """As at the knee, load by load."""
     rows = []
     for (fleet, load), cases in _by_load(results).items():
@@ -211,28 +230,8 @@ def _kept_apart(results: Results) -> Iterator[str]:
             if any(ratios):
                 count = max(ratio.count for ratio in ratios if ratio is not None)
                 rows.append([fleet, f"{load:.0%}", str(count), title, *map(render_ratio, ratios)])
-    if rows:
-        yield _KEPT_APART
-        yield from _table(["fleet", "load", "pairs", "rival", *(column.label for column in COLUMNS)], rows)
-
-
-def _overview(results: Results) -> Iterator[str]:
-    yield _BEST
-    yield from _ratios(results, None)
-    yield _BEST_IN_TTFT
-    yield from _ratios(results, "ttft_mean")
-
-
-def _ratios(results: Results, chosen_by: str | None) -> Iterator[str]:
-    rows = [
-        [
-            fleet,
-            f"{load:.0%}",
-            *(render_ratio(results.against_best(cases, column.name, chosen_by)) for column in COLUMNS),
-        ]
-        for (fleet, load), cases in _by_load(results).items()
-    ]
-    yield from _table(["fleet", "load", *(column.label for column in COLUMNS)], rows)
+    yield _BY_LOAD
+    yield from _table(["fleet", "load", "pairs", "rival", *(column.label for column in COLUMNS)], rows)
 
 
 def _ablation(results: Results) -> Iterator[str]:

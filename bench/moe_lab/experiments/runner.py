@@ -21,7 +21,7 @@ from typing import Any
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_operator.progress import ProgressLine, describe_share
 from moe_tools.report import read_environment
-from moe_tools.simulator.hardware import PRESETS
+from moe_tools.simulator.fitted_presets import FITTED_PRESETS, TABLE
 from moe_tools.simulator.saturation import find_saturation
 from moe_tools.simulator.simulation import SimulationResult, load_vllm, simulate
 from rich.console import Console
@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[3]
 # The sources that decide the figures of a rival's run, and those that the product's runs need besides.
 SIMULATOR_SOURCES = (
     "bench/moe_tools/simulator",
+    f"bench/moe_tools/simulator/{TABLE}",
     *(f"bench/moe_tools/{name}.py" for name in ("modelless", "shapes", "traces")),
     *(f"bench/moe_lab/experiments/{name}.py" for name in ("plan", "workloads")),
 )
@@ -49,7 +50,7 @@ PRODUCT_SOURCES = (
 # Rate of a workload whose requests arrive all at once.
 NO_RATE = 1.0
 # Requests a second at which the search for a saturation begins.
-_GUESS = 8.0
+_GUESS = 24.0
 
 Record = Mapping[str, Any]
 
@@ -120,12 +121,21 @@ def _work(
     console: Console,
 ) -> None:
     futures = [pool.submit(measure_run, *each) for each in tasks]
+    try:
+        _keep_all(futures, keep, title, console)
+    except BaseException:
+        # What was not begun would be made and thrown away.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _keep_all(futures: Sequence[Future[Record]], keep: Callable[[Record], None], title: str, console: Console) -> None:
     if not console.is_terminal:
         _work_in_a_log(futures, keep, title)
         return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
-        task = progress.add_task(title, total=len(tasks))
+        task = progress.add_task(title, total=len(futures))
         for future in as_completed(futures):
             keep(future.result())
             progress.advance(task)
@@ -152,7 +162,7 @@ def measure_run(run: ExperimentRun, traces: Path | None, saturation: float | Non
         "id": run.id,
         **asdict(run),
         "rate": rate,
-        "cost": PRESETS[run.fleet.preset].source,
+        "cost": FITTED_PRESETS[run.fleet.preset].source,
         "figures": figures,
         "virtual_s": outcome.totals.now_s,
         "took_s": time.perf_counter() - began_s,

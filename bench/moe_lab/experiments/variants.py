@@ -11,7 +11,6 @@ from typing import Any
 
 from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
-from moe_tools.simulator.experts import PlacementPolicy
 from moe_tools.simulator.rank import OURS, STOCK
 from moe_tools.simulator.signals import Loss, SignalKind, SignalPlan
 from moe_tools.simulator.simulation import SCRAPED, Simulation
@@ -28,7 +27,6 @@ class Variant:
         is_rival: whether the product is measured against it.
         uses_product: whether code of the product decides in it.
         by_length: whether clients send the length of the prompt as the priority.
-        placement: how the experts lie.
         lost_from: part of the time in which requests come after which no signal arrives; 1: none is lost.
     """
 
@@ -38,7 +36,6 @@ class Variant:
     is_rival: bool = False
     uses_product: bool = False
     by_length: bool = False
-    placement: PlacementPolicy = PlacementPolicy.INITIAL
     lost_from: float = 1.0
 
     def apply(self, simulation: Simulation) -> Simulation:
@@ -121,14 +118,12 @@ VARIANTS: Mapping[str, Variant] = {
     "oursStale": _ours("ours, signals a second old", signals=SignalPlan(delay_s=1.0)),
     "oursLost": replace(_ours("ours, signals lost half way"), lost_from=0.5),
     "oursGateways": _ours("ours, four gateways", gateways=GATEWAYS),
-    # With the experts placed.
-    "oursExperts": replace(_ours("ours, experts by our decisions"), placement=PlacementPolicy.PLANNED),
-    "vllmExperts": replace(_stock("vLLM, experts by its own balancer"), placement=PlacementPolicy.VLLM, is_rival=False),
     # vLLM, stock and tuned.
     REFERENCE: _stock("vLLM 0.32"),
-    "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512),
-    "vllm1024": _stock("vLLM, 1,024 tokens a step", max_num_batched_tokens=1024),
-    "vllm8192": _stock("vLLM, 8,192 tokens a step", max_num_batched_tokens=8192),
+    "vllm512": _stock("vLLM, 512 tokens a step", max_num_batched_tokens=512, max_num_seqs=512),
+    "vllm2048": _stock("vLLM, 2,048 tokens a step", max_num_batched_tokens=2048),
+    "vllm16384": _stock("vLLM, 16,384 tokens a step", max_num_batched_tokens=16_384),
+    "vllmInterval2": _stock("vLLM, prefills in every second step", prefill_schedule_interval=2),
     "vllmInterval3": _stock("vLLM, prefills in every third step", prefill_schedule_interval=3),
     "vllmLongPrefill": _stock("vLLM, 512 tokens of a long prompt a step", long_prefill_token_threshold=512),
     "vllmPriority": _stock("vLLM, priority by length", by_length=True, scheduling_policy="priority"),

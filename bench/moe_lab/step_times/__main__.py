@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
-from moe_tools.calibration.step_errors import render_errors, summarize
+from moe_tools.calibration.preset_errors import COMPOSED, render_error_table
+from moe_tools.calibration.preset_errors import TABLE as ERRORS
+from moe_tools.calibration.step_errors import ErrorRow, render_errors, summarize
 from moe_tools.calibration.step_fit import predict
 from moe_tools.report import read_environment
 from moe_tools.simulator import fitted_presets
@@ -63,8 +65,13 @@ def errors_command(
         bool, typer.Option("--whole-graphs", help="Hold out all batch sizes of a captured CUDA graph together.")
     ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rows and versions here.")] = None,
+    csv_out: Annotated[
+        Path | None, typer.Option("--csv", help=f"Write the package's {ERRORS}, with composed steps too.")
+    ] = None,
 ) -> None:
     """Print errors on steps that were not fitted on: each run, or each shape of steps, held out in turn."""
+    if csv_out is not None and (not data.is_dir() or preset is not None or as_committed or whole_graphs):
+        raise InvalidInput([InputError("--csv", "takes the folder of all tables, and no choice of steps")])
     runs = group_runs(read_records(_file(data)))
     if preset is not None and preset not in runs:
         raise InvalidInput([unknown_choice("--preset", preset, runs)])
@@ -82,6 +89,20 @@ def errors_command(
     if json_out is not None:
         document = {name: [asdict(row) for row in of_name] for name, of_name in rows.items()}
         json_out.write_text(json.dumps({"environment": read_environment(), "errors": document}) + "\n", "utf-8")
+    if csv_out is not None:
+        pairs = zip(runs.items(), rows.values(), strict=True)
+        found = {(name, f"held-out {run.held_out}"): of_name for (name, run), of_name in pairs}
+        found |= {(name, COMPOSED): of_name for name, of_name in _composed_errors(data).items()}
+        csv_out.write_text(render_error_table(found), "utf-8")
+
+
+def _composed_errors(data: Path) -> dict[str, tuple[ErrorRow, ...]]:
+    """Errors of the fits to composed steps, on these very steps."""
+    rows = {}
+    for engine in list_engines():
+        preset, steps = compose_preset(engine, data)
+        rows[engine.preset] = summarize(steps, [predict(preset.model, preset.coefficients, step) for step in steps])
+    return rows
 
 
 def _file(data: Path) -> Path:

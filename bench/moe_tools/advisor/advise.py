@@ -26,26 +26,23 @@ from moe_tools.advisor.candidates import (
     list_refinements,
     name_split,
 )
+from moe_tools.advisor.clocks import CLOCKS, choose_clock, list_clocks
 from moe_tools.advisor.fleet import FleetLoad, build_fleet
 from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, rank, read_outcome, render, to_document
 from moe_tools.report import read_environment
 from moe_tools.shapes import ShapeSettings, build_shape, parse_shape
 from moe_tools.simulator.arrivals import ArrivalShape, arrange
-from moe_tools.simulator.experts import PlacementPolicy
-from moe_tools.simulator.hardware import PRESETS, Preset
 from moe_tools.simulator.simulation import load_vllm, simulate
 from moe_tools.traces import TraceRequest, cut_piece, fit_lengths, mean_rate, read_trace, speed_up
 
-# vLLM's default for online serving on all but the largest GPUs.
-STEP_TOKENS = 2048
 # Longest prompt with its answer where the file's arguments name none.
 MAX_MODEL_LEN = 16_384
 MOST_GPUS = 64
 LEAST_REQUESTS = 20
 FORMATS = ("table", "json")
 _SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
-# What a model's URI contains, and the preset of its step times.
-_PRESET_OF_MODEL = {"qwen3-30b-a3b": "h100-qwen3-30b-a3b", "deepseek-v3": "h100-deepseek-v3"}
+# The label by which NVIDIA's device plugin names the GPU of a node.
+_GPU_LABEL = "nvidia.com/gpu.product"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +59,7 @@ class AdviceRequest:
         requests: simulated for each shape.
         answer_tokens: median answer of a generated shape.
         seed: of the shape and of the experts' popularity.
-        cost: name of the preset of step times; None: by the model.
+        cost: name of the GPU and model whose step times are taken; None: by the file.
     """
 
     file: Path
@@ -79,12 +76,16 @@ class AdviceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """The request, read: candidates, those that do not fit, the load that all share, and how many requests are cut."""
+    """The request, read: candidates, those that do not fit, the load that all share, and how many requests are cut.
+
+    `clock` says whose step times they are, and their error.
+    """
 
     candidates: Sequence[Candidate]
     excluded: Sequence[Excluded]
     load: FleetLoad
     cut: int
+    clock: str
 
 
 def run_advise(asked: AdviceRequest, output: str) -> None:
@@ -105,7 +106,7 @@ def run_advise(asked: AdviceRequest, output: str) -> None:
     if output == "json":
         sys.stdout.write(json.dumps(build_document(asked, question, rows), indent=2) + "\n")
     else:
-        Console().print(render(rows, question.excluded, asked.bounds))
+        Console().print(render(rows, question.excluded, asked.bounds, question.clock))
 
 
 @contextmanager
@@ -124,7 +125,8 @@ def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Adv
     environment = read_environment()
     return {
         "model_error": MODEL_ERROR,
-        "cost": question.load.preset.source,
+        "cost": question.load.clock.source,
+        "cost_error": question.clock,
         "versions": {"python": environment["python"], **environment["packages"]},
         "requests": len(question.load.trace),
         "cut_requests": question.cut,
@@ -145,7 +147,7 @@ def _simulate_all(question: _Question, bounds: Bounds) -> list[Advice]:
     load_vllm()
     rows = _simulate(question.candidates, question.load, bounds, progress)
     best = rank(rows)[0].candidate
-    refinements = list_refinements(best, question.load.preset.model.experts)
+    refinements = list_refinements(best, question.load.clock.copies(best.shape.servers[0]))
     return rows + _simulate(refinements, question.load, bounds, progress)
 
 
@@ -169,16 +171,17 @@ def read_question(asked: AdviceRequest) -> _Question:
     """
     _check_numbers(asked)
     resource = load_resource(asked.file)
-    preset = _preset(asked, resource)
     spec = resource.spec
     parallelism = spec.engine.parallelism
     gpus = max(1, spec.engine.count) * parallelism.ranks
     if gpus > MOST_GPUS:
         raise InvalidInput([InputError("spec.engine", f"has {gpus} GPUs; at most {MOST_GPUS} are simulated")])
+    name, is_assumed = _name_clock(asked, resource)
+    clock = choose_clock(name, gpus)
     longest = _option(spec.engine.args, "--max-model-len", MAX_MODEL_LEN)
     trace, cut = _read_requests(asked, longest)
     load = FleetLoad(
-        preset=preset,
+        clock=clock,
         trace=trace,
         max_model_len=longest,
         request=request_settings(spec.scheduling.request, spec.scheduling.engine),
@@ -187,12 +190,12 @@ def read_question(asked: AdviceRequest) -> _Question:
         seed=asked.seed,
     )
 
-    def kv_tokens(ranks: int) -> int:
-        return 16 * preset.cost(ranks, placement=PlacementPolicy.EVEN).kv_blocks(ranks)
+    def kv_tokens(ranks: int) -> int | None:
+        return 16 * clock.kv_blocks(ranks) if clock.covers(ranks) else None
 
     candidates, excluded = list_candidates(
         gpus,
-        step_tokens=_option(spec.engine.args, "--max-num-batched-tokens", STEP_TOKENS),
+        step_tokens=_option(spec.engine.args, "--max-num-batched-tokens", CLOCKS[name].step_tokens),
         present=_present_shape(spec.engine),
         kv_tokens=kv_tokens,
         longest_tokens=longest,
@@ -200,7 +203,8 @@ def read_question(asked: AdviceRequest) -> _Question:
     if not candidates:
         reasons = "; ".join(f"{row.servers}: {row.reason}" for row in excluded)
         raise InvalidInput([InputError("spec.engine", f"no shape of {gpus} GPUs holds the model: {reasons}")])
-    return _Question(candidates=candidates, excluded=excluded, load=load, cut=cut)
+    said = clock.describe() + (_other_gpus(name) if is_assumed else "")
+    return _Question(candidates=candidates, excluded=excluded, load=load, cut=cut, clock=said)
 
 
 def _present_shape(engine: Engine) -> PresentShape:
@@ -231,20 +235,39 @@ def _check_numbers(asked: AdviceRequest) -> None:
         raise InvalidInput(errors)
 
 
-def _preset(asked: AdviceRequest, resource: MoEServing) -> Preset:
+def _name_clock(asked: AdviceRequest, resource: MoEServing) -> tuple[str, bool]:
+    """The name of the step times, and whether their GPU is assumed.
+
+    Raises:
+        InvalidInput: none are known for the model and its GPU.
+    """
     if asked.cost is not None:
-        if asked.cost not in PRESETS:
-            raise InvalidInput([unknown_choice("--cost", asked.cost, PRESETS)])
-        return PRESETS[asked.cost]
+        if asked.cost not in CLOCKS:
+            raise InvalidInput([unknown_choice("--cost", asked.cost, CLOCKS)])
+        return asked.cost, False
+    known = ", ".join(sorted(CLOCKS))
     if resource.spec.engine.runtime is Runtime.VLLM_CPU:
         message = "step times of CPUs are not in the model; name those of a GPU with --cost"
-        raise InvalidInput([InputError("spec.engine.runtime", f"{message}; known: {', '.join(PRESETS)}")])
-    uri = resource.spec.model.uri.lower().replace("_", "-")
-    for part, preset in _PRESET_OF_MODEL.items():
-        if part in uri:
-            return PRESETS[preset]
-    message = f"no step times are known for {resource.spec.model.uri}; name those of a similar model with --cost"
-    raise InvalidInput([InputError("spec.model.uri", f"{message}; known: {', '.join(PRESETS)}")])
+        raise InvalidInput([InputError("spec.engine.runtime", f"{message}; known: {known}")])
+    uri, gpu = resource.spec.model.uri, _named_gpu(resource.spec.engine)
+    if found := list_clocks(uri, gpu):
+        return found[0], not gpu
+    message = f"no step times are known for {uri}{gpu and f' on {gpu}'}; name those of a similar one with --cost"
+    raise InvalidInput([InputError("spec.model.uri", f"{message}; known: {known}")])
+
+
+def _named_gpu(engine: Engine) -> str:
+    """The GPU that the nodes of the engines must have, by the label of NVIDIA's device plugin; empty: any."""
+    spec = engine.pod_template.get("spec")
+    selector = spec.get("nodeSelector") if isinstance(spec, dict) else None
+    return str(selector.get(_GPU_LABEL, "")) if isinstance(selector, dict) else ""
+
+
+def _other_gpus(name: str) -> str:
+    """That the file names no GPU, and which step times there are for others."""
+    others = [other for other, known in CLOCKS.items() if known.model == CLOCKS[name].model and other != name]
+    instead = f"; others with --cost {', '.join(others)}" if others else ""
+    return f" The file names no GPU ({_GPU_LABEL}): {CLOCKS[name].gpu.upper()} is assumed{instead}."
 
 
 def _option(args: Sequence[str], name: str, default: int) -> int:

@@ -59,7 +59,7 @@ def name_split(prefill: int, decode: int) -> str:
 
 
 def list_candidates(
-    gpus: int, *, step_tokens: int, present: PresentShape, kv_tokens: Callable[[int], int], longest_tokens: int
+    gpus: int, *, step_tokens: int, present: PresentShape, kv_tokens: Callable[[int], int | None], longest_tokens: int
 ) -> tuple[list[Candidate], list[Excluded]]:
     """Returns the shapes of this many GPUs, the fewest servers first, and those that do not fit.
 
@@ -67,7 +67,8 @@ def list_candidates(
         gpus: in all.
         step_tokens: tokens of a step in each of them.
         present: the file's own shape; its split is one of the shapes.
-        kv_tokens: tokens that fit into the KV cache of one rank, by the ranks of a server.
+        kv_tokens: tokens that fit into the KV cache of one rank, by the ranks of a server; None: its step times are
+            not known.
         longest_tokens: longest prompt with its answer, which has to fit.
     """
     found: list[Candidate] = []
@@ -75,9 +76,8 @@ def list_candidates(
     for ranks in (ranks for ranks in range(gpus, 0, -1) if gpus % ranks == 0):
         cut = (ranks,) * (gpus // ranks)
         name = f"{len(cut)} of {ranks}"
-        if (room := max(0, kv_tokens(ranks))) <= longest_tokens:
-            reason = f"the weights leave room for {room:,} tokens of KV cache a GPU, and a request may have"
-            excluded.append(Excluded(servers=name, reason=f"{reason} {longest_tokens:,}"))
+        if reason := _why_not(ranks, kv_tokens(ranks), longest_tokens):
+            excluded.append(Excluded(servers=name, reason=reason))
             continue
         found += [
             Candidate(
@@ -92,6 +92,16 @@ def list_candidates(
     return found, excluded
 
 
+def _why_not(ranks: int, kv_tokens: int | None, longest_tokens: int) -> str:
+    """Why servers of this many ranks are not simulated; empty where they are."""
+    if kv_tokens is None:
+        return f"step times of a group of {ranks} are not among the fitted ones"
+    if kv_tokens > longest_tokens:
+        return ""
+    room = f"the weights leave room for {max(0, kv_tokens):,} tokens of KV cache a GPU"
+    return f"{room}, and a request may have {longest_tokens:,}"
+
+
 def _by_roles(cut: tuple[int, ...], prefill_of_file: int | None) -> dict[str, FleetShape]:
     found = {"unified": FleetShape(servers=cut)}
     if len(cut) > 1:
@@ -102,12 +112,12 @@ def _by_roles(cut: tuple[int, ...], prefill_of_file: int | None) -> dict[str, Fl
     return found
 
 
-def list_refinements(best: Candidate, experts: int) -> Sequence[Candidate]:
+def list_refinements(best: Candidate, copies: int) -> Sequence[Candidate]:
     """Returns variants of the best shape: other tokens of a step, and copies of experts.
 
     Args:
         best: the shape.
-        experts: of a layer.
+        copies: of experts, for each layer, that are tried; 0: none.
     """
     found = [
         replace(
@@ -119,7 +129,6 @@ def list_refinements(best: Candidate, experts: int) -> Sequence[Candidate]:
         for tokens in STEP_TOKENS
         if tokens != best.step_tokens
     ]
-    ranks = best.shape.servers[0]
-    if ranks > 1 and experts % ranks == 0:
-        found.append(replace(best, shape=replace(best.shape, redundant=ranks), is_present=False))
+    if copies:
+        found.append(replace(best, shape=replace(best.shape, redundant=copies), is_present=False))
     return found

@@ -12,8 +12,7 @@ from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, Latency
 from moe_scheduling.fleet.roles import RoleSettings
 from moe_scheduling.request.order import RequestSettings
 
-from moe_tools.simulator.experts import PlacementPolicy
-from moe_tools.simulator.hardware import Preset
+from moe_tools.advisor.clocks import Clock
 from moe_tools.simulator.pair_router import PairSettings, pair_gateways
 from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
 from moe_tools.simulator.signals import SignalPlan
@@ -67,7 +66,7 @@ class FleetLoad:
     """What all shapes of a comparison have in common.
 
     Attributes:
-        preset: model and GPU.
+        clock: step times of the model on a GPU.
         trace: the requests.
         max_model_len: longest prompt with its answer.
         request: order of the requests in our engines.
@@ -76,7 +75,7 @@ class FleetLoad:
         seed: of the experts' popularity.
     """
 
-    preset: Preset
+    clock: Clock
     trace: Sequence[TraceRequest]
     max_model_len: int
     request: RequestSettings = field(default_factory=RequestSettings)
@@ -87,34 +86,32 @@ class FleetLoad:
     @property
     def link(self) -> KvTransfer:
         """Returns the transfer of KV blocks between two GPUs."""
-        return KvTransfer(token_bytes=self.preset.model.kv_bytes, bytes_per_s=LINK_BYTES_PER_S)
+        return KvTransfer(token_bytes=self.clock.kv_token_bytes, bytes_per_s=LINK_BYTES_PER_S)
 
 
-def shape_server(preset: Preset, ranks: int, *, max_model_len: int, seed: int, shape: FleetShape) -> ServerShape:
-    """Returns a server of this many GPUs; experts lie evenly where they do not divide among them."""
-    divides = preset.model.experts % ranks == 0
-    policy = PlacementPolicy.PLANNED if shape.redundant else PlacementPolicy.INITIAL
-    placement = policy if divides else PlacementPolicy.EVEN
-    redundant = shape.redundant if divides and ranks > 1 else 0
-    cost = preset.cost(ranks, placement=placement, redundant=redundant, seed=seed)
-    usual = EngineLimits(max_num_seqs=256, kv_blocks=cost.kv_blocks(ranks), max_model_len=max_model_len)
-    return ServerShape(ranks=ranks, cost=cost, limits=replace(usual, **shape.limits))
+def shape_server(shape: FleetShape, ranks: int, load: FleetLoad) -> ServerShape:
+    """Returns a server of this many GPUs."""
+    clock = load.clock
+    usual = EngineLimits(max_num_seqs=256, kv_blocks=clock.kv_blocks(ranks), max_model_len=load.max_model_len)
+    return ServerShape(
+        ranks=ranks,
+        cost=clock.cost(ranks, redundant=shape.redundant, seed=load.seed),
+        limits=replace(usual, **shape.limits),
+    )
 
 
 def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
-    """The simulation in which a shape serves a load; a request alone has all GPUs as one group."""
-    gpus = shape.gpus
-    alone = shape_server(
-        load.preset, gpus, max_model_len=load.max_model_len, seed=load.seed, shape=FleetShape(servers=(gpus,))
-    )
-    servers = [
-        shape_server(load.preset, ranks, max_model_len=load.max_model_len, seed=load.seed, shape=shape)
-        for ranks in shape.servers
-    ]
+    """The simulation in which a shape serves a load.
+
+    A request alone has all GPUs as one group, or the largest server where the step times of such a group are not known.
+    """
+    ranks_alone = shape.gpus if load.clock.covers(shape.gpus) else max(shape.servers)
+    alone = shape_server(FleetShape(servers=(ranks_alone,)), ranks_alone, load)
+    servers = [shape_server(shape, ranks, load) for ranks in shape.servers]
     whole = Simulation(
         trace=load.trace,
         cost=alone.cost,
-        ranks=gpus,
+        ranks=ranks_alone,
         limits=alone.limits,
         shapes=servers,
         scheduler=STOCK if shape.stock else OURS,

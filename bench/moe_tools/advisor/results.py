@@ -11,11 +11,11 @@ from moe_tools.advisor.candidates import Candidate, Excluded
 from moe_tools.simulator.outcome import WARM_UP_SHARE
 from moe_tools.simulator.simulation import SimulationResult
 
-# docs/simulator.md, "Step times": the comparisons of the simulator with a real engine.
+# docs/simulator.md, "Calibration": the comparisons of the simulator with a real engine.
 MODEL_ERROR = (
     "Modelled, not measured. With step times fitted to a real engine (vLLM 0.32 on a CPU) the simulator's mean TTFT "
-    "was within 8 % of the engine's in 18 of 18 comparisons. Step times of the presets are rooflines of data sheets, "
-    "which were not compared with a GPU; links of 25 GB/s a GPU are assumed."
+    "was within 8 % of the engine's in 18 of 18 comparisons; with those of a GPU it was not compared. Links of 25 GB/s "
+    "a GPU are assumed."
 )
 
 
@@ -122,13 +122,13 @@ def rank(rows: Sequence[Advice]) -> list[Advice]:
     return sorted(rows, key=lambda row: (row.failed > 0, round(most - row.good_share, 2), row.end_mean_s))
 
 
-def render(rows: Sequence[Advice], excluded: Sequence[Excluded], bounds: Bounds) -> Table:
-    """The table, the best shape first."""
+def render(rows: Sequence[Advice], excluded: Sequence[Excluded], bounds: Bounds, clock: str) -> Table:
+    """The table, the best shape first; `clock` says whose step times they are, with their error."""
     limits = f"TTFT {bounds.ttft_s * 1e3:,.0f} ms, TPOT {bounds.inter_token_s * 1e3:,.0f} ms"
     omitted = [f"Left out: {row.servers}: {row.reason}." for row in excluded]
     table = Table(
         title=f"Shapes, the best first (good: within {limits})",
-        caption="\n".join(["* as in the file", *omitted, MODEL_ERROR]),
+        caption="\n".join(["* as in the file", *omitted, clock, MODEL_ERROR]),
         title_justify="left",
         caption_justify="left",
     )

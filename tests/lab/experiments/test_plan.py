@@ -10,6 +10,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_lab.experiments.plan import (
     EXPERIMENTS,
     LOADS,
+    STOCK_ALWAYS,
     Selection,
     build_run,
     code_digest,
@@ -67,6 +68,34 @@ def test_an_experiment_names_what_there_is():
     for experiment in EXPERIMENTS.values():
         assert set(experiment.workloads) <= set(ALL)
         assert set(experiment.variants) <= set(VARIANTS)
+
+
+def test_stock_vllm_is_a_rival_in_every_experiment_with_its_own_lever_too():
+    assert [VARIANTS[name].limits.get("prefill_schedule_interval", 1) for name in STOCK_ALWAYS] == [1, 2]
+    for experiment in EXPERIMENTS.values():
+        assert set(STOCK_ALWAYS) <= set(experiment.variants)
+
+
+def test_a_fleet_is_what_its_step_times_were_fitted_on():
+    for experiment in EXPERIMENTS.values():
+        run = next(run for run in plan_runs(Selection()) if run.fleet == experiment.fleet and run.workload != "azure")
+        fleet, built = run.fleet, build_run(replace(run, count=20, workload="random"), None, 5.0)
+        assert (built.servers, built.ranks, built.limits.max_num_batched_tokens) == (fleet.servers, fleet.ranks, 8192)
+        assert built.cost.source.startswith(("measured: vLLM 0.20.1", "modelled from kernels: vLLM 0.24"))
+        assert built.cost.model.ranks == fleet.ranks
+
+
+def test_every_engine_is_one_that_vllm_starts():
+    # `SchedulerConfig` refuses fewer tokens a step than requests.
+    for run in {(run.fleet, run.variant): run for run in plan_runs(Selection()) if run.workload == "random"}.values():
+        limits = build_run(replace(run, count=20), None, 5.0).limits
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs, run.id
+
+
+def test_a_fleet_of_other_ranks_than_were_measured_is_refused():
+    run = next(run for run in plan_runs(Selection()) if run.workload == "random")
+    with pytest.raises(ValueError, match="was fitted on 2 ranks in lockstep, not on 3"):
+        build_run(replace(run, fleet=replace(run.fleet, ranks=3)), None, 5.0)
 
 
 @given(
@@ -174,7 +203,7 @@ def test_without_a_saturation_it_is_reported(level):
 def test_variants_differ_in_what_they_say_alone():
     run = next(run for run in plan_runs(Selection(variants=(REFERENCE,))))
     base = build_run(run, None, 10.0)
-    assert (base.scheduler, base.dispatch, base.limits.max_num_batched_tokens) == (STOCK, "vllmInternal", 2048)
+    assert (base.scheduler, base.dispatch, base.limits.max_num_batched_tokens) == (STOCK, "vllmInternal", 8192)
     tuned = VARIANTS["vllm512"].apply(base)
     assert tuned.limits.max_num_batched_tokens == 512
     assert tuned.trace is base.trace
@@ -193,6 +222,10 @@ def test_a_digest_changes_with_the_sources(tmp_path):
     source.write_text("x = 2\n")
     assert code_digest(tmp_path, ["a"]) != before
     assert code_digest(tmp_path, ["a/one.py"]) == code_digest(Path(tmp_path), ["a"])
+
+
+def test_a_refit_makes_the_runs_of_before_stale():
+    assert any((ROOT / place).suffix == ".csv" for place in SIMULATOR_SOURCES)
 
 
 def test_the_sources_of_a_run_are_there():

@@ -21,13 +21,19 @@ COLUMNS = ("ttft_mean", "ttft_p99", "ttft_p99_longest", "tpot_mean", "output_tok
 
 def summary(value=0.7012, high=0.8):
     ratios = {name: {**RATIO, "value": value, "high": high} for name in COLUMNS}
-    knee = {
+    figures = {
         "workloads": ["azure", "twoEnd"],
         "against_vllm": ratios,
         "against_best": ratios,
         "against_best_in_ttft": ratios,
     }
-    return {"runs": 12, "seeds": 2, "at_knee": {"a fleet": knee}}
+    return {
+        "clock": "step times of a clock",
+        "runs": 12,
+        "seeds": 2,
+        "at_knee": {},
+        "by_load": {"a fleet, two: 1": figures},
+    }
 
 
 @pytest.fixture
@@ -51,15 +57,30 @@ def test_what_is_written_is_what_is_checked(root, capsys):
     assert "old" not in text
 
 
-def test_seeds_kept_apart_come_first():
+def test_figures_are_of_the_load_at_which_stock_vllm_saturates():
     found = summary()
-    assert "kept apart from all tuning" not in render_block(found)
-    found["kept_apart"] = {"a fleet, two: 1": {**found["at_knee"]["a fleet"]}}
+    found["by_load"]["another fleet: 0.85"] = found["by_load"]["a fleet, two: 1"]
     block = " ".join(render_block(found).split())
-    assert "Near saturation, a fleet, two, modelled step times" in block
-    assert "(8 pairs, on requests kept apart from all tuning, " in block
-    assert block.count("0.70 [0.60, 0.80]") == 2
+    assert "a fleet, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from" in block
+    assert "another" not in block
+    assert "simulated with step times of a clock" in block
     assert max(map(len, render_block(found).splitlines())) <= 120
+    del found["by_load"]["a fleet, two: 1"]
+    with pytest.raises(ValueError, match="no run at load 1"):
+        render_block(found)
+
+
+def test_measured_step_times_come_first_and_composed_ones_not_beside_them():
+    figures = summary()["by_load"]["a fleet, two: 1"]
+    most = {**figures, "against_vllm": {"ttft_mean": {**RATIO, "pairs": 16}}}
+    composed = {"h200-qwen3-30b-a3b-kernels-dp2, one server: 1": figures}
+    measured = {"b300-x-tp1-ep1, four: 1": figures, "b300-x-tp2-ep4-dp2, two: 1": most}
+    block = " ".join(render_block({"clock": "a clock", "by_load": {**composed, **measured}}).split())
+    assert "b300-x, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (16 pairs); b300-x, four 0.70" in block
+    assert "kernels" not in block
+    assert "h200-qwen3-30b-a3b-kernels-dp2, one server 0.70" in " ".join(
+        render_block({"clock": "a clock", "by_load": composed}).split()
+    )
 
 
 def test_an_interval_must_stand_on_the_page_linked_after_it(root, capsys):

@@ -12,9 +12,11 @@ from moe_contract.input_errors import InvalidInput
 from moe_tools.advisor import advise as advisor
 from moe_tools.advisor.advise import AdviceRequest, read_question
 from moe_tools.advisor.candidates import Candidate
+from moe_tools.advisor.clocks import MOST_KV_BLOCKS, RooflineClock
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
 from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, explain, rank, render, to_document
 from moe_tools.cli import app
+from moe_tools.simulator.fitted_presets import FITTED_PRESETS
 from moe_tools.simulator.hardware import PRESETS
 from moe_tools.traces import mean_rate
 from rich.console import Console
@@ -41,6 +43,11 @@ def resource(tmp_path):
     return write
 
 
+def on_gpu(product):
+    """Engines on nodes whose GPU has this product label."""
+    return {"podTemplate": {"spec": {"nodeSelector": {"nvidia.com/gpu.product": product}}}}
+
+
 def asked(path, **values):
     return AdviceRequest(**{"file": path, "bounds": BOUNDS, "rate": 4.0, "requests": 20, **values})
 
@@ -62,7 +69,7 @@ def test_the_question_takes_gpus_limits_and_scheduling_of_the_file(resource):
     assert {row.step_tokens for row in question.candidates} == {4096}
     assert [row.servers for row in question.candidates if row.is_present] == ["2 of 2"]
     assert question.load.max_model_len == 8192
-    assert question.load.preset is PRESETS["h100-qwen3-30b-a3b"]
+    assert question.load.clock.cost(4) == FITTED_PRESETS["h100-qwen3-30b-a3b-kernels-dp4"].cost(4)
     assert len(question.load.trace) == 20
     assert all(row.prompt_tokens + row.output_tokens <= 8192 for row in question.load.trace)
 
@@ -121,11 +128,17 @@ def test_a_trace_is_cut_and_sped_up_to_the_rate(resource, tmp_path):
         ({"rate": math.nan}, {}, ["--rate: must be more than 0, got nan"]),
         ({"requests": 3}, {}, ["--requests: must be 20 or more, got 3"]),
         ({"bounds": Bounds(ttft_s=0.0, inter_token_s=1.0)}, {}, ["--ttft: must be more than 0"]),
-        ({"cost": "h200"}, {}, ["--cost: unknown 'h200'; known: a100-qwen3-30b-a3b, h100"]),
+        ({"cost": "h200"}, {}, ["--cost: unknown 'h200'; known: a100-qwen3-30b-a3b, b300"]),
         ({"shape": "round"}, {}, ["shape: unknown 'round'; known: average"]),
         ({}, {"runtime": "vllm-cpu"}, ["spec.engine.runtime: step times of CPUs are not in the model"]),
         ({}, {"replicas": 200}, ["spec.engine: has 200 GPUs; at most 64"]),
         ({"cost": "h100-deepseek-v3"}, {"replicas": 2}, ["spec.engine: no shape of 2 GPUs holds the model"]),
+        (
+            {"cost": "h200-deepseek-v3"},
+            {"replicas": 2},
+            ["spec.engine: h200-deepseek-v3 has step times of"],
+        ),
+        ({}, on_gpu("NVIDIA-L40S"), [f"spec.model.uri: no step times are known for {QWEN} on NVIDIA-L40S"]),
     ],
 )
 def test_unusable_input_is_named_with_its_place(resource, values, engine, said):
@@ -138,6 +151,64 @@ def test_a_model_without_step_times_is_named_with_those_that_are_known(resource)
     assert found.startswith("spec.model.uri: no step times are known for hf://org/other-moe")
     assert "h100-qwen3-30b-a3b" in found
     assert read_question(asked(resource(uri="hf://org/other-moe"), cost="h100-qwen3-30b-a3b")).candidates
+
+
+@pytest.mark.parametrize(
+    ("uri", "engine", "source", "said"),
+    [
+        (QWEN, {}, "modelled from kernels", "The file names no GPU (nvidia.com/gpu.product): H100 is assumed"),
+        (QWEN, on_gpu("NVIDIA-H200"), "modelled from kernels", "compared with no engine"),
+        (QWEN, on_gpu("NVIDIA-A100-SXM4-80GB"), "modelled: roofline", "Rooflines were not compared with a GPU"),
+        ("hf://Qwen/Qwen3.6-35B-A3B", on_gpu("NVIDIA-B300"), "measured: vLLM 0.20.1", "on held-out shapes"),
+    ],
+)
+def test_the_step_times_are_those_of_the_files_gpu_and_model_and_say_their_error(resource, uri, engine, source, said):
+    question = read_question(asked(resource(uri, replicas=4, **engine)))
+    assert question.load.clock.source.startswith(source)
+    assert source.split(":")[0] in question.clock
+    assert said in question.clock
+    assert ("assumed" in question.clock) == (not engine)
+    document = advisor.build_document(asked(resource(uri)), question, [])
+    assert document["cost_error"] == question.clock
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (3, 0), (4, 4)])
+def test_copies_of_experts_are_tried_where_the_experts_divide_among_the_ranks(ranks, copies):
+    assert RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"]).copies(ranks) == copies
+
+
+def test_shapes_without_fitted_step_times_are_left_out_by_name(resource):
+    question = read_question(asked(resource("hf://Qwen/Qwen3.6-35B-A3B", replicas=4)))
+    assert {row.servers for row in question.candidates} == {"1 of 4", "4 of 1"}
+    (left,) = question.excluded
+    assert (left.servers, left.reason) == ("2 of 2", "step times of a group of 2 are not among the fitted ones")
+    # Their placement is that of the measured engine.
+    assert question.load.clock.copies(4) == 0
+
+
+def test_a_roofline_serves_where_the_gpus_cannot_be_cut_into_measured_servers(resource):
+    question = read_question(asked(resource("hf://deepseek-ai/DeepSeek-V3", replicas=32)))
+    assert question.load.clock.source.startswith("modelled from kernels")
+    question = read_question(asked(resource("hf://deepseek-ai/DeepSeek-V3", replicas=24)))
+    assert question.load.clock.source.startswith("modelled: roofline of DeepSeek-V3")
+    assert question.load.clock.copies(8) == 8
+
+
+@pytest.mark.parametrize(
+    ("engine", "tokens"),
+    [({}, 8192), (on_gpu("NVIDIA-A100-80GB"), 2048)],
+)
+def test_a_step_has_the_tokens_that_vllm_has_by_default_on_that_gpu(resource, engine, tokens):
+    question = read_question(asked(resource(**engine)))
+    assert {row.step_tokens for row in question.candidates} == {tokens}
+
+
+def test_a_server_of_ranks_that_were_measured_alone_stands_for_all_gpus_in_the_figures_of_a_request_alone(resource):
+    question = read_question(asked(resource("hf://Qwen/Qwen3.6-35B-A3B", replicas=8)))
+    fleet = build_fleet(FleetShape(servers=(4, 4)), question.load)
+    assert (fleet.ranks, fleet.cost.model.ranks) == (4, 4)
+    assert [server.cost.model.ranks for server in fleet.fleet] == [4, 4]
+    assert fleet.limits.kv_blocks == MOST_KV_BLOCKS
 
 
 def advice(servers=(4,), *, roles="unified", good=1.0, end=1.0, failed=0, **shape):
@@ -184,10 +255,11 @@ def test_the_table_says_that_it_is_modelled_and_which_shape_is_the_files():
     row = advice()
     row = replace(row, candidate=replace(row.candidate, is_present=True))
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(render([row], [], BOUNDS))
+    console.print(render([row], [], BOUNDS, "Step times: fitted to a clock."))
     text = console.export_text()
     assert "1 of 4 *" in text
     assert "Modelled, not measured" in text
+    assert "Step times: fitted to a clock." in text
 
 
 def test_a_figure_that_is_infinite_is_null_in_json():
@@ -197,7 +269,8 @@ def test_a_figure_that_is_infinite_is_null_in_json():
 
 
 def test_redundant_experts_even_the_ranks_out():
-    load = FleetLoad(preset=PRESETS["h100-qwen3-30b-a3b"], trace=(), max_model_len=4096)
+    clock = RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"])
+    load = FleetLoad(clock=clock, trace=(), max_model_len=4096)
     plain, copies = (
         build_fleet(FleetShape(servers=(4,), redundant=redundant), load).fleet[0].cost.balance.slowest
         for redundant in (0, 4)

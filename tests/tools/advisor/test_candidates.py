@@ -53,6 +53,12 @@ def test_servers_whose_kv_cache_does_not_hold_a_request_are_named_with_the_reaso
     assert "16,384" in excluded[0].reason
 
 
+def test_servers_without_step_times_are_named():
+    found, excluded = candidates(4, room=lambda ranks: None if ranks == 2 else 10**6)
+    assert {row.servers for row in found} == {"1 of 4", "4 of 1"}
+    assert [(row.servers, "not among the fitted" in row.reason) for row in excluded] == [("2 of 2", True)]
+
+
 @given(gpus=st.integers(1, 64), step_tokens=st.sampled_from([512, 2048]))
 def test_every_shape_uses_all_gpus_and_keeps_an_engine_of_each_role(gpus, step_tokens):
     found, _ = candidates(gpus, step_tokens=step_tokens)
@@ -64,10 +70,10 @@ def test_every_shape_uses_all_gpus_and_keeps_an_engine_of_each_role(gpus, step_t
     assert len({(row.servers, row.roles) for row in found}) == len(found)
 
 
-@pytest.mark.parametrize(("gpus", "experts", "copies"), [(4, 128, [4]), (1, 128, []), (3, 128, [])])
-def test_the_best_shape_is_tried_with_other_steps_and_with_copies_of_experts(gpus, experts, copies):
+@pytest.mark.parametrize(("gpus", "copies"), [(4, [4]), (4, []), (1, [])])
+def test_the_best_shape_is_tried_with_other_steps_and_with_copies_of_experts(gpus, copies):
     best = candidates(gpus, present=gpus)[0][0]
-    found = list_refinements(best, experts)
+    found = list_refinements(best, sum(copies))
     assert [row.step_tokens for row in found if not row.shape.redundant] == [512, 8192]
     assert [row.shape.redundant for row in found if row.shape.redundant] == copies
     assert all(row.shape.servers == best.shape.servers for row in found)

@@ -18,7 +18,7 @@ from moe_tools.simulator.simulation import Simulation
 from moe_tools.traces import TraceRequest
 
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CONTEXT_TOKENS, WORKLOADS, WorkloadKind
+from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CLIENTS, WORKLOADS, WorkloadKind
 
 T = TypeVar("T")
 
@@ -133,6 +133,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=(0.85, 1.0),
         fleet=GROUP,
     ),
+    "clients": Experiment(
+        title="Loads as clients make them",
+        workloads=tuple(CLIENTS),
+        variants=(REFERENCE, "vllmPriority", "hrrn", "predictedLatency", "gimbal", PRODUCT),
+        loads=(0.85, 1.0),
+    ),
     "adversarial": Experiment(
         title="Loads that break policies",
         workloads=tuple(ADVERSARIAL),
@@ -239,7 +245,9 @@ def _base(run: ExperimentRun, workload: WorkloadKind, trace: tuple[TraceRequest,
         servers=fleet.servers,
         ranks=fleet.ranks,
         limits=EngineLimits(
-            max_num_seqs=fleet.max_num_seqs, kv_blocks=cost.kv_blocks(fleet.ranks), max_model_len=CONTEXT_TOKENS
+            max_num_seqs=fleet.max_num_seqs,
+            kv_blocks=cost.kv_blocks(fleet.ranks),
+            max_model_len=workload.context_tokens,
         ),
         senders=workload.senders,
         exposed_s=EXPOSED_S,

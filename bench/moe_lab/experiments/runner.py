@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[3]
 SIMULATOR_SOURCES = (
     "bench/moe_tools/simulator",
     *(f"bench/moe_tools/{name}.py" for name in ("modelless", "shapes", "traces")),
-    *(f"bench/moe_lab/experiments/{name}.py" for name in ("plan", "workloads")),
+    *(f"bench/moe_lab/experiments/{name}.py" for name in ("clients", "plan", "workloads")),
 )
 PRODUCT_SOURCES = (
     "scheduling/moe_scheduling",

@@ -72,7 +72,7 @@ class LatencyModel:
 
 
 class PredictedLatency(PrefixBalancer):
-    """Draws an engine with weights that rise as the predicted time to first token falls; see the module."""
+    """Draws an engine with weights that rise as the predicted time to first token falls."""
 
     def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
         super().__init__(wire, targets, number, gateways=gateways, seed=seed)

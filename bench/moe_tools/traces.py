@@ -32,6 +32,9 @@ class TraceRequest:
     """One request. `blocks` name the prompt's pieces of `block_tokens` each: equal ids stand for equal text.
 
     The last block may be cut short. No blocks: the prompt shares nothing with any other.
+
+    Of a conversation (a name; empty: none) the simulator sends each request but the first `think_s` seconds after the
+    answer to the one before. `tenant` is the number of the sender. Files of traces have none of the three.
     """
 
     arrival_s: float
@@ -39,6 +42,9 @@ class TraceRequest:
     output_tokens: int
     blocks: tuple[int, ...] = ()
     block_tokens: int = BLOCK_TOKENS
+    tenant: int = 0
+    conversation: str = ""
+    think_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

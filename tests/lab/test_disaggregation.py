@@ -1,7 +1,5 @@
 """The comparison of prefill and decode together and apart: arrangements, workloads, runs and tables."""
 
-import csv
-import gzip
 import json
 
 import pytest
@@ -12,7 +10,7 @@ from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
 from moe_lab.disaggregation.report import render
 from moe_lab.disaggregation.settled import settled_prefill
-from moe_lab.disaggregation.workloads import AGENTS, CHANGE, SESSIONS_FILE, Folders, build_workload, read_sessions
+from moe_lab.disaggregation.workloads import AGENTS, CHANGE, Folders, build_workload
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.fleet.roles import RoleObservation, RoleSettings, ServerLoad, predict_cost_s
 from moe_scheduling.signals import StepTime
@@ -46,45 +44,6 @@ def test_a_load_that_changes_has_long_prompts_and_then_long_answers():
     assert [row.arrival_s for row in rows] == sorted(row.arrival_s for row in rows)
     assert rows == build_workload(CHANGE, 200, 10.0, 1, Folders())
     assert rows != build_workload(CHANGE, 200, 10.0, 2, Folders())
-
-
-def write_sessions(folder, rows):
-    names = ("trace", "agent", "t_s", "in_tokens", "out_tokens", "prefix_blocks")
-    with gzip.open(folder / SESSIONS_FILE, "wt", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(rows)
-
-
-def test_the_calls_of_a_session_share_the_blocks_that_were_seen(tmp_path):
-    write_sessions(
-        tmp_path,
-        [
-            ("1", "0", "5", "640", "10", "0"),
-            ("1", "0", "9", "960", "0", "10"),
-            # The history was cut: fewer blocks than before are its beginning.
-            ("1", "0", "12", "700", "5", "4"),
-            ("2", "0", "0", "128", "1", "0"),
-            ("1", "0", "20", "100000", "5", "11"),
-        ],
-    )
-    long, short = read_sessions(tmp_path / SESSIONS_FILE)
-    assert [row.arrival_s for row in long] == [0.0, 4.0, 7.0]
-    assert [len(row.blocks) for row in long] == [10, 15, 10]
-    assert long[1].blocks[:10] == long[0].blocks
-    assert long[2].blocks[:4] == long[1].blocks[:4]
-    assert not set(long[2].blocks[4:]) & set(long[1].blocks)
-    assert long[1].output_tokens == 1
-    assert len(short) == 1
-
-
-def test_sessions_share_nothing_with_each_other(tmp_path):
-    write_sessions(tmp_path, [(str(one), "0", str(n), "640", "4", str(10 * n)) for one in range(5) for n in range(2)])
-    rows = build_workload(AGENTS, 8, 1.0, 3, Folders(sessions=tmp_path))
-    assert len(rows) == 8
-    owners = {block // 1_000_000 for row in rows for block in row.blocks}
-    assert len(owners) >= 4
-    assert all(len({block // 1_000_000 for block in row.blocks}) == 1 for row in rows)
 
 
 @pytest.mark.parametrize(("name", "said"), [(AGENTS, "--sessions"), ("azure", "traces"), ("x", "--workload: unknown")])

@@ -29,7 +29,7 @@ from moe_lab.experiments.plan import PAIR, ExperimentRun, FleetPreset, build_run
 from moe_lab.experiments.raw import RAW_RESULTS, RawResults
 from moe_lab.experiments.runner import Record, is_current, read_records, source_digests
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_lab.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
+from moe_lab.experiments.workloads import ALL, KEPT_APART, WORKLOADS
 
 _DONE_TOKENS = 1e-6
 
@@ -120,7 +120,7 @@ def read_floors(records: Sequence[Mapping[str, Any]], traces: Path | None, fleet
     """Figures of each case of this fleet in which both stock vLLM and ours were run."""
     cases: dict[tuple[str, float, int], dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        if record["load"] and record["fleet"] == asdict(fleet) and record["workload"] not in ADVERSARIAL:
+        if record["load"] and record["fleet"] == asdict(fleet) and record["workload"] in WORKLOADS:
             cases.setdefault((record["workload"], record["load"], record["seed"]), {})[record["variant"]] = record
     floors = []
     for (workload, load, seed), runs in sorted(cases.items()):

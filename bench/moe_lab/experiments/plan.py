@@ -18,7 +18,7 @@ from moe_tools.simulator.simulation import Simulation
 from moe_tools.traces import TraceRequest
 
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CONTEXT_TOKENS, WORKLOADS, WorkloadKind
+from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CLIENTS, WORKLOADS, WorkloadKind
 
 T = TypeVar("T")
 
@@ -160,6 +160,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         loads=(0.95,),
         fleet=FOUR,
     ),
+    "clients": Experiment(
+        title="Loads as clients make them",
+        workloads=tuple(CLIENTS),
+        variants=(*STOCK_ALWAYS, "vllmPriority", "hrrn", "predictedLatency", "gimbal", PRODUCT),
+        loads=(0.85, 1.0),
+    ),
     "adversarial": Experiment(
         title="Loads that break policies",
         workloads=tuple(ADVERSARIAL),
@@ -268,7 +274,7 @@ def _base(run: ExperimentRun, workload: WorkloadKind, trace: tuple[TraceRequest,
             max_num_seqs=fleet.max_num_seqs,
             max_num_batched_tokens=fleet.step_tokens,
             kv_blocks=fleet.kv_blocks,
-            max_model_len=CONTEXT_TOKENS,
+            max_model_len=workload.context_tokens,
         ),
         senders=workload.senders,
         exposed_s=EXPOSED_S,

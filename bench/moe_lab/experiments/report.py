@@ -30,7 +30,7 @@ from moe_lab.experiments.results import (
 )
 from moe_lab.experiments.runner import is_current, read_records, source_digests
 from moe_lab.experiments.variants import PRODUCT, REFERENCE, VARIANTS
-from moe_lab.experiments.workloads import ADVERSARIAL, ALL, KEPT_APART
+from moe_lab.experiments.workloads import ALL, KEPT_APART, WORKLOADS
 
 _INTRODUCTION = """# Results of the simulator
 
@@ -176,7 +176,7 @@ def _estimate(ratio: Estimate | None) -> dict[str, float | int | None] | None:
 def _by_load(results: Results) -> dict[tuple[str, float], list[Case]]:
     groups: dict[tuple[str, float], list[Case]] = {}
     for case in results.cases:
-        if case.workload not in ADVERSARIAL and PRODUCT in results.variants(case):
+        if case.workload in WORKLOADS and PRODUCT in results.variants(case):
             groups.setdefault((case.fleet, case.load), []).append(case)
     return groups
 

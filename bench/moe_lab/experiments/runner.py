@@ -37,7 +37,7 @@ SIMULATOR_SOURCES = (
     "bench/moe_tools/simulator",
     f"bench/moe_tools/simulator/{TABLE}",
     *(f"bench/moe_tools/{name}.py" for name in ("modelless", "shapes", "traces")),
-    *(f"bench/moe_lab/experiments/{name}.py" for name in ("plan", "workloads")),
+    *(f"bench/moe_lab/experiments/{name}.py" for name in ("clients", "plan", "workloads")),
 )
 PRODUCT_SOURCES = (
     "scheduling/moe_scheduling",

@@ -89,6 +89,7 @@ GATEWAYS = 4
 # Layer 1 as vLLM has it.
 _AS_VLLM = RequestSettings(policy=RequestPolicy.FCFS)
 GIMBAL_SCHEDULER = "moe_tools.simulator.gimbal.GimbalScheduler"
+HRRN_SCHEDULER = "moe_tools.simulator.hrrn.HrrnScheduler"
 REFERENCE = "vllm"
 PRODUCT = "ours"
 VARIANTS: Mapping[str, Variant] = {
@@ -134,12 +135,18 @@ VARIANTS: Mapping[str, Variant] = {
     "consistentHash": _stock("vLLM, vllm-router consistent hash", "consistentHash"),
     "cacheAware": _stock("vLLM, vllm-router cache aware", "cacheAware"),
     "llmD": _stock("vLLM, llm-d's scorers", "llmD"),
+    "predictedLatency": _stock("vLLM, llm-d's predicted latency, reconstructed", "predictedLatency"),
     "dynamo": _stock("vLLM, Dynamo's router", "dynamo"),
     "dynamoNotAhead": _stock("vLLM, Dynamo's router, steps not scheduled ahead", "dynamo", ahead=False),
     "vllmGateways": replace(_stock("vLLM, four API servers", gateways=GATEWAYS), is_rival=False),
     "gimbal": Variant(
         label="Gimbal, reconstructed",
         changes={"scheduler": GIMBAL_SCHEDULER, "dispatch": "gimbal"},
+        is_rival=True,
+    ),
+    "hrrn": Variant(
+        label="vLLM with SGLang's order, HRRN",
+        changes={"scheduler": HRRN_SCHEDULER, "dispatch": "vllmInternal"},
         is_rival=True,
     ),
 }

@@ -1,4 +1,4 @@
-"""The workloads of the experiments: five shapes, two public traces, and the loads that break policies.
+"""The workloads of the experiments: five shapes, two traces, loads of clients, and the loads that break policies.
 
 Each is a function of a seed: other requests of the same kind for each seed, so that pairs over seeds are independent. A
 trace is cut at another place for each seed; its file is named by the caller, for none is part of the project.
@@ -14,6 +14,16 @@ from moe_tools.shapes import Shape, ShapeSettings, build_shape
 from moe_tools.simulator.arrivals import ArrivalShape, Senders
 from moe_tools.traces import TraceRequest, cut_piece, fit_lengths, read_trace
 
+from moe_lab.experiments.clients import (
+    ARENA_FILE,
+    CLIENTS_FILE,
+    SESSION_TOKENS,
+    SESSIONS_FILE,
+    build_agents,
+    build_arena,
+    build_servegen,
+)
+
 # Prompts of several thousand tokens with answers of a hundred: what makes queues of prefill, as the papers' loads do.
 LONGEST_PROMPT = 8192
 MEDIAN_OUTPUT = 64
@@ -22,6 +32,10 @@ CONTEXT_TOKENS = 16_384
 SAME_PREFIX_TOKENS = 2048
 FLOOD_WEIGHT = 9.0
 EQUAL_TENANTS = 4
+AZURE = "azure_llm_2023_conv.csv"
+# Of the workload `azureOnOff`: longest prompt, and answers as a part of those of the trace, whose mean is 211 tokens.
+CLIPPED_PROMPT = 7400
+SHORT_OUTPUT = 28 / 211
 KEPT_APART = 101
 """Seeds from here on are for checking alone: other requests of each shape, other pieces of the traces."""
 # Seeds of which no trace's request is kept apart.
@@ -40,6 +54,7 @@ class WorkloadKind:
         arrivals: how they come.
         senders: their tenants.
         trace: name of the trace's file that it needs; empty for none.
+        context_tokens: longest prompt with its answer that the engines take.
         length: how many times the requests of a run that others have: many are on their way at once where prompts are
             short, and a run has to last for several of their lives.
     """
@@ -48,6 +63,7 @@ class WorkloadKind:
     arrivals: ArrivalShape = ArrivalShape.POISSON
     senders: Senders = field(default_factory=Senders)
     trace: str = ""
+    context_tokens: int = CONTEXT_TOKENS
     length: float = 1.0
 
 
@@ -102,6 +118,22 @@ def find_start(length: int, count: int, seed: int) -> int:
     )
 
 
+def _clipped(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+    """Azure's conversations with prompts twice as long, cut at 7,400 tokens, and short answers of 28 tokens."""
+    return tuple(
+        replace(
+            row,
+            prompt_tokens=min(CLIPPED_PROMPT, 2 * row.prompt_tokens),
+            output_tokens=max(1, round(row.output_tokens * SHORT_OUTPUT)),
+        )
+        for row in _trace(AZURE)(count, seed, folder)
+    )
+
+
+def _servegen(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
+    return fit_lengths(build_servegen(count, seed, folder), CONTEXT_TOKENS).requests
+
+
 def _all_long(count: int, seed: int, folder: Path | None) -> tuple[TraceRequest, ...]:
     settings = ShapeSettings(
         count=count, seed=seed, shortest_tokens=8192, longest_tokens=12_288, median_output_tokens=MEDIAN_OUTPUT
@@ -120,9 +152,9 @@ def _same_prefix(count: int, seed: int, folder: Path | None) -> tuple[TraceReque
 WORKLOADS: Mapping[str, WorkloadKind] = {
     **{shape.value: WorkloadKind(build=_shape(shape)) for shape in Shape},
     "azure": WorkloadKind(
-        build=_trace("azure_llm_2023_conv.csv"),
+        build=_trace(AZURE),
         arrivals=ArrivalShape.TRACE,
-        trace="azure_llm_2023_conv.csv",
+        trace=AZURE,
         length=3.0,
     ),
     "mooncake": WorkloadKind(
@@ -130,6 +162,13 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
     ),
     "bursty": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURSTY),
 }
+CLIENTS: Mapping[str, WorkloadKind] = {
+    "azureOnOff": WorkloadKind(build=_clipped, arrivals=ArrivalShape.ON_OFF, trace=AZURE),
+    "agents": WorkloadKind(build=build_agents, trace=SESSIONS_FILE, length=4.0, context_tokens=SESSION_TOKENS),
+    "arena": WorkloadKind(build=build_arena, trace=ARENA_FILE, length=2.0),
+    "serveGen": WorkloadKind(build=_servegen, arrivals=ArrivalShape.TRACE, trace=CLIENTS_FILE),
+}
+"""Loads as clients make them: in bursts, in conversations, of tenants that differ."""
 ADVERSARIAL: Mapping[str, WorkloadKind] = {
     "allLong": WorkloadKind(build=_all_long),
     "flood": WorkloadKind(build=_shape(Shape.RANDOM), senders=Senders(tenant_weights=(FLOOD_WEIGHT, 1.0))),
@@ -138,4 +177,4 @@ ADVERSARIAL: Mapping[str, WorkloadKind] = {
     "burst": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.BURST, length=BURST_LENGTH),
     "sawtooth": WorkloadKind(build=_shape(Shape.RANDOM), arrivals=ArrivalShape.SAWTOOTH),
 }
-ALL = {**WORKLOADS, **ADVERSARIAL}
+ALL = {**WORKLOADS, **CLIENTS, **ADVERSARIAL}

@@ -1,9 +1,10 @@
-"""Open and closed loops, tenants, sessions, and the shapes of arrival that break policies.
+"""Open and closed loops, conversations, tenants, sessions, and the shapes of arrival that break policies.
 
 Pure and seeded. An open loop sends when it is due, whatever the answers do; in a closed loop each client waits for its
-answer, thinks, and sends the next one.
+answer, thinks, and sends the next one. Conversations begin as in an open loop and go on as in a closed one.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,6 +23,7 @@ class ArrivalShape(StrEnum):
     BURSTY = "bursty"
     SAWTOOTH = "sawtooth"
     BURST = "burst"
+    ON_OFF = "onOff"
 
 
 # Coefficient of variation of BurstGPT's gaps between arrivals is well above 1 (arXiv 2401.17644 fits Gamma
@@ -29,22 +31,44 @@ class ArrivalShape(StrEnum):
 BURSTY_SHAPE = 0.25
 # Requests of one tooth; within it the rate rises from 0 to twice the mean.
 TOOTH_REQUESTS = 200
+# Requests of a burst of `onOff`, in the mean, and the rate within it over the mean rate (assumed).
+ON_OFF_REQUESTS = 40
+ON_OFF_PEAK = 5.0
 
 
 def arrange(trace: Sequence[TraceRequest], shape: ArrivalShape, rate: float, seed: int) -> tuple[TraceRequest, ...]:
     """The same requests in the same order, coming at `rate` a second on average.
 
+    Of a conversation the first request has a time of its own, which the others share: they come when the answers are
+    there (`ConversationLoop`). As many a second begin as bring `rate` requests.
+
     Args:
         trace: the requests, ordered.
-        shape: `trace` keeps the proportions of the trace's own gaps; `burst` lets all come at once.
+        shape: `trace` keeps the proportions of the trace's own gaps; `burst` lets all come at once; `onOff` has bursts
+            of random lengths, and nothing between them.
         rate: arrivals a second.
         seed: of the gaps.
     """
-    gaps_s = _gaps(trace, shape, seed)
+    begins, places = _find_begins(trace)
+    gaps_s = _gaps(begins, shape, seed)
     total = float(gaps_s.sum())
     scale = 0.0 if total == 0 else (len(trace) - 1) / rate / total
     times = np.concatenate([[0.0], np.cumsum(gaps_s) * scale])
-    return rebase(replace(row, arrival_s=float(time)) for row, time in zip(trace, times, strict=True))
+    return rebase(replace(row, arrival_s=float(times[place])) for row, place in zip(trace, places, strict=True))
+
+
+def _find_begins(trace: Sequence[TraceRequest]) -> tuple[list[TraceRequest], list[int]]:
+    """The requests that have a time of their own, and for each request of the trace the place of its own among them."""
+    begins: list[TraceRequest] = []
+    places: list[int] = []
+    begun: dict[str, int] = {}
+    for row in trace:
+        place = begun.get(row.conversation) if row.conversation else None
+        if place is None:
+            place = begun[row.conversation] = len(begins)
+            begins.append(row)
+        places.append(place)
+    return begins, places
 
 
 def _gaps(trace: Sequence[TraceRequest], shape: ArrivalShape, seed: int) -> np.ndarray:
@@ -63,6 +87,11 @@ def _gaps(trace: Sequence[TraceRequest], shape: ArrivalShape, seed: int) -> np.n
             return np.asarray(random.exponential(1.0, count) * (np.sqrt(place + 1) - np.sqrt(place)))
         case ArrivalShape.BURST:
             return np.zeros(count)
+        case ArrivalShape.ON_OFF:
+            # A burst ends after each request with the same probability; the pause brings the mean gap to 1.
+            ends = random.random(count) < 1.0 / ON_OFF_REQUESTS
+            pauses = random.exponential(ON_OFF_REQUESTS * (1.0 - 1.0 / ON_OFF_PEAK), count)
+            return np.asarray(random.exponential(1.0 / ON_OFF_PEAK, count) + ends * pauses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +99,7 @@ class Senders:
     """Senders of the requests: tenants by weight, sessions, priorities, and the gateway that gets each request.
 
     Attributes:
-        tenant_weights: share of the requests of each tenant.
+        tenant_weights: share of the requests of each tenant; of one tenant alone: those of the trace stay.
         sessions: number of sessions that requests are drawn from; 0: none has a session.
         priorities: levels and their weights.
         gateways: each request comes to one of them.
@@ -93,7 +122,9 @@ class Senders:
         sessions = streams[2].integers(0, max(1, self.sessions), len(signed))
         gateways = streams[3].integers(0, self.gateways, len(signed))
         for request, tenant, level, session, gateway in zip(signed, tenants, levels, sessions, gateways, strict=True):
-            request.tenant, request.gateway = int(tenant), int(gateway)
+            request.gateway = int(gateway)
+            if len(self.tenant_weights) > 1:
+                request.tenant = int(tenant)
             request.priority = request.prompt_tokens if self.by_length else self.priorities[int(level)][0]
             request.session = f"s{session}" if self.sessions else None
         return signed
@@ -104,17 +135,33 @@ def _draw(random: np.random.Generator, weights: Sequence[float], count: int) -> 
     return random.choice(len(shares), count, p=shares / shares.sum())
 
 
-class OpenLoop:
-    """All requests at their own times."""
+class ConversationLoop:
+    """Conversations whose next request comes a think time after the answer; all others come at their own times.
+
+    Args:
+        requests: those of a conversation in their order, with its begin as the time of the first.
+    """
 
     def __init__(self, requests: Iterable[SimRequest]) -> None:
-        self._requests = list(requests)
+        self._first: list[SimRequest] = []
+        self._following: dict[str, deque[SimRequest]] = {}
+        for request in requests:
+            if request.conversation in self._following:
+                self._following[request.conversation].append(request)
+            else:
+                self._first.append(request)
+                if request.conversation:
+                    self._following[request.conversation] = deque()
 
     def first(self) -> list[SimRequest]:
-        return self._requests
+        return self._first
 
     def after(self, request: SimRequest, now_s: float) -> SimRequest | None:
-        return None
+        following = self._following.get(request.conversation)
+        if not following:
+            return None
+        following[0].arrival_s = now_s + following[0].think_s
+        return following.popleft()
 
 
 class ClosedLoop:

@@ -135,7 +135,8 @@ class TenantFigures:
 
 
 def _steady(answered: Sequence[SimRequest]) -> Sequence[SimRequest]:
-    return answered[math.floor(len(answered) * WARM_UP_SHARE) :]
+    by_arrival = sorted(answered, key=lambda row: (row.arrival_s, row.index))
+    return by_arrival[math.floor(len(answered) * WARM_UP_SHARE) :]
 
 
 def measure_tenants(requests: Sequence[SimRequest], alone_s: Callable[[SimRequest], float]) -> list[TenantFigures]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
-from moe_scheduling.engine.prefix_index import PrefixIndex, block_keys
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import EngineSignal, Target
 
+from moe_tools.simulator.predicted_latency import PredictedLatency
+from moe_tools.simulator.prefix_balancer import PrefixBalancer
 from moe_tools.simulator.rival_rules import pick_as_gimbal, pick_as_vllm, pick_of_two
 from moe_tools.simulator.router import Balancer, Router, Wire
 from moe_tools.simulator.signals import SignalKind, SignalPlan
@@ -141,38 +142,7 @@ def _place(key: bytes) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest())
 
 
-class _PrefixBalancer(Balancer):
-    """Remembers the prefixes sent to each target in the product's own index, so that no rival has a worse one."""
-
-    def __init__(self, wire: Wire, targets: Sequence[Target], number: int, *, gateways: int, seed: int) -> None:
-        super().__init__(wire, targets)
-        self._prefixes = PrefixIndex()
-        self._keys: dict[SimRequest, tuple[int, ...]] = {}
-        self._random = random.Random(f"{seed}/{number}")
-
-    def arrive(self, request: SimRequest, now_s: float) -> None:
-        self._keys[request] = block_keys(prompt_bytes(request))
-        super().arrive(request, now_s)
-
-    def held_shares(self, request: SimRequest) -> Mapping[Target, float]:
-        """Returns the part of the prompt that each target holds, in full blocks of the index."""
-        keys = self._keys[request]
-        return {target: count / len(keys) for target, count in self._prefixes.held_blocks(keys).items()}
-
-    def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
-        self._prefixes.record(self._keys[request], target)
-
-    def ended(self, request: SimRequest, target: Target, now_s: float) -> None:
-        if request.finished_s is not None:
-            self._keys.pop(request, None)
-
-    def restarted(self, server: str) -> None:
-        for target in self.targets:
-            if target.server == server:
-                self._prefixes.forget(target)
-
-
-class CacheAware(_PrefixBalancer):
+class CacheAware(PrefixBalancer):
     """vllm-router 0.1.17's `cache_aware`, which is SGLang's, with its documented defaults.
 
     When the fleet is unbalanced, `max - min > 64 and max > 1.5 * min` requests in flight, the engine with the fewest;
@@ -227,7 +197,7 @@ class Gimbal(_AccountingBalancer):
             self._last[request.session] = target
 
 
-class LlmD(_PrefixBalancer):
+class LlmD(PrefixBalancer):
     """llm-d's endpoint picker with its default scorers: queue, KV use and prefix, weighted 2, 2 and 3, the most wins.
 
     Queue: (longest - own) / (longest - shortest) of the waiting; KV: 1 - use; prefix: the part of the prompt held.
@@ -247,10 +217,10 @@ class LlmD(_PrefixBalancer):
             for target, queue in zip(candidates, queues, strict=True)
         ]
         best = max(scores)
-        return self._random.choice([target for target, score in zip(candidates, scores, strict=True) if score == best])
+        return self.random.choice([target for target, score in zip(candidates, scores, strict=True) if score == best])
 
 
-class Dynamo(_PrefixBalancer):
+class Dynamo(PrefixBalancer):
     """NVIDIA Dynamo's KV router with its defaults: the least of `prefill blocks + decode blocks`, the new one in.
 
     Prefill blocks are the uncached prompt blocks of what has not answered, decode blocks all blocks of what has not
@@ -271,7 +241,7 @@ class Dynamo(_PrefixBalancer):
             for target in candidates
         ]
         least = min(costs)
-        return self._random.choice([target for target, cost in zip(candidates, costs, strict=True) if cost == least])
+        return self.random.choice([target for target, cost in zip(candidates, costs, strict=True) if cost == least])
 
     def sent(self, request: SimRequest, target: Target, now_s: float) -> None:
         blocks = request.prompt_tokens / VLLM_BLOCK_TOKENS
@@ -311,6 +281,14 @@ def _rivals() -> Iterator[tuple[str, RivalRouter]]:
     )
     yield "gimbal", RivalRouter(make=Gimbal, signals=_COORDINATOR, source="arXiv 2602.21626, reconstructed")
     yield "llmD", RivalRouter(make=LlmD, signals=_ENDPOINT_PICKER, source="llm-d 0.8, default scorers")
+    yield (
+        "predictedLatency",
+        RivalRouter(
+            make=PredictedLatency,
+            signals=_ENDPOINT_PICKER,
+            source="llm-d, latency predictor, reconstructed: a linear model in place of XGBoost",
+        ),
+    )
     yield "dynamo", RivalRouter(make=Dynamo, signals=NO_SIGNALS, source="NVIDIA Dynamo, KV router, defaults")
 
 

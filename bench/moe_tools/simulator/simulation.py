@@ -18,7 +18,7 @@ from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import Target
 
-from moe_tools.simulator.arrivals import ClosedLoop, OpenLoop, Senders
+from moe_tools.simulator.arrivals import ClosedLoop, ConversationLoop, Senders
 from moe_tools.simulator.costs import IDLE, CostModel, Work
 from moe_tools.simulator.group import LockstepGroup
 from moe_tools.simulator.outcome import Figures, TenantFigures, measure, measure_tenants
@@ -61,7 +61,7 @@ class Simulation:
     """Requests, engines, policies, signals and failures of one run.
 
     Attributes:
-        trace: the requests, at their times of arrival.
+        trace: the requests, at their times of arrival; of a conversation the later ones come after the answers.
         cost: of a step of a server's group.
         servers: how many servers.
         ranks: data-parallel ranks of each, in lockstep.
@@ -259,5 +259,5 @@ def _arrivals(simulation: Simulation) -> Arrivals:
         senders = replace(senders, gateways=simulation.gateways)
     requests = senders.sign(build_requests(simulation.trace), simulation.seed)
     if simulation.clients is None:
-        return OpenLoop(requests)
+        return ConversationLoop(requests)
     return ClosedLoop(requests, clients=simulation.clients.count, think_s=simulation.clients.think_s)

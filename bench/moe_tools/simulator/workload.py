@@ -33,6 +33,8 @@ class SimRequest:
         piece_tokens: tokens of a piece.
         session: name of the session that it belongs to, or None.
         tenant: its sender.
+        conversation: name of the conversation that it belongs to; empty: none. No gateway sees it.
+        think_s: in a conversation, how long after the answer before it comes.
         priority: level; lower is more urgent.
         gateway: number of the gateway that it came to.
         sent_s: when it was last sent to an engine.
@@ -56,6 +58,8 @@ class SimRequest:
     piece_tokens: int = 512
     session: str | None = None
     tenant: int = 0
+    conversation: str = ""
+    think_s: float = 0.0
     priority: int = 0
     gateway: int = 0
     sent_s: float | None = None
@@ -96,6 +100,9 @@ def build_requests(trace: Iterable[TraceRequest]) -> list[SimRequest]:
             output_tokens=row.output_tokens,
             pieces=row.blocks,
             piece_tokens=row.block_tokens,
+            tenant=row.tenant,
+            conversation=row.conversation,
+            think_s=row.think_s,
         )
         for index, row in enumerate(trace)
     ]

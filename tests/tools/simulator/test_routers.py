@@ -235,6 +235,47 @@ def test_llm_d_prefers_the_short_queue_and_the_held_prefix():
     assert wire.sent == ["e1", "e1"]
 
 
+def teach(router, wire, *, second_s_per_token=0.001):
+    """Serves sixty requests one after the other, each as long as the tokens that were sent before it say."""
+    for index in range(60):
+        row = request(1000 + index, prompt_tokens=100 + 50 * (index % 20))
+        router.arrive(row, float(index))
+        row.first_token_s = index + second_s_per_token * row.prompt_tokens
+        router.answered(row, row.first_token_s)
+        row.finished_s = row.first_token_s
+        router.settled(row, row.finished_s)
+    wire.sent.clear()
+
+
+def test_predicted_latency_decides_as_the_scorers_until_its_model_is_known():
+    router, wire = make("predictedLatency", engines=2)
+    see(router, "e0", waiting=5)
+    router.arrive(request(1, prompt_tokens=512, pieces=(1,)), 0.0)
+    see(router, "e0", waiting=0)
+    router.arrive(request(2, prompt_tokens=512, pieces=(1,)), 0.0)
+    assert (router.model.is_known, wire.sent) == (False, ["e1", "e1"])
+    with pytest.raises(ValueError, match="fewer than 50 samples"):
+        router.model.predict_s((1.0,))
+
+
+def test_predicted_latency_learns_seconds_from_tokens():
+    router, wire = make("predictedLatency", engines=2)
+    teach(router, wire)
+    assert router.model.is_known
+    features = (1.0, 0.0, 2000, 2000.0, 0, 0, 0.0, 0, 0)
+    assert router.model.predict_s(features) == pytest.approx(2.0, rel=0.01)
+
+
+def test_predicted_latency_stays_where_the_prompt_is_held():
+    router, wire = make("predictedLatency", engines=4)
+    teach(router, wire)
+    router.arrive(request(1, prompt_tokens=5120, pieces=tuple(range(10))), 100.0)
+    home = wire.sent[0]
+    for index in range(2, 12):
+        router.arrive(request(index, prompt_tokens=5120, pieces=tuple(range(10))), 100.0)
+    assert wire.sent == [home] * 11
+
+
 def test_dynamo_weighs_a_held_prefix_against_active_blocks():
     router, wire = make("dynamo", engines=2)
     first = request(1, prompt_tokens=512, pieces=(1,))

@@ -236,6 +236,18 @@ def test_a_scheduler_may_be_any_factory(maker):
     assert outcome.figures.failed == 0
 
 
+def test_a_conversation_goes_on_after_its_answer_and_finds_its_prompt(maker):
+    trace = [
+        one(1024, blocks=(1, 2), conversation="a"),
+        one(1536, blocks=(1, 2, 3), conversation="a", think_s=2.0),
+        one(100, arrival_s=0.5),
+    ]
+    first, second, other = simulate(simulation(trace=trace), maker).requests
+    assert second.arrival_s == first.finished_s + 2.0
+    assert (first.cached_tokens, second.cached_tokens) == (0, 1024)
+    assert other.arrival_s == 0.5
+
+
 def test_a_class_that_is_not_there_is_reported(maker):
     with pytest.raises(InvalidInput, match=r"engines\.scheduler: no class 'no\.such\.Class'"):
         simulate(simulation(scheduler="no.such.Class"), maker)

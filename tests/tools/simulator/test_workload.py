@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_tools.simulator.arrivals import ArrivalShape, ClosedLoop, OpenLoop, Senders, arrange
+from moe_tools.simulator.arrivals import ArrivalShape, ClosedLoop, ConversationLoop, Senders, arrange
 from moe_tools.simulator.workload import BYTES_PER_TOKEN, SimRequest, block_hashes, build_requests, prompt_bytes
 from moe_tools.traces import TraceRequest, mean_rate
 
@@ -74,6 +74,54 @@ def test_bursts_are_burstier_than_poisson():
         return gaps.std() / gaps.mean()
 
     assert variation(ArrivalShape.BURSTY) > 1.5 * variation(ArrivalShape.POISSON)
+    assert variation(ArrivalShape.ON_OFF) > 1.5 * variation(ArrivalShape.POISSON)
+
+
+def test_on_off_arrivals_come_in_bursts_with_pauses_of_seconds():
+    gaps = np.diff([row.arrival_s for row in arrange(TRACE, ArrivalShape.ON_OFF, 10.0, seed=1)])
+    # Within a burst five times the mean rate; of a pause 3.2 s in the mean.
+    assert np.median(gaps) < 0.03
+    pauses = gaps[gaps > 0.5]
+    assert 4 <= len(pauses) <= 25
+    assert pauses.sum() > 0.6 * gaps.sum()
+
+
+def conversations(count, turns):
+    rows = [
+        TraceRequest(
+            arrival_s=0.0, prompt_tokens=10, output_tokens=1, conversation=f"c{number % count}", think_s=float(number)
+        )
+        for number in range(count * turns)
+    ]
+    return [*rows, TraceRequest(arrival_s=0.0, prompt_tokens=10, output_tokens=1)]
+
+
+def test_conversations_begin_at_a_rate_that_brings_the_one_asked_for():
+    rows = conversations(40, 5)
+    arranged = arrange(rows, ArrivalShape.POISSON, 10.0, seed=1)
+    # 201 requests at 10 a second: their 40 begins, and the request without one, are spread over 20 s.
+    assert len({row.arrival_s for row in arranged}) == 41
+    assert max(row.arrival_s for row in arranged) == pytest.approx(20.0)
+    for name in {row.conversation for row in rows} - {""}:
+        assert len({row.arrival_s for row in arranged if row.conversation == name}) == 1
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_each_request_of_a_conversation_comes_a_think_time_after_the_answer_before(count, turns):
+    rows = build_requests(conversations(count, turns))
+    loop = ConversationLoop(rows)
+    open_ones, seen, now_s = list(loop.first()), [], 0.0
+    assert len(open_ones) == count + 1
+    while open_ones:
+        ended = open_ones.pop()
+        seen.append(ended)
+        now_s += 3.0
+        if (following := loop.after(ended, now_s)) is not None:
+            assert following.conversation == ended.conversation
+            assert following.index > ended.index
+            assert following.arrival_s == now_s + following.think_s
+            open_ones.append(following)
+    assert sorted(row.index for row in seen) == [row.index for row in rows]
 
 
 def test_senders_are_the_same_for_the_same_seed_and_more_gateways_do_not_change_the_tenants():
@@ -90,9 +138,15 @@ def test_priorities_may_be_the_length():
     assert [row.priority for row in rows] == [30, 5]
 
 
+def test_tenants_of_the_trace_stay_where_no_others_are_drawn():
+    rows = [request(n, tenant=n) for n in range(4)]
+    assert [row.tenant for row in Senders().sign(rows, 0)] == [0, 1, 2, 3]
+    assert {row.tenant for row in Senders(tenant_weights=(0.0, 1.0)).sign(rows, 0)} == {1}
+
+
 def test_an_open_loop_waits_for_nobody_and_a_closed_one_does():
     rows = [request(n) for n in range(4)]
-    assert list(OpenLoop(rows).first()) == rows
+    assert ConversationLoop(rows).first() == rows
     loop = ClosedLoop(rows, clients=2, think_s=0.5)
     assert loop.first() == rows[:2]
     following = loop.after(rows[0], 3.0)

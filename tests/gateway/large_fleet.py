@@ -11,13 +11,14 @@ from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerm
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.live_page.rates import RankRate
 from moe_gateway.live_page.snapshot import build_snapshot
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 LAYERS, EXPERTS, RANKS = 58, 256, 64
 
 
-class Remembered:
+class Remembered(RecentRequests):
     """Newest requests, each with the terms of 32 engines."""
 
     def newest(self, count: int) -> list[tuple[float, RequestRecord]]:

@@ -34,7 +34,7 @@ class _Attempt(NamedTuple):
 
 
 class _Recent(NamedTuple):
-    """A request. Kept as a list in this order, whose last four are replaced at its end."""
+    """A request. Kept as a list in this order, whose last five are replaced at its end; `running` is then None."""
 
     arrived_s: float
     route: str
@@ -46,6 +46,7 @@ class _Recent(NamedTuple):
     problem: str
     ttft_s: float | None
     ended_s: float | None
+    running: "DispatchedRequest | None"
 
 
 _ARRIVED, _ATTEMPTS, _STATUS = map(_Recent._fields.index, ("arrived_s", "attempts", "status"))
@@ -69,7 +70,7 @@ class RecentRequests:
 
     def end(self, exchange: "DispatchedRequest", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
-        self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s
+        self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s, None
 
     def _find(self, exchange: "DispatchedRequest") -> list[Any]:
         request, by_id = exchange.request, self._by_id
@@ -80,10 +81,7 @@ class RecentRequests:
                 return recent
             # A client may use an id again: the newest request has it.
             by_id.move_to_end(request_id)
-        job = exchange.job
-        model = job.model and job.model[:LONGEST_MODEL_CHARACTERS]
-        label, tokens, priority = exchange.route.label, job.prompt_tokens, job.priority
-        by_id[request_id] = recent = [arrived_s, label, model, tokens, priority, [], None, "", None, None]
+        by_id[request_id] = recent = _begin(exchange)
         if len(by_id) > REMEMBERED_REQUESTS:
             by_id.popitem(last=False)
         return recent
@@ -92,6 +90,14 @@ class RecentRequests:
         """The record of a request; None where it is not known, or known no more."""
         row = self._by_id.get(request_id.encode())
         return None if row is None else _build_record(request_id, _Recent._make(row))
+
+    def describe(self, exchange: "DispatchedRequest") -> RequestRecord:
+        """The record of a request that has not ended, also of one that was sent to no engine yet."""
+        request = exchange.request
+        row = self._by_id.get(request.request_id)
+        if row is None or row[_ARRIVED] != request.arrived_s:
+            row = _begin(exchange)
+        return _build_record(request.request_id.decode(errors="replace"), _Recent._make(row))
 
     def newest(self, count: int) -> list[tuple[float, RequestRecord]]:
         """At most this number of requests, the newest first, each with its arrival on the gateway's clock."""
@@ -105,6 +111,14 @@ class RecentRequests:
         return [(recent.arrived_s, recent.ttft_s) for recent in named if recent.ttft_s is not None]
 
 
+def _begin(exchange: "DispatchedRequest") -> list[Any]:
+    """The row of a request without an attempt."""
+    job = exchange.job
+    model = job.model and job.model[:LONGEST_MODEL_CHARACTERS]
+    label, tokens, priority = exchange.route.label, job.prompt_tokens, job.priority
+    return [exchange.request.arrived_s, label, model, tokens, priority, [], None, "", None, None, exchange]
+
+
 def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
     return RequestRecord(
         request_id=request_id,
@@ -115,7 +129,7 @@ def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
         attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
         status=recent.status,
         problem=recent.problem,
-        ttft_s=recent.ttft_s,
+        ttft_s=recent.ttft_s if recent.running is None else recent.running.ttft_s,
         duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
     )
 

@@ -196,7 +196,7 @@ async def test_the_page_fits_into_a_phone(shown, dark):
             )
             assert smallest >= SMALLEST_TARGET, "each control can be hit by a finger"
             if PICTURES:
-                take_picture(driver, str(Path(PICTURES) / f"ui-phone-{'dark' if dark else 'light'}.png"), phone=True)
+                take_picture(driver, str(Path(PICTURES) / f"ui-phone{'-dark' if dark else ''}.png"), phone=True)
 
     await asyncio.to_thread(look_at_phone)
 
@@ -233,7 +233,7 @@ async def test_what_waits_starts_and_failed_is_seen(make_engine, serve):
             wait_for(lambda: "Why does a request wait now?" in text_of(driver, "#why"), "the title")
             wait_for(lambda: re.search(r"for \d+\.\d+ s so far", text_of(driver, "#explanation")), "the wait so far")
             choose(driver, "held")
-            assert "It is held in the gateway until an engine can take it" in text_of(driver, "#explanation")
+            assert "so far: no engine takes requests now" in text_of(driver, "#explanation")
             assert "those of this gateway alone" in text_of(driver, ".others")
             if PICTURES:
                 take_picture(driver, str(Path(PICTURES) / "ui-waits.png"))

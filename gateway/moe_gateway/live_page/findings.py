@@ -68,9 +68,9 @@ def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         yield PageFinding(kind="no_engine", severity="error", message="There is no engine.", advice=advice)
     elif not snapshot.accepting:
         message = "No engine takes requests: new ones are held here or refused."
-        yield PageFinding(
-            kind="none_accepts", severity="error", message=message, advice="Normal while the first engines start."
-        )
+        starts = {row.status for row in rows} <= {"starting", "notReady", "unreachable"}
+        advice = "Normal while the first engines start." if starts else ""
+        yield PageFinding(kind="none_accepts", severity="error", message=message, advice=advice)
     for status, row in _STATUSES.items():
         found = [each for each in rows if each.status == status]
         if names := _name(found):

@@ -72,7 +72,7 @@ function Page() {
             <Health snapshot={snapshot} state={state} />
             <Numbers snapshot={snapshot} points={points} />
             <OtherGateways snapshot={snapshot} />
-            <Requests rows={snapshot.newest} nowS={snapshot.at_s} />
+            <Requests snapshot={snapshot} />
             <Speed snapshot={snapshot} points={points} dark={dark} />
             <Experts engines={expertEngines(snapshot).sort()} engine={engine} experts={experts} onChoose={choose} />
             <Fleet rows={snapshot.engines} />
@@ -212,7 +212,7 @@ function OtherGateways({ snapshot }: { snapshot: LiveSnapshot }) {
   const more = others.length > MOST_NAMES ? ` and ${others.length - MOST_NAMES} more` : "";
   return (
     <p class="others soft">
-      Requests, rates, times and the hold queue are those of this gateway alone; what engines run and use is of all. Other gateways:{" "}
+      Requests, rates, times and the hold queue are those of this gateway alone; what engines run and use is for all gateways. The others:{" "}
       {others.slice(0, MOST_NAMES).join(", ")}
       {more}. <code>moeserving ui</code> prints the address of each, <code>moeserving top</code> shows them together.
     </p>

@@ -1,7 +1,7 @@
 // The newest requests: where each went, why, and where its time went.
 
 import { useState } from "preact/hooks";
-import type { RequestRow } from "./contract";
+import type { LiveSnapshot, RequestRow } from "./contract";
 import { clock, count, explain, partsOf, pick, place, seconds, waited } from "./words";
 
 export function Bar({ row, nowS }: { row: RequestRow; nowS: number }) {
@@ -26,7 +26,8 @@ export function Bar({ row, nowS }: { row: RequestRow; nowS: number }) {
   );
 }
 
-export function Requests({ rows, nowS }: { rows: readonly RequestRow[]; nowS: number }) {
+export function Requests({ snapshot }: { snapshot: LiveSnapshot }) {
+  const { newest: rows, at_s: nowS } = snapshot;
   const [chosen, setChosen] = useState<string | null>(null);
   const shown = rows.find((row) => row.record.request_id === chosen) ?? pick(rows, nowS);
   if (!shown) {
@@ -56,7 +57,7 @@ export function Requests({ rows, nowS }: { rows: readonly RequestRow[]; nowS: nu
             </>
           )}
         </p>
-        <p>{explain(shown, nowS).join(" ")}</p>
+        <p>{explain(shown, snapshot).join(" ")}</p>
         <Bar row={shown} nowS={nowS} />
       </div>
       <div class="scroll" tabIndex={0} role="region" aria-label="The newest requests">

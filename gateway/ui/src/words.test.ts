@@ -1,9 +1,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import type { RequestRow, TargetTerms, TimePoint } from "./contract";
-import { count, explain, hottest, partsOf, pick, seconds, unpack, withGaps } from "./words";
+import { alone, count, explain, hottest, partsOf, pick, seconds, unpack, withGaps } from "./words";
 
 const NOW_S = 20;
+const NOW = { at_s: NOW_S, accepting: false, hold_timeout_s: 60 };
 const TERMS: TargetTerms = {
   name: "a", rank: 0, requests: 3, ahead_tokens: 900, uncached_tokens: 40, fresh: true, kv_s: 0, wait_s: 1, predicted_s: 1.2,
 };
@@ -34,38 +35,39 @@ test("the parts of a request add up to its duration", () => {
 });
 
 test("the main cause is the largest part before the first token", () => {
-  assert.match(explain(request({}), NOW_S).join(" "), /waited behind 900 prompt tokens of other requests: 1\.00 s, 67 %/);
-  assert.match(explain(request({}, { chosen: { ...TERMS, kv_s: 0.9 } }), NOW_S).join(" "), /waited for KV blocks/);
-  assert.match(explain(request({ ttft_s: 9 }), NOW_S).join(" "), /was not predicted/);
+  assert.match(explain(request({}), NOW).join(" "), /waited behind 900 prompt tokens of other requests: 1\.00 s, 67 %/);
+  assert.match(explain(request({}, { chosen: { ...TERMS, kv_s: 0.9 } }), NOW).join(" "), /waited for KV blocks/);
+  assert.match(explain(request({ ttft_s: 9 }), NOW).join(" "), /was not predicted/);
   const held = { ...request({}).record.attempts[0]!, after_s: 5 };
-  assert.match(explain(request({ ttft_s: 6.2, attempts: [held] }), NOW_S).join(" "), /held in the gateway/);
-  assert.match(explain(request({}, { chosen: { ...TERMS, wait_s: 0 } }), NOW_S).join(" "), /own prompt was computed/);
+  assert.match(explain(request({ ttft_s: 6.2, attempts: [held] }), NOW).join(" "), /held in the gateway/);
+  assert.match(explain(request({}, { chosen: { ...TERMS, wait_s: 0 } }), NOW).join(" "), /own prompt was computed/);
 });
 
 test("a request without an engine, an end or terms is described too", () => {
-  const unsent = explain(request({ attempts: [], problem: "queue_full", ttft_s: null }), NOW_S);
+  const unsent = explain(request({ attempts: [], problem: "queue_full", ttft_s: null }), NOW);
   assert.deepEqual(unsent, ["It was sent to no engine: queue_full. It was 4.00 s in the gateway."]);
   const left = request({ ttft_s: null, status: 499, problem: "the client closed the connection" });
-  assert.match(explain(left, NOW_S).join(" "), /ended after 4\.00 s without a first token/);
+  assert.match(explain(left, NOW).join(" "), /ended after 4\.00 s without a first token/);
   assert.equal(partsOf(left, NOW_S).at(-1)!.label, "at the engine, without a first token");
   
-  assert.match(explain(request({ ttft_s: null }), NOW_S).join(" "), /one piece after 4\.00 s/);
-  assert.match(explain(request({}, { chosen: null, other: null }), NOW_S).join(" "), /not recorded/);
+  assert.match(explain(request({ ttft_s: null }), NOW).join(" "), /one piece after 4\.00 s/);
+  assert.match(explain(request({}, { chosen: null, other: null }), NOW).join(" "), /not recorded/);
 });
 
 const RUNS = { ttft_s: null, duration_s: null, status: null };
 
 test("a request that has not ended says how long it has waited so far", () => {
   const waits = request(RUNS, { arrived_at_s: 17 });
-  assert.match(explain(waits, NOW_S).join(" "), /It waits at a for 3\.00 s so far\. Its first token was predicted after 1\.30 s, 1\.70 s ago/);
+  assert.match(explain(waits, NOW).join(" "), /It waits at a for 3\.00 s so far\. Its first token was predicted after 1\.30 s, 1\.70 s ago/);
   assert.deepEqual(partsOf(waits, NOW_S).map((part) => [part.label, part.seconds]), [["in the gateway", 0.1], ["at the engine, without a first token so far", 2.9]]);
   const answers = request({ ...RUNS, ttft_s: 1.5 }, { arrived_at_s: 10 });
-  assert.match(explain(answers, NOW_S).join(" "), /first token came after 1\.50 s.* It is answered at a, for 10\.00 s in all so far/);
+  assert.match(explain(answers, NOW).join(" "), /first token came after 1\.50 s.* It is answered at a, for 10\.0 s in all so far/);
   assert.equal(partsOf(answers, NOW_S).at(-1)!.label, "of its answer so far");
   const held = request({ ...RUNS, attempts: [] }, { arrived_at_s: 12, held_s: 8 });
-  assert.deepEqual(explain(held, NOW_S), ["It is held in the gateway until an engine can take it, for 8.00 s so far."]);
+  assert.deepEqual(explain(held, NOW), ["It is held in the gateway for 8.00 s so far: no engine takes requests now. After 60.0 s it would be refused."]);
   assert.deepEqual(partsOf(held, NOW_S), [{ kind: "held", label: "in the gateway so far", seconds: 8 }]);
-  assert.match(explain(request(RUNS, { arrived_at_s: 12, held_s: 3 }), NOW_S).join(" "), /for 3\.00 s so far\. It was sent to a before/);
+  assert.match(explain(held, { ...NOW, accepting: true }).join(" "), /every engine that could take it is saturated/);
+  assert.match(explain(request(RUNS, { arrived_at_s: 12, held_s: 3 }), NOW).join(" "), /for 3\.00 s so far.* refused\. It was sent to a before/);
 });
 
 test("what is explained by itself is the last request that ended, or one that waits for long", () => {
@@ -88,6 +90,7 @@ test("seconds that are missing are a gap of a chart", () => {
   assert.deepEqual(times, [1, 2.1, 6.05, 10, 11]);
   assert.deepEqual(points.map((point) => point === null), [false, false, true, false, false]);
   assert.deepEqual(withGaps([]), { times: [], points: [] });
+  assert.deepEqual(alone([1, null, 2, 3, null, 4]), [0, 5], "no line shows these");
 });
 
 test("numbers are short", () => {

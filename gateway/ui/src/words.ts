@@ -6,6 +6,7 @@ export function seconds(value: number | null | undefined): string {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size >= 100) return `${value.toFixed(0)} s`;
+  if (size >= 10) return `${value.toFixed(1)} s`;
   if (size >= 1) return `${value.toFixed(2)} s`;
   if (size >= 0.1) return `${(value * 1e3).toFixed(0)} ms`;
   if (size >= 0.001) return `${(value * 1e3).toFixed(1)} ms`;
@@ -79,13 +80,22 @@ export function partsOf(row: RequestRow, nowS: number): Part[] {
 /** Whether it ended with an answer. */
 const isAnswer = (row: RequestRow): boolean => row.record.status !== null && row.record.status < 400;
 
+/** What is explained beside the request itself: the time, and how the hold queue is. */
+export interface Now {
+  readonly at_s: number;
+  readonly accepting: boolean;
+  readonly hold_timeout_s: number;
+}
+
 /** Why a request took as long as it did until its first token, in sentences. */
-export function explain(row: RequestRow, nowS: number): string[] {
+export function explain(row: RequestRow, now: Now): string[] {
+  const nowS = now.at_s;
   const { record, chosen, other } = row;
   const last = record.attempts[record.attempts.length - 1];
   if (row.held_s !== null) {
     const again = last ? ` It was sent to ${record.attempts.map((each) => place(each.name, each.rank)).join(", ")} before.` : "";
-    return [`It is held in the gateway until an engine can take it, for ${seconds(row.held_s)} so far.${again}`];
+    const why = now.accepting ? "every engine that could take it is saturated" : "no engine takes requests now";
+    return [`It is held in the gateway for ${seconds(row.held_s)} so far: ${why}. After ${seconds(now.hold_timeout_s)} it would be refused.${again}`];
   }
   if (!last) {
     if (record.status === null) return [`It came ${seconds(waited(row, nowS))} ago and was sent to no engine yet.`];
@@ -157,6 +167,12 @@ export function pick(rows: readonly RequestRow[], nowS: number): RequestRow | un
   const last = rows.find((row) => row.record.status !== null);
   const enough = Math.max(LONG_WAIT_S, last?.record.ttft_s ?? last?.record.duration_s ?? 0);
   return longest && waited(longest, nowS) > enough ? longest : (last ?? rows[0]);
+}
+
+/** Places of the values that have none beside them. */
+export function alone(values: readonly (number | null | undefined)[]): number[] {
+  const there = (at: number) => values[at] !== null && values[at] !== undefined;
+  return [...values.keys()].filter((at) => there(at) && !there(at - 1) && !there(at + 1));
 }
 
 // Points come each second; a longer pause is no line of a chart.

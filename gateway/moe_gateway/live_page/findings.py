@@ -1,5 +1,6 @@
 """The present problems in words, from one snapshot of the live page. Pure."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -131,25 +132,23 @@ def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
 
 def _find_unusual(snapshot: LiveSnapshot, points: Sequence[TimePoint]) -> Iterator[PageFinding]:
     """Times without a bound that are far above what they were in the minutes before, as this page knows them."""
-    titles = (
-        ("ttft", "first tokens take", snapshot.ttft_target_s, [point.ttft_s for point in points]),
-        ("step", "tokens come", snapshot.step_target_s, [point.step_s for point in points]),
-    )
-    for kind, title, target_s, values in titles:
-        known = (
-            []
-            if target_s is not None
-            else [(point.at_s, value) for point, value in zip(points, values, strict=True) if value is not None]
-        )
-        yield from _judge_usual(kind, title, known, snapshot.at_s)
+    if snapshot.ttft_target_s is None:
+        known = [(point.at_s, point.ttft_s) for point in points if point.ttft_s is not None]
+        yield from _judge_usual("ttft", "First tokens take", known, snapshot.at_s)
+    if snapshot.step_target_s is None:
+        known = [(point.at_s, point.step_s) for point in points if point.step_s is not None]
+        yield from _judge_usual("step", "Tokens come", known, snapshot.at_s)
 
 
 def _judge_usual(kind: str, title: str, known: Sequence[tuple[float, float]], now_s: float) -> Iterator[PageFinding]:
-    recent = [value for at_s, value in known if now_s - at_s < RECENT_S]
-    before = sorted(value for at_s, value in known if now_s - at_s >= RECENT_S)
-    if len(recent) < LEAST_RECENT or len(before) < LEAST_BEFORE:
+    recent = list(itertools.takewhile(lambda row: now_s - row[0] < RECENT_S, reversed(known)))
+    before = len(known) - len(recent)
+    if len(recent) < LEAST_RECENT or before < LEAST_BEFORE:
         return
-    present_s, usual_s = statistics.median(recent), before[math.ceil(USUAL_PART * len(before)) - 1]
+    present_s = statistics.median(value for _, value in recent)
+    if present_s <= LEAST_EXCESS_S[kind]:
+        return
+    usual_s = sorted(value for _, value in known[:before])[math.ceil(USUAL_PART * before) - 1]
     if present_s > max(UNUSUAL_FACTOR * usual_s, usual_s + LEAST_EXCESS_S[kind]):
         minutes = max(1, round((now_s - known[0][0]) / 60))
         message = (
@@ -157,9 +156,7 @@ def _judge_usual(kind: str, title: str, known: Sequence[tuple[float, float]], no
             f"{minutes} min at most {usual_s * 1e3:.0f} ms."
         )
         advice = "No bound is set, so this is compared with the past alone; `scheduling.engine.targets` sets one."
-        yield PageFinding(
-            kind=f"{kind}_unusual", severity="info", message=message[0].upper() + message[1:], advice=advice
-        )
+        yield PageFinding(kind=f"{kind}_unusual", severity="info", message=message, advice=advice)
 
 
 def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:

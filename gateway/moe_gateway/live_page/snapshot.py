@@ -1,15 +1,13 @@
 """One moment of the gateway for the live page, built from its dispatcher and its newest requests. Reads alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from moe_contract.agent_state import EngineState
 from moe_contract.gateway_config import Limits
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, RequestRow, TimePoint
 from moe_contract.pod_identity import PodIdentity
 from moe_contract.quantities import describe_time
-from moe_contract.request_record import RequestRecord, TargetTerms
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -18,14 +16,13 @@ from moe_gateway.engines.hold_queue import Waiter
 from moe_gateway.engines.load_report import find_source, least_wait_s
 from moe_gateway.live_page.rates import RankRate
 from moe_gateway.request.dispatched import DispatchedRequest
-from moe_gateway.request.recent_requests import RecentRequests
+from moe_gateway.request.recent_requests import BriefRequest, RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 # Rows of a snapshot. A tenant's or model's name comes from clients, and may be of any length.
 NEWEST, MOST_GROUPS, LONGEST_NAME = 40, 50, 128
 # Of the hold queue, and characters of why an engine ended.
 MOST_HELD, LONGEST_EXIT = 8, 300
-_DIGITS = 5
 
 
 def build_snapshot(
@@ -106,12 +103,26 @@ def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, no
     state, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
     signal, age_s = state.signal, state.signal_age_s(now_s)
     roles = {} if dispatcher.placements is None else dispatcher.placements.roles
-    row = EngineRow(
+    status = find_status(engine, target, dispatcher.stalled, now_s)
+    # Nothing is known of a rank without a signal but what stands in the defaults.
+    known: dict[str, Any] = (
+        {}
+        if signal is None
+        else {
+            "running": signal.running,
+            "waiting": signal.waiting,
+            "waiting_prefill_tokens": signal.waiting_prefill_tokens,
+            "kv_usage": round(signal.kv_usage, 3),
+            "preemptions": signal.preemptions,
+            "expert_balance": round(signal.expert_balance, 3),
+        }
+    )
+    return EngineRow(
         name=target.server,
         rank=target.rank,
         group=engine.group,
         role=roles.get(target.server, ""),
-        status=(status := find_status(engine, target, dispatcher.stalled, now_s)),
+        status=status,
         words=describe_start(engine.reported) if status in ("starting", "failed") else "",
         in_flight=state.in_flight,
         step_s=None if rate is None else rate.step_s,
@@ -119,17 +130,7 @@ def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, no
         signal_age_s=None if age_s is None else round(age_s, 2),
         signal_source=find_source(dispatcher, target, now_s).value,
         ttft_factor=round(state.ttft_factor, 3),
-    )
-    if signal is None:
-        return row
-    return replace(
-        row,
-        running=signal.running,
-        waiting=signal.waiting,
-        waiting_prefill_tokens=signal.waiting_prefill_tokens,
-        kv_usage=round(signal.kv_usage, 3),
-        preemptions=signal.preemptions,
-        expert_balance=round(signal.expert_balance, 3),
+        **known,
     )
 
 
@@ -163,63 +164,21 @@ def list_requests(
     """
     held = [(now_s - waiter.attempts.waiting_since_s, cast(DispatchedRequest, waiter)) for waiter in waiters]
     held = sorted(held, key=lambda row: -row[0])[:MOST_HELD]
-    rows = [
-        replace(_build_request(recent.describe(request), request.request.arrived_s + from_clock_s), held_s=round(s, 3))
-        for s, request in held
-    ]
+    rows = [_build_request(recent.describe(request), from_clock_s, round(waits_s, 3)) for waits_s, request in held]
     shown = {row.record.request_id for row in rows}
-    newest = [
-        _build_request(record, arrived_s + from_clock_s)
-        for arrived_s, record in recent.newest(NEWEST)
-        if record.request_id not in shown
-    ]
+    newest = [_build_request(row, from_clock_s) for row in recent.newest(NEWEST) if row.record.request_id not in shown]
     return (*rows, *newest)
 
 
-def _build_request(record: RequestRecord, arrived_at_s: float) -> RequestRow:
-    """The row of a request: of its last choice the engine that it went to, and the best one beside it."""
-    chosen = other = None
-    engines = 0
-    if record.attempts:
-        last = record.attempts[-1]
-        here = [row for row in last.targets if (row.name, row.rank) == (last.name, last.rank)]
-        others = [row for row in last.targets if (row.name, row.rank) != (last.name, last.rank)]
-        chosen, other = next(iter(here), None), min(others, key=lambda row: row.predicted_s, default=None)
-        engines = len(last.targets) + last.more_targets
-    attempts = tuple(
-        replace(
-            attempt,
-            targets=(),
-            after_s=round(attempt.after_s, _DIGITS),
-            predicted_s=round(attempt.predicted_s, _DIGITS),
-        )
-        for attempt in record.attempts
-    )
+def _build_request(row: BriefRequest, from_clock_s: float, held_s: float | None = None) -> RequestRow:
     return RequestRow(
-        arrived_at_s=round(arrived_at_s, 3),
-        record=replace(
-            record,
-            attempts=attempts,
-            ttft_s=_rounded(record.ttft_s),
-            duration_s=_rounded(record.duration_s),
-        ),
-        chosen=None if chosen is None else _round_terms(chosen),
-        other=None if other is None else _round_terms(other),
-        engines=engines,
+        arrived_at_s=round(row.arrived_s + from_clock_s, 3),
+        record=row.record,
+        chosen=row.chosen,
+        other=row.other,
+        engines=row.targets,
+        held_s=held_s,
     )
-
-
-def _round_terms(row: TargetTerms) -> TargetTerms:
-    return replace(
-        row,
-        kv_s=round(row.kv_s, _DIGITS),
-        wait_s=round(row.wait_s, _DIGITS),
-        predicted_s=round(row.predicted_s, _DIGITS),
-    )
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, _DIGITS)
 
 
 def _shorten(name: str, most: int = LONGEST_NAME) -> str:

@@ -49,6 +49,25 @@ class _Recent(NamedTuple):
     running: "DispatchedRequest | None"
 
 
+class BriefRequest(NamedTuple):
+    """A remembered request for a list of many: of the terms of its last choice two rows alone are built.
+
+    Attributes:
+        arrived_s: on the gateway's clock.
+        record: without terms; times have `DIGITS` digits.
+        chosen: terms of the target that it was sent to last; None where they were not recorded.
+        other: terms of the best target beside it; None without one.
+        targets: targets whose terms were compared.
+    """
+
+    arrived_s: float
+    record: RequestRecord
+    chosen: TargetTerms | None = None
+    other: TargetTerms | None = None
+    targets: int = 0
+
+
+DIGITS = 5
 _ARRIVED, _ATTEMPTS, _STATUS = map(_Recent._fields.index, ("arrived_s", "attempts", "status"))
 
 
@@ -91,19 +110,18 @@ class RecentRequests:
         row = self._by_id.get(request_id.encode())
         return None if row is None else _build_record(request_id, _Recent._make(row))
 
-    def describe(self, exchange: "DispatchedRequest") -> RequestRecord:
-        """The record of a request that has not ended, also of one that was sent to no engine yet."""
+    def describe(self, exchange: "DispatchedRequest") -> BriefRequest:
+        """A request that has not ended, also one that was sent to no engine yet."""
         request = exchange.request
         row = self._by_id.get(request.request_id)
         if row is None or row[_ARRIVED] != request.arrived_s:
             row = _begin(exchange)
-        return _build_record(request.request_id.decode(errors="replace"), _Recent._make(row))
+        return _build_brief(request.request_id, _Recent._make(row))
 
-    def newest(self, count: int) -> list[tuple[float, RequestRecord]]:
-        """At most this number of requests, the newest first, each with its arrival on the gateway's clock."""
+    def newest(self, count: int) -> list[BriefRequest]:
+        """At most this number of requests, the newest first."""
         rows = itertools.islice(reversed(self._by_id.items()), count)
-        named = [(request_id.decode(errors="replace"), _Recent._make(row)) for request_id, row in rows]
-        return [(recent.arrived_s, _build_record(request_id, recent)) for request_id, recent in named]
+        return [_build_brief(request_id, _Recent._make(row)) for request_id, row in rows]
 
     def first_tokens(self) -> list[tuple[float, float]]:
         """Of the remembered streams that have ended the arrival on the gateway's clock and the TTFT in seconds."""
@@ -131,6 +149,47 @@ def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
         problem=recent.problem,
         ttft_s=recent.ttft_s if recent.running is None else recent.running.ttft_s,
         duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
+    )
+
+
+def _build_brief(request_id: bytes, recent: _Recent) -> BriefRequest:
+    arrived_s, ttft_s = recent.arrived_s, recent.ttft_s if recent.running is None else recent.running.ttft_s
+    attempts = [_Attempt._make(row) for row in recent.attempts]
+    record = RequestRecord(
+        request_id=request_id.decode(errors="replace"),
+        route=recent.route,
+        model=recent.model and _as_text(recent.model),
+        prompt_tokens=recent.prompt_tokens,
+        priority=recent.priority,
+        attempts=tuple([_brief_attempt(row, arrived_s) for row in attempts]),
+        status=recent.status,
+        problem=recent.problem,
+        ttft_s=None if ttft_s is None else round(ttft_s, DIGITS),
+        duration_s=None if recent.ended_s is None else round(recent.ended_s - arrived_s, DIGITS),
+    )
+    if not attempts or not attempts[-1].terms:
+        return BriefRequest(arrived_s, record)
+    last = attempts[-1]
+    chosen = [row for row in last.terms if row.target == last.sending.target]
+    others = [row for row in last.terms if row.target != last.sending.target]
+    return BriefRequest(
+        arrived_s,
+        record,
+        _terms(chosen[0], DIGITS) if chosen else None,
+        _terms(min(others, key=lambda row: row.predicted_s), DIGITS) if others else None,
+        len(last.terms) + last.more_targets,
+    )
+
+
+def _brief_attempt(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
+    sending = attempt.sending
+    return AttemptRecord(
+        name=sending.target.server,
+        rank=sending.target.rank,
+        reason=sending.reason.value,
+        after_s=round(attempt.at_s - arrived_s, DIGITS),
+        predicted_s=round(sending.predicted_s, DIGITS),
+        continued=attempt.continued,
     )
 
 
@@ -167,7 +226,10 @@ def _attempt_record(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
     )
 
 
-def _terms(row: Explanation) -> TargetTerms:
+def _terms(row: Explanation, digits: int | None = None) -> TargetTerms:
+    kv_s, wait_s, predicted_s = row.kv_s, row.wait_s, row.predicted_s
+    if digits is not None:
+        kv_s, wait_s, predicted_s = round(kv_s, digits), round(wait_s, digits), round(predicted_s, digits)
     return TargetTerms(
         name=row.target.server,
         rank=row.target.rank,
@@ -175,7 +237,7 @@ def _terms(row: Explanation) -> TargetTerms:
         ahead_tokens=row.ahead_tokens,
         uncached_tokens=row.uncached_tokens,
         fresh=row.fresh,
-        kv_s=row.kv_s,
-        wait_s=row.wait_s,
-        predicted_s=row.predicted_s,
+        kv_s=kv_s,
+        wait_s=wait_s,
+        predicted_s=predicted_s,
     )

@@ -70,8 +70,8 @@ def describe(rows: list[tuple[PageCost, PageCost]]) -> str:
         ratio = estimate([math.log(getattr(on, name) / getattr(off, name)) for off, on in rows], percentile_of(50))
         found.append(f"{math.exp(ratio.value):.3f} [{math.exp(ratio.low):.3f}, {math.exp(ratio.high):.3f}]")
     return (
-        f"with {WATCHERS} open pages at {RATE:g} requests/s: {found[0]} times the requests per CPU second (goal {GOAL:g}), "
-        f"{found[1]} times the median latency; {len(rows)} pairs"
+        f"with {WATCHERS} open pages at {RATE:g} requests/s: {found[0]} times the requests per CPU second "
+        f"(goal {GOAL:g}), {found[1]} times the median latency; {len(rows)} pairs"
     )
 
 

@@ -182,7 +182,7 @@ class EngineState:
     engine: EngineProcess = EngineProcess()
     ranks: tuple[RankReport, ...] = ()
     kv_transfer: KvTransferState | None = None
-    start: StartProgress | None = None
+    start: Lenient[StartProgress] = None
 
     @property
     def ready(self) -> bool:

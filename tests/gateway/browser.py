@@ -69,7 +69,7 @@ def take_picture(driver: webdriver.Chrome, path: str, *, phone: bool = False) ->
     time.sleep(0.5)
     driver.save_screenshot(path)
     # A third of the size, and the same to the eye.
-    Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
     _set_height(driver, PHONE_HEIGHT if phone else HEIGHT, phone=phone)
 
 

@@ -23,9 +23,8 @@ def list_options() -> list[str]:
     Raises:
         ModuleNotFoundError: its parser is elsewhere.
     """
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = _find_module().make_arg_parser(FlexibleArgumentParser())
+    empty = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+    parser = _find_module().make_arg_parser(empty)
     return sorted(
         {text for action in parser._actions for text in action.option_strings if text.startswith("--")} - {"--help"}
     )

@@ -78,6 +78,9 @@ def test_a_second_has_the_first_tokens_that_came_in_it():
     point = measure_point(before, after, {}, BOUNDS, at_s=1.0, held=2, in_flight=3)
     assert (point.ttft_s, point.ttft_p95_s, point.requests_per_s) == (2.0, pytest.approx(9.55), 2.0)
     assert (point.held, point.in_flight, point.step_s, point.tokens_per_s) == (2, 3, None, None)
+    one = replace(before, at_s=6.0, ttft_counts=(1, 1, 1, 0), ttft_total_s=2.0)
+    point = measure_point(before, one, {}, BOUNDS, at_s=1.0, held=0, in_flight=0)
+    assert (point.ttft_s, point.ttft_p95_s) == (1.5, 1.5), "one alone is no bucket"
     assert measure_point(before, replace(before, at_s=99.0), {}, BOUNDS, at_s=1, held=0, in_flight=0).ttft_s is None
 
 

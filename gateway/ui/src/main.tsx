@@ -161,7 +161,7 @@ function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
           !whyOld && (
             <p>
               No: all engines take requests.
-              {snapshot.ttft_target_s === null && snapshot.step_target_s === null && withCode(" Times are not judged: `scheduling.engine.targets` sets no bound.")}
+              {snapshot.ttft_target_s === null && snapshot.step_target_s === null && withCode(" Times are compared with those of the last minutes alone: `scheduling.engine.targets` sets no bound.")}
             </p>
           )
         ) : (

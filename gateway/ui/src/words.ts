@@ -151,6 +151,7 @@ function mainCause(row: RequestRow, part: Part): string {
         ? `Most of that time it waited for KV blocks: ${size} were predicted for it.`
         : `Most of that time it waited behind ${count(chosen?.ahead_tokens)} prompt tokens of other requests: ${size} were predicted for it.`;
     case "own":
+      if (!chosen) return `Most of that time was predicted: ${size} for the prompts before it and its own.`;
       return `Most of that time its own prompt was computed: ${size} for ${count(chosen?.uncached_tokens ?? record.prompt_tokens)} tokens that were not in the cache.`;
     default:
       return `Most of that time was not predicted: ${size} more than its engine's step times say.`;

@@ -106,7 +106,7 @@ class StartProgress:
 
     @property
     def words(self) -> str:
-        """Both in one."""
+        """The phase and how far it is, in one text."""
         return f"{self.phase} {self.progress}".rstrip()
 
 

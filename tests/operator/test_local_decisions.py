@@ -87,7 +87,7 @@ def test_a_start_is_over_when_every_engine_is_ready_and_the_gateway_accepts() ->
 ENGINES = ("a-engine-0", "a-engine-1")
 
 
-def test_a_start_is_told_by_the_phase_that_its_agent_reads_in_the_log() -> None:
+def test_a_start_has_the_phase_that_its_agent_reads_in_the_log() -> None:
     loading = replace(agent("starting"), start=StartProgress(phase="loading weights", progress="3 of 8 files", age_s=5))
     look = seen(agent(), loading)
     assert judge_start(look, NOW) == Starting(

@@ -206,7 +206,7 @@ class StartWatch:
             self.version += 1
 
     def progress(self) -> StartProgress:
-        """How far it is."""
+        """How far the start is, with its age as of now."""
         self.look()
         phase, progress = self._phase
         return StartProgress(phase=phase, progress=progress, age_s=round(self._clock() - self._since_s, 1))

@@ -17,7 +17,7 @@ SOURCES := scheduling contract gateway node_agent kernels operator bench charts 
 # Installs a package of Debian where that is allowed, else says which one is missing.
 system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy $(1); } || { echo "missing on this machine: apt-get install $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-front-ends test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart test-wheel bench-operator compile-gateway test-compiled format clean
+.PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-front-ends test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart sbom-images test-wheel test-krew check-workflows bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -215,6 +215,17 @@ sbom: wheel $(RELEASE)/.ready ## List the components of the wheel and its extras
 	$(BIN)/uv pip install -q --python .cache/sbom/bin/python -c constraints.txt '$(WHEEL)[gateway,epp,operator,agent,bench]'
 	$(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file $(WHEEL:-py3-none-any.whl=.cdx.json) .cache/sbom
 
+IMAGES := operator engine engine-cpu
+
+# Resolved as `images/install.sh` does, and not installed: the images need not be built.
+sbom-images: $(STAMP) $(RELEASE)/.ready ## List the Python packages that each image adds to its base, as CycloneDX, in dist/
+	mkdir -p dist
+	for image in $(IMAGES); do \
+		extras=$$(sed -n 's/.*install\.sh \([a-z ]*[a-z]\).*/--extra \1/p' images/$$image/Dockerfile | head -1 | sed 's/\([a-z]\) /\1 --extra /2g'); \
+		$(BIN)/uv pip compile -q --no-header --no-annotate --python-version 3.11 -c constraints.txt --override overrides.txt $$extras pyproject.toml -o .cache/image-$$image.txt; \
+		$(RELEASE)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/moeserving-$(VERSION)-image-$$image.cdx.json .cache/image-$$image.txt; \
+	done
+
 HELM ?= helm
 
 chart: ## Pack the chart in dist/ (HELM=PROGRAM)
@@ -224,6 +235,20 @@ PYTHONS ?= python3.11 python3.12 python3.13
 
 test-wheel: wheel ## Install the wheel with each extra into clean environments and run its commands (PYTHONS="python3.12 ...")
 	$(BIN)/python tests/packaging/try_wheel.py $(WHEEL) $(PYTHONS)
+
+GO_TOOLS := .cache/go-tools
+
+$(GO_TOOLS)/krew:
+	GOBIN=$(abspath $(GO_TOOLS)) go install sigs.k8s.io/krew/cmd/krew@v0.4.3
+
+$(GO_TOOLS)/actionlint:
+	GOBIN=$(abspath $(GO_TOOLS)) go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.7
+
+test-krew: wheel $(GO_TOOLS)/krew ## Install the plugin with a real krew from the wheel and its manifest, and run it (needs Go)
+	$(BIN)/python tests/packaging/try_krew.py $(GO_TOOLS)/krew $(WHEEL)
+
+check-workflows: $(GO_TOOLS)/actionlint ## Check the release workflow with actionlint (needs Go)
+	$(GO_TOOLS)/actionlint .github/workflows/*.yaml
 
 compile-gateway: $(STAMP) ## Compile the gateway's hot modules with mypyc, beside their sources (a C compiler is needed; `make clean` removes them)
 	$(BIN)/python images/compile_gateway.py

@@ -91,6 +91,26 @@ class EngineProcess:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartProgress:
+    """How far the start of an engine is.
+
+    Attributes:
+        phase: in words that change with the phase and not with its numbers, such as `loading weights`.
+        progress: how far the phase is, such as `3 of 8 files`; empty where it has no measure.
+        age_s: seconds since the phase began.
+    """
+
+    phase: str
+    progress: str = ""
+    age_s: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """The phase and how far it is, in one text."""
+        return f"{self.phase} {self.progress}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettingsInForce:
     """The settings that the ranks order by.
 
@@ -154,6 +174,7 @@ class EngineState:
         engine: the process.
         ranks: one row for each rank whose record can be read, by number.
         kv_transfer: what the engine can do with KV blocks of others; None: it takes no part.
+        start: how far its start is; None while it does not start.
     """
 
     phase: str
@@ -161,6 +182,7 @@ class EngineState:
     engine: EngineProcess = EngineProcess()
     ranks: tuple[RankReport, ...] = ()
     kv_transfer: KvTransferState | None = None
+    start: Lenient[StartProgress] = None
 
     @property
     def ready(self) -> bool:

@@ -175,7 +175,8 @@ class Discovery(Section):
         namespace: where; None is the pod's own.
         groups: Services of the engines.
         ranks: data-parallel ranks of each engine.
-        gateways: name of the gateways' own Service, by whose endpoints quotas are divided; None: not divided.
+        gateways: name of the gateways' own Service, by whose endpoints quotas are divided and the live page names the
+            other gateways; None: neither.
     """
 
     namespace: str | None = None

@@ -81,7 +81,9 @@ class EngineRow:
         rank: number of the rank.
         group: Service that it was found behind; empty for a fixed list.
         role: `unified`, `prefill` or `decode`; empty where no request is split.
-        status: `ready`, `draining`, `stalled`, `ejected`, `notReady`, `unreachable` (its source of signals).
+        status: `ready`, `starting`, `failed` (its agent starts it again), `stopped` (drained), `draining`, `stalled`,
+            `ejected`, `notReady`, `unreachable` (its source of signals).
+        words: how far its start is, or how it ended last, as its agent says; empty in another status.
         in_flight: requests of this gateway there.
         running: requests in the engine's running set.
         waiting: requests in its waiting queue.
@@ -101,6 +103,7 @@ class EngineRow:
     group: str = ""
     role: str = ""
     status: str = ""
+    words: str = ""
     in_flight: int = 0
     running: int = 0
     waiting: int = 0
@@ -121,7 +124,8 @@ class HeldGroup:
 
     Attributes:
         priority: the class; lower is more urgent.
-        tenant: digest of its name, 8 hex digits, as in the ids that engines log; empty: the anonymous tenant.
+        tenant: its name where a key of the gateway names it, else the digest of the name, 8 hex digits, as in the ids
+            that engines log; empty: the anonymous tenant.
         requests: held.
         prompt_tokens: of them.
         oldest_s: longest time that one of them has been without an engine.
@@ -136,7 +140,7 @@ class HeldGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRow:
-    """One of the newest requests that were meant for an engine.
+    """A request that is held, or one of the newest that were sent to an engine.
 
     Attributes:
         arrived_at_s: when it came.
@@ -144,6 +148,7 @@ class RequestRow:
         chosen: terms of the engine that it was sent to last; None where they were not recorded.
         other: terms of the best engine beside it; None without one.
         engines: engines whose terms were compared.
+        held_s: seconds that it has been held until now; None where it is not.
     """
 
     arrived_at_s: float
@@ -151,6 +156,7 @@ class RequestRow:
     chosen: TargetTerms | None = None
     other: TargetTerms | None = None
     engines: int = 0
+    held_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +166,7 @@ class LiveSnapshot:
     Attributes:
         at_s: when it was made.
         pod: name of the gateway's pod; empty outside of a cluster.
+        gateways: names of all gateways of the deployment that are ready; empty where they are not known.
         models: names that can be asked for.
         accepting: whether a new request can be sent to an engine.
         draining: whether the gateway stops.
@@ -176,13 +183,14 @@ class LiveSnapshot:
         point: the last second.
         engines: one row for each rank.
         held: the hold queue, the longest wait first.
-        newest: the newest requests, the newest first.
+        newest: first the requests that are held for longest, then the newest ones, the newest first.
         findings: the worst first.
         events: changes while somebody watched, the newest first.
     """
 
     at_s: float
     pod: str = ""
+    gateways: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     accepting: bool = False
     draining: bool = False

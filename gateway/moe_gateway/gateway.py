@@ -77,6 +77,7 @@ class Gateway:
         self.stats.bounded.set_bounds(config.dispatch.targets)
         discovery = config.discovery
         self._discovery = None if discovery is None else connect(discovery, self._on_endpoints, self._on_gateways)
+        self.gateways: tuple[str, ...] = ()
         self._discovering: asyncio.Task[None] | None = None
         self._issuing: asyncio.Task[None] | None = None
         self._connections: set[ClientConnection] = set()
@@ -113,6 +114,11 @@ class Gateway:
     def draining(self) -> bool:
         """Whether the gateway takes no new requests because it stops."""
         return self._context.draining
+
+    @property
+    def tenant_names(self) -> dict[str, str]:
+        """Names of the tenants by their digests, as far as keys name them."""
+        return {} if self._context.gate is None else self._context.gate.tenant_names
 
     @property
     def ready(self) -> bool:
@@ -262,9 +268,10 @@ class Gateway:
         offered = {endpoint.address.name for endpoint in endpoints if endpoint.offered}
         self.dispatcher.set_offers(groups, offered, self.clock())
 
-    def _on_gateways(self, number: int) -> None:
+    def _on_gateways(self, names: tuple[str, ...]) -> None:
+        self.gateways = names
         if self._context.gate is not None:
-            self._context.gate.divide(number)
+            self._context.gate.divide(len(names))
 
     def _pool_of(self, server: str) -> Pool | None:
         return self._pools.get(server)

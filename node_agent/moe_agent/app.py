@@ -31,6 +31,7 @@ from moe_agent.supervisor.leader import Leader
 from moe_agent.supervisor.node import Node, build_node
 from moe_agent.supervisor.own_pod import with_name, with_own_address
 from moe_agent.supervisor.rank_watch import RankRules, RankWatch
+from moe_agent.supervisor.start_phases import find_model_cache
 from moe_agent.supervisor.supervisor import EngineSupervisor, explain_os_error
 from moe_agent.vllm.version import check_runs_here, is_cpu_build
 
@@ -144,6 +145,7 @@ def build_supervisor(
         leader_end=None if leader is None else leader.wait_for_end,
         unstepped_s=unstepped_s,
         rank_watch=rank_watch,
+        model_cache=find_model_cache(config.engine.model, environment),
         obstacle=find_missing_connector(config.engine),
         on_restart=remove_records,
         on_change=on_change,

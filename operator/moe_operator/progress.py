@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from moe_contract.quantities import describe_time
+
 # Without a terminal a phase that goes on is named again after this time, so that a silent log is a dead one.
 AGAIN_AFTER_S = 30.0
 _CLEAR_LINE = "\r\x1b[2K"
@@ -74,18 +76,3 @@ def estimate_left_s(done: float, total: float, elapsed_s: float) -> float | None
     if done <= 0 or total <= 0:
         return None
     return max(0.0, total - done) * elapsed_s / done
-
-
-def describe_time(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`. Pure."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def describe_bytes(count: float) -> str:
-    """`812 MB`, `3.1 GB`; powers of 1,000, as download pages have them. Pure."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -123,7 +123,7 @@ async def test_the_state_has_the_fields_of_the_contract(client, ranks):
     line = StepTime(base_s=0.004, prefill_s=0.0001, decode_s=0.0002)
     ranks[1].publish(step=17, running=2, decode_tokens=1, kv_usage=0.5, step_time=line, age_s=3.0)
     state = await (await client.get("/v1/state")).json()
-    assert state.keys() == {"name", "phase", "accepting", "engine", "config", "ranks", "pod", "kv_transfer"}
+    assert state.keys() == {"name", "phase", "accepting", "engine", "config", "ranks", "pod", "kv_transfer", "start"}
     engine = {"url", "model", "pid", "restarts", "last_exit", "max_model_len", "identity", "not_balanced"}
     assert state["engine"].keys() == engine
     assert (state["name"], state["phase"], state["accepting"], state["engine"]["model"]) == (
@@ -267,8 +267,28 @@ async def test_the_agent_is_healthy_and_not_ready_while_its_engine_loads(tmp_pat
         assert (await client.get("/healthz")).status == 200
         ready = await client.get("/readyz")
         assert (ready.status, await ready.json()) == (503, {"phase": "starting"})
+        start = (await (await client.get("/v1/state")).json())["start"]
+        assert (start["phase"], start["progress"]) == ("loading Python packages", "")
     loading.supervisor.request_kill()
     await asyncio.wait_for(task, 20)
+
+
+async def test_a_sparse_watch_has_how_far_a_start_is_and_an_engine_that_is_ready_has_no_start(tmp_path):
+    loading = Agent(tmp_path, ranks=1, start_delay_s=600.0)
+    task = asyncio.create_task(loading.supervisor.run())
+    async with TestClient(TestServer(loading.server.build_app())) as client:
+        answer = await client.get("/v1/state", params={"watch": "1", "interval": "0.1"})
+        while not loading.supervisor.pid:
+            await asyncio.sleep(0.01)
+        with (tmp_path / "engine.log").open("a") as log:
+            log.write("Loading safetensors checkpoint shards: 33% Completed | 1/3\n")
+        async with asyncio.timeout(60):
+            while b"loading weights" not in (line := await answer.content.readline()):
+                pass
+        assert json.loads(line)["start"]["progress"] == "1 of 3 files"
+    loading.supervisor.request_kill()
+    await asyncio.wait_for(task, 20)
+    assert loading.server.snapshot().start is None
 
 
 async def put(client: Any, body: Any) -> tuple[int, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from moe_agent.vllm import version
+from moe_agent.vllm.options import list_options
 from moe_agent.vllm.version import (
     UnsupportedVersion,
     check_runs_here,
@@ -20,10 +21,19 @@ from moe_agent.vllm.version import (
     minor_of,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_loaded(virtual_engines: Any) -> None:
     """The session's fixture loads vLLM once, with its own warnings aside."""
+
+
+def test_the_doctor_knows_the_options_of_vllms_server():
+    """Written by `python -m moe_agent.vllm.options`; without a vLLM it is all that the doctor has."""
+    known = json.loads((ROOT / "operator/moe_operator/doctor/vllm_options.json").read_text())
+    release = minor_of(find_version())
+    assert sorted(name for name, releases in known.items() if release in releases) == list_options()
 
 
 def test_the_queue_implements_exactly_vllms_abstract_methods():

@@ -13,7 +13,7 @@ from moe_agent.api.state import build_state as build_agent_state
 from moe_agent.shared_memory.control_record import Control
 from moe_agent.shared_memory.rank_record import RankState
 from moe_agent.supervisor.supervisor import Phase
-from moe_contract.agent_state import RankReport, read_agent_state, read_engine_state, write_agent_state
+from moe_contract.agent_state import RankReport, StartProgress, read_agent_state, read_engine_state, write_agent_state
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, initial_settings
 from moe_contract.gateway_state import read_gateway_state, write_gateway_state
 from moe_contract.pod_identity import PodIdentity
@@ -61,7 +61,7 @@ def agent_text(*signals: EngineSignal, **process: Any) -> bytes:
     """The line that an agent writes whose ranks published these signals."""
     values = {"phase": Phase.READY, "accepting": True, "url": "http://127.0.0.1:1", "pid": 7, "restarts": 1}
     supervisor: Any = SimpleNamespace(
-        **(values | {"last_exit": "exit status 3", "max_model_len": 4096, "troubles": {}} | process)
+        **(values | {"last_exit": "exit status 3", "max_model_len": 4096, "troubles": {}, "start": None} | process)
     )
     ranks = {
         number: RankState(pid=7, written_s=1.0, config_version=1, signal=signal)
@@ -121,6 +121,17 @@ def test_the_gateways_state_is_read_as_it_was_written_and_gives_the_fleets_signa
     signal = build_signal(Fleet(gateways=(read,), engines={"e": agent}, silent=0, ready=1, observed_s=3.0))
     assert signal is not None
     assert (signal.kv_usage, signal.held, signal.in_flight) == (0.75, 0, 0)
+
+
+@pytest.mark.parametrize("start", [5, "loading", {"phase": 7}, {"progress": "3 of 8"}, []])
+def test_a_start_that_cannot_be_read_is_none(start: Any) -> None:
+    text = json.dumps({"phase": "starting", "start": start}).encode()
+    assert read_engine_state(text).start is None
+    assert read_agent_state(text).start is None
+    known = {"phase": "loading weights", "newer": True}
+    assert read_engine_state(json.dumps({"phase": "starting", "start": known}).encode()).start == StartProgress(
+        phase="loading weights"
+    )
 
 
 @pytest.mark.parametrize("reader", [read_agent_state, read_engine_state])

@@ -1,45 +1,36 @@
 """A synthetic large fleet: its dispatcher, its newest requests, and the experts of one of its engines."""
 
 import base64
+from types import SimpleNamespace
 from typing import Any
 
 from moe_contract.documents import parse_model
 from moe_contract.gateway_config import GatewayConfig
 from moe_contract.live_page import ExpertsSnapshot, LiveSnapshot, TimePoint
 from moe_contract.pod_identity import NO_POD
-from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.live_page.rates import RankRate
 from moe_gateway.live_page.snapshot import build_snapshot
+from moe_gateway.request.recent_requests import RecentRequests
 from moe_gateway.request_stats import RequestStats
+from moe_scheduling.engine.choice import Job, Send, SendReason
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 LAYERS, EXPERTS, RANKS = 58, 256, 64
 
 
-class Remembered:
-    """Newest requests, each with the terms of 32 engines."""
-
-    def newest(self, count: int) -> list[tuple[float, RequestRecord]]:
-        """As `RecentRequests` has it."""
-        terms = tuple(
-            TargetTerms(name=f"serving-engine-{i}", requests=i, ahead_tokens=100 * i, wait_s=i / 7, predicted_s=i / 7)
-            for i in range(32)
-        )
-        attempt = AttemptRecord(name="serving-engine-0", reason="least_predicted", predicted_s=1 / 3, targets=terms)
-        return [
-            (
-                float(i),
-                RequestRecord(
-                    request_id=f"chatcmpl-{i:032x}",
-                    route="chat",
-                    model="deepseek-v3",
-                    attempts=(attempt,),
-                    ttft_s=1 / 7,
-                ),
-            )
-            for i in range(count)
-        ]
+def remember(dispatcher: Dispatcher, count: int = 40) -> RecentRequests:
+    """Newest requests, each with the terms of up to 32 engines."""
+    recent = RecentRequests()
+    target = next(iter(dispatcher.target_states))
+    for number in range(count):
+        exchange: Any = SimpleNamespace(
+            request=SimpleNamespace(request_id=b"chatcmpl-%032x" % number, arrived_s=float(number)),
+            route=SimpleNamespace(label="chat"), continued="", job=Job(100, model="deepseek-v3"), ttft_s=1 / 7,
+        )  # fmt: skip
+        recent.attempt(exchange, Send(target, 1 / 3, SendReason.LEAST_PREDICTED), dispatcher, now_s=number + 0.01)
+        recent.end(exchange, 200, "", now_s=number + 1 / 3)
+    return recent
 
 
 def make_fleet(engines: int, ranks: int = 1) -> Dispatcher:
@@ -65,9 +56,10 @@ def snapshot_of(dispatcher: Dispatcher) -> LiveSnapshot:
         target: RankRate(steps=50, step_s=0.0203125, tokens_per_s=2417.3) for target in dispatcher.target_states
     }
     config = parse_model(GatewayConfig, {"listen": {"port": 1}, "admin": {"port": 2}})
+    point, recent = TimePoint(at_s=1.8e9), remember(dispatcher)
     return build_snapshot(
-        dispatcher, RequestStats(), Remembered(), limits=config.limits, point=TimePoint(at_s=1.8e9), rates=rates,
-        draining=False, pod=NO_POD, now_s=1.5,
+        dispatcher, RequestStats(), recent, limits=config.limits, point=point, rates=rates, draining=False, pod=NO_POD,
+        now_s=1.5,
     )  # fmt: skip
 
 

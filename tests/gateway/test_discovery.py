@@ -262,6 +262,7 @@ async def test_a_quota_is_divided_among_the_gateways_that_are_ready(make_engine,
     rows = {f"gateway-{number}": {"address": f"10.0.0.{number}", "ready": number < 3} for number in range(4)}
     api.put(make_slice("gateways", "tiny", rows, ports=[{"name": "http", "port": 8000}]))
     await until(lambda: quotas._gateways == 3, "three gateways")
+    assert served.gateway.gateways == ("gateway-0", "gateway-1", "gateway-2")
     # The same pods, in the slice of their other addresses.
     sixth = {name: row | {"address": f"fd00::{name[-1]}"} for name, row in rows.items()}
     api.put(make_slice("sixth", "tiny", sixth, addressType="IPv6", ports=[{"name": "http", "port": 8000}]))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -14,6 +15,7 @@ from moe_gateway.live_page import routes as routes_module
 from moe_gateway.live_page.publisher import LivePublisher
 from moe_gateway.live_page.routes import LivePage
 from moe_gateway.request.recent_requests import TERMS_PERIOD_S
+from moe_scheduling.engine.disaggregation import LatencyTargets
 
 from tests.gateway.clients import TOKEN, get
 from tests.gateway.messages import SSE_END, SSE_HEAD, event, post, prompt
@@ -178,9 +180,59 @@ async def test_the_hold_queue_is_shown_by_class_and_tenant(make_engine, serve):
         groups = {row["tenant"]: row["requests"] for row in snapshot["held"]}
         assert groups == {hash_tenant(b"<b>a</b>"): 2, hash_tenant(b"x" * 200): 1}
         assert snapshot["point"]["held"] == 3
+        rows = [(row["record"]["status"], row["record"]["attempts"], row["held_s"] > 0) for row in snapshot["newest"]]
+        assert rows == [(None, [], True)] * 3
+        assert [row["held_s"] for row in snapshot["newest"]] == sorted(
+            (row["held_s"] for row in snapshot["newest"]), reverse=True
+        )
         engine.agent.say(accepting=True)
         later = await events.until(lambda document: not document["held"] and not document["findings"])
         assert any(row["message"].startswith("Over: No engine takes requests") for row in later["events"])
+        assert {row["held_s"] for row in later["newest"]} == {None}
+
+
+async def test_tenants_with_keys_are_named(make_engine, serve, tmp_path):
+    engine = await make_engine()
+    engine.agent.say(accepting=False)
+    secret = "k" * 32
+    (keys := tmp_path / "keys").mkdir()
+    (keys / "acme").write_text(secret)
+    served = await serve(engine, ready=False, auth={"key_dirs": [str(keys)]})
+    client = await served.connect()
+    client.send(post(prompt(), extra=f"Authorization: Bearer {secret}\r\n".encode()))
+    await served.held(1)
+    async with watching(served) as events:
+        snapshot = await events.next("snapshot")
+        assert [row["tenant"] for row in snapshot["held"]] == ["acme"]
+
+
+async def test_a_start_is_shown_with_how_far_it_is_and_a_failure_with_its_cause(make_engine, serve):
+    engine, other = await make_engine(name="slow"), await make_engine(name="broken")
+    start = {"phase": "loading weights", "progress": "3 of 8 files", "age_s": 42.0}
+    engine.agent.say(phase="starting", accepting=False, start=start)
+    process = other.agent.state["engine"] | {"restarts": 2, "last_exit": "exit status 1: no memory"}
+    other.agent.say(phase="backoff", accepting=False, engine=process)
+    served = await serve(engine, other, ready=False)
+    async with watching(served) as events:
+        wanted = {"engine_starting", "engine_failed"}
+        snapshot = await events.until(lambda document: wanted <= {row["kind"] for row in document["findings"]})
+        assert {row["name"]: (row["status"], row["words"]) for row in snapshot["engines"]} == {
+            "slow": ("starting", "loading weights 3 of 8 files, for 42 s"),
+            "broken": ("failed", "ended 2 times, the last time with: exit status 1: no memory"),
+        }
+
+
+async def test_changed_settings_are_among_the_changes(make_engine, serve):
+    served = await serve(await make_engine())
+    in_force = served.gateway.in_force
+    served.gateway.apply(replace(in_force, dispatch=replace(in_force.dispatch, targets=LatencyTargets(ttft_s=2.0))))
+    async with watching(served) as events:
+        snapshot = await events.next("snapshot")
+        said = "Setting dispatch.targets.ttft_s: none → 2.0"
+        assert [row["message"] for row in snapshot["events"]] == [f"{said}, while no page was open."]
+        served.gateway.apply(in_force)
+        later = await events.until(lambda document: len(document["events"]) == 2)
+        assert later["events"][0]["message"] == "Setting dispatch.targets.ttft_s: 2.0 → none."
 
 
 async def test_a_rate_is_measured_over_the_second(make_engine, serve):

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.agent_state import EngineProcess, EngineState, StartProgress
 from moe_contract.experts_state import read_experts
+from moe_contract.gateway_config import GatewaySettings, Group
 from moe_contract.live_page import (
     EngineRow,
     HeldGroup,
@@ -19,9 +21,14 @@ from moe_contract.live_page import (
 )
 from moe_contract.request_record import RequestRecord
 from moe_contract.typescript import main as generate
+from moe_gateway.live_page.changes import list_changed_settings, list_changes
 from moe_gateway.live_page.experts import describe_experts
-from moe_gateway.live_page.findings import find_problems, list_changes
+from moe_gateway.live_page.findings import find_problems
 from moe_gateway.live_page.rates import Counters, find_quantile, measure_point, measure_ranks
+from moe_gateway.live_page.snapshot import describe_start
+from moe_scheduling.engine.choice import EngineSettings
+from moe_scheduling.engine.disaggregation import LatencyTargets
+from moe_scheduling.request.order import RequestPolicy, RequestSettings
 from moe_scheduling.signals import EngineSignal, Target
 
 from tests.gateway.large_fleet import EXPERTS, LAYERS, make_experts, make_fleet, snapshot_of
@@ -71,6 +78,9 @@ def test_a_second_has_the_first_tokens_that_came_in_it():
     point = measure_point(before, after, {}, BOUNDS, at_s=1.0, held=2, in_flight=3)
     assert (point.ttft_s, point.ttft_p95_s, point.requests_per_s) == (2.0, pytest.approx(9.55), 2.0)
     assert (point.held, point.in_flight, point.step_s, point.tokens_per_s) == (2, 3, None, None)
+    one = replace(before, at_s=6.0, ttft_counts=(1, 1, 1, 0), ttft_total_s=2.0)
+    point = measure_point(before, one, {}, BOUNDS, at_s=1.0, held=0, in_flight=0)
+    assert (point.ttft_s, point.ttft_p95_s) == (1.5, 1.5), "one alone is no bucket"
     assert measure_point(before, replace(before, at_s=99.0), {}, BOUNDS, at_s=1, held=0, in_flight=0).ttft_s is None
 
 
@@ -102,6 +112,9 @@ def engine(**changes: object) -> dict[str, object]:
         (engine(status="stalled"), ["engine_stalled"]),
         (engine(status="ejected"), ["engine_ejected"]),
         (engine(status="notReady"), ["engine_notReady"]),
+        (engine(status="starting"), ["engine_starting"]),
+        (engine(status="failed"), ["engine_failed"]),
+        (engine(status="stopped"), ["engine_stopped"]),
         (engine(status="draining"), ["engine_draining"]),
         ({"draining": True}, ["draining"]),
         (engine(signal_source="in_flight"), ["stale_signals"]),
@@ -118,6 +131,101 @@ def engine(**changes: object) -> dict[str, object]:
 )
 def test_each_problem_is_found_and_nothing_else(changes, kinds):
     assert [row.kind for row in find_problems(replace(WELL, **changes))] == kinds
+
+
+def test_an_engine_that_starts_or_failed_says_how_far_and_why():
+    starting = engine(status="starting", words="loading weights 3 of 8 files, for 42 s")
+    assert find_problems(replace(WELL, **starting))[0].message == "a starts: loading weights 3 of 8 files, for 42 s."
+    failed = engine(status="failed", words="ended with: exit status 1")
+    assert find_problems(replace(WELL, **failed))[0].message == (
+        "a has failed and is started again: ended with: exit status 1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("phase", "start", "restarts", "last_exit", "words"),
+    [
+        ("starting", StartProgress(phase="loading weights", progress="3 of 8 files", age_s=42.4), 0, "",
+         "loading weights 3 of 8 files, for 42 s"),
+        ("starting", StartProgress(phase="compiling", age_s=90), 1, "killed by SIGKILL",
+         "compiling, for 1 min 30 s; ended with: killed by SIGKILL"),
+        ("backoff", None, 3, "exit status 1", "ended 3 times, the last time with: exit status 1"),
+        ("backoff", None, 1, "x" * 1000, "ended with: " + "x" * 299 + "…"),
+        ("ready", None, 3, "exit status 1", ""),
+        ("draining", None, 0, "", ""),
+    ],
+)  # fmt: skip
+def test_what_an_engine_does_stands_in_the_words_of_its_agent(phase, start, restarts, last_exit, words):
+    process = EngineProcess(restarts=restarts, last_exit=last_exit)
+    assert describe_start(EngineState(phase=phase, engine=process, start=start)) == words
+    assert describe_start(None) == ""
+
+
+def seconds(*values: float | None, last_s: float = 9.0) -> list[TimePoint]:
+    """Seconds with these times to first token, and between tokens a tenth of them, the last one at `last_s`."""
+    return [
+        TimePoint(at_s=last_s - age, ttft_s=value, step_s=None if value is None else value / 10)
+        for age, value in zip(range(len(values) - 1, -1, -1), values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("points", "kinds"),
+    [
+        (seconds(*[0.2] * 60, *[0.9] * 10), ["ttft_unusual", "step_unusual"]),
+        (seconds(*[0.2] * 60, *[0.25] * 10), []),
+        (seconds(*[0.2] * 50, *[0.9] * 20), []),
+        (seconds(*[0.2] * 20, *[0.9] * 10), []),
+        (seconds(*[0.2] * 60, 0.9, *[None] * 9), []),
+        (seconds(*[0.2, None] * 40, *[0.9] * 10), ["ttft_unusual", "step_unusual"]),
+        (seconds(*[0.002] * 60, *[0.02] * 10), []),
+        ([], []),
+    ],
+    ids=["slow", "a little", "slow for long", "short past", "one request", "gaps", "too small to matter", "nothing"],
+)
+def test_times_without_a_bound_are_compared_with_the_minutes_before(points, kinds):
+    found = find_problems(WELL, points)
+    assert [row.kind for row in found] == kinds
+    assert [row.severity for row in found] == ["info"] * len(kinds)
+    bounded = replace(WELL, ttft_target_s=5.0, step_target_s=5.0)
+    assert find_problems(bounded, points) == (), "a bound decides where there is one"
+
+
+def test_an_unusual_time_is_said_with_what_is_usual():
+    (found, _) = find_problems(WELL, seconds(*[0.1] * 20, *[0.2] * 100, *[0.9] * 10))
+    assert found.message == (
+        "First tokens take longer than usual here: 900 ms of late, and in nine of ten seconds of the last 2 min "
+        "at most 200 ms."
+    )
+
+
+@given(st.lists(st.none() | st.floats(0.0, 1e6), max_size=200), st.floats(0.0, 1e6))
+def test_a_time_that_is_no_longer_than_before_is_never_unusual(values, least_s):
+    before = [value if value is None else max(value, least_s) for value in values]
+    assert find_problems(WELL, seconds(*before, *[least_s] * 10)) == ()
+
+
+def in_force(**dispatch: object) -> GatewaySettings:
+    groups = (Group(service="tiny-engine"), Group(service="tiny-canary", weight=0))
+    return GatewaySettings(dispatch=EngineSettings(**dispatch), request=RequestSettings(), groups=groups)
+
+
+def test_a_change_of_settings_is_an_event_with_both_values():
+    before = in_force()
+    assert list_changed_settings(before, before, 5.0, was_seen=True) == []
+    assert list_changed_settings(before, in_force(), 5.0, was_seen=True) == []
+    after = replace(
+        in_force(targets=LatencyTargets(ttft_s=0.5)),
+        request=RequestSettings(policy=RequestPolicy.FCFS),
+        groups=(Group(service="tiny-engine"), Group(service="tiny-canary", weight=10)),
+    )
+    assert [row.message for row in list_changed_settings(before, after, 5.0, was_seen=True)] == [
+        "Setting dispatch.targets.ttft_s: none → 0.5.",
+        "Setting groups.tiny-canary.weight: 0 → 10.",
+        "Setting request.policy: sjf → fcfs.",
+    ]
+    (gone, *_) = list_changed_settings(after, replace(after, groups=()), 5.0, was_seen=False)
+    assert gone.message == "Setting groups.tiny-canary.weight: 10 → none, while no page was open."
 
 
 def test_failed_requests_are_counted_and_the_worst_comes_first():

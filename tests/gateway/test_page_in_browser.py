@@ -8,6 +8,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from moe_gateway.live_page.routes import ASSETS
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tests.gateway.browser import DRIVER, browser, take_picture, text_of, wait_for
+from tests.gateway.browser import DRIVER, PHONE_WIDTH, browser, take_picture, text_of, wait_for
 from tests.gateway.clients import TOKEN
 from tests.gateway.messages import SSE_END, SSE_HEAD, event, post, prompt
+from tests.gateway.waiting import until
 
 pytestmark = [
     pytest.mark.browser,
@@ -29,6 +31,8 @@ pytestmark = [
 
 LAYERS, EXPERTS, RANKS = 58, 256, 8
 UNIT = 1 / 32
+# CSS pixels that WCAG 2.2 asks for at level AA (2.5.8).
+SMALLEST_TARGET = 24
 PICTURES = os.environ.get("MOESERVING_PICTURES", "")
 # The id of the last request: an attempt at a script, but for the pictures.
 EVIL = "chat-4" if PICTURES else "<img/src=x/onerror=document.title='owned'>"
@@ -165,6 +169,76 @@ def check_log(driver: Any, origin: str) -> None:
     urls = [row["params"]["request"]["url"] for row in rows if row["method"] == "Network.requestWillBeSent"]
     assert urls
     assert [url for url in urls if not url.startswith((origin, "data:"))] == []
+
+
+OVERFLOW = """
+const inner = element => element.closest('.scroll, .heat');
+return [...document.querySelectorAll('body *')]
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && !inner(e))
+  .map(e => e.outerHTML.slice(0, 120));
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+async def test_the_page_fits_into_a_phone(shown, dark):
+    served, _, _ = shown
+
+    def look_at_phone() -> None:
+        with browser(dark=dark, phone=True) as driver:
+            driver.get(address(served))
+            wait_for(lambda: "Layer 17 is the hottest" in text_of(driver), "the hottest layer")
+            wait_for(lambda: len(driver.find_elements(By.CSS_SELECTOR, ".u-wrap")) == 3, "the charts")
+            assert driver.execute_script("return document.documentElement.scrollWidth") == PHONE_WIDTH
+            assert driver.execute_script(OVERFLOW) == [], "what is wider scrolls within itself"
+            smallest = driver.execute_script(
+                "return Math.min(...[...document.querySelectorAll('button, select, summary, label')]"
+                ".map(e => e.getBoundingClientRect().height))"
+            )
+            assert smallest >= SMALLEST_TARGET, "each control can be hit by a finger"
+            if PICTURES:
+                take_picture(driver, str(Path(PICTURES) / f"ui-phone{'-dark' if dark else ''}.png"), phone=True)
+
+    await asyncio.to_thread(look_at_phone)
+
+
+async def test_what_waits_starts_and_failed_is_seen(make_engine, serve):
+    """Nothing takes requests: one engine starts, one has failed; a request is held, one was sent and waits."""
+
+    async def silent(_request: Any, _writer: Any) -> None:
+        await asyncio.Event().wait()
+
+    engines = [await make_engine(silent, name=f"moe-engine-{number}") for number in range(3)]
+    served = await serve(*engines)
+    served.gateway.gateways = ("moe-gateway-a", "moe-gateway-b")
+    sent, held = await served.connect(), await served.connect()
+    sent.send(post(prompt(stream=True), extra=b"x-request-id: sent\r\n"))
+    await until(lambda: served.gateway.dispatcher.in_flight == 1, "the request at an engine")
+    start = {"phase": "loading weights", "progress": "3 of 8 files", "age_s": 42.0}
+    failed = engines[1].agent.state["engine"] | {"restarts": 2, "last_exit": "exit status 1: ValueError: no memory"}
+    engines[0].agent.say(phase="starting", accepting=False, start=start)
+    engines[1].agent.say(phase="backoff", accepting=False, engine=failed)
+    engines[2].agent.say(phase="draining", accepting=False)
+    await until(lambda: not served.accepting, "the states of the agents")
+    held.send(post(prompt(stream=True), extra=b"x-request-id: held\r\n"))
+    await served.held(1)
+
+    def look_at_waits() -> None:
+        with browser() as driver:
+            driver.get(address(served))
+            said = ["moe-engine-0 starts: loading weights 3 of 8 files, for 42 s", "ValueError: no memory", "No engine"]
+            wait_for(lambda: all(words in text_of(driver, ".health") for words in said), "the findings")
+            assert "failed, is started again" in text_of(driver, "[aria-label=Engines]")
+            assert "so far" in text_of(driver, "[aria-label='The newest requests']")
+            # What waits for longest is explained by itself, though nothing has ended.
+            wait_for(lambda: "Why does a request wait now?" in text_of(driver, "#why"), "the title")
+            wait_for(lambda: re.search(r"for \d+\.\d+ s so far", text_of(driver, "#explanation")), "the wait so far")
+            choose(driver, "held")
+            assert "so far: no engine takes requests now" in text_of(driver, "#explanation")
+            assert "those of this gateway alone" in text_of(driver, ".others")
+            if PICTURES:
+                take_picture(driver, str(Path(PICTURES) / "ui-waits.png"))
+
+    await asyncio.to_thread(look_at_waits)
 
 
 async def test_the_page_without_its_key_asks_for_it_and_shows_nothing(shown):

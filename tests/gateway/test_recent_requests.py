@@ -1,5 +1,6 @@
 """`GET /v1/requests/{id}`: why a request went to its engine, for the newest requests."""
 
+import asyncio
 from types import SimpleNamespace
 
 import aiohttp
@@ -51,6 +52,27 @@ async def test_a_stream_has_its_time_to_first_token(serve, make_engine):
     assert await ask(served, "request-1", stream=True) == 200
     record = await fetch(served, "request-1")
     assert 0 < record.ttft_s <= record.duration_s
+
+
+async def test_a_stream_that_runs_has_its_time_to_first_token_and_no_end(serve, make_engine):
+    going = asyncio.Event()
+
+    async def slow(_request, writer):
+        writer.write(SSE_HEAD + event("a"))
+        await going.wait()
+        writer.write(SSE_END)
+
+    served = await serve(await make_engine(slow))
+    client = await served.connect()
+    client.send(post(prompt("why", stream=True), extra=b"x-request-id: request-1\r\n"))
+    async with asyncio.timeout(60):
+        while (record := await fetch(served, "request-1")) is None or record.ttft_s is None:
+            await asyncio.sleep(0.01)
+    assert (record.status, record.duration_s) == (None, None)
+    going.set()
+    await client.answer()
+    ended = await fetch(served, "request-1")
+    assert (ended.ttft_s, ended.status) == (record.ttft_s, 200)
 
 
 async def test_each_engine_that_failed_a_request_is_an_attempt(serve, make_engine):

@@ -118,6 +118,13 @@ async def test_the_load_counts_each_right_answer_of_the_engine():
     assert min(answers.took_s) > 0
 
 
+async def test_a_load_at_a_rate_asks_no_more_than_that():
+    async with await serve_engine() as engine:
+        answers = await ask_repeatedly(port_of(engine), connections=2, seconds=0.2, rate=100.0)
+    # Each connection begins with a request; the places of the schedule follow.
+    assert 2 < answers.count <= 2 + 20
+
+
 async def test_every_stream_brings_its_events_whole():
     async with await serve_engine() as engine:
         answers = await stream_at_once(port_of(engine), streams=4, events=7, seconds=0.1)

@@ -51,6 +51,9 @@ def agent_state() -> dict:
     return {
         "name": CONFIG["name"],
         "phase": ("draining" if left else "stopped") if LEFT else phase,
+        "start": {"phase": "loading weights", "progress": "3 of 8 files", "age_s": 1.0}
+        if phase == "starting"
+        else None,
         "accepting": ready,
         "engine": engine,
         "config": {"version": 1, "request": CONFIG["request"], "expert": CONFIG["expert"]},

@@ -237,7 +237,7 @@ def test_an_interrupt_while_engines_start_stops_them(place: Place) -> None:
     # How far a start is stands on stderr.
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
         assert command.stdout is not None
-        assert any("engine-0 loading Python packages" in line for line in command.stdout)
+        assert any("engine-0 loading weights 3 of 8 files" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)
         assert command.wait(TIMEOUT_S) == 130
     assert not (folder / "state.json").exists()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ import yaml
 from fake_fleet import Fleet, run
 from local_place import COMMAND, TIMEOUT_S
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, PageFinding, TimePoint
-from moe_operator.cli import drain
-from moe_operator.cli.gateways import ReachedGateways
+from moe_operator.cli import drain, top
+from moe_operator.cli.gateways import GatewayWays, ReachedGateways
 from moe_operator.cli.output import NAME_WIDTH, shorten
 from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.top import LiveTop
 from moe_operator.cli.top_view import choose_rows, merge_engines, render_top
+from moe_operator.experts.reach import Cluster
 from moe_operator.local.failure import Failure
 from rich.console import Console
 
@@ -99,6 +101,82 @@ async def test_top_ends_where_the_way_to_its_last_gateway_has_ended():
         with pytest.raises(Failure, match="way-0 has ended: gone; start it again"):
             await screen.run()
     assert screen._newest == {}
+
+
+async def test_top_follows_the_gateways_that_come_and_go(monkeypatch):
+    monkeypatch.setattr(top, "LOOK_EVERY_S", 0.01)
+    found: list[object] = [{"new": "http://127.0.0.1:2"}, Failure("a: no gateway runs there")]
+    gateways = ReachedGateways(
+        name="a",
+        urls={"old": "http://127.0.0.1:1"},
+        read_tokens=lambda: ("secret",),
+        describe_end=lambda pod: f"the gateway {pod} is gone",
+        refresh=lambda: answer(found),
+    )
+    screen = LiveTop(gateways, wide=False)
+    screen._newest["old"] = snapshot(row(0))
+    running = asyncio.create_task(screen.run())
+    async with asyncio.timeout(60):
+        while "" not in screen._problems:
+            await asyncio.sleep(0.01)
+    assert (screen._watchers.keys(), screen._newest) == ({"new"}, {})
+    assert screen._problems[""].startswith("a: no gateway runs there; looked for again")
+    assert not running.done(), "another one may come"
+    screen._end()
+    await running
+
+
+def answer(found: list[object]) -> dict[str, str]:
+    first = found.pop(0) if len(found) > 1 else found[0]
+    if isinstance(first, Failure):
+        raise first
+    assert isinstance(first, dict)
+    return first
+
+
+def test_ways_to_gateways_are_opened_and_closed_with_their_pods(fleet, tmp_path, monkeypatch):
+    fleet.make_kubectl(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    kubectl = tmp_path / "kubectl"
+    with GatewayWays("a", Cluster(namespace="ns", context=None)) as ways:
+        first = ways.refresh()
+        assert first.keys() == {"way-0"}
+        assert ways.refresh() == first
+        old, _ = ways._ways["way-0"]
+        assert ways.describe_end("way-0") == ""
+        kubectl.write_text(kubectl.read_text().replace("way-0", "way-1"))
+        assert ways.refresh().keys() == {"way-1"}
+        assert old.has_ended()
+        assert ways.describe_end("way-0") == "the gateway way-0 is gone"
+        new, _ = ways._ways["way-1"]
+        new.process.kill()
+        new.process.wait()
+        assert "has ended" in ways.describe_end("way-1")
+        ways.refresh()
+        assert ways.describe_end("way-1") == "", "a way that ended is opened anew"
+        kubectl.write_text(kubectl.read_text().replace("'Running'", "'Pending'"))
+        with pytest.raises(Failure, match="no gateway runs there"):
+            ways.refresh()
+
+
+def test_ctrl_z_gives_the_terminal_back_and_fg_draws_anew(fleet):
+    leader, follower = pty.openpty()
+    command = [*COMMAND, "top", "a", *fleet.local]
+    # A group of its own: one without a parent outside of it would not be stopped.
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, process_group=0) as process:
+        os.close(follower)
+        try:
+            read_until(leader, "a-engine-1")
+            process.send_signal(signal.SIGTSTP)
+            assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT).si_status == signal.SIGTSTP
+            assert "\x1b[?1049l" in read_until(leader, "\x1b[?1049l"), "the other screen is left"
+            process.send_signal(signal.SIGCONT)
+            assert "a-engine-1" in read_until(leader, "\x1b[?1049h") + read_until(leader, "a-engine-1")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+            os.close(leader)
 
 
 def test_a_terminal_without_utf_8_shows_the_screen(fleet):

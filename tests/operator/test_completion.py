@@ -92,7 +92,7 @@ def test_the_other_shells_have_scripts_too(shell: str) -> None:
 
 
 def test_krew_unpacks_the_wheel_and_links_its_launcher(tmp_path: Path) -> None:
-    """krew is not asked here: its rules for a manifest are, and its way to install: unpack, then link `bin`."""
+    """Its rules for a manifest, and its way to install: unpack, then link `bin`; `make test-krew` asks krew itself."""
     root = Path(moe_operator.__file__).parent.parent
     wheel = tmp_path / "moeserving-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -361,6 +361,14 @@ def test_packages_vllm_devices_and_memory() -> None:
 # The report.
 
 
+def running(name: str, ready: bool = True, waiting: str = "") -> Document:
+    state = {"waiting": {"reason": waiting}} if waiting else {"running": {}}
+    container = {"image": "registry.test/it:1", "imageID": "" if waiting else "sha256:1", "state": state}
+    conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
+    status = {"phase": "Running", "conditions": conditions, "containerStatuses": [container]}
+    return {"metadata": {"name": name}, "spec": {}, "status": status}
+
+
 def test_a_cluster_in_order_has_no_problem_and_one_that_is_gone_has_one_line() -> None:
     serving = resource(conditions=[condition("Ready", "True", "Serving")], engine={"runtime": "vllm-cpu"})
     view = ClusterView(
@@ -368,11 +376,11 @@ def test_a_cluster_in_order_has_no_problem_and_one_that_is_gone_has_one_line() -
         kinds={SERVING: True, **dict.fromkeys(workloads.OPTIONAL, False)},
         rights=dict.fromkeys(rights.RIGHTS, True), deployments=[deployment()],
         control_planes=[ControlPlane(deployment=deployment(), lease=lease(), pods=PODS)],
-        nodes=[node("a", nvidia__com_gpu="8")], servings=[serving],
+        nodes=[node("a", nvidia__com_gpu="8")], servings=[serving], pods=[running("a")], dns_pods=[running("dns")],
     )  # fmt: skip
     checks = check_cluster(view, NOW)
     assert {check.state for check in checks} == {OK}
-    assert len(checks) == 19
+    assert len(checks) == 21
     assert [check.name for check in check_cluster(ClusterView(source="x", namespace="y", version=GONE), NOW)] == [
         "API server"
     ]

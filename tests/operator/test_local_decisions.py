@@ -3,15 +3,15 @@
 import json
 import socket
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_contract.agent_state import AgentState, read_agent_state
+from moe_contract.agent_state import AgentState, StartProgress, read_agent_state
 from moe_contract.gateway_state import read_gateway_state
-from moe_operator.api.status import ConditionStatus
+from moe_operator.api.status import ConditionStatus, StartStatus
 from moe_operator.local.machine import find_free_ports, find_gpus, is_port_free, query_gpus, select_gpus
 from moe_operator.local.observation import Observation
 from moe_operator.local.record import GATEWAY, PROMETHEUS, Life, ProcessRecord, Record, SiteRecord
@@ -76,10 +76,10 @@ def test_an_exit_is_reported_in_words(status: int, words: str) -> None:
 
 
 def test_a_start_is_over_when_every_engine_is_ready_and_the_gateway_accepts() -> None:
-    assert judge_start(seen()) == Ready()
-    assert judge_start(seen(gateway={"accepting": False})) == Starting(phases=dict.fromkeys(ENGINES, "ready"))
-    assert judge_start(seen(gateway=None)) == Starting(phases=dict.fromkeys(ENGINES, "ready"))
-    assert judge_start(seen(agent(), agent("starting"))) == Starting(
+    assert judge_start(seen(), NOW) == Ready()
+    assert judge_start(seen(gateway={"accepting": False}), NOW) == Starting(phases=dict.fromkeys(ENGINES, "ready"))
+    assert judge_start(seen(gateway=None), NOW) == Starting(phases=dict.fromkeys(ENGINES, "ready"))
+    assert judge_start(seen(agent(), agent("starting")), NOW) == Starting(
         phases={"a-engine-0": "ready", "a-engine-1": "starting"}
     )
 
@@ -87,26 +87,36 @@ def test_a_start_is_over_when_every_engine_is_ready_and_the_gateway_accepts() ->
 ENGINES = ("a-engine-0", "a-engine-1")
 
 
+def test_a_start_has_the_phase_that_its_agent_reads_in_the_log() -> None:
+    loading = replace(agent("starting"), start=StartProgress(phase="loading weights", progress="3 of 8 files", age_s=5))
+    look = seen(agent(), loading)
+    assert judge_start(look, NOW) == Starting(
+        phases={"a-engine-0": "ready", "a-engine-1": "loading weights 3 of 8 files"}
+    )
+    start = build_status(look, NOW).engines[1].start
+    assert start == StartStatus(phase="loading weights", progress="3 of 8 files", since=NOW - timedelta(seconds=5))
+
+
 def test_an_agent_that_does_not_answer_or_says_what_is_not_known_is_unknown() -> None:
-    phases = {"a-engine-0": "unknown", "a-engine-1": "unknown"}
-    assert judge_start(seen(None, agent("asleep"))) == Starting(phases=phases)
+    phases = dict.fromkeys(ENGINES, "waits for its agent")
+    assert judge_start(seen(None, agent("asleep")), NOW) == Starting(phases=phases)
 
 
 def test_a_start_fails_when_a_process_or_an_engine_failed_twice() -> None:
     twice = record(row(GATEWAY), row("agent-0"), row("agent-1", restarts=2, last_exit="exit status 1"))
-    assert judge_start(seen(of=twice)) == Failed(process="agent-1", reason="exit status 1")
-    assert judge_start(seen(agent(), agent("backoff", restarts=2))) == Failed(
+    assert judge_start(seen(of=twice), NOW) == Failed(process="agent-1", reason="exit status 1")
+    assert judge_start(seen(agent(), agent("backoff", restarts=2)), NOW) == Failed(
         process="engine-1", reason="killed by SIGKILL"
     )
-    assert isinstance(judge_start(seen(agent(), agent("backoff", restarts=1))), Starting)
-    assert judge_start(seen(agent(), agent("ready", restarts=2))) == Ready()
+    assert isinstance(judge_start(seen(agent(), agent("backoff", restarts=1)), NOW), Starting)
+    assert judge_start(seen(agent(), agent("ready", restarts=2)), NOW) == Ready()
 
 
 def test_a_prometheus_that_fails_is_named_and_does_not_decide_over_the_start() -> None:
     failing = row(PROMETHEUS, restarts=5, last_exit="exit status 1")
     of = record(row(GATEWAY, restarts=1), row("agent-0"), row("agent-1"), failing)
-    assert judge_start(seen(of=of)) == Ready()
-    assert isinstance(judge_start(seen(agent(), agent("starting"), of=of)), Starting)
+    assert judge_start(seen(of=of), NOW) == Ready()
+    assert isinstance(judge_start(seen(agent(), agent("starting"), of=of), NOW), Starting)
     assert find_failing(of) == (failing,)
     assert find_failing(record(row(GATEWAY), row("agent-0"), row(PROMETHEUS))) == ()
 

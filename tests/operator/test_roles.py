@@ -252,7 +252,7 @@ def test_an_engine_that_is_never_started_ends_the_wait_for_a_start():
     transfer = {"role": "prefill"}
     state = {"phase": "backoff", "engine": {"last_exit": "no connector"}, "kv_transfer": transfer}
     stuck = read_agent_state(json.dumps(state).encode())
-    found = judge_start(seen(agent(), stuck))
+    found = judge_start(seen(agent(), stuck), NOW)
     assert isinstance(found, Failed)
     assert found.reason == "no connector"
     rows = build_status(seen(agent(), stuck), NOW).engines

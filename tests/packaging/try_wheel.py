@@ -40,7 +40,11 @@ COMMANDS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 RESOLVED = ("gpu", "cpu", "transfer", "docs", "release")
 # Part of the wheel that no module is.
-DATA = ("moe_gateway/live_page/assets/index.html", "moe_operator/api/pod_schema.json")
+DATA = (
+    "moe_gateway/live_page/assets/index.html",
+    "moe_operator/api/pod_schema.json",
+    "moe_operator/doctor/vllm_options.json",
+)
 
 
 class Fault(Exception):

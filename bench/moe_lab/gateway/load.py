@@ -4,6 +4,7 @@ Runs in the process of the benchmark, on uvloop; its work is not counted as a ro
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,24 +103,39 @@ class Answers:
     took_s: list[float] = field(default_factory=list)
 
 
-async def ask_repeatedly(port: int, *, connections: int, seconds: float, request: bytes | None = None) -> Answers:
+async def ask_repeatedly(
+    port: int, *, connections: int, seconds: float, request: bytes | None = None, rate: float | None = None
+) -> Answers:
     """Asks for small answers, one after the other on each connection, for so long; `request` is another one to ask.
+
+    Args:
+        port: of the router.
+        connections: open at a time.
+        seconds: length of the load.
+        request: another one to ask.
+        rate: requests/s of all connections together, as far as the answers come in time; None: as many as can be.
 
     Raises:
         WrongAnswer: an answer is not the engine's.
     """
-    request, answers, until_s = request or build_request(), Answers(), time.perf_counter() + seconds
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    left = connections
+    loop, began_s = asyncio.get_running_loop(), time.perf_counter()
+    request, answers, until_s = request or build_request(), Answers(), began_s + seconds
+    done: asyncio.Future[None] = loop.create_future()
+    left, due_s = connections, began_s + 1.0 / (rate or math.inf)
 
     def on_answer(asker: Asker) -> None:
-        nonlocal left
+        nonlocal left, due_s
         if not _is_right(asker, done):
             return
         answers.count += 1
         answers.took_s.append(asker.took_s)
-        if time.perf_counter() < until_s:
+        now_s = time.perf_counter()
+        if now_s < until_s and rate is None:
             asker.ask(request)
+        elif rate is not None and max(now_s, due_s) < until_s:
+            # The next free place of the schedule.
+            loop.call_later(max(0.0, due_s - now_s), asker.ask, request)
+            due_s += 1.0 / rate
         else:
             left -= 1
             if not left and not done.done():

@@ -1,7 +1,8 @@
 """`python -m moe_lab.gateway.page_cost`: what open live pages cost the gateway, in requests per CPU second.
 
-Pairs of a measurement without and with ten open pages, one directly after the other, in an order that turns. The pages
-show the experts of an engine too, where it has any; mock engines have none.
+Pairs of a measurement without and with ten open pages, one directly after the other, in an order that turns, at the
+same number of requests per second: a page costs CPU time by the second, not by the request. The pages show the experts
+of an engine too, where it has any; mock engines have none.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from moe_lab.gateway.processes import TOKEN, GatewayProcess, running_alone
 
 WATCHERS = 10
 CONNECTIONS = 32
+RATE = 1000.0
 GOAL = 0.98
 
 app = typer.Typer(add_completion=False)
@@ -68,15 +70,15 @@ def describe(rows: list[tuple[PageCost, PageCost]]) -> str:
         ratio = estimate([math.log(getattr(on, name) / getattr(off, name)) for off, on in rows], percentile_of(50))
         found.append(f"{math.exp(ratio.value):.3f} [{math.exp(ratio.low):.3f}, {math.exp(ratio.high):.3f}]")
     return (
-        f"with {WATCHERS} open pages: {found[0]} times the requests per CPU second (goal {GOAL:g}), "
-        f"{found[1]} times the median latency; {len(rows)} pairs"
+        f"with {WATCHERS} open pages at {RATE:g} requests/s: {found[0]} times the requests per CPU second "
+        f"(goal {GOAL:g}), {found[1]} times the median latency; {len(rows)} pairs"
     )
 
 
 async def _measure(gateway: GatewayProcess, admin_port: int, seconds: float, *, watchers: int) -> PageCost:
     async with _watching(admin_port, watchers) as snapshots:
         before_s = gateway.cpu_s()
-        answers = await ask_repeatedly(gateway.port, connections=CONNECTIONS, seconds=seconds)
+        answers = await ask_repeatedly(gateway.port, connections=CONNECTIONS, seconds=seconds, rate=RATE)
         load = PageCost(
             requests_per_cpu_s=answers.count / (gateway.cpu_s() - before_s), p50_s=statistics.median(answers.took_s)
         )

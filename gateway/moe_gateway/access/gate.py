@@ -153,6 +153,11 @@ class Gate:
         tokens = 0 if meter is None else meter.count_tokens(is_answer=is_answer)
         admission.lease.end(tokens, self._clock())
 
+    @property
+    def tenant_names(self) -> dict[str, str]:
+        """Names of the tenants that have keys, by their hash."""
+        return self._keys.names
+
     def divide(self, gateways: int) -> None:
         """This number of gateways share the requests of all tenants."""
         self._quotas.divide(gateways, self._clock())

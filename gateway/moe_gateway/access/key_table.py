@@ -52,6 +52,11 @@ class KeyTable:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the tenants by their hash."""
+        return {caller.tenant: name for name, caller in self._tenants.items()}
+
     def find(self, key: bytes) -> Caller | None:
         """The caller; None for a key that is not in force."""
         digest = sha256(key).digest()

@@ -13,7 +13,7 @@ from moe_contract.gateway_config import Discovery as Settings
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.list_watch import ListWatch, Times
 
-from moe_gateway.engines.endpoints import SERVICE_LABEL, Endpoint, count_ready, name_of_slice, read_endpoints
+from moe_gateway.engines.endpoints import SERVICE_LABEL, Endpoint, list_ready, name_of_slice, read_endpoints
 
 ENDPOINT_SLICE = Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
 TIMES = Times(watch_s=60.0, relist_s=60.0)
@@ -33,12 +33,12 @@ def connect(settings: Settings, on_endpoints: "OnEndpoints", on_gateways: "OnGat
         raise InvalidInput([InputError("discovery", str(error))]) from None
     discovery = Discovery(server, settings.namespace, settings.ranks, on_endpoints)
     if settings.gateways is not None:
-        discovery.count_gateways(settings.gateways, on_gateways)
+        discovery.follow_gateways(settings.gateways, on_gateways)
     return discovery
 
 
 OnEndpoints = Callable[[tuple[Endpoint, ...]], None]
-OnGateways = Callable[[int], None]
+OnGateways = Callable[[tuple[str, ...]], None]
 
 
 class Discovery:
@@ -73,8 +73,8 @@ class Discovery:
         self._on_gateways: OnGateways | None = None
         self._slices: dict[str, Document] = {}
 
-    def count_gateways(self, service: str, on_gateways: OnGateways) -> None:
-        """Reports the number of ready endpoints of the gateways' own Service too; called before `run`."""
+    def follow_gateways(self, service: str, on_gateways: OnGateways) -> None:
+        """Reports the names of the ready endpoints of the gateways' own Service too; called before `run`."""
         self._gateways, self._on_gateways = (service,), on_gateways
 
     async def run(self, groups: Collection[str]) -> None:
@@ -119,4 +119,4 @@ class Discovery:
         self._slices, self.synced = slices, True
         self._on_endpoints(read_endpoints(slices.values(), self._groups, self._ranks))
         if self._on_gateways is not None:
-            self._on_gateways(count_ready(slices.values(), self._gateways))
+            self._on_gateways(list_ready(slices.values(), self._gateways))

@@ -1,8 +1,7 @@
 """The choice of an engine for each request, by signals, requests in flight and cached prefixes.
 
 One for a gateway. Exchanges ask it for a target and report the result; signal watchers report the engines' signals. It
-runs on the event loop's thread alone, does no I/O, and takes its clock as an argument. Every decision is
-`moe_scheduling`'s.
+runs on the event loop's thread alone, does no I/O, has no clock. Every decision is `moe_scheduling`'s.
 
 Its parts each own one piece of state and are its one writer: `EngineFleet` (which engines there are and may get
 requests), `TargetStates` (requests in flight, signals, calibration), `JobBuilder` (sizes, prefixes, sessions),
@@ -16,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
+from moe_contract.agent_state import EngineState
 from moe_contract.gateway_config import EngineAddress, GatewayConfig, Group
 from moe_scheduling.engine.choice import Decision, EngineSettings, Job, Refuse, RefuseReason, Send, choose_target
 from moe_scheduling.engine.target_list import TargetList
@@ -129,9 +129,9 @@ class Dispatcher:
         """An engine takes new requests, or no more; `stuck`: one of its ranks makes no steps."""
         self._refresh_and_release(self._fleet.set_ready(name, ready, draining=draining, stuck=stuck), now_s)
 
-    def set_reachable(self, name: str, reachable: bool) -> bool:
+    def set_reachable(self, name: str, reachable: bool, reported: EngineState | None = None) -> bool:
         """The source of an engine's signals answers, or no more; returns whether that has changed."""
-        return self._fleet.set_reachable(name, reachable) is not None
+        return self._fleet.set_reachable(name, reachable, reported) is not None
 
     def set_process(self, name: str, pid: int | None, identity: str = "", *, exchanges_blocks: bool = False) -> None:
         """The process that serves and the engine's identity; another process has nothing cached, and its own speed."""

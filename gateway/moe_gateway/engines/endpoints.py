@@ -63,11 +63,11 @@ def read_endpoints(slices: Iterable[Document], groups: Iterable[str], ranks: int
     return tuple(found[name] for name in sorted(found))
 
 
-def count_ready(slices: Iterable[Document], services: Collection[str]) -> int:
-    """Number of pods that are ready behind these Services; one that has addresses of two families counts once."""
+def list_ready(slices: Iterable[Document], services: Collection[str]) -> tuple[str, ...]:
+    """Names of the pods that are ready behind these Services; one that has addresses of two families stands once."""
     rows = [row for row in slices if _group_of(row) in services]
     given = [given for row in rows for given in row.get("endpoints") or () if given.get("addresses")]
-    return len({_name_of(row) for row in given if (row.get("conditions") or {}).get("ready") is not False})
+    return tuple(sorted({_name_of(row) for row in given if (row.get("conditions") or {}).get("ready") is not False}))
 
 
 def name_of_slice(row: Document) -> str:

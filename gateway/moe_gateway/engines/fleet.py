@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_contract.agent_state import EngineState
 from moe_contract.gateway_config import EngineAddress
 from moe_scheduling.signals import Target
 
@@ -52,6 +53,7 @@ class Engine:
         pid: of its serving process, as far as known.
         identity: that of the engine, as its agent reports it; empty without.
         exchanges_blocks: whether its agent says that it exchanges KV blocks with other engines.
+        reported: what its agent said last; None before, and without an agent.
     """
 
     address: EngineAddress
@@ -75,6 +77,7 @@ class Engine:
     pid: int | None = None
     identity: str = ""
     exchanges_blocks: bool = False
+    reported: EngineState | None = None
 
     def may_accept(self, now_s: float) -> bool:
         """Whether it may get new requests while there are other engines."""
@@ -147,9 +150,12 @@ class EngineFleet:
             self._troubled.add(name)
         return engine
 
-    def set_reachable(self, name: str, reachable: bool) -> Engine | None:
-        """The source of an engine's signals answers, or no more."""
-        if (engine := self.engines.get(name)) is None or engine.is_reachable is reachable:
+    def set_reachable(self, name: str, reachable: bool, reported: EngineState | None = None) -> Engine | None:
+        """The source of an engine's signals answers, an agent with a state, or no more."""
+        if (engine := self.engines.get(name)) is None:
+            return None
+        engine.reported = reported or engine.reported
+        if engine.is_reachable is reachable:
             return None
         engine.is_reachable = reachable
         return engine

@@ -106,7 +106,7 @@ async def _watch_agent(engine: Engine, dispatcher: Dispatcher, session: aiohttp.
 def take_state(engine: Engine, state: EngineState, dispatcher: Dispatcher, now_s: float) -> None:
     """Reports an agent's state to the dispatcher."""
     name = engine.address.name
-    dispatcher.set_reachable(name, True)
+    dispatcher.set_reachable(name, True, state)
     if state.engine.model is not None and state.engine.model not in engine.models:
         # What else it serves is asked of the engine itself.
         dispatcher.set_models(name, {state.engine.model: model_row(state.engine.model)}, listed=False)

@@ -1,26 +1,40 @@
 """The present problems in words, from one snapshot of the live page. Pure."""
 
+import itertools
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_contract.live_page import EngineRow, LiveSnapshot, PageEvent, PageFinding, Severity
+from moe_contract.live_page import EngineRow, LiveSnapshot, PageFinding, Severity, TimePoint
 
 NEAR_LIMIT = 0.8
 FULL_KV = 0.95
 UNEVEN_EXPERTS = 1.3
 # Engine's correction of the predictions from which it is named: twice as slow as its model says.
 SLOW_FACTOR = 2.0
+# Times without a bound: the median of the last seconds beside what nine of ten seconds before kept. A page that was
+# just opened knows too little to compare.
+RECENT_S, LEAST_RECENT, LEAST_BEFORE, USUAL_PART, UNUSUAL_FACTOR = 10.0, 3, 30, 0.9, 1.5
+# Least difference in seconds that is worth a word, of first tokens and between tokens.
+LEAST_EXCESS_S = {"ttft": 0.1, "step": 0.01}
 _SHOWN_NAMES = 3
 _ORDER: tuple[Severity, ...] = ("error", "warning", "info")
 
 
-def find_problems(snapshot: LiveSnapshot) -> tuple[PageFinding, ...]:
-    """All findings about a snapshot, the worst first."""
+def find_problems(snapshot: LiveSnapshot, points: Sequence[TimePoint] = ()) -> tuple[PageFinding, ...]:
+    """All findings about a snapshot, the worst first.
+
+    Args:
+        snapshot: of the gateway.
+        points: the seconds before it, the oldest first, by which its times are judged where they have no bound.
+    """
     found = [
         *_find_in_fleet(snapshot),
         *_find_in_ranks(snapshot.engines),
         *_find_in_queue(snapshot),
         *_find_in_speed(snapshot),
+        *_find_unusual(snapshot, points),
         *_find_errors(snapshot),
     ]
     return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.severity)))
@@ -38,7 +52,10 @@ _STATUSES = {
     "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
     "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
     "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
+    "failed": _Status("error", "{} has failed and is started again", "See its log: `moeserving logs`, `kubectl logs`."),
     "notReady": _Status("warning", "{} is not ready", "It starts, was drained, or has failed: `moeserving logs`."),
+    "stopped": _Status("info", "{} was drained and has ended", "`moeserving drain ENGINE --undo` starts it again."),
+    "starting": _Status("info", "{} starts", ""),
     "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
 }
 
@@ -52,12 +69,14 @@ def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         yield PageFinding(kind="no_engine", severity="error", message="There is no engine.", advice=advice)
     elif not snapshot.accepting:
         message = "No engine takes requests: new ones are held here or refused."
-        yield PageFinding(
-            kind="none_accepts", severity="error", message=message, advice="Normal while the first engines start."
-        )
+        starts = {row.status for row in rows} <= {"starting", "notReady", "unreachable"}
+        advice = "Normal while the first engines start." if starts else ""
+        yield PageFinding(kind="none_accepts", severity="error", message=message, advice=advice)
     for status, row in _STATUSES.items():
-        if names := _name(each for each in rows if each.status == status):
-            message = f"{row.message.format(names)}."
+        found = [each for each in rows if each.status == status]
+        if names := _name(found):
+            words = next((each.words for each in found if each.words), "")
+            message = f"{row.message.format(names)}{f': {words}' if words else ''}."
             yield PageFinding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
 
 
@@ -111,6 +130,35 @@ def _find_in_speed(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
             yield PageFinding(kind=f"{kind}_over_bound", severity="warning", message=message, advice=advice)
 
 
+def _find_unusual(snapshot: LiveSnapshot, points: Sequence[TimePoint]) -> Iterator[PageFinding]:
+    """Times without a bound that are far above what they were in the minutes before, as this page knows them."""
+    if snapshot.ttft_target_s is None:
+        known = [(point.at_s, point.ttft_s) for point in points if point.ttft_s is not None]
+        yield from _judge_usual("ttft", "First tokens take", known, snapshot.at_s)
+    if snapshot.step_target_s is None:
+        known = [(point.at_s, point.step_s) for point in points if point.step_s is not None]
+        yield from _judge_usual("step", "Tokens come", known, snapshot.at_s)
+
+
+def _judge_usual(kind: str, title: str, known: Sequence[tuple[float, float]], now_s: float) -> Iterator[PageFinding]:
+    recent = list(itertools.takewhile(lambda row: now_s - row[0] < RECENT_S, reversed(known)))
+    before = len(known) - len(recent)
+    if len(recent) < LEAST_RECENT or before < LEAST_BEFORE:
+        return
+    present_s = statistics.median(value for _, value in recent)
+    if present_s <= LEAST_EXCESS_S[kind]:
+        return
+    usual_s = sorted(value for _, value in known[:before])[math.ceil(USUAL_PART * before) - 1]
+    if present_s > max(UNUSUAL_FACTOR * usual_s, usual_s + LEAST_EXCESS_S[kind]):
+        minutes = max(1, round((now_s - known[0][0]) / 60))
+        message = (
+            f"{title} longer than usual here: {present_s * 1e3:.0f} ms of late, and in nine of ten seconds of the last "
+            f"{minutes} min at most {usual_s * 1e3:.0f} ms."
+        )
+        advice = "No bound is set, so this is compared with the past alone; `scheduling.engine.targets` sets one."
+        yield PageFinding(kind=f"{kind}_unusual", severity="info", message=message, advice=advice)
+
+
 def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     ended = [row.record for row in snapshot.newest if row.record.status is not None]
     failed = [record for record in ended if (record.status or 0) >= 500]
@@ -126,20 +174,3 @@ def _name(rows: Iterable[EngineRow]) -> str:
     names = list(dict.fromkeys(row.name for row in rows))
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return ", ".join(names[:_SHOWN_NAMES]) + more
-
-
-def list_changes(before: LiveSnapshot | None, after: LiveSnapshot) -> list[PageEvent]:
-    """The events between two snapshots: findings that began or ended, engines that came or went."""
-    if before is None:
-        return []
-    old = {row.kind: row for row in before.findings}
-    new = {row.kind: row for row in after.findings}
-    at_s = after.at_s
-    began = [
-        PageEvent(at_s=at_s, message=row.message, severity=row.severity) for kind, row in new.items() if kind not in old
-    ]
-    ended = [PageEvent(at_s=at_s, message=f"Over: {row.message}") for kind, row in old.items() if kind not in new]
-    names = {row.name for row in before.engines}, {row.name for row in after.engines}
-    came = [PageEvent(at_s=at_s, message=f"New engine: {name}.") for name in sorted(names[1] - names[0])]
-    gone = [PageEvent(at_s=at_s, message=f"Engine gone: {name}.") for name in sorted(names[0] - names[1])]
-    return [*began, *ended, *came, *gone]

@@ -7,18 +7,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import aiohttp
-from moe_contract.gateway_config import Limits
+from moe_contract.gateway_config import GatewaySettings, Limits
 from moe_contract.live_page import History, LiveSnapshot, PageEvent, TimePoint, write_event
 from moe_contract.pod_identity import PodIdentity
 
 from moe_gateway.engines.dispatcher import Dispatcher
+from moe_gateway.live_page.changes import list_changed_settings, list_changes
 from moe_gateway.live_page.experts import ExpertsReader
-from moe_gateway.live_page.findings import find_problems, list_changes
+from moe_gateway.live_page.findings import find_problems
 from moe_gateway.live_page.rates import Counters, measure_point, measure_ranks
 from moe_gateway.live_page.snapshot import build_snapshot
 from moe_gateway.request.recent_requests import RecentRequests
@@ -40,6 +41,11 @@ class Watched(Protocol):
     stats: RequestStats
     recent: RecentRequests
     clock: Callable[[], float]
+    in_force: GatewaySettings
+    gateways: tuple[str, ...]
+
+    @property
+    def tenant_names(self) -> Mapping[str, str]: ...
 
     @property
     def draining(self) -> bool: ...
@@ -88,6 +94,7 @@ class LivePublisher:
         self._text = b""
         self._points: deque[TimePoint] = deque(maxlen=int(KEPT_S / PERIOD_S))
         self._events: deque[PageEvent] = deque(maxlen=KEPT_EVENTS)
+        self._settings = gateway.in_force
         self._is_ended = self._is_failing = False
         self.made = 0
 
@@ -182,15 +189,23 @@ class LivePublisher:
             draining=gateway.draining,
             pod=self._pod,
             now_s=now_s,
+            gateways=gateway.gateways,
+            tenants=gateway.tenant_names,
         )
-        snapshot = replace(snapshot, findings=find_problems(snapshot))
+        snapshot = replace(snapshot, findings=find_problems(snapshot, self._points))
         self._events.extendleft(list_changes(self._newest, snapshot))
+        self._events.extendleft(self._list_changed_settings(at_s))
         snapshot = replace(snapshot, events=tuple(self._events))
         if self._newest is not None:
             self._points.append(point)
         self._before, self._newest, self._text = after, snapshot, write_event(snapshot)
         self.made += 1
         self._experts.refresh(self._wanted(), now_s, at_s)
+
+    def _list_changed_settings(self, at_s: float) -> list[PageEvent]:
+        """Changes of settings since the last snapshot, also while no page was open."""
+        before, self._settings = self._settings, self._gateway.in_force
+        return list_changed_settings(before, self._settings, at_s, was_seen=self._newest is not None)
 
     def _wanted(self) -> set[tuple[str, str]]:
         """Engines whose experts somebody looks at, with the URL of their agents."""

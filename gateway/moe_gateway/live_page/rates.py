@@ -85,12 +85,14 @@ def measure_point(
         return TimePoint(at_s=round(at_s, 3), held=held, in_flight=in_flight)
     counts = [new - old for old, new in zip(before.ttft_counts, after.ttft_counts, strict=True)]
     first_tokens = sum(counts)
+    mean_s = round((after.ttft_total_s - before.ttft_total_s) / first_tokens, 6) if first_tokens else None
     steps = [rate for rate in rates.values() if rate.step_s is not None]
     counted = [rate.tokens_per_s for rate in rates.values() if rate.tokens_per_s is not None]
     return TimePoint(
         at_s=round(at_s, 3),
-        ttft_s=round((after.ttft_total_s - before.ttft_total_s) / first_tokens, 6) if first_tokens else None,
-        ttft_p95_s=_rounded(find_quantile(0.95, bounds, counts)),
+        ttft_s=mean_s,
+        # One alone is known exactly, and not only by its bucket.
+        ttft_p95_s=mean_s if first_tokens == 1 else _rounded(find_quantile(0.95, bounds, counts)),
         # Each step counts alike: the mean over tokens of equally full ranks.
         step_s=round(passed_s * len(steps) / sum(rate.steps for rate in steps), 6) if steps else None,
         requests_per_s=round((after.arrivals - before.arrivals) / passed_s, 2),

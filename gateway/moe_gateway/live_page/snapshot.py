@@ -1,12 +1,13 @@
 """One moment of the gateway for the live page, built from its dispatcher and its newest requests. Reads alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from typing import Any, cast
 
+from moe_contract.agent_state import EngineState
 from moe_contract.gateway_config import Limits
 from moe_contract.live_page import EngineRow, HeldGroup, LiveSnapshot, RequestRow, TimePoint
 from moe_contract.pod_identity import PodIdentity
-from moe_contract.request_record import RequestRecord, TargetTerms
+from moe_contract.quantities import describe_time
 from moe_scheduling.signals import Target
 
 from moe_gateway.engines.dispatcher import Dispatcher
@@ -14,12 +15,14 @@ from moe_gateway.engines.fleet import Engine
 from moe_gateway.engines.hold_queue import Waiter
 from moe_gateway.engines.load_report import find_source, least_wait_s
 from moe_gateway.live_page.rates import RankRate
-from moe_gateway.request.recent_requests import RecentRequests
+from moe_gateway.request.dispatched import DispatchedRequest
+from moe_gateway.request.recent_requests import BriefRequest, RecentRequests
 from moe_gateway.request_stats import RequestStats
 
 # Rows of a snapshot. A tenant's or model's name comes from clients, and may be of any length.
 NEWEST, MOST_GROUPS, LONGEST_NAME = 40, 50, 128
-_DIGITS = 5
+# Of the hold queue, and characters of why an engine ended.
+MOST_HELD, LONGEST_EXIT = 8, 300
 
 
 def build_snapshot(
@@ -33,12 +36,18 @@ def build_snapshot(
     draining: bool,
     pod: PodIdentity,
     now_s: float,
+    gateways: tuple[str, ...] = (),
+    tenants: Mapping[str, str] = {},
 ) -> LiveSnapshot:
-    """The event `snapshot` without findings and events; `now_s` is the gateway's clock, at `point.at_s`."""
+    """The event `snapshot` without findings and events; `now_s` is the gateway's clock, at `point.at_s`.
+
+    `tenants` has the names of tenants by their digest.
+    """
     settings, targets = dispatcher.settings, dispatcher.settings.targets
     return LiveSnapshot(
         at_s=round(point.at_s, 3),
         pod=pod.name,
+        gateways=gateways,
         models=tuple(sorted(_shorten(name) for name in dispatcher.models))[:MOST_GROUPS],
         accepting=dispatcher.accepting and not draining,
         draining=draining,
@@ -54,11 +63,13 @@ def build_snapshot(
         retried=stats.retried,
         point=point,
         engines=tuple(_build_row(dispatcher, target, rates.get(target), now_s) for target in dispatcher.target_states),
-        held=group_held(dispatcher.waiting, now_s),
-        newest=tuple(
-            _build_request(record, point.at_s - (now_s - arrived_s)) for arrived_s, record in recent.newest(NEWEST)
-        ),
+        held=group_held(dispatcher.waiting, now_s, tenants),
+        newest=list_requests(dispatcher.waiting, recent, point.at_s - now_s, now_s),
     )
+
+
+# Status by the phase of the agent.
+_NOT_READY = {"starting": "starting", "backoff": "failed", "stopped": "stopped"}
 
 
 def find_status(engine: Engine, target: Target, stalled: Iterable[Target], now_s: float) -> str:
@@ -68,43 +79,62 @@ def find_status(engine: Engine, target: Target, stalled: Iterable[Target], now_s
     if engine.is_draining:
         return "draining"
     if not engine.is_ready or not engine.is_offered:
-        return "notReady" if engine.is_reachable else "unreachable"
+        phase = "" if engine.reported is None else engine.reported.phase
+        return _NOT_READY.get(phase, "notReady") if engine.is_reachable else "unreachable"
     if max(engine.ejected_until_s, engine.suspended_until_s) > now_s:
         return "ejected"
     return "ready" if engine.is_reachable else "unreachable"
+
+
+def describe_start(state: EngineState | None) -> str:
+    """How far an engine is that starts, or how it ended last, by what its agent says."""
+    if state is None or state.phase not in ("starting", "backoff"):
+        return ""
+    words = []
+    if state.start is not None:
+        words.append(f"{state.start.words}, for {describe_time(state.start.age_s)}")
+    if state.engine.last_exit:
+        times = f" {state.engine.restarts} times, the last time" if state.engine.restarts > 1 else ""
+        words.append(f"ended{times} with: {_shorten(state.engine.last_exit, LONGEST_EXIT)}")
+    return "; ".join(words)
 
 
 def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, now_s: float) -> EngineRow:
     state, engine = dispatcher.target_states[target], dispatcher.engines[target.server]
     signal, age_s = state.signal, state.signal_age_s(now_s)
     roles = {} if dispatcher.placements is None else dispatcher.placements.roles
-    row = EngineRow(
+    status = find_status(engine, target, dispatcher.stalled, now_s)
+    # Nothing is known of a rank without a signal but what stands in the defaults.
+    known: dict[str, Any] = (
+        {}
+        if signal is None
+        else {
+            "running": signal.running,
+            "waiting": signal.waiting,
+            "waiting_prefill_tokens": signal.waiting_prefill_tokens,
+            "kv_usage": round(signal.kv_usage, 3),
+            "preemptions": signal.preemptions,
+            "expert_balance": round(signal.expert_balance, 3),
+        }
+    )
+    return EngineRow(
         name=target.server,
         rank=target.rank,
         group=engine.group,
         role=roles.get(target.server, ""),
-        status=find_status(engine, target, dispatcher.stalled, now_s),
+        status=status,
+        words=describe_start(engine.reported) if status in ("starting", "failed") else "",
         in_flight=state.in_flight,
         step_s=None if rate is None else rate.step_s,
         tokens_per_s=None if rate is None else rate.tokens_per_s,
         signal_age_s=None if age_s is None else round(age_s, 2),
         signal_source=find_source(dispatcher, target, now_s).value,
         ttft_factor=round(state.ttft_factor, 3),
-    )
-    if signal is None:
-        return row
-    return replace(
-        row,
-        running=signal.running,
-        waiting=signal.waiting,
-        waiting_prefill_tokens=signal.waiting_prefill_tokens,
-        kv_usage=round(signal.kv_usage, 3),
-        preemptions=signal.preemptions,
-        expert_balance=round(signal.expert_balance, 3),
+        **known,
     )
 
 
-def group_held(waiters: Iterable[Waiter], now_s: float) -> tuple[HeldGroup, ...]:
+def group_held(waiters: Iterable[Waiter], now_s: float, tenants: Mapping[str, str] = {}) -> tuple[HeldGroup, ...]:
     """Held requests by class and tenant, the longest wait first; at most `MOST_GROUPS` groups."""
     groups: dict[tuple[int, str], HeldGroup] = {}
     for waiter in waiters:
@@ -113,7 +143,7 @@ def group_held(waiters: Iterable[Waiter], now_s: float) -> tuple[HeldGroup, ...]
         before = groups.get(key)
         groups[key] = HeldGroup(
             priority=job.priority,
-            tenant=_shorten(job.tenant),
+            tenant=_shorten(tenants.get(job.tenant, job.tenant)),
             requests=1 if before is None else before.requests + 1,
             prompt_tokens=job.prompt_tokens + (0 if before is None else before.prompt_tokens),
             oldest_s=round(waits_s if before is None else max(before.oldest_s, waits_s), 3),
@@ -121,51 +151,35 @@ def group_held(waiters: Iterable[Waiter], now_s: float) -> tuple[HeldGroup, ...]
     return tuple(sorted(groups.values(), key=lambda row: -row.oldest_s)[:MOST_GROUPS])
 
 
-def _build_request(record: RequestRecord, arrived_at_s: float) -> RequestRow:
-    """The row of a request: of its last choice the engine that it went to, and the best one beside it."""
-    chosen = other = None
-    engines = 0
-    if record.attempts:
-        last = record.attempts[-1]
-        here = [row for row in last.targets if (row.name, row.rank) == (last.name, last.rank)]
-        others = [row for row in last.targets if (row.name, row.rank) != (last.name, last.rank)]
-        chosen, other = next(iter(here), None), min(others, key=lambda row: row.predicted_s, default=None)
-        engines = len(last.targets) + last.more_targets
-    attempts = tuple(
-        replace(
-            attempt,
-            targets=(),
-            after_s=round(attempt.after_s, _DIGITS),
-            predicted_s=round(attempt.predicted_s, _DIGITS),
-        )
-        for attempt in record.attempts
-    )
+def list_requests(
+    waiters: Iterable[Waiter], recent: RecentRequests, from_clock_s: float, now_s: float
+) -> tuple[RequestRow, ...]:
+    """At most `MOST_HELD` held requests, the longest wait first, then the newest ones.
+
+    Args:
+        waiters: the hold queue; in a gateway these are requests of clients.
+        recent: the remembered requests.
+        from_clock_s: time of day less the gateway's clock.
+        now_s: the gateway's clock.
+    """
+    held = [(now_s - waiter.attempts.waiting_since_s, cast(DispatchedRequest, waiter)) for waiter in waiters]
+    held = sorted(held, key=lambda row: -row[0])[:MOST_HELD]
+    rows = [_build_request(recent.describe(request), from_clock_s, round(waits_s, 3)) for waits_s, request in held]
+    shown = {row.record.request_id for row in rows}
+    newest = [_build_request(row, from_clock_s) for row in recent.newest(NEWEST) if row.record.request_id not in shown]
+    return (*rows, *newest)
+
+
+def _build_request(row: BriefRequest, from_clock_s: float, held_s: float | None = None) -> RequestRow:
     return RequestRow(
-        arrived_at_s=round(arrived_at_s, 3),
-        record=replace(
-            record,
-            attempts=attempts,
-            ttft_s=_rounded(record.ttft_s),
-            duration_s=_rounded(record.duration_s),
-        ),
-        chosen=None if chosen is None else _round_terms(chosen),
-        other=None if other is None else _round_terms(other),
-        engines=engines,
+        arrived_at_s=round(row.arrived_s + from_clock_s, 3),
+        record=row.record,
+        chosen=row.chosen,
+        other=row.other,
+        engines=row.targets,
+        held_s=held_s,
     )
 
 
-def _round_terms(row: TargetTerms) -> TargetTerms:
-    return replace(
-        row,
-        kv_s=round(row.kv_s, _DIGITS),
-        wait_s=round(row.wait_s, _DIGITS),
-        predicted_s=round(row.predicted_s, _DIGITS),
-    )
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, _DIGITS)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+def _shorten(name: str, most: int = LONGEST_NAME) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -34,7 +34,7 @@ class _Attempt(NamedTuple):
 
 
 class _Recent(NamedTuple):
-    """A request. Kept as a list in this order, whose last four are replaced at its end."""
+    """A request. Kept as a list in this order, whose last five are replaced at its end; `running` is then None."""
 
     arrived_s: float
     route: str
@@ -46,8 +46,28 @@ class _Recent(NamedTuple):
     problem: str
     ttft_s: float | None
     ended_s: float | None
+    running: "DispatchedRequest | None"
 
 
+class BriefRequest(NamedTuple):
+    """A remembered request for a list of many: of the terms of its last choice two rows alone are built.
+
+    Attributes:
+        arrived_s: on the gateway's clock.
+        record: without terms; times have `DIGITS` digits.
+        chosen: terms of the target that it was sent to last; None where they were not recorded.
+        other: terms of the best target beside it; None without one.
+        targets: targets whose terms were compared.
+    """
+
+    arrived_s: float
+    record: RequestRecord
+    chosen: TargetTerms | None = None
+    other: TargetTerms | None = None
+    targets: int = 0
+
+
+DIGITS = 5
 _ARRIVED, _ATTEMPTS, _STATUS = map(_Recent._fields.index, ("arrived_s", "attempts", "status"))
 
 
@@ -69,7 +89,7 @@ class RecentRequests:
 
     def end(self, exchange: "DispatchedRequest", status: int, problem: str, now_s: float) -> None:
         """Notes how and when a request ended."""
-        self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s
+        self._find(exchange)[_STATUS:] = status, problem, exchange.ttft_s, now_s, None
 
     def _find(self, exchange: "DispatchedRequest") -> list[Any]:
         request, by_id = exchange.request, self._by_id
@@ -80,10 +100,7 @@ class RecentRequests:
                 return recent
             # A client may use an id again: the newest request has it.
             by_id.move_to_end(request_id)
-        job = exchange.job
-        model = job.model and job.model[:LONGEST_MODEL_CHARACTERS]
-        label, tokens, priority = exchange.route.label, job.prompt_tokens, job.priority
-        by_id[request_id] = recent = [arrived_s, label, model, tokens, priority, [], None, "", None, None]
+        by_id[request_id] = recent = _begin(exchange)
         if len(by_id) > REMEMBERED_REQUESTS:
             by_id.popitem(last=False)
         return recent
@@ -93,16 +110,31 @@ class RecentRequests:
         row = self._by_id.get(request_id.encode())
         return None if row is None else _build_record(request_id, _Recent._make(row))
 
-    def newest(self, count: int) -> list[tuple[float, RequestRecord]]:
-        """At most this number of requests, the newest first, each with its arrival on the gateway's clock."""
+    def describe(self, exchange: "DispatchedRequest") -> BriefRequest:
+        """A request that has not ended, also one that was sent to no engine yet."""
+        request = exchange.request
+        row = self._by_id.get(request.request_id)
+        if row is None or row[_ARRIVED] != request.arrived_s:
+            row = _begin(exchange)
+        return _build_brief(request.request_id, _Recent._make(row))
+
+    def newest(self, count: int) -> list[BriefRequest]:
+        """At most this number of requests, the newest first."""
         rows = itertools.islice(reversed(self._by_id.items()), count)
-        named = [(request_id.decode(errors="replace"), _Recent._make(row)) for request_id, row in rows]
-        return [(recent.arrived_s, _build_record(request_id, recent)) for request_id, recent in named]
+        return [_build_brief(request_id, _Recent._make(row)) for request_id, row in rows]
 
     def first_tokens(self) -> list[tuple[float, float]]:
         """Of the remembered streams that have ended the arrival on the gateway's clock and the TTFT in seconds."""
         named = map(_Recent._make, self._by_id.values())
         return [(recent.arrived_s, recent.ttft_s) for recent in named if recent.ttft_s is not None]
+
+
+def _begin(exchange: "DispatchedRequest") -> list[Any]:
+    """The row of a request without an attempt."""
+    job = exchange.job
+    model = job.model and job.model[:LONGEST_MODEL_CHARACTERS]
+    label, tokens, priority = exchange.route.label, job.prompt_tokens, job.priority
+    return [exchange.request.arrived_s, label, model, tokens, priority, [], None, "", None, None, exchange]
 
 
 def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
@@ -115,8 +147,49 @@ def _build_record(request_id: str, recent: _Recent) -> RequestRecord:
         attempts=tuple(_attempt_record(_Attempt._make(row), recent.arrived_s) for row in recent.attempts),
         status=recent.status,
         problem=recent.problem,
-        ttft_s=recent.ttft_s,
+        ttft_s=recent.ttft_s if recent.running is None else recent.running.ttft_s,
         duration_s=None if recent.ended_s is None else recent.ended_s - recent.arrived_s,
+    )
+
+
+def _build_brief(request_id: bytes, recent: _Recent) -> BriefRequest:
+    arrived_s, ttft_s = recent.arrived_s, recent.ttft_s if recent.running is None else recent.running.ttft_s
+    attempts = [_Attempt._make(row) for row in recent.attempts]
+    record = RequestRecord(
+        request_id=request_id.decode(errors="replace"),
+        route=recent.route,
+        model=recent.model and _as_text(recent.model),
+        prompt_tokens=recent.prompt_tokens,
+        priority=recent.priority,
+        attempts=tuple([_brief_attempt(row, arrived_s) for row in attempts]),
+        status=recent.status,
+        problem=recent.problem,
+        ttft_s=None if ttft_s is None else round(ttft_s, DIGITS),
+        duration_s=None if recent.ended_s is None else round(recent.ended_s - arrived_s, DIGITS),
+    )
+    if not attempts or not attempts[-1].terms:
+        return BriefRequest(arrived_s, record)
+    last = attempts[-1]
+    chosen = [row for row in last.terms if row.target == last.sending.target]
+    others = [row for row in last.terms if row.target != last.sending.target]
+    return BriefRequest(
+        arrived_s,
+        record,
+        _terms(chosen[0], DIGITS) if chosen else None,
+        _terms(min(others, key=lambda row: row.predicted_s), DIGITS) if others else None,
+        len(last.terms) + last.more_targets,
+    )
+
+
+def _brief_attempt(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
+    sending = attempt.sending
+    return AttemptRecord(
+        name=sending.target.server,
+        rank=sending.target.rank,
+        reason=sending.reason.value,
+        after_s=round(attempt.at_s - arrived_s, DIGITS),
+        predicted_s=round(sending.predicted_s, DIGITS),
+        continued=attempt.continued,
     )
 
 
@@ -153,7 +226,10 @@ def _attempt_record(attempt: _Attempt, arrived_s: float) -> AttemptRecord:
     )
 
 
-def _terms(row: Explanation) -> TargetTerms:
+def _terms(row: Explanation, digits: int | None = None) -> TargetTerms:
+    kv_s, wait_s, predicted_s = row.kv_s, row.wait_s, row.predicted_s
+    if digits is not None:
+        kv_s, wait_s, predicted_s = round(kv_s, digits), round(wait_s, digits), round(predicted_s, digits)
     return TargetTerms(
         name=row.target.server,
         rank=row.target.rank,
@@ -161,7 +237,7 @@ def _terms(row: Explanation) -> TargetTerms:
         ahead_tokens=row.ahead_tokens,
         uncached_tokens=row.uncached_tokens,
         fresh=row.fresh,
-        kv_s=row.kv_s,
-        wait_s=row.wait_s,
-        predicted_s=row.predicted_s,
+        kv_s=kv_s,
+        wait_s=wait_s,
+        predicted_s=predicted_s,
     )

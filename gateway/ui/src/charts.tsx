@@ -3,7 +3,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import { clock, seconds } from "./words";
+import { alone, clock, seconds } from "./words";
 
 export interface Line {
   readonly label: string;
@@ -13,7 +13,12 @@ export interface Line {
 }
 
 const HEIGHT = 170;
+// A page that was just opened has few points.
+const LEAST_RANGE_S = 60;
 const style = (name: string) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** The values beside which there is none on either side: no line shows them. */
+const findAlone = (plot: uPlot, series: number): number[] => alone(plot.data[series] as (number | null)[]);
 
 export function Chart(props: {
   title: string;
@@ -36,7 +41,7 @@ export function Chart(props: {
       height: HEIGHT,
       legend: { show: false },
       cursor: { y: false },
-      scales: { x: { time: true }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+      scales: { x: { time: true, range: (_plot, low, high) => [Math.min(low ?? 0, (high ?? 0) - LEAST_RANGE_S), high ?? 0] }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
       axes: [{ ...axis, space: 90, values: (_plot, ticks) => ticks.map(clock) }, { ...axis, size: 62, values: (_plot, ticks) => ticks.map(format) }],
       series: [
         {},
@@ -44,8 +49,7 @@ export function Chart(props: {
           label: line.label,
           stroke: style(line.color),
           width: 2,
-          ...(line.dashed ? { dash: [6, 5] } : {}),
-          ...(line.dashed ? { points: { show: false } } : {}),
+          ...(line.dashed ? { dash: [6, 5], points: { show: false } } : { points: { show: true, size: 5, filter: findAlone } }),
         })),
       ],
     };

@@ -19,6 +19,7 @@ export interface EngineRow {
   group: string;
   role: string;
   status: string;
+  words: string;
   in_flight: number;
   running: number;
   waiting: number;
@@ -87,6 +88,7 @@ export interface History {
 export interface LiveSnapshot {
   at_s: number;
   pod: string;
+  gateways: readonly string[];
   models: readonly string[];
   accepting: boolean;
   draining: boolean;
@@ -137,13 +139,14 @@ export interface RequestRecord {
   duration_s: number | null;
 }
 
-/** One of the newest requests that were meant for an engine. */
+/** A request that is held, or one of the newest that were sent to an engine. */
 export interface RequestRow {
   arrived_at_s: number;
   record: RequestRecord;
   chosen: TargetTerms | null;
   other: TargetTerms | null;
   engines: number;
+  held_s: number | null;
 }
 
 /** The prediction for one target at the moment of a choice, term by term. */

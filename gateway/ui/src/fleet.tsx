@@ -3,7 +3,13 @@
 import type { EngineRow, HeldGroup, LiveSnapshot } from "./contract";
 import { count, place, seconds } from "./words";
 
-const WORDS: Record<string, string> = { notReady: "not ready" };
+const WORDS: Record<string, string> = {
+  notReady: "not ready",
+  ejected: "paused after failures",
+  stalled: "makes no steps",
+  failed: "failed, is started again",
+  stopped: "stopped after a drain",
+};
 
 export function Fleet({ rows }: { rows: readonly EngineRow[] }) {
   const ready = rows.filter((row) => row.status === "ready").length;
@@ -37,6 +43,7 @@ export function Fleet({ rows }: { rows: readonly EngineRow[] }) {
                 {hasRoles && <td>{row.role}</td>}
                 <td>
                   <span class={`status ${row.status}`}>{WORDS[row.status] ?? row.status}</span>
+                  {row.words && <div class="words soft">{row.words}</div>}
                 </td>
                 <td class="number">{row.running}</td>
                 <td class="number">{row.waiting}</td>

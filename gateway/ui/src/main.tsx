@@ -8,7 +8,7 @@ import { Experts } from "./experts";
 import { Fleet, Held } from "./fleet";
 import { Requests } from "./requests";
 import { follow, keepKey, type State, takeKey, watchKey } from "./stream";
-import { clock, count, seconds } from "./words";
+import { clock, count, seconds, withGaps } from "./words";
 import "./style.css";
 
 const KEPT_POINTS = 600;
@@ -71,7 +71,8 @@ function Page() {
           <>
             <Health snapshot={snapshot} state={state} />
             <Numbers snapshot={snapshot} points={points} />
-            <Requests rows={snapshot.newest} />
+            <OtherGateways snapshot={snapshot} />
+            <Requests snapshot={snapshot} />
             <Speed snapshot={snapshot} points={points} dark={dark} />
             <Experts engines={expertEngines(snapshot).sort()} engine={engine} experts={experts} onChoose={choose} />
             <Fleet rows={snapshot.engines} />
@@ -105,6 +106,7 @@ function Head({ state, snapshot }: { state: State; snapshot: LiveSnapshot | null
       <span>
         {snapshot?.models.join(", ")}
         {snapshot?.pod ? ` · gateway ${snapshot.pod}` : ""}
+        {snapshot && snapshot.gateways.length > 1 ? `, one of ${snapshot.gateways.length}` : ""}
       </span>
       <span class={`state ${state}`} role="status">
         {STATES[state]}
@@ -159,7 +161,7 @@ function Health({ snapshot, state }: { snapshot: LiveSnapshot; state: State }) {
           !whyOld && (
             <p>
               No: all engines take requests.
-              {snapshot.ttft_target_s === null && snapshot.step_target_s === null && withCode(" Times are not judged: `scheduling.engine.targets` sets no bound.")}
+              {snapshot.ttft_target_s === null && snapshot.step_target_s === null && withCode(" Times are compared with those of the last minutes alone: `scheduling.engine.targets` sets no bound.")}
             </p>
           )
         ) : (
@@ -202,8 +204,23 @@ function Numbers({ snapshot, points }: { snapshot: LiveSnapshot; points: readonl
   );
 }
 
+const MOST_NAMES = 8;
+
+function OtherGateways({ snapshot }: { snapshot: LiveSnapshot }) {
+  const others = snapshot.gateways.filter((name) => name !== snapshot.pod);
+  if (snapshot.gateways.length < 2) return null;
+  const more = others.length > MOST_NAMES ? ` and ${others.length - MOST_NAMES} more` : "";
+  return (
+    <p class="others soft">
+      Requests, rates, times and the hold queue are those of this gateway alone; what engines run and use is for all gateways. The others:{" "}
+      {others.slice(0, MOST_NAMES).join(", ")}
+      {more}. <code>moeserving ui</code> prints the address of each, <code>moeserving top</code> shows them together.
+    </p>
+  );
+}
+
 function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: readonly TimePoint[]; dark: boolean }) {
-  const times = points.map((point) => point.at_s);
+  const { times, points: shown } = withGaps(points);
   const bound = (value: number | null) => (value === null ? [] : [{ label: "bound", color: "--bound", values: times.map(() => value), dashed: true }]);
   return (
     <section aria-labelledby="speed">
@@ -214,8 +231,8 @@ function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: rea
           dark={dark}
           times={times}
           lines={[
-            { label: "mean", color: "--mean", values: points.map((point) => point.ttft_s) },
-            { label: "p95", color: "--high", values: points.map((point) => point.ttft_p95_s) },
+            { label: "mean", color: "--mean", values: shown.map((point) => point?.ttft_s ?? null) },
+            { label: "p95", color: "--high", values: shown.map((point) => point?.ttft_p95_s ?? null) },
             ...bound(snapshot.ttft_target_s),
           ]}
         />
@@ -223,7 +240,7 @@ function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: rea
           title="Time between tokens"
           dark={dark}
           times={times}
-          lines={[{ label: "mean", color: "--mean", values: points.map((point) => point.step_s) }, ...bound(snapshot.step_target_s)]}
+          lines={[{ label: "mean", color: "--mean", values: shown.map((point) => point?.step_s ?? null) }, ...bound(snapshot.step_target_s)]}
         />
         <Chart
           title="Requests"
@@ -231,8 +248,8 @@ function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: rea
           times={times}
           format={count}
           lines={[
-            { label: "at engines", color: "--mean", values: points.map((point) => point.in_flight) },
-            { label: "held", color: "--high", values: points.map((point) => point.held) },
+            { label: "at engines", color: "--mean", values: shown.map((point) => point?.in_flight ?? null) },
+            { label: "held", color: "--high", values: shown.map((point) => point?.held ?? null) },
           ]}
         />
       </div>

@@ -1,11 +1,11 @@
 // The newest requests: where each went, why, and where its time went.
 
 import { useState } from "preact/hooks";
-import type { RequestRow } from "./contract";
-import { clock, count, explain, partsOf, place, seconds } from "./words";
+import type { LiveSnapshot, RequestRow } from "./contract";
+import { clock, count, explain, partsOf, pick, place, seconds, waited } from "./words";
 
-export function Bar({ row }: { row: RequestRow }) {
-  const parts = partsOf(row);
+export function Bar({ row, nowS }: { row: RequestRow; nowS: number }) {
+  const parts = partsOf(row, nowS);
   const total = parts.reduce((sum, part) => sum + part.seconds, 0);
   if (!total) return null;
   return (
@@ -26,11 +26,10 @@ export function Bar({ row }: { row: RequestRow }) {
   );
 }
 
-const ended = (row: RequestRow) => row.record.status !== null;
-
-export function Requests({ rows }: { rows: readonly RequestRow[] }) {
+export function Requests({ snapshot }: { snapshot: LiveSnapshot }) {
+  const { newest: rows, at_s: nowS } = snapshot;
   const [chosen, setChosen] = useState<string | null>(null);
-  const shown = rows.find((row) => row.record.request_id === chosen) ?? rows.find(ended) ?? rows[0];
+  const shown = rows.find((row) => row.record.request_id === chosen) ?? pick(rows, nowS);
   if (!shown) {
     return (
       <section aria-labelledby="why">
@@ -40,9 +39,10 @@ export function Requests({ rows }: { rows: readonly RequestRow[] }) {
     );
   }
   const { record } = shown;
+  const title = chosen !== null ? "Why did this request wait?" : record.status === null ? "Why does a request wait now?" : "Why did the last request wait?";
   return (
     <section aria-labelledby="why">
-      <h2 id="why">{chosen === null ? "Why did the last request wait?" : "Why did this request wait?"}</h2>
+      <h2 id="why">{title}</h2>
       <div id="explanation" aria-live={chosen === null ? "off" : "polite"}>
         <p class="soft">
           <code>{record.request_id}</code> · {record.route}
@@ -57,8 +57,8 @@ export function Requests({ rows }: { rows: readonly RequestRow[] }) {
             </>
           )}
         </p>
-        <p>{explain(shown).join(" ")}</p>
-        <Bar row={shown} />
+        <p>{explain(shown, snapshot).join(" ")}</p>
+        <Bar row={shown} nowS={nowS} />
       </div>
       <div class="scroll" tabIndex={0} role="region" aria-label="The newest requests">
         <table>
@@ -77,7 +77,7 @@ export function Requests({ rows }: { rows: readonly RequestRow[] }) {
           </thead>
           <tbody>
             {rows.map((row) => (
-              <Row key={row.record.request_id} row={row} isShown={row === shown} onChoose={setChosen} />
+              <Row key={row.record.request_id} row={row} nowS={nowS} isShown={row === shown} onChoose={setChosen} />
             ))}
           </tbody>
         </table>
@@ -86,8 +86,8 @@ export function Requests({ rows }: { rows: readonly RequestRow[] }) {
   );
 }
 
-function Row(props: { row: RequestRow; isShown: boolean; onChoose: (id: string) => void }) {
-  const { row, isShown, onChoose } = props;
+function Row(props: { row: RequestRow; nowS: number; isShown: boolean; onChoose: (id: string) => void }) {
+  const { row, nowS, isShown, onChoose } = props;
   const { record } = row;
   const last = record.attempts[record.attempts.length - 1];
   const late = record.ttft_s !== null && last !== undefined && record.ttft_s > 2 * (last.after_s + last.predicted_s) + 0.05;
@@ -100,12 +100,12 @@ function Row(props: { row: RequestRow; isShown: boolean; onChoose: (id: string) 
         </button>
       </td>
       <td>{last ? place(last.name, last.rank) : "none"}</td>
-      <td class="number">{last ? seconds(last.after_s) : "–"}</td>
+      <td class="number">{row.held_s !== null ? `${seconds(row.held_s)} so far` : last ? seconds(last.after_s) : "–"}</td>
       <td class="number">{last ? seconds(last.after_s + last.predicted_s) : "–"}</td>
       <td class={`number ${late ? "late" : ""}`}>{seconds(record.ttft_s)}</td>
-      <td class="number">{seconds(record.duration_s)}</td>
+      <td class="number">{record.status === null ? `${seconds(waited(row, nowS))} so far` : seconds(record.duration_s)}</td>
       <td class={(record.status ?? 0) >= 500 ? "late" : ""}>
-        {record.status ?? "runs"} {record.problem}
+        {record.status ?? (row.held_s !== null ? "held" : record.ttft_s !== null ? "answers" : "waits")} {record.problem}
       </td>
     </tr>
   );

@@ -1,11 +1,12 @@
 // Numbers and reasons in words. Pure: tested in words.test.ts.
 
-import type { RequestRow } from "./contract";
+import type { RequestRow, TimePoint } from "./contract";
 
 export function seconds(value: number | null | undefined): string {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size >= 100) return `${value.toFixed(0)} s`;
+  if (size >= 10) return `${value.toFixed(1)} s`;
   if (size >= 1) return `${value.toFixed(2)} s`;
   if (size >= 0.1) return `${(value * 1e3).toFixed(0)} ms`;
   if (size >= 0.001) return `${(value * 1e3).toFixed(1)} ms`;
@@ -42,17 +43,24 @@ export interface Part {
   readonly seconds: number;
 }
 
-/** The time of a request until its first token by term, and the rest of its answer. */
-export function partsOf(row: RequestRow): Part[] {
+/** Seconds since a request came that has not ended. */
+export const waited = (row: RequestRow, nowS: number): number => Math.max(0, nowS - row.arrived_at_s);
+
+/** The time of a request until its first token by term, and the rest of its answer; of one that runs, until now. */
+export function partsOf(row: RequestRow, nowS: number): Part[] {
   const { record, chosen } = row;
   const last = record.attempts[record.attempts.length - 1];
-  if (!last) return [];
+  const runs = record.status === null;
   const parts: Part[] = [];
   const add = (kind: Part["kind"], label: string, value: number) => {
     if (value > 0) parts.push({ kind, label, seconds: value });
   };
+  if (!last || row.held_s !== null) {
+    if (runs) add("held", last ? "so far, most of it before an engine could take it again" : "in the gateway so far", waited(row, nowS));
+    return parts;
+  }
   const retried = record.attempts.length > 1;
-  const until = record.ttft_s ?? record.duration_s;
+  const until = runs ? waited(row, nowS) : record.duration_s;
   add("held", retried ? "before it was sent there, failed engines included" : "in the gateway", last.after_s);
   if (record.ttft_s !== null) {
     const measured = Math.max(0, record.ttft_s - last.after_s);
@@ -61,9 +69,10 @@ export function partsOf(row: RequestRow): Part[] {
     add("ahead", "behind other prompts at the engine, predicted", wait);
     add("own", chosen ? "its own prompt, predicted" : "at the engine, as predicted", own);
     add("over", "longer than predicted", measured - wait - own);
-    add("rest", "rest of the answer", (record.duration_s ?? record.ttft_s) - record.ttft_s);
+    add("rest", runs ? "of its answer so far" : "rest of the answer", (until ?? record.ttft_s) - record.ttft_s);
   } else if (until !== null) {
-    add("rest", isAnswer(row) ? "at the engine: the answer came in one piece" : "at the engine, without a first token", until - last.after_s);
+    const words = isAnswer(row) ? "at the engine: the answer came in one piece" : `at the engine, without a first token${runs ? " so far" : ""}`;
+    add("rest", words, until - last.after_s);
   }
   return parts;
 }
@@ -71,17 +80,31 @@ export function partsOf(row: RequestRow): Part[] {
 /** Whether it ended with an answer. */
 const isAnswer = (row: RequestRow): boolean => row.record.status !== null && row.record.status < 400;
 
+/** What is explained beside the request itself: the time, and how the hold queue is. */
+export interface Now {
+  readonly at_s: number;
+  readonly accepting: boolean;
+  readonly hold_timeout_s: number;
+}
+
 /** Why a request took as long as it did until its first token, in sentences. */
-export function explain(row: RequestRow): string[] {
+export function explain(row: RequestRow, now: Now): string[] {
+  const nowS = now.at_s;
   const { record, chosen, other } = row;
   const last = record.attempts[record.attempts.length - 1];
+  if (row.held_s !== null) {
+    const again = last ? ` It was sent to ${record.attempts.map((each) => place(each.name, each.rank)).join(", ")} before.` : "";
+    const why = now.accepting ? "every engine that could take it is saturated" : "no engine takes requests now";
+    return [`It is held in the gateway for ${seconds(row.held_s)} so far: ${why}. After ${seconds(now.hold_timeout_s)} it would be refused.${again}`];
+  }
   if (!last) {
-    const waited = record.duration_s === null ? "" : ` It was ${seconds(record.duration_s)} in the gateway.`;
-    return [`It was sent to no engine${record.problem ? `: ${record.problem}` : ""}.${waited}`];
+    if (record.status === null) return [`It came ${seconds(waited(row, nowS))} ago and was sent to no engine yet.`];
+    const stay = record.duration_s === null ? "" : ` It was ${seconds(record.duration_s)} in the gateway.`;
+    return [`It was sent to no engine${record.problem ? `: ${record.problem}` : ""}.${stay}`];
   }
   const there = place(last.name, last.rank);
-  const said = [measured(row, there)];
-  const before = partsOf(row).filter((part) => part.kind !== "rest");
+  const said = [measured(row, there, nowS)];
+  const before = partsOf(row, nowS).filter((part) => part.kind !== "rest");
   const largest = before.reduce<Part | null>((most, part) => (most && most.seconds >= part.seconds ? most : part), null);
   if (largest && record.ttft_s !== null) said.push(mainCause(row, largest));
   if (record.attempts.length > 1) {
@@ -95,18 +118,23 @@ export function explain(row: RequestRow): string[] {
   return said;
 }
 
-function measured(row: RequestRow, there: string): string {
+function measured(row: RequestRow, there: string, nowS: number): string {
   const { record } = row;
   const last = record.attempts[record.attempts.length - 1]!;
   const predicted = seconds(last.after_s + last.predicted_s);
-  if (record.ttft_s !== null) return `Its first token came after ${seconds(record.ttft_s)}; predicted were ${predicted}.`;
+  if (record.ttft_s !== null) {
+    const runs = record.status === null ? ` It is answered at ${there}, for ${seconds(waited(row, nowS))} in all so far.` : "";
+    return `Its first token came after ${seconds(record.ttft_s)}; predicted were ${predicted}.${runs}`;
+  }
   if (record.duration_s !== null && !isAnswer(row)) {
     return `It ended after ${seconds(record.duration_s)} without a first token, which was predicted after ${predicted}.`;
   }
   if (record.duration_s !== null) {
     return `Its answer came in one piece after ${seconds(record.duration_s)}; the first token was predicted after ${predicted}.`;
   }
-  return `It runs at ${there}: its times are known when it ends. Its first token was predicted after ${predicted}.`;
+  const late = waited(row, nowS) - last.after_s - last.predicted_s;
+  const beyond = late > 0 ? `, ${seconds(late)} ago` : "";
+  return `It waits at ${there} for ${seconds(waited(row, nowS))} so far. Its first token was predicted after ${predicted}${beyond}; an answer in one piece has none.`;
 }
 
 function mainCause(row: RequestRow, part: Part): string {
@@ -123,10 +151,47 @@ function mainCause(row: RequestRow, part: Part): string {
         ? `Most of that time it waited for KV blocks: ${size} were predicted for it.`
         : `Most of that time it waited behind ${count(chosen?.ahead_tokens)} prompt tokens of other requests: ${size} were predicted for it.`;
     case "own":
+      if (!chosen) return `Most of that time was predicted: ${size} for the prompts before it and its own.`;
       return `Most of that time its own prompt was computed: ${size} for ${count(chosen?.uncached_tokens ?? record.prompt_tokens)} tokens that were not in the cache.`;
     default:
       return `Most of that time was not predicted: ${size} more than its engine's step times say.`;
   }
+}
+
+// A request that waits for so long without a first token is shown by itself.
+const LONG_WAIT_S = 5;
+
+/** The request whose wait is explained: one that waits for long and longest, else the last that ended, else the newest. */
+export function pick(rows: readonly RequestRow[], nowS: number): RequestRow | undefined {
+  const waiting = rows.filter((row) => row.record.status === null && row.record.ttft_s === null);
+  const longest = waiting.reduce<RequestRow | undefined>((most, row) => (most && most.arrived_at_s <= row.arrived_at_s ? most : row), undefined);
+  const last = rows.find((row) => row.record.status !== null);
+  const enough = Math.max(LONG_WAIT_S, last?.record.ttft_s ?? last?.record.duration_s ?? 0);
+  return longest && waited(longest, nowS) > enough ? longest : (last ?? rows[0]);
+}
+
+/** Places of the values that have none beside them. */
+export function alone(values: readonly (number | null | undefined)[]): number[] {
+  const there = (at: number) => values[at] !== null && values[at] !== undefined;
+  return [...values.keys()].filter((at) => there(at) && !there(at - 1) && !there(at + 1));
+}
+
+// Points come each second; a longer pause is no line of a chart.
+const LONGEST_PAUSE_S = 2.5;
+
+/** The points with null where some are missing, and the times of both. */
+export function withGaps(points: readonly TimePoint[]): { times: number[]; points: (TimePoint | null)[] } {
+  const found: { times: number[]; points: (TimePoint | null)[] } = { times: [], points: [] };
+  points.forEach((point, number) => {
+    const before = points[number - 1];
+    if (before && point.at_s - before.at_s > LONGEST_PAUSE_S) {
+      found.times.push((before.at_s + point.at_s) / 2);
+      found.points.push(null);
+    }
+    found.times.push(point.at_s);
+    found.points.push(point);
+  });
+  return found;
 }
 
 export interface Cell {

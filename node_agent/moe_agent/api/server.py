@@ -125,7 +125,8 @@ class AgentServer:
 
     def _snapshot_version(self) -> tuple[int, ...]:
         transfers = () if self._transfers is None else self._transfers.versions()
-        return (self._supervisor.revision, self._control.control.version, *self._ranks.versions(), *transfers)
+        own = (self._supervisor.revision, self._control.control.version)
+        return (*own, self._supervisor.look_at_start(), *self._ranks.versions(), *transfers)
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

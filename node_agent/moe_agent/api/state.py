@@ -57,6 +57,7 @@ def build_state(
         ),
         pod=pod,
         kv_transfer=kv_transfer,
+        start=supervisor.start,
     )
 
 

@@ -24,7 +24,7 @@ import aiohttp
 import psutil
 from moe_contract.addresses import authority, bind_socket, http_url, local_host
 from moe_contract.agent_config import EngineConfig
-from moe_contract.agent_state import RankTrouble
+from moe_contract.agent_state import RankTrouble, StartProgress
 from moe_contract.engine_process import END_GRACE_S, SETTLE_S, leader_end_s
 
 from moe_agent.supervisor import launcher
@@ -32,6 +32,7 @@ from moe_agent.supervisor.engine_log import EngineLog
 from moe_agent.supervisor.hang_watch import HangWatch, is_asleep
 from moe_agent.supervisor.proof import UNSTEADY_DEATHS, generates_token
 from moe_agent.supervisor.rank_watch import RankWatch
+from moe_agent.supervisor.start_phases import StartWatch
 from moe_agent.supervisor.watched_clock import WatchedClock
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class EngineSupervisor:
             drain waits for it.
         unstepped_s: for how long the engine has made no step though it has requests, in seconds, at a monotonic time.
         rank_watch: of the engine's ranks; None where they are not watched.
+        model_cache: folder of the model in the hub's cache, for how far its download is; None: it comes from elsewhere.
         obstacle: why no start can succeed; the engine is then not started at all. Empty: nothing is known against it.
         on_restart: called before each start and after each end of the engine, when no engine lives.
         on_change: called after each change of the phase and each start of a process.
@@ -114,12 +116,13 @@ class EngineSupervisor:
         leader_end: Callable[[], Coroutine[Any, Any, None]] | None = None,
         unstepped_s: Callable[[float], float] = lambda now_s: 0.0,
         rank_watch: RankWatch | None = None,
+        model_cache: Path | None = None,
         obstacle: str = "",
         on_restart: Callable[[], None] = lambda: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._command, self._environment, self._rules = engine, command, environment, rules
-        self._log = EngineLog(log_path)
+        self._log, self._starting = EngineLog(log_path), StartWatch(log_path, model_cache)
         self._headless, self._leader_end, self._unstepped_s = headless, leader_end, unstepped_s
         self._obstacle, self._rank_watch = obstacle, rank_watch
         self._local_host = local_host(engine.host)
@@ -148,6 +151,17 @@ class EngineSupervisor:
     def troubles(self) -> Mapping[int, RankTrouble]:
         """The ranks that keep their group from going on."""
         return {} if self._rank_watch is None else self._rank_watch.troubles
+
+    @property
+    def start(self) -> StartProgress | None:
+        """How far the start of the engine is; None while it does not start."""
+        return self._starting.progress() if self._phase is Phase.STARTING else None
+
+    def look_at_start(self) -> int:
+        """Looks how far a start is; the number that is returned rises when that has changed."""
+        if self._phase is Phase.STARTING:
+            self._starting.look()
+        return self._starting.version
 
     @property
     def url(self) -> str:
@@ -278,6 +292,7 @@ class EngineSupervisor:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         with self._log.open_for_start() as output:
+            self._starting.begin()
             return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", launcher.__file__),
                 *self._command,

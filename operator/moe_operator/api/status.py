@@ -66,6 +66,16 @@ def list_troubled_ranks(state: AgentState) -> tuple[TroubledRank, ...]:
     )
 
 
+class StartStatus(Section):
+    """How far an engine's start is, by what vLLM logs."""
+
+    phase: Annotated[str, Field(max_length=256)] = Field(description="What it does, such as `loading weights`.")
+    progress: Annotated[str, Field(max_length=256)] = Field(
+        default="", description="How far that is, such as `3 of 8 files`; empty where it has no measure."
+    )
+    since: AwareDatetime = Field(description="When the phase began.")
+
+
 class EngineStatus(Section):
     """State of one engine, as its agent reports it."""
 
@@ -84,6 +94,7 @@ class EngineStatus(Section):
     transfers: Natural | None = Field(
         default=None, description="Transfers of KV blocks to it since its start; absent where they do not travel."
     )
+    start: StartStatus | None = Field(default=None, description="How far its start is; absent while it does not start.")
     troubled_ranks: tuple[TroubledRank, ...] = Field(
         default=(),
         description=f"The first {MOST_TROUBLED_RANKS} of its ranks for which the others wait; empty while all go on.",

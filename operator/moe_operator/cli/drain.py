@@ -11,6 +11,7 @@ import typer
 from moe_contract.agent_state import AgentState
 from moe_contract.clients import AgentClient, PeerError, Refused
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
+from moe_contract.quantities import describe_time
 from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api import parse_resource
@@ -22,7 +23,7 @@ from moe_operator.experts.reach import Agent, Cluster, Reached, get_objects
 from moe_operator.local.failure import Failure
 from moe_operator.local.record import load_record
 from moe_operator.plan.names import INSTANCE
-from moe_operator.progress import ProgressLine, describe_time, estimate_left_s, stderr_line
+from moe_operator.progress import ProgressLine, estimate_left_s, stderr_line
 
 _LOOK_EVERY_S = 0.25
 DRAINING, STOPPED = "draining", "stopped"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from moe_contract.engine_process import ADMIN_PORT
 from moe_contract.page_keys import derive_page_key
@@ -24,13 +25,16 @@ class ReachedGateways:
         name: of the deployment.
         urls: of their admin ports, by the pod's name; on one machine by `gateway`.
         read_tokens: reads the control tokens, the newest first.
-        describe_end: why the way to the gateway of a pod has ended for good; empty while there is one.
+        describe_end: why the way to the gateway of a pod has ended; empty while there is one.
+        refresh: looks which gateways there are now, opens and closes ways, and returns the URLs as they are then; None:
+            they do not change. It waits for kubectl, and raises `Failure` where that says why not.
     """
 
     name: str
     urls: dict[str, str]
     read_tokens: Callable[[], tuple[str, ...]]
     describe_end: Callable[[str], str] = lambda pod: ""
+    refresh: Callable[[], dict[str, str]] | None = None
 
     def page_key(self) -> str:
         """The key of the live page.
@@ -62,14 +66,66 @@ def reach_gateways(
         )
         return
     cluster = Cluster(namespace=namespace, context=context)
-    with forward_gateways(name, cluster) as forwards:
-        ways = {forward.pod: forward for forward in forwards}
+    with GatewayWays(require_name(name), cluster) as ways:
         yield ReachedGateways(
-            name=name or "",
-            urls={pod: way.url for pod, way in ways.items()},
-            read_tokens=lambda: fetch_tokens(name or "", cluster),
-            describe_end=lambda pod: ways[pod].describe_end() if ways[pod].has_ended() else "",
+            name=ways.name,
+            urls=ways.refresh(),
+            read_tokens=lambda: fetch_tokens(ways.name, cluster),
+            describe_end=ways.describe_end,
+            refresh=ways.refresh,
         )
+
+
+class GatewayWays:
+    """The ways to the admin ports of a deployment's gateways in a cluster, closed at the end of the block.
+
+    Args:
+        name: of the deployment.
+        cluster: where it runs.
+    """
+
+    def __init__(self, name: str, cluster: Cluster) -> None:
+        self.name, self._cluster = name, cluster
+        self._ways: dict[str, tuple[Forward, ExitStack]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pod in [*self._ways]:
+            self._close(pod)
+
+    def refresh(self) -> dict[str, str]:
+        """Opens a way to each gateway that runs, and closes those to gateways that are gone.
+
+        Returns:
+            The URLs by the pod's name.
+
+        Raises:
+            Failure: no gateway runs, or kubectl says why not.
+        """
+        running = find_gateways(self.name, self._cluster)
+        for pod in [*self._ways]:
+            if pod not in running or self._ways[pod][0].has_ended():
+                self._close(pod)
+        for pod in running:
+            if pod not in self._ways:
+                with ExitStack() as stack:
+                    forward = stack.enter_context(forward_port(self._cluster, pod, ADMIN_PORT))
+                    self._ways[pod] = forward, stack.pop_all()
+        return {pod: forward.url for pod, (forward, _) in self._ways.items()}
+
+    def describe_end(self, pod: str) -> str:
+        """Why the way to a pod has ended; empty while there is one."""
+        try:
+            forward, _ = self._ways[pod]
+            return forward.describe_end() if forward.has_ended() else ""
+        except (KeyError, ValueError):
+            # It was closed, perhaps by `refresh` in its thread just now.
+            return f"the gateway {pod} is gone"
+
+    def _close(self, pod: str) -> None:
+        self._ways.pop(pod)[1].close()
 
 
 def fetch_tokens(name: str, cluster: Cluster) -> tuple[str, ...]:
@@ -89,11 +145,21 @@ def forward_gateways(name: str | None, cluster: Cluster) -> Iterator[list[Forwar
         InvalidInput: no deployment is named.
         Failure: none of its gateways runs, or kubectl says why not.
     """
-    name = require_name(name)
+    running = find_gateways(require_name(name), cluster)
+    with ExitStack() as stack:
+        yield [stack.enter_context(forward_port(cluster, pod, ADMIN_PORT)) for pod in running]
+
+
+def find_gateways(name: str, cluster: Cluster) -> list[str]:
+    """Names of the pods of a deployment's gateways that run and are not about to end.
+
+    Raises:
+        Failure: there is none, or kubectl says why not.
+    """
     selector = f"{INSTANCE}={name},{COMPONENT}=gateway"
     pods = get_objects(cluster, "pods", "--selector", selector).get("items", [])
-    running = [pod["metadata"]["name"] for pod in pods if pod.get("status", {}).get("phase") == "Running"]
-    if not running:
+    running = [pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]
+    names = [pod["metadata"]["name"] for pod in running if not pod["metadata"].get("deletionTimestamp")]
+    if not names:
         raise Failure(f"{name}: no gateway runs there; see `kubectl get moes {name}`")
-    with ExitStack() as stack:
-        yield [stack.enter_context(forward_port(cluster, pod, ADMIN_PORT)) for pod in sorted(running)]
+    return sorted(names)

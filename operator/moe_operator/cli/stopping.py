@@ -2,9 +2,9 @@
 
 import aiohttp
 from moe_contract.clients import GatewayClient, PeerError
+from moe_contract.quantities import describe_time
 
 from moe_operator.local.record import Record
-from moe_operator.progress import describe_time
 
 _ANSWER_TIMEOUT_S = 1.0
 

@@ -12,6 +12,7 @@ from moe_operator.api.status import Condition, ConditionStatus, EnginePhase, Eng
 from moe_operator.experts.report import judge_experts
 from moe_operator.local.observation import Observation
 from moe_operator.local.traffic import Throughput
+from moe_operator.starting import describe_phase
 from moe_operator.targets.report import CONDITION as TARGETS_MET
 
 _COLOURS = {EnginePhase.READY: "green", EnginePhase.BACKOFF: "red", EnginePhase.UNKNOWN: "red"}
@@ -37,7 +38,9 @@ def render_engines(engines: Sequence[EngineStatus]) -> Table:
     )
     for engine in engines:
         troubles = "".join(f", rank {row.rank}: {row.trouble}" for row in engine.troubled_ranks)
-        phase = Text(f"{engine.phase}{troubles}", style="red" if troubles else _COLOURS.get(engine.phase, "yellow"))
+        phase = Text(
+            f"{describe_phase(engine)}{troubles}", style="red" if troubles else _COLOURS.get(engine.phase, "yellow")
+        )
         numbers = (str(engine.running), str(engine.waiting), f"{engine.kv_usage:.0%}", str(engine.restarts))
         role = (str(engine.role or "-"),) if apart else ()
         table.add_row(engine.name, phase, *role, *numbers, Text(engine.last_exit))

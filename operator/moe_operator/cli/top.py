@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
@@ -20,7 +22,12 @@ from moe_operator.cli.place import Context, Name, Namespace, StateDir, errors_sh
 from moe_operator.cli.top_view import render_top
 from moe_operator.local.failure import Failure
 
+if TYPE_CHECKING:
+    from rich.live import Live
+
 _AGAIN_AFTER_S = 1.0
+# Time between two looks for gateways that came or went.
+LOOK_EVERY_S = 5.0
 _ENDS = "Ctrl-C ends"
 _NO_PAGE = 404
 
@@ -93,36 +100,78 @@ class LiveTop:
         self._newest: dict[str, LiveSnapshot] = {}
         self._problems: dict[str, str] = {}
         self._changed, self._ended = asyncio.Event(), asyncio.Event()
+        self._watchers: dict[str, tuple[str, asyncio.Task[None]]] = {}
 
     async def run(self) -> None:
         """Draws the screen anew with each snapshot, until a signal.
 
         Raises:
-            Failure: the way to each gateway has ended, as when its pod is gone.
+            Failure: the way to each gateway has ended, and no other can come.
         """
         from rich.console import Console
         from rich.live import Live
 
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._end)
-        watchers = [asyncio.create_task(self._watch(pod, url)) for pod, url in self._gateways.urls.items()]
-        for watcher in watchers:
-            watcher.add_done_callback(lambda _: self._changed.set())
+            loop.add_signal_handler(number, self._end)
+        self._follow(self._gateways.urls)
+        looking = None if self._gateways.refresh is None else asyncio.create_task(self._look(self._gateways.refresh))
         console = Console(highlight=False)
         try:
             with Live(console=console, screen=True, auto_refresh=False) as live:
+                loop.add_signal_handler(signal.SIGTSTP, self._suspend, live)
                 while not self._ended.is_set():
                     await self._changed.wait()
-                    if all(watcher.done() for watcher in watchers):
+                    if looking is None and all(watcher.done() for _, watcher in self._watchers.values()):
                         break
                     self._changed.clear()
                     live.update(self._render(console.height), refresh=True)
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            loop.remove_signal_handler(signal.SIGTSTP)
+            tasks = [watcher for _, watcher in self._watchers.values()] + ([] if looking is None else [looking])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         if not self._ended.is_set():
             raise Failure("; ".join(self._problems.values()))
+
+    def _follow(self, urls: Mapping[str, str]) -> None:
+        """Watches these gateways and no others."""
+        for pod, (url, watcher) in [*self._watchers.items()]:
+            if urls.get(pod) != url:
+                watcher.cancel()
+                del self._watchers[pod]
+                self._newest.pop(pod, None)
+                self._problems.pop(pod, None)
+        for pod, url in urls.items():
+            if pod not in self._watchers:
+                watcher = asyncio.create_task(self._watch(pod, url))
+                watcher.add_done_callback(lambda _: self._changed.set())
+                self._watchers[pod] = url, watcher
+        self._changed.set()
+
+    async def _look(self, refresh: Callable[[], dict[str, str]]) -> None:
+        """Looks for gateways that came or went, again and again."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                urls = await asyncio.to_thread(refresh)
+            except Failure as failure:
+                self._problems[""] = f"{failure}; looked for again every {LOOK_EVERY_S:g} s"
+                self._changed.set()
+            else:
+                self._problems.pop("", None)
+                self._follow(urls)
+
+    def _suspend(self, live: "Live") -> None:
+        """Ctrl-Z: gives the terminal back and stops; `fg` goes on below the kill."""
+        loop = asyncio.get_running_loop()
+        live.stop()
+        loop.remove_signal_handler(signal.SIGTSTP)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        loop.add_signal_handler(signal.SIGTSTP, self._suspend, live)
+        live.start()
+        self._changed.set()
 
     def _render(self, height: int) -> Group:
         last = "; ".join([*self._problems.values(), _ENDS])
@@ -146,7 +195,7 @@ class LiveTop:
                 problem = explain(url, error)
             if end := self._gateways.describe_end(pod):
                 self._newest.pop(pod, None)
-                self._problems[pod] = f"{end}; start it again"
+                self._problems[pod] = end if self._gateways.refresh is not None else f"{end}; start it again"
                 return
             self._problems[pod] = f"{problem}, tried again each second"
             self._changed.set()

@@ -16,7 +16,9 @@ from moe_operator.cli.output import shorten
 _OTHER_LINES = 14
 _MOST_FINDINGS, _MOST_HELD = 5, 3
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
-_STATUS_COLOURS = {"ready": "green", "draining": "yellow", "notReady": "yellow", "ejected": "yellow"}
+_STATUS_COLOURS = {"ready": "green"} | dict.fromkeys(
+    ("draining", "starting", "stopped", "notReady", "ejected"), "yellow"
+)
 
 
 @dataclass(frozen=True, slots=True)

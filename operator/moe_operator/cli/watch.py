@@ -18,7 +18,7 @@ from rich.live import Live
 
 from moe_operator.cli.live_page import find_page_problem, local_page, open_in_browser
 from moe_operator.cli.place import INTERRUPTED
-from moe_operator.cli.start import StartWatch
+from moe_operator.cli.start import describe_start
 from moe_operator.cli.stopping import describe_stop
 from moe_operator.cli.table import render_status
 from moe_operator.cli.validate import one_line
@@ -48,7 +48,6 @@ class Watch:
         self._console = Console(stderr=True)
         self._live: Live | None = None
         self._line = stderr_line()
-        self._start = StartWatch(folder)
         self._warned: set[str] = set()
 
     async def run(self) -> int:
@@ -82,13 +81,13 @@ class Watch:
         while not self._interrupted.is_set():
             seen = await self._look()
             if seen is not None:
-                match judge_start(seen):
+                match judge_start(seen, datetime.now(UTC)):
                     case Ready():
                         return seen.record
                     case Failed() as failed:
                         self._fail(failed)
                     case Starting(phases=phases):
-                        self._line.show(*self._start.describe(phases, time.monotonic() - began_s))
+                        self._line.show(*describe_start(self._folder.name, phases, time.monotonic() - began_s))
             await self._pause()
         return None
 

@@ -10,8 +10,10 @@ from moe_contract.api_server import NOT_FOUND, ApiError, ApiServer, Document, Ki
 from moe_operator.doctor.control_plane import SELECTOR, is_reachable
 from moe_operator.doctor.crd import CRD, NAME
 from moe_operator.doctor.rights import REVIEW, RIGHTS, Right, review_of
+from moe_operator.doctor.within import DNS_NAMESPACE, DNS_SELECTOR
 from moe_operator.doctor.workloads import OPTIONAL
 from moe_operator.kubernetes.kinds import DEPLOYMENT, LEASE, POD, SERVING
+from moe_operator.plan.names import MANAGED_BY, MANAGER
 
 NODE = Kind("", "v1", "Node", "nodes", namespaced=False)
 Answer = TypeVar("Answer")
@@ -42,6 +44,8 @@ class ClusterView:
         control_planes: the same with their Leases and pods.
         nodes: of the cluster.
         servings: the MoEServings of the namespace.
+        pods: of these, and those of operators.
+        dns_pods: of the cluster's DNS.
     """
 
     source: str
@@ -54,6 +58,8 @@ class ClusterView:
     control_planes: Sequence[ControlPlane] = ()
     nodes: Documents = ()
     servings: Documents = ()
+    pods: Documents = ()
+    dns_pods: Documents = ()
 
 
 async def fetch_cluster(server: ApiServer, namespace: str | None) -> ClusterView:
@@ -68,15 +74,19 @@ async def fetch_cluster(server: ApiServer, namespace: str | None) -> ClusterView
     if not is_reachable(version):
         return ClusterView(source=server.source, namespace=place, version=version)
     kinds = (SERVING, *OPTIONAL)
-    crd, nodes, servings, deployments = await asyncio.gather(
+    crd, nodes, servings, deployments, pods, dns_pods = await asyncio.gather(
         _attempt(server.get(CRD, "", NAME)),
         _attempt(_list(server, NODE, None)),
         _attempt(_list(server, SERVING, place)),
         _attempt(_list(server, DEPLOYMENT, None, SELECTOR)),
+        _attempt(_list(server, POD, place, f"{MANAGED_BY}={MANAGER}")),
+        _attempt(_list(server, POD, DNS_NAMESPACE, DNS_SELECTOR)),
     )
     served = await asyncio.gather(*(_attempt(_is_served(server, kind)) for kind in kinds))
     allowed = await asyncio.gather(*(_attempt(_has_right(server, right, place)) for right in RIGHTS))
     found = () if isinstance(deployments, ApiError) else deployments
+    planes = [await _fetch_control_plane(server, row) for row in found]
+    own = [pod for plane in planes if not isinstance(plane.pods, ApiError) for pod in plane.pods]
     return ClusterView(
         source=server.source,
         namespace=place,
@@ -85,9 +95,11 @@ async def fetch_cluster(server: ApiServer, namespace: str | None) -> ClusterView
         kinds=dict(zip(kinds, served, strict=True)),
         rights=dict(zip(RIGHTS, allowed, strict=True)),
         deployments=deployments,
-        control_planes=[await _fetch_control_plane(server, row) for row in found],
+        control_planes=planes,
         nodes=nodes,
         servings=servings,
+        pods=pods if isinstance(pods, ApiError) else [*pods, *own],
+        dns_pods=dns_pods,
     )
 
 

@@ -19,8 +19,10 @@ from moe_operator.doctor.control_plane import (
     is_reachable,
 )
 from moe_operator.doctor.crd import check_crd
+from moe_operator.doctor.engine_options import check_options
 from moe_operator.doctor.fetch import ClusterView
 from moe_operator.doctor.rights import check_right
+from moe_operator.doctor.within import check_dns, check_images, check_prometheus
 from moe_operator.doctor.workloads import OPTIONAL, check_devices, check_kind, check_nodes, check_serving
 from moe_operator.kubernetes.kinds import SERVING
 
@@ -56,7 +58,8 @@ def check_cluster(view: ClusterView, now: datetime) -> list[Check]:
     checks += check_nodes(view.nodes)
     if not isinstance(view.nodes, ApiError):
         checks.append(check_devices(view.nodes, servings))
-    return checks + _check_servings(view, now)
+    checks += [check_images(view.pods), check_dns(view.dns_pods), *check_prometheus(servings)]
+    return checks + check_options(servings) + _check_servings(view, now)
 
 
 def _check_operators(view: ClusterView, now: datetime) -> list[Check]:

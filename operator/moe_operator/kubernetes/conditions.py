@@ -23,6 +23,8 @@ READY, PROGRESSING, DEGRADED, PAUSED = "Ready", "Progressing", "Degraded", "Paus
 LIMITED = "AutoscalingLimited"
 # Characters of a message; the API server takes 32,768.
 MOST = 8000
+# Engines whose start is described in a message.
+MOST_STARTS = 4
 # What `kubectl get` shows without a line break in a usual terminal is less; the rest is in the conditions.
 LONGEST_SUMMARY = 250
 
@@ -43,6 +45,7 @@ class ConditionInputs:
         gateways: gateways that are ready.
         endpoint: whether clients reach a ready gateway through its Service.
         seen: whether a gateway sees an engine that takes requests; None when no gateway answers.
+        starting: how far the engines are that start, in words.
         rolling: workloads that are not yet what was planned, in words.
         gated: pods that a queueing system holds back, in words.
         disrupted: pods that Kubernetes takes away, in words.
@@ -67,6 +70,7 @@ class ConditionInputs:
     gateways: int = 0
     endpoint: bool = True
     seen: bool | None = None
+    starting: tuple[str, ...] = ()
     rolling: tuple[str, ...] = ()
     gated: tuple[str, ...] = ()
     disrupted: tuple[str, ...] = ()
@@ -165,11 +169,17 @@ def _progressing(inputs: ConditionInputs) -> Verdict:
     if inputs.gated:
         return TRUE, Reason.SCHEDULING_GATED, "; ".join(inputs.gated)
     if inputs.rolling:
-        return TRUE, Reason.UPDATING, "; ".join(inputs.rolling)
+        return TRUE, Reason.UPDATING, "; ".join((*inputs.rolling, *_starts(inputs)))
     if inputs.ready < inputs.desired:
-        parts = (f"{inputs.ready} of {inputs.desired} engines are ready", *inputs.disrupted)
+        parts = (f"{inputs.ready} of {inputs.desired} engines are ready", *_starts(inputs), *inputs.disrupted)
         return TRUE, Reason.ENGINES_STARTING, "; ".join(parts)
     return FALSE, Reason.COMPLETE, "everything is as it should be"
+
+
+def _starts(inputs: ConditionInputs) -> tuple[str, ...]:
+    """How far the first engines that start are, and how many more there are."""
+    more = len(inputs.starting) - MOST_STARTS
+    return (*inputs.starting[:MOST_STARTS], *((f"and {more} more start",) if more > 0 else ()))
 
 
 def _why_stopped(inputs: ConditionInputs) -> tuple[Reason, str] | None:

@@ -21,7 +21,7 @@ from moe_operator.plan.pod_status import GATED, component_of, condition_of, is_l
 
 Document = dict[str, Any]
 
-_IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
+IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
 # A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
 UNSEEN_FOR = timedelta(seconds=60)
@@ -136,7 +136,7 @@ def _waiting(pod: Document, container: Document, image: str) -> Iterator[Finding
     """Why a container is not started."""
     waiting = container.get("state", {}).get("waiting", {})
     reason, detail = waiting.get("reason", ""), waiting.get("message", "")
-    if reason in _IMAGE_REASONS:
+    if reason in IMAGE_REASONS:
         advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
         yield _finding(pod, Reason.IMAGE_CANNOT_BE_PULLED, advice, f"{reason}: {detail}")
     elif reason == "CreateContainerConfigError" and "secret" in detail.lower():

@@ -32,6 +32,7 @@ from moe_operator.kubernetes.groups import read_nodes, whole_replicas
 from moe_operator.kubernetes.serving import sees_engines
 from moe_operator.plan.names import REVISION, ROLE, STABLE, Names, replica_labels, selector_text
 from moe_operator.plan.pod_status import GATEWAY, component_of, is_engine, is_live, is_ready, label_of
+from moe_operator.starting import build_start, describe_start
 
 Document = dict[str, Any]
 NUMBERS_EVERY = timedelta(seconds=30)
@@ -55,6 +56,7 @@ def build_status(
     whole = whole_replicas(pods, read_nodes(document))
     live = {_name(pod): states.engines[_name(pod)] for pod in engines if _name(pod) in states.engines}
     gateway_states = [states.gateways[_name(pod)] for pod in gateways if _name(pod) in states.gateways]
+    now = datetime.now(UTC)
     inputs = replace(
         inputs,
         engines=len(engines),
@@ -73,13 +75,15 @@ def build_status(
         roles=build_roles(engines, whole, inputs.desired_roles, before),
         selector=selector_text(replica_labels(names, read_nodes(document))),
         endpoint=_endpoint(gateway, f"{names.service}.{namespace}.svc"),
-        engines=tuple(_engine(pod, states.engines.get(_name(pod))) for pod in sorted(engines, key=_name)),
+        engines=tuple(_engine(pod, states.engines.get(_name(pod)), now) for pod in sorted(engines, key=_name)),
         policies=_policies(list(live.values()), gateway_states),
         ttft=_render_ttft(mean_ttft_s(gateway_states)),
-        experts=build_experts(experts, datetime.now(UTC), live),
+        experts=build_experts(experts, now, live),
     )
     current = _keep_numbers(status_document(status), before)
-    return current, replace(inputs, experts=ExpertsStatus.model_validate(current["experts"]))
+    starts = [EngineStatus.model_validate(row) for row in current["engines"] if "start" in row]
+    shown = ExpertsStatus.model_validate(current["experts"])
+    return current, replace(inputs, experts=shown, starting=tuple(map(describe_start, starts)))
 
 
 def build_roles(
@@ -128,10 +132,15 @@ def _keep_numbers(status: Document, before: Document) -> Document:
     if not status["ttft"]:
         status["ttft"] = before.get("ttft", "")
     old = {row["name"]: row for row in before.get("engines", [])}
+    for row in status["engines"]:
+        _keep_start(row, old.get(row["name"], {}).get("start"))
     taken = _parse_time(before.get(NUMBERS_AT))
     if taken is not None and now - taken < NUMBERS_EVERY:
         for row in status["engines"]:
             row |= {name: old[row["name"]][name] for name in _NUMBERS if name in old.get(row["name"], {})}
+            last = old.get(row["name"], {}).get("start")
+            if last and row.get("start", {}).get("phase") == last["phase"]:
+                row["start"] = last
         if old:
             status["ttft"] = before.get("ttft") or status["ttft"]
         if _is_same_story(status["experts"], before.get("experts", {})):
@@ -143,6 +152,12 @@ def _keep_numbers(status: Document, before: Document) -> Document:
     )
     at = now.isoformat(timespec="seconds") if changed or taken is None else before[NUMBERS_AT]
     return status | {NUMBERS_AT: at}
+
+
+def _keep_start(row: Document, before: Document | None) -> None:
+    """A phase that goes on keeps the time of its begin, which is computed anew from its age at each look."""
+    if before and row.get("start", {}).get("phase") == before["phase"]:
+        row["start"]["since"] = before["since"]
 
 
 def numbers_due_s(status: Document, now: datetime) -> float:
@@ -179,7 +194,7 @@ def _parse_time(text: Any) -> datetime | None:
         return None
 
 
-def _engine(pod: Document, state: AgentState | None) -> EngineStatus:
+def _engine(pod: Document, state: AgentState | None, now: datetime) -> EngineStatus:
     if state is None:
         return EngineStatus(name=_name(pod), phase=EnginePhase.UNKNOWN)
     return EngineStatus(
@@ -192,6 +207,7 @@ def _engine(pod: Document, state: AgentState | None) -> EngineStatus:
         kv_usage=round(state.kv_usage, 2),
         role=None if state.kv_transfer is None else state.kv_transfer.role,
         transfers=None if state.kv_transfer is None else state.kv_transfer.transfers,
+        start=build_start(state, now),
         troubled_ranks=list_troubled_ranks(state),
     )
 

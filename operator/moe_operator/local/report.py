@@ -19,6 +19,7 @@ from moe_operator.api.status import (
 from moe_operator.experts.report import build_experts
 from moe_operator.local.observation import Observation, name_engine
 from moe_operator.local.record import GATEWAY, Life, ProcessRecord, Record
+from moe_operator.starting import build_start, describe_phase
 from moe_operator.targets.report import CONDITION as TARGETS_MET
 from moe_operator.targets.report import facts_in_force, judge_targets
 
@@ -28,7 +29,7 @@ FAILURES_TO_GIVE_UP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Starting:
-    """Not ready yet; `phases` has the phase of each engine."""
+    """Not ready yet; `phases` has for each engine how far it is, in words."""
 
     phases: dict[str, str]
 
@@ -49,19 +50,22 @@ class Failed:
 Progress = Starting | Ready | Failed
 
 
-def judge_start(seen: Observation) -> Progress:
+def judge_start(seen: Observation, now: datetime) -> Progress:
     """How far a start has come; what is only beside the gateway and the agents does not decide."""
     for row in (seen.record.gateway, *seen.record.agents):
         if row.restarts >= FAILURES_TO_GIVE_UP:
             return Failed(process=row.name, reason=row.last_exit)
-    engines = build_engines(seen)
+    engines = build_engines(seen, now)
     for index, engine in enumerate(engines):
         gave_up = engine.phase is EnginePhase.BACKOFF and not engine.restarts
         if gave_up or (engine.restarts >= FAILURES_TO_GIVE_UP and engine.phase is not EnginePhase.READY):
             return Failed(process=f"engine-{index}", reason=engine.last_exit)
     if all(engine.phase is EnginePhase.READY for engine in engines) and accepts(seen):
         return Ready()
-    return Starting(phases={engine.name: str(engine.phase) for engine in engines})
+    unknown = EnginePhase.UNKNOWN
+    return Starting(
+        phases={row.name: "waits for its agent" if row.phase is unknown else describe_phase(row) for row in engines}
+    )
 
 
 def find_failing(record: Record) -> tuple[ProcessRecord, ...]:
@@ -77,7 +81,7 @@ def accepts(seen: Observation) -> bool:
 
 def build_status(seen: Observation, now: datetime) -> Status:
     """The status, in the form of the resource."""
-    engines = build_engines(seen)
+    engines = build_engines(seen, now)
     return Status(
         conditions=(build_condition(seen, engines, now), *_build_targets(seen, now)),
         replicas=len(engines),
@@ -95,10 +99,10 @@ def _agents(seen: Observation) -> dict[str, AgentState]:
     return {name_engine(seen.record, index): agent for index, agent in rows if agent is not None}
 
 
-def build_engines(seen: Observation) -> tuple[EngineStatus, ...]:
+def build_engines(seen: Observation, now: datetime) -> tuple[EngineStatus, ...]:
     """Each engine, as its agent says."""
     rows = zip(seen.record.agents, seen.agents, strict=True)
-    return tuple(_build_engine(name_engine(seen.record, index), agent) for index, (_, agent) in enumerate(rows))
+    return tuple(_build_engine(name_engine(seen.record, index), agent, now) for index, (_, agent) in enumerate(rows))
 
 
 def build_condition(seen: Observation, engines: Iterable[EngineStatus], now: datetime) -> Condition:
@@ -143,7 +147,7 @@ def build_processes(seen: Observation) -> list[dict[str, Any]]:
     ]
 
 
-def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
+def _build_engine(name: str, agent: AgentState | None, now: datetime) -> EngineStatus:
     if agent is None:
         return EngineStatus(name=name, phase=EnginePhase.UNKNOWN)
     return EngineStatus(
@@ -156,6 +160,7 @@ def _build_engine(name: str, agent: AgentState | None) -> EngineStatus:
         kv_usage=min(1.0, agent.kv_usage),
         role=None if agent.kv_transfer is None else agent.kv_transfer.role,
         transfers=None if agent.kv_transfer is None else agent.kv_transfer.transfers,
+        start=build_start(agent, now),
         troubled_ranks=list_troubled_ranks(agent),
     )
 

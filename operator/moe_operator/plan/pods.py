@@ -315,22 +315,19 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
 
 def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
     """The gateway's file; the policies and the groups of engines are in the settings."""
-    auth = build_auth(resource, _secret_folder)
     return GatewayConfig(
         listen=Listen(host=ANY, port=HTTP_PORT),
         admin=Listen(host=ANY, port=ADMIN_PORT),
         token_file=Path(CONTROL_DIR, "token"),
         settings_file=Path(SETTINGS_DIR, "gateway.json"),
         model=resource.spec.model.served_name,
-        discovery=Discovery(
-            ranks=resource.spec.engine.parallelism.data, gateways=None if auth is None else names.service
-        ),
+        discovery=Discovery(ranks=resource.spec.engine.parallelism.data, gateways=names.service),
         limits=build_limits(resource),
         cors=build_cors(resource),
         tracing=build_tracing(resource),
         continuation=build_continuation(resource),
         tenant_header=resource.spec.gateway.tenant_header,
-        auth=auth,
+        auth=build_auth(resource, _secret_folder),
         tls=build_tls(resource, _secret_folder),
         endpoint_picker=build_picker(resource),
         disaggregation=build_disaggregation(resource),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from moe_lab.experts import routed
 from moe_lab.experts.__main__ import app
-from moe_lab.experts.routed import KernelPlane, count_work, fit_kernels
+from moe_lab.experts.routed import KernelPlane, RoutedRow, bound_copies, count_work, fit_kernels
 from moe_scheduling.expert.decision import Placement
 from typer.testing import CliRunner
 
@@ -62,12 +62,37 @@ def test_the_command_prints_a_row_for_each_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(routed, "RUNS", {"decode": (8, 16), "prefill": (2048,)})
     monkeypatch.setattr(routed, "MIXES", {"mixed": ("both",), "switching": ("intent", "law")})
     out = tmp_path / "out.json"
-    options = ["routed", str(data), "--redundant", "8", "--steps", "1", "--rounds", "4", "--json", str(out)]
+    options = ["routed", str(data), "--redundant", "0,8", "--steps", "1", "--rounds", "4", "--json", str(out)]
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
-    assert result.output.count("switching") == 2
+    assert result.output.count("switching") == 4 + 2
+    assert "by size" in result.output
     assert "Modelled from 16 measured rows of h200" in result.output
     assert '"policy": "ours"' in out.read_text()
+
+
+def row(redundant, small_ms, large_ms, policy="vLLM"):
+    return RoutedRow(
+        gpu="h200",
+        ranks=8,
+        redundant=redundant,
+        mix="law",
+        run="few",
+        policy=policy,
+        step_ms=(2 * small_ms + large_ms) / 3,
+        by_size={64: small_ms, 2048: large_ms},
+        moves=0,
+        moves_s=0.0,
+        run_s=0.0,
+    )
+
+
+def test_the_bound_of_copies_takes_what_is_fastest_for_each_size(monkeypatch):
+    monkeypatch.setattr(routed, "RUNS", {"few": (64, 64, 2048)})
+    rows = [row(0, 1.0, 8.0), row(0, 1.2, 7.5, "static"), row(8, 1.5, 6.0), row(8, 0.9, 5.0, "ours")]
+    (bound,) = bound_copies(rows)
+    assert (bound.without_ms, bound.with_ms, bound.by_size_ms) == pytest.approx((9.9 / 3, 9.0 / 3, 8.0 / 3))
+    assert bound_copies(rows[:2]) == bound_copies(rows[2:]) == []
 
 
 @pytest.mark.parametrize(
@@ -76,6 +101,8 @@ def test_the_command_prints_a_row_for_each_run(data, tmp_path, monkeypatch):
         (["--gpu", "b300"], "h100, h200"),
         (["--redundant", "x"], "no list of numbers"),
         (["--redundant", "4"], "multiple of the 8 ranks"),
+        (["--ranks", "32", "--redundant", "16"], "multiple of the 32 ranks"),
+        (["--ranks", "3"], "3 does not divide the 64 experts"),
         (["--gpu", "h100"], "moe_kernel_h100_vllm0.24.csv.gz"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.expert.candidates import search_candidates
-from moe_scheduling.expert.cost import load_of_layers, load_of_ranks
+from moe_scheduling.expert.cost import load_of_ranks, seconds_of_layers
 from moe_scheduling.expert.decision import (
     ExpertCosts,
     ExpertLoad,
@@ -157,8 +157,8 @@ def test_rounding_makes_no_traffic_negative():
 
 def test_layers_are_timed_alike_with_and_without_the_time_to_read_an_expert():
     load, placement = decode([[[30.0, 10.0, 10.0, 10.0]]]), placed([0, 1, 2, 3])
-    assert load_of_layers(load, placement, ExpertCosts(token_s=1e-8)).tolist() == pytest.approx([40e-8])
-    assert load_of_layers(load, placement, KERNEL).tolist() == pytest.approx([8e-6 + 40e-8], rel=1e-3)
+    assert seconds_of_layers(load, placement, ExpertCosts(token_s=1e-8)).tolist() == pytest.approx([40e-8])
+    assert seconds_of_layers(load, placement, KERNEL).tolist() == pytest.approx([8e-6 + 40e-8], rel=1e-3)
 
 
 def decode(tokens, requests=32.0):
@@ -234,7 +234,50 @@ def test_a_group_that_changes_from_decode_to_prefill_uses_its_copies_again():
 def test_without_the_time_to_read_an_expert_there_is_one_candidate():
     load, start = decode(real_like(2, 64, 64)), initial_placement(layers=2, experts=64, redundant=16, ranks=8)
     assert len(list(search_candidates(load, start, ExpertCosts(token_s=1e-8), SETTINGS))) == 1
-    assert len(list(search_candidates(load, start, KERNEL, SETTINGS))) == 2
+    assert len(list(search_candidates(load, start, KERNEL, SETTINGS))) == 4
+
+
+def test_each_layer_takes_the_candidate_that_is_best_for_it():
+    """One layer has an expert that is hotter than a rank's share, which needs its copies in large steps; the other is
+    even, and its copies are only read for nothing."""
+    hot = np.full(16, 100.0)
+    hot[0] = 20_000.0
+    load = ExpertLoad(tokens=np.stack([hot, np.full(16, 100.0)])[None])
+    start = initial_placement(layers=2, experts=16, redundant=8, ranks=8)
+    decision = plan_experts(load, start, KERNEL, SETTINGS)
+    copies = serving_copies(decision.candidate.physical_to_logical, 16, 8)
+    assert copies[0].max() > 1
+    assert copies[1].max() == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_the_best_of_all_layers_exceed_the_budget_it_is_kept_and_used(seed):
+    generator = np.random.default_rng(seed)
+    sizes = StepSizes(tokens=(8.0, 2048.0), parts=(0.9, 0.1))
+    load = ExpertLoad(tokens=generator.pareto(1.0, (1, 6, 24)) * 300.0, sizes=sizes)
+    start = initial_placement(layers=6, experts=24, redundant=8, ranks=4)
+    gains = []
+    for budget in (1, 2, 3, 4, 6, 8, 12, 1000):
+        decision = plan_experts(load, start, KERNEL, ExpertSettings(move_budget=budget))
+        assert decision.moves <= budget
+        gains.append(decision.gain_s)
+    assert 0.0 < gains[0] < gains[-1] == max(gains)
+
+
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_small_steps_do_not_keep_large_ones_among_them_uneven(redundant):
+    """Even in sum is not even in each: a rank with many tokens can have the experts that small steps seldom read."""
+    generator = np.random.default_rng(2)
+    parts = np.array([generator.permutation(np.arange(1, 65) ** -0.5) for _ in range(8)])
+    tokens, costs = 6 * parts / parts.sum(1, keepdims=True), replace(KERNEL, token_s=1.6e-8)
+    sizes = StepSizes(tokens=(64.0, 2048.0), parts=(7 / 8, 1 / 8))
+    mixed = ExpertLoad(tokens=tokens[None] * (64 * 7 + 2048) / 8, sizes=sizes)
+    placement = initial_placement(layers=8, experts=64, redundant=redundant, ranks=8)
+    for _ in range(6):
+        placement = plan_experts(mixed, placement, costs, SETTINGS).candidate
+    for requests, excess in ((64, 1.01), (2048, 1.03)):
+        terms = score_placement(decode(tokens[None] * requests), placement, costs)[0]
+        assert terms.load_s < excess * terms.balanced_s
 
 
 @given(tables(), st.sampled_from([0.1, 3.0, 3000.0]), st.floats(0.0, 1e-5), st.data())
@@ -244,8 +287,10 @@ def test_a_decision_is_never_slower_than_what_it_leaves(given_table, scale, move
     sizes = StepSizes(tokens=(8.0, 2048.0), parts=(part, 1 - part))
     load = ExpertLoad(tokens=work[None] * scale, sizes=sizes)
     placement = Placement(physical_to_logical=table, ranks=ranks)
-    decision = plan_experts(load, placement, replace(KERNEL, move_s=move_s), SETTINGS)
+    budget = data.draw(st.integers(0, 12))
+    decision = plan_experts(load, placement, replace(KERNEL, move_s=move_s), ExpertSettings(move_budget=budget))
     before, after = (score_placement(load, place, KERNEL)[0] for place in (placement, decision.candidate))
     assert after.load_s <= before.load_s
     assert (count_copies(decision.candidate.physical_to_logical, work.shape[1]) >= 1).all()
     assert decision.moves == count_moves(placement, decision.candidate).sum()
+    assert not budget or decision.moves <= budget

@@ -25,11 +25,12 @@ from moe_lab.experts.rivals import Ours, Policy, make_policies
 
 Ids = npt.NDArray[np.uint8]
 
-EXPERTS, RANKS = 64, 8
+EXPERTS = 64
 RUNS: Mapping[str, tuple[int, ...]] = {
     "decode": (8, 16, 32, 64, 128, 256),
     "prefill": (2048, 4096, 8192),
     "both": (64, 64, 64, 64, 64, 64, 64, 2048),
+    "chunks": (64, 64, 64, 64, 64, 64, 64, 8192),
 }
 MIXES: Mapping[str, tuple[str, ...]] = {
     "intent": ("intent",),
@@ -41,6 +42,7 @@ MIXES: Mapping[str, tuple[str, ...]] = {
 _EXPERT_BYTES = 3 * 2048 * 1408 * 2
 _TABLE_INTER = 768
 _KNUTH = 2654435769
+_OTHERS = ("static", "vLLM", "DeepSeek, global")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class RoutedRow:
 
     Attributes:
         gpu: whose kernels.
+        ranks: of the group.
         redundant: slots beside one for each expert.
         mix: domains of the tokens.
         run: sizes of the steps.
@@ -87,6 +90,7 @@ class RoutedRow:
     """
 
     gpu: str
+    ranks: int
     redundant: int
     mix: str
     run: str
@@ -96,6 +100,50 @@ class RoutedRow:
     moves: int
     moves_s: float
     run_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesBound:
+    """What copies that serve steps of some sizes alone could win at most: each size with what is fastest for it.
+
+    The product's own placements are left out, since theirs are idle where they do not pay.
+
+    Attributes:
+        mix: domains of the tokens.
+        run: sizes of the steps.
+        redundant: slots beside one for each expert, where there are copies.
+        without_ms: mean step of the fastest placement without copies.
+        with_ms: mean step of the fastest placement with copies, which all steps use.
+        by_size_ms: mean step where each size has the fastest placement for it, with copies or without.
+    """
+
+    mix: str
+    run: str
+    redundant: int
+    without_ms: float
+    with_ms: float
+    by_size_ms: float
+
+
+def bound_copies(rows: Sequence[RoutedRow]) -> list[CopiesBound]:
+    """Returns the bounds of the groups with copies; none where no group is without them."""
+    bounds = []
+    for mix, run, redundant in dict.fromkeys((row.mix, row.run, row.redundant) for row in rows if row.redundant):
+        same = [row for row in rows if (row.mix, row.run) == (mix, run) and row.policy in _OTHERS]
+        without, copied = ([row for row in same if row.redundant == slots] for slots in (0, redundant))
+        if without:
+            fastest_ms = [min(row.by_size[size] for row in [*without, *copied]) for size in RUNS[run]]
+            bounds.append(
+                CopiesBound(
+                    mix=mix,
+                    run=run,
+                    redundant=redundant,
+                    without_ms=min(row.step_ms for row in without),
+                    with_ms=min(row.step_ms for row in copied),
+                    by_size_ms=float(np.mean(fastest_ms)),
+                )
+            )
+    return bounds
 
 
 def read_routing(data: Path) -> dict[str, Ids]:
@@ -163,13 +211,14 @@ def _read_row(row: Mapping[str, str]) -> tuple[float, float, float, float]:
 
 
 def run_all(
-    data: Path, gpu: str, *, redundant: Sequence[int], rounds: int, steps: int, move_s: float, seed: int
+    data: Path, gpu: str, *, ranks: int, redundant: Sequence[int], rounds: int, steps: int, move_s: float, seed: int
 ) -> Iterator[RoutedRow]:
     """Yields all policies on all mixes and runs.
 
     Args:
         data: folder with `routing` and `step_time`.
         gpu: `h100` or `h200`.
+        ranks: of the group.
         redundant: slots beside one for each expert, one group for each.
         rounds: of 3,000 steps between two decisions.
         steps: timed in each round and size.
@@ -184,7 +233,7 @@ def run_all(
         for mix, domains in MIXES.items():
             for run, sizes in RUNS.items():
                 timed = _TimedRun(routing, kernels, domains, sizes, rounds, steps, seed)
-                group = GroupSizes(layers=len(routing["law"]), experts=EXPERTS, ranks=RANKS, nodes=1, redundant=slots)
+                group = GroupSizes(layers=len(routing["law"]), experts=EXPERTS, ranks=ranks, nodes=1, redundant=slots)
                 for name, policy in _policies(group, gpu, move_s).items():
                     yield timed.follow(name, policy, group, move_s, {"gpu": gpu, "mix": mix, "run": run})
 
@@ -196,9 +245,8 @@ def _policies(group: GroupSizes, gpu: str, move_s: float) -> dict[str, Policy]:
     by_tokens = ExpertCosts(token_s=work.token_s, move_s=move_s)
     costs = replace(by_tokens, expert_s=work.expert_s)
     rivals = make_policies(group, by_tokens, ExpertSettings())
-    names = ("static", "vLLM", "DeepSeek, global")
     return {
-        **{name: rivals[name] for name in names},
+        **{name: rivals[name] for name in _OTHERS},
         "by tokens alone": rivals["ours"],
         "ours": Ours(costs, ExpertSettings()),
     }
@@ -237,6 +285,7 @@ class _TimedRun:
         total_s = sum(float(sum(by_size[size])) for size in self.sizes) / parts * ExpertCosts(token_s=0.0).horizon_steps
         return RoutedRow(
             gpu=labels["gpu"],
+            ranks=group.ranks,
             redundant=group.redundant,
             mix=labels["mix"],
             run=labels["run"],

@@ -65,10 +65,12 @@ def search_candidates(
 ) -> Iterator[PlacementPath]:
     """Yields the candidates of a decision, the one that keeps copies first."""
     table, ranks, experts = placement.physical_to_logical, placement.ranks, load.experts
-    yield _search(load, placement, costs, settings, park_idle(table, experts, ranks), copies=True)
-    if costs.expert_s and placement.slots > experts:
-        work, _ = _work(load, costs)
-        yield _search(load, placement, costs, settings, drop_copies(table, work, experts, ranks), copies=False)
+    parked = park_idle(table, experts, ranks)
+    for work in _works(load, costs):
+        yield _search(load, placement, costs, settings, work, parked, copies=True)
+        if costs.expert_s and placement.slots > experts:
+            start = drop_copies(table, work.of_experts, experts, ranks)
+            yield _search(load, placement, costs, settings, work, start, copies=False)
 
 
 def round_budget(placement: Placement) -> int:
@@ -109,13 +111,14 @@ def _search(
     placement: Placement,
     costs: ExpertCosts,
     settings: ExpertSettings,
+    work: "_Work",
     start: Ints,
     *,
     copies: bool,
 ) -> PlacementPath:
     """Searches in a unit of about a rank's time in a layer, for single precision; the path is in seconds."""
     budget = settings.move_budget or round_budget(placement)
-    work_s, slot_work = _work(load, costs)
+    work_s, slot_work = work.of_experts, work.of_slots
     largest_s = max(costs.token_s, costs.remote_token_s, costs.internode_token_s)
     unit_s = float(load.by_expert.sum(1).max()) * largest_s / placement.ranks
     if slot_work is not None:
@@ -148,14 +151,30 @@ def _search(
     )
 
 
-def _work(load: ExpertLoad, costs: ExpertCosts) -> tuple[Floats, SlotWork | None]:
-    """Returns the seconds of each expert that has one slot, and those of one of several slots if these do not divide
-    it evenly.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Work:
+    """What a search balances.
+
+    Attributes:
+        of_experts: [layer, expert], seconds a step of an expert that has one slot.
+        of_slots: seconds a step of one of several slots; None: they divide those of the expert evenly.
+    """
+
+    of_experts: Floats
+    of_slots: SlotWork | None = None
+
+
+def _works(load: ExpertLoad, costs: ExpertCosts) -> Iterator[_Work]:
+    """Yields the mean step, and where the time to read an expert is known the large step, which reads them all.
+
+    The sum of both kinds of step can be even on all ranks while neither is.
     """
     if not costs.expert_s:
-        return load.by_expert * costs.token_s, None
-    times = layer_time(load, costs)
-    return times.slot_work(np.ones(load.by_expert.shape, np.int64)), times.slot_work
+        yield _Work(of_experts=load.by_expert * costs.token_s)
+        return
+    times, one = layer_time(load, costs), np.ones(load.by_expert.shape, np.int64)
+    for of_slots in (times.slot_work, times.slot_work_of_large):
+        yield _Work(of_experts=of_slots(one), of_slots=of_slots)
 
 
 def _scaled(slot_work: SlotWork, unit_s: float, extra: int) -> SlotWork:

@@ -165,7 +165,7 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     terms = CostTerms(
         load_s=load_s,
         balanced_s=balanced_s,
-        traffic_s=arrivals.traffic_s(costs) / placement.ranks,
+        traffic_s=float(arrivals.traffic_s(costs).sum()) / placement.ranks,
     )
     mean = ranks.mean(1)
     by_layer = np.divide(ranks.max(1), mean, out=np.ones_like(mean), where=mean > 0)
@@ -181,12 +181,18 @@ def score_placement(load: ExpertLoad, placement: Placement, costs: ExpertCosts) 
     return terms, balance
 
 
-def load_of_layers(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
-    """Returns the seconds of each layer's busiest rank in the mean step, [layer]."""
+def seconds_of_layers(load: ExpertLoad, placement: Placement, costs: ExpertCosts) -> Floats:
+    """Returns the seconds of each layer in the mean step, [layer]: its busiest rank and its traffic.
+
+    Raises:
+        ValueError: the sources do not divide the ranks evenly.
+    """
+    traffic_s = _count_arrivals(load, placement).traffic_s(costs) / placement.ranks
     if not costs.expert_s:
-        return np.asarray(load_of_ranks(load, placement).max(1) * costs.token_s)
+        return np.asarray(load_of_ranks(load, placement).max(1) * costs.token_s + traffic_s)
     times = layer_time(load, costs)
-    return times.mean_step(times.of_ranks(placement.physical_to_logical, placement.ranks).max(2))
+    by_rank = times.of_ranks(placement.physical_to_logical, placement.ranks)
+    return np.asarray(times.mean_step(by_rank.max(2)) + traffic_s)
 
 
 def _load_s(load: ExpertLoad, placement: Placement, costs: ExpertCosts, tokens: Floats) -> tuple[float, float]:
@@ -245,26 +251,27 @@ def traffic_costs(load: ExpertLoad, links: Floats) -> Singles:
     return traffic
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Arrivals:
-    """Tokens a step over all layers: the total, those that stay on their source's ranks and on its node."""
+    """Tokens a step, [layer]: all, those that stay on their source's ranks, and those that stay on its node."""
 
-    total: float
-    in_rank: float
-    in_node: float
+    total: Floats
+    in_rank: Floats
+    in_node: Floats
 
-    def traffic_s(self, costs: ExpertCosts) -> float:
+    def traffic_s(self, costs: ExpertCosts) -> Floats:
         # Sums in another order may differ by a rounding, and no time is negative.
-        near, far = max(self.in_node - self.in_rank, 0.0), max(self.total - self.in_node, 0.0)
-        return _DIRECTIONS * (near * costs.remote_token_s + far * costs.internode_token_s)
+        near, far = np.maximum(self.in_node - self.in_rank, 0.0), np.maximum(self.total - self.in_node, 0.0)
+        return np.asarray(_DIRECTIONS * (near * costs.remote_token_s + far * costs.internode_token_s))
 
-    def outside(self, inside: float) -> float:
-        return max(1 - inside / self.total, 0.0) if self.total else 0.0
+    def outside(self, inside: Floats) -> float:
+        total = float(self.total.sum())
+        return max(1 - float(inside.sum()) / total, 0.0) if total else 0.0
 
 
 def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     same_rank, same_node = _nearness(load, placement)
-    total = float(load.by_expert.sum())
+    total = load.by_expert.sum(1)
     if len(load.tokens) == 1:
         return _Arrivals(total, total, total)
     table, by_source = placement.physical_to_logical, load.tokens.reshape(len(load.tokens), -1)
@@ -277,7 +284,7 @@ def _count_arrivals(load: ExpertLoad, placement: Placement) -> _Arrivals:
     ranks_of_node = placement.ranks // placement.nodes
     near = np.stack([by_source[on_node].sum(0) for on_node in same_node[:, ::ranks_of_node].T])
     by_node = near[rank // ranks_of_node, cells] * part
-    return _Arrivals(total, float(own.sum()), float(by_node.sum()))
+    return _Arrivals(total, own.sum(1), by_node.sum(1))
 
 
 def _nearness(load: ExpertLoad, placement: Placement) -> tuple[Flags, Flags]:

@@ -10,7 +10,7 @@ far as the load has proved stable, exceeds the cost, except for a rollback under
 the result depends on the arguments alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from moe_scheduling.expert.candidates import PlacementPath, round_budget, search_candidates
-from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, load_of_layers, score_placement
+from moe_scheduling.expert.cost import Balance, CostTerms, ExpertCosts, ExpertLoad, score_placement, seconds_of_layers
 from moe_scheduling.expert.layer_time import StepSizes
 from moe_scheduling.expert.placement import (
-    Ints,
     Placement,
     check_experts,
     count_charged,
@@ -67,6 +66,8 @@ _MISS_WEIGHT = 0.5
 _HIT_WEIGHT = 0.2
 
 Score = tuple[CostTerms, Balance]
+
+_COUNTS = (count_moves, count_charged)
 
 
 class StayReason(StrEnum):
@@ -197,12 +198,12 @@ def plan_experts(
 ) -> Move | Stay:
     """Decides whether experts move, and which.
 
-    A move has to gain `(1 + hysteresis) * move_s / (horizon_steps * stability)` seconds a step; the path of the search
-    is cut in each layer where that ends. Under a budget this price rises until the moves fit, so that the best moves
-    are taken. The stability of the load is measured in gained time: the part of its gain that the candidate would also
-    have had under the load before, and the hit rate of the last predictions, whether they were carried out or not.
-    Without a history the load is taken as stable. When the loss budget of the regret bound is exhausted, nothing moves
-    except back to the placement at the beginning.
+    A move has to gain `(1 + hysteresis) * move_s / (horizon_steps * stability)` seconds a step; the paths of the
+    search are cut in each layer where that ends, and each layer takes the best of the candidates. Under a budget this
+    price rises until the moves fit, so that the best moves are taken. The stability of the load is measured in gained
+    time: the part of its gain that the candidate would also have had under the load before, and the hit rate of the
+    last predictions, whether they were carried out or not. Without a history the load is taken as stable. When the
+    loss budget of the regret bound is exhausted, nothing moves except back to the placement at the beginning.
 
     Args:
         load: load of a window of steps.
@@ -223,12 +224,13 @@ def plan_experts(
     least_s = (_MIN_WORTH_OF_WHOLE if whole else _MIN_WORTH) * before[0].total_s / placement.layers
     price_s = max(least_s, 0.0 if whole else (1 + settings.hysteresis) * costs.move_s / costs.horizon_steps)
 
-    def choose(path: PlacementPath) -> _Option:
-        weigh = lambda price: _weigh_option(path.table(price), price, load, placement, costs, before, known)  # noqa: E731
-        return _choose_option(weigh, price_s, least_s, whole=whole)
+    paths = tuple(search_candidates(load, placement, costs, settings))
 
-    found = map(choose, search_candidates(load, placement, costs, settings))
-    option = max(found, key=lambda option: option.gain_s * option.stability - price_s * option.charged)
+    def weigh(price_s: float) -> _Option:
+        after = _merge_layers(paths, price_s, budget, load, placement, costs)
+        return _weigh_option(after, load, placement, costs, before, known)
+
+    option = _choose_option(weigh, price_s, least_s, whole=whole)
     if known.regret is not None and known.regret.budget_exhausted:
         back = plan_rollback(known.regret, placement, budget, costs)
         if back is not placement:
@@ -251,18 +253,42 @@ def _choose_option(weigh: Callable[[float], _Option], price_s: float, least_s: f
     return option if option.gain_s > 0 else weigh(least_s)
 
 
-def _weigh_option(
-    table: Ints,
+def _merge_layers(
+    paths: Sequence[PlacementPath],
     price_s: float,
+    budget: int,
     load: ExpertLoad,
     placement: Placement,
     costs: ExpertCosts,
-    before: Score,
-    known: ExpertHistory,
+) -> Placement:
+    """Returns the placement that takes for each layer the best candidate, the present one among them.
+
+    A search balances one measure of work, and which one is best depends on the layer. The time of a layer depends on
+    its own row alone, so that the rows can be chosen apart. Where together they have more moves than the budget and
+    than each candidate, the layers that win most for each move go first, unless a single candidate wins more.
+    """
+    tables = (path.table(price_s) for path in paths)
+    kept = [keep_slots(placement.physical_to_logical, table, placement.ranks) for table in tables]
+    version = placement.version + 1
+    options = [placement, *(replace(placement, physical_to_logical=table, version=version) for table in kept)]
+    moves, charged = (np.stack([count(placement, option) for option in options]) for count in _COUNTS)
+    layers_s = np.stack([seconds_of_layers(load, option, costs) for option in options])
+    net_s = layers_s[0] - layers_s - price_s * charged
+    best, layer = net_s.argmax(0), np.arange(placement.layers)
+    needed = moves[best, layer]
+    first = np.argsort(-net_s[best, layer] / np.maximum(needed, 1), kind="stable")
+    fits = np.empty(placement.layers, np.bool_)
+    fits[first] = needed[first].cumsum() <= max(budget, int(moves.sum(1).max()))
+    chosen, single = np.where(fits, best, 0), int(net_s.sum(1).argmax())
+    if net_s[chosen, layer].sum() < net_s[single].sum():
+        return options[single]
+    rows = np.stack([option.physical_to_logical for option in options])
+    return replace(placement, physical_to_logical=rows[chosen, layer], version=version)
+
+
+def _weigh_option(
+    after: Placement, load: ExpertLoad, placement: Placement, costs: ExpertCosts, before: Score, known: ExpertHistory
 ) -> _Option:
-    kept = keep_slots(placement.physical_to_logical, table, placement.ranks)
-    after = replace(placement, physical_to_logical=kept, version=placement.version + 1)
-    after = _keep_cheap_layers(after, price_s, load, placement, costs)
     score = score_placement(load, after, costs)
     total_s = before[0].total_s
     gain_s = total_s - score[0].total_s
@@ -277,19 +303,6 @@ def _weigh_option(
         stability=stability,
         score=score,
     )
-
-
-def _keep_cheap_layers(
-    after: Placement, price_s: float, load: ExpertLoad, placement: Placement, costs: ExpertCosts
-) -> Placement:
-    """Returns the candidate without the changes of idle slots alone that gain less than the price of one move."""
-    idle_alone = (count_charged(placement, after) > 0) & (count_moves(placement, after) == 0)
-    if not idle_alone.any():
-        return after
-    gained_s = load_of_layers(load, placement, costs) - load_of_layers(load, after, costs)
-    stays = idle_alone & (gained_s < price_s)
-    table = np.where(stays[:, None], placement.physical_to_logical, after.physical_to_logical)
-    return replace(after, physical_to_logical=table)
 
 
 def _gain_before(

@@ -97,6 +97,11 @@ class LayerTime:
             total += part * self._seconds(share * factor)
         return total
 
+    def slot_work_of_large(self, copies: Ints) -> Floats:
+        """Returns the same, [layer, expert], in steps so large that each expert with a load is read."""
+        share = self.by_expert / np.maximum(copies, 1)
+        return np.asarray(self.token_s * share + self.expert_s * (share > 0))
+
     def _seconds(self, tokens: Floats) -> Floats:
         """Returns the seconds of slots with these expected tokens; the chance that one gets any is Poisson's."""
         return np.asarray(self.token_s * tokens - self.expert_s * np.expm1(-tokens))

@@ -124,7 +124,7 @@ def _work(
     try:
         _keep_all(futures, keep, title, console)
     except BaseException:
-        # What was not begun would be made and thrown away.
+        # Runs that have not begun would be made and thrown away.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
 

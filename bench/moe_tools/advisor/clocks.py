@@ -1,4 +1,4 @@
-"""Step times by GPU and model: fitted presets where there are any, else a roofline; what is known of their errors.
+"""Step times by GPU and model: fitted presets where there are any, else a roofline; and their errors.
 
 A clock answers for servers of one data-parallel group of one GPU a rank. Fitted step times are of the groups that were
 measured alone, so shapes with other groups are not compared: two clocks in one table would compare the clocks.
@@ -67,7 +67,7 @@ class RooflineClock:
         return self.preset.source
 
     def covers(self, ranks: int) -> bool:
-        """Always."""
+        """Whether a roofline has this many ranks: it has any number."""
         return True
 
     def copies(self, ranks: int) -> int:

@@ -1,7 +1,7 @@
 """Errors of the presets of fitted step times: the table `preset_errors.csv` beside this module.
 
-Made by `python -m moe_lab.step_times errors DATA --csv FILE`; not to be edited by hand. Shown beside what was simulated
-with a preset.
+Made by `python -m moe_lab.step_times errors DATA --csv FILE`; not to be edited by hand. Shown beside results that were
+simulated with a preset.
 """
 
 import csv

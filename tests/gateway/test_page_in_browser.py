@@ -188,8 +188,8 @@ async def test_the_page_fits_into_a_phone(shown, dark):
             driver.get(address(served))
             wait_for(lambda: "Layer 17 is the hottest" in text_of(driver), "the hottest layer")
             wait_for(lambda: len(driver.find_elements(By.CSS_SELECTOR, ".u-wrap")) == 3, "the charts")
-            assert driver.execute_script("return document.documentElement.scrollWidth") == PHONE_WIDTH
             assert driver.execute_script(OVERFLOW) == [], "what is wider scrolls within itself"
+            assert driver.execute_script("return document.documentElement.scrollWidth") == PHONE_WIDTH
             smallest = driver.execute_script(
                 "return Math.min(...[...document.querySelectorAll('button, select, summary, label')]"
                 ".map(e => e.getBoundingClientRect().height))"

@@ -275,9 +275,9 @@ def test_small_steps_do_not_keep_large_ones_among_them_uneven(redundant):
     placement = initial_placement(layers=8, experts=64, redundant=redundant, ranks=8)
     for _ in range(6):
         placement = plan_experts(mixed, placement, costs, SETTINGS).candidate
-    for requests, excess in ((64, 1.01), (2048, 1.03)):
+    for requests, ratio in ((64, 1.01), (2048, 1.03)):
         terms = score_placement(decode(tokens[None] * requests), placement, costs)[0]
-        assert terms.load_s < excess * terms.balanced_s
+        assert terms.load_s < ratio * terms.balanced_s
 
 
 @given(tables(), st.sampled_from([0.1, 3.0, 3000.0]), st.floats(0.0, 1e-5), st.data())

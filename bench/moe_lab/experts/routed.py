@@ -104,7 +104,7 @@ class RoutedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopiesBound:
-    """What copies that serve steps of some sizes alone could win at most: each size with what is fastest for it.
+    """The most that copies could win that serve steps of some sizes alone: each size with its fastest placement.
 
     The product's own placements are left out, since theirs are idle where they do not pay.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.order import RequestSettings, order_key
 from moe_scheduling.request.waiting_queue import Waiting, WaitingQueue
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -49,8 +49,11 @@ class OrderedRequestQueue(RequestQueue):
 
     def key(self, request: Request, size_tokens: int) -> tuple[float, float]:
         """Returns the key that a request would have with `size_tokens` left to compute."""
-        primary, arrival_s = self._queue.key(
-            size_tokens=size_tokens, arrival_s=self._arrival_s(request), priority=request.priority
+        primary, arrival_s = order_key(
+            self._queue.settings,
+            size_tokens=size_tokens,
+            arrival_s=self._arrival_s(request),
+            priority=request.priority,
         )
         return primary + self._queue.lag_s(tenant_of(request.request_id)), arrival_s
 

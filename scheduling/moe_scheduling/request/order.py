@@ -1,8 +1,8 @@
 """Layer 1: policies, settings and keys of the order of waiting requests, in engines and in the gateway's hold queue.
 
-A policy is a function from a request to a key. The key does not change with time while the request waits, so a sorted
-list serves (`waiting_queue.py`). Under `sjf` it depends on how many requests wait, as far as these are few; where
-several tenants wait, the lag of a request's tenant is added to it (`fairness.py`).
+A policy is a function from a request to a key. The key does not change while the request waits, so a sorted list serves
+(`waiting_queue.py`). Where several tenants wait under `sjf`, the lag of a request's tenant is added to its key
+(`fairness.py`).
 
 Invariants: equal keys are ordered by arrival; no size, priority or arrival that a client sends gives a key that does
 not compare (NaN).
@@ -18,8 +18,6 @@ from moe_scheduling.settings import check_settings, setting
 # Whole numbers up to here are exact in a float; no prompt length and no level of priority is near it.
 LARGEST_EXACT = 2**53
 _LARGEST_SHIFT_S = 1e300
-# Most requests that a request counts as holding up: more changed no order by much.
-MOST_CROWD = 16.0
 
 
 class RequestPolicy(StrEnum):
@@ -64,8 +62,8 @@ class RequestSettings:
     )
     ageing_rate: float = setting(
         1000.0,
-        "Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`, while few requests "
-        "wait; the more wait, the fewer. Greater is nearer to the order of arrival.",
+        "Uncached prefill tokens that one second of waiting makes up for (tokens/s), under `sjf`. Greater is nearer to "
+        "the order of arrival.",
         above=0,
     )
     ageing_horizon_s: float = setting(
@@ -110,34 +108,20 @@ class RequestSettings:
         return self.policy is RequestPolicy.SJF and self.fairness_horizon_s > 0.0
 
 
-def crowd_of(waiting: int) -> float:
-    """Returns how many requests one that is served first holds up: half of those that wait, from 1 to `MOST_CROWD`.
-
-    With two that wait it is the one other; of more, those that are served later, which are half of them in the mean.
-    """
-    return min(MOST_CROWD, max(1.0, waiting / 2))
-
-
 def order_key(
-    settings: RequestSettings, *, size_tokens: float, arrival_s: float, priority: int = 0, crowd: float = 1.0
+    settings: RequestSettings, *, size_tokens: float, arrival_s: float, priority: int = 0
 ) -> tuple[float, float]:
-    """Returns the key of a request: the smaller is served first; the second part, the arrival, breaks ties.
+    """Returns the static key of a request: the smaller is served first; the second part, the arrival, breaks ties.
 
-    Under `sjf` the key is `shift_s + arrival_s + priority * priority_step_s`. It orders like "size less ageing",
-    because all waiting requests age alike, so that the clock cancels out. The shift is the time for which a request of
-    this size holds up each of those behind it, summed over them, as far as the horizon lets it:
+    Under `sjf` the key is `min(size_tokens / ageing_rate, ageing_horizon_s) + arrival_s + priority * priority_step_s`.
+    It orders like "size less ageing", because all waiting requests age alike, so that the clock cancels out.
 
-        own_s = crowd * size_tokens / ageing_rate
-        shift_s = 1 / (1 / own_s + 1 / ageing_horizon_s)
-
-    So in a burst, when waits are long and many wait, size counts for more, and sizes still differ near the horizon.
-
-    The bound on waiting. A request that arrives at a has a shift below the horizon, whatever the crowd. Another's shift
-    is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the same priority that
-    arrives later than that does, with the shift that `MOST_CROWD` gives. The request is thus served after, at most, the
-    work that was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of
-    r tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another
-    request is more urgent widens that one's window by `priority_step_s`: priority delays, but does not starve.
+    The bound on waiting. Let `shift_s = min(size_tokens / ageing_rate, ageing_horizon_s)` of a request that arrives
+    at a. Another's shift is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the
+    same priority that arrives more than `shift_s` later does. The request is thus served after, at most, the work that
+    was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of r
+    tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another request
+    is more urgent widens that one's window by `priority_step_s`: priority delays, but does not starve.
     Between tenants the window is wider by `fairness_horizon_s`, the greatest lag: a request of another tenant that
     arrives more than `shift_s + fairness_horizon_s` later never overtakes, whatever service was and will be charged.
     Within a tenant the bound is the one above.
@@ -147,36 +131,30 @@ def order_key(
         size_tokens: uncached prefill tokens. Negative values count as 0, NaN as infinite.
         arrival_s: arrival on any clock that all requests of a queue share.
         priority: level; lower is more urgent.
-        crowd: `crowd_of` the waiting requests, the same for all keys that are compared.
 
     Raises:
         ValueError: the arrival is not finite.
     """
     if not math.isfinite(arrival_s):
         raise ValueError(f"arrival_s must be finite, got {arrival_s!r}")
-    return _PRIMARY_KEYS[settings.policy](settings, size_tokens, arrival_s, priority, crowd), arrival_s
+    return _PRIMARY_KEYS[settings.policy](settings, size_tokens, arrival_s, priority), arrival_s
 
 
-def _sjf_key(settings: RequestSettings, size_tokens: float, arrival_s: float, priority: int, crowd: float) -> float:
+def _sjf_key(settings: RequestSettings, size_tokens: float, arrival_s: float, priority: int) -> float:
     shift_s = settings.ageing_horizon_s
-    if size_tokens < LARGEST_EXACT and shift_s:
-        own_s = max(size_tokens, 0) / settings.ageing_rate * crowd
-        shift_s = min(shift_s, 1.0 / (1.0 / own_s + 1.0 / shift_s)) if own_s else 0.0
+    if size_tokens < LARGEST_EXACT:
+        shift_s = min(max(size_tokens, 0) / settings.ageing_rate, shift_s)
     if priority:
         head_start_s = clamp_priority(priority) * settings.priority_step_s
         arrival_s += max(-_LARGEST_SHIFT_S, min(_LARGEST_SHIFT_S, head_start_s))
     return arrival_s + shift_s
 
 
-def _fcfs_key(
-    _settings: RequestSettings, _size_tokens: float, arrival_s: float, _priority: int, _crowd: float
-) -> float:
+def _fcfs_key(_settings: RequestSettings, _size_tokens: float, arrival_s: float, _priority: int) -> float:
     return arrival_s
 
 
-def _priority_key(
-    _settings: RequestSettings, _size_tokens: float, _arrival_s: float, priority: int, _crowd: float
-) -> float:
+def _priority_key(_settings: RequestSettings, _size_tokens: float, _arrival_s: float, priority: int) -> float:
     return clamp_priority(priority)
 
 
@@ -185,7 +163,7 @@ def clamp_priority(priority: int) -> int:
     return max(-LARGEST_EXACT, min(LARGEST_EXACT, priority))
 
 
-_PRIMARY_KEYS: Mapping[RequestPolicy, Callable[[RequestSettings, float, float, int, float], float]] = {
+_PRIMARY_KEYS: Mapping[RequestPolicy, Callable[[RequestSettings, float, float, int], float]] = {
     RequestPolicy.FCFS: _fcfs_key,
     RequestPolicy.PRIORITY: _priority_key,
     RequestPolicy.SJF: _sjf_key,

@@ -5,9 +5,8 @@ time of its tenant added (`fairness.py`). A charge moves all requests of a tenan
 queue stays; only the place of its head changes.
 
 Invariants: each waiting tenant has one row among the sorted heads. The row stands at or before the true place of the
-tenant's first request, because the keys of a queue's head and virtual times only rise until a push moves the row, or
-`replace` all rows; so the first row that is up to date is the next request. Within a tenant the order is that of the
-keys alone.
+tenant's first request, because the keys of a queue's head and virtual times only rise until a push moves the row; so
+the first row that is up to date is the next request. Within a tenant the order is that of the keys alone.
 """
 
 from bisect import bisect_left, insort
@@ -81,16 +80,6 @@ class TenantQueues(Generic[T]):
         queue.add(entry)
         if queue[0] is entry:
             self._place_head(entry)
-
-    def replace(self, entries: Iterable[Entry[T]]) -> None:
-        """Orders the requests that wait, given with other keys, anew; the counters stay."""
-        queues: dict[str, list[Entry[T]]] = {}
-        for entry in entries:
-            queues.setdefault(entry.tenant, []).append(entry)
-        self._queues = {tenant: SortedList(rows) for tenant, rows in queues.items()}
-        self._heads, self._head_of = [], {}
-        for queue in self._queues.values():
-            self._place_head(queue[0])
 
     def remove(self, entry: Entry[T]) -> None:
         """Takes out a request that waits."""

@@ -1,8 +1,7 @@
 """Layer 1: the requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
 
-A sorted list of keys (`order.py`). Under `sjf` keys are made anew when the number of waiting requests has changed by a
-quarter, while fewer than `2 * MOST_CROWD` wait; from there on nothing is sorted again. Where several tenants wait under
-`sjf`, each has a sorted list of its own (`tenant_queues.py`).
+A sorted list of static keys (`order.py`): nothing is ever sorted again while requests wait. Where several tenants wait
+under `sjf`, each has a sorted list of its own (`tenant_queues.py`).
 
 Invariants: the order is total, and the same for the same calls; requests with equal keys are served in the order of
 their pushes; memory is O(waiting requests).
@@ -15,14 +14,10 @@ from typing import Generic, NamedTuple, TypeVar
 from sortedcontainers import SortedList
 
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT, TenantCounters
-from moe_scheduling.request.order import LARGEST_EXACT, RequestPolicy, RequestSettings, crowd_of, order_key
+from moe_scheduling.request.order import LARGEST_EXACT, RequestPolicy, RequestSettings, order_key
 from moe_scheduling.request.tenant_queues import Entry, TenantQueues
 
 T = TypeVar("T", bound=Hashable)
-# Factor by which the crowd of the keys may differ from the present one.
-_CROWD_TOLERANCE = 1.25
-# A look-up of a member in its enum takes longer than the comparison.
-_SJF = RequestPolicy.SJF
 
 
 class Waiting(NamedTuple, Generic[T]):
@@ -42,7 +37,7 @@ class Waiting(NamedTuple, Generic[T]):
 class WaitingQueue(Generic[T]):
     """The waiting requests in the order of `order_key`; one owner, no locks.
 
-    `push`, `pop`, `remove` are O(log n), `peek` is O(1), amortised. Pushing an item again replaces it. While only
+    `push`, `pop`, `remove` are O(log n), `peek` is O(1), both amortised. Pushing an item again replaces it. While only
     one tenant has waited there is one sorted list; from the second tenant on each has its own, if the settings separate
     tenants (`RequestSettings.is_fair`). Other settings forget the service of tenants.
 
@@ -52,7 +47,6 @@ class WaitingQueue(Generic[T]):
 
     __slots__ = (
         "_counters",
-        "_crowd",
         "_entries",
         "_fronts",
         "_only_tenant",
@@ -68,8 +62,6 @@ class WaitingQueue(Generic[T]):
         self._entries: dict[T, Entry[T]] = {}
         # The same entries in order, while tenants are not separated; else empty.
         self._order: SortedList[Entry[T]] = SortedList()
-        # That of the keys of all entries.
-        self._crowd = 1.0
         self._pushes = 0
         self._fronts = 0
         self._size_tokens = 0
@@ -88,17 +80,6 @@ class WaitingQueue(Generic[T]):
     def size_tokens(self) -> int:
         """Sum of the sizes of the waiting requests, in tokens; a size that is not a number counts as 0."""
         return self._size_tokens
-
-    @property
-    def crowd(self) -> float:
-        """The crowd of the present keys (`crowd_of`)."""
-        return self._crowd
-
-    def key(self, *, size_tokens: float, arrival_s: float, priority: int = 0) -> tuple[float, float]:
-        """Returns the key that such a request has beside those that wait, without the lag of a tenant."""
-        return order_key(
-            self._settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, crowd=self._crowd
-        )
 
     def push(
         self,
@@ -134,28 +115,10 @@ class WaitingQueue(Generic[T]):
         self._size_tokens += _countable(size_tokens)
         if self._tenants is not None:
             self._tenants.push(entry)
-        else:
-            self._order.add(entry)
-            if tenant != self._only_tenant and self._settings.is_fair:
-                self._separate(tenant)
-        self._fit_crowd()
-
-    def _fit_crowd(self) -> None:
-        """Makes the keys anew where those that wait have become many more or many fewer; O(1) otherwise."""
-        crowd = crowd_of(len(self._entries))
-        if self._settings.policy is not _SJF or 1.0 / _CROWD_TOLERANCE <= crowd / self._crowd <= _CROWD_TOLERANCE:
             return
-        self._crowd = crowd
-        entries = self._renew_entries()
-        if self._tenants is None:
-            self._order = SortedList(entries)
-        else:
-            self._tenants.replace(entries)
-
-    def _renew_entries(self) -> list[Entry[T]]:
-        entries = [self._entry(entry.item, entry.sequence, *entry[4:]) for entry in self._entries.values()]
-        self._entries = {entry.item: entry for entry in entries}
-        return entries
+        self._order.add(entry)
+        if tenant != self._only_tenant and self._settings.is_fair:
+            self._separate(tenant)
 
     def _separate(self, tenant: str) -> None:
         """Notes the first tenant; gives each tenant a queue of its own when a second one comes."""
@@ -202,7 +165,6 @@ class WaitingQueue(Generic[T]):
         entry: Entry[T] = self._order.pop(0) if self._tenants is None else self._tenants.pop()
         del self._entries[entry.item]
         self._size_tokens -= _countable(entry.size_tokens)
-        self._fit_crowd()
         return entry.item
 
     def remove(self, item: T) -> None:
@@ -217,7 +179,6 @@ class WaitingQueue(Generic[T]):
             self._tenants.remove(entry)
         else:
             self._order.remove(entry)
-        self._fit_crowd()
 
     def discard(self, item: T) -> None:
         """Takes out one request if it waits here."""
@@ -232,8 +193,8 @@ class WaitingQueue(Generic[T]):
         if settings == self._settings:
             return
         self._settings = settings
-        self._crowd = crowd_of(len(self._entries))
-        entries = self._renew_entries()
+        entries = [self._entry(entry.item, entry.sequence, *entry[4:]) for entry in self._entries.values()]
+        self._entries = {entry.item: entry for entry in entries}
         self._order = SortedList(entries)
         self._only_tenant = self._counters = self._tenants = None
         if settings.is_fair:
@@ -271,7 +232,7 @@ class WaitingQueue(Generic[T]):
         if front and settings.policy == RequestPolicy.FCFS:
             primary, secondary = -math.inf, float(-front)
         else:
-            primary, secondary = self.key(size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
+            primary, secondary = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
         return Entry(primary, secondary, sequence, item, size_tokens, arrival_s, priority, front, tenant)
 
 

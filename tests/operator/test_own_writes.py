@@ -103,4 +103,4 @@ def test_an_answer_that_is_the_first_to_show_a_persons_change_brings_a_pass(chan
     assert reported == [KEY] * passes
     assert (store.serving(KEY) or {})["metadata"]["resourceVersion"] == "6"
     keep_serving(store, own, resource(6, **changed))
-    assert reported == [KEY] * passes, "told once"
+    assert reported == [KEY] * passes, "it is reported once"

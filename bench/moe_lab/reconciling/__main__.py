@@ -66,10 +66,7 @@ def main(
                 settings = {"before": replace(common, log=Path(folder, "before.log"), python=beside)} | settings
             crds = {build: read_crd(setting.python) for build, setting in settings.items()}
             if pairs:
-                measured = asyncio.run(_run_pairs(settings, crds, pairs, progress))
-                for row in report_pairs(measured, resources):
-                    progress.console.print(row, highlight=False, soft_wrap=True)
-                _write(json_out, build_pairs_document(measured))
+                _write(json_out, build_pairs_document(asyncio.run(_run_pairs(settings, crds, pairs, progress))))
                 return
             bound, builds = asyncio.run(_run(settings, crds, progress))
     except (LoginError, OSError) as error:
@@ -109,9 +106,13 @@ async def _run(
 async def _run_pairs(
     settings: Mapping[str, BenchmarkSetting], crds: Mapping[str, Document], pairs: int, progress: ProgressPrinter
 ) -> list[BuildPair]:
+    """Measures the pairs and prints their ratios."""
     first = next(iter(settings.values()))
     async with connect(first.kubeconfig) as cluster:
-        return await measure_pairs(cluster, settings, crds, pairs, progress)
+        measured = await measure_pairs(cluster, settings, crds, pairs, progress)
+    for row in report_pairs(measured, first.resources):
+        progress.console.print(row, highlight=False, soft_wrap=True)
+    return measured
 
 
 if __name__ == "__main__":

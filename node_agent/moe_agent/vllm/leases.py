@@ -7,8 +7,9 @@ reasons that no gateway sees: an HTTP server that stood still, a network, an eng
 The first engine writes into its answer until when it holds the blocks, by the clock of its machine. The second one
 fetches where a third of the lease is left when the request arrives, and where it has made steps since: as long as a
 request waits here, each step of this engine that is due renews the lease. Else the prompt is computed here, as where a
-transfer fails. Clocks that differ by less than a third of a lease change nothing; where this one is further ahead the
-engine fetches nothing and counts failed transfers, and where it is further behind the look at the time misses some.
+transfer fails. With a clock that is behind by less than a third of a lease nothing is fetched that may be gone; one
+that is further behind misses some. One that is ahead refuses as much sooner; from two thirds of a lease on it refuses
+all.
 """
 
 import logging

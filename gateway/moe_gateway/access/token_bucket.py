@@ -38,7 +38,7 @@ class TokenBucket:
         Args:
             per_minute: the new rate, and the most that the bucket holds.
             now_s: monotonic seconds.
-            reserved: amount of what was taken that is set right later, as it is: it counts neither as spent nor as less.
+            reserved: the part of what was taken that is put back later; it stays as it is.
         """
         unspent = min(self.per_minute, self._level(now_s) + reserved)
         self.level = unspent * per_minute / self.per_minute - reserved

@@ -38,7 +38,7 @@ class TokenBucket:
         Args:
             per_minute: the new rate, and the most that the bucket holds.
             now_s: monotonic seconds.
-            reserved: the part of what was taken that is put back later; it stays as it is.
+            reserved: amount taken earlier that is put back later; it stays as it is.
         """
         unspent = min(self.per_minute, self._level(now_s) + reserved)
         self.level = unspent * per_minute / self.per_minute - reserved

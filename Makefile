@@ -67,7 +67,7 @@ test-vllm: $(STAMP) $(JAVASCRIPT)/.ready $(TOOLS)/aiperf/.ready $(if $(OTHER_VLL
 	@touch $@
 
 PYTHON_OF_0.33 := .cache/vllm-python-$(VLLM_0.33)
-SCHEDULER_TESTS := tests/agent/test_prompts_left_out.py tests/agent/test_vllm_interface.py tests/agent/test_queue_order.py tests/agent/test_kv_offload.py
+SCHEDULER_TESTS := tests/agent/test_prompts_left_out.py tests/agent/test_vllm_interface.py tests/agent/test_queue_order.py tests/agent/test_kv_offload.py tests/agent/test_leases.py
 
 test-vllm-python: $(STAMP) $(PYTHON_OF_0.33)/.ready ## Run the scheduler's tests on the Python code of vLLM 0.33, in the environment of 0.32 (0.3 GB more)
 	$(ON_CPU) PYTHONPATH=$(PYTHON_OF_0.33) $(BIN)/pytest -q -p no:xdist $(SCHEDULER_TESTS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +183,32 @@ def test_a_time_that_is_none_is_no_time(make_scheduler, clock, value):
     scheduler = make_scheduler(EngineRole.DECODE)
     scheduler.add_request(request("a", params_of(None) | {"moeserving_held_until_s": value}))
     assert fetches(scheduler, "a")
+
+
+@pytest.mark.parametrize(
+    ("connector", "extra", "expected"),
+    [
+        ("NixlConnector", {}, 30.0),
+        ("NixlConnector", {"kv_lease_duration": 8}, 8.0),
+        ("MultiConnector", {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "X"}]}, None),
+        (
+            "MultiConnector",
+            {
+                "connectors": [
+                    {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"kv_lease_duration": 9}},
+                    {"kv_connector": "OffloadingConnector"},
+                ]
+            },
+            9.0,
+        ),
+        ("MultiConnector", {"connectors": [{"kv_connector": "NixlConnector"}]}, 30.0),
+        ("MooncakeConnector", {}, None),
+        ("OffloadingConnector", {}, None),
+    ],
+)
+def test_only_blocks_of_the_connector_with_leases_are_looked_at(virtual_engines, connector, extra, expected):
+    """Others hold blocks by rules of their own."""
+    from moe_agent.vllm.leases import find_lease_s
+
+    said = SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra)
+    assert find_lease_s(said) == expected

@@ -157,3 +157,36 @@ async def test_many_searches_wait_for_one_another(make_engine, serve, monkeypatc
     answers = await asyncio.gather(*(served.ask(about(f"resp_none_{number}")) for number in range(12)))
     assert [answer.status for answer in answers] == [404] * 12
     assert most <= 4
+
+
+async def test_nobody_is_asked_for_a_client_that_left_while_it_waited_or_for_what_was_found_by_then(
+    make_engine, serve, monkeypatch
+):
+    monkeypatch.setattr(response_search, "MOST_SEARCHES", 1)
+    engines = [await make_engine(keeps) for _ in range(2)]
+    served, other = await serve(*engines, dispatch=TURNS), await serve(*engines, dispatch=TURNS)
+    name = (await other.ask(turn())).json["id"]
+    go_on, search = asyncio.Event(), served.gateway._context.responses
+
+    async def slow(request, writer):
+        await go_on.wait()
+        await keeps(request, writer)
+
+    for engine in engines:
+        engine.requests.clear()
+        engine.script = slow
+    finds = [asyncio.create_task(served.ask(about(name))) for _ in range(3)]
+    await until(lambda: all(engine.requests for engine in engines), "the questions")
+    left = await served.connect()
+    left.send(about("resp_left"))
+    await until(lambda: len(search._turn._waiters or ()) == 3, "those that wait")
+    open_before = len(served.gateway._connections)
+    left.reset()
+    await until(lambda: len(served.gateway._connections) < open_before, "the end of the connection")
+    go_on.set()
+    assert [(await answer).json["status"] for answer in finds] == ["completed"] * 3
+    assert (await served.ask(about("resp_none"))).status == 404
+    rows = [path for engine_rows in asked(engines) for _, path in engine_rows]
+    assert b"/v1/responses/resp_left" not in rows
+    # Both engines once, and for each client the one that has it.
+    assert rows.count(b"/v1/responses/" + name.encode()) == 2 + 3

@@ -10,6 +10,8 @@ from moe_gateway.access import quotas as quotas_module
 from moe_gateway.access.key_table import build_caller
 from moe_gateway.access.quotas import Lease, OverQuota, QuotaBound, Quotas
 from moe_gateway.access.token_bucket import TokenBucket
+from moe_gateway.http.routes import Route
+from moe_gateway.request.answer_limit import read_answer_limit
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,29 @@ def test_a_limit_above_the_whole_quota_passes_once_the_bucket_is_full():
     assert refuse(quotas, tokens=1).wait_s > 0
     lease.end(300, 0.0)
     admit(quotas, tokens=300)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 1)])
+def test_another_number_of_gateways_counts_no_reservation_as_a_debt_or_as_paid(before, after):
+    quotas = Quotas(Quota(tokens_per_minute=6000))
+    quotas.divide(before, 0.0)
+    lease = quotas.admit(A, 100, 0.0, answer_tokens=100_000)
+    assert isinstance(lease, Lease)
+    quotas.divide(after, 0.0)
+    assert quotas.look(A, 0.0) is not None
+    lease.end(200, 0.0)
+    assert lease.use.tokens is not None
+    assert lease.use.tokens.level == pytest.approx(6000 / after - 200)
+
+
+def test_what_an_answer_took_counts_however_much_was_reserved():
+    quotas = Quotas(Quota(tokens_per_minute=6000))
+    limit = read_answer_limit(Route.COMPLETIONS, {"max_tokens": 2**31, "n": 2**31, "prompt": ["x"] * 1000})
+    lease = quotas.admit(A, 100, 0.0, answer_tokens=limit)
+    assert isinstance(lease, Lease)
+    lease.end(5000, 0.0)
+    assert lease.use.tokens is not None
+    assert lease.use.tokens.level == pytest.approx(1000)
 
 
 requests = st.tuples(st.integers(1, 400), st.integers(1, 400), st.floats(0, 1), st.floats(0, 20), st.booleans())

@@ -1,6 +1,7 @@
 """The faults of a run: which come follows from the seed. Pure. All kinds come equally often, in a drawn order."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -62,3 +63,17 @@ def plan_faults(seed: int, requests: int, rounds: int, engines: int) -> tuple[Pl
         PlannedFault(kind=kind, victim=chance.randrange(engines), after=requests * (index + 1) // (len(kinds) + 2))
         for index, kind in enumerate(kinds)
     )
+
+
+def name_idle_faults(injected: Mapping[SplitFault, int], *, spoilt: int, held: int) -> list[str]:
+    """In words the faults of answers that came while no answer passed, so that they tried nothing.
+
+    Args:
+        injected: how often each kind came.
+        spoilt: answers that were spoilt.
+        held: answers that were held back.
+    """
+    met = {SplitFault.TRANSFERS_FAIL: spoilt, SplitFault.LEASES_END: held}
+    return [
+        f"no answer met the fault {kind.value!r}" for kind, answers in met.items() if injected.get(kind) and not answers
+    ]

@@ -33,7 +33,7 @@ class Interceptor:
         self.spoilt = self.held = 0
 
     def hold(self, answers: int) -> None:
-        """This number of answers wait from now on; others pass, so the engine goes on."""
+        """This number of answers that name blocks wait from now on; others pass, so the engine goes on."""
         self._to_hold = answers
         self._open.clear()
 
@@ -93,7 +93,7 @@ class Interceptor:
     async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
-                if self._to_hold:
+                if self._to_hold and _ENGINE_ID.search(data) is not None:
                     self._to_hold -= 1
                     self.held += 1
                     await self._open.wait()

@@ -15,7 +15,7 @@ import aiohttp
 from moe_lab.soak.observation import find_exceptions, is_at_rest, wait_for
 from moe_lab.soak.traffic import Leaving
 from moe_lab.split_requests.engine_figures import EngineFigures, wait_until_free
-from moe_lab.split_requests.faults import SplitFault, plan_faults
+from moe_lab.split_requests.faults import SplitFault, name_idle_faults, plan_faults
 from moe_lab.split_requests.injection import SplitInjector
 from moe_lab.split_requests.judgement import Outcomes, SplitAnswer, SplitOutcome
 from moe_lab.split_requests.owed import find_owed
@@ -182,6 +182,8 @@ class _SplitRun:
             problems.append(f"only {transfers} answers came with transfers, of {self._settings.transfers}")
         if missing := self._faults - self._injector.injected.total():
             problems.append(f"{missing} faults did not come")
+        interceptor = testbed.interceptor
+        problems += name_idle_faults(self._injector.injected, spoilt=interceptor.spoilt, held=interceptor.held)
         log = testbed.gateway.log.read_text(errors="replace")
         return SplitResult(
             settings=self._settings,
@@ -189,8 +191,8 @@ class _SplitRun:
             faults=self._injector.injected,
             transfers=transfers,
             fall_backs=dict(splits.get("fall_backs", {})),
-            spoilt=testbed.interceptor.spoilt,
-            held=testbed.interceptor.held,
+            spoilt=interceptor.spoilt,
+            held=interceptor.held,
             engines=engines,
             load_s=load_s,
             problems=[*problems, *(f"exception in the gateway's log: {line}" for line in find_exceptions(log))],

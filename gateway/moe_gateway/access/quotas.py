@@ -1,8 +1,8 @@
 """The quotas of tenants: requests a minute, tokens a minute, and requests at a time. Pure; the gate has the clock.
 
-A request is charged when it is admitted: one request, and its prompt as far as its size is known. When it ends, the
-tokens that it really took take the place of that estimate. A request that failed before its answer costs no tokens.
-With several gateways each has an equal part of a quota.
+A request is charged when it is admitted: one request, its prompt as far as its size is known, and the most tokens that
+its answer may have. When it ends, the tokens that it really took take the place of that. A request that failed before
+its answer costs no tokens. With several gateways each has an equal part of a quota.
 """
 
 import math
@@ -55,6 +55,7 @@ class TenantUse:
         concurrency: most requests at a time here; None: no bound.
         requests, tokens: its buckets; None: no bound.
         in_flight: requests that were admitted and have not ended.
+        reserved_tokens: what they were charged.
         mean_s: mean duration of its requests.
     """
 
@@ -63,6 +64,7 @@ class TenantUse:
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
     in_flight: int = 0
+    reserved_tokens: int = 0
     mean_s: float = 1.0
 
     def is_idle(self, now_s: float) -> bool:
@@ -94,6 +96,7 @@ class Lease:
             return
         self._has_ended, use = True, self.use
         use.in_flight -= 1
+        use.reserved_tokens -= self.charged_tokens
         use.mean_s += _NEWEST * (now_s - self.since_s - use.mean_s)
         if use.tokens is not None:
             use.tokens.take(tokens - self.charged_tokens, now_s)
@@ -148,6 +151,7 @@ class Quotas:
         if (over := _find_limit(use, tokens, now_s)) is not None:
             return over
         use.in_flight += 1
+        use.reserved_tokens += tokens
         if use.requests is not None:
             use.requests.take(1, now_s)
         if use.tokens is not None:
@@ -197,17 +201,20 @@ class Quotas:
         quota, gateways = use.quota, self._gateways
         use.concurrency = None if quota.concurrency is None else math.ceil(quota.concurrency / gateways)
         use.requests = _resize(use.requests, quota.requests_per_minute, gateways, now_s)
-        use.tokens = _resize(use.tokens, quota.tokens_per_minute, gateways, now_s)
+        use.tokens = _resize(use.tokens, quota.tokens_per_minute, gateways, now_s, use.reserved_tokens)
 
 
-def _resize(bucket: TokenBucket | None, per_minute: int | None, gateways: int, now_s: float) -> TokenBucket | None:
+def _resize(
+    bucket: TokenBucket | None, per_minute: int | None, gateways: int, now_s: float, reserved: int = 0
+) -> TokenBucket | None:
     if per_minute is None:
         return None
     # A part below one request would never let one through.
     part = max(1.0, per_minute / gateways)
     if bucket is None:
-        return TokenBucket(part, part, now_s)
-    bucket.resize(part, now_s)
+        # What runs already was charged to no bucket, and is given back to this one at its end.
+        return TokenBucket(part, part - reserved, now_s)
+    bucket.resize(part, now_s, reserved)
     return bucket
 
 

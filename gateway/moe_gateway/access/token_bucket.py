@@ -32,9 +32,16 @@ class TokenBucket:
         self.level = min(self.per_minute, self._level(now_s) - amount)
         self.at_s = max(self.at_s, now_s)
 
-    def resize(self, per_minute: float, now_s: float) -> None:
-        """Another rate from now on; the part that is full stays the same."""
-        self.level = self._level(now_s) * per_minute / self.per_minute
+    def resize(self, per_minute: float, now_s: float, reserved: float = 0.0) -> None:
+        """Another rate from now on; the part that is full stays the same.
+
+        Args:
+            per_minute: the new rate, and the most that the bucket holds.
+            now_s: monotonic seconds.
+            reserved: amount taken earlier that is put back later; it stays as it is.
+        """
+        unspent = min(self.per_minute, self._level(now_s) + reserved)
+        self.level = unspent * per_minute / self.per_minute - reserved
         self.per_minute, self.at_s = per_minute, max(self.at_s, now_s)
 
     def is_full(self, now_s: float) -> bool:

@@ -68,18 +68,23 @@ class ResponseSearch:
         self._pool_of = pool_of
         self._turn = asyncio.Semaphore(MOST_SEARCHES)
 
-    async def find(self, url: bytes, engines: Iterable[Engine], request_id: bytes) -> str | None:
-        """Returns the name of the engine that has a response; None where none has it.
+    async def find(
+        self, url: bytes, engines: Iterable[Engine], request_id: bytes, is_wanted: Callable[[], bool]
+    ) -> str | None:
+        """Returns the name of the engine that has a response; None where none has it, or nobody wants to know.
 
         Args:
             url: of the response, `/v1/responses/{id}`.
-            engines: those to ask.
+            engines: those to ask, as they are when the turn of this search comes.
             request_id: of the request that names the response.
+            is_wanted: whether the answer is still wanted; asked when its turn comes.
 
         Raises:
             SearchIncomplete: an engine that may have it did not answer in time.
         """
         async with self._turn:
+            if not is_wanted():
+                return None
             asking = [asyncio.create_task(self._ask(engine, url, request_id)) for engine in engines]
             is_complete = True
             try:

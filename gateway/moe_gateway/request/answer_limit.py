@@ -8,7 +8,7 @@ from moe_gateway.request.json_body import read_integer
 
 # vLLM 0.32 answers a text completion that names no limit with this many tokens.
 COMPLETION_DEFAULT = 16
-# No model has a longer context; a number beyond it is no limit of a real answer.
+# More than any real answer has, all choices together, and few enough for a bucket's fractions to stay exact.
 MOST_TOKENS = 1 << 31
 _OF_CHATS = ("max_completion_tokens", "max_tokens")
 # The fields by route, of which vLLM takes the first that is there.
@@ -24,8 +24,12 @@ _FIELDS: Mapping[Route, tuple[str, ...]] = {
 def read_answer_limit(route: Route, document: Mapping[str, Any]) -> int:
     """Returns the most tokens of all choices of an answer together; 0 where the body names no limit.
 
-    Fields of the wrong type count as absent: the engine refuses them.
+    Fields of the wrong type count as absent: the engine refuses them. At most `MOST_TOKENS` are returned.
     """
+    return min(_read_whole_limit(route, document), MOST_TOKENS)
+
+
+def _read_whole_limit(route: Route, document: Mapping[str, Any]) -> int:
     if route is Route.GENERATE:
         sampling = document.get("sampling_params")
         return _limit_of(sampling, ("max_tokens",)) * _choices_of(sampling) if isinstance(sampling, dict) else 0

@@ -45,17 +45,24 @@ async def read_pending(
     if parsed is None:
         parsed = await context.bodies.read(request, route, most_bytes, lambda: not pending.is_over)
     if needs_search(context, request, parsed):
-        await _search(context, request, parsed)
+        await _search(pending, context, request, parsed)
     return parsed
 
 
-async def _search(context: ExchangeContext, request: ClientRequest, parsed: Parsed) -> None:
-    """Asks all engines for a response, and records which one has it."""
+async def _search(pending: PendingBody, context: ExchangeContext, request: ClientRequest, parsed: Parsed) -> None:
+    """Asks all engines for a response, and records which one has it.
+
+    Nobody is asked where the client is gone when the turn comes, or another search has found the response by then.
+    """
     dispatcher, previous = context.dispatcher, parsed.previous_response
     if previous is None or (url := url_of_response(previous)) is None:
         return
+
+    def is_wanted() -> bool:
+        return not pending.is_over and dispatcher.is_lost(previous)
+
     try:
-        server = await context.responses.find(url, list(dispatcher.engines.values()), request.request_id)
+        server = await context.responses.find(url, dispatcher.engines.values(), request.request_id, is_wanted)
     except SearchIncomplete:
         raise BodyRefused(RequestOutcome.NO_ENGINE, INCOMPLETE.format(previous), retry_after_s=1) from None
     if server is not None and server in dispatcher.engines:

@@ -7,8 +7,9 @@ reasons that no gateway sees: an HTTP server that stood still, a network, an eng
 The first engine writes into its answer until when it holds the blocks, by the clock of its machine. The second one
 fetches where a third of the lease is left when the request arrives, and where it has made steps since: as long as a
 request waits here, each step of this engine that is due renews the lease. Else the prompt is computed here, as where a
-transfer fails. Clocks that differ by less than a third of a lease change nothing; where this one is further ahead the
-engine fetches nothing and counts failed transfers, and where it is further behind the look at the time misses some.
+transfer fails. With a clock that is behind by less than a third of a lease nothing is fetched that may be gone; one
+that is further behind misses some. One that is ahead refuses as much sooner; from two thirds of a lease on it refuses
+all.
 """
 
 import logging
@@ -23,6 +24,9 @@ _LEFT = 1 / 3
 # Of a lease for which an engine may make no step: vLLM renews at each sixth, by two thirds.
 _STILL = 1 / 2
 _WANTED = "do_remote_prefill"
+CONNECTOR = "NixlConnector"
+DEFAULT_LEASE_S = 30
+"""Of vLLM 0.32 and 0.33, where the configuration names none."""
 
 log = logging.getLogger("moeserving.engine")
 
@@ -83,8 +87,15 @@ class LeaseGuard:
         return False
 
 
-def find_lease_s(transfer: Any) -> float:
-    """Seconds for which an engine holds blocks, from vLLM's configuration of its connector, or of several."""
-    extra = transfer.kv_connector_extra_config
-    parts = [extra, *(part.get("kv_connector_extra_config", {}) for part in extra.get("connectors", ()))]
-    return float(next((part["kv_lease_duration"] for part in parts if "kv_lease_duration" in part), 30))
+def find_lease_s(transfer: Any) -> float | None:
+    """Seconds for which an engine holds blocks for others; None where no connector with leases is configured.
+
+    Args:
+        transfer: vLLM's configuration of its connector, or of several.
+    """
+    own = {"kv_connector": transfer.kv_connector, "kv_connector_extra_config": transfer.kv_connector_extra_config}
+    parts = [own, *transfer.kv_connector_extra_config.get("connectors", ())]
+    for part in parts:
+        if part.get("kv_connector") == CONNECTOR:
+            return float((part.get("kv_connector_extra_config") or {}).get("kv_lease_duration", DEFAULT_LEASE_S))
+    return None

@@ -124,7 +124,8 @@ class OrderedScheduler(AsyncScheduler):
             self._transfers = TransferMeter(Path(run_dir), rank, self.vllm_config, self.kv_cache_config)
             self._transfers.watch(self.connector)
         transfer = self.vllm_config.kv_transfer_config
-        self._leases = None if transfer is None else LeaseGuard(find_lease_s(transfer))
+        lease_s = None if transfer is None else find_lease_s(transfer)
+        self._leases = None if lease_s is None else LeaseGuard(lease_s)
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import json
+from collections import Counter
 
 import pytest
 from moe_lab.soak.processes import free_ports
 from moe_lab.split_requests.engine_figures import read_samples
-from moe_lab.split_requests.faults import SplitFault, plan_faults
+from moe_lab.split_requests.faults import SplitFault, name_idle_faults, plan_faults
 from moe_lab.split_requests.interceptor import Interceptor
 from typer.testing import CliRunner
 
@@ -31,10 +32,10 @@ async def end(writer: asyncio.StreamWriter) -> None:
         await writer.wait_closed()
 
 
-async def talk(port: int) -> bytes:
+async def talk(port: int, question: bytes = b"ask") -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(b"ask")
+        writer.write(question)
         return await reader.read(1000)
     except ConnectionResetError:
         return b""
@@ -43,8 +44,8 @@ async def talk(port: int) -> bytes:
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    if await reader.read(100) == b"ask":
-        writer.write(ANSWER)
+    question = await reader.read(100)
+    writer.write(ANSWER if question == b"ask" else b"nothing of blocks")
     await end(writer)
 
 
@@ -59,6 +60,8 @@ async def test_answers_pass_are_spoilt_or_come_late():
         assert (spoilt["remote_engine_id"], spoilt["remote_port"], way.spoilt) == ("1a-b", 1, 1)
         way.spoils = False
         way.hold(1)
+        # Such as a list of models, for which gateways ask engines all the time.
+        assert (await talk(port, b"poll"), way.held) == (b"nothing of blocks", 0)
         late = asyncio.create_task(talk(port))
         while not way.held:
             await asyncio.sleep(0.01)
@@ -66,6 +69,21 @@ async def test_answers_pass_are_spoilt_or_come_late():
         assert not late.done()
         way.let_go()
         assert await late == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("kinds", "spoilt", "held", "named"),
+    [
+        ([], 0, 0, []),
+        (list(SplitFault), 1, 2, []),
+        (list(SplitFault), 0, 2, [SplitFault.TRANSFERS_FAIL]),
+        ([SplitFault.LEASES_END], 0, 0, [SplitFault.LEASES_END]),
+        ([SplitFault.TRANSFERS_FAIL, SplitFault.LEASES_END], 0, 0, [SplitFault.TRANSFERS_FAIL, SplitFault.LEASES_END]),
+    ],
+)
+def test_a_fault_that_no_answer_met_is_named(kinds, spoilt, held, named):
+    said = name_idle_faults(Counter(kinds), spoilt=spoilt, held=held)
+    assert said == [f"no answer met the fault {kind.value!r}" for kind in named]
 
 
 async def test_an_engine_that_does_not_listen_closes_at_once():

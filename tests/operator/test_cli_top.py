@@ -126,6 +126,27 @@ async def test_top_follows_the_gateways_that_come_and_go(monkeypatch):
     await running
 
 
+async def test_a_new_way_at_the_address_of_the_one_that_ended_is_followed():
+    gateways = ReachedGateways(
+        name="a",
+        urls={"way-0": "http://127.0.0.1:1"},
+        read_tokens=lambda: ("secret",),
+        describe_end=lambda pod: "it is gone",
+        refresh=lambda: {"way-0": "http://127.0.0.1:1"},
+    )
+    screen = LiveTop(gateways, wide=False)
+    screen._follow(gateways.urls)
+    _, first = screen._watchers["way-0"]
+    async with asyncio.timeout(60):
+        await first
+    assert screen._problems == {"way-0": "it is gone"}
+    screen._follow(gateways.urls)
+    _, second = screen._watchers["way-0"]
+    assert not second.done()
+    assert screen._problems == {}
+    second.cancel()
+
+
 def answer(found: list[object]) -> dict[str, str]:
     first = found.pop(0) if len(found) > 1 else found[0]
     if isinstance(first, Failure):

@@ -334,6 +334,17 @@ def test_the_screen_of_large_numbers_fits_into_80_columns_and_its_lines():
     assert any(line.startswith("and 54 more") for line in lines)
 
 
+def test_gateways_that_see_one_start_a_second_apart_say_it_once():
+    def seen(words: str, kind: str = "engine_starting") -> LiveSnapshot:
+        finding = PageFinding(kind=kind, severity="info", message=f"e-0 starts: {words}.", advice="")
+        return snapshot(row(0), findings=(finding,))
+
+    lines = draw({"one": seen("compiling, for 42 s"), "two": seen("compiling, for 43 s")})
+    assert [line for line in lines if line.startswith("info")] == ["info: e-0 starts: compiling, for 42 s."]
+    lines = draw({"one": seen("a", "other"), "two": seen("b", "other")})
+    assert len([line for line in lines if line.startswith("info")]) == 2
+
+
 def test_of_too_many_rows_those_that_are_not_ready_come_first_then_the_busiest():
     rows = [row(0, waiting=0), row(1, waiting=5), row(2, status="unreachable", waiting=0)]
     assert [each.name[-1] for each in choose_rows(rows, 2)] == ["2", "1"]

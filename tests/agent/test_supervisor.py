@@ -416,6 +416,7 @@ async def test_an_agent_that_is_killed_leaves_no_process_behind(tmp_path):
         ),
         ("Fatal Python error: Segmentation fault\n\nThread 0x1:\n  File x\n", "Fatal Python error: Segmentation fault"),
         ("MemoryError\n", "MemoryError"),
+        ("ValueError: model\x1b]0;x\x07\tgone\n", "ValueError: model ]0;x  gone"),
     ],
 )
 def test_the_error_line_is_the_last_that_says_why(text, line):

@@ -14,7 +14,7 @@ import orjson
 from moe_scheduling.expert.settings import ExpertSettings
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.signals import EngineSignal
-from pydantic import TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from moe_contract.kv_transfer import KvTransferState
 from moe_contract.pod_identity import NO_POD, PodIdentity
@@ -97,12 +97,12 @@ class StartProgress:
     Attributes:
         phase: in words that change with the phase and not with its numbers, such as `loading weights`.
         progress: how far the phase is, such as `3 of 8 files`; empty where it has no measure.
-        age_s: seconds since the phase began.
+        age_s: seconds since the phase began, at most a billion.
     """
 
     phase: str
     progress: str = ""
-    age_s: float = 0.0
+    age_s: Annotated[float, Field(ge=0.0, le=1e9)] = 0.0
 
     @property
     def words(self) -> str:

@@ -102,6 +102,37 @@ def test_a_download_is_what_grows_in_the_hubs_cache(tmp_path: Path) -> None:
     assert download.describe(30.0) == "", "nothing came for some time"
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        '{"metadata": {"total_size": 1e999}}',
+        '{"metadata": {"total_size": NaN}}',
+        '{"metadata": {"total_size": -1}}',
+        '{"metadata": {"total_size": 1' + "0" * 400 + "}}",
+        '{"metadata": []}',
+        "[" * 100_000,
+        "{}",
+        "no JSON",
+    ],
+)
+def test_an_index_of_a_model_may_say_anything(tmp_path: Path, index: str) -> None:
+    """It comes from the model's owner, and an error would end the streams of the agent's state."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "rev").mkdir(parents=True)
+    (tmp_path / "snapshots" / "rev" / "model.safetensors.index.json").write_text(index)
+    download = Download(tmp_path)
+    download.describe(0.0)
+    (tmp_path / "blobs" / "abc.incomplete").write_bytes(bytes(2_000_000))
+    assert download.describe(1.0) == "2 MB, 2 MB/s"
+
+
+def test_of_a_line_the_beginning_alone_is_read() -> None:
+    """A line may be as long as a chat template, and its text that of anybody."""
+    assert find_phase("Loading " * 200_000) is None
+    name = "Resolved architecture: " + "a" * 100_000
+    assert len(join(find_phase(name))) < 2_000
+
+
 def test_a_download_above_its_total_and_without_a_pace_says_less() -> None:
     assert describe_download(5, 4, 0.0) == "0 MB, 0 MB/s"
     assert describe_download(3_100_000_000, 6_200_000_000, 0.0) == "3.1 GB of 6.2 GB, 0 MB/s"

@@ -117,6 +117,28 @@ async def test_a_crash_is_seen_at_once_and_the_engine_is_started_again_on_its_po
     assert supervisor.url == url
 
 
+async def test_a_start_that_is_announced_is_not_described_by_the_one_before(start, tmp_path):
+    supervisor = await start(crash_file=str(tmp_path / "crash"))
+    await ready(supervisor)
+    with (tmp_path / "engine.log").open("a") as log:
+        log.write("Starting to load model /m\n")
+    phases = []
+
+    def note() -> None:
+        if supervisor.start is not None:
+            phases.append(supervisor.start.phase)
+
+    supervisor._on_change = note
+    # As when the start before lasted long enough to be looked at.
+    supervisor._starting._looked_s -= 60.0
+    supervisor._starting.look()
+    (tmp_path / "crash").touch()
+    await until(lambda: supervisor.restarts == 1, "a restart")
+    (tmp_path / "crash").unlink()
+    await ready(supervisor)
+    assert phases[0] == "loading Python packages"
+
+
 async def dies_twice(supervisor: EngineSupervisor) -> None:
     """Sends requests that end it, after which it has to prove that it generates tokens."""
     for _ in range(2):
@@ -416,6 +438,7 @@ async def test_an_agent_that_is_killed_leaves_no_process_behind(tmp_path):
         ),
         ("Fatal Python error: Segmentation fault\n\nThread 0x1:\n  File x\n", "Fatal Python error: Segmentation fault"),
         ("MemoryError\n", "MemoryError"),
+        ("ValueError: model\x1b]0;x\x07\tgone\n", "ValueError: model ]0;x  gone"),
     ],
 )
 def test_the_error_line_is_the_last_that_says_why(text, line):

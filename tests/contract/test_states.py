@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +124,13 @@ def test_the_gateways_state_is_read_as_it_was_written_and_gives_the_fleets_signa
     assert (signal.kv_usage, signal.held, signal.in_flight) == (0.75, 0, 0)
 
 
-@pytest.mark.parametrize("start", [5, "loading", {"phase": 7}, {"progress": "3 of 8"}, []])
+@pytest.mark.parametrize(
+    "start",
+    [
+        *(5, "loading", {"phase": 7}, {"progress": "3 of 8"}, []),
+        *({"phase": "loading", "age_s": age_s} for age_s in (math.nan, math.inf, -1.0, 1e300)),
+    ],
+)
 def test_a_start_that_cannot_be_read_is_none(start: Any) -> None:
     text = json.dumps({"phase": "starting", "start": start}).encode()
     assert read_engine_state(text).start is None

@@ -191,6 +191,19 @@ async def test_the_hold_queue_is_shown_by_class_and_tenant(make_engine, serve):
         assert {row["held_s"] for row in later["newest"]} == {None}
 
 
+async def test_held_requests_with_one_id_are_one_row_as_the_page_finds_rows_by_id(make_engine, serve):
+    engine = await make_engine()
+    engine.agent.say(accepting=False)
+    served = await serve(engine, ready=False)
+    for _ in range(2):
+        client = await served.connect()
+        client.send(post(prompt(), extra=b"x-request-id: same\r\n"))
+    await served.held(2)
+    async with watching(served) as events:
+        snapshot = await events.until(lambda document: document["point"]["held"] == 2)
+        assert [row["record"]["request_id"] for row in snapshot["newest"]] == ["same"]
+
+
 async def test_tenants_with_keys_are_named(make_engine, serve, tmp_path):
     engine = await make_engine()
     engine.agent.say(accepting=False)

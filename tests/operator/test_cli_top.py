@@ -126,6 +126,27 @@ async def test_top_follows_the_gateways_that_come_and_go(monkeypatch):
     await running
 
 
+async def test_a_new_way_at_the_address_of_the_one_that_ended_is_followed():
+    gateways = ReachedGateways(
+        name="a",
+        urls={"way-0": "http://127.0.0.1:1"},
+        read_tokens=lambda: ("secret",),
+        describe_end=lambda pod: "it is gone",
+        refresh=lambda: {"way-0": "http://127.0.0.1:1"},
+    )
+    screen = LiveTop(gateways, wide=False)
+    screen._follow(gateways.urls)
+    _, first = screen._watchers["way-0"]
+    async with asyncio.timeout(60):
+        await first
+    assert screen._problems == {"way-0": "it is gone"}
+    screen._follow(gateways.urls)
+    _, second = screen._watchers["way-0"]
+    assert not second.done()
+    assert screen._problems == {}
+    second.cancel()
+
+
 def answer(found: list[object]) -> dict[str, str]:
     first = found.pop(0) if len(found) > 1 else found[0]
     if isinstance(first, Failure):
@@ -311,6 +332,17 @@ def test_the_screen_of_large_numbers_fits_into_80_columns_and_its_lines():
     (first,) = [line for line in lines if line.endswith("-00000") or "-00000 " in line]
     assert first.split()[1:] == ["unreachable", "unified", "128", "1024", "100%", "123.4", "ms", "123456", "2048"]
     assert any(line.startswith("and 54 more") for line in lines)
+
+
+def test_gateways_that_see_one_start_a_second_apart_say_it_once():
+    def seen(words: str, kind: str = "engine_starting") -> LiveSnapshot:
+        finding = PageFinding(kind=kind, severity="info", message=f"e-0 starts: {words}.", advice="")
+        return snapshot(row(0), findings=(finding,))
+
+    lines = draw({"one": seen("compiling, for 42 s"), "two": seen("compiling, for 43 s")})
+    assert [line for line in lines if line.startswith("info")] == ["info: e-0 starts: compiling, for 42 s."]
+    lines = draw({"one": seen("a", "other"), "two": seen("b", "other")})
+    assert len([line for line in lines if line.startswith("info")]) == 2
 
 
 def test_of_too_many_rows_those_that_are_not_ready_come_first_then_the_busiest():

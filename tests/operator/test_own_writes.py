@@ -5,16 +5,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_contract.api_server import Kind
 from moe_operator.kubernetes.kinds import DEPLOYMENT, SERVING
-from moe_operator.kubernetes.own_writes import OwnWrites, keep_serving
+from moe_operator.kubernetes.own_writes import OwnWrites, keep_serving, take_event
 from moe_operator.kubernetes.store import Key, Store
+from moe_operator.plan.names import INSTANCE
 
 Document = dict[str, Any]
 KEY = Key("ns", "tiny")
 
 
-def deployment(version: int) -> Document:
-    return {"metadata": {"namespace": "ns", "name": "tiny-engine", "resourceVersion": str(version)}}
+def deployment(version: int, **parts: Any) -> Document:
+    metadata = {"namespace": "ns", "name": "tiny-engine", "resourceVersion": str(version), "labels": {INSTANCE: "tiny"}}
+    return {"metadata": metadata, **parts}
 
 
 def resource(version: int, **metadata: Any) -> Document:
@@ -104,3 +107,35 @@ def test_an_answer_that_is_the_first_to_show_a_persons_change_brings_a_pass(chan
     assert (store.serving(KEY) or {})["metadata"]["resourceVersion"] == "6"
     keep_serving(store, own, resource(6, **changed))
     assert reported == [KEY] * passes, "it is reported once"
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "changed"),
+    [
+        (SERVING, resource(4, generation=1), resource(5, generation=2)),
+        (DEPLOYMENT, deployment(4, status={"readyReplicas": 0}), deployment(5, status={"readyReplicas": 1})),
+    ],
+)
+def test_a_write_that_changes_nothing_does_not_take_a_change_of_another_for_its_own(
+    kind: Kind, first: Document, changed: Document
+) -> None:
+    """Its answer has the version that somebody else has just made."""
+    own, reported = own_writes()
+    store = Store()
+    store.put(kind, first)
+    with own.awaiting(kind, first) as answers:
+        take_event(store, own, kind, changed)
+        answers.append(changed)
+    assert reported == [KEY]
+
+
+def test_the_event_of_a_write_of_the_specification_brings_no_pass() -> None:
+    own, reported = own_writes()
+    store = Store()
+    store.put(DEPLOYMENT, deployment(4, spec={"replicas": 1}, status={"readyReplicas": 1}))
+    written = deployment(5, spec={"replicas": 2}, status={"readyReplicas": 1})
+    with own.awaiting(DEPLOYMENT, written) as answers:
+        take_event(store, own, DEPLOYMENT, written)
+        answers.append(written)
+    take_event(store, own, DEPLOYMENT, written)
+    assert reported == []

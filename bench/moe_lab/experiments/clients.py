@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -94,7 +95,7 @@ def _calls(rows: Sequence[Row]) -> Iterator[TraceRequest]:
             return
         kept = seen[: int(row["prefix_blocks"])]
         blocks = kept + tuple(itertools.islice(fresh, max(0, prompt // _BLOCK_TOKENS - len(kept))))
-        seen = blocks if len(blocks) >= len(kept) else seen
+        seen = blocks
         yield TraceRequest(
             arrival_s=0.0,
             prompt_tokens=prompt,
@@ -159,7 +160,7 @@ def build_servegen(count: int, seed: int, folder: Path | None) -> tuple[TraceReq
     except (KeyError, ValueError) as error:
         raise _unlike(path, error) from None
     try:
-        lengths = json.loads(gzip.decompress(lengths_path.read_bytes()))
+        lengths = json.loads(_read(lengths_path))
         quantiles = np.asarray(lengths["quantiles"], dtype=float)
         senders = {client for _, client in arrivals}
         tables = {client: _at(lengths["clients"][client], window_s) for client in sorted(senders)}
@@ -226,13 +227,25 @@ def _find(folder: Path | None, name: str, option: str = "traces") -> Path:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file; one whose name ends in .gz is compressed."""
+    """The rows of a CSV file."""
+    try:
+        text = _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, error) from None
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file; one whose name ends in .gz is compressed."""
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidInput([InputError(str(path), f"cannot be read: {error}")]) from None
-    return list(csv.DictReader(io.StringIO(text)))
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> InvalidInput:
+    return InvalidInput([InputError(str(path), f"cannot be read: {error}")])
 
 
 def _unlike(path: Path, error: Exception) -> InvalidInput:

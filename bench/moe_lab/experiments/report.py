@@ -186,7 +186,10 @@ def _head(results: Results, records: Sequence[Mapping[str, Any]], stale: int) ->
     yield _INTRODUCTION
     counts = sorted({record["count"] for record in records})
     seeds = f"seeds {min(results.seeds)} to {max(results.seeds)}; each load below says how many"
-    yield f"{results.runs} runs of {', '.join(map(str, counts))} requests (`azure` has three times as many), {seeds}."
+    lengths = {record["workload"]: ALL[record["workload"]].length for record in records if record["workload"] in ALL}
+    longer = ", ".join(f"`{name}` {length:.3g}" for name, length in sorted(lengths.items()) if length != 1.0)
+    times = f" ({longer} times as many)" if longer else ""
+    yield f"{results.runs} runs of {', '.join(map(str, counts))} requests{times}, {seeds}."
     yield _SEEDS
     yield "Versions: " + "; ".join(
         ", ".join(f"{name} {version}" for name, version in json.loads(row).items()) for row in versions
@@ -257,14 +260,15 @@ def _worse(results: Results) -> Iterator[str]:
             ratio = None if rival is None else results.ratio(case, rival, PRODUCT, column.name)
             if rival is None or ratio is None or ratio.covers(1.0) or (ratio.value > 1) == column.higher_is_better:
                 continue
-            rows.append([case.workload, f"{case.load:.0%}", column.label, VARIANTS[rival].label, render_ratio(ratio)])
+            place = [case.fleet, case.workload, f"{case.load:.0%}"]
+            rows.append([*place, column.label, VARIANTS[rival].label, render_ratio(ratio)])
     yield "## Where ours is worse"
     yield ""
     if not rows:
         yield "Nowhere with an interval clear of 1."
         yield ""
         return
-    yield from _table(["workload", "load", "", "best rival", "ours / rival"], rows)
+    yield from _table(["fleet", "workload", "load", "", "best rival", "ours / rival"], rows)
 
 
 def _tenants(results: Results) -> Iterator[str]:

@@ -4,6 +4,7 @@ A clock answers for servers of one data-parallel group of one GPU a rank. Fitted
 measured alone, so shapes with other groups are not compared: two clocks in one table would compare the clocks.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -144,7 +145,7 @@ class _Known:
     """Step times that are known of a GPU and a model.
 
     Attributes:
-        gpu: as product labels of nodes contain it.
+        gpu: a word of the product labels of nodes.
         model: as a model's URI contains it.
         fitted: names of fitted presets by ranks, one GPU each.
         kv_token_bytes: bytes of a token in the KV cache.
@@ -212,7 +213,9 @@ def list_clocks(model_uri: str, gpu_product: str) -> Sequence[str]:
     """
     uri, product = model_uri.lower().replace("_", "-"), gpu_product.lower()
     of_model = [name for name, known in CLOCKS.items() if known.model in uri]
-    return [name for name in of_model if CLOCKS[name].gpu in product] if product else of_model
+    # A GH200 is no H200.
+    words = re.split(r"[^a-z0-9]+", product)
+    return [name for name in of_model if CLOCKS[name].gpu in words] if product else of_model
 
 
 def choose_clock(name: str, gpus: int) -> Clock:

@@ -165,9 +165,12 @@ def list_requests(
     held = [(now_s - waiter.attempts.waiting_since_s, cast(DispatchedRequest, waiter)) for waiter in waiters]
     held = sorted(held, key=lambda row: -row[0])[:MOST_HELD]
     rows = [_build_request(recent.describe(request), from_clock_s, round(waits_s, 3)) for waits_s, request in held]
-    shown = {row.record.request_id for row in rows}
-    newest = [_build_request(row, from_clock_s) for row in recent.newest(NEWEST) if row.record.request_id not in shown]
-    return (*rows, *newest)
+    rows += [_build_request(row, from_clock_s) for row in recent.newest(NEWEST)]
+    # A client may use an id again, and the page finds a row by its id: the first one has it.
+    found: dict[str, RequestRow] = {}
+    for row in rows:
+        found.setdefault(row.record.request_id, row)
+    return tuple(found.values())
 
 
 def _build_request(row: BriefRequest, from_clock_s: float, held_s: float | None = None) -> RequestRow:

@@ -51,20 +51,22 @@ class EngineLog:
             return find_error_line(file.read().decode(errors="replace"))
 
 
-def find_error_line(text: str) -> str:
+def find_error_line(log: str) -> str:
     """The line of a log that says best why its process ended; empty where none does.
 
     In this order: the last error of a traceback that is first-hand, the last line of the level ERROR, a second-hand
     error, the last line that is no log message. Messages of lower levels are no cause: they give advice.
     """
     best: dict[int, str] = {}
-    lines = [*map(_read_line, text.splitlines()), ("", "")]
+    lines = [*map(_read_line, log.splitlines()), ("", "")]
     for (level, line), (_, after) in pairwise(lines):
         if line and level not in _QUIET and not _WARNING.search(line):
             error = _ERROR.search(line)
             rank = _rank(line, level, is_error=error is not None)
             best[rank] = (error.group() if error else line) + _what_follows(line, after)
-    return best[min(best)][:_LINE_LENGTH] if best else ""
+    # People read it in terminals, whose control characters an engine's log may have.
+    text = best[min(best)] if best else ""
+    return "".join(char if char.isprintable() else " " for char in text)[:_LINE_LENGTH]
 
 
 def _what_follows(line: str, after: str) -> str:

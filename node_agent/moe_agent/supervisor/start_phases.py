@@ -36,6 +36,8 @@ _PHASES = (
 _KNOWN = re.compile("|".join(f"(?P<p{number}>{pattern})" for number, (pattern, _, _) in enumerate(_PHASES)))
 FIRST_PHASE = ("loading Python packages", "")
 _MOST_BYTES = 1024 * 1024
+# All phases stand near the beginning of their lines; other lines may be as long as a chat template.
+_MOST_LINE = 1000
 # The end of a line that is not complete yet may have a phase: bars are rewritten in place.
 _MOST_REST = 4096
 LOOK_EVERY_S = 1.0
@@ -47,7 +49,7 @@ def find_phase(text: str) -> Phase | None:
     """Phase and progress of the newest known line of a log; None where none is known. Pure."""
     found = None
     for line in re.split(r"[\r\n]+", text):
-        found = _KNOWN.search(line) or found
+        found = _KNOWN.search(line[:_MOST_LINE]) or found
     if found is None:
         return None
     number = next(index for index in range(len(_PHASES)) if found[f"p{index}"] is not None)
@@ -87,6 +89,8 @@ class StartLog:
 # A download that does not grow for this time has ended, or hangs, which the phase then says no more.
 _STILL_S = 10.0
 _RATE_WINDOW_S = 20.0
+# A larger model than this has no true index.
+_MOST_TOTAL = 10**15
 
 
 class Download:
@@ -143,12 +147,15 @@ def sum_sizes(folder: Path) -> int:
 
 
 def read_total(folder: Path) -> int | None:
-    """Bytes of a model's weights, by the index that lies beside them; None before that is there."""
+    """Bytes of a model's weights, by the index that lies beside them; None before that is there.
+
+    The index comes with the model, and may say anything.
+    """
     for path in folder.glob("snapshots/*/*.safetensors.index.json"):
-        try:
-            return int(json.loads(path.read_bytes())["metadata"]["total_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            total = int(json.loads(path.read_bytes())["metadata"]["total_size"])
+            if 0 < total <= _MOST_TOTAL:
+                return total
     return None
 
 

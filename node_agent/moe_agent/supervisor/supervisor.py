@@ -223,6 +223,7 @@ class EngineSupervisor:
         if self._obstacle:
             await self._wait_without_engine()
         while not self._drain.is_set():
+            self._starting.begin()
             self._enter(Phase.STARTING)
             ended = await self._live_once()
             if self._drain.is_set():
@@ -292,7 +293,6 @@ class EngineSupervisor:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         with self._log.open_for_start() as output:
-            self._starting.begin()
             return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", launcher.__file__),
                 *self._command,

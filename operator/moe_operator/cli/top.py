@@ -136,9 +136,10 @@ class LiveTop:
             raise Failure("; ".join(self._problems.values()))
 
     def _follow(self, urls: Mapping[str, str]) -> None:
-        """Watches these gateways and no others."""
+        """Watches these gateways and no others, and those anew whose way had ended."""
         for pod, (url, watcher) in [*self._watchers.items()]:
-            if urls.get(pod) != url:
+            # A new way may have the port of the one that ended.
+            if urls.get(pod) != url or watcher.done():
                 watcher.cancel()
                 del self._watchers[pod]
                 self._newest.pop(pod, None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from moe_contract.live_page import EngineRow, LiveSnapshot
+from moe_contract.live_page import EngineRow, LiveSnapshot, PageFinding
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -125,7 +125,12 @@ def _describe_load(snapshot: LiveSnapshot) -> str:
 
 
 def _describe_findings(snapshots: Iterable[LiveSnapshot]) -> Iterator[Text]:
-    findings = {row.message: row for snapshot in snapshots for row in snapshot.findings}
+    findings: dict[str, PageFinding] = {}
+    for snapshot in snapshots:
+        for row in snapshot.findings:
+            # How long a start takes is another number at each gateway.
+            said = row.message.partition(": ")[0] if row.kind.startswith("engine_") else row.message
+            findings.setdefault(said, row)
     if not findings:
         yield Text("nothing is wrong", style="green")
     for row in list(findings.values())[:_MOST_FINDINGS]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from moe_contract.api_server import Document, Kind
 
 from moe_operator.kubernetes.kinds import SERVING
-from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.store import Key, Store, key_of
 
 Place = tuple[Kind, str, str]
 
@@ -53,6 +53,10 @@ class OwnWrites:
                 for key in dict.fromkeys(awaited.seen.values()):
                     self.on_change(key)
 
+    def is_awaited(self, kind: Kind, document: Document) -> bool:
+        """Whether an answer for this object is still to come."""
+        return _place(kind, document) in self._awaited
+
     def see(self, kind: Kind, document: Document, key: Key) -> None:
         """Takes an event of an object of a resource: reported now, or when the answer shows that it is not our own."""
         place = _place(kind, document)
@@ -62,6 +66,24 @@ class OwnWrites:
             self.on_change(key)
 
 
+def take_event(store: Store, own: OwnWrites, kind: Kind, document: Document) -> None:
+    """Keeps an object of an event, and reports it where it may be news.
+
+    An event that shows what others alone write is theirs, whatever the answer says: an apply that changes nothing is
+    answered with the version that somebody else has just made.
+    """
+    key = key_of(kind, document)
+    before = None
+    if key is not None and own.is_awaited(kind, document):
+        before = store.get(key, kind, document["metadata"]["name"])
+    if store.put(kind, document) is None or key is None:
+        return
+    if before is not None and _of_others(kind, before) != _of_others(kind, document):
+        own.on_change(key)
+    else:
+        own.see(kind, document, key)
+
+
 def keep_serving(store: Store, own: OwnWrites, answer: Document) -> None:
     """Keeps the answer to a write of a resource; a change of a person that it is the first to show brings a pass.
 
@@ -69,13 +91,15 @@ def keep_serving(store: Store, own: OwnWrites, answer: Document) -> None:
     """
     before = store.serving(Key(answer["metadata"]["namespace"], answer["metadata"]["name"]))
     key = store.put(SERVING, answer)
-    if key is not None and before is not None and _of_persons(before) != _of_persons(answer):
+    if key is not None and before is not None and _of_others(SERVING, before) != _of_others(SERVING, answer):
         own.on_change(key)
 
 
-def _of_persons(document: Document) -> list[object]:
-    """The part of a resource that others than the operator write, the specification by its generation."""
+def _of_others(kind: Kind, document: Document) -> list[object]:
+    """The part of an object that others than the operator write; of a resource the specification by its generation."""
     metadata = document["metadata"]
+    if kind != SERVING:
+        return [metadata.get("uid"), metadata.get("deletionTimestamp"), document.get("status")]
     return [metadata.get(name) for name in ("uid", "generation", "labels", "annotations", "deletionTimestamp")]
 
 

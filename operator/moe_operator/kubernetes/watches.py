@@ -18,7 +18,7 @@ from moe_contract.list_watch import ListWatch, Times
 
 from moe_operator.kubernetes.api import selector_of
 from moe_operator.kubernetes.kinds import CHILDREN, POD, SERVING
-from moe_operator.kubernetes.own_writes import OwnWrites
+from moe_operator.kubernetes.own_writes import OwnWrites, take_event
 from moe_operator.kubernetes.sight import Sight, place_text
 from moe_operator.kubernetes.store import Store, pack
 
@@ -112,8 +112,7 @@ class Watches:
 
     def changed(self, kind: Kind, document: Document) -> None:
         """Takes an object that is new or was changed."""
-        if (key := self._store.put(kind, document)) is not None:
-            self._own.see(kind, document, key)
+        take_event(self._store, self._own, kind, document)
 
     def deleted(self, kind: Kind, document: Document) -> None:
         """Removes a deleted object from the store."""

@@ -226,6 +226,19 @@ def test_a_file_that_is_not_compressed_is_reported(tmp_path):
         build_agents(10, 1, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"no gzip", gzip.compress(b"{}")[:12], gzip.compress(b"{}")[:10] + bytes([7] * 20)],
+    ids=["not compressed", "cut", "other bytes"],
+)
+def test_a_damaged_file_is_reported(tmp_path, damaged):
+    write_servegen(tmp_path, [("7", "0", "1", "1", "Gamma", "1", "1")])
+    for name, build in ((SESSIONS_FILE, build_agents), (LENGTHS_FILE, build_servegen)):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(InvalidInput, match=f"{name}: cannot be read"):
+            build(10, 1, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["agents", "arena", "serveGen"])
 def test_a_workload_is_the_same_for_its_seed_and_fits_the_engines(tmp_path, name):
     write_sessions(tmp_path, [(*row[:3], row[0], *row[4:]) for row in growing(20, 3)])

@@ -172,6 +172,11 @@ def test_the_step_times_are_those_of_the_files_gpu_and_model_and_say_their_error
     assert document["cost_error"] == question.clock
 
 
+def test_a_gpu_whose_name_contains_another_ones_is_not_taken_for_it(resource):
+    (found,) = errors(asked(resource(QWEN, **on_gpu("NVIDIA-GH200-480GB"))))
+    assert f"no step times are known for {QWEN} on NVIDIA-GH200-480GB" in found
+
+
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (3, 0), (4, 4)])
 def test_copies_of_experts_are_tried_where_the_experts_divide_among_the_ranks(ranks, copies):
     assert RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"]).copies(ranks) == copies

@@ -4,8 +4,8 @@ A step-time model covers the engine's steps alone. Everything else that takes ti
 network, steps that the model misses, no model at all) shows in the TTFT. The gateway's dispatcher owns one
 `TtftCalibration`, feeds it each first token, and copies the factors to `TargetState.ttft_factor` a few times a second.
 
-The ranks of an engine have one factor. They step together, so none is slower than another; what the predictions for one
-rank miss comes from its queue, and a factor of its own would send requests away from a rank for what is no speed.
+The ranks of an engine have one factor. They step together, so none is slower than another: where the predictions for
+one rank alone are wrong, its queue is the reason, and a factor for that rank would drive requests to the others.
 
 A factor is a ratio of two sums, measured over predicted seconds, both decaying over `MEMORY_S`. So long predictions
 count for more than short ones, in which the fixed cost of a request dominates. An engine with few observations is

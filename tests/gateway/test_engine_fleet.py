@@ -125,7 +125,7 @@ WRITERS = {
         *("is_ready", "is_offered", "is_reachable", "failures", "ejected_until_s", "group", "models", "pid"),
         *("errors", "suspended_until_s", "trial"),
     },
-    "engines/target_states.py": {"accepting", "traffic_share", "ttft_factor"},
+    "engines/target_states.py": {"accepting", "step_time_model", "traffic_share", "ttft_factor"},
     "request_stats.py": {"retried", "failed", "finished", "arrivals", "prompt_tokens"},
 }
 

@@ -1,4 +1,4 @@
-"""TTFT calibration: the factor of each target from predicted and measured times."""
+"""TTFT calibration: the factor of each engine from predicted and measured times."""
 
 import math
 
@@ -37,6 +37,14 @@ def test_each_target_has_its_own():
     calibration, now_s = taught({A: 1.0, B: 2.0})
     assert calibration.factor(A, now_s) == pytest.approx(1.0, rel=0.05)
     assert calibration.factor(B, now_s) == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_ranks_of_an_engine_have_one_factor():
+    calibration, now_s = taught({Target("a", 0): 1.0, Target("a", 1): 3.0, B: 1.0})
+    factors = [calibration.factor(Target("a", rank), now_s) for rank in range(3)]
+    assert factors == pytest.approx([2.0] * 3, rel=0.05)
+    calibration.forget(Target("a", 1))
+    assert calibration.factor(Target("a", 0), now_s) < 1.8
 
 
 def test_a_target_that_is_new_is_like_the_fleet():

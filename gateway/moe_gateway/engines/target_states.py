@@ -74,6 +74,8 @@ class TargetStates:
         self.sent = 0
         self.predictions = PredictionStats()
         self._departed: list[TargetState] = []
+        # The states of an engine's ranks, by the engine's name.
+        self._ranks: dict[str, list[TargetState]] = {}
         self._progress_s: dict[Target, float] = {}
         self._share_estimate = TrafficShare()
         self._calibration = TtftCalibration()
@@ -101,6 +103,9 @@ class TargetStates:
             for target in engine.targets
         }
         self.ordered = TargetList(self.by_target.values())
+        self._ranks = {}
+        for target, state in self.by_target.items():
+            self._ranks.setdefault(target.server, []).append(state)
 
     def set_accepting(self, targets: Collection[Target], accepting: bool) -> None:
         """Whether these targets may get new requests."""
@@ -164,6 +169,11 @@ class TargetStates:
         if _has_stepped(state.signal, signal):
             self.note_progress(target, observed_s)
         state.observe(signal, observed_s)
+        if state.step_time_model is not None:
+            # The ranks of an engine step together, but each fits the times by itself, and some later than others. By
+            # models of their own, one would look faster than the other.
+            for other in self._ranks[target.server]:
+                other.step_time_model = state.step_time_model
         return True
 
     # Engines that hang.

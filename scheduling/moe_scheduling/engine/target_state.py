@@ -35,7 +35,8 @@ class TargetState:
 
     Attributes:
         step_time_model: the newest step-time model in a signal; None before the first. It outlives the signal, because
-            it describes the engine and not the moment.
+            it describes the engine and not the moment. For the same reason the owner writes it into the states of the
+            engine's other ranks.
         traffic_share: part of the engines' requests that this gateway sends, above 0 and at most 1, set by the owner
             (`traffic_share.py`). Until the next signal, each request sent stands for `1 / traffic_share` requests of
             all gateways.

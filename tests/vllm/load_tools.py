@@ -115,7 +115,8 @@ def check_aiperf(agent: Agent, gateway: Gateway, hub: Path, folder: Path, endpoi
     report = json.loads((folder / "profile_export_aiperf.json").read_text())
     assert report["request_count"]["avg"] == REQUESTS
     assert not report.get("error_summary")
-    assert report["time_to_first_token"]["avg"] < report["request_latency"]["avg"]
+    # On a busy machine all events of an answer may come at once.
+    assert report["time_to_first_token"]["avg"] <= report["request_latency"]["avg"]
     assert failed(gateway) == failures
     ttft = Times(REQUESTS, report["time_to_first_token"]["avg"] / 1000 * REQUESTS)
     measured = Measured.read(gateway, agent).since(before)

@@ -11,21 +11,22 @@ from heapq import heappop, heappush
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
+
+from moe_tools.simulator.queue_by_id import QueueById
 
 AGE_S = 5.0
 
 
-class GimbalQueue(RequestQueue):
+class GimbalQueue(QueueById[Request]):
     """Orders by prompt length, but serves requests older than `AGE_S` first, the oldest before the others.
 
     Removed requests leave the two orders when they reach the front.
     """
 
     def __init__(self, scheduler: "GimbalScheduler") -> None:
+        super().__init__()
         self._scheduler = scheduler
-        self._waiting: dict[str, Request] = {}
         self._by_length: list[tuple[int, float, str]] = []
         self._by_age: deque[str] = deque()
 
@@ -58,22 +59,6 @@ class GimbalQueue(RequestQueue):
         while self._by_length[0][2] not in waiting:
             heappop(self._by_length)
         return waiting[self._by_length[0][2]]
-
-    def pop_request(self) -> Request:
-        return self._waiting.pop(self.peek_request().request_id)
-
-    def remove_request(self, request: Request) -> None:
-        del self._waiting[request.request_id]
-
-    def remove_requests(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._waiting.pop(request.request_id, None)
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def __iter__(self) -> Iterator[Request]:
         return iter(sorted(self._waiting.values(), key=lambda request: request.num_prompt_tokens))

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
+
+from moe_tools.simulator.queue_by_id import QueueById
 
 MOST_RANKED = 128
 
 
-class HrrnQueue(RequestQueue):
-    """Orders by wait over uncached tokens, the greatest first; by arrival where more than `MOST_RANKED` wait."""
+class HrrnQueue(QueueById[tuple[Request, int]]):
+    """Orders by wait over uncached tokens, the greatest first; by arrival where more than `MOST_RANKED` wait.
+
+    A preempted or skipped request keeps its time of arrival.
+    """
 
     def __init__(self, scheduler: "HrrnScheduler") -> None:
+        super().__init__()
         self._scheduler = scheduler
-        # In the order of arrival, which a preempted or skipped request keeps by its time.
-        self._waiting: dict[str, tuple[Request, int]] = {}
 
     def add_request(self, request: Request) -> None:
         self._waiting[request.request_id] = request, max(1, self._scheduler.uncached_tokens(request))
@@ -53,24 +56,6 @@ class HrrnQueue(RequestQueue):
             entry[0].arrival_time,
             entry[0].request_id,
         )
-
-    def pop_request(self) -> Request:
-        request = self.peek_request()
-        del self._waiting[request.request_id]
-        return request
-
-    def remove_request(self, request: Request) -> None:
-        del self._waiting[request.request_id]
-
-    def remove_requests(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._waiting.pop(request.request_id, None)
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def __iter__(self) -> Iterator[Request]:
         return iter([request for request, _ in sorted(self._waiting.values(), key=self._rank())])

@@ -23,13 +23,15 @@ from moe_lab.experiments.workloads import ADVERSARIAL, ALL, CLIENTS, WORKLOADS, 
 T = TypeVar("T")
 
 SATURATION = "saturation"
-# The greatest is beyond the saturation of stock vLLM, where the knee of its best rival is.
-LOADS = (0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.25)
+# Beside 1: the greatest is beyond the saturation of stock vLLM, where the knee of its best rival is.
+LOADS = (0.5, 0.85, 1.1, 1.25)
 # What scheduling and launching a step take where they are not hidden behind another step, on a GPU (assumed).
 EXPOSED_S = 0.002
 # vLLM as it comes, and with its own lever against prefills: rivals in every experiment.
 STOCK_ALWAYS = (REFERENCE, "vllmInterval2")
 ABLATION = (*STOCK_ALWAYS, "oursRequest", "oursEngine", PRODUCT)
+# Rivals that are met at every load: vLLM as it comes and with its own levers, routers that know caches, other orders.
+STRONGEST = (*STOCK_ALWAYS, "vllm2048", "vllm16384", "vllmPriority", "cacheAware", "dynamo", "hrrn", "gimbal")
 FLEET_WORKLOADS = ("random", "twoEnd", "azure", "mooncake")
 FLEET_VARIANTS = (*ABLATION, "cacheAware", "llmD", "dynamo", "vllmPriority", "gimbal")
 
@@ -107,6 +109,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         title="Ours against every rival",
         workloads=tuple(WORKLOADS),
         variants=tuple(name for name, variant in VARIANTS.items() if variant.is_rival or name == PRODUCT),
+        loads=(1.0,),
+    ),
+    "loads": Experiment(
+        title="From half the load to beyond saturation",
+        workloads=tuple(WORKLOADS),
+        variants=(*STRONGEST, PRODUCT),
         loads=LOADS,
     ),
     "ablation": Experiment(
@@ -121,20 +129,20 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "oursNoGrowth",
             "oursDefaultAgeing",
         ),
-        loads=(0.85, 0.95, 1.0),
+        loads=(1.0,),
     ),
     "fleet": Experiment(
         title="Four engines that do not step together",
         workloads=FLEET_WORKLOADS,
         variants=FLEET_VARIANTS,
-        loads=(0.85, 0.95, 1.0),
+        loads=(0.85, 1.0),
         fleet=FOUR,
     ),
     "deepseek": Experiment(
         title="Two engines of another model",
         workloads=FLEET_WORKLOADS,
         variants=FLEET_VARIANTS,
-        loads=(0.85, 0.95, 1.0),
+        loads=(0.85, 1.0),
         fleet=FLASH,
     ),
     "kernels": Experiment(

@@ -11,6 +11,7 @@ from moe_lab.experiments.plan import (
     EXPERIMENTS,
     LOADS,
     STOCK_ALWAYS,
+    STRONGEST,
     Selection,
     build_run,
     code_digest,
@@ -42,17 +43,25 @@ def test_the_whole_plan_has_more_runs_than_the_papers():
     assert len({run.id for run in runs}) == len(runs)
 
 
-def test_every_workload_meets_every_rival_at_every_load_and_seed():
+def test_every_workload_meets_every_rival_at_saturation():
     runs = {(run.workload, run.variant, run.load, run.seed) for run in plan_runs(Selection(only=("rivals",)))}
     rivals = [name for name, variant in VARIANTS.items() if variant.is_rival]
     assert runs == {
         (workload, variant, load, seed)
         for workload in WORKLOADS
         for variant in (*rivals, PRODUCT)
-        for load in LOADS
+        for load in (1.0,)
         for seed in (1, 2, 3)
     }
+
+
+def test_the_strongest_rivals_are_met_from_half_the_load_to_beyond_saturation():
+    runs = plan_runs(Selection(only=("rivals", "loads"), seeds=1))
+    for name in (*STRONGEST, PRODUCT):
+        of_name = {(run.workload, run.load) for run in runs if run.variant == name}
+        assert of_name == {(workload, load) for workload in WORKLOADS for load in (*LOADS, 1.0)}
     assert (min(LOADS), max(LOADS)) == (0.5, 1.25)
+    assert all(VARIANTS[name].is_rival for name in STRONGEST)
 
 
 def test_every_published_rival_is_among_the_variants():

@@ -6,7 +6,7 @@ import pytest
 from moe_contract.input_errors import InvalidInput
 from moe_lab.disaggregation import matrix
 from moe_lab.disaggregation.__main__ import app
-from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
+from moe_lab.disaggregation.arrangements import CLOCK, REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
 from moe_lab.disaggregation.report import render
 from moe_lab.disaggregation.settled import settled_prefill
@@ -14,6 +14,7 @@ from moe_lab.disaggregation.workloads import AGENTS, CHANGE, Folders, build_work
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.fleet.roles import RoleObservation, RoleSettings, ServerLoad, predict_cost_s
 from moe_scheduling.signals import StepTime
+from moe_tools.advisor.clocks import choose_clock
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -24,9 +25,28 @@ def test_every_arrangement_uses_all_gpus(gpus):
     found = arrangements(gpus)
     assert next(iter(found)) == REFERENCE
     assert {shape.gpus for shape in found.values()} == {gpus}
+    assert all(choose_clock(CLOCK, gpus).covers(size) for shape in found.values() for size in shape.servers)
     assert {name for name in found if name.startswith("auto")} == {
         f"auto, {count} of {gpus // count}" for count in (2, 4, 8) if count <= gpus
     }
+
+
+def test_splits_by_hand_that_no_measured_group_has_are_there_with_rooflines_alone():
+    assert "5+3" in arrangements(8, "a100-qwen3-30b-a3b")
+    assert "5+3" not in arrangements(8)
+    assert {"2+2, 4 of 1", "vLLM, 2+2, 4 of 1"} <= set(arrangements(4, "b300-qwen3.6-35b-a3b"))
+    assert not [name for name in arrangements(4, "b300-qwen3.6-35b-a3b") if "2 of 2" in name]
+
+
+def test_gpus_of_which_no_group_was_measured_are_refused():
+    with pytest.raises(InvalidInput, match=r"--gpus: b300-qwen3\.6-35b-a3b has no step times of 8 GPUs as one group"):
+        arrangements(8, "b300-qwen3.6-35b-a3b")
+
+
+def test_every_arrangement_has_the_limits_of_the_experiments():
+    for shape in arrangements(8).values():
+        assert (shape.limits["max_num_seqs"], shape.limits["max_num_batched_tokens"]) == (1024, 8192)
+    assert arrangements(8)["vLLM, interval 2"].limits["prefill_schedule_interval"] == 2
 
 
 def test_whole_requests_of_stock_engines_depend_on_nothing_of_the_product():
@@ -55,10 +75,10 @@ def test_a_workload_without_its_data_is_named(name, said):
 def test_a_run_is_named_by_all_that_it_depends_on():
     run = Run(gpus=8, workload="twoEnd", load=0.5, count=600, seed=1, arrangement="auto, 2 of 4")
     changed = Run(**{**run_fields(run), "targets": LatencyTargets(answer_weight=2.0)})
-    assert run.id == "8/twoEnd/0.5/600/1/auto, 2 of 4/ttft_growth=0.5"
-    assert changed.id == "8/twoEnd/0.5/600/1/auto, 2 of 4/answer_weight=2.0/ttft_growth=0.5"
+    assert run.id == "h200-qwen3-30b-a3b/8/twoEnd/0.5/600/1/auto, 2 of 4/ttft_growth=0.5"
+    assert changed.id == "h200-qwen3-30b-a3b/8/twoEnd/0.5/600/1/auto, 2 of 4/answer_weight=2.0/ttft_growth=0.5"
     whole = Run(**{**run_fields(run), "arrangement": "unified"})
-    assert whole.id == "8/twoEnd/0.5/600/1/unified"
+    assert whole.id == "h200-qwen3-30b-a3b/8/twoEnd/0.5/600/1/unified"
     assert rate_run(run) == rate_run(changed)
     assert rate_run(run).load == 0.0
 
@@ -70,9 +90,9 @@ def run_fields(run):
 def record(arrangement, seed, ttft_s, *, load=1.0, extra=""):
     figures = {"ttft_mean": ttft_s, "ttft_p99": 2 * ttft_s, "tpot_mean": 0.02, "tpot_p99": 0.04, "end_mean": 1.0}
     return {
-        "id": f"2/twoEnd/{load}/20/{seed}/{arrangement}{extra}",
-        "gpus": 2, "workload": "twoEnd", "load": load, "count": 20, "seed": seed, "arrangement": arrangement,
-        "figures": {**figures, "good_per_s": 3.0}, "pairs": 0.5,
+        "id": f"{CLOCK}/2/twoEnd/{load}/20/{seed}/{arrangement}{extra}",
+        "clock": CLOCK, "gpus": 2, "workload": "twoEnd", "load": load, "count": 20, "seed": seed,
+        "arrangement": arrangement, "figures": {**figures, "good_per_s": 3.0}, "pairs": 0.5,
     }  # fmt: skip
 
 
@@ -80,7 +100,7 @@ def test_ratios_are_geometric_means_over_pairs_with_an_interval():
     rows = [record(REFERENCE, 1, 0.1), record(REFERENCE, 2, 0.1)]
     rows += [record("unified", 1, 0.02), record("unified", 2, 0.08), record(REFERENCE, 9, 1.0, load=0.0)]
     text = render(rows)
-    assert "### 2 GPUs, load 1, twoEnd" in text
+    assert "### h200-qwen3-30b-a3b, 2 GPUs, load 1, twoEnd" in text
     assert "| unified | 0.40, 0.00-" in text
     assert "(50 ms)" in text
     assert text.count("###") == 1
@@ -98,6 +118,8 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
     raw = ["--raw", str(tmp_path / "r.jsonl")]
     done = runner.invoke(app, ["run", "--workload", "x", *raw])
     assert (done.exit_code, "--workload: unknown 'x'; known: agents" in done.output) == (2, True)
+    done = runner.invoke(app, ["run", "--clock", "x", *raw])
+    assert (done.exit_code, "--clock: unknown 'x'; known: a100-" in done.output) == (2, True)
     done = runner.invoke(app, ["run", "--only", "9+9", *raw])
     assert (done.exit_code, "--only: unknown '9+9'; known:" in done.output) == (2, True)
 

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from moe_contract.input_errors import InvalidInput, unknown_choice
 from moe_scheduling.engine.disaggregation import LatencyTargets
+from moe_tools.advisor.clocks import CLOCKS
 from moe_tools.user_errors import report_user_errors
 
-from moe_lab.disaggregation.arrangements import REFERENCE, arrangements
+from moe_lab.disaggregation.arrangements import CLOCK, REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, run_all
 from moe_lab.disaggregation.report import render
 from moe_lab.disaggregation.workloads import NAMES, Folders
@@ -30,6 +31,7 @@ def disaggregation() -> None:
 @report_user_errors
 def run_command(
     gpus: Annotated[list[int] | None, typer.Option(min=2, max=16, help="Repeatable; 8 without.")] = None,
+    clock: Annotated[str, typer.Option(help="Step times, by GPU and model.")] = CLOCK,
     workload: Annotated[list[str] | None, typer.Option(help="Repeatable; twoEnd without.")] = None,
     load: Annotated[list[float] | None, typer.Option(help="Part of stock vLLM's saturation; 1 without.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Arrangements by their names; all without.")] = None,
@@ -55,6 +57,8 @@ def run_command(
     """Make the runs that are missing; interrupted, it goes on where it was."""
     if bad := [unknown_choice("--workload", name, NAMES) for name in workload or () if name not in NAMES]:
         raise InvalidInput(bad)
+    if clock not in CLOCKS:
+        raise InvalidInput([unknown_choice("--clock", clock, CLOCKS)])
     runs = [
         run
         for seed, number, name, part in product(
@@ -68,6 +72,7 @@ def run_command(
                 count=count,
                 seed=seed,
                 arrangement=REFERENCE,
+                clock=clock,
                 targets=LatencyTargets(answer_weight=weight, ttft_s=ttft),
             ),
             only,
@@ -80,7 +85,7 @@ def run_command(
 
 def _list_runs(like: Run, only: list[str] | None, growth: list[float] | None) -> list[Run]:
     """Returns the runs of the chosen arrangements; the objective matters where each request goes whole or as a pair."""
-    ways, usual = arrangements(like.gpus), LatencyTargets()
+    ways, usual = arrangements(like.gpus, like.clock), LatencyTargets()
     if unknown := [unknown_choice("--only", way, ways) for way in only or () if way not in ways]:
         raise InvalidInput(unknown)
     found = []

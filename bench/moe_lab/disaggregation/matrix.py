@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_scheduling.engine.disaggregation import LatencyTargets
-from moe_tools.advisor.fleet import FleetShape, build_fleet
+from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
 from moe_tools.simulator.costs import IDLE, Work
 from moe_tools.simulator.pair_router import PairGateway
 from moe_tools.simulator.saturation import find_saturation
 from moe_tools.simulator.simulation import Simulation, SimulationResult, alone_s, load_vllm, simulate
 from moe_tools.simulator.workload import SimRequest
+from moe_tools.traces import TraceRequest
 
-from moe_lab.disaggregation.arrangements import REFERENCE, arrangements, load_of
+from moe_lab.disaggregation.arrangements import CLOCK, REFERENCE, arrangements, load_of
 from moe_lab.disaggregation.settled import settle
 from moe_lab.disaggregation.workloads import Folders, build_workload, max_model_len
 from moe_lab.experiments.plan import code_digest
@@ -45,7 +46,7 @@ _PAIR_SOURCES = (
 _SETTLED: dict[tuple["Run", float], FleetShape] = {}
 _OWN_SOURCES = (
     *(f"bench/moe_lab/disaggregation/{name}.py" for name in ("arrangements", "settled", "workloads")),
-    "bench/moe_tools/advisor/fleet.py",
+    *(f"bench/moe_tools/advisor/{name}.py" for name in ("clocks", "fleet")),
 )
 
 
@@ -60,6 +61,7 @@ class Run:
         count: requests.
         seed: of the requests.
         arrangement: its name.
+        clock: of the step times, name in `CLOCKS`.
         targets: objective of the choice between whole requests and pairs.
     """
 
@@ -69,12 +71,15 @@ class Run:
     count: int
     seed: int
     arrangement: str
+    clock: str = CLOCK
     targets: LatencyTargets = field(default_factory=LatencyTargets)
 
     @property
     def id(self) -> str:
         """Names the run in the file of results."""
-        parts: tuple[Any, ...] = (self.gpus, self.workload, self.load, self.count, self.seed, self.arrangement)
+        parts: tuple[Any, ...] = (
+            self.clock, self.gpus, self.workload, self.load, self.count, self.seed, self.arrangement,
+        )  # fmt: skip
         usual = LatencyTargets()
         changed = [
             f"{name}={value}"
@@ -86,7 +91,10 @@ class Run:
 
 def rate_run(run: Run) -> Run:
     """Returns the run that finds the rate of a full load for another one."""
-    return Run(gpus=run.gpus, workload=run.workload, load=0.0, count=RATE_COUNT, seed=RATE_SEED, arrangement=REFERENCE)
+    return Run(
+        gpus=run.gpus, workload=run.workload, load=0.0, count=RATE_COUNT, seed=RATE_SEED, arrangement=REFERENCE,
+        clock=run.clock,
+    )  # fmt: skip
 
 
 def run_all(
@@ -108,7 +116,7 @@ def run_all(
         say: shows a line of progress.
         full_rate: requests a second of a full load; None: it is found.
     """
-    digests = {run.arrangement: source_digest(arrangements(run.gpus)[run.arrangement]) for run in runs}
+    digests = {run.arrangement: source_digest(arrangements(run.gpus, run.clock)[run.arrangement]) for run in runs}
     digests[REFERENCE] = source_digest(FleetShape(servers=(1,), stock=True))
     found = {
         record["id"]: record for record in read_records(out) if record["digest"] == digests.get(record["arrangement"])
@@ -183,8 +191,8 @@ def _slowdown(outcome: SimulationResult) -> float:
 def _serve(run: Run, folders: Folders, rate: float) -> tuple[Simulation, SimulationResult, int, int]:
     """Returns the simulation, its outcome, the number of changes of a role, and of prefill engines at the begin."""
     trace = build_workload(run.workload, run.count, rate, run.seed, folders)
-    way = arrangements(run.gpus)[run.arrangement]
-    load = load_of(trace, run.seed, targets=run.targets, max_model_len=max_model_len(run.workload))
+    way = arrangements(run.gpus, run.clock)[run.arrangement]
+    load = _load_of(run, trace, run.seed)
     if way.moves and run.load:
         way = _settled(run, folders, rate)
     simulation = build_fleet(way, load)
@@ -203,13 +211,18 @@ def _serve(run: Run, folders: Folders, rate: float) -> tuple[Simulation, Simulat
     return simulation, outcome, changes, way.begin if way.prefill is None else way.prefill
 
 
+def _load_of(run: Run, trace: tuple[TraceRequest, ...], seed: int) -> FleetLoad:
+    longest = max_model_len(run.workload)
+    return load_of(trace, seed, clock=run.clock, gpus=run.gpus, targets=run.targets, max_model_len=longest)
+
+
 def _settled(run: Run, folders: Folders, rate: float) -> FleetShape:
     """Returns the arrangement of a run with the roles that it settles at, found once in a process."""
     key = (replace(run, seed=RATE_SEED, count=RATE_COUNT), rate)
     if key not in _SETTLED:
         trace = build_workload(run.workload, RATE_COUNT, rate, RATE_SEED, folders)
-        load = load_of(trace, RATE_SEED, targets=run.targets, max_model_len=max_model_len(run.workload))
-        _SETTLED[key] = settle(arrangements(run.gpus)[run.arrangement], load)
+        load = _load_of(run, trace, RATE_SEED)
+        _SETTLED[key] = settle(arrangements(run.gpus, run.clock)[run.arrangement], load)
     return _SETTLED[key]
 
 

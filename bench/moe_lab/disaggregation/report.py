@@ -27,31 +27,32 @@ _Pairs = dict[tuple[str, int, int], dict[str, Record]]
 
 
 def render(records: Iterable[Record], base: str = REFERENCE) -> str:
-    """All tables: one for each number of GPUs and load over all workloads, and one for each workload.
+    """All tables: one for each clock, number of GPUs and load over all workloads, and one for each workload.
 
     Args:
         records: of the runs; the last one of an id counts.
         base: the arrangement that the others are compared with.
     """
-    cases: dict[tuple[int, float], _Pairs] = defaultdict(lambda: defaultdict(dict))
+    cases: dict[tuple[str, int, float], _Pairs] = defaultdict(lambda: defaultdict(dict))
     for record in {record["id"]: record for record in records}.values():
         if record["load"]:
             key = (record["workload"], record["count"], record["seed"])
-            cases[record["gpus"], record["load"]][key][_name(record)] = record
+            cases[record["clock"], record["gpus"], record["load"]][key][_name(record)] = record
     parts = []
-    for (gpus, load), pairs in sorted(cases.items()):
+    for (clock, gpus, load), pairs in sorted(cases.items()):
+        place = f"{clock}, {gpus} GPUs, load {load:g}"
         workloads = sorted({workload for workload, _, _ in pairs})
         if len(workloads) > 1:
-            parts.append(_table(f"{gpus} GPUs, load {load:g}, {', '.join(workloads)}", pairs, base))
+            parts.append(_table(f"{place}, {', '.join(workloads)}", pairs, base))
         for workload in workloads:
             own = {key: rows for key, rows in pairs.items() if key[0] == workload}
-            parts.append(_table(f"{gpus} GPUs, load {load:g}, {workload}", own, base))
+            parts.append(_table(f"{place}, {workload}", own, base))
     return "\n\n".join(parts)
 
 
 def _name(record: Record) -> str:
     """The arrangement, with the fields of the objective that are not the usual ones."""
-    return "/".join([record["arrangement"], *record["id"].split("/")[6:]])
+    return "/".join([record["arrangement"], *record["id"].split("/")[7:]])
 
 
 def _table(title: str, pairs: _Pairs, base: str) -> str:
@@ -66,8 +67,8 @@ def _table(title: str, pairs: _Pairs, base: str) -> str:
 
 
 def _order(name: str, rows: Mapping[str, Record]) -> tuple[int, str]:
-    gpus = next(iter(rows.values()))["gpus"]
-    known = list(arrangements(gpus))
+    record = next(iter(rows.values()))
+    known = list(arrangements(record["gpus"], record["clock"]))
     first = name.split("/", maxsplit=1)[0]
     return (known.index(first) if first in known else len(known), name)
 

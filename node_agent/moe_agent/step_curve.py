@@ -13,12 +13,11 @@ step moves the curve by little.
 """
 
 import math
-from itertools import product
 
 import numpy as np
 from moe_scheduling.request.prefill_budget import RooflineKnee, StepTimeCurve
 
-from moe_agent.step_time import LINE_MEMORY_STEPS, stack_rows, weigh_steps
+from moe_agent.step_time import LINE_MEMORY_STEPS, solve_not_below_0, stack_rows, weigh_steps
 
 # Candidates for the knee, in tokens of all ranks in a step.
 KNEES = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)
@@ -29,8 +28,6 @@ _SCALE = np.array([1.0, 1024.0, 32.0, *(1024.0 for _ in KNEES)])
 _PER_SCALE = 1.0 / _SCALE
 # The columns of each fit: those of the line, and one knee.
 _COLUMNS = np.array([[0, 1, 2, _LINE + number] for number in range(len(KNEES))])
-# Which coefficients are not 0: the best that has none below 0 is the bounded minimum (Karush-Kuhn-Tucker).
-_KEPT = np.array([row for row in product((0.0, 1.0), repeat=_LINE + 1) if any(row)])
 _FIRST_FIT_STEPS = 64
 # Observations are worked in together: the more at once, the less each costs.
 _MOST_ROWS = 256
@@ -116,15 +113,10 @@ class StepTimeCurveFit:
         ridge = 1e-6 * self._normal[0, 0]
         matrix = self._normal[_COLUMNS[:, :, None], _COLUMNS[:, None, :]] + ridge * np.eye(_LINE + 1)
         right = self._right[_COLUMNS] + ridge * self._scaled[_COLUMNS]
-        kept = _KEPT[None]
-        # A coefficient that is not kept gets the equation "itself = 0".
-        masked = matrix[:, None] * kept[..., :, None] * kept[..., None, :] + np.eye(_LINE + 1) * (1.0 - kept[..., None])
-        found = np.linalg.solve(masked, (right[:, None] * kept)[..., None])[..., 0]
-        error = np.einsum("bki,bij,bkj->bk", found, matrix, found) - 2.0 * np.einsum("bi,bki->bk", right, found)
-        error[(found < 0.0).any(axis=-1)] = math.inf
-        knee, subset = np.unravel_index(int(np.argmin(error)), error.shape)
+        found, value = solve_not_below_0(matrix, right)
+        knee = int(np.argmin(value))
         self._scaled = np.zeros(len(_SCALE))
-        self._scaled[_COLUMNS[knee]] = found[knee, subset]
+        self._scaled[_COLUMNS[knee]] = found[knee]
         base, token, decode, *slopes = (self._scaled / _SCALE).tolist()
         self._base_s, self._token_s, self._decode_s = base, token, decode
         self._knees = tuple(RooflineKnee(at, slope) for at, slope in zip(KNEES, slopes, strict=True) if slope > 0.0)

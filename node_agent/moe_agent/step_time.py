@@ -1,4 +1,7 @@
-"""Online fit of an engine's step time: `base_s + prefill_s * prefill_tokens + decode_s * decoding_requests`.
+"""Online fit of an engine's step time.
+
+`base_s + decode_s * decoding_requests + decode_root_s * sqrt(decoding_requests)`, and in steps with prompt tokens
+`+ prefill_base_s + prefill_s * prefill_tokens`.
 
 Called by the scheduler plugin with one observation for each engine step. Pure: the caller measures the time.
 
@@ -7,23 +10,24 @@ single freak step (a compilation, a stopped process) moves the line by little.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import chain
-from operator import mul
+from itertools import chain, product
 
 import numpy as np
 from moe_scheduling.signals import StepTime
 
 _Row = tuple[float, float, float]
+_TERMS = 5
 
 # Steps after which an observation weighs 1/e in a step-time model.
 LINE_MEMORY_STEPS = 500.0
 
-# Brings the three columns to like sizes, so that the small ridge below weighs on each alike.
-_SCALE = np.array([1.0, 1024.0, 32.0])
+# Brings the columns to like sizes, so that the small ridge below weighs on each alike: one, prompt tokens, decoding
+# requests, their square root, one with prompt tokens.
+_SCALE = np.array([1.0, 1024.0, 32.0, 32.0**0.5, 1.0])
 _PER_SCALE = 1.0 / _SCALE
-_IDENTITY = np.eye(3)
+_IDENTITY = np.eye(_TERMS)
 
 
 class StepTimeFit:
@@ -52,9 +56,9 @@ class StepTimeFit:
         self._outlier_factor = outlier_factor
         self._batch: list[_Row] = []
         self._batch_size = least_steps
-        self._normal = np.zeros((3, 3))
-        self._right = np.zeros(3)
-        self._scaled = np.zeros(3)
+        self._normal = np.zeros((_TERMS, _TERMS))
+        self._right = np.zeros(_TERMS)
+        self._scaled = np.zeros(_TERMS)
         self._model: StepTime | None = None
 
     @property
@@ -74,9 +78,11 @@ class StepTimeFit:
 
     def _accumulate(self) -> None:
         batch = stack_rows(self._batch)
-        columns = np.empty((3, len(self._batch)))
+        columns = np.empty((_TERMS, len(self._batch)))
         columns[0] = 1.0
-        np.multiply(batch[:2], _PER_SCALE[1:, None], out=columns[1:])
+        np.multiply(batch[:2], _PER_SCALE[1:3, None], out=columns[1:3])
+        np.sqrt(columns[2], out=columns[3])
+        columns[4] = batch[0] > 0.0
         step_s = batch[2]
         expected_s = self._scaled @ columns if self._model is not None else step_s
         normal, right, fade = weigh_steps(columns, step_s, expected_s, self._keep, self._outlier_factor)
@@ -86,15 +92,13 @@ class StepTimeFit:
     def _refit(self) -> None:
         # A ridge towards the last estimate: it decides only where the observations say nothing.
         ridge = 1e-6 * self._normal[0, 0]
-        matrix = (self._normal + ridge * _IDENTITY).tolist()
-        right = (self._right + ridge * self._scaled).tolist()
-        row = _solve(matrix, right)
-        if min(row) < 0.0:
-            # Each of them is stationary in its own coefficients, so that its objective is `-b'x`.
-            row = max(_on_the_bound(matrix, right), key=lambda row: sum(map(mul, right, row)))
-        self._scaled = np.array(row)
-        base, prefill, decode = (self._scaled / _SCALE).tolist()
-        self._model = StepTime(base_s=base, prefill_s=prefill, decode_s=decode)
+        matrix = self._normal + ridge * _IDENTITY
+        right = self._right + ridge * self._scaled
+        self._scaled = solve_not_below_0(matrix[None], right[None])[0][0]
+        base, prefill, decode, decode_root, prefill_base = (self._scaled * _PER_SCALE).tolist()
+        self._model = StepTime(
+            base_s=base, prefill_s=prefill, decode_s=decode, decode_root_s=decode_root, prefill_base_s=prefill_base
+        )
 
 
 def stack_rows(rows: Sequence[tuple[float, ...]]) -> np.ndarray:
@@ -128,30 +132,31 @@ def _fading(keep: float, steps: int) -> np.ndarray:
     return keep ** np.arange(steps - 1, -1, -1)
 
 
-def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> _Row:
-    """The unbounded minimum, by Cramer's rule."""
-    (a, b, c), (_, d, e), (_, _, f) = matrix
-    minor_a, minor_b, minor_c = d * f - e * e, c * e - b * f, b * e - c * d
-    determinant = a * minor_a + b * minor_b + c * minor_c
-    x, y, z = right
-    return (
-        (minor_a * x + minor_b * y + minor_c * z) / determinant,
-        (minor_b * x + (a * f - c * c) * y + (b * c - a * e) * z) / determinant,
-        (minor_c * x + (b * c - a * e) * y + (a * d - b * b) * z) / determinant,
-    )
+def solve_not_below_0(matrix: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least of `x'Mx - 2b'x` with no coefficient below 0, for several fits at once.
+
+    Every choice of coefficients that are 0 is solved; the best one that has none below 0 is the bounded minimum
+    (Karush-Kuhn-Tucker).
+
+    Args:
+        matrix: M of each fit, positive definite, of shape (fits, terms, terms).
+        right: b of each fit, of shape (fits, terms).
+
+    Returns:
+        x of each fit, of shape (fits, terms), and its value, of shape (fits,).
+    """
+    terms = right.shape[-1]
+    kept = _choices(terms)[None]
+    # A coefficient that is not kept gets the equation "itself = 0".
+    masked = matrix[:, None] * kept[..., :, None] * kept[..., None, :] + np.eye(terms) * (1.0 - kept[..., None])
+    found = np.linalg.solve(masked, (right[:, None] * kept)[..., None])[..., 0]
+    value = np.einsum("fki,fij,fkj->fk", found, matrix, found) - 2.0 * np.einsum("fi,fki->fk", right, found)
+    value[(found < 0.0).any(axis=-1)] = math.inf
+    best, fits = value.argmin(axis=-1), np.arange(len(value))
+    return found[fits, best], value[fits, best]
 
 
-def _on_the_bound(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> Iterator[_Row]:
-    """Solutions with a part that is 0 and none negative; the bounded minimum is one of them (Karush-Kuhn-Tucker)."""
-    yield (0.0, 0.0, 0.0)
-    for kept in range(3):
-        row = [0.0, 0.0, 0.0]
-        row[kept] = max(0.0, right[kept] / matrix[kept][kept])
-        yield row[0], row[1], row[2]
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        determinant = matrix[first][first] * matrix[second][second] - matrix[first][second] ** 2
-        row = [0.0, 0.0, 0.0]
-        row[first] = (right[first] * matrix[second][second] - right[second] * matrix[first][second]) / determinant
-        row[second] = (right[second] * matrix[first][first] - right[first] * matrix[first][second]) / determinant
-        if min(row) >= 0.0:
-            yield row[0], row[1], row[2]
+@cache
+def _choices(terms: int) -> np.ndarray:
+    """Which coefficients are not 0, in every way; none of them is the last resort and always possible."""
+    return np.array(list(product((0.0, 1.0), repeat=terms)))

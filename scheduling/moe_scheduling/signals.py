@@ -4,6 +4,7 @@ Written by the node agent's scheduler plugin at every engine step, carried over 
 read by `engine/` and `fleet/`. One snapshot describes one dispatch target: one data-parallel rank of one server.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,17 +21,30 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Step-time model of an engine: `base_s + prefill_s * prefill_tokens + decode_s * decoding_requests` seconds.
+    """Step-time model of an engine, in seconds.
+
+    `base_s + decode_s * decoding_requests + decode_root_s * sqrt(decoding_requests)`, and in steps with prompt tokens
+    `+ prefill_base_s + prefill_s * prefill_tokens`.
 
     Attributes:
         base_s: seconds of an empty step.
         prefill_s: seconds for each prefill token in the step.
         decode_s: seconds for each decoding request in the step.
+        decode_root_s: seconds for the square root of the decoding requests: the more of them decode, the fewer experts
+            are left whose weights only the next one would read.
+        prefill_base_s: seconds that any prompt tokens add: on GPUs vLLM runs steps that only decode as one captured
+            graph, and launches the kernels of other steps.
     """
 
     base_s: float
     prefill_s: float
     decode_s: float
+    decode_root_s: float = 0.0
+    prefill_base_s: float = 0.0
+
+    def decode_step_s(self, requests: float) -> float:
+        """Returns the seconds of a step in which this many requests, at least 0, decode and no prompt is computed."""
+        return self.base_s + self.decode_s * requests + self.decode_root_s * math.sqrt(requests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +57,7 @@ class EngineSignal:
         waiting: requests in the waiting queues.
         waiting_prefill_tokens: prompt tokens of waiting requests that are not in the prefix cache.
         running_prefill_tokens: prompt tokens of running requests that are not yet computed.
+        step_tokens: most tokens of a step, vLLM's `max_num_batched_tokens`; 0: not known.
         decode_tokens: output tokens of a step, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
         kv_tokens: tokens for which the KV cache has room, or its tier in the host's memory where that is larger; 0: not
@@ -60,6 +75,7 @@ class EngineSignal:
     waiting: int = 0
     waiting_prefill_tokens: int = 0
     running_prefill_tokens: int = 0
+    step_tokens: int = 0
     decode_tokens: int = 0
     kv_usage: float = 0.0
     kv_tokens: int = 0

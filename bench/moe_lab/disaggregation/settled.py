@@ -6,6 +6,7 @@ would have after some minutes of the same kind of load, found on requests of a s
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.roles import RoleHistory, RoleObservation, RoleSettings, ServerLoad, SetRole, plan_roles
@@ -38,6 +39,8 @@ def settle(shape: FleetShape, load: FleetLoad) -> FleetShape:
 
     simulate(replace(simulation, dispatch=kept), load_vllm())
     observed = gateways[0].observe_load(max(row.arrival_s for row in load.trace))
+    # The last answers to end are the longest, and the mean is of those that ended last.
+    observed = replace(observed, answer_tokens=fmean(row.output_tokens for row in load.trace))
     return replace(shape, begin=settled_prefill(observed, RoleSettings(ttft_growth=load.targets.ttft_growth)))
 
 

@@ -28,6 +28,7 @@ from moe_scheduling.fleet.roles import (
     RoleObservation,
     RoleSettings,
     SetRole,
+    find_prefill_wait_s,
     plan_roles,
 )
 from moe_scheduling.request.order import RequestSettings
@@ -124,6 +125,7 @@ class PairGateway:
         self._load = MeasuredLoad()
         self._history = RoleHistory()
         self._roles_due_s = ROLES_PERIOD_S
+        self._prefill_wait_s = 0.0
 
     # A request.
 
@@ -166,14 +168,15 @@ class PairGateway:
             prefill_shares=self._shares.at(now_s),
             met=self._met,
             answer_tokens=self._load.answer_tokens,
+            prefill_wait_s=self._prefill_wait_s,
         )
 
     def _count_prefill(self, job: Job, target: Target, now_s: float) -> None:
         """The ranks of a group compute side by side: each prompt takes its part of the group's time."""
-        step_time = self.dispatcher.target_states[target].step_time_model
-        if step_time is not None:
-            ranks = len(self.dispatcher.engines[target.server].targets)
-            self._shares.add(target.server, step_time.prefill_s * job.uncached_tokens(target) / ranks, now_s)
+        state, stale_after_s = self.dispatcher.target_states[target], self.dispatcher.settings.stale_after_s
+        ranks = len(self.dispatcher.engines[target.server].targets)
+        prefill_s = state.added_prefill_s(job.uncached_tokens(target), now_s, stale_after_s)
+        self._shares.add(target.server, prefill_s / ranks, now_s)
 
     def _send_whole(self, exchange: _PlacedRequest, placement: RequestPlacement, now_s: float) -> None:
         request, predicted_s = exchange.request, placement.prediction.ttft_s
@@ -257,7 +260,9 @@ class PairGateway:
             self._move_roles(self.settings.role_settings, now_s)
 
     def _move_roles(self, settings: RoleSettings, now_s: float) -> None:
-        decision, self._history = plan_roles(self.observe_load(now_s), settings, self._history, now_s)
+        load = self.observe_load(now_s)
+        self._prefill_wait_s = find_prefill_wait_s(load, settings.ttft_growth)
+        decision, self._history = plan_roles(load, settings, self._history, now_s)
         if isinstance(decision, SetRole):
             self._roles[decision.server] = decision.role
             self._load.forget_measured()

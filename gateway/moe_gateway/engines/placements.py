@@ -20,7 +20,14 @@ from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, cho
 from moe_scheduling.engine.prefill_share import PrefillShares
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.fleet.measured_load import MeasuredLoad, observe_roles
-from moe_scheduling.fleet.roles import RoleHistory, RoleObservation, RoleSettings, SetRole, plan_roles
+from moe_scheduling.fleet.roles import (
+    RoleHistory,
+    RoleObservation,
+    RoleSettings,
+    SetRole,
+    find_prefill_wait_s,
+    plan_roles,
+)
 from moe_scheduling.signals import Target
 
 if TYPE_CHECKING:
@@ -67,6 +74,7 @@ class Placements:
         self._shares = PrefillShares()
         self._history = RoleHistory()
         self._roles_due_s = -math.inf
+        self._prefill_wait_s = 0.0
         self.load = MeasuredLoad()
         self.roles: dict[str, EngineRole] = {}
         self.pairs: Counter[str] = Counter()
@@ -153,14 +161,16 @@ class Placements:
             answer_tokens=self.load.answer_tokens,
             stale_after_s=settings.stale_after_s,
             peers=peers,
+            prefill_wait_s=self._prefill_wait_s,
             saturation_s=settings.saturation_s,
         )
 
     def count_prompt(self, job: Job, target: Target, now_s: float) -> None:
         """A prompt is sent to a target: the ranks of its engine compute side by side, so it takes its part of them."""
         state, engine = self._dispatcher.target_states.get(target), self._dispatcher.engines.get(target.server)
-        if state is not None and engine is not None and state.step_time_model is not None:
-            prefill_s = state.step_time_model.prefill_s * job.uncached_tokens(target)
+        if state is not None and engine is not None:
+            stale_after_s = self._dispatcher.settings.stale_after_s
+            prefill_s = state.added_prefill_s(job.uncached_tokens(target), now_s, stale_after_s)
             self._shares.add(target.server, prefill_s / len(engine.targets), now_s)
 
     def note_transfer(self, prefill: str, decode: str) -> None:
@@ -181,7 +191,7 @@ class Placements:
         answer_tokens = self.load.answer_tokens
         if answer_s is not None and state is not None and model is not None:
             stale_after_s = self._dispatcher.settings.stale_after_s
-            step_s = model.base_s + model.decode_s * state.decoding(now_s, stale_after_s)
+            step_s = model.decode_step_s(state.decoding(now_s, stale_after_s))
             left = 1.0 - self._shares.share(target.server, now_s)
             answer_tokens = answer_s * left / step_s if step_s > 0.0 else answer_tokens
         self.load.ended(answer_tokens, lasted_s)
@@ -192,7 +202,9 @@ class Placements:
         """Called a few times a second: moves the role of an engine where the load asks for it."""
         if self._moves_roles and now_s >= self._roles_due_s:
             self._roles_due_s = now_s + ROLES_PERIOD_S
-            decision, self._history = plan_roles(self._observe(now_s), RoleSettings(), self._history, now_s)
+            load, settings = self._observe(now_s), RoleSettings()
+            self._prefill_wait_s = find_prefill_wait_s(load, settings.ttft_growth)
+            decision, self._history = plan_roles(load, settings, self._history, now_s)
             if isinstance(decision, SetRole):
                 self.roles[decision.server] = decision.role
                 self.role_changes[decision.reason] += 1

@@ -335,6 +335,7 @@ class OrderedScheduler(AsyncScheduler):
         signal.waiting = waiting - self.num_waiting_for_streaming_input
         signal.waiting_prefill_tokens = self._waiting_prefill_tokens()
         signal.running_prefill_tokens = prefill_tokens
+        signal.step_tokens = self.max_num_scheduled_tokens
         signal.decode_tokens = running - prefilling
         signal.kv_usage = self.get_kv_cache_usage()
         signal.preemptions = self._preemptions

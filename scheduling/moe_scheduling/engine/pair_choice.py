@@ -34,7 +34,6 @@ from moe_scheduling.engine.choice import Hold, HoldReason, Job, Refuse, RefuseRe
 from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, TargetList, draw
 from moe_scheduling.engine.target_state import TargetState
-from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime, Target
 
 # Most servers of each side that are combined into pairs, of those between which KV blocks can travel: those with the
@@ -105,6 +104,8 @@ class PairContext(NamedTuple):
         stale_after_s: age from which a signal is ignored.
         peers: by server, a text that is equal for servers between which KV blocks can travel; a server that is absent
             takes part in no pair. None: they can travel between any two.
+        prefill_wait_s: predicted wait up to which an engine with the role `PREFILL` is in time for every prompt: what
+            the plan of the roles allows (`fleet/roles.py`).
         saturation_s: predicted wait at which a target is saturated; a request is held while all are that may compute
             its prompt. None: it never is.
     """
@@ -117,6 +118,7 @@ class PairContext(NamedTuple):
     answer_tokens: float = 128.0
     stale_after_s: float = 2.0
     peers: Mapping[str, str] | None = None
+    prefill_wait_s: float = 0.0
     saturation_s: float | None = None
 
     def is_able(self, server: str) -> bool:
@@ -214,7 +216,7 @@ def choose_placement(
         return _SATURATED
     start = turn % len(sides)
     sides = sides[start:] + sides[:start]
-    placed = _within_growth(_wholes(sides, context), _pairs(job, sides, context), context)
+    placed = _within_growth(_wholes(sides, context), _pairs(job, sides, context), sides, context)
     if not placed:
         # Roles are preferences: with one of them alone left, its engines do everything.
         placed = [_whole(side, context) for side in sides]
@@ -309,34 +311,39 @@ def _side(
     job: Job, state: TargetState, group: _Group, context: PairContext, step_time: StepTime, now_s: float
 ) -> _Side:
     stale_after_s, server = context.stale_after_s, state.target.server
-    base_s, token_s, request_s = step_time.base_s, step_time.prefill_s, step_time.decode_s
+    role = context.roles.get(server, EngineRole.UNIFIED)
+    token_s, prompt_s, step_tokens = step_time.prefill_s, step_time.prefill_base_s, state.step_tokens
     ahead = state.ahead_prefill_tokens(now_s, stale_after_s)
     others_ahead = group.next_ahead if ahead == group.most_ahead else group.most_ahead
     own = job.uncached_tokens(state.target)
     here = state.requests(now_s, stale_after_s) + 1
-    is_fullest = here > group.most_requests
     # A step waits for the rank with the most requests.
-    step_s = base_s + request_s * (here if is_fullest else group.most_requests)
+    before_s = step_time.decode_step_s(group.most_requests)
+    step_s = step_time.decode_step_s(here) if here > group.most_requests else before_s
     # No step is longer than one with a full chunk.
-    full_step_s = step_s + token_s * STEP_PREFILL_TOKENS
+    full_step_s = step_s + prompt_s + token_s * step_tokens
     # Of hundreds of ranks that compute prompts most of the time, nothing is left in floating point.
     inter_token_s = min(step_s / group.left, full_step_s) if group.left else full_step_s
     backlog = group.most_ahead
     longest = max(ahead + own, others_ahead)
-    behind_s = token_s * min(backlog, STEP_PREFILL_TOKENS)
+    behind_s = (prompt_s if backlog else 0.0) + token_s * min(backlog, step_tokens)
+    # A prompt leaves a prefill engine when it is computed, so those ahead wait for nothing.
+    delayed = group.decoding if role is EngineRole.PREFILL else group.requests
+    # Steps with prompt tokens that this prompt adds.
+    steps = -(-longest // step_tokens) - -(-backlog // step_tokens)
     model = state.ttft_model(step_time, now_s, stale_after_s)
     return _Side(
         target=state.target,
-        role=context.roles.get(server, EngineRole.UNIFIED),
+        role=role,
         own_tokens=own,
         wait_s=model.wait_s(ahead),
         first_token_s=model.first_token_s(ahead + own),
         # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
-        interrupted_s=group.requests * token_s * (longest - backlog),
-        prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if group.decoding else 0.0,
+        interrupted_s=delayed * (token_s * (longest - backlog) + prompt_s * steps),
+        prefill_step_s=step_s + prompt_s + token_s * min(longest, step_tokens) if group.decoding else 0.0,
         arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
         inter_token_s=inter_token_s,
-        crowded_s=group.requests * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
+        crowded_s=group.requests * (1.0 - before_s / step_s) * inter_token_s if step_s else 0.0,
         decode_step_s=step_s + behind_s,
     )
 
@@ -420,18 +427,21 @@ def _pairs(job: Job, sides: Sequence[_Side], context: PairContext) -> list[Reque
 
 
 def _within_growth(
-    wholes: list[RequestPlacement], pairs: list[RequestPlacement], context: PairContext
+    wholes: list[RequestPlacement], pairs: list[RequestPlacement], sides: Sequence[_Side], context: PairContext
 ) -> list[RequestPlacement]:
     """Returns the whole requests and the pairs that are not much later; all where bounds decide, or pairs alone."""
     targets = context.targets
     if not wholes or targets.is_bounded:
         return pairs + wholes
     latest_s = (1.0 + targets.ttft_growth) * min(whole.prediction.ttft_s for whole in wholes)
+    prefill = {side.target: side.wait_s for side in sides if side.role is EngineRole.PREFILL}
 
     def is_soon(pair: RequestPlacement) -> bool:
         # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
-        has_role = context.roles.get(pair.prefill.server) is EngineRole.PREFILL
-        return (pair.prediction.prefill_s if has_role else pair.prediction.ttft_s) <= latest_s
+        wait_s = prefill.get(pair.prefill)
+        if wait_s is None:
+            return pair.prediction.ttft_s <= latest_s
+        return pair.prediction.prefill_s <= latest_s or wait_s <= context.prefill_wait_s
 
     return [*(pair for pair in pairs if is_soon(pair)), *wholes]
 

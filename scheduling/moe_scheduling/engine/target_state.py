@@ -13,8 +13,14 @@ repeated calls and implausible signals change nothing that a later decision read
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import astuple
 
-from moe_scheduling.engine.ttft_model import TtftModel, build_ttft_model, build_unsignalled_ttft_model
+from moe_scheduling.engine.ttft_model import (
+    STEP_PREFILL_TOKENS,
+    TtftModel,
+    build_ttft_model,
+    build_unsignalled_ttft_model,
+)
 from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 # Whole numbers up to here are exact in a float; no engine counts as far.
@@ -182,6 +188,11 @@ class TargetState:
     # What a decision reads.
 
     @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step of the engine; vLLM's usual number until a signal says it."""
+        return (self._signal.step_tokens if self._signal else 0) or STEP_PREFILL_TOKENS
+
+    @property
     def in_flight(self) -> int:
         """Requests of this gateway that were sent and have not ended."""
         return len(self._unanswered) + len(self._answered)
@@ -246,6 +257,23 @@ class TargetState:
         tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)
         return self.ttft_model(fleet_default, now_s, stale_after_s).first_token_s(tokens)
 
+    def added_prefill_s(self, own_tokens: int, now_s: float, stale_after_s: float) -> float:
+        """Returns the seconds that a new prompt adds to the steps here; 0 until a signal had a step-time model.
+
+        A prompt that fits into the last step of those ahead adds no step of its own.
+
+        Args:
+            own_tokens: its uncached prompt tokens.
+            now_s: the time.
+            stale_after_s: age from which a signal is ignored.
+        """
+        model, step_tokens = self.step_time_model, self.step_tokens
+        if model is None or not own_tokens:
+            return 0.0
+        ahead = self.ahead_prefill_tokens(now_s, stale_after_s)
+        steps = -(-(ahead + own_tokens) // step_tokens) - -(-ahead // step_tokens)
+        return model.prefill_s * own_tokens + model.prefill_base_s * steps
+
     def requests(self, now_s: float, stale_after_s: float) -> int:
         """Returns the requests at the engine.
 
@@ -273,6 +301,7 @@ def _plausible(signal: EngineSignal) -> EngineSignal:
         waiting=_count(signal.waiting),
         waiting_prefill_tokens=_count(signal.waiting_prefill_tokens),
         running_prefill_tokens=_count(signal.running_prefill_tokens),
+        step_tokens=_count(signal.step_tokens),
         decode_tokens=_count(signal.decode_tokens),
         kv_usage=_within(signal.kv_usage, 0.0, 1.0),
         preemptions=_count(signal.preemptions),
@@ -294,5 +323,5 @@ def _within(value: float, least: float, most: float) -> float:
 
 def _predicts(step_time: StepTime) -> bool:
     """Returns whether all coefficients are plausible times, and one of them is positive."""
-    parts = (step_time.base_s, step_time.prefill_s, step_time.decode_s)
+    parts = astuple(step_time)
     return all(0.0 <= part < _LONGEST_STEP_S for part in parts) and any(parts)

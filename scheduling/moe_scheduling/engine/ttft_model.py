@@ -27,7 +27,7 @@ class TtftModel(NamedTuple):
 
     Attributes:
         token_s: seconds for each prefill token.
-        step_s: seconds of a step apart from its prefill tokens.
+        step_s: seconds of a step with prompt tokens, apart from them.
         kv_s: seconds until there are KV blocks for a new request.
     """
 
@@ -73,11 +73,12 @@ def build_ttft_model(step_time: StepTime, signal: EngineSignal) -> TtftModel:
         step_time: the step-time model of the engine.
         signal: its state; decoding requests and KV use are read.
     """
-    step_s = step_time.base_s + step_time.decode_s * signal.decode_tokens
+    step_s = step_time.decode_step_s(signal.decode_tokens)
     above = max(0.0, signal.kv_usage - KV_PRESSURE_FROM) / (1.0 - KV_PRESSURE_FROM)
-    return TtftModel(step_time.prefill_s, step_s, KV_PRESSURE_STEPS * step_s * above)
+    return TtftModel(step_time.prefill_s, step_time.prefill_base_s + step_s, KV_PRESSURE_STEPS * step_s * above)
 
 
 def build_unsignalled_ttft_model(step_time: StepTime, decoding_requests: int) -> TtftModel:
     """Returns the TTFT model of an engine without a fresh signal, from the requests that are known to decode there."""
-    return TtftModel(step_time.prefill_s, step_time.base_s + step_time.decode_s * decoding_requests, 0.0)
+    step_s = step_time.prefill_base_s + step_time.decode_step_s(decoding_requests)
+    return TtftModel(step_time.prefill_s, step_s, 0.0)

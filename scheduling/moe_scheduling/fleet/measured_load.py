@@ -6,10 +6,11 @@ All times are arguments on one clock that begins near 0 or long before the first
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.engine.target_state import TargetState
+from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.fleet.roles import RoleObservation, ServerLoad
 from moe_scheduling.signals import StepTime
 
@@ -99,6 +100,7 @@ def observe_roles(
         ],
         ranks=max(1, round(len(states) / max(1, len(decoding)))),
         step_time=mean_step_time(state.step_time_model for state in states),
+        step_tokens=min(state.step_tokens for state in states) if states else STEP_PREFILL_TOKENS,
         requests_per_s=load.requests_per_s(now_s) / max(_LEAST_SHARE, traffic_share),
         prompt_tokens=load.prompt_tokens,
         answer_tokens=load.answer_tokens,
@@ -112,8 +114,5 @@ def mean_step_time(models: Iterable[StepTime | None]) -> StepTime | None:
     known = [model for model in models if model is not None]
     if not known:
         return None
-    return StepTime(
-        base_s=sum(model.base_s for model in known) / len(known),
-        prefill_s=sum(model.prefill_s for model in known) / len(known),
-        decode_s=sum(model.decode_s for model in known) / len(known),
-    )
+    terms = (field.name for field in fields(StepTime))
+    return StepTime(**{term: sum(getattr(model, term) for model in known) / len(known) for term in terms})

@@ -25,13 +25,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime
 
-# Utilisation of a prefill engine above which further prompts are computed by the other engines.
-MOST_UTILISATION = 0.85
+_LONGEST_STEP_S = 10.0
+_MOST_ROUNDS = 200
+_PRECISION = 1e-4
+_ROUNDS_OF_PART = 12
 # No rate, length or time of a fleet is greater.
 _LARGEST = 1e9
 
@@ -108,6 +111,7 @@ class RoleObservation:
         servers: those that take requests.
         ranks: data-parallel ranks of each, which compute prompts side by side.
         step_time: fitted step time of one server; None: unknown.
+        step_tokens: most tokens of a step of a rank.
         requests_per_s: requests a second of the whole fleet.
         prompt_tokens: mean uncached tokens of a prompt.
         answer_tokens: mean tokens of an answer.
@@ -119,6 +123,7 @@ class RoleObservation:
     servers: Sequence[ServerLoad]
     ranks: int = 1
     step_time: StepTime | None = None
+    step_tokens: int = STEP_PREFILL_TOKENS
     requests_per_s: float = 0.0
     prompt_tokens: float = 0.0
     answer_tokens: float = 0.0
@@ -227,7 +232,7 @@ def _improve(
     waiting = replace(history, favoured=None)
     if most < 1 or observation.requests_per_s == 0.0:
         return KeepRoles(RoleReason.FLOOR if most < 1 else RoleReason.IDLE), waiting
-    costs_s = [_bounded_cost_s(observation, count, settings.ttft_growth) for count in range(most + 1)]
+    costs_s = [predict_cost_s(observation, count, settings.ttft_growth) for count in range(most + 1)]
     present_s = costs_s[now] if now <= most else math.inf
     best = min(range(most + 1), key=lambda count: (costs_s[count], abs(count - now)))
     gain = _gain(present_s, costs_s[best])
@@ -287,62 +292,141 @@ def _pays(observation: RoleObservation, settings: RoleSettings, server: ServerLo
     return won_s * observation.requests_per_s * settings.horizon_s > interrupted_s
 
 
-def _bounded_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
-    """Returns the predicted cost; infinite where TTFT grows too much."""
-    ttft_s, inter_token_s = predict_latency_s(observation, prefilling)
-    if ttft_s > (1.0 + ttft_growth) * predict_latency_s(observation, 0)[0]:
-        return math.inf
-    return ttft_s if ttft_s == math.inf else ttft_s + observation.answer_tokens * inter_token_s
-
-
-def predict_cost_s(observation: RoleObservation, prefilling: int) -> float:
+def predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
     """Returns the predicted mean time to the last token with this many prefill engines; infinite where they are full.
 
     Args:
         observation: the load; its `step_time` is known.
         prefilling: engines that compute prompts alone, fewer than all.
+        ttft_growth: as in `RoleSettings`.
     """
-    ttft_s, inter_token_s = predict_latency_s(observation, prefilling)
-    return ttft_s if ttft_s == math.inf else ttft_s + observation.answer_tokens * inter_token_s
+    ttft_s, inter_token_s = predict_latency_s(observation, prefilling, ttft_growth)
+    if ttft_s == math.inf or ttft_s > (1.0 + ttft_growth) * predict_latency_s(observation, 0, ttft_growth)[0]:
+        return math.inf
+    return ttft_s + observation.answer_tokens * inter_token_s
 
 
-def predict_latency_s(observation: RoleObservation, prefilling: int) -> tuple[float, float]:
+def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> tuple[float, float]:
     """Returns the predicted mean TTFT and time between tokens (seconds); both infinite where engines are full.
 
     Args:
         observation: the load; its `step_time` is known.
         prefilling: engines that compute prompts alone, fewer than all.
+        ttft_growth: as in `RoleSettings`.
     """
-    step_time = observation.step_time
-    assert step_time is not None
-    unified = len(observation.servers) - prefilling
-    work_s = step_time.prefill_s * observation.prompt_tokens / observation.ranks
-    offered = observation.requests_per_s * work_s
-    apart = min(1.0, MOST_UTILISATION * prefilling / offered) if offered else float(prefilling > 0)
-    busy = (1.0 - apart) * offered / unified
-    answers = observation.requests_per_s * observation.answer_tokens / unified / observation.ranks
-    decoding = step_time.decode_s * answers
-    if busy + decoding >= 1.0:
-        return math.inf, math.inf
-    inter_token_s = _inter_token_s(step_time, busy, decoding, observation.ranks)
-    # A prompt alone, and one in a step that decodes too.
-    alone_s = (step_time.prefill_s * observation.prompt_tokens + step_time.base_s) if apart else 0.0
-    beside_s = step_time.prefill_s * observation.prompt_tokens + inter_token_s * (1.0 - busy)
-    utilisation = apart * offered / prefilling if prefilling else 0.0
-    ttft_s = apart * (alone_s / (1.0 - utilisation) + observation.transfer_s + inter_token_s)
-    ttft_s += (1.0 - apart) * beside_s / (1.0 - busy - decoding)
-    return ttft_s, inter_token_s
+    apart = _find_part_apart(observation, prefilling, ttft_growth) if prefilling else 0.0
+    whole_s, prefill_s, inter_token_s = _latencies_s(observation, prefilling, apart)
+    if apart:
+        # A request that arrives at the one that decodes waits for half of a step, and takes part in the next.
+        prefill_s += observation.transfer_s + 1.5 * inter_token_s
+    return (1.0 - apart) * whole_s + (apart * prefill_s if apart else 0.0), inter_token_s
 
 
-def _inter_token_s(step_time: StepTime, busy: float, decoding: float, ranks: int) -> float:
-    """Returns the time between tokens of a server.
+def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> float:
+    """Returns the seconds that a prompt may wait at a prefill engine; 0 where nothing is known of the load.
+
+    With them a prompt of mean length is computed within `1 + ttft_growth` times the predicted TTFT of a fleet without
+    prefill engines.
 
     Args:
-        step_time: of the server.
-        busy: part of its time that each rank spends on prompts.
-        decoding: part of its time that grows with the answers, with which `busy` is less than 1.
-        ranks: that end their steps together.
+        observation: the load.
+        ttft_growth: as in `RoleSettings`.
     """
-    full_step_s = step_time.base_s / (1.0 - decoding) + step_time.prefill_s * STEP_PREFILL_TOKENS
-    left = (1.0 - busy) ** ranks - decoding
-    return min(step_time.base_s / left, full_step_s) if left > 0.0 else full_step_s
+    model = observation.step_time
+    if model is None or not observation.servers or not observation.requests_per_s:
+        return 0.0
+    own_s = model.base_s + model.prefill_base_s + model.prefill_s * observation.prompt_tokens
+    return max(0.0, (1.0 + ttft_growth) * _latencies_s(observation, 0, 0.0)[0] - own_s)
+
+
+def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
+    """Returns the part of the prompts that go to prefill engines: as many as are computed there in time.
+
+    The choice for each request sends a prompt there while that is done within `1 + ttft_growth` times what it takes at
+    the other engines, or would without prefill engines.
+    """
+    least, most = 0.0, 1.0
+    without_s = _latencies_s(observation, 0, 0.0)[0]
+    for _ in range(_ROUNDS_OF_PART):
+        part = most if most == 1.0 and least == 0.0 else (least + most) / 2
+        whole_s, prefill_s, _ = _latencies_s(observation, prefilling, part)
+        if prefill_s <= (1.0 + ttft_growth) * max(whole_s, without_s) and prefill_s < math.inf:
+            least = part
+            if part == 1.0:
+                break
+        else:
+            most = part if part < 1.0 else 1.0 - _PRECISION
+    return least
+
+
+def _latencies_s(observation: RoleObservation, prefilling: int, apart: float) -> tuple[float, float, float]:
+    """TODO ttft whole, until computed at prefill engine, inter-token."""
+    unified = len(observation.servers) - prefilling
+    prompts = observation.requests_per_s / observation.ranks
+    mixed = _settle_steps(observation, (1.0 - apart) * prompts / unified, observation.answer_tokens * prompts / unified)
+    alone = _settle_steps(observation, apart * prompts / prefilling, 0.0) if prefilling else None
+    whole_s = math.inf if mixed is None else mixed.first_token_s
+    prefill_s = math.inf if alone is None else alone.first_token_s
+    return whole_s, prefill_s, math.inf if mixed is None else mixed.mean_s
+
+
+class _Steps(NamedTuple):
+    """The steps of a server that a steady load settles at.
+
+    Attributes:
+        mean_s: mean length.
+        first_token_s: from the arrival of a prompt to the end of the step that computes it.
+    """
+
+    mean_s: float
+    first_token_s: float
+
+
+def _settle_steps(observation: RoleObservation, prompts_per_s: float, answers_per_s: float) -> _Steps | None:
+    """Returns the steps of a server; None where it is full.
+
+    Args:
+        observation: the load.
+        prompts_per_s: prompts a second of each of its ranks.
+        answers_per_s: tokens of answers a second of each.
+    """
+    model, ranks, step_tokens, prompt = (
+        observation.step_time,
+        observation.ranks,
+        observation.step_tokens,
+        observation.prompt_tokens,
+    )
+    assert model is not None
+    prompt_s = prompt * model.prefill_s
+    busy = min(1.0, prompts_per_s * prompt_s)
+    left = (1.0 - busy) ** ranks
+    # How much the tokens of the fullest rank exceed those of one.
+    spread = (1.0 - left) / busy if busy else 1.0
+    steps_per_s = ranks * prompts_per_s * max(1.0, prompt / step_tokens)
+    full_s = model.prefill_base_s + model.prefill_s * step_tokens
+    mean_s, decode_s, share = 0.0, model.base_s, 0.0
+    for _ in range(_MOST_ROUNDS):
+        decode_s = model.decode_step_s(answers_per_s * mean_s)
+        share = -math.expm1(-steps_per_s * mean_s)
+        open_s = (decode_s + model.prefill_base_s * share) / left if left else math.inf
+        before_s, mean_s = mean_s, min(open_s, decode_s + full_s)
+        if mean_s > _LONGEST_STEP_S:
+            return None
+        if mean_s - before_s <= _PRECISION * mean_s:
+            break
+    if prompts_per_s * prompt * mean_s > step_tokens:
+        return None
+    own_s = decode_s + model.prefill_base_s + prompt_s
+    if answers_per_s:
+        beside_s = (mean_s - (1.0 - share) * decode_s) / share if share else own_s
+        meets_s = (share * beside_s**2 + (1.0 - share) * decode_s**2) / mean_s
+        met = 1.0
+    else:
+        # Without answers there is a step only while there are prompts.
+        meets_s = max(own_s, mean_s)
+        met = min(1.0, ranks * prompts_per_s * own_s)
+    others = met * prompts_per_s * meets_s * spread
+    tokens = prompt * (1.0 + others)
+    more = max(1.0, tokens / step_tokens)
+    first_token_s = met * meets_s / 2 + more * (decode_s + model.prefill_base_s) + prompt_s * (1.0 + others)
+    return _Steps(mean_s, first_token_s)

@@ -78,7 +78,7 @@ def work_left_s(rank: EngineSignal) -> float:
     if requests <= 0 and prefill_tokens <= 0:
         return 0.0
     work_s = prefill_tokens * step_time.prefill_s
-    work_s += requests * TOKENS_LEFT * (step_time.base_s + requests * step_time.decode_s)
+    work_s += requests * TOKENS_LEFT * step_time.decode_step_s(requests)
     return work_s if work_s > 0.0 else math.inf
 
 

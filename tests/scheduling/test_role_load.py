@@ -1,6 +1,7 @@
 """The load of prefill engines and of decode engines, and the number of decode engines that it asks for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from moe_scheduling.fleet.size import FleetHistory, FleetObservation, FleetSigna
 from moe_scheduling.signals import EngineSignal, StepTime
 
 STEP = StepTime(base_s=0.010, prefill_s=0.001, decode_s=0.0005)
+ROOTED = replace(STEP, decode_root_s=0.003)
 
 
 def rank(waiting=0, running=0, decoding=0, step_time=STEP):
@@ -47,6 +49,11 @@ def test_the_backlog_of_an_engine_is_that_of_its_busiest_rank(ranks, expected):
         ([rank(decoding=20, step_time=None)], 0.03, None),
         ([rank(decoding=0, step_time=None)], 0.03, 0.0),
         ([rank(decoding=20), rank(decoding=0, step_time=None)], 0.03, 0.5),
+        # 0.010 + 0.0005 * 16 + 0.003 * sqrt(16) = 0.030
+        ([rank(decoding=16, step_time=ROOTED)], 0.03, 1.0),
+        ([rank(decoding=4, step_time=ROOTED)], 0.03, 0.25),
+        ([rank(decoding=9, step_time=replace(ROOTED, decode_s=0.0, decode_root_s=0.005))], 0.02, 2.25),
+        ([rank(decoding=9, step_time=replace(ROOTED, decode_s=0.0, decode_root_s=0.0))], 0.02, 0.0),
         ([rank(decoding=20)], 0.010, 0.0),
         ([rank(decoding=20)], 0.005, 0.0),
         ([rank(decoding=20, step_time=StepTime(base_s=math.nan, prefill_s=0.0, decode_s=0.0005))], 0.03, None),

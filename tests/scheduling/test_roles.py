@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.engine.disaggregation import EngineRole
-from moe_scheduling.fleet.roles import (
-    KeepRoles,
-    RoleHistory,
-    RoleObservation,
-    RoleReason,
-    RoleSettings,
-    ServerLoad,
-    SetRole,
-    plan_roles,
-    predict_cost_s,
-    predict_latency_s,
-)
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_cost_s, predict_latency_s
+from moe_scheduling.fleet.roles import KeepRoles, RoleHistory, RoleReason, RoleSettings, SetRole, plan_roles
 from moe_scheduling.signals import StepTime
 
 STEP_TIME = StepTime(base_s=0.008, prefill_s=0.00003, decode_s=0.00005)
@@ -61,7 +51,9 @@ def counted(fleet):
 
 def test_a_lasting_load_of_long_prompts_makes_prefill_engines_one_at_a_time():
     changes, fleet = run(observe, 600, fleet=servers())
-    assert counted(fleet) == min(range(4), key=lambda count: predict_cost_s(observe(0), count)) > 0
+    assert (
+        counted(fleet) == min(range(4), key=lambda count: predict_cost_s(observe(0), count, SETTINGS.ttft_growth)) > 0
+    )
     assert [change.reason for _, change in changes] == [RoleReason.GAIN] * counted(fleet)
     times = [at_s for at_s, _ in changes]
     assert times[0] == SETTINGS.settle_s
@@ -158,11 +150,11 @@ def test_prefill_engines_that_lengthen_ttft_too_much_at_a_new_load_are_taken_bac
 def test_prompts_of_any_rank_interrupt_the_answers_of_the_group(ranks):
     """At the same utilisation of a rank, and never longer than steps with full chunks."""
     load = observe(0.0, servers(unified=1), ranks=ranks, requests_per_s=4.0 * ranks, answer_tokens=20.0)
-    _, inter_token_s = predict_latency_s(load, 0)
+    _, inter_token_s = predict_latency_s(load, 0, 0.5)
     busy = 4.0 * 3000.0 * STEP_TIME.prefill_s
     decoding = STEP_TIME.decode_s * 4.0 * 20.0
-    left, full_s = (1.0 - busy) ** ranks - decoding, STEP_TIME.base_s / (1.0 - decoding) + 2048 * STEP_TIME.prefill_s
-    assert inter_token_s == pytest.approx(min(STEP_TIME.base_s / left, full_s) if left > 0 else full_s)
+    left, full_s = (1.0 - busy) ** ranks - decoding, (STEP_TIME.base_s + 2048 * STEP_TIME.prefill_s) / (1.0 - decoding)
+    assert inter_token_s == pytest.approx(min(STEP_TIME.base_s / left, full_s) if left > 0 else full_s, rel=1e-3)
 
 
 @pytest.mark.parametrize("base_s", [0.0, 0.008])
@@ -257,15 +249,15 @@ def test_a_predicted_cost_is_positive_and_more_requests_never_lower_it(rate, pro
         load = observe(
             0.0, requests_per_s=requests_per_s, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, ranks=ranks
         )
-        return predict_cost_s(load, 0)
+        return predict_cost_s(load, 0, 0.5)
 
     assert 0.0 < cost_s(rate) <= cost_s(rate * 1.5) * (1 + 1e-9)
 
 
 def test_a_load_without_prompts_costs_its_answers_alone():
     load = observe(0.0, prompt_tokens=0.0)
-    assert math.isfinite(predict_cost_s(load, 0))
-    assert math.isfinite(predict_cost_s(load, 1))
+    assert math.isfinite(predict_cost_s(load, 0, 10.0))
+    assert math.isfinite(predict_cost_s(load, 1, 10.0))
 
 
 @pytest.mark.parametrize("values", [{"least_gain": -0.1}, {"interval_s": math.nan}, {"horizon_s": math.inf}])

@@ -9,7 +9,8 @@ from dataclasses import replace
 from statistics import fmean
 
 from moe_scheduling.engine.disaggregation import EngineRole
-from moe_scheduling.fleet.roles import RoleHistory, RoleObservation, RoleSettings, ServerLoad, SetRole, plan_roles
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad
+from moe_scheduling.fleet.roles import RoleHistory, RoleSettings, SetRole, plan_roles
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
 from moe_tools.simulator.pair_router import PairGateway
 from moe_tools.simulator.simulation import load_vllm, simulate

@@ -20,14 +20,8 @@ from moe_scheduling.engine.pair_choice import PairContext, RequestPlacement, cho
 from moe_scheduling.engine.prefill_share import PrefillShares
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.fleet.measured_load import MeasuredLoad, observe_roles
-from moe_scheduling.fleet.roles import (
-    RoleHistory,
-    RoleObservation,
-    RoleSettings,
-    SetRole,
-    find_prefill_wait_s,
-    plan_roles,
-)
+from moe_scheduling.fleet.role_latency import RoleObservation, find_prefill_wait_s
+from moe_scheduling.fleet.roles import RoleHistory, RoleSettings, SetRole, plan_roles
 from moe_scheduling.signals import Target
 
 if TYPE_CHECKING:

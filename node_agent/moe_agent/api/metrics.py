@@ -46,6 +46,14 @@ _STEP_TIME_GAUGES = {
     "base_s": ("moeserving_engine_step_base_seconds", "Fitted time of a step whatever it carries."),
     "prefill_s": ("moeserving_engine_step_prefill_token_seconds", "Fitted time for each prefill token in a step."),
     "decode_s": ("moeserving_engine_step_decode_request_seconds", "Fitted time for each decoding request in a step."),
+    "decode_root_s": (
+        "moeserving_engine_step_decode_root_seconds",
+        "Fitted time for the square root of the decoding requests in a step.",
+    ),
+    "prefill_base_s": (
+        "moeserving_engine_step_prefill_base_seconds",
+        "Fitted time that any prefill tokens in a step add.",
+    ),
 }
 
 

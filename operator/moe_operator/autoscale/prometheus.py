@@ -79,9 +79,14 @@ def build_role_queries(namespace: str, names: Names, role: EngineRole, inter_tok
     whole["kv_usage"] = f"avg(max by (pod) ({_accepting(engine, usage)}))"
     if inter_token_s is None:
         return whole
-    left = f"({inter_token_s:g} - {_step_time(engine, 'base')})"
-    # Where a step takes longer whatever decodes in it, more engines change nothing.
-    part = f"({_step_time(engine, 'decode_request')} / ({left} > 0) or 0 * ({left} <= 0))"
+    base, request = _step_time(engine, "base"), _step_time(engine, "decode_request")
+    left = f"({inter_token_s:g} - {base})"
+    # An agent of an older release has no such term.
+    root = f"({_step_time(engine, 'decode_root')} or 0 * {base})"
+    # One over the square of x, where request * x^2 + root * x = left, as in `decode_load`. Where a step takes longer
+    # whatever decodes in it, more engines change nothing.
+    rooted = f"({root} + sqrt({root} ^ 2 + 4 * {request} * {left}))"
+    part = f"(({rooted} / (2 * ({left} > 0))) ^ 2 or 0 * ({left} <= 0))"
     return whole | {"decode_load": f"avg({_of_engines(engine, f'{_ENGINE}_decode_tokens{engine}', part)})"}
 
 

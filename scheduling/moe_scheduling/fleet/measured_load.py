@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
-from moe_scheduling.fleet.roles import RoleObservation, ServerLoad
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad
 from moe_scheduling.signals import StepTime
 
 # Time constant of the measured rates and means, in seconds.

@@ -1,8 +1,7 @@
 """The load of engines that have one role: what the sizes of prefill engines and of decode engines are planned by.
 
-The step-time model of each engine turns its queue into seconds: a step takes `base_s + prefill_s * prompt tokens +
-decode_s * decoding requests` (`StepTime`). The ranks of an engine end their steps together, so the one with the most
-work counts.
+The step-time model of each engine turns its queue into seconds (`StepTime`). The ranks of an engine end their steps
+together, so the one with the most work counts.
 """
 
 import math
@@ -13,6 +12,8 @@ from moe_scheduling.signals import EngineSignal
 
 def prefill_backlog_s(ranks: Iterable[EngineSignal]) -> float | None:
     """Returns the seconds of the prompt tokens that wait or are being computed; None without a step-time model.
+
+    What any prompt tokens add to a step is left out: how many steps they are computed in is not known here.
 
     Args:
         ranks: the newest signal of each rank of one engine.
@@ -45,8 +46,12 @@ def _load(rank: EngineSignal, inter_token_s: float) -> float | None:
         return 0.0
     if rank.step_time is None:
         return None
-    left_s = inter_token_s - rank.step_time.base_s
-    return 0.0 if left_s <= 0.0 else rank.decode_tokens * rank.step_time.decode_s / left_s
+    left_s, each_s, root_s = inter_token_s - rank.step_time.base_s, rank.step_time.decode_s, rank.step_time.decode_root_s
+    if left_s <= 0.0:
+        return 0.0
+    # One over the root of the requests n at which each_s * n + root_s * sqrt(n) is what is left.
+    per_root = (root_s + math.sqrt(root_s**2 + 4.0 * each_s * left_s)) / (2.0 * left_s)
+    return rank.decode_tokens * per_root**2
 
 
 def _worst(values: Sequence[float | None]) -> float | None:

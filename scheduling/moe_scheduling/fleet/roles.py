@@ -4,14 +4,9 @@ Engines start alike (`UNIFIED`). A role is a preference of the dispatch (`engine
 restart, and requests that run at the engine stay there. One engine changes at a time: a unified engine becomes a
 prefill engine, or the other way round. All others stay unified, and the choice for each request uses them.
 
-The load of k prefill engines among n alike is predicted by a queueing model. Prompts come as `prefill_s` seconds of
-work for each token; a server at utilisation u answers a job of s seconds after s / (1 - u) (processor sharing,
-Kleinrock, "Queueing Systems" II, 4.4). Answers decode in steps of base + request_s * n, in the part of the time that
-prompts leave; by Little's law n = rate * answer tokens * time between tokens. The ranks of a server end their steps
-together, so prompts interrupt its answers while any of them computes one: with independent ranks at utilisation u in
-1 - (1 - u)^ranks of the time. No step is longer than one with full chunks. The cost of a request is its time to the
-last token, as in `LatencyTargets`; as there, a number of prefill engines does not count whose predicted TTFT exceeds
-that without any by more than `ttft_growth`.
+The cost of each number of prefill engines is predicted (`role_latency.py`): the mean time to the last token, as in
+`LatencyTargets`; as there, a number does not count whose predicted TTFT exceeds that without prefill engines by more
+than `ttft_growth`.
 
 A change has to gain `least_gain` of the present cost, for `settle_s` without interruption, and to pay within
 `horizon_s` for the answers that it interrupts. The measured costs before and after a change are compared: one that
@@ -22,19 +17,12 @@ or implausible observation changes nothing; the decision depends on the argument
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
 
 from moe_scheduling.engine.disaggregation import EngineRole
-from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
-from moe_scheduling.signals import StepTime
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_cost_s
 
-_LONGEST_STEP_S = 10.0
-_MOST_ROUNDS = 200
-_PRECISION = 1e-4
-_ROUNDS_OF_PART = 12
 # No rate, length or time of a fleet is greater.
 _LARGEST = 1e9
 
@@ -85,50 +73,6 @@ class RoleSettings:
         for name in self.__slots__:
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLoad:
-    """One server that takes requests.
-
-    Attributes:
-        name: of the server.
-        role: its present role.
-        decoding: requests that decode there.
-    """
-
-    name: str
-    role: EngineRole = EngineRole.UNIFIED
-    decoding: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleObservation:
-    """The load of a fleet of engines that are alike.
-
-    Attributes:
-        observed_s: its time, on the clock of `plan_roles`'s `now_s`.
-        servers: those that take requests.
-        ranks: data-parallel ranks of each, which compute prompts side by side.
-        step_time: fitted step time of one server; None: unknown.
-        step_tokens: most tokens of a step of a rank.
-        requests_per_s: requests a second of the whole fleet.
-        prompt_tokens: mean uncached tokens of a prompt.
-        answer_tokens: mean tokens of an answer.
-        transfer_s: mean seconds of a transfer of KV blocks.
-        measured_s: mean measured time to the last token of the requests that ended since the last change; None: none.
-    """
-
-    observed_s: float
-    servers: Sequence[ServerLoad]
-    ranks: int = 1
-    step_time: StepTime | None = None
-    step_tokens: int = STEP_PREFILL_TOKENS
-    requests_per_s: float = 0.0
-    prompt_tokens: float = 0.0
-    answer_tokens: float = 0.0
-    transfer_s: float = 0.0
-    measured_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +147,7 @@ def _is_usable(observation: RoleObservation, settings: RoleSettings, now_s: floa
         observation.answer_tokens,
         observation.transfer_s,
         observation.ranks - 1,
+        observation.step_tokens - 1,
     )
     fresh = abs(now_s - observation.observed_s) <= settings.stale_after_s
     return fresh and observation.step_time is not None and all(0.0 <= value < _LARGEST for value in values)
@@ -290,143 +235,3 @@ def _pays(observation: RoleObservation, settings: RoleSettings, server: ServerLo
     prompt_s = observation.step_time.prefill_s * observation.prompt_tokens / observation.ranks
     interrupted_s = server.decoding * min(observation.answer_tokens / 2, observation.requests_per_s) * prompt_s
     return won_s * observation.requests_per_s * settings.horizon_s > interrupted_s
-
-
-def predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
-    """Returns the predicted mean time to the last token with this many prefill engines; infinite where they are full.
-
-    Args:
-        observation: the load; its `step_time` is known.
-        prefilling: engines that compute prompts alone, fewer than all.
-        ttft_growth: as in `RoleSettings`.
-    """
-    ttft_s, inter_token_s = predict_latency_s(observation, prefilling, ttft_growth)
-    if ttft_s == math.inf or ttft_s > (1.0 + ttft_growth) * predict_latency_s(observation, 0, ttft_growth)[0]:
-        return math.inf
-    return ttft_s + observation.answer_tokens * inter_token_s
-
-
-def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> tuple[float, float]:
-    """Returns the predicted mean TTFT and time between tokens (seconds); both infinite where engines are full.
-
-    Args:
-        observation: the load; its `step_time` is known.
-        prefilling: engines that compute prompts alone, fewer than all.
-        ttft_growth: as in `RoleSettings`.
-    """
-    apart = _find_part_apart(observation, prefilling, ttft_growth) if prefilling else 0.0
-    whole_s, prefill_s, inter_token_s = _latencies_s(observation, prefilling, apart)
-    if apart:
-        # A request that arrives at the one that decodes waits for half of a step, and takes part in the next.
-        prefill_s += observation.transfer_s + 1.5 * inter_token_s
-    return (1.0 - apart) * whole_s + (apart * prefill_s if apart else 0.0), inter_token_s
-
-
-def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> float:
-    """Returns the seconds that a prompt may wait at a prefill engine; 0 where nothing is known of the load.
-
-    With them a prompt of mean length is computed within `1 + ttft_growth` times the predicted TTFT of a fleet without
-    prefill engines.
-
-    Args:
-        observation: the load.
-        ttft_growth: as in `RoleSettings`.
-    """
-    model = observation.step_time
-    if model is None or not observation.servers or not observation.requests_per_s:
-        return 0.0
-    own_s = model.base_s + model.prefill_base_s + model.prefill_s * observation.prompt_tokens
-    return max(0.0, (1.0 + ttft_growth) * _latencies_s(observation, 0, 0.0)[0] - own_s)
-
-
-def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
-    """Returns the part of the prompts that go to prefill engines: as many as are computed there in time.
-
-    The choice for each request sends a prompt there while that is done within `1 + ttft_growth` times what it takes at
-    the other engines, or would without prefill engines.
-    """
-    least, most = 0.0, 1.0
-    without_s = _latencies_s(observation, 0, 0.0)[0]
-    for _ in range(_ROUNDS_OF_PART):
-        part = most if most == 1.0 and least == 0.0 else (least + most) / 2
-        whole_s, prefill_s, _ = _latencies_s(observation, prefilling, part)
-        if prefill_s <= (1.0 + ttft_growth) * max(whole_s, without_s) and prefill_s < math.inf:
-            least = part
-            if part == 1.0:
-                break
-        else:
-            most = part if part < 1.0 else 1.0 - _PRECISION
-    return least
-
-
-def _latencies_s(observation: RoleObservation, prefilling: int, apart: float) -> tuple[float, float, float]:
-    """TODO ttft whole, until computed at prefill engine, inter-token."""
-    unified = len(observation.servers) - prefilling
-    prompts = observation.requests_per_s / observation.ranks
-    mixed = _settle_steps(observation, (1.0 - apart) * prompts / unified, observation.answer_tokens * prompts / unified)
-    alone = _settle_steps(observation, apart * prompts / prefilling, 0.0) if prefilling else None
-    whole_s = math.inf if mixed is None else mixed.first_token_s
-    prefill_s = math.inf if alone is None else alone.first_token_s
-    return whole_s, prefill_s, math.inf if mixed is None else mixed.mean_s
-
-
-class _Steps(NamedTuple):
-    """The steps of a server that a steady load settles at.
-
-    Attributes:
-        mean_s: mean length.
-        first_token_s: from the arrival of a prompt to the end of the step that computes it.
-    """
-
-    mean_s: float
-    first_token_s: float
-
-
-def _settle_steps(observation: RoleObservation, prompts_per_s: float, answers_per_s: float) -> _Steps | None:
-    """Returns the steps of a server; None where it is full.
-
-    Args:
-        observation: the load.
-        prompts_per_s: prompts a second of each of its ranks.
-        answers_per_s: tokens of answers a second of each.
-    """
-    model, ranks, step_tokens, prompt = (
-        observation.step_time,
-        observation.ranks,
-        observation.step_tokens,
-        observation.prompt_tokens,
-    )
-    assert model is not None
-    prompt_s = prompt * model.prefill_s
-    busy = min(1.0, prompts_per_s * prompt_s)
-    left = (1.0 - busy) ** ranks
-    # How much the tokens of the fullest rank exceed those of one.
-    spread = (1.0 - left) / busy if busy else 1.0
-    steps_per_s = ranks * prompts_per_s * max(1.0, prompt / step_tokens)
-    full_s = model.prefill_base_s + model.prefill_s * step_tokens
-    mean_s, decode_s, share = 0.0, model.base_s, 0.0
-    for _ in range(_MOST_ROUNDS):
-        decode_s = model.decode_step_s(answers_per_s * mean_s)
-        share = -math.expm1(-steps_per_s * mean_s)
-        open_s = (decode_s + model.prefill_base_s * share) / left if left else math.inf
-        before_s, mean_s = mean_s, min(open_s, decode_s + full_s)
-        if mean_s > _LONGEST_STEP_S:
-            return None
-        if mean_s - before_s <= _PRECISION * mean_s:
-            break
-    if prompts_per_s * prompt * mean_s > step_tokens:
-        return None
-    own_s = decode_s + model.prefill_base_s + prompt_s
-    if answers_per_s:
-        beside_s = (mean_s - (1.0 - share) * decode_s) / share if share else own_s
-        meets_s = (share * beside_s**2 + (1.0 - share) * decode_s**2) / mean_s
-        met = 1.0
-    else:
-        # Without answers there is a step only while there are prompts.
-        meets_s = max(own_s, mean_s)
-        met = min(1.0, ranks * prompts_per_s * own_s)
-    others = met * prompts_per_s * meets_s * spread
-    tokens = prompt * (1.0 + others)
-    more = max(1.0, tokens / step_tokens)
-    first_token_s = met * meets_s / 2 + more * (decode_s + model.prefill_base_s) + prompt_s * (1.0 + others)
-    return _Steps(mean_s, first_token_s)

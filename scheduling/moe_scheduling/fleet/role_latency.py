@@ -1,0 +1,238 @@
+"""Predicted TTFT and time between tokens of a fleet with k prefill engines, for each k: what `roles.py` compares.
+
+Each server is a queue that is served in batches: a step takes in the prompts that came during the one before it, up to
+`step_tokens`, and gives one token to each answer. So a steady load settles at a mean step S in which (all for one rank)
+
+    answers = answer tokens a second * S                                     (Little's law)
+    share   = 1 - exp(-steps with prompt tokens a second * S)                (Poisson arrivals)
+    S       = (decode_step_s(answers) + prefill_base_s * share) / left
+
+`left` is the part of the time in which no prompt tokens are computed: a rank computes them in `busy` of its time, and
+the ranks of a server end their steps together, so it is `(1 - busy)^ranks`. No step is longer than one with
+`step_tokens`. A prompt waits for half of the step that it meets, which is long more often than not, in proportion to
+its length, and is computed with those that came in that step too.
+
+A prompt goes to a prefill engine while it is computed there in time, as the choice for each request has it; its answer
+begins a transfer and one and a half steps later.
+
+On step times of a measured GPU this came within 5 to 28 % of simulated TTFT and 4 to 35 % of the time between tokens
+(docs/simulator.md). Invariants: pure; all results are at least 0, and infinite where the engines are full.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
+from moe_scheduling.signals import StepTime
+
+# A mean step of this length is no service; vLLM's own clients have given up long before.
+_LONGEST_STEP_S = 10.0
+# Of the mean step, relative, and of the part of the prompts that go to prefill engines.
+_PRECISION = 1e-4
+_MOST_ROUNDS = 200
+_ROUNDS_OF_PART = 12
+# A request that arrives at the engine that decodes waits for half of the running step, and takes part in the next.
+_STEPS_TO_FIRST_TOKEN = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLoad:
+    """One server that takes requests.
+
+    Attributes:
+        name: of the server.
+        role: its present role.
+        decoding: requests that decode there.
+    """
+
+    name: str
+    role: EngineRole = EngineRole.UNIFIED
+    decoding: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleObservation:
+    """The load of a fleet of engines that are alike.
+
+    Attributes:
+        observed_s: its time, on the clock of `plan_roles`'s `now_s`.
+        servers: those that take requests.
+        ranks: data-parallel ranks of each, which compute prompts side by side.
+        step_time: fitted step time of one server; None: unknown.
+        step_tokens: most tokens of a step of a rank.
+        requests_per_s: requests a second of the whole fleet.
+        prompt_tokens: mean uncached tokens of a prompt.
+        answer_tokens: mean tokens of an answer.
+        transfer_s: mean seconds of a transfer of KV blocks.
+        measured_s: mean measured time to the last token of the requests that ended since the last change; None: none.
+    """
+
+    observed_s: float
+    servers: Sequence[ServerLoad]
+    ranks: int = 1
+    step_time: StepTime | None = None
+    step_tokens: int = STEP_PREFILL_TOKENS
+    requests_per_s: float = 0.0
+    prompt_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    transfer_s: float = 0.0
+    measured_s: float | None = None
+
+
+def predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
+    """Returns the predicted mean time to the last token with this many prefill engines.
+
+    Infinite where engines are full, or the TTFT exceeds that without prefill engines by more than the growth.
+
+    Args:
+        observation: the load; its `step_time` is known.
+        prefilling: engines that compute prompts alone, fewer than all.
+        ttft_growth: part by which prefill engines may lengthen the TTFT.
+    """
+    ttft_s, inter_token_s = predict_latency_s(observation, prefilling, ttft_growth)
+    if ttft_s == math.inf or ttft_s > (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s:
+        return math.inf
+    return ttft_s + observation.answer_tokens * inter_token_s
+
+
+def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> tuple[float, float]:
+    """Returns the predicted mean TTFT and time between tokens (seconds); both infinite where engines are full.
+
+    Args:
+        observation: the load; its `step_time` is known.
+        prefilling: engines that compute prompts alone, fewer than all.
+        ttft_growth: part by which prefill engines may lengthen the TTFT.
+    """
+    apart = _find_part_apart(observation, prefilling, ttft_growth) if prefilling else 0.0
+    whole_s, prefill_s, inter_token_s = _predict(observation, prefilling, apart)
+    if inter_token_s == math.inf:
+        return math.inf, math.inf
+    if not apart:
+        return whole_s, inter_token_s
+    pair_s = prefill_s + observation.transfer_s + _STEPS_TO_FIRST_TOKEN * inter_token_s
+    return (1.0 - apart) * whole_s + apart * pair_s, inter_token_s
+
+
+def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> float:
+    """Returns the seconds that a prompt may wait at a prefill engine; 0 where nothing is known of the load.
+
+    With them a prompt of mean length is computed within `1 + ttft_growth` times the predicted TTFT of the fleet without
+    prefill engines.
+
+    Args:
+        observation: the load.
+        ttft_growth: part by which prefill engines may lengthen the TTFT.
+    """
+    model = observation.step_time
+    if model is None or not observation.servers or not observation.requests_per_s:
+        return 0.0
+    own_s = model.base_s + model.prefill_base_s + model.prefill_s * observation.prompt_tokens
+    return max(0.0, (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s - own_s)
+
+
+def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
+    """Returns the part of the prompts that go to prefill engines, as many as are computed there in time.
+
+    In time is within `1 + ttft_growth` times what it takes at the other engines, or would without prefill engines.
+    """
+    without_s = _predict(observation, 0, 0.0).whole_s
+
+    def is_in_time(part: float) -> bool:
+        whole_s, prefill_s, _ = _predict(observation, prefilling, part)
+        return prefill_s < math.inf and prefill_s <= (1.0 + ttft_growth) * max(whole_s, without_s)
+
+    if is_in_time(1.0):
+        return 1.0
+    least, most = 0.0, 1.0
+    for _ in range(_ROUNDS_OF_PART):
+        part = (least + most) / 2
+        least, most = (part, most) if is_in_time(part) else (least, part)
+    return least
+
+
+class _Prediction(NamedTuple):
+    """Seconds until a prompt is computed at an engine that does everything and at a prefill engine, and between tokens.
+
+    All are infinite where such an engine is full; that of prefill engines too where there is none.
+    """
+
+    whole_s: float
+    prefill_s: float
+    inter_token_s: float
+
+
+def _predict(observation: RoleObservation, prefilling: int, apart: float) -> _Prediction:
+    """Returns what is predicted with this many prefill engines, to which a part of the prompts goes."""
+    others = len(observation.servers) - prefilling
+    prompts_per_s = observation.requests_per_s / observation.ranks
+    answers_per_s = observation.answer_tokens * prompts_per_s / others
+    mixed = _settle(observation, (1.0 - apart) * prompts_per_s / others, answers_per_s)
+    alone = _settle(observation, apart * prompts_per_s / prefilling, 0.0) if prefilling else _FULL
+    return _Prediction(mixed.first_token_s, alone.first_token_s, mixed.mean_s)
+
+
+class _Steps(NamedTuple):
+    """The steps that a steady load settles at, in seconds.
+
+    Attributes:
+        mean_s: mean length.
+        first_token_s: from the arrival of a prompt to the end of the step that computes it.
+    """
+
+    mean_s: float
+    first_token_s: float
+
+
+_FULL = _Steps(math.inf, math.inf)
+
+
+def _settle(observation: RoleObservation, prompts_per_s: float, answers_per_s: float) -> _Steps:
+    """Returns the steps of a server; `_FULL` where it cannot serve the load.
+
+    Args:
+        observation: the load.
+        prompts_per_s: prompts a second of each of its ranks.
+        answers_per_s: tokens of answers a second of each.
+    """
+    model, prompt, step_tokens = observation.step_time, observation.prompt_tokens, observation.step_tokens
+    assert model is not None
+    prompt_s = prompt * model.prefill_s
+    left = max(0.0, 1.0 - prompts_per_s * prompt_s) ** observation.ranks
+    steps_per_s = observation.ranks * prompts_per_s * max(1.0, prompt / step_tokens)
+    mean_s = 0.0
+    for _ in range(_MOST_ROUNDS):
+        before_s = mean_s
+        decode_s = model.decode_step_s(answers_per_s * mean_s)
+        share = -math.expm1(-steps_per_s * mean_s)
+        mean_s = full_s = decode_s + model.prefill_base_s + model.prefill_s * step_tokens
+        if left:
+            mean_s = min(full_s, (decode_s + model.prefill_base_s * share) / left)
+        if mean_s > _LONGEST_STEP_S:
+            return _FULL
+        if mean_s - before_s <= _PRECISION * mean_s:
+            break
+    if prompts_per_s * prompt * mean_s > step_tokens:
+        return _FULL
+    own_s = decode_s + model.prefill_base_s + prompt_s
+    if answers_per_s:
+        met, met_s = 1.0, _mean_step_met(mean_s, decode_s, share, full_s)
+    else:
+        # Without answers a step is made for prompts alone, and a prompt may come to an idle engine.
+        met, met_s = min(1.0, observation.ranks * prompts_per_s * own_s), max(own_s, mean_s)
+    # Prompts that came in the same step, at the rank with the most: 1 - left is the time of all ranks.
+    spread = (1.0 - left) / (prompts_per_s * prompt_s) if prompts_per_s * prompt_s else 1.0
+    beside = met * prompts_per_s * met_s * max(1.0, spread)
+    steps = max(1.0, prompt * (1.0 + beside) / step_tokens)
+    wait_s = met * met_s / 2 + steps * (decode_s + model.prefill_base_s)
+    return _Steps(mean_s, wait_s + prompt_s * (1.0 + beside))
+
+
+def _mean_step_met(mean_s: float, decode_s: float, share: float, full_s: float) -> float:
+    """Returns the mean length of the step that an arrival meets, where `share` of the steps have prompt tokens."""
+    if not mean_s or not share:
+        return mean_s
+    with_prompts_s = min(full_s, (mean_s - (1.0 - share) * decode_s) / share)
+    return (share * with_prompts_s**2 + (1.0 - share) * decode_s**2) / mean_s

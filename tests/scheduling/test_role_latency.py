@@ -1,0 +1,140 @@
+"""Predicted TTFT and time between tokens of a fleet, by its number of prefill engines."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_scheduling.fleet.role_latency import (
+    RoleObservation,
+    ServerLoad,
+    find_prefill_wait_s,
+    predict_cost_s,
+    predict_latency_s,
+)
+from moe_scheduling.signals import StepTime
+
+# Qwen3.6-35B-A3B on one B300, as `StepTimeFit` finds it in a simulation on measured step times.
+B300 = StepTime(base_s=0.0021, prefill_s=8.2e-6, decode_s=0.0, decode_root_s=0.00138, prefill_base_s=0.0136)
+GROWTH = 0.5
+
+
+def observe(*, servers=4, **values):
+    usual = {
+        "step_time": B300, "step_tokens": 8192, "prompt_tokens": 4000.0, "answer_tokens": 100.0, "transfer_s": 0.006,
+    }  # fmt: skip
+    fleet = [ServerLoad(name=f"e{number}") for number in range(servers)]
+    return RoleObservation(observed_s=0.0, servers=fleet, **{**usual, **values})
+
+
+@pytest.mark.parametrize(
+    ("requests_per_s", "simulated"),
+    [
+        # Mean TTFT and TPOT (ms) of 1,500 simulated requests of `twoEnd` each.
+        (41.9, {0: (76, 14.2), 1: (112, 11.2), 2: (121, 11.5), 3: (125, 12.4)}),
+        (62.9, {0: (154, 45.9), 1: (203, 32.3), 2: (198, 19.4), 3: (177, 15.6)}),
+    ],
+)
+def test_the_predictions_come_near_to_simulated_fleets(requests_per_s, simulated):
+    for prefilling, (ttft_ms, tpot_ms) in simulated.items():
+        ttft_s, inter_token_s = predict_latency_s(observe(requests_per_s=requests_per_s), prefilling, GROWTH)
+        assert 1000 * ttft_s == pytest.approx(ttft_ms, rel=0.35)
+        assert 1000 * inter_token_s == pytest.approx(tpot_ms, rel=0.35)
+
+
+def test_the_number_of_prefill_engines_is_that_of_the_cheapest_simulated_fleet():
+    # Simulated ends are 1423, 1250, 1280 and 1391 ms at the lower rate, and 4003, 3178, 2075 and 1729 at the higher.
+    costs_s = {rate: [predict_cost_s(observe(requests_per_s=rate), k, GROWTH) for k in range(4)] for rate in (42, 63)}
+    assert costs_s[42].index(min(costs_s[42])) in (1, 2)
+    assert costs_s[63].index(min(costs_s[63])) == 3
+
+
+def test_an_idle_engine_computes_a_prompt_in_a_step_of_its_own():
+    model = B300
+    ttft_s, inter_token_s = predict_latency_s(observe(requests_per_s=1e-6), 0, GROWTH)
+    assert inter_token_s == pytest.approx(model.base_s, rel=1e-3)
+    alone_s = model.base_s + model.prefill_base_s + model.prefill_s * 4000
+    assert ttft_s == pytest.approx(alone_s + model.base_s / 2, rel=1e-3)
+
+
+def test_a_prompt_of_several_steps_has_their_least_time_each():
+    short, long = (predict_latency_s(observe(requests_per_s=1e-6, prompt_tokens=tokens), 0, GROWTH)[0]
+                   for tokens in (8192.0, 4 * 8192.0))  # fmt: skip
+    more_s = 3 * (B300.base_s + B300.prefill_base_s + 8192 * B300.prefill_s)
+    assert long - short == pytest.approx(more_s, rel=1e-3)
+
+
+def test_engines_that_are_full_are_told_so():
+    assert predict_latency_s(observe(requests_per_s=150.0), 0, GROWTH) == (math.inf, math.inf)
+    # Their answers alone.
+    many = observe(requests_per_s=50.0, prompt_tokens=1.0, answer_tokens=1e6)
+    assert predict_latency_s(many, 0, GROWTH) == (math.inf, math.inf)
+
+
+def test_without_growth_prompts_wait_at_prefill_engines_no_longer_than_elsewhere():
+    load = observe(requests_per_s=42.0)
+    declared = [find_prefill_wait_s(load, growth) for growth in (0.0, 0.5, 1.0)]
+    whole_s = predict_latency_s(load, 0, 0.0)[0]
+    own_s = B300.base_s + B300.prefill_base_s + B300.prefill_s * 4000
+    assert declared == pytest.approx([(1.0 + growth) * whole_s - own_s for growth in (0.0, 0.5, 1.0)])
+
+
+@pytest.mark.parametrize("values", [{"step_time": None}, {"servers": 0}, {"requests_per_s": 0.0}])
+def test_nothing_waits_where_the_load_is_not_known(values):
+    assert find_prefill_wait_s(observe(**{"requests_per_s": 10.0, **values}), GROWTH) == 0.0
+
+
+def test_a_fleet_that_is_full_without_prefill_engines_lets_prompts_wait():
+    assert find_prefill_wait_s(observe(requests_per_s=150.0), GROWTH) == math.inf
+
+
+def test_prefill_engines_that_lengthen_ttft_beyond_the_growth_do_not_count():
+    slow = observe(requests_per_s=42.0, transfer_s=5.0)
+    assert predict_cost_s(slow, 2, GROWTH) == math.inf
+    assert predict_cost_s(slow, 2, 100.0) < math.inf
+
+
+STEP_TIMES = st.builds(
+    StepTime,
+    base_s=st.floats(0, 0.1),
+    prefill_s=st.floats(0, 1e-3),
+    decode_s=st.floats(0, 1e-2),
+    decode_root_s=st.floats(0, 1e-2),
+    prefill_base_s=st.floats(0, 0.1),
+)
+
+
+@given(
+    STEP_TIMES,
+    st.floats(0, 1e4),
+    st.floats(0, 1e5),
+    st.floats(0, 1e5),
+    st.integers(1, 16),
+    st.integers(2, 8),
+    st.integers(1, 32_768),
+    st.data(),
+)
+def test_predictions_are_never_negative_nor_nan(step_time, rate, prompt, answer, ranks, servers, step_tokens, data):
+    load = observe(
+        servers=servers, step_time=step_time, requests_per_s=rate, prompt_tokens=prompt, answer_tokens=answer,
+        ranks=ranks, step_tokens=step_tokens,
+    )  # fmt: skip
+    prefilling = data.draw(st.integers(0, servers - 1))
+    ttft_s, inter_token_s = predict_latency_s(load, prefilling, GROWTH)
+    assert ttft_s >= 0.0
+    assert inter_token_s >= 0.0
+    assert (ttft_s == math.inf) is (inter_token_s == math.inf)
+    assert predict_cost_s(load, prefilling, GROWTH) >= 0.0
+    assert find_prefill_wait_s(load, GROWTH) >= 0.0
+
+
+@given(STEP_TIMES, st.floats(0.01, 100), st.floats(1, 20_000), st.floats(0, 2000), st.integers(1, 8))
+def test_more_requests_are_served_no_sooner(step_time, rate, prompt, answer, ranks):
+    def latency_s(requests_per_s):
+        load = observe(
+            step_time=step_time, requests_per_s=requests_per_s, prompt_tokens=prompt, answer_tokens=answer, ranks=ranks
+        )
+        return predict_latency_s(load, 0, GROWTH)
+
+    for less_s, more_s in zip(latency_s(rate), latency_s(1.5 * rate), strict=True):
+        assert less_s <= more_s * (1 + 1e-2)

@@ -27,6 +27,7 @@ from moe_operator.autoscale.source import Sources
 from moe_operator.plan import Observed
 from moe_operator.plan.names import Names
 from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.fleet.role_load import decode_load
 from moe_scheduling.fleet.size import FleetSignal
 from moe_scheduling.signals import StepTime
 from pods import agent, gateway, pod, states
@@ -34,7 +35,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 KEY = ("ns", "tiny")
-STEP = StepTime(base_s=0.010, prefill_s=0.001, decode_s=0.0005)
+STEP = StepTime(base_s=0.010, prefill_s=0.001, decode_s=0.0005, decode_root_s=0.002)
 NOBODY = Fleet(gateways=(), engines={}, silent=0, ready=0, observed_s=0.0)
 Document = dict[str, Any]
 
@@ -134,7 +135,9 @@ async def test_prometheus_has_the_load_of_each_role(prometheus: str) -> None:
     prefill, decode = [await signal_of_a_role(prometheus, role) for role in (EngineRole.PREFILL, EngineRole.DECODE)]
     backlog_s = (rank.waiting_prefill_tokens + rank.running_prefill_tokens) * STEP.prefill_s
     assert (prefill.wait_s, prefill.kv_usage, prefill.decode_load) == (pytest.approx(backlog_s), None, None)
-    load = rank.decode_tokens * STEP.decode_s / (0.03 - STEP.base_s)
+    load = decode_load([replace(rank, step_time=STEP)], 0.03)
+    assert load is not None
+    assert load > rank.decode_tokens * STEP.decode_s / (0.03 - STEP.base_s)
     assert (decode.wait_s, decode.kv_usage, decode.decode_load) == (None, rank.kv_usage, pytest.approx(load))
 
 

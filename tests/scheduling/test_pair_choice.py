@@ -166,6 +166,45 @@ def test_a_pair_whose_transfer_delays_the_first_token_too_much_is_not_chosen():
         assert places(choose(states, Job(8000), busy._replace(targets=targets))) == expected
 
 
+def test_the_plan_of_the_roles_says_how_long_a_prompt_may_wait_at_a_prefill_engine():
+    """The engine that decodes has no queue of prompts, for they all go to the other: it is no measure of the growth."""
+    states = [engine(A, waiting_prefill_tokens=20_000), engine(B, decode=60)]
+    context = CONTEXT._replace(roles={"a": EngineRole.PREFILL})
+    wait_s = 20_000 * STEP_TIME.prefill_s + 9 * STEP_TIME.base_s
+    assert not choose(states, Job(8000), context._replace(prefill_wait_s=0.99 * wait_s)).is_pair
+    placement = choose(states, Job(8000), context._replace(prefill_wait_s=1.01 * wait_s))
+    assert places(placement) == ("a", "b")
+    # It is a bound, not a preference: where the whole request costs less, it stays whole.
+    few = [engine(A, waiting_prefill_tokens=20_000), engine(B, decode=0)]
+    assert not choose(few, Job(8000), context._replace(prefill_wait_s=1.01 * wait_s)).is_pair
+    # Engines without the role are compared as before.
+    unified = context._replace(roles={}, prefill_wait_s=1.01 * wait_s)
+    assert places(choose(states, Job(8000), unified)) != ("a", "b")
+
+
+def test_prompts_that_leave_when_they_are_computed_wait_for_no_other():
+    """Those ahead at a prefill engine answer elsewhere; at any other engine they would decode, and be interrupted."""
+    cost_s = {}
+    for role, waiting in product((EngineRole.PREFILL, EngineRole.UNIFIED), (0, 4)):
+        states = [engine(A, waiting=waiting, waiting_prefill_tokens=2000), engine(B, decode=60)]
+        context = CONTEXT._replace(roles={"a": role, "b": EngineRole.DECODE})
+        cost_s[role, waiting] = choose(states, Job(8000), context).prediction.cost_s
+    assert cost_s[EngineRole.PREFILL, 4] == cost_s[EngineRole.PREFILL, 0]
+    assert cost_s[EngineRole.UNIFIED, 4] > cost_s[EngineRole.UNIFIED, 0] + 8000 * STEP_TIME.prefill_s
+
+
+def test_what_any_prompt_tokens_add_to_a_step_interrupts_answers_too():
+    slow = StepTime(base_s=0.008, prefill_s=0.00004, decode_s=0.0001, prefill_base_s=0.03)
+    (line,), (piece,) = ([engine(A, decode=60, step_time=each)] for each in (STEP_TIME, slow))
+    before, after = (choose([state], Job(1000)).prediction for state in (line, piece))
+    assert after.ttft_s == pytest.approx(before.ttft_s + 0.03)
+    assert after.cost_s == pytest.approx(before.cost_s + 0.03 + 60 * 0.03)
+    # A prompt that fits into the last step of those ahead adds no step.
+    ahead = [[engine(A, decode=60, step_time=each, waiting_prefill_tokens=500)] for each in (STEP_TIME, slow)]
+    before, after = (choose(states, Job(1000)).prediction for states in ahead)
+    assert after.cost_s == pytest.approx(before.cost_s + 0.03)
+
+
 def test_fixed_roles_leave_no_whole_request_to_compare_with():
     roles = CONTEXT._replace(
         roles={"a": EngineRole.PREFILL, "b": EngineRole.DECODE}, targets=LatencyTargets(ttft_growth=0.0)

@@ -64,7 +64,7 @@ def test_a_prompt_of_several_steps_has_their_least_time_each():
     assert long - short == pytest.approx(more_s, rel=1e-3)
 
 
-def test_engines_that_are_full_are_told_so():
+def test_more_than_the_engines_can_serve_takes_for_ever():
     assert predict_latency_s(observe(requests_per_s=150.0), 0, GROWTH) == (math.inf, math.inf)
     # Their answers alone.
     many = observe(requests_per_s=50.0, prompt_tokens=1.0, answer_tokens=1e6)

@@ -55,10 +55,7 @@ def run_command(
     raw: RawFile = _RAW,
 ) -> None:
     """Make the runs that are missing; interrupted, it goes on where it was."""
-    if bad := [unknown_choice("--workload", name, NAMES) for name in workload or () if name not in NAMES]:
-        raise InvalidInput(bad)
-    if clock not in CLOCKS:
-        raise InvalidInput([unknown_choice("--clock", clock, CLOCKS)])
+    _check_names(workload, clock)
     runs = [
         run
         for seed, number, name, part in product(
@@ -81,6 +78,14 @@ def run_command(
     ]
     folders = Folders(traces=traces, sessions=sessions)
     run_all(runs, folders=folders, out=raw, workers=workers, say=typer.echo, full_rate=full_rate)
+
+
+def _check_names(workloads: list[str] | None, clock: str) -> None:
+    bad = [unknown_choice("--workload", name, NAMES) for name in workloads or () if name not in NAMES]
+    if clock not in CLOCKS:
+        bad.append(unknown_choice("--clock", clock, CLOCKS))
+    if bad:
+        raise InvalidInput(bad)
 
 
 def _list_runs(like: Run, only: list[str] | None, growth: list[float] | None) -> list[Run]:

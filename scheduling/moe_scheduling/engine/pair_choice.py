@@ -310,8 +310,7 @@ def _group(server: str, states: Sequence[TargetState], context: PairContext, now
 def _side(
     job: Job, state: TargetState, group: _Group, context: PairContext, step_time: StepTime, now_s: float
 ) -> _Side:
-    stale_after_s, server = context.stale_after_s, state.target.server
-    role = context.roles.get(server, EngineRole.UNIFIED)
+    stale_after_s, role = context.stale_after_s, context.roles.get(state.target.server, EngineRole.UNIFIED)
     token_s, prompt_s, step_tokens = step_time.prefill_s, step_time.prefill_base_s, state.step_tokens
     ahead = state.ahead_prefill_tokens(now_s, stale_after_s)
     others_ahead = group.next_ahead if ahead == group.most_ahead else group.most_ahead
@@ -324,10 +323,9 @@ def _side(
     full_step_s = step_s + prompt_s + token_s * step_tokens
     # Of hundreds of ranks that compute prompts most of the time, nothing is left in floating point.
     inter_token_s = min(step_s / group.left, full_step_s) if group.left else full_step_s
-    backlog = group.most_ahead
-    longest = max(ahead + own, others_ahead)
+    backlog, longest = group.most_ahead, max(ahead + own, others_ahead)
     behind_s = (prompt_s if backlog else 0.0) + token_s * min(backlog, step_tokens)
-    # A prompt leaves a prefill engine when it is computed, so those ahead wait for nothing.
+    # Those whose prompts are ahead decode when this one is computed, or have left a prefill engine; those behind it wait.
     delayed = group.decoding if role is EngineRole.PREFILL else group.requests
     # Steps with prompt tokens that this prompt adds.
     steps = -(-longest // step_tokens) - -(-backlog // step_tokens)
@@ -338,7 +336,6 @@ def _side(
         own_tokens=own,
         wait_s=model.wait_s(ahead),
         first_token_s=model.first_token_s(ahead + own),
-        # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
         interrupted_s=delayed * (token_s * (longest - backlog) + prompt_s * steps),
         prefill_step_s=step_s + prompt_s + token_s * min(longest, step_tokens) if group.decoding else 0.0,
         arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
@@ -438,8 +435,7 @@ def _within_growth(
 
     def is_soon(pair: RequestPlacement) -> bool:
         # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
-        wait_s = prefill.get(pair.prefill)
-        if wait_s is None:
+        if (wait_s := prefill.get(pair.prefill)) is None:
             return pair.prediction.ttft_s <= latest_s
         return pair.prediction.prefill_s <= latest_s or wait_s <= context.prefill_wait_s
 

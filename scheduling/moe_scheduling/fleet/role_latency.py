@@ -165,7 +165,7 @@ class _Prediction(NamedTuple):
 
 
 def _predict(observation: RoleObservation, prefilling: int, apart: float) -> _Prediction:
-    """Returns what is predicted with this many prefill engines, to which a part of the prompts goes."""
+    """Returns the prediction for this many prefill engines, to which a part of the prompts goes."""
     others = len(observation.servers) - prefilling
     prompts_per_s = observation.requests_per_s / observation.ranks
     answers_per_s = observation.answer_tokens * prompts_per_s / others

@@ -44,12 +44,13 @@ def _backlog_s(rank: EngineSignal) -> float | None:
 def _load(rank: EngineSignal, inter_token_s: float) -> float | None:
     if not rank.decode_tokens:
         return 0.0
-    if rank.step_time is None:
+    model = rank.step_time
+    if model is None:
         return None
-    left_s, each_s, root_s = inter_token_s - rank.step_time.base_s, rank.step_time.decode_s, rank.step_time.decode_root_s
+    left_s, each_s, root_s = inter_token_s - model.base_s, model.decode_s, model.decode_root_s
     if left_s <= 0.0:
         return 0.0
-    # One over the root of the requests n at which each_s * n + root_s * sqrt(n) is what is left.
+    # One over the root of the number of requests n with each_s * n + root_s * sqrt(n) = left_s.
     per_root = (root_s + math.sqrt(root_s**2 + 4.0 * each_s * left_s)) / (2.0 * left_s)
     return rank.decode_tokens * per_root**2
 

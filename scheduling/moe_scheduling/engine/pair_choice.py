@@ -325,7 +325,7 @@ def _side(
     inter_token_s = min(step_s / group.left, full_step_s) if group.left else full_step_s
     backlog, longest = group.most_ahead, max(ahead + own, others_ahead)
     behind_s = (prompt_s if backlog else 0.0) + token_s * min(backlog, step_tokens)
-    # Those whose prompts are ahead decode when this one is computed, or have left a prefill engine; those behind it wait.
+    # Those whose prompts are ahead decode by then, or have left a prefill engine; those behind this one wait for it.
     delayed = group.decoding if role is EngineRole.PREFILL else group.requests
     # Steps with prompt tokens that this prompt adds.
     steps = -(-longest // step_tokens) - -(-backlog // step_tokens)

@@ -124,7 +124,7 @@ class Reconciler:
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources, self._others = Sources(session), OtherAutoscalers(api)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
-        self._groups, self._traffic = GroupDrains(api, store, session), TrafficWatch()
+        self._groups, self._traffic = GroupDrains(api, store), TrafficWatch()
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -291,7 +291,7 @@ class Reconciler:
             (peer, build_change(settings, peer, states)) for peer, settings in wanted if differs(settings, peer, states)
         ]
         answers = await asyncio.gather(
-            *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
+            *(put_settings(peer, settings, current.observed.tokens) for peer, settings in behind)
         )
         for (peer, _), problem in zip(behind, answers, strict=True):
             log.log(logging.WARNING if problem else logging.INFO, "settings for %s: %s", peer.pod, problem or "taken")

@@ -74,6 +74,8 @@ from moe_operator.plan.names import Names
 Document = dict[str, Any]
 # While something is on its way, and while all is well but not every change comes by itself.
 SOON_S, STEADY_S = 2.0, 15.0
+# While time alone can make something a finding.
+RIPENS_S = 10.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -325,9 +327,10 @@ class Reconciler:
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
-        return await self._write_status(
+        after_s = await self._write_status(
             current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
+        return min(after_s, RIPENS_S) if problems.ripens else after_s
 
     def _find_remains(self, key: Key) -> list[str]:
         return find_remains(live for _, live in self._store.children(key, CHILDREN))

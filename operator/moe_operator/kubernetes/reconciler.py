@@ -311,7 +311,7 @@ class Reconciler:
         names = Names(current.key.name)
         problems = await self._problems.find(current.key, current.pods, current.states, read_nodes(current.document))
         inputs = ConditionInputs(
-            refused="; ".join([*applied.refused, *_other_missing(applied)]),
+            refused="; ".join([*applied.refused, *applied.overdue(), *_other_missing(applied)]),
             failed=_failed(failures),
             missing_kinds=tuple(applied.missing),
             desired=plan.replicas,

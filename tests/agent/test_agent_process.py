@@ -119,7 +119,7 @@ async def test_the_engine_has_no_variable_of_a_service_and_no_proxy_stands_befor
 
 
 async def test_the_operators_settings_come_on_the_connection_on_which_the_agent_says_its_uid(tmp_path):
-    """The agent's server keeps the connection open for the call that follows, and after a token that it does not know."""
+    """Its server keeps the connection open for the call that follows, and after a token that it does not know."""
     async with agent_process(tmp_path, LOOPBACK, {UID_VARIABLE: "mine"}) as config:
         url = http_url(LOOPBACK, config["listen"]["port"])
         peer = Peer(pod="p", url=url, component="engine", revision="stable", uid="mine", says_uid=True)

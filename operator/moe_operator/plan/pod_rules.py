@@ -254,7 +254,7 @@ def _amount(value: Any) -> Decimal | None:
     except InvalidOperation:
         return None
     if suffix in _BINARY:
-        return number * 1024 ** (_BINARY.index(suffix) + 1)
+        return number * Decimal(1024) ** (_BINARY.index(suffix) + 1)
     return number.scaleb(_FACTORS[suffix]) if suffix in _FACTORS else None
 
 

@@ -4,11 +4,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from moe_contract.input_errors import InvalidInput
 from moe_operator.api import parse_resource
 from moe_operator.api.pod_schema import load_types
 from moe_operator.plan import Defaults, Observed, plan_cluster, pod_rules
-from pod_template_cases import REFUSED, TAKEN, engine
+from pod_template_cases import REFUSED, TAKEN, engine, resources
 
 Document = dict[str, Any]
 
@@ -44,6 +46,19 @@ def test_what_the_operators_own_part_fills_is_no_gap_and_places_are_the_users() 
     assert problems({"spec": {"containers": [{"name": "gateway"}, side]}}, "gateway") == [
         "spec.gateway.podTemplate.spec.containers[1].ports[0].containerPort: a number from 1 to 65535 is needed, got 0"
     ]
+
+
+quantities = st.from_regex(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|E|Ki|Ei|[eE][+-]?[0-9]+)?", fullmatch=True)
+
+
+@given(st.sampled_from(["cpu", "memory", "rdma/hca", "hugepages-2Mi"]), quantities, quantities)
+@example("rdma/hca", "1e30", "1e99999999")
+@example("rdma/hca", "9" * 60 + "Ei", "1e-99999999")
+def test_any_two_amounts_are_compared(name: str, request: str, limit: str) -> None:
+    found = problems(resources(requests={name: request}, limits={name: limit}))
+    assert all(row.startswith("spec.engine.podTemplate.spec.containers[0].resources.") for row in found)
+    if request == limit and not request.startswith("-") and request.isdecimal():
+        assert found == []
 
 
 def test_the_tables_name_structures_and_fields_of_a_pod() -> None:

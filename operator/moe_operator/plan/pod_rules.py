@@ -232,7 +232,7 @@ def _amounts(now: Document) -> Iterator[Mistake]:
                 yield f".{part}.{name}", f"an amount of 0 or more is needed, got {value}"
             elif "/" not in name and name not in _NATIVE and not name.startswith("hugepages-"):
                 yield f".{part}.{name}", f"unknown resource; known: {', '.join(_NATIVE)}, and those of a domain"
-            elif "/" in name and amount is not None and amount % 1:
+            elif "/" in name and amount is not None and amount != amount.to_integral_value():
                 yield f".{part}.{name}", f"a whole number is needed, got {value}"
     for name, value in requests.items():
         request, limit = _amount(value), _amount(limits.get(name))

@@ -120,8 +120,9 @@ async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:
 
 async def put_settings(peer: Peer, settings: Mapping[str, Any], tokens: Sequence[str]) -> str:
     """Gives a running peer other settings; empty when it took them, else why not."""
-    kind = AgentClient if peer.component == ENGINE else GatewayClient
-    return await _control(peer, kind, lambda client, token: client.put_settings(settings, (token,)), tokens)
+    if peer.component == ENGINE:
+        return await _control(peer, AgentClient, lambda client, token: client.put_settings(settings, (token,)), tokens)
+    return await _control(peer, GatewayClient, lambda client, token: client.put_settings(settings, (token,)), tokens)
 
 
 async def drain(peer: Peer, tokens: Sequence[str]) -> str:

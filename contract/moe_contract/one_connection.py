@@ -1,7 +1,7 @@
 """One TCP connection for calls that belong together.
 
-Between two calls an address can become another pod's; a connection cannot. So what a peer has said of itself holds for
-what is sent on the same connection, a control token for instance.
+Between two calls an address can become another pod's; a connection cannot. So the identity that a peer has proved on a
+connection holds for a control token that is sent on that connection.
 """
 
 import contextlib

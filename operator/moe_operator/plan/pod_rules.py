@@ -204,7 +204,7 @@ def _requirement(now: Document) -> Iterator[Mistake]:
 
 
 def _profile(now: Document) -> Iterator[Mistake]:
-    """Of seccomp or AppArmor."""
+    """The rules of a profile of seccomp or AppArmor."""
     is_local, given = now.get("type") == "Localhost", now.get("localhostProfile")
     if is_local and not given:
         yield "", "localhostProfile is needed for the type Localhost"

@@ -8,12 +8,17 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from moe_contract.addresses import ANY, LOOPBACK, LOOPBACK_IPV6, bind_socket, http_url, is_bindable
+from moe_contract.clients import AgentClient
+from moe_contract.one_connection import one_connection
+from moe_contract.pod_identity import UID_VARIABLE
+from moe_operator.kubernetes.peers import Peer, put_settings
 
 PROGRAM = Path(__file__).with_name("agent_with_fake_engine.py")
 needs_ipv6 = pytest.mark.skipif(not is_bindable(LOOPBACK_IPV6), reason="this machine has no IPv6 on loopback")
@@ -111,6 +116,24 @@ async def test_the_engine_has_no_variable_of_a_service_and_no_proxy_stands_befor
     assert found["MASTER_PORT"] == "29500"
     assert found["HTTP_PROXY"] == "http://127.0.0.1:1", "downloads go there"
     assert "127.0.0.1" in found["NO_PROXY"].split(",")
+
+
+async def test_the_operators_settings_come_on_the_connection_on_which_the_agent_says_its_uid(tmp_path):
+    """Its server keeps the connection open for the call that follows, and after a token that it does not know."""
+    async with agent_process(tmp_path, LOOPBACK, {UID_VARIABLE: "mine"}) as config:
+        url = http_url(LOOPBACK, config["listen"]["port"])
+        peer = Peer(pod="p", url=url, component="engine", revision="stable", uid="mine", says_uid=True)
+        assert await put_settings(peer, {"request": {"policy": "fcfs"}}, ("newer", "secret")) == ""
+        assert (await state_of(LOOPBACK, config))["config"]["request"]["policy"] == "fcfs"
+        other = replace(peer, uid="other")
+        assert await put_settings(other, {"request": {"policy": "sjf"}}, ("secret",)) == (
+            "another pod answers at its address"
+        )
+        assert (await state_of(LOOPBACK, config))["config"]["request"]["policy"] == "fcfs"
+        async with one_connection() as session:
+            client = AgentClient(session, url)
+            await client.state()
+            await client.put_settings({"request": {"policy": "sjf"}}, ("newer", "newest", "secret"))
 
 
 async def test_a_port_that_is_taken_in_the_other_family_is_reported(tmp_path):

@@ -1,6 +1,7 @@
 """The whole on a real node: Helm, the operator in a pod, vLLM on the CPU in pods, clients through the Service."""
 
 import asyncio
+import copy
 import itertools
 import json
 import threading
@@ -9,9 +10,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from cluster_problem import ClusterProblem
 from deployed import OPERATOR_NAMESPACE, Kubectl, Serving, chat, chat_once, helm, is_ready, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
+# A user that the images do not know, as OpenShift assigns them.
+STRANGER = 1_000_710_000
 
 
 class Load:
@@ -221,6 +225,36 @@ def test_other_arguments_roll_the_engines_under_load_without_a_failed_request(se
     assert len(load.statuses) > 20
     assert set(load.statuses) == {200}
     assert load.broken == []
+
+
+def test_names_of_services_and_a_user_without_a_home_keep_no_engine_from_starting(serving: Serving) -> None:
+    """The kubelet itself sets variables for Services of these names where a pod does not ask for none."""
+    serving.name = "vllm"
+    for name in ("master", "ray", "vllm-port"):
+        serving.kubectl("create", "service", "clusterip", name, "--tcp=80")
+    serving.apply(engine={"podTemplate": as_a_stranger(serving.pod_template)})
+    serving.wait_ready()
+    assert chat_once(serving.url, "What does os.path.join do?")[0] == 200
+    (engine,) = serving.pods("engine")
+    name = engine["metadata"]["name"]
+    assert serving.kubectl("exec", name, "--", "id", "-u").strip() == str(STRANGER)
+    variables = serving.kubectl("exec", name, "--", "env").splitlines()
+    assert not [row for row in variables if row.startswith(("MASTER_", "RAY_", "VLLM_PORT", "VLLM_SERVICE"))]
+    with pytest.raises(ClusterProblem, match="Read-only file system"):
+        serving.kubectl("exec", name, "--", "touch", "/etc/written")
+
+
+def as_a_stranger(pod_template: dict[str, Any]) -> dict[str, Any]:
+    """The pod template with a user that no passwd file knows, on a root file system that is read-only."""
+    template = copy.deepcopy(pod_template)
+    spec, (engine,) = template["spec"], template["spec"]["containers"]
+    del engine["env"]
+    spec["securityContext"] = {"runAsUser": STRANGER, "runAsGroup": STRANGER, "runAsNonRoot": True}
+    engine["securityContext"] = {"readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    # On this machine the interpreter may lie below a folder that is root's own.
+    spec["volumes"].append({"name": "entrance", "emptyDir": {}})
+    engine["volumeMounts"].append({"name": "entrance", "mountPath": "/root"})
+    return template
 
 
 def test_what_is_wrong_stands_in_the_conditions(serving: Serving) -> None:

@@ -6,7 +6,9 @@ from contextlib import aclosing
 
 import aiohttp
 import pytest
+from moe_contract.clients import GatewayClient
 from moe_contract.gateway_state import read_gateway_state
+from moe_contract.one_connection import one_connection
 from moe_contract.state_stream import read_states
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,6 +25,15 @@ async def test_health_is_life_and_readiness_is_an_engine_that_accepts(make_engin
     engine.agent.say(accepting=False)
     await until(lambda: not served.gateway.ready)
     assert [(await get(served, path))[0] for path in ("/healthz", "/readyz")] == [200, 503]
+
+
+async def test_a_connection_serves_a_look_at_the_state_and_the_settings_after_it(make_engine, serve):
+    served = await serve(await make_engine())
+    async with one_connection() as session:
+        client = GatewayClient(session, served.admin_url)
+        await client.state()
+        await client.put_settings({"request": {"policy": "fcfs"}}, ("newer", TOKEN))
+        assert (await client.state()).config.document()["request"]["policy"] == "fcfs"
 
 
 async def test_metrics_parse_and_count_each_request_once(make_engine, serve):

@@ -71,7 +71,20 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
         (
             with_container(**waiting("CreateContainerConfigError", 'secret "hub" not found')),
             "SecretMissing",
-            "make the Secret that spec.model.tokenSecret names",
+            "make the Secret hub, which spec.model.tokenSecret or a podTemplate names",
+        ),
+        (
+            with_container(**waiting("CreateContainerConfigError", "couldn't find key token in Secret ns/hub")),
+            "SecretMissing",
+            "add the key to the Secret, or name another one",
+        ),
+        *(
+            (with_container(**waiting(reason)), "ContainerCannotStart", "the container cannot be started")
+            for reason in ("PreStartHookError", "PostStartHookError", "SomethingNew")
+        ),
+        *(
+            (with_container(**waiting(reason)), "ImageCannotBePulled", "the image registry.test/it:1 cannot be pulled")
+            for reason in ("RegistryUnavailable", "SignatureValidationFailed")
         ),
         (
             with_container(**waiting("CreateContainerConfigError", 'configmap "mine" not found')),

@@ -1,5 +1,7 @@
 """What `moeserving doctor` finds within a cluster by its pods, and of the options of engines."""
 
+from typing import Any
+
 import pytest
 from moe_contract.api_server import ApiError, Document
 from moe_operator.doctor.check import CheckState
@@ -8,11 +10,18 @@ from moe_operator.doctor.within import check_dns, check_images, check_prometheus
 from test_doctor import FORBIDDEN, NOTE, OK, PROBLEM, condition, found, resource, running
 
 
+def over(name: str, **changes: Any) -> Document:
+    """A pod that was evicted and is still an object."""
+    pod = running(name, ready=False, **changes)
+    return pod | {"status": pod["status"] | {"phase": "Failed", "reason": "Evicted"}}
+
+
 @pytest.mark.parametrize(
     ("pods", "state", "words"),
     [
         ([running("a"), running("b")], OK, "1 were pulled by nodes for 2 pods"),
         ([running("a"), running("b", waiting="ImagePullBackOff")], PROBLEM, "it:1 (ImagePullBackOff of b)"),
+        ([running("a"), over("b", waiting="ImagePullBackOff")], OK, "1 were pulled by nodes for 1 pods"),
         ([running("a", waiting="ContainerCreating")], NOTE, "not known"),
         ([], NOTE, "no pod of ours has pulled one yet"),
         (FORBIDDEN, NOTE, "not known"),
@@ -27,6 +36,8 @@ def test_images_that_nodes_pulled(pods: list[Document] | ApiError, state: CheckS
     [
         ([running("a"), running("b")], OK, "2 of 2 pods are ready"),
         ([running("a"), running("b", ready=False)], NOTE, "1 of 2"),
+        ([running("a"), over("b")], OK, "1 of 1 pods are ready"),
+        ([over("b")], NOTE, "there are no pods of the usual one"),
         ([running("a", ready=False)], PROBLEM, "0 of 1"),
         ([], NOTE, "there are no pods of the usual one"),
         (FORBIDDEN, NOTE, "not known"),

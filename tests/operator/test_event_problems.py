@@ -14,7 +14,11 @@ from moe_operator.kubernetes.event_problems import MOST_SUSPECTS, Suspect, find_
 from moe_operator.kubernetes.kinds import DEPLOYMENT, LEADER_WORKER_SET, POD
 from moe_operator.kubernetes.problems import EVENTS_EVERY_S, ProblemFinder
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.kubernetes.workload_problems import find_deadlines, find_failures_to_create
+from moe_operator.kubernetes.workload_problems import (
+    find_deadlines,
+    find_failures_to_create,
+    find_failures_to_delete,
+)
 from moe_operator.plan.names import LWS_WORKER_INDEX, Names
 from pods import pod
 
@@ -222,6 +226,15 @@ def test_what_a_deployment_says_of_itself_is_reported_and_disappears_with_it() -
     assert (finding.reason, finding.component) == ("FailedCreate", "gateway")
     assert quota in finding.message
     assert find_failures_to_create([deployment(Progressing=("True", "NewReplicaSetAvailable", ""))]) == []
+    words = f'Failed to create new replica set "tiny-gateway-1": {quota}'
+    (finding,) = find_failures_to_create([deployment(Progressing=("False", "ReplicaSetCreateError", words))])
+    assert (finding.reason, finding.component) == ("FailedCreate", "gateway")
+    assert words in finding.message
+    kept = deployment(ReplicaFailure=("True", "FailedDelete", "pods is forbidden"))
+    assert find_failures_to_create([kept]) == []
+    (finding,) = find_failures_to_delete([kept])
+    assert (finding.reason, finding.message.endswith("pods is forbidden)")) == ("FailedDelete", True)
+    assert find_failures_to_delete([broken]) == []
     late = deployment(Progressing=("False", "ProgressDeadlineExceeded", 'ReplicaSet "x" has timed out progressing.'))
     (finding,) = find_deadlines([late])
     assert finding.reason == "ProgressDeadlineExceeded"

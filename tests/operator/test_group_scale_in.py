@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any
 
-import aiohttp
 import pytest
 from group_pods import group_pod
 from hypothesis import given
@@ -148,7 +147,7 @@ def drains_of(count: int, monkeypatch: pytest.MonkeyPatch, calls: int = 99, **an
     store.put(LEADER_WORKER_SET, the_set(count, **annotations))
     leaders = [group_pod(index, 0) for index in range(count)]
 
-    async def drain(session: Any, peer: Peer, tokens: Any) -> str:
+    async def drain(peer: Peer, tokens: Any) -> str:
         at_a_time[0] += 1
         at_a_time[1] = max(at_a_time)
         await asyncio.sleep(0)
@@ -157,7 +156,7 @@ def drains_of(count: int, monkeypatch: pytest.MonkeyPatch, calls: int = 99, **an
         return ""
 
     monkeypatch.setattr(group_scale_in, "drain", drain)
-    drains = GroupDrains(FakeApi(calls), store, aiohttp.ClientSession.__new__(aiohttp.ClientSession))  # type: ignore[arg-type]
+    drains = GroupDrains(FakeApi(calls), store)  # type: ignore[arg-type]
     live = store.get(KEY, LEADER_WORKER_SET, NAME)
     assert live is not None
     changes = drains.plan(KEY, live, Count(replicas=0, spec={"replicas": 0}), leaders, states(*[READY] * count))

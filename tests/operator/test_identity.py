@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -72,13 +73,15 @@ class Answering:
     def __init__(self) -> None:
         self.uids = itertools.repeat("mine")
         self.tokens: list[str] = []
+        self.known: set[str] | None = None
 
     async def state(self, request: web.Request) -> web.Response:
         return web.json_response({"phase": "ready", "held": 3, "pod": {"name": "p", "uid": next(self.uids)}})
 
     async def config(self, request: web.Request) -> web.Response:
         self.tokens.append(request.headers["Authorization"])
-        return web.json_response({})
+        is_known = self.known is None or self.tokens[-1] in self.known
+        return web.json_response({}, status=200 if is_known else 401)
 
 
 Serve = Callable[[Answering], Awaitable[str]]
@@ -123,7 +126,7 @@ async def test_what_another_pod_answers_is_not_accepted_and_it_gets_no_token(
         found = accept_states([(one, await fetch_state(session, one))])
         assert ("p" in found) is accepted
         assert ("p" in found.strangers) is (not accepted)
-        problem = await put_settings(session, one, {"request": {}}, ("secret",))
+        problem = await put_settings(one, {"request": {}}, ("secret",))
     assert answering.tokens == ["Bearer secret"] * tokens
     assert bool(problem) is (tokens == 0)
 
@@ -134,8 +137,50 @@ async def test_an_address_that_changes_hands_between_the_look_and_the_settings_g
     one = peer(await serve(answering), "engine")
     async with aiohttp.ClientSession() as session:
         assert "p" in accept_states([(one, await fetch_state(session, one))])
-        assert await put_settings(session, one, {}, ("secret",)) == "another pod answers at its address"
+        assert await put_settings(one, {}, ("secret",)) == "another pod answers at its address"
     assert answering.tokens == []
+
+
+@pytest.mark.parametrize("says_close", [True, False])
+async def test_an_address_that_changes_hands_between_the_proof_and_the_token_gets_none(says_close: bool) -> None:
+    """The right pod says its uid and goes; a program of another tenant is there for the next connection."""
+    stranger, sites = Answering(), []
+    app = web.Application()
+    app.router.add_get("/v1/state", stranger.state)
+    app.router.add_put("/v1/config", stranger.config)
+    runner = web.AppRunner(app)
+    await runner.setup()
+
+    async def answer_and_go(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        first.close()
+        sites.append(web.TCPSite(runner, "127.0.0.1", port))
+        await sites[0].start()
+        body = json.dumps({"phase": "ready", "held": 0, "pod": {"name": "p", "uid": "mine"}}).encode()
+        close = b"Connection: close\r\n" if says_close else b""
+        writer.write(b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (close, len(body), body))
+        await writer.drain()
+        writer.close()
+
+    first = await asyncio.start_server(answer_and_go, "127.0.0.1", 0)
+    port = first.sockets[0].getsockname()[1]
+    try:
+        problem = await put_settings(peer(f"http://127.0.0.1:{port}", "engine"), {}, ("secret", "older"))
+        assert problem == "has closed the connection on which it said who it is"
+        assert len(sites) == 1
+        assert stranger.tokens == []
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_peer_that_knows_only_the_old_token_yet_takes_it(serve: Serve) -> None:
+    answering = Answering()
+    answering.known = {"Bearer old"}
+    one = peer(await serve(answering), "engine")
+    assert await put_settings(one, {}, ("new", "old")) == ""
+    assert answering.tokens == ["Bearer new", "Bearer old"]
+    assert await put_settings(one, {}, ("new", "newer")) == "refused: status 401"
+    assert await put_settings(one, {}, ()) == "cannot be changed: no control token"
 
 
 def test_the_pods_of_a_plan_are_asked_for_their_uid() -> None:

@@ -241,7 +241,6 @@ def test_what_may_be_changed_or_removed_is_planned(template: Document) -> None:
         ({"periodSeconds": 3600, "failureThreshold": 10, "initialDelaySeconds": 100}, 72200),
         ({"periodSeconds": None, "failureThreshold": 1000}, 20000),
         ({"periodSeconds": 2**31 - 1, "failureThreshold": 2**31 - 1}, 2**31 - 1),
-        ({"periodSeconds": -5}, 7260),
     ],
 )
 def test_the_deadline_of_an_update_is_twice_the_longest_start(probe: Document | None, wanted_s: int) -> None:

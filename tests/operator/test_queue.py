@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_operator.kubernetes.operator import most_background
 from moe_operator.kubernetes.queue import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, SHARE, WorkQueue
 from virtual_time import run_in_virtual_time
 
@@ -72,6 +73,44 @@ def test_a_change_goes_before_a_thousand_resources_that_are_only_looked_at_again
     waited_s, ended_s = in_queue(steps)
     assert waited_s <= 0.05 + 1e-6, "the pass that goes on, and its own"
     assert ended_s == pytest.approx(12.5, abs=0.1), "and no other is looked at later than without the change"
+
+
+def test_a_change_finds_a_worker_while_all_that_is_looked_at_waits_for_silent_pods() -> None:
+    """An operator that takes over asks every pod: those of a lost node give no answer for seconds."""
+
+    async def steps(queue: Queue) -> tuple[float, float, int]:
+        queue = WorkQueue(most_background(8))
+        for number in range(60):
+            queue.add_in_background(f"silent{number}")
+        worked: dict[str, float] = {}
+
+        async def work() -> None:
+            while True:
+                item = await queue.take()
+                await asyncio.sleep(7.0 if item.startswith("silent") else 0.05)
+                queue.done(item)
+                worked.setdefault(item, now_s())
+
+        workers = [asyncio.create_task(work()) for _ in range(8)]
+        await asyncio.sleep(1.0)
+        for number in range(20):
+            queue.add(f"changed{number}")
+        await asyncio.sleep(100.0)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        changed = max(at_s for item, at_s in worked.items() if item.startswith("changed"))
+        return changed - 1.0, max(worked.values()), len(worked)
+
+    waited_s, ended_s, count = in_queue(steps)
+    assert count == 80
+    assert waited_s <= 0.5 + 1e-6, "two workers are there for twenty changes"
+    assert ended_s <= 70.0 + 1e-6, "six look at sixty resources"
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 1), (2, 1), (4, 3), (8, 6), (256, 192)])
+def test_a_quarter_of_the_workers_is_kept_for_changes(workers: int, most: int) -> None:
+    assert most_background(workers) == most
 
 
 def test_what_waits_in_the_background_is_not_left_waiting_by_changes_that_never_end() -> None:
@@ -199,12 +238,14 @@ def test_failures_double_the_wait_up_to_a_bound_and_a_success_forgets_them() -> 
         st.tuples(st.sampled_from("abcd"), st.floats(0.0, 30.0), st.sampled_from(["now", "later", "look"])),
         min_size=1,
         max_size=30,
-    )
+    ),
+    st.sampled_from([None, 1, 2]),
 )
 def test_every_item_that_was_added_is_worked_on_after_it_was_and_never_by_two_at_once(
-    additions: list[tuple[str, float, str]],
+    additions: list[tuple[str, float, str]], most: int | None
 ) -> None:
     async def steps(queue: Queue) -> None:
+        queue = WorkQueue(most)
         busy: Counter[str] = Counter()
         ended: dict[str, float] = {}
         began: dict[str, float] = {}

@@ -55,6 +55,21 @@ def test_a_valid_file_is_said_to_be_so(path: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{path}: valid\n", "")
 
 
+def test_a_null_that_a_client_side_apply_would_leave_out_is_a_note(tmp_path: Path) -> None:
+    probe = "containers: [{name: engine, startupProbe: null, livenessProbe: {$patch: delete}}]"
+    template = f"{{spec: {{{probe}, tolerations: null}}}}"
+    file = tmp_path / "a.yaml"
+    file.write_text(HEAD + f"spec: {{model: {{uri: hf://org/a}}, engine: {{podTemplate: {template}}}}}\n")
+    result = run("validate", "-f", str(file))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
+    places = [line.split(": ")[1] for line in result.stderr.splitlines()]
+    assert places == [
+        "spec.engine.podTemplate.spec.containers[0].startupProbe",
+        "spec.engine.podTemplate.spec.tolerations",
+    ]
+    assert all("`$patch: delete` always does" in line for line in result.stderr.splitlines())
+
+
 @pytest.mark.parametrize(
     ("spec", "error"),
     [

@@ -28,6 +28,7 @@ CONTROLLERS = (
     "replicaset-controller",
     "resourcequota-controller",
     "endpointslice-controller",
+    "horizontal-pod-autoscaler-controller",
     "persistentvolume-binder-controller",
 )
 # A ReplicaSet tries again after pauses that double with each refusal.
@@ -54,6 +55,7 @@ def start_controllers(cluster: ApiCluster) -> None:
     """Starts the controllers, also after they were stopped."""
     command = [locate("kube-controller-manager"), "--kubeconfig", cluster.kubeconfig, "--leader-elect=false"]
     options = [f"--controllers={','.join(CONTROLLERS)}", "--secure-port=0"]
+    options += ["--horizontal-pod-autoscaler-sync-period=1s"]
     cluster.processes.start("kube-controller-manager", [*command, *options])
 
 

@@ -24,10 +24,11 @@ from moe_contract.api_server import ApiError, Kind
 from moe_operator.kubernetes import reconciler as reconciler_module
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.failure import PassFailed
-from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING
+from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, POD, SERVING
 from moe_operator.kubernetes.reconciler import REFUSED_S
 from moe_operator.kubernetes.state_streams import StateStreams
 from moe_operator.kubernetes.store import Key
+from moe_operator.plan.names import LWS_GROUP_INDEX, LWS_SIZE, LWS_WORKER_INDEX, Names
 from serving_documents import serving
 from stand_in_peers import peers_listening
 
@@ -81,6 +82,44 @@ async def test_an_unexpected_error_of_the_plan_stands_in_the_status_and_ends_wit
         assert found["Ready"]["status"] == "False"
         assert (found["Progressing"]["status"], found["Progressing"]["reason"]) == ("False", "ReconcileError")
         assert await reports_its_generation(operator, key)
+        await operator.settle(key)
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
+
+
+async def test_an_error_of_the_status_itself_stands_in_the_conditions(
+    kubeconfig: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("odd pod")
+
+    async with started(kubeconfig, namespace) as operator:
+        key = await made(operator, namespace, serving())
+        with monkeypatch.context() as patched:
+            patched.setattr(reconciler_module, "build_status", broken)
+            with pytest.raises(ValueError, match="odd pod"):
+                await operator.reconciler.reconcile(key)
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
+        assert (degraded["status"], degraded["reason"]) == ("True", "ReconcileError")
+        assert "an error in the operator itself, ValueError: odd pod" in degraded["message"]
+        await operator.settle(key)
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{LWS_WORKER_INDEX: "0", LWS_GROUP_INDEX: "x"}, {LWS_WORKER_INDEX: "x"}, {LWS_WORKER_INDEX: "0"}],
+    ids=str,
+)
+async def test_a_pod_of_somebody_with_the_labels_of_an_engine_fails_no_pass(
+    kubeconfig: Path, namespace: str, labels: dict[str, str]
+) -> None:
+    async with started(kubeconfig, namespace) as operator:
+        key = await served(operator, namespace)
+        own = Names("tiny").labels("engine", "stable") | labels
+        metadata = {"name": "stray", "namespace": namespace, "labels": own, "annotations": {LWS_SIZE: "big"}}
+        spec = {"containers": [{"name": "a", "image": "a"}]}
+        await operator.api.create(POD, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        await operator.relist()
         await operator.settle(key)
         assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
 
@@ -169,13 +208,13 @@ async def test_a_part_that_fails_unexpectedly_is_named_and_the_others_go_on(
 
 
 async def test_a_mistake_that_the_api_server_alone_finds_has_its_words(kubeconfig: Path, namespace: str) -> None:
-    template = {"spec": {"containers": [{"name": "engine", "resources": {"limits": {"cpu": "-1"}}}]}}
+    template = {"spec": {"nodeSelector": {"pool": "of GPUs"}}}
     async with started(kubeconfig, namespace) as operator:
         key = await served(operator, namespace, serving(engine={"podTemplate": template}))
         degraded = (await fetch_conditions(operator, key))["Degraded"]
         assert degraded["reason"] == "Refused"
         assert f"Deployment {namespace}/tiny-engine: " in degraded["message"]
-        assert "must be greater than or equal to 0" in degraded["message"]
+        assert "a valid label must be an empty string or consist of alphanumeric characters" in degraded["message"]
         there = await fetch_children(operator.api, namespace)
         assert ("Service", "tiny") in there
         assert not {kind for kind, _ in there} & {"Deployment", "ConfigMap"}, "nothing starts in part"

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from cluster_api import ApiCluster
@@ -242,10 +241,10 @@ async def test_a_rollout_and_a_scale_in_at_once_come_to_an_end(
 async def test_a_leader_that_has_come_meanwhile_is_not_taken_for_the_one_that_has_drained(
     serving_cluster: ApiCluster, namespace: str
 ) -> None:
-    async with world(serving_cluster, namespace, replicas=1) as made, aiohttp.ClientSession() as session:
+    async with world(serving_cluster, namespace, replicas=1) as made:
         leader = (await made.namespace.pods())["tiny-engine-0"]
         earlier = leader | {"metadata": leader["metadata"] | {"uid": "00000000-0000-0000-0000-000000000000"}}
-        drains = GroupDrains(made.operator.api, Store(), session)
+        drains = GroupDrains(made.operator.api, Store())
         await drains.carry_out(made.key, GroupChanges(leaders={0: earlier}, ended=(0,)), [], [])
         assert "deletionTimestamp" not in (await made.namespace.pods())["tiny-engine-0"]["metadata"]
         await drains.carry_out(made.key, GroupChanges(leaders={0: leader}, ended=(0,)), [], [])

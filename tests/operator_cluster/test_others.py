@@ -1,10 +1,12 @@
 """Objects of others stay, objects of the resource come back, and strangers of a name are reported and not touched."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from cluster_api import ApiCluster
 from fresh_operator import change, fetch, fetch_children, fetch_conditions, fetch_serving, served, started, writes
+from moe_operator.kubernetes import waits
 from moe_operator.kubernetes.kinds import CONFIG_MAP, DEPLOYMENT, SERVING, Kind
 from moe_operator.kubernetes.reconciler import REFUSED_S
 from moe_operator.kubernetes.store import Key
@@ -94,6 +96,38 @@ async def test_a_child_that_is_deleted_comes_back(serving_cluster: ApiCluster, n
         await operator.relist()
         await operator.settle(key)
         assert set(await fetch_children(operator.api, namespace)) == before
+
+
+async def test_a_child_whose_deletion_is_held_keeps_back_no_other(
+    serving_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finalizer of a load balancer's controller, say, that does not run any more."""
+    async with started(serving_cluster.kubeconfig, namespace) as operator:
+        key = await served(operator, namespace)
+        held = {"metadata": {"finalizers": ["cloud.example/cleanup"]}}
+        await operator.api.server.merge(SERVICE, namespace, "tiny", held, "cloud")
+        await operator.api.delete(SERVICE, {"metadata": {"name": "tiny", "namespace": namespace}})
+        await change(operator, key, engine={"args": ["--seed=1"]}, disruption={"maxUnavailable": "2"})
+        engines = await fetch(operator, DEPLOYMENT, key, "tiny-engine")
+        assert "--seed=1" in str(engines["spec"]["template"]["metadata"]["annotations"])
+        budget = (await fetch_children(operator.api, namespace))["PodDisruptionBudget", "tiny-engine"]
+        assert budget["spec"]["maxUnavailable"] == 2
+        found = await fetch_conditions(operator, key)
+        assert "waits for Service tiny (held by cloud.example/cleanup)" in found["Progressing"]["message"]
+        assert found["Degraded"]["status"] == "False", "it has its time"
+        monkeypatch.setattr(waits, "HELD", timedelta())
+        await operator.settle(key)
+        degraded = (await fetch_conditions(operator, key))["Degraded"]
+        assert (degraded["status"], degraded["reason"]) == ("True", "Refused")
+        assert degraded["message"] == (
+            f"Service {namespace}/tiny is being deleted, which cloud.example/cleanup holds; once it is gone it is made "
+            "anew"
+        )
+        await operator.api.server.merge(SERVICE, namespace, "tiny", {"metadata": {"finalizers": None}}, "cloud")
+        await operator.relist()
+        await operator.settle(key)
+        assert "deletionTimestamp" not in (await fetch(operator, SERVICE, key, "tiny"))["metadata"]
+        assert (await fetch_conditions(operator, key))["Degraded"]["status"] == "False"
 
 
 @pytest.mark.parametrize("labels", [{}, {"app.kubernetes.io/managed-by": "moeserving"}, "ours"], ids=str)

@@ -4,9 +4,11 @@ Against the real controllers of Deployments, quotas, claims and EndpointSlices a
 writes, which is not here, is written as it does: `FailedMount` and the status of pods.
 """
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from cluster_api import ApiCluster
 from cluster_problem import ClusterProblem
 from fresh_operator import FreshOperator, change, fetch_conditions, fetch_serving, started
 from managed_cluster import make_ready, managed_cluster, pods_of, says, set_status, start_controllers, until
+from moe_operator.kubernetes import scaler_problems
 from moe_operator.kubernetes.conditions import read_conditions
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.kinds import SERVING
 from moe_operator.kubernetes.store import Key
+from operator_process import eventually
 from serving_documents import serving
 
 pytestmark = pytest.mark.timeout(600)
@@ -77,6 +81,72 @@ async def test_a_quota_is_reported_and_no_more_once_it_is_raised(cluster: ApiClu
         gpus = "no node has nvidia.com/gpu: 1 free"
         await until(operator, key, says("Degraded", "True", "Unschedulable", gpus), "the real scheduler's words")
         assert "FailedCreate" not in (await fetch_conditions(operator, key))["Degraded"]["message"]
+
+
+async def test_a_replica_set_that_may_not_be_made_is_reported(cluster: ApiCluster, place: str) -> None:
+    """The controller of Deployments says so in another condition than that of pods."""
+    cluster.kubectl("create", "quota", "none", "--hard=count/replicasets.apps=0", "-n", place)
+    async with started(cluster.kubeconfig, place) as operator:
+        key = await begin(operator, place)
+        await until(operator, key, says("Degraded", "True", "FailedCreate", "exceeded quota: none"), "the quota")
+        assert "FailedCreate: pods may not be made" in line(cluster, place)
+        cluster.kubectl("delete", "quota", "none", "-n", place)
+        await until(operator, key, says("Degraded", "True", "Unschedulable"), "the pods are made")
+
+
+async def test_pods_that_may_not_be_deleted_are_reported(cluster: ApiCluster, place: str) -> None:
+    async with started(cluster.kubeconfig, place) as operator:
+        key = await begin(operator, place, engine=CPU | {"replicas": 2})
+        await until(operator, key, lambda _: len(pods_of(cluster, place, "engine")) == 2, "two pods of engines")
+        with keeping_pods(cluster, place):
+            await operator.api.merge(SERVING, *key, {"spec": {"engine": {"replicas": 1}}})
+            await until(operator, key, says("Degraded", "True", "FailedDelete", "nothing is deleted"), "the policy")
+            assert len(pods_of(cluster, place, "engine")) == 2
+        await until(operator, key, says("Degraded", "False", "AsExpected"), "it is deleted")
+
+
+@contextlib.contextmanager
+def keeping_pods(cluster: ApiCluster, place: str) -> Iterator[None]:
+    """An admission policy by which no pod of a namespace is deleted."""
+    name, group = f"keep-{place}", "admissionregistration.k8s.io/v1"
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["DELETE"], "resources": ["pods"]}
+    namespace = {"matchLabels": {"kubernetes.io/metadata.name": place}}
+    policy: Document = {
+        "matchConstraints": {"resourceRules": [rule], "namespaceSelector": namespace},
+        "validations": [{"expression": "false", "message": "nothing is deleted"}],
+    }
+    binding = {"policyName": name, "validationActions": ["Deny"]}
+    for kind, spec in (("ValidatingAdmissionPolicy", policy), ("ValidatingAdmissionPolicyBinding", binding)):
+        body = {"apiVersion": group, "kind": kind, "metadata": {"name": name}, "spec": spec}
+        cluster.kubectl("create", "-f", "-", stdin=json.dumps(body))
+    try:
+        eventually(lambda: _is_kept(cluster, place), "the policy holds")
+        yield
+    finally:
+        cluster.kubectl("delete", "validatingadmissionpolicy,validatingadmissionpolicybinding", name)
+
+
+def _is_kept(cluster: ApiCluster, place: str) -> bool:
+    name = pods_of(cluster, place, "engine")[0]["metadata"]["name"]
+    try:
+        cluster.kubectl("delete", "pod", name, "-n", place, "--dry-run=server")
+    except ClusterProblem:
+        return True
+    return False
+
+
+async def test_gateways_that_their_autoscaler_cannot_scale_are_reported(
+    cluster: ApiCluster, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no metrics server, which the real controller says in its own condition alone."""
+    monkeypatch.setattr(scaler_problems, "INACTIVE_FOR", timedelta())
+    scaling = {"autoscaling": {"minReplicas": 1, "maxReplicas": 3}}
+    async with started(cluster.kubeconfig, place) as operator:
+        key = await begin(operator, place, engine=CPU, gateway=scaling)
+        words = "HorizontalPodAutoscaler tiny-gateway: FailedGetResourceMetric"
+        await until(operator, key, says("Degraded", "True", "GatewaysNotScaled", words), "no metrics")
+        await operator.api.merge(SERVING, *key, {"spec": {"gateway": {"autoscaling": None}}})
+        await until(operator, key, says("Degraded", "False", "AsExpected"), "without an autoscaler")
 
 
 async def test_pod_security_is_reported_of_the_engines_and_the_gateways_run(cluster: ApiCluster, place: str) -> None:

@@ -89,6 +89,11 @@ def test_weights_are_saved_expert_by_expert_as_engines_expect(model_folder):
     assert "model.layers.0.mlp.gate.weight" in names
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(model_folder):
+    modes = {file.stat().st_mode for file in model_folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+    assert modes == {(model_folder / "config.json").stat().st_mode}
+
+
 def test_training_and_the_counted_pairs_lower_the_held_out_loss(model_folder):
     report = read_report(model_folder)["report"]
     assert report["steps"] == 2

@@ -227,6 +227,9 @@ def save(model: "Qwen3MoeForCausalLM", tokenizer: "PreTrainedTokenizerFast", dir
     logging.disable_progress_bar()
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    for weights in directory.glob("*.safetensors"):
+        # The library makes them readable for their owner alone; an engine in a pod has another user.
+        weights.chmod((directory / "config.json").stat().st_mode)
 
 
 def _train_step(model: "Qwen3MoeForCausalLM", optimiser: "torch.optim.Optimizer", tokens: "torch.Tensor") -> None:

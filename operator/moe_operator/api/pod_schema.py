@@ -1,9 +1,9 @@
-"""The types of a pod's fields as the Kubernetes API describes them: names, types, and the keys of lists.
+"""The types of a pod's fields as the Kubernetes API describes them: names, types, closed sets, and the keys of lists.
 
 The types are those of `pod_schema.json`, which this module itself writes from an OpenAPI document of the API group
-`v1`: `kubectl get --raw /openapi/v3/api/v1 | python -m moe_operator.api.pod_schema > pod_schema.json`, or the file
-`api/openapi-spec/v3/api__v1_openapi.json` of a release of Kubernetes. Read by the check of pod templates and by their
-merge.
+`v1`: `kubectl get --raw /openapi/v3/api/v1 | python -m moe_operator.api.pod_schema > pod_schema.json`. The file
+`api/openapi-spec/v3/api__v1_openapi.json` of a release of Kubernetes lacks the closed sets. Read by the check of pod
+templates and by their merge.
 """
 
 import json
@@ -22,6 +22,8 @@ ROOT = "PodSpec"
 STRING, INT32, ANYTHING = "string", "int32", "anything"
 _PLAIN = {"Quantity": "quantity", "IntOrString": "intOrString", "Time": STRING, "FieldsV1": ANYTHING}
 LIST, MAP = "list of ", "map of "
+# The API calls them required, and the API server takes a pod without them.
+_MAY_LACK = {("HTTPHeader", "value"), ("ISCSIVolumeSource", "lun"), ("Sysctl", "value")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +35,16 @@ class PodField:
         merge_key: field by which a strategic merge finds the entry of the list; empty: the list is replaced.
         keys: fields that no two entries of the list may have in common; empty: the API server does not compare them.
         is_set: no value may stand twice in the list.
+        is_required: the structure is of no use without it.
+        choices: the values that there are; empty: any.
     """
 
     type: str
     merge_key: str = ""
     keys: tuple[str, ...] = ()
     is_set: bool = False
+    is_required: bool = False
+    choices: tuple[str, ...] = ()
 
 
 Structure = Mapping[str, PodField]
@@ -63,7 +69,12 @@ def _read_field(row: str | Document) -> PodField:
     if isinstance(row, str):
         return PodField(type=row)
     return PodField(
-        type=row["type"], merge_key=row.get("mergeKey", ""), keys=tuple(row.get("keys", ())), is_set="set" in row
+        type=row["type"],
+        merge_key=row.get("mergeKey", ""),
+        keys=tuple(row.get("keys", ())),
+        is_set="set" in row,
+        is_required="required" in row,
+        choices=tuple(row.get("choices", ())),
     )
 
 
@@ -78,7 +89,11 @@ def build_types(openapi: Document) -> Document:
         name = waiting.pop()
         if name in types or name in _PLAIN:
             continue
-        types[name] = {field: _build_field(node) for field, node in schemas[name].get("properties", {}).items()}
+        required = {field for field in schemas[name].get("required", ()) if (name, field) not in _MAY_LACK}
+        types[name] = {
+            field: _build_field(node, is_required=field in required)
+            for field, node in schemas[name].get("properties", {}).items()
+        }
         waiting += [found for node in schemas[name].get("properties", {}).values() for found in _references(node)]
     return dict(sorted(types.items()))
 
@@ -96,7 +111,7 @@ def _references(node: Document) -> Iterator[str]:
         yield node["$ref"].rpartition(".")[2]
 
 
-def _build_field(node: Document) -> str | Document:
+def _build_field(node: Document, *, is_required: bool = False) -> str | Document:
     row: Document = {"type": _type_of(node)}
     if merge_key := node.get("x-kubernetes-patch-merge-key"):
         row["mergeKey"] = merge_key
@@ -104,6 +119,10 @@ def _build_field(node: Document) -> str | Document:
         row["keys"] = keys
     if node.get("x-kubernetes-list-type") == "set":
         row["set"] = True
+    if is_required:
+        row["required"] = True
+    if choices := [choice for choice in node.get("enum", ()) if choice]:
+        row["choices"] = choices
     return row if len(row) > 1 else str(row["type"])
 
 

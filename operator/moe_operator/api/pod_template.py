@@ -1,8 +1,8 @@
 """The check of a `podTemplate`: part of a pod template, merged into the operator's own by a strategic merge. Pure.
 
-It finds what the API server would refuse or the merge would misread: unknown fields, values of another type, entries of
-a list that stand twice, and directives of the merge that are not supported. What is left (names, ranges, fields that
-exclude each other) the API server checks before anything of a change is applied.
+It finds what the API server would refuse or the merge would misread: unknown fields, values of another type or out of a
+closed set, entries of a list that stand twice, and directives of the merge that are not supported. What needs the
+merged pod (fields that are missing or exclude each other, ranges) is in `moe_operator.plan.pod_rules`.
 """
 
 import re
@@ -67,6 +67,9 @@ def _check(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:
         yield from _check_structure(value, field.type, place)
     elif problem := _plain_problem(value, field.type):
         yield place, problem
+    elif value and field.choices and value not in field.choices:
+        # An empty one stands for the default.
+        yield place, unknown_choice("", value, field.choices).message
 
 
 def _check_structure(value: Any, type_name: str, place: Location) -> Iterator[Mistake]:

@@ -32,7 +32,9 @@ class Reason(StrEnum):
     INFERENCE_POOL_MISSING = "InferencePoolMissing"
     NOT_PERMITTED = "NotPermitted"
     FAILED_CREATE = "FailedCreate"
+    FAILED_DELETE = "FailedDelete"
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
+    GATEWAYS_NOT_SCALED = "GatewaysNotScaled"
 
     # A resource that ends.
     DELETING = "Deleting"

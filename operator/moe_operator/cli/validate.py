@@ -14,6 +14,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_operator.api import load_resource
 from moe_operator.api.crd import render_crd
 from moe_operator.plan import Defaults, Observed, plan_cluster
+from moe_operator.plan.ignored import find_nulls
 
 INVALID = 2
 
@@ -24,9 +25,14 @@ def validate(file: File) -> None:
     """Check a file: status 0 when it is valid, 2 with one line per error when not.
 
     What only a plan for a cluster shows is checked too, such as a volume that clashes with one of the operator's own.
+    What is valid here and changes on its way into a cluster is a note on stderr.
     """
     with input_errors_shown():
-        plan_cluster(load_resource(file), "default", Observed(tokens=("",)), Defaults())
+        resource = load_resource(file)
+        plan_cluster(resource, "default", Observed(tokens=("",)), Defaults())
+    for path in find_nulls(resource):
+        advice = "a null reaches the cluster with `kubectl apply --server-side` alone; `$patch: delete` always does"
+        typer.echo(one_line(f"note: {path}: {advice}"), err=True)
     typer.echo(f"{one_line(str(file))}: valid")
 
 

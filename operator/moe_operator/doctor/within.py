@@ -11,7 +11,7 @@ from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.doctor.check import Check, note, ok, problem
 from moe_operator.kubernetes.conditions import LIMITED, read_conditions
 from moe_operator.kubernetes.diagnosis import IMAGE_REASONS
-from moe_operator.plan.pod_status import is_ready
+from moe_operator.plan.pod_status import is_over, is_ready
 
 DNS_NAMESPACE, DNS_SELECTOR = "kube-system", "k8s-app=kube-dns"
 _MOST = 3
@@ -22,6 +22,7 @@ def check_images(pods: Sequence[Document] | ApiError) -> Check:
     name = "images"
     if isinstance(pods, ApiError):
         return note(name, f"not known: {pods}", "ask somebody who may list pods")
+    pods = _still_running(pods)
     if failed := list(dict.fromkeys(_find_failed(pods))):
         more = f" and {len(failed) - _MOST} more" if len(failed) > _MOST else ""
         advice = "check the name, the registry, and `imagePullSecrets` of the pod template"
@@ -30,6 +31,11 @@ def check_images(pods: Sequence[Document] | ApiError) -> Check:
     if not pulled:
         return note(name, "no pod of ours has pulled one yet, so it is not known whether they can be pulled")
     return ok(name, f"{len(pulled)} were pulled by nodes for {len(pods)} pods")
+
+
+def _still_running(pods: Sequence[Document]) -> list[Document]:
+    """The pods but for those that are over: evicted ones stay objects for a while."""
+    return [pod for pod in pods if not is_over(pod)]
 
 
 def _containers(pod: Document) -> list[Document]:
@@ -50,6 +56,7 @@ def check_dns(pods: Sequence[Document] | ApiError) -> Check:
     name, place = "cluster DNS", f"{DNS_NAMESPACE}, {DNS_SELECTOR}"
     if isinstance(pods, ApiError):
         return note(name, f"not known: {pods}", f"ask somebody who may list pods of {DNS_NAMESPACE}")
+    pods = _still_running(pods)
     if not pods:
         return note(name, f"not known: there are no pods of the usual one ({place})")
     ready = sum(map(is_ready, pods))

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from moe_operator.kubernetes.difference import is_covered, needs_apply, was_appl
 from moe_operator.kubernetes.failure import AWAY, TERSE
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
+from moe_operator.kubernetes.waits import wait_for_object
 from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER, OWNER, Names
 from moe_operator.plan.owners import is_child, is_owned
 from moe_operator.plan.references import find_references
@@ -51,12 +53,19 @@ class Applied:
         missing: names of kinds that the plan has and the cluster lacks.
         foreign: one of the refusals is an object of somebody else with the name of a child.
         waiting: an object is being deleted and must be gone first.
+        ending: objects whose deletion something holds; each is made anew once it is gone.
     """
 
     refused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     foreign: bool = False
     waiting: bool = False
+    ending: list[Document] = field(default_factory=list)
+
+    def overdue(self) -> list[str]:
+        """Objects whose deletion is held for longer than it should be, in words."""
+        now = datetime.now(UTC)
+        return [f"{_title(live)} {_held(live)}" for live in self.ending if wait_for_object(live, now).is_over(now)]
 
     def note_foreign(self, wanted: Document) -> str:
         """Notes that an object of somebody else has this name; returns the refusal to touch it."""
@@ -93,6 +102,7 @@ class Children:
         ]
         if result.waiting:
             return result
+        result.waiting = bool(result.ending)
         unread = await self._look_for_strangers(key, changed, result) if key in self._careful else []
         if result.foreign:
             await self._undo(key)
@@ -181,9 +191,12 @@ class Children:
                 result.refused.append(result.note_foreign(wanted))
             elif is_ending and kind == CLAIM:
                 result.refused.append(f"{_title(wanted)} {_ENDING}")
+            elif live is not None and is_ending and is_owned(live, owner):
+                result.ending.append(live)
             elif live is not None and (is_ending or not (is_kept or is_owned(live, owner))):
                 # Of a resource of the same name that is gone: its remains go first.
                 result.waiting = True
+                result.ending += [live] if is_ending else []
             elif needs_apply(wanted, live):
                 changed.append(wanted)
         return changed
@@ -357,6 +370,11 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(*parts: Document) -> bytes:
     return sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _held(live: Document) -> str:
+    by = ", ".join(live["metadata"].get("finalizers") or ()) or "its controller"
+    return f"is being deleted, which {by} holds; once it is gone it is made anew"
 
 
 def _title(document: Document) -> str:

@@ -21,7 +21,19 @@ from moe_operator.plan.pod_status import GATED, component_of, condition_of, is_l
 
 Document = dict[str, Any]
 
-IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError"}
+# Why a container waits, as the kubelet has it (k8s.io/kubernetes v1.34: images/types.go, cri-api errors).
+IMAGE_REASONS = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "ImageInspectError",
+    "RegistryUnavailable",
+    "SignatureValidationFailed",
+}
+# These say nothing by themselves: events, or how the container ended before, say more.
+_ON_ITS_WAY = {"", "ContainerCreating", "PodInitializing", "CrashLoopBackOff"}
+_SECRET_NOT_FOUND = re.compile(r'secret "([^"]+)" not found', re.IGNORECASE)
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
 # A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
 UNSEEN_FOR = timedelta(seconds=60)
@@ -140,11 +152,17 @@ def _waiting(pod: Document, container: Document, image: str) -> Iterator[Finding
         advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
         yield _finding(pod, Reason.IMAGE_CANNOT_BE_PULLED, advice, f"{reason}: {detail}")
     elif reason == "CreateContainerConfigError" and "secret" in detail.lower():
-        advice = "make the Secret that spec.model.tokenSecret names"
+        absent = _SECRET_NOT_FOUND.search(detail)
+        advice = (
+            f"make the Secret {absent[1]}, which spec.model.tokenSecret or a podTemplate names"
+            if absent
+            else "add the key to the Secret, or name another one"
+        )
         yield _finding(pod, Reason.SECRET_MISSING, advice, detail)
     elif reason == "CreateContainerConfigError":
         yield _finding(pod, Reason.CONTAINER_CANNOT_START, "correct the pod's configuration", detail)
-    elif reason in ("CreateContainerError", "RunContainerError"):
+    elif reason not in _ON_ITS_WAY:
+        # Whatever a newer kubelet calls it: what only passes has a name above.
         advice = "the container cannot be started"
         yield _finding(pod, Reason.CONTAINER_CANNOT_START, advice, f"{reason}: {detail}")
 

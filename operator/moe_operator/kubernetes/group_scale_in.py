@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import aiohttp
 from moe_contract.api_server import CONFLICT, ApiError
 
 from moe_operator.autoscale.signal import States
@@ -170,11 +169,10 @@ class GroupDrains:
     Args:
         api: for every change, and for the lead, without which no agent is asked.
         store: the cluster as it was last seen.
-        session: for calls to agents.
     """
 
-    def __init__(self, api: Api, store: Store, session: aiohttp.ClientSession) -> None:
-        self._api, self._store, self._session = api, store, session
+    def __init__(self, api: Api, store: Store) -> None:
+        self._api, self._store = api, store
         # Leaders that were asked, by uid, and whether they drain: the newest state may be older than that.
         self._asked: dict[Key, dict[str, bool]] = {}
 
@@ -216,7 +214,7 @@ class GroupDrains:
             peer = by_uid.get(uid)
             async with room:
                 self._api.check_lead("drain")
-                problem = "it has no address" if peer is None else await drain(self._session, peer, tokens)
+                problem = "it has no address" if peer is None else await drain(peer, tokens)
                 asked[uid] = not problem
             if problem:
                 log.warning("%s: the group of leader %s is not waited for: %s", key, name, problem)

@@ -134,7 +134,7 @@ def _place(pod: Document) -> tuple[str, int] | None:
     if not is_in_group(pod) or component_of(pod) != ENGINE:
         return None
     name = _POD_NAME.fullmatch(_name(pod))
-    if LWS_GROUP_INDEX in labels:
+    if labels.get(LWS_GROUP_INDEX, "").isdecimal():
         workload = labels.get(LWS_NAME) or (name["workload"] if name else _name(pod))
         return workload, int(labels[LWS_GROUP_INDEX])
     return (name["workload"], int(name["index"])) if name else None
@@ -142,7 +142,9 @@ def _place(pod: Document) -> tuple[str, int] | None:
 
 def _build_group(place: tuple[str, int], members: Sequence[Document], nodes: int) -> PodGroup:
     leaders = [pod for pod in members if pod["metadata"]["labels"][LWS_WORKER_INDEX] == "0"]
-    sizes = [int(pod["metadata"].get("annotations", {}).get(LWS_SIZE, nodes)) for pod in members]
+    said = [str(pod["metadata"].get("annotations", {}).get(LWS_SIZE, "")) for pod in members]
+    # A pod of a person may have the labels and say anything.
+    sizes = [int(size) if size.isdecimal() else nodes for size in said]
     return PodGroup(
         workload=place[0],
         index=place[1],

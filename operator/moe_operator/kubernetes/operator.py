@@ -42,6 +42,11 @@ KINDS_EVERY_S = 60.0
 log = logging.getLogger("moeserving.operator")
 
 
+def most_background(workers: int) -> int:
+    """The workers that may look at what did not change: a quarter, at least one of several, is kept for changes."""
+    return max(1, workers - max(1, workers // 4))
+
+
 class _NoDifferences(kopf.DiffBaseStorage):
     """Keeps kopf from comparing each object with one of before: no handler here asks for the difference."""
 
@@ -65,7 +70,7 @@ class Operator:
     def __init__(self, settings: OperatorSettings) -> None:
         self._settings, self._server = settings, ApiServer()
         self._store: Store = Store()
-        self._queue: WorkQueue[Key] = WorkQueue()
+        self._queue: WorkQueue[Key] = WorkQueue(most_background(settings.workers))
         self._stop = asyncio.Event()
         self._metrics = Metrics(self._queue, self._store)
 

@@ -4,17 +4,19 @@ A state is accepted, and settings with the control token are sent, only where `i
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import aiohttp
 from moe_contract.addresses import http_url
 from moe_contract.agent_state import AgentState
-from moe_contract.clients import AgentClient, GatewayClient, PeerError
+from moe_contract.clients import AgentClient, GatewayClient, PeerError, Refused
 from moe_contract.engine_process import ADMIN_PORT_NAME, AGENT_PORT_NAME
 from moe_contract.experts_state import ExpertsState
 from moe_contract.gateway_state import GatewayState
+from moe_contract.one_connection import one_connection
 
 from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.identity import Identity, judge_identity, says_uid
@@ -24,6 +26,7 @@ from moe_operator.plan.written_settings import build_body, differs_from
 
 Document = dict[str, Any]
 Answer = TypeVar("Answer")
+Client = TypeVar("Client", AgentClient, GatewayClient)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,34 +118,46 @@ async def _or_none(call: Coroutine[Any, Any, Answer]) -> Answer | None:
         return None
 
 
-async def put_settings(
-    session: aiohttp.ClientSession, peer: Peer, settings: Mapping[str, Any], tokens: Sequence[str]
-) -> str:
-    """Gives a running peer other settings; empty when it took them, else why not.
-
-    It is asked for its identity once more just before, for the token goes out with the settings.
-    """
-    client = AgentClient if peer.component == ENGINE else GatewayClient
-    try:
-        state = await client(session, peer.url).state()
-        if judge_identity(peer.uid, peer.says_uid, state) is not Identity.PROVED:
-            return "another pod answers at its address"
-        await client(session, peer.url).put_settings(settings, tokens)
-    except PeerError as error:
-        return str(error)
-    return ""
+async def put_settings(peer: Peer, settings: Mapping[str, Any], tokens: Sequence[str]) -> str:
+    """Gives a running peer other settings; empty when it took them, else why not."""
+    if peer.component == ENGINE:
+        return await _control(peer, AgentClient, lambda client, token: client.put_settings(settings, (token,)), tokens)
+    return await _control(peer, GatewayClient, lambda client, token: client.put_settings(settings, (token,)), tokens)
 
 
-async def drain(session: aiohttp.ClientSession, peer: Peer, tokens: Sequence[str]) -> str:
+async def drain(peer: Peer, tokens: Sequence[str]) -> str:
     """Has an engine take nothing new and end once its streams are over; empty when it does, else why not."""
-    client = AgentClient(session, peer.url)
-    try:
-        if judge_identity(peer.uid, peer.says_uid, await client.state()) is not Identity.PROVED:
-            return "another pod answers at its address"
-        await client.drain(tokens)
-    except PeerError as error:
-        return str(error)
-    return ""
+    return await _control(peer, AgentClient, lambda client, token: client.drain((token,)), tokens)
+
+
+async def _control(
+    peer: Peer,
+    kind: Callable[[aiohttp.ClientSession, str], Client],
+    call: Callable[[Client, str], Coroutine[Any, Any, None]],
+    tokens: Sequence[str],
+) -> str:
+    """Makes a control call; empty when it was taken, else why not.
+
+    The token goes out on the very connection on which the peer has just said its uid. After a 401 the next token has
+    its turn, for while one is being replaced a peer may know only the old one yet.
+    """
+    problem = "cannot be changed: no control token"
+    for token in tokens:
+        try:
+            async with one_connection() as session:
+                client = kind(session, peer.url)
+                if judge_identity(peer.uid, peer.says_uid, await client.state()) is not Identity.PROVED:
+                    return "another pod answers at its address"
+                await call(client, token)
+        except Refused as error:
+            problem = str(error)
+            if error.status != HTTPStatus.UNAUTHORIZED:
+                return problem
+        except PeerError as error:
+            return str(error)
+        else:
+            return ""
+    return problem
 
 
 def differs(wanted: Mapping[str, Any], peer: Peer, states: States) -> bool:

@@ -21,10 +21,15 @@ from moe_operator.kubernetes.disruptions import find_disrupted, find_lost
 from moe_operator.kubernetes.event_problems import Suspect, find_suspects, read_events
 from moe_operator.kubernetes.finding import Finding
 from moe_operator.kubernetes.group_history import GroupHistory
-from moe_operator.kubernetes.kinds import EVENT
+from moe_operator.kubernetes.kinds import AUTOSCALER, EVENT
+from moe_operator.kubernetes.scaler_problems import find_inactive_scalers
 from moe_operator.kubernetes.serving import find_blind_gateways
 from moe_operator.kubernetes.store import Key, Store
-from moe_operator.kubernetes.workload_problems import find_deadlines, find_failures_to_create
+from moe_operator.kubernetes.workload_problems import (
+    find_deadlines,
+    find_failures_to_create,
+    find_failures_to_delete,
+)
 
 Document = dict[str, Any]
 # Kubelets and controllers repeat a failure every few seconds to minutes.
@@ -41,11 +46,13 @@ class Problems:
         findings: what is wrong, the first of each reason; what keeps pods from being made comes first.
         gated: pods that a queueing system holds back, in words.
         disrupted: pods that Kubernetes takes away, in words.
+        ripens: something may become a finding by time alone, though no pod does.
     """
 
     findings: tuple[Finding, ...] = ()
     gated: tuple[str, ...] = ()
     disrupted: tuple[str, ...] = ()
+    ripens: bool = False
 
 
 class ProblemFinder:
@@ -71,6 +78,7 @@ class ProblemFinder:
         """The problems of a resource as of now; `nodes` is how many one engine spans."""
         now = datetime.now(UTC)
         workloads = [live for _, live in self._store.children(key, WORKLOADS)]
+        inactive, ripens = find_inactive_scalers((live for _, live in self._store.children(key, (AUTOSCALER,))), now)
         found = [
             *find_failures_to_create(workloads),
             *find_problems(pods, states, now, workloads),
@@ -78,12 +86,15 @@ class ProblemFinder:
             *self._groups.observe(key, pods, nodes, now),
             *await self._from_events(key, find_suspects(pods, workloads, now), now),
             *find_blind_gateways(pods, states, now),
+            *find_failures_to_delete(workloads),
             *find_deadlines(workloads),
+            *inactive,
         ]
         return Problems(
             findings=tuple(first_of_each_reason(found)),
             gated=tuple(find_gated(pods)),
             disrupted=tuple(find_disrupted(pods)),
+            ripens=ripens,
         )
 
     async def _from_events(self, key: Key, suspects: list[Suspect], now: datetime) -> list[Finding]:

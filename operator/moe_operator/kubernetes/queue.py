@@ -20,9 +20,14 @@ class WorkQueue(Generic[Item]):
     """Items to work on, with a delay and a backoff for each.
 
     What was added goes first. In the background is what comes because time passes, and what `add_in_background` added.
+
+    Args:
+        most_background: items of the background that are in work at a time; None: as many as there are workers. A pass
+            can wait for pods that do not answer, and a change is to find a worker all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_background: int | None = None) -> None:
+        self._most_background, self._in_background = most_background, set[Item]()
         self._ready: dict[Item, None] = {}
         self._background: dict[Item, None] = {}
         self._in_a_row = 0
@@ -68,7 +73,7 @@ class WorkQueue(Generic[Item]):
         """Waits for the next item; `done` or `failed` has to follow."""
         while True:
             wait_s = self._release_due()
-            if self:
+            if self._ready or self._may_look():
                 item = self._next()
                 self._busy.add(item)
                 return item
@@ -97,17 +102,29 @@ class WorkQueue(Generic[Item]):
 
     def _finish(self, item: Item) -> None:
         self._busy.discard(item)
+        if item in self._in_background:
+            self._in_background.discard(item)
+            # Another of the background may have its turn.
+            self._changed.set()
         if item in self._again:
             (self.add_in_background if self._again.pop(item) else self.add)(item)
 
     def _next(self) -> Item:
         """Takes the first item out: a changed one, and now and then one of the background."""
-        is_change = bool(self._ready) and not (self._background and self._in_a_row >= SHARE - 1)
-        self._in_a_row = self._in_a_row + 1 if is_change and self._background else 0
+        may_look = self._may_look()
+        is_change = bool(self._ready) and not (may_look and self._in_a_row >= SHARE - 1)
+        self._in_a_row = self._in_a_row + 1 if is_change and may_look else 0
         waiting = self._ready if is_change else self._background
         item = next(iter(waiting))
         del waiting[item]
+        if not is_change:
+            self._in_background.add(item)
         return item
+
+    def _may_look(self) -> bool:
+        """Whether an item of the background waits and may be worked on now."""
+        most = self._most_background
+        return bool(self._background) and (most is None or len(self._in_background) < most)
 
     def _release_due(self) -> float | None:
         """Makes ready what is due; time until the next, None without one."""

@@ -41,7 +41,7 @@ from moe_operator.kubernetes.ending import FINALIZER, REFUSED_S, Ending
 from moe_operator.kubernetes.event_recorder import EventRecorder
 from moe_operator.kubernetes.failure import SEE_LOG, Parts, PassFailed, describe
 from moe_operator.kubernetes.group_scale_in import GroupChanges, GroupDrains, begun_goal, with_scale_in
-from moe_operator.kubernetes.groups import describe_rollout, read_nodes, whole_replicas
+from moe_operator.kubernetes.groups import read_nodes, whole_replicas
 from moe_operator.kubernetes.kinds import CHILDREN, INFERENCE_POOL, LEADER_WORKER_SET, POD, SERVING
 from moe_operator.kubernetes.named_claims import NamedClaims
 from moe_operator.kubernetes.namespaces import Namespaces
@@ -53,7 +53,8 @@ from moe_operator.kubernetes.peers import Peer, build_change, differs, fetch_exp
 from moe_operator.kubernetes.problems import ProblemFinder
 from moe_operator.kubernetes.quiet import is_quiet
 from moe_operator.kubernetes.report import build_status, numbers_due_s
-from moe_operator.kubernetes.role_rollout import describe_wait, roll_in_turn
+from moe_operator.kubernetes.role_rollout import roll_in_turn
+from moe_operator.kubernetes.rollouts import find_rollouts
 from moe_operator.kubernetes.serving import GatewayEndpoints
 from moe_operator.kubernetes.state_streams import StateStreams, numbers_interval_s
 from moe_operator.kubernetes.store import Key, Store
@@ -74,6 +75,8 @@ from moe_operator.plan.names import Names
 Document = dict[str, Any]
 # While something is on its way, and while all is well but not every change comes by itself.
 SOON_S, STEADY_S = 2.0, 15.0
+# While time alone can make something a finding.
+RIPENS_S = 10.0
 
 log = logging.getLogger("moeserving.operator")
 
@@ -124,7 +127,7 @@ class Reconciler:
         self._ending = Ending(api, store, self._children, self._namespaces, self._notices, blind_spot)
         self._sources, self._others = Sources(session), OtherAutoscalers(api)
         self._streams = StateStreams(session, lambda *_: None) if streams is None else streams
-        self._groups, self._traffic = GroupDrains(api, store, session), TrafficWatch()
+        self._groups, self._traffic = GroupDrains(api, store), TrafficWatch()
         self._kinds = kinds
 
     async def reconcile(self, key: Key) -> float | None:
@@ -291,7 +294,7 @@ class Reconciler:
             (peer, build_change(settings, peer, states)) for peer, settings in wanted if differs(settings, peer, states)
         ]
         answers = await asyncio.gather(
-            *(put_settings(self._session, peer, settings, current.observed.tokens) for peer, settings in behind)
+            *(put_settings(peer, settings, current.observed.tokens) for peer, settings in behind)
         )
         for (peer, _), problem in zip(behind, answers, strict=True):
             log.log(logging.WARNING if problem else logging.INFO, "settings for %s: %s", peer.pod, problem or "taken")
@@ -309,13 +312,13 @@ class Reconciler:
         names = Names(current.key.name)
         problems = await self._problems.find(current.key, current.pods, current.states, read_nodes(current.document))
         inputs = ConditionInputs(
-            refused="; ".join([*applied.refused, *_other_missing(applied)]),
+            refused="; ".join([*applied.refused, *applied.overdue(), *_other_missing(applied)]),
             failed=_failed(failures),
             missing_kinds=tuple(applied.missing),
             desired=plan.replicas,
             desired_roles={row.role: row.count.replicas for row in plan.roles},
             rolling=(
-                *_rolling(self._store, current.key),
+                *find_rollouts(self._store, current.key),
                 *moves,
                 *self._find_remains(current.key),
             ),
@@ -325,9 +328,10 @@ class Reconciler:
             limited=limited,
             has_experts=current.resource.spec.engine.parallelism.expert,
         )
-        return await self._write_status(
+        after_s = await self._write_status(
             current.key, current.document, names, inputs, current.pods, current.states, current.experts
         )
+        return min(after_s, RIPENS_S) if problems.ripens else after_s
 
     def _find_remains(self, key: Key) -> list[str]:
         return find_remains(live for _, live in self._store.children(key, CHILDREN))
@@ -352,13 +356,26 @@ class Reconciler:
     async def _report_failure(
         self, key: Key, problem: str, states: States, experts: Mapping[str, ExpertsState]
     ) -> None:
-        """Says in the status that a pass failed; where that cannot be written either, the log has both."""
+        """Says in the status that a pass failed; where that cannot be written either, the log has both.
+
+        Where the rest of the status cannot be computed the condition alone says it.
+        """
         document = self._store.serving(key)
         if document is None:
             return
+        said = _failed([problem])
         try:
-            inputs = ConditionInputs(failed=_failed([problem]), desired=self._live_replicas(key))
-            await self._write_status(key, document, Names(key.name), inputs, self._store.of(key, POD), states, experts)
+            inputs = ConditionInputs(failed=said, desired=self._live_replicas(key))
+            try:
+                await self._write_status(
+                    key, document, Names(key.name), inputs, self._store.of(key, POD), states, experts
+                )
+            except (ApiError, NotLeading):
+                raise
+            except Exception:
+                log.exception("%s: no status but for the failure", key)
+                verdict = (ConditionStatus.TRUE, Reason.RECONCILE_ERROR, said)
+                await self._notices.write(document, {DEGRADED: verdict}, datetime.now(UTC))
         except NotLeading:
             raise
         except Exception as error:
@@ -473,25 +490,3 @@ def _without_server_fields(document: Document) -> Document:
     known = ("name", "namespace", "labels", "annotations")
     metadata = {name: value for name, value in document["metadata"].items() if name in known}
     return {name: value for name, value in document.items() if name != "status"} | {"metadata": metadata}
-
-
-def _rolling(store: Store, key: Key) -> list[str]:
-    """Workloads of which not all pods are of the newest template yet."""
-    rolling = []
-    for kind, live in store.children(key, WORKLOADS):
-        spec, status = live.get("spec", {}), live.get("status", {})
-        wanted, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
-        if kind == LEADER_WORKER_SET and not _is_unseen(live):
-            rolling.append(describe_rollout(live, store.of(key, POD)))
-        elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
-            numbers = f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date"
-            rolling.append(numbers + describe_wait(live, store.of(key, POD)))
-    return [text for text in rolling if text]
-
-
-def _is_unseen(workload: Document) -> bool:
-    """Whether its controller has not looked at the newest template; that of LeaderWorkerSets up to v0.7 never says."""
-    status = workload.get("status", {})
-    if "observedGeneration" not in status:
-        return not (workload["kind"] == LEADER_WORKER_SET.name and status.get("conditions"))
-    return bool(status["observedGeneration"] < workload["metadata"].get("generation", 0))

@@ -1,7 +1,8 @@
 """Problems that stand in the conditions of Deployments. Pure.
 
 The Deployment controller copies `ReplicaFailure` from the ReplicaSet: pods that may not be made, because of a quota, a
-Pod Security Standard, a SecurityContextConstraint or a webhook. It takes it away once they could be made.
+Pod Security Standard, a SecurityContextConstraint or a webhook, or that may not be deleted. It takes it away once they
+could be. A ReplicaSet that may not be made itself stands in `Progressing`, as a rollout past its deadline does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,26 +13,38 @@ from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.plan.names import COMPONENT
 
 Document = dict[str, Any]
-# A paused rollout is Progressing=Unknown.
-_REASONS = ("FailedCreate", "ProgressDeadlineExceeded")
 FORBIDDEN_ADVICE = "pods may not be made; see quotas, Pod Security and podTemplate"
 
 
 def find_failures_to_create(workloads: Iterable[Document]) -> list[Finding]:
     """What keeps the controllers of workloads from making pods."""
-    return [*_find(workloads, "ReplicaFailure", "True", Reason.FAILED_CREATE, FORBIDDEN_ADVICE)]
+    found, rows = Reason.FAILED_CREATE, [*workloads]
+    return [
+        *_find(rows, ("ReplicaFailure", "True", "FailedCreate"), found, FORBIDDEN_ADVICE),
+        *_find(rows, ("Progressing", "False", "ReplicaSetCreateError"), found, FORBIDDEN_ADVICE),
+    ]
+
+
+def find_failures_to_delete(workloads: Iterable[Document]) -> list[Finding]:
+    """What keeps the controllers of workloads from deleting pods: they hold what they have, as after a scale-in."""
+    advice = "pods may not be deleted; see webhooks and admission policies"
+    return [*_find(workloads, ("ReplicaFailure", "True", "FailedDelete"), Reason.FAILED_DELETE, advice)]
 
 
 def find_deadlines(workloads: Iterable[Document]) -> list[Finding]:
     """Rollouts that have made no progress for the time that an engine or a gateway has to start."""
     advice = "the rollout makes no progress; look at its newest pods"
-    return [*_find(workloads, "Progressing", "False", Reason.PROGRESS_DEADLINE_EXCEEDED, advice)]
+    condition = ("Progressing", "False", "ProgressDeadlineExceeded")
+    return [*_find(workloads, condition, Reason.PROGRESS_DEADLINE_EXCEEDED, advice)]
 
 
-def _find(workloads: Iterable[Document], kind: str, status: str, reason: Reason, advice: str) -> Iterator[Finding]:
+def _find(
+    workloads: Iterable[Document], condition: tuple[str, str, str], reason: Reason, advice: str
+) -> Iterator[Finding]:
+    """A finding for each workload with this condition: type, status and reason."""
     for live in workloads:
         for row in live.get("status", {}).get("conditions") or ():
-            if (row.get("type"), row.get("status")) == (kind, status) and row.get("reason") in _REASONS:
+            if (row.get("type"), row.get("status"), row.get("reason")) == condition:
                 yield build_finding(
                     reason,
                     advice,

@@ -4,7 +4,12 @@ What means something only in a cluster has no effect on one machine; the placeme
 that are spread.
 """
 
+from collections.abc import Iterator, Mapping
+
+from moe_scheduling.engine.disaggregation import EngineRole
+
 from moe_operator.api.resource import MoEServing
+from moe_operator.plan.role_override import role_template
 
 _ONLY_IN_A_CLUSTER = (
     ("model", "tokenSecret"),
@@ -44,6 +49,25 @@ def find_idle(resource: MoEServing) -> list[str]:
         return []
     spec = resource.model_dump(mode="json", by_alias=True, exclude_defaults=True).get("spec", {})
     return [f"spec.scheduling.expert.{name}" for name in spec.get("scheduling", {}).get("expert", {})]
+
+
+def find_nulls(resource: MoEServing) -> list[str]:
+    """Paths of the nulls in pod templates, which a client-side `kubectl apply` leaves out."""
+    engine, gateway = resource.spec.engine, resource.spec.gateway
+    templates = {"spec.engine.podTemplate": engine.pod_template, "spec.gateway.podTemplate": gateway.pod_template}
+    for role in (EngineRole.PREFILL, EngineRole.DECODE):
+        template, path = role_template(resource, role)
+        templates[path] = template
+    return [f"{path}{place}" for path, template in templates.items() for place in _nulls(template)]
+
+
+def _nulls(value: object) -> Iterator[str]:
+    if value is None:
+        yield ""
+    elif isinstance(value, Mapping):
+        yield from (f".{name}{rest}" for name, part in value.items() for rest in _nulls(part))
+    elif isinstance(value, list | tuple):
+        yield from (f"[{index}]{rest}" for index, part in enumerate(value) for rest in _nulls(part))
 
 
 def _is_set(document: object, path: tuple[str, ...]) -> bool:

@@ -22,11 +22,6 @@ _REPLACEABLE_VOLUMES = {HOME_VOLUME, TEMPORARY_VOLUME}
 # The beginning of the names of volumes with Secrets.
 SECRET_VOLUME = "secret-"
 _CLOSED_VOLUMES = {"config", "control", "settings", "run", "shm", "models"}
-_PROBE_HANDLERS = ("exec", "grpc", "httpGet", "tcpSocket")
-_HANDLERS = {
-    **dict.fromkeys(("livenessProbe", "readinessProbe", "startupProbe"), _PROBE_HANDLERS),
-    **dict.fromkeys(("lifecycle.postStart", "lifecycle.preStop"), ("exec", "httpGet", "sleep", "tcpSocket")),
-}
 _RESERVED_ENV = {RUN_DIR_VARIABLE, EXPERT_GROUP_VARIABLE, KV_TRANSFER_VARIABLE}
 # Of a container, where nothing but these may lie, or may be mounted at all.
 _SYSTEM_FOLDERS = ("/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr")
@@ -57,7 +52,6 @@ def find_clashes(
         yield from _port_losses(container, containers[name], place)
         yield from _port_clashes(container, given.get("containers"), f"{path}.spec.containers")
         yield from _mount_clashes(container, theirs, containers[name], f"{place}.volumeMounts")
-        yield from _handler_clashes(containers[name], place)
         yield from _env_clashes(container, theirs, containers[name], f"{place}.env", fields)
     yield from _name_clashes(spec, f"{path}.spec.initContainers")
     for kind in ("containers", "initContainers"):
@@ -183,21 +177,6 @@ def _env_clashes(
     for name in sorted(referring | ((_RESERVED_ENV | fields.keys()) & places.keys())):
         owner = f"is set by {fields[name]}; take one of the two away" if name in fields else "is the operator's own"
         yield InputError(places.get(name, path), f"{name} {owner}")
-
-
-def _handler_clashes(merged: Document, place: str) -> Iterator[InputError]:
-    """Probes and hooks that have not one handler: a merge lays another one beside the operator's."""
-    for part, handlers in _HANDLERS.items():
-        found: Any = merged
-        for name in part.split("."):
-            found = (found or {}).get(name)
-        there = sorted(set(handlers) & found.keys()) if found is not None else handlers[:1]
-        if len(there) != 1:
-            has = " and ".join(there) or "none"
-            advice = (
-                "with `$patch: replace` beside yours the operator's goes" if there else "`$patch: delete` removes it"
-            )
-            yield InputError(f"{place}.{part}", f"one of {', '.join(handlers)} is needed, got {has}; {advice}")
 
 
 def _gaps(spec: Document, given: Any, kind: str, path: str, own: str) -> Iterator[InputError]:

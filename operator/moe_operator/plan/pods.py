@@ -59,6 +59,7 @@ from moe_operator.plan.pod_environment import (
     build_writable_volumes,
     with_cluster_names,
 )
+from moe_operator.plan.pod_rules import find_broken_rules
 from moe_operator.plan.role_override import at_role, role_template
 from moe_operator.plan.roles import build_disaggregation, build_transfer
 from moe_operator.plan.written_settings import as_json
@@ -372,7 +373,9 @@ def _merged(base: dict[str, Any], patch: PodTemplate, path: str, fields: Mapping
     if not patch:
         return base
     merged = merge_template(base, patch)
-    if clashes := [*find_clashes(base, patch, merged, path, fields)]:
+    clashes = [*find_clashes(base, patch, merged, path, fields)]
+    clashes += find_broken_rules(patch.get("spec") or {}, merged.get("spec") or {}, f"{path}.spec")
+    if clashes:
         raise InvalidInput(sorted(clashes))
     metadata = merged.setdefault("metadata", {})
     # Selectors, and the file that the container reads, are the operator's own.

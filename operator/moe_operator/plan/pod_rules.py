@@ -1,0 +1,342 @@
+"""What the API server asks of a pod beyond its types: needed fields, ranges, fields that exclude each other.
+
+Checked where a user's template has touched a structure, on the pod as it is merged, so that a gap which the operator's
+own part fills is none. Names of the structures, needed fields and closed sets are those of the Kubernetes API
+(`moe_operator.api.pod_schema`); the other rules are those of k8s.io/kubernetes v1.34, pkg/apis/core/validation. What
+is not here the API server finds before anything of a change is applied. Pure.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from ipaddress import ip_address
+from itertools import chain
+from typing import Any
+
+from moe_contract.input_errors import InputError, render_choices, unknown_choice
+
+from moe_operator.api.pod_schema import LIST, ROOT, PodField, load_types
+
+Document = Mapping[str, Any]
+Mistake = tuple[str, str]
+Rule = Callable[[Document], Iterator[Mistake]]
+
+MOST_ID, MOST_MODE, MOST_PORT = 2**31 - 1, 0o777, 65535
+_ANY = float("inf")
+_MODE, _PORT, _COUNT, _ID, _WEIGHT = (0, MOST_MODE), (1, MOST_PORT), (0, _ANY), (0, MOST_ID), (1, 100)
+_RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "ConfigMapVolumeSource": {"defaultMode": _MODE},
+    "ContainerPort": {"containerPort": _PORT, "hostPort": (0, MOST_PORT)},
+    "DownwardAPIVolumeFile": {"mode": _MODE},
+    "DownwardAPIVolumeSource": {"defaultMode": _MODE},
+    "GRPCAction": {"port": _PORT},
+    "HTTPGetAction": {"port": _PORT},
+    "KeyToPath": {"mode": _MODE},
+    "PodSecurityContext": dict.fromkeys(("fsGroup", "runAsGroup", "runAsUser"), _ID),
+    "PodSpec": {"terminationGracePeriodSeconds": _COUNT},
+    "PreferredSchedulingTerm": {"weight": _WEIGHT},
+    "Probe": {
+        **dict.fromkeys(
+            ("failureThreshold", "initialDelaySeconds", "periodSeconds", "successThreshold", "timeoutSeconds"), _COUNT
+        ),
+        "terminationGracePeriodSeconds": (1, _ANY),
+    },
+    "ProjectedVolumeSource": {"defaultMode": _MODE},
+    "SecretVolumeSource": {"defaultMode": _MODE},
+    "SecurityContext": dict.fromkeys(("runAsGroup", "runAsUser"), _ID),
+    "ServiceAccountTokenProjection": {"expirationSeconds": (600, 2**32)},
+    "SleepAction": {"seconds": _COUNT},
+    "TCPSocketAction": {"port": _PORT},
+    "TopologySpreadConstraint": {"maxSkew": (1, _ANY), "minDomains": (1, _ANY)},
+    "WeightedPodAffinityTerm": {"weight": _WEIGHT},
+}
+# Closed sets that the API describes in words alone.
+_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "ContainerResizePolicy": {
+        "resourceName": ("cpu", "memory"),
+        "restartPolicy": ("NotRequired", "RestartContainer"),
+    },
+    "LabelSelectorRequirement": {"operator": ("DoesNotExist", "Exists", "In", "NotIn")},
+    "PodOS": {"name": ("linux", "windows")},
+}
+_HANDLERS = ("exec", "grpc", "httpGet", "tcpSocket")
+# Exactly one of these fields.
+_ONE_OF: Mapping[str, tuple[str, ...]] = {
+    "EnvFromSource": ("configMapRef", "secretRef"),
+    "EnvVarSource": ("configMapKeyRef", "fieldRef", "fileKeyRef", "resourceFieldRef", "secretKeyRef"),
+    "LifecycleHandler": ("exec", "httpGet", "sleep", "tcpSocket"),
+    "Probe": _HANDLERS,
+}
+# At most one of these fields; of a volume, whose sources are many, any but its name.
+_NOT_BOTH: Mapping[str, tuple[str, ...]] = {
+    "EnvVar": ("value", "valueFrom"),
+    "Volume": tuple(name for name in load_types()["Volume"] if name != "name"),
+    "VolumeMount": ("subPath", "subPathExpr"),
+    "VolumeProjection": tuple(load_types()["VolumeProjection"]),
+}
+# Needed beside those that the API calls so.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "ConfigMapEnvSource": ("name",),
+    "ConfigMapKeySelector": ("name",),
+    "ConfigMapProjection": ("name",),
+    "ConfigMapVolumeSource": ("name",),
+    "EphemeralVolumeSource": ("volumeClaimTemplate",),
+    "ExecAction": ("command",),
+    "SecretEnvSource": ("name",),
+    "SecretKeySelector": ("name",),
+    "SecretProjection": ("name",),
+    "SecretVolumeSource": ("secretName",),
+}
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_LABELS, _DOMAINS = ("hostname", "subdomain"), ("priorityClassName", "runtimeClassName", "serviceAccountName")
+_PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
+_NATIVE = ("cpu", "memory", "ephemeral-storage")
+_EXPONENT = re.compile(r"(?P<number>[+-]?[0-9.]+)(?P<suffix>[a-zA-Z]*)")
+_FACTORS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+
+
+def find_broken_rules(patch: Document, merged: Document, path: str) -> Iterator[InputError]:
+    """What the API server would refuse of a pod's spec.
+
+    Args:
+        patch: the user's part, valid by its types.
+        merged: the whole spec.
+        path: of the user's part.
+    """
+    for place, message in _walk(patch, merged, ROOT):
+        yield InputError(f"{path}{place}", message)
+
+
+def _walk(given: Document, now: Document, type_name: str) -> Iterator[Mistake]:
+    """Mistakes in a structure that the user touched, and in those below it that they touched."""
+    fields = load_types()[type_name]
+    if type_name != ROOT:
+        # Of the pod itself only containers are needed, and without those of the operator it is refused already.
+        yield from _missing(now, fields, type_name)
+    yield from _out_of_range(now, type_name)
+    yield from _out_of_set(now, type_name)
+    yield from _exclusive(now, type_name)
+    for rule in _RULES.get(type_name, ()):
+        yield from rule(now)
+    for name, value in given.items():
+        if name in fields:
+            for place, part, whole, of in _below(value, now.get(name), fields[name]):
+                yield from ((f".{name}{place}{rest}", message) for rest, message in _walk(part, whole, of))
+
+
+def _below(value: Any, now: Any, field: PodField) -> Iterator[tuple[str, Document, Document, str]]:
+    """The structures within a user's value, each with what it has become, and its type."""
+    of = field.type.removeprefix(LIST)
+    if of not in load_types():
+        return
+    if isinstance(value, Mapping) and isinstance(now, Mapping):
+        yield "", value, now, of
+    for index, entry in enumerate(value if isinstance(value, list | tuple) and isinstance(now, list) else ()):
+        whole = _find(now, entry, index, field.merge_key)
+        if isinstance(entry, Mapping) and whole is not None:
+            yield f"[{index}]", entry, whole, of
+
+
+def _find(now: Sequence[Any], entry: Any, index: int, key: str) -> Document | None:
+    """What an entry of the user's list has become; None where it was removed."""
+    if not key:
+        return now[index] if index < len(now) and isinstance(now[index], Mapping) else None
+    name = entry.get(key) if isinstance(entry, Mapping) else None
+    return next((row for row in now if name is not None and row.get(key) == name), None)
+
+
+def _missing(now: Document, fields: Mapping[str, PodField], type_name: str) -> Iterator[Mistake]:
+    more = _NEEDED.get(type_name, ())
+    for name, field in fields.items():
+        if (field.is_required or name in more) and now.get(name) in (None, "", []):
+            yield "", f"{name} is needed"
+
+
+def _out_of_range(now: Document, type_name: str) -> Iterator[Mistake]:
+    for name, (least, most) in _RANGES.get(type_name, {}).items():
+        value = now.get(name)
+        if isinstance(value, int) and not least <= value <= most:
+            bound = f"from {least:.0f} to {most:.0f}" if most != _ANY else f"of {least:.0f} or more"
+            yield f".{name}", f"a number {bound} is needed, got {value}"
+
+
+def _out_of_set(now: Document, type_name: str) -> Iterator[Mistake]:
+    for name, known in _SETS.get(type_name, {}).items():
+        if now.get(name) and now[name] not in known:
+            yield f".{name}", unknown_choice("", now[name], known).message
+
+
+def _exclusive(now: Document, type_name: str) -> Iterator[Mistake]:
+    names = _ONE_OF.get(type_name) or _NOT_BOTH.get(type_name, ())
+    there = sorted(name for name in names if now.get(name) not in (None, ""))
+    if type_name in _ONE_OF and len(there) != 1:
+        has = " and ".join(there) or "none"
+        advice = "with `$patch: replace` beside yours the operator's goes" if there else "`$patch: delete` removes it"
+        advice = f"; {advice}" if type_name in ("LifecycleHandler", "Probe") else ""
+        yield "", f"one of {render_choices(names)} is needed, got {has}{advice}"
+    elif type_name in _NOT_BOTH and len(there) > 1:
+        yield "", f"{' and '.join(there)} exclude each other"
+
+
+def _toleration(now: Document) -> Iterator[Mistake]:
+    operator = now.get("operator") or "Equal"
+    if not now.get("key") and operator != "Exists":
+        yield ".operator", "without a key Exists is needed"
+    if operator == "Exists" and now.get("value"):
+        yield ".value", "goes with the operator Equal alone"
+    if now.get("tolerationSeconds") is not None and now.get("effect") not in ("NoExecute", "", None):
+        yield ".tolerationSeconds", "goes with the effect NoExecute alone"
+    if now.get("tolerationSeconds") is not None and not now.get("effect"):
+        yield ".effect", "NoExecute is needed beside tolerationSeconds"
+
+
+def _requirement(now: Document) -> Iterator[Mistake]:
+    """One of a node or label selector."""
+    operator, values = now.get("operator"), now.get("values") or ()
+    if operator in ("In", "NotIn") and not values:
+        yield ".values", f"a value is needed for {operator}"
+    if operator in ("Exists", "DoesNotExist") and values:
+        yield ".values", f"{operator} has none"
+    if operator in ("Gt", "Lt") and len(values) != 1:
+        yield ".values", f"exactly one value is needed for {operator}"
+
+
+def _profile(now: Document) -> Iterator[Mistake]:
+    """The rules of a profile of seccomp or AppArmor."""
+    is_local, given = now.get("type") == "Localhost", now.get("localhostProfile")
+    if is_local and not given:
+        yield "", "localhostProfile is needed for the type Localhost"
+    if given and not is_local:
+        yield ".localhostProfile", "goes with the type Localhost alone"
+
+
+def _privileges(now: Document) -> Iterator[Mistake]:
+    if now.get("allowPrivilegeEscalation") is not False:
+        return
+    advice = "set allowPrivilegeEscalation to true beside it, for the operator's own is false"
+    if now.get("privileged"):
+        yield ".privileged", advice
+    if {"CAP_SYS_ADMIN"} & {*((now.get("capabilities") or {}).get("add") or ())}:
+        yield ".capabilities.add", advice
+
+
+def _amounts(now: Document) -> Iterator[Mistake]:
+    """Requests beside limits; what is not shared, such as GPUs, has both alike."""
+    requests, limits = (now.get(part) or {} for part in ("requests", "limits"))
+    for part, rows in (("requests", requests), ("limits", limits)):
+        for name, value in rows.items():
+            amount = _amount(value)
+            if amount is not None and amount < 0:
+                yield f".{part}.{name}", f"an amount of 0 or more is needed, got {value}"
+            elif "/" not in name and name not in _NATIVE and not name.startswith("hugepages-"):
+                yield f".{part}.{name}", f"unknown resource; known: {', '.join(_NATIVE)}, and those of a domain"
+            elif "/" in name and amount is not None and amount != amount.to_integral_value():
+                yield f".{part}.{name}", f"a whole number is needed, got {value}"
+    for name, value in requests.items():
+        request, limit = _amount(value), _amount(limits.get(name))
+        is_shared = name in _NATIVE
+        if not is_shared and name not in limits:
+            yield f".requests.{name}", "a limit of the same amount is needed"
+        elif request is not None and limit is not None and (request > limit or (not is_shared and request != limit)):
+            relation = "at most" if is_shared else "as much as"
+            yield f".requests.{name}", f"{value} is not {relation} its limit, {limits[name]}"
+
+
+def _amount(value: Any) -> Decimal | None:
+    """The number that a quantity means; None where there is none."""
+    match = _EXPONENT.fullmatch(str(value)) if value is not None and not isinstance(value, bool) else None
+    try:
+        if match is None:
+            return None if value is None else Decimal(str(value))
+        number, suffix = Decimal(match["number"]), match["suffix"]
+    except InvalidOperation:
+        return None
+    if suffix in _BINARY:
+        return number * Decimal(1024) ** (_BINARY.index(suffix) + 1)
+    return number.scaleb(_FACTORS[suffix]) if suffix in _FACTORS else None
+
+
+def _name(now: Document) -> Iterator[Mistake]:
+    yield from _names(now, ("name",), _LABEL, "at most 63 small letters, digits and dashes are needed")
+
+
+def _names(now: Document, fields: Iterable[str], form: re.Pattern[str], wanted: str) -> Iterator[Mistake]:
+    for field in fields:
+        if (name := now.get(field)) and not form.fullmatch(name):
+            yield f".{field}", f"{wanted}, got {name!r:.80}"
+
+
+def _port_name(now: Document) -> Iterator[Mistake]:
+    wanted = "at most 15 small letters, digits and dashes are needed, a letter among them"
+    yield from _names(now, ("name",), _PORT_NAME, wanted)
+
+
+def _address(now: Document) -> Iterator[Mistake]:
+    """Of a host's alias, and of DNS servers."""
+    for place, text in ((".ip", now.get("ip")), *((".nameservers", row) for row in now.get("nameservers") or ())):
+        try:
+            ip_address(text or "0.0.0.0")
+        except ValueError:
+            yield place, f"an IP address is needed, got {text!r:.80}"
+
+
+def _probes(now: Document) -> Iterator[Mistake]:
+    """What one kind of probe alone may have."""
+    for kind in ("livenessProbe", "startupProbe"):
+        if ((now.get(kind) or {}).get("successThreshold") or 1) != 1:
+            yield f".{kind}.successThreshold", "only 1 goes with this probe"
+    if (now.get("readinessProbe") or {}).get("terminationGracePeriodSeconds") is not None:
+        yield ".readinessProbe.terminationGracePeriodSeconds", "ends no container, so it has no such time"
+
+
+def _pod(now: Document) -> Iterator[Mistake]:
+    """What the template of a workload's pods may not have, and what needs the pod as a whole."""
+    if now.get("restartPolicy") not in (None, "", "Always"):
+        yield ".restartPolicy", "the pods of a workload have Always"
+    yield from _names(now, _LABELS, _LABEL, "at most 63 small letters, digits and dashes are needed")
+    yield from _names(now, _DOMAINS, _DOMAIN, "the name of an object is needed")
+    if now.get("dnsPolicy") == "None" and not now.get("dnsConfig"):
+        yield ".dnsConfig", "is needed for the dnsPolicy None"
+    for name in ("activeDeadlineSeconds", "ephemeralContainers"):
+        if now.get(name):
+            yield f".{name}", "the pods of a workload have none"
+    grace_s = now.get("terminationGracePeriodSeconds", 30)
+    for row in now.get("containers") or ():
+        handler = (row.get("lifecycle") or {}).get("preStop") or {}
+        pause_s = (handler.get("sleep") or {}).get("seconds") or 0
+        if isinstance(grace_s, int) and pause_s > grace_s:
+            message = f"{grace_s} is shorter than the pause of {pause_s} s before the end of {row.get('name')}"
+            yield ".terminationGracePeriodSeconds", message
+    for row in (row for row in now.get("initContainers") or () if row.get("restartPolicy") != "Always"):
+        if part := next((name for name in (*_PROBES, "lifecycle") if row.get(name) is not None), None):
+            yield ".initContainers", f"{part} of {row.get('name')} needs the restartPolicy Always"
+    if now.get("hostNetwork"):
+        yield from _host_ports(chain(now.get("containers") or (), now.get("initContainers") or ()))
+
+
+def _host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:
+    for row in containers:
+        for port in row.get("ports") or ():
+            if port.get("hostPort") not in (None, 0, port.get("containerPort")):
+                message = f"on the host's network that of {row.get('name')} is {port['containerPort']}"
+                yield ".containers", f"hostPort {port['hostPort']}: {message}"
+
+
+_PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
+_RULES: Mapping[str, Sequence[Rule]] = {
+    "AppArmorProfile": (_profile,),
+    "Container": (_name, _probes),
+    "ContainerPort": (_port_name,),
+    "HostAlias": (_address,),
+    "LabelSelectorRequirement": (_requirement,),
+    "NodeSelectorRequirement": (_requirement,),
+    "PodDNSConfig": (_address,),
+    "PodSpec": (_pod,),
+    "ResourceRequirements": (_amounts,),
+    "SeccompProfile": (_profile,),
+    "SecurityContext": (_privileges,),
+    "Toleration": (_toleration,),
+    "Volume": (_name,),
+}

@@ -18,7 +18,8 @@ from moe_gateway.continuation.chunks import (
     strip_tokens,
     write_chunk,
 )
-from moe_gateway.continuation.stream import ABORTED, DIFFERS, Continuation
+from moe_gateway.continuation.probabilities import KnownTokens, drop_first
+from moe_gateway.continuation.stream import ABORTED, Continuation
 from moe_gateway.continuation.transcript import MOST_TOKENS, Cut, Mismatch, Transcript
 from moe_gateway.continuation.ways import Way, read_stops
 from moe_gateway.http.routes import Route
@@ -39,6 +40,7 @@ class ChunkStream(Continuation):
         "_is_finished",
         "_prompt",
         "_resent_tokens",
+        "_scored",
         "_shows_tokens",
     )
 
@@ -53,6 +55,7 @@ class ChunkStream(Continuation):
     def _begin(self) -> None:
         super()._begin()
         self._prompt = array("I")
+        self._scored = KnownTokens()
         self._head: dict[str, Any] = {}
         self._is_finished = self._has_usage = False
 
@@ -68,9 +71,8 @@ class ChunkStream(Continuation):
     def _take_data(self, event: bytes, data: bytes) -> bytes:
         if data != b"[DONE]":
             return self._take_document(event, load_chunk(data))
-        if self._expected is not None and not self._expected.is_past:
-            self.failure = DIFFERS
-            return b""
+        if self._is_behind and not self.is_whole:
+            return self._differ()
         self.is_whole = True
         return event
 
@@ -102,11 +104,14 @@ class ChunkStream(Continuation):
         if self._is_finished and chunk.choice is not None:
             # Only the usage is missing.
             self._expected = None
+            self._scored.forget()
             return b""
         pieces, tokens = chunk.pieces, chunk.tokens
-        has_text = bool(tokens) or any(piece.text for piece in pieces)
-        if has_text:
+        if tokens or any(piece.text for piece in pieces):
             self.is_resuming = False
+        known = self._scored.count_again(chunk.scored)
+        if known is None:
+            return self._differ()
         if (expected := self._expected) is not None:
             try:
                 new, tokens = expected.subtract(pieces, tokens)
@@ -114,17 +119,27 @@ class ChunkStream(Continuation):
                 return self._differ()
             if expected.is_past:
                 self._expected = None
-            elif chunk.finish_reason is not None:
-                return self._differ()
             pieces = tuple(new)
-        is_new = bool(tokens) or any(piece.text for piece in pieces)
-        if not is_new and chunk.finish_reason is None and chunk.choice is not None:
+        has_text = bool(tokens) or any(piece.text for piece in pieces)
+        if self._is_behind and (chunk.finish_reason is not None or (has_text and not self._scored.is_past)):
+            return self._differ()
+        scored = chunk.scored[known:]
+        if not (has_text or scored) and chunk.finish_reason is None and chunk.choice is not None:
             return b""
         replace_new(chunk, pieces, tokens)
-        self._note(chunk._replace(pieces=pieces, tokens=tokens), is_single=len(chunk.tokens) == 1)
+        if known and chunk.choice is not None:
+            drop_first(chunk.choice, known)
+        new_chunk = chunk._replace(pieces=pieces, tokens=tokens, scored=scored)
+        self._note(new_chunk, is_single=len(chunk.tokens) == 1)
         # The client has the ids of the prompt; those of this engine's prompt may include its answer.
         strip_tokens(chunk, keeps_answer=self._shows_tokens)
         return write_chunk(chunk.document)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the present engine has yet to compute a part of what the client has."""
+        expected = self._expected
+        return (expected is not None and not expected.is_past) or not self._scored.is_past
 
     def _note(self, chunk: Chunk, *, is_single: bool) -> None:
         """Remembers a chunk that goes to the client; `is_single`: its engine sent one token in it."""
@@ -132,6 +147,7 @@ class ChunkStream(Continuation):
             self._transcript.forget()
         elif not self._transcript.is_lost:
             self._transcript.add(chunk.pieces, chunk.tokens, is_single=is_single)
+            self._scored.add(chunk.scored)
         self._has_token = self._has_token or bool(chunk.tokens) or any(piece.text for piece in chunk.pieces)
         self._is_finished = self._is_finished or chunk.finish_reason is not None
         self._has_usage = self._has_usage or chunk.has_usage
@@ -168,6 +184,7 @@ class ChunkStream(Continuation):
 
     def _go_on(self, cut: Cut | None) -> None:
         self._resent_tokens = 0 if cut is None else cut.tokens
+        self._scored.begin_again()
         super()._go_on(cut)
 
     @property

@@ -33,7 +33,6 @@ LONGEST_STOP = 1024
 # Their answers differ from one time to the next, or cannot be split between two tokens.
 _NEVER = (
     "use_beam_search",
-    "logprobs",
     "prompt_logprobs",
     "kv_transfer_params",
     "ec_transfer_params",
@@ -94,7 +93,7 @@ def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, by_p
         return None
     if route is Route.COMPLETIONS and not _is_one_prompt(document.get("prompt")):
         return None
-    if not is_greedy or has_media or not by_prefix:
+    if not is_greedy or has_media or not by_prefix or _is_given(document, "logprobs"):
         return Way.REPLAY
     return Way.PREFIX if all(map(_is_known, document.items())) and _has_plain_counts(document) else Way.REPLAY
 

@@ -317,6 +317,62 @@ def test_cuts_change_nothing(data):
     assert unsigned(got) == unsigned(want)
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from(["message", "text", "msg_1_0", "x"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["id", "type"]), inner, max_size=2),
+    max_leaves=4,
+)
+CHUNKS = [
+    {"id": "x", "choices": [{"index": 0, "delta": {"content": "x"}, "logprobs": {"content": [{"token": "x"}]}}]},
+    {"id": "x", "choices": [{"index": 0, "text": "x", "token_ids": [3], "logprobs": {"tokens": ["x"]}}]},
+    {
+        "id": "x",
+        "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"name": "a", "arguments": ""}}]}}],
+    },
+]
+
+
+def places(value, path=()):
+    """The paths to all values within a document."""
+    rows = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+    for name, inner in rows:
+        yield (*path, name)
+        yield from places(inner, (*path, name))
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_no_document_is_read_with_an_exception(data):
+    """Events of vLLM with another value somewhere, from the first engine and from the next one."""
+    route = data.draw(st.sampled_from([*PATHS, Route.CHAT]))
+    body = {"model": "tiny", "stream": True, "temperature": 0, "messages": [], "max_tokens": 9, "input": "x"}
+    request = ClientRequest(b"POST", route.path, b"", json.dumps(body).encode(), b"id", None, True, False, 0.0)
+    stream = find_continuation(request, route, parse_body(route, request.body), ContinuedStreams())
+    stream.start()
+    rows = CHUNKS
+    if route in PATHS:
+        rows = [read_event(row) for row in Speaking(parts=PARTS).events(PATHS[route], {})]
+    stream.read(SSE_HEAD, has_begun=False)
+    begun = data.draw(st.integers(0, 12))
+    for attempt in range(2):
+        for at, row in enumerate(rows):
+            if attempt == 0 and at == begun:
+                break
+            document = json.loads(json.dumps(row))
+            if data.draw(st.integers(0, 9)) == 0:
+                *way, last = data.draw(st.sampled_from(list(places(document))))
+                inner = document
+                for name in way:
+                    inner = inner[name]
+                inner[last] = data.draw(VALUES)
+            stream.read(chunk(b"data: %b\n\n" % json.dumps(document).encode()), has_begun=True)
+        if not stream.can_go_on:
+            break
+        stream.prepare(None)
+        stream.start()
+        stream.read(SSE_HEAD, has_begun=True)
+
+
 def unsigned(rows):
     """Without what is drawn at random in messages."""
     kept = json.loads(json.dumps(rows))

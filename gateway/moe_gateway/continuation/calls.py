@@ -12,12 +12,12 @@ from moe_gateway.continuation.transcript import Piece
 
 def read_calls(delta: dict[str, Any]) -> tuple[Piece, ...] | None:
     """The text of the tool calls in a delta, for each its name and its arguments; None where they have another form."""
-    calls = delta.get("tool_calls") or ()
-    if not all(map(_is_known, calls)):
+    calls = delta.get("tool_calls")
+    if not calls:
+        return ()
+    if type(calls) is not list or not all(map(_is_known, calls)):
         return None
-    return tuple(
-        Piece(f"{name} of call {call['index']}", function[name]) for call, function, name in _texts(list(calls))
-    )
+    return tuple(Piece(f"{name} of call {call['index']}", function[name]) for call, function, name in _texts(calls))
 
 
 def _is_known(call: object) -> bool:

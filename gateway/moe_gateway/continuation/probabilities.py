@@ -11,8 +11,10 @@ _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 def read_tokens(choice: dict[str, Any]) -> tuple[str, ...] | None:
     """The texts of the tokens with log-probabilities in a choice; None where these have no known form."""
-    match choice.get("logprobs"):
-        case None | {"content": None}:
+    if (logprobs := choice.get("logprobs")) is None:
+        return ()
+    match logprobs:
+        case {"content": None}:
             return ()
         case {"content": [*rows]} if all(type(row) is dict and type(row.get("token")) is str for row in rows):
             return tuple(row["token"] for row in rows)

@@ -5,6 +5,7 @@ knows stay in all later events, the last one included, which repeats the whole r
 """
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from moe_gateway.continuation.transcript import MARK, Piece
@@ -45,22 +46,14 @@ class ResponseEvents:
     def read(self, document: Mapping[str, Any]) -> Piece | None:
         """See `Dialect`."""
         kind, index, part = document.get("type"), document.get("output_index"), document.get("content_index")
+        if type(kind) is not str or type(index) not in (int, NoneType):
+            return None
         if kind in _TEXTS:
             text = document.get("delta")
             is_plain = type(text) is str and not document.get("logprobs")
             return Piece(f"{kind} {index} {part}", str(text)) if is_plain else None
-        if kind in _PARTS:
-            return Piece(MARK, f"{kind} {index} {part}\n")
-        match document:
-            case {"type": "response.output_item.added" | "response.output_item.done", "item": {"type": str(type_)}}:
-                item = document["item"]
-                name = f"{item.get('namespace')} {item.get('name')}"
-                return Piece(MARK, f"{kind} {index} {type_} {name}\n") if type_ in _ITEMS else None
-            case {"type": "response.created" | "response.in_progress", "response": {"id": str()}}:
-                return Piece(MARK, f"{kind}\n")
-            case {"type": "response.completed" | "response.incomplete", "response": {"output": list()}}:
-                return Piece(MARK, "end\n")
-        return None
+        mark = f"{kind} {index} {part}" if kind in _PARTS else _read_mark(document)
+        return None if mark is None else Piece(MARK, f"{mark}\n")
 
     def closes(self, document: Mapping[str, Any]) -> bool:
         """vLLM ends a part of a response only where the next event does not take it back."""
@@ -126,3 +119,16 @@ class ResponseEvents:
             self._items[document.get("output_index")] = {
                 name: item[name] for name in _IDS if type(item.get(name)) is str
             }
+
+
+def _read_mark(document: Mapping[str, Any]) -> str | None:
+    """What an event is that is about a response or one of its items; None where it is about something else."""
+    match document:
+        case {"type": "response.output_item.added" | "response.output_item.done" as kind, "item": {"type": str(type_)}}:
+            item, index = document["item"], document.get("output_index")
+            return f"{kind} {index} {type_} {item.get('namespace')} {item.get('name')}" if type_ in _ITEMS else None
+        case {"type": "response.created" | "response.in_progress" as kind, "response": {"id": str()}}:
+            return str(kind)
+        case {"type": "response.completed" | "response.incomplete", "response": {"output": list()}}:
+            return "end"
+    return None

@@ -16,6 +16,7 @@ from moe_gateway.request.parsing import parse_body
 from moe_gateway.request.stream_events import split_chunks
 
 from tests.gateway.messages import SSE_HEAD, chunk, post
+from tests.gateway.peers import always
 from tests.gateway.speaking_engine import MESSAGES, RESPONSES, Part, Speaking, named, read_event
 from tests.gateway.test_continuation import NOTICE, TURNS, start
 from tests.gateway.waiting import until
@@ -233,6 +234,18 @@ async def test_an_event_that_is_not_known_ends_the_hope_of_a_stream(make_engine,
     assert len(script.bodies) == 1
     assert b'"error"' in answer.body.split(b"\n\n")[-2]
     assert served.gateway.stats.continuations == {"none": 1}
+
+
+@pytest.mark.parametrize("route", PATHS)
+async def test_a_stream_of_unknown_events_is_what_it_is_without_continuation(make_engine, serve, route):
+    """Also where its last event is not known."""
+    rows = list(Speaking(parts=PARTS).events(PATHS[route], {}))[:-1]
+    rows = [*rows[:8], named({"type": "response.refusal.delta", "delta": "no"}), *rows[8:]]
+    script = always(SSE_HEAD + b"".join(map(chunk, [*rows, named({"type": "response.failed"})])) + b"0\r\n\r\n")
+    served = await start(make_engine, serve, script)
+    plain = await start(make_engine, serve, script, continuation=None)
+    assert (await served.ask(ask_for(route))).body == (await plain.ask(ask_for(route))).body
+    assert served.gateway.stats.failed == 0
 
 
 # The seam, without sockets.

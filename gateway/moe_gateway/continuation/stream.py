@@ -155,7 +155,7 @@ class Continuation(ABC):
         reader = self._reader
         if reader.is_too_long:
             self.failure = StreamFailure("an event of the engine has no end", AttemptFailure.ENGINE_ERROR)
-        elif reader.has_ended and (self.is_whole or not self._has_token):
+        elif reader.has_ended and (self.is_whole or not self._has_token or self._is_only_passed_on):
             self._end_passed = True
             return LAST_CHUNK
         elif reader.has_ended:
@@ -163,6 +163,11 @@ class Continuation(ABC):
         elif is_complete:
             self.failure = StreamFailure("the chunks of the engine's answer cannot be read", AttemptFailure.BROKEN)
         return b""
+
+    @property
+    def _is_only_passed_on(self) -> bool:
+        """Whether the stream has shown something by which engines cannot be compared, so that its end is not known."""
+        return self._transcript.is_lost and self._expected is None
 
     def _take(self, event: bytes) -> bytes:
         """Takes an event and returns what the client gets in its place."""

@@ -35,8 +35,8 @@ class MessageEvents:
             case {"type": "content_block_start", "index": int(index), "content_block": {"type": str(kind), **block}}:
                 is_known = kind in _BLOCKS and not any(block.get(name) for name in ("text", "thinking", "input"))
                 return Piece(MARK, f"start {index} {kind} {block.get('name')}\n") if is_known else None
-            case {"type": "content_block_delta", "index": int(index), "delta": {"type": str(kind), **delta}}:
-                return _read_delta(index, kind, delta)
+            case {"type": "content_block_delta", "index": int(index), "delta": {"type": str(kind)}}:
+                return _read_delta(index, kind, document["delta"])
             case {"type": "content_block_stop", "index": int(index)}:
                 return Piece(MARK, f"stop {index}\n")
         return None

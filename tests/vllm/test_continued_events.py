@@ -41,18 +41,24 @@ def deltas(parts: tuple[Part, ...], number: int, size: int) -> Iterator[Any]:
 
 def write_messages(number: int, size: int) -> list[bytes]:
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion import protocol
 
+    # Those of vLLM 0.33; 0.32 reads the events of a chat.
+    reads_objects = "chat_completion_stream_generator" in vars(AnthropicServingMessages)
     head = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": 7, "model": "tiny"}
     usage = {"prompt_tokens": 5, "total_tokens": 14, "completion_tokens": 9}
     rows = [{"delta": {"role": "assistant", "content": ""}}]
     rows += [{"delta": delta.model_dump(exclude_unset=True)} for delta in deltas(PARTS, number, size)]
     rows += [{"delta": {"content": ""}, "finish_reason": "tool_calls"}]
 
-    async def chat() -> AsyncIterator[str]:
-        for row in rows:
-            yield "data: " + json.dumps(head | {"choices": [{"index": 0} | row], "usage": usage}) + "\n\n"
-        yield "data: " + json.dumps(head | {"choices": [], "usage": usage}) + "\n\n"
-        yield "data: [DONE]\n\n"
+    async def chat() -> AsyncIterator[Any]:
+        for choices in (*([{"index": 0} | row] for row in rows), []):
+            document = head | {"choices": choices, "usage": usage}
+            yield (
+                protocol.ChatCompletionStreamResponse(**document) if reads_objects else f"data: {json.dumps(document)}"
+            )
+        if not reads_objects:
+            yield "data: [DONE]"
 
     async def convert() -> list[bytes]:
         serving = AnthropicServingMessages.__new__(AnthropicServingMessages)

@@ -29,6 +29,7 @@ class Computing:
         reasoning: text before `text` that chats get as `reasoning`.
         bodies: path and body of each stream that was asked for.
         paused: set to end a failure of the kind `pauses`.
+        end: behind the last event.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Computing:
     reasoning: str = ""
     bodies: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     paused: asyncio.Event = field(default_factory=asyncio.Event)
+    end: bytes = SSE_END
 
     async def __call__(self, request: Received, writer: asyncio.StreamWriter) -> None:
         path = request.line.split(b" ")[1].decode()
@@ -46,17 +48,18 @@ class Computing:
         self.bodies.append((path, body))
         cut = self.cuts.pop(0) if self.cuts else None
         writer.write(SSE_HEAD)
-        for number, event in enumerate([*self.events(path, body), None]):
+        rows = list(self.events(path, body))
+        for number, event in enumerate([*rows, None]):
             if number == cut:
-                await self._fail(writer)
+                await self._fail(writer, rows[:cut])
                 return
             if event is None:
                 break
             writer.write(chunk(event))
             await writer.drain()
-        writer.write(SSE_END)
+        writer.write(self.end)
 
-    async def _fail(self, writer: asyncio.StreamWriter) -> None:
+    async def _fail(self, writer: asyncio.StreamWriter, sent: list[bytes]) -> None:
         await writer.drain()
         error = {"message": "EngineCore encountered an issue. See stack trace", "type": "InternalServerError"}
         match self.fail:
@@ -73,12 +76,16 @@ class Computing:
                 writer.write(chunk(event_of({"error": {"message": "no", "code": 500}})) + SSE_END)
             case "ends":
                 writer.write(b"0\r\n\r\n")
-            case "abort":
-                choice = {"index": 0, "text": "", "delta": {"content": ""}, "finish_reason": "abort"}
-                writer.write(chunk(event_of({"id": "x", "choices": [choice]})) + SSE_END)
+            case "abort" | "error":
+                writer.write(self.failing_events(sent) + self.end)
             case "pauses":
                 await self.paused.wait()
                 writer.transport.abort()
+
+    def failing_events(self, sent: list[bytes]) -> bytes:
+        """How a stream with these events ends that was aborted."""
+        choice = {"index": 0, "text": "", "delta": {"content": ""}, "finish_reason": "abort"}
+        return chunk(event_of({"id": "x", "choices": [choice]}))
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
         """The events of a stream, without `[DONE]`."""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_contract.gateway_config import ContinuedStreams
 from moe_gateway.continuation import events as reading
-from moe_gateway.continuation.stream import Continuation, find_continuation
+from moe_gateway.continuation.find import find_continuation
+from moe_gateway.continuation.stream import Continuation
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.parsing import parse_body

@@ -166,9 +166,10 @@ def start_agents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     """Starts agents at once, waits until all are ready, and ends them with the module."""
     agents: list[Agent] = []
 
-    def start(count: int, *arguments: str) -> list[Agent]:
+    def start(count: int, *arguments: str, **shape: Any) -> list[Agent]:
         for index in range(count):
-            agents.append(Agent(tmp_path_factory.mktemp("agent"), f"tiny-engine-{index}", tiny_model, *arguments))
+            folder = tmp_path_factory.mktemp("agent")
+            agents.append(Agent(folder, f"tiny-engine-{index}", tiny_model, *arguments, shape=shape))
         for agent in agents:
             agent.wait_ready()
         return agents

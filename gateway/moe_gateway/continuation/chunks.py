@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from moe_gateway.continuation.calls import read_calls, replace_calls
+from moe_gateway.continuation.probabilities import read_tokens
 from moe_gateway.continuation.transcript import Piece
 from moe_gateway.http.routes import Route
 
@@ -13,7 +15,7 @@ DONE = b"data: [DONE]\n\n"
 _TEXT_FIELDS = ("reasoning", "reasoning_content", "content")
 # Fields of a delta whose text is not remembered.
 _NONE = array("I")
-_OTHER_FIELDS = ("tool_calls", "function_call", "refusal", "audio")
+_OTHER_FIELDS = ("function_call", "refusal", "audio")
 
 
 class Chunk(NamedTuple):
@@ -26,6 +28,7 @@ class Chunk(NamedTuple):
         tokens: ids of its tokens; empty where the engine does not say.
         prompt: ids of the prompt, which the first chunk may have.
         is_traceable: whether nothing is in it that could not be compared with another engine's.
+        scored: texts of the tokens of which it has log-probabilities.
     """
 
     document: dict[str, Any]
@@ -34,6 +37,7 @@ class Chunk(NamedTuple):
     tokens: "array[int]"
     prompt: "array[int]"
     is_traceable: bool
+    scored: tuple[str, ...] = ()
 
     @property
     def finish_reason(self) -> object:
@@ -82,11 +86,14 @@ def read_chunk(document: dict[str, Any]) -> Chunk | None:
         pieces: tuple[Piece, ...] = (Piece("text", text),) if type(text) is str else ()
         is_known = bool(pieces)
     elif type(delta) is dict:
+        calls = read_calls(delta)
         pieces = tuple(Piece(name, delta[name]) for name in _TEXT_FIELDS if type(delta.get(name)) is str)
-        is_known = not any(delta.get(name) for name in _OTHER_FIELDS)
+        pieces += calls or ()
+        is_known = calls is not None and not any(delta.get(name) for name in _OTHER_FIELDS)
     else:
         return None
-    return Chunk(document, choice, pieces, tokens, prompt, is_known and not choice.get("logprobs"))
+    scored = read_tokens(choice)
+    return Chunk(document, choice, pieces, tokens, prompt, is_known and scored is not None, scored or ())
 
 
 def strip_tokens(chunk: Chunk, *, keeps_answer: bool = False) -> None:
@@ -110,10 +117,13 @@ def replace_new(chunk: Chunk, pieces: Sequence[Piece], tokens: Sequence[int]) ->
     if "token_ids" in chunk.choice:
         chunk.choice["token_ids"] = list(tokens)
     delta = chunk.choice.get("delta")
-    if delta is not None:
-        delta.pop("role", None)
-    for piece in pieces:
-        (chunk.choice if delta is None else delta)[piece.field] = piece.text
+    if delta is None:
+        chunk.choice.update(pieces)
+        return
+    delta.pop("role", None)
+    texts = [piece for piece in pieces if piece.field in _TEXT_FIELDS]
+    delta.update(texts)
+    replace_calls(delta, pieces[len(texts) :])
 
 
 def adopt(document: dict[str, Any], head: dict[str, Any], route: Route, prompt_tokens: int, resent_tokens: int) -> None:

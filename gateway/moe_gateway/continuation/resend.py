@@ -20,6 +20,11 @@ def ask_for_tokens(body: bytes) -> bytes:
     return body.rstrip()[:-1] + b',"return_token_ids":true}'
 
 
+def name_response(body: bytes, response_id: str) -> bytes:
+    """A JSON object that also asks for this id of the response, as the client has it; vLLM keeps it under that id."""
+    return b'%b,"request_id":%b}' % (body.rstrip()[:-1], orjson.dumps(response_id))
+
+
 def build_prefix_body(
     route: Route, document: Mapping[str, Any], prompt: "array[int]", tokens: "array[int]", max_model_len: int | None
 ) -> bytes | None:

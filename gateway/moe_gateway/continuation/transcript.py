@@ -18,10 +18,12 @@ MOST_CHARACTERS = 2 * 1024 * 1024
 PARTS_A_BLOCK = 64
 # A cut further back than this, and than a stop string can reach, is not worth the tokens computed again.
 MOST_CHUNKS_BACK = 16
+# The field of a piece that is no text of the model.
+MARK = ""
 
 
 class Piece(NamedTuple):
-    """Some text of one field: `text` of completions, `content` or `reasoning` of chats."""
+    """Some text of one field: `text` of completions, `content` or `reasoning` of chats; or a mark of an event."""
 
     field: str
     text: str

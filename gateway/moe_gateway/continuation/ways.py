@@ -24,19 +24,22 @@ class Way(StrEnum):
     REPLAY = "replay"
 
 
-ROUTES = frozenset({Route.COMPLETIONS, Route.CHAT})
+# Their engines show no token ids, neither of the prompt nor of the answer, so their streams go on by `REPLAY` alone.
+EVENT_ROUTES = frozenset({Route.MESSAGES, Route.RESPONSES})
+ROUTES = EVENT_ROUTES | {Route.COMPLETIONS, Route.CHAT}
 # Text of this length is held back by an engine for a stop string at most; a longer one is unheard of.
 LONGEST_STOP = 1024
 
 # Their answers differ from one time to the next, or cannot be split between two tokens.
 _NEVER = (
     "use_beam_search",
-    "logprobs",
     "prompt_logprobs",
     "kv_transfer_params",
     "ec_transfer_params",
     "vllm_xargs",
 )
+# Tools of `/v1/responses` that the client runs; what an engine's own tools answer may be another thing the next time.
+_CLIENTS_TOOLS = frozenset({"function", "custom", "namespace"})
 # Sampling fields whose effect on a token does not depend on whether earlier ones are prompt or output. A repetition
 # penalty counts both; presence and frequency penalties, bad words and a grammar count or follow the output alone.
 SAMPLING = frozenset(
@@ -78,21 +81,42 @@ def find_way(route: Route, document: Mapping[str, Any], *, has_media: bool, by_p
     """How the stream that a body asks for can go on; None: not at all.
 
     Args:
-        route: one of `ROUTES`.
+        route: one of `ROUTES` that is none of `EVENT_ROUTES`.
         document: the body.
         has_media: whether its prompt has images, audio or video, whose token ids do not stand for them.
         by_prefix: whether engines compute tokens of this route from those before alone, and pass their text on.
     """
-    is_greedy = _is_number(document.get("temperature")) and document["temperature"] == 0
+    is_greedy = _is_greedy(document)
     if not is_greedy and type(document.get("seed")) is not int:
         return None
     if document.get("n") not in (None, 1) or any(_is_given(document, name) for name in _NEVER):
         return None
     if route is Route.COMPLETIONS and not _is_one_prompt(document.get("prompt")):
         return None
-    if not is_greedy or has_media or not by_prefix:
+    if not is_greedy or has_media or not by_prefix or _is_given(document, "logprobs"):
         return Way.REPLAY
     return Way.PREFIX if all(map(_is_known, document.items())) and _has_plain_counts(document) else Way.REPLAY
+
+
+def is_repeatable(route: Route, document: Mapping[str, Any]) -> bool:
+    """Whether another engine computes the same stream of `/v1/messages` or `/v1/responses` from the same body.
+
+    Messages have no seed. A response that continues another one, or runs in the background, is kept by one engine.
+    """
+    has_seed = route is Route.RESPONSES and type(document.get("seed")) is int
+    if not (_is_greedy(document) or has_seed) or any(_is_given(document, name) for name in _NEVER):
+        return False
+    if route is Route.MESSAGES:
+        return True
+    if _is_given(document, "background") or document.get("previous_response_id") is not None:
+        return False
+    include = document.get("include")
+    if type(include) is list and "message.output_text.logprobs" in include:
+        return False
+    tools = document.get("tools") or ()
+    return type(tools) in (list, tuple) and all(
+        type(tool) is dict and tool.get("type") in _CLIENTS_TOOLS for tool in tools
+    )
 
 
 def shows_parser(data: bytes) -> bool:
@@ -133,6 +157,10 @@ def _has_plain_counts(document: Mapping[str, Any]) -> bool:
     ):
         return False
     return all(0 < len(text) <= LONGEST_STOP for text in read_stops(document))
+
+
+def _is_greedy(document: Mapping[str, Any]) -> bool:
+    return _is_number(document.get("temperature")) and document["temperature"] == 0
 
 
 def _is_number(value: object) -> bool:

@@ -42,8 +42,7 @@ class AnswerAccount:
         self.has_answer = part is _TOKEN or part is _WHOLE
         keeps = self.has_answer and self._route is _RESPONSES
         if keeps and (response_id := find_response_id(beginning.body)) is not None:
-            caller = self._request.caller
-            dispatcher.record_response(response_id, sent.target, None if caller is None else caller.name)
+            self.note_response(response_id, sent)
         if part is _TOKEN:
             dispatcher.answer(sent, now_s, is_first_token=True)
             self.ttft_s = now_s - self._request.arrived_s
@@ -53,6 +52,12 @@ class AnswerAccount:
             dispatcher.count_error(sent.target, now_s)
         elif part is _WHOLE:
             dispatcher.answer(sent, now_s, is_first_token=self._route.only_reads)
+
+    def note_response(self, response_id: str, sent: InFlightRequest) -> None:
+        """The engine may keep a response under this id."""
+        caller = self._request.caller
+        owner = None if caller is None else caller.name
+        self._context.dispatcher.record_response(response_id, sent.target, owner)
 
     def note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:
         """An error may be among these bytes of a stream that has begun."""

@@ -97,6 +97,8 @@ class ContinuedExchange(SplitExchange):
         self.last_s = self._context.clock()
         if was_resuming and not continuation.is_resuming and self._in_flight is not None:
             self._context.dispatcher.answer(self._in_flight, self.last_s, is_first_token=False)
+            if continuation.response_id:
+                self._account.note_response(continuation.response_id, self._in_flight)
         if data:
             if b'"error"' in data and self._in_flight is not None:
                 self._account.note_error(data, self._in_flight, self.last_s)

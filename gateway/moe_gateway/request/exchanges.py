@@ -1,6 +1,6 @@
 """Makes the exchange of a request, of the kind that the gateway's configuration asks for."""
 
-from moe_gateway.continuation.stream import find_continuation
+from moe_gateway.continuation.find import find_continuation
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
 from moe_gateway.request.continued_exchange import ContinuedExchange

@@ -149,9 +149,9 @@ class Gateway(Section):
     ui: GatewayUi = GatewayUi()
     continuation: GatewayContinuation = Field(
         default=GatewayContinuation.NEVER,
-        description="Streams that go on at another engine when theirs fails or drains. `deterministic`: completions "
-        "and chats whose tokens are not drawn at random, by `temperature: 0` or `seed`. `never`: none does, and one "
-        "whose engine fails ends with an error event.",
+        description="Streams that go on at another engine when theirs fails or drains. `deterministic`: completions, "
+        "chats, messages and responses whose tokens are not drawn at random, by `temperature: 0` or `seed`. `never`: "
+        "none does, and one whose engine fails ends with an error event.",
     )
     auth: GatewayAuth | None = None
     tls: GatewayTls | None = None

@@ -130,7 +130,9 @@ def engine(**changes: object) -> dict[str, object]:
     ],
 )
 def test_each_problem_is_found_and_nothing_else(changes, kinds):
-    assert [row.kind for row in find_problems(replace(WELL, **changes))] == kinds
+    found = find_problems(replace(WELL, **changes))
+    assert [row.kind for row in found] == kinds
+    assert not [row.advice for row in found if "below" in row.advice], "`moeserving top` has nothing below"
 
 
 def test_an_engine_that_starts_or_failed_says_how_far_and_why():
@@ -236,6 +238,7 @@ def test_failed_requests_are_counted_and_the_worst_comes_first():
     found = find_problems(replace(WELL, newest=rows, **engine(status="stalled", name="<b>")))
     assert [row.severity for row in found] == ["error", "warning"]
     assert found[1].message == "1 of the newest 2 requests failed, the last with engine_error."
+    assert "below" not in found[1].advice
 
 
 def test_changes_are_the_findings_that_begin_and_end_and_the_engines_that_come_and_go():

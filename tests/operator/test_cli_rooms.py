@@ -1,5 +1,7 @@
 """One command of several rooms: what is loaded when, and what a missing part leaves standing."""
 
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -45,6 +47,19 @@ def test_the_help_page_loads_no_other_room_and_no_engine() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert all(f"\n  {name} " in result.stdout for name in (*rooms.OWN, *rooms.ROOMS))
+
+
+@pytest.mark.parametrize("group", [(), ("experts",), ("model",)])
+def test_no_summary_of_a_command_is_cut_in_a_terminal_of_80_columns(group: tuple[str, ...]) -> None:
+    command, environment = [sys.executable, "-m", "moe_operator.cli", *group, "--help"], {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert [row for row in done.stdout.splitlines()[1:] if row.endswith("...")] == []
+
+
+def test_the_question_why_a_request_waited_is_found_in_the_list_of_commands() -> None:
+    code, said = invoke("--help")
+    assert code == 0
+    assert re.search(r"^ +explain +.*waited", said, re.MULTILINE), said
 
 
 def test_a_part_that_is_not_installed_names_its_extra_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[PageFinding]:
     if names := _name(uneven):
         worst = max(row.expert_balance for row in uneven)
         message = f"Experts of {names} are uneven: the busiest rank has {worst:.2f} times the mean."
-        advice = "See the experts below; `scheduling.expert.mode: active` moves them."
+        advice = "Where, and why they stay: `moeserving experts show`. Mode `active` alone moves them."
         yield PageFinding(kind="uneven_experts", severity="info", message=message, advice=advice)
 
 
@@ -166,7 +166,7 @@ def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         cause = failed[0].problem or f"status {failed[0].status}"
         message = f"{len(failed)} of the newest {len(ended)} requests failed, the last with {cause}."
         yield PageFinding(
-            kind="failed_requests", severity="warning", message=message, advice="See them in the table below."
+            kind="failed_requests", severity="warning", message=message, advice="Why: `moeserving explain REQUEST_ID`."
         )
 
 

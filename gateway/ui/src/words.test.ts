@@ -41,6 +41,7 @@ test("the main cause is the largest part before the first token", () => {
   const held = { ...request({}).record.attempts[0]!, after_s: 5 };
   assert.match(explain(request({ ttft_s: 6.2, attempts: [held] }), NOW).join(" "), /held in the gateway/);
   assert.match(explain(request({}, { chosen: { ...TERMS, wait_s: 0 } }), NOW).join(" "), /own prompt was computed/);
+  assert.match(explain(request({ ttft_s: 2.4 }), NOW).join(" "), /The longest part of that time was not predicted: 1\.10 s, 46 %/);
 });
 
 test("a request without an engine, an end or terms is described too", () => {
@@ -53,6 +54,38 @@ test("a request without an engine, an end or terms is described too", () => {
   assert.match(explain(request({ ttft_s: null }), NOW).join(" "), /one piece after 4\.00 s/);
   const unknown = explain(request({}, { chosen: null, other: null }), NOW).join(" ");
   assert.match(unknown, /Most of that time was predicted: 1\.20 s, 80 % of it, for the prompts before it and its own.*not recorded/);
+});
+
+const attempt = (changes: Partial<RequestRow["record"]["attempts"][number]>) => ({ ...request({}).record.attempts[0]!, ...changes });
+const PREFILL = attempt({ name: "p", reason: "prefill", after_s: 0.1, predicted_s: 0.8 });
+const DECODE = attempt({ name: "d", reason: "decode", after_s: 1.1, predicted_s: 0.2 });
+
+test("an engine that computed the prompt for another one has failed nothing", () => {
+  const split = request({ attempts: [PREFILL, DECODE] });
+  const said = explain(split, NOW).join(" ");
+  assert.match(said, /first token came after 1\.50 s; predicted were 1\.10 s/);
+  assert.match(said, /Most of that time its prompt was computed at p: 1\.00 s, 67 % of it, 800 ms were predicted\./);
+  assert.match(said, /p computed its prompt, and d answers with the KV blocks from there\./);
+  assert.doesNotMatch(said, /fail|Before, it was sent|not recorded|best other/);
+  assert.deepEqual(
+    partsOf(split, NOW_S).map((part) => [part.kind, part.label, Math.round(part.seconds * 10) / 10]),
+    [
+      ["held", "in the gateway", 0.1],
+      ["prefill", "its prompt, at p", 1],
+      ["own", "its KV blocks and the first token, predicted", 0.2],
+      ["over", "longer than predicted", 0.2],
+      ["rest", "rest of the answer", 2.5],
+    ],
+  );
+  const moved = request({ attempts: [attempt({ name: "b" }), PREFILL, DECODE] });
+  assert.match(explain(moved, NOW).join(" "), /Before, it was sent to b\./);
+});
+
+test("a request whose prompt is computed for another engine says so", () => {
+  const waits = request({ ...RUNS, attempts: [PREFILL] }, { arrived_at_s: 18 });
+  const said = explain(waits, NOW).join(" ");
+  assert.match(said, /Its prompt is computed at p, for another engine to go on from, for 2\.00 s so far\. 800 ms were predicted\./);
+  assert.doesNotMatch(said, /first token was predicted/);
 });
 
 const RUNS = { ttft_s: null, duration_s: null, status: null };

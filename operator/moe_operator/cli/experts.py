@@ -60,10 +60,10 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds to w
 
 @app.callback()
 def experts() -> None:
-    """Look at the experts of a running deployment; plan, apply and roll back moves."""
+    """Show where the load of a running deployment's experts is; move them, and undo it."""
 
 
-@app.command()
+@app.command(short_help="Show the load by layer and rank, and the hottest experts.")
 def show(
     name: Name = None,
     state_dir: StateDir = None,
@@ -96,7 +96,7 @@ def show(
             _print(documents)
 
 
-@app.command()
+@app.command(short_help="Show what moving experts would bring; touches nothing.")
 def plan(
     name: Name = None,
     state_dir: StateDir = None,
@@ -161,7 +161,7 @@ def _plan_file(path: Path, current: Path | None, group: dict[str, int], output: 
     )
 
 
-@app.command()
+@app.command(short_help="Put experts where a plan or the engine says.")
 def apply(
     name: Name = None,
     state_dir: StateDir = None,

@@ -87,7 +87,7 @@ def render_conclusion(
 
 
 def _name_worse(rows: Sequence[Comparison]) -> list[str]:
-    """A line with what is worse beside the deciding row; none where nothing is."""
+    """A line with the metrics that got worse, but for the deciding one; none where none did."""
     worse = [
         f"{row.metric} {render_ratio(row.ratio)}" for row in rows if row.verdict == "worse" and row.metric != DECIDING
     ]

@@ -163,6 +163,35 @@ def test_what_an_engine_does_stands_in_the_words_of_its_agent(phase, start, rest
     assert describe_start(None) == ""
 
 
+@pytest.mark.parametrize(
+    ("status", "one", "two"),
+    [
+        ("unreachable", "a cannot be reached.", "a, b cannot be reached."),
+        ("stalled", "a has requests and makes no steps.", "a, b have requests and make no steps."),
+        ("ejected", "a failed and gets no new requests for now.", "a, b failed and get no new requests for now."),
+        ("failed", "a has failed and is started again.", "a, b have failed and are started again."),
+        ("notReady", "a is not ready.", "a, b are not ready."),
+        ("stopped", "a was drained and has ended.", "a, b were drained and have ended."),
+        ("starting", "a starts.", "a, b start."),
+        ("draining", "a drains: it ends its streams and takes nothing new.",
+         "a, b drain: they end their streams and take nothing new."),
+    ],
+)  # fmt: skip
+def test_one_engine_and_several_are_said_in_their_own_grammar(status, one, two):
+    rows = tuple(replace(READY, name=name, status=status) for name in ("a", "b"))
+    ranks = tuple(replace(READY, name="a", rank=rank, status=status) for rank in range(2))
+    found = [find_problems(replace(WELL, engines=engines))[0].message for engines in (rows[:1], ranks, rows)]
+    assert found == [one, one, two]
+
+
+def test_engines_that_start_are_each_as_far_as_they_say():
+    rows = tuple(replace(READY, name=name, status="starting", words=words) for name, words in (("a", "x"), ("b", "y")))
+    assert find_problems(replace(WELL, engines=rows))[0].message == "a, b start: x; y."
+    assert find_problems(replace(WELL, engines=rows[:1] * 2))[0].message == "a starts: x."
+    many = tuple(replace(rows[0], name=f"e-{number}", words=f"w{number}") for number in range(9))
+    assert find_problems(replace(WELL, engines=many))[0].message == "e-0, e-1, e-2 and 6 more start: w0; w1; w2."
+
+
 def seconds(*values: float | None, last_s: float = 9.0) -> list[TimePoint]:
     """Seconds with these times to first token, and between tokens a tenth of them, the last one at `last_s`."""
     return [

@@ -43,20 +43,48 @@ def find_problems(snapshot: LiveSnapshot, points: Sequence[TimePoint] = ()) -> t
 @dataclass(frozen=True, slots=True)
 class _Status:
     severity: Severity
-    message: str
+    one: str
+    several: str
     advice: str
 
 
 # By the status of an engine; `ready` is none.
 _STATUSES = {
-    "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
-    "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
-    "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
-    "failed": _Status("error", "{} has failed and is started again", "See its log: `moeserving logs`, `kubectl logs`."),
-    "notReady": _Status("warning", "{} is not ready", "It starts, was drained, or has failed: `moeserving logs`."),
-    "stopped": _Status("info", "{} was drained and has ended", "`moeserving drain ENGINE --undo` starts it again."),
-    "starting": _Status("info", "{} starts", ""),
-    "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
+    "unreachable": _Status(
+        "error", "cannot be reached", "cannot be reached", "Does the process run? `moeserving status`, `logs`."
+    ),
+    "stalled": _Status(
+        "error",
+        "has requests and makes no steps",
+        "have requests and make no steps",
+        "An agent restarts it after ten minutes.",
+    ),
+    "ejected": _Status(
+        "warning",
+        "failed and gets no new requests for now",
+        "failed and get no new requests for now",
+        "See the log for the cause.",
+    ),
+    "failed": _Status(
+        "error",
+        "has failed and is started again",
+        "have failed and are started again",
+        "See the log: `moeserving logs`, `kubectl logs`.",
+    ),
+    "notReady": _Status("warning", "is not ready", "are not ready", "Starting, drained, or failed: `moeserving logs`."),
+    "stopped": _Status(
+        "info",
+        "was drained and has ended",
+        "were drained and have ended",
+        "`moeserving drain ENGINE --undo` starts it again.",
+    ),
+    "starting": _Status("info", "starts", "start", ""),
+    "draining": _Status(
+        "info",
+        "drains: it ends its streams and takes nothing new",
+        "drain: they end their streams and take nothing new",
+        "",
+    ),
 }
 
 
@@ -75,8 +103,10 @@ def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     for status, row in _STATUSES.items():
         found = [each for each in rows if each.status == status]
         if names := _name(found):
-            words = next((each.words for each in found if each.words), "")
-            message = f"{row.message.format(names)}{f': {words}' if words else ''}."
+            does = row.one if len({each.name for each in found}) == 1 else row.several
+            distinct = dict.fromkeys(each.words for each in found if each.words)
+            words = "; ".join(itertools.islice(distinct, _SHOWN_NAMES))
+            message = f"{names} {does}{f': {words}' if words else ''}."
             yield PageFinding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
 
 

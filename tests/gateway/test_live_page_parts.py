@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.agent_state import EngineProcess, EngineState, StartProgress
 from moe_contract.experts_state import read_experts
-from moe_contract.gateway_config import GatewaySettings, Group
+from moe_contract.gateway_config import EngineAddress, GatewaySettings, Group
 from moe_contract.live_page import (
     EngineRow,
     HeldGroup,
@@ -21,11 +21,12 @@ from moe_contract.live_page import (
 )
 from moe_contract.request_record import RequestRecord
 from moe_contract.typescript import main as generate
+from moe_gateway.engines.fleet import Engine
 from moe_gateway.live_page.changes import list_changed_settings, list_changes
 from moe_gateway.live_page.experts import describe_experts
 from moe_gateway.live_page.findings import find_problems
 from moe_gateway.live_page.rates import Counters, find_quantile, measure_point, measure_ranks
-from moe_gateway.live_page.snapshot import describe_start
+from moe_gateway.live_page.snapshot import describe_start, find_status
 from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
@@ -161,6 +162,22 @@ def test_what_an_engine_does_stands_in_the_words_of_its_agent(phase, start, rest
     process = EngineProcess(restarts=restarts, last_exit=last_exit)
     assert describe_start(EngineState(phase=phase, engine=process, start=start)) == words
     assert describe_start(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"is_offered": False}, "starting"),
+        ({}, "unreachable"),
+        ({"is_offered": False, "reported": EngineState(phase="ready")}, "unreachable"),
+        ({"is_offered": False, "is_reachable": True}, "notReady"),
+    ],
+    ids=["a new pod", "of a fixed list", "answered before", "answers"],
+)
+def test_a_pod_whose_agent_has_not_answered_yet_starts(changes, status):
+    address = EngineAddress(name="a", url="http://127.0.0.1:1", agent_url="http://127.0.0.1:2")
+    engine = Engine(address=address, host=b"a", targets=(Target("a"),), **changes)
+    assert find_status(engine, Target("a"), (), 0.0) == status
 
 
 @pytest.mark.parametrize(

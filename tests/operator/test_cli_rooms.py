@@ -80,6 +80,31 @@ def test_a_missing_package_of_the_operator_names_its_extra_too(monkeypatch: pyte
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("status", "tiny", "-n", "models"), "kubectl describe moes NAME"),
+        (("status", "tiny", "--context", "c"), "kubectl describe moes NAME"),
+        (("set", "tiny", "a=b", "--namespace", "models"), "kubectl patch moes NAME"),
+        (("down", "tiny", "-n", "models"), "kubectl delete moes NAME"),
+        (("up", "-f", "x.yaml", "-n", "models"), "kubectl apply -f FILE"),
+        (("logs", "tiny", "--namespace", "models"), "kubectl logs POD"),
+    ],
+    ids=lambda part: part[0] if isinstance(part, tuple) else "",
+)
+def test_a_command_for_one_machine_names_that_for_a_cluster(words: tuple[str, ...], instead: str) -> None:
+    code, said = invoke(*words)
+    assert code == 2
+    assert f"moeserving {words[0]} is for deployments on this machine; in a cluster: `{instead}" in " ".join(
+        said.split()
+    )
+
+
+def test_another_unknown_option_is_named() -> None:
+    code, said = invoke("status", "--nonsense")
+    assert (code, "No such option: --nonsense" in said) == (2, True)
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     code, said = invoke("upp")
     assert code == 2

@@ -95,9 +95,7 @@ def test_a_missing_package_of_the_operator_names_its_extra_too(monkeypatch: pyte
 def test_a_command_for_one_machine_names_that_for_a_cluster(words: tuple[str, ...], instead: str) -> None:
     code, said = invoke(*words)
     assert code == 2
-    assert f"moeserving {words[0]} is for deployments on this machine; in a cluster: `{instead}" in " ".join(
-        said.split()
-    )
+    assert said.startswith(f"moeserving {words[0]} is for this machine; in a cluster: `{instead}")
 
 
 def test_another_unknown_option_is_named() -> None:

@@ -8,7 +8,7 @@ import { Experts } from "./experts";
 import { Fleet, Held } from "./fleet";
 import { Requests } from "./requests";
 import { follow, keepKey, type State, takeKey, watchKey } from "./stream";
-import { clock, count, seconds, withGaps } from "./words";
+import { clock, count, policies, seconds, withGaps } from "./words";
 import "./style.css";
 
 const KEPT_POINTS = 600;
@@ -254,7 +254,7 @@ function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: rea
         />
       </div>
       <p class="soft">
-        Engines are chosen by {snapshot.policy}, queues ordered by {snapshot.order}. Bounds are those of scheduling.engine.targets
+        {policies(snapshot.policy, snapshot.order)} Bounds are those of scheduling.engine.targets
         {snapshot.ttft_target_s === null && snapshot.step_target_s === null ? "; none is set" : ""}.
       </p>
     </section>

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import type { RequestRow, TargetTerms, TimePoint } from "./contract";
-import { alone, count, explain, hottest, partsOf, pick, seconds, unpack, withGaps } from "./words";
+import { alone, count, explain, hottest, partsOf, pick, policies, seconds, unpack, withGaps } from "./words";
 
 const NOW_S = 20;
 const NOW = { at_s: NOW_S, accepting: false, hold_timeout_s: 60 };
@@ -125,6 +125,14 @@ test("seconds that are missing are a gap of a chart", () => {
   assert.deepEqual(points.map((point) => point === null), [false, false, true, false, false]);
   assert.deepEqual(withGaps([]), { times: [], points: [] });
   assert.deepEqual(alone([1, null, 2, 3, null, 4]), [0, 5], "no line shows these");
+});
+
+test("policies are named with their meaning", () => {
+  assert.equal(
+    policies("predicted", "sjf"),
+    "Engines are chosen by the least predicted time to first token (predicted), queues are ordered by the shortest uncached prompt first, with a bound on waiting (sjf).",
+  );
+  assert.equal(policies("another", "new"), "Engines are chosen by another, queues are ordered by new.");
 });
 
 test("numbers are short", () => {

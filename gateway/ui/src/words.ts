@@ -35,6 +35,23 @@ const REASONS: Record<string, string> = {
   decode: "it goes on from a prompt that was computed elsewhere",
 };
 
+const CHOICES: Record<string, string> = {
+  predicted: "the least predicted time to first token",
+  leastRequests: "the fewest requests",
+  roundRobin: "turns",
+};
+const ORDERS: Record<string, string> = {
+  sjf: "the shortest uncached prompt first, with a bound on waiting",
+  fcfs: "arrival",
+  priority: "priority, then arrival",
+};
+
+/** The policies in force: their names and their meaning. */
+export function policies(choice: string, order: string): string {
+  const named = (name: string, words: Record<string, string>) => (words[name] ? `${words[name]} (${name})` : name);
+  return `Engines are chosen by ${named(choice, CHOICES)}, queues are ordered by ${named(order, ORDERS)}.`;
+}
+
 type Attempt = RequestRow["record"]["attempts"][number];
 
 /** The attempts that failed, the one that computed the prompt for another engine, and the last; of those that there are. */

@@ -253,6 +253,13 @@ def test_an_engine_that_computed_the_prompt_for_another_has_failed_nothing() -> 
     assert "failed" not in text
 
 
+def test_an_engine_where_a_stream_went_on_has_no_part_in_the_wait() -> None:
+    later = AttemptRecord(name="a-0", reason="least_predicted", after_s=3.0, predicted_s=0.1, continued="prefix")
+    before = waited()
+    text = " ".join(text_of(replace(before, attempts=(*before.attempts, later))).split())
+    assert "the longest part, 1.50 s (75 %): it waited behind 900 prompt tokens" in text
+
+
 def test_a_request_without_a_first_token_blames_nothing() -> None:
     assert "the longest part" not in text_of(replace(RECORD, duration_s=None, status=None))
     assert "the longest part" not in text_of(RECORD)

@@ -81,6 +81,17 @@ test("an engine that computed the prompt for another one has failed nothing", ()
   assert.match(explain(moved, NOW).join(" "), /Before, it was sent to b\./);
 });
 
+test("an engine where a stream went on is not where its first token came from", () => {
+  const moved = request({ attempts: [attempt({}), attempt({ name: "c", continued: "prefix", after_s: 3, predicted_s: 0.1 })] }, { chosen: null, other: null });
+  const said = explain(moved, NOW).join(" ");
+  assert.match(said, /first token came after 1\.50 s; predicted were 1\.30 s/);
+  assert.match(said, /Most of that time was predicted: 1\.20 s, 80 %/);
+  assert.match(said, /It went to a since .* Its stream went on at c after 3\.00 s\./);
+  assert.doesNotMatch(said, /failed it|Before, it was sent/);
+  const sum = partsOf(moved, NOW_S).reduce((total, part) => total + part.seconds, 0);
+  assert.ok(Math.abs(sum - 4) < 1e-9, `${sum}`);
+});
+
 test("a request whose prompt is computed for another engine says so", () => {
   const waits = request({ ...RUNS, attempts: [PREFILL] }, { arrived_at_s: 18 });
   const said = explain(waits, NOW).join(" ");

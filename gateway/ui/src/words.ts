@@ -54,12 +54,24 @@ export function policies(choice: string, order: string): string {
 
 type Attempt = RequestRow["record"]["attempts"][number];
 
-/** The attempts that failed, the one that computed the prompt for another engine, and the last; of those that there are. */
-function stages(attempts: readonly Attempt[]): { failed: readonly Attempt[]; prefill?: Attempt; last: Attempt | undefined } {
-  const last = attempts[attempts.length - 1];
-  const before = attempts[attempts.length - 2];
-  if (last?.reason !== "decode" || before?.reason !== "prefill") return { failed: attempts.slice(0, -1), last };
-  return { failed: attempts.slice(0, -2), prefill: before, last };
+interface Stages {
+  readonly failed: readonly Attempt[];
+  readonly prefill?: Attempt;
+  readonly last: Attempt | undefined;
+  readonly continued: readonly Attempt[];
+}
+
+/**
+ * The attempts before the first token: those that failed, the one that computed the prompt for another engine, and the
+ * one that the token came from; then those where the stream went on. Of those that there are.
+ */
+function stages(attempts: readonly Attempt[]): Stages {
+  const continued = attempts.filter((attempt) => attempt.continued);
+  const begun = attempts.filter((attempt) => !attempt.continued);
+  const last = begun[begun.length - 1];
+  const before = begun[begun.length - 2];
+  if (last?.reason !== "decode" || before?.reason !== "prefill") return { failed: begun.slice(0, -1), last, continued };
+  return { failed: begun.slice(0, -2), prefill: before, last, continued };
 }
 
 export interface Part {
@@ -81,9 +93,9 @@ export const waited = (row: RequestRow, nowS: number): number => Math.max(0, now
 /** The time of a request until its first token by term, and the rest of its answer; of one that runs, until now. */
 export function partsOf(row: RequestRow, nowS: number): Part[] {
   const { record } = row;
-  const { failed, prefill, last } = stages(record.attempts);
-  // Terms are of a whole request.
-  const chosen = prefill ? null : row.chosen;
+  const { failed, prefill, last, continued } = stages(record.attempts);
+  // Terms are of the last attempt, and of a whole request.
+  const chosen = prefill || continued.length ? null : row.chosen;
   const runs = record.status === null;
   const parts: Part[] = [];
   const add = (kind: Part["kind"], label: string, value: number) => {
@@ -150,8 +162,12 @@ export function explain(row: RequestRow, now: Now): string[] {
 
 /** Why it went to its engine. */
 function whyThere({ record, chosen, other }: RequestRow): string[] {
-  const { prefill, last } = stages(record.attempts);
+  const { prefill, last, continued } = stages(record.attempts);
   const there = place(last!.name, last!.rank);
+  if (continued.length) {
+    const later = continued.map((each) => `${place(each.name, each.rank)} after ${seconds(each.after_s)}`).join(", ");
+    return [`It went to ${there} since ${REASONS[last!.reason] ?? last!.reason}. Its stream went on at ${later}.`];
+  }
   if (prefill) return [`${place(prefill.name, prefill.rank)} computed its prompt, and ${there} answers with the KV blocks from there.`];
   const beside = other ? ` The best other one, ${place(other.name, other.rank)}, was predicted ${seconds(other.predicted_s)}.` : "";
   const said = [`It went to ${there} since ${REASONS[last!.reason] ?? last!.reason}.${beside}`];
@@ -161,7 +177,7 @@ function whyThere({ record, chosen, other }: RequestRow): string[] {
 
 function measured(row: RequestRow, there: string, nowS: number): string {
   const { record } = row;
-  const last = record.attempts[record.attempts.length - 1]!;
+  const last = stages(record.attempts).last!;
   const predicted = seconds(predictedS(row));
   if (record.ttft_s !== null) {
     const runs = record.status === null ? ` It is answered at ${there}, for ${seconds(waited(row, nowS))} in all so far.` : "";
@@ -186,7 +202,7 @@ function mainCause(row: RequestRow, part: Part): string {
   const most = share > 50 ? "Most of that time" : "The longest part of that time";
   const size = `${seconds(part.seconds)}, ${Math.min(100, share)} % of it,`;
   const { chosen, record } = row;
-  const { failed, prefill } = stages(record.attempts);
+  const { failed, prefill, continued } = stages(record.attempts);
   switch (part.kind) {
     case "prefill":
       return `${most} its prompt was computed at ${place(prefill!.name, prefill!.rank)}: ${size} ${seconds(prefill!.predicted_s)} were predicted.`;
@@ -200,7 +216,7 @@ function mainCause(row: RequestRow, part: Part): string {
         : `${most} it waited behind ${count(chosen?.ahead_tokens)} prompt tokens of other requests: ${size} were predicted for it.`;
     case "own":
       if (prefill) return `${most} was predicted: ${size} for its KV blocks and the first token.`;
-      if (!chosen) return `${most} was predicted: ${size} for the prompts before it and its own.`;
+      if (!chosen || continued.length) return `${most} was predicted: ${size} for the prompts before it and its own.`;
       return `${most} its own prompt was computed: ${size} for ${count(chosen?.uncached_tokens ?? record.prompt_tokens)} tokens that were not in the cache.`;
     default:
       return `${most} was not predicted: ${size} more than its engine's step times say.`;

@@ -1,6 +1,6 @@
 """The record of a request as text and tables. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moe_contract.request_record import AttemptRecord, RequestRecord
@@ -77,15 +77,16 @@ class Cause(NamedTuple):
 
 def find_cause(record: RequestRecord) -> Cause | None:
     """On what most of the time to the first token was spent; None where there was no first token, or no engine."""
-    if record.ttft_s is None or not record.attempts:
+    begun = [attempt for attempt in record.attempts if not attempt.continued]
+    if record.ttft_s is None or not begun:
         return None
-    longest = max(_split_wait(record, record.ttft_s), key=lambda cause: cause.seconds)
+    longest = max(_split_wait(begun, record.ttft_s), key=lambda cause: cause.seconds)
     return longest if longest.seconds > 0 else None
 
 
-def _split_wait(record: RequestRecord, ttft_s: float) -> Iterator[Cause]:
-    """The parts of the time to the first token, which end at it: as the live page has them (`words.ts`)."""
-    *before, last = record.attempts
+def _split_wait(attempts: Sequence[AttemptRecord], ttft_s: float) -> Iterator[Cause]:
+    """The parts of the time to the first token, by the attempts before it: as the live page has them (`words.ts`)."""
+    *before, last = attempts
     is_split = last.reason == "decode" and bool(before) and before[-1].reason == "prefill"
     first = before.pop() if is_split else last
     held = "it was at engines that failed it, or waited for another"

@@ -168,7 +168,7 @@ def test_the_chosen_engine_stands_first_with_its_terms() -> None:
         "1.50",
         "s",
     ]
-    assert last == "ended after 500.0 ms with status 200"
+    assert last == "ended after 500.0 ms with status 200, in one piece, so when its first token was there is not known"
 
 
 def test_in_80_columns_no_row_of_an_engine_is_cut_or_wrapped() -> None:

@@ -64,8 +64,10 @@ def _describe_end(record: RequestRecord) -> str:
     first = "" if record.ttft_s is None else f"first token after {_time(record.ttft_s)}{_describe_cause(record)}"
     if record.duration_s is None:
         return f"{first}still running"
+    is_whole = record.ttft_s is None and record.status is not None and record.status < 400
+    end = ", in one piece, so when its first token was there is not known" if is_whole else ""
     problem = f": {record.problem}" if record.problem else ""
-    return f"{first}ended after {_time(record.duration_s)} with status {record.status}{problem}"
+    return f"{first}ended after {_time(record.duration_s)} with status {record.status}{problem}{end}"
 
 
 class Cause(NamedTuple):

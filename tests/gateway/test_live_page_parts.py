@@ -287,6 +287,31 @@ def test_failed_requests_are_counted_and_the_worst_comes_first():
     assert "below" not in found[1].advice
 
 
+@pytest.mark.parametrize(
+    ("requests", "refused", "status", "words"),
+    [
+        (72, 72, 404, ("72 of 72 requests since", "most with 404", "model", "a, b")),
+        (10, 6, 401, ("6 of 10", "401", "key")),
+        (10, 6, 429, ("6 of 10", "429", "quota")),
+        (10, 6, 400, ("6 of 10", "400", "text of the answer says")),
+        (1, 1, 404, ("1 of 1 request since",)),
+    ],
+)
+def test_requests_that_are_mostly_refused_are_a_finding_with_the_likely_cause(requests, refused, status, words):
+    shown = replace(WELL, requests=requests, refused=refused, refused_status=status, models=("a", "b"))
+    (found,) = find_problems(shown)
+    assert found.kind == "refused_requests"
+    assert found.severity == "warning"
+    assert all(word in f"{found.message} {found.advice}" for word in words), found
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_some_refused_requests_among_many_are_none(requests, refused):
+    refused = min(refused, requests)
+    kinds = [row.kind for row in find_problems(replace(WELL, requests=requests, refused=refused, refused_status=404))]
+    assert kinds == (["refused_requests"] if 2 * refused > requests else [])
+
+
 def test_changes_are_the_findings_that_begin_and_end_and_the_engines_that_come_and_go():
     other = replace(WELL, at_s=11.0, engines=(replace(READY, name="b"),))
     other = replace(other, findings=(PageFinding(kind="x", severity="error", message="It broke."),))

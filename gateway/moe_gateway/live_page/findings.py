@@ -36,6 +36,7 @@ def find_problems(snapshot: LiveSnapshot, points: Sequence[TimePoint] = ()) -> t
         *_find_in_speed(snapshot),
         *_find_unusual(snapshot, points),
         *_find_errors(snapshot),
+        *_find_refusals(snapshot),
     ]
     return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.severity)))
 
@@ -198,6 +199,27 @@ def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         yield PageFinding(
             kind="failed_requests", severity="warning", message=message, advice="Why: `moeserving explain REQUEST_ID`."
         )
+
+
+# Where to look, by the status of most refusals.
+_REFUSALS = {
+    401: "Is the key right? `gateway.auth` has the known ones.",
+    403: "Is the key right? `gateway.auth` has the known ones.",
+    404: "Is the name of the model right? Served here: {}.",
+    429: "A quota of the tenant, or the hold queue, is full: `Retry-After` says when to come again.",
+}
+
+
+def _find_refusals(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    """Where more than half of all requests were refused: few among many are faults of single clients."""
+    requests, refused = snapshot.requests, snapshot.refused
+    if 2 * refused > requests:
+        noun = "request" if requests == 1 else "requests"
+        said = f"{refused} of {requests} {noun} since the gateway's start refused"
+        message = f"{said}, most with {snapshot.refused_status}."
+        advice = _REFUSALS.get(snapshot.refused_status, "The text of the answer says why.")
+        advice = advice.format(", ".join(snapshot.models[:_SHOWN_NAMES]))
+        yield PageFinding(kind="refused_requests", severity="warning", message=message, advice=advice)
 
 
 def _name(rows: Iterable[EngineRow]) -> str:

@@ -44,6 +44,7 @@ def build_snapshot(
     `tenants` has the names of tenants by their digest.
     """
     settings, targets = dispatcher.settings, dispatcher.settings.targets
+    refused = stats.refused()
     return LiveSnapshot(
         at_s=round(point.at_s, 3),
         pod=pod.name,
@@ -60,6 +61,8 @@ def build_snapshot(
         order=dispatcher.request_settings.policy.value,
         requests=stats.finished,
         failed=stats.failed,
+        refused=sum(refused.values()),
+        refused_status=max(refused, key=lambda status: refused[status], default=0),
         retried=stats.retried,
         point=point,
         engines=tuple(_build_row(dispatcher, target, rates.get(target), now_s) for target in dispatcher.target_states),

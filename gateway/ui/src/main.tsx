@@ -189,7 +189,7 @@ function Numbers({ snapshot, points }: { snapshot: LiveSnapshot; points: readonl
     ["tokens/s", count(point.tokens_per_s), "computed by all engines"],
     ["at engines", count(point.in_flight), "requests of this gateway"],
     ["held", count(point.held), "requests that wait in the gateway"],
-    ["failed", `${snapshot.failed}`, `of ${count(snapshot.requests)} since the gateway's start`],
+    ["failed", `${snapshot.failed}`, `of ${count(snapshot.requests)} since the gateway's start${snapshot.refused ? `; ${count(snapshot.refused)} refused` : ""}`],
   ];
   return (
     <dl class="numbers">

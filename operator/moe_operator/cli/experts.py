@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_contract.experts_state import AffinityPart, ExpertsState
+from moe_contract.experts_state import FIRST_PLACEMENT, AffinityPart, ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
@@ -198,6 +198,8 @@ def rollback(
     """Roll back the last move."""
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         chosen, document = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
+        if document.placement.version <= FIRST_PLACEMENT:
+            raise Failure(f"{chosen}: nothing was moved since the engine's start, so there is nothing to roll back")
         typer.echo(f"{chosen}: back to the placement before {document.placement.version}")
         _ask(yes)
         asyncio.run(_direct(reached, _agent(reached, chosen), {"action": "rollback"}, timeout))

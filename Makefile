@@ -20,7 +20,9 @@ system_package = { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -
 .PHONY: help setup demo check test test-vllm test-vllm-python test-clients test-load-tools test-front-ends test-vllm-experts test-e2e generate verify bench bench-gateway soak bench-serving ui chromium test-ui experiments validate-simulator pictures docs wheel sbom chart sbom-images test-wheel test-krew check-workflows bench-operator compile-gateway test-compiled format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { line = sprintf("%-18s", $$1); count = split($$2, words, " "); \
+	for (at = 1; at <= count; at++) { if (length(line) + length(words[at]) > 79) { print line; line = sprintf("%18s", "") }; line = line " " words[at] }; \
+	print line }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make the virtual environment from constraints.txt
 

@@ -111,9 +111,9 @@ def model(source: Source, effort: ComparisonEffort) -> tuple[PiecePair, ...]:
 
 
 def print_lines(console: Console, lines: list[str]) -> None:
-    """Prints each line as it is, without markup."""
+    """Prints each line without markup, broken between words where it is longer than the terminal."""
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False)
 
 
 async def ask(url: str, question: str) -> str:

@@ -50,8 +50,8 @@ def render_modelled(
     """Measured and modelled ratios side by side; the table fits 80 columns."""
     caption = (
         "A: vLLM's own order, round robin. B: ours. In brackets: 95 % t interval.\n"
-        f"Measured: {len(pairs)} pairs of runs. {render_failures(pairs)}\n"
-        "Modelled: vLLM's real scheduler and our decisions in virtual time, where\n"
+        f"Measured: {len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} of runs. {render_failures(pairs)}\n"
+        "Modelled: vLLM's real scheduler and our decisions in virtual time, where "
         "step times and network are modelled and a machine's noise is absent."
     )
     table = Table(title="What users got", caption=caption, caption_justify="left", title_justify="left")
@@ -80,21 +80,34 @@ def render_conclusion(
             f"Look at the row '{DECIDING}'. Measured {render_ratio(ratio)}: {_why_unclear(ratio)}",
             f"Modelled {render_ratio(virtual)}: {_in_words(virtual)}",
             *_why_not_seen(ratio, virtual),
+            *_name_worse(modelled),
             *_why(),
         ]
-    return [f"Look at the row '{DECIDING}': {render_ratio(ratio)}. {_in_words(ratio)}", *_why()]
+    return [f"Look at the row '{DECIDING}': {render_ratio(ratio)}. {_in_words(ratio)}", *_name_worse(measured), *_why()]
+
+
+def _name_worse(rows: Sequence[Comparison]) -> list[str]:
+    """A line with the metrics that got worse, but for the deciding one; none where none did."""
+    worse = [
+        f"{row.metric} {render_ratio(row.ratio)}" for row in rows if row.verdict == "worse" and row.metric != DECIDING
+    ]
+    return [f"Worse: {'; '.join(worse)}."] if worse else []
 
 
 def render_next_steps() -> list[str]:
     """Commands to go on with."""
     return [
         "Next:",
-        "  .venv/bin/moeserving up -f manifests/local-cpu.yaml --port 8000   the same engines, to use",
-        "  .venv/bin/moeserving compare tiny --url http://127.0.0.1:8000 --shape twoEnd \\",
-        "      --answer-tokens 16 --load 1.4 --pairs 16                       the same, measured longer",
-        "  .venv/bin/moeserving demo --trace FILE                            your own requests",
-        "  make bench-serving                                                beside stock vLLM behind vllm-router",
-        "  docs/results/README.md                                            all workloads, loads and rivals",
+        "  the same engines, to use:",
+        "    .venv/bin/moeserving up -f manifests/local-cpu.yaml --port 8000",
+        "  on them the same, measured longer:",
+        "    .venv/bin/moeserving compare tiny --url http://127.0.0.1:8000 \\",
+        "        --shape twoEnd --answer-tokens 16 --load 1.4 --pairs 16",
+        "  your own requests:",
+        "    .venv/bin/moeserving demo --trace FILE",
+        "  beside stock vLLM behind vllm-router:",
+        "    make bench-serving",
+        "  all workloads, loads and rivals: docs/results/README.md",
     ]
 
 
@@ -123,6 +136,6 @@ def _in_words(ratio: Estimate | None) -> str:
 
 def _why() -> list[str]:
     return [
-        "Short prompts pass long ones while requests wait. Each piece is a peak above the capacity; far below it no",
+        "Short prompts pass long ones while requests wait. Each piece is a peak above the capacity; far below it no "
         "request waits and every order gives the same times.",
     ]

@@ -17,6 +17,10 @@ Slots = tuple[tuple[int, ...], ...]
 OFF = "off"
 
 
+# Of an engine that has just started; each change adds one.
+FIRST_PLACEMENT = 1
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -179,6 +179,8 @@ class LiveSnapshot:
         order: order of the queues.
         requests: that ended since the gateway's start.
         failed: of them, those that ended with an error.
+        refused: of them, those that were refused (status 400 to 498): the fault of the request, or a limit.
+        refused_status: the status of most of those; 0 without one.
         retried: sent to a second engine.
         point: the last second.
         engines: one row for each rank.
@@ -203,6 +205,8 @@ class LiveSnapshot:
     order: str = ""
     requests: int = 0
     failed: int = 0
+    refused: int = 0
+    refused_status: int = 0
     retried: int = 0
     point: TimePoint
     engines: tuple[EngineRow, ...] = ()

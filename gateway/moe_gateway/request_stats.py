@@ -103,6 +103,14 @@ class RequestStats:
         if self.bounded.ttft is not None:
             self.bounded.ttft.observe(ttft_s, now_s)
 
+    def refused(self) -> Counter[int]:
+        """Requests by status that the gateway or an engine refused; those whose client left (499) are none."""
+        found: Counter[int] = Counter()
+        for (_, status), count in self.requests.items():
+            if 400 <= status < 499:
+                found[status] += count
+        return found
+
     def retry(self) -> None:
         """A request is sent, or held, once more after a failed attempt."""
         self.retried += 1

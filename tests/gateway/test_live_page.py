@@ -165,6 +165,18 @@ async def test_a_page_sees_where_requests_went_and_why(make_engine, serve):
         }
 
 
+async def test_requests_for_a_model_that_is_not_there_are_no_silent_ones(make_engine, serve):
+    served = await serve(await make_engine())
+    for _ in range(3):
+        assert (await served.ask(post({"model": "none", "prompt": "x"}))).status == 404
+    async with watching(served) as events:
+        snapshot = await events.next("snapshot")
+        assert (snapshot["requests"], snapshot["failed"], snapshot["refused"]) == (3, 0, 3)
+        (found,) = [row for row in snapshot["findings"] if row["kind"] == "refused_requests"]
+        assert found["message"] == "3 of 3 requests since the gateway's start refused, most with 404."
+        assert f"Served here: {', '.join(snapshot['models'])}" in found["advice"]
+
+
 async def test_the_hold_queue_is_shown_by_class_and_tenant(make_engine, serve):
     engine = await make_engine()
     engine.agent.say(accepting=False)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_contract.agent_state import EngineProcess, EngineState, StartProgress
 from moe_contract.experts_state import read_experts
-from moe_contract.gateway_config import GatewaySettings, Group
+from moe_contract.gateway_config import EngineAddress, GatewaySettings, Group
 from moe_contract.live_page import (
     EngineRow,
     HeldGroup,
@@ -21,11 +21,12 @@ from moe_contract.live_page import (
 )
 from moe_contract.request_record import RequestRecord
 from moe_contract.typescript import main as generate
+from moe_gateway.engines.fleet import Engine
 from moe_gateway.live_page.changes import list_changed_settings, list_changes
 from moe_gateway.live_page.experts import describe_experts
 from moe_gateway.live_page.findings import find_problems
 from moe_gateway.live_page.rates import Counters, find_quantile, measure_point, measure_ranks
-from moe_gateway.live_page.snapshot import describe_start
+from moe_gateway.live_page.snapshot import describe_start, find_status
 from moe_scheduling.engine.choice import EngineSettings
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
@@ -130,7 +131,9 @@ def engine(**changes: object) -> dict[str, object]:
     ],
 )
 def test_each_problem_is_found_and_nothing_else(changes, kinds):
-    assert [row.kind for row in find_problems(replace(WELL, **changes))] == kinds
+    found = find_problems(replace(WELL, **changes))
+    assert [row.kind for row in found] == kinds
+    assert not [row.advice for row in found if "below" in row.advice], "`moeserving top` has nothing below"
 
 
 def test_an_engine_that_starts_or_failed_says_how_far_and_why():
@@ -159,6 +162,51 @@ def test_what_an_engine_does_stands_in_the_words_of_its_agent(phase, start, rest
     process = EngineProcess(restarts=restarts, last_exit=last_exit)
     assert describe_start(EngineState(phase=phase, engine=process, start=start)) == words
     assert describe_start(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"is_offered": False}, "starting"),
+        ({}, "unreachable"),
+        ({"is_offered": False, "reported": EngineState(phase="ready")}, "unreachable"),
+        ({"is_offered": False, "is_reachable": True}, "notReady"),
+    ],
+    ids=["a new pod", "of a fixed list", "answered before", "answers"],
+)
+def test_a_pod_whose_agent_has_not_answered_yet_starts(changes, status):
+    address = EngineAddress(name="a", url="http://127.0.0.1:1", agent_url="http://127.0.0.1:2")
+    engine = Engine(address=address, host=b"a", targets=(Target("a"),), **changes)
+    assert find_status(engine, Target("a"), (), 0.0) == status
+
+
+@pytest.mark.parametrize(
+    ("status", "one", "two"),
+    [
+        ("unreachable", "a cannot be reached.", "a, b cannot be reached."),
+        ("stalled", "a has requests and makes no steps.", "a, b have requests and make no steps."),
+        ("ejected", "a failed and gets no new requests for now.", "a, b failed and get no new requests for now."),
+        ("failed", "a has failed and is started again.", "a, b have failed and are started again."),
+        ("notReady", "a is not ready.", "a, b are not ready."),
+        ("stopped", "a was drained and has ended.", "a, b were drained and have ended."),
+        ("starting", "a starts.", "a, b start."),
+        ("draining", "a drains: it ends its streams and takes nothing new.",
+         "a, b drain: they end their streams and take nothing new."),
+    ],
+)  # fmt: skip
+def test_one_engine_and_several_are_said_in_their_own_grammar(status, one, two):
+    rows = tuple(replace(READY, name=name, status=status) for name in ("a", "b"))
+    ranks = tuple(replace(READY, name="a", rank=rank, status=status) for rank in range(2))
+    found = [find_problems(replace(WELL, engines=engines))[0].message for engines in (rows[:1], ranks, rows)]
+    assert found == [one, one, two]
+
+
+def test_engines_that_start_are_each_as_far_as_they_say():
+    rows = tuple(replace(READY, name=name, status="starting", words=words) for name, words in (("a", "x"), ("b", "y")))
+    assert find_problems(replace(WELL, engines=rows))[0].message == "a, b start: x; y."
+    assert find_problems(replace(WELL, engines=rows[:1] * 2))[0].message == "a starts: x."
+    many = tuple(replace(rows[0], name=f"e-{number}", words=f"w{number}") for number in range(9))
+    assert find_problems(replace(WELL, engines=many))[0].message == "e-0, e-1, e-2 and 6 more start: w0; w1; w2."
 
 
 def seconds(*values: float | None, last_s: float = 9.0) -> list[TimePoint]:
@@ -236,6 +284,32 @@ def test_failed_requests_are_counted_and_the_worst_comes_first():
     found = find_problems(replace(WELL, newest=rows, **engine(status="stalled", name="<b>")))
     assert [row.severity for row in found] == ["error", "warning"]
     assert found[1].message == "1 of the newest 2 requests failed, the last with engine_error."
+    assert "below" not in found[1].advice
+
+
+@pytest.mark.parametrize(
+    ("requests", "refused", "status", "words"),
+    [
+        (72, 72, 404, ("72 of 72 requests since", "most with 404", "model", "a, b")),
+        (10, 6, 401, ("6 of 10", "401", "key")),
+        (10, 6, 429, ("6 of 10", "429", "quota")),
+        (10, 6, 400, ("6 of 10", "400", "text of the answer says")),
+        (1, 1, 404, ("1 of 1 request since",)),
+    ],
+)
+def test_requests_that_are_mostly_refused_are_a_finding_with_the_likely_cause(requests, refused, status, words):
+    shown = replace(WELL, requests=requests, refused=refused, refused_status=status, models=("a", "b"))
+    (found,) = find_problems(shown)
+    assert found.kind == "refused_requests"
+    assert found.severity == "warning"
+    assert all(word in f"{found.message} {found.advice}" for word in words), found
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_some_refused_requests_among_many_are_none(requests, refused):
+    refused = min(refused, requests)
+    kinds = [row.kind for row in find_problems(replace(WELL, requests=requests, refused=refused, refused_status=404))]
+    assert kinds == (["refused_requests"] if 2 * refused > requests else [])
 
 
 def test_changes_are_the_findings_that_begin_and_end_and_the_engines_that_come_and_go():

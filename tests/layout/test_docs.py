@@ -31,6 +31,15 @@ def test_every_link_leads_somewhere(page):
     assert broken == []
 
 
+def test_pages_install_the_package_from_a_wheel_for_no_index_has_it():
+    """And name the registry of the images, for none is published."""
+    lines = [f"{path.name}: {line}" for path in PAGES for line in path.read_text("utf-8").splitlines()]
+    assert [line for line in lines if re.search(r"pip install '?moeserving\[", line)] == []
+    installs = [line for line in lines if "helm install moeserving charts/" in line]
+    assert installs
+    assert [line for line in installs if "images.registry=" not in line] == []
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= README_LINES

@@ -129,3 +129,12 @@ def test_prerequisites_name_variables_of_lines_above():
         for name in re.findall(r"\$\((\w+)\)", line)
         if set_at.get(name, number) >= number
     ] == []
+
+
+def test_the_list_of_targets_fits_a_terminal_of_80_columns() -> None:
+    lines = subprocess.run(
+        ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    described = re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == described
+    assert [line for line in lines if len(line) > 80] == []

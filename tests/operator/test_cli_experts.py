@@ -169,6 +169,20 @@ def test_an_idle_engine_has_taken_it_and_says_that_it_moves_nothing_yet(served: 
     assert "not carried out within 0.5 s; an engine without requests makes no steps" in said
 
 
+def test_where_nothing_was_moved_nothing_is_rolled_back_and_nobody_waits(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = read(experts())
+    first = document.model_copy(update={"placement": document.placement.model_copy(update={"version": 1})})
+
+    async def fetch(*_: Any, **__: Any) -> dict[str, ExpertsState]:
+        return {"a-engine-0": first}
+
+    monkeypatch.setattr(command, "fetch_experts", fetch)
+    said = served.say("rollback", "--engine", "a-engine-0", "--yes", code=1)
+    assert said == "a-engine-0: nothing was moved since the engine's start, so there is nothing to roll back\n"
+
+
 def test_affinity_is_recorded_when_it_is_asked_for_and_said_to_have_no_use_in_an_engine(served: Served) -> None:
     engine = ("--engine", "a-engine-1")
     assert served.documents()["a-engine-1"]["affinity"] is None

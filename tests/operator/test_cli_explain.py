@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from moe_contract.engine_process import ADMIN_PORT
 from moe_contract.request_record import AttemptRecord, RequestRecord, TargetTerms, write_request_record
 from moe_operator.cli import gateways as gateways_module
 from moe_operator.cli.command import app
-from moe_operator.cli.explanation import render_record
+from moe_operator.cli.explanation import REASONS, find_cause, render_record
+from moe_scheduling.engine.choice import SendReason
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -164,7 +168,7 @@ def test_the_chosen_engine_stands_first_with_its_terms() -> None:
         "1.50",
         "s",
     ]
-    assert last == "ended after 500.0 ms with status 200"
+    assert last == "ended after 500.0 ms with status 200, in one piece, so when its first token was there is not known"
 
 
 def test_in_80_columns_no_row_of_an_engine_is_cut_or_wrapped() -> None:
@@ -203,3 +207,80 @@ def test_a_stream_that_went_on_at_another_engine_says_how() -> None:
     record = RequestRecord(request_id="r", route="chat", attempts=(ATTEMPT, again), status=200, duration_s=3.0)
     text = " ".join(text_of(record).split())
     assert "2. after 2.00 s to a-0, where the stream went on after the tokens that the client had, since it" in text
+
+
+WAITED = replace(TERMS[1], name="a-1", rank=0, predicted_s=1.6)
+
+
+def waited(ttft_s: float = 2.0, **changes: object) -> RequestRecord:
+    """A request that waits behind others at `a-1` for most of its predicted 1.6 s."""
+    attempt = replace(ATTEMPT, after_s=0.1, predicted_s=1.6, targets=(WAITED, TERMS[0]))
+    return replace(RECORD, attempts=(attempt,), ttft_s=ttft_s, duration_s=9.0, **changes)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (waited(),
+         "the longest part, 1.50 s (75 %): it waited behind 900 prompt tokens of other requests, as predicted"),
+        (waited(ttft_s=9.0), "the longest part, 7.30 s (81 %): longer than its engine's step times predict"),
+        (replace(waited(), attempts=(replace(waited().attempts[0], targets=()),)),
+         "the longest part, 1.60 s (80 %): as predicted, the prompts before it and its own"),
+        (replace(waited(), attempts=(replace(waited().attempts[0], targets=(replace(WAITED, kv_s=1.4),)),)),
+         "the longest part, 1.50 s (75 %): it waited for KV blocks, as predicted"),
+        (replace(waited(), attempts=(replace(waited().attempts[0], targets=(replace(WAITED, wait_s=0.0),)),)),
+         "the longest part, 1.60 s (80 %): its own prompt was computed, 8 tokens that no cache had"),
+        (replace(waited(), attempts=(replace(waited().attempts[0], after_s=1.9),)),
+         "the longest part, 1.90 s (95 %): it was held in the gateway until an engine could take it"),
+        (replace(waited(), attempts=(ATTEMPT, replace(waited().attempts[0], after_s=1.9))),
+         "the longest part, 1.90 s (95 %): it was at engines that failed it, or waited for another"),
+    ],
+    ids=["queue", "not predicted", "no terms", "KV blocks", "own prompt", "held", "failed"],
+)  # fmt: skip
+def test_it_says_on_what_most_of_the_wait_was_spent(record: RequestRecord, words: str) -> None:
+    assert f"first token after {record.ttft_s:.2f} s; {words}" in " ".join(text_of(record).split())
+
+
+PREFILL = AttemptRecord(name="p", reason="prefill", after_s=0.1, predicted_s=0.8)
+DECODE = AttemptRecord(name="d", reason="decode", after_s=1.1, predicted_s=0.2)
+
+
+def test_an_engine_that_computed_the_prompt_for_another_has_failed_nothing() -> None:
+    text = " ".join(text_of(replace(waited(), attempts=(PREFILL, DECODE))).split())
+    assert "1. after 100.0 ms to p, since it computes prompts for others; prompt predicted 800.0 ms later" in text
+    assert "2. after 1.10 s to d, since it goes on from a prompt that was computed elsewhere; first token" in text
+    assert "the longest part, 1.00 s (50 %): its prompt was computed at p" in text
+    assert "failed" not in text
+
+
+def test_an_engine_where_a_stream_went_on_has_no_part_in_the_wait() -> None:
+    later = AttemptRecord(name="a-0", reason="least_predicted", after_s=3.0, predicted_s=0.1, continued="prefix")
+    before = waited()
+    text = " ".join(text_of(replace(before, attempts=(*before.attempts, later))).split())
+    assert "the longest part, 1.50 s (75 %): it waited behind 900 prompt tokens" in text
+
+
+def test_a_request_without_a_first_token_blames_nothing() -> None:
+    assert "the longest part" not in text_of(replace(RECORD, duration_s=None, status=None))
+    assert "the longest part" not in text_of(RECORD)
+
+
+@given(st.lists(st.floats(0.0, 1e3), min_size=6, max_size=6), st.booleans(), st.booleans())
+def test_the_part_that_is_named_is_never_longer_than_the_wait(
+    times: list[float], has_terms: bool, is_split: bool
+) -> None:
+    ttft_s, after_s, predicted_s, wait_s, kv_s, later_s = times
+    terms = (TargetTerms(name="a-1", wait_s=wait_s, kv_s=kv_s, predicted_s=predicted_s),) if has_terms else ()
+    last = AttemptRecord(name="a-1", reason="turn", after_s=after_s, predicted_s=predicted_s, targets=terms)
+    attempts = (PREFILL, replace(last, reason="decode", after_s=after_s + later_s)) if is_split else (last,)
+    cause = find_cause(replace(RECORD, attempts=attempts, ttft_s=ttft_s))
+    assert cause is None or 0.0 < cause.seconds <= ttft_s + 1e-9
+
+
+def test_each_reason_of_a_choice_has_words_here_and_on_the_live_page() -> None:
+    """Of the reasons that the gateway records for an attempt."""
+    page = (Path(__file__).parents[2] / "gateway/ui/src/words.ts").read_text()
+    table = page[page.index("const REASONS") : page.index("};", page.index("const REASONS"))]
+    assert (
+        {reason.value for reason in SendReason} == set(REASONS) == set(re.findall(r"^  (\w+): \"", table, re.MULTILINE))
+    )

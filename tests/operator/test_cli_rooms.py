@@ -1,5 +1,7 @@
 """One command of several rooms: what is loaded when, and what a missing part leaves standing."""
 
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -47,6 +49,19 @@ def test_the_help_page_loads_no_other_room_and_no_engine() -> None:
     assert all(f"\n  {name} " in result.stdout for name in (*rooms.OWN, *rooms.ROOMS))
 
 
+@pytest.mark.parametrize("group", [(), ("experts",), ("model",)])
+def test_no_summary_of_a_command_is_cut_in_a_terminal_of_80_columns(group: tuple[str, ...]) -> None:
+    command, environment = [sys.executable, "-m", "moe_operator.cli", *group, "--help"], {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert [row for row in done.stdout.splitlines()[1:] if row.endswith("...")] == []
+
+
+def test_the_question_why_a_request_waited_is_found_in_the_list_of_commands() -> None:
+    code, said = invoke("--help")
+    assert code == 0
+    assert re.search(r"^ +explain +.*waited", said, re.MULTILINE), said
+
+
 def test_a_part_that_is_not_installed_names_its_extra_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = EntryPoint(name="bench", group=rooms.GROUP, value="absent_package.cli:app")
     monkeypatch.setattr(rooms, "entry_points", lambda group: [broken])
@@ -63,6 +78,29 @@ def test_a_missing_package_of_the_operator_names_its_extra_too(monkeypatch: pyte
     assert (code, said) == (
         1, "moeserving status: the package moe_operator.cli.running is missing: pip install 'moeserving[operator]'\n",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("status", "tiny", "-n", "models"), "kubectl describe moes NAME"),
+        (("status", "tiny", "--context", "c"), "kubectl describe moes NAME"),
+        (("set", "tiny", "a=b", "--namespace", "models"), "kubectl patch moes NAME"),
+        (("down", "tiny", "-n", "models"), "kubectl delete moes NAME"),
+        (("up", "-f", "x.yaml", "-n", "models"), "kubectl apply -f FILE"),
+        (("logs", "tiny", "--namespace", "models"), "kubectl logs POD"),
+    ],
+    ids=lambda part: part[0] if isinstance(part, tuple) else "",
+)
+def test_a_command_for_one_machine_names_that_for_a_cluster(words: tuple[str, ...], instead: str) -> None:
+    code, said = invoke(*words)
+    assert code == 2
+    assert said.startswith(f"moeserving {words[0]} is for this machine; in a cluster: `{instead}")
+
+
+def test_another_unknown_option_is_named() -> None:
+    code, said = invoke("status", "--nonsense")
+    assert (code, "No such option: --nonsense" in said) == (2, True)
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -240,12 +240,10 @@ def resource(name: str = "tiny", conditions: list[Document] | None = None, **spe
 NEEDS = {
     LEADER_WORKER_SET: {"engine": {"parallelism": {"nodes": 2}}},
     INFERENCE_POOL: {"gateway": {"inferencePool": {}}},
-    SERVICE_MONITOR: {"metrics": {"serviceMonitor": True}},
-    POD_MONITOR: {"metrics": {"serviceMonitor": True}},
 }
 
 
-@pytest.mark.parametrize("kind", workloads.OPTIONAL, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", NEEDS, ids=lambda kind: kind.name)
 def test_a_kind_that_a_cluster_may_lack(kind: Kind) -> None:
     plain, needs = resource(), resource("big", **NEEDS[kind])
     found(workloads.check_kind(kind, True, [needs]), OK, "there")
@@ -253,6 +251,17 @@ def test_a_kind_that_a_cluster_may_lack(kind: Kind) -> None:
     found(workloads.check_kind(kind, False, [plain, needs]), PROBLEM, "big needs it", "install")
     found(workloads.check_kind(kind, FORBIDDEN, [needs]), NOTE, "not known")
     assert not workloads.needs_kind(kind, {"engine": None, "gateway": None, "metrics": None})
+
+
+@pytest.mark.parametrize(("kind", "whose"), [(SERVICE_MONITOR, "engines"), (POD_MONITOR, "gateways")])
+def test_monitors_are_made_by_default_so_that_a_cluster_without_their_kinds_has_no_problem(
+    kind: Kind, whose: str
+) -> None:
+    default = resource(metrics={"serviceMonitor": True})
+    found(workloads.check_kind(kind, False, [default]), NOTE, "absent", whose, "all else works")
+    found(workloads.check_kind(kind, False, [resource(metrics={"serviceMonitor": False})]), OK, "absent")
+    found(workloads.check_kind(kind, True, [default]), OK, "there", whose)
+    found(workloads.check_kind(kind, FORBIDDEN, [default]), NOTE, "not known")
 
 
 def node(name: str, ready: str = "True", **allocatable: str) -> Document:

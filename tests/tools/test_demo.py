@@ -1,6 +1,7 @@
 """The end of the demo: a verdict where the interval allows one, and a modelled comparison where it does not."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from moe_tools.compare_command import ComparisonEffort
 from moe_tools.comparison import PiecePair, Plan, Policy, compare, compare_metrics
 from moe_tools.demo_report import WIDEST, Verdict, judge, render_conclusion, render_next_steps
 from moe_tools.progress_printer import ProgressPrinter
+from moe_tools.replay import ReplayResult
 from moe_tools.replay_command import Source
 from moe_tools.traces import TraceRequest
 from rich.console import Console
@@ -55,6 +57,12 @@ def test_a_clear_result_is_said_in_words_either_way(ratios, says):
     assert says in render_conclusion(judge(measured), measured)[0]
 
 
+def slower(run: ReplayResult, factor: float = 1.5) -> ReplayResult:
+    """The same first tokens, with more time between the tokens after them."""
+    rows = [replace(row, last_token_s=row.ttft_s + factor * (row.last_token_s - row.ttft_s)) for row in run.answered]
+    return ReplayResult(outcomes=tuple(rows), wall_s=run.wall_s)
+
+
 def shown(monkeypatch, ratios, modelled=CLEAR) -> tuple[str, list[object]]:
     asked: list[object] = []
 
@@ -94,6 +102,28 @@ def test_a_narrow_measurement_without_a_difference_is_not_called_noise(monkeypat
 def test_a_model_without_a_difference_claims_none(monkeypatch):
     text, _ = shown(monkeypatch, NOISY, modelled=NOISY)
     assert "no difference is shown" in text
+
+
+@pytest.mark.parametrize("ratios", [CLEAR, NOISY, NARROW, CLEAR[:1]], ids=["clear", "noisy", "narrow", "one pair"])
+def test_no_line_of_the_end_is_broken_by_a_terminal_of_80_columns(monkeypatch, ratios):
+    text, _ = shown(monkeypatch, ratios)
+    end = text[text.index("A: ") :].splitlines()
+    assert [line for line in end if len(line.rstrip()) > 80] == []
+    assert not [line for line in end if line.rstrip().endswith(", where")], "lines of the caption are whole"
+    assert "1 pairs" not in text
+
+
+def test_what_gets_worse_is_said_in_words(monkeypatch):
+    worse = tuple(
+        PiecePair(stock=run_of(1.0), ours=slower(run_of(0.6 + step / 100), 1.5 + step / 100)) for step in range(4)
+    )
+    monkeypatch.setattr(demo, "model", lambda source, effort: worse)
+    (row,) = [row for row in compare_metrics(worse) if row.metric == "TPOT, mean"]
+    assert row.verdict == "worse"
+    for measured, modelled in ((worse, ()), (pairs_of(NOISY), worse)):
+        said = render_conclusion(judge(compare_metrics(measured)), compare_metrics(measured), compare_metrics(modelled))
+        assert any(line.startswith("Worse: TPOT, mean") for line in said), said
+    assert not [line for line in render_conclusion(Verdict.BETTER, compare_metrics(pairs_of(CLEAR))) if "Worse" in line]
 
 
 def test_the_end_names_what_to_try_next(monkeypatch):

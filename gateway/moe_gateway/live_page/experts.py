@@ -77,7 +77,8 @@ def _is_same(before: ExpertsSnapshot, after: ExpertsSnapshot) -> bool:
 def describe_experts(name: str, state: ExpertsState | None, at_s: float) -> ExpertsSnapshot:
     """The event `experts` of an engine; None as state: it has no expert group."""
     if state is None:
-        return ExpertsSnapshot(engine=name, problem="This engine does not spread its experts over ranks.")
+        problem = "This engine does not spread its experts over ranks; engine.parallelism.expert would."
+        return ExpertsSnapshot(engine=name, problem=problem)
     heat, balance, totals = state.heat, state.recorded, state.totals
     problem = ""
     if heat is None:

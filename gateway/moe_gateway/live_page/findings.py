@@ -36,6 +36,7 @@ def find_problems(snapshot: LiveSnapshot, points: Sequence[TimePoint] = ()) -> t
         *_find_in_speed(snapshot),
         *_find_unusual(snapshot, points),
         *_find_errors(snapshot),
+        *_find_refusals(snapshot),
     ]
     return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.severity)))
 
@@ -43,20 +44,48 @@ def find_problems(snapshot: LiveSnapshot, points: Sequence[TimePoint] = ()) -> t
 @dataclass(frozen=True, slots=True)
 class _Status:
     severity: Severity
-    message: str
+    one: str
+    several: str
     advice: str
 
 
 # By the status of an engine; `ready` is none.
 _STATUSES = {
-    "unreachable": _Status("error", "{} cannot be reached", "Does the process run? `moeserving status`, `logs`."),
-    "stalled": _Status("error", "{} has requests and makes no steps", "Its agent restarts it after ten minutes."),
-    "ejected": _Status("warning", "{} failed and gets no new requests for now", "See its log for the cause."),
-    "failed": _Status("error", "{} has failed and is started again", "See its log: `moeserving logs`, `kubectl logs`."),
-    "notReady": _Status("warning", "{} is not ready", "It starts, was drained, or has failed: `moeserving logs`."),
-    "stopped": _Status("info", "{} was drained and has ended", "`moeserving drain ENGINE --undo` starts it again."),
-    "starting": _Status("info", "{} starts", ""),
-    "draining": _Status("info", "{} drains: it ends its streams and takes nothing new", ""),
+    "unreachable": _Status(
+        "error", "cannot be reached", "cannot be reached", "Does the process run? `moeserving status`, `logs`."
+    ),
+    "stalled": _Status(
+        "error",
+        "has requests and makes no steps",
+        "have requests and make no steps",
+        "An agent restarts it after ten minutes.",
+    ),
+    "ejected": _Status(
+        "warning",
+        "failed and gets no new requests for now",
+        "failed and get no new requests for now",
+        "See the log for the cause.",
+    ),
+    "failed": _Status(
+        "error",
+        "has failed and is started again",
+        "have failed and are started again",
+        "See the log: `moeserving logs`, `kubectl logs`.",
+    ),
+    "notReady": _Status("warning", "is not ready", "are not ready", "Starting, drained, or failed: `moeserving logs`."),
+    "stopped": _Status(
+        "info",
+        "was drained and has ended",
+        "were drained and have ended",
+        "`moeserving drain ENGINE --undo` starts it again.",
+    ),
+    "starting": _Status("info", "starts", "start", ""),
+    "draining": _Status(
+        "info",
+        "drains: it ends its streams and takes nothing new",
+        "drain: they end their streams and take nothing new",
+        "",
+    ),
 }
 
 
@@ -75,8 +104,10 @@ def _find_in_fleet(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     for status, row in _STATUSES.items():
         found = [each for each in rows if each.status == status]
         if names := _name(found):
-            words = next((each.words for each in found if each.words), "")
-            message = f"{row.message.format(names)}{f': {words}' if words else ''}."
+            does = row.one if len({each.name for each in found}) == 1 else row.several
+            distinct = dict.fromkeys(each.words for each in found if each.words)
+            words = "; ".join(itertools.islice(distinct, _SHOWN_NAMES))
+            message = f"{names} {does}{f': {words}' if words else ''}."
             yield PageFinding(kind=f"engine_{status}", severity=row.severity, message=message, advice=row.advice)
 
 
@@ -96,7 +127,7 @@ def _find_in_ranks(rows: Sequence[EngineRow]) -> Iterator[PageFinding]:
     if names := _name(uneven):
         worst = max(row.expert_balance for row in uneven)
         message = f"Experts of {names} are uneven: the busiest rank has {worst:.2f} times the mean."
-        advice = "See the experts below; `scheduling.expert.mode: active` moves them."
+        advice = "Where, and why they stay: `moeserving experts show`. Mode `active` alone moves them."
         yield PageFinding(kind="uneven_experts", severity="info", message=message, advice=advice)
 
 
@@ -166,8 +197,29 @@ def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
         cause = failed[0].problem or f"status {failed[0].status}"
         message = f"{len(failed)} of the newest {len(ended)} requests failed, the last with {cause}."
         yield PageFinding(
-            kind="failed_requests", severity="warning", message=message, advice="See them in the table below."
+            kind="failed_requests", severity="warning", message=message, advice="Why: `moeserving explain REQUEST_ID`."
         )
+
+
+# Where to look, by the status of most refusals.
+_REFUSALS = {
+    401: "Is the key right? `gateway.auth` has the known ones.",
+    403: "Is the key right? `gateway.auth` has the known ones.",
+    404: "Is the name of the model right? Served here: {}.",
+    429: "A quota of the tenant, or the hold queue, is full: `Retry-After` says when to come again.",
+}
+
+
+def _find_refusals(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
+    """Where more than half of all requests were refused: few among many are faults of single clients."""
+    requests, refused = snapshot.requests, snapshot.refused
+    if 2 * refused > requests:
+        noun = "request" if requests == 1 else "requests"
+        said = f"{refused} of {requests} {noun} since the gateway's start refused"
+        message = f"{said}, most with {snapshot.refused_status}."
+        advice = _REFUSALS.get(snapshot.refused_status, "The text of the answer says why.")
+        advice = advice.format(", ".join(snapshot.models[:_SHOWN_NAMES]))
+        yield PageFinding(kind="refused_requests", severity="warning", message=message, advice=advice)
 
 
 def _name(rows: Iterable[EngineRow]) -> str:

@@ -44,6 +44,7 @@ def build_snapshot(
     `tenants` has the names of tenants by their digest.
     """
     settings, targets = dispatcher.settings, dispatcher.settings.targets
+    refused = stats.refused()
     return LiveSnapshot(
         at_s=round(point.at_s, 3),
         pod=pod.name,
@@ -60,6 +61,8 @@ def build_snapshot(
         order=dispatcher.request_settings.policy.value,
         requests=stats.finished,
         failed=stats.failed,
+        refused=sum(refused.values()),
+        refused_status=max(refused, key=lambda status: refused[status], default=0),
         retried=stats.retried,
         point=point,
         engines=tuple(_build_row(dispatcher, target, rates.get(target), now_s) for target in dispatcher.target_states),
@@ -78,12 +81,19 @@ def find_status(engine: Engine, target: Target, stalled: Iterable[Target], now_s
         return "stalled"
     if engine.is_draining:
         return "draining"
+    if is_new(engine):
+        return "starting"
     if not engine.is_ready or not engine.is_offered:
         phase = "" if engine.reported is None else engine.reported.phase
         return _NOT_READY.get(phase, "notReady") if engine.is_reachable else "unreachable"
     if max(engine.ejected_until_s, engine.suspended_until_s) > now_s:
         return "ejected"
     return "ready" if engine.is_reachable else "unreachable"
+
+
+def is_new(engine: Engine) -> bool:
+    """Whether it is a pod that is not ready, whose agent has not answered yet: it has just been made."""
+    return engine.reported is None and not engine.is_reachable and not engine.is_offered
 
 
 def describe_start(state: EngineState | None) -> str:
@@ -97,6 +107,10 @@ def describe_start(state: EngineState | None) -> str:
         times = f" {state.engine.restarts} times, the last time" if state.engine.restarts > 1 else ""
         words.append(f"ended{times} with: {_shorten(state.engine.last_exit, LONGEST_EXIT)}")
     return "; ".join(words)
+
+
+def _describe(engine: Engine) -> str:
+    return "its agent does not answer yet" if is_new(engine) else describe_start(engine.reported)
 
 
 def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, now_s: float) -> EngineRow:
@@ -123,7 +137,7 @@ def _build_row(dispatcher: Dispatcher, target: Target, rate: RankRate | None, no
         group=engine.group,
         role=roles.get(target.server, ""),
         status=status,
-        words=describe_start(engine.reported) if status in ("starting", "failed") else "",
+        words=_describe(engine) if status in ("starting", "failed") else "",
         in_flight=state.in_flight,
         step_s=None if rate is None else rate.step_s,
         tokens_per_s=None if rate is None else rate.tokens_per_s,

@@ -101,6 +101,8 @@ export interface LiveSnapshot {
   order: string;
   requests: number;
   failed: number;
+  refused: number;
+  refused_status: number;
   retried: number;
   point: TimePoint;
   engines: readonly EngineRow[];

@@ -74,7 +74,7 @@ function Summary({ experts, bytes, isRank }: { experts: ExpertsSnapshot; bytes: 
         {worst ? `Layer ${worst.layer} is the hottest: its ${name} ${worst.column} has ${worst.ratio.toFixed(2)} times the mean. ` : ""}
         {experts.balance === null
           ? ""
-          : `Over all ${experts.layers} layers the busiest rank has ${experts.balance.toFixed(2)} times the mean, which is how much longer the experts' part of a step takes than it could. `}
+          : `Over all ${experts.layers} layers the busiest rank has ${experts.balance.toFixed(2)} times the mean: in steps of many tokens their experts take that much longer than they could; in small ones it matters less. `}
         Mode {experts.mode}, placement {experts.version}, over {experts.steps} steps.
       </p>
       <ol class="hot" aria-label={`Hottest by layer and ${name}`}>

@@ -8,7 +8,7 @@ import { Experts } from "./experts";
 import { Fleet, Held } from "./fleet";
 import { Requests } from "./requests";
 import { follow, keepKey, type State, takeKey, watchKey } from "./stream";
-import { clock, count, seconds, withGaps } from "./words";
+import { clock, count, policies, seconds, withGaps } from "./words";
 import "./style.css";
 
 const KEPT_POINTS = 600;
@@ -189,7 +189,7 @@ function Numbers({ snapshot, points }: { snapshot: LiveSnapshot; points: readonl
     ["tokens/s", count(point.tokens_per_s), "computed by all engines"],
     ["at engines", count(point.in_flight), "requests of this gateway"],
     ["held", count(point.held), "requests that wait in the gateway"],
-    ["failed", `${snapshot.failed}`, `of ${count(snapshot.requests)} since the gateway's start`],
+    ["failed", `${snapshot.failed}`, `of ${count(snapshot.requests)} since the gateway's start${snapshot.refused ? `; ${count(snapshot.refused)} refused` : ""}`],
   ];
   return (
     <dl class="numbers">
@@ -254,7 +254,7 @@ function Speed({ snapshot, points, dark }: { snapshot: LiveSnapshot; points: rea
         />
       </div>
       <p class="soft">
-        Engines are chosen by {snapshot.policy}, queues ordered by {snapshot.order}. Bounds are those of scheduling.engine.targets
+        {policies(snapshot.policy, snapshot.order)} Bounds are those of scheduling.engine.targets
         {snapshot.ttft_target_s === null && snapshot.step_target_s === null ? "; none is set" : ""}.
       </p>
     </section>

@@ -2,7 +2,7 @@
 
 import { useState } from "preact/hooks";
 import type { LiveSnapshot, RequestRow } from "./contract";
-import { clock, count, explain, partsOf, pick, place, seconds, waited } from "./words";
+import { clock, count, explain, partsOf, pick, place, predictedS, seconds, waited } from "./words";
 
 export function Bar({ row, nowS }: { row: RequestRow; nowS: number }) {
   const parts = partsOf(row, nowS);
@@ -90,7 +90,8 @@ function Row(props: { row: RequestRow; nowS: number; isShown: boolean; onChoose:
   const { row, nowS, isShown, onChoose } = props;
   const { record } = row;
   const last = record.attempts[record.attempts.length - 1];
-  const late = record.ttft_s !== null && last !== undefined && record.ttft_s > 2 * (last.after_s + last.predicted_s) + 0.05;
+  const predicted = predictedS(row);
+  const late = record.ttft_s !== null && predicted !== null && record.ttft_s > 2 * predicted + 0.05;
   return (
     <tr class={isShown ? "shown" : ""}>
       <td>{clock(row.arrived_at_s)}</td>
@@ -101,7 +102,7 @@ function Row(props: { row: RequestRow; nowS: number; isShown: boolean; onChoose:
       </td>
       <td>{last ? place(last.name, last.rank) : "none"}</td>
       <td class="number">{row.held_s !== null ? `${seconds(row.held_s)} so far` : last ? seconds(last.after_s) : "–"}</td>
-      <td class="number">{last ? seconds(last.after_s + last.predicted_s) : "–"}</td>
+      <td class="number">{seconds(predicted)}</td>
       <td class={`number ${late ? "late" : ""}`}>{seconds(record.ttft_s)}</td>
       <td class="number">{record.status === null ? `${seconds(waited(row, nowS))} so far` : seconds(record.duration_s)}</td>
       <td class={(record.status ?? 0) >= 500 ? "late" : ""}>

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import type { RequestRow, TargetTerms, TimePoint } from "./contract";
-import { alone, count, explain, hottest, partsOf, pick, seconds, unpack, withGaps } from "./words";
+import { alone, count, explain, hottest, partsOf, pick, policies, seconds, unpack, withGaps } from "./words";
 
 const NOW_S = 20;
 const NOW = { at_s: NOW_S, accepting: false, hold_timeout_s: 60 };
@@ -41,6 +41,7 @@ test("the main cause is the largest part before the first token", () => {
   const held = { ...request({}).record.attempts[0]!, after_s: 5 };
   assert.match(explain(request({ ttft_s: 6.2, attempts: [held] }), NOW).join(" "), /held in the gateway/);
   assert.match(explain(request({}, { chosen: { ...TERMS, wait_s: 0 } }), NOW).join(" "), /own prompt was computed/);
+  assert.match(explain(request({ ttft_s: 2.4 }), NOW).join(" "), /The longest part of that time was not predicted: 1\.10 s, 46 %/);
 });
 
 test("a request without an engine, an end or terms is described too", () => {
@@ -53,6 +54,49 @@ test("a request without an engine, an end or terms is described too", () => {
   assert.match(explain(request({ ttft_s: null }), NOW).join(" "), /one piece after 4\.00 s/);
   const unknown = explain(request({}, { chosen: null, other: null }), NOW).join(" ");
   assert.match(unknown, /Most of that time was predicted: 1\.20 s, 80 % of it, for the prompts before it and its own.*not recorded/);
+});
+
+const attempt = (changes: Partial<RequestRow["record"]["attempts"][number]>) => ({ ...request({}).record.attempts[0]!, ...changes });
+const PREFILL = attempt({ name: "p", reason: "prefill", after_s: 0.1, predicted_s: 0.8 });
+const DECODE = attempt({ name: "d", reason: "decode", after_s: 1.1, predicted_s: 0.2 });
+
+test("an engine that computed the prompt for another one has failed nothing", () => {
+  const split = request({ attempts: [PREFILL, DECODE] });
+  const said = explain(split, NOW).join(" ");
+  assert.match(said, /first token came after 1\.50 s; predicted were 1\.10 s/);
+  assert.match(said, /Most of that time its prompt was computed at p: 1\.00 s, 67 % of it, 800 ms were predicted\./);
+  assert.match(said, /p computed its prompt, and d answers with the KV blocks from there\./);
+  assert.doesNotMatch(said, /fail|Before, it was sent|not recorded|best other/);
+  assert.deepEqual(
+    partsOf(split, NOW_S).map((part) => [part.kind, part.label, Math.round(part.seconds * 10) / 10]),
+    [
+      ["held", "in the gateway", 0.1],
+      ["prefill", "its prompt, at p", 1],
+      ["own", "its KV blocks and the first token, predicted", 0.2],
+      ["over", "longer than predicted", 0.2],
+      ["rest", "rest of the answer", 2.5],
+    ],
+  );
+  const moved = request({ attempts: [attempt({ name: "b" }), PREFILL, DECODE] });
+  assert.match(explain(moved, NOW).join(" "), /Before, it was sent to b\./);
+});
+
+test("an engine where a stream went on is not where its first token came from", () => {
+  const moved = request({ attempts: [attempt({}), attempt({ name: "c", continued: "prefix", after_s: 3, predicted_s: 0.1 })] }, { chosen: null, other: null });
+  const said = explain(moved, NOW).join(" ");
+  assert.match(said, /first token came after 1\.50 s; predicted were 1\.30 s/);
+  assert.match(said, /Most of that time was predicted: 1\.20 s, 80 %/);
+  assert.match(said, /It went to a since .* Its stream went on at c after 3\.00 s\./);
+  assert.doesNotMatch(said, /failed it|Before, it was sent/);
+  const sum = partsOf(moved, NOW_S).reduce((total, part) => total + part.seconds, 0);
+  assert.ok(Math.abs(sum - 4) < 1e-9, `${sum}`);
+});
+
+test("a request whose prompt is computed for another engine says so", () => {
+  const waits = request({ ...RUNS, attempts: [PREFILL] }, { arrived_at_s: 18 });
+  const said = explain(waits, NOW).join(" ");
+  assert.match(said, /Its prompt is computed at p, for another engine to go on from, for 2\.00 s so far\. 800 ms were predicted\./);
+  assert.doesNotMatch(said, /first token was predicted/);
 });
 
 const RUNS = { ttft_s: null, duration_s: null, status: null };
@@ -92,6 +136,14 @@ test("seconds that are missing are a gap of a chart", () => {
   assert.deepEqual(points.map((point) => point === null), [false, false, true, false, false]);
   assert.deepEqual(withGaps([]), { times: [], points: [] });
   assert.deepEqual(alone([1, null, 2, 3, null, 4]), [0, 5], "no line shows these");
+});
+
+test("policies are named with their meaning", () => {
+  assert.equal(
+    policies("predicted", "sjf"),
+    "Engines are chosen by the least predicted time to first token (predicted), queues are ordered by the shortest uncached prompt first, with a bound on waiting (sjf).",
+  );
+  assert.equal(policies("another", "new"), "Engines are chosen by another, queues are ordered by new.");
 });
 
 test("numbers are short", () => {

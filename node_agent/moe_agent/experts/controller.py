@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from moe_contract.experts_state import AffinityPart
+from moe_contract.experts_state import FIRST_PLACEMENT, AffinityPart
 from moe_scheduling.expert.decision import Balance, ExpertMode, ExpertSettings
 from moe_scheduling.expert.gpu_priors import WorkCosts
 
@@ -76,7 +76,7 @@ class Controller:
         checksum: Callable[[Slots], int],
         sharing: int = 1,
     ) -> None:
-        self.shape, self.placement, self.version = shape, placement.copy(), 1
+        self.shape, self.placement, self.version = shape, placement.copy(), FIRST_PLACEMENT
         self.costs, self.settings = costs, ExpertSettings(mode=ExpertMode.OFF)
         self.window = LoadWindow(shape.ranks // sharing, shape.layers, shape.experts)
         self.balance = self._measure(self.placement)

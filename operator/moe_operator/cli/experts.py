@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from moe_contract.experts_state import AffinityPart, ExpertsState
+from moe_contract.experts_state import FIRST_PLACEMENT, AffinityPart, ExpertsState
 from moe_contract.input_errors import InputError, InvalidInput, unknown_choice
 from moe_scheduling.expert.decision import ExpertSettings, count_moves, plan_experts
 
@@ -60,10 +60,10 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds to w
 
 @app.callback()
 def experts() -> None:
-    """Look at the experts of a running deployment; plan, apply and roll back moves."""
+    """Show where the load of a running deployment's experts is; move them, and undo it."""
 
 
-@app.command()
+@app.command(short_help="Show the load by layer and rank, and the hottest experts.")
 def show(
     name: Name = None,
     state_dir: StateDir = None,
@@ -96,7 +96,7 @@ def show(
             _print(documents)
 
 
-@app.command()
+@app.command(short_help="Show what moving experts would bring; touches nothing.")
 def plan(
     name: Name = None,
     state_dir: StateDir = None,
@@ -161,7 +161,7 @@ def _plan_file(path: Path, current: Path | None, group: dict[str, int], output: 
     )
 
 
-@app.command()
+@app.command(short_help="Put experts where a plan or the engine says.")
 def apply(
     name: Name = None,
     state_dir: StateDir = None,
@@ -198,6 +198,8 @@ def rollback(
     """Roll back the last move."""
     with errors_shown(), reach(name, state_dir, namespace, context) as reached:
         chosen, document = _only(asyncio.run(fetch_experts(reached, brief=True)), engine)
+        if document.placement.version <= FIRST_PLACEMENT:
+            raise Failure(f"{chosen}: nothing was moved since the engine's start, so there is nothing to roll back")
         typer.echo(f"{chosen}: back to the placement before {document.placement.version}")
         _ask(yes)
         asyncio.run(_direct(reached, _agent(reached, chosen), {"action": "rollback"}, timeout))

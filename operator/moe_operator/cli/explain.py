@@ -1,4 +1,4 @@
-"""`moeserving explain`: why the gateway sent a request to its engine, by the terms of its prediction."""
+"""`moeserving explain`: why a request waited and went to its engine, by the terms of its prediction."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def explain(
     output: Output = OutputFormat.TABLE,
     as_json: AsJson = False,
 ) -> None:
-    """Show why a request went to its engine: the prediction for each engine, term by term."""
+    """Show why a request waited and why it went to its engine: the prediction for each engine, term by term."""
     from moe_operator.cli.explanation import render_record
 
     form = choose_format(output, as_json=as_json)

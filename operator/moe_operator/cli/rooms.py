@@ -41,14 +41,14 @@ OWN = {
     "logs": Own("running", "logs", "Show logs, also of a deployment that has stopped."),
     "top": Own("top", "top", "Show engines, queue, times and rates, live."),
     "roles": Own("roles", "roles", "Show which engines compute prompts and which answers."),
-    "drain": Own("drain", "drain", "Empty one engine without losing a stream, or have it serve again."),
-    "explain": Own("explain", "explain", "Show why a request went to its engine."),
+    "drain": Own("drain", "drain", "Empty one engine without losing a stream, or undo it."),
+    "explain": Own("explain", "explain", "Show why a request waited, and why at its engine."),
     "ui": Own("ui", "ui", "Open the live page of a deployment in the browser."),
     "doctor": Own("doctor", "doctor", "Look for problems of a cluster or machine; say what to do."),
     "set": Own("running", "set_fields", "Change policies of a running deployment."),
-    "experts": Own("experts", "app", "Look at the experts of a deployment, plan, apply and roll back moves."),
+    "experts": Own("experts", "app", "Show where the load of experts is; move them, and undo it."),
     "validate": Own("validate", "validate", "Check a file: status 0 when it is valid, else 2."),
-    "plan": Own("plan", "plan", "Show what a file would make in a cluster, or start on a machine."),
+    "plan": Own("plan", "plan", "Show what a file would make in a cluster or on a machine."),
     "completion": Own("completion", "completion", "Print a script with which a shell completes this command."),
     "operator": Own("operator", "operator", "Make the MoEServings of a cluster real."),
     "crd": Own("validate", "crd", "Print the CustomResourceDefinition of MoEServing."),
@@ -68,6 +68,17 @@ ROOMS = {
 _EXTRAS = {"plan --advise": "bench"}
 
 
+# What is done in a cluster in place of a command that is for one machine.
+_IN_A_CLUSTER = {
+    "up": "`kubectl apply -f FILE`",
+    "down": "`kubectl delete moes NAME`",
+    "status": "`kubectl describe moes NAME`, or `kubectl moeserving top NAME -n NAMESPACE`",
+    "logs": "`kubectl logs POD`",
+    "set": "`kubectl patch moes NAME --type=merge -p PATCH`",
+}
+_OF_A_CLUSTER = frozenset(("-n", "--namespace", "--context"))
+
+
 class Commands(TyperGroup):
     """The group of all commands."""
 
@@ -83,7 +94,10 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """A command that is about to run."""
         name, shown, rest = super().resolve_command(ctx, args)
-        return name, load_command(name) if name else shown, rest
+        command = load_command(name) if name else shown
+        if name in _IN_A_CLUSTER:
+            _refuse_a_cluster(name, command, rest)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Runs; a package that is missing is named together with the extra that has it."""
@@ -91,6 +105,14 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             explain_missing(ctx.invoked_subcommand or "", error)
+
+
+def _refuse_a_cluster(name: str, command: Any, words: list[str]) -> None:
+    """Ends with the command for a cluster where one for this machine is given an option that others have for it."""
+    own = {option for parameter in command.params for option in parameter.opts}
+    if any(word.partition("=")[0] in _OF_A_CLUSTER - own for word in words):
+        typer.echo(f"moeserving {name} is for this machine; in a cluster: {_IN_A_CLUSTER[name]}", err=True)
+        sys.exit(2)
 
 
 def load_command(name: str) -> Any:

@@ -38,7 +38,7 @@ def top(
     namespace: Namespace = None,
     context: Context = None,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one screen and end; so it is where the output is no terminal.")
+        bool, typer.Option("--once", help="Print one screen and end, as where the output is no terminal.")
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:

@@ -121,6 +121,7 @@ def _describe_load(snapshot: LiveSnapshot) -> str:
     return (
         f"{point.in_flight} at engines, {point.held} of at most {snapshot.hold_limit} held, next waits "
         f"{render_time(snapshot.wait_s)}; {snapshot.requests} ended, {snapshot.failed} failed"
+        f"{f', {snapshot.refused} refused' if snapshot.refused else ''}"
     )
 
 

@@ -26,21 +26,31 @@ _USES = {
         "`gateway.inferencePool`",
         "install the Gateway API Inference Extension (gateway-api-inference-extension.sigs.k8s.io)",
     ),
-    SERVICE_MONITOR.name: ("metrics of gateways (`metrics.serviceMonitor`)", "install the Prometheus operator"),
-    POD_MONITOR.name: ("metrics of engines (`metrics.serviceMonitor`)", "install the Prometheus operator"),
+    SERVICE_MONITOR.name: (
+        "metrics of engines (`metrics.serviceMonitor`)",
+        "for metrics install the Prometheus operator, or scrape the agents yourself; all else works",
+    ),
+    POD_MONITOR.name: (
+        "metrics of gateways (`metrics.serviceMonitor`)",
+        "for metrics install the Prometheus operator, or scrape the gateways yourself; all else works",
+    ),
 }
+# Made by default, where the cluster has them.
+_DISPENSABLE = (SERVICE_MONITOR, POD_MONITOR)
 _DEVICE = re.compile(r"^[^/]+/(.*gpu.*|tpu|mig-.+|neuron.*|gaudi|i915|xe)$")
 _DEFAULT_DEVICE = "nvidia.com/gpu"
 
 
 def check_kind(kind: Kind, present: bool | ApiError, servings: Sequence[Document]) -> Check:
-    """Whether the cluster has an optional kind; a problem only where a resource needs it."""
+    """Whether the cluster has an optional kind; a problem only where a resource does not work without it."""
     use, advice = _USES[kind.name]
     if isinstance(present, ApiError):
         return note(kind.name, f"not known: {present}; needed for {use}")
     users = [row["metadata"]["name"] for row in servings if needs_kind(kind, row.get("spec", {}))]
     if present:
         return ok(kind.name, f"there; for {use}")
+    if users and kind in _DISPENSABLE:
+        return note(kind.name, f"absent; it is for {use}", advice)
     if users:
         return problem(kind.name, f"absent, and {', '.join(users)} needs it; it is for {use}", advice)
     return ok(kind.name, f"absent, and nothing here needs it; it is for {use}")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_scheduling.request.order import (
     DOUBLING_TOKENS,
+    HORIZON_DOUBLINGS,
     SMALL_TOKENS,
     RequestPolicy,
     RequestSettings,
@@ -155,9 +156,17 @@ def shift_s(size_tokens, speed):
 @pytest.mark.parametrize(
     ("size_tokens", "doublings"), [(0, 0), (SMALL_TOKENS, 1), (3 * SMALL_TOKENS, 2), (1023 * SMALL_TOKENS, 10)]
 )
-@pytest.mark.parametrize("speed", [8192.0, 65_536.0])
+@pytest.mark.parametrize("speed", [16_384.0, 65_536.0])
 def test_each_doubling_stands_back_by_the_time_of_as_many_tokens(size_tokens, doublings, speed):
     assert shift_s(size_tokens, speed) == pytest.approx(min(HORIZON_S, doublings * DOUBLING_TOKENS / speed))
+
+
+@pytest.mark.parametrize("speed", [1e-300, 1.0, 100.0])
+def test_a_slow_engine_tells_sizes_apart_within_the_horizon(speed):
+    sizes = [SMALL_TOKENS * (2**doublings - 1) for doublings in range(HORIZON_DOUBLINGS + 2)]
+    shifts = [shift_s(size, speed) for size in sizes]
+    assert shifts[:-1] == pytest.approx([HORIZON_S * each / HORIZON_DOUBLINGS for each in range(HORIZON_DOUBLINGS + 1)])
+    assert shifts[-1] == HORIZON_S
 
 
 @given(st.integers(0, 10**7), st.integers(0, 10**7), SPEEDS, SPEEDS)

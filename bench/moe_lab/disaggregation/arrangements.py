@@ -14,8 +14,6 @@ from moe_tools.traces import TraceRequest
 
 # Fitted step times are of groups of 1, 2, 4 and 8 ranks, and splits by hand have others.
 CLOCK = RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"])
-# As the samples for GPUs have it (manifests/samples).
-_REQUEST = RequestSettings(ageing_rate=8000.0)
 REFERENCE = "vLLM 0.32"
 
 
@@ -61,5 +59,5 @@ def load_of(trace: tuple[TraceRequest, ...], seed: int, *, targets: LatencyTarge
         max_model_len: longest prompt with its answer.
     """
     return FleetLoad(
-        clock=CLOCK, trace=trace, max_model_len=max_model_len, request=_REQUEST, targets=targets, seed=seed
+        clock=CLOCK, trace=trace, max_model_len=max_model_len, request=RequestSettings(), targets=targets, seed=seed
     )

@@ -20,10 +20,12 @@ from moe_scheduling.settings import check_settings, setting
 LARGEST_EXACT = 2**53
 _LARGEST_SHIFT_S = 1e300
 # Under `sjf` without an `ageing_rate`: a request of twice the size comes later by the time that the engine takes for
-# this many prompt tokens, and sizes below the second figure count as nearly equal. How they were chosen:
+# this many prompt tokens, and sizes below the second figure count as nearly equal. On an engine that is so slow that the
+# horizon would be reached sooner, it is reached after this many doublings. How they were chosen:
 # docs/adr/0048-a-prompt-stands-back-by-the-engines-measured-speed.md.
 DOUBLING_TOKENS = 4096
 SMALL_TOKENS = 256
+HORIZON_DOUBLINGS = 8
 
 
 class RequestPolicy(StrEnum):
@@ -128,9 +130,10 @@ def order_key(
     Under `sjf` the key is `min(shift_s, ageing_horizon_s) + arrival_s + priority * priority_step_s`, with a shift for
     the request's size: `size_tokens / ageing_rate`, or without a rate
 
-        DOUBLING_TOKENS * log2(1 + size_tokens / SMALL_TOKENS) / speed
+        min(DOUBLING_TOKENS / speed, ageing_horizon_s / HORIZON_DOUBLINGS) * log2(1 + size_tokens / SMALL_TOKENS)
 
-    A request of twice the size lets those go first that arrive while the engine computes `DOUBLING_TOKENS`. Where a
+    A request of twice the size lets those go first that arrive while the engine computes `DOUBLING_TOKENS`; where that
+    takes long, by a part of the horizon, so that sizes are still told apart within it. Where a
     long prompt lets a short one pass, the short one gains the time of the long one and the long one loses that of the
     short one: what counts is the ratio of the sizes. And the longer a prompt is, the less it is held up for its length.
     It orders like "size less ageing", because all waiting requests age alike, so that the clock cancels out.
@@ -162,17 +165,18 @@ def order_key(
 def _sjf_key(settings: RequestSettings, size_tokens: float, arrival_s: float, priority: int, speed: float) -> float:
     shift_s = settings.ageing_horizon_s
     if size_tokens < LARGEST_EXACT:
-        shift_s = min(_size_shift_s(settings.ageing_rate, max(size_tokens, 0), speed), shift_s)
+        shift_s = min(_size_shift_s(settings, max(size_tokens, 0), speed), shift_s)
     if priority:
         head_start_s = clamp_priority(priority) * settings.priority_step_s
         arrival_s += max(-_LARGEST_SHIFT_S, min(_LARGEST_SHIFT_S, head_start_s))
     return arrival_s + shift_s
 
 
-def _size_shift_s(ageing_rate: float | None, size_tokens: float, speed: float) -> float:
-    if ageing_rate is not None:
-        return size_tokens / ageing_rate
-    return DOUBLING_TOKENS * math.log2(1.0 + size_tokens / SMALL_TOKENS) / speed
+def _size_shift_s(settings: RequestSettings, size_tokens: float, speed: float) -> float:
+    if settings.ageing_rate is not None:
+        return size_tokens / settings.ageing_rate
+    doubling_s = min(DOUBLING_TOKENS / speed, settings.ageing_horizon_s / HORIZON_DOUBLINGS)
+    return doubling_s * math.log2(1.0 + size_tokens / SMALL_TOKENS)
 
 
 def _fcfs_key(

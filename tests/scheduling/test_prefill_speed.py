@@ -266,12 +266,12 @@ def test_whatever_the_estimate_does_none_falls_back_or_is_overtaken_from_beyond_
         assert [row.item for row in queue.in_order()] == list(queue)
         if serves:
             served = queue.pop()
-            size, arrival_s, tenant = left.pop(served)
-            queue.charge(tenant, size)
+            size, arrival_s, charged = left.pop(served)
+            queue.charge(charged, size)
             for other_size, other_arrival_s, its in left.values():
-                reach_s = HORIZON_S + (0.0 if its == tenant else fairness_s)
+                reach_s = HORIZON_S + (0.0 if its == charged else fairness_s)
                 assert arrival_s <= other_arrival_s + reach_s + 1e-9
-                assert its != tenant or arrival_s <= other_arrival_s or size <= other_size
+                assert its != charged or arrival_s <= other_arrival_s or size <= other_size
 
 
 def test_a_change_of_speed_forgets_no_service_of_tenants():

@@ -133,12 +133,13 @@ def order_key(
         min(DOUBLING_TOKENS / speed, ageing_horizon_s / HORIZON_DOUBLINGS) * log2(1 + size_tokens / SMALL_TOKENS)
 
     A request of twice the size lets those go first that arrive while the engine computes `DOUBLING_TOKENS`; where that
-    takes long, by a part of the horizon, so that sizes are still told apart within it. Where a
-    long prompt lets a short one pass, the short one gains the time of the long one and the long one loses that of the
-    short one: what counts is the ratio of the sizes. And the longer a prompt is, the less it is held up for its length.
-    It orders like "size less ageing", because all waiting requests age alike, so that the clock cancels out.
+    takes long, by a part of the horizon, so that sizes are still told apart within it. Where a long prompt lets a short
+    one pass, the short one gains the time of the long one and the long one loses that of the short one: what counts is
+    the ratio of the sizes. And the longer a prompt is, the less it is held up for its length. The key orders like "size
+    less ageing", because all waiting requests age alike, so that the clock cancels out.
 
-    The bound on waiting. Let `shift_s` be that of a request that arrives at a, `ageing_horizon_s` at most. Another's shift is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the
+    The bound on waiting. Let `shift_s` be that of a request that arrives at a, `ageing_horizon_s` at most. Another's
+    shift is never negative, so it overtakes only if it arrives before `a + shift_s`: no request of the
     same priority that arrives more than `shift_s` later does. The request is thus served after, at most, the work that
     was there at a and the work that arrives within `shift_s` of a, whatever comes afterwards: at a service of r
     tokens/s it waits at most `(work_at_arrival + work_arriving_within_shift) / r`. Each level by which another request

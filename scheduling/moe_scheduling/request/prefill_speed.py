@@ -74,7 +74,7 @@ class PrefillSpeed:
 
 
 def speed_of(step_time: StepTime | None) -> float | None:
-    """Returns the prompt tokens a second of full steps without answers, by a step-time model; None where it has none."""
+    """Returns the prompt tokens a second of full steps without answers; None where the model is not known, or empty."""
     if step_time is None:
         return None
     step_s = step_time.base_s + step_time.prefill_s * _FULL_STEP_TOKENS
@@ -129,4 +129,3 @@ class SpeedHistory:
         self._since_s.append(since_s)
         self._speeds.append(tokens_per_s)
         return rises
-

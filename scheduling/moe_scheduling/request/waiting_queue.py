@@ -270,9 +270,7 @@ class WaitingQueue(Generic[T]):
 
     def _key(self, size_tokens: float, arrival_s: float, priority: int) -> tuple[float, float]:
         speed = self._speeds.at(arrival_s)
-        return order_key(
-            self._settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, speed=speed
-        )
+        return order_key(self._settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, speed=speed)
 
 
 def _countable(size_tokens: float) -> int:

@@ -1,8 +1,8 @@
 """Layer 1: policies, settings and keys of the order of waiting requests, in engines and in the gateway's hold queue.
 
 A policy is a function from a request to a key. The key does not change while the request waits, but for an engine that
-is found to be faster (`prefill_speed.py`), so a sorted list serves (`waiting_queue.py`). Where several tenants wait under `sjf`, the lag of a request's tenant is added to its key
-(`fairness.py`).
+is found to be faster (`prefill_speed.py`), so a sorted list serves (`waiting_queue.py`). Where several tenants wait
+under `sjf`, the lag of a request's tenant is added to its key (`fairness.py`).
 
 Invariants: equal keys are ordered by arrival; no size, priority or arrival that a client sends gives a key that does
 not compare (NaN).
@@ -20,7 +20,7 @@ from moe_scheduling.settings import check_settings, setting
 LARGEST_EXACT = 2**53
 _LARGEST_SHIFT_S = 1e300
 # Under `sjf` without an `ageing_rate`: a request of twice the size comes later by the time that the engine takes for
-# this many prompt tokens, and sizes below the second figure count as nearly equal. On an engine that is so slow that the
+# this many prompt tokens, and sizes below the second figure count as nearly equal. On an engine so slow that the
 # horizon would be reached sooner, it is reached after this many doublings. How they were chosen:
 # docs/adr/0048-a-prompt-stands-back-by-the-engines-measured-speed.md.
 DOUBLING_TOKENS = 4096

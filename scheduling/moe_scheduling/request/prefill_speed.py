@@ -21,6 +21,9 @@ from moe_scheduling.signals import StepTime
 UNMEASURED_TOKENS_PER_S = 16_000.0
 # Prompt tokens of a full step, for an engine of which the step-time model alone is known.
 _FULL_STEP_TOKENS = 2048
+# Bounds of what a step is; their products are finite and not 0.
+_MOST_TOKENS = 2**31
+_SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-6, 3600.0
 # A speed takes the place of another one that differs by this factor or more.
 _STEP = 1.25
 
@@ -53,8 +56,8 @@ class PrefillSpeed:
         return self._square / self._right if self._right > 0.0 else None
 
     def observe(self, prefill_tokens: int, step_s: float) -> None:
-        """Takes one step into account; one without prompt tokens, and a time that is none, is ignored."""
-        if not (prefill_tokens > 0 and 0.0 < step_s < math.inf):
+        """Takes one step into account; one without prompt tokens, and a time that no step takes, is ignored."""
+        if not (0 < prefill_tokens < _MOST_TOKENS and _SHORTEST_STEP_S < step_s < _LONGEST_STEP_S):
             return
         if self._usual_s > 0.0:
             self._add(prefill_tokens, step_s)

@@ -100,8 +100,7 @@ class OrderedScheduler(AsyncScheduler):
         self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
         self._step_curve = StepTimeCurveFit()
-        self._prefill_speed = PrefillSpeed()
-        self._deferral = DeferredScheduling()
+        self._prefill_speed, self._deferral = PrefillSpeed(), DeferredScheduling()
         # Number of the next step, in a count that all ranks of a group share; set by the core where steps are deferred.
         self.turn = 0
         self._last_output_s = self._launched_s = 0.0

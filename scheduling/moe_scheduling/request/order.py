@@ -133,7 +133,7 @@ def order_key(
         min(DOUBLING_TOKENS / speed, ageing_horizon_s / HORIZON_DOUBLINGS) * log2(1 + size_tokens / SMALL_TOKENS)
 
     A request of twice the size lets those go first that arrive while the engine computes `DOUBLING_TOKENS`; where that
-    takes long, by a part of the horizon, so that sizes are still told apart within it. Where a long prompt lets a short
+    takes long, by a part of the horizon, so that sizes still decide within it. Where a long prompt lets a short
     one pass, the short one gains the time of the long one and the long one loses that of the short one: what counts is
     the ratio of the sizes. And the longer a prompt is, the less it is held up for its length. The key orders like "size
     less ageing", because all waiting requests age alike, so that the clock cancels out.

@@ -104,7 +104,7 @@ class SpeedHistory:
 
     @property
     def tokens_per_s(self) -> float:
-        """The speed in force."""
+        """The speed that later arrivals count with."""
         return self._speeds[-1]
 
     def note(self, arrival_s: float) -> None:

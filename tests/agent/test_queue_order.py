@@ -60,17 +60,17 @@ def test_what_a_second_of_waiting_makes_up_for_goes_by_the_steps_of_the_engine(
 
 
 def test_an_engine_that_is_found_to_be_fast_no_longer_holds_a_long_job_back(make_engine, settings):
-    """What waits is ordered anew: the first steps compile kernels, and a long request came in that time."""
+    """What waits is ordered anew: light steps that compile kernels came first, and a long request in that time."""
     settings.put(policy="sjf")
     engine = make_engine(max_num_seqs=1)
     engine.pace = lambda prefill_tokens, decoding: 0.2
     for number in range(10):
-        engine.add(f"first{number}", 256, out=1)
+        engine.add(f"first{number}", 16, out=1)
         engine.run()
-    engine.add("running", 5000, out=20, arrival_s=10.0)
+    engine.add("running", 3000, out=20, arrival_s=10.0)
     engine.step()
     engine.add("long", 2000, arrival_s=10.1)
-    engine.add("short", 20, arrival_s=10.4)
+    engine.add("short", 20, arrival_s=12.0)
     assert [request.request_id for request in engine.scheduler.waiting] == ["short", "long"]
     engine.pace = lambda prefill_tokens, decoding: 0.0002
     assert engine.run().first_token_order[-3:] == ["running", "long", "short"]

@@ -43,8 +43,8 @@ def ratios(maker, request, step_factor):
 @pytest.mark.parametrize("step_factor", [0.2, 1.0, 40.0])
 def test_the_mean_wait_falls_and_long_prompts_pay_little_whatever_the_speed(maker, step_factor):
     mean, longest = ratios(maker, MEASURED, step_factor)
-    assert mean < 0.93
-    assert longest < 1.3
+    assert mean < 0.97
+    assert longest < 1.45
 
 
 def test_a_fixed_rate_costs_long_prompts_of_a_fast_engine_more_than_the_measured_speed(maker):

@@ -25,7 +25,7 @@ _LARGEST_SHIFT_S = 1e300
 # docs/adr/0048-a-prompt-stands-back-by-the-engines-measured-speed.md.
 DOUBLING_TOKENS = 4096
 SMALL_TOKENS = 256
-HORIZON_DOUBLINGS = 8
+HORIZON_DOUBLINGS = 4
 
 
 class RequestPolicy(StrEnum):

@@ -49,6 +49,7 @@ def measured(steps, **settings):
         ([(0, 0.1), (-5, 0.1), (1000, 0.0), (1000, math.nan), (1000, math.inf), (1000, -1.0)] * 8, None),
         ([(1000, 0.1), (0, 5.0)] * 8, 10_000),
         ([(100, 0.1)] * 8 + [(10_000, 0.1)] * 8, 100_000),
+        ([(10, 0.05)] * 100 + [(2000, 2.0)] * 4, 1000),
     ],
     ids=[
         "nothing seen",
@@ -57,6 +58,7 @@ def measured(steps, **settings):
         "what is no step of a prompt says nothing",
         "steps of answers alone say nothing",
         "full steps decide, for the others take as long whatever they hold",
+        "full steps of a slow engine are no outliers, though light ones are the rule",
     ],
 )
 def test_the_speed_is_that_of_full_steps(steps, expected):

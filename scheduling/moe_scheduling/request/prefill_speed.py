@@ -37,18 +37,19 @@ class PrefillSpeed:
     Args:
         memory_steps: steps with prompt tokens after which one weighs 1/e.
         least_steps: steps with prompt tokens before there is a measured speed.
-        outlier_factor: a step that takes longer than this many times the usual one counts as that many times.
+        outlier_factor: a step that takes longer than this many times the usual one, or than as many of them as hold its
+            tokens, counts as that long.
     """
 
-    __slots__ = ("_first", "_keep", "_least_steps", "_outlier_factor", "_right", "_square", "_usual_s")
+    __slots__ = ("_first", "_keep", "_least_steps", "_outlier_factor", "_right", "_square", "_usual_s", "_usual_tokens")
 
     def __init__(self, *, memory_steps: float = 256.0, least_steps: int = 8, outlier_factor: float = 4.0) -> None:
         self._keep = 1.0 - 1.0 / memory_steps
         self._least_steps = least_steps
         self._outlier_factor = outlier_factor
         self._first: list[tuple[float, float]] = []
-        # Decayed sums of tokens * tokens and tokens * seconds, and the time of a usual step.
-        self._square = self._right = self._usual_s = 0.0
+        # Decayed sums of tokens * tokens and tokens * seconds; tokens and time of a usual step.
+        self._square = self._right = self._usual_tokens = self._usual_s = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -64,13 +65,15 @@ class PrefillSpeed:
             return
         self._first.append((prefill_tokens, step_s))
         if len(self._first) == self._least_steps:
-            self._usual_s = median(step_s for _, step_s in self._first)
+            self._usual_tokens, self._usual_s = map(median, zip(*self._first, strict=True))
             for row in self._first:
                 self._add(*row)
             self._first.clear()
 
     def _add(self, tokens: float, step_s: float) -> None:
-        step_s = min(step_s, self._outlier_factor * self._usual_s)
+        usual_steps = max(1.0, tokens / self._usual_tokens)
+        step_s = min(step_s, self._outlier_factor * usual_steps * self._usual_s)
+        self._usual_tokens += (1.0 - self._keep) * (tokens - self._usual_tokens)
         self._usual_s += (1.0 - self._keep) * (step_s - self._usual_s)
         self._square = self._keep * self._square + tokens * tokens
         self._right = self._keep * self._right + tokens * step_s

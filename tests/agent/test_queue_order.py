@@ -39,6 +39,43 @@ def test_a_long_job_that_waited_long_enough_is_served_first(make_engine, setting
     assert engine.run().first_token_order == ["running", "early", "long", "late"]
 
 
+@pytest.mark.parametrize(
+    ("tokens_per_s", "order"), [(1_000_000.0, ["long", "short"]), (1000.0, ["short", "long"])], ids=["fast", "slow"]
+)
+def test_what_a_second_of_waiting_makes_up_for_goes_by_the_steps_of_the_engine(
+    make_engine, settings, tokens_per_s, order
+):
+    settings.put(policy="sjf")
+    engine = make_engine(max_num_seqs=1)
+    engine.pace = lambda prefill_tokens, decoding: prefill_tokens / tokens_per_s + 1e-6
+    for number in range(10):
+        engine.add(f"first{number}", 256, out=1)
+        engine.run()
+    engine.add("running", 16, out=20, arrival_s=10.0)
+    engine.step()
+    engine.add("long", 2000, arrival_s=10.1)
+    engine.add("short", 20, arrival_s=10.4)
+    assert [request.request_id for request in engine.scheduler.waiting] == order
+    assert engine.run().first_token_order[-2:] == order
+
+
+def test_an_engine_that_is_found_to_be_fast_no_longer_holds_a_long_job_back(make_engine, settings):
+    """What waits is ordered anew: light steps that compile kernels came first, and a long request in that time."""
+    settings.put(policy="sjf")
+    engine = make_engine(max_num_seqs=1)
+    engine.pace = lambda prefill_tokens, decoding: 0.2
+    for number in range(10):
+        engine.add(f"first{number}", 16, out=1)
+        engine.run()
+    engine.add("running", 3000, out=20, arrival_s=10.0)
+    engine.step()
+    engine.add("long", 2000, arrival_s=10.1)
+    engine.add("short", 20, arrival_s=12.0)
+    assert [request.request_id for request in engine.scheduler.waiting] == ["short", "long"]
+    engine.pace = lambda prefill_tokens, decoding: 0.0002
+    assert engine.run().first_token_order[-3:] == ["running", "long", "short"]
+
+
 def test_priority_serves_the_lower_level_first(make_engine, settings):
     settings.put(policy="priority")
     engine = make_engine(max_num_seqs=1, vllm_policy="priority")

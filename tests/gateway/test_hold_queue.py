@@ -9,7 +9,7 @@ from moe_gateway.engines.hold_queue import HELD, HoldQueue, Rejection
 from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Job, Send, SendReason
 from moe_scheduling.request.order import RequestPolicy, RequestSettings
-from moe_scheduling.signals import Target
+from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 FCFS = RequestSettings(policy=RequestPolicy.FCFS)
 NOW_S = 100.0
@@ -152,3 +152,19 @@ def test_a_request_is_rejected_by_the_reason_that_holds(tmp_path):
     assert log == []
     dispatcher.tick(NOW_S + 60.0)
     assert (log, dispatcher.held) == (["held timeout_no_engine"], 0)
+
+
+@pytest.mark.parametrize(
+    ("prefill_s", "order"),
+    [(1e-6, ["long", "short"]), (1e-3, ["short", "long"]), (None, ["short", "long"])],
+    ids=["fast engine", "slow engine", "not known"],
+)
+def test_what_a_second_of_waiting_makes_up_for_goes_by_the_engines_step_times(tmp_path, prefill_s, order):
+    dispatcher, log = make_dispatcher(tmp_path, "a"), []
+    if prefill_s is not None:
+        step_time = StepTime(base_s=0.001, prefill_s=prefill_s, decode_s=0.0)
+        dispatcher.observe(Target("a"), EngineSignal(step=1, step_time=step_time), NOW_S, NOW_S)
+    for name, tokens, wait_s in (("long", 8192, 0.0), ("short", 16, 0.5)):
+        assert dispatcher.admit(Waiting(name, log, job=Job(tokens)), NOW_S + wait_s) is HELD
+    dispatcher.set_ready("a", True, NOW_S + 1.0)
+    assert [row.split()[0] for row in log if row.endswith("begins")] == order

@@ -57,16 +57,17 @@ def test_an_arrival_that_is_no_time_is_refused_and_changes_nothing(arrival_s, fr
     st.builds(
         RequestSettings,
         policy=st.sampled_from(RequestPolicy),
-        ageing_rate=st.floats(0, allow_infinity=False, exclude_min=True),
+        ageing_rate=st.none() | st.floats(0, allow_infinity=False, exclude_min=True),
         ageing_horizon_s=st.floats(0, allow_infinity=False),
         priority_step_s=st.floats(0, allow_infinity=False),
     ),
     NUMBERS,
     FINITE,
     NUMBERS,
+    st.floats(0, allow_infinity=False, exclude_min=True),
 )
-def test_every_key_compares(settings, size_tokens, arrival_s, priority):
-    key = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
+def test_every_key_compares(settings, size_tokens, arrival_s, priority, speed):
+    key = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, speed=speed)
     assert not any(math.isnan(part) for part in key)
 
 

@@ -18,8 +18,6 @@ from moe_tools.traces import TraceRequest
 CLOCK = "h200-qwen3-30b-a3b"
 # As in the experiments: vLLM 0.32's default on GPUs of 70 GiB and more, and the longest steps that were measured.
 _LIMITS = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
-# As the samples for GPUs have it (manifests/samples).
-_REQUEST = RequestSettings(ageing_rate=8000.0)
 REFERENCE = "vLLM 0.32"
 
 
@@ -93,7 +91,7 @@ def load_of(
         clock=choose_clock(clock, gpus),
         trace=trace,
         max_model_len=max_model_len,
-        request=_REQUEST,
+        request=RequestSettings(),
         targets=targets,
         seed=seed,
     )

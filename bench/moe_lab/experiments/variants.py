@@ -71,8 +71,7 @@ def _stock(
     )
 
 
-# As the samples for GPUs have it (manifests/samples): what a second of waiting makes up for goes by an engine's speed.
-_REQUEST = RequestSettings(ageing_rate=8000.0)
+_REQUEST = RequestSettings()
 
 
 def _ours(label: str, **changes: Any) -> Variant:
@@ -112,7 +111,8 @@ VARIANTS: Mapping[str, Variant] = {
     "oursNotLate": _less("ours, steps not deferred", defer_scheduling=False),
     "oursNoGrowth": _less("ours, no room to grow", kv_growth_blocks=0),
     "oursUnfair": _less("ours, without tenants", fairness_horizon_s=0.0),
-    "oursDefaultAgeing": _less("ours, ageing as the CR has it by default", ageing_rate=RequestSettings().ageing_rate),
+    # A number in place of the measured speed, which is the default; the plan knows it by its former name.
+    "oursDefaultAgeing": _less("ours, a second makes up for 8,000 tokens", ageing_rate=8000.0),
     # The same with less to go by.
     "oursScraped": _ours("ours, vLLM's metrics alone", signals=SCRAPED),
     "oursBlind": _ours("ours, no signals", signals=SignalPlan(source=SignalKind.NONE, period_s=1.0)),

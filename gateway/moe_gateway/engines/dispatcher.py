@@ -220,6 +220,7 @@ class Dispatcher:
         return not any(state.accepting for state in self.open_targets() if state.target.server not in servers)
 
     def _hold(self, waiter: Waiter, now_s: float) -> Held | Rejection:
+        self._queue.take_speed(self._targets.step_time_model)
         if self._queue.push(waiter, now_s):
             return HELD
         return Rejection.QUEUE_FULL_SATURATED if self.accepting else Rejection.QUEUE_FULL_NO_ENGINE
@@ -436,9 +437,8 @@ class Dispatcher:
         """
         if self.discovers and not self.accepting:
             return _clamp_s(self.hold_timeout_s - (self.held_since_s(now_s) or 0.0))
-        ordered = self._targets.ordered
-        models = [state.step_time_model for state in ordered if state.step_time_model is not None]
-        return _clamp_s(self._queue.size_tokens * models[0].prefill_s / len(ordered)) if models else 1
+        model = self._targets.step_time_model
+        return _clamp_s(self._queue.size_tokens * model.prefill_s / len(self._targets.ordered)) if model else 1
 
     # For readers.
 

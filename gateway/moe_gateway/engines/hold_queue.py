@@ -11,7 +11,9 @@ from typing import Protocol
 from moe_scheduling.engine.attempts import RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
 from moe_scheduling.request.order import RequestSettings
+from moe_scheduling.request.prefill_speed import speed_of
 from moe_scheduling.request.waiting_queue import WaitingQueue
+from moe_scheduling.signals import StepTime
 
 
 class Rejection(Enum):
@@ -76,6 +78,10 @@ class HoldQueue:
     def reorder(self, settings: RequestSettings) -> None:
         """Orders held and later requests by other settings."""
         self._queue.reorder(settings)
+
+    def take_speed(self, step_time: StepTime | None) -> None:
+        """Orders by the prefill speed of an engine with this step-time model; None: it is not known."""
+        self._queue.take_speed(speed_of(step_time))
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Counts prompt tokens that a tenant's request took from an engine against the tenant's later requests."""

@@ -13,7 +13,7 @@ from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.engine.ttft_calibration import TtftCalibration
-from moe_scheduling.signals import EngineSignal, Target
+from moe_scheduling.signals import EngineSignal, StepTime, Target
 
 from moe_gateway.engines.fleet import Engine
 from moe_gateway.request_stats import PredictionStats
@@ -84,6 +84,11 @@ class TargetStates:
     def in_flight(self) -> int:
         """Requests that were sent and have not ended, those at targets that are known no more included."""
         return sum(state.in_flight for state in (*self.ordered, *self._departed))
+
+    @property
+    def step_time_model(self) -> StepTime | None:
+        """The step-time model of the first target that has one."""
+        return next((state.step_time_model for state in self.ordered if state.step_time_model is not None), None)
 
     # Which targets there are.
 

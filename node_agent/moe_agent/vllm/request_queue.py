@@ -3,7 +3,8 @@
 Made and called by the scheduler alone. Under `fcfs` the order equals that of vLLM's own `FCFSRequestQueue`, under
 `priority` that of its `PriorityRequestQueue`.
 
-Invariants: a request that leaves the queue and comes back (skipped in a scheduling pass) takes its old place again. A
+Invariants: a request that leaves the queue and comes back (skipped in a scheduling pass) takes its old place again. The
+measured speed changes between two passes alone. A
 preempted one keeps its arrival and counts with the tokens that it has to compute again; under `fcfs` it comes first.
 The size of a request is measured when it is pushed; tokens that enter the prefix cache later are found when it is
 scheduled. The tenant of a request is part of its id.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 from moe_contract.tenancy import tenant_of
-from moe_scheduling.request.order import RequestSettings, order_key
+from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.waiting_queue import Waiting, WaitingQueue
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -43,19 +44,22 @@ class OrderedRequestQueue(RequestQueue):
         """Orders waiting and coming requests by `settings`."""
         self._queue.reorder(settings)
 
+    def take_speed(self, tokens_per_s: float | None) -> None:
+        """Orders by this measured prefill speed, in tokens a second; None: it is not known yet."""
+        self._queue.take_speed(tokens_per_s)
+
     def in_order(self) -> Iterator[Waiting[Request]]:
         """Yields the waiting requests lazily in the order of service."""
         return self._queue.in_order()
 
     def key(self, request: Request, size_tokens: int) -> tuple[float, float]:
         """Returns the key that a request would have with `size_tokens` left to compute."""
-        primary, arrival_s = order_key(
-            self._queue.settings,
+        return self._queue.key(
             size_tokens=size_tokens,
             arrival_s=self._arrival_s(request),
             priority=request.priority,
+            tenant=tenant_of(request.request_id),
         )
-        return primary + self._queue.lag_s(tenant_of(request.request_id)), arrival_s
 
     def charge_prefill(self, tokens: Mapping[str, int]) -> None:
         """Charges the tenants of these requests for the prompt tokens that a step computes."""

@@ -27,6 +27,7 @@ from moe_contract.tenancy import priority_of
 from moe_scheduling.request.deferred_scheduling import DeferredScheduling
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_budget import StepTimeCurve
+from moe_scheduling.request.prefill_speed import PrefillSpeed
 from moe_scheduling.signals import EngineSignal
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -99,7 +100,7 @@ class OrderedScheduler(AsyncScheduler):
         self._unlearnt: StepWork | None = None
         self._step_time = StepTimeFit()
         self._step_curve = StepTimeCurveFit()
-        self._deferral = DeferredScheduling()
+        self._prefill_speed, self._deferral = PrefillSpeed(), DeferredScheduling()
         # Number of the next step, in a count that all ranks of a group share; set by the core where steps are deferred.
         self.turn = 0
         self._last_output_s = self._launched_s = 0.0
@@ -316,6 +317,9 @@ class OrderedScheduler(AsyncScheduler):
         self._step_curve.observe(
             prefill_tokens=prefill_tokens, decoding_requests=decoding, all_tokens=all_tokens, step_s=step_s
         )
+        if prefill_tokens:
+            self._prefill_speed.observe(prefill_tokens, step_s)
+            self.waiting.take_speed(self._prefill_speed.tokens_per_s)
 
     # 3. Publish.
 

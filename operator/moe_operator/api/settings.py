@@ -57,11 +57,11 @@ def _field(row: "DataclassField[Any]", declared: Setting) -> tuple[Any, Any]:
         section = settings_section(nested)
         return section, Field(default=section(), description=declared.meaning)
     if row.name.endswith(_SECONDS):
-        kind = _optional(row, Annotated[str, _duration(declared)])
+        kind: Any = Annotated[str, _duration(declared)]
         default = None if default is None else render_duration(default)
     else:
         kind = _kind(row, declared)
-    return kind, Field(default=default, description=declared.meaning)
+    return kind | None if _is_optional(row) else kind, Field(default=default, description=declared.meaning)
 
 
 def _duration(declared: Setting) -> DurationBetween:
@@ -69,14 +69,14 @@ def _duration(declared: Setting) -> DurationBetween:
     return DurationBetween(least, render_duration(declared.most or _DAY_S))
 
 
-def _optional(row: "DataclassField[Any]", kind: Any) -> Any:
-    if get_origin(row.type) in (Union, UnionType) and type(None) in get_args(row.type):
-        return kind | None
-    return kind
+def _is_optional(row: "DataclassField[Any]") -> bool:
+    return get_origin(row.type) in (Union, UnionType) and type(None) in get_args(row.type)
 
 
 def _kind(row: "DataclassField[Any]", declared: Setting) -> Any:
     kind: Any = row.type
+    if _is_optional(row):
+        kind = next(part for part in get_args(kind) if part is not type(None))
     if issubclass(kind, Enum):
         return Annotated[kind, BeforeValidator(_refuse_bare_off)] if "off" in set(kind) else kind
     if kind is bool:

@@ -1,10 +1,10 @@
 """Fairness between the tenants of a queue: how much service each has received, and by how much its requests lag.
 
 Made by `WaitingQueue` once a second tenant waits there. These are virtual token counters (Sheng et al., "Fairness in
-Serving Large Language Models", OSDI 2024) in the unit of the queue's keys: tokens of service, divided by the ageing
-rate, are seconds of virtual time, which are added to the key of a request.
+Serving Large Language Models", OSDI 2024) in the unit of the queue's keys: seconds of service, which are virtual time
+that is added to the key of a request. How many tokens are a second, the queue knows.
 
-    lag = max(0, served - min served of waiting tenants - 0.25 * horizon), at most horizon; in s at the ageing rate
+    lag = max(0, served - min served of waiting tenants - 0.25 * horizon), at most horizon; all in seconds
 
 Invariants: 0 <= lag <= horizon; the counter and the virtual time of a waiting tenant never fall (`TenantQueues` relies
 on it); an idle tenant gains no credit: it comes back with the least counter of the waiting tenants, or with its own if
@@ -23,22 +23,20 @@ _TOLERANCE = 0.25
 
 
 class TenantCounters:
-    """Counts the tokens served to each tenant and turns the counts into virtual time.
+    """Counts the service of each tenant, which is virtual time.
 
     `enter`, `leave` and `charge` are O(log waiting tenants), the rest O(1).
 
     Args:
-        ageing_rate: tokens of service that are one second of virtual time.
         horizon_s: the greatest lag, in seconds.
     """
 
-    __slots__ = ("_base", "_by_served", "_horizon", "_idle", "_least", "_rate", "_row_served", "_served", "_tolerance")
+    __slots__ = ("_base", "_by_served", "_horizon", "_idle", "_least", "_row_served", "_served", "_tolerance")
 
-    def __init__(self, ageing_rate: float, horizon_s: float) -> None:
-        self._rate = ageing_rate
-        self._horizon = horizon_s * ageing_rate
+    def __init__(self, horizon_s: float) -> None:
+        self._horizon = horizon_s
         self._tolerance = self._horizon * _TOLERANCE
-        # Tokens served: to waiting tenants, and to idle ones, the longest idle first.
+        # Seconds of service: to waiting tenants, and to idle ones, the longest idle first.
         self._served: dict[str, float] = {}
         self._idle: OrderedDict[str, float] = OrderedDict()
         # One row for each waiting tenant, ascending by its counter as of when the row was made; and these counters.
@@ -61,9 +59,9 @@ class TenantCounters:
         self._remember(tenant, served)
         self._update_least()
 
-    def charge(self, tenant: str, tokens: float) -> None:
-        """Adds tokens of service to the tenant, waiting or not, up to the counter that has the greatest lag."""
-        served = min(self._counter(tenant) + tokens, self._base + self._horizon)
+    def charge(self, tenant: str, service_s: float) -> None:
+        """Adds seconds of service to the tenant, waiting or not, up to the counter that has the greatest lag."""
+        served = min(self._counter(tenant) + service_s, self._base + self._horizon)
         if tenant in self._served:
             self._served[tenant] = served
             self._update_least()
@@ -72,17 +70,16 @@ class TenantCounters:
 
     def virtual_time_s(self, tenant: str) -> float:
         """Returns the virtual time of a waiting tenant, in seconds; its requests are ordered by key + virtual time."""
-        served = self._served[tenant]
-        return (max(self._base, served)) / self._rate
+        return max(self._base, self._served[tenant])
 
     @property
     def base_s(self) -> float:
         """The virtual time of tenants without a lag, in seconds."""
-        return self._base / self._rate
+        return self._base
 
     def lag_s(self, tenant: str) -> float:
         """Returns the seconds by which requests of the tenant, waiting or not, come later than their keys."""
-        return max(0.0, self._counter(tenant) - self._base) / self._rate
+        return min(self._horizon, max(0.0, self._counter(tenant) - self._base))
 
     def _counter(self, tenant: str) -> float:
         served = self._served.get(tenant)

@@ -81,6 +81,15 @@ class TenantQueues(Generic[T]):
         if queue[0] is entry:
             self._place_head(entry)
 
+    def replace(self, entries: Iterable[Entry[T]]) -> None:
+        """Puts other entries, of the same tenants, in the place of all; the service of tenants stays."""
+        by_tenant: dict[str, list[Entry[T]]] = {}
+        for entry in entries:
+            by_tenant.setdefault(entry.tenant, []).append(entry)
+        self._queues = {tenant: SortedList(rows) for tenant, rows in by_tenant.items()}
+        for queue in self._queues.values():
+            self._place_head(queue[0])
+
     def remove(self, entry: Entry[T]) -> None:
         """Takes out a request that waits."""
         queue = self._queues[entry.tenant]

@@ -1,10 +1,11 @@
 """Layer 1: the requests that wait, in an engine's queue (the vLLM plugin) and in the gateway's hold queue.
 
-A sorted list of static keys (`order.py`): nothing is ever sorted again while requests wait. Where several tenants wait
-under `sjf`, each has a sorted list of its own (`tenant_queues.py`).
+A sorted list of static keys (`order.py`): nothing is sorted again while requests wait, but when the engine is found to
+be faster by a quarter or more (`prefill_speed.py`). Where several tenants wait under `sjf`, each has a sorted list of
+its own (`tenant_queues.py`).
 
 Invariants: the order is total, and the same for the same calls; requests with equal keys are served in the order of
-their pushes; memory is O(waiting requests).
+their pushes; no key rises while its request waits or comes back with no more tokens; memory is O(waiting requests).
 """
 
 import math
@@ -15,6 +16,7 @@ from sortedcontainers import SortedList
 
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT, TenantCounters
 from moe_scheduling.request.order import LARGEST_EXACT, RequestPolicy, RequestSettings, order_key
+from moe_scheduling.request.prefill_speed import SpeedHistory
 from moe_scheduling.request.tenant_queues import Entry, TenantQueues
 
 T = TypeVar("T", bound=Hashable)
@@ -54,6 +56,7 @@ class WaitingQueue(Generic[T]):
         "_pushes",
         "_settings",
         "_size_tokens",
+        "_speeds",
         "_tenants",
     )
 
@@ -65,6 +68,7 @@ class WaitingQueue(Generic[T]):
         self._pushes = 0
         self._fronts = 0
         self._size_tokens = 0
+        self._speeds = SpeedHistory()
         # None before the first tenant.
         self._only_tenant: str | None = None
         # None while tenants are not separated.
@@ -108,6 +112,7 @@ class WaitingQueue(Generic[T]):
         self._pushes += 1
         if front:
             self._fronts += 1
+        self._speeds.note(arrival_s)
         entry = self._entry(item, self._pushes, size_tokens, arrival_s, priority, self._fronts if front else 0, tenant)
         if item in self._entries:
             self.remove(item)
@@ -125,14 +130,14 @@ class WaitingQueue(Generic[T]):
         if self._only_tenant is None:
             self._only_tenant = tenant
             return
-        self._counters = TenantCounters(self._settings.ageing_rate, self._settings.fairness_horizon_s)
+        self._counters = TenantCounters(self._settings.fairness_horizon_s)
         self._tenants = TenantQueues(self._counters, self._entries.values())
         self._order.clear()
 
     def charge(self, tenant: str, tokens: float) -> None:
         """Adds tokens of service to a tenant; without effect until a second tenant has waited."""
         if self._counters is not None:
-            self._counters.charge(tenant, tokens)
+            self._counters.charge(tenant, tokens / (self._settings.ageing_rate or self._speeds.tokens_per_s))
 
     @property
     def charges(self) -> bool:
@@ -193,13 +198,42 @@ class WaitingQueue(Generic[T]):
         if settings == self._settings:
             return
         self._settings = settings
-        entries = [self._entry(entry.item, entry.sequence, *entry[4:]) for entry in self._entries.values()]
-        self._entries = {entry.item: entry for entry in entries}
-        self._order = SortedList(entries)
+        self._renew_keys()
+        self._order = SortedList(self._entries.values())
         self._only_tenant = self._counters = self._tenants = None
         if settings.is_fair:
-            for tenant in list(dict.fromkeys(entry.tenant for entry in entries))[:2]:
+            for tenant in list(dict.fromkeys(entry.tenant for entry in self._entries.values()))[:2]:
                 self._separate(tenant)
+
+    def take_speed(self, tokens_per_s: float | None) -> None:
+        """Notes the measured prefill speed of the engine in tokens a second; one that is none changes nothing.
+
+        Requests that wait come no later than before; with a greater speed their order is nearer to that of arrival.
+        """
+        if not self._speeds.take(tokens_per_s) or not self._goes_by_speed:
+            return
+        self._renew_keys()
+        if self._tenants is None:
+            self._order = SortedList(self._entries.values())
+        else:
+            self._tenants.replace(self._entries.values())
+
+    @property
+    def _goes_by_speed(self) -> bool:
+        return self._settings.policy is RequestPolicy.SJF and self._settings.ageing_rate is None
+
+    def _renew_keys(self) -> None:
+        entries = [self._entry(entry.item, entry.sequence, *entry[4:]) for entry in self._entries.values()]
+        self._entries = {entry.item: entry for entry in entries}
+
+    def key(self, *, size_tokens: float, arrival_s: float, priority: int, tenant: str) -> tuple[float, float]:
+        """Returns the key, lag included, that a request would have in the queue now.
+
+        Raises:
+            ValueError: the arrival is not finite.
+        """
+        primary, secondary = self._key(size_tokens, arrival_s, priority)
+        return primary + self.lag_s(tenant), secondary
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -228,12 +262,15 @@ class WaitingQueue(Generic[T]):
     def _entry(
         self, item: T, sequence: int, size_tokens: float, arrival_s: float, priority: int, front: int, tenant: str
     ) -> Entry[T]:
-        settings = self._settings
-        if front and settings.policy == RequestPolicy.FCFS:
+        if front and self._settings.policy == RequestPolicy.FCFS:
             primary, secondary = -math.inf, float(-front)
         else:
-            primary, secondary = order_key(settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority)
+            primary, secondary = self._key(size_tokens, arrival_s, priority)
         return Entry(primary, secondary, sequence, item, size_tokens, arrival_s, priority, front, tenant)
+
+    def _key(self, size_tokens: float, arrival_s: float, priority: int) -> tuple[float, float]:
+        speed = self._speeds.at(arrival_s)
+        return order_key(self._settings, size_tokens=size_tokens, arrival_s=arrival_s, priority=priority, speed=speed)
 
 
 def _countable(size_tokens: float) -> int:

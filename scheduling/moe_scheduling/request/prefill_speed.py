@@ -83,7 +83,7 @@ def speed_of(step_time: StepTime | None) -> float | None:
     """Returns the prompt tokens a second of full steps without answers; None where the model is not known, or empty."""
     if step_time is None:
         return None
-    step_s = step_time.base_s + step_time.prefill_s * _FULL_STEP_TOKENS
+    step_s = step_time.base_s + step_time.prefill_base_s + step_time.prefill_s * _FULL_STEP_TOKENS
     return _FULL_STEP_TOKENS / step_s if step_s > 0.0 else None
 
 

@@ -337,7 +337,7 @@ def test_the_experts_of_a_large_model_are_small():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({}, "No load of the experts is recorded yet."),
+        ({}, "No load of the experts is recorded yet: that takes scheduling.expert.window steps with requests."),
         ({"mode": "off"}, "scheduling.expert.mode is off."),
         ({"load": {"steps": 5}, "balance": {"mean": 1.5, "worst": 2.0}}, "version without this picture"),
         ({"load": {"steps": 5}, "heat": {"unit": 0.1, "by_expert": "AA==", "by_rank": "AA=="}}, ""),

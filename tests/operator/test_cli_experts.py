@@ -144,7 +144,7 @@ def test_a_plan_is_made_here_from_what_the_engine_says_and_touches_nothing(serve
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"load": {"steps": 0}}, "load: nothing was recorded yet"),
+        ({"load": {"steps": 0}}, "load: nothing was recorded yet: that takes `scheduling.expert.window` steps"),
         ({"load": {"steps": 9, "tokens": [[[1.0]]]}}, "load: nothing was recorded yet"),
         ({"costs": None}, "costs: nothing was measured yet"),
         ({"costs": {"token_s": 0.0}}, "costs: nothing was measured yet"),

@@ -42,7 +42,7 @@ def test_a_map_of_a_large_model_has_a_line_for_each_layer_and_fits_a_terminal() 
 
 
 def test_what_was_not_recorded_is_said_and_no_map_is_shown() -> None:
-    assert "no load recorded yet" in shown(experts(load={"steps": 0}))
+    assert "no load recorded yet: that takes `scheduling.expert.window` steps" in shown(experts(load={"steps": 0}))
     assert "no decision yet" in shown(experts())
     assert "the agent gives no load by expert" in shown(in_brief(experts()))
 

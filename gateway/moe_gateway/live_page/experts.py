@@ -82,8 +82,8 @@ def describe_experts(name: str, state: ExpertsState | None, at_s: float) -> Expe
     heat, balance, totals = state.heat, state.recorded, state.totals
     problem = ""
     if heat is None:
-        is_off = state.mode == "off"
-        problem = "No load of the experts is recorded yet." if not is_off else "scheduling.expert.mode is off."
+        waits = "No load of the experts is recorded yet: that takes scheduling.expert.window steps with requests."
+        problem = "scheduling.expert.mode is off." if state.mode == "off" else waits
         if balance is not None:
             problem = "The agent of this engine is of a version without this picture."
     return ExpertsSnapshot(

@@ -31,7 +31,11 @@ def _parts(name: str, document: ExpertsState) -> Iterator[RenderableType]:
         yield Text(_balance(balance, document))
     load, placement = read_load(document), read_placement(document.placement.physical_to_logical, document)
     if load is None or placement is None:
-        yield Text("no load recorded yet" if document.recorded is None else "the agent gives no load by expert")
+        yield Text(
+            "no load recorded yet: that takes `scheduling.expert.window` steps with requests"
+            if document.recorded is None
+            else "the agent gives no load by expert"
+        )
     else:
         yield render_heat(over_mean(load_of_ranks(load, placement)))
         yield Text("hottest experts (tokens over the mean of their layer):")

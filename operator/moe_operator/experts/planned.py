@@ -19,7 +19,9 @@ def plan_document(document: ExpertsState, settings: ExpertSettings) -> Move | St
     placement = read_placement(document.placement.physical_to_logical, document)
     costs = read_costs(document, settings.interval_steps)
     if load is None or placement is None:
-        raise InvalidInput([InputError("load", "nothing was recorded yet; it is once requests come")])
+        raise InvalidInput(
+            [InputError("load", "nothing was recorded yet: that takes `scheduling.expert.window` steps with requests")]
+        )
     if costs is None:
         raise InvalidInput(
             [InputError("costs", "nothing was measured yet; it is after some hundred steps with requests")]

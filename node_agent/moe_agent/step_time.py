@@ -97,6 +97,40 @@ class StepTimeFit:
         self._model = StepTime(base_s=base, prefill_s=prefill, decode_s=decode)
 
 
+class StepTimeLines:
+    """The line of all steps, and that of the steps that compute prompt tokens.
+
+    On a GPU a step with prompt tokens runs outside the captured graphs and has a least time of its own, several times
+    that of a step that only decodes: one line for both finds few prompt tokens too cheap and many too dear.
+    """
+
+    def __init__(self) -> None:
+        self._all, self._prompts = StepTimeFit(), StepTimeFit()
+
+    @property
+    def line(self) -> StepTime | None:
+        """The line of all steps; None until enough were seen."""
+        return self._all.line
+
+    @property
+    def prompt_line(self) -> StepTime | None:
+        """The line of the steps with prompt tokens; None until enough were seen."""
+        return self._prompts.line
+
+    def observe(self, *, prefill_tokens: int, decoding_requests: int, step_s: float) -> None:
+        """Takes one step into account, as `StepTimeFit.observe`."""
+        self._all.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding_requests, step_s=step_s)
+        if prefill_tokens:
+            self._prompts.observe(prefill_tokens=prefill_tokens, decoding_requests=decoding_requests, step_s=step_s)
+
+    def step_s(self, prefill_tokens: int, decoding_requests: int) -> float:
+        """Returns the predicted seconds of a step, by the line of its kind; 0 until that is known."""
+        line = self._prompts.line if prefill_tokens else self._all.line
+        if line is None:
+            return 0.0
+        return line.base_s + line.prefill_s * prefill_tokens + line.decode_s * decoding_requests
+
+
 def stack_rows(rows: Sequence[tuple[float, ...]]) -> np.ndarray:
     """Observations of shape (values, steps), from one tuple for each step; twice as fast as `np.array`."""
     values = len(rows[0])

@@ -43,6 +43,9 @@ class EngineSignal:
         waiting: requests in the waiting queues.
         waiting_prefill_tokens: prompt tokens of waiting requests that are not in the prefix cache.
         running_prefill_tokens: prompt tokens of running requests that are not yet computed.
+        scheduled_prefill_tokens: those of them that are in scheduled steps, which a new request cannot join any more.
+        busy_s: predicted seconds until the scheduled steps have ended; 0 without any, or where it is not known.
+        step_tokens: tokens that a step holds at most, vLLM's `max_num_batched_tokens`; 0: not known.
         decode_tokens: output tokens of a step, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
         kv_tokens: tokens for which the KV cache has room, or its tier in the host's memory where that is larger; 0: not
@@ -50,6 +53,7 @@ class EngineSignal:
         preemptions: preempted requests since the engine started.
         computed_tokens: prompt and output tokens computed since the engine started.
         step_time: the fitted step-time model; None until enough steps were seen.
+        prompt_step_time: the same of the steps with prompt tokens alone, whose least time is longer; None likewise.
         expert_balance: max / mean of the tokens over expert-parallel ranks, at least 1, where 1 is balanced. Shown to
             people; no decision reads it.
         expert_pressure: expert tokens of this rank / mean over its group's ranks; 1 without a group. Shown likewise.
@@ -60,11 +64,15 @@ class EngineSignal:
     waiting: int = 0
     waiting_prefill_tokens: int = 0
     running_prefill_tokens: int = 0
+    scheduled_prefill_tokens: int = 0
+    busy_s: float = 0.0
+    step_tokens: int = 0
     decode_tokens: int = 0
     kv_usage: float = 0.0
     kv_tokens: int = 0
     preemptions: int = 0
     computed_tokens: int = 0
     step_time: StepTime | None = None
+    prompt_step_time: StepTime | None = None
     expert_balance: float = 1.0
     expert_pressure: float = 1.0

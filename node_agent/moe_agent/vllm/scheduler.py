@@ -40,7 +40,7 @@ from moe_agent.shared_memory.expert_record import ExpertRecordReader, ExpertStat
 from moe_agent.shared_memory.rank_record import RankRecordWriter, RankState
 from moe_agent.shared_memory.seqlock import RecordUnreadableError
 from moe_agent.step_curve import StepTimeCurveFit
-from moe_agent.step_time import StepTimeFit
+from moe_agent.step_time import StepTimeLines
 from moe_agent.vllm.admission import AdmissionStop
 from moe_agent.vllm.deferred_start import defer_steps
 from moe_agent.vllm.leases import LeaseGuard, find_lease_s
@@ -97,7 +97,7 @@ class OrderedScheduler(AsyncScheduler):
         self._step_work: deque[StepWork] = deque()
         self._last_planned: StepWork | None = None
         self._unlearnt: StepWork | None = None
-        self._step_time = StepTimeFit()
+        self._step_time = StepTimeLines()
         self._step_curve = StepTimeCurveFit()
         self._deferral = DeferredScheduling()
         # Number of the next step, in a count that all ranks of a group share; set by the core where steps are deferred.
@@ -129,7 +129,7 @@ class OrderedScheduler(AsyncScheduler):
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
-        signal = EngineSignal(kv_tokens=self._count_kv_tokens())
+        signal = EngineSignal(kv_tokens=self._count_kv_tokens(), step_tokens=self.max_num_scheduled_tokens)
         state = RankState(pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=signal)
         self._record = RankRecordWriter(Path(run_dir), rank, state) if run_dir else None
         # The same fields, writable: a frozen snapshot for each write would take longer than the write.
@@ -335,15 +335,25 @@ class OrderedScheduler(AsyncScheduler):
         signal.waiting = waiting - self.num_waiting_for_streaming_input
         signal.waiting_prefill_tokens = self._waiting_prefill_tokens()
         signal.running_prefill_tokens = prefill_tokens
+        signal.scheduled_prefill_tokens = sum([work.own_prefill_tokens for work in self._step_work])
+        signal.busy_s = self._busy_s(now_s)
         signal.decode_tokens = running - prefilling
         signal.kv_usage = self.get_kv_cache_usage()
         signal.preemptions = self._preemptions
         signal.computed_tokens = self._computed_tokens
         signal.step_time = self._step_time.line
+        signal.prompt_step_time = self._step_time.prompt_line
         signal.expert_balance = self._experts.balance
         signal.expert_pressure = self._experts.pressure
         self._record.write(state)
         self._publish_at_s = now_s + self.publish_interval_s
+
+    def _busy_s(self, now_s: float) -> float:
+        """Predicted seconds until the steps in flight have ended; 0 without any."""
+        if not self._step_work:
+            return 0.0
+        steps_s = sum([self._step_time.step_s(*_fullest(work)[:2]) for work in self._step_work])
+        return max(0.0, self._begun_s(self._step_work[0]) + steps_s - now_s)
 
     def _prefill_left(self) -> tuple[int, int]:
         """How many running requests have prompt tokens left to compute, and how many tokens these are.

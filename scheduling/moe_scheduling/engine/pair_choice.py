@@ -324,17 +324,16 @@ def _side(
     backlog = group.most_ahead
     longest = max(ahead + own, others_ahead)
     behind_s = token_s * min(backlog, STEP_PREFILL_TOKENS)
-    model = state.ttft_model(step_time, now_s, stale_after_s)
     return _Side(
         target=state.target,
         role=context.roles.get(server, EngineRole.UNIFIED),
         own_tokens=own,
-        wait_s=model.wait_s(ahead),
-        first_token_s=model.first_token_s(ahead + own),
+        wait_s=state.wait_s(step_time, now_s, stale_after_s),
+        first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
         # Those whose prompts are ahead decode when this one is computed; those behind it wait for it.
         interrupted_s=group.requests * token_s * (longest - backlog),
         prefill_step_s=step_s + token_s * min(longest, STEP_PREFILL_TOKENS) if group.decoding else 0.0,
-        arrive_s=model.kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
+        arrive_s=state.ttft_model(step_time, now_s, stale_after_s).kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
         inter_token_s=inter_token_s,
         crowded_s=group.requests * request_s * inter_token_s / step_s if is_fullest and step_s else 0.0,
         decode_step_s=step_s + behind_s,

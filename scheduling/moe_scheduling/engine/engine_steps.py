@@ -1,0 +1,118 @@
+"""What an engine has scheduled, followed by a gateway between two signals of its ranks.
+
+A signal is as old as the line that brought it: on a GPU one or two steps. Requests sent since count in the next step
+that is scheduled, and that happens when a step ends, which the gateway sees: answers begin then. So from a signal on,
+each request sent adds its tokens to those that wait, and each end of a step takes as many of them as a step holds.
+
+One `EngineSteps` for an engine, shared by the `TargetState`s of its ranks, which step together: a request waits for the
+scheduled steps of all of them, whichever rank it goes to. Pure; all times are arguments on one monotonic clock.
+
+Invariants: no count is below 0; the tokens that wait on a rank are at most those of its signal and those sent since; an
+older signal, or one without a prompt step-time model, changes nothing here; calls are O(ranks), a signal O(the requests
+sent since it).
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from moe_scheduling.signals import EngineSignal, StepTime
+
+# Ends of steps that are remembered, for signals that come after them.
+_REMEMBERED = 32
+# The answers of one step come one after the other; after this part of the least time of a step it is the next one's.
+_SAME_STEP = 0.5
+
+
+class RankSteps:
+    """One rank: prompt tokens that no step has yet, and when the scheduled ones end by its own signal."""
+
+    __slots__ = ("decoding", "ends_s", "unscheduled_tokens")
+
+    def __init__(self) -> None:
+        self.unscheduled_tokens = self.decoding = 0
+        self.ends_s = -math.inf
+
+
+class EngineSteps:
+    """The scheduled steps of one engine.
+
+    Attributes:
+        prompt_step_time: of the newest signal that has one; None: nothing here is known, and no prediction uses it.
+        step_tokens: tokens that a step of a rank holds at most.
+        ends_s: when the scheduled steps end.
+        decoding: decoding requests of the rank that has most.
+    """
+
+    __slots__ = ("_ended_s", "_ranks", "decoding", "ends_s", "prompt_step_time", "step_tokens")
+
+    def __init__(self) -> None:
+        self.prompt_step_time: StepTime | None = None
+        self.step_tokens = 1
+        self.ends_s = -math.inf
+        self.decoding = 0
+        self._ranks: list[RankSteps] = []
+        self._ended_s: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def add_rank(self) -> RankSteps:
+        """Returns a new rank of the engine."""
+        self._ranks.append(RankSteps())
+        return self._ranks[-1]
+
+    def observe(
+        self, rank: RankSteps, signal: EngineSignal, observed_s: float, sent: Iterable[tuple[float, int]]
+    ) -> None:
+        """A rank was in this state at `observed_s`.
+
+        Args:
+            rank: of this engine.
+            signal: its state, plausible.
+            observed_s: when.
+            sent: time and tokens of the requests sent there since, in order.
+        """
+        if signal.prompt_step_time is None or not signal.step_tokens:
+            return
+        self.prompt_step_time, self.step_tokens = signal.prompt_step_time, signal.step_tokens
+        left = signal.waiting_prefill_tokens + signal.running_prefill_tokens - signal.scheduled_prefill_tokens
+        rank.unscheduled_tokens, rank.decoding = max(0, left), signal.decode_tokens
+        rank.ends_s = observed_s + signal.busy_s
+        # The signal of the end of a step is written before the next one is scheduled.
+        events = [(at_s, 0) for at_s in self._ended_s if at_s >= observed_s]
+        for at_s, tokens in sorted([*events, *sent]) if events else sent:
+            if tokens:
+                self._send(rank, tokens, at_s)
+            else:
+                self._schedule(rank, at_s)
+        self._gather()
+
+    def sent(self, rank: RankSteps, tokens: int, now_s: float) -> None:
+        """A request with so many uncached prompt tokens goes to a rank."""
+        self._send(rank, tokens, now_s)
+        self._gather()
+
+    def step_ended(self, now_s: float) -> None:
+        """An answer of the engine has begun, so a step has ended, and what waits is scheduled as far as a step holds."""
+        prompt = self.prompt_step_time
+        if prompt is None or (self._ended_s and now_s - self._ended_s[-1] < _SAME_STEP * prompt.base_s):
+            return
+        self._ended_s.append(now_s)
+        for rank in self._ranks:
+            self._schedule(rank, now_s)
+        self._gather()
+
+    def _send(self, rank: RankSteps, tokens: int, at_s: float) -> None:
+        rank.unscheduled_tokens += tokens
+        if max(self.ends_s, rank.ends_s) <= at_s:
+            # An idle engine begins at once.
+            self._schedule(rank, at_s)
+
+    def _schedule(self, rank: RankSteps, at_s: float) -> None:
+        tokens, prompt = min(self.step_tokens, rank.unscheduled_tokens), self.prompt_step_time
+        if tokens and prompt is not None:
+            rank.unscheduled_tokens -= tokens
+            step_s = prompt.base_s + prompt.prefill_s * tokens + prompt.decode_s * self.decoding
+            rank.ends_s = max(rank.ends_s, at_s) + step_s
+
+    def _gather(self) -> None:
+        self.ends_s = max([rank.ends_s for rank in self._ranks])
+        self.decoding = max([rank.decoding for rank in self._ranks])

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_scheduling.engine.choice import Send
-from moe_scheduling.engine.engine_steps import EngineSteps
+from moe_scheduling.engine.engine_steps import EngineSteps, FleetPromptSteps
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.traffic_share import TrafficShare
@@ -80,6 +80,7 @@ class TargetStates:
         self._progress_s: dict[Target, float] = {}
         self._share_estimate = TrafficShare()
         self._calibration = TtftCalibration()
+        self._prompt_steps = FleetPromptSteps()
 
     @property
     def in_flight(self) -> int:
@@ -96,12 +97,14 @@ class TargetStates:
                 self.forget(target)
                 self.predictions.forget(target)
                 self._progress_s.pop(target, None)
-                if (state := before.pop(target)).in_flight:
+                state = before.pop(target)
+                self._prompt_steps.forget(state.steps)
+                if state.in_flight:
                     self._departed.append(state)
         self.by_target = {}
         for engine in engines:
             known = next((before[target] for target in engine.targets if target in before), None)
-            steps = EngineSteps() if known is None else known.steps
+            steps = EngineSteps(self._prompt_steps) if known is None else known.steps
             for target in engine.targets:
                 self.by_target[target] = before.get(target) or TargetState(target, accepting=False, steps=steps)
         self.ordered = TargetList(self.by_target.values())

@@ -20,8 +20,49 @@ from moe_scheduling.signals import EngineSignal, StepTime
 
 # Ends of steps that are remembered, for signals that come after them.
 _REMEMBERED = 32
+# Steps after which the model of an engine counts as much as the mean of all: its fit forgets after 500.
+_OWN_STEPS = 1000
 # The answers of one step come one after the other; after this part of the least time of a step it is the next one's.
-_SAME_STEP = 0.5
+_SAME_STEP = 0.25
+
+
+class FleetPromptSteps:
+    """The prompt step-time models of all engines of a gateway, and what it predicts an engine with.
+
+    A new engine's model rests on few steps, and identical engines' models differ then by half. So the mean of all
+    counts until an engine has made steps of its own; in the long run its own model decides.
+    """
+
+    __slots__ = ("_lines", "_sums")
+
+    def __init__(self) -> None:
+        self._lines: dict[EngineSteps, StepTime] = {}
+        self._sums = [0.0, 0.0, 0.0]
+
+    def blend(self, engine: "EngineSteps", line: StepTime, steps: int) -> StepTime:
+        """Returns the model for an engine that has published `line` after so many steps."""
+        if self._lines.get(engine) != line:
+            self.forget(engine)
+            self._lines[engine] = line
+            self._add(line, 1.0)
+        own, count = steps / (steps + _OWN_STEPS), len(self._lines)
+        if count == 1:
+            return line
+        parts = (line.base_s, line.prefill_s, line.decode_s)
+        # Sums round; a time is not negative.
+        base_s, prefill_s, decode_s = (
+            max(0.0, own * part + (1.0 - own) * whole / count) for part, whole in zip(parts, self._sums, strict=True)
+        )
+        return StepTime(base_s=base_s, prefill_s=prefill_s, decode_s=decode_s)
+
+    def forget(self, engine: "EngineSteps") -> None:
+        """Drops the model of an engine that is gone."""
+        if (line := self._lines.pop(engine, None)) is not None:
+            self._add(line, -1.0)
+
+    def _add(self, line: StepTime, sign: float) -> None:
+        for place, part in enumerate((line.base_s, line.prefill_s, line.decode_s)):
+            self._sums[place] += sign * part
 
 
 class RankSteps:
@@ -37,16 +78,21 @@ class RankSteps:
 class EngineSteps:
     """The scheduled steps of one engine.
 
+    Args:
+        fleet: the models of the other engines; None: it is judged by its own alone.
+
     Attributes:
-        prompt_step_time: of the newest signal that has one; None: nothing here is known, and no prediction uses it.
+        prompt_step_time: what its steps with prompt tokens are predicted with, from the newest signal that has a model;
+            None: nothing here is known, and no prediction uses it.
         step_tokens: tokens that a step of a rank holds at most.
         ends_s: when the scheduled steps end.
         decoding: decoding requests of the rank that has most.
     """
 
-    __slots__ = ("_ended_s", "_ranks", "decoding", "ends_s", "prompt_step_time", "step_tokens")
+    __slots__ = ("_ended_s", "_fleet", "_ranks", "decoding", "ends_s", "prompt_step_time", "step_tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, fleet: FleetPromptSteps | None = None) -> None:
+        self._fleet = FleetPromptSteps() if fleet is None else fleet
         self.prompt_step_time: StepTime | None = None
         self.step_tokens = 1
         self.ends_s = -math.inf
@@ -72,7 +118,8 @@ class EngineSteps:
         """
         if signal.prompt_step_time is None or not signal.step_tokens:
             return
-        self.prompt_step_time, self.step_tokens = signal.prompt_step_time, signal.step_tokens
+        self.prompt_step_time = self._fleet.blend(self, signal.prompt_step_time, signal.step)
+        self.step_tokens = signal.step_tokens
         left = signal.waiting_prefill_tokens + signal.running_prefill_tokens - signal.scheduled_prefill_tokens
         rank.unscheduled_tokens, rank.decoding = max(0, left), signal.decode_tokens
         rank.ends_s = observed_s + signal.busy_s

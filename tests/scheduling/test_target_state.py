@@ -114,14 +114,14 @@ def test_ahead_is_the_queue_of_the_signal_and_the_requests_sent_since():
     its.sent("at the same time", 10, 2.0)
     its.sent("after", 7, 2.5)
     its.observe(EngineSignal(waiting_prefill_tokens=1000, running_prefill_tokens=500), 2.0)
-    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1517
-    assert its.sent_since_signal == 2
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1507
+    assert its.sent_since_signal == 1
     its.first_token("before", 3.0)
-    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1517
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1507
     its.first_token("after", 3.0)
-    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1510
+    assert its.ahead_prefill_tokens(3.0, STALE_AFTER_S) == 1500
     its.sent("later", 3, 3.5)
-    assert its.ahead_prefill_tokens(3.5, STALE_AFTER_S) == 1513
+    assert its.ahead_prefill_tokens(3.5, STALE_AFTER_S) == 1503
 
 
 def test_ahead_is_the_own_unanswered_when_the_signal_is_stale():
@@ -267,7 +267,7 @@ class AgainstAList(RuleBasedStateMachine):
         assert self.state.unanswered_prefill_tokens == sum(tokens for tokens, _ in unanswered)
         expected = self.state.unanswered_prefill_tokens
         if self.signal is not None and self.now_s - self.signal[1] <= STALE_AFTER_S:
-            since = sum(tokens for tokens, sent_s in unanswered if sent_s >= self.signal[1])
+            since = sum(tokens for tokens, sent_s in unanswered if sent_s > self.signal[1])
             expected = self.signal[0] + since
         assert self.state.ahead_prefill_tokens(self.now_s, STALE_AFTER_S) == expected
 

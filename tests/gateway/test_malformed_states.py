@@ -32,6 +32,9 @@ COUNTS = [
     "waiting",
     "waiting_prefill_tokens",
     "running_prefill_tokens",
+    "scheduled_prefill_tokens",
+    "busy_s",
+    "step_tokens",
     "decode_tokens",
     "kv_usage",
     "preemptions",
@@ -41,7 +44,7 @@ COUNTS = [
 ]
 RANKS = st.fixed_dictionaries(
     {"rank": st.integers(-2, 3) | NUMBERS},
-    optional=dict.fromkeys(COUNTS, NUMBERS) | {"step_time": STEP_TIMES},
+    optional=dict.fromkeys(COUNTS, NUMBERS) | {"step_time": STEP_TIMES, "prompt_step_time": STEP_TIMES},
 )
 STATES = st.fixed_dictionaries(
     {"phase": st.sampled_from(["ready", "starting", "", "\ud800", 7]), "accepting": st.booleans() | NUMBERS},

@@ -16,7 +16,9 @@ LINE = StepTime(base_s=0.01, prefill_s=2e-5, decode_s=1e-4)
 STEP_TOKENS = 1000
 
 
-def signal(waiting=0, running=0, scheduled=0, busy_s=0.0, decode=0, prompt=PROMPT, step=10_000, step_tokens=STEP_TOKENS):
+def signal(
+    waiting=0, running=0, scheduled=0, busy_s=0.0, decode=0, prompt=PROMPT, step=10_000, step_tokens=STEP_TOKENS
+):
     return EngineSignal(
         step=step,
         running=decode,

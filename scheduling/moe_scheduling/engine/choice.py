@@ -298,10 +298,7 @@ def _all_saturated(
     now_s: float,
 ) -> bool:
     stale_after_s = settings.stale_after_s
-    for state in candidates:
-        if state.wait_s(fleet_default, now_s, stale_after_s) < saturation_s:
-            return False
-    return True
+    return all(state.wait_s(fleet_default, now_s, stale_after_s) >= saturation_s for state in candidates)
 
 
 def _by_prediction(

@@ -138,7 +138,7 @@ class EngineSteps:
         self._gather()
 
     def step_ended(self, now_s: float) -> None:
-        """An answer of the engine has begun, so a step has ended, and what waits is scheduled as far as a step holds."""
+        """An answer of the engine has begun, so a step has ended: the next one takes what it holds of what waits."""
         prompt = self.prompt_step_time
         if prompt is None or (self._ended_s and now_s - self._ended_s[-1] < _SAME_STEP * prompt.base_s):
             return

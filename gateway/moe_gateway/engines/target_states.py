@@ -149,7 +149,8 @@ class TargetStates:
         if (state := self.by_target.get(request.target)) is None:
             return
         state.first_token(request.key, now_s)
-        state.steps.step_ended(now_s)
+        if state.steps.prompt_step_time is not None:
+            state.steps.step_ended(now_s)
         self.note_progress(request.target, now_s)
         if is_first_token and request.is_measure:
             measured_s = now_s - request.sent_s

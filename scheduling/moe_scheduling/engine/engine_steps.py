@@ -40,7 +40,7 @@ class FleetPromptSteps:
         self._sums = [0.0, 0.0, 0.0]
 
     def blend(self, engine: "EngineSteps", line: StepTime, steps: int) -> StepTime:
-        """Returns the model for an engine that has published `line` after so many steps."""
+        """Returns the model for an engine that has published `line` after this number of steps."""
         if self._lines.get(engine) != line:
             self.forget(engine)
             self._lines[engine] = line
@@ -133,7 +133,7 @@ class EngineSteps:
         self._gather()
 
     def sent(self, rank: RankSteps, tokens: int, now_s: float) -> None:
-        """A request with so many uncached prompt tokens goes to a rank."""
+        """A request with this number of uncached prompt tokens goes to a rank."""
         self._send(rank, tokens, now_s)
         self._gather()
 

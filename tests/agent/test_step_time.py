@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_agent.step_time import StepTimeFit
+from moe_agent.step_time import StepTimeFit, StepTimeLines
 
 BASE_S, PREFILL_S, DECODE_S = 0.012, 0.00015, 0.0008
 
@@ -104,3 +104,15 @@ def test_no_coefficient_is_ever_negative_or_not_finite(steps):
         fit.observe(prefill_tokens=prefill, decoding_requests=decode, step_s=step_s)
     if fit.line is not None:
         assert all(0.0 <= value < float("inf") for value in (fit.line.base_s, fit.line.prefill_s, fit.line.decode_s))
+
+
+def test_steps_with_prompts_have_a_line_of_their_own():
+    lines = StepTimeLines()
+    assert (lines.step_s(100, 0), lines.step_s(0, 4)) == (0.0, 0.0)
+    for number in range(200):
+        tokens = 100 * (number % 7) if number % 2 else 0
+        step_s = 0.04 + 1e-5 * tokens if tokens else 0.01
+        lines.observe(prefill_tokens=tokens, decoding_requests=4, step_s=step_s)
+    assert lines.step_s(1000, 4) == pytest.approx(0.05, rel=0.01)
+    assert lines.prompt_line.prefill_s == pytest.approx(1e-5, rel=0.02)
+    assert lines.line.prefill_s > 2 * lines.prompt_line.prefill_s

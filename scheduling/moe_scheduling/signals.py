@@ -46,6 +46,11 @@ class StepTime:
         """Returns the seconds of a step in which this many requests, at least 0, decode and no prompt is computed."""
         return self.base_s + self.decode_s * requests + self.decode_root_s * math.sqrt(requests)
 
+    def step_s(self, prefill_tokens: int, requests: int) -> float:
+        """Returns the seconds of a step with these prompt tokens and decoding requests."""
+        prompts_s = self.prefill_base_s + self.prefill_s * prefill_tokens if prefill_tokens else 0.0
+        return prompts_s + self.decode_step_s(requests)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSignal:
@@ -57,7 +62,9 @@ class EngineSignal:
         waiting: requests in the waiting queues.
         waiting_prefill_tokens: prompt tokens of waiting requests that are not in the prefix cache.
         running_prefill_tokens: prompt tokens of running requests that are not yet computed.
-        step_tokens: most tokens of a step, vLLM's `max_num_batched_tokens`; 0: not known.
+        scheduled_prefill_tokens: those of them that are in scheduled steps, which a new request cannot join any more.
+        busy_s: predicted seconds until the scheduled steps have ended; 0 without any, or where it is not known.
+        step_tokens: tokens that a step holds at most, vLLM's `max_num_batched_tokens`; 0: not known.
         decode_tokens: output tokens of a step, which is the number of decoding requests.
         kv_usage: used part of the KV blocks, 0 to 1.
         kv_tokens: tokens for which the KV cache has room, or its tier in the host's memory where that is larger; 0: not
@@ -75,6 +82,8 @@ class EngineSignal:
     waiting: int = 0
     waiting_prefill_tokens: int = 0
     running_prefill_tokens: int = 0
+    scheduled_prefill_tokens: int = 0
+    busy_s: float = 0.0
     step_tokens: int = 0
     decode_tokens: int = 0
     kv_usage: float = 0.0

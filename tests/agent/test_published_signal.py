@@ -85,6 +85,41 @@ def test_arrivals_aborts_and_the_last_step_are_published_at_once_and_steps_betwe
     assert record().signal.step == engine.scheduler._steps > 9
 
 
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_scheduled_tokens_are_those_of_the_steps_on_their_way_and_the_rest_waits_for_a_step(
+    make_engine, settings, record, ahead
+):
+    engine = make_engine(step_tokens=64, kv_blocks=400, ahead=ahead)
+    engine.scheduler.publish_interval_s = 0.0
+    engine.add("long", 1000, out=1)
+    assert (record().signal.step_tokens, record().signal.scheduled_prefill_tokens) == (64, 0)
+    for _ in range(3):
+        engine.step()
+        signal = record().signal
+        # One of two steps has ended, and the next one is scheduled after the signal.
+        assert signal.scheduled_prefill_tokens == 64 * (ahead - 1)
+        assert signal.running_prefill_tokens > signal.scheduled_prefill_tokens
+
+
+def test_steps_with_prompts_have_a_least_time_and_tell_how_long_the_engine_is_busy(make_engine, settings, record):
+    engine = make_engine(max_num_seqs=4, step_tokens=64, kv_blocks=400, ahead=2)
+    engine.scheduler.publish_interval_s = 0.0
+    engine.pace = lambda prefill_tokens, decoding: 0.04 if prefill_tokens else 0.01
+    for number in range(30):
+        engine.add(f"r{number}", 100 + number, out=8)
+        for _ in range(12):
+            engine.step()
+    signal = record().signal
+    model = signal.step_time
+    assert model.prefill_base_s + model.prefill_s * 64 + model.decode_step_s(1) == pytest.approx(0.04, rel=0.05)
+    assert model.decode_step_s(1) == pytest.approx(0.01, rel=0.05)
+    assert signal.busy_s == 0.0
+    engine.add("last", 500, out=4)
+    engine.step()
+    # The step that runs carries 64 tokens of the prompt.
+    assert record().signal.busy_s == pytest.approx(0.04, rel=0.1)
+
+
 def test_the_signal_equals_a_recount_through_preemptions(make_engine, settings, record):
     settings.put(policy="sjf")
     engine = make_engine(max_num_seqs=4, step_tokens=64, kv_blocks=12)

@@ -39,6 +39,8 @@ SIGNALS = st.builds(
             "waiting",
             "waiting_prefill_tokens",
             "running_prefill_tokens",
+            "scheduled_prefill_tokens",
+            "step_tokens",
             "decode_tokens",
             "preemptions",
             "computed_tokens",
@@ -46,7 +48,9 @@ SIGNALS = st.builds(
         COUNTS,
     ),
     kv_usage=st.floats(0, 1),
-    step_time=st.none() | st.builds(StepTime, base_s=TIMES, prefill_s=TIMES, decode_s=TIMES),
+    busy_s=TIMES,
+    step_time=st.none()
+    | st.builds(StepTime, base_s=TIMES, prefill_s=TIMES, decode_s=TIMES, decode_root_s=TIMES, prefill_base_s=TIMES),
     expert_balance=st.floats(1, 100),
     expert_pressure=st.floats(0, 100),
 )

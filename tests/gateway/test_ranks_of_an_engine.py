@@ -103,3 +103,36 @@ def test_ranks_have_one_model_whatever_comes_in_whatever_order(observations):
         dispatcher.observe(RANKS[rank], signal, NOW_S - age_s, NOW_S)
     first, second = (dispatcher.target_states[target].step_time_model for target in RANKS)
     assert first == second
+
+
+PROMPT = StepTime(base_s=0.04, prefill_s=1e-5, decode_s=0.0)
+
+
+def publish(dispatcher, target, at_s, *, prompt=PROMPT, **counts):
+    signal = EngineSignal(step=1, step_tokens=1000, step_time=prompt, **counts)
+    dispatcher.observe(target, signal, at_s, at_s)
+
+
+def test_an_answer_of_one_rank_is_the_end_of_a_step_of_all(dispatcher):
+    for target in RANKS:
+        publish(dispatcher, target, NOW_S, waiting_prefill_tokens=900, busy_s=0.05)
+    request = dispatcher.targets.send(Send(RANKS[0], 0.1, SendReason.LEAST_PREDICTED), 100, NOW_S)
+    states = [dispatcher.target_states[target] for target in RANKS]
+    assert states[0].steps is states[1].steps is not dispatcher.target_states[OTHER].steps
+    before_s = [state.first_token_s(200, PROMPT, NOW_S + 0.05, 2.0) for state in states]
+    dispatcher.targets.answer(request, NOW_S + 0.05, is_first_token=False)
+    after_s = [state.first_token_s(200, PROMPT, NOW_S + 0.05, 2.0) for state in states]
+    # What waited was scheduled, up to a full step: the new request waits for it and needs one step alone.
+    assert before_s == pytest.approx([0.08 + 0.012, 0.08 + 0.011])
+    assert after_s == pytest.approx([0.05 + 0.04 + 0.002] * 2)
+
+
+def test_the_step_times_of_an_engine_that_is_gone_are_forgotten(dispatcher):
+    slow = replace(PROMPT, base_s=4.0)
+    publish(dispatcher, OTHER, NOW_S, prompt=slow)
+    publish(dispatcher, RANKS[0], NOW_S)
+    steps = dispatcher.target_states[RANKS[0]].steps
+    assert steps.step_time.base_s > 1.0
+    dispatcher.set_engines([EngineAddress(name="pair", url="http://pair", ranks=2)])
+    publish(dispatcher, RANKS[0], NOW_S + 1.0)
+    assert steps.step_time == PROMPT

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_scheduling.engine.choice import Send
+from moe_scheduling.engine.engine_steps import EngineSteps, FleetStepTimes
 from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.traffic_share import TrafficShare
@@ -79,6 +80,7 @@ class TargetStates:
         self._progress_s: dict[Target, float] = {}
         self._share_estimate = TrafficShare()
         self._calibration = TtftCalibration()
+        self._step_times = FleetStepTimes()
 
     @property
     def in_flight(self) -> int:
@@ -100,13 +102,16 @@ class TargetStates:
                 self.forget(target)
                 self.predictions.forget(target)
                 self._progress_s.pop(target, None)
-                if (state := before.pop(target)).in_flight:
+                state = before.pop(target)
+                self._step_times.forget(state.steps)
+                if state.in_flight:
                     self._departed.append(state)
-        self.by_target = {
-            target: before.get(target) or TargetState(target, accepting=False)
-            for engine in engines
-            for target in engine.targets
-        }
+        self.by_target = {}
+        for engine in engines:
+            known = next((before[target] for target in engine.targets if target in before), None)
+            steps = EngineSteps(self._step_times) if known is None else known.steps
+            for target in engine.targets:
+                self.by_target[target] = before.get(target) or TargetState(target, accepting=False, steps=steps)
         self.ordered = TargetList(self.by_target.values())
         self._ranks = {}
         for target, state in self.by_target.items():
@@ -149,6 +154,8 @@ class TargetStates:
         if (state := self.by_target.get(request.target)) is None:
             return
         state.first_token(request.key, now_s)
+        if state.steps.step_time is not None:
+            state.steps.step_ended(now_s)
         self.note_progress(request.target, now_s)
         if is_first_token and request.is_measure:
             measured_s = now_s - request.sent_s

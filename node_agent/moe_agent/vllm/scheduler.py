@@ -130,7 +130,7 @@ class OrderedScheduler(AsyncScheduler):
         self._offload_tier = _find_offload_tier(self.connector)
         self._expert_record = _open_expert_record(Path(run_dir), rank) if run_dir else None
         self._experts, self._expert_sequence = ExpertState(), 0
-        signal = EngineSignal(kv_tokens=self._count_kv_tokens())
+        signal = EngineSignal(kv_tokens=self._count_kv_tokens(), step_tokens=self.max_num_scheduled_tokens)
         state = RankState(pid=self._pid, written_s=self.clock(), config_version=self._config_version, signal=signal)
         self._record = RankRecordWriter(Path(run_dir), rank, state) if run_dir else None
         # The same fields, writable: a frozen snapshot for each write would take longer than the write.
@@ -339,7 +339,8 @@ class OrderedScheduler(AsyncScheduler):
         signal.waiting = waiting - self.num_waiting_for_streaming_input
         signal.waiting_prefill_tokens = self._waiting_prefill_tokens()
         signal.running_prefill_tokens = prefill_tokens
-        signal.step_tokens = self.max_num_scheduled_tokens
+        signal.scheduled_prefill_tokens = sum([work.own_prefill_tokens for work in self._step_work])
+        signal.busy_s = self._busy_s(now_s)
         signal.decode_tokens = running - prefilling
         signal.kv_usage = self.get_kv_cache_usage()
         signal.preemptions = self._preemptions
@@ -349,6 +350,13 @@ class OrderedScheduler(AsyncScheduler):
         signal.expert_pressure = self._experts.pressure
         self._record.write(state)
         self._publish_at_s = now_s + self.publish_interval_s
+
+    def _busy_s(self, now_s: float) -> float:
+        """Predicted seconds until the steps in flight have ended; 0 without any."""
+        if not self._step_work or (model := self._step_time.line) is None:
+            return 0.0
+        steps_s = sum([model.step_s(*_fullest(work)[:2]) for work in self._step_work])
+        return max(0.0, self._begun_s(self._step_work[0]) + steps_s - now_s)
 
     def _prefill_left(self) -> tuple[int, int]:
         """How many running requests have prompt tokens left to compute, and how many tokens these are.

@@ -259,7 +259,6 @@ def explain(job: Job, states: Sequence[TargetState], settings: EngineSettings, *
 def _explanation(
     job: Job, state: TargetState, fleet_default: StepTime, now_s: float, stale_after_s: float
 ) -> Explanation:
-    model = state.ttft_model(fleet_default, now_s, stale_after_s)
     ahead_tokens = state.ahead_prefill_tokens(now_s, stale_after_s)
     uncached_tokens = job.uncached_tokens(state.target)
     return Explanation(
@@ -268,9 +267,9 @@ def _explanation(
         uncached_tokens=uncached_tokens,
         requests=state.requests(now_s, stale_after_s),
         fresh=state.is_fresh(now_s, stale_after_s),
-        kv_s=model.kv_s,
-        wait_s=model.wait_s(ahead_tokens),
-        predicted_s=model.first_token_s(ahead_tokens + uncached_tokens),
+        kv_s=state.ttft_model(fleet_default, now_s, stale_after_s).kv_s,
+        wait_s=state.wait_s(fleet_default, now_s, stale_after_s),
+        predicted_s=state.first_token_s(uncached_tokens, fleet_default, now_s, stale_after_s),
     )
 
 
@@ -299,11 +298,7 @@ def _all_saturated(
     now_s: float,
 ) -> bool:
     stale_after_s = settings.stale_after_s
-    for state in candidates:
-        ahead_tokens = state.ahead_prefill_tokens(now_s, stale_after_s)
-        if state.ttft_model(fleet_default, now_s, stale_after_s).wait_s(ahead_tokens) < saturation_s:
-            return False
-    return True
+    return all(state.wait_s(fleet_default, now_s, stale_after_s) >= saturation_s for state in candidates)
 
 
 def _by_prediction(

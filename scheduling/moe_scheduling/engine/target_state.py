@@ -4,7 +4,8 @@ Owned by one task, the gateway's dispatcher or the simulator; read by `choice.py
 monotonic clock.
 
 The two views are joined. The signal knows the engine's queue exactly, but as of some milliseconds ago; in-flight
-accounting knows the requests sent since. Without a fresh signal, in-flight accounting stands alone.
+accounting knows the requests sent since, and `EngineSteps` what the engine has scheduled of them. Without a fresh
+signal, in-flight accounting stands alone.
 
 Invariants: sums never go below zero; every call is O(1), amortised over the requests sent; calls about unknown keys,
 repeated calls and implausible signals change nothing that a later decision reads.
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import astuple
 
+from moe_scheduling.engine.engine_steps import EngineSteps, RankSteps
 from moe_scheduling.engine.ttft_model import (
     STEP_PREFILL_TOKENS,
     TtftModel,
@@ -38,6 +40,7 @@ class TargetState:
     Args:
         target: the data-parallel rank that requests are sent to.
         accepting: whether it takes new requests; the owner changes it with the engine's phase.
+        steps: of its engine, shared with the states of the engine's other ranks; None: it has one rank.
 
     Attributes:
         step_time_model: the newest step-time model in a signal; None before the first. It outlives the signal, because
@@ -52,6 +55,7 @@ class TargetState:
         "_answered",
         "_engine_tokens",
         "_observed_s",
+        "_rank",
         "_signal",
         "_since_signal",
         "_since_signal_tokens",
@@ -62,13 +66,16 @@ class TargetState:
         "_unanswered_tokens",
         "accepting",
         "step_time_model",
+        "steps",
         "target",
         "traffic_share",
     )
 
-    def __init__(self, target: Target, *, accepting: bool = True) -> None:
+    def __init__(self, target: Target, *, accepting: bool = True, steps: EngineSteps | None = None) -> None:
         self.target = target
         self.accepting = accepting
+        self.steps = EngineSteps() if steps is None else steps
+        self._rank: RankSteps = self.steps.add_rank()
         self.step_time_model: StepTime | None = None
         self.traffic_share = 1.0
         self._ttft_factor = 1.0
@@ -112,6 +119,8 @@ class TargetState:
         self._since_signal[key] = now_s, everyones
         self._unanswered_tokens += tokens
         self._since_signal_tokens += everyones
+        if self.steps.step_time is not None:
+            self.steps.sent(self._rank, everyones, now_s)
 
     def first_token(self, key: Hashable, now_s: float) -> float | None:
         """Counts a request as answered: its prefill is done.
@@ -162,10 +171,12 @@ class TargetState:
         since = self._since_signal
         while since:
             key, (sent_s, tokens) = next(iter(since.items()))
-            if sent_s >= observed_s:
+            # A rank publishes when it gets a request, so one sent at this very time is known to it.
+            if sent_s > observed_s:
                 break
             del since[key]
             self._since_signal_tokens -= tokens
+        self.steps.observe(self._rank, signal, observed_s, since.values())
 
     @property
     def signal(self) -> EngineSignal | None:
@@ -251,7 +262,13 @@ class TargetState:
             now_s: the time.
             stale_after_s: age from which a signal is ignored.
         """
+        model, steps = self.steps.step_time, self.steps
         step_time = self.step_time_model or fleet_default
+        if model is not None and self.is_fresh(now_s, stale_after_s):
+            rest_s, tokens = steps.ends_s - now_s, own_tokens + self._rank.unscheduled_tokens
+            computed_s = model.prefill_s * tokens - steps.prompt_step_s * (-tokens // steps.step_tokens)
+            kv_s = self.ttft_model(step_time, now_s, stale_after_s).kv_s
+            return kv_s + self._ttft_factor * (computed_s + rest_s if rest_s > 0.0 else computed_s)
         if step_time is self._ttft_model_step_time and -stale_after_s <= now_s - self._observed_s <= stale_after_s:
             return self._ttft_model.first_token_s(own_tokens + self._engine_tokens + self._since_signal_tokens)
         tokens = own_tokens + self.ahead_prefill_tokens(now_s, stale_after_s)
@@ -273,6 +290,18 @@ class TargetState:
         ahead = self.ahead_prefill_tokens(now_s, stale_after_s)
         steps = -(-(ahead + own_tokens) // step_tokens) - -(-ahead // step_tokens)
         return model.prefill_s * own_tokens + model.prefill_base_s * steps
+
+    def wait_s(self, fleet_default: StepTime, now_s: float, stale_after_s: float) -> float:
+        """Returns the predicted seconds until the prompt of a new request begins to be computed; as `first_token_s`.
+
+        Steps that hold as many tokens as they can count as a whole: the last one is shared with the new request.
+        """
+        known, steps, model = self.steps.step_time, self.steps, self.ttft_model(fleet_default, now_s, stale_after_s)
+        if known is None or not self.is_fresh(now_s, stale_after_s):
+            return model.wait_s(self.ahead_prefill_tokens(now_s, stale_after_s))
+        tokens = self._rank.unscheduled_tokens
+        full_s = known.prefill_s * tokens + steps.prompt_step_s * (tokens // steps.step_tokens)
+        return model.kv_s + self._ttft_factor * (max(0.0, steps.ends_s - now_s) + full_s)
 
     def requests(self, now_s: float, stale_after_s: float) -> int:
         """Returns the requests at the engine.
@@ -301,6 +330,8 @@ def _plausible(signal: EngineSignal) -> EngineSignal:
         waiting=_count(signal.waiting),
         waiting_prefill_tokens=_count(signal.waiting_prefill_tokens),
         running_prefill_tokens=_count(signal.running_prefill_tokens),
+        scheduled_prefill_tokens=_count(signal.scheduled_prefill_tokens),
+        busy_s=_within(signal.busy_s, 0.0, _LONGEST_STEP_S),
         step_tokens=_count(signal.step_tokens),
         decode_tokens=_count(signal.decode_tokens),
         kv_usage=_within(signal.kv_usage, 0.0, 1.0),

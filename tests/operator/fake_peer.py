@@ -123,7 +123,11 @@ def direct(body: dict) -> tuple[int, dict]:
 
 
 class Control(BaseHTTPRequestHandler):
-    """A peer's state and its control route."""
+    """A peer's state and its control route, which may follow on the same connection."""
+
+    protocol_version = "HTTP/1.1"
+    # An idle connection holds up no end for longer (seconds).
+    timeout = 0.5
 
     def do_GET(self) -> None:
         path, query = urlsplit(self.path)[2:4]
@@ -133,7 +137,7 @@ class Control(BaseHTTPRequestHandler):
             return self.events()
         if path == "/ui/" and switch("no-page"):
             return self.answer(int(PATH.with_name(f"{PATH.name}.no-page").read_text()), {"errors": []})
-        return self.answer(200, agent_state() if ROLE == "agent" else gateway_state())
+        return self.answer(200, agent_state() if ROLE == "agent" else gateway_state(), keep=path == "/v1/state")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -156,6 +160,7 @@ class Control(BaseHTTPRequestHandler):
             return self.answer(401, {"errors": [{"path": "Authorization", "message": "the page key is needed"}]})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(snapshots())
 
@@ -169,11 +174,15 @@ class Control(BaseHTTPRequestHandler):
             CONFIG[section] = {**CONFIG[section], **values}
         return self.answer(200, {})
 
-    def answer(self, status: int, document: dict) -> None:
+    def answer(self, status: int, document: dict, *, keep: bool = False) -> None:
+        body = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if not keep:
+            self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(json.dumps(document).encode())
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -184,6 +193,7 @@ class Clients(Control):
 
     def do_GET(self) -> None:
         self.send_response(200)
+        self.send_header("Connection", "close")
         self.end_headers()
         for number in range(CHUNKS):
             self.wfile.write(b"%d\n" % number)

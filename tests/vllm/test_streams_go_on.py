@@ -18,7 +18,7 @@ from tests.vllm.conftest import request
 from tests.vllm.official_clients import ASKED
 
 TOKENS = 400
-# Of the events of a stream, so many have come before an engine is killed.
+# Events of each stream before an engine is killed.
 BEGUN = 6
 
 

@@ -1,7 +1,7 @@
 """A stream of `/v1/messages` or `/v1/responses` that can go on at another engine.
 
-Their engines show no token ids, so another engine computes the whole answer anew. What the client has of it is compared
-event by event and left out; where text is spread over events otherwise, the event at the seam is cut. Ids, which are
+Their engines show no token ids, so another engine computes the whole answer anew. The client's part is compared event
+by event and left out; where text is spread over events otherwise, the event at the seam is cut. Ids, which are
 drawn at random, and numbers of events go on as the client knows them (`message_events.py`, `response_events.py`).
 """
 
@@ -25,12 +25,12 @@ _NONE = array("I")
 
 
 class Dialect(Protocol):
-    """The events of one API, and what is known of one stream by them.
+    """The events of one API, and the state of one stream of them.
 
     Attributes:
         response_id: id of the response that an engine may keep; empty where none is kept, and before it is known.
         has_begun: whether the event has passed with which a stream begins.
-        last_events: what is missing where its engine fails now; None where only an engine knows it.
+        last_events: the missing events where its engine fails now; None where only an engine knows them.
     """
 
     response_id: str

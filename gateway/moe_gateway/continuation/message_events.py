@@ -16,7 +16,7 @@ _LAST_EVENT = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 
 
 class MessageEvents:
-    """What is known of one stream; see `Dialect`."""
+    """The state of one stream; see `Dialect`."""
 
     __slots__ = ("has_begun", "last_events", "response_id")
 

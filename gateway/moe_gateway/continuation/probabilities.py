@@ -1,4 +1,4 @@
-"""The log-probabilities of the tokens of one stream: what its client has of them, and what is new. Pure.
+"""The log-probabilities of the tokens of one stream: those that its client has, and the new ones. Pure.
 
 They may differ between engines in their last bits, so they are compared by the text of their tokens alone.
 """

@@ -26,7 +26,7 @@ _IDS = ("id", "call_id")
 
 
 class ResponseEvents:
-    """What is known of one stream; see `Dialect`."""
+    """The state of one stream; see `Dialect`."""
 
     __slots__ = ("_created_at", "_items", "_names", "_number", "has_begun", "last_events", "response_id")
 
@@ -44,7 +44,7 @@ class ResponseEvents:
         self._names: dict[str, str] = {}
 
     def read(self, document: Mapping[str, Any]) -> Piece | None:
-        """See `Dialect`."""
+        """The text of a delta, or what another event is; see `Dialect`."""
         kind, index, part = document.get("type"), document.get("output_index"), document.get("content_index")
         if type(kind) is not str or type(index) not in (int, NoneType):
             return None

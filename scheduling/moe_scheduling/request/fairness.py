@@ -17,6 +17,9 @@ from collections import OrderedDict
 # The tenant of requests that name none.
 ANONYMOUS_TENANT = ""
 REMEMBERED_TENANTS = 1024
+# Seconds of virtual time for a second of an engine's prefill work: the ratio at which the tolerance was chosen, 8,000
+# tokens a second on a modelled A100 that computes 22,400 (docs/adr/0015-tenants-lag-in-seconds.md).
+VIRTUAL_S = 2.8
 # Part of the horizon by which a tenant may be ahead without a lag. Equal tenants differ by chance that much, and the
 # order by size, which shortens the mean wait of all, should hold between them.
 _TOLERANCE = 0.25

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
 
-from moe_scheduling.request.fairness import ANONYMOUS_TENANT, TenantCounters
+from moe_scheduling.request.fairness import ANONYMOUS_TENANT, VIRTUAL_S, TenantCounters
 from moe_scheduling.request.order import LARGEST_EXACT, RequestPolicy, RequestSettings, order_key
 from moe_scheduling.request.prefill_speed import SpeedHistory
 from moe_scheduling.request.tenant_queues import Entry, TenantQueues
@@ -137,7 +137,8 @@ class WaitingQueue(Generic[T]):
     def charge(self, tenant: str, tokens: float) -> None:
         """Adds tokens of service to a tenant; without effect until a second tenant has waited."""
         if self._counters is not None:
-            self._counters.charge(tenant, tokens / (self._settings.ageing_rate or self._speeds.tokens_per_s))
+            rate = self._settings.ageing_rate or self._speeds.tokens_per_s / VIRTUAL_S
+            self._counters.charge(tenant, tokens / rate)
 
     @property
     def charges(self) -> bool:

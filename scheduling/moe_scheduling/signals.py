@@ -4,7 +4,6 @@ Written by the node agent's scheduler plugin at every engine step, carried over 
 read by `engine/` and `fleet/`. One snapshot describes one dispatch target: one data-parallel rank of one server.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +43,9 @@ class StepTime:
 
     def decode_step_s(self, requests: float) -> float:
         """Returns the seconds of a step in which this many requests, at least 0, decode and no prompt is computed."""
-        return self.base_s + self.decode_s * requests + self.decode_root_s * math.sqrt(requests)
+        # Called for each request where engines send no signals, so without a call of its own.
+        root: float = requests**0.5
+        return self.base_s + self.decode_s * requests + self.decode_root_s * root
 
     def step_s(self, prefill_tokens: int, requests: int) -> float:
         """Returns the seconds of a step with these prompt tokens and decoding requests."""

@@ -15,7 +15,7 @@ its length, and is computed with those that came in that step too.
 A prompt goes to a prefill engine while it is computed there in time, as the choice for each request has it; its answer
 begins a transfer and one and a half steps later.
 
-On step times of a measured GPU this came within 28 % of simulated TTFT and 34 % of the time between tokens
+On step times of a measured GPU this came within 28 % of simulated TTFT and 35 % of the time between tokens
 (docs/adr/0053-a-step-has-a-least-time-with-prompts-and-answers-share-experts.md).
 
 Invariants: pure; all results are at least 0, and infinite where the engines are full; a wait is finite.
